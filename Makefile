@@ -1,0 +1,46 @@
+# Every target sets up what it needs, once: the environment of launch/install.py in .venv.
+
+PYTHON ?= python3
+INSTALL_FLAGS ?=
+NPROC ?= 2
+
+VENV := .venv
+INSTALL := $(PYTHON) launch/install.py --venv $(VENV) $(INSTALL_FLAGS)
+DATA := data/movielens_sample
+RUN := runs/movielens_sample
+CONFIG := recsys/configs/movielens_sample.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev train test lint
+
+help:
+	@echo 'make install   virtual environment in $(VENV) with the matching torch, torchrec and fbgemm'
+	@echo 'make train     train on the bundled MovieLens sample over $(NPROC) ranks; leaves $(RUN)'
+	@echo 'make test      run the tests'
+	@echo 'make lint      check style, format and types'
+	@echo ''
+	@echo 'PYTHON=python3.12                    another interpreter, 3.11 or newer'
+	@echo 'INSTALL_FLAGS="--flavor cuda"        see $(PYTHON) launch/install.py --help'
+	@echo 'NPROC=8                              ranks of make train'
+
+install:
+	@$(INSTALL)
+
+install-dev:
+	@$(INSTALL) --dev
+
+# The schema is the last file that prepare writes: with it the dataset is whole.
+$(DATA)/schema.yaml: | install
+	$(VENV)/bin/recsys prepare movielens --out $(DATA)
+
+train: install $(DATA)/schema.yaml
+	$(VENV)/bin/torchx run -s local_cwd launch/components.py:train --nproc $(NPROC) -- \
+		--config $(CONFIG) --data $(DATA) --out $(RUN) --overwrite true
+
+test: install-dev
+	$(VENV)/bin/python -m pytest
+
+lint: install-dev
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m mypy

@@ -1,0 +1,42 @@
+"""Where the large ID tables live: configuration, sharding, optimizers and the memory bank.
+
+This floor knows TorchRec and nothing of models. Shapes in its docstrings: B batch, L history,
+D dimension, F features, U unique items. The order of use is that of every TorchRec script: tables
+on meta, model, optimizer in backward, plan, DistributedModelParallel, dense optimizer.
+"""
+
+from embeddings.memory_bank import MemoryBank
+from embeddings.optimizer import (
+    DenseGroup,
+    build_dense_optimizer,
+    dense_parameters,
+    describe_optimizers,
+    fuse_table_optimizers,
+    initialize_optimizer_state,
+)
+from embeddings.sharding import format_plan, machine_topology, plan_sharding
+from embeddings.table_sharders import sharders
+from embeddings.tables import (
+    TableConfig,
+    build_embedding_bag_collection,
+    build_embedding_collection,
+    check_tables,
+)
+
+__all__ = [
+    "DenseGroup",
+    "MemoryBank",
+    "TableConfig",
+    "build_dense_optimizer",
+    "build_embedding_bag_collection",
+    "build_embedding_collection",
+    "check_tables",
+    "dense_parameters",
+    "describe_optimizers",
+    "format_plan",
+    "fuse_table_optimizers",
+    "initialize_optimizer_state",
+    "machine_topology",
+    "plan_sharding",
+    "sharders",
+]

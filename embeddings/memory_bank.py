@@ -1,0 +1,221 @@
+"""A store of one content vector per item, cut over the ranks.
+
+Each step writes the vectors that it just computed; user histories read from here instead of
+running the encoder again (the memory bank of LEMUR, arXiv 2511.10962). The rows lie in TorchRec's
+TensorPool, which serves them from whichever rank holds them.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import (
+    Shard,
+    ShardedTensor,
+    ShardMetadata,
+    init_from_local_shards,
+)
+from torchrec.distributed.tensor_pool import ShardedTensorPool, TensorPoolSharder
+from torchrec.distributed.types import (
+    ObjectPoolShardingPlan,
+    ObjectPoolShardingType,
+    ShardingEnv,
+)
+from torchrec.modules.tensor_pool import TensorPool
+
+# float32 holds every integer up to here exactly; steps are stored in a float32 column.
+MAX_STEP = 2**24 - 2
+
+
+class MemoryBank:
+    """Vectors of items by id, each with the step that wrote it.
+
+    Not an ``nn.Module``, on purpose: as a submodule it would be traced by
+    TrainPipelineSparseDist, its buffers would be handed to DistributedDataParallel, and its rows
+    would enter the model's ``state_dict`` as weights. Any module may hold one as an attribute;
+    it moves nowhere by ``module.to`` and is checkpointed by its own ``state_dict``.
+
+    With a process group every method is a collective: all ranks call it together, each with its
+    own ids, also with none. Without one the bank is a plain tensor of this process.
+
+    Args:
+        num_items: ids run from 0 to num_items - 1.
+        dim: size of a vector, D.
+        device: where the rows lie; lookups and updates take tensors of this device.
+        process_group: the ranks to cut the rows over.
+
+    Example::
+
+        bank = MemoryBank(num_items=100, dim=8, device="cpu")
+        bank.update(torch.tensor([3, 7]), torch.ones(2, 8), step=0)
+        vectors, written = bank.lookup(torch.tensor([7, 8]))  # [2, 8]; [0, -1]
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        dim: int,
+        device: torch.device | str,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        for name, value in [("num_items", num_items), ("dim", dim)]:
+            if value < 1:
+                raise ValueError(f"memory bank: {name} is {value}; set at least 1")
+        self.num_items = num_items
+        self.dim = dim
+        self.device = torch.device(device)
+        self._group = process_group
+        world_size = 1 if process_group is None else dist.get_world_size(process_group)
+        self._rank = 0 if process_group is None else dist.get_rank(process_group)
+        # Equal blocks: TensorPool gives the last rank the remainder, which it lets go negative.
+        self._block_size = -(-num_items // world_size)
+        self._pool = self._build_pool(self._block_size * world_size)
+
+    def _build_pool(self, pool_size: int) -> TensorPool | ShardedTensorPool:
+        width = self.dim + 1  # the last column: step of the last write + 1, 0 if never written
+        if self._group is None:
+            return TensorPool(pool_size, width, torch.float32, device=self.device)
+        on_meta = TensorPool(pool_size, width, torch.float32, device=torch.device("meta"))
+        pool = TensorPoolSharder().shard(
+            on_meta,
+            ObjectPoolShardingPlan(ObjectPoolShardingType.ROW_WISE, inference=False),
+            ShardingEnv.from_process_group(self._group),
+            self.device,
+        )
+        assert isinstance(pool, ShardedTensorPool)
+        return pool
+
+    @torch.no_grad()
+    def lookup(self, item_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Read vectors, without gradient.
+
+        Args:
+            item_ids: [U] integer ids.
+
+        Returns:
+            vectors [U, D], zero where never written, and the step of the last write [U] int64,
+            -1 where never written.
+
+        Raises:
+            ValueError: an id is outside the bank.
+        """
+        rows = self._pool.lookup(self._checked(item_ids))
+        if not isinstance(rows, Tensor):
+            rows = rows.wait()
+        return rows[:, : self.dim].contiguous(), rows[:, self.dim].long() - 1
+
+    @torch.no_grad()
+    def update(self, item_ids: Tensor, vectors: Tensor, step: int) -> None:
+        """Write vectors. Of an item written twice in one call, the later one of the highest
+        rank stays.
+
+        Args:
+            item_ids: [U] integer ids.
+            vectors: [U, D]; detached and stored as float32.
+            step: the current step, stored as the age of the rows.
+
+        Raises:
+            ValueError: an id or the step is out of range, or the shapes do not fit.
+        """
+        ids = self._checked(item_ids)
+        if vectors.shape != (ids.numel(), self.dim):
+            raise ValueError(
+                f"memory bank: vectors of shape {tuple(vectors.shape)} for {ids.numel()} ids; "
+                f"pass [{ids.numel()}, {self.dim}]"
+            )
+        if not 0 <= step <= MAX_STEP:
+            raise ValueError(f"memory bank: step {step} is outside [0, {MAX_STEP}]")
+        written = torch.full((ids.numel(), 1), step + 1, dtype=torch.float32, device=self.device)
+        values = torch.cat([vectors.detach().to(self.device, torch.float32), written], dim=1)
+        self._pool.update(ids=ids, values=values)
+
+    def _checked(self, item_ids: Tensor) -> Tensor:
+        if item_ids.dim() != 1 or item_ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"memory bank: ids of shape {tuple(item_ids.shape)} and {item_ids.dtype}; pass "
+                "[U] int64"
+            )
+        outside = item_ids[(item_ids < 0) | (item_ids >= self.num_items)]
+        if outside.numel() > 0:
+            raise ValueError(
+                f"memory bank: item id {int(outside[0])} is outside [0, {self.num_items}); "
+                "raise num_items or map the item to a known id"
+            )
+        return item_ids.to(self.device, torch.int64)
+
+    def coverage(self) -> float:
+        """The share of all items that were ever written, over all ranks."""
+        return self._written_count_and_steps()[0] / self.num_items
+
+    def mean_age(self, step: int) -> float:
+        """Steps since the last write, averaged over the items ever written; nan if none was."""
+        count, steps = self._written_count_and_steps()
+        return step - steps / count if count else float("nan")
+
+    def _written_count_and_steps(self) -> tuple[float, float]:
+        """How many items were written, and the sum of the steps of their last writes."""
+        marks = self._local_rows()[:, self.dim].double()
+        count = (marks > 0).sum(dtype=torch.float64)
+        totals = torch.stack([count, marks.sum() - count])
+        if self._group is not None:
+            dist.all_reduce(totals, group=self._group)
+        return float(totals[0]), float(totals[1])
+
+    def _local_rows(self) -> Tensor:
+        """A view of the rows on this rank that hold items, [rows, D + 1]."""
+        if isinstance(self._pool, TensorPool):
+            return self._pool.pool
+        sharded: ShardedTensor = self._pool.get_buffer("_pool")
+        rows = sharded.local_shards()[0].tensor
+        start = self._rank * self._block_size
+        return rows[: max(0, min(self._block_size, self.num_items - start))]
+
+    def state_dict(self) -> dict[str, Tensor | ShardedTensor]:
+        """The rows, [num_items, D + 1], sharing memory with the bank.
+
+        torch.distributed.checkpoint saves them from any number of ranks and loads them, in
+        place, on any other.
+        """
+        rows = self._local_rows()
+        if self._group is None:
+            return {"pool": rows}
+        start = self._rank * self._block_size
+        pieces = []
+        if len(rows) > 0:
+            metadata = ShardMetadata(
+                shard_offsets=[start, 0],
+                shard_sizes=list(rows.shape),
+                placement=f"rank:{dist.get_rank()}/{rows.device}",
+            )
+            pieces.append(Shard(tensor=rows, metadata=metadata))
+        size = (self.num_items, self.dim + 1)
+        return {"pool": init_from_local_shards(pieces, *size, process_group=self._group)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Tensor | ShardedTensor]) -> None:
+        """Take over the rows of another bank's ``state_dict``, whole or cut over the same ranks.
+
+        Raises:
+            ValueError: the sizes differ, or the rows are cut over another number of ranks (load
+                such a state through torch.distributed.checkpoint).
+        """
+        pool = state_dict["pool"]
+        size = pool.metadata().size if isinstance(pool, ShardedTensor) else pool.shape
+        if tuple(size) != (self.num_items, self.dim + 1):
+            raise ValueError(
+                f"memory bank: the state holds [num_items, dim + 1] = {list(size)}, this bank "
+                f"{[self.num_items, self.dim + 1]}; build the bank with the checkpoint's sizes"
+            )
+        rows = self._local_rows()
+        start = self._rank * self._block_size
+        if isinstance(pool, ShardedTensor):
+            for piece in pool.local_shards():
+                if piece.metadata.shard_offsets != [start, 0] or piece.tensor.shape != rows.shape:
+                    raise ValueError(
+                        "memory bank: the state is cut over another number of ranks; load it "
+                        "through torch.distributed.checkpoint into this bank's state_dict()"
+                    )
+                rows.copy_(piece.tensor)
+        else:
+            rows.copy_(pool[start : start + len(rows)])

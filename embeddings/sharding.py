@@ -1,0 +1,294 @@
+"""Decides where every piece of every table lives, and cuts the tables accordingly.
+
+The planner of TorchRec is filled with the memory of this machine and the wishes of each
+:class:`~embeddings.tables.TableConfig`. It runs on rank 0; the plan, or the reason why there is
+none, is broadcast, so that a job that cannot fit ends on every rank instead of hanging.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.planner import (
+    EmbeddingShardingPlanner,
+    ParameterConstraints,
+    Topology,
+)
+from torchrec.distributed.planner.stats import NoopEmbeddingStats
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import (
+    HardwareConfig,
+    KernelConfig,
+    PlannerError,
+    TopologyFactory,
+    TrainerConfig,
+)
+from torchrec.distributed.types import (
+    EmbeddingModuleShardingPlan,
+    ParameterSharding,
+    ShardingPlan,
+)
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+from embeddings.table_sharders import sharders
+from embeddings.tables import TableConfig, check_tables
+
+# Share of the memory left to the dense model, activations and batches. TorchRec's heuristic
+# would instead count every dense parameter six times, a frozen encoder's included.
+RESERVED_SHARE = 0.15
+
+
+def machine_topology(
+    world_size: int,
+    local_world_size: int,
+    device: torch.device,
+    *,
+    device_memory_bytes: int | None = None,
+    host_memory_bytes: int | None = None,
+) -> Topology:
+    """What the planner has to know about the machines: ranks and memory per rank.
+
+    Host memory is what is free now (within a container's limit), divided by the ranks of this
+    machine; device memory is that of the GPU. All machines are taken to be like this one.
+
+    Args:
+        world_size: ranks in all.
+        local_world_size: ranks on this machine.
+        device: where this rank computes; its type decides which memory holds the tables.
+        device_memory_bytes: GPU memory per rank, instead of what is found.
+        host_memory_bytes: host memory per rank, instead of what is found.
+    """
+    if host_memory_bytes is None:
+        host_memory_bytes = _free_host_memory() // local_world_size
+    if device_memory_bytes is None and device.type == "cuda":
+        device_memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu":
+        # The planner's storage reservation takes its share from device memory alone.
+        host_memory_bytes = int(host_memory_bytes * (1.0 - RESERVED_SHARE))
+    return TopologyFactory.create_topology(
+        trainer_config=TrainerConfig(world_size=world_size, local_world_size=local_world_size),
+        hardware_config=HardwareConfig(
+            hbm_cap_bytes=device_memory_bytes, ddr_cap_bytes=host_memory_bytes
+        ),
+        kernel_config=KernelConfig(compute_device=device.type),
+    )
+
+
+def _free_host_memory() -> int:
+    """Bytes that can still be allocated, at most the control group's limit."""
+    available = psutil.virtual_memory().available
+    for path in ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]:
+        if Path(path).is_file():
+            text = Path(path).read_text().strip()
+            if text.isdigit():
+                available = min(available, int(text))
+    return available
+
+
+def plan_sharding(
+    module: nn.Module,
+    tables: Sequence[TableConfig],
+    process_group: dist.ProcessGroup | None = None,
+    device: torch.device | str = "cpu",
+    batch_size: int = 512,
+    topology: Topology | None = None,
+) -> ShardingPlan:
+    """Plan on rank 0 how the tables of ``module`` are sharded, and tell every rank.
+
+    Args:
+        module: the whole model, its collections on meta and
+            :func:`~embeddings.optimizer.fuse_table_optimizers` already called.
+        tables: the configuration of every table in ``module``.
+        process_group: the ranks to shard over; the default group if there is one, else one rank.
+        device: where the ranks compute.
+        batch_size: rows per rank and step, for the planner's estimate of time and memory.
+        topology: ranks and memory, instead of :func:`machine_topology`. Without a process group
+            it may describe any cluster, to see what the plan would be there.
+
+    Raises:
+        ValueError: no plan is possible; the same on every rank, with the planner's reason.
+
+    Example::
+
+        model = Model(tables)  # collections on meta
+        fuse_table_optimizers(model, tables)
+        plan = plan_sharding(model, tables)
+        model = DistributedModelParallel(model, plan=plan, sharders=sharders())
+    """
+    if process_group is None and dist.is_initialized():
+        process_group = dist.group.WORLD
+    rank = 0 if process_group is None else dist.get_rank(process_group)
+    world_size = 1 if process_group is None else dist.get_world_size(process_group)
+    plan: ShardingPlan | None = None
+    reason: str | None = None
+    cause: Exception | None = None
+    if rank == 0:
+        try:
+            plan = _plan(module, tables, world_size, torch.device(device), batch_size, topology)
+        except Exception as error:  # whatever it is, the other ranks wait for a word
+            cause = error
+            reason = f"{error}" if isinstance(error, ValueError) else f"planning failed: {error!r}"
+    if process_group is not None:
+        message = [plan, reason]
+        source = dist.get_global_rank(process_group, 0)
+        dist.broadcast_object_list(message, src=source, group=process_group)
+        plan, reason = message
+    if reason is not None:
+        raise ValueError(reason) from cause
+    assert plan is not None
+    return plan
+
+
+def _plan(
+    module: nn.Module,
+    tables: Sequence[TableConfig],
+    world_size: int,
+    device: torch.device,
+    batch_size: int,
+    topology: Topology | None,
+) -> ShardingPlan:
+    check_tables(tables)
+    _check_module(module, tables, device)
+    if topology is None:
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        topology = machine_topology(world_size, local_world_size, device)
+    elif dist.is_initialized() and topology.world_size != world_size:
+        raise ValueError(
+            f"the topology has {topology.world_size} ranks and the process group {world_size}; "
+            "make them equal"
+        )
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=batch_size,
+        storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
+        constraints={table.name: _constraints(table, topology.world_size) for table in tables},
+        stats=NoopEmbeddingStats(),
+        debug=False,
+    )
+    try:
+        return planner.plan(module, sharders())
+    except PlannerError as error:
+        raise ValueError(_does_not_fit(error, tables)) from error
+
+
+def _check_module(module: nn.Module, tables: Sequence[TableConfig], device: torch.device) -> None:
+    parameters = dict(table_parameters(module))
+    configured = {table.name for table in tables}
+    for name in sorted(parameters.keys() ^ configured):
+        place = "the model" if name in parameters else "the configuration"
+        raise ValueError(f"table '{name}' is only in {place}; configure every table once")
+    for table in tables:
+        if not hasattr(parameters[table.name], "_optimizer_classes"):
+            raise ValueError(
+                f"table '{table.name}' has no fused optimizer and would train with a default; "
+                "call fuse_table_optimizers before plan_sharding"
+            )
+        if device.type == "cpu" and table.optimizer == "adam":
+            raise ValueError(
+                f"table '{table.name}': the fused kernel of optimizer 'adam' needs CUDA; choose "
+                "'rowwise_adagrad', 'adagrad' or 'sgd' on CPU"
+            )
+        if device.type == "cpu" and table.weight_decay > 0:
+            raise ValueError(
+                f"table '{table.name}': weight_decay {table.weight_decay} needs CUDA, the fused "
+                "kernels on CPU ignore it; set it to 0"
+            )
+        if device.type == "cuda" and table.embedding_dim % 4 != 0:
+            raise ValueError(
+                f"table '{table.name}': embedding_dim {table.embedding_dim} is not a multiple of "
+                "4, which the kernels on CUDA need; change embedding_dim"
+            )
+
+
+def table_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Each table's name and parameter in the collections of an unsharded ``module``."""
+    for child in module.modules():
+        if isinstance(child, EmbeddingBagCollection):
+            holders = child.embedding_bags
+        elif isinstance(child, EmbeddingCollection):
+            holders = child.embeddings
+        else:
+            continue
+        for name, holder in holders.items():
+            yield name, cast(nn.Parameter, holder.weight)
+
+
+def _constraints(table: TableConfig, world_size: int) -> ParameterConstraints:
+    return ParameterConstraints(
+        sharding_types=None if table.sharding == "auto" else [table.sharding],
+        compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+        min_partition=(
+            _column_shard_width(table.embedding_dim, world_size)
+            if table.sharding == "column_wise"
+            else None
+        ),
+        pooling_factors=[1.0] * len(table.features),
+    )
+
+
+def _column_shard_width(dim: int, world_size: int) -> int:
+    """The width of the most equal column shards, at most one per rank, that kernels accept."""
+    for shards in range(world_size, 1, -1):
+        if dim % shards == 0 and (dim // shards) % 4 == 0:
+            return dim // shards
+    return dim
+
+
+def _does_not_fit(error: PlannerError, tables: Sequence[TableConfig]) -> str:
+    sizes = sorted(tables, key=lambda table: -table.num_embeddings * table.embedding_dim)
+    largest = ", ".join(
+        f"'{table.name}' {_megabytes(table):.1f} MB ({table.sharding})" for table in sizes[:3]
+    )
+    return (
+        f"the tables do not fit; the largest: {largest}. Add ranks or memory, choose sharding "
+        "'row_wise' or 'auto' for the large tables, or lower num_embeddings or embedding_dim. "
+        f"The planner says: {error}"
+    )
+
+
+def _megabytes(table: TableConfig) -> float:
+    return table.num_embeddings * table.embedding_dim * 4 / 2**20
+
+
+def format_plan(plan: ShardingPlan, tables: Sequence[TableConfig]) -> str:
+    """The plan as a table to read: one line per table, in the order of the configuration."""
+    sharding_of: dict[str, ParameterSharding] = {}
+    for module_plan in plan.plan.values():
+        assert isinstance(module_plan, EmbeddingModuleShardingPlan)
+        sharding_of.update(module_plan)
+    lines = [("table", "rows x dim", "MB", "sharding", "kernel", "shards (rank: rows x columns)")]
+    for table in tables:
+        sharding = sharding_of[table.name]
+        spec: Any = sharding.sharding_spec
+        pieces = [
+            f"{piece.placement.rank()}: {piece.shard_sizes[0]} x {piece.shard_sizes[1]}"
+            for piece in spec.shards
+        ]
+        lines.append(
+            (
+                table.name,
+                f"{table.num_embeddings} x {table.embedding_dim}",
+                f"{_megabytes(table):.2f}",
+                sharding.sharding_type,
+                sharding.compute_kernel,
+                ", ".join(pieces),
+            )
+        )
+    return align_columns(lines)
+
+
+def align_columns(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text with aligned columns, a rule under the first row."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rule = ["-" * width for width in widths]
+    rows = [lines[0], rule, *lines[1:]]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

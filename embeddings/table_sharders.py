@@ -1,0 +1,128 @@
+"""TorchRec's sharders, with two changes that every table of this product relies on.
+
+No table is ever data-parallel, and pooled tables may be row-wise on CPU. Shards get their weights
+here: the unsharded module's where it has some, else their own rectangle of the table's initial
+weights, so that a model starts equal under every plan and on every number of ranks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
+from torchrec.distributed.embeddingbag import (
+    EmbeddingBagCollectionSharder,
+    ShardedEmbeddingBagCollection,
+)
+from torchrec.distributed.types import (
+    ModuleSharder,
+    ParameterSharding,
+    ShardingEnv,
+    ShardingType,
+)
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+from embeddings.tables import NormalInitializer
+
+ShardedCollection = TypeVar(
+    "ShardedCollection", ShardedEmbeddingBagCollection, ShardedEmbeddingCollection
+)
+
+
+class BagSharder(EmbeddingBagCollectionSharder):
+    """Shards pooled tables: row-wise on CPU too, never data-parallel.
+
+    A data-parallel table would silently leave its fused optimizer for the dense one.
+    """
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """What the planner may choose from; row-wise works on CPU though upstream omits it."""
+        types = [*super().sharding_types(compute_device_type), ShardingType.ROW_WISE.value]
+        return sorted(set(types) - {ShardingType.DATA_PARALLEL.value})
+
+    def shard(
+        self,
+        module: EmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedEmbeddingBagCollection:
+        """Shard ``module`` and give every shard its part of the table's initial weights."""
+        return _shard_with_weights(
+            module,
+            module.embedding_bag_configs(),
+            lambda: super(BagSharder, self).shard(module, params, env, device, module_fqn),
+        )
+
+
+class SequenceSharder(EmbeddingCollectionSharder):
+    """Shards tables without pooling; never data-parallel."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """What the planner may choose from."""
+        types = super().sharding_types(compute_device_type)
+        return sorted(set(types) - {ShardingType.DATA_PARALLEL.value})
+
+    def shard(
+        self,
+        module: EmbeddingCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedEmbeddingCollection:
+        """Shard ``module`` and give every shard its part of the table's initial weights."""
+        return _shard_with_weights(
+            module,
+            module.embedding_configs(),
+            lambda: super(SequenceSharder, self).shard(module, params, env, device, module_fqn),
+        )
+
+
+def sharders() -> list[ModuleSharder[nn.Module]]:
+    """The sharders for the planner and for DistributedModelParallel."""
+    return [
+        cast(ModuleSharder[nn.Module], BagSharder()),
+        cast(ModuleSharder[nn.Module], SequenceSharder()),
+    ]
+
+
+def _shard_with_weights(
+    module: EmbeddingBagCollection | EmbeddingCollection,
+    configs: Sequence[Any],
+    shard: Callable[[], ShardedCollection],
+) -> ShardedCollection:
+    """Shard, then write the weights: those of ``module``, or initial ones if it is on meta."""
+    initializers = {config.name: config.init_fn for config in configs}
+    with _initial_weights_left_out(configs):
+        sharded = shard()
+    if module.device.type != "meta":
+        sharded.load_state_dict(module.state_dict())
+        return sharded
+    for name, tensor in sharded.state_dict().items():
+        initializer = initializers[name.split(".")[-2]]
+        assert isinstance(initializer, NormalInitializer), (name, initializer)
+        for piece in tensor.local_shards():
+            row_offset, column_offset = piece.metadata.shard_offsets
+            initializer.fill(piece.tensor, row_offset, column_offset)
+    return sharded
+
+
+@contextmanager
+def _initial_weights_left_out(configs: Sequence[Any]) -> Iterator[None]:
+    """TorchRec hands ``init_fn`` a shard without its offsets; keep it from doing so."""
+    initializers = [config.init_fn for config in configs]
+    for config in configs:
+        config.init_fn = _leave_as_it_is
+    try:
+        yield
+    finally:
+        for config, initializer in zip(configs, initializers, strict=True):
+            config.init_fn = initializer
+
+
+def _leave_as_it_is(weight: torch.Tensor) -> None:
+    del weight

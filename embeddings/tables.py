@@ -1,0 +1,256 @@
+"""Embedding tables from configuration.
+
+A :class:`TableConfig` says everything about one table: its size, the features that share it,
+how its rows are pooled, how it is cut over ranks and how it is trained. The two builders turn a
+list of them into TorchRec's ``EmbeddingBagCollection`` (pooled) and ``EmbeddingCollection``
+(sequences), on the meta device by default, so that no rank ever allocates a whole table.
+Initial weights depend on the seed, the table and the row alone, never on the sharding plan.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+Pooling = Literal["none", "sum", "mean"]
+Sharding = Literal["auto", "row_wise", "table_wise", "column_wise"]
+TableOptimizer = Literal["rowwise_adagrad", "adagrad", "adam", "sgd"]
+
+# Rows per draw of the initial weights. A shard that starts inside a block draws the whole block.
+INITIALIZATION_BLOCK_ROWS = 16384
+
+
+@dataclass
+class TableConfig:
+    """One embedding table.
+
+    ``rowwise_adagrad`` keeps one moment per row. Under ``column_wise`` sharding each column
+    shard keeps its own moment of each row, so its updates differ slightly from those of an
+    uncut table; every other optimizer gives the same updates under every sharding.
+
+    Weight decay acts on the rows in the batch: an L2 term in the gradient (``rowwise_adagrad``)
+    or decoupled (``adam``). The fused kernels of ``adagrad`` and ``sgd``, and all of them on CPU,
+    would silently ignore it, so it is refused there.
+
+    Raises:
+        ValueError: a field is out of range, or two fields contradict each other.
+
+    Example::
+
+        item = TableConfig(
+            name="item",
+            num_embeddings=1000,
+            embedding_dim=16,
+            features=["item_id", "history"],
+            learning_rate=0.02,
+        )
+        collection = build_embedding_collection([item], device="cpu")
+    """
+
+    name: str  # unique over all collections of a model
+    num_embeddings: int  # rows; ids run from 0 to num_embeddings - 1
+    embedding_dim: int
+    features: list[str]  # features that look up in this table; sharing costs nothing
+    pooling: Pooling = "none"  # none: one vector per id; sum, mean: one vector per list of ids
+    sharding: Sharding = "auto"  # auto: the planner chooses
+    optimizer: TableOptimizer = "rowwise_adagrad"  # adam runs on CUDA only
+    learning_rate: float = 0.05
+    weight_decay: float = 0.0
+    eps: float = 1e-8  # added to the root of the second moment
+    init_std: float = 0.01  # standard deviation of the normal initial weights
+
+    def __post_init__(self) -> None:
+        self._check_names()
+        self._check_choices()
+        for field_name, limit in [("num_embeddings", 1), ("embedding_dim", 1)]:
+            value = getattr(self, field_name)
+            if not isinstance(value, int) or value < limit:
+                raise ValueError(
+                    f"table '{self.name}': {field_name} is {value!r}; set an integer of at "
+                    f"least {limit}"
+                )
+        for field_name in ["learning_rate", "weight_decay", "eps", "init_std"]:
+            value = getattr(self, field_name)
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(
+                    f"table '{self.name}': {field_name} is {value!r}; set a finite number of at "
+                    "least 0"
+                )
+        if self.sharding == "column_wise" and self.embedding_dim % 4 != 0:
+            raise ValueError(
+                f"table '{self.name}': column_wise sharding needs an embedding_dim that is a "
+                f"multiple of 4, not {self.embedding_dim}; change embedding_dim or sharding"
+            )
+        if self.weight_decay > 0 and self.optimizer in ("sgd", "adagrad"):
+            raise ValueError(
+                f"table '{self.name}': weight_decay {self.weight_decay} with optimizer "
+                f"'{self.optimizer}', whose fused kernel knows none; set weight_decay to 0 or "
+                "optimizer to 'rowwise_adagrad'"
+            )
+
+    def _check_names(self) -> None:
+        if not self.name or "." in self.name:
+            raise ValueError(
+                f"table '{self.name}': a table's name may be neither empty nor contain a dot, "
+                "since it is part of a parameter's name; rename the table"
+            )
+        if hasattr(nn.ModuleDict(), self.name):
+            # The collections keep their tables in a ModuleDict, with the names as attributes.
+            raise ValueError(
+                f"table '{self.name}': this name is an attribute of torch.nn.ModuleDict; rename "
+                f"the table, for instance to '{self.name}_table'"
+            )
+        if not self.features:
+            raise ValueError(f"table '{self.name}': no features; list at least one")
+        repeated = sorted({name for name in self.features if self.features.count(name) > 1})
+        if repeated:
+            raise ValueError(
+                f"table '{self.name}': feature '{repeated[0]}' is listed twice; list it once"
+            )
+
+    def _check_choices(self) -> None:
+        choices = {"pooling": Pooling, "sharding": Sharding, "optimizer": TableOptimizer}
+        for field_name, choice in choices.items():
+            value, allowed = getattr(self, field_name), get_args(choice)
+            if value not in allowed:
+                raise ValueError(
+                    f"table '{self.name}': {field_name} is {value!r}; choose one of "
+                    f"{', '.join(allowed)}"
+                )
+
+
+class NormalInitializer:
+    """Writes a table's initial weights, or any rectangle of them, from the seed alone.
+
+    Rows are drawn in blocks of a fixed height, each from a generator of its own that is seeded
+    with ``torch.initial_seed()``, the table's name and the block's first row. A shard thus gets
+    the very numbers that the uncut table has in its place; drawing from the ranks' equal global
+    generators would give every shard the same numbers instead.
+    """
+
+    def __init__(self, table: TableConfig) -> None:
+        self.name = table.name
+        self.shape = (table.num_embeddings, table.embedding_dim)
+        self.std = table.init_std
+
+    def __call__(self, weight: Tensor) -> None:
+        """Fill a whole table, ``weight`` [num_embeddings, D]; TorchRec's ``init_fn``."""
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(
+                f"table '{self.name}': asked to initialise a shard of shape "
+                f"{tuple(weight.shape)} as if it were the table {self.shape}; shard with "
+                "embeddings.sharders()"
+            )
+        self.fill(weight)
+
+    @torch.no_grad()
+    def fill(self, weight: Tensor, row_offset: int = 0, column_offset: int = 0) -> None:
+        """Fill the shard ``weight`` [rows, columns] that starts at the offsets in the table."""
+        if weight.is_meta:
+            return
+        num_embeddings, dim = self.shape
+        rows, columns = weight.shape
+        generator = torch.Generator(device=weight.device)
+        first_block = row_offset // INITIALIZATION_BLOCK_ROWS * INITIALIZATION_BLOCK_ROWS
+        for start in range(first_block, row_offset + rows, INITIALIZATION_BLOCK_ROWS):
+            end = min(start + INITIALIZATION_BLOCK_ROWS, num_embeddings)
+            generator.manual_seed(self._block_seed(start))
+            block = torch.empty(end - start, dim, device=weight.device)
+            block.normal_(0.0, self.std, generator=generator)
+            top, bottom = max(start, row_offset), min(end, row_offset + rows)
+            weight[top - row_offset : bottom - row_offset] = block[
+                top - start : bottom - start, column_offset : column_offset + columns
+            ]
+
+    def _block_seed(self, start: int) -> int:
+        text = f"{torch.initial_seed()}/{self.name}/{start}"
+        # 63 bits: torch refuses seeds beyond a signed 64-bit integer.
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def check_tables(tables: Sequence[TableConfig]) -> None:
+    """Check what concerns several tables at once.
+
+    Raises:
+        ValueError: two tables have one name, a feature is on two tables, or the tables without
+            pooling differ in dimension.
+    """
+    table_of_feature: dict[str, str] = {}
+    names: set[str] = set()
+    for table in tables:
+        if table.name in names:
+            raise ValueError(
+                f"table '{table.name}' is configured twice; table names must be unique over all "
+                "collections, so rename one"
+            )
+        names.add(table.name)
+        for feature in table.features:
+            if feature in table_of_feature:
+                raise ValueError(
+                    f"feature '{feature}' is on tables '{table_of_feature[feature]}' and "
+                    f"'{table.name}'; leave it on one, or give the data a second feature"
+                )
+            table_of_feature[feature] = table.name
+    unpooled = [table for table in tables if table.pooling == "none"]
+    for table in unpooled:
+        if table.embedding_dim != unpooled[0].embedding_dim:
+            raise ValueError(
+                f"table '{table.name}' has embedding_dim {table.embedding_dim} and table "
+                f"'{unpooled[0].name}' {unpooled[0].embedding_dim}; tables with pooling 'none' "
+                "share one collection and must have one dimension"
+            )
+
+
+def build_embedding_bag_collection(
+    tables: Sequence[TableConfig], device: torch.device | str = "meta"
+) -> EmbeddingBagCollection | None:
+    """The collection of the tables with pooling ``sum`` or ``mean``; None if there are none.
+
+    Called with a KeyedJaggedTensor it returns a KeyedTensor: read it by feature, since the order
+    of ``values()`` depends on the sharding plan.
+    """
+    check_tables(tables)
+    configs = [
+        EmbeddingBagConfig(
+            name=table.name,
+            num_embeddings=table.num_embeddings,
+            embedding_dim=table.embedding_dim,
+            feature_names=list(table.features),
+            pooling=PoolingType.SUM if table.pooling == "sum" else PoolingType.MEAN,
+            init_fn=NormalInitializer(table),
+        )
+        for table in tables
+        if table.pooling != "none"
+    ]
+    if not configs:
+        return None
+    return EmbeddingBagCollection(tables=configs, device=torch.device(device))
+
+
+def build_embedding_collection(
+    tables: Sequence[TableConfig], device: torch.device | str = "meta"
+) -> EmbeddingCollection | None:
+    """The collection of the tables with pooling ``none``; None if there are none.
+
+    Called with a KeyedJaggedTensor it returns a dict of JaggedTensors by feature.
+    """
+    check_tables(tables)
+    configs = [
+        EmbeddingConfig(
+            name=table.name,
+            num_embeddings=table.num_embeddings,
+            embedding_dim=table.embedding_dim,
+            feature_names=list(table.features),
+            init_fn=NormalInitializer(table),
+        )
+        for table in tables
+        if table.pooling == "none"
+    ]
+    if not configs:
+        return None
+    return EmbeddingCollection(tables=configs, device=torch.device(device))

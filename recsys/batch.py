@@ -1,0 +1,92 @@
+"""Batch: everything one training step needs, moved and pinned as one.
+
+It is a superset of `torchrec.datasets.utils.Batch` (`dense_features`, `sparse_features`,
+`labels`), so code that reads those keeps working. What is sharded gets its ids straight from an
+attribute of the batch (`sparse_features`, `sequence_features`), which `TrainPipelineSparseDist`
+needs to send them ahead of the step.
+
+Shapes: B batch, N history items of the whole batch, U unique items, T tokens, F dense features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+
+@dataclass
+class ContentInput:
+    """One modality of the unique items.
+
+    values: token ids int64 [U, T], pixels uint8 [U, 3, H, W] or features float32 [U, T, D].
+    mask: bool [U, T], False where there is no token; [U, 1] for pixels. An item without this
+        modality has no True.
+    """
+
+    values: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device) -> ContentInput:
+        return ContentInput(self.values.to(device), self.mask.to(device))
+
+
+@dataclass
+class Batch(Pipelineable):
+    """The impressions of one step on one rank and the content of their items.
+
+    sparse_features: ids of the pooled tables; None when there are none.
+    sequence_features: ids of the target item (length 1 each) and of the history.
+    content_items: unique items to encode [U]; `target_index` [B] says which one is ranked.
+    history_items: unique items to look up in the memory bank [U']; `history_index` [N] points
+        into them, or into `content_items` where the history is encoded too.
+    history_lengths: int64 [B], summing to N; `history_values` float32 [N, P] the parallel lists.
+    row_positions: place of each row in its files [B], -1 for a row that only pads.
+    """
+
+    dense_features: Tensor  # [B, F]
+    sparse_features: KeyedJaggedTensor | None
+    labels: Tensor  # [B, number of labels]
+    sequence_features: KeyedJaggedTensor
+    target_items: Tensor  # [B]
+    groups: Tensor  # [B]
+    row_positions: Tensor  # [B]
+    history_lengths: Tensor  # [B]
+    history_values: Tensor  # [N, P]
+    content_items: Tensor  # [U]
+    target_index: Tensor  # [B]
+    history_items: Tensor  # [U']
+    history_index: Tensor  # [N]
+    content: dict[str, ContentInput] = field(default_factory=dict)
+
+    def _map(self, function: Callable[[Any], Any]) -> Batch:
+        """A batch with `function` applied to every tensor and KeyedJaggedTensor."""
+        changed: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name == "content":
+                changed["content"] = {
+                    name: ContentInput(function(part.values), function(part.mask))
+                    for name, part in value.items()
+                }
+            elif value is not None:
+                changed[item.name] = function(value)
+        return replace(self, **changed)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        return self._map(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def record_stream(self, stream: Any) -> None:
+        self._map(lambda tensor: tensor.record_stream(stream))
+
+    @property
+    def batch_size(self) -> int:
+        return self.labels.shape[0]

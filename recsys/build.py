@@ -1,0 +1,282 @@
+"""Builds a job from configuration and data, in the order every TorchRec user knows.
+
+Tables on meta, model, optimizer in backward, plan, DistributedModelParallel, dense optimizer,
+pipeline: `build_job` is that list, one line each.
+
+Shapes: D dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.optim.keyed import CombinedOptimizer
+
+from embeddings import (
+    DenseGroup,
+    MemoryBank,
+    TableConfig,
+    build_dense_optimizer,
+    build_embedding_bag_collection,
+    build_embedding_collection,
+    describe_optimizers,
+    format_plan,
+    fuse_table_optimizers,
+    plan_sharding,
+    sharders,
+)
+from recsys.config import Config, ContentSettings, TableSettings
+from recsys.content.branch import ContentBranch
+from recsys.content.encoders import Encoder, build_encoder
+from recsys.content.frozen_cache import cache_frozen_outputs
+from recsys.content.pretrained import load_tokenizer
+from recsys.data.content_store import ContentStore, ItemTable, default_cache
+from recsys.data.filesystem import Location
+from recsys.data.interactions import BatchBuilder
+from recsys.data.schema import Schema, load_schema
+from recsys.losses import ContentIDContrastive, RankingLoss
+from recsys.model import EM3, Losses, ReadIDs
+from recsys.ranking import build_ranking
+from recsys.ranking.dimensions import InputDimensions
+from recsys.ranks import Ranks
+
+
+@dataclass
+class Job:
+    """Everything a run works with on one rank."""
+
+    config: Config
+    root: Location
+    schema: Schema
+    ranks: Ranks
+    store: ContentStore | None
+    model: DistributedModelParallel
+    optimizer: CombinedOptimizer
+    schedule: LambdaLR
+    pipeline: TrainPipelineSparseDist
+    plan: str  # for people
+    parameters: str  # for people: parameter, optimizer, learning rate
+
+    @property
+    def em3(self) -> EM3:
+        """The model inside its wrappers."""
+        model = self.model.module
+        assert isinstance(model, EM3)
+        return model
+
+    def batch_builder(self, with_labels: bool = True) -> BatchBuilder:
+        """Makes batches as this model wants them."""
+        content = self.em3.content
+        return BatchBuilder(
+            self.schema,
+            pooled_features(self.config, self.schema),
+            self.store,
+            encode_history=content is not None and content.encodes_history,
+            with_labels=with_labels,
+        )
+
+
+def content_settings(config: Config) -> ContentSettings | None:
+    """The settings of the content branch, None for the ID-only twin."""
+    return config.content if isinstance(config.content, ContentSettings) else None
+
+
+def pooled_features(config: Config, schema: Schema) -> list[str]:
+    """Columns looked up in pooled tables, in the order of the schema."""
+    return [
+        name
+        for name, column in schema.columns.items()
+        if column.kind in ("id", "ids")
+        and name != schema.target_item
+        and schema.table_of(name) not in config.embedding.skip
+    ]
+
+
+def table_configs(config: Config, schema: Schema) -> list[TableConfig]:
+    """One table per `id` or `ids` column that does not share another's.
+
+    Raises:
+        ValueError: a setting names a column that has no table.
+    """
+    settings = config.embedding
+    pooled = pooled_features(config, schema)
+    sequence = [schema.target_item] + ([schema.history] if schema.history else [])
+    tables = list(dict.fromkeys(schema.table_of(name) for name in [*pooled, *sequence]))
+    for name in settings.tables:
+        if name not in tables:
+            raise ValueError(f"embedding.tables.{name}: the tables are {tables}; name one of them")
+    for name in settings.skip:
+        if name == schema.target_item or schema.columns.get(name) is None:
+            raise ValueError(f"embedding.skip: '{name}' is the target item or not in schema.yaml")
+    return [
+        _table_config(
+            config,
+            schema,
+            name,
+            [feature for feature in [*pooled, *sequence] if schema.table_of(feature) == name],
+        )
+        for name in tables
+    ]
+
+
+def _table_config(config: Config, schema: Schema, name: str, features: list[str]) -> TableConfig:
+    defaults, own = config.embedding, config.embedding.tables.get(name, TableSettings())
+    return TableConfig(
+        name=name,
+        num_embeddings=schema.limit(name),
+        embedding_dim=own.embedding_dim or defaults.dim,
+        features=features,
+        pooling="none" if name == schema.target_item else "sum",
+        sharding=own.sharding or defaults.sharding,
+        optimizer=own.optimizer or defaults.optimizer,
+        learning_rate=defaults.learning_rate if own.learning_rate is None else own.learning_rate,
+        weight_decay=defaults.weight_decay if own.weight_decay is None else own.weight_decay,
+        init_std=defaults.init_std,
+    )
+
+
+def build_content_store(
+    config: Config, content: ContentSettings, root: Location, schema: Schema, ranks: Ranks
+) -> tuple[ContentStore, dict[str, Encoder]]:
+    """Tokenises, decodes and encodes what is frozen, once per machine; the encoders beside it."""
+    cache = Location.of(config.cache).path if config.cache else default_cache()
+    with ranks.all_or_none():
+        store = ContentStore(ItemTable(root, schema), content.modalities, _path(cache))
+    encoders = {}
+    for name, modality in content.modalities.items():
+        with ranks.all_or_none():
+            tokenizer = None
+            if modality.kind == "text":
+                assert modality.encoder is not None
+                where = f"content.modalities.{name}"
+                tokenizer = load_tokenizer(modality.encoder, modality.revision, where)
+            if ranks.is_first_of_machine:
+                store.build(name, tokenizer)
+        with ranks.all_or_none():
+            store.build(name, tokenizer)
+            width = store.arrays[name].values.shape[-1] if modality.kind == "feature" else None
+            encoders[name] = build_encoder(name, modality, width)
+        if encoders[name].caches and modality.cache_frozen_layers:
+            cache_frozen_outputs(store, name, encoders[name], ranks)
+    return store, encoders
+
+
+def _path(folder: object) -> Path:
+    return Path(str(folder)).expanduser()
+
+
+def build_em3(
+    config: Config,
+    schema: Schema,
+    tables: list[TableConfig],
+    encoders: dict[str, Encoder],
+    bank: MemoryBank | None,
+    device: str = "meta",
+) -> EM3:
+    """The model, its tables on `device` (meta: allocated when sharded).
+
+    Raises:
+        ValueError: unknown parts, or label weights for labels that do not exist.
+    """
+    content = content_settings(config)
+    labels = schema.of_kind("label")
+    unknown = sorted(set(config.ranking.label_weights) - set(labels))
+    if unknown:
+        raise ValueError(f"ranking.label_weights: no label {unknown}; the labels are {labels}")
+    dims = {table.name: table.embedding_dim for table in tables}
+    pooled = pooled_features(config, schema)
+    id_dim = dims[schema.target_item]
+    dimensions = InputDimensions(
+        pooled_dims=[dims[schema.table_of(name)] for name in pooled],
+        id_dim=id_dim,
+        num_dense=len(schema.of_kind("dense")),
+        num_parallel=len(schema.parallel),
+        num_labels=len(labels),
+    )
+    embeddings = build_embedding_collection(tables, device)
+    assert embeddings is not None
+    contrastive = None
+    if content is not None and config.contrastive.weight > 0:
+        contrastive = ContentIDContrastive(content.dim, id_dim, config.contrastive)
+    weights = [config.ranking.label_weights.get(label, 1.0) for label in labels]
+    return EM3(
+        embedding_bags=build_embedding_bag_collection(tables, device),
+        embeddings=embeddings,
+        content=ContentBranch(encoders, content, bank) if content is not None else None,
+        read_ids=ReadIDs(pooled, schema.target_item, schema.history),
+        ranking=build_ranking(config.ranking, dimensions, content),
+        losses=Losses(RankingLoss(weights), contrastive, config.contrastive.weight),
+    )
+
+
+def dense_groups(config: Config) -> list[DenseGroup]:
+    """AdamW's groups: what trains in the encoders, the rest of content, and everything else."""
+    settings = config.optimizer
+    decay = settings.weight_decay
+    return [
+        DenseGroup("encoders", ["content.encoders."], settings.encoder_learning_rate, decay),
+        DenseGroup(
+            "content", ["content.", "losses."], settings.content_learning_rate, decay
+        ),
+        DenseGroup("ranking", [""], settings.learning_rate, decay),
+    ]
+
+
+def warmup_schedule(adamw: AdamW, warmup_steps: int) -> LambdaLR:
+    """Learning rates rise linearly over the first steps, then stay."""
+    rising: Callable[[int], float] = lambda step: min(1.0, (step + 1) / max(warmup_steps, 1))  # noqa: E731
+    return LambdaLR(adamw, rising)
+
+
+def build_job(config: Config, data: str, ranks: Ranks) -> Job:
+    """Everything from configuration to pipeline. A collective.
+
+    Raises:
+        ValueError: on every rank, when any rank finds the data, the configuration or the plan
+            wanting.
+    """
+    torch.manual_seed(config.seed)  # the same on all ranks: initial weights agree
+    with ranks.all_or_none():
+        root = Location.of(data)
+        schema = load_schema(root)
+        tables = table_configs(config, schema)
+    content = content_settings(config)
+    store, encoders, bank = None, {}, None
+    if content is not None:
+        store, encoders = build_content_store(config, content, root, schema, ranks)
+        if content.history.mode != "full":
+            bank = MemoryBank(schema.num_items, content.dim, ranks.device, ranks.group)
+    with ranks.all_or_none():
+        em3 = build_em3(config, schema, tables, encoders, bank)
+        fuse_table_optimizers(em3, tables)
+    plan: ShardingPlan = plan_sharding(em3, tables, ranks.group, ranks.device, config.batch_size)
+    model = DistributedModelParallel(
+        em3, ShardingEnv.from_process_group(ranks.group), ranks.device, plan, sharders()
+    )
+    optimizer, adamw = build_dense_optimizer(model, dense_groups(config))
+    schedule = warmup_schedule(adamw, config.optimizer.warmup_steps)
+    pipeline = TrainPipelineSparseDist(
+        model, optimizer, ranks.device, execute_all_batches=True
+    )
+    torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
+    return Job(
+        config,
+        root,
+        schema,
+        ranks,
+        store,
+        model,
+        optimizer,
+        schedule,
+        pipeline,
+        plan=format_plan(plan, tables),
+        parameters=describe_optimizers(model, tables, adamw),
+    )

@@ -1,0 +1,127 @@
+"""The command line: `recsys doctor | prepare | train | evaluate | predict`.
+
+`train`, `evaluate` and `predict` run alone or under torchrun and torchx unchanged.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from recsys import doctor
+
+
+def _parser() -> ArgumentParser:
+    from recsys.config import add_config_arguments
+
+    parser = ArgumentParser(prog="recsys", description="Trains and runs EM3 recommenders.")
+    commands = parser.add_subcommands()
+
+    command = ArgumentParser(description="Versions, devices and memory; how to mend what is wrong.")
+    commands.add_subcommand("doctor", command)
+
+    command = ArgumentParser(description="Makes a dataset of a known source.")
+    commands.add_subcommand("prepare", command)
+    source = ArgumentParser(description="MovieLens -> the dataset format.")
+    source.add_argument("--source", type=Path | None, help="a folder; default: the bundled sample")
+    source.add_argument("--out", type=Path, required=True, help="folder of the dataset to write")
+    command.add_subcommands().add_subcommand("movielens", source)
+
+    command = ArgumentParser(description="Trains a model; every setting can be overridden.")
+    add_config_arguments(command)
+    command.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
+    command.add_argument("--out", type=Path, required=True, help="folder of the run to write")
+    command.add_argument("--overwrite", type=bool, default=False, help="replace an earlier run")
+    commands.add_subcommand("train", command)
+
+    command = ArgumentParser(description="Metrics of a finished run on a split.")
+    _add_run_arguments(command)
+    command.add_argument("--split", type=str, default="test", help="train, valid or test")
+    commands.add_subcommand("evaluate", command)
+
+    command = ArgumentParser(description="Adds predictions to Parquet files of impressions.")
+    _add_run_arguments(command)
+    command.add_argument("--input", type=str, nargs="+", required=True, help="files or folders")
+    command.add_argument("--out", type=Path, required=True, help="Parquet file to write")
+    commands.add_subcommand("predict", command)
+    return parser
+
+
+def _add_run_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
+    parser.add_argument("--data", type=str | None, help="dataset; default: the run's own")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+
+
+def _prepare(arguments: Namespace) -> None:
+    from recsys.data.movielens import format_summary, prepare_movielens
+
+    chosen = arguments.movielens
+    print(format_summary(prepare_movielens(chosen.source, chosen.out)))
+    print(f"written to {chosen.out}")
+
+
+def _train(arguments: Namespace) -> None:
+    from recsys.config import config_from
+    from recsys.ranks import joined_ranks
+    from recsys.training import train
+
+    config = config_from(arguments)
+    with joined_ranks(config.device) as ranks:
+        train(config, arguments.data, arguments.out, ranks, arguments.overwrite)
+
+
+def _evaluate(arguments: Namespace) -> None:
+    from recsys.prediction import evaluate
+    from recsys.ranks import joined_ranks
+
+    with joined_ranks(arguments.device) as ranks:
+        evaluate(arguments.run, arguments.data, arguments.split, ranks, arguments.device)
+
+
+def _predict(arguments: Namespace) -> None:
+    from recsys.prediction import predict
+    from recsys.ranks import joined_ranks
+
+    with joined_ranks(arguments.device) as ranks:
+        predict(
+            arguments.run, arguments.input, arguments.out, arguments.data, ranks, arguments.device
+        )
+
+
+COMMANDS: dict[str, Callable[[Namespace], None]] = {
+    "prepare": _prepare,
+    "train": _train,
+    "evaluate": _evaluate,
+    "predict": _predict,
+}
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs one command; a user's error is one line and exit code 1."""
+    words = sys.argv[1:] if words is None else words
+    if words[:1] == ["doctor"]:  # must work where nothing else can be imported
+        return doctor.main()
+    for name in ("torchrec", "torch.fx"):  # advice to developers of these libraries
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        doctor.require_working_installation()
+        parser = _parser()
+        arguments = parser.instantiate(parser.parse_args(words))
+        COMMANDS[arguments.subcommand](arguments[arguments.subcommand])
+    except ValueError as error:
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""The configuration of a run: one tree of dataclasses, read from YAML and the command line.
+
+Every field is a setting users may write in a recipe (`recsys/configs/*.yaml`) or override as
+`--any.setting VALUE`. jsonargparse checks names and types; `validate` checks what only shows
+when the parts are seen together (dimensions that do not divide, modes that need each other).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+
+@dataclass
+class TableSettings:
+    """Settings of one ID table that differ from `EmbeddingSettings`; None keeps the default."""
+
+    embedding_dim: int | None = None  # pooled tables only; sequence tables share embedding.dim
+    sharding: Literal["auto", "row_wise", "table_wise", "column_wise"] | None = None
+    optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] | None = None
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+
+
+@dataclass
+class EmbeddingSettings:
+    """The ID tables. One table per `id` or `ids` column of the schema."""
+
+    dim: int = 32
+    sharding: Literal["auto", "row_wise", "table_wise", "column_wise"] = "auto"
+    optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
+    learning_rate: float = 0.05
+    weight_decay: float = 0.0
+    init_std: float = 0.01
+    tables: dict[str, TableSettings] = field(default_factory=dict)  # by column name
+    skip: list[str] = field(default_factory=list)  # id columns of the schema that get no table
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters inside an encoder (peft)."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["query", "value"])
+    top_layers: int = 1  # adapt this many of the highest layers
+
+
+@dataclass
+class ModalitySettings:
+    """One source of content tokens: a column of the items and what encodes it."""
+
+    kind: Literal["text", "image", "feature"]
+    column: str
+    # A transformers model: hub name, folder, or `package:NAME` for a folder inside an installed
+    # package. Text needs one; an image has either this or `module`; a feature has neither.
+    encoder: str | None = None
+    # Any torch module for images, `package.module:factory`; [U, 3, H, W] -> [U, D] or [U, T, D].
+    module: str | None = None
+    training: Literal["frozen", "lora", "full"] = "frozen"
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    # How the encoder's last hidden states become tokens for the fusion.
+    pooling: Literal["mean", "cls", "none"] = "mean"
+    max_length: int = 32  # text tokens per item
+    image_size: int = 224  # pixels, square
+    # Keep the outputs of the frozen layers below the lowest trained one per item on disk.
+    cache_frozen_layers: bool = True
+    revision: str | None = None  # of a hub encoder
+
+
+@dataclass
+class FusionSettings:
+    """Tokens of all modalities -> one content vector per item."""
+
+    name: str = "qformer"  # or "concat", or one of your own in recsys.content.fusion.FUSIONS
+    preset: Literal["published", "modern"] = "modern"
+    num_queries: int = 2
+    num_layers: int = 1
+    num_heads: int = 4
+    dropout: float = 0.1
+
+
+@dataclass
+class HistorySettings:
+    """How the content of history items is obtained and used."""
+
+    mode: Literal["bank_lora", "bank_frozen", "bank_dense", "full"] = "bank_lora"
+    lora_rank: int = 4
+    lora_alpha: float = 8.0
+    similarity_features: bool = True  # cosine of the target to liked and other history items
+    refresh_bank_every_epoch: bool = False  # re-encode all items before each validation
+
+
+@dataclass
+class ContentSettings:
+    """The content branch; `content: none` instead of it gives the ID-only twin."""
+
+    modalities: dict[str, ModalitySettings]
+    dim: int = 32
+    fusion: FusionSettings = field(default_factory=FusionSettings)
+    history: HistorySettings = field(default_factory=HistorySettings)
+
+
+@dataclass
+class ContrastiveSettings:
+    """Content-ID-Contrastive loss."""
+
+    weight: float = 0.0
+    variant: Literal["in_batch", "published"] = "in_batch"
+    dim: int = 32
+    temperature: float = 0.1
+    learn_temperature: bool = False
+    normalize: bool = True
+    num_negatives: int = 16  # published variant
+    stop_gradient: Literal["none", "content", "id"] = "none"
+    all_ranks: bool = False  # in_batch: negatives from every rank
+
+
+@dataclass
+class RankingSettings:
+    """The ranking backbone over ID and content vectors."""
+
+    name: str = "din_dcn"  # one of recsys.ranking.RANKING_MODELS
+    attention_units: list[int] = field(default_factory=lambda: [64, 16])
+    cross_layers: int = 2
+    cross_rank: int = 32
+    mlp_units: list[int] = field(default_factory=lambda: [128, 64])
+    dropout: float = 0.3
+    label_weights: dict[str, float] = field(default_factory=dict)  # several labels; default 1
+
+
+@dataclass
+class OptimizerSettings:
+    """AdamW for the dense parts; the ID tables have their own in `embedding`."""
+
+    learning_rate: float = 1e-3
+    content_learning_rate: float = 1e-3  # projections, fusion, history maps, contrastive heads
+    encoder_learning_rate: float = 1e-4  # what trains inside the encoders
+    weight_decay: float = 0.01
+    warmup_steps: int = 20
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    content: ContentSettings | Literal["none"] = "none"
+    embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
+    ranking: RankingSettings = field(default_factory=RankingSettings)
+    contrastive: ContrastiveSettings = field(default_factory=ContrastiveSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    batch_size: int = 256  # impressions per rank and step
+    epochs: int = 10  # at most; early stopping ends sooner
+    validations_per_epoch: int = 1
+    patience: int = 2  # validations without a better AUC before training ends
+    seed: int = 0
+    num_workers: int = 0  # loader processes per rank
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cache: str | None = None  # folder of encoded items; default ~/.cache/recsys
+    log_every_steps: int = 20
+
+
+CONFIG_NAMES = tuple(Config.__dataclass_fields__)
+
+
+def add_config_arguments(parser: ArgumentParser) -> None:
+    """Adds `--config FILE` and every setting of `Config` as `--name.of.setting`."""
+    parser.add_argument("--config", action="config", help="a recipe (YAML)")
+    parser.add_class_arguments(Config, None)
+
+
+def config_from(namespace: Namespace) -> Config:
+    """The checked `Config` in parsed command-line arguments."""
+    config = Config(**{name: namespace[name] for name in CONFIG_NAMES})
+    validate(config)
+    return config
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    add_config_arguments(parser)
+    return parser
+
+
+def load_config(path: Path | str, overrides: list[str] | None = None) -> Config:
+    """Reads a recipe; `overrides` are command-line words such as `["--epochs", "1"]`.
+
+    Raises:
+        ValueError: a missing file, an unknown key or a wrong type, named.
+
+    Example::
+
+        config = load_config("recsys/configs/tiny.yaml", ["--content", "none"])
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"config {path}: no such file")
+    parser = _parser()
+    try:
+        namespace = parser.parse_args(["--config", str(path), *(overrides or [])])
+    except Exception as error:
+        raise ValueError(f"config {path}: {error}") from error
+    return config_from(parser.instantiate(namespace))
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the resolved configuration, readable by `load_config`."""
+    path.write_text(yaml.safe_dump(_plain(config), sort_keys=False))
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def validate(config: Config) -> None:
+    """Checks what spans several settings.
+
+    Raises:
+        ValueError: names the settings that do not fit and what would.
+    """
+    positive = {
+        "batch_size": config.batch_size,
+        "epochs": config.epochs,
+        "validations_per_epoch": config.validations_per_epoch,
+        "patience": config.patience,
+        "embedding.dim": config.embedding.dim,
+        "log_every_steps": config.log_every_steps,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if config.contrastive.weight < 0:
+        raise ValueError(f"contrastive.weight is {config.contrastive.weight}; it must be >= 0")
+    if config.content == "none":
+        return
+    assert isinstance(config.content, ContentSettings)
+    _validate_content(config.content)
+    if config.contrastive.weight > 0 and config.contrastive.temperature <= 0:
+        raise ValueError(
+            f"contrastive.temperature is {config.contrastive.temperature}; it must be > 0"
+        )
+
+
+def _validate_content(content: ContentSettings) -> None:
+    if not content.modalities:
+        raise ValueError(
+            "content.modalities is empty: name at least one modality, or set `content: none`"
+        )
+    fusion = content.fusion
+    if fusion.name == "qformer" and content.dim % fusion.num_heads:
+        raise ValueError(
+            f"content.dim {content.dim} is not divisible by content.fusion.num_heads "
+            f"{fusion.num_heads}; choose a multiple"
+        )
+    if content.history.mode == "bank_lora" and not 0 < content.history.lora_rank <= content.dim:
+        raise ValueError(
+            f"content.history.lora_rank is {content.history.lora_rank}; it must lie in "
+            f"[1, content.dim = {content.dim}]"
+        )
+    for name, modality in content.modalities.items():
+        _validate_modality(f"content.modalities.{name}", modality)
+
+
+def _validate_modality(where: str, modality: ModalitySettings) -> None:
+    if modality.kind == "text" and not modality.encoder:
+        raise ValueError(f"{where}: a text needs an `encoder` (hub name, folder or package:NAME)")
+    if modality.kind == "image" and bool(modality.encoder) == bool(modality.module):
+        raise ValueError(f"{where}: an image needs either `encoder` or `module`, and not both")
+    if modality.kind == "feature" and (modality.encoder or modality.module):
+        raise ValueError(f"{where}: a stored feature takes no encoder; remove it or change `kind`")
+    if modality.kind == "feature" and modality.training != "frozen":
+        raise ValueError(f"{where}: a stored feature is `training: frozen`, not {modality.training}")
+    if modality.module and modality.training == "lora":
+        raise ValueError(f"{where}: LoRA needs a transformers `encoder`; a `module` is frozen or full")
+    if modality.max_length < 1 or modality.image_size < 1:
+        raise ValueError(f"{where}: max_length and image_size must be at least 1")

@@ -1,0 +1,195 @@
+"""Fusion: the tokens of all modalities -> one content vector per item.
+
+`FusionQFormer` is EM3's Fusion-Q-Former (arXiv 2404.06078, section 3: transformers and a set of
+trainable queries with a fixed-length output); preset `published` follows the authors' public
+code to the letter, preset `modern` is what transformers have learned since. `ConcatFusion` is the
+baseline. All have one interface, so a configuration names one and nothing else changes.
+
+Shapes: U unique items, T tokens of all modalities, Q queries, D dimension, M modalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recsys.config import FusionSettings
+
+
+class JointSelfAttention(nn.Module):
+    """Multi-head self-attention with the published scale sqrt(d_head + 1e-5)."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads + 1e-5) ** -0.5
+        self.query, self.key, self.value, self.output = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(
+        self,
+        x: Tensor,  # [U, T, D]
+        mask: Tensor,  # [U, T]
+    ) -> Tensor:  # [U, T, D]
+        heads = (self.num_heads, x.shape[-1] // self.num_heads)
+        query, key, value = (
+            linear(x).unflatten(-1, heads).transpose(1, 2)
+            for linear in (self.query, self.key, self.value)
+        )
+        attended = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask[:, None, None, :], scale=self.scale
+        )
+        return self.output(attended.transpose(1, 2).flatten(-2))
+
+
+class PublishedLayer(nn.Module):
+    """Joint self-attention, output dropout, then post-LayerNorm of the residual sum; no FFN."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = JointSelfAttention(dim, num_heads)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.norm(x + self.dropout(self.attention(x, mask)))
+
+
+class ModernLayer(nn.Module):
+    """Pre-norm joint self-attention and a GELU feed-forward of four times the width."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = JointSelfAttention(dim, num_heads)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), mask))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class FusionQFormer(nn.Module):
+    """Trainable queries attend, jointly with the tokens, to all tokens of an item.
+
+    Missing tokens are masked as keys; with all tokens present `published` is the published
+    formula: layers over [queries; tokens], the Q outputs flattened and projected to D.
+
+    Args:
+        dim: D, divisible by `num_heads`.
+        num_modalities: M (`modern` adds an embedding of the modality to each token).
+        num_queries, num_layers, num_heads, dropout: as they say.
+        preset: `published` or `modern`.
+
+    Example::
+
+        fusion = FusionQFormer(dim=8, num_modalities=2, num_heads=2)
+        tokens = torch.randn(3, 2, 8)  # [U, T, D]
+        mask = torch.tensor([[True, True], [True, False], [False, False]])
+        fusion(tokens, mask, torch.tensor([0, 1])).shape  # [3, 8]
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_modalities: int,
+        num_queries: int = 2,
+        num_layers: int = 1,
+        num_heads: int = 4,
+        dropout: float = 0.1,
+        preset: Literal["published", "modern"] = "modern",
+    ) -> None:
+        super().__init__()
+        layer: Callable[[int, int, float], nn.Module] = (
+            PublishedLayer if preset == "published" else ModernLayer
+        )
+        self.queries = nn.Parameter(torch.empty(num_queries, dim))
+        nn.init.xavier_uniform_(self.queries)
+        self.modality_embedding = nn.Embedding(num_modalities, dim) if preset == "modern" else None
+        self.layers = nn.ModuleList(layer(dim, num_heads, dropout) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(dim) if preset == "modern" else nn.Identity()
+        self.output = nn.Linear(num_queries * dim, dim)
+        if self.modality_embedding is not None:
+            nn.init.normal_(self.modality_embedding.weight, std=0.02)
+
+    def forward(
+        self,
+        tokens: Tensor,  # [U, T, D]
+        mask: Tensor,  # [U, T], True where there is a token
+        modality: Tensor,  # [T], index of each token's modality
+    ) -> Tensor:  # [U, D]
+        if self.modality_embedding is not None:
+            tokens = tokens + self.modality_embedding(modality)
+        num_items, num_queries = tokens.shape[0], self.queries.shape[0]
+        x = torch.cat([self.queries.expand(num_items, -1, -1), tokens], dim=1)  # [U, Q + T, D]
+        attended = F.pad(mask, (num_queries, 0), value=True)  # queries are always there
+        for layer in self.layers:
+            x = layer(x, attended)
+        return self.output(self.norm(x[:, :num_queries]).flatten(1))
+
+
+class ConcatFusion(nn.Module):
+    """Baseline: the mean token of each modality, side by side, through one linear map.
+
+    A modality that an item lacks is a trained vector of its own.
+    """
+
+    def __init__(self, dim: int, num_modalities: int) -> None:
+        super().__init__()
+        self.num_modalities = num_modalities
+        self.missing = nn.Parameter(torch.zeros(num_modalities, dim))
+        self.output = nn.Linear(num_modalities * dim, dim)
+
+    def forward(
+        self,
+        tokens: Tensor,  # [U, T, D]
+        mask: Tensor,  # [U, T]
+        modality: Tensor,  # [T]
+    ) -> Tensor:  # [U, D]
+        member = F.one_hot(modality, self.num_modalities).T.to(tokens.dtype)  # [M, T]
+        weights = member * mask.to(tokens.dtype).unsqueeze(1)  # [U, M, T]
+        count = weights.sum(-1, keepdim=True)  # [U, M, 1]
+        mean = weights @ tokens / count.clamp(min=1)  # [U, M, D]
+        return self.output(torch.where(count > 0, mean, self.missing).flatten(1))
+
+
+def _qformer(settings: FusionSettings, dim: int, num_modalities: int) -> nn.Module:
+    return FusionQFormer(
+        dim,
+        num_modalities,
+        settings.num_queries,
+        settings.num_layers,
+        settings.num_heads,
+        settings.dropout,
+        settings.preset,
+    )
+
+
+def _concat(settings: FusionSettings, dim: int, num_modalities: int) -> nn.Module:
+    return ConcatFusion(dim, num_modalities)
+
+
+# Add your own: name -> builder(settings, dim, num_modalities).
+FUSIONS: dict[str, Callable[[FusionSettings, int, int], nn.Module]] = {
+    "qformer": _qformer,
+    "concat": _concat,
+}
+
+
+def build_fusion(settings: FusionSettings, dim: int, num_modalities: int) -> nn.Module:
+    """The fusion a configuration names.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if settings.name not in FUSIONS:
+        raise ValueError(
+            f"content.fusion.name '{settings.name}' is unknown; choose one of {sorted(FUSIONS)}"
+        )
+    return FUSIONS[settings.name](settings, dim, num_modalities)

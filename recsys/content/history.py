@@ -1,0 +1,36 @@
+"""The history's content vectors, made affordable by LoRA.
+
+EM3 applies "LoRA in the sequential modelling of user content interest": vectors of history items
+come from the memory bank without gradient and pass a frozen map plus a low-rank trained one,
+v W0 + (alpha / r) v A B, so that neither encoders nor a dense map are trained over histories.
+The map is applied to unique items, before they are spread over the history's positions.
+"""
+
+from __future__ import annotations
+
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from recsys.config import HistorySettings
+
+
+class HistoryMap(nn.Module):
+    """Maps the content vectors of history items.
+
+    Modes: `bank_frozen` keeps W0 (the identity, so that history and target share a space),
+    `bank_lora` adds peft's low-rank map, which starts at zero, `bank_dense` and `full` train W0.
+    """
+
+    def __init__(self, dim: int, settings: HistorySettings) -> None:
+        super().__init__()
+        self.map = nn.Linear(dim, dim, bias=False)
+        nn.init.eye_(self.map.weight)
+        self.map.requires_grad_(settings.mode in ("bank_dense", "full"))
+        if settings.mode == "bank_lora":
+            lora = LoraConfig(
+                r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=["map"]
+            )
+            inject_adapter_in_model(lora, self)
+
+    def forward(self, vectors: Tensor) -> Tensor:  # [U, D] -> [U, D]
+        return self.map(vectors)

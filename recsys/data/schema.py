@@ -1,0 +1,164 @@
+"""A dataset's `schema.yaml`: which Parquet columns mean what.
+
+A dataset is a folder with `schema.yaml`, `train/ valid/ test/*.parquet` (one row per impression)
+and `items/*.parquet` (one row per item), readable from a local path or any fsspec URL. Columns
+that the schema does not name may be in the files and are not read.
+
+    target_item: item           # the id column that is ranked
+    group: user                 # the id column whose AUC is averaged in GAUC
+    columns:
+      user:    {kind: id, num_embeddings: 610}
+      item:    {kind: id, num_embeddings: 9742}
+      history: {kind: sequence, shares: item, parallel: [history_liked]}
+      genres:  {kind: ids, num_embeddings: 20}
+      price:   {kind: dense}
+      liked:   {kind: label}
+    items:
+      id: item
+      columns:
+        text:   {kind: text}
+        poster: {kind: image}
+        clip:   {kind: feature}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from recsys.data.filesystem import Location
+
+
+@dataclass
+class Column:
+    """One column of the impressions."""
+
+    kind: Literal["id", "ids", "sequence", "dense", "label"]
+    num_embeddings: int | None = None  # rows of its table: ids lie in [0, num_embeddings)
+    shares: str | None = None  # use another column's table instead of an own one
+    parallel: list[str] = field(default_factory=list)  # float lists beside a sequence
+
+
+@dataclass
+class ItemColumn:
+    """One column of the items."""
+
+    kind: Literal["text", "image", "feature"]
+
+
+@dataclass
+class Items:
+    """The items: the column that holds their id, and their content."""
+
+    id: str
+    columns: dict[str, ItemColumn] = field(default_factory=dict)
+
+
+@dataclass
+class Schema:
+    """Meaning of a dataset's columns; see the module's docstring."""
+
+    target_item: str
+    group: str
+    columns: dict[str, Column]
+    items: Items | None = None
+
+    def of_kind(self, kind: str) -> list[str]:
+        """Names of the columns of one kind, in the order of the schema."""
+        return [name for name, column in self.columns.items() if column.kind == kind]
+
+    @property
+    def history(self) -> str | None:
+        """The sequence of past items, if there is one."""
+        return next(iter(self.of_kind("sequence")), None)
+
+    @property
+    def num_items(self) -> int:
+        """Rows of the target item's table."""
+        num_embeddings = self.columns[self.target_item].num_embeddings
+        assert num_embeddings is not None
+        return num_embeddings
+
+    def table_of(self, name: str) -> str:
+        """The column whose table `name` looks up."""
+        return self.columns[name].shares or name
+
+    def limit(self, name: str) -> int:
+        """Number of rows of the table that column `name` looks up."""
+        num_embeddings = self.columns[self.table_of(name)].num_embeddings
+        assert num_embeddings is not None
+        return num_embeddings
+
+    @property
+    def parallel(self) -> list[str]:
+        """Lists beside the history."""
+        return self.columns[self.history].parallel if self.history else []
+
+
+def load_schema(root: Location) -> Schema:
+    """Reads and checks `schema.yaml` of the dataset at `root`.
+
+    Raises:
+        ValueError: the file is missing, has an unknown key, or its parts do not fit together.
+    """
+    path = root / "schema.yaml"
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; a dataset folder needs a schema.yaml")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Schema, None)
+    try:
+        content = yaml.safe_load(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it must be a mapping with target_item, group and columns")
+        namespace = parser.instantiate(parser.parse_object(content))
+    except Exception as error:
+        raise ValueError(f"{path}: {error}") from error
+    schema = Schema(**{name: namespace[name] for name in Schema.__dataclass_fields__})
+    _validate(schema, str(path))
+    return schema
+
+
+def _validate(schema: Schema, path: str) -> None:
+    for role in ("target_item", "group"):
+        name = getattr(schema, role)
+        if name not in schema.columns or schema.columns[name].kind != "id":
+            raise ValueError(f"{path}: {role} '{name}' must be a column of kind id")
+    if not schema.of_kind("label"):
+        raise ValueError(f"{path}: no column of kind label; name what is to be predicted")
+    if len(schema.of_kind("sequence")) > 1:
+        raise ValueError(
+            f"{path}: columns {schema.of_kind('sequence')} are all of kind sequence; one is the "
+            "history of the sequence models, give the others kind ids"
+        )
+    for name, column in schema.columns.items():
+        _validate_column(schema, name, column, path)
+
+
+def _validate_column(schema: Schema, name: str, column: Column, path: str) -> None:
+    where = f"{path}: column '{name}'"
+    if column.kind in ("dense", "label"):
+        if column.num_embeddings or column.shares or column.parallel:
+            raise ValueError(f"{where} of kind {column.kind} takes no further key")
+        return
+    if column.parallel and column.kind != "sequence":
+        raise ValueError(f"{where}: only a sequence has parallel lists")
+    if (column.num_embeddings is None) == (column.shares is None):
+        raise ValueError(f"{where} needs either num_embeddings or shares")
+    if column.num_embeddings is not None and column.num_embeddings < 1:
+        raise ValueError(f"{where}: num_embeddings is {column.num_embeddings}; it must be positive")
+    if column.kind == "sequence" and column.shares != schema.target_item:
+        raise ValueError(
+            f"{where}: a sequence holds past target items; write `shares: {schema.target_item}`"
+        )
+    if column.shares is not None:
+        other = schema.columns.get(column.shares)
+        if other is None or other.num_embeddings is None:
+            raise ValueError(f"{where} shares '{column.shares}', which has no table of its own")
+        if column.kind != "sequence" and column.shares == schema.target_item:
+            raise ValueError(
+                f"{where} of kind {column.kind} is pooled and cannot share the table of the target "
+                "item, which is not; give it num_embeddings"
+            )

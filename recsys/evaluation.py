@@ -1,0 +1,122 @@
+"""Scores a split over all ranks and computes its metrics exactly, from every row once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recsys.batch import Batch
+from recsys.build import Job
+from recsys.data.interactions import Interactions, loader
+from recsys.data.parquet_rows import ParquetRows, count_items
+from recsys.metrics import evaluation_report, gather_rows
+from recsys.ranks import Ranks
+
+ITEMS_PER_CALL = 256
+
+
+def together(batches: Iterator[Batch], ranks: Ranks) -> Iterator[Batch]:
+    """The batches of this rank; an error in reading any rank's is raised on every rank."""
+    while True:
+        batch: Batch | None = None
+        error: Exception | None = None
+        try:
+            batch = next(batches, None)
+        except Exception as raised:
+            error = raised
+        ranks.raise_first(error)
+        if batch is None:
+            return
+        yield batch
+
+
+def count_training_items(job: Job) -> np.ndarray:
+    """How many training rows each item has, over all ranks: int64 [num_items]. A collective."""
+    ranks = job.ranks
+    with ranks.all_or_none():
+        rows = ParquetRows.of_split(job.root, "train", job.schema)
+        counts = torch.from_numpy(count_items(rows, ranks.rank, ranks.world_size))
+    dist.all_reduce(counts, group=ranks.group)
+    return counts.numpy()
+
+
+@torch.no_grad()
+def fill_bank(job: Job) -> None:
+    """Encodes every item and writes its vector to the memory bank. A collective."""
+    content, store, ranks = job.em3.content, job.store, job.ranks
+    if content is None or content.bank is None:
+        return
+    assert store is not None
+    was_training = content.training
+    content.eval()
+    share = np.array_split(np.sort(store.items.ids), ranks.world_size)[ranks.rank]
+    # Every rank makes the same number of calls, as each is a collective.
+    longest = -(-len(store.items.ids) // ranks.world_size)
+    for ids in np.array_split(share, -(-longest // ITEMS_PER_CALL)):
+        vectors = torch.zeros(0, content.bank.dim, device=ranks.device)
+        if len(ids):
+            inputs = {
+                name: part.to(ranks.device) for name, part in store.gather(ids).items()
+            }
+            vectors = content.encode(inputs)
+        content.bank.update(torch.from_numpy(ids).to(ranks.device), vectors, content.step)
+    content.train(was_training)
+
+
+@torch.no_grad()
+def score(job: Job, interactions: Interactions) -> dict[str, Tensor]:
+    """Rows of all ranks, on every rank: position, logits, labels, group and target item.
+
+    Rows that only pad are left out. A collective.
+    """
+    job.model.eval()
+    batches = together(
+        iter(loader(interactions, job.config.num_workers, job.ranks.device.type == "cuda")),
+        job.ranks,
+    )
+    parts: list[list[Tensor]] = []
+    while True:
+        try:
+            _, logits, batch = cast(Any, job.pipeline.progress(batches))
+        except StopIteration:
+            break
+        known = batch.row_positions >= 0
+        columns = (batch.row_positions, logits.float(), batch.labels, batch.groups, batch.target_items)
+        parts.append([column[known].cpu() for column in columns])
+    names = ("positions", "logits", "labels", "groups", "items")
+    gathered = {
+        name: gather_rows(torch.cat([part[index] for part in parts]), job.ranks.group)
+        for index, name in enumerate(names)
+    }
+    return gathered
+
+
+def evaluate_split(job: Job, split: str, item_counts: np.ndarray) -> dict[str, Any]:
+    """Metrics of one split, in all and for cold, warm and unseen items. A collective.
+
+    With several labels the first is at the top and each is under `labels`.
+    """
+    with job.ranks.all_or_none():
+        rows = ParquetRows.of_split(job.root, split, job.schema)
+        interactions = Interactions(
+            rows,
+            job.batch_builder(),
+            job.config.batch_size,
+            job.ranks.rank,
+            job.ranks.world_size,
+        )
+    scored = score(job, interactions)
+    counts = item_counts[scored["items"].numpy()]
+    reports = {
+        label: evaluation_report(
+            scored["labels"][:, index], scored["logits"][:, index], scored["groups"], counts
+        )
+        for index, label in enumerate(job.schema.of_kind("label"))
+    }
+    first = next(iter(reports.values()))
+    return first if len(reports) == 1 else {**first, "labels": reports}

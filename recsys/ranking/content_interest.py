@@ -1,0 +1,70 @@
+"""The user's content interest: target attention and similarities over the history's content.
+
+The history's vectors come through the history map of `recsys.content.history`. The similarity
+features are SimTier's idea (arXiv 2407.19467), split by whether the user liked the item.
+
+Shapes: B batch, L longest history, N history items of the batch, D dimension, P parallel lists.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recsys.config import HistorySettings
+from recsys.ranking.target_attention import TargetAttention, pad_history
+
+
+def similarity_features(
+    target: Tensor,  # [B, D]
+    history: Tensor,  # [B, L, D]
+    mask: Tensor,  # [B, L]
+    flags: Tensor,  # [B, L, P], each in [0, 1], such as liked or not
+) -> Tensor:  # [B, S], S = 2 * G + P with G = 1 + 2 * P groups of history items
+    """Cosine of the target to groups of history items: mean, maximum, and what it votes for.
+
+    The groups are all items, and per flag those with and those without it. Per flag there is also
+    its mean weighted by softmax(cosine / 0.1): what the user thought of items like the target.
+    """
+    cosine = torch.einsum("bd,bld->bl", F.normalize(target, dim=-1), F.normalize(history, dim=-1))
+    groups = torch.cat([torch.ones_like(flags[..., :1]), flags, 1 - flags], dim=-1)
+    groups = groups * mask.unsqueeze(-1)  # [B, L, G]
+    count = groups.sum(dim=1)  # [B, G]
+    mean = (groups * cosine.unsqueeze(-1)).sum(1) / count.clamp(min=1)
+    masked = torch.where(groups > 0, cosine.unsqueeze(-1), -1.0)
+    maximum = torch.where(count > 0, masked.amax(dim=1), 0.0)
+    weights = torch.softmax((cosine / 0.1).masked_fill(~mask, -1e4), dim=1) * mask
+    votes = torch.einsum("bl,blp->bp", weights, flags)
+    return torch.cat([mean, maximum, votes], dim=1)
+
+
+def num_similarity_features(num_flags: int) -> int:
+    """S of `similarity_features`."""
+    return 2 * (1 + 2 * num_flags) + num_flags
+
+
+class ContentInterest(nn.Module):
+    """Target attention over the history's content, with similarity features beside it."""
+
+    def __init__(
+        self, dim: int, num_parallel: int, attention_units: list[int], settings: HistorySettings
+    ) -> None:
+        super().__init__()
+        self.attention = TargetAttention(dim, num_parallel, attention_units)
+        self.uses_similarity = settings.similarity_features
+        similarity_dim = num_similarity_features(num_parallel) if self.uses_similarity else 0
+        self.output_dim = self.attention.output_dim + similarity_dim
+
+    def forward(
+        self,
+        target: Tensor,  # [B, D]
+        history: Tensor,  # [N, D]
+        parallel: Tensor,  # [N, P]
+        lengths: Tensor,  # [B]
+    ) -> Tensor:  # [B, output_dim]
+        padded, flags, mask = pad_history(history, parallel, lengths)
+        interest = self.attention(target, padded, flags, mask)
+        if not self.uses_similarity:
+            return interest
+        return torch.cat([interest, similarity_features(target, padded, mask, flags)], dim=1)

@@ -1,0 +1,36 @@
+"""What a ranking model gets: ID vectors from the sharded tables, content vectors from the branch.
+
+Shapes: B batch, N history items of the whole batch, D dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class IDVectors:
+    """Looked-up ID embeddings.
+
+    pooled: one [B, D_table] per pooled feature, in the order of the configuration (the order in a
+        KeyedTensor would depend on the sharding plan).
+    target: [B, D] of the target item; history: [N, D] of the history.
+    """
+
+    pooled: list[Tensor]
+    target: Tensor
+    history: Tensor
+
+
+@dataclass
+class ContentVectors:
+    """Content vectors.
+
+    target: [B, D] with gradient into fusion and encoders.
+    history: [N, D] after the history map.
+    """
+
+    target: Tensor
+    history: Tensor

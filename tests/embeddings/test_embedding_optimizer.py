@@ -1,0 +1,228 @@
+"""Who updates which parameter: never two optimizers, never the wrong one, never none."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from embeddings import (
+    DenseGroup,
+    TableConfig,
+    build_dense_optimizer,
+    dense_parameters,
+    describe_optimizers,
+    fuse_table_optimizers,
+    initialize_optimizer_state,
+    plan_sharding,
+    sharders,
+)
+from tests.embeddings.tables_model import LABELS, TablesModel, jagged, table_configs
+from tests.ranks import run_on_ranks
+
+
+class ContentModel(TablesModel):
+    """Tables, a dense layer, an encoder with a norm, and a frozen part."""
+
+    def __init__(self, tables: list[TableConfig], device: str = "meta") -> None:
+        super().__init__(tables, device)
+        self.encoder = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.LayerNorm([2, 3]))
+        self.frozen = nn.Linear(5, 7).requires_grad_(False)
+
+
+GROUPS = [
+    DenseGroup("encoder", ["encoder."], learning_rate=0.1, weight_decay=0.5, betas=(0.8, 0.9)),
+    DenseGroup("rest", [""], learning_rate=0.2),
+]
+DENSE_NAMES = {
+    "dense.weight",
+    "dense.bias",
+    *(f"encoder.{layer}.{name}" for layer in range(3) for name in ("weight", "bias")),
+}
+
+
+def fused_model(tables: list[TableConfig], device: str = "cpu") -> ContentModel:
+    model = ContentModel(tables, device)
+    fuse_table_optimizers(model, tables)
+    return model
+
+
+def test_the_dense_optimizer_holds_neither_tables_nor_frozen_parameters() -> None:
+    model = fused_model(table_configs())
+    combined, adamw = build_dense_optimizer(model, GROUPS)
+    assert set(combined.params) == DENSE_NAMES
+    held = {id(parameter) for group in adamw.param_groups for parameter in group["params"]}
+    assert held == {id(value) for name, value in model.named_parameters() if name in DENSE_NAMES}
+
+
+def test_groups_carry_their_settings_and_only_matrices_decay() -> None:
+    model = fused_model(table_configs())
+    _, adamw = build_dense_optimizer(model, GROUPS)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    settings = {
+        names[id(parameter)]: (group["name"], group["lr"], group["weight_decay"], group["betas"])
+        for group in adamw.param_groups
+        for parameter in group["params"]
+    }
+    encoder_without_decay = ("encoder", 0.1, 0.0, (0.8, 0.9))
+    assert settings.pop("encoder.0.weight") == ("encoder", 0.1, 0.5, (0.8, 0.9))
+    assert settings.pop("dense.weight") == ("rest", 0.2, 0.0, (0.9, 0.999))
+    assert settings.pop("dense.bias") == ("rest", 0.2, 0.0, (0.9, 0.999))
+    # The weight of the last norm is a matrix, and still a norm's.
+    assert set(settings.values()) == {encoder_without_decay}
+
+
+def test_a_parameter_without_group_is_named() -> None:
+    with pytest.raises(ValueError, match=r"'dense.weight' \(2 in all\) fits no group"):
+        build_dense_optimizer(fused_model(table_configs()), GROUPS[:1])
+
+
+def test_a_table_without_fused_optimizer_does_not_fall_to_the_dense_one() -> None:
+    with pytest.raises(ValueError, match=r"'bags\.embedding_bags\.user\.weight' has no fused"):
+        build_dense_optimizer(ContentModel(table_configs(), "cpu"), GROUPS)
+
+
+def test_a_model_with_nothing_dense_to_train_is_refused() -> None:
+    tables = table_configs()
+    model = fused_model(tables)
+    model.encoder.requires_grad_(False)
+    model.dense.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter outside its tables"):
+        build_dense_optimizer(model, GROUPS)
+
+
+def test_a_table_in_the_model_only_is_refused() -> None:
+    tables = table_configs()
+    with pytest.raises(ValueError, match="table 'item' is only in the model"):
+        fuse_table_optimizers(TablesModel(tables), tables[:2])
+
+
+def test_each_table_trains_with_its_own_optimizer_without_sharding_too() -> None:
+    tables = table_configs(optimizer="sgd", learning_rate=0.5)
+    tables[2].learning_rate = 0.0
+    model = fused_model(tables)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    logits, _ = model(jagged(0, slice(0, 4)))
+    ((logits - LABELS[0]) ** 2).mean().backward()
+    after = dict(model.named_parameters())
+    assert not torch.equal(
+        after["bags.embedding_bags.user.weight"], before["bags.embedding_bags.user.weight"]
+    )
+    assert torch.equal(
+        after["sequences.embeddings.item.weight"], before["sequences.embeddings.item.weight"]
+    )
+
+
+def rows_of(description: str) -> dict[str, list[str]]:
+    """Cells by the first column; two spaces part the columns."""
+    lines = description.splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
+    assert len({line[0] for line in cells}) == len(cells)
+    return {line[0]: line[1:] for line in cells}
+
+
+def test_the_description_lists_every_parameter_once() -> None:
+    tables = table_configs(learning_rate=0.25)
+    model = fused_model(tables)
+    _, adamw = build_dense_optimizer(model, [DenseGroup("all dense", [""], learning_rate=0.2)])
+    rows = rows_of(describe_optimizers(model, tables, adamw))
+    assert rows == {
+        "table user": ["1", "80", "sgd (fused)", "0.25", "0"],
+        "table tags": ["1", "24", "sgd (fused)", "0.25", "0"],
+        "table item": ["1", "56", "sgd (fused)", "0.25", "0"],
+        "all dense": ["8", "87", "AdamW", "0.2", "0"],
+        "frozen": ["2", "42", "none", "-", "-"],
+        "total": ["13", "289"],
+    }
+    parameters = list(model.parameters())
+    assert len(parameters) == 13
+    assert sum(parameter.numel() for parameter in parameters) == 289
+
+
+def test_the_description_shows_the_full_rate_during_warm_up() -> None:
+    tables = table_configs()
+    model = fused_model(tables)
+    _, adamw = build_dense_optimizer(model, [DenseGroup("all dense", [""], learning_rate=0.2)])
+    torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: 0.01)
+    assert rows_of(describe_optimizers(model, tables, adamw))["all dense"][3] == "0.2"
+
+
+def describe_sharded(rank: int, world_size: int) -> dict[str, Any]:
+    tables = table_configs("table_wise", "rowwise_adagrad", learning_rate=0.25)
+    model = fused_model(tables, device="meta")
+    plan = plan_sharding(model, tables)
+    sharded = DistributedModelParallel(model, plan=plan, sharders=sharders())
+    combined, adamw = build_dense_optimizer(sharded, GROUPS)
+    rates = {name.split(".")[-2] for name in sharded.fused_optimizer.params}
+    return {
+        "description": describe_optimizers(sharded, tables, adamw),
+        "dense": set(dense_parameters(sharded)),
+        "fused tables here": rates,
+        "fused rates": {group["lr"] for group in sharded.fused_optimizer.param_groups},
+        "combined": set(combined.params),
+    }
+
+
+def test_sharding_leaves_every_parameter_with_its_optimizer() -> None:
+    ranks = run_on_ranks(describe_sharded, 2)
+    unsharded = fused_model(table_configs("table_wise", "rowwise_adagrad", learning_rate=0.25))
+    _, adamw = build_dense_optimizer(unsharded, GROUPS)
+    expected = describe_optimizers(
+        unsharded, table_configs("table_wise", "rowwise_adagrad", learning_rate=0.25), adamw
+    )
+    for rank in ranks:
+        assert rank["description"] == expected
+        assert rank["dense"] == DENSE_NAMES
+        assert rank["dense"] < rank["combined"]
+        assert rank["fused rates"] == {0.25}
+    assert set.union(*(rank["fused tables here"] for rank in ranks)) == {"user", "tags", "item"}
+
+
+def dense_steps(optimizer: Any, model: nn.Module, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.linspace(-1, 1, 4)[None]).square().sum().backward()
+        optimizer.step()
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+
+
+DECAYING = [DenseGroup("all", [""], learning_rate=0.1, weight_decay=0.3)]
+
+
+def test_an_optimizer_resumes_from_its_state_exactly() -> None:
+    model = small_model()
+    optimizer, _ = build_dense_optimizer(model, DECAYING)
+    dense_steps(optimizer, model, 2)
+    saved_model = {name: value.clone() for name, value in model.state_dict().items()}
+    saved = {
+        name: {key: value.clone() for key, value in state.items()}
+        for name, state in optimizer.state_dict()["state"].items()
+    }
+    dense_steps(optimizer, model, 2)
+
+    resumed = small_model()
+    fresh, adamw = build_dense_optimizer(resumed, DECAYING)
+    initialize_optimizer_state(adamw)
+    resumed.load_state_dict(saved_model)
+    fresh.load_state_dict({"state": saved})
+    dense_steps(fresh, resumed, 2)
+    for name, value in model.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value)
+
+
+def test_initialised_state_changes_no_weight_and_no_later_step() -> None:
+    touched, untouched = small_model(), small_model()
+    optimizer, adamw = build_dense_optimizer(touched, DECAYING)
+    initialize_optimizer_state(adamw)
+    for one, other in zip(touched.parameters(), untouched.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert [group["lr"] for group in adamw.param_groups] == [0.1, 0.1]
+    dense_steps(optimizer, touched, 3)
+    dense_steps(build_dense_optimizer(untouched, DECAYING)[0], untouched, 3)
+    for one, other in zip(touched.parameters(), untouched.parameters(), strict=True):
+        assert torch.equal(one, other)

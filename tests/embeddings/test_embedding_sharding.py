@@ -1,0 +1,195 @@
+"""Plans: what they may contain, how they read, and how a job that cannot fit ends."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchrec.distributed.planner import Topology
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
+
+from embeddings import (
+    TableConfig,
+    build_embedding_bag_collection,
+    build_embedding_collection,
+    format_plan,
+    fuse_table_optimizers,
+    machine_topology,
+    plan_sharding,
+    sharders,
+)
+from tests.ranks import run_on_ranks
+
+CPU = torch.device("cpu")
+
+
+class Collections(nn.Module):
+    """A model that is nothing but its collections."""
+
+    def __init__(self, tables: list[TableConfig]) -> None:
+        super().__init__()
+        self.bags = build_embedding_bag_collection(tables)
+        self.sequences = build_embedding_collection(tables)
+
+
+def table(name: str, rows: int = 100, **changes: Any) -> TableConfig:
+    settings: dict[str, Any] = {"embedding_dim": 16, "features": [name], **changes}
+    return TableConfig(name=name, num_embeddings=rows, **settings)
+
+
+def plan(tables: list[TableConfig], topology: Topology | None = None, **more: Any) -> ShardingPlan:
+    model = Collections(tables)
+    fuse_table_optimizers(model, tables)
+    return plan_sharding(model, tables, topology=topology, **more)
+
+
+def sharding_of(sharding_plan: ShardingPlan) -> dict[str, ParameterSharding]:
+    result: dict[str, ParameterSharding] = {}
+    for module_plan in sharding_plan.plan.values():
+        assert isinstance(module_plan, EmbeddingModuleShardingPlan)
+        result.update(module_plan)
+    return result
+
+
+def shards(sharding: ParameterSharding) -> list[Any]:
+    spec: Any = sharding.sharding_spec
+    return list(spec.shards)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_no_table_is_ever_data_parallel_however_small(world_size: int) -> None:
+    tables = [table("tiny_bag", rows=3, pooling="sum"), table("tiny_sequence", rows=3)]
+    planned = sharding_of(plan(tables, machine_topology(world_size, world_size, CPU)))
+    assert planned.keys() == {"tiny_bag", "tiny_sequence"}
+    for sharding in planned.values():
+        assert sharding.sharding_type != "data_parallel"
+        assert sharding.compute_kernel == "fused"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_sharders_offer_row_wise_and_never_data_parallel(device: str) -> None:
+    for sharder in sharders():
+        types = sharder.sharding_types(device)
+        assert {"row_wise", "table_wise", "column_wise"} <= set(types)
+        assert "data_parallel" not in types
+
+
+@pytest.mark.parametrize(
+    ("dim", "world_size", "widths"),
+    [(16, 4, [4] * 4), (24, 4, [8] * 3), (64, 8, [8] * 8), (4, 2, [4]), (20, 2, [20])],
+)
+def test_column_shards_are_as_many_as_ranks_where_kernels_allow(
+    dim: int, world_size: int, widths: list[int]
+) -> None:
+    for pooling in ("sum", "none"):
+        tables = [table("wide", sharding="column_wise", pooling=pooling, embedding_dim=dim)]
+        pieces = shards(sharding_of(plan(tables, machine_topology(world_size, 1, CPU)))["wide"])
+        assert [piece.shard_sizes[1] for piece in pieces] == widths
+        assert len({piece.placement.rank() for piece in pieces}) == len(widths)
+
+
+def test_a_billion_rows_are_planned_for_a_cluster_without_its_gpus() -> None:
+    topology = machine_topology(
+        64, 8, torch.device("cuda"), device_memory_bytes=80 * 2**30, host_memory_bytes=2**37
+    )
+    tables = [table("item", rows=10**9, embedding_dim=128), table("city", rows=1000)]
+    tables[1].embedding_dim = 128
+    planned = sharding_of(plan(tables, topology, device="cuda"))
+    pieces = shards(planned["item"])
+    assert sum(piece.shard_sizes[0] * piece.shard_sizes[1] for piece in pieces) == 128 * 10**9
+    assert len({piece.placement.rank() for piece in pieces}) > 8
+
+
+def test_a_plan_reads_as_one_line_per_table() -> None:
+    tables = [
+        table("user", rows=1 << 16, pooling="sum", sharding="row_wise"),
+        table("item", rows=10, sharding="table_wise"),
+    ]
+    header, rule, user, item = format_plan(
+        plan(tables, machine_topology(2, 2, CPU)), tables
+    ).splitlines()
+    assert header.split("  ")[0] == "table" and set(rule) == {"-", " "}
+    assert " ".join(user.split()) == (
+        "user 65536 x 16 4.00 row_wise fused 0: 32768 x 16, 1: 32768 x 16"
+    )
+    assert item.split()[:7] == ["item", "10", "x", "16", "0.00", "table_wise", "fused"]
+
+
+def test_memory_found_on_the_machine_is_shared_by_its_ranks() -> None:
+    one, four = (machine_topology(4, local, CPU).devices[0].storage.ddr for local in (1, 4))
+    assert 0 < four < one
+    assert four == pytest.approx(one / 4, rel=0.2)
+
+
+def test_the_override_is_the_memory_that_is_planned_with() -> None:
+    topology = machine_topology(
+        2, 2, torch.device("cuda"), device_memory_bytes=1000, host_memory_bytes=2000
+    )
+    assert [device.storage.hbm for device in topology.devices] == [1000, 1000]
+    assert [device.storage.ddr for device in topology.devices] == [2000, 2000]
+    assert topology.compute_device == "cuda"
+
+
+def small_topology(world_size: int) -> Topology:
+    return machine_topology(world_size, world_size, CPU, host_memory_bytes=10 * 2**20)
+
+
+def test_a_table_larger_than_memory_is_an_error_with_its_name_and_the_mend() -> None:
+    tables = [table("huge", rows=10**7, sharding="row_wise"), table("small")]
+    with pytest.raises(ValueError, match=r"(?s)'huge' 610.4 MB \(row_wise\).*Add ranks or memory"):
+        plan(tables, small_topology(1))
+
+
+def plan_too_large(rank: int, world_size: int) -> str:
+    with pytest.raises(ValueError) as error:
+        plan([table("huge", rows=10**7)], small_topology(world_size))
+    return str(error.value)
+
+
+def plan_with_a_bug(rank: int, world_size: int) -> str:
+    tables = [table("item")]
+    model = Collections(tables)
+    fuse_table_optimizers(model, tables)
+    with pytest.raises(ValueError) as error:
+        plan_sharding(model, tables, topology=small_topology(world_size + 1))
+    return str(error.value)
+
+
+def plan_errors(rank: int, world_size: int) -> tuple[str, str]:
+    return plan_too_large(rank, world_size), plan_with_a_bug(rank, world_size)
+
+
+def test_a_planning_error_ends_every_rank_with_the_same_words() -> None:
+    first, second = run_on_ranks(plan_errors, 2, timeout_seconds=60.0)
+    assert first == second
+    assert "'huge' 610.4 MB" in first[0]
+    assert "the topology has 3 ranks and the process group 2" in first[1]
+
+
+def test_a_table_without_fused_optimizer_is_refused() -> None:
+    tables = [table("item")]
+    with pytest.raises(ValueError, match="call fuse_table_optimizers before plan_sharding"):
+        plan_sharding(Collections(tables), tables)
+
+
+def test_a_table_that_is_configured_but_not_in_the_model_is_refused() -> None:
+    tables = [table("item")]
+    model = Collections(tables)
+    fuse_table_optimizers(model, tables)
+    with pytest.raises(ValueError, match="table 'user' is only in the configuration"):
+        plan_sharding(model, [*tables, table("user")])
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "message"),
+    [
+        ({"optimizer": "adam"}, "cpu", "optimizer 'adam' needs CUDA"),
+        ({"weight_decay": 0.1}, "cpu", "weight_decay 0.1 needs CUDA"),
+        ({"embedding_dim": 6}, "cuda", "embedding_dim 6 is not a multiple of 4"),
+    ],
+)
+def test_what_the_kernels_of_a_device_cannot_do_is_refused(
+    changes: dict[str, Any], device: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan([table("item", **changes)], device=device)

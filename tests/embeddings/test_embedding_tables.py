@@ -1,0 +1,114 @@
+"""What a table's configuration accepts, and what weights its table starts with."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from embeddings import TableConfig, build_embedding_bag_collection, build_embedding_collection
+from embeddings import tables as tables_module
+from embeddings.tables import NormalInitializer, check_tables
+
+
+def table(name: str = "item", **changes: Any) -> TableConfig:
+    settings: dict[str, Any] = {"num_embeddings": 10, "embedding_dim": 8, "features": [name]}
+    return TableConfig(name=name, **{**settings, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_embeddings": 0}, "table 'item': num_embeddings is 0"),
+        ({"embedding_dim": -4}, "table 'item': embedding_dim is -4"),
+        ({"features": []}, "table 'item': no features"),
+        ({"features": ["a", "a"]}, "feature 'a' is listed twice"),
+        ({"pooling": "max"}, "pooling is 'max'; choose one of none, sum, mean"),
+        ({"sharding": "data_parallel"}, "sharding is 'data_parallel'; choose one of auto"),
+        ({"optimizer": "lion"}, "optimizer is 'lion'; choose one of rowwise_adagrad"),
+        ({"learning_rate": -0.1}, "learning_rate is -0.1"),
+        ({"init_std": float("nan")}, "init_std is nan"),
+        ({"sharding": "column_wise", "embedding_dim": 6}, "multiple of 4, not 6"),
+        ({"optimizer": "sgd", "weight_decay": 0.1}, "weight_decay 0.1 with optimizer 'sgd'"),
+    ],
+)
+def test_a_wrong_field_is_refused_with_its_value_and_the_mend(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        table(**changes)
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "items", "type"])
+def test_a_name_that_cannot_be_part_of_a_parameter_name_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="rename the table"):
+        TableConfig(name=name, num_embeddings=3, embedding_dim=4, features=["f"])
+
+
+def test_two_tables_of_one_name_are_refused_even_in_different_collections() -> None:
+    twice = [table("item"), table("item", pooling="sum", features=["other"])]
+    with pytest.raises(ValueError, match="table 'item' is configured twice"):
+        build_embedding_collection(twice)
+
+
+def test_a_feature_on_two_tables_is_refused() -> None:
+    with pytest.raises(ValueError, match="feature 'id' is on tables 'a' and 'b'"):
+        check_tables([table("a", features=["id"]), table("b", features=["id"])])
+
+
+def test_tables_without_pooling_must_have_one_dimension() -> None:
+    with pytest.raises(ValueError, match="table 'b' has embedding_dim 4 and table 'a' 8"):
+        check_tables([table("a"), table("b", embedding_dim=4)])
+    check_tables([table("a"), table("b", embedding_dim=4, pooling="sum")])
+
+
+def test_each_collection_holds_its_kind_of_table_on_meta() -> None:
+    tables = [table("user", pooling="mean"), table("item", features=["item", "history"])]
+    bags, sequences = build_embedding_bag_collection(tables), build_embedding_collection(tables)
+    assert bags is not None and sequences is not None
+    assert [config.name for config in bags.embedding_bag_configs()] == ["user"]
+    assert bags.embedding_bag_configs()[0].pooling.value == "MEAN"
+    assert [config.name for config in sequences.embedding_configs()] == ["item"]
+    assert sequences.embedding_configs()[0].feature_names == ["item", "history"]
+    assert all(parameter.is_meta for parameter in [*bags.parameters(), *sequences.parameters()])
+
+
+def test_a_collection_without_tables_is_none() -> None:
+    assert build_embedding_bag_collection([table("item")]) is None
+    assert build_embedding_collection([table("user", pooling="sum")]) is None
+
+
+def initial_weights(config: TableConfig, seed: int) -> torch.Tensor:
+    torch.manual_seed(seed)
+    weights = torch.empty(config.num_embeddings, config.embedding_dim)
+    NormalInitializer(config)(weights)
+    return weights
+
+
+def test_initial_weights_follow_the_seed_and_the_table() -> None:
+    weights = initial_weights(table("item"), seed=1)
+    assert torch.equal(weights, initial_weights(table("item"), seed=1))
+    assert not torch.equal(weights, initial_weights(table("item"), seed=2))
+    assert not torch.equal(weights, initial_weights(table("user"), seed=1))
+
+
+def test_initial_weights_have_the_configured_deviation() -> None:
+    weights = initial_weights(table(num_embeddings=5000, init_std=0.3), seed=0)
+    assert weights.std().item() == pytest.approx(0.3, rel=0.02)
+    assert weights.mean().item() == pytest.approx(0.0, abs=0.01)
+
+
+def test_a_shard_starts_with_its_rectangle_of_the_whole_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tables_module, "INITIALIZATION_BLOCK_ROWS", 4)  # a shard crosses blocks
+    config = table(num_embeddings=11)
+    whole = initial_weights(config, seed=3)
+    assert len({tuple(row.tolist()) for row in whole}) == 11
+    shard = torch.full((6, 4), float("nan"))
+    NormalInitializer(config).fill(shard, row_offset=3, column_offset=4)
+    assert torch.equal(shard, whole[3:9, 4:8])
+
+
+def test_an_initializer_refuses_a_shard_without_its_offsets() -> None:
+    with pytest.raises(ValueError, match=r"shard with embeddings.sharders\(\)"):
+        NormalInitializer(table())(torch.empty(5, 8))

@@ -1,0 +1,170 @@
+"""The memory bank against a plain dict, on one rank and on several."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
+from torch import Tensor, nn
+
+from embeddings import MemoryBank
+from tests.ranks import run_on_ranks
+
+NUM_ITEMS, DIM, STEPS = 7, 3, 5
+
+
+def planned_update(rank: int, step: int) -> tuple[Tensor, Tensor]:
+    """What a rank writes in a step: ids drawn with repetition, and none at all now and then."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    count = 0 if (rank + step) % 3 == 0 else 4
+    ids = torch.randint(0, NUM_ITEMS, (count,), generator=generator)
+    return ids, torch.randn(count, DIM, generator=generator)
+
+
+def expected_rows(world_size: int) -> dict[int, tuple[list[float], int]]:
+    """A plain dict after all updates: within a step a later rank overwrites an earlier one."""
+    rows: dict[int, tuple[list[float], int]] = {}
+    for step in range(STEPS):
+        for rank in range(world_size):
+            for item, vector in zip(*planned_update(rank, step), strict=True):
+                rows[int(item)] = (vector.tolist(), step)
+    return rows
+
+
+def fill(bank: MemoryBank, rank: int) -> None:
+    for step in range(STEPS):
+        ids, vectors = planned_update(rank, step)
+        bank.update(ids, vectors.requires_grad_(), step)
+
+
+def assert_holds(
+    bank_rows: tuple[Tensor, Tensor], rows: dict[int, tuple[list[float], int]]
+) -> None:
+    vectors, steps = bank_rows
+    for item in range(NUM_ITEMS):
+        vector, step = rows.get(item, ([0.0] * DIM, -1))
+        assert vectors[item].tolist() == vector
+        assert int(steps[item]) == step
+
+
+def plain_bank() -> MemoryBank:
+    return MemoryBank(NUM_ITEMS, DIM, "cpu")
+
+
+def test_one_process_reads_what_a_dict_would_hold() -> None:
+    bank = plain_bank()
+    fill(bank, rank=0)
+    assert_holds(bank.lookup(torch.arange(NUM_ITEMS)), expected_rows(world_size=1))
+
+
+def test_coverage_and_mean_age_count_items_ever_written() -> None:
+    bank = plain_bank()
+    assert bank.coverage() == 0.0
+    assert math.isnan(bank.mean_age(step=4))
+    bank.update(torch.tensor([1, 5]), torch.ones(2, DIM), step=0)
+    bank.update(torch.tensor([5]), torch.ones(1, DIM), step=3)
+    assert bank.coverage() == pytest.approx(2 / 7)
+    assert bank.mean_age(step=4) == pytest.approx((4 + 1) / 2)
+
+
+def test_vectors_read_carry_no_gradient_and_do_not_alias_the_bank() -> None:
+    bank = plain_bank()
+    bank.update(torch.tensor([2]), torch.ones(1, DIM, requires_grad=True), step=0)
+    vectors, _ = bank.lookup(torch.tensor([2]))
+    assert not vectors.requires_grad
+    vectors.zero_()
+    assert bank.lookup(torch.tensor([2]))[0].tolist() == [[1.0] * DIM]
+
+
+def test_a_module_that_holds_a_bank_has_no_parameters_buffers_or_children_from_it() -> None:
+    module = nn.Module()
+    module.bank = plain_bank()  # type: ignore[assignment]
+    assert [*module.parameters(), *module.buffers(), *module.children()] == []
+    assert module.state_dict() == {}
+
+
+@pytest.mark.parametrize("item", [-1, NUM_ITEMS])
+def test_an_id_outside_the_bank_is_named(item: int) -> None:
+    bank, ids = plain_bank(), torch.tensor([0, item])
+    with pytest.raises(ValueError, match=rf"item id {item} is outside \[0, {NUM_ITEMS}\)"):
+        bank.lookup(ids)
+    with pytest.raises(ValueError, match=rf"item id {item} is outside \[0, {NUM_ITEMS}\)"):
+        bank.update(ids, torch.zeros(2, DIM), step=0)
+
+
+def test_wrong_shapes_and_steps_are_refused() -> None:
+    bank, one = plain_bank(), torch.tensor([0])
+    with pytest.raises(ValueError, match=r"pass \[1, 3\]"):
+        bank.update(one, torch.zeros(1, DIM + 1), step=0)
+    with pytest.raises(ValueError, match="step -1 is outside"):
+        bank.update(one, torch.zeros(1, DIM), step=-1)
+    with pytest.raises(ValueError, match="step 16777215 is outside"):
+        bank.update(one, torch.zeros(1, DIM), step=2**24 - 1)
+    with pytest.raises(ValueError, match=r"pass \[U\] int64"):
+        bank.lookup(torch.tensor([0.0]))
+    with pytest.raises(ValueError, match="num_items is 0"):
+        MemoryBank(0, DIM, "cpu")
+
+
+def test_the_last_storable_step_is_read_back_exactly() -> None:
+    bank = plain_bank()
+    bank.update(torch.tensor([0]), torch.zeros(1, DIM), step=2**24 - 2)
+    assert int(bank.lookup(torch.tensor([0]))[1]) == 2**24 - 2
+
+
+def test_a_state_of_other_sizes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"this bank \[7, 4\]"):
+        plain_bank().load_state_dict(MemoryBank(NUM_ITEMS + 1, DIM, "cpu").state_dict())
+
+
+def test_a_state_moves_to_another_bank() -> None:
+    source, target = plain_bank(), plain_bank()
+    fill(source, rank=0)
+    target.load_state_dict(source.state_dict())
+    assert_holds(target.lookup(torch.arange(NUM_ITEMS)), expected_rows(world_size=1))
+
+
+def fill_and_save(
+    rank: int, world_size: int, folder: str
+) -> tuple[tuple[Tensor, Tensor], float, float]:
+    bank = MemoryBank(NUM_ITEMS, DIM, "cpu", dist.group.WORLD)
+    fill(bank, rank)
+    checkpoint.save({"bank": bank.state_dict()}, checkpoint_id=folder)
+    # Rank 0 asks for nothing, the last rank for everything.
+    ids = torch.arange(NUM_ITEMS) if rank == world_size - 1 else torch.empty(0, dtype=torch.int64)
+    return bank.lookup(ids), bank.coverage(), bank.mean_age(STEPS)
+
+
+def load(rank: int, world_size: int, folder: str) -> tuple[Tensor, Tensor]:
+    bank = MemoryBank(NUM_ITEMS, DIM, "cpu", dist.group.WORLD)
+    state = {"bank": bank.state_dict()}
+    checkpoint.load(state, checkpoint_id=folder)
+    bank.load_state_dict(state["bank"])
+    assert_works_with_fewer_items_than_ranks(rank)
+    return bank.lookup(torch.arange(NUM_ITEMS))
+
+
+def assert_works_with_fewer_items_than_ranks(rank: int) -> None:
+    bank, only = MemoryBank(1, DIM, "cpu", dist.group.WORLD), torch.tensor([0])
+    bank.update(only, torch.full((1, DIM), 4.0), step=rank)
+    assert bank.lookup(only)[0].tolist() == [[4.0] * DIM]
+    assert bank.coverage() == 1.0
+
+
+def test_ranks_share_one_bank_and_a_checkpoint_loads_on_any_number_of_them(tmp_path: Path) -> None:
+    rows = expected_rows(world_size=2)
+    first, last = run_on_ranks(fill_and_save, 2, str(tmp_path))
+    assert first[0][0].shape == (0, DIM) and first[0][1].shape == (0,)
+    assert_holds(last[0], rows)
+    for _, coverage, mean_age in (first, last):
+        assert coverage == pytest.approx(len(rows) / NUM_ITEMS)
+        assert mean_age == pytest.approx(sum(STEPS - step for _, step in rows.values()) / len(rows))
+    for world_size in (1, 3):
+        for loaded in run_on_ranks(load, world_size, str(tmp_path)):
+            assert_holds(loaded, rows)
+    bank = plain_bank()
+    state = {"bank": bank.state_dict()}
+    checkpoint.load(state, checkpoint_id=str(tmp_path), no_dist=True)
+    assert_holds(bank.lookup(torch.arange(NUM_ITEMS)), rows)

