@@ -149,9 +149,12 @@ def _distributed_job(
     ranks_env = dict(env or {})
     ranks_env.setdefault("OMP_NUM_THREADS", _threads_per_rank(nproc, cpu))
     job = dist.ddp(
+        "recsys.cli",
         command,
         *args,
-        m="recsys.cli",
+        # `-m -- recsys.cli ...`: without `--` torchrun takes options of ours that begin like its
+        # own for abbreviations, `--run` for `--run-path`, even behind the module.
+        m="--",
         name=name,
         image=image,
         cpu=cpu,

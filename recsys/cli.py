@@ -103,17 +103,25 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
 }
 
 
+def _silence_advice_to_library_developers() -> None:
+    """Deprecations inside torch and TorchRec, which users of this program cannot mend."""
+    for name in ("torchrec", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
+
+
 def main(words: list[str] | None = None) -> int:
     """Runs one command; a user's error is one line and exit code 1."""
     words = sys.argv[1:] if words is None else words
     if words[:1] == ["doctor"]:  # must work where nothing else can be imported
         return doctor.main()
-    for name in ("torchrec", "torch.fx"):  # advice to developers of these libraries
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    _silence_advice_to_library_developers()
     try:
         doctor.require_working_installation()
         parser = _parser()
+        if not words:
+            parser.print_help()
+            return 2
         arguments = parser.instantiate(parser.parse_args(words))
         COMMANDS[arguments.subcommand](arguments[arguments.subcommand])
     except ValueError as error:

@@ -1,7 +1,7 @@
 """The configuration of a run: one tree of dataclasses, read from YAML and the command line.
 
 Every field is a setting users may write in a recipe (`recsys/configs/*.yaml`) or override as
-`--any.setting VALUE`. jsonargparse checks names and types; `validate` checks what only shows
+`--any.setting VALUE`. jsonargparse checks names and types; `recsys.config_checks` what only shows
 when the parts are seen together (dimensions that do not divide, modes that need each other).
 """
 
@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
+
+from recsys.config_checks import validate
 
 
 @dataclass
@@ -220,67 +222,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
-
-
-def validate(config: Config) -> None:
-    """Checks what spans several settings.
-
-    Raises:
-        ValueError: names the settings that do not fit and what would.
-    """
-    positive = {
-        "batch_size": config.batch_size,
-        "epochs": config.epochs,
-        "validations_per_epoch": config.validations_per_epoch,
-        "patience": config.patience,
-        "embedding.dim": config.embedding.dim,
-        "log_every_steps": config.log_every_steps,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    if config.contrastive.weight < 0:
-        raise ValueError(f"contrastive.weight is {config.contrastive.weight}; it must be >= 0")
-    if config.content == "none":
-        return
-    assert isinstance(config.content, ContentSettings)
-    _validate_content(config.content)
-    if config.contrastive.weight > 0 and config.contrastive.temperature <= 0:
-        raise ValueError(
-            f"contrastive.temperature is {config.contrastive.temperature}; it must be > 0"
-        )
-
-
-def _validate_content(content: ContentSettings) -> None:
-    if not content.modalities:
-        raise ValueError(
-            "content.modalities is empty: name at least one modality, or set `content: none`"
-        )
-    fusion = content.fusion
-    if fusion.name == "qformer" and content.dim % fusion.num_heads:
-        raise ValueError(
-            f"content.dim {content.dim} is not divisible by content.fusion.num_heads "
-            f"{fusion.num_heads}; choose a multiple"
-        )
-    if content.history.mode == "bank_lora" and not 0 < content.history.lora_rank <= content.dim:
-        raise ValueError(
-            f"content.history.lora_rank is {content.history.lora_rank}; it must lie in "
-            f"[1, content.dim = {content.dim}]"
-        )
-    for name, modality in content.modalities.items():
-        _validate_modality(f"content.modalities.{name}", modality)
-
-
-def _validate_modality(where: str, modality: ModalitySettings) -> None:
-    if modality.kind == "text" and not modality.encoder:
-        raise ValueError(f"{where}: a text needs an `encoder` (hub name, folder or package:NAME)")
-    if modality.kind == "image" and bool(modality.encoder) == bool(modality.module):
-        raise ValueError(f"{where}: an image needs either `encoder` or `module`, and not both")
-    if modality.kind == "feature" and (modality.encoder or modality.module):
-        raise ValueError(f"{where}: a stored feature takes no encoder; remove it or change `kind`")
-    if modality.kind == "feature" and modality.training != "frozen":
-        raise ValueError(f"{where}: a stored feature is `training: frozen`, not {modality.training}")
-    if modality.module and modality.training == "lora":
-        raise ValueError(f"{where}: LoRA needs a transformers `encoder`; a `module` is frozen or full")
-    if modality.max_length < 1 or modality.image_size < 1:
-        raise ValueError(f"{where}: max_length and image_size must be at least 1")

@@ -148,7 +148,9 @@ class ContentIDContrastive(nn.Module):
         return in_batch_contrastive(content, ids, items, *everyone, temperature)
 
 
-def _gather_sides(content: Tensor, ids: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+def _gather_sides(
+    content: Tensor, ids: Tensor, items: Tensor
+) -> tuple[Tensor, Tensor, Tensor, int]:
     both, first_row = gather_rows_with_gradient(torch.cat([content, ids], dim=1))
     with torch.no_grad():
         all_items, _ = gather_rows_with_gradient(items.to(torch.float64).unsqueeze(1))

@@ -86,7 +86,9 @@ class EM3(nn.Module):
         self.losses = losses
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor, Batch]]:
-        pooled = self.embedding_bags(batch.sparse_features) if self.embedding_bags is not None else None
+        pooled = (
+            self.embedding_bags(batch.sparse_features) if self.embedding_bags is not None else None
+        )
         sequences = self.embeddings(batch.sequence_features)
         ids = self.read_ids(pooled, sequences)
         content = self.content(batch) if self.content is not None else None

@@ -19,7 +19,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from torchrec.distributed.train_pipeline.runtime_forwards import BaseForward
+from torchrec.distributed.types import ShardedModule
 from tqdm import tqdm
 
 from recsys.batch import Batch
@@ -187,11 +190,29 @@ def _train_steps(
             losses, _, batch = cast(Any, job.pipeline.progress(batches))
         except StopIteration:
             break
+        if progress.steps == 0:
+            require_pipelined(job.model)
         job.schedule.step()
         progress.steps += 1
         progress.samples += batch.batch_size * job.ranks.world_size
         progress.seconds = before + time.perf_counter() - start
         reporter.step(epoch, progress, losses)
+
+
+def require_pipelined(model: nn.Module) -> None:
+    """Checks, after a first step, that the ids of every sharded module are sent ahead of theirs.
+
+    TorchRec only logs a warning where it cannot, and training is then as slow as without pipeline.
+
+    Raises:
+        RuntimeError: a sharded module is not pipelined.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, ShardedModule) and not isinstance(module.forward, BaseForward):
+            raise RuntimeError(
+                f"sharded module '{name}' is not pipelined: EM3.forward must stay a straight line "
+                "and give each collection an attribute of the batch itself"
+            )
 
 
 def _validate(

@@ -42,7 +42,10 @@ class ContentBranch(nn.Module):
         super().__init__()
         self.encoders = nn.ModuleDict(encoders)
         self.projections = nn.ModuleDict(
-            {name: nn.Linear(encoder.output_dim, settings.dim) for name, encoder in encoders.items()}
+            {
+                name: nn.Linear(encoder.output_dim, settings.dim)
+                for name, encoder in encoders.items()
+            }
         )
         self.fusion = build_fusion(settings.fusion, settings.dim, len(encoders))
         self.history_map = HistoryMap(settings.dim, settings.history)

@@ -37,9 +37,14 @@ def _weights_digest(encoder: Encoder) -> str:
 
 
 def _split_of(encoder: Encoder) -> Any:
+    """What besides the weights decides on the outputs of the frozen part."""
     if isinstance(encoder, TransformerEncoder):
-        return encoder.first_trained, encoder.training_mode, encoder.pooling
-    return type(encoder).__name__
+        config = encoder.config.to_dict()
+        for key in ("_name_or_path", "transformers_version"):
+            config.pop(key, None)
+        return encoder.first_trained, encoder.training_mode, encoder.pooling, config
+    module = getattr(encoder, "module", encoder)
+    return f"{type(module).__module__}.{type(module).__qualname__}: {module}"
 
 
 def _content_of(array: RaggedArray, rows: np.ndarray, is_image: bool) -> ContentInput:
@@ -65,16 +70,18 @@ def cache_frozen_outputs(store: ContentStore, name: str, encoder: Encoder, ranks
     if temporary is not None:
         # Of like length together, so that little is computed on padding.
         rows = rows[np.argsort(source.lengths[rows], kind="stable")]
-        with ranks.all_or_none():
+        try:
+            with ranks.all_or_none():
+                if ranks.is_first_of_machine:
+                    _create(temporary, source, rows, encoder, is_image, ranks)
+            with ranks.all_or_none():
+                _encode_share(temporary, source, rows, encoder, is_image, ranks, name)
+            with ranks.all_or_none():
+                if ranks.is_first_of_machine and not folder.exists():
+                    temporary.rename(folder)
+        finally:
             if ranks.is_first_of_machine:
-                _create(temporary, source, rows, encoder, is_image, ranks)
-        with ranks.all_or_none():
-            _encode_share(temporary, source, rows, encoder, is_image, ranks, name)
-        with ranks.all_or_none():
-            if ranks.is_first_of_machine and not folder.exists():
-                temporary.rename(folder)
-            elif ranks.is_first_of_machine:
-                shutil.rmtree(temporary)
+                shutil.rmtree(temporary, ignore_errors=True)
     store.use(name, folder)
     encoder.drop_frozen_layers()
 
@@ -102,16 +109,16 @@ def _create(
     is_image: bool,
     ranks: Ranks,
 ) -> None:
-    """The empty array, its size known from one item's output."""
+    """The empty array, its size known from the output of the last, longest item."""
     lengths = np.zeros(len(source), dtype=np.int64)
     shape: tuple[int, ...] = (encoder.output_dim,)
     if len(rows):
-        content = _content_of(source, rows[:1], is_image)
+        content = _content_of(source, rows[-1:], is_image)
         output = encoder.frozen(content.to(ranks.device))
-        per_token = output.mask.shape[1] == content.mask.shape[1] and not is_image
-        one_token = output.mask.shape[1] == 1
-        keeps_tokens = per_token and not one_token
-        lengths[rows] = source.lengths[rows] if keeps_tokens else output.mask.shape[1]
+        num_tokens = output.mask.shape[1]
+        # The longest text shows whether its tokens were pooled into one.
+        keeps_tokens = not is_image and num_tokens == content.mask.shape[1]
+        lengths[rows] = source.lengths[rows] if keeps_tokens else num_tokens
     RaggedArray.create(folder, lengths, shape, "float32")
 
 

@@ -87,6 +87,9 @@ class FusionQFormer(nn.Module):
         num_queries, num_layers, num_heads, dropout: as they say.
         preset: `published` or `modern`.
 
+    Raises:
+        ValueError: `num_heads` does not divide `dim`, or a number is below 1.
+
     Example::
 
         fusion = FusionQFormer(dim=8, num_modalities=2, num_heads=2)
@@ -106,6 +109,11 @@ class FusionQFormer(nn.Module):
         preset: Literal["published", "modern"] = "modern",
     ) -> None:
         super().__init__()
+        if min(num_queries, num_layers, num_heads) < 1 or dim % num_heads:
+            raise ValueError(
+                f"FusionQFormer: num_queries {num_queries}, num_layers {num_layers} and num_heads "
+                f"{num_heads} must be at least 1, and num_heads must divide dim {dim}"
+            )
         layer: Callable[[int, int, float], nn.Module] = (
             PublishedLayer if preset == "published" else ModernLayer
         )

@@ -28,7 +28,9 @@ class HistoryMap(nn.Module):
         self.map.requires_grad_(settings.mode in ("bank_dense", "full"))
         if settings.mode == "bank_lora":
             lora = LoraConfig(
-                r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=["map"]
+                r=settings.lora_rank,
+                lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
+                target_modules=["map"],
             )
             inject_adapter_in_model(lora, self)
 

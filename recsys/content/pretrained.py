@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -36,7 +37,10 @@ def resolve_encoder(name: str, where: str) -> str:
             raise ValueError(f"{where}: encoder folder '{name}' has no config.json; check the path")
         return str(folder) if looks_like_path else name
     package = name.removeprefix("package:")
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ModuleNotFoundError, ValueError):  # a missing parent, an empty name
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
             f"{where}: encoder package '{package}' is not installed; "
@@ -64,11 +68,24 @@ def load_transformer(name: str, revision: str | None, where: str) -> nn.Module:
             for key in list(vars(part)) if part is not None else []:
                 if "dropout" in key and isinstance(getattr(part, key), float):
                     setattr(part, key, 0.0)
-        model: Any = AutoModel.from_pretrained(
-            source, revision=revision, config=config, use_safetensors=True, dtype=torch.float32
+        model: Any
+        model, report = AutoModel.from_pretrained(
+            source,
+            revision=revision,
+            config=config,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{where}: encoder '{name}' cannot be loaded: {error}") from error
+    # transformers only warns and leaves such weights at random.
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise ValueError(
+            f"{where}: encoder '{name}' lacks the weights {missing[:5]}; use a complete checkpoint "
+            "of the architecture that its config.json names"
+        )
     model = getattr(model, "vision_model", model)
     if hasattr(model, "pooler"):
         model.pooler = None
@@ -82,7 +99,7 @@ def load_tokenizer(name: str, revision: str | None, where: str) -> Any:
     source = resolve_encoder(name, where)
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{where}: tokenizer of '{name}' cannot be loaded: {error}") from error
 
 
@@ -93,9 +110,12 @@ def load_module(path: str, where: str) -> nn.Module:
         ValueError: no such factory, or what it returns is not a module.
     """
     module_name, _, attribute = path.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"{where}: module '{path}' is not of the form package.module:factory")
     try:
         module = getattr(importlib.import_module(module_name), attribute)()
-    except (ImportError, AttributeError, TypeError) as error:
+    # The factory is the user's: whatever it raises is told with the setting that named it.
+    except Exception as error:
         raise ValueError(f"{where}: module '{path}' cannot be made ({error})") from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"{where}: '{path}' returned {type(module).__name__}, not a torch module")

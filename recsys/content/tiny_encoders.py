@@ -46,5 +46,7 @@ def tiny_model(name: str, where: str) -> nn.Module:
             config = BertConfig(vocab_size=len(_vocabulary()), **SIZES)
             return BertModel(config, add_pooling_layer=False)
         if name == "random:vit":
-            return ViTModel(ViTConfig(image_size=32, patch_size=16, **SIZES), add_pooling_layer=False)
+            return ViTModel(
+                ViTConfig(image_size=32, patch_size=16, **SIZES), add_pooling_layer=False
+            )
     raise ValueError(f"{where}: encoder '{name}' is unknown; choose random:bert or random:vit")

@@ -10,41 +10,30 @@ as a mask.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
 from recsys.batch import ContentInput
 from recsys.config import ModalitySettings
-from recsys.data.filesystem import Location
+from recsys.data.item_table import ItemTable, digest_of
+from recsys.data.parquet_rows import is_list, list_lengths
 from recsys.data.ragged_array import RaggedArray
-from recsys.data.schema import Schema
 
 
 def default_cache() -> Path:
     """Where encoded items are kept unless the configuration says otherwise."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "recsys"
-
-
-def digest_of(*parts: Any) -> str:
-    """A hash of bytes-like and printable parts."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part if isinstance(part, bytes | memoryview) else repr(part).encode())
-    return digest.hexdigest()
 
 
 def publish(folder: Path, write: Callable[[Path], None]) -> None:
@@ -55,92 +44,13 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         write(temporary)
-        with contextlib.suppress(FileExistsError):  # another process was faster
+        try:
             temporary.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-class ItemTable:
-    """The items' Parquet files: one row per item, ids checked.
-
-    Raises:
-        ValueError: no file, a missing column, a wrong type, an id that occurs twice or lies
-            outside the target item's table.
-    """
-
-    def __init__(self, root: Location, schema: Schema) -> None:
-        if schema.items is None:
-            raise ValueError(
-                f"{root}/schema.yaml: a model with content needs `items` with their columns; add "
-                "them or set `content: none`"
-            )
-        self.schema, self.items = schema, schema.items
-        self.folder = root / "items"
-        files = self.folder.files(".parquet")
-        if not files:
-            raise ValueError(f"{self.folder}: no *.parquet files; write one row per item there")
-        self.files = files
-        self.ids = self._read_ids()
-
-    def _read_ids(self) -> np.ndarray:
-        parts = []
-        for file, column in self._columns(self.items.id):
-            if not pa.types.is_integer(column.type):
-                raise ValueError(
-                    f"{file}: column '{self.items.id}' has type {column.type}, expected integer"
-                )
-            if column.null_count:
-                raise ValueError(f"{file}: column '{self.items.id}' has a null; every item needs an id")
-            parts.append(column.to_numpy().astype(np.int64))
-        ids = np.concatenate(parts)
-        where = f"{self.folder}: column '{self.items.id}'"
-        wrong = (ids < 0) | (ids >= self.schema.num_items)
-        if wrong.any():
-            row = int(wrong.argmax())
-            raise ValueError(
-                f"{where}, row {row}: id {ids[row]} is outside [0, {self.schema.num_items}); raise "
-                f"num_embeddings of '{self.schema.target_item}' in schema.yaml"
-            )
-        unique, counts = np.unique(ids, return_counts=True)
-        if (counts > 1).any():
-            raise ValueError(
-                f"{where}: item {unique[counts > 1][0]} occurs {counts.max()} times; keep one row"
-            )
-        return ids
-
-    def _columns(self, name: str) -> Iterable[tuple[Location, pa.ChunkedArray]]:
-        for file in self.files:
-            if not file.exists():
-                raise ValueError(f"{file}: no such file")
-            try:
-                with pq.ParquetFile(file.path, filesystem=file.arrow) as parquet:
-                    if name not in parquet.schema_arrow.names:
-                        raise ValueError(
-                            f"{file}: column '{name}' is missing; the file has "
-                            f"{parquet.schema_arrow.names}"
-                        )
-                    column = parquet.read([name])[name]
-            except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
-            yield file, column
-
-    def chunks(self, name: str) -> Iterable[tuple[Location, int, pa.Array]]:
-        """(file, first row in that file, values) of a column, in order."""
-        for file, column in self._columns(name):
-            row = 0
-            for chunk in column.chunks:
-                yield file, row, chunk
-                row += len(chunk)
-
-    def fingerprint(self, name: str) -> str:
-        """A hash of a column's content and of the ids it belongs to."""
-        buffers: list[Any] = [self.ids.tobytes()]
-        for _, _, chunk in self.chunks(name):
-            # A slice would share the buffers of its parent, so hash what it holds itself.
-            compact = pa.concat_arrays([chunk])
-            buffers += [len(compact), *(memoryview(part) for part in compact.buffers() if part)]
-        return digest_of(*buffers)
 
 
 class ContentStore:
@@ -220,7 +130,9 @@ class ContentStore:
         token_ids: list[list[int]] = []
         for file, _, chunk in self.items.chunks(column):
             if not (pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type)):
-                raise ValueError(f"{file}: column '{column}' has type {chunk.type}, expected string")
+                raise ValueError(
+                    f"{file}: column '{column}' has type {chunk.type}, expected string"
+                )
             texts = chunk.to_pylist()
             known = [text for text in texts if text]
             encoded = iter(
@@ -236,14 +148,17 @@ class ContentStore:
         array.values.flush()
 
     def _write_images(self, folder: Path, column: str, size: int) -> None:
-        chunks = list(self.items.chunks(column))
-        for file, _, chunk in chunks:
+        lengths = []
+        for file, _, chunk in self.items.chunks(column):
             if not (pa.types.is_binary(chunk.type) or pa.types.is_large_binary(chunk.type)):
-                raise ValueError(f"{file}: column '{column}' has type {chunk.type}, expected binary")
-        lengths = np.concatenate([chunk.is_valid().to_numpy(False) for _, _, chunk in chunks])
-        array = RaggedArray.create(folder, lengths.astype(np.int64), (3, size, size), "uint8")
+                raise ValueError(
+                    f"{file}: column '{column}' has type {chunk.type}, expected binary"
+                )
+            lengths.append(chunk.is_valid().to_numpy(False).astype(np.int64))
+        array = RaggedArray.create(folder, np.concatenate(lengths), (3, size, size), "uint8")
         place = 0
-        for file, first_row, chunk in chunks:
+        # Read again rather than held: encoded images of many items would not fit in memory.
+        for file, first_row, chunk in self.items.chunks(column):
             for row, encoded in enumerate(chunk):
                 if encoded.is_valid:
                     where = f"{file}: column '{column}', row {first_row + row}"
@@ -252,59 +167,81 @@ class ContentStore:
         array.values.flush()
 
     def _write_features(self, folder: Path, column: str) -> None:
-        parts, lengths, width = [], [], None
+        width: int | None = None
+        counts, parts = [], []
         for file, first_row, chunk in self.items.chunks(column):
-            for row, value in enumerate(_feature_rows(chunk, column, file)):
-                if value is None:
-                    lengths.append(0)
-                    continue
-                width = width or value.shape[1]
-                if value.shape[1] != width or not np.isfinite(value).all():
-                    raise ValueError(
-                        f"{file}: column '{column}', row {first_row + row}: feature of width "
-                        f"{value.shape[1]} (expected {width}) or with a value that is not finite"
-                    )
-                lengths.append(len(value))
-                parts.append(value)
+            where = f"{file}: column '{column}'"
+            tokens_per_row, tokens = _feature_tokens(chunk, where)
+            counts.append(tokens_per_row)
+            if len(tokens):
+                width = width or int(list_lengths(tokens)[0])
+                rows = first_row + np.repeat(np.arange(len(chunk)), tokens_per_row)
+                parts.append(_feature_values(tokens, width, rows, where))
         if width is None:
-            raise ValueError(f"{self.items.folder}: column '{column}' is null in every row")
-        array = RaggedArray.create(folder, np.array(lengths), (width,), "float32")
-        array.values[:] = np.concatenate(parts)
+            raise ValueError(
+                f"{self.items.folder}: column '{column}' is null or empty in every row; write the "
+                "features or take the modality out of the configuration"
+            )
+        array = RaggedArray.create(folder, np.concatenate(counts), (width,), "float32")
+        np.concatenate(parts, out=array.values)
         array.values.flush()
 
 
-def _feature_rows(chunk: pa.Array, column: str, file: Location) -> Iterable[np.ndarray | None]:
-    """Each row as [T, D]: a list of floats is one token, a list of lists is T tokens."""
+def _feature_tokens(chunk: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
+    """(tokens of each row, all tokens as lists of floats).
+
+    A list of floats is one token, a list of lists as many as it holds; null and empty are none.
+    """
     kind = chunk.type
-    nested = pa.types.is_nested(kind) and pa.types.is_nested(kind.value_type)
-    value = kind.value_type.value_type if nested else getattr(kind, "value_type", None)
-    if value is None or not pa.types.is_floating(value):
-        raise ValueError(f"{file}: column '{column}' has type {kind}, expected list<float>")
-    for row in chunk:
-        if not row.is_valid or len(row) == 0:
-            yield None
-        else:
-            array = np.array(row.as_py(), dtype=np.float32)
-            yield array if nested else array[None]
+    is_nested = is_list(kind) and is_list(kind.value_type)
+    value = kind.value_type if is_list(kind) else kind
+    value = value.value_type if is_nested else value
+    if not is_list(kind) or not pa.types.is_floating(value):
+        raise ValueError(f"{where} has type {kind}, expected list<float> or list<list<float>>")
+    lengths = list_lengths(chunk)
+    if is_nested:
+        return lengths, chunk.flatten()
+    return (lengths > 0).astype(np.int64), chunk.filter(pa.array(lengths > 0))
+
+
+def _feature_values(tokens: pa.Array, width: int, rows: np.ndarray, where: str) -> np.ndarray:
+    """Tokens as float32 [T, width]; `rows` [T] are the rows they are of, for messages."""
+    widths = list_lengths(tokens)
+    wrong = widths != width
+    if wrong.any():
+        index = int(wrong.argmax())
+        raise ValueError(
+            f"{where}, row {rows[index]}: a feature has {widths[index]} values, earlier ones have "
+            f"{width}; write all of one width, or null for an item without"
+        )
+    flat = tokens.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    values = flat.reshape(len(tokens), width)
+    wrong = ~np.isfinite(values).all(axis=1)
+    if wrong.any():
+        raise ValueError(
+            f"{where}, row {rows[int(wrong.argmax())]}: a feature has a value that is null or not "
+            "finite; write null for an item without"
+        )
+    return values
 
 
 def decode_image(encoded: bytes, size: int, where: str) -> np.ndarray:
-    """Encoded image bytes -> uint8 [3, size, size]: shorter side to `size`, centre cut out.
+    """Encoded image bytes -> uint8 [3, size, size]: the centre square, resized.
 
     Raises:
         ValueError: the bytes are not an image; `where` names the row.
     """
     try:
         image = Image.open(BytesIO(encoded)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    # Decoders of damaged bytes raise whatever their format's parser stumbles over.
+    except Exception as error:
         raise ValueError(
             f"{where}: not a readable image ({error}); write JPEG or PNG bytes, or null for an "
             "item without an image"
         ) from error
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
-
-
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side)
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(image).transpose(2, 0, 1)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import fsspec
+import fsspec.implementations.local
 from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
 
 
@@ -32,9 +33,13 @@ class Location:
         return Location(filesystem, path.rstrip("/"))
 
     @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, fsspec.implementations.local.LocalFileSystem)
+
+    @property
     def arrow(self) -> FileSystem:
         """The same filesystem as pyarrow wants it."""
-        if self.filesystem.protocol == "file" or "file" in self.filesystem.protocol:
+        if self.is_local:
             return LocalFileSystem()
         return PyFileSystem(FSSpecHandler(self.filesystem))
 
@@ -42,7 +47,9 @@ class Location:
         return Location(self.filesystem, f"{self.path}/{name}")
 
     def __str__(self) -> str:
-        return str(self.path)
+        if self.is_local:
+            return self.path
+        return str(self.filesystem.unstrip_protocol(self.path))
 
     def exists(self) -> bool:
         return bool(self.filesystem.exists(self.path))
@@ -51,8 +58,21 @@ class Location:
         return bytes(self.filesystem.cat_file(self.path))
 
     def files(self, ending: str) -> list[Location]:
-        """Files with that ending in this folder, in order of name; this file itself if it is one."""
+        """Files with that ending in this folder, in order of name; this file itself if it is one.
+
+        As in Spark and Arrow, names that start with a dot or an underscore are not data.
+        """
         if self.filesystem.isfile(self.path):
             return [self]
-        found = self.filesystem.glob(f"{self.path}/*{ending}")
-        return [Location(self.filesystem, str(path)) for path in sorted(found)]
+        if not self.filesystem.isdir(self.path):
+            return []
+        names = [
+            str(entry["name"]).rsplit("/", 1)[-1]
+            for entry in self.filesystem.ls(self.path, detail=True)
+            if entry["type"] == "file"
+        ]
+        return [
+            self / name
+            for name in sorted(names)
+            if name.endswith(ending) and not name.startswith((".", "_"))
+        ]

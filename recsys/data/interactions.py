@@ -3,17 +3,20 @@
 Arrow hands list columns over as values and lengths, which is what a KeyedJaggedTensor is made of.
 All ranks get the same number of batches: a rank's rows are dealt evenly over
 ceil(rows of the largest share / batch size) batches, so sizes differ by at most one row, no rank
-waits for another at the end, and no row is lost or repeated.
+waits for another at the end, and no row is lost or repeated. With n batches of at most B rows the
+largest share has more than (n - 1) B rows, so the smallest has at least (n - 1) B, which is n or
+more where B > 1: no batch is empty.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.batch import Batch
@@ -132,7 +135,7 @@ class Interactions(IterableDataset[Batch]):
     Args:
         rows: the split.
         build: makes a `Batch` of a table.
-        batch_size: most impressions per batch.
+        batch_size: most impressions per batch; at least 2 where there are several ranks.
         rank, world_size: which share.
         seed: shuffles, differently in each epoch; None keeps the order of the files.
 
@@ -154,6 +157,7 @@ class Interactions(IterableDataset[Batch]):
                 f"{rows.row_groups[0].file}: {rows.num_rows} training rows cannot be shared by "
                 f"{world_size} ranks; start fewer ranks"
             )
+        assert batch_size > 1 or world_size == 1, "a rank with one row less would lack a batch"
         self.rows, self.build = rows, build
         self.start, self.stop = rows.share(rank, world_size)
         largest = -(-rows.num_rows // world_size)
@@ -165,18 +169,31 @@ class Interactions(IterableDataset[Batch]):
         return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        """One epoch; set `epoch` before for another shuffle."""
+        """One epoch; set `epoch` before for another shuffle.
+
+        Of several loader processes each reads all rows and builds every n-th batch; the loader
+        takes them in turn, which restores the order.
+        """
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         if self.start == self.stop:
-            yield from self._padding()
+            yield from islice(self._padding(), first, None, step)
             return
+        for index, table in enumerate(self._tables()):
+            if index % step == first:
+                yield self.build(table)
+
+    def _tables(self) -> Iterator[pa.Table]:
+        """The rows of each batch."""
+        num_rows, num_batches = self.stop - self.start, self.num_batches
         seed = None if self.seed is None else (self.seed, self.epoch)
         tables = self.rows.read(self.start, self.stop, seed)
-        places = np.linspace(0, self.stop - self.start, self.num_batches + 1).round().astype(int)
         rest = next(tables)
-        for size in np.diff(places):
+        for index in range(num_batches):
+            size = num_rows * (index + 1) // num_batches - num_rows * index // num_batches
             while rest.num_rows < size:
                 rest = pa.concat_tables([rest, next(tables)])
-            yield self.build(rest.slice(0, size))
+            yield rest.slice(0, size)
             rest = rest.slice(size)
 
     def _padding(self) -> Iterator[Batch]:
@@ -188,7 +205,5 @@ class Interactions(IterableDataset[Batch]):
 
 
 def loader(interactions: Interactions, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    """Iterates `interactions`, in a worker process of its own if `num_workers` is 1."""
-    return DataLoader(
-        interactions, batch_size=None, num_workers=num_workers, pin_memory=pin_memory
-    )
+    """Iterates `interactions`, in this process or, in the same order, in `num_workers` others."""
+    return DataLoader(interactions, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)

@@ -33,8 +33,11 @@ class RowGroup:
     first_position: int  # within the split
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds lists, of whatever flavour."""
+    return (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -51,8 +54,8 @@ def _expected(schema: Schema, name: str) -> tuple[bool, bool]:
 
 def _check_type(schema: Schema, name: str, kind: pa.DataType, file: Location) -> None:
     wants_list, wants_integer = _expected(schema, name)
-    value = kind.value_type if _is_list(kind) else kind
-    fits = _is_list(kind) == wants_list and (
+    value = kind.value_type if is_list(kind) else kind
+    fits = is_list(kind) == wants_list and (
         pa.types.is_integer(value) if wants_integer else _is_number(value)
     )
     if not fits:
@@ -108,9 +111,11 @@ class ParquetRows:
                 )
             _check_type(self.schema, name, arrow_schema.field(name).type, file)
         first_row = 0
-        position = self.row_groups[-1].first_position + self.row_groups[-1].num_rows if (
-            self.row_groups
-        ) else 0
+        position = (
+            self.row_groups[-1].first_position + self.row_groups[-1].num_rows
+            if (self.row_groups)
+            else 0
+        )
         for index in range(metadata.num_row_groups):
             num_rows = metadata.row_group(index).num_rows
             self.row_groups.append(RowGroup(file, index, num_rows, first_row, position + first_row))
@@ -168,45 +173,46 @@ class ParquetRows:
 
     def _checked(self, table: pa.Table, name: str, group: RowGroup) -> pa.Array:
         """The column in its canonical type, its values checked."""
-        is_list, is_integer = _expected(self.schema, name)
+        is_list_column, is_integer = _expected(self.schema, name)
         array = table[name].combine_chunks()
         if isinstance(array, pa.ChunkedArray):
             array = pa.concat_arrays(array.chunks)
-        value_type = pa.int64() if is_integer else pa.float32()
-        array = array.cast(pa.list_(value_type) if is_list else value_type)
         where = f"{group.file}: column '{name}'"
-        if not is_list and array.null_count:
+        if not is_list_column and array.null_count:
             row = group.first_row + int(np.flatnonzero(array.is_null().to_numpy(False))[0])
             raise ValueError(f"{where}, row {row}: null; fill it or drop the row")
-        values = array.flatten() if is_list else array
-        bad, reason = self._bad_values(name, values, is_integer)
+        # Ids are checked as they were written, since a large unsigned one would turn negative.
+        own_type = array.type.value_type if is_list_column else array.type
+        array = _cast(array, own_type if is_integer else pa.float32(), is_list_column)
+        values = array.flatten() if is_list_column else array
+        bad, reason = self._bad_value(name, values, is_integer)
         if bad is not None:
-            row = int(pc.list_parent_indices(array)[bad].as_py()) if is_list else bad
+            row = bad
+            if is_list_column:
+                row = int(np.repeat(np.arange(len(array)), list_lengths(array))[bad])
             raise ValueError(f"{where}, row {group.first_row + row}: {reason}")
-        return array
+        return _cast(array, pa.int64(), is_list_column) if is_integer else array
 
-    def _bad_values(
-        self, name: str, values: pa.Array, is_integer: bool
-    ) -> tuple[int | None, str]:
+    def _bad_value(self, name: str, values: pa.Array, is_integer: bool) -> tuple[int | None, str]:
         """Index of the first value that cannot be used, and why."""
         if values.null_count:
-            return int(np.flatnonzero(values.is_null().to_numpy(False))[0]), "null inside the list"
+            index = int(np.flatnonzero(values.is_null().to_numpy(False))[0])
+            return index, "null inside the list; fill it or leave it out"
         numbers = values.to_numpy(zero_copy_only=False)
-        if is_integer:
+        if not is_integer:
+            wrong = ~np.isfinite(numbers)
+            mend = "write a finite number that fits float32"
+        else:
             limit = self.schema.limit(name)
             wrong = (numbers < 0) | (numbers >= limit)
             table = self.schema.table_of(name)
             mend = f"raise num_embeddings of '{table}' in schema.yaml or map the ids to rows"
-        else:
-            wrong = ~np.isfinite(numbers)
-            mend = "write a finite number"
         if not wrong.any():
             return None, ""
         index = int(wrong.argmax())
-        problem = f"id {numbers[index]} is outside [0, {limit})" if is_integer else (
-            f"value {numbers[index]}"
-        )
-        return index, f"{problem}; {mend}"
+        if not is_integer:
+            return index, f"value {numbers[index]}; {mend}"
+        return index, f"id {numbers[index]} is outside [0, {limit}); {mend}"
 
     def _check_parallel(self, table: pa.Table, group: RowGroup) -> None:
         if self.schema.history is None:
@@ -218,9 +224,13 @@ class ParquetRows:
                 row = int(wrong.argmax())
                 raise ValueError(
                     f"{group.file}: column '{name}', row {group.first_row + row}: the list has "
-                    f"another length than '{self.schema.history}' ({lengths[row]} items); write one "
-                    "value per item"
+                    f"another length than '{self.schema.history}' ({lengths[row]} items); write "
+                    "one value per item"
                 )
+
+
+def _cast(array: pa.Array, value_type: pa.DataType, as_list: bool) -> pa.Array:
+    return array.cast(pa.list_(value_type) if as_list else value_type, safe=False)
 
 
 def list_lengths(column: pa.ChunkedArray | pa.Array) -> np.ndarray:

@@ -22,7 +22,9 @@ class RaggedArray:
         self.offsets = np.load(folder / "offsets.npy")
 
     @staticmethod
-    def create(folder: Path, lengths: np.ndarray, shape: tuple[int, ...], dtype: str) -> RaggedArray:
+    def create(
+        folder: Path, lengths: np.ndarray, shape: tuple[int, ...], dtype: str
+    ) -> RaggedArray:
         """An array of zeros to be filled through `values` and flushed."""
         folder.mkdir(parents=True, exist_ok=True)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -126,6 +126,8 @@ def _validate(schema: Schema, path: str) -> None:
         name = getattr(schema, role)
         if name not in schema.columns or schema.columns[name].kind != "id":
             raise ValueError(f"{path}: {role} '{name}' must be a column of kind id")
+    if schema.columns[schema.target_item].num_embeddings is None:
+        raise ValueError(f"{path}: target_item '{schema.target_item}' needs its own num_embeddings")
     if not schema.of_kind("label"):
         raise ValueError(f"{path}: no column of kind label; name what is to be predicted")
     if len(schema.of_kind("sequence")) > 1:
@@ -133,6 +135,12 @@ def _validate(schema: Schema, path: str) -> None:
             f"{path}: columns {schema.of_kind('sequence')} are all of kind sequence; one is the "
             "history of the sequence models, give the others kind ids"
         )
+    for name in schema.parallel:
+        if name in schema.columns or schema.parallel.count(name) > 1:
+            raise ValueError(
+                f"{path}: parallel list '{name}' is named twice; a list beside a sequence is no "
+                "column of its own"
+            )
     for name, column in schema.columns.items():
         _validate_column(schema, name, column, path)
 

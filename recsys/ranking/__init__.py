@@ -11,8 +11,8 @@ from collections.abc import Callable
 from torch import nn
 
 from recsys.config import ContentSettings, RankingSettings
-from recsys.ranking.din_dcn import DinDcn
 from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.din_dcn import DinDcn
 
 RANKING_MODELS: dict[
     str, Callable[[RankingSettings, InputDimensions, ContentSettings | None], nn.Module]

@@ -20,16 +20,19 @@ def similarity_features(
     target: Tensor,  # [B, D]
     history: Tensor,  # [B, L, D]
     mask: Tensor,  # [B, L]
-    flags: Tensor,  # [B, L, P], each in [0, 1], such as liked or not
+    flags: Tensor,  # [B, L, P], such as liked (1) or not (0)
 ) -> Tensor:  # [B, S], S = 2 * G + P with G = 1 + 2 * P groups of history items
     """Cosine of the target to groups of history items: mean, maximum, and what it votes for.
 
-    The groups are all items, and per flag those with and those without it. Per flag there is also
-    its mean weighted by softmax(cosine / 0.1): what the user thought of items like the target.
+    The groups are all items, those with each flag, and those without it; a list of other numbers
+    is split at 0.5. The features are G means, G maxima and, per list, its mean weighted by
+    softmax(cosine / 0.1): what the user thought of items like the target. A group without items,
+    and the votes of an empty history, give 0.
     """
     cosine = torch.einsum("bd,bld->bl", F.normalize(target, dim=-1), F.normalize(history, dim=-1))
-    groups = torch.cat([torch.ones_like(flags[..., :1]), flags, 1 - flags], dim=-1)
-    groups = groups * mask.unsqueeze(-1)  # [B, L, G]
+    flagged = flags > 0.5
+    groups = torch.cat([torch.ones_like(mask).unsqueeze(-1), flagged, ~flagged], dim=-1)
+    groups = (groups & mask.unsqueeze(-1)).to(cosine.dtype)  # [B, L, G]
     count = groups.sum(dim=1)  # [B, G]
     mean = (groups * cosine.unsqueeze(-1)).sum(1) / count.clamp(min=1)
     masked = torch.where(groups > 0, cosine.unsqueeze(-1), -1.0)

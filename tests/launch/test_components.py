@@ -51,7 +51,7 @@ def test_each_component_runs_its_command_with_everything_after_the_dashes(comman
     job = component(command, "--nproc", "4", "--nnodes", "2", "--", "--out", "my run", "--lr", "1")
     (role,) = job.roles
     assert (job.name, role.name, role.num_replicas) == (f"recsys-{command}", command, 2)
-    assert role.args[-1].endswith(f" -m recsys.cli {command} --out 'my run' --lr 1")
+    assert role.args[-1].endswith(f" -m -- recsys.cli {command} --out 'my run' --lr 1")
     assert " --nnodes 2 --nproc_per_node 4 " in role.args[-1]
 
 

@@ -1,0 +1,112 @@
+"""What is wrong with a configuration that names and types alone do not show.
+
+Values out of range, dimensions that do not divide and settings that exclude each other are told
+by their full name before anything is built.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recsys.config import Config, ContentSettings, ModalitySettings
+
+
+def validate(config: Config) -> None:
+    """Checks what spans several settings.
+
+    Raises:
+        ValueError: names the settings that do not fit and what would.
+    """
+    if config.batch_size < 2:
+        raise ValueError(
+            f"batch_size is {config.batch_size}; it must be at least 2, since with one row per "
+            "batch a rank with one row less than another would lack a batch"
+        )
+    at_least_one = ["epochs", "validations_per_epoch", "patience", "log_every_steps"]
+    at_least_one += ["embedding.dim", "contrastive.dim", "contrastive.num_negatives"]
+    for name in at_least_one:
+        _at_least(config, name, 1)
+    for name in ["num_workers", "optimizer.warmup_steps", "ranking.cross_layers"]:
+        _at_least(config, name, 0)
+    rates = ["learning_rate", "content_learning_rate", "encoder_learning_rate", "weight_decay"]
+    for name in [f"optimizer.{rate}" for rate in rates]:
+        _at_least(config, name, 0)
+    for name in ["learning_rate", "weight_decay", "init_std"]:
+        _at_least(config, f"embedding.{name}", 0)
+    _at_least(config, "contrastive.weight", 0)
+    _dropout(config, "ranking.dropout")
+    if config.content == "none":
+        return
+    _validate_content(config, config.content)
+    if config.contrastive.weight > 0 and config.contrastive.temperature <= 0:
+        raise ValueError(
+            f"contrastive.temperature is {config.contrastive.temperature}; it must be > 0"
+        )
+
+
+def _setting(config: Config, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    return value
+
+
+def _at_least(config: Config, name: str, least: int) -> None:
+    value = _setting(config, name)
+    if not value >= least:  # NaN is refused too
+        raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
+def _dropout(config: Config, name: str) -> None:
+    value = _setting(config, name)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} is {value}; a dropout lies in [0, 1)")
+
+
+def _validate_content(config: Config, content: ContentSettings) -> None:
+    if not content.modalities:
+        raise ValueError(
+            "content.modalities is empty: name at least one modality, or set `content: none`"
+        )
+    for name in ["dim", "fusion.num_queries", "fusion.num_layers", "fusion.num_heads"]:
+        _at_least(config, f"content.{name}", 1)
+    _dropout(config, "content.fusion.dropout")
+    fusion = content.fusion
+    if fusion.name == "qformer" and content.dim % fusion.num_heads:
+        raise ValueError(
+            f"content.dim {content.dim} is not divisible by content.fusion.num_heads "
+            f"{fusion.num_heads}; choose a multiple"
+        )
+    if content.history.mode == "bank_lora" and not 0 < content.history.lora_rank <= content.dim:
+        raise ValueError(
+            f"content.history.lora_rank is {content.history.lora_rank}; it must lie in "
+            f"[1, content.dim = {content.dim}]"
+        )
+    for name, modality in content.modalities.items():
+        _validate_modality(f"content.modalities.{name}", modality)
+        if modality.training == "lora":
+            _at_least(config, f"content.modalities.{name}.lora.rank", 1)
+            _at_least(config, f"content.modalities.{name}.lora.top_layers", 1)
+            _dropout(config, f"content.modalities.{name}.lora.dropout")
+
+
+def _validate_modality(where: str, modality: ModalitySettings) -> None:
+    if modality.kind == "text" and not modality.encoder:
+        raise ValueError(f"{where}: a text needs an `encoder` (hub name, folder or package:NAME)")
+    if modality.kind == "text" and modality.module:
+        raise ValueError(f"{where}: a text takes no `module`; remove it or change `kind`")
+    if modality.kind == "image" and bool(modality.encoder) == bool(modality.module):
+        raise ValueError(f"{where}: an image needs either `encoder` or `module`, and not both")
+    if modality.kind == "feature" and (modality.encoder or modality.module):
+        raise ValueError(f"{where}: a stored feature takes no encoder; remove it or change `kind`")
+    if modality.kind == "feature" and modality.training != "frozen":
+        raise ValueError(
+            f"{where}: a stored feature is `training: frozen`, not {modality.training}"
+        )
+    if modality.module and modality.training == "lora":
+        raise ValueError(
+            f"{where}: LoRA needs a transformers `encoder`; a `module` is frozen or full"
+        )
+    if modality.max_length < 1 or modality.image_size < 1:
+        raise ValueError(f"{where}: max_length and image_size must be at least 1")

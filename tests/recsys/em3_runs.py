@@ -1,0 +1,287 @@
+"""A few steps of a small EM3 with every part in it: sharded on some ranks, and in plain PyTorch.
+
+Text with LoRA and a stored feature, a history from the bank with its low-rank map, CIC against
+all ranks, and tables of every kind. There is no dropout, so that all runs must agree.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from embeddings import (
+    MemoryBank,
+    TableConfig,
+    build_embedding_bag_collection,
+    build_embedding_collection,
+)
+from recsys.batch import Batch
+from recsys.build import (
+    Job,
+    build_content_store,
+    build_em3,
+    build_job,
+    content_settings,
+    pooled_features,
+    table_configs,
+)
+from recsys.config import (
+    Config,
+    ContentSettings,
+    ContrastiveSettings,
+    EmbeddingSettings,
+    FusionSettings,
+    HistorySettings,
+    LoraSettings,
+    ModalitySettings,
+    OptimizerSettings,
+    RankingSettings,
+)
+from recsys.data.filesystem import Location
+from recsys.data.interactions import BatchBuilder
+from recsys.data.parquet_rows import ParquetRows
+from recsys.data.schema import Schema, load_schema
+from recsys.model import EM3
+from recsys.ranks import Ranks
+
+STEPS, GLOBAL_BATCH = 3, 8
+TABLES = ("user", "genres", "item")
+# Each differs, so that a parameter in the wrong group shows.
+DENSE_RATES = {"content.encoders.": 4e-3, "content.": 2e-3, "losses.": 2e-3, "": 1e-3}
+TABLE_RATES: dict[str, float] = {"sgd": 0.5, "rowwise_adagrad": 0.05}
+
+
+@dataclass
+class Run:
+    """What one rank saw in `STEPS` steps."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)  # [B of this rank, 1] per step
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)  # dense, per step
+    dense: dict[str, Tensor] = field(default_factory=dict)  # trained, at the end
+    frozen_before: dict[str, Tensor] = field(default_factory=dict)
+    frozen_after: dict[str, Tensor] = field(default_factory=dict)
+    tables: list[dict[str, list[tuple[list[int], Tensor]]]] = field(default_factory=list)
+    # Pieces of each table on this rank with their offsets, before each step and at the end.
+
+
+def em3_config(
+    folder: Path, sharding: Any = "row_wise", table_optimizer: Any = "sgd", **settings: Any
+) -> Config:
+    """The small EM3; `settings` replace fields of `Config`."""
+    content = ContentSettings(
+        modalities={
+            "text": ModalitySettings(
+                "text",
+                "text",
+                encoder="random:bert",
+                training="lora",
+                lora=LoraSettings(rank=2, top_layers=1),
+                max_length=16,
+            ),
+            "clip": ModalitySettings("feature", "clip"),
+        },
+        dim=16,
+        fusion=FusionSettings(num_heads=2, dropout=0.0),
+        history=HistorySettings(lora_rank=2),
+    )
+    values: dict[str, Any] = {
+        "content": content,
+        "embedding": EmbeddingSettings(
+            dim=16,
+            sharding=sharding,
+            optimizer=table_optimizer,
+            learning_rate=TABLE_RATES[table_optimizer],
+            init_std=0.1,
+        ),
+        "ranking": RankingSettings(
+            attention_units=[8], cross_layers=1, cross_rank=4, mlp_units=[8], dropout=0.0
+        ),
+        "contrastive": ContrastiveSettings(weight=0.5, dim=8, all_ranks=True),
+        "optimizer": OptimizerSettings(
+            learning_rate=DENSE_RATES[""],
+            content_learning_rate=DENSE_RATES["content."],
+            encoder_learning_rate=DENSE_RATES["content.encoders."],
+            weight_decay=0.0,
+            warmup_steps=1,
+        ),
+        "batch_size": GLOBAL_BATCH,
+        "device": "cpu",
+        "cache": str(folder / "cache"),
+    }
+    return Config(**(values | settings))
+
+
+def ranks_of(rank: int, world_size: int) -> Ranks:
+    """`Ranks` of a process that `run_on_ranks` started."""
+    return Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
+
+
+def rows_of_step(root: Location, schema: Schema, step: int, rank: int, world_size: int) -> pa.Table:
+    """This rank's part of the step's global batch."""
+    table = next(ParquetRows.of_split(root, "train", schema).read(0, STEPS * GLOBAL_BATCH))
+    size = GLOBAL_BATCH // world_size
+    return table.slice(step * GLOBAL_BATCH + rank * size, size)
+
+
+def train_sharded(rank: int, world_size: int, folder: Path, cases: list[Any]) -> dict[Any, Run]:
+    """`STEPS` steps for each case (sharding, table optimizer)."""
+    return {case: _train_sharded(rank, world_size, folder, *case) for case in cases}
+
+
+def _train_sharded(
+    rank: int, world_size: int, folder: Path, sharding: str, table_optimizer: str
+) -> Run:
+    config = em3_config(folder, sharding, table_optimizer)
+    job = build_job(config, str(folder / "data"), ranks_of(rank, world_size))
+    run = Run(frozen_before=_copies(job.em3, requires_grad=False))
+    for step in range(STEPS):
+        run.tables.append(table_pieces(job))
+        rows = rows_of_step(job.root, job.schema, step, rank, world_size)
+        job.optimizer.zero_grad()
+        loss, (_, logits, _) = job.model(job.batch_builder()(rows))
+        loss.backward()
+        _record(run, job.em3, loss, logits)
+        job.optimizer.step()
+    run.tables.append(table_pieces(job))
+    run.dense = {
+        name: value
+        for name, value in _copies(job.em3, requires_grad=True).items()
+        if name in run.gradients[0]
+    }
+    run.frozen_after = _copies(job.em3, requires_grad=False)
+    return run
+
+
+def _record(run: Run, em3: EM3, loss: Tensor, logits: Tensor) -> None:
+    run.losses.append(loss.detach().clone())
+    run.logits.append(logits.detach().clone())
+    run.gradients.append(
+        {
+            name: parameter.grad.clone()
+            for name, parameter in em3.named_parameters()
+            if parameter.grad is not None and not name.startswith("embedding")
+        }
+    )
+
+
+def _copies(em3: EM3, requires_grad: bool) -> dict[str, Tensor]:
+    return {
+        name: value.detach().clone()
+        for name, value in em3.named_parameters()
+        if value.requires_grad == requires_grad and not name.startswith("embedding")
+    }
+
+
+def table_pieces(job: Job) -> dict[str, list[tuple[list[int], Tensor]]]:
+    """By table: offsets and weights of what lies on this rank."""
+    return {
+        name.split(".")[-2]: [
+            (list(piece.metadata.shard_offsets), piece.tensor.detach().clone())
+            for piece in value.local_shards()
+        ]
+        for name, value in job.model.state_dict().items()
+        if isinstance(value, ShardedTensor)
+    }
+
+
+def whole_table(runs: list[Run], step: int, name: str) -> Tensor:
+    """A table before a step (`STEPS`: at the end) put together from all ranks, [rows, D]."""
+    pieces = [piece for run in runs for piece in run.tables[step][name]]
+    rows = max(offset[0] + len(piece) for offset, piece in pieces)
+    columns = max(offset[1] + piece.shape[1] for offset, piece in pieces)
+    table = torch.full((rows, columns), float("nan"))
+    for (row, column), piece in pieces:
+        table[row : row + piece.shape[0], column : column + piece.shape[1]] = piece
+    return table
+
+
+def train_unsharded(
+    rank: int, world_size: int, folder: Path, cases: list[tuple[str, int]]
+) -> dict[tuple[str, int], Run]:
+    """The global batch without TorchRec's sharding, pipeline or fused optimizers, for each case
+    (table optimizer, column shards that keep their own moments)."""
+    return {case: _train_unsharded(ranks_of(rank, world_size), folder, *case) for case in cases}
+
+
+def _train_unsharded(ranks: Ranks, folder: Path, table_optimizer: str, column_shards: int) -> Run:
+    config = em3_config(folder, table_optimizer=table_optimizer)
+    root = Location.of(folder / "data")
+    schema = load_schema(root)
+    tables = table_configs(config, schema)
+    em3, build = _plain_em3(config, root, schema, tables, ranks)
+    weights = _table_weights(em3)
+    moments = {name: torch.zeros(len(value), column_shards) for name, value in weights.items()}
+    adamw = torch.optim.AdamW(_dense_groups(em3), weight_decay=0.0)
+    run = Run(frozen_before=_copies(em3, requires_grad=False))
+    for step in range(STEPS):
+        run.tables.append(_whole_pieces(weights))
+        em3.zero_grad()
+        loss, (_, logits, _) = em3(build(rows_of_step(root, schema, step, 0, 1)))
+        loss.backward()
+        _record(run, em3, loss, logits)
+        adamw.step()
+        for name, weight in weights.items():
+            _update_table(weight, moments[name], table_optimizer)
+    run.tables.append(_whole_pieces(weights))
+    run.dense = _copies(em3, requires_grad=True)
+    return run
+
+
+def _plain_em3(
+    config: Config, root: Location, schema: Schema, tables: list[TableConfig], ranks: Ranks
+) -> tuple[EM3, BatchBuilder]:
+    torch.manual_seed(config.seed)
+    content = content_settings(config)
+    assert content is not None
+    store, encoders = build_content_store(config, content, root, schema, ranks)
+    bank = MemoryBank(schema.num_items, content.dim, "cpu")
+    em3 = build_em3(config, schema, tables, encoders, bank)
+    # Only now, as TorchRec draws numbers before it calls our initialisation, which draws none.
+    em3.embedding_bags = build_embedding_bag_collection(tables, "cpu")
+    embeddings = build_embedding_collection(tables, "cpu")
+    assert embeddings is not None
+    em3.embeddings = embeddings
+    return em3, BatchBuilder(schema, pooled_features(config, schema), store)
+
+
+def _table_weights(em3: EM3) -> dict[str, torch.nn.Parameter]:
+    assert em3.embedding_bags is not None
+    holders = {**em3.embedding_bags.embedding_bags, **em3.embeddings.embeddings}
+    return {name: holder.weight for name, holder in holders.items()}
+
+
+def _whole_pieces(weights: dict[str, torch.nn.Parameter]) -> dict[str, Any]:
+    return {name: [([0, 0], weight.detach().clone())] for name, weight in weights.items()}
+
+
+def _dense_groups(em3: EM3) -> list[dict[str, Any]]:
+    groups: dict[str, list[torch.nn.Parameter]] = {prefix: [] for prefix in DENSE_RATES}
+    for name, parameter in em3.named_parameters():
+        if parameter.requires_grad and not name.startswith("embedding"):
+            groups[next(prefix for prefix in groups if name.startswith(prefix))].append(parameter)
+    return [{"params": group, "lr": DENSE_RATES[prefix]} for prefix, group in groups.items()]
+
+
+@torch.no_grad()
+def _update_table(weight: torch.nn.Parameter, moment: Tensor, table_optimizer: str) -> None:
+    gradient = weight.grad
+    assert gradient is not None
+    rate = TABLE_RATES[table_optimizer]
+    if table_optimizer == "sgd":
+        weight -= rate * gradient
+        return
+    blocks = gradient.view(len(weight), moment.shape[1], -1)  # [rows, column shards, columns]
+    moment += (blocks**2).mean(dim=2)
+    weight -= (rate * blocks / (moment.sqrt()[:, :, None] + 1e-8)).reshape(weight.shape)
+
+
+def batches_of(job: Job, count: int, size: int) -> list[Batch]:
+    """The first batches of the training split, of `size` rows each, for this rank."""
+    table = next(ParquetRows.of_split(job.root, "train", job.schema).read(0, 60))
+    share = table.slice(job.ranks.rank * count * size, count * size)
+    return [job.batch_builder()(share.slice(index * size, size)) for index in range(count)]

@@ -1,0 +1,219 @@
+"""The content branch: encoding unique items once against encoding every occurrence naively."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embeddings import MemoryBank
+from recsys.batch import Batch, ContentInput
+from recsys.config import (
+    ContentSettings,
+    FusionSettings,
+    HistorySettings,
+    LoraSettings,
+    ModalitySettings,
+)
+from recsys.content.branch import ContentBranch
+from recsys.content.encoders import Encoder, StoredFeatures, build_encoder
+
+NUM_ITEMS, DIM, FEATURE_DIM, MAX_TOKENS = 8, 8, 6, 5
+TARGETS = torch.tensor([3, 5, 3, 7, 5])
+HISTORY = torch.tensor([5, 3, 5, 0, 1, 3, 3])
+LENGTHS = torch.tensor([2, 0, 4, 1, 0])
+TEXT = ModalitySettings(
+    kind="text",
+    column="text",
+    encoder="random:bert",
+    training="lora",
+    lora=LoraSettings(rank=2, top_layers=1),
+    max_length=MAX_TOKENS,
+)
+Mode = Literal["bank_lora", "bank_frozen", "bank_dense", "full"]
+
+
+def content_of(items: Tensor) -> dict[str, ContentInput]:
+    """Text and features of all items; 3 lacks text, 5 features, 0 both."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 60, (NUM_ITEMS, MAX_TOKENS), generator=generator)
+    lengths = torch.tensor([0, 5, 2, 0, 4, 3, 1, 2])
+    mask = torch.arange(MAX_TOKENS)[None, :] < lengths[:, None]
+    features = torch.randn(NUM_ITEMS, 1, FEATURE_DIM, generator=generator)
+    known = torch.tensor([0, 1, 1, 1, 1, 0, 1, 1]).bool().unsqueeze(1)
+    return {
+        "text": ContentInput(torch.where(mask, ids, 0)[items], mask[items]),
+        "clip": ContentInput(torch.where(known[..., None], features, 0)[items], known[items]),
+    }
+
+
+def batch_of(mode: Mode) -> Batch:
+    """Unique items and indices, as the loader makes them."""
+    if mode == "full":
+        items, index = torch.cat([TARGETS, HISTORY]).unique(return_inverse=True)
+        history_items = items[:0]
+        target_index, history_index = index[: len(TARGETS)], index[len(TARGETS) :]
+    else:
+        items, target_index = TARGETS.unique(return_inverse=True)
+        history_items, history_index = HISTORY.unique(return_inverse=True)
+    return Batch(
+        dense_features=torch.zeros(len(TARGETS), 0),
+        sparse_features=None,
+        labels=torch.zeros(len(TARGETS), 1),
+        sequence_features=KeyedJaggedTensor.from_lengths_sync(
+            ["item"], TARGETS, torch.ones(len(TARGETS), dtype=torch.long)
+        ),
+        target_items=TARGETS,
+        groups=torch.zeros(len(TARGETS), dtype=torch.long),
+        row_positions=torch.arange(len(TARGETS)),
+        history_lengths=LENGTHS,
+        history_values=torch.zeros(len(HISTORY), 0),
+        content_items=items,
+        target_index=target_index,
+        history_items=history_items,
+        history_index=history_index,
+        content=content_of(items),
+    )
+
+
+def branch_of(mode: Mode) -> ContentBranch:
+    torch.manual_seed(0)
+    encoders: dict[str, Encoder] = {
+        "text": build_encoder("text", TEXT, None),
+        "clip": StoredFeatures(FEATURE_DIM),
+    }
+    settings = ContentSettings(
+        modalities={"text": TEXT, "clip": ModalitySettings(kind="feature", column="clip")},
+        dim=DIM,
+        fusion=FusionSettings(num_heads=2, dropout=0.0),
+        history=HistorySettings(mode=mode, lora_rank=2),
+    )
+    bank = None
+    if mode != "full":
+        bank = MemoryBank(NUM_ITEMS, DIM, "cpu")
+        stale = torch.randn(NUM_ITEMS, DIM, generator=torch.Generator().manual_seed(4))
+        bank.update(torch.arange(NUM_ITEMS), stale, step=0)
+    branch = ContentBranch(encoders, settings, bank)
+    for name, parameter in branch.named_parameters():
+        if "lora_B" in name:  # zero at first, which would hide much
+            nn.init.normal_(parameter)
+    return branch.train()
+
+
+def naive_vectors(branch: ContentBranch, mode: Mode) -> tuple[Tensor, Tensor]:
+    """Every occurrence encoded by itself; the bank, written first, read row by row."""
+    targets = torch.cat([branch.encode(content_of(item[None])) for item in TARGETS])
+    if mode == "full":
+        history = torch.cat([branch.encode(content_of(item[None])) for item in HISTORY])
+    else:
+        assert branch.bank is not None
+        rows, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
+        for item, vector in zip(TARGETS.tolist(), targets.detach(), strict=True):
+            rows[item] = vector
+        history = torch.stack([rows[item] for item in HISTORY.tolist()])
+    return targets, torch.cat([branch.history_map(vector[None]) for vector in history])
+
+
+@pytest.mark.parametrize("mode", ["full", "bank_lora", "bank_dense", "bank_frozen"])
+def test_encoding_each_item_once_equals_encoding_every_occurrence(mode: Mode) -> None:
+    branch, naive = branch_of(mode), branch_of(mode)
+    expected = naive_vectors(naive, mode)
+    vectors = branch(batch_of(mode))
+    torch.testing.assert_close(vectors.target, expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(vectors.history, expected[1], atol=1e-5, rtol=1e-5)
+
+    generator = torch.Generator().manual_seed(7)
+    factors = [torch.randn(part.shape, generator=generator) for part in expected]
+    for target, history in ((vectors.target, vectors.history), expected):
+        ((target * factors[0]).sum() + (history * factors[1]).square().sum()).backward()
+    parameters = dict(naive.named_parameters())
+    assert sum(part.requires_grad for part in parameters.values()) > 10
+    for name, parameter in branch.named_parameters():
+        wanted = parameters[name].grad
+        assert (parameter.grad is None) == (wanted is None), name
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if wanted is not None:
+            torch.testing.assert_close(parameter.grad, wanted, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(("mode", "items"), [("full", [0, 1, 3, 5, 7]), ("bank_lora", [3, 5, 7])])
+def test_each_encoder_runs_once_per_step_on_exactly_the_unique_items(
+    mode: Mode, items: list[int]
+) -> None:
+    branch = branch_of(mode)
+    calls: dict[str, list[Tensor]] = {"text": [], "clip": []}
+    for name, encoder in branch.encoders.items():
+        original: Any = encoder.encode
+
+        def recording(
+            content: ContentInput, name: str = name, original: Any = original
+        ) -> ContentInput:
+            calls[name].append(content.values)
+            return original(content)
+
+        encoder.encode = recording  # type: ignore[assignment]
+    branch(batch_of(mode))
+    for name, expected in content_of(torch.tensor(items)).items():
+        (values,) = calls[name]
+        assert torch.equal(values, expected.values)
+
+
+def test_fresh_vectors_are_seen_in_the_histories_of_the_same_step() -> None:
+    branch = branch_of("bank_frozen")
+    assert branch.bank is not None
+    stale, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
+    vectors = branch(batch_of("bank_frozen"))
+    fresh = dict(zip(TARGETS.tolist(), vectors.target))
+    for item, vector in zip(HISTORY.tolist(), vectors.history, strict=True):
+        assert torch.equal(vector, fresh.get(item, stale[item]))
+    rows, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
+    for item in range(NUM_ITEMS):
+        assert torch.equal(rows[item], fresh.get(item, stale[item]))
+
+
+def test_the_bank_learns_the_step_of_each_write() -> None:
+    branch = branch_of("bank_lora")
+    assert branch.bank is not None
+    for _ in range(3):
+        branch(batch_of("bank_lora"))
+    _, steps = branch.bank.lookup(torch.tensor([3, 4]))
+    assert steps.tolist() == [2, 0]
+    assert branch.step == 3
+
+
+def test_eval_mode_writes_nothing_and_reads_the_bank() -> None:
+    branch = branch_of("bank_frozen").eval()
+    assert branch.bank is not None
+    before, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
+    vectors = branch(batch_of("bank_frozen"))
+    after, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
+    assert torch.equal(before, after)
+    assert torch.equal(vectors.history, before[HISTORY])
+    assert branch.step == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "trained"),
+    [("bank_frozen", []), ("bank_lora", ["lora_A", "lora_B"]), ("bank_dense", ["map.weight"])],
+)
+def test_history_from_the_bank_carries_gradient_to_its_map_alone(
+    mode: Mode, trained: list[str]
+) -> None:
+    branch = branch_of(mode)
+    history = branch(batch_of(mode)).history
+    assert history.requires_grad == bool(trained)
+    if trained:
+        history.square().sum().backward()
+    reached = [name for name, part in branch.named_parameters() if part.grad is not None]
+    assert len(reached) == len(trained)
+    for name, wanted in zip(reached, trained):
+        assert name.startswith("history_map.") and wanted in name
+
+
+def test_the_bank_is_no_part_of_the_branch_s_weights() -> None:
+    names = set(branch_of("bank_frozen").state_dict())
+    assert names == set(branch_of("full").state_dict())
+    assert not any("bank" in name for name in names)

@@ -1,0 +1,414 @@
+"""Encoders run layer by layer against the whole transformers model, item by item, unpadded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from recsys.batch import ContentInput
+from recsys.config import LoraSettings, ModalitySettings
+from recsys.content import transformer_encoder
+from recsys.content.encoders import (
+    ModuleEncoder,
+    StoredFeatures,
+    TransformerEncoder,
+    build_encoder,
+)
+
+Training = Literal["frozen", "lora", "full"]
+Pooling = Literal["mean", "cls", "none"]
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
+DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
+IMAGE: dict[str, Any] = {"image_size": 8, "patch_size": 4}
+CONFIGS: dict[str, Any] = {
+    "bert": transformers.BertConfig(vocab_size=30, **SIZES, **DROPOUT),
+    "roberta": transformers.RobertaConfig(
+        vocab_size=30, max_position_embeddings=12, **SIZES, **DROPOUT
+    ),
+    "vit": transformers.ViTConfig(**SIZES, **IMAGE, **DROPOUT),
+    "clip": transformers.CLIPVisionConfig(**SIZES, **IMAGE, attention_dropout=0.3),
+}
+TARGETS = {
+    "bert": ["query", "value"],
+    "roberta": ["query", "value"],
+    "vit": ["q_proj", "v_proj"],
+    "clip": ["q_proj", "v_proj"],
+}
+MODELS = list(CONFIGS)
+TEXT_MODELS, IMAGE_MODELS = MODELS[:2], MODELS[2:]
+TRAININGS: list[Training] = ["frozen", "lora", "full"]
+POOLINGS: list[Pooling] = ["mean", "cls", "none"]
+LENGTHS = [6, 1, 0, 4]  # tokens of each item; item 2 has no text, and no image
+
+
+@pytest.fixture(autouse=True)
+def groups_of_two_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformer_encoder, "ITEMS_PER_GROUP", 2)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each model with random weights, as safetensors; its dropout would show."""
+    folders = {}
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        model = transformers.AutoModel.from_config(config)
+        for parameter in model.parameters():  # as initialised, biases are 0 and norms 1
+            nn.init.normal_(parameter, std=0.4)
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folders[name])
+    return folders
+
+
+def encoder_of(
+    folders: dict[str, Path],
+    name: str,
+    training: Training,
+    pooling: Pooling = "mean",
+    top_layers: int = 2,
+) -> TransformerEncoder:
+    modality = ModalitySettings(
+        kind="text" if name in TEXT_MODELS else "image",
+        column="content",
+        encoder=str(folders[name]),
+        training=training,
+        pooling=pooling,
+        lora=LoraSettings(rank=2, alpha=3.0, targets=TARGETS[name], top_layers=top_layers),
+        max_length=8,
+        image_size=8,
+    )
+    torch.manual_seed(1)
+    encoder = build_encoder("it", modality, None)
+    assert isinstance(encoder, TransformerEncoder)
+    return encoder
+
+
+def content_of(name: str, padded_length: int = 6) -> ContentInput:
+    generator = torch.Generator().manual_seed(2)
+    if name in IMAGE_MODELS:
+        pixels = torch.randint(256, (len(LENGTHS), 3, 8, 8), generator=generator)
+        mask = torch.tensor(LENGTHS).unsqueeze(1) > 0
+        return ContentInput(pixels.to(torch.uint8), mask)
+    ids = torch.randint(5, 30, (len(LENGTHS), 6), generator=generator)
+    ids = nn.functional.pad(ids, (0, padded_length - 6))
+    mask = torch.arange(padded_length)[None, :] < torch.tensor(LENGTHS)[:, None]
+    return ContentInput(torch.where(mask, ids, 0), mask)
+
+
+def whole_model(folders: dict[str, Path], name: str) -> Any:
+    return transformers.AutoModel.from_pretrained(folders[name]).eval()
+
+
+def tokens_by_item(model: Any, name: str, pooling: Pooling) -> dict[int, Tensor]:
+    """The whole model on one item at a time without padding, pooled by hand: [T, D] by item."""
+    content, tokens = content_of(name), {}
+    for item, length in enumerate(LENGTHS):
+        if not length:
+            continue
+        if name in IMAGE_MODELS:
+            scaled = content.values[item].float() / 255
+            mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+            pixels = (scaled - mean[:, None, None]) / std[:, None, None]
+            hidden = model(pixel_values=pixels[None]).last_hidden_state[0]
+        else:
+            hidden = model(input_ids=content.values[item, None, :length]).last_hidden_state[0]
+        by_hand = {"mean": hidden.mean(0, keepdim=True), "cls": hidden[:1], "none": hidden}
+        tokens[item] = by_hand[pooling]
+    return tokens
+
+
+def assert_tokens(output: ContentInput, expected: dict[int, Tensor]) -> None:
+    assert torch.isfinite(output.values).all()
+    for item in range(len(LENGTHS)):
+        there = output.values[item][output.mask[item]]
+        wanted = expected.get(item, torch.zeros(0, output.values.shape[2]))
+        torch.testing.assert_close(there, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("name", MODELS)
+def test_frozen_and_forward_together_equal_the_whole_model(
+    folders: dict[str, Path], name: str, training: Training, pooling: Pooling
+) -> None:
+    # In train mode: no dropout acts, though the model's configuration asks for it.
+    encoder = encoder_of(folders, name, training, pooling).train()
+    assert encoder.output_dim == SIZES["hidden_size"]
+    output = encoder.encode(content_of(name))
+    assert_tokens(output, tokens_by_item(whole_model(folders, name), name, pooling))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_full_training_gives_the_gradients_of_the_whole_model(
+    folders: dict[str, Path], name: str
+) -> None:
+    encoder = encoder_of(folders, name, "full")
+    output = encoder.encode(content_of(name))
+    output.values[output.mask].square().sum().backward()
+    model = whole_model(folders, name)
+    tokens = tokens_by_item(model, name, "mean")
+    sum(part.square().sum() for part in tokens.values()).backward()  # type: ignore[union-attr]
+    expected = {key: part.grad for key, part in model.named_parameters() if part.grad is not None}
+    trained = dict(encoder.model.named_parameters())
+    assert set(trained) == set(expected)  # poolers and the like, which no loss reaches, are gone
+    for key, parameter in trained.items():
+        torch.testing.assert_close(parameter.grad, expected[key], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_frozen_encoder_trains_nothing(folders: dict[str, Path], name: str) -> None:
+    encoder = encoder_of(folders, name, "frozen")
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert not encoder.encode(content_of(name)).values.requires_grad
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lora_sits_on_the_named_parts_of_the_top_layers_alone(
+    folders: dict[str, Path], name: str
+) -> None:
+    encoder = encoder_of(folders, name, "lora", top_layers=2)
+    trained = {key for key, part in encoder.named_parameters() if part.requires_grad}
+    places = {key.split(".lora_")[0] for key in trained}
+    assert all(".lora_A." in key or ".lora_B." in key for key in trained)
+    assert {place.rsplit(".", 1)[1] for place in places} == set(TARGETS[name])
+    layers = {next(word for word in place.split(".") if word.isdigit()) for place in places}
+    assert layers == {"1", "2"}
+    assert len(trained) == 2 * 2 * len(TARGETS[name])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lora_trains_adapters_and_leaves_base_weights_bit_equal(
+    folders: dict[str, Path], name: str
+) -> None:
+    encoder = encoder_of(folders, name, "lora").train()
+    before = {key: part.detach().clone() for key, part in encoder.named_parameters()}
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        encoder.encode(content_of(name)).values.square().sum().backward()
+        optimizer.step()
+    for key, parameter in encoder.named_parameters():
+        assert torch.equal(parameter, before[key]) != ("lora_" in key), key
+        assert (parameter.grad is None) != ("lora_" in key), key
+
+
+@pytest.mark.parametrize("name", ["bert", "clip"])
+def test_trained_lora_equals_a_model_with_the_merged_weights(
+    folders: dict[str, Path], name: str
+) -> None:
+    encoder = encoder_of(folders, name, "lora")
+    model = whole_model(folders, name)
+    for key, part in encoder.model.named_modules():
+        if hasattr(part, "lora_B"):
+            a, b = part.lora_A["default"].weight, part.lora_B["default"].weight
+            with torch.no_grad():
+                b.normal_()
+                model.get_submodule(key).weight += 3.0 / 2 * b @ a
+    output = encoder.encode(content_of(name))
+    assert_tokens(output, tokens_by_item(model, name, "mean"))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("training", ["frozen", "lora"])
+@pytest.mark.parametrize("name", MODELS)
+def test_dropped_frozen_layers_and_kept_outputs_change_nothing(
+    folders: dict[str, Path], name: str, training: Training, pooling: Pooling
+) -> None:
+    content = content_of(name)
+    encoder = encoder_of(folders, name, training, pooling)
+    expected = encoder.encode(content)
+    with torch.no_grad():
+        kept = encoder.frozen(content)
+    trained = {key: part for key, part in encoder.named_parameters() if part.requires_grad}
+    gradients = []
+    if trained:
+        gradients = list(torch.autograd.grad(expected.values.sum(), list(trained.values())))
+    size = sum(part.numel() for part in encoder.parameters())
+    encoder.drop_frozen_layers()
+    assert sum(part.numel() for part in encoder.parameters()) < size
+    left = {key: part for key, part in encoder.named_parameters() if part.requires_grad}
+    assert list(left) == list(trained)
+    output = encoder.encode(kept)
+    assert torch.equal(output.mask, expected.mask)
+    torch.testing.assert_close(output.values, expected.values, atol=1e-6, rtol=1e-6)
+    if trained:
+        again = torch.autograd.grad(output.values.sum(), list(left.values()))
+        torch.testing.assert_close(list(again), gradients, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("name", MODELS)
+def test_an_item_without_content_is_masked_and_harms_no_gradient(
+    folders: dict[str, Path], name: str, training: Training
+) -> None:
+    encoder = encoder_of(folders, name, training, "none")
+    output = encoder.encode(content_of(name))
+    assert not output.mask[2].any()
+    assert output.mask[0].all()
+    assert torch.isfinite(output.values).all()
+    if training != "frozen":
+        output.values.sum().backward()
+        for parameter in encoder.parameters():
+            assert parameter.grad is None or torch.isfinite(parameter.grad).all()
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_padding_further_does_not_change_an_item(
+    folders: dict[str, Path], name: str, training: Training
+) -> None:
+    encoder = encoder_of(folders, name, training)
+    short, long = encoder.encode(content_of(name)), encoder.encode(content_of(name, 9))
+    assert torch.equal(short.mask, long.mask)
+    torch.testing.assert_close(
+        short.values[short.mask], long.values[long.mask], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_the_frozen_layers_stay_in_eval_mode(folders: dict[str, Path]) -> None:
+    encoder = encoder_of(folders, "bert", "lora", top_layers=1).train()
+    assert not encoder.model.embeddings.training
+    assert [layer.training for layer in encoder.model.encoder.layer] == [False, False, True]
+
+
+def test_the_vision_tower_of_a_whole_clip_is_found(tmp_path: Path) -> None:
+    text = {**SIZES, "vocab_size": 30, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config={**SIZES, **IMAGE}, projection_dim=8
+    )
+    model = transformers.CLIPModel(config).eval()
+    model.save_pretrained(tmp_path)
+    encoder = encoder_of({"clip": tmp_path}, "clip", "lora", "none")
+    tower: Any = model.vision_model
+    assert_tokens(encoder.encode(content_of("clip")), tokens_by_item(tower, "clip", "none"))
+
+
+def modality_of(kind: Literal["text", "image"], **settings: Any) -> ModalitySettings:
+    return ModalitySettings(kind=kind, column="c", max_length=8, image_size=8, **settings)
+
+
+def transformer(name: str, modality: ModalitySettings) -> TransformerEncoder:
+    model = transformers.AutoModel.from_config(CONFIGS[name])
+    return TransformerEncoder(model, modality, "content.modalities.it")
+
+
+def test_lora_targets_that_fit_nothing_are_named_with_what_would() -> None:
+    modality = modality_of("image", training="lora", lora=LoraSettings(targets=["q_proj", "query"]))
+    with pytest.raises(ValueError, match=r"it\.lora\.targets: 'query' fits no .*attention\.q_proj"):
+        transformer("vit", modality)
+
+
+@pytest.mark.parametrize("top_layers", [0, 4])
+def test_more_or_fewer_lora_layers_than_there_are_is_an_error(top_layers: int) -> None:
+    modality = modality_of("text", training="lora", lora=LoraSettings(top_layers=top_layers))
+    with pytest.raises(ValueError, match=f"top_layers is {top_layers}; the encoder has 3 layers"):
+        transformer("bert", modality)
+
+
+def test_lora_of_rank_zero_is_an_error() -> None:
+    modality = modality_of("text", training="lora", lora=LoraSettings(rank=0))
+    with pytest.raises(ValueError, match=r"rank 0 .* rank must be at least 1"):
+        transformer("bert", modality)
+
+
+def test_a_model_without_a_stack_of_layers_is_an_error() -> None:
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1])
+    with pytest.raises(ValueError, match=r"ResNetModel has no stack of .* layers"):
+        TransformerEncoder(transformers.ResNetModel(config), modality_of("image"), "it")
+
+
+def test_a_model_that_does_more_between_its_layers_is_refused_not_run_wrongly() -> None:
+    # CLIP's text tower has a causal mask, SigLIP a last norm under CLIP's name for another.
+    text = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(vocab_size=30, bos_token_id=0, eos_token_id=1, **SIZES)
+    )
+    with pytest.raises(ValueError, match=r"CLIPTextModel cannot be run layer by layer"):
+        TransformerEncoder(text, modality_of("text"), "it")
+    config = transformers.SiglipVisionConfig(**SIZES, **IMAGE, vision_use_head=False)
+    with pytest.raises(ValueError, match=r"SiglipVisionModel cannot be run layer by layer"):
+        TransformerEncoder(transformers.SiglipVisionModel(config), modality_of("image"), "it")
+
+
+@pytest.mark.parametrize(("name", "limit"), [("bert", 512), ("roberta", 10)])
+def test_texts_longer_than_the_position_embeddings_are_refused(name: str, limit: int) -> None:
+    modality = ModalitySettings(kind="text", column="c", max_length=limit)
+    transformer(name, modality)
+    modality.max_length = limit + 1
+    with pytest.raises(ValueError, match=rf"max_length is {limit + 1}; .* at most {limit} tokens"):
+        transformer(name, modality)
+
+
+def test_images_of_another_size_are_refused() -> None:
+    modality = ModalitySettings(kind="image", column="c", image_size=16)
+    with pytest.raises(ValueError, match=r"image_size is 16; the encoder wants 8"):
+        transformer("vit", modality)
+
+
+class Convolution(nn.Module):
+    """Pixels -> a normalised vector, or four tokens."""
+
+    def __init__(self, tokens: bool) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.convolution = nn.Conv2d(3, 5, 4, 4)
+        self.norm = nn.BatchNorm2d(5)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features = self.norm(self.convolution(pixels)).flatten(2).transpose(1, 2)
+        return features if self.tokens else features.mean(1)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_frozen_module_keeps_its_statistics_and_may_be_dropped(tokens: bool) -> None:
+    encoder = ModuleEncoder(Convolution(tokens), trained=False, image_size=8).train()
+    content = content_of("vit")
+    output = encoder.encode(content)
+    plain = encoder.module((content.values.float() / 255 - mean_pixel()) / std_pixel())
+    assert encoder.output_dim == 5
+    assert output.values.shape == (len(LENGTHS), 4 if tokens else 1, 5)
+    torch.testing.assert_close(output.values.flatten(1), plain.flatten(1))
+    assert torch.equal(output.mask, content.mask.expand(-1, output.values.shape[1]))
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert not encoder.module.norm.running_mean.any()  # type: ignore[union-attr, operator]
+    kept = encoder.frozen(content)
+    encoder.drop_frozen_layers()
+    assert torch.equal(encoder.encode(kept).values, output.values)
+
+
+def mean_pixel() -> Tensor:
+    return torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+
+
+def std_pixel() -> Tensor:
+    return torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+
+
+def test_a_trained_module_gets_gradient() -> None:
+    encoder = ModuleEncoder(Convolution(tokens=False), trained=True, image_size=8).train()
+    assert not encoder.caches
+    encoder.encode(content_of("vit")).values.square().sum().backward()
+    assert all(part.grad is not None and part.grad.any() for part in encoder.parameters())
+
+
+def test_a_module_of_another_output_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Conv2d gives \[1, 5, 2, 2\] for one image"):
+        ModuleEncoder(nn.Conv2d(3, 5, 4, 4), trained=False, image_size=8)
+
+
+def test_stored_features_are_the_tokens() -> None:
+    content = ContentInput(torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool))
+    encoder = build_encoder("clip", ModalitySettings(kind="feature", column="clip"), 4)
+    assert isinstance(encoder, StoredFeatures) and encoder.output_dim == 4
+    output = encoder.encode(content)
+    assert output.values is content.values and output.mask is content.mask

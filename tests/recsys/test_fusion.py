@@ -1,0 +1,237 @@
+"""Fusions against a loop-written reference and hand-computed values, with gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recsys.config import FusionSettings
+from recsys.content import fusion as fusions
+from recsys.content.fusion import ConcatFusion, FusionQFormer, build_fusion
+
+NUM_ITEMS, NUM_TOKENS, DIM, NUM_HEADS, NUM_QUERIES = 3, 2, 8, 4, 2
+MODALITY = torch.arange(NUM_TOKENS)
+
+
+def qformer(preset: str, num_layers: int = 1, dropout: float = 0.0) -> FusionQFormer:
+    torch.manual_seed(0)
+    return FusionQFormer(
+        DIM,
+        NUM_TOKENS,
+        NUM_QUERIES,
+        num_layers,
+        NUM_HEADS,
+        dropout,
+        preset,  # type: ignore[arg-type]
+    )
+
+
+def some_tokens() -> Tensor:
+    return torch.randn(NUM_ITEMS, NUM_TOKENS, DIM, generator=torch.Generator().manual_seed(1))
+
+
+def all_there() -> Tensor:
+    return torch.ones(NUM_ITEMS, NUM_TOKENS, dtype=torch.bool)
+
+
+def affine(weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    return weights[f"{name}.weight"] @ x + weights[f"{name}.bias"]
+
+
+def published_layer(weights: dict[str, Tensor], rows: list[Tensor]) -> list[Tensor]:
+    """Joint self-attention, residual and post-norm, one head and one row at a time."""
+    size = DIM // NUM_HEADS
+    query, key, value = (
+        [affine(weights, f"attention.{name}", row) for row in rows]
+        for name in ("query", "key", "value")
+    )
+    outputs = []
+    for i, row in enumerate(rows):
+        heads = []
+        for head in range(NUM_HEADS):
+            part = slice(head * size, (head + 1) * size)
+            scores = torch.stack([query[i][part] @ k[part] for k in key])
+            attention = torch.exp(scores / math.sqrt(size + 1e-5))
+            attention = attention / attention.sum()
+            heads.append(sum(a * v[part] for a, v in zip(attention, value)))
+        x = row + affine(weights, "attention.output", torch.cat(heads))  # type: ignore[arg-type]
+        centred = x - x.mean()
+        normed = centred / torch.sqrt((centred**2).mean() + 1e-5)
+        outputs.append(normed * weights["norm.weight"] + weights["norm.bias"])
+    return outputs
+
+
+def published_reference(weights: dict[str, Tensor], tokens: Tensor, num_layers: int) -> Tensor:
+    """The published Fusion-Q-Former, item by item."""
+    vectors = []
+    for item in tokens:
+        rows = [*weights["queries"], *item]
+        for layer in range(num_layers):
+            prefix = f"layers.{layer}."
+            own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+            rows = published_layer(own, rows)
+        vectors.append(affine(weights, "output", torch.cat(rows[:NUM_QUERIES])))
+    return torch.stack(vectors)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_published_equals_the_formula_in_outputs_and_gradients(num_layers: int) -> None:
+    fusion = qformer("published", num_layers)
+    for parameter in fusion.parameters():  # biases and norms start where errors would not show
+        nn.init.normal_(parameter, std=0.5)
+    weights = {k: v.detach().clone().requires_grad_() for k, v in fusion.named_parameters()}
+    tokens = some_tokens().requires_grad_()
+    reference_tokens = some_tokens().requires_grad_()
+    factor = torch.randn(NUM_ITEMS, DIM)
+
+    output = fusion(tokens, all_there(), MODALITY)
+    expected = published_reference(weights, reference_tokens, num_layers)
+    (output * factor).sum().backward()
+    (expected * factor).sum().backward()
+
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tokens.grad, reference_tokens.grad, atol=1e-5, rtol=1e-4)
+    for name, parameter in fusion.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, weights[name].grad, atol=1e-5, rtol=1e-4, msg=name
+        )
+
+
+def test_published_has_only_the_published_parameters() -> None:
+    names = {name.split(".")[0] for name, _ in qformer("published").named_parameters()}
+    layer = {name for name, _ in qformer("published").layers[0].named_children()}
+    assert names == {"queries", "layers", "output"}
+    assert layer == {"attention", "dropout", "norm"}
+
+
+def test_queries_start_xavier_uniform() -> None:
+    torch.manual_seed(0)
+    queries = FusionQFormer(64, 1, num_queries=32, preset="published").queries
+    limit = math.sqrt(6 / (64 + 32))
+    assert 0.95 * limit < queries.abs().max() <= limit
+    assert queries.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.05)
+
+
+def test_published_dropout_acts_on_the_attention_output_alone() -> None:
+    fusion = qformer("published", dropout=1.0).train()
+    tokens = some_tokens()
+    # With all attention dropped the queries pass the norm alone, so no item differs.
+    normed = nn.functional.layer_norm(fusion.queries, (DIM,)).flatten()
+    expected = fusion.output(normed).expand(NUM_ITEMS, -1)
+    torch.testing.assert_close(fusion(tokens, all_there(), MODALITY), expected)
+    evaluated = fusion.eval()(tokens, all_there(), MODALITY)
+    assert not torch.allclose(evaluated[0], evaluated[1])
+
+
+@pytest.mark.parametrize("preset", ["published", "modern"])
+def test_what_lies_under_the_mask_does_not_matter(preset: str) -> None:
+    fusion = qformer(preset, num_layers=2).eval()
+    mask = torch.tensor([[True, False], [False, True], [False, False]])
+    tokens = some_tokens()
+    garbage = torch.where(mask.unsqueeze(-1), tokens, 1e4)
+    result, other = fusion(tokens, mask, MODALITY), fusion(garbage, mask, MODALITY)
+    assert torch.equal(result, other)
+    assert torch.isfinite(result).all()
+
+
+@pytest.mark.parametrize("preset", ["published", "modern"])
+def test_a_masked_token_is_as_good_as_none(preset: str) -> None:
+    fusion = qformer(preset, num_layers=2).eval()
+    mask = torch.tensor([[True, False]]).expand(NUM_ITEMS, -1)
+    tokens = some_tokens()
+    shorter = fusion(tokens[:, :1], mask[:, :1], MODALITY[:1])
+    torch.testing.assert_close(fusion(tokens, mask, MODALITY), shorter, atol=1e-5, rtol=1e-5)
+
+
+def test_modern_with_no_token_at_all_is_finite_and_so_are_gradients() -> None:
+    fusion = qformer("modern")
+    tokens = some_tokens().requires_grad_()
+    output = fusion(tokens, ~all_there(), MODALITY)
+    output.square().sum().backward()
+    assert tokens.grad is not None
+    assert torch.isfinite(output).all()
+    assert not tokens.grad.any()
+    for parameter in fusion.parameters():
+        assert parameter.grad is not None
+        assert torch.isfinite(parameter.grad).all()
+
+
+def test_modern_tells_modalities_apart() -> None:
+    fusion = qformer("modern").eval()
+    tokens = some_tokens()
+    swapped = fusion(tokens, all_there(), MODALITY.flip(0))
+    assert not torch.allclose(fusion(tokens, all_there(), MODALITY), swapped)
+
+
+def test_concat_is_the_mean_token_of_each_modality_through_one_linear_map() -> None:
+    fusion = ConcatFusion(dim=2, num_modalities=2)
+    with torch.no_grad():
+        fusion.output.weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 0.0, -1.0]]))
+        fusion.output.bias.copy_(torch.tensor([0.5, 0.0]))
+        fusion.missing.copy_(torch.tensor([[9.0, 9.0], [7.0, 8.0]]))
+    # Modality 0 has two tokens, modality 1 one.
+    tokens = torch.tensor(
+        [[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]]
+    ).requires_grad_()
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    output = fusion(tokens, mask, torch.tensor([0, 0, 1]))
+    # Item 0: means (2, 3) and (5, 6); item 1: (1, 2) and the vector of the missing modality 1.
+    expected = torch.tensor(
+        [[2.0 + 6 + 15 + 24 + 0.5, 3.0 - 6], [1.0 + 4 + 21 + 32 + 0.5, 2.0 - 8]]
+    )
+    torch.testing.assert_close(output, expected)
+    output[:, 0].sum().backward()
+    assert tokens.grad is not None
+    assert tokens.grad[0].tolist() == [[0.5, 1.0], [0.5, 1.0], [3.0, 4.0]]
+    assert tokens.grad[1].tolist() == [[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]]
+    assert fusion.missing.grad is not None
+    assert fusion.missing.grad.tolist() == [[0.0, 0.0], [3.0, 4.0]]
+
+
+@pytest.mark.parametrize("preset", ["published", "modern"])
+def test_settings_reach_the_qformer(preset: str) -> None:
+    settings = FusionSettings("qformer", preset, 3, 2, 4, 0.25)  # type: ignore[arg-type]
+    fusion = build_fusion(settings, DIM, 5)
+    assert isinstance(fusion, FusionQFormer)
+    assert fusion.queries.shape == (3, DIM)
+    assert len(fusion.layers) == 2
+    assert {part.p for part in fusion.modules() if isinstance(part, nn.Dropout)} == {0.25}
+    if preset == "modern":
+        assert fusion.modality_embedding is not None
+        assert fusion.modality_embedding.weight.shape == (5, DIM)
+
+
+def test_an_unknown_fusion_is_named_with_the_known_ones() -> None:
+    with pytest.raises(
+        ValueError, match=r"'sum' is unknown; choose one of \['concat', 'qformer'\]"
+    ):
+        build_fusion(FusionSettings(name="sum"), DIM, 2)
+
+
+def test_heads_that_do_not_divide_the_dimension_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_heads must divide dim 8"):
+        FusionQFormer(dim=8, num_modalities=1, num_heads=3)
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    fusions.FUSIONS["first"] = lambda settings, dim, num_modalities: FirstToken()
+    yield
+    del fusions.FUSIONS["first"]
+
+
+class FirstToken(nn.Module):
+    """A user's own fusion."""
+
+    def forward(self, tokens: Tensor, mask: Tensor, modality: Tensor) -> Tensor:
+        return tokens[:, 0]
+
+
+def test_a_registered_fusion_is_built_by_its_name(registered: None) -> None:
+    fusion = build_fusion(FusionSettings(name="first"), DIM, 2)
+    tokens = some_tokens()
+    assert torch.equal(fusion(tokens, all_there(), MODALITY), tokens[:, 0])

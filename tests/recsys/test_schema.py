@@ -1,0 +1,110 @@
+"""What schema.yaml may say, and what it is told when it says something else."""
+
+from pathlib import Path
+
+import pytest
+
+from recsys.data.filesystem import Location
+from recsys.data.schema import Schema, load_schema
+from tests.datasets import write_dataset
+
+VALID = """\
+target_item: item
+group: user
+columns:
+  user: {kind: id, num_embeddings: 10}
+  item: {kind: id, num_embeddings: 30}
+  history: {kind: sequence, shares: item, parallel: [history_liked]}
+  liked: {kind: label}
+"""
+
+
+def load(folder: Path, text: str) -> Schema:
+    (folder / "schema.yaml").write_text(text)
+    return load_schema(Location.of(folder))
+
+
+def test_a_schema_says_what_each_column_means(tmp_path: Path) -> None:
+    schema = load_schema(Location.of(write_dataset(tmp_path)))
+    assert (schema.target_item, schema.group, schema.history) == ("item", "user", "history")
+    assert schema.parallel == ["history_liked"]
+    assert schema.of_kind("id") == ["user", "item"]
+    assert (schema.of_kind("ids"), schema.of_kind("dense")) == (["genres"], ["price"])
+    assert schema.table_of("history") == "item"
+    assert (schema.limit("history"), schema.num_items, schema.limit("genres")) == (30, 30, 5)
+    assert schema.items is not None and schema.items.id == "item"
+    assert {name: column.kind for name, column in schema.items.columns.items()} == {
+        "text": "text",
+        "poster": "image",
+        "clip": "feature",
+    }
+
+
+def test_history_and_items_are_optional(tmp_path: Path) -> None:
+    schema = load(tmp_path, "\n".join(VALID.splitlines()[:5] + VALID.splitlines()[6:]))
+    assert (schema.history, schema.parallel, schema.items) == (None, [], None)
+
+
+def test_a_missing_schema_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"{tmp_path}/schema.yaml: no such file"):
+        load_schema(Location.of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("kind: label", "kind: label, colour: red", "colour"),
+        ("group: user", "group: user\nsplits: 3", "splits"),
+        ("kind: label", "kind: target", "target"),
+        ("num_embeddings: 10", "num_embeddings: ten", "num_embeddings"),
+        ("target_item: item", "target_item: film", "target_item 'film' must be a column of kind"),
+        ("target_item: item", "target_item: liked", "target_item 'liked' must be a column of kind"),
+        ("target_item: item\n", "", "target_item"),
+        ("group: user", "group: person", "group 'person' must be a column of kind id"),
+        ("  liked: {kind: label}\n", "", "no column of kind label"),
+        (
+            "  liked:",
+            "  more: {kind: sequence, shares: item}\n  liked:",
+            r"\['history', 'more'\] are all of kind sequence",
+        ),
+        ("shares: item", "shares: film", "column 'history': a sequence holds past target items"),
+        ("shares: item,", "", "column 'history' needs either num_embeddings or shares"),
+        (
+            "kind: id, num_embeddings: 10",
+            "kind: id, num_embeddings: 10, shares: item",
+            "column 'user' needs either",
+        ),
+        (
+            "kind: id, num_embeddings: 10",
+            "kind: id, shares: film",
+            "column 'user' shares 'film', which has no table of its own",
+        ),
+        (
+            "kind: id, num_embeddings: 10",
+            "kind: ids, shares: item",
+            "group 'user' must be a column of kind id",
+        ),
+        (
+            "kind: id, num_embeddings: 10",
+            "kind: id, shares: item",
+            "column 'user' of kind id is pooled and cannot share the table of the target item",
+        ),
+        ("kind: id, num_embeddings: 30", "kind: id, shares: user", "'item' needs its own"),
+        ("num_embeddings: 10", "num_embeddings: 0", "column 'user': num_embeddings is 0"),
+        ("num_embeddings: 10", "num_embeddings: 10, parallel: [x]", "'user': only a sequence has"),
+        ("kind: label", "kind: label, num_embeddings: 2", "'liked' of kind label takes no further"),
+        ("[history_liked]", "[liked]", "parallel list 'liked' is named twice"),
+        ("[history_liked]", "[gap, gap]", "parallel list 'gap' is named twice"),
+        (VALID, "a: [b", "schema.yaml: "),
+        (VALID, "", "must be a mapping"),
+        ("group: user", "group: user\nitems: {id: item, columns: {t: {kind: video}}}", "video"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_the_file(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    assert old in VALID
+    load(tmp_path, VALID)
+    with pytest.raises(ValueError, match=message) as raised:
+        load(tmp_path, VALID.replace(old, new))
+    assert str(raised.value).startswith(f"{tmp_path}/schema.yaml: ")
