@@ -253,7 +253,7 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
     if content is not None:
         store, encoders = build_content_store(config, content, root, schema, ranks)
         if content.history.mode != "full":
-            bank = MemoryBank(schema.num_items, content.dim, ranks.device, ranks.group)
+            bank = MemoryBank(schema.num_items, content.vector_dim, ranks.device, ranks.group)
     with ranks.all_or_none():
         em3 = build_em3(config, schema, tables, encoders, bank)
         fuse_table_optimizers(em3, tables)

@@ -94,7 +94,8 @@ class HistorySettings:
     mode: Literal["bank_lora", "bank_frozen", "bank_dense", "full"] = "bank_lora"
     lora_rank: int = 4
     lora_alpha: float = 8.0
-    similarity_features: bool = True  # cosine of the target to liked and other history items
+    # Cosine of the target to liked and other history items, of content vectors and per modality.
+    similarity_features: bool = True
     refresh_bank_every_epoch: bool = False  # re-encode all items before each validation
 
 
@@ -106,6 +107,11 @@ class ContentSettings:
     dim: int = 32
     fusion: FusionSettings = field(default_factory=FusionSettings)
     history: HistorySettings = field(default_factory=HistorySettings)
+
+    @property
+    def vector_dim(self) -> int:
+        """Width of what is kept per item: its content vector and one mean token per modality."""
+        return self.dim * (1 + len(self.modalities) * self.history.similarity_features)
 
 
 @dataclass
@@ -184,7 +190,7 @@ def config_from(namespace: Namespace) -> Config:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     add_config_arguments(parser)
     return parser
 

@@ -29,6 +29,7 @@ from recsys.batch import Batch
 from recsys.build import Job, build_job, content_settings
 from recsys.checkpoint import load_best, save_best
 from recsys.config import Config, save_config
+from recsys.content.projection_start import start_projections
 from recsys.data.interactions import Interactions, loader
 from recsys.data.parquet_rows import ParquetRows
 from recsys.evaluation import count_training_items, evaluate_split, fill_bank, together
@@ -144,7 +145,9 @@ def train(config: Config, data: str, run: Path, ranks: Ranks, overwrite: bool = 
         (run / "plan.txt").write_text(f"{job.plan}\n\n{job.parameters}\n")
         (run / "data.txt").write_text(f"{data}\n")
     reporter.say(f"{job.plan}\n\n{job.parameters}\n")
-    fill_bank(job)
+    if job.em3.content is not None and job.store is not None:
+        start_projections(job.em3.content, job.store, ranks)
+        fill_bank(job)
     progress = Progress()
     for epoch in range(config.epochs):
         if not _train_epoch(job, interactions, epoch, progress, reporter, run, item_counts):

@@ -1,6 +1,6 @@
 """What a ranking model gets: ID vectors from the sharded tables, content vectors from the branch.
 
-Shapes: B batch, N history items of the whole batch, D dimension.
+Shapes: B batch, N history items of the whole batch, D dimension, M modalities.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ class IDVectors:
 
 @dataclass
 class ContentVectors:
-    """Content vectors.
+    """Content vectors and, for similarities, the mean token of each of the M modalities.
 
     target: [B, D] with gradient into fusion and encoders.
     history: [N, D] after the history map.
+    target_modalities: [B, M, D], history_modalities: [N, M, D]; zero where an item lacks one, and
+        M = 0 where `content.history.similarity_features` is off.
     """
 
     target: Tensor
     history: Tensor
+    target_modalities: Tensor
+    history_modalities: Tensor

@@ -44,10 +44,11 @@ def write_dataset(
 ) -> Path:
     """Writes `folder` with schema.yaml, the splits of `num_rows` and items; returns `folder`.
 
-    Items 0, 1 and 2 lack text (null, and empty), poster and clip. Whether an impression is liked
-    depends on user and item, so that a model can learn it.
+    Item 0 has no text, item 1 an empty text and no poster, item 2 no clip. Whether an impression is
+    liked depends on user and item, so that a model can learn it.
     """
-    num_rows = num_rows or {"train": 60, "valid": 24, "test": 20}
+    if num_rows is None:
+        num_rows = {"train": 60, "valid": 24, "test": 20}
     folder.mkdir(parents=True, exist_ok=True)
     text = SCHEMA.format(num_users=num_users, num_items=num_items, num_genres=NUM_GENRES)
     (folder / "schema.yaml").write_text(text)

@@ -5,7 +5,8 @@ fusion makes one vector per unique item, and indices spread the vectors over tar
 History vectors come from the memory bank (or from the encoder, mode `full`) through the history
 map. The branch holds no sharded module, so it is data-parallel under DistributedModelParallel.
 
-Shapes: U unique items, T tokens, D content dimension, B batch, N history items of the batch.
+Shapes: U unique items, T tokens, D content dimension, M modalities, B batch,
+N history items of the batch.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ class ContentBranch(nn.Module):
     Args:
         encoders: by modality name.
         settings: dimension, fusion and history.
-        bank: content vectors by item; None for history mode `full`.
+        bank: what is kept by item, of width `settings.vector_dim`; None for history mode `full`.
 
     Example::
 
-        branch = ContentBranch({"text": encoder}, settings, MemoryBank(num_items, settings.dim))
+        bank = MemoryBank(num_items, settings.vector_dim, "cpu")
+        branch = ContentBranch({"text": encoder}, settings, bank)
         vectors = branch(batch)
     """
 
@@ -48,6 +50,8 @@ class ContentBranch(nn.Module):
             }
         )
         self.fusion = build_fusion(settings.fusion, settings.dim, len(encoders))
+        self.dim = settings.dim
+        self.keeps_modalities = settings.history.similarity_features
         self.history_map = HistoryMap(settings.dim, settings.history)
         self.encodes_history = settings.history.mode == "full"
         assert self.encodes_history == (bank is None)
@@ -55,18 +59,27 @@ class ContentBranch(nn.Module):
         self.step = 0  # of training, written beside the vectors in the bank
 
     def encode(self, content: dict[str, ContentInput]) -> Tensor:
-        """Content of unique items -> content vectors [U, D]."""
-        tokens, masks, modality = [], [], []
+        """Content of unique items -> what is kept per item, [U, D + M * D].
+
+        First the content vector, then the mean token of each modality (M = 0 without
+        similarities): cosines of single modalities tell more of unseen items than those of the
+        fused vector, which must first be learned.
+        """
+        tokens, masks, modality, means = [], [], [], []
         for index, (name, encoder) in enumerate(self.encoders.items()):
             assert isinstance(encoder, Encoder)
             encoded = encoder.encode(content[name])
-            tokens.append(self.projections[name](encoded.values))
+            projected = self.projections[name](encoded.values)
+            tokens.append(projected)
             masks.append(encoded.mask)
             modality.append(torch.full((encoded.mask.shape[1],), index, device=encoded.mask.device))
-        return self.fusion(torch.cat(tokens, dim=1), torch.cat(masks, dim=1), torch.cat(modality))
+            if self.keeps_modalities:
+                means.append(mean_token(projected, encoded.mask))
+        fused = self.fusion(torch.cat(tokens, dim=1), torch.cat(masks, dim=1), torch.cat(modality))
+        return torch.cat([fused, *means], dim=1)
 
     def forward(self, batch: Batch) -> ContentVectors:
-        fresh = self.encode(batch.content)  # [U, D]
+        fresh = self.encode(batch.content)  # [U, D + M * D]
         if self.bank is None:
             history = fresh
         else:
@@ -75,8 +88,26 @@ class ContentBranch(nn.Module):
                 # stale in the histories of all ranks, in this very step (LEMUR, 2511.10962).
                 self.bank.update(batch.content_items, fresh, self.step)
                 self.step += 1
-            history, _ = self.bank.lookup(batch.history_items)  # [U', D]
+            history, _ = self.bank.lookup(batch.history_items)  # [U', D + M * D]
+        target, target_modalities = self._split(fresh)
+        history, history_modalities = self._split(history)
         return ContentVectors(
-            target=fresh[batch.target_index],
+            target=target[batch.target_index],
             history=self.history_map(history)[batch.history_index],
+            target_modalities=target_modalities[batch.target_index],
+            history_modalities=history_modalities[batch.history_index],
         )
+
+    def _split(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """[U, D + M * D] -> content vectors [U, D] and mean tokens [U, M, D]."""
+        num_modalities = kept.shape[1] // self.dim - 1
+        return kept[:, : self.dim], kept[:, self.dim :].reshape(len(kept), num_modalities, self.dim)
+
+
+def mean_token(
+    tokens: Tensor,  # [U, T, D]
+    mask: Tensor,  # [U, T]
+) -> Tensor:  # [U, D], zero for an item without tokens
+    """The mean of the tokens that are there."""
+    weights = mask.to(tokens.dtype).unsqueeze(-1)
+    return (tokens * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)

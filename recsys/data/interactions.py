@@ -1,17 +1,14 @@
 """Parquet impressions -> `Batch`, each rank its share, without a Python loop over rows.
 
 Arrow hands list columns over as values and lengths, which is what a KeyedJaggedTensor is made of.
-All ranks get the same number of batches: a rank's rows are dealt evenly over
-ceil(rows of the largest share / batch size) batches, so sizes differ by at most one row, no rank
-waits for another at the end, and no row is lost or repeated. With n batches of at most B rows the
-largest share has more than (n - 1) B rows, so the smallest has at least (n - 1) B, which is n or
-more where B > 1: no batch is empty.
+All ranks get the same number of batches of the same sizes, as collectives ask: row-wise tables
+refuse unequal ones, and a missing one hangs the job. Where rows do not divide by ranks, a rank with
+one row less reads a neighbour's too, which counts twice in training and not at all in evaluation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -135,7 +132,7 @@ class Interactions(IterableDataset[Batch]):
     Args:
         rows: the split.
         build: makes a `Batch` of a table.
-        batch_size: most impressions per batch; at least 2 where there are several ranks.
+        batch_size: most impressions per batch.
         rank, world_size: which share.
         seed: shuffles, differently in each epoch; None keeps the order of the files.
 
@@ -157,11 +154,10 @@ class Interactions(IterableDataset[Batch]):
                 f"{rows.row_groups[0].file}: {rows.num_rows} training rows cannot be shared by "
                 f"{world_size} ranks; start fewer ranks"
             )
-        assert batch_size > 1 or world_size == 1, "a rank with one row less would lack a batch"
         self.rows, self.build = rows, build
         self.start, self.stop = rows.share(rank, world_size)
-        largest = -(-rows.num_rows // world_size)
-        self.num_batches = -(-largest // batch_size)
+        self.num_rows = -(-rows.num_rows // world_size)  # of the largest share
+        self.num_batches = -(-self.num_rows // batch_size)
         self.seed = seed
         self.epoch = 0
 
@@ -176,18 +172,20 @@ class Interactions(IterableDataset[Batch]):
         """
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        if self.start == self.stop:
-            yield from islice(self._padding(), first, None, step)
-            return
         for index, table in enumerate(self._tables()):
             if index % step == first:
-                yield self.build(table)
+                batch = self.build(table)
+                if self.seed is None:
+                    place = batch.row_positions
+                    place[(place < self.start) | (place >= self.stop)] = -1
+                yield batch
 
     def _tables(self) -> Iterator[pa.Table]:
         """The rows of each batch."""
-        num_rows, num_batches = self.stop - self.start, self.num_batches
+        num_rows, num_batches = self.num_rows, self.num_batches
+        start = min(self.start, self.rows.num_rows - num_rows)
         seed = None if self.seed is None else (self.seed, self.epoch)
-        tables = self.rows.read(self.start, self.stop, seed)
+        tables = self.rows.read(start, start + num_rows, seed)
         rest = next(tables)
         for index in range(num_batches):
             size = num_rows * (index + 1) // num_batches - num_rows * index // num_batches
@@ -195,13 +193,6 @@ class Interactions(IterableDataset[Batch]):
                 rest = pa.concat_tables([rest, next(tables)])
             yield rest.slice(0, size)
             rest = rest.slice(size)
-
-    def _padding(self) -> Iterator[Batch]:
-        """A rank without rows still takes part in every collective, with a row not counted."""
-        batch = self.build(next(self.rows.read(0, 1)))
-        batch.row_positions.fill_(-1)
-        for _ in range(self.num_batches):
-            yield batch
 
 
 def loader(interactions: Interactions, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:

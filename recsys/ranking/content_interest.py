@@ -3,7 +3,8 @@
 The history's vectors come through the history map of `recsys.content.history`. The similarity
 features are SimTier's idea (arXiv 2407.19467), split by whether the user liked the item.
 
-Shapes: B batch, L longest history, N history items of the batch, D dimension, P parallel lists.
+Shapes: B batch, L longest history, N history items of the batch, D dimension, M modalities,
+P parallel lists.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from recsys.config import HistorySettings
 from recsys.ranking.target_attention import TargetAttention, pad_history
+from recsys.vectors import ContentVectors
 
 
 def similarity_features(
@@ -48,26 +50,42 @@ def num_similarity_features(num_flags: int) -> int:
 
 
 class ContentInterest(nn.Module):
-    """Target attention over the history's content, with similarity features beside it."""
+    """Target attention over the history's content, with similarity features beside it.
+
+    The similarities are those of the content vectors and of each modality's mean tokens.
+    """
 
     def __init__(
-        self, dim: int, num_parallel: int, attention_units: list[int], settings: HistorySettings
+        self,
+        dim: int,
+        num_modalities: int,
+        num_parallel: int,
+        attention_units: list[int],
+        settings: HistorySettings,
     ) -> None:
         super().__init__()
         self.attention = TargetAttention(dim, num_parallel, attention_units)
         self.uses_similarity = settings.similarity_features
-        similarity_dim = num_similarity_features(num_parallel) if self.uses_similarity else 0
-        self.output_dim = self.attention.output_dim + similarity_dim
+        self.output_dim = self.attention.output_dim
+        if self.uses_similarity:
+            self.output_dim += (1 + num_modalities) * num_similarity_features(num_parallel)
 
     def forward(
         self,
-        target: Tensor,  # [B, D]
-        history: Tensor,  # [N, D]
+        content: ContentVectors,
         parallel: Tensor,  # [N, P]
         lengths: Tensor,  # [B]
     ) -> Tensor:  # [B, output_dim]
-        padded, flags, mask = pad_history(history, parallel, lengths)
-        interest = self.attention(target, padded, flags, mask)
+        dim = content.target.shape[1]
+        kept = torch.cat([content.history, content.history_modalities.flatten(1)], dim=1)
+        padded, flags, mask = pad_history(kept, parallel, lengths)
+        spaces = padded.split(dim, dim=-1)  # 1 + M of [B, L, D]
+        interest = self.attention(content.target, spaces[0], flags, mask)
         if not self.uses_similarity:
             return interest
-        return torch.cat([interest, similarity_features(target, padded, mask, flags)], dim=1)
+        targets = [content.target, *content.target_modalities.unbind(dim=1)]
+        similarities = [
+            similarity_features(target, history, mask, flags)
+            for target, history in zip(targets, spaces, strict=True)
+        ]
+        return torch.cat([interest, *similarities], dim=1)

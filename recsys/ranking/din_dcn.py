@@ -39,7 +39,11 @@ class DinDcn(nn.Module):
         self.content_interest: ContentInterest | None = None
         if content is not None:
             self.content_interest = ContentInterest(
-                content.dim, dimensions.num_parallel, settings.attention_units, content.history
+                content.dim,
+                len(content.modalities),
+                dimensions.num_parallel,
+                settings.attention_units,
+                content.history,
             )
             width += content.dim + self.content_interest.output_dim
         self.cross = LowRankCrossNet(width, settings.cross_layers, settings.cross_rank)
@@ -65,8 +69,6 @@ class DinDcn(nn.Module):
             assert content is not None
             vectors += [
                 content.target,
-                self.content_interest(
-                    content.target, content.history, batch.history_values, batch.history_lengths
-                ),
+                self.content_interest(content, batch.history_values, batch.history_lengths),
             ]
         return self.mlp(self.cross(torch.cat(vectors, dim=1)))

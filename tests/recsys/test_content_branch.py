@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, Literal
 
 import pytest
@@ -20,8 +21,10 @@ from recsys.config import (
 )
 from recsys.content.branch import ContentBranch
 from recsys.content.encoders import Encoder, StoredFeatures, build_encoder
+from recsys.vectors import ContentVectors
 
-NUM_ITEMS, DIM, FEATURE_DIM, MAX_TOKENS = 8, 8, 6, 5
+NUM_ITEMS, DIM, FEATURE_DIM, MAX_TOKENS, NUM_MODALITIES = 8, 8, 6, 5, 2
+KEPT_DIM = DIM * (1 + NUM_MODALITIES)  # the content vector and a mean token per modality
 TARGETS = torch.tensor([3, 5, 3, 7, 5])
 HISTORY = torch.tensor([5, 3, 5, 0, 1, 3, 3])
 LENGTHS = torch.tensor([2, 0, 4, 1, 0])
@@ -93,8 +96,9 @@ def branch_of(mode: Mode) -> ContentBranch:
     )
     bank = None
     if mode != "full":
-        bank = MemoryBank(NUM_ITEMS, DIM, "cpu")
-        stale = torch.randn(NUM_ITEMS, DIM, generator=torch.Generator().manual_seed(4))
+        assert settings.vector_dim == KEPT_DIM
+        bank = MemoryBank(NUM_ITEMS, KEPT_DIM, "cpu")
+        stale = torch.randn(NUM_ITEMS, KEPT_DIM, generator=torch.Generator().manual_seed(4))
         bank.update(torch.arange(NUM_ITEMS), stale, step=0)
     branch = ContentBranch(encoders, settings, bank)
     for name, parameter in branch.named_parameters():
@@ -103,7 +107,16 @@ def branch_of(mode: Mode) -> ContentBranch:
     return branch.train()
 
 
-def naive_vectors(branch: ContentBranch, mode: Mode) -> tuple[Tensor, Tensor]:
+def parts_of(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, D + M * D] -> content vectors [n, D] and mean tokens [n, M, D]."""
+    return kept[:, :DIM], kept[:, DIM:].unflatten(1, (NUM_MODALITIES, DIM))
+
+
+def tensors(vectors: ContentVectors) -> list[Tensor]:
+    return [getattr(vectors, part.name) for part in fields(vectors)]
+
+
+def naive_vectors(branch: ContentBranch, mode: Mode) -> ContentVectors:
     """Every occurrence encoded by itself; the bank, written first, read row by row."""
     targets = torch.cat([branch.encode(content_of(item[None])) for item in TARGETS])
     if mode == "full":
@@ -111,10 +124,13 @@ def naive_vectors(branch: ContentBranch, mode: Mode) -> tuple[Tensor, Tensor]:
     else:
         assert branch.bank is not None
         rows, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
-        for item, vector in zip(TARGETS.tolist(), targets.detach(), strict=True):
-            rows[item] = vector
+        for item, kept in zip(TARGETS.tolist(), targets.detach(), strict=True):
+            rows[item] = kept
         history = torch.stack([rows[item] for item in HISTORY.tolist()])
-    return targets, torch.cat([branch.history_map(vector[None]) for vector in history])
+    target, target_modalities = parts_of(targets)
+    vectors, history_modalities = parts_of(history)
+    mapped = torch.cat([branch.history_map(vector[None]) for vector in vectors])
+    return ContentVectors(target, mapped, target_modalities, history_modalities)
 
 
 @pytest.mark.parametrize("mode", ["full", "bank_lora", "bank_dense", "bank_frozen"])
@@ -122,13 +138,15 @@ def test_encoding_each_item_once_equals_encoding_every_occurrence(mode: Mode) ->
     branch, naive = branch_of(mode), branch_of(mode)
     expected = naive_vectors(naive, mode)
     vectors = branch(batch_of(mode))
-    torch.testing.assert_close(vectors.target, expected[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(vectors.history, expected[1], atol=1e-5, rtol=1e-5)
+    for part, by_hand in zip(tensors(vectors), tensors(expected), strict=True):
+        torch.testing.assert_close(part, by_hand, atol=1e-5, rtol=1e-5)
 
-    generator = torch.Generator().manual_seed(7)
-    factors = [torch.randn(part.shape, generator=generator) for part in expected]
-    for target, history in ((vectors.target, vectors.history), expected):
-        ((target * factors[0]).sum() + (history * factors[1]).square().sum()).backward()
+    for result in (vectors, expected):
+        generator = torch.Generator().manual_seed(7)
+        loss = torch.zeros(())
+        for part in tensors(result):
+            loss = loss + (torch.randn(part.shape, generator=generator) * part.square()).sum()
+        loss.backward()
     parameters = dict(naive.named_parameters())
     assert sum(part.requires_grad for part in parameters.values()) > 10
     for name, parameter in branch.named_parameters():
@@ -166,12 +184,44 @@ def test_fresh_vectors_are_seen_in_the_histories_of_the_same_step() -> None:
     assert branch.bank is not None
     stale, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
     vectors = branch(batch_of("bank_frozen"))
-    fresh = dict(zip(TARGETS.tolist(), vectors.target))
-    for item, vector in zip(HISTORY.tolist(), vectors.history, strict=True):
-        assert torch.equal(vector, fresh.get(item, stale[item]))
+    kept = torch.cat([vectors.target, vectors.target_modalities.flatten(1)], dim=1)
+    fresh = dict(zip(TARGETS.tolist(), kept))
+    history = torch.cat([vectors.history, vectors.history_modalities.flatten(1)], dim=1)
+    for item, row in zip(HISTORY.tolist(), history, strict=True):
+        assert torch.equal(row, fresh.get(item, stale[item]))
     rows, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
     for item in range(NUM_ITEMS):
         assert torch.equal(rows[item], fresh.get(item, stale[item]))
+
+
+def test_modalities_are_the_mean_projected_token_of_each_and_zero_where_there_is_none() -> None:
+    branch = branch_of("full")
+    content = content_of(torch.arange(NUM_ITEMS))
+    vectors, modalities = parts_of(branch.encode(content))
+    for index, name in enumerate(["text", "clip"]):
+        encoder: Any = branch.encoders[name]
+        encoded = encoder.encode(content[name])
+        projected = branch.projections[name](encoded.values)
+        for item in range(NUM_ITEMS):
+            there = projected[item][encoded.mask[item]]
+            expected = there.mean(0) if len(there) else torch.zeros(DIM)
+            torch.testing.assert_close(modalities[item, index], expected, atol=1e-6, rtol=1e-5)
+    assert not modalities[0].any() and vectors[0].any()
+
+
+def test_without_similarities_only_content_vectors_are_kept() -> None:
+    settings = ContentSettings(
+        modalities={"clip": ModalitySettings(kind="feature", column="clip")},
+        dim=DIM,
+        history=HistorySettings(mode="bank_frozen", similarity_features=False),
+    )
+    bank = MemoryBank(NUM_ITEMS, settings.vector_dim, "cpu")
+    branch = ContentBranch({"clip": StoredFeatures(FEATURE_DIM)}, settings, bank)
+    vectors = branch(batch_of("bank_frozen"))
+    assert settings.vector_dim == DIM
+    assert vectors.target.shape == (len(TARGETS), DIM)
+    assert vectors.target_modalities.shape == (len(TARGETS), 0, DIM)
+    assert vectors.history_modalities.shape == (len(HISTORY), 0, DIM)
 
 
 def test_the_bank_learns_the_step_of_each_write() -> None:
@@ -191,7 +241,7 @@ def test_eval_mode_writes_nothing_and_reads_the_bank() -> None:
     vectors = branch(batch_of("bank_frozen"))
     after, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
     assert torch.equal(before, after)
-    assert torch.equal(vectors.history, before[HISTORY])
+    assert torch.equal(vectors.history, before[HISTORY, :DIM])
     assert branch.step == 0
 
 
@@ -203,7 +253,9 @@ def test_history_from_the_bank_carries_gradient_to_its_map_alone(
     mode: Mode, trained: list[str]
 ) -> None:
     branch = branch_of(mode)
-    history = branch(batch_of(mode)).history
+    vectors = branch(batch_of(mode))
+    history = vectors.history
+    assert not vectors.history_modalities.requires_grad
     assert history.requires_grad == bool(trained)
     if trained:
         history.square().sum().backward()

@@ -15,6 +15,7 @@ from recsys.ranking.content_interest import (
     similarity_features,
 )
 from recsys.ranking.target_attention import pad_history
+from recsys.vectors import ContentVectors
 
 DIM = 3
 LENGTHS = torch.tensor([4, 0, 1, 3])
@@ -102,18 +103,27 @@ def test_an_item_never_written_to_the_bank_is_similar_to_nothing() -> None:
     assert features.tolist() == [[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]]
 
 
+@pytest.mark.parametrize("num_modalities", [0, 2])
 @pytest.mark.parametrize("uses_similarity", [True, False])
-def test_content_interest_is_attention_with_the_similarities_beside_it(
-    uses_similarity: bool,
+def test_content_interest_is_attention_with_the_similarities_in_each_space_beside_it(
+    uses_similarity: bool, num_modalities: int
 ) -> None:
     target, history, flags = inputs(1)
+    generator = torch.Generator().manual_seed(8)
+    modalities = [
+        torch.randn(len(rows), num_modalities, DIM, generator=generator)
+        for rows in (target, history)
+    ]
     settings = HistorySettings(similarity_features=uses_similarity)
-    interest = ContentInterest(DIM, 1, [4], settings)
+    interest = ContentInterest(DIM, num_modalities, 1, [4], settings)
     padded, padded_flags, mask = pad_history(history, flags, LENGTHS)
-    expected = interest.attention(target, padded, padded_flags, mask)
+    parts = [interest.attention(target, padded, padded_flags, mask)]
     if uses_similarity:
-        similarities = similarity_features(target, padded, mask, padded_flags)
-        expected = torch.cat([expected, similarities], dim=1)
-    output = interest(target, history, flags, LENGTHS)
-    assert torch.equal(output, expected)
+        parts.append(similarity_features(target, padded, mask, padded_flags))
+        for index in range(num_modalities):
+            padded, _, _ = pad_history(modalities[1][:, index], flags, LENGTHS)
+            own = modalities[0][:, index]
+            parts.append(similarity_features(own, padded, mask, padded_flags))
+    output = interest(ContentVectors(target, history, *modalities), flags, LENGTHS)
+    assert torch.equal(output, torch.cat(parts, dim=1))
     assert output.shape[1] == interest.output_dim

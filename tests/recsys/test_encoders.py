@@ -13,32 +13,12 @@ from torch import Tensor, nn
 from recsys.batch import ContentInput
 from recsys.config import LoraSettings, ModalitySettings
 from recsys.content import transformer_encoder
-from recsys.content.encoders import (
-    ModuleEncoder,
-    StoredFeatures,
-    TransformerEncoder,
-    build_encoder,
-)
+from recsys.content.encoders import TransformerEncoder, build_encoder
+from tests.recsys.tiny_transformers import CONFIGS, IMAGE, SIZES
 
 Training = Literal["frozen", "lora", "full"]
 Pooling = Literal["mean", "cls", "none"]
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-}
-DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
-IMAGE: dict[str, Any] = {"image_size": 8, "patch_size": 4}
-CONFIGS: dict[str, Any] = {
-    "bert": transformers.BertConfig(vocab_size=30, **SIZES, **DROPOUT),
-    "roberta": transformers.RobertaConfig(
-        vocab_size=30, max_position_embeddings=12, **SIZES, **DROPOUT
-    ),
-    "vit": transformers.ViTConfig(**SIZES, **IMAGE, **DROPOUT),
-    "clip": transformers.CLIPVisionConfig(**SIZES, **IMAGE, attention_dropout=0.3),
-}
 TARGETS = {
     "bert": ["query", "value"],
     "roberta": ["query", "value"],
@@ -292,123 +272,3 @@ def test_the_vision_tower_of_a_whole_clip_is_found(tmp_path: Path) -> None:
     encoder = encoder_of({"clip": tmp_path}, "clip", "lora", "none")
     tower: Any = model.vision_model
     assert_tokens(encoder.encode(content_of("clip")), tokens_by_item(tower, "clip", "none"))
-
-
-def modality_of(kind: Literal["text", "image"], **settings: Any) -> ModalitySettings:
-    return ModalitySettings(kind=kind, column="c", max_length=8, image_size=8, **settings)
-
-
-def transformer(name: str, modality: ModalitySettings) -> TransformerEncoder:
-    model = transformers.AutoModel.from_config(CONFIGS[name])
-    return TransformerEncoder(model, modality, "content.modalities.it")
-
-
-def test_lora_targets_that_fit_nothing_are_named_with_what_would() -> None:
-    modality = modality_of("image", training="lora", lora=LoraSettings(targets=["q_proj", "query"]))
-    with pytest.raises(ValueError, match=r"it\.lora\.targets: 'query' fits no .*attention\.q_proj"):
-        transformer("vit", modality)
-
-
-@pytest.mark.parametrize("top_layers", [0, 4])
-def test_more_or_fewer_lora_layers_than_there_are_is_an_error(top_layers: int) -> None:
-    modality = modality_of("text", training="lora", lora=LoraSettings(top_layers=top_layers))
-    with pytest.raises(ValueError, match=f"top_layers is {top_layers}; the encoder has 3 layers"):
-        transformer("bert", modality)
-
-
-def test_lora_of_rank_zero_is_an_error() -> None:
-    modality = modality_of("text", training="lora", lora=LoraSettings(rank=0))
-    with pytest.raises(ValueError, match=r"rank 0 .* rank must be at least 1"):
-        transformer("bert", modality)
-
-
-def test_a_model_without_a_stack_of_layers_is_an_error() -> None:
-    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1])
-    with pytest.raises(ValueError, match=r"ResNetModel has no stack of .* layers"):
-        TransformerEncoder(transformers.ResNetModel(config), modality_of("image"), "it")
-
-
-def test_a_model_that_does_more_between_its_layers_is_refused_not_run_wrongly() -> None:
-    # CLIP's text tower has a causal mask, SigLIP a last norm under CLIP's name for another.
-    text = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(vocab_size=30, bos_token_id=0, eos_token_id=1, **SIZES)
-    )
-    with pytest.raises(ValueError, match=r"CLIPTextModel cannot be run layer by layer"):
-        TransformerEncoder(text, modality_of("text"), "it")
-    config = transformers.SiglipVisionConfig(**SIZES, **IMAGE, vision_use_head=False)
-    with pytest.raises(ValueError, match=r"SiglipVisionModel cannot be run layer by layer"):
-        TransformerEncoder(transformers.SiglipVisionModel(config), modality_of("image"), "it")
-
-
-@pytest.mark.parametrize(("name", "limit"), [("bert", 512), ("roberta", 10)])
-def test_texts_longer_than_the_position_embeddings_are_refused(name: str, limit: int) -> None:
-    modality = ModalitySettings(kind="text", column="c", max_length=limit)
-    transformer(name, modality)
-    modality.max_length = limit + 1
-    with pytest.raises(ValueError, match=rf"max_length is {limit + 1}; .* at most {limit} tokens"):
-        transformer(name, modality)
-
-
-def test_images_of_another_size_are_refused() -> None:
-    modality = ModalitySettings(kind="image", column="c", image_size=16)
-    with pytest.raises(ValueError, match=r"image_size is 16; the encoder wants 8"):
-        transformer("vit", modality)
-
-
-class Convolution(nn.Module):
-    """Pixels -> a normalised vector, or four tokens."""
-
-    def __init__(self, tokens: bool) -> None:
-        super().__init__()
-        self.tokens = tokens
-        self.convolution = nn.Conv2d(3, 5, 4, 4)
-        self.norm = nn.BatchNorm2d(5)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        features = self.norm(self.convolution(pixels)).flatten(2).transpose(1, 2)
-        return features if self.tokens else features.mean(1)
-
-
-@pytest.mark.parametrize("tokens", [False, True])
-def test_a_frozen_module_keeps_its_statistics_and_may_be_dropped(tokens: bool) -> None:
-    encoder = ModuleEncoder(Convolution(tokens), trained=False, image_size=8).train()
-    content = content_of("vit")
-    output = encoder.encode(content)
-    plain = encoder.module((content.values.float() / 255 - mean_pixel()) / std_pixel())
-    assert encoder.output_dim == 5
-    assert output.values.shape == (len(LENGTHS), 4 if tokens else 1, 5)
-    torch.testing.assert_close(output.values.flatten(1), plain.flatten(1))
-    assert torch.equal(output.mask, content.mask.expand(-1, output.values.shape[1]))
-    assert not any(parameter.requires_grad for parameter in encoder.parameters())
-    assert not encoder.module.norm.running_mean.any()  # type: ignore[union-attr, operator]
-    kept = encoder.frozen(content)
-    encoder.drop_frozen_layers()
-    assert torch.equal(encoder.encode(kept).values, output.values)
-
-
-def mean_pixel() -> Tensor:
-    return torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-
-
-def std_pixel() -> Tensor:
-    return torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-
-
-def test_a_trained_module_gets_gradient() -> None:
-    encoder = ModuleEncoder(Convolution(tokens=False), trained=True, image_size=8).train()
-    assert not encoder.caches
-    encoder.encode(content_of("vit")).values.square().sum().backward()
-    assert all(part.grad is not None and part.grad.any() for part in encoder.parameters())
-
-
-def test_a_module_of_another_output_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Conv2d gives \[1, 5, 2, 2\] for one image"):
-        ModuleEncoder(nn.Conv2d(3, 5, 4, 4), trained=False, image_size=8)
-
-
-def test_stored_features_are_the_tokens() -> None:
-    content = ContentInput(torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool))
-    encoder = build_encoder("clip", ModalitySettings(kind="feature", column="clip"), 4)
-    assert isinstance(encoder, StoredFeatures) and encoder.output_dim == 4
-    output = encoder.encode(content)
-    assert output.values is content.values and output.mask is content.mask

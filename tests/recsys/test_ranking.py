@@ -12,7 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys import ranking
 from recsys.batch import Batch
-from recsys.config import ContentSettings, HistorySettings, RankingSettings
+from recsys.config import ContentSettings, HistorySettings, ModalitySettings, RankingSettings
 from recsys.ranking import build_ranking
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.din_dcn import DinDcn
@@ -22,7 +22,8 @@ ID_DIM, CONTENT_DIM, NUM_DENSE = 4, 6, 2
 LENGTHS = torch.tensor([2, 0, 3])
 DIMENSIONS = InputDimensions([3, 5], ID_DIM, NUM_DENSE, num_parallel=1, num_labels=1)
 SETTINGS = RankingSettings(attention_units=[5], cross_layers=2, cross_rank=3, mlp_units=[7, 5])
-CONTENT = ContentSettings(modalities={}, dim=CONTENT_DIM, history=HistorySettings())
+MODALITIES = {name: ModalitySettings(kind="feature", column=name) for name in ("clip", "sound")}
+CONTENT = ContentSettings(modalities=MODALITIES, dim=CONTENT_DIM, history=HistorySettings())
 
 
 def inputs(lengths: Tensor = LENGTHS, seed: int = 0) -> tuple[IDVectors, ContentVectors, Batch]:
@@ -33,7 +34,12 @@ def inputs(lengths: Tensor = LENGTHS, seed: int = 0) -> tuple[IDVectors, Content
         return torch.randn(*shape, generator=generator)
 
     ids = IDVectors([random(rows, 3), random(rows, 5)], random(rows, ID_DIM), random(total, ID_DIM))
-    content = ContentVectors(random(rows, CONTENT_DIM), random(total, CONTENT_DIM))
+    content = ContentVectors(
+        random(rows, CONTENT_DIM),
+        random(total, CONTENT_DIM),
+        random(rows, len(MODALITIES), CONTENT_DIM),
+        random(total, len(MODALITIES), CONTENT_DIM),
+    )
     zeros = torch.zeros(rows, dtype=torch.long)
     batch = Batch(
         dense_features=random(rows, NUM_DENSE),
@@ -78,7 +84,12 @@ def one_row(
     )
     return (
         IDVectors([part[this] for part in ids.pooled], ids.target[this], ids.history[own]),
-        ContentVectors(content.target[this], content.history[own]),
+        ContentVectors(
+            content.target[this],
+            content.history[own],
+            content.target_modalities[this],
+            content.history_modalities[own],
+        ),
         alone,
     )
 
@@ -105,7 +116,7 @@ def test_logits_are_the_mlp_of_the_cross_network_of_all_vectors() -> None:
         ids.target,
         model.interest(ids.target, ids.history[None], values[None], everything),
         content.target,
-        model.content_interest(content.target, content.history, values, lengths),
+        model.content_interest(content, values, lengths),
     ]
     x0 = torch.cat(vectors, dim=1)
     x = x0

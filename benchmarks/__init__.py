@@ -1,0 +1,1 @@
+"""Benchmarks: what the product reaches, each a command that rewrites its file under results/."""

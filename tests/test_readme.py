@@ -1,0 +1,80 @@
+"""Every command of the README runs, in its order, in one folder.
+
+Training commands of the README's own shop run as they stand. Two kinds are exchanged: `make` and
+the installer, which the continuous integration runs for real, are dry runs here, and the recipe
+with a pretrained encoder is exchanged for `tiny.yaml`, the same job in miniature.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parent.parent
+README = (PROJECT / "README.md").read_text()
+PROGRAMS = Path(sys.executable).parent
+EXCHANGED = (
+    (r"^make (\w+)$", r"make -n \1"),
+    (r"^python3 launch/install\.py --dev$", f"{sys.executable} launch/install.py --help"),
+    (r"^\.venv/bin/python -m pytest$", f"{sys.executable} -m pytest --version"),
+    (r"^\.venv/bin/", f"{PROGRAMS}/"),
+    (r"movielens_sample\.yaml", "tiny.yaml"),
+)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def run(command: list[str] | str, folder: Path) -> None:
+    environment = {
+        **os.environ,
+        "PATH": f"{PROGRAMS}:{os.environ['PATH']}",
+        "PYTHONPATH": str(PROJECT),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        command,
+        shell=isinstance(command, str),
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a reader of the README would be: beside the sources."""
+    place = tmp_path_factory.mktemp("readme")
+    for name in ("Makefile", "launch", "recsys", "embeddings", "pyproject.toml", "README.md"):
+        (place / name).symlink_to(PROJECT / name)
+    (place / "shop.yaml").write_text(blocks("yaml")[0])
+    return place
+
+
+def test_every_command_of_the_readme_runs(folder: Path) -> None:
+    for script in blocks("python"):
+        run([sys.executable, "-c", script], folder)
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line]
+    assert len(commands) > 12
+    for command in commands:
+        for pattern, replacement in EXCHANGED:
+            command = re.sub(pattern, replacement, command)
+        run(command, folder)
+    assert (folder / "predictions.parquet").is_file()
+    assert (folder / "runs" / "movielens_sample" / "metrics.json").is_file()
+
+
+def test_every_recipe_the_readme_names_exists_and_every_recipe_is_named() -> None:
+    named = set(re.findall(r"`(\w+\.yaml)`", README)) - {"shop.yaml", "schema.yaml", "config.yaml"}
+
+    assert named == {path.name for path in (PROJECT / "recsys" / "configs").glob("*.yaml")}
