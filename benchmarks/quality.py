@@ -75,4 +75,4 @@ def _table(rows: list[tuple[str, int, list[float]]]) -> str:
 
 
 if __name__ == "__main__":
-    auto_cli(quality)
+    auto_cli(quality, as_positional=False)

@@ -8,7 +8,6 @@ Shapes: D dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,10 +146,10 @@ def build_content_store(
     config: Config, content: ContentSettings, root: Location, schema: Schema, ranks: Ranks
 ) -> tuple[ContentStore, dict[str, Encoder]]:
     """Tokenises, decodes and encodes what is frozen, once per machine; the encoders beside it."""
-    cache = Location.of(config.cache).path if config.cache else default_cache()
+    cache = Path(config.cache).expanduser() if config.cache else default_cache()
     with ranks.all_or_none():
-        store = ContentStore(ItemTable(root, schema), content.modalities, _path(cache))
-    encoders = {}
+        store = ContentStore(ItemTable(root, schema), content.modalities, cache)
+    encoders: dict[str, Encoder] = {}
     for name, modality in content.modalities.items():
         with ranks.all_or_none():
             tokenizer = None
@@ -167,10 +166,6 @@ def build_content_store(
         if encoders[name].caches and modality.cache_frozen_layers:
             cache_frozen_outputs(store, name, encoders[name], ranks)
     return store, encoders
-
-
-def _path(folder: object) -> Path:
-    return Path(str(folder)).expanduser()
 
 
 def build_em3(
@@ -223,17 +218,18 @@ def dense_groups(config: Config) -> list[DenseGroup]:
     decay = settings.weight_decay
     return [
         DenseGroup("encoders", ["content.encoders."], settings.encoder_learning_rate, decay),
-        DenseGroup(
-            "content", ["content.", "losses."], settings.content_learning_rate, decay
-        ),
+        DenseGroup("content", ["content.", "losses."], settings.content_learning_rate, decay),
         DenseGroup("ranking", [""], settings.learning_rate, decay),
     ]
 
 
 def warmup_schedule(adamw: AdamW, warmup_steps: int) -> LambdaLR:
     """Learning rates rise linearly over the first steps, then stay."""
-    rising: Callable[[int], float] = lambda step: min(1.0, (step + 1) / max(warmup_steps, 1))  # noqa: E731
-    return LambdaLR(adamw, rising)
+
+    def share(step: int) -> float:
+        return min(1.0, (step + 1) / max(warmup_steps, 1))
+
+    return LambdaLR(adamw, share)
 
 
 def build_job(config: Config, data: str, ranks: Ranks) -> Job:
@@ -249,7 +245,9 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
         schema = load_schema(root)
         tables = table_configs(config, schema)
     content = content_settings(config)
-    store, encoders, bank = None, {}, None
+    store: ContentStore | None = None
+    encoders: dict[str, Encoder] = {}
+    bank: MemoryBank | None = None
     if content is not None:
         store, encoders = build_content_store(config, content, root, schema, ranks)
         if content.history.mode != "full":
@@ -263,9 +261,7 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
     )
     optimizer, adamw = build_dense_optimizer(model, dense_groups(config))
     schedule = warmup_schedule(adamw, config.optimizer.warmup_steps)
-    pipeline = TrainPipelineSparseDist(
-        model, optimizer, ranks.device, execute_all_batches=True
-    )
+    pipeline = TrainPipelineSparseDist(model, optimizer, ranks.device, execute_all_batches=True)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
     return Job(
         config,

@@ -74,7 +74,9 @@ def load_best(job: Job, run: Path) -> None:
         try:
             stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
             if differing := sorted(stored.keys() ^ state.keys()):
-                raise ValueError(f"{len(differing)} tensors are in one only, such as {differing[0]}")
+                raise ValueError(
+                    f"{len(differing)} tensors are in one only, such as {differing[0]}"
+                )
             dcp.load(state, checkpoint_id=folder)
         except (CheckpointException, RuntimeError, KeyError, ValueError) as error:
             raise ValueError(

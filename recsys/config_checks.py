@@ -18,12 +18,7 @@ def validate(config: Config) -> None:
     Raises:
         ValueError: names the settings that do not fit and what would.
     """
-    if config.batch_size < 2:
-        raise ValueError(
-            f"batch_size is {config.batch_size}; it must be at least 2, since with one row per "
-            "batch a rank with one row less than another would lack a batch"
-        )
-    at_least_one = ["epochs", "validations_per_epoch", "patience", "log_every_steps"]
+    at_least_one = ["batch_size", "epochs", "validations_per_epoch", "patience", "log_every_steps"]
     at_least_one += ["embedding.dim", "contrastive.dim", "contrastive.num_negatives"]
     for name in at_least_one:
         _at_least(config, name, 1)

@@ -60,9 +60,7 @@ def fill_bank(job: Job) -> None:
     for ids in np.array_split(share, -(-longest // ITEMS_PER_CALL)):
         vectors = torch.zeros(0, content.bank.dim, device=ranks.device)
         if len(ids):
-            inputs = {
-                name: part.to(ranks.device) for name, part in store.gather(ids).items()
-            }
+            inputs = {name: part.to(ranks.device) for name, part in store.gather(ids).items()}
             vectors = content.encode(inputs)
         content.bank.update(torch.from_numpy(ids).to(ranks.device), vectors, content.step)
     content.train(was_training)
@@ -86,7 +84,13 @@ def score(job: Job, interactions: Interactions) -> dict[str, Tensor]:
         except StopIteration:
             break
         known = batch.row_positions >= 0
-        columns = (batch.row_positions, logits.float(), batch.labels, batch.groups, batch.target_items)
+        columns = (
+            batch.row_positions,
+            logits.float(),
+            batch.labels,
+            batch.groups,
+            batch.target_items,
+        )
         parts.append([column[known].cpu() for column in columns])
     names = ("positions", "logits", "labels", "groups", "items")
     gathered = {

@@ -77,7 +77,9 @@ class Reporter:
         self.bar.set_postfix_str(f"{text} {rate:,.0f} samples/s")
         if not self.terminal:
             place = (progress.steps - 1) % self.num_batches + 1
-            self.say(f"epoch {epoch + 1} step {place}/{self.num_batches} {text} {rate:,.0f} samples/s")
+            self.say(
+                f"epoch {epoch + 1} step {place}/{self.num_batches} {text} {rate:,.0f} samples/s"
+            )
         assert self.writer is not None
         for name, value in values.items():
             self.writer.add_scalar(f"train/{name}", value, progress.steps)
@@ -126,7 +128,9 @@ def prepare_run(run: Path, config: Config, ranks: Ranks, overwrite: bool) -> Non
             save_config(config, run / "config.yaml")
 
 
-def train(config: Config, data: str, run: Path, ranks: Ranks, overwrite: bool = False) -> dict[str, Any]:
+def train(
+    config: Config, data: str, run: Path, ranks: Ranks, overwrite: bool = False
+) -> dict[str, Any]:
     """Trains, keeps the best model, and returns what `metrics.json` holds. A collective.
 
     Raises:
@@ -241,10 +245,8 @@ def _validate(
     return progress.validations_without_gain < job.config.patience
 
 
-def _finish(
-    job: Job, run: Path, progress: Progress, item_counts: np.ndarray
-) -> dict[str, Any]:
-    metrics = {
+def _finish(job: Job, run: Path, progress: Progress, item_counts: np.ndarray) -> dict[str, Any]:
+    metrics: dict[str, Any] = {
         "valid": progress.best,
         "test": evaluate_split(job, "test", item_counts),
         "train": {

@@ -70,7 +70,9 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         load_tokenizer("./none", None, WHERE)
 
 
-@pytest.mark.parametrize("package", ["no_such_package", "no_such_package.inner", "", "json.decoder"])
+@pytest.mark.parametrize(
+    "package", ["no_such_package", "no_such_package.inner", "", "json.decoder"]
+)
 def test_a_missing_package_is_named_with_its_installation(package: str) -> None:
     with pytest.raises(ValueError, match=f"{WHERE}: encoder package '{package}' is not installed"):
         resolve_encoder(f"package:{package}", WHERE)
@@ -80,7 +82,7 @@ def test_a_package_resolves_to_the_outermost_folder_with_a_config(importable: Pa
     inner = importable / "some_weights" / "model"
     (inner / "older").mkdir(parents=True)
     (importable / "some_weights" / "__init__.py").touch()
-    with pytest.raises(ValueError, match="'some_weights' holds no folder with a config.json"):
+    with pytest.raises(ValueError, match="'some_weights' holds no folder with a config"):
         resolve_encoder("package:some_weights", WHERE)
     (inner / "older" / "config.json").write_text("{}")
     (inner / "config.json").write_text("{}")
@@ -134,7 +136,9 @@ def test_a_checkpoint_without_some_weights_is_refused_rather_than_left_random(
 
 def test_weights_of_another_size_are_refused(encoder_folder: Path) -> None:
     config = encoder_folder / "config.json"
-    config.write_text(config.read_text().replace('"intermediate_size": 64', '"intermediate_size": 48'))
+    config.write_text(
+        config.read_text().replace('"intermediate_size": 64', '"intermediate_size": 48')
+    )
     with pytest.raises(ValueError, match=f"{WHERE}: encoder '{encoder_folder}'"):
         load_transformer(str(encoder_folder), None, WHERE)
 
@@ -161,9 +165,7 @@ def test_a_module_comes_from_its_factory(importable: Path) -> None:
         ("bad_factories:", "is not of the form package.module:factory"),
     ],
 )
-def test_a_factory_that_gives_no_module_is_named(
-    importable: Path, path: str, message: str
-) -> None:
+def test_a_factory_that_gives_no_module_is_named(importable: Path, path: str, message: str) -> None:
     sys.modules.pop("bad_factories", None)
     (importable / "bad_factories.py").write_text(
         "def needs_argument(size):\n    return size\n\n"
