@@ -108,6 +108,7 @@ def _silence_advice_to_library_developers() -> None:
     for name in ("torchrec", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of loading weights, per rank
 
 
 def main(words: list[str] | None = None) -> int:

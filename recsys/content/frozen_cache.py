@@ -135,7 +135,10 @@ def _encode_share(
     local_world_size = ranks.local_world_size
     calls = [rows[start : start + ITEMS_PER_CALL] for start in range(0, len(rows), ITEMS_PER_CALL)]
     share = calls[ranks.local_rank :: local_world_size]
-    for call in tqdm(share, f"encoding {name} once", disable=not ranks.is_first, unit_scale=64):
+    if ranks.is_first:
+        print(f"encoding '{name}' of {len(rows):,} items once, into {folder.parent}", flush=True)
+    # disable=None: no bar where there is no terminal.
+    for call in tqdm(share, name, disable=None if ranks.is_first else True, unit_scale=64):
         output = encoder.frozen(_content_of(source, call, is_image).to(ranks.device))
         _write(array, call, output.values.cpu())
     array.values.flush()

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.datasets import write_dataset
 
@@ -58,6 +61,16 @@ def torchx(component: str, nproc: int, *words: str) -> subprocess.CompletedProce
     """`torchx run` of one of the project's components on this machine."""
     job = ["-s", "local_cwd", f"launch/components.py:{component}", "--nproc", str(nproc)]
     return run_program("torchx", "run", *job, "--", *words)
+
+
+def assert_same_metrics(report: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Equal to 1e-6, parts such as `cold` too."""
+    assert report.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, dict):
+            assert_same_metrics(report[name], value)
+        else:
+            assert report[name] == pytest.approx(value, abs=1e-6), name
 
 
 @functools.cache

@@ -239,7 +239,7 @@ def _plain_em3(
     content = content_settings(config)
     assert content is not None
     store, encoders = build_content_store(config, content, root, schema, ranks)
-    bank = MemoryBank(schema.num_items, content.dim, "cpu")
+    bank = MemoryBank(schema.num_items, content.vector_dim, "cpu")
     em3 = build_em3(config, schema, tables, encoders, bank)
     # Only now, as TorchRec draws numbers before it calls our initialisation, which draws none.
     em3.embedding_bags = build_embedding_bag_collection(tables, "cpu")

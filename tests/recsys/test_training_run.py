@@ -15,12 +15,12 @@ from sklearn.metrics import log_loss, roc_auc_score
 import recsys.training
 from recsys.build import Job
 from recsys.config import load_config
-from recsys.prediction import predict
+from recsys.prediction import evaluate, predict
 from recsys.ranks import Ranks, joined_ranks
 from recsys.training import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.command_runs import NUM_ROWS, TINY, TrainedRun, torchx, trained_run
+from tests.recsys.command_runs import NUM_ROWS, TINY, TrainedRun, assert_same_metrics, torchx, trained_run
 
 METRICS = {"auc", "gauc", "logloss", "ne", "num_samples"}
 
@@ -73,7 +73,7 @@ def test_torchx_evaluate_gives_the_metrics_of_the_end_of_training(
     done = torchx("evaluate", 2, "--run", str(trained.run), "--device", "cpu")
     assert done.returncode == 0, done.stderr
     report = json.loads((trained.run / "evaluation_test.json").read_text())
-    assert report == pytest.approx(metrics["test"], abs=1e-9)
+    assert_same_metrics(report, metrics["test"])
 
 
 @pytest.fixture(scope="module")
@@ -133,22 +133,39 @@ def test_metrics_json_equals_brute_force_over_the_predictions(
     assert report["cold"]["auc"] == pytest.approx(roc_auc_score(labels[cold], probability[cold]))
 
 
-def predict_on_ranks(rank: int, world_size: int, run: Path, source: Path, out: Path) -> None:
+def evaluate_and_predict(
+    rank: int, world_size: int, run: Path, source: Path, out: Path
+) -> dict[str, Any]:
     ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
     predict(run, [str(source)], out, None, ranks, "cpu")
+    return evaluate(run, None, "test", ranks, "cpu")
 
 
-def test_a_file_of_one_row_is_predicted_on_two_ranks(
-    trained: TrainedRun, predicted: Any, tmp_path: Path
+@pytest.fixture(scope="module")
+def on_three_ranks(trained: TrainedRun, predicted: Any) -> tuple[list[dict[str, Any]], pa.Table]:
+    """The test metrics of each rank, and the predictions for a file of one row."""
+    source, out = trained.run.parent / "one.parquet", trained.run.parent / "one-out.parquet"
+    pq.write_table(predicted[0][0].slice(3, 1), source)
+    reports = run_on_ranks(evaluate_and_predict, 3, trained.run, source, out)
+    return reports, pq.read_table(out)
+
+
+def test_a_file_with_fewer_rows_than_ranks_is_predicted(
+    on_three_ranks: Any, predicted: Any
 ) -> None:
-    inputs, output = predicted
-    pq.write_table(inputs[0].slice(3, 1), tmp_path / "one.parquet")
-    out = tmp_path / "out.parquet"
-    run_on_ranks(predict_on_ranks, 2, trained.run, tmp_path / "one.parquet", out)
-    table = pq.read_table(out)
+    _, table = on_three_ranks
     assert table.num_rows == 1
-    expected = output["prediction_liked"][3].as_py()
+    expected = predicted[1]["prediction_liked"][3].as_py()
     assert table["prediction_liked"][0].as_py() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_run_of_two_ranks_evaluates_alike_on_one_and_on_three(
+    trained: TrainedRun, metrics: dict[str, Any], on_three_ranks: Any
+) -> None:
+    for report in on_three_ranks[0]:
+        assert_same_metrics(report, metrics["test"])
+    with joined_ranks("cpu") as ranks:
+        assert_same_metrics(evaluate(trained.run, None, "test", ranks, "cpu"), metrics["test"])
 
 
 VARIANTS = {

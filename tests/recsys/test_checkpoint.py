@@ -1,0 +1,123 @@
+"""What the checkpoint of the best model holds, and that it is whole, or refused, or still the old."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+
+from recsys.build import Job, build_job
+from recsys.checkpoint import load_best, save_best
+from recsys.config import load_config
+from recsys.prediction import load_run
+from recsys.ranks import Ranks, joined_ranks
+from recsys.training import train
+from tests.datasets import write_dataset
+from tests.recsys.command_runs import TINY
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_dataset(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    with joined_ranks("cpu") as ranks:
+        train(tiny(folder), str(folder / "data"), folder / "run", ranks)
+    return folder / "run"
+
+
+def tiny(folder: Path, *words: str) -> Any:
+    return load_config(TINY, ["--cache", str(folder / "cache"), "--device", "cpu", *words])
+
+
+def job_of(folder: Path, ranks: Ranks, *words: str) -> Job:
+    return build_job(tiny(folder, *words), str(folder / "data"), ranks)
+
+
+def test_what_trains_is_stored_and_the_frozen_base_of_the_encoder_is_not(run: Path) -> None:
+    metadata = dcp.FileSystemReader(run / "checkpoints" / "best").read_metadata()
+    names = list(metadata.state_dict_metadata)
+    encoders = [name for name in names if "content.encoders" in name]
+    assert len(encoders) == 4  # A and B of query and value in one layer
+    assert all("lora_" in name for name in encoders)
+    for part in ("embeddings.item", "embedding_bags.genres", "content.fusion.", "ranking.mlp."):
+        assert any(part in name for name in names), part
+    assert "bank" in names
+
+
+def test_loading_restores_weights_tables_and_bank_exactly(folder: Path, run: Path) -> None:
+    with joined_ranks("cpu") as ranks:
+        trained = load_run(run, None, ranks, "cpu")
+        other = job_of(folder, ranks, "--seed", "9")
+        assert other.em3.content is not None and other.em3.content.bank is not None
+        assert other.em3.content.bank.coverage() == 0
+        load_best(other, run)
+        weights = dict(trained.model.named_parameters())
+        for name, value in other.model.named_parameters():
+            assert torch.equal(value, weights[name]), name
+        assert other.em3.content.bank.coverage() == 1
+
+
+def test_a_missing_checkpoint_is_told_with_its_folder(folder: Path, tmp_path: Path) -> None:
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=r"best: no checkpoint"):
+        load_best(job_of(folder, ranks), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--embedding.dim", "8"],
+        ["--content", "none"],
+        ["--content.fusion.num_layers", "2"],
+        ["--content.fusion.num_queries", "1"],
+    ],
+)
+def test_the_checkpoint_of_another_model_is_refused(
+    folder: Path, run: Path, words: list[str]
+) -> None:
+    with (
+        joined_ranks("cpu") as ranks,
+        pytest.raises(ValueError, match="does not fit the model of"),
+    ):
+        load_best(job_of(folder, ranks, *words), run)
+
+
+def test_a_failure_while_writing_keeps_the_old_checkpoint(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with joined_ranks("cpu") as ranks:
+        job = job_of(folder, ranks)
+        save_best(job, tmp_path)
+        weight = job.em3.ranking.mlp[-1].weight  # type: ignore[union-attr, index]
+        saved = weight.detach().clone()
+        with torch.no_grad():
+            weight += 1  # type: ignore[operator]
+
+        def fill_the_disk(state: Any, checkpoint_id: Path) -> None:
+            checkpoint_id.mkdir()
+            (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
+            raise OSError("No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dcp, "save", fill_the_disk)
+            with pytest.raises(OSError, match="No space left"):
+                save_best(job, tmp_path)
+        load_best(job, tmp_path)
+        assert torch.equal(weight, saved)  # type: ignore[arg-type]
+        save_best(job, tmp_path)  # what the failure left behind is in nobody's way
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["best"]
+
+
+def test_a_folder_without_finished_run_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"epochs": 1}))
+    with (
+        joined_ranks("cpu") as ranks,
+        pytest.raises(ValueError, match=r"holds no finished run \(metrics.json\)"),
+    ):
+        load_run(tmp_path, None, ranks, "cpu")

@@ -1,0 +1,154 @@
+"""`recsys COMMAND` as a user meets it: what works quietly, and errors as one line that helps."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from recsys.cli import main
+from tests.datasets import write_dataset
+from tests.recsys.command_runs import torchrun, train_words
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("commands")
+    write_dataset(folder / "data")
+    assert main(train_words(folder / "data", folder / "run")) == 0
+    return folder
+
+
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
+    """Runs a command that must fail with exit code 1 and returns its only line."""
+
+    def run(*words: str | Path) -> str:
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 1
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("error: ")
+        return line
+
+    return run
+
+
+def test_without_arguments_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    output = capsys.readouterr().out
+    for command in ("doctor", "prepare", "train", "evaluate", "predict"):
+        assert command in output
+
+
+def test_train_evaluate_and_predict_work_in_one_process(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(folder / "run")
+    capsys.readouterr()
+    assert main(["evaluate", "--run", run, "--split", "valid"]) == 0
+    assert capsys.readouterr().out.startswith("valid\n")
+    out = tmp_path / "out.parquet"
+    inputs = str(folder / "data" / "test")
+    assert main(["predict", "--run", run, "--input", inputs, "--out", str(out)]) == 0
+    assert pq.read_table(out).num_rows == 20
+
+
+def test_torchrun_evaluates_with_dashes_before_the_module(folder: Path) -> None:
+    done = torchrun(2, "evaluate", "--run", str(folder / "run"), "--split", "valid")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "run" / "evaluation_valid.json").is_file()
+
+
+def test_an_earlier_run_is_not_overwritten_unless_asked(folder: Path, fails: Fails) -> None:
+    words = train_words(folder / "data", folder / "again", "--content", "none")
+    assert main(words) == 0
+    before = (folder / "again" / "metrics.json").read_bytes()
+    assert "holds a run already" in fails(*words)
+    assert (folder / "again" / "metrics.json").read_bytes() == before
+    assert main([*words, "--overwrite", "true"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--content.dim", "15"], r"content.dim 15 is not divisible by .*num_heads 2"),
+        (["--batch_size", "0"], "batch_size is 0"),
+        (["--embedding.tables", "{color: {sharding: row_wise}}"], "embedding.tables.color"),
+        (
+            ["--content.modalities.text.encoder", "/no/such/folder"],
+            r"content.modalities.text.*/no/such/folder",
+        ),
+        (["--content.modalities.text.column", "plot"], "no item column 'plot' of kind text"),
+        (["--ranking.label_weights", "{bought: 1}"], r"no label \['bought'\]"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named(
+    folder: Path, tmp_path: Path, fails: Fails, words: list[str], message: str
+) -> None:
+    import re
+
+    line = fails(*train_words(folder / "data", tmp_path / "run", *words))
+    assert re.search(message, line), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_dataset_file_or_run_is_named(
+    folder: Path, tmp_path: Path, fails: Fails
+) -> None:
+    missing, out, run = tmp_path / "none", tmp_path / "out.parquet", folder / "run"
+    assert f"{missing}/schema.yaml: no such file" in fails(*train_words(missing, tmp_path / "run"))
+    assert f"{missing}: holds no finished run" in fails("evaluate", "--run", missing)
+    assert f"{run}/checkpoints" not in fails("evaluate", "--run", run, "--split", "holdout")
+    words = ["predict", "--run", run, "--out", out, "--input"]
+    assert f"{missing}: no such Parquet file" in fails(*words, missing)
+    assert not out.exists()
+
+
+def test_predict_writes_the_whole_file_or_none(folder: Path, tmp_path: Path, fails: Fails) -> None:
+    """The second input has a column more, which shows only after the first has been written."""
+    table = pq.read_table(folder / "data" / "test" / "part-0.parquet")
+    pq.write_table(table, tmp_path / "first.parquet")
+    second = table.append_column("extra", table["price"])
+    pq.write_table(second, tmp_path / "second.parquet")
+    out = tmp_path / "out" / "predictions.parquet"
+    inputs = [tmp_path / "first.parquet", tmp_path / "second.parquet"]
+    line = fails("predict", "--run", folder / "run", "--out", out, "--input", *inputs)
+    assert "second.parquet" in line and "columns differ" in line
+    assert not list(out.parent.iterdir())
+
+
+def test_predicting_into_a_column_that_exists_is_refused(
+    folder: Path, tmp_path: Path, fails: Fails
+) -> None:
+    table = pq.read_table(folder / "data" / "test" / "part-0.parquet")
+    source = tmp_path / "scored.parquet"
+    pq.write_table(table.append_column("prediction_liked", table["price"]), source)
+    out = tmp_path / "out.parquet"
+    line = fails("predict", "--run", folder / "run", "--out", out, "--input", source)
+    assert "has a column 'prediction_liked' already" in line
+
+
+@pytest.mark.parametrize(
+    ("make_words", "name"),
+    [
+        (lambda path: ["--no.such", "1"], "--no.such"),
+        (lambda path: ["--config", str(path / "none.yaml")], "none.yaml"),
+        (lambda path: ["--config", str(path / "typo.yaml")], "batchsize"),
+        (lambda path: ["--batch_size", "many"], "batch_size"),
+    ],
+)
+def test_an_unknown_setting_or_recipe_is_named_with_exit_code_2(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    make_words: Callable[[Path], list[str]],
+    name: str,
+) -> None:
+    (tmp_path / "typo.yaml").write_text("batchsize: 3\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(train_words(folder / "data", tmp_path / "run", *make_words(tmp_path)))
+    assert stopped.value.code == 2
+    assert name in capsys.readouterr().err.strip().splitlines()[-1]
