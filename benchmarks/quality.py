@@ -52,6 +52,7 @@ def quality(data: str, out: Path, seeds: int = 3, lora_seeds: int = 0) -> None:
     for name, (overrides, runs) in cells.items():
         tests = [_run(name, overrides, data, out, seed) for seed in range(runs)]
         rows.append((name, runs, [median(values) for values in zip(*tests, strict=True)]))
+    RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(_table(rows))
     print(RESULT.read_text())
 

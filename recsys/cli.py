@@ -127,7 +127,8 @@ def main(words: list[str] | None = None) -> int:
         COMMANDS[arguments.subcommand](arguments[arguments.subcommand])
     except ValueError as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        # One write, or the lines of several ranks would run into each other.
+        sys.stderr.write(f"{rank}error: {error}\n")
         return 1
     return 0
 
