@@ -51,12 +51,17 @@ def save_best(job: Job, run: Path) -> None:
         dcp.save(_state(job), checkpoint_id=partial)
     with job.ranks.all_or_none():
         if job.ranks.is_first:
-            old = folder.with_name(f".{BEST}.old")
+            old = _set_aside(folder)
             shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
                 folder.rename(old)
             partial.rename(folder)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Where the old checkpoint stands while the new one takes its place."""
+    return folder.with_name(f".{folder.name}.old")
 
 
 @torch.no_grad()
@@ -67,6 +72,10 @@ def load_best(job: Job, run: Path) -> None:
         ValueError: there is none, or it is of another model.
     """
     folder = run / "checkpoints" / BEST
+    with job.ranks.all_or_none():
+        # A job that was killed between the two renames of `save_best`.
+        if job.ranks.is_first and not folder.exists() and _set_aside(folder).exists():
+            _set_aside(folder).rename(folder)
     with job.ranks.all_or_none():
         if not (folder / ".metadata").is_file():
             raise ValueError(f"{folder}: no checkpoint; train with `--out {run}` first")

@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -17,35 +18,39 @@ from jsonargparse import ArgumentParser, Namespace
 from recsys import doctor
 
 
+# An abbreviated option would change its meaning when a setting with that beginning is added.
+_Parser = partial(ArgumentParser, allow_abbrev=False)
+
+
 def _parser() -> ArgumentParser:
     from recsys.config import add_config_arguments
 
-    parser = ArgumentParser(prog="recsys", description="Trains and runs EM3 recommenders.")
+    parser = _Parser(prog="recsys", description="Trains and runs EM3 recommenders.")
     commands = parser.add_subcommands()
 
-    command = ArgumentParser(description="Versions, devices and memory; how to mend what is wrong.")
+    command = _Parser(description="Versions, devices and memory; how to mend what is wrong.")
     commands.add_subcommand("doctor", command)
 
-    command = ArgumentParser(description="Makes a dataset of a known source.")
+    command = _Parser(description="Makes a dataset of a known source.")
     commands.add_subcommand("prepare", command)
-    source = ArgumentParser(description="MovieLens -> the dataset format.")
+    source = _Parser(description="MovieLens -> the dataset format.")
     source.add_argument("--source", type=Path | None, help="a folder; default: the bundled sample")
     source.add_argument("--out", type=Path, required=True, help="folder of the dataset to write")
     command.add_subcommands().add_subcommand("movielens", source)
 
-    command = ArgumentParser(description="Trains a model; every setting can be overridden.")
+    command = _Parser(description="Trains a model; every setting can be overridden.")
     add_config_arguments(command)
     command.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
     command.add_argument("--out", type=Path, required=True, help="folder of the run to write")
     command.add_argument("--overwrite", type=bool, default=False, help="replace an earlier run")
     commands.add_subcommand("train", command)
 
-    command = ArgumentParser(description="Metrics of a finished run on a split.")
+    command = _Parser(description="Metrics of a finished run on a split.")
     _add_run_arguments(command)
     command.add_argument("--split", type=str, default="test", help="train, valid or test")
     commands.add_subcommand("evaluate", command)
 
-    command = ArgumentParser(description="Adds predictions to Parquet files of impressions.")
+    command = _Parser(description="Adds predictions to Parquet files of impressions.")
     _add_run_arguments(command)
     command.add_argument("--input", type=str, nargs="+", required=True, help="files or folders")
     command.add_argument("--out", type=Path, required=True, help="Parquet file to write")
@@ -125,7 +130,7 @@ def main(words: list[str] | None = None) -> int:
             return 2
         arguments = parser.instantiate(parser.parse_args(words))
         COMMANDS[arguments.subcommand](arguments[arguments.subcommand])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         # One write, or the lines of several ranks would run into each other.
         sys.stderr.write(f"{rank}error: {error}\n")

@@ -45,6 +45,12 @@ def count_training_items(job: Job) -> np.ndarray:
     return counts.numpy()
 
 
+def check_rows(job: Job, split: str) -> None:
+    """Reads this rank's share of a split; a value that cannot be used is a ValueError."""
+    rows = ParquetRows.of_split(job.root, split, job.schema)
+    count_items(rows, job.ranks.rank, job.ranks.world_size)
+
+
 @torch.no_grad()
 def fill_bank(job: Job) -> None:
     """Encodes every item and writes its vector to the memory bank. A collective."""

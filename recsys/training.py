@@ -27,12 +27,12 @@ from tqdm import tqdm
 
 from recsys.batch import Batch
 from recsys.build import Job, build_job, content_settings
-from recsys.checkpoint import load_best, save_best
+from recsys.checkpoint import BEST, load_best, save_best
 from recsys.config import Config, save_config
 from recsys.content.projection_start import start_projections
 from recsys.data.interactions import Interactions, loader
 from recsys.data.parquet_rows import ParquetRows
-from recsys.evaluation import count_training_items, evaluate_split, fill_bank, together
+from recsys.evaluation import check_rows, count_training_items, evaluate_split, fill_bank, together
 from recsys.metrics import format_report
 from recsys.ranks import Ranks
 
@@ -117,7 +117,9 @@ def prepare_run(run: Path, config: Config, ranks: Ranks, overwrite: bool) -> Non
     """
     with ranks.all_or_none():
         if ranks.is_first:
-            if (run / "config.yaml").exists() and not overwrite:
+            # What an attempt that failed early left behind is in nobody's way.
+            holds_model = (run / "metrics.json").exists() or (run / "checkpoints" / BEST).exists()
+            if holds_model and not overwrite:
                 raise ValueError(
                     f"{run}: holds a run already; choose another --out or pass --overwrite true"
                 )
@@ -142,6 +144,8 @@ def train(
         interactions = Interactions(
             rows, job.batch_builder(), config.batch_size, ranks.rank, ranks.world_size, config.seed
         )
+        for split in ("valid", "test"):  # else a bad value there would show after the training
+            check_rows(job, split)
     item_counts = count_training_items(job)
     prepare_run(run, config, ranks, overwrite)
     reporter = Reporter(job, run, interactions.num_batches)

@@ -10,6 +10,7 @@ as a mask.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -95,7 +96,7 @@ class ContentStore:
         column = modality.column
         if modality.kind == "text":
             assert tokenizer is not None
-            settings: Any = (modality.max_length, sorted(tokenizer.get_vocab().items()))
+            settings: Any = (modality.max_length, _tokenizer_state(tokenizer))
         else:
             settings = modality.image_size if modality.kind == "image" else None
         key = digest_of(self.items.fingerprint(column), modality.kind, settings)
@@ -185,6 +186,16 @@ class ContentStore:
         array = RaggedArray.create(folder, np.concatenate(counts), (width,), "float32")
         np.concatenate(parts, out=array.values)
         array.values.flush()
+
+
+def _tokenizer_state(tokenizer: Any) -> Any:
+    """Everything that decides how a text is cut: vocabulary, normalisation, merges."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return repr(tokenizer), sorted(tokenizer.get_vocab().items())
+    state = json.loads(backend.to_str())
+    # What the last call asked for, which the backend remembers.
+    return json.dumps({**state, "truncation": None, "padding": None})
 
 
 def _feature_tokens(chunk: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:

@@ -247,7 +247,10 @@ def _merge(window: list[pa.Table], rng: np.random.Generator | None) -> pa.Table:
 
 
 def count_items(rows: ParquetRows, rank: int, world_size: int) -> np.ndarray:
-    """How often each item is the target in a rank's share: int64 [num_items]."""
+    """How often each item is the target in a rank's share: int64 [num_items].
+
+    All columns are read, so that a value that cannot be used ends a job before its first step.
+    """
     counts = np.zeros(rows.schema.num_items, dtype=np.int64)
     target = rows.schema.target_item
     for table in rows.read(*rows.share(rank, world_size)):

@@ -34,7 +34,9 @@ def train_words(data: Path, out: Path, *more: str) -> list[str]:
     return [*words, *more]
 
 
-def run_program(program: str, *words: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+def run_program(
+    program: str, *words: str, seconds: float = 120
+) -> subprocess.CompletedProcess[str]:
     """A program of this environment, in the root of the project."""
     folder = Path(sys.executable).parent
     env = {

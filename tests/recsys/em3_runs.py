@@ -273,11 +273,11 @@ def _update_table(weight: torch.nn.Parameter, moment: Tensor, table_optimizer: s
     assert gradient is not None
     rate = TABLE_RATES[table_optimizer]
     if table_optimizer == "sgd":
-        weight -= rate * gradient
+        weight.sub_(rate * gradient)
         return
     blocks = gradient.view(len(weight), moment.shape[1], -1)  # [rows, column shards, columns]
     moment += (blocks**2).mean(dim=2)
-    weight -= (rate * blocks / (moment.sqrt()[:, :, None] + 1e-8)).reshape(weight.shape)
+    weight.sub_((rate * blocks / (moment.sqrt()[:, :, None] + 1e-8)).reshape(weight.shape))
 
 
 def batches_of(job: Job, count: int, size: int) -> list[Batch]:

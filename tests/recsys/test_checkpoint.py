@@ -1,4 +1,4 @@
-"""What the checkpoint of the best model holds, and that it is whole, or refused, or still the old."""
+"""What the best model's checkpoint holds; that it is whole, or refused, or still the old one."""
 
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,10 @@ def test_a_failure_while_writing_keeps_the_old_checkpoint(
         load_best(job, tmp_path)
         assert torch.equal(weight, saved)  # type: ignore[arg-type]
         save_best(job, tmp_path)  # what the failure left behind is in nobody's way
-        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["best"]
+        checkpoints = tmp_path / "checkpoints"
+        assert [path.name for path in checkpoints.iterdir()] == ["best"]
+        (checkpoints / "best").rename(checkpoints / ".best.old")  # killed between two renames
+        load_best(job, tmp_path)
 
 
 def test_a_folder_without_finished_run_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -96,9 +96,7 @@ def test_a_setting_that_cannot_work_is_named(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_dataset_file_or_run_is_named(
-    folder: Path, tmp_path: Path, fails: Fails
-) -> None:
+def test_a_missing_dataset_file_or_run_is_named(folder: Path, tmp_path: Path, fails: Fails) -> None:
     missing, out, run = tmp_path / "none", tmp_path / "out.parquet", folder / "run"
     assert f"{missing}/schema.yaml: no such file" in fails(*train_words(missing, tmp_path / "run"))
     assert f"{missing}: holds no finished run" in fails("evaluate", "--run", missing)

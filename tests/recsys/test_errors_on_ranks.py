@@ -1,7 +1,8 @@
 """An error that one rank sees ends every rank, with the cause; none is left waiting."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from recsys.config import load_config
+from recsys.evaluation import together
 from recsys.ranks import Ranks
 from recsys.training import train
 from tests.datasets import write_dataset
@@ -64,7 +66,7 @@ def a_table_for_a_million_machines(data: Path) -> None:
 
 POSTER = "{poster: {kind: image, column: poster, encoder: 'random:vit', image_size: 32}}"
 CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
-    "bad id while training": (
+    "bad id in validation": (
         a_bad_id_in_the_last_validation_row,
         [],
         ["valid/part-0.parquet", "column 'item', row 24", "id 77 is outside [0, 30)"],
@@ -130,17 +132,42 @@ def test_every_rank_raises_the_cause(raised: list[dict[str, tuple[str, str]]], c
             assert part in message
 
 
-def test_the_command_ends_with_the_cause_from_each_rank(folder: Path) -> None:
-    """Rank 1 alone meets the bad row, after training has begun."""
-    case = "bad id while training"
+def test_the_command_ends_with_the_cause_from_each_rank_before_anything_is_written(
+    folder: Path,
+) -> None:
+    """Rank 1 alone meets the bad row, in a split that is read after the first training steps."""
+    case = "bad id in validation"
     out = folder / "command"
     done = torchrun(2, *train_words(folder / case / "data", out), seconds=SECONDS)
     assert done.returncode != 0
-    assert "validation" not in done.stdout and (out / "plan.txt").is_file()
     lines = [line for line in done.stderr.splitlines() if "error: " in line and "id 77" in line]
     assert any(line.startswith("rank 0: error: rank 1: ") for line in lines), done.stderr
     assert any(line.startswith("rank 1: error: ") for line in lines), done.stderr
-    assert not (out / "metrics.json").exists()
+    assert not out.exists()
+
+
+def batches_until_rank_1_fails(rank: int, world_size: int) -> tuple[int, str]:
+    """How many batches this rank got, and what it raised."""
+
+    def batches() -> Iterator[Any]:
+        yield from ("first", "second")
+        if rank == 1:
+            raise ValueError("part-1.parquet: row group 3 cannot be read")
+        yield from ("third", "fourth")
+
+    ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
+    got = 0
+    try:
+        for _ in together(batches(), ranks):
+            got += 1
+    except ValueError as error:
+        return got, str(error)
+    return got, "nothing"
+
+
+def test_a_file_that_fails_in_the_middle_of_an_epoch_ends_all_ranks_in_the_same_step() -> None:
+    cause = "part-1.parquet: row group 3 cannot be read"
+    assert run_on_ranks(batches_until_rank_1_fails, 2) == [(2, f"rank 1: {cause}"), (2, cause)]
 
 
 UNEVEN = (3, 13, 14)

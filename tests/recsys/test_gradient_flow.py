@@ -73,7 +73,9 @@ def test_one_loss_alone_reaches_fusion_lora_and_the_sharded_table(by_rank: Any, 
 
 
 @pytest.mark.parametrize("preset", ["modern", "published"])
-def test_the_ranking_loss_reaches_the_low_rank_map_of_the_history(by_rank: Any, preset: str) -> None:
+def test_the_ranking_loss_reaches_the_low_rank_map_of_the_history(
+    by_rank: Any, preset: str
+) -> None:
     found = by_rank[0]["ranking loss", preset]
     # The bank is filled by this very step, so that its vectors are not zero.
     assert found["content.history_map.map.lora_B.default.weight"] > 1e-7

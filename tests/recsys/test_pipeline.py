@@ -22,7 +22,7 @@ NUM_BATCHES = 6
 
 def losses_of(job: Job, pipeline: Any) -> list[float]:
     batches = iter(batches_of(job, NUM_BATCHES, 4))
-    losses = []
+    losses: list[float] = []
     job.model.train()
     while True:
         try:
@@ -37,13 +37,18 @@ def train_both_ways(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     plain = build_job(em3_config(folder), data, ranks)
     base = TrainPipelineBase(plain.model, plain.optimizer, ranks.device)
     job = build_job(em3_config(folder), data, ranks)
-    result: dict[str, Any] = {"plain": losses_of(plain, base), "ahead": losses_of(job, job.pipeline)}
+    result: dict[str, Any] = {
+        "plain": losses_of(plain, base),
+        "ahead": losses_of(job, job.pipeline),
+    }
     result["sharded"] = [
         name for name, module in job.model.named_modules() if isinstance(module, ShardedModule)
     ]
     require_pipelined(job.model)
     result["unpipelined"] = complaint(plain.model)
-    result["indirect"] = complaint_about_an_indirect_input(build_job(em3_config(folder), data, ranks))
+    result["indirect"] = complaint_about_an_indirect_input(
+        build_job(em3_config(folder), data, ranks)
+    )
     return result
 
 

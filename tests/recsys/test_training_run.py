@@ -1,4 +1,4 @@
-"""A run over two ranks, started as users start it, and what evaluating and predicting make of it."""
+"""A run over two ranks, started as users do, and what evaluating and predicting make of it."""
 
 import json
 import math
@@ -20,7 +20,14 @@ from recsys.ranks import Ranks, joined_ranks
 from recsys.training import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.command_runs import NUM_ROWS, TINY, TrainedRun, assert_same_metrics, torchx, trained_run
+from tests.recsys.command_runs import (
+    NUM_ROWS,
+    TINY,
+    TrainedRun,
+    assert_same_metrics,
+    torchx,
+    trained_run,
+)
 
 METRICS = {"auc", "gauc", "logloss", "ne", "num_samples"}
 
