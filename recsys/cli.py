@@ -17,7 +17,6 @@ from jsonargparse import ArgumentParser, Namespace
 
 from recsys import doctor
 
-
 # An abbreviated option would change its meaning when a setting with that beginning is added.
 _Parser = partial(ArgumentParser, allow_abbrev=False)
 
