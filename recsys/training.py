@@ -109,20 +109,25 @@ def versions() -> dict[str, str]:
     return found
 
 
-def prepare_run(run: Path, config: Config, ranks: Ranks, overwrite: bool) -> None:
-    """Makes the run's folder and writes `config.yaml`. A collective.
+def refuse_existing_run(run: Path, ranks: Ranks) -> None:
+    """Before the work begins: a trained model is not overwritten unasked. A collective.
 
     Raises:
-        ValueError: there is a run already.
+        ValueError: the folder holds a model; what an attempt that failed early left does not count.
     """
     with ranks.all_or_none():
+        if ranks.is_first and (
+            (run / "metrics.json").exists() or (run / "checkpoints" / BEST).exists()
+        ):
+            raise ValueError(
+                f"{run}: holds a run already; choose another --out or pass --overwrite true"
+            )
+
+
+def prepare_run(run: Path, config: Config, ranks: Ranks) -> None:
+    """Makes the run's folder, empty of an earlier run, and writes `config.yaml`. A collective."""
+    with ranks.all_or_none():
         if ranks.is_first:
-            # What an attempt that failed early left behind is in nobody's way.
-            holds_model = (run / "metrics.json").exists() or (run / "checkpoints" / BEST).exists()
-            if holds_model and not overwrite:
-                raise ValueError(
-                    f"{run}: holds a run already; choose another --out or pass --overwrite true"
-                )
             for part in ("checkpoints", "tensorboard"):
                 shutil.rmtree(run / part, ignore_errors=True)
             (run / "metrics.json").unlink(missing_ok=True)
@@ -138,6 +143,8 @@ def train(
     Raises:
         ValueError: on every rank, when data, configuration or plan are wanting.
     """
+    if not overwrite:
+        refuse_existing_run(run, ranks)
     job = build_job(config, data, ranks)
     with ranks.all_or_none():
         rows = ParquetRows.of_split(job.root, "train", job.schema)
@@ -147,7 +154,7 @@ def train(
         for split in ("valid", "test"):  # else a bad value there would show after the training
             check_rows(job, split)
     item_counts = count_training_items(job)
-    prepare_run(run, config, ranks, overwrite)
+    prepare_run(run, config, ranks)
     reporter = Reporter(job, run, interactions.num_batches)
     if ranks.is_first:
         (run / "plan.txt").write_text(f"{job.plan}\n\n{job.parameters}\n")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from embeddings import MemoryBank
 from recsys.batch import Batch, ContentInput
 from recsys.config import ContentSettings
-from recsys.content.encoders import Encoder
+from recsys.content.encoder import Encoder, mean_token
 from recsys.content.fusion import build_fusion
 from recsys.content.history import HistoryMap
 from recsys.vectors import ContentVectors
@@ -102,12 +102,3 @@ class ContentBranch(nn.Module):
         """[U, D + M * D] -> content vectors [U, D] and mean tokens [U, M, D]."""
         num_modalities = kept.shape[1] // self.dim - 1
         return kept[:, : self.dim], kept[:, self.dim :].reshape(len(kept), num_modalities, self.dim)
-
-
-def mean_token(
-    tokens: Tensor,  # [U, T, D]
-    mask: Tensor,  # [U, T]
-) -> Tensor:  # [U, D], zero for an item without tokens
-    """The mean of the tokens that are there."""
-    weights = mask.to(tokens.dtype).unsqueeze(-1)
-    return (tokens * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)

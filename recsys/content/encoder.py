@@ -58,3 +58,12 @@ def normalize_pixels(pixels: Tensor) -> Tensor:
     mean = torch.tensor(IMAGE_MEAN, device=pixels.device).view(1, 3, 1, 1)
     std = torch.tensor(IMAGE_STD, device=pixels.device).view(1, 3, 1, 1)
     return (pixels.float() / 255 - mean) / std
+
+
+def mean_token(
+    tokens: Tensor,  # [U, T, D]
+    mask: Tensor,  # [U, T]
+) -> Tensor:  # [U, D], zero for an item without tokens
+    """The mean of the tokens that are there."""
+    weights = mask.to(tokens.dtype).unsqueeze(-1)
+    return (tokens * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from recsys.content.branch import ContentBranch, mean_token
+from recsys.content.branch import ContentBranch
+from recsys.content.encoder import mean_token
 from recsys.content.encoders import Encoder
 from recsys.data.content_store import ContentStore
 from recsys.metrics import gather_rows

@@ -17,7 +17,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from recsys.batch import ContentInput
 from recsys.config import LoraSettings, ModalitySettings
-from recsys.content.encoder import Encoder, normalize_pixels
+from recsys.content.encoder import Encoder, mean_token, normalize_pixels
 
 ITEMS_PER_GROUP = 32  # of like length, run through the trained layers together
 
@@ -202,9 +202,7 @@ class TransformerEncoder(Encoder):
         known = mask.any(dim=1, keepdim=True)
         if self.pooling == "cls":
             return ContentInput(hidden[:, :1], known)
-        weights = mask.to(hidden.dtype).unsqueeze(-1)
-        mean = (hidden * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1)
-        return ContentInput(mean, known)
+        return ContentInput(mean_token(hidden, mask).unsqueeze(1), known)
 
     def frozen(self, content: ContentInput) -> ContentInput:
         """Embeddings and the layers below the lowest trained one; pooled if all are frozen."""
