@@ -88,5 +88,10 @@ class Batch(Pipelineable):
         self._map(lambda tensor: tensor.record_stream(stream))
 
     @property
+    def row_weights(self) -> Tensor:
+        """Weight of each row in the losses: 1, and 0 for a row that only pads; float32 [B]."""
+        return (self.row_positions >= 0).float()
+
+    @property
     def batch_size(self) -> int:
         return self.labels.shape[0]

@@ -154,6 +154,18 @@ class OptimizerSettings:
 
 
 @dataclass
+class CheckpointSettings:
+    """When the state of a run is written, besides the best model: at the end, on SIGTERM, and"""
+
+    every_steps: int | None = None
+    every_seconds: float | None = 600.0
+    keep: int = 2  # the last so many
+    # The write overlaps the next steps, at the cost of a copy of tables and optimizer state in
+    # host memory; auto: where that copy fits.
+    asynchronous: Literal["auto", "true", "false"] = "auto"
+
+
+@dataclass
 class Config:
     """A whole run."""
 
@@ -167,10 +179,16 @@ class Config:
     validations_per_epoch: int = 1
     patience: int = 2  # validations without a better AUC before training ends
     seed: int = 0
+    on_bad_row: Literal["error", "skip"] = "error"  # skip: leave it out, counted and told
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     num_workers: int = 0  # loader processes per rank
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cache: str | None = None  # folder of encoded items; default ~/.cache/recsys
     log_every_steps: int = 20
+    profile_steps: int = 0  # so many early steps are measured part by part: RUN/profile.json
+    stall_timeout: float = (
+        300.0  # seconds after which a rank that does not go on ends the job; 0: off
+    )
 
 
 CONFIG_NAMES = tuple(Config.__dataclass_fields__)

@@ -20,9 +20,19 @@ def validate(config: Config) -> None:
     """
     at_least_one = ["batch_size", "epochs", "validations_per_epoch", "patience", "log_every_steps"]
     at_least_one += ["embedding.dim", "contrastive.dim", "contrastive.num_negatives"]
+    at_least_one += ["checkpoint.keep"]
     for name in at_least_one:
         _at_least(config, name, 1)
-    for name in ["num_workers", "optimizer.warmup_steps", "ranking.cross_layers"]:
+    for name in ["every_steps", "every_seconds"]:
+        if getattr(config.checkpoint, name) is not None:
+            _at_least(config, f"checkpoint.{name}", 1)
+    for name in [
+        "num_workers",
+        "profile_steps",
+        "stall_timeout",
+        "optimizer.warmup_steps",
+        "ranking.cross_layers",
+    ]:
         _at_least(config, name, 0)
     rates = ["learning_rate", "content_learning_rate", "encoder_learning_rate", "weight_decay"]
     for name in [f"optimizer.{rate}" for rate in rates]:

@@ -24,6 +24,9 @@ from recsys.config import ContrastiveSettings
 class RankingLoss(nn.Module):
     """Sum over labels of weight times the mean binary cross-entropy with logits.
 
+    Rows that pad (row weight 0) stay in the mean's divisor, so that every impression of an epoch
+    has the same weight on whatever rank it lies.
+
     Example::
 
         RankingLoss([1.0])(torch.zeros(2, 1), torch.ones(2, 1))  # log 2
@@ -35,9 +38,16 @@ class RankingLoss(nn.Module):
         super().__init__()
         self.register_buffer("weights", torch.tensor(label_weights), persistent=False)
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:  # [B, C], [B, C] -> []
-        per_label = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(0)
-        return (per_label * self.weights).sum()
+    def forward(
+        self,
+        logits: Tensor,  # [B, C]
+        labels: Tensor,  # [B, C]
+        row_weights: Tensor | None = None,  # [B], 0 for a row that pads
+    ) -> Tensor:  # []
+        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        if row_weights is not None:
+            losses = losses * row_weights[:, None]
+        return (losses.mean(0) * self.weights).sum()
 
 
 def published_contrastive(
@@ -45,7 +55,7 @@ def published_contrastive(
     ids: Tensor,  # [B, D], normalised
     negatives: Tensor,  # [B, K] rows of the batch; may hit the row itself
     temperature: Tensor | float,
-) -> Tensor:  # []
+) -> Tensor:  # [B]
     """The published loss: each row's positive against K rows drawn with replacement.
 
     L_c2i = CE([z_i . z_c, z_i_neg . z_c] / tau, 0), L_i2c likewise with the same draws, and
@@ -56,7 +66,9 @@ def published_contrastive(
     id_to_content = torch.einsum("bd,bkd->bk", ids, content[negatives])
     first = torch.zeros(len(content), dtype=torch.long, device=content.device)
     losses = [
-        F.cross_entropy(torch.cat([positive, negative], dim=1) / temperature, first)
+        F.cross_entropy(
+            torch.cat([positive, negative], dim=1) / temperature, first, reduction="none"
+        )
         for negative in (content_to_id, id_to_content)
     ]
     return (losses[0] + losses[1]) / 2
@@ -71,15 +83,18 @@ def in_batch_contrastive(
     all_items: Tensor,  # [G]
     first_row: int,  # this batch is rows [first_row, first_row + B) of the G
     temperature: Tensor | float,
-) -> Tensor:  # []
-    """Both directions of cross-entropy against all rows; the same item is never a negative."""
+) -> Tensor:  # [B]
+    """Both directions of cross-entropy against all rows.
+
+    The same item is never a negative, nor is a row that pads, whose item is -1.
+    """
     positive = torch.arange(len(items), device=items.device) + first_row  # [B]
-    same = items[:, None] == all_items[None, :]  # [B, G]
+    same = (items[:, None] == all_items[None, :]) | (all_items == -1)  # [B, G]
     same[torch.arange(len(items), device=items.device), positive] = False
     losses = []
     for query, keys in ((content, all_ids), (ids, all_content)):
         logits = (query @ keys.T / temperature).masked_fill(same, -torch.inf)
-        losses.append(F.cross_entropy(logits, positive))
+        losses.append(F.cross_entropy(logits, positive, reduction="none"))
     return (losses[0] + losses[1]) / 2
 
 
@@ -127,6 +142,7 @@ class ContentIDContrastive(nn.Module):
         content: Tensor,  # [B, content_dim]
         ids: Tensor,  # [B, id_dim]
         items: Tensor,  # [B]
+        row_weights: Tensor | None = None,  # [B], 0 for a row that pads
     ) -> Tensor:  # []
         settings = self.settings
         if settings.stop_gradient == "content":
@@ -136,7 +152,13 @@ class ContentIDContrastive(nn.Module):
         content, ids = self.content_map(content), self.id_map(ids)
         if settings.normalize:
             content, ids = (F.normalize(side, dim=-1, eps=1e-5) for side in (content, ids))
-        temperature = self.log_temperature.exp()
+        if row_weights is None:
+            return self._row_losses(content, ids, items).mean()
+        items = items.masked_fill(row_weights == 0, -1)
+        return (self._row_losses(content, ids, items) * row_weights).mean()
+
+    def _row_losses(self, content: Tensor, ids: Tensor, items: Tensor) -> Tensor:  # [B]
+        settings, temperature = self.settings, self.log_temperature.exp()
         if settings.variant == "published":
             rows = len(items)
             negatives = torch.randint(rows, (rows, settings.num_negatives), device=items.device)

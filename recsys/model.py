@@ -48,11 +48,13 @@ class Losses(nn.Module):
         self, logits: Tensor, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, and its parts without gradient."""
-        ranking = self.ranking(logits, batch.labels)
+        ranking = self.ranking(logits, batch.labels, batch.row_weights)
         if self.contrastive is None:
             return ranking, {"loss": ranking.detach()}
         assert content is not None
-        contrastive = self.contrastive(content.target, ids.target, batch.target_items)
+        contrastive = self.contrastive(
+            content.target, ids.target, batch.target_items, batch.row_weights
+        )
         loss = ranking + self.weight * contrastive
         parts = {"loss": loss, "ranking": ranking, "contrastive": contrastive}
         return loss, {name: value.detach() for name, value in parts.items()}

@@ -3,12 +3,13 @@
 Arrow hands list columns over as values and lengths, which is what a KeyedJaggedTensor is made of.
 All ranks get the same number of batches of the same sizes, as collectives ask: row-wise tables
 refuse unequal ones, and a missing one hangs the job. Where rows do not divide by ranks, a rank with
-one row less reads a neighbour's too, which counts twice in training and not at all in evaluation.
+one row less adds a padding row, which has no weight in losses and counts in no metric.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,14 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.batch import Batch
 from recsys.data.content_store import ContentStore
-from recsys.data.parquet_rows import ROW_POSITION, ParquetRows, list_lengths
+from recsys.data.parquet_rows import (
+    ROW_POSITION,
+    ParquetRows,
+    Window,
+    list_lengths,
+    padding_rows,
+)
+from recsys.data.row_order import EpochShare, Stage, num_batches_of, rows_before
 from recsys.data.schema import Schema
 
 
@@ -154,18 +162,36 @@ class Interactions(IterableDataset[Batch]):
                 f"{rows.row_groups[0].file}: {rows.num_rows} training rows cannot be shared by "
                 f"{world_size} ranks; start fewer ranks"
             )
-        self.rows, self.build = rows, build
-        self.start, self.stop = rows.share(rank, world_size)
-        self.num_rows = -(-rows.num_rows // world_size)  # of the largest share
-        self.num_batches = -(-self.num_rows // batch_size)
-        self.seed = seed
-        self.epoch = 0
+        self.rows, self.build, self.batch_size = rows, build, batch_size
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.begin(0)
+
+    def begin(self, epoch: int, stages: Sequence[Stage] = (), first_batch: int = 0) -> None:
+        """Sets where the next iteration starts.
+
+        Args:
+            epoch: decides the shuffle.
+            stages: what other numbers of ranks, or other batch sizes, have read of this epoch.
+            first_batch: how many batches of the rest this number of ranks has read.
+        """
+        self.epoch, self.first_batch = epoch, first_batch
+        self.shuffle_seed = None if self.seed is None else (self.seed, epoch)
+        self.share = EpochShare.of(self.rows, stages, self.rank, self.world_size, self.shuffle_seed)
+        self.num_batches = num_batches_of(self.share.num_rows, self.batch_size)
+
+    def batches_until(self, part: int, parts: int) -> int:
+        """How many batches of this share lie in the first `part` of `parts` of the epoch."""
+        left = self.rows.num_rows - self.share.rows_done
+        if part == parts or not left:
+            return self.num_batches
+        wanted = self.rows.num_rows * part - self.share.rows_done * parts
+        return max(0, wanted * self.num_batches // (left * parts))
 
     def __len__(self) -> int:
-        return self.num_batches
+        return self.num_batches - self.first_batch
 
     def __iter__(self) -> Iterator[Batch]:
-        """One epoch; set `epoch` before for another shuffle.
+        """The rest of an epoch; see `begin`.
 
         Of several loader processes each reads all rows and builds every n-th batch; the loader
         takes them in turn, which restores the order.
@@ -174,25 +200,35 @@ class Interactions(IterableDataset[Batch]):
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for index, table in enumerate(self._tables()):
             if index % step == first:
-                batch = self.build(table)
-                if self.seed is None:
-                    place = batch.row_positions
-                    place[(place < self.start) | (place >= self.stop)] = -1
-                yield batch
+                yield self.build(table)
 
     def _tables(self) -> Iterator[pa.Table]:
         """The rows of each batch."""
-        num_rows, num_batches = self.num_rows, self.num_batches
-        start = min(self.start, self.rows.num_rows - num_rows)
-        seed = None if self.seed is None else (self.seed, self.epoch)
-        tables = self.rows.read(start, start + num_rows, seed)
-        rest = next(tables)
-        for index in range(num_batches):
-            size = num_rows * (index + 1) // num_batches - num_rows * index // num_batches
+        num_rows, num_batches = self.share.num_rows, self.num_batches
+        done = rows_before(self.first_batch, num_rows, num_batches)
+        tables = self._rest_of_share(done)
+        rest: Any = next(tables, None)  # None where nothing is left
+        for index in range(self.first_batch, num_batches):
+            size = rows_before(index + 1, num_rows, num_batches) - done
+            done += size
             while rest.num_rows < size:
                 rest = pa.concat_tables([rest, next(tables)])
             yield rest.slice(0, size)
             rest = rest.slice(size)
+
+    def _rest_of_share(self, done: int) -> Iterator[pa.Table]:
+        """The share's tables from row `done` on, with padding rows up to the largest share."""
+        num_rows, table = 0, None
+        for piece in self.share.slices:
+            first = piece.low + max(0, done - num_rows)
+            num_rows += len(piece)
+            if first < piece.high:
+                table = self.rows.read_window(piece.window, self.shuffle_seed)
+                yield table.slice(first, piece.high - first)
+        if missing := self.share.num_rows - max(num_rows, done):
+            if table is None:  # only its types are wanted
+                table = self.rows.read_window(Window(0, 1))
+            yield padding_rows(table, missing)
 
 
 def loader(interactions: Interactions, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:

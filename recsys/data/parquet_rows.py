@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +32,14 @@ class RowGroup:
     num_rows: int
     first_row: int  # within the file
     first_position: int  # within the split
+
+
+@dataclass(frozen=True)
+class Window:
+    """Places `[start, stop)` of the epoch's order of row groups; its rows are shuffled together."""
+
+    start: int
+    stop: int
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -128,33 +137,49 @@ class ParquetRows:
             self.num_rows * (rank + 1) // world_size,
         )
 
+    def windows(
+        self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
+    ) -> list[Window]:
+        """The places `[start, stop)` cut at row groups into windows of about `SHUFFLE_ROWS` rows.
+
+        `shuffle_seed` (seed, epoch) permutes the row groups, the same on every rank, and the rows
+        within each window.
+        """
+        found: list[Window] = []
+        place = 0
+        for group in self._ordered(shuffle_seed):
+            place += group.num_rows
+            if min(place, stop) - start >= SHUFFLE_ROWS or place >= stop > start:
+                found.append(Window(start, min(place, stop)))
+                start = found[-1].stop
+        return found
+
+    def read_window(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> pa.Table:
+        """The rows of a window, in their shuffled order, in one chunk per column."""
+        tables, place = [], 0
+        for group in self._ordered(shuffle_seed):
+            low, high = max(window.start - place, 0), min(window.stop - place, group.num_rows)
+            place += group.num_rows
+            if low < high:
+                tables.append(self._read_group(group).slice(low, high - low))
+        table = pa.concat_tables(tables)
+        if shuffle_seed is not None:
+            rng = np.random.default_rng((*shuffle_seed, window.start))
+            table = table.take(pa.array(rng.permutation(table.num_rows)))
+        return table.combine_chunks()
+
     def read(
         self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
     ) -> Iterator[pa.Table]:
-        """Tables of at most about `SHUFFLE_ROWS` rows with the places `[start, stop)`.
+        """Tables of about `SHUFFLE_ROWS` rows with the places `[start, stop)`; see `windows`."""
+        for window in self.windows(start, stop, shuffle_seed):
+            yield self.read_window(window, shuffle_seed)
 
-        `shuffle_seed` (seed, epoch) permutes the row groups, the same on every rank, and the rows
-        within each table yielded.
-        """
-        groups = list(self.row_groups)
-        rng = None
-        if shuffle_seed is not None:
-            order = np.random.default_rng(shuffle_seed).permutation(len(groups))
-            groups = [groups[index] for index in order]
-            rng = np.random.default_rng((*shuffle_seed, start))
-        window: list[pa.Table] = []
-        place = 0
-        for group in groups:
-            low, high = max(start - place, 0), min(stop - place, group.num_rows)
-            place += group.num_rows
-            if low >= high:
-                continue
-            window.append(self._read_group(group).slice(low, high - low))
-            if sum(table.num_rows for table in window) >= SHUFFLE_ROWS:
-                yield _merge(window, rng)
-                window = []
-        if window:
-            yield _merge(window, rng)
+    def _ordered(self, shuffle_seed: tuple[int, int] | None) -> list[RowGroup]:
+        if shuffle_seed is None:
+            return self.row_groups
+        order = np.random.default_rng(shuffle_seed).permutation(len(self.row_groups))
+        return [self.row_groups[index] for index in order]
 
     def _read_group(self, group: RowGroup) -> pa.Table:
         try:
@@ -239,11 +264,13 @@ def list_lengths(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     return lengths.to_numpy() if isinstance(lengths, pa.ChunkedArray) else lengths.to_numpy(False)
 
 
-def _merge(window: list[pa.Table], rng: np.random.Generator | None) -> pa.Table:
-    table = pa.concat_tables(window)
-    if rng is not None:
-        table = table.take(pa.array(rng.permutation(table.num_rows)))
-    return table.combine_chunks()
+def padding_rows(like: pa.Table, num_rows: int) -> pa.Table:
+    """Rows that take part in a step and count nowhere: zeros, empty lists, position -1."""
+    columns = {}
+    for field in like.schema:
+        value: Any = [] if is_list(field.type) else -1 if field.name == ROW_POSITION else 0
+        columns[field.name] = pa.array([value] * num_rows, field.type)
+    return pa.table(columns, schema=like.schema)
 
 
 def count_items(rows: ParquetRows, rank: int, world_size: int) -> np.ndarray:

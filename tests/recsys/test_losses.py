@@ -252,3 +252,22 @@ def test_ranking_loss_is_the_weighted_sum_of_each_labels_mean_cross_entropy() ->
     value.backward()
     assert value.item() == pytest.approx(expected, abs=1e-5)
     torch.testing.assert_close(logits.grad, slopes, atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_that_pads_has_no_ranking_loss_and_stays_in_the_divisor() -> None:
+    logits, labels = torch.tensor([[0.3], [2.0], [5.0]]), torch.tensor([[1.0], [0.0], [0.0]])
+    loss = RankingLoss([1.0])
+    padded = loss(logits, labels, torch.tensor([1.0, 1.0, 0.0]))
+    torch.testing.assert_close(padded, loss(logits[:2], labels[:2]) * 2 / 3)
+
+
+def test_a_row_that_pads_is_neither_positive_nor_negative_of_the_contrastive_loss() -> None:
+    content, ids = sides()
+    loss = contrastive()
+    weights = torch.ones(len(ITEMS))
+    weights[-1] = 0.0
+    padded = loss(content, ids, ITEMS, weights)
+    without = loss(content[:-1], ids[:-1], ITEMS[:-1])
+    torch.testing.assert_close(padded, without * (len(ITEMS) - 1) / len(ITEMS))
+    for gradient in gradients_of(padded, [content, ids]):
+        assert not gradient[-1].any()
