@@ -29,6 +29,7 @@ from embeddings import (
     describe_optimizers,
     format_plan,
     fuse_table_optimizers,
+    initialize_optimizer_state,
     plan_sharding,
     sharders,
 )
@@ -59,6 +60,7 @@ class Job:
     store: ContentStore | None
     model: DistributedModelParallel
     optimizer: CombinedOptimizer
+    adamw: AdamW  # the dense part of `optimizer`
     schedule: LambdaLR
     pipeline: TrainPipelineSparseDist
     plan: str  # for people
@@ -70,6 +72,19 @@ class Job:
         model = self.model.module
         assert isinstance(model, EM3)
         return model
+
+    def set_step(self, step: int) -> None:
+        """Sets learning rates and the age that the bank writes to those after `step` steps."""
+        self.schedule.last_epoch = step
+        for group, base, share in zip(
+            self.adamw.param_groups,
+            self.schedule.base_lrs,
+            self.schedule.lr_lambdas,
+            strict=True,
+        ):
+            group["lr"] = base * share(step)
+        if self.em3.content is not None:
+            self.em3.content.step = step
 
     def batch_builder(self, with_labels: bool = True) -> BatchBuilder:
         """Makes batches as this model wants them."""
@@ -260,6 +275,7 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
         em3, ShardingEnv.from_process_group(ranks.group), ranks.device, plan, sharders()
     )
     optimizer, adamw = build_dense_optimizer(model, dense_groups(config))
+    initialize_optimizer_state(adamw)  # a checkpoint fills only what is there
     schedule = warmup_schedule(adamw, config.optimizer.warmup_steps)
     pipeline = TrainPipelineSparseDist(model, optimizer, ranks.device, execute_all_batches=True)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
@@ -271,6 +287,7 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
         store,
         model,
         optimizer,
+        adamw,
         schedule,
         pipeline,
         plan=format_plan(plan, tables),

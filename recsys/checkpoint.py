@@ -1,99 +1,284 @@
-"""The best model of a run on disk, by torch.distributed.checkpoint.
+"""Checkpoints of a run by torch.distributed.checkpoint: asynchronous, atomic, resharding.
 
-What trains is stored, and what training changed: tables, dense weights, adapters, normalisation
-statistics and the memory bank. The frozen weights of encoders are not; the configuration names
-where they come from. Shards are loaded into whatever plan and number of ranks reads them.
+`RUN/checkpoints/step-N` is the whole state after N steps, `best` the model of the best validation.
+Shards are loaded into whatever plan and number of ranks reads them.
 """
 
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from embeddings.table_state import State, set_table_steps
 from recsys.build import Job
+from recsys.checkpoint_files import (
+    BEST,
+    check_files,
+    describe_files,
+    folder_of_step,
+    folders_by_age,
+    prune,
+    publish_folder,
+    read_manifest,
+    recover,
+)
+from recsys.checkpoint_reader import SafeFileSystemReader
+from recsys.checkpoint_state import (
+    TrainingState,
+    copy_of,
+    frozen_digest,
+    model_state,
+    num_bytes,
+)
+from recsys.config import to_plain
+from recsys.data.row_order import Stage
+from recsys.progress import Progress
+from recsys.ranks import Ranks
+from recsys.resume import check_config, check_equal
 
-BEST = "best"
-
-
-def _state(job: Job) -> dict[str, Any]:
-    """Name -> tensor, sharing memory with the model."""
-    frozen = {name for name, value in job.em3.named_parameters() if not value.requires_grad}
-    frozen_encoders = tuple(
-        f"content.encoders.{name}."
-        for name, encoder in (job.em3.content.encoders.items() if job.em3.content else ())
-        if getattr(encoder, "caches", True)
-    )
-    trained = {name for name, value in job.em3.named_parameters() if value.requires_grad}
-    state: dict[str, Any] = {
-        f"model.{name}": value
-        for name, value in job.model.state_dict().items()
-        if name in trained or not (name in frozen or name.startswith(frozen_encoders))
-    }
-    if job.em3.content is not None and job.em3.content.bank is not None:
-        state["bank"] = job.em3.content.bank.state_dict()["pool"]
-    return state
-
-
-def save_best(job: Job, run: Path) -> None:
-    """Writes `RUN/checkpoints/best`: the old one stays until the new one is whole. A collective."""
-    folder = run / "checkpoints" / BEST
-    partial = folder.with_name(f".{BEST}.partial")
-    with job.ranks.all_or_none():
-        if job.ranks.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.parent.mkdir(parents=True, exist_ok=True)
-    with job.ranks.all_or_none():
-        dcp.save(_state(job), checkpoint_id=partial)
-    with job.ranks.all_or_none():
-        if job.ranks.is_first:
-            old = _set_aside(folder)
-            shutil.rmtree(old, ignore_errors=True)
-            if folder.exists():
-                folder.rename(old)
-            partial.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
+# A copy for asynchronous writing may take this share of the memory that is free.
+COPY_SHARE = 0.5
+MAX_FAILURES = 3  # checkpoints in a row that could not be written before the job ends
 
 
-def _set_aside(folder: Path) -> Path:
-    """Where the old checkpoint stands while the new one takes its place."""
-    return folder.with_name(f".{folder.name}.old")
+class Checkpoints:
+    """The checkpoints of a run in training. All methods are collectives.
+
+    Args:
+        job: what is saved and restored.
+        run: the run's folder.
+        data: fingerprint of the training rows.
+    """
+
+    def __init__(self, job: Job, run: Path, data: str) -> None:
+        self.job, self.data, self.folder = job, data, run / "checkpoints"
+        self.frozen = frozen_digest(job)
+        self.last_good: Path | None = None
+        # Writing overlaps with steps, so its collectives must not mix with theirs.
+        self._ranks = job.ranks.apart()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: tuple[Future[None], Path] | None = None
+        self._failures = 0
+        self._copies: bool | None = None  # whether writing is asynchronous
+
+    def save(self, progress: Progress, wait: bool = False) -> None:
+        """Saves the whole state; returns once later steps cannot change what is written.
+
+        Raises:
+            ValueError: with `wait`, or after some failures in a row: it could not be written.
+        """
+        self.wait()
+        folder = folder_of_step(self.folder, progress.steps)
+        state = TrainingState(self.job).state_dict()
+        if self._asynchronous(state) and not wait:
+            self._start(copy_of(state, self.job), folder, progress)
+        else:
+            self._start(state, folder, progress)
+            self.wait(strict=wait)
+
+    def save_best(self, progress: Progress) -> None:
+        """Saves the model as the best so far.
+
+        Raises:
+            ValueError: it could not be written.
+        """
+        self.wait()
+        self._start(model_state(self.job), self.folder / BEST, progress)
+        self.wait(strict=True)
+
+    def wait(self, strict: bool = False) -> None:
+        """Waits for the write that is under way.
+
+        Raises:
+            ValueError: it failed, and `strict` or too many have failed before it.
+        """
+        if self._pending is None:
+            return
+        (future, folder), self._pending = self._pending, None
+        error = future.exception()
+        if error is None:
+            self._failures = 0
+            if folder.name != BEST:
+                self.last_good = folder
+            return
+        self._failures += 1
+        text = f"{folder}: the checkpoint could not be written ({error}); make room or mend storage"
+        if strict or self._failures >= MAX_FAILURES:
+            raise ValueError(text) from error
+        self._say(f"{text}. Training goes on; the last good checkpoint is {self.last_good}")
+
+    def close(self) -> None:
+        """Waits for the last write and ends the writer."""
+        self.wait()
+        self._writer.shutdown()
+
+    def _say(self, text: str) -> None:
+        if self.job.ranks.is_first:
+            print(text, flush=True)
+
+    def _asynchronous(self, state: State) -> bool:
+        """Whether a copy of the state is made, decided once by setting and memory."""
+        setting, ranks = self.job.config.checkpoint.asynchronous, self.job.ranks
+        if self._copies is None:
+            sizes = torch.tensor([num_bytes(state), -psutil.virtual_memory().available])
+            dist.all_reduce(sizes, op=dist.ReduceOp.MAX, group=ranks.group)
+            needed, free = int(sizes[0]) * ranks.local_world_size, -int(sizes[1])
+            fits = needed <= COPY_SHARE * free
+            self._copies = fits if setting == "auto" else setting == "true"
+            kind = "asynchronous" if self._copies else "synchronous"
+            self._say(
+                f"checkpoints: {num_bytes(state) / 2**20:,.1f} MB on rank 0, {kind} (setting "
+                f"{setting}; a copy takes {needed / 2**30:.1f} GB of {free / 2**30:.1f} GB free)"
+            )
+        return self._copies
+
+    def _start(self, state: State, folder: Path, progress: Progress) -> None:
+        manifest = {
+            "step": progress.steps,
+            "progress": progress.to_json(),
+            "world_size": self.job.ranks.world_size,
+            "config": to_plain(self.job.config),
+            "data": self.data,
+            "frozen_weights": self.frozen,
+            "plan": self.job.plan,
+        }
+        future = self._writer.submit(self._write, state, folder, manifest)
+        self._pending = (future, folder)
+
+    def _write(self, state: State, folder: Path, manifest: dict[str, Any]) -> None:
+        """In the writer's thread on every rank."""
+        ranks, partial = self._ranks, folder.with_name(f".{folder.name}.partial")
+        try:
+            with ranks.all_or_none():
+                if ranks.is_first:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir(parents=True)
+            with ranks.all_or_none(), _readable_failure():
+                writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+                dcp.save(state, storage_writer=writer, process_group=ranks.group)
+            with ranks.all_or_none():
+                files = sorted(partial.glob(f"__{ranks.rank}_*"))
+                mine = describe_files([*files, partial / ".metadata"] if ranks.is_first else files)
+            described = {name: entry for part in ranks.gather(mine) for name, entry in part.items()}
+            with ranks.all_or_none():
+                if ranks.is_first:
+                    publish_folder(partial, folder, {**manifest, "files": described})
+                    prune(self.folder, self.job.config.checkpoint.keep)
+        except Exception:
+            if ranks.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def restore(self) -> Progress | None:
+        """Loads the newest whole checkpoint, in place; None if there is none at all.
+
+        Raises:
+            ValueError: it is of another model or data, or there are checkpoints and all are
+                damaged.
+        """
+        ranks, damaged = self.job.ranks, []
+        for folder in ranks.gather(folders_by_age(self.folder))[0]:
+            try:
+                manifest = _checked_manifest(folder, ranks)
+            except (ValueError, OSError, RuntimeError) as error:
+                damaged.append(str(error))
+                self._say(f"checkpoint {folder} is damaged and left out: {error}")
+                continue
+            self._check(folder, manifest)
+            self._load(folder)
+            self.last_good = folder
+            return self._continued(manifest)
+        if damaged:
+            raise ValueError(
+                f"{self.folder}: no checkpoint is whole ({'; '.join(damaged)}); bring one back, or "
+                "start anew with --overwrite true"
+            )
+        return None
+
+    def _check(self, folder: Path, manifest: dict[str, Any]) -> None:
+        check_config(manifest["config"], self.job.config, str(folder))
+        check_equal("the training data", manifest["data"], self.data, str(folder))
+        check_equal("frozen weights", manifest["frozen_weights"], self.frozen, str(folder))
+
+    @torch.no_grad()
+    def _load(self, folder: Path) -> None:
+        training = TrainingState(self.job)
+        with self.job.ranks.all_or_none(), _readable_failure():
+            reader = SafeFileSystemReader(folder)
+            stored = list(reader.read_metadata().state_dict_metadata)
+            state = training.state_dict(stored)
+            dcp.load(state, storage_reader=reader, process_group=self.job.ranks.group)
+        training.finish_loading()
+
+    def _continued(self, manifest: dict[str, Any]) -> Progress:
+        job, ranks = self.job, self.job.ranks
+        progress = Progress.from_json(manifest["progress"])
+        before = Stage(manifest["world_size"], manifest["config"]["batch_size"], progress.batches)
+        progress.continued_by(before, ranks.world_size, job.config.batch_size)
+        if before.world_size != ranks.world_size:
+            torch.manual_seed(job.config.seed + 1 + ranks.rank + 1000003 * progress.steps)
+        job.set_step(progress.steps)
+        set_table_steps(job.model, progress.steps)
+        return progress
+
+
+def _checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    with ranks.all_or_none():
+        manifest = read_manifest(folder)
+        check_files(folder, manifest, ranks.rank, ranks.world_size)
+    return manifest
+
+
+class _readable_failure:
+    """The causes in a CheckpointException, without the stacks of all ranks."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, CheckpointException):
+            causes = {str(failure[0]) for failure in error.failures.values()}
+            raise ValueError("; ".join(sorted(causes))) from error
 
 
 @torch.no_grad()
-def load_best(job: Job, run: Path) -> None:
-    """Loads `RUN/checkpoints/best` into the model and the bank, in place. A collective.
+def load_best(job: Job, run: Path) -> dict[str, Any]:
+    """Loads `RUN/checkpoints/best` into the model and the bank, in place, and returns its manifest.
+
+    A collective.
 
     Raises:
-        ValueError: there is none, or it is of another model.
+        ValueError: there is none, it is damaged, or it is of another model.
     """
-    folder = run / "checkpoints" / BEST
-    with job.ranks.all_or_none():
-        # A job that was killed between the two renames of `save_best`.
-        if job.ranks.is_first and not folder.exists() and _set_aside(folder).exists():
-            _set_aside(folder).rename(folder)
-    with job.ranks.all_or_none():
-        if not (folder / ".metadata").is_file():
+    folder, ranks = run / "checkpoints" / BEST, job.ranks
+    with ranks.all_or_none():
+        if ranks.is_first:
+            recover(folder)
+    with ranks.all_or_none():
+        if not folder.is_dir():
             raise ValueError(f"{folder}: no checkpoint; train with `--out {run}` first")
-        state = _state(job)
+    manifest = _checked_manifest(folder, ranks)
+    check_equal("frozen weights", manifest["frozen_weights"], frozen_digest(job), str(folder))
+    state = model_state(job)
+    with ranks.all_or_none():
+        reader = SafeFileSystemReader(folder)
+        stored = reader.read_metadata().state_dict_metadata
         try:
-            stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
             if differing := sorted(stored.keys() ^ state.keys()):
                 raise ValueError(
                     f"{len(differing)} tensors are in one only, such as {differing[0]}"
                 )
-            dcp.load(state, checkpoint_id=folder)
+            dcp.load(state, storage_reader=reader)
         except (CheckpointException, RuntimeError, KeyError, ValueError) as error:
             raise ValueError(
                 f"{folder}: the checkpoint does not fit the model of {run}/config.yaml: {error}"
             ) from error
-    weights = {
-        name.removeprefix("model."): value
-        for name, value in state.items()
-        if name.startswith("model.")
-    }
-    job.model.load_state_dict(weights, strict=False)
+    return manifest

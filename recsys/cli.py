@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,7 @@ _Parser = partial(ArgumentParser, allow_abbrev=False)
 
 def _parser() -> ArgumentParser:
     from recsys.config import add_config_arguments
+    from recsys.run_folder import Resume
 
     parser = _Parser(prog="recsys", description="Trains and runs EM3 recommenders.")
     commands = parser.add_subcommands()
@@ -41,6 +43,12 @@ def _parser() -> ArgumentParser:
     add_config_arguments(command)
     command.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
     command.add_argument("--out", type=Path, required=True, help="folder of the run to write")
+    command.add_argument(
+        "--resume",
+        type=Resume,
+        default="auto",
+        help="auto: go on from the run's last checkpoint if there is one; never; must",
+    )
     command.add_argument("--overwrite", type=bool, default=False, help="replace an earlier run")
     commands.add_subcommand("train", command)
 
@@ -78,7 +86,7 @@ def _train(arguments: Namespace) -> None:
 
     config = config_from(arguments)
     with joined_ranks(config.device) as ranks:
-        train(config, arguments.data, arguments.out, ranks, arguments.overwrite)
+        train(config, arguments.data, arguments.out, ranks, arguments.overwrite, arguments.resume)
 
 
 def _evaluate(arguments: Namespace) -> None:
@@ -123,17 +131,27 @@ def main(words: list[str] | None = None) -> int:
     _silence_advice_to_library_developers()
     try:
         doctor.require_working_installation()
-        parser = _parser()
-        if not words:
-            parser.print_help()
-            return 2
-        arguments = parser.instantiate(parser.parse_args(words))
-        COMMANDS[arguments.subcommand](arguments[arguments.subcommand])
+        return _run(words)
     except (ValueError, OSError) as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         # One write, or the lines of several ranks would run into each other.
         sys.stderr.write(f"{rank}error: {error}\n")
         return 1
+
+
+def _run(words: list[str]) -> int:
+    from recsys.lockstep import TrainingStopped
+
+    parser = _parser()
+    if not words:
+        parser.print_help()
+        return 2
+    arguments = parser.instantiate(parser.parse_args(words))
+    try:
+        COMMANDS[arguments.subcommand](arguments[arguments.subcommand])
+    except TrainingStopped as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        return 128 + signal.SIGTERM
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -10,29 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recsys.batch import Batch
 from recsys.build import Job
 from recsys.data.interactions import Interactions, loader
 from recsys.data.parquet_rows import ParquetRows, count_items
+from recsys.lockstep import Lockstep
 from recsys.metrics import evaluation_report, gather_rows
-from recsys.ranks import Ranks
 
 ITEMS_PER_CALL = 256
-
-
-def together(batches: Iterator[Batch], ranks: Ranks) -> Iterator[Batch]:
-    """The batches of this rank; an error in reading any rank's is raised on every rank."""
-    while True:
-        batch: Batch | None = None
-        error: Exception | None = None
-        try:
-            batch = next(batches, None)
-        except Exception as raised:
-            error = raised
-        ranks.raise_first(error)
-        if batch is None:
-            return
-        yield batch
 
 
 def count_training_items(job: Job) -> np.ndarray:
@@ -52,8 +35,12 @@ def check_rows(job: Job, split: str) -> None:
 
 
 @torch.no_grad()
-def fill_bank(job: Job) -> None:
-    """Encodes every item and writes its vector to the memory bank. A collective."""
+def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
+    """Encodes every item and writes its vector to the memory bank. A collective.
+
+    Raises:
+        TrainingStopped: the job is to end, as `lockstep` says.
+    """
     content, store, ranks = job.em3.content, job.store, job.ranks
     if content is None or content.bank is None:
         return
@@ -68,20 +55,33 @@ def fill_bank(job: Job) -> None:
         if len(ids):
             inputs = {name: part.to(ranks.device) for name, part in store.gather(ids).items()}
             vectors = content.encode(inputs)
+        if lockstep is not None:
+            lockstep.settle()
+            lockstep.raise_if_stopped()
         content.bank.update(torch.from_numpy(ids).to(ranks.device), vectors, content.step)
     content.train(was_training)
 
 
 @torch.no_grad()
-def score(job: Job, interactions: Interactions) -> dict[str, Tensor]:
+def score(
+    job: Job, interactions: Interactions, lockstep: Lockstep | None = None
+) -> dict[str, Tensor]:
     """Rows of all ranks, on every rank: position, logits, labels, group and target item.
 
-    Rows that only pad are left out. A collective.
+    Rows that only pad are left out, and random states are left as they are. A collective.
+
+    Raises:
+        TrainingStopped: the job is to end, as `lockstep` says.
     """
+    devices = [job.ranks.device] if job.ranks.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        return _score(job, interactions, lockstep or Lockstep(job.ranks, job.config.checkpoint))
+
+
+def _score(job: Job, interactions: Interactions, lockstep: Lockstep) -> dict[str, Tensor]:
     job.model.eval()
-    batches = together(
-        iter(loader(interactions, job.config.num_workers, job.ranks.device.type == "cuda")),
-        job.ranks,
+    batches = lockstep.batches(
+        iter(loader(interactions, job.config.num_workers, job.ranks.device.type == "cuda"))
     )
     parts: list[list[Tensor]] = []
     while True:
@@ -106,10 +106,15 @@ def score(job: Job, interactions: Interactions) -> dict[str, Tensor]:
     return gathered
 
 
-def evaluate_split(job: Job, split: str, item_counts: np.ndarray) -> dict[str, Any]:
+def evaluate_split(
+    job: Job, split: str, item_counts: np.ndarray, lockstep: Lockstep | None = None
+) -> dict[str, Any]:
     """Metrics of one split, in all and for cold, warm and unseen items. A collective.
 
     With several labels the first is at the top and each is under `labels`.
+
+    Raises:
+        TrainingStopped: the job is to end, as `lockstep` says.
     """
     with job.ranks.all_or_none():
         rows = ParquetRows.of_split(job.root, split, job.schema)
@@ -120,7 +125,7 @@ def evaluate_split(job: Job, split: str, item_counts: np.ndarray) -> dict[str, A
             job.ranks.rank,
             job.ranks.world_size,
         )
-    scored = score(job, interactions)
+    scored = score(job, interactions, lockstep)
     counts = item_counts[scored["items"].numpy()]
     reports = {
         label: evaluation_report(

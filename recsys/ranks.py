@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -29,10 +29,11 @@ class Ranks:
     local_rank: int
     local_world_size: int
     device: torch.device
+    own_group: dist.ProcessGroup | None = None  # default: the one of the job
 
     @property
     def group(self) -> dist.ProcessGroup:
-        group = dist.group.WORLD
+        group = self.own_group or dist.group.WORLD
         assert group is not None
         return group
 
@@ -51,6 +52,10 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def apart(self) -> Ranks:
+        """The same ranks with a group of their own, for collectives beside those of the steps."""
+        return replace(self, own_group=dist.new_group(backend="gloo"))
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:

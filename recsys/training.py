@@ -1,101 +1,41 @@
-"""Training: the loop, early stopping on validation AUC, and what a run leaves behind.
+"""Training: the loop, validation with early stopping, and what a run leaves behind.
 
-A run's folder holds `config.yaml` (resolved), `plan.txt`, `checkpoints/best`, TensorBoard events
-and, written last, `metrics.json`.
+A run's folder holds `config.yaml` (resolved), `plan.txt`, `checkpoints/`, TensorBoard events and,
+written last, `metrics.json`. The same command on the same folder goes on from the last checkpoint.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 from torchrec.distributed.train_pipeline.runtime_forwards import BaseForward
 from torchrec.distributed.types import ShardedModule
-from tqdm import tqdm
 
 from recsys.batch import Batch
 from recsys.build import Job, build_job, content_settings
-from recsys.checkpoint import BEST, load_best, save_best
-from recsys.config import Config, save_config
+from recsys.checkpoint import Checkpoints, load_best
+from recsys.config import Config
 from recsys.content.projection_start import start_projections
 from recsys.data.interactions import Interactions, loader
 from recsys.data.parquet_rows import ParquetRows
-from recsys.evaluation import check_rows, count_training_items, evaluate_split, fill_bank, together
+from recsys.evaluation import check_rows, count_training_items, evaluate_split, fill_bank
+from recsys.lockstep import Lockstep, TrainingStopped
+from recsys.loss_watch import LossWatch
 from recsys.metrics import format_report
+from recsys.progress import Progress
 from recsys.ranks import Ranks
+from recsys.reporter import Reporter
+from recsys.run_folder import ITEM_COUNTS, Resume, begin_run, describe_run, find_start
 
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "transformers", "peft", "torchx")
-
-
-@dataclass
-class Progress:
-    """What the loop counts."""
-
-    steps: int = 0
-    samples: int = 0  # over all ranks
-    seconds: float = 0.0  # in training steps, validation left out
-    best_auc: float = -1.0
-    best: dict[str, Any] = field(default_factory=dict)
-    validations_without_gain: int = 0
-
-
-class Reporter:
-    """Progress bar on a terminal, plain lines elsewhere, TensorBoard beside; rank 0 only."""
-
-    def __init__(self, job: Job, run: Path, num_batches: int) -> None:
-        self.active = job.ranks.is_first
-        self.every = job.config.log_every_steps
-        self.terminal = sys.stderr.isatty()
-        self.writer = SummaryWriter(str(run / "tensorboard")) if self.active else None
-        self.bar = tqdm(total=num_batches, disable=not (self.active and self.terminal))
-        self.num_batches = num_batches
-
-    def say(self, text: str) -> None:
-        if self.active:
-            self.bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
-    def step(self, epoch: int, progress: Progress, losses: dict[str, torch.Tensor]) -> None:
-        self.bar.update()
-        if not self.active or progress.steps % self.every:
-            return
-        rate = progress.samples / progress.seconds
-        values = {name: float(value) for name, value in losses.items()}
-        text = " ".join(f"{name} {value:.4f}" for name, value in values.items())
-        self.bar.set_postfix_str(f"{text} {rate:,.0f} samples/s")
-        if not self.terminal:
-            place = (progress.steps - 1) % self.num_batches + 1
-            self.say(
-                f"epoch {epoch + 1} step {place}/{self.num_batches} {text} {rate:,.0f} samples/s"
-            )
-        assert self.writer is not None
-        for name, value in values.items():
-            self.writer.add_scalar(f"train/{name}", value, progress.steps)
-        self.writer.add_scalar("train/samples_per_second", rate, progress.steps)
-
-    def validation(self, progress: Progress, report: dict[str, Any]) -> None:
-        self.say(f"validation after step {progress.steps}\n{format_report(report)}")
-        if self.writer is not None:
-            for name in ("auc", "gauc", "logloss", "ne"):
-                if report[name] is not None:
-                    self.writer.add_scalar(f"valid/{name}", report[name], progress.steps)
-
-    def close(self) -> None:
-        self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
 
 
 def versions() -> dict[str, str]:
@@ -109,112 +49,178 @@ def versions() -> dict[str, str]:
     return found
 
 
-def refuse_existing_run(run: Path, ranks: Ranks) -> None:
-    """Before the work begins: a trained model is not overwritten unasked. A collective.
+@dataclass
+class Trainer:
+    """A job in training, with everything beside the model that its loop works with."""
 
-    Raises:
-        ValueError: the folder holds a model; what an attempt that failed early left does not count.
-    """
-    with ranks.all_or_none():
-        if ranks.is_first and (
-            (run / "metrics.json").exists() or (run / "checkpoints" / BEST).exists()
-        ):
-            raise ValueError(
-                f"{run}: holds a run already; choose another --out or pass --overwrite true"
+    job: Job
+    run: Path
+    interactions: Interactions
+    checkpoints: Checkpoints
+    lockstep: Lockstep
+    loss_watch: LossWatch
+    reporter: Reporter
+    progress: Progress
+    item_counts: np.ndarray
+
+    def train(self) -> None:
+        """Trains until epochs or patience end.
+
+        Raises:
+            TrainingStopped: the job was asked to end; its state is saved.
+            ValueError: on every rank, when a row, the loss or storage is wanting.
+        """
+        if self.progress.is_finished(self.job.config):
+            return
+        try:
+            while not self.progress.is_finished(self.job.config):
+                self._train_epoch()
+        except TrainingStopped:
+            self.checkpoints.save(self.progress, wait=True)
+            raise
+        self.checkpoints.save(self.progress, wait=True)
+
+    def _train_epoch(self) -> None:
+        """The rest of an epoch with its validations, or up to where patience ends."""
+        progress, parts = self.progress, self.job.config.validations_per_epoch
+        self.interactions.begin(progress.epoch, progress.stages, progress.batches)
+        self.reporter.begin(self.interactions.num_batches, progress)
+        source = iter(
+            loader(
+                self.interactions, self.job.config.num_workers, self.job.ranks.device.type == "cuda"
             )
+        )
+        while progress.validations < parts:
+            part = progress.validations + 1
+            end = self.interactions.batches_until(part, parts)
+            while progress.batches < end:
+                self._train_until(end, source)
+            if part == parts or end > self.interactions.batches_until(part - 1, parts):
+                self._validate()
+            progress.validations = part
+            if progress.is_finished(self.job.config):
+                return
+        progress.begin_next_epoch()
 
+    def _train_until(self, end: int, source: Iterator[Batch]) -> None:
+        """Steps up to batch `end` of the epoch, or to where a checkpoint is due and saved."""
+        progress, job, lockstep = self.progress, self.job, self.lockstep
+        batches = lockstep.training_batches(source, end - progress.batches, progress.steps)
+        job.model.train()
+        start, before = time.perf_counter(), progress.seconds
+        while True:
+            try:
+                losses, _, batch = cast(Any, job.pipeline.progress(batches))
+            except StopIteration:
+                break
+            if progress.steps == 0:
+                require_pipelined(job.model)
+            job.schedule.step()
+            progress.steps += 1
+            progress.batches += 1
+            progress.samples += batch.batch_size * job.ranks.world_size
+            progress.seconds = before + time.perf_counter() - start
+            error = self.loss_watch.step(progress.steps, losses["loss"], batch.row_positions)
+            lockstep.error = lockstep.error or error
+            self.reporter.step(progress, losses)
+        lockstep.error = lockstep.error or self.loss_watch.check()
+        lockstep.settle()  # so that no state after a bad loss is ever saved
+        lockstep.raise_if_stopped()
+        if lockstep.save:
+            self.checkpoints.save(progress)
+            lockstep.saved()
 
-def prepare_run(run: Path, config: Config, ranks: Ranks) -> None:
-    """Makes the run's folder, empty of an earlier run, and writes `config.yaml`. A collective."""
-    with ranks.all_or_none():
-        if ranks.is_first:
-            for part in ("checkpoints", "tensorboard"):
-                shutil.rmtree(run / part, ignore_errors=True)
-            (run / "metrics.json").unlink(missing_ok=True)
-            run.mkdir(parents=True, exist_ok=True)
-            save_config(config, run / "config.yaml")
+    def _validate(self) -> None:
+        """Validates, and keeps the model if it is the best."""
+        job, progress = self.job, self.progress
+        content = content_settings(job.config)
+        if content is not None and content.history.refresh_bank_every_epoch:
+            fill_bank(job, self.lockstep)
+        report = evaluate_split(job, "valid", self.item_counts, self.lockstep)
+        self.reporter.validation(progress, report)
+        if report["auc"] is None:
+            raise ValueError(
+                f"{job.root}/valid: all labels are equal, so no AUC can choose the best model; use "
+                "a larger validation split"
+            )
+        if report["auc"] > progress.best_auc:
+            progress.best_step, progress.best_auc, progress.best = (
+                progress.steps,
+                report["auc"],
+                report,
+            )
+            progress.validations_without_gain = 0
+            self.checkpoints.save_best(progress)
+        else:
+            progress.validations_without_gain += 1
 
 
 def train(
-    config: Config, data: str, run: Path, ranks: Ranks, overwrite: bool = False
+    config: Config,
+    data: str,
+    run: Path,
+    ranks: Ranks,
+    overwrite: bool = False,
+    resume: Resume = "auto",
 ) -> dict[str, Any]:
     """Trains, keeps the best model, and returns what `metrics.json` holds. A collective.
 
+    Args:
+        config: every setting.
+        data: dataset, a folder or URL.
+        run: folder of the run; where it holds a checkpoint, training goes on from it.
+        ranks: the ranks of the job.
+        overwrite: start anew instead, and replace what the folder holds.
+        resume: auto; never: refuse a folder with a run; must: refuse one without.
+
     Raises:
-        ValueError: on every rank, when data, configuration or plan are wanting.
+        TrainingStopped: the job was asked to end; its state is saved.
+        ValueError: on every rank, when data, configuration, plan or checkpoint are wanting.
     """
-    if not overwrite:
-        refuse_existing_run(run, ranks)
-    job = build_job(config, data, ranks)
-    with ranks.all_or_none():
-        rows = ParquetRows.of_split(job.root, "train", job.schema)
-        interactions = Interactions(
-            rows, job.batch_builder(), config.batch_size, ranks.rank, ranks.world_size, config.seed
+    goes_on = find_start(run, resume, overwrite, ranks)
+    with Lockstep(ranks, config.checkpoint) as lockstep:
+        job = build_job(config, data, ranks)
+        with ranks.all_or_none():
+            rows = ParquetRows.of_split(job.root, "train", job.schema)
+            build = job.batch_builder()
+            interactions = Interactions(
+                rows, build, config.batch_size, ranks.rank, ranks.world_size, config.seed
+            )
+        checkpoints = Checkpoints(job, run, rows.fingerprint())
+        progress = checkpoints.restore() if goes_on else None
+        if progress is None:
+            with ranks.all_or_none():
+                for split in ("valid", "test"):  # else a bad value would show after the training
+                    check_rows(job, split)
+            item_counts = count_training_items(job)
+            begin_run(run, item_counts, ranks)
+        else:
+            item_counts = np.load(run / ITEM_COUNTS)
+        describe_run(run, job, data)
+        fresh = progress is None
+        progress = progress or Progress()
+        reporter = Reporter(job, run, progress)
+        reporter.say(f"{job.plan}\n\n{job.parameters}\n")
+        if not fresh:
+            reporter.say(f"going on after step {progress.steps} from {checkpoints.last_good}")
+        elif job.em3.content is not None and job.store is not None:
+            start_projections(job.em3.content, job.store, ranks)
+            fill_bank(job)
+        watch = LossWatch(ranks, rows, config.log_every_steps)
+        trainer = Trainer(
+            job, run, interactions, checkpoints, lockstep, watch, reporter, progress, item_counts
         )
-        for split in ("valid", "test"):  # else a bad value there would show after the training
-            check_rows(job, split)
-    item_counts = count_training_items(job)
-    prepare_run(run, config, ranks)
-    reporter = Reporter(job, run, interactions.num_batches)
-    if ranks.is_first:
-        (run / "plan.txt").write_text(f"{job.plan}\n\n{job.parameters}\n")
-        (run / "data.txt").write_text(f"{data}\n")
-    reporter.say(f"{job.plan}\n\n{job.parameters}\n")
-    if job.em3.content is not None and job.store is not None:
-        start_projections(job.em3.content, job.store, ranks)
-        fill_bank(job)
-    progress = Progress()
-    for epoch in range(config.epochs):
-        if not _train_epoch(job, interactions, epoch, progress, reporter, run, item_counts):
-            break
-    reporter.close()
-    load_best(job, run)
-    return _finish(job, run, progress, item_counts)
-
-
-def _train_epoch(
-    job: Job,
-    interactions: Interactions,
-    epoch: int,
-    progress: Progress,
-    reporter: Reporter,
-    run: Path,
-    item_counts: np.ndarray,
-) -> bool:
-    """One epoch with its validations; False when training should end."""
-    interactions.epoch = epoch
-    batches = together(
-        iter(loader(interactions, job.config.num_workers, job.ranks.device.type == "cuda")),
-        job.ranks,
-    )
-    parts = np.diff(
-        np.linspace(0, interactions.num_batches, job.config.validations_per_epoch + 1).astype(int)
-    )
-    for num_batches in parts[parts > 0]:
-        _train_steps(job, islice(batches, int(num_batches)), epoch, progress, reporter)
-        if not _validate(job, progress, reporter, run, item_counts):
-            return False
-    return True
-
-
-def _train_steps(
-    job: Job, batches: Iterator[Batch], epoch: int, progress: Progress, reporter: Reporter
-) -> None:
-    job.model.train()
-    start = time.perf_counter()
-    before = progress.seconds
-    while True:
         try:
-            losses, _, batch = cast(Any, job.pipeline.progress(batches))
-        except StopIteration:
-            break
-        if progress.steps == 0:
-            require_pipelined(job.model)
-        job.schedule.step()
-        progress.steps += 1
-        progress.samples += batch.batch_size * job.ranks.world_size
-        progress.seconds = before + time.perf_counter() - start
-        reporter.step(epoch, progress, losses)
+            trainer.train()
+        except TrainingStopped as stopped:
+            raise TrainingStopped(
+                f"asked to end after step {progress.steps}; the state is in "
+                f"{checkpoints.last_good}, and the same command goes on from there"
+            ) from stopped
+        finally:
+            reporter.close()
+            checkpoints.close()
+        return _finish(trainer)
 
 
 def require_pipelined(model: nn.Module) -> None:
@@ -233,33 +239,18 @@ def require_pipelined(model: nn.Module) -> None:
             )
 
 
-def _validate(
-    job: Job, progress: Progress, reporter: Reporter, run: Path, item_counts: np.ndarray
-) -> bool:
-    """Validates and keeps the model if it is the best; False when patience has ended."""
-    content = content_settings(job.config)
-    if content is not None and content.history.refresh_bank_every_epoch:
-        fill_bank(job)
-    report = evaluate_split(job, "valid", item_counts)
-    reporter.validation(progress, report)
-    if report["auc"] is None:
+def _finish(trainer: Trainer) -> dict[str, Any]:
+    """Tests the best model and writes `metrics.json`."""
+    job, run, progress = trainer.job, trainer.run, trainer.progress
+    best = load_best(job, run)
+    if best["step"] != progress.best_step:
         raise ValueError(
-            f"{job.root}/valid: all labels are equal, so no AUC can choose the best model; use a "
-            "larger validation split"
+            f"{run}/checkpoints/best: is of step {best['step']}, but the best of this run is of "
+            f"step {progress.best_step}; train on with more epochs, or anew with --overwrite true"
         )
-    if report["auc"] > progress.best_auc:
-        progress.best_auc, progress.best = report["auc"], report
-        progress.validations_without_gain = 0
-        save_best(job, run)
-    else:
-        progress.validations_without_gain += 1
-    return progress.validations_without_gain < job.config.patience
-
-
-def _finish(job: Job, run: Path, progress: Progress, item_counts: np.ndarray) -> dict[str, Any]:
     metrics: dict[str, Any] = {
         "valid": progress.best,
-        "test": evaluate_split(job, "test", item_counts),
+        "test": evaluate_split(job, "test", trainer.item_counts),
         "train": {
             "samples_per_second": progress.samples / progress.seconds,
             "seconds": progress.seconds,
@@ -269,7 +260,6 @@ def _finish(job: Job, run: Path, progress: Progress, item_counts: np.ndarray) ->
         "versions": versions(),
     }
     if job.ranks.is_first:
-        np.save(run / "item_counts.npy", item_counts)
         partial = run / ".metrics.json"
         partial.write_text(json.dumps(metrics, indent=2) + "\n")
         partial.rename(run / "metrics.json")

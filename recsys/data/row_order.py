@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from recsys.data.parquet_rows import ParquetRows, Window
 
@@ -39,7 +40,7 @@ def deal(slices: Sequence[Slice], world_size: int) -> list[list[Slice]]:
     """Cuts the rows into one contiguous share per rank; lengths differ by one row at most."""
     num_rows = sum(map(len, slices))
     cuts = [num_rows * rank // world_size for rank in range(world_size + 1)]
-    return [between(slices, low, high) for low, high in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [between(slices, low, high) for low, high in pairwise(cuts)]
 
 
 def between(slices: Sequence[Slice], low: int, high: int) -> list[Slice]:

@@ -52,7 +52,7 @@ STEPS, GLOBAL_BATCH = 3, 8
 TABLES = ("user", "genres", "item")
 # Each differs, so that a parameter in the wrong group shows.
 DENSE_RATES = {"content.encoders.": 4e-3, "content.": 2e-3, "losses.": 2e-3, "": 1e-3}
-TABLE_RATES: dict[str, float] = {"sgd": 0.5, "rowwise_adagrad": 0.05}
+TABLE_RATES: dict[str, float] = {"sgd": 0.5, "adagrad": 0.05, "rowwise_adagrad": 0.05}
 
 
 @dataclass

@@ -1,0 +1,270 @@
+"""Tables and the state of their optimizers as named tensors that fit every sharding plan.
+
+torch.distributed.checkpoint saves these from any number of ranks and loads them, in place, under
+another plan on another number. Two things stand in the way of handing it TorchRec's own tensors:
+
+- It reads a stored shard whole before it takes its part, so a resume would need the memory of
+  another shard. Shards are therefore cut into blocks of rows.
+- Under column-wise sharding `rowwise_adagrad` keeps a moment of each row per column shard, in a
+  tensor whose size depends on the plan. Here each range of columns has an entry of its own. A plan
+  with other ranges gets their mean, weighted by the columns shared: from column shards to whole
+  rows that is exactly the moment the uncut table would have; the other way it is the best there is.
+
+Shapes: R rows, D dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardMetadata
+from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
+from torch.distributed.remote_device import _remote_device
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+BLOCK_BYTES = 64 * 2**20
+MAX_BLOCKS = 64  # per shard: checks inside torch are quadratic in their number
+
+State = dict[str, Tensor | ShardedTensor]
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """A tensor that a fused optimizer keeps for a table."""
+
+    key: str  # of the table's weight
+    name: str
+    row_wise: bool  # one number per row, else one per weight
+
+
+def sharded_in_blocks(
+    placed: Sequence[tuple[ShardMetadata, Tensor | None]],
+    size: Sequence[int],
+    dtype: torch.dtype,
+    group: dist.ProcessGroup | None,
+) -> ShardedTensor:
+    """A ShardedTensor of `size` whose shards are blocks of rows of the given ones.
+
+    Args:
+        placed: every shard of all ranks, and its tensor where it lies on this rank.
+        size: of the whole.
+        dtype: of the whole.
+        group: the ranks.
+    """
+    metadata: list[ShardMetadata] = []
+    local: list[Shard] = []
+    for shard, tensor in placed:
+        row_bytes = dtype.itemsize * max(1, shard.shard_sizes[-1] if len(size) > 1 else 1)
+        rows = shard.shard_sizes[0]
+        block = max(1, BLOCK_BYTES // row_bytes, -(-rows // MAX_BLOCKS))
+        for start in range(0, rows, block):
+            count = min(block, rows - start)
+            offsets = [shard.shard_offsets[0] + start, *shard.shard_offsets[1:]]
+            piece = ShardMetadata(offsets, [count, *shard.shard_sizes[1:]], shard.placement)
+            metadata.append(piece)
+            if tensor is not None:
+                local.append(Shard(tensor[start : start + count], piece))
+    whole = ShardedTensorMetadata(metadata, torch.Size(size), TensorProperties(dtype=dtype))
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        local, whole, process_group=group
+    )
+
+
+def _placed(tensor: ShardedTensor) -> list[tuple[ShardMetadata, Tensor | None]]:
+    local = {tuple(shard.metadata.shard_offsets): shard.tensor for shard in tensor.local_shards()}
+    return [
+        (metadata, local.get(tuple(metadata.shard_offsets)))
+        for metadata in tensor.metadata().shards_metadata
+    ]
+
+
+def in_blocks(tensor: ShardedTensor, group: dist.ProcessGroup | None = None) -> ShardedTensor:
+    """The same tensor, sharing its memory, cut into blocks of rows."""
+    size, dtype = tensor.metadata().size, tensor.metadata().tensor_properties.dtype
+    return sharded_in_blocks(_placed(tensor), size, dtype, group)
+
+
+def copied_to_host(tensor: ShardedTensor, group: dist.ProcessGroup | None = None) -> ShardedTensor:
+    """A copy of the tensor in host memory, on the same ranks."""
+    size, dtype = tensor.metadata().size, tensor.metadata().tensor_properties.dtype
+    placed = []
+    for shard, local in _placed(tensor):
+        assert shard.placement is not None
+        on_host = _remote_device(f"rank:{shard.placement.rank()}/cpu")
+        metadata = ShardMetadata(shard.shard_offsets, shard.shard_sizes, on_host)
+        placed.append((metadata, None if local is None else local.to("cpu", copy=True)))
+    return sharded_in_blocks(placed, size, dtype, group)
+
+
+def set_table_steps(model: nn.Module, step: int) -> None:
+    """Tells the fused optimizers how many steps they have made, which their state leaves out."""
+    for module in model.modules():
+        if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
+            module.set_optimizer_step(step)
+
+
+def table_weights(model: DistributedModelParallel) -> dict[str, ShardedTensor]:
+    """The tables by parameter name, each [R, D], sharing memory with the model."""
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if isinstance(value, ShardedTensor)
+    }
+
+
+class TableOptimizerState:
+    """What the fused optimizers of all tables remember, by name. Building it is a collective.
+
+    Example::
+
+        moments = TableOptimizerState(model, group)
+        dcp.save(moments.state_dict(), checkpoint_id=folder)
+        ...
+        state = moments.state_dict(stored_names)
+        dcp.load(state, checkpoint_id=folder)
+        moments.finish_loading()
+    """
+
+    def __init__(self, model: DistributedModelParallel, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.weights = table_weights(model)
+        self.local: dict[_Moment, ShardedTensor] = {}
+        # A rank without a shard of a table knows nothing of its moments, and has to take part.
+        for key, values in model.fused_optimizer.state_dict()["state"].items():
+            for name, value in values.items():
+                row_wise = len(value.metadata().size) == 1
+                self.local[_Moment(key, name.rsplit(".", 1)[-1], row_wise)] = value
+        told: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(told, list(self.local), group=group)
+        everywhere = {moment for moments in told for moment in moments}
+        self.moments = sorted(everywhere, key=lambda moment: (moment.key, moment.name))
+        self._unfinished: list[Callable[[], None]] = []
+
+    def state_dict(self, stored: Iterable[str] | None = None) -> State:
+        """Tensors to save; or, given the names `stored` in a checkpoint, tensors to load into."""
+        names = None if stored is None else list(stored)
+        self._unfinished = []
+        state: State = {}
+        for moment in self.moments:
+            if moment.row_wise:
+                state |= self._row_wise(moment, names)
+            else:
+                state[f"{moment.key}.{moment.name}"] = self._per_weight(moment)
+        return state
+
+    def finish_loading(self) -> None:
+        """Fills what was loaded from other ranges of columns than this plan's."""
+        for finish in self._unfinished:
+            finish()
+        self._unfinished = []
+
+    def _per_weight(self, moment: _Moment) -> ShardedTensor:
+        weight = self.weights[moment.key].metadata()
+        local = self._local_by_offsets(moment)
+        placed = [
+            (shard, local.get(tuple(shard.shard_offsets))) for shard in weight.shards_metadata
+        ]
+        return sharded_in_blocks(placed, weight.size, torch.float32, self.group)
+
+    def _local_by_offsets(self, moment: _Moment) -> dict[tuple[int, ...], Tensor]:
+        """This rank's tensors by the offsets of the weights they belong to."""
+        if moment not in self.local:
+            return {}
+        weights = self.weights[moment.key].local_shards()
+        tensors = self.local[moment].local_shards()
+        assert [len(shard.tensor) for shard in weights] == [len(shard.tensor) for shard in tensors]
+        return {
+            tuple(weight.metadata.shard_offsets): shard.tensor
+            for weight, shard in zip(weights, tensors, strict=True)
+        }
+
+    def _row_wise(self, moment: _Moment, stored: list[str] | None) -> State:
+        """One entry [R] per range of columns."""
+        prefix = f"{moment.key}.{moment.name}.columns_"
+        shards = self.weights[moment.key].metadata().shards_metadata
+        own = sorted({_columns(shard) for shard in shards})
+        there = own
+        if stored is not None:
+            there = sorted(
+                (int(first), int(last))
+                for first, last in (
+                    name.removeprefix(prefix).split("_")
+                    for name in stored
+                    if name.startswith(prefix)
+                )
+            )
+        if there == own:
+            local = self._local_by_offsets(moment)
+            return {
+                f"{prefix}{first}_{last}": self._rows_of(moment, (first, last), local)
+                for first, last in own
+            }
+        return self._row_wise_from(moment, prefix, own, there)
+
+    def _rows_of(
+        self,
+        moment: _Moment,
+        columns: tuple[int, int],
+        local: dict[tuple[int, ...], Tensor],
+    ) -> ShardedTensor:
+        """The moment [R] of a range of columns of this plan."""
+        weight = self.weights[moment.key].metadata()
+        placed = [
+            (
+                ShardMetadata(shard.shard_offsets[:1], shard.shard_sizes[:1], shard.placement),
+                local.get(tuple(shard.shard_offsets)),
+            )
+            for shard in weight.shards_metadata
+            if _columns(shard) == columns
+        ]
+        return sharded_in_blocks(placed, weight.size[:1], torch.float32, self.group)
+
+    def _row_wise_from(
+        self,
+        moment: _Moment,
+        prefix: str,
+        own: list[tuple[int, int]],
+        there: list[tuple[int, int]],
+    ) -> State:
+        """Room for stored ranges of columns, to be combined by `finish_loading`.
+
+        Each rank reads them for the rows it holds; those are all rows where columns are cut.
+        """
+        local = self._local_by_offsets(moment)
+        state: State = {}
+        rooms: dict[tuple[int, int], dict[tuple[int, ...], Tensor]] = {}
+        for columns in there:
+            name = f"{prefix}{columns[0]}_{columns[1]}"
+            if len(own) == 1:
+                rooms[columns] = {at: torch.zeros_like(tensor) for at, tensor in local.items()}
+                state[name] = self._rows_of(moment, own[0], rooms[columns])
+            elif local:
+                room = torch.zeros(self.weights[moment.key].metadata().size[0])
+                rooms[columns] = dict.fromkeys(local, room)
+                state[name] = room
+
+        def combine() -> None:
+            for shard in self.weights[moment.key].local_shards():
+                offsets = tuple(shard.metadata.shard_offsets)
+                first, last = _columns(shard.metadata)
+                local[offsets].zero_()
+                for (stored_first, stored_last), room in rooms.items():
+                    shared = min(last, stored_last) - max(first, stored_first)
+                    if shared > 0:
+                        loaded = room[offsets].to(local[offsets].device)
+                        local[offsets].add_(loaded, alpha=shared / (last - first))
+
+        self._unfinished.append(combine)
+        return state
+
+
+def _columns(shard: ShardMetadata) -> tuple[int, int]:
+    return shard.shard_offsets[1], shard.shard_offsets[1] + shard.shard_sizes[1]

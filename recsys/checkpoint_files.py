@@ -1,0 +1,118 @@
+"""Checkpoints as folders: each exists whole or not at all, and damage is noticed and named.
+
+`RUN/checkpoints` holds `step-00000123`, the last ones, and `best`. A folder is written under
+another name, its files are synced, their sizes and checksums go into `checkpoint.json`, and then
+it gets its name. A folder without that file, or whose files differ from it, is not loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "checkpoint.json"
+BEST = "best"
+FORMAT = 1
+_READ_BYTES = 16 * 2**20
+
+
+def folder_of_step(checkpoints: Path, step: int) -> Path:
+    """The folder of the state after `step` steps."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def folders_by_age(checkpoints: Path) -> list[Path]:
+    """The folders of steps that have their name, the newest first."""
+    return sorted(checkpoints.glob("step-*"), reverse=True)
+
+
+def checksum(file: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with file.open("rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def describe_files(files: list[Path]) -> dict[str, list[int]]:
+    """Size and checksum by file name."""
+    return {file.name: [file.stat().st_size, checksum(file)] for file in files}
+
+
+def publish_folder(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:
+    """Gives a written folder its manifest and its name; an older one of that name stays until then.
+
+    A reader, and a job that is killed at any moment, finds the old folder or the new one.
+    """
+    path = partial / MANIFEST
+    with path.open("w") as file:
+        json.dump({"format": FORMAT, **manifest}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    old = set_aside(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    descriptor = os.open(folder.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Where the old folder stands while the new one takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def recover(folder: Path) -> None:
+    """Undoes a `publish_folder` that was killed between its two renames."""
+    if not folder.exists() and set_aside(folder).exists():
+        set_aside(folder).rename(folder)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The folder's manifest.
+
+    Raises:
+        ValueError: it is missing, damaged or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: no {MANIFEST}, so it is no whole checkpoint") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: not of format {FORMAT}; use the version that wrote it")
+    return manifest
+
+
+def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: int = 1) -> None:
+    """Compares the files with the manifest; several ranks check a part each.
+
+    Raises:
+        ValueError: names the first file that is missing, too short or changed.
+    """
+    for name, (size, expected) in sorted(manifest["files"].items())[part::parts]:
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{file}: missing")
+        if file.stat().st_size != size:
+            raise ValueError(f"{file}: {file.stat().st_size} bytes instead of {size}")
+        if checksum(file) != expected:
+            raise ValueError(f"{file}: its content has changed since it was written")
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Removes all but the last `keep` folders of steps, and what killed jobs left behind."""
+    for folder in folders_by_age(checkpoints)[keep:]:
+        shutil.rmtree(folder, ignore_errors=True)
+    for left in [*checkpoints.glob(".step-*.partial"), *checkpoints.glob(".step-*.old")]:
+        shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,74 @@
+"""Reads checkpoints of torch.distributed.checkpoint without running what a stranger put there.
+
+Its tensors are read with `weights_only`, but its `.metadata` is a pickle, and entries that are not
+tensors would be unpickled without restriction. Here the first goes through an unpickler that knows
+the classes of that format alone, and the second are refused: our checkpoints have none.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+_ALLOWED = {
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("pathlib._local", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+}
+
+
+class _FormatUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) not in _ALLOWED and not is_dtype:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        return super().find_class(module, name)
+
+
+class SafeFileSystemReader(FileSystemReader):
+    """FileSystemReader for folders one does not trust.
+
+    Raises:
+        ValueError: the metadata is missing or damaged, refers to anything but the format's own
+            classes, or lists entries that are not tensors.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        try:
+            with path.open("rb") as file:
+                metadata = _FormatUnpickler(file).load()
+        except FileNotFoundError as error:
+            raise ValueError(f"{path}: no such file; this is no whole checkpoint") from error
+        except Exception as error:  # damaged pickles raise whatever they stumble over
+            raise ValueError(f"{path}: not the metadata of a checkpoint ({error})") from error
+        if not isinstance(metadata, Metadata):
+            raise ValueError(f"{path}: not the metadata of a checkpoint")
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise ValueError(f"{path}: entry '{name}' is no tensor and is not read")
+        assert metadata.storage_meta is not None
+        metadata.storage_meta.load_id = self.load_id
+        return metadata

@@ -1,0 +1,49 @@
+"""How far a run has come: all that its loop counts, in a form a checkpoint can hold."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from recsys.config import Config
+from recsys.data.row_order import Stage
+
+
+@dataclass
+class Progress:
+    """What the loop counts."""
+
+    steps: int = 0
+    samples: int = 0  # over all ranks
+    seconds: float = 0.0  # in training steps, validation left out
+    # Position in the data: the epoch, what other numbers of ranks have read of it, and how many
+    # batches each rank has trained on since.
+    epoch: int = 0
+    stages: list[Stage] = field(default_factory=list)
+    batches: int = 0
+    validations: int = 0  # in this epoch
+    best_step: int = -1
+    best_auc: float = -1.0
+    best: dict[str, Any] = field(default_factory=dict)
+    validations_without_gain: int = 0
+
+    def begin_next_epoch(self) -> None:
+        self.epoch += 1
+        self.stages, self.batches, self.validations = [], 0, 0
+
+    def is_finished(self, config: Config) -> bool:
+        """Whether the configuration asks for no further step."""
+        return self.epoch >= config.epochs or self.validations_without_gain >= config.patience
+
+    def continued_by(self, before: Stage, world_size: int, batch_size: int) -> None:
+        """Goes on with another number of ranks or batch size than the stage before."""
+        if (before.world_size, before.batch_size) != (world_size, batch_size) and self.batches:
+            self.stages.append(Stage(before.world_size, before.batch_size, self.batches))
+            self.batches = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Progress:
+        return Progress(**{**values, "stages": [Stage(**stage) for stage in values["stages"]]})

@@ -1,0 +1,86 @@
+"""Whether a run can go on with another configuration, other data or another number of ranks."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from typing import Any
+
+from recsys.config import Config, to_plain
+
+# What may change between a checkpoint and the run that goes on from it: how long and how fast it
+# trains, how work is laid out and what is reported. All else decides what the stored tensors mean.
+CHANGEABLE = (
+    "epochs",
+    "validations_per_epoch",
+    "patience",
+    "batch_size",
+    "num_workers",
+    "device",
+    "cache",
+    "log_every_steps",
+    "profile_steps",
+    "stall_timeout",
+    "on_bad_row",
+    "checkpoint.*",
+    "optimizer.*",
+    "embedding.sharding",
+    "embedding.learning_rate",
+    "embedding.weight_decay",
+    "embedding.tables.*.sharding",
+    "embedding.tables.*.learning_rate",
+    "embedding.tables.*.weight_decay",
+    "embedding.tables.*.init_from",
+    "content.modalities.*.cache_frozen_layers",
+    "content.history.refresh_bank_every_epoch",
+    "ranking.dropout",
+    "content.fusion.dropout",
+    "contrastive.weight",
+)
+
+
+def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings by full name; what is not set (None) is left out."""
+    if isinstance(value, dict):
+        found: dict[str, Any] = {}
+        for name, part in value.items():
+            found |= flattened(part, f"{prefix}.{name}" if prefix else name)
+        return found
+    return {} if value is None or value == [] else {prefix: value}
+
+
+def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
+    """Refuses to go on from a checkpoint of another model.
+
+    Raises:
+        ValueError: names every setting that differs and must not.
+    """
+    before, now = flattened(stored), flattened(to_plain(config))
+    differing = [
+        f"{name} (checkpoint: {before.get(name)}, now: {now.get(name)})"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+        and not any(fnmatch(name, pattern) for pattern in CHANGEABLE)
+    ]
+    # Without the loss its head is not in the model.
+    if (before["contrastive.weight"] > 0) != (now["contrastive.weight"] > 0):
+        differing.append("contrastive.weight (to or from 0)")
+    if differing:
+        raise ValueError(
+            f"{where}: written with another configuration; these settings differ: "
+            f"{', '.join(differing)}. Set them back, choose another --out, or start anew with "
+            "--overwrite true"
+        )
+
+
+def check_equal(name: str, stored: Any, now: Any, where: str) -> None:
+    """Refuses to go on where something besides the configuration has changed.
+
+    Raises:
+        ValueError: it has.
+    """
+    if stored != now:
+        raise ValueError(
+            f"{where}: {name} changed since it was written (then {stored}, now {now}), so its "
+            "position and weights mean nothing; bring them back, choose another --out, or start "
+            "anew with --overwrite true"
+        )

@@ -1,0 +1,79 @@
+"""A run's folder: whether a job starts it, goes on with it or must leave it alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from recsys.build import Job
+from recsys.checkpoint_files import BEST, folders_by_age, recover
+from recsys.config import save_config
+from recsys.ranks import Ranks
+
+Resume = Literal["auto", "never", "must"]
+ITEM_COUNTS = "item_counts.npy"
+
+
+def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool:
+    """Whether training goes on from a checkpoint in the folder; before the work begins.
+
+    A job that was restarted by torch elastic or Slurm goes on even with `overwrite`, which was
+    meant for its first start.
+
+    Raises:
+        ValueError: on every rank, the folder holds a run and `resume` is never, or none and it is
+            must.
+    """
+    checkpoints = run / "checkpoints"
+    with ranks.all_or_none():
+        if ranks.is_first:
+            recover(checkpoints / BEST)
+            for old in checkpoints.glob(".step-*.old"):
+                recover(checkpoints / old.name.removeprefix(".").removesuffix(".old"))
+        exists = bool(folders_by_age(checkpoints))
+        if was_restarted():
+            return exists
+        if resume == "must" and not exists:
+            raise ValueError(f"{run}: no checkpoint to go on from, but --resume is must")
+        if resume == "never" and not overwrite:
+            _refuse(exists or (run / "metrics.json").exists(), run)
+        if not exists and not overwrite:  # written by a version without checkpoints of steps
+            _refuse((run / "metrics.json").exists() or (checkpoints / BEST).exists(), run)
+    return exists and resume != "never" and not overwrite
+
+
+def _refuse(holds_run: bool, run: Path) -> None:
+    if holds_run:
+        raise ValueError(
+            f"{run}: holds a run already; choose another --out or pass --overwrite true"
+        )
+
+
+def was_restarted() -> bool:
+    """Whether this is not the first start of this job."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(int(os.environ.get(name) or 0) > 0 for name in counts)
+
+
+def begin_run(run: Path, item_counts: np.ndarray, ranks: Ranks) -> None:
+    """Empties the folder of an earlier run, and notes what is counted once. A collective."""
+    with ranks.all_or_none():
+        if ranks.is_first:
+            for part in ("checkpoints", "tensorboard"):
+                shutil.rmtree(run / part, ignore_errors=True)
+            (run / "metrics.json").unlink(missing_ok=True)
+            run.mkdir(parents=True, exist_ok=True)
+            np.save(run / ITEM_COUNTS, item_counts)
+
+
+def describe_run(run: Path, job: Job, data: str) -> None:
+    """Writes `config.yaml`, `plan.txt` and where the data are. A collective."""
+    with job.ranks.all_or_none():
+        if job.ranks.is_first:
+            save_config(job.config, run / "config.yaml")
+            (run / "plan.txt").write_text(f"{job.plan}\n\n{job.parameters}\n")
+            (run / "data.txt").write_text(f"{data}\n")
