@@ -14,6 +14,8 @@ from embeddings.optimizer import (
     fuse_table_optimizers,
     initialize_optimizer_state,
 )
+from embeddings.pretrained_files import PretrainedFiles
+from embeddings.pretrained_rows import load_pretrained_rows
 from embeddings.sharding import format_plan, machine_topology, plan_sharding
 from embeddings.table_sharders import sharders
 from embeddings.tables import (
@@ -26,6 +28,7 @@ from embeddings.tables import (
 __all__ = [
     "DenseGroup",
     "MemoryBank",
+    "PretrainedFiles",
     "TableConfig",
     "build_dense_optimizer",
     "build_embedding_bag_collection",
@@ -36,6 +39,7 @@ __all__ = [
     "format_plan",
     "fuse_table_optimizers",
     "initialize_optimizer_state",
+    "load_pretrained_rows",
     "machine_topology",
     "plan_sharding",
     "sharders",

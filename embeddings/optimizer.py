@@ -58,6 +58,9 @@ def fuse_table_optimizers(module: nn.Module, tables: Sequence[TableConfig]) -> N
 
 
 def _table_optimizer(table: TableConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    if table.frozen:
+        # requires_grad=False would not keep the fused kernel from updating it.
+        return torch.optim.SGD, {"lr": 0.0}
     arguments: dict[str, Any] = {"lr": table.learning_rate}
     if table.optimizer == "sgd":
         return torch.optim.SGD, arguments
@@ -214,6 +217,9 @@ def describe_optimizers(
     rows: list[tuple[str, int, int, str, str, str]] = []
     for table in tables:
         size = table.num_embeddings * table.embedding_dim
+        if table.frozen:
+            rows.append((f"table {table.name}", 1, size, "none (frozen)", "-", "-"))
+            continue
         rate, decay = f"{table.learning_rate:g}", f"{table.weight_decay:g}"
         rows.append((f"table {table.name}", 1, size, f"{table.optimizer} (fused)", rate, decay))
     kind = type(dense).__name__

@@ -189,12 +189,12 @@ def _check_module(module: nn.Module, tables: Sequence[TableConfig], device: torc
                 f"table '{table.name}' has no fused optimizer and would train with a default; "
                 "call fuse_table_optimizers before plan_sharding"
             )
-        if device.type == "cpu" and table.optimizer == "adam":
+        if device.type == "cpu" and table.optimizer == "adam" and not table.frozen:
             raise ValueError(
                 f"table '{table.name}': the fused kernel of optimizer 'adam' needs CUDA; choose "
                 "'rowwise_adagrad', 'adagrad' or 'sgd' on CPU"
             )
-        if device.type == "cpu" and table.weight_decay > 0:
+        if device.type == "cpu" and table.weight_decay > 0 and not table.frozen:
             raise ValueError(
                 f"table '{table.name}': weight_decay {table.weight_decay} needs CUDA, the fused "
                 "kernels on CPU ignore it; set it to 0"

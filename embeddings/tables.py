@@ -63,6 +63,7 @@ class TableConfig:
     weight_decay: float = 0.0
     eps: float = 1e-8  # added to the root of the second moment
     init_std: float = 0.01  # standard deviation of the normal initial weights
+    frozen: bool = False  # never updated, no optimizer state; the training settings do nothing
 
     def __post_init__(self) -> None:
         self._check_names()

@@ -22,6 +22,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from embeddings import (
     DenseGroup,
     MemoryBank,
+    PretrainedFiles,
     TableConfig,
     build_dense_optimizer,
     build_embedding_bag_collection,
@@ -30,6 +31,7 @@ from embeddings import (
     format_plan,
     fuse_table_optimizers,
     initialize_optimizer_state,
+    load_pretrained_rows,
     plan_sharding,
     sharders,
 )
@@ -154,7 +156,34 @@ def _table_config(config: Config, schema: Schema, name: str, features: list[str]
         learning_rate=defaults.learning_rate if own.learning_rate is None else own.learning_rate,
         weight_decay=defaults.weight_decay if own.weight_decay is None else own.weight_decay,
         init_std=defaults.init_std,
+        frozen=own.frozen,
     )
+
+
+def load_pretrained_tables(job: Job) -> list[str]:
+    """Writes the vectors of every `init_from` into its table; a line to print each. A collective.
+
+    Raises:
+        ValueError: no such file, or what it holds does not fit the table.
+    """
+    lines = []
+    for name, settings in job.config.embedding.tables.items():
+        if (source := settings.init_from) is None:
+            continue
+        with job.ranks.all_or_none():
+            location = Location.of(source.path)
+            paths = [file.path for file in location.files(".parquet")]
+            if not paths:
+                raise ValueError(
+                    f"embedding.tables.{name}.init_from: {source.path}: no such Parquet file, nor "
+                    "a folder with *.parquet files"
+                )
+        files = PretrainedFiles(
+            paths, location.arrow, source.id_column, source.vector_column, source.table
+        )
+        loaded = load_pretrained_rows(job.model, name, files, process_group=job.ranks.group)
+        lines.append(f"table '{name}': {loaded.num_set:,} rows set from {source.path}")
+    return lines
 
 
 def build_content_store(

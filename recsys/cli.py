@@ -1,4 +1,4 @@
-"""The command line: `recsys doctor | prepare | train | evaluate | predict`.
+"""The command line: `recsys doctor | prepare | train | evaluate | predict | export-tables`.
 
 `train`, `evaluate` and `predict` run alone or under torchrun and torchx unchanged.
 """
@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -62,7 +63,16 @@ def _parser() -> ArgumentParser:
     command.add_argument("--input", type=str, nargs="+", required=True, help="files or folders")
     command.add_argument("--out", type=Path, required=True, help="Parquet file to write")
     commands.add_subcommand("predict", command)
+    _add_export(commands)
     return parser
+
+
+def _add_export(commands: Any) -> None:
+    command = _Parser(description="Writes the ID tables of a run to one Parquet file.")
+    command.add_argument("--run", type=Path, required=True, help="folder of a finished run")
+    command.add_argument("--out", type=Path, required=True, help="Parquet file to write")
+    command.add_argument("--table", type=str, nargs="+", help="tables by name; default: all")
+    commands.add_subcommand("export-tables", command)
 
 
 def _add_run_arguments(parser: ArgumentParser) -> None:
@@ -107,11 +117,23 @@ def _predict(arguments: Namespace) -> None:
         )
 
 
+def _export_tables(arguments: Namespace) -> None:
+    from recsys.table_export import export_tables
+
+    if not (arguments.run / "metrics.json").is_file():
+        raise ValueError(f"{arguments.run}: holds no finished run (metrics.json); train it first")
+    counts = export_tables(arguments.run / "checkpoints" / "best", arguments.out, arguments.table)
+    for name, rows in counts.items():
+        print(f"table {name}: {rows:,} rows")
+    print(f"written to {arguments.out}")
+
+
 COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "prepare": _prepare,
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
+    "export-tables": _export_tables,
 }
 
 

@@ -18,6 +18,16 @@ from recsys.config_checks import validate
 
 
 @dataclass
+class InitFromSettings:
+    """Pretrained vectors of a table, in Parquet: one row per id with a list of floats."""
+
+    path: str  # file, folder or URL
+    id_column: str | None = None  # default: `id`, or `row` as `export-tables` writes it
+    vector_column: str = "vector"
+    table: str | None = None  # its name in an export of several tables; default: the same
+
+
+@dataclass
 class TableSettings:
     """Settings of one ID table that differ from `EmbeddingSettings`; None keeps the default."""
 
@@ -26,6 +36,8 @@ class TableSettings:
     optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
+    frozen: bool = False  # keeps its first weights, those of `init_from` for instance
+    init_from: InitFromSettings | None = None
 
 
 @dataclass

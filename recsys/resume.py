@@ -29,7 +29,7 @@ CHANGEABLE = (
     "embedding.tables.*.sharding",
     "embedding.tables.*.learning_rate",
     "embedding.tables.*.weight_decay",
-    "embedding.tables.*.init_from",
+    "embedding.tables.*.init_from.*",
     "content.modalities.*.cache_frozen_layers",
     "content.history.refresh_bank_every_epoch",
     "ranking.dropout",
@@ -39,13 +39,13 @@ CHANGEABLE = (
 
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Settings by full name; what is not set (None) is left out."""
+    """Settings by full name; what is not set or off is left out."""
     if isinstance(value, dict):
         found: dict[str, Any] = {}
         for name, part in value.items():
             found |= flattened(part, f"{prefix}.{name}" if prefix else name)
         return found
-    return {} if value is None or value == [] else {prefix: value}
+    return {} if value is None or value is False or value == [] else {prefix: value}
 
 
 def check_config(stored: dict[str, Any], config: Config, where: str) -> None:

@@ -20,7 +20,7 @@ from torchrec.distributed.train_pipeline.runtime_forwards import BaseForward
 from torchrec.distributed.types import ShardedModule
 
 from recsys.batch import Batch
-from recsys.build import Job, build_job, content_settings
+from recsys.build import Job, build_job, content_settings, load_pretrained_tables
 from recsys.checkpoint import Checkpoints, load_best
 from recsys.config import Config
 from recsys.content.projection_start import start_projections
@@ -203,9 +203,8 @@ def train(
         reporter.say(f"{job.plan}\n\n{job.parameters}\n")
         if not fresh:
             reporter.say(f"going on after step {progress.steps} from {checkpoints.last_good}")
-        elif job.em3.content is not None and job.store is not None:
-            start_projections(job.em3.content, job.store, ranks)
-            fill_bank(job)
+        else:
+            start_fresh(job, reporter)
         watch = LossWatch(ranks, rows, config.log_every_steps)
         trainer = Trainer(
             job, run, interactions, checkpoints, lockstep, watch, reporter, progress, item_counts
@@ -221,6 +220,15 @@ def train(
             reporter.close()
             checkpoints.close()
         return _finish(trainer)
+
+
+def start_fresh(job: Job, reporter: Reporter) -> None:
+    """What a run that goes on has behind it: pretrained tables, projections, the first bank."""
+    for line in load_pretrained_tables(job):
+        reporter.say(line)
+    if job.em3.content is not None and job.store is not None:
+        start_projections(job.em3.content, job.store, job.ranks)
+        fill_bank(job)
 
 
 def require_pipelined(model: nn.Module) -> None:

@@ -1,0 +1,157 @@
+"""Tables that stand still or move at their own rate, under every plan; tiny ones too."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import EmbeddingModuleShardingPlan
+
+from embeddings import (
+    DenseGroup,
+    TableConfig,
+    build_dense_optimizer,
+    dense_parameters,
+    describe_optimizers,
+    fuse_table_optimizers,
+    plan_sharding,
+    sharders,
+)
+from tests.embeddings.tables_model import (
+    BATCH,
+    LABELS,
+    SEED,
+    STEPS,
+    TablesModel,
+    initial_tables,
+    jagged,
+    table_configs,
+)
+from tests.embeddings.test_sharded_training import local_shards, whole_table
+from tests.ranks import run_on_ranks
+
+# By table: its learning rate, or None where it is frozen. Both kinds of collections have a frozen
+# table in one of the two, and `tags` has three rows.
+RATES: list[dict[str, float | None]] = [
+    {"user": 0.5, "tags": None, "item": 0.1},
+    {"user": 0.2, "tags": 0.7, "item": None},
+]
+SHARDINGS = ["auto", "row_wise", "table_wise", "column_wise"]
+CASES = [(sharding, number) for sharding in SHARDINGS for number in range(len(RATES))]
+
+
+def configured(sharding: Any, rates: dict[str, float | None]) -> list[TableConfig]:
+    tables = table_configs(sharding, "sgd")
+    for table in tables:
+        rate = rates[table.name]
+        table.frozen = rate is None
+        if rate is None:  # settings that would move it, and give it a state
+            table.optimizer, table.learning_rate = "rowwise_adagrad", 0.3
+        else:
+            table.learning_rate = rate
+    return tables
+
+
+@dataclass
+class RankRun:
+    """What one rank saw."""
+
+    after_one_step: dict[str, list[tuple[list[int], Tensor]]]  # by table: offsets and weights
+    at_the_end: dict[str, list[tuple[list[int], Tensor]]]
+    states: dict[str, list[str]]  # by table here: the tensors that its fused optimizer keeps
+    dense: set[str]
+    kinds: set[str]  # of sharding
+
+
+def train_all_cases(rank: int, world_size: int) -> dict[tuple[str, int], RankRun]:
+    return {case: train(rank, world_size, case[0], RATES[case[1]]) for case in CASES}
+
+
+def train(rank: int, world_size: int, sharding: str, rates: dict[str, float | None]) -> RankRun:
+    torch.manual_seed(SEED)
+    tables = configured(sharding, rates)
+    model = TablesModel(tables)
+    fuse_table_optimizers(model, tables)
+    plan = plan_sharding(model, tables, batch_size=BATCH // world_size)
+    sharded = DistributedModelParallel(model, plan=plan, sharders=sharders())
+    optimizer, _ = build_dense_optimizer(sharded, [DenseGroup("all", [""], weight_decay=0.1)])
+    size = BATCH // world_size
+    rows = slice(rank * size, (rank + 1) * size)
+    shards = []
+    for step in range(STEPS):
+        logits, _ = sharded(jagged(step, rows))
+        optimizer.zero_grad()
+        ((logits - LABELS[step, rows]) ** 2).mean().backward()
+        optimizer.step()
+        shards.append(local_shards(sharded))
+    states = sharded.fused_optimizer.state_dict()["state"]
+    return RankRun(
+        after_one_step=shards[0],
+        at_the_end=shards[-1],
+        states={name.split(".")[-2]: list(state) for name, state in states.items()},
+        dense=set(dense_parameters(sharded)),
+        kinds={
+            parameter.sharding_type
+            for module_plan in plan.plan.values()
+            if isinstance(module_plan, EmbeddingModuleShardingPlan)
+            for parameter in module_plan.values()
+        },
+    )
+
+
+def first_gradients() -> dict[str, Tensor]:
+    """Of the first batch's loss, from collections without fused optimizers."""
+    torch.manual_seed(SEED)
+    model = TablesModel(table_configs(), device="cpu")
+    logits, _ = model(jagged(0, slice(0, BATCH)))
+    ((logits - LABELS[0]) ** 2).mean().backward()
+    holders = {**model.bags.embedding_bags, **model.sequences.embeddings}
+    return {name: holder.weight.grad for name, holder in holders.items()}
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[dict[tuple[str, int], RankRun]]:
+    return run_on_ranks(train_all_cases, 2)
+
+
+by_case = pytest.mark.parametrize("case", CASES, ids=[f"{name}-{number}" for name, number in CASES])
+
+
+@by_case
+def test_a_frozen_table_keeps_every_bit_and_has_no_state(runs: list[Any], case: Any) -> None:
+    frozen = [name for name, rate in RATES[case[1]].items() if rate is None]
+    for name in frozen:
+        pieces = [piece for run in runs for piece in run[case].at_the_end[name]]
+        assert torch.equal(whole_table(pieces), initial_tables()[name])
+        for run in runs:
+            assert not run[case].states.get(name)
+
+
+@by_case
+def test_each_table_moves_at_its_own_rate(runs: list[Any], case: Any) -> None:
+    start, gradients = initial_tables(), first_gradients()
+    for name, rate in RATES[case[1]].items():
+        table = whole_table([piece for run in runs for piece in run[case].after_one_step[name]])
+        expected = start[name] - (rate or 0.0) * gradients[name]
+        torch.testing.assert_close(table, expected, rtol=0, atol=1e-6)
+        assert gradients[name].abs().max() > 1e-2
+
+
+@by_case
+def test_no_table_enters_the_dense_optimizer(runs: list[Any], case: Any) -> None:
+    for run in runs:
+        assert run[case].dense == {"dense.weight", "dense.bias"}
+        assert "data_parallel" not in run[case].kinds
+    assert set.union(*(set(run[case].states) for run in runs)) == {"user", "tags", "item"}
+
+
+def test_the_description_shows_what_is_frozen() -> None:
+    tables = configured("auto", RATES[0])
+    model = TablesModel(tables, device="cpu")
+    fuse_table_optimizers(model, tables)
+    _, adamw = build_dense_optimizer(model, [DenseGroup("all", [""])])
+    lines = describe_optimizers(model, tables, adamw).splitlines()
+    row = next(line.split() for line in lines if line.startswith("table tags"))
+    assert row == ["table", "tags", "1", "24", "none", "(frozen)", "-", "-"]
