@@ -266,7 +266,6 @@ def load_best(job: Job, run: Path) -> dict[str, Any]:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no checkpoint; train with `--out {run}` first")
     manifest = _checked_manifest(folder, ranks)
-    check_equal("frozen weights", manifest["frozen_weights"], frozen_digest(job), str(folder))
     state = model_state(job)
     with ranks.all_or_none():
         reader = SafeFileSystemReader(folder)
@@ -276,6 +275,9 @@ def load_best(job: Job, run: Path) -> dict[str, Any]:
                 raise ValueError(
                     f"{len(differing)} tensors are in one only, such as {differing[0]}"
                 )
+            check_equal(
+                "frozen weights", manifest["frozen_weights"], frozen_digest(job), str(folder)
+            )
             dcp.load(state, storage_reader=reader)
         except (CheckpointException, RuntimeError, KeyError, ValueError) as error:
             raise ValueError(

@@ -198,9 +198,8 @@ class Config:
     cache: str | None = None  # folder of encoded items; default ~/.cache/recsys
     log_every_steps: int = 20
     profile_steps: int = 0  # so many early steps are measured part by part: RUN/profile.json
-    stall_timeout: float = (
-        300.0  # seconds after which a rank that does not go on ends the job; 0: off
-    )
+    # A rank that does not go on for so many seconds is named and ends the job; 0: never.
+    stall_timeout: float = 300.0
 
 
 CONFIG_NAMES = tuple(Config.__dataclass_fields__)

@@ -84,20 +84,22 @@ def _score(job: Job, interactions: Interactions, lockstep: Lockstep) -> dict[str
         iter(loader(interactions, job.config.num_workers, job.ranks.device.type == "cuda"))
     )
     parts: list[list[Tensor]] = []
-    while True:
-        try:
-            _, logits, batch = cast(Any, job.pipeline.progress(batches))
-        except StopIteration:
-            break
-        known = batch.row_positions >= 0
-        columns = (
-            batch.row_positions,
-            logits.float(),
-            batch.labels,
-            batch.groups,
-            batch.target_items,
-        )
-        parts.append([column[known].cpu() for column in columns])
+    with lockstep.watchdog.armed():
+        while True:
+            try:
+                _, logits, batch = cast(Any, job.pipeline.progress(batches))
+            except StopIteration:
+                break
+            known = batch.row_positions >= 0
+            columns = (
+                batch.row_positions,
+                logits.float(),
+                batch.labels,
+                batch.groups,
+                batch.target_items,
+            )
+            parts.append([column[known].cpu() for column in columns])
+            lockstep.watchdog.mark(f"scored batch {len(parts)}")
     names = ("positions", "logits", "labels", "groups", "items")
     gathered = {
         name: gather_rows(torch.cat([part[index] for part in parts]), job.ranks.group)

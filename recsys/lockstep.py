@@ -19,6 +19,7 @@ import torch.distributed as dist
 from recsys.batch import Batch
 from recsys.config import CheckpointSettings
 from recsys.ranks import Ranks
+from recsys.watchdog import Watchdog
 
 
 class TrainingStopped(Exception):
@@ -31,8 +32,11 @@ class Lockstep:
     Within `with Lockstep(...)`, SIGTERM does not kill this process but sets `stop` on all ranks.
     """
 
-    def __init__(self, ranks: Ranks, settings: CheckpointSettings) -> None:
+    def __init__(
+        self, ranks: Ranks, settings: CheckpointSettings, watchdog: Watchdog | None = None
+    ) -> None:
         self.ranks, self.settings = ranks, settings
+        self.watchdog = watchdog or Watchdog(ranks, timeout=None)
         self.stop = False
         self.save = False
         self.error: Exception | None = None  # of this rank, told to all before the next batch

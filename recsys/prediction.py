@@ -18,8 +18,11 @@ from recsys.data.filesystem import Location
 from recsys.data.interactions import Interactions
 from recsys.data.parquet_rows import ParquetRows
 from recsys.evaluation import evaluate_split, score
+from recsys.lockstep import Lockstep
 from recsys.metrics import format_report
 from recsys.ranks import Ranks
+from recsys.run_folder import ITEM_COUNTS
+from recsys.watchdog import Watchdog
 
 
 def load_run(run: Path, data: str | None, ranks: Ranks, device: str) -> Job:
@@ -41,7 +44,9 @@ def load_run(run: Path, data: str | None, ranks: Ranks, device: str) -> Job:
 def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str) -> dict[str, Any]:
     """Metrics of a split, printed and written to `RUN/evaluation_SPLIT.json`. A collective."""
     job = load_run(run, data, ranks, device)
-    report = evaluate_split(job, split, np.load(run / "item_counts.npy"))
+    with Watchdog(ranks, job.config.stall_timeout) as watchdog:
+        lockstep = Lockstep(ranks, job.config.checkpoint, watchdog)
+        report = evaluate_split(job, split, np.load(run / ITEM_COUNTS), lockstep)
     if ranks.is_first:
         (run / f"evaluation_{split}.json").write_text(json.dumps(report, indent=2) + "\n")
         print(f"{split}\n{format_report(report)}", flush=True)
@@ -73,7 +78,8 @@ def predict(
             ranks.rank,
             ranks.world_size,
         )
-    scored = score(job, interactions)
+    with Watchdog(ranks, job.config.stall_timeout) as watchdog:
+        scored = score(job, interactions, Lockstep(ranks, job.config.checkpoint, watchdog))
     probabilities = torch.empty(rows.num_rows, scored["logits"].shape[1])
     probabilities[scored["positions"]] = scored["logits"].sigmoid()
     with ranks.all_or_none():

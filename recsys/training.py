@@ -30,10 +30,12 @@ from recsys.evaluation import check_rows, count_training_items, evaluate_split, 
 from recsys.lockstep import Lockstep, TrainingStopped
 from recsys.loss_watch import LossWatch
 from recsys.metrics import format_report
+from recsys.profiling import StepProfile
 from recsys.progress import Progress
 from recsys.ranks import Ranks
 from recsys.reporter import Reporter
 from recsys.run_folder import ITEM_COUNTS, Resume, begin_run, describe_run, find_start
+from recsys.watchdog import Watchdog
 
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "transformers", "peft", "torchx")
 
@@ -59,6 +61,7 @@ class Trainer:
     checkpoints: Checkpoints
     lockstep: Lockstep
     loss_watch: LossWatch
+    profile: StepProfile
     reporter: Reporter
     progress: Progress
     item_counts: np.ndarray
@@ -104,15 +107,26 @@ class Trainer:
 
     def _train_until(self, end: int, source: Iterator[Batch]) -> None:
         """Steps up to batch `end` of the epoch, or to where a checkpoint is due and saved."""
-        progress, job, lockstep = self.progress, self.job, self.lockstep
+        progress, lockstep = self.progress, self.lockstep
         batches = lockstep.training_batches(source, end - progress.batches, progress.steps)
-        job.model.train()
+        self.job.model.train()
+        with lockstep.watchdog.armed(), self.profile:
+            self._make_steps(batches)
+        lockstep.error = lockstep.error or self.loss_watch.check()
+        lockstep.settle()  # so that no state after a bad loss is ever saved
+        lockstep.raise_if_stopped()
+        if lockstep.save:
+            self.checkpoints.save(progress)
+            lockstep.saved()
+
+    def _make_steps(self, batches: Iterator[Batch]) -> None:
+        progress, job, lockstep = self.progress, self.job, self.lockstep
         start, before = time.perf_counter(), progress.seconds
         while True:
             try:
                 losses, _, batch = cast(Any, job.pipeline.progress(batches))
             except StopIteration:
-                break
+                return
             if progress.steps == 0:
                 require_pipelined(job.model)
             job.schedule.step()
@@ -123,12 +137,8 @@ class Trainer:
             error = self.loss_watch.step(progress.steps, losses["loss"], batch.row_positions)
             lockstep.error = lockstep.error or error
             self.reporter.step(progress, losses)
-        lockstep.error = lockstep.error or self.loss_watch.check()
-        lockstep.settle()  # so that no state after a bad loss is ever saved
-        lockstep.raise_if_stopped()
-        if lockstep.save:
-            self.checkpoints.save(progress)
-            lockstep.saved()
+            lockstep.watchdog.mark(f"step {progress.steps}")
+            self.profile.step()
 
     def _validate(self) -> None:
         """Validates, and keeps the model if it is the best."""
@@ -178,7 +188,10 @@ def train(
         ValueError: on every rank, when data, configuration, plan or checkpoint are wanting.
     """
     goes_on = find_start(run, resume, overwrite, ranks)
-    with Lockstep(ranks, config.checkpoint) as lockstep:
+    with (
+        Watchdog(ranks, config.stall_timeout) as watchdog,
+        Lockstep(ranks, config.checkpoint, watchdog) as lockstep,
+    ):
         job = build_job(config, data, ranks)
         with ranks.all_or_none():
             rows = ParquetRows.of_split(job.root, "train", job.schema)
@@ -206,8 +219,25 @@ def train(
         else:
             start_fresh(job, reporter)
         watch = LossWatch(ranks, rows, config.log_every_steps)
+        profile = StepProfile(
+            job.em3,
+            ranks,
+            config.profile_steps,
+            run,
+            reporter.say,
+            lambda values: reporter.write(values, progress.steps),
+        )
         trainer = Trainer(
-            job, run, interactions, checkpoints, lockstep, watch, reporter, progress, item_counts
+            job,
+            run,
+            interactions,
+            checkpoints,
+            lockstep,
+            watch,
+            profile,
+            reporter,
+            progress,
+            item_counts,
         )
         try:
             trainer.train()
