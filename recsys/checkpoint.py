@@ -7,7 +7,7 @@ Shards are loaded into whatever plan and number of ranks reads them.
 from __future__ import annotations
 
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class Checkpoints:
     def __init__(self, job: Job, run: Path, data: str) -> None:
         self.job, self.data, self.folder = job, data, run / "checkpoints"
         self.frozen = frozen_digest(job)
-        self.last_good: Path | None = None
+        self._damaged: list[Path] = []
         # Writing overlaps with steps, so its collectives must not mix with theirs.
         self._ranks = job.ranks.apart()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -106,8 +106,6 @@ class Checkpoints:
         error = future.exception()
         if error is None:
             self._failures = 0
-            if folder.name != BEST:
-                self.last_good = folder
             return
         self._failures += 1
         text = f"{folder}: the checkpoint could not be written ({error}); make room or mend storage"
@@ -119,6 +117,14 @@ class Checkpoints:
         """Waits for the last write and ends the writer."""
         self.wait()
         self._writer.shutdown()
+
+    @property
+    def last_good(self) -> Path | None:
+        """The checkpoint the run would go on from now; waits for one that is being written."""
+        if self._pending is not None:
+            wait([self._pending[0]])
+        whole = (path for path in folders_by_age(self.folder) if path not in self._damaged)
+        return next(whole, None)
 
     def _say(self, text: str) -> None:
         if self.job.ranks.is_first:
@@ -184,21 +190,21 @@ class Checkpoints:
             ValueError: it is of another model or data, or there are checkpoints and all are
                 damaged.
         """
-        ranks, damaged = self.job.ranks, []
+        ranks, faults = self.job.ranks, []
         for folder in ranks.gather(folders_by_age(self.folder))[0]:
             try:
                 manifest = _checked_manifest(folder, ranks)
             except (ValueError, OSError, RuntimeError) as error:
-                damaged.append(str(error))
+                faults.append(str(error))
+                self._damaged.append(folder)
                 self._say(f"checkpoint {folder} is damaged and left out: {error}")
                 continue
             self._check(folder, manifest)
             self._load(folder)
-            self.last_good = folder
             return self._continued(manifest)
-        if damaged:
+        if faults:
             raise ValueError(
-                f"{self.folder}: no checkpoint is whole ({'; '.join(damaged)}); bring one back, or "
+                f"{self.folder}: no checkpoint is whole ({'; '.join(faults)}); bring one back, or "
                 "start anew with --overwrite true"
             )
         return None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -16,10 +19,13 @@ class LossWatch:
         ranks: the ranks; this one's losses are checked here.
         rows: the training rows, to name those of a bad batch.
         every: on a GPU, steps between two checks.
+        last_good: the checkpoint to go back to.
     """
 
-    def __init__(self, ranks: Ranks, rows: ParquetRows, every: int) -> None:
-        self.ranks, self.rows = ranks, rows
+    def __init__(
+        self, ranks: Ranks, rows: ParquetRows, every: int, last_good: Callable[[], Path | None]
+    ) -> None:
+        self.ranks, self.rows, self.last_good = ranks, rows, last_good
         self.every = every if ranks.device.type == "cuda" else 1
         self._unchecked: list[tuple[int, Tensor, Tensor]] = []
 
@@ -38,5 +44,5 @@ class LossWatch:
         return ValueError(
             f"the loss is {float(loss)} at step {step} on rank {self.ranks.rank}, on "
             f"{len(known)} impressions between {self.rows.describe_range(known)}; look at these "
-            "rows, or lower the learning rates"
+            f"rows, or lower the learning rates. The last good checkpoint is {self.last_good()}"
         )

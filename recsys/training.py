@@ -218,7 +218,7 @@ def train(
             reporter.say(f"going on after step {progress.steps} from {checkpoints.last_good}")
         else:
             start_fresh(job, reporter)
-        watch = LossWatch(ranks, rows, config.log_every_steps)
+        watch = LossWatch(ranks, rows, config.log_every_steps, lambda: checkpoints.last_good)
         profile = StepProfile(
             job.em3,
             ranks,

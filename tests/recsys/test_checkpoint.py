@@ -1,5 +1,6 @@
 """What the best model's checkpoint holds; that it is whole, or refused, or still the old one."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 
+from embeddings.table_state import table_weights
 from recsys.build import Job, build_job
-from recsys.checkpoint import load_best, save_best
+from recsys.checkpoint import Checkpoints, load_best
 from recsys.config import load_config
 from recsys.prediction import load_run
+from recsys.progress import Progress
 from recsys.ranks import Ranks, joined_ranks
 from recsys.training import train
 from tests.datasets import write_dataset
@@ -88,6 +91,20 @@ def test_the_checkpoint_of_another_model_is_refused(
         load_best(job_of(folder, ranks, *words), run)
 
 
+def save_best(job: Job, run: Path, step: int = 0) -> None:
+    checkpoints = Checkpoints(job, run, "data")
+    try:
+        checkpoints.save_best(Progress(steps=step))
+    finally:
+        checkpoints.close()
+
+
+def half_written(*_: Any, storage_writer: Any, **__: Any) -> None:
+    """What a full disk leaves of `dcp.save`."""
+    Path(storage_writer.path, "__0_0.distcp").write_bytes(b"half")
+    raise OSError("No space left on device")
+
+
 def test_a_failure_while_writing_keeps_the_old_checkpoint(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,15 +115,9 @@ def test_a_failure_while_writing_keeps_the_old_checkpoint(
         saved = weight.detach().clone()
         with torch.no_grad():
             weight += 1  # type: ignore[operator]
-
-        def fill_the_disk(state: Any, checkpoint_id: Path) -> None:
-            checkpoint_id.mkdir()
-            (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
-            raise OSError("No space left on device")
-
         with monkeypatch.context() as patch:
-            patch.setattr(dcp, "save", fill_the_disk)
-            with pytest.raises(OSError, match="No space left"):
+            patch.setattr(dcp, "save", half_written)
+            with pytest.raises(ValueError, match=r"best: .* could not be written \(No space left"):
                 save_best(job, tmp_path)
         load_best(job, tmp_path)
         assert torch.equal(weight, saved)  # type: ignore[arg-type]
@@ -115,6 +126,65 @@ def test_a_failure_while_writing_keeps_the_old_checkpoint(
         assert [path.name for path in checkpoints.iterdir()] == ["best"]
         (checkpoints / "best").rename(checkpoints / ".best.old")  # killed between two renames
         load_best(job, tmp_path)
+
+
+def test_what_later_steps_change_is_not_in_an_asynchronous_checkpoint(
+    folder: Path, tmp_path: Path
+) -> None:
+    with joined_ranks("cpu") as ranks:
+        job = job_of(folder, ranks, "--checkpoint.asynchronous", "true")
+        weight = job.em3.ranking.mlp[-1].weight  # type: ignore[union-attr, index]
+        table = next(iter(table_weights(job.model).values())).local_shards()[0].tensor
+        saved = weight.detach().clone(), table.clone()
+        checkpoints = Checkpoints(job, tmp_path, "data")
+        gate = threading.Event()
+        checkpoints._writer.submit(gate.wait)  # the write starts after the change
+        checkpoints.save(Progress(steps=1))
+        with torch.no_grad():
+            weight += 1  # type: ignore[operator]
+            table += 1
+        gate.set()
+        checkpoints.close()
+        other = Checkpoints(job, tmp_path, "data")
+        assert other.restore() is not None
+        other.close()
+        assert torch.equal(weight, saved[0])  # type: ignore[arg-type]
+        assert torch.equal(table, saved[1])
+
+
+def test_the_last_checkpoints_are_kept_and_no_more(folder: Path, tmp_path: Path) -> None:
+    with joined_ranks("cpu") as ranks:
+        job = job_of(folder, ranks, "--checkpoint.keep", "2")
+        checkpoints = Checkpoints(job, tmp_path, "data")
+        for step in (1, 2, 3):
+            checkpoints.save(Progress(steps=step))
+        checkpoints.save_best(Progress(steps=1))
+        checkpoints.close()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["best", "step-00000002", "step-00000003"]
+
+
+def test_a_full_disk_ends_the_job_only_when_it_stays_full(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    with joined_ranks("cpu") as ranks:
+        checkpoints = Checkpoints(job_of(folder, ranks), tmp_path, "data")
+        checkpoints.save(Progress(steps=1), wait=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(dcp, "save", half_written)
+            checkpoints.save(Progress(steps=2))
+            checkpoints.wait()
+            told = capfd.readouterr().out
+            assert "step-00000002: the checkpoint could not be written (No space left" in told
+            assert f"the last good checkpoint is {tmp_path}/checkpoints/step-00000001" in told
+            checkpoints.save(Progress(steps=3))
+            checkpoints.save(Progress(steps=4))
+            with pytest.raises(ValueError, match=r"step-00000004: .* could not be written"):
+                checkpoints.wait()
+        checkpoints.save(Progress(steps=5), wait=True)
+        checkpoints.close()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000001", "step-00000005"]
 
 
 def test_a_folder_without_finished_run_is_refused(folder: Path, tmp_path: Path) -> None:
