@@ -6,6 +6,9 @@ Slurm, Kubernetes and others. Everything after `--` goes to the command unchange
     torchx run -s local_cwd launch/components.py:train --nproc 2 -- \
         --config recsys/configs/movielens_sample.yaml --data DATA --out RUN
 
+Every node runs torchrun with the same words; the ranks meet at the first node. What differs from
+node to node, such as its number of cores, is found out there by a line of shell before torchrun.
+
 The signatures follow torchx: it reads annotations and docstrings to build the command line and
 knows only `Optional`, `Dict` and `List` as compound types
 (https://pytorch.org/torchx/latest/components/overview.html).
@@ -29,6 +32,7 @@ def train(
     gpu: int = 0,
     memMB: int = -1,
     max_retries: int = 0,
+    rdzv_port: int = 29500,
     name: str = "recsys-train",
     image: str = torchx.IMAGE,
     env: Optional[Dict[str, str]] = None,
@@ -43,14 +47,29 @@ def train(
         cpu: processor cores to ask for per node; -1 leaves that to the scheduler
         gpu: GPUs to ask for per node
         memMB: memory to ask for per node, in MB; -1 leaves that to the scheduler
-        max_retries: how often the scheduler may restart the job
+        max_retries: how often torchrun restarts all ranks after one failed, and the scheduler the
+            job after torchrun failed or a node was lost (local_cwd: torchrun alone)
+        rdzv_port: port of the first node where the nodes meet; jobs that share that node need
+            different ones
         name: name of the job, `experiment/run` or `run`
         image: container image with this project installed; unused by local_cwd and slurm
         env: environment of the ranks, e.g. OMP_NUM_THREADS=4,NCCL_DEBUG=INFO
         mounts: what to mount into containers, e.g. type=bind,src=/data,dst=/data,readonly
     """
     return _distributed_job(
-        "train", args, nproc, nnodes, cpu, gpu, memMB, max_retries, name, image, env, mounts
+        "train",
+        args,
+        nproc,
+        nnodes,
+        cpu,
+        gpu,
+        memMB,
+        max_retries,
+        rdzv_port,
+        name,
+        image,
+        env,
+        mounts,
     )
 
 
@@ -62,6 +81,7 @@ def evaluate(
     gpu: int = 0,
     memMB: int = -1,
     max_retries: int = 0,
+    rdzv_port: int = 29500,
     name: str = "recsys-evaluate",
     image: str = torchx.IMAGE,
     env: Optional[Dict[str, str]] = None,
@@ -76,14 +96,29 @@ def evaluate(
         cpu: processor cores to ask for per node; -1 leaves that to the scheduler
         gpu: GPUs to ask for per node
         memMB: memory to ask for per node, in MB; -1 leaves that to the scheduler
-        max_retries: how often the scheduler may restart the job
+        max_retries: how often torchrun restarts all ranks after one failed, and the scheduler the
+            job after torchrun failed or a node was lost (local_cwd: torchrun alone)
+        rdzv_port: port of the first node where the nodes meet; jobs that share that node need
+            different ones
         name: name of the job, `experiment/run` or `run`
         image: container image with this project installed; unused by local_cwd and slurm
         env: environment of the ranks, e.g. OMP_NUM_THREADS=4,NCCL_DEBUG=INFO
         mounts: what to mount into containers, e.g. type=bind,src=/data,dst=/data,readonly
     """
     return _distributed_job(
-        "evaluate", args, nproc, nnodes, cpu, gpu, memMB, max_retries, name, image, env, mounts
+        "evaluate",
+        args,
+        nproc,
+        nnodes,
+        cpu,
+        gpu,
+        memMB,
+        max_retries,
+        rdzv_port,
+        name,
+        image,
+        env,
+        mounts,
     )
 
 
@@ -95,6 +130,7 @@ def predict(
     gpu: int = 0,
     memMB: int = -1,
     max_retries: int = 0,
+    rdzv_port: int = 29500,
     name: str = "recsys-predict",
     image: str = torchx.IMAGE,
     env: Optional[Dict[str, str]] = None,
@@ -109,14 +145,29 @@ def predict(
         cpu: processor cores to ask for per node; -1 leaves that to the scheduler
         gpu: GPUs to ask for per node
         memMB: memory to ask for per node, in MB; -1 leaves that to the scheduler
-        max_retries: how often the scheduler may restart the job
+        max_retries: how often torchrun restarts all ranks after one failed, and the scheduler the
+            job after torchrun failed or a node was lost (local_cwd: torchrun alone)
+        rdzv_port: port of the first node where the nodes meet; jobs that share that node need
+            different ones
         name: name of the job, `experiment/run` or `run`
         image: container image with this project installed; unused by local_cwd and slurm
         env: environment of the ranks, e.g. OMP_NUM_THREADS=4,NCCL_DEBUG=INFO
         mounts: what to mount into containers, e.g. type=bind,src=/data,dst=/data,readonly
     """
     return _distributed_job(
-        "predict", args, nproc, nnodes, cpu, gpu, memMB, max_retries, name, image, env, mounts
+        "predict",
+        args,
+        nproc,
+        nnodes,
+        cpu,
+        gpu,
+        memMB,
+        max_retries,
+        rdzv_port,
+        name,
+        image,
+        env,
+        mounts,
     )
 
 
@@ -129,6 +180,7 @@ def _distributed_job(
     gpu: int,
     mem_mb: int,
     max_retries: int,
+    rdzv_port: int,
     name: str,
     image: str,
     env: Optional[Dict[str, str]],
@@ -139,15 +191,12 @@ def _distributed_job(
     The only place that knows torchx's own component: upstream renames `dist.ddp` to
     `dist.torchrun`.
     """
-    if nproc < 1 or nnodes < 1:
-        raise ValueError(f"--nproc {nproc} --nnodes {nnodes}: each must be at least 1")
-    if 0 < gpu < nproc:
-        raise ValueError(
-            f"--nproc {nproc} is more than --gpu {gpu}: each rank needs a GPU of its own; "
-            f"give --nproc {gpu} or --gpu {nproc}"
-        )
-    ranks_env = dict(env or {})
-    ranks_env.setdefault("OMP_NUM_THREADS", _threads_per_rank(nproc, cpu))
+    _check_counts(nproc, nnodes, gpu, max_retries)
+    if gpu > 0:
+        # torchx asks Slurm for GPUs per task but leaves the number of tasks open, which Slurm
+        # refuses. sbatch, which torchx starts from here, reads the GPUs of each node from this.
+        os.environ["SBATCH_GPUS"] = str(gpu)
+    env = {**_torchrun_environment(nnodes, max_retries), **(env or {})}
     job = dist.ddp(
         "recsys.cli",
         command,
@@ -161,34 +210,57 @@ def _distributed_job(
         gpu=gpu,
         memMB=mem_mb,
         j=f"{nnodes}x{nproc}",
-        env=ranks_env,
+        env={key: value for key, value in env.items() if "," not in value},
         max_retries=max_retries,
+        rdzv_port=rdzv_port,
         mounts=mounts,
     )
     role = job.roles[0]
     role.name = command
-    role.args[-1] = f"{_search_path_of_this_environment()}; exec {role.args[-1]}"
+    role.args[-1] = f"{_node_setup(nproc, cpu, env)}exec {role.args[-1]}"
     return job
 
 
-def _threads_per_rank(nproc: int, cpu: int) -> str:
-    """Threads of one rank: the caller's OMP_NUM_THREADS, else an equal share of the cores.
+def _check_counts(nproc: int, nnodes: int, gpu: int, max_retries: int) -> None:
+    if nproc < 1 or nnodes < 1 or max_retries < 0:
+        raise ValueError(
+            f"--nproc {nproc} --nnodes {nnodes} --max_retries {max_retries}: the first two must be "
+            "at least 1, the last at least 0"
+        )
+    if 0 < gpu < nproc:
+        raise ValueError(
+            f"--nproc {nproc} is more than --gpu {gpu}: each rank needs a GPU of its own; "
+            f"give --nproc {gpu} or --gpu {nproc}"
+        )
 
-    The cores are those asked for, or this machine's where the scheduler decides.
+
+def _torchrun_environment(nnodes: int, max_retries: int) -> Dict[str, str]:
+    """Options of torchrun that torchx's component does not pass on."""
+    # The same as --max-restarts; torchx tells its retries to the scheduler only.
+    options = {"PET_MAX_RESTARTS": str(max_retries)}
+    if nnodes > 1:
+        # The store that torchrun lends to the ranks is announced to the nodes of the first start
+        # alone: one that comes back waits for it in vain, and then all nodes end. With this, rank
+        # 0 makes a new store in each start.
+        options["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    return options
+
+
+def _node_setup(nproc: int, cpu: int, env: Dict[str, str]) -> str:
+    """Shell code that each node runs before torchrun.
+
+    It finds the torchrun of the environment torchx runs in: torchx calls it by name, so that
+    without an activated environment it would be missing or another's. Inside a container the
+    folder does not exist, and the image's own is found. It sets variables whose value has a comma,
+    where Slurm's `--export=NAME=VALUE,...` would end it. And it shares the node's cores, or those
+    asked for, among the ranks; the number of threads that is set already wins.
     """
-    chosen = os.environ.get("OMP_NUM_THREADS")
-    if chosen:
-        return chosen
-    cores = cpu if cpu > 0 else len(os.sched_getaffinity(0))
-    return str(max(1, cores // nproc))
-
-
-def _search_path_of_this_environment() -> str:
-    """Shell code that lets a node find the torchrun of the environment torchx runs in.
-
-    torchx calls `torchrun` by name, so that without an activated environment it would be missing
-    or another's. Inside a container the folder does not exist, and the image's own is found.
-    """
-    folder = shlex.quote(os.path.dirname(sys.executable)).replace("$", "$$")
+    cores = str(cpu) if cpu > 0 else "$(nproc)"
+    lines = [
+        f'export PATH={shlex.quote(os.path.dirname(sys.executable))}:"$PATH"',
+        *(f"export {key}={shlex.quote(value)}" for key, value in env.items() if "," in value),
+        f"threads=$(( {cores} > {nproc} ? {cores} / {nproc} : 1 ))",
+        'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"',
+    ]
     # torchx substitutes $NAME in arguments; $$ reaches the shell as $.
-    return f'export PATH={folder}:"$$PATH"'
+    return "".join(f"{line}; " for line in lines).replace("$", "$$")

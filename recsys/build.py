@@ -22,7 +22,6 @@ from torchrec.optim.keyed import CombinedOptimizer
 from embeddings import (
     DenseGroup,
     MemoryBank,
-    PretrainedFiles,
     TableConfig,
     build_dense_optimizer,
     build_embedding_bag_collection,
@@ -31,10 +30,10 @@ from embeddings import (
     format_plan,
     fuse_table_optimizers,
     initialize_optimizer_state,
-    load_pretrained_rows,
     plan_sharding,
     sharders,
 )
+from embeddings.row_reset import RowReset
 from recsys.config import Config, ContentSettings, TableSettings
 from recsys.content.branch import ContentBranch
 from recsys.content.encoders import Encoder, build_encoder
@@ -44,6 +43,7 @@ from recsys.data.content_store import ContentStore, ItemTable, default_cache
 from recsys.data.filesystem import Location
 from recsys.data.interactions import BatchBuilder
 from recsys.data.schema import Schema, load_schema
+from recsys.data.vocabularies import BoundedVocabularies
 from recsys.losses import ContentIDContrastive, RankingLoss
 from recsys.model import EM3, Losses, ReadIDs
 from recsys.ranking import build_ranking
@@ -65,6 +65,7 @@ class Job:
     adamw: AdamW  # the dense part of `optimizer`
     schedule: LambdaLR
     pipeline: TrainPipelineSparseDist
+    vocabularies: BoundedVocabularies
     plan: str  # for people
     parameters: str  # for people: parameter, optimizer, learning rate
 
@@ -158,32 +159,6 @@ def _table_config(config: Config, schema: Schema, name: str, features: list[str]
         init_std=defaults.init_std,
         frozen=own.frozen,
     )
-
-
-def load_pretrained_tables(job: Job) -> list[str]:
-    """Writes the vectors of every `init_from` into its table; a line to print each. A collective.
-
-    Raises:
-        ValueError: no such file, or what it holds does not fit the table.
-    """
-    lines = []
-    for name, settings in job.config.embedding.tables.items():
-        if (source := settings.init_from) is None:
-            continue
-        with job.ranks.all_or_none():
-            location = Location.of(source.path)
-            paths = [file.path for file in location.files(".parquet")]
-            if not paths:
-                raise ValueError(
-                    f"embedding.tables.{name}.init_from: {source.path}: no such Parquet file, nor "
-                    "a folder with *.parquet files"
-                )
-        files = PretrainedFiles(
-            paths, location.arrow, source.id_column, source.vector_column, source.table
-        )
-        loaded = load_pretrained_rows(job.model, name, files, process_group=job.ranks.group)
-        lines.append(f"table '{name}': {loaded.num_set:,} rows set from {source.path}")
-    return lines
 
 
 def build_content_store(
@@ -306,6 +281,13 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
     optimizer, adamw = build_dense_optimizer(model, dense_groups(config))
     initialize_optimizer_state(adamw)  # a checkpoint fills only what is there
     schedule = warmup_schedule(adamw, config.optimizer.warmup_steps)
+    bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
+    vocabularies = BoundedVocabularies(
+        schema,
+        pooled_features(config, schema),
+        ranks.group,
+        RowReset(model, bounded, config.seed),
+    )
     pipeline = TrainPipelineSparseDist(model, optimizer, ranks.device, execute_all_batches=True)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
     return Job(
@@ -319,6 +301,7 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
         adamw,
         schedule,
         pipeline,
+        vocabularies,
         plan=format_plan(plan, tables),
         parameters=describe_optimizers(model, tables, adamw),
     )

@@ -3,6 +3,7 @@
 `model.*` are the weights that train or that training changes: tables, dense weights, adapters,
 normalisation statistics. The frozen weights of encoders are not stored; the manifest has a hash of
 them beside the configuration, which names where they come from. `bank` is the memory bank,
+`vocabulary.*` the maps of raw ids that learn while training,
 `optimizer.*` the state of fused and dense optimizers, `random.RANK.*` each rank's generators.
 """
 
@@ -33,7 +34,8 @@ def model_state(job: Job) -> State:
         pool = job.em3.content.bank.state_dict()["pool"]
         assert isinstance(pool, ShardedTensor)
         state["bank"] = in_blocks(pool, job.ranks.group)
-    return state
+    maps = job.vocabularies.state_dict()
+    return state | {f"vocabulary.{name}": value for name, value in maps.items()}
 
 
 @dataclass

@@ -33,12 +33,16 @@ def _parser() -> ArgumentParser:
     command = _Parser(description="Versions, devices and memory; how to mend what is wrong.")
     commands.add_subcommand("doctor", command)
 
-    command = _Parser(description="Makes a dataset of a known source.")
+    command = _Parser(description="Makes a dataset of a known source, or the maps of its ids.")
     commands.add_subcommand("prepare", command)
+    sources = command.add_subcommands()
     source = _Parser(description="MovieLens -> the dataset format.")
     source.add_argument("--source", type=Path | None, help="a folder; default: the bundled sample")
     source.add_argument("--out", type=Path, required=True, help="folder of the dataset to write")
-    command.add_subcommands().add_subcommand("movielens", source)
+    sources.add_subcommand("movielens", source)
+    source = _Parser(description="The maps of raw ids for columns with an exact vocabulary.")
+    source.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
+    sources.add_subcommand("vocabulary", source)
 
     command = _Parser(description="Trains a model; every setting can be overridden.")
     add_config_arguments(command)
@@ -83,7 +87,11 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
 
 def _prepare(arguments: Namespace) -> None:
     from recsys.data.movielens import format_summary, prepare_movielens
+    from recsys.data.prepare_vocabulary import format_prepared, prepare_vocabularies
 
+    if arguments.subcommand == "vocabulary":
+        print(format_prepared(prepare_vocabularies(arguments.vocabulary.data)))
+        return
     chosen = arguments.movielens
     print(format_summary(prepare_movielens(chosen.source, chosen.out)))
     print(f"written to {chosen.out}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from recsys.build import Job
 from recsys.data.interactions import Interactions, loader
 from recsys.data.parquet_rows import ParquetRows, count_items
+from recsys.data.vocabularies import UnknownIds, format_unknown, mapped
 from recsys.lockstep import Lockstep
 from recsys.metrics import evaluation_report, gather_rows
 
@@ -64,24 +65,41 @@ def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
 
 @torch.no_grad()
 def score(
-    job: Job, interactions: Interactions, lockstep: Lockstep | None = None
+    job: Job,
+    interactions: Interactions,
+    lockstep: Lockstep | None = None,
+    unknown: UnknownIds | None = None,
 ) -> dict[str, Tensor]:
     """Rows of all ranks, on every rank: position, logits, labels, group and target item.
 
-    Rows that only pad are left out, and random states are left as they are. A collective.
+    Rows that only pad are left out, and random states are left as they are; `unknown` counts the
+    ids that have no row of their own. A collective.
 
     Raises:
         TrainingStopped: the job is to end, as `lockstep` says.
     """
     devices = [job.ranks.device] if job.ranks.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        return _score(job, interactions, lockstep or Lockstep(job.ranks, job.config.checkpoint))
+        return _score(
+            job,
+            interactions,
+            lockstep or Lockstep(job.ranks, job.config.checkpoint),
+            unknown or UnknownIds(job.schema),
+        )
 
 
-def _score(job: Job, interactions: Interactions, lockstep: Lockstep) -> dict[str, Tensor]:
+def _score(
+    job: Job, interactions: Interactions, lockstep: Lockstep, unknown: UnknownIds
+) -> dict[str, Tensor]:
     job.model.eval()
-    batches = lockstep.batches(
-        iter(loader(interactions, job.config.num_workers, job.ranks.device.type == "cuda"))
+    batches = mapped(
+        lockstep.batches(
+            iter(loader(interactions, job.config.num_workers, job.ranks.device.type == "cuda"))
+        ),
+        job.vocabularies,
+        unknown,
+        first_step=0,
+        training=False,
     )
     parts: list[list[Tensor]] = []
     with lockstep.watchdog.armed():
@@ -127,7 +145,8 @@ def evaluate_split(
             job.ranks.rank,
             job.ranks.world_size,
         )
-    scored = score(job, interactions, lockstep)
+    unknown = UnknownIds(job.schema)
+    scored = score(job, interactions, lockstep, unknown)
     counts = item_counts[scored["items"].numpy()]
     reports = {
         label: evaluation_report(
@@ -136,4 +155,8 @@ def evaluate_split(
         for index, label in enumerate(job.schema.of_kind("label"))
     }
     first = next(iter(reports.values()))
-    return first if len(reports) == 1 else {**first, "labels": reports}
+    report = first if len(reports) == 1 else {**first, "labels": reports}
+    ids = unknown.totals(job.ranks.group)
+    if (line := format_unknown(split, ids)) is not None and job.ranks.is_first:
+        print(line, flush=True)
+    return {**report, "ids": ids} if ids else report

@@ -17,11 +17,12 @@ from recsys.config import load_config
 from recsys.data.filesystem import Location
 from recsys.data.interactions import Interactions
 from recsys.data.parquet_rows import ParquetRows
+from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.evaluation import evaluate_split, score
 from recsys.lockstep import Lockstep
 from recsys.metrics import format_report
 from recsys.ranks import Ranks
-from recsys.run_folder import ITEM_COUNTS
+from recsys.run_folder import ITEM_COUNTS, check_vocabularies
 from recsys.watchdog import Watchdog
 
 
@@ -37,6 +38,7 @@ def load_run(run: Path, data: str | None, ranks: Ranks, device: str) -> Job:
         config = load_config(run / "config.yaml", ["--device", device])
         data = data or (run / "data.txt").read_text().strip()
     job = build_job(config, data, ranks)
+    check_vocabularies(run, job)
     load_best(job, run)
     return job
 
@@ -79,7 +81,12 @@ def predict(
             ranks.world_size,
         )
     with Watchdog(ranks, job.config.stall_timeout) as watchdog:
-        scored = score(job, interactions, Lockstep(ranks, job.config.checkpoint, watchdog))
+        unknown = UnknownIds(job.schema)
+        lockstep = Lockstep(ranks, job.config.checkpoint, watchdog)
+        scored = score(job, interactions, lockstep, unknown)
+    line = format_unknown("input", unknown.totals(ranks.group))
+    if line is not None and ranks.is_first:
+        print(line, flush=True)
     probabilities = torch.empty(rows.num_rows, scored["logits"].shape[1])
     probabilities[scored["positions"]] = scored["logits"].sigmoid()
     with ranks.all_or_none():

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from recsys.build import Job
 from recsys.config import Config
 from recsys.data.row_order import Stage
+from recsys.data.vocabularies import UnknownIds
 
 
 @dataclass
@@ -26,6 +28,10 @@ class Progress:
     best_auc: float = -1.0
     best: dict[str, Any] = field(default_factory=dict)
     validations_without_gain: int = 0
+    # Of training so far: by column, ids looked up and unknown ones; by table with a bounded
+    # vocabulary, ids that got and that lost a row.
+    ids: dict[str, dict[str, int]] = field(default_factory=dict)
+    vocabularies: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def begin_next_epoch(self) -> None:
         self.epoch += 1
@@ -41,9 +47,28 @@ class Progress:
             self.stages.append(Stage(before.world_size, before.batch_size, self.batches))
             self.batches = 0
 
+    def count_ids(self, job: Job, unknown: UnknownIds) -> None:
+        """Adds what happened to raw ids since the last call. A collective."""
+        _add(self.ids, unknown.totals(job.ranks.group))
+        counts = job.vocabularies.counts()
+        _add(
+            self.vocabularies,
+            {
+                table: {"admitted": count.admitted, "evicted": count.evicted}
+                for table, count in counts.items()
+            },
+        )
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Progress:
         return Progress(**{**values, "stages": [Stage(**stage) for stage in values["stages"]]})
+
+
+def _add(totals: dict[str, dict[str, int]], more: dict[str, dict[str, int]]) -> None:
+    for name, counts in more.items():
+        known = totals.setdefault(name, {})
+        for key, count in counts.items():
+            known[key] = known.get(key, 0) + count

@@ -9,9 +9,12 @@ from typing import Literal
 
 import numpy as np
 
+from embeddings.vocabulary import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint_files import BEST, folders_by_age, recover
 from recsys.config import save_config
+from recsys.data.filesystem import Location
+from recsys.data.schema import vocabulary_file
 from recsys.ranks import Ranks
 
 Resume = Literal["auto", "never", "must"]
@@ -68,6 +71,40 @@ def begin_run(run: Path, item_counts: np.ndarray, ranks: Ranks) -> None:
             (run / "metrics.json").unlink(missing_ok=True)
             run.mkdir(parents=True, exist_ok=True)
             np.save(run / ITEM_COUNTS, item_counts)
+
+
+def keep_vocabularies(run: Path, job: Job) -> None:
+    """Keeps the maps that the run is trained with. A collective."""
+    with job.ranks.all_or_none():
+        if job.ranks.is_first:
+            for table in job.schema.tables_with("exact"):
+                file = vocabulary_file(Location.of(run), table)
+                Path(file.path).parent.mkdir(parents=True, exist_ok=True)
+                _exact(job, table).save(file.path)
+
+
+def check_vocabularies(run: Path, job: Job) -> None:
+    """Refuses data whose maps give an id another row than the one the run was trained with.
+
+    Raises:
+        ValueError: on every rank, names the column.
+    """
+    with job.ranks.all_or_none():
+        for table in job.schema.tables_with("exact"):
+            file = vocabulary_file(Location.of(run), table)
+            trained = ExactVocabulary.load(file.path, job.schema.limit(table))
+            if not _exact(job, table).is_extension_of(trained):
+                raise ValueError(
+                    f"{vocabulary_file(job.root, table)}: gives ids other rows than {file}, with "
+                    f"which the run was trained; bring that map into the dataset and run `recsys "
+                    f"prepare vocabulary --data {job.root}`, which only appends"
+                )
+
+
+def _exact(job: Job, table: str) -> ExactVocabulary:
+    vocabulary = job.schema.vocabularies[table]
+    assert isinstance(vocabulary, ExactVocabulary)
+    return vocabulary
 
 
 def describe_run(run: Path, job: Job, data: str) -> None:

@@ -20,21 +20,31 @@ from torchrec.distributed.train_pipeline.runtime_forwards import BaseForward
 from torchrec.distributed.types import ShardedModule
 
 from recsys.batch import Batch
-from recsys.build import Job, build_job, content_settings, load_pretrained_tables
+from recsys.build import Job, build_job, content_settings
 from recsys.checkpoint import Checkpoints, load_best
 from recsys.config import Config
 from recsys.content.projection_start import start_projections
 from recsys.data.interactions import Interactions, loader
 from recsys.data.parquet_rows import ParquetRows
+from recsys.data.vocabularies import UnknownIds, format_unknown, mapped
 from recsys.evaluation import check_rows, count_training_items, evaluate_split, fill_bank
 from recsys.lockstep import Lockstep, TrainingStopped
 from recsys.loss_watch import LossWatch
 from recsys.metrics import format_report
+from recsys.pretrained_tables import load_pretrained_tables
 from recsys.profiling import StepProfile
 from recsys.progress import Progress
 from recsys.ranks import Ranks
 from recsys.reporter import Reporter
-from recsys.run_folder import ITEM_COUNTS, Resume, begin_run, describe_run, find_start
+from recsys.run_folder import (
+    ITEM_COUNTS,
+    Resume,
+    begin_run,
+    check_vocabularies,
+    describe_run,
+    find_start,
+    keep_vocabularies,
+)
 from recsys.watchdog import Watchdog
 
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "transformers", "peft", "torchx")
@@ -109,11 +119,14 @@ class Trainer:
         """Steps up to batch `end` of the epoch, or to where a checkpoint is due and saved."""
         progress, lockstep = self.progress, self.lockstep
         batches = lockstep.training_batches(source, end - progress.batches, progress.steps)
+        unknown = UnknownIds(self.job.schema)
+        batches = mapped(batches, self.job.vocabularies, unknown, progress.steps, training=True)
         self.job.model.train()
         with lockstep.watchdog.armed(), self.profile:
             self._make_steps(batches)
         lockstep.error = lockstep.error or self.loss_watch.check()
         lockstep.settle()  # so that no state after a bad loss is ever saved
+        progress.count_ids(self.job, unknown)
         lockstep.raise_if_stopped()
         if lockstep.save:
             self.checkpoints.save(progress)
@@ -147,6 +160,8 @@ class Trainer:
         if content is not None and content.history.refresh_bank_every_epoch:
             fill_bank(job, self.lockstep)
         report = evaluate_split(job, "valid", self.item_counts, self.lockstep)
+        if (line := format_unknown("train", progress.ids)) is not None:
+            self.reporter.say(f"{line}; {progress.vocabularies}")
         self.reporter.validation(progress, report)
         if report["auc"] is None:
             raise ValueError(
@@ -200,6 +215,8 @@ def train(
                 rows, build, config.batch_size, ranks.rank, ranks.world_size, config.seed
             )
         checkpoints = Checkpoints(job, run, rows.fingerprint())
+        if goes_on:
+            check_vocabularies(run, job)
         progress = checkpoints.restore() if goes_on else None
         if progress is None:
             with ranks.all_or_none():
@@ -207,6 +224,7 @@ def train(
                     check_rows(job, split)
             item_counts = count_training_items(job)
             begin_run(run, item_counts, ranks)
+            keep_vocabularies(run, job)
         else:
             item_counts = np.load(run / ITEM_COUNTS)
         describe_run(run, job, data)
@@ -293,6 +311,8 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
             "samples_per_second": progress.samples / progress.seconds,
             "seconds": progress.seconds,
             "steps": progress.steps,
+            **({"ids": progress.ids} if progress.ids else {}),
+            **({"vocabularies": progress.vocabularies} if progress.vocabularies else {}),
         },
         "world_size": job.ranks.world_size,
         "versions": versions(),

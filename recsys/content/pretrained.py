@@ -1,8 +1,9 @@
 """Finds encoder weights: a hub name, a folder, an installed package, `random:`, or a factory.
 
 `package:NAME` resolves to the folder with a `config.json` inside the installed package NAME, so
-that weights can be installed and pinned like any dependency and loaded offline. Only safetensors
-and plain tensors are read (`trust_remote_code` stays off).
+that weights can be installed and pinned like any dependency and loaded offline. A folder or a
+repository is data, not code: weights come from safetensors, and no Python, pickle or kernel that it
+names is loaded. A factory, on the other hand, is code of yours that the configuration calls.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import find_adapter_config_file
 
 from recsys.content.tiny_encoders import tiny_model, tiny_tokenizer
 
@@ -62,23 +63,23 @@ def load_transformer(name: str, revision: str | None, where: str) -> nn.Module:
     if name.startswith("random:"):
         return tiny_model(name, where)
     source = resolve_encoder(name, where)
+    model: Any
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-        for part in (config, getattr(config, "vision_config", None)):
-            for key in list(vars(part)) if part is not None else []:
-                if "dropout" in key and isinstance(getattr(part, key), float):
-                    setattr(part, key, 0.0)
-        model: Any
+        config = _model_config(source, revision)
         model, report = AutoModel.from_pretrained(
             source,
             revision=revision,
             config=config,
             use_safetensors=True,
+            trust_remote_code=False,
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{where}: encoder '{name}' cannot be loaded: {error}") from error
+    # What is wrong with its files surfaces as whatever transformers stumbles over.
+    except Exception as error:
+        raise ValueError(
+            f"{where}: encoder '{name}' cannot be loaded: {_explained(error)}"
+        ) from error
     # transformers only warns and leaves such weights at random.
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if missing:
@@ -92,15 +93,64 @@ def load_transformer(name: str, revision: str | None, where: str) -> nn.Module:
     return model
 
 
+def _model_config(source: str, revision: str | None) -> Any:
+    """The architecture, without dropout."""
+    # transformers would follow it to another repository, and to pickled weights.
+    if find_adapter_config_file(source, revision=revision) is not None:
+        raise ValueError(
+            "it is a peft adapter; merge it into its base model (`merge_and_unload`) and save that"
+        )
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    config._attn_implementation = None  # which may name a kernel on the hub
+    for part in (config, getattr(config, "vision_config", None)):
+        for key in list(vars(part)) if part is not None else []:
+            if "dropout" in key and isinstance(getattr(part, key), float):
+                setattr(part, key, 0.0)
+    return config
+
+
+def _explained(error: Exception) -> str:
+    """The cause, and the mend where transformers' own would open a door."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it needs code from its repository, which is never run; use a model of an architecture "
+            "that transformers has"
+        )
+    if "safetensors" in str(error):
+        return (
+            f"{error} Weights are read from safetensors only, as a pickle may run code; where you "
+            "trust it, load the model and write it with `save_pretrained`"
+        )
+    return str(error) or repr(error)
+
+
 def load_tokenizer(name: str, revision: str | None, where: str) -> Any:
-    """The tokenizer of an encoder."""
+    """The tokenizer of an encoder.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no words, or more than the encoder knows.
+    """
     if name.startswith("random:"):
         return tiny_tokenizer()
     source = resolve_encoder(name, where)
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{where}: tokenizer of '{name}' cannot be loaded: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
+        num_embeddings = _model_config(source, revision).get_text_config().vocab_size
+    except Exception as error:
+        raise ValueError(
+            f"{where}: tokenizer of '{name}' cannot be loaded: {_explained(error)}"
+        ) from error
+    vocabulary = tokenizer.get_vocab()
+    if len(vocabulary) <= len(tokenizer.all_special_ids):  # made up where its files are missing
+        raise ValueError(f"{where}: tokenizer of '{name}' has no vocabulary; add tokenizer.json")
+    if max(vocabulary.values()) >= num_embeddings:
+        raise ValueError(
+            f"{where}: tokenizer of '{name}' has ids up to {max(vocabulary.values())}, the encoder "
+            f"embeds {num_embeddings}; they are of different models"
+        )
+    return tokenizer
 
 
 def load_module(path: str, where: str) -> nn.Module:

@@ -14,21 +14,28 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from io import BytesIO
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
 
 from recsys.batch import ContentInput
 from recsys.config import ModalitySettings
+from recsys.data.bad_rows import Report
+from recsys.data.images import decode_image
+from recsys.data.item_features import feature_tokens, usable_features
 from recsys.data.item_table import ItemTable, digest_of
-from recsys.data.parquet_rows import is_list, list_lengths
-from recsys.data.ragged_array import RaggedArray
+from recsys.data.item_text import texts_of, tokenize, tokenizer_state
+from recsys.data.ragged_array import RaggedArray, RaggedWriter
+from recsys.data.row_values import list_lengths
+
+SKIPPED = "skipped.json"  # beside an array: what is missing from it because it could not be used
 
 
 def default_cache() -> Path:
@@ -83,31 +90,37 @@ class ContentStore:
         self.items, self.modalities, self.cache = items, modalities, cache
         self.arrays: dict[str, RaggedArray] = {}
         self.folders: dict[str, Path] = {}
-        self._row_of_item = np.full(items.schema.num_items, -1, dtype=np.int64)
-        self._row_of_item[items.ids] = np.arange(len(items.ids))
+        order = np.argsort(items.ids)
+        self._ids, self._rows = items.ids[order], items.rows[order]
 
     def build(self, name: str, tokenizer: Any = None) -> None:
         """Makes, or finds in the cache, the array of one modality.
 
         Raises:
-            ValueError: an unreadable image or a feature of another size, with file and row.
+            ValueError: a text, image or feature that cannot be used, with file and row (unless the
+                items' `on_bad_row` is skip: then it is missing), or all are missing.
         """
         modality = self.modalities[name]
         column = modality.column
+        write: Callable[[Path], None]
         if modality.kind == "text":
             assert tokenizer is not None
-            settings: Any = (modality.max_length, _tokenizer_state(tokenizer))
+            settings: Any = (modality.max_length, tokenizer_state(tokenizer))
+            write = partial(self._write_text, column, modality.max_length, tokenizer)
+        elif modality.kind == "image":
+            settings = modality.image_size
+            write = partial(self._write_images, column, modality.image_size)
         else:
-            settings = modality.image_size if modality.kind == "image" else None
+            settings = None
+            write = partial(self._write_features, column)
+        if self.items.bad_rows.on_bad_row == "skip":
+            settings = (settings, "skip", str(self.items.folder))  # named in what is reported
         key = digest_of(self.items.fingerprint(column), modality.kind, settings)
         folder = self.cache / f"{modality.kind}-{key}"
-        if modality.kind == "text":
-            publish(folder, lambda path: self._write_text(path, column, modality, tokenizer))
-        elif modality.kind == "image":
-            publish(folder, lambda path: self._write_images(path, column, modality.image_size))
-        else:
-            publish(folder, lambda path: self._write_features(path, column))
+        publish(folder, lambda path: self._write(path, column, write))
+        self._read_skipped(folder)
         self.use(name, folder)
+        assert len(self.arrays[name]) == self.items.num_rows
 
     def use(self, name: str, folder: Path) -> None:
         """Serves a modality from the array in `folder`."""
@@ -116,7 +129,8 @@ class ContentStore:
 
     def gather(self, item_ids: np.ndarray) -> dict[str, ContentInput]:
         """Content of unique items [U], by modality; an unknown item has none."""
-        rows = self._row_of_item[item_ids]
+        place = np.searchsorted(self._ids, item_ids).clip(max=len(self._ids) - 1)
+        rows = np.where(self._ids[place] == item_ids, self._rows[place], -1)
         content = {}
         for name, array in self.arrays.items():
             values, mask = array.gather(rows)
@@ -125,134 +139,76 @@ class ContentStore:
             content[name] = ContentInput(torch.from_numpy(values), torch.from_numpy(mask))
         return content
 
-    def _write_text(
-        self, folder: Path, column: str, modality: ModalitySettings, tokenizer: Any
-    ) -> None:
-        token_ids: list[list[int]] = []
-        for file, _, chunk in self.items.chunks(column):
-            if not (pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type)):
-                raise ValueError(
-                    f"{file}: column '{column}' has type {chunk.type}, expected string"
-                )
-            texts = chunk.to_pylist()
-            known = [text for text in texts if text]
-            encoded = iter(
-                tokenizer(known, truncation=True, max_length=modality.max_length)["input_ids"]
-                if known
-                else []
-            )
-            token_ids += [next(encoded) if text else [] for text in texts]
-        lengths = np.array([len(ids) for ids in token_ids])
-        array = RaggedArray.create(folder, lengths, (), "int64")
-        if lengths.sum():
-            array.values[:] = np.concatenate([np.array(ids, np.int64) for ids in token_ids if ids])
-        array.values.flush()
-
-    def _write_images(self, folder: Path, column: str, size: int) -> None:
-        lengths = []
-        for file, _, chunk in self.items.chunks(column):
-            if not (pa.types.is_binary(chunk.type) or pa.types.is_large_binary(chunk.type)):
-                raise ValueError(
-                    f"{file}: column '{column}' has type {chunk.type}, expected binary"
-                )
-            lengths.append(chunk.is_valid().to_numpy(False).astype(np.int64))
-        array = RaggedArray.create(folder, np.concatenate(lengths), (3, size, size), "uint8")
-        place = 0
-        # Read again rather than held: encoded images of many items would not fit in memory.
-        for file, first_row, chunk in self.items.chunks(column):
-            for row, encoded in enumerate(chunk):
-                if encoded.is_valid:
-                    where = f"{file}: column '{column}', row {first_row + row}"
-                    array.values[place] = decode_image(encoded.as_py(), size, where)
-                    place += 1
-        array.values.flush()
-
-    def _write_features(self, folder: Path, column: str) -> None:
-        width: int | None = None
-        counts, parts = [], []
-        for file, first_row, chunk in self.items.chunks(column):
-            where = f"{file}: column '{column}'"
-            tokens_per_row, tokens = _feature_tokens(chunk, where)
-            counts.append(tokens_per_row)
-            if len(tokens):
-                width = width or int(list_lengths(tokens)[0])
-                rows = first_row + np.repeat(np.arange(len(chunk)), tokens_per_row)
-                parts.append(_feature_values(tokens, width, rows, where))
-        if width is None:
-            raise ValueError(
-                f"{self.items.folder}: column '{column}' is null or empty in every row; write the "
-                "features or take the modality out of the configuration"
-            )
-        array = RaggedArray.create(folder, np.concatenate(counts), (width,), "float32")
-        np.concatenate(parts, out=array.values)
-        array.values.flush()
-
-
-def _tokenizer_state(tokenizer: Any) -> Any:
-    """Everything that decides how a text is cut: vocabulary, normalisation, merges."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return repr(tokenizer), sorted(tokenizer.get_vocab().items())
-    state = json.loads(backend.to_str())
-    # What the last call asked for, which the backend remembers.
-    return json.dumps({**state, "truncation": None, "padding": None})
-
-
-def _feature_tokens(chunk: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
-    """(tokens of each row, all tokens as lists of floats).
-
-    A list of floats is one token, a list of lists as many as it holds; null and empty are none.
-    """
-    kind = chunk.type
-    is_nested = is_list(kind) and is_list(kind.value_type)
-    value = kind.value_type if is_list(kind) else kind
-    value = value.value_type if is_nested else value
-    if not is_list(kind) or not pa.types.is_floating(value):
-        raise ValueError(f"{where} has type {kind}, expected list<float> or list<list<float>>")
-    lengths = list_lengths(chunk)
-    if is_nested:
-        return lengths, chunk.flatten()
-    return (lengths > 0).astype(np.int64), chunk.filter(pa.array(lengths > 0))
-
-
-def _feature_values(tokens: pa.Array, width: int, rows: np.ndarray, where: str) -> np.ndarray:
-    """Tokens as float32 [T, width]; `rows` [T] are the rows they are of, for messages."""
-    widths = list_lengths(tokens)
-    wrong = widths != width
-    if wrong.any():
-        index = int(wrong.argmax())
-        raise ValueError(
-            f"{where}, row {rows[index]}: a feature has {widths[index]} values, earlier ones have "
-            f"{width}; write all of one width, or null for an item without"
+    def _write(self, folder: Path, column: str, write: Callable[[Path], None]) -> None:
+        """The array and, beside it, what was skipped."""
+        write(folder)
+        skipped = self.items.bad_rows.of_column(column)
+        (folder / SKIPPED).write_text(
+            json.dumps([[*place, *rows] for place, rows in skipped.items()])
         )
-    flat = tokens.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    values = flat.reshape(len(tokens), width)
-    wrong = ~np.isfinite(values).all(axis=1)
-    if wrong.any():
-        raise ValueError(
-            f"{where}, row {rows[int(wrong.argmax())]}: a feature has a value that is null or not "
-            "finite; write null for an item without"
+
+    def _read_skipped(self, folder: Path) -> None:
+        for *place, rows, first in json.loads((folder / SKIPPED).read_text()):
+            self.items.bad_rows.found[tuple(place)] = (rows, first)
+
+    def _chunks(self, column: str) -> Iterator[tuple[pa.Array, str, Report]]:
+        """(values, file and column for messages, how to tell of bad rows) of each chunk."""
+        for file, first_row, chunk in self.items.chunks(column):
+            report = partial(self.items.bad_rows.add, file, column, first_row)
+            yield chunk, f"{file}: column '{column}'", report
+
+    def _write_text(self, column: str, max_length: int, tokenizer: Any, folder: Path) -> None:
+        with closing(RaggedWriter(folder, (), "int64")) as writer:
+            for chunk, where, report in self._chunks(column):
+                tokens = tokenize(texts_of(chunk, where, report), max_length, tokenizer)
+                lengths = np.array([len(ids) for ids in tokens], np.int64)
+                writer.add(lengths, np.fromiter(chain.from_iterable(tokens), np.int64))
+        if not writer.num_entries:
+            raise self._nothing_in(column)
+
+    def _write_images(self, column: str, size: int, folder: Path) -> None:
+        with closing(RaggedWriter(folder, (3, size, size), "uint8")) as writer:
+            for chunk, where, report in self._chunks(column):
+                if not (pa.types.is_binary(chunk.type) or pa.types.is_large_binary(chunk.type)):
+                    raise ValueError(f"{where} has type {chunk.type}, expected binary")
+                writer.add(*_decoded_images(chunk, size, report))
+        if not writer.num_entries:
+            raise self._nothing_in(column)
+
+    def _write_features(self, column: str, folder: Path) -> None:
+        width = self._feature_width(column)
+        with closing(RaggedWriter(folder, (width,), "float32")) as writer:
+            for chunk, where, report in self._chunks(column):
+                writer.add(*usable_features(*feature_tokens(chunk, where), width, report))
+
+    def _feature_width(self, column: str) -> int:
+        """Of the first feature; if bad ones are skipped, which it may be, the most frequent one."""
+        for chunk, where, _ in self._chunks(column):
+            widths = list_lengths(feature_tokens(chunk, where)[1])
+            if len(widths):
+                is_skip = self.items.bad_rows.on_bad_row == "skip"
+                return int(np.bincount(widths).argmax() if is_skip else widths[0])
+        raise self._nothing_in(column)
+
+    def _nothing_in(self, column: str) -> ValueError:
+        return ValueError(
+            f"{self.items.folder}: column '{column}' is null or empty in every row; write the "
+            "content or take the modality out of the configuration"
         )
-    return values
 
 
-def decode_image(encoded: bytes, size: int, where: str) -> np.ndarray:
-    """Encoded image bytes -> uint8 [3, size, size]: the centre square, resized.
-
-    Raises:
-        ValueError: the bytes are not an image; `where` names the row.
-    """
-    try:
-        image = Image.open(BytesIO(encoded)).convert("RGB")
-    # Decoders of damaged bytes raise whatever their format's parser stumbles over.
-    except Exception as error:
-        raise ValueError(
-            f"{where}: not a readable image ({error}); write JPEG or PNG bytes, or null for an "
-            "item without an image"
-        ) from error
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return np.asarray(image).transpose(2, 0, 1)
+def _decoded_images(chunk: pa.Array, size: int, report: Report) -> tuple[np.ndarray, np.ndarray]:
+    """(number of images of each row, 0 or 1, and their pixels [sum, 3, size, size])."""
+    lengths = np.zeros(len(chunk), np.int64)
+    pixels = np.empty((len(chunk) - chunk.null_count, 3, size, size), np.uint8)
+    causes: dict[int, str] = {}
+    for row, encoded in enumerate(chunk):
+        if encoded.is_valid:
+            try:
+                pixels[lengths.sum()] = decode_image(encoded.as_py(), size)
+                lengths[row] = 1
+            except ValueError as error:
+                causes[row] = str(error)
+    bad = np.isin(np.arange(len(chunk)), list(causes))
+    report(bad, "unreadable image", causes.__getitem__)
+    return lengths, pixels[: lengths.sum()]

@@ -19,14 +19,15 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.batch import Batch
 from recsys.data.content_store import ContentStore
-from recsys.data.parquet_rows import (
+from recsys.data.parquet_rows import ParquetRows, Window
+from recsys.data.row_order import EpochShare, Stage, num_batches_of, rows_before
+from recsys.data.row_values import (
+    RAW_GROUP,
     ROW_POSITION,
-    ParquetRows,
-    Window,
+    is_list,
     list_lengths,
     padding_rows,
 )
-from recsys.data.row_order import EpochShare, Stage, num_batches_of, rows_before
 from recsys.data.schema import Schema
 
 
@@ -42,10 +43,10 @@ def _jagged(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
     return array.flatten().to_numpy(zero_copy_only=False), list_lengths(array)
 
 
-def _keyed_jagged(table: pa.Table, schema: Schema, names: list[str]) -> KeyedJaggedTensor:
+def _keyed_jagged(table: pa.Table, names: list[str]) -> KeyedJaggedTensor:
     values, lengths = [], []
     for name in names:
-        if schema.columns[name].kind == "id":
+        if not is_list(table.schema.field(name).type):
             values.append(_numbers(table, name))
             lengths.append(np.ones(table.num_rows, dtype=np.int32))
         else:
@@ -93,17 +94,18 @@ class BatchBuilder:
             history, history_lengths = _jagged(table, schema.history)
         parallel = [_jagged(table, name)[0] for name in schema.parallel]
         items = self._unique_items(target, history)
+        group = RAW_GROUP if RAW_GROUP in table.column_names else schema.group
         return Batch(
             dense_features=self._columns(table, schema.of_kind("dense")),
-            sparse_features=_keyed_jagged(table, schema, self.pooled_features)
+            sparse_features=_keyed_jagged(table, self.pooled_features)
             if self.pooled_features
             else None,
             labels=self._columns(table, schema.of_kind("label"))
             if self.with_labels
             else torch.zeros(num_rows, len(schema.of_kind("label"))),
-            sequence_features=_keyed_jagged(table, schema, sequence_names),
+            sequence_features=_keyed_jagged(table, sequence_names),
             target_items=torch.tensor(target),
-            groups=torch.tensor(_numbers(table, schema.group)),
+            groups=torch.tensor(_numbers(table, group)),
             row_positions=torch.tensor(_numbers(table, ROW_POSITION)),
             history_lengths=torch.from_numpy(history_lengths.astype(np.int64)),
             history_values=torch.from_numpy(np.stack(parallel, axis=1))
@@ -233,4 +235,11 @@ class Interactions(IterableDataset[Batch]):
 
 def loader(interactions: Interactions, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
     """Iterates `interactions`, in this process or, in the same order, in `num_workers` others."""
-    return DataLoader(interactions, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
+    return DataLoader(
+        interactions,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # Of its own, or each pass would draw from the numbers that dropout is to get.
+        generator=torch.Generator(),
+    )

@@ -7,20 +7,28 @@ exactly one rank, each rank reads only the row groups it needs, and shares diffe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from recsys.data.bad_rows import BadRows, OnBadRow
 from recsys.data.filesystem import Location
+from recsys.data.parquet_file import READ_ERRORS, column_type, open_parquet
+from recsys.data.row_values import (
+    ROW_POSITION,
+    check_type,
+    empty_table,
+    padding_rows,
+    usable_table,
+)
 from recsys.data.schema import Schema
+from recsys.ranks import Ranks
 
 SHUFFLE_ROWS = 262_144  # rows shuffled together in memory, per rank
-ROW_POSITION = "__row_position"  # a row's place in the split's files, in order of file name
 
 
 @dataclass(frozen=True)
@@ -42,49 +50,30 @@ class Window:
     stop: int
 
 
-def is_list(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds lists, of whatever flavour."""
-    return (
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    )
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-
-
-def _expected(schema: Schema, name: str) -> tuple[bool, bool]:
-    """(is a list, is an integer) of the column as the schema has it."""
-    column = schema.columns.get(name)
-    if column is None:  # a parallel list
-        return True, False
-    return column.kind in ("ids", "sequence"), column.kind in ("id", "ids", "sequence")
-
-
-def _check_type(schema: Schema, name: str, kind: pa.DataType, file: Location) -> None:
-    wants_list, wants_integer = _expected(schema, name)
-    value = kind.value_type if is_list(kind) else kind
-    fits = is_list(kind) == wants_list and (
-        pa.types.is_integer(value) if wants_integer else _is_number(value)
-    )
-    if not fits:
-        wanted = "integer" if wants_integer else "float"
-        wanted = f"list<{wanted}>" if wants_list else wanted
-        raise ValueError(
-            f"{file}: column '{name}' has type {kind}, expected {wanted}; write it with that type "
-            "or correct its kind in schema.yaml"
-        )
-
-
 class ParquetRows:
     """The rows of all `*.parquet` files of one split, or of the files given.
+
+    Args:
+        source: the files.
+        schema: meaning of their columns.
+        with_labels: False for files that need not have labels.
+        on_bad_row: what becomes of a row with a value that cannot be used, or of a row group that
+            cannot be read: `error`, or `skip`: padding rows stand in its place, and `bad_rows`
+            counts them.
 
     Raises:
         ValueError: no file, an empty or unreadable file, a missing column or a wrong type.
     """
 
-    def __init__(self, source: list[Location], schema: Schema, with_labels: bool = True) -> None:
+    def __init__(
+        self,
+        source: list[Location],
+        schema: Schema,
+        with_labels: bool = True,
+        on_bad_row: OnBadRow = "error",
+    ) -> None:
         self.schema = schema
+        self.bad_rows = BadRows(on_bad_row)
         self.columns = [
             name for name, column in schema.columns.items() if with_labels or column.kind != "label"
         ] + schema.parallel
@@ -94,31 +83,23 @@ class ParquetRows:
         self.num_rows = sum(group.num_rows for group in self.row_groups)
 
     @staticmethod
-    def of_split(root: Location, split: str, schema: Schema) -> ParquetRows:
+    def of_split(
+        root: Location, split: str, schema: Schema, on_bad_row: OnBadRow = "error"
+    ) -> ParquetRows:
         """The split `train`, `valid` or `test` of a dataset."""
         folder = root / split
         files = folder.files(".parquet")
         if not files:
             raise ValueError(f"{folder}: no *.parquet files; a dataset needs this split")
-        return ParquetRows(files, schema)
+        return ParquetRows(files, schema, on_bad_row=on_bad_row)
 
     def _add_file(self, file: Location) -> None:
-        if not file.exists():
-            raise ValueError(f"{file}: no such file")
-        try:
-            with pq.ParquetFile(file.path, filesystem=file.arrow) as parquet:
-                metadata, arrow_schema = parquet.metadata, parquet.schema_arrow
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
+        with open_parquet(file) as parquet:
+            metadata = parquet.metadata
+            for name in self.columns:
+                check_type(self.schema, name, column_type(parquet, file, name), file)
         if metadata.num_rows == 0:
             raise ValueError(f"{file}: the file has no rows; remove it or write it again")
-        for name in self.columns:
-            if name not in arrow_schema.names:
-                raise ValueError(
-                    f"{file}: column '{name}' is missing; the file has {arrow_schema.names}. "
-                    "Write it or take it out of schema.yaml"
-                )
-            _check_type(self.schema, name, arrow_schema.field(name).type, file)
         first_row = 0
         position = (
             self.row_groups[-1].first_position + self.row_groups[-1].num_rows
@@ -129,6 +110,43 @@ class ParquetRows:
             num_rows = metadata.row_group(index).num_rows
             self.row_groups.append(RowGroup(file, index, num_rows, first_row, position + first_row))
             first_row += num_rows
+
+    def describe_range(self, positions: np.ndarray) -> str:
+        """First and last of some rows, each as file and row, for messages."""
+        if not len(positions):
+            return "no rows"
+        ends = [self._place(int(position)) for position in (positions.min(), positions.max())]
+        return " and ".join(f"{group.file} row {row}" for group, row in ends)
+
+    def _place(self, position: int) -> tuple[RowGroup, int]:
+        """The row group that holds a place of the split, and the row in its file."""
+        for group in self.row_groups:
+            first = group.first_position
+            if first <= position < first + group.num_rows:
+                return group, group.first_row + position - first
+        raise AssertionError("a place beyond the rows")
+
+    def fingerprint(self) -> str:
+        """A hash of what decides on the order of the rows: files, row groups and their sizes."""
+        names = [str(group.file).rsplit("/", 1)[-1] for group in self.row_groups]
+        sizes = [group.num_rows for group in self.row_groups]
+        return hashlib.blake2b(repr((names, sizes)).encode(), digest_size=16).hexdigest()
+
+    def skipped(self, ranks: Ranks, what: str) -> dict[str, Any]:
+        """What all ranks have skipped of the row groups read so far; see `BadRows.summary`.
+
+        Rank 0 prints it as the skipped rows of `what`. A collective.
+
+        Raises:
+            ValueError: no row is left.
+        """
+        summary = self.bad_rows.summary(ranks, what)
+        if summary["rows"] == self.num_rows:
+            raise ValueError(
+                f"{self.row_groups[0].file}: none of the {self.num_rows} rows of {what} can be "
+                "used; mend the data, or the schema"
+            )
+        return summary
 
     def share(self, rank: int, world_size: int) -> tuple[int, int]:
         """First and last-plus-one place of a rank's rows in the global order."""
@@ -182,95 +200,34 @@ class ParquetRows:
         return [self.row_groups[index] for index in order]
 
     def _read_group(self, group: RowGroup) -> pa.Table:
+        """The rows of a row group, those that cannot be used as padding rows."""
         try:
-            with pq.ParquetFile(group.file.path, filesystem=group.file.arrow) as parquet:
+            with open_parquet(group.file) as parquet:
                 table = parquet.read_row_group(group.index, columns=self.columns)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{group.file}: row group {group.index} (rows from {group.first_row}) cannot be "
-                f"read ({error}); write the file again"
-            ) from error
-        arrays = [self._checked(table, name, group) for name in self.columns]
-        arrays.append(pa.array(np.arange(group.num_rows) + group.first_position))
-        table = pa.table(dict(zip([*self.columns, ROW_POSITION], arrays, strict=True)))
-        self._check_parallel(table, group)
-        return table
+            if table.num_rows != group.num_rows:
+                raise OSError(f"{table.num_rows} rows instead of {group.num_rows}")
+        except READ_ERRORS as error:
+            cause = str(error)
+            self.bad_rows.add(
+                group.file,
+                "",
+                group.first_row,
+                np.ones(group.num_rows, bool),
+                "row group that cannot be read",
+                lambda row: (
+                    f"row group {group.index} (rows from {group.first_row}) cannot be read "
+                    f"({cause}); write the file again"
+                ),
+            )
+            return padding_rows(empty_table(self.schema, self.columns), group.num_rows)
 
-    def _checked(self, table: pa.Table, name: str, group: RowGroup) -> pa.Array:
-        """The column in its canonical type, its values checked."""
-        is_list_column, is_integer = _expected(self.schema, name)
-        array = table[name].combine_chunks()
-        if isinstance(array, pa.ChunkedArray):
-            array = pa.concat_arrays(array.chunks)
-        where = f"{group.file}: column '{name}'"
-        if not is_list_column and array.null_count:
-            row = group.first_row + int(np.flatnonzero(array.is_null().to_numpy(False))[0])
-            raise ValueError(f"{where}, row {row}: null; fill it or drop the row")
-        # Ids are checked as they were written, since a large unsigned one would turn negative.
-        own_type = array.type.value_type if is_list_column else array.type
-        array = _cast(array, own_type if is_integer else pa.float32(), is_list_column)
-        values = array.flatten() if is_list_column else array
-        bad, reason = self._bad_value(name, values, is_integer)
-        if bad is not None:
-            row = bad
-            if is_list_column:
-                row = int(np.repeat(np.arange(len(array)), list_lengths(array))[bad])
-            raise ValueError(f"{where}, row {group.first_row + row}: {reason}")
-        return _cast(array, pa.int64(), is_list_column) if is_integer else array
+        def report(
+            column: str, bad: np.ndarray, reason: str, message: Callable[[int], str]
+        ) -> None:
+            self.bad_rows.add(group.file, column, group.first_row, bad, reason, message)
 
-    def _bad_value(self, name: str, values: pa.Array, is_integer: bool) -> tuple[int | None, str]:
-        """Index of the first value that cannot be used, and why."""
-        if values.null_count:
-            index = int(np.flatnonzero(values.is_null().to_numpy(False))[0])
-            return index, "null inside the list; fill it or leave it out"
-        numbers = values.to_numpy(zero_copy_only=False)
-        if not is_integer:
-            wrong = ~np.isfinite(numbers)
-            mend = "write a finite number that fits float32"
-        else:
-            limit = self.schema.limit(name)
-            wrong = (numbers < 0) | (numbers >= limit)
-            table = self.schema.table_of(name)
-            mend = f"raise num_embeddings of '{table}' in schema.yaml or map the ids to rows"
-        if not wrong.any():
-            return None, ""
-        index = int(wrong.argmax())
-        if not is_integer:
-            return index, f"value {numbers[index]}; {mend}"
-        return index, f"id {numbers[index]} is outside [0, {limit}); {mend}"
-
-    def _check_parallel(self, table: pa.Table, group: RowGroup) -> None:
-        if self.schema.history is None:
-            return
-        lengths = list_lengths(table[self.schema.history])
-        for name in self.schema.parallel:
-            wrong = list_lengths(table[name]) != lengths
-            if wrong.any():
-                row = int(wrong.argmax())
-                raise ValueError(
-                    f"{group.file}: column '{name}', row {group.first_row + row}: the list has "
-                    f"another length than '{self.schema.history}' ({lengths[row]} items); write "
-                    "one value per item"
-                )
-
-
-def _cast(array: pa.Array, value_type: pa.DataType, as_list: bool) -> pa.Array:
-    return array.cast(pa.list_(value_type) if as_list else value_type, safe=False)
-
-
-def list_lengths(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """Lengths of the lists; a null list is an empty one."""
-    lengths = pc.fill_null(pc.list_value_length(column), 0)
-    return lengths.to_numpy() if isinstance(lengths, pa.ChunkedArray) else lengths.to_numpy(False)
-
-
-def padding_rows(like: pa.Table, num_rows: int) -> pa.Table:
-    """Rows that take part in a step and count nowhere: zeros, empty lists, position -1."""
-    columns = {}
-    for field in like.schema:
-        value: Any = [] if is_list(field.type) else -1 if field.name == ROW_POSITION else 0
-        columns[field.name] = pa.array([value] * num_rows, field.type)
-    return pa.table(columns, schema=like.schema)
+        positions = np.arange(group.num_rows) + group.first_position
+        return usable_table(table.select(self.columns), self.schema, positions, report)
 
 
 def count_items(rows: ParquetRows, rank: int, world_size: int) -> np.ndarray:
@@ -281,5 +238,8 @@ def count_items(rows: ParquetRows, rank: int, world_size: int) -> np.ndarray:
     counts = np.zeros(rows.schema.num_items, dtype=np.int64)
     target = rows.schema.target_item
     for table in rows.read(*rows.share(rank, world_size)):
-        counts += np.bincount(table[target].to_numpy(), minlength=len(counts))
+        known = table[target].to_numpy()[table[ROW_POSITION].to_numpy() >= 0]
+        # Not bincount, which would make another array of the whole table's length.
+        items, times = np.unique(known, return_counts=True)
+        counts[items] += times
     return counts

@@ -19,17 +19,37 @@ that the schema does not name may be in the files and are not read.
         text:   {kind: text}
         poster: {kind: image}
         clip:   {kind: feature}
+
+Ids are rows of tables, unless a column has a `vocabulary`, which finds the rows of raw ids:
+
+      user:    {kind: id, num_embeddings: 1000, vocabulary: {kind: bounded, admit_after: 2}}
+      item:    {kind: id, num_embeddings: 9743, vocabulary: {kind: exact}}
+      query:   {kind: ids, num_embeddings: 5000, vocabulary: {kind: hash, num_hashes: 2}}
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import yaml
 from jsonargparse import ArgumentParser
 
+from embeddings.vocabulary import ExactVocabulary, HashVocabulary
 from recsys.data.filesystem import Location
+
+
+@dataclass
+class VocabularySettings:
+    """How the raw ids of a table, integers or strings, find their rows."""
+
+    # exact: by the map that `recsys prepare vocabulary` wrote; hash: by hash functions; bounded: by
+    # a map that learns ids while training.
+    kind: Literal["exact", "hash", "bounded"]
+    num_hashes: int = 1  # of hash: an id has the sum of so many rows
+    seed: int = 0  # of hash
+    admit_after: int = 1  # of bounded: an id gets a row when it was seen so often
+    half_life: float = 10_000.0  # of bounded: steps in which what a use counts is halved
 
 
 @dataclass
@@ -40,6 +60,7 @@ class Column:
     num_embeddings: int | None = None  # rows of its table: ids lie in [0, num_embeddings)
     shares: str | None = None  # use another column's table instead of an own one
     parallel: list[str] = field(default_factory=list)  # float lists beside a sequence
+    vocabulary: VocabularySettings | None = None  # ids are raw; None: they are rows
 
 
 @dataclass
@@ -65,6 +86,10 @@ class Schema:
     group: str
     columns: dict[str, Column]
     items: Items | None = None
+    # By table, where the rows of an id are known without training.
+    vocabularies: dict[str, ExactVocabulary | HashVocabulary] = field(
+        default_factory=dict, init=False
+    )
 
     def of_kind(self, kind: str) -> list[str]:
         """Names of the columns of one kind, in the order of the schema."""
@@ -92,17 +117,39 @@ class Schema:
         assert num_embeddings is not None
         return num_embeddings
 
+    def vocabulary_of(self, name: str) -> VocabularySettings | None:
+        """How raw ids of column `name` find their rows; None where ids are rows."""
+        return self.columns[self.table_of(name)].vocabulary if name in self.columns else None
+
+    def tables_with(self, kind: Literal["exact", "hash", "bounded"]) -> list[str]:
+        """Tables whose rows are found by a vocabulary of that kind."""
+        return [
+            name
+            for name, column in self.columns.items()
+            if column.vocabulary is not None and column.vocabulary.kind == kind
+        ]
+
     @property
     def parallel(self) -> list[str]:
         """Lists beside the history."""
         return self.columns[self.history].parallel if self.history else []
 
 
-def load_schema(root: Location) -> Schema:
-    """Reads and checks `schema.yaml` of the dataset at `root`.
+def vocabulary_file(root: Location, table: str) -> Location:
+    """Where a dataset keeps the map of raw ids to rows of a table."""
+    return root / "vocabulary" / f"{table}.parquet"
+
+
+def load_schema(root: Location, with_vocabularies: bool = True) -> Schema:
+    """Reads and checks `schema.yaml` of the dataset at `root`, and its vocabularies.
+
+    Args:
+        root: the dataset.
+        with_vocabularies: False leaves out the maps, which may not be prepared yet.
 
     Raises:
-        ValueError: the file is missing, has an unknown key, or its parts do not fit together.
+        ValueError: the file is missing, has an unknown key, or its parts do not fit together; a
+            map is missing or does not fit its table.
     """
     path = root / "schema.yaml"
     if not path.exists():
@@ -116,9 +163,29 @@ def load_schema(root: Location) -> Schema:
         namespace = parser.instantiate(parser.parse_object(content))
     except Exception as error:
         raise ValueError(f"{path}: {error}") from error
-    schema = Schema(**{name: namespace[name] for name in Schema.__dataclass_fields__})
+    schema = Schema(**{part.name: namespace[part.name] for part in fields(Schema) if part.init})
     _validate(schema, str(path))
+    if with_vocabularies:
+        _load_vocabularies(schema, root)
     return schema
+
+
+def _load_vocabularies(schema: Schema, root: Location) -> None:
+    for table in schema.tables_with("exact"):
+        file = vocabulary_file(root, table)
+        if not file.exists():
+            raise ValueError(
+                f"{file}: no such file, but column '{table}' has a vocabulary of kind exact; run "
+                f"`recsys prepare vocabulary --data {root}`"
+            )
+        vocabulary = ExactVocabulary.load(file.path, schema.limit(table), file.arrow)
+        schema.vocabularies[table] = vocabulary
+    for table in schema.tables_with("hash"):
+        settings = schema.vocabulary_of(table)
+        assert settings is not None
+        schema.vocabularies[table] = HashVocabulary(
+            schema.limit(table), settings.num_hashes, settings.seed
+        )
 
 
 def _validate(schema: Schema, path: str) -> None:
@@ -148,7 +215,7 @@ def _validate(schema: Schema, path: str) -> None:
 def _validate_column(schema: Schema, name: str, column: Column, path: str) -> None:
     where = f"{path}: column '{name}'"
     if column.kind in ("dense", "label"):
-        if column.num_embeddings or column.shares or column.parallel:
+        if column.num_embeddings or column.shares or column.parallel or column.vocabulary:
             raise ValueError(f"{where} of kind {column.kind} takes no further key")
         return
     if column.parallel and column.kind != "sequence":
@@ -157,6 +224,8 @@ def _validate_column(schema: Schema, name: str, column: Column, path: str) -> No
         raise ValueError(f"{where} needs either num_embeddings or shares")
     if column.num_embeddings is not None and column.num_embeddings < 1:
         raise ValueError(f"{where}: num_embeddings is {column.num_embeddings}; it must be positive")
+    if column.vocabulary is not None:
+        _validate_vocabulary(schema, name, column, where)
     if column.kind == "sequence" and column.shares != schema.target_item:
         raise ValueError(
             f"{where}: a sequence holds past target items; write `shares: {schema.target_item}`"
@@ -170,3 +239,32 @@ def _validate_column(schema: Schema, name: str, column: Column, path: str) -> No
                 f"{where} of kind {column.kind} is pooled and cannot share the table of the target "
                 "item, which is not; give it num_embeddings"
             )
+
+
+def _validate_vocabulary(schema: Schema, name: str, column: Column, where: str) -> None:
+    settings = column.vocabulary
+    assert settings is not None
+    if column.num_embeddings is None:
+        raise ValueError(
+            f"{where} shares '{column.shares}' and its vocabulary; give the vocabulary there"
+        )
+    own = {"exact": [], "hash": ["num_hashes", "seed"], "bounded": ["admit_after", "half_life"]}
+    for part in fields(settings):
+        is_set = getattr(settings, part.name) != part.default
+        if part.name not in ["kind", *own[settings.kind]] and is_set:
+            raise ValueError(f"{where}: a vocabulary of kind {settings.kind} has no {part.name}")
+    for setting in ("num_hashes", "admit_after"):
+        if getattr(settings, setting) < 1:
+            raise ValueError(f"{where}: {setting} is {getattr(settings, setting)}; set at least 1")
+    if not settings.half_life > 0:
+        raise ValueError(f"{where}: half_life is {settings.half_life}; set a positive number")
+    if settings.kind != "hash" and column.num_embeddings < 2:
+        raise ValueError(
+            f"{where}: num_embeddings is 1, but the last row is that of unknown ids; set at least 2"
+        )
+    if name == schema.target_item and (settings.kind == "bounded" or settings.num_hashes > 1):
+        given = "several hashes" if settings.kind == "hash" else "a bounded vocabulary"
+        raise ValueError(
+            f"{where} is the target item, whose content is kept by row: it cannot have {given}; "
+            "choose kind exact, or hash with num_hashes 1"
+        )

@@ -11,13 +11,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from torchx.specs import AppDef
+from torchx.specs import AppDef, macros
 from torchx.specs.builders import materialize_appdef
 from torchx.specs.finder import get_component
 
 COMPONENTS = Path(__file__).parents[2] / "launch" / "components.py"
 STAND_IN = """
-import os, sys
+import os, signal, sys
+if "--kill-once" in sys.argv and os.environ["RANK"] == "1":
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
 print(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: {sys.argv[1:]}", flush=True)
 print(f"threads {os.environ['OMP_NUM_THREADS']}, python {sys.executable}", flush=True)
 if "--fail" in sys.argv and os.environ["RANK"] == "1":
@@ -59,7 +62,10 @@ def test_two_ranks_on_one_node_unless_said_otherwise() -> None:
     assert " --nnodes 1 --nproc_per_node 2 " in component("train").roles[0].args[-1]
 
 
-def test_resources_image_environment_and_restarts_reach_the_job() -> None:
+def test_resources_image_environment_and_retries_reach_the_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SBATCH_GPUS", "")  # restored after the test
     job = component(
         "train",
         *("--nproc", "8", "--gpu", "8", "--cpu", "96", "--memMB", "64000"),
@@ -72,6 +78,7 @@ def test_resources_image_environment_and_restarts_reach_the_job() -> None:
     assert (role.image, role.max_retries, job.name) == ("registry/recsys:1", 3, "seed1")
     assert (role.env["A"], role.env["B"]) == ("1", "2")
     assert role.mounts[0].dst_path == "/mnt"
+    assert os.environ["SBATCH_GPUS"] == "8"  # of each node; without it sbatch refuses the job
 
 
 def test_a_scheduler_is_asked_for_no_more_than_the_user_asks_for() -> None:
@@ -79,23 +86,48 @@ def test_a_scheduler_is_asked_for_no_more_than_the_user_asks_for() -> None:
     assert (resource.cpu, resource.gpu, resource.memMB) == (-1, 0, -1)
 
 
-def test_ranks_share_the_cores_of_their_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+def variable_of_ranks(name: str, *arguments: str, cores: int = 2, **env: str) -> str:
+    """What a variable is for the ranks on a node of so many cores, where `env` is set already."""
+    role = component("train", *arguments).roles[0]
+    role = macros.Values("", app_id="job", replica_id="0", rank0_env="FIRST").apply(role)
+    before_torchrun, _ = role.args[-1].split("exec torchrun")
+    script = f"nproc() {{ echo {cores}; }}; {before_torchrun} echo ${name}"
+    env = {"PATH": "/usr/bin:/bin", **role.env, **env}
+    return subprocess.check_output(["bash", "-c", script], env=env, text=True).strip()
 
+
+def test_ranks_share_the_cores_of_their_node() -> None:
     def threads(*arguments: str) -> str:
-        return component("train", *arguments).roles[0].env["OMP_NUM_THREADS"]
+        return variable_of_ranks("OMP_NUM_THREADS", *arguments, cores=12)
 
     assert threads("--nproc", "4") == "3"
     assert threads("--nproc", "16") == "1"
     assert threads("--nproc", "4", "--cpu", "96") == "24"
 
 
-def test_the_users_number_of_threads_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert component("train").roles[0].env["OMP_NUM_THREADS"] == "5"
-    job = component("train", "--env", "OMP_NUM_THREADS=7")
-    assert job.roles[0].env["OMP_NUM_THREADS"] == "7"
+def test_the_users_number_of_threads_wins() -> None:
+    assert variable_of_ranks("OMP_NUM_THREADS", OMP_NUM_THREADS="5") == "5"
+    assert variable_of_ranks("OMP_NUM_THREADS", "--env", "OMP_NUM_THREADS=7") == "7"
+
+
+def test_a_value_with_commas_reaches_the_ranks_without_slurms_list_of_variables() -> None:
+    arguments = ("--env", "NCCL_SOCKET_IFNAME=eth0,eth1,A=1")
+    assert variable_of_ranks("NCCL_SOCKET_IFNAME", *arguments) == "eth0,eth1"
+    declared = component("train", *arguments).roles[0].env
+    assert declared["A"] == "1"
+    assert not any("," in value for value in declared.values())
+
+
+def test_torchrun_restarts_as_often_as_the_scheduler() -> None:
+    assert component("train").roles[0].env["PET_MAX_RESTARTS"] == "0"
+    role = component("train", "--max_retries", "3").roles[0]
+    assert (role.env["PET_MAX_RESTARTS"], role.max_retries) == ("3", 3)
+
+
+def test_several_nodes_meet_at_the_port_of_the_first() -> None:
+    role = component("train", "--nnodes", "2", "--rdzv_port", "29700").roles[0]
+    assert " --rdzv_endpoint $${${rank0_env}:=localhost}:29700 " in role.args[-1]
+    assert " --rdzv_endpoint localhost:0 " in component("train").roles[0].args[-1]
 
 
 def test_more_ranks_than_gpus_are_refused_with_the_mend() -> None:
@@ -103,6 +135,8 @@ def test_more_ranks_than_gpus_are_refused_with_the_mend() -> None:
         component("train", "--nproc", "4", "--gpu", "2")
     with pytest.raises(ValueError, match="--nproc 0"):
         component("train", "--nproc", "0")
+    with pytest.raises(ValueError, match="--max_retries -1"):
+        component("train", "--max_retries", "-1")
 
 
 def test_a_job_runs_on_two_ranks_with_the_python_of_torchx(tmp_path: Path) -> None:
@@ -119,3 +153,18 @@ def test_a_failing_rank_fails_the_job_and_shows_its_cause(tmp_path: Path) -> Non
     done = run_torchx(tmp_path, "launch/components.py:evaluate", "--", "--fail")
     assert done.returncode != 0
     assert "ValueError: rank 1 says why" in done.stderr
+
+
+def test_a_job_whose_rank_is_killed_is_restarted(tmp_path: Path) -> None:
+    job = ("launch/components.py:train", "--max_retries", "1", "--", "--kill-once")
+    done = run_torchx(tmp_path, *job)
+    assert done.returncode == 0, done.stderr
+    assert "exitcode: -9" in done.stderr
+    for rank in (0, 1):
+        assert f"rank {rank} of 2: ['train', '--kill-once']" in done.stderr
+
+
+def test_a_job_whose_rank_is_killed_fails_without_retries(tmp_path: Path) -> None:
+    done = run_torchx(tmp_path, "launch/components.py:train", "--", "--kill-once")
+    assert done.returncode != 0
+    assert "rank 1 of 2" not in done.stderr

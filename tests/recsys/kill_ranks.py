@@ -1,8 +1,9 @@
 """Kills ranks of one training run again and again, and compares its end with an undisturbed run.
 
-`python -m tests.recsys.kill_ranks --kills 20` trains twice over two ranks by torchx: once in peace,
-once with so many ranks killed at random steps, which torchx restarts. Weights, optimizer state,
-bank and metrics must be equal to the last bit, and every impression trained on once per epoch.
+`python -m tests.recsys.kill_ranks --kills 20` trains three times on two ranks by torchx: in peace,
+with two ranks asked to end (SIGTERM), and with so many killed at random steps. torchx restarts the
+job each time. Weights, optimizer state, bank and metrics must be equal to the last bit, and every
+impression trained on once per epoch; SIGTERM must not lose a step.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ def random_plan(kills: int, seed: int) -> Plan:
     return [(step, rng.randrange(2), signal.SIGKILL, rng.random() * 0.1) for step in sorted(steps)]
 
 
-def train(folder: Path, name: str, plan: Plan, *more: str) -> Path:
+def train(folder: Path, name: str, plan: Plan) -> Path:
     """Trains under `folder/name` by torchx, with what is planned; returns that folder."""
     place = folder / name
     place.mkdir()
     (place / "plan.json").write_text(json.dumps(plan))
-    words = train_words(folder / "data", place / "run", "--epochs", str(EPOCHS), *more)[1:]
-    words += ["--patience", "9", "--log_every_steps", "1"]
+    words = train_words(folder / "data", place / "run", "--epochs", str(EPOCHS))[1:]
+    words += ["--patience", "9", "--checkpoint.every_steps", "3"]
     hook = f"TRACE={place},PYTHONPATH={Path(__file__).parent / 'fault_hook'}:{ROOT}"
     job = ["-s", "local_cwd", "launch/components.py:train", "--nproc", "2", "--env", hook]
     retries = ["--max_retries", str(len(plan) + 1)]
@@ -109,19 +110,18 @@ def check_equal(place: Path, other: Path) -> int:
     return compared
 
 
-def survive(folder: Path, plan: Plan, *more: str) -> str:
-    """Trains undisturbed and as planned, compares, and says what was seen."""
-    write_dataset(folder / "data", NUM_ROWS)
-    peaceful = train(folder, "peaceful", [], *more)
-    disturbed = train(folder, "disturbed", plan, *more)
+def survive(folder: Path, peaceful: Path, name: str, plan: Plan) -> str:
+    """Trains as planned, compares with the undisturbed run, and says what was seen."""
+    disturbed = train(folder, name, plan)
     carried_out = len(list(disturbed.glob("done-*")))
     assert carried_out == len(plan), f"{carried_out} of {len(plan)} signals were sent"
-    check_impressions(peaceful)
     steps, made = check_impressions(disturbed)
+    if all(number == signal.SIGTERM for _, _, number, _ in plan):
+        assert made == steps, f"SIGTERM lost {made - steps} steps"
     compared = check_equal(peaceful, disturbed)
     return (
-        f"{carried_out} signals; {steps} steps in the result, {made} made by rank 0; {compared} "
-        "tensors and all metrics equal to the last bit; every impression once per epoch"
+        f"{name}: {carried_out} signals; {steps} steps in the result, {made} made by rank 0; "
+        f"{compared} tensors and all metrics equal to the last bit; every impression once per epoch"
     )
 
 
@@ -130,9 +130,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    plan = random_plan(arguments.kills, arguments.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        print(survive(Path(folder), plan, "--checkpoint.every_steps", "3"), flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_dataset(folder / "data", NUM_ROWS)
+        peaceful = train(folder, "peaceful", [])
+        check_impressions(peaceful)
+        terminated = [(11, 0, signal.SIGTERM, 0.0), (40, 1, signal.SIGTERM, 0.0)]
+        print(survive(folder, peaceful, "terminated", terminated), flush=True)
+        killed = random_plan(arguments.kills, arguments.seed)
+        print(survive(folder, peaceful, "killed", killed), flush=True)
 
 
 if __name__ == "__main__":

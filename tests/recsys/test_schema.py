@@ -108,3 +108,59 @@ def test_what_does_not_fit_is_named_with_the_file(
     with pytest.raises(ValueError, match=message) as raised:
         load(tmp_path, VALID.replace(old, new))
     assert str(raised.value).startswith(f"{tmp_path}/schema.yaml: ")
+
+
+def test_a_vocabulary_belongs_to_a_table_and_all_columns_that_share_it(tmp_path: Path) -> None:
+    vocabulary = "vocabulary: {kind: hash, num_hashes: 2, seed: 7}"
+    text = VALID.replace("num_embeddings: 10", f"num_embeddings: 10, {vocabulary}")
+    schema = load(
+        tmp_path, text.replace("  liked:", "  likers: {kind: ids, shares: user}\n  liked:")
+    )
+    settings = schema.vocabulary_of("likers")
+    assert settings is not None and settings is schema.vocabulary_of("user")
+    assert (settings.kind, settings.num_hashes, settings.seed) == ("hash", 2, 7)
+    for name in ("item", "history", "history_liked"):
+        assert schema.vocabulary_of(name) is None
+    assert (schema.tables_with("hash"), schema.tables_with("exact")) == (["user"], [])
+    assert list(schema.vocabularies) == ["user"]
+
+
+@pytest.mark.parametrize(
+    ("column", "vocabulary", "message"),
+    [
+        ("10", "{kind: learned}", "learned"),
+        ("10", "{kind: hash, buckets: 3}", "buckets"),
+        ("10", "{kind: hash, num_hashes: 0}", "column 'user': num_hashes is 0; set at least 1"),
+        ("10", "{kind: exact, seed: 1}", "a vocabulary of kind exact has no seed"),
+        ("10", "{kind: hash, admit_after: 2}", "a vocabulary of kind hash has no admit_after"),
+        ("10", "{kind: bounded, num_hashes: 2}", "kind bounded has no num_hashes"),
+        ("10", "{kind: bounded, half_life: 0}", "half_life is 0.0; set a positive number"),
+        ("30", "{kind: bounded}", "'item' is the target item, .* cannot have a bounded vocabulary"),
+        ("30", "{kind: hash, num_hashes: 2}", "'item' is the target item, .* several hashes"),
+        ("1}", "{kind: exact}", "column 'genre': num_embeddings is 1, but the last row"),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit_its_column_is_named(
+    tmp_path: Path, column: str, vocabulary: str, message: str
+) -> None:
+    text = VALID.replace("  liked:", "  genre: {kind: id, num_embeddings: 1}\n  liked:")
+    old = f"num_embeddings: {column}"
+    new = f"num_embeddings: {column.rstrip('}')}, vocabulary: {vocabulary}" + "}" * column.count(
+        "}"
+    )
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("shares: item,", "shares: item, vocabulary: {kind: hash},", "shares 'item' and its voc"),
+        ("kind: label", "kind: label, vocabulary: {kind: hash}", "'liked' of kind label takes no"),
+    ],
+)
+def test_only_a_column_with_a_table_has_a_vocabulary(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, VALID.replace(old, new))

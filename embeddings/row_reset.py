@@ -1,0 +1,97 @@
+"""Rows of a sharded table brought back to their beginning, when they change hands.
+
+A row that a :class:`~embeddings.bounded_vocabulary.BoundedVocabulary` took from one id for another
+must not greet the new id with the weights and the optimizer state of the old one.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from embeddings.table_state import table_weights
+from embeddings.tables import INITIALIZATION_BLOCK_ROWS, NormalInitializer, TableConfig
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A rectangle of a table on this rank."""
+
+    weight: Tensor  # [rows, columns], the memory of the model
+    states: list[Tensor]  # of the fused optimizer, [rows] or [rows, columns]
+    row: int  # offsets in the table
+    column: int
+
+
+class RowReset:
+    """Sets rows to initial weights and forgets what their optimizer has gathered.
+
+    A row gets the weights that a table on CPU starts with, beyond ``INITIALIZATION_BLOCK_ROWS``
+    those of the row as many blocks before it: only that block is drawn and kept. They are the same
+    on every rank and under every plan, as a row's columns may lie on several ranks.
+
+    Args:
+        model: sharded under any plan.
+        tables: those that may be reset.
+        seed: the one that ``torch.manual_seed`` was given before the tables were made.
+
+    Example::
+
+        reset = RowReset(model, tables, seed=0)
+        rows = vocabulary.rows_of(ids, step, training=True)
+        reset("customer", vocabulary.take_evicted_rows())
+    """
+
+    def __init__(
+        self, model: DistributedModelParallel, tables: Sequence[TableConfig], seed: int
+    ) -> None:
+        self._fresh = {table.name: _fresh_rows(table, seed) for table in tables}
+        self._shards: dict[str, list[_Shard]] = {table.name: [] for table in tables}
+        for name, shard in _local_shards(model):
+            if name in self._shards:
+                self._shards[name].append(shard)
+
+    @torch.no_grad()
+    def __call__(self, table: str, rows: Tensor) -> None:
+        """Reset ``rows``, int64 [N] and the same on all ranks, of ``table``; not a collective.
+
+        On CUDA the work is put on the default stream, where steps run, whatever stream is current:
+        a pipeline fetches its batches, and so maps their ids, on another.
+        """
+        for shard in self._shards[table]:
+            inside = rows[(rows >= shard.row) & (rows < shard.row + len(shard.weight))]
+            if not len(inside):
+                continue
+            columns = slice(shard.column, shard.column + shard.weight.shape[1])
+            fresh = self._fresh[table][inside % INITIALIZATION_BLOCK_ROWS, columns]
+            device = shard.weight.device
+            on_cuda = device.type == "cuda"
+            with torch.cuda.stream(torch.cuda.default_stream(device) if on_cuda else None):
+                places = (inside - shard.row).to(device)
+                shard.weight[places] = fresh.to(shard.weight)
+                for state in shard.states:
+                    state[places] = 0
+
+
+def _fresh_rows(table: TableConfig, seed: int) -> Tensor:
+    """Initial weights of the table's first block of rows, [at most a block, D]."""
+    rows = min(INITIALIZATION_BLOCK_ROWS, table.num_embeddings)
+    fresh = torch.empty(rows, table.embedding_dim)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        NormalInitializer(table).fill(fresh)
+    return fresh
+
+
+def _local_shards(model: DistributedModelParallel) -> Iterator[tuple[str, _Shard]]:
+    """Every table's name with each of its shards on this rank."""
+    states = model.fused_optimizer.state_dict()["state"]
+    for key, weight in table_weights(model).items():
+        kept = [state.local_shards() for state in states.get(key, {}).values()]
+        for index, shard in enumerate(weight.local_shards()):
+            row, column = shard.metadata.shard_offsets
+            own = [shards[index].tensor for shards in kept]
+            by_row = [state for state in own if len(state) == len(shard.tensor)]
+            yield key.split(".")[-2], _Shard(shard.tensor.detach(), by_row, row, column)

@@ -1,0 +1,159 @@
+"""Maps of raw ids to rows, made from all of a dataset once, before anything is trained.
+
+Every column of `schema.yaml` with `vocabulary: {kind: exact}` gets `vocabulary/COLUMN.parquet`, of
+the ids in all splits and, for the target item, in the items. Made again after data was added, a map
+keeps its rows and appends the new ids, so that a model trained before goes on with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from embeddings.vocabulary import ExactVocabulary, is_id_type
+from recsys.data.filesystem import Location
+from recsys.data.parquet_file import READ_ERRORS, column_type, open_parquet
+from recsys.data.row_values import is_list
+from recsys.data.schema import Schema, load_schema, vocabulary_file
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class PreparedVocabulary:
+    """What became of one column's map."""
+
+    table: str
+    file: Location
+    num_ids: int
+    num_new: int
+    num_embeddings: int
+
+
+def prepare_vocabularies(data: str) -> list[PreparedVocabulary]:
+    """Makes or extends the maps of the dataset at `data`.
+
+    Raises:
+        ValueError: no column has a vocabulary of kind exact, a file cannot be read, ids are not of
+            one type, or a table has too few rows for its ids. Maps written before stay as they are.
+    """
+    root = Location.of(data)
+    schema = load_schema(root, with_vocabularies=False)
+    tables = schema.tables_with("exact")
+    if not tables:
+        raise ValueError(
+            f"{root}/schema.yaml: no column has a vocabulary of kind exact; nothing is to be made"
+        )
+    extended = [_extended(root, schema, table) for table in tables]
+    for prepared, vocabulary in extended:
+        _write(vocabulary, prepared.file)
+    return [prepared for prepared, _ in extended]
+
+
+def _extended(
+    root: Location, schema: Schema, table: str
+) -> tuple[PreparedVocabulary, ExactVocabulary]:
+    file, num_embeddings = vocabulary_file(root, table), schema.limit(table)
+    vocabulary = ExactVocabulary(num_embeddings)
+    if file.exists():
+        vocabulary = ExactVocabulary.load(file.path, num_embeddings, file.arrow)
+    try:
+        num_new = vocabulary.extend(_raw_ids(root, schema, table, vocabulary))
+    except ValueError as error:
+        raise ValueError(
+            f"vocabulary of column '{table}' in {root}/schema.yaml: {error}"
+        ) from error
+    return PreparedVocabulary(table, file, len(vocabulary), num_new, num_embeddings), vocabulary
+
+
+def _raw_ids(
+    root: Location, schema: Schema, table: str, vocabulary: ExactVocabulary
+) -> Iterator[pa.Array]:
+    """All ids of a table, one row group of one column at a time; nulls are left out."""
+    columns = [name for name in schema.columns if schema.vocabulary_of(name) is not None]
+    columns = [name for name in columns if schema.table_of(name) == table]
+    places = [(split, name) for split in SPLITS for name in columns]
+    if schema.items is not None and table == schema.target_item:
+        places.append(("items", schema.items.id))
+    for folder, name in places:
+        for file in (root / folder).files(".parquet"):
+            for chunk in _chunks(file, name):
+                _check_type(file, name, chunk.type, vocabulary)
+                yield chunk.drop_null()
+
+
+def _chunks(file: Location, name: str) -> Iterator[pa.Array]:
+    """The values of a column, those of lists one after the other."""
+    with open_parquet(file) as parquet:
+        column_type(parquet, file, name)
+        for index in range(parquet.num_row_groups):
+            try:
+                column = parquet.read_row_group(index, columns=[name])[name]
+            except READ_ERRORS as error:
+                raise ValueError(
+                    f"{file}: row group {index} cannot be read ({error}); write the file again"
+                ) from error
+            for chunk in column.chunks:
+                yield chunk.flatten() if is_list(chunk.type) else chunk
+
+
+def _check_type(file: Location, name: str, kind: pa.DataType, vocabulary: ExactVocabulary) -> None:
+    try:
+        if not is_id_type(kind):
+            raise ValueError(f"type {kind}, expected integer or string; write it so")
+        vocabulary.check_type(kind)
+    except ValueError as error:
+        raise ValueError(f"{file}: column '{name}': {error}") from error
+
+
+def _write(vocabulary: ExactVocabulary, file: Location) -> None:
+    """The file is replaced when the new one is whole."""
+    folder, name = file.path.rsplit("/", 1)
+    partial = Location(file.filesystem, f"{folder}/.{name}.partial")
+    file.filesystem.makedirs(folder, exist_ok=True)
+    vocabulary.save(partial.path, file.arrow)
+    file.filesystem.mv(partial.path, file.path)
+
+
+def format_prepared(prepared: list[PreparedVocabulary]) -> str:
+    """One line per map."""
+    return "\n".join(
+        f"{one.file}: {one.num_ids:,} ids, {one.num_new:,} of them new; room for "
+        f"{one.num_embeddings - 1 - one.num_ids:,} more"
+        for one in prepared
+    )
+
+
+def save_vocabularies(schema: Schema, folder: Path) -> None:
+    """Keeps the maps that a run trains with beside it, as `folder/COLUMN.parquet`."""
+    for table in schema.tables_with("exact"):
+        folder.mkdir(parents=True, exist_ok=True)
+        vocabulary = schema.vocabularies[table]
+        assert isinstance(vocabulary, ExactVocabulary)
+        _write(vocabulary, Location.of(folder / f"{table}.parquet"))
+
+
+def check_vocabularies(schema: Schema, folder: Path, data: Location) -> None:
+    """Checks that a run's rows mean the same ids in a dataset that was prepared since.
+
+    Args:
+        schema: of the dataset, with its maps.
+        folder: where `save_vocabularies` kept those of the run.
+        data: the dataset, for the message.
+
+    Raises:
+        ValueError: a map of the dataset is not an extension of the run's.
+    """
+    for table in schema.tables_with("exact"):
+        now, path = schema.vocabularies[table], folder / f"{table}.parquet"
+        assert isinstance(now, ExactVocabulary)
+        trained = ExactVocabulary.load(str(path), schema.limit(table))
+        if not now.is_extension_of(trained):
+            raise ValueError(
+                f"{vocabulary_file(data, table)}: gives ids other rows than {path}, with which the "
+                f"model was trained; copy that file over it and run `recsys prepare vocabulary "
+                f"--data {data}`, which keeps its rows"
+            )

@@ -1,0 +1,189 @@
+"""What becomes of the ids in a batch before it enters the pipeline: bounded maps, unknown ids.
+
+Exact maps and hashes were applied when the rows were read, in any process. A bounded map changes
+with every batch and is shared by all ranks, so its ids stay raw in the batch until the main process
+maps them, in the order of the steps.
+
+Shapes: B batch, N ids of one feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embeddings.bounded_vocabulary import BoundedVocabulary, VocabularyCounts
+from embeddings.table_state import State
+from recsys.batch import Batch
+from recsys.data.schema import Schema
+
+ResetRows = Callable[[str, Tensor], None]  # table, rows
+
+
+class BoundedVocabularies:
+    """The bounded vocabularies of a job, by table. Every method is a collective.
+
+    Args:
+        schema: meaning of the columns.
+        pooled_features: columns that the model looks up in pooled tables.
+        group: the ranks; None for this process alone.
+        reset: forgets what rows of a table have learned, when they change hands.
+
+    Example::
+
+        vocabularies = BoundedVocabularies(schema, features, group, RowReset(model, tables, seed))
+        vocabularies.map_batch(batch, step, training=True)  # the batch then holds rows
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        pooled_features: Sequence[str],
+        group: dist.ProcessGroup | None = None,
+        reset: ResetRows | None = None,
+    ) -> None:
+        self.reset = reset
+        self.features: dict[str, list[str]] = {}
+        self.by_table: dict[str, BoundedVocabulary] = {}
+        for table in schema.tables_with("bounded"):
+            features = [name for name in pooled_features if schema.table_of(name) == table]
+            settings = schema.vocabulary_of(table)
+            assert settings is not None
+            if features:
+                self.features[table] = features
+                self.by_table[table] = BoundedVocabulary(
+                    schema.limit(table),
+                    settings.admit_after,
+                    settings.half_life,
+                    process_group=group,
+                )
+
+    def map_batch(self, batch: Batch, step: int, training: bool) -> None:
+        """Replaces raw ids by rows, in the batch's own memory; call it once per batch.
+
+        Args:
+            batch: on the host, not yet in a pipeline.
+            step: the training step that the batch is for.
+            training: ids are admitted and evicted, and rows that change hands reset.
+        """
+        for table, vocabulary in self.by_table.items():
+            assert batch.sparse_features is not None
+            places = [_Ids.of(batch, batch.sparse_features, name) for name in self.features[table]]
+            rows = vocabulary.rows_of(
+                torch.cat([ids.values[ids.counts] for ids in places]), step, training
+            )
+            evicted = vocabulary.take_evicted_rows()
+            if self.reset is not None and len(evicted):
+                self.reset(table, evicted)
+            parts = rows.split([int(ids.counts.sum()) for ids in places])
+            for ids, part in zip(places, parts, strict=True):
+                ids.values.fill_(vocabulary.unknown_row)  # of rows that only pad
+                ids.values[ids.counts] = part
+
+    def counts(self) -> dict[str, VocabularyCounts]:
+        """What happened in each since the last call, over all ranks."""
+        return {table: vocabulary.counts() for table, vocabulary in self.by_table.items()}
+
+    def state_dict(self) -> State:
+        """Tensors that torch.distributed.checkpoint saves, and loads in place."""
+        return {
+            f"{table}.{name}": value
+            for table, vocabulary in self.by_table.items()
+            for name, value in vocabulary.state_dict().items()
+        }
+
+
+@dataclass(frozen=True)
+class _Ids:
+    """The ids of one feature in a batch."""
+
+    values: Tensor  # [N], the batch's memory
+    counts: Tensor  # bool [N], False for ids of rows that only pad
+
+    @staticmethod
+    def of(batch: Batch, features: KeyedJaggedTensor, name: str) -> _Ids:
+        index = features.keys().index(name)
+        first, last = features.offset_per_key()[index : index + 2]
+        lengths = features.lengths().view(len(features.keys()), -1)[index]  # [B]
+        counts = torch.repeat_interleave(batch.row_positions >= 0, lengths)
+        return _Ids(features.values()[first:last], counts)
+
+
+class UnknownIds:
+    """Counts how many ids of a pass over data have the row of unknown ids.
+
+    Args:
+        schema: meaning of the columns; those without an exact or bounded vocabulary do not count.
+
+    Example::
+
+        unknown = UnknownIds(schema)
+        unknown.add(batch)  # of each batch, its ids mapped
+        unknown.totals(group)  # {"customer": {"ids": 100, "unknown": 3}}
+    """
+
+    def __init__(self, schema: Schema) -> None:
+        self._unknown_row = {
+            name: schema.limit(name) - 1
+            for name in schema.columns
+            if (vocabulary := schema.vocabulary_of(name)) is not None and vocabulary.kind != "hash"
+        }
+        self._counts = {name: torch.zeros(2, dtype=torch.int64) for name in self._unknown_row}
+
+    def add(self, batch: Batch) -> None:
+        """Counts the ids of a batch that is on the host."""
+        for features in (batch.sparse_features, batch.sequence_features):
+            for name in features.keys() if features is not None else ():
+                if name in self._counts:
+                    ids = _Ids.of(batch, features, name)
+                    unknown = (ids.values == self._unknown_row[name]) & ids.counts
+                    self._counts[name] += torch.stack([ids.counts.sum(), unknown.sum()])
+
+    def totals(self, group: dist.ProcessGroup | None = None) -> dict[str, dict[str, int]]:
+        """By column: how many ids there were on all ranks, and how many unknown. A collective."""
+        if not self._counts:
+            return {}
+        counts = torch.stack(list(self._counts.values()))
+        if group is not None:
+            dist.all_reduce(counts, group=group)
+        return {
+            name: {"ids": ids, "unknown": unknown}
+            for name, (ids, unknown) in zip(self._counts, counts.tolist(), strict=True)
+        }
+
+
+def mapped(
+    batches: Iterator[Batch],
+    vocabularies: BoundedVocabularies,
+    unknown: UnknownIds,
+    first_step: int,
+    training: bool,
+) -> Iterator[Batch]:
+    """Batches on their way into the pipeline: ids mapped, unknown ones counted. A collective.
+
+    Args:
+        batches: the same number on all ranks.
+        first_step: the training step that the first of them is for.
+        training: see `BoundedVocabularies.map_batch`.
+    """
+    for step, batch in enumerate(batches, first_step):
+        vocabularies.map_batch(batch, step, training)
+        unknown.add(batch)
+        yield batch
+
+
+def format_unknown(what: str, totals: dict[str, dict[str, int]]) -> str | None:
+    """A line about the unknown ids of a split; None where no column can have any."""
+    if not totals:
+        return None
+    parts = [
+        f"{name} {total['unknown']:,} of {total['ids']:,}"
+        + (f" ({total['unknown'] / total['ids']:.2%})" if total["ids"] else "")
+        for name, total in totals.items()
+    ]
+    return f"{what}: unknown ids: {', '.join(parts)}"

@@ -1,0 +1,184 @@
+"""Bad impressions: what is done to a good dataset, and what the error must say.
+
+The second training file holds the share of the second of two ranks; what is wrong in its last row
+only that rank sees.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tests.datasets import write_parquet
+
+FILE = "train/part-1.parquet"
+ROWS = 31  # of that file
+LAST = f"row {ROWS - 1}"
+ROW_GROUP_SIZE = 11
+
+
+Spoil = Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """How a good dataset is spoilt, the settings to train with, and words of the error."""
+
+    spoil: Spoil  # changes a dataset in place
+    words: list[str]
+    settings: tuple[str, ...] = ("--content", "none")
+
+
+def replace_column(name: str, array: pa.Array, file: str, data: Path) -> None:
+    """Writes a file of the dataset again with another column."""
+    table = pq.read_table(data / file)
+    index = table.column_names.index(name)
+    write_parquet(data / file, table.set_column(index, name, array), ROW_GROUP_SIZE)
+
+
+def column(name: str, value: Any, kind: pa.DataType | None = None) -> Spoil:
+    """The whole column holds `value`, of another type."""
+    return partial(replace_column, name, pa.array([value] * ROWS, kind), FILE)
+
+
+def last_value(name: str, value: Any, kind: pa.DataType | None = None, file: str = FILE) -> Spoil:
+    """The column's last value is `value`."""
+
+    def spoil(data: Path) -> None:
+        good = pq.read_table(data / file)[name]
+        array = pa.array([*good.to_pylist()[:-1], value], kind or good.type)
+        replace_column(name, array, file, data)
+
+    return spoil
+
+
+def last_history(history: list[Any], liked: list[Any] | None) -> Spoil:
+    """The last row's history and the list beside it."""
+
+    def spoil(data: Path) -> None:
+        last_value("history", history)(data)
+        last_value("history_liked", liked)(data)
+
+    return spoil
+
+
+def table(change: Callable[[pa.Table], pa.Table]) -> Spoil:
+    """The file's table is changed."""
+
+    def spoil(data: Path) -> None:
+        write_parquet(data / FILE, change(pq.read_table(data / FILE)), ROW_GROUP_SIZE)
+
+    return spoil
+
+
+def twice(name: str) -> Callable[[pa.Table], pa.Table]:
+    def change(rows: pa.Table) -> pa.Table:
+        return rows.append_column(name, rows[name])
+
+    return change
+
+
+TYPE = "write it with that type or correct its kind in schema.yaml"
+DAY = datetime.datetime(2024, 1, 1)
+
+TYPES = {
+    "column missing": BadInput(
+        table(lambda rows: rows.drop_columns(["liked"])),
+        [f"{FILE}: column 'liked' is missing; the file has ["],
+    ),
+    "column twice": BadInput(table(twice("item")), [f"{FILE}: column 'item' is there 2 times"]),
+    "string ids in one of two files": BadInput(
+        column("user", "a"), [f"{FILE}: column 'user' has type string, expected integer", TYPE]
+    ),
+    "float ids": BadInput(column("user", 1.0), ["'user' has type double, expected integer"]),
+    "boolean ids": BadInput(column("user", True), ["'user' has type bool, expected integer"]),
+    "decimal ids": BadInput(
+        column("user", decimal.Decimal(1)), ["'user' has type decimal128(1, 0), expected integer"]
+    ),
+    "times as ids": BadInput(
+        column("user", DAY), ["'user' has type timestamp[us], expected integer"]
+    ),
+    "typeless nulls as ids": BadInput(
+        column("user", None), ["'user' has type null, expected integer"]
+    ),
+    "lists where one id belongs": BadInput(
+        column("item", [1]), ["'item' has type list<", "expected integer"]
+    ),
+    "one id where lists belong": BadInput(
+        column("genres", 1), ["'genres' has type int64, expected list<integer>"]
+    ),
+    "lists of lists of ids": BadInput(
+        column("history", [[1]]), ["'history' has type list<", "expected list<integer>"]
+    ),
+    "structs": BadInput(
+        column("price", {"amount": 1}), ["'price' has type struct<amount: int64>, expected float"]
+    ),
+    "text as numbers": BadInput(column("price", "1"), ["'price' has type string, expected float"]),
+}
+
+VALUES = {
+    "null id": BadInput(
+        last_value("user", None), [f"{FILE}: column 'user', {LAST}: null; fill it or drop the row"]
+    ),
+    "null number": BadInput(last_value("price", None), [f"{FILE}: column 'price', {LAST}: null"]),
+    "null label": BadInput(last_value("liked", None), [f"{FILE}: column 'liked', {LAST}: null"]),
+    "null in a list": BadInput(
+        last_value("genres", [1, None]), [f"'genres', {LAST}: null inside the list"]
+    ),
+    "NaN": BadInput(
+        last_value("price", float("nan")),
+        [f"{FILE}: column 'price', {LAST}: value nan; write a finite number"],
+    ),
+    "infinity": BadInput(
+        last_value("price", float("-inf")), [f"{FILE}: column 'price', {LAST}: value -inf"]
+    ),
+    "number beyond float32": BadInput(
+        last_value("price", 1e300, pa.float64()), [f"'price', {LAST}: value inf", "fits float32"]
+    ),
+    "NaN beside the history": BadInput(
+        last_history([1], [float("nan")]), [f"{FILE}: column 'history_liked', {LAST}: value nan"]
+    ),
+    "label that is neither 0 nor 1": BadInput(
+        last_value("liked", 0.5), [f"{FILE}: column 'liked', {LAST}: value 0.5; a label is 0 or 1"]
+    ),
+    "negative id": BadInput(
+        last_value("item", -1), [f"{FILE}: column 'item', {LAST}: id -1 is outside [0, 30)"]
+    ),
+    "id beyond its table": BadInput(
+        last_value("user", 10), [f"'user', {LAST}: id 10 is outside [0, 10); raise num_embeddings"]
+    ),
+    "largest id": BadInput(
+        last_value("user", 2**63 - 1), [f"'user', {LAST}: id {2**63 - 1} is outside [0, 10)"]
+    ),
+    "unsigned id beyond int64": BadInput(
+        last_value("user", 2**64 - 1, pa.uint64()),
+        [f"'user', {LAST}: id {2**64 - 1} is outside [0, 10)"],
+    ),
+    "history of unknown items": BadInput(
+        last_history([1, 30], [1, 1]),
+        [f"'history', {LAST}: id 30 is outside [0, 30); raise num_embeddings of 'item'"],
+    ),
+    "list beside the history too short": BadInput(
+        last_history([1, 2], [1]),
+        [f"'history_liked', {LAST}: the list has another length than 'history' (2 items)"],
+    ),
+    "list beside the history missing": BadInput(
+        last_history([1, 2], None), [f"'history_liked', {LAST}: the list has another length"]
+    ),
+    "bad row in validation": BadInput(
+        last_value("item", 77, file="valid/part-0.parquet"),
+        ["valid/part-0.parquet: column 'item', row 24: id 77 is outside [0, 30)"],
+    ),
+    "bad row in test": BadInput(
+        last_value("price", float("nan"), file="test/part-0.parquet"),
+        ["test/part-0.parquet: column 'price', row 22: value nan"],
+    ),
+}

@@ -1,0 +1,99 @@
+"""What is wrong with data, encoders or settings ends every rank with the cause before any training.
+
+Each input is trained on by two ranks as `recsys train` would. The lists are in `bad_files`,
+`bad_impressions`, `bad_items` and `bad_settings`: what is broken, and what the error must say.
+"""
+
+import shutil
+import time
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from recsys.config import Config, load_config
+from recsys.ranks import Ranks
+from recsys.training import train
+from tests.datasets import write_dataset
+from tests.ranks import run_on_ranks
+from tests.recsys import bad_files, bad_impressions, bad_items, bad_settings
+from tests.recsys.bad_impressions import BadInput
+from tests.recsys.command_runs import TINY
+
+SECONDS = 30  # to the error, at most
+
+CASES: dict[str, BadInput] = {
+    f"{kind}: {name}": bad
+    for kind, cases in {
+        "file": bad_files.FILES,
+        "type": bad_impressions.TYPES,
+        "value": bad_impressions.VALUES,
+        "items": bad_items.ITEMS,
+        "schema": bad_settings.SCHEMAS,
+        "encoder": bad_settings.ENCODERS,
+    }.items()
+    for name, bad in cases.items()
+} | {
+    f"setting: {name}": BadInput(bad_settings.nothing, [word], (setting,))
+    for name, (setting, word) in bad_settings.SETTINGS.items()
+}
+Outcome = tuple[str, str, float]  # type and message of what was raised, seconds
+
+
+def folder_of(case: str, folder: Path) -> Path:
+    return folder / str(list(CASES).index(case))
+
+
+@cache
+def recipe(settings: tuple[str, ...]) -> Config:
+    """The tiny recipe with some settings; reading it takes longer than finding most faults."""
+    return load_config(TINY, ["--batch_size", "8", "--device", "cpu", *settings])
+
+
+def errors_of_training(rank: int, world_size: int, folder: Path) -> dict[str, Outcome]:
+    """What this rank raised, by case."""
+    ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
+    outcomes = {}
+    for case, bad in CASES.items():
+        own = folder_of(case, folder)
+        settings = tuple(word.replace("DATA", str(own / "data")) for word in bad.settings)
+        start = time.monotonic()
+        try:
+            config = replace(recipe(settings), cache=str(own / "cache"))
+            train(config, str(own / "data"), own / "run", ranks)
+            error: Exception | str = "it was trained on"
+        except Exception as raised:
+            error = raised
+        outcomes[case] = (type(error).__name__, str(error), time.monotonic() - start)
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    good = write_dataset(folder / "good", {"train": 61, "valid": 25, "test": 23})
+    for case, bad in CASES.items():
+        bad.spoil(Path(shutil.copytree(good, folder_of(case, folder) / "data")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> list[dict[str, Outcome]]:
+    return run_on_ranks(errors_of_training, 2, folder, timeout_seconds=len(CASES) * SECONDS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_rank_ends_soon_with_the_cause(
+    outcomes: list[dict[str, Outcome]], folder: Path, case: str
+) -> None:
+    own = folder_of(case, folder)
+    for rank in outcomes:
+        kind, message, seconds = rank[case]
+        for word in CASES[case].words:
+            assert word.replace("DATA", str(own / "data")) in message
+        assert kind == "ValueError"
+        assert len(message) < 1500  # for people
+        assert seconds < SECONDS
+    assert not (own / "run").exists()

@@ -1,0 +1,218 @@
+"""Nothing that comes with data, items or encoders is run: no pickle, no code, no interpreter."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from recsys.config import load_config
+from recsys.content.pretrained import load_tokenizer, load_transformer
+from recsys.content.tiny_encoders import tiny_model, tiny_tokenizer
+from recsys.data.filesystem import Location
+from recsys.data.images import decode_image
+from recsys.data.parquet_rows import ParquetRows
+from recsys.data.ragged_array import RaggedArray
+from recsys.data.schema import load_schema
+from tests.datasets import write_dataset
+
+ROOT = Path(__file__).parents[2]
+# Reads the metadata of torch.distributed.checkpoint, by an unpickler of its classes alone.
+READS_A_PICKLE = {"recsys/checkpoint_reader.py"}
+
+
+class Payload:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.trace,)
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """The file that exists once something was run."""
+    trace = tmp_path / "it_ran"
+    pickle.loads(pickle.dumps(Payload(trace)))
+    assert trace.exists()
+    trace.unlink()
+    return trace
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    folder = tmp_path / "encoder"
+    tiny_model("random:bert", "").save_pretrained(folder)  # type: ignore[operator]
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def change(file: Path, **settings: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def test_pickled_weights_are_refused(encoder: Path, trace: Path) -> None:
+    torch.save({"weight": Payload(trace)}, encoder / "pytorch_model.bin")
+    load_transformer(str(encoder), None, "text")  # safetensors lie beside it
+    (encoder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="from safetensors only, as a pickle may run code"):
+        load_transformer(str(encoder), None, "text")
+    assert not trace.exists()
+
+
+def test_pickled_adapters_are_refused(encoder: Path, trace: Path) -> None:
+    torch.save({"weight": Payload(trace)}, encoder / "adapter_model.bin")
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(encoder)}
+    (encoder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="it is a peft adapter; merge it into its base model"):
+        load_transformer(str(encoder), None, "text")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("load", [load_transformer, load_tokenizer])
+def test_code_of_an_encoder_is_not_run_even_by_someone_who_would_agree(
+    encoder: Path, trace: Path, load: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    (encoder / "code.py").write_text(f"open({str(trace)!r}, 'w')\n")
+    auto_map = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    change(encoder / "config.json", model_type="own", auto_map=auto_map)
+    with pytest.raises(ValueError, match="needs code from its repository, which is never run"):
+        load(str(encoder), None, "text")
+    assert not trace.exists()
+
+
+def test_a_kernel_that_an_encoder_names_is_not_loaded(encoder: Path) -> None:
+    change(encoder / "config.json", attn_implementation="someone/kernel")
+    model: Any = load_transformer(str(encoder), None, "text")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_cache_with_pickled_objects_is_refused(tmp_path: Path, trace: Path) -> None:
+    RaggedArray.create(tmp_path, np.array([1]), (), "int64")
+    objects = np.array([Payload(trace)])
+    for name in ("offsets.npy", "values.npy"):
+        good = (tmp_path / name).read_bytes()
+        np.save(tmp_path / name, objects, allow_pickle=True)
+        with pytest.raises(ValueError, match=f"{tmp_path}: damaged .*; remove it"):
+            RaggedArray(tmp_path)
+        (tmp_path / name).write_bytes(good)
+    assert RaggedArray(tmp_path).lengths.tolist() == [1]
+    assert not trace.exists()
+
+
+def test_a_schema_with_python_objects_is_refused(tmp_path: Path, trace: Path) -> None:
+    text = f"!!python/object/apply:os.mkdir [{trace}]"
+    yaml.unsafe_load(text)
+    trace.rmdir()  # it would have run
+    (tmp_path / "schema.yaml").write_text(text)
+    with pytest.raises(ValueError, match="could not determine a constructor for the tag"):
+        load_schema(Location.of(tmp_path))
+    assert not trace.exists()
+
+
+def test_a_class_that_a_schema_or_a_configuration_names_is_not_imported(
+    tmp_path: Path, trace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "module_of_a_stranger.py").write_text(f"open({str(trace)!r}, 'w')\n")
+    data = write_dataset(tmp_path / "data", {})
+    schema = data / "schema.yaml"
+    named = "{class_path: module_of_a_stranger.Column}"
+    schema.write_text(schema.read_text().replace("{kind: dense}", named))
+    with pytest.raises(ValueError, match="'class_path' names code, which is never loaded"):
+        load_schema(Location.of(data))
+    (tmp_path / "config.yaml").write_text(f"embedding: {named}")
+    with pytest.raises(ValueError, match="'class_path' names code, which is never loaded"):
+        load_config(tmp_path / "config.yaml")
+    assert not trace.exists()
+
+
+def test_a_python_type_in_a_parquet_file_is_not_unpickled(tmp_path: Path, trace: Path) -> None:
+    data = write_dataset(tmp_path / "data", {"train": 4})
+    file = data / "train" / "part-1.parquet"
+    rows = pq.read_table(file)
+    extension = {
+        b"ARROW:extension:name": b"arrow.py_extension_type",
+        b"ARROW:extension:metadata": pickle.dumps(Payload(trace)),
+    }
+    fields = [
+        field.with_metadata(extension) if field.name == "user" else field for field in rows.schema
+    ]
+    pq.write_table(pa.Table.from_arrays(rows.columns, schema=pa.schema(fields)), file)
+    root = Location.of(data)
+    split = ParquetRows.of_split(root, "train", load_schema(root))
+    assert sum(table.num_rows for table in split.read(0, 4)) == 4
+    assert not trace.exists()
+
+
+def test_an_image_in_postscript_is_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    interpreter: list[object] = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", interpreter.append)
+    with pytest.raises(ValueError, match="of no known format"):
+        decode_image(program, 8)
+    assert not interpreter
+
+
+def calls() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """File, function and constant keyword arguments of every call in the product."""
+    for folder in ("embeddings", "recsys", "launch"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Call):
+                    arguments = {
+                        word.arg: word.value.value
+                        for word in node.keywords
+                        if word.arg is not None and isinstance(word.value, ast.Constant)
+                    }
+                    yield str(file.relative_to(ROOT)), ast.unparse(node.func), arguments
+
+
+def test_every_loader_in_the_code_is_a_restricted_one() -> None:
+    required = {
+        "torch.load": {"weights_only": True},
+        "AutoConfig.from_pretrained": {"trust_remote_code": False},
+        "AutoTokenizer.from_pretrained": {"trust_remote_code": False},
+        "AutoModel.from_pretrained": {"trust_remote_code": False, "use_safetensors": True},
+    }
+    forbidden = ("pickle.load", "pickle.loads", "eval", "exec", "yaml.unsafe_load", "os.system")
+    seen = set()
+    for file, function, arguments in calls():
+        assert function not in forbidden, file
+        assert not arguments.get("allow_pickle"), file
+        assert not arguments.get("shell"), file
+        if function in required:
+            assert required[function].items() <= arguments.items(), (file, function)
+            seen.add(function)
+    assert seen == required.keys()
+
+
+def test_pickle_is_imported_only_where_its_classes_are_restricted() -> None:
+    importing = {
+        str(file.relative_to(ROOT))
+        for folder in ("embeddings", "recsys", "launch")
+        for file in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        and "pickle" in (name.split(".")[0] for name in _modules(node))
+    }
+    assert importing <= READS_A_PICKLE
+
+
+def _modules(node: ast.Import | ast.ImportFrom) -> list[str]:
+    if isinstance(node, ast.ImportFrom):
+        return [node.module or ""]
+    return [name.name for name in node.names]
