@@ -167,7 +167,8 @@ def build_content_store(
     """Tokenises, decodes and encodes what is frozen, once per machine; the encoders beside it."""
     cache = Path(config.cache).expanduser() if config.cache else default_cache()
     with ranks.all_or_none():
-        store = ContentStore(ItemTable(root, schema), content.modalities, cache)
+        items = ItemTable(root, schema, config.on_bad_row)
+        store = ContentStore(items, content.modalities, cache)
     encoders: dict[str, Encoder] = {}
     for name, modality in content.modalities.items():
         with ranks.all_or_none():

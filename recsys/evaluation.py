@@ -19,20 +19,31 @@ from recsys.metrics import evaluation_report, gather_rows
 ITEMS_PER_CALL = 256
 
 
-def count_training_items(job: Job) -> np.ndarray:
-    """How many training rows each item has, over all ranks: int64 [num_items]. A collective."""
-    ranks = job.ranks
-    with ranks.all_or_none():
-        rows = ParquetRows.of_split(job.root, "train", job.schema)
-        counts = torch.from_numpy(count_items(rows, ranks.rank, ranks.world_size))
-    dist.all_reduce(counts, group=ranks.group)
-    return counts.numpy()
+def check_data(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
+    """Reads all splits once, so that a bad value shows before the first step. A collective.
 
+    Returns:
+        how many training rows each item has, int64 [num_items], and what was skipped by split;
+        nothing is where `on_bad_row` is error.
 
-def check_rows(job: Job, split: str) -> None:
-    """Reads this rank's share of a split; a value that cannot be used is a ValueError."""
-    rows = ParquetRows.of_split(job.root, split, job.schema)
-    count_items(rows, job.ranks.rank, job.ranks.world_size)
+    Raises:
+        ValueError: on every rank, at the first row that cannot be used, or where none can be.
+    """
+    ranks, is_skip = job.ranks, job.config.on_bad_row == "skip"
+    training = np.zeros(0, np.int64)
+    skipped: dict[str, Any] = {}
+    if is_skip and job.store is not None:
+        skipped["items"] = job.store.items.bad_rows.summary(ranks, "items")
+    for split in ("train", "valid", "test"):
+        with ranks.all_or_none():
+            rows = ParquetRows.of_split(job.root, split, job.schema, job.config.on_bad_row)
+            counts = count_items(rows, ranks.rank, ranks.world_size)
+        training = counts if split == "train" else training
+        if is_skip:
+            skipped[split] = rows.skipped(ranks, split)
+    totals = torch.from_numpy(training)
+    dist.all_reduce(totals, group=ranks.group)
+    return totals.numpy(), skipped
 
 
 @torch.no_grad()
@@ -137,7 +148,7 @@ def evaluate_split(
         TrainingStopped: the job is to end, as `lockstep` says.
     """
     with job.ranks.all_or_none():
-        rows = ParquetRows.of_split(job.root, split, job.schema)
+        rows = ParquetRows.of_split(job.root, split, job.schema, job.config.on_bad_row)
         interactions = Interactions(
             rows,
             job.batch_builder(),

@@ -60,6 +60,8 @@ def predict(
 ) -> None:
     """Writes the input rows, in their order, with one probability per label. A collective.
 
+    A row that was skipped, as `on_bad_row` of the run says, has null.
+
     Args:
         run: the finished run.
         inputs: Parquet files of impressions (labels not needed), or folders of them.
@@ -72,7 +74,7 @@ def predict(
     job = load_run(run, data, ranks, device)
     with ranks.all_or_none():
         files = [file for name in inputs for file in _parquet_files(name)]
-        rows = ParquetRows(files, job.schema, with_labels=False)
+        rows = ParquetRows(files, job.schema, False, job.config.on_bad_row)
         interactions = Interactions(
             rows,
             job.batch_builder(with_labels=False),
@@ -87,7 +89,9 @@ def predict(
     line = format_unknown("input", unknown.totals(ranks.group))
     if line is not None and ranks.is_first:
         print(line, flush=True)
-    probabilities = torch.empty(rows.num_rows, scored["logits"].shape[1])
+    if job.config.on_bad_row == "skip":
+        rows.skipped(ranks, "input")
+    probabilities = torch.full((rows.num_rows, scored["logits"].shape[1]), torch.nan)
     probabilities[scored["positions"]] = scored["logits"].sigmoid()
     with ranks.all_or_none():
         if ranks.is_first:
@@ -137,5 +141,6 @@ def _with_columns(table: pa.Table, names: list[str], values: np.ndarray, file: s
     for index, name in enumerate(names):
         if name in table.column_names:
             raise ValueError(f"{file}: has a column '{name}' already; drop or rename it")
-        table = table.append_column(name, pa.array(values[:, index]))
+        of_label = values[:, index]
+        table = table.append_column(name, pa.array(of_label, mask=np.isnan(of_label)))
     return table

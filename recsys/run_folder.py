@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from recsys.ranks import Ranks
 
 Resume = Literal["auto", "never", "must"]
 ITEM_COUNTS = "item_counts.npy"
+SKIPPED_ROWS = "skipped_rows.json"
 
 
 def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool:
@@ -62,7 +64,9 @@ def was_restarted() -> bool:
     return any(int(os.environ.get(name) or 0) > 0 for name in counts)
 
 
-def begin_run(run: Path, item_counts: np.ndarray, ranks: Ranks) -> None:
+def begin_run(
+    run: Path, item_counts: np.ndarray, skipped_rows: dict[str, Any], ranks: Ranks
+) -> None:
     """Empties the folder of an earlier run, and notes what is counted once. A collective."""
     with ranks.all_or_none():
         if ranks.is_first:
@@ -71,6 +75,7 @@ def begin_run(run: Path, item_counts: np.ndarray, ranks: Ranks) -> None:
             (run / "metrics.json").unlink(missing_ok=True)
             run.mkdir(parents=True, exist_ok=True)
             np.save(run / ITEM_COUNTS, item_counts)
+            (run / SKIPPED_ROWS).write_text(json.dumps(skipped_rows, indent=1) + "\n")
 
 
 def keep_vocabularies(run: Path, job: Job) -> None:

@@ -27,7 +27,7 @@ from recsys.content.projection_start import start_projections
 from recsys.data.interactions import Interactions, loader
 from recsys.data.parquet_rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds, format_unknown, mapped
-from recsys.evaluation import check_rows, count_training_items, evaluate_split, fill_bank
+from recsys.evaluation import check_data, evaluate_split, fill_bank
 from recsys.lockstep import Lockstep, TrainingStopped
 from recsys.loss_watch import LossWatch
 from recsys.metrics import format_report
@@ -38,6 +38,7 @@ from recsys.ranks import Ranks
 from recsys.reporter import Reporter
 from recsys.run_folder import (
     ITEM_COUNTS,
+    SKIPPED_ROWS,
     Resume,
     begin_run,
     check_vocabularies,
@@ -209,7 +210,7 @@ def train(
     ):
         job = build_job(config, data, ranks)
         with ranks.all_or_none():
-            rows = ParquetRows.of_split(job.root, "train", job.schema)
+            rows = ParquetRows.of_split(job.root, "train", job.schema, config.on_bad_row)
             build = job.batch_builder()
             interactions = Interactions(
                 rows, build, config.batch_size, ranks.rank, ranks.world_size, config.seed
@@ -219,11 +220,8 @@ def train(
             check_vocabularies(run, job)
         progress = checkpoints.restore() if goes_on else None
         if progress is None:
-            with ranks.all_or_none():
-                for split in ("valid", "test"):  # else a bad value would show after the training
-                    check_rows(job, split)
-            item_counts = count_training_items(job)
-            begin_run(run, item_counts, ranks)
+            item_counts, skipped = check_data(job)
+            begin_run(run, item_counts, skipped, ranks)
             keep_vocabularies(run, job)
         else:
             item_counts = np.load(run / ITEM_COUNTS)
@@ -317,6 +315,8 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         "world_size": job.ranks.world_size,
         "versions": versions(),
     }
+    if job.config.on_bad_row == "skip":
+        metrics["skipped_rows"] = json.loads((run / SKIPPED_ROWS).read_text())
     if job.ranks.is_first:
         partial = run / ".metrics.json"
         partial.write_text(json.dumps(metrics, indent=2) + "\n")

@@ -1,8 +1,8 @@
 """On the path of a job under test, this notes every step a rank makes and kills ranks as planned.
 
 Python imports it at start. TRACE names a folder with an optional `plan.json`, a list of [step,
-rank, signal, seconds]: each is carried out once, so many seconds after that rank has made that step,
-however often the job restarts. `steps-RANK.jsonl` gets one line per step made.
+rank, signal, seconds]: each is carried out once, so many seconds after that rank has made that
+step, however often the job restarts. `steps-RANK.jsonl` gets one line per step made.
 """
 
 import importlib.abc
