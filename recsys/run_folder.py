@@ -21,13 +21,14 @@ from recsys.ranks import Ranks
 Resume = Literal["auto", "never", "must"]
 ITEM_COUNTS = "item_counts.npy"
 SKIPPED_ROWS = "skipped_rows.json"
+JOB_NAME = ".job_name"
 
 
 def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool:
     """Whether training goes on from a checkpoint in the folder; before the work begins.
 
-    A job that was restarted by torch elastic or Slurm goes on even with `overwrite`, which was
-    meant for its first start.
+    A job that was restarted by torch elastic or a scheduler goes on even with `overwrite`, which
+    was meant for its first start.
 
     Raises:
         ValueError: on every rank, the folder holds a run and `resume` is never, or none and it is
@@ -36,32 +37,47 @@ def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool
     checkpoints = run / "checkpoints"
     with ranks.all_or_none():
         if ranks.is_first:
-            recover(checkpoints / BEST)
-            for old in checkpoints.glob(".step-*.old"):
-                recover(checkpoints / old.name.removeprefix(".").removesuffix(".old"))
-        exists = bool(folders_by_age(checkpoints))
-        if was_restarted():
-            return exists
-        if resume == "must" and not exists:
-            raise ValueError(f"{run}: no checkpoint to go on from, but --resume is must")
-        if resume == "never" and not overwrite:
-            _refuse(exists or (run / "metrics.json").exists(), run)
-        if not exists and not overwrite:  # written by a version without checkpoints of steps
-            _refuse((run / "metrics.json").exists() or (checkpoints / BEST).exists(), run)
+            for folder in [checkpoints / BEST, *_half_renamed(checkpoints)]:
+                recover(folder)
+    # A node that came back counts no restarts, and folders of the network show with delay.
+    restarted = any(ranks.gather(was_restarted(run)))
+    exists = ranks.gather(bool(folders_by_age(checkpoints)))[0]
+    if restarted:
+        return exists
+    if resume == "must" and not exists:
+        raise ValueError(f"{run}: no checkpoint to go on from, but --resume is must")
+    holds_run = (run / "metrics.json").exists() or (checkpoints / BEST).exists()
+    with ranks.all_or_none():
+        if ranks.is_first and not overwrite:
+            if resume == "never" and (exists or holds_run):
+                _refuse(run)
+            if not exists and holds_run:  # only the model is left, from which none can go on
+                _refuse(run)
     return exists and resume != "never" and not overwrite
 
 
-def _refuse(holds_run: bool, run: Path) -> None:
-    if holds_run:
-        raise ValueError(
-            f"{run}: holds a run already; choose another --out or pass --overwrite true"
-        )
+def _half_renamed(checkpoints: Path) -> list[Path]:
+    names = [path.name for path in checkpoints.glob(".step-*.old")]
+    return [checkpoints / name.removeprefix(".").removesuffix(".old") for name in names]
 
 
-def was_restarted() -> bool:
-    """Whether this is not the first start of this job."""
+def _refuse(run: Path) -> None:
+    raise ValueError(f"{run}: holds a run already; choose another --out or pass --overwrite true")
+
+
+def was_restarted(run: Path) -> bool:
+    """Whether this job has started before: by the counts of torch elastic and Slurm, or by name."""
     counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(int(os.environ.get(name) or 0) > 0 for name in counts)
+    if any(int(os.environ.get(name) or 0) > 0 for name in counts):
+        return True
+    name = run / JOB_NAME
+    return bool(_job_name()) and name.is_file() and name.read_text() == _job_name()
+
+
+def _job_name() -> str:
+    """What torchrun calls this job; empty where it has no name of its own."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if name == "none" else name
 
 
 def begin_run(
@@ -74,6 +90,7 @@ def begin_run(
                 shutil.rmtree(run / part, ignore_errors=True)
             (run / "metrics.json").unlink(missing_ok=True)
             run.mkdir(parents=True, exist_ok=True)
+            (run / JOB_NAME).write_text(_job_name())
             np.save(run / ITEM_COUNTS, item_counts)
             (run / SKIPPED_ROWS).write_text(json.dumps(skipped_rows, indent=1) + "\n")
 

@@ -77,13 +77,21 @@ def cache_frozen_outputs(store: ContentStore, name: str, encoder: Encoder, ranks
             with ranks.all_or_none():
                 _encode_share(temporary, source, rows, encoder, is_image, ranks, name)
             with ranks.all_or_none():
-                if ranks.is_first_of_machine and not folder.exists():
-                    temporary.rename(folder)
+                if ranks.is_first_of_machine:
+                    _publish(temporary, folder)
         finally:
             if ranks.is_first_of_machine:
                 shutil.rmtree(temporary, ignore_errors=True)
     store.use(name, folder)
     encoder.drop_frozen_layers()
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.exists():  # else a machine that shares the cache was faster
+            raise
 
 
 def _shared_temporary(folder: Path, ranks: Ranks) -> Path | None:
