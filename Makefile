@@ -17,7 +17,7 @@ help:
 	@echo 'make install   virtual environment in $(VENV) with the matching torch, torchrec and fbgemm'
 	@echo 'make train     train on the bundled MovieLens sample over $(NPROC) ranks; leaves $(RUN)'
 	@echo 'make test      run the tests'
-	@echo 'make survive   kill ranks of a job and compare its result with an undisturbed one'
+	@echo 'make survive   kill ranks and lose nodes, and compare with undisturbed runs; minutes'
 	@echo 'make lint      check style, format and types'
 	@echo ''
 	@echo 'PYTHON=python3.12                    another interpreter, 3.11 or newer'
@@ -42,6 +42,7 @@ test: install-dev
 	$(VENV)/bin/python -m pytest
 
 survive: install-dev
+	$(VENV)/bin/python -m pytest -m cluster
 	$(VENV)/bin/python -m tests.recsys.kill_ranks --kills 20
 
 lint: install-dev

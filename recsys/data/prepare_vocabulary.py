@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -125,35 +124,3 @@ def format_prepared(prepared: list[PreparedVocabulary]) -> str:
         f"{one.num_embeddings - 1 - one.num_ids:,} more"
         for one in prepared
     )
-
-
-def save_vocabularies(schema: Schema, folder: Path) -> None:
-    """Keeps the maps that a run trains with beside it, as `folder/COLUMN.parquet`."""
-    for table in schema.tables_with("exact"):
-        folder.mkdir(parents=True, exist_ok=True)
-        vocabulary = schema.vocabularies[table]
-        assert isinstance(vocabulary, ExactVocabulary)
-        _write(vocabulary, Location.of(folder / f"{table}.parquet"))
-
-
-def check_vocabularies(schema: Schema, folder: Path, data: Location) -> None:
-    """Checks that a run's rows mean the same ids in a dataset that was prepared since.
-
-    Args:
-        schema: of the dataset, with its maps.
-        folder: where `save_vocabularies` kept those of the run.
-        data: the dataset, for the message.
-
-    Raises:
-        ValueError: a map of the dataset is not an extension of the run's.
-    """
-    for table in schema.tables_with("exact"):
-        now, path = schema.vocabularies[table], folder / f"{table}.parquet"
-        assert isinstance(now, ExactVocabulary)
-        trained = ExactVocabulary.load(str(path), schema.limit(table))
-        if not now.is_extension_of(trained):
-            raise ValueError(
-                f"{vocabulary_file(data, table)}: gives ids other rows than {path}, with which the "
-                f"model was trained; copy that file over it and run `recsys prepare vocabulary "
-                f"--data {data}`, which keeps its rows"
-            )

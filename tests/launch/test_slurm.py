@@ -17,6 +17,9 @@ EPOCHS, STEPS_PER_EPOCH = 3, 26  # of eight rows on each of two ranks
 SECONDS = 240  # for what takes some twenty where nothing else runs
 
 
+pytestmark = pytest.mark.cluster
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[SlurmCluster]:
     if reason := why_no_cluster(tmp_path):

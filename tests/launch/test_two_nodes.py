@@ -77,6 +77,9 @@ class Job:
         return {**metrics, "train": metrics["train"]["steps"]}
 
 
+pytestmark = pytest.mark.cluster
+
+
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Machine]]:
     folder = tmp_path_factory.mktemp("machines")

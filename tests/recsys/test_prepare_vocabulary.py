@@ -1,6 +1,9 @@
 """`recsys prepare vocabulary`: every id of a dataset in a map that later data only extends."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,15 +11,11 @@ import pytest
 
 from recsys.cli import main
 from recsys.data.filesystem import Location
-from recsys.data.prepare_vocabulary import (
-    check_vocabularies,
-    prepare_vocabularies,
-    save_vocabularies,
-)
+from recsys.data.prepare_vocabulary import prepare_vocabularies
 from recsys.data.schema import load_schema
+from recsys.run_folder import check_vocabularies, keep_vocabularies
 from tests.datasets import write_parquet
 from tests.recsys.raw_ids import (
-    EXACT,
     ITEM_ROWS,
     TRAIN,
     USER_ROWS,
@@ -122,17 +121,22 @@ def test_a_map_that_was_not_prepared_is_told_with_the_command(tmp_path: Path) ->
         load_schema(Location.of(data))
 
 
+def job_on(data: Path) -> Any:
+    """As much of a job, of one rank, as looks after the maps of a run."""
+    root, ranks = Location.of(data), SimpleNamespace(is_first=True, all_or_none=nullcontext)
+    return SimpleNamespace(root=root, schema=load_schema(root), ranks=ranks)
+
+
 def test_a_run_goes_on_with_an_extended_map_and_with_no_other(tmp_path: Path) -> None:
-    data, run = write_raw_dataset(tmp_path / "data", words=EXACT), tmp_path / "run"
-    root = Location.of(data)
+    data, run = write_raw_dataset(tmp_path / "data"), tmp_path / "run"
     prepare_vocabularies(str(data))
-    save_vocabularies(load_schema(root), run)
+    keep_vocabularies(run, job_on(data))
     write_parquet(
         data / "train" / "part--1.parquet", pa.table({**TRAIN, "user": ["joe", "ann", "bob"]})
     )
     prepare_vocabularies(str(data))
-    check_vocabularies(load_schema(root), run, root)
+    check_vocabularies(run, job_on(data))
     (data / "vocabulary" / "user.parquet").unlink()
     prepare_vocabularies(str(data))  # joe is first now
-    with pytest.raises(ValueError, match=r"user.parquet: gives ids other rows than .*copy that"):
-        check_vocabularies(load_schema(root), run, root)
+    with pytest.raises(ValueError, match=r"user.parquet: gives ids other rows than .*bring that"):
+        check_vocabularies(run, job_on(data))
