@@ -80,29 +80,25 @@ def _job_name() -> str:
     return "" if name == "none" else name
 
 
-def begin_run(
-    run: Path, item_counts: np.ndarray, skipped_rows: dict[str, Any], ranks: Ranks
-) -> None:
-    """Empties the folder of an earlier run, and notes what is counted once. A collective."""
-    with ranks.all_or_none():
-        if ranks.is_first:
-            for part in ("checkpoints", "tensorboard"):
-                shutil.rmtree(run / part, ignore_errors=True)
-            (run / "metrics.json").unlink(missing_ok=True)
-            run.mkdir(parents=True, exist_ok=True)
-            (run / JOB_NAME).write_text(_job_name())
-            np.save(run / ITEM_COUNTS, item_counts)
-            (run / SKIPPED_ROWS).write_text(json.dumps(skipped_rows, indent=1) + "\n")
+def begin_run(run: Path, job: Job, item_counts: np.ndarray, skipped_rows: dict[str, Any]) -> None:
+    """Empties the folder of an earlier run, and keeps what the run is to find unchanged later.
 
-
-def keep_vocabularies(run: Path, job: Job) -> None:
-    """Keeps the maps that the run is trained with. A collective."""
+    A collective.
+    """
     with job.ranks.all_or_none():
-        if job.ranks.is_first:
-            for table in job.schema.tables_with("exact"):
-                file = vocabulary_file(Location.of(run), table)
-                Path(file.path).parent.mkdir(parents=True, exist_ok=True)
-                _exact(job, table).save(file.path)
+        if not job.ranks.is_first:
+            return
+        for part in ("checkpoints", "tensorboard", "vocabulary"):
+            shutil.rmtree(run / part, ignore_errors=True)
+        (run / "metrics.json").unlink(missing_ok=True)
+        run.mkdir(parents=True, exist_ok=True)
+        (run / JOB_NAME).write_text(_job_name())
+        np.save(run / ITEM_COUNTS, item_counts)
+        (run / SKIPPED_ROWS).write_text(json.dumps(skipped_rows, indent=1) + "\n")
+        for table in job.schema.tables_with("exact"):
+            file = vocabulary_file(Location.of(run), table)
+            Path(file.path).parent.mkdir(exist_ok=True)
+            _exact(job, table).save(file.path)
 
 
 def check_vocabularies(run: Path, job: Job) -> None:

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recsys.config import load_config
-from recsys.evaluation import together
+from recsys.config import CheckpointSettings, load_config
+from recsys.lockstep import Lockstep
 from recsys.ranks import Ranks
 from recsys.training import train
 from tests.datasets import write_dataset
@@ -158,7 +158,7 @@ def batches_until_rank_1_fails(rank: int, world_size: int) -> tuple[int, str]:
     ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
     got = 0
     try:
-        for _ in together(batches(), ranks):
+        for _ in Lockstep(ranks, CheckpointSettings()).batches(batches()):
             got += 1
     except ValueError as error:
         return got, str(error)

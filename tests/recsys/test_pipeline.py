@@ -12,7 +12,7 @@ from torchrec.distributed.types import ShardedModule
 from recsys.batch import Batch
 from recsys.build import Job, build_job
 from recsys.model import EM3
-from recsys.training import require_pipelined
+from recsys.trainer import require_pipelined
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.em3_runs import batches_of, em3_config, ranks_of

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import recsys.training
 from recsys.checkpoint_files import folders_by_age
 from recsys.config import Config, load_config
 from recsys.lockstep import TrainingStopped
@@ -100,6 +99,31 @@ def test_sigterm_loses_no_step_and_the_same_command_goes_on(
         seen = Counter(place for _, places in steps for place in places)
         assert Counter({place: seen[place] for place in range(60)}) == Counter(range(60))
     assert_same_end(tmp_path / "run", whole)
+
+
+def test_a_map_that_learns_ids_goes_on_with_the_rows_it_has_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_dataset(tmp_path / "data")
+    schema = data / "schema.yaml"
+    bounded = "num_embeddings: 6, vocabulary: {kind: bounded, admit_after: 2}"
+    schema.write_text(schema.read_text().replace("num_embeddings: 10", bounded))
+    config = config_of(tmp_path, "--content", "none", "--embedding.skip", "[]")
+    metrics = []
+    for name, stop_after in (("whole", None), ("stopped", 6), ("stopped", None)):
+        with monkeypatch.context() as patch, joined_ranks("cpu") as ranks:
+            StepsSeen(patch, stop_after)
+            try:
+                metrics.append(train(config, str(data), tmp_path / name, ranks))
+            except TrainingStopped:
+                assert stop_after is not None
+    assert_same_end(tmp_path / "stopped", tmp_path / "whole")
+    assert "vocabulary.user.ids" in tensors(tmp_path / "whole" / "checkpoints" / "best")
+    counted = [of_run["train"]["vocabularies"]["user"] for of_run in metrics]
+    assert counted[0] == counted[1] and min(counted[0].values()) > 0
+    assert metrics[0]["train"]["ids"] == metrics[1]["train"]["ids"]
+    assert metrics[0]["train"]["ids"]["user"]["ids"] == 120
+    assert 0 < metrics[0]["train"]["ids"]["user"]["unknown"] < 120
 
 
 def test_a_finished_run_has_nothing_left_to_do(
@@ -278,6 +302,3 @@ def test_on_cpu_the_same_seed_gives_the_same_bits(folder: Path) -> None:
     for name in (names[0], "best"):
         one, two = (tensors(folder / run / "checkpoints" / name) for run in ("once", "twice"))
         assert all(torch.equal(value, two[key]) for key, value in one.items())
-
-
-assert recsys.training.LossWatch is LossWatch

@@ -12,6 +12,7 @@ import pytest
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
+import recsys.trainer
 import recsys.training
 from recsys.build import Job
 from recsys.config import load_config
@@ -217,12 +218,13 @@ def test_training_ends_without_gain_and_the_best_model_is_kept_and_tested(
     weights: list[torch.Tensor] = []
     evaluate_split = recsys.training.evaluate_split
 
-    def scripted(job: Job, split: str, counts: np.ndarray) -> dict[str, Any]:
+    def scripted(job: Job, split: str, counts: np.ndarray, lockstep: Any) -> dict[str, Any]:
         weights.append(job.em3.ranking.mlp[-1].weight.detach().clone())  # type: ignore[union-attr, index]
-        report = evaluate_split(job, split, counts)
+        report = evaluate_split(job, split, counts, lockstep)
         return report | ({"auc": next(aucs)} if split == "valid" else {})
 
-    monkeypatch.setattr(recsys.training, "evaluate_split", scripted)
+    for module in (recsys.trainer, recsys.training):
+        monkeypatch.setattr(module, "evaluate_split", scripted)
     with joined_ranks("cpu") as ranks:
         metrics = train(config, str(small / "data"), tmp_path / "run", ranks)
     *validated, tested = weights
