@@ -5,6 +5,7 @@ D dimension, F features, U unique items. The order of use is that of every Torch
 on meta, model, optimizer in backward, plan, DistributedModelParallel, dense optimizer.
 """
 
+from embeddings.bounded_vocabulary import BoundedVocabulary
 from embeddings.memory_bank import MemoryBank
 from embeddings.optimizer import (
     DenseGroup,
@@ -16,6 +17,7 @@ from embeddings.optimizer import (
 )
 from embeddings.pretrained_files import PretrainedFiles
 from embeddings.pretrained_rows import load_pretrained_rows
+from embeddings.row_reset import RowReset
 from embeddings.sharding import format_plan, machine_topology, plan_sharding
 from embeddings.table_sharders import sharders
 from embeddings.tables import (
@@ -24,11 +26,16 @@ from embeddings.tables import (
     build_embedding_collection,
     check_tables,
 )
+from embeddings.vocabulary import ExactVocabulary, HashVocabulary
 
 __all__ = [
+    "BoundedVocabulary",
     "DenseGroup",
+    "ExactVocabulary",
+    "HashVocabulary",
     "MemoryBank",
     "PretrainedFiles",
+    "RowReset",
     "TableConfig",
     "build_dense_optimizer",
     "build_embedding_bag_collection",

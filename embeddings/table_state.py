@@ -15,7 +15,7 @@ Shapes: R rows, D dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,9 +106,20 @@ def copied_to_host(tensor: ShardedTensor, group: dist.ProcessGroup | None = None
 
 def set_table_steps(model: nn.Module, step: int) -> None:
     """Tells the fused optimizers how many steps they have made, which their state leaves out."""
-    for module in model.modules():
-        if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
-            module.set_optimizer_step(step)
+    for kernel in table_kernels(model):
+        kernel.set_optimizer_step(step)
+
+
+def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    """The modules of FBGEMM that hold the shards of this rank.
+
+    TorchRec keeps its lookups in a plain list, where `model.modules()` does not see them.
+    """
+    for collection in model.modules():
+        for lookup in getattr(collection, "_lookups", []):
+            for module in lookup.modules():
+                if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
+                    yield module
 
 
 def table_weights(model: DistributedModelParallel) -> dict[str, ShardedTensor]:

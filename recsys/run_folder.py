@@ -95,10 +95,15 @@ def begin_run(run: Path, job: Job, item_counts: np.ndarray, skipped_rows: dict[s
         (run / JOB_NAME).write_text(_job_name())
         np.save(run / ITEM_COUNTS, item_counts)
         (run / SKIPPED_ROWS).write_text(json.dumps(skipped_rows, indent=1) + "\n")
-        for table in job.schema.tables_with("exact"):
-            file = vocabulary_file(Location.of(run), table)
-            Path(file.path).parent.mkdir(exist_ok=True)
-            _exact(job, table).save(file.path)
+        keep_vocabularies(run, job)
+
+
+def keep_vocabularies(run: Path, job: Job) -> None:
+    """Keeps the maps of raw ids that the run is trained with."""
+    for table in job.schema.tables_with("exact"):
+        file = vocabulary_file(Location.of(run), table)
+        Path(file.path).parent.mkdir(parents=True, exist_ok=True)
+        _exact(job, table).save(file.path)
 
 
 def check_vocabularies(run: Path, job: Job) -> None:

@@ -19,7 +19,13 @@ from embeddings import (
     sharders,
 )
 from embeddings import table_state as table_state_module
-from embeddings.table_state import TableOptimizerState, in_blocks, table_weights
+from embeddings.table_state import (
+    TableOptimizerState,
+    in_blocks,
+    set_table_steps,
+    table_kernels,
+    table_weights,
+)
 from tests.ranks import run_on_ranks
 
 ROWS, DIM = 7, 16
@@ -98,6 +104,17 @@ def test_other_column_shards_get_the_mean_of_what_they_share(folder: Path) -> No
         found |= rank
     for column, expected in ((0, 0.0), (4, 0.0), (8, 800.0), (12, 800.0)):
         torch.testing.assert_close(found[0, column], torch.arange(ROWS) + expected)
+
+
+def steps_of_kernels(rank: int, world_size: int) -> list[int]:
+    model = build("row_wise")
+    set_table_steps(model, 7)
+    return [int(kernel.iter) for kernel in table_kernels(model)]
+
+
+def test_fused_optimizers_are_told_the_number_of_steps() -> None:
+    """Adam corrects its moments by it; the state of the optimizer leaves it out."""
+    assert run_on_ranks(steps_of_kernels, 2) == [[7], [7]]
 
 
 def blocks(rank: int, world_size: int) -> list[tuple[list[int], list[int]]]:

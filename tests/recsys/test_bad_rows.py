@@ -10,16 +10,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from recsys.config import load_config
 from recsys.data.filesystem import Location
 from recsys.data.interactions import BatchBuilder, Interactions
 from recsys.data.parquet_rows import ParquetRows, count_items
 from recsys.data.row_values import ROW_POSITION
 from recsys.data.schema import load_schema
+from recsys.prediction import predict
 from recsys.ranks import Ranks, joined_ranks
+from recsys.training import train
 from tests.datasets import write_dataset, write_parquet
 from tests.ranks import run_on_ranks
 from tests.recsys.bad_files import damaged_page
 from tests.recsys.bad_impressions import VALUES, replace_column
+from tests.recsys.command_runs import TINY
 from tests.recsys.four_rows import COLUMNS, read_all, table_of
 
 NAN = float("nan")
@@ -160,6 +164,24 @@ def test_what_is_wrong_with_a_whole_file_stays_an_error(dataset: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match="not a readable Parquet file"):
         skipping(dataset)
+
+
+def test_a_run_trains_on_the_other_rows_and_says_what_it_skipped(
+    tmp_path: Path, alone: Ranks
+) -> None:
+    data = write_dataset(tmp_path / "data", {"train": 61, "valid": 25, "test": 23})
+    VALUES["NaN"].spoil(data)
+    VALUES["bad row in validation"].spoil(data)
+    run, out = tmp_path / "run", tmp_path / "predictions.parquet"
+    words = ["--batch_size", "16", "--content", "none", "--on_bad_row", "skip"]
+    metrics = train(load_config(TINY, words), str(data), run, alone)
+    skipped = metrics["skipped_rows"]
+    assert [skipped[split]["rows"] for split in ("train", "valid", "test")] == [1, 1, 0]
+    assert metrics["valid"]["num_samples"] == 24
+    assert metrics["test"]["num_samples"] == 23
+    predict(run, [str(data / "valid")], out, None, alone, "cpu")
+    predictions = pq.read_table(out)["prediction_liked"].to_pylist()
+    assert [prediction is None for prediction in predictions] == [False] * 24 + [True]
 
 
 def batches_of_rank(rank: int, world_size: int, data: Path) -> tuple[list[int], list[int], Any]:

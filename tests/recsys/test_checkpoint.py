@@ -1,6 +1,9 @@
 """What the best model's checkpoint holds; that it is whole, or refused, or still the old one."""
 
+import contextlib
+import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +188,49 @@ def test_a_full_disk_ends_the_job_only_when_it_stays_full(
         checkpoints.close()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000001", "step-00000005"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of two megabytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_runs_full_keeps_the_last_checkpoint_and_its_room(
+    folder: Path, small_disk: Path, capfd: Any
+) -> None:
+    with joined_ranks("cpu") as ranks:
+        job = job_of(folder, ranks)
+        checkpoints = Checkpoints(job, small_disk, "data")
+        checkpoints.save(Progress(steps=1), wait=True)
+        filler = small_disk / "filler"
+        with contextlib.suppress(OSError), filler.open("wb") as file:
+            while True:
+                file.write(bytes(4096))
+                file.flush()
+        with filler.open("r+b") as file:
+            file.truncate(filler.stat().st_size - 40_000)
+        checkpoints.save(Progress(steps=2))
+        checkpoints.wait()
+        assert "No space left on device" in capfd.readouterr().out
+        folders = small_disk / "checkpoints"
+        assert [path.name for path in folders.iterdir()] == ["step-00000001"]
+        with pytest.raises(ValueError, match=r"step-00000003: the checkpoint could not be written"):
+            checkpoints.save(Progress(steps=3), wait=True)
+        progress = Checkpoints(job, small_disk, "data").restore()
+        assert progress is not None and progress.steps == 1
+        filler.unlink()
+        checkpoints.save(Progress(steps=4), wait=True)
+        checkpoints.close()
+        assert checkpoints.last_good == folders / "step-00000004"
 
 
 def test_a_folder_without_finished_run_is_refused(folder: Path, tmp_path: Path) -> None:

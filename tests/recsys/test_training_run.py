@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import recsys.trainer
 import recsys.training
@@ -69,6 +70,21 @@ def test_metrics_json_has_exactly_the_keys_of_the_contract(metrics: dict[str, An
 def test_where_there_is_no_terminal_lines_tell_loss_and_speed(trained: TrainedRun) -> None:
     assert "epoch 1 step 1/4 loss " in trained.output
     assert "samples/s" in trained.output
+
+
+def test_tensorboard_holds_losses_gradient_norm_and_the_state_of_the_bank(
+    trained: TrainedRun,
+) -> None:
+    events = EventAccumulator(str(trained.run / "tensorboard"))
+    events.Reload()
+    scalars = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
+    for name in ("loss", "ranking", "contrastive", "gradient_norm", "bank_coverage", "bank_age"):
+        assert [event.step for event in scalars[f"train/{name}"]] == list(range(1, 9)), name
+    assert all(event.value > 0 for event in scalars["train/gradient_norm"])
+    assert all(event.value == 1 for event in scalars["train/bank_coverage"])  # filled at the start
+    ages = [event.value for event in scalars["train/bank_age"]]
+    assert 0 < ages[0] < ages[-1] < 8
+    assert {"valid/auc", "valid/gauc"} <= set(scalars)
 
 
 def test_no_warning_of_other_libraries_disturbs_the_output(trained: TrainedRun) -> None:
