@@ -7,7 +7,9 @@ Shards are loaded into whatever plan and number of ranks reads them.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -243,16 +245,14 @@ def _checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:
     return manifest
 
 
-class _readable_failure:
+@contextmanager
+def _readable_failure() -> Iterator[None]:
     """The causes in a CheckpointException, without the stacks of all ranks."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, CheckpointException):
-            causes = {str(failure[0]) for failure in error.failures.values()}
-            raise ValueError("; ".join(sorted(causes))) from error
+    try:
+        yield
+    except CheckpointException as error:
+        causes = {str(failure[0]) for failure in error.failures.values()}
+        raise ValueError("; ".join(sorted(causes))) from error
 
 
 @torch.no_grad()

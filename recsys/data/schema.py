@@ -32,11 +32,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from embeddings.vocabulary import ExactVocabulary, HashVocabulary
 from recsys.data.filesystem import Location
+from recsys.plain_yaml import load_plain_yaml
 
 
 @dataclass
@@ -157,7 +157,7 @@ def load_schema(root: Location, with_vocabularies: bool = True) -> Schema:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Schema, None)
     try:
-        content = yaml.safe_load(path.read_bytes())
+        content = load_plain_yaml(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("it must be a mapping with target_item, group and columns")
         namespace = parser.instantiate(parser.parse_object(content))
