@@ -178,7 +178,7 @@ def test_a_map_that_refuses_the_ids_is_told_with_the_file(tmp_path: Path) -> Non
     vocabulary = ExactVocabulary(10)
     vocabulary.extend([pa.array([7])])
     path = write(tmp_path / "vectors.parquet", ["seven"], vectors([0]))
-    with pytest.raises(ValueError, match=r"vectors\.parquet: column 'id': the map holds ids of"):
+    with pytest.raises(ValueError, match=r"vectors\.parquet: column 'id': the map holds integers"):
         load(path, vocabulary.find)
 
 
