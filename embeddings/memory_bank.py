@@ -70,7 +70,14 @@ class MemoryBank:
         self._rank = 0 if process_group is None else dist.get_rank(process_group)
         # Equal blocks: TensorPool gives the last rank the remainder, which it lets go negative.
         self._block_size = -(-num_items // world_size)
-        self._pool = self._build_pool(self._block_size * world_size)
+        try:
+            self._pool = self._build_pool(self._block_size * world_size)
+        except RuntimeError as error:
+            raise ValueError(
+                f"memory bank: {num_items:,} items x {dim} do not fit into the memory of "
+                f"{world_size} ranks ({error}); add ranks, lower dim, or lower num_embeddings of "
+                "the target item"
+            ) from error
 
     def _build_pool(self, pool_size: int) -> TensorPool | ShardedTensorPool:
         width = self.dim + 1  # the last column: step of the last write + 1, 0 if never written

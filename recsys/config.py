@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from recsys.config_checks import validate
+from recsys.plain_yaml import load_plain_yaml
 
 
 @dataclass
@@ -238,6 +239,7 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> Config:
         raise ValueError(f"config {path}: no such file")
     parser = _parser()
     try:
+        load_plain_yaml(Path(path).read_bytes())  # a run's configuration may be someone else's
         namespace = parser.parse_args(["--config", str(path), *(overrides or [])])
     except Exception as error:
         raise ValueError(f"config {path}: {error}") from error

@@ -6,6 +6,7 @@ by their full name before anything is built.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,13 +42,28 @@ def validate(config: Config) -> None:
         _at_least(config, f"embedding.{name}", 0)
     _at_least(config, "contrastive.weight", 0)
     _dropout(config, "ranking.dropout")
+    _validate_ranking(config)
+    for name, table in config.embedding.tables.items():
+        if table.embedding_dim is not None:
+            _at_least(config, f"embedding.tables.{name}.embedding_dim", 1)
     if config.content == "none":
         return
     _validate_content(config, config.content)
-    if config.contrastive.weight > 0 and config.contrastive.temperature <= 0:
-        raise ValueError(
-            f"contrastive.temperature is {config.contrastive.temperature}; it must be > 0"
-        )
+    temperature = config.contrastive.temperature
+    if config.contrastive.weight > 0 and not 0 < temperature < math.inf:
+        raise ValueError(f"contrastive.temperature is {temperature}; it must be > 0 and finite")
+
+
+def _validate_ranking(config: Config) -> None:
+    for name in ("attention_units", "mlp_units"):
+        units = getattr(config.ranking, name)
+        if any(unit < 1 for unit in units):
+            raise ValueError(f"ranking.{name} is {units}; each layer has at least 1 unit")
+    for label, weight in config.ranking.label_weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(
+                f"ranking.label_weights.{label} is {weight}; it must be at least 0 and finite"
+            )
 
 
 def _setting(config: Config, name: str) -> Any:
@@ -59,8 +75,9 @@ def _setting(config: Config, name: str) -> Any:
 
 def _at_least(config: Config, name: str, least: int) -> None:
     value = _setting(config, name)
-    if not value >= least:  # NaN is refused too
-        raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if not least <= value < math.inf:  # NaN is refused too
+        finite = " and finite" if isinstance(value, float) else ""
+        raise ValueError(f"{name} is {value}; it must be at least {least}{finite}")
 
 
 def _dropout(config: Config, name: str) -> None:

@@ -16,7 +16,8 @@ from recsys.checkpoint import load_best
 from recsys.config import load_config
 from recsys.data.filesystem import Location
 from recsys.data.interactions import Interactions
-from recsys.data.parquet_rows import ParquetRows
+from recsys.data.parquet_file import READ_ERRORS, open_parquet
+from recsys.data.parquet_rows import ParquetRows, count_items
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.evaluation import evaluate_split, score
 from recsys.lockstep import Lockstep
@@ -75,6 +76,10 @@ def predict(
     with ranks.all_or_none():
         files = [file for name in inputs for file in _parquet_files(name)]
         rows = ParquetRows(files, job.schema, False, job.config.on_bad_row)
+        if (
+            job.config.on_bad_row == "skip"
+        ):  # loader processes would keep to themselves what they find
+            count_items(rows, ranks.rank, ranks.world_size)
         interactions = Interactions(
             rows,
             job.batch_builder(with_labels=False),
@@ -115,15 +120,15 @@ def _write(files: list[Location], names: list[str], values: np.ndarray, out: Pat
     place = 0
     try:
         for file in files:
-            with pq.ParquetFile(file.path, filesystem=file.arrow) as parquet:
+            with open_parquet(file) as parquet:
                 for index in range(parquet.num_row_groups):
-                    table = parquet.read_row_group(index)
+                    table = _read(parquet, index, file)
                     table = _with_columns(
                         table, names, values[place : place + table.num_rows], str(file)
                     )
                     place += table.num_rows
                     if writer is None:
-                        writer = pq.ParquetWriter(partial, table.schema)
+                        writer = pq.ParquetWriter(partial, table.schema, write_page_checksum=True)
                     if table.schema != writer.schema:
                         raise ValueError(
                             f"{file}: its columns differ from those of {files[0]}; predict them "
@@ -135,6 +140,16 @@ def _write(files: list[Location], names: list[str], values: np.ndarray, out: Pat
         partial.rename(out)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _read(parquet: pq.ParquetFile, index: int, file: Location) -> pa.Table:
+    try:
+        return parquet.read_row_group(index)
+    except READ_ERRORS as error:
+        raise ValueError(
+            f"{file}: row group {index} cannot be read ({error}), nor written again with "
+            "predictions; leave the file out or write it again"
+        ) from error
 
 
 def _with_columns(table: pa.Table, names: list[str], values: np.ndarray, file: str) -> pa.Table:

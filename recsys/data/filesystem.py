@@ -61,6 +61,9 @@ class Location:
         """Files with that ending in this folder, in order of name; this file itself if it is one.
 
         As in Spark and Arrow, names that start with a dot or an underscore are not data.
+
+        Raises:
+            ValueError: something else has such a name; to leave it out would lose rows unnoticed.
         """
         if self.filesystem.isfile(self.path):
             return [self]
@@ -69,10 +72,16 @@ class Location:
         names = [
             str(entry["name"]).rsplit("/", 1)[-1]
             for entry in self.filesystem.ls(self.path, detail=True)
-            if entry["type"] == "file"
         ]
-        return [
+        found = [
             self / name
             for name in sorted(names)
             if name.endswith(ending) and not name.startswith((".", "_"))
         ]
+        for file in found:  # a link to a file is one
+            if not self.filesystem.isfile(file.path):
+                raise ValueError(
+                    f"{file}: not a file, but a folder, a broken link or the like; move the files "
+                    f"in it to {self} or remove it"
+                )
+        return found

@@ -178,7 +178,9 @@ def _write_split(folder: Path, ratings: Ratings, rows: np.ndarray) -> None:
     chunks = [rows[at : at + ROWS_PER_CHUNK] for at in range(0, len(rows), ROWS_PER_CHUNK)]
     first = _impressions(ratings, chunks[0])
     path = folder / "part-00000.parquet"
-    with pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
+    with pq.ParquetWriter(
+        path, first.schema, compression="zstd", write_page_checksum=True
+    ) as writer:
         writer.write_table(first, row_group_size=ROWS_PER_GROUP)
         for chunk in chunks[1:]:
             writer.write_table(_impressions(ratings, chunk), row_group_size=ROWS_PER_GROUP)
@@ -216,7 +218,9 @@ def _write_items(folder: Path, movies: pa.Table) -> None:
         columns["poster"] = movies["poster"]
     table = pa.table(columns)
     schema = pa.schema([(n, pa.binary() if n == "poster" else table[n].type) for n in columns])
-    with pq.ParquetWriter(folder / "part-00000.parquet", schema, compression="zstd") as writer:
+    with pq.ParquetWriter(
+        folder / "part-00000.parquet", schema, compression="zstd", write_page_checksum=True
+    ) as writer:
         for at in range(0, table.num_rows, ITEMS_PER_GROUP):
             writer.write_table(table.slice(at, ITEMS_PER_GROUP).cast(schema))
 
