@@ -69,7 +69,9 @@ def test_an_earlier_run_is_not_overwritten_unless_asked(folder: Path, fails: Fai
     words = train_words(folder / "data", folder / "again", "--content", "none")
     assert main(words) == 0
     before = (folder / "again" / "metrics.json").read_bytes()
-    assert "holds a run already" in fails(*words)
+    assert main(words) == 0  # finished: nothing is left to train
+    assert (folder / "again" / "metrics.json").read_bytes() == before
+    assert "holds a run already" in fails(*words, "--resume", "never")
     assert (folder / "again" / "metrics.json").read_bytes() == before
     assert main([*words, "--overwrite", "true"]) == 0
 

@@ -134,7 +134,6 @@ def test_hidden_files_and_files_of_other_endings_are_no_data(dataset: Path) -> N
     for name in (".part-9.parquet", "_part-9.parquet", "_SUCCESS", "notes.txt"):
         (dataset / "train" / name).parent.mkdir(exist_ok=True)
         (dataset / "train" / name).write_text("not Parquet")
-    (dataset / "train" / "folder.parquet").mkdir()
     assert open_rows(dataset, table_of()).num_rows == 4
 
 
