@@ -11,13 +11,13 @@ RUN := runs/movielens_sample
 CONFIG := recsys/configs/movielens_sample.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train test survive lint
+.PHONY: help install install-dev train test test-long lint
 
 help:
 	@echo 'make install   virtual environment in $(VENV) with the matching torch, torchrec and fbgemm'
 	@echo 'make train     train on the bundled MovieLens sample over $(NPROC) ranks; leaves $(RUN)'
 	@echo 'make test      run the tests'
-	@echo 'make survive   kill ranks and lose nodes, and compare with undisturbed runs; minutes'
+	@echo 'make test-long run what takes minutes: README commands, resharding, lost nodes, killed ranks'
 	@echo 'make lint      check style, format and types'
 	@echo ''
 	@echo 'PYTHON=python3.12                    another interpreter, 3.11 or newer'
@@ -41,8 +41,8 @@ train: install $(DATA)/schema.yaml
 test: install-dev
 	$(VENV)/bin/python -m pytest
 
-survive: install-dev
-	$(VENV)/bin/python -m pytest -m cluster
+test-long: install-dev
+	$(VENV)/bin/python -m pytest -m long
 	$(VENV)/bin/python -m tests.recsys.kill_ranks --kills 20
 
 lint: install-dev

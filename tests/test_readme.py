@@ -61,6 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.long
 def test_every_command_of_the_readme_runs(folder: Path) -> None:
     for script in blocks("python"):
         run([sys.executable, "-c", script], folder)

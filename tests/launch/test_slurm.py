@@ -17,7 +17,7 @@ EPOCHS, STEPS_PER_EPOCH = 3, 26  # of eight rows on each of two ranks
 SECONDS = 240  # for what takes some twenty where nothing else runs
 
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture

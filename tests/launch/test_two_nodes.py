@@ -77,7 +77,7 @@ class Job:
         return {**metrics, "train": metrics["train"]["steps"]}
 
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,8 @@ CASES = [
 WORLD_SIZES = (1, 2, 3)
 GLOBAL_BATCH, STEPS = 12, 3
 
+pytestmark = pytest.mark.long
+
 Case = tuple[int, str, str]  # ranks, plan, table optimizer
 # Logits of all ranks on one batch when saved, and the losses of the next steps.
 Seen = tuple[Tensor, list[float]]
