@@ -179,7 +179,8 @@ class Checkpoints:
             with ranks.all_or_none():
                 if ranks.is_first:
                     publish_folder(partial, folder, {**manifest, "files": described})
-                    prune(self.folder, self.job.config.checkpoint.keep)
+                    if folder.name != BEST:
+                        prune(folder, self.job.config.checkpoint.keep)
         except Exception:
             if ranks.is_first:
                 shutil.rmtree(partial, ignore_errors=True)

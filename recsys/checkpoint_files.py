@@ -110,9 +110,14 @@ def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: in
             raise ValueError(f"{file}: its content has changed since it was written")
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Removes all but the last `keep` folders of steps, and what killed jobs left behind."""
-    for folder in folders_by_age(checkpoints)[keep:]:
+def prune(newest: Path, keep: int) -> None:
+    """Removes all but the last `keep` folders up to `newest`, and what killed jobs left behind.
+
+    Folders of later steps are damaged ones that a resume left out; they take no place of good ones.
+    """
+    checkpoints = newest.parent
+    whole = [folder for folder in folders_by_age(checkpoints) if folder.name <= newest.name]
+    for folder in whole[keep:]:
         shutil.rmtree(folder, ignore_errors=True)
     for left in [*checkpoints.glob(".step-*.partial"), *checkpoints.glob(".step-*.old")]:
         shutil.rmtree(left, ignore_errors=True)

@@ -15,6 +15,7 @@ import yaml
 from embeddings.table_state import table_weights
 from recsys.build import Job, build_job
 from recsys.checkpoint import Checkpoints, load_best
+from recsys.checkpoint_files import folder_of_step, prune
 from recsys.config import load_config
 from recsys.prediction import load_run
 from recsys.progress import Progress
@@ -165,6 +166,13 @@ def test_the_last_checkpoints_are_kept_and_no_more(folder: Path, tmp_path: Path)
         checkpoints.close()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["best", "step-00000002", "step-00000003"]
+
+
+def test_a_damaged_later_checkpoint_takes_no_place_of_a_good_one(tmp_path: Path) -> None:
+    for step in (3, 6, 9):
+        folder_of_step(tmp_path, step).mkdir()
+    prune(folder_of_step(tmp_path, 6), keep=1)  # step 9 is what a resume left out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006", "step-00000009"]
 
 
 def test_a_full_disk_ends_the_job_only_when_it_stays_full(
