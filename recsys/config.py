@@ -42,6 +42,14 @@ class TableSettings:
 
 
 @dataclass
+class CommunicationSettings:
+    """Types in which looked-up vectors travel between ranks, and their gradients back."""
+
+    forward: Literal["fp32", "fp16", "bf16"] = "fp32"
+    backward: Literal["fp32", "fp16", "bf16"] = "fp32"
+
+
+@dataclass
 class EmbeddingSettings:
     """The ID tables. One table per `id` or `ids` column of the schema."""
 
@@ -53,6 +61,9 @@ class EmbeddingSettings:
     init_std: float = 0.01
     tables: dict[str, TableSettings] = field(default_factory=dict)  # by column name
     skip: list[str] = field(default_factory=list)  # id columns of the schema that get no table
+    # Look each item of the histories up once per batch and rank, however often it occurs.
+    index_dedup: bool = True
+    communication: CommunicationSettings = field(default_factory=CommunicationSettings)
 
 
 @dataclass
@@ -109,7 +120,22 @@ class HistorySettings:
     lora_alpha: float = 8.0
     # Cosine of the target to liked and other history items, of content vectors and per modality.
     similarity_features: bool = True
+    simtier_bins: int = 0  # a histogram of those cosines with so many bins (SimTier); 0: none
+    sorted_cosines: int = 0  # the so many highest cosines as features, sorted (LEMUR); 0: none
+    # Keep of each history only the items whose content is most like the target's, so many, before
+    # anything else is done with it (MUSE); 0: all.
+    top_k: int = 0
+    # Vectors that any rank has just computed are seen in the histories of all ranks in that step.
+    same_step: bool = True
     refresh_bank_every_epoch: bool = False  # re-encode all items before each validation
+
+
+@dataclass
+class SamplingSettings:
+    """Shares of a step's unique items that are encoded; the others come from the bank (LEMUR)."""
+
+    forward: float = 1.0  # p: encoded anew
+    backward: float = 1.0  # q, at most p: encoded with gradient
 
 
 @dataclass
@@ -120,6 +146,10 @@ class ContentSettings:
     dim: int = 32
     fusion: FusionSettings = field(default_factory=FusionSettings)
     history: HistorySettings = field(default_factory=HistorySettings)
+    # local: each rank encodes the unique items of its batch; global: those of all ranks' batches
+    # are encoded once, each by the rank that its id belongs to.
+    dedup: Literal["local", "global"] = "local"
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     @property
     def vector_dim(self) -> int:
@@ -188,6 +218,11 @@ class Config:
     contrastive: ContrastiveSettings = field(default_factory=ContrastiveSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     batch_size: int = 256  # impressions per rank and step
+    # Dense parameters are updated every so many steps, with the mean gradient of those steps; ID
+    # tables in each of them.
+    accumulate_steps: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the dense parts (autocast)
+    compile: bool = False  # torch.compile of the dense parts; needs a C++ compiler on CPU
     epochs: int = 10  # at most; early stopping ends sooner
     validations_per_epoch: int = 1
     patience: int = 2  # validations without a better AUC before training ends

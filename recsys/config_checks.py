@@ -21,7 +21,7 @@ def validate(config: Config) -> None:
     """
     at_least_one = ["batch_size", "epochs", "validations_per_epoch", "patience", "log_every_steps"]
     at_least_one += ["embedding.dim", "contrastive.dim", "contrastive.num_negatives"]
-    at_least_one += ["checkpoint.keep"]
+    at_least_one += ["checkpoint.keep", "accumulate_steps"]
     for name in at_least_one:
         _at_least(config, name, 1)
     for name in ["every_steps", "every_seconds"]:
@@ -93,6 +93,9 @@ def _validate_content(config: Config, content: ContentSettings) -> None:
         )
     for name in ["dim", "fusion.num_queries", "fusion.num_layers", "fusion.num_heads"]:
         _at_least(config, f"content.{name}", 1)
+    for name in ["simtier_bins", "sorted_cosines", "top_k"]:
+        _at_least(config, f"content.history.{name}", 0)
+    _validate_sampling(content)
     _dropout(config, "content.fusion.dropout")
     fusion = content.fusion
     if fusion.name == "qformer" and content.dim % fusion.num_heads:
@@ -111,6 +114,25 @@ def _validate_content(config: Config, content: ContentSettings) -> None:
             _at_least(config, f"content.modalities.{name}.lora.rank", 1)
             _at_least(config, f"content.modalities.{name}.lora.top_layers", 1)
             _dropout(config, f"content.modalities.{name}.lora.dropout")
+
+
+def _validate_sampling(content: ContentSettings) -> None:
+    forward, backward = content.sampling.forward, content.sampling.backward
+    if not 0 < backward <= forward <= 1:
+        raise ValueError(
+            f"content.sampling.forward is {forward} and content.sampling.backward {backward}; "
+            "shares must hold 0 < backward <= forward <= 1"
+        )
+    for name, is_set in [
+        ("sampling.forward", forward < 1),
+        ("sampling.backward", backward < 1),
+        ("history.top_k", content.history.top_k > 0),
+    ]:
+        if is_set and content.history.mode == "full":
+            raise ValueError(
+                f"content.{name} reads the memory bank, which content.history.mode full has not; "
+                "choose bank_lora, bank_frozen or bank_dense"
+            )
 
 
 def _validate_modality(where: str, modality: ModalitySettings) -> None:
