@@ -31,6 +31,7 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import (
     EmbeddingModuleShardingPlan,
+    ModuleSharder,
     ParameterSharding,
     ShardingPlan,
 )
@@ -98,6 +99,7 @@ def plan_sharding(
     device: torch.device | str = "cpu",
     batch_size: int = 512,
     topology: Topology | None = None,
+    module_sharders: list[ModuleSharder[nn.Module]] | None = None,
 ) -> ShardingPlan:
     """Plan on rank 0 how the tables of ``module`` are sharded, and tell every rank.
 
@@ -110,6 +112,8 @@ def plan_sharding(
         batch_size: rows per rank and step, for the planner's estimate of time and memory.
         topology: ranks and memory, instead of :func:`machine_topology`. Without a process group
             it may describe any cluster, to see what the plan would be there.
+        module_sharders: those that DistributedModelParallel will be given, whose types of
+            communication the planner weighs; default :func:`sharders` as it is.
 
     Raises:
         ValueError: no plan is possible; the same on every rank, with the planner's reason.
@@ -130,7 +134,8 @@ def plan_sharding(
     cause: Exception | None = None
     if rank == 0:
         try:
-            plan = _plan(module, tables, world_size, torch.device(device), batch_size, topology)
+            where, cuts = torch.device(device), module_sharders or sharders()
+            plan = _plan(module, tables, world_size, where, batch_size, topology, cuts)
         except Exception as error:  # whatever it is, the other ranks wait for a word
             cause = error
             reason = f"{error}" if isinstance(error, ValueError) else f"planning failed: {error!r}"
@@ -152,6 +157,7 @@ def _plan(
     device: torch.device,
     batch_size: int,
     topology: Topology | None,
+    module_sharders: list[ModuleSharder[nn.Module]],
 ) -> ShardingPlan:
     check_tables(tables)
     _check_module(module, tables, device)
@@ -172,7 +178,7 @@ def _plan(
         debug=False,
     )
     try:
-        return planner.plan(module, sharders())
+        return planner.plan(module, module_sharders)
     except PlannerError as error:
         raise ValueError(_does_not_fit(error, tables)) from error
 

@@ -24,6 +24,7 @@ from torchrec.distributed.types import (
 )
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from embeddings.communication import CommunicationType, communication_codecs
 from embeddings.tables import NormalInitializer
 
 ShardedCollection = TypeVar(
@@ -82,11 +83,22 @@ class SequenceSharder(EmbeddingCollectionSharder):
         )
 
 
-def sharders() -> list[ModuleSharder[nn.Module]]:
-    """The sharders for the planner and for DistributedModelParallel."""
+def sharders(
+    forward: CommunicationType = "fp32", backward: CommunicationType = "fp32"
+) -> list[ModuleSharder[nn.Module]]:
+    """The sharders for the planner and for DistributedModelParallel; give both the same.
+
+    Args:
+        forward: type in which looked-up vectors travel between ranks.
+        backward: type in which their gradients travel back.
+
+    Raises:
+        ValueError: an unknown type.
+    """
+    codecs = communication_codecs(forward, backward)
     return [
-        cast(ModuleSharder[nn.Module], BagSharder()),
-        cast(ModuleSharder[nn.Module], SequenceSharder()),
+        cast(ModuleSharder[nn.Module], BagSharder(qcomm_codecs_registry=codecs)),
+        cast(ModuleSharder[nn.Module], SequenceSharder(qcomm_codecs_registry=codecs)),
     ]
 
 

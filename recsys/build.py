@@ -275,9 +275,13 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
     with ranks.all_or_none():
         em3 = build_em3(config, schema, tables, encoders, bank)
         fuse_table_optimizers(em3, tables)
-    plan: ShardingPlan = plan_sharding(em3, tables, ranks.group, ranks.device, config.batch_size)
+    types = config.embedding.communication
+    cuts = sharders(types.forward, types.backward)
+    plan: ShardingPlan = plan_sharding(
+        em3, tables, ranks.group, ranks.device, config.batch_size, module_sharders=cuts
+    )
     model = DistributedModelParallel(
-        em3, ShardingEnv.from_process_group(ranks.group), ranks.device, plan, sharders()
+        em3, ShardingEnv.from_process_group(ranks.group), ranks.device, plan, cuts
     )
     optimizer, adamw = build_dense_optimizer(model, dense_groups(config))
     initialize_optimizer_state(adamw)  # a checkpoint fills only what is there

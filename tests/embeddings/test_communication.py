@@ -1,0 +1,172 @@
+"""Vectors and gradients that travel in 16 bits: rounded once, and otherwise those of fp32.
+
+What is exchanged whole (tables without pooling, and pooled ones that are not row-wise) must be
+exactly fp32's vectors rounded to the type; row-wise pooled tables send parts that are summed.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from embeddings import fuse_table_optimizers, plan_sharding, sharders
+from embeddings.table_sharders import BagSharder
+from tests.embeddings.tables_model import (
+    BATCH,
+    FEATURES,
+    LABELS,
+    SEED,
+    TablesModel,
+    jagged,
+    table_configs,
+)
+from tests.embeddings.test_sharded_training import local_shards, whole_table
+from tests.ranks import run_on_ranks
+
+SHARDINGS = ("row_wise", "table_wise", "column_wise")
+TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-9}  # largest relative error of one rounding
+RATE = 0.1
+CASES = [
+    (sharding, forward, backward)
+    for sharding in SHARDINGS
+    for forward, backward in [
+        ("fp32", "fp32"),
+        ("fp16", "fp32"),
+        ("bf16", "fp32"),
+        ("fp32", "fp16"),
+        ("fp32", "bf16"),
+    ]
+]
+
+by_type = pytest.mark.parametrize("type_name", list(TYPES))
+by_sharding = pytest.mark.parametrize("sharding", SHARDINGS)
+
+
+def one_step(rank: int, world_size: int) -> dict[Any, dict[str, Any]]:
+    return {case: _one_step(rank, world_size, *case) for case in CASES}
+
+
+def _one_step(
+    rank: int, world_size: int, sharding: Any, forward: Any, backward: Any
+) -> dict[str, Any]:
+    torch.manual_seed(SEED)
+    tables = table_configs(sharding, "sgd", RATE)
+    model = TablesModel(tables)
+    fuse_table_optimizers(model, tables)
+    cuts = sharders(forward, backward)
+    plan = plan_sharding(model, tables, batch_size=BATCH // world_size, module_sharders=cuts)
+    sharded = DistributedModelParallel(model, plan=plan, sharders=cuts)
+    size = BATCH // world_size
+    rows = slice(rank * size, (rank + 1) * size)
+    before = local_shards(sharded)
+    logits, vectors = sharded(jagged(0, rows))
+    ((logits - LABELS[0, rows]) ** 2).mean().backward()
+    return {
+        "vectors": {name: value.detach().clone() for name, value in vectors.items()},
+        "before": before,
+        "after": local_shards(sharded),
+        "gradients": {n: p.grad.clone() for n, p in sharded.module.dense.named_parameters()},
+    }
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Any:
+    return run_on_ranks(one_step, 2)
+
+
+def gradient_of(runs: Any, case: Any, table: str) -> Tensor:
+    """What plain SGD moved the table by, over its learning rate."""
+    before, after = (
+        whole_table([piece for run in runs for piece in run[case][when][table]])
+        for when in ("before", "after")
+    )
+    return (before - after) / RATE
+
+
+@by_type
+@pytest.mark.parametrize(
+    ("sharding", "feature"),
+    [("row_wise", "item")]
+    + [(cut, name) for cut in SHARDINGS[1:] for name in ("user", "tags", "item")],
+)
+def test_vectors_that_travel_whole_are_those_of_fp32_rounded_once(
+    two_ranks: Any, sharding: str, feature: str, type_name: str
+) -> None:
+    for run in two_ranks:
+        exact = run[sharding, "fp32", "fp32"]["vectors"][feature]
+        rounded = run[sharding, type_name, "fp32"]["vectors"][feature]
+        assert rounded.dtype == torch.float32
+        assert torch.equal(rounded, exact.to(TYPES[type_name]).float())
+        assert not torch.equal(rounded, exact)
+
+
+@by_type
+@by_sharding
+def test_all_vectors_agree_with_fp32_to_the_rounding_of_their_type(
+    two_ranks: Any, sharding: str, type_name: str
+) -> None:
+    for run in two_ranks:
+        for feature in FEATURES:
+            exact = run[sharding, "fp32", "fp32"]["vectors"][feature]
+            rounded = run[sharding, type_name, "fp32"]["vectors"][feature]
+            # Parts may be larger than their sum; each of up to three is rounded, and the sum.
+            atol = 4 * ROUNDING[type_name] * float(exact.abs().max())
+            torch.testing.assert_close(rounded, exact, rtol=0, atol=atol)
+            assert not torch.equal(rounded, exact)
+
+
+@by_type
+@by_sharding
+@pytest.mark.parametrize("table", ["user", "tags", "item"])
+def test_updates_of_tables_agree_with_fp32_to_the_rounding_of_gradients(
+    two_ranks: Any, sharding: str, table: str, type_name: str
+) -> None:
+    exact = gradient_of(two_ranks, (sharding, "fp32", "fp32"), table)
+    rounded = gradient_of(two_ranks, (sharding, "fp32", type_name), table)
+    assert exact.abs().max() > 1e-2
+    # A row's gradient is the sum of at most four rounded ones.
+    atol = 4 * ROUNDING[type_name] * float(exact.abs().max())
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=atol)
+    # Weights of 0.1 keep differences of gradients down to 1e-7.
+    assert (rounded - exact).abs().max() > 1e-5
+
+
+@by_type
+@by_sharding
+def test_each_direction_leaves_the_other_exact(
+    two_ranks: Any, sharding: str, type_name: str
+) -> None:
+    for run in two_ranks:
+        exact, backward_only = (run[sharding, "fp32", b] for b in ("fp32", type_name))
+        for feature in FEATURES:
+            assert torch.equal(exact["vectors"][feature], backward_only["vectors"][feature])
+        for name, gradient in exact["gradients"].items():
+            assert torch.equal(gradient, backward_only["gradients"][name])
+
+
+def test_an_unknown_type_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"forward is 'int8'.*choose one of \['fp32', 'fp16'"):
+        sharders("int8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="backward is 'fp8'"):
+        sharders("fp16", "fp8")  # type: ignore[arg-type]
+
+
+def test_the_planner_weighs_the_sharders_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = table_configs()
+    model = TablesModel(tables)
+    fuse_table_optimizers(model, tables)
+    asked: list[Any] = []
+    before = BagSharder.sharding_types
+
+    def sharding_types(sharder: BagSharder, device: str) -> list[str]:
+        asked.append(sharder.qcomm_codecs_registry)
+        return before(sharder, device)
+
+    monkeypatch.setattr(BagSharder, "sharding_types", sharding_types)
+    cuts = sharders("bf16", "fp16")
+    plan_sharding(model, tables, module_sharders=cuts)
+    assert asked and all(codecs is cuts[0].qcomm_codecs_registry for codecs in asked)
+    assert sharders()[0].qcomm_codecs_registry is None
