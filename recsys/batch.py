@@ -5,7 +5,8 @@ It is a superset of `torchrec.datasets.utils.Batch` (`dense_features`, `sparse_f
 attribute of the batch (`sparse_features`, `sequence_features`), which `TrainPipelineSparseDist`
 needs to send them ahead of the step.
 
-Shapes: B batch, N history items of the whole batch, U unique items, T tokens, F dense features.
+Shapes: B batch, N history items of the whole batch, U unique history items, E items to encode,
+S items whose vectors are read from the bank, T tokens, F dense features.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
+
+from recsys.jagged_history import JaggedHistory
 
 
 @dataclass
@@ -37,15 +40,36 @@ class ContentInput:
 
 
 @dataclass
+class ItemExchange:
+    """Which of its item vectors a rank sends to each rank, and how many it receives from each.
+
+    rows: int64, of the vectors at hand, those for rank 0 first; `send_counts` of them for each rank.
+    """
+
+    rows: Tensor
+    send_counts: list[int]
+    receive_counts: list[int]
+
+
+@dataclass
 class Batch(Pipelineable):
     """The impressions of one step on one rank and the content of their items.
 
     sparse_features: ids of the pooled tables; None when there are none.
-    sequence_features: ids of the target item (length 1 each) and of the history.
-    content_items: unique items to encode [U]; `target_index` [B] says which one is ranked.
-    history_items: unique items to look up in the memory bank [U']; `history_index` [N] points
-        into them, or into `content_items` where the history is encoded too.
-    history_lengths: int64 [B], summing to N; `history_values` float32 [N, P] the parallel lists.
+    sequence_features: ids of the target item (length 1 each) and of the history: either the unique
+        ones, `history_items`, whose lengths by row have no meaning, or all of them.
+    history_items: unique items of the histories [U]; `history_index` [N] points into them.
+    history_lengths: int64 [B], summing to N, the longest of them `longest_history`;
+        `history_values` float32 [N, P] the parallel lists.
+    content_items: unique items that this rank encodes [E], `content` what they contain.
+    target_index: [B], which of the item vectors at hand (`ContentBranch.item_vectors`) is ranked.
+    history_content_index: [U], where the history's items are among them, if they are encoded too;
+        else empty.
+    with_gradient: how many of the items to encode are encoded with gradient, the first ones; None
+        for all.
+    bank_items: items that are ranked but read from the bank instead [S].
+    exchange: how item vectors go from the ranks that own them to those that need them; None where
+        each rank encodes its own.
     row_positions: place of each row in its files [B], -1 for a row that only pads.
     """
 
@@ -58,11 +82,16 @@ class Batch(Pipelineable):
     row_positions: Tensor  # [B]
     history_lengths: Tensor  # [B]
     history_values: Tensor  # [N, P]
-    content_items: Tensor  # [U]
-    target_index: Tensor  # [B]
-    history_items: Tensor  # [U']
+    history_items: Tensor  # [U]
     history_index: Tensor  # [N]
+    content_items: Tensor  # [E]
+    target_index: Tensor  # [B]
+    history_content_index: Tensor  # [U] or [0]
+    bank_items: Tensor  # [S]
     content: dict[str, ContentInput] = field(default_factory=dict)
+    longest_history: int = 0
+    with_gradient: int | None = None
+    exchange: ItemExchange | None = None
 
     def _map(self, function: Callable[[Any], Any]) -> Batch:
         """A batch with `function` applied to every tensor and KeyedJaggedTensor."""
@@ -74,7 +103,9 @@ class Batch(Pipelineable):
                     name: ContentInput(function(part.values), function(part.mask))
                     for name, part in value.items()
                 }
-            elif value is not None:
+            elif item.name == "exchange" and value is not None:
+                changed["exchange"] = replace(value, rows=function(value.rows))
+            elif isinstance(value, Tensor | KeyedJaggedTensor):
                 changed[item.name] = function(value)
         return replace(self, **changed)
 
@@ -86,6 +117,15 @@ class Batch(Pipelineable):
 
     def record_stream(self, stream: Any) -> None:
         self._map(lambda tensor: tensor.record_stream(stream))
+
+    def jagged_history(self) -> JaggedHistory:
+        """The histories as an index into `history_items`."""
+        return JaggedHistory.of(
+            self.history_index,
+            self.history_lengths,
+            len(self.history_items),
+            self.longest_history,
+        )
 
     @property
     def row_weights(self) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer
 
@@ -34,6 +33,7 @@ from embeddings import (
     sharders,
 )
 from embeddings.row_reset import RowReset
+from recsys.accumulation import AccumulatingPipeline
 from recsys.config import Config, ContentSettings, TableSettings
 from recsys.content.branch import ContentBranch
 from recsys.content.encoders import Encoder, build_encoder
@@ -64,7 +64,7 @@ class Job:
     optimizer: CombinedOptimizer
     adamw: AdamW  # the dense part of `optimizer`
     schedule: LambdaLR
-    pipeline: TrainPipelineSparseDist
+    pipeline: AccumulatingPipeline
     vocabularies: BoundedVocabularies
     plan: str  # for people
     parameters: str  # for people: parameter, optimizer, learning rate
@@ -76,16 +76,16 @@ class Job:
         assert isinstance(model, EM3)
         return model
 
-    def set_step(self, step: int) -> None:
-        """Sets learning rates and the age that the bank writes to those after `step` steps."""
-        self.schedule.last_epoch = step
+    def set_step(self, step: int, dense_step: int) -> None:
+        """Sets the age that the bank writes and learning rates to those after so many steps."""
+        self.schedule.last_epoch = dense_step
         for group, base, share in zip(
             self.adamw.param_groups,
             self.schedule.base_lrs,
             self.schedule.lr_lambdas,
             strict=True,
         ):
-            group["lr"] = base * share(step)
+            group["lr"] = base * share(dense_step)
         if self.em3.content is not None:
             self.em3.content.step = step
 
@@ -97,6 +97,7 @@ class Job:
             pooled_features(self.config, self.schema),
             self.store,
             encode_history=content is not None and content.encodes_history,
+            index_dedup=self.config.embedding.index_dedup,
             with_labels=with_labels,
         )
 
@@ -226,7 +227,9 @@ def build_em3(
         embedding_bags=build_embedding_bag_collection(tables, device),
         embeddings=embeddings,
         content=ContentBranch(encoders, content, bank) if content is not None else None,
-        read_ids=ReadIDs(pooled, schema.target_item, schema.history),
+        read_ids=ReadIDs(
+            pooled, schema.target_item, schema.history, config.embedding.index_dedup
+        ),
         ranking=build_ranking(config.ranking, dimensions, content),
         losses=Losses(RankingLoss(weights), contrastive, config.contrastive.weight),
     )
@@ -293,7 +296,7 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
         ranks.group,
         RowReset(model, bounded, config.seed),
     )
-    pipeline = TrainPipelineSparseDist(model, optimizer, ranks.device, execute_all_batches=True)
+    pipeline = AccumulatingPipeline(model, optimizer, ranks.device, config.accumulate_steps)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
     return Job(
         config,

@@ -60,19 +60,22 @@ class Lockstep:
         """A checkpoint was taken: the next is due anew."""
         self.save, self._saved_at = False, time.monotonic()
 
-    def training_batches(self, source: Iterator[Batch], count: int, step: int) -> Iterator[Batch]:
+    def training_batches(
+        self, source: Iterator[Batch], count: int, step: int, group: int = 1
+    ) -> Iterator[Batch]:
         """At most `count` batches; fewer where a checkpoint is due or the job is to end.
 
         The pipeline then runs what it has fetched, and nothing is in flight when the state is
-        saved. `step` is the number of steps before the first of them.
+        saved. `step` is the number of steps before the first of them. Batches come in whole groups
+        of `group` (the last of `count` may be smaller), as their gradients are no part of a state.
         """
         every = self.settings.every_steps
         for number in range(count):
             batch = self._agreed(source, due=bool(every and (step + number + 1) % every == 0))
-            if batch is None or self.stop:
+            if batch is None or (self.stop and number % group == 0):
                 return
             yield batch
-            if self.save:
+            if self.save and (number + 1) % group == 0:
                 return
 
     def batches(self, source: Iterator[Batch]) -> Iterator[Batch]:

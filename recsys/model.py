@@ -24,15 +24,23 @@ from recsys.vectors import ContentVectors, IDVectors
 class ReadIDs(nn.Module):
     """Lookup results -> `IDVectors`, read by key in the order of the configuration."""
 
-    def __init__(self, pooled_features: list[str], target: str, history: str | None) -> None:
+    def __init__(
+        self,
+        pooled_features: list[str],
+        target: str,
+        history: str | None,
+        history_is_unique: bool = True,
+    ) -> None:
         super().__init__()
         self.pooled_features, self.target, self.history = pooled_features, target, history
+        self.history_is_unique = history_is_unique
 
     def forward(self, pooled: Any, sequences: Any) -> IDVectors:
         by_name = pooled.to_dict() if self.pooled_features else {}
         target = sequences[self.target].values()
         history = sequences[self.history].values() if self.history else target[:0]
-        return IDVectors([by_name[name] for name in self.pooled_features], target, history)
+        pooled_vectors = [by_name[name] for name in self.pooled_features]
+        return IDVectors(pooled_vectors, target, history, self.history_is_unique)
 
 
 class Losses(nn.Module):

@@ -15,7 +15,8 @@ from recsys.data.vocabularies import UnknownIds
 class Progress:
     """What the loop counts."""
 
-    steps: int = 0
+    steps: int = 0  # batches: updates of the ID tables
+    dense_steps: int = 0  # updates of all else, fewer where gradients are accumulated
     samples: int = 0  # over all ranks
     seconds: float = 0.0  # in training steps, validation left out
     # Position in the data: the epoch, what other numbers of ranks have read of it, and how many
@@ -64,6 +65,7 @@ class Progress:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Progress:
+        values = {"dense_steps": values["steps"], **values}  # before accumulation they were equal
         return Progress(**{**values, "stages": [Stage(**stage) for stage in values["stages"]]})
 
 

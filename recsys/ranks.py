@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from recsys.host_memory import keep_freed_memory
 from recsys.rendezvous import attempt_store
 
 TIMEOUT = timedelta(minutes=30)  # one rank may encode items for long while others wait
@@ -98,6 +99,8 @@ def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
     torch_device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(torch_device)
+    else:
+        keep_freed_memory()
     # Small agreements between ranks travel over gloo even where the model uses NCCL.
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if "RANK" in os.environ:

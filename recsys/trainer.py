@@ -83,10 +83,12 @@ class Trainer:
     def _train_until(self, end: int, source: Iterator[Batch]) -> None:
         """Steps up to batch `end` of the epoch, or to where a checkpoint is due and saved."""
         progress, lockstep = self.progress, self.lockstep
-        batches = lockstep.training_batches(source, end - progress.batches, progress.steps)
+        left, group = end - progress.batches, self.job.config.accumulate_steps
+        batches = lockstep.training_batches(source, left, progress.steps, group)
         unknown = UnknownIds(self.job.schema)
         batches = mapped(batches, self.job.vocabularies, unknown, progress.steps, training=True)
         self.job.model.train()
+        self.job.pipeline.begin(left)
         with lockstep.watchdog.armed(), self.profile:
             self._make_steps(batches)
         lockstep.error = lockstep.error or self.loss_watch.check()
@@ -107,7 +109,9 @@ class Trainer:
                 return
             if progress.steps == 0:
                 require_pipelined(job.model)
-            job.schedule.step()
+            if job.pipeline.has_stepped:
+                job.schedule.step()
+                progress.dense_steps += 1
             progress.steps += 1
             progress.batches += 1
             progress.samples += batch.batch_size * job.ranks.world_size

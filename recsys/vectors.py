@@ -1,6 +1,7 @@
 """What a ranking model gets: ID vectors from the sharded tables, content vectors from the branch.
 
-Shapes: B batch, N history items of the whole batch, D dimension, M modalities.
+Shapes: B batch, U unique history items, N history items of the whole batch, D dimension,
+M modalities.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ class IDVectors:
 
     pooled: one [B, D_table] per pooled feature, in the order of the configuration (the order in a
         KeyedTensor would depend on the sharding plan).
-    target: [B, D] of the target item; history: [N, D] of the history.
+    target: [B, D] of the target item.
+    history: [U, D] of the batch's `history_items`, or, where `history_is_unique` is False, [N, D]
+        of each place of the histories.
     """
 
     pooled: list[Tensor]
     target: Tensor
     history: Tensor
+    history_is_unique: bool = True
 
 
 @dataclass
@@ -29,8 +33,8 @@ class ContentVectors:
     """Content vectors and, for similarities, the mean token of each of the M modalities.
 
     target: [B, D] with gradient into fusion and encoders.
-    history: [N, D] after the history map.
-    target_modalities: [B, M, D], history_modalities: [N, M, D]; zero where an item lacks one, and
+    history: [U, D] of the batch's `history_items`, after the history map.
+    target_modalities: [B, M, D], history_modalities: [U, M, D]; zero where an item lacks one, and
         M = 0 where `content.history.similarity_features` is off.
     """
 

@@ -79,24 +79,29 @@ class ContentBranch(nn.Module):
         return torch.cat([fused, *means], dim=1)
 
     def forward(self, batch: Batch) -> ContentVectors:
-        fresh = self.encode(batch.content)  # [U, D + M * D]
+        items = self.item_vectors(batch)  # [E + S or received, D + M * D]
         if self.bank is None:
-            history = fresh
+            history = items[batch.history_content_index]
         else:
-            if self.training:
-                # Written before the lookup: what any rank has just computed replaces what is
-                # stale in the histories of all ranks, in this very step (LEMUR, 2511.10962).
-                self.bank.update(batch.content_items, fresh, self.step)
-                self.step += 1
-            history, _ = self.bank.lookup(batch.history_items)  # [U', D + M * D]
-        target, target_modalities = self._split(fresh)
+            history, _ = self.bank.lookup(batch.history_items)  # [U, D + M * D]
+        target, target_modalities = self._split(items)
         history, history_modalities = self._split(history)
         return ContentVectors(
             target=target[batch.target_index],
-            history=self.history_map(history)[batch.history_index],
+            history=self.history_map(history),
             target_modalities=target_modalities[batch.target_index],
-            history_modalities=history_modalities[batch.history_index],
+            history_modalities=history_modalities,
         )
+
+    def item_vectors(self, batch: Batch) -> Tensor:
+        """What is kept of the items to rank, and of the histories' where those are encoded."""
+        fresh = self.encode(batch.content)  # [E, D + M * D]
+        if self.bank is not None and self.training:
+            # Written before the lookup: what any rank has just computed replaces what is
+            # stale in the histories of all ranks, in this very step (LEMUR, 2511.10962).
+            self.bank.update(batch.content_items, fresh, self.step)
+            self.step += 1
+        return fresh
 
     def _split(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         """[U, D + M * D] -> content vectors [U, D] and mean tokens [U, M, D]."""

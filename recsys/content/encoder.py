@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys.batch import ContentInput
+from recsys.content.frozen_groups import run_in_groups
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, red green blue, on the scale 0 to 1
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -27,18 +28,24 @@ class Encoder(nn.Module):
         output_dim: D of the tokens.
         caches: whether `frozen` is worth caching, that is, whether it does anything.
         is_cached: batches already carry the outputs of `frozen`.
+        max_length: the most tokens a text may have; 1 for images.
     """
 
     output_dim: int
     caches: bool
+    max_length: int = 1
     is_cached: bool = False
 
     def encode(self, content: ContentInput) -> ContentInput:
         """Both parts: content of a batch -> tokens [U, T, D] and their mask [U, T]."""
-        if not self.is_cached:
-            with torch.no_grad():
-                content = self.frozen(content)
+        if self.caches and not self.is_cached:
+            content = self.frozen_outputs(content)
         return cast(ContentInput, self(content))
+
+    @torch.no_grad()
+    def frozen_outputs(self, content: ContentInput) -> ContentInput:
+        """The outputs of `frozen`, for each item the same bits whatever it is batched with."""
+        return run_in_groups(self.frozen, content, self.max_length, self.output_dim)
 
     def drop_frozen_layers(self) -> None:
         """Frees what `frozen` needs, once its outputs come from a cache."""

@@ -46,6 +46,7 @@ class TransformerEncoder(Encoder):
         layers = self._layers(where)
         self.first_trained = self._first_trained(len(layers), modality, where)
         self.caches = modality.training != "full"
+        self.max_length = modality.max_length if self.is_text else 1
         self._check_input_size(modality, where)
         self._check_reproduces_model(modality, where)
         if hasattr(model, "post_layernorm"):

@@ -68,6 +68,7 @@ class BatchBuilder:
         pooled_features: columns whose tables are pooled, in the order of the model.
         store: content of the items; None for a model without content.
         encode_history: the history's items are encoded as well, not looked up in the bank.
+        index_dedup: the history's items are looked up once each in the ID table, too.
         with_labels: False for files to predict, which need not have labels.
     """
 
@@ -77,23 +78,26 @@ class BatchBuilder:
         pooled_features: list[str],
         store: ContentStore | None = None,
         encode_history: bool = False,
+        index_dedup: bool = True,
         with_labels: bool = True,
     ) -> None:
         self.schema = schema
         self.pooled_features = pooled_features
         self.store = store
         self.encode_history = encode_history
+        self.index_dedup = index_dedup
         self.with_labels = with_labels
 
     def __call__(self, table: pa.Table) -> Batch:
         schema, num_rows = self.schema, table.num_rows
         target = _numbers(table, schema.target_item)
-        sequence_names = [schema.target_item] + ([schema.history] if schema.history else [])
         history, history_lengths = np.zeros(0, np.int64), np.zeros(num_rows, np.int64)
         if schema.history:
             history, history_lengths = _jagged(table, schema.history)
         parallel = [_jagged(table, name)[0] for name in schema.parallel]
-        items = self._unique_items(target, history)
+        history_items, history_index = unique_items(history)
+        encoded = np.concatenate([target, history_items if self.encode_history else history[:0]])
+        content_items, encoded_index = unique_items(encoded)
         group = RAW_GROUP if RAW_GROUP in table.column_names else schema.group
         return Batch(
             dense_features=self._columns(table, schema.of_kind("dense")),
@@ -103,7 +107,11 @@ class BatchBuilder:
             labels=self._columns(table, schema.of_kind("label"))
             if self.with_labels
             else torch.zeros(num_rows, len(schema.of_kind("label"))),
-            sequence_features=_keyed_jagged(table, sequence_names),
+            sequence_features=self._sequences(
+                target,
+                history_items if self.index_dedup else history,
+                None if self.index_dedup else history_lengths,
+            ),
             target_items=torch.tensor(target),
             groups=torch.tensor(_numbers(table, group)),
             row_positions=torch.tensor(_numbers(table, ROW_POSITION)),
@@ -111,11 +119,32 @@ class BatchBuilder:
             history_values=torch.from_numpy(np.stack(parallel, axis=1))
             if parallel
             else torch.zeros(len(history), 0),
-            content_items=torch.from_numpy(items[0]),
-            target_index=torch.from_numpy(items[1]),
-            history_items=torch.from_numpy(items[2]),
-            history_index=torch.from_numpy(items[3]),
-            content=self.store.gather(items[0]) if self.store is not None else {},
+            history_items=torch.from_numpy(history_items),
+            history_index=torch.from_numpy(history_index),
+            content_items=torch.from_numpy(content_items),
+            target_index=torch.from_numpy(encoded_index[:num_rows]),
+            history_content_index=torch.from_numpy(encoded_index[num_rows:]),
+            bank_items=torch.zeros(0, dtype=torch.int64),
+            content=self.store.gather(content_items) if self.store is not None else {},
+            longest_history=int(history_lengths.max(initial=0)),
+        )
+
+    def _sequences(
+        self, target: np.ndarray, history: np.ndarray, lengths: np.ndarray | None
+    ) -> KeyedJaggedTensor:
+        """Ids of target and history; `lengths` by row, None where the ids are unique ones."""
+        names, all_lengths = [self.schema.target_item], [np.ones(len(target), np.int32)]
+        if self.schema.history:
+            if lengths is None:
+                # They belong to no row, but a KeyedJaggedTensor wants every id in one.
+                lengths = np.zeros(len(target), np.int32)
+                lengths[0] = len(history)
+            names.append(self.schema.history)
+            all_lengths.append(lengths.astype(np.int32))
+        return KeyedJaggedTensor.from_lengths_sync(
+            keys=names,
+            values=torch.from_numpy(np.concatenate([target, history])),
+            lengths=torch.from_numpy(np.concatenate(all_lengths)),
         )
 
     def _columns(self, table: pa.Table, names: list[str]) -> torch.Tensor:
@@ -123,17 +152,10 @@ class BatchBuilder:
             return torch.zeros(table.num_rows, 0)
         return torch.from_numpy(np.stack([_numbers(table, name) for name in names], axis=1))
 
-    def _unique_items(
-        self, target: np.ndarray, history: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(items to encode, target_index, items to look up, history_index)."""
-        if self.encode_history:
-            items, index = np.unique(np.concatenate([target, history]), return_inverse=True)
-            return items, index[: len(target)], items[:0], index[len(target) :]
-        return (
-            *np.unique(target, return_inverse=True),
-            *np.unique(history, return_inverse=True),
-        )
+
+def unique_items(items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the distinct items in rising order, where each of `items` is among them)."""
+    return np.unique(items, return_inverse=True)
 
 
 class Interactions(IterableDataset[Batch]):

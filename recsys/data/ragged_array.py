@@ -1,15 +1,29 @@
 """Rows of varying length kept as one flat memory-mapped array plus offsets.
 
 This is what item content becomes on disk: token ids, pixels, features or hidden states. Ranks and
-loader processes of one machine share its pages, and a batch is gathered by one fancy index.
+loader processes of one machine share its pages, and a batch is gathered at about the speed of a
+copy. However large the file, only a bounded part of it is ever mapped into a process.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.lib import format as npy
+
+# What a larger array may hold of a process's memory before its pages are given back; they stay in
+# the system's page cache, from where the next read maps them again.
+RESIDENT_BYTES = 256 * 2**20
+# Reading a byte also maps the cached pages around it, so many bytes at most on either side.
+MAPPED_AROUND = 64 * 2**10
+# Rows of at least so many bytes are copied one by one, smaller ones by one index over all entries.
+BYTES_OF_LONG_ROW = 4096
 
 
 class RaggedArray:
@@ -32,6 +46,14 @@ class RaggedArray:
             raise ValueError(f"{folder}: damaged ({error}); remove it, it is made again") from error
         if not fits:
             raise ValueError(f"{folder}: damaged (its files differ); remove it, it is made again")
+        self.folder = folder
+        # Slices of a memmap are slow to make; these are not.
+        self._plain = np.asarray(self.values)
+        self._mapped = 0
+
+    def __reduce__(self) -> tuple[Callable[[Path], RaggedArray], tuple[Path]]:
+        """Loader processes that are not forked open the files anew, or all values would travel."""
+        return RaggedArray, (self.folder,)
 
     @staticmethod
     def create(
@@ -50,6 +72,11 @@ class RaggedArray:
         return len(self.offsets) - 1
 
     @property
+    def entry_bytes(self) -> int:
+        """Size of one entry."""
+        return self._plain.dtype.itemsize * math.prod(self._plain.shape[1:])
+
+    @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
@@ -60,13 +87,91 @@ class RaggedArray:
         """
         starts = self.offsets[rows]
         lengths = np.where(rows >= 0, self.offsets[rows + 1] - starts, 0)
-        positions = np.arange(max(int(lengths.max(initial=0)), 1))
-        mask = positions[None, :] < lengths[:, None]
-        # Padding reads entry 0 instead of branching; it is cleared so that it cannot pass for data.
-        index = np.where(mask, starts[:, None] + positions[None, :], 0)
-        values = self.values[index]
-        values[~mask] = 0
+        longest = max(int(lengths.max(initial=0)), 1)
+        mask = np.arange(longest) < lengths[:, None]
+        if longest > 1 and longest * self.entry_bytes >= BYTES_OF_LONG_ROW:
+            values = self._copied_rows(starts, lengths, longest)
+        else:
+            values = self._indexed_entries(starts, mask)
+        self._give_pages_back(len(rows), int(lengths.sum()) * self.entry_bytes)
         return values, mask
+
+    def _copied_rows(self, starts: np.ndarray, lengths: np.ndarray, longest: int) -> np.ndarray:
+        values = np.empty((len(starts), longest, *self._plain.shape[1:]), self._plain.dtype)
+        for row, start, length in zip(values, starts.tolist(), lengths.tolist(), strict=True):
+            row[:length] = self._plain[start : start + length]
+            if length < longest:
+                row[length:] = 0
+        return values
+
+    def _indexed_entries(self, starts: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        # Padding reads entry 0 instead of branching; it is cleared so that it cannot pass for data.
+        index = np.where(mask, starts[:, None] + np.arange(mask.shape[1]), 0)
+        values = self._plain.take(index, axis=0)
+        if not mask.all():
+            absent = ~mask
+            if values.ndim == 2:
+                np.copyto(values, 0, where=absent)
+            else:
+                values[absent] = 0
+        return values
+
+    def _give_pages_back(self, num_rows: int, num_bytes: int) -> None:
+        """Keeps what is mapped of a large array within bounds, counting what reads may have mapped.
+
+        They are pages of a file, which the system could take back by itself, but until then they
+        count as memory of every process that has read them.
+        """
+        if self._plain.nbytes <= RESIDENT_BYTES:
+            return
+        self._mapped += num_bytes + 2 * num_rows * MAPPED_AROUND
+        if self._mapped > RESIDENT_BYTES:
+            cast(mmap.mmap, self.values.base).madvise(mmap.MADV_DONTNEED)
+            self._mapped = 0
+
+
+class RowWriter:
+    """Writes a `RaggedArray` of known lengths whose rows come in any order.
+
+    By calls that write, not through mapped pages: nothing of it counts as memory of the process,
+    and a full disk is an error instead of a signal that kills.
+
+    Example::
+
+        with closing(RowWriter(folder, np.array([1, 0, 2]), (4,), "float32")) as writer:
+            writer.write(np.array([2, 0]), values)  # [3, 4]: first the two entries of row 2
+    """
+
+    def __init__(
+        self, folder: Path, lengths: np.ndarray, shape: tuple[int, ...], dtype: str
+    ) -> None:
+        array = RaggedArray.create(folder, lengths, shape, dtype)
+        self.offsets = array.offsets
+        self._dtype = array.values.dtype
+        self._entry_bytes = array.entry_bytes
+        self._first_byte = cast(np.memmap, array.values).offset
+        self._file = open(folder / "values.npy", "r+b")  # noqa: SIM115 - until `close`
+
+    def write(
+        self,
+        rows: np.ndarray,  # [n]
+        values: np.ndarray,  # [sum of their lengths, ...]
+    ) -> None:
+        """Writes all entries of some rows."""
+        place = 0
+        for row in rows.tolist():
+            start, stop = int(self.offsets[row]), int(self.offsets[row + 1])
+            entries = values[place : place + stop - start]
+            self._file.seek(self._first_byte + start * self._entry_bytes)
+            self._file.write(np.ascontiguousarray(entries, self._dtype).data)
+            place += stop - start
+        assert place == len(values)
+
+    def close(self) -> None:
+        """Completes the file, safe from a loss of power."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
 
 
 class RaggedWriter:

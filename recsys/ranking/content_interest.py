@@ -1,10 +1,11 @@
 """The user's content interest: target attention and similarities over the history's content.
 
 The history's vectors come through the history map of `recsys.content.history`. The similarity
-features are SimTier's idea (arXiv 2407.19467), split by whether the user liked the item.
+features are SimTier's idea (arXiv 2407.19467), split by whether the user liked the item; its
+histogram, and LEMUR's sorted cosines (arXiv 2511.10962), are extras.
 
-Shapes: B batch, L longest history, N history items of the batch, D dimension, M modalities,
-P parallel lists.
+Shapes: B batch, U unique history items, N history items of the batch, D dimension, M modalities,
+P parallel lists, G groups of history items.
 """
 
 from __future__ import annotations
@@ -14,15 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.config import HistorySettings
-from recsys.ranking.target_attention import TargetAttention, pad_history
+from recsys.jagged_history import JaggedHistory
+from recsys.ranking.target_attention import DotAttention
 from recsys.vectors import ContentVectors
 
 
+def cosines(target: Tensor, items: Tensor, history: JaggedHistory) -> Tensor:
+    """[N]: of each row's target [B, D] and each of its history items, of [U, D]."""
+    return history.dot(F.normalize(target.float(), dim=-1), F.normalize(items.float(), dim=-1))
+
+
 def similarity_features(
-    target: Tensor,  # [B, D]
-    history: Tensor,  # [B, L, D]
-    mask: Tensor,  # [B, L]
-    flags: Tensor,  # [B, L, P], such as liked (1) or not (0)
+    cosine: Tensor,  # [N]
+    history: JaggedHistory,
+    flags: Tensor,  # [N, P], such as liked (1) or not (0)
 ) -> Tensor:  # [B, S], S = 2 * G + P with G = 1 + 2 * P groups of history items
     """Cosine of the target to groups of history items: mean, maximum, and what it votes for.
 
@@ -31,16 +37,16 @@ def similarity_features(
     softmax(cosine / 0.1): what the user thought of items like the target. A group without items,
     and the votes of an empty history, give 0.
     """
-    cosine = torch.einsum("bd,bld->bl", F.normalize(target, dim=-1), F.normalize(history, dim=-1))
     flagged = flags > 0.5
-    groups = torch.cat([torch.ones_like(mask).unsqueeze(-1), flagged, ~flagged], dim=-1)
-    groups = (groups & mask.unsqueeze(-1)).to(cosine.dtype)  # [B, L, G]
-    count = groups.sum(dim=1)  # [B, G]
-    mean = (groups * cosine.unsqueeze(-1)).sum(1) / count.clamp(min=1)
-    masked = torch.where(groups > 0, cosine.unsqueeze(-1), -1.0)
-    maximum = torch.where(count > 0, masked.amax(dim=1), 0.0)
-    weights = torch.softmax((cosine / 0.1).masked_fill(~mask, -1e4), dim=1) * mask
-    votes = torch.einsum("bl,blp->bp", weights, flags)
+    everyone = torch.ones(len(flags), 1, dtype=torch.bool, device=flags.device)
+    groups = torch.cat([everyone, flagged, ~flagged], dim=1)  # [N, G]
+    count = history.sum(groups.to(cosine.dtype))  # [B, G]
+    mean = history.sum(groups * _column(cosine)) / count.clamp(min=1)
+    members = torch.where(groups, _column(cosine), -2.0)  # below any cosine
+    maximum = history.padded(members, fill=-2.0).amax(dim=1)  # [B, G]
+    maximum = torch.where(count > 0, maximum, 0.0)
+    weights = history.softmax(cosine / 0.1)
+    votes = history.sum(_column(weights) * flags)
     return torch.cat([mean, maximum, votes], dim=1)
 
 
@@ -49,43 +55,71 @@ def num_similarity_features(num_flags: int) -> int:
     return 2 * (1 + 2 * num_flags) + num_flags
 
 
-class ContentInterest(nn.Module):
-    """Target attention over the history's content, with similarity features beside it.
+def similarity_histogram(
+    cosine: Tensor,  # [N]
+    history: JaggedHistory,
+    bins: int,
+) -> Tensor:  # [B, bins]
+    """SimTier (arXiv 2407.19467): how many history items lie in each of `bins` equal tiers of
+    [-1, 1], as log(1 + count). Counts have no gradient."""
+    tier = ((cosine.detach() + 1) * (bins / 2)).long().clamp(0, bins - 1)
+    counts = torch.bincount(history.rows * bins + tier, minlength=len(history.lengths) * bins)
+    return torch.log1p(counts.to(cosine.dtype)).view(-1, bins)
 
-    The similarities are those of the content vectors and of each modality's mean tokens.
+
+def sorted_cosines(
+    cosine: Tensor,  # [N]
+    history: JaggedHistory,
+    count: int,
+) -> Tensor:  # [B, count]
+    """LEMUR (arXiv 2511.10962): the highest cosines, falling; 0 where the history has fewer."""
+    padded = history.padded(_column(cosine), fill=-2.0).squeeze(-1)  # [B, longest]
+    padded = F.pad(padded, (0, max(count - padded.shape[1], 0)), value=-2.0)
+    highest = padded.topk(count, dim=1).values
+    return torch.where(highest > -1.5, highest, 0.0)
+
+
+def _column(values: Tensor) -> Tensor:
+    return values.unsqueeze(1)
+
+
+class ContentInterest(nn.Module):
+    """Target attention over the history's content, with similarities beside it.
+
+    The similarity features are those of the content vectors and of each modality's mean tokens;
+    the histogram and the sorted cosines are of the content vectors as the history map has them.
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_modalities: int,
-        num_parallel: int,
-        attention_units: list[int],
-        settings: HistorySettings,
+        self, dim: int, num_modalities: int, num_parallel: int, settings: HistorySettings
     ) -> None:
         super().__init__()
-        self.attention = TargetAttention(dim, num_parallel, attention_units)
-        self.uses_similarity = settings.similarity_features
+        self.attention = DotAttention(dim, num_parallel)
+        self.settings = settings
         self.output_dim = self.attention.output_dim
-        if self.uses_similarity:
+        self.output_dim += settings.simtier_bins + settings.sorted_cosines
+        if settings.similarity_features:
             self.output_dim += (1 + num_modalities) * num_similarity_features(num_parallel)
 
     def forward(
         self,
         content: ContentVectors,
+        history: JaggedHistory,
         parallel: Tensor,  # [N, P]
-        lengths: Tensor,  # [B]
     ) -> Tensor:  # [B, output_dim]
-        dim = content.target.shape[1]
-        kept = torch.cat([content.history, content.history_modalities.flatten(1)], dim=1)
-        padded, flags, mask = pad_history(kept, parallel, lengths)
-        spaces = padded.split(dim, dim=-1)  # 1 + M of [B, L, D]
-        interest = self.attention(content.target, spaces[0], flags, mask)
-        if not self.uses_similarity:
-            return interest
-        targets = [content.target, *content.target_modalities.unbind(dim=1)]
-        similarities = [
-            similarity_features(target, history, mask, flags)
-            for target, history in zip(targets, spaces, strict=True)
-        ]
-        return torch.cat([interest, *similarities], dim=1)
+        settings = self.settings
+        features = [self.attention(content.target, content.history, history, parallel)]
+        if settings.similarity_features or settings.simtier_bins or settings.sorted_cosines:
+            cosine = cosines(content.target, content.history, history)
+        if settings.similarity_features:
+            features.append(similarity_features(cosine, history, parallel))
+            for target, items in zip(
+                content.target_modalities.unbind(dim=1), content.history_modalities.unbind(dim=1)
+            ):
+                of_modality = cosines(target, items, history)
+                features.append(similarity_features(of_modality, history, parallel))
+        if settings.simtier_bins:
+            features.append(similarity_histogram(cosine, history, settings.simtier_bins))
+        if settings.sorted_cosines:
+            features.append(sorted_cosines(cosine, history, settings.sorted_cosines))
+        return torch.cat(features, dim=1)

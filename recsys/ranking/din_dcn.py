@@ -17,7 +17,7 @@ from recsys.batch import Batch
 from recsys.config import ContentSettings, RankingSettings
 from recsys.ranking.content_interest import ContentInterest
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.target_attention import TargetAttention, pad_history
+from recsys.ranking.target_attention import TargetAttention
 from recsys.vectors import ContentVectors, IDVectors
 
 
@@ -42,7 +42,6 @@ class DinDcn(nn.Module):
                 content.dim,
                 len(content.modalities),
                 dimensions.num_parallel,
-                settings.attention_units,
                 content.history,
             )
             width += content.dim + self.content_interest.output_dim
@@ -56,19 +55,18 @@ class DinDcn(nn.Module):
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor:  # [B, number of labels]
-        padded, parallel, mask = pad_history(
-            ids.history, batch.history_values, batch.history_lengths
-        )
+        history = batch.jagged_history()
+        id_history = history if ids.history_is_unique else history.unindexed()
         vectors = [
             batch.dense_features,
             *ids.pooled,
             ids.target,
-            self.interest(ids.target, padded, parallel, mask),
+            self.interest(ids.target, ids.history, id_history, batch.history_values),
         ]
         if self.content_interest is not None:
             assert content is not None
             vectors += [
                 content.target,
-                self.content_interest(content, batch.history_values, batch.history_lengths),
+                self.content_interest(content, history, batch.history_values),
             ]
         return self.mlp(self.cross(torch.cat(vectors, dim=1)))

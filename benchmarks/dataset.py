@@ -1,0 +1,142 @@
+"""Synthetic datasets in the product's format, for measuring speed: sizes as asked, labels random.
+
+Items are drawn log-uniformly (Zipf's law with exponent 1): the item of rank r has a chance of about
+1 / (r ln I), as in real logs, so that few items fill most histories. Which id has which rank is
+random, since ids decide where rows live.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROWS_PER_GROUP = 32_768
+ITEMS_PER_GROUP = 10_000
+TAGS_PER_ROW = 3
+
+
+@dataclass(frozen=True)
+class DatasetSize:
+    """What a synthetic dataset holds."""
+
+    num_rows: int = 131_072  # training impressions
+    num_items: int = 100_000
+    num_users: int = 100_000
+    num_tags: int = 1_000  # ids of a pooled list, three per row
+    history: int = 50  # items in the history of each row
+    jagged: bool = False  # histories of 0 to `history` items instead, evenly
+    uniform: bool = False  # items drawn evenly instead of by Zipf's law
+    text_dim: int = 384  # stored features; 0: none
+    image_dim: int = 1280
+    words: int = 0  # raw text of so many words per item; 0: none
+
+
+SCHEMA = """\
+target_item: item
+group: user
+columns:
+  user:          {{kind: id, num_embeddings: {num_users}}}
+  item:          {{kind: id, num_embeddings: {num_items}}}
+  history:       {{kind: sequence, shares: item, parallel: [history_liked]}}
+  tags:          {{kind: ids, num_embeddings: {num_tags}}}
+  hour:          {{kind: dense}}
+  liked:         {{kind: label}}
+items:
+  id: item
+  columns:
+"""
+
+
+def write_dataset(folder: Path, size: DatasetSize, seed: int = 0) -> Path:
+    """Writes the dataset unless `folder` already holds this very one; returns `folder`.
+
+    Example::
+
+        write_dataset(Path("/tmp/bench"), DatasetSize(num_rows=1000, num_items=100))
+    """
+    about = folder / "size.json"
+    wanted = json.dumps([asdict(size), seed])
+    if about.is_file() and about.read_text() == wanted:
+        return folder
+    rng = np.random.default_rng(seed)
+    popularity = rng.permutation(size.num_items)  # id of each rank
+    small = min(size.num_rows, 4096)
+    for split, rows in (("train", size.num_rows), ("valid", small), ("test", small)):
+        _write_rows(folder / split, rows, size, popularity, rng)
+    _write_items(folder / "items", size, rng)
+    columns = ""
+    for name, wants in (("text", size.text_dim), ("image", size.image_dim)):
+        columns += f"    {name}: {{kind: feature}}\n" if wants else ""
+    columns += "    title: {kind: text}\n" if size.words else ""
+    (folder / "schema.yaml").write_text(SCHEMA.format(**asdict(size)) + columns)
+    about.write_text(wanted)
+    return folder
+
+
+def _draw_items(
+    count: int, size: DatasetSize, popularity: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    if size.uniform:
+        return rng.integers(size.num_items, size=count)
+    ranks = np.exp(rng.random(count) * np.log(size.num_items + 1)).astype(np.int64) - 1
+    return popularity[ranks.clip(0, size.num_items - 1)]
+
+
+def _lists(lengths: np.ndarray, values: np.ndarray) -> pa.Array:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def _write_rows(
+    folder: Path, rows: int, size: DatasetSize, popularity: np.ndarray, rng: np.random.Generator
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    writer: pq.ParquetWriter | None = None
+    for start in range(0, rows, ROWS_PER_GROUP):
+        count = min(ROWS_PER_GROUP, rows - start)
+        lengths = np.full(count, size.history)
+        if size.jagged:
+            lengths = rng.integers(size.history + 1, size=count)
+        total = int(lengths.sum())
+        tags = rng.integers(size.num_tags, size=count * TAGS_PER_ROW)
+        table = pa.table(
+            {
+                "user": rng.integers(size.num_users, size=count),
+                "item": _draw_items(count, size, popularity, rng),
+                "history": _lists(lengths, _draw_items(total, size, popularity, rng)),
+                "history_liked": _lists(lengths, rng.integers(2, size=total).astype(np.float32)),
+                "tags": _lists(np.full(count, TAGS_PER_ROW), tags),
+                "hour": rng.random(count).astype(np.float32),
+                "liked": rng.integers(2, size=count).astype(np.float32),
+            }
+        )
+        writer = writer or pq.ParquetWriter(folder / "part-0.parquet", table.schema)
+        writer.write_table(table, row_group_size=count)
+    assert writer is not None
+    writer.close()
+
+
+def _write_items(folder: Path, size: DatasetSize, rng: np.random.Generator) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    words = np.array([f"word{number}" for number in range(2000)])
+    writer: pq.ParquetWriter | None = None
+    for start in range(0, size.num_items, ITEMS_PER_GROUP):
+        count = min(ITEMS_PER_GROUP, size.num_items - start)
+        columns: dict[str, pa.Array] = {"item": pa.array(np.arange(start, start + count))}
+        for name, width in (("text", size.text_dim), ("image", size.image_dim)):
+            if width:
+                flat = pa.array(rng.standard_normal(count * width, dtype=np.float32))
+                columns[name] = pa.FixedSizeListArray.from_arrays(flat, width)
+        if size.words:
+            chosen = words[rng.integers(len(words), size=(count, size.words))]
+            columns["title"] = pa.array([" ".join(row) for row in chosen])
+        table = pa.table(columns)
+        writer = writer or pq.ParquetWriter(folder / "part-0.parquet", table.schema)
+        writer.write_table(table)
+    assert writer is not None
+    writer.close()

@@ -1,0 +1,210 @@
+"""Histories as an index into their unique items, and the arithmetic on it, without padding.
+
+A batch's histories hold N items but far fewer distinct ones, U. All that is computed of an item
+alone (looked-up rows, content vectors, linear maps) is computed for U; scores and weights are N
+numbers; no [N, D] and no [B, longest, D] is made by `dot` and `weighted_sum`, so that memory and
+time grow with the items that are there. Their kernels are those of `embedding_bag` with weights per
+sample, which run on CPU and CUDA: the sum is its forward, and the gradient of its weights is the
+dot product of each item with its row.
+
+Shapes: B batch, U unique items, N history items of the batch, D dimension, K any width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass
+class JaggedHistory:
+    """The histories of a batch; see the module for the letters.
+
+    index: int64 [N], which unique item, the rows of the batch one after the other.
+    lengths: int64 [B].
+    longest: of `lengths`.
+    num_items: U.
+
+    Example::
+
+        history = JaggedHistory.of(torch.tensor([0, 1, 0]), torch.tensor([2, 1]), num_items=2)
+        items = torch.eye(2)
+        weights = history.softmax(history.dot(torch.ones(2, 2), items))  # [.5, .5, 1]
+        history.weighted_sum(weights, items)  # [[.5, .5], [1, 0]]
+    """
+
+    index: Tensor
+    lengths: Tensor
+    offsets: Tensor  # [B + 1]
+    rows: Tensor  # [N], the row of the batch that each item belongs to
+    longest: int
+    num_items: int
+
+    @staticmethod
+    def of(
+        index: Tensor, lengths: Tensor, num_items: int, longest: int | None = None
+    ) -> JaggedHistory:
+        """`longest` of the lengths is looked up where it is not given, which waits for a GPU."""
+        offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths)
+        batch = torch.arange(len(lengths), device=lengths.device)
+        rows = torch.repeat_interleave(batch, lengths, output_size=len(index))
+        longest = int(lengths.max()) if longest is None else longest
+        return JaggedHistory(index, lengths, offsets, rows, max(longest, 1), num_items)
+
+    def unindexed(self) -> JaggedHistory:
+        """The same histories over items that are not unique: each of the N is one of its own."""
+        index = torch.arange(len(self.index), device=self.index.device)
+        return replace(self, index=index, num_items=len(index))
+
+    @cached_property
+    def by_item(self) -> tuple[Tensor, Tensor]:
+        """The transposed index: places [N] ordered by item, and offsets [U + 1] of the items."""
+        counts = torch.bincount(self.index, minlength=self.num_items)
+        offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(counts)
+        return self.index.argsort(stable=True), offsets
+
+    def gather(self, items: Tensor) -> Tensor:
+        """[U, K] -> [N, K], with gradient."""
+        return _Gather.apply(items, self)
+
+    def spread(self, of_rows: Tensor) -> Tensor:
+        """[B, K] -> [N, K], with gradient."""
+        return _Spread.apply(of_rows, self)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """[N, K] -> its sums by row [B, K], with gradient."""
+        return _Sum.apply(values, self)
+
+    def dot(
+        self,
+        queries: Tensor,  # [B, D]
+        items: Tensor,  # [U, D]
+    ) -> Tensor:  # [N]
+        """Each history item times the query of its row, with gradient for both."""
+        return _Dot.apply(queries, items, self)
+
+    def weighted_sum(
+        self,
+        weights: Tensor,  # [N]
+        items: Tensor,  # [U, D]
+    ) -> Tensor:  # [B, D]
+        """The items of each row times their weights, summed, with gradient for both."""
+        return _WeightedSum.apply(weights, items, self)
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        """[N] -> [N], over the items of each row."""
+        return torch.ops.fbgemm.jagged_softmax(
+            scores.unsqueeze(1).contiguous(), self.offsets, self.longest
+        )[0].squeeze(1)
+
+    def padded(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """[N, K] -> [B, longest, K]; for single numbers per item, not for vectors."""
+        return torch.ops.fbgemm.jagged_to_padded_dense(
+            values, [self.offsets], [self.longest], padding_value=fill
+        )
+
+    def _sum_rows(self, weights: Tensor | None, items: Tensor) -> Tensor:
+        """Sum over each row of weights [N] times items[index]: [B, D]."""
+        return _bag(self.index, items, self.offsets, weights)
+
+    def _sum_items(self, weights: Tensor | None, of_rows: Tensor) -> Tensor:
+        """Sum over each item's places of weights [N] times of_rows[rows]: [U, D]."""
+        order, offsets = self.by_item
+        chosen = None if weights is None else weights[order]
+        return _bag(self.rows[order], of_rows, offsets, chosen)
+
+    def _dots(self, of_rows: Tensor, items: Tensor) -> Tensor:
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            of_rows.contiguous(), items.contiguous(), self.index, self.offsets[:-1], self.rows, 0
+        )
+
+
+def _bag(index: Tensor, vectors: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+    return F.embedding_bag(
+        index,
+        vectors.contiguous(),
+        offsets,
+        mode="sum",
+        per_sample_weights=weights,
+        include_last_offset=True,
+    )
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, items: Tensor, history: JaggedHistory) -> Tensor:
+        ctx.history = history
+        return items.index_select(0, history.index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        order, offsets = ctx.history.by_item
+        return _bag(order, gradient, offsets, None), None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, of_rows: Tensor, history: JaggedHistory) -> Tensor:
+        ctx.history = history
+        return of_rows.index_select(0, history.rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _row_sums(gradient, ctx.history), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, history: JaggedHistory) -> Tensor:
+        ctx.history = history
+        return _row_sums(values, history)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient.index_select(0, ctx.history.rows), None
+
+
+def _row_sums(values: Tensor, history: JaggedHistory) -> Tensor:
+    places = torch.arange(len(values), device=values.device)
+    return _bag(places, values, history.offsets, None)
+
+
+class _Dot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, items: Tensor, history: JaggedHistory) -> Tensor:
+        ctx.history = history
+        ctx.save_for_backward(queries, items)
+        return history._dots(queries, items)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        queries, items = ctx.saved_tensors
+        history, (wants_queries, wants_items, _) = ctx.history, ctx.needs_input_grad
+        return (
+            history._sum_rows(gradient, items) if wants_queries else None,
+            history._sum_items(gradient, queries) if wants_items else None,
+            None,
+        )
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, items: Tensor, history: JaggedHistory) -> Tensor:
+        ctx.history = history
+        ctx.save_for_backward(weights, items)
+        return history._sum_rows(weights, items)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        weights, items = ctx.saved_tensors
+        history, (wants_weights, wants_items, _) = ctx.history, ctx.needs_input_grad
+        return (
+            history._dots(gradient, items) if wants_weights else None,
+            history._sum_items(weights, gradient) if wants_items else None,
+            None,
+        )
