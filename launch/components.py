@@ -1,4 +1,4 @@
-"""torchx components that run `recsys train`, `evaluate` and `predict` over many ranks.
+"""torchx components that run `recsys train`, `evaluate`, `predict` and `cache` over many ranks.
 
 torchx turns a component into a job of the scheduler named by `-s`: this machine (`local_cwd`),
 Slurm, Kubernetes and others. Everything after `--` goes to the command unchanged::
@@ -156,6 +156,55 @@ def predict(
     """
     return _distributed_job(
         "predict",
+        args,
+        nproc,
+        nnodes,
+        cpu,
+        gpu,
+        memMB,
+        max_retries,
+        rdzv_port,
+        name,
+        image,
+        env,
+        mounts,
+    )
+
+
+def cache(
+    *args: str,
+    nproc: int = 2,
+    nnodes: int = 1,
+    cpu: int = -1,
+    gpu: int = 0,
+    memMB: int = -1,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+    name: str = "recsys-cache",
+    image: str = torchx.IMAGE,
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+) -> AppDef:
+    """Fills the caches of item content: `recsys cache` on every rank.
+
+    Args:
+        args: arguments of `recsys cache`, after `--`
+        nproc: ranks per node; on GPU nodes one per GPU
+        nnodes: nodes
+        cpu: processor cores to ask for per node; -1 leaves that to the scheduler
+        gpu: GPUs to ask for per node
+        memMB: memory to ask for per node, in MB; -1 leaves that to the scheduler
+        max_retries: how often torchrun restarts all ranks after one failed, and the scheduler the
+            job after torchrun failed or a node was lost (local_cwd: torchrun alone)
+        rdzv_port: port of the first node where the nodes meet; jobs that share that node need
+            different ones
+        name: name of the job, `experiment/run` or `run`
+        image: container image with this project installed; unused by local_cwd and slurm
+        env: environment of the ranks, e.g. OMP_NUM_THREADS=4,NCCL_DEBUG=INFO
+        mounts: what to mount into containers, e.g. type=bind,src=/data,dst=/data,readonly
+    """
+    return _distributed_job(
+        "cache",
         args,
         nproc,
         nnodes,

@@ -1,6 +1,6 @@
-"""The command line: `recsys doctor | prepare | train | evaluate | predict | export-tables`.
+"""The command line: `recsys doctor | prepare | cache | train | evaluate | predict | export-tables`.
 
-`train`, `evaluate` and `predict` run alone or under torchrun and torchx unchanged.
+`cache`, `train`, `evaluate` and `predict` run alone or under torchrun and torchx unchanged.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ def _parser() -> ArgumentParser:
     source = _Parser(description="The maps of raw ids for columns with an exact vocabulary.")
     source.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
     sources.add_subcommand("vocabulary", source)
+
+    command = _Parser(description="Fills the caches of item content that a model trains with.")
+    add_config_arguments(command)
+    command.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
+    commands.add_subcommand("cache", command)
 
     command = _Parser(description="Trains a model; every setting can be overridden.")
     add_config_arguments(command)
@@ -97,6 +102,16 @@ def _prepare(arguments: Namespace) -> None:
     print(f"written to {chosen.out}")
 
 
+def _cache(arguments: Namespace) -> None:
+    from recsys.cache_command import fill_caches
+    from recsys.config import config_from
+    from recsys.ranks import joined_ranks
+
+    config = config_from(arguments)
+    with joined_ranks(config.device) as ranks:
+        fill_caches(config, arguments.data, ranks)
+
+
 def _train(arguments: Namespace) -> None:
     from recsys.config import config_from
     from recsys.ranks import joined_ranks
@@ -138,6 +153,7 @@ def _export_tables(arguments: Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "prepare": _prepare,
+    "cache": _cache,
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,

@@ -9,6 +9,8 @@ Shapes: U unique items, T tokens, D width of the encoder.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -21,6 +23,21 @@ IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, red green blue, on the scale 
 IMAGE_STD = (0.229, 0.224, 0.225)
 
 
+@dataclass(frozen=True)
+class CacheReport:
+    """Where the outputs of a frozen part are, and what it took to get them.
+
+    items: that have content; encoded: of these, by all ranks in this job and not found;
+    seconds: of finding, encoding and putting together.
+    """
+
+    folder: Path
+    items: int
+    num_bytes: int
+    encoded: int
+    seconds: float
+
+
 class Encoder(nn.Module):
     """Interface of all encoders.
 
@@ -28,6 +45,7 @@ class Encoder(nn.Module):
         output_dim: D of the tokens.
         caches: whether `frozen` is worth caching, that is, whether it does anything.
         is_cached: batches already carry the outputs of `frozen`.
+        cache_report: of that cache, if any.
         max_length: the most tokens a text may have; 1 for images.
     """
 
@@ -35,6 +53,7 @@ class Encoder(nn.Module):
     caches: bool
     max_length: int = 1
     is_cached: bool = False
+    cache_report: CacheReport | None = None
 
     def encode(self, content: ContentInput) -> ContentInput:
         """Both parts: content of a batch -> tokens [U, T, D] and their mask [U, T]."""

@@ -1,158 +1,289 @@
 """Outputs of the frozen part of an encoder, computed once per item and kept on disk.
 
 Layers below the lowest trained one give the same output for an item at every step, so they run
-once per item instead of once per step. The ranks of a machine share the work and the file. It is
-named by a hash of the content, of the frozen weights and of the split, so it is never stale.
+once per item instead of once per step. All ranks share the work; those that see the same folder,
+of one machine or of several, share its files. Each call of the encoder is kept as it is done
+(`frozen_parts`), so work that was interrupted goes on where it stopped; then the parts are put
+together in a folder named by a hash of the content, of the frozen weights and of the split, so that
+it is never stale.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from recsys.batch import ContentInput
-from recsys.content.encoders import Encoder, TransformerEncoder
+from recsys.content.encoder import CacheReport
+from recsys.content.encoders import Encoder
+from recsys.content.fill_progress import FillProgress
+from recsys.content.frozen_identity import encoder_key, write_about
+from recsys.content.frozen_parts import Parts
+from recsys.content.frozen_reuse import (
+    HASH_TYPE,
+    HASHES,
+    EarlierCache,
+    caches_of,
+    find_in,
+    row_hashes,
+)
 from recsys.data.content_store import ContentStore, digest_of
-from recsys.data.ragged_array import RaggedArray
+from recsys.data.ragged_array import RaggedArray, RowWriter
 from recsys.ranks import Ranks
 
 ITEMS_PER_CALL = 64
-
-
-def _weights_digest(encoder: Encoder) -> str:
-    """A hash of all weights; adapters start anew in each run and belong to no cache."""
-    parts: list[Any] = []
-    for name, tensor in encoder.state_dict().items():
-        if "lora_" not in name:
-            # A frozen layer is called base_layer once an adapter stands beside it.
-            parts += [name.replace(".base_layer", ""), memoryview(tensor.numpy().tobytes())]
-    return digest_of(*parts)
-
-
-def _split_of(encoder: Encoder) -> Any:
-    """What besides the weights decides on the outputs of the frozen part."""
-    if isinstance(encoder, TransformerEncoder):
-        config = encoder.config.to_dict()
-        for key in ("_name_or_path", "transformers_version"):
-            config.pop(key, None)
-        return encoder.first_trained, encoder.training_mode, encoder.pooling, config
-    module = getattr(encoder, "module", encoder)
-    return f"{type(module).__module__}.{type(module).__qualname__}: {module}"
-
-
-def _content_of(array: RaggedArray, rows: np.ndarray, is_image: bool) -> ContentInput:
-    values, mask = array.gather(rows)
-    return ContentInput(
-        torch.from_numpy(values[:, 0] if is_image else values), torch.from_numpy(mask)
-    )
+SECONDS_UNTIL_VISIBLE = 120  # folders of the network show on other machines with delay
 
 
 @torch.no_grad()
-def cache_frozen_outputs(store: ContentStore, name: str, encoder: Encoder, ranks: Ranks) -> None:
+def cache_frozen_outputs(
+    store: ContentStore, name: str, encoder: Encoder, ranks: Ranks
+) -> CacheReport:
     """Makes or finds the cached outputs of `encoder.frozen` and serves them from `store`.
 
-    A collective: all ranks call it. The encoder's frozen layers may be dropped afterwards.
+    A collective: all ranks call it. The encoder's frozen layers are dropped afterwards.
+
+    Raises:
+        ValueError: on every rank, when one cannot read its content.
+        RuntimeError: on every rank, when one fails otherwise. What was done is kept.
     """
-    key = digest_of(store.folders[name].name, _weights_digest(encoder), _split_of(encoder))
-    folder = store.cache / f"frozen-{name}-{key}"
-    source = store.arrays[name]
-    is_image = store.modalities[name].kind == "image"
-    rows = np.flatnonzero(source.lengths > 0)
-    encoder.to(ranks.device).eval()
-    temporary = _shared_temporary(folder, ranks)
-    if temporary is not None:
-        # Of like length together, so that little is computed on padding.
-        rows = rows[np.argsort(source.lengths[rows], kind="stable")]
-        try:
-            with ranks.all_or_none():
-                if ranks.is_first_of_machine:
-                    _create(temporary, source, rows, encoder, is_image, ranks)
-            with ranks.all_or_none():
-                _encode_share(temporary, source, rows, encoder, is_image, ranks, name)
-            with ranks.all_or_none():
-                if ranks.is_first_of_machine:
-                    _publish(temporary, folder)
-        finally:
-            if ranks.is_first_of_machine:
-                shutil.rmtree(temporary, ignore_errors=True)
-    store.use(name, folder)
+    start = time.perf_counter()
+    fill = _Fill(store, name, encoder, ranks)
+    if not all(ranks.gather(fill.folder.exists())):
+        fill.run()
+    with ranks.all_or_none():
+        _wait_for(fill.folder)
+        store.use(name, fill.folder)
     encoder.drop_frozen_layers()
+    files = fill.folder.glob("*.npy")
+    encoder.cache_report = CacheReport(
+        folder=fill.folder,
+        items=int((store.arrays[name].lengths > 0).sum()),
+        num_bytes=sum(path.stat().st_size for path in files),
+        encoded=sum(ranks.gather(fill.encoded)),
+        seconds=time.perf_counter() - start,
+    )
+    return encoder.cache_report
 
 
-def _publish(temporary: Path, folder: Path) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.exists():  # else a machine that shares the cache was faster
-            raise
+def _wait_for(folder: Path) -> None:
+    deadline = time.monotonic() + SECONDS_UNTIL_VISIBLE
+    while not folder.exists():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{folder}: was made but does not show on this machine; give each machine a folder "
+                "of its own (setting `cache`)"
+            )
+        os.listdir(folder.parent)  # makes the network's file system look again
+        time.sleep(0.1)
 
 
-def _shared_temporary(folder: Path, ranks: Ranks) -> Path | None:
-    """A new folder that the ranks of a machine share; None if every machine has the cache.
+@dataclass
+class _Plan:
+    """The work on one folder, the same on all ranks that share it.
 
-    Where one machine lacks it all encode again, so that no rank is missing in a collective.
+    earlier: where rows already lie; calls: rows of each call of the encoder; todo: indices of the
+    calls that nobody has made yet.
     """
-    if all(ranks.gather(folder.exists())):
-        return None
-    made: str | None = None
-    if ranks.is_first_of_machine:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = tempfile.mkdtemp(prefix=".frozen-", dir=folder.parent)
-    of_machines = [path for path in ranks.gather(made)[: ranks.rank + 1] if path is not None]
-    return Path(of_machines[-1])
+
+    earlier: list[EarlierCache]
+    calls: list[np.ndarray]
+    todo: list[int]
 
 
-def _create(
-    folder: Path,
-    source: RaggedArray,
-    rows: np.ndarray,
-    encoder: Encoder,
-    is_image: bool,
-    ranks: Ranks,
-) -> None:
-    """The empty array, its size known from the output of the last, longest item."""
-    lengths = np.zeros(len(source), dtype=np.int64)
-    shape: tuple[int, ...] = (encoder.output_dim,)
-    if len(rows):
-        content = _content_of(source, rows[-1:], is_image)
-        output = encoder.frozen(content.to(ranks.device))
-        num_tokens = output.mask.shape[1]
-        # The longest text shows whether its tokens were pooled into one.
-        keeps_tokens = not is_image and num_tokens == content.mask.shape[1]
-        lengths[rows] = source.lengths[rows] if keeps_tokens else num_tokens
-    RaggedArray.create(folder, lengths, shape, "float32")
+class _Fill:
+    """Encodes the items of one modality and puts the cache together."""
 
+    def __init__(self, store: ContentStore, name: str, encoder: Encoder, ranks: Ranks) -> None:
+        self.name, self.encoder, self.ranks = name, encoder, ranks
+        self.modality = store.modalities[name]
+        self.source, self.content = store.arrays[name], store.folders[name].name
+        self.key = encoder_key(encoder)
+        self.cache = store.cache
+        self.folder = store.cache / f"frozen-{name}-{digest_of(self.content, self.key)}"
+        self.parts = Parts(store.cache / f".{self.folder.name}.parts")
+        self.rows = np.flatnonzero(self.source.lengths > 0)
+        self.hashes = np.zeros(len(self.source), HASH_TYPE)
+        self.encoded = 0
 
-def _encode_share(
-    folder: Path,
-    source: RaggedArray,
-    rows: np.ndarray,
-    encoder: Encoder,
-    is_image: bool,
-    ranks: Ranks,
-    name: str,
-) -> None:
-    array = RaggedArray(folder, writable=True)
-    local_world_size = ranks.local_world_size
-    calls = [rows[start : start + ITEMS_PER_CALL] for start in range(0, len(rows), ITEMS_PER_CALL)]
-    share = calls[ranks.local_rank :: local_world_size]
-    if ranks.is_first:
-        print(f"encoding '{name}' of {len(rows):,} items once, into {folder.parent}", flush=True)
-    # disable=None: no bar where there is no terminal.
-    for call in tqdm(share, name, disable=None if ranks.is_first else True, unit_scale=64):
-        output = encoder.frozen(_content_of(source, call, is_image).to(ranks.device))
-        _write(array, call, output.values.cpu())
-    array.values.flush()
+    def run(self) -> None:
+        """A collective."""
+        ranks = self.ranks
+        self.encoder.to(ranks.device).eval()
+        with ranks.all_or_none():
+            mine = row_hashes(self.source, np.array_split(self.rows, ranks.world_size)[ranks.rank])
+        self.hashes[self.rows] = np.concatenate(ranks.gather(mine))
+        mark = self._mark_machine()
+        marks = [other for other in ranks.gather(mark) if other is not None]
+        try:
+            sharers = self._ranks_that_share(marks)
+            plan = self._plan(sharers)
+            with ranks.all_or_none():
+                self._encode_share(plan, sharers, failed=self.parts.folder / f".failed-{marks[0]}")
+            with ranks.all_or_none():
+                if ranks.rank == sharers[0] and not self.folder.exists():
+                    with self._unless_another_job_was_faster():
+                        self._put_together(plan)
+            if ranks.rank == sharers[0]:
+                shutil.rmtree(self.parts.folder, ignore_errors=True)
+        finally:
+            if mark is not None:
+                (self.parts.folder / mark).unlink(missing_ok=True)
+                (self.parts.folder / f".failed-{marks[0]}").unlink(missing_ok=True)
 
+    @contextmanager
+    def _unless_another_job_was_faster(self) -> Iterator[None]:
+        """A job that has put the cache together removes the parts, also under the hands of others.
 
-def _write(array: RaggedArray, rows: np.ndarray, values: Tensor) -> None:
-    for row, tokens in zip(rows, values.numpy(), strict=True):
-        start, stop = array.offsets[row], array.offsets[row + 1]
-        array.values[start:stop] = tokens[: stop - start]
+        What they miss then they need no more.
+        """
+        try:
+            yield
+        except OSError:
+            if not self.folder.exists():
+                raise
+
+    def _mark_machine(self) -> str | None:
+        """A file by which other machines see whether they share the folder."""
+        mark = f".machine-{uuid.uuid4().hex}" if self.ranks.is_first_of_machine else None
+        with self.ranks.all_or_none():
+            if mark is not None:
+                self.parts.folder.mkdir(parents=True, exist_ok=True)
+                with self._unless_another_job_was_faster():
+                    (self.parts.folder / mark).touch()
+        return mark
+
+    def _ranks_that_share(self, marks: list[str]) -> list[int]:
+        """The ranks whose folder is this rank's, itself among them."""
+        seen = [mark for mark in marks if (self.parts.folder / mark).exists()]
+        return [rank for rank, others in enumerate(self.ranks.gather(seen)) if others == seen]
+
+    def _plan(self, sharers: list[int]) -> _Plan:
+        """What is to do, as the first of the sharers finds it."""
+        names: list[str] | None = None
+        todo: list[int] | None = None
+        with self.ranks.all_or_none():
+            if self.ranks.rank == sharers[0]:
+                names = caches_of(self.cache, self.key)
+                earlier = find_in(self.cache, names, self.hashes)
+                calls = self._calls(earlier)
+                todo = self._not_done(calls)
+        names, todo = self.ranks.gather((names, todo))[sharers[0]]
+        assert names is not None and todo is not None
+        with self.ranks.all_or_none():
+            earlier = find_in(self.cache, names, self.hashes)
+            calls = self._calls(earlier)
+        return _Plan(earlier, calls, todo)
+
+    def _calls(self, earlier: list[EarlierCache]) -> list[np.ndarray]:
+        """The rows that no earlier cache has, of like length together."""
+        missing = np.zeros(len(self.source), bool)
+        missing[self.rows] = True
+        for cache in earlier:
+            missing[cache.rows] = False
+        rows = np.flatnonzero(missing)
+        rows = rows[np.argsort(self.source.lengths[rows], kind="stable")]
+        return [rows[at : at + ITEMS_PER_CALL] for at in range(0, len(rows), ITEMS_PER_CALL)]
+
+    def _not_done(self, calls: list[np.ndarray]) -> list[int]:
+        if self.folder.exists():
+            return []
+        names = [self._name_of(call) for call in calls]
+        whole = set(self.parts.remove_damaged(names))
+        return [index for index, name in enumerate(names) if name not in whole]
+
+    def _name_of(self, call: np.ndarray) -> str:
+        return self.parts.name_of(self.hashes[call])
+
+    def _encode_share(self, plan: _Plan, sharers: list[int], failed: Path) -> None:
+        todo = [plan.calls[index] for index in plan.todo]
+        share = todo[sharers.index(self.ranks.rank) :: len(sharers)]
+        total, items = (sum(map(len, calls)) for calls in (todo, share))
+        if self.ranks.is_first and total:
+            print(self._announcement(plan, total), flush=True)
+        # In an order of its own: so several jobs on one folder help each other, and the rate at
+        # any time is that of short and long texts together.
+        np.random.default_rng().shuffle(share)
+        progress = FillProgress(self.name, total, items, shown=self.ranks.is_first)
+        with closing(progress):
+            try:
+                with self._unless_another_job_was_faster():
+                    for call in share:
+                        if failed.exists() or self.folder.exists():
+                            return  # another rank fails, or another job has finished all
+                        self._encode(call)
+                        progress.add(len(call))
+            except Exception:
+                with suppress(OSError):
+                    failed.touch()
+                raise
+
+    def _announcement(self, plan: _Plan, total: int) -> str:
+        earlier = sum(len(cache.rows) for cache in plan.earlier)
+        kept = len(self.rows) - earlier - total
+        known = [f"{kept:,} were done before"] if kept else []
+        known += [f"{earlier:,} are in an earlier cache"] if earlier else []
+        return (
+            f"encoding '{self.name}' of {total:,} items once, into {self.folder}"
+            f"{''.join(f'; {text}' for text in known)}"
+        )
+
+    def _encode(self, call: np.ndarray) -> None:
+        name = self._name_of(call)
+        if self.parts.holds(name):
+            return  # another job was faster
+        values, mask = self.source.gather(call)
+        pixels = values[:, 0] if self.modality.kind == "image" else values
+        content = ContentInput(torch.from_numpy(pixels), torch.from_numpy(mask))
+        output = self.encoder.frozen_outputs(content.to(self.ranks.device))
+        lengths = output.mask.sum(dim=1).cpu().numpy()
+        self.parts.write(name, lengths, output.values[output.mask].cpu().numpy())
+        self.encoded += len(call)
+
+    def _put_together(self, plan: _Plan) -> None:
+        """The cache, from earlier ones and parts; it appears whole or not at all."""
+        temporary = Path(tempfile.mkdtemp(prefix=".frozen-", dir=self.cache))
+        try:
+            lengths = np.zeros(len(self.source), np.int64)
+            for cache in plan.earlier:
+                lengths[cache.rows] = RaggedArray(cache.folder).lengths[cache.places]
+            for call in plan.calls:
+                lengths[call] = self.parts.read_lengths(self._name_of(call))
+            shape = (self.encoder.output_dim,)
+            with closing(RowWriter(temporary, lengths, shape, "float32")) as writer:
+                for rows, values in self._outputs(plan):
+                    writer.write(rows, values)
+            np.save(temporary / HASHES, self.hashes)
+            write_about(
+                temporary,
+                self.key,
+                self.content,
+                self.encoder,
+                self.modality,
+                items=len(self.rows),
+                tokens=int(lengths.sum()),
+                width=self.encoder.output_dim,
+            )
+            temporary.rename(self.folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _outputs(self, plan: _Plan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(rows, their tokens one after the other), all of the cache."""
+        for cache in plan.earlier:
+            array = RaggedArray(cache.folder)
+            for at in range(0, len(cache.rows), ITEMS_PER_CALL):
+                values, mask = array.gather(cache.places[at : at + ITEMS_PER_CALL])
+                yield cache.rows[at : at + ITEMS_PER_CALL], values[mask]
+        for call in plan.calls:
+            yield call, self.parts.read(self._name_of(call))[1]

@@ -49,7 +49,7 @@ def run_torchx(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "cache"])
 def test_each_component_runs_its_command_with_everything_after_the_dashes(command: str) -> None:
     job = component(command, "--nproc", "4", "--nnodes", "2", "--", "--out", "my run", "--lr", "1")
     (role,) = job.roles

@@ -95,12 +95,12 @@ def cached_outputs(
 
 
 def assert_same_outputs(cached: dict[str, Any], expected: dict[str, Any]) -> None:
+    """To the last bit."""
     assert torch.equal(cached["mask"], expected["mask"])
-    mask = expected["mask"]
-    torch.testing.assert_close(
-        cached["values"][mask], expected["values"][mask], atol=1e-5, rtol=1e-5
-    )
-    torch.testing.assert_close(cached["gradients"], expected["gradients"], atol=1e-4, rtol=1e-4)
+    assert torch.equal(cached["values"], expected["values"])
+    assert cached["gradients"].keys() == expected["gradients"].keys()
+    for name, gradient in expected["gradients"].items():
+        assert torch.equal(cached["gradients"][name], gradient), name
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "none"])
@@ -213,26 +213,3 @@ def test_a_text_of_one_token_does_not_pass_for_a_pooled_one_nor_the_reverse(
     kept = lengths if pooling == "none" else lengths.clip(max=1)
     assert store.arrays["text"].lengths.tolist() == kept.tolist()
     assert_same_outputs(outputs(store, "text", encoder), expected)
-
-
-def fail_on_rank_1(rank: int, world_size: int, dataset: Path) -> str:
-    modality = modality_of("text", "frozen")
-    store, encoder = store_of(dataset, "text", modality), encoder_of("text", modality)
-    frozen_cache.ITEMS_PER_CALL = 2
-    if rank == 1:
-
-        def broken(content: ContentInput) -> ContentInput:
-            raise ValueError("out of memory on purpose")
-
-        encoder.frozen = broken  # type: ignore[method-assign]
-    ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
-    with pytest.raises(ValueError) as caught:
-        cache_frozen_outputs(store, "text", encoder, ranks)
-    return str(caught.value)
-
-
-def test_an_error_on_one_rank_ends_both_and_leaves_no_cache(dataset: Path) -> None:
-    messages = run_on_ranks(fail_on_rank_1, 2, dataset)
-    assert all("out of memory on purpose" in message for message in messages)
-    left = [path.name for path in (dataset.parent / "cache").iterdir()]
-    assert not [name for name in left if "frozen" in name]

@@ -1,0 +1,57 @@
+"""Shows how far the encoding of items is: a bar, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class FillProgress:
+    """Progress of one rank's share, told for all ranks that share the work.
+
+    Args:
+        name: the modality.
+        total: items of all these ranks.
+        share: items of this rank.
+        shown: whether this rank tells of it.
+    """
+
+    def __init__(self, name: str, total: int, share: int, shown: bool) -> None:
+        self.name, self.total, self.share, self.shown = name, total, share, shown
+        self.done = 0
+        self._start = self._last_line = time.monotonic()
+        self._bar: tqdm | None = None
+        if shown and sys.stderr.isatty():
+            self._bar = tqdm(total=total, desc=name, unit=" items", unit_scale=True)
+
+    def add(self, items: int) -> None:
+        """Some more items of this rank are done."""
+        self.done += items
+        if self._bar is not None:
+            self._bar.update(self._done_by_all() - self._bar.n)
+        elif self.shown and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            print(self.line(self._last_line - self._start), flush=True)
+
+    def _done_by_all(self) -> int:
+        # Ranks take equal shares and tell each other nothing meanwhile.
+        return round(self.total * self.done / max(self.share, 1))
+
+    def line(self, seconds: float) -> str:
+        """Count, rate and time left, after so many seconds."""
+        done = self._done_by_all()
+        rate = done / max(seconds, 1e-9)
+        left = round((self.total - done) / rate) if rate else 0
+        return (
+            f"encoding '{self.name}': {done:,} of {self.total:,} items, {rate:,.0f} items/s, "
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        )
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
