@@ -38,12 +38,15 @@ class ContentInput:
     def to(self, device: torch.device) -> ContentInput:
         return ContentInput(self.values.to(device), self.mask.to(device))
 
+    def __getitem__(self, items: slice) -> ContentInput:
+        return ContentInput(self.values[items], self.mask[items])
+
 
 @dataclass
 class ItemExchange:
     """Which of its item vectors a rank sends to each rank, and how many it receives from each.
 
-    rows: int64, of the vectors at hand, those for rank 0 first; `send_counts` of them for each rank.
+    rows: int64, of the vectors at hand, those for rank 0 first, `send_counts` for each rank.
     """
 
     rows: Tensor

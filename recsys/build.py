@@ -34,6 +34,7 @@ from embeddings import (
 )
 from embeddings.row_reset import RowReset
 from recsys.accumulation import AccumulatingPipeline
+from recsys.batch_preparation import BatchPreparation, chooses_items
 from recsys.config import Config, ContentSettings, TableSettings
 from recsys.content.branch import ContentBranch
 from recsys.content.encoders import Encoder, build_encoder
@@ -66,6 +67,7 @@ class Job:
     schedule: LambdaLR
     pipeline: AccumulatingPipeline
     vocabularies: BoundedVocabularies
+    preparation: BatchPreparation
     plan: str  # for people
     parameters: str  # for people: parameter, optimizer, learning rate
 
@@ -95,7 +97,7 @@ class Job:
         return BatchBuilder(
             self.schema,
             pooled_features(self.config, self.schema),
-            self.store,
+            None if chooses_items(content_settings(self.config)) else self.store,
             encode_history=content is not None and content.encodes_history,
             index_dedup=self.config.embedding.index_dedup,
             with_labels=with_labels,
@@ -310,6 +312,7 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
         schedule,
         pipeline,
         vocabularies,
+        BatchPreparation(config, store, bank, vocabularies, ranks.group),
         plan=format_plan(plan, tables),
         parameters=describe_optimizers(model, tables, adamw),
     )

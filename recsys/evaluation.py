@@ -12,7 +12,7 @@ from torch import Tensor
 from recsys.build import Job
 from recsys.data.interactions import Interactions, loader
 from recsys.data.parquet_rows import ParquetRows, count_items
-from recsys.data.vocabularies import UnknownIds, format_unknown, mapped
+from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.lockstep import Lockstep
 from recsys.metrics import evaluation_report, gather_rows
 
@@ -103,11 +103,10 @@ def _score(
     job: Job, interactions: Interactions, lockstep: Lockstep, unknown: UnknownIds
 ) -> dict[str, Tensor]:
     job.model.eval()
-    batches = mapped(
+    batches = job.preparation(
         lockstep.batches(
             iter(loader(interactions, job.config.num_workers, job.ranks.device.type == "cuda"))
         ),
-        job.vocabularies,
         unknown,
         first_step=0,
         training=False,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import fbgemm_gpu  # noqa: F401 - registers torch.ops.fbgemm
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -125,6 +126,8 @@ class JaggedHistory:
 
 
 def _bag(index: Tensor, vectors: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+    if not vectors.shape[1]:  # which the kernel refuses
+        return vectors.new_zeros(len(offsets) - 1, 0)
     return F.embedding_bag(
         index,
         vectors.contiguous(),

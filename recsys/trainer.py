@@ -17,7 +17,7 @@ from recsys.batch import Batch
 from recsys.build import Job, content_settings
 from recsys.checkpoint import Checkpoints
 from recsys.data.interactions import Interactions, loader
-from recsys.data.vocabularies import UnknownIds, format_unknown, mapped
+from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.evaluation import evaluate_split, fill_bank
 from recsys.lockstep import Lockstep, TrainingStopped
 from recsys.loss_watch import LossWatch
@@ -86,7 +86,7 @@ class Trainer:
         left, group = end - progress.batches, self.job.config.accumulate_steps
         batches = lockstep.training_batches(source, left, progress.steps, group)
         unknown = UnknownIds(self.job.schema)
-        batches = mapped(batches, self.job.vocabularies, unknown, progress.steps, training=True)
+        batches = self.job.preparation(batches, unknown, progress.steps, training=True)
         self.job.model.train()
         self.job.pipeline.begin(left)
         with lockstep.watchdog.armed(), self.profile:

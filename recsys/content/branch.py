@@ -5,13 +5,14 @@ fusion makes one vector per unique item, and indices spread the vectors over tar
 History vectors come from the memory bank (or from the encoder, mode `full`) through the history
 map. The branch holds no sharded module, so it is data-parallel under DistributedModelParallel.
 
-Shapes: U unique items, T tokens, D content dimension, M modalities, B batch,
-N history items of the batch.
+Shapes: E items that this rank encodes, U unique history items, T tokens, D content dimension,
+M modalities, B batch.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from embeddings import MemoryBank
@@ -20,6 +21,7 @@ from recsys.config import ContentSettings
 from recsys.content.encoder import Encoder, mean_token
 from recsys.content.fusion import build_fusion
 from recsys.content.history import HistoryMap
+from recsys.content.item_exchange import exchange_vectors
 from recsys.vectors import ContentVectors
 
 
@@ -30,6 +32,7 @@ class ContentBranch(nn.Module):
         encoders: by modality name.
         settings: dimension, fusion and history.
         bank: what is kept by item, of width `settings.vector_dim`; None for history mode `full`.
+        group: the ranks that share items, where `settings.dedup` is global; default: all.
 
     Example::
 
@@ -39,7 +42,11 @@ class ContentBranch(nn.Module):
     """
 
     def __init__(
-        self, encoders: dict[str, Encoder], settings: ContentSettings, bank: MemoryBank | None
+        self,
+        encoders: dict[str, Encoder],
+        settings: ContentSettings,
+        bank: MemoryBank | None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict(encoders)
@@ -55,11 +62,12 @@ class ContentBranch(nn.Module):
         self.history_map = HistoryMap(settings.dim, settings.history)
         self.encodes_history = settings.history.mode == "full"
         assert self.encodes_history == (bank is None)
-        self.bank = bank
+        self.bank, self.group = bank, group
+        self.same_step = settings.history.same_step
         self.step = 0  # of training, written beside the vectors in the bank
 
     def encode(self, content: dict[str, ContentInput]) -> Tensor:
-        """Content of unique items -> what is kept per item, [U, D + M * D].
+        """Content of unique items -> what is kept per item, [E, D + M * D].
 
         First the content vector, then the mean token of each modality (M = 0 without
         similarities): cosines of single modalities tell more of unseen items than those of the
@@ -79,11 +87,13 @@ class ContentBranch(nn.Module):
         return torch.cat([fused, *means], dim=1)
 
     def forward(self, batch: Batch) -> ContentVectors:
-        items = self.item_vectors(batch)  # [E + S or received, D + M * D]
+        fresh = self._encode_items(batch)  # [E, D + M * D]
         if self.bank is None:
+            items = self._at_their_ranks(fresh, batch)
             history = items[batch.history_content_index]
         else:
-            history, _ = self.bank.lookup(batch.history_items)  # [U, D + M * D]
+            stored, history = self._read_bank(batch, fresh)
+            items = self._at_their_ranks(torch.cat([fresh, stored]), batch)
         target, target_modalities = self._split(items)
         history, history_modalities = self._split(history)
         return ContentVectors(
@@ -93,15 +103,41 @@ class ContentBranch(nn.Module):
             history_modalities=history_modalities,
         )
 
-    def item_vectors(self, batch: Batch) -> Tensor:
-        """What is kept of the items to rank, and of the histories' where those are encoded."""
-        fresh = self.encode(batch.content)  # [E, D + M * D]
-        if self.bank is not None and self.training:
+    def _encode_items(self, batch: Batch) -> Tensor:
+        """What is kept of the items that this rank encodes, the first of them with gradient."""
+        count = batch.with_gradient
+        if count is None or count >= len(batch.content_items):
+            return self.encode(batch.content)
+        trained = {name: part[:count] for name, part in batch.content.items()}
+        others = {name: part[count:] for name, part in batch.content.items()}
+        with torch.no_grad():
+            refreshed = self.encode(others)
+        return torch.cat([self.encode(trained), refreshed])
+
+    def _read_bank(self, batch: Batch, fresh: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors of the items to rank that are not encoded, and of the histories' [U, ...]."""
+        assert self.bank is not None
+        ids = torch.cat([batch.bank_items, batch.history_items])
+        if not self.training:
+            vectors, _ = self.bank.lookup(ids)
+        elif self.same_step:
             # Written before the lookup: what any rank has just computed replaces what is
             # stale in the histories of all ranks, in this very step (LEMUR, 2511.10962).
             self.bank.update(batch.content_items, fresh, self.step)
-            self.step += 1
-        return fresh
+            vectors, _ = self.bank.lookup(ids)
+        else:
+            vectors, _ = self.bank.lookup(ids)
+            self.bank.update(batch.content_items, fresh, self.step)
+        self.step += self.training
+        return vectors[: len(batch.bank_items)], vectors[len(batch.bank_items) :]
+
+    def _at_their_ranks(self, items: Tensor, batch: Batch) -> Tensor:
+        """The vectors that this rank needs: those of its own items, or those sent by the owners."""
+        if batch.exchange is None:
+            return items
+        group = self.group or dist.group.WORLD
+        assert group is not None
+        return exchange_vectors(items, batch.exchange, group)
 
     def _split(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         """[U, D + M * D] -> content vectors [U, D] and mean tokens [U, M, D]."""

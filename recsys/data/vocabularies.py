@@ -9,7 +9,7 @@ Shapes: B batch, N ids of one feature.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -134,15 +134,22 @@ class UnknownIds:
             if (vocabulary := schema.vocabulary_of(name)) is not None and vocabulary.kind != "hash"
         }
         self._counts = {name: torch.zeros(2, dtype=torch.int64) for name in self._unknown_row}
+        self._history = schema.history
 
     def add(self, batch: Batch) -> None:
         """Counts the ids of a batch that is on the host."""
         for features in (batch.sparse_features, batch.sequence_features):
             for name in features.keys() if features is not None else ():
                 if name in self._counts:
-                    ids = _Ids.of(batch, features, name)
+                    ids = self._ids_of(batch, features, name)
                     unknown = (ids.values == self._unknown_row[name]) & ids.counts
                     self._counts[name] += torch.stack([ids.counts.sum(), unknown.sum()])
+
+    def _ids_of(self, batch: Batch, features: KeyedJaggedTensor, name: str) -> _Ids:
+        if name != self._history:
+            return _Ids.of(batch, features, name)
+        ids = batch.history_items[batch.history_index]  # rows that only pad have no history
+        return _Ids(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def totals(self, group: dist.ProcessGroup | None = None) -> dict[str, dict[str, int]]:
         """By column: how many ids there were on all ranks, and how many unknown. A collective."""
@@ -155,26 +162,6 @@ class UnknownIds:
             name: {"ids": ids, "unknown": unknown}
             for name, (ids, unknown) in zip(self._counts, counts.tolist(), strict=True)
         }
-
-
-def mapped(
-    batches: Iterator[Batch],
-    vocabularies: BoundedVocabularies,
-    unknown: UnknownIds,
-    first_step: int,
-    training: bool,
-) -> Iterator[Batch]:
-    """Batches on their way into the pipeline: ids mapped, unknown ones counted. A collective.
-
-    Args:
-        batches: the same number on all ranks.
-        first_step: the training step that the first of them is for.
-        training: see `BoundedVocabularies.map_batch`.
-    """
-    for step, batch in enumerate(batches, first_step):
-        vocabularies.map_batch(batch, step, training)
-        unknown.add(batch)
-        yield batch
 
 
 def format_unknown(what: str, totals: dict[str, dict[str, int]]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import pytest
@@ -55,13 +55,9 @@ def content_of(items: Tensor) -> dict[str, ContentInput]:
 
 def batch_of(mode: Mode) -> Batch:
     """Unique items and indices, as the loader makes them."""
-    if mode == "full":
-        items, index = torch.cat([TARGETS, HISTORY]).unique(return_inverse=True)
-        history_items = items[:0]
-        target_index, history_index = index[: len(TARGETS)], index[len(TARGETS) :]
-    else:
-        items, target_index = TARGETS.unique(return_inverse=True)
-        history_items, history_index = HISTORY.unique(return_inverse=True)
+    history_items, history_index = HISTORY.unique(return_inverse=True)
+    encoded = torch.cat([TARGETS, history_items if mode == "full" else HISTORY[:0]])
+    items, index = encoded.unique(return_inverse=True)
     return Batch(
         dense_features=torch.zeros(len(TARGETS), 0),
         sparse_features=None,
@@ -74,11 +70,14 @@ def batch_of(mode: Mode) -> Batch:
         row_positions=torch.arange(len(TARGETS)),
         history_lengths=LENGTHS,
         history_values=torch.zeros(len(HISTORY), 0),
-        content_items=items,
-        target_index=target_index,
         history_items=history_items,
         history_index=history_index,
+        content_items=items,
+        target_index=index[: len(TARGETS)],
+        history_content_index=index[len(TARGETS) :],
+        bank_items=HISTORY[:0],
         content=content_of(items),
+        longest_history=int(LENGTHS.max()),
     )
 
 
@@ -116,6 +115,15 @@ def tensors(vectors: ContentVectors) -> list[Tensor]:
     return [getattr(vectors, part.name) for part in fields(vectors)]
 
 
+def at_each_place(vectors: ContentVectors, batch: Batch) -> ContentVectors:
+    """The history's vectors spread from its unique items over its places."""
+    return replace(
+        vectors,
+        history=vectors.history[batch.history_index],
+        history_modalities=vectors.history_modalities[batch.history_index],
+    )
+
+
 def naive_vectors(branch: ContentBranch, mode: Mode) -> ContentVectors:
     """Every occurrence encoded by itself; the bank, written first, read row by row."""
     targets = torch.cat([branch.encode(content_of(item[None])) for item in TARGETS])
@@ -137,7 +145,7 @@ def naive_vectors(branch: ContentBranch, mode: Mode) -> ContentVectors:
 def test_encoding_each_item_once_equals_encoding_every_occurrence(mode: Mode) -> None:
     branch, naive = branch_of(mode), branch_of(mode)
     expected = naive_vectors(naive, mode)
-    vectors = branch(batch_of(mode))
+    vectors = at_each_place(branch(batch_of(mode)), batch_of(mode))
     for part, by_hand in zip(tensors(vectors), tensors(expected), strict=True):
         torch.testing.assert_close(part, by_hand, atol=1e-5, rtol=1e-5)
 
@@ -183,7 +191,7 @@ def test_fresh_vectors_are_seen_in_the_histories_of_the_same_step() -> None:
     branch = branch_of("bank_frozen")
     assert branch.bank is not None
     stale, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
-    vectors = branch(batch_of("bank_frozen"))
+    vectors = at_each_place(branch(batch_of("bank_frozen")), batch_of("bank_frozen"))
     kept = torch.cat([vectors.target, vectors.target_modalities.flatten(1)], dim=1)
     fresh = dict(zip(TARGETS.tolist(), kept))
     history = torch.cat([vectors.history, vectors.history_modalities.flatten(1)], dim=1)
@@ -221,7 +229,7 @@ def test_without_similarities_only_content_vectors_are_kept() -> None:
     assert settings.vector_dim == DIM
     assert vectors.target.shape == (len(TARGETS), DIM)
     assert vectors.target_modalities.shape == (len(TARGETS), 0, DIM)
-    assert vectors.history_modalities.shape == (len(HISTORY), 0, DIM)
+    assert vectors.history_modalities.shape == (len(HISTORY.unique()), 0, DIM)
 
 
 def test_the_bank_learns_the_step_of_each_write() -> None:
@@ -241,7 +249,7 @@ def test_eval_mode_writes_nothing_and_reads_the_bank() -> None:
     vectors = branch(batch_of("bank_frozen"))
     after, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
     assert torch.equal(before, after)
-    assert torch.equal(vectors.history, before[HISTORY, :DIM])
+    assert torch.equal(vectors.history, before[HISTORY.unique(), :DIM])
     assert branch.step == 0
 
 

@@ -51,10 +51,13 @@ def inputs(lengths: Tensor = LENGTHS, seed: int = 0) -> tuple[IDVectors, Content
         row_positions=zeros,
         history_lengths=lengths,
         history_values=random(total, 1).sign().clamp(min=0),
+        history_items=torch.arange(total),
+        history_index=torch.arange(total),
         content_items=zeros,
         target_index=zeros,
-        history_items=zeros,
-        history_index=torch.zeros(total, dtype=torch.long),
+        history_content_index=zeros[:0],
+        bank_items=zeros[:0],
+        longest_history=int(lengths.max()),
     )
     return ids, content, batch
 
@@ -81,6 +84,8 @@ def one_row(
         dense_features=batch.dense_features[this],
         history_lengths=batch.history_lengths[this],
         history_values=batch.history_values[own],
+        history_items=batch.history_items[own],
+        history_index=torch.arange(own.stop - own.start),
     )
     return (
         IDVectors([part[this] for part in ids.pooled], ids.target[this], ids.history[own]),
@@ -108,15 +113,14 @@ def test_logits_are_the_mlp_of_the_cross_network_of_all_vectors() -> None:
     model, parts = model_of(), inputs()
     ids, content, batch = one_row(parts, 2)
     assert model.content_interest is not None
-    values, lengths = batch.history_values, batch.history_lengths
-    everything = torch.ones(1, 3, dtype=torch.bool)
+    values, history = batch.history_values, batch.jagged_history()
     vectors = [
         batch.dense_features,
         *ids.pooled,
         ids.target,
-        model.interest(ids.target, ids.history[None], values[None], everything),
+        model.interest(ids.target, ids.history, history, values),
         content.target,
-        model.content_interest(content, values, lengths),
+        model.content_interest(content, history, values),
     ]
     x0 = torch.cat(vectors, dim=1)
     x = x0
@@ -133,7 +137,7 @@ def test_every_parameter_gets_gradient() -> None:
     model = model_of()
     model(*inputs()).sum().backward()
     # The last score's bias shifts all of a softmax and so has none.
-    expected_none = {"interest.score.2.bias", "content_interest.attention.score.2.bias"}
+    expected_none = {"interest.score.2.bias"}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert bool(parameter.grad.abs().max() > 1e-7) != (name in expected_none), name

@@ -1,0 +1,86 @@
+"""What happens to a batch between the loader and the pipeline, in the training process.
+
+Raw ids that learn while training get their rows, long histories are searched, and it is decided
+which items this rank encodes. All ranks prepare the same number of batches together, since most
+of it needs to know of the other ranks or of the memory bank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch.distributed as dist
+
+from embeddings import MemoryBank
+from recsys.batch import Batch
+from recsys.config import Config, ContentSettings
+from recsys.content.history_search import shorten_histories
+from recsys.content.item_exchange import assign_to_owners
+from recsys.content.item_sampling import sample_items
+from recsys.data.content_store import ContentStore
+from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
+
+
+def chooses_items(content: ContentSettings | None) -> bool:
+    """Whether the items to encode are chosen here, so that the loader cannot read their content."""
+    return content is not None and (content.dedup == "global" or content.sampling.backward < 1)
+
+
+@dataclass
+class BatchPreparation:
+    """Prepares batches for the pipeline.
+
+    Args:
+        config: of the run.
+        store, bank: content of the items and their vectors, where there are any.
+        vocabularies: raw ids that learn.
+        group: the ranks.
+    """
+
+    config: Config
+    store: ContentStore | None
+    bank: MemoryBank | None
+    vocabularies: BoundedVocabularies
+    group: dist.ProcessGroup
+
+    def __post_init__(self) -> None:
+        content = self.config.content
+        self.content = content if isinstance(content, ContentSettings) else None
+
+    def __call__(
+        self, batches: Iterator[Batch], unknown: UnknownIds, first_step: int, training: bool
+    ) -> Iterator[Batch]:
+        """Batches on their way into the pipeline. A collective.
+
+        Args:
+            batches: the same number on all ranks.
+            unknown: counts ids that have no row of their own.
+            first_step: the training step that the first of them is for.
+            training: bounded vocabularies admit ids, and items are sampled.
+        """
+        for step, batch in enumerate(batches, first_step):
+            self.vocabularies.map_batch(batch, step, training)
+            unknown.add(batch)
+            yield self._with_items(self._with_histories(batch), step, training)
+
+    def _with_histories(self, batch: Batch) -> Batch:
+        has_history = len(batch.sequence_features.keys()) > 1
+        if self.content is None or not self.content.history.top_k or not has_history:
+            return batch
+        assert self.bank is not None
+        return shorten_histories(
+            batch, self.bank, self.content.history.top_k, self.config.embedding.index_dedup
+        )
+
+    def _with_items(self, batch: Batch, step: int, training: bool) -> Batch:
+        if self.content is None or not chooses_items(self.content):
+            return batch
+        assert self.store is not None
+        if self.content.dedup == "global":
+            batch = assign_to_owners(batch, self.group)
+        sampling = self.content.sampling
+        if training and sampling.backward < 1:
+            draw = (self.config.seed, step, dist.get_rank(self.group))
+            batch = sample_items(batch, sampling, draw)
+        return replace(batch, content=self.store.gather(batch.content_items.numpy()))

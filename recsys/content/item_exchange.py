@@ -1,0 +1,62 @@
+"""Encode once in the cluster: each item of all ranks' batches is encoded by one rank.
+
+The rank that an item belongs to (its id modulo the number of ranks) learns before the step which
+ranks need it, encodes it once, and sends its vector to each of them by a differentiable
+all_to_all. In the backward the gradients of all of them come back and add up. As
+DistributedDataParallel averages over ranks, losses and gradients are those of each rank encoding
+its own items, to rounding.
+
+Shapes: R items that this rank needs, E items that belong to it and some rank needs, W ranks,
+D width of a vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_to_all_single
+
+from recsys.batch import Batch, ItemExchange
+
+
+def assign_to_owners(batch: Batch, group: dist.ProcessGroup) -> Batch:
+    """A batch, on the host, that encodes what belongs to this rank. A collective.
+
+    `content_items` become the unique items that belong to this rank and that any rank needs, and
+    `exchange` says how their vectors reach those ranks.
+    """
+    world_size = dist.get_world_size(group)
+    owner = batch.content_items % world_size
+    order = owner.argsort(stable=True)  # [R], by owner: vectors arrive in this order
+    wanted_counts = owner.bincount(minlength=world_size)
+    asked_counts = torch.empty_like(wanted_counts)
+    dist.all_to_all_single(asked_counts, wanted_counts, group=group)
+    wanted_from, asked_by = wanted_counts.tolist(), asked_counts.tolist()
+    asked = torch.empty(sum(asked_by), dtype=torch.int64)
+    dist.all_to_all_single(asked, batch.content_items[order], asked_by, wanted_from, group=group)
+    owned, rows = asked.unique(return_inverse=True)  # [E], where each that is asked for is in it
+    arrival = torch.empty_like(order)
+    arrival[order] = torch.arange(len(order))
+    return replace(
+        batch,
+        content_items=owned,
+        target_index=arrival[batch.target_index],
+        history_content_index=arrival[batch.history_content_index],
+        exchange=ItemExchange(rows, send_counts=asked_by, receive_counts=wanted_from),
+    )
+
+
+def exchange_vectors(
+    vectors: Tensor,  # [E, D]
+    exchange: ItemExchange,
+    group: dist.ProcessGroup,
+) -> Tensor:  # [R, D]
+    """The vectors that this rank needs, from their owners, with gradient. A collective."""
+    sent = vectors[exchange.rows]
+    received = sent.new_empty(sum(exchange.receive_counts), vectors.shape[1])
+    return all_to_all_single(
+        received, sent, exchange.receive_counts, exchange.send_counts, group=group
+    )
