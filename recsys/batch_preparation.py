@@ -35,14 +35,14 @@ class BatchPreparation:
         config: of the run.
         store, bank: content of the items and their vectors, where there are any.
         vocabularies: raw ids that learn.
-        group: the ranks.
+        group: the ranks, where items are chosen together.
     """
 
     config: Config
     store: ContentStore | None
     bank: MemoryBank | None
     vocabularies: BoundedVocabularies
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
         content = self.config.content
@@ -78,6 +78,7 @@ class BatchPreparation:
             return batch
         assert self.store is not None
         if self.content.dedup == "global":
+            assert self.group is not None
             batch = assign_to_owners(batch, self.group)
         sampling = self.content.sampling
         if training and sampling.backward < 1:

@@ -14,6 +14,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.vocabulary import HashVocabulary, integer_ids
 from recsys.batch import Batch
+from recsys.batch_preparation import BatchPreparation
+from recsys.config import Config
 from recsys.data.bad_rows import OnBadRow
 from recsys.data.filesystem import Location
 from recsys.data.interactions import BatchBuilder, Interactions
@@ -22,7 +24,7 @@ from recsys.data.parquet_rows import ParquetRows
 from recsys.data.prepare_vocabulary import prepare_vocabularies
 from recsys.data.row_values import ROW_POSITION
 from recsys.data.schema import load_schema
-from recsys.data.vocabularies import BoundedVocabularies, UnknownIds, format_unknown, mapped
+from recsys.data.vocabularies import BoundedVocabularies, UnknownIds, format_unknown
 from tests.datasets import write_parquet
 from tests.ranks import run_on_ranks
 from tests.recsys.raw_ids import ITEM_ROWS, TRAIN, write_raw_dataset, write_rows_dataset
@@ -167,7 +169,8 @@ def test_padding_rows_are_neither_admitted_nor_counted(tmp_path: Path) -> None:
     rows = rows_of(data)
     batches = iter(Interactions(rows, BatchBuilder(rows.schema, POOLED), 8, 0, 2))
     vocabularies, unknown = BoundedVocabularies(rows.schema, POOLED), UnknownIds(rows.schema)
-    (batch,) = mapped(batches, vocabularies, unknown, first_step=0, training=True)
+    prepare = BatchPreparation(Config(), None, None, vocabularies)
+    (batch,) = prepare(batches, unknown, first_step=0, training=True)
     assert batch.row_positions.tolist() == [0, -1]
     assert lists_of(batch.sparse_features, "user")[1] == [5]
     counts = vocabularies.counts()["user"]
@@ -225,7 +228,8 @@ def count_on_two_ranks(rank: int, world_size: int, data: str) -> tuple[Any, Any,
     batches = Interactions(rows, BatchBuilder(rows.schema, POOLED), 1, rank, world_size)
     vocabularies = BoundedVocabularies(rows.schema, POOLED, dist.group.WORLD)
     unknown = UnknownIds(rows.schema)
-    assert len(list(mapped(iter(batches), vocabularies, unknown, 0, training=False))) == 2
+    prepare = BatchPreparation(Config(), None, None, vocabularies)
+    assert len(list(prepare(iter(batches), unknown, 0, training=False))) == 2
     return (
         unknown.totals(dist.group.WORLD),
         vocabularies.counts()["user"].lookups,
