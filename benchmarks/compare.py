@@ -1,0 +1,113 @@
+"""The product beside its ID-only twin and a plain PyTorch twin, on the same batches in one run.
+
+    python -m benchmarks.compare --out FOLDER
+
+All variants take turns, a few steps each, and a ratio is the median over rounds of the ratio
+within a round. FOLDER keeps the dataset (0.7 GB) and the encoded items for the next time. Writes
+`compare.jsonl`, `compare.md` and `compare.png` into `--results`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import auto_cli
+from matplotlib.figure import Figure
+
+from benchmarks.results import RESULTS, Result, variant_record, write_result
+from benchmarks.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, measure, ratio
+from benchmarks.settings import setting
+from benchmarks.steps import Variant
+
+PLAIN, ID_ONLY = "plain PyTorch", "ID only"
+FULL = ("--content.history.mode", "full")
+SIMILARITY = ("--content.history.similarity_features", "true")
+
+
+def compare(
+    out: Path,
+    only: list[str] | None = None,
+    overrides: list[str] | None = None,
+    effort: Effort = FULL_EFFORT,
+    quick: bool = False,
+    here: bool = False,
+    results: Path = RESULTS,
+) -> list[Measurement]:
+    """Measures the variants against the twins.
+
+    Args:
+        out: folder for the dataset and the encoded items.
+        only: names of variants to leave the others out.
+        overrides: words of `recsys train` for all variants, e.g. '["--batch_size", "256"]'.
+        effort: rounds, steps and so on.
+        quick: tiny sizes, whose figures mean nothing.
+        here: all in this process instead of one per variant.
+        results: folder for the figures.
+    """
+    chosen = variants(out, quick, overrides or [])
+    unknown = sorted(set(only or []) - {variant.name for variant in chosen})
+    if unknown:
+        names = [variant.name for variant in chosen]
+        raise ValueError(f"--only: no variant {unknown}; choose some of {names}")
+    chosen = [variant for variant in chosen if not only or variant.name in only]
+    measured = measure(chosen, QUICK_EFFORT if quick else effort, here)
+    write_result(_result(measured), results)
+    return measured
+
+
+def variants(out: Path, quick: bool, overrides: list[str]) -> list[Variant]:
+    """Setting A, its twins, and its similarity features beside it."""
+    chosen = setting("A", quick)
+    data, words = chosen.prepared(out)
+    base = Variant("bank_lora", str(chosen.recipe), data, (*words, *overrides))
+    return [
+        base.changed(PLAIN, *FULL, kind="plain"),
+        base.changed("full", *FULL),
+        base.changed(ID_ONLY, "--content", "none"),
+        base,
+        base.changed("bank_lora, similarity features", *SIMILARITY),
+    ]
+
+
+def _result(measured: list[Measurement]) -> Result:
+    twins = {m.variant.name: m for m in measured if m.variant.name in (PLAIN, ID_ONLY)}
+    columns = ["variant", "samples/s P50", "step, ms", "peak GB"]
+    columns += [f"x {name} (lowest to highest)" for name in twins]
+    rows: list[Sequence[str]] = []
+    records = []
+    for this in measured:
+        ratios = {name: ratio(this, twin) for name, twin in twins.items()}
+        figures: dict[str, Any] = {
+            "samples_per_second": {f"P{p}": this.samples_per_second(p) for p in (10, 50, 90)},
+            "step_seconds": this.step_seconds,
+            "seconds": this.seconds,
+            "peak_bytes": this.peak_bytes,
+            "ratios": {name: vars(value) for name, value in ratios.items()},
+            "world_size": this.world_size,
+        }
+        records.append({"benchmark": "compare", **figures, **variant_record(this.variant)})
+        row = [this.variant.name, f"{this.samples_per_second(50):,.0f}"]
+        row += [f"{1e3 * this.step_seconds:.1f}", f"{this.peak_bytes / 1e9:.2f}"]
+        row += [f"{r.median:.2f} ({r.lowest:.2f} to {r.highest:.2f})" for r in ratios.values()]
+        rows.append(row)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        names = [m.variant.name for m in measured][::-1]
+        rates = [m.samples_per_second(50) for m in measured][::-1]
+        spread = [
+            [m.samples_per_second(50) - m.samples_per_second(10) for m in measured][::-1],
+            [m.samples_per_second(90) - m.samples_per_second(50) for m in measured][::-1],
+        ]
+        bars = axes.barh(names, rates, xerr=spread, capsize=4)
+        axes.bar_label(bars, [f" {rate:,.0f}" for rate in rates])
+        axes.set_xlabel("samples/s, P50 with P10 and P90")
+
+    title = "Setting A: the product beside its twins"
+    return Result("compare", title, records, columns, rows, draw)
+
+
+if __name__ == "__main__":
+    auto_cli(compare, as_positional=False)

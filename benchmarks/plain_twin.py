@@ -1,0 +1,248 @@
+"""The same model in plain PyTorch, as one would first write it: the measure of what TorchRec and
+encoding each item once are worth.
+
+It shares no code with the product. Pooled features are `nn.EmbeddingBag`s, histories are padded to
+the longest, the content of every history item is encoded again with gradient, and attention is
+computed over the padded items. What plain PyTorch does well it does here too: sparse gradients of
+tables, packed projections and fused attention of `nn.TransformerEncoderLayer`, one fused AdamW, no
+loop over rows, and batches that are loaded and padded before the clock starts.
+
+With equal weights its logits and gradients are those of the product with
+`content.history.mode full` and no similarity features, which tests/benchmarks holds it to.
+
+Shapes: B batch, L longest history, D dimension, P parallel lists, I items, E width of a feature,
+F dense features, M modalities, Q queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass
+class PaddedBatch:
+    """Impressions with padded histories."""
+
+    pooled: list[tuple[Tensor, Tensor]]  # ids and offsets [B] of each pooled feature
+    dense: Tensor  # [B, F]
+    labels: Tensor  # [B, 1]
+    target: Tensor  # [B]
+    history: Tensor  # [B, L], 0 where there is none
+    parallel: Tensor  # [B, L, P]
+    mask: Tensor  # bool [B, L]
+
+
+@dataclass
+class TwinSizes:
+    """Sizes of the twin, named as in the product's configuration."""
+
+    pooled_rows: list[int]
+    num_items: int
+    feature_dims: dict[str, int]
+    num_dense: int
+    num_parallel: int
+    id_dim: int
+    content_dim: int
+    num_queries: int
+    num_layers: int
+    num_heads: int
+    fusion_dropout: float
+    attention_units: list[int]
+    cross_layers: int
+    cross_rank: int
+    mlp_units: list[int]
+    dropout: float
+    contrastive_weight: float
+    contrastive_dim: int
+    temperature: float
+
+
+class ItemEncoder(nn.Module):
+    """Features of items [..., E] -> content vectors [..., D]: projections and a Fusion-Q-Former."""
+
+    def __init__(self, sizes: TwinSizes) -> None:
+        super().__init__()
+        dim, dropout = sizes.content_dim, sizes.fusion_dropout
+        self.projections = nn.ModuleList(
+            nn.Linear(width, dim) for width in sizes.feature_dims.values()
+        )
+        self.modality = nn.Parameter(torch.randn(len(sizes.feature_dims), dim) * 0.02)
+        self.queries = nn.Parameter(torch.randn(sizes.num_queries, dim) * dim**-0.5)
+        self.layers = nn.ModuleList()
+        for _ in range(sizes.num_layers):
+            layer = nn.TransformerEncoderLayer(
+                dim, sizes.num_heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True
+            )
+            # As in the product: on what joins the residual alone.
+            layer.dropout1, layer.dropout2 = nn.Dropout(dropout), nn.Dropout(dropout)
+            self.layers.append(layer)
+        self.norm = nn.LayerNorm(dim)
+        self.output = nn.Linear(sizes.num_queries * dim, dim)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        shape = features[0].shape[:-1]
+        tokens = [
+            projection(values.flatten(0, -2)) + modality
+            for projection, values, modality in zip(self.projections, features, self.modality)
+        ]
+        queries = self.queries.expand(len(tokens[0]), -1, -1)
+        x = torch.cat([queries, torch.stack(tokens, dim=1)], dim=1)  # [items, Q + M, D]
+        for layer in self.layers:
+            x = layer(x)
+        chosen = self.norm(x[:, : len(self.queries)]).flatten(1)
+        return self.output(chosen).unflatten(0, shape)
+
+
+class PaddedAttention(nn.Module):
+    """Weights padded history items for the target and sums them; see `scores` of its kinds."""
+
+    def __init__(self, dim: int, num_parallel: int) -> None:
+        super().__init__()
+        self.parallel_map = nn.Linear(num_parallel, dim, bias=False)
+
+    def scores(self, target: Tensor, history: Tensor) -> Tensor:  # [B, L]
+        raise TypeError(f"{type(self).__name__} defines no scores")
+
+    def forward(
+        self,
+        target: Tensor,  # [B, D]
+        history: Tensor,  # [B, L, D]
+        batch: PaddedBatch,
+    ) -> Tensor:  # [B, D + P + 1]
+        history = history + self.parallel_map(batch.parallel)
+        scores = self.scores(target, history).masked_fill(~batch.mask, -1e4)
+        weights = torch.softmax(scores, dim=1) * batch.mask
+        interest = torch.einsum("bl,bld->bd", weights, history)
+        lengths = batch.mask.sum(dim=1, keepdim=True)
+        mean = (batch.parallel * batch.mask.unsqueeze(-1)).sum(dim=1) / lengths.clamp(min=1)
+        return torch.cat([interest, mean, torch.log1p(lengths.float())], dim=1)
+
+
+class PairAttention(PaddedAttention):
+    """DIN: an MLP of (item, target, difference, product)."""
+
+    def __init__(self, dim: int, num_parallel: int, units: list[int]) -> None:
+        super().__init__(dim, num_parallel)
+        widths = [4 * dim, *units]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        self.score = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+
+    def scores(self, target: Tensor, history: Tensor) -> Tensor:
+        query = target.unsqueeze(1).expand_as(history)
+        pairs = torch.cat([history, query, history - query, history * query], dim=-1)
+        return self.score(pairs).squeeze(-1)
+
+
+class ProductAttention(PaddedAttention):
+    """The scaled dot product with the mapped target."""
+
+    def __init__(self, dim: int, num_parallel: int) -> None:
+        super().__init__(dim, num_parallel)
+        self.query = nn.Linear(dim, dim)
+
+    def scores(self, target: Tensor, history: Tensor) -> Tensor:
+        query = self.query(target) * target.shape[-1] ** -0.5
+        return torch.einsum("bd,bld->bl", query, history)
+
+
+class CrossNetwork(nn.Module):
+    """DCN-v2 with low rank: x0 * (W V x + b) + x in each layer."""
+
+    def __init__(self, width: int, num_layers: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Linear(width, rank, bias=False) for _ in range(num_layers))
+        self.up = nn.ModuleList(nn.Linear(rank, width) for _ in range(num_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x
+        for down, up in zip(self.down, self.up):
+            x = first * up(down(x)) + x
+        return x
+
+
+class PlainTwin(nn.Module):
+    """A padded batch -> (loss, logits [B, 1]).
+
+    Args:
+        sizes: as the product's configuration and data have them.
+        features: of all items, [I, E] for each modality; looked up in each step.
+    """
+
+    def __init__(self, sizes: TwinSizes, features: list[Tensor]) -> None:
+        super().__init__()
+        self.sizes, self.features = sizes, features
+        dim, content_dim, parallel = sizes.id_dim, sizes.content_dim, sizes.num_parallel
+        self.bags = nn.ModuleList(
+            nn.EmbeddingBag(rows, dim, mode="sum", sparse=True) for rows in sizes.pooled_rows
+        )
+        self.items = nn.Embedding(sizes.num_items, dim, sparse=True)
+        for table in (*self.bags, self.items):
+            assert isinstance(table, nn.EmbeddingBag | nn.Embedding)
+            nn.init.normal_(table.weight, std=0.01)
+        self.encoder = ItemEncoder(sizes)
+        self.history_map = nn.Linear(content_dim, content_dim, bias=False)
+        nn.init.eye_(self.history_map.weight)
+        self.interest = PairAttention(dim, parallel, sizes.attention_units)
+        self.content_interest = ProductAttention(content_dim, parallel)
+        width = sizes.num_dense + dim * (len(sizes.pooled_rows) + 2) + 2 * content_dim
+        width += 2 * (parallel + 1)
+        self.cross = CrossNetwork(width, sizes.cross_layers, sizes.cross_rank)
+        layers: list[nn.Module] = [nn.Dropout(sizes.dropout)]
+        for units in sizes.mlp_units:
+            layers += [nn.Linear(width, units), nn.ReLU(), nn.Dropout(sizes.dropout)]
+            width = units
+        self.mlp = nn.Sequential(*layers, nn.Linear(width, 1))
+        self.content_map = nn.Linear(content_dim, sizes.contrastive_dim)
+        self.id_map = nn.Linear(dim, sizes.contrastive_dim)
+
+    def forward(self, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
+        content, content_history = self.encode(batch)
+        target = self.items(batch.target)
+        logits = self.mlp(
+            self.cross(
+                torch.cat(
+                    [
+                        batch.dense,
+                        *(bag(*feature) for bag, feature in zip(self.bags, batch.pooled)),
+                        target,
+                        self.interest(target, self.items(batch.history), batch),
+                        content,
+                        self.content_interest(content, self.history_map(content_history), batch),
+                    ],
+                    dim=1,
+                )
+            )
+        )
+        loss = F.binary_cross_entropy_with_logits(logits, batch.labels)
+        contrastive = self.contrastive(content, target, batch.target)
+        return loss + self.sizes.contrastive_weight * contrastive, logits
+
+    def encode(self, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
+        """Content of targets [B, D] and histories [B, L, D], with gradient."""
+        items = torch.cat([batch.target.unsqueeze(1), batch.history], dim=1)  # [B, 1 + L]
+        encoded = self.encoder([F.embedding(items, values) for values in self.features])
+        return encoded[:, 0], encoded[:, 1:]
+
+    def contrastive(self, content: Tensor, ids: Tensor, items: Tensor) -> Tensor:
+        """Both directions against the other items of the batch."""
+        content = F.normalize(self.content_map(content), dim=-1, eps=1e-5)
+        ids = F.normalize(self.id_map(ids), dim=-1, eps=1e-5)
+        same = items[:, None] == items[None, :]
+        same.fill_diagonal_(False)
+        scores = (content @ ids.T / self.sizes.temperature).masked_fill(same, -torch.inf)
+        rows = torch.arange(len(items))
+        return (F.cross_entropy(scores, rows) + F.cross_entropy(scores.T, rows)) / 2
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Adagrad on the rows that occur, and AdamW for the rest."""
+        tables = [bag.weight for bag in (*self.bags, self.items)]
+        names = {id(table) for table in tables}
+        dense = [value for value in self.parameters() if id(value) not in names]
+        return [torch.optim.Adagrad(tables, lr=0.05), torch.optim.AdamW(dense, lr=1e-3, fused=True)]

@@ -1,0 +1,148 @@
+"""What a benchmark leaves: JSON lines, a Markdown table and a plot, and where they come from.
+
+Each line says on which machine, with which versions, from which commit, when, by which command and
+with which configuration it was measured, so that it can be measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import psutil
+import torch
+
+from benchmarks.steps import Variant
+from recsys.config import to_plain
+from recsys.training import versions
+
+matplotlib.use("Agg")  # files alone, without a display
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+PIXELS = (1280, 720)
+DPI = 100
+
+
+@dataclass
+class Result:
+    """A benchmark's outcome.
+
+    name: of the files.
+    title: of the page.
+    records: one per row of the table.
+    columns, rows: of the table, as texts.
+    reading: sentences under the table.
+    draw: fills the plot.
+    """
+
+    name: str
+    title: str
+    records: list[dict[str, Any]]
+    columns: Sequence[str]
+    rows: list[Sequence[str]]
+    draw: Callable[[Figure], None]
+    reading: list[str] = field(default_factory=list)
+
+
+def write_result(result: Result, folder: Path) -> None:
+    """Writes `folder/NAME.jsonl`, `.md` and `.png`, on the first rank alone, and prints the page.
+
+    A file `NAME_notes.md` in the folder, written by hand, ends the page.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    about = provenance()
+    lines = [json.dumps({**record, **about}) for record in result.records]
+    (folder / f"{result.name}.jsonl").write_text("\n".join(lines) + "\n")
+    notes = folder / f"{result.name}_notes.md"
+    page = _page(result, about, notes.read_text() if notes.exists() else "")
+    (folder / f"{result.name}.md").write_text(page)
+    figure = pyplot.figure(figsize=(PIXELS[0] / DPI, PIXELS[1] / DPI), layout="constrained")
+    result.draw(figure)
+    figure.suptitle(result.title)
+    figure.savefig(folder / f"{result.name}.png", dpi=DPI)
+    pyplot.close(figure)
+    print(page)
+
+
+def provenance() -> dict[str, Any]:
+    """Machine, versions, commit, date and command."""
+    return {
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **versions()},
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and GPUs."""
+    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return {
+        "processor": found[1] if found else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def _module() -> str:
+    """The name by which Python was asked to run the benchmark."""
+    path = Path(sys.argv[0]).resolve()
+    return f"benchmarks.{path.stem}" if path.parent == Path(__file__).parent else path.name
+
+
+def _git(*words: str) -> str | None:
+    """None outside a clone."""
+    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def variant_record(variant: Variant) -> dict[str, Any]:
+    """What was measured: names and the resolved configuration."""
+    about = asdict(variant)
+    return {**about, "configuration": to_plain(variant.config())}
+
+
+def _page(result: Result, about: dict[str, Any], notes: str) -> str:
+    hardware = about["machine"]
+    gpus = f", {', '.join(hardware['gpus'])}" if hardware["gpus"] else ""
+    packages = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    changed = " with uncommitted changes" if about["uncommitted_changes"] else ""
+    lines = [
+        f"# {result.title}",
+        "",
+        f"`{about['command']}`",
+        "",
+        f"{hardware['processor']}, {hardware['cores']} cores, {hardware['memory_gb']} GB{gpus}; "
+        f"{packages}; commit {about['commit']}{changed}; {about['date']}.",
+        "",
+        markdown_table(result.columns, result.rows),
+        *(f"\n{sentence}" for sentence in result.reading),
+        *([f"\n{notes.strip()}"] if notes else []),
+        "",
+        f"![{result.title}]({result.name}.png)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The first column to the left, all others to the right."""
+    rule = ["---", *["---:"] * (len(columns) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, rule, *rows])

@@ -1,0 +1,211 @@
+"""Training steps to be timed: the product's own, and those of its plain PyTorch twin.
+
+`ProductSteps` is a job built as `recsys train` builds it, whose batches pass the same stages:
+loader, lockstep, preparation, pipeline, optimizer. Batches are loaded before the clock starts
+and used in turn, or read from their files within the steps, as a variant says.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+from benchmarks.plain_batches import PlainSource
+from recsys.batch import Batch
+from recsys.build import build_job
+from recsys.config import Config, load_config
+from recsys.data.interactions import Interactions, loader
+from recsys.data.vocabularies import UnknownIds
+from recsys.evaluation import fill_bank
+from recsys.lockstep import Lockstep
+from recsys.loss_watch import LossWatch
+from recsys.profiling import FIRST_STEPS, PROFILE, StepProfile
+from recsys.ranks import Ranks
+from recsys.trainer import require_pipelined
+from recsys.training import training_interactions
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing to time.
+
+    name: in tables.
+    recipe, data, overrides: as `recsys train` takes them.
+    kind: the product, or its plain PyTorch twin with the same settings.
+    ranks: processes with one thread each.
+    loaded_batches: so many are loaded beforehand and used in turn; 0: the loader runs within the
+        steps.
+    """
+
+    name: str
+    recipe: str
+    data: str
+    overrides: tuple[str, ...] = ()
+    kind: Literal["product", "plain"] = "product"
+    ranks: int = 1
+    loaded_batches: int = 16
+
+    def config(self) -> Config:
+        """The settings, checked."""
+        return load_config(self.recipe, list(self.overrides))
+
+    def changed(self, name: str, *overrides: str, **fields: Any) -> Variant:
+        """Another variant, with more overrides; `fields` replace others."""
+        return replace(self, name=name, overrides=(*self.overrides, *overrides), **fields)
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """What a step works on, on one rank; the letters of the cost formulas."""
+
+    rows: int  # B
+    pooled_ids: int
+    pooled_features: int
+    history: int  # N
+    unique_history: int  # U
+    looked_up: int  # rows of the item table, for targets and histories
+    encoded: int  # E
+    with_gradient: int  # of those
+    stored: int  # target items read from the bank
+
+    @staticmethod
+    def of(batch: Batch) -> BatchCounts:
+        pooled, encoded = batch.sparse_features, len(batch.content_items)
+        trained = encoded if batch.with_gradient is None else min(batch.with_gradient, encoded)
+        return BatchCounts(
+            rows=batch.batch_size,
+            pooled_ids=pooled.values().numel() if pooled is not None else 0,
+            pooled_features=len(pooled.keys()) if pooled is not None else 0,
+            history=len(batch.history_index),
+            unique_history=len(batch.history_items),
+            looked_up=batch.sequence_features.values().numel(),
+            encoded=encoded,
+            with_gradient=trained,
+            stored=len(batch.bank_items),
+        )
+
+
+class Steps(Protocol):
+    """What can be timed on each rank."""
+
+    rows: int  # of this rank, per step
+    counts: list[BatchCounts]  # of the steps so far, where the product runs
+
+    def step(self) -> None:
+        """One training step. A collective."""
+
+    def profile(self, steps: int) -> dict[str, Any]:
+        """Seconds by part of the step, and collectives, as `profile.json` has them."""
+
+
+def build_steps(variant: Variant, ranks: Ranks) -> Steps:
+    """Builds what a variant names. A collective."""
+    if variant.kind == "plain":
+        return PlainSteps(variant, ranks)
+    return ProductSteps(variant, ranks)
+
+
+class ProductSteps:
+    """Steps of a job, as the trainer makes them."""
+
+    def __init__(self, variant: Variant, ranks: Ranks) -> None:
+        config = variant.config()
+        self.rows = config.batch_size
+        self.ranks = ranks
+        self.job = build_job(config, variant.data, ranks)
+        interactions = training_interactions(self.job)
+        fill_bank(self.job)
+        source = endless(interactions, config.num_workers)
+        if variant.loaded_batches:
+            source = itertools.cycle(list(itertools.islice(source, variant.loaded_batches)))
+        lockstep = Lockstep(ranks, config.checkpoint)
+        agreed = lockstep.training_batches(source, sys.maxsize, 0, config.accumulate_steps)
+        self.batches = self.job.preparation(agreed, UnknownIds(self.job.schema), 0, training=True)
+        self.loss_watch = LossWatch(
+            ranks, interactions.rows, config.log_every_steps, last_good=lambda: None
+        )
+        self.counts: list[BatchCounts] = []
+        self.job.model.train()
+
+    def step(self) -> None:
+        job = self.job
+        losses, _, batch = cast(Any, job.pipeline.progress(self.batches))
+        if not self.counts:
+            require_pipelined(job.model)
+        if job.pipeline.has_stepped:
+            job.schedule.step()
+        self.counts.append(BatchCounts.of(batch))
+        error = self.loss_watch.step(len(self.counts), losses["loss"], batch.row_positions)
+        if error is not None:
+            raise error
+
+    def profile(self, steps: int) -> dict[str, Any]:
+        report: dict[str, Any] | None = None
+        with tempfile.TemporaryDirectory() as folder:
+            profile = StepProfile(
+                self.job.em3, self.ranks, steps, Path(folder), say=lambda text: None
+            )
+            with profile:
+                # As many without profiler, then one that pays for its start.
+                for _ in range(FIRST_STEPS + steps + 1 + steps):
+                    self.step()
+                    profile.step()
+            if self.ranks.is_first:
+                report = json.loads((Path(folder) / PROFILE).read_text())
+        return cast(dict[str, Any], self.ranks.gather(report)[0])
+
+
+class PlainSteps:
+    """Steps of the plain twin; of several ranks each trains its own, without communication."""
+
+    def __init__(self, variant: Variant, ranks: Ranks) -> None:
+        config = variant.config()
+        self.rows = config.batch_size
+        self.counts: list[BatchCounts] = []
+        source = PlainSource(config, variant.data, ranks)
+        self.twin = source.twin()
+        self.optimizers = self.twin.optimizers()
+        count = max(variant.loaded_batches, 1)
+        self.batches = itertools.cycle(list(itertools.islice(source.batches(), count)))
+        self.parts: list[dict[str, float]] = []
+
+    def step(self) -> None:
+        batch, moments = next(self.batches), [time.perf_counter()]
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss, _ = self.twin(batch)
+        moments.append(time.perf_counter())
+        loss.backward()
+        moments.append(time.perf_counter())
+        for optimizer in self.optimizers:
+            optimizer.step()
+        moments.append(time.perf_counter())
+        parts = ("forward", "backward", "optimizer")
+        self.parts.append(
+            {part: end - begin for part, begin, end in zip(parts, moments, moments[1:])}
+        )
+
+    def profile(self, steps: int) -> dict[str, Any]:
+        for _ in range(steps):
+            self.step()
+        last = self.parts[-steps:]
+        means = {part: sum(step[part] for step in last) / steps for part in last[0]}
+        return {
+            "parts": {part: {"median": seconds} for part, seconds in means.items()},
+            "seconds": {"step": {"median": sum(means.values())}},
+            "collectives": [],
+        }
+
+
+def endless(interactions: Interactions, num_workers: int) -> Iterator[Batch]:
+    """The batches of one epoch after the other."""
+    for epoch in itertools.count():
+        interactions.begin(epoch)
+        yield from loader(interactions, num_workers, pin_memory=False)
