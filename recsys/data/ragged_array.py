@@ -2,26 +2,23 @@
 
 This is what item content becomes on disk: token ids, pixels, features or hidden states. Ranks and
 loader processes of one machine share its pages, and a batch is gathered at about the speed of a
-copy. However large the file, only a bounded part of it is ever mapped into a process.
+copy. Small files are mapped into memory; of larger ones only the wanted rows are read, or every
+page that was ever read would count as memory of the process.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 import numpy as np
 from numpy.lib import format as npy
 
-# What a larger array may hold of a process's memory before its pages are given back; they stay in
-# the system's page cache, from where the next read maps them again.
-RESIDENT_BYTES = 256 * 2**20
-# Reading a byte also maps the cached pages around it, so many bytes at most on either side.
-MAPPED_AROUND = 64 * 2**10
+# Arrays up to this size are mapped; of larger ones the system's page cache holds what it can.
+MAPPED_BYTES = 256 * 2**20
 # Rows of at least so many bytes are copied one by one, smaller ones by one index over all entries.
 BYTES_OF_LONG_ROW = 4096
 
@@ -49,7 +46,9 @@ class RaggedArray:
         self.folder = folder
         # Slices of a memmap are slow to make; these are not.
         self._plain = np.asarray(self.values)
-        self._mapped = 0
+        self._first_byte = cast(np.memmap, self.values).offset
+        is_large = self._plain.nbytes > MAPPED_BYTES
+        self._file = open(folder / "values.npy", "rb") if is_large else None  # noqa: SIM115
 
     def __reduce__(self) -> tuple[Callable[[Path], RaggedArray], tuple[Path]]:
         """Loader processes that are not forked open the files anew, or all values would travel."""
@@ -89,19 +88,37 @@ class RaggedArray:
         lengths = np.where(rows >= 0, self.offsets[rows + 1] - starts, 0)
         longest = max(int(lengths.max(initial=0)), 1)
         mask = np.arange(longest) < lengths[:, None]
-        if longest > 1 and longest * self.entry_bytes >= BYTES_OF_LONG_ROW:
+        if self._file is not None:
+            values = self._read_rows(self._file, starts, lengths, longest)
+        elif longest > 1 and longest * self.entry_bytes >= BYTES_OF_LONG_ROW:
             values = self._copied_rows(starts, lengths, longest)
         else:
             values = self._indexed_entries(starts, mask)
-        self._give_pages_back(len(rows), int(lengths.sum()) * self.entry_bytes)
         return values, mask
 
+    def _empty(self, num_rows: int, longest: int) -> np.ndarray:
+        return np.empty((num_rows, longest, *self._plain.shape[1:]), self._plain.dtype)
+
+    def _read_rows(
+        self, file: BinaryIO, starts: np.ndarray, lengths: np.ndarray, longest: int
+    ) -> np.ndarray:
+        values = self._empty(len(starts), longest)
+        flat = values.reshape(-1).view(np.uint8).data
+        places = self._first_byte + starts * self.entry_bytes
+        sizes = lengths * self.entry_bytes
+        begin, row_bytes = 0, longest * self.entry_bytes
+        for place, size in zip(places.tolist(), sizes.tolist(), strict=True):
+            if size and os.preadv(file.fileno(), [flat[begin : begin + size]], place) != size:
+                raise ValueError(f"{self.folder}: damaged (too short); remove it, it is made again")
+            begin += row_bytes
+        _clear_padding(values, lengths)
+        return values
+
     def _copied_rows(self, starts: np.ndarray, lengths: np.ndarray, longest: int) -> np.ndarray:
-        values = np.empty((len(starts), longest, *self._plain.shape[1:]), self._plain.dtype)
+        values = self._empty(len(starts), longest)
         for row, start, length in zip(values, starts.tolist(), lengths.tolist(), strict=True):
             row[:length] = self._plain[start : start + length]
-            if length < longest:
-                row[length:] = 0
+        _clear_padding(values, lengths)
         return values
 
     def _indexed_entries(self, starts: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -116,18 +133,14 @@ class RaggedArray:
                 values[absent] = 0
         return values
 
-    def _give_pages_back(self, num_rows: int, num_bytes: int) -> None:
-        """Keeps what is mapped of a large array within bounds, counting what reads may have mapped.
 
-        They are pages of a file, which the system could take back by itself, but until then they
-        count as memory of every process that has read them.
-        """
-        if self._plain.nbytes <= RESIDENT_BYTES:
-            return
-        self._mapped += num_bytes + 2 * num_rows * MAPPED_AROUND
-        if self._mapped > RESIDENT_BYTES:
-            cast(mmap.mmap, self.values.base).madvise(mmap.MADV_DONTNEED)
-            self._mapped = 0
+def _clear_padding(
+    values: np.ndarray,  # [U, T, ...]
+    lengths: np.ndarray,  # [U]
+) -> None:
+    short = np.flatnonzero(lengths < values.shape[1])
+    for row, length in zip(short.tolist(), lengths[short].tolist(), strict=True):
+        values[row, length:] = 0
 
 
 class RowWriter:

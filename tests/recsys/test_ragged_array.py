@@ -1,10 +1,14 @@
-"""Rows of varying length on disk against a list of lists."""
+"""Rows of varying length on disk against a list of lists, and every way to gather them."""
 
+import pickle
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from recsys.data.ragged_array import RaggedArray
+from recsys.data import ragged_array
+from recsys.data.ragged_array import RaggedArray, RowWriter
 
 
 def write(folder: Path, rows: list[list[int]]) -> RaggedArray:
@@ -53,3 +57,125 @@ def test_what_is_gathered_is_a_copy_that_may_be_changed(tmp_path: Path) -> None:
     values, _ = array.gather(np.array([0]))
     values[:] = 7
     assert array.gather(np.array([0]))[0].tolist() == [[1]]
+
+
+def gathered_by_one_index(array: RaggedArray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The plain way: an index of every entry, padding overwritten."""
+    starts = array.offsets[rows]
+    lengths = np.where(rows >= 0, array.offsets[rows + 1] - starts, 0)
+    positions = np.arange(max(int(lengths.max(initial=0)), 1))
+    mask = positions[None, :] < lengths[:, None]
+    values = np.array(array.values[np.where(mask, starts[:, None] + positions[None, :], 0)])
+    values[~mask] = 0
+    return values, mask
+
+
+@pytest.mark.parametrize("is_large", [False, True], ids=["mapped", "read"])
+@pytest.mark.parametrize(
+    ("shape", "longest", "dtype"),
+    [
+        ((), 5, "int64"),  # token ids
+        ((7,), 3, "float32"),  # short rows: one index
+        ((700,), 3, "float32"),  # long rows: copied one by one
+        ((700,), 1, "float32"),  # stored features
+        ((3, 4, 4), 1, "uint8"),  # pixels
+        ((), 5, "float64"),
+    ],
+    ids=str,
+)
+def test_every_way_of_gathering_gives_what_one_index_gives(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    longest: int,
+    dtype: str,
+    is_large: bool,
+) -> None:
+    if is_large:
+        monkeypatch.setattr(ragged_array, "MAPPED_BYTES", 0)
+    random = np.random.default_rng(0)
+    lengths = random.integers(longest + 1, size=40)
+    lengths[-1] = 0  # its start lies behind the last entry
+    array = RaggedArray.create(tmp_path, lengths, shape, dtype)
+    # NaN in entry 0 shows where padding was read and not cleared.
+    array.values[:] = random.integers(1, 100, array.values.shape)
+    array.values[0] = np.nan if dtype.startswith("float") else 9
+    array.values.flush()
+    array = RaggedArray(tmp_path)
+    for rows in (
+        np.arange(40),
+        random.integers(-1, 40, 25),
+        np.array([-1]),
+        np.array([39, -1, 39]),
+        np.zeros(0, np.int64),
+    ):
+        expected_values, expected_mask = gathered_by_one_index(array, rows)
+        values, mask = array.gather(rows)
+        assert values.dtype == expected_values.dtype
+        assert np.array_equal(mask, expected_mask)
+        np.testing.assert_array_equal(values, expected_values)
+        assert values.flags.owndata and values.flags.c_contiguous
+
+
+def mapped_bytes(file: Path) -> int:
+    """How much of a file counts as memory of this process."""
+    total, is_of_file = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            is_of_file = line.endswith(str(file))
+        elif is_of_file and first == "Rss:":
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def test_reading_and_writing_a_large_array_maps_none_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = np.full(200, 4)
+
+    def fill_and_read(folder: Path) -> int:
+        with closing(RowWriter(folder, lengths, (1024,), "float32")) as writer:
+            for row in range(200):
+                writer.write(np.array([row]), np.full((4, 1024), row, np.float32))
+        array = RaggedArray(folder)
+        for row in range(200):
+            assert (array.gather(np.array([row]))[0] == row).all()
+        return mapped_bytes(folder / "values.npy")
+
+    assert fill_and_read(tmp_path / "small") > 2 * 2**20  # the whole file is 3 MiB
+    monkeypatch.setattr(ragged_array, "MAPPED_BYTES", 2**20)
+    assert fill_and_read(tmp_path / "large") < 2**18  # its header
+
+
+def test_rows_are_written_in_any_order(tmp_path: Path) -> None:
+    with closing(RowWriter(tmp_path, np.array([1, 0, 2, 1]), (2,), "float32")) as writer:
+        writer.write(np.array([2, 1, 0]), np.array([[5, 6], [7, 8], [1, 2]]))
+        writer.write(np.array([3]), np.array([[9, 9]]))
+    values, mask = RaggedArray(tmp_path).gather(np.arange(4))
+    assert mask.tolist() == [[True, False], [False, False], [True, True], [True, False]]
+    assert values.tolist() == [
+        [[1, 2], [0, 0]],
+        [[0, 0], [0, 0]],
+        [[5, 6], [7, 8]],
+        [[9, 9], [0, 0]],
+    ]
+
+
+def test_another_process_gets_the_folder_not_the_values(tmp_path: Path) -> None:
+    array = write(tmp_path, [list(range(5000)), [7]])
+    pickled = pickle.dumps(array)
+    assert len(pickled) < 1000
+    assert pickle.loads(pickled).gather(np.array([1]))[0].tolist() == [[7]]
+
+
+def test_a_file_that_was_cut_off_since_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, [[1, 2], [3] * 100])
+    monkeypatch.setattr(ragged_array, "MAPPED_BYTES", 0)
+    array = RaggedArray(tmp_path)
+    with open(tmp_path / "values.npy", "r+b") as file:
+        file.truncate(200)
+    with pytest.raises(ValueError, match="damaged"):
+        array.gather(np.array([1]))
