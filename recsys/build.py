@@ -35,18 +35,20 @@ from embeddings import (
 from embeddings.row_reset import RowReset
 from recsys.accumulation import AccumulatingPipeline
 from recsys.batch_preparation import BatchPreparation, chooses_items
+from recsys.compilation import compile_dense_parts
 from recsys.config import Config, ContentSettings, TableSettings
 from recsys.content.branch import ContentBranch
 from recsys.content.encoders import Encoder, build_encoder
 from recsys.content.frozen_cache import cache_frozen_outputs
 from recsys.content.pretrained import load_tokenizer
+from recsys.data.batch_builder import BatchBuilder
 from recsys.data.content_store import ContentStore, ItemTable, default_cache
 from recsys.data.filesystem import Location
-from recsys.data.interactions import BatchBuilder
 from recsys.data.schema import Schema, load_schema
 from recsys.data.vocabularies import BoundedVocabularies
 from recsys.losses import ContentIDContrastive, RankingLoss
 from recsys.model import EM3, Losses, ReadIDs
+from recsys.precision import use_bfloat16
 from recsys.ranking import build_ranking
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranks import Ranks
@@ -229,9 +231,7 @@ def build_em3(
         embedding_bags=build_embedding_bag_collection(tables, device),
         embeddings=embeddings,
         content=ContentBranch(encoders, content, bank) if content is not None else None,
-        read_ids=ReadIDs(
-            pooled, schema.target_item, schema.history, config.embedding.index_dedup
-        ),
+        read_ids=ReadIDs(pooled, schema.target_item, schema.history, config.embedding.index_dedup),
         ranking=build_ranking(config.ranking, dimensions, content),
         losses=Losses(RankingLoss(weights), contrastive, config.contrastive.weight),
     )
@@ -280,6 +280,10 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
     with ranks.all_or_none():
         em3 = build_em3(config, schema, tables, encoders, bank)
         fuse_table_optimizers(em3, tables)
+        if config.precision == "bf16":
+            use_bfloat16(em3, ranks.device)
+        if config.compile:
+            compile_dense_parts(em3, ranks.device)
     types = config.embedding.communication
     cuts = sharders(types.forward, types.backward)
     plan: ShardingPlan = plan_sharding(

@@ -67,6 +67,11 @@ class TransformerEncoder(Encoder):
             "encoder of BERT, RoBERTa, ViT or CLIP vision type"
         )
 
+    @property
+    def trained_layers(self) -> list[nn.Module]:
+        """Those that run in every step."""
+        return list(self._layers("")[self.first_trained :])
+
     @staticmethod
     def _first_trained(num_layers: int, modality: ModalitySettings, where: str) -> int:
         """Index of the lowest layer that trains; all below are the frozen part."""
