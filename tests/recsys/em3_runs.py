@@ -41,10 +41,11 @@ from recsys.config import (
     OptimizerSettings,
     RankingSettings,
 )
+from recsys.data.batch_builder import BatchBuilder
 from recsys.data.filesystem import Location
-from recsys.data.interactions import BatchBuilder
 from recsys.data.parquet_rows import ParquetRows
 from recsys.data.schema import Schema, load_schema
+from recsys.data.vocabularies import UnknownIds
 from recsys.model import EM3
 from recsys.ranks import Ranks
 
@@ -67,6 +68,7 @@ class Run:
     frozen_after: dict[str, Tensor] = field(default_factory=dict)
     tables: list[dict[str, list[tuple[list[int], Tensor]]]] = field(default_factory=list)
     # Pieces of each table on this rank with their offsets, before each step and at the end.
+    encoded: list[Tensor] = field(default_factory=list)  # items that this rank encoded, per step
 
 
 def em3_config(
@@ -130,20 +132,28 @@ def rows_of_step(root: Location, schema: Schema, step: int, rank: int, world_siz
 
 def train_sharded(rank: int, world_size: int, folder: Path, cases: list[Any]) -> dict[Any, Run]:
     """`STEPS` steps for each case (sharding, table optimizer)."""
-    return {case: _train_sharded(rank, world_size, folder, *case) for case in cases}
+    configs = {case: em3_config(folder, *case) for case in cases}
+    return train_configs(rank, world_size, folder, configs)
 
 
-def _train_sharded(
-    rank: int, world_size: int, folder: Path, sharding: str, table_optimizer: str
-) -> Run:
-    config = em3_config(folder, sharding, table_optimizer)
+def train_configs(
+    rank: int, world_size: int, folder: Path, configs: dict[Any, Config]
+) -> dict[Any, Run]:
+    """`STEPS` steps of each configuration."""
+    return {name: _train(rank, world_size, folder, config) for name, config in configs.items()}
+
+
+def _train(rank: int, world_size: int, folder: Path, config: Config) -> Run:
     job = build_job(config, str(folder / "data"), ranks_of(rank, world_size))
     run = Run(frozen_before=_copies(job.em3, requires_grad=False))
     for step in range(STEPS):
         run.tables.append(table_pieces(job))
         rows = rows_of_step(job.root, job.schema, step, rank, world_size)
+        loaded = iter([job.batch_builder()(rows)])
+        (batch,) = job.preparation(loaded, UnknownIds(job.schema), step, training=True)
+        run.encoded.append(batch.content_items)
         job.optimizer.zero_grad()
-        loss, (_, logits, _) = job.model(job.batch_builder()(rows))
+        loss, (_, logits, _) = job.model(batch)
         loss.backward()
         _record(run, job.em3, loss, logits)
         job.optimizer.step()
