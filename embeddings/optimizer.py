@@ -100,7 +100,8 @@ def build_dense_optimizer(
     ordered = {name: parameters[name] for group in parameter_groups for name in group["names"]}
     for group in parameter_groups:
         del group["names"]
-    adamw = torch.optim.AdamW(parameter_groups)
+    # One kernel over all parameters: on CPU the default is a Python loop over small operations.
+    adamw = torch.optim.AdamW(parameter_groups, fused=True)
     dense = KeyedOptimizerWrapper(ordered, lambda _: adamw)
     if isinstance(model, DistributedModelParallel):
         return CombinedOptimizer([model.fused_optimizer, dense]), adamw

@@ -98,16 +98,22 @@ class JaggedHistory:
         return _WeightedSum.apply(weights, items, self)
 
     def softmax(self, scores: Tensor) -> Tensor:
-        """[N] -> [N], over the items of each row."""
-        return torch.ops.fbgemm.jagged_softmax(
-            scores.unsqueeze(1).contiguous(), self.offsets, self.longest
-        )[0].squeeze(1)
+        """[N, K] or [N] -> the same, over the items of each row."""
+        columns = scores if scores.dim() == 2 else scores.unsqueeze(1)
+        softmax = torch.ops.fbgemm.jagged_softmax(
+            columns.contiguous(), self.offsets, self.longest
+        )[0]
+        return softmax.view(scores.shape)
 
-    def padded(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """[N, K] -> [B, longest, K]; for single numbers per item, not for vectors."""
+    def maximum(self, values: Tensor, of_nothing: float) -> Tensor:
+        """[N, K] -> its maxima by row [B, K], with gradient; `of_nothing` for an empty history."""
+        return torch.segment_reduce(values, "max", lengths=self.lengths, initial=of_nothing)
+
+    def padded(self, values: Tensor, fill: float) -> Tensor:
+        """[N] -> [B, longest]."""
         return torch.ops.fbgemm.jagged_to_padded_dense(
-            values, [self.offsets], [self.longest], padding_value=fill
-        )
+            values.unsqueeze(1), [self.offsets], [self.longest], padding_value=fill
+        ).squeeze(-1)
 
     def _sum_rows(self, weights: Tensor | None, items: Tensor) -> Tensor:
         """Sum over each row of weights [N] times items[index]: [B, D]."""

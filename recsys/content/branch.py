@@ -90,16 +90,16 @@ class ContentBranch(nn.Module):
         fresh = self._encode_items(batch)  # [E, D + M * D]
         if self.bank is None:
             items = self._at_their_ranks(fresh, batch)
-            history = items[batch.history_content_index]
+            history = items.index_select(0, batch.history_content_index)
         else:
             stored, history = self._read_bank(batch, fresh)
             items = self._at_their_ranks(torch.cat([fresh, stored]), batch)
         target, target_modalities = self._split(items)
         history, history_modalities = self._split(history)
         return ContentVectors(
-            target=target[batch.target_index],
+            target=target.index_select(0, batch.target_index),
             history=self.history_map(history),
-            target_modalities=target_modalities[batch.target_index],
+            target_modalities=target_modalities.index_select(0, batch.target_index),
             history_modalities=history_modalities,
         )
 

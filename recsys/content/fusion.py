@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.config import FusionSettings
+from recsys.dropout import Dropout
 
 
 class JointSelfAttention(nn.Module):
@@ -33,11 +34,16 @@ class JointSelfAttention(nn.Module):
         self,
         x: Tensor,  # [U, T, D]
         mask: Tensor,  # [U, T]
-    ) -> Tensor:  # [U, T, D]
+        num_outputs: int,
+    ) -> Tensor:  # [U, num_outputs, D], of the first tokens
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
         query, key, value = (
-            linear(x).unflatten(-1, heads).transpose(1, 2)
-            for linear in (self.query, self.key, self.value)
+            linear(tokens).unflatten(-1, heads).transpose(1, 2)
+            for linear, tokens in (
+                (self.query, x[:, :num_outputs]),
+                (self.key, x),
+                (self.value, x),
+            )
         )
         attended = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask[:, None, None, :], scale=self.scale
@@ -51,11 +57,12 @@ class PublishedLayer(nn.Module):
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
         self.attention = JointSelfAttention(dim, num_heads)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.norm(x + self.dropout(self.attention(x, mask)))
+    def forward(self, x: Tensor, mask: Tensor, num_outputs: int) -> Tensor:
+        attended = self.attention(x, mask, num_outputs)
+        return self.norm(x[:, :num_outputs] + self.dropout(attended))
 
 
 class ModernLayer(nn.Module):
@@ -68,10 +75,11 @@ class ModernLayer(nn.Module):
         self.feed_forward = nn.Sequential(
             nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), mask))
+    def forward(self, x: Tensor, mask: Tensor, num_outputs: int) -> Tensor:
+        attended = self.attention(self.attention_norm(x), mask, num_outputs)
+        x = x[:, :num_outputs] + self.dropout(attended)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -137,9 +145,11 @@ class FusionQFormer(nn.Module):
         num_items, num_queries = tokens.shape[0], self.queries.shape[0]
         x = torch.cat([self.queries.expand(num_items, -1, -1), tokens], dim=1)  # [U, Q + T, D]
         attended = F.pad(mask, (num_queries, 0), value=True)  # queries are always there
-        for layer in self.layers:
-            x = layer(x, attended)
-        return self.output(self.norm(x[:, :num_queries]).flatten(1))
+        for index, layer in enumerate(self.layers, 1):
+            # Of the last layer's outputs only those of the queries are used.
+            is_last = index == len(self.layers)
+            x = layer(x, attended, num_queries if is_last else x.shape[1])
+        return self.output(self.norm(x).flatten(1))
 
 
 class ConcatFusion(nn.Module):

@@ -32,7 +32,7 @@ def most_similar(
 
     Of equal cosines the later item is kept.
     """
-    padded = history.padded(cosine.unsqueeze(1), fill=-2.0).squeeze(-1)  # [B, longest]
+    padded = history.padded(cosine, fill=-2.0)  # [B, longest]
     longest = padded.shape[1]
     if longest <= top_k:
         return torch.arange(len(cosine), device=cosine.device)

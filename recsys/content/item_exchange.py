@@ -55,7 +55,7 @@ def exchange_vectors(
     group: dist.ProcessGroup,
 ) -> Tensor:  # [R, D]
     """The vectors that this rank needs, from their owners, with gradient. A collective."""
-    sent = vectors[exchange.rows]
+    sent = vectors.index_select(0, exchange.rows)
     received = sent.new_empty(sum(exchange.receive_counts), vectors.shape[1])
     return all_to_all_single(
         received, sent, exchange.receive_counts, exchange.send_counts, group=group

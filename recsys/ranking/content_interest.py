@@ -19,6 +19,8 @@ from recsys.jagged_history import JaggedHistory
 from recsys.ranking.target_attention import DotAttention
 from recsys.vectors import ContentVectors
 
+LOWER_THAN_COSINE = -2.0
+
 
 def cosines(target: Tensor, items: Tensor, history: JaggedHistory) -> Tensor:
     """[N]: of each row's target [B, D] and each of its history items, of [U, D]."""
@@ -26,28 +28,31 @@ def cosines(target: Tensor, items: Tensor, history: JaggedHistory) -> Tensor:
 
 
 def similarity_features(
-    cosine: Tensor,  # [N]
+    cosine: Tensor,  # [N, M] in several spaces
     history: JaggedHistory,
     flags: Tensor,  # [N, P], such as liked (1) or not (0)
-) -> Tensor:  # [B, S], S = 2 * G + P with G = 1 + 2 * P groups of history items
+) -> Tensor:  # [B, M * S], S = 2 * G + P with G = 1 + 2 * P groups of history items
     """Cosine of the target to groups of history items: mean, maximum, and what it votes for.
 
     The groups are all items, those with each flag, and those without it; a list of other numbers
-    is split at 0.5. The features are G means, G maxima and, per list, its mean weighted by
-    softmax(cosine / 0.1): what the user thought of items like the target. A group without items,
-    and the votes of an empty history, give 0.
+    is split at 0.5. The features of a space are G means, G maxima and, per list, its mean weighted
+    by softmax(cosine / 0.1): what the user thought of items like the target. A group without
+    items, and the votes of an empty history, give 0.
     """
+    spaces, batch = cosine.shape[1], len(history.lengths)
     flagged = flags > 0.5
     everyone = torch.ones(len(flags), 1, dtype=torch.bool, device=flags.device)
     groups = torch.cat([everyone, flagged, ~flagged], dim=1)  # [N, G]
-    count = history.sum(groups.to(cosine.dtype))  # [B, G]
-    mean = history.sum(groups * _column(cosine)) / count.clamp(min=1)
-    members = torch.where(groups, _column(cosine), -2.0)  # below any cosine
-    maximum = history.padded(members, fill=-2.0).amax(dim=1)  # [B, G]
+    count = history.sum(groups.to(cosine.dtype)).unsqueeze(1)  # [B, 1, G]
+    members = cosine.unsqueeze(2) * groups.unsqueeze(1)  # [N, M, G]
+    mean = history.sum(members.flatten(1)).view(batch, spaces, -1) / count.clamp(min=1)
+    members = torch.where(groups.unsqueeze(1), cosine.unsqueeze(2), LOWER_THAN_COSINE)
+    maximum = history.maximum(members.flatten(1), LOWER_THAN_COSINE).view(batch, spaces, -1)
     maximum = torch.where(count > 0, maximum, 0.0)
-    weights = history.softmax(cosine / 0.1)
-    votes = history.sum(_column(weights) * flags)
-    return torch.cat([mean, maximum, votes], dim=1)
+    weights = history.softmax(cosine / 0.1)  # [N, M]
+    votes = history.sum((weights.unsqueeze(2) * flags.unsqueeze(1)).flatten(1))
+    features = [mean, maximum, votes.view(batch, spaces, -1)]
+    return torch.cat(features, dim=2).flatten(1)
 
 
 def num_similarity_features(num_flags: int) -> int:
@@ -73,14 +78,10 @@ def sorted_cosines(
     count: int,
 ) -> Tensor:  # [B, count]
     """LEMUR (arXiv 2511.10962): the highest cosines, falling; 0 where the history has fewer."""
-    padded = history.padded(_column(cosine), fill=-2.0).squeeze(-1)  # [B, longest]
-    padded = F.pad(padded, (0, max(count - padded.shape[1], 0)), value=-2.0)
+    padded = history.padded(cosine, LOWER_THAN_COSINE)  # [B, longest]
+    padded = F.pad(padded, (0, max(count - padded.shape[1], 0)), value=LOWER_THAN_COSINE)
     highest = padded.topk(count, dim=1).values
-    return torch.where(highest > -1.5, highest, 0.0)
-
-
-def _column(values: Tensor) -> Tensor:
-    return values.unsqueeze(1)
+    return torch.where(highest > LOWER_THAN_COSINE, highest, 0.0)
 
 
 class ContentInterest(nn.Module):
@@ -112,12 +113,11 @@ class ContentInterest(nn.Module):
         if settings.similarity_features or settings.simtier_bins or settings.sorted_cosines:
             cosine = cosines(content.target, content.history, history)
         if settings.similarity_features:
-            features.append(similarity_features(cosine, history, parallel))
-            for target, items in zip(
+            of_modalities = zip(
                 content.target_modalities.unbind(dim=1), content.history_modalities.unbind(dim=1)
-            ):
-                of_modality = cosines(target, items, history)
-                features.append(similarity_features(of_modality, history, parallel))
+            )
+            spaces = [cosine, *(cosines(*vectors, history) for vectors in of_modalities)]
+            features.append(similarity_features(torch.stack(spaces, dim=1), history, parallel))
         if settings.simtier_bins:
             features.append(similarity_histogram(cosine, history, settings.simtier_bins))
         if settings.sorted_cosines:

@@ -15,6 +15,7 @@ from torchrec.modules.crossnet import LowRankCrossNet
 
 from recsys.batch import Batch
 from recsys.config import ContentSettings, RankingSettings
+from recsys.dropout import Dropout
 from recsys.ranking.content_interest import ContentInterest
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.target_attention import TargetAttention
@@ -46,9 +47,9 @@ class DinDcn(nn.Module):
             )
             width += content.dim + self.content_interest.output_dim
         self.cross = LowRankCrossNet(width, settings.cross_layers, settings.cross_rank)
-        layers: list[nn.Module] = [nn.Dropout(settings.dropout)]
+        layers: list[nn.Module] = [Dropout(settings.dropout)]
         for units in settings.mlp_units:
-            layers += [nn.Linear(width, units), nn.ReLU(), nn.Dropout(settings.dropout)]
+            layers += [nn.Linear(width, units), nn.ReLU(), Dropout(settings.dropout)]
             width = units
         self.mlp = nn.Sequential(*layers, nn.Linear(width, dimensions.num_labels))
 

@@ -60,7 +60,8 @@ def by_loop(target: Tensor, history: Tensor, flags: Tensor) -> Tensor:
 @pytest.mark.parametrize("num_flags", [0, 1, 2])
 def test_similarity_features_equal_a_loop_over_the_groups(num_flags: int) -> None:
     target, history, flags = inputs(num_flags)
-    features = similarity_features(cosines(target, history, HISTORY), HISTORY, flags)
+    cosine = cosines(target, history, HISTORY).unsqueeze(1)
+    features = similarity_features(cosine, HISTORY, flags)
     expected = by_loop(target, history, flags)
     assert features.shape == (len(LENGTHS), num_similarity_features(num_flags))
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
@@ -72,7 +73,7 @@ def test_similarity_features_equal_a_loop_over_the_groups(num_flags: int) -> Non
 
 def features_of(target: Tensor, items: Tensor, lengths: list[int], flags: Tensor) -> Tensor:
     history = JaggedHistory.of(torch.arange(len(items)), torch.tensor(lengths), len(items))
-    return similarity_features(cosines(target, items, history), history, flags)
+    return similarity_features(cosines(target, items, history).unsqueeze(1), history, flags)
 
 
 def test_similarity_features_by_hand() -> None:
@@ -143,10 +144,10 @@ def test_content_interest_is_attention_with_the_similarities_in_each_space_besid
     parts = [interest.attention(target, history, HISTORY, flags)]
     cosine = cosines(target, history, HISTORY)
     if uses_similarity:
-        parts.append(similarity_features(cosine, HISTORY, flags))
+        parts.append(similarity_features(cosine.unsqueeze(1), HISTORY, flags))
         for index in range(num_modalities):
             own = cosines(modalities[0][:, index], modalities[1][:, index], HISTORY)
-            parts.append(similarity_features(own, HISTORY, flags))
+            parts.append(similarity_features(own.unsqueeze(1), HISTORY, flags))
     if extras[0]:
         parts += [similarity_histogram(cosine, HISTORY, 4), sorted_cosines(cosine, HISTORY, 2)]
     output = interest(ContentVectors(target, history, *modalities), HISTORY, flags)

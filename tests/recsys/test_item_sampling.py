@@ -97,7 +97,7 @@ def test_vectors_and_gradients_equal_those_of_items_taken_one_by_one(backward: f
         assert (parameter.grad is None) == (wanted[name] is None), name
         if parameter.grad is not None:
             torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-5, rtol=1e-4, msg=name)
-    written, steps = branch.bank.lookup(torch.arange(NUM_ITEMS))
+    written, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
     changed = (written != stale).any(dim=1).nonzero().squeeze(1)
     assert changed.tolist() == batch.content_items.sort().values.tolist()
 

@@ -25,6 +25,16 @@ def sums_by_row(values: Tensor) -> Tensor:
     return torch.stack([part.sum(dim=0) for part in values.split(LENGTHS.tolist())])
 
 
+def maxima_by_row(values: Tensor) -> Tensor:
+    nothing = torch.full((1, values.shape[1]), -9.0)
+    parts = values.split(LENGTHS.tolist())
+    return torch.stack([torch.cat([nothing, part]).amax(dim=0) for part in parts])
+
+
+def maximum(values: Tensor) -> Tensor:
+    return HISTORY.maximum(values, of_nothing=-9.0)
+
+
 def softmax_by_row(scores: Tensor) -> Tensor:
     return torch.cat([part.softmax(dim=0) for part in scores.split(LENGTHS.tolist())])
 
@@ -45,6 +55,8 @@ CASES: dict[str, tuple[Operation, Operation, list[Tensor]]] = {
         [random(6), random(5, DIM, seed=1)],
     ),
     "softmax": (HISTORY.softmax, softmax_by_row, [random(6)]),
+    "softmax of columns": (HISTORY.softmax, softmax_by_row, [random(6, 2)]),
+    "maximum": (maximum, maxima_by_row, [random(6, DIM)]),
 }
 
 
@@ -59,7 +71,7 @@ def test_values_and_gradients_equal_plain_indexing(name: str) -> None:
     torch.testing.assert_close(gradients, wanted, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"maximum"}))
 def test_a_batch_without_history_has_empty_results_and_zero_gradients(name: str) -> None:
     nothing = JaggedHistory.of(INDEX[:0], torch.zeros(4, dtype=torch.long), num_items=5)
     operation, _, inputs = CASES[name]
@@ -70,9 +82,18 @@ def test_a_batch_without_history_has_empty_results_and_zero_gradients(name: str)
         assert gradient is None or not gradient.any()
 
 
+def test_the_maximum_of_nothing_is_what_is_asked_for_and_equal_maxima_share_the_gradient() -> None:
+    values = torch.tensor([[1.0], [1.0], [3.0], [2.0], [3.0], [0.0]], requires_grad=True)
+    maxima = HISTORY.maximum(values, of_nothing=-2.0)
+    assert maxima.squeeze(1).tolist() == [1.0, -2.0, 3.0, 0.0]
+    maxima.sum().backward()
+    assert values.grad.squeeze(1).tolist() == [0.5, 0.5, 0.5, 0.0, 0.5, 1.0]
+    nothing = JaggedHistory.of(INDEX[:0], torch.zeros(4, dtype=torch.long), num_items=5)
+    assert (nothing.maximum(values[:0], -2.0) == -2.0).all()
+
+
 def test_padded_puts_each_row_s_numbers_first() -> None:
-    values = torch.arange(6.0).unsqueeze(1)
-    padded = HISTORY.padded(values, fill=-2.0).squeeze(-1)
+    padded = HISTORY.padded(torch.arange(6.0), fill=-2.0)
     assert padded.tolist() == [[0, 1, -2], [-2, -2, -2], [2, 3, 4], [5, -2, -2]]
 
 
