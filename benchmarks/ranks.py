@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.floor import COPY_BYTES, GEMM_SIZE, Anchor, measure_anchor
-from benchmarks.steps import BatchCounts, Steps, Variant, build_steps
+from benchmarks.model_sizes import BatchCounts, ModelSizes
+from benchmarks.steps import Steps, Variant, build_steps
 from recsys.ranks import Ranks, joined_ranks
 
 STATUS, CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -39,7 +40,8 @@ class RankReport:
     rows: int
     peak_bytes: int  # of resident memory, during the steps
     resting_bytes: int  # before them
-    counts: list[BatchCounts]
+    counts: list[BatchCounts]  # of all steps, where the product runs
+    sizes: ModelSizes | None
 
 
 class RankSteps:
@@ -48,6 +50,7 @@ class RankSteps:
     def __init__(self, variant: Variant, ranks: Ranks) -> None:
         self.ranks = ranks
         self.steps: Steps = build_steps(variant, ranks)
+        self.counts: list[BatchCounts] = []
         CLEAR_PEAK.write_text("5")  # the peak of building does not count
         self.resting = psutil.Process().memory_info().rss
 
@@ -59,6 +62,7 @@ class RankSteps:
             begin = time.perf_counter()
             self.steps.step()
             seconds.append(time.perf_counter() - begin)
+            self.counts += self.steps.counts()
         return seconds
 
     def anchor(self, gemm_size: int = GEMM_SIZE, copy_bytes: int = COPY_BYTES) -> Anchor:
@@ -72,7 +76,7 @@ class RankSteps:
     def report(self) -> RankReport:
         status = STATUS.read_text()
         peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-        return RankReport(self.steps.rows, peak, self.resting, self.steps.counts)
+        return RankReport(self.steps.rows, peak, self.resting, self.counts, self.steps.sizes)
 
 
 class Processes(Protocol):

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from benchmarks.floor import Anchor
+from benchmarks.model_sizes import BatchCounts
 from benchmarks.ranks import HereProcesses, OwnProcesses, Processes, RankReport, is_launched
-from benchmarks.steps import BatchCounts, Variant
+from benchmarks.steps import Variant
 from recsys.ranks import joined_ranks
 
 

@@ -12,11 +12,13 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
+from benchmarks.model_sizes import BatchCounts, ModelSizes
 from benchmarks.plain_batches import PlainSource
 from recsys.batch import Batch
 from recsys.build import build_job
@@ -61,42 +63,14 @@ class Variant:
         return replace(self, name=name, overrides=(*self.overrides, *overrides), **fields)
 
 
-@dataclass(frozen=True)
-class BatchCounts:
-    """What a step works on, on one rank; the letters of the cost formulas."""
-
-    rows: int  # B
-    pooled_ids: int
-    pooled_features: int
-    history: int  # N
-    unique_history: int  # U
-    looked_up: int  # rows of the item table, for targets and histories
-    encoded: int  # E
-    with_gradient: int  # of those
-    stored: int  # target items read from the bank
-
-    @staticmethod
-    def of(batch: Batch) -> BatchCounts:
-        pooled, encoded = batch.sparse_features, len(batch.content_items)
-        trained = encoded if batch.with_gradient is None else min(batch.with_gradient, encoded)
-        return BatchCounts(
-            rows=batch.batch_size,
-            pooled_ids=pooled.values().numel() if pooled is not None else 0,
-            pooled_features=len(pooled.keys()) if pooled is not None else 0,
-            history=len(batch.history_index),
-            unique_history=len(batch.history_items),
-            looked_up=batch.sequence_features.values().numel(),
-            encoded=encoded,
-            with_gradient=trained,
-            stored=len(batch.bank_items),
-        )
-
-
 class Steps(Protocol):
     """What can be timed on each rank."""
 
     rows: int  # of this rank, per step
-    counts: list[BatchCounts]  # of the steps so far, where the product runs
+    sizes: ModelSizes | None  # None where nothing is known of the costs
+
+    def counts(self) -> list[BatchCounts]:
+        """Of the last step; none where the product does not run."""
 
     def step(self) -> None:
         """One training step. A collective."""
@@ -122,29 +96,35 @@ class ProductSteps:
         self.job = build_job(config, variant.data, ranks)
         interactions = training_interactions(self.job)
         fill_bank(self.job)
-        source = endless(interactions, config.num_workers)
+        source: Iterator[Batch] = endless(interactions, config.num_workers)
         if variant.loaded_batches:
-            source = itertools.cycle(list(itertools.islice(source, variant.loaded_batches)))
+            with closing(endless(interactions, config.num_workers)) as loading:
+                source = itertools.cycle(list(itertools.islice(loading, variant.loaded_batches)))
         lockstep = Lockstep(ranks, config.checkpoint)
         agreed = lockstep.training_batches(source, sys.maxsize, 0, config.accumulate_steps)
         self.batches = self.job.preparation(agreed, UnknownIds(self.job.schema), 0, training=True)
         self.loss_watch = LossWatch(
             ranks, interactions.rows, config.log_every_steps, last_good=lambda: None
         )
-        self.counts: list[BatchCounts] = []
+        self.sizes: ModelSizes | None = ModelSizes.of(self.job)
+        self.num_steps = 0
+        self.batch: Batch | None = None  # of the last step
         self.job.model.train()
 
     def step(self) -> None:
         job = self.job
         losses, _, batch = cast(Any, job.pipeline.progress(self.batches))
-        if not self.counts:
+        if self.num_steps == 0:
             require_pipelined(job.model)
         if job.pipeline.has_stepped:
             job.schedule.step()
-        self.counts.append(BatchCounts.of(batch))
-        error = self.loss_watch.step(len(self.counts), losses["loss"], batch.row_positions)
+        self.num_steps, self.batch = self.num_steps + 1, batch
+        error = self.loss_watch.step(self.num_steps, losses["loss"], batch.row_positions)
         if error is not None:
             raise error
+
+    def counts(self) -> list[BatchCounts]:
+        return [] if self.batch is None else [BatchCounts.of(self.batch)]
 
     def profile(self, steps: int) -> dict[str, Any]:
         report: dict[str, Any] | None = None
@@ -168,13 +148,16 @@ class PlainSteps:
     def __init__(self, variant: Variant, ranks: Ranks) -> None:
         config = variant.config()
         self.rows = config.batch_size
-        self.counts: list[BatchCounts] = []
+        self.sizes: ModelSizes | None = None
         source = PlainSource(config, variant.data, ranks)
         self.twin = source.twin()
         self.optimizers = self.twin.optimizers()
         count = max(variant.loaded_batches, 1)
         self.batches = itertools.cycle(list(itertools.islice(source.batches(), count)))
         self.parts: list[dict[str, float]] = []
+
+    def counts(self) -> list[BatchCounts]:
+        return []
 
     def step(self) -> None:
         batch, moments = next(self.batches), [time.perf_counter()]
@@ -204,7 +187,7 @@ class PlainSteps:
         }
 
 
-def endless(interactions: Interactions, num_workers: int) -> Iterator[Batch]:
+def endless(interactions: Interactions, num_workers: int) -> Generator[Batch]:
     """The batches of one epoch after the other."""
     for epoch in itertools.count():
         interactions.begin(epoch)

@@ -1,0 +1,138 @@
+"""FLOPs and least bytes of a training step, by part, from formulas.
+
+They count what the product executes: each unique item once, nothing padded, the gradient of what
+trains alone. The parts of a step follow one another, so that the floors of all add up to the
+step's. Numbers are float32. Letters: see `recsys.jagged_history`.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from benchmarks.content_cost import content_parts
+from benchmarks.floor import Anchor
+from benchmarks.model_sizes import BatchCounts, ContentSizes, ModelSizes
+from benchmarks.work import FLOAT, PartCost, Work, linear, moved, times
+
+ADAMW_BYTES = 7 * FLOAT  # reads weight, gradient and two moments, writes all but the gradient
+ADAMW_FLOPS = 12
+
+
+def step_costs(sizes: ModelSizes, counts: BatchCounts, world_size: int = 1) -> list[PartCost]:
+    """The parts of one step on one rank."""
+    content = sizes.content
+    parts = [lookup(sizes, counts)]
+    if content is not None:
+        parts += [*content_parts(content, counts), content_attention(sizes, content, counts)]
+    parts += [id_attention(sizes, counts), head(sizes, counts)]
+    if content is not None and content.contrastive_dim:
+        parts.append(contrastive(sizes, content, counts))
+    parameters = sizes.dense_parameters
+    update = Work(others=ADAMW_FLOPS * parameters, bytes=ADAMW_BYTES * parameters)
+    parts.append(PartCost("optimizer", "optimizer", update))
+    if world_size > 1:
+        parts.append(communication(sizes, counts, world_size))
+    return parts
+
+
+def floors_by_measured_part(parts: list[PartCost], anchor: Anchor) -> dict[str, float]:
+    """Seconds by part of `recsys.step_trace`; all backward work is in its `backward`."""
+    floors: dict[str, float] = {}
+    for part in parts:
+        for name, work in ((part.measured_as, part.forward), ("backward", part.backward)):
+            floors[name] = floors.get(name, 0.0) + work.floor(anchor)
+    return floors
+
+
+def lookup(sizes: ModelSizes, counts: BatchCounts) -> PartCost:
+    """Rows in, pooled or single vectors out; the fused optimizer runs in the backward."""
+    dim = sizes.id_dim
+    pooled_dim = sum(sizes.pooled_dims) / max(len(sizes.pooled_dims), 1)
+    outputs = counts.rows * sum(sizes.pooled_dims) + counts.looked_up * dim
+    rows = counts.pooled_ids * pooled_dim + counts.looked_up * dim
+    touched = counts.unique_pooled_ids * pooled_dim + counts.unique_looked_up * dim
+    moments = (counts.unique_pooled_ids + counts.unique_looked_up) * sizes.moment_bytes_per_row
+    backward = moved(outputs + 2 * touched) + Work(bytes=2 * moments)
+    return PartCost("lookup", "lookup", moved(rows + outputs), backward)
+
+
+def id_attention(sizes: ModelSizes, counts: BatchCounts) -> PartCost:
+    """DIN with its first layer cut by what it depends on; see `recsys.ranking.target_attention`."""
+    dim, places, parallel = sizes.id_dim, counts.history, sizes.num_parallel
+    items = counts.looked_up - counts.rows
+    first, *rest = sizes.attention_units
+    widths = [first, *rest, 1]
+    layers = linear(items, dim, first) + linear(counts.rows, dim, first)
+    layers += linear(places, dim, first)
+    for before, after in pairwise(widths):
+        layers += linear(places, before, after)
+    of_parallel = linear(places, parallel, dim) + linear(places, parallel, first)
+    small = linear(first, dim, parallel) + linear(counts.rows, parallel, dim)
+    total = Work(others=2 * places * dim)  # the weighted sum
+    numbers = moved((items + 2 * counts.rows) * dim + places * (1 + parallel))
+    forward = layers + of_parallel + small + total + numbers
+    backward = times(layers, 2) + of_parallel + times(small, 2) + times(total, 2)
+    # The mapped sums of parallel lists get a gradient through the weights.
+    return PartCost("attention, ID", "ranking", forward, backward + times(numbers, 2))
+
+
+def content_attention(sizes: ModelSizes, content: ContentSizes, counts: BatchCounts) -> PartCost:
+    """Dot products with the mapped target, the weighted sum, and cosines."""
+    dim, places, rows = content.dim, counts.history, counts.rows
+    query = linear(rows, dim, dim)
+    small = times(linear(rows, sizes.num_parallel, dim), 2)  # scores of the lists, and their sums
+    dots = Work(others=2 * places * dim)
+    items_train = content.mode != "bank_frozen"
+    numbers = moved((counts.unique_history + 2 * rows) * dim + places * (1 + sizes.num_parallel))
+    forward = query + small + times(dots, 2 + content.num_cosines) + numbers
+    # To the queries and weights; to the items where they train, cosines of mean tokens never.
+    gradients = 2 + content.num_cosines
+    gradients += items_train * (2 + min(content.num_cosines, 1))
+    backward = times(query, 2) + times(small, 2) + times(dots, gradients) + times(numbers, 2)
+    return PartCost("attention, content", "ranking", forward, backward)
+
+
+def head(sizes: ModelSizes, counts: BatchCounts) -> PartCost:
+    """Low-rank cross layers and the MLP."""
+    rows, width = counts.rows, sizes.head_widths[0]
+    forward = times(linear(rows, width, sizes.cross_rank), 2 * sizes.cross_layers)
+    weights = 2 * sizes.cross_layers * width * sizes.cross_rank
+    for before, after in pairwise(sizes.head_widths):
+        forward += linear(rows, before, after)
+        weights += before * after
+    numbers = moved(rows * (width + sizes.head_widths[-1]) + weights)
+    return PartCost(
+        "ranking head", "ranking", forward + numbers, times(forward, 2) + times(numbers, 2)
+    )
+
+
+def contrastive(sizes: ModelSizes, content: ContentSizes, counts: BatchCounts) -> PartCost:
+    """Both maps, and the scores of all rows of the batch against all, both ways."""
+    rows, dim = counts.rows, content.contrastive_dim
+    maps = linear(rows, content.dim, dim) + linear(rows, sizes.id_dim, dim)
+    forward = maps + times(linear(rows, dim, rows), 2)
+    numbers = moved(rows * (content.dim + sizes.id_dim) + (content.dim + sizes.id_dim) * dim)
+    return PartCost("losses", "losses", forward + numbers, times(forward, 2) + times(numbers, 2))
+
+
+def communication(sizes: ModelSizes, counts: BatchCounts, world_size: int) -> PartCost:
+    """Bytes that a rank sends: ids, looked-up vectors and gradients, bank, dense gradients."""
+    others = (world_size - 1) / world_size
+    ids = 8 * (counts.pooled_ids + counts.looked_up)
+    vectors = counts.rows * sum(sizes.pooled_dims) + counts.looked_up * sizes.id_dim
+    forward, backward = ids + FLOAT * vectors, FLOAT * vectors
+    content = sizes.content
+    if content is not None and content.mode != "full":
+        ids = 8 * (counts.encoded + counts.stored + counts.unique_history)
+        kept = counts.encoded + counts.stored + counts.unique_history
+        forward += ids + FLOAT * kept * (content.vector_dim + 1)
+    if content is not None and content.exchanges:
+        forward += FLOAT * counts.encoded * content.vector_dim
+        backward += FLOAT * counts.encoded * content.vector_dim
+    backward += 2 * FLOAT * sizes.dense_parameters
+    return PartCost(
+        "communication",
+        "communication",
+        Work(bytes=forward * others),
+        Work(bytes=backward * others),
+    )

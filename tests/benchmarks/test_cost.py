@@ -1,0 +1,142 @@
+"""The cost formulas, against PyTorch's own count of a real step and against numbers by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.content_cost import encoders, fusion
+from benchmarks.cost import floors_by_measured_part, step_costs
+from benchmarks.floor import Anchor, best, measure_anchor, typical
+from benchmarks.model_sizes import BatchCounts, ModelSizes
+from benchmarks.steps import ProductSteps
+from benchmarks.work import PartCost, Work
+from recsys.content.frozen_groups import ITEMS_PER_GROUP
+from tests.benchmarks.variants import product_steps, quick_variant
+
+aten = torch.ops.aten
+PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
+
+
+def counted_products(steps: ProductSteps) -> tuple[float, float, BatchCounts]:
+    """FLOPs of matrix products, forward and backward, that PyTorch counts in one step."""
+    batch = next(steps.batches)
+    with FlopCounterMode(display=False) as forward:
+        loss, _ = steps.job.model(batch)
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    return products(forward), products(backward), BatchCounts.of(batch)
+
+
+def products(counter: FlopCounterMode) -> float:
+    counts = counter.get_flop_counts()["Global"]
+    return float(sum(counts.get(product, 0) for product in PRODUCTS))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("--content", "none"),
+        ("--content.history.mode", "bank_dense"),
+        ("--content.history.mode", "bank_frozen"),
+        ("--content.history.mode", "full"),
+        ("--content.fusion.preset", "published", "--embedding.index_dedup", "false"),
+        ("--content.fusion.name", "concat", "--contrastive.weight", "0"),
+    ],
+    ids=lambda words: " ".join(words) or "bank_lora",
+)
+def test_products_of_matrices_are_those_that_pytorch_counts(
+    overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    with product_steps(quick_variant(tmp_path, *overrides)) as steps:
+        forward, backward, counts = counted_products(steps)
+        parts = step_costs(ModelSizes.of(steps.job), counts)
+    assert sum(part.forward.products for part in parts) == pytest.approx(forward, rel=0.02)
+    assert sum(part.backward.products for part in parts) == pytest.approx(backward, rel=0.02)
+
+
+def test_trained_layers_of_an_encoder_are_those_that_pytorch_counts(tmp_path: Path) -> None:
+    with product_steps(quick_variant(tmp_path, name="B")) as steps:
+        forward, backward, counts = counted_products(steps)
+        parts = step_costs(ModelSizes.of(steps.job), counts)
+    assert sum(part.forward.products for part in parts) == pytest.approx(forward, rel=0.02)
+    assert sum(part.backward.products for part in parts) == pytest.approx(backward, rel=0.02)
+
+
+def test_layers_below_are_counted_where_they_are_not_cached(tmp_path: Path) -> None:
+    words = ("--content.modalities.title.cache_frozen_layers", "false")
+    with product_steps(quick_variant(tmp_path, *words, name="B")) as steps:
+        batch = next(steps.batches)
+        store, branch = steps.job.store, steps.job.em3.content
+        assert store is not None and branch is not None
+        ids = np.arange(ITEMS_PER_GROUP)  # a whole group, so that nothing is padded
+        content = store.gather(ids)
+        counts = BatchCounts.of(replace(batch, content_items=torch.tensor(ids), content=content))
+        with FlopCounterMode(display=False) as counter:
+            branch.encoders["title"].encode(content["title"])
+        sizes = ModelSizes.of(steps.job).content
+    assert sizes is not None and sizes.encoders[0].frozen_layers == 2
+    assert encoders(sizes, counts).forward.products == pytest.approx(products(counter), rel=0.02)
+
+
+def test_sampled_items_alone_have_a_backward(tmp_path: Path) -> None:
+    with product_steps(quick_variant(tmp_path)) as steps:
+        sizes = ModelSizes.of(steps.job)
+        counts = BatchCounts.of(next(steps.batches))
+    half = replace(counts, with_gradient=counts.encoded / 2)
+    assert sizes.content is not None
+    whole, sampled = fusion(sizes.content, counts), fusion(sizes.content, half)
+    assert sampled.forward == whole.forward
+    assert sampled.backward.flops == pytest.approx(whole.backward.flops / 2)
+
+
+def test_communication_costs_nothing_on_one_rank_and_grows_with_ranks(tmp_path: Path) -> None:
+    with product_steps(quick_variant(tmp_path)) as steps:
+        sizes = ModelSizes.of(steps.job)
+        counts = BatchCounts.of(next(steps.batches))
+    sent = {
+        ranks: sum(
+            part.forward.bytes + part.backward.bytes
+            for part in step_costs(sizes, counts, ranks)
+            if part.name == "communication"
+        )
+        for ranks in (1, 2, 4)
+    }
+    assert sent[1] == 0
+    assert sent[4] == pytest.approx(sent[2] * (3 / 4) / (1 / 2))
+    # Ids and vectors of the tables, the bank, and a ring over dense gradients, by hand.
+    vectors = counts.rows * 2 * 16 + counts.looked_up * 16
+    kept = counts.encoded + counts.unique_history
+    tables = 8 * (counts.pooled_ids + counts.looked_up) + 2 * 4 * vectors
+    expected = tables + 8 * kept + 4 * kept * 17 + 2 * 4 * sizes.dense_parameters
+    assert sent[2] == pytest.approx(expected / 2)
+
+
+def test_a_floor_is_the_slower_of_arithmetic_and_memory() -> None:
+    anchor = Anchor(flops_per_second=100.0, bytes_per_second=10.0)
+    assert Work(products=150, others=50, bytes=10).floor(anchor) == 2.0
+    assert Work(products=100, bytes=30).floor(anchor) == 3.0
+    parts = [
+        PartCost("map", "content", Work(products=100), Work(products=200)),
+        PartCost("bank", "content", Work(bytes=5), Work()),
+        PartCost("optimizer", "optimizer", Work(bytes=20)),
+    ]
+    assert floors_by_measured_part(parts, anchor) == {
+        "content": 1.5,
+        "backward": 2.0,
+        "optimizer": 2.0,
+    }
+
+
+def test_anchors_are_positive_and_summed_up_by_median_and_best() -> None:
+    anchor = measure_anchor(gemm_size=32, copy_bytes=4096)
+    assert anchor.flops_per_second > 0 and anchor.bytes_per_second > 0
+    anchors = [Anchor(1.0, 30.0), Anchor(3.0, 10.0), Anchor(2.0, 20.0)]
+    assert typical(anchors) == Anchor(2.0, 20.0)
+    assert best(anchors) == Anchor(3.0, 30.0)

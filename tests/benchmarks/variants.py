@@ -1,0 +1,27 @@
+"""Variants of the quick setting A, and jobs built from them in this process alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.settings import setting
+from benchmarks.steps import ProductSteps, Variant
+from recsys.ranks import joined_ranks
+
+NO_DROPOUT = ("--content.fusion.dropout", "0", "--ranking.dropout", "0")
+
+
+def quick_variant(folder: Path, *overrides: str, name: str = "A") -> Variant:
+    """The quick form of a setting, its data and cache in `folder`."""
+    chosen = setting(name, quick=True)
+    data, words = chosen.prepared(folder)
+    return Variant("variant", str(chosen.recipe), data, (*words, *overrides), loaded_batches=2)
+
+
+@contextmanager
+def product_steps(variant: Variant) -> Iterator[ProductSteps]:
+    """The product's steps on a single rank."""
+    with joined_ranks("cpu") as ranks:
+        yield ProductSteps(variant, ranks)
