@@ -35,8 +35,12 @@ class ContentInput:
     values: Tensor
     mask: Tensor
 
-    def to(self, device: torch.device) -> ContentInput:
-        return ContentInput(self.values.to(device), self.mask.to(device))
+    def to(self, device: torch.device, non_blocking: bool = False) -> ContentInput:
+        return self.map(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
+
+    def map(self, function: Callable[[Tensor], Any]) -> ContentInput:
+        """The same with `function` applied to each tensor."""
+        return ContentInput(function(self.values), function(self.mask))
 
     def __getitem__(self, items: slice) -> ContentInput:
         return ContentInput(self.values[items], self.mask[items])
@@ -102,10 +106,7 @@ class Batch(Pipelineable):
         for item in fields(self):
             value = getattr(self, item.name)
             if item.name == "content":
-                changed["content"] = {
-                    name: ContentInput(function(part.values), function(part.mask))
-                    for name, part in value.items()
-                }
+                changed["content"] = {name: part.map(function) for name, part in value.items()}
             elif item.name == "exchange" and value is not None:
                 changed["exchange"] = replace(value, rows=function(value.rows))
             elif isinstance(value, Tensor | KeyedJaggedTensor):

@@ -229,7 +229,9 @@ class Config:
     seed: int = 0
     on_bad_row: Literal["error", "skip"] = "error"  # skip: leave it out, counted and told
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
-    num_workers: int = 0  # loader processes per rank
+    # Threads per rank that build batches ahead of the training, beside one that reads ahead; 0: the
+    # training itself reads and builds each batch when it needs it.
+    num_workers: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cache: str | None = None  # folder of encoded items; default ~/.cache/recsys
     log_every_steps: int = 20

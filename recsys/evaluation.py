@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any, cast
 
 import numpy as np
@@ -103,16 +104,14 @@ def _score(
     job: Job, interactions: Interactions, lockstep: Lockstep, unknown: UnknownIds
 ) -> dict[str, Tensor]:
     job.model.eval()
-    batches = job.preparation(
-        lockstep.batches(
-            iter(loader(interactions, job.config.num_workers, job.ranks.device.type == "cuda"))
-        ),
-        unknown,
-        first_step=0,
-        training=False,
-    )
+    is_cuda = job.ranks.device.type == "cuda"
     parts: list[list[Tensor]] = []
-    with lockstep.watchdog.armed():
+    with (
+        closing(loader(interactions, job.config.num_workers, is_cuda)) as source,
+        lockstep.watchdog.armed(),
+    ):
+        batches = lockstep.batches(source)
+        batches = job.preparation(batches, unknown, first_step=0, training=False)
         while True:
             try:
                 _, logits, batch = cast(Any, job.pipeline.progress(batches))

@@ -17,7 +17,7 @@ from recsys.config import load_config
 from recsys.data.filesystem import Location
 from recsys.data.interactions import Interactions
 from recsys.data.parquet_file import READ_ERRORS, open_parquet
-from recsys.data.parquet_rows import ParquetRows, count_items
+from recsys.data.parquet_rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.evaluation import evaluate_split, score
 from recsys.lockstep import Lockstep
@@ -76,10 +76,6 @@ def predict(
     with ranks.all_or_none():
         files = [file for name in inputs for file in _parquet_files(name)]
         rows = ParquetRows(files, job.schema, False, job.config.on_bad_row)
-        if (
-            job.config.on_bad_row == "skip"
-        ):  # loader processes would keep to themselves what they find
-            count_items(rows, ranks.rank, ranks.world_size)
         interactions = Interactions(
             rows,
             job.batch_builder(with_labels=False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -63,21 +64,18 @@ class Trainer:
         progress, parts = self.progress, self.job.config.validations_per_epoch
         self.interactions.begin(progress.epoch, progress.stages, progress.batches)
         self.reporter.begin(self.interactions.num_batches, progress)
-        source = iter(
-            loader(
-                self.interactions, self.job.config.num_workers, self.job.ranks.device.type == "cuda"
-            )
-        )
-        while progress.validations < parts:
-            part = progress.validations + 1
-            end = self.interactions.batches_until(part, parts)
-            while progress.batches < end:
-                self._train_until(end, source)
-            if part == parts or end > self.interactions.batches_until(part - 1, parts):
-                self._validate()
-            progress.validations = part
-            if progress.is_finished(self.job.config):
-                return
+        is_cuda = self.job.ranks.device.type == "cuda"
+        with closing(loader(self.interactions, self.job.config.num_workers, is_cuda)) as source:
+            while progress.validations < parts:
+                part = progress.validations + 1
+                end = self.interactions.batches_until(part, parts)
+                while progress.batches < end:
+                    self._train_until(end, source)
+                if part == parts or end > self.interactions.batches_until(part - 1, parts):
+                    self._validate()
+                progress.validations = part
+                if progress.is_finished(self.job.config):
+                    return
         progress.begin_next_epoch()
 
     def _train_until(self, end: int, source: Iterator[Batch]) -> None:

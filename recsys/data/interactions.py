@@ -1,6 +1,5 @@
-"""Parquet impressions -> `Batch`, each rank its share, without a Python loop over rows.
+"""Parquet impressions -> the batches of one rank, built ahead of the trainer.
 
-Arrow hands list columns over as values and lengths, which is what a KeyedJaggedTensor is made of.
 All ranks get the same number of batches of the same sizes, as collectives ask: row-wise tables
 refuse unequal ones, and a missing one hangs the job. Where rows do not divide by ranks, a rank with
 one row less adds a padding row, which has no weight in losses and counts in no metric.
@@ -8,157 +7,46 @@ one row less adds a padding row, which has no weight in losses and counts in no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import pyarrow as pa
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.batch import Batch
-from recsys.data.content_store import ContentStore
-from recsys.data.parquet_rows import ParquetRows, Window
+from recsys.data.batch_builder import BatchBuilder
+from recsys.data.parquet_rows import ParquetRows
+from recsys.data.prefetch import Later, Result, Submit, in_order, threads
+from recsys.data.row_columns import RowColumns
 from recsys.data.row_order import EpochShare, Stage, num_batches_of, rows_before
-from recsys.data.row_values import (
-    RAW_GROUP,
-    ROW_POSITION,
-    is_list,
-    list_lengths,
-    padding_rows,
-)
-from recsys.data.schema import Schema
+
+AHEAD = 2  # batches under way per thread that builds them
 
 
-def _numbers(table: pa.Table, name: str) -> np.ndarray:
-    return table[name].to_numpy()
+@dataclass(frozen=True)
+class WindowPart:
+    """Rows of a batch: places `[low, high)` of one slice of the share."""
+
+    number: int  # of the slice
+    low: int
+    high: int
+
+    def __len__(self) -> int:
+        return self.high - self.low
 
 
-def _jagged(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(values of all lists, length of each list)."""
-    array = table[name].combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks)
-    return array.flatten().to_numpy(zero_copy_only=False), list_lengths(array)
+@dataclass(frozen=True)
+class WindowRows:
+    """A window that was read and the order of its rows."""
+
+    columns: RowColumns
+    order: np.ndarray  # [R]
+
+    def take(self, low: int, high: int) -> RowColumns:
+        return self.columns.take(self.order[low:high])
 
 
-def _keyed_jagged(table: pa.Table, names: list[str]) -> KeyedJaggedTensor:
-    values, lengths = [], []
-    for name in names:
-        if not is_list(table.schema.field(name).type):
-            values.append(_numbers(table, name))
-            lengths.append(np.ones(table.num_rows, dtype=np.int32))
-        else:
-            jagged_values, jagged_lengths = _jagged(table, name)
-            values.append(jagged_values)
-            lengths.append(jagged_lengths.astype(np.int32))
-    return KeyedJaggedTensor.from_lengths_sync(
-        keys=names,
-        values=torch.from_numpy(np.concatenate(values)),
-        lengths=torch.from_numpy(np.concatenate(lengths)),
-    )
-
-
-class BatchBuilder:
-    """Turns a table of impressions into a `Batch`.
-
-    Args:
-        schema: meaning of the columns.
-        pooled_features: columns whose tables are pooled, in the order of the model.
-        store: content of the items; None for a model without content.
-        encode_history: the history's items are encoded as well, not looked up in the bank.
-        index_dedup: the history's items are looked up once each in the ID table, too.
-        with_labels: False for files to predict, which need not have labels.
-    """
-
-    def __init__(
-        self,
-        schema: Schema,
-        pooled_features: list[str],
-        store: ContentStore | None = None,
-        encode_history: bool = False,
-        index_dedup: bool = True,
-        with_labels: bool = True,
-    ) -> None:
-        self.schema = schema
-        self.pooled_features = pooled_features
-        self.store = store
-        self.encode_history = encode_history
-        self.index_dedup = index_dedup
-        self.with_labels = with_labels
-
-    def __call__(self, table: pa.Table) -> Batch:
-        schema, num_rows = self.schema, table.num_rows
-        target = _numbers(table, schema.target_item)
-        history, history_lengths = np.zeros(0, np.int64), np.zeros(num_rows, np.int64)
-        if schema.history:
-            history, history_lengths = _jagged(table, schema.history)
-        parallel = [_jagged(table, name)[0] for name in schema.parallel]
-        history_items, history_index = unique_items(history)
-        encoded = np.concatenate([target, history_items if self.encode_history else history[:0]])
-        content_items, encoded_index = unique_items(encoded)
-        group = RAW_GROUP if RAW_GROUP in table.column_names else schema.group
-        return Batch(
-            dense_features=self._columns(table, schema.of_kind("dense")),
-            sparse_features=_keyed_jagged(table, self.pooled_features)
-            if self.pooled_features
-            else None,
-            labels=self._columns(table, schema.of_kind("label"))
-            if self.with_labels
-            else torch.zeros(num_rows, len(schema.of_kind("label"))),
-            sequence_features=self._sequences(
-                target,
-                history_items if self.index_dedup else history,
-                None if self.index_dedup else history_lengths,
-            ),
-            target_items=torch.tensor(target),
-            groups=torch.tensor(_numbers(table, group)),
-            row_positions=torch.tensor(_numbers(table, ROW_POSITION)),
-            history_lengths=torch.from_numpy(history_lengths.astype(np.int64)),
-            history_values=torch.from_numpy(np.stack(parallel, axis=1))
-            if parallel
-            else torch.zeros(len(history), 0),
-            history_items=torch.from_numpy(history_items),
-            history_index=torch.from_numpy(history_index),
-            content_items=torch.from_numpy(content_items),
-            target_index=torch.from_numpy(encoded_index[:num_rows]),
-            history_content_index=torch.from_numpy(encoded_index[num_rows:]),
-            bank_items=torch.zeros(0, dtype=torch.int64),
-            content=self.store.gather(content_items) if self.store is not None else {},
-            longest_history=int(history_lengths.max(initial=0)),
-        )
-
-    def _sequences(
-        self, target: np.ndarray, history: np.ndarray, lengths: np.ndarray | None
-    ) -> KeyedJaggedTensor:
-        """Ids of target and history; `lengths` by row, None where the ids are unique ones."""
-        names, all_lengths = [self.schema.target_item], [np.ones(len(target), np.int32)]
-        if self.schema.history:
-            if lengths is None:
-                # They belong to no row, but a KeyedJaggedTensor wants every id in one.
-                lengths = np.zeros(len(target), np.int32)
-                lengths[0] = len(history)
-            names.append(self.schema.history)
-            all_lengths.append(lengths.astype(np.int32))
-        return KeyedJaggedTensor.from_lengths_sync(
-            keys=names,
-            values=torch.from_numpy(np.concatenate([target, history])),
-            lengths=torch.from_numpy(np.concatenate(all_lengths)),
-        )
-
-    def _columns(self, table: pa.Table, names: list[str]) -> torch.Tensor:
-        if not names:
-            return torch.zeros(table.num_rows, 0)
-        return torch.from_numpy(np.stack([_numbers(table, name) for name in names], axis=1))
-
-
-def unique_items(items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(the distinct items in rising order, where each of `items` is among them)."""
-    return np.unique(items, return_inverse=True)
-
-
-class Interactions(IterableDataset[Batch]):
+class Interactions:
     """The batches of one rank's share of a split.
 
     Args:
@@ -215,53 +103,90 @@ class Interactions(IterableDataset[Batch]):
         return self.num_batches - self.first_batch
 
     def __iter__(self) -> Iterator[Batch]:
-        """The rest of an epoch; see `begin`.
+        """The rest of an epoch, read and built in this thread; see `begin`."""
+        return in_order(self.jobs(Later), Later, ahead=0)
 
-        Of several loader processes each reads all rows and builds every n-th batch; the loader
-        takes them in turn, which restores the order.
+    def jobs(self, submit: Submit) -> Iterator[Callable[[], Batch]]:
+        """What makes each batch. It waits for the windows it needs, whose reading is submitted.
+
+        While a window is in use the next is being read, and no other is held.
         """
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for index, table in enumerate(self._tables()):
-            if index % step == first:
-                yield self.build(table)
+        windows: dict[int, Result[WindowRows]] = {}
+        for parts, padding in self._parts_of_batches():
+            if parts:
+                needed = range(parts[0].number, min(parts[-1].number + 2, len(self.share.slices)))
+                windows = {
+                    number: windows.get(number) or submit(partial(self._read, number))
+                    for number in needed
+                }
+            sources = [(windows[part.number], part) for part in parts]
+            yield partial(self._build, sources, padding)
 
-    def _tables(self) -> Iterator[pa.Table]:
-        """The rows of each batch."""
-        num_rows, num_batches = self.share.num_rows, self.num_batches
-        done = rows_before(self.first_batch, num_rows, num_batches)
-        tables = self._rest_of_share(done)
-        rest: Any = next(tables, None)  # None where nothing is left
-        for index in range(self.first_batch, num_batches):
-            size = rows_before(index + 1, num_rows, num_batches) - done
-            done += size
-            while rest.num_rows < size:
-                rest = pa.concat_tables([rest, next(tables)])
-            yield rest.slice(0, size)
-            rest = rest.slice(size)
+    def _parts_of_batches(self) -> Iterator[tuple[list[WindowPart], int]]:
+        """Of each batch the rows it takes from each slice, and how many rows only pad it."""
+        done = rows_before(self.first_batch, self.share.num_rows, self.num_batches)
+        slices = self.share.slices
+        number = first = 0  # the slice that the next row lies in, and the slice's place
+        while number < len(slices) and first + len(slices[number]) <= done:
+            first += len(slices[number])
+            number += 1
+        for batch in range(self.first_batch, self.num_batches):
+            end = rows_before(batch + 1, self.share.num_rows, self.num_batches)
+            parts = []
+            while number < len(slices) and done < end:
+                piece = slices[number]
+                stop = min(end, first + len(piece))
+                parts.append(WindowPart(number, piece.low + done - first, piece.low + stop - first))
+                done = stop
+                if done == first + len(piece):
+                    first += len(piece)
+                    number += 1
+            yield parts, end - done
+            done = end
 
-    def _rest_of_share(self, done: int) -> Iterator[pa.Table]:
-        """The share's tables from row `done` on, with padding rows up to the largest share."""
-        num_rows, table = 0, None
-        for piece in self.share.slices:
-            first = piece.low + max(0, done - num_rows)
-            num_rows += len(piece)
-            if first < piece.high:
-                table = self.rows.read_window(piece.window, self.shuffle_seed)
-                yield table.slice(first, piece.high - first)
-        if missing := self.share.num_rows - max(num_rows, done):
-            if table is None:  # only its types are wanted
-                table = self.rows.read_window(Window(0, 1))
-            yield padding_rows(table, missing)
+    def _read(self, number: int) -> WindowRows:
+        window = self.share.slices[number].window
+        table = self.rows.read_window(window, self.shuffle_seed)
+        return WindowRows(RowColumns.of(table), self.rows.row_order(window, self.shuffle_seed))
+
+    def _build(
+        self, sources: Sequence[tuple[Result[WindowRows], WindowPart]], padding: int
+    ) -> Batch:
+        rows = [window.result().take(part.low, part.high) for window, part in sources]
+        if padding:
+            rows.append(RowColumns.of(self.rows.padding(padding)).take(np.arange(padding)))
+        return self.build(RowColumns.concat(rows))
 
 
-def loader(interactions: Interactions, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    """Iterates `interactions`, in this process or, in the same order, in `num_workers` others."""
-    return DataLoader(
-        interactions,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        # Of its own, or each pass would draw from the numbers that dropout is to get.
-        generator=torch.Generator(),
-    )
+def loader(interactions: Interactions, num_workers: int, pin_memory: bool) -> Generator[Batch]:
+    """The batches of `interactions`, in the same order for any number of threads.
+
+    One thread reads the window after the one in use, `num_workers` build batches ahead; with none,
+    all is done by the caller as he asks for it. An error is raised in place of the batch it
+    concerns. Close it where it is left early: no thread outlives it.
+
+    Args:
+        interactions: the share and where to begin in it.
+        num_workers: threads that build batches.
+        pin_memory: batches lie in page-locked memory, from which a GPU copies by itself.
+    """
+    if not num_workers:
+        yield from _batches(interactions, Later, Later, 0, pin_memory)
+        return
+    # Who reads ends first, as those who build may wait for him.
+    with threads(num_workers, "build") as builders, threads(1, "read") as reader:
+        ahead = AHEAD * num_workers
+        yield from _batches(interactions, reader.submit, builders.submit, ahead, pin_memory)
+
+
+def _batches(
+    interactions: Interactions, read: Submit, build: Submit, ahead: int, pin_memory: bool
+) -> Iterator[Batch]:
+    jobs = interactions.jobs(read)
+    if pin_memory:
+        jobs = (partial(_pinned, job) for job in jobs)
+    return in_order(jobs, build, ahead)
+
+
+def _pinned(job: Callable[[], Batch]) -> Batch:
+    return job().pin_memory()

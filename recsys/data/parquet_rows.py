@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from recsys.data.bad_rows import BadRows, OnBadRow
 from recsys.data.filesystem import Location
@@ -28,7 +30,10 @@ from recsys.data.row_values import (
 from recsys.data.schema import Schema
 from recsys.ranks import Ranks
 
-SHUFFLE_ROWS = 262_144  # rows shuffled together in memory, per rank
+# What is shuffled together in memory, per rank: so many rows, or those with so many values in all
+# their columns (long histories), whichever is less, but at least one row group.
+SHUFFLE_ROWS = 262_144
+SHUFFLE_VALUES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,11 @@ class RowGroup:
     num_rows: int
     first_row: int  # within the file
     first_position: int  # within the split
+    num_values: int  # of all its columns that are read, those of lists included
+
+    def values_in(self, low: int, high: int) -> int:
+        """How many values rows `[low, high)` have if all rows have equally many."""
+        return self.num_values * (high - low) // self.num_rows
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,7 @@ class ParquetRows:
             metadata = parquet.metadata
             for name in self.columns:
                 check_type(self.schema, name, column_type(parquet, file, name), file)
+            leaves = _leaves(metadata, self.columns)
         if metadata.num_rows == 0:
             raise ValueError(f"{file}: the file has no rows; remove it or write it again")
         first_row = 0
@@ -107,9 +118,12 @@ class ParquetRows:
             else 0
         )
         for index in range(metadata.num_row_groups):
-            num_rows = metadata.row_group(index).num_rows
-            self.row_groups.append(RowGroup(file, index, num_rows, first_row, position + first_row))
-            first_row += num_rows
+            group = metadata.row_group(index)
+            num_values = sum(group.column(leaf).num_values for leaf in leaves)
+            self.row_groups.append(
+                RowGroup(file, index, group.num_rows, first_row, position + first_row, num_values)
+            )
+            first_row += group.num_rows
 
     def describe_range(self, positions: np.ndarray) -> str:
         """First and last of some rows, each as file and row, for messages."""
@@ -129,7 +143,7 @@ class ParquetRows:
     def fingerprint(self) -> str:
         """A hash of what decides on the order of the rows: files, row groups and their sizes."""
         names = [str(group.file).rsplit("/", 1)[-1] for group in self.row_groups]
-        sizes = [group.num_rows for group in self.row_groups]
+        sizes = [(group.num_rows, group.num_values) for group in self.row_groups]
         return hashlib.blake2b(repr((names, sizes)).encode(), digest_size=16).hexdigest()
 
     def skipped(self, ranks: Ranks, what: str) -> dict[str, Any]:
@@ -158,40 +172,68 @@ class ParquetRows:
     def windows(
         self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
     ) -> list[Window]:
-        """The places `[start, stop)` cut at row groups into windows of about `SHUFFLE_ROWS` rows.
+        """The places `[start, stop)` cut at row groups into what is shuffled together.
 
-        `shuffle_seed` (seed, epoch) permutes the row groups, the same on every rank, and the rows
-        within each window.
+        A window ends with the row group that reaches `SHUFFLE_ROWS`, or before the one that would
+        exceed `SHUFFLE_VALUES`. `shuffle_seed` (seed, epoch) permutes the row groups, the same on
+        every rank, and the rows within each window.
         """
         found: list[Window] = []
-        place = 0
+        place = num_values = 0
         for group in self._ordered(shuffle_seed):
+            low, high = max(start - place, 0), min(stop - place, group.num_rows)
+            more = group.values_in(low, high) if low < high else 0
+            if num_values and more and num_values + more > SHUFFLE_VALUES:
+                found.append(Window(start, place))
+                start, num_values = place, 0
+            num_values += more
             place += group.num_rows
             if min(place, stop) - start >= SHUFFLE_ROWS or place >= stop > start:
                 found.append(Window(start, min(place, stop)))
-                start = found[-1].stop
+                start, num_values = found[-1].stop, 0
         return found
 
     def read_window(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> pa.Table:
-        """The rows of a window, in their shuffled order, in one chunk per column."""
-        tables, place = [], 0
+        """The rows of a window, in the order of its row groups; see `row_order`.
+
+        Raises:
+            ValueError: a file is gone, or a row cannot be used and that is an error.
+        """
+        pieces: list[tuple[RowGroup, int, int, int]] = []  # row group, its place, rows [low, high)
+        place = 0
         for group in self._ordered(shuffle_seed):
             low, high = max(window.start - place, 0), min(window.stop - place, group.num_rows)
             place += group.num_rows
             if low < high:
-                tables.append(self._read_group(group).slice(low, high - low))
-        table = pa.concat_tables(tables)
-        if shuffle_seed is not None:
-            rng = np.random.default_rng((*shuffle_seed, window.start))
-            table = table.take(pa.array(rng.permutation(table.num_rows)))
-        return table.combine_chunks()
+                pieces.append((group, len(pieces), low, high))
+        tables: list[Any] = [None] * len(pieces)
+        pieces.sort(key=lambda piece: piece[0].first_position)  # to open each file once
+        for file, of_file in groupby(pieces, lambda piece: piece[0].file):
+            with open_parquet(file) as parquet:
+                for group, index, low, high in of_file:
+                    tables[index] = self._read_group(parquet, group).slice(low, high - low)
+        return pa.concat_tables(tables)
+
+    def row_order(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> np.ndarray:
+        """Which row of a window as it is read comes first, second and so on: int64 [rows]."""
+        num_rows = window.stop - window.start
+        if shuffle_seed is None:
+            return np.arange(num_rows)
+        return np.random.default_rng((*shuffle_seed, window.start)).permutation(num_rows)
 
     def read(
         self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
     ) -> Iterator[pa.Table]:
-        """Tables of about `SHUFFLE_ROWS` rows with the places `[start, stop)`; see `windows`."""
+        """The rows at the places `[start, stop)` in their order, one table per window."""
         for window in self.windows(start, stop, shuffle_seed):
-            yield self.read_window(window, shuffle_seed)
+            table = self.read_window(window, shuffle_seed)
+            if shuffle_seed is not None:
+                table = table.take(self.row_order(window, shuffle_seed))
+            yield table.combine_chunks()
+
+    def padding(self, num_rows: int) -> pa.Table:
+        """Rows that count nowhere, in the types of those that are read."""
+        return padding_rows(empty_table(self.schema, self.columns), num_rows)
 
     def _ordered(self, shuffle_seed: tuple[int, int] | None) -> list[RowGroup]:
         if shuffle_seed is None:
@@ -199,11 +241,10 @@ class ParquetRows:
         order = np.random.default_rng(shuffle_seed).permutation(len(self.row_groups))
         return [self.row_groups[index] for index in order]
 
-    def _read_group(self, group: RowGroup) -> pa.Table:
+    def _read_group(self, parquet: pq.ParquetFile, group: RowGroup) -> pa.Table:
         """The rows of a row group, those that cannot be used as padding rows."""
         try:
-            with open_parquet(group.file) as parquet:
-                table = parquet.read_row_group(group.index, columns=self.columns)
+            table = parquet.read_row_group(group.index, columns=self.columns)
             if table.num_rows != group.num_rows:
                 raise OSError(f"{table.num_rows} rows instead of {group.num_rows}")
         except READ_ERRORS as error:
@@ -219,7 +260,7 @@ class ParquetRows:
                     f"({cause}); write the file again"
                 ),
             )
-            return padding_rows(empty_table(self.schema, self.columns), group.num_rows)
+            return self.padding(group.num_rows)
 
         def report(
             column: str, bad: np.ndarray, reason: str, message: Callable[[int], str]
@@ -228,6 +269,16 @@ class ParquetRows:
 
         positions = np.arange(group.num_rows) + group.first_position
         return usable_table(table.select(self.columns), self.schema, positions, report)
+
+
+def _leaves(metadata: pq.FileMetaData, columns: list[str]) -> list[int]:
+    """The numbers of the Parquet columns that hold values of some Arrow columns."""
+    paths = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
+    return [
+        leaf
+        for leaf, path in enumerate(paths)
+        if any(path == name or path.startswith(f"{name}.") for name in columns)
+    ]
 
 
 def count_items(rows: ParquetRows, rank: int, world_size: int) -> np.ndarray:

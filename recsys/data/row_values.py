@@ -133,53 +133,64 @@ def usable_table(
 def _usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn) -> pa.Array:
     """A column in its canonical type; rows of it that were noted hold anything."""
     is_list_column, is_integer = _expected(schema, name)
-    array = _one_chunk(table[name])
+    array = one_chunk(table[name])
     if schema.vocabulary_of(name) is not None:
         return _rows_of_raw_ids(array, name, schema, note)
     # Ids are checked as they were written, since a large unsigned one would turn negative.
     own_type = array.type.value_type if is_list_column else array.type
     array = _cast(array, own_type if is_integer else pa.float32(), is_list_column)
+    values = array.flatten() if is_list_column else array
+    null = "null; fill it or drop the row"
     if is_list_column:
-        values, row_of = array.flatten(), np.repeat(np.arange(len(array)), list_lengths(array))
         null = "null inside the list; fill it or leave it out"
-    else:
-        values, row_of = array, np.arange(len(array))
-        null = "null; fill it or drop the row"
+    numbers = values.fill_null(0).to_numpy(zero_copy_only=False)
 
     def note_values(bad: np.ndarray, reason: str, message: Callable[[Any], str]) -> None:
         """Notes the rows of bad values; the message is about the first of these values."""
-        rows = np.zeros(len(array), bool)
-        rows[row_of[bad]] = True
+        rows = _rows_of_values(array, bad)
         note(name, rows, reason, lambda row: message(numbers[bad.argmax()]))
 
-    numbers = values.fill_null(0).to_numpy(zero_copy_only=False)
-    note_values(values.is_null().to_numpy(False), "null", lambda value: null)
+    if values.null_count:
+        note_values(values.is_null().to_numpy(False), "null", lambda value: null)
     if is_integer:
         limit, owner = schema.limit(name), schema.table_of(name)
-        note_values(
-            (numbers < 0) | (numbers >= limit),
-            f"id outside [0, {limit})",
-            lambda value: (
-                f"id {value} is outside [0, {limit}); raise num_embeddings of '{owner}' "
-                "in schema.yaml or map the ids to rows"
-            ),
-        )
+        if len(numbers) and (numbers.min() < 0 or numbers.max() >= limit):
+            note_values(
+                (numbers < 0) | (numbers >= limit),
+                f"id outside [0, {limit})",
+                lambda value: (
+                    f"id {value} is outside [0, {limit}); raise num_embeddings of '{owner}' "
+                    "in schema.yaml or map the ids to rows"
+                ),
+            )
         return _cast(array, pa.int64(), is_list_column)
-    note_values(
-        ~np.isfinite(numbers),
-        "not finite",
-        lambda value: f"value {value}; write a finite number that fits float32",
-    )
+    is_finite = np.isfinite(numbers)
+    if not is_finite.all():
+        note_values(
+            ~is_finite,
+            "not finite",
+            lambda value: f"value {value}; write a finite number that fits float32",
+        )
     if name in schema.of_kind("label"):
         note_values(
-            np.isfinite(numbers) & (numbers != 0) & (numbers != 1),
+            is_finite & (numbers != 0) & (numbers != 1),
             "label other than 0 and 1",
             lambda value: f"value {value}; a label is 0 or 1",
         )
     return array
 
 
-def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+def _rows_of_values(array: pa.Array, values: np.ndarray) -> np.ndarray:
+    """Which rows [R] hold any of the marked values [N]; a row is one value or a list of them."""
+    if not is_list(array.type):
+        return values
+    rows = np.zeros(len(array), bool)
+    rows[np.repeat(np.arange(len(array)), list_lengths(array))[values]] = True
+    return rows
+
+
+def one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array."""
     array = column.combine_chunks()
     return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
 
@@ -199,39 +210,39 @@ def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportCol
     as_list = is_list(array.type)
     values = array.flatten() if as_list else array
     lengths = list_lengths(array) if as_list else np.ones(len(array), np.int64)
-    row_of = np.repeat(np.arange(len(array)), lengths)
     values, null, too_large = _usable_raw_ids(values)
 
     def note_values(bad: np.ndarray, reason: str, message: str) -> None:
-        rows = np.zeros(len(array), bool)
-        rows[row_of[bad]] = True
-        note(name, rows, reason, lambda row: message)
+        note(name, _rows_of_values(array, bad), reason, lambda row: message)
 
     note_values(null, "null", "null; fill it or leave it out")
     note_values(too_large, "id beyond int64", "an id that does not fit int64; renumber it")
-    usable = ~(null | too_large)
     vocabulary = schema.vocabularies.get(schema.table_of(name))
     num_rows = _num_rows_of_id(schema, name)
-    found = np.zeros((len(values), num_rows), np.int64)
-    ids = values.filter(pa.array(usable))
-    found[usable] = _found(vocabulary, ids).reshape(-1, num_rows)
+    found = _found_where(~(null | too_large), vocabulary, values).reshape(-1, num_rows)
     if not as_list and num_rows == 1:
         return pa.array(found[:, 0])
     offsets = np.concatenate([[0], np.cumsum(lengths * num_rows)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(found.reshape(-1)))
 
 
-def _found(vocabulary: ExactVocabulary | HashVocabulary | None, ids: pa.Array) -> np.ndarray:
-    return integer_ids(ids) if vocabulary is None else vocabulary.rows_of(ids)
+def _found_where(
+    usable: np.ndarray, vocabulary: ExactVocabulary | HashVocabulary | None, ids: pa.Array
+) -> np.ndarray:
+    """Rows of raw ids, or the ids as integers; zeros for those that cannot be used."""
+    rows_of = integer_ids if vocabulary is None else vocabulary.rows_of
+    if usable.all():
+        return rows_of(ids)
+    of_usable = rows_of(ids.filter(pa.array(usable)))
+    found = np.zeros((len(ids), *of_usable.shape[1:]), np.int64)
+    found[usable] = of_usable
+    return found
 
 
 def _raw_groups(column: pa.ChunkedArray) -> pa.Array:
     """The group's raw ids as int64; rows of those that cannot be used are noted elsewhere."""
-    values, null, too_large = _usable_raw_ids(_one_chunk(column))
-    usable = ~(null | too_large)
-    groups = np.zeros(len(values), np.int64)
-    groups[usable] = integer_ids(values.filter(pa.array(usable)))
-    return pa.array(groups)
+    values, null, too_large = _usable_raw_ids(one_chunk(column))
+    return pa.array(_found_where(~(null | too_large), None, values))
 
 
 def _check_parallel(table: pa.Table, schema: Schema, note: ReportColumn) -> None:

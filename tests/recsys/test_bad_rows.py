@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from recsys.config import load_config
+from recsys.data.batch_builder import BatchBuilder
 from recsys.data.filesystem import Location
-from recsys.data.interactions import BatchBuilder, Interactions
+from recsys.data.interactions import Interactions
 from recsys.data.parquet_rows import ParquetRows, count_items
 from recsys.data.row_values import ROW_POSITION
 from recsys.data.schema import load_schema

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from recsys.batch import Batch, ContentInput
+from recsys.batch import Batch, ContentInput, ItemExchange
 
 
 def keyed(key: str) -> KeyedJaggedTensor:
@@ -23,16 +23,25 @@ def keyed(key: str) -> KeyedJaggedTensor:
 
 def a_batch() -> Batch:
     jagged = {"sparse_features": keyed("user"), "sequence_features": keyed("item")}
+    others = {"longest_history": 2, "with_gradient": 1}
+    exchange = ItemExchange(torch.tensor([1, 0]), send_counts=[2], receive_counts=[2])
     tensors = {
         item.name: torch.arange(2.0)
         for item in fields(Batch)
-        if item.name not in (*jagged, "labels", "content")
+        if item.name not in (*jagged, *others, "labels", "content", "exchange")
     }
     content = {
         "text": ContentInput(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)),
         "clip": ContentInput(torch.zeros(2, 1, 6), torch.ones(2, 1, dtype=torch.bool)),
     }
-    return Batch(**jagged, **tensors, labels=torch.zeros(2, 1), content=content)  # type: ignore
+    return Batch(
+        **jagged,  # type: ignore[arg-type]
+        **tensors,  # type: ignore[arg-type]
+        **others,  # type: ignore[arg-type]
+        labels=torch.zeros(2, 1),
+        content=content,
+        exchange=exchange,
+    )
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -57,7 +66,7 @@ def test_a_batch_has_all_that_a_torchrec_batch_has() -> None:
 def test_to_moves_every_tensor() -> None:
     batch = a_batch()
     moved = batch.to(torch.device("meta"))
-    assert len(list(tensors_in(moved))) == len(list(tensors_in(batch))) == 19
+    assert len(list(tensors_in(moved))) == len(list(tensors_in(batch))) == 22
     assert {tensor.device.type for tensor in tensors_in(moved)} == {"meta"}
     assert {tensor.device.type for tensor in tensors_in(batch)} == {"cpu"}
 
@@ -72,7 +81,7 @@ def test_to_passes_non_blocking_to_every_tensor(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Tensor, "to", record)
     a_batch().to(torch.device("meta"), non_blocking=True)
-    assert len(asked) >= 17
+    assert len(asked) >= 22
     assert all(asked)
 
 
@@ -99,8 +108,17 @@ def test_record_stream_names_every_tensor_to_the_stream(monkeypatch: pytest.Monk
     assert {tensor.data_ptr() for tensor in tensors_in(batch)} <= set(recorded)
 
 
-def test_a_batch_without_pooled_tables_and_content_is_moved_too() -> None:
-    batch = dataclasses.replace(a_batch(), sparse_features=None, content={})
+def test_a_batch_without_pooled_tables_content_and_exchange_is_moved_too() -> None:
+    batch = dataclasses.replace(a_batch(), sparse_features=None, content={}, exchange=None)
     moved = batch.to(torch.device("meta"))
-    assert (moved.sparse_features, moved.content) == (None, {})
+    assert (moved.sparse_features, moved.content, moved.exchange) == (None, {}, None)
     assert moved.batch_size == 2
+
+
+def test_content_alone_is_moved_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(
+        Tensor, "to", lambda tensor, **kwargs: asked.append(kwargs["non_blocking"]) or tensor
+    )
+    a_batch().content["text"].to(torch.device("cpu"), non_blocking=True)
+    assert asked == [True, True]

@@ -15,11 +15,14 @@ import torch
 
 from recsys.batch import Batch
 from recsys.config import ModalitySettings
+from recsys.data.batch_builder import BatchBuilder
 from recsys.data.content_store import ContentStore
 from recsys.data.filesystem import Location
-from recsys.data.interactions import BatchBuilder, Interactions, loader
+from recsys.data.interactions import Interactions
 from recsys.data.item_table import ItemTable
-from recsys.data.parquet_rows import ROW_POSITION, ParquetRows, Window
+from recsys.data.parquet_rows import ParquetRows, Window
+from recsys.data.row_columns import RowColumns
+from recsys.data.row_values import ROW_POSITION
 from recsys.data.schema import load_schema
 from tests.datasets import FEATURE_WIDTH, write_dataset, write_parquet
 
@@ -49,8 +52,8 @@ def expected_batch(rows: list[dict[str, Any]], encode_history: bool) -> dict[str
     """What a batch of these rows must hold, by the plainest loop."""
     target = [row["item"] for row in rows]
     history = [item for row in rows for item in row["history"] or []]
+    unique = sorted({*history})
     items = sorted({*target, *history} if encode_history else {*target})
-    looked_up = [] if encode_history else sorted({*history})
     return {
         "dense_features": [[row["price"]] for row in rows],
         "labels": [[row["liked"]] for row in rows],
@@ -60,15 +63,32 @@ def expected_batch(rows: list[dict[str, Any]], encode_history: bool) -> dict[str
         "history_values": [[flag] for row in rows for flag in row["history_liked"] or []],
         "content_items": items,
         "target_index": [items.index(item) for item in target],
-        "history_items": looked_up,
-        "history_index": [(items if encode_history else looked_up).index(i) for i in history],
+        "history_items": unique,
+        "history_index": [unique.index(item) for item in history],
+        "history_content_index": [items.index(item) for item in unique] if encode_history else [],
+        "bank_items": [],
     }
 
 
+def expected_history_ids(rows: list[dict[str, Any]], index_dedup: bool) -> Any:
+    """(lengths, values) of the history among the sequence features."""
+    history = [row["history"] or [] for row in rows]
+    flat = [item for items in history for item in items]
+    if not index_dedup:
+        return list(map(len, history)), flat
+    # Unique ids belong to no row; they are in the first one.
+    return [len({*flat})] + [0] * (len(rows) - 1), sorted({*flat})
+
+
+@pytest.mark.parametrize("index_dedup", [False, True])
 @pytest.mark.parametrize("encode_history", [False, True])
-def test_every_column_arrives_where_it_belongs(tmp_path: Path, encode_history: bool) -> None:
+def test_every_column_arrives_where_it_belongs(
+    tmp_path: Path, encode_history: bool, index_dedup: bool
+) -> None:
     rows = rows_of(write_dataset(tmp_path))
-    build = BatchBuilder(rows.schema, ["genres", "user"], encode_history=encode_history)
+    build = BatchBuilder(
+        rows.schema, ["genres", "user"], encode_history=encode_history, index_dedup=index_dedup
+    )
     written = python_rows(tmp_path)
     seen = 0
     for batch in Interactions(rows, build, 7):
@@ -87,8 +107,9 @@ def test_every_column_arrives_where_it_belongs(tmp_path: Path, encode_history: b
         item, history = (batch.sequence_features[name] for name in ("item", "history"))
         assert item.values().tolist() == batch.target_items.tolist()
         assert item.lengths().tolist() == [1] * len(mine)
-        assert history.lengths().tolist() == batch.history_lengths.tolist()
-        assert history.values().tolist() == [i for row in mine for i in row["history"] or []]
+        lengths, ids = expected_history_ids(mine, index_dedup)
+        assert history.lengths().tolist() == lengths
+        assert history.values().tolist() == ids
         assert batch.content == {}
     assert seen == len(written) == 60
 
@@ -101,7 +122,8 @@ def test_types_are_what_the_model_and_torchrec_want(tmp_path: Path) -> None:
     for name in ("dense_features", "labels", "history_values"):
         assert getattr(batch, name).dtype == torch.float32, name
     integers = ["target_items", "groups", "row_positions", "history_lengths", "content_items"]
-    for name in [*integers, "target_index", "history_items", "history_index"]:
+    integers += ["target_index", "history_items", "history_index", "history_content_index"]
+    for name in integers:
         assert getattr(batch, name).dtype == torch.int64, name
 
 
@@ -201,10 +223,13 @@ class CountedRows(ParquetRows):
     def read_window(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> pa.Table:
         return pa.table({ROW_POSITION: np.arange(window.start, window.stop)})
 
+    def padding(self, num_rows: int) -> pa.Table:
+        return pa.table({ROW_POSITION: np.full(num_rows, -1)})
 
-def places_only(table: pa.Table) -> Any:
+
+def places_only(rows: RowColumns) -> Any:
     """Stands for a batch where only the places of its rows matter."""
-    return SimpleNamespace(row_positions=torch.tensor(table[ROW_POSITION].to_numpy()))
+    return SimpleNamespace(row_positions=torch.from_numpy(rows.numbers[ROW_POSITION]))
 
 
 def test_all_ranks_have_as_many_batches_of_the_same_sizes_for_any_numbers() -> None:
@@ -257,26 +282,6 @@ def test_rows_dealt_into_batches_cross_windows_of_shuffling(
     batches = positions_of(interactions_of(rows, 16, seed=0))
     assert [len(batch) for batch in batches] == [15] * 4
     assert sorted(place for batch in batches for place in batch) == list(range(60))
-
-
-@pytest.mark.parametrize("num_workers", [1, 2, 3])
-def test_loader_processes_give_the_same_batches_in_the_same_order(
-    tmp_path: Path, num_workers: int
-) -> None:
-    interactions = interactions_of(rows_of(write_dataset(tmp_path)), 16, seed=0)
-    interactions.begin(2)
-    loaded = [batch.row_positions.tolist() for batch in loader(interactions, num_workers, False)]
-    assert loaded == positions_of(interactions)
-
-
-def test_an_error_in_a_loader_process_names_the_row_as_well(tmp_path: Path) -> None:
-    root = write_dataset(tmp_path, {"train": 4})
-    file = root / "train" / "part-1.parquet"
-    table = pq.read_table(file)
-    write_parquet(file, table.set_column(1, "item", pa.array([0, 99])))
-    interactions = interactions_of(rows_of(root), 4)
-    with pytest.raises(ValueError, match=f"{file}: column 'item', row 1: id 99 is outside"):
-        list(loader(interactions, 1, False))
 
 
 def same(batch: Batch, other: Batch) -> bool:

@@ -23,8 +23,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from recsys.batch import Batch
 from recsys.data import parquet_rows
 from recsys.data.bad_rows import OnBadRow
+from recsys.data.batch_builder import BatchBuilder
 from recsys.data.filesystem import Location
-from recsys.data.interactions import BatchBuilder, Interactions
+from recsys.data.interactions import Interactions
 from recsys.data.parquet_rows import ParquetRows
 from recsys.data.schema import load_schema
 from tests.datasets import NUM_GENRES, SCHEMA
@@ -163,12 +164,12 @@ def rows_of(batch: Batch) -> dict[int, dict[str, Any]]:
     target = batch.content_items[batch.target_index]
     assert target.equal(batch.target_items)
     bags = {name: lists_of(batch.sparse_features, name) for name in ("user", "genres")}
-    sequences = {name: lists_of(batch.sequence_features, name) for name in ("item", "history")}
+    targets = lists_of(batch.sequence_features, "item")
+    assert batch.sequence_features["history"].values().equal(batch.history_items)
     found = {}
     for row, position in enumerate(batch.row_positions.tolist()):
         low, high = ([0, *ends])[row], ends[row]
-        assert sequences["history"][row] == history[low:high]
-        assert sequences["item"][row] == [target[row]]
+        assert targets[row] == [target[row]]
         assert bags["user"][row] == [batch.groups[row]] or position < 0
         if position >= 0:
             found[position] = {

@@ -3,11 +3,13 @@
 from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from recsys.data.batch_builder import BatchBuilder
 from recsys.data.filesystem import Location
-from recsys.data.interactions import BatchBuilder, Interactions, loader
+from recsys.data.interactions import Interactions, loader
 from recsys.data.parquet_rows import ParquetRows
 from recsys.data.row_order import Stage
 from recsys.data.schema import load_schema
@@ -73,7 +75,7 @@ def test_continued_on_other_ranks_an_epoch_is_still_read_exactly_once(
     assert counts == Counter(range(61))
 
 
-def test_loader_processes_continue_in_the_same_place(rows: ParquetRows) -> None:
+def test_loader_threads_continue_in_the_same_place(rows: ParquetRows) -> None:
     stage = Stage(2, 4, 0)
     interactions = share(rows, 1, stage)
     interactions.begin(3, [Stage(3, 4, 2)], 2)
@@ -88,3 +90,31 @@ def test_parts_of_an_epoch_end_at_the_same_rows_whatever_was_done_before(rows: P
     assert [fresh.batches_until(part, 4) for part in (1, 2, 3, 4)] == [15, 30, 45, 61]
     fresh.begin(0, [Stage(1, 1, 20)])
     assert [fresh.batches_until(part, 4) for part in (1, 2, 3, 4)] == [0, 10, 25, 41]
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_windows_end_where_long_histories_make_them_large(
+    rows: ParquetRows, seed: int | None, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(world_size, 4, 0)
+    largest = max(group.num_values for group in rows.row_groups)
+    monkeypatch.setattr("recsys.data.parquet_rows.SHUFFLE_ROWS", 1000)
+    by_rows = share(rows, 0, stage, seed).share.slices
+    monkeypatch.setattr("recsys.data.parquet_rows.SHUFFLE_VALUES", largest)
+    by_values = share(rows, 0, stage, seed).share.slices
+    assert len(by_rows) == 1
+    assert sum(map(len, by_values)) == len(by_rows[0])
+    # No two row groups of about equal size fit together.
+    assert max(map(len, by_values)) <= 11
+    counts = Counter(place for batches in read(rows, [stage]) for part in batches for place in part)
+    counts.pop(-1, None)
+    assert counts == Counter(range(61))
+
+
+def test_row_groups_know_how_many_values_their_lists_hold(rows: ParquetRows) -> None:
+    for group in rows.row_groups:
+        columns = pq.ParquetFile(group.file.path).read_row_group(group.index).to_pydict()
+        values = [value for column in rows.columns for value in columns[column]]
+        # As Parquet counts them, a list that is null or empty stands for one.
+        assert group.num_values == sum(max(len(v), 1) if isinstance(v, list) else 1 for v in values)

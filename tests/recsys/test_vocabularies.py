@@ -17,8 +17,9 @@ from recsys.batch import Batch
 from recsys.batch_preparation import BatchPreparation
 from recsys.config import Config
 from recsys.data.bad_rows import OnBadRow
+from recsys.data.batch_builder import BatchBuilder
 from recsys.data.filesystem import Location
-from recsys.data.interactions import BatchBuilder, Interactions
+from recsys.data.interactions import Interactions
 from recsys.data.item_table import ItemTable
 from recsys.data.parquet_rows import ParquetRows
 from recsys.data.prepare_vocabulary import prepare_vocabularies

@@ -1,0 +1,147 @@
+"""Rows of impressions -> `Batch`, with each item of the batch once.
+
+Arrow hands list columns over as values and lengths, which is what a KeyedJaggedTensor is made of;
+nothing here loops over rows. What the batch holds is its own memory, so that it may be written to.
+
+Shapes: B batch, N history items of the whole batch, U unique history items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recsys.batch import Batch
+from recsys.data.content_store import ContentStore
+from recsys.data.row_columns import RowColumns
+from recsys.data.row_values import RAW_GROUP, ROW_POSITION
+from recsys.data.schema import Schema
+from recsys.data.unique_items import UniqueItems
+
+
+def keyed_jagged(
+    names: list[str],
+    values: Sequence[np.ndarray],  # ids of each feature
+    lengths: Sequence[np.ndarray],  # [B] of each feature
+) -> KeyedJaggedTensor:
+    """The same as `KeyedJaggedTensor.from_lengths_sync`, with its sums taken from the arrays."""
+    sizes = [len(of_key) for of_key in values]
+    return KeyedJaggedTensor(
+        keys=names,
+        values=torch.from_numpy(np.concatenate(values)),
+        lengths=torch.from_numpy(np.concatenate(lengths, dtype=np.int32, casting="same_kind")),
+        stride=len(lengths[0]),
+        length_per_key=sizes,
+        offset_per_key=[0, *np.cumsum(sizes).tolist()],
+    )
+
+
+class BatchBuilder:
+    """Turns rows of impressions into a `Batch`; may be called by several threads at once.
+
+    Args:
+        schema: meaning of the columns.
+        pooled_features: columns whose tables are pooled, in the order of the model.
+        store: content of the items; None for a model without content.
+        encode_history: the history's items are encoded as well, not looked up in the bank.
+        index_dedup: the history's items are looked up once each in the ID table, too.
+        with_labels: False for files to predict, which need not have labels.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        pooled_features: list[str],
+        store: ContentStore | None = None,
+        encode_history: bool = False,
+        index_dedup: bool = True,
+        with_labels: bool = True,
+    ) -> None:
+        self.schema = schema
+        self.pooled_features = pooled_features
+        self.store = store
+        self.encode_history = encode_history
+        self.index_dedup = index_dedup
+        self.with_labels = with_labels
+        self.unique_items = UniqueItems(schema.num_items)
+
+    def __call__(self, rows: RowColumns | pa.Table) -> Batch:
+        """The batch of these rows; columns are kept by it, of a table copies are."""
+        if isinstance(rows, pa.Table):
+            rows = RowColumns.of(rows).take(np.arange(rows.num_rows))
+        schema, num_rows = self.schema, rows.num_rows
+        target = rows.numbers[schema.target_item]
+        history, history_lengths = np.zeros(0, np.int64), np.zeros(num_rows, np.int64)
+        if schema.history:
+            history, history_lengths = rows.values(schema.history), rows.lengths(schema.history)
+        history_items, history_index = self.unique_items(history)
+        encoded = np.concatenate([target, history_items]) if self.encode_history else target
+        content_items, encoded_index = self.unique_items(encoded)
+        group = RAW_GROUP if RAW_GROUP in rows.numbers else schema.group
+        return Batch(
+            dense_features=_columns(rows, schema.of_kind("dense")),
+            sparse_features=self._pooled(rows),
+            labels=_columns(rows, schema.of_kind("label"))
+            if self.with_labels
+            else torch.zeros(num_rows, len(schema.of_kind("label"))),
+            sequence_features=self._sequences(
+                target,
+                history_items if self.index_dedup else history,
+                None if self.index_dedup else history_lengths,
+            ),
+            target_items=torch.from_numpy(target),
+            groups=torch.from_numpy(rows.numbers[group]),
+            row_positions=torch.from_numpy(rows.numbers[ROW_POSITION]),
+            history_lengths=torch.from_numpy(history_lengths),
+            history_values=_stacked([rows.values(name) for name in schema.parallel], len(history)),
+            history_items=torch.from_numpy(history_items),
+            history_index=torch.from_numpy(history_index),
+            content_items=torch.from_numpy(content_items),
+            target_index=torch.from_numpy(encoded_index[:num_rows]),
+            history_content_index=torch.from_numpy(encoded_index[num_rows:]),
+            bank_items=torch.zeros(0, dtype=torch.int64),
+            content=self.store.gather(content_items) if self.store is not None else {},
+            longest_history=int(history_lengths.max(initial=0)),
+        )
+
+    def _pooled(self, rows: RowColumns) -> KeyedJaggedTensor | None:
+        names = self.pooled_features
+        if not names:
+            return None
+        values = [
+            rows.numbers[name] if name in rows.numbers else rows.values(name) for name in names
+        ]
+        return keyed_jagged(names, values, [rows.lengths(name) for name in names])
+
+    def _sequences(
+        self, target: np.ndarray, history: np.ndarray, lengths: np.ndarray | None
+    ) -> KeyedJaggedTensor:
+        """Ids of target and history; `lengths` by row, None where the ids are unique ones."""
+        ones = np.ones(len(target), np.int64)
+        if not self.schema.history:
+            return keyed_jagged([self.schema.target_item], [target], [ones])
+        if lengths is None:
+            # They belong to no row, but a KeyedJaggedTensor wants every id in one.
+            lengths = np.zeros(len(target), np.int64)
+            lengths[0] = len(history)
+        names = [self.schema.target_item, self.schema.history]
+        return keyed_jagged(names, [target, history], [ones, lengths])
+
+
+def _columns(rows: RowColumns, names: list[str]) -> Tensor:
+    return _stacked([rows.numbers[name] for name in names], rows.num_rows)
+
+
+def _stacked(arrays: list[np.ndarray], length: int) -> Tensor:
+    """Columns as a float32 matrix [length, number of columns]."""
+    if len(arrays) == 1:
+        return torch.from_numpy(arrays[0]).unsqueeze(1)
+    matrix = np.empty((length, len(arrays)), np.float32)
+    for index, array in enumerate(arrays):
+        matrix[:, index] = array
+    return torch.from_numpy(matrix)

@@ -1,0 +1,68 @@
+"""The distinct items of a batch and where each of its ids is among them, without sorting the ids.
+
+Shapes: n ids, U distinct ones.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+# Looking through a table of all items is faster than hashing while it has at most so many entries
+# in all, and so many per id.
+MOST_MARKS, MARKS_PER_ID = 1 << 22, 256
+
+
+class UniqueItems:
+    """`np.unique(items, return_inverse=True)` for ids below a bound, several times as fast.
+
+    May be called by several threads at once.
+
+    Args:
+        num_items: ids are in `[0, num_items)`.
+
+    Example::
+
+        UniqueItems(100)(np.array([7, 3, 7]))  # [3, 7], [1, 0, 1]
+    """
+
+    def __init__(self, num_items: int) -> None:
+        self.num_items = num_items
+        self._spare: list[_Marks] = []  # as many as have been used at the same time
+
+    def __call__(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(the distinct items in rising order [U], where each of `items` [n] is among them)."""
+        if self.num_items > min(MOST_MARKS, MARKS_PER_ID * len(items)):
+            return hashed(items)
+        try:
+            marks = self._spare.pop()
+        except IndexError:
+            marks = _Marks(self.num_items)
+        found = marks.unique(items)
+        self._spare.append(marks)
+        return found
+
+
+class _Marks:
+    """A mark and a place for each possible item; no mark is set between calls."""
+
+    def __init__(self, num_items: int) -> None:
+        self.is_there = np.zeros(num_items, bool)
+        self.place = np.empty(num_items, np.int64)
+
+    def unique(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self.is_there[items] = True
+        distinct = np.flatnonzero(self.is_there)
+        self.is_there[distinct] = False
+        self.place[distinct] = np.arange(len(distinct))
+        return distinct, self.place[items]
+
+
+def hashed(items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same by a hash table: only the distinct items are sorted."""
+    encoded = pa.array(items, pa.int64()).dictionary_encode()
+    distinct = encoded.dictionary.to_numpy()
+    order = distinct.argsort()
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    return distinct[order], place[encoded.indices.to_numpy()]
