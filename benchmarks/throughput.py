@@ -12,58 +12,21 @@ large matrix product and a large copy that are measured between the rounds of st
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
-from benchmarks.cost import floors_by_measured_part, step_costs
-from benchmarks.floor import Anchor, best, typical
+from benchmarks.efficiency import Efficiency
+from benchmarks.floor import best
 from benchmarks.model_sizes import BatchCounts
 from benchmarks.results import RESULTS, Result, variant_record, write_result
 from benchmarks.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, measure
 from benchmarks.settings import setting as named_setting
 from benchmarks.steps import Variant
-from benchmarks.work import PartCost
 from recsys.step_trace import PARTS
-
-
-@dataclass
-class Efficiency:
-    """A measured step beside its cost on the first rank."""
-
-    costs: list[PartCost]
-    anchor: Anchor
-    floors: dict[str, float]  # seconds by measured part
-    seconds: dict[str, float]  # by measured part, from the profile, scaled to the plain step
-
-    @staticmethod
-    def of(measured: Measurement) -> Efficiency:
-        report = measured.reports[0]
-        assert report.sizes is not None
-        costs = step_costs(report.sizes, BatchCounts.mean(report.counts), measured.world_size)
-        anchor = typical(measured.anchors)
-        return Efficiency(
-            costs, anchor, floors_by_measured_part(costs, anchor), plain_parts(measured)
-        )
-
-    @property
-    def floor(self) -> float:
-        """Seconds of the whole step."""
-        return sum(self.floors.values())
-
-    def share(self, measured: Measurement) -> float:
-        """The floor's share of the step."""
-        return self.floor / measured.step_seconds
-
-
-def plain_parts(measured: Measurement) -> dict[str, float]:
-    """Seconds by part without what the profiler costs: its shares, of the median step."""
-    parts = {name: value["median"] for name, value in measured.profile["parts"].items()}
-    total = sum(parts.values())
-    return {name: seconds / total * measured.step_seconds for name, seconds in parts.items()}
 
 
 def throughput(
