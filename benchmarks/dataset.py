@@ -52,8 +52,13 @@ items:
 """
 
 
-def write_dataset(folder: Path, size: DatasetSize, seed: int = 0) -> Path:
+def write_dataset(
+    folder: Path, size: DatasetSize, seed: int = 0, shared_items: Path | None = None
+) -> Path:
     """Writes the dataset unless `folder` already holds this very one; returns `folder`.
+
+    Datasets on one file system may share the files of equal items, which `shared_items` then keeps
+    (one folder per kind of items).
 
     Example::
 
@@ -68,7 +73,10 @@ def write_dataset(folder: Path, size: DatasetSize, seed: int = 0) -> Path:
     small = min(size.num_rows, 4096)
     for split, rows in (("train", size.num_rows), ("valid", small), ("test", small)):
         _write_rows(folder / split, rows, size, popularity, rng)
-    _write_items(folder / "items", size, rng)
+    if shared_items is None:
+        _write_items(folder / "items", size, rng)
+    else:
+        _link_items(folder / "items", shared_items, size, seed)
     columns = ""
     for name, wants in (("text", size.text_dim), ("image", size.image_dim)):
         columns += f"    {name}: {{kind: feature}}\n" if wants else ""
@@ -119,6 +127,17 @@ def _write_rows(
         writer.write_table(table, row_group_size=count)
     assert writer is not None
     writer.close()
+
+
+def _link_items(folder: Path, shared: Path, size: DatasetSize, seed: int) -> None:
+    """The items of this size and seed in `shared`, written there unless they are, as hard links."""
+    fields = (seed, size.num_items, size.text_dim, size.image_dim, size.words)
+    source = shared / "-".join(map(str, fields))
+    if not (source / "part-0.parquet").exists():
+        _write_items(source, size, np.random.default_rng(seed))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "part-0.parquet").unlink(missing_ok=True)
+    (folder / "part-0.parquet").hardlink_to(source / "part-0.parquet")
 
 
 def _write_items(folder: Path, size: DatasetSize, rng: np.random.Generator) -> None:

@@ -8,10 +8,12 @@ median over rounds is the anchor; the best is kept beside it.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
 import torch
+from torch import Tensor
 
 GEMM_SIZE = 2048
 COPY_BYTES = 256 * 2**20
@@ -25,19 +27,33 @@ class Anchor:
     bytes_per_second: float
 
 
-def measure_anchor(gemm_size: int = GEMM_SIZE, copy_bytes: int = COPY_BYTES) -> Anchor:
+def measure_anchor(
+    gemm_size: int = GEMM_SIZE,
+    copy_bytes: int = COPY_BYTES,
+    device: torch.device | str = "cpu",
+) -> Anchor:
     """A float32 product of two square matrices, and a copy, whose bytes count read and written."""
-    left = torch.randn(gemm_size, gemm_size)
+    left = torch.randn(gemm_size, gemm_size, device=device)
     right, product = torch.randn_like(left), torch.empty_like(left)
-    begin = time.perf_counter()
-    torch.mm(left, right, out=product)
-    gemm_seconds = time.perf_counter() - begin
-    source = torch.ones(copy_bytes // 4)
+    gemm_seconds = _seconds(lambda: torch.mm(left, right, out=product))
+    source = torch.ones(copy_bytes // 4, device=device)
     target = torch.ones_like(source)  # its pages are touched before the clock starts
-    begin = time.perf_counter()
-    target.copy_(source)
-    copy_seconds = time.perf_counter() - begin
+    copy_seconds = _seconds(lambda: target.copy_(source))
     return Anchor(2 * gemm_size**3 / gemm_seconds, 2 * copy_bytes / copy_seconds)
+
+
+def _seconds(work: Callable[[], Tensor]) -> float:
+    wait_for_device()
+    begin = time.perf_counter()
+    work()
+    wait_for_device()
+    return time.perf_counter() - begin
+
+
+def wait_for_device() -> None:
+    """A GPU may still be at work when its calls have returned."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def typical(anchors: list[Anchor]) -> Anchor:

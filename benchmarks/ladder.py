@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.efficiency import Efficiency, plain_parts
 from benchmarks.ladder_rows import Row, rows_of
+from benchmarks.ranks import require_not_launched
 from benchmarks.results import RESULTS, Result, variant_record, write_result
 from benchmarks.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, Ratio, measure, ratio
 from benchmarks.settings import setting as named_setting
@@ -64,6 +65,7 @@ def ladder(
         here: in this process instead of new ones; rows of several ranks are left out.
         results: folder for the figures.
     """
+    require_not_launched("ladder")
     chosen = named_setting(setting, quick)
     rows = rows_of(setting, str(chosen.recipe), *chosen.prepared(out))
     rows = _chosen(rows, only, here)

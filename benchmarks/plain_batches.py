@@ -41,6 +41,8 @@ class PlainSource:
             raise ValueError(
                 "the plain twin encodes stored features; give content.modalities of kind feature"
             )
+        if ranks.device.type != "cpu":
+            raise ValueError("the plain twin runs on CPU; set device to cpu")
         if (content.fusion.name, content.fusion.preset) != ("qformer", "modern"):
             raise ValueError(
                 f"the plain twin has no fusion '{content.fusion.name}' of preset "

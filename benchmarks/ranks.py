@@ -25,7 +25,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from benchmarks.floor import COPY_BYTES, GEMM_SIZE, Anchor, measure_anchor
+from benchmarks.floor import COPY_BYTES, GEMM_SIZE, Anchor, measure_anchor, wait_for_device
 from benchmarks.model_sizes import BatchCounts, ModelSizes
 from benchmarks.steps import Steps, Variant, build_steps
 from recsys.ranks import Ranks, joined_ranks
@@ -61,6 +61,7 @@ class RankSteps:
         for _ in range(count):
             begin = time.perf_counter()
             self.steps.step()
+            wait_for_device()
             seconds.append(time.perf_counter() - begin)
             self.counts += self.steps.counts()
         return seconds
@@ -68,7 +69,7 @@ class RankSteps:
     def anchor(self, gemm_size: int = GEMM_SIZE, copy_bytes: int = COPY_BYTES) -> Anchor:
         """Of all ranks at once. A collective."""
         dist.barrier(group=self.ranks.group)
-        return measure_anchor(gemm_size, copy_bytes)
+        return measure_anchor(gemm_size, copy_bytes, self.ranks.device)
 
     def profile(self, steps: int) -> dict[str, Any]:
         return self.steps.profile(steps)
@@ -89,7 +90,19 @@ class Processes(Protocol):
 
 def is_launched() -> bool:
     """Whether torchrun or torchx started this process as one of several ranks."""
-    return "RANK" in os.environ
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def require_not_launched(benchmark: str) -> None:
+    """
+    Raises:
+        ValueError: several ranks were started for a benchmark that starts its own.
+    """
+    if is_launched():
+        raise ValueError(
+            f"{benchmark} compares different numbers of ranks and starts them itself; run it with "
+            "--nproc 1 or without torchrun, or measure this job with throughput or compare"
+        )
 
 
 class HereProcesses:
@@ -164,6 +177,8 @@ class OwnProcesses:
 def _serve(variant: Variant, rank: int, port: int, threads: int, connection: Connection) -> None:
     """A rank's process: builds the variant, then does as asked until it is killed."""
     torch.set_num_threads(threads)
+    for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]  # of a torchrun that started the benchmark, not this rank
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(variant.ranks),
@@ -175,7 +190,7 @@ def _serve(variant: Variant, rank: int, port: int, threads: int, connection: Con
     )
     answer: Callable[[], Any]
     try:
-        with joined_ranks("cpu") as ranks:
+        with joined_ranks(variant.config().device) as ranks:
             steps: RankSteps | None = None
             while True:
                 method, arguments = connection.recv()

@@ -52,7 +52,7 @@ class Result:
     title: str
     records: list[dict[str, Any]]
     columns: Sequence[str]
-    rows: list[Sequence[str]]
+    rows: Sequence[Sequence[str]]
     draw: Callable[[Figure], None]
     reading: list[str] = field(default_factory=list)
 

@@ -120,7 +120,7 @@ def measure(variants: Sequence[Variant], effort: Effort, here: bool = False) -> 
         opened: list[Processes] = []
         if here or is_launched():
             torch.set_num_threads(effort.threads)
-            ranks = stack.enter_context(joined_ranks("cpu"))
+            ranks = stack.enter_context(joined_ranks(variants[0].config().device))
             for variant in variants:
                 opened.append(HereProcesses(variant, ranks))
         else:

@@ -1,4 +1,4 @@
-"""torchx components that run `recsys train`, `evaluate`, `predict` and `cache` over many ranks.
+"""torchx components that run `recsys train`, its other commands and benchmarks on many ranks.
 
 torchx turns a component into a job of the scheduler named by `-s`: this machine (`local_cwd`),
 Slurm, Kubernetes and others. Everything after `--` goes to the command unchanged::
@@ -220,6 +220,60 @@ def cache(
     )
 
 
+def benchmark(
+    *args: str,
+    nproc: int = 1,
+    nnodes: int = 1,
+    cpu: int = -1,
+    gpu: int = 0,
+    memMB: int = -1,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+    name: str = "recsys-benchmark",
+    image: str = torchx.IMAGE,
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+) -> AppDef:
+    """Measures: `python -m benchmarks.NAME` on every rank.
+
+    Args:
+        args: the benchmark's name, such as throughput, and its arguments, after `--`
+        nproc: ranks per node; 1 for benchmarks that start ranks themselves (ladder, scaling)
+        nnodes: nodes
+        cpu: processor cores to ask for per node; -1 leaves that to the scheduler
+        gpu: GPUs to ask for per node
+        memMB: memory to ask for per node, in MB; -1 leaves that to the scheduler
+        max_retries: how often torchrun restarts all ranks after one failed, and the scheduler the
+            job after torchrun failed or a node was lost (local_cwd: torchrun alone)
+        rdzv_port: port of the first node where the nodes meet; jobs that share that node need
+            different ones
+        name: name of the job, `experiment/run` or `run`
+        image: container image with this project installed; unused by local_cwd and slurm
+        env: environment of the ranks, e.g. OMP_NUM_THREADS=4,NCCL_DEBUG=INFO
+        mounts: what to mount into containers, e.g. type=bind,src=/data,dst=/data,readonly
+    """
+    if not args or args[0].startswith("-"):
+        raise ValueError(
+            "name a benchmark first after `--`: benchmark ... -- throughput --out FOLDER"
+        )
+    return _distributed_job(
+        "benchmark",
+        args[1:],
+        nproc,
+        nnodes,
+        cpu,
+        gpu,
+        memMB,
+        max_retries,
+        rdzv_port,
+        name,
+        image,
+        env,
+        mounts,
+        words=(f"benchmarks.{args[0]}",),
+    )
+
+
 def _distributed_job(
     command: str,
     args: tuple[str, ...],
@@ -234,8 +288,9 @@ def _distributed_job(
     image: str,
     env: Optional[Dict[str, str]],
     mounts: Optional[List[str]],
+    words: Optional[tuple[str, ...]] = None,
 ) -> AppDef:
-    """The job that runs `recsys COMMAND ARGS` on nnodes × nproc ranks.
+    """The job that runs `recsys COMMAND ARGS`, or `python -m WORDS ARGS`, on nnodes × nproc ranks.
 
     The only place that knows torchx's own component: upstream renames `dist.ddp` to
     `dist.torchrun`.
@@ -247,8 +302,7 @@ def _distributed_job(
         os.environ["SBATCH_GPUS"] = str(gpu)
     env = {**_torchrun_environment(nnodes, max_retries), **(env or {})}
     job = dist.ddp(
-        "recsys.cli",
-        command,
+        *(words or ("recsys.cli", command)),
         *args,
         # `-m -- recsys.cli ...`: without `--` torchrun takes options of ours that begin like its
         # own for abbreviations, `--run` for `--run-path`, even behind the module.

@@ -34,7 +34,7 @@ class Setting:
 
         The caches of encoded items go beside it, so that all variants of a setting share them.
         """
-        data = write_dataset(out / self._data_name(), self.size)
+        data = write_dataset(out / self._data_name(), self.size, shared_items=out / "items")
         return str(data), (*self.overrides, "--cache", str(out / "cache"))
 
     def _data_name(self) -> str:

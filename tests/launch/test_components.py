@@ -58,6 +58,16 @@ def test_each_component_runs_its_command_with_everything_after_the_dashes(comman
     assert " --nnodes 2 --nproc_per_node 4 " in role.args[-1]
 
 
+def test_a_benchmark_is_named_first_and_runs_as_a_module() -> None:
+    job = component("benchmark", "--nproc", "2", "--", "throughput", "--out", "my run")
+    assert (job.name, job.roles[0].name) == ("recsys-benchmark", "benchmark")
+    assert job.roles[0].args[-1].endswith(" -m -- benchmarks.throughput --out 'my run'")
+    assert " --nproc_per_node 1 " in component("benchmark", "--", "ladder").roles[0].args[-1]
+    for arguments in ((), ("--", "--out", "my run")):
+        with pytest.raises(ValueError, match="name a benchmark first"):
+            component("benchmark", *arguments)
+
+
 def test_two_ranks_on_one_node_unless_said_otherwise() -> None:
     assert " --nnodes 1 --nproc_per_node 2 " in component("train").roles[0].args[-1]
 
