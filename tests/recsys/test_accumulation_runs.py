@@ -69,7 +69,7 @@ def test_sigterm_within_a_group_is_obeyed_at_its_end_and_the_run_goes_on_to_the_
     assert_same_end(tmp_path / "run", whole)
 
 
-def test_a_run_may_go_on_with_groups_of_another_size(
+def test_a_run_may_go_on_with_groups_of_another_size_and_in_other_types(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_training(folder, tmp_path / "run", *GROUP, "--epochs", "1")
@@ -81,7 +81,8 @@ def test_a_run_may_go_on_with_groups_of_another_size(
         scheduled.append(schedule.last_epoch)
 
     monkeypatch.setattr(LambdaLR, "step", step)
-    run_training(folder, tmp_path / "run", "--accumulate_steps", "8")
+    types = ["--precision", "bf16", "--embedding.communication.forward", "fp16"]
+    run_training(folder, tmp_path / "run", "--accumulate_steps", "8", *types)
     last = progress_of(folders_by_age(tmp_path / "run" / "checkpoints")[0])
     assert (last["steps"], last["dense_steps"]) == (16, 4 + 1)
     assert scheduled == [0, 5]  # when it is built, and after the one group of 8
