@@ -41,7 +41,7 @@ class ListColumns:
         places = np.repeat(starts - ends + lengths, lengths)
         places += np.arange(len(places))
         offsets = np.concatenate([[0], ends])
-        return ListColumns(offsets, {name: of[places] for name, of in self.values.items()})
+        return ListColumns(offsets, {name: of.take(places) for name, of in self.values.items()})
 
     @staticmethod
     def concat(parts: Sequence[ListColumns]) -> ListColumns:
@@ -102,7 +102,7 @@ class RowColumns:
     def take(self, rows: np.ndarray) -> RowColumns:
         """Copies of some rows [n], in that order."""
         return RowColumns(
-            {name: values[rows] for name, values in self.numbers.items()},
+            {name: values.take(rows) for name, values in self.numbers.items()},
             tuple(columns.take(rows) for columns in self.lists),
         )
 

@@ -1,0 +1,233 @@
+"""How fast the loader alone turns Parquet into batches, and how long a training step waits for it.
+
+    python -m benchmarks.loader --out FOLDER
+
+Whole epochs of setting A in batches of 512: rows read, checked and shuffled, histories indexed by
+their unique items, the content of the targets gathered. For each length of history, with content
+and without, one thread builds alone (the figure per core), then threads build ahead of a trainer
+that computes for `--step_ms` per batch. Writes `loader.jsonl`, `.md` and `.png` into `--results`
+and ends with 1 where one core delivers less than 100,000 samples/s at a history of 50, or where
+waiting for it takes 2 % of a step or more.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pyarrow as pa
+import torch
+from jsonargparse import auto_cli
+from matplotlib.figure import Figure
+
+from benchmarks.dataset import DatasetSize, write_dataset
+from benchmarks.results import RESULTS, Result, write_result
+from recsys.batch import Batch
+from recsys.config import ModalitySettings
+from recsys.data.batch_builder import BatchBuilder
+from recsys.data.content_store import ContentStore
+from recsys.data.filesystem import Location
+from recsys.data.interactions import Interactions, loader
+from recsys.data.item_table import ItemTable
+from recsys.data.parquet_rows import ParquetRows
+from recsys.data.schema import Schema, load_schema
+
+BAR, BAR_HISTORY = 100_000, 50  # samples/s per core, content included
+MOST_WAITING = 0.02  # of a step
+MODALITIES = ("text", "image")
+VALUES = 13_000_000  # history items of an epoch at most; longer histories get fewer rows
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is loaded, and by how many threads beside the one that asks."""
+
+    history: int
+    content: bool
+    num_workers: int
+
+    @property
+    def has_bar(self) -> bool:
+        return self.content and self.history == BAR_HISTORY
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Medians over the passes.
+
+    per_core: samples per second of processor time, of all threads of the process.
+    first_batch: seconds from the begin of an epoch until its first batch is there, when the first
+        window has been read.
+    waiting: share of a step that passes until the next batch is there, after the first.
+    """
+
+    case: Case
+    samples_per_second: float
+    per_core: float
+    first_batch: float
+    waiting: float | None
+
+    @property
+    def passes(self) -> bool | None:
+        """Whether the bar is met; None where there is none."""
+        if not self.case.has_bar:
+            return None
+        return self.per_core >= BAR if self.waiting is None else self.waiting < MOST_WAITING
+
+
+class Step:
+    """Stands for a training step: matrix products that keep one core busy for so long."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.matrix = torch.rand(256, 256)
+
+    def __call__(self) -> None:
+        end = time.perf_counter() + self.seconds
+        while time.perf_counter() < end:
+            self.matrix @ self.matrix
+
+
+def benchmark(
+    out: Path,
+    history: Sequence[int] = (50, 1000),
+    workers: Sequence[int] = (1, 2),
+    rows: int = 131_072,
+    items: int = 100_000,
+    batch_size: int = 512,
+    passes: int = 5,
+    step_ms: float = 20.0,
+    results: Path = RESULTS,
+) -> bool:
+    """Measures all cases and tells whether the bars are met.
+
+    Args:
+        out: folder for datasets and content.
+        history: items in the history of each row.
+        workers: threads that build batches ahead.
+        rows, items: of the dataset; long histories get fewer rows.
+        batch_size: rows per batch.
+        passes: epochs per case, after one that is not counted.
+        step_ms: how long the trainer computes per batch.
+        results: folder for the figures.
+    """
+    torch.set_num_threads(1)
+    pa.set_cpu_count(1)
+    step = Step(step_ms / 1e3)
+    measured = []
+    for length, content in product(history, (False, True)):
+        size = DatasetSize(
+            num_rows=min(rows, max(VALUES // length, batch_size)), num_items=items, history=length
+        )
+        name = f"loader-{size.num_rows}-{items}-{length}"
+        root = Location.of(write_dataset(out / name, size, shared_items=out / "items"))
+        schema = load_schema(root)
+        store = _content(root, schema, out / "cache") if content else None
+        split = ParquetRows.of_split(root, "train", schema)
+        build = BatchBuilder(schema, ["user", "tags"], store)
+        interactions = Interactions(split, build, batch_size, seed=0)
+        for number in (0, *workers):
+            case = Case(length, content, number)
+            measured.append(_measure(case, interactions, passes, step if number else None))
+            print(asdict(measured[-1]), flush=True)
+    write_result(_result(measured, step_ms), results)
+    return all(one.passes is not False for one in measured)
+
+
+def _content(root: Location, schema: Schema, cache: Path) -> ContentStore:
+    modalities = {name: ModalitySettings(kind="feature", column=name) for name in MODALITIES}
+    store = ContentStore(ItemTable(root, schema), modalities, cache)
+    for name in MODALITIES:
+        store.build(name)
+    return store
+
+
+def _measure(case: Case, interactions: Interactions, passes: int, step: Step | None) -> Measured:
+    speeds, per_core, first_batch, waiting = [], [], [], []
+    for epoch in range(passes + 1):
+        interactions.begin(epoch)
+        wall, processor = time.perf_counter(), time.process_time()
+        with closing(loader(interactions, case.num_workers, pin_memory=False)) as batches:
+            samples, first, computed = _drain(batches, step)
+        wall, processor = time.perf_counter() - wall, time.process_time() - processor
+        if epoch:  # the first one fills the system's page cache
+            speeds.append(samples / wall)
+            per_core.append(samples / processor)
+            first_batch.append(first)
+            waiting.append(1 - computed / (wall - first))
+    return Measured(
+        case,
+        median(speeds),
+        median(per_core),
+        median(first_batch),
+        None if step is None else median(waiting),
+    )
+
+
+def _drain(batches: Iterable[Batch], step: Step | None) -> tuple[int, float, float]:
+    """(samples, seconds until the first batch, seconds of computing) of a pass."""
+    samples, first, computed = 0, 0.0, 0.0
+    start = time.perf_counter()
+    for batch in batches:
+        begin = time.perf_counter()
+        first = first or begin - start
+        samples += batch.batch_size
+        if step is not None:
+            step()
+            computed += time.perf_counter() - begin
+    return samples, first, computed
+
+
+def _result(measured: list[Measured], step_ms: float) -> Result:
+    columns = ["history", "content", "threads", "samples/s", "per core", "first batch, ms"]
+    columns += ["waiting", "bar"]
+    verdicts = {True: "pass", False: "FAIL", None: ""}
+    rows: list[Sequence[str]] = [
+        (
+            str(one.case.history),
+            "text, image" if one.case.content else "none",
+            str(one.case.num_workers),
+            f"{one.samples_per_second:,.0f}",
+            f"{one.per_core:,.0f}",
+            f"{1e3 * one.first_batch:.0f}",
+            "" if one.waiting is None else f"{one.waiting:.2%}",
+            verdicts[one.passes],
+        )
+        for one in measured
+    ]
+    reading = [
+        f"The bar is {BAR:,} samples/s per core with content at a history of {BAR_HISTORY}, and "
+        f"less than {MOST_WAITING:.0%} of a step of {step_ms:g} ms spent waiting for data, after "
+        "the first batch of an epoch. Without threads the loader does nothing else; with threads, "
+        "samples/s are those of the steps and the processor time includes theirs.",
+    ]
+
+    def draw(figure: Figure) -> None:
+        _draw(figure, [one for one in measured if one.waiting is None])
+
+    records: list[dict[str, Any]] = [
+        {"benchmark": "loader", **asdict(one), "passes": one.passes} for one in measured
+    ]
+    return Result("loader", "Parquet to batches", records, columns, rows, draw, reading)
+
+
+def _draw(figure: Figure, alone: list[Measured]) -> None:
+    axes = figure.add_subplot()
+    names = [
+        f"history {one.case.history}{', content' if one.case.content else ''}" for one in alone
+    ]
+    axes.barh(names, [one.per_core for one in alone])
+    axes.axvline(BAR, color="black", linestyle="--", label=f"bar at a history of {BAR_HISTORY}")
+    axes.set_xlabel("samples/s per core")
+    axes.legend()
+
+
+if __name__ == "__main__":
+    sys.exit(0 if auto_cli(benchmark, as_positional=False) else 1)
