@@ -62,7 +62,10 @@ class BatchPreparation:
         for step, batch in enumerate(batches, first_step):
             self.vocabularies.map_batch(batch, step, training)
             unknown.add(batch)
-            yield self._with_items(self._with_histories(batch), step, training)
+            prepared = self._with_items(self._with_histories(batch), step, training)
+            # A loader that pins does so before; what was added here would be copied with a wait.
+            is_new = prepared is not batch and batch.target_items.is_pinned()
+            yield prepared.pin_memory() if is_new else prepared
 
     def _with_histories(self, batch: Batch) -> Batch:
         has_history = len(batch.sequence_features.keys()) > 1
