@@ -131,8 +131,9 @@ def _curves(points: list[Point]) -> list[Curve]:
 def _growth(points: list[Point]) -> str:
     first, last = points[0], points[-1]
     samples = last.measured.samples_per_second(50) / first.measured.samples_per_second(50)
+    of_what = f"({first.curve.x_name})"
     return (
-        f"{first.curve.name}: from {_x_of(first):.3g} to {_x_of(last):.3g} ({first.curve.x_name}) "
+        f"{first.curve.name}: from {_x_of(first):,.4g} to {_x_of(last):,.4g} {of_what} "
         f"a step takes {last.slower.median:.2f} times as long, at {samples:.2f} times the "
         f"samples/s, and the peak of memory grows from {first.measured.peak_bytes / 1e9:.2f} to "
         f"{last.measured.peak_bytes / 1e9:.2f} GB."

@@ -1,0 +1,79 @@
+"""Rounds of steps: variants in processes of their own, on one and two ranks, and their ratios."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.floor import Anchor
+from benchmarks.ranks import RankReport
+from benchmarks.rounds import QUICK_EFFORT, Measurement, measure, ratio
+from benchmarks.steps import Variant
+from tests.benchmarks.variants import quick_variant
+
+
+def measurement(seconds: list[list[float]], rows: int = 100) -> Measurement:
+    """Of one rank."""
+    report = RankReport(rows, 2, 1, [], None)
+    return Measurement(Variant("v", "", ""), 1, seconds, [Anchor(1.0, 1.0)], [report])
+
+
+def test_a_ratio_is_taken_within_rounds() -> None:
+    # The machine is three times slower in the second round, for both.
+    this = measurement([[0.1, 0.1, 0.5], [0.3, 0.3, 0.3], [0.1, 0.1, 0.1]])
+    other = measurement([[0.2, 0.2, 0.2], [0.6, 0.6, 0.6], [0.4, 0.4, 0.4]])
+    found = ratio(this, other)
+    assert (found.median, found.lowest, found.highest) == pytest.approx((2.0, 2.0, 4.0))
+    twice = ratio(measurement(this.seconds, rows=200), other)
+    assert twice.median == pytest.approx(4.0)
+
+
+def test_percentiles_of_samples_per_second_rise() -> None:
+    measured = measurement([[0.1] * 5, [0.2] * 4, [1.0]])
+    rates = [measured.samples_per_second(p) for p in (10, 50, 90)]
+    assert rates == sorted(rates)
+    assert measured.samples_per_second(100) == pytest.approx(1000.0)
+    assert measured.samples_per_second(0) == pytest.approx(100.0)
+    assert measured.step_seconds == pytest.approx(0.15)
+
+
+def test_variants_on_one_and_two_ranks_take_turns_in_processes_of_their_own(
+    tmp_path: Path,
+) -> None:
+    one = quick_variant(tmp_path)
+    alone, both = measure([one, one.changed("two", ranks=2)], QUICK_EFFORT)
+    assert (alone.world_size, both.world_size) == (1, 2)
+    assert both.rows == 2 * alone.rows == 32
+    for measured in (alone, both):
+        assert [len(of_round) for of_round in measured.seconds] == [2, 2]
+        assert len(measured.anchors) == 2 * measured.world_size
+        steps = QUICK_EFFORT.warm_up + 2 * QUICK_EFFORT.steps
+        assert all(len(report.counts) == steps for report in measured.reports)
+        assert all(r.peak_bytes >= r.resting_bytes > 10**8 for r in measured.reports)
+    sent = [sum(c["bytes_sent"]["median"] for c in m.profile["collectives"]) for m in (alone, both)]
+    assert sent[0] == 0 < sent[1]
+
+
+def test_a_rank_that_fails_ends_the_benchmark_with_its_cause(tmp_path: Path) -> None:
+    missing = quick_variant(tmp_path).changed("missing", data=str(tmp_path / "nowhere"))
+    with pytest.raises(RuntimeError, match=r"variant 'missing', rank 0(.|\n)*nowhere"):
+        measure([missing], QUICK_EFFORT)
+
+
+@pytest.mark.long
+def test_under_torchrun_all_variants_use_its_ranks(tmp_path: Path) -> None:
+    torchrun = Path(sys.executable).parent / "torchrun"
+    command = [str(torchrun), "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    command += ["benchmarks.throughput", "--out", str(tmp_path), "--quick", "true"]
+    command += ["--results", str(tmp_path)]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    root = Path(__file__).parents[2]
+    subprocess.run(command, cwd=root, env=environment, check=True, timeout=300)
+    (record,) = map(json.loads, (tmp_path / "throughput_a.jsonl").read_text().splitlines())
+    assert record["world_size"] == 2
+    assert record["collectives"]
