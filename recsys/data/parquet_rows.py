@@ -30,10 +30,11 @@ from recsys.data.row_values import (
 from recsys.data.schema import Schema
 from recsys.ranks import Ranks
 
-# What is shuffled together in memory, per rank: so many rows, or those with so many values in all
-# their columns (long histories), whichever is less, but at least one row group.
+# What is shuffled together in memory, per rank: so many rows, or those of so many bytes where
+# histories are long, but at least one row group. Bytes are those of encoded pages, as only these
+# can be told of every file before it is read; ids take about five times as many in memory.
 SHUFFLE_ROWS = 262_144
-SHUFFLE_VALUES = 1 << 25
+SHUFFLE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ class RowGroup:
     num_rows: int
     first_row: int  # within the file
     first_position: int  # within the split
-    num_values: int  # of all its columns that are read, those of lists included
+    num_bytes: int  # of its pages, encoded but not compressed
 
-    def values_in(self, low: int, high: int) -> int:
-        """How many values rows `[low, high)` have if all rows have equally many."""
-        return self.num_values * (high - low) // self.num_rows
+    def bytes_in(self, low: int, high: int) -> int:
+        """How many of them rows `[low, high)` have if all rows have equally many."""
+        return self.num_bytes * (high - low) // self.num_rows
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,6 @@ class ParquetRows:
             metadata = parquet.metadata
             for name in self.columns:
                 check_type(self.schema, name, column_type(parquet, file, name), file)
-            leaves = _leaves(metadata, self.columns)
         if metadata.num_rows == 0:
             raise ValueError(f"{file}: the file has no rows; remove it or write it again")
         first_row = 0
@@ -119,9 +119,9 @@ class ParquetRows:
         )
         for index in range(metadata.num_row_groups):
             group = metadata.row_group(index)
-            num_values = sum(group.column(leaf).num_values for leaf in leaves)
+            place = (first_row, position + first_row)
             self.row_groups.append(
-                RowGroup(file, index, group.num_rows, first_row, position + first_row, num_values)
+                RowGroup(file, index, group.num_rows, *place, group.total_byte_size)
             )
             first_row += group.num_rows
 
@@ -143,7 +143,7 @@ class ParquetRows:
     def fingerprint(self) -> str:
         """A hash of what decides on the order of the rows: files, row groups and their sizes."""
         names = [str(group.file).rsplit("/", 1)[-1] for group in self.row_groups]
-        sizes = [(group.num_rows, group.num_values) for group in self.row_groups]
+        sizes = [(group.num_rows, group.num_bytes) for group in self.row_groups]
         return hashlib.blake2b(repr((names, sizes)).encode(), digest_size=16).hexdigest()
 
     def skipped(self, ranks: Ranks, what: str) -> dict[str, Any]:
@@ -175,22 +175,22 @@ class ParquetRows:
         """The places `[start, stop)` cut at row groups into what is shuffled together.
 
         A window ends with the row group that reaches `SHUFFLE_ROWS`, or before the one that would
-        exceed `SHUFFLE_VALUES`. `shuffle_seed` (seed, epoch) permutes the row groups, the same on
+        exceed `SHUFFLE_BYTES`. `shuffle_seed` (seed, epoch) permutes the row groups, the same on
         every rank, and the rows within each window.
         """
         found: list[Window] = []
-        place = num_values = 0
+        place = num_bytes = 0
         for group in self._ordered(shuffle_seed):
             low, high = max(start - place, 0), min(stop - place, group.num_rows)
-            more = group.values_in(low, high) if low < high else 0
-            if num_values and more and num_values + more > SHUFFLE_VALUES:
+            more = group.bytes_in(low, high) if low < high else 0
+            if num_bytes and more and num_bytes + more > SHUFFLE_BYTES:
                 found.append(Window(start, place))
-                start, num_values = place, 0
-            num_values += more
+                start, num_bytes = place, 0
+            num_bytes += more
             place += group.num_rows
             if min(place, stop) - start >= SHUFFLE_ROWS or place >= stop > start:
                 found.append(Window(start, min(place, stop)))
-                start, num_values = found[-1].stop, 0
+                start, num_bytes = found[-1].stop, 0
         return found
 
     def read_window(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> pa.Table:
@@ -269,16 +269,6 @@ class ParquetRows:
 
         positions = np.arange(group.num_rows) + group.first_position
         return usable_table(table.select(self.columns), self.schema, positions, report)
-
-
-def _leaves(metadata: pq.FileMetaData, columns: list[str]) -> list[int]:
-    """The numbers of the Parquet columns that hold values of some Arrow columns."""
-    paths = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
-    return [
-        leaf
-        for leaf, path in enumerate(paths)
-        if any(path == name or path.startswith(f"{name}.") for name in columns)
-    ]
 
 
 def count_items(rows: ParquetRows, rank: int, world_size: int) -> np.ndarray:

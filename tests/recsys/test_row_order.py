@@ -3,7 +3,6 @@
 from collections import Counter
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -98,23 +97,15 @@ def test_windows_end_where_long_histories_make_them_large(
     rows: ParquetRows, seed: int | None, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = Stage(world_size, 4, 0)
-    largest = max(group.num_values for group in rows.row_groups)
+    largest = max(group.num_bytes for group in rows.row_groups)
     monkeypatch.setattr("recsys.data.parquet_rows.SHUFFLE_ROWS", 1000)
     by_rows = share(rows, 0, stage, seed).share.slices
-    monkeypatch.setattr("recsys.data.parquet_rows.SHUFFLE_VALUES", largest)
-    by_values = share(rows, 0, stage, seed).share.slices
+    monkeypatch.setattr("recsys.data.parquet_rows.SHUFFLE_BYTES", largest)
+    by_bytes = share(rows, 0, stage, seed).share.slices
     assert len(by_rows) == 1
-    assert sum(map(len, by_values)) == len(by_rows[0])
+    assert sum(map(len, by_bytes)) == len(by_rows[0])
     # No two row groups of about equal size fit together.
-    assert max(map(len, by_values)) <= 11
+    assert max(map(len, by_bytes)) <= 11
     counts = Counter(place for batches in read(rows, [stage]) for part in batches for place in part)
     counts.pop(-1, None)
     assert counts == Counter(range(61))
-
-
-def test_row_groups_know_how_many_values_their_lists_hold(rows: ParquetRows) -> None:
-    for group in rows.row_groups:
-        columns = pq.ParquetFile(group.file.path).read_row_group(group.index).to_pydict()
-        values = [value for column in rows.columns for value in columns[column]]
-        # As Parquet counts them, a list that is null or empty stands for one.
-        assert group.num_values == sum(max(len(v), 1) if isinstance(v, list) else 1 for v in values)
