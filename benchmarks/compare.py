@@ -16,7 +16,7 @@ from typing import Any
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
-from benchmarks.results import RESULTS, Result, variant_record, write_result
+from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
 from benchmarks.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, measure, ratio
 from benchmarks.settings import setting
 from benchmarks.steps import Variant
@@ -46,6 +46,7 @@ def compare(
         here: all in this process instead of one per variant.
         results: folder for the figures.
     """
+    require_own_folder(quick, results)
     chosen = variants(out, quick, overrides or [])
     unknown = sorted(set(only or []) - {variant.name for variant in chosen})
     if unknown:

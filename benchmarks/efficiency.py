@@ -35,6 +35,14 @@ class Efficiency:
         """Seconds of the whole step."""
         return sum(self.floors.values())
 
+    @property
+    def lost(self) -> dict[str, float]:
+        """Seconds above the floor by measured part, the most first."""
+        above = {
+            part: seconds - self.floors.get(part, 0.0) for part, seconds in self.seconds.items()
+        }
+        return dict(sorted(above.items(), key=lambda item: -item[1]))
+
     def share(self, measured: Measurement) -> float:
         """The floor's share of the step."""
         return self.floor / measured.step_seconds

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from benchmarks.efficiency import Efficiency, plain_parts
 from benchmarks.ladder_rows import Row, rows_of
 from benchmarks.ranks import require_not_launched
-from benchmarks.results import RESULTS, Result, variant_record, write_result
+from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
 from benchmarks.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, Ratio, measure, ratio
 from benchmarks.settings import setting as named_setting
 
@@ -66,6 +66,7 @@ def ladder(
         results: folder for the figures.
     """
     require_not_launched("ladder")
+    require_own_folder(quick, results)
     chosen = named_setting(setting, quick)
     rows = rows_of(setting, str(chosen.recipe), *chosen.prepared(out))
     rows = _chosen(rows, only, here)
@@ -123,6 +124,23 @@ def reading(rung: Rung) -> str:
     )
 
 
+def losses_of_the_fastest(rungs: list[Rung]) -> str:
+    """A sentence on where the fastest step of one rank is above its floor."""
+    known = [r for r in rungs if r.measured.world_size == 1 and r.measured.reports[0].sizes]
+    if not known:
+        return ""
+    fastest = max(known, key=lambda rung: rung.over_first)
+    efficiency = Efficiency.of(fastest.measured)
+    parts = ", ".join(
+        f"{part} {1e3 * seconds:.1f} ms" for part, seconds in list(efficiency.lost.items())[:6]
+    )
+    return (
+        f"The floor is {efficiency.share(fastest.measured):.0%} of the step of "
+        f"'{fastest.row.name}', {1e3 * efficiency.floor:.1f} of "
+        f"{1e3 * fastest.measured.step_seconds:.1f} ms. Above it are {parts}."
+    )
+
+
 def _comparable(
     before: dict[str, float], after: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
@@ -166,7 +184,7 @@ def _result(name: str, title: str, rungs: list[Rung]) -> Result:
         columns,
         rows,
         lambda figure: _draw(figure, rungs),
-        ["\n".join(sentences)],
+        ["\n".join(sentences), losses_of_the_fastest(rungs)],
     )
 
 

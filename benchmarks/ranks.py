@@ -8,11 +8,13 @@ side in each of them.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import socket
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,8 +176,16 @@ class OwnProcesses:
             connection.close()
 
 
+def silence_advice_to_library_developers() -> None:
+    """Deprecations inside torch and TorchRec, which users of a benchmark cannot mend."""
+    for name in ("torchrec", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
+
+
 def _serve(variant: Variant, rank: int, port: int, threads: int, connection: Connection) -> None:
     """A rank's process: builds the variant, then does as asked until it is killed."""
+    silence_advice_to_library_developers()
     torch.set_num_threads(threads)
     for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
         del os.environ[name]  # of a torchrun that started the benchmark, not this rank

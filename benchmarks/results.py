@@ -57,6 +57,18 @@ class Result:
     reading: list[str] = field(default_factory=list)
 
 
+def require_own_folder(quick: bool, folder: Path) -> None:
+    """
+    Raises:
+        ValueError: figures of quick sizes would replace real ones.
+    """
+    if quick and folder == RESULTS:
+        raise ValueError(
+            f"--quick: its figures mean nothing and would replace those in {RESULTS}; give "
+            "--results another folder"
+        )
+
+
 def write_result(result: Result, folder: Path) -> None:
     """Writes `folder/NAME.jsonl`, `.md` and `.png`, on the first rank alone, and prints the page.
 

@@ -18,7 +18,14 @@ import torch
 
 from benchmarks.floor import Anchor
 from benchmarks.model_sizes import BatchCounts
-from benchmarks.ranks import HereProcesses, OwnProcesses, Processes, RankReport, is_launched
+from benchmarks.ranks import (
+    HereProcesses,
+    OwnProcesses,
+    Processes,
+    RankReport,
+    is_launched,
+    silence_advice_to_library_developers,
+)
 from benchmarks.steps import Variant
 from recsys.ranks import joined_ranks
 
@@ -119,6 +126,7 @@ def measure(variants: Sequence[Variant], effort: Effort, here: bool = False) -> 
     with ExitStack() as stack:
         opened: list[Processes] = []
         if here or is_launched():
+            silence_advice_to_library_developers()
             torch.set_num_threads(effort.threads)
             ranks = stack.enter_context(joined_ranks(variants[0].config().device))
             for variant in variants:

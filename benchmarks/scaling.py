@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.model_sizes import BatchCounts
 from benchmarks.ranks import require_not_launched
-from benchmarks.results import RESULTS, Result, variant_record, write_result
+from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
 from benchmarks.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, Ratio, measure, ratio
 from benchmarks.scaling_curves import Curve, curves_of
 
@@ -61,6 +61,7 @@ def scaling(
         results: folder for the figures.
     """
     require_not_launched("scaling")
+    require_own_folder(quick, results)
     all_curves = curves_of(out, quick, ranks, table_rows)
     unknown = sorted(set(curves or []) - {curve.name for curve in all_curves})
     if unknown:
@@ -130,7 +131,7 @@ def _curves(points: list[Point]) -> list[Curve]:
 
 def _growth(points: list[Point]) -> str:
     first, last = points[0], points[-1]
-    samples = last.measured.samples_per_second(50) / first.measured.samples_per_second(50)
+    samples = last.measured.rows / first.measured.rows / last.slower.median
     of_what = f"({first.curve.x_name})"
     return (
         f"{first.curve.name}: from {_x_of(first):,.4g} to {_x_of(last):,.4g} {of_what} "

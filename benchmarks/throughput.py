@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from benchmarks.efficiency import Efficiency
 from benchmarks.floor import best
 from benchmarks.model_sizes import BatchCounts
-from benchmarks.results import RESULTS, Result, variant_record, write_result
+from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
 from benchmarks.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, measure
 from benchmarks.settings import setting as named_setting
 from benchmarks.steps import Variant
@@ -53,6 +53,7 @@ def throughput(
         here: in this process instead of new ones.
         results: folder for the figures.
     """
+    require_own_folder(quick, results)
     chosen = named_setting(setting, quick)
     data, words = chosen.prepared(out)
     variant = Variant(

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.compare import PLAIN, compare
-from benchmarks.ladder import Rung, ladder, reading
+from benchmarks.ladder import Rung, ladder, losses_of_the_fastest, reading
 from benchmarks.ladder_rows import rows_of
 from benchmarks.scaling import scaling
 from benchmarks.throughput import throughput
@@ -68,7 +68,9 @@ def test_ladder_multiplies_speed_ups_and_reads_profiles(tmp_path: Path) -> None:
     assert records[1]["base"] == "plain PyTorch"
     assert records[1]["over_first"] == pytest.approx(records[1]["speed_up"]["median"])
     assert records[0]["items_encoded"] is None and records[1]["items_encoded"] > 0
-    assert (tmp_path / "ladder_a.md").read_text().count(reading(rungs[1])) == 1
+    page = (tmp_path / "ladder_a.md").read_text()
+    assert page.count(reading(rungs[1])) == page.count(losses_of_the_fastest(rungs)) == 1
+    assert "of the step of 'items encoded once'" in page
 
 
 def test_reading_names_the_part_that_changed_most(tmp_path: Path) -> None:
@@ -120,12 +122,27 @@ def test_scaling_compares_each_point_with_the_first(tmp_path: Path) -> None:
 
 def test_unknown_names_are_refused_with_the_known_ones(tmp_path: Path) -> None:
     for call, message in [
-        (lambda: compare(tmp_path, ["fast"], quick=True), "no variant .'fast'.*bank_lora"),
-        (lambda: ladder(tmp_path, "A", ["fast"], quick=True), "no row .'fast'.*memory bank"),
-        (lambda: scaling(tmp_path, ["fast"], quick=True), "no curve .'fast'.*batch size"),
+        (
+            lambda: compare(tmp_path, ["fast"], quick=True, results=tmp_path),
+            "no variant .'fast'.*bank_lora",
+        ),
+        (
+            lambda: ladder(tmp_path, "A", ["fast"], quick=True, results=tmp_path),
+            "no row .'fast'.*memory bank",
+        ),
+        (
+            lambda: scaling(tmp_path, ["fast"], quick=True, results=tmp_path),
+            "no curve .'fast'.*batch size",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("command", [compare, throughput, ladder, scaling])
+def test_quick_figures_never_replace_real_ones(command: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give --results another folder"):
+        command(tmp_path, quick=True)
 
 
 def test_what_starts_its_own_ranks_refuses_to_be_started_on_several(

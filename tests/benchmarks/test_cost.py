@@ -16,6 +16,7 @@ from benchmarks.floor import Anchor, best, measure_anchor, typical
 from benchmarks.model_sizes import BatchCounts, ModelSizes
 from benchmarks.steps import ProductSteps
 from benchmarks.work import PartCost, Work
+from recsys.content.encoder import Encoder
 from recsys.content.frozen_groups import ITEMS_PER_GROUP
 from tests.benchmarks.variants import product_steps, quick_variant
 
@@ -75,11 +76,13 @@ def test_layers_below_are_counted_where_they_are_not_cached(tmp_path: Path) -> N
         batch = next(steps.batches)
         store, branch = steps.job.store, steps.job.em3.content
         assert store is not None and branch is not None
+        encoder = branch.encoders["title"]
+        assert isinstance(encoder, Encoder)
         ids = np.arange(ITEMS_PER_GROUP)  # a whole group, so that nothing is padded
         content = store.gather(ids)
         counts = BatchCounts.of(replace(batch, content_items=torch.tensor(ids), content=content))
         with FlopCounterMode(display=False) as counter:
-            branch.encoders["title"].encode(content["title"])
+            encoder.encode(content["title"])
         sizes = ModelSizes.of(steps.job).content
     assert sizes is not None and sizes.encoders[0].frozen_layers == 2
     assert encoders(sizes, counts).forward.products == pytest.approx(products(counter), rel=0.02)

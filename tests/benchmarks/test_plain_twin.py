@@ -7,6 +7,7 @@ histories and split attention are right.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ LAYER = {
 }
 
 
-def of_product(name: str, values: dict[str, Tensor]) -> Tensor:
+def of_product(name: str, values: Mapping[str, Tensor]) -> Tensor:
     """The twin's parameter `name` among the product's weights or gradients."""
     if name.startswith("encoder.layers."):
         number, rest = name.removeprefix("encoder.layers.").split(".", 1)
@@ -80,7 +81,7 @@ def tables_of(steps: ProductSteps) -> dict[str, Tensor]:
 @torch.no_grad()
 def copy_weights(twin: PlainTwin, steps: ProductSteps) -> None:
     dense, tables = dict(steps.job.em3.named_parameters()), tables_of(steps)
-    pooled = [bag.weight for bag in twin.bags]
+    pooled: list[Any] = [bag.weight for bag in twin.bags]
     for weight, name in zip([*pooled, twin.items.weight], ["user", "tags", "item"], strict=True):
         weight.copy_(tables[name])
     for name, parameter in dense_parameters(twin).items():
