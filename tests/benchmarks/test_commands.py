@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,23 +121,20 @@ def test_scaling_compares_each_point_with_the_first(tmp_path: Path) -> None:
     assert few["x"] < many["x"] and few["counts"]["encoded"] < many["counts"]["encoded"]
 
 
-def test_unknown_names_are_refused_with_the_known_ones(tmp_path: Path) -> None:
-    for call, message in [
-        (
-            lambda: compare(tmp_path, ["fast"], quick=True, results=tmp_path),
-            "no variant .'fast'.*bank_lora",
-        ),
-        (
-            lambda: ladder(tmp_path, "A", ["fast"], quick=True, results=tmp_path),
-            "no row .'fast'.*memory bank",
-        ),
-        (
-            lambda: scaling(tmp_path, ["fast"], quick=True, results=tmp_path),
-            "no curve .'fast'.*batch size",
-        ),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            call()
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (compare, "no variant .'fast'.*bank_lora"),
+        (partial(ladder, setting="A"), "no row .'fast'.*memory bank"),
+        (scaling, "no curve .'fast'.*batch size"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_known_ones(
+    command: Any, message: str, tmp_path: Path
+) -> None:
+    names = {"curves" if command is scaling else "only": ["fast"]}
+    with pytest.raises(ValueError, match=message):
+        command(tmp_path, quick=True, results=tmp_path, **names)
 
 
 @pytest.mark.parametrize("command", [compare, throughput, ladder, scaling])
