@@ -16,6 +16,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from benchmarks.model_sizes import BatchCounts
 from benchmarks.ranks import require_not_launched
@@ -167,15 +168,23 @@ def _record(point: Point) -> dict[str, Any]:
 
 
 def _draw(figure: Figure, points: list[Point]) -> None:
+    """A panel per size; step times as lines, peaks of memory dashed."""
     names = list(dict.fromkeys(curve.x_name for curve in _curves(points)))
     columns = min(len(names), 3)
     grid = figure.subplots(-(-len(names) // columns), columns, squeeze=False)
     for axes, x_name in zip(grid.flat, names):
+        memory = axes.twinx()
         for curve in [curve for curve in _curves(points) if curve.x_name == x_name]:
             mine = sorted((p for p in points if p.curve is curve), key=_x_of)
+            xs = [_x_of(p) for p in mine]
             milliseconds = [1e3 * p.measured.step_seconds for p in mine]
-            axes.plot([_x_of(p) for p in mine], milliseconds, marker="o", label=curve.name)
+            (line,) = axes.plot(xs, milliseconds, marker="o", label=curve.name)
+            peaks = [p.measured.peak_bytes / 1e9 for p in mine]
+            memory.plot(xs, peaks, linestyle="--", color=line.get_color())
         axes.set(xlabel=x_name, ylabel="ms of a step", xscale="log", yscale="log")
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
+        memory.set(ylabel="peak GB (dashed)", ylim=(0, None))
         axes.grid(which="both", alpha=0.3)
         axes.legend()
     for axes in list(grid.flat)[len(names) :]:
