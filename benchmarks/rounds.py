@@ -7,6 +7,7 @@ reported, with the lowest and the highest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -34,8 +35,9 @@ from recsys.ranks import joined_ranks
 class Effort:
     """How long to measure.
 
-    warm_up: steps before the first round.
-    rounds, steps: rounds, and steps of each variant in each.
+    warm_up: steps before the first round, at least 1.
+    rounds, steps: rounds, and the least steps of each variant in each.
+    seconds: the least that a variant's steps of a round take; quick steps are then more in number.
     profiled: steps under the profiler at the end; 0: none.
     threads: of each rank.
     gemm_size, copy_bytes: of the anchors.
@@ -43,16 +45,22 @@ class Effort:
 
     warm_up: int = 4
     rounds: int = 5
-    steps: int = 4
+    steps: int = 3
+    seconds: float = 1.0
     profiled: int = 4
     threads: int = 1
     gemm_size: int = 2048
     copy_bytes: int = 256 * 2**20
 
+    def __post_init__(self) -> None:
+        for name in ("warm_up", "rounds", "steps", "threads", "gemm_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"effort.{name} is {getattr(self, name)}; it must be at least 1")
+
 
 FULL_EFFORT = Effort()
 QUICK_EFFORT = Effort(
-    warm_up=1, rounds=2, steps=2, profiled=1, threads=1, gemm_size=64, copy_bytes=2**16
+    warm_up=1, rounds=2, steps=2, seconds=0.0, profiled=1, threads=1, gemm_size=64, copy_bytes=2**16
 )
 
 
@@ -151,12 +159,14 @@ def _measure(
 ) -> list[Measurement]:
     seconds: list[list[list[float]]] = [[] for _ in variants]
     anchors: list[list[Anchor]] = [[] for _ in variants]
+    steps = []
     for processes in opened:
-        processes.call("run", effort.warm_up)
+        warm = processes.call("run", effort.warm_up)[0]  # of the first rank: all agree
+        steps.append(max(effort.steps, math.ceil(effort.seconds / warm[-1])))
     for _ in range(effort.rounds):
         for index, processes in enumerate(opened):
             anchors[index] += processes.call("anchor", effort.gemm_size, effort.copy_bytes)
-            seconds[index].append(processes.call("run", effort.steps)[0])
+            seconds[index].append(processes.call("run", steps[index])[0])
     measurements = []
     for index, (variant, processes) in enumerate(zip(variants, opened, strict=True)):
         reports = processes.call("report")  # before the profiler takes memory of its own

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.floor import Anchor
 from benchmarks.ranks import RankReport
-from benchmarks.rounds import QUICK_EFFORT, Measurement, measure, ratio
+from benchmarks.rounds import QUICK_EFFORT, Effort, Measurement, measure, ratio
 from benchmarks.steps import Variant
 from tests.benchmarks.variants import quick_variant
 
@@ -40,6 +40,11 @@ def test_percentiles_of_samples_per_second_rise() -> None:
     assert measured.samples_per_second(100) == pytest.approx(1000.0)
     assert measured.samples_per_second(0) == pytest.approx(100.0)
     assert measured.step_seconds == pytest.approx(0.15)
+
+
+def test_an_effort_without_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"effort\.warm_up is 0; it must be at least 1"):
+        Effort(warm_up=0)
 
 
 def test_variants_on_one_and_two_ranks_take_turns_in_processes_of_their_own(
