@@ -25,6 +25,7 @@ from torchrec.distributed.types import (
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from embeddings.communication import CommunicationType, communication_codecs
+from embeddings.single_id_bags import look_up_as_bags
 from embeddings.tables import NormalInitializer
 
 ShardedCollection = TypeVar(
@@ -76,11 +77,13 @@ class SequenceSharder(EmbeddingCollectionSharder):
         module_fqn: str | None = None,
     ) -> ShardedEmbeddingCollection:
         """Shard ``module`` and give every shard its part of the table's initial weights."""
-        return _shard_with_weights(
+        sharded = _shard_with_weights(
             module,
             module.embedding_configs(),
             lambda: super(SequenceSharder, self).shard(module, params, env, device, module_fqn),
         )
+        look_up_as_bags(sharded)
+        return sharded
 
 
 def sharders(

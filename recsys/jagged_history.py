@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 import fbgemm_gpu  # noqa: F401 - registers torch.ops.fbgemm
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -67,6 +68,10 @@ class JaggedHistory:
         """The transposed index: places [N] ordered by item, and offsets [U + 1] of the items."""
         counts = torch.bincount(self.index, minlength=self.num_items)
         offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(counts)
+        if self.index.device.type == "cpu" and self.num_items <= 2**16:
+            # numpy sorts 16 bits by radix, ten times as fast as 64 are compared.
+            order = np.argsort(self.index.numpy().astype(np.uint16), kind="stable")
+            return torch.from_numpy(order), offsets
         return self.index.argsort(stable=True), offsets
 
     def gather(self, items: Tensor) -> Tensor:
@@ -100,9 +105,9 @@ class JaggedHistory:
     def softmax(self, scores: Tensor) -> Tensor:
         """[N, K] or [N] -> the same, over the items of each row."""
         columns = scores if scores.dim() == 2 else scores.unsqueeze(1)
-        softmax = torch.ops.fbgemm.jagged_softmax(
-            columns.contiguous(), self.offsets, self.longest
-        )[0]
+        softmax = torch.ops.fbgemm.jagged_softmax(columns.contiguous(), self.offsets, self.longest)[
+            0
+        ]
         return softmax.view(scores.shape)
 
     def maximum(self, values: Tensor, of_nothing: float) -> Tensor:

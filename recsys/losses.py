@@ -91,10 +91,15 @@ def in_batch_contrastive(
     positive = torch.arange(len(items), device=items.device) + first_row  # [B]
     same = (items[:, None] == all_items[None, :]) | (all_items == -1)  # [B, G]
     same[torch.arange(len(items), device=items.device), positive] = False
-    losses = []
-    for query, keys in ((content, all_ids), (ids, all_content)):
-        logits = (query @ keys.T / temperature).masked_fill(same, -torch.inf)
-        losses.append(F.cross_entropy(logits, positive, reduction="none"))
+    content_to_id = content @ all_ids.T / temperature
+    if all_content is content and all_ids is ids:
+        id_to_content = content_to_id.T  # the same products
+    else:
+        id_to_content = ids @ all_content.T / temperature
+    losses = [
+        F.cross_entropy(logits.masked_fill(same, -torch.inf), positive, reduction="none")
+        for logits in (content_to_id, id_to_content)
+    ]
     return (losses[0] + losses[1]) / 2
 
 

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from recsys.config import FusionSettings
 from recsys.dropout import Dropout
 
+FEW_TOKENS = 8
+
 
 class JointSelfAttention(nn.Module):
     """Multi-head self-attention with the published scale sqrt(d_head + 1e-5)."""
@@ -37,18 +39,32 @@ class JointSelfAttention(nn.Module):
         num_outputs: int,
     ) -> Tensor:  # [U, num_outputs, D], of the first tokens
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
-        query, key, value = (
-            linear(tokens).unflatten(-1, heads).transpose(1, 2)
-            for linear, tokens in (
-                (self.query, x[:, :num_outputs]),
-                (self.key, x),
-                (self.value, x),
-            )
-        )
-        attended = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask[:, None, None, :], scale=self.scale
-        )
-        return self.output(attended.transpose(1, 2).flatten(-2))
+        query = self.query(x[:, :num_outputs]).unflatten(-1, heads)  # [U, num_outputs, H, D / H]
+        key, value = self.key(x).unflatten(-1, heads), self.value(x).unflatten(-1, heads)
+        if x.device.type == "cpu" and x.shape[1] <= FEW_TOKENS:
+            attended = _attention_of_few(query, key, value, mask, self.scale)
+        else:
+            attended = F.scaled_dot_product_attention(
+                query.transpose(1, 2),
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                attn_mask=mask[:, None, None, :],
+                scale=self.scale,
+            ).transpose(1, 2)
+        return self.output(attended.flatten(-2))
+
+
+def _attention_of_few(
+    query: Tensor,  # [U, Q, H, D / H]
+    key: Tensor,  # [U, T, H, D / H]
+    value: Tensor,  # [U, T, H, D / H]
+    mask: Tensor,  # [U, T]
+    scale: float,
+) -> Tensor:  # [U, Q, H, D / H]
+    """The same by plain products and sums, which on CPU beat the kernel made for long texts."""
+    scores = (query.unsqueeze(2) * key.unsqueeze(1)).sum(-1) * scale  # [U, Q, T, H]
+    weights = scores.masked_fill(~mask[:, None, :, None], -torch.inf).softmax(dim=2)
+    return (weights.unsqueeze(-1) * value.unsqueeze(1)).sum(dim=2)
 
 
 class PublishedLayer(nn.Module):

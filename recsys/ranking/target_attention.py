@@ -63,7 +63,7 @@ class TargetAttention(HistoryAttention):
         layers: list[nn.Module] = []
         width = 4 * dim
         for unit in units:
-            layers += [nn.Linear(width, unit), nn.ReLU()]
+            layers += [nn.Linear(width, unit), nn.ReLU(inplace=True)]
             width = unit
         self.score = nn.Sequential(*layers, nn.Linear(width, 1))
 
@@ -76,11 +76,12 @@ class TargetAttention(HistoryAttention):
         of_item, of_target = of_item + of_difference, of_target - of_difference
         vectors = history.gather(items)  # [N, D]
         hidden = history.gather(items @ of_item.T)  # [N, H]
+        # Added up in place: N is large, and each new [N, ...] costs as much as the arithmetic.
         if self.parallel_map is not None:
-            vectors = torch.addmm(vectors, parallel, self.parallel_map.weight.T)
-            hidden = torch.addmm(hidden, parallel, (of_item @ self.parallel_map.weight).T)
-        hidden = torch.addmm(hidden, vectors * history.spread(target), of_product.T)
-        hidden = hidden + history.spread(torch.addmm(first.bias, target, of_target.T))
+            vectors.addmm_(parallel, self.parallel_map.weight.T)
+            hidden.addmm_(parallel, (of_item @ self.parallel_map.weight).T)
+        hidden.addmm_(vectors * history.spread(target), of_product.T)
+        hidden += history.spread(torch.addmm(first.bias, target, of_target.T))
         return self.score[1:](hidden).squeeze(1)
 
 

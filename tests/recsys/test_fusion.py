@@ -235,3 +235,22 @@ def test_a_registered_fusion_is_built_by_its_name(registered: None) -> None:
     fusion = build_fusion(FusionSettings(name="first"), DIM, 2)
     tokens = some_tokens()
     assert torch.equal(fusion(tokens, all_there(), MODALITY), tokens[:, 0])
+
+
+@pytest.mark.parametrize("preset", ["published", "modern"])
+def test_few_tokens_are_attended_to_as_many_are(
+    preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for few_tokens in (fusions.FEW_TOKENS, 0):
+        monkeypatch.setattr(fusions, "FEW_TOKENS", few_tokens)
+        fusion = qformer(preset, num_layers=2).train()
+        tokens = some_tokens().requires_grad_()
+        mask = torch.tensor([[True, False], [True, True], [False, False]])
+        output = fusion(tokens, mask, MODALITY)
+        factor = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
+        inputs = [tokens, *fusion.parameters()]
+        results.append((output, torch.autograd.grad((factor * output).sum(), inputs)))
+    (few, few_gradients), (many, many_gradients) = results
+    torch.testing.assert_close(few, many, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(few_gradients, many_gradients, atol=1e-6, rtol=1e-4)

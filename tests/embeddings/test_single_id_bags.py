@@ -1,0 +1,77 @@
+"""Unpooled lookups as bags of one id against FBGEMM's own kernels for unpooled lookups."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import pytest
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch import Tensor
+
+from embeddings.single_id_bags import make_bags
+
+ROWS, DIM, BATCH = (7, 5), 4, 3
+# Of three features, two on the first table: ids of each, and lengths of each by row of the batch.
+BATCHES = {
+    "repeated ids": ([[1, 6, 1], [1, 0, 3, 3, 1], [4, 0]], [[1, 1, 1], [5, 0, 0], [0, 2, 0]]),
+    "a feature without ids": ([[1, 2, 3], [], [4]], [[1, 1, 1], [0, 0, 0], [1, 0, 0]]),
+    "no ids": ([[], [], []], [[0, 0, 0]] * 3),
+}
+
+
+def lookup(optimizer: EmbOptimType) -> SplitTableBatchedEmbeddingBagsCodegen:
+    module = SplitTableBatchedEmbeddingBagsCodegen(
+        [(rows, DIM, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows in ROWS],
+        feature_table_map=[0, 0, 1],
+        pooling_mode=PoolingMode.NONE,
+        optimizer=optimizer,
+        learning_rate=0.1,
+    )
+    for index, weights in enumerate(module.split_embedding_weights()):
+        weights.normal_(generator=torch.Generator().manual_seed(index))
+    return module
+
+
+def train(module: SplitTableBatchedEmbeddingBagsCodegen, steps: int) -> list[Tensor]:
+    """Outputs of each step, then weights and moments."""
+    results = []
+    for _ in range(steps):
+        for ids, lengths in BATCHES.values():
+            indices = torch.tensor([*chain(*ids)], dtype=torch.long)
+            offsets = torch.tensor([0, *chain(*lengths)]).cumsum(0)
+            output = module(indices, offsets)
+            assert output.shape == (len(indices), DIM)
+            factor = torch.randn(output.shape, generator=torch.Generator().manual_seed(9))
+            (output * factor).sum().backward()
+            results.append(output.detach().clone())
+    moments = [part for state in module.split_optimizer_states() for part in state]
+    return [*results, *module.split_embedding_weights(), *moments]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ADAGRAD],
+)
+def test_vectors_weights_and_moments_equal_those_without_pooling(optimizer: EmbOptimType) -> None:
+    unpooled, bags = lookup(optimizer), lookup(optimizer)
+    make_bags(bags)
+    expected, results = train(unpooled, steps=2), train(bags, steps=2)
+    assert len(expected) == len(results)
+    for result, wanted in zip(results, expected):
+        torch.testing.assert_close(result, wanted, atol=1e-6, rtol=1e-6)
+    before = lookup(optimizer).split_embedding_weights()[0]
+    assert not torch.allclose(bags.split_embedding_weights()[0], before, atol=1e-3)
+
+
+def test_vectors_are_the_table_s_rows_in_the_order_of_the_ids() -> None:
+    bags = lookup(EmbOptimType.EXACT_SGD)
+    make_bags(bags)
+    first, second = bags.split_embedding_weights()
+    output = bags(torch.tensor([3, 3, 0, 6, 2]), torch.tensor([0, 1, 1, 1, 4, 4, 4, 4, 5, 5]))
+    assert torch.equal(output, torch.stack([first[3], first[3], first[0], first[6], second[2]]))
