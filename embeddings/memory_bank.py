@@ -6,6 +6,7 @@ TensorPool, which serves them from whichever rank holds them.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,6 +68,7 @@ class MemoryBank:
         self.device = torch.device(device)
         self._group = process_group
         world_size = 1 if process_group is None else dist.get_world_size(process_group)
+        self._is_whole = world_size == 1
         self._rank = 0 if process_group is None else dist.get_rank(process_group)
         # Equal blocks: TensorPool gives the last rank the remainder, which it lets go negative.
         self._block_size = -(-num_items // world_size)
@@ -91,6 +93,9 @@ class MemoryBank:
             self.device,
         )
         assert isinstance(pool, ShardedTensorPool)
+        rows: Any = pool._lookup
+        # The pool's own lookup indexes, which on CPU takes several times as long for wide rows.
+        rows.lookup = lambda ids: rows._pool.index_select(0, ids)
         return pool
 
     @torch.no_grad()
@@ -107,9 +112,11 @@ class MemoryBank:
         Raises:
             ValueError: an id is outside the bank.
         """
-        rows = self._pool.lookup(self._checked(item_ids))
-        if not isinstance(rows, Tensor):
-            rows = rows.wait()
+        ids = self._checked(item_ids)
+        if self._is_whole:
+            rows = self._local_rows().index_select(0, ids)
+        else:
+            rows = self._pool.lookup(ids).wait()
         return rows[:, : self.dim].contiguous(), rows[:, self.dim].long() - 1
 
     @torch.no_grad()

@@ -64,15 +64,18 @@ class JaggedHistory:
         return replace(self, index=index, num_items=len(index))
 
     @cached_property
-    def by_item(self) -> tuple[Tensor, Tensor]:
-        """The transposed index: places [N] ordered by item, and offsets [U + 1] of the items."""
+    def by_item(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The transposed index: places [N] ordered by item, their rows [N], and offsets [U + 1] of
+        the items."""
         counts = torch.bincount(self.index, minlength=self.num_items)
         offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(counts)
         if self.index.device.type == "cpu" and self.num_items <= 2**16:
             # numpy sorts 16 bits by radix, ten times as fast as 64 are compared.
-            order = np.argsort(self.index.numpy().astype(np.uint16), kind="stable")
-            return torch.from_numpy(order), offsets
-        return self.index.argsort(stable=True), offsets
+            by_radix = np.argsort(self.index.numpy().astype(np.uint16), kind="stable")
+            order = torch.from_numpy(by_radix)
+        else:
+            order = self.index.argsort(stable=True)
+        return order, self.rows[order], offsets
 
     def gather(self, items: Tensor) -> Tensor:
         """[U, K] -> [N, K], with gradient."""
@@ -120,15 +123,14 @@ class JaggedHistory:
             values.unsqueeze(1), [self.offsets], [self.longest], padding_value=fill
         ).squeeze(-1)
 
-    def _sum_rows(self, weights: Tensor | None, items: Tensor) -> Tensor:
+    def _sum_rows(self, weights: Tensor, items: Tensor) -> Tensor:
         """Sum over each row of weights [N] times items[index]: [B, D]."""
         return _bag(self.index, items, self.offsets, weights)
 
-    def _sum_items(self, weights: Tensor | None, of_rows: Tensor) -> Tensor:
+    def _sum_items(self, weights: Tensor, of_rows: Tensor) -> Tensor:
         """Sum over each item's places of weights [N] times of_rows[rows]: [U, D]."""
-        order, offsets = self.by_item
-        chosen = None if weights is None else weights[order]
-        return _bag(self.rows[order], of_rows, offsets, chosen)
+        order, rows, offsets = self.by_item
+        return _bag(rows, of_rows, offsets, weights[order])
 
     def _dots(self, of_rows: Tensor, items: Tensor) -> Tensor:
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
@@ -157,7 +159,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        order, offsets = ctx.history.by_item
+        order, _, offsets = ctx.history.by_item
         return _bag(order, gradient, offsets, None), None
 
 

@@ -23,8 +23,12 @@ LOWER_THAN_COSINE = -2.0
 
 
 def cosines(target: Tensor, items: Tensor, history: JaggedHistory) -> Tensor:
-    """[N]: of each row's target [B, D] and each of its history items, of [U, D]."""
-    return history.dot(F.normalize(target.float(), dim=-1), F.normalize(items.float(), dim=-1))
+    """[N]: of each row's target [B, D] and each of its history items, of [U, D]; 0 for a zero."""
+    items = items.float()
+    # The dot products are divided by the items' lengths, one number each, not the items.
+    lengths = torch.linalg.vector_norm(items, dim=1, keepdim=True).clamp(min=1e-12)
+    products = history.dot(F.normalize(target.float(), dim=-1), items)
+    return products * history.gather(lengths.reciprocal()).squeeze(1)
 
 
 def similarity_features(
