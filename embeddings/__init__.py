@@ -6,7 +6,7 @@ on meta, model, optimizer in backward, plan, DistributedModelParallel, dense opt
 """
 
 from embeddings.bounded_vocabulary import BoundedVocabulary
-from embeddings.memory_bank import MemoryBank
+from embeddings.memory_bank import BankRoute, MemoryBank
 from embeddings.optimizer import (
     DenseGroup,
     build_dense_optimizer,
@@ -29,6 +29,7 @@ from embeddings.tables import (
 from embeddings.vocabulary import ExactVocabulary, HashVocabulary
 
 __all__ = [
+    "BankRoute",
     "BoundedVocabulary",
     "DenseGroup",
     "ExactVocabulary",

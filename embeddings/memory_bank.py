@@ -1,12 +1,15 @@
-"""A store of one content vector per item, cut over the ranks.
+"""A store of one content vector per item, cut over the ranks in blocks of rows.
 
 Each step writes the vectors that it just computed; user histories read from here instead of
-running the encoder again (the memory bank of LEMUR, arXiv 2511.10962). The rows lie in TorchRec's
-TensorPool, which serves them from whichever rank holds them.
+running the encoder again (the memory bank of LEMUR, arXiv 2511.10962). Which rows go where is
+known as soon as the ids are: a `BankRoute` settles that for a whole batch ahead of its step, so
+that the step itself sends vectors and nothing else.
+
+Shapes: U ids, D dimension, W ranks.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,16 +20,24 @@ from torch.distributed._shard.sharded_tensor import (
     ShardMetadata,
     init_from_local_shards,
 )
-from torchrec.distributed.tensor_pool import ShardedTensorPool, TensorPoolSharder
-from torchrec.distributed.types import (
-    ObjectPoolShardingPlan,
-    ObjectPoolShardingType,
-    ShardingEnv,
-)
-from torchrec.modules.tensor_pool import TensorPool
 
 # float32 holds every integer up to here exactly; steps are stored in a float32 column.
 MAX_STEP = 2**24 - 2
+
+
+@dataclass(frozen=True)
+class BankRoute:
+    """How the rows of some ids travel between the ranks that hold them and the one that asks.
+
+    order: int64 [U], the ids sorted by the rank that holds them; `wanted_counts` from each rank.
+    rows: int64, of this rank's block, what the others ask for, those of rank 0 first;
+        `asked_counts` by each rank.
+    """
+
+    order: Tensor
+    wanted_counts: list[int]
+    rows: Tensor
+    asked_counts: list[int]
 
 
 class MemoryBank:
@@ -68,12 +79,14 @@ class MemoryBank:
         self.device = torch.device(device)
         self._group = process_group
         world_size = 1 if process_group is None else dist.get_world_size(process_group)
-        self._is_whole = world_size == 1
         self._rank = 0 if process_group is None else dist.get_rank(process_group)
-        # Equal blocks: TensorPool gives the last rank the remainder, which it lets go negative.
+        self.world_size = world_size
         self._block_size = -(-num_items // world_size)
+        self._first = self._rank * self._block_size
+        size = max(0, min(self._block_size, num_items - self._first))
         try:
-            self._pool = self._build_pool(self._block_size * world_size)
+            # The last column: step of the last write + 1, 0 if never written.
+            self._rows = torch.zeros(size, dim + 1, device=self.device)
         except RuntimeError as error:
             raise ValueError(
                 f"memory bank: {num_items:,} items x {dim} do not fit into the memory of "
@@ -81,29 +94,50 @@ class MemoryBank:
                 "the target item"
             ) from error
 
-    def _build_pool(self, pool_size: int) -> TensorPool | ShardedTensorPool:
-        width = self.dim + 1  # the last column: step of the last write + 1, 0 if never written
-        if self._group is None:
-            return TensorPool(pool_size, width, torch.float32, device=self.device)
-        on_meta = TensorPool(pool_size, width, torch.float32, device=torch.device("meta"))
-        pool = TensorPoolSharder().shard(
-            on_meta,
-            ObjectPoolShardingPlan(ObjectPoolShardingType.ROW_WISE, inference=False),
-            ShardingEnv.from_process_group(self._group),
-            self.device,
-        )
-        assert isinstance(pool, ShardedTensorPool)
-        rows: Any = pool._lookup
-        # The pool's own lookup indexes, which on CPU takes several times as long for wide rows.
-        rows.lookup = lambda ids: rows._pool.index_select(0, ids)
-        return pool
+    def routes(self, wanted: Sequence[Tensor]) -> list[BankRoute]:
+        """Routes for several lists of ids [U], each to be read or written, in one exchange.
+
+        On the host, whatever the device of the rows is. A collective.
+
+        Raises:
+            ValueError: an id is outside the bank.
+        """
+        kinds = len(wanted)
+        ids = torch.cat([self._checked(part).cpu() for part in wanted])
+        kind = torch.arange(kinds).repeat_interleave(torch.tensor([len(part) for part in wanted]))
+        owner = ids // self._block_size
+        key = owner * kinds + kind
+        counts = key.bincount(minlength=self.world_size * kinds).view(-1, kinds)  # [W, kinds]
+        asked = torch.empty_like(counts)
+        dist.all_to_all_single(asked, counts, group=self._group)
+        received = ids.new_empty(int(asked.sum()))
+        splits = asked.sum(1).tolist(), counts.sum(1).tolist()
+        dist.all_to_all_single(received, ids[key.argsort(stable=True)], *splits, group=self._group)
+        kind_of = torch.arange(kinds).repeat(self.world_size).repeat_interleave(asked.flatten())
+        return [
+            BankRoute(
+                order=owner[kind == index].argsort(stable=True),
+                wanted_counts=counts[:, index].tolist(),
+                rows=received[kind_of == index] - self._first,
+                asked_counts=asked[:, index].tolist(),
+            )
+            for index in range(kinds)
+        ]
+
+    def _route(self, ids: Tensor, route: BankRoute | None) -> BankRoute:
+        if route is not None:
+            return route
+        (found,) = self.routes([ids])
+        order, rows = found.order.to(self.device), found.rows.to(self.device)
+        return BankRoute(order, found.wanted_counts, rows, found.asked_counts)
 
     @torch.no_grad()
-    def lookup(self, item_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def lookup(self, item_ids: Tensor, route: BankRoute | None = None) -> tuple[Tensor, Tensor]:
         """Read vectors, without gradient.
 
         Args:
             item_ids: [U] integer ids.
+            route: of these ids, on the device of the rows; None: found now.
 
         Returns:
             vectors [U, D], zero where never written, and the step of the last write [U] int64,
@@ -112,15 +146,21 @@ class MemoryBank:
         Raises:
             ValueError: an id is outside the bank.
         """
-        ids = self._checked(item_ids)
-        if self._is_whole:
-            rows = self._local_rows().index_select(0, ids)
+        if self.world_size == 1:
+            rows = self._rows.index_select(0, self._checked(item_ids))
         else:
-            rows = self._pool.lookup(ids).wait()
+            route = self._route(item_ids, route)
+            sent = self._rows.index_select(0, route.rows)
+            received = sent.new_empty(len(item_ids), self.dim + 1)
+            splits = route.wanted_counts, route.asked_counts
+            dist.all_to_all_single(received, sent, *splits, group=self._group)
+            rows = torch.empty_like(received).index_copy_(0, route.order, received)
         return rows[:, : self.dim].contiguous(), rows[:, self.dim].long() - 1
 
     @torch.no_grad()
-    def update(self, item_ids: Tensor, vectors: Tensor, step: int) -> None:
+    def update(
+        self, item_ids: Tensor, vectors: Tensor, step: int, route: BankRoute | None = None
+    ) -> None:
         """Write vectors. Of an item written twice in one call, the later one of the highest
         rank stays.
 
@@ -128,11 +168,12 @@ class MemoryBank:
             item_ids: [U] integer ids.
             vectors: [U, D]; detached and stored as float32.
             step: the current step, stored as the age of the rows.
+            route: of these ids, on the device of the rows; None: found now.
 
         Raises:
             ValueError: an id or the step is out of range, or the shapes do not fit.
         """
-        ids = self._checked(item_ids)
+        ids = self._checked(item_ids) if route is None else item_ids
         if vectors.shape != (ids.numel(), self.dim):
             raise ValueError(
                 f"memory bank: vectors of shape {tuple(vectors.shape)} for {ids.numel()} ids; "
@@ -142,7 +183,14 @@ class MemoryBank:
             raise ValueError(f"memory bank: step {step} is outside [0, {MAX_STEP}]")
         written = torch.full((ids.numel(), 1), step + 1, dtype=torch.float32, device=self.device)
         values = torch.cat([vectors.detach().to(self.device, torch.float32), written], dim=1)
-        self._pool.update(ids=ids, values=values)
+        if self.world_size == 1:
+            self._rows[ids] = values
+            return
+        route = self._route(item_ids, route)
+        received = values.new_empty(len(route.rows), self.dim + 1)
+        splits = route.asked_counts, route.wanted_counts
+        dist.all_to_all_single(received, values[route.order], *splits, group=self._group)
+        self._rows[route.rows] = received
 
     def _checked(self, item_ids: Tensor) -> Tensor:
         if item_ids.dim() != 1 or item_ids.dtype not in (torch.int32, torch.int64):
@@ -169,21 +217,12 @@ class MemoryBank:
 
     def _written_count_and_steps(self) -> tuple[float, float]:
         """How many items were written, and the sum of the steps of their last writes."""
-        marks = self._local_rows()[:, self.dim].double()
+        marks = self._rows[:, self.dim].double()
         count = (marks > 0).sum(dtype=torch.float64)
         totals = torch.stack([count, marks.sum() - count])
         if self._group is not None:
             dist.all_reduce(totals, group=self._group)
         return float(totals[0]), float(totals[1])
-
-    def _local_rows(self) -> Tensor:
-        """A view of the rows on this rank that hold items, [rows, D + 1]."""
-        if isinstance(self._pool, TensorPool):
-            return self._pool.pool
-        sharded: ShardedTensor = self._pool.get_buffer("_pool")
-        rows = sharded.local_shards()[0].tensor
-        start = self._rank * self._block_size
-        return rows[: max(0, min(self._block_size, self.num_items - start))]
 
     def state_dict(self) -> dict[str, Tensor | ShardedTensor]:
         """The rows, [num_items, D + 1], sharing memory with the bank.
@@ -191,10 +230,10 @@ class MemoryBank:
         torch.distributed.checkpoint saves them from any number of ranks and loads them, in
         place, on any other.
         """
-        rows = self._local_rows()
+        rows = self._rows
         if self._group is None:
             return {"pool": rows}
-        start = self._rank * self._block_size
+        start = self._first
         pieces = []
         if len(rows) > 0:
             metadata = ShardMetadata(
@@ -221,8 +260,8 @@ class MemoryBank:
                 f"memory bank: the state holds [num_items, dim + 1] = {list(size)}, this bank "
                 f"{[self.num_items, self.dim + 1]}; build the bank with the checkpoint's sizes"
             )
-        rows = self._local_rows()
-        start = self._rank * self._block_size
+        rows = self._rows
+        start = self._first
         if isinstance(pool, ShardedTensor):
             for piece in pool.local_shards():
                 if piece.metadata.shard_offsets != [start, 0] or piece.tensor.shape != rows.shape:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from embeddings import BankRoute
 from recsys.jagged_history import JaggedHistory
 
 
@@ -75,6 +76,8 @@ class Batch(Pipelineable):
     with_gradient: how many of the items to encode are encoded with gradient, the first ones; None
         for all.
     bank_items: items that are ranked but read from the bank instead [S].
+    bank_reads: how rows of the bank come here, for `bank_items` and `history_items` one behind the
+        other; `bank_writes` how those of `content_items` go there. None: found in the step.
     exchange: how item vectors go from the ranks that own them to those that need them; None where
         each rank encodes its own.
     row_positions: place of each row in its files [B], -1 for a row that only pads.
@@ -98,6 +101,8 @@ class Batch(Pipelineable):
     content: dict[str, ContentInput] = field(default_factory=dict)
     longest_history: int = 0
     with_gradient: int | None = None
+    bank_reads: BankRoute | None = None
+    bank_writes: BankRoute | None = None
     exchange: ItemExchange | None = None
 
     def _map(self, function: Callable[[Any], Any]) -> Batch:
@@ -107,8 +112,11 @@ class Batch(Pipelineable):
             value = getattr(self, item.name)
             if item.name == "content":
                 changed["content"] = {name: part.map(function) for name, part in value.items()}
-            elif item.name == "exchange" and value is not None:
-                changed["exchange"] = replace(value, rows=function(value.rows))
+            elif isinstance(value, ItemExchange):
+                changed[item.name] = replace(value, rows=function(value.rows))
+            elif isinstance(value, BankRoute):
+                order, rows = function(value.order), function(value.rows)
+                changed[item.name] = replace(value, order=order, rows=rows)
             elif isinstance(value, Tensor | KeyedJaggedTensor):
                 changed[item.name] = function(value)
         return replace(self, **changed)

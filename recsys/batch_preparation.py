@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 import torch.distributed as dist
 
 from embeddings import MemoryBank
@@ -63,6 +64,7 @@ class BatchPreparation:
             self.vocabularies.map_batch(batch, step, training)
             unknown.add(batch)
             prepared = self._with_items(self._with_histories(batch), step, training)
+            prepared = self._with_routes(prepared, training)
             # A loader that pins does so before; what was added here would be copied with a wait.
             is_new = prepared is not batch and batch.target_items.is_pinned()
             yield prepared.pin_memory() if is_new else prepared
@@ -88,3 +90,13 @@ class BatchPreparation:
             draw = (self.config.seed, step, dist.get_rank(self.group))
             batch = sample_items(batch, sampling, draw)
         return replace(batch, content=self.store.gather(batch.content_items.numpy()))
+
+    def _with_routes(self, batch: Batch, training: bool) -> Batch:
+        """Settles which rows of the bank go where, so that the step sends vectors alone."""
+        if self.bank is None or self.bank.world_size == 1:
+            return batch
+        reads = torch.cat([batch.bank_items, batch.history_items])
+        if not training:
+            return replace(batch, bank_reads=self.bank.routes([reads])[0])
+        bank_reads, bank_writes = self.bank.routes([reads, batch.content_items])
+        return replace(batch, bank_reads=bank_reads, bank_writes=bank_writes)

@@ -118,16 +118,13 @@ class ContentBranch(nn.Module):
         """Vectors of the items to rank that are not encoded, and of the histories' [U, ...]."""
         assert self.bank is not None
         ids = torch.cat([batch.bank_items, batch.history_items])
-        if not self.training:
-            vectors, _ = self.bank.lookup(ids)
-        elif self.same_step:
+        if self.training and self.same_step:
             # Written before the lookup: what any rank has just computed replaces what is
             # stale in the histories of all ranks, in this very step (LEMUR, 2511.10962).
-            self.bank.update(batch.content_items, fresh, self.step)
-            vectors, _ = self.bank.lookup(ids)
-        else:
-            vectors, _ = self.bank.lookup(ids)
-            self.bank.update(batch.content_items, fresh, self.step)
+            self.bank.update(batch.content_items, fresh, self.step, batch.bank_writes)
+        vectors, _ = self.bank.lookup(ids, batch.bank_reads)
+        if self.training and not self.same_step:
+            self.bank.update(batch.content_items, fresh, self.step, batch.bank_writes)
         self.step += self.training
         return vectors[: len(batch.bank_items)], vectors[len(batch.bank_items) :]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from embeddings import BankRoute
 from recsys.batch import Batch, ContentInput, ItemExchange
 
 
@@ -24,11 +25,15 @@ def keyed(key: str) -> KeyedJaggedTensor:
 def a_batch() -> Batch:
     jagged = {"sparse_features": keyed("user"), "sequence_features": keyed("item")}
     others = {"longest_history": 2, "with_gradient": 1}
-    exchange = ItemExchange(torch.tensor([1, 0]), send_counts=[2], receive_counts=[2])
+    routes: dict[str, Any] = {
+        "exchange": ItemExchange(torch.tensor([1, 0]), send_counts=[2], receive_counts=[2]),
+        "bank_reads": BankRoute(torch.tensor([0, 1]), [2], torch.tensor([3, 4]), [2]),
+        "bank_writes": BankRoute(torch.tensor([1, 0]), [2], torch.tensor([5, 6]), [2]),
+    }
     tensors = {
         item.name: torch.arange(2.0)
         for item in fields(Batch)
-        if item.name not in (*jagged, *others, "labels", "content", "exchange")
+        if item.name not in (*jagged, *others, *routes, "labels", "content")
     }
     content = {
         "text": ContentInput(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)),
@@ -40,7 +45,7 @@ def a_batch() -> Batch:
         **others,  # type: ignore[arg-type]
         labels=torch.zeros(2, 1),
         content=content,
-        exchange=exchange,
+        **routes,
     )
 
 
@@ -66,7 +71,7 @@ def test_a_batch_has_all_that_a_torchrec_batch_has() -> None:
 def test_to_moves_every_tensor() -> None:
     batch = a_batch()
     moved = batch.to(torch.device("meta"))
-    assert len(list(tensors_in(moved))) == len(list(tensors_in(batch))) == 22
+    assert len(list(tensors_in(moved))) == len(list(tensors_in(batch))) == 24
     assert {tensor.device.type for tensor in tensors_in(moved)} == {"meta"}
     assert {tensor.device.type for tensor in tensors_in(batch)} == {"cpu"}
 

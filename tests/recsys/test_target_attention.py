@@ -42,9 +42,7 @@ def score_of(attention: HistoryAttention, item: Tensor, target: Tensor) -> Tenso
     return attention.query(target) @ item / math.sqrt(DIM)
 
 
-def by_loop(
-    attention: HistoryAttention, target: Tensor, items: Tensor, parallel: Tensor
-) -> Tensor:
+def by_loop(attention: HistoryAttention, target: Tensor, items: Tensor, parallel: Tensor) -> Tensor:
     rows, start = [], 0
     for row, length in enumerate(LENGTHS.tolist()):
         places = slice(start, start + length)
