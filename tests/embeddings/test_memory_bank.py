@@ -170,17 +170,20 @@ def test_ranks_share_one_bank_and_a_checkpoint_loads_on_any_number_of_them(tmp_p
     assert_holds(bank.lookup(torch.arange(NUM_ITEMS)), rows)
 
 
+WRITES = [[NUM_ITEMS - 1, 0, 2], [3, 5, 1], [4]]  # items of each rank
+
+
 def routed(rank: int, world_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Vectors read by a route found beforehand and by one found on the spot, after a write each."""
     banks = [MemoryBank(NUM_ITEMS, DIM, "cpu", dist.group.WORLD) for _ in range(2)]
-    reads = torch.tensor([7, 0, 3, 3, NUM_ITEMS - 1]) if rank else torch.tensor([2, 7])
-    writes = torch.tensor([[NUM_ITEMS - 1, 0, 2], [3, 7, 1], [4, 5, 6]][rank])
+    reads = torch.tensor([5, 0, 3, 3, NUM_ITEMS - 1]) if rank else torch.tensor([2, 5])
+    writes = torch.tensor(WRITES[rank])
     vectors = torch.arange(float(len(writes) * DIM)).view(-1, DIM) + 100 * rank
     read, write = banks[0].routes([reads, writes])
     banks[0].update(writes, vectors, 0, write)
     banks[1].update(writes, vectors, 0)
     expected = torch.zeros(NUM_ITEMS, DIM)
-    for other, ids in enumerate(([NUM_ITEMS - 1, 0, 2], [3, 7, 1], [4, 5, 6])[:world_size]):
+    for other, ids in enumerate(WRITES[:world_size]):
         expected[ids] = torch.arange(float(len(ids) * DIM)).view(-1, DIM) + 100 * other
     return banks[0].lookup(reads, read)[0], banks[1].lookup(reads)[0], expected[reads]
 
