@@ -107,10 +107,10 @@ def head(sizes: ModelSizes, counts: BatchCounts) -> PartCost:
 
 
 def contrastive(sizes: ModelSizes, content: ContentSizes, counts: BatchCounts) -> PartCost:
-    """Both maps, and the scores of all rows of the batch against all, both ways."""
+    """Both maps, and the scores of all rows of the batch against all, which serve both ways."""
     rows, dim = counts.rows, content.contrastive_dim
     maps = linear(rows, content.dim, dim) + linear(rows, sizes.id_dim, dim)
-    forward = maps + times(linear(rows, dim, rows), 2)
+    forward = maps + linear(rows, dim, rows)
     numbers = moved(rows * (content.dim + sizes.id_dim) + (content.dim + sizes.id_dim) * dim)
     return PartCost("losses", "losses", forward + numbers, times(forward, 2) + times(numbers, 2))
 
