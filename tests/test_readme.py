@@ -1,8 +1,9 @@
 """Every command of the README runs, in its order, in one folder.
 
-Training commands of the README's own shop run as they stand. Two kinds are exchanged: `make` and
-the installer, which the continuous integration runs for real, are dry runs here, and the recipe
-with a pretrained encoder is exchanged for `tiny.yaml`, the same job in miniature.
+Training commands of the README's own shop run as they stand. Three kinds are exchanged: `make` and
+the installer, which the continuous integration runs for real, are dry runs here, the recipe with a
+pretrained encoder is exchanged for `tiny.yaml`, the same job in miniature, and benchmarks run at
+sizes of seconds.
 """
 
 from __future__ import annotations
@@ -24,6 +25,20 @@ EXCHANGED = (
     (r"^\.venv/bin/python -m pytest$", f"{sys.executable} -m pytest --version"),
     (r"^\.venv/bin/", f"{PROGRAMS}/"),
     (r"movielens_sample\.yaml", "tiny.yaml"),
+    (
+        r"^python -m benchmarks\.loader (.*)$",
+        # Its bars are for real sizes, so that its exit code tells nothing here.
+        r"python -m benchmarks.loader \1 --rows 2048 --items 500 --passes 1 --results figures; "
+        "test -s figures/loader.jsonl",
+    ),
+    (
+        r"^python -m benchmarks\.attention$",
+        "python -m benchmarks.attention --longest [10] --rounds 1 --results figures",
+    ),
+    (
+        r"^(python -m benchmarks\.(?:compare|throughput|ladder|scaling)|torchx .*:benchmark) (.*)$",
+        r"\1 \2 --quick true --results figures",
+    ),
 )
 
 
