@@ -1,26 +1,25 @@
 """Rows of varying length kept as one flat memory-mapped array plus offsets.
 
 This is what item content becomes on disk: token ids, pixels, features or hidden states. Ranks and
-loader processes of one machine share its pages, and a batch is gathered at about the speed of a
-copy. Small files are mapped into memory; of larger ones only the wanted rows are read, or every
-page that was ever read would count as memory of the process.
+threads of one machine share its pages, and a batch is gathered by one index. Pages that were read
+count as memory of the process until they are given back, which happens whenever about
+`RESIDENT_BYTES` of a larger file may have been mapped; the system's page cache still has them then.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 import numpy as np
 from numpy.lib import format as npy
 
-# Arrays up to this size are mapped; of larger ones the system's page cache holds what it can.
-MAPPED_BYTES = 256 * 2**20
-# Rows of at least so many bytes are copied one by one, smaller ones by one index over all entries.
-BYTES_OF_LONG_ROW = 4096
+RESIDENT_BYTES = 2**30
+MAPPED_AROUND = 2**16  # bytes that the kernel maps around a page that is read
 
 
 class RaggedArray:
@@ -46,9 +45,7 @@ class RaggedArray:
         self.folder = folder
         # Slices of a memmap are slow to make; these are not.
         self._plain = np.asarray(self.values)
-        self._first_byte = cast(np.memmap, self.values).offset
-        is_large = self._plain.nbytes > MAPPED_BYTES
-        self._file = open(folder / "values.npy", "rb") if is_large else None  # noqa: SIM115
+        self._mapped = 0  # bytes, at most
 
     def __reduce__(self) -> tuple[Callable[[Path], RaggedArray], tuple[Path]]:
         """Loader processes that are not forked open the files anew, or all values would travel."""
@@ -86,61 +83,21 @@ class RaggedArray:
         """
         starts = self.offsets[rows]
         lengths = np.where(rows >= 0, self.offsets[rows + 1] - starts, 0)
-        longest = max(int(lengths.max(initial=0)), 1)
-        mask = np.arange(longest) < lengths[:, None]
-        if self._file is not None:
-            values = self._read_rows(self._file, starts, lengths, longest)
-        elif longest > 1 and longest * self.entry_bytes >= BYTES_OF_LONG_ROW:
-            values = self._copied_rows(starts, lengths, longest)
-        else:
-            values = self._indexed_entries(starts, mask)
+        positions = np.arange(max(int(lengths.max(initial=0)), 1))
+        mask = positions < lengths[:, None]
+        # Padding reads entry 0 instead of branching; it is cleared so that it cannot pass for data.
+        values = self._plain.take(np.where(mask, starts[:, None] + positions, 0), axis=0)
+        if not mask.all():
+            values[~mask] = 0
+        self._give_back(values.nbytes + len(rows) * MAPPED_AROUND)
         return values, mask
 
-    def _empty(self, num_rows: int, longest: int) -> np.ndarray:
-        return np.empty((num_rows, longest, *self._plain.shape[1:]), self._plain.dtype)
-
-    def _read_rows(
-        self, file: BinaryIO, starts: np.ndarray, lengths: np.ndarray, longest: int
-    ) -> np.ndarray:
-        values = self._empty(len(starts), longest)
-        flat = values.reshape(-1).view(np.uint8).data
-        places = self._first_byte + starts * self.entry_bytes
-        sizes = lengths * self.entry_bytes
-        begin, row_bytes = 0, longest * self.entry_bytes
-        for place, size in zip(places.tolist(), sizes.tolist(), strict=True):
-            if size and os.preadv(file.fileno(), [flat[begin : begin + size]], place) != size:
-                raise ValueError(f"{self.folder}: damaged (too short); remove it, it is made again")
-            begin += row_bytes
-        _clear_padding(values, lengths)
-        return values
-
-    def _copied_rows(self, starts: np.ndarray, lengths: np.ndarray, longest: int) -> np.ndarray:
-        values = self._empty(len(starts), longest)
-        for row, start, length in zip(values, starts.tolist(), lengths.tolist(), strict=True):
-            row[:length] = self._plain[start : start + length]
-        _clear_padding(values, lengths)
-        return values
-
-    def _indexed_entries(self, starts: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        # Padding reads entry 0 instead of branching; it is cleared so that it cannot pass for data.
-        index = np.where(mask, starts[:, None] + np.arange(mask.shape[1]), 0)
-        values = self._plain.take(index, axis=0)
-        if not mask.all():
-            absent = ~mask
-            if values.ndim == 2:
-                np.copyto(values, 0, where=absent)
-            else:
-                values[absent] = 0
-        return values
-
-
-def _clear_padding(
-    values: np.ndarray,  # [U, T, ...]
-    lengths: np.ndarray,  # [U]
-) -> None:
-    short = np.flatnonzero(lengths < values.shape[1])
-    for row, length in zip(short.tolist(), lengths[short].tolist(), strict=True):
-        values[row, length:] = 0
+    def _give_back(self, mapped: int) -> None:
+        """Counts what a read may have mapped, and keeps it within bounds."""
+        self._mapped += mapped
+        if self._mapped > RESIDENT_BYTES:
+            cast(mmap.mmap, self.values.base).madvise(mmap.MADV_DONTNEED)
+            self._mapped = 0
 
 
 class RowWriter:
