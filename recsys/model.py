@@ -100,8 +100,9 @@ class EM3(nn.Module):
             self.embedding_bags(batch.sparse_features) if self.embedding_bags is not None else None
         )
         sequences = self.embeddings(batch.sequence_features)
-        ids = self.read_ids(pooled, sequences)
+        # Before the looked-up vectors are read: they travel meanwhile, and so do their gradients.
         content = self.content(batch) if self.content is not None else None
+        ids = self.read_ids(pooled, sequences)
         logits = self.ranking(ids, content, batch)
         loss, parts = self.losses(logits, ids, content, batch)
         return loss, (parts, logits, batch)

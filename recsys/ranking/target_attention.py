@@ -74,14 +74,18 @@ class TargetAttention(HistoryAttention):
         assert isinstance(first, nn.Linear)
         of_item, of_target, of_difference, of_product = first.weight.chunk(4, dim=1)  # [H, D]
         of_item, of_target = of_item + of_difference, of_target - of_difference
-        vectors = history.gather(items)  # [N, D]
-        hidden = history.gather(items @ of_item.T)  # [N, H]
+        of_items = items @ of_item.T  # [U, H]
+        # Under autocast that is in bfloat16, and what is added to it in place has to be, too.
+        dtype = of_items.dtype
+        vectors, hidden = history.gather(items.to(dtype)), history.gather(of_items)  # [N, ...]
         # Added up in place: N is large, and each new [N, ...] costs as much as the arithmetic.
         if self.parallel_map is not None:
-            vectors.addmm_(parallel, self.parallel_map.weight.T)
-            hidden.addmm_(parallel, (of_item @ self.parallel_map.weight).T)
-        hidden.addmm_(vectors * history.spread(target), of_product.T)
-        hidden += history.spread(torch.addmm(first.bias, target, of_target.T))
+            lists, of_lists = parallel.to(dtype), self.parallel_map.weight  # [N, P], [D, P]
+            vectors.addmm_(lists, of_lists.T.to(dtype))
+            hidden.addmm_(lists, (of_item @ of_lists).T.to(dtype))
+        products = vectors * history.spread(target.to(dtype))
+        hidden.addmm_(products, of_product.T.to(dtype))
+        hidden += history.spread(torch.addmm(first.bias, target, of_target.T).to(dtype))
         return self.score[1:](hidden).squeeze(1)
 
 
