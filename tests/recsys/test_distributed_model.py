@@ -111,6 +111,8 @@ def test_updated_weights_equal_those_without_sharding(
     for run in ranks:
         assert run.dense.keys() == expected.dense.keys()
         for name, weight in run.dense.items():
+            if name.endswith("attention.key.bias"):
+                continue  # shifts all scores of a softmax alike: its gradient is rounding alone
             sizes = torch.stack([step[name].abs() for step in expected.gradients])
             defined = ((sizes == 0) | (sizes > SMALLEST_GRADIENT)).all(dim=0)
             assert_close(weight[defined], expected.dense[name][defined], name)
