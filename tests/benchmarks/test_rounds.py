@@ -47,6 +47,7 @@ def test_an_effort_without_steps_is_refused() -> None:
         Effort(warm_up=0)
 
 
+@pytest.mark.long
 def test_variants_on_one_and_two_ranks_take_turns_in_processes_of_their_own(
     tmp_path: Path,
 ) -> None:
