@@ -39,6 +39,9 @@ EXCHANGED = (
         r"^(python -m benchmarks\.(?:compare|throughput|ladder|scaling)|torchx .*:benchmark) (.*)$",
         r"\1 \2 --quick true --results figures",
     ),
+    # Whole ladders and all curves take minutes at any size.
+    (r"^(python -m benchmarks\.ladder .*)$", r"""\1 --only '["items encoded once"]'"""),
+    (r"^(python -m benchmarks\.scaling .*)$", r"""\1 --curves '["history, top_k"]'"""),
 )
 
 
