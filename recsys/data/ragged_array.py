@@ -48,7 +48,7 @@ class RaggedArray:
         self._mapped = 0  # bytes, at most
 
     def __reduce__(self) -> tuple[Callable[[Path], RaggedArray], tuple[Path]]:
-        """Loader processes that are not forked open the files anew, or all values would travel."""
+        """Another process opens the files anew, or all values would travel to it."""
         return RaggedArray, (self.folder,)
 
     @staticmethod
