@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.cost import floors_by_measured_part, step_costs
-from benchmarks.floor import Anchor, typical
-from benchmarks.model_sizes import BatchCounts
 from benchmarks.rounds import Measurement
-from benchmarks.work import PartCost
+from recsys.cost.floor import Anchor, typical
+from recsys.cost.model_sizes import BatchCounts
+from recsys.cost.step_costs import floors_by_measured_part, step_costs
+from recsys.cost.work import PartCost
 
 
 @dataclass

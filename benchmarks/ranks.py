@@ -27,9 +27,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from benchmarks.floor import COPY_BYTES, GEMM_SIZE, Anchor, measure_anchor, wait_for_device
-from benchmarks.model_sizes import BatchCounts, ModelSizes
 from benchmarks.steps import Steps, Variant, build_steps
+from recsys.cost.floor import COPY_BYTES, GEMM_SIZE, Anchor, measure_anchor, wait_for_device
+from recsys.cost.model_sizes import BatchCounts, ModelSizes
 from recsys.ranks import Ranks, joined_ranks
 
 STATUS, CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.floor import Anchor
-from benchmarks.model_sizes import BatchCounts
 from benchmarks.ranks import (
     HereProcesses,
     OwnProcesses,
@@ -28,6 +26,8 @@ from benchmarks.ranks import (
     silence_advice_to_library_developers,
 )
 from benchmarks.steps import Variant
+from recsys.cost.floor import Anchor
+from recsys.cost.model_sizes import BatchCounts
 from recsys.ranks import joined_ranks
 
 

@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from benchmarks.model_sizes import BatchCounts, ModelSizes
 from benchmarks.plain_batches import PlainSource
 from recsys.batch import Batch
 from recsys.build import build_job
 from recsys.config import Config, load_config
+from recsys.cost.model_sizes import BatchCounts, ModelSizes
 from recsys.data.interactions import Interactions, loader
 from recsys.data.vocabularies import UnknownIds
 from recsys.evaluation import fill_bank

@@ -20,12 +20,12 @@ from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
 from benchmarks.efficiency import Efficiency
-from benchmarks.floor import best
-from benchmarks.model_sizes import BatchCounts
 from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
 from benchmarks.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, measure
 from benchmarks.settings import setting as named_setting
 from benchmarks.steps import Variant
+from recsys.cost.floor import best
+from recsys.cost.model_sizes import BatchCounts
 from recsys.step_trace import PARTS
 
 

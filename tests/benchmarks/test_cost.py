@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.content_cost import encoders, fusion
-from benchmarks.cost import floors_by_measured_part, step_costs
-from benchmarks.floor import Anchor, best, measure_anchor, typical
-from benchmarks.model_sizes import BatchCounts, ModelSizes
 from benchmarks.steps import ProductSteps
-from benchmarks.work import PartCost, Work
 from recsys.content.encoder import Encoder
 from recsys.content.frozen_groups import ITEMS_PER_GROUP
+from recsys.cost.content_cost import encoders, fusion
+from recsys.cost.floor import Anchor, best, measure_anchor, typical
+from recsys.cost.model_sizes import BatchCounts, ModelSizes
+from recsys.cost.step_costs import floors_by_measured_part, step_costs
+from recsys.cost.work import PartCost, Work
 from tests.benchmarks.variants import product_steps, quick_variant
 
 aten = torch.ops.aten

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.floor import Anchor
 from benchmarks.ranks import RankReport
 from benchmarks.rounds import QUICK_EFFORT, Effort, Measurement, measure, ratio
 from benchmarks.steps import Variant
+from recsys.cost.floor import Anchor
 from tests.benchmarks.variants import quick_variant
 
 

@@ -2,14 +2,14 @@
 
 Bytes are the least that must move if everything between a part's inputs and outputs stayed in the
 processor: inputs, weights and outputs once, forward and backward. The floor of a part is the time
-that its FLOPs or its bytes take at the rates of `benchmarks.floor`, whichever is longer.
+that its FLOPs or its bytes take at the rates of `recsys.cost.floor`, whichever is longer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.floor import Anchor
+from recsys.cost.floor import Anchor
 
 FLOAT = 4  # bytes
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from benchmarks.content_cost import content_parts
-from benchmarks.floor import Anchor
-from benchmarks.model_sizes import BatchCounts, ContentSizes, ModelSizes
-from benchmarks.work import FLOAT, PartCost, Work, linear, moved, times
+from recsys.cost.content_cost import content_parts
+from recsys.cost.floor import Anchor
+from recsys.cost.model_sizes import BatchCounts, ContentSizes, ModelSizes
+from recsys.cost.work import FLOAT, PartCost, Work, linear, moved, times
 
 ADAMW_BYTES = 7 * FLOAT  # reads weight, gradient and two moments, writes all but the gradient
 ADAMW_FLOPS = 12

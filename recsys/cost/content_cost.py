@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.model_sizes import BatchCounts, ContentSizes, EncoderSizes
-from benchmarks.work import PartCost, Work, linear, moved, times
+from recsys.cost.model_sizes import BatchCounts, ContentSizes, EncoderSizes
+from recsys.cost.work import PartCost, Work, linear, moved, times
 
 
 def content_parts(content: ContentSizes, counts: BatchCounts) -> Iterator[PartCost]:
