@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ def load_transformer(name: str, revision: str | None, where: str) -> nn.Module:
     """A transformers model without dropout and without a pooler (which no loss would train).
 
     Dropout is off because frozen layers must give one output per item (it may be cached) and
-    adapters bring their own.
+    adapters bring their own. Under `torch.device("meta")` no weights are read.
     """
     if name.startswith("random:"):
         return tiny_model(name, where)
@@ -66,6 +66,8 @@ def load_transformer(name: str, revision: str | None, where: str) -> nn.Module:
     model: Any
     try:
         config = _model_config(source, revision)
+        if torch.get_default_device().type == "meta":
+            return _without_pooler(AutoModel.from_config(config, dtype=torch.float32))
         model, report = AutoModel.from_pretrained(
             source,
             revision=revision,
@@ -87,10 +89,15 @@ def load_transformer(name: str, revision: str | None, where: str) -> nn.Module:
             f"{where}: encoder '{name}' lacks the weights {missing[:5]}; use a complete checkpoint "
             "of the architecture that its config.json names"
         )
-    model = getattr(model, "vision_model", model)
-    if hasattr(model, "pooler"):
-        model.pooler = None
-    return model
+    return _without_pooler(model)
+
+
+def _without_pooler(model: Any) -> nn.Module:
+    """The tower that is wanted of a model."""
+    tower: Any = getattr(model, "vision_model", model)
+    if hasattr(tower, "pooler"):
+        tower.pooler = None
+    return cast(nn.Module, tower)
 
 
 def _model_config(source: str, revision: str | None) -> Any:

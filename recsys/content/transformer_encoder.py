@@ -110,6 +110,8 @@ class TransformerEncoder(Encoder):
         A model may do more between its layers than is known here (relative positions, a causal
         mask, a norm at the end), which would else go wrong without a word.
         """
+        if next(self.model.parameters()).is_meta:  # without weights it shows its sizes alone
+            return
         training = self.model.training
         self.model.eval()
         try:
