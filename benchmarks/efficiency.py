@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.rounds import Measurement
+from recsys.cost.batch_counts import BatchCounts
 from recsys.cost.floor import Anchor, typical
-from recsys.cost.model_sizes import BatchCounts
 from recsys.cost.step_costs import floors_by_measured_part, step_costs
 from recsys.cost.work import PartCost
 

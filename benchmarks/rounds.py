@@ -26,8 +26,8 @@ from benchmarks.ranks import (
     silence_advice_to_library_developers,
 )
 from benchmarks.steps import Variant
+from recsys.cost.batch_counts import BatchCounts
 from recsys.cost.floor import Anchor
-from recsys.cost.model_sizes import BatchCounts
 from recsys.ranks import joined_ranks
 
 

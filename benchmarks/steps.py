@@ -20,9 +20,10 @@ from typing import Any, Literal, Protocol, cast
 
 from benchmarks.plain_batches import PlainSource
 from recsys.batch import Batch
-from recsys.build import build_job
+from recsys.build import Job, build_job, table_configs
 from recsys.config import Config, load_config
-from recsys.cost.model_sizes import BatchCounts, ModelSizes
+from recsys.cost.batch_counts import BatchCounts
+from recsys.cost.model_sizes import ModelSizes
 from recsys.data.interactions import Interactions, loader
 from recsys.data.vocabularies import UnknownIds
 from recsys.evaluation import fill_bank
@@ -106,7 +107,7 @@ class ProductSteps:
         self.loss_watch = LossWatch(
             ranks, interactions.rows, config.log_every_steps, last_good=lambda: None
         )
-        self.sizes: ModelSizes | None = ModelSizes.of(self.job)
+        self.sizes: ModelSizes | None = sizes_of(self.job)
         self.num_steps = 0
         self.batch: Batch | None = None  # of the last step
         self.job.model.train()
@@ -140,6 +141,12 @@ class ProductSteps:
             if self.ranks.is_first:
                 report = json.loads((Path(folder) / PROFILE).read_text())
         return cast(dict[str, Any], self.ranks.gather(report)[0])
+
+
+def sizes_of(job: Job) -> ModelSizes:
+    """What the cost of a job's steps follows from."""
+    tables = table_configs(job.config, job.schema)
+    return ModelSizes.of(job.config, job.schema, job.em3, tables, job.model.plan)
 
 
 class PlainSteps:

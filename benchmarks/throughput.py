@@ -24,8 +24,8 @@ from benchmarks.results import RESULTS, Result, require_own_folder, variant_reco
 from benchmarks.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, measure
 from benchmarks.settings import setting as named_setting
 from benchmarks.steps import Variant
+from recsys.cost.batch_counts import BatchCounts
 from recsys.cost.floor import best
-from recsys.cost.model_sizes import BatchCounts
 from recsys.step_trace import PARTS
 
 

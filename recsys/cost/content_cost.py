@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from recsys.cost.model_sizes import BatchCounts, ContentSizes, EncoderSizes
+from recsys.cost.batch_counts import BatchCounts
+from recsys.cost.model_sizes import ContentSizes, EncoderSizes
 from recsys.cost.work import PartCost, Work, linear, moved, times
 
 
@@ -31,39 +32,47 @@ def encoders(content: ContentSizes, counts: BatchCounts) -> PartCost:
     forward, backward = Work(), Work()
     for encoder in content.encoders:
         if encoder.frozen_layers + encoder.trained_layers:
-            tokens = counts.content_tokens / len(content.encoders)
-            length = tokens / max(counts.encoded, 1)
+            tokens, pairs = _encoded_tokens(encoder, counts)
             share = counts.with_gradient / max(counts.encoded, 1)
-            forward += _transformer(encoder, tokens, length)
-            backward += times(_transformer_backward(encoder, tokens, length), share)
+            forward += _transformer(encoder, tokens, pairs)
+            backward += times(_transformer_backward(encoder, tokens, pairs), share)
     return PartCost("encoders", "encoders", forward, backward)
 
 
-def _layer(encoder: EncoderSizes, tokens: float, length: float) -> tuple[Work, Work, Work]:
+def _encoded_tokens(encoder: EncoderSizes, counts: BatchCounts) -> tuple[float, float]:
+    """Tokens that the layers run on, padding included, and pairs of tokens of one item."""
+    tokens = counts.modalities[encoder.name]
+    if encoder.groups_by_length:
+        return tokens.grouped, tokens.grouped_pairs
+    length = encoder.image_tokens or tokens.longest
+    return counts.encoded * length, counts.encoded * length**2
+
+
+def _layer(encoder: EncoderSizes, tokens: float, pairs: float) -> tuple[Work, Work, Work]:
     """(products of the inputs, the other products, attention) of one layer, forward."""
     hidden = encoder.hidden
     inputs = times(linear(tokens, hidden, hidden), 3)
     others = linear(tokens, hidden, hidden) + times(linear(tokens, hidden, encoder.intermediate), 2)
-    return inputs, others, Work(others=4 * length * hidden * tokens)
+    return inputs, others, Work(others=4 * hidden * pairs)
 
 
 def _adapters(encoder: EncoderSizes, tokens: float) -> Work:
     return times(linear(tokens, encoder.hidden, encoder.lora_rank), 2 * encoder.lora_targets)
 
 
-def _transformer(encoder: EncoderSizes, tokens: float, length: float) -> Work:
+def _transformer(encoder: EncoderSizes, tokens: float, pairs: float) -> Work:
     layers = encoder.frozen_layers + encoder.trained_layers
-    inputs, others, attention = _layer(encoder, tokens, length)
+    inputs, others, attention = _layer(encoder, tokens, pairs)
     weights = 4 * encoder.hidden**2 + 2 * encoder.hidden * encoder.intermediate
     work = times(inputs + others + attention + moved(weights), layers)
     work += times(_adapters(encoder, tokens), encoder.trained_layers)
     return work + moved(2 * tokens * encoder.hidden)
 
 
-def _transformer_backward(encoder: EncoderSizes, tokens: float, length: float) -> Work:
+def _transformer_backward(encoder: EncoderSizes, tokens: float, pairs: float) -> Work:
     """Of the trained layers; the input of the lowest needs no gradient where it is adapted."""
     layers = encoder.trained_layers
-    inputs, others, attention = _layer(encoder, tokens, length)
+    inputs, others, attention = _layer(encoder, tokens, pairs)
     weights = 4 * encoder.hidden**2 + 2 * encoder.hidden * encoder.intermediate
     if not encoder.lora_rank:
         return times(times(inputs + others + attention, 2) + moved(3 * weights), layers)
@@ -78,7 +87,7 @@ def _transformer_backward(encoder: EncoderSizes, tokens: float, length: float) -
 def projections(content: ContentSizes, counts: BatchCounts) -> PartCost:
     forward, backward = Work(), Work()
     for encoder in content.encoders:
-        tokens, trained = _tokens(content, encoder, counts)
+        tokens, trained = _tokens(encoder, counts)
         sizes = encoder.dim, content.dim
         forward += linear(tokens, *sizes)
         forward += moved(tokens * sum(sizes) + encoder.dim * content.dim)
@@ -88,13 +97,11 @@ def projections(content: ContentSizes, counts: BatchCounts) -> PartCost:
     return PartCost("projections", "content", forward, backward)
 
 
-def _tokens(
-    content: ContentSizes, encoder: EncoderSizes, counts: BatchCounts
-) -> tuple[float, float]:
+def _tokens(encoder: EncoderSizes, counts: BatchCounts) -> tuple[float, float]:
     """Tokens that a modality gives the fusion, and those of items with gradient."""
     per_item = 1.0
     if not encoder.pooled:
-        per_item = counts.content_tokens / len(content.encoders) / max(counts.encoded, 1)
+        per_item = encoder.image_tokens or counts.modalities[encoder.name].longest
     return counts.encoded * per_item, counts.with_gradient * per_item
 
 
@@ -104,7 +111,7 @@ def fusion(content: ContentSizes, counts: BatchCounts) -> PartCost:
     Of the last layer's outputs only those of the queries are computed.
     """
     dim, items, queries = content.dim, counts.encoded, content.num_queries
-    tokens = sum(_tokens(content, encoder, counts)[0] for encoder in content.encoders)
+    tokens = sum(_tokens(encoder, counts)[0] for encoder in content.encoders)
     length = queries + tokens / max(items, 1)  # T
     of_outputs = 2 + 8 * content.has_feed_forward  # D x D products: query, output, feed-forward
     forward = linear(items, queries * dim, dim)

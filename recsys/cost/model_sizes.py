@@ -1,66 +1,26 @@
-"""The sizes that a step's cost follows from, read off a built job and its batches.
+"""The sizes that a step's cost follows from, read off a model, whole or sharded, and its plan.
 
 What depends on the model is read from the model itself, so that no width is computed twice.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from statistics import fmean
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from torchrec.distributed.types import ShardingPlan
 
-from recsys.batch import Batch
-from recsys.build import Job, content_settings, table_configs
+from embeddings import TableConfig
+from embeddings.optimizer import dense_parameters
+from embeddings.table_memory import TableMemory, table_memory
+from recsys.config import CommunicationSettings, Config, ContentSettings
 from recsys.content.encoders import StoredFeatures, TransformerEncoder
+from recsys.cost.work import Work
+from recsys.data.schema import Schema
+from recsys.model import EM3
 from recsys.ranking.din_dcn import DinDcn
-
-
-@dataclass(frozen=True)
-class BatchCounts:
-    """What a step works on, on one rank."""
-
-    rows: float  # B
-    pooled_ids: float
-    unique_pooled_ids: float
-    looked_up: float  # rows of the item table, for targets and histories
-    unique_looked_up: float  # of those, rows that get a gradient
-    history: float  # N
-    unique_history: float  # U
-    encoded: float  # E
-    with_gradient: float  # of those
-    stored: float  # target items read from the bank
-    content_tokens: float  # of the items to encode, over all modalities
-
-    @staticmethod
-    def of(batch: Batch) -> BatchCounts:
-        pooled, encoded = batch.sparse_features, len(batch.content_items)
-        looked_up = batch.sequence_features.values()
-        trained = encoded if batch.with_gradient is None else min(batch.with_gradient, encoded)
-        unique_pooled = 0
-        if pooled is not None:
-            unique_pooled = sum(
-                len(feature.values().unique()) for feature in pooled.to_dict().values()
-            )
-        return BatchCounts(
-            rows=batch.batch_size,
-            pooled_ids=pooled.values().numel() if pooled is not None else 0,
-            unique_pooled_ids=unique_pooled,
-            looked_up=looked_up.numel(),
-            unique_looked_up=len(looked_up.unique()),
-            history=len(batch.history_index),
-            unique_history=len(batch.history_items),
-            encoded=encoded,
-            with_gradient=trained,
-            stored=len(batch.bank_items),
-            content_tokens=sum(int(part.mask.sum()) for part in batch.content.values()),
-        )
-
-    @staticmethod
-    def mean(counts: list[BatchCounts]) -> BatchCounts:
-        """Of several steps."""
-        names = [item.name for item in fields(BatchCounts)]
-        return BatchCounts(**{name: fmean(getattr(c, name) for c in counts) for name in names})
 
 
 @dataclass(frozen=True)
@@ -71,6 +31,7 @@ class EncoderSizes:
     `trained_layers` do, by adapters of `lora_rank` or, where that is 0, altogether.
     """
 
+    name: str
     dim: int
     pooled: bool
     frozen_layers: int = 0
@@ -79,24 +40,26 @@ class EncoderSizes:
     intermediate: int = 0
     lora_rank: int = 0
     lora_targets: int = 0
+    groups_by_length: bool = False  # in the trained layers, items of like length run together
+    image_tokens: int = 0  # that an image's pixels become in a step; 0: they were made before
+    is_known: bool = True  # False: its FLOPs are not counted
 
     @staticmethod
-    def of(encoder: nn.Module) -> EncoderSizes:
-        """
-        Raises:
-            ValueError: nothing is known of the costs of such an encoder.
-        """
+    def of(name: str, encoder: nn.Module) -> EncoderSizes:
+        """Of stored features and transformers; of other encoders the width alone is known."""
+        width: Any = encoder.output_dim
         if isinstance(encoder, StoredFeatures):
-            return EncoderSizes(encoder.output_dim, pooled=True)
+            return EncoderSizes(name, width, pooled=False)
         if not isinstance(encoder, TransformerEncoder):
-            raise ValueError(
-                f"costs of {type(encoder).__name__} are unknown; they are known of stored features "
-                "and of transformers"
-            )
+            # What is frozen runs once per item, before the training, where it is cached.
+            is_known = bool(encoder.is_cached)
+            return EncoderSizes(name, width, pooled=False, is_known=is_known)
         layers, first = encoder.config.num_hidden_layers, encoder.first_trained
         adapters = [m for n, m in encoder.named_modules() if n.endswith("lora_A.default")]
+        reads_pixels = not encoder.is_text and not encoder.is_cached
         return EncoderSizes(
-            encoder.output_dim,
+            name,
+            width,
             pooled=encoder.pooling != "none",
             frozen_layers=0 if encoder.is_cached else first,
             trained_layers=layers - first,
@@ -104,11 +67,18 @@ class EncoderSizes:
             intermediate=encoder.config.intermediate_size,
             lora_rank=adapters[0].weight.shape[0] if adapters else 0,  # type: ignore[index]
             lora_targets=len(adapters) // max(layers - first, 1),
+            groups_by_length=encoder.is_text and encoder.pooling != "none",
+            image_tokens=_image_tokens(encoder.config) if reads_pixels else 0,
         )
 
     @property
     def trains(self) -> bool:
         return self.trained_layers > 0
+
+
+def _image_tokens(config: Any) -> int:
+    """Patches of an image and one token for the whole."""
+    return (config.image_size // config.patch_size) ** 2 + 1
 
 
 @dataclass(frozen=True)
@@ -126,56 +96,84 @@ class ContentSizes:
     vector_dim: int  # kept per item
     num_cosines: int  # spaces in which similarities are taken
     contrastive_dim: int  # 0: no contrastive loss
+    contrastive_gathers: bool  # both sides of all ranks
     exchanges: bool  # item vectors between ranks
+
+
+@dataclass(frozen=True)
+class RankingSizes:
+    """The default ranking model, `din_dcn`."""
+
+    attention_units: list[int]
+    cross_layers: int
+    cross_rank: int
+    head_widths: list[int]  # of the MLP, from its input to the logits
 
 
 @dataclass(frozen=True)
 class ModelSizes:
     """Everything a step's cost needs besides its batch."""
 
-    pooled_dims: list[int]
+    tables: list[TableMemory]
     id_dim: int
     num_parallel: int
-    attention_units: list[int]
-    cross_layers: int
-    cross_rank: int
-    head_widths: list[int]  # of the MLP, from its input to the logits
+    # Of any other ranking model than the default one: forward and backward of one row, counted.
+    ranking: RankingSizes | tuple[Work, Work]
     dense_parameters: int  # trained ones
     content: ContentSizes | None
-    moment_bytes_per_row: int = 4  # row-wise Adagrad
+    communication: CommunicationSettings
 
     @staticmethod
-    def of(job: Job) -> ModelSizes:
-        em3, settings = job.em3, job.config.ranking
-        ranking = em3.ranking
-        if not isinstance(ranking, DinDcn):
-            raise ValueError(f"costs of {type(ranking).__name__} are unknown; use din_dcn")
-        linear = [layer for layer in ranking.mlp if isinstance(layer, nn.Linear)]
-        pooled = [] if em3.embedding_bags is None else em3.read_ids.pooled_features
-        dims = {table.name: table.embedding_dim for table in table_configs(job.config, job.schema)}
+    def of(
+        config: Config,
+        schema: Schema,
+        em3: EM3,
+        tables: Sequence[TableConfig],
+        plan: ShardingPlan,
+        counted_ranking: tuple[Work, Work] | None = None,
+    ) -> ModelSizes:
+        """Of a model before or after sharding.
+
+        Raises:
+            ValueError: nothing is known of the costs of the ranking model.
+        """
+        sizes: RankingSizes | tuple[Work, Work] | None = counted_ranking
+        if isinstance(em3.ranking, DinDcn):
+            sizes = _ranking_sizes(config, em3.ranking)
+        if sizes is None:
+            raise ValueError(
+                f"costs of {type(em3.ranking).__name__} are unknown; count them "
+                "(`recsys.cost.counted_ranking`) or use din_dcn"
+            )
         return ModelSizes(
-            pooled_dims=[dims[job.schema.table_of(name)] for name in pooled],
-            id_dim=dims[job.schema.target_item],
-            num_parallel=len(job.schema.parallel),
-            attention_units=settings.attention_units,
-            cross_layers=settings.cross_layers,
-            cross_rank=settings.cross_rank,
-            head_widths=[linear[0].in_features, *(layer.out_features for layer in linear)],
-            dense_parameters=sum(
-                p.numel() for group in job.adamw.param_groups for p in group["params"]
-            ),
-            content=_content_sizes(job),
+            tables=[table_memory(table, plan) for table in tables],
+            id_dim=next(t.embedding_dim for t in tables if t.name == schema.target_item),
+            num_parallel=len(schema.parallel),
+            ranking=sizes,
+            dense_parameters=sum(p.numel() for p in dense_parameters(em3).values()),
+            content=_content_sizes(config, em3),
+            communication=config.embedding.communication,
         )
 
 
-def _content_sizes(job: Job) -> ContentSizes | None:
-    settings, branch = content_settings(job.config), job.em3.content
-    if settings is None or branch is None:
+def _ranking_sizes(config: Config, ranking: DinDcn) -> RankingSizes:
+    settings = config.ranking
+    linear = [layer for layer in ranking.mlp if isinstance(layer, nn.Linear)]
+    widths = [linear[0].in_features, *(layer.out_features for layer in linear)]
+    return RankingSizes(
+        settings.attention_units, settings.cross_layers, settings.cross_rank, widths
+    )
+
+
+def _content_sizes(config: Config, em3: EM3) -> ContentSizes | None:
+    settings, branch = config.content, em3.content
+    if not isinstance(settings, ContentSettings) or branch is None:
         return None
     history, fusion = settings.history, settings.fusion
     spaces = 1 + len(settings.modalities) if history.similarity_features else 0
+    contrastive = config.contrastive
     return ContentSizes(
-        encoders=[EncoderSizes.of(encoder) for encoder in branch.encoders.values()],
+        encoders=[EncoderSizes.of(name, encoder) for name, encoder in branch.encoders.items()],
         dim=settings.dim,
         is_qformer=fusion.name == "qformer",
         num_queries=fusion.num_queries,
@@ -185,6 +183,7 @@ def _content_sizes(job: Job) -> ContentSizes | None:
         lora_rank=history.lora_rank,
         vector_dim=settings.vector_dim,
         num_cosines=spaces or int(bool(history.simtier_bins or history.sorted_cosines)),
-        contrastive_dim=job.config.contrastive.dim if job.config.contrastive.weight else 0,
+        contrastive_dim=contrastive.dim if contrastive.weight else 0,
+        contrastive_gathers=contrastive.all_ranks and contrastive.variant == "in_batch",
         exchanges=settings.dedup == "global",
     )

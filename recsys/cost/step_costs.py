@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from recsys.cost.batch_counts import BatchCounts
+from recsys.cost.communication import sent_bytes
 from recsys.cost.content_cost import content_parts
 from recsys.cost.floor import Anchor
-from recsys.cost.model_sizes import BatchCounts, ContentSizes, ModelSizes
+from recsys.cost.model_sizes import ContentSizes, ModelSizes, RankingSizes
 from recsys.cost.work import FLOAT, PartCost, Work, linear, moved, times
 
 ADAMW_BYTES = 7 * FLOAT  # reads weight, gradient and two moments, writes all but the gradient
 ADAMW_FLOPS = 12
+DIRECTIONS = ("forward", "backward")
 
 
 def step_costs(sizes: ModelSizes, counts: BatchCounts, world_size: int = 1) -> list[PartCost]:
@@ -23,15 +26,18 @@ def step_costs(sizes: ModelSizes, counts: BatchCounts, world_size: int = 1) -> l
     content = sizes.content
     parts = [lookup(sizes, counts)]
     if content is not None:
-        parts += [*content_parts(content, counts), content_attention(sizes, content, counts)]
-    parts += [id_attention(sizes, counts), head(sizes, counts)]
+        parts += content_parts(content, counts)
+    parts += ranking(sizes, counts)
     if content is not None and content.contrastive_dim:
         parts.append(contrastive(sizes, content, counts))
     parameters = sizes.dense_parameters
     update = Work(others=ADAMW_FLOPS * parameters, bytes=ADAMW_BYTES * parameters)
     parts.append(PartCost("optimizer", "optimizer", update))
-    if world_size > 1:
-        parts.append(communication(sizes, counts, world_size))
+    if sent := sent_bytes(sizes, counts, world_size):
+        forward, backward = (sum(getattr(s, name) for s in sent) for name in DIRECTIONS)
+        parts.append(
+            PartCost("communication", "communication", Work(bytes=forward), Work(bytes=backward))
+        )
     return parts
 
 
@@ -46,21 +52,37 @@ def floors_by_measured_part(parts: list[PartCost], anchor: Anchor) -> dict[str, 
 
 def lookup(sizes: ModelSizes, counts: BatchCounts) -> PartCost:
     """Rows in, pooled or single vectors out; the fused optimizer runs in the backward."""
-    dim = sizes.id_dim
-    pooled_dim = sum(sizes.pooled_dims) / max(len(sizes.pooled_dims), 1)
-    outputs = counts.rows * sum(sizes.pooled_dims) + counts.looked_up * dim
-    rows = counts.pooled_ids * pooled_dim + counts.looked_up * dim
-    touched = counts.unique_pooled_ids * pooled_dim + counts.unique_looked_up * dim
-    moments = (counts.unique_pooled_ids + counts.unique_looked_up) * sizes.moment_bytes_per_row
-    backward = moved(outputs + 2 * touched) + Work(bytes=2 * moments)
-    return PartCost("lookup", "lookup", moved(rows + outputs), backward)
+    forward, backward = Work(), Work()
+    for memory in sizes.tables:
+        table, dim = memory.table, memory.table.embedding_dim
+        if table.pooling == "none":
+            read, outputs, touched = counts.looked_up, counts.looked_up, counts.unique_looked_up
+        else:
+            read = sum(counts.pooled_ids[name] for name in table.features)
+            touched = sum(counts.unique_pooled_ids[name] for name in table.features)
+            outputs = counts.rows * len(table.features)
+        forward += moved((read + outputs) * dim)
+        backward += moved((outputs + 2 * touched) * dim)
+        backward += Work(bytes=2 * touched * memory.state_bytes_per_row)
+    return PartCost("lookup", "lookup", forward, backward)
 
 
-def id_attention(sizes: ModelSizes, counts: BatchCounts) -> PartCost:
+def ranking(sizes: ModelSizes, counts: BatchCounts) -> list[PartCost]:
+    """The parts of the default ranking model; any other one as a whole."""
+    if not isinstance(sizes.ranking, RankingSizes):
+        forward, backward = (times(work, counts.rows) for work in sizes.ranking)
+        return [PartCost("ranking", "ranking", forward, backward)]
+    parts = [id_attention(sizes, sizes.ranking, counts), head(sizes.ranking, counts)]
+    if sizes.content is not None:
+        return [content_attention(sizes, sizes.content, counts), *parts]
+    return parts
+
+
+def id_attention(sizes: ModelSizes, ranking: RankingSizes, counts: BatchCounts) -> PartCost:
     """DIN with its first layer cut by what it depends on; see `recsys.ranking.target_attention`."""
     dim, places, parallel = sizes.id_dim, counts.history, sizes.num_parallel
     items = counts.looked_up - counts.rows
-    first, *rest = sizes.attention_units
+    first, *rest = ranking.attention_units
     widths = [first, *rest, 1]
     layers = linear(items, dim, first) + linear(counts.rows, dim, first)
     layers += linear(places, dim, first)
@@ -92,7 +114,7 @@ def content_attention(sizes: ModelSizes, content: ContentSizes, counts: BatchCou
     return PartCost("attention, content", "ranking", forward, backward)
 
 
-def head(sizes: ModelSizes, counts: BatchCounts) -> PartCost:
+def head(sizes: RankingSizes, counts: BatchCounts) -> PartCost:
     """Low-rank cross layers and the MLP."""
     rows, width = counts.rows, sizes.head_widths[0]
     forward = times(linear(rows, width, sizes.cross_rank), 2 * sizes.cross_layers)
@@ -113,26 +135,3 @@ def contrastive(sizes: ModelSizes, content: ContentSizes, counts: BatchCounts) -
     forward = maps + linear(rows, dim, rows)
     numbers = moved(rows * (content.dim + sizes.id_dim) + (content.dim + sizes.id_dim) * dim)
     return PartCost("losses", "losses", forward + numbers, times(forward, 2) + times(numbers, 2))
-
-
-def communication(sizes: ModelSizes, counts: BatchCounts, world_size: int) -> PartCost:
-    """Bytes that a rank sends: ids, looked-up vectors and gradients, bank, dense gradients."""
-    others = (world_size - 1) / world_size
-    ids = 8 * (counts.pooled_ids + counts.looked_up)
-    vectors = counts.rows * sum(sizes.pooled_dims) + counts.looked_up * sizes.id_dim
-    forward, backward = ids + FLOAT * vectors, FLOAT * vectors
-    content = sizes.content
-    if content is not None and content.mode != "full":
-        ids = 8 * (counts.encoded + counts.stored + counts.unique_history)
-        kept = counts.encoded + counts.stored + counts.unique_history
-        forward += ids + FLOAT * kept * (content.vector_dim + 1)
-    if content is not None and content.exchanges:
-        forward += FLOAT * counts.encoded * content.vector_dim
-        backward += FLOAT * counts.encoded * content.vector_dim
-    backward += 2 * FLOAT * sizes.dense_parameters
-    return PartCost(
-        "communication",
-        "communication",
-        Work(bytes=forward * others),
-        Work(bytes=backward * others),
-    )

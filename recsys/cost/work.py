@@ -21,10 +21,14 @@ class Work:
     products: float = 0.0  # FLOPs of matrix products
     others: float = 0.0  # FLOPs of attention kernels, sums over histories and optimizers
     bytes: float = 0.0
+    outputs: float = 0.0  # bytes of the products' results, which a backward needs
 
     def __add__(self, other: Work) -> Work:
         return Work(
-            self.products + other.products, self.others + other.others, self.bytes + other.bytes
+            self.products + other.products,
+            self.others + other.others,
+            self.bytes + other.bytes,
+            self.outputs + other.outputs,
         )
 
     @property
@@ -52,12 +56,14 @@ class PartCost:
 
 def linear(rows: float, inputs: float, outputs: float) -> Work:
     """The product alone, [rows, inputs] x [inputs, outputs]; its bytes are the part's to count."""
-    return Work(products=2 * rows * inputs * outputs)
+    return Work(products=2 * rows * inputs * outputs, outputs=FLOAT * rows * outputs)
 
 
 def times(work: Work, factor: float) -> Work:
     """`factor` times the work."""
-    return Work(work.products * factor, work.others * factor, work.bytes * factor)
+    return Work(
+        work.products * factor, work.others * factor, work.bytes * factor, work.outputs * factor
+    )
 
 
 def moved(numbers: float) -> Work:

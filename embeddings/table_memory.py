@@ -1,0 +1,179 @@
+"""Bytes of a table's weights and optimizer state, on each rank of a plan, and how to make it fit.
+
+Weights and moments are float32. What a fused optimizer keeps: row-wise Adagrad one moment per row
+of each shard, Adagrad one per weight, Adam two, SGD and frozen tables nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
+
+from embeddings.sharding import RESERVED_SHARE
+from embeddings.tables import TableConfig
+
+FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True)
+class TableShard:
+    """A piece of a table."""
+
+    rank: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class TableMemory:
+    """A table as a plan cuts it.
+
+    Example::
+
+        memory = table_memory(table, plan)
+        memory.weight_bytes + memory.state_bytes  # over all ranks
+    """
+
+    table: TableConfig
+    sharding: str
+    shards: list[TableShard]
+
+    @property
+    def column_shards(self) -> int:
+        """Into how many pieces a row is cut."""
+        widest = max(shard.columns for shard in self.shards)
+        return -(-self.table.embedding_dim // widest)
+
+    @property
+    def weight_bytes(self) -> int:
+        return FLOAT * sum(shard.rows * shard.columns for shard in self.shards)
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(state_bytes(self.table, s.rows, s.columns) for s in self.shards)
+
+    @property
+    def state_bytes_per_row(self) -> float:
+        """Over all pieces of the row."""
+        return self.state_bytes / self.table.num_embeddings
+
+    def on_rank(self, rank: int) -> tuple[int, int]:
+        """(bytes of weights, bytes of optimizer state)."""
+        here = [shard for shard in self.shards if shard.rank == rank]
+        weights = FLOAT * sum(shard.rows * shard.columns for shard in here)
+        return weights, sum(state_bytes(self.table, s.rows, s.columns) for s in here)
+
+
+def state_bytes(table: TableConfig, rows: int, columns: int) -> int:
+    """Of the fused optimizer, for a piece of a table."""
+    if table.frozen or table.optimizer == "sgd":
+        return 0
+    per_row = {"rowwise_adagrad": 1, "adagrad": columns, "adam": 2 * columns}[table.optimizer]
+    return FLOAT * rows * per_row
+
+
+def table_bytes(table: TableConfig) -> int:
+    """Weights and optimizer state of an uncut table."""
+    rows, dim = table.num_embeddings, table.embedding_dim
+    return FLOAT * rows * dim + state_bytes(table, rows, dim)
+
+
+def table_memory(table: TableConfig, plan: ShardingPlan) -> TableMemory:
+    """How a plan cuts a table."""
+    for module_plan in plan.plan.values():
+        assert isinstance(module_plan, EmbeddingModuleShardingPlan)
+        if table.name in module_plan:
+            sharding = module_plan[table.name]
+            spec = sharding.sharding_spec
+            shards = [
+                TableShard(piece.placement.rank(), *piece.shard_sizes)
+                for piece in spec.shards  # type: ignore[union-attr]
+            ]
+            return TableMemory(table, sharding.sharding_type, shards)
+    raise AssertionError(f"table '{table.name}' is not in the plan")
+
+
+def what_does_not_fit(
+    tables: Sequence[TableConfig], bytes_per_rank: int, world_size: int
+) -> list[str]:
+    """Which tables do not fit, the largest first, and what would be enough to make all fit.
+
+    Args:
+        tables: those of a model.
+        bytes_per_rank: memory of a rank, of which the planner keeps a share for all else.
+        world_size: ranks.
+    """
+    room = int(bytes_per_rank * (1 - RESERVED_SHARE))
+    total = sum(map(table_bytes, tables))
+    lines = []
+    for table in sorted(tables, key=table_bytes, reverse=True):
+        size, pieces = table_bytes(table), _most_pieces(table, world_size)
+        if size > pieces * room:
+            where = "one rank" if pieces == 1 else f"{pieces:,} ranks"
+            lines.append(
+                f"table '{table.name}' ({table.num_embeddings:,} x {table.embedding_dim}, "
+                f"{table.optimizer}, {table.sharding}) takes {size:,} bytes; {where} can hold "
+                f"{pieces * room:,}"
+            )
+    if total > world_size * room and len(tables) > 1:
+        lines.append(f"all tables take {total:,} bytes; the ranks can hold {world_size * room:,}")
+    return lines + [f"enough would be: {mend}" for mend in _mends(tables, room, world_size)]
+
+
+def _most_pieces(table: TableConfig, world_size: int) -> int:
+    """Ranks that a table can be spread over."""
+    if table.sharding == "table_wise":
+        return 1
+    if table.sharding == "column_wise":
+        return min(world_size, table.embedding_dim // 4)
+    return world_size
+
+
+def _mends(tables: Sequence[TableConfig], room: int, world_size: int) -> list[str]:
+    """Changes of which each alone makes all tables fit."""
+    largest = max(tables, key=table_bytes)
+    name, others = largest.name, sum(map(table_bytes, tables)) - table_bytes(largest)
+    mends = []
+    if _fit(tables, room, world_size):
+        return []
+    ranks = -(-(others + table_bytes(largest)) // room)
+    if _fit(tables, room, ranks):
+        mends.append(f"{ranks:,} ranks")
+    if largest.sharding in ("table_wise", "column_wise"):
+        mends += _if_fits(tables, replace(largest, sharding="row_wise"), room, world_size)
+    if largest.optimizer in ("adam", "adagrad"):
+        mends += _if_fits(tables, replace(largest, optimizer="rowwise_adagrad"), room, world_size)
+    left = _most_pieces(largest, world_size) * room
+    left = min(left, world_size * room - others)
+    for dim in range(largest.embedding_dim // 4 * 4, 0, -4):
+        if table_bytes(replace(largest, embedding_dim=dim)) <= left:
+            mends.append(f"embedding_dim {dim} for table '{name}'")
+            break
+    rows = left * largest.num_embeddings // table_bytes(largest)
+    if rows > 0:
+        mends.append(f"num_embeddings {rows:,} for table '{name}'")
+    return mends
+
+
+def _if_fits(
+    tables: Sequence[TableConfig], changed: TableConfig, room: int, world_size: int
+) -> list[str]:
+    """The change in words, if it is enough."""
+    after = [changed if table.name == changed.name else table for table in tables]
+    if not _fit(after, room, world_size):
+        return []
+    before = next(table for table in tables if table.name == changed.name)
+    words = [
+        f"{field} '{getattr(changed, field)}'"
+        for field in ("sharding", "optimizer")
+        if getattr(changed, field) != getattr(before, field)
+    ]
+    return [f"{', '.join(words)} for table '{changed.name}'"]
+
+
+def _fit(tables: Sequence[TableConfig], room: int, world_size: int) -> bool:
+    sizes = [(table_bytes(table), _most_pieces(table, world_size)) for table in tables]
+    total = sum(size for size, _ in sizes)
+    return total <= world_size * room and all(size <= pieces * room for size, pieces in sizes)
