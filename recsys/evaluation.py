@@ -11,13 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recsys.build import Job
+from recsys.content.bank_fill import encode_into_bank
 from recsys.data.interactions import Interactions, loader
 from recsys.data.parquet_rows import ParquetRows, count_items
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.lockstep import Lockstep
 from recsys.metrics import evaluation_report, gather_rows
-
-ITEMS_PER_CALL = 256
 
 
 def check_data(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
@@ -47,32 +46,23 @@ def check_data(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
     return totals.numpy(), skipped
 
 
-@torch.no_grad()
 def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
     """Encodes every item and writes its vector to the memory bank. A collective.
 
     Raises:
         TrainingStopped: the job is to end, as `lockstep` says.
     """
-    content, store, ranks = job.em3.content, job.store, job.ranks
+    content, store = job.em3.content, job.store
     if content is None or content.bank is None:
         return
     assert store is not None
-    was_training = content.training
-    content.eval()
-    share = np.array_split(np.sort(store.items.ids), ranks.world_size)[ranks.rank]
-    # Every rank makes the same number of calls, as each is a collective.
-    longest = -(-len(store.items.ids) // ranks.world_size)
-    for ids in np.array_split(share, -(-longest // ITEMS_PER_CALL)):
-        vectors = torch.zeros(0, content.bank.dim, device=ranks.device)
-        if len(ids):
-            inputs = {name: part.to(ranks.device) for name, part in store.gather(ids).items()}
-            vectors = content.encode(inputs)
+
+    def stop_if_asked() -> None:
         if lockstep is not None:
             lockstep.settle()
             lockstep.raise_if_stopped()
-        content.bank.update(torch.from_numpy(ids).to(ranks.device), vectors, content.step)
-    content.train(was_training)
+
+    encode_into_bank(content, store, job.ranks, stop_if_asked)
 
 
 @torch.no_grad()

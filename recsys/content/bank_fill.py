@@ -1,0 +1,49 @@
+"""The memory bank, filled with what the encoders make of every item.
+
+Shapes: U items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from recsys.content.branch import ContentBranch
+from recsys.data.content_store import ContentStore
+from recsys.ranks import Ranks
+
+ITEMS_PER_CALL = 256
+
+
+@torch.no_grad()
+def encode_into_bank(
+    content: ContentBranch,
+    store: ContentStore,
+    ranks: Ranks,
+    between: Callable[[], None] | None = None,
+) -> None:
+    """Encodes every item, without dropout, and writes its vector to the bank. A collective.
+
+    Args:
+        content: has a bank.
+        store: content of the items.
+        ranks: each encodes its share.
+        between: called, on every rank, before each write.
+    """
+    assert content.bank is not None
+    was_training = content.training
+    content.eval()
+    share = np.array_split(np.sort(store.items.ids), ranks.world_size)[ranks.rank]
+    # Every rank makes the same number of calls, as each is a collective.
+    longest = -(-len(store.items.ids) // ranks.world_size)
+    for ids in np.array_split(share, -(-longest // ITEMS_PER_CALL)):
+        vectors = torch.zeros(0, content.bank.dim, device=ranks.device)
+        if len(ids):
+            inputs = {name: part.to(ranks.device) for name, part in store.gather(ids).items()}
+            vectors = content.encode(inputs)
+        if between is not None:
+            between()
+        content.bank.update(torch.from_numpy(ids).to(ranks.device), vectors, content.step)
+    content.train(was_training)
