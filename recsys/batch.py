@@ -6,7 +6,7 @@ attribute of the batch (`sparse_features`, `sequence_features`), which `TrainPip
 needs to send them ahead of the step.
 
 Shapes: B batch, N history items of the whole batch, U unique history items, E items to encode,
-S items whose vectors are read from the bank, T tokens, F dense features.
+S items whose vectors are read from the bank, T tokens, F dense features, K sampled negatives.
 """
 
 from __future__ import annotations
@@ -76,11 +76,14 @@ class Batch(Pipelineable):
     with_gradient: how many of the items to encode are encoded with gradient, the first ones; None
         for all.
     bank_items: items that are ranked but read from the bank instead [S].
-    bank_reads: how rows of the bank come here, for `bank_items` and `history_items` one behind the
-        other; `bank_writes` how those of `content_items` go there. None: found in the step.
+    bank_reads: how rows of the bank come here, for `read_items`; `bank_writes` how those of
+        `content_items` go there. None: found in the step.
     exchange: how item vectors go from the ranks that own them to those that need them; None where
         each rank encodes its own.
     row_positions: place of each row in its files [B], -1 for a row that only pads.
+    negative_items: items drawn as negatives of retrieval [K], also a feature of
+        `sequence_features`; `negative_log_q` [K] and `target_log_q` [B] the log of the probability
+        with which they, and the ranked items, are drawn.
     """
 
     dense_features: Tensor  # [B, F]
@@ -104,6 +107,9 @@ class Batch(Pipelineable):
     bank_reads: BankRoute | None = None
     bank_writes: BankRoute | None = None
     exchange: ItemExchange | None = None
+    negative_items: Tensor | None = None
+    negative_log_q: Tensor | None = None
+    target_log_q: Tensor | None = None
 
     def _map(self, function: Callable[[Any], Any]) -> Batch:
         """A batch with `function` applied to every tensor and KeyedJaggedTensor."""
@@ -138,6 +144,12 @@ class Batch(Pipelineable):
             len(self.history_items),
             self.longest_history,
         )
+
+    @property
+    def read_items(self) -> Tensor:
+        """Items whose vectors come from the bank: those to rank, the histories', the negatives."""
+        items = [self.bank_items, self.history_items]
+        return torch.cat(items if self.negative_items is None else [*items, self.negative_items])
 
     @property
     def row_weights(self) -> Tensor:

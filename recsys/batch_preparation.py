@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
 import torch.distributed as dist
 
 from embeddings import MemoryBank
@@ -21,6 +20,7 @@ from recsys.content.item_exchange import assign_to_owners
 from recsys.content.item_sampling import sample_items
 from recsys.data.content_store import ContentStore
 from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
+from recsys.negatives import NegativeSampler
 
 
 def chooses_items(content: ContentSettings | None) -> bool:
@@ -37,6 +37,7 @@ class BatchPreparation:
         store, bank: content of the items and their vectors, where there are any.
         vocabularies: raw ids that learn.
         group: the ranks, where items are chosen together.
+        negatives: of a retrieval model with a softmax loss.
     """
 
     config: Config
@@ -44,6 +45,7 @@ class BatchPreparation:
     bank: MemoryBank | None
     vocabularies: BoundedVocabularies
     group: dist.ProcessGroup | None = None
+    negatives: NegativeSampler | None = None
 
     def __post_init__(self) -> None:
         content = self.config.content
@@ -64,6 +66,7 @@ class BatchPreparation:
             self.vocabularies.map_batch(batch, step, training)
             unknown.add(batch)
             prepared = self._with_items(self._with_histories(batch), step, training)
+            prepared = self._with_negatives(prepared, step, training)
             prepared = self._with_routes(prepared, training)
             # A loader that pins does so before; what was added here would be copied with a wait.
             is_new = prepared is not batch and batch.target_items.is_pinned()
@@ -87,15 +90,23 @@ class BatchPreparation:
             batch = assign_to_owners(batch, self.group)
         sampling = self.content.sampling
         if training and sampling.backward < 1:
-            draw = (self.config.seed, step, dist.get_rank(self.group))
-            batch = sample_items(batch, sampling, draw)
+            batch = sample_items(batch, sampling, self._draw(step))
         return replace(batch, content=self.store.gather(batch.content_items.numpy()))
+
+    def _with_negatives(self, batch: Batch, step: int, training: bool) -> Batch:
+        if self.negatives is None:
+            return batch
+        return self.negatives(batch, self._draw(step), training)
+
+    def _draw(self, step: int) -> tuple[int, int, int]:
+        """What a step's random choices on this rank depend on."""
+        return (self.config.seed, step, dist.get_rank(self.group))
 
     def _with_routes(self, batch: Batch, training: bool) -> Batch:
         """Settles which rows of the bank go where, so that the step sends vectors alone."""
         if self.bank is None or self.bank.world_size == 1:
             return batch
-        reads = torch.cat([batch.bank_items, batch.history_items])
+        reads = batch.read_items
         if not training:
             return replace(batch, bank_reads=self.bank.routes([reads])[0])
         bank_reads, bank_writes = self.bank.routes([reads, batch.content_items])

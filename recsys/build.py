@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -48,10 +49,13 @@ from recsys.data.schema import Schema, load_schema
 from recsys.data.vocabularies import BoundedVocabularies
 from recsys.losses import ContentIDContrastive, RankingLoss
 from recsys.model import EM3, Losses, ReadIDs
+from recsys.negatives import NegativeSampler, negatives_feature
 from recsys.precision import use_bfloat16
 from recsys.ranking import build_ranking
 from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.item_categories import load_item_categories
 from recsys.ranks import Ranks
+from recsys.retrieval_loss import RetrievalLoss
 
 
 @dataclass
@@ -131,6 +135,7 @@ def table_configs(config: Config, schema: Schema) -> list[TableConfig]:
     settings = config.embedding
     pooled = pooled_features(config, schema)
     sequence = [schema.target_item] + ([schema.history] if schema.history else [])
+    negatives = negatives_feature(config.ranking, schema.target_item)
     tables = list(dict.fromkeys(schema.table_of(name) for name in [*pooled, *sequence]))
     for name in settings.tables:
         if name not in tables:
@@ -143,7 +148,8 @@ def table_configs(config: Config, schema: Schema) -> list[TableConfig]:
             config,
             schema,
             name,
-            [feature for feature in [*pooled, *sequence] if schema.table_of(feature) == name],
+            [feature for feature in [*pooled, *sequence] if schema.table_of(feature) == name]
+            + ([negatives] if negatives and name == schema.target_item else []),
         )
         for name in tables
     ]
@@ -200,8 +206,11 @@ def build_em3(
     encoders: dict[str, Encoder],
     bank: MemoryBank | None,
     device: str = "meta",
+    item_categories: Tensor | None = None,
 ) -> EM3:
     """The model, its tables on `device` (meta: allocated when sharded).
+
+    `item_categories` are those of `load_item_categories`.
 
     Raises:
         ValueError: unknown parts, or label weights for labels that do not exist.
@@ -214,26 +223,26 @@ def build_em3(
     dims = {table.name: table.embedding_dim for table in tables}
     pooled = pooled_features(config, schema)
     id_dim = dims[schema.target_item]
-    dimensions = InputDimensions(
-        pooled_dims=[dims[schema.table_of(name)] for name in pooled],
-        id_dim=id_dim,
-        num_dense=len(schema.of_kind("dense")),
-        num_parallel=len(schema.parallel),
-        num_labels=len(labels),
-    )
+    dimensions = InputDimensions.of(schema, pooled, dims, item_categories)
     embeddings = build_embedding_collection(tables, device)
     assert embeddings is not None
     contrastive = None
     if content is not None and config.contrastive.weight > 0:
         contrastive = ContentIDContrastive(content.dim, id_dim, config.contrastive)
     weights = [config.ranking.label_weights.get(label, 1.0) for label in labels]
+    retrieval = None
+    if config.ranking.loss != "pointwise":
+        retrieval = RetrievalLoss(config.ranking, weights)
+    negatives = negatives_feature(config.ranking, schema.target_item)
     return EM3(
         embedding_bags=build_embedding_bag_collection(tables, device),
         embeddings=embeddings,
         content=ContentBranch(encoders, content, bank) if content is not None else None,
-        read_ids=ReadIDs(pooled, schema.target_item, schema.history, config.embedding.index_dedup),
+        read_ids=ReadIDs(
+            pooled, schema.target_item, schema.history, config.embedding.index_dedup, negatives
+        ),
         ranking=build_ranking(config.ranking, dimensions, content),
-        losses=Losses(RankingLoss(weights), contrastive, config.contrastive.weight),
+        losses=Losses(RankingLoss(weights), contrastive, config.contrastive.weight, retrieval),
     )
 
 
@@ -278,7 +287,8 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
         if content.history.mode != "full":
             bank = MemoryBank(schema.num_items, content.vector_dim, ranks.device, ranks.group)
     with ranks.all_or_none():
-        em3 = build_em3(config, schema, tables, encoders, bank)
+        categories = load_item_categories(config.ranking, root, schema, config.on_bad_row)
+        em3 = build_em3(config, schema, tables, encoders, bank, item_categories=categories)
         fuse_table_optimizers(em3, tables)
         if config.precision == "bf16":
             use_bfloat16(em3, ranks.device)
@@ -302,6 +312,9 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
         ranks.group,
         RowReset(model, bounded, config.seed),
     )
+    sampler = None
+    if config.ranking.loss != "pointwise":
+        sampler = NegativeSampler(config.ranking, schema.num_items, schema.target_item)
     pipeline = AccumulatingPipeline(model, optimizer, ranks.device, config.accumulate_steps)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
     return Job(
@@ -316,7 +329,7 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
         schedule,
         pipeline,
         vocabularies,
-        BatchPreparation(config, store, bank, vocabularies, ranks.group),
+        BatchPreparation(config, store, bank, vocabularies, ranks.group, sampler),
         plan=format_plan(plan, tables),
         parameters=describe_optimizers(model, tables, adamw),
     )

@@ -73,8 +73,15 @@ class LoraSettings:
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
+    # Names of linear maps as the model calls them, or "all-linear".
     targets: list[str] = field(default_factory=lambda: ["query", "value"])
     top_layers: int = 1  # adapt this many of the highest layers
+    # First and last adapted layer, counted from 0; instead of `top_layers`.
+    layers: list[int] | None = None
+    use_dora: bool = False  # direction and magnitude of weights apart
+    use_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
+    # true, false, gaussian, orthogonal, olora, pissa or pissa_niter_N, as in peft.
+    init_lora_weights: bool | str = True
 
 
 @dataclass
@@ -90,10 +97,14 @@ class ModalitySettings:
     module: str | None = None
     training: Literal["frozen", "lora", "full"] = "frozen"
     lora: LoraSettings = field(default_factory=LoraSettings)
-    # How the encoder's last hidden states become tokens for the fusion.
-    pooling: Literal["mean", "cls", "none"] = "mean"
+    # How the encoder's last hidden states become tokens for the fusion. projected: the model's own
+    # pooled output, of dual encoders such as CLIP in the space that texts and images share.
+    pooling: Literal["mean", "cls", "last", "none", "projected"] = "mean"
     max_length: int = 32  # text tokens per item
     image_size: int = 224  # pixels, square
+    max_images: int = 1  # images, or frames, per item: the first so many of a list
+    # Trained layers compute their activations again in the backward pass instead of keeping them.
+    activation_checkpointing: bool = False
     # Keep the outputs of the frozen layers below the lowest trained one per item on disk.
     cache_frozen_layers: bool = True
     revision: str | None = None  # of a hub encoder
@@ -176,13 +187,33 @@ class ContrastiveSettings:
 class RankingSettings:
     """The ranking backbone over ID and content vectors."""
 
-    name: str = "din_dcn"  # one of recsys.ranking.RANKING_MODELS
-    attention_units: list[int] = field(default_factory=lambda: [64, 16])
-    cross_layers: int = 2
+    # One of recsys.ranking.RANKING_MODELS, or a class of your own as `package.module:Class`.
+    name: str = "din_dcn"
+    options: dict[str, Any] = field(default_factory=dict)  # of a class of your own
+    attention_units: list[int] = field(default_factory=lambda: [64, 16])  # din, din_dcn, mmoe
+    cross_layers: int = 2  # din_dcn, dlrm_dcn
     cross_rank: int = 32
+    dense_units: list[int] = field(default_factory=lambda: [64])  # dlrm, dlrm_dcn, deepfm
     mlp_units: list[int] = field(default_factory=lambda: [128, 64])
     dropout: float = 0.3
     label_weights: dict[str, float] = field(default_factory=dict)  # several labels; default 1
+    num_experts: int = 4  # mmoe
+    # sim: what of a long history is attended to, by similarity (of content; of ID vectors where
+    # there is none) or by equal category.
+    search: Literal["similarity", "category"] = "similarity"
+    search_top_k: int = 50  # at most so many items of each history
+    search_heads: int = 2  # of the attention to them
+    category: str | None = None  # the item column of kind category
+    time_gaps: str | None = None  # the parallel list with each item's age; default: its place
+    # two_tower: columns besides the group's that tell of the user, not of the item.
+    query_features: list[str] = field(default_factory=list)
+    tower_dim: int = 32
+    temperature: float = 0.1
+    loss: Literal["pointwise", "in_batch_softmax", "sampled_softmax"] = "pointwise"
+    num_negatives: int = 256  # sampled_softmax: per rank and step
+    # log_uniform: the n-th most frequent item of the training rows with about 1 / n.
+    negative_sampling: Literal["uniform", "log_uniform"] = "uniform"
+    all_ranks: bool = False  # softmax losses: negatives from every rank
 
 
 @dataclass

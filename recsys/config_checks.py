@@ -10,7 +10,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recsys.config import Config, ContentSettings, ModalitySettings
+    from recsys.config import Config, ContentSettings, LoraSettings, ModalitySettings
+
+LORA_INITS = ("gaussian", "orthogonal", "olora", "pissa")
 
 
 def validate(config: Config) -> None:
@@ -55,7 +57,13 @@ def validate(config: Config) -> None:
 
 
 def _validate_ranking(config: Config) -> None:
-    for name in ("attention_units", "mlp_units"):
+    for name in ("num_experts", "search_top_k", "search_heads", "tower_dim", "num_negatives"):
+        _at_least(config, f"ranking.{name}", 1)
+    temperature = config.ranking.temperature
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"ranking.temperature is {temperature}; it must be > 0 and finite")
+    _validate_retrieval(config)
+    for name in ("attention_units", "dense_units", "mlp_units"):
         units = getattr(config.ranking, name)
         if any(unit < 1 for unit in units):
             raise ValueError(f"ranking.{name} is {units}; each layer has at least 1 unit")
@@ -64,6 +72,28 @@ def _validate_ranking(config: Config) -> None:
             raise ValueError(
                 f"ranking.label_weights.{label} is {weight}; it must be at least 0 and finite"
             )
+
+
+def _validate_retrieval(config: Config) -> None:
+    ranking, content = config.ranking, config.content
+    is_own = ":" in ranking.name
+    if ranking.options and not is_own:
+        raise ValueError(
+            f"ranking.options are for a class of your own, but ranking.name is '{ranking.name}'; "
+            "remove them"
+        )
+    if ranking.loss == "pointwise":
+        return
+    if ranking.name != "two_tower" and not is_own:
+        raise ValueError(
+            f"ranking.loss {ranking.loss} compares vectors of users and items, which "
+            f"'{ranking.name}' has not; choose ranking.name two_tower, or pointwise"
+        )
+    if ranking.loss == "sampled_softmax" and content != "none" and content.history.mode == "full":
+        raise ValueError(
+            "ranking.loss sampled_softmax reads the content of its negatives from the memory bank, "
+            "which content.history.mode full has not; choose bank_lora, bank_frozen or bank_dense"
+        )
 
 
 def _setting(config: Config, name: str) -> Any:
@@ -114,6 +144,7 @@ def _validate_content(config: Config, content: ContentSettings) -> None:
             _at_least(config, f"content.modalities.{name}.lora.rank", 1)
             _at_least(config, f"content.modalities.{name}.lora.top_layers", 1)
             _dropout(config, f"content.modalities.{name}.lora.dropout")
+            _validate_lora(f"content.modalities.{name}.lora", modality.lora)
 
 
 def _validate_sampling(content: ContentSettings) -> None:
@@ -152,5 +183,29 @@ def _validate_modality(where: str, modality: ModalitySettings) -> None:
         raise ValueError(
             f"{where}: LoRA needs a transformers `encoder`; a `module` is frozen or full"
         )
-    if modality.max_length < 1 or modality.image_size < 1:
-        raise ValueError(f"{where}: max_length and image_size must be at least 1")
+    if min(modality.max_length, modality.image_size, modality.max_images) < 1:
+        raise ValueError(f"{where}: max_length, image_size and max_images must be at least 1")
+    if modality.max_images > 1 and modality.kind != "image":
+        raise ValueError(f"{where}: max_images is of kind image, not {modality.kind}; remove it")
+    if modality.activation_checkpointing and (
+        modality.training == "frozen" or not modality.encoder
+    ):
+        raise ValueError(
+            f"{where}: activation_checkpointing is for the trained layers of a transformers "
+            "`encoder`; set `training: lora` or `full`, or remove it"
+        )
+
+
+def _validate_lora(where: str, lora: LoraSettings) -> None:
+    layers = lora.layers
+    if layers is not None and (len(layers) != 2 or not 0 <= layers[0] <= layers[1]):
+        raise ValueError(
+            f"{where}.layers is {layers}; give the first and the last adapted layer, counted from "
+            "0, such as [2, 5]"
+        )
+    init = lora.init_lora_weights
+    if isinstance(init, str) and init not in LORA_INITS and not init.startswith("pissa_niter_"):
+        raise ValueError(
+            f"{where}.init_lora_weights is '{init}'; choose true, false, {', '.join(LORA_INITS)} "
+            "or pissa_niter_N (others of peft need data of their own)"
+        )

@@ -63,18 +63,33 @@ class JaggedHistory:
         index = torch.arange(len(self.index), device=self.index.device)
         return replace(self, index=index, num_items=len(index))
 
+    def select(self, places: Tensor) -> JaggedHistory:
+        """The histories of some of their places (rising), over the same unique items."""
+        lengths = torch.bincount(self.rows[places], minlength=len(self.lengths))
+        return JaggedHistory.of(self.index[places], lengths, self.num_items, self.longest)
+
+    def highest(
+        self,
+        scores: Tensor,  # [N]
+        count: int,
+    ) -> Tensor:  # places, rising
+        """The places of the `count` highest scores of each row; all of a shorter one.
+
+        Of equal scores the later place is taken.
+        """
+        last = len(scores) - 1
+        order = last - scores.flip(0).argsort(descending=True, stable=True)
+        order = order[_stable_order(self.rows[order], len(self.lengths))]  # by row, then by score
+        position = torch.arange(len(scores), device=scores.device) - self.offsets[self.rows]
+        return order[position < count].sort().values
+
     @cached_property
     def by_item(self) -> tuple[Tensor, Tensor, Tensor]:
         """The transposed index: places [N] ordered by item, their rows [N], and offsets [U + 1] of
         the items."""
         counts = torch.bincount(self.index, minlength=self.num_items)
         offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(counts)
-        if self.index.device.type == "cpu" and self.num_items <= 2**16:
-            # numpy sorts 16 bits by radix, ten times as fast as 64 are compared.
-            by_radix = np.argsort(self.index.numpy().astype(np.uint16), kind="stable")
-            order = torch.from_numpy(by_radix)
-        else:
-            order = self.index.argsort(stable=True)
+        order = _stable_order(self.index, self.num_items)
         return order, self.rows[order], offsets
 
     def gather(self, items: Tensor) -> Tensor:
@@ -136,6 +151,14 @@ class JaggedHistory:
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
             of_rows.contiguous(), items.contiguous(), self.index, self.offsets[:-1], self.rows, 0
         )
+
+
+def _stable_order(numbers: Tensor, limit: int) -> Tensor:
+    """`numbers.argsort(stable=True)` of numbers in [0, limit)."""
+    if numbers.device.type == "cpu" and limit <= 2**16:
+        # numpy sorts 16 bits by radix, ten times as fast as 64 are compared.
+        return torch.from_numpy(np.argsort(numbers.numpy().astype(np.uint16), kind="stable"))
+    return numbers.argsort(stable=True)
 
 
 def _bag(index: Tensor, vectors: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:

@@ -18,7 +18,8 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from recsys.batch import Batch
 from recsys.content.branch import ContentBranch
 from recsys.losses import ContentIDContrastive, RankingLoss
-from recsys.vectors import ContentVectors, IDVectors
+from recsys.retrieval_loss import RetrievalLoss
+from recsys.vectors import ContentVectors, IDVectors, TowerVectors
 
 
 class ReadIDs(nn.Module):
@@ -30,42 +31,84 @@ class ReadIDs(nn.Module):
         target: str,
         history: str | None,
         history_is_unique: bool = True,
+        negatives: str | None = None,
     ) -> None:
         super().__init__()
         self.pooled_features, self.target, self.history = pooled_features, target, history
-        self.history_is_unique = history_is_unique
+        self.history_is_unique, self.negatives = history_is_unique, negatives
 
     def forward(self, pooled: Any, sequences: Any) -> IDVectors:
         by_name = pooled.to_dict() if self.pooled_features else {}
         target = sequences[self.target].values()
         history = sequences[self.history].values() if self.history else target[:0]
         pooled_vectors = [by_name[name] for name in self.pooled_features]
-        return IDVectors(pooled_vectors, target, history, self.history_is_unique)
+        negatives = sequences[self.negatives].values() if self.negatives else None
+        return IDVectors(pooled_vectors, target, history, self.history_is_unique, negatives)
 
 
 class Losses(nn.Module):
-    """Ranking loss plus weight times the Content-ID-Contrastive loss."""
+    """Ranking loss, or retrieval's in its place, plus weight times the Content-ID-Contrastive loss.
+
+    Args:
+        ranking: for logits.
+        contrastive: None for none; `weight` is its.
+        retrieval: for vectors of towers; None ranks by their logits.
+    """
 
     def __init__(
-        self, ranking: RankingLoss, contrastive: ContentIDContrastive | None, weight: float
+        self,
+        ranking: RankingLoss,
+        contrastive: ContentIDContrastive | None,
+        weight: float,
+        retrieval: RetrievalLoss | None = None,
     ) -> None:
         super().__init__()
         self.ranking, self.contrastive, self.weight = ranking, contrastive, weight
+        self.retrieval = retrieval
 
     def forward(
-        self, logits: Tensor, ids: IDVectors, content: ContentVectors | None, batch: Batch
+        self,
+        scored: Tensor | TowerVectors,
+        ids: IDVectors,
+        content: ContentVectors | None,
+        batch: Batch,
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The loss to minimise, its parts without gradient, and the logits.
+
+        When a retrieval model is not training, its vectors are with the parts: `query` [B, D] for
+        the first label and `item` [B, D].
+        """
+        logits = scored.logits if isinstance(scored, TowerVectors) else scored
+        loss, parts = self._parts(scored, logits, ids, content, batch)
+        if isinstance(scored, TowerVectors) and not self.training:
+            parts |= {"query": scored.query[:, 0], "item": scored.item}
+        return loss, {name: value.detach() for name, value in parts.items()}, logits
+
+    def _parts(
+        self,
+        scored: Tensor | TowerVectors,
+        logits: Tensor,
+        ids: IDVectors,
+        content: ContentVectors | None,
+        batch: Batch,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to minimise, and its parts without gradient."""
-        ranking = self.ranking(logits, batch.labels, batch.row_weights)
+        if self.retrieval is not None:
+            if not isinstance(scored, TowerVectors):
+                raise ValueError(
+                    "ranking.loss is a softmax over items, for which the model of ranking.name has "
+                    "to return TowerVectors; set ranking.loss to pointwise"
+                )
+            ranking = self.retrieval(scored, batch)
+        else:
+            ranking = self.ranking(logits, batch.labels, batch.row_weights)
         if self.contrastive is None:
-            return ranking, {"loss": ranking.detach()}
+            return ranking, {"loss": ranking}
         assert content is not None
         contrastive = self.contrastive(
             content.target, ids.target, batch.target_items, batch.row_weights
         )
         loss = ranking + self.weight * contrastive
-        parts = {"loss": loss, "ranking": ranking, "contrastive": contrastive}
-        return loss, {name: value.detach() for name, value in parts.items()}
+        return loss, {"loss": loss, "ranking": ranking, "contrastive": contrastive}
 
 
 class EM3(nn.Module):
@@ -75,7 +118,8 @@ class EM3(nn.Module):
         embedding_bags: pooled ID tables, or None.
         embeddings: the table of target item and history.
         content: the content branch; None is the ID-only twin.
-        read_ids, ranking, losses: as they say.
+        read_ids, losses: as they say.
+        ranking: a module of `recsys.ranking`: logits, or the vectors of a retrieval model.
     """
 
     def __init__(
@@ -103,6 +147,6 @@ class EM3(nn.Module):
         # Before the looked-up vectors are read: they travel meanwhile, and so do their gradients.
         content = self.content(batch) if self.content is not None else None
         ids = self.read_ids(pooled, sequences)
-        logits = self.ranking(ids, content, batch)
-        loss, parts = self.losses(logits, ids, content, batch)
+        scored = self.ranking(ids, content, batch)
+        loss, parts, logits = self.losses(scored, ids, content, batch)
         return loss, (parts, logits, batch)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from recsys.batch import ContentInput
 from recsys.model import EM3
+from recsys.vectors import TowerVectors
 
 
 def dense_parts(em3: EM3) -> dict[str, nn.Module]:
@@ -60,7 +61,9 @@ def _in_bfloat16(forward: Callable[..., Any], device_type: str) -> Callable[...,
     return in_bfloat16
 
 
-def _in_float32(output: Tensor | ContentInput) -> Tensor | ContentInput:
+def _in_float32(
+    output: Tensor | ContentInput | TowerVectors,
+) -> Tensor | ContentInput | TowerVectors:
     if isinstance(output, ContentInput):
         return ContentInput(output.values.float(), output.mask)
     return output.float()

@@ -1,7 +1,7 @@
 """What a ranking model gets: ID vectors from the sharded tables, content vectors from the branch.
 
 Shapes: B batch, U unique history items, N history items of the whole batch, D dimension,
-M modalities.
+M modalities, S sampled negatives, C labels.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ class IDVectors:
     target: [B, D] of the target item.
     history: [U, D] of the batch's `history_items`, or, where `history_is_unique` is False, [N, D]
         of each place of the histories.
+    negatives: [S, D], where a retrieval model samples them.
     """
 
     pooled: list[Tensor]
     target: Tensor
     history: Tensor
     history_is_unique: bool = True
+    negatives: Tensor | None = None
 
 
 @dataclass
@@ -36,9 +38,43 @@ class ContentVectors:
     history: [U, D] of the batch's `history_items`, after the history map.
     target_modalities: [B, M, D], history_modalities: [U, M, D]; zero where an item lacks one, and
         M = 0 where `content.history.similarity_features` is off.
+    negatives: [S, D], negative_modalities: [S, M, D], of the bank and without gradient, where a
+        retrieval model samples negatives.
     """
 
     target: Tensor
     history: Tensor
     target_modalities: Tensor
     history_modalities: Tensor
+    negatives: Tensor | None = None
+    negative_modalities: Tensor | None = None
+
+
+@dataclass
+class TowerVectors:
+    """What a retrieval model gives in place of logits.
+
+    query: [B, C, D], scaled so that its dot product with an item's vector is the logit.
+    item: [B, D] of the target.
+    negatives: [S, D] of the sampled negatives, None where none are sampled.
+    bias: [C], added to the logits of all items alike; None for none.
+    """
+
+    query: Tensor
+    item: Tensor
+    negatives: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def scores(self) -> Tensor:  # [B, C]
+        """Of each row's target, by which items are searched."""
+        return (self.query * self.item.unsqueeze(1)).sum(dim=2)
+
+    @property
+    def logits(self) -> Tensor:  # [B, C]
+        return self.scores if self.bias is None else self.scores + self.bias
+
+    def float(self) -> TowerVectors:
+        """The same in float32."""
+        negatives = None if self.negatives is None else self.negatives.float()
+        return TowerVectors(self.query.float(), self.item.float(), negatives, self.bias)

@@ -91,16 +91,20 @@ class ContentBranch(nn.Module):
         if self.bank is None:
             items = self._at_their_ranks(fresh, batch)
             history = items.index_select(0, batch.history_content_index)
+            negatives = None
         else:
-            stored, history = self._read_bank(batch, fresh)
+            stored, history, negatives = self._read_bank(batch, fresh)
             items = self._at_their_ranks(torch.cat([fresh, stored]), batch)
         target, target_modalities = self._split(items)
         history, history_modalities = self._split(history)
+        of_negatives = (None, None) if negatives is None else self._split(negatives)
         return ContentVectors(
             target=target.index_select(0, batch.target_index),
             history=self.history_map(history),
             target_modalities=target_modalities.index_select(0, batch.target_index),
             history_modalities=history_modalities,
+            negatives=of_negatives[0],
+            negative_modalities=of_negatives[1],
         )
 
     def _encode_items(self, batch: Batch) -> Tensor:
@@ -114,19 +118,21 @@ class ContentBranch(nn.Module):
             refreshed = self.encode(others)
         return torch.cat([self.encode(trained), refreshed])
 
-    def _read_bank(self, batch: Batch, fresh: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors of the items to rank that are not encoded, and of the histories' [U, ...]."""
+    def _read_bank(self, batch: Batch, fresh: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Vectors of the items to rank that are not encoded, of the histories' [U, ...] and of
+        sampled negatives."""
         assert self.bank is not None
-        ids = torch.cat([batch.bank_items, batch.history_items])
         if self.training and self.same_step:
             # Written before the lookup: what any rank has just computed replaces what is
             # stale in the histories of all ranks, in this very step (LEMUR, 2511.10962).
             self.bank.update(batch.content_items, fresh, self.step, batch.bank_writes)
-        vectors, _ = self.bank.lookup(ids, batch.bank_reads)
+        vectors, _ = self.bank.lookup(batch.read_items, batch.bank_reads)
         if self.training and not self.same_step:
             self.bank.update(batch.content_items, fresh, self.step, batch.bank_writes)
         self.step += self.training
-        return vectors[: len(batch.bank_items)], vectors[len(batch.bank_items) :]
+        sizes = [len(batch.bank_items), len(batch.history_items)]
+        stored, history, negatives = vectors.split([*sizes, len(vectors) - sum(sizes)])
+        return stored, history, None if batch.negative_items is None else negatives
 
     def _at_their_ranks(self, items: Tensor, batch: Batch) -> Tensor:
         """The vectors that this rank needs: those of its own items, or those sent by the owners."""

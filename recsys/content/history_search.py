@@ -6,7 +6,7 @@ product per history item. Lookup in the ID table and both attentions then see `t
 whatever the length of the history. It runs before the batch enters the pipeline, whose next
 batches' ids are already on their way, so that the bank's vectors are up to two steps old.
 
-Shapes: B batch, U unique history items, N history items of the batch, K of them kept.
+Shapes: B batch, U unique history items, N history items of the batch.
 """
 
 from __future__ import annotations
@@ -20,29 +20,6 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings import MemoryBank
 from recsys.batch import Batch
-from recsys.jagged_history import JaggedHistory
-
-
-def most_similar(
-    cosine: Tensor,  # [N]
-    history: JaggedHistory,
-    top_k: int,
-) -> Tensor:  # [K], places in the histories, rising
-    """The `top_k` highest of each row, in the order of the history; all of a shorter one.
-
-    Of equal cosines the later item is kept.
-    """
-    padded = history.padded(cosine, fill=-2.0)  # [B, longest]
-    longest = padded.shape[1]
-    if longest <= top_k:
-        return torch.arange(len(cosine), device=cosine.device)
-    # Reversed and stable, so that ties do not depend on how a kernel selects.
-    found = padded.flip(1).sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-    places = longest - 1 - found  # [B, top_k]
-    is_kept = torch.zeros_like(padded, dtype=torch.bool).scatter_(1, places, True)
-    positions = torch.arange(longest, device=cosine.device)
-    is_there = positions < history.lengths.unsqueeze(1)
-    return is_kept[is_there].nonzero().squeeze(1)
 
 
 @torch.no_grad()
@@ -56,7 +33,7 @@ def shorten_histories(batch: Batch, bank: MemoryBank, top_k: int, index_dedup: b
     vectors = F.normalize(bank.lookup(ids)[0].cpu(), dim=-1)
     target, items = vectors[: batch.batch_size], vectors[batch.batch_size :]
     history = batch.jagged_history()
-    kept = most_similar(history.dot(target, items), history, top_k)
+    kept = history.highest(history.dot(target, items), top_k)
     index = batch.history_index[kept]
     is_used = index.bincount(minlength=len(items)) > 0
     lengths = batch.history_lengths.clamp(max=top_k)

@@ -67,7 +67,7 @@ class Column:
 class ItemColumn:
     """One column of the items."""
 
-    kind: Literal["text", "image", "feature"]
+    kind: Literal["text", "image", "feature", "category"]
 
 
 @dataclass

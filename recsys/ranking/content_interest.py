@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.config import HistorySettings
+from recsys.config import ContentSettings, HistorySettings
 from recsys.jagged_history import JaggedHistory
 from recsys.ranking.target_attention import DotAttention
 from recsys.vectors import ContentVectors
@@ -105,6 +105,12 @@ class ContentInterest(nn.Module):
         self.output_dim += settings.simtier_bins + settings.sorted_cosines
         if settings.similarity_features:
             self.output_dim += (1 + num_modalities) * num_similarity_features(num_parallel)
+
+    @staticmethod
+    def of(content: ContentSettings, num_parallel: int) -> ContentInterest:
+        """The interest over what a content branch gives."""
+        num_modalities = len(content.modalities)
+        return ContentInterest(content.dim, num_modalities, num_parallel, content.history)
 
     def forward(
         self,

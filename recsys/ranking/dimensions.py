@@ -1,16 +1,24 @@
-"""Sizes of a ranking model's inputs, known from the schema and the tables."""
+"""What a ranking model knows of its inputs beforehand, from the schema and the tables."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from recsys.data.schema import Schema
+
 
 @dataclass(frozen=True)
 class InputDimensions:
-    """Widths of what a ranking model is given.
+    """Widths and names of what a ranking model is given.
 
     pooled_dims: D of each pooled feature; id_dim: D of target and history items.
     num_dense: dense features; num_parallel: lists beside the history; num_labels: logits wanted.
+    pooled_names, dense_names, parallel_names: the columns of each, in the same order.
+    group: the column of the user whose items are ranked.
+    has_history: whether the schema has a sequence of past items.
+    item_categories: of every item, int32 [num_items], -1 for none; where a model searches by them.
     """
 
     pooled_dims: list[int]
@@ -18,3 +26,31 @@ class InputDimensions:
     num_dense: int
     num_parallel: int
     num_labels: int
+    pooled_names: tuple[str, ...] = ()
+    dense_names: tuple[str, ...] = ()
+    parallel_names: tuple[str, ...] = ()
+    group: str = ""
+    has_history: bool = True
+    item_categories: Tensor | None = None
+
+    @staticmethod
+    def of(
+        schema: Schema,
+        pooled_features: list[str],
+        table_dims: dict[str, int],
+        item_categories: Tensor | None = None,
+    ) -> InputDimensions:
+        """Those of a dataset whose tables have these dimensions."""
+        return InputDimensions(
+            pooled_dims=[table_dims[schema.table_of(name)] for name in pooled_features],
+            id_dim=table_dims[schema.target_item],
+            num_dense=len(schema.of_kind("dense")),
+            num_parallel=len(schema.parallel),
+            num_labels=len(schema.of_kind("label")),
+            pooled_names=tuple(pooled_features),
+            dense_names=tuple(schema.of_kind("dense")),
+            parallel_names=tuple(schema.parallel),
+            group=schema.group,
+            has_history=schema.history is not None,
+            item_categories=item_categories,
+        )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from embeddings import MemoryBank
-from recsys.content.history_search import most_similar, shorten_histories
+from recsys.content.history_search import shorten_histories
 from recsys.jagged_history import JaggedHistory
 from tests.recsys.item_batches import batch_of_items
 
@@ -63,7 +63,7 @@ def test_each_history_keeps_its_items_most_like_the_target_in_their_order(
 
 def test_of_equal_items_the_later_ones_stay() -> None:
     history = JaggedHistory.of(torch.zeros(5, dtype=torch.long), torch.tensor([1, 4]), 1)
-    kept = most_similar(torch.tensor([0.5, 0.1, 0.5, 0.5, 0.5]), history, top_k=2)
+    kept = history.highest(torch.tensor([0.5, 0.1, 0.5, 0.5, 0.5]), 2)
     assert kept.tolist() == [0, 3, 4]
 
 

@@ -1,0 +1,93 @@
+"""What sequence models share: all that is known of a row as one vector, the history attended to.
+
+The interest of the ID history and, where there is content, that of the content history stand beside
+the pooled ID vectors, the target and the dense features. DIN, DIN with a DCN-v2 head, SIM and MMoE
+differ in what they make of this vector, or in what they attend to.
+
+Shapes: B batch, K history items that are attended to, P parallel lists, W width of the vector.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from recsys.batch import Batch
+from recsys.config import ContentSettings, RankingSettings
+from recsys.jagged_history import JaggedHistory
+from recsys.ranking.content_interest import ContentInterest
+from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.target_attention import TargetAttention
+from recsys.vectors import ContentVectors, IDVectors
+
+
+class RowFeatures(nn.Module):
+    """ID vectors, content vectors and dense features -> one vector [B, W] per row.
+
+    A base class: models put layers of their own on top of `features`, which are `feature_dim` wide.
+    Without content it is the ID-only twin: the same parts, fewer vectors.
+
+    Args:
+        interest_dim: width of the interest in the ID history, which the model itself computes.
+        dimensions: of the inputs.
+        content: settings of the content branch; None for the ID-only twin.
+    """
+
+    def __init__(
+        self, interest_dim: int, dimensions: InputDimensions, content: ContentSettings | None
+    ) -> None:
+        super().__init__()
+        width = sum(dimensions.pooled_dims) + dimensions.id_dim + interest_dim
+        width += dimensions.num_dense
+        self.content_interest: ContentInterest | None = None
+        if content is not None:
+            self.content_interest = ContentInterest.of(content, dimensions.num_parallel)
+            width += content.dim + self.content_interest.output_dim
+        self.feature_dim = width
+
+    def features(
+        self,
+        ids: IDVectors,
+        content: ContentVectors | None,
+        batch: Batch,
+        interest: Tensor,  # [B, interest_dim]
+        history: JaggedHistory,  # over `batch.history_items`
+        parallel: Tensor,  # [K, P] of that history
+    ) -> Tensor:  # [B, W]
+        """All vectors of a row, one beside the other."""
+        vectors = [batch.dense_features, *ids.pooled, ids.target, interest]
+        if self.content_interest is not None:
+            assert content is not None
+            vectors += [content.target, self.content_interest(content, history, parallel)]
+        return torch.cat(vectors, dim=1)
+
+
+class AttendedFeatures(RowFeatures):
+    """`RowFeatures` with DIN's target attention over all of the history.
+
+    Args:
+        settings: `attention_units`.
+        dimensions, content: as in `RowFeatures`.
+    """
+
+    def __init__(
+        self,
+        settings: RankingSettings,
+        dimensions: InputDimensions,
+        content: ContentSettings | None,
+    ) -> None:
+        interest = TargetAttention(
+            dimensions.id_dim, dimensions.num_parallel, settings.attention_units
+        )
+        super().__init__(interest.output_dim, dimensions, content)
+        self.interest = interest
+
+    def attended(
+        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
+    ) -> Tensor:  # [B, W]
+        """`features` with the interest in the whole history."""
+        history = batch.jagged_history()
+        id_history = history if ids.history_is_unique else history.unindexed()
+        parallel = batch.history_values
+        interest = self.interest(ids.target, ids.history, id_history, parallel)
+        return self.features(ids, content, batch, interest, history, parallel)

@@ -1,0 +1,36 @@
+"""DIN: target attention over the history, then an MLP (Zhou et al. 2018, arXiv 1706.06978).
+
+As in the paper, but for ReLU in place of PReLU and Dice, and a softmax over the scores, so that
+long and short histories weigh alike.
+
+Shapes: B batch.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from recsys.batch import Batch
+from recsys.config import ContentSettings, RankingSettings
+from recsys.ranking.attended_features import AttendedFeatures
+from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.layers import multilayer_perceptron
+from recsys.vectors import ContentVectors, IDVectors
+
+
+class Din(AttendedFeatures):
+    """ID vectors, content vectors and dense features -> one logit per label."""
+
+    def __init__(
+        self,
+        settings: RankingSettings,
+        dimensions: InputDimensions,
+        content: ContentSettings | None,
+    ) -> None:
+        super().__init__(settings, dimensions, content)
+        self.mlp = multilayer_perceptron(self.feature_dim, settings, dimensions.num_labels)
+
+    def forward(
+        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
+    ) -> Tensor:  # [B, number of labels]
+        return self.mlp(self.attended(ids, content, batch))

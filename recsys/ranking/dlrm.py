@@ -1,0 +1,83 @@
+"""DLRM and DLRM-DCNv2 of TorchRec's own parts, with content among the interacting vectors.
+
+DLRM (Naumov et al. 2019, arXiv 1906.00091) takes the dot products of all pairs of vectors,
+DLRM-DCNv2, the MLPerf model, puts a low-rank cross network (Wang et al. 2020, arXiv 2008.13535) in
+their place. The ID-only twin computes exactly what `torchrec.models.dlrm.DLRM` or `DLRM_DCN` would
+from the same vectors, and `dense_arch`, `inter_arch` and `over_arch` have the names of its
+parameters. Content adds two vectors to the interaction and its similarities to the top.
+
+Shapes: B batch, D dimension, F fields, S similarities, C labels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torchrec.models.dlrm import DenseArch, InteractionArch, InteractionDCNArch, OverArch
+from torchrec.modules.crossnet import LowRankCrossNet
+
+from recsys.batch import Batch
+from recsys.config import ContentSettings, RankingSettings
+from recsys.dropout import Dropout
+from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.fields import Fields
+from recsys.vectors import ContentVectors, IDVectors
+
+
+class Dlrm(nn.Module):
+    """Fields -> dot products of all pairs -> MLP -> one logit per label.
+
+    `ranking.dropout` acts on what the top MLP reads.
+
+    Raises:
+        ValueError: `ranking.mlp_units` is empty.
+    """
+
+    def __init__(
+        self,
+        settings: RankingSettings,
+        dimensions: InputDimensions,
+        content: ContentSettings | None,
+    ) -> None:
+        super().__init__()
+        if not settings.mlp_units:
+            raise ValueError(
+                f"ranking.mlp_units is empty, but the top MLP of {settings.name} has at least one "
+                "hidden layer; give its units"
+            )
+        self.fields = Fields(dimensions, content)
+        numbers, dim = self.fields.num_numbers, dimensions.id_dim
+        self.dense_arch = DenseArch(numbers, [*settings.dense_units, dim]) if numbers else None
+        self.inter_arch, width = self.interaction(self.fields.num_interacting, dim, settings)
+        self.dropout = Dropout(settings.dropout)
+        self.over_arch = OverArch(
+            width + self.fields.num_similarities, [*settings.mlp_units, dimensions.num_labels]
+        )
+
+    def interaction(
+        self, num_fields: int, dim: int, settings: RankingSettings
+    ) -> tuple[nn.Module, int]:
+        """The interaction of a vector of dense features with F fields, and its width."""
+        return InteractionArch(num_fields), dim + math.comb(num_fields + 1, 2)
+
+    def forward(
+        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
+    ) -> Tensor:  # [B, C]
+        fields = self.fields(ids, content, batch)
+        dense, sparse = fields.dense_and_sparse(self.dense_arch)
+        interactions = self.inter_arch(dense, torch.stack(sparse, dim=1))
+        top = torch.cat([interactions, fields.similarities], dim=1)
+        return self.over_arch(self.dropout(top))
+
+
+class DlrmDcn(Dlrm):
+    """Fields -> `ranking.cross_layers` cross layers of rank `cross_rank` -> MLP -> logits."""
+
+    def interaction(
+        self, num_fields: int, dim: int, settings: RankingSettings
+    ) -> tuple[nn.Module, int]:
+        width = (num_fields + 1) * dim
+        cross = LowRankCrossNet(width, settings.cross_layers, settings.cross_rank)
+        return InteractionDCNArch(num_fields, cross), width

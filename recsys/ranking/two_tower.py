@@ -1,0 +1,157 @@
+"""Two towers: a query vector and an item vector whose dot product is the logit, for retrieval.
+
+The query tower reads what is known of the user (the group's column, `ranking.query_features`, the
+pooled history of ids and of content), the item tower what is known of every item of the catalogue:
+its ID vector and its content. So the content branch serves candidate generation, too. Both vectors
+have length one; a query is divided by `ranking.temperature`.
+
+What content's similarities are to ranking models is here a part of the dot product: the mean cosine
+of an item to the history's items is the product of the mean of their directions with its own, so
+with content both vectors carry these directions besides, weighted per space and kind of mean.
+
+Shapes: B batch, S sampled negatives, C labels, D width of a tower's vector, V width of both vectors
+with the directions, E content dimension, M modalities, P parallel lists.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recsys.batch import Batch
+from recsys.config import ContentSettings, RankingSettings
+from recsys.jagged_history import JaggedHistory
+from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.fields import history_numbers, pooled_history
+from recsys.ranking.layers import multilayer_perceptron
+from recsys.vectors import ContentVectors, IDVectors, TowerVectors
+
+
+class TwoTower(nn.Module):
+    """ID vectors, content vectors and dense features -> `TowerVectors`.
+
+    Raises:
+        ValueError: a query feature is no pooled or dense column, or there is nothing to read of a
+            user.
+    """
+
+    def __init__(
+        self,
+        settings: RankingSettings,
+        dimensions: InputDimensions,
+        content: ContentSettings | None,
+    ) -> None:
+        super().__init__()
+        self.pooled, self.dense = _query_columns(settings, dimensions)
+        self.has_history, self.num_labels = dimensions.has_history, dimensions.num_labels
+        self.temperature = settings.temperature
+        means = 1 + dimensions.num_parallel
+        query_width = sum(dimensions.pooled_dims[place] for place in self.pooled) + len(self.dense)
+        item_width = dimensions.id_dim
+        self.similarity: Similarity | None = None
+        if self.has_history:
+            query_width += means * dimensions.id_dim + means
+        if content is not None:
+            item_width += content.dim
+            query_width += means * content.dim * self.has_history
+            if content.history.similarity_features and self.has_history:
+                self.similarity = Similarity(1 + len(content.modalities), means)
+        outputs = self.num_labels * settings.tower_dim
+        self.query_tower = multilayer_perceptron(query_width, settings, outputs)
+        self.item_tower = multilayer_perceptron(item_width, settings, settings.tower_dim)
+        # Softmax losses have no use for it.
+        is_pointwise = settings.loss == "pointwise"
+        self.bias = nn.Parameter(torch.zeros(self.num_labels)) if is_pointwise else None
+
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> TowerVectors:
+        query = self._query(ids, content, batch)  # [B, C, D]
+        item, negatives = self._item(ids.target, None if content is None else content.target), None
+        if ids.negatives is not None:
+            of_content = None if content is None else content.negatives
+            negatives = self._item(ids.negatives, of_content)
+        if self.similarity is not None:
+            assert content is not None
+            history = batch.jagged_history()
+            direction = self.similarity.query(content, history, batch.history_values)
+            direction = direction.unsqueeze(1).expand(-1, self.num_labels, -1)
+            query = torch.cat([query, direction.to(query.dtype)], dim=2)
+            item = self.similarity.item(item, content.target, content.target_modalities)
+            if negatives is not None:
+                negatives = self.similarity.item(
+                    negatives, content.negatives, content.negative_modalities
+                )
+        return TowerVectors(query / self.temperature, item, negatives, self.bias)
+
+    def _query(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
+        vectors = [ids.pooled[place] for place in self.pooled]
+        vectors.append(batch.dense_features[:, self.dense])
+        if self.has_history:
+            history, parallel = batch.jagged_history(), batch.history_values
+            id_history = history if ids.history_is_unique else history.unindexed()
+            vectors += pooled_history(ids.history.float(), id_history, parallel)
+            vectors.append(history_numbers(history, parallel))
+            if content is not None:
+                vectors += pooled_history(content.history.float(), history, parallel)
+        query = self.query_tower(torch.cat(vectors, dim=1)).unflatten(1, (self.num_labels, -1))
+        return F.normalize(query, dim=2)
+
+    def _item(self, of_id: Tensor, of_content: Tensor | None) -> Tensor:
+        vectors = [of_id] if of_content is None else [of_id, of_content]
+        return F.normalize(self.item_tower(torch.cat(vectors, dim=1)), dim=1)
+
+
+class Similarity(nn.Module):
+    """Mean cosines of an item to a history, as a dot product of a query part and an item part.
+
+    The weights start at zero.
+
+    Args:
+        num_spaces: 1 + M, the content vectors and each modality's mean tokens.
+        num_means: 1 + P, over all items and weighted by each parallel list.
+    """
+
+    def __init__(self, num_spaces: int, num_means: int) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(num_spaces, num_means))
+
+    def query(
+        self, content: ContentVectors, history: JaggedHistory, parallel: Tensor
+    ) -> Tensor:  # [B, (1 + M) * E]
+        """Weighted mean directions of the history's items."""
+        spaces = [content.history, *content.history_modalities.unbind(dim=1)]
+        directions = []
+        for vectors, weights in zip(spaces, self.weights, strict=True):
+            means = pooled_history(F.normalize(vectors.float(), dim=1), history, parallel)
+            directions.append(torch.stack(means, dim=2) @ weights)
+        return torch.cat(directions, dim=1)
+
+    def item(
+        self, item: Tensor, content: Tensor | None, modalities: Tensor | None
+    ) -> Tensor:  # [B, D + (1 + M) * E]
+        """The tower's vector with the directions of an item's content."""
+        assert content is not None and modalities is not None
+        spaces = [content, *modalities.unbind(dim=1)]
+        return torch.cat([item, *(F.normalize(vectors, dim=1) for vectors in spaces)], dim=1)
+
+
+def _query_columns(
+    settings: RankingSettings, dimensions: InputDimensions
+) -> tuple[list[int], list[int]]:
+    """Places of the pooled and of the dense features that the query tower reads."""
+    known = [*dimensions.pooled_names, *dimensions.dense_names]
+    for name in settings.query_features:
+        if name not in known:
+            raise ValueError(
+                f"ranking.query_features: '{name}' is no pooled or dense column of the model; "
+                f"these are {known}"
+            )
+    wanted = {dimensions.group, *settings.query_features}
+    pooled = [place for place, name in enumerate(dimensions.pooled_names) if name in wanted]
+    dense = [place for place, name in enumerate(dimensions.dense_names) if name in wanted]
+    if not pooled and not dense and not dimensions.has_history:
+        raise ValueError(
+            f"two_tower has nothing to read of a user: there is no history, and none of {known} is "
+            f"the group '{dimensions.group}' or in ranking.query_features; name the columns there"
+        )
+    return pooled, dense
