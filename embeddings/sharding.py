@@ -66,7 +66,7 @@ def machine_topology(
         host_memory_bytes: host memory per rank, instead of what is found.
     """
     if host_memory_bytes is None:
-        host_memory_bytes = _free_host_memory() // local_world_size
+        host_memory_bytes = free_host_memory() // local_world_size
     if device_memory_bytes is None and device.type == "cuda":
         device_memory_bytes = torch.cuda.get_device_properties(device).total_memory
     if device.type == "cpu":
@@ -81,7 +81,7 @@ def machine_topology(
     )
 
 
-def _free_host_memory() -> int:
+def free_host_memory() -> int:
     """Bytes that can still be allocated, at most the control group's limit."""
     available = psutil.virtual_memory().available
     for path in ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]:

@@ -1,4 +1,7 @@
-"""The command line: `recsys doctor | prepare | cache | train | evaluate | predict | export-tables`.
+"""The command line: `recsys COMMAND`, with a recipe, a dataset or a run.
+
+Commands are doctor, prepare, explain-data, describe, cache, train, evaluate, predict and
+export-tables.
 
 `cache`, `train`, `evaluate` and `predict` run alone or under torchrun and torchx unchanged.
 """
@@ -44,6 +47,7 @@ def _parser() -> ArgumentParser:
     source.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
     sources.add_subcommand("vocabulary", source)
 
+    _add_looks(commands)
     command = _Parser(description="Fills the caches of item content that a model trains with.")
     add_config_arguments(command)
     command.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
@@ -76,6 +80,38 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+def _add_looks(commands: Any) -> None:
+    """Commands that look before anything is trained."""
+    from embeddings.simulated_cluster import FigureOverrides
+    from recsys.config import add_config_arguments
+
+    command = _Parser(description="What a run would be, on any cluster: sizes, plan, time.")
+    add_config_arguments(command, skip=frozenset({"device"}))
+    command.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
+    command.add_argument(
+        "--device",
+        type=str,
+        default="auto",
+        help="a100, h100, h200 or b200, which need not be there; auto, cpu or cuda: as here",
+    )
+    command.add_argument("--nodes", type=int, default=1, help="machines")
+    command.add_argument(
+        "--gpus-per-node",
+        type=int | None,
+        help="ranks of each machine; default: the GPUs that are here, or 1",
+    )
+    command.add_argument(
+        "--rows",
+        type=str,
+        nargs="+",
+        default=[],
+        help="TABLE=NUMBER: other numbers of rows than in schema.yaml",
+    )
+    command.add_class_arguments(FigureOverrides, "figures")
+    command.add_argument("--json", type=Path | None, help="file to write the numbers to")
+    commands.add_subcommand("describe", command)
+
+
 def _add_export(commands: Any) -> None:
     command = _Parser(description="Writes the ID tables of a run to one Parquet file.")
     command.add_argument("--run", type=Path, required=True, help="folder of a finished run")
@@ -100,6 +136,24 @@ def _prepare(arguments: Namespace) -> None:
     chosen = arguments.movielens
     print(format_summary(prepare_movielens(chosen.source, chosen.out)))
     print(f"written to {chosen.out}")
+
+
+def _describe(arguments: Namespace) -> None:
+    from recsys.config import config_from
+    from recsys.describe.command import describe_run, device_of_config
+
+    device = arguments.device
+    arguments.device = device_of_config(device)
+    describe_run(
+        config_from(arguments),
+        arguments.data,
+        device,
+        arguments.nodes,
+        arguments.gpus_per_node,
+        arguments.rows,
+        arguments.figures,
+        arguments.json,
+    )
 
 
 def _cache(arguments: Namespace) -> None:
@@ -153,6 +207,7 @@ def _export_tables(arguments: Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "prepare": _prepare,
+    "describe": _describe,
     "cache": _cache,
     "train": _train,
     "evaluate": _evaluate,

@@ -274,10 +274,15 @@ class Config:
 CONFIG_NAMES = tuple(Config.__dataclass_fields__)
 
 
-def add_config_arguments(parser: ArgumentParser) -> None:
-    """Adds `--config FILE` and every setting of `Config` as `--name.of.setting`."""
+def add_config_arguments(parser: ArgumentParser, skip: frozenset[str] = frozenset()) -> None:
+    """Adds `--config FILE` and every setting of `Config` as `--name.of.setting`.
+
+    Args:
+        parser: of a command.
+        skip: settings that the command adds by itself.
+    """
     parser.add_argument("--config", action="config", help="a recipe (YAML)")
-    parser.add_class_arguments(Config, None)
+    parser.add_class_arguments(Config, None, skip=set(skip))
 
 
 def config_from(namespace: Namespace) -> Config:

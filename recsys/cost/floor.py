@@ -31,9 +31,10 @@ def measure_anchor(
     gemm_size: int = GEMM_SIZE,
     copy_bytes: int = COPY_BYTES,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Anchor:
-    """A float32 product of two square matrices, and a copy, whose bytes count read and written."""
-    left = torch.randn(gemm_size, gemm_size, device=device)
+    """A product of two square matrices, and a copy, whose bytes count read and written."""
+    left = torch.randn(gemm_size, gemm_size, device=device, dtype=dtype)
     right, product = torch.randn_like(left), torch.empty_like(left)
     gemm_seconds = _seconds(lambda: torch.mm(left, right, out=product))
     source = torch.ones(copy_bytes // 4, device=device)

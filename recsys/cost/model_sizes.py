@@ -68,7 +68,7 @@ class EncoderSizes:
             lora_rank=adapters[0].weight.shape[0] if adapters else 0,  # type: ignore[index]
             lora_targets=len(adapters) // max(layers - first, 1),
             groups_by_length=encoder.is_text and encoder.pooling != "none",
-            image_tokens=_image_tokens(encoder.config) if reads_pixels else 0,
+            image_tokens=image_tokens(encoder.config) if reads_pixels else 0,
         )
 
     @property
@@ -76,7 +76,7 @@ class EncoderSizes:
         return self.trained_layers > 0
 
 
-def _image_tokens(config: Any) -> int:
+def image_tokens(config: Any) -> int:
     """Patches of an image and one token for the whole."""
     return (config.image_size // config.patch_size) ** 2 + 1
 
