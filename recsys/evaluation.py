@@ -10,13 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from recsys.batch import Batch
 from recsys.build import Job
 from recsys.content.bank_fill import encode_into_bank
 from recsys.data.interactions import Interactions, loader
 from recsys.data.parquet_rows import ParquetRows, count_items
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.lockstep import Lockstep
-from recsys.metrics import evaluation_report, gather_rows
+from recsys.metrics import evaluation_report, format_report, gather_rows
+from recsys.retrieval import format_retrieval, retrieval_report
 
 
 def check_data(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
@@ -71,11 +73,14 @@ def score(
     interactions: Interactions,
     lockstep: Lockstep | None = None,
     unknown: UnknownIds | None = None,
+    with_queries: bool = False,
 ) -> dict[str, Tensor]:
     """Rows of all ranks, on every rank: position, logits, labels, group and target item.
 
-    Rows that only pad are left out, and random states are left as they are; `unknown` counts the
-    ids that have no row of their own. A collective.
+    With `with_queries`, what a retrieval model is to search for besides, of the rows whose first
+    label is positive: `queries`, and `query_targets` and `query_items`, the vectors and ids that
+    they should find; nothing of other models. Rows that only pad are left out, and random states
+    are left as they are; `unknown` counts the ids that have no row of their own. A collective.
 
     Raises:
         TrainingStopped: the job is to end, as `lockstep` says.
@@ -87,15 +92,20 @@ def score(
             interactions,
             lockstep or Lockstep(job.ranks, job.config.checkpoint),
             unknown or UnknownIds(job.schema),
+            with_queries,
         )
 
 
 def _score(
-    job: Job, interactions: Interactions, lockstep: Lockstep, unknown: UnknownIds
+    job: Job,
+    interactions: Interactions,
+    lockstep: Lockstep,
+    unknown: UnknownIds,
+    with_queries: bool,
 ) -> dict[str, Tensor]:
     job.model.eval()
     is_cuda = job.ranks.device.type == "cuda"
-    parts: list[list[Tensor]] = []
+    columns: dict[str, list[Tensor]] = {}
     with (
         closing(loader(interactions, job.config.num_workers, is_cuda)) as source,
         lockstep.watchdog.armed(),
@@ -104,33 +114,55 @@ def _score(
         batches = job.preparation(batches, unknown, first_step=0, training=False)
         while True:
             try:
-                _, logits, batch = cast(Any, job.pipeline.progress(batches))
+                vectors, logits, batch = cast(Any, job.pipeline.progress(batches))
             except StopIteration:
                 break
-            known = batch.row_positions >= 0
-            columns = (
-                batch.row_positions,
-                logits.float(),
-                batch.labels,
-                batch.groups,
-                batch.target_items,
-            )
-            parts.append([column[known].cpu() for column in columns])
-            lockstep.watchdog.mark(f"scored batch {len(parts)}")
-    names = ("positions", "logits", "labels", "groups", "items")
-    gathered = {
-        name: gather_rows(torch.cat([part[index] for part in parts]), job.ranks.group)
-        for index, name in enumerate(names)
+            part = _columns(batch, logits)
+            if with_queries and "query" in vectors:
+                part |= _queries(batch, vectors)
+            for name, column in part.items():
+                columns.setdefault(name, []).append(column.cpu())
+            lockstep.watchdog.mark(f"scored batch {len(columns['logits'])}")
+    return {
+        name: gather_rows(torch.cat(column), job.ranks.group) for name, column in columns.items()
     }
-    return gathered
+
+
+def _columns(batch: Batch, logits: Tensor) -> dict[str, Tensor]:
+    """Of the rows that are known."""
+    known = batch.row_positions >= 0
+    columns = {
+        "positions": batch.row_positions,
+        "logits": logits.float(),
+        "labels": batch.labels,
+        "groups": batch.groups,
+        "items": batch.target_items,
+    }
+    return {name: column[known] for name, column in columns.items()}
+
+
+def _queries(batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the rows whose first label is positive."""
+    wanted = (batch.row_positions >= 0) & (batch.labels[:, 0] > 0)
+    columns = {
+        "queries": vectors["query"],
+        "query_targets": vectors["item"],
+        "query_items": batch.target_items,
+    }
+    return {name: column[wanted] for name, column in columns.items()}
 
 
 def evaluate_split(
-    job: Job, split: str, item_counts: np.ndarray, lockstep: Lockstep | None = None
+    job: Job,
+    split: str,
+    item_counts: np.ndarray,
+    lockstep: Lockstep | None = None,
+    searches: bool = False,
 ) -> dict[str, Any]:
     """Metrics of one split, in all and for cold, warm and unseen items. A collective.
 
-    With several labels the first is at the top and each is under `labels`.
+    With several labels the first is at the top and each is under `labels`. With `searches`, a
+    retrieval model also searches the catalogue, of which it encodes every item: `retrieval`.
 
     Raises:
         TrainingStopped: the job is to end, as `lockstep` says.
@@ -145,7 +177,8 @@ def evaluate_split(
             job.ranks.world_size,
         )
     unknown = UnknownIds(job.schema)
-    scored = score(job, interactions, lockstep, unknown)
+    lockstep = lockstep or Lockstep(job.ranks, job.config.checkpoint)
+    scored = score(job, interactions, lockstep, unknown, searches)
     counts = item_counts[scored["items"].numpy()]
     reports = {
         label: evaluation_report(
@@ -154,8 +187,18 @@ def evaluate_split(
         for index, label in enumerate(job.schema.of_kind("label"))
     }
     first = next(iter(reports.values()))
-    report = first if len(reports) == 1 else {**first, "labels": reports}
+    report = dict(first) if len(reports) == 1 else {**first, "labels": reports}
+    if "queries" in scored:
+        report["retrieval"] = retrieval_report(job, scored, item_counts, lockstep)
     ids = unknown.totals(job.ranks.group)
     if (line := format_unknown(split, ids)) is not None and job.ranks.is_first:
         print(line, flush=True)
     return {**report, "ids": ids} if ids else report
+
+
+def format_evaluation(report: dict[str, Any]) -> str:
+    """What `evaluate_split` returned as plain text tables."""
+    text = format_report(report)
+    if "retrieval" in report:
+        text += f"\n{format_retrieval(report['retrieval'])}"
+    return text

@@ -19,9 +19,8 @@ from recsys.data.interactions import Interactions
 from recsys.data.parquet_file import READ_ERRORS, open_parquet
 from recsys.data.parquet_rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds, format_unknown
-from recsys.evaluation import evaluate_split, score
+from recsys.evaluation import evaluate_split, format_evaluation, score
 from recsys.lockstep import Lockstep
-from recsys.metrics import format_report
 from recsys.ranks import Ranks
 from recsys.run_folder import ITEM_COUNTS, check_vocabularies
 from recsys.watchdog import Watchdog
@@ -49,10 +48,10 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
     job = load_run(run, data, ranks, device)
     with Watchdog(ranks, job.config.stall_timeout) as watchdog:
         lockstep = Lockstep(ranks, job.config.checkpoint, watchdog)
-        report = evaluate_split(job, split, np.load(run / ITEM_COUNTS), lockstep)
+        report = evaluate_split(job, split, np.load(run / ITEM_COUNTS), lockstep, searches=True)
     if ranks.is_first:
         (run / f"evaluation_{split}.json").write_text(json.dumps(report, indent=2) + "\n")
-        print(f"{split}\n{format_report(report)}", flush=True)
+        print(f"{split}\n{format_evaluation(report)}", flush=True)
     return report
 
 

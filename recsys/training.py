@@ -19,10 +19,9 @@ from recsys.config import Config
 from recsys.content.projection_start import start_projections
 from recsys.data.interactions import Interactions
 from recsys.data.parquet_rows import ParquetRows
-from recsys.evaluation import check_data, evaluate_split, fill_bank
+from recsys.evaluation import check_data, evaluate_split, fill_bank, format_evaluation
 from recsys.lockstep import Lockstep, TrainingStopped
 from recsys.loss_watch import LossWatch
-from recsys.metrics import format_report
 from recsys.pretrained_tables import load_pretrained_tables
 from recsys.profiling import StepProfile
 from recsys.progress import Progress
@@ -107,6 +106,9 @@ def open_run(job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep) 
     if progress is None:
         begin_run(run, job, *check_data(job))
     describe_run(run, job, data)
+    item_counts = np.load(run / ITEM_COUNTS)
+    if job.preparation.negatives is not None:
+        job.preparation.negatives.use_counts(item_counts)
     reporter = Reporter(job, run, progress or Progress())
     reporter.say(f"{job.plan}\n\n{job.parameters}\n")
     if progress is None:
@@ -136,7 +138,7 @@ def open_run(job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep) 
         ),
         reporter=reporter,
         progress=progress,
-        item_counts=np.load(run / ITEM_COUNTS),
+        item_counts=item_counts,
     )
 
 
@@ -172,7 +174,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         )
     metrics: dict[str, Any] = {
         "valid": progress.best,
-        "test": evaluate_split(job, "test", trainer.item_counts, trainer.lockstep),
+        "test": evaluate_split(job, "test", trainer.item_counts, trainer.lockstep, searches=True),
         "train": {
             "samples_per_second": progress.samples / progress.seconds,
             "seconds": progress.seconds,
@@ -189,5 +191,5 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         partial = run / ".metrics.json"
         partial.write_text(json.dumps(metrics, indent=2) + "\n")
         partial.rename(run / "metrics.json")
-        print(f"test\n{format_report(metrics['test'])}\nwritten to {run}", flush=True)
+        print(f"test\n{format_evaluation(metrics['test'])}\nwritten to {run}", flush=True)
     return metrics

@@ -234,9 +234,11 @@ def test_training_ends_without_gain_and_the_best_model_is_kept_and_tested(
     weights: list[torch.Tensor] = []
     evaluate_split = recsys.training.evaluate_split
 
-    def scripted(job: Job, split: str, counts: np.ndarray, lockstep: Any) -> dict[str, Any]:
+    def scripted(
+        job: Job, split: str, counts: np.ndarray, lockstep: Any, **searches: bool
+    ) -> dict[str, Any]:
         weights.append(job.em3.ranking.mlp[-1].weight.detach().clone())  # type: ignore[union-attr, index]
-        report = evaluate_split(job, split, counts, lockstep)
+        report = evaluate_split(job, split, counts, lockstep, **searches)
         return report | ({"auc": next(aucs)} if split == "valid" else {})
 
     for module in (recsys.trainer, recsys.training):
