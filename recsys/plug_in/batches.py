@@ -1,0 +1,146 @@
+"""Batches of a user's own pipeline -> batches with content.
+
+The dense features, the sparse features and the labels of a batch are handed on as they are. What
+content needs beside them is made of the ids in the sparse features, and of the items' content.
+
+Shapes: B batch, N history items of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torchrec.datasets.utils import Batch as TorchRecBatch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recsys.batch import Batch
+from recsys.batch_preparation import BatchPreparation
+from recsys.content.bank_fill import encode_into_bank
+from recsys.content.branch import ContentBranch
+from recsys.data.batch_builder import BatchBuilder
+from recsys.data.row_columns import ListColumns, RowColumns
+from recsys.data.row_values import ROW_POSITION
+from recsys.data.schema import Schema
+from recsys.data.vocabularies import UnknownIds
+from recsys.ranks import Ranks
+
+
+@dataclass
+class ItemsOfBatch:
+    """One batch of torchrec.datasets -> the same with its items.
+
+    Args:
+        schema: target item and history are sparse features of the batch.
+        build: makes the part of the batch that content needs.
+    """
+
+    schema: Schema
+    build: BatchBuilder
+
+    def __call__(self, batch: TorchRecBatch) -> Batch:
+        """The batch, on the host; pinned if it was.
+
+        Raises:
+            ValueError: a feature is not there, a row has no target item or several, or an id is
+                not one of the item table.
+        """
+        target, lengths = self._feature(batch.sparse_features, self.schema.target_item)
+        if len(lengths) and not (lengths == 1).all():
+            row = int((lengths != 1).argmax())
+            raise ValueError(
+                f"sparse feature '{self.schema.target_item}' has {lengths[row]} ids in row {row} "
+                "of a batch; the ranked item needs exactly one in each row"
+            )
+        numbers = {self.schema.target_item: target, ROW_POSITION: np.arange(len(target))}
+        lists: tuple[ListColumns, ...] = ()
+        if self.schema.history is not None:
+            history, lengths = self._feature(batch.sparse_features, self.schema.history)
+            offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+            lists = (ListColumns(offsets, {self.schema.history: history}),)
+        built = self.build(RowColumns(numbers, lists))
+        if batch.dense_features.is_pinned():
+            built = built.pin_memory()
+        return replace(
+            built,
+            dense_features=batch.dense_features,
+            sparse_features=batch.sparse_features,
+            labels=batch.labels,
+        )
+
+    def _feature(self, features: KeyedJaggedTensor, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a feature and how many each row has [B]."""
+        names = features.keys()
+        if name not in names:
+            raise ValueError(f"batches have no sparse feature '{name}'; they have {names}")
+        feature = features[name]
+        ids = feature.values().cpu().numpy().astype(np.int64)
+        outside = (ids < 0) | (ids >= self.schema.num_items)
+        if outside.any():
+            raise ValueError(
+                f"sparse feature '{name}': id {ids[outside][0]} is outside [0, "
+                f"{self.schema.num_items}), the rows of the table of '{self.schema.target_item}'; "
+                "map ids of items to rows of that table before they enter a batch"
+            )
+        return ids, feature.lengths().cpu().numpy()
+
+
+class ContentBatches(Iterable[Batch]):
+    """Batches of `source`, with content; as often as `source` can be gone through.
+
+    All ranks go through theirs together. Where one has fewer batches than the others all end with
+    it, and an error on one is raised by all. The first pass fills the memory bank if it is empty.
+
+    Args:
+        source: a dataset or data loader of `torchrec.datasets.utils.Batch`, or of what has its
+            attributes.
+        items: adds the items.
+        preparation: of the batches before they enter a pipeline.
+        branch: of the model that they are for.
+        ranks: of the job.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[TorchRecBatch],
+        items: ItemsOfBatch,
+        preparation: BatchPreparation,
+        branch: ContentBranch,
+        ranks: Ranks,
+    ) -> None:
+        self.source, self.items, self.preparation = source, items, preparation
+        self.branch, self.ranks = branch, ranks
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Batch]:
+        bank, store = self.branch.bank, self.preparation.store
+        if bank is not None and bank.coverage() == 0:
+            assert store is not None
+            encode_into_bank(self.branch, store, self.ranks)
+        unknown = UnknownIds(self.items.schema)
+        return self.preparation(self._agreed(), unknown, self.branch.step, self.branch.training)
+
+    def _agreed(self) -> Iterator[Batch]:
+        source = iter(self.source)
+        while True:
+            batch: Batch | None = None
+            error: Exception | None = None
+            try:
+                found = next(source, None)
+                batch = None if found is None else self.items(found)
+            except Exception as raised:
+                error = raised
+            flags = torch.tensor([batch is None, error is not None], dtype=torch.int32)
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.ranks.group)
+            is_end, failed = flags.tolist()
+            if failed:
+                self.ranks.raise_first(error)
+            if is_end:
+                return
+            assert batch is not None
+            yield batch

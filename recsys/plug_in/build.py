@@ -1,0 +1,149 @@
+"""Builds the content of a DLRM from settings, and puts it in.
+
+Shapes: D dimension.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torchrec.datasets.utils import Batch as TorchRecBatch
+from torchrec.models.dlrm import DLRM
+
+from embeddings import MemoryBank
+from recsys.batch_preparation import BatchPreparation, chooses_items
+from recsys.build import build_content_store
+from recsys.content.branch import ContentBranch
+from recsys.data.batch_builder import BatchBuilder
+from recsys.data.content_store import ContentStore
+from recsys.data.filesystem import Location
+from recsys.data.schema import Schema
+from recsys.data.vocabularies import BoundedVocabularies
+from recsys.plug_in.batches import ContentBatches, ItemsOfBatch
+from recsys.plug_in.settings import PlugInSettings, check, load_plug_in_settings
+from recsys.ranking.plug_in import DLRMWithContent
+from recsys.ranks import Ranks
+
+
+class DLRMOfItems(DLRMWithContent):
+    """A `DLRMWithContent` that knows its items, and so makes its batches. See `add_content`."""
+
+    def __init__(
+        self,
+        dlrm: DLRM,
+        branch: ContentBranch,
+        settings: PlugInSettings,
+        store: ContentStore,
+        ranks: Ranks,
+    ) -> None:
+        has_history = settings.history is not None
+        super().__init__(
+            dlrm, branch, settings.content, settings.item, has_history, settings.contrastive
+        )
+        self.store, self.ranks = store, ranks
+        schema, gathers_later = store.items.schema, chooses_items(settings.content)
+        self._items = ItemsOfBatch(
+            schema,
+            BatchBuilder(
+                schema,
+                pooled_features=[],
+                store=None if gathers_later else store,
+                encode_history=branch.encodes_history,
+                with_labels=False,
+            ),
+        )
+        vocabularies = BoundedVocabularies(schema, [], ranks.group)
+        self._preparation = BatchPreparation(
+            settings.config, store, branch.bank, vocabularies, ranks.group
+        )
+
+    def batches(self, source: Iterable[TorchRecBatch]) -> ContentBatches:
+        """The batches of a dataset or data loader, with content; use it in its place.
+
+        Go through them once the model is sharded. Each pass is a collective.
+
+        Raises:
+            ValueError: on every rank, as they are gone through: a batch lacks a feature, or an id
+                is not a row of the item table.
+        """
+        branch = self.content.branch
+        return ContentBatches(source, self._items, self._preparation, branch, self.ranks)
+
+
+def add_content(
+    dlrm: DLRM, settings: PlugInSettings | Path | str, device: torch.device
+) -> DLRMOfItems:
+    """A DLRM with content of its items in its interaction. A collective.
+
+    Tokenises, decodes and encodes what is frozen of the items, once per machine. The random
+    numbers that the caller draws afterwards are those he would have drawn without it.
+
+    Args:
+        dlrm: DLRM, DLRM_DCN or DLRM_Projection, not yet sharded.
+        settings: or the YAML file with them.
+        device: of this rank.
+
+    Raises:
+        ValueError: on every rank, when any rank finds settings, items or the DLRM wanting.
+
+    Example::
+
+        import torch
+        from recsys.plug_in import DLRMWithContentTrain, add_content
+
+        device = torch.device("cuda", local_rank)
+        model = add_content(DLRM(tables, 13, [512, 128], [512, 1], device), "content.yaml", device)
+        train_model = DLRMWithContentTrain(model)
+    """
+    ranks = _ranks(device)
+    with ranks.all_or_none():
+        if not isinstance(settings, PlugInSettings):
+            settings = load_plug_in_settings(settings)
+        check(settings)
+        schema = settings.schema(_num_items(dlrm, settings.item))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)  # the same on all ranks: initial weights agree
+        return _build(dlrm, settings, schema, ranks)
+
+
+def _build(dlrm: DLRM, settings: PlugInSettings, schema: Schema, ranks: Ranks) -> DLRMOfItems:
+    content, root = settings.content, Location.of(settings.data)
+    store, encoders = build_content_store(settings.config, content, root, schema, ranks)
+    with ranks.all_or_none():
+        bank: MemoryBank | None = None
+        if content.history.mode != "full":
+            bank = MemoryBank(schema.num_items, content.vector_dim, ranks.device, ranks.group)
+        branch = ContentBranch(encoders, content, bank, ranks.group)
+        return DLRMOfItems(dlrm, branch, settings, store, ranks)
+
+
+def _num_items(dlrm: DLRM, item: str) -> int:
+    """Rows of the table that the ranked item is looked up in."""
+    tables = dlrm.sparse_arch.embedding_bag_collection.embedding_bag_configs()
+    for table in tables:
+        if item in table.feature_names:
+            return table.num_embeddings
+    names = [name for table in tables for name in table.feature_names]
+    raise ValueError(f"item: the DLRM has no sparse feature '{item}'; it has {names}")
+
+
+def _ranks(device: torch.device) -> Ranks:
+    """This process in the job that the caller has joined, with a group for agreements by gloo."""
+    if not dist.is_initialized():
+        raise ValueError(
+            "no process group: call torch.distributed.init_process_group before add_content"
+        )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return Ranks(
+        rank,
+        world_size,
+        int(os.environ.get("LOCAL_RANK", rank)),
+        int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+        device,
+        dist.new_group(backend=backend),
+    )

@@ -1,0 +1,99 @@
+"""From a checkpoint of a DLRM into the DLRM with content, and back.
+
+The DLRM's tensors have the names in both, so a checkpoint of the one is the other's without what is
+new. Tensors are shared with the model or the optimizer, not copied: what is loaded into them is
+loaded. Whole and sharded tensors are treated alike, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
+from torchrec.optim.keyed import KeyedOptimizer
+
+from recsys.ranking.plug_in import DLRMWithContent, DLRMWithContentTrain
+
+
+def dlrm_state(
+    model: nn.Module, optimizer: KeyedOptimizer | None = None
+) -> dict[str, dict[str, Any]]:
+    """What a checkpoint of the DLRM alone holds: {"model": ..., "optimizer": ...}.
+
+    To save it gives a checkpoint of the DLRM without content. To load, give it to
+    `torch.distributed.checkpoint.load` and then to `load_dlrm`.
+
+    Args:
+        model: DistributedModelParallel of DLRMWithContentTrain or DLRMWithContent, or one of these.
+        optimizer: of all its parameters; where it is to be loaded, it must have state
+            (`init_state`). None leaves it out.
+
+    Raises:
+        ValueError: the model has no DLRM with content in it.
+
+    Example::
+
+        state = dlrm_state(model, optimizer)
+        dcp.load(state, checkpoint_id="checkpoint_of_the_dlrm")
+        load_dlrm(model, state, optimizer)
+    """
+    new = _new_prefixes(model)
+    weights = {key: value for key, value in model.state_dict().items() if not key.startswith(new)}
+    state = {"model": weights}
+    if optimizer is not None:
+        moments = optimizer.state_dict()["state"]
+        state["optimizer"] = {
+            "state": {key: value for key, value in moments.items() if not key.startswith(new)}
+        }
+    return state
+
+
+def load_dlrm(
+    model: nn.Module,
+    state: Mapping[str, Mapping[str, Any]],
+    optimizer: KeyedOptimizer | None = None,
+) -> None:
+    """Takes over a DLRM's checkpoint; content stays as it is.
+
+    Args:
+        model: as in `dlrm_state`.
+        state: {"model": ...} and, for the optimizer, {"optimizer": ...} as the DLRM alone has them:
+            of the same ranks and plan, or loaded by torch.distributed.checkpoint.
+        optimizer: of all parameters of the model; None leaves it as it is.
+
+    Raises:
+        ValueError: the state is not that of this DLRM, with the first name that differs.
+    """
+    own = dlrm_state(model, optimizer)
+    _check_names(own["model"], state["model"], "model")
+    everything = {**model.state_dict(), **state["model"]}
+    model.load_state_dict(everything)  # type: ignore[arg-type]
+    if optimizer is not None:
+        _check_names(own["optimizer"]["state"], state["optimizer"]["state"], "optimizer")
+        moments = optimizer.state_dict()
+        moments["state"] = {**moments["state"], **state["optimizer"]["state"]}
+        optimizer.load_state_dict(moments)
+
+
+def _new_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the names of all begin with that the DLRM alone does not have."""
+    inner = get_unwrapped_module(model) if isinstance(model, DistributedModelParallel) else model
+    new = []
+    for name, module in inner.named_modules():
+        path = f"{name}." if name else ""
+        if isinstance(module, DLRMWithContentTrain):
+            new.append(f"{path}contrastive.")
+        if isinstance(module, DLRMWithContent):
+            return (*new, f"{path}content.", f"{path}content_head.")
+    raise ValueError(f"{type(inner).__name__} holds no DLRMWithContent; give it the whole model")
+
+
+def _check_names(own: Mapping[str, Any], given: Mapping[str, Any], part: str) -> None:
+    for name in sorted(own.keys() ^ given.keys()):
+        place = "this DLRM" if name in own else "the checkpoint"
+        raise ValueError(
+            f"{part} state '{name}' is only in {place}; a checkpoint fits the DLRM it was written "
+            "by, and an optimizer that has state (`optimizer.init_state()`)"
+        )

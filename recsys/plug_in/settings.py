@@ -1,0 +1,88 @@
+"""What a DLRM's content is: where the items are, which features name them, and the branch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser
+
+from recsys.config import Config, ContentSettings, ContrastiveSettings
+from recsys.config_checks import validate
+from recsys.data.schema import Column, ItemColumn, Items, Schema
+from recsys.plain_yaml import load_plain_yaml
+
+
+@dataclass
+class PlugInSettings:
+    """Content of the items of a DLRM."""
+
+    data: str  # folder or URL with items/*.parquet, one row per item
+    item: str  # the sparse feature with the id of the ranked item, one id per row
+    content: ContentSettings  # as `content` in a recipe
+    item_column: str | None = None  # of the items' files, with their ids; default: `item`
+    history: str | None = None  # a sparse feature with ids of past items, any number per row
+    contrastive: ContrastiveSettings = field(default_factory=ContrastiveSettings)
+    on_bad_row: Literal["error", "skip"] = "error"
+    cache: str | None = None  # folder of encoded items; default ~/.cache/recsys
+    seed: int = 0  # of the new weights, and of sampling
+
+    @property
+    def config(self) -> Config:
+        """The same as settings of a run."""
+        return Config(
+            content=self.content,
+            contrastive=self.contrastive,
+            on_bad_row=self.on_bad_row,
+            cache=self.cache,
+            seed=self.seed,
+        )
+
+    def schema(self, num_items: int) -> Schema:
+        """What the dataset of such a DLRM has, as far as content goes."""
+        columns = {self.item: Column("id", num_embeddings=num_items)}
+        if self.history is not None:
+            columns[self.history] = Column("sequence", shares=self.item)
+        content = {
+            modality.column: ItemColumn(modality.kind)
+            for modality in self.content.modalities.values()
+        }
+        return Schema(
+            target_item=self.item,
+            group=self.item,
+            columns=columns,
+            items=Items(self.item_column or self.item, content),
+        )
+
+
+def load_plug_in_settings(path: Path | str) -> PlugInSettings:
+    """Reads them from YAML.
+
+    Raises:
+        ValueError: a missing file, an unknown key, a wrong type, or settings that do not fit
+            together, named.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; write the settings of the content there")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(PlugInSettings, None)
+    try:
+        values = load_plain_yaml(Path(path).read_bytes())
+        namespace = parser.instantiate(parser.parse_object(values))
+    except Exception as error:
+        raise ValueError(f"{path}: {error}") from error
+    return PlugInSettings(**{name: namespace[name] for name in PlugInSettings.__dataclass_fields__})
+
+
+def check(settings: PlugInSettings) -> None:
+    """Checks what spans several settings.
+
+    Raises:
+        ValueError: names them.
+    """
+    validate(settings.config)
+    if settings.history == settings.item:
+        raise ValueError(
+            f"item and history are both '{settings.item}'; name two sparse features, or no history"
+        )
