@@ -88,7 +88,7 @@ class Sim(RowFeatures):
         """The general search unit: what of each history is like its target."""
         if self.categories is not None:
             return self._in_category(batch, history)
-        if content is None:
+        if content is None or self.content_interest is None:
             scores = id_history.dot(ids.target.float(), ids.history.float())
         else:
             scores = _content_similarity(content, history)

@@ -45,7 +45,7 @@ class TwoTower(nn.Module):
         super().__init__()
         self.pooled, self.dense = _query_columns(settings, dimensions)
         self.has_history, self.num_labels = dimensions.has_history, dimensions.num_labels
-        self.temperature = settings.temperature
+        self.temperature, self.reads_content = settings.temperature, content is not None
         means = 1 + dimensions.num_parallel
         query_width = sum(dimensions.pooled_dims[place] for place in self.pooled) + len(self.dense)
         item_width = dimensions.id_dim
@@ -65,6 +65,7 @@ class TwoTower(nn.Module):
         self.bias = nn.Parameter(torch.zeros(self.num_labels)) if is_pointwise else None
 
     def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> TowerVectors:
+        content = content if self.reads_content else None
         query = self._query(ids, content, batch)  # [B, C, D]
         item, negatives = self._item(ids.target, None if content is None else content.target), None
         if ids.negatives is not None:
