@@ -59,6 +59,9 @@ class MemoryBank:
 
     Example::
 
+        import torch
+        from embeddings import MemoryBank
+
         bank = MemoryBank(num_items=100, dim=8, device="cpu")
         bank.update(torch.tensor([3, 7]), torch.ones(2, 8), step=0)
         vectors, written = bank.lookup(torch.tensor([7, 8]))  # [2, 8]; [0, -1]

@@ -127,6 +127,10 @@ class ContentIDContrastive(nn.Module):
 
     Example::
 
+        import torch
+        from recsys import ContentIDContrastive
+        from recsys.config import ContrastiveSettings
+
         loss = ContentIDContrastive(8, 16, ContrastiveSettings(weight=1.0, dim=4))
         loss(torch.randn(3, 8), torch.randn(3, 16), torch.tensor([4, 5, 4]))
     """

@@ -116,6 +116,9 @@ class FusionQFormer(nn.Module):
 
     Example::
 
+        import torch
+        from recsys import FusionQFormer
+
         fusion = FusionQFormer(dim=8, num_modalities=2, num_heads=2)
         tokens = torch.randn(3, 2, 8)  # [U, T, D]
         mask = torch.tensor([[True, True], [True, False], [False, False]])

@@ -8,8 +8,10 @@ Shapes: B batch, N history items of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,11 +24,14 @@ from recsys.batch_preparation import BatchPreparation
 from recsys.content.bank_fill import encode_into_bank
 from recsys.content.branch import ContentBranch
 from recsys.data.batch_builder import BatchBuilder
+from recsys.data.prefetch import in_order, threads
 from recsys.data.row_columns import ListColumns, RowColumns
 from recsys.data.row_values import ROW_POSITION
 from recsys.data.schema import Schema
 from recsys.data.vocabularies import UnknownIds
 from recsys.ranks import Ranks
+
+AHEAD = 2  # batches that are built while one is in use
 
 
 @dataclass
@@ -125,22 +130,27 @@ class ContentBatches(Iterable[Batch]):
         unknown = UnknownIds(self.items.schema)
         return self.preparation(self._agreed(), unknown, self.branch.step, self.branch.training)
 
+    def _built(self) -> Generator[Batch]:
+        """The batches of this rank; a thread builds them ahead of the steps."""
+        with threads(1, "content") as builder:
+            jobs = (partial(self.items, batch) for batch in self.source)
+            yield from in_order(jobs, builder.submit, AHEAD)
+
     def _agreed(self) -> Iterator[Batch]:
-        source = iter(self.source)
-        while True:
-            batch: Batch | None = None
-            error: Exception | None = None
-            try:
-                found = next(source, None)
-                batch = None if found is None else self.items(found)
-            except Exception as raised:
-                error = raised
-            flags = torch.tensor([batch is None, error is not None], dtype=torch.int32)
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.ranks.group)
-            is_end, failed = flags.tolist()
-            if failed:
-                self.ranks.raise_first(error)
-            if is_end:
-                return
-            assert batch is not None
-            yield batch
+        with closing(self._built()) as source:
+            while True:
+                batch: Batch | None = None
+                error: Exception | None = None
+                try:
+                    batch = next(source, None)
+                except Exception as raised:
+                    error = raised
+                flags = torch.tensor([batch is None, error is not None], dtype=torch.int32)
+                dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.ranks.group)
+                is_end, failed = flags.tolist()
+                if failed:
+                    self.ranks.raise_first(error)
+                if is_end:
+                    return
+                assert batch is not None
+                yield batch
