@@ -36,9 +36,20 @@ class ContentBranch(nn.Module):
 
     Example::
 
-        bank = MemoryBank(num_items, settings.vector_dim, "cpu")
-        branch = ContentBranch({"text": encoder}, settings, bank)
-        vectors = branch(batch)
+        import torch
+        from embeddings import MemoryBank
+        from recsys import ContentBranch
+        from recsys.batch import ContentInput
+        from recsys.config import ContentSettings, ModalitySettings
+        from recsys.content.encoders import StoredFeatures
+
+        settings = ContentSettings({"photo": ModalitySettings("feature", "photo")}, dim=16)
+        bank = MemoryBank(100, settings.vector_dim, "cpu")
+        branch = ContentBranch({"photo": StoredFeatures(32)}, settings, bank)
+        photos = ContentInput(torch.randn(5, 1, 32), torch.ones(5, 1, dtype=torch.bool))
+        vectors = branch.encode({"photo": photos})  # [5, 32]: content vector, mean photo token
+        bank.update(torch.tensor([7, 8, 9, 40, 99]), vectors, step=0)
+        # branch(batch), of a recsys.Batch, encodes its targets and reads its histories
     """
 
     def __init__(
