@@ -73,7 +73,8 @@ def run(command: list[str] | str, folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a reader of the README would be: beside the sources."""
     place = tmp_path_factory.mktemp("readme")
-    for name in ("Makefile", "launch", "recsys", "embeddings", "pyproject.toml", "README.md"):
+    sources = ("launch", "recsys", "embeddings", "tests")
+    for name in ("Makefile", "pyproject.toml", "README.md", *sources):
         (place / name).symlink_to(PROJECT / name)
     (place / "shop.yaml").write_text(blocks("yaml")[0])
     return place
