@@ -9,18 +9,15 @@ rank; a finished cell is not run again. Writes the table of medians to
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from jsonargparse import auto_cli
 
-RECIPES = Path(__file__).parent.parent / "recsys" / "configs"
+from benchmarks.quality_runs import QualityRun, train_all
+
 RESULT = Path(__file__).parent / "results" / "quality.md"
-BUDGET = ["--batch_size", "512", "--epochs", "3", "--validations_per_epoch", "2", "--patience", "3"]
 LORA = ["--content.modalities.text.training", "lora"]
 NO_CIC = ["--contrastive.weight", "0"]
 CONCAT = ["--content.fusion.name", "concat"]
@@ -36,7 +33,14 @@ GRID: dict[str, list[str]] = {
 COLUMNS = ("AUC", "GAUC", "GAUC cold", "GAUC unseen")
 
 
-def quality(data: str, out: Path, seeds: int = 3, lora_seeds: int = 0) -> None:
+def quality(
+    data: str,
+    out: Path,
+    seeds: int = 3,
+    lora_seeds: int = 0,
+    jobs: int = 1,
+    cache: Path | None = None,
+) -> None:
     """Trains the grid and writes the table.
 
     Args:
@@ -44,27 +48,28 @@ def quality(data: str, out: Path, seeds: int = 3, lora_seeds: int = 0) -> None:
         out: folder of the runs.
         seeds: runs per configuration.
         lora_seeds: runs with LoRA in the top layer of the text encoder, which are slower.
+        jobs: how many train side by side.
+        cache: folder of encoded items; default: the usual one.
     """
     cells = {name: (overrides, seeds) for name, overrides in GRID.items()}
     if lora_seeds:
         cells["FQ-Former + CIC, LoRA in the text encoder"] = (LORA, lora_seeds)
+    runs = {
+        name: [QualityRun(name, seed, overrides) for seed in range(count)]
+        for name, (overrides, count) in cells.items()
+    }
+    everything = [run for of_cell in runs.values() for run in of_cell]
+    tests = train_all(everything, data, out, jobs=jobs, cache=cache)
     rows = []
-    for name, (overrides, runs) in cells.items():
-        tests = [_run(name, overrides, data, out, seed) for seed in range(runs)]
-        rows.append((name, runs, [median(values) for values in zip(*tests, strict=True)]))
+    for name, of_cell in runs.items():
+        values = zip(*(_values(tests[run]) for run in of_cell), strict=True)
+        rows.append((name, len(of_cell), [median(column) for column in values]))
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(_table(rows))
     print(RESULT.read_text())
 
 
-def _run(name: str, overrides: list[str], data: str, out: Path, seed: int) -> list[float]:
-    folder = out / f"{name.lower().replace(' ', '_').replace(',', '')}-{seed}"
-    if not (folder / "metrics.json").exists():
-        command = [sys.executable, "-m", "recsys.cli", "train"]
-        command += ["--config", str(RECIPES / "movielens_multimodal.yaml"), "--data", data]
-        command += ["--out", str(folder), "--overwrite", "true", "--seed", str(seed)]
-        subprocess.run([*command, *BUDGET, *overrides], check=True, stdout=subprocess.DEVNULL)
-    test: dict[str, Any] = json.loads((folder / "metrics.json").read_text())["test"]
+def _values(test: dict[str, Any]) -> list[float]:
     return [test["auc"], test["gauc"], test["cold"]["gauc"], test["unseen"]["gauc"]]
 
 
