@@ -3,7 +3,8 @@
 Means over the ranks, which see batches alike. An id goes to the rank that has its row, or to each
 that has a part of it; lengths of the lists of ids go to every rank that may have some of them. The
 vectors of row-wise pooled tables are sums of which every rank has a part, so each rank sends one
-for each row of all batches; the others send what they looked up. Letters: W ranks.
+for each row of all batches; table-row-wise ones are first summed within their node. The others
+send what they looked up. Letters: W ranks.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ def _ids(table: TableMemory, counts: BatchCounts, world_size: int) -> float:
     lengths = LENGTH * counts.rows * _features(table)
     if table.sharding == "row_wise":
         return values + lengths * (world_size - 1)
+    if table.sharding == "table_row_wise":
+        return values + lengths * len(table.shards) * others
     return values + lengths * table.column_shards * others
 
 
@@ -79,7 +82,12 @@ def _vectors(table: TableMemory, counts: BatchCounts, world_size: int) -> float:
     if table.table.pooling == "none":
         return dim * counts.looked_up * others
     pooled = dim * counts.rows * _features(table)
-    return pooled * (world_size - 1 if table.sharding == "row_wise" else others)
+    if table.sharding == "row_wise":
+        return pooled * (world_size - 1)
+    if table.sharding == "table_row_wise":
+        of_node = len(table.shards)
+        return pooled * (of_node - 1 + 1 - of_node / world_size)
+    return pooled * others
 
 
 def _of_content(content: ContentSizes, counts: BatchCounts, world_size: int) -> list[Sent]:

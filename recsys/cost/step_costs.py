@@ -18,6 +18,7 @@ from recsys.cost.work import FLOAT, PartCost, Work, linear, moved, times
 
 ADAMW_BYTES = 7 * FLOAT  # reads weight, gradient and two moments, writes all but the gradient
 ADAMW_FLOPS = 12
+COMMUNICATION = "communication"
 DIRECTIONS = ("forward", "backward")
 
 
@@ -29,14 +30,14 @@ def step_costs(sizes: ModelSizes, counts: BatchCounts, world_size: int = 1) -> l
         parts += content_parts(content, counts)
     parts += ranking(sizes, counts)
     if content is not None and content.contrastive_dim:
-        parts.append(contrastive(sizes, content, counts))
+        parts.append(contrastive(sizes, content, counts, world_size))
     parameters = sizes.dense_parameters
     update = Work(others=ADAMW_FLOPS * parameters, bytes=ADAMW_BYTES * parameters)
     parts.append(PartCost("optimizer", "optimizer", update))
     if sent := sent_bytes(sizes, counts, world_size):
         forward, backward = (sum(getattr(s, name) for s in sent) for name in DIRECTIONS)
         parts.append(
-            PartCost("communication", "communication", Work(bytes=forward), Work(bytes=backward))
+            PartCost(COMMUNICATION, COMMUNICATION, Work(bytes=forward), Work(bytes=backward))
         )
     return parts
 
@@ -128,10 +129,17 @@ def head(sizes: RankingSizes, counts: BatchCounts) -> PartCost:
     )
 
 
-def contrastive(sizes: ModelSizes, content: ContentSizes, counts: BatchCounts) -> PartCost:
-    """Both maps, and the scores of all rows of the batch against all, which serve both ways."""
+def contrastive(
+    sizes: ModelSizes, content: ContentSizes, counts: BatchCounts, world_size: int
+) -> PartCost:
+    """Both maps, and the scores of all rows of the batch against all, which serve both ways.
+
+    Against those of all ranks they are other scores each way.
+    """
     rows, dim = counts.rows, content.contrastive_dim
     maps = linear(rows, content.dim, dim) + linear(rows, sizes.id_dim, dim)
     forward = maps + linear(rows, dim, rows)
+    if content.contrastive_gathers and world_size > 1:
+        forward = maps + times(linear(rows, dim, world_size * rows), 2)
     numbers = moved(rows * (content.dim + sizes.id_dim) + (content.dim + sizes.id_dim) * dim)
     return PartCost("losses", "losses", forward + numbers, times(forward, 2) + times(numbers, 2))

@@ -14,7 +14,7 @@ from recsys.cost.batch_counts import BatchCounts
 from recsys.cost.communication import Sent, sent_bytes
 from recsys.cost.counted_ranking import counted_ranking
 from recsys.cost.model_sizes import ModelSizes
-from recsys.cost.step_costs import step_costs
+from recsys.cost.step_costs import COMMUNICATION, step_costs
 from recsys.cost.work import PartCost, Work
 from recsys.describe.batch_sample import BatchSample, sample_batches
 from recsys.describe.model_parts import ModelPart, model_parts, table_bytes_by_rank
@@ -102,7 +102,11 @@ def describe(
     outline = build_outline(config, data, cluster, rows)
     sample = sample_batches(outline)
     sizes, counts = _sizes(outline, sample), sample.counts
-    costs = step_costs(sizes, counts)
+    costs = [
+        part
+        for part in step_costs(sizes, counts, cluster.world_size)
+        if part.name != COMMUNICATION  # which is told by kind
+    ]
     sent = sent_bytes(sizes, counts, cluster.world_size)
     parts = model_parts(outline.em3, outline.tables, outline.plan, cluster.world_size)
     table_bytes = table_bytes_by_rank(outline.tables, outline.plan, cluster.world_size)

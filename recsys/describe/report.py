@@ -26,15 +26,16 @@ def format_description(found: Description) -> str:
 
 
 def in_bytes(number: float) -> str:
-    """1,536 bytes as 1.5 KB, to three digits."""
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if number < 1024 or unit == "TB":
+    """1,536 bytes as 1.5 KiB, to three digits."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if number < 1024 or unit == "TiB":
             break
         number /= 1024
     return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.3g} {unit}"
 
 
-def _of_flops(number: float) -> str:
+def _rounded(number: float) -> str:
+    """To three digits, in thousands: 1,500 as 1.5 K."""
     for unit in ("", "K", "M", "G", "T"):
         if number < 1000 or unit == "T":
             break
@@ -51,9 +52,9 @@ def _cluster(found: Description) -> str:
     ranks = f"{cluster.world_size:,} rank{'s' if cluster.world_size > 1 else ''}"
     return (
         f"{ranks} ({cluster.nodes:,} x {cluster.ranks_per_node:,}) on {device.name}: "
-        f"{in_bytes(device.memory_bytes)} and {in_bytes(device.memory_bandwidth)}/s of memory, "
-        f"{_of_flops(device.fp32_flops)}FLOP/s fp32, {_of_flops(device.bf16_flops)}FLOP/s bf16, "
-        f"{in_bytes(device.node_bandwidth)}/s in a node, {in_bytes(device.network_bandwidth)}/s "
+        f"{in_bytes(device.memory_bytes)} and {_rounded(device.memory_bandwidth)}B/s of memory, "
+        f"{_rounded(device.fp32_flops)}FLOP/s fp32, {_rounded(device.bf16_flops)}FLOP/s bf16, "
+        f"{_rounded(device.node_bandwidth)}B/s in a node, {_rounded(device.network_bandwidth)}B/s "
         f"between nodes\nmeasured from {found.sampled}"
     )
 
@@ -126,14 +127,14 @@ def _work(found: Description) -> str:
         lines.append(
             (
                 part.name,
-                _of_flops(part.forward.flops / rows),
-                _of_flops(part.backward.flops / rows),
+                _rounded(part.forward.flops / rows),
+                _rounded(part.backward.flops / rows),
                 in_bytes(part.forward.bytes / rows),
                 in_bytes(part.backward.bytes / rows),
             )
         )
     totals = [
-        _of_flops(sum(getattr(part, way).flops for part in found.costs) / rows)
+        _rounded(sum(getattr(part, way).flops for part in found.costs) / rows)
         for way in ("forward", "backward")
     ]
     lines.append(("total", *totals, "", ""))
@@ -181,19 +182,34 @@ def _bounds(found: Description) -> str:
 
 
 def _verdict(found: Description) -> str:
-    memory = found.memory
     if found.problems:
         return "\n".join(["does not fit", *(f"  {line}" for line in found.problems)])
-    reserve = int(memory.limit * RESERVED_SHARE)
+    memory = found.memory
+    left = memory.limit - memory.total
     others = memory.dense + memory.bank + memory.activations
-    if memory.total > memory.limit:
+    if left >= 0 and others <= memory.limit * RESERVED_SHARE:
+        return f"fits: {in_bytes(left)} per rank are left"
+    if left >= 0:
+        reserve = in_bytes(memory.limit * RESERVED_SHARE)
         return (
-            f"does not fit\n  {in_bytes(memory.total)} per rank of {in_bytes(memory.limit)}; "
-            "enough may be: more ranks, a smaller batch_size, fewer trained layers"
+            f"fits, {in_bytes(left)} per rank are left; but dense parts, bank and activations take "
+            f"{in_bytes(others)}, and the planner counts on {reserve} for them"
         )
-    if others > reserve:
-        return (
-            f"fits, but dense parts, bank and activations take {in_bytes(others)} of the "
-            f"{in_bytes(reserve)} that the planner leaves beside the tables"
-        )
-    return f"fits: {in_bytes(memory.limit - memory.total)} per rank are left"
+    mends = {  # by size; the largest counts
+        memory.tables: "more ranks, a smaller embedding.dim or fewer rows",
+        memory.dense: "smaller encoders, or fewer layers that train",
+        memory.bank: "more ranks, a smaller content.dim, content.history.similarity_features false "
+        "(no vectors of single modalities), or fewer rows for the item table",
+        memory.activations: "a smaller batch_size",
+    }
+    largest = max(mends)
+    return (
+        f"does not fit\n  {in_bytes(memory.total)} per rank of {in_bytes(memory.limit)}; most is "
+        f"{_name_of(largest, found)}, {in_bytes(largest)}: {mends[largest]}"
+    )
+
+
+def _name_of(size: int, found: Description) -> str:
+    memory = found.memory
+    names = {memory.tables: "tables", memory.dense: "dense parts", memory.bank: "the memory bank"}
+    return names.get(size, "activations")
