@@ -1,0 +1,128 @@
+"""Plans for clusters that are not there: billions of rows in seconds, bytes as by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from torch import nn
+from torchrec.distributed.types import ShardingPlan
+
+from embeddings import (
+    TableConfig,
+    build_embedding_bag_collection,
+    build_embedding_collection,
+    fuse_table_optimizers,
+    plan_sharding,
+)
+from embeddings.sharding import RESERVED_SHARE
+from embeddings.simulated_cluster import DEVICES, GIB, Cluster, FigureOverrides
+from embeddings.table_memory import table_bytes, table_memory, what_does_not_fit
+
+BILLION = 10**9
+EIGHT_BY_EIGHT = Cluster(nodes=8, ranks_per_node=8, device=DEVICES["h100"])
+
+
+def table(name: str = "item", rows: int = 4 * BILLION, **fields: object) -> TableConfig:
+    return TableConfig(name, rows, 128, [f"{name}_id"], **fields)  # type: ignore[arg-type]
+
+
+def planned(tables: list[TableConfig], cluster: Cluster) -> ShardingPlan:
+    collections = [build_embedding_collection(tables), build_embedding_bag_collection(tables)]
+    model = nn.ModuleList(part for part in collections if part is not None)
+    fuse_table_optimizers(model, tables)
+    return plan_sharding(model, tables, device=cluster.device.kind, topology=cluster.topology())
+
+
+def test_four_billion_rows_over_64_gpus_take_the_bytes_of_a_hand_calculation() -> None:
+    plan = planned([table(pooling="none")], EIGHT_BY_EIGHT)
+    memory = table_memory(table(pooling="none"), plan)
+
+    assert memory.weight_bytes == 4 * BILLION * 128 * 4
+    assert memory.state_bytes == 4 * BILLION * 4  # one moment per row
+    for rank in range(64):
+        assert memory.on_rank(rank) == (62_500_000 * 128 * 4, 62_500_000 * 4)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_per_row"),
+    [("rowwise_adagrad", 4), ("adagrad", 512), ("adam", 1024), ("sgd", 0)],
+)
+def test_optimizer_state(optimizer: str, bytes_per_row: int) -> None:
+    assert table_bytes(table(rows=10, optimizer=optimizer)) == 10 * (512 + bytes_per_row)
+    assert table_bytes(table(rows=10, optimizer=optimizer, frozen=True)) == 10 * 512
+
+
+def test_column_shards_keep_moments_of_their_own() -> None:
+    item = table(rows=1000, sharding="column_wise", pooling="none")
+    memory = table_memory(item, planned([item], EIGHT_BY_EIGHT))
+
+    assert memory.column_shards == 32
+    assert memory.state_bytes == 32 * 1000 * 4
+
+
+def test_what_does_not_fit_is_refused_by_the_planner_too() -> None:
+    tables = [table(rows=20 * BILLION, pooling="none"), table("user", 1000)]
+    with pytest.raises(ValueError, match="the tables do not fit"):
+        planned(tables, EIGHT_BY_EIGHT)
+    lines = what_does_not_fit(tables, EIGHT_BY_EIGHT.device.memory_bytes, 64)
+
+    room = int(79 * GIB * (1 - RESERVED_SHARE))
+    size = 20 * BILLION * (512 + 4)
+    assert lines[0] == (
+        f"table 'item' ({20 * BILLION:,} x 128, rowwise_adagrad, auto) takes {size:,} bytes; 64 "
+        f"ranks can hold {64 * room:,}"
+    )
+    ranks = -(-(size + table_bytes(tables[1])) // room)
+    assert f"enough would be: {ranks:,} ranks" in lines
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sharding": "table_wise"}, "sharding 'row_wise' for table 'item'"),
+        ({"optimizer": "adam"}, "optimizer 'rowwise_adagrad' for table 'item'"),
+    ],
+)
+def test_a_mend_that_is_named_is_enough(change: dict[str, str], words: str) -> None:
+    too_large = table(rows=6 * BILLION, **change)
+    lines = what_does_not_fit([too_large], 79 * GIB, 64)
+
+    assert f"enough would be: {words}" in lines
+    setting, value = words.split(" for ")[0].split(" ")
+    assert not what_does_not_fit([replace(too_large, **{setting: value.strip("'")})], 79 * GIB, 64)
+
+
+def test_dimension_and_rows_that_would_fit_are_the_largest_that_do() -> None:
+    lines = what_does_not_fit([table(rows=20 * BILLION)], 79 * GIB, 64)
+    dim = next(int(line.split()[4]) for line in lines if "embedding_dim" in line)
+    rows = next(int(line.split()[4].replace(",", "")) for line in lines if "num_emb" in line)
+
+    fitting = replace(table(rows=20 * BILLION), embedding_dim=dim)
+    assert not what_does_not_fit([fitting], 79 * GIB, 64)
+    assert what_does_not_fit([replace(fitting, embedding_dim=dim + 4)], 79 * GIB, 64)
+    assert not what_does_not_fit([table(rows=rows)], 79 * GIB, 64)
+    assert what_does_not_fit([table(rows=rows + 1_000_000)], 79 * GIB, 64)
+
+
+def test_what_is_sent_takes_as_long_as_its_slowest_link() -> None:
+    device = replace(DEVICES["h100"], node_bandwidth=100.0, network_bandwidth=10.0)
+    node, two_nodes = Cluster(1, 4, device), Cluster(2, 4, device)
+
+    assert node.seconds_to_send(200) == 2.0
+    assert node.seconds_to_send(200, spread=False) == 2.0
+    # Of seven other ranks four are in the other node.
+    assert two_nodes.seconds_to_send(700) == pytest.approx(400 / 10)
+    assert two_nodes.seconds_to_send(200, spread=False) == 20.0
+    assert Cluster(1, 1, device).seconds_to_send(200) == 0.0
+
+
+def test_figures_can_be_overridden() -> None:
+    changed = FigureOverrides(memory_bytes=GIB).applied(DEVICES["a100"])
+
+    assert changed.memory_bytes == GIB
+    assert changed.bf16_flops == DEVICES["a100"].bf16_flops
+    with pytest.raises(ValueError, match=r"figures\.fp32_flops is -1"):
+        FigureOverrides(fp32_flops=-1).applied(DEVICES["a100"])
+    with pytest.raises(ValueError, match="0 nodes"):
+        Cluster(0, 8, DEVICES["a100"])
