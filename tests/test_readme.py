@@ -39,6 +39,10 @@ EXCHANGED = (
         r"^(python -m benchmarks\.(?:compare|throughput|ladder|scaling)|torchx .*:benchmark) (.*)$",
         r"\1 \2 --quick true --results figures",
     ),
+    (
+        r"^(python -m benchmarks\.backbones) --data \S+ (.*)$",
+        r"\1 --data shop --recipe shop.yaml --seeds 1 --only [two_tower] --results figures \2",
+    ),
     # Whole ladders and all curves take minutes at any size.
     (r"^(python -m benchmarks\.ladder .*)$", r"""\1 --only '["items encoded once"]'"""),
     (r"^(python -m benchmarks\.scaling .*)$", r"""\1 --curves '["history, top_k"]'"""),
@@ -77,6 +81,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("Makefile", "pyproject.toml", "README.md", *sources):
         (place / name).symlink_to(PROJECT / name)
     (place / "shop.yaml").write_text(blocks("yaml")[0])
+    own_model = next(block for block in blocks("python") if "class TargetProducts" in block)
+    (place / "my_ranking.py").write_text(own_model)
     return place
 
 
