@@ -38,7 +38,7 @@ class DeviceFigures:
 class FigureOverrides:
     """Figures of a device that differ from the data sheet; None keeps it."""
 
-    memory_bytes: int | None = None
+    memory_bytes: float | None = None  # for instance 4e10
     memory_bandwidth: float | None = None  # bytes/s
     fp32_flops: float | None = None  # FLOP/s
     bf16_flops: float | None = None
@@ -56,6 +56,8 @@ class FigureOverrides:
         for name, value in given.items():
             if not value > 0:
                 raise ValueError(f"figures.{name} is {value}; give a positive number")
+        if "memory_bytes" in given:
+            given["memory_bytes"] = int(given["memory_bytes"])
         return replace(device, **given)
 
 
