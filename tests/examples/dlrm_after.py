@@ -47,7 +47,7 @@ def parse_arguments():
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--batches", type=int, default=10, help="per rank and epoch, if random")
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--learning_rate", type=float, default=0.05)
+    parser.add_argument("--learning_rate", type=float, default=0.02)
     return parser.parse_args()
 
 

@@ -1,5 +1,6 @@
 """On two ranks: a DLRM's checkpoint goes into the DLRM with content, trains, and comes back."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from tests.recsys.plug_in_runs import (
 )
 
 CPU = torch.device("cpu")
+README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+(LOADING,) = re.findall(r"^```py\n(.*?load_dlrm.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
 def users_job(kind: str) -> tuple[DistributedModelParallel, CombinedOptimizer]:
@@ -121,11 +124,9 @@ def plug_content_in(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     found = {}
     for kind in KINDS:
         dlrm, model, optimizer = content_job(kind, folder)
-        for _, part in optimizer.optimizers:
-            part.init_state()
-        state = dlrm_state(model, optimizer)
-        dcp.load(state, checkpoint_id=folder / kind)
-        load_dlrm(model, state, optimizer)
+        names = {"model": model, "optimizer": optimizer}
+        names["dense_optimizer"] = optimizer.optimizers[-1][1]
+        exec(LOADING.replace("dlrm_checkpoint", str(folder / kind)), names)
         found[kind] = {"logits": logits_of(model, dlrm.batches(user_batches(rank, 3)))}
         found[kind]["state"] = copied(dlrm_state(model, optimizer))
         found[kind]["bank"] = dlrm.content.branch.bank.coverage()
@@ -164,8 +165,7 @@ def take_back(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     found = {}
     for kind in KINDS:
         model, optimizer = users_job(kind)
-        for _, part in optimizer.optimizers:
-            part.init_state()
+        optimizer.optimizers[-1][1].init_state()
         state = users_state(model, optimizer)
         dcp.load(state, checkpoint_id=folder / f"{kind}-trained")
         optimizer.load_state_dict(state["optimizer"])
