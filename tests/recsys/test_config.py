@@ -108,6 +108,12 @@ def test_unknown_and_wrong_overrides_are_named(words: list[str]) -> None:
         ("--optimizer.encoder_learning_rate=-1", "optimizer.encoder_learning_rate is -1.0"),
         ("--optimizer.warmup_steps=-1", "optimizer.warmup_steps is -1"),
         ("--ranking.dropout=1", "ranking.dropout is 1.0; a dropout lies in"),
+        ("--ranking.dense_units=[0]", r"ranking.dense_units is \[0\]; each layer has at least 1"),
+        ("--ranking.num_experts=0", "ranking.num_experts is 0"),
+        ("--ranking.search_top_k=0", "ranking.search_top_k is 0"),
+        ("--ranking.temperature=0", "ranking.temperature is 0.0; it must be > 0"),
+        ("--ranking.loss=in_batch_softmax", "which 'din_dcn' has not; choose ranking.name two_to"),
+        ("--ranking.options={depth: 3}", "ranking.options are for a class of your own"),
         ("--contrastive.weight=-1", "contrastive.weight is -1.0"),
         ("--contrastive.temperature=0", "contrastive.temperature is 0.0; it must be > 0"),
         ("--contrastive.dim=0", "contrastive.dim is 0"),
@@ -153,6 +159,13 @@ def test_a_modality_whose_parts_exclude_each_other_is_named(
     path.write_text(yaml.safe_dump({"content": content}))
     with pytest.raises(ValueError, match=rf"content.modalities.poster: .*{message}"):
         load_config(path)
+
+
+def test_sampled_negatives_want_a_memory_bank() -> None:
+    words = ["--ranking.name=two_tower", "--ranking.loss=sampled_softmax"]
+    assert load_config(TINY, words).ranking.loss == "sampled_softmax"
+    with pytest.raises(ValueError, match="reads the content of its negatives from the memory bank"):
+        load_config(TINY, [*words, "--content.history.mode=full"])
 
 
 def test_a_temperature_that_is_not_used_is_not_checked() -> None:
