@@ -123,7 +123,7 @@ def describe(
         problems=outline.problems,
         frozen_layers=outline.frozen_layers,
         cached_bytes=_cached_bytes(outline),
-        unknown=[encoder.name for encoder in _encoders(sizes) if not encoder.is_known],
+        unknown=_unknown(config, sizes),
         sampled=_sampled(outline, sample),
     )
 
@@ -143,8 +143,10 @@ def _sizes(outline: Outline, sample: BatchSample) -> ModelSizes:
     return ModelSizes.of(config, schema, em3, outline.tables, outline.plan, counted)
 
 
-def _encoders(sizes: ModelSizes) -> list[Any]:
-    return sizes.content.encoders if sizes.content is not None else []
+def _unknown(config: Config, sizes: ModelSizes) -> list[str]:
+    encoders = sizes.content.encoders if sizes.content is not None else []
+    found = [f"encoder {encoder.name}" for encoder in encoders if not encoder.is_known]
+    return found + ["retrieval loss"] * (config.ranking.loss != "pointwise")
 
 
 def _memory(

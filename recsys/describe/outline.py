@@ -24,6 +24,7 @@ from recsys.data.filesystem import Location
 from recsys.data.schema import Schema, load_schema
 from recsys.describe.item_sample import ItemSample, sample_items
 from recsys.model import EM3
+from recsys.ranking.item_categories import load_item_categories
 
 # More than any table asks for: the plan there would be if memory were no matter.
 NO_LIMIT = 2**60
@@ -79,6 +80,7 @@ def build_outline(
     """
     root = Location.of(data)
     schema = load_schema(root)
+    categories = load_item_categories(config.ranking, root, schema, config.on_bad_row)
     _resize(schema, rows or {})
     tables = table_configs(config, schema)
     content = content_settings(config)
@@ -92,7 +94,7 @@ def build_outline(
                 frozen_layers[name] = _drop_frozen_layers(encoders[name])
         if content.history.mode != "full":
             bank = MemoryBank(schema.num_items, content.vector_dim, "meta")
-    em3 = build_em3(config, schema, tables, encoders, bank)
+    em3 = build_em3(config, schema, tables, encoders, bank, item_categories=categories)
     fuse_table_optimizers(em3, tables)
     plan, problems = _plan(config, em3, tables, cluster)
     return Outline(config, root, schema, cluster, tables, em3, items, frozen_layers, plan, problems)

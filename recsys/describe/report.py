@@ -145,7 +145,7 @@ def _work(found: Description) -> str:
         f"per row, {counts.unique_history:,.0f} of them unique, {counts.encoded:,.0f} items encoded"
     )
     for name in found.unknown:
-        text += f"\nencoder {name}: its FLOPs are not counted"
+        text += f"\nnot counted: {name}"
     return text
 
 

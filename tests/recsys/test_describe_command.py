@@ -19,6 +19,7 @@ from recsys.cost.counted_ranking import counted_work, flop_counter
 from recsys.describe.command import parse_rows
 from recsys.describe.description import Description, describe
 from recsys.describe.report import format_description, in_bytes
+from recsys.ranking import RANKING_MODELS
 from recsys.ranks import joined_ranks
 from recsys.training import training_interactions
 from tests.datasets import write_dataset
@@ -162,7 +163,7 @@ def test_an_encoder_that_is_cached_leaves_the_run_and_lies_on_disk(folder: Path)
     assert cached.cached_bytes["text"] == pytest.approx(values, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["dlrm", "din", "mmoe"])
+@pytest.mark.parametrize("name", sorted(RANKING_MODELS))
 def test_flops_of_any_ranking_model_are_counted(folder: Path, name: str) -> None:
     ranking = RankingSettings(name=name, mlp_units=[16], dropout=0.0)
     config = em3_config(folder, ranking=ranking, batch_size=64)
