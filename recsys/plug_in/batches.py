@@ -123,12 +123,17 @@ class ContentBatches(Iterable[Batch]):
         return len(self.source)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
-        bank, store = self.branch.bank, self.preparation.store
-        if bank is not None and bank.coverage() == 0:
-            assert store is not None
-            encode_into_bank(self.branch, store, self.ranks)
+        self._fill_bank()
         unknown = UnknownIds(self.items.schema)
         return self.preparation(self._agreed(), unknown, self.branch.step, self.branch.training)
+
+    def _fill_bank(self) -> None:
+        """Fills the bank if it is empty and anything is read from it."""
+        bank, store, content = self.branch.bank, self.preparation.store, self.preparation.content
+        assert store is not None and content is not None
+        is_read = self.items.schema.history is not None or content.sampling.backward < 1
+        if bank is not None and is_read and bank.coverage() == 0:
+            encode_into_bank(self.branch, store, self.ranks)
 
     def _built(self) -> Generator[Batch]:
         """The batches of this rank; a thread builds them ahead of the steps."""

@@ -22,6 +22,8 @@ class PlugInSettings:
     item: str  # the sparse feature with the id of the ranked item, one id per row
     content: ContentSettings  # as `content` in a recipe
     item_column: str | None = None  # of the items' files, with their ids; default: `item`
+    # By column, as under `items` in schema.yaml, where a modality's kind does not say enough.
+    item_columns: dict[str, ItemColumn] = field(default_factory=dict)
     history: str | None = None  # a sparse feature with ids of past items, any number per row
     contrastive: ContrastiveSettings = field(default_factory=ContrastiveSettings)
     on_bad_row: Literal["error", "skip"] = "error"
@@ -45,7 +47,7 @@ class PlugInSettings:
         if self.history is not None:
             columns[self.history] = Column("sequence", shares=self.item)
         content = {
-            modality.column: ItemColumn(modality.kind)
+            modality.column: self.item_columns.get(modality.column, ItemColumn(modality.kind))
             for modality in self.content.modalities.values()
         }
         return Schema(

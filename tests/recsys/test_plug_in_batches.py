@@ -49,6 +49,14 @@ def altered(rank: int, name: str, ids: list[int], lengths: list[int]) -> list[To
     return batches
 
 
+def without_history(folder: Path, source: list[TorchRecBatch]) -> tuple[int, float]:
+    """Items in the histories of a batch, and the share of items in the bank."""
+    dlrm = plugged_in(folder, history=None)
+    batch = next(iter(dlrm.batches(source)))
+    assert dlrm.content.branch.bank is not None
+    return len(batch.history_index), dlrm.content.branch.bank.coverage()
+
+
 def gathered(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     dlrm = plugged_in(folder)
     source = user_batches(rank, 3)
@@ -77,6 +85,8 @@ def gathered(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         "no_feature": message_of(lambda: plugged_in(folder, item="product", item_column="item")),
         "twice": message_of(lambda: plugged_in(folder, history="item")),
         "longest": searched.longest_history,
+        "filled": dlrm.content.branch.bank.coverage(),
+        "unread": without_history(folder, source),
     }
 
 
@@ -131,6 +141,12 @@ def test_every_rank_ends_with_the_cause_that_one_has_met(found: Any) -> None:
         assert "item and history are both 'item'" in rank["twice"]
 
 
+def test_the_bank_is_filled_before_the_first_batch_if_it_is_read(found: Any) -> None:
+    for rank in found:
+        assert rank["filled"] == 1.0
+        assert rank["unread"] == (0, 0.0)
+
+
 def test_long_histories_are_searched_as_in_em3(found: Any) -> None:
     assert all(rank["longest"] == 1 for rank in found)
     assert all(rank["batch"].longest_history > 1 for rank in found)
@@ -143,6 +159,8 @@ def test_settings_are_read_from_yaml_and_their_faults_are_named(tmp_path: Path) 
     )
     settings = load_plug_in_settings(path)
     assert settings.content.modalities["a"].column == "c" and settings.history is None
+    items = settings.schema(num_items=7).items
+    assert items is not None and items.id == "cat_0" and list(items.columns) == ["c"]
 
     path.write_text("{data: shop, item: cat_0, content: {modalities: {}}, items: 3}")
     with pytest.raises(ValueError, match=r"content\.yaml: .*items"):

@@ -22,6 +22,7 @@ from recsys.config import ContentSettings, ContrastiveSettings, FusionSettings, 
 from recsys.content.branch import ContentBranch
 from recsys.content.encoders import StoredFeatures
 from recsys.losses import ContentIDContrastive
+from recsys.plug_in import dlrm_state, load_dlrm
 from recsys.ranking import DLRMWithContent, DLRMWithContentTrain
 from recsys.ranking.plug_in_columns import AddedColumns
 from tests.recsys.item_batches import batch_of_items
@@ -198,6 +199,21 @@ def test_the_loss_is_that_of_dlrm_train_plus_the_contrastive_one() -> None:
     contrastive = train_model.contrastive(content, ids, batch.target_items)
     torch.testing.assert_close(loss, before + 0.5 * contrastive)
     assert torch.equal(loss, reported) and not reported.requires_grad
+
+
+def test_a_checkpoint_of_whole_tensors_is_taken_over_and_another_models_refused() -> None:
+    old, batch = DLRMTrain(build_dlrm("dlrm", "cpu")), content_batch()
+    model = DLRMWithContentTrain(with_content(build_dlrm("dlrm", "cpu")))
+
+    load_dlrm(model, {"model": old.state_dict()})
+
+    assert torch.equal(model(batch)[1][1], old(batch)[1][1])
+    assert dlrm_state(model)["model"].keys() == old.state_dict().keys()
+    other = DLRMTrain(build_dlrm("dcn", "cpu")).state_dict()
+    with pytest.raises(ValueError, match=r"'model\.inter_arch\.\S+' is only in the checkpoint"):
+        load_dlrm(model, {"model": other})
+    with pytest.raises(ValueError, match="DLRMTrain holds no DLRMWithContent"):
+        dlrm_state(old)
 
 
 class OwnForward(DLRM):
