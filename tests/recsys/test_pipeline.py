@@ -71,7 +71,7 @@ class SwappedFeatures(EM3):
         ids = self.read_ids(pooled, sequences)
         content = self.content(batch) if self.content is not None else None
         logits = self.ranking(ids, content, batch)
-        loss, parts = self.losses(logits, ids, content, batch)
+        loss, parts, logits = self.losses(logits, ids, content, batch)
         return loss, (parts, logits, batch)
 
 
