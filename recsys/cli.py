@@ -56,7 +56,12 @@ def _parser() -> ArgumentParser:
     command = _Parser(description="Trains a model; every setting can be overridden.")
     add_config_arguments(command)
     command.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
-    command.add_argument("--out", type=Path, required=True, help="folder of the run to write")
+    command.add_argument("--out", type=Path | None, help="folder of the run to write")
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build all and take one step; no --out is needed, and none is written",
+    )
     command.add_argument(
         "--resume",
         type=Resume,
@@ -168,11 +173,17 @@ def _cache(arguments: Namespace) -> None:
 
 def _train(arguments: Namespace) -> None:
     from recsys.config import config_from
+    from recsys.dry_run import dry_run
     from recsys.ranks import joined_ranks
     from recsys.training import train
 
     config = config_from(arguments)
+    if not arguments.dry_run and arguments.out is None:
+        raise ValueError("train needs --out, the folder of the run to write (or --dry-run)")
     with joined_ranks(config.device) as ranks:
+        if arguments.dry_run:
+            dry_run(config, arguments.data, ranks)
+            return
         train(config, arguments.data, arguments.out, ranks, arguments.overwrite, arguments.resume)
 
 
