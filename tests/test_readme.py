@@ -101,6 +101,11 @@ def test_every_command_of_the_readme_runs(folder: Path) -> None:
 
 
 def test_every_recipe_the_readme_names_exists_and_every_recipe_is_named() -> None:
-    named = set(re.findall(r"`(\w+\.yaml)`", README)) - {"shop.yaml", "schema.yaml", "config.yaml"}
+    named = set(re.findall(r"`(\w+\.yaml)`", README)) - {
+        "shop.yaml",
+        "schema.yaml",
+        "config.yaml",
+        "content.yaml",
+    }
 
     assert named == {path.name for path in (PROJECT / "recsys" / "configs").glob("*.yaml")}
