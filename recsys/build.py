@@ -41,7 +41,7 @@ from recsys.config import Config, ContentSettings, TableSettings
 from recsys.content.branch import ContentBranch
 from recsys.content.encoders import Encoder, build_encoder
 from recsys.content.frozen_cache import cache_frozen_outputs
-from recsys.content.pretrained import load_tokenizer
+from recsys.content.preparation import load_preparation
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.content_store import ContentStore, ItemTable, default_cache
 from recsys.data.filesystem import Location
@@ -183,17 +183,15 @@ def build_content_store(
     encoders: dict[str, Encoder] = {}
     for name, modality in content.modalities.items():
         with ranks.all_or_none():
-            tokenizer = None
-            if modality.kind == "text":
-                assert modality.encoder is not None
-                where = f"content.modalities.{name}"
-                tokenizer = load_tokenizer(modality.encoder, modality.revision, where)
+            read = load_preparation(modality, f"content.modalities.{name}")
             if ranks.is_first_of_machine:
-                store.build(name, tokenizer)
+                store.build(name, read.tokenizer, read.fills_texts, read.images)
         with ranks.all_or_none():
-            store.build(name, tokenizer)
+            store.build(name, read.tokenizer, read.fills_texts, read.images)
             width = store.arrays[name].values.shape[-1] if modality.kind == "feature" else None
-            encoders[name] = build_encoder(name, modality, width)
+            encoders[name] = build_encoder(name, modality, width, read)
+        for note in [*read.notes, *encoders[name].notes] if ranks.is_first else ():
+            print(note, flush=True)
         if encoders[name].caches and modality.cache_frozen_layers:
             cache_frozen_outputs(store, name, encoders[name], ranks)
     return store, encoders

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from embeddings.table_state import State, TableOptimizerState, copied_to_host, in_blocks
 from recsys.build import Job
+from recsys.content.encoder import Encoder
 
 
 def model_state(job: Job) -> State:
@@ -54,14 +56,20 @@ class _Stored:
 
 def _is_stored(job: Job) -> _Stored:
     parameters = list(job.em3.named_parameters())
-    encoders = job.em3.content.encoders.items() if job.em3.content else ()
+    content = job.em3.content
+    encoders = (
+        [(name, cast(Encoder, part)) for name, part in content.encoders.items()] if content else []
+    )
     return _Stored(
-        trained={name for name, value in parameters if value.requires_grad},
+        trained={name for name, value in parameters if value.requires_grad}
+        | {
+            f"content.encoders.{name}.{weight}"
+            for name, encoder in encoders
+            for weight in encoder.rewritten
+        },
         frozen={name for name, value in parameters if not value.requires_grad},
         frozen_encoders=tuple(
-            f"content.encoders.{name}."
-            for name, encoder in encoders
-            if getattr(encoder, "caches", True)
+            f"content.encoders.{name}." for name, encoder in encoders if encoder.caches
         ),
     )
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from recsys.content.encoders import ModuleEncoder, TransformerEncoder
+from recsys.content.encoder import Encoder
 from recsys.model import EM3
 
 
@@ -24,10 +24,8 @@ def compiled_parts(em3: EM3) -> dict[str, nn.Module]:
     if em3.content is not None:
         wanted.append(em3.content.fusion)
         for encoder in em3.content.encoders.values():
-            if isinstance(encoder, TransformerEncoder):
-                wanted += encoder.trained_layers
-            elif isinstance(encoder, ModuleEncoder) and not encoder.caches:
-                wanted.append(encoder.module)
+            assert isinstance(encoder, Encoder)
+            wanted += encoder.trained_parts
     chosen = {id(part) for part in wanted}
     return {name: part for name, part in em3.named_modules() if id(part) in chosen}
 

@@ -22,7 +22,7 @@ from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.evaluation import evaluate_split, format_evaluation, score
 from recsys.lockstep import Lockstep
 from recsys.ranks import Ranks
-from recsys.run_folder import ITEM_COUNTS, check_vocabularies
+from recsys.run_folder import ITEM_COUNTS, check_encoders, check_vocabularies
 from recsys.watchdog import Watchdog
 
 
@@ -39,6 +39,7 @@ def load_run(run: Path, data: str | None, ranks: Ranks, device: str) -> Job:
         data = data or (run / "data.txt").read_text().strip()
     job = build_job(config, data, ranks)
     check_vocabularies(run, job)
+    check_encoders(run, job)
     load_best(job, run)
     return job
 

@@ -35,6 +35,7 @@ CHANGEABLE = (
     "embedding.tables.*.weight_decay",
     "embedding.tables.*.init_from.*",
     "content.modalities.*.cache_frozen_layers",
+    "content.modalities.*.activation_checkpointing",
     "content.history.refresh_bank_every_epoch",
     "ranking.dropout",
     "content.fusion.dropout",

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from embeddings.vocabulary import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint_files import BEST, folders_by_age, recover
 from recsys.config import save_config
+from recsys.content.encoder import Encoder
+from recsys.content.encoder_identity import EncoderIdentity, check_identities, write_identities
 from recsys.data.filesystem import Location
 from recsys.data.schema import vocabulary_file
 from recsys.ranks import Ranks
@@ -130,10 +132,28 @@ def _exact(job: Job, table: str) -> ExactVocabulary:
     return vocabulary
 
 
+def encoder_identities(job: Job) -> dict[str, EncoderIdentity]:
+    """Of the job's encoders, by modality; stored features have none."""
+    encoders = job.em3.content.encoders.items() if job.em3.content else ()
+    found = {name: cast(Encoder, encoder).identity for name, encoder in encoders}
+    return {name: identity for name, identity in found.items() if identity is not None}
+
+
+def check_encoders(run: Path, job: Job) -> None:
+    """Refuses encoders that are not those the run was trained with.
+
+    Raises:
+        ValueError: on every rank, names the modality.
+    """
+    with job.ranks.all_or_none():
+        check_identities(encoder_identities(job), run)
+
+
 def describe_run(run: Path, job: Job, data: str) -> None:
-    """Writes `config.yaml`, `plan.txt` and where the data are. A collective."""
+    """Writes `config.yaml`, `plan.txt`, `encoders.json` and where the data are. A collective."""
     with job.ranks.all_or_none():
         if job.ranks.is_first:
             save_config(job.config, run / "config.yaml")
             (run / "plan.txt").write_text(f"{job.plan}\n\n{job.parameters}\n")
+            write_identities(encoder_identities(job), run)
             (run / "data.txt").write_text(f"{data}\n")

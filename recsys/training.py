@@ -32,6 +32,7 @@ from recsys.run_folder import (
     SKIPPED_ROWS,
     Resume,
     begin_run,
+    check_encoders,
     check_vocabularies,
     describe_run,
     find_start,
@@ -102,6 +103,7 @@ def open_run(job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep) 
     progress: Progress | None = None
     if goes_on:
         check_vocabularies(run, job)
+        check_encoders(run, job)
         progress = checkpoints.restore()
     if progress is None:
         begin_run(run, job, *check_data(job))

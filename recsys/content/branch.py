@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from embeddings import MemoryBank
 from recsys.batch import Batch, ContentInput
 from recsys.config import ContentSettings
-from recsys.content.encoder import Encoder, mean_token
+from recsys.content.encoder import Encoder
 from recsys.content.fusion import build_fusion
 from recsys.content.history import HistoryMap
 from recsys.content.item_exchange import exchange_vectors
+from recsys.content.pooling import mean_token
 from recsys.vectors import ContentVectors
 
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from recsys.batch import ContentInput
+from recsys.content.encoder_identity import EncoderIdentity
 from recsys.content.frozen_groups import run_in_groups
-
-IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, red green blue, on the scale 0 to 1
-IMAGE_STD = (0.229, 0.224, 0.225)
+from recsys.data.images import ImagePreparation
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,52 @@ class Encoder(nn.Module):
 
     Attributes:
         output_dim: D of the tokens.
+        frozen_dim: D of what `frozen` gives.
+        frozen_tokens: how many tokens `frozen` gives for one image.
         caches: whether `frozen` is worth caching, that is, whether it does anything.
         is_cached: batches already carry the outputs of `frozen`.
         cache_report: of that cache, if any.
         max_length: the most tokens a text may have; 1 for images.
+        identity: where its weights are from; None where it has none.
+        rewritten: names of frozen parameters that are no longer those it was loaded with.
+        notes: what its user should know, each a sentence.
     """
 
     output_dim: int
+    frozen_tokens: int = 1
     caches: bool
     max_length: int = 1
     is_cached: bool = False
     cache_report: CacheReport | None = None
+    identity: EncoderIdentity | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rewritten: set[str] = set()
+        self.notes: list[str] = []
+        self._frozen_dim: int | None = None
+
+    @property
+    def frozen_dim(self) -> int:
+        return self.output_dim if self._frozen_dim is None else self._frozen_dim
+
+    @frozen_dim.setter
+    def frozen_dim(self, width: int) -> None:
+        self._frozen_dim = width
+
+    @property
+    def trained_parts(self) -> list[nn.Module]:
+        """The modules that gradients pass, which run in every step."""
+        return []
+
+    @property
+    def frozen_layers(self) -> str:
+        """Which layers `frozen` runs, in words."""
+        return "all"
+
+    def frozen_settings(self) -> Any:
+        """What besides the weights decides on the outputs of `frozen`; printable."""
+        return None
 
     def encode(self, content: ContentInput) -> ContentInput:
         """Both parts: content of a batch -> tokens [U, T, D] and their mask [U, T]."""
@@ -64,7 +98,7 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def frozen_outputs(self, content: ContentInput) -> ContentInput:
         """The outputs of `frozen`, for each item the same bits whatever it is batched with."""
-        return run_in_groups(self.frozen, content, self.max_length, self.output_dim)
+        return run_in_groups(self.frozen, content, self.max_length, self.frozen_dim)
 
     def drop_frozen_layers(self) -> None:
         """Frees what `frozen` needs, once its outputs come from a cache."""
@@ -79,17 +113,11 @@ class Encoder(nn.Module):
         raise TypeError(f"{type(self).__name__} defines no forward")
 
 
-def normalize_pixels(pixels: Tensor) -> Tensor:
-    """uint8 [U, 3, H, W] -> float, normalised as ImageNet encoders expect."""
-    mean = torch.tensor(IMAGE_MEAN, device=pixels.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGE_STD, device=pixels.device).view(1, 3, 1, 1)
+def normalize_pixels(
+    pixels: Tensor,  # uint8 [U, 3, H, W]
+    preparation: ImagePreparation,
+) -> Tensor:  # float32 [U, 3, H, W]
+    """Pixels as the encoder expects them."""
+    mean = torch.tensor(preparation.mean, device=pixels.device).view(1, 3, 1, 1)
+    std = torch.tensor(preparation.std, device=pixels.device).view(1, 3, 1, 1)
     return (pixels.float() / 255 - mean) / std
-
-
-def mean_token(
-    tokens: Tensor,  # [U, T, D]
-    mask: Tensor,  # [U, T]
-) -> Tensor:  # [U, D], zero for an item without tokens
-    """The mean of the tokens that are there."""
-    weights = mask.to(tokens.dtype).unsqueeze(-1)
-    return (tokens * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)

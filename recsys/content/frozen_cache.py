@@ -23,9 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recsys.batch import ContentInput
-from recsys.content.encoder import CacheReport
-from recsys.content.encoders import Encoder
+from recsys.content.encoder import CacheReport, Encoder
 from recsys.content.fill_progress import FillProgress
 from recsys.content.frozen_identity import encoder_key, write_about
 from recsys.content.frozen_parts import Parts
@@ -37,7 +35,7 @@ from recsys.content.frozen_reuse import (
     find_in,
     row_hashes,
 )
-from recsys.data.content_store import ContentStore, digest_of
+from recsys.data.content_store import ContentStore, as_input, digest_of
 from recsys.data.ragged_array import RaggedArray, RowWriter
 from recsys.ranks import Ranks
 
@@ -242,9 +240,7 @@ class _Fill:
         name = self._name_of(call)
         if self.parts.holds(name):
             return  # another job was faster
-        values, mask = self.source.gather(call)
-        pixels = values[:, 0] if self.modality.kind == "image" else values
-        content = ContentInput(torch.from_numpy(pixels), torch.from_numpy(mask))
+        content = as_input(self.modality, *self.source.gather(call))
         output = self.encoder.frozen_outputs(content.to(self.ranks.device))
         lengths = output.mask.sum(dim=1).cpu().numpy()
         self.parts.write(name, lengths, output.values[output.mask].cpu().numpy())
@@ -259,7 +255,7 @@ class _Fill:
                 lengths[cache.rows] = RaggedArray(cache.folder).lengths[cache.places]
             for call in plan.calls:
                 lengths[call] = self.parts.read_lengths(self._name_of(call))
-            shape = (self.encoder.output_dim,)
+            shape = (self.encoder.frozen_dim,)
             with closing(RowWriter(temporary, lengths, shape, "float32")) as writer:
                 for rows, values in self._outputs(plan):
                     writer.write(rows, values)
@@ -272,7 +268,7 @@ class _Fill:
                 self.modality,
                 items=len(self.rows),
                 tokens=int(lengths.sum()),
-                width=self.encoder.output_dim,
+                width=self.encoder.frozen_dim,
             )
             temporary.rename(self.folder)
         finally:

@@ -15,10 +15,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    PreTrainedConfig,
+)
 from transformers.utils import find_adapter_config_file
 
-from recsys.content.tiny_encoders import tiny_model, tiny_tokenizer
+from recsys.content.tiny_encoders import tiny_model
 
 
 def resolve_encoder(name: str, where: str) -> str:
@@ -32,11 +38,12 @@ def resolve_encoder(name: str, where: str) -> str:
         ValueError: the package or folder is missing.
     """
     if not name.startswith("package:"):
-        looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+        if is_on_hub(name):
+            return name
         folder = Path(name).expanduser()
-        if looks_like_path and not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file():
             raise ValueError(f"{where}: encoder folder '{name}' has no config.json; check the path")
-        return str(folder) if looks_like_path else name
+        return str(folder)
     package = name.removeprefix("package:")
     try:
         spec = importlib.util.find_spec(package)
@@ -54,21 +61,35 @@ def resolve_encoder(name: str, where: str) -> str:
     return str(found[0].parent)
 
 
-def load_transformer(name: str, revision: str | None, where: str) -> nn.Module:
-    """A transformers model without dropout and without a pooler (which no loss would train).
+def is_on_hub(name: str) -> bool:
+    """Whether an encoder's name is that of a repository, which may change under it."""
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return not is_path and not name.startswith(("package:", "random:"))
+
+
+def load_transformer(
+    name: str, revision: str | None, where: str, keeps_pooler: bool = False
+) -> nn.Module:
+    """A transformers model without dropout, and without a pooler unless its output is wanted.
 
     Dropout is off because frozen layers must give one output per item (it may be cached) and
     adapters bring their own. Under `torch.device("meta")` no weights are read.
+
+    Raises:
+        ValueError: it cannot be loaded, or some of its weights are missing.
     """
     if name.startswith("random:"):
         return tiny_model(name, where)
     source = resolve_encoder(name, where)
     model: Any
     try:
-        config = _model_config(source, revision)
+        config = model_config(source, revision)
+        loader: Any = AutoModel
+        if config.is_encoder_decoder and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
+            loader = AutoModelForTextEncoding  # T5 and the like without their decoder
         if torch.get_default_device().type == "meta":
-            return _without_pooler(AutoModel.from_config(config, dtype=torch.float32))
-        model, report = AutoModel.from_pretrained(
+            return _without_pooler(loader.from_config(config, dtype=torch.float32), keeps_pooler)
+        model, report = loader.from_pretrained(
             source,
             revision=revision,
             config=config,
@@ -80,43 +101,48 @@ def load_transformer(name: str, revision: str | None, where: str) -> nn.Module:
     # What is wrong with its files surfaces as whatever transformers stumbles over.
     except Exception as error:
         raise ValueError(
-            f"{where}: encoder '{name}' cannot be loaded: {_explained(error)}"
+            f"{where}: encoder '{name}' cannot be loaded: {explained(error)}"
         ) from error
     # transformers only warns and leaves such weights at random.
-    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    missing = sorted(key for key in report["missing_keys"] if keeps_pooler or "pooler" not in key)
     if missing:
         raise ValueError(
             f"{where}: encoder '{name}' lacks the weights {missing[:5]}; use a complete checkpoint "
             "of the architecture that its config.json names"
         )
-    return _without_pooler(model)
+    return _without_pooler(model, keeps_pooler)
 
 
-def _without_pooler(model: Any) -> nn.Module:
-    """The tower that is wanted of a model."""
-    tower: Any = getattr(model, "vision_model", model)
-    if hasattr(tower, "pooler"):
-        tower.pooler = None
-    return cast(nn.Module, tower)
+def _without_pooler(model: Any, keeps_pooler: bool) -> nn.Module:
+    if hasattr(model, "pooler") and not keeps_pooler:
+        model.pooler = None
+    return cast(nn.Module, model)
 
 
-def _model_config(source: str, revision: str | None) -> Any:
-    """The architecture, without dropout."""
+def model_config(source: str, revision: str | None) -> Any:
+    """The architecture, without dropout.
+
+    Raises:
+        ValueError: it is an adapter.
+    """
     # transformers would follow it to another repository, and to pickled weights.
     if find_adapter_config_file(source, revision=revision) is not None:
         raise ValueError(
             "it is a peft adapter; merge it into its base model (`merge_and_unload`) and save that"
         )
     config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    config._attn_implementation = None  # which may name a kernel on the hub
-    for part in (config, getattr(config, "vision_config", None)):
-        for key in list(vars(part)) if part is not None else []:
-            if "dropout" in key and isinstance(getattr(part, key), float):
+    towers = (getattr(config, name, None) for name in ("text_config", "vision_config"))
+    for part in (config, *(tower for tower in towers if isinstance(tower, PreTrainedConfig))):
+        part._attn_implementation = None  # which may name a kernel on the hub
+        part.use_cache = False  # of decoders that write one word after the other
+        for key in list(vars(part)):
+            # dropout, and drop_path_rate, which leaves out layers
+            if "drop" in key and isinstance(getattr(part, key), float):
                 setattr(part, key, 0.0)
     return config
 
 
-def _explained(error: Exception) -> str:
+def explained(error: Exception) -> str:
     """The cause, and the mend where transformers' own would open a door."""
     if "trust_remote_code" in str(error):
         return (
@@ -129,35 +155,6 @@ def _explained(error: Exception) -> str:
             "trust it, load the model and write it with `save_pretrained`"
         )
     return str(error) or repr(error)
-
-
-def load_tokenizer(name: str, revision: str | None, where: str) -> Any:
-    """The tokenizer of an encoder.
-
-    Raises:
-        ValueError: it cannot be loaded, or has no words, or more than the encoder knows.
-    """
-    if name.startswith("random:"):
-        return tiny_tokenizer()
-    source = resolve_encoder(name, where)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=False
-        )
-        num_embeddings = _model_config(source, revision).get_text_config().vocab_size
-    except Exception as error:
-        raise ValueError(
-            f"{where}: tokenizer of '{name}' cannot be loaded: {_explained(error)}"
-        ) from error
-    vocabulary = tokenizer.get_vocab()
-    if len(vocabulary) <= len(tokenizer.all_special_ids):  # made up where its files are missing
-        raise ValueError(f"{where}: tokenizer of '{name}' has no vocabulary; add tokenizer.json")
-    if max(vocabulary.values()) >= num_embeddings:
-        raise ValueError(
-            f"{where}: tokenizer of '{name}' has ids up to {max(vocabulary.values())}, the encoder "
-            f"embeds {num_embeddings}; they are of different models"
-        )
-    return tokenizer
 
 
 def load_module(path: str, where: str) -> nn.Module:

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from recsys.content.branch import ContentBranch
-from recsys.content.encoder import mean_token
 from recsys.content.encoders import Encoder
+from recsys.content.pooling import mean_token
 from recsys.data.content_store import ContentStore
 from recsys.metrics import gather_rows
 from recsys.ranks import Ranks

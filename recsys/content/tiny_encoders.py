@@ -1,4 +1,4 @@
-"""Tiny encoders with random weights, `random:bert` and `random:vit`, for tests and dry runs.
+"""Tiny encoders with random weights, `random:bert` and the like, for tests and dry runs.
 
 They run the very code paths of pretrained ones in milliseconds and need no files. Their weights
 come from a fixed seed, since frozen weights are not stored in checkpoints.
@@ -11,7 +11,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    SiglipConfig,
+    SiglipModel,
+    ViTConfig,
+    ViTModel,
+)
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -21,6 +31,8 @@ SIZES: dict[str, Any] = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+IMAGE: dict[str, Any] = {"image_size": 32, "patch_size": 16}
+NAMES = ("random:bert", "random:vit", "random:clip", "random:siglip")
 
 
 def _vocabulary() -> dict[str, int]:
@@ -35,18 +47,30 @@ def tiny_tokenizer() -> Any:
 
 
 def tiny_model(name: str, where: str) -> nn.Module:
-    """`random:bert` or `random:vit`.
+    """One of `NAMES`; clip and siglip are dual encoders.
 
     Raises:
         ValueError: any other name.
     """
+    if name not in NAMES:
+        raise ValueError(f"{where}: encoder '{name}' is unknown; choose {', '.join(NAMES)}")
+    vocabulary = _vocabulary()
+    text: dict[str, Any] = {
+        **SIZES,
+        "vocab_size": len(vocabulary),
+        "bos_token_id": vocabulary["[CLS]"],
+        "eos_token_id": vocabulary["[SEP]"],
+        "pad_token_id": vocabulary["[PAD]"],
+    }
+    vision = {**SIZES, **IMAGE}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if name == "random:bert":
-            config = BertConfig(vocab_size=len(_vocabulary()), **SIZES)
+            config = BertConfig(vocab_size=len(vocabulary), **SIZES)
             return BertModel(config, add_pooling_layer=False)
         if name == "random:vit":
-            return ViTModel(
-                ViTConfig(image_size=32, patch_size=16, **SIZES), add_pooling_layer=False
-            )
-    raise ValueError(f"{where}: encoder '{name}' is unknown; choose random:bert or random:vit")
+            return ViTModel(ViTConfig(**vision), add_pooling_layer=False)
+        if name == "random:clip":
+            return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
+        text["projection_size"] = SIZES["hidden_size"]
+        return SiglipModel(SiglipConfig(text_config=text, vision_config=vision))

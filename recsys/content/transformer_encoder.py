@@ -1,226 +1,267 @@
-"""TransformerEncoder: a `transformers` text or vision model that may start at any of its layers.
+"""TransformerEncoder: any `transformers` text or vision model, frozen, with adapters or trained.
 
-LoRA (peft) adapts the top layers only, so the embeddings and all layers below are frozen: they
-give an item the same hidden states at every step, which may be cached (`frozen_cache`).
+Adapters (LoRA) sit in some of its layers. All that lies below the lowest of them is frozen and
+gives an item the same hidden states at every step, which may be cached (`frozen_cache`), if the
+model can be cut there (`layer_split`). If not, it runs whole in every step, and says so.
 
 Shapes: U unique items, T tokens, D width of the encoder.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from transformers.masking_utils import create_bidirectional_mask
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 
 from recsys.batch import ContentInput
-from recsys.config import LoraSettings, ModalitySettings
-from recsys.content.encoder import Encoder, mean_token, normalize_pixels
+from recsys.config import ModalitySettings
+from recsys.content.adapters import adapted_layers, add_lora, rewrites_base
+from recsys.content.encoder import Encoder, normalize_pixels
+from recsys.content.layer_split import LayerSplit, find_layers, find_split
+from recsys.content.pooling import last_place, pool
+from recsys.content.preparation import reads_whole_texts
+from recsys.data.images import ImagePreparation
 
 ITEMS_PER_GROUP = 32  # of like length, run through the trained layers together
 
 
 class TransformerEncoder(Encoder):
-    """A transformers text or vision model, run from any layer.
+    """A transformers text or vision model, run from the lowest layer that trains.
 
     Args:
-        model: with `embeddings` and one ModuleList of layers (BERT, RoBERTa, ViT, CLIP ... style).
-        modality: `training`, `lora` and `pooling` are read.
+        model: it gives `last_hidden_state` for `input_ids` or `pixel_values`.
+        modality: `training`, `lora`, `pooling`, sizes and `activation_checkpointing` are read.
         where: the setting, for messages.
+        projection: of the model's pooled output, for pooling `projected`; None: that output itself.
+        preparation: how pixels are normalised.
 
     Raises:
-        ValueError: the model is not of that form or gives other hidden states when run layer by
-            layer, LoRA finds not all of its targets, or the inputs are larger than it can read.
+        ValueError: the model cannot be run, LoRA finds not all of its layers and targets, or the
+            inputs are larger than it can read.
     """
 
-    def __init__(self, model: nn.Module, modality: ModalitySettings, where: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        modality: ModalitySettings,
+        where: str,
+        projection: nn.Module | None = None,
+        preparation: ImagePreparation | None = None,
+    ) -> None:
         super().__init__()
         self.model: Any = model
         self.config: Any = model.config
-        self.output_dim = int(getattr(self.config, "hidden_size", 0))
+        self.projection = projection
+        self.pixels = preparation or ImagePreparation()
         self.is_text = modality.kind == "text"
         self.pooling = modality.pooling
         self.training_mode = modality.training
-        layers = self._layers(where)
-        self.first_trained = self._first_trained(len(layers), modality, where)
-        self.caches = modality.training != "full"
         self.max_length = modality.max_length if self.is_text else 1
-        self._check_input_size(modality, where)
-        self._check_reproduces_model(modality, where)
-        if hasattr(model, "post_layernorm"):
-            # CLIP's norm of its own pooled output, which no loss here would train.
-            model.post_layernorm = nn.Identity()
-        model.requires_grad_(modality.training == "full")
+        self.image_size = modality.image_size
+        self._layers = find_layers(model)
+        self.split: LayerSplit | None = None
+        self._check_text_length(where)
+        adapted = range(0)
         if modality.training == "lora":
-            self._add_lora(modality.lora, where)
-
-    def _layers(self, where: str) -> nn.ModuleList:
-        """The stack of layers, whatever the model calls it."""
-        count = getattr(self.config, "num_hidden_layers", None)
-        for module in self.model.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == count:
-                return module
-        raise ValueError(
-            f"{where}.encoder: {type(self.model).__name__} has no stack of {count} layers; use an "
-            "encoder of BERT, RoBERTa, ViT or CLIP vision type"
-        )
+            adapted = adapted_layers(modality.lora, len(self._layers), where)
+        below = {"frozen": len(self._layers), "lora": adapted.start, "full": 0}
+        self.first_trained = below[modality.training]
+        self._try_out(where)
+        self.caches = modality.training == "frozen" or self.split is not None
+        if modality.training != "full":
+            self.requires_grad_(False)
+        if modality.training == "lora":
+            add_lora(self._layers[adapted.start : adapted.stop], modality.lora, where)
+            if rewrites_base(modality.lora):
+                names = (name for name, _ in self.named_parameters())
+                self.rewritten = {name for name in names if name.endswith(".base_layer.weight")}
+        if modality.activation_checkpointing:
+            for layer in self.trained_parts:
+                layer.forward = functools.partial(  # type: ignore[method-assign]
+                    checkpoint, layer.forward, use_reentrant=False
+                )
 
     @property
-    def trained_layers(self) -> list[nn.Module]:
-        """Those that run in every step."""
-        return list(self._layers("")[self.first_trained :])
+    def trained_parts(self) -> list[nn.Module]:
+        return self._layers[self.first_trained :]
 
-    @staticmethod
-    def _first_trained(num_layers: int, modality: ModalitySettings, where: str) -> int:
-        """Index of the lowest layer that trains; all below are the frozen part."""
-        top_layers = modality.lora.top_layers
-        if modality.training == "lora" and not 1 <= top_layers <= num_layers:
-            raise ValueError(
-                f"{where}.lora.top_layers is {top_layers}; the encoder has {num_layers} layers, "
-                f"choose 1 to {num_layers}"
-            )
-        return {"frozen": num_layers, "lora": num_layers - top_layers, "full": 0}[modality.training]
+    @property
+    def frozen_layers(self) -> str:
+        if self.training_mode == "lora":
+            return f"embeddings and the lowest {self.first_trained}"
+        return "all"
 
-    def _check_input_size(self, modality: ModalitySettings, where: str) -> None:
-        """Longer texts or other images than the position embeddings know would fail in training."""
+    def frozen_settings(self) -> Any:
+        config = self.config.to_dict()
+        for key in ("_name_or_path", "transformers_version"):
+            config.pop(key, None)
+        pixels = None if self.is_text else self.pixels
+        return self.first_trained, self.training_mode, self.pooling, config, pixels
+
+    def _check_text_length(self, where: str) -> None:
+        """Longer texts than the position embeddings know would fail in training."""
         positions = getattr(self.config, "max_position_embeddings", None)
-        if self.is_text and positions is not None:
-            # RoBERTa numbers its positions from behind the padding id.
-            embeddings = getattr(self.model, "embeddings", None)
-            table = getattr(embeddings, "position_embeddings", None)
-            first = getattr(table, "padding_idx", None)
-            limit = positions - (0 if first is None else first + 1)
-            if modality.max_length > limit:
-                raise ValueError(
-                    f"{where}.max_length is {modality.max_length}; the encoder reads at most "
-                    f"{limit} tokens"
-                )
-        size = getattr(self.config, "image_size", None)
-        if not self.is_text and isinstance(size, int) and size != modality.image_size:
+        if not self.is_text or positions is None:
+            return
+        # RoBERTa numbers its positions from behind the padding id.
+        embeddings = getattr(self.model, "embeddings", None)
+        table = getattr(embeddings, "position_embeddings", None)
+        first = getattr(table, "padding_idx", None)
+        limit = positions - (0 if first is None else first + 1)
+        if self.max_length > limit:
             raise ValueError(
-                f"{where}.image_size is {modality.image_size}; the encoder wants {size}"
+                f"{where}.max_length is {self.max_length}; the encoder reads at most {limit} tokens"
+            )
+        if reads_whole_texts(self.config) and self.max_length != limit:
+            raise ValueError(
+                f"{where}.max_length is {self.max_length}; an encoder of SigLIP type reads texts "
+                f"filled up to {limit} tokens, set {limit}"
             )
 
-    @torch.no_grad()
-    def _check_reproduces_model(self, modality: ModalitySettings, where: str) -> None:
-        """Running layer by layer must give what the model itself gives.
+    def _try_out(self, where: str) -> None:
+        """Runs the model once: its sizes, where it can be cut, which of its weights have an effect.
 
-        A model may do more between its layers than is known here (relative positions, a causal
-        mask, a norm at the end), which would else go wrong without a word.
+        Raises:
+            ValueError: it cannot be run.
         """
-        if next(self.model.parameters()).is_meta:  # without weights it shows its sizes alone
-            return
         training = self.model.training
         self.model.eval()
         try:
-            if self.is_text:
-                mask = torch.tensor([[True, True, True, False]])
-                values = torch.arange(4)[None] % self.config.vocab_size
-                wanted = self.model(input_ids=values, attention_mask=mask.long())
-            else:
-                mask = torch.ones(1, 1, dtype=torch.bool)
-                size = modality.image_size
-                values = torch.arange(3 * size * size).view(1, 3, size, size).to(torch.uint8)
-                wanted = self.model(pixel_values=normalize_pixels(values))
-            embedded = self._embed(ContentInput(values, mask))
-            hidden = self._run_layers(embedded.values, embedded.mask, 0, len(self._layers(where)))
-            difference = (self._last_norm(hidden) - wanted.last_hidden_state)[embedded.mask]
-            cause = f"its hidden states come out wrong by {difference.abs().max():.1e}"
-            fits = bool(difference.abs().max() < 1e-3)
+            values, mask = self._sample()
+            output = self._run(values, mask)
+            tokens = self._finish(output, mask).values
+        # What a model cannot do surfaces as whatever its code stumbles over.
         except Exception as error:
-            fits, cause = False, f"{type(error).__name__}: {error}"
-        if not fits:
             raise ValueError(
-                f"{where}.encoder: {type(self.model).__name__} cannot be run layer by layer "
-                f"({cause}); use an encoder of BERT, RoBERTa, ViT or CLIP vision type"
-            )
+                f"{where}.encoder: {type(self.model).__name__} cannot be run on "
+                f"{'texts' if self.is_text else f'images of {self.image_size} pixels'} "
+                f"({type(error).__name__}: {error}){self._mend()}"
+            ) from error
+        self.output_dim = tokens.shape[-1]
+        self.frozen_tokens = tokens.shape[1]
+        if self.training_mode == "full":
+            self._freeze_what_has_no_effect(tokens)
+        if self.training_mode == "lora":
+            self._try_split(values, mask, where)
         self.model.train(training)
 
-    def _add_lora(self, lora: LoraSettings, where: str) -> None:
-        layers = self._layers(where)[self.first_trained :]
-        linear = [name for name, part in layers[0].named_modules() if isinstance(part, nn.Linear)]
-        for target in lora.targets:
-            if not any(f".{name}".endswith(f".{target}") for name in linear):
-                raise ValueError(
-                    f"{where}.lora.targets: '{target}' fits no linear layer of "
-                    f"{type(self.model).__name__}; choose from {linear}"
-                )
-        if lora.rank < 1 or not lora.targets:
-            raise ValueError(
-                f"{where}.lora: rank {lora.rank} and targets {lora.targets}; rank must be at least "
-                f"1 and targets name some of {linear}"
-            )
-        settings = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]
-            lora_dropout=lora.dropout,
-            target_modules=lora.targets,
+    def _sample(self) -> tuple[Tensor, Tensor]:
+        """Two texts or one image."""
+        device = self.model.device
+        if not self.is_text:
+            size = self.image_size
+            pixels = torch.arange(3 * size * size, device=device).view(1, 3, size, size)
+            return pixels.to(torch.uint8), torch.ones(1, 1, dtype=torch.bool, device=device)
+        length = self.max_length if reads_whole_texts(self.config) else min(self.max_length, 4)
+        ids = torch.arange(2 * length, device=device).view(2, length)
+        mask = torch.ones(2, length, dtype=torch.bool, device=device)
+        if not reads_whole_texts(self.config) and length > 1:
+            mask[0, -1] = False
+        return ids % self.config.vocab_size, mask
+
+    def _mend(self) -> str:
+        size = getattr(self.config, "image_size", None)
+        if not self.is_text and isinstance(size, int) and size != self.image_size:
+            return f"; the encoder wants image_size {size}"
+        if self.pooling == "projected":
+            return "; choose another pooling than projected"
+        return "; use a text or vision encoder that transformers has"
+
+    def _freeze_what_has_no_effect(self, tokens: Tensor) -> None:
+        """Weights that no loss reaches (mask tokens, norms of outputs that nobody reads)."""
+        weights = [part for part in self.parameters() if part.requires_grad]
+        gradients = torch.autograd.grad(tokens.sum(), weights, allow_unused=True)
+        for part, gradient in zip(weights, gradients, strict=True):
+            part.requires_grad_(gradient is not None)
+
+    @torch.no_grad()
+    def _try_split(self, values: Tensor, mask: Tensor, where: str) -> None:
+        def tokens(output: Any) -> Tensor:
+            finished = self._finish(output, mask)
+            return finished.values.masked_fill(~finished.mask.unsqueeze(-1), 0)
+
+        self.split, cause = find_split(
+            self.model,
+            self._layers[: self.first_trained],
+            lambda: tokens(self._run(values, mask)),
+            lambda hidden: tokens(self._run_above_cut(mask)),
         )
-        # Into each layer by itself: peft's choice of layers by index depends on what the model
-        # calls its stack.
-        for layer in layers:
-            inject_adapter_in_model(settings, layer)
+        if self.split is None:
+            self.notes.append(
+                f"{where}.encoder: {type(self.model).__name__} cannot be cut below its adapters "
+                f"({cause}), so all of its layers run in every step and none is cached"
+            )
+            return
+        hidden = self.split.below(lambda: self._run(values, mask))
+        self.frozen_dim, self.frozen_tokens = hidden.shape[-1], hidden.shape[1]
 
     def train(self, mode: bool = True) -> TransformerEncoder:
-        """Trained layers alone: the frozen part gives one output per item, whatever it drops."""
+        """Adapted layers alone: what is frozen gives one output per item, whatever it drops."""
         super().train(mode)
         if self.training_mode != "full":
-            for part in (self.model.embeddings, *self._layers("")[: self.first_trained]):
-                part.eval()
+            self.model.eval()
+            for layer in self.trained_parts:
+                layer.train(mode)
         return self
 
     def drop_frozen_layers(self) -> None:
-        """Frees the layers whose outputs come from a cache; parameter names stay."""
+        """Frees the weights whose outputs come from a cache; parameter names stay."""
         super().drop_frozen_layers()
-        layers = self._layers("")
-        for index in range(self.first_trained):
-            layers[index] = nn.Identity()
-        self.model.embeddings = nn.Identity()
+        if self.split is not None:
+            self.split.drop()
+        else:
+            for parameter in self.parameters():
+                parameter.data = parameter.data.new_empty(0)
 
-    def _run_layers(self, hidden: Tensor, mask: Tensor, first: int, last: int) -> Tensor:
+    def _run(self, values: Tensor, mask: Tensor) -> Any:
+        """The model's own output."""
+        if not self.is_text:
+            return self.model(pixel_values=normalize_pixels(values, self.pixels))
         # An item without text attends to its padding, or softmax over nothing would give NaN;
         # its own mask still says that the result is no token.
-        attended = (mask | ~mask.any(dim=1, keepdim=True)).long() if self.is_text else None
-        attention = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden, attention_mask=attended
-        )
-        for layer in self._layers("")[first:last]:
-            hidden = layer(hidden, attention)
-        return hidden
+        attended = (mask | ~mask.any(dim=1, keepdim=True)).long()
+        # Without numbers, on meta, it cannot be looked at.
+        return self.model(input_ids=values, attention_mask=None if mask.is_meta else attended)
 
-    def _embed(self, content: ContentInput) -> ContentInput:
-        if self.is_text:
-            return ContentInput(self.model.embeddings(input_ids=content.values), content.mask)
-        hidden = self.model.embeddings(normalize_pixels(content.values))
-        if hasattr(self.model, "pre_layrnorm"):  # CLIP
-            hidden = self.model.pre_layrnorm(hidden)
-        return ContentInput(hidden, content.mask.expand(-1, hidden.shape[1]))
+    def _run_above_cut(self, mask: Tensor) -> Any:
+        """The model on inputs of the right shape, as its embeddings hand on hidden states."""
+        if not self.is_text:
+            shape = (len(mask), 3, self.image_size, self.image_size)
+            return self.model(pixel_values=torch.zeros((), device=mask.device).expand(shape))
+        end = getattr(self.config, "eos_token_id", None)
+        end = end if isinstance(end, int) else 1
+        ids = torch.full(mask.shape, int(end == 0), device=mask.device)
+        # CLIP pools where the text ends.
+        ids.scatter_(1, last_place(mask).unsqueeze(1), end)
+        return self._run(ids, mask)
 
-    def _last_norm(self, hidden: Tensor) -> Tensor:
-        """Norm of all tokens behind the layers, where the model has one (ViT)."""
-        return self.model.layernorm(hidden) if hasattr(self.model, "layernorm") else hidden
-
-    def _finish(self, hidden: Tensor, mask: Tensor) -> ContentInput:
-        """The model's last norm, then pooling."""
-        hidden = self._last_norm(hidden)
-        if self.pooling == "none":
-            return ContentInput(hidden, mask)
-        known = mask.any(dim=1, keepdim=True)
-        if self.pooling == "cls":
-            return ContentInput(hidden[:, :1], known)
-        return ContentInput(mean_token(hidden, mask).unsqueeze(1), known)
+    def _finish(self, output: Any, mask: Tensor) -> ContentInput:
+        """The model's output -> tokens for the fusion."""
+        hidden = output.last_hidden_state
+        if hidden.dim() == 4:  # the map of a convolutional network
+            hidden = hidden.flatten(2).transpose(1, 2)
+        if not self.is_text:
+            mask = mask[:, :1].expand(-1, hidden.shape[1])
+        if self.pooling != "projected":
+            return pool(hidden, mask, self.pooling)
+        if getattr(output, "pooler_output", None) is None:
+            raise ValueError("it has no pooled output of its own")
+        pooled = output.pooler_output.flatten(1)
+        token = pooled if self.projection is None else self.projection(pooled)
+        return ContentInput(token.unsqueeze(1), mask.any(dim=1, keepdim=True))
 
     def frozen(self, content: ContentInput) -> ContentInput:
-        """Embeddings and the layers below the lowest trained one; pooled if all are frozen."""
-        if self.training_mode == "full":
-            return content
-        hidden = self._embed(content)
-        values = self._run_layers(hidden.values, hidden.mask, 0, self.first_trained)
+        """All of a frozen model; of an adapted one what lies below the cut."""
         if self.training_mode == "frozen":
-            return self._finish(values, hidden.mask)
-        return ContentInput(values, hidden.mask)
+            return self._finish(self._run(content.values, content.mask), content.mask)
+        if self.split is None:
+            return content
+        hidden = self.split.below(lambda: self._run(content.values, content.mask))
+        return ContentInput(hidden, content.mask.expand(-1, hidden.shape[1]))
 
     def forward(self, content: ContentInput) -> ContentInput:
         if self.training_mode == "frozen":
@@ -230,13 +271,13 @@ class TransformerEncoder(Encoder):
         return self._trained(content)
 
     def _trained(self, content: ContentInput) -> ContentInput:
-        """The layers from the lowest trained one on."""
-        if self.training_mode == "full":
-            content = self._embed(content)
-        values = self._run_layers(
-            content.values, content.mask, self.first_trained, self.config.num_hidden_layers
-        )
-        return self._finish(values, content.mask)
+        """What `frozen` leaves."""
+        if self.split is None:
+            return self._finish(self._run(content.values, content.mask), content.mask)
+        hidden, mask = content.values, content.mask
+        if not self.is_text:  # where no item of a batch has an image, its padding is one token
+            hidden = pad(hidden, (0, 0, 0, self.frozen_tokens - hidden.shape[1]))
+        return self._finish(self.split.above(hidden, lambda: self._run_above_cut(mask)), mask)
 
     def _by_length(self, content: ContentInput) -> ContentInput:
         """`_trained` on items of like length together, so that little is spent on padding."""

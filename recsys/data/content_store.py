@@ -28,8 +28,10 @@ import torch
 from recsys.batch import ContentInput
 from recsys.config import ModalitySettings
 from recsys.data.bad_rows import Report
-from recsys.data.images import decode_image
+from recsys.data.feature_file import FeatureFile, read_ids, write_rows
+from recsys.data.images import ImagePreparation
 from recsys.data.item_features import feature_tokens, usable_features
+from recsys.data.item_images import decoded_images
 from recsys.data.item_table import ItemTable, digest_of
 from recsys.data.item_text import texts_of, tokenize, tokenizer_state
 from recsys.data.ragged_array import RaggedArray, RaggedWriter
@@ -93,8 +95,20 @@ class ContentStore:
         order = np.argsort(items.ids)
         self._ids, self._rows = items.ids[order], items.rows[order]
 
-    def build(self, name: str, tokenizer: Any = None) -> None:
+    def build(
+        self,
+        name: str,
+        tokenizer: Any = None,
+        fills_texts: bool = False,
+        images: ImagePreparation | None = None,
+    ) -> None:
         """Makes, or finds in the cache, the array of one modality.
+
+        Args:
+            name: the modality.
+            tokenizer: of its texts.
+            fills_texts: texts are filled up with padding that counts as tokens.
+            images: what is done to its images.
 
         Raises:
             ValueError: a text, image or feature that cannot be used, with file and row (unless the
@@ -105,17 +119,18 @@ class ContentStore:
         write: Callable[[Path], None]
         if modality.kind == "text":
             assert tokenizer is not None
-            settings: Any = (modality.max_length, tokenizer_state(tokenizer))
-            write = partial(self._write_text, column, modality.max_length, tokenizer)
+            settings: Any = (modality.max_length, tokenizer_state(tokenizer), fills_texts)
+            write = partial(self._write_text, column, modality.max_length, tokenizer, fills_texts)
         elif modality.kind == "image":
-            settings = modality.image_size
-            write = partial(self._write_images, column, modality.image_size)
+            images = images or ImagePreparation()
+            settings = (modality.image_size, modality.max_images, images)
+            write = partial(self._write_images, column, modality, images)
         else:
             settings = None
             write = partial(self._write_features, column)
         if self.items.bad_rows.on_bad_row == "skip":
             settings = (settings, "skip", str(self.items.folder))  # named in what is reported
-        key = digest_of(self.items.fingerprint(column), modality.kind, settings)
+        key = digest_of(self._fingerprint(column), modality.kind, settings)
         folder = self.cache / f"{modality.kind}-{key}"
         publish(folder, lambda path: self._write(path, column, write))
         self._read_skipped(folder)
@@ -133,11 +148,19 @@ class ContentStore:
         rows = np.where(self._ids[place] == item_ids, self._rows[place], -1)
         content = {}
         for name, array in self.arrays.items():
-            values, mask = array.gather(rows)
-            if self.modalities[name].kind == "image" and values.dtype == np.uint8:
-                values = values[:, 0]
-            content[name] = ContentInput(torch.from_numpy(values), torch.from_numpy(mask))
+            content[name] = as_input(self.modalities[name], *array.gather(rows))
         return content
+
+    def _fingerprint(self, column: str) -> str:
+        """A hash of a column's content and of the ids it belongs to."""
+        source = self.items.items.columns[column]
+        if source.file is None:
+            return self.items.fingerprint(column)
+        features = FeatureFile(self.items.root / source.file)
+        ids = read_ids(self.items.root / source.ids, features.num_rows) if source.ids else None
+        by_row = [] if ids is None else [str(ids.dtype), ids.tobytes()]
+        rows = [self.items.ids.tobytes(), self.items.rows.tobytes()]
+        return digest_of(features.fingerprint(), *by_row, *rows)
 
     def _write(self, folder: Path, column: str, write: Callable[[Path], None]) -> None:
         """The array and, beside it, what was skipped."""
@@ -157,29 +180,66 @@ class ContentStore:
             report = partial(self.items.bad_rows.add, file, column, first_row)
             yield chunk, f"{file}: column '{column}'", report
 
-    def _write_text(self, column: str, max_length: int, tokenizer: Any, folder: Path) -> None:
+    def _write_text(
+        self, column: str, max_length: int, tokenizer: Any, fills: bool, folder: Path
+    ) -> None:
         with closing(RaggedWriter(folder, (), "int64")) as writer:
             for chunk, where, report in self._chunks(column):
-                tokens = tokenize(texts_of(chunk, where, report), max_length, tokenizer)
+                tokens = tokenize(texts_of(chunk, where, report), max_length, tokenizer, fills)
                 lengths = np.array([len(ids) for ids in tokens], np.int64)
                 writer.add(lengths, np.fromiter(chain.from_iterable(tokens), np.int64))
         if not writer.num_entries:
             raise self._nothing_in(column)
 
-    def _write_images(self, column: str, size: int, folder: Path) -> None:
+    def _write_images(
+        self, column: str, modality: ModalitySettings, images: ImagePreparation, folder: Path
+    ) -> None:
+        size, most, cut = modality.image_size, modality.max_images, 0
         with closing(RaggedWriter(folder, (3, size, size), "uint8")) as writer:
             for chunk, where, report in self._chunks(column):
-                if not (pa.types.is_binary(chunk.type) or pa.types.is_large_binary(chunk.type)):
-                    raise ValueError(f"{where} has type {chunk.type}, expected binary")
-                writer.add(*_decoded_images(chunk, size, report))
+                lengths, pixels, more = decoded_images(chunk, size, most, images, where, report)
+                writer.add(lengths, pixels)
+                cut += more
         if not writer.num_entries:
             raise self._nothing_in(column)
+        if cut:
+            print(
+                f"column '{column}': {cut:,} items have more than max_images {most} images; the "
+                f"first {most} of each are used",
+                flush=True,
+            )
 
     def _write_features(self, column: str, folder: Path) -> None:
+        if self.items.items.columns[column].file is not None:
+            return self._write_feature_file(column, folder)
         width = self._feature_width(column)
         with closing(RaggedWriter(folder, (width,), "float32")) as writer:
             for chunk, where, report in self._chunks(column):
                 writer.add(*usable_features(*feature_tokens(chunk, where), width, report))
+
+    def _write_feature_file(self, column: str, folder: Path) -> None:
+        source = self.items.items.columns[column]
+        assert source.file is not None
+        features = FeatureFile(self.items.root / source.file)
+        if source.ids is not None:
+            ids_file = self.items.root / source.ids
+            places = self.items.places_of(read_ids(ids_file, features.num_rows), ids_file)
+        elif features.num_rows == self.items.num_rows:
+            places = np.arange(features.num_rows)
+        else:
+            raise ValueError(
+                f"{features.file}: has {features.num_rows} rows, the items' files "
+                f"{self.items.num_rows}; write one row per item in their order, or name a .npy "
+                f"file of its ids in schema.yaml: items.columns.{column}.ids"
+            )
+
+        def report(first_row: int, bad: np.ndarray, reason: str) -> None:
+            message = f"{reason}; write NaN throughout for a token or an item that is not there"
+            bad_rows = self.items.bad_rows
+            bad_rows.add(features.file, column, first_row, bad, reason, lambda row: message)
+
+        if not write_rows(folder, features, places, self.items.num_rows, report):
+            raise self._nothing_in(column)
 
     def _feature_width(self, column: str) -> int:
         """Of the first feature; if bad ones are skipped, which it may be, the most frequent one."""
@@ -197,18 +257,12 @@ class ContentStore:
         )
 
 
-def _decoded_images(chunk: pa.Array, size: int, report: Report) -> tuple[np.ndarray, np.ndarray]:
-    """(number of images of each row, 0 or 1, and their pixels [sum, 3, size, size])."""
-    lengths = np.zeros(len(chunk), np.int64)
-    pixels = np.empty((len(chunk) - chunk.null_count, 3, size, size), np.uint8)
-    causes: dict[int, str] = {}
-    for row, encoded in enumerate(chunk):
-        if encoded.is_valid:
-            try:
-                pixels[lengths.sum()] = decode_image(encoded.as_py(), size)
-                lengths[row] = 1
-            except ValueError as error:
-                causes[row] = str(error)
-    bad = np.isin(np.arange(len(chunk)), list(causes))
-    report(bad, "unreadable image", causes.__getitem__)
-    return lengths, pixels[: lengths.sum()]
+def as_input(
+    modality: ModalitySettings,
+    values: np.ndarray,  # [U, T, ...]
+    mask: np.ndarray,  # [U, T]
+) -> ContentInput:
+    """Padded rows of a modality's array as encoders take them: a single image is no list of one."""
+    if modality.kind == "image" and values.dtype == np.uint8 and modality.max_images == 1:
+        values = values[:, 0]
+    return ContentInput(torch.from_numpy(values), torch.from_numpy(mask))

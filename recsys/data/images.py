@@ -7,6 +7,7 @@ run by an interpreter), and an image's size is looked at before it is decoded.
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 
@@ -17,8 +18,38 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 BITS_16 = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
-def decode_image(encoded: bytes, size: int, where: str = "") -> np.ndarray:
-    """Encoded image bytes -> uint8 [3, size, size]: the centre square, resized.
+@dataclass(frozen=True)
+class ImagePreparation:
+    """How an image becomes what its encoder sees; by default as encoders of ImageNet want it.
+
+    Attributes:
+        mean, std: of red, green and blue on the scale 0 to 1, by which pixels are normalised.
+        resampling: Pillow's number of a filter (2 bilinear, 3 bicubic).
+        keeps_aspect: the centre square is cut out; else the whole image is squeezed into a square.
+        share: of that square's side, or of both sides, which is seen.
+    """
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    resampling: int = 2
+    keeps_aspect: bool = True
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
+            raise ValueError(f"mean {self.mean} and std {self.std}; images have three colours")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"{self.share} of an image cannot be cut out")
+        Image.Resampling(self.resampling)
+
+
+def decode_image(
+    encoded: bytes,
+    size: int,
+    where: str = "",
+    preparation: ImagePreparation | None = None,
+) -> np.ndarray:
+    """Encoded image bytes -> uint8 [3, size, size]: the part that is seen, resized.
 
     The first frame of an animation; 16 bits become 8.
 
@@ -32,11 +63,13 @@ def decode_image(encoded: bytes, size: int, where: str = "") -> np.ndarray:
         cause, mend = _cause_and_mend(error)
         place = f"{where}: " if where else ""
         raise ValueError(f"{place}not a readable image ({cause}); {mend}") from error
+    preparation = preparation or ImagePreparation()
     width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    seen = (min(width, height),) * 2 if preparation.keeps_aspect else (width, height)
+    across, down = (side * preparation.share for side in seen)
+    left, top = (width - across) / 2, (height - down) / 2
+    box = (left, top, left + across, top + down)
+    image = image.resize((size, size), Image.Resampling(preparation.resampling), box=box)
     return np.asarray(image).transpose(2, 0, 1)
 
 

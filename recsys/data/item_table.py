@@ -52,7 +52,7 @@ class ItemTable:
                 f"{root}/schema.yaml: a model with content needs `items` with their columns; add "
                 "them or set `content: none`"
             )
-        self.schema, self.items = schema, schema.items
+        self.root, self.schema, self.items = root, schema, schema.items
         self.folder = root / "items"
         self.files = self.folder.files(".parquet")
         if not self.files:
@@ -166,6 +166,24 @@ class ItemTable:
                         f"{file}: column '{name}' has {row} values for {parquet.metadata.num_rows} "
                         "rows; write the file again"
                     )
+
+    def places_of(self, ids: np.ndarray, file: Location) -> np.ndarray:  # [n] -> [n]
+        """The row among all files of each of these ids, which are as in the items' files.
+
+        -1 for an id that no item has. `file` is where they are from, for messages.
+
+        Raises:
+            ValueError: they are of another type, or occur twice.
+        """
+        found = self._rows_of_ids(file, pa.array(ids))
+        order = np.argsort(self.ids)
+        at = np.searchsorted(self.ids[order], found).clip(max=len(order) - 1)
+        has_item = self.ids[order][at] == found
+        known, counts = np.unique(found[has_item], return_counts=True)
+        if (counts > 1).any():
+            twice = ids[found == known[counts > 1][0]][0]
+            raise ValueError(f"{file}: id {twice} has two rows; keep one row per item")
+        return np.where(has_item, self.rows[order][at], -1)
 
     def fingerprint(self, name: str) -> str:
         """A hash of a column's content and of the ids it belongs to."""

@@ -42,8 +42,12 @@ def _decoded(encoded: Sequence[bytes | None], report: Report) -> list[str | None
     return texts
 
 
-def tokenize(texts: Sequence[str | None], max_length: int, tokenizer: Any) -> list[list[int]]:
+def tokenize(
+    texts: Sequence[str | None], max_length: int, tokenizer: Any, fills: bool = False
+) -> list[list[int]]:
     """At most `max_length` token ids of each text; none for an empty one.
+
+    With `fills` exactly `max_length`, padding among them, for encoders that read it.
 
     A tokenizer cuts tokens off only when it has made them all, a second and a quarter of a gigabyte
     for a text of a megabyte. So a text is cut first, far behind the last token that is wanted.
@@ -58,6 +62,9 @@ def tokenize(texts: Sequence[str | None], max_length: int, tokenizer: Any) -> li
     for index, text in enumerate(known):
         if len(text) > limit and len(encoded[index]) < max_length:  # long blanks, or no words
             encoded[index] = encode([text])[0]
+    if fills:
+        padding = tokenizer.pad_token_id
+        encoded = [ids + [padding] * (max_length - len(ids)) for ids in encoded]
     tokens = iter(encoded)
     return [next(tokens) if text else [] for text in texts]
 

@@ -19,6 +19,7 @@ that the schema does not name may be in the files and are not read.
         text:   {kind: text}
         poster: {kind: image}
         clip:   {kind: feature}
+        audio:  {kind: feature, file: audio.npy, ids: audio_ids.npy}
 
 Ids are rows of tables, unless a column has a `vocabulary`, which finds the rows of raw ids:
 
@@ -68,6 +69,10 @@ class ItemColumn:
     """One column of the items."""
 
     kind: Literal["text", "image", "feature", "category"]
+    # Of features: a .npy file [items, W] or [items, T, W], relative to the dataset, instead of a
+    # column. Its rows are those of the items' files, or of the ids in another .npy file.
+    file: str | None = None
+    ids: str | None = None
 
 
 @dataclass
@@ -210,6 +215,11 @@ def _validate(schema: Schema, path: str) -> None:
             )
     for name, column in schema.columns.items():
         _validate_column(schema, name, column, path)
+    for name, content in schema.items.columns.items() if schema.items else ():
+        if content.file is not None and content.kind != "feature":
+            raise ValueError(f"{path}: item column '{name}': a file is of kind feature")
+        if content.ids is not None and content.file is None:
+            raise ValueError(f"{path}: item column '{name}': ids are those of a file; name it, too")
 
 
 def _validate_column(schema: Schema, name: str, column: Column, path: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from recsys.config import ModalitySettings
-from recsys.content.pretrained import load_tokenizer
+from recsys.content.preparation import load_tokenizer
 from recsys.data.filesystem import Location
 from recsys.data.item_features import feature_tokens
 from recsys.data.item_text import texts_of, tokenize

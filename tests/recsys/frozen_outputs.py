@@ -11,7 +11,7 @@ from torch import nn
 
 from recsys.config import LoraSettings, ModalitySettings
 from recsys.content.encoders import Encoder, TransformerEncoder, build_encoder
-from recsys.content.pretrained import load_tokenizer
+from recsys.content.preparation import load_tokenizer
 from recsys.data.content_store import ContentStore, ItemTable
 from recsys.data.filesystem import Location
 from recsys.data.schema import load_schema

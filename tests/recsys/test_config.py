@@ -131,7 +131,10 @@ def test_unknown_and_wrong_overrides_are_named(words: list[str]) -> None:
         ("--content.modalities.text.lora.rank=0", "content.modalities.text.lora.rank is 0"),
         ("--content.modalities.text.lora.top_layers=0", "text.lora.top_layers is 0"),
         ("--content.modalities.text.lora.dropout=1", "text.lora.dropout is 1.0"),
-        ("--content.modalities.text.max_length=0", "text: max_length and image_size must be"),
+        (
+            "--content.modalities.text.max_length=0",
+            "text: max_length, image_size and max_images must",
+        ),
     ],
 )
 def test_values_that_cannot_work_are_named(words: str, message: str) -> None:

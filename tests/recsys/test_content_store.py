@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from recsys.content.tiny_encoders import tiny_tokenizer
-from recsys.data.content_store import ContentStore, decode_image
+from recsys.data.content_store import ContentStore
 from recsys.data.filesystem import Location
+from recsys.data.images import decode_image
 from recsys.data.item_table import ItemTable
 from recsys.data.schema import load_schema
 from tests.datasets import FEATURE_WIDTH, write_dataset

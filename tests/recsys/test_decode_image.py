@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recsys.data.content_store import decode_image
+from recsys.data.images import decode_image
 
 
 def encoded(image: Image.Image, kind: str = "PNG") -> bytes:

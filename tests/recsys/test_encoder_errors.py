@@ -9,7 +9,7 @@ import transformers
 
 from recsys.config import LoraSettings, ModalitySettings
 from recsys.content.encoders import TransformerEncoder
-from tests.recsys.tiny_transformers import CONFIGS, IMAGE, SIZES
+from tests.recsys.tiny_transformers import CONFIGS
 
 
 def modality_of(kind: Literal["text", "image"], **settings: Any) -> ModalitySettings:
@@ -34,28 +34,47 @@ def test_more_or_fewer_lora_layers_than_there_are_is_an_error(top_layers: int) -
         transformer("bert", modality)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": [1, 3]}, r"lora\.layers is \[1, 3\]; the encoder has the layers 0 to 2"),
+        ({"rank": 3, "init_lora_weights": "orthogonal"}, r"peft refuses .*even"),
+        ({"init_lora_weights": "loftq"}, r"peft refuses .*loftq_config"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    modality = modality_of("text", training="lora", lora=LoraSettings(**settings))
+    with pytest.raises(ValueError, match=message):
+        transformer("bert", modality)
+
+
 def test_lora_of_rank_zero_is_an_error() -> None:
     modality = modality_of("text", training="lora", lora=LoraSettings(rank=0))
     with pytest.raises(ValueError, match=r"rank 0 .* rank must be at least 1"):
         transformer("bert", modality)
 
 
-def test_a_model_without_a_stack_of_layers_is_an_error() -> None:
-    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1])
-    with pytest.raises(ValueError, match=r"ResNetModel has no stack of .* layers"):
-        TransformerEncoder(transformers.ResNetModel(config), modality_of("image"), "it")
+def test_a_model_that_reads_something_else_is_an_error() -> None:
+    modality = modality_of("text")
+    with pytest.raises(ValueError, match=r"it\.encoder: ViTModel cannot be run on texts"):
+        transformer("vit", modality)
 
 
-def test_a_model_that_does_more_between_its_layers_is_refused_not_run_wrongly() -> None:
-    # CLIP's text tower has a causal mask, SigLIP a last norm under CLIP's name for another.
-    text = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(vocab_size=30, bos_token_id=0, eos_token_id=1, **SIZES)
-    )
-    with pytest.raises(ValueError, match=r"CLIPTextModel cannot be run layer by layer"):
-        TransformerEncoder(text, modality_of("text"), "it")
-    config = transformers.SiglipVisionConfig(**SIZES, **IMAGE, vision_use_head=False)
-    with pytest.raises(ValueError, match=r"SiglipVisionModel cannot be run layer by layer"):
-        TransformerEncoder(transformers.SiglipVisionModel(config), modality_of("image"), "it")
+def test_a_model_without_an_own_pooled_output_cannot_be_projected() -> None:
+    with pytest.raises(ValueError, match=r"no pooled output .* another pooling than projected"):
+        TransformerEncoder(
+            transformers.BertModel(CONFIGS["bert"], add_pooling_layer=False),
+            modality_of("text", pooling="projected"),
+            "it",
+        )
+
+
+def test_texts_of_siglip_are_as_long_as_it_was_trained_on() -> None:
+    tower = transformers.AutoModel.from_config(CONFIGS["siglip_text"]).text_model
+    TransformerEncoder(tower, modality_of("text"), "it")
+    modality = ModalitySettings(kind="text", column="c", max_length=7)
+    with pytest.raises(ValueError, match=r"max_length is 7; .* filled up to 8 tokens, set 8"):
+        TransformerEncoder(tower, modality, "it")
 
 
 @pytest.mark.parametrize(("name", "limit"), [("bert", 512), ("roberta", 10)])
@@ -69,5 +88,5 @@ def test_texts_longer_than_the_position_embeddings_are_refused(name: str, limit:
 
 def test_images_of_another_size_are_refused() -> None:
     modality = ModalitySettings(kind="image", column="c", image_size=16)
-    with pytest.raises(ValueError, match=r"image_size is 16; the encoder wants 8"):
+    with pytest.raises(ValueError, match=r"images of 16 pixels .* the encoder wants image_size 8"):
         transformer("vit", modality)

@@ -9,12 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from recsys.content.pretrained import (
-    load_module,
-    load_tokenizer,
-    load_transformer,
-    resolve_encoder,
-)
+from recsys.content.preparation import load_tokenizer
+from recsys.content.pretrained import load_module, load_transformer, resolve_encoder
 from recsys.content.tiny_encoders import tiny_model, tiny_tokenizer
 
 WHERE = "content.modalities.text"

@@ -14,8 +14,8 @@ from torch import Tensor
 from recsys.batch import ContentInput
 from recsys.config import ContentSettings, FusionSettings, HistorySettings, ModalitySettings
 from recsys.content.branch import ContentBranch
-from recsys.content.encoder import mean_token
 from recsys.content.encoders import StoredFeatures
+from recsys.content.pooling import mean_token
 from recsys.content.projection_start import start_projections, whitening_map
 from recsys.data.content_store import ContentStore, ItemTable
 from recsys.data.filesystem import Location

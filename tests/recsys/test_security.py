@@ -17,7 +17,8 @@ import torch
 import yaml
 
 from recsys.config import load_config
-from recsys.content.pretrained import load_tokenizer, load_transformer
+from recsys.content.preparation import load_tokenizer
+from recsys.content.pretrained import load_transformer
 from recsys.content.tiny_encoders import tiny_model, tiny_tokenizer
 from recsys.data.filesystem import Location
 from recsys.data.images import decode_image
@@ -186,7 +187,7 @@ def test_every_loader_in_the_code_is_a_restricted_one() -> None:
         "torch.load": {"weights_only": True},
         "AutoConfig.from_pretrained": {"trust_remote_code": False},
         "AutoTokenizer.from_pretrained": {"trust_remote_code": False},
-        "AutoModel.from_pretrained": {"trust_remote_code": False, "use_safetensors": True},
+        "loader.from_pretrained": {"trust_remote_code": False, "use_safetensors": True},
     }
     forbidden = ("pickle.load", "pickle.loads", "eval", "exec", "yaml.unsafe_load", "os.system")
     seen = set()
