@@ -17,6 +17,7 @@ from embeddings.optimizer import (
 )
 from embeddings.pretrained_files import PretrainedFiles
 from embeddings.pretrained_rows import load_pretrained_rows
+from embeddings.replicated_memory_bank import ReplicatedMemoryBank, build_memory_bank
 from embeddings.row_reset import RowReset
 from embeddings.sharding import format_plan, machine_topology, plan_sharding
 from embeddings.table_sharders import sharders
@@ -36,11 +37,13 @@ __all__ = [
     "HashVocabulary",
     "MemoryBank",
     "PretrainedFiles",
+    "ReplicatedMemoryBank",
     "RowReset",
     "TableConfig",
     "build_dense_optimizer",
     "build_embedding_bag_collection",
     "build_embedding_collection",
+    "build_memory_bank",
     "check_tables",
     "dense_parameters",
     "describe_optimizers",

@@ -8,8 +8,8 @@ that the step itself sends vectors and nothing else.
 Shapes: U ids, D dimension, W ranks.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,9 @@ class BankRoute:
     wanted_counts: list[int]
     rows: Tensor
     asked_counts: list[int]
+
+
+Routes = tuple[BankRoute | None, BankRoute | None]  # to read, to write
 
 
 class MemoryBank:
@@ -88,8 +91,7 @@ class MemoryBank:
         self._first = self._rank * self._block_size
         size = max(0, min(self._block_size, num_items - self._first))
         try:
-            # The last column: step of the last write + 1, 0 if never written.
-            self._rows = torch.zeros(size, dim + 1, device=self.device)
+            self._rows, self._block = self._allocated(size)
         except RuntimeError as error:
             raise ValueError(
                 f"memory bank: {num_items:,} items x {dim} do not fit into the memory of "
@@ -97,14 +99,38 @@ class MemoryBank:
                 "the target item"
             ) from error
 
-    def routes(self, wanted: Sequence[Tensor]) -> list[BankRoute]:
-        """Routes for several lists of ids [U], each to be read or written, in one exchange.
+    def _allocated(self, size: int) -> tuple[Tensor, Tensor]:
+        """The rows on this rank, and among them the block that it answers for.
 
-        On the host, whatever the device of the rows is. A collective.
+        The last column: step of the last write + 1, 0 if never written.
+        """
+        rows = torch.zeros(size, self.dim + 1, device=self.device)
+        return rows, rows
+
+    def routes(self, reads: Tensor, writes: Tensor | None = None) -> Callable[[], Routes]:
+        """Begins to settle routes for ids [U] to be read and for ids to be written.
+
+        What is returned gives them, None where none is needed, on the host, whatever the device of
+        the rows is. Both are collectives; what is done between them need not wait for other ranks.
 
         Raises:
             ValueError: an id is outside the bank.
         """
+        if self.world_size == 1:
+            return lambda: (None, None)
+        if writes is None:
+            finish_one = self._routes([reads])
+            return lambda: (finish_one()[0], None)
+        finish_both = self._routes([reads, writes])
+
+        def finish() -> Routes:
+            read, write = finish_both()
+            return read, write
+
+        return finish
+
+    def _routes(self, wanted: Sequence[Tensor]) -> Callable[[], list[BankRoute]]:
+        """Routes for several lists of ids in one exchange."""
         kinds = len(wanted)
         ids = torch.cat([self._checked(part).cpu() for part in wanted])
         kind = torch.arange(kinds).repeat_interleave(torch.tensor([len(part) for part in wanted]))
@@ -112,27 +138,33 @@ class MemoryBank:
         key = owner * kinds + kind
         counts = key.bincount(minlength=self.world_size * kinds).view(-1, kinds)  # [W, kinds]
         asked = torch.empty_like(counts)
-        dist.all_to_all_single(asked, counts, group=self._group)
-        received = ids.new_empty(int(asked.sum()))
-        splits = asked.sum(1).tolist(), counts.sum(1).tolist()
-        dist.all_to_all_single(received, ids[key.argsort(stable=True)], *splits, group=self._group)
-        kind_of = torch.arange(kinds).repeat(self.world_size).repeat_interleave(asked.flatten())
-        return [
-            BankRoute(
-                order=owner[kind == index].argsort(stable=True),
-                wanted_counts=counts[:, index].tolist(),
-                rows=received[kind_of == index] - self._first,
-                asked_counts=asked[:, index].tolist(),
-            )
-            for index in range(kinds)
-        ]
+        work = dist.all_to_all_single(asked, counts, group=self._group, async_op=True)
+
+        def finish() -> list[BankRoute]:
+            work.wait()
+            received = ids.new_empty(int(asked.sum()))
+            sent = ids[key.argsort(stable=True)]
+            splits = asked.sum(1).tolist(), counts.sum(1).tolist()
+            dist.all_to_all_single(received, sent, *splits, group=self._group)
+            kinds_of_rank = torch.arange(kinds).repeat(self.world_size)
+            kind_of = kinds_of_rank.repeat_interleave(asked.flatten())
+            return [
+                BankRoute(
+                    order=owner[kind == index].argsort(stable=True),
+                    wanted_counts=counts[:, index].tolist(),
+                    rows=received[kind_of == index] - self._first,
+                    asked_counts=asked[:, index].tolist(),
+                )
+                for index in range(kinds)
+            ]
+
+        return finish
 
     def _route(self, ids: Tensor, route: BankRoute | None) -> BankRoute:
-        if route is not None:
-            return route
-        (found,) = self.routes([ids])
-        order, rows = found.order.to(self.device), found.rows.to(self.device)
-        return BankRoute(order, found.wanted_counts, rows, found.asked_counts)
+        return self._on_device(self._routes([ids])()[0] if route is None else route)
+
+    def _on_device(self, route: BankRoute) -> BankRoute:
+        return replace(route, order=route.order.to(self.device), rows=route.rows.to(self.device))
 
     @torch.no_grad()
     def lookup(self, item_ids: Tensor, route: BankRoute | None = None) -> tuple[Tensor, Tensor]:
@@ -149,6 +181,7 @@ class MemoryBank:
         Raises:
             ValueError: an id is outside the bank.
         """
+        self._finish_write()
         if self.world_size == 1:
             rows = self._rows.index_select(0, self._checked(item_ids))
         else:
@@ -188,7 +221,10 @@ class MemoryBank:
         values = torch.cat([vectors.detach().to(self.device, torch.float32), written], dim=1)
         if self.world_size == 1:
             self._rows[ids] = values
-            return
+        else:
+            self._write(item_ids, values, route)
+
+    def _write(self, item_ids: Tensor, values: Tensor, route: BankRoute | None) -> None:
         route = self._route(item_ids, route)
         received = values.new_empty(len(route.rows), self.dim + 1)
         splits = route.asked_counts, route.wanted_counts
@@ -220,20 +256,28 @@ class MemoryBank:
 
     def _written_count_and_steps(self) -> tuple[float, float]:
         """How many items were written, and the sum of the steps of their last writes."""
-        marks = self._rows[:, self.dim].double()
+        self._finish_write()
+        marks = self._block[:, self.dim].double()
         count = (marks > 0).sum(dtype=torch.float64)
         totals = torch.stack([count, marks.sum() - count])
         if self._group is not None:
             dist.all_reduce(totals, group=self._group)
         return float(totals[0]), float(totals[1])
 
+    def _finish_write(self) -> None:
+        """Before rows are read, where writing goes on while other things are done."""
+
+    def finish_loading(self) -> None:
+        """After a checkpoint was loaded into `state_dict`, in place. A collective."""
+
     def state_dict(self) -> dict[str, Tensor | ShardedTensor]:
         """The rows, [num_items, D + 1], sharing memory with the bank.
 
         torch.distributed.checkpoint saves them from any number of ranks and loads them, in
-        place, on any other.
+        place, on any other; then call :meth:`finish_loading`.
         """
-        rows = self._rows
+        self._finish_write()
+        rows = self._block
         if self._group is None:
             return {"pool": rows}
         start = self._first
@@ -263,7 +307,8 @@ class MemoryBank:
                 f"memory bank: the state holds [num_items, dim + 1] = {list(size)}, this bank "
                 f"{[self.num_items, self.dim + 1]}; build the bank with the checkpoint's sizes"
             )
-        rows = self._rows
+        self._finish_write()
+        rows = self._block
         start = self._first
         if isinstance(pool, ShardedTensor):
             for piece in pool.local_shards():

@@ -44,6 +44,9 @@ from embeddings.tables import TableConfig, check_tables
 # would instead count every dense parameter six times, a frozen encoder's included.
 RESERVED_SHARE = 0.15
 
+# The planner cuts no columns narrower than this by itself: every shard looks up all ids.
+MIN_COLUMNS = 32
+
 
 def machine_topology(
     world_size: int,
@@ -229,20 +232,22 @@ def _constraints(table: TableConfig, world_size: int) -> ParameterConstraints:
     return ParameterConstraints(
         sharding_types=None if table.sharding == "auto" else [table.sharding],
         compute_kernels=[EmbeddingComputeKernel.FUSED.value],
-        min_partition=(
-            _column_shard_width(table.embedding_dim, world_size)
-            if table.sharding == "column_wise"
-            else None
+        min_partition=_column_shard_width(
+            table.embedding_dim,
+            world_size,
+            MIN_COLUMNS if table.sharding == "auto" else 1,
         ),
-        pooling_factors=[1.0] * len(table.features),
+        # At least one, as an estimate of no load at all would let anything go anywhere.
+        pooling_factors=[max(table.ids_per_row.get(name, 1.0), 1.0) for name in table.features],
     )
 
 
-def _column_shard_width(dim: int, world_size: int) -> int:
+def _column_shard_width(dim: int, world_size: int, min_columns: int) -> int:
     """The width of the most equal column shards, at most one per rank, that kernels accept."""
     for shards in range(world_size, 1, -1):
-        if dim % shards == 0 and (dim // shards) % 4 == 0:
-            return dim // shards
+        width = dim // shards
+        if dim % shards == 0 and width % 4 == 0 and width >= min_columns:
+            return width
     return dim
 
 

@@ -9,7 +9,7 @@ Initial weights depend on the seed, the table and the row alone, never on the sh
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -64,6 +64,8 @@ class TableConfig:
     eps: float = 1e-8  # added to the root of the second moment
     init_std: float = 0.01  # standard deviation of the normal initial weights
     frozen: bool = False  # never updated, no optimizer state; the training settings do nothing
+    # Mean ids per row of a feature, for the planner's estimate of the load; default 1.
+    ids_per_row: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_names()

@@ -7,12 +7,13 @@ of it needs to know of the other ranks or of the memory bank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
 from embeddings import MemoryBank
+from embeddings.memory_bank import Routes
 from recsys.batch import Batch
 from recsys.config import Config, ContentSettings
 from recsys.content.history_search import shorten_histories
@@ -62,15 +63,19 @@ class BatchPreparation:
             first_step: the training step that the first of them is for.
             training: bounded vocabularies admit ids, and items are sampled.
         """
+        waiting: Callable[[], Batch] | None = None
         for step, batch in enumerate(batches, first_step):
             self.vocabularies.map_batch(batch, step, training)
             unknown.add(batch)
             prepared = self._with_items(self._with_histories(batch), step, training)
             prepared = self._with_negatives(prepared, step, training)
-            prepared = self._with_routes(prepared, training)
-            # A loader that pins does so before; what was added here would be copied with a wait.
-            is_new = prepared is not batch and batch.target_items.is_pinned()
-            yield prepared.pin_memory() if is_new else prepared
+            finish = self._with_routes(batch, prepared, training)
+            # One batch ahead, so that no rank waits here for the others.
+            if waiting is not None:
+                yield waiting()
+            waiting = finish
+        if waiting is not None:
+            yield waiting()
 
     def _with_histories(self, batch: Batch) -> Batch:
         has_history = len(batch.sequence_features.keys()) > 1
@@ -102,12 +107,20 @@ class BatchPreparation:
         """What a step's random choices on this rank depend on."""
         return (self.config.seed, step, dist.get_rank(self.group))
 
-    def _with_routes(self, batch: Batch, training: bool) -> Batch:
+    def _with_routes(self, batch: Batch, prepared: Batch, training: bool) -> Callable[[], Batch]:
         """Settles which rows of the bank go where, so that the step sends vectors alone."""
-        if self.bank is None or self.bank.world_size == 1:
-            return batch
-        reads = batch.read_items
-        if not training:
-            return replace(batch, bank_reads=self.bank.routes([reads])[0])
-        bank_reads, bank_writes = self.bank.routes([reads, batch.content_items])
-        return replace(batch, bank_reads=bank_reads, bank_writes=bank_writes)
+        routes: Callable[[], Routes] | None = None
+        if self.bank is not None:
+            writes = prepared.content_items if training else None
+            routes = self.bank.routes(prepared.read_items, writes)
+
+        def finish() -> Batch:
+            read, write = routes() if routes is not None else (None, None)
+            ready = prepared
+            if read is not None or write is not None:
+                ready = replace(prepared, bank_reads=read, bank_writes=write)
+            # A loader that pins does so before; what was added here would be copied with a wait.
+            is_new = ready is not batch and batch.target_items.is_pinned()
+            return ready.pin_memory() if is_new else ready
+
+        return finish

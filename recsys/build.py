@@ -26,6 +26,7 @@ from embeddings import (
     build_dense_optimizer,
     build_embedding_bag_collection,
     build_embedding_collection,
+    build_memory_bank,
     describe_optimizers,
     format_plan,
     fuse_table_optimizers,
@@ -45,6 +46,7 @@ from recsys.content.preparation import load_preparation
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.content_store import ContentStore, ItemTable, default_cache
 from recsys.data.filesystem import Location
+from recsys.data.list_lengths import mean_list_lengths
 from recsys.data.schema import Schema, load_schema
 from recsys.data.vocabularies import BoundedVocabularies
 from recsys.losses import ContentIDContrastive, RankingLoss
@@ -126,8 +128,12 @@ def pooled_features(config: Config, schema: Schema) -> list[str]:
     ]
 
 
-def table_configs(config: Config, schema: Schema) -> list[TableConfig]:
+def table_configs(
+    config: Config, schema: Schema, list_lengths: dict[str, float] | None = None
+) -> list[TableConfig]:
     """One table per `id` or `ids` column that does not share another's.
+
+    `list_lengths` are the mean numbers of ids per row, where columns have not just one.
 
     Raises:
         ValueError: a setting names a column that has no table.
@@ -150,12 +156,19 @@ def table_configs(config: Config, schema: Schema) -> list[TableConfig]:
             name,
             [feature for feature in [*pooled, *sequence] if schema.table_of(feature) == name]
             + ([negatives] if negatives and name == schema.target_item else []),
+            list_lengths or {},
         )
         for name in tables
     ]
 
 
-def _table_config(config: Config, schema: Schema, name: str, features: list[str]) -> TableConfig:
+def _table_config(
+    config: Config,
+    schema: Schema,
+    name: str,
+    features: list[str],
+    list_lengths: dict[str, float],
+) -> TableConfig:
     defaults, own = config.embedding, config.embedding.tables.get(name, TableSettings())
     return TableConfig(
         name=name,
@@ -169,6 +182,7 @@ def _table_config(config: Config, schema: Schema, name: str, features: list[str]
         weight_decay=defaults.weight_decay if own.weight_decay is None else own.weight_decay,
         init_std=defaults.init_std,
         frozen=own.frozen,
+        ids_per_row={name: list_lengths[name] for name in features if name in list_lengths},
     )
 
 
@@ -275,7 +289,7 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
     with ranks.all_or_none():
         root = Location.of(data)
         schema = load_schema(root)
-        tables = table_configs(config, schema)
+        tables = table_configs(config, schema, mean_list_lengths(root, schema))
     content = content_settings(config)
     store: ContentStore | None = None
     encoders: dict[str, Encoder] = {}
@@ -283,7 +297,13 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
     if content is not None:
         store, encoders = build_content_store(config, content, root, schema, ranks)
         if content.history.mode != "full":
-            bank = MemoryBank(schema.num_items, content.vector_dim, ranks.device, ranks.group)
+            bank = build_memory_bank(
+                schema.num_items,
+                content.vector_dim,
+                ranks.device,
+                ranks.group,
+                content.history.bank,
+            )
     with ranks.all_or_none():
         categories = load_item_categories(config.ranking, root, schema, config.on_bad_row)
         em3 = build_em3(config, schema, tables, encoders, bank, item_categories=categories)

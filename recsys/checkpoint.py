@@ -36,6 +36,7 @@ from recsys.checkpoint_reader import SafeFileSystemReader
 from recsys.checkpoint_state import (
     TrainingState,
     copy_of,
+    finish_loading_bank,
     frozen_digest,
     model_state,
     num_bytes,
@@ -290,4 +291,5 @@ def load_best(job: Job, run: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{folder}: the checkpoint does not fit the model of {run}/config.yaml: {error}"
             ) from error
+    finish_loading_bank(job)
     return manifest

@@ -40,6 +40,12 @@ def model_state(job: Job) -> State:
     return state | {f"vocabulary.{name}": value for name, value in maps.items()}
 
 
+def finish_loading_bank(job: Job) -> None:
+    """After `model_state` was loaded into. A collective."""
+    if job.em3.content is not None and job.em3.content.bank is not None:
+        job.em3.content.bank.finish_loading()
+
+
 @dataclass
 class _Stored:
     """Whether a name of the model's state belongs into a checkpoint."""
@@ -112,6 +118,7 @@ class TrainingState:
     def finish_loading(self) -> None:
         """Brings what was loaded into place where it does not lie there already."""
         self.moments.finish_loading()
+        finish_loading_bank(self.job)
         rank, device = self.job.ranks.rank, self.job.ranks.device
         if (cpu := self._loaded.get(f"random.{rank}.cpu")) is not None:
             torch.set_rng_state(cpu)

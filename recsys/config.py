@@ -136,6 +136,9 @@ class HistorySettings:
     # Keep of each history only the items whose content is most like the target's, so many, before
     # anything else is done with it (MUSE); 0: all.
     top_k: int = 0
+    # sharded: each rank keeps a block of the rows of the bank; replicated: each keeps all, so that
+    # reading is free; auto: replicated up to 256 MiB and 16 ranks.
+    bank: Literal["auto", "sharded", "replicated"] = "auto"
     # Vectors that any rank has just computed are seen in the histories of all ranks in that step.
     same_step: bool = True
     refresh_bank_every_epoch: bool = False  # re-encode all items before each validation

@@ -10,11 +10,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from recsys.batch import Batch
 from recsys.config import CheckpointSettings
@@ -24,6 +26,20 @@ from recsys.watchdog import Watchdog
 
 class TrainingStopped(Exception):
     """The job was asked to end; raised on every rank, its state saved."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A batch, and what the ranks tell each other before it is used.
+
+    error: of this rank; flags: of all ranks once `work` is done; num_saved: checkpoints before it.
+    """
+
+    batch: Batch | None
+    error: Exception | None
+    flags: Tensor
+    work: Any
+    num_saved: int
 
 
 class Lockstep:
@@ -43,6 +59,8 @@ class Lockstep:
         self._terminated = False
         self._saved_at = time.monotonic()
         self._handler: Any = None
+        self._ahead: _Asked | None = None  # taken from the source for the next step
+        self._num_saved = 0
 
     def __enter__(self) -> Lockstep:
         if threading.current_thread() is threading.main_thread():
@@ -59,6 +77,7 @@ class Lockstep:
     def saved(self) -> None:
         """A checkpoint was taken: the next is due anew."""
         self.save, self._saved_at = False, time.monotonic()
+        self._num_saved += 1
 
     def training_batches(
         self, source: Iterator[Batch], count: int, step: int, group: int = 1
@@ -71,7 +90,11 @@ class Lockstep:
         """
         every = self.settings.every_steps
         for number in range(count):
-            batch = self._agreed(source, due=bool(every and (step + number + 1) % every == 0))
+            asked = self._ahead or self._ask(source)
+            # The ranks agree on a batch during the step before it, so that none waits here.
+            self._ahead = self._ask(source) if number + 1 < count else None
+            batch = self._answer(asked)
+            self.save |= bool(every and (step + number + 1) % every == 0)
             if batch is None or (self.stop and number % group == 0):
                 return
             yield batch
@@ -84,13 +107,13 @@ class Lockstep:
         Raises:
             TrainingStopped: the job is to end.
         """
-        while (batch := self._agreed(source, due=False)) is not None:
+        while (batch := self._answer(self._ask(source))) is not None:
             self.raise_if_stopped()
             yield batch
 
     def settle(self) -> None:
         """Raises on all ranks what any of them met since the last batch. A collective."""
-        self._agree(None, due=False)
+        self._answer(self._ask(iter(())))
 
     def raise_if_stopped(self) -> None:
         """Ends a pass that may be begun anew.
@@ -101,24 +124,31 @@ class Lockstep:
         if self.stop:
             raise TrainingStopped
 
-    def _agreed(self, source: Iterator[Batch], due: bool) -> Batch | None:
+    def _ask(self, source: Iterator[Batch]) -> _Asked:
+        """Takes a batch and tells the other ranks how this one is."""
         batch: Batch | None = None
-        error: Exception | None = None
+        error = self.error
         try:
             batch = next(source, None)
         except Exception as raised:
-            error = raised
-        self._agree(error, due)
-        return batch
-
-    def _agree(self, error: Exception | None, due: bool) -> None:
-        error = self.error or error
+            error = error or raised
         seconds = self.settings.every_seconds
-        if seconds is not None and self.ranks.is_first:
-            due = due or time.monotonic() - self._saved_at >= seconds
-        flags = torch.tensor([error is not None, self._terminated, due], dtype=torch.int32)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.ranks.group)
-        failed, stop, save = flags.tolist()
+        is_due = (
+            seconds is not None
+            and self.ranks.is_first
+            and time.monotonic() - self._saved_at >= seconds
+        )
+        flags = torch.tensor([error is not None, self._terminated, is_due], dtype=torch.int32)
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, self.ranks.group, async_op=True)
+        return _Asked(batch, error, flags, work, self._num_saved)
+
+    def _answer(self, asked: _Asked) -> Batch | None:
+        """The batch, once it is known how all ranks are."""
+        asked.work.wait()
+        failed, stop, save = asked.flags.tolist()
         if failed:
-            self.ranks.raise_first(error)
-        self.stop, self.save = self.stop or bool(stop), self.save or bool(save)
+            self.ranks.raise_first(asked.error)
+        self.stop = self.stop or bool(stop)
+        # What was due when asked may have been saved since.
+        self.save = self.save or bool(save and asked.num_saved == self._num_saved)
+        return asked.batch

@@ -11,6 +11,9 @@ M modalities, B batch.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,7 +26,7 @@ from recsys.content.fusion import build_fusion
 from recsys.content.history import HistoryMap
 from recsys.content.item_exchange import exchange_vectors
 from recsys.content.pooling import mean_token
-from recsys.vectors import ContentVectors
+from recsys.vectors import ContentVectors, LateContentVectors
 
 
 class ContentBranch(nn.Module):
@@ -76,6 +79,7 @@ class ContentBranch(nn.Module):
         assert self.encodes_history == (bank is None)
         self.bank, self.group = bank, group
         self.same_step = settings.history.same_step
+        self.samples = settings.sampling.backward < 1
         self.step = 0  # of training, written beside the vectors in the bank
 
     def encode(self, content: dict[str, ContentInput]) -> Tensor:
@@ -102,22 +106,22 @@ class ContentBranch(nn.Module):
         fresh = self._encode_items(batch)  # [E, D + M * D]
         if self.bank is None:
             items = self._at_their_ranks(fresh, batch)
-            history = items.index_select(0, batch.history_content_index)
-            negatives = None
-        else:
-            stored, history, negatives = self._read_bank(batch, fresh)
-            items = self._at_their_ranks(torch.cat([fresh, stored]), batch)
-        target, target_modalities = self._split(items)
-        history, history_modalities = self._split(history)
-        of_negatives = (None, None) if negatives is None else self._split(negatives)
-        return ContentVectors(
-            target=target.index_select(0, batch.target_index),
-            history=self.history_map(history),
-            target_modalities=target_modalities.index_select(0, batch.target_index),
-            history_modalities=history_modalities,
-            negatives=of_negatives[0],
-            negative_modalities=of_negatives[1],
-        )
+            encoded = items.index_select(0, batch.history_content_index)
+            return self._vectors(items, lambda: encoded, None, batch)
+        if self.training and self.same_step:
+            # Written before the lookup: what any rank has just computed replaces what is
+            # stale in the histories of all ranks, in this very step (LEMUR, 2511.10962).
+            self.bank.update(batch.content_items, fresh, self.step, batch.bank_writes)
+        read = self._reading(self.bank, batch)
+        if self.training and not self.same_step:
+            read()
+            self.bank.update(batch.content_items, fresh, self.step, batch.bank_writes)
+        self.step += self.training
+        if self.samples:
+            fresh = torch.cat([fresh, read()[0]])
+        items = self._at_their_ranks(fresh, batch)
+        negatives = None if batch.negative_items is None else read()[2]
+        return self._vectors(items, lambda: read()[1], negatives, batch)
 
     def _encode_items(self, batch: Batch) -> Tensor:
         """What is kept of the items that this rank encodes, the first of them with gradient."""
@@ -130,21 +134,32 @@ class ContentBranch(nn.Module):
             refreshed = self.encode(others)
         return torch.cat([self.encode(trained), refreshed])
 
-    def _read_bank(self, batch: Batch, fresh: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Vectors of the items to rank that are not encoded, of the histories' [U, ...] and of
-        sampled negatives."""
-        assert self.bank is not None
-        if self.training and self.same_step:
-            # Written before the lookup: what any rank has just computed replaces what is
-            # stale in the histories of all ranks, in this very step (LEMUR, 2511.10962).
-            self.bank.update(batch.content_items, fresh, self.step, batch.bank_writes)
-        vectors, _ = self.bank.lookup(batch.read_items, batch.bank_reads)
-        if self.training and not self.same_step:
-            self.bank.update(batch.content_items, fresh, self.step, batch.bank_writes)
-        self.step += self.training
+    def _reading(self, bank: MemoryBank, batch: Batch) -> Callable[[], tuple[Tensor, ...]]:
+        """Reads, when first called, what the bank has of ranked items, histories and negatives."""
+        ids = batch.read_items
         sizes = [len(batch.bank_items), len(batch.history_items)]
-        stored, history, negatives = vectors.split([*sizes, len(vectors) - sum(sizes)])
-        return stored, history, None if batch.negative_items is None else negatives
+        sizes.append(len(ids) - sum(sizes))
+        return functools.cache(lambda: bank.lookup(ids, batch.bank_reads)[0].split(sizes))
+
+    def _vectors(
+        self,
+        items: Tensor,
+        history: Callable[[], Tensor],
+        negatives: Tensor | None,
+        batch: Batch,
+    ) -> ContentVectors:
+        target, target_modalities = self._split(items)
+
+        def read_history() -> tuple[Tensor, Tensor]:
+            vectors, modalities = self._split(history())
+            return self.history_map(vectors), modalities
+
+        return LateContentVectors(
+            target.index_select(0, batch.target_index),
+            target_modalities.index_select(0, batch.target_index),
+            read_history,
+            *((None, None) if negatives is None else self._split(negatives)),
+        )
 
     def _at_their_ranks(self, items: Tensor, batch: Batch) -> Tensor:
         """The vectors that this rank needs: those of its own items, or those sent by the owners."""

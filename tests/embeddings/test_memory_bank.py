@@ -9,10 +9,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 from torch import Tensor, nn
 
-from embeddings import MemoryBank
+from embeddings import MemoryBank, ReplicatedMemoryBank, build_memory_bank
+from embeddings.memory_bank import BankRoute
 from tests.ranks import run_on_ranks
 
 NUM_ITEMS, DIM, STEPS = 7, 3, 5
+KINDS = [MemoryBank, ReplicatedMemoryBank]
 
 
 def planned_update(rank: int, step: int) -> tuple[Tensor, Tensor]:
@@ -127,9 +129,9 @@ def test_a_state_moves_to_another_bank() -> None:
 
 
 def fill_and_save(
-    rank: int, world_size: int, folder: str
+    rank: int, world_size: int, folder: str, kind: type[MemoryBank]
 ) -> tuple[tuple[Tensor, Tensor], float, float]:
-    bank = MemoryBank(NUM_ITEMS, DIM, "cpu", dist.group.WORLD)
+    bank = kind(NUM_ITEMS, DIM, "cpu", dist.group.WORLD)
     fill(bank, rank)
     checkpoint.save({"bank": bank.state_dict()}, checkpoint_id=folder)
     # Rank 0 asks for nothing, the last rank for everything.
@@ -137,32 +139,34 @@ def fill_and_save(
     return bank.lookup(ids), bank.coverage(), bank.mean_age(STEPS)
 
 
-def load(rank: int, world_size: int, folder: str) -> tuple[Tensor, Tensor]:
-    bank = MemoryBank(NUM_ITEMS, DIM, "cpu", dist.group.WORLD)
-    state = {"bank": bank.state_dict()}
-    checkpoint.load(state, checkpoint_id=folder)
-    bank.load_state_dict(state["bank"])
-    assert_works_with_fewer_items_than_ranks(rank)
+def load(rank: int, world_size: int, folder: str, kind: type[MemoryBank]) -> tuple[Tensor, Tensor]:
+    bank = kind(NUM_ITEMS, DIM, "cpu", dist.group.WORLD)
+    checkpoint.load({"bank": bank.state_dict()}, checkpoint_id=folder)
+    bank.finish_loading()
+    assert_works_with_fewer_items_than_ranks(rank, kind)
     return bank.lookup(torch.arange(NUM_ITEMS))
 
 
-def assert_works_with_fewer_items_than_ranks(rank: int) -> None:
-    bank, only = MemoryBank(1, DIM, "cpu", dist.group.WORLD), torch.tensor([0])
+def assert_works_with_fewer_items_than_ranks(rank: int, kind: type[MemoryBank]) -> None:
+    bank, only = kind(1, DIM, "cpu", dist.group.WORLD), torch.tensor([0])
     bank.update(only, torch.full((1, DIM), 4.0), step=rank)
     assert bank.lookup(only)[0].tolist() == [[4.0] * DIM]
     assert bank.coverage() == 1.0
 
 
-def test_ranks_share_one_bank_and_a_checkpoint_loads_on_any_number_of_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "other"), [KINDS, KINDS[::-1]])
+def test_ranks_share_one_bank_and_a_checkpoint_loads_on_any_number_of_them(
+    tmp_path: Path, kind: type[MemoryBank], other: type[MemoryBank]
+) -> None:
     rows = expected_rows(world_size=2)
-    first, last = run_on_ranks(fill_and_save, 2, str(tmp_path))
+    first, last = run_on_ranks(fill_and_save, 2, str(tmp_path), kind)
     assert first[0][0].shape == (0, DIM) and first[0][1].shape == (0,)
     assert_holds(last[0], rows)
     for _, coverage, mean_age in (first, last):
         assert coverage == pytest.approx(len(rows) / NUM_ITEMS)
         assert mean_age == pytest.approx(sum(STEPS - step for _, step in rows.values()) / len(rows))
-    for world_size in (1, 3):
-        for loaded in run_on_ranks(load, world_size, str(tmp_path)):
+    for world_size, loads in ((1, MemoryBank), (3, other)):
+        for loaded in run_on_ranks(load, world_size, str(tmp_path), loads):
             assert_holds(loaded, rows)
     bank = plain_bank()
     state = {"bank": bank.state_dict()}
@@ -173,22 +177,48 @@ def test_ranks_share_one_bank_and_a_checkpoint_loads_on_any_number_of_them(tmp_p
 WRITES = [[NUM_ITEMS - 1, 0, 2], [3, 5, 1], [4]]  # items of each rank
 
 
-def routed(rank: int, world_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def routed(
+    rank: int, world_size: int, kind: type[MemoryBank]
+) -> tuple[tuple[BankRoute | None, BankRoute | None], Tensor, Tensor, Tensor]:
     """Vectors read by a route found beforehand and by one found on the spot, after a write each."""
-    banks = [MemoryBank(NUM_ITEMS, DIM, "cpu", dist.group.WORLD) for _ in range(2)]
+    banks = [kind(NUM_ITEMS, DIM, "cpu", dist.group.WORLD) for _ in range(2)]
     reads = torch.tensor([5, 0, 3, 3, NUM_ITEMS - 1]) if rank else torch.tensor([2, 5])
     writes = torch.tensor(WRITES[rank])
     vectors = torch.arange(float(len(writes) * DIM)).view(-1, DIM) + 100 * rank
-    read, write = banks[0].routes([reads, writes])
+    begun = banks[0].routes(reads, writes)
+    only_reads = banks[0].routes(reads)  # another one, before the first is finished
+    read, write = begun()
     banks[0].update(writes, vectors, 0, write)
     banks[1].update(writes, vectors, 0)
     expected = torch.zeros(NUM_ITEMS, DIM)
     for other, ids in enumerate(WRITES[:world_size]):
         expected[ids] = torch.arange(float(len(ids) * DIM)).view(-1, DIM) + 100 * other
-    return banks[0].lookup(reads, read)[0], banks[1].lookup(reads)[0], expected[reads]
+    ahead, on_the_spot = banks[0].lookup(reads, read)[0], banks[1].lookup(reads)[0]
+    return only_reads(), ahead, on_the_spot, expected[reads]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_routes_found_ahead_carry_the_same_rows(world_size: int) -> None:
-    for ahead, on_the_spot, expected in run_on_ranks(routed, world_size):
+def test_routes_found_ahead_carry_the_same_rows(world_size: int, kind: type[MemoryBank]) -> None:
+    for only_reads, ahead, on_the_spot, expected in run_on_ranks(routed, world_size, kind):
         assert torch.equal(ahead, expected) and torch.equal(on_the_spot, expected)
+        assert only_reads[1] is None and (only_reads[0] is None) == (kind is ReplicatedMemoryBank)
+
+
+def kinds_by_placement(rank: int, world_size: int) -> dict[str, type[MemoryBank]]:
+    large = {"auto": 100_000_000, "auto, small": 100, "sharded": 100, "replicated": 100}
+    banks = {
+        name: build_memory_bank(items, 1, "meta", dist.group.WORLD, name.split(",")[0])
+        for name, items in large.items()
+    }
+    return {name: type(bank) for name, bank in banks.items()}
+
+
+def test_a_small_bank_is_replicated_unless_told_otherwise() -> None:
+    for kinds in run_on_ranks(kinds_by_placement, 2):
+        assert kinds == {
+            "auto": MemoryBank,
+            "auto, small": ReplicatedMemoryBank,
+            "sharded": MemoryBank,
+            "replicated": ReplicatedMemoryBank,
+        }

@@ -23,11 +23,8 @@ from tests.datasets import write_dataset
 class AddsBankItems(BatchPreparation):
     """Stands for the settings that choose items, which need several ranks."""
 
-    added: Tensor
-
     def _with_items(self, batch: Batch, step: int, training: bool) -> Batch:
-        self.added = torch.tensor([step])
-        return replace(batch, bank_items=self.added)
+        return replace(batch, bank_items=torch.tensor([step]))
 
 
 @pytest.mark.parametrize("is_pinned", [False, True])
@@ -56,6 +53,6 @@ def test_what_was_added_to_a_pinned_batch_is_pinned_too(
     batch = next(iter(prepared))
     if isinstance(preparation, AddsBankItems):
         assert batch.bank_items.tolist() == [7]
-        assert (preparation.added.data_ptr() in pinned) == is_pinned
+        assert (batch.bank_items.data_ptr() in pinned) == is_pinned
     else:
         assert pinned == []  # as it came, so nothing is done twice

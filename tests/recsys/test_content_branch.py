@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, Literal
 
 import pytest
@@ -112,15 +112,17 @@ def parts_of(kept: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tensors(vectors: ContentVectors) -> list[Tensor]:
-    return [getattr(vectors, part.name) for part in fields(vectors)]
+    parts = [getattr(vectors, part.name) for part in fields(vectors)]
+    return [part for part in parts if part is not None]
 
 
 def at_each_place(vectors: ContentVectors, batch: Batch) -> ContentVectors:
     """The history's vectors spread from its unique items over its places."""
-    return replace(
-        vectors,
-        history=vectors.history[batch.history_index],
-        history_modalities=vectors.history_modalities[batch.history_index],
+    return ContentVectors(
+        vectors.target,
+        vectors.history[batch.history_index],
+        vectors.target_modalities,
+        vectors.history_modalities[batch.history_index],
     )
 
 
