@@ -27,7 +27,7 @@ from recsys.vectors import ContentVectors, IDVectors
 class DeepFM(nn.Module):
     """Fields -> factorisation machine beside an MLP -> one logit per label.
 
-    The MLP also reads the similarities of content, and `ranking.dropout` acts on its layers.
+    The MLP also reads the similarities of content, and `ranking.dropout` acts on its hidden layers.
 
     Raises:
         ValueError: `ranking.mlp_units` is empty, or `ranking.dense_units` not one layer.

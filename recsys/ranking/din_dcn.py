@@ -9,11 +9,12 @@ Shapes: B batch.
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec.modules.crossnet import LowRankCrossNet
 
 from recsys.batch import Batch
 from recsys.config import ContentSettings, RankingSettings
+from recsys.dropout import Dropout
 from recsys.ranking.attended_features import AttendedFeatures
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers import multilayer_perceptron
@@ -32,7 +33,9 @@ class DinDcn(AttendedFeatures):
         super().__init__(settings, dimensions, content)
         width = self.feature_dim
         self.cross = LowRankCrossNet(width, settings.cross_layers, settings.cross_rank)
-        self.mlp = multilayer_perceptron(width, settings, dimensions.num_labels)
+        # The cross network has mixed all inputs, so that what is dropped here is nowhere alone.
+        top = multilayer_perceptron(width, settings, dimensions.num_labels)
+        self.mlp = nn.Sequential(Dropout(settings.dropout), *top)
 
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch

@@ -29,7 +29,7 @@ from recsys.vectors import ContentVectors, IDVectors
 class Dlrm(nn.Module):
     """Fields -> dot products of all pairs -> MLP -> one logit per label.
 
-    `ranking.dropout` acts on what the top MLP reads.
+    `ranking.dropout` acts on the interactions that the top MLP reads, not on the similarities.
 
     Raises:
         ValueError: `ranking.mlp_units` is empty.
@@ -68,8 +68,8 @@ class Dlrm(nn.Module):
         fields = self.fields(ids, content, batch)
         dense, sparse = fields.dense_and_sparse(self.dense_arch)
         interactions = self.inter_arch(dense, torch.stack(sparse, dim=1))
-        top = torch.cat([interactions, fields.similarities], dim=1)
-        return self.over_arch(self.dropout(top))
+        top = torch.cat([self.dropout(interactions), fields.similarities], dim=1)
+        return self.over_arch(top)
 
 
 class DlrmDcn(Dlrm):

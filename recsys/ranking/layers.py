@@ -1,4 +1,9 @@
-"""The stacks of layers that ranking models end with."""
+"""The stacks of layers that ranking models end with.
+
+Dropout acts behind each hidden layer, not on what a model reads: a similarity of content is one
+number that has no double, and an MLP that misses it in a third of the steps learns to do without.
+On MovieLens that alone decided whether content helped DIN.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,8 @@ from recsys.dropout import Dropout
 
 
 def hidden_layers(width: int, units: list[int], dropout: float) -> tuple[list[nn.Module], int]:
-    """Dropout, then a linear map, ReLU and dropout for each of `units`; and their output width."""
-    layers: list[nn.Module] = [Dropout(dropout)]
+    """A linear map, ReLU and dropout for each of `units`; and their output width."""
+    layers: list[nn.Module] = []
     for count in units:
         layers += [nn.Linear(width, count), nn.ReLU(), Dropout(dropout)]
         width = count

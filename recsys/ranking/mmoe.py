@@ -53,14 +53,14 @@ class Mmoe(AttendedFeatures):
 
     def mixtures(self, features: Tensor) -> Tensor:  # [B, W] -> [B, C, H]
         """What each label's gate makes of the experts."""
-        experts = torch.relu(self.experts(features)).unflatten(1, (self.num_experts, -1))
+        experts = self.dropout(torch.relu(self.experts(features)))
+        experts = experts.unflatten(1, (self.num_experts, -1))
         gates = self.gates(features).unflatten(1, (self.num_labels, self.num_experts))
         return gates.softmax(dim=2) @ experts
 
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor:  # [B, C]
-        features = self.dropout(self.attended(ids, content, batch))
-        mixtures = self.mixtures(features).unbind(dim=1)
+        mixtures = self.mixtures(self.attended(ids, content, batch)).unbind(dim=1)
         logits = [tower(mixture) for tower, mixture in zip(self.towers, mixtures)]
         return torch.cat(logits, dim=1)

@@ -131,7 +131,7 @@ def copied_weights(name: str, twin: nn.Module, model: nn.Module) -> None:
     """Gives TorchRec's model the weights of ours: by their names, which are TorchRec's but for
     DeepFM's."""
     renamed = {
-        "deep.dense_module.1.": "inter_arch.deep_fm.dense_module.0.",
+        "deep.dense_module.0.": "inter_arch.deep_fm.dense_module.0.",
         "top.": "over_arch.model.0.",
     }
     state = twin.state_dict()
