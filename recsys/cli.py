@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -90,6 +90,17 @@ def _add_looks(commands: Any) -> None:
     from embeddings.simulated_cluster import FigureOverrides
     from recsys.config import add_config_arguments
 
+    command = _Parser(description="What is in a dataset, and what to mend before training.")
+    command.add_argument("data", type=str, help="dataset: folder or URL")
+    command.add_argument(
+        "--on_bad_row",
+        type=Literal["error", "skip"],
+        default="error",
+        help="as in training: error ends with the first row that cannot be used",
+    )
+    command.add_argument("--json", type=Path | None, help="file to write the numbers to")
+    commands.add_subcommand("explain-data", command)
+
     command = _Parser(description="What a run would be, on any cluster: sizes, plan, time.")
     add_config_arguments(command, skip=frozenset({"device"}))
     command.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
@@ -141,6 +152,12 @@ def _prepare(arguments: Namespace) -> None:
     chosen = arguments.movielens
     print(format_summary(prepare_movielens(chosen.source, chosen.out)))
     print(f"written to {chosen.out}")
+
+
+def _explain_data(arguments: Namespace) -> None:
+    from recsys.explain.command import explain_data
+
+    explain_data(arguments.data, arguments.on_bad_row, arguments.json)
 
 
 def _describe(arguments: Namespace) -> None:
@@ -218,6 +235,7 @@ def _export_tables(arguments: Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "prepare": _prepare,
+    "explain-data": _explain_data,
     "describe": _describe,
     "cache": _cache,
     "train": _train,

@@ -85,19 +85,24 @@ class BadRows:
         merged: dict[Place, tuple[int, int]] = {}
         for found in ranks.gather(self.found):
             merged |= found
-        by_reason: dict[tuple[str, str, str], tuple[int, int]] = {}
-        for (file, column, _, reason), (rows, first) in sorted(merged.items()):
-            # Parts come in order, so the first row of the first part stays.
-            total, earliest = by_reason.get((file, column, reason), (0, first))
-            by_reason[file, column, reason] = (total + rows, earliest)
-        entries = [
-            {"file": file, "column": column, "reason": reason, "rows": rows, "first_row": first}
-            for (file, column, reason), (rows, first) in by_reason.items()
-        ]
-        total_rows = sum(rows for rows, _ in by_reason.values())
+        total_rows, entries = by_reason(merged)
         if entries and ranks.is_first:
             print(format_skipped(what, total_rows, entries), flush=True)
         return {"rows": total_rows, "found": entries}
+
+
+def by_reason(found: dict[Place, tuple[int, int]]) -> tuple[int, list[dict[str, Any]]]:
+    """Rows in all, and by file, column and reason, of what `BadRows` found in parts of files."""
+    merged: dict[tuple[str, str, str], tuple[int, int]] = {}
+    for (file, column, _, reason), (rows, first) in sorted(found.items()):
+        # Parts come in order, so the first row of the first part stays.
+        total, earliest = merged.get((file, column, reason), (0, first))
+        merged[file, column, reason] = (total + rows, earliest)
+    entries = [
+        {"file": file, "column": column, "reason": reason, "rows": rows, "first_row": first}
+        for (file, column, reason), (rows, first) in merged.items()
+    ]
+    return sum(rows for rows, _ in merged.values()), entries
 
 
 def format_skipped(what: str, rows: int, entries: list[dict[str, Any]]) -> str:

@@ -1,0 +1,106 @@
+"""Sums that grow with no data: ranges, means and quantiles of what streams by."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+LONGEST = 1 << 20  # lengths beyond it count as it
+
+
+@dataclass
+class Lengths:
+    """Of lists or texts: a histogram, from which quantiles are exact."""
+
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
+
+    def add(self, lengths: np.ndarray) -> None:
+        counts = np.bincount(lengths.astype(np.int64).clip(max=LONGEST))
+        size = max(len(counts), len(self.histogram))
+        self.histogram = np.pad(self.histogram, (0, size - len(self.histogram)))
+        self.histogram[: len(counts)] += counts
+
+    @property
+    def count(self) -> int:
+        return int(self.histogram.sum())
+
+    @property
+    def empty_share(self) -> float:
+        return float(self.histogram[0] / max(self.count, 1))
+
+    def quantile(self, share: float) -> int:
+        """The smallest length that at least this share of all do not exceed."""
+        return int(np.searchsorted(self.histogram.cumsum(), share * self.count))
+
+    def summary(self) -> dict[str, Any]:
+        """Mean, quantiles, the longest, and the share of empty ones."""
+        if not self.count:
+            return {}
+        values = np.arange(len(self.histogram))
+        return {
+            "mean": float(values @ self.histogram / self.count),
+            **{name: self.quantile(share) for name, share in QUANTILES.items()},
+            "max": int(values[self.histogram > 0].max()),
+            "empty_share": self.empty_share,
+        }
+
+
+@dataclass
+class Range:
+    """Of finite numbers: the least, the greatest, mean and standard deviation."""
+
+    least: float = np.inf
+    greatest: float = -np.inf
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, values: np.ndarray) -> None:
+        if not len(values):
+            return
+        numbers = values.astype(np.float64)
+        self.least = min(self.least, float(numbers.min()))
+        self.greatest = max(self.greatest, float(numbers.max()))
+        self.count += len(numbers)
+        self.total += float(numbers.sum())
+        self.squares += float(numbers @ numbers)
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(self.count, 1)
+
+    @property
+    def deviation(self) -> float:
+        return max(self.squares / max(self.count, 1) - self.mean**2, 0.0) ** 0.5
+
+    def summary(self) -> dict[str, Any]:
+        if not self.count:
+            return {}
+        found = {"min": self.least, "max": self.greatest, "mean": self.mean}
+        return {**found, "deviation": self.deviation}
+
+
+@dataclass
+class IdRange:
+    """Of the ids of a column, as rows of its table."""
+
+    least: int | None = None
+    greatest: int | None = None
+    count: int = 0
+    unknown: int = 0  # that have the row of ids that no map knows
+
+    def add(self, ids: np.ndarray, unknown_row: int | None) -> None:
+        if not len(ids):
+            return
+        least, greatest = int(ids.min()), int(ids.max())
+        self.least = least if self.least is None else min(self.least, least)
+        self.greatest = greatest if self.greatest is None else max(self.greatest, greatest)
+        self.count += len(ids)
+        if unknown_row is not None:
+            self.unknown += int((ids == unknown_row).sum())
+
+    def summary(self) -> dict[str, Any]:
+        return {**asdict(self), "unknown_share": self.unknown / max(self.count, 1)}
