@@ -5,8 +5,9 @@ D dimension, F features, U unique items. The order of use is that of every Torch
 on meta, model, optimizer in backward, plan, DistributedModelParallel, dense optimizer.
 """
 
+from embeddings.bank_routes import BankRoute
 from embeddings.bounded_vocabulary import BoundedVocabulary
-from embeddings.memory_bank import BankRoute, MemoryBank
+from embeddings.memory_bank import MemoryBank
 from embeddings.optimizer import (
     DenseGroup,
     build_dense_optimizer,
@@ -17,7 +18,11 @@ from embeddings.optimizer import (
 )
 from embeddings.pretrained_files import PretrainedFiles
 from embeddings.pretrained_rows import load_pretrained_rows
-from embeddings.replicated_memory_bank import ReplicatedMemoryBank, build_memory_bank
+from embeddings.replicated_memory_bank import (
+    ReplicatedMemoryBank,
+    build_memory_bank,
+    is_replicated,
+)
 from embeddings.row_reset import RowReset
 from embeddings.sharding import format_plan, machine_topology, plan_sharding
 from embeddings.table_sharders import sharders
@@ -50,6 +55,7 @@ __all__ = [
     "format_plan",
     "fuse_table_optimizers",
     "initialize_optimizer_state",
+    "is_replicated",
     "load_pretrained_rows",
     "machine_topology",
     "plan_sharding",

@@ -9,7 +9,7 @@ Shapes: U ids, D dimension, W ranks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -21,26 +21,10 @@ from torch.distributed._shard.sharded_tensor import (
     init_from_local_shards,
 )
 
+from embeddings.bank_routes import BankRoute, Routes, exchange_routes
+
 # float32 holds every integer up to here exactly; steps are stored in a float32 column.
 MAX_STEP = 2**24 - 2
-
-
-@dataclass(frozen=True)
-class BankRoute:
-    """How the rows of some ids travel between the ranks that hold them and the one that asks.
-
-    order: int64 [U], the ids sorted by the rank that holds them; `wanted_counts` from each rank.
-    rows: int64, of this rank's block, what the others ask for, those of rank 0 first;
-        `asked_counts` by each rank.
-    """
-
-    order: Tensor
-    wanted_counts: list[int]
-    rows: Tensor
-    asked_counts: list[int]
-
-
-Routes = tuple[BankRoute | None, BankRoute | None]  # to read, to write
 
 
 class MemoryBank:
@@ -107,6 +91,11 @@ class MemoryBank:
         rows = torch.zeros(size, self.dim + 1, device=self.device)
         return rows, rows
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the rows on this rank."""
+        return self._rows.nbytes
+
     def routes(self, reads: Tensor, writes: Tensor | None = None) -> Callable[[], Routes]:
         """Begins to settle routes for ids [U] to be read and for ids to be written.
 
@@ -130,35 +119,8 @@ class MemoryBank:
         return finish
 
     def _routes(self, wanted: Sequence[Tensor]) -> Callable[[], list[BankRoute]]:
-        """Routes for several lists of ids in one exchange."""
-        kinds = len(wanted)
-        ids = torch.cat([self._checked(part).cpu() for part in wanted])
-        kind = torch.arange(kinds).repeat_interleave(torch.tensor([len(part) for part in wanted]))
-        owner = ids // self._block_size
-        key = owner * kinds + kind
-        counts = key.bincount(minlength=self.world_size * kinds).view(-1, kinds)  # [W, kinds]
-        asked = torch.empty_like(counts)
-        work = dist.all_to_all_single(asked, counts, group=self._group, async_op=True)
-
-        def finish() -> list[BankRoute]:
-            work.wait()
-            received = ids.new_empty(int(asked.sum()))
-            sent = ids[key.argsort(stable=True)]
-            splits = asked.sum(1).tolist(), counts.sum(1).tolist()
-            dist.all_to_all_single(received, sent, *splits, group=self._group)
-            kinds_of_rank = torch.arange(kinds).repeat(self.world_size)
-            kind_of = kinds_of_rank.repeat_interleave(asked.flatten())
-            return [
-                BankRoute(
-                    order=owner[kind == index].argsort(stable=True),
-                    wanted_counts=counts[:, index].tolist(),
-                    rows=received[kind_of == index] - self._first,
-                    asked_counts=asked[:, index].tolist(),
-                )
-                for index in range(kinds)
-            ]
-
-        return finish
+        ids = [self._checked(part).cpu() for part in wanted]
+        return exchange_routes(ids, self._block_size, self._group)
 
     def _route(self, ids: Tensor, route: BankRoute | None) -> BankRoute:
         return self._on_device(self._routes([ids])()[0] if route is None else route)

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from embeddings.memory_bank import BankRoute, MemoryBank, Routes
+from embeddings.bank_routes import BankRoute, Routes
+from embeddings.memory_bank import MemoryBank
 
 # A replica may be this large. Beyond so many ranks, what all of them write is more than what one
 # of them reads.
@@ -132,6 +133,17 @@ def _last_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:
     return unique[is_id], last[is_id]
 
 
+def is_replicated(num_items: int, dim: int, world_size: int, placement: str) -> bool:
+    """Whether every rank holds the whole bank.
+
+    Args:
+        placement: `sharded`, `replicated`, or `auto`: replicated where that is small and the ranks
+            are few.
+    """
+    is_small = num_items * (dim + 1) * 4 <= MAX_REPLICA_BYTES and world_size <= MAX_REPLICAS
+    return world_size > 1 and (placement == "replicated" or (placement == "auto" and is_small))
+
+
 def build_memory_bank(
     num_items: int,
     dim: int,
@@ -139,14 +151,7 @@ def build_memory_bank(
     process_group: dist.ProcessGroup | None,
     placement: str = "auto",
 ) -> MemoryBank:
-    """The memory bank of a job.
-
-    Args:
-        placement: `sharded`, `replicated`, or `auto`: replicated where that is small and the ranks
-            are few.
-    """
+    """The memory bank of a job; `placement` as for :func:`is_replicated`."""
     world_size = 1 if process_group is None else dist.get_world_size(process_group)
-    is_small = num_items * (dim + 1) * 4 <= MAX_REPLICA_BYTES and world_size <= MAX_REPLICAS
-    is_replicated = placement == "replicated" or (placement == "auto" and is_small)
-    kind = ReplicatedMemoryBank if is_replicated and world_size > 1 else MemoryBank
-    return kind(num_items, dim, device, process_group)
+    whole = is_replicated(num_items, dim, world_size, placement)
+    return (ReplicatedMemoryBank if whole else MemoryBank)(num_items, dim, device, process_group)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 
 from embeddings import MemoryBank
-from embeddings.memory_bank import Routes
+from embeddings.bank_routes import Routes
 from recsys.batch import Batch
 from recsys.config import Config, ContentSettings
 from recsys.content.history_search import shorten_histories

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from embeddings import is_replicated
 from embeddings.table_memory import TableMemory
 from recsys.cost.batch_counts import BatchCounts
 from recsys.cost.model_sizes import ContentSizes, ModelSizes
@@ -90,12 +91,19 @@ def _vectors(table: TableMemory, counts: BatchCounts, world_size: int) -> float:
     return pooled * others
 
 
+def _of_bank(content: ContentSizes, counts: BatchCounts, world_size: int) -> float:
+    row = ID + FLOAT * (content.vector_dim + 1)
+    sizes = content.num_items, content.vector_dim, world_size, content.bank_placement
+    if is_replicated(*sizes):
+        return (world_size - 1) * (counts.encoded * row + ID)  # what is written, to every rank
+    rows = counts.encoded + counts.stored + counts.unique_history
+    return (world_size - 1) / world_size * rows * row
+
+
 def _of_content(content: ContentSizes, counts: BatchCounts, world_size: int) -> list[Sent]:
     sent, others = [], (world_size - 1) / world_size
     if content.mode != "full":
-        rows = counts.encoded + counts.stored + counts.unique_history
-        kept = FLOAT * (content.vector_dim + 1)
-        sent.append(Sent("memory bank", forward=others * rows * (ID + kept)))
+        sent.append(Sent("memory bank", forward=_of_bank(content, counts, world_size)))
     if content.exchanges:
         vectors = others * counts.exchanged * FLOAT * content.vector_dim
         ids = others * counts.exchanged * ID

@@ -94,6 +94,8 @@ class ContentSizes:
     mode: str  # of the history
     lora_rank: int
     vector_dim: int  # kept per item
+    num_items: int
+    bank_placement: str
     num_cosines: int  # spaces in which similarities are taken
     contrastive_dim: int  # 0: no contrastive loss
     contrastive_gathers: bool  # both sides of all ranks
@@ -182,6 +184,8 @@ def _content_sizes(config: Config, em3: EM3) -> ContentSizes | None:
         mode=history.mode,
         lora_rank=history.lora_rank,
         vector_dim=settings.vector_dim,
+        num_items=branch.bank.num_items if branch.bank is not None else 0,
+        bank_placement=history.bank,
         num_cosines=spaces or int(bool(history.simtier_bins or history.sorted_cosines)),
         contrastive_dim=contrastive.dim if contrastive.weight else 0,
         contrastive_gathers=contrastive.all_ranks and contrastive.variant == "in_batch",

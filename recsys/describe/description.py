@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from embeddings import format_plan
+from embeddings import format_plan, is_replicated
 from embeddings.simulated_cluster import Cluster
 from embeddings.table_memory import FLOAT
 from recsys.build import content_settings, pooled_features
@@ -154,8 +154,12 @@ def _memory(
 ) -> RankMemory:
     cluster, content, bank = outline.cluster, outline.em3.content, 0
     if content is not None and content.bank is not None:
-        rows = -(-outline.schema.num_items // cluster.world_size)
-        bank = FLOAT * rows * (content.bank.dim + 1)
+        rows, dim = outline.schema.num_items, content.bank.dim
+        settings = content_settings(outline.config)
+        assert settings is not None
+        if not is_replicated(rows, dim, cluster.world_size, settings.history.bank):
+            rows = -(-rows // cluster.world_size)
+        bank = FLOAT * rows * (dim + 1)
     return RankMemory(
         tables=max(table_bytes),
         dense=sum(part.bytes for part in parts if part.where == "every rank"),

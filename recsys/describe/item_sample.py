@@ -12,11 +12,12 @@ from torch import Tensor
 
 from recsys.config import ModalitySettings
 from recsys.content.preparation import load_tokenizer
+from recsys.data.feature_file import FeatureFile
 from recsys.data.filesystem import Location
 from recsys.data.item_features import feature_tokens
 from recsys.data.item_text import texts_of, tokenize
 from recsys.data.parquet_file import READ_ERRORS, column_type, open_parquet
-from recsys.data.row_values import list_lengths
+from recsys.data.row_values import is_list, list_lengths
 from recsys.data.schema import Schema
 
 SAMPLED_ITEMS = 2048
@@ -29,7 +30,7 @@ class ItemSample:
 
     num_items: rows of all files; looked_at: of which so many.
     lengths: by modality, the tokens of each item that was looked at: 0 for one without; of images,
-        1 for one that is there.
+        that there are.
     feature_widths: of stored features.
     """
 
@@ -57,13 +58,16 @@ def sample_items(
     sample = ItemSample(sum(counts), 0)
     for name, modality in modalities.items():
         _check(schema, name, modality)
+        if (file := schema.items.columns[modality.column].file) is not None:  # type: ignore[union-attr]
+            sample.lengths[name] = _lengths_in_file(name, root / file, sample)
+            continue
         lengths = [
             _lengths(name, modality, file, chunk, sample)
             for file in chosen
             for chunk in _first_rows(file, modality.column, SAMPLED_ITEMS // len(chosen))
         ]
         sample.lengths[name] = torch.cat(lengths)
-        sample.looked_at = len(sample.lengths[name])
+        sample.looked_at = max(sample.looked_at, len(sample.lengths[name]))
     return sample
 
 
@@ -95,11 +99,23 @@ def _first_rows(file: Location, column: str, count: int) -> Iterator[pa.Array]:
         raise ValueError(f"{file}: column '{column}' cannot be read ({error})") from error
 
 
+def _lengths_in_file(name: str, file: Location, sample: ItemSample) -> Tensor:
+    """Of the first rows of a .npy file."""
+    features = FeatureFile(file)
+    sample.feature_widths[name] = features.width
+    _, values = next(features.pieces())
+    there = ~np.isnan(values[:SAMPLED_ITEMS]).all(axis=2)
+    sample.looked_at = max(sample.looked_at, len(there))
+    return torch.from_numpy(there.sum(axis=1))
+
+
 def _lengths(
     name: str, modality: ModalitySettings, file: Location, chunk: pa.Array, sample: ItemSample
 ) -> Tensor:
     where = f"{file}: column '{modality.column}'"
     if modality.kind == "image":
+        if is_list(chunk.type):  # several images of an item
+            return torch.from_numpy(list_lengths(chunk).clip(max=modality.max_images).astype(int))
         return torch.from_numpy(chunk.is_valid().to_numpy(zero_copy_only=False).astype(np.int64))
     if modality.kind == "feature":
         lengths, tokens = feature_tokens(chunk, where)

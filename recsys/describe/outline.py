@@ -21,6 +21,7 @@ from recsys.config import Config
 from recsys.content.encoders import Encoder, TransformerEncoder, build_encoder
 from recsys.cost.model_sizes import image_tokens
 from recsys.data.filesystem import Location
+from recsys.data.list_lengths import mean_list_lengths
 from recsys.data.schema import Schema, load_schema
 from recsys.describe.item_sample import ItemSample, sample_items
 from recsys.model import EM3
@@ -82,7 +83,7 @@ def build_outline(
     schema = load_schema(root)
     categories = load_item_categories(config.ranking, root, schema, config.on_bad_row)
     _resize(schema, rows or {})
-    tables = table_configs(config, schema)
+    tables = table_configs(config, schema, mean_list_lengths(root, schema))
     content = content_settings(config)
     items, encoders, frozen_layers = None, {}, {}
     bank: MemoryBank | None = None

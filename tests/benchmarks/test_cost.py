@@ -111,7 +111,7 @@ def test_sampled_items_alone_have_a_backward(tmp_path: Path) -> None:
 
 
 def test_communication_costs_nothing_on_one_rank_and_grows_with_ranks(tmp_path: Path) -> None:
-    with product_steps(quick_variant(tmp_path)) as steps:
+    with product_steps(quick_variant(tmp_path, "--content.history.bank", "sharded")) as steps:
         sizes = sizes_of(steps.job)
         counts = BatchCounts.of(next(steps.batches))
     sent = {

@@ -9,8 +9,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 from torch import Tensor, nn
 
-from embeddings import MemoryBank, ReplicatedMemoryBank, build_memory_bank
-from embeddings.memory_bank import BankRoute
+from embeddings import BankRoute, MemoryBank, ReplicatedMemoryBank, build_memory_bank
 from tests.ranks import run_on_ranks
 
 NUM_ITEMS, DIM, STEPS = 7, 3, 5

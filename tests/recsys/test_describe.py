@@ -29,7 +29,7 @@ from tests.recsys.em3_runs import em3_config, ranks_of
 
 ROWS = {"train": 640, "valid": 24, "test": 20}
 STEPS = 10  # an epoch of one rank, two of two ranks
-SHARDINGS = ("row_wise", "table_wise")
+SHARDINGS = {"row_wise": "sharded", "table_wise": "replicated"}  # with the bank's placement
 CPU = DeviceFigures("cpu", "cpu", 2**33, 1e10, 1e11, 1e11, 1e10, 1e9)
 
 
@@ -42,6 +42,7 @@ def config_of(folder: Path, sharding: Any = "row_wise", **settings: Any) -> Conf
         content.modalities["text"], lora=replace(content.modalities["text"].lora, rank=4)
     )
     content.modalities["text"] = text
+    content.history.bank = SHARDINGS[sharding]
     return config
 
 
@@ -107,7 +108,7 @@ def _bytes_of_pieces(state: Any) -> int:
 
 def _bank_bytes(job: Job) -> int:
     assert job.em3.content is not None and job.em3.content.bank is not None
-    return _bytes_of_pieces(job.em3.content.bank.state_dict())
+    return job.em3.content.bank.num_bytes
 
 
 def described(folder: Path, sharding: Any, world_size: int) -> Description:

@@ -1,0 +1,65 @@
+"""How rows of a memory bank travel between ranks, settled by ids alone, ahead of the vectors.
+
+Shapes: U ids, W ranks.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BankRoute:
+    """How the rows of some ids travel between the ranks that hold them and the one that asks.
+
+    order: int64 [U], the ids sorted by the rank that holds them; `wanted_counts` from each rank.
+    rows: int64, of this rank's block, what the others ask for, those of rank 0 first;
+        `asked_counts` by each rank.
+    """
+
+    order: Tensor
+    wanted_counts: list[int]
+    rows: Tensor
+    asked_counts: list[int]
+
+
+Routes = tuple[BankRoute | None, BankRoute | None]  # to read, to write
+
+
+def exchange_routes(
+    wanted: Sequence[Tensor], block_size: int, group: dist.ProcessGroup | None
+) -> Callable[[], list[BankRoute]]:
+    """Begins to settle a route for each of several lists of ids [U], on the host; call to finish.
+
+    Both are collectives. Rank r holds the rows from r times `block_size` on.
+    """
+    kinds, world_size = len(wanted), dist.get_world_size(group)
+    first = dist.get_rank(group) * block_size
+    ids = torch.cat(list(wanted))
+    kind = torch.arange(kinds).repeat_interleave(torch.tensor([len(part) for part in wanted]))
+    owner = ids // block_size
+    key = owner * kinds + kind
+    counts = key.bincount(minlength=world_size * kinds).view(-1, kinds)  # [W, kinds]
+    asked = torch.empty_like(counts)
+    work = dist.all_to_all_single(asked, counts, group=group, async_op=True)
+
+    def finish() -> list[BankRoute]:
+        work.wait()
+        received = ids.new_empty(int(asked.sum()))
+        splits = asked.sum(1).tolist(), counts.sum(1).tolist()
+        dist.all_to_all_single(received, ids[key.argsort(stable=True)], *splits, group=group)
+        kind_of = torch.arange(kinds).repeat(world_size).repeat_interleave(asked.flatten())
+        return [
+            BankRoute(
+                order=owner[kind == index].argsort(stable=True),
+                wanted_counts=counts[:, index].tolist(),
+                rows=received[kind_of == index] - first,
+                asked_counts=asked[:, index].tolist(),
+            )
+            for index in range(kinds)
+        ]
+
+    return finish
