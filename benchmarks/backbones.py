@@ -30,6 +30,10 @@ BACKBONES: dict[str, list[str]] = {
     "mmoe": [],
     "two_tower": [],
     "two_tower, in-batch softmax": ["--ranking.loss", "in_batch_softmax"],
+    "two_tower, in-batch softmax, no log Q": [
+        *["--ranking.loss", "in_batch_softmax"],
+        *["--ranking.log_q_correction", "false"],
+    ],
     "two_tower, sampled softmax": ["--ranking.loss", "sampled_softmax"],
 }
 CONTENTS = {"ID only": ["--content", "none"], "content": []}

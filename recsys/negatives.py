@@ -1,7 +1,8 @@
 """Negatives of a retrieval model's softmax losses: which items, and how probable each was.
 
 A batch gets the log of the probability Q with which its items are drawn as negatives: for in-batch
-negatives an item's share of the training rows, for sampled ones that of the draw. The ids of
+negatives an item's share of the training rows, for sampled ones that of the draw; or zeros, where
+the losses are not to be corrected by it. The ids of
 sampled negatives join the sequence features, as one more feature of the item table, so that their
 vectors come with those of target and history; their content comes from the memory bank.
 
@@ -57,6 +58,8 @@ class NegativeSampler:
             log_q = np.empty(num_items)
             place = np.arange(num_items)
             log_q[self.by_frequency] = np.log(np.log1p(1 / (place + 1)) / np.log(num_items + 1))
+        if not self.settings.log_q_correction:
+            log_q = np.zeros(num_items)
         self.log_q = torch.from_numpy(log_q.astype(np.float32))
 
     def __call__(self, batch: Batch, draw: tuple[int, int, int], training: bool) -> Batch:

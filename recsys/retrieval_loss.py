@@ -3,7 +3,8 @@
 In-batch (Yi et al., RecSys 2019): the items of the batch's other rows are the negatives. Sampled
 (Jean et al. 2015, arXiv 1412.2007): negatives are drawn from the catalogue. Frequent items are
 negatives more often; subtracting log Q, the log of the probability that an item is drawn, makes up
-for it.
+for it, and scores then tell how probable an item is, its popularity included. Without it
+(`ranking.log_q_correction`) they tell how much more probable than it is for everyone.
 
 Shapes: B batch, S sampled negatives, K candidates (B or S of this rank, or of all), C labels,
 D width of the vectors.

@@ -31,6 +31,15 @@ def test_in_batch_q_is_an_item_s_share_of_the_training_rows() -> None:
     assert batch.sequence_features.keys() == ["item", "history"]
 
 
+@pytest.mark.parametrize("loss", ["in_batch_softmax", "sampled_softmax"])
+def test_without_the_correction_log_q_is_zero(loss: str) -> None:
+    plain = sampler(loss=loss, log_q_correction=False, num_negatives=3)
+    batch = plain(batch_of_items(TARGETS, HISTORIES), (0, 0, 0), training=True)
+    assert batch.target_log_q is not None and batch.target_log_q.tolist() == [0, 0, 0]
+    if loss == "sampled_softmax":
+        assert batch.negative_log_q is not None and batch.negative_log_q.tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("kind", ["uniform", "log_uniform"])
 def test_items_are_drawn_as_often_as_q_says(kind: str) -> None:
     many = sampler(loss="sampled_softmax", num_negatives=20_000, negative_sampling=kind)
