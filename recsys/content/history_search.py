@@ -4,7 +4,7 @@ MUSE (arXiv 2512.07216) and SIM search a long history before they attend to it. 
 cosine of the target's content and that of each item, both from the memory bank; it costs one dot
 product per history item. Lookup in the ID table and both attentions then see `top_k` items,
 whatever the length of the history. It runs before the batch enters the pipeline, whose next
-batches' ids are already on their way, so that the bank's vectors are up to two steps old.
+batches' ids are already on their way, so that the bank's vectors are up to three steps old.
 
 Shapes: B batch, U unique history items, N history items of the batch.
 """

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.models.dlrm import DLRM
 
-from embeddings import MemoryBank
+from embeddings import MemoryBank, build_memory_bank
 from recsys.batch_preparation import BatchPreparation, chooses_items
 from recsys.build import build_content_store
 from recsys.content.branch import ContentBranch
@@ -116,7 +116,8 @@ def _build(dlrm: DLRM, settings: PlugInSettings, schema: Schema, ranks: Ranks) -
     with ranks.all_or_none():
         bank: MemoryBank | None = None
         if content.history.mode != "full":
-            bank = MemoryBank(schema.num_items, content.vector_dim, ranks.device, ranks.group)
+            sizes = schema.num_items, content.vector_dim
+            bank = build_memory_bank(*sizes, ranks.device, ranks.group, content.history.bank)
         branch = ContentBranch(encoders, content, bank, ranks.group)
         return DLRMOfItems(dlrm, branch, settings, store, ranks)
 
