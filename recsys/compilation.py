@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torchrec.models.dlrm import DenseArch, OverArch
 
 from recsys.content.encoder import Encoder
 from recsys.model import EM3
@@ -31,7 +32,7 @@ def compiled_parts(em3: EM3) -> dict[str, nn.Module]:
 
 
 def _is_stack(part: nn.Module) -> bool:
-    return isinstance(part, nn.Sequential)
+    return isinstance(part, nn.Sequential | DenseArch | OverArch)
 
 
 def compile_dense_parts(em3: EM3, device: torch.device, backend: str = "inductor") -> None:

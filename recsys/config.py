@@ -216,7 +216,7 @@ class RankingSettings:
     num_negatives: int = 256  # sampled_softmax: per rank and step
     # log_uniform: the n-th most frequent item of the training rows with about 1 / n.
     negative_sampling: Literal["uniform", "log_uniform"] = "uniform"
-    # Softmax losses: false leaves popularity out of the scores, so that rare and new items are found.
+    # Softmax losses: false leaves popularity out of the scores; rare and new items are then found.
     log_q_correction: bool = True
     all_ranks: bool = False  # softmax losses: negatives from every rank
 

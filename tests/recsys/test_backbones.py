@@ -15,6 +15,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recsys.compilation import compiled_parts
 from recsys.config import ContentSettings, RankingSettings
 from recsys.ranking import RANKING_MODELS, build_ranking
 from recsys.ranking.dimensions import InputDimensions
@@ -243,3 +244,9 @@ def test_a_class_of_the_user_s_is_made_with_its_options() -> None:
     settings = RankingSettings(name=f"{__name__}:ScaledTarget", options={"scale": 3.0})
     model, parts = build_ranking(settings, DIMENSIONS, None), inputs()
     torch.testing.assert_close(model(*parts)[:, 0], 3 * parts[0].target.sum(dim=1))
+
+
+def test_the_mlps_of_dlrm_are_compiled_like_those_of_other_models() -> None:
+    em3 = nn.Module()
+    em3.ranking, em3.content = model_of("dlrm"), None
+    assert set(compiled_parts(em3)) == {"ranking.dense_arch", "ranking.over_arch"}  # type: ignore[arg-type]
