@@ -127,8 +127,8 @@ def _new_groups(found: DatasetSummary) -> Iterator[Finding]:
         if known is not None and known < MOST:
             groups = found.splits[split].keys[GROUPS].distinct
             yield Finding(
-                f"{1 - known:.1%} of the {split} rows are of '{group}'s (of {groups:,}) without a "
-                "training row",
+                f"{1 - known:.1%} of the {split} rows have a '{group}' without a training row "
+                f"({groups:,} different ones in all)",
                 f"a row of their own cannot have been trained: embedding.skip [{group}]",
             )
 

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from recsys.data.bad_rows import by_reason
+from recsys.data.feature_file import FeatureFile
 from recsys.data.filesystem import Location
 from recsys.data.images import FORMATS
 from recsys.data.item_features import feature_tokens
@@ -78,10 +79,23 @@ def summarize_items(root: Location, schema: Schema) -> ItemSummary | None:
     items = ItemTable(root, schema, on_bad_row="skip")
     columns = {}
     for name, column in schema.items.columns.items():
-        if getattr(column, "file", None) is None:  # else it is no column
+        if column.file is None:
             columns[name] = _summarize(items, name, column.kind)
+        else:
+            columns[name] = _summarize_file(root / column.file, items.num_rows)
     _, bad_rows = by_reason(items.bad_rows.found)
     return ItemSummary(items.num_rows, items.ids, columns, bad_rows)
+
+
+def _summarize_file(file: Location, num_items: int) -> ColumnSummary:
+    """Of features in a .npy file, whose rows are those of the items or of some of them."""
+    features, found = FeatureFile(file), ColumnSummary("feature")
+    found.widths[features.width] = features.num_rows
+    for _, values in features.pieces():
+        lengths = (~np.isnan(values).all(axis=2)).sum(axis=1)
+        found.lengths.add(lengths[lengths > 0])
+    found.missing = max(num_items - found.lengths.count, 0)
+    return found
 
 
 def _summarize(items: ItemTable, name: str, kind: str) -> ColumnSummary:

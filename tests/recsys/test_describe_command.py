@@ -8,21 +8,33 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from embeddings.simulated_cluster import Cluster, DeviceFigures
 from recsys.build import build_job, content_settings
 from recsys.cli import main
-from recsys.config import Config, EmbeddingSettings, RankingSettings, SamplingSettings
+from recsys.config import (
+    Config,
+    EmbeddingSettings,
+    ModalitySettings,
+    RankingSettings,
+    SamplingSettings,
+)
 from recsys.cost.counted_ranking import counted_work, flop_counter
+from recsys.data.filesystem import Location
+from recsys.data.schema import load_schema
 from recsys.describe.command import parse_rows
 from recsys.describe.description import Description, describe
+from recsys.describe.item_sample import sample_items
 from recsys.describe.report import format_description, in_bytes
 from recsys.ranking import RANKING_MODELS
 from recsys.ranks import joined_ranks
 from recsys.training import training_interactions
-from tests.datasets import write_dataset
+from tests.datasets import write_dataset, write_parquet
 from tests.recsys.command_runs import TINY
 from tests.recsys.em3_runs import em3_config
 
@@ -193,3 +205,25 @@ def test_twins_without_content_and_frozen_tables_are_described(folder: Path) -> 
 def test_numbers_and_words() -> None:
     assert parse_rows(["item=4e9", "user=1_000"]) == {"item": 4_000_000_000, "user": 1000}
     assert [in_bytes(number) for number in (12, 1536, 79 * 2**30)] == ["12 B", "1.5 KiB", "79 GiB"]
+
+
+def test_features_in_a_file_and_several_images_are_looked_at(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    np.save(data / "audio.npy", np.ones((30, 3, 5), np.float32))
+    schema = (data / "schema.yaml").read_text()
+    (data / "schema.yaml").write_text(
+        schema + "    audio: {kind: feature, file: audio.npy}\n    frames: {kind: image}\n"
+    )
+    (file,) = (data / "items").glob("*.parquet")
+    items = pq.read_table(file)
+    frames = pa.array([[b"a", b"b"], None, [], [b"a"] * 9, *[[b"a"]] * 26], pa.list_(pa.binary()))
+    write_parquet(file, items.append_column("frames", frames))
+    modalities = {
+        "audio": ModalitySettings("feature", "audio"),
+        "frames": ModalitySettings("image", "frames", encoder="random:vit", max_images=4),
+    }
+    found = sample_items(Location.of(data), load_schema(Location.of(data)), modalities)
+
+    assert found.feature_widths == {"audio": 5} and found.looked_at == found.num_items == 30
+    assert found.lengths["audio"].tolist() == [3] * 30
+    assert found.lengths["frames"].tolist() == [2, 0, 0, 4, *[1] * 26]

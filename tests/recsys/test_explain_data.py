@@ -131,7 +131,7 @@ def test_items_without_impressions_and_impressions_without_items(tmp_path: Path)
         (
             "test",
             {"user": lambda t: pa.array([9] * len(t))},
-            "100.0% of the test rows are of 'u",
+            "100.0% of the test rows have a 'user'",
         ),
         ("train", {"history": lambda t: as_history(t["item"], t)}, "have their own target"),
     ],
@@ -241,3 +241,19 @@ def test_bad_rows_are_all_told_before(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"{file}: column 'item', row 59: id 30 is outside [0, 30)" in printed.err
     assert main(["explain-data", str(data), "--on_bad_row", "skip"]) == 0
     assert summarize_dataset(str(data)).splits["train"].usable_rows == 57
+
+
+def test_features_in_a_file_are_told_like_columns(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", num_items=30)
+    features = np.ones((30, 2, 5), np.float32)
+    features[3], features[4, 1] = np.nan, np.nan  # one has none, one has one token of two
+    np.save(data / "audio.npy", features)
+    schema = (data / "schema.yaml").read_text()
+    line = "    audio: {kind: feature, file: audio.npy}\n"
+    (data / "schema.yaml").write_text(schema + line)
+    items = summarize_dataset(str(data)).items
+
+    assert items is not None
+    audio = items.columns["audio"]
+    assert audio.missing == 1 and audio.widths == {5: 30}
+    assert audio.lengths.summary()["mean"] == pytest.approx((28 * 2 + 1) / 29)
