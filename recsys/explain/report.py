@@ -76,8 +76,8 @@ def _percent(share: float | None) -> str:
 def _columns(found: DatasetSummary) -> str:
     """Lists and dense columns."""
     blocks = []
-    lists = [("lengths of lists", "split", "mean", *QUANTILES, "max", "empty")]
-    numbers = [("numbers", "split", "min", "mean", "max", "deviation")]
+    lists: list[Sequence[str]] = [("lengths of lists", "split", "mean", *QUANTILES, "max", "empty")]
+    numbers: list[Sequence[str]] = [("numbers", "split", "min", "mean", "max", "deviation")]
     for split, name in _of_splits(found):
         if name in split.lists:
             of_list = split.lists[name].summary()
