@@ -189,9 +189,10 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     }
     if job.config.on_bad_row == "skip":
         metrics["skipped_rows"] = json.loads((run / SKIPPED_ROWS).read_text())
-    if job.ranks.is_first:
-        partial = run / ".metrics.json"
-        partial.write_text(json.dumps(metrics, indent=2) + "\n")
-        partial.rename(run / "metrics.json")
-        print(f"test\n{format_evaluation(metrics['test'])}\nwritten to {run}", flush=True)
+    with job.ranks.all_or_none():  # no rank leaves before the result is there
+        if job.ranks.is_first:
+            partial = run / ".metrics.json"
+            partial.write_text(json.dumps(metrics, indent=2) + "\n")
+            partial.rename(run / "metrics.json")
+            print(f"test\n{format_evaluation(metrics['test'])}\nwritten to {run}", flush=True)
     return metrics
