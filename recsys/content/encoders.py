@@ -16,7 +16,7 @@ from recsys.content.dual_encoder import take_tower
 from recsys.content.encoder import Encoder, normalize_pixels
 from recsys.content.encoder_identity import EncoderIdentity, weights_digest
 from recsys.content.preparation import Preparation
-from recsys.content.pretrained import is_on_hub, load_module, load_transformer
+from recsys.content.pretrained import hub_commit, is_on_hub, load_module, load_transformer
 from recsys.content.several_images import SeveralImages
 from recsys.content.transformer_encoder import TransformerEncoder
 from recsys.data.images import ImagePreparation
@@ -126,7 +126,7 @@ def _transformer(
     assert modality.encoder and modality.kind != "feature"
     is_projected = modality.pooling == "projected"
     whole: Any = load_transformer(modality.encoder, modality.revision, where, is_projected)
-    commit = getattr(whole.config, "_commit_hash", None)
+    commit = hub_commit(modality.encoder, modality.revision)
     tower, projection = take_tower(whole, modality.kind)
     identity = None
     if preparation is not None:

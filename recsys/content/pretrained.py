@@ -22,7 +22,8 @@ from transformers import (
     AutoModelForTextEncoding,
     PreTrainedConfig,
 )
-from transformers.utils import find_adapter_config_file
+from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
+from transformers.utils.hub import extract_commit_hash
 
 from recsys.content.tiny_encoders import tiny_model
 
@@ -65,6 +66,15 @@ def is_on_hub(name: str) -> bool:
     """Whether an encoder's name is that of a repository, which may change under it."""
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     return not is_path and not name.startswith(("package:", "random:"))
+
+
+def hub_commit(name: str, revision: str | None) -> str | None:
+    """The commit of the repository that a loaded encoder is of; None where it is from no hub."""
+    if not is_on_hub(name):
+        return None
+    return cast(
+        str | None, extract_commit_hash(cached_file(name, CONFIG_NAME, revision=revision), None)
+    )
 
 
 def load_transformer(
