@@ -161,7 +161,7 @@ def _record(point: Point) -> dict[str, Any]:
         "slower_than_first": vars(point.slower),
         "peak_bytes": measured.peak_bytes,
         "resting_bytes": max(report.resting_bytes for report in measured.reports),
-        "counts": vars(point.counts),
+        "counts": asdict(point.counts),
         "world_size": measured.world_size,
         **variant_record(measured.variant),
     }
