@@ -10,7 +10,7 @@ FOLDER needs about 2 GB; the largest table needs 13 GB of memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
