@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from recsys.config import load_config
+
 PROJECT = Path(__file__).parent.parent
 README = (PROJECT / "README.md").read_text()
 PROGRAMS = Path(sys.executable).parent
@@ -81,6 +83,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("Makefile", "pyproject.toml", "README.md", *sources):
         (place / name).symlink_to(PROJECT / name)
     (place / "shop.yaml").write_text(blocks("yaml")[0])
+    media = next(block for block in blocks("yaml") if "pictures" in block)
+    (place / "media.yaml").write_text(media)
     own_model = next(block for block in blocks("python") if "class TargetProducts" in block)
     (place / "my_ranking.py").write_text(own_model)
     return place
@@ -103,9 +107,18 @@ def test_every_command_of_the_readme_runs(folder: Path) -> None:
 def test_every_recipe_the_readme_names_exists_and_every_recipe_is_named() -> None:
     named = set(re.findall(r"`(\w+\.yaml)`", README)) - {
         "shop.yaml",
+        "media.yaml",
         "schema.yaml",
         "config.yaml",
         "content.yaml",
     }
 
     assert named == {path.name for path in (PROJECT / "recsys" / "configs").glob("*.yaml")}
+
+
+def test_recipes_in_the_readme_are_configurations(tmp_path: Path) -> None:
+    recipes = [block for block in blocks("yaml") if "epochs:" in block]
+    assert len(recipes) >= 2
+    for recipe in recipes:
+        (tmp_path / "recipe.yaml").write_text(recipe)
+        load_config(tmp_path / "recipe.yaml")

@@ -161,7 +161,15 @@ class TransformerEncoder(Encoder):
         mask = torch.ones(2, length, dtype=torch.bool, device=device)
         if not reads_whole_texts(self.config) and length > 1:
             mask[0, -1] = False
-        return ids % self.config.vocab_size, mask
+        return self._ended(ids % self.config.vocab_size, mask), mask
+
+    def _ended(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Texts with the sign of their end in the last place alone, where CLIP pools."""
+        end = getattr(self.config, "eos_token_id", None)
+        if not isinstance(end, int):
+            return ids
+        ids = ids.where(ids != end, int(end == 0))
+        return ids.scatter(1, last_place(mask).unsqueeze(1), end)
 
     def _mend(self) -> str:
         size = getattr(self.config, "image_size", None)
@@ -232,12 +240,7 @@ class TransformerEncoder(Encoder):
         if not self.is_text:
             shape = (len(mask), 3, self.image_size, self.image_size)
             return self.model(pixel_values=torch.zeros((), device=mask.device).expand(shape))
-        end = getattr(self.config, "eos_token_id", None)
-        end = end if isinstance(end, int) else 1
-        ids = torch.full(mask.shape, int(end == 0), device=mask.device)
-        # CLIP pools where the text ends.
-        ids.scatter_(1, last_place(mask).unsqueeze(1), end)
-        return self._run(ids, mask)
+        return self._run(self._ended(torch.zeros_like(mask, dtype=torch.long), mask), mask)
 
     def _finish(self, output: Any, mask: Tensor) -> ContentInput:
         """The model's output -> tokens for the fusion."""
@@ -291,8 +294,6 @@ class TransformerEncoder(Encoder):
                     ContentInput(content.values[items, :longest], content.mask[items, :longest])
                 )
             )
-        back = order.argsort()
-        return ContentInput(
-            torch.cat([part.values for part in parts])[back],
-            torch.cat([part.mask for part in parts])[back],
-        )
+        values = torch.cat([part.values for part in parts])
+        mask, back = torch.cat([part.mask for part in parts]), order.argsort()
+        return ContentInput(values[back], mask[back])

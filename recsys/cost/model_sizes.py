@@ -50,7 +50,7 @@ class EncoderSizes:
         width: Any = encoder.output_dim
         if isinstance(encoder, StoredFeatures):
             return EncoderSizes(name, width, pooled=False)
-        if not isinstance(encoder, TransformerEncoder):
+        if not (isinstance(encoder, TransformerEncoder) and _is_plain_stack(encoder)):
             # What is frozen runs once per item, before the training, where it is cached.
             is_known = bool(encoder.is_cached)
             return EncoderSizes(name, width, pooled=False, is_known=is_known)
@@ -74,6 +74,12 @@ class EncoderSizes:
     @property
     def trains(self) -> bool:
         return self.trained_layers > 0
+
+
+def _is_plain_stack(encoder: TransformerEncoder) -> bool:
+    """Whether it is of layers of one width, whose costs are known."""
+    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size")
+    return all(hasattr(encoder.config, name) for name in sizes)
 
 
 def image_tokens(config: Any) -> int:

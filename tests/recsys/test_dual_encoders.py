@@ -79,6 +79,7 @@ def test_projected_tokens_are_the_features_of_the_dual_encoder(
     folders: dict[str, Path], name: str, training: Literal["frozen", "lora", "full"]
 ) -> None:
     encoder = encoder_of(folders, name, training)
+    assert encoder.caches == (training != "full")
     output = encoder.encode(content_of(name))
     assert output.values.shape[1:] == (1, 8 if name.startswith("clip") else 16)
     for item in (0, 1, 3):

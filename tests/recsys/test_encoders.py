@@ -128,6 +128,7 @@ def test_frozen_and_forward_together_equal_the_whole_model(
     # In train mode: no dropout acts, though the model's configuration asks for it.
     encoder = encoder_of(folders, name, training, pooling).train()
     assert encoder.output_dim == SIZES["hidden_size"]
+    assert encoder.caches == (training != "full")
     output = encoder.encode(content_of(name))
     assert_tokens(output, tokens_by_item(whole_model(folders, name), name, pooling))
 
