@@ -136,11 +136,7 @@ class TransformerEncoder(Encoder):
             tokens = self._finish(output, mask).values
         # What a model cannot do surfaces as whatever its code stumbles over.
         except Exception as error:
-            raise ValueError(
-                f"{where}.encoder: {type(self.model).__name__} cannot be run on "
-                f"{'texts' if self.is_text else f'images of {self.image_size} pixels'} "
-                f"({type(error).__name__}: {error}){self._mend()}"
-            ) from error
+            raise ValueError(self._refusal(error, where)) from error
         self.output_dim = tokens.shape[-1]
         self.frozen_tokens = tokens.shape[1]
         if self.training_mode == "full":
@@ -171,13 +167,16 @@ class TransformerEncoder(Encoder):
         ids = ids.where(ids != end, int(end == 0))
         return ids.scatter(1, last_place(mask).unsqueeze(1), end)
 
-    def _mend(self) -> str:
-        size = getattr(self.config, "image_size", None)
+    def _refusal(self, error: Exception, where: str) -> str:
+        size, cause = getattr(self.config, "image_size", None), f"{type(error).__name__}: {error}"
         if not self.is_text and isinstance(size, int) and size != self.image_size:
-            return f"; the encoder wants image_size {size}"
+            return f"{where}.image_size is {self.image_size}; the encoder wants {size} ({cause})"
+        mend = "use a text or vision encoder that transformers has"
         if self.pooling == "projected":
-            return "; choose another pooling than projected"
-        return "; use a text or vision encoder that transformers has"
+            mend = "choose another pooling than projected"
+        kind = "texts" if self.is_text else f"images of {self.image_size} pixels"
+        model = type(self.model).__name__
+        return f"{where}.encoder: {model} cannot be run on {kind} ({cause}); {mend}"
 
     def _freeze_what_has_no_effect(self, tokens: Tensor) -> None:
         """Weights that no loss reaches (mask tokens, norms of outputs that nobody reads)."""
