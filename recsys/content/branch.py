@@ -79,7 +79,6 @@ class ContentBranch(nn.Module):
         assert self.encodes_history == (bank is None)
         self.bank, self.group = bank, group
         self.same_step = settings.history.same_step
-        self.samples = settings.sampling.backward < 1
         self.step = 0  # of training, written beside the vectors in the bank
 
     def encode(self, content: dict[str, ContentInput]) -> Tensor:
@@ -117,7 +116,7 @@ class ContentBranch(nn.Module):
             read()
             self.bank.update(batch.content_items, fresh, self.step, batch.bank_writes)
         self.step += self.training
-        if self.samples:
+        if batch.with_gradient is not None:  # on all ranks or on none, as reading is a collective
             fresh = torch.cat([fresh, read()[0]])
         items = self._at_their_ranks(fresh, batch)
         negatives = None if batch.negative_items is None else read()[2]
