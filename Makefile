@@ -39,7 +39,7 @@ train: install $(DATA)/schema.yaml
 		--config $(CONFIG) --data $(DATA) --out $(RUN) --overwrite true
 
 test: install-dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 test-long: install-dev
 	$(VENV)/bin/python -m pytest -m long

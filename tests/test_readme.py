@@ -24,7 +24,7 @@ PROGRAMS = Path(sys.executable).parent
 EXCHANGED = (
     (r"^make (\w+)$", r"make -n \1"),
     (r"^python3 launch/install\.py --dev$", f"{sys.executable} launch/install.py --help"),
-    (r"^\.venv/bin/python -m pytest$", f"{sys.executable} -m pytest --version"),
+    (r"^\.venv/bin/python -m pytest -n 2 .*$", f"{sys.executable} -m pytest --version"),
     (r"^\.venv/bin/", f"{PROGRAMS}/"),
     (r"movielens_sample\.yaml", "tiny.yaml"),
     (
