@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.plain_twin import PaddedBatch, PlainTwin, TwinSizes
 from recsys.batch import Batch
-from recsys.build import build_content_store, content_settings, pooled_features
+from recsys.build import build_content_store, content_settings
 from recsys.config import Config
 from recsys.data.content_store import ContentStore
 from recsys.data.filesystem import Location
@@ -22,6 +22,7 @@ from recsys.data.interactions import BatchBuilder, Interactions, loader
 from recsys.data.parquet_rows import ParquetRows
 from recsys.data.schema import Schema, load_schema
 from recsys.ranks import Ranks
+from recsys.table_configs import pooled_features
 
 
 class PlainSource:

@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol, cast
 
 from benchmarks.plain_batches import PlainSource
 from recsys.batch import Batch
-from recsys.build import Job, build_job, table_configs
+from recsys.build import Job, build_job
 from recsys.config import Config, load_config
 from recsys.cost.batch_counts import BatchCounts
 from recsys.cost.model_sizes import ModelSizes
@@ -31,6 +31,7 @@ from recsys.lockstep import Lockstep
 from recsys.loss_watch import LossWatch
 from recsys.profiling import FIRST_STEPS, PROFILE, StepProfile
 from recsys.ranks import Ranks
+from recsys.table_configs import table_configs
 from recsys.trainer import require_pipelined
 from recsys.training import training_interactions
 

@@ -16,6 +16,7 @@ from embeddings.optimizer import (
     fuse_table_optimizers,
     initialize_optimizer_state,
 )
+from embeddings.plan_text import format_plan
 from embeddings.pretrained_files import PretrainedFiles
 from embeddings.pretrained_rows import load_pretrained_rows
 from embeddings.replicated_memory_bank import (
@@ -24,7 +25,7 @@ from embeddings.replicated_memory_bank import (
     is_replicated,
 )
 from embeddings.row_reset import RowReset
-from embeddings.sharding import format_plan, machine_topology, plan_sharding
+from embeddings.sharding import machine_topology, plan_sharding
 from embeddings.table_sharders import sharders
 from embeddings.tables import (
     TableConfig,

@@ -21,7 +21,8 @@ from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim import CombinedOptimizer, KeyedOptimizerWrapper, RowWiseAdagrad
 
-from embeddings.sharding import align_columns, table_parameters
+from embeddings.plan_text import align_columns
+from embeddings.sharding import table_parameters
 from embeddings.tables import TableConfig
 
 _NORMALIZATIONS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)

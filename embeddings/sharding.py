@@ -8,7 +8,7 @@ none, is broadcast, so that a job that cannot fit ends on every rank instead of 
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import psutil
 import torch
@@ -30,13 +30,12 @@ from torchrec.distributed.planner.types import (
     TrainerConfig,
 )
 from torchrec.distributed.types import (
-    EmbeddingModuleShardingPlan,
     ModuleSharder,
-    ParameterSharding,
     ShardingPlan,
 )
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from embeddings.plan_text import megabytes
 from embeddings.table_sharders import sharders
 from embeddings.tables import TableConfig, check_tables
 
@@ -254,52 +253,10 @@ def _column_shard_width(dim: int, world_size: int, min_columns: int) -> int:
 def _does_not_fit(error: PlannerError, tables: Sequence[TableConfig]) -> str:
     sizes = sorted(tables, key=lambda table: -table.num_embeddings * table.embedding_dim)
     largest = ", ".join(
-        f"'{table.name}' {_megabytes(table):.1f} MB ({table.sharding})" for table in sizes[:3]
+        f"'{table.name}' {megabytes(table):.1f} MB ({table.sharding})" for table in sizes[:3]
     )
     return (
         f"the tables do not fit; the largest: {largest}. Add ranks or memory, choose sharding "
         "'row_wise' or 'auto' for the large tables, or lower num_embeddings or embedding_dim. "
         f"The planner says: {error}"
-    )
-
-
-def _megabytes(table: TableConfig) -> float:
-    return table.num_embeddings * table.embedding_dim * 4 / 2**20
-
-
-def format_plan(plan: ShardingPlan, tables: Sequence[TableConfig]) -> str:
-    """The plan as a table to read: one line per table, in the order of the configuration."""
-    sharding_of: dict[str, ParameterSharding] = {}
-    for module_plan in plan.plan.values():
-        assert isinstance(module_plan, EmbeddingModuleShardingPlan)
-        sharding_of.update(module_plan)
-    lines = [("table", "rows x dim", "MB", "sharding", "kernel", "shards (rank: rows x columns)")]
-    for table in tables:
-        sharding = sharding_of[table.name]
-        spec: Any = sharding.sharding_spec
-        pieces = [
-            f"{piece.placement.rank()}: {piece.shard_sizes[0]} x {piece.shard_sizes[1]}"
-            for piece in spec.shards
-        ]
-        lines.append(
-            (
-                table.name,
-                f"{table.num_embeddings} x {table.embedding_dim}",
-                f"{_megabytes(table):.2f}",
-                sharding.sharding_type,
-                sharding.compute_kernel,
-                ", ".join(pieces),
-            )
-        )
-    return align_columns(lines)
-
-
-def align_columns(lines: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text with aligned columns, a rule under the first row."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    rule = ["-" * width for width in widths]
-    rows = [lines[0], rule, *lines[1:]]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
     )

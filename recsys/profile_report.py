@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from embeddings.sharding import align_columns
+from embeddings.plan_text import align_columns
 from recsys.step_trace import PARTS, StepTrace
 
 

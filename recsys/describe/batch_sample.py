@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from recsys.batch import Batch
-from recsys.build import content_settings, pooled_features
+from recsys.build import content_settings
 from recsys.config import Config
 from recsys.cost.batch_counts import BatchCounts, ModalityCounts, lengths_like
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.interactions import Interactions
 from recsys.data.parquet_rows import ParquetRows
 from recsys.describe.outline import Outline
+from recsys.table_configs import pooled_features
 
 SAMPLED_BATCHES = 8
 MOST_SHARING_RANKS = 64  # batches that are looked at together, where ranks share items

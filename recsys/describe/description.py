@@ -8,7 +8,7 @@ from typing import Any
 from embeddings import format_plan, is_replicated
 from embeddings.simulated_cluster import Cluster
 from embeddings.table_memory import FLOAT
-from recsys.build import content_settings, pooled_features
+from recsys.build import content_settings
 from recsys.config import Config
 from recsys.cost.batch_counts import BatchCounts
 from recsys.cost.communication import Sent, sent_bytes
@@ -21,6 +21,7 @@ from recsys.describe.model_parts import ModelPart, model_parts, table_bytes_by_r
 from recsys.describe.outline import Outline, build_outline
 from recsys.describe.time_bounds import TimeBound, backward_outputs, time_bounds
 from recsys.ranking.din_dcn import DinDcn
+from recsys.table_configs import pooled_features
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torchrec.distributed.types import ShardingPlan
 from embeddings import MemoryBank, TableConfig, fuse_table_optimizers, plan_sharding, sharders
 from embeddings.simulated_cluster import Cluster
 from embeddings.table_memory import what_does_not_fit
-from recsys.build import build_em3, content_settings, table_configs
+from recsys.build import build_em3, content_settings
 from recsys.config import Config
 from recsys.content.encoders import Encoder, TransformerEncoder, build_encoder
 from recsys.cost.model_sizes import image_tokens
@@ -26,6 +26,7 @@ from recsys.data.schema import Schema, load_schema
 from recsys.describe.item_sample import ItemSample, sample_items
 from recsys.model import EM3
 from recsys.ranking.item_categories import load_item_categories
+from recsys.table_configs import table_configs
 
 # More than any table asks for: the plan there would be if memory were no matter.
 NO_LIMIT = 2**60

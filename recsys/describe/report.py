@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from embeddings.sharding import RESERVED_SHARE, align_columns
+from embeddings.plan_text import align_columns
+from embeddings.sharding import RESERVED_SHARE
 from recsys.describe.description import Description
 
 MOST_RANKS_SHOWN = 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from embeddings.sharding import align_columns
+from embeddings.plan_text import align_columns
 from recsys.explain.dataset_summary import DatasetSummary
 from recsys.explain.findings import Finding
 from recsys.explain.item_summary import ColumnSummary

@@ -20,15 +20,7 @@ from embeddings import (
     build_embedding_collection,
 )
 from recsys.batch import Batch
-from recsys.build import (
-    Job,
-    build_content_store,
-    build_em3,
-    build_job,
-    content_settings,
-    pooled_features,
-    table_configs,
-)
+from recsys.build import Job, build_content_store, build_em3, build_job, content_settings
 from recsys.config import (
     Config,
     ContentSettings,
@@ -48,6 +40,7 @@ from recsys.data.schema import Schema, load_schema
 from recsys.data.vocabularies import UnknownIds
 from recsys.model import EM3
 from recsys.ranks import Ranks
+from recsys.table_configs import pooled_features, table_configs
 
 STEPS, GLOBAL_BATCH = 3, 8
 TABLES = ("user", "genres", "item")
