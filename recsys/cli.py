@@ -1,9 +1,10 @@
 """The command line: `recsys COMMAND`, with a recipe, a dataset or a run.
 
-Commands are doctor, prepare, explain-data, describe, cache, train, evaluate, predict and
-export-tables.
+Commands are doctor, prepare, explain-data, describe, cache, train, evaluate, predict, report
+and export-tables.
 
-`cache`, `train`, `evaluate` and `predict` run alone or under torchrun and torchx unchanged.
+`cache`, `train`, `evaluate`, `predict` and `report` run alone or under torchrun and torchx
+unchanged.
 """
 
 from __future__ import annotations
@@ -81,6 +82,10 @@ def _parser() -> ArgumentParser:
     command.add_argument("--input", type=str, nargs="+", required=True, help="files or folders")
     command.add_argument("--out", type=Path, required=True, help="Parquet file to write")
     commands.add_subcommand("predict", command)
+    command = _Parser(description="One HTML page on a finished run, figures inside.")
+    _add_run_arguments(command)
+    command.add_argument("--out", type=Path | None, help="file; default: RUN/report.html")
+    commands.add_subcommand("report", command)
     _add_export(commands)
     return parser
 
@@ -222,6 +227,14 @@ def _predict(arguments: Namespace) -> None:
         )
 
 
+def _report(arguments: Namespace) -> None:
+    from recsys.ranks import joined_ranks
+    from recsys.report.command import report_run
+
+    with joined_ranks(arguments.device) as ranks:
+        report_run(arguments.run, arguments.data, arguments.out, ranks, arguments.device)
+
+
 def _export_tables(arguments: Namespace) -> None:
     from recsys.table_export import export_tables
 
@@ -241,6 +254,7 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
+    "report": _report,
     "export-tables": _export_tables,
 }
 

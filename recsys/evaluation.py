@@ -67,6 +67,23 @@ def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
     encode_into_bank(content, store, job.ranks, stop_if_asked)
 
 
+def split_interactions(job: Job, split: str) -> Interactions:
+    """This rank's share of a split, to be scored. A collective.
+
+    Raises:
+        ValueError: on every rank, the split cannot be read.
+    """
+    with job.ranks.all_or_none():
+        rows = ParquetRows.of_split(job.root, split, job.schema, job.config.on_bad_row)
+        return Interactions(
+            rows,
+            job.batch_builder(),
+            job.config.batch_size,
+            job.ranks.rank,
+            job.ranks.world_size,
+        )
+
+
 @torch.no_grad()
 def score(
     job: Job,
@@ -167,15 +184,7 @@ def evaluate_split(
     Raises:
         TrainingStopped: the job is to end, as `lockstep` says.
     """
-    with job.ranks.all_or_none():
-        rows = ParquetRows.of_split(job.root, split, job.schema, job.config.on_bad_row)
-        interactions = Interactions(
-            rows,
-            job.batch_builder(),
-            job.config.batch_size,
-            job.ranks.rank,
-            job.ranks.world_size,
-        )
+    interactions = split_interactions(job, split)
     unknown = UnknownIds(job.schema)
     lockstep = lockstep or Lockstep(job.ranks, job.config.checkpoint)
     scored = score(job, interactions, lockstep, unknown, searches)

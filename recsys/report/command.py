@@ -1,0 +1,126 @@
+"""`recsys report`: one page on a finished run, from its folder and from scoring the test split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recsys.build import Job
+from recsys.evaluation import score, split_interactions
+from recsys.lockstep import Lockstep
+from recsys.prediction import load_run
+from recsys.ranks import Ranks
+from recsys.report.item_popularity import ScoredRows, item_popularity
+from recsys.report.learning_curves import learning_curves
+from recsys.report.page import Section, Table, html_page, number
+from recsys.run_folder import ITEM_COUNTS
+from recsys.watchdog import Watchdog
+
+SPLIT = "test"
+PARTS = ("all", "warm", "cold", "unseen")
+
+
+def report_run(run: Path, data: str | None, out: Path | None, ranks: Ranks, device: str) -> Path:
+    """Writes the page of a run, by default `RUN/report.html`. A collective.
+
+    Args:
+        run: the finished run.
+        data: its dataset; default the one it was trained on.
+        out: the HTML file to write; it appears whole or not at all.
+        ranks, device: where the test split is scored.
+
+    Raises:
+        ValueError: the folder holds no finished run, or `out` is a folder.
+    """
+    out = out or run / "report.html"
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder; name a file, such as {out / 'report.html'}")
+    job = load_run(run, data, ranks, device)
+    rows = _scored_rows(job, run)
+    with ranks.all_or_none():
+        if ranks.is_first:
+            _write(html_page(f"Run {run.resolve().name}", _sections(run, rows)), out)
+            print(f"report written to {out}", flush=True)
+    return out
+
+
+def _scored_rows(job: Job, run: Path) -> ScoredRows:
+    """Rows of the test split, of all ranks, with the first label. A collective."""
+    interactions = split_interactions(job, SPLIT)
+    with Watchdog(job.ranks, job.config.stall_timeout) as watchdog:
+        scored = score(job, interactions, Lockstep(job.ranks, job.config.checkpoint, watchdog))
+    return ScoredRows(
+        scored["labels"][:, 0].numpy(),
+        scored["logits"][:, 0].numpy(),
+        scored["groups"].numpy(),
+        np.load(run / ITEM_COUNTS)[scored["items"].numpy()],
+    )
+
+
+def _sections(run: Path, rows: ScoredRows) -> list[Section]:
+    metrics = json.loads((run / "metrics.json").read_text())
+    return [
+        _summary(metrics),
+        learning_curves(run),
+        item_popularity(rows, SPLIT),
+        _settings(run, metrics),
+    ]
+
+
+def _summary(metrics: dict[str, Any]) -> Section:
+    """Test metrics of `metrics.json` as a table, and what they say in words."""
+    test = metrics[SPLIT]
+    of_part = {part: test if part == "all" else test[part] for part in PARTS}
+    names = ("auc", "gauc", "logloss", "ne", "calibration")
+    rows = [
+        (part, *(number(of[name]) for name in names), f"{of['num_samples']:,}")
+        for part, of in of_part.items()
+    ]
+    head = ("items", "AUC", "GAUC", "log loss", "normalised entropy", "calibration", "rows")
+    return Section("Test metrics", findings(of_part), tables=[Table(head, rows)])
+
+
+def findings(of_part: dict[str, dict[str, Any]]) -> list[str]:
+    """What the test metrics of all, warm, cold and unseen items say, a sentence each."""
+    found = []
+    every, warm, unseen = of_part["all"], of_part["warm"], of_part["unseen"]
+    if every["ne"] is not None:
+        gain = 100 * (1 - every["ne"])
+        verb = "is better" if gain > 0 else "is worse"
+        found.append(
+            f"Log loss {verb} by {abs(gain):.1f} % than that of always predicting the mean."
+        )
+    if warm["gauc"] is not None and unseen["gauc"] is not None:
+        found.append(
+            f"Within a user, items never seen in training are ranked with a GAUC of "
+            f"{unseen['gauc']:.4f}, items seen often with {warm['gauc']:.4f}: a difference of "
+            f"{warm['gauc'] - unseen['gauc']:+.4f}. Chance is 0.5."
+        )
+    if every["calibration"] is not None and abs(every["calibration"] - 1) > 0.1:
+        way = "high" if every["calibration"] > 1 else "low"
+        found.append(
+            f"Predicted probabilities are too {way}: their mean is {every['calibration']:.2f} "
+            "times the share of positives."
+        )
+    return found
+
+
+def _settings(run: Path, metrics: dict[str, Any]) -> Section:
+    train = metrics["train"]
+    words = [
+        f"Trained for {train['steps']:,} steps in {train['seconds']:,.0f} s on "
+        f"{metrics['world_size']} rank(s), {train['samples_per_second']:,.0f} samples/s, with "
+        + ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
+        + "."
+    ]
+    return Section("Configuration", words, text=(run / "config.yaml").read_text())
+
+
+def _write(page: str, out: Path) -> None:
+    partial = out.with_name(f".{out.name}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(page, encoding="utf-8")
+    partial.rename(out)

@@ -1,0 +1,63 @@
+"""Losses and validation metrics by training step, read from the run's TensorBoard events."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from recsys.report.page import BLUE, GREY, ORANGE, Section, drawn, new_figure
+
+Curve = tuple[list[int], list[float]]  # steps and values
+
+
+def read_curves(run: Path) -> dict[str, Curve]:
+    """Every scalar of the run by tag, such as `train/loss` and `valid/auc`, by step."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    curves = {}
+    for tag in events.Tags()["scalars"]:
+        values = events.Scalars(tag)
+        curves[tag] = [value.step for value in values], [value.value for value in values]
+    return curves
+
+
+def best_step(curves: dict[str, Curve]) -> int | None:
+    """The step with the highest validation AUC, whose model is the run's; None without any."""
+    steps, values = curves.get("valid/auc", ([], []))
+    return max(zip(values, [-step for step in steps]))[1] * -1 if steps else None
+
+
+def learning_curves(run: Path) -> Section:
+    """The section; a curve that the run has not written is left out."""
+    curves = read_curves(run)
+    best = best_step(curves)
+    figure, (losses, quality) = new_figure(2)
+    parts = {"ranking": BLUE, "contrastive": ORANGE, "loss": GREY}
+    _draw(losses, {name: curves.get(f"train/{name}") for name in parts}, parts)
+    losses.set(title="training loss", xlabel="step")
+    names = {"auc": BLUE, "gauc": ORANGE}
+    _draw(quality, {name: curves.get(f"valid/{name}") for name in names}, names, marker="o")
+    quality.set(title="validation", xlabel="step")
+    words = []
+    if best is not None:
+        quality.axvline(best, color=GREY, linestyle="--", label="best AUC")
+        steps, values = curves["valid/auc"]
+        words = [
+            f"Validation AUC is highest after step {best:,}: {max(values):.4f}. The model of that "
+            f"step is the one that this page shows; the last validation, after step "
+            f"{steps[-1]:,}, has {values[-1]:.4f}."
+        ]
+    for axes in (losses, quality):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    caption = "Losses of training, and AUC and GAUC of the validation split, by step."
+    return Section("Learning curves", words, [drawn("learning-curves", figure, caption)])
+
+
+def _draw(
+    axes: Axes, curves: dict[str, Curve | None], colours: dict[str, str], marker: str = ""
+) -> None:
+    for name, curve in curves.items():
+        if curve is not None:
+            axes.plot(*curve, label=name, color=colours[name], marker=marker)

@@ -1,0 +1,156 @@
+"""The page of a run: every figure is in it, it fetches nothing, and its numbers are right."""
+
+import base64
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from recsys.cli import main
+from recsys.report.command import findings
+from recsys.report.item_popularity import BUCKETS, ScoredRows, auc_error, metrics_by_count
+from recsys.report.learning_curves import best_step, read_curves
+from recsys.report.page import Section, Table, html_page
+from tests.recsys.command_runs import trained_run
+
+FIGURES = ["learning-curves", "quality-by-popularity", "cold-start"]
+
+
+class Page(HTMLParser):
+    """What a browser would show and fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.figures: list[str | None] = []
+        self.titles: list[str] = []
+        self.cells: list[str] = []
+        self.addresses: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open.append(tag)
+        found = dict(attrs)
+        if tag == "figure":
+            self.figures.append(found["id"])
+        self.addresses += [found[name] or "" for name in ("src", "href") if name in found]
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] == ["h2"]:
+            self.titles.append(data)
+        if self.open[-1:] == ["td"]:
+            self.cells.append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open.pop() != tag:
+            pass
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of the tiny run, trained over two ranks."""
+    trained = trained_run(tmp_path_factory.getbasetemp())
+    out = tmp_path_factory.mktemp("report") / "page.html"
+    words = ["--run", str(trained.run), "--data", str(trained.data), "--out", str(out)]
+    assert main(["report", *words, "--device", "cpu"]) == 0
+    return out
+
+
+def test_the_page_has_every_figure_and_the_counted_rows(report: Path) -> None:
+    page = Page(report.read_text())
+
+    assert page.figures == FIGURES
+    assert page.titles == [
+        "Test metrics",
+        "Learning curves",
+        "Quality by item popularity",
+        "Configuration",
+    ]
+    assert page.cells[:7][0] == "all" and page.cells[:7][-1] == "23"
+
+
+def test_the_page_and_its_figures_fetch_nothing(report: Path) -> None:
+    addresses = Page(report.read_text()).addresses
+
+    assert len(addresses) == 1 + len(FIGURES)
+    assert all(address.startswith("data:") for address in addresses)
+    for address in addresses[1:]:
+        drawing = base64.b64decode(address.split(",")[1]).decode()
+        assert drawing.rstrip().endswith("</svg>")
+        assert 'href="http' not in drawing and "url(http" not in drawing
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium on PATH")
+def test_a_browser_shows_every_figure_within_1280_pixels(report: Path, tmp_path: Path) -> None:
+    script = (
+        "<script>addEventListener('load', () => { document.body.dataset.shown = "
+        "[...document.querySelectorAll('figure img')].map(image => "
+        "`${image.complete && image.naturalWidth > 0 && image.width > 900}`).join(); "
+        "document.body.dataset.fits = "
+        "document.documentElement.scrollWidth <= innerWidth })</script>"
+    )
+    page = tmp_path / "page.html"
+    page.write_text(report.read_text().replace("</body>", script + "</body>"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    done = subprocess.run(
+        ["chromium", *options, profile, "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert f'data-shown="{",".join(["true"] * len(FIGURES))}"' in done.stdout, done.stderr
+    assert 'data-fits="true"' in done.stdout
+
+
+def test_titles_and_cells_are_escaped() -> None:
+    text = html_page("<b>", [Section("a & b", tables=[Table(["<i>"], [["<script>"]])])])
+
+    assert "<b>" not in text and "<i>" not in text and "<script>" not in text
+    assert "a &amp; b" in text
+
+
+def test_rows_are_put_into_ranges_by_the_count_of_their_item() -> None:
+    counts = np.array([0, 0, 1, 4, 5, 19, 20, 99, 100, 5000])
+    labels = np.array([1, 0, 1, 0, 0, 1, 1, 1, 1, 0])
+    logits = np.array([2.0, 1, 0, 1, 1, 1, 3, 4, 5, 6])
+    rows = ScoredRows(labels, logits, np.zeros(10, int), counts)
+
+    found = metrics_by_count(rows, BUCKETS)
+
+    assert list(found) == ["0", "1–4", "5–19", "20–99", "100+"]
+    assert [of["auc"] for of in found.values()] == [1.0, 0.0, 0.5, None, 0.0]
+    assert [of["num_samples"] for of in found.values()] == [2] * 5
+    assert [of["positives"] for of in found.values()] == [1, 1, 1, 2, 1]
+
+
+def test_the_error_of_an_auc_is_that_of_ranking_at_random() -> None:
+    # Without skill its variance is that of the Mann-Whitney U, (n + m + 1) / (12 n m).
+    assert auc_error(0.5, 10, 30) == pytest.approx(np.sqrt(41 / (12 * 10 * 30)))
+
+
+def test_the_best_step_is_the_first_with_the_highest_validation_auc(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path / "tensorboard")) as writer:
+        for step, auc in ((10, 0.5), (20, 0.75), (30, 0.75), (40, 0.625)):
+            writer.add_scalar("valid/auc", auc, step)
+
+    curves = read_curves(tmp_path)
+
+    assert curves == {"valid/auc": ([10, 20, 30, 40], [0.5, 0.75, 0.75, 0.625])}
+    assert best_step(curves) == 20
+    assert best_step({}) is None
+
+
+def test_findings_are_about_what_is_defined() -> None:
+    known = {"ne": 0.8, "gauc": 0.75, "calibration": 1.3}
+    nothing = {"ne": None, "gauc": None, "calibration": None}
+
+    said = " ".join(findings({"all": known, "warm": known, "unseen": known | {"gauc": 0.5}}))
+
+    assert "better by 20.0 %" in said and "+0.2500" in said and "too high" in said
+    assert findings({"all": nothing, "warm": nothing, "unseen": nothing}) == []
