@@ -61,7 +61,7 @@ def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> d
     """
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file, such as {out / 'tables.parquet'}")
-    stored = _stored_tables(folder)
+    stored = stored_tables(folder)
     names = list(dict.fromkeys(tables or sorted(stored)))
     for name in names:
         if name not in stored:
@@ -144,7 +144,7 @@ class StoredTable:
         return piece
 
 
-def _stored_tables(folder: Path) -> dict[str, StoredTable]:
+def stored_tables(folder: Path) -> dict[str, StoredTable]:
     """The tables of a checkpoint by name."""
     if not (folder / ".metadata").is_file():
         raise ValueError(f"{folder}: no checkpoint; export the run of a finished training")

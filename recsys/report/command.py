@@ -13,13 +13,16 @@ from recsys.evaluation import score, split_interactions
 from recsys.lockstep import Lockstep
 from recsys.prediction import load_run
 from recsys.ranks import Ranks
+from recsys.report.embedding_maps import embedding_maps
 from recsys.report.item_popularity import ScoredRows, item_popularity
+from recsys.report.item_vectors import frequent_items, item_vectors
 from recsys.report.learning_curves import learning_curves
 from recsys.report.page import Section, Table, html_page, number
 from recsys.run_folder import ITEM_COUNTS
 from recsys.watchdog import Watchdog
 
 SPLIT = "test"
+ITEMS_OF_MAPS = 1000
 PARTS = ("all", "warm", "cold", "unseen")
 
 
@@ -42,7 +45,7 @@ def report_run(run: Path, data: str | None, out: Path | None, ranks: Ranks, devi
     rows = _scored_rows(job, run)
     with ranks.all_or_none():
         if ranks.is_first:
-            _write(html_page(f"Run {run.resolve().name}", _sections(run, rows)), out)
+            _write(html_page(f"Run {run.resolve().name}", _sections(job, run, rows)), out)
             print(f"report written to {out}", flush=True)
     return out
 
@@ -60,12 +63,15 @@ def _scored_rows(job: Job, run: Path) -> ScoredRows:
     )
 
 
-def _sections(run: Path, rows: ScoredRows) -> list[Section]:
+def _sections(job: Job, run: Path, rows: ScoredRows) -> list[Section]:
+    item_counts = np.load(run / ITEM_COUNTS)
+    items = frequent_items(job, item_counts, ITEMS_OF_MAPS)
     metrics = json.loads((run / "metrics.json").read_text())
     return [
         _summary(metrics),
         learning_curves(run),
         item_popularity(rows, SPLIT),
+        embedding_maps(item_vectors(job, run, items), item_counts),
         _settings(run, metrics),
     ]
 

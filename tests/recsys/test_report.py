@@ -8,16 +8,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from recsys.cli import main
 from recsys.report.command import findings
+from recsys.report.embedding_maps import embedding_maps, pair_cosines, principal_plane
 from recsys.report.item_popularity import BUCKETS, ScoredRows, auc_error, metrics_by_count
+from recsys.report.item_vectors import ItemVectors
 from recsys.report.learning_curves import best_step, read_curves
 from recsys.report.page import Section, Table, html_page
 from tests.recsys.command_runs import trained_run
 
-FIGURES = ["learning-curves", "quality-by-popularity", "cold-start"]
+FIGURES = [
+    "learning-curves",
+    "quality-by-popularity",
+    "cold-start",
+    "embeddings",
+    "contrastive-embeddings",
+]
 
 
 class Page(HTMLParser):
@@ -68,6 +77,7 @@ def test_the_page_has_every_figure_and_the_counted_rows(report: Path) -> None:
         "Test metrics",
         "Learning curves",
         "Quality by item popularity",
+        "Embedding maps",
         "Configuration",
     ]
     assert page.cells[:7][0] == "all" and page.cells[:7][-1] == "23"
@@ -154,3 +164,29 @@ def test_findings_are_about_what_is_defined() -> None:
 
     assert "better by 20.0 %" in said and "+0.2500" in said and "too high" in said
     assert findings({"all": nothing, "warm": nothing, "unseen": nothing}) == []
+
+
+def test_the_plane_holds_the_two_directions_that_vary_most() -> None:
+    vectors = torch.tensor([[4.0, 0, 1], [-4.0, 0, 1], [0, 2.0, 1], [0, -2.0, 1]])
+
+    plane, share = principal_plane(vectors)
+
+    assert share == pytest.approx(1)
+    torch.testing.assert_close(plane.abs(), vectors[:, :2].double().abs())
+
+
+def test_cosines_are_of_one_item_and_of_two() -> None:
+    ids = torch.tensor([[2.0, 0], [0, 1.0]])
+    content = torch.tensor([[1.0, 0], [1.0, 1.0]])
+
+    own, others = pair_cosines(ids, content)
+
+    assert own == pytest.approx((1 + 0.5**0.5) / 2)
+    assert others == pytest.approx(0.5**0.5 / 2)
+
+
+def test_a_model_of_ids_alone_has_one_map_and_says_why() -> None:
+    section = embedding_maps(ItemVectors(np.arange(5), torch.randn(5, 4)), np.ones(5, int))
+
+    assert [drawing.name for drawing in section.drawings] == ["embeddings"]
+    assert "no content branch" in section.words[0]

@@ -186,7 +186,7 @@ def test_weights_of_half_precision_are_written_as_float32(tmp_path: Path) -> Non
 
 def test_of_a_large_piece_only_the_wanted_rows_are_read(tmp_path: Path) -> None:
     table = torch.rand(2**16, 64)  # 16 MiB, as one piece
-    stored = table_export._stored_tables(save(tmp_path / "best", {"item": table}))["item"]
+    stored = table_export.stored_tables(save(tmp_path / "best", {"item": table}))["item"]
     before = _bytes_read()
     assert torch.equal(stored.rows(50_000, 50_016), table[50_000:50_016])
     assert _bytes_read() - before < 2**18
