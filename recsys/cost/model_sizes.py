@@ -68,7 +68,7 @@ class EncoderSizes:
             lora_rank=adapters[0].weight.shape[0] if adapters else 0,  # type: ignore[index]
             lora_targets=len(adapters) // max(layers - first, 1),
             groups_by_length=encoder.is_text and encoder.pooling != "none",
-            image_tokens=image_tokens(encoder.config) if reads_pixels else 0,
+            image_tokens=image_tokens(encoder.model) if reads_pixels else 0,
         )
 
     @property
@@ -82,9 +82,11 @@ def _is_plain_stack(encoder: TransformerEncoder) -> bool:
     return all(hasattr(encoder.config, name) for name in sizes)
 
 
-def image_tokens(config: Any) -> int:
-    """Patches of an image and one token for the whole."""
-    return (config.image_size // config.patch_size) ** 2 + 1
+def image_tokens(model: Any) -> int:
+    """Patches of an image and, unless the vision model says otherwise, one token for the whole."""
+    patches = (model.config.image_size // model.config.patch_size) ** 2
+    embeddings = getattr(model, "embeddings", None)
+    return int(getattr(embeddings, "num_positions", patches + 1))
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Outline:
         if encoder.is_cached and settings.training == "frozen" and settings.pooling != "none":
             return lengths.clamp(max=1)
         if settings.kind == "image" and isinstance(encoder, TransformerEncoder):
-            return lengths * image_tokens(encoder.config)
+            return lengths * image_tokens(encoder.model)
         return lengths
 
 
