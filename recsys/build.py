@@ -143,6 +143,21 @@ def build_content_store(
     return store, encoders
 
 
+def _build_content(
+    config: Config, root: Location, schema: Schema, ranks: Ranks
+) -> tuple[ContentStore | None, dict[str, Encoder], MemoryBank | None]:
+    """Items, encoders and memory bank; nothing for the ID-only twin."""
+    content = content_settings(config)
+    if content is None:
+        return None, {}, None
+    store, encoders = build_content_store(config, content, root, schema, ranks)
+    if content.history.mode == "full":
+        return store, encoders, None
+    sizes = schema.num_items, content.vector_dim
+    bank = build_memory_bank(*sizes, ranks.device, ranks.group, content.history.bank)
+    return store, encoders, bank
+
+
 def build_em3(
     config: Config,
     schema: Schema,
@@ -222,20 +237,7 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
         root = Location.of(data)
         schema = load_schema(root)
         tables = table_configs(config, schema, mean_list_lengths(root, schema))
-    content = content_settings(config)
-    store: ContentStore | None = None
-    encoders: dict[str, Encoder] = {}
-    bank: MemoryBank | None = None
-    if content is not None:
-        store, encoders = build_content_store(config, content, root, schema, ranks)
-        if content.history.mode != "full":
-            bank = build_memory_bank(
-                schema.num_items,
-                content.vector_dim,
-                ranks.device,
-                ranks.group,
-                content.history.bank,
-            )
+    store, encoders, bank = _build_content(config, root, schema, ranks)
     with ranks.all_or_none():
         categories = load_item_categories(config.ranking, root, schema, config.on_bad_row)
         em3 = build_em3(config, schema, tables, encoders, bank, item_categories=categories)
@@ -256,12 +258,9 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
     initialize_optimizer_state(adamw)  # a checkpoint fills only what is there
     schedule = warmup_schedule(adamw, config.optimizer.warmup_steps)
     bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
-    vocabularies = BoundedVocabularies(
-        schema,
-        pooled_features(config, schema),
-        ranks.group,
-        RowReset(model, bounded, config.seed),
-    )
+    reset = RowReset(model, bounded, config.seed)
+    pooled = pooled_features(config, schema)
+    vocabularies = BoundedVocabularies(schema, pooled, ranks.group, reset)
     sampler = None
     if config.ranking.loss != "pointwise":
         sampler = NegativeSampler(config.ranking, schema.num_items, schema.target_item)

@@ -29,7 +29,6 @@ _Parser = partial(ArgumentParser, allow_abbrev=False)
 
 def _parser() -> ArgumentParser:
     from recsys.config import add_config_arguments
-    from recsys.run_folder import Resume
 
     parser = _Parser(prog="recsys", description="Trains and runs EM3 recommenders.")
     commands = parser.add_subcommands()
@@ -54,6 +53,16 @@ def _parser() -> ArgumentParser:
     command.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
     commands.add_subcommand("cache", command)
 
+    _add_train(commands)
+    _add_runs(commands)
+    _add_export(commands)
+    return parser
+
+
+def _add_train(commands: Any) -> None:
+    from recsys.config import add_config_arguments
+    from recsys.run_folder import Resume
+
     command = _Parser(description="Trains a model; every setting can be overridden.")
     add_config_arguments(command)
     command.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
@@ -72,6 +81,9 @@ def _parser() -> ArgumentParser:
     command.add_argument("--overwrite", type=bool, default=False, help="replace an earlier run")
     commands.add_subcommand("train", command)
 
+
+def _add_runs(commands: Any) -> None:
+    """Commands on a finished run."""
     command = _Parser(description="Metrics of a finished run on a split.")
     _add_run_arguments(command)
     command.add_argument("--split", type=str, default="test", help="train, valid or test")
@@ -86,8 +98,6 @@ def _parser() -> ArgumentParser:
     _add_run_arguments(command)
     command.add_argument("--out", type=Path | None, help="file; default: RUN/report.html")
     commands.add_subcommand("report", command)
-    _add_export(commands)
-    return parser
 
 
 def _add_looks(commands: Any) -> None:

@@ -152,7 +152,7 @@ def retrieval_report(
     )
     counts = item_counts[scored["query_items"].numpy()]
     parts = {"warm": counts >= COLD_BELOW, "cold": counts < COLD_BELOW, "unseen": counts == 0}
-    report = retrieval_metrics(places) | {"catalogue": len(catalogue_of(job))}
+    report = retrieval_metrics(places) | {"catalogue": sum(job.ranks.gather(len(items)))}
     return report | {
         name: retrieval_metrics(places[torch.from_numpy(rows)]) for name, rows in parts.items()
     }

@@ -69,12 +69,6 @@ class KeyCounts:
         """How many of the keys had come before."""
         return int(self.counts.sum() - len(self.keys)) << self.halvings
 
-    def share_of_keys_in(self, other: KeyCounts) -> float | None:
-        """Which share of the different keys is in another count, too; None where there is none."""
-        halvings = max(self.halvings, other.halvings)
-        mine = self.keys[_begins_with_zeros(self.keys, halvings)]
-        return float(np.isin(mine, other.keys).mean()) if len(mine) else None
-
     def share_of_total_in(self, other: KeyCounts) -> float | None:
         """Which share of all that was counted has a key of the other count."""
         halvings = max(self.halvings, other.halvings)

@@ -35,7 +35,6 @@ def test_overlaps_are_read_off_samples_of_different_sizes() -> None:
     small, large = counts_of(test, limit=5000), counts_of(train, limit=50_000)
 
     assert small.share_of_total_in(large) == pytest.approx(0.5, abs=0.03)
-    assert small.share_of_keys_in(large) == pytest.approx(0.5, abs=0.03)
     assert counts_of(np.array([1, 1, 2])).share_of_total_in(counts_of(np.array([1]))) == 2 / 3
     assert KeyCounts().share_of_total_in(large) is None
 
