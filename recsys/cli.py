@@ -42,6 +42,13 @@ def _parser() -> ArgumentParser:
     source = _Parser(description="MovieLens -> the dataset format.")
     source.add_argument("--source", type=Path | None, help="a folder; default: the bundled sample")
     source.add_argument("--out", type=Path, required=True, help="folder of the dataset to write")
+    source.add_argument(
+        "--split",
+        type=Literal["global", "user", "rolling"],
+        default="global",
+        help="global: one in time; user: each user's ratings in time; rolling: five windows",
+    )
+    source.add_argument("--history_length", type=int, default=20, help="longest history of a row")
     sources.add_subcommand("movielens", source)
     source = _Parser(description="The maps of raw ids for columns with an exact vocabulary.")
     source.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
@@ -165,7 +172,8 @@ def _prepare(arguments: Namespace) -> None:
         print(format_prepared(prepare_vocabularies(arguments.vocabulary.data)))
         return
     chosen = arguments.movielens
-    print(format_summary(prepare_movielens(chosen.source, chosen.out)))
+    summary = prepare_movielens(chosen.source, chosen.out, chosen.history_length, chosen.split)
+    print(format_summary(summary))
     print(f"written to {chosen.out}")
 
 

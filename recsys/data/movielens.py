@@ -1,15 +1,13 @@
-"""MovieLens ratings turned into a dataset folder, by a protocol that is exact, ties included.
+"""MovieLens ratings turned into dataset folders, by the protocols of `movielens_protocols`.
 
-A rating of 4 or more is a like. One split in time for all users: train up to the 0.8 quantile of
-the timestamp, valid up to the 0.9 quantile, test after it. A row's history is its user's last
-ratings with a STRICTLY smaller timestamp, so that no rating leaks from the row's own second.
+A rating of 4 or more is a like. A folder has the splits, the items and the schema; a protocol with
+several datasets makes a folder of such folders, which share their items on disk.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from recsys.data.movielens_protocols import (
+    Ratings,
+    SplitProtocol,
+    Splits,
+    sorted_ratings,
+    split_ratings,
+)
 from recsys.data.movielens_source import read_movielens
 from recsys.metrics import COLD_BELOW
 
-LIKED_FROM = 4.0
-QUANTILES = (0.8, 0.9)
 ROWS_PER_GROUP = 8192  # small enough that several ranks share a split evenly
 ROWS_PER_CHUNK = 16 * ROWS_PER_GROUP  # impressions whose histories are in memory at once
 ITEMS_PER_GROUP = 1024  # smaller, as a row may hold a poster
@@ -43,35 +46,27 @@ items:
 POSTER_LINE = "    poster: {kind: image}\n"
 
 
-@dataclass(frozen=True)
-class Ratings:
-    """All ratings, ordered by user, then timestamp, then item; N ratings.
-
-    The history of rating n is the slice `[history_begin[n], history_end[n])` of the same arrays.
-    """
-
-    user: np.ndarray  # int32 [N], dense
-    item: np.ndarray  # int32 [N], row of the items file
-    liked: np.ndarray  # float32 [N], 1 or 0
-    timestamp: np.ndarray  # int64 [N]
-    history_begin: np.ndarray  # int64 [N]
-    history_end: np.ndarray  # int64 [N]
-
-
 def prepare_movielens(
-    source: Path | None, out: Path, history_length: int = 20
+    source: Path | None,
+    out: Path,
+    history_length: int = 20,
+    split: SplitProtocol = "global",
 ) -> dict[str, dict[str, Any]]:
     """Writes the dataset folder `out`; it appears complete or not at all.
 
     Args:
         source: folder with `ratings.csv`, `movies.csv` and, optionally, `items.parquet` (movieId
             with plot, poster or both). None: the bundled sample.
-        out: folder to write; must not exist or be empty.
+        out: folder to write; must not exist or be empty. With `rolling` it holds the datasets
+            `window-1` to `window-5`, with the same items, hard-linked where the disk allows it.
         history_length: longest history of a row.
+        split: `global`, one split in time for all users; `user`, each user's ratings split in
+            time; `rolling`, the global split at five origins. See `movielens_protocols`.
 
     Returns:
-        Per split: rows, liked (share), users, new_users (share of rows by users without a training
-        row), cold and unseen (share of rows whose item has few and no training rows).
+        Per split (`window-1/train` ... where there are windows): rows, liked (share), users,
+        new_users (share of rows by users without a training row), cold and unseen (share of rows
+        whose item has few and no training rows of the same dataset).
 
     Raises:
         ValueError: `out` is in use, a file or column is missing, a value cannot be used, or a
@@ -87,89 +82,61 @@ def prepare_movielens(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out}: exists already; remove it or name another output folder")
     movies, table = read_movielens(source)
-    ratings = _sorted_ratings(table, history_length)
-    splits = split_by_time(ratings.timestamp)
+    ratings = sorted_ratings(table, history_length)
+    datasets = split_ratings(ratings, split)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        for name, rows in splits.items():
-            _write_split(partial / name, ratings, rows)
-        _write_items(partial / "items", movies)
-        schema = SCHEMA.format(num_users=int(ratings.user[-1]) + 1, num_items=movies.num_rows)
-        schema += POSTER_LINE if "poster" in movies.column_names else ""
-        (partial / "schema.yaml").write_text(schema)
+        _write_datasets(partial, ratings, datasets, movies)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return _summary(ratings, splits, movies.num_rows)
-
-
-def history_ranges(
-    user: np.ndarray, timestamp: np.ndarray, length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Where each rating's history lies among ratings ordered by user and timestamp.
-
-    Args:
-        user: int [N], ascending.
-        timestamp: int [N], ascending within a user.
-        length: longest history.
-
-    Returns:
-        begin and end, int64 [N] each: the last `length` ratings of the same user with a strictly
-        smaller timestamp are `[begin, end)`.
-    """
-    position = np.arange(len(user))
-    new_user = np.ones(len(user), dtype=bool)
-    new_user[1:] = user[1:] != user[:-1]
-    new_moment = new_user.copy()
-    new_moment[1:] |= timestamp[1:] != timestamp[:-1]
-    user_begin = np.maximum.accumulate(np.where(new_user, position, 0))
-    end = np.maximum.accumulate(np.where(new_moment, position, 0))
-    return np.maximum(user_begin, end - length), end
-
-
-def split_by_time(timestamp: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows of train, valid and test, each int64, ascending; a moment is never cut in two.
-
-    Raises:
-        ValueError: a split would be empty.
-    """
-    first, second = np.quantile(timestamp, QUANTILES, method="lower")
-    splits = {
-        "train": np.flatnonzero(timestamp <= first),
-        "valid": np.flatnonzero((timestamp > first) & (timestamp <= second)),
-        "test": np.flatnonzero(timestamp > second),
+    return {
+        str(Path(dataset, name)): figures
+        for dataset, splits in datasets.items()
+        for name, figures in _summary(ratings, splits, movies.num_rows).items()
     }
-    for name, rows in splits.items():
-        if len(rows) == 0:
-            raise ValueError(
-                f"ratings, column 'timestamp': the {len(timestamp)} ratings, split after {first} "
-                f"and {second}, leave no row for {name}; give ratings at more distinct times"
-            )
-    return splits
 
 
 def format_summary(summary: dict[str, dict[str, Any]]) -> str:
     """The summary of `prepare_movielens` as a plain text table."""
+    width = max(map(len, summary)) + 1
     lines = [
-        f"{'split':<6}{'rows':>12}{'liked':>9}{'users':>9}{'new users':>11}{'cold':>8}{'unseen':>8}"
+        f"{'split':<{width}}{'rows':>12}{'liked':>9}{'users':>9}{'new users':>11}"
+        f"{'cold':>8}{'unseen':>8}"
     ]
     for name, split in summary.items():
         lines.append(
-            f"{name:<6}{split['rows']:>12,}{split['liked']:>9.2%}{split['users']:>9,}"
+            f"{name:<{width}}{split['rows']:>12,}{split['liked']:>9.2%}{split['users']:>9,}"
             f"{split['new_users']:>11.1%}{split['cold']:>8.1%}{split['unseen']:>8.1%}"
         )
     return "\n".join(lines)
 
 
-def _sorted_ratings(table: pa.Table, history_length: int) -> Ratings:
-    user = np.unique(table["userId"].to_numpy(), return_inverse=True)[1]
-    item, timestamp = table["item"].to_numpy(), table["timestamp"].to_numpy()
-    order = np.lexsort((item, timestamp, user))
-    user, timestamp = user[order].astype(np.int32), timestamp[order]
-    liked = (table["rating"].to_numpy()[order] >= LIKED_FROM).astype(np.float32)
-    begin, end = history_ranges(user, timestamp, history_length)
-    return Ratings(user, item[order].astype(np.int32), liked, timestamp, begin, end)
+def _write_datasets(
+    folder: Path, ratings: Ratings, datasets: dict[str, Splits], movies: pa.Table
+) -> None:
+    schema = SCHEMA.format(num_users=int(ratings.user[-1]) + 1, num_items=movies.num_rows)
+    schema += POSTER_LINE if "poster" in movies.column_names else ""
+    items = None
+    for dataset, splits in datasets.items():
+        (folder / dataset).mkdir(exist_ok=True)
+        (folder / dataset / "schema.yaml").write_text(schema)
+        for name, rows in splits.items():
+            _write_split(folder / dataset / name, ratings, rows)
+        if items is None:
+            items = _write_items(folder / dataset / "items", movies)
+        else:
+            _link(items, folder / dataset / "items" / items.name)
+
+
+def _link(file: Path, target: Path) -> None:
+    """The same bytes once on disk, or a copy where the file system has no hard links."""
+    target.parent.mkdir()
+    try:
+        target.hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, target)
 
 
 def _write_split(folder: Path, ratings: Ratings, rows: np.ndarray) -> None:
@@ -205,8 +172,9 @@ def _impressions(ratings: Ratings, rows: np.ndarray) -> pa.Table:
     )
 
 
-def _write_items(folder: Path, movies: pa.Table) -> None:
+def _write_items(folder: Path, movies: pa.Table) -> Path:
     folder.mkdir()
+    path = folder / "part-00000.parquet"
     columns = {
         "item": pa.array(np.arange(movies.num_rows), pa.int64()),
         "movie_id": movies["movieId"],
@@ -218,11 +186,10 @@ def _write_items(folder: Path, movies: pa.Table) -> None:
         columns["poster"] = movies["poster"]
     table = pa.table(columns)
     schema = pa.schema([(n, pa.binary() if n == "poster" else table[n].type) for n in columns])
-    with pq.ParquetWriter(
-        folder / "part-00000.parquet", schema, compression="zstd", write_page_checksum=True
-    ) as writer:
+    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
         for at in range(0, table.num_rows, ITEMS_PER_GROUP):
             writer.write_table(table.slice(at, ITEMS_PER_GROUP).cast(schema))
+    return path
 
 
 def _text(movies: pa.Table) -> pa.ChunkedArray:
@@ -240,9 +207,7 @@ def _text(movies: pa.Table) -> pa.ChunkedArray:
     return pc.if_else(pc.equal(text, ""), None, text)
 
 
-def _summary(
-    ratings: Ratings, splits: dict[str, np.ndarray], num_items: int
-) -> dict[str, dict[str, Any]]:
+def _summary(ratings: Ratings, splits: Splits, num_items: int) -> dict[str, dict[str, Any]]:
     train = splits["train"]
     item_counts = np.bincount(ratings.item[train], minlength=num_items)
     user_counts = np.bincount(ratings.user[train], minlength=int(ratings.user[-1]) + 1)

@@ -12,12 +12,8 @@ import pytest
 import yaml
 
 import recsys.data.movielens as movielens
-from recsys.data.movielens import (
-    format_summary,
-    history_ranges,
-    prepare_movielens,
-    split_by_time,
-)
+from recsys.data.movielens import format_summary, prepare_movielens
+from recsys.data.movielens_protocols import history_ranges, split_by_time
 from recsys.data.movielens_source import SAMPLE
 
 Rating = tuple[int, int, float, int]  # userId, movieId, rating, timestamp
