@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +20,7 @@ from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.lockstep import Lockstep
 from recsys.metrics import evaluation_report, format_report, gather_rows
 from recsys.retrieval import format_retrieval, retrieval_report
+from recsys.scores import SplitScores, write_scores
 
 
 def check_data(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
@@ -169,17 +171,34 @@ def _queries(batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: column[wanted] for name, column in columns.items()}
 
 
+def split_scores(job: Job, scored: dict[str, Tensor], item_counts: np.ndarray) -> SplitScores:
+    """What `score` returned, in the order of the rows.
+
+    Args:
+        job: whose schema names the labels.
+        scored: the rows of all ranks.
+        item_counts: int64 [num_items], how many training rows each item has.
+    """
+    order = np.argsort(scored["positions"].numpy())
+    names = ("positions", "groups", "items", "labels", "logits")
+    columns = {name: scored[name].numpy()[order] for name in names}
+    labels = tuple(job.schema.of_kind("label"))
+    return SplitScores(**columns, counts=item_counts[columns["items"]], label_names=labels)
+
+
 def evaluate_split(
     job: Job,
     split: str,
     item_counts: np.ndarray,
     lockstep: Lockstep | None = None,
     searches: bool = False,
+    scores_to: Path | None = None,
 ) -> dict[str, Any]:
     """Metrics of one split, in all and for cold, warm and unseen items. A collective.
 
     With several labels the first is at the top and each is under `labels`. With `searches`, a
-    retrieval model also searches the catalogue, of which it encodes every item: `retrieval`.
+    retrieval model also searches the catalogue, of which it encodes every item: `retrieval`. The
+    rows' scores are written to the file `scores_to`.
 
     Raises:
         TrainingStopped: the job is to end, as `lockstep` says.
@@ -188,13 +207,17 @@ def evaluate_split(
     unknown = UnknownIds(job.schema)
     lockstep = lockstep or Lockstep(job.ranks, job.config.checkpoint)
     scored = score(job, interactions, lockstep, unknown, searches)
-    counts = item_counts[scored["items"].numpy()]
+    scores = split_scores(job, scored, item_counts)
     reports = {
         label: evaluation_report(
-            scored["labels"][:, index], scored["logits"][:, index], scored["groups"], counts
+            scores.labels[:, index], scores.logits[:, index], scores.groups, scores.counts
         )
-        for index, label in enumerate(job.schema.of_kind("label"))
+        for index, label in enumerate(scores.label_names)
     }
+    if scores_to is not None:
+        with job.ranks.all_or_none():
+            if job.ranks.is_first:
+                write_scores(scores, scores_to)
     first = next(iter(reports.values()))
     report = dict(first) if len(reports) == 1 else {**first, "labels": reports}
     if "queries" in scored:

@@ -23,6 +23,7 @@ from recsys.evaluation import evaluate_split, format_evaluation, score
 from recsys.lockstep import Lockstep
 from recsys.ranks import Ranks
 from recsys.run_folder import ITEM_COUNTS, check_encoders, check_vocabularies
+from recsys.scores import scores_file
 from recsys.watchdog import Watchdog
 
 
@@ -45,11 +46,21 @@ def load_run(run: Path, data: str | None, ranks: Ranks, device: str) -> Job:
 
 
 def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str) -> dict[str, Any]:
-    """Metrics of a split, printed and written to `RUN/evaluation_SPLIT.json`. A collective."""
+    """Metrics of a split, printed and written to `RUN/evaluation_SPLIT.json`. A collective.
+
+    The scores of its rows are written to `RUN/scores_SPLIT.parquet`.
+    """
     job = load_run(run, data, ranks, device)
     with Watchdog(ranks, job.config.stall_timeout) as watchdog:
         lockstep = Lockstep(ranks, job.config.checkpoint, watchdog)
-        report = evaluate_split(job, split, np.load(run / ITEM_COUNTS), lockstep, searches=True)
+        report = evaluate_split(
+            job,
+            split,
+            np.load(run / ITEM_COUNTS),
+            lockstep,
+            searches=True,
+            scores_to=scores_file(run, split),
+        )
     if ranks.is_first:
         (run / f"evaluation_{split}.json").write_text(json.dumps(report, indent=2) + "\n")
         print(f"{split}\n{format_evaluation(report)}", flush=True)

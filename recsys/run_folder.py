@@ -92,7 +92,8 @@ def begin_run(run: Path, job: Job, item_counts: np.ndarray, skipped_rows: dict[s
             return
         for part in ("checkpoints", "tensorboard", "vocabulary"):
             shutil.rmtree(run / part, ignore_errors=True)
-        (run / "metrics.json").unlink(missing_ok=True)
+        for result in [run / "metrics.json", *run.glob("scores_*.parquet")]:
+            result.unlink(missing_ok=True)
         run.mkdir(parents=True, exist_ok=True)
         (run / JOB_NAME).write_text(_job_name())
         np.save(run / ITEM_COUNTS, item_counts)

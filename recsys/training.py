@@ -1,7 +1,8 @@
 """Training: how a run begins or goes on, and what it leaves behind; the loop is the trainer's.
 
-A run's folder holds `config.yaml` (resolved), `plan.txt`, `checkpoints/`, TensorBoard events and,
-written last, `metrics.json`. The same command on the same folder goes on from the last checkpoint.
+A run's folder holds `config.yaml` (resolved), `plan.txt`, `checkpoints/`, TensorBoard events, the
+scores of the test split's rows (`scores_test.parquet`) and, written last, `metrics.json`. The same
+command on the same folder goes on from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from recsys.run_folder import (
     describe_run,
     find_start,
 )
+from recsys.scores import scores_file
 from recsys.trainer import Trainer
 from recsys.watchdog import Watchdog
 
@@ -176,7 +178,14 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         )
     metrics: dict[str, Any] = {
         "valid": progress.best,
-        "test": evaluate_split(job, "test", trainer.item_counts, trainer.lockstep, searches=True),
+        "test": evaluate_split(
+            job,
+            "test",
+            trainer.item_counts,
+            trainer.lockstep,
+            searches=True,
+            scores_to=scores_file(run, "test"),
+        ),
         "train": {
             "samples_per_second": progress.samples / progress.seconds,
             "seconds": progress.seconds,

@@ -235,10 +235,10 @@ def test_training_ends_without_gain_and_the_best_model_is_kept_and_tested(
     evaluate_split = recsys.training.evaluate_split
 
     def scripted(
-        job: Job, split: str, counts: np.ndarray, lockstep: Any, **searches: bool
+        job: Job, split: str, counts: np.ndarray, lockstep: Any, **options: Any
     ) -> dict[str, Any]:
         weights.append(job.em3.ranking.mlp[-1].weight.detach().clone())  # type: ignore[union-attr, index]
-        report = evaluate_split(job, split, counts, lockstep, **searches)
+        report = evaluate_split(job, split, counts, lockstep, **options)
         return report | ({"auc": next(aucs)} if split == "valid" else {})
 
     for module in (recsys.trainer, recsys.training):
