@@ -13,23 +13,8 @@ import yaml
 
 import recsys.data.movielens as movielens
 from recsys.data.movielens import format_summary, prepare_movielens
-from recsys.data.movielens_protocols import history_ranges, split_by_time
 from recsys.data.movielens_source import SAMPLE
-
-Rating = tuple[int, int, float, int]  # userId, movieId, rating, timestamp
-
-
-def write_source(folder: Path, ratings: list[Rating], movies: list[tuple[int, str, str]]) -> Path:
-    folder.mkdir(exist_ok=True)
-    lines = ["userId,movieId,rating,timestamp", *(",".join(map(str, row)) for row in ratings)]
-    (folder / "ratings.csv").write_text("\n".join(lines) + "\n")
-    lines = [
-        "movieId,title,genres",
-        *(f'{id_},"{title}",{genres}' for id_, title, genres in movies),
-    ]
-    (folder / "movies.csv").write_text("\n".join(lines) + "\n")
-    return folder
-
+from tests.recsys.movielens_sources import Rating, read_split, tied_ratings, write_source
 
 MOVIES = [
     (1, "Heat (1995)", "Action|Crime"),
@@ -50,27 +35,12 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, di
     return out, prepare_movielens(None, out)
 
 
-def tied_ratings(seed: int) -> tuple[list[Rating], list[tuple[int, str, str]]]:
-    """400 ratings by 5 users at only 40 moments, in random order: nearly every time is a tie."""
-    rng = np.random.default_rng(seed)
-    pairs = rng.permutation(5 * 80)
-    rows = [
-        (int(pair % 5) * 10 + 3, int(pair // 5) * 7 + 2, float(rng.integers(1, 11)) / 2, int(time))
-        for pair, time in zip(pairs, rng.integers(100, 140, len(pairs)), strict=True)
-    ]
-    return rows, [(index * 7 + 2, f"movie {index}", "Drama") for index in range(80)]
-
-
 def brute_force_history(
     ratings: list[Rating], user: int, timestamp: int, length: int
 ) -> list[tuple[int, float]]:
     """(movieId, liked) of the last ratings of the user before that moment, one by one."""
     past = [(t, movie, rating) for u, movie, rating, t in ratings if u == user and t < timestamp]
     return [(movie, float(rating >= 4)) for _, movie, rating in sorted(past)[-length:]]
-
-
-def read_split(out: Path, split: str) -> list[dict[str, Any]]:
-    return pq.read_table(out / split).to_pylist()
 
 
 @pytest.mark.parametrize("length", [1, 3, 20])
@@ -101,29 +71,6 @@ def test_every_row_and_history_equals_brute_force_when_most_timestamps_are_ties(
                 )
         expected.sort(key=lambda row: (row["timestamp"], row["user"], row["item"]))
         assert read_split(out, split) == expected
-
-
-def test_a_history_holds_nothing_of_its_own_moment() -> None:
-    user = np.array([0, 0, 0, 0, 1, 1])
-    timestamp = np.array([5, 5, 6, 6, 6, 7])
-    begin, end = history_ranges(user, timestamp, length=20)
-    assert begin.tolist() == [0, 0, 0, 0, 4, 4]
-    assert end.tolist() == [0, 0, 2, 2, 4, 5]
-
-
-def test_a_history_keeps_the_latest_ratings() -> None:
-    begin, end = history_ranges(np.zeros(4, int), np.array([1, 2, 3, 4]), length=2)
-    assert begin.tolist() == [0, 0, 0, 1]
-    assert end.tolist() == [0, 1, 2, 3]
-
-
-def test_the_split_never_cuts_a_moment_in_two() -> None:
-    # Places 0.8 * 19 and 0.9 * 19, rounded down, are 15 and 17: the moments 1 and 3.
-    timestamp = np.array([3, 4, 2, 3] + [1] * 16)
-    splits = split_by_time(timestamp)
-    assert splits["train"].tolist() == list(range(4, 20))
-    assert splits["valid"].tolist() == [0, 2, 3]
-    assert splits["test"].tolist() == [1]
 
 
 def test_the_sample_has_the_figures_of_the_protocol(
@@ -345,13 +292,6 @@ def test_bad_plots_and_posters_are_named_by_column_and_row(
 def test_items_that_are_not_parquet_are_refused(source: Path, tmp_path: Path) -> None:
     (source / "items.parquet").write_text("movieId,plot\n")
     with pytest.raises(ValueError, match=r"items\.parquet: .*write it again"):
-        prepare_movielens(source, tmp_path / "out")
-
-
-def test_ratings_at_too_few_moments_are_refused(tmp_path: Path) -> None:
-    ratings: list[Rating] = [(user, 1, 4.0, 5) for user in range(9)]
-    source = write_source(tmp_path / "source", ratings, MOVIES)
-    with pytest.raises(ValueError, match="leave no row for valid; give ratings at more"):
         prepare_movielens(source, tmp_path / "out")
 
 
