@@ -51,8 +51,8 @@ def ranking_metrics(labels: Array, logits: Array, groups: Array) -> dict[str, An
     assert label.ndim == 1 and label.shape == logit.shape == group.shape
     _check_values(label, logit)
     positive = label == 1
-    auc, _ = _grouped_auc(positive, logit, np.zeros(len(label), dtype=np.int64))
-    user_auc, user_rows = _grouped_auc(positive, logit, group)
+    _, auc, _ = grouped_auc(positive, logit, np.zeros(len(label), dtype=np.int64))
+    _, user_auc, user_rows = grouped_auc(positive, logit, group)
     metrics: dict[str, Any] = {
         "auc": float(auc[0]) if len(auc) else None,
         "gauc": float(np.average(user_auc, weights=user_rows)) if len(user_auc) else None,
@@ -67,17 +67,24 @@ def evaluation_report(
 
     Args:
         labels, logits, groups: as in `ranking_metrics`.
-        item_counts: int [N], how many training rows the item of each row has: `unseen` none,
-            `cold` fewer than `COLD_BELOW` (unseen ones too), `warm` the others.
+        item_counts: int [N], how many training rows the item of each row has, see `item_parts`.
     """
     label, logit, group = _numpy(labels), _numpy(logits), _numpy(groups)
     counts = _numpy(item_counts)
     assert counts.shape == label.shape
     report = ranking_metrics(label, logit, group)
-    parts = {"warm": counts >= COLD_BELOW, "cold": counts < COLD_BELOW, "unseen": counts == 0}
-    for name, rows in parts.items():
+    for name, rows in item_parts(counts).items():
         report[name] = ranking_metrics(label[rows], logit[rows], group[rows])
     return report
+
+
+def item_parts(item_counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Which rows, bool [N], are of items by how many training rows their item has, int [N].
+
+    `unseen` none, `cold` fewer than `COLD_BELOW` (unseen ones too), `warm` the others.
+    """
+    cold = item_counts < COLD_BELOW
+    return {"warm": ~cold, "cold": cold, "unseen": item_counts == 0}
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -146,15 +153,22 @@ def _check_values(label: np.ndarray, logit: np.ndarray) -> None:
         )
 
 
-def _grouped_auc(
+def grouped_auc(
     positive: np.ndarray, score: np.ndarray, group: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """AUC and number of rows of each group that has both labels; G groups: float64, int64 [G].
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Groups that have both labels, the AUC and the number of rows of each; G groups, ascending.
 
     Twice the number of pairs won, per positive, is 2 · (negatives below) + (negatives equal).
+
+    Args:
+        positive: bool [N].
+        score, group: [N].
+
+    Returns:
+        groups [G], AUC float64 [G], rows int64 [G].
     """
     if len(score) == 0:
-        return np.zeros(0), np.zeros(0, dtype=np.int64)
+        return group, np.zeros(0), np.zeros(0, dtype=np.int64)
     order = np.lexsort((score, group))
     positive, score, group = positive[order], score[order], group[order]
     new_group = np.append(True, group[1:] != group[:-1])
@@ -173,7 +187,7 @@ def _grouped_auc(
     positives = np.add.reduceat(tie_positives, first_tie)
     pairs = positives * (rows - positives)
     both = pairs > 0
-    return wins[both] / (2 * pairs[both]), rows[both]
+    return group[group_begin][both], wins[both] / (2 * pairs[both]), rows[both]
 
 
 def _probability_metrics(label: np.ndarray, logit: np.ndarray) -> dict[str, float | None]:
