@@ -108,11 +108,6 @@ def split_by_time(timestamp: np.ndarray) -> Splits:
 
     Raises:
         ValueError: a split would be empty.
-
-    Example::
-
-        >>> split_by_time(np.arange(21))["test"]
-        array([19, 20])
     """
     return _between_quantiles(timestamp, UNTIL[0], UNTIL[1], 1.0, "")
 
