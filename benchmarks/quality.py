@@ -1,83 +1,112 @@
-"""Ranking quality of a grid of configurations, several seeds each, with one budget for all.
+"""The quality study: what each part of the model brings, with one budget for all.
 
-    python -m benchmarks.quality --data DATA --out runs/quality
+    python -m benchmarks.quality --data DATA --out runs/quality --grid full --seeds 3
 
-Every cell is a `recsys train` run of `movielens_multimodal.yaml` with the overrides below, on one
-rank; a finished cell is not run again. Writes the table of medians to
-`benchmarks/results/quality.md`.
+Trains the cells of a grid (`benchmarks.quality_grid`) with several seeds, on a dataset or on all
+windows of a rolling split, and writes a Markdown table, JSON lines and one HTML page with figures.
+Finished runs are not trained again, so the same command goes on where it was stopped. With
+`--search FILE` it ranks sets of settings by validation instead (`benchmarks.quality_search`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 from jsonargparse import auto_cli
 
-from benchmarks.quality_runs import QualityRun, train_all
-
-RESULT = Path(__file__).parent / "results" / "quality.md"
-LORA = ["--content.modalities.text.training", "lora"]
-NO_CIC = ["--contrastive.weight", "0"]
-CONCAT = ["--content.fusion.name", "concat"]
-NO_SIMILARITY = ["--content.history.similarity_features", "false"]
-GRID: dict[str, list[str]] = {
-    "ID only": ["--content", "none"],
-    "ConcatFusion": [*CONCAT, *NO_CIC],
-    "ConcatFusion + CIC": CONCAT,
-    "FQ-Former": NO_CIC,
-    "FQ-Former + CIC": [],
-    "FQ-Former + CIC, no similarity features": NO_SIMILARITY,
-}
-COLUMNS = ("AUC", "GAUC", "GAUC cold", "GAUC unseen")
+from benchmarks.quality_grid import Cell, chosen_cells
+from benchmarks.quality_page import Study, write_study
+from benchmarks.quality_plan import Plan, finished, in_order, plan_runs, windows
+from benchmarks.quality_runs import RECIPE, finish
+from benchmarks.quality_search import ranked, read_candidates, write_search
+from benchmarks.quality_study import effects, read_results
+from benchmarks.ranks import is_launched
+from benchmarks.results import RESULTS, provenance
 
 
 def quality(
     data: str,
     out: Path,
     seeds: int = 3,
-    lora_seeds: int = 0,
+    grid: str = "parts",
+    only: list[str] | None = None,
+    search: Path | None = None,
     jobs: int = 1,
     cache: Path | None = None,
+    recipe: Path = RECIPE,
+    results: Path | None = None,
+    train: bool = True,
 ) -> None:
-    """Trains the grid and writes the table.
+    """Trains what is not trained yet, and writes what all of it says.
 
     Args:
-        data: a dataset made by `recsys prepare movielens` from a source with posters.
+        data: a dataset, or a folder of its windows, which are pooled; for the default recipe,
+            MovieLens prepared from a source with posters.
         out: folder of the runs.
-        seeds: runs per configuration.
-        lora_seeds: runs with LoRA in the top layer of the text encoder, which are slower.
-        jobs: how many train side by side.
+        seeds: runs per cell and dataset.
+        grid: parts, history, text or full.
+        only: cells of the grid, or sets of the search, by name; default: all.
+        search: file of sets of settings to rank by validation, instead of a grid.
+        jobs: how many train side by side, one thread each.
         cache: folder of encoded items; default: the usual one.
+        recipe: what cells change.
+        results: files to write, without their ending; default: benchmarks/results/quality, or
+            quality_search.
+        train: false writes what the finished runs say, whatever cells and seeds are missing.
+
+    Raises:
+        ValueError: a name, a setting or the data are wrong; before anything is trained.
+        RuntimeError: a run failed; names its log.
     """
-    cells = {name: (overrides, seeds) for name, overrides in GRID.items()}
-    if lora_seeds:
-        cells["FQ-Former + CIC, LoRA in the text encoder"] = (LORA, lora_seeds)
-    runs = {
-        name: [QualityRun(name, seed, overrides) for seed in range(count)]
-        for name, (overrides, count) in cells.items()
-    }
-    everything = [run for of_cell in runs.values() for run in of_cell]
-    tests = train_all(everything, data, out, jobs=jobs, cache=cache)
-    rows = []
-    for name, of_cell in runs.items():
-        values = zip(*(_values(tests[run]) for run in of_cell), strict=True)
-        rows.append((name, len(of_cell), [median(column) for column in values]))
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(_table(rows))
-    print(RESULT.read_text())
+    if min(seeds, jobs) < 1:
+        raise ValueError(f"--seeds {seeds} --jobs {jobs}: both must be at least 1")
+    if is_launched():
+        raise ValueError("quality starts its runs itself; use --nproc 1, and --jobs for more")
+    datasets = windows(data)
+    if search is not None:
+        named = read_candidates(search, only)
+        plan = _trained(plan_runs(named, datasets, out, recipe, seeds), jobs, cache, train)
+        files = results or RESULTS / "quality_search"
+        write_search(ranked(named, plan), list(datasets), provenance(), files)
+    else:
+        cells = chosen_cells(grid, only)
+        settings = {cell.name: cell.settings for cell in cells}
+        plan = plan_runs(settings, datasets, out, recipe, seeds)
+        _require_effects(cells, plan)
+        found = read_results(cells, _trained(plan, jobs, cache, train))
+        files = results or RESULTS / "quality"
+        write_study(Study(found, effects(found), list(datasets), provenance()), files)
+    print(files.with_name(f"{files.name}.md").read_text())
 
 
-def _values(test: dict[str, Any]) -> list[float]:
-    return [test["auc"], test["gauc"], test["cold"]["gauc"], test["unseen"]["gauc"]]
+def _require_effects(cells: Sequence[Cell], plan: Plan) -> None:
+    """
+    Raises:
+        ValueError: under this recipe a cell and its baseline are the same configuration.
+    """
+    folders = {name: of_seeds[0][0].folder for name, of_seeds in plan.items()}
+    for cell in cells:
+        if cell.baseline in folders and folders[cell.name] == folders[cell.baseline]:
+            raise ValueError(
+                f"'{cell.name}' changes nothing of '{cell.baseline}' with this recipe; change the "
+                "recipe (a contrastive.weight of 0 leaves no CIC to compare) or leave the cell "
+                "out with --only"
+            )
 
 
-def _table(rows: list[tuple[str, int, list[float]]]) -> str:
-    lines = [f"| test set, median | seeds | {' | '.join(COLUMNS)} |", "|---|---|---|---|---|---|"]
-    for name, runs, values in rows:
-        lines.append(f"| {name} | {runs} | {' | '.join(f'{value:.4f}' for value in values)} |")
-    return "\n".join(lines) + "\n"
+def _trained(plan: Plan, jobs: int, cache: Path | None, train: bool) -> Plan:
+    """The plan's finished runs, after training the others if wanted.
+
+    Raises:
+        ValueError: none is finished, and none is to be trained.
+    """
+    if train:
+        finish(in_order(plan), jobs, cache)
+    done = finished(plan)
+    if not done:
+        raise ValueError("--train false: no configuration has a seed that is finished")
+    return done
 
 
 if __name__ == "__main__":

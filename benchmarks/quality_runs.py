@@ -1,7 +1,7 @@
 """Trains many configurations for their test metrics: side by side, and none of them twice.
 
-Each is a `recsys train` process of one rank and one thread. A run whose `metrics.json` is there is
-read; one that was interrupted goes on from its last checkpoint.
+Each is a `recsys train` process of one rank and one thread. A finished run is read; one that was
+interrupted goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 RECIPE = Path(__file__).parent.parent / "recsys" / "configs" / "movielens_multimodal.yaml"
-BUDGET = ("--batch_size", "512", "--epochs", "3", "--validations_per_epoch", "2", "--patience", "3")
+# By these torchrun tells a process its rank; runs of their own must not take them for theirs.
+OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class QualityRun:
     """One training run of a grid.
 
     name: of its folder, with the seed.
-    overrides: settings besides those of the recipe and the budget.
+    overrides: settings besides those of the recipe.
     """
 
     name: str
@@ -34,6 +35,34 @@ class QualityRun:
 
     def folder(self, out: Path) -> Path:
         return out / f"{self.name.lower().replace(' ', '_').replace(',', '')}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Training:
+    """A `recsys train` process.
+
+    folder: of the run.
+    data: dataset.
+    recipe: what the overrides apply to.
+    title: what is trained, in words.
+    leaves: files of the folder besides `metrics.json` without which the run is made anew.
+    """
+
+    folder: Path
+    data: str
+    recipe: Path
+    seed: int
+    overrides: tuple[str, ...]
+    title: str
+    leaves: tuple[str, ...] = ()
+
+    @property
+    def is_finished(self) -> bool:
+        return all((self.folder / name).exists() for name in ("metrics.json", *self.leaves))
+
+    def metrics(self) -> dict[str, Any]:
+        """Of the finished run."""
+        return json.loads((self.folder / "metrics.json").read_text())
 
 
 def train_all(
@@ -57,27 +86,62 @@ def train_all(
     Raises:
         RuntimeError: a run failed; names its log. The others are finished first.
     """
+    trainings = {
+        run: Training(run.folder(out), data, recipe, run.seed, tuple(run.overrides), run.name)
+        for run in runs
+    }
+    finish(list(trainings.values()), jobs, cache)
+    return {run: training.metrics()["test"] for run, training in trainings.items()}
+
+
+def finish(trainings: Sequence[Training], jobs: int, cache: Path | None) -> None:
+    """Trains those that are not finished, `jobs` side by side, in their order.
+
+    Raises:
+        RuntimeError: a run failed; names its log. The others are finished first.
+    """
     with ThreadPoolExecutor(jobs) as pool:
-        done = [pool.submit(_train, run, data, out, recipe, cache) for run in runs]
-    return {run: result.result() for run, result in zip(runs, done, strict=True)}
+        done = [pool.submit(_train, training, cache) for training in trainings]
+    for result in done:
+        result.result()
 
 
-def _train(
-    run: QualityRun, data: str, out: Path, recipe: Path, cache: Path | None
-) -> dict[str, Any]:
-    folder = run.folder(out)
-    if not (folder / "metrics.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "recsys.cli", "train", "--config", str(recipe)]
-        command += ["--data", data, "--out", str(folder), "--seed", str(run.seed), *BUDGET]
-        command += ["--cache", str(cache)] if cache else []
-        print(f"training {folder.name}", flush=True)
-        log = folder / "log.txt"
-        with log.open("a") as output:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(
-                [*command, *run.overrides], stdout=output, stderr=output, env=environment
-            )
-        if done.returncode:
-            raise RuntimeError(f"training {folder.name} failed; see {log}")
-    return json.loads((folder / "metrics.json").read_text())["test"]
+def _train(training: Training, cache: Path | None) -> None:
+    if training.is_finished:
+        return
+    folder = training.folder
+    command = [sys.executable, "-m", "recsys.cli", "train", "--config", str(training.recipe)]
+    command += ["--data", training.data, "--out", str(folder), "--seed", str(training.seed)]
+    command += ["--cache", str(cache)] if cache else []
+    # Metrics are written last: a run that has them, but not the rest, is of an older version.
+    command += ["--overwrite", "true"] if (folder / "metrics.json").exists() else []
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"training {training.title}, seed {training.seed}, in {folder}", flush=True)
+    log = folder / "log.txt"
+    with log.open("a") as output:
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(OF_TORCHRUN)
+        }
+        done = subprocess.run(
+            [*command, *training.overrides],
+            stdout=output,
+            stderr=output,
+            env=environment | {"OMP_NUM_THREADS": "1"},
+        )
+    if done.returncode:
+        raise RuntimeError(f"training {folder.name} failed; see {log}")
+
+
+def command_words(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Settings by full name as words of the command line.
+
+    Example::
+
+        command_words({"content": "none", "ranking.mlp_units": [8]})
+        # ("--content", "none", "--ranking.mlp_units", "[8]")
+    """
+    return tuple(
+        word
+        for name, value in settings.items()
+        for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
+    )

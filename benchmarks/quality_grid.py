@@ -1,0 +1,200 @@
+"""The cells of the quality study: what each changes in the recipe, why, and against which cell.
+
+The difference of a cell to its baseline is the effect of one named part. What a cell does not set
+is the recipe's, so that data, batch size, epochs and the rule of early stopping are the same for
+all. Cells that a recipe makes equal, such as the recipe and the rank it has, share their runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Settings = Mapping[str, Any]  # by full name, such as `content.fusion.name`
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration of the grid.
+
+    name: in tables and figures.
+    reason: what it is for, in a line.
+    settings: what it changes in the recipe.
+    baseline: the cell that it is compared with.
+    """
+
+    name: str
+    reason: str
+    settings: Settings = field(hash=False)
+    baseline: str | None = None
+
+
+NO_CIC: Settings = {"contrastive.weight": 0}
+IN_BATCH: Settings = {"contrastive.variant": "in_batch"}  # weight and temperature: the recipe's
+PUBLISHED: Settings = {
+    "contrastive.variant": "published",
+    "contrastive.weight": 0.001,
+    "contrastive.num_negatives": 16,
+    "contrastive.temperature": 0.1,
+    "contrastive.normalize": True,
+}
+NO_SIMILARITY: Settings = {
+    "content.history.similarity_features": False,
+    "content.history.simtier_bins": 0,
+    "content.history.sorted_cosines": 0,
+}
+CONCAT: Settings = {"content.fusion.name": "concat"}
+STORED: Settings = {
+    **CONCAT,
+    **NO_SIMILARITY,
+    "content.modalities.text.training": "frozen",
+    "content.history.mode": "bank_frozen",
+}
+SIMTIER: Settings = {**STORED, "content.history.simtier_bins": 20}
+
+
+def _qformer(preset: str) -> Settings:
+    return {"content.fusion.name": "qformer", "content.fusion.preset": preset}
+
+
+def _with_cic(name: str, reason: str, settings: Settings, baseline: str) -> list[Cell]:
+    """The cell without CIC, and with each variant."""
+    return [
+        Cell(name, reason, {**settings, **NO_CIC}, baseline),
+        Cell(
+            f"{name} + CIC in_batch",
+            "CIC with all items of the batch as negatives, weighted as in the recipe",
+            {**settings, **IN_BATCH},
+            name,
+        ),
+        Cell(
+            f"{name} + CIC published",
+            "CIC as the authors published it: 16 sampled negatives, weight 0.001",
+            {**settings, **PUBLISHED},
+            name,
+        ),
+    ]
+
+
+def _history(mode: str, reason: str, baseline: str, rank: int = 0) -> Cell:
+    settings: dict[str, Any] = {"content.history.mode": mode}
+    if not rank:
+        return Cell(f"history {mode}", reason, settings, baseline)
+    settings["content.history.lora_rank"] = rank
+    settings["content.history.lora_alpha"] = 2.0 * rank  # the map's scale, alpha / rank, stays
+    return Cell(f"history {mode} rank {rank}", reason, settings, baseline)
+
+
+def _text(name: str, reason: str, baseline: str, training: str, top_layers: int = 0) -> Cell:
+    settings: dict[str, Any] = {"content.modalities.text.training": training}
+    if top_layers:
+        settings["content.modalities.text.lora.top_layers"] = top_layers
+    return Cell(f"text {name}", reason, settings, baseline)
+
+
+ID_ONLY = Cell("ID only", "the twin without content: what ids alone can do", {"content": "none"})
+RECIPE = Cell("recipe", "the recipe as it stands", {}, "ID only")
+PARTS = [
+    ID_ONLY,
+    Cell(
+        "stored features",
+        "outputs of frozen encoders, projected and appended to the ID vectors. The ranking model "
+        "always attends to the history's content too; here by a dot product over a frozen bank, "
+        "which is the least it can do",
+        {**STORED, **NO_CIC},
+        "ID only",
+    ),
+    *_with_cic(
+        "SimTier histogram",
+        "stored features and a histogram of the target's cosines to the history: the strongest "
+        "cheap baseline in the literature",
+        SIMTIER,
+        "stored features",
+    ),
+    *_with_cic(
+        "ConcatFusion",
+        "one linear map of the modalities side by side, with the history map and the similarity "
+        "features of the recipe",
+        CONCAT,
+        "stored features",
+    ),
+    *_with_cic(
+        "FQ-Former published",
+        "the Fusion-Q-Former as the authors published it, in place of the linear map",
+        _qformer("published"),
+        "ConcatFusion",
+    ),
+    *_with_cic(
+        "FQ-Former modern",
+        "the Fusion-Q-Former with pre-norm, feed-forward and modality embedding",
+        _qformer("modern"),
+        "ConcatFusion",
+    ),
+]
+HISTORY = [
+    _history("bank_frozen", "vectors of the bank, through no trained map", "ID only"),
+    *(
+        _history("bank_lora", "a low-rank map over them", "history bank_frozen", rank)
+        for rank in (2, 4, 8, 16, 32)
+    ),
+    _history("bank_dense", "a dense map over them", "history bank_frozen"),
+    _history("full", "history items encoded with gradient, without a bank", "history bank_dense"),
+]
+TEXT = [
+    _text("frozen", "the text encoder as it comes", "ID only", "frozen"),
+    _text("LoRA top 1", "adapters in its highest layer", "text frozen", "lora", 1),
+    _text("LoRA top 2", "adapters in its two highest layers", "text frozen", "lora", 2),
+    _text("LoRA all", "adapters in all six layers", "text frozen", "lora", 6),
+    _text("full", "all its weights train", "text frozen", "full"),
+]
+OTHERS = [
+    Cell(
+        "sampling 20 %",
+        "a fifth of the items is encoded in each step, the others come from the bank (LEMUR)",
+        {"content.sampling.forward": 0.2, "content.sampling.backward": 0.2},
+        "recipe",
+    ),
+    Cell(
+        "no similarity features",
+        "the recipe without cosines of the target to the history",
+        NO_SIMILARITY,
+        "recipe",
+    ),
+]
+GRIDS: dict[str, list[Cell]] = {
+    "parts": PARTS,
+    "history": [ID_ONLY, *HISTORY],
+    "text": [ID_ONLY, *TEXT],
+    "full": [*PARTS, RECIPE, *HISTORY, *TEXT, *OTHERS],
+}
+# Cells whose curves are drawn, few enough to be told apart.
+DRAWN = (
+    "ID only",
+    "stored features",
+    "SimTier histogram",
+    "ConcatFusion",
+    "FQ-Former published",
+    "FQ-Former modern",
+    "FQ-Former modern + CIC in_batch",
+)
+
+
+def chosen_cells(grid: str, only: Sequence[str] | None = None) -> list[Cell]:
+    """The cells of a grid, or those of it that are named.
+
+    Raises:
+        ValueError: there is no such grid or cell.
+
+    Example::
+
+        [cell.name for cell in chosen_cells("text", ["text full"])]  # ["text full"]
+    """
+    if grid not in GRIDS:
+        raise ValueError(f"--grid {grid} is unknown; choose one of {list(GRIDS)}")
+    cells = {cell.name: cell for cell in GRIDS[grid]}
+    names = list(cells) if only is None else only
+    unknown = sorted(set(names) - set(cells))
+    if unknown:
+        raise ValueError(f"--only: {unknown} are not in grid {grid}; choose of {list(cells)}")
+    return [cell for name, cell in cells.items() if name in names]

@@ -1,0 +1,226 @@
+"""What the quality study leaves: a Markdown table, JSON lines and one HTML page of figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.quality_figures import (
+    MOST_CELLS,
+    cold_start_curves,
+    effect_bars,
+    learning_curves,
+    popularity_bars,
+)
+from benchmarks.quality_grid import DRAWN
+from benchmarks.quality_study import (
+    COLUMNS,
+    EFFECTS,
+    CellResult,
+    Effect,
+    median_of_known,
+    validation_metric,
+)
+from benchmarks.results import markdown_table
+from recsys.bootstrap import Interval
+from recsys.report.item_popularity import BUCKETS
+from recsys.report.page import Section, Table, html_page, number
+
+INTERVALS = (
+    "Intervals are 95 % of a paired bootstrap: all rows of a user, in all windows and in both "
+    "configurations, are drawn together, 2,000 times; seeds are averaged, not drawn. An effect "
+    "counts where its interval excludes 0; of many effects that are nothing, about one in twenty "
+    "does so by chance."
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that is done.
+
+    datasets: their names.
+    about: machine, versions, commit, date and command.
+    """
+
+    results: list[CellResult]
+    effects: list[Effect]
+    datasets: list[str]
+    about: Mapping[str, Any]
+
+    @property
+    def protocol(self) -> str:
+        """What was done, in words."""
+        rows = sum(len(scores.positions) for scores in self.results[0].scores[0])
+        datasets = ", ".join(self.datasets)
+        return (
+            f"Test split of {datasets}: {rows:,} impressions. Every cell has the recipe's data, "
+            "batch size, epochs and rule of early stopping; validation AUC alone chooses the "
+            "model that is tested."
+        )
+
+
+def write_study(study: Study, files: Path) -> None:
+    """Writes `FILES.md`, `FILES.jsonl` and `FILES.html`, each of which appears whole."""
+    lines = [json.dumps({**record, **study.about}) for record in _records(study)]
+    texts = {"jsonl": "\n".join(lines) + "\n", "html": _html(study), "md": _markdown(study, files)}
+    files.parent.mkdir(parents=True, exist_ok=True)
+    for ending, text in texts.items():
+        write_whole(files.with_name(f"{files.name}.{ending}"), text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there with all of the text or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)
+
+
+def provenance_words(about: Mapping[str, Any]) -> str:
+    changed = " with uncommitted changes" if about["uncommitted_changes"] else ""
+    return f"`{about['command']}`, commit {about['commit']}{changed}, {about['date']}."
+
+
+def _records(study: Study) -> list[dict[str, Any]]:
+    """One per cell: its metrics by seed, its effect, and where its runs are."""
+    intervals = {effect.cell.name: effect.intervals for effect in study.effects}
+    return [
+        {
+            "benchmark": "quality",
+            **asdict(result.cell),
+            "datasets": study.datasets,
+            "seeds": [of_data[0].seed for of_data in result.runs],
+            "median": {column: result.median(column) for column in COLUMNS},
+            "by_seed": {column: result.of_seeds(column) for column in COLUMNS},
+            "validation_auc": [validation_metric(of_data, "auc") for of_data in result.runs],
+            "effect": {
+                column: None if found is None else _interval_record(found)
+                for column, found in intervals.get(result.cell.name, {}).items()
+            },
+            "runs": [[run.folder.name for run in of_data] for of_data in result.runs],
+            "train_seconds": median_of_known(
+                [run.metrics()["train"]["seconds"] for of_data in result.runs for run in of_data]
+            ),
+        }
+        for result in study.results
+    ]
+
+
+def _interval_record(interval: Interval) -> dict[str, Any]:
+    return {**asdict(interval), "excludes_zero": interval.excludes_zero}
+
+
+def _markdown(study: Study, files: Path) -> str:
+    lines = ["# Quality of each part", provenance_words(study.about), study.protocol]
+    lines += [_as_markdown(_headline(study.results))]
+    if study.effects:
+        lines += [INTERVALS, _as_markdown(_effect_table(study.effects))]
+    lines += [f"All figures: `{files.name}.html`."]
+    return "\n\n".join(lines) + "\n"
+
+
+def _html(study: Study) -> str:
+    sections = [
+        Section(
+            "Test metrics",
+            [study.protocol, "Medians over seeds."],
+            tables=[_headline(study.results)],
+        )
+    ]
+    if study.effects:
+        words = [INTERVALS, *map(effect_sentence, study.effects)]
+        tables = [_effect_table(study.effects)]
+        sections += [Section("Effect of each part", words, [effect_bars(study.effects)], tables)]
+    drawn = _drawn_cells(study.results)
+    sections += [
+        Section("Learning curves", drawings=[learning_curves(drawn)]),
+        Section(
+            "Quality by item popularity",
+            [
+                "An item without training impressions has an ID vector that was never trained: "
+                "what is known of it comes from its content alone."
+            ],
+            [popularity_bars(drawn), cold_start_curves(drawn)],
+            [_popularity_table(drawn)],
+        ),
+        Section("Cells", text=_cell_text(study.results)),
+        Section("Provenance", text=json.dumps(study.about, indent=1)),
+    ]
+    return html_page("Quality of each part", sections)
+
+
+def _drawn_cells(results: Sequence[CellResult]) -> list[CellResult]:
+    """Those that the grid wants drawn; where there are none, the first."""
+    wanted = [result for result in results if result.cell.name in DRAWN]
+    return wanted or list(results[:MOST_CELLS])
+
+
+def _headline(results: Sequence[CellResult]) -> Table:
+    rows = [
+        (
+            result.cell.name,
+            f"{len(result.runs)}",
+            *(number(result.median(column)) for column in COLUMNS),
+        )
+        for result in results
+    ]
+    return Table(("cell, median over seeds", "seeds", *COLUMNS), rows)
+
+
+def _effect_table(effects: Sequence[Effect]) -> Table:
+    rows = [
+        (
+            f"{effect.cell.name} – {effect.cell.baseline}",
+            *(_interval_cell(effect.intervals[column]) for column in EFFECTS),
+        )
+        for effect in effects
+    ]
+    return Table(("effect (* counts)", *EFFECTS), rows)
+
+
+def _interval_cell(interval: Interval | None) -> str:
+    if interval is None:
+        return "–"
+    mark = " *" if interval.excludes_zero else ""
+    return f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]{mark}"
+
+
+def effect_sentence(effect: Effect) -> str:
+    """What the intervals of an effect say, in words."""
+    said = []
+    for column, interval in effect.intervals.items():
+        if interval is None:
+            said.append(f"{column} is not defined")
+            continue
+        verdict = "counts" if interval.excludes_zero else "does not count (its interval contains 0)"
+        between = f"between {interval.low:+.4f} and {interval.high:+.4f}"
+        said.append(f"{column} {interval.value:+.4f}, {between}, {verdict}")
+    return f"{effect.cell.name} against {effect.cell.baseline}: {'; '.join(said)}."
+
+
+def _popularity_table(results: Sequence[CellResult]) -> Table:
+    by_cell = {result.cell.name: result.by_count("gauc", BUCKETS) for result in results}
+    ranges = list(next(iter(by_cell.values())))
+    rows = [(name, *(number(values[of]) for of in ranges)) for name, values in by_cell.items()]
+    return Table(("GAUC by training impressions", *ranges), rows)
+
+
+def _cell_text(results: Sequence[CellResult]) -> str:
+    """What each cell is for and changes in the recipe."""
+    about = {
+        result.cell.name: {
+            "baseline": result.cell.baseline,
+            "reason": result.cell.reason,
+            "settings": dict(result.cell.settings),
+        }
+        for result in results
+    }
+    return yaml.safe_dump(about, sort_keys=False, width=100, allow_unicode=True)
+
+
+def _as_markdown(table: Table) -> str:
+    return markdown_table(list(table.head), [list(row) for row in table.rows])

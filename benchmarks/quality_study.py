@@ -1,0 +1,166 @@
+"""What the finished runs of a study say: medians over seeds, and effects with their intervals.
+
+Datasets of a folder of windows are pooled: a metric of a seed is that of the rows of all windows
+(`recsys.bootstrap`). An effect is the difference of a cell to its baseline, with an interval of the
+paired bootstrap over users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import numpy as np
+from recsys.bootstrap import Interval, paired_difference, pooled_metric
+
+from benchmarks.quality_grid import Cell
+from benchmarks.quality_plan import Plan
+from benchmarks.quality_runs import Training
+from recsys.scores import SplitScores, read_scores, scores_file
+
+# What a table shows: metric and part of the items.
+COLUMNS = {
+    "AUC": ("auc", "all"),
+    "GAUC": ("gauc", "all"),
+    "GAUC cold": ("gauc", "cold"),
+    "GAUC unseen": ("gauc", "unseen"),
+}
+EFFECTS = ("GAUC", "GAUC cold", "GAUC unseen")
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """The finished runs of a cell.
+
+    runs, scores: [seeds][datasets].
+    """
+
+    cell: Cell
+    runs: list[list[Training]]
+    scores: list[list[SplitScores]]
+
+    def of_seeds(self, column: str) -> list[float | None]:
+        """A column of `COLUMNS`, of each seed; None where the rows do not define it."""
+        metric, part = COLUMNS[column]
+        return [pooled_metric(of_data, metric, part) for of_data in self.scores]
+
+    def median(self, column: str) -> float | None:
+        """Over seeds."""
+        return median_of_known(self.of_seeds(column))
+
+    def median_seed(self) -> int:
+        """Index of the seed with the median validation AUC; the lower of two."""
+        aucs = [validation_metric(of_data, "auc") or 0.0 for of_data in self.runs]
+        order = sorted(range(len(aucs)), key=lambda seed: aucs[seed])
+        return order[(len(order) - 1) // 2]
+
+    def by_count(self, metric: str, edges: Sequence[int]) -> dict[str, float | None]:
+        """A metric's median over seeds by the training impressions of the row's item.
+
+        Args:
+            metric: `auc` or `gauc`.
+            edges: the least count of each range, ascending; the last range has no end.
+
+        Returns:
+            by range, such as `5–19`, `0` or `100+`.
+        """
+        found = {}
+        for first, end in pairwise([*edges, None]):
+            assert first is not None
+            parts = [[_between(scores, first, end) for scores in of] for of in self.scores]
+            values = [pooled_metric(of_data, metric, "all") for of_data in parts]
+            found[_range_name(first, end)] = median_of_known(values)
+        return found
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The difference of a cell to its baseline: an interval per column of `EFFECTS`.
+
+    None where the rows do not define the metric.
+    """
+
+    cell: Cell
+    intervals: dict[str, Interval | None]
+
+
+def read_results(cells: Sequence[Cell], plan: Plan) -> list[CellResult]:
+    """The scores of the cells that the plan, of finished runs, has.
+
+    Raises:
+        ValueError: a file of scores cannot be read.
+    """
+    runs = {run.folder for of_seeds in plan.values() for of_data in of_seeds for run in of_data}
+    scores = {folder: read_scores(scores_file(folder, "test")) for folder in sorted(runs)}
+    return [
+        CellResult(
+            cell,
+            plan[cell.name],
+            [[scores[run.folder] for run in of_data] for of_data in plan[cell.name]],
+        )
+        for cell in cells
+        if cell.name in plan
+    ]
+
+
+def effects(results: Sequence[CellResult]) -> list[Effect]:
+    """Of each cell whose baseline has results too.
+
+    Raises:
+        ValueError: runs on one dataset have scored other rows.
+    """
+    by_name = {result.cell.name: result for result in results}
+    pairs = [
+        (by_name[result.cell.baseline], result)
+        for result in results
+        if result.cell.baseline in by_name
+    ]
+    return [Effect(second.cell, _intervals(first, second)) for first, second in pairs]
+
+
+def _intervals(first: CellResult, second: CellResult) -> dict[str, Interval | None]:
+    return {
+        column: paired_difference(first.scores, second.scores, *COLUMNS[column])
+        for column in EFFECTS
+    }
+
+
+def validation_metric(runs: Sequence[Training], metric: str, part: str = "all") -> float | None:
+    """The mean over datasets, by their rows, of the model that validation chose."""
+    reports = [run.metrics()["valid"] for run in runs]
+    reports = [report if part == "all" else report[part] for report in reports]
+    known = [report for report in reports if report[metric] is not None]
+    if not known:
+        return None
+    weights = [report["num_samples"] for report in known]
+    return float(np.average([report[metric] for report in known], weights=weights))
+
+
+def median_of_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def doubling_edges(results: Sequence[CellResult]) -> list[int]:
+    """0, 1, 2, 4 ... up to the most training impressions that an item has."""
+    most = max((int(scores.counts.max(initial=1)) for scores in results[0].scores[0]), default=1)
+    return [0, *(2**power for power in range(most.bit_length()))]
+
+
+def _between(scores: SplitScores, first: int, end: int | None) -> SplitScores:
+    """The rows of items with `first` to `end - 1` training impressions."""
+    inside = scores.counts >= first
+    if end is not None:
+        inside &= scores.counts < end
+    names = ("positions", "groups", "items", "counts", "labels", "logits")
+    chosen: dict[str, Any] = {name: getattr(scores, name)[inside] for name in names}
+    return replace(scores, **chosen)
+
+
+def _range_name(first: int, end: int | None) -> str:
+    if end is None:
+        return f"{first}+"
+    return str(first) if end == first + 1 else f"{first}–{end - 1}"
