@@ -3,6 +3,7 @@
 PYTHON ?= python3
 INSTALL_FLAGS ?=
 NPROC ?= 2
+COMPARE ?=
 
 VENV := .venv
 INSTALL := $(PYTHON) launch/install.py --venv $(VENV) $(INSTALL_FLAGS)
@@ -23,6 +24,7 @@ help:
 	@echo 'PYTHON=python3.12                    another interpreter, 3.11 or newer'
 	@echo 'INSTALL_FLAGS="--flavor cuda"        see $(PYTHON) launch/install.py --help'
 	@echo 'NPROC=8                              ranks of make train'
+	@echo 'COMPARE=id_only                      make train: the model without content, too, and both compared'
 
 install:
 	@$(INSTALL)
@@ -36,7 +38,8 @@ $(DATA)/schema.yaml: | install
 
 train: install $(DATA)/schema.yaml
 	$(VENV)/bin/torchx run -s local_cwd launch/components.py:train --nproc $(NPROC) -- \
-		--config $(CONFIG) --data $(DATA) --out $(RUN) --overwrite true
+		--config $(CONFIG) --data $(DATA) --out $(RUN) --overwrite true \
+		$(if $(COMPARE),--compare $(COMPARE))
 
 test: install-dev
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile

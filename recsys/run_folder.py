@@ -24,6 +24,9 @@ Resume = Literal["auto", "never", "must"]
 ITEM_COUNTS = "item_counts.npy"
 SKIPPED_ROWS = "skipped_rows.json"
 JOB_NAME = ".job_name"
+COMPARISON = "comparison.json"
+TWIN = "id_only"  # folder of the ID-only twin's run
+TWIN_MARK = ".has_id_only"  # says that the folder TWIN is this run's, not a run beside others
 
 
 def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool:
@@ -90,10 +93,12 @@ def begin_run(run: Path, job: Job, item_counts: np.ndarray, skipped_rows: dict[s
     with job.ranks.all_or_none():
         if not job.ranks.is_first:
             return
-        for part in ("checkpoints", "tensorboard", "vocabulary"):
+        twin = [TWIN] if (run / TWIN_MARK).exists() else []
+        for part in ("checkpoints", "tensorboard", "vocabulary", *twin):
             shutil.rmtree(run / part, ignore_errors=True)
-        for result in [run / "metrics.json", *run.glob("scores_*.parquet")]:
-            result.unlink(missing_ok=True)
+        results = ("metrics.json", COMPARISON, TWIN_MARK)
+        for file in [*(run / name for name in results), *run.glob("scores_*.parquet")]:
+            file.unlink(missing_ok=True)
         run.mkdir(parents=True, exist_ok=True)
         (run / JOB_NAME).write_text(_job_name())
         np.save(run / ITEM_COUNTS, item_counts)

@@ -56,8 +56,11 @@ def write_scores(scores: SplitScores, path: Path) -> None:
         columns[f"label_{name}"] = scores.labels[:, index]
         columns[f"logit_{name}"] = scores.logits[:, index]
     partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(pa.table(columns), partial, write_page_checksum=True)
-    partial.rename(path)
+    try:
+        pq.write_table(pa.table(columns), partial, write_page_checksum=True)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_scores(path: Path) -> SplitScores:
