@@ -29,7 +29,7 @@ def effect_bars(effects: Sequence[Effect]) -> Drawing:
     """A bar with its interval per effect, the columns of `EFFECTS` side by side."""
     figure, plots = new_figure(len(EFFECTS))
     figure.set_size_inches(11, 1.5 + 0.42 * len(effects))
-    names = [f"{effect.cell.name}\nto {effect.cell.baseline}" for effect in effects]
+    names = [f"{effect.cell.name}\nagainst {effect.cell.baseline}" for effect in effects]
     for axes, column in zip(plots, EFFECTS, strict=True):
         for place, effect in enumerate(effects):
             _effect_bar(axes, place, effect, column)
@@ -68,8 +68,8 @@ def learning_curves(results: Sequence[CellResult]) -> Drawing:
     axes.set(xlabel="step", ylabel="validation AUC")
     _legend(figure)
     caption = (
-        "Validation AUC by training step, of the seed whose best validation AUC is the median, on "
-        "the last dataset. The highest point is the model that is tested."
+        "Validation AUC by training step, of the seed whose best validation AUC is the median; of "
+        "several windows, the last. The highest point of a curve is the model that is tested."
     )
     return drawn("learning-curves", figure, caption)
 

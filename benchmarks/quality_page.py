@@ -32,10 +32,11 @@ from recsys.report.item_popularity import BUCKETS
 from recsys.report.page import Section, Table, html_page, number
 
 INTERVALS = (
-    "Intervals are 95 % of a paired bootstrap: all rows of a user, in all windows and in both "
-    "configurations, are drawn together, 2,000 times; seeds are averaged, not drawn. An effect "
-    "counts where its interval excludes 0; of many effects that are nothing, about one in twenty "
-    "does so by chance."
+    "An effect is the mean over seeds of a cell minus that of its baseline. Intervals are 95 % of "
+    "a paired bootstrap: all rows of a user, in all windows and in both cells, are drawn together, "
+    "2,000 times. They tell what other users would say, not other seeds. An effect counts where "
+    "its interval excludes 0; of many effects that are nothing, about one in twenty does so by "
+    "chance."
 )
 
 
@@ -87,7 +88,7 @@ def provenance_words(about: Mapping[str, Any]) -> str:
 
 def _records(study: Study) -> list[dict[str, Any]]:
     """One per cell: its metrics by seed, its effect, and where its runs are."""
-    intervals = {effect.cell.name: effect.intervals for effect in study.effects}
+    of_cells = {effect.cell.name: _effect_record(effect) for effect in study.effects}
     return [
         {
             "benchmark": "quality",
@@ -97,10 +98,7 @@ def _records(study: Study) -> list[dict[str, Any]]:
             "median": {column: result.median(column) for column in COLUMNS},
             "by_seed": {column: result.of_seeds(column) for column in COLUMNS},
             "validation_auc": [validation_metric(of_data, "auc") for of_data in result.runs],
-            "effect": {
-                column: None if found is None else _interval_record(found)
-                for column, found in intervals.get(result.cell.name, {}).items()
-            },
+            "effect": of_cells.get(result.cell.name, {}),
             "runs": [[run.folder.name for run in of_data] for of_data in result.runs],
             "train_seconds": median_of_known(
                 [run.metrics()["train"]["seconds"] for of_data in result.runs for run in of_data]
@@ -110,8 +108,16 @@ def _records(study: Study) -> list[dict[str, Any]]:
     ]
 
 
-def _interval_record(interval: Interval) -> dict[str, Any]:
-    return {**asdict(interval), "excludes_zero": interval.excludes_zero}
+def _effect_record(effect: Effect) -> dict[str, Any]:
+    return {
+        column: {
+            **asdict(interval),
+            "excludes_zero": interval.excludes_zero,
+            "of_seeds": effect.of_seeds[column],
+        }
+        for column, interval in effect.intervals.items()
+        if interval is not None
+    }
 
 
 def _markdown(study: Study, files: Path) -> str:
@@ -127,14 +133,16 @@ def _html(study: Study) -> str:
     sections = [
         Section(
             "Test metrics",
-            [study.protocol, "Medians over seeds."],
+            [study.protocol],
             tables=[_headline(study.results)],
         )
     ]
     if study.effects:
-        words = [INTERVALS, *map(effect_sentence, study.effects)]
-        tables = [_effect_table(study.effects)]
-        sections += [Section("Effect of each part", words, [effect_bars(study.effects)], tables)]
+        bars, table = effect_bars(study.effects), _effect_table(study.effects)
+        sections += [
+            Section("Effect of each part", [INTERVALS], [bars], [table]),
+            Section("Effects in words", list(map(effect_sentence, study.effects))),
+        ]
     drawn = _drawn_cells(study.results)
     sections += [
         Section("Learning curves", drawings=[learning_curves(drawn)]),
@@ -186,20 +194,26 @@ def _interval_cell(interval: Interval | None) -> str:
     if interval is None:
         return "–"
     mark = " *" if interval.excludes_zero else ""
-    return f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]{mark}"
+    text = f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]{mark}"
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def effect_sentence(effect: Effect) -> str:
     """What the intervals of an effect say, in words."""
-    said = []
-    for column, interval in effect.intervals.items():
-        if interval is None:
-            said.append(f"{column} is not defined")
-            continue
-        verdict = "counts" if interval.excludes_zero else "does not count (its interval contains 0)"
-        between = f"between {interval.low:+.4f} and {interval.high:+.4f}"
-        said.append(f"{column} {interval.value:+.4f}, {between}, {verdict}")
-    return f"{effect.cell.name} against {effect.cell.baseline}: {'; '.join(said)}."
+    said = [_interval_words(effect, column) for column in effect.intervals]
+    return f"{effect.cell.name} against {effect.cell.baseline}: {'. '.join(said)}."
+
+
+def _interval_words(effect: Effect, column: str) -> str:
+    interval, of_seeds = effect.intervals[column], effect.of_seeds[column]
+    if interval is None:
+        return f"{column} is not defined"
+    verdict = "counts" if interval.excludes_zero else "does not count (its interval contains 0)"
+    between = f"between {interval.low:+.4f} and {interval.high:+.4f}"
+    words = f"{column} {interval.value:+.4f}, {between}, {verdict}"
+    if len(of_seeds) > 1:
+        words += f"; single seeds from {min(of_seeds):+.4f} to {max(of_seeds):+.4f}"
+    return words
 
 
 def _popularity_table(results: Sequence[CellResult]) -> Table:

@@ -14,11 +14,11 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from recsys.bootstrap import Interval, paired_difference, pooled_metric
 
 from benchmarks.quality_grid import Cell
 from benchmarks.quality_plan import Plan
 from benchmarks.quality_runs import Training
+from recsys.bootstrap import Interval, paired_difference, pooled_metric
 from recsys.scores import SplitScores, read_scores, scores_file
 
 # What a table shows: metric and part of the items.
@@ -42,14 +42,16 @@ class CellResult:
     runs: list[list[Training]]
     scores: list[list[SplitScores]]
 
-    def of_seeds(self, column: str) -> list[float | None]:
-        """A column of `COLUMNS`, of each seed; None where the rows do not define it."""
+    def of_seeds(self, column: str) -> dict[int, float]:
+        """A column of `COLUMNS` by seed; seeds whose rows do not define it are left out."""
         metric, part = COLUMNS[column]
-        return [pooled_metric(of_data, metric, part) for of_data in self.scores]
+        seeds = [of_data[0].seed for of_data in self.runs]
+        values = [pooled_metric(of_data, metric, part) for of_data in self.scores]
+        return {seed: value for seed, value in zip(seeds, values) if value is not None}
 
     def median(self, column: str) -> float | None:
         """Over seeds."""
-        return median_of_known(self.of_seeds(column))
+        return median_of_known(list(self.of_seeds(column).values()))
 
     def median_seed(self) -> int:
         """Index of the seed with the median validation AUC; the lower of two."""
@@ -78,13 +80,15 @@ class CellResult:
 
 @dataclass(frozen=True)
 class Effect:
-    """The difference of a cell to its baseline: an interval per column of `EFFECTS`.
+    """The difference of a cell to its baseline, by column of `EFFECTS`.
 
-    None where the rows do not define the metric.
+    intervals: of the mean over seeds; None where the rows do not define the metric.
+    of_seeds: the difference of each seed that both have; seeds that do not define it are left out.
     """
 
     cell: Cell
     intervals: dict[str, Interval | None]
+    of_seeds: dict[str, list[float]]
 
 
 def read_results(cells: Sequence[Cell], plan: Plan) -> list[CellResult]:
@@ -118,14 +122,18 @@ def effects(results: Sequence[CellResult]) -> list[Effect]:
         for result in results
         if result.cell.baseline in by_name
     ]
-    return [Effect(second.cell, _intervals(first, second)) for first, second in pairs]
+    return [_effect(first, second) for first, second in pairs]
 
 
-def _intervals(first: CellResult, second: CellResult) -> dict[str, Interval | None]:
-    return {
-        column: paired_difference(first.scores, second.scores, *COLUMNS[column])
-        for column in EFFECTS
-    }
+def _effect(first: CellResult, second: CellResult) -> Effect:
+    intervals, of_seeds = {}, {}
+    for column in EFFECTS:
+        intervals[column] = paired_difference(first.scores, second.scores, *COLUMNS[column])
+        before, after = first.of_seeds(column), second.of_seeds(column)
+        of_seeds[column] = [
+            after[seed] - before[seed] for seed in sorted(before.keys() & after.keys())
+        ]
+    return Effect(second.cell, intervals, of_seeds)
 
 
 def validation_metric(runs: Sequence[Training], metric: str, part: str = "all") -> float | None:

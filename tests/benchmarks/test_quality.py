@@ -75,7 +75,7 @@ def test_a_metric_is_the_median_over_seeds_of_all_windows_together(
             logits = np.concatenate([part.logits[:, 0] for part in parts])
             users = np.concatenate([part.groups + NUM_USERS * at for at, part in enumerate(parts)])
             expected.append(ranking_metrics(labels, logits, users)["gauc"])
-        assert record["by_seed"]["GAUC"] == pytest.approx(expected)
+        assert record["by_seed"]["GAUC"] == pytest.approx({"0": expected[0], "1": expected[1]})
         assert record["median"]["GAUC"] == pytest.approx(median(expected))
         assert record["seeds"] == [0, 1]
 
@@ -85,11 +85,14 @@ def test_what_content_adds_counts_and_is_the_difference_of_the_means(
 ) -> None:
     found = records(study[0])
     effect = found["content"]["effect"]["GAUC"]
-    means = {name: np.mean(record["by_seed"]["GAUC"]) for name, record in found.items()}
+    means = {
+        name: np.mean(list(record["by_seed"]["GAUC"].values())) for name, record in found.items()
+    }
 
     assert effect["value"] == pytest.approx(means["content"] - means["ID only"])
     assert 0 < effect["low"] < effect["value"] < effect["high"]
     assert effect["excludes_zero"]
+    assert np.mean(effect["of_seeds"]) == pytest.approx(effect["value"])
     assert found["ID only"]["effect"] == {}
 
 
@@ -99,7 +102,7 @@ def test_the_markdown_has_a_row_per_cell_and_per_effect(study: tuple[Path, Plan]
     medians = " | ".join(f"{value:.4f}" for value in content["median"].values())
 
     assert f"| content | 2 | {medians} |" in text
-    assert f"| content – ID only | {content['effect']['GAUC']['value']:+.4f} [" in text
+    assert f"| content – ID only | {content['effect']['GAUC']['value']:+.4f}\xa0[" in text
     assert f"window-1, window-2: {2 * NUM_ROWS:,} impressions" in text
 
 
@@ -145,9 +148,13 @@ def test_an_effect_is_said_with_its_interval_and_whether_it_counts() -> None:
         "GAUC unseen": None,
     }
 
-    assert effect_sentence(Effect(CELLS[1], intervals)) == (
-        "content against ID only: GAUC +0.0123, between +0.0040 and +0.0200, counts; "
-        "GAUC cold -0.0010, between -0.0100 and +0.0080, does not count (its interval contains 0); "
+    of_seeds = {"GAUC": [0.01, 0.0146], "GAUC cold": [-0.001], "GAUC unseen": []}
+
+    assert effect_sentence(Effect(CELLS[1], intervals, of_seeds)) == (
+        "content against ID only: "
+        "GAUC +0.0123, between +0.0040 and +0.0200, counts; "
+        "single seeds from +0.0100 to +0.0146. "
+        "GAUC cold -0.0010, between -0.0100 and +0.0080, does not count (its interval contains 0). "
         "GAUC unseen is not defined."
     )
 

@@ -125,7 +125,7 @@ def test_torchx_trains_a_cell_whose_scores_are_then_read_and_not_made_again(
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["test"]["num_samples"] == len(read_scores(run / "scores_test.parquet").positions)
     (record,) = map(json.loads, (tmp_path / "results" / "quality.jsonl").read_text().splitlines())
-    assert record["by_seed"]["AUC"] == pytest.approx([metrics["test"]["auc"]])
+    assert record["by_seed"]["AUC"] == pytest.approx({"0": metrics["test"]["auc"]})
     written = (run / "metrics.json").stat().st_mtime_ns
     quality(str(data), tmp_path / "runs", 1, only=["ID only"], recipe=TINY, results=results)
     assert (run / "metrics.json").stat().st_mtime_ns == written
