@@ -1,7 +1,7 @@
 """The command line: `recsys COMMAND`, with a recipe, a dataset or a run.
 
-Commands are doctor, prepare, explain-data, describe, cache, train, evaluate, predict, report
-and export-tables.
+Commands are doctor, prepare, explain-data, describe, cache, train, evaluate, predict, report,
+compare and export-tables.
 
 `cache`, `train`, `evaluate`, `predict` and `report` run alone or under torchrun and torchx
 unchanged.
@@ -80,6 +80,11 @@ def _add_train(commands: Any) -> None:
         help="build all and take one step; no --out is needed, and none is written",
     )
     command.add_argument(
+        "--compare",
+        type=Literal["id_only"] | None,
+        help="id_only: train the same model without content, too, and compare both",
+    )
+    command.add_argument(
         "--resume",
         type=Resume,
         default="auto",
@@ -105,6 +110,18 @@ def _add_runs(commands: Any) -> None:
     _add_run_arguments(command)
     command.add_argument("--out", type=Path | None, help="file; default: RUN/report.html")
     commands.add_subcommand("report", command)
+
+    command = _Parser(description="Metrics of runs, and which differences the test users bear out.")
+    command.add_argument(
+        "--runs",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="finished runs; the others are compared to the first",
+    )
+    command.add_argument("--split", type=str, default="test", help="train, valid or test")
+    command.add_argument("--out", type=Path | None, help="JSON file to write the numbers to")
+    commands.add_subcommand("compare", command)
 
 
 def _add_looks(commands: Any) -> None:
@@ -214,17 +231,21 @@ def _cache(arguments: Namespace) -> None:
 def _train(arguments: Namespace) -> None:
     from recsys.config import config_from
     from recsys.dry_run import dry_run
+    from recsys.id_only_twin import id_only_twin, train_with_twin
     from recsys.ranks import joined_ranks
     from recsys.training import train
 
     config = config_from(arguments)
+    configs = [config] if arguments.compare is None else [config, id_only_twin(config)]
     if not arguments.dry_run and arguments.out is None:
         raise ValueError("train needs --out, the folder of the run to write (or --dry-run)")
     with joined_ranks(config.device) as ranks:
         if arguments.dry_run:
-            dry_run(config, arguments.data, ranks)
+            for each in configs:
+                dry_run(each, arguments.data, ranks)
             return
-        train(config, arguments.data, arguments.out, ranks, arguments.overwrite, arguments.resume)
+        start = train if arguments.compare is None else train_with_twin
+        start(config, arguments.data, arguments.out, ranks, arguments.overwrite, arguments.resume)
 
 
 def _evaluate(arguments: Namespace) -> None:
@@ -253,6 +274,16 @@ def _report(arguments: Namespace) -> None:
         report_run(arguments.run, arguments.data, arguments.out, ranks, arguments.device)
 
 
+def _compare(arguments: Namespace) -> None:
+    from recsys.compare import compare_runs, format_comparison, write_comparison
+
+    report = compare_runs(arguments.runs, arguments.split)
+    print(format_comparison(report))
+    if arguments.out is not None:
+        write_comparison(report, arguments.out)
+        print(f"written to {arguments.out}")
+
+
 def _export_tables(arguments: Namespace) -> None:
     from recsys.table_export import export_tables
 
@@ -273,6 +304,7 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "evaluate": _evaluate,
     "predict": _predict,
     "report": _report,
+    "compare": _compare,
     "export-tables": _export_tables,
 }
 

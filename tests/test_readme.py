@@ -22,7 +22,7 @@ PROJECT = Path(__file__).parent.parent
 README = (PROJECT / "README.md").read_text()
 PROGRAMS = Path(sys.executable).parent
 EXCHANGED = (
-    (r"^make (\w+)$", r"make -n \1"),
+    (r"^make (\w.*)$", r"make -n \1"),
     (r"^python3 launch/install\.py --dev$", f"{sys.executable} launch/install.py --help"),
     (r"^\.venv/bin/python -m pytest -n 2 .*$", f"{sys.executable} -m pytest --version"),
     (r"^\.venv/bin/", f"{PROGRAMS}/"),
