@@ -109,6 +109,11 @@ def _add_runs(commands: Any) -> None:
     command = _Parser(description="One HTML page on a finished run, figures inside.")
     _add_run_arguments(command)
     command.add_argument("--out", type=Path | None, help="file; default: RUN/report.html")
+    command.add_argument(
+        "--colour_by",
+        type=str | None,
+        help="column of the items' files that colours the maps; default: genres or category",
+    )
     commands.add_subcommand("report", command)
 
     command = _Parser(description="Metrics of runs, and which differences the test users bear out.")
@@ -271,7 +276,14 @@ def _report(arguments: Namespace) -> None:
     from recsys.report.command import report_run
 
     with joined_ranks(arguments.device) as ranks:
-        report_run(arguments.run, arguments.data, arguments.out, ranks, arguments.device)
+        report_run(
+            arguments.run,
+            arguments.data,
+            arguments.out,
+            ranks,
+            arguments.device,
+            arguments.colour_by,
+        )
 
 
 def _compare(arguments: Namespace) -> None:

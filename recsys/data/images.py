@@ -57,7 +57,7 @@ def decode_image(
         ValueError: the bytes are not an image that can be read; `where`, if given, is said first.
     """
     try:
-        image = _open(encoded)
+        image = open_image(encoded)
     # Decoders of damaged bytes raise whatever their format's parser stumbles over.
     except Exception as error:
         cause, mend = _cause_and_mend(error)
@@ -73,8 +73,8 @@ def decode_image(
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def _open(encoded: bytes) -> Image.Image:
-    """The decoded image in RGB."""
+def open_image(encoded: bytes) -> Image.Image:
+    """The decoded image in RGB; raises whatever its decoder stumbles over."""
     with warnings.catch_warnings():
         # Above MAX_IMAGE_PIXELS Pillow warns, and refuses only twice as many.
         warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -9,24 +9,38 @@ from typing import Any
 import numpy as np
 
 from recsys.build import Job
+from recsys.data.item_table import ItemTable
 from recsys.evaluation import score, split_interactions
 from recsys.lockstep import Lockstep
 from recsys.prediction import load_run
 from recsys.ranks import Ranks
 from recsys.report.embedding_maps import embedding_maps
+from recsys.report.fusion_attention import fusion_attention, recorded_attention
+from recsys.report.item_columns import item_table
+from recsys.report.item_descriptions import categories, category_column
 from recsys.report.item_popularity import ScoredRows, item_popularity
 from recsys.report.item_vectors import frequent_items, item_vectors
 from recsys.report.learning_curves import learning_curves
+from recsys.report.map_colours import Categories
+from recsys.report.nearest_items import example_items, nearest_items
 from recsys.report.page import Section, Table, html_page, number
 from recsys.run_folder import ITEM_COUNTS
 from recsys.watchdog import Watchdog
 
 SPLIT = "test"
-ITEMS_OF_MAPS = 1000
+ITEMS = 2000  # those seen most in training, whose vectors are looked at
+ITEMS_OF_MAPS = 1000  # of these
 PARTS = ("all", "warm", "cold", "unseen")
 
 
-def report_run(run: Path, data: str | None, out: Path | None, ranks: Ranks, device: str) -> Path:
+def report_run(
+    run: Path,
+    data: str | None,
+    out: Path | None,
+    ranks: Ranks,
+    device: str,
+    colour_by: str | None = None,
+) -> Path:
     """Writes the page of a run, by default `RUN/report.html`. A collective.
 
     Args:
@@ -34,45 +48,72 @@ def report_run(run: Path, data: str | None, out: Path | None, ranks: Ranks, devi
         data: its dataset; default the one it was trained on.
         out: the HTML file to write; it appears whole or not at all.
         ranks, device: where the test split is scored.
+        colour_by: column of the items' files whose categories colour the maps; default: one named
+            genres, genre, category or categories, else the colours are of training impressions.
 
     Raises:
-        ValueError: the folder holds no finished run, or `out` is a folder.
+        ValueError: the folder holds no finished run, `out` is a folder, or no items' file has the
+            column `colour_by`.
     """
     out = out or run / "report.html"
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file, such as {out / 'report.html'}")
     job = load_run(run, data, ranks, device)
-    rows = _scored_rows(job, run)
+    with ranks.all_or_none():
+        table = item_table(job)
+        category = category_column(table, colour_by)
+    rows, test_items = _scored_rows(job, run)
     with ranks.all_or_none():
         if ranks.is_first:
-            _write(html_page(f"Run {run.resolve().name}", _sections(job, run, rows)), out)
+            metrics = json.loads((run / "metrics.json").read_text())
+            sections = [
+                _summary(metrics),
+                learning_curves(run),
+                item_popularity(rows, SPLIT),
+                *_item_sections(job, run, test_items, table, category),
+                _settings(run, metrics),
+            ]
+            _write(html_page(f"Run {run.resolve().name}", sections), out)
             print(f"report written to {out}", flush=True)
     return out
 
 
-def _scored_rows(job: Job, run: Path) -> ScoredRows:
-    """Rows of the test split, of all ranks, with the first label. A collective."""
+def _scored_rows(job: Job, run: Path) -> tuple[ScoredRows, np.ndarray]:
+    """Rows of the test split, of all ranks, with the first label; their items. A collective."""
     interactions = split_interactions(job, SPLIT)
     with Watchdog(job.ranks, job.config.stall_timeout) as watchdog:
         scored = score(job, interactions, Lockstep(job.ranks, job.config.checkpoint, watchdog))
-    return ScoredRows(
+    items = scored["items"].numpy()
+    rows = ScoredRows(
         scored["labels"][:, 0].numpy(),
         scored["logits"][:, 0].numpy(),
         scored["groups"].numpy(),
-        np.load(run / ITEM_COUNTS)[scored["items"].numpy()],
+        np.load(run / ITEM_COUNTS)[items],
     )
+    return rows, items
 
 
-def _sections(job: Job, run: Path, rows: ScoredRows) -> list[Section]:
+def _item_sections(
+    job: Job, run: Path, test_items: np.ndarray, table: ItemTable | None, category: str | None
+) -> list[Section]:
+    """Sections on the vectors of items, each of which is encoded once."""
     item_counts = np.load(run / ITEM_COUNTS)
-    items = frequent_items(job, item_counts, ITEMS_OF_MAPS)
-    metrics = json.loads((run / "metrics.json").read_text())
+    items = frequent_items(job, item_counts, ITEMS)
+    branch = job.em3.content
+    num_modalities = len(branch.encoders) if branch is not None else 0
+    fusion = branch.fusion if branch is not None else None
+    with recorded_attention(fusion, num_modalities) as layers:
+        vectors = item_vectors(job, run, items)
+    of_maps = vectors.first(ITEMS_OF_MAPS)
+    known = None
+    if table is not None and category is not None:
+        known = Categories(category, categories(table, category, of_maps.items))
+    candidates = np.flatnonzero(item_counts) if job.store is None else job.store.items.ids
+    examples = example_items(item_counts, test_items, candidates)
     return [
-        _summary(metrics),
-        learning_curves(run),
-        item_popularity(rows, SPLIT),
-        embedding_maps(item_vectors(job, run, items), item_counts),
-        _settings(run, metrics),
+        embedding_maps(of_maps, item_counts, known),
+        nearest_items(job, run, vectors, examples, item_counts, table, category),
+        fusion_attention(branch, layers),
     ]
 
 

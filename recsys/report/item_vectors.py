@@ -27,6 +27,14 @@ class ItemVectors:
     content: Tensor | None = None  # [I, E]
     contrastive: tuple[Tensor, Tensor] | None = None  # IDs and content, [I, C] each
 
+    def first(self, count: int) -> ItemVectors:
+        """Of the first items alone."""
+        contrastive = self.contrastive
+        if contrastive is not None:
+            contrastive = contrastive[0][:count], contrastive[1][:count]
+        content = None if self.content is None else self.content[:count]
+        return ItemVectors(self.items[:count], self.ids[:count], content, contrastive)
+
 
 def frequent_items(job: Job, item_counts: np.ndarray, most: int) -> np.ndarray:
     """Items with training impressions (and content, where the model has any), frequent first."""

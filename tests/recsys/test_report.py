@@ -1,12 +1,15 @@
 """The page of a run: every figure is in it, it fetches nothing, and its numbers are right."""
 
 import base64
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -17,7 +20,7 @@ from recsys.report.embedding_maps import embedding_maps, pair_cosines, principal
 from recsys.report.item_popularity import BUCKETS, ScoredRows, auc_error, metrics_by_count
 from recsys.report.item_vectors import ItemVectors
 from recsys.report.learning_curves import best_step, read_curves
-from recsys.report.page import Section, Table, html_page
+from recsys.report.page import Card, Cards, Section, Table, html_page
 from tests.recsys.command_runs import trained_run
 
 FIGURES = [
@@ -26,6 +29,7 @@ FIGURES = [
     "cold-start",
     "embeddings",
     "contrastive-embeddings",
+    "attention-layer-1",
 ]
 
 
@@ -60,11 +64,25 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of the tiny run, trained over two ranks."""
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset of the tiny run, whose items here have titles and genres too."""
     trained = trained_run(tmp_path_factory.getbasetemp())
-    out = tmp_path_factory.mktemp("report") / "page.html"
-    words = ["--run", str(trained.run), "--data", str(trained.data), "--out", str(out)]
+    data = shutil.copytree(trained.data, tmp_path_factory.mktemp("report") / "data")
+    items = pq.read_table(data / "items")
+    ids = items["item"].to_pylist()
+    titles = [f"<script>no {item}</script>" if item % 3 else None for item in ids]
+    genres = [f"$_{item % 2}$|rest" if item else None for item in ids]
+    items = items.append_column("title", pa.array(titles))
+    pq.write_table(items.append_column("genres", pa.array(genres)), data / "items/part-0.parquet")
+    return data
+
+
+@pytest.fixture(scope="module")
+def report(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of the tiny run, trained over two ranks."""
+    run = trained_run(tmp_path_factory.getbasetemp()).run
+    out = data.parent / "page.html"
+    words = ["--run", str(run), "--data", str(data), "--out", str(out)]
     assert main(["report", *words, "--device", "cpu"]) == 0
     return out
 
@@ -78,6 +96,8 @@ def test_the_page_has_every_figure_and_the_counted_rows(report: Path) -> None:
         "Learning curves",
         "Quality by item popularity",
         "Embedding maps",
+        "Examples of nearest items",
+        "Attention of the fusion",
         "Configuration",
     ]
     assert page.cells[:7][0] == "all" and page.cells[:7][-1] == "23"
@@ -85,21 +105,63 @@ def test_the_page_has_every_figure_and_the_counted_rows(report: Path) -> None:
 
 def test_the_page_and_its_figures_fetch_nothing(report: Path) -> None:
     addresses = Page(report.read_text()).addresses
+    drawings = [address for address in addresses if address.startswith("data:image/svg")]
+    pictures = [address for address in addresses if address.startswith("data:image/jpeg")]
 
-    assert len(addresses) == 1 + len(FIGURES)
-    assert all(address.startswith("data:") for address in addresses)
-    for address in addresses[1:]:
+    assert len(drawings) == len(FIGURES) and pictures
+    assert len(addresses) == 1 + len(drawings) + len(pictures)
+    for address in drawings:
         drawing = base64.b64decode(address.split(",")[1]).decode()
         assert drawing.rstrip().endswith("</svg>")
         assert 'href="http' not in drawing and "url(http" not in drawing
 
 
+def test_items_are_shown_by_title_or_text_with_all_markup_escaped(report: Path) -> None:
+    text = report.read_text()
+
+    assert "<script>" not in text
+    assert "&lt;script&gt;no 1&lt;/script&gt;" in text
+    assert "same genres" in text
+
+
+def test_the_legend_of_a_map_shows_any_text_as_it_is(report: Path) -> None:
+    drawings = re.findall(
+        r'id="(\S+)"><img alt="[^"]*" src="data:image/svg\+xml;base64,(.*?)"', report.read_text()
+    )
+    drawing = base64.b64decode(dict(drawings)["embeddings"]).decode()
+
+    assert ">$_0$<" in drawing and ">$_1$<" in drawing
+    assert "$|rest" not in drawing
+
+
+def test_a_column_that_cannot_colour_the_maps_is_refused_before_anything_is_written(
+    data: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained_run(tmp_path_factory.getbasetemp()).run
+    out = data.parent / "refused.html"
+    words = ["report", "--run", str(run), "--data", str(data), "--out", str(out)]
+
+    for column, cause in (("brand", "is missing"), ("clip", "is of type list<")):
+        assert main([*words, "--device", "cpu", "--colour_by", column]) == 1
+        said = capsys.readouterr().err
+        assert f"part-0.parquet: column '{column}' {cause}" in said
+        assert "['item', 'text', 'title', 'genres']" in said
+    assert not out.exists()
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium on PATH")
-def test_a_browser_shows_every_figure_within_1280_pixels(report: Path, tmp_path: Path) -> None:
+def test_a_browser_shows_every_figure_and_picture_within_1280_pixels(
+    report: Path, tmp_path: Path
+) -> None:
     script = (
         "<script>addEventListener('load', () => { document.body.dataset.shown = "
-        "[...document.querySelectorAll('figure img')].map(image => "
-        "`${image.complete && image.naturalWidth > 0 && image.width > 900}`).join(); "
+        "[...document.querySelectorAll('figure')].filter(figure => { "
+        "const image = figure.querySelector('img'); "
+        "return image.complete && image.naturalWidth > 0 && image.width > 900 })"
+        ".map(figure => figure.id).join(); "
+        "const pictures = [...document.querySelectorAll('.card img')]; "
+        "document.body.dataset.pictures = pictures.length > 0 && pictures.every(image => "
+        "image.complete && image.naturalHeight > 0 && image.height === 96); "
         "document.body.dataset.fits = "
         "document.documentElement.scrollWidth <= innerWidth })</script>"
     )
@@ -114,15 +176,28 @@ def test_a_browser_shows_every_figure_within_1280_pixels(report: Path, tmp_path:
         timeout=60,
     )
 
-    assert f'data-shown="{",".join(["true"] * len(FIGURES))}"' in done.stdout, done.stderr
+    assert f'data-shown="{",".join(FIGURES)}"' in done.stdout, done.stderr
+    assert 'data-pictures="true"' in done.stdout
     assert 'data-fits="true"' in done.stdout
 
 
-def test_titles_and_cells_are_escaped() -> None:
-    text = html_page("<b>", [Section("a & b", tables=[Table(["<i>"], [["<script>"]])])])
+def test_titles_cells_and_cards_are_escaped() -> None:
+    cards = Cards(Card("<b>", ["<i>"]), [("<script>", [Card("<b>", picture=b"jpeg")])])
+    tables = [Table(["<i>"], [["<script>"]])]
+    text = html_page("<b>", [Section("a & b", tables=tables, cards=[cards])])
 
     assert "<b>" not in text and "<i>" not in text and "<script>" not in text
     assert "a &amp; b" in text
+
+
+def test_a_card_has_a_picture_or_a_field_for_it_or_neither() -> None:
+    def shown(picture: bytes | None) -> str:
+        cards = Cards(Card("name", picture=picture), [])
+        return html_page("page", [Section("items", cards=[cards])])
+
+    assert '<img alt="name" src="data:image/jpeg;base64,anBlZw==">' in shown(b"jpeg")
+    assert 'class="blank"' in shown(b"") and "<img" not in shown(b"")
+    assert 'class="blank"' not in shown(None) and "<img" not in shown(None)
 
 
 def test_rows_are_put_into_ranges_by_the_count_of_their_item() -> None:
