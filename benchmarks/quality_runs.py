@@ -1,11 +1,12 @@
 """Trains many configurations for their test metrics: side by side, and none of them twice.
 
 Each is a `recsys train` process of one rank and one thread. A finished run is read; one that was
-interrupted goes on from its last checkpoint.
+interrupted goes on from its last checkpoint, and one that another process trains is waited for.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -107,29 +108,37 @@ def finish(trainings: Sequence[Training], jobs: int, cache: Path | None) -> None
 
 
 def _train(training: Training, cache: Path | None) -> None:
-    if training.is_finished:
-        return
     folder = training.folder
-    command = [sys.executable, "-m", "recsys.cli", "train", "--config", str(training.recipe)]
-    command += ["--data", training.data, "--out", str(folder), "--seed", str(training.seed)]
-    command += ["--cache", str(cache)] if cache else []
-    # Metrics are written last: a run that has them, but not the rest, is of an older version.
-    command += ["--overwrite", "true"] if (folder / "metrics.json").exists() else []
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"training {training.title}, seed {training.seed}, in {folder}", flush=True)
     log = folder / "log.txt"
     with log.open("a") as output:
+        # The process that trains inherits the lock with its output, so that another study, or this
+        # one started again while an orphan still trains, waits for the run instead of making it.
+        fcntl.flock(output, fcntl.LOCK_EX)
+        if training.is_finished:
+            return
+        print(f"training {training.title}, seed {training.seed}, in {folder}", flush=True)
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith(OF_TORCHRUN)
         }
         done = subprocess.run(
-            [*command, *training.overrides],
+            _command(training, cache),
             stdout=output,
             stderr=output,
             env=environment | {"OMP_NUM_THREADS": "1"},
         )
     if done.returncode:
         raise RuntimeError(f"training {folder.name} failed; see {log}")
+
+
+def _command(training: Training, cache: Path | None) -> list[str]:
+    folder = training.folder
+    command = [sys.executable, "-m", "recsys.cli", "train", "--config", str(training.recipe)]
+    command += ["--data", training.data, "--out", str(folder), "--seed", str(training.seed)]
+    command += ["--cache", str(cache)] if cache else []
+    # Metrics are written last: a run that has them, but not the rest, is of an older version.
+    command += ["--overwrite", "true"] if (folder / "metrics.json").exists() else []
+    return [*command, *training.overrides]
 
 
 def command_words(settings: Mapping[str, Any]) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from benchmarks.quality import quality
 from benchmarks.quality_grid import GRIDS, PARTS, Cell, chosen_cells
 from benchmarks.quality_plan import finished, in_order, plan_runs, windows
-from benchmarks.quality_runs import RECIPE, command_words
+from benchmarks.quality_runs import RECIPE, command_words, finish
 from recsys.scores import read_scores
 from tests.benchmarks.quality_cells import use_small_grid, write_runs, write_windows
 from tests.datasets import write_dataset
@@ -109,6 +111,23 @@ def test_what_is_wrong_is_said_before_anything_is_trained(
     with pytest.raises(ValueError, match="use --nproc 1"):
         quality(data, out)
     assert not out.exists()
+
+
+def test_a_run_that_another_process_trains_is_waited_for(tmp_path: Path) -> None:
+    (of_data,) = plan_runs({"recipe": {}}, {"data": "nothing"}, tmp_path, TINY, seeds=1)["recipe"]
+    (run,) = of_data
+    run.folder.mkdir(parents=True)
+    with ThreadPoolExecutor(1) as pool, (run.folder / "log.txt").open("a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        waiting = pool.submit(finish, of_data, 1, None)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.2)
+        for name in ("scores_test.parquet", "metrics.json"):
+            (run.folder / name).touch()
+        fcntl.flock(log, fcntl.LOCK_UN)
+
+        waiting.result(timeout=10)
+    assert (run.folder / "log.txt").read_text() == ""
 
 
 def test_torchx_trains_a_cell_whose_scores_are_then_read_and_not_made_again(
