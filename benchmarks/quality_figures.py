@@ -38,7 +38,7 @@ def effect_bars(effects: Sequence[Effect]) -> Drawing:
         axes.set_yticks(range(len(effects)), names, fontsize=8)
         axes.tick_params(labelleft=axes is plots[0])
         axes.set(title=column, xlabel="difference to the baseline")
-        axes.locator_params(axis="x", nbins=5)
+        axes.locator_params(axis="x", nbins=4)
     caption = (
         "Effect of each part on the test split: the cell's metric minus its baseline's, with a "
         "95 % interval. Blue: the interval excludes 0, so the effect counts; grey: it does not."

@@ -59,9 +59,9 @@ class Study:
         rows = sum(len(scores.positions) for scores in self.results[0].scores[0])
         datasets = ", ".join(self.datasets)
         return (
-            f"Test split of {datasets}: {rows:,} impressions. Every cell has the recipe's data, "
-            "batch size, epochs and rule of early stopping; validation AUC alone chooses the "
-            "model that is tested."
+            f"Test split of {datasets}: {rows:,} impressions. Every cell has the same data and the "
+            "recipe's batch size, epochs and rule of early stopping; validation AUC alone chooses "
+            "the model that is tested."
         )
 
 
