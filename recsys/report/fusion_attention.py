@@ -129,8 +129,7 @@ def fusion_attention(branch: ContentBranch | None, layers: list[MeanAttention]) 
     ]
     words = [
         "Each query of the Fusion-Q-Former spreads an attention of 1 over the queries and the "
-        "tokens of an item. Beside even attention, these are the modalities that it prefers; "
-        "what it takes from them is in their values."
+        "tokens of an item. It prefers a modality where its share is above that of even attention."
     ]
     return Section(TITLE, words, drawings)
 

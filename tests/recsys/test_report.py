@@ -124,6 +124,16 @@ def test_items_are_shown_by_title_or_text_with_all_markup_escaped(report: Path) 
     assert "same genres" in text
 
 
+def test_examples_of_unseen_items_have_neighbours_by_content_alone(report: Path) -> None:
+    text = report.read_text()
+
+    assert text.count('class="cards"') == 6
+    assert text.count("nearest by content vector") == 6
+    assert text.count("nearest by ID vector") == 4
+    assert text.count("The ID vector is untrained") == 2
+    assert text.count("cosine 0.") + text.count("cosine -0.") + text.count("cosine 1.") == 50
+
+
 def test_the_legend_of_a_map_shows_any_text_as_it_is(report: Path) -> None:
     drawings = re.findall(
         r'id="(\S+)"><img alt="[^"]*" src="data:image/svg\+xml;base64,(.*?)"', report.read_text()
