@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+HALF_LIVES = (1.0, 2.0, 5.0)
+
 
 @dataclass
 class PaddedBatch:
@@ -113,14 +115,23 @@ class PaddedAttention(nn.Module):
         target: Tensor,  # [B, D]
         history: Tensor,  # [B, L, D]
         batch: PaddedBatch,
-    ) -> Tensor:  # [B, D + P + 1]
+    ) -> Tensor:  # [B, D]
         history = history + self.parallel_map(batch.parallel)
         scores = self.scores(target, history).masked_fill(~batch.mask, -1e4)
         weights = torch.softmax(scores, dim=1) * batch.mask
-        interest = torch.einsum("bl,bld->bd", weights, history)
-        lengths = batch.mask.sum(dim=1, keepdim=True)
-        mean = (batch.parallel * batch.mask.unsqueeze(-1)).sum(dim=1) / lengths.clamp(min=1)
-        return torch.cat([interest, mean, torch.log1p(lengths.float())], dim=1)
+        return torch.einsum("bl,bld->bd", weights, history)
+
+
+def history_numbers(batch: PaddedBatch) -> Tensor:  # [B, P * (1 + H) + 1]
+    """Means of the parallel lists, all alike and by half-lives, and the length."""
+    lengths = batch.mask.sum(dim=1, keepdim=True)
+    newer = lengths - batch.mask.cumsum(dim=1)  # [B, L]
+    means = []
+    for values in batch.parallel.unbind(dim=2):
+        for weight in (torch.ones_like(values), *(0.5 ** (newer / life) for life in HALF_LIVES)):
+            weight = weight * batch.mask
+            means.append((values * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1))
+    return torch.stack([*means, torch.log1p(lengths.squeeze(1).float())], dim=1)
 
 
 class PairAttention(PaddedAttention):
@@ -192,7 +203,7 @@ class PlainTwin(nn.Module):
         self.interest = PairAttention(dim, parallel, sizes.attention_units)
         self.content_interest = ProductAttention(content_dim, parallel)
         width = sizes.num_dense + dim * (len(sizes.pooled_rows) + 2) + 2 * content_dim
-        width += 2 * (parallel + 1)
+        width += parallel * (1 + len(HALF_LIVES)) + 1
         self.cross = CrossNetwork(width, sizes.cross_layers, sizes.cross_rank)
         layers: list[nn.Module] = [nn.Dropout(sizes.dropout)]
         for units in sizes.mlp_units:
@@ -213,6 +224,7 @@ class PlainTwin(nn.Module):
                         *(bag(*feature) for bag, feature in zip(self.bags, batch.pooled)),
                         target,
                         self.interest(target, self.items(batch.history), batch),
+                        history_numbers(batch),
                         content,
                         self.content_interest(content, self.history_map(content_history), batch),
                     ],

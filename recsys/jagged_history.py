@@ -84,6 +84,12 @@ class JaggedHistory:
         return order[position < count].sort().values
 
     @cached_property
+    def ages(self) -> Tensor:
+        """int64 [N]: how many items of the same row are newer, that is, come after it."""
+        places = torch.arange(len(self.rows), device=self.rows.device)
+        return self.offsets[1:][self.rows] - 1 - places
+
+    @cached_property
     def by_item(self) -> tuple[Tensor, Tensor, Tensor]:
         """The transposed index: places [N] ordered by item, their rows [N], and offsets [U + 1] of
         the items."""

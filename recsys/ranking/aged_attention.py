@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from recsys.jagged_history import JaggedHistory
-from recsys.ranking.fields import history_numbers
 
 NUM_AGES = 32
 
@@ -26,8 +25,6 @@ def age_of(gaps: Tensor) -> Tensor:
 
 class AgedAttention(nn.Module):
     """An interest of each head, mapped to one.
-
-    Output: the interest [D], the mean of the parallel lists [P], and log(1 + length) [1].
 
     Args:
         dim: D.
@@ -43,7 +40,6 @@ class AgedAttention(nn.Module):
         nn.init.normal_(self.ages.weight, std=0.01)
         self.parallel_map = nn.Linear(num_parallel, dim, bias=False) if num_parallel else None
         self.output = nn.Linear(num_heads * dim, dim, bias=False)
-        self.output_dim = dim + num_parallel + 1
 
     def forward(
         self,
@@ -52,15 +48,14 @@ class AgedAttention(nn.Module):
         history: JaggedHistory,
         parallel: Tensor,  # [K, P]
         ages: Tensor,  # [K]
-    ) -> Tensor:  # [B, D + P + 1]
+    ) -> Tensor:  # [B, D]
         items = items.float()
         queries = self.query(target).float().unflatten(1, (self.num_heads, -1)) * self.scale
         heads = [
             self._head(query.contiguous(), items, history, parallel, ages)
             for query in queries.unbind(dim=1)
         ]
-        interest = self.output(torch.cat(heads, dim=1))
-        return torch.cat([interest, history_numbers(history, parallel)], dim=1)
+        return self.output(torch.cat(heads, dim=1))
 
     def _head(
         self, query: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor, ages: Tensor

@@ -17,6 +17,7 @@ from recsys.config import ContentSettings, RankingSettings
 from recsys.jagged_history import JaggedHistory
 from recsys.ranking.content_interest import ContentInterest
 from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.history_numbers import history_numbers, num_history_numbers
 from recsys.ranking.target_attention import TargetAttention
 from recsys.vectors import ContentVectors, IDVectors
 
@@ -38,7 +39,7 @@ class RowFeatures(nn.Module):
     ) -> None:
         super().__init__()
         width = sum(dimensions.pooled_dims) + dimensions.id_dim + interest_dim
-        width += dimensions.num_dense
+        width += dimensions.num_dense + num_history_numbers(dimensions.num_parallel)
         self.content_interest: ContentInterest | None = None
         if content is not None:
             self.content_interest = ContentInterest.of(content, dimensions.num_parallel)
@@ -51,11 +52,12 @@ class RowFeatures(nn.Module):
         content: ContentVectors | None,
         batch: Batch,
         interest: Tensor,  # [B, interest_dim]
+        numbers: Tensor,  # `history_numbers` of the whole history
         history: JaggedHistory,  # over `batch.history_items`
         parallel: Tensor,  # [K, P] of that history
     ) -> Tensor:  # [B, W]
         """All vectors of a row, one beside the other."""
-        vectors = [batch.dense_features, *ids.pooled, ids.target, interest]
+        vectors = [batch.dense_features, *ids.pooled, ids.target, interest, numbers]
         if self.content_interest is not None:
             assert content is not None
             vectors += [content.target, self.content_interest(content, history, parallel)]
@@ -79,7 +81,7 @@ class AttendedFeatures(RowFeatures):
         interest = TargetAttention(
             dimensions.id_dim, dimensions.num_parallel, settings.attention_units
         )
-        super().__init__(interest.output_dim, dimensions, content)
+        super().__init__(dimensions.id_dim, dimensions, content)
         self.interest = interest
 
     def attended(
@@ -90,4 +92,5 @@ class AttendedFeatures(RowFeatures):
         id_history = history if ids.history_is_unique else history.unindexed()
         parallel = batch.history_values
         interest = self.interest(ids.target, ids.history, id_history, parallel)
-        return self.features(ids, content, batch, interest, history, parallel)
+        numbers = history_numbers(history, parallel)
+        return self.features(ids, content, batch, interest, numbers, history, parallel)

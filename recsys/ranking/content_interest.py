@@ -101,8 +101,7 @@ class ContentInterest(nn.Module):
         super().__init__()
         self.attention = DotAttention(dim, num_parallel)
         self.settings = settings
-        self.output_dim = self.attention.output_dim
-        self.output_dim += settings.simtier_bins + settings.sorted_cosines
+        self.output_dim = dim + settings.simtier_bins + settings.sorted_cosines
         if settings.similarity_features:
             self.output_dim += (1 + num_modalities) * num_similarity_features(num_parallel)
 

@@ -21,6 +21,7 @@ from recsys.config import ContentSettings
 from recsys.jagged_history import JaggedHistory
 from recsys.ranking.content_interest import ContentInterest
 from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.history_numbers import history_numbers, num_history_numbers
 from recsys.vectors import ContentVectors, IDVectors
 
 
@@ -33,13 +34,6 @@ def pooled_history(
     share = history.spread(1 / history.lengths.clamp(min=1).to(items.dtype).unsqueeze(1))
     weights = torch.cat([share, share * parallel], dim=1)
     return [history.weighted_sum(column.contiguous(), items) for column in weights.unbind(dim=1)]
-
-
-def history_numbers(history: JaggedHistory, parallel: Tensor) -> Tensor:  # [B, P + 1]
-    """The mean of each parallel list, and log(1 + length)."""
-    lengths = history.lengths.unsqueeze(1)
-    mean = history.sum(parallel) / lengths.clamp(min=1)
-    return torch.cat([mean, torch.log1p(lengths.to(mean.dtype))], dim=1)
 
 
 @dataclass
@@ -80,13 +74,11 @@ class Fields(nn.Module):
         self.num_numbers, self.num_similarities = dimensions.num_dense, 0
         if self.has_history:
             self.num_fields += 1 + dimensions.num_parallel
-            self.num_numbers += dimensions.num_parallel + 1
+            self.num_numbers += num_history_numbers(dimensions.num_parallel)
         self.content_interest: ContentInterest | None = None
         if content is not None:
             self.content_interest = ContentInterest.of(content, dimensions.num_parallel)
-            # Its first columns are a vector and what `history_numbers` has.
-            self.widths = [content.dim, dimensions.num_parallel + 1]
-            self.num_similarities = self.content_interest.output_dim - sum(self.widths)
+            self.num_similarities = self.content_interest.output_dim - content.dim
             self.target_map, self.interest_map = _map(content.dim, dim), _map(content.dim, dim)
             self.num_fields += 2
         if self.num_fields == 1 and not self.num_numbers:
@@ -112,7 +104,8 @@ class Fields(nn.Module):
         if self.content_interest is not None:
             assert content is not None
             found = self.content_interest(content, history, parallel)
-            interest, _, similarities = found.split([*self.widths, self.num_similarities], dim=1)
+            widths = [found.shape[1] - self.num_similarities, self.num_similarities]
+            interest, similarities = found.split(widths, dim=1)
             vectors += [self.target_map(content.target), self.interest_map(interest)]
         return FieldVectors(vectors, torch.cat(numbers, dim=1), similarities)
 

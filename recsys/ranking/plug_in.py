@@ -25,6 +25,7 @@ from recsys.config import ContentSettings, ContrastiveSettings
 from recsys.content.branch import ContentBranch
 from recsys.losses import ContentIDContrastive
 from recsys.ranking.content_interest import ContentInterest
+from recsys.ranking.history_numbers import history_numbers, num_history_numbers
 from recsys.ranking.plug_in_columns import WidenedModule, no_columns
 from recsys.ranking.plug_in_interactions import widened_interaction
 
@@ -74,16 +75,18 @@ class ContentOfBatch(nn.Module):
             self.interest = ContentInterest(settings.dim, num_modalities, 0, settings.history)
             self.interest_map = nn.Linear(settings.dim, dim)
             self.num_vectors = 2
-            self.num_features = self.interest.output_dim - settings.dim
+            self.num_features = self.interest.output_dim - settings.dim + num_history_numbers(0)
 
     def forward(self, batch: Batch) -> ContentInputs:
         content = self.branch(batch)
         vectors, features = [self.target_map(content.target)], no_columns(content.target)
         if self.interest is not None:
             # The first D columns of the interest are its vector, the others single features.
-            interest = self.interest(content, batch.jagged_history(), batch.history_values)
+            history, parallel = batch.jagged_history(), batch.history_values
+            interest = self.interest(content, history, parallel)
             vectors.append(self.interest_map(interest[:, : self.dim]))
-            features = interest[:, self.dim :]
+            numbers = history_numbers(history, parallel)
+            features = torch.cat([numbers, interest[:, self.dim :]], dim=1)
         return ContentInputs(torch.stack(vectors, dim=1), features, content.target)
 
 

@@ -23,6 +23,7 @@ from recsys.ranking.aged_attention import AgedAttention, age_of
 from recsys.ranking.attended_features import RowFeatures
 from recsys.ranking.content_interest import cosines
 from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.history_numbers import history_numbers
 from recsys.ranking.layers import multilayer_perceptron
 from recsys.vectors import ContentVectors, IDVectors
 
@@ -58,7 +59,7 @@ class Sim(RowFeatures):
         # A gap is an item's age and nothing else: seconds have no place among flags.
         dimensions = replace(dimensions, num_parallel=len(self.flag_columns))
         interest = AgedAttention(dimensions.id_dim, dimensions.num_parallel, settings.search_heads)
-        super().__init__(interest.output_dim, dimensions, content)
+        super().__init__(dimensions.id_dim, dimensions, content)
         self.interest, self.top_k = interest, settings.search_top_k
         categories = dimensions.item_categories if settings.search == "category" else None
         self.register_buffer("categories", categories, persistent=False)
@@ -71,10 +72,15 @@ class Sim(RowFeatures):
         id_history = history if ids.history_is_unique else history.unindexed()
         found = self.search(ids, content, batch, history, id_history)
         ages = self._ages(batch, history)[found]
-        history, id_history = history.select(found), id_history.select(found)
-        parallel = batch.history_values[:, self.flag_columns][found]
+        parallel = batch.history_values[:, self.flag_columns]
+        numbers = history_numbers(history, parallel)
+        history, id_history, parallel = (
+            history.select(found),
+            id_history.select(found),
+            parallel[found],
+        )
         interest = self.interest(ids.target, ids.history, id_history, parallel, ages)
-        return self.mlp(self.features(ids, content, batch, interest, history, parallel))
+        return self.mlp(self.features(ids, content, batch, interest, numbers, history, parallel))
 
     @torch.no_grad()
     def search(
@@ -107,8 +113,7 @@ class Sim(RowFeatures):
     def _ages(self, batch: Batch, history: JaggedHistory) -> Tensor:  # [N]
         if self.gap_column is not None:
             return age_of(batch.history_values[:, self.gap_column])
-        places = torch.arange(len(history.rows), device=history.rows.device)
-        return age_of(history.offsets[history.rows + 1] - 1 - places)
+        return age_of(history.ages)
 
 
 def _content_similarity(content: ContentVectors, history: JaggedHistory) -> Tensor:  # [N]

@@ -22,16 +22,14 @@ from recsys.jagged_history import JaggedHistory
 
 
 class HistoryAttention(nn.Module):
-    """What both attentions share: weights by softmax of scores, and the sums under them.
+    """What both attentions share: weights by softmax of scores, and the sum under them.
 
-    Output: the weighted sum [D], the mean of the parallel lists [P], and log(1 + length) [1]. An
-    empty history gives zeros.
+    An empty history gives zeros.
     """
 
     def __init__(self, dim: int, num_parallel: int) -> None:
         super().__init__()
         self.parallel_map = nn.Linear(num_parallel, dim, bias=False) if num_parallel else None
-        self.output_dim = dim + num_parallel + 1
 
     def scores(
         self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
@@ -45,14 +43,12 @@ class HistoryAttention(nn.Module):
         items: Tensor,  # [U, D]
         history: JaggedHistory,
         parallel: Tensor,  # [N, P]
-    ) -> Tensor:  # [B, D + P + 1]
+    ) -> Tensor:  # [B, D]
         weights = history.softmax(self.scores(target, items, history, parallel).float())
         interest = history.weighted_sum(weights, items.float())
-        lengths = history.lengths.unsqueeze(1)
-        mean = history.sum(parallel) / lengths.clamp(min=1)
         if self.parallel_map is not None:
             interest = interest + self.parallel_map(history.sum(weights.unsqueeze(1) * parallel))
-        return torch.cat([interest, mean, torch.log1p(lengths.to(interest.dtype))], dim=1)
+        return interest
 
 
 class TargetAttention(HistoryAttention):

@@ -23,7 +23,8 @@ from recsys.batch import Batch
 from recsys.config import ContentSettings, RankingSettings
 from recsys.jagged_history import JaggedHistory
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.fields import history_numbers, pooled_history
+from recsys.ranking.fields import pooled_history
+from recsys.ranking.history_numbers import history_numbers, num_history_numbers
 from recsys.ranking.layers import multilayer_perceptron
 from recsys.vectors import ContentVectors, IDVectors, TowerVectors
 
@@ -51,7 +52,8 @@ class TwoTower(nn.Module):
         item_width = dimensions.id_dim
         self.similarity: Similarity | None = None
         if self.has_history:
-            query_width += means * dimensions.id_dim + means
+            query_width += means * dimensions.id_dim
+            query_width += num_history_numbers(dimensions.num_parallel)
         if content is not None:
             item_width += content.dim
             query_width += means * content.dim * self.has_history

@@ -19,7 +19,7 @@ from recsys.compilation import compiled_parts
 from recsys.config import ContentSettings, RankingSettings
 from recsys.ranking import RANKING_MODELS, build_ranking
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.fields import history_numbers
+from recsys.ranking.history_numbers import history_numbers
 from recsys.ranking.mmoe import Mmoe
 from recsys.vectors import IDVectors, TowerVectors
 from tests.recsys.ranking_inputs import CONTENT, DIMENSIONS, ID_DIM, LENGTHS, inputs, one_row

@@ -15,6 +15,7 @@ from recsys.config import ContentSettings, RankingSettings
 from recsys.ranking import build_ranking
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.din_dcn import DinDcn
+from recsys.ranking.history_numbers import history_numbers
 from recsys.vectors import ContentVectors, IDVectors
 from tests.recsys.ranking_inputs import CONTENT, DIMENSIONS, ID_DIM, LENGTHS, inputs, one_row
 
@@ -50,6 +51,7 @@ def test_logits_are_the_mlp_of_the_cross_network_of_all_vectors() -> None:
         *ids.pooled,
         ids.target,
         model.interest(ids.target, ids.history, history, values),
+        history_numbers(history, values),
         content.target,
         model.content_interest(content, history, values),
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from recsys.data.filesystem import Location
 from recsys.data.schema import load_schema
 from recsys.jagged_history import JaggedHistory
 from recsys.ranking.aged_attention import AgedAttention, age_of
+from recsys.ranking.history_numbers import num_history_numbers
 from recsys.ranking.item_categories import load_item_categories
 from recsys.ranking.sim import Sim
 from tests.datasets import write_dataset
@@ -106,8 +106,7 @@ def test_attention_to_found_items_is_plain_multi_head_attention_with_ages() -> N
     for query in attention.query(target).view(heads, dim):
         weights = torch.softmax(vectors @ query / dim**0.5, dim=0)
         interests.append(weights @ vectors)
-    mean_and_length = torch.tensor([0.6, math.log(6)])
-    expected = torch.cat([attention.output(torch.cat(interests)), mean_and_length])
+    expected = attention.output(torch.cat(interests))
     history = JaggedHistory.of(torch.arange(5), torch.tensor([5]), 5)
     torch.testing.assert_close(attention(target, items, history, flags, ages)[0], expected)
 
@@ -127,8 +126,9 @@ def test_ages_are_places_from_the_end_or_the_named_list() -> None:
     history = batch.jagged_history()
     assert by_place._ages(batch, history).tolist() == [2, 1, 1, 0, 2, 2, 2, 1, 1, 0]
     assert torch.equal(by_gap._ages(batch, history), age_of(gaps[:, 0]))
-    # The gaps are no flags: the interest has one list beside it.
-    assert by_gap.feature_dim == by_place.feature_dim - 1
+    # The gaps are no flags: there are the numbers of one list less.
+    difference = num_history_numbers(2) - num_history_numbers(1)
+    assert by_gap.feature_dim == by_place.feature_dim - difference
     assert by_gap(ids, None, batch).shape == (3, 1)
 
 

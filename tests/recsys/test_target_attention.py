@@ -50,11 +50,11 @@ def by_loop(attention: HistoryAttention, target: Tensor, items: Tensor, parallel
         own = items[INDEX[places]]
         if attention.parallel_map is not None:
             own = own + parallel[places] @ attention.parallel_map.weight.T
-        interest, mean = torch.zeros(DIM), torch.zeros(parallel.shape[1])
         if length:
             scores = torch.stack([score_of(attention, item, target[row]) for item in own])
-            interest, mean = scores.softmax(dim=0) @ own, parallel[places].mean(0)
-        rows.append(torch.cat([interest, mean, torch.tensor([math.log(1 + length)])]))
+            rows.append(scores.softmax(dim=0) @ own)
+        else:
+            rows.append(torch.zeros(DIM))
     return torch.stack(rows)
 
 
@@ -66,7 +66,7 @@ def test_attention_equals_a_loop_over_unpadded_histories(kind: str, num_parallel
     variables = [target, items, *attention.parameters()]
     output = attention(target, items, HISTORY, parallel)
     expected = by_loop(attention, target, items, parallel)
-    assert output.shape == (len(LENGTHS), attention.output_dim)
+    assert output.shape == (len(LENGTHS), DIM)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
     factor = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
     gradients = torch.autograd.grad((output * factor).sum(), variables)
@@ -96,7 +96,7 @@ def test_a_batch_without_any_history_gives_zeros_and_finite_gradients(kind: str)
     nothing = JaggedHistory.of(INDEX[:0], torch.zeros_like(LENGTHS), 0)
     output = attention(target, items[:0], nothing, parallel[:0])
     output.sum().backward()
-    assert output.shape == (len(LENGTHS), attention.output_dim)
+    assert output.shape == (len(LENGTHS), DIM)
     assert not output.any()
     for parameter in attention.parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all()
