@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-HALF_LIVES = (1.0, 2.0, 5.0)
+HALF_LIVES = (1.0, 3.0, 10.0)
 
 
 @dataclass

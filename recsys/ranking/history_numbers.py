@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recsys.jagged_history import JaggedHistory
 
-HALF_LIVES = (1.0, 2.0, 5.0)  # in newer items
+HALF_LIVES = (1.0, 3.0, 10.0)  # in newer items
 
 
 def history_numbers(
