@@ -58,7 +58,7 @@ from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.item_categories import load_item_categories
 from recsys.ranks import Ranks
 from recsys.retrieval_loss import RetrievalLoss
-from recsys.table_configs import pooled_features, table_configs
+from recsys.table_configs import id_dropouts, pooled_features, table_configs
 
 
 @dataclass
@@ -198,7 +198,12 @@ def build_em3(
         embeddings=embeddings,
         content=ContentBranch(encoders, content, bank) if content is not None else None,
         read_ids=ReadIDs(
-            pooled, schema.target_item, schema.history, config.embedding.index_dedup, negatives
+            pooled,
+            schema.target_item,
+            schema.history,
+            config.embedding.index_dedup,
+            negatives,
+            id_dropouts(config, schema),
         ),
         ranking=build_ranking(config.ranking, dimensions, content),
         losses=Losses(RankingLoss(weights), contrastive, config.contrastive.weight, retrieval),

@@ -45,6 +45,9 @@ class TableSettings:
     optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
+    # Pooled tables: in training so many of the rows of a batch are without the vector, so that the
+    # model learns to do without, as it must for new ids.
+    id_dropout: float = 0.0
     frozen: bool = False  # keeps its first weights, those of `init_from` for instance
     init_from: InitFromSettings | None = None
 

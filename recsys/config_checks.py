@@ -48,6 +48,7 @@ def validate(config: Config) -> None:
     for name, table in config.embedding.tables.items():
         if table.embedding_dim is not None:
             _at_least(config, f"embedding.tables.{name}.embedding_dim", 1)
+        _dropout(config, f"embedding.tables.{name}.id_dropout")
     if config.content == "none":
         return
     _validate_content(config, config.content)

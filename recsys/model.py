@@ -10,6 +10,7 @@ Shapes: B batch, C labels, D dimension.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,13 +18,20 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from recsys.batch import Batch
 from recsys.content.branch import ContentBranch
+from recsys.dropout import IDDropout
 from recsys.losses import ContentIDContrastive, RankingLoss
 from recsys.retrieval_loss import RetrievalLoss
 from recsys.vectors import ContentVectors, IDVectors, TowerVectors
 
 
 class ReadIDs(nn.Module):
-    """Lookup results -> `IDVectors`, read by key in the order of the configuration."""
+    """Lookup results -> `IDVectors`, read by key in the order of the configuration.
+
+    Args:
+        pooled_features, target, history, negatives: the features looked up.
+        history_is_unique: as `IDVectors` has it.
+        dropout: of pooled features by name, as `IDDropout` wants it.
+    """
 
     def __init__(
         self,
@@ -32,8 +40,13 @@ class ReadIDs(nn.Module):
         history: str | None,
         history_is_unique: bool = True,
         negatives: str | None = None,
+        dropout: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
+        dropout = dropout or {}
+        self.pooled_dropouts = nn.ModuleList(
+            IDDropout(dropout.get(name, 0.0)) for name in pooled_features
+        )
         self.pooled_features, self.target, self.history = pooled_features, target, history
         self.history_is_unique, self.negatives = history_is_unique, negatives
 
@@ -41,7 +54,10 @@ class ReadIDs(nn.Module):
         by_name = pooled.to_dict() if self.pooled_features else {}
         target = sequences[self.target].values()
         history = sequences[self.history].values() if self.history else target[:0]
-        pooled_vectors = [by_name[name] for name in self.pooled_features]
+        pooled_vectors = [
+            dropout(by_name[name])
+            for name, dropout in zip(self.pooled_features, self.pooled_dropouts)
+        ]
         negatives = sequences[self.negatives].values() if self.negatives else None
         return IDVectors(pooled_vectors, target, history, self.history_is_unique, negatives)
 

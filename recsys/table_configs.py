@@ -19,6 +19,24 @@ def pooled_features(config: Config, schema: Schema) -> list[str]:
     ]
 
 
+def id_dropouts(config: Config, schema: Schema) -> dict[str, float]:
+    """The dropout of each pooled feature's vectors, as its table has it.
+
+    Raises:
+        ValueError: the table of the target item has one.
+    """
+    tables = config.embedding.tables
+    if tables.get(schema.target_item, TableSettings()).id_dropout:
+        raise ValueError(
+            f"embedding.tables.{schema.target_item}.id_dropout: '{schema.target_item}' is the "
+            "target item; only pooled tables, such as the user's, have an id_dropout"
+        )
+    return {
+        name: tables.get(schema.table_of(name), TableSettings()).id_dropout
+        for name in pooled_features(config, schema)
+    }
+
+
 def table_configs(
     config: Config, schema: Schema, list_lengths: dict[str, float] | None = None
 ) -> list[TableConfig]:

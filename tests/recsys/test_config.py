@@ -104,6 +104,7 @@ def test_unknown_and_wrong_overrides_are_named(words: list[str]) -> None:
         ("--embedding.dim=0", "embedding.dim is 0"),
         ("--embedding.learning_rate=-1", "embedding.learning_rate is -1.0"),
         ("--embedding.init_std=-1", "embedding.init_std is -1.0"),
+        ("--embedding.tables={user: {id_dropout: 1}}", "embedding.tables.user.id_dropout is 1.0"),
         ("--optimizer.learning_rate=-1", "optimizer.learning_rate is -1.0"),
         ("--optimizer.encoder_learning_rate=-1", "optimizer.encoder_learning_rate is -1.0"),
         ("--optimizer.warmup_steps=-1", "optimizer.warmup_steps is -1"),

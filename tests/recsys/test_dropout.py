@@ -1,8 +1,8 @@
-"""Dropout: how much it drops, what it leaves, and that gradients pass where values do."""
+"""Dropout: how much is dropped, what is left, and that gradients pass where values do."""
 
 import torch
 
-from recsys.dropout import Dropout
+from recsys.dropout import Dropout, IDDropout
 
 
 def test_a_share_p_is_dropped_and_the_rest_scaled_so_that_the_mean_stays() -> None:
@@ -30,3 +30,19 @@ def test_it_draws_anew_in_each_call_and_keeps_the_type() -> None:
     dropout, inputs = Dropout(0.5), torch.ones(100, dtype=torch.bfloat16)
     assert not torch.equal(dropout(inputs), dropout(inputs))
     assert dropout(inputs).dtype == torch.bfloat16
+
+
+def test_id_dropout_leaves_out_whole_vectors_and_scales_nothing() -> None:
+    torch.manual_seed(0)
+    vectors = torch.randn(10_000, 3, requires_grad=True)
+    output = IDDropout(0.3)(vectors)
+    is_dropped = (output == 0).all(dim=1)
+    assert abs(float(is_dropped.float().mean()) - 0.3) < 0.02
+    assert torch.equal(output[~is_dropped], vectors[~is_dropped])
+    output.sum().backward()
+    assert torch.equal(vectors.grad, (~is_dropped).float().unsqueeze(1).expand(-1, 3))
+
+
+def test_id_dropout_keeps_all_in_evaluation() -> None:
+    vectors = torch.randn(10, 3)
+    assert IDDropout(0.5).eval()(vectors) is vectors
