@@ -45,6 +45,8 @@ NO_SIMILARITY: Settings = {
     "content.history.sorted_cosines": 0,
 }
 CONCAT: Settings = {"content.fusion.name": "concat"}
+SHORT_TEXT: Settings = {"content.modalities.text.max_length": 24}  # to train its encoder is dear
+SAMPLING: Settings = {"content.sampling.forward": 0.2, "content.sampling.backward": 0.2}
 STORED: Settings = {
     **CONCAT,
     **NO_SIMILARITY,
@@ -87,7 +89,7 @@ def _history(mode: str, reason: str, baseline: str, rank: int = 0) -> Cell:
 
 
 def _text(name: str, reason: str, baseline: str, training: str, top_layers: int = 0) -> Cell:
-    settings: dict[str, Any] = {"content.modalities.text.training": training}
+    settings: dict[str, Any] = {**SHORT_TEXT, "content.modalities.text.training": training}
     if top_layers:
         settings["content.modalities.text.lora.top_layers"] = top_layers
     return Cell(f"text {name}", reason, settings, baseline)
@@ -142,17 +144,40 @@ HISTORY = [
     _history("full", "history items encoded with gradient, without a bank", "history bank_dense"),
 ]
 TEXT = [
-    _text("frozen", "the text encoder as it comes", "ID only", "frozen"),
+    _text(
+        "frozen",
+        "the text encoder as it comes; like all of these, 24 tokens of text",
+        "ID only",
+        "frozen",
+    ),
     _text("LoRA top 1", "adapters in its highest layer", "text frozen", "lora", 1),
     _text("LoRA top 2", "adapters in its two highest layers", "text frozen", "lora", 2),
     _text("LoRA all", "adapters in all six layers", "text frozen", "lora", 6),
     _text("full", "all its weights train", "text frozen", "full"),
+    Cell(
+        "text LoRA top 1, sampling 20 %",
+        "a fifth of the items is encoded in each step, the others come from the bank (LEMUR)",
+        {**_text("", "", "", "lora", 1).settings, **SAMPLING},
+        "text LoRA top 1",
+    ),
 ]
 OTHERS = [
     Cell(
         "sampling 20 %",
         "a fifth of the items is encoded in each step, the others come from the bank (LEMUR)",
-        {"content.sampling.forward": 0.2, "content.sampling.backward": 0.2},
+        SAMPLING,
+        "recipe",
+    ),
+    Cell(
+        "no table of users",
+        "the recipe without vectors of users: a user is the history alone",
+        {"embedding.tables": {}, "embedding.skip": ["user"]},
+        "recipe",
+    ),
+    Cell(
+        "users without id_dropout",
+        "the recipe, its vectors of users never left out",
+        {"embedding.tables": {}},
         "recipe",
     ),
     Cell(

@@ -129,7 +129,8 @@ def _new_groups(found: DatasetSummary) -> Iterator[Finding]:
             yield Finding(
                 f"{1 - known:.1%} of the {split} rows have a '{group}' without a training row "
                 f"({groups:,} different ones in all)",
-                f"a row of their own cannot have been trained: embedding.skip [{group}]",
+                "a row of their own cannot have been trained: let the model learn to do without, "
+                f"embedding.tables.{group}.id_dropout 0.5",
             )
 
 
