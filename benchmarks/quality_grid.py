@@ -31,7 +31,11 @@ class Cell:
 
 
 NO_CIC: Settings = {"contrastive.weight": 0}
-IN_BATCH: Settings = {"contrastive.variant": "in_batch"}  # weight and temperature: the recipe's
+IN_BATCH: Settings = {
+    "contrastive.variant": "in_batch",
+    "contrastive.weight": 0.05,
+    "contrastive.temperature": 0.1,
+}
 PUBLISHED: Settings = {
     "contrastive.variant": "published",
     "contrastive.weight": 0.001,
@@ -66,7 +70,7 @@ def _with_cic(name: str, reason: str, settings: Settings, baseline: str) -> list
         Cell(name, reason, {**settings, **NO_CIC}, baseline),
         Cell(
             f"{name} + CIC in_batch",
-            "CIC with all items of the batch as negatives, weighted as in the recipe",
+            "CIC with all items of the batch as negatives, weight 0.05",
             {**settings, **IN_BATCH},
             name,
         ),
