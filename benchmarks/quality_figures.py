@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.quality_study import EFFECTS, CellResult, Effect, doubling_edges
-from recsys.report.item_popularity import BUCKETS
+from benchmarks.quality_study import EFFECTS, CellResult, Effect
+from recsys.report.item_popularity import BUCKETS, doubling_edges
 from recsys.report.learning_curves import read_curves
 from recsys.report.page import BLUE, GREY, Drawing, drawn, new_figure
 
@@ -97,7 +97,7 @@ def popularity_bars(results: Sequence[CellResult]) -> Drawing:
 def cold_start_curves(results: Sequence[CellResult]) -> Drawing:
     """AUC by how often the row's item was seen in training, in ranges that double."""
     figure, (axes,) = new_figure(1)
-    edges = doubling_edges(results)
+    edges = doubling_edges(results[0].most_impressions)
     for result, (colour, marker) in zip(results, styles(results), strict=True):
         values = result.by_count("auc", edges)
         heights = [np.nan if value is None else value for value in values.values()]

@@ -30,6 +30,7 @@ from benchmarks.results import markdown_table
 from recsys.bootstrap import Interval
 from recsys.report.item_popularity import BUCKETS
 from recsys.report.page import Section, Table, html_page, number
+from recsys.whole_file import write_whole
 
 INTERVALS = (
     "An effect is the mean over seeds of a cell minus that of its baseline. Intervals are 95 % of "
@@ -69,16 +70,8 @@ def write_study(study: Study, files: Path) -> None:
     """Writes `FILES.md`, `FILES.jsonl` and `FILES.html`, each of which appears whole."""
     lines = [json.dumps({**record, **study.about}) for record in _records(study)]
     texts = {"jsonl": "\n".join(lines) + "\n", "html": _html(study), "md": _markdown(study, files)}
-    files.parent.mkdir(parents=True, exist_ok=True)
     for ending, text in texts.items():
         write_whole(files.with_name(f"{files.name}.{ending}"), text)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there with all of the text or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
 
 
 def provenance_words(about: Mapping[str, Any]) -> str:

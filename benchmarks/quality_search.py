@@ -20,20 +20,17 @@ from typing import Any
 import yaml
 
 from benchmarks.quality_grid import Settings
-from benchmarks.quality_page import provenance_words, write_whole
+from benchmarks.quality_page import provenance_words
 from benchmarks.quality_plan import Plan
+from benchmarks.quality_study import COLUMNS as METRICS
 from benchmarks.quality_study import median_of_known, validation_metric
 from benchmarks.results import markdown_table
 from recsys.plain_yaml import load_plain_yaml
 from recsys.report.page import number
+from recsys.whole_file import write_whole
 
-# Metric and part of validation; the first column ranks.
-COLUMNS = {
-    "GAUC": ("gauc", "all"),
-    "AUC": ("auc", "all"),
-    "GAUC cold": ("gauc", "cold"),
-    "GAUC unseen": ("gauc", "unseen"),
-}
+RANKED_BY = "GAUC"
+COLUMNS = {RANKED_BY: METRICS[RANKED_BY], **METRICS}  # it stands first
 
 
 @dataclass(frozen=True)
@@ -79,8 +76,7 @@ def ranked(named: Mapping[str, Settings], plan: Plan) -> list[Candidate]:
         for name, settings in named.items()
         if name in plan
     ]
-    first = next(iter(COLUMNS))
-    return sorted(found, key=lambda candidate: -(candidate.metrics[first] or 0.0))
+    return sorted(found, key=lambda candidate: -(candidate.metrics[RANKED_BY] or 0.0))
 
 
 def _medians(plan: Plan, name: str) -> dict[str, float | None]:
@@ -94,7 +90,6 @@ def write_search(
     candidates: list[Candidate], datasets: list[str], about: Mapping[str, Any], files: Path
 ) -> None:
     """Writes `FILES.md`, which appears whole."""
-    first = next(iter(COLUMNS))
     rows = [
         [
             candidate.name,
@@ -107,9 +102,8 @@ def write_search(
     parts = [
         "# Search over settings",
         provenance_words(about),
-        f"Validation split of {', '.join(datasets)}, medians over seeds, ranked by {first}; no "
+        f"Validation split of {', '.join(datasets)}, medians over seeds, ranked by {RANKED_BY}; no "
         "test metric was looked at.",
         markdown_table(["tried", "seeds", *COLUMNS, "settings besides the recipe's"], rows),
     ]
-    files.parent.mkdir(parents=True, exist_ok=True)
     write_whole(files.with_name(f"{files.name}.md"), "\n\n".join(parts) + "\n")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -19,6 +18,7 @@ from benchmarks.quality_grid import Cell
 from benchmarks.quality_plan import Plan
 from benchmarks.quality_runs import Training
 from recsys.bootstrap import Interval, paired_difference, pooled_metric
+from recsys.report.item_popularity import CountRange, count_ranges
 from recsys.scores import SplitScores, read_scores, scores_file
 
 # What a table shows: metric and part of the items.
@@ -53,6 +53,11 @@ class CellResult:
         """Over seeds."""
         return median_of_known(list(self.of_seeds(column).values()))
 
+    @property
+    def most_impressions(self) -> int:
+        """Training impressions of the most frequent item scored, at least 1."""
+        return max(int(scores.counts.max(initial=1)) for scores in self.scores[0])
+
     def median_seed(self) -> int:
         """Index of the seed with the median validation AUC; the lower of two."""
         aucs = [validation_metric(of_data, "auc") or 0.0 for of_data in self.runs]
@@ -67,14 +72,13 @@ class CellResult:
             edges: the least count of each range, ascending; the last range has no end.
 
         Returns:
-            by range, such as `5–19`, `0` or `100+`.
+            by the name of the range.
         """
         found = {}
-        for first, end in pairwise([*edges, None]):
-            assert first is not None
-            parts = [[_between(scores, first, end) for scores in of] for of in self.scores]
+        for of_counts in count_ranges(edges):
+            parts = [[_within(scores, of_counts) for scores in of] for of in self.scores]
             values = [pooled_metric(of_data, metric, "all") for of_data in parts]
-            found[_range_name(first, end)] = median_of_known(values)
+            found[of_counts.name] = median_of_known(values)
         return found
 
 
@@ -152,23 +156,9 @@ def median_of_known(values: Sequence[float | None]) -> float | None:
     return median(known) if known else None
 
 
-def doubling_edges(results: Sequence[CellResult]) -> list[int]:
-    """0, 1, 2, 4 ... up to the most training impressions that an item has."""
-    most = max((int(scores.counts.max(initial=1)) for scores in results[0].scores[0]), default=1)
-    return [0, *(2**power for power in range(most.bit_length()))]
-
-
-def _between(scores: SplitScores, first: int, end: int | None) -> SplitScores:
-    """The rows of items with `first` to `end - 1` training impressions."""
-    inside = scores.counts >= first
-    if end is not None:
-        inside &= scores.counts < end
+def _within(scores: SplitScores, of_counts: CountRange) -> SplitScores:
+    """The rows of items with so many training impressions."""
+    inside = of_counts.holds(scores.counts)
     names = ("positions", "groups", "items", "counts", "labels", "logits")
     chosen: dict[str, Any] = {name: getattr(scores, name)[inside] for name in names}
     return replace(scores, **chosen)
-
-
-def _range_name(first: int, end: int | None) -> str:
-    if end is None:
-        return f"{first}+"
-    return str(first) if end == first + 1 else f"{first}–{end - 1}"

@@ -18,6 +18,7 @@ from embeddings.plan_text import align_columns
 from recsys.bootstrap import METRICS, PARTS, Interval, paired_difference, pooled_metric
 from recsys.metrics import item_parts
 from recsys.scores import SplitScores, check_same_rows, read_scores, scores_file
+from recsys.whole_file import write_whole
 
 SAMPLES = 2000
 
@@ -119,7 +120,4 @@ def _cells(metrics: dict[str, Any], name: str) -> tuple[str, str, str]:
 
 def write_comparison(report: dict[str, Any], out: Path) -> None:
     """Writes what `compare_runs` returned as JSON that appears whole or not at all."""
-    partial = out.with_name(f".{out.name}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    partial.rename(out)
+    write_whole(out, json.dumps(report, indent=2) + "\n")

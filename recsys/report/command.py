@@ -26,6 +26,7 @@ from recsys.report.nearest_items import example_items, nearest_items
 from recsys.report.page import Section, Table, html_page, number
 from recsys.run_folder import ITEM_COUNTS
 from recsys.watchdog import Watchdog
+from recsys.whole_file import write_whole
 
 SPLIT = "test"
 ITEMS = 2000  # those seen most in training, whose vectors are looked at
@@ -73,7 +74,7 @@ def report_run(
                 *_item_sections(job, run, test_items, table, category),
                 _settings(run, metrics),
             ]
-            _write(html_page(f"Run {run.resolve().name}", sections), out)
+            write_whole(out, html_page(f"Run {run.resolve().name}", sections))
             print(f"report written to {out}", flush=True)
     return out
 
@@ -164,10 +165,3 @@ def _settings(run: Path, metrics: dict[str, Any]) -> Section:
         + "."
     ]
     return Section("Configuration", words, text=(run / "config.yaml").read_text())
-
-
-def _write(page: str, out: Path) -> None:
-    partial = out.with_name(f".{out.name}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(page, encoding="utf-8")
-    partial.rename(out)

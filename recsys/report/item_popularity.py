@@ -5,8 +5,8 @@ Shapes: N rows of the split, I items.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,37 @@ class ScoredRows:
         return ranking_metrics(self.labels[rows], self.logits[rows], self.groups[rows])
 
 
-def metrics_by_count(rows: ScoredRows, edges: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class CountRange:
+    """Items with `first` to `end - 1` training impressions; without an end, or more."""
+
+    first: int
+    end: int | None
+
+    @property
+    def name(self) -> str:
+        """Such as `5–19`, `0` or `100+`."""
+        if self.end is None:
+            return f"{self.first}+"
+        is_single = self.end == self.first + 1
+        return str(self.first) if is_single else f"{self.first}–{self.end - 1}"
+
+    def holds(self, counts: np.ndarray) -> np.ndarray:  # int [N] -> bool [N]
+        """Which counts lie in it."""
+        return (counts >= self.first) & (self.end is None or counts < self.end)
+
+
+def count_ranges(edges: Sequence[int]) -> list[CountRange]:
+    """Between the edges, ascending, and one without end above the last."""
+    return [CountRange(*pair) for pair in zip(edges, [*edges[1:], None], strict=True)]
+
+
+def doubling_edges(most: int) -> list[int]:
+    """0, 1, 2, 4 ... up to `most`, at least 1."""
+    return [0, *(2**power for power in range(most.bit_length()))]
+
+
+def metrics_by_count(rows: ScoredRows, edges: Sequence[int]) -> dict[str, dict[str, Any]]:
     """`ranking_metrics`, and `positives`, of the rows of each range of counts.
 
     Args:
@@ -39,17 +69,12 @@ def metrics_by_count(rows: ScoredRows, edges: tuple[int, ...]) -> dict[str, dict
         edges: the least count of each range, ascending; the last range has no end.
 
     Returns:
-        by the name of the range, such as `5–19`, `0` or `100+`; a range without rows too.
+        by the name of the range; a range without rows too.
     """
     found = {}
-    for first, end in pairwise((*edges, None)):
-        assert first is not None
-        inside = rows.counts >= first
-        name = f"{first}+"
-        if end is not None:
-            inside &= rows.counts < end
-            name = str(first) if end == first + 1 else f"{first}–{end - 1}"
-        found[name] = rows.metrics(inside) | {"positives": int(rows.labels[inside].sum())}
+    for of_counts in count_ranges(edges):
+        inside = of_counts.holds(rows.counts)
+        found[of_counts.name] = rows.metrics(inside) | {"positives": int(rows.labels[inside].sum())}
     return found
 
 
@@ -82,9 +107,7 @@ def item_popularity(rows: ScoredRows, split: str) -> Section:
             for name, of in buckets.items()
         ],
     )
-    most = int(rows.counts.max(initial=1))
-    doubling = (0, *(2**power for power in range(most.bit_length())))
-    curve = metrics_by_count(rows, doubling)
+    curve = metrics_by_count(rows, doubling_edges(int(rows.counts.max(initial=1))))
     words = [
         "An item without training impressions has an ID vector that was never trained: what is "
         "known of it comes from its content, its other features and the user alone."
