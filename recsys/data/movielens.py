@@ -1,7 +1,9 @@
 """MovieLens ratings turned into dataset folders, by the protocols of `movielens_protocols`.
 
-A rating of 4 or more is a like. A folder has the splits, the items and the schema; a protocol with
-several datasets makes a folder of such folders, which share their items on disk.
+A rating of 4 or more is a like. A row knows of each item of its history whether it was liked, its
+stars (as a share of 5) and how long ago it was (log10(1 + days) / 2). A folder has the splits, the
+items and the schema; a protocol with several datasets makes a folder of such folders, which share
+their items on disk.
 """
 
 from __future__ import annotations
@@ -30,13 +32,17 @@ ROWS_PER_GROUP = 8192  # small enough that several ranks share a split evenly
 ROWS_PER_CHUNK = 16 * ROWS_PER_GROUP  # impressions whose histories are in memory at once
 ITEMS_PER_GROUP = 1024  # smaller, as a row may hold a poster
 
+MOST_STARS = 5
+SECONDS_PER_DAY = 86_400
+PARALLEL = ("history_liked", "history_stars", "history_days")
+
 SCHEMA = """\
 target_item: item
 group: user
 columns:
   user: {{kind: id, num_embeddings: {num_users}}}
   item: {{kind: id, num_embeddings: {num_items}}}
-  history: {{kind: sequence, shares: item, parallel: [history_liked]}}
+  history: {{kind: sequence, shares: item, parallel: [{parallel}]}}
   liked: {{kind: label}}
 items:
   id: item
@@ -116,7 +122,11 @@ def format_summary(summary: dict[str, dict[str, Any]]) -> str:
 def _write_datasets(
     folder: Path, ratings: Ratings, datasets: dict[str, Splits], movies: pa.Table
 ) -> None:
-    schema = SCHEMA.format(num_users=int(ratings.user[-1]) + 1, num_items=movies.num_rows)
+    schema = SCHEMA.format(
+        num_users=int(ratings.user[-1]) + 1,
+        num_items=movies.num_rows,
+        parallel=", ".join(PARALLEL),
+    )
     schema += POSTER_LINE if "poster" in movies.column_names else ""
     items = None
     for dataset, splits in datasets.items():
@@ -159,13 +169,23 @@ def _impressions(ratings: Ratings, rows: np.ndarray) -> pa.Table:
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     # Histories lie one after another: place p of history n is rating begin[n] + p - offsets[n].
     past = np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], lengths)
+    ago = np.repeat(ratings.timestamp[rows], lengths) - ratings.timestamp[past]
     lists = pa.array(offsets, pa.int32())
+    parallel = (
+        ratings.liked[past],
+        ratings.stars[past] / MOST_STARS,
+        # A day is 0.15, a hundred days are 1: tastes are as old as their order of magnitude.
+        (np.log10(1 + ago / SECONDS_PER_DAY) / 2).astype(np.float32),
+    )
     return pa.table(
         {
             "user": pa.array(ratings.user[rows], pa.int64()),
             "item": pa.array(ratings.item[rows], pa.int64()),
             "history": pa.ListArray.from_arrays(lists, pa.array(ratings.item[past], pa.int64())),
-            "history_liked": pa.ListArray.from_arrays(lists, pa.array(ratings.liked[past])),
+            **{
+                name: pa.ListArray.from_arrays(lists, pa.array(values))
+                for name, values in zip(PARALLEL, parallel, strict=True)
+            },
             "liked": pa.array(ratings.liked[rows]),
             "timestamp": pa.array(ratings.timestamp[rows]),
         }

@@ -35,10 +35,15 @@ class Ratings:
 
     user: np.ndarray  # int32 [N], dense
     item: np.ndarray  # int32 [N], row of the items file
-    liked: np.ndarray  # float32 [N], 1 or 0
-    timestamp: np.ndarray  # int64 [N]
+    stars: np.ndarray  # float32 [N], 0.5 to 5
+    timestamp: np.ndarray  # int64 [N], seconds
     history_begin: np.ndarray  # int64 [N]
     history_end: np.ndarray  # int64 [N]
+
+    @property
+    def liked(self) -> np.ndarray:
+        """float32 [N], 1 or 0."""
+        return (self.stars >= LIKED_FROM).astype(np.float32)
 
 
 def sorted_ratings(table: pa.Table, history_length: int) -> Ratings:
@@ -52,9 +57,9 @@ def sorted_ratings(table: pa.Table, history_length: int) -> Ratings:
     item, timestamp = table["item"].to_numpy(), table["timestamp"].to_numpy()
     order = np.lexsort((item, timestamp, user))
     user, timestamp = user[order].astype(np.int32), timestamp[order]
-    liked = (table["rating"].to_numpy()[order] >= LIKED_FROM).astype(np.float32)
+    stars = table["rating"].to_numpy()[order].astype(np.float32)
     begin, end = history_ranges(user, timestamp, history_length)
-    return Ratings(user, item[order].astype(np.int32), liked, timestamp, begin, end)
+    return Ratings(user, item[order].astype(np.int32), stars, timestamp, begin, end)
 
 
 def history_ranges(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +38,21 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, di
 
 
 def brute_force_history(
-    ratings: list[Rating], user: int, timestamp: int, length: int
-) -> list[tuple[int, float]]:
-    """(movieId, liked) of the last ratings of the user before that moment, one by one."""
-    past = [(t, movie, rating) for u, movie, rating, t in ratings if u == user and t < timestamp]
-    return [(movie, float(rating >= 4)) for _, movie, rating in sorted(past)[-length:]]
+    ratings: Sequence[Rating], user: int, timestamp: int, length: int
+) -> dict[str, list[Any]]:
+    """The last ratings of the user before that moment, one by one."""
+    past = sorted(
+        (t, movie, stars) for u, movie, stars, t in ratings if u == user and t < timestamp
+    )
+    past = past[-length:]
+    return {
+        "history": [movie for _, movie, _ in past],
+        "history_liked": [float(stars >= 4) for *_, stars in past],
+        "history_stars": [pytest.approx(stars / 5) for *_, stars in past],
+        "history_days": [
+            pytest.approx(math.log10(1 + (timestamp - t) / 86_400) / 2, abs=1e-6) for t, *_ in past
+        ],
+    }
 
 
 @pytest.mark.parametrize("length", [1, 3, 20])
@@ -63,8 +75,8 @@ def test_every_row_and_history_equals_brute_force_when_most_timestamps_are_ties(
                     {
                         "user": users.index(user),
                         "item": (movie - 2) // 7,
-                        "history": [(past_movie - 2) // 7 for past_movie, _ in past],
-                        "history_liked": [liked for _, liked in past],
+                        **past,
+                        "history": [(past_movie - 2) // 7 for past_movie in past["history"]],
                         "liked": float(rating >= 4),
                         "timestamp": timestamp,
                     }
@@ -102,8 +114,8 @@ def test_histories_of_the_sample_equal_brute_force_on_rows_drawn_at_random(
         rows = pq.read_table(out / split)
         for row in rows.take(pa.array(rng.integers(0, rows.num_rows, 15))).to_pylist():
             past = brute_force_history(ratings, users[row["user"]], row["timestamp"], 20)
-            history = [movie_ids[item] for item in row["history"]]
-            assert list(zip(history, row["history_liked"], strict=True)) == past
+            row["history"] = [movie_ids[item] for item in row["history"]]
+            assert {name: row[name] for name in past} == past
 
 
 def test_rows_of_a_split_come_in_order_of_time_then_user_then_item(
@@ -143,6 +155,8 @@ def test_columns_have_the_types_of_the_dataset_format(
         "item": pa.int64(),
         "history": pa.list_(pa.int64()),
         "history_liked": pa.list_(pa.float32()),
+        "history_stars": pa.list_(pa.float32()),
+        "history_days": pa.list_(pa.float32()),
         "liked": pa.float32(),
         "timestamp": pa.int64(),
     }
@@ -165,7 +179,11 @@ def test_the_schema_of_the_sample_names_its_columns_and_table_sizes(
         "columns": {
             "user": {"kind": "id", "num_embeddings": 610},
             "item": {"kind": "id", "num_embeddings": 9742},
-            "history": {"kind": "sequence", "shares": "item", "parallel": ["history_liked"]},
+            "history": {
+                "kind": "sequence",
+                "shares": "item",
+                "parallel": ["history_liked", "history_stars", "history_days"],
+            },
             "liked": {"kind": "label"},
         },
         "items": {"id": "item", "columns": {"text": {"kind": "text"}}},
