@@ -181,7 +181,7 @@ OTHERS = [
     Cell(
         "users without id_dropout",
         "the recipe, its vectors of users never left out",
-        {"embedding.tables": {}},
+        {"embedding.tables": {"user": {"embedding_dim": 8}}},
         "recipe",
     ),
     Cell(
