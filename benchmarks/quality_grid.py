@@ -181,7 +181,7 @@ OTHERS = [
     Cell(
         "users without id_dropout",
         "the recipe, its vectors of users never left out",
-        {"embedding.tables": {"user": {"embedding_dim": 8}}},
+        {"embedding.tables.user.id_dropout": 0},
         "recipe",
     ),
     Cell(
