@@ -34,7 +34,7 @@ install-dev:
 
 # The schema is the last file that prepare writes: with it the dataset is whole.
 $(DATA)/schema.yaml: | install
-	$(VENV)/bin/recsys prepare movielens --out $(DATA)
+	$(VENV)/bin/recsys prepare movielens --history_length 200 --out $(DATA)
 
 train: install $(DATA)/schema.yaml
 	$(VENV)/bin/torchx run -s local_cwd launch/components.py:train --nproc $(NPROC) -- \
