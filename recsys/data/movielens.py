@@ -22,6 +22,7 @@ from recsys.data.movielens_protocols import (
     Ratings,
     SplitProtocol,
     Splits,
+    liked,
     sorted_ratings,
     split_ratings,
 )
@@ -171,9 +172,10 @@ def _impressions(ratings: Ratings, rows: np.ndarray) -> pa.Table:
     past = np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], lengths)
     ago = np.repeat(ratings.timestamp[rows], lengths) - ratings.timestamp[past]
     lists = pa.array(offsets, pa.int32())
+    stars = ratings.stars[past]
     parallel = (
-        ratings.liked[past],
-        ratings.stars[past] / MOST_STARS,
+        liked(stars),
+        stars / MOST_STARS,
         # A day is 0.15, a hundred days are 1: tastes are as old as their order of magnitude.
         (np.log10(1 + ago / SECONDS_PER_DAY) / 2).astype(np.float32),
     )
@@ -186,7 +188,7 @@ def _impressions(ratings: Ratings, rows: np.ndarray) -> pa.Table:
                 name: pa.ListArray.from_arrays(lists, pa.array(values))
                 for name, values in zip(PARALLEL, parallel, strict=True)
             },
-            "liked": pa.array(ratings.liked[rows]),
+            "liked": pa.array(liked(ratings.stars[rows])),
             "timestamp": pa.array(ratings.timestamp[rows]),
         }
     )
@@ -236,7 +238,7 @@ def _summary(ratings: Ratings, splits: Splits, num_items: int) -> dict[str, dict
         counts = item_counts[ratings.item[rows]]
         summary[name] = {
             "rows": len(rows),
-            "liked": float(ratings.liked[rows].mean(dtype=np.float64)),
+            "liked": float(liked(ratings.stars[rows]).mean(dtype=np.float64)),
             "users": len(np.unique(ratings.user[rows])),
             "new_users": float((user_counts[ratings.user[rows]] == 0).mean()),
             "cold": float((counts < COLD_BELOW).mean()),

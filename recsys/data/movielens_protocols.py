@@ -40,10 +40,10 @@ class Ratings:
     history_begin: np.ndarray  # int64 [N]
     history_end: np.ndarray  # int64 [N]
 
-    @property
-    def liked(self) -> np.ndarray:
-        """float32 [N], 1 or 0."""
-        return (self.stars >= LIKED_FROM).astype(np.float32)
+
+def liked(stars: np.ndarray) -> np.ndarray:
+    """float32, 1 or 0: whether ratings of so many stars are likes."""
+    return (stars >= LIKED_FROM).astype(np.float32)
 
 
 def sorted_ratings(table: pa.Table, history_length: int) -> Ratings:
