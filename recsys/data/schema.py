@@ -31,7 +31,7 @@ Ids are rows of tables, unless a column has a `vocabulary`, which finds the rows
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
@@ -165,7 +165,7 @@ def load_schema(root: Location, with_vocabularies: bool = True) -> Schema:
         content = load_plain_yaml(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("it must be a mapping with target_item, group and columns")
-        namespace = parser.instantiate(parser.parse_object(content))
+        namespace = parser.instantiate(parser.parse_object(_without_empty(content)))
     except Exception as error:
         raise ValueError(f"{path}: {error}") from error
     schema = Schema(**{part.name: namespace[part.name] for part in fields(Schema) if part.init})
@@ -173,6 +173,17 @@ def load_schema(root: Location, with_vocabularies: bool = True) -> Schema:
     if with_vocabularies:
         _load_vocabularies(schema, root)
     return schema
+
+
+def _without_empty(content: Any) -> Any:
+    """Keys of lists and mappings that nothing follows, which YAML reads as null, left out."""
+    if not isinstance(content, dict):
+        return content
+    return {
+        key: _without_empty(part)
+        for key, part in content.items()
+        if part is not None or key not in ("columns", "parallel")
+    }
 
 
 def _load_vocabularies(schema: Schema, root: Location) -> None:

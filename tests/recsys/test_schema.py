@@ -45,6 +45,13 @@ def test_history_and_items_are_optional(tmp_path: Path) -> None:
     assert (schema.history, schema.parallel, schema.items) == (None, [], None)
 
 
+def test_an_empty_list_or_mapping_may_be_left_open(tmp_path: Path) -> None:
+    text = VALID.replace("[history_liked]", "") + "items:\n  id: item\n  columns:\n"
+    schema = load(tmp_path, text)
+    assert schema.parallel == []
+    assert schema.items is not None and schema.items.columns == {}
+
+
 def test_a_missing_schema_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"{tmp_path}/schema.yaml: no such file"):
         load_schema(Location.of(tmp_path))
@@ -97,6 +104,7 @@ def test_a_missing_schema_is_named(tmp_path: Path) -> None:
         ("[history_liked]", "[gap, gap]", "parallel list 'gap' is named twice"),
         (VALID, "a: [b", "schema.yaml: "),
         (VALID, "", "must be a mapping"),
+        (VALID, "target_item: item\ngroup: user\ncolumns:\n", "required: columns"),
         ("group: user", "group: user\nitems: {id: item, columns: {t: {kind: video}}}", "video"),
     ],
 )
