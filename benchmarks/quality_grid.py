@@ -120,22 +120,29 @@ PARTS = [
     ),
     *_with_cic(
         "ConcatFusion",
-        "one linear map of the modalities side by side, with the history map and the similarity "
-        "features of the recipe",
-        CONCAT,
+        "one linear map of the modalities side by side, and the recipe's trained map over the "
+        "history: content as most would add it",
+        {**CONCAT, **NO_SIMILARITY},
         "stored features",
+    ),
+    Cell(
+        "ConcatFusion + similarity",
+        "the same with the recipe's similarity features; from the recipe it differs by its fusion "
+        "alone",
+        {**CONCAT, **NO_CIC},
+        "ConcatFusion",
     ),
     *_with_cic(
         "FQ-Former published",
         "the Fusion-Q-Former as the authors published it, in place of the linear map",
         _qformer("published"),
-        "ConcatFusion",
+        "ConcatFusion + similarity",
     ),
     *_with_cic(
         "FQ-Former modern",
         "the Fusion-Q-Former with pre-norm, feed-forward and modality embedding",
         _qformer("modern"),
-        "ConcatFusion",
+        "ConcatFusion + similarity",
     ),
 ]
 HISTORY = [
@@ -203,6 +210,7 @@ DRAWN = (
     "stored features",
     "SimTier histogram",
     "ConcatFusion",
+    "ConcatFusion + similarity",
     "FQ-Former published",
     "FQ-Former modern",
     "FQ-Former modern + CIC in_batch",
