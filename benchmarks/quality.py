@@ -20,7 +20,7 @@ from benchmarks.quality_page import Study, write_study
 from benchmarks.quality_plan import Plan, finished, in_order, plan_runs, windows
 from benchmarks.quality_runs import RECIPE, finish
 from benchmarks.quality_search import ranked, read_candidates, write_search
-from benchmarks.quality_study import effects, read_results
+from benchmarks.quality_study import against_peers, effects, read_results
 from benchmarks.ranks import is_launched
 from benchmarks.results import RESULTS, provenance
 
@@ -76,7 +76,8 @@ def quality(
         _require_effects(cells, plan)
         found = read_results(cells, _trained(plan, jobs, cache, train))
         files = results or RESULTS / "quality"
-        write_study(Study(found, effects(found), list(datasets), provenance()), files)
+        study = Study(found, effects(found), against_peers(found), list(datasets), provenance())
+        write_study(study, files)
     print(files.with_name(f"{files.name}.md").read_text())
 
 

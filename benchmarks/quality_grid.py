@@ -204,6 +204,8 @@ GRIDS: dict[str, list[Cell]] = {
     "text": [ID_ONLY, *TEXT],
     "full": [*PARTS, RECIPE, *HISTORY, *TEXT, *OTHERS],
 }
+# What the recipe is compared with directly.
+PEERS = ("stored features", "SimTier histogram", "ConcatFusion", "ConcatFusion + similarity")
 # Cells whose curves are drawn, few enough to be told apart.
 DRAWN = (
     "ID only",
@@ -211,7 +213,6 @@ DRAWN = (
     "SimTier histogram",
     "ConcatFusion",
     "ConcatFusion + similarity",
-    "FQ-Former published",
     "FQ-Former modern",
     "FQ-Former modern + CIC in_batch",
 )

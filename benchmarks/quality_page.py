@@ -39,18 +39,22 @@ INTERVALS = (
     "its interval excludes 0; of many effects that are nothing, about one in twenty does so by "
     "chance."
 )
+PEERS_TITLE = "The recipe against its peers"
 
 
 @dataclass(frozen=True)
 class Study:
     """A study that is done.
 
+    effects: of each cell against its baseline.
+    against_peers: of the recipe.
     datasets: their names.
     about: machine, versions, commit, date and command.
     """
 
     results: list[CellResult]
     effects: list[Effect]
+    against_peers: list[Effect]
     datasets: list[str]
     about: Mapping[str, Any]
 
@@ -82,6 +86,7 @@ def provenance_words(about: Mapping[str, Any]) -> str:
 def _records(study: Study) -> list[dict[str, Any]]:
     """One per cell: its metrics by seed, its effect, and where its runs are."""
     of_cells = {effect.cell.name: _effect_record(effect) for effect in study.effects}
+    of_peers = {effect.cell.baseline: _effect_record(effect) for effect in study.against_peers}
     return [
         {
             "benchmark": "quality",
@@ -92,6 +97,7 @@ def _records(study: Study) -> list[dict[str, Any]]:
             "by_seed": {column: result.of_seeds(column) for column in COLUMNS},
             "validation_auc": [validation_metric(of_data, "auc") for of_data in result.runs],
             "effect": of_cells.get(result.cell.name, {}),
+            "recipe_against_it": of_peers.get(result.cell.name, {}),
             "runs": [[run.folder.name for run in of_data] for of_data in result.runs],
             "train_seconds": median_of_known(
                 [run.metrics()["train"]["seconds"] for of_data in result.runs for run in of_data]
@@ -118,6 +124,8 @@ def _markdown(study: Study, files: Path) -> str:
     lines += [_as_markdown(_headline(study.results))]
     if study.effects:
         lines += [INTERVALS, _as_markdown(_effect_table(study.effects))]
+    if study.against_peers:
+        lines += [PEERS_TITLE + ":", _as_markdown(_effect_table(study.against_peers))]
     lines += [f"All figures: `{files.name}.html`."]
     return "\n\n".join(lines) + "\n"
 
@@ -136,6 +144,9 @@ def _html(study: Study) -> str:
             Section("Effect of each part", [INTERVALS], [bars], [table]),
             Section("Effects in words", list(map(effect_sentence, study.effects))),
         ]
+    if study.against_peers:
+        words = list(map(effect_sentence, study.against_peers))
+        sections += [Section(PEERS_TITLE, words, tables=[_effect_table(study.against_peers)])]
     drawn = _drawn_cells(study.results)
     sections += [
         Section("Learning curves", drawings=[learning_curves(drawn)]),

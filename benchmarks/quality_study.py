@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality_grid import Cell
+from benchmarks.quality_grid import PEERS, RECIPE, Cell
 from benchmarks.quality_plan import Plan
 from benchmarks.quality_runs import Training
 from recsys.bootstrap import Interval, paired_difference, pooled_metric
@@ -127,6 +127,23 @@ def effects(results: Sequence[CellResult]) -> list[Effect]:
         if result.cell.baseline in by_name
     ]
     return [_effect(first, second) for first, second in pairs]
+
+
+def against_peers(results: Sequence[CellResult]) -> list[Effect]:
+    """The recipe, where it is among the results, with each of `PEERS` as its baseline.
+
+    Raises:
+        ValueError: runs on one dataset have scored other rows.
+    """
+    by_name = {result.cell.name: result for result in results}
+    if RECIPE.name not in by_name:
+        return []
+    recipe = by_name[RECIPE.name]
+    return [
+        _effect(by_name[peer], replace(recipe, cell=replace(recipe.cell, baseline=peer)))
+        for peer in PEERS
+        if peer in by_name
+    ]
 
 
 def _effect(first: CellResult, second: CellResult) -> Effect:

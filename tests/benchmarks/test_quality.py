@@ -17,7 +17,7 @@ from benchmarks.quality import quality
 from benchmarks.quality_grid import Cell
 from benchmarks.quality_page import effect_sentence
 from benchmarks.quality_plan import Plan
-from benchmarks.quality_study import CellResult, Effect
+from benchmarks.quality_study import CellResult, Effect, against_peers, read_results
 from recsys.bootstrap import Interval
 from recsys.metrics import ranking_metrics
 from recsys.scores import SplitScores
@@ -104,6 +104,19 @@ def test_the_markdown_has_a_row_per_cell_and_per_effect(study: tuple[Path, Plan]
     assert f"| content | 2 | {medians} |" in text
     assert f"| content – ID only | {content['effect']['GAUC']['value']:+.4f}\xa0[" in text
     assert f"window-1, window-2: {2 * NUM_ROWS:,} impressions" in text
+
+
+def test_the_recipe_is_compared_with_each_peer_that_has_runs(study: tuple[Path, Plan]) -> None:
+    plan = study[1]
+    cells = [Cell("ConcatFusion", "", {}), Cell("recipe", "", {}, "ID only")]
+    runs = {"ConcatFusion": plan["ID only"], "recipe": plan["content"]}
+    (effect,) = against_peers(read_results(cells, runs))
+
+    assert (effect.cell.name, effect.cell.baseline) == ("recipe", "ConcatFusion")
+    gain = records(study[0])["content"]["effect"]["GAUC"]
+    interval = effect.intervals["GAUC"]
+    assert interval is not None and interval.value == pytest.approx(gain["value"])
+    assert against_peers(read_results(cells[:1], runs)) == []
 
 
 def test_the_page_has_every_figure_and_fetches_nothing(study: tuple[Path, Plan]) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality import quality
-from benchmarks.quality_grid import GRIDS, PARTS, Cell, chosen_cells
+from benchmarks.quality_figures import MOST_CELLS
+from benchmarks.quality_grid import DRAWN, GRIDS, PARTS, PEERS, Cell, chosen_cells
 from benchmarks.quality_plan import finished, in_order, plan_runs, windows
 from benchmarks.quality_runs import RECIPE, command_words, finish
 from recsys.scores import read_scores
@@ -29,6 +30,12 @@ def test_every_cell_changes_its_baseline_which_is_in_the_same_grids() -> None:
         for cell in cells:
             assert cell.baseline in names or cell.name == "ID only", (grid, cell.name)
             assert cell.baseline is None or folders[cell.name] != folders[cell.baseline], cell.name
+
+
+def test_cells_that_are_drawn_or_are_peers_exist_and_their_curves_can_be_told_apart() -> None:
+    names = {cell.name for cell in GRIDS["full"]}
+    assert {*DRAWN, *PEERS} <= names
+    assert len(DRAWN) <= MOST_CELLS
 
 
 def test_cic_is_compared_with_the_same_fusion_without_it() -> None:
