@@ -26,7 +26,7 @@ from benchmarks.quality_study import (
     median_of_known,
     validation_metric,
 )
-from benchmarks.results import markdown_table
+from benchmarks.results import markdown_table, without_places
 from recsys.bootstrap import Interval
 from recsys.report.item_popularity import BUCKETS
 from recsys.report.page import Section, Table, html_page, number
@@ -75,7 +75,7 @@ def write_study(study: Study, files: Path) -> None:
     lines = [json.dumps({**record, **study.about}) for record in _records(study)]
     texts = {"jsonl": "\n".join(lines) + "\n", "html": _html(study), "md": _markdown(study, files)}
     for ending, text in texts.items():
-        write_whole(files.with_name(f"{files.name}.{ending}"), text)
+        write_whole(files.with_name(f"{files.name}.{ending}"), without_places(text))
 
 
 def provenance_words(about: Mapping[str, Any]) -> str:

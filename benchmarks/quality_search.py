@@ -24,7 +24,7 @@ from benchmarks.quality_page import provenance_words
 from benchmarks.quality_plan import Plan
 from benchmarks.quality_study import COLUMNS as METRICS
 from benchmarks.quality_study import median_of_known, validation_metric
-from benchmarks.results import markdown_table
+from benchmarks.results import markdown_table, without_places
 from recsys.plain_yaml import load_plain_yaml
 from recsys.report.page import number
 from recsys.whole_file import write_whole
@@ -106,4 +106,5 @@ def write_search(
         "test metric was looked at.",
         markdown_table(["tried", "seeds", *COLUMNS, "settings besides the recipe's"], rows),
     ]
-    write_whole(files.with_name(f"{files.name}.md"), "\n\n".join(parts) + "\n")
+    page = without_places("\n\n".join(parts) + "\n")
+    write_whole(files.with_name(f"{files.name}.md"), page)

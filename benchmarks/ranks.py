@@ -129,15 +129,16 @@ class OwnProcesses:
 
     def __init__(self, variant: Variant, threads: int) -> None:
         self.variant = variant
-        port = _free_port()
+        job = (variant.ranks, _free_port())
         context = multiprocessing.get_context("spawn")
         self.connections: list[Connection] = []
         self.processes: list[BaseProcess] = []
         with _environment(OMP_NUM_THREADS=str(threads)):  # read when libraries are loaded
             for rank in range(variant.ranks):
                 here, there = context.Pipe()
+                place = (0, 1, _free_port()) if variant.apart else (rank, *job)
                 process = context.Process(
-                    target=_serve, args=(variant, rank, port, threads, there), daemon=True
+                    target=_serve, args=(variant, *place, threads, there), daemon=True
                 )
                 process.start()
                 there.close()
@@ -186,7 +187,9 @@ def silence_advice_to_library_developers() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
 
 
-def _serve(variant: Variant, rank: int, port: int, threads: int, connection: Connection) -> None:
+def _serve(
+    variant: Variant, rank: int, world_size: int, port: int, threads: int, connection: Connection
+) -> None:
     """A rank's process: builds the variant, then does as asked until it is killed."""
     silence_advice_to_library_developers()
     torch.set_num_threads(threads)
@@ -194,9 +197,9 @@ def _serve(variant: Variant, rank: int, port: int, threads: int, connection: Con
         del os.environ[name]  # of a torchrun that started the benchmark, not this rank
     os.environ.update(
         RANK=str(rank),
-        WORLD_SIZE=str(variant.ranks),
+        WORLD_SIZE=str(world_size),
         LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(variant.ranks),
+        LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         GLOO_SOCKET_IFNAME="lo",  # gloo would look up the machine's name, which need not resolve

@@ -6,6 +6,7 @@ with which configuration it was measured, so that it can be measured again.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -32,6 +33,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+PLACES = ("--out", "--results", "--data", "--cache")
 PIXELS = (1280, 720)
 DPI = 100
 
@@ -79,9 +81,9 @@ def write_result(result: Result, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     about = provenance()
     lines = [json.dumps({**record, **about}) for record in result.records]
-    (folder / f"{result.name}.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / f"{result.name}.jsonl").write_text(without_places("\n".join(lines) + "\n"))
     notes = folder / f"{result.name}_notes.md"
-    page = _page(result, about, notes.read_text() if notes.exists() else "")
+    page = without_places(_page(result, about, notes.read_text() if notes.exists() else ""))
     (folder / f"{result.name}.md").write_text(page)
     figure = pyplot.figure(figsize=(PIXELS[0] / DPI, PIXELS[1] / DPI), layout="constrained")
     result.draw(figure)
@@ -89,6 +91,21 @@ def write_result(result: Result, folder: Path) -> None:
     figure.savefig(folder / f"{result.name}.png", dpi=DPI)
     pyplot.close(figure)
     print(page)
+
+
+def without_places(text: str) -> str:
+    """The text without this machine's folders: those of the command by the names of their options,
+    those of the clone from its root.
+
+    Example::
+
+        # of a program started as `... --out /disk/bench`
+        without_places("/disk/bench/data")  # "OUT/data"
+    """
+    for option, value in itertools.pairwise(sys.argv):
+        if option in PLACES and Path(value).is_absolute():
+            text = text.replace(value.rstrip("/"), option.removeprefix("--").upper())
+    return text.replace(f"{ROOT}/", "")
 
 
 def provenance() -> dict[str, Any]:

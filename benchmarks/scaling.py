@@ -3,8 +3,9 @@
     python -m benchmarks.scaling --out FOLDER
 
 Setting A with one size changed at a time. Each point is measured in turns with the first of its
-curve, so that the growth is of one run. Writes `scaling.jsonl`, `.md` and `.png` into `--results`.
-FOLDER needs about 2 GB; the largest table needs 13 GB of memory.
+curve, so that the growth is of one run. `ranks, apart` are jobs of one rank each at the same time,
+which send nothing: what the machine itself gives. Writes `scaling.jsonl`, `.md` and `.png` into
+`--results`. FOLDER needs about 2 GB; the largest table needs 13 GB of memory.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def scaling(
         table_rows: rows of the user table; default 1e5 to 5e7.
         effort: rounds, steps and so on.
         quick: tiny sizes, whose figures mean nothing.
-        here: in this process instead of new ones; without the curve of ranks.
+        here: in this process instead of new ones; without the curves of ranks.
         results: folder for the figures.
     """
     require_not_launched("scaling")
@@ -71,7 +72,7 @@ def scaling(
     effort = replace(QUICK_EFFORT, profiled=0) if quick else effort
     points: list[Point] = []
     for curve in all_curves:
-        if curve.name in (curves or [curve.name]) and not (here and curve.name == "ranks"):
+        if curve.name in (curves or [curve.name]) and not (here and curve.x_name == "ranks"):
             points += _measure(curve, effort, here)
     write_result(_result(points), results)
     return points

@@ -49,11 +49,14 @@ class _Variants:
         if not quick:
             self.setting = self.setting.with_data(num_rows=ROWS_OF_DATA)
 
-    def __call__(self, name: str, *overrides: str, ranks: int = 1, **sizes: Any) -> Variant:
+    def __call__(
+        self, name: str, *overrides: str, ranks: int = 1, apart: bool = False, **sizes: Any
+    ) -> Variant:
         sized = self.setting.with_data(**sizes)
         data, words = sized.prepared(self.out)
         recipe = str(sized.recipe)
-        return Variant(name, recipe, data, (*words, *overrides), ranks=ranks, loaded_batches=8)
+        words = (*words, *overrides)
+        return Variant(name, recipe, data, words, ranks=ranks, apart=apart, loaded_batches=8)
 
 
 def curves_of(
@@ -68,9 +71,12 @@ def curves_of(
     draws = QUICK_DRAWS if quick else DRAWS
     top_k = ("--content.history.top_k", "2" if quick else "50")
 
-    def at_ranks(place: int) -> Variant:
-        count = rank_counts[place]
-        return make(f"{count} ranks", ranks=count)
+    def at_ranks(apart: bool) -> Callable[[int], Variant]:
+        def at(place: int) -> Variant:
+            count = rank_counts[place]
+            return make(f"{count} ranks", ranks=count, apart=apart)
+
+        return at
 
     def at_rows(place: int) -> Variant:
         no_content = {"text_dim": 0, "image_dim": 0}
@@ -88,7 +94,8 @@ def curves_of(
 
     places = list(range(len(draws)))
     return [
-        Curve("ranks", "ranks", rank_counts, at_ranks),
+        Curve("ranks", "ranks", rank_counts, at_ranks(apart=False)),
+        Curve("ranks, apart", "ranks", rank_counts, at_ranks(apart=True)),
         Curve("table rows, ID only", "rows of the user table", rows, at_rows),
         Curve("history", "items in each history", histories, at_history()),
         Curve("history, top_k", "items in each history", histories, at_history(*top_k)),

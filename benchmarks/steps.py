@@ -44,6 +44,8 @@ class Variant:
     recipe, data, overrides: as `recsys train` takes them.
     kind: the product, or its plain PyTorch twin with the same settings.
     ranks: processes with one thread each.
+    apart: each of them is a job of one rank, so that none sends anything: what the machine gives to
+        so many processes at once.
     loaded_batches: so many are loaded beforehand and used in turn; 0: the loader runs within the
         steps.
     """
@@ -54,6 +56,7 @@ class Variant:
     overrides: tuple[str, ...] = ()
     kind: Literal["product", "plain"] = "product"
     ranks: int = 1
+    apart: bool = False
     loaded_batches: int = 16
 
     def config(self) -> Config:

@@ -52,17 +52,21 @@ def test_variants_on_one_and_two_ranks_take_turns_in_processes_of_their_own(
     tmp_path: Path,
 ) -> None:
     one = quick_variant(tmp_path)
-    alone, both = measure([one, one.changed("two", ranks=2)], QUICK_EFFORT)
-    assert (alone.world_size, both.world_size) == (1, 2)
-    assert both.rows == 2 * alone.rows == 32
-    for measured in (alone, both):
+    variants = [one, one.changed("two", ranks=2), one.changed("apart", ranks=2, apart=True)]
+    alone, both, apart = measure(variants, QUICK_EFFORT)
+    assert [m.world_size for m in (alone, both, apart)] == [1, 2, 2]
+    assert both.rows == apart.rows == 2 * alone.rows == 32
+    for measured in (alone, both, apart):
         assert [len(of_round) for of_round in measured.seconds] == [2, 2]
         assert len(measured.anchors) == 2 * measured.world_size
         steps = QUICK_EFFORT.warm_up + 2 * QUICK_EFFORT.steps
         assert all(len(report.counts) == steps for report in measured.reports)
         assert all(r.peak_bytes >= r.resting_bytes > 10**8 for r in measured.reports)
-    sent = [sum(c["bytes_sent"]["median"] for c in m.profile["collectives"]) for m in (alone, both)]
-    assert sent[0] == 0 < sent[1]
+    sent = [
+        sum(collective["bytes_sent"]["median"] for collective in measured.profile["collectives"])
+        for measured in (alone, apart, both)
+    ]
+    assert sent[0] == sent[1] == 0 < sent[2]
 
 
 def test_a_rank_that_fails_ends_the_benchmark_with_its_cause(tmp_path: Path) -> None:
