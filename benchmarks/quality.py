@@ -16,6 +16,7 @@ from pathlib import Path
 from jsonargparse import auto_cli
 
 from benchmarks.quality_grid import Cell, chosen_cells
+from benchmarks.quality_items import sections_on_items
 from benchmarks.quality_page import Study, write_study
 from benchmarks.quality_plan import Plan, finished, in_order, plan_runs, windows
 from benchmarks.quality_runs import RECIPE, finish
@@ -37,6 +38,7 @@ def quality(
     recipe: Path = RECIPE,
     results: Path | None = None,
     train: bool = True,
+    examples: bool = True,
 ) -> None:
     """Trains what is not trained yet, and writes what all of it says.
 
@@ -54,6 +56,7 @@ def quality(
         results: files to write, without their ending; default: benchmarks/results/quality, or
             quality_search.
         train: false writes what the finished runs say, whatever cells and seeds are missing.
+        examples: show items with names and pictures, which are then in the page.
 
     Raises:
         ValueError: a name, a setting or the data are wrong; before anything is trained.
@@ -76,7 +79,9 @@ def quality(
         _require_effects(cells, plan)
         found = read_results(cells, _trained(plan, jobs, cache, train))
         files = results or RESULTS / "quality"
-        study = Study(found, effects(found), against_peers(found), list(datasets), provenance())
+        items = sections_on_items(found, examples)
+        about = provenance()
+        study = Study(found, effects(found), against_peers(found), items, list(datasets), about)
         write_study(study, files)
     print(files.with_name(f"{files.name}.md").read_text())
 

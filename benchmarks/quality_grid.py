@@ -206,6 +206,8 @@ GRIDS: dict[str, list[Cell]] = {
 }
 # What the recipe is compared with directly.
 PEERS = ("stored features", "SimTier histogram", "ConcatFusion", "ConcatFusion + similarity")
+# Cells of which a run is looked at: the recipe, and what CIC does to the vectors.
+LOOKED_AT = (RECIPE.name, "FQ-Former modern + CIC in_batch")
 # Cells whose curves are drawn, few enough to be told apart.
 DRAWN = (
     "ID only",

@@ -48,6 +48,7 @@ class Study:
 
     effects: of each cell against its baseline.
     against_peers: of the recipe.
+    items: sections on what runs have learned of their items.
     datasets: their names.
     about: machine, versions, commit, date and command.
     """
@@ -55,6 +56,7 @@ class Study:
     results: list[CellResult]
     effects: list[Effect]
     against_peers: list[Effect]
+    items: list[Section]
     datasets: list[str]
     about: Mapping[str, Any]
 
@@ -159,6 +161,7 @@ def _html(study: Study) -> str:
             [popularity_bars(drawn), cold_start_curves(drawn)],
             [_popularity_table(drawn)],
         ),
+        *study.items,
         Section("Cells", text=_cell_text(study.results)),
         Section("Provenance", text=json.dumps(study.about, indent=1)),
     ]

@@ -71,7 +71,7 @@ def report_run(
                 _summary(metrics),
                 learning_curves(run),
                 item_popularity(rows, SPLIT),
-                *_item_sections(job, run, test_items, table, category),
+                *item_sections(job, run, test_items, table, category),
                 _settings(run, metrics),
             ]
             write_whole(out, html_page(f"Run {run.resolve().name}", sections))
@@ -94,10 +94,22 @@ def _scored_rows(job: Job, run: Path) -> tuple[ScoredRows, np.ndarray]:
     return rows, items
 
 
-def _item_sections(
-    job: Job, run: Path, test_items: np.ndarray, table: ItemTable | None, category: str | None
+def item_sections(
+    job: Job,
+    run: Path,
+    test_items: np.ndarray,
+    table: ItemTable | None,
+    category: str | None,
+    with_examples: bool = True,
 ) -> list[Section]:
-    """Sections on the vectors of items, each of which is encoded once."""
+    """Sections on the vectors of items, each of which is encoded once.
+
+    Args:
+        job, run: what `load_run` gives, and of which folder.
+        test_items: items of the rows of the test split.
+        table, category: the items' files and the column that colours the maps, if any.
+        with_examples: show items with names and pictures.
+    """
     item_counts = np.load(run / ITEM_COUNTS)
     items = frequent_items(job, item_counts, ITEMS)
     branch = job.em3.content
@@ -109,13 +121,12 @@ def _item_sections(
     known = None
     if table is not None and category is not None:
         known = Categories(category, categories(table, category, of_maps.items))
-    candidates = np.flatnonzero(item_counts) if job.store is None else job.store.items.ids
-    examples = example_items(item_counts, test_items, candidates)
-    return [
-        embedding_maps(of_maps, item_counts, known),
-        nearest_items(job, run, vectors, examples, item_counts, table, category),
-        fusion_attention(branch, layers),
-    ]
+    sections = [embedding_maps(of_maps, item_counts, known)]
+    if with_examples:
+        candidates = np.flatnonzero(item_counts) if job.store is None else job.store.items.ids
+        examples = example_items(item_counts, test_items, candidates)
+        sections += [nearest_items(job, run, vectors, examples, item_counts, table, category)]
+    return [*sections, fusion_attention(branch, layers)]
 
 
 def _summary(metrics: dict[str, Any]) -> Section:

@@ -15,12 +15,14 @@ import pytest
 
 from benchmarks.quality import quality
 from benchmarks.quality_grid import Cell
+from benchmarks.quality_items import sections_on_items
 from benchmarks.quality_page import effect_sentence
 from benchmarks.quality_plan import Plan
+from benchmarks.quality_runs import Training
 from benchmarks.quality_study import CellResult, Effect, against_peers, read_results
 from recsys.bootstrap import Interval
 from recsys.metrics import ranking_metrics
-from recsys.scores import SplitScores
+from recsys.scores import SplitScores, read_scores, scores_file
 from tests.benchmarks.quality_cells import (
     CELLS,
     GAIN,
@@ -31,7 +33,7 @@ from tests.benchmarks.quality_cells import (
     write_runs,
     write_windows,
 )
-from tests.recsys.command_runs import TINY
+from tests.recsys.command_runs import TINY, trained_run
 from tests.recsys.test_report import Page
 
 FIGURES = ["effects", "learning-curves", "popularity", "cold-start"]
@@ -152,6 +154,31 @@ def test_a_browser_shows_every_figure_within_1280_pixels(
 
     assert f'data-shown="{",".join(["true"] * len(FIGURES))}"' in done.stdout, done.stderr
     assert 'data-fits="true"' in done.stdout
+
+
+def test_the_page_shows_what_the_recipe_and_cic_have_learned_of_items(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    run = trained_run(tmp_path_factory.getbasetemp())
+    trained = Training(run.run, str(run.data), TINY, 0, (), "tiny")
+    of_run = [[read_scores(scores_file(run.run, "test"))]]
+    results = [
+        CellResult(Cell(name, "", {}), [[trained]], of_run) for name in ("ID only", "recipe")
+    ]
+
+    sections = sections_on_items(results, with_examples=True)
+
+    assert [section.title for section in sections] == [
+        "Embedding maps: recipe",
+        "Examples of nearest items: recipe",
+        "Attention of the fusion: recipe",
+    ]
+    figures = ["embeddings-recipe", "contrastive-embeddings-recipe", "attention-layer-1-recipe"]
+    assert [drawing.name for section in sections for drawing in section.drawings] == figures
+    assert len(sections[1].cards) > 0
+    without = sections_on_items(results, with_examples=False)
+    assert [section.title for section in without] == [sections[0].title, sections[2].title]
+    assert sections_on_items(results[:1], with_examples=True) == []
 
 
 def test_an_effect_is_said_with_its_interval_and_whether_it_counts() -> None:

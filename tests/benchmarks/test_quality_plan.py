@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.quality import quality
 from benchmarks.quality_figures import MOST_CELLS
-from benchmarks.quality_grid import DRAWN, GRIDS, PARTS, PEERS, Cell, chosen_cells
+from benchmarks.quality_grid import DRAWN, GRIDS, LOOKED_AT, PARTS, PEERS, Cell, chosen_cells
 from benchmarks.quality_plan import finished, in_order, plan_runs, windows
 from benchmarks.quality_runs import RECIPE, command_words, finish
 from recsys.scores import read_scores
@@ -32,9 +32,9 @@ def test_every_cell_changes_its_baseline_which_is_in_the_same_grids() -> None:
             assert cell.baseline is None or folders[cell.name] != folders[cell.baseline], cell.name
 
 
-def test_cells_that_are_drawn_or_are_peers_exist_and_their_curves_can_be_told_apart() -> None:
+def test_cells_that_are_drawn_looked_at_or_peers_exist_and_their_curves_can_be_told_apart() -> None:
     names = {cell.name for cell in GRIDS["full"]}
-    assert {*DRAWN, *PEERS} <= names
+    assert {*DRAWN, *PEERS, *LOOKED_AT} <= names
     assert len(DRAWN) <= MOST_CELLS
 
 

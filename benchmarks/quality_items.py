@@ -1,0 +1,53 @@
+"""What runs of the study have learned of items: sections of `recsys report` on one run each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from benchmarks.quality_grid import LOOKED_AT
+from benchmarks.quality_study import CellResult
+from recsys.prediction import load_run
+from recsys.ranks import Ranks, joined_ranks
+from recsys.report.command import item_sections
+from recsys.report.item_columns import item_table
+from recsys.report.item_descriptions import category_column
+from recsys.report.page import Section
+
+
+def sections_on_items(results: Sequence[CellResult], with_examples: bool) -> list[Section]:
+    """Maps of ID and content vectors, attention of the fusion, and examples of nearest items.
+
+    They are of the cells of `LOOKED_AT` that have results: of the seed whose validation AUC is the
+    median, on the last dataset.
+
+    Args:
+        results: of the study.
+        with_examples: show items with names and pictures, which are then in the page.
+
+    Raises:
+        ValueError: the run's model or dataset cannot be read.
+    """
+    wanted = [result for result in results if result.cell.name in LOOKED_AT]
+    if not wanted:
+        return []
+    with joined_ranks("cpu") as ranks:
+        return [section for result in wanted for section in _sections(result, ranks, with_examples)]
+
+
+def _sections(result: CellResult, ranks: Ranks, with_examples: bool) -> list[Section]:
+    seed = result.median_seed()
+    run = result.runs[seed][-1].folder
+    job = load_run(run, None, ranks, "cpu")
+    table = item_table(job)
+    category = category_column(table, None)
+    test_items = result.scores[seed][-1].items
+    sections = item_sections(job, run, test_items, table, category, with_examples)
+    return [_named(section, result.cell.name) for section in sections]
+
+
+def _named(section: Section, cell: str) -> Section:
+    """Titles and figures of several runs on one page are told apart by the cell's name."""
+    ending = cell.lower().replace(" ", "-").replace("+-", "")
+    drawings = [replace(drawing, name=f"{drawing.name}-{ending}") for drawing in section.drawings]
+    return replace(section, title=f"{section.title}: {cell}", drawings=drawings)
