@@ -59,7 +59,8 @@ def quality(
         examples: show items with names and pictures, which are then in the page.
 
     Raises:
-        ValueError: a name, a setting or the data are wrong; before anything is trained.
+        ValueError: a name, a setting or the data are wrong; before anything is trained. Or the
+            model of a run whose items are to be shown is gone.
         RuntimeError: a run failed; names its log.
     """
     if min(seeds, jobs) < 1:

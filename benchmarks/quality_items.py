@@ -26,7 +26,7 @@ def sections_on_items(results: Sequence[CellResult], with_examples: bool) -> lis
         with_examples: show items with names and pictures, which are then in the page.
 
     Raises:
-        ValueError: the run's model or dataset cannot be read.
+        ValueError: the run's model is gone, or its dataset cannot be read.
     """
     wanted = [result for result in results if result.cell.name in LOOKED_AT]
     if not wanted:
@@ -38,6 +38,12 @@ def sections_on_items(results: Sequence[CellResult], with_examples: bool) -> lis
 def _sections(result: CellResult, ranks: Ranks, with_examples: bool) -> list[Section]:
     seed = result.median_seed()
     run = result.runs[seed][-1].folder
+    if not (run / "checkpoints" / "best").exists():
+        raise ValueError(
+            f"{run}: the run of '{result.cell.name}' whose items are to be shown has no checkpoint "
+            "any more; remove the folder, and the study trains it again, or leave the cell out "
+            "with --only"
+        )
     job = load_run(run, None, ranks, "cpu")
     table = item_table(job)
     category = category_column(table, None)

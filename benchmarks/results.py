@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PLACES = ("--out", "--results", "--data", "--cache")
+PLACES = ("--out", "--results", "--data", "--cache", "--recipe", "--search")
 PIXELS = (1280, 720)
 DPI = 100
 
@@ -102,9 +102,11 @@ def without_places(text: str) -> str:
         # of a program started as `... --out /disk/bench`
         without_places("/disk/bench/data")  # "OUT/data"
     """
-    for option, value in itertools.pairwise(sys.argv):
-        if option in PLACES and Path(value).is_absolute():
-            text = text.replace(value.rstrip("/"), option.removeprefix("--").upper())
+    words = [part for word in sys.argv for part in word.split("=", 1)]
+    for option, value in itertools.pairwise(words):
+        folder = value.rstrip("/")
+        if option in PLACES and folder.startswith("/"):
+            text = text.replace(folder, option.removeprefix("--").upper())
     return text.replace(f"{ROOT}/", "")
 
 

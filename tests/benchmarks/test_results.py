@@ -15,3 +15,5 @@ def test_folders_of_the_command_and_of_the_clone_are_named_not_told(
     monkeypatch.setattr(sys, "argv", ["scaling.py", "--out", "/disk/bench/", "--results", "mine"])
     text = f"{ROOT}/benchmarks/settings/a.yaml /disk/bench/data --out /disk/bench mine"
     assert without_places(text) == "benchmarks/settings/a.yaml OUT/data --out OUT mine"
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--out=/disk/bench", "--data", "/"])
+    assert without_places("a/b /disk/bench/data") == "a/b OUT/data"
