@@ -36,6 +36,8 @@ BACKBONES: dict[str, list[str]] = {
     ],
     "two_tower, sampled softmax": ["--ranking.loss", "sampled_softmax"],
 }
+# Not every backbone has these; without them the heads are alike.
+NO_EXTRAS = ["--ranking.ensemble_members", "1", "--ranking.standardize_numbers", "false"]
 CONTENTS = {"ID only": ["--content", "none"], "content": []}
 PARTS = ("all", "cold", "unseen")
 RANKING = [(metric, part) for metric in ("auc", "gauc") for part in PARTS]
@@ -73,10 +75,11 @@ def backbones(
         raise ValueError(f"--only: {unknown} are unknown; choose of {list(BACKBONES)}")
     runs = {
         (name, content): [
-            QualityRun(f"{name} {content}", seed, [*_named(name), *BACKBONES[name], *overrides])
+            QualityRun(f"{name} {content}", seed, [*of_backbone, *overrides])
             for seed in range(seeds)
         ]
         for name in names
+        for of_backbone in [[*_named(name), *NO_EXTRAS, *BACKBONES[name]]]
         for content, overrides in CONTENTS.items()
     }
     # Seed by seed, so that a grid that is stopped early has something of every cell.

@@ -105,6 +105,11 @@ class RankingSettings:
     dense_units: list[int] = field(default_factory=lambda: [64])  # dlrm, dlrm_dcn, deepfm
     mlp_units: list[int] = field(default_factory=lambda: [128, 64])
     dropout: float = 0.3
+    # din, din_dcn, sim: so many MLPs in one (TabM), whose mean logit ranks; 1 is one MLP.
+    ensemble_members: int = 1
+    # din, din_dcn, sim, mmoe: dense features, what the history's lists say and similarities get
+    # mean 0 and variance 1 over the rows trained on so far.
+    standardize_numbers: bool = False
     label_weights: dict[str, float] = field(default_factory=dict)  # several labels; default 1
     num_experts: int = 4  # mmoe
     # sim: what of a long history is attended to, by similarity (of content; of ID vectors where

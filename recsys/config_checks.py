@@ -10,8 +10,16 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recsys.config import Config, ContentSettings, LoraSettings, ModalitySettings
+    from recsys.config import (
+        Config,
+        ContentSettings,
+        LoraSettings,
+        ModalitySettings,
+        RankingSettings,
+    )
 
+HAVE_ENSEMBLES = ("din_dcn", "din", "sim")
+HAVE_STANDARDIZATION = (*HAVE_ENSEMBLES, "mmoe")
 LORA_INITS = ("gaussian", "orthogonal", "olora", "pissa")
 
 
@@ -58,8 +66,10 @@ def validate(config: Config) -> None:
 
 
 def _validate_ranking(config: Config) -> None:
-    for name in ("num_experts", "search_top_k", "search_heads", "tower_dim", "num_negatives"):
+    counts = ["ensemble_members", "num_experts", "search_top_k", "search_heads", "tower_dim"]
+    for name in [*counts, "num_negatives"]:
         _at_least(config, f"ranking.{name}", 1)
+    _validate_parts(config.ranking)
     temperature = config.ranking.temperature
     if not 0 < temperature < math.inf:
         raise ValueError(f"ranking.temperature is {temperature}; it must be > 0 and finite")
@@ -72,6 +82,20 @@ def _validate_ranking(config: Config) -> None:
         if not 0 <= weight < math.inf:
             raise ValueError(
                 f"ranking.label_weights.{label} is {weight}; it must be at least 0 and finite"
+            )
+
+
+def _validate_parts(ranking: RankingSettings) -> None:
+    """Parts that not every ranking model has; one of the user's own may have them."""
+    wanted = {
+        "ensemble_members": (ranking.ensemble_members > 1, HAVE_ENSEMBLES, "1"),
+        "standardize_numbers": (ranking.standardize_numbers, HAVE_STANDARDIZATION, "false"),
+    }
+    for name, (is_wanted, models, off) in wanted.items():
+        if is_wanted and ranking.name not in models and ":" not in ranking.name:
+            raise ValueError(
+                f"ranking.{name} is for {', '.join(models)}, which '{ranking.name}' is not; choose "
+                f"one of them as ranking.name, or set it to {off}"
             )
 
 

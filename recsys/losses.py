@@ -4,7 +4,7 @@ Content-ID-Contrastive (CIC, EM3, arXiv 2404.06078) pulls an item's content vect
 the sharded ID table together, so that content places an item whose ID has seen few impressions.
 The gradient flows into both unless one side is stopped.
 
-Shapes: B batch, G batch of all ranks, D dimension, K negatives, C labels.
+Shapes: B batch, G batch of all ranks, D dimension, K negatives, C labels, E members of an ensemble.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ class RankingLoss(nn.Module):
 
     def forward(
         self,
-        logits: Tensor,  # [B, C]
+        logits: Tensor,  # [B, C], or [E, B, C] for the mean over members
         labels: Tensor,  # [B, C]
         row_weights: Tensor | None = None,  # [B], 0 for a row that pads
     ) -> Tensor:  # []
+        labels = labels.expand_as(logits)
         losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         if row_weights is not None:
             losses = losses * row_weights[:, None]
-        return (losses.mean(0) * self.weights).sum()
+        return (losses.flatten(end_dim=-2).mean(0) * self.weights).sum()
 
 
 def published_contrastive(

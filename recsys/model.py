@@ -21,7 +21,7 @@ from recsys.content.branch import ContentBranch
 from recsys.dropout import IDDropout
 from recsys.losses import ContentIDContrastive, RankingLoss
 from recsys.retrieval_loss import RetrievalLoss
-from recsys.vectors import ContentVectors, IDVectors, TowerVectors
+from recsys.vectors import ContentVectors, IDVectors, MemberLogits, TowerVectors
 
 
 class ReadIDs(nn.Module):
@@ -84,7 +84,7 @@ class Losses(nn.Module):
 
     def forward(
         self,
-        scored: Tensor | TowerVectors,
+        scored: Tensor | MemberLogits | TowerVectors,
         ids: IDVectors,
         content: ContentVectors | None,
         batch: Batch,
@@ -94,7 +94,7 @@ class Losses(nn.Module):
         When a retrieval model is not training, its vectors are with the parts: `query` [B, D] for
         the first label and `item` [B, D].
         """
-        logits = scored.logits if isinstance(scored, TowerVectors) else scored
+        logits = scored if isinstance(scored, Tensor) else scored.logits
         loss, parts = self._parts(scored, logits, ids, content, batch)
         if isinstance(scored, TowerVectors) and not self.training:
             parts |= {"query": scored.query[:, 0], "item": scored.item}
@@ -102,7 +102,7 @@ class Losses(nn.Module):
 
     def _parts(
         self,
-        scored: Tensor | TowerVectors,
+        scored: Tensor | MemberLogits | TowerVectors,
         logits: Tensor,
         ids: IDVectors,
         content: ContentVectors | None,
@@ -116,7 +116,8 @@ class Losses(nn.Module):
                 )
             ranking = self.retrieval(scored, batch)
         else:
-            ranking = self.ranking(logits, batch.labels, batch.row_weights)
+            each = scored.members if isinstance(scored, MemberLogits) else logits
+            ranking = self.ranking(each, batch.labels, batch.row_weights)
         if self.contrastive is None:
             return ranking, {"loss": ranking}
         assert content is not None
@@ -135,7 +136,8 @@ class EM3(nn.Module):
         embeddings: the table of target item and history.
         content: the content branch; None is the ID-only twin.
         read_ids, losses: as they say.
-        ranking: a module of `recsys.ranking`: logits, or the vectors of a retrieval model.
+        ranking: a module of `recsys.ranking`: logits, those of each member of an ensemble, or the
+            vectors of a retrieval model.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from recsys.batch import ContentInput
 from recsys.model import EM3
-from recsys.vectors import TowerVectors
+from recsys.vectors import MemberLogits, TowerVectors
 
 
 def dense_parts(em3: EM3) -> dict[str, nn.Module]:
@@ -62,8 +62,8 @@ def _in_bfloat16(forward: Callable[..., Any], device_type: str) -> Callable[...,
 
 
 def _in_float32(
-    output: Tensor | ContentInput | TowerVectors,
-) -> Tensor | ContentInput | TowerVectors:
+    output: Tensor | ContentInput | MemberLogits | TowerVectors,
+) -> Tensor | ContentInput | MemberLogits | TowerVectors:
     if isinstance(output, ContentInput):
         return ContentInput(output.values.float(), output.mask)
     return output.float()

@@ -1,7 +1,7 @@
 """What a ranking model gets: ID vectors from the sharded tables, content vectors from the branch.
 
 Shapes: B batch, U unique history items, N history items of the whole batch, D dimension,
-M modalities, S sampled negatives, C labels.
+M modalities, S sampled negatives, C labels, K members of an ensemble.
 """
 
 from __future__ import annotations
@@ -81,6 +81,24 @@ class LateContentVectors(ContentVectors):
     @property
     def history_modalities(self) -> Tensor:  # type: ignore[override]
         return self._history[1]
+
+
+@dataclass
+class MemberLogits:
+    """What an ensemble gives in training in place of its mean logits.
+
+    members: [K, B, C], each of which has a loss of its own.
+    """
+
+    members: Tensor
+
+    @property
+    def logits(self) -> Tensor:  # [B, C]
+        return self.members.mean(0)
+
+    def float(self) -> MemberLogits:
+        """The same in float32."""
+        return MemberLogits(self.members.float())
 
 
 @dataclass

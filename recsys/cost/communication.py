@@ -16,7 +16,7 @@ from embeddings.table_memory import TableMemory
 from recsys.cost.batch_counts import BatchCounts
 from recsys.cost.model_sizes import ContentSizes, ModelSizes
 
-FLOAT, LENGTH, ID = 4, 4, 8  # bytes
+FLOAT, DOUBLE, LENGTH, ID = 4, 8, 4, 8  # bytes
 BYTES_OF_TYPE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -52,6 +52,9 @@ def sent_bytes(sizes: ModelSizes, counts: BatchCounts, world_size: int) -> list[
     ]
     if sizes.content is not None:
         sent += _of_content(sizes.content, counts, world_size)
+    if sizes.num_standardized:
+        statistics = 2 * others * DOUBLE * (1 + 2 * sizes.num_standardized)
+        sent.append(Sent("statistics", forward=statistics, is_ring=True))
     dense = 2 * others * FLOAT * sizes.dense_parameters
     return [*sent, Sent("dense gradients", backward=dense, is_ring=True)]
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from recsys.batch import Batch
 from recsys.config import ContentSettings
 from recsys.cost.work import Work, moved, times
-from recsys.vectors import ContentVectors, IDVectors, TowerVectors
+from recsys.vectors import ContentVectors, IDVectors
 
 aten = torch.ops.aten
 PRODUCTS = (aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm)
@@ -76,7 +76,7 @@ def counted_ranking(
         vectors += [of_content.target, of_content.history]
     with flop_counter() as forward:
         scored = ranking(IDVectors(pooled, target, history), of_content, batch)
-        logits = scored.logits if isinstance(scored, TowerVectors) else scored
+        logits = scored if isinstance(scored, torch.Tensor) else scored.logits
     with flop_counter() as backward:
         logits.sum().backward()
     inputs = moved(sum(vector.numel() for vector in vectors))

@@ -20,6 +20,7 @@ from recsys.content.encoders import StoredFeatures, TransformerEncoder
 from recsys.cost.work import Work
 from recsys.data.schema import Schema
 from recsys.model import EM3
+from recsys.ranking.attended_features import RowFeatures
 from recsys.ranking.din_dcn import DinDcn
 
 
@@ -132,6 +133,7 @@ class ModelSizes:
     dense_parameters: int  # trained ones
     content: ContentSizes | None
     communication: CommunicationSettings
+    num_standardized: int  # numbers whose statistics all ranks share
 
     @staticmethod
     def of(
@@ -148,12 +150,13 @@ class ModelSizes:
             ValueError: nothing is known of the costs of the ranking model.
         """
         sizes: RankingSizes | tuple[Work, Work] | None = counted_ranking
-        if isinstance(em3.ranking, DinDcn):
+        if has_formulas(config, em3):
+            assert isinstance(em3.ranking, DinDcn)
             sizes = _ranking_sizes(config, em3.ranking)
         if sizes is None:
             raise ValueError(
                 f"costs of {type(em3.ranking).__name__} are unknown; count them "
-                "(`recsys.cost.counted_ranking`) or use din_dcn"
+                "(`recsys.cost.counted_ranking`) or use din_dcn without an ensemble"
             )
         return ModelSizes(
             tables=[table_memory(table, plan) for table in tables],
@@ -163,7 +166,19 @@ class ModelSizes:
             dense_parameters=sum(p.numel() for p in dense_parameters(em3).values()),
             content=_content_sizes(config, em3),
             communication=config.embedding.communication,
+            num_standardized=_num_standardized(em3),
         )
+
+
+def has_formulas(config: Config, em3: EM3) -> bool:
+    """Whether the costs of a ranking model are formulas; those of others are counted."""
+    return isinstance(em3.ranking, DinDcn) and config.ranking.ensemble_members == 1
+
+
+def _num_standardized(em3: EM3) -> int:
+    if not isinstance(em3.ranking, RowFeatures) or em3.ranking.standardization is None:
+        return 0
+    return em3.ranking.standardization.mean.numel()
 
 
 def _ranking_sizes(config: Config, ranking: DinDcn) -> RankingSizes:

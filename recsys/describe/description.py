@@ -13,14 +13,13 @@ from recsys.config import Config
 from recsys.cost.batch_counts import BatchCounts
 from recsys.cost.communication import Sent, sent_bytes
 from recsys.cost.counted_ranking import counted_ranking
-from recsys.cost.model_sizes import ModelSizes
+from recsys.cost.model_sizes import ModelSizes, has_formulas
 from recsys.cost.step_costs import COMMUNICATION, step_costs
 from recsys.cost.work import PartCost, Work
 from recsys.describe.batch_sample import BatchSample, sample_batches
 from recsys.describe.model_parts import ModelPart, model_parts, table_bytes_by_rank
 from recsys.describe.outline import Outline, build_outline
 from recsys.describe.time_bounds import TimeBound, backward_outputs, time_bounds
-from recsys.ranking.din_dcn import DinDcn
 from recsys.table_configs import pooled_features
 
 
@@ -132,7 +131,7 @@ def describe(
 def _sizes(outline: Outline, sample: BatchSample) -> ModelSizes:
     config, schema, em3 = outline.config, outline.schema, outline.em3
     counted: tuple[Work, Work] | None = None
-    if not isinstance(em3.ranking, DinDcn):
+    if not has_formulas(config, em3):
         dims = {table.name: table.embedding_dim for table in outline.tables}
         counted = counted_ranking(
             em3.ranking,

@@ -4,6 +4,9 @@ The interest of the ID history and, where there is content, that of the content 
 the pooled ID vectors, the target and the dense features. DIN, DIN with a DCN-v2 head, SIM and MMoE
 differ in what they make of this vector, or in what they attend to.
 
+What is a number rather than a vector (dense features, what the history's lists say, similarities of
+content) can be standardised before it stands beside vectors: `ranking.standardize_numbers`.
+
 Shapes: B batch, K history items that are attended to, P parallel lists, W width of the vector.
 """
 
@@ -18,6 +21,7 @@ from recsys.jagged_history import JaggedHistory
 from recsys.ranking.content_interest import ContentInterest
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.history_numbers import history_numbers, num_history_numbers
+from recsys.ranking.standardization import Standardization
 from recsys.ranking.target_attention import TargetAttention
 from recsys.vectors import ContentVectors, IDVectors
 
@@ -29,22 +33,29 @@ class RowFeatures(nn.Module):
     Without content it is the ID-only twin: the same parts, fewer vectors.
 
     Args:
+        settings: `standardize_numbers`.
         interest_dim: width of the interest in the ID history, which the model itself computes.
         dimensions: of the inputs.
         content: settings of the content branch; None for the ID-only twin.
     """
 
     def __init__(
-        self, interest_dim: int, dimensions: InputDimensions, content: ContentSettings | None
+        self,
+        settings: RankingSettings,
+        interest_dim: int,
+        dimensions: InputDimensions,
+        content: ContentSettings | None,
     ) -> None:
         super().__init__()
         width = sum(dimensions.pooled_dims) + dimensions.id_dim + interest_dim
-        width += dimensions.num_dense + num_history_numbers(dimensions.num_parallel)
+        numbers = dimensions.num_dense + num_history_numbers(dimensions.num_parallel)
         self.content_interest: ContentInterest | None = None
         if content is not None:
             self.content_interest = ContentInterest.of(content, dimensions.num_parallel)
-            width += content.dim + self.content_interest.output_dim
-        self.feature_dim = width
+            width += 2 * content.dim
+            numbers += self.content_interest.output_dim - content.dim
+        self.feature_dim = width + numbers
+        self.standardization = Standardization(numbers) if settings.standardize_numbers else None
 
     def features(
         self,
@@ -57,18 +68,32 @@ class RowFeatures(nn.Module):
         parallel: Tensor,  # [K, P] of that history
     ) -> Tensor:  # [B, W]
         """All vectors of a row, one beside the other."""
-        vectors = [batch.dense_features, *ids.pooled, ids.target, interest, numbers]
+        of_content, similarities = [], []
         if self.content_interest is not None:
             assert content is not None
-            vectors += [content.target, self.content_interest(content, history, parallel)]
+            interests = self.content_interest(content, history, parallel)
+            dim = content.target.shape[1]
+            of_content, similarities = [content.target, interests[:, :dim]], [interests[:, dim:]]
+        dense, numbers, *similarities = self._standardized(
+            [batch.dense_features, numbers, *similarities], batch.row_weights
+        )
+        vectors = [dense, *ids.pooled, ids.target, interest, numbers, *of_content, *similarities]
         return torch.cat(vectors, dim=1)
+
+    def _standardized(self, numbers: list[Tensor], row_weights: Tensor) -> list[Tensor]:
+        """All in one, so that ranks exchange one message."""
+        if self.standardization is None:
+            return numbers
+        widths = [part.shape[1] for part in numbers]
+        joined = self.standardization(torch.cat(numbers, dim=1), row_weights)
+        return list(joined.split(widths, dim=1))
 
 
 class AttendedFeatures(RowFeatures):
     """`RowFeatures` with DIN's target attention over all of the history.
 
     Args:
-        settings: `attention_units`.
+        settings: `attention_units` and `standardize_numbers`.
         dimensions, content: as in `RowFeatures`.
     """
 
@@ -81,7 +106,7 @@ class AttendedFeatures(RowFeatures):
         interest = TargetAttention(
             dimensions.id_dim, dimensions.num_parallel, settings.attention_units
         )
-        super().__init__(dimensions.id_dim, dimensions, content)
+        super().__init__(settings, dimensions.id_dim, dimensions, content)
         self.interest = interest
 
     def attended(

@@ -14,8 +14,8 @@ from recsys.batch import Batch
 from recsys.config import ContentSettings, RankingSettings
 from recsys.ranking.attended_features import AttendedFeatures
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers import multilayer_perceptron
-from recsys.vectors import ContentVectors, IDVectors
+from recsys.ranking.layers import ranking_head
+from recsys.vectors import ContentVectors, IDVectors, MemberLogits
 
 
 class Din(AttendedFeatures):
@@ -28,9 +28,9 @@ class Din(AttendedFeatures):
         content: ContentSettings | None,
     ) -> None:
         super().__init__(settings, dimensions, content)
-        self.mlp = multilayer_perceptron(self.feature_dim, settings, dimensions.num_labels)
+        self.mlp = ranking_head(self.feature_dim, settings, dimensions.num_labels)
 
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor:  # [B, number of labels]
+    ) -> Tensor | MemberLogits:  # [B, number of labels]
         return self.mlp(self.attended(ids, content, batch))

@@ -9,16 +9,15 @@ Shapes: B batch.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.modules.crossnet import LowRankCrossNet
 
 from recsys.batch import Batch
 from recsys.config import ContentSettings, RankingSettings
-from recsys.dropout import Dropout
 from recsys.ranking.attended_features import AttendedFeatures
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers import multilayer_perceptron
-from recsys.vectors import ContentVectors, IDVectors
+from recsys.ranking.layers import ranking_head
+from recsys.vectors import ContentVectors, IDVectors, MemberLogits
 
 
 class DinDcn(AttendedFeatures):
@@ -34,10 +33,9 @@ class DinDcn(AttendedFeatures):
         width = self.feature_dim
         self.cross = LowRankCrossNet(width, settings.cross_layers, settings.cross_rank)
         # The cross network has mixed all inputs, so that what is dropped here is nowhere alone.
-        top = multilayer_perceptron(width, settings, dimensions.num_labels)
-        self.mlp = nn.Sequential(Dropout(settings.dropout), *top)
+        self.mlp = ranking_head(width, settings, dimensions.num_labels, drops_inputs=True)
 
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor:  # [B, number of labels]
+    ) -> Tensor | MemberLogits:  # [B, number of labels]
         return self.mlp(self.cross(self.attended(ids, content, batch)))

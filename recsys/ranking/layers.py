@@ -11,6 +11,7 @@ from torch import nn
 
 from recsys.config import RankingSettings
 from recsys.dropout import Dropout
+from recsys.ranking.ensemble_head import EnsembleHead
 
 
 def hidden_layers(width: int, units: list[int], dropout: float) -> tuple[list[nn.Module], int]:
@@ -29,3 +30,17 @@ def multilayer_perceptron(
     units = settings.mlp_units if units is None else units
     layers, width = hidden_layers(width, units, settings.dropout)
     return nn.Sequential(*layers, nn.Linear(width, num_outputs))
+
+
+def ranking_head(
+    width: int, settings: RankingSettings, num_outputs: int, drops_inputs: bool = False
+) -> nn.Sequential:
+    """`multilayer_perceptron`, or an ensemble of `settings.ensemble_members` of them.
+
+    `drops_inputs` has dropout act on what the head reads, too.
+    """
+    first = [Dropout(settings.dropout)] if drops_inputs else []
+    if settings.ensemble_members == 1:
+        return nn.Sequential(*first, *multilayer_perceptron(width, settings, num_outputs))
+    units, members = settings.mlp_units, settings.ensemble_members
+    return nn.Sequential(*first, EnsembleHead(width, units, num_outputs, members, settings.dropout))

@@ -24,8 +24,8 @@ from recsys.ranking.attended_features import RowFeatures
 from recsys.ranking.content_interest import cosines
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.history_numbers import history_numbers
-from recsys.ranking.layers import multilayer_perceptron
-from recsys.vectors import ContentVectors, IDVectors
+from recsys.ranking.layers import ranking_head
+from recsys.vectors import ContentVectors, IDVectors, MemberLogits
 
 
 class Sim(RowFeatures):
@@ -59,15 +59,15 @@ class Sim(RowFeatures):
         # A gap is an item's age and nothing else: seconds have no place among flags.
         dimensions = replace(dimensions, num_parallel=len(self.flag_columns))
         interest = AgedAttention(dimensions.id_dim, dimensions.num_parallel, settings.search_heads)
-        super().__init__(dimensions.id_dim, dimensions, content)
+        super().__init__(settings, dimensions.id_dim, dimensions, content)
         self.interest, self.top_k = interest, settings.search_top_k
         categories = dimensions.item_categories if settings.search == "category" else None
         self.register_buffer("categories", categories, persistent=False)
-        self.mlp = multilayer_perceptron(self.feature_dim, settings, dimensions.num_labels)
+        self.mlp = ranking_head(self.feature_dim, settings, dimensions.num_labels)
 
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor:  # [B, C]
+    ) -> Tensor | MemberLogits:  # [B, C]
         history = batch.jagged_history()
         id_history = history if ids.history_is_unique else history.unindexed()
         found = self.search(ids, content, batch, history, id_history)

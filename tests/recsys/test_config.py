@@ -111,6 +111,15 @@ def test_unknown_and_wrong_overrides_are_named(words: list[str]) -> None:
         ("--ranking.dropout=1", "ranking.dropout is 1.0; a dropout lies in"),
         ("--ranking.dense_units=[0]", r"ranking.dense_units is \[0\]; each layer has at least 1"),
         ("--ranking.num_experts=0", "ranking.num_experts is 0"),
+        ("--ranking.ensemble_members=0", "ranking.ensemble_members is 0"),
+        (
+            "--ranking={name: dlrm, ensemble_members: 2}",
+            "ranking.ensemble_members is for din_dcn, din, sim, which 'dlrm' is not; .* set it to 1",
+        ),
+        (
+            "--ranking={name: two_tower, standardize_numbers: true}",
+            "ranking.standardize_numbers is for .* mmoe, which 'two_tower' is not; .* to false",
+        ),
         ("--ranking.search_top_k=0", "ranking.search_top_k is 0"),
         ("--ranking.temperature=0", "ranking.temperature is 0.0; it must be > 0"),
         ("--ranking.loss=in_batch_softmax", "which 'din_dcn' has not; choose ranking.name two_to"),

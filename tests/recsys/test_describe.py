@@ -36,6 +36,8 @@ CPU = DeviceFigures("cpu", "cpu", 2**33, 1e10, 1e11, 1e11, 1e10, 1e9)
 def config_of(folder: Path, sharding: Any = "row_wise", **settings: Any) -> Config:
     tables = EmbeddingSettings(32, sharding, "rowwise_adagrad")
     config = em3_config(folder, embedding=tables, batch_size=64, **settings)
+    if sharding == "table_wise":
+        config.ranking.ensemble_members, config.ranking.standardize_numbers = 3, True
     content = config.content
     assert isinstance(content, ContentSettings)
     text = replace(
