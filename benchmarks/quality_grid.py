@@ -197,6 +197,18 @@ OTHERS = [
         NO_SIMILARITY,
         "recipe",
     ),
+    Cell(
+        "one MLP",
+        "the recipe with one MLP in place of the ensemble",
+        {"ranking.ensemble_members": 1},
+        "recipe",
+    ),
+    Cell(
+        "numbers as they are",
+        "the recipe without standardisation of similarities and what the history's lists say",
+        {"ranking.standardize_numbers": False},
+        "recipe",
+    ),
 ]
 GRIDS: dict[str, list[Cell]] = {
     "parts": PARTS,

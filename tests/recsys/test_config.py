@@ -114,7 +114,7 @@ def test_unknown_and_wrong_overrides_are_named(words: list[str]) -> None:
         ("--ranking.ensemble_members=0", "ranking.ensemble_members is 0"),
         (
             "--ranking={name: dlrm, ensemble_members: 2}",
-            "ranking.ensemble_members is for din_dcn, din, sim, which 'dlrm' is not; .* set it to 1",
+            "ranking.ensemble_members is for din_dcn, din, sim, which 'dlrm' is not; .* to 1",
         ),
         (
             "--ranking={name: two_tower, standardize_numbers: true}",
