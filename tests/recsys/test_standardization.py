@@ -63,6 +63,13 @@ def test_evaluation_leaves_the_statistics_and_knows_no_other_rows() -> None:
         assert torch.equal(standardization(alone.unsqueeze(0))[0], row)
 
 
+def test_statistics_are_not_rounded_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = trained(batches())
+    exact = trained(batches())
+    assert torch.equal(rounded.mean, exact.mean) and torch.equal(rounded.variance, exact.variance)
+
+
 def test_rows_that_pad_do_not_count() -> None:
     weights = torch.tensor([1.0] * 5 + [0.0] * 3)
     real = [rows[:5] for rows in batches()]
