@@ -5,7 +5,8 @@ of lengths within ten. Where an MLP reads them side by side, what varies little 
 
 Batch normalization (Ioffe & Szegedy 2015, arXiv 1502.03167) would make a row's logit depend on the
 rows beside it, in training. Here the statistics are those of past steps and of all ranks, and pass
-on no gradient: a row is what it is, on one rank and on many.
+on no gradient: a row is what it is, on one rank and on many. With `accumulate_steps` they move with each
+batch of a group.
 
 Shapes: B batch, W numbers.
 """
