@@ -4,9 +4,9 @@ Cosines of content lie within a tenth of each other, the share of liked items wi
 of lengths within ten. Where an MLP reads them side by side, what varies little is learned late.
 
 Batch normalization (Ioffe & Szegedy 2015, arXiv 1502.03167) would make a row's logit depend on the
-rows beside it, in training. Here the statistics are those of past steps and of all ranks, and pass
-on no gradient: a row is what it is, on one rank and on many. With `accumulate_steps` they move with each
-batch of a group.
+rows beside it, in training. Here the statistics are those of all steps so far and of all ranks,
+which one batch hardly moves, and pass on no gradient. With `accumulate_steps` each batch of a group
+moves them.
 
 Shapes: B batch, W numbers.
 """
