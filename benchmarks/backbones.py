@@ -75,11 +75,10 @@ def backbones(
         raise ValueError(f"--only: {unknown} are unknown; choose of {list(BACKBONES)}")
     runs = {
         (name, content): [
-            QualityRun(f"{name} {content}", seed, [*of_backbone, *overrides])
+            QualityRun(f"{name} {content}", seed, [*_settings(name), *overrides])
             for seed in range(seeds)
         ]
         for name in names
-        for of_backbone in [[*_named(name), *NO_EXTRAS, *BACKBONES[name]]]
         for content, overrides in CONTENTS.items()
     }
     # Seed by seed, so that a grid that is stopped early has something of every cell.
@@ -92,8 +91,8 @@ def backbones(
     print(page)
 
 
-def _named(name: str) -> list[str]:
-    return ["--ranking.name", name.split(",")[0]]
+def _settings(name: str) -> list[str]:
+    return ["--ranking.name", name.split(",")[0], *NO_EXTRAS, *BACKBONES[name]]
 
 
 def _page(tests: Tests, seeds: int) -> str:

@@ -75,17 +75,17 @@ class RowFeatures(nn.Module):
             dim = content.target.shape[1]
             of_content, similarities = [content.target, interests[:, :dim]], [interests[:, dim:]]
         dense, numbers, *similarities = self._standardized(
-            [batch.dense_features, numbers, *similarities], batch.row_weights
+            [batch.dense_features, numbers, *similarities], batch
         )
         vectors = [dense, *ids.pooled, ids.target, interest, numbers, *of_content, *similarities]
         return torch.cat(vectors, dim=1)
 
-    def _standardized(self, numbers: list[Tensor], row_weights: Tensor) -> list[Tensor]:
+    def _standardized(self, numbers: list[Tensor], batch: Batch) -> list[Tensor]:
         """All in one, so that ranks exchange one message."""
         if self.standardization is None:
             return numbers
         widths = [part.shape[1] for part in numbers]
-        joined = self.standardization(torch.cat(numbers, dim=1), row_weights)
+        joined = self.standardization(torch.cat(numbers, dim=1), batch.row_weights)
         return list(joined.split(widths, dim=1))
 
 
