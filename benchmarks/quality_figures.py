@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.quality_study import EFFECTS, CellResult, Effect
+from recsys.model_selection import selection_words
 from recsys.report.item_popularity import BUCKETS, doubling_edges
-from recsys.report.learning_curves import read_curves
+from recsys.report.learning_curves import read_curves, selection_curve
 from recsys.report.page import BLUE, GREY, Drawing, drawn, new_figure
 
 # Okabe and Ito's colours, which differ for colour-blind eyes too; yellow is too pale for lines.
@@ -58,18 +59,20 @@ def _effect_bar(axes: Axes, place: int, effect: Effect, column: str) -> None:
 
 
 def learning_curves(results: Sequence[CellResult]) -> Drawing:
-    """Validation AUC by step, of the median seed on the last dataset."""
+    """What chose the tested models by step, of the median seed on the last dataset."""
     figure, (axes,) = new_figure(1)
     for result, (colour, marker) in zip(results, styles(results), strict=True):
         run = result.runs[result.median_seed()][-1]
-        curve = read_curves(run.folder).get("valid/auc")
-        if curve is not None:
+        curve = selection_curve(read_curves(run.folder), result.best_model_by)
+        if curve[0]:
             axes.plot(*curve, color=colour, marker=marker, label=result.cell.name)
-    axes.set(xlabel="step", ylabel="validation AUC")
+    chosen_by = selection_words(results[0].best_model_by)
+    axes.set(xlabel="step", ylabel=f"{chosen_by}, validation")
     _legend(figure)
     caption = (
-        "Validation AUC by training step, of the seed whose best validation AUC is the median; of "
-        "several windows, the last. The highest point of a curve is the model that is tested."
+        f"The {chosen_by} of validation by training step, of the seed whose validation AUC is the "
+        "median; of several windows, the last. The highest point of a curve is the model that is "
+        "tested."
     )
     return drawn("learning-curves", figure, caption)
 

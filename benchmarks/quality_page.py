@@ -28,6 +28,7 @@ from benchmarks.quality_study import (
 )
 from benchmarks.results import markdown_table, without_places
 from recsys.bootstrap import Interval
+from recsys.model_selection import selection_words
 from recsys.report.item_popularity import BUCKETS
 from recsys.report.page import Section, Table, html_page, number
 from recsys.whole_file import write_whole
@@ -65,10 +66,11 @@ class Study:
         """What was done, in words."""
         rows = sum(len(scores.positions) for scores in self.results[0].scores[0])
         datasets = ", ".join(self.datasets)
+        chosen_by = selection_words(self.results[0].best_model_by)
         return (
             f"Test split of {datasets}: {rows:,} impressions. Every cell has the same data and the "
-            "recipe's batch size, epochs and rule of early stopping; validation AUC alone chooses "
-            "the model that is tested."
+            f"recipe's batch size, epochs and rule of early stopping; the {chosen_by} of "
+            "validation chooses the model that is tested."
         )
 
 

@@ -18,6 +18,8 @@ from benchmarks.quality_grid import PEERS, RECIPE, Cell
 from benchmarks.quality_plan import Plan
 from benchmarks.quality_runs import Training
 from recsys.bootstrap import Interval, paired_difference, pooled_metric
+from recsys.config import load_config
+from recsys.model_selection import BestModelBy
 from recsys.report.item_popularity import CountRange, count_ranges
 from recsys.scores import SplitScores, read_scores, scores_file
 
@@ -52,6 +54,12 @@ class CellResult:
     def median(self, column: str) -> float | None:
         """Over seeds."""
         return median_of_known(list(self.of_seeds(column).values()))
+
+    @property
+    def best_model_by(self) -> BestModelBy:
+        """What chose the models that are tested."""
+        run = self.runs[0][0]
+        return load_config(run.recipe, list(run.overrides)).best_model_by
 
     @property
     def most_impressions(self) -> int:

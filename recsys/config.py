@@ -23,6 +23,7 @@ from recsys.content_settings import (
     ModalitySettings,
     SamplingSettings,
 )
+from recsys.model_selection import BestModelBy
 from recsys.plain_yaml import load_plain_yaml
 
 
@@ -172,7 +173,9 @@ class Config:
     compile: bool = False  # torch.compile of the dense parts; needs a C++ compiler on CPU
     epochs: int = 10  # at most; early stopping ends sooner
     validations_per_epoch: int = 1
-    patience: int = 2  # validations without a better AUC before training ends
+    # What chooses the best model of all validations; `auc_and_gauc` is the mean of both.
+    best_model_by: BestModelBy = "auc"
+    patience: int = 2  # validations without a better model before training ends
     seed: int = 0
     on_bad_row: Literal["error", "skip"] = "error"  # skip: leave it out, counted and told
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)

@@ -26,7 +26,7 @@ class Progress:
     batches: int = 0
     validations: int = 0  # in this epoch
     best_step: int = -1
-    best_auc: float = -1.0
+    best_score: float = -1.0  # of `best_model_by`
     best: dict[str, Any] = field(default_factory=dict)
     validations_without_gain: int = 0
     # Of training so far: by column, ids looked up and unknown ones; by table with a bounded

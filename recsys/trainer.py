@@ -22,6 +22,7 @@ from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.evaluation import evaluate_split, fill_bank
 from recsys.lockstep import Lockstep, TrainingStopped
 from recsys.loss_watch import LossWatch
+from recsys.model_selection import selection_score, selection_words
 from recsys.profiling import StepProfile
 from recsys.progress import Progress
 from recsys.reporter import Reporter
@@ -130,17 +131,15 @@ class Trainer:
         if (line := format_unknown("train", progress.ids)) is not None:
             self.reporter.say(f"{line}; {progress.vocabularies}")
         self.reporter.validation(progress, report)
-        if report["auc"] is None:
+        score = selection_score(report, job.config.best_model_by)
+        if score is None:
             raise ValueError(
-                f"{job.root}/valid: all labels are equal, so no AUC can choose the best model; use "
-                "a larger validation split"
+                f"{job.root}/valid: the {selection_words(job.config.best_model_by)}, which chooses "
+                "the best model, is not defined there: AUC needs rows of both labels, GAUC a user "
+                "with rows of both; use a larger validation split, or set best_model_by: auc"
             )
-        if report["auc"] > progress.best_auc:
-            progress.best_step, progress.best_auc, progress.best = (
-                progress.steps,
-                report["auc"],
-                report,
-            )
+        if score > progress.best_score:
+            progress.best_step, progress.best_score, progress.best = progress.steps, score, report
             progress.validations_without_gain = 0
             self.checkpoints.save_best(progress)
         else:

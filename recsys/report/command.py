@@ -69,7 +69,7 @@ def report_run(
             metrics = json.loads((run / "metrics.json").read_text())
             sections = [
                 _summary(metrics),
-                learning_curves(run),
+                learning_curves(run, job.config.best_model_by),
                 item_popularity(rows, SPLIT),
                 *item_sections(job, run, test_items, table, category),
                 _settings(run, metrics),

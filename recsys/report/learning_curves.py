@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from recsys.model_selection import BestModelBy, selection_score, selection_words
 from recsys.report.page import BLUE, GREY, ORANGE, Section, drawn, new_figure
 
 Curve = tuple[list[int], list[float]]  # steps and values
@@ -22,16 +23,25 @@ def read_curves(run: Path) -> dict[str, Curve]:
     return curves
 
 
-def best_step(curves: dict[str, Curve]) -> int | None:
-    """The step with the highest validation AUC, whose model is the run's; None without any."""
-    steps, values = curves.get("valid/auc", ([], []))
-    return max(zip(values, [-step for step in steps]))[1] * -1 if steps else None
+def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Curve:
+    """What chose the best model, by step: the highest point, the first of equal ones, is the run's.
+
+    Empty where the run has not written it.
+    """
+    of_steps: dict[int, dict[str, float]] = {}
+    for name in ("auc", "gauc"):
+        for step, value in zip(*curves.get(f"valid/{name}", ([], []))):
+            of_steps.setdefault(step, {})[name] = value
+    scores = {step: selection_score(of_step, best_model_by) for step, of_step in of_steps.items()}
+    known = {step: score for step, score in sorted(scores.items()) if score is not None}
+    return list(known), list(known.values())
 
 
-def learning_curves(run: Path) -> Section:
+def learning_curves(run: Path, best_model_by: BestModelBy) -> Section:
     """The section; a curve that the run has not written is left out."""
     curves = read_curves(run)
-    best = best_step(curves)
+    steps, scores = selection_curve(curves, best_model_by)
+    named = selection_words(best_model_by)
     figure, (losses, quality) = new_figure(2)
     parts = {"ranking": BLUE, "contrastive": ORANGE, "loss": GREY}
     _draw(losses, {name: curves.get(f"train/{name}") for name in parts}, parts)
@@ -40,13 +50,13 @@ def learning_curves(run: Path) -> Section:
     _draw(quality, {name: curves.get(f"valid/{name}") for name in names}, names, marker="o")
     quality.set(title="validation", xlabel="step")
     words = []
-    if best is not None:
-        quality.axvline(best, color=GREY, linestyle="--", label="best AUC")
-        steps, values = curves["valid/auc"]
+    if steps:
+        best = steps[scores.index(max(scores))]
+        quality.axvline(best, color=GREY, linestyle="--", label="best model")
         words = [
-            f"Validation AUC is highest after step {best:,}: {max(values):.4f}. The model of that "
-            f"step is the one that this page shows; the last validation, after step "
-            f"{steps[-1]:,}, has {values[-1]:.4f}."
+            f"The {named} of validation is highest after step {best:,}: {max(scores):.4f}. The "
+            "model of that step is the one that this page shows; the last validation, after step "
+            f"{steps[-1]:,}, has {scores[-1]:.4f}."
         ]
     for axes in (losses, quality):
         if axes.get_legend_handles_labels()[0]:

@@ -106,6 +106,7 @@ def test_the_markdown_has_a_row_per_cell_and_per_effect(study: tuple[Path, Plan]
     assert f"| content | 2 | {medians} |" in text
     assert f"| content – ID only | {content['effect']['GAUC']['value']:+.4f}\xa0[" in text
     assert f"window-1, window-2: {2 * NUM_ROWS:,} impressions" in text
+    assert "the AUC of validation chooses the model that is tested" in text
 
 
 def test_the_recipe_is_compared_with_each_peer_that_has_runs(study: tuple[Path, Plan]) -> None:

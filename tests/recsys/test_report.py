@@ -19,7 +19,7 @@ from recsys.report.command import findings
 from recsys.report.embedding_maps import embedding_maps, pair_cosines, principal_plane
 from recsys.report.item_popularity import BUCKETS, ScoredRows, auc_error, metrics_by_count
 from recsys.report.item_vectors import ItemVectors
-from recsys.report.learning_curves import best_step, read_curves
+from recsys.report.learning_curves import learning_curves, read_curves, selection_curve
 from recsys.report.page import Card, Cards, Section, Table, html_page
 from tests.recsys.command_runs import trained_run
 
@@ -229,16 +229,23 @@ def test_the_error_of_an_auc_is_that_of_ranking_at_random() -> None:
     assert auc_error(0.5, 10, 30) == pytest.approx(np.sqrt(41 / (12 * 10 * 30)))
 
 
-def test_the_best_step_is_the_first_with_the_highest_validation_auc(tmp_path: Path) -> None:
+def test_the_best_model_is_that_of_the_first_highest_point_of_what_chose_it(tmp_path: Path) -> None:
+    validations = ((10, 0.5, 0.5), (20, 0.75, 0.5), (30, 0.75, 0.5), (40, 0.625, 0.75))
     with SummaryWriter(str(tmp_path / "tensorboard")) as writer:
-        for step, auc in ((10, 0.5), (20, 0.75), (30, 0.75), (40, 0.625)):
+        for step, auc, gauc in validations:
             writer.add_scalar("valid/auc", auc, step)
+            writer.add_scalar("valid/gauc", gauc, step)
 
     curves = read_curves(tmp_path)
 
-    assert curves == {"valid/auc": ([10, 20, 30, 40], [0.5, 0.75, 0.75, 0.625])}
-    assert best_step(curves) == 20
-    assert best_step({}) is None
+    steps = [10, 20, 30, 40]
+    assert curves["valid/auc"] == (steps, [0.5, 0.75, 0.75, 0.625])
+    assert selection_curve(curves, "auc") == curves["valid/auc"]
+    assert selection_curve(curves, "auc_and_gauc") == (steps, [0.5, 0.625, 0.625, 0.6875])
+    assert selection_curve({}, "auc") == ([], [])
+    assert "highest after step 20: 0.7500" in learning_curves(tmp_path, "auc").words[0]
+    assert "mean of AUC and GAUC" in learning_curves(tmp_path, "auc_and_gauc").words[0]
+    assert "highest after step 40: 0.6875" in learning_curves(tmp_path, "auc_and_gauc").words[0]
 
 
 def test_findings_are_about_what_is_defined() -> None:

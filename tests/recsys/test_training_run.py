@@ -224,13 +224,24 @@ def test_every_variant_trains(small: Path, tmp_path: Path, variant: str) -> None
     assert math.isfinite(metrics["test"]["logloss"]) and metrics["test"]["logloss"] < 2
 
 
+@pytest.mark.parametrize(
+    ("best_model_by", "epochs", "best"), [("auc", 4, 1), ("gauc", 3, 0), ("auc_and_gauc", 5, 2)]
+)
 def test_training_ends_without_gain_and_the_best_model_is_kept_and_tested(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    best_model_by: str,
+    epochs: int,
+    best: int,
 ) -> None:
-    """Validation AUC .6 .7 .65 .7 with patience 2: four epochs, and the model of the second."""
+    """AUC .6 .7 .65 .7 with patience 2: four epochs, and the model of the second; so by others."""
     words = ["--epochs", "9", "--patience", "2", "--batch_size", "16", "--device", "cpu"]
-    config = load_config(TINY, [*words, "--cache", str(small / "cache")])
-    aucs = iter([0.6, 0.7, 0.65, 0.7, 0.9])
+    words += ["--best_model_by", best_model_by, "--cache", str(small / "cache")]
+    config = load_config(TINY, words)
+    aucs = [0.6, 0.7, 0.65, 0.7, 0.6, 0.9]
+    gaucs = [0.6, 0.5, 0.58, 0.5, 0.6, 0.9]
+    validations = iter([{"auc": auc, "gauc": gauc} for auc, gauc in zip(aucs, gaucs)])
     weights: list[torch.Tensor] = []
     evaluate_split = recsys.training.evaluate_split
 
@@ -239,13 +250,26 @@ def test_training_ends_without_gain_and_the_best_model_is_kept_and_tested(
     ) -> dict[str, Any]:
         weights.append(job.em3.ranking.mlp[-1].weight.detach().clone())  # type: ignore[union-attr, index]
         report = evaluate_split(job, split, counts, lockstep, **options)
-        return report | ({"auc": next(aucs)} if split == "valid" else {})
+        return report | (next(validations) if split == "valid" else {})
 
     for module in (recsys.trainer, recsys.training):
         monkeypatch.setattr(module, "evaluate_split", scripted)
     with joined_ranks("cpu") as ranks:
         metrics = train(config, str(small / "data"), tmp_path / "run", ranks)
     *validated, tested = weights
-    assert len(validated) == 4 and metrics["train"]["steps"] == 4 * 3
-    assert metrics["valid"]["auc"] == 0.7
-    assert torch.equal(tested, validated[1]) and not torch.equal(tested, validated[3])
+    assert len(validated) == epochs and metrics["train"]["steps"] == epochs * 3
+    assert metrics["valid"]["auc"] == aucs[best]
+    assert [torch.equal(tested, weight) for weight in validated].index(True) == best
+    assert not torch.equal(tested, validated[-1])
+
+
+def test_a_validation_that_cannot_choose_a_model_is_refused(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--best_model_by", "gauc", "--batch_size", "16", "--device", "cpu"]
+    config = load_config(TINY, [*words, "--cache", str(small / "cache")])
+    report = {"auc": 0.5, "gauc": None, "logloss": 0.5, "ne": 1.0, "num_samples": 3}
+    parts = dict.fromkeys(("warm", "cold", "unseen"), report)
+    monkeypatch.setattr(recsys.trainer, "evaluate_split", lambda *_: report | parts)
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=r"valid: the GAUC.* user"):
+        train(config, str(small / "data"), tmp_path / "run", ranks)
