@@ -49,6 +49,8 @@ items:
   id: item
   columns:
     text: {{kind: text}}
+    title: {{kind: text}}
+    genres: {{kind: text}}
 """
 POSTER_LINE = "    poster: {kind: image}\n"
 
@@ -201,7 +203,7 @@ def _write_items(folder: Path, movies: pa.Table) -> Path:
         "item": pa.array(np.arange(movies.num_rows), pa.int64()),
         "movie_id": movies["movieId"],
         "title": movies["title"],
-        "genres": movies["genres"],
+        "genres": _genres(movies),
         "text": _text(movies),
     }
     if "poster" in movies.column_names:
@@ -214,11 +216,15 @@ def _write_items(folder: Path, movies: pa.Table) -> Path:
     return path
 
 
+def _genres(movies: pa.Table) -> pa.ChunkedArray:
+    """`Comedy|Drama`, or null."""
+    has_none = pc.is_in(movies["genres"], pa.array(["", "(no genres listed)"]))
+    return pc.if_else(has_none, None, movies["genres"])
+
+
 def _text(movies: pa.Table) -> pa.ChunkedArray:
     """`title | genres | plot`, without the parts that a movie lacks."""
-    genres = pc.replace_substring(movies["genres"], "|", ", ")
-    genres = pc.if_else(pc.equal(genres, "(no genres listed)"), "", genres)
-    parts = [movies["title"], genres]
+    parts = [movies["title"], pc.replace_substring(_genres(movies), "|", ", ")]
     if "plot" in movies.column_names:
         parts.append(movies["plot"])
     parts = [pc.utf8_trim_whitespace(part.cast(pa.large_string())) for part in parts]

@@ -186,7 +186,10 @@ def test_the_schema_of_the_sample_names_its_columns_and_table_sizes(
             },
             "liked": {"kind": "label"},
         },
-        "items": {"id": "item", "columns": {"text": {"kind": "text"}}},
+        "items": {
+            "id": "item",
+            "columns": {name: {"kind": "text"} for name in ("text", "title", "genres")},
+        },
     }
 
 
@@ -205,6 +208,7 @@ def test_text_is_title_and_genres_without_what_is_not_there(source: Path, tmp_pa
     prepare_movielens(source, tmp_path / "out")
     items = pq.read_table(tmp_path / "out" / "items").to_pydict()
     assert items["text"] == ["Heat (1995) | Action, Crime", "Solo, a film", "X"]
+    assert items["genres"] == ["Action|Crime", None, None]
     assert items["item"] == [0, 1, 2]
     assert items["movie_id"] == [1, 5, 9]
 
@@ -232,7 +236,8 @@ def test_plots_join_the_text_and_posters_keep_their_bytes_and_nulls(
     assert items["poster"].to_pylist() == [b"\xff\xd8jpeg", None, None]
     assert items["poster"].type == pa.binary()
     schema = yaml.safe_load((tmp_path / "out" / "schema.yaml").read_text())
-    assert schema["items"]["columns"] == {"text": {"kind": "text"}, "poster": {"kind": "image"}}
+    texts = {name: {"kind": "text"} for name in ("text", "title", "genres")}
+    assert schema["items"]["columns"] == {**texts, "poster": {"kind": "image"}}
 
 
 def test_the_summary_is_a_table_with_one_line_per_split(
