@@ -1,7 +1,7 @@
 """Which of the models that a run validates is its best: the one that is kept, tested and served.
 
 AUC over all impressions is high where a model tells users apart, GAUC where it ranks within a user;
-of one training they are often highest at different steps. Their mean asks for both.
+of one training they can be highest at different steps. Their mean asks for both.
 """
 
 from __future__ import annotations

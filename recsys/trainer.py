@@ -133,10 +133,11 @@ class Trainer:
         self.reporter.validation(progress, report)
         score = selection_score(report, job.config.best_model_by)
         if score is None:
+            instead = "" if report["auc"] is None else ", or set best_model_by: auc"
             raise ValueError(
                 f"{job.root}/valid: the {selection_words(job.config.best_model_by)}, which chooses "
                 "the best model, is not defined there: AUC needs rows of both labels, GAUC a user "
-                "with rows of both; use a larger validation split, or set best_model_by: auc"
+                f"with rows of both; use a larger validation split{instead}"
             )
         if score > progress.best_score:
             progress.best_step, progress.best_score, progress.best = progress.steps, score, report

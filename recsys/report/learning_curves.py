@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from recsys.model_selection import BestModelBy, selection_score, selection_words
+from recsys.model_selection import METRICS, BestModelBy, selection_score, selection_words
 from recsys.report.page import BLUE, GREY, ORANGE, Section, drawn, new_figure
 
 Curve = tuple[list[int], list[float]]  # steps and values
@@ -29,7 +29,7 @@ def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Cur
     Empty where the run has not written it.
     """
     of_steps: dict[int, dict[str, float]] = {}
-    for name in ("auc", "gauc"):
+    for name in METRICS[best_model_by]:
         for step, value in zip(*curves.get(f"valid/{name}", ([], []))):
             of_steps.setdefault(step, {})[name] = value
     scores = {step: selection_score(of_step, best_model_by) for step, of_step in of_steps.items()}
