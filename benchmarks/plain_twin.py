@@ -85,19 +85,25 @@ class ItemEncoder(nn.Module):
             self.layers.append(layer)
         self.norm = nn.LayerNorm(dim)
         self.output = nn.Linear(sizes.num_queries * dim, dim)
+        self.linear = nn.Linear(len(sizes.feature_dims) * dim, dim)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         shape = features[0].shape[:-1]
-        tokens = [
-            projection(values.flatten(0, -2)) + modality
-            for projection, values, modality in zip(self.projections, features, self.modality)
-        ]
-        queries = self.queries.expand(len(tokens[0]), -1, -1)
-        x = torch.cat([queries, torch.stack(tokens, dim=1)], dim=1)  # [items, Q + M, D]
+        tokens = torch.stack(
+            [
+                projection(values.flatten(0, -2))
+                for projection, values in zip(self.projections, features)
+            ],
+            dim=1,
+        )  # [items, M, D]
+        queries = self.queries.expand(len(tokens), -1, -1)
+        x = torch.cat([queries, tokens + self.modality], dim=1)  # [items, Q + M, D]
         for layer in self.layers:
             x = layer(x)
         chosen = self.norm(x[:, : len(self.queries)]).flatten(1)
-        return self.output(chosen).unflatten(0, shape)
+        return (self.output(chosen) + self.linear(tokens.flatten(1))).unflatten(0, shape)
 
 
 class PaddedAttention(nn.Module):

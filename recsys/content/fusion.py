@@ -2,8 +2,9 @@
 
 `FusionQFormer` is EM3's Fusion-Q-Former (arXiv 2404.06078, section 3: transformers and a set of
 trainable queries with a fixed-length output); preset `published` follows the authors' public
-code to the letter, preset `modern` is what transformers have learned since. `ConcatFusion` is the
-baseline. All have one interface, so a configuration names one and nothing else changes.
+code to the letter, preset `modern` is what transformers have learned since, and starts as
+`ConcatFusion`, the baseline. All have one interface, so a configuration names one and nothing else
+changes.
 
 Shapes: U unique items, T tokens of all modalities, Q queries, D dimension, M modalities.
 """
@@ -99,15 +100,44 @@ class ModernLayer(nn.Module):
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
+class ConcatFusion(nn.Module):
+    """The mean token of each modality, side by side, through one linear map: the baseline.
+
+    A modality that an item lacks is a trained vector of its own.
+    """
+
+    def __init__(self, dim: int, num_modalities: int) -> None:
+        super().__init__()
+        self.num_modalities = num_modalities
+        self.missing = nn.Parameter(torch.zeros(num_modalities, dim))
+        self.output = nn.Linear(num_modalities * dim, dim)
+
+    def forward(
+        self,
+        tokens: Tensor,  # [U, T, D]
+        mask: Tensor,  # [U, T]
+        modality: Tensor,  # [T]
+    ) -> Tensor:  # [U, D]
+        member = F.one_hot(modality, self.num_modalities).T.to(tokens.dtype)  # [M, T]
+        weights = member * mask.to(tokens.dtype).unsqueeze(1)  # [U, M, T]
+        count = weights.sum(-1, keepdim=True)  # [U, M, 1]
+        mean = weights @ tokens / count.clamp(min=1)  # [U, M, D]
+        return self.output(torch.where(count > 0, mean, self.missing).flatten(1))
+
+
 class FusionQFormer(nn.Module):
     """Trainable queries attend, jointly with the tokens, to all tokens of an item.
 
     Missing tokens are masked as keys; with all tokens present `published` is the published
     formula: layers over [queries; tokens], the Q outputs flattened and projected to D.
+    `modern` adds to each token an embedding of its modality, and to the projected outputs a linear
+    map of the modalities (`ConcatFusion`). The projection starts at zero, as residual branches do
+    (Fixup, arXiv 1901.09321; ReZero, arXiv 2003.04887), so that the queries learn what attention
+    has to add to the linear map.
 
     Args:
         dim: D, divisible by `num_heads`.
-        num_modalities: M (`modern` adds an embedding of the modality to each token).
+        num_modalities: M.
         num_queries, num_layers, num_heads, dropout: as they say.
         preset: `published` or `modern`.
 
@@ -146,12 +176,18 @@ class FusionQFormer(nn.Module):
         )
         self.queries = nn.Parameter(torch.empty(num_queries, dim))
         nn.init.xavier_uniform_(self.queries)
-        self.modality_embedding = nn.Embedding(num_modalities, dim) if preset == "modern" else None
         self.layers = nn.ModuleList(layer(dim, num_heads, dropout) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(dim) if preset == "modern" else nn.Identity()
         self.output = nn.Linear(num_queries * dim, dim)
-        if self.modality_embedding is not None:
+        self.norm: nn.Module = nn.Identity()
+        self.modality_embedding: nn.Embedding | None = None
+        self.linear: ConcatFusion | None = None
+        if preset == "modern":
+            self.norm = nn.LayerNorm(dim)
+            self.modality_embedding = nn.Embedding(num_modalities, dim)
             nn.init.normal_(self.modality_embedding.weight, std=0.02)
+            self.linear = ConcatFusion(dim, num_modalities)
+            nn.init.zeros_(self.output.weight)
+            nn.init.zeros_(self.output.bias)
 
     def forward(
         self,
@@ -159,41 +195,18 @@ class FusionQFormer(nn.Module):
         mask: Tensor,  # [U, T], True where there is a token
         modality: Tensor,  # [T], index of each token's modality
     ) -> Tensor:  # [U, D]
-        if self.modality_embedding is not None:
-            tokens = tokens + self.modality_embedding(modality)
         num_items, num_queries = tokens.shape[0], self.queries.shape[0]
-        x = torch.cat([self.queries.expand(num_items, -1, -1), tokens], dim=1)  # [U, Q + T, D]
+        x = tokens
+        if self.modality_embedding is not None:
+            x = x + self.modality_embedding(modality)
+        x = torch.cat([self.queries.expand(num_items, -1, -1), x], dim=1)  # [U, Q + T, D]
         attended = F.pad(mask, (num_queries, 0), value=True)  # queries are always there
         for index, layer in enumerate(self.layers, 1):
             # Of the last layer's outputs only those of the queries are used.
             is_last = index == len(self.layers)
             x = layer(x, attended, num_queries if is_last else x.shape[1])
-        return self.output(self.norm(x).flatten(1))
-
-
-class ConcatFusion(nn.Module):
-    """Baseline: the mean token of each modality, side by side, through one linear map.
-
-    A modality that an item lacks is a trained vector of its own.
-    """
-
-    def __init__(self, dim: int, num_modalities: int) -> None:
-        super().__init__()
-        self.num_modalities = num_modalities
-        self.missing = nn.Parameter(torch.zeros(num_modalities, dim))
-        self.output = nn.Linear(num_modalities * dim, dim)
-
-    def forward(
-        self,
-        tokens: Tensor,  # [U, T, D]
-        mask: Tensor,  # [U, T]
-        modality: Tensor,  # [T]
-    ) -> Tensor:  # [U, D]
-        member = F.one_hot(modality, self.num_modalities).T.to(tokens.dtype)  # [M, T]
-        weights = member * mask.to(tokens.dtype).unsqueeze(1)  # [U, M, T]
-        count = weights.sum(-1, keepdim=True)  # [U, M, 1]
-        mean = weights @ tokens / count.clamp(min=1)  # [U, M, D]
-        return self.output(torch.where(count > 0, mean, self.missing).flatten(1))
+        fused = self.output(self.norm(x).flatten(1))
+        return fused if self.linear is None else fused + self.linear(tokens, mask, modality)
 
 
 def _qformer(settings: FusionSettings, dim: int, num_modalities: int) -> nn.Module:

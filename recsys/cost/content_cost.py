@@ -106,14 +106,14 @@ def _tokens(encoder: EncoderSizes, counts: BatchCounts) -> tuple[float, float]:
 
 
 def fusion(content: ContentSizes, counts: BatchCounts) -> PartCost:
-    """Joint self-attention over queries and tokens, with or without a feed-forward.
+    """Joint self-attention over queries and tokens; `modern` has a feed-forward and a linear path.
 
     Of the last layer's outputs only those of the queries are computed.
     """
     dim, items, queries = content.dim, counts.encoded, content.num_queries
     tokens = sum(_tokens(encoder, counts)[0] for encoder in content.encoders)
     length = queries + tokens / max(items, 1)  # T
-    of_outputs = 2 + 8 * content.has_feed_forward  # D x D products: query, output, feed-forward
+    of_outputs = 2 + 8 * content.is_modern  # D x D products: query, output, feed-forward
     forward = linear(items, queries * dim, dim)
     for layer in range(1, content.num_layers + 1):
         outputs = queries if layer == content.num_layers else length
@@ -124,13 +124,22 @@ def fusion(content: ContentSizes, counts: BatchCounts) -> PartCost:
     share = counts.with_gradient / max(items, 1)
     backward = times(times(forward, 2) + moved(2 * items * (length + 1) * dim), share)
     forward += moved(items * (length + 1) * dim + weights)
-    return PartCost("fusion", "fusion", forward, backward + moved(2 * weights))
+    backward += moved(2 * weights)
+    if content.is_modern:
+        linear_path = concatenation(content, counts)
+        forward, backward = forward + linear_path.forward, backward + linear_path.backward
+    return PartCost("fusion", "fusion", forward, backward)
 
 
 def concatenation(content: ContentSizes, counts: BatchCounts) -> PartCost:
+    """The mean token of each modality, and one linear map of them side by side."""
     dim, width = content.dim, content.dim * len(content.encoders)
-    forward = linear(counts.encoded, width, dim)
-    backward = times(linear(counts.with_gradient, width, dim), 2)
+    tokens = [_tokens(encoder, counts) for encoder in content.encoders]
+    means, means_backward = (
+        linear(sum(numbers), len(tokens), dim) for numbers in zip(*tokens, strict=True)
+    )
+    forward = linear(counts.encoded, width, dim) + means
+    backward = times(linear(counts.with_gradient, width, dim), 2) + means_backward
     numbers = width * dim
     forward += moved(counts.encoded * (width + dim) + numbers)
     backward += moved(2 * counts.with_gradient * (width + dim) + 2 * numbers)

@@ -99,7 +99,7 @@ class ContentSizes:
     is_qformer: bool
     num_queries: int
     num_layers: int
-    has_feed_forward: bool
+    is_modern: bool  # the preset
     mode: str  # of the history
     lora_rank: int
     vector_dim: int  # kept per item
@@ -203,7 +203,7 @@ def _content_sizes(config: Config, em3: EM3) -> ContentSizes | None:
         is_qformer=fusion.name == "qformer",
         num_queries=fusion.num_queries,
         num_layers=fusion.num_layers,
-        has_feed_forward=fusion.preset == "modern",
+        is_modern=fusion.preset == "modern",
         mode=history.mode,
         lora_rank=history.lora_rank,
         vector_dim=settings.vector_dim,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.dataset import DatasetSize, write_dataset
 from benchmarks.plain_batches import PlainSource, padded
@@ -30,6 +30,7 @@ RENAMED = {
     "encoder.queries": "content.fusion.queries",
     "encoder.norm.": "content.fusion.norm.",
     "encoder.output.": "content.fusion.output.",
+    "encoder.linear.": "content.fusion.linear.output.",
     "encoder.modality": "content.fusion.modality_embedding.weight",
     "encoder.projections.0.": "content.projections.text.",
     "encoder.projections.1.": "content.projections.image.",
@@ -108,6 +109,8 @@ def test_twin_and_product_agree_on_loss_logits_and_gradients(
     data = str(write_dataset(tmp_path / "sized", size))
     with product_steps(variant.changed("full", data=data)) as steps:
         twin = PlainSource(steps.job.config, data, steps.ranks).twin()
+        # It starts at zero, which would hide what the queries do.
+        nn.init.normal_(steps.job.em3.get_parameter("content.fusion.output.weight"), std=0.1)
         copy_weights(twin, steps)
         batch = first_batch(steps)
         logits, loss, rows = twin_step(twin, batch)

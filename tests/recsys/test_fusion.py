@@ -19,7 +19,7 @@ MODALITY = torch.arange(NUM_TOKENS)
 
 def qformer(preset: str, num_layers: int = 1, dropout: float = 0.0) -> FusionQFormer:
     torch.manual_seed(0)
-    return FusionQFormer(
+    fusion = FusionQFormer(
         DIM,
         NUM_TOKENS,
         NUM_QUERIES,
@@ -28,6 +28,9 @@ def qformer(preset: str, num_layers: int = 1, dropout: float = 0.0) -> FusionQFo
         dropout,
         preset,  # type: ignore[arg-type]
     )
+    # `modern` starts at zero here, which would hide what the queries do.
+    nn.init.normal_(fusion.output.weight, std=0.2)
+    return fusion
 
 
 def some_tokens() -> Tensor:
@@ -160,11 +163,38 @@ def test_modern_with_no_token_at_all_is_finite_and_so_are_gradients() -> None:
         assert torch.isfinite(parameter.grad).all()
 
 
-def test_modern_tells_modalities_apart() -> None:
-    fusion = qformer("modern").eval()
+def test_modern_starts_as_the_linear_map_and_its_queries_learn_from_there() -> None:
+    torch.manual_seed(0)
+    fusion = FusionQFormer(DIM, NUM_TOKENS, NUM_QUERIES, num_heads=NUM_HEADS, dropout=0.0)
+    tokens, mask = some_tokens(), torch.tensor([[True, True], [True, False], [False, False]])
+    assert fusion.linear is not None
+    linear = fusion.linear(tokens, mask, MODALITY)
+    assert torch.equal(fusion(tokens, mask, MODALITY), linear)
+
+    optimizer = torch.optim.SGD(fusion.parameters(), lr=0.1)
+    queries = fusion.queries.detach().clone()
+    for moved in (False, True):  # in the first step the gradient ends at the zeros
+        optimizer.zero_grad()
+        fusion(tokens, mask, MODALITY).square().sum().backward()
+        optimizer.step()
+        assert torch.equal(fusion.queries, queries) != moved
+
+
+def test_modern_adds_the_linear_map_to_what_the_queries_say() -> None:
+    fusion = qformer("modern")
     tokens = some_tokens()
-    swapped = fusion(tokens, all_there(), MODALITY.flip(0))
-    assert not torch.allclose(fusion(tokens, all_there(), MODALITY), swapped)
+    whole = fusion(tokens, all_there(), MODALITY)
+    assert fusion.linear is not None
+    linear = fusion.linear(tokens, all_there(), MODALITY)
+    fusion.linear = None
+    torch.testing.assert_close(whole, fusion(tokens, all_there(), MODALITY) + linear)
+
+
+def test_modern_tells_modalities_apart_by_its_queries_alone() -> None:
+    fusion = qformer("modern").eval()
+    fusion.linear = None
+    swapped = fusion(some_tokens(), all_there(), MODALITY.flip(0))
+    assert not torch.allclose(fusion(some_tokens(), all_there(), MODALITY), swapped)
 
 
 def test_concat_is_the_mean_token_of_each_modality_through_one_linear_map() -> None:
