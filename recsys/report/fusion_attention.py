@@ -131,6 +131,8 @@ def fusion_attention(branch: ContentBranch | None, layers: list[MeanAttention]) 
         "Each query of the Fusion-Q-Former spreads an attention of 1 over the queries and the "
         "tokens of an item. It prefers a modality where its share is above that of even attention."
     ]
+    if isinstance(branch.fusion, FusionQFormer) and branch.fusion.linear is not None:
+        words.append("What the queries say is added to a linear map of all modalities.")
     return Section(TITLE, words, drawings)
 
 

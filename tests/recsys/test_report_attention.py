@@ -110,6 +110,7 @@ def test_a_modality_that_no_item_has_is_a_dash() -> None:
     (drawing,) = fusion_attention(of_clips, layers).drawings
 
     assert drawing.name == "attention-layer-1"
+    assert "added to a linear map" in fusion_attention(of_clips, layers).words[1]
     assert b">\xe2\x80\x93<" in drawing.svg and b">nan<" not in drawing.svg
 
 
