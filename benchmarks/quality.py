@@ -38,6 +38,7 @@ def quality(
     recipe: Path = RECIPE,
     results: Path | None = None,
     train: bool = True,
+    page: bool = True,
     examples: bool = True,
 ) -> None:
     """Trains what is not trained yet, and writes what all of it says.
@@ -56,6 +57,7 @@ def quality(
         results: files to write, without their ending; default: benchmarks/results/quality, or
             quality_search.
         train: false writes what the finished runs say, whatever cells and seeds are missing.
+        page: write the HTML page, too.
         examples: show items with names and pictures, which are then in the page.
 
     Raises:
@@ -80,10 +82,10 @@ def quality(
         _require_effects(cells, plan)
         found = read_results(cells, _trained(plan, jobs, cache, train))
         files = results or RESULTS / "quality"
-        items = sections_on_items(found, examples)
+        items = sections_on_items(found, examples) if page else []
         about = provenance()
         study = Study(found, effects(found), against_peers(found), items, list(datasets), about)
-        write_study(study, files)
+        write_study(study, files, with_page=page)
     print(files.with_name(f"{files.name}.md").read_text())
 
 

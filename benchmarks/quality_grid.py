@@ -140,7 +140,8 @@ PARTS = [
     ),
     *_with_cic(
         "FQ-Former modern",
-        "the Fusion-Q-Former with pre-norm, feed-forward and modality embedding",
+        "the Fusion-Q-Former with pre-norm, feed-forward and modality embedding, which adds to the "
+        "linear map",
         _qformer("modern"),
         "ConcatFusion + similarity",
     ),

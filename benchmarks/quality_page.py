@@ -74,10 +74,13 @@ class Study:
         )
 
 
-def write_study(study: Study, files: Path) -> None:
-    """Writes `FILES.md`, `FILES.jsonl` and `FILES.html`, each of which appears whole."""
+def write_study(study: Study, files: Path, with_page: bool = True) -> None:
+    """Writes `FILES.md`, `FILES.jsonl` and the page `FILES.html`, each of which appears whole."""
     lines = [json.dumps({**record, **study.about}) for record in _records(study)]
-    texts = {"jsonl": "\n".join(lines) + "\n", "html": _html(study), "md": _markdown(study, files)}
+    texts = {"jsonl": "\n".join(lines) + "\n", "md": _markdown(study)}
+    if with_page:
+        texts["html"] = _html(study)
+        texts["md"] += f"\nAll figures: `{files.name}.html`.\n"
     for ending, text in texts.items():
         write_whole(files.with_name(f"{files.name}.{ending}"), without_places(text))
 
@@ -123,14 +126,13 @@ def _effect_record(effect: Effect) -> dict[str, Any]:
     }
 
 
-def _markdown(study: Study, files: Path) -> str:
+def _markdown(study: Study) -> str:
     lines = ["# Quality of each part", provenance_words(study.about), study.protocol]
     lines += [_as_markdown(_headline(study.results))]
     if study.effects:
         lines += [INTERVALS, _as_markdown(_effect_table(study.effects))]
     if study.against_peers:
         lines += [PEERS_TITLE + ":", _as_markdown(_effect_table(study.against_peers))]
-    lines += [f"All figures: `{files.name}.html`."]
     return "\n\n".join(lines) + "\n"
 
 

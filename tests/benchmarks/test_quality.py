@@ -107,6 +107,28 @@ def test_the_markdown_has_a_row_per_cell_and_per_effect(study: tuple[Path, Plan]
     assert f"| content – ID only | {content['effect']['GAUC']['value']:+.4f}\xa0[" in text
     assert f"window-1, window-2: {2 * NUM_ROWS:,} impressions" in text
     assert "the AUC of validation chooses the model that is tested" in text
+    assert text.endswith("All figures: `small.html`.\n")
+
+
+def test_a_table_without_a_page_says_the_same_and_names_none(
+    study: tuple[Path, Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = study[0]
+    use_small_grid(monkeypatch)
+    quality(
+        str(written.parent / "data"),
+        written.parent / "runs",
+        seeds=2,
+        grid="small",
+        recipe=TINY,
+        results=tmp_path / "small",
+        page=False,
+    )
+
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["small.jsonl", "small.md"]
+    tables = (tmp_path / "small.md").read_text().split("Test split of")[1]
+    expected = (written / "small.md").read_text().split("Test split of")[1]
+    assert expected == tables + "\nAll figures: `small.html`.\n"
 
 
 def test_the_recipe_is_compared_with_each_peer_that_has_runs(study: tuple[Path, Plan]) -> None:
