@@ -83,13 +83,16 @@ def test_content_counts_once_its_weights_have_moved_from_zero(kind: str) -> None
     dlrm, batch = build_dlrm(kind, "cpu"), content_batch()
     model = with_content(dlrm)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    before = model.content.branch.fusion.queries.clone()
-    for _ in range(2):  # the first step moves the new weights, the second what is below them
+    fusion = model.content.branch.fusion
+    # The first step moves the new weights, the second the fusion's last maps below them, of which
+    # that of the queries starts at zero, too; the third has a gradient for the queries.
+    for step in range(3):
         optimizer.zero_grad()
         model(batch).square().sum().backward()
         optimizer.step()
+        assert fusion.queries.grad is not None
+        assert bool(fusion.queries.grad.any()) == (step == 2)
 
-    assert not torch.equal(model.content.branch.fusion.queries, before)
     assert not torch.equal(model(batch), dlrm(batch.dense_features, batch.sparse_features))
 
 
