@@ -48,6 +48,7 @@ def test_every_layer_is_recorded_while_the_outputs_stay_the_same(
 ) -> None:
     torch.manual_seed(0)
     fusion = FusionQFormer(8, 2, num_queries=3, num_layers=2, num_heads=2, preset=preset).eval()
+    torch.nn.init.normal_(fusion.output.weight)  # zeros would hide what the layers give
     if compiled:
         fusion.compile(backend="eager", dynamic=True)
     tokens = torch.randn(3, 3, 8)
