@@ -126,24 +126,29 @@ def fusion(content: ContentSizes, counts: BatchCounts) -> PartCost:
     forward += moved(items * (length + 1) * dim + weights)
     backward += moved(2 * weights)
     if content.is_modern:
-        linear_path = concatenation(content, counts)
-        forward, backward = forward + linear_path.forward, backward + linear_path.backward
+        linear_path = _linear_path(content, counts)
+        forward, backward = forward + linear_path[0], backward + linear_path[1]
     return PartCost("fusion", "fusion", forward, backward)
 
 
 def concatenation(content: ContentSizes, counts: BatchCounts) -> PartCost:
     """The mean token of each modality, and one linear map of them side by side."""
-    dim, width = content.dim, content.dim * len(content.encoders)
-    tokens = [_tokens(encoder, counts) for encoder in content.encoders]
-    means, means_backward = (
-        linear(sum(numbers), len(tokens), dim) for numbers in zip(*tokens, strict=True)
-    )
-    forward = linear(counts.encoded, width, dim) + means
-    backward = times(linear(counts.with_gradient, width, dim), 2) + means_backward
-    numbers = width * dim
-    forward += moved(counts.encoded * (width + dim) + numbers)
-    backward += moved(2 * counts.with_gradient * (width + dim) + 2 * numbers)
+    vectors = content.dim * (len(content.encoders) + 1)
+    forward, backward = _linear_path(content, counts)
+    forward += moved(counts.encoded * vectors)
+    backward += moved(2 * counts.with_gradient * vectors)
     return PartCost("fusion", "fusion", forward, backward)
+
+
+def _linear_path(content: ContentSizes, counts: BatchCounts) -> tuple[Work, Work]:
+    """Forward and backward of the means and their map; bytes are those of its weights alone."""
+    dim, num_modalities = content.dim, len(content.encoders)
+    width = dim * num_modalities
+    tokens, trained = map(sum, zip(*(_tokens(encoder, counts) for encoder in content.encoders)))
+    forward = linear(counts.encoded, width, dim) + moved(width * dim)
+    backward = times(linear(counts.with_gradient, width, dim), 2) + moved(2 * width * dim)
+    means = 2 * num_modalities * dim  # of a token, whose weight needs no gradient
+    return forward + Work(others=means * tokens), backward + Work(others=means * trained)
 
 
 def history_map(content: ContentSizes, counts: BatchCounts) -> PartCost:

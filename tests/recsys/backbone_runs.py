@@ -16,7 +16,7 @@ from recsys.data.vocabularies import UnknownIds
 from recsys.evaluation import score
 from recsys.prediction import evaluate
 from recsys.training import train
-from tests.recsys.em3_runs import em3_config, ranks_of
+from tests.recsys.em3_runs import em3_config, ranks_of, round_tables, table_weights
 
 Content = Literal["none", "concat", "qformer"]
 CONTENTS: tuple[Content, ...] = ("none", "concat", "qformer")
@@ -99,6 +99,7 @@ def logits_by_plan(
         for plan in plans:
             config = backbone_config(folder, backbone, "qformer", sharding=plan, batch_size=10)
             job = build_job(config, str(folder / "data"), ranks_of(rank, world_size))
+            round_tables(table_weights(job))
             rows = ParquetRows.of_split(job.root, "test", job.schema)
             interactions = Interactions(rows, job.batch_builder(), 10, rank, world_size)
             scored = score(job, interactions, unknown=UnknownIds(job.schema))

@@ -4,6 +4,7 @@ Text with LoRA and a stored feature, a history from the bank with its low-rank m
 all ranks, and tables of every kind. There is no dropout, so that all runs must agree.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,7 @@ def train_configs(
 
 def _train(rank: int, world_size: int, folder: Path, config: Config) -> Run:
     job = build_job(config, str(folder / "data"), ranks_of(rank, world_size))
+    round_tables(table_weights(job))
     run = Run(frozen_before=_copies(job.em3, requires_grad=False))
     for step in range(STEPS):
         run.tables.append(table_pieces(job))
@@ -192,6 +194,26 @@ def table_pieces(job: Job) -> dict[str, list[tuple[list[int], Tensor]]]:
     }
 
 
+@torch.no_grad()
+def round_tables(weights: Iterable[Tensor]) -> None:
+    """Makes weights multiples of 2 ** -12, whose sums are exact in whatever order they are taken.
+
+    A row-wise table adds up the ids of a list rank by rank, other shardings one after the other.
+    """
+    for weight in weights:
+        weight.copy_((weight * 2**12).round() / 2**12)
+
+
+def table_weights(job: Job) -> list[Tensor]:
+    """The weights of all tables that lie on this rank, to be changed in place."""
+    return [
+        piece.tensor
+        for value in job.model.state_dict().values()
+        if isinstance(value, ShardedTensor)
+        for piece in value.local_shards()
+    ]
+
+
 def whole_table(runs: list[Run], step: int, name: str) -> Tensor:
     """A table before a step (`STEPS`: at the end) put together from all ranks, [rows, D]."""
     pieces = [piece for run in runs for piece in run.tables[step][name]]
@@ -218,6 +240,7 @@ def _train_unsharded(ranks: Ranks, folder: Path, table_optimizer: str, column_sh
     tables = table_configs(config, schema)
     em3, build = _plain_em3(config, root, schema, tables, ranks)
     weights = _table_weights(em3)
+    round_tables(weights.values())
     moments = {name: torch.zeros(len(value), column_shards) for name, value in weights.items()}
     adamw = torch.optim.AdamW(_dense_groups(em3), weight_decay=0.0)
     run = Run(frozen_before=_copies(em3, requires_grad=False))

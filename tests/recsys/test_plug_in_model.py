@@ -82,8 +82,9 @@ def test_the_first_logits_are_those_of_the_dlrm_to_the_last_bit(
 def test_content_counts_once_its_weights_have_moved_from_zero(kind: str) -> None:
     dlrm, batch = build_dlrm(kind, "cpu"), content_batch()
     model = with_content(dlrm)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     fusion = model.content.branch.fusion
+    before = fusion.queries.clone()
     # The first step moves the new weights, the second the fusion's last maps below them, of which
     # that of the queries starts at zero, too; the third has a gradient for the queries.
     for step in range(3):
@@ -93,6 +94,7 @@ def test_content_counts_once_its_weights_have_moved_from_zero(kind: str) -> None
         assert fusion.queries.grad is not None
         assert bool(fusion.queries.grad.any()) == (step == 2)
 
+    assert not torch.equal(fusion.queries, before)
     assert not torch.equal(model(batch), dlrm(batch.dense_features, batch.sparse_features))
 
 
