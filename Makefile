@@ -9,7 +9,7 @@ VENV := .venv
 INSTALL := $(PYTHON) launch/install.py --venv $(VENV) $(INSTALL_FLAGS)
 DATA := data/movielens_sample
 RUN := runs/movielens_sample
-CONFIG := recsys/configs/movielens_sample.yaml
+CONFIG := recsys/recipes/movielens_sample.yaml
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev train test test-long lint
@@ -46,7 +46,7 @@ test: install-dev
 
 test-long: install-dev
 	$(VENV)/bin/python -m pytest -m long
-	$(VENV)/bin/python -m tests.recsys.kill_ranks --kills 20
+	$(VENV)/bin/python -m tests.recsys.checkpoint.kill_ranks --kills 20
 
 lint: install-dev
 	$(VENV)/bin/python -m ruff check .

@@ -28,9 +28,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.results import RESULTS, Result, write_result
-from recsys.host_memory import keep_freed_memory
-from recsys.jagged_history import JaggedHistory
-from recsys.ranking.target_attention import TargetAttention
+from recsys.data.jagged_history import JaggedHistory
+from recsys.distributed.host_memory import keep_freed_memory
+from recsys.ranking.layers.target_attention import TargetAttention
 
 NUM_BUCKETS = 8
 NUM_ITEMS = 100_000

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.rounds import Measurement
-from recsys.cost.batch_counts import BatchCounts
-from recsys.cost.floor import Anchor, typical
-from recsys.cost.step_costs import floors_by_measured_part, step_costs
-from recsys.cost.work import PartCost
+from recsys.diagnostics.cost.batch_counts import BatchCounts
+from recsys.diagnostics.cost.roofline import Anchor, typical
+from recsys.diagnostics.cost.step_costs import floors_by_measured_part, step_costs
+from recsys.diagnostics.cost.work import PartCost
 
 
 @dataclass

@@ -29,14 +29,14 @@ from matplotlib.figure import Figure
 
 from benchmarks.dataset import DatasetSize, write_dataset
 from benchmarks.results import RESULTS, Result, write_result
-from recsys.batch import Batch
 from recsys.config import ModalitySettings
+from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.content_store import ContentStore
 from recsys.data.filesystem import Location
 from recsys.data.interactions import Interactions, loader
-from recsys.data.item_table import ItemTable
-from recsys.data.parquet_rows import ParquetRows
+from recsys.data.items.content_store import ContentStore
+from recsys.data.items.item_table import ItemTable
+from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema, load_schema
 
 BAR, BAR_HISTORY = 100_000, 50  # samples/s per core, content included

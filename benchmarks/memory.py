@@ -81,7 +81,7 @@ def main() -> int:
     arguments = parser.parse_args()
     data, run = arguments.out / "data", arguments.out / "run"
     write_data(data, arguments.rows)
-    words = ["train", "--config", "recsys/configs/id_only.yaml", "--data", str(data)]
+    words = ["train", "--config", "recsys/recipes/id_only.yaml", "--data", str(data)]
     words += ["--out", str(run), "--embedding.dim", str(arguments.dim), "--device", "cpu"]
     words += ["--embedding.sharding", "row_wise", "--checkpoint.keep", "1"]
     state = arguments.rows * (arguments.dim + 1) * 4  # weights and one moment per row

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_twin import PaddedBatch, PlainTwin, TwinSizes
-from recsys.batch import Batch
-from recsys.build import build_content_store, content_settings
-from recsys.config import Config
-from recsys.data.content_store import ContentStore
+from recsys.config import Config, content_settings
+from recsys.content.build import build_content_store
+from recsys.data.batch import Batch
 from recsys.data.filesystem import Location
 from recsys.data.interactions import BatchBuilder, Interactions, loader
-from recsys.data.parquet_rows import ParquetRows
+from recsys.data.items.content_store import ContentStore
+from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema, load_schema
-from recsys.ranks import Ranks
-from recsys.table_configs import pooled_features
+from recsys.distributed.ranks import Ranks
+from recsys.model.tables import pooled_features
 
 
 class PlainSource:

@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.quality_study import EFFECTS, CellResult, Effect
-from recsys.model_selection import selection_words
-from recsys.report.item_popularity import BUCKETS, doubling_edges
-from recsys.report.learning_curves import read_curves, selection_curve
-from recsys.report.page import BLUE, GREY, Drawing, drawn, new_figure
+from recsys.diagnostics.run_report.item_popularity import BUCKETS, doubling_edges
+from recsys.diagnostics.run_report.learning_curves import read_curves, selection_curve
+from recsys.diagnostics.run_report.page import BLUE, GREY, Drawing, drawn, new_figure
+from recsys.evaluation.model_selection import selection_words
 
 # Okabe and Ito's colours, which differ for colour-blind eyes too; yellow is too pale for lines.
 PALETTE = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#0072b2")

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from benchmarks.quality_grid import LOOKED_AT
 from benchmarks.quality_study import CellResult
-from recsys.prediction import load_run
-from recsys.ranks import Ranks, joined_ranks
-from recsys.report.command import item_sections
-from recsys.report.item_columns import item_table
-from recsys.report.item_descriptions import category_column
-from recsys.report.page import Section
+from recsys.diagnostics.run_report.command import item_sections
+from recsys.diagnostics.run_report.item_columns import item_table
+from recsys.diagnostics.run_report.item_descriptions import category_column
+from recsys.diagnostics.run_report.page import Section
+from recsys.distributed.ranks import Ranks, joined_ranks
+from recsys.evaluation.predict import load_run
 
 
 def sections_on_items(results: Sequence[CellResult], with_examples: bool) -> list[Section]:

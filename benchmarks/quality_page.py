@@ -27,11 +27,11 @@ from benchmarks.quality_study import (
     validation_metric,
 )
 from benchmarks.results import markdown_table, without_places
-from recsys.bootstrap import Interval
-from recsys.model_selection import selection_words
-from recsys.report.item_popularity import BUCKETS
-from recsys.report.page import Section, Table, html_page, number
-from recsys.whole_file import write_whole
+from recsys.data.filesystem import write_whole
+from recsys.diagnostics.run_report.item_popularity import BUCKETS
+from recsys.diagnostics.run_report.page import Section, Table, html_page, number
+from recsys.evaluation.bootstrap import Interval
+from recsys.evaluation.model_selection import selection_words
 
 INTERVALS = (
     "An effect is the mean over seeds of a cell minus that of its baseline. Intervals are 95 % of "

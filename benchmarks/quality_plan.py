@@ -18,7 +18,7 @@ from benchmarks.quality_grid import Settings
 from benchmarks.quality_runs import Training, command_words
 from recsys.config import load_config, to_plain
 from recsys.data.filesystem import Location
-from recsys.scores import scores_file
+from recsys.evaluation.scores import scores_file
 
 Plan = dict[str, list[list[Training]]]  # by name of the configuration: [seeds][datasets]
 

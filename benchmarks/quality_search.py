@@ -25,9 +25,9 @@ from benchmarks.quality_plan import Plan
 from benchmarks.quality_study import COLUMNS as METRICS
 from benchmarks.quality_study import median_of_known, validation_metric
 from benchmarks.results import markdown_table, without_places
-from recsys.plain_yaml import load_plain_yaml
-from recsys.report.page import number
-from recsys.whole_file import write_whole
+from recsys.config.plain_yaml import load_plain_yaml
+from recsys.data.filesystem import write_whole
+from recsys.diagnostics.run_report.page import number
 
 RANKED_BY = "GAUC"
 COLUMNS = {RANKED_BY: METRICS[RANKED_BY], **METRICS}  # it stands first

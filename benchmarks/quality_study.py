@@ -1,8 +1,8 @@
 """What the finished runs of a study say: medians over seeds, and effects with their intervals.
 
 Datasets of a folder of windows are pooled: a metric of a seed is that of the rows of all windows
-(`recsys.bootstrap`). An effect is the difference of a cell to its baseline, with an interval of the
-paired bootstrap over users.
+(`recsys.evaluation.bootstrap`). An effect is the difference of a cell to its baseline, with an
+interval of the paired bootstrap over users.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import numpy as np
 from benchmarks.quality_grid import PEERS, RECIPE, Cell
 from benchmarks.quality_plan import Plan
 from benchmarks.quality_runs import Training
-from recsys.bootstrap import Interval, paired_difference, pooled_metric
-from recsys.config import load_config
-from recsys.model_selection import BestModelBy
-from recsys.report.item_popularity import CountRange, count_ranges
-from recsys.scores import SplitScores, read_scores, scores_file
+from recsys.config import BestModelBy, load_config
+from recsys.diagnostics.run_report.item_popularity import CountRange, count_ranges
+from recsys.evaluation.bootstrap import Interval, paired_difference, pooled_metric
+from recsys.evaluation.scores import SplitScores, read_scores, scores_file
 
 # What a table shows: metric and part of the items.
 COLUMNS = {

@@ -28,10 +28,16 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.steps import Steps, Variant, build_steps
-from recsys.cost.batch_counts import BatchCounts
-from recsys.cost.floor import COPY_BYTES, GEMM_SIZE, Anchor, measure_anchor, wait_for_device
-from recsys.cost.model_sizes import ModelSizes
-from recsys.ranks import Ranks, joined_ranks
+from recsys.diagnostics.cost.batch_counts import BatchCounts
+from recsys.diagnostics.cost.model_sizes import ModelSizes
+from recsys.diagnostics.cost.roofline import (
+    COPY_BYTES,
+    GEMM_SIZE,
+    Anchor,
+    measure_anchor,
+    wait_for_device,
+)
+from recsys.distributed.ranks import Ranks, joined_ranks
 
 STATUS, CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

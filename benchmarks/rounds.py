@@ -26,9 +26,9 @@ from benchmarks.ranks import (
     silence_advice_to_library_developers,
 )
 from benchmarks.steps import Variant
-from recsys.cost.batch_counts import BatchCounts
-from recsys.cost.floor import Anchor
-from recsys.ranks import joined_ranks
+from recsys.diagnostics.cost.batch_counts import BatchCounts
+from recsys.diagnostics.cost.roofline import Anchor
+from recsys.distributed.ranks import joined_ranks
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Measurement:
     seconds: list[list[float]]  # by round: of each step, on the first rank
     anchors: list[Anchor]  # of all rounds and ranks
     reports: list[RankReport]  # by rank
-    profile: dict[str, Any] = field(default_factory=dict)  # see `recsys.profile_report`
+    profile: dict[str, Any] = field(default_factory=dict)  # see `recsys.diagnostics.profile.report`
 
     @property
     def rows(self) -> int:

@@ -23,7 +23,7 @@ from benchmarks.ranks import require_not_launched
 from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
 from benchmarks.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, Ratio, measure, ratio
 from benchmarks.scaling_curves import Curve, curves_of
-from recsys.cost.batch_counts import BatchCounts
+from recsys.diagnostics.cost.batch_counts import BatchCounts
 
 
 @dataclass

@@ -19,21 +19,21 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 from benchmarks.plain_batches import PlainSource
-from recsys.batch import Batch
 from recsys.build import Job, build_job
 from recsys.config import Config, load_config
-from recsys.cost.batch_counts import BatchCounts
-from recsys.cost.model_sizes import ModelSizes
+from recsys.data.batch import Batch
 from recsys.data.interactions import Interactions, loader
 from recsys.data.vocabularies import UnknownIds
-from recsys.evaluation import fill_bank
-from recsys.lockstep import Lockstep
-from recsys.loss_watch import LossWatch
-from recsys.profiling import FIRST_STEPS, PROFILE, StepProfile
-from recsys.ranks import Ranks
-from recsys.table_configs import table_configs
-from recsys.trainer import require_pipelined
-from recsys.training import training_interactions
+from recsys.diagnostics.cost.batch_counts import BatchCounts
+from recsys.diagnostics.cost.model_sizes import ModelSizes
+from recsys.diagnostics.profile.step_profile import FIRST_STEPS, PROFILE, StepProfile
+from recsys.distributed.lockstep import Lockstep
+from recsys.distributed.ranks import Ranks
+from recsys.evaluation.evaluate import fill_bank
+from recsys.model.tables import table_configs
+from recsys.training.loss_watch import LossWatch
+from recsys.training.train import training_interactions
+from recsys.training.trainer import require_pipelined
 
 
 @dataclass(frozen=True)

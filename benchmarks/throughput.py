@@ -24,9 +24,9 @@ from benchmarks.results import RESULTS, Result, require_own_folder, variant_reco
 from benchmarks.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, measure
 from benchmarks.settings import setting as named_setting
 from benchmarks.steps import Variant
-from recsys.cost.batch_counts import BatchCounts
-from recsys.cost.floor import best
-from recsys.step_trace import PARTS
+from recsys.diagnostics.cost.batch_counts import BatchCounts
+from recsys.diagnostics.cost.roofline import best
+from recsys.diagnostics.profile.step_trace import PARTS
 
 
 def throughput(

@@ -5,27 +5,19 @@ D dimension, F features, U unique items. The order of use is that of every Torch
 on meta, model, optimizer in backward, plan, DistributedModelParallel, dense optimizer.
 """
 
-from embeddings.bank_routes import BankRoute
-from embeddings.bounded_vocabulary import BoundedVocabulary
-from embeddings.memory_bank import MemoryBank
-from embeddings.optimizer import (
-    DenseGroup,
-    build_dense_optimizer,
-    dense_parameters,
-    describe_optimizers,
-    fuse_table_optimizers,
-    initialize_optimizer_state,
-)
-from embeddings.plan_text import format_plan
-from embeddings.pretrained_files import PretrainedFiles
-from embeddings.pretrained_rows import load_pretrained_rows
-from embeddings.replicated_memory_bank import (
+from embeddings.memory_bank.replicated import (
     ReplicatedMemoryBank,
     build_memory_bank,
     is_replicated,
 )
+from embeddings.memory_bank.routes import BankRoute
+from embeddings.memory_bank.sharded import MemoryBank
+from embeddings.plan_text import format_plan
+from embeddings.pretrained_files import PretrainedFiles
+from embeddings.pretrained_rows import load_pretrained_rows
 from embeddings.row_reset import RowReset
 from embeddings.sharding import machine_topology, plan_sharding
+from embeddings.table_optimizers import fuse_table_optimizers
 from embeddings.table_sharders import sharders
 from embeddings.tables import (
     TableConfig,
@@ -33,12 +25,12 @@ from embeddings.tables import (
     build_embedding_collection,
     check_tables,
 )
-from embeddings.vocabulary import ExactVocabulary, HashVocabulary
+from embeddings.vocabulary.bounded import BoundedVocabulary
+from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary
 
 __all__ = [
     "BankRoute",
     "BoundedVocabulary",
-    "DenseGroup",
     "ExactVocabulary",
     "HashVocabulary",
     "MemoryBank",
@@ -46,16 +38,12 @@ __all__ = [
     "ReplicatedMemoryBank",
     "RowReset",
     "TableConfig",
-    "build_dense_optimizer",
     "build_embedding_bag_collection",
     "build_embedding_collection",
     "build_memory_bank",
     "check_tables",
-    "dense_parameters",
-    "describe_optimizers",
     "format_plan",
     "fuse_table_optimizers",
-    "initialize_optimizer_state",
     "is_replicated",
     "load_pretrained_rows",
     "machine_topology",

@@ -1,6 +1,6 @@
 """Rows of a sharded table brought back to their beginning, when they change hands.
 
-A row that a :class:`~embeddings.bounded_vocabulary.BoundedVocabulary` took from one id for another
+A row that a :class:`~embeddings.vocabulary.bounded.BoundedVocabulary` took from one id for another
 must not greet the new id with the weights and the optimizer state of the old one.
 """
 

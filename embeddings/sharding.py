@@ -107,7 +107,7 @@ def plan_sharding(
 
     Args:
         module: the whole model, its collections on meta and
-            :func:`~embeddings.optimizer.fuse_table_optimizers` already called.
+            :func:`~embeddings.table_optimizers.fuse_table_optimizers` already called.
         tables: the configuration of every table in ``module``.
         process_group: the ranks to shard over; the default group if there is one, else one rank.
         device: where the ranks compute.

@@ -4,7 +4,7 @@ torchx turns a component into a job of the scheduler named by `-s`: this machine
 Slurm, Kubernetes and others. Everything after `--` goes to the command unchanged::
 
     torchx run -s local_cwd launch/components.py:train --nproc 2 -- \
-        --config recsys/configs/movielens_sample.yaml --data DATA --out RUN
+        --config recsys/recipes/movielens_sample.yaml --data DATA --out RUN
 
 Every node runs torchrun with the same words; the ranks meet at the first node. What differs from
 node to node, such as its number of cores, is found out there by a line of shell before torchrun.

@@ -10,17 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recsys.batch import Batch
     from recsys.content.branch import ContentBranch
     from recsys.content.fusion import FusionQFormer
-    from recsys.losses import ContentIDContrastive
-    from recsys.model import EM3
+    from recsys.data.batch import Batch
+    from recsys.model.em3 import EM3
+    from recsys.model.losses import ContentIDContrastive
 
 _HOMES = {
-    "Batch": "recsys.batch",
+    "Batch": "recsys.data.batch",
     "ContentBranch": "recsys.content.branch",
-    "ContentIDContrastive": "recsys.losses",
-    "EM3": "recsys.model",
+    "ContentIDContrastive": "recsys.model.losses",
+    "EM3": "recsys.model.em3",
     "FusionQFormer": "recsys.content.fusion",
 }
 

@@ -9,56 +9,41 @@ Shapes: D dimension.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer
 
-from embeddings import (
-    DenseGroup,
-    MemoryBank,
-    TableConfig,
-    build_dense_optimizer,
-    build_embedding_bag_collection,
-    build_embedding_collection,
-    build_memory_bank,
-    describe_optimizers,
-    format_plan,
-    fuse_table_optimizers,
-    initialize_optimizer_state,
-    plan_sharding,
-    sharders,
-)
+from embeddings import format_plan, fuse_table_optimizers, plan_sharding, sharders
 from embeddings.row_reset import RowReset
-from recsys.accumulation import AccumulatingPipeline
-from recsys.batch_preparation import BatchPreparation, chooses_items
-from recsys.compilation import compile_dense_parts
-from recsys.config import Config, ContentSettings
-from recsys.content.branch import ContentBranch
-from recsys.content.encoders import Encoder, build_encoder
-from recsys.content.frozen_cache import cache_frozen_outputs
-from recsys.content.preparation import load_preparation
+from recsys.config import Config, content_settings
+from recsys.content.batch_preparation import BatchPreparation, chooses_items
+from recsys.content.build import build_content
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.content_store import ContentStore, ItemTable, default_cache
 from recsys.data.filesystem import Location
-from recsys.data.list_lengths import mean_list_lengths
+from recsys.data.items.content_store import ContentStore
+from recsys.data.negatives import NegativeSampler
+from recsys.data.parquet.file import mean_list_lengths
 from recsys.data.schema import Schema, load_schema
 from recsys.data.vocabularies import BoundedVocabularies
-from recsys.losses import ContentIDContrastive, RankingLoss
-from recsys.model import EM3, Losses, ReadIDs
-from recsys.negatives import NegativeSampler, negatives_feature
-from recsys.precision import use_bfloat16
-from recsys.ranking import build_ranking
-from recsys.ranking.dimensions import InputDimensions
+from recsys.distributed.accumulation import AccumulatingPipeline
+from recsys.distributed.ranks import Ranks
+from recsys.model.build import build_em3
+from recsys.model.compilation import compile_dense_parts
+from recsys.model.em3 import EM3
+from recsys.model.precision import use_bfloat16
+from recsys.model.tables import pooled_features, table_configs
+from recsys.optimizer import (
+    build_dense_optimizer,
+    dense_groups,
+    describe_optimizers,
+    initialize_optimizer_state,
+    warmup_schedule,
+)
 from recsys.ranking.item_categories import load_item_categories
-from recsys.ranks import Ranks
-from recsys.retrieval_loss import RetrievalLoss
-from recsys.table_configs import id_dropouts, pooled_features, table_configs
 
 
 @dataclass
@@ -113,123 +98,6 @@ class Job:
         )
 
 
-def content_settings(config: Config) -> ContentSettings | None:
-    """The settings of the content branch, None for the ID-only twin."""
-    return config.content if isinstance(config.content, ContentSettings) else None
-
-
-def build_content_store(
-    config: Config, content: ContentSettings, root: Location, schema: Schema, ranks: Ranks
-) -> tuple[ContentStore, dict[str, Encoder]]:
-    """Tokenises, decodes and encodes what is frozen, once per machine; the encoders beside it."""
-    cache = Path(config.cache).expanduser() if config.cache else default_cache()
-    with ranks.all_or_none():
-        items = ItemTable(root, schema, config.on_bad_row)
-        store = ContentStore(items, content.modalities, cache)
-    encoders: dict[str, Encoder] = {}
-    for name, modality in content.modalities.items():
-        with ranks.all_or_none():
-            read = load_preparation(modality, f"content.modalities.{name}")
-            if ranks.is_first_of_machine:
-                store.build(name, read.tokenizer, read.fills_texts, read.images)
-        with ranks.all_or_none():
-            store.build(name, read.tokenizer, read.fills_texts, read.images)
-            width = store.arrays[name].values.shape[-1] if modality.kind == "feature" else None
-            encoders[name] = build_encoder(name, modality, width, read)
-        for note in [*read.notes, *encoders[name].notes] if ranks.is_first else ():
-            print(note, flush=True)
-        if encoders[name].caches and modality.cache_frozen_layers:
-            cache_frozen_outputs(store, name, encoders[name], ranks)
-    return store, encoders
-
-
-def _build_content(
-    config: Config, root: Location, schema: Schema, ranks: Ranks
-) -> tuple[ContentStore | None, dict[str, Encoder], MemoryBank | None]:
-    """Items, encoders and memory bank; nothing for the ID-only twin."""
-    content = content_settings(config)
-    if content is None:
-        return None, {}, None
-    store, encoders = build_content_store(config, content, root, schema, ranks)
-    if content.history.mode == "full":
-        return store, encoders, None
-    sizes = schema.num_items, content.vector_dim
-    bank = build_memory_bank(*sizes, ranks.device, ranks.group, content.history.bank)
-    return store, encoders, bank
-
-
-def build_em3(
-    config: Config,
-    schema: Schema,
-    tables: list[TableConfig],
-    encoders: dict[str, Encoder],
-    bank: MemoryBank | None,
-    device: str = "meta",
-    item_categories: Tensor | None = None,
-) -> EM3:
-    """The model, its tables on `device` (meta: allocated when sharded).
-
-    `item_categories` are those of `load_item_categories`.
-
-    Raises:
-        ValueError: unknown parts, or label weights for labels that do not exist.
-    """
-    content = content_settings(config)
-    labels = schema.of_kind("label")
-    unknown = sorted(set(config.ranking.label_weights) - set(labels))
-    if unknown:
-        raise ValueError(f"ranking.label_weights: no label {unknown}; the labels are {labels}")
-    dims = {table.name: table.embedding_dim for table in tables}
-    pooled = pooled_features(config, schema)
-    id_dim = dims[schema.target_item]
-    dimensions = InputDimensions.of(schema, pooled, dims, item_categories)
-    embeddings = build_embedding_collection(tables, device)
-    assert embeddings is not None
-    contrastive = None
-    if content is not None and config.contrastive.weight > 0:
-        contrastive = ContentIDContrastive(content.dim, id_dim, config.contrastive)
-    weights = [config.ranking.label_weights.get(label, 1.0) for label in labels]
-    retrieval = None
-    if config.ranking.loss != "pointwise":
-        retrieval = RetrievalLoss(config.ranking, weights)
-    negatives = negatives_feature(config.ranking, schema.target_item)
-    return EM3(
-        embedding_bags=build_embedding_bag_collection(tables, device),
-        embeddings=embeddings,
-        content=ContentBranch(encoders, content, bank) if content is not None else None,
-        read_ids=ReadIDs(
-            pooled,
-            schema.target_item,
-            schema.history,
-            config.embedding.index_dedup,
-            negatives,
-            id_dropouts(config, schema),
-        ),
-        ranking=build_ranking(config.ranking, dimensions, content),
-        losses=Losses(RankingLoss(weights), contrastive, config.contrastive.weight, retrieval),
-    )
-
-
-def dense_groups(config: Config) -> list[DenseGroup]:
-    """AdamW's groups: what trains in the encoders, the rest of content, and everything else."""
-    settings = config.optimizer
-    decay = settings.weight_decay
-    return [
-        DenseGroup("encoders", ["content.encoders."], settings.encoder_learning_rate, decay),
-        DenseGroup("content", ["content.", "losses."], settings.content_learning_rate, decay),
-        DenseGroup("ranking", [""], settings.learning_rate, decay),
-    ]
-
-
-def warmup_schedule(adamw: AdamW, warmup_steps: int) -> LambdaLR:
-    """Learning rates rise linearly over the first steps, then stay."""
-
-    def share(step: int) -> float:
-        return min(1.0, (step + 1) / max(warmup_steps, 1))
-
-    return LambdaLR(adamw, share)
-
-
 def build_job(config: Config, data: str, ranks: Ranks) -> Job:
     """Everything from configuration to pipeline. A collective.
 
@@ -242,7 +110,7 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
         root = Location.of(data)
         schema = load_schema(root)
         tables = table_configs(config, schema, mean_list_lengths(root, schema))
-    store, encoders, bank = _build_content(config, root, schema, ranks)
+    store, encoders, bank = build_content(config, root, schema, ranks)
     with ranks.all_or_none():
         categories = load_item_categories(config.ranking, root, schema, config.on_bad_row)
         em3 = build_em3(config, schema, tables, encoders, bank, item_categories=categories)

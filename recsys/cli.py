@@ -22,7 +22,7 @@ from recsys import doctor
 
 
 def _prepare(arguments: Namespace) -> None:
-    from recsys.data.movielens import format_summary, prepare_movielens
+    from recsys.data.movielens.prepare import format_summary, prepare_movielens
     from recsys.data.prepare_vocabulary import format_prepared, prepare_vocabularies
 
     if arguments.subcommand == "vocabulary":
@@ -35,14 +35,14 @@ def _prepare(arguments: Namespace) -> None:
 
 
 def _explain_data(arguments: Namespace) -> None:
-    from recsys.explain.command import explain_data
+    from recsys.diagnostics.dataset.command import explain_data
 
     explain_data(arguments.data, arguments.on_bad_row, arguments.json)
 
 
 def _describe(arguments: Namespace) -> None:
     from recsys.config import config_from
-    from recsys.describe.command import describe_run, device_of_config
+    from recsys.diagnostics.plan.command import describe_run, device_of_config
 
     device = arguments.device
     arguments.device = device_of_config(device)
@@ -59,9 +59,9 @@ def _describe(arguments: Namespace) -> None:
 
 
 def _cache(arguments: Namespace) -> None:
-    from recsys.cache_command import fill_caches
     from recsys.config import config_from
-    from recsys.ranks import joined_ranks
+    from recsys.content.fill_caches import fill_caches
+    from recsys.distributed.ranks import joined_ranks
 
     config = config_from(arguments)
     with joined_ranks(config.device) as ranks:
@@ -70,10 +70,10 @@ def _cache(arguments: Namespace) -> None:
 
 def _train(arguments: Namespace) -> None:
     from recsys.config import config_from
-    from recsys.dry_run import dry_run
-    from recsys.id_only_twin import id_only_twin, train_with_twin
-    from recsys.ranks import joined_ranks
-    from recsys.training import train
+    from recsys.distributed.ranks import joined_ranks
+    from recsys.training.dry_run import dry_run
+    from recsys.training.id_only_twin import id_only_twin, train_with_twin
+    from recsys.training.train import train
 
     config = config_from(arguments)
     configs = [config] if arguments.compare is None else [config, id_only_twin(config)]
@@ -89,16 +89,16 @@ def _train(arguments: Namespace) -> None:
 
 
 def _evaluate(arguments: Namespace) -> None:
-    from recsys.prediction import evaluate
-    from recsys.ranks import joined_ranks
+    from recsys.distributed.ranks import joined_ranks
+    from recsys.evaluation.predict import evaluate
 
     with joined_ranks(arguments.device) as ranks:
         evaluate(arguments.run, arguments.data, arguments.split, ranks, arguments.device)
 
 
 def _predict(arguments: Namespace) -> None:
-    from recsys.prediction import predict
-    from recsys.ranks import joined_ranks
+    from recsys.distributed.ranks import joined_ranks
+    from recsys.evaluation.predict import predict
 
     with joined_ranks(arguments.device) as ranks:
         predict(
@@ -107,8 +107,8 @@ def _predict(arguments: Namespace) -> None:
 
 
 def _report(arguments: Namespace) -> None:
-    from recsys.ranks import joined_ranks
-    from recsys.report.command import report_run
+    from recsys.diagnostics.run_report.command import report_run
+    from recsys.distributed.ranks import joined_ranks
 
     with joined_ranks(arguments.device) as ranks:
         report_run(
@@ -122,7 +122,7 @@ def _report(arguments: Namespace) -> None:
 
 
 def _compare(arguments: Namespace) -> None:
-    from recsys.compare import compare_runs, format_comparison, write_comparison
+    from recsys.evaluation.compare import compare_runs, format_comparison, write_comparison
 
     report = compare_runs(arguments.runs, arguments.split)
     print(format_comparison(report))
@@ -132,7 +132,7 @@ def _compare(arguments: Namespace) -> None:
 
 
 def _export_tables(arguments: Namespace) -> None:
-    from recsys.table_export import export_tables
+    from recsys.checkpoint.table_export import export_tables
 
     if not (arguments.run / "metrics.json").is_file():
         raise ValueError(f"{arguments.run}: holds no finished run (metrics.json); train it first")
@@ -182,7 +182,7 @@ def main(words: list[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     from recsys.cli_arguments import command_parser
-    from recsys.lockstep import TrainingStopped
+    from recsys.distributed.lockstep import TrainingStopped
 
     parser = command_parser()
     if not words:

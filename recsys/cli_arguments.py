@@ -56,8 +56,8 @@ def command_parser() -> ArgumentParser:
 
 
 def _add_train(commands: Any) -> None:
+    from recsys.checkpoint.run_folder import Resume
     from recsys.config import add_config_arguments
-    from recsys.run_folder import Resume
 
     command = _Parser(description="Trains a model; every setting can be overridden.")
     add_config_arguments(command)

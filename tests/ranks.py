@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 # After one rank has failed, the others get this long to fail or return by themselves.
 GRACE_SECONDS = 10.0
-PRELOADED = ["pytest", "recsys.training"]
+PRELOADED = ["pytest", "recsys.training.train"]
 
 
 def run_on_ranks(

@@ -113,7 +113,7 @@ def test_every_recipe_the_readme_names_exists_and_every_recipe_is_named() -> Non
         "content.yaml",
     }
 
-    assert named == {path.name for path in (PROJECT / "recsys" / "configs").glob("*.yaml")}
+    assert named == {path.name for path in (PROJECT / "recsys" / "recipes").glob("*.yaml")}
 
 
 def test_recipes_in_the_readme_are_configurations(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from recsys.content.branch import ContentBranch
-from recsys.data.content_store import ContentStore
-from recsys.ranks import Ranks
+from recsys.data.items.content_store import ContentStore
+from recsys.distributed.ranks import Ranks
 
 ITEMS_PER_CALL = 256
 

@@ -19,14 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from embeddings import MemoryBank
-from recsys.batch import Batch, ContentInput
 from recsys.config import ContentSettings
-from recsys.content.encoder import Encoder
+from recsys.content.encoders.base import Encoder
+from recsys.content.encoders.pooling import mean_token
 from recsys.content.fusion import build_fusion
-from recsys.content.history import HistoryMap
+from recsys.content.history_map import HistoryMap
 from recsys.content.item_exchange import exchange_vectors
-from recsys.content.pooling import mean_token
-from recsys.vectors import ContentVectors, LateContentVectors
+from recsys.content.vectors import ContentVectors, LateContentVectors
+from recsys.data.batch import Batch, ContentInput
 
 
 class ContentBranch(nn.Module):
@@ -43,9 +43,9 @@ class ContentBranch(nn.Module):
         import torch
         from embeddings import MemoryBank
         from recsys import ContentBranch
-        from recsys.batch import ContentInput
+        from recsys.data.batch import ContentInput
         from recsys.config import ContentSettings, ModalitySettings
-        from recsys.content.encoders import StoredFeatures
+        from recsys.content.encoders.build import StoredFeatures
 
         settings = ContentSettings({"photo": ModalitySettings("feature", "photo")}, dim=16)
         bank = MemoryBank(100, settings.vector_dim, "cpu")

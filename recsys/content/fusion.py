@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.config import FusionSettings
-from recsys.dropout import Dropout
+from recsys.content.dropout import Dropout
 
 FEW_TOKENS = 8
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings import MemoryBank
-from recsys.batch import Batch
+from recsys.data.batch import Batch
 
 
 @torch.no_grad()

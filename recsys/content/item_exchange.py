@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_to_all_single
 
-from recsys.batch import Batch, ItemExchange
+from recsys.data.batch import Batch, ItemExchange
 
 
 def assign_to_owners(batch: Batch, group: dist.ProcessGroup) -> Batch:

@@ -14,8 +14,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from recsys.batch import Batch
 from recsys.config import SamplingSettings
+from recsys.data.batch import Batch
 
 
 def sample_items(batch: Batch, settings: SamplingSettings, draw: tuple[int, int, int]) -> Batch:

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from recsys.content.branch import ContentBranch
-from recsys.content.encoders import Encoder
-from recsys.content.pooling import mean_token
-from recsys.data.content_store import ContentStore
-from recsys.metrics import gather_rows
-from recsys.ranks import Ranks
+from recsys.content.encoders.build import Encoder
+from recsys.content.encoders.pooling import mean_token
+from recsys.data.items.content_store import ContentStore
+from recsys.distributed.gather import gather_rows
+from recsys.distributed.ranks import Ranks
 
 SAMPLED_ITEMS = 4096
 ITEMS_PER_CALL = 256

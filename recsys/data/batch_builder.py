@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from recsys.batch import Batch
-from recsys.data.content_store import ContentStore
-from recsys.data.row_columns import RowColumns
-from recsys.data.row_values import RAW_GROUP, ROW_POSITION
+from recsys.data.batch import Batch
+from recsys.data.items.content_store import ContentStore
+from recsys.data.items.unique_items import UniqueItems
+from recsys.data.parquet.columns import RowColumns
+from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
 from recsys.data.schema import Schema
-from recsys.data.unique_items import UniqueItems
 
 
 def keyed_jagged(

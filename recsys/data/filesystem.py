@@ -6,6 +6,7 @@ pyarrow reads Parquet through the same filesystem object, so no file is copied f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -85,3 +86,14 @@ class Location:
                     f"in it to {self} or remove it"
                 )
         return found
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file beside its place, then renames it, so that no reader sees a part of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -13,12 +13,12 @@ from functools import partial
 
 import numpy as np
 
-from recsys.batch import Batch
+from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.parquet_rows import ParquetRows
+from recsys.data.parquet.columns import RowColumns
+from recsys.data.parquet.order import EpochShare, Stage, num_batches_of, rows_before
+from recsys.data.parquet.rows import ParquetRows
 from recsys.data.prefetch import Later, Result, Submit, in_order, threads
-from recsys.data.row_columns import RowColumns
-from recsys.data.row_order import EpochShare, Stage, num_batches_of, rows_before
 
 AHEAD = 2  # batches under way per thread that builds them
 

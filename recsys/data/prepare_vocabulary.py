@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from embeddings.vocabulary import ExactVocabulary, is_id_type
+from embeddings.vocabulary.fixed import ExactVocabulary, is_id_type
 from recsys.data.filesystem import Location
-from recsys.data.parquet_file import READ_ERRORS, column_type, open_parquet
-from recsys.data.row_values import is_list
+from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
+from recsys.data.parquet.values import is_list
 from recsys.data.schema import Schema, load_schema, vocabulary_file
 
 SPLITS = ("train", "valid", "test")

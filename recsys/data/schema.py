@@ -35,9 +35,9 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
-from embeddings.vocabulary import ExactVocabulary, HashVocabulary
+from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary
+from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.filesystem import Location
-from recsys.plain_yaml import load_plain_yaml
 
 
 @dataclass

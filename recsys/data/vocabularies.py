@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embeddings.bounded_vocabulary import BoundedVocabulary, VocabularyCounts
 from embeddings.table_state import State
-from recsys.batch import Batch
+from embeddings.vocabulary.bounded import BoundedVocabulary, VocabularyCounts
+from recsys.data.batch import Batch
 from recsys.data.schema import Schema
 
 ResetRows = Callable[[str, Tensor], None]  # table, rows

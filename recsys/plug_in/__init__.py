@@ -1,14 +1,14 @@
 """Content for a DLRM and a training loop that already exist.
 
 Three lines of the loop change: the batches (`DLRMOfItems.batches`), the model (`add_content`) and
-the loss wrapper (`DLRMWithContentTrain`). `recsys.ranking.plug_in` is the model, this package what
+the loss wrapper (`DLRMWithContentTrain`). `recsys.plug_in.model` is the model, this package what
 it needs around it: settings, the items, batches, and the way to and from checkpoints of the DLRM.
 """
 
 from recsys.plug_in.build import DLRMOfItems, add_content
 from recsys.plug_in.checkpoint import dlrm_state, load_dlrm
+from recsys.plug_in.model import DLRMWithContent, DLRMWithContentTrain
 from recsys.plug_in.settings import PlugInSettings, load_plug_in_settings
-from recsys.ranking.plug_in import DLRMWithContent, DLRMWithContentTrain
 
 __all__ = [
     "DLRMOfItems",

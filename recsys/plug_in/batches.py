@@ -19,17 +19,17 @@ import torch.distributed as dist
 from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from recsys.batch import Batch
-from recsys.batch_preparation import BatchPreparation
 from recsys.content.bank_fill import encode_into_bank
+from recsys.content.batch_preparation import BatchPreparation
 from recsys.content.branch import ContentBranch
+from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
+from recsys.data.parquet.columns import ListColumns, RowColumns
+from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.prefetch import in_order, threads
-from recsys.data.row_columns import ListColumns, RowColumns
-from recsys.data.row_values import ROW_POSITION
 from recsys.data.schema import Schema
 from recsys.data.vocabularies import UnknownIds
-from recsys.ranks import Ranks
+from recsys.distributed.ranks import Ranks
 
 AHEAD = 2  # batches that are built while one is in use
 

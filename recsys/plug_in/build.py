@@ -15,18 +15,18 @@ from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.models.dlrm import DLRM
 
 from embeddings import MemoryBank, build_memory_bank
-from recsys.batch_preparation import BatchPreparation, chooses_items
-from recsys.build import build_content_store
+from recsys.content.batch_preparation import BatchPreparation, chooses_items
 from recsys.content.branch import ContentBranch
+from recsys.content.build import build_content_store
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.content_store import ContentStore
 from recsys.data.filesystem import Location
+from recsys.data.items.content_store import ContentStore
 from recsys.data.schema import Schema
 from recsys.data.vocabularies import BoundedVocabularies
+from recsys.distributed.ranks import Ranks
 from recsys.plug_in.batches import ContentBatches, ItemsOfBatch
+from recsys.plug_in.model import DLRMWithContent
 from recsys.plug_in.settings import PlugInSettings, check, load_plug_in_settings
-from recsys.ranking.plug_in import DLRMWithContent
-from recsys.ranks import Ranks
 
 
 class DLRMOfItems(DLRMWithContent):

@@ -14,7 +14,7 @@ from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 from torchrec.optim.keyed import KeyedOptimizer
 
-from recsys.ranking.plug_in import DLRMWithContent, DLRMWithContentTrain
+from recsys.plug_in.model import DLRMWithContent, DLRMWithContentTrain
 
 
 def dlrm_state(

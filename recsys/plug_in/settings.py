@@ -9,9 +9,9 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 
 from recsys.config import Config, ContentSettings, ContrastiveSettings
-from recsys.config_checks import validate
+from recsys.config.checks import validate
+from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.schema import Column, ItemColumn, Items, Schema
-from recsys.plain_yaml import load_plain_yaml
 
 
 @dataclass

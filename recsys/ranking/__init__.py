@@ -3,8 +3,6 @@
 `RANKING_MODELS` holds those of the package by the name that `ranking.name` gives. A class of your
 own needs no entry: `ranking.name: package.module:Class` names it, and it is called as
 `Class(settings, dimensions, content)`, with its own settings in `settings.options`.
-
-`DLRMWithContent` is none of them: it puts content into a DLRM and a training loop of the user's.
 """
 
 from __future__ import annotations
@@ -22,11 +20,10 @@ from recsys.ranking.din import Din
 from recsys.ranking.din_dcn import DinDcn
 from recsys.ranking.dlrm import Dlrm, DlrmDcn
 from recsys.ranking.mmoe import Mmoe
-from recsys.ranking.plug_in import DLRMWithContent, DLRMWithContentTrain
 from recsys.ranking.sim import Sim
 from recsys.ranking.two_tower import TwoTower
 
-__all__ = ["RANKING_MODELS", "DLRMWithContent", "DLRMWithContentTrain", "build_ranking"]
+__all__ = ["RANKING_MODELS", "build_ranking"]
 
 RANKING_MODELS: dict[
     str, Callable[[RankingSettings, InputDimensions, ContentSettings | None], nn.Module]

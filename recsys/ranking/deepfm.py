@@ -16,12 +16,13 @@ from torchrec.models.deepfm import DenseArch
 from torchrec.modules.deepfm import DeepFM as DeepComponent
 from torchrec.modules.deepfm import FactorizationMachine
 
-from recsys.batch import Batch
 from recsys.config import ContentSettings, RankingSettings
+from recsys.content.vectors import ContentVectors
+from recsys.data.batch import Batch
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.fields import Fields
-from recsys.ranking.layers import hidden_layers
-from recsys.vectors import ContentVectors, IDVectors
+from recsys.ranking.layers.fields import Fields
+from recsys.ranking.layers.mlp import hidden_layers
+from recsys.ranking.vectors import IDVectors
 
 
 class DeepFM(nn.Module):

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from recsys.batch import Batch
 from recsys.config import ContentSettings, RankingSettings
-from recsys.ranking.attended_features import AttendedFeatures
+from recsys.content.vectors import ContentVectors
+from recsys.data.batch import Batch
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers import ranking_head
-from recsys.vectors import ContentVectors, IDVectors, MemberLogits
+from recsys.ranking.layers.attended_features import AttendedFeatures
+from recsys.ranking.layers.mlp import ranking_head
+from recsys.ranking.vectors import IDVectors, MemberLogits
 
 
 class Din(AttendedFeatures):

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torchrec.models.dlrm import DenseArch, InteractionArch, InteractionDCNArch, OverArch
 from torchrec.modules.crossnet import LowRankCrossNet
 
-from recsys.batch import Batch
 from recsys.config import ContentSettings, RankingSettings
-from recsys.dropout import Dropout
+from recsys.content.dropout import Dropout
+from recsys.content.vectors import ContentVectors
+from recsys.data.batch import Batch
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.fields import Fields
-from recsys.vectors import ContentVectors, IDVectors
+from recsys.ranking.layers.fields import Fields
+from recsys.ranking.vectors import IDVectors
 
 
 class Dlrm(nn.Module):

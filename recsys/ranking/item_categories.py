@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from recsys.config import RankingSettings
-from recsys.data.bad_rows import OnBadRow
 from recsys.data.filesystem import Location
-from recsys.data.item_table import ItemTable
+from recsys.data.items.item_table import ItemTable
+from recsys.data.parquet.bad_rows import OnBadRow
 from recsys.data.schema import Schema
 
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from recsys.batch import Batch
 from recsys.config import ContentSettings, RankingSettings
-from recsys.dropout import Dropout
-from recsys.ranking.attended_features import AttendedFeatures
+from recsys.content.dropout import Dropout
+from recsys.content.vectors import ContentVectors
+from recsys.data.batch import Batch
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers import multilayer_perceptron
-from recsys.vectors import ContentVectors, IDVectors
+from recsys.ranking.layers.attended_features import AttendedFeatures
+from recsys.ranking.layers.mlp import multilayer_perceptron
+from recsys.ranking.vectors import IDVectors
 
 
 class Mmoe(AttendedFeatures):

@@ -16,16 +16,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from recsys.batch import Batch
 from recsys.config import ContentSettings, RankingSettings
-from recsys.jagged_history import JaggedHistory
-from recsys.ranking.aged_attention import AgedAttention, age_of
-from recsys.ranking.attended_features import RowFeatures
-from recsys.ranking.content_interest import cosines
+from recsys.content.vectors import ContentVectors
+from recsys.data.batch import Batch
+from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.history_numbers import history_numbers
-from recsys.ranking.layers import ranking_head
-from recsys.vectors import ContentVectors, IDVectors, MemberLogits
+from recsys.ranking.layers.aged_attention import AgedAttention, age_of
+from recsys.ranking.layers.attended_features import RowFeatures
+from recsys.ranking.layers.content_interest import cosines
+from recsys.ranking.layers.history_numbers import history_numbers
+from recsys.ranking.layers.mlp import ranking_head
+from recsys.ranking.vectors import IDVectors, MemberLogits
 
 
 class Sim(RowFeatures):

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.batch import Batch
 from recsys.config import ContentSettings, RankingSettings
-from recsys.jagged_history import JaggedHistory
+from recsys.content.vectors import ContentVectors
+from recsys.data.batch import Batch
+from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.fields import pooled_history
-from recsys.ranking.history_numbers import history_numbers, num_history_numbers
-from recsys.ranking.layers import multilayer_perceptron
-from recsys.vectors import ContentVectors, IDVectors, TowerVectors
+from recsys.ranking.layers.fields import pooled_history
+from recsys.ranking.layers.history_numbers import history_numbers, num_history_numbers
+from recsys.ranking.layers.mlp import multilayer_perceptron
+from recsys.ranking.vectors import IDVectors, TowerVectors
 
 
 class TwoTower(nn.Module):

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from benchmarks import quality_grid
 from benchmarks.quality_grid import Cell
 from benchmarks.quality_plan import Plan, plan_runs, windows
-from recsys.scores import SplitScores, scores_file, write_scores
+from recsys.evaluation.scores import SplitScores, scores_file, write_scores
 from tests.recsys.command_runs import TINY
 
 NUM_USERS, NUM_ROWS = 40, 600

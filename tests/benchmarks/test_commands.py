@@ -15,7 +15,7 @@ from benchmarks.ladder import Rung, ladder, losses_of_the_fastest, reading
 from benchmarks.ladder_rows import rows_of
 from benchmarks.scaling import scaling
 from benchmarks.throughput import throughput
-from recsys.step_trace import PARTS
+from recsys.diagnostics.profile.step_trace import PARTS
 
 
 def lines_of(results: Path, name: str) -> list[dict[str, Any]]:

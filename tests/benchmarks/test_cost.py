@@ -11,13 +11,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.steps import ProductSteps, sizes_of
-from recsys.content.encoder import Encoder
-from recsys.content.frozen_groups import ITEMS_PER_GROUP
-from recsys.cost.batch_counts import BatchCounts
-from recsys.cost.content_cost import encoders, fusion
-from recsys.cost.floor import Anchor, best, measure_anchor, typical
-from recsys.cost.step_costs import floors_by_measured_part, step_costs
-from recsys.cost.work import PartCost, Work
+from recsys.content.encoders.base import Encoder
+from recsys.content.encoders.frozen_groups import ITEMS_PER_GROUP
+from recsys.diagnostics.cost.batch_counts import BatchCounts
+from recsys.diagnostics.cost.content_cost import encoders, fusion
+from recsys.diagnostics.cost.roofline import Anchor, best, measure_anchor, typical
+from recsys.diagnostics.cost.step_costs import floors_by_measured_part, step_costs
+from recsys.diagnostics.cost.work import PartCost, Work
 from tests.benchmarks.variants import product_steps, quick_variant
 
 aten = torch.ops.aten

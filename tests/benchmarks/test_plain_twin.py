@@ -20,8 +20,8 @@ from benchmarks.plain_batches import PlainSource, padded
 from benchmarks.plain_twin import PlainTwin
 from benchmarks.settings import QUICK_SIZE
 from benchmarks.steps import ProductSteps
-from recsys.batch import Batch
-from recsys.ranks import joined_ranks
+from recsys.data.batch import Batch
+from recsys.distributed.ranks import joined_ranks
 from tests.benchmarks.variants import NO_DROPOUT, product_steps, quick_variant
 
 FULL = ("--content.history.mode", "full")

@@ -20,9 +20,9 @@ from benchmarks.quality_page import effect_sentence
 from benchmarks.quality_plan import Plan
 from benchmarks.quality_runs import Training
 from benchmarks.quality_study import CellResult, Effect, against_peers, read_results
-from recsys.bootstrap import Interval
-from recsys.metrics import ranking_metrics
-from recsys.scores import SplitScores, read_scores, scores_file
+from recsys.evaluation.bootstrap import Interval
+from recsys.evaluation.metrics import ranking_metrics
+from recsys.evaluation.scores import SplitScores, read_scores, scores_file
 from tests.benchmarks.quality_cells import (
     CELLS,
     GAIN,
@@ -34,7 +34,7 @@ from tests.benchmarks.quality_cells import (
     write_windows,
 )
 from tests.recsys.command_runs import TINY, trained_run
-from tests.recsys.test_report import Page
+from tests.recsys.diagnostics.test_report import Page
 
 FIGURES = ["effects", "learning-curves", "popularity", "cold-start"]
 

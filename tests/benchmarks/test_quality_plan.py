@@ -14,7 +14,7 @@ from benchmarks.quality_figures import MOST_CELLS
 from benchmarks.quality_grid import DRAWN, GRIDS, LOOKED_AT, PARTS, PEERS, Cell, chosen_cells
 from benchmarks.quality_plan import finished, in_order, plan_runs, windows
 from benchmarks.quality_runs import RECIPE, command_words, finish
-from recsys.scores import read_scores
+from recsys.evaluation.scores import read_scores
 from tests.benchmarks.quality_cells import use_small_grid, write_runs, write_windows
 from tests.datasets import write_dataset
 from tests.recsys.command_runs import TINY, torchx

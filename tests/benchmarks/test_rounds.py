@@ -13,7 +13,7 @@ import pytest
 from benchmarks.ranks import RankReport
 from benchmarks.rounds import QUICK_EFFORT, Effort, Measurement, measure, ratio
 from benchmarks.steps import Variant
-from recsys.cost.floor import Anchor
+from recsys.diagnostics.cost.roofline import Anchor
 from tests.benchmarks.variants import quick_variant
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.settings import setting
 from benchmarks.steps import ProductSteps, Variant
-from recsys.ranks import joined_ranks
+from recsys.distributed.ranks import joined_ranks
 
 NO_DROPOUT = ("--content.fusion.dropout", "0", "--ranking.dropout", "0")
 

@@ -13,9 +13,9 @@ import torch.distributed.checkpoint as checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import embeddings.bounded_vocabulary as bounded_module
-from embeddings.bounded_vocabulary import BoundedVocabulary
-from embeddings.vocabulary import mix64
+import embeddings.vocabulary.bounded as bounded_module
+from embeddings.vocabulary.bounded import BoundedVocabulary
+from embeddings.vocabulary.fixed import mix64
 from tests.ranks import run_on_ranks
 
 

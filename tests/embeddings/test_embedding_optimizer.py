@@ -7,16 +7,13 @@ import torch
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embeddings import (
+from embeddings import TableConfig, fuse_table_optimizers, plan_sharding, sharders
+from recsys.optimizer import (
     DenseGroup,
-    TableConfig,
     build_dense_optimizer,
     dense_parameters,
     describe_optimizers,
-    fuse_table_optimizers,
     initialize_optimizer_state,
-    plan_sharding,
-    sharders,
 )
 from tests.embeddings.tables_model import LABELS, TablesModel, jagged, table_configs
 from tests.ranks import run_on_ranks

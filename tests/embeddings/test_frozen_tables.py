@@ -9,15 +9,12 @@ from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import EmbeddingModuleShardingPlan
 
-from embeddings import (
+from embeddings import TableConfig, fuse_table_optimizers, plan_sharding, sharders
+from recsys.optimizer import (
     DenseGroup,
-    TableConfig,
     build_dense_optimizer,
     dense_parameters,
     describe_optimizers,
-    fuse_table_optimizers,
-    plan_sharding,
-    sharders,
 )
 from tests.embeddings.tables_model import (
     BATCH,

@@ -17,7 +17,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from embeddings import fuse_table_optimizers, plan_sharding, pretrained_files, sharders
 from embeddings.pretrained_files import PretrainedFiles
 from embeddings.pretrained_rows import LoadedRows, load_pretrained_rows
-from embeddings.vocabulary import ExactVocabulary
+from embeddings.vocabulary.fixed import ExactVocabulary
 from tests.embeddings.tables_model import DIM, SEED, TablesModel, initial_tables, table_configs
 from tests.embeddings.test_sharded_training import local_shards, whole_table
 from tests.ranks import run_on_ranks

@@ -12,15 +12,10 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embeddings.row_reset as row_reset_module
-from embeddings import (
-    DenseGroup,
-    build_dense_optimizer,
-    fuse_table_optimizers,
-    plan_sharding,
-    sharders,
-)
-from embeddings.bounded_vocabulary import BoundedVocabulary
+from embeddings import fuse_table_optimizers, plan_sharding, sharders
 from embeddings.row_reset import RowReset
+from embeddings.vocabulary.bounded import BoundedVocabulary
+from recsys.optimizer import DenseGroup, build_dense_optimizer
 from tests.embeddings.tables_model import SEED, TablesModel, initial_tables, jagged, table_configs
 from tests.ranks import run_on_ranks
 

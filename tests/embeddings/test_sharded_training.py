@@ -14,13 +14,8 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import EmbeddingModuleShardingPlan
 
-from embeddings import (
-    DenseGroup,
-    build_dense_optimizer,
-    fuse_table_optimizers,
-    plan_sharding,
-    sharders,
-)
+from embeddings import fuse_table_optimizers, plan_sharding, sharders
+from recsys.optimizer import DenseGroup, build_dense_optimizer
 from tests.embeddings.tables_model import (
     BATCH,
     LABELS,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import embeddings.vocabulary as vocabulary_module
-from embeddings.vocabulary import ExactVocabulary, HashVocabulary, integer_ids, mix64
+import embeddings.vocabulary.fixed as vocabulary_module
+from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary, integer_ids, mix64
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 integers = st.integers(INT64_MIN, INT64_MAX) | st.sampled_from([0, -1, INT64_MIN, INT64_MAX])

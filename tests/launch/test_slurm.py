@@ -45,7 +45,7 @@ def test_a_job_trains_on_two_nodes_and_goes_on_after_the_loss_of_one(
 ) -> None:
     write_dataset(tmp_path / "data", NUM_ROWS)
     run = tmp_path / "run"
-    words = f"--config {ROOT}/recsys/configs/tiny.yaml --data file://{tmp_path}/data --out {run}"
+    words = f"--config {ROOT}/recsys/recipes/tiny.yaml --data file://{tmp_path}/data --out {run}"
     settings = (
         f"--epochs {EPOCHS} --patience 9 --batch_size 8 --device cpu --cache {tmp_path}/cache"
     )

@@ -23,7 +23,7 @@ from tests.launch.machines import Machine, two_machines, why_no_machines
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 240  # for what takes some twenty where nothing else runs
-RECIPE = ["--config", str(ROOT / "recsys/configs/tiny.yaml"), "--device", "cpu"]
+RECIPE = ["--config", str(ROOT / "recsys/recipes/tiny.yaml"), "--device", "cpu"]
 SETTINGS = ["--batch_size", "8", "--epochs", "2", "--patience", "9", "--stall_timeout", "10"]
 
 

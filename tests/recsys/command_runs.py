@@ -13,7 +13,7 @@ import pytest
 from tests.datasets import write_dataset
 
 ROOT = Path(__file__).parents[2]
-TINY = ROOT / "recsys" / "configs" / "tiny.yaml"
+TINY = ROOT / "recsys" / "recipes" / "tiny.yaml"
 # Numbers that no number of ranks and no batch size divides.
 NUM_ROWS = {"train": 61, "valid": 25, "test": 23}
 

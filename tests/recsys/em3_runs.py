@@ -20,8 +20,7 @@ from embeddings import (
     build_embedding_bag_collection,
     build_embedding_collection,
 )
-from recsys.batch import Batch
-from recsys.build import Job, build_content_store, build_em3, build_job, content_settings
+from recsys.build import Job, build_job
 from recsys.config import (
     Config,
     ContentSettings,
@@ -33,15 +32,19 @@ from recsys.config import (
     ModalitySettings,
     OptimizerSettings,
     RankingSettings,
+    content_settings,
 )
+from recsys.content.build import build_content_store
+from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.filesystem import Location
-from recsys.data.parquet_rows import ParquetRows
+from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema, load_schema
 from recsys.data.vocabularies import UnknownIds
-from recsys.model import EM3
-from recsys.ranks import Ranks
-from recsys.table_configs import pooled_features, table_configs
+from recsys.distributed.ranks import Ranks
+from recsys.model.build import build_em3
+from recsys.model.em3 import EM3
+from recsys.model.tables import pooled_features, table_configs
 
 STEPS, GLOBAL_BATCH = 3, 8
 TABLES = ("user", "genres", "item")

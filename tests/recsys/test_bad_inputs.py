@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from recsys.config import Config, load_config
-from recsys.ranks import Ranks
-from recsys.training import train
+from recsys.distributed.ranks import Ranks
+from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys import bad_files, bad_impressions, bad_items, bad_settings
-from tests.recsys.bad_impressions import BadInput
 from tests.recsys.command_runs import TINY
+from tests.recsys.data.bad_impressions import BadInput
 
 SECONDS = 30  # to the error, at most
 

@@ -9,8 +9,8 @@ import pytest
 
 from embeddings import MemoryBank
 from recsys import ContentBranch, ContentIDContrastive, FusionQFormer
-from recsys.ranking import DLRMWithContent
-from recsys.ranking.plug_in_columns import AddedColumns
+from recsys.plug_in import DLRMWithContent
+from recsys.plug_in.added_columns import AddedColumns
 
 PARTS = (
     AddedColumns,

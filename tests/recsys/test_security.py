@@ -17,19 +17,19 @@ import torch
 import yaml
 
 from recsys.config import load_config
-from recsys.content.preparation import load_tokenizer
-from recsys.content.pretrained import load_transformer
-from recsys.content.tiny_encoders import tiny_model, tiny_tokenizer
+from recsys.content.encoders.preparation import load_tokenizer
+from recsys.content.encoders.pretrained import load_transformer
+from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
 from recsys.data.filesystem import Location
-from recsys.data.images import decode_image
-from recsys.data.parquet_rows import ParquetRows
-from recsys.data.ragged_array import RaggedArray
+from recsys.data.items.images import decode_image
+from recsys.data.items.ragged_array import RaggedArray
+from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
 from tests.datasets import write_dataset
 
 ROOT = Path(__file__).parents[2]
 # Reads the metadata of torch.distributed.checkpoint, by an unpickler of its classes alone.
-READS_A_PICKLE = {"recsys/checkpoint_reader.py"}
+READS_A_PICKLE = {"recsys/checkpoint/reader.py"}
 
 
 class Payload:

@@ -1,0 +1,158 @@
+"""A memory bank that every rank holds whole, for item sets that fit: reads cost no communication.
+
+A step reads far more vectors than it writes: the items of all histories against the items to rank.
+Where each rank has all rows, only what was written travels. The rows are the same on every rank at
+any time, and the same as those of a :class:`~embeddings.memory_bank.sharded.MemoryBank`; a
+checkpoint of either loads into the other.
+
+Shapes: U ids, D dimension, W ranks.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from embeddings.memory_bank.routes import BankRoute, Routes
+from embeddings.memory_bank.sharded import MemoryBank
+
+# A replica may be this large. Beyond so many ranks, what all of them write is more than what one
+# of them reads.
+MAX_REPLICA_BYTES = 256 * 2**20
+MAX_REPLICAS = 16
+
+
+@dataclass(frozen=True)
+class _Write:
+    """Vectors on their way from all ranks; those sent must live as long as they travel."""
+
+    work: Any
+    sent: Tensor
+    gathered: Tensor
+    route: BankRoute
+
+
+class ReplicatedMemoryBank(MemoryBank):
+    """The interface of :class:`~embeddings.memory_bank.sharded.MemoryBank`; `lookup` is no
+    collective.
+
+    What `update` writes travels until rows are read again.
+
+    In its routes, `rows` are the ids that all ranks write, each once, and `order` says where their
+    vectors are among those gathered, of which each rank sends the `wanted_counts`.
+    """
+
+    _capacity = 0  # ids that a rank sends beside their number
+    _under_way: _Write | None = None
+
+    def _allocated(self, size: int) -> tuple[Tensor, Tensor]:
+        rows = torch.zeros(self.num_items, self.dim + 1, device=self.device)
+        return rows, rows[self._first : self._first + size]
+
+    def routes(self, reads: Tensor, writes: Tensor | None = None) -> Callable[[], Routes]:
+        if writes is None:
+            return lambda: (None, None)
+        finish = self._write_route(writes)
+        return lambda: (None, finish())
+
+    def _write_route(self, ids: Tensor) -> Callable[[], BankRoute]:
+        ids = self._checked(ids).cpu()
+        # As many ids as were ever sent go with their number, so that one message mostly is enough.
+        message = _padded(torch.cat([torch.tensor([len(ids)]), ids]), 1 + self._capacity)
+        arrived = torch.empty(self.world_size * len(message), dtype=torch.int64)
+        work = dist.all_gather_into_tensor(arrived, message, group=self._group, async_op=True)
+
+        def finish() -> BankRoute:
+            work.wait()
+            by_rank = arrived.view(self.world_size, -1)
+            counts, gathered = by_rank[:, 0], by_rank[:, 1:]
+            padded = int(counts.max())
+            if padded > gathered.shape[1]:
+                self._capacity = max(self._capacity, padded)
+                whole = torch.empty(self.world_size * padded, dtype=torch.int64)
+                mine = _padded(ids, padded)
+                dist.all_gather_into_tensor(whole, mine, group=self._group)
+                gathered = whole.view(self.world_size, -1)
+            rows, places = _last_of_each(gathered[:, :padded].reshape(-1))
+            return BankRoute(places, [padded] * self.world_size, rows, counts.tolist())
+
+        return finish
+
+    @torch.no_grad()
+    def lookup(self, item_ids: Tensor, route: BankRoute | None = None) -> tuple[Tensor, Tensor]:
+        ids = self._checked(item_ids)
+        self._finish_write()
+        rows = self._rows.index_select(0, ids)
+        return rows[:, : self.dim].contiguous(), rows[:, self.dim].long() - 1
+
+    def _write(self, item_ids: Tensor, values: Tensor, route: BankRoute | None) -> None:
+        self._finish_write()
+        route = self._on_device(self._write_route(item_ids)() if route is None else route)
+        padded = values.new_zeros(route.wanted_counts[0], self.dim + 1)
+        padded[: len(values)] = values
+        gathered = values.new_empty(self.world_size * len(padded), self.dim + 1)
+        work = dist.all_gather_into_tensor(gathered, padded, group=self._group, async_op=True)
+        self._under_way = _Write(work, padded, gathered, route)
+
+    def _finish_write(self) -> None:
+        if (write := self._under_way) is not None:
+            self._under_way = None
+            write.work.wait()
+            self._rows[write.route.rows] = write.gathered.index_select(0, write.route.order)
+
+    def finish_loading(self) -> None:
+        """Brings the blocks that a checkpoint was loaded into, one per rank, to all ranks."""
+        padded = self._rows.new_zeros(self._block_size, self.dim + 1)
+        padded[: len(self._block)] = self._block
+        gathered = self._rows.new_empty(self.world_size * self._block_size, self.dim + 1)
+        dist.all_gather_into_tensor(gathered, padded, group=self._group)
+        self._rows.copy_(gathered[: self.num_items])
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Tensor | ShardedTensor]) -> None:
+        super().load_state_dict(state_dict)
+        self.finish_loading()
+
+
+def _padded(ids: Tensor, length: int) -> Tensor:
+    """The first `length` of them, or -1 behind them."""
+    padded = torch.full((length,), -1)
+    padded[: len(ids)] = ids[:length]
+    return padded
+
+
+def _last_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Different ids but -1, rising, and the last place of each: on all ranks and devices alike."""
+    unique, of_unique = ids.unique(return_inverse=True)
+    places = torch.arange(len(ids))
+    last = torch.zeros_like(unique).scatter_reduce_(0, of_unique, places, "amax")
+    is_id = unique >= 0
+    return unique[is_id], last[is_id]
+
+
+def is_replicated(num_items: int, dim: int, world_size: int, placement: str) -> bool:
+    """Whether every rank holds the whole bank.
+
+    Args:
+        placement: `sharded`, `replicated`, or `auto`: replicated where that is small and the ranks
+            are few.
+    """
+    is_small = num_items * (dim + 1) * 4 <= MAX_REPLICA_BYTES and world_size <= MAX_REPLICAS
+    return world_size > 1 and (placement == "replicated" or (placement == "auto" and is_small))
+
+
+def build_memory_bank(
+    num_items: int,
+    dim: int,
+    device: torch.device | str,
+    process_group: dist.ProcessGroup | None,
+    placement: str = "auto",
+) -> MemoryBank:
+    """The memory bank of a job; `placement` as for :func:`is_replicated`."""
+    world_size = 1 if process_group is None else dist.get_world_size(process_group)
+    whole = is_replicated(num_items, dim, world_size, placement)
+    return (ReplicatedMemoryBank if whole else MemoryBank)(num_items, dim, device, process_group)

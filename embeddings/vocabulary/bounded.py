@@ -1,0 +1,224 @@
+"""Raw ids to rows of a table where ids come and go while training.
+
+A table of fixed size serves a stream of ids without end: an id gets a row when it was seen often
+enough, and when all rows are taken, the least used one is given away. The rows are cut into sets
+of about a hundred; an id belongs to one set by hash and competes for the rows of that set alone
+(:mod:`embeddings.vocabulary.row_sets`). Sets, not ids, are dealt to the ranks, so that every rank
+sees the same map, and another number of ranks would give the same one.
+
+Shapes: N ids, U distinct ids, S sets, R rows per set.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import (
+    Shard,
+    ShardedTensor,
+    ShardMetadata,
+    init_from_local_shards,
+)
+
+from embeddings.vocabulary.fixed import check_num_embeddings, mix64
+from embeddings.vocabulary.row_sets import RowSets
+
+MAX_ROWS_PER_SET = 128
+# TrainPipelineSparseDist fetches the batch of step s before that of step s - 2 has run.
+PIPELINED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class VocabularyCounts:
+    """What happened in a bounded vocabulary, over all ranks."""
+
+    lookups: int
+    unknown: int  # lookups of ids without a row
+    admitted: int  # ids that got a row
+    evicted: int  # ids that lost theirs
+    known: int  # ids that have a row now
+
+
+class BoundedVocabulary:
+    """A map of at most ``num_embeddings - 1`` raw ids that learns them while training.
+
+    Ids without a row have the row ``unknown_row``, the last of the table. When a set of rows is
+    full, a new id takes the row whose count of uses, halved every ``half_life`` steps, is least; of
+    equals the least recently used.
+
+    A pipeline maps batches ahead of their step, so an id may lose its row to one in a later batch
+    while its own batch has yet to run. Rows used in the last ``protect_steps`` steps are therefore
+    never given away, and whoever sees a row in :meth:`take_evicted_rows` may reset its weights at
+    once: every batch that knew it under its old id has run.
+
+    With a process group every method but the properties is a collective: all ranks call it
+    together, each with its own ids, also with none.
+
+    Args:
+        num_embeddings: rows of the table. Up to one in 64 is left unused, as sets are equal.
+        admit_after: an id gets a row when it was seen that often while training. Ids that wait
+            for it are forgotten when about as many others as the table has rows have come since.
+        half_life: in steps; ``float("inf")`` for plain counts.
+        protect_steps: at least the batches that a pipeline maps ahead.
+        process_group: the ranks that train the table.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example::
+
+        vocabulary = BoundedVocabulary(num_embeddings=1000)
+        rows = vocabulary.rows_of(torch.tensor([-7, 12, -7]), step=0, training=True)
+        vocabulary.rows_of(torch.tensor([99]), step=1, training=False)  # [999], unknown
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        admit_after: int = 1,
+        half_life: float = 10_000.0,
+        protect_steps: int = PIPELINED_STEPS,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.num_embeddings = check_num_embeddings(num_embeddings)
+        for name, value, lowest in [
+            ("admit_after", admit_after, 1),
+            ("protect_steps", protect_steps, 0),
+        ]:
+            if value < lowest:
+                raise ValueError(f"{name} is {value}; set at least {lowest}")
+        if not half_life > 0:
+            raise ValueError(f"half_life is {half_life}; set a positive number of steps")
+        self.num_sets = -(-(num_embeddings - 1) // MAX_ROWS_PER_SET)
+        self.rows_per_set = (num_embeddings - 1) // self.num_sets
+        self._group = process_group
+        self._world_size = 1 if process_group is None else dist.get_world_size(process_group)
+        self._rank = 0 if process_group is None else dist.get_rank(process_group)
+        self._bounds = self.num_sets * np.arange(self._world_size + 1) // self._world_size
+        self._first_set = int(self._bounds[self._rank])
+        own_sets = int(self._bounds[self._rank + 1]) - self._first_set
+        self._sets = RowSets(own_sets, self.rows_per_set, admit_after, half_life, protect_steps)
+        self._evicted: list[Tensor] = []
+        self._counts = np.zeros(4, np.int64)  # lookups, unknown, admitted, evicted
+
+    @property
+    def unknown_row(self) -> int:
+        """The row of ids that have none of their own."""
+        return self.num_embeddings - 1
+
+    def _set_of(self, ids: np.ndarray) -> np.ndarray:
+        return (mix64(ids) % np.uint64(self.num_sets)).astype(np.int64)
+
+    def rows_of(self, ids: Tensor, step: int, training: bool) -> Tensor:
+        """The row of each id. A collective.
+
+        Args:
+            ids: int64 [N], raw.
+            step: the training step that uses the rows, the same on all ranks.
+            training: ids are counted, admitted and evicted; else nothing changes.
+
+        Returns:
+            int64 [N], on the device of ``ids``.
+        """
+        distinct, inverse, counts = np.unique(
+            ids.cpu().numpy(), return_inverse=True, return_counts=True
+        )
+        if self._world_size == 1:
+            rows, evicted = self._serve(distinct, counts, step, training)
+        else:
+            rows, evicted = self._ask(distinct, counts, step, training)
+        if len(evicted):
+            self._evicted.append(torch.from_numpy(evicted))
+        self._counts[:2] += [len(ids), counts[rows == self.unknown_row].sum()]
+        return torch.from_numpy(rows[inverse]).to(ids.device)
+
+    def _serve(
+        self, ids: np.ndarray, counts: np.ndarray, step: int, training: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(rows of distinct ids [U] in sets of this rank, rows taken from other ids)."""
+        sets = self._set_of(ids) - self._first_set
+        if training:
+            rows, admitted, evicted = self._sets.use(sets, ids, counts, step)
+            self._counts[2:] += [admitted.sum(), evicted.sum()]
+        else:
+            rows, evicted = self._sets.find(sets, ids), np.zeros(len(ids), bool)
+        of_table = (sets + self._first_set) * self.rows_per_set + rows
+        return np.where(rows < 0, self.unknown_row, of_table), of_table[evicted]
+
+    def _ask(
+        self, ids: np.ndarray, counts: np.ndarray, step: int, training: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(rows of distinct ids [U], rows taken from other ids on any rank)."""
+        owner = np.searchsorted(self._bounds, self._set_of(ids), side="right") - 1
+        order = np.argsort(owner, kind="stable")
+        sizes = np.bincount(owner, minlength=self._world_size).tolist()
+        pairs = torch.from_numpy(np.stack([ids, counts], axis=1)[order])
+        asked, asked_sizes = self._exchange(pairs, sizes)
+        # The same id may come from several ranks.
+        distinct, inverse = np.unique(asked[:, 0].numpy(), return_inverse=True)
+        totals = np.zeros(len(distinct), np.int64)
+        np.add.at(totals, inverse, asked[:, 1].numpy())
+        found, evicted = self._serve(distinct, totals, step, training)
+        answers = torch.empty(len(ids), dtype=torch.int64)
+        dist.all_to_all_single(
+            answers, torch.from_numpy(found[inverse]), sizes, asked_sizes, group=self._group
+        )
+        rows = np.empty(len(ids), np.int64)
+        rows[order] = answers.numpy()
+        if training:
+            told = torch.from_numpy(evicted).repeat(self._world_size)
+            evicted = self._exchange(told, [len(evicted)] * self._world_size)[0].numpy()
+        return rows, evicted
+
+    def _exchange(self, values: Tensor, sizes: list[int]) -> tuple[Tensor, list[int]]:
+        """Sends each rank the next ``sizes[rank]`` values; (what all sent here, how many each)."""
+        received = torch.empty(self._world_size, dtype=torch.int64)
+        dist.all_to_all_single(received, torch.tensor(sizes), group=self._group)
+        received_sizes = received.tolist()
+        result = values.new_empty(sum(received_sizes), *values.shape[1:])
+        dist.all_to_all_single(result, values, received_sizes, sizes, group=self._group)
+        return result, received_sizes
+
+    def take_evicted_rows(self) -> Tensor:
+        """The rows given to other ids since the last call, the same on all ranks: int64.
+
+        Their weights and optimizer state are those of the old ids; reset them before the step
+        that the last :meth:`rows_of` was for.
+        """
+        rows = torch.cat([torch.zeros(0, dtype=torch.int64), *self._evicted])
+        self._evicted = []
+        return rows
+
+    def counts(self) -> VocabularyCounts:
+        """What happened since the last call, over all ranks. A collective."""
+        totals = torch.from_numpy(np.append(self._counts, (self._sets.last_used >= 0).sum()))
+        if self._group is not None:
+            dist.all_reduce(totals, group=self._group)
+        self._counts[:] = 0
+        return VocabularyCounts(*totals.tolist())
+
+    def state_dict(self) -> dict[str, Tensor | ShardedTensor]:
+        """The map, the use of its rows and the ids that wait: [S, R] each, sharing memory.
+
+        torch.distributed.checkpoint saves them from any number of ranks and loads them, in
+        place, on any other; the map then goes on as if nothing had happened.
+        """
+        sets = self._sets
+        arrays = {"ids": sets.ids, "last_used": sets.last_used, "scores": sets.scores}
+        if sets.admit_after > 1:
+            arrays |= {"waiting_ids": sets.waiting_ids, "waiting_counts": sets.waiting_counts}
+        return {name: self._sharded(torch.from_numpy(array)) for name, array in arrays.items()}
+
+    def _sharded(self, local: Tensor) -> Tensor | ShardedTensor:
+        if self._group is None:
+            return local
+        pieces = []
+        if len(local):
+            placement = f"rank:{dist.get_rank()}/cpu"
+            metadata = ShardMetadata([self._first_set, 0], list(local.shape), placement)
+            pieces.append(Shard(local, metadata))
+        return init_from_local_shards(
+            pieces, self.num_sets, self.rows_per_set, process_group=self._group
+        )

@@ -1,0 +1,288 @@
+"""From raw ids, any 64-bit integers or strings, to rows of an embedding table.
+
+Three ways, chosen by how the ids live. :class:`ExactVocabulary` is a map made once from all data:
+every id has a row of its own. :class:`HashVocabulary` needs no data: an id gets several rows by
+several hash functions, so that two ids hardly ever share all of them (the hashing trick with
+several functions, arXiv 1709.03933). :class:`~embeddings.vocabulary.bounded.BoundedVocabulary`
+learns its ids while training. Where an id can be unknown, it gets the table's last row, which no
+known id has.
+
+Shapes: N ids, K hash functions.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow.fs import FileSystem
+
+# The increment of splitmix64, 2^64 divided by the golden ratio.
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def mix64(keys: np.ndarray) -> np.ndarray:
+    """A bijection of the 64-bit integers that scatters them: the finaliser of splitmix64.
+
+    Args:
+        keys: int64 or uint64 [N].
+
+    Returns:
+        uint64 [N], the same on every machine and in every version.
+    """
+    mixed = keys.astype(np.uint64) + np.uint64(GOLDEN)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def is_id_type(kind: pa.DataType) -> bool:
+    """Whether values of this Arrow type can be raw ids: integers or strings, of any width."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_integer(kind) or _is_string(kind)
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+def _plain_ids(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """The ids as one array of int64 or large_string without nulls."""
+    if not is_id_type(ids.type):
+        raise ValueError(f"ids of type {ids.type}; ids are integers or strings")
+    if isinstance(ids, pa.ChunkedArray):
+        ids = ids.combine_chunks()
+        ids = pa.concat_arrays(ids.chunks) if isinstance(ids, pa.ChunkedArray) else ids
+    if pa.types.is_dictionary(ids.type):
+        ids = ids.dictionary_decode()
+    if ids.null_count:
+        place = int(np.flatnonzero(ids.is_null().to_numpy(False))[0])
+        raise ValueError(f"id number {place} is null; fill it or leave it out")
+    if _is_string(ids.type):
+        return ids.cast(pa.large_string())
+    try:
+        return ids.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"an id does not fit a signed 64-bit integer ({error})") from error
+
+
+def _keys(plain: pa.Array) -> np.ndarray:
+    """int64 [N]: integers as they are, strings by 64 bits of BLAKE2b."""
+    if pa.types.is_integer(plain.type):
+        return plain.to_numpy(zero_copy_only=False)
+    encoded = plain.dictionary_encode()  # each distinct string is hashed once
+    digests = b"".join(
+        hashlib.blake2b(text, digest_size=8).digest()
+        for text in encoded.dictionary.cast(pa.large_binary()).to_pylist()
+    )
+    return np.frombuffer(digests, "<i8").astype(np.int64)[encoded.indices.to_numpy()]
+
+
+def integer_ids(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Raw ids as int64 [N]: integers as they are, strings by a stable 64-bit fingerprint.
+
+    Among ten million strings the chance that any two share a fingerprint is about 3 in a million.
+
+    Raises:
+        ValueError: an id is null or of another type, or an unsigned one does not fit.
+    """
+    return _keys(_plain_ids(ids))
+
+
+class ExactVocabulary:
+    """A map from raw ids to rows, made from data, kept as Parquet, and only ever extended.
+
+    Rows count up from 0 in the order in which ids came; ids that come later never move earlier
+    ones, so that a table trained with the map fits every extension of it. Ids that the map does
+    not know have the row ``unknown_row``, the last of the table.
+
+    Args:
+        num_embeddings: rows of the table; it holds ``num_embeddings - 1`` ids.
+
+    Raises:
+        ValueError: fewer than two rows.
+
+    Example::
+
+        vocabulary = ExactVocabulary(num_embeddings=4)
+        vocabulary.extend([pa.array(["ann", "bob"]), pa.array(["bob", "eve"])])  # 3 new ids
+        vocabulary.rows_of(pa.array(["eve", "joe"]))  # [2, 3]; 3 is unknown_row
+    """
+
+    def __init__(self, num_embeddings: int) -> None:
+        self.num_embeddings = check_num_embeddings(num_embeddings)
+        self._ids = pa.array([], pa.int64())  # in order of row
+        self._ordered_keys = np.zeros(0, np.int64)
+        self._row_in_order = np.zeros(0, np.int64)  # of each ordered key
+
+    @property
+    def unknown_row(self) -> int:
+        """The row of ids that the map does not know."""
+        return self.num_embeddings - 1
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def extend(self, chunks: Iterable[pa.Array | pa.ChunkedArray]) -> int:
+        """Adds the ids that are new, behind those known; the number of them.
+
+        Args:
+            chunks: raw ids, repeated or not, read one chunk at a time.
+
+        Raises:
+            ValueError: the ids do not fit the table, or are not all integers or all strings. The
+                map is then as before.
+        """
+        before = self._ids, self._ordered_keys, self._row_in_order
+        try:
+            for chunk in chunks:
+                self._add(_plain_ids(chunk))
+            if len(self) > self.unknown_row:
+                raise ValueError(
+                    f"{len(self)} ids do not fit: num_embeddings is {self.num_embeddings}, and "
+                    f"the last row is that of unknown ids; set it to at least {len(self) + 1}"
+                )
+        except Exception:
+            self._ids, self._ordered_keys, self._row_in_order = before
+            raise
+        return len(self) - len(before[0])
+
+    def _add(self, ids: pa.Array) -> None:
+        ids = pc.unique(ids)
+        new = ids.filter(pa.array(self.find(ids) < 0))
+        if not len(new):
+            return
+        keys = _keys(new)
+        order = np.argsort(keys)
+        place = np.searchsorted(self._ordered_keys, keys[order], side="right")
+        self._ordered_keys = np.insert(self._ordered_keys, place, keys[order])
+        self._row_in_order = np.insert(self._row_in_order, place, len(self) + order)
+        self._ids = pa.concat_arrays([self._ids, new]) if len(self) else new
+        twins = np.flatnonzero(np.diff(self._ordered_keys) == 0)
+        if len(twins):
+            pair = self._row_in_order[twins[0] : twins[0] + 2]
+            first, second = (self._ids[int(row)].as_py() for row in pair)
+            raise ValueError(f"ids '{first}' and '{second}' have one fingerprint; rename one")
+
+    def check_type(self, kind: pa.DataType) -> None:
+        """Raises a ValueError where ids of this Arrow type cannot be in the map."""
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        own = "strings" if _is_string(self._ids.type) else "integers"
+        if len(self) and _is_string(kind) != _is_string(self._ids.type):
+            raise ValueError(f"the map holds {own}, these ids are {kind}; write them with one type")
+
+    def find(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """The rows of raw ids: int64 [N], -1 where the map does not know one.
+
+        Raises:
+            ValueError: an id is null or not of the map's type.
+        """
+        ids = _plain_ids(ids)
+        if not len(self) or not len(ids):
+            return np.full(len(ids), -1)
+        self.check_type(ids.type)
+        keys = _keys(ids)
+        distinct, inverse = np.unique(keys, return_inverse=True)  # in order: five times as fast
+        place = np.searchsorted(self._ordered_keys, distinct)[inverse]
+        place[place == len(self)] = 0
+        known = self._ordered_keys[place] == keys
+        rows = self._row_in_order[place]
+        if not pa.types.is_integer(ids.type):  # an unknown string may have a known fingerprint
+            known &= pc.equal(self._ids.take(pa.array(rows)), ids).to_numpy(False)
+        return np.where(known, rows, -1)
+
+    def rows_of(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """The rows of raw ids: int64 [N], ``unknown_row`` where the map does not know one.
+
+        Raises:
+            ValueError: an id is null or not of the map's type.
+        """
+        rows = self.find(ids)
+        return np.where(rows < 0, self.unknown_row, rows)
+
+    def is_extension_of(self, other: "ExactVocabulary") -> bool:
+        """Whether every id of ``other`` has here the row that it has there."""
+        return len(other) == 0 or self._ids.slice(0, len(other)).equals(other._ids)
+
+    def save(self, path: str, filesystem: FileSystem | None = None) -> None:
+        """Writes the map as a Parquet file with columns ``id`` and ``row``."""
+        table = pa.table({"id": self._ids, "row": np.arange(len(self))})
+        pq.write_table(table, path, filesystem=filesystem)
+
+    @staticmethod
+    def load(
+        path: str, num_embeddings: int, filesystem: FileSystem | None = None
+    ) -> "ExactVocabulary":
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is not such a map, or the map does not fit the table.
+        """
+        try:
+            table = pq.read_table(path, filesystem=filesystem, columns=["id", "row"])
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: not a readable vocabulary ({error})") from error
+        table = table.sort_by("row")
+        if not np.array_equal(table["row"].to_numpy(), np.arange(table.num_rows)):
+            raise ValueError(f"{path}: its rows are not 0, 1, 2 ... each once; write it anew")
+        vocabulary = ExactVocabulary(num_embeddings)
+        try:
+            known = vocabulary.extend([table["id"]])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if known != table.num_rows:
+            raise ValueError(f"{path}: an id has several rows; write it anew")
+        return vocabulary
+
+
+class HashVocabulary:
+    """Rows of raw ids by hash functions, without a map: no id is unknown, and ids may collide.
+
+    With K functions into n rows two ids share all their rows with probability about ``n ** -K``;
+    the sum of an id's K rows then still tells it from nearly all others.
+
+    Args:
+        num_embeddings: rows of the table, n.
+        num_hashes: hash functions, K.
+        seed: another seed gives other functions.
+
+    Raises:
+        ValueError: a size is out of range.
+
+    Example::
+
+        HashVocabulary(num_embeddings=1000, num_hashes=2).rows_of(pa.array([-7, 12]))  # [2, 2]
+    """
+
+    def __init__(self, num_embeddings: int, num_hashes: int = 1, seed: int = 0) -> None:
+        for name, value in [("num_embeddings", num_embeddings), ("num_hashes", num_hashes)]:
+            if value < 1:
+                raise ValueError(f"{name} is {value}; set at least 1")
+        self.num_embeddings, self.num_hashes = num_embeddings, num_hashes
+        # Far from each other, or the functions of one seed would be those of its neighbour.
+        self._offsets = mix64(mix64(np.array([seed])) + np.arange(num_hashes, dtype=np.uint64))
+
+    def rows_of(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """The rows of raw ids: int64 [N, K].
+
+        Raises:
+            ValueError: an id is null or neither integer nor string.
+        """
+        keys = integer_ids(ids).astype(np.uint64)
+        hashes = mix64(keys[:, None] ^ self._offsets[None, :])
+        return (hashes % np.uint64(self.num_embeddings)).astype(np.int64)
+
+
+def check_num_embeddings(num_embeddings: int) -> int:
+    """A table with a row for unknown ids needs another for a known one."""
+    if num_embeddings < 2:
+        raise ValueError(
+            f"num_embeddings is {num_embeddings}; set at least 2, as the last row is that of "
+            "unknown ids"
+        )
+    return num_embeddings

@@ -1,0 +1,135 @@
+"""Which row of its set an id has: found, given, and taken away from the least used.
+
+A set is a group of rows that ids share by hash, as in set-associative caches. Small enough to be
+searched by comparison and to be scanned for its least used row, sets need no other structure than
+a few arrays by row, which are also what a checkpoint holds.
+
+Shapes: S sets on this rank, R rows per set, N ids, each once.
+"""
+
+import numpy as np
+
+from embeddings.vocabulary.fixed import mix64
+
+BLOCK = 4096  # ids compared with their sets at once: a few megabytes
+
+
+class RowSets:
+    """The ids in some sets of rows, with how much and when each was used.
+
+    Rows of a set are filled from the first on and never emptied, so its free rows come last.
+
+    Args:
+        num_sets: S.
+        rows_per_set: R.
+        admit_after: an id gets a row when it was seen that often.
+        half_life: steps in which the use of a row, as it counts for eviction, fades to half.
+        protect_steps: rows used in the last so many steps are not evicted.
+    """
+
+    def __init__(
+        self,
+        num_sets: int,
+        rows_per_set: int,
+        admit_after: int,
+        half_life: float,
+        protect_steps: int,
+    ) -> None:
+        self.admit_after, self.half_life = admit_after, half_life
+        self.protect_steps = protect_steps
+        shape = (num_sets, rows_per_set)
+        self.ids = np.zeros(shape, np.int64)
+        self.last_used = np.full(shape, -1, np.int64)  # step; -1 where a row is free
+        self.scores = np.zeros(shape, np.float64)  # faded count of uses, as of `last_used`
+        # Ids seen too seldom wait in slots given by hash, where a newcomer takes another's place.
+        waiting = shape if admit_after > 1 else (num_sets, 0)
+        self.waiting_ids = np.zeros(waiting, np.int64)
+        self.waiting_counts = np.zeros(waiting, np.int64)
+
+    def find(self, sets: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """The row in its set of each id, -1 where it has none: int64 [N]."""
+        rows = np.empty(len(ids), np.int64)
+        for start in range(0, len(ids), BLOCK):
+            part = slice(start, start + BLOCK)
+            rows[part] = (self.ids[sets[part]] == ids[part, None]).argmax(axis=1)
+        # A free row, or row 0 where nothing is equal, says that there is none.
+        known = (self.ids[sets, rows] == ids) & (self.last_used[sets, rows] >= 0)
+        return np.where(known, rows, -1)
+
+    def use(
+        self, sets: np.ndarray, ids: np.ndarray, counts: np.ndarray, step: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Counts a step's use of ids and gives rows to those that need one.
+
+        Args:
+            sets, ids, counts: int64 [N], counts of at least 1.
+            step: not smaller than in any call before.
+
+        Returns:
+            rows: of each id in its set, -1 where it has none, int64 [N].
+            admitted: whether an id got its row now, bool [N].
+            evicted: whether its row was taken from another id, bool [N].
+        """
+        rows = self.find(sets, ids)
+        known = rows >= 0
+        at = sets[known], rows[known]
+        self.scores[at] = self._faded(self.scores[at], self.last_used[at], step) + counts[known]
+        self.last_used[at] = step
+        admitted, evicted = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
+        new = np.flatnonzero(~known)
+        seen = self._seen(sets[new], ids[new], counts[new])
+        ripe = seen >= self.admit_after
+        places, given = self._give_rows(sets[new[ripe]], seen[ripe], step)
+        new, seen = new[ripe][places], seen[ripe][places]
+        at = sets[new], given
+        rows[new], admitted[new], evicted[new] = given, True, self.last_used[at] >= 0
+        self.ids[at], self.scores[at], self.last_used[at] = ids[new], seen, step
+        self._stop_waiting(sets[new], ids[new])
+        return rows, admitted, evicted
+
+    def _give_rows(
+        self, sets: np.ndarray, seen: np.ndarray, step: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(which of the askers get a row, the rows); where rows are short, the more seen do."""
+        order = np.lexsort((-seen, sets))
+        asked, first, numbers = np.unique(sets[order], return_index=True, return_counts=True)
+        turn = np.arange(len(order)) - np.repeat(first, numbers)  # 0, 1, 2 ... within each set
+        rows, num_rows = self._by_use(asked, step)
+        has_row = turn < np.repeat(num_rows, numbers)
+        line = np.repeat(np.arange(len(asked)), numbers)
+        return order[has_row], rows[line[has_row], turn[has_row]]
+
+    def _by_use(self, sets: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows [N, R] of sets [N] as they are to be given, and how many of each may be.
+
+        Free rows come first, then the less used, of equals the less recently used.
+        """
+        last = self.last_used[sets]
+        worth = self._faded(self.scores[sets], last, step)
+        is_protected = (last >= 0) & (last >= step - self.protect_steps)
+        worth[is_protected] = np.inf
+        return np.lexsort((last, worth), axis=-1), self.ids.shape[1] - is_protected.sum(axis=1)
+
+    def _faded(self, scores: np.ndarray, last_used: np.ndarray, step: int) -> np.ndarray:
+        return scores * np.exp2((last_used - step) / self.half_life)
+
+    def _slots(self, sets: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        hashes = mix64(mix64(ids))  # the first mix has chosen the set
+        return sets, (hashes % np.uint64(self.waiting_ids.shape[1])).astype(np.int64)
+
+    def _seen(self, sets: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """How often ids without a row were seen, now included; remembers it."""
+        if self.admit_after == 1:
+            return counts
+        slots = self._slots(sets, ids)
+        seen = counts + np.where(self.waiting_ids[slots] == ids, self.waiting_counts[slots], 0)
+        self.waiting_ids[slots] = ids
+        self.waiting_counts[slots] = seen
+        return seen
+
+    def _stop_waiting(self, sets: np.ndarray, ids: np.ndarray) -> None:
+        if self.admit_after == 1:
+            return
+        sets, slots = self._slots(sets, ids)
+        own = self.waiting_ids[sets, slots] == ids
+        self.waiting_counts[sets[own], slots[own]] = 0

@@ -1,0 +1,295 @@
+"""Checkpoints of a run by torch.distributed.checkpoint: asynchronous, atomic, resharding.
+
+`RUN/checkpoints/step-N` is the whole state after N steps, `best` the model of the best validation.
+Shards are loaded into whatever plan and number of ranks reads them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from embeddings.table_state import State, set_table_steps
+from recsys.build import Job
+from recsys.checkpoint.compatibility import check_config, check_equal
+from recsys.checkpoint.files import (
+    BEST,
+    check_files,
+    describe_files,
+    folder_of_step,
+    folders_by_age,
+    prune,
+    publish_folder,
+    read_manifest,
+    recover,
+)
+from recsys.checkpoint.progress import Progress
+from recsys.checkpoint.reader import SafeFileSystemReader
+from recsys.checkpoint.state import (
+    TrainingState,
+    copy_of,
+    finish_loading_bank,
+    frozen_digest,
+    model_state,
+    num_bytes,
+)
+from recsys.config import to_plain
+from recsys.data.parquet.order import Stage
+from recsys.distributed.ranks import Ranks
+
+# A copy for asynchronous writing may take this share of the memory that is free.
+COPY_SHARE = 0.5
+MAX_FAILURES = 3  # checkpoints in a row that could not be written before the job ends
+
+
+class Checkpoints:
+    """The checkpoints of a run in training. All methods are collectives.
+
+    Args:
+        job: what is saved and restored.
+        run: the run's folder.
+        data: fingerprint of the training rows.
+    """
+
+    def __init__(self, job: Job, run: Path, data: str) -> None:
+        self.job, self.data, self.folder = job, data, run / "checkpoints"
+        self.frozen = frozen_digest(job)
+        self._damaged: list[Path] = []
+        # Writing overlaps with steps, so its collectives must not mix with theirs.
+        self._ranks = job.ranks.apart()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: tuple[Future[None], Path] | None = None
+        self._failures = 0
+        self._copies: bool | None = None  # whether writing is asynchronous
+
+    def save(self, progress: Progress, wait: bool = False) -> None:
+        """Saves the whole state; returns once later steps cannot change what is written.
+
+        Raises:
+            ValueError: with `wait`, or after some failures in a row: it could not be written.
+        """
+        self.wait()
+        folder = folder_of_step(self.folder, progress.steps)
+        state = TrainingState(self.job).state_dict()
+        if self._asynchronous(state) and not wait:
+            self._start(copy_of(state, self.job), folder, progress)
+        else:
+            self._start(state, folder, progress)
+            self.wait(strict=wait)
+
+    def save_best(self, progress: Progress) -> None:
+        """Saves the model as the best so far.
+
+        Raises:
+            ValueError: it could not be written.
+        """
+        self.wait()
+        self._start(model_state(self.job), self.folder / BEST, progress)
+        self.wait(strict=True)
+
+    def wait(self, strict: bool = False) -> None:
+        """Waits for the write that is under way.
+
+        Raises:
+            ValueError: it failed, and `strict` or too many have failed before it.
+        """
+        if self._pending is None:
+            return
+        (future, folder), self._pending = self._pending, None
+        error = future.exception()
+        if error is None:
+            self._failures = 0
+            return
+        self._failures += 1
+        text = f"{folder}: the checkpoint could not be written ({error}); make room or mend storage"
+        if strict or self._failures >= MAX_FAILURES:
+            raise ValueError(text) from error
+        self._say(f"{text}. Training goes on; the last good checkpoint is {self.last_good}")
+
+    def close(self) -> None:
+        """Waits for the last write and ends the writer."""
+        self.wait()
+        self._writer.shutdown()
+
+    @property
+    def last_good(self) -> Path | None:
+        """The checkpoint the run would go on from now; waits for one that is being written."""
+        if self._pending is not None:
+            wait([self._pending[0]])
+        whole = (path for path in folders_by_age(self.folder) if path not in self._damaged)
+        return next(whole, None)
+
+    def _say(self, text: str) -> None:
+        if self.job.ranks.is_first:
+            print(text, flush=True)
+
+    def _asynchronous(self, state: State) -> bool:
+        """Whether a copy of the state is made, decided once by setting and memory."""
+        setting, ranks = self.job.config.checkpoint.asynchronous, self.job.ranks
+        if self._copies is None:
+            sizes = torch.tensor([num_bytes(state), -psutil.virtual_memory().available])
+            dist.all_reduce(sizes, op=dist.ReduceOp.MAX, group=ranks.group)
+            needed, free = int(sizes[0]) * ranks.local_world_size, -int(sizes[1])
+            fits = needed <= COPY_SHARE * free
+            self._copies = fits if setting == "auto" else setting == "true"
+            kind = "asynchronous" if self._copies else "synchronous"
+            self._say(
+                f"checkpoints: {num_bytes(state) / 2**20:,.1f} MB on rank 0, {kind} (setting "
+                f"{setting}; a copy takes {needed / 2**30:.1f} GB of {free / 2**30:.1f} GB free)"
+            )
+        return self._copies
+
+    def _start(self, state: State, folder: Path, progress: Progress) -> None:
+        manifest = {
+            "step": progress.steps,
+            "progress": progress.to_json(),
+            "world_size": self.job.ranks.world_size,
+            "config": to_plain(self.job.config),
+            "data": self.data,
+            "frozen_weights": self.frozen,
+            "plan": self.job.plan,
+        }
+        future = self._writer.submit(self._write, state, folder, manifest)
+        self._pending = (future, folder)
+
+    def _write(self, state: State, folder: Path, manifest: dict[str, Any]) -> None:
+        """In the writer's thread on every rank."""
+        ranks, partial = self._ranks, folder.with_name(f".{folder.name}.partial")
+        try:
+            with ranks.all_or_none():
+                if ranks.is_first:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir(parents=True)
+            with ranks.all_or_none(), _readable_failure():
+                writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+                dcp.save(state, storage_writer=writer, process_group=ranks.group)
+            with ranks.all_or_none():
+                files = sorted(partial.glob(f"__{ranks.rank}_*"))
+                mine = describe_files([*files, partial / ".metadata"] if ranks.is_first else files)
+            described = {name: entry for part in ranks.gather(mine) for name, entry in part.items()}
+            with ranks.all_or_none():
+                if ranks.is_first:
+                    publish_folder(partial, folder, {**manifest, "files": described})
+                    if folder.name != BEST:
+                        prune(folder, self.job.config.checkpoint.keep)
+        except Exception:
+            if ranks.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def restore(self) -> Progress | None:
+        """Loads the newest whole checkpoint, in place; None if there is none at all.
+
+        Raises:
+            ValueError: it is of another model or data, or there are checkpoints and all are
+                damaged.
+        """
+        ranks, faults = self.job.ranks, []
+        for folder in ranks.gather(folders_by_age(self.folder))[0]:
+            try:
+                manifest = _checked_manifest(folder, ranks)
+            except (ValueError, OSError, RuntimeError) as error:
+                faults.append(str(error))
+                self._damaged.append(folder)
+                self._say(f"checkpoint {folder} is damaged and left out: {error}")
+                continue
+            self._check(folder, manifest)
+            self._load(folder)
+            return self._continued(manifest)
+        if faults:
+            raise ValueError(
+                f"{self.folder}: no checkpoint is whole ({'; '.join(faults)}); bring one back, or "
+                "start anew with --overwrite true"
+            )
+        return None
+
+    def _check(self, folder: Path, manifest: dict[str, Any]) -> None:
+        check_config(manifest["config"], self.job.config, str(folder))
+        check_equal("the training data", manifest["data"], self.data, str(folder))
+        check_equal("frozen weights", manifest["frozen_weights"], self.frozen, str(folder))
+
+    @torch.no_grad()
+    def _load(self, folder: Path) -> None:
+        training = TrainingState(self.job)
+        with self.job.ranks.all_or_none(), _readable_failure():
+            reader = SafeFileSystemReader(folder)
+            stored = list(reader.read_metadata().state_dict_metadata)
+            state = training.state_dict(stored)
+            dcp.load(state, storage_reader=reader, process_group=self.job.ranks.group)
+        training.finish_loading()
+
+    def _continued(self, manifest: dict[str, Any]) -> Progress:
+        job, ranks = self.job, self.job.ranks
+        progress = Progress.from_json(manifest["progress"])
+        before = Stage(manifest["world_size"], manifest["config"]["batch_size"], progress.batches)
+        progress.continued_by(before, ranks.world_size, job.config.batch_size)
+        if before.world_size != ranks.world_size:
+            torch.manual_seed(job.config.seed + 1 + ranks.rank + 1000003 * progress.steps)
+        job.set_step(progress.steps, progress.dense_steps)
+        set_table_steps(job.model, progress.steps)
+        return progress
+
+
+def _checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    with ranks.all_or_none():
+        manifest = read_manifest(folder)
+        check_files(folder, manifest, ranks.rank, ranks.world_size)
+    return manifest
+
+
+@contextmanager
+def _readable_failure() -> Iterator[None]:
+    """The causes in a CheckpointException, without the stacks of all ranks."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = {str(failure[0]) for failure in error.failures.values()}
+        raise ValueError("; ".join(sorted(causes))) from error
+
+
+@torch.no_grad()
+def load_best(job: Job, run: Path) -> dict[str, Any]:
+    """Loads `RUN/checkpoints/best` into the model and the bank, in place, and returns its manifest.
+
+    A collective.
+
+    Raises:
+        ValueError: there is none, it is damaged, or it is of another model.
+    """
+    folder, ranks = run / "checkpoints" / BEST, job.ranks
+    with ranks.all_or_none():
+        if ranks.is_first:
+            recover(folder)
+    with ranks.all_or_none():
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no checkpoint; train with `--out {run}` first")
+    manifest = _checked_manifest(folder, ranks)
+    state = model_state(job)
+    with ranks.all_or_none():
+        reader = SafeFileSystemReader(folder)
+        stored = reader.read_metadata().state_dict_metadata
+        try:
+            if differing := sorted(stored.keys() ^ state.keys()):
+                raise ValueError(
+                    f"{len(differing)} tensors are in one only, such as {differing[0]}"
+                )
+            check_equal(
+                "frozen weights", manifest["frozen_weights"], frozen_digest(job), str(folder)
+            )
+            dcp.load(state, storage_reader=reader)
+        except (CheckpointException, RuntimeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{folder}: the checkpoint does not fit the model of {run}/config.yaml: {error}"
+            ) from error
+    finish_loading_bank(job)
+    return manifest

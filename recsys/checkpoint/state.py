@@ -1,0 +1,162 @@
+"""What a checkpoint holds, as named tensors that share their memory with the job.
+
+`model.*` are the weights that train or that training changes: tables, dense weights, adapters,
+normalisation statistics. The frozen weights of encoders are not stored; the manifest has a hash of
+them beside the configuration, which names where they come from. `bank` is the memory bank,
+`vocabulary.*` the maps of raw ids that learn while training,
+`optimizer.*` the state of fused and dense optimizers, `random.RANK.*` each rank's generators.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from embeddings.table_state import State, TableOptimizerState, copied_to_host, in_blocks
+from recsys.build import Job
+from recsys.content.encoders.base import Encoder
+
+
+def model_state(job: Job) -> State:
+    """Weights and memory bank: what evaluating and predicting need."""
+    stored = _is_stored(job)
+    state: State = {
+        f"model.{name}": in_blocks(value, job.ranks.group)
+        if isinstance(value, ShardedTensor)
+        else value
+        for name, value in job.model.state_dict().items()
+        if stored(name)
+    }
+    if job.em3.content is not None and job.em3.content.bank is not None:
+        pool = job.em3.content.bank.state_dict()["pool"]
+        assert isinstance(pool, ShardedTensor)
+        state["bank"] = in_blocks(pool, job.ranks.group)
+    maps = job.vocabularies.state_dict()
+    return state | {f"vocabulary.{name}": value for name, value in maps.items()}
+
+
+def finish_loading_bank(job: Job) -> None:
+    """After `model_state` was loaded into. A collective."""
+    if job.em3.content is not None and job.em3.content.bank is not None:
+        job.em3.content.bank.finish_loading()
+
+
+@dataclass
+class _Stored:
+    """Whether a name of the model's state belongs into a checkpoint."""
+
+    trained: set[str]
+    frozen: set[str]
+    frozen_encoders: tuple[str, ...]
+
+    def __call__(self, name: str) -> bool:
+        return name in self.trained or not (
+            name in self.frozen or name.startswith(self.frozen_encoders)
+        )
+
+
+def _is_stored(job: Job) -> _Stored:
+    parameters = list(job.em3.named_parameters())
+    content = job.em3.content
+    encoders = (
+        [(name, cast(Encoder, part)) for name, part in content.encoders.items()] if content else []
+    )
+    return _Stored(
+        trained={name for name, value in parameters if value.requires_grad}
+        | {
+            f"content.encoders.{name}.{weight}"
+            for name, encoder in encoders
+            for weight in encoder.rewritten
+        },
+        frozen={name for name, value in parameters if not value.requires_grad},
+        frozen_encoders=tuple(
+            f"content.encoders.{name}." for name, encoder in encoders if encoder.caches
+        ),
+    )
+
+
+def frozen_digest(job: Job) -> str:
+    """A hash of the frozen weights, which a checkpoint leaves out."""
+    stored, digest = _is_stored(job), hashlib.blake2b(digest_size=16)
+    for name, value in sorted(job.model.state_dict().items()):
+        if isinstance(value, Tensor) and not stored(name):
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class TrainingState:
+    """The whole state of a job in training. Building it is a collective."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.moments = TableOptimizerState(job.model, job.ranks.group)
+
+    def state_dict(self, stored: list[str] | None = None) -> State:
+        """Tensors to save; or, given the names in a checkpoint, tensors to load into."""
+        prefix = "optimizer.tables."
+        names = None
+        if stored is not None:
+            names = [name.removeprefix(prefix) for name in stored if name.startswith(prefix)]
+        state = model_state(self.job)
+        tables = self.moments.state_dict(names)
+        state |= {f"{prefix}{name}": value for name, value in tables.items()}
+        state |= self._dense_optimizer()
+        state |= {
+            name: value
+            for name, value in self._random().items()
+            if stored is None or name in stored
+        }
+        self._loaded = state
+        return state
+
+    def finish_loading(self) -> None:
+        """Brings what was loaded into place where it does not lie there already."""
+        self.moments.finish_loading()
+        finish_loading_bank(self.job)
+        rank, device = self.job.ranks.rank, self.job.ranks.device
+        if (cpu := self._loaded.get(f"random.{rank}.cpu")) is not None:
+            torch.set_rng_state(cpu)
+        if (cuda := self._loaded.get(f"random.{rank}.cuda")) is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+    def _dense_optimizer(self) -> State:
+        names = {value: name for name, value in self.job.em3.named_parameters()}
+        return {
+            f"optimizer.dense.{names[parameter]}.{key}": value
+            for group in self.job.adamw.param_groups
+            for parameter in group["params"]
+            for key, value in self.job.adamw.state[parameter].items()
+        }
+
+    def _random(self) -> State:
+        ranks = self.job.ranks
+        state: State = {f"random.{ranks.rank}.cpu": torch.get_rng_state()}
+        if ranks.device.type == "cuda":
+            state[f"random.{ranks.rank}.cuda"] = torch.cuda.get_rng_state(ranks.device)
+        return state
+
+
+def num_bytes(state: State) -> int:
+    """Memory of what lies on this rank."""
+    return sum(
+        sum(shard.tensor.nbytes for shard in value.local_shards())
+        if isinstance(value, ShardedTensor)
+        else value.nbytes
+        for value in state.values()
+    )
+
+
+def copy_of(state: State, job: Job) -> State:
+    """A copy in host memory that later steps do not change."""
+    return {
+        name: copied_to_host(value, job.ranks.group)
+        if isinstance(value, ShardedTensor)
+        else value.detach().to("cpu", copy=True)
+        for name, value in state.items()
+    }

@@ -1,0 +1,197 @@
+"""The ID tables of a checkpoint as one Parquet file, written without building the model.
+
+A checkpoint holds each table in pieces, cut by rows or columns as the ranks that trained it were.
+torch.load would read whole pieces, and on one rank a piece is the table. So only the header of a
+piece is loaded, which says where its numbers begin in the file; of those a block of rows is read
+at a time. Memory is a few blocks, however large the table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from recsys.checkpoint.reader import SafeFileSystemReader
+
+BLOCK_BYTES = 2**25
+# Of the two collections in recsys.model.em3.EM3.
+_TABLE_KEY = re.compile(
+    r"model\.(?:embeddings\.embeddings|embedding_bags\.embedding_bags)\.([^.]+)\.weight"
+)
+
+
+def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> dict[str, int]:
+    """Writes tables of a checkpoint to one Parquet file, one row per row of a table.
+
+    Columns: ``table`` (its name), ``row`` (int64, the id that looks it up) and ``vector``,
+    ``fixed_size_list<float32, D>``, or ``list<float32>`` where tables differ in dimension D.
+    Every row group belongs to one table, so that readers skip the others.
+
+    Args:
+        folder: a torch.distributed.checkpoint of a model, such as `RUN/checkpoints/best`; of any
+            sharding and number of ranks.
+        out: the file to write; it appears whole or not at all.
+        tables: which tables; default all.
+
+    Returns:
+        Rows written, by table.
+
+    Raises:
+        ValueError: no checkpoint, a table it does not have, files of it missing or cut short, or
+            an `out` that is a folder.
+
+    Example::
+
+        export_tables(Path("runs/shop/checkpoints/best"), Path("product.parquet"), ["product"])
+    """
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder; name a file, such as {out / 'tables.parquet'}")
+    stored = stored_tables(folder)
+    names = list(dict.fromkeys(tables or sorted(stored)))
+    for name in names:
+        if name not in stored:
+            raise ValueError(f"{folder}: no table '{name}'; the tables are {sorted(stored)}")
+    chosen = [stored[name] for name in names]
+    partial = out.with_name(f".{out.name}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _write(chosen, partial)
+        partial.rename(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return {table.name: table.num_rows for table in chosen}
+
+
+@dataclass(frozen=True)
+class StoredTable:
+    """A table in a checkpoint, readable by ranges of its rows."""
+
+    reader: SafeFileSystemReader
+    metadata: Metadata
+    key: str  # in the checkpoint
+    name: str
+
+    @property
+    def _tensor(self) -> TensorStorageMetadata:
+        tensor = self.metadata.state_dict_metadata[self.key]
+        assert isinstance(tensor, TensorStorageMetadata), self.key
+        return tensor
+
+    @property
+    def num_rows(self) -> int:
+        return self._tensor.size[0]
+
+    @property
+    def dim(self) -> int:
+        return self._tensor.size[1]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `[start, stop)` as float32 [stop - start, D].
+
+        Raises:
+            ValueError: a file of the checkpoint is missing, cut short, or not one.
+        """
+        wanted = ChunkStorageMetadata(
+            offsets=torch.Size([start, 0]), sizes=torch.Size([stop - start, self.dim])
+        )
+        result = torch.full((stop - start, self.dim), torch.nan)
+        num_read = 0
+        for item in create_read_items_for_chunk_list(self.key, self._tensor, [wanted]):
+            piece = self._read(item)
+            (row, column), (height, width) = item.dest_offsets, item.lengths
+            result[row : row + height, column : column + width] = piece
+            num_read += piece.numel()
+        assert num_read == result.numel(), f"{self.key}: pieces do not cover the table"
+        return result
+
+    def _read(self, item: ReadItem) -> Tensor:
+        """Rows of one stored piece; all its columns, since whole rows of the table are wanted."""
+        place = self.metadata.storage_data[item.storage_index]
+        assert not place.transform_descriptors, "checkpoints are written without compression"
+        path = Path(self.reader.path, place.relative_path)
+        (row, _), (height, width) = item.storage_offsets, item.lengths
+        try:
+            with path.open("rb") as file:
+                header = torch.load(
+                    self.reader._slice_file(file, place), map_location="meta", weights_only=True
+                )
+                assert header.is_contiguous() and header.shape[1] == width, place
+                begin = place.offset + header.untyped_storage()._checkpoint_offset
+                piece = torch.empty(height, width, dtype=header.dtype)
+                file.seek(begin + row * width * header.itemsize)
+                if file.readinto(piece.view(torch.uint8).numpy().data) != piece.nbytes:
+                    raise EOFError("the file ends early")
+        except (OSError, EOFError, RuntimeError) as error:
+            raise ValueError(
+                f"{path}: table '{self.name}' cannot be read ({error}); copy the checkpoint again "
+                "or export another one"
+            ) from error
+        return piece
+
+
+def stored_tables(folder: Path) -> dict[str, StoredTable]:
+    """The tables of a checkpoint by name."""
+    if not (folder / ".metadata").is_file():
+        raise ValueError(f"{folder}: no checkpoint; export the run of a finished training")
+    reader = SafeFileSystemReader(folder)
+    metadata = reader.read_metadata()
+    tables = {}
+    for key in metadata.state_dict_metadata:
+        if found := _TABLE_KEY.fullmatch(key):
+            tables[found[1]] = StoredTable(reader, metadata, key, found[1])
+    if not tables:
+        raise ValueError(f"{folder}: a checkpoint without tables; name one that `train` wrote")
+    return tables
+
+
+def _write(tables: list[StoredTable], path: Path) -> None:
+    dims = {table.dim for table in tables}
+    vectors = pa.list_(pa.float32(), dims.pop()) if len(dims) == 1 else pa.list_(pa.float32())
+    schema = pa.schema(
+        {"table": pa.dictionary(pa.int32(), pa.string()), "row": pa.int64(), "vector": vectors}
+    )
+    # Weights hardly ever repeat: a dictionary of them would only cost memory and time.
+    with pq.ParquetWriter(
+        path, schema, use_dictionary=["table"], write_statistics=["table", "row"]
+    ) as writer:
+        for table in tables:
+            for start, block in _blocks(table):
+                writer.write_table(_arrow_rows(table.name, start, block, schema))
+
+
+def _blocks(table: StoredTable) -> Iterator[tuple[int, Tensor]]:
+    """The first row and the vectors of each block, from the first row of the table to the last."""
+    height = max(1, BLOCK_BYTES // (4 * table.dim))
+    for start in range(0, table.num_rows, height):
+        yield start, table.rows(start, min(start + height, table.num_rows))
+
+
+def _arrow_rows(name: str, start: int, vectors: Tensor, schema: pa.Schema) -> pa.Table:
+    num_rows, dim = vectors.shape
+    values = pa.array(vectors.numpy().reshape(-1))
+    kind = schema.field("vector").type
+    if pa.types.is_fixed_size_list(kind):
+        lists = pa.FixedSizeListArray.from_arrays(values, type=kind)
+    else:
+        offsets = pa.array(np.arange(0, len(values) + 1, dim, dtype=np.int32))
+        lists = pa.ListArray.from_arrays(offsets, values, type=kind)
+    names = pa.DictionaryArray.from_arrays(
+        pa.array(np.zeros(num_rows, dtype=np.int32)), pa.array([name])
+    )
+    rows = pa.array(np.arange(start, start + num_rows))
+    return pa.table([names, rows, lists], schema=schema)

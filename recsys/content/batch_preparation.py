@@ -1,0 +1,126 @@
+"""What happens to a batch between the loader and the pipeline, in the training process.
+
+Raw ids that learn while training get their rows, long histories are searched, and it is decided
+which items this rank encodes. All ranks prepare the same number of batches together, since most
+of it needs to know of the other ranks or of the memory bank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch.distributed as dist
+
+from embeddings import MemoryBank
+from embeddings.memory_bank.routes import Routes
+from recsys.config import Config, ContentSettings
+from recsys.content.history_search import shorten_histories
+from recsys.content.item_exchange import assign_to_owners
+from recsys.content.item_sampling import sample_items
+from recsys.data.batch import Batch
+from recsys.data.items.content_store import ContentStore
+from recsys.data.negatives import NegativeSampler
+from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
+
+
+def chooses_items(content: ContentSettings | None) -> bool:
+    """Whether the items to encode are chosen here, so that the loader cannot read their content."""
+    return content is not None and (content.dedup == "global" or content.sampling.backward < 1)
+
+
+@dataclass
+class BatchPreparation:
+    """Prepares batches for the pipeline.
+
+    Args:
+        config: of the run.
+        store, bank: content of the items and their vectors, where there are any.
+        vocabularies: raw ids that learn.
+        group: the ranks, where items are chosen together.
+        negatives: of a retrieval model with a softmax loss.
+    """
+
+    config: Config
+    store: ContentStore | None
+    bank: MemoryBank | None
+    vocabularies: BoundedVocabularies
+    group: dist.ProcessGroup | None = None
+    negatives: NegativeSampler | None = None
+
+    def __post_init__(self) -> None:
+        content = self.config.content
+        self.content = content if isinstance(content, ContentSettings) else None
+
+    def __call__(
+        self, batches: Iterator[Batch], unknown: UnknownIds, first_step: int, training: bool
+    ) -> Iterator[Batch]:
+        """Batches on their way into the pipeline. A collective.
+
+        Args:
+            batches: the same number on all ranks.
+            unknown: counts ids that have no row of their own.
+            first_step: the training step that the first of them is for.
+            training: bounded vocabularies admit ids, and items are sampled.
+        """
+        waiting: Callable[[], Batch] | None = None
+        for step, batch in enumerate(batches, first_step):
+            self.vocabularies.map_batch(batch, step, training)
+            unknown.add(batch)
+            prepared = self._with_items(self._with_histories(batch), step, training)
+            prepared = self._with_negatives(prepared, step, training)
+            finish = self._with_routes(batch, prepared, training)
+            # One batch ahead, so that no rank waits here for the others.
+            if waiting is not None:
+                yield waiting()
+            waiting = finish
+        if waiting is not None:
+            yield waiting()
+
+    def _with_histories(self, batch: Batch) -> Batch:
+        has_history = len(batch.sequence_features.keys()) > 1
+        if self.content is None or not self.content.history.top_k or not has_history:
+            return batch
+        assert self.bank is not None
+        return shorten_histories(
+            batch, self.bank, self.content.history.top_k, self.config.embedding.index_dedup
+        )
+
+    def _with_items(self, batch: Batch, step: int, training: bool) -> Batch:
+        if self.content is None or not chooses_items(self.content):
+            return batch
+        assert self.store is not None
+        if self.content.dedup == "global":
+            assert self.group is not None
+            batch = assign_to_owners(batch, self.group)
+        sampling = self.content.sampling
+        if training and sampling.backward < 1:
+            batch = sample_items(batch, sampling, self._draw(step))
+        return replace(batch, content=self.store.gather(batch.content_items.numpy()))
+
+    def _with_negatives(self, batch: Batch, step: int, training: bool) -> Batch:
+        if self.negatives is None:
+            return batch
+        return self.negatives(batch, self._draw(step), training)
+
+    def _draw(self, step: int) -> tuple[int, int, int]:
+        """What a step's random choices on this rank depend on."""
+        return (self.config.seed, step, dist.get_rank(self.group))
+
+    def _with_routes(self, batch: Batch, prepared: Batch, training: bool) -> Callable[[], Batch]:
+        """Settles which rows of the bank go where, so that the step sends vectors alone."""
+        routes: Callable[[], Routes] | None = None
+        if self.bank is not None:
+            writes = prepared.content_items if training else None
+            routes = self.bank.routes(prepared.read_items, writes)
+
+        def finish() -> Batch:
+            read, write = routes() if routes is not None else (None, None)
+            ready = prepared
+            if read is not None or write is not None:
+                ready = replace(prepared, bank_reads=read, bank_writes=write)
+            # A loader that pins does so before; what was added here would be copied with a wait.
+            is_new = ready is not batch and batch.target_items.is_pinned()
+            return ready.pin_memory() if is_new else ready
+
+        return finish

@@ -1,0 +1,285 @@
+"""Outputs of the frozen part of an encoder, computed once per item and kept on disk.
+
+Layers below the lowest trained one give the same output for an item at every step, so they run
+once per item instead of once per step. All ranks share the work; those that see the same folder,
+of one machine or of several, share its files. Each call of the encoder is kept as it is done
+(`frozen_parts`), so work that was interrupted goes on where it stopped; then the parts are put
+together in a folder named by a hash of the content, of the frozen weights and of the split, so that
+it is never stale.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from recsys.content.cache.identity import encoder_key, write_about
+from recsys.content.cache.parts import Parts
+from recsys.content.cache.progress import FillProgress
+from recsys.content.cache.reuse import (
+    HASH_TYPE,
+    HASHES,
+    EarlierCache,
+    caches_of,
+    find_in,
+    row_hashes,
+)
+from recsys.content.encoders.base import CacheReport, Encoder
+from recsys.data.items.content_store import ContentStore, as_input, digest_of
+from recsys.data.items.ragged_array import RaggedArray, RowWriter
+from recsys.distributed.ranks import Ranks
+
+ITEMS_PER_CALL = 64
+SECONDS_UNTIL_VISIBLE = 120  # folders of the network show on other machines with delay
+
+
+@torch.no_grad()
+def cache_frozen_outputs(
+    store: ContentStore, name: str, encoder: Encoder, ranks: Ranks
+) -> CacheReport:
+    """Makes or finds the cached outputs of `encoder.frozen` and serves them from `store`.
+
+    A collective: all ranks call it. The encoder's frozen layers are dropped afterwards.
+
+    Raises:
+        ValueError: on every rank, when one cannot read its content.
+        RuntimeError: on every rank, when one fails otherwise. What was done is kept.
+    """
+    start = time.perf_counter()
+    fill = _Fill(store, name, encoder, ranks)
+    if not all(ranks.gather(fill.folder.exists())):
+        fill.run()
+    with ranks.all_or_none():
+        _wait_for(fill.folder)
+        store.use(name, fill.folder)
+    encoder.drop_frozen_layers()
+    files = fill.folder.glob("*.npy")
+    encoder.cache_report = CacheReport(
+        folder=fill.folder,
+        items=int((store.arrays[name].lengths > 0).sum()),
+        num_bytes=sum(path.stat().st_size for path in files),
+        encoded=sum(ranks.gather(fill.encoded)),
+        seconds=time.perf_counter() - start,
+    )
+    return encoder.cache_report
+
+
+def _wait_for(folder: Path) -> None:
+    deadline = time.monotonic() + SECONDS_UNTIL_VISIBLE
+    while not folder.exists():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{folder}: was made but does not show on this machine; give each machine a folder "
+                "of its own (setting `cache`)"
+            )
+        os.listdir(folder.parent)  # makes the network's file system look again
+        time.sleep(0.1)
+
+
+@dataclass
+class _Plan:
+    """The work on one folder, the same on all ranks that share it.
+
+    earlier: where rows already lie; calls: rows of each call of the encoder; todo: indices of the
+    calls that nobody has made yet.
+    """
+
+    earlier: list[EarlierCache]
+    calls: list[np.ndarray]
+    todo: list[int]
+
+
+class _Fill:
+    """Encodes the items of one modality and puts the cache together."""
+
+    def __init__(self, store: ContentStore, name: str, encoder: Encoder, ranks: Ranks) -> None:
+        self.name, self.encoder, self.ranks = name, encoder, ranks
+        self.modality = store.modalities[name]
+        self.source, self.content = store.arrays[name], store.folders[name].name
+        self.key = encoder_key(encoder)
+        self.cache = store.cache
+        self.folder = store.cache / f"frozen-{name}-{digest_of(self.content, self.key)}"
+        self.parts = Parts(store.cache / f".{self.folder.name}.parts")
+        self.rows = np.flatnonzero(self.source.lengths > 0)
+        self.hashes = np.zeros(len(self.source), HASH_TYPE)
+        self.encoded = 0
+
+    def run(self) -> None:
+        """A collective."""
+        ranks = self.ranks
+        self.encoder.to(ranks.device).eval()
+        with ranks.all_or_none():
+            mine = row_hashes(self.source, np.array_split(self.rows, ranks.world_size)[ranks.rank])
+        self.hashes[self.rows] = np.concatenate(ranks.gather(mine))
+        mark = self._mark_machine()
+        marks = [other for other in ranks.gather(mark) if other is not None]
+        try:
+            sharers = self._ranks_that_share(marks)
+            plan = self._plan(sharers)
+            with ranks.all_or_none():
+                self._encode_share(plan, sharers, failed=self.parts.folder / f".failed-{marks[0]}")
+            with ranks.all_or_none():
+                if ranks.rank == sharers[0] and not self.folder.exists():
+                    with self._unless_another_job_was_faster():
+                        self._put_together(plan)
+            if ranks.rank == sharers[0]:
+                shutil.rmtree(self.parts.folder, ignore_errors=True)
+        finally:
+            if mark is not None:
+                (self.parts.folder / mark).unlink(missing_ok=True)
+                (self.parts.folder / f".failed-{marks[0]}").unlink(missing_ok=True)
+
+    @contextmanager
+    def _unless_another_job_was_faster(self) -> Iterator[None]:
+        """A job that has put the cache together removes the parts, also under the hands of others.
+
+        What they miss then they need no more.
+        """
+        try:
+            yield
+        except OSError:
+            if not self.folder.exists():
+                raise
+
+    def _mark_machine(self) -> str | None:
+        """A file by which other machines see whether they share the folder."""
+        mark = f".machine-{uuid.uuid4().hex}" if self.ranks.is_first_of_machine else None
+        with self.ranks.all_or_none():
+            if mark is not None:
+                self.parts.folder.mkdir(parents=True, exist_ok=True)
+                with self._unless_another_job_was_faster():
+                    (self.parts.folder / mark).touch()
+        return mark
+
+    def _ranks_that_share(self, marks: list[str]) -> list[int]:
+        """The ranks whose folder is this rank's, itself among them."""
+        seen = [mark for mark in marks if (self.parts.folder / mark).exists()]
+        return [rank for rank, others in enumerate(self.ranks.gather(seen)) if others == seen]
+
+    def _plan(self, sharers: list[int]) -> _Plan:
+        """What is to do, as the first of the sharers finds it."""
+        names: list[str] | None = None
+        todo: list[int] | None = None
+        with self.ranks.all_or_none():
+            if self.ranks.rank == sharers[0]:
+                names = caches_of(self.cache, self.key)
+                earlier = find_in(self.cache, names, self.hashes)
+                calls = self._calls(earlier)
+                todo = self._not_done(calls)
+        names, todo = self.ranks.gather((names, todo))[sharers[0]]
+        assert names is not None and todo is not None
+        with self.ranks.all_or_none():
+            earlier = find_in(self.cache, names, self.hashes)
+            calls = self._calls(earlier)
+        return _Plan(earlier, calls, todo)
+
+    def _calls(self, earlier: list[EarlierCache]) -> list[np.ndarray]:
+        """The rows that no earlier cache has, of like length together."""
+        missing = np.zeros(len(self.source), bool)
+        missing[self.rows] = True
+        for cache in earlier:
+            missing[cache.rows] = False
+        rows = np.flatnonzero(missing)
+        rows = rows[np.argsort(self.source.lengths[rows], kind="stable")]
+        return [rows[at : at + ITEMS_PER_CALL] for at in range(0, len(rows), ITEMS_PER_CALL)]
+
+    def _not_done(self, calls: list[np.ndarray]) -> list[int]:
+        if self.folder.exists():
+            return []
+        names = [self._name_of(call) for call in calls]
+        whole = set(self.parts.remove_damaged(names))
+        return [index for index, name in enumerate(names) if name not in whole]
+
+    def _name_of(self, call: np.ndarray) -> str:
+        return self.parts.name_of(self.hashes[call])
+
+    def _encode_share(self, plan: _Plan, sharers: list[int], failed: Path) -> None:
+        todo = [plan.calls[index] for index in plan.todo]
+        share = todo[sharers.index(self.ranks.rank) :: len(sharers)]
+        total, items = (sum(map(len, calls)) for calls in (todo, share))
+        if self.ranks.is_first and total:
+            print(self._announcement(plan, total), flush=True)
+        # In an order of its own: so several jobs on one folder help each other, and the rate at
+        # any time is that of short and long texts together.
+        np.random.default_rng().shuffle(share)
+        progress = FillProgress(self.name, total, items, shown=self.ranks.is_first)
+        with closing(progress):
+            try:
+                with self._unless_another_job_was_faster():
+                    for call in share:
+                        if failed.exists() or self.folder.exists():
+                            return  # another rank fails, or another job has finished all
+                        self._encode(call)
+                        progress.add(len(call))
+            except Exception:
+                with suppress(OSError):
+                    failed.touch()
+                raise
+
+    def _announcement(self, plan: _Plan, total: int) -> str:
+        earlier = sum(len(cache.rows) for cache in plan.earlier)
+        kept = len(self.rows) - earlier - total
+        known = [f"{kept:,} were done before"] if kept else []
+        known += [f"{earlier:,} are in an earlier cache"] if earlier else []
+        return (
+            f"encoding '{self.name}' of {total:,} items once, into {self.folder}"
+            f"{''.join(f'; {text}' for text in known)}"
+        )
+
+    def _encode(self, call: np.ndarray) -> None:
+        name = self._name_of(call)
+        if self.parts.holds(name):
+            return  # another job was faster
+        content = as_input(self.modality, *self.source.gather(call))
+        output = self.encoder.frozen_outputs(content.to(self.ranks.device))
+        lengths = output.mask.sum(dim=1).cpu().numpy()
+        self.parts.write(name, lengths, output.values[output.mask].cpu().numpy())
+        self.encoded += len(call)
+
+    def _put_together(self, plan: _Plan) -> None:
+        """The cache, from earlier ones and parts; it appears whole or not at all."""
+        temporary = Path(tempfile.mkdtemp(prefix=".frozen-", dir=self.cache))
+        try:
+            lengths = np.zeros(len(self.source), np.int64)
+            for cache in plan.earlier:
+                lengths[cache.rows] = RaggedArray(cache.folder).lengths[cache.places]
+            for call in plan.calls:
+                lengths[call] = self.parts.read_lengths(self._name_of(call))
+            shape = (self.encoder.frozen_dim,)
+            with closing(RowWriter(temporary, lengths, shape, "float32")) as writer:
+                for rows, values in self._outputs(plan):
+                    writer.write(rows, values)
+            np.save(temporary / HASHES, self.hashes)
+            write_about(
+                temporary,
+                self.key,
+                self.content,
+                self.encoder,
+                self.modality,
+                items=len(self.rows),
+                tokens=int(lengths.sum()),
+                width=self.encoder.frozen_dim,
+            )
+            temporary.rename(self.folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _outputs(self, plan: _Plan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(rows, their tokens one after the other), all of the cache."""
+        for cache in plan.earlier:
+            array = RaggedArray(cache.folder)
+            for at in range(0, len(cache.rows), ITEMS_PER_CALL):
+                values, mask = array.gather(cache.places[at : at + ITEMS_PER_CALL])
+                yield cache.rows[at : at + ITEMS_PER_CALL], values[mask]
+        for call in plan.calls:
+            yield call, self.parts.read(self._name_of(call))[1]

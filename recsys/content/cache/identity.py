@@ -1,0 +1,48 @@
+"""What decides on the outputs of the frozen part of an encoder: the name of its cache."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recsys.config import ModalitySettings
+from recsys.content.cache.reuse import ABOUT
+from recsys.content.encoders.base import Encoder
+from recsys.content.encoders.frozen_groups import ITEMS_PER_GROUP, SHORT_LENGTHS
+from recsys.content.encoders.identity import weights_digest
+from recsys.data.items.item_table import digest_of
+
+
+def encoder_key(encoder: Encoder) -> str:
+    """A hash of frozen weights, settings and the shapes they are run in; not of adapters."""
+    shapes = (ITEMS_PER_GROUP, SHORT_LENGTHS, encoder.max_length)
+    weights = weights_digest(encoder, leave_out=encoder.rewritten)
+    return digest_of(weights, encoder.frozen_settings(), shapes)
+
+
+def write_about(
+    folder: Path, key: str, content: str, encoder: Encoder, modality: ModalitySettings, **more: Any
+) -> None:
+    """`about.json`: for people, and for later caches of the same encoder."""
+    layers = encoder.frozen_layers
+    identity = encoder.identity
+    about = {
+        "encoder": modality.encoder or modality.module,
+        "revision": modality.revision if identity is None else identity.revision,
+        "layers": layers,
+        "pooling": modality.pooling if layers == "all" else "none",
+        "encoder_key": key,
+        "content": content,
+        "dtype": "float32",
+        **more,
+        "device": str(next((part.device for part in encoder.parameters()), "cpu")),
+        "versions": {
+            "recsys-em3": importlib.metadata.version("recsys-em3"),
+            "torch": torch.__version__,
+        },
+    }
+    (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n")

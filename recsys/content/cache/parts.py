@@ -1,0 +1,99 @@
+"""What a cache in the making consists of: one file per call of the encoder, each whole or absent.
+
+A file gets its name when it is complete, and ends with a checksum, so that neither a process that
+was killed nor a machine that lost power leaves a half-written one that passes for done. Files are
+named by the content of their items: whoever makes one, of whatever job or machine, makes the same,
+and nobody writes into the file of another.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+from recsys.data.items.item_table import digest_of
+
+CHECKSUM_BYTES = 4
+
+
+class Parts:
+    """The folder of such files.
+
+    Example::
+
+        parts = Parts(folder)
+        name = parts.name_of(hashes[rows])
+        if not parts.holds(name):
+            parts.write(name, lengths, values)
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @staticmethod
+    def name_of(hashes: np.ndarray) -> str:
+        """The name of a call, from the hashes of its items."""
+        return digest_of(hashes.tobytes())
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.part"
+
+    def holds(self, name: str) -> bool:
+        """Whether some process has finished this call."""
+        return self._path(name).exists()
+
+    def write(
+        self,
+        name: str,
+        lengths: np.ndarray,  # [n] number of tokens of each item
+        values: np.ndarray,  # [sum of lengths, D]
+    ) -> None:
+        """Keeps the outputs of one call."""
+        buffer = BytesIO()
+        np.save(buffer, lengths)
+        np.save(buffer, values)
+        content = buffer.getbuffer()
+        partial = self.folder / f".{name}.{uuid.uuid4().hex}"
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.write(_checksum(content))
+        os.replace(partial, self._path(name))
+
+    def read(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(lengths, values) as they were written.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        content = memoryview(self._path(name).read_bytes())
+        kept = content[:-CHECKSUM_BYTES]
+        if _checksum(kept) != content[-CHECKSUM_BYTES:]:
+            raise ValueError(f"{self._path(name)}: damaged; remove it, it is made again")
+        buffer = BytesIO(kept)
+        return np.load(buffer, allow_pickle=False), np.load(buffer, allow_pickle=False)
+
+    def read_lengths(self, name: str) -> np.ndarray:
+        """The lengths alone."""
+        with open(self._path(name), "rb") as file:
+            return np.load(file, allow_pickle=False)
+
+    def remove_damaged(self, names: list[str]) -> list[str]:
+        """Reads those of `names` that are there, and returns the ones that were whole."""
+        whole = []
+        for name in names:
+            if self.holds(name):
+                try:
+                    self.read(name)
+                    whole.append(name)
+                except ValueError:
+                    self._path(name).unlink(missing_ok=True)
+        return whole
+
+
+def _checksum(content: memoryview) -> bytes:
+    return zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "little")

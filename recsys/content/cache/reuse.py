@@ -1,0 +1,81 @@
+"""Outputs that an earlier cache of the same frozen layers already holds, found by item content.
+
+When a few items of a catalogue change, the cache gets another name, since it is named by all of
+its content; but only the changed items need the encoder. Each cache keeps a hash per item for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from recsys.data.items.ragged_array import RaggedArray
+
+HASHES = "hashes.npy"
+ABOUT = "about.json"
+HASH_TYPE = "S16"  # an item without content has the empty one
+ROWS_PER_READ = 256
+
+
+def row_hashes(
+    array: RaggedArray,
+    rows: np.ndarray,  # [n]
+) -> np.ndarray:  # [n]
+    """A hash of the content of each row."""
+    hashes = np.zeros(len(rows), HASH_TYPE)
+    for start in range(0, len(rows), ROWS_PER_READ):
+        chunk = rows[start : start + ROWS_PER_READ]
+        values, mask = array.gather(chunk)
+        for place, (content, known) in enumerate(zip(values, mask, strict=True)):
+            digest = hashlib.blake2b(content[known].tobytes(), digest_size=16).digest()
+            hashes[start + place] = digest
+    return hashes
+
+
+@dataclass
+class EarlierCache:
+    """A finished cache and where in it some rows of the new one are found.
+
+    rows: of the new cache; places: rows of the earlier one with the same content.
+    """
+
+    folder: Path
+    rows: np.ndarray
+    places: np.ndarray
+
+
+def caches_of(cache: Path, encoder_key: str) -> list[str]:
+    """Names of the usable caches of an encoder, the newest first."""
+    found = []
+    for about in cache.glob(f"frozen-*/{ABOUT}"):
+        try:
+            if json.loads(about.read_text())["encoder_key"] == encoder_key:
+                hashes = np.load(about.parent / HASHES, allow_pickle=False)
+                if len(hashes) == len(RaggedArray(about.parent)) > 0:
+                    found.append((about.stat().st_mtime_ns, about.parent.name))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged, or being removed: to encode again is always right
+    return [name for _, name in sorted(found, reverse=True)]
+
+
+def find_in(
+    cache: Path,
+    names: list[str],
+    hashes: np.ndarray,  # [N], of all rows of the new cache
+) -> list[EarlierCache]:
+    """Where rows of the new cache lie in earlier ones; each row at most once."""
+    found = []
+    missing = np.flatnonzero(hashes != b"")
+    for name in names:
+        known = np.load(cache / name / HASHES, allow_pickle=False)
+        order = np.argsort(known, kind="stable")
+        place = np.searchsorted(known, hashes[missing], sorter=order).clip(max=len(known) - 1)
+        same = known[order[place]] == hashes[missing]
+        if same.any():
+            found.append(EarlierCache(cache / name, missing[same], order[place[same]]))
+        missing = missing[~same]
+    return found

@@ -1,0 +1,97 @@
+"""Which encoder a run was trained with: its revision, its weights, how its input is prepared.
+
+Frozen weights are in no checkpoint, so a run is only what it was as long as its encoders are. A
+run's folder keeps their identities (`encoders.json`), and going on or predicting with others is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from recsys.data.items.item_table import digest_of
+
+FILE = "encoders.json"
+# What tokenizers tell apart: case, accents, scripts, numbers, punctuation, unknown signs.
+SAMPLE_TEXT = "The quick Brown fox, naïve café №1234! 你好 Привет 🙂 re-use\tend."
+
+
+@dataclass(frozen=True)
+class EncoderIdentity:
+    """An encoder as it was loaded.
+
+    Attributes:
+        name: as the configuration has it.
+        revision: commit of the hub repository; None where it does not come from the hub.
+        weights: a hash of all of them.
+        preparation: a hash of the tokenizer, or of what is done to pixels.
+    """
+
+    name: str
+    revision: str | None
+    weights: str
+    preparation: str
+
+
+def weights_digest(module: nn.Module, leave_out: Container[str] = ()) -> str:
+    """A hash of all weights but those of adapters, which start anew in each run."""
+    parts: list[Any] = []
+    for name, tensor in module.state_dict().items():
+        if "lora_" not in name and name not in leave_out:
+            # A frozen layer is called base_layer once an adapter stands beside it.
+            values = tensor.detach().cpu().contiguous()
+            parts += [name.replace(".base_layer", ""), memoryview(values.numpy().tobytes())]
+    return digest_of(*parts)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A hash of what a tokenizer does, whatever version of its library wrote its files."""
+    ids = tokenizer(SAMPLE_TEXT)["input_ids"]
+    return digest_of(sorted(tokenizer.get_vocab().items()), ids)
+
+
+def write_identities(identities: dict[str, EncoderIdentity], run: Path) -> None:
+    """Keeps the identities of a run's encoders, by modality."""
+    plain = {name: asdict(identity) for name, identity in identities.items()}
+    (run / FILE).write_text(json.dumps(plain, indent=1) + "\n")
+
+
+def check_identities(identities: dict[str, EncoderIdentity], run: Path) -> None:
+    """Refuses encoders that are not those of the run.
+
+    Raises:
+        ValueError: names the modality, what differs and both revisions.
+    """
+    file = run / FILE
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; it says which encoders the run was trained with")
+    trained = json.loads(file.read_text())
+    for name, identity in identities.items():
+        before = EncoderIdentity(**trained[name])
+        differing = [
+            part for part in ("weights", "preparation")
+            if getattr(before, part) != getattr(identity, part)
+        ]  # fmt: skip
+        if differing:
+            raise ValueError(
+                f"{file}: the run was trained with encoder {_told(before)} for "
+                f"content.modalities.{name}; now it is {_told(identity)}, of other "
+                f"{' and '.join(differing)}. {_mend(name, before)}"
+            )
+
+
+def _told(identity: EncoderIdentity) -> str:
+    revision = f" at revision {identity.revision}" if identity.revision else ""
+    return f"'{identity.name}'{revision} (weights {identity.weights[:8]})"
+
+
+def _mend(name: str, before: EncoderIdentity) -> str:
+    if before.revision:
+        return f"Set content.modalities.{name}.revision to {before.revision}, or train anew"
+    return "Bring its files back, or train anew"

@@ -1,0 +1,46 @@
+"""How the hidden states of an encoder become the tokens of an item.
+
+Shapes: U unique items, T tokens, D width of the encoder.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from recsys.data.batch import ContentInput
+
+Pooling = Literal["mean", "cls", "last", "none", "projected"]
+
+
+def mean_token(
+    tokens: Tensor,  # [U, T, D]
+    mask: Tensor,  # [U, T]
+) -> Tensor:  # [U, D], zero for an item without tokens
+    """The mean of the tokens that are there."""
+    weights = mask.to(tokens.dtype).unsqueeze(-1)
+    return (tokens * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+def last_place(mask: Tensor) -> Tensor:  # [U, T] -> [U]
+    """Where the last token is; 0 for an item without tokens."""
+    return (mask.sum(dim=1) - 1).clamp(min=0)
+
+
+def pool(
+    hidden: Tensor,  # [U, T, D]
+    mask: Tensor,  # [U, T]
+    pooling: Pooling,
+) -> ContentInput:
+    """All tokens (`none`), or one: the first (`cls`), the last, or the mean of all."""
+    if pooling == "none":
+        return ContentInput(hidden, mask)
+    if pooling == "cls":
+        token = hidden[:, 0]
+    elif pooling == "last":
+        token = hidden[torch.arange(len(hidden), device=hidden.device), last_place(mask)]
+    else:
+        token = mean_token(hidden, mask)
+    return ContentInput(token.unsqueeze(1), mask.any(dim=1, keepdim=True))

@@ -1,0 +1,75 @@
+"""Stored features of items, `list<float>` or `list<list<float>>`, as tokens of one width.
+
+Shapes: n rows of a chunk, T tokens of them, W values of a token.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from recsys.data.parquet.bad_rows import Report
+from recsys.data.parquet.values import is_list, list_lengths
+
+
+def feature_tokens(chunk: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
+    """(tokens of each row [n], all tokens as lists of floats).
+
+    A list of floats is one token, a list of lists as many as it holds; null and empty are none.
+
+    Raises:
+        ValueError: the column has another type; `where` names file and column.
+    """
+    kind = chunk.type
+    is_nested = is_list(kind) and is_list(kind.value_type)
+    value = kind.value_type if is_list(kind) else kind
+    value = value.value_type if is_nested else value
+    if not is_list(kind) or not pa.types.is_floating(value):
+        raise ValueError(f"{where} has type {kind}, expected list<float> or list<list<float>>")
+    lengths = list_lengths(chunk)
+    if is_nested:
+        return lengths, chunk.flatten()
+    return (lengths > 0).astype(np.int64), chunk.filter(pa.array(lengths > 0))
+
+
+def usable_features(
+    lengths: np.ndarray,  # [n], tokens of each row
+    tokens: pa.Array,  # [T], lists of floats
+    width: int,
+    report: Report,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as (tokens of each [n], values float32 [T, W]); a row that was reported has none."""
+    row_of = np.repeat(np.arange(len(lengths)), lengths)
+    widths = list_lengths(tokens)
+    bad = _rows_with(widths != width, row_of, len(lengths))
+    wrong_width = widths[(widths != width).argmax()] if bad.any() else width
+    report(
+        bad,
+        f"a feature of other than {width} values",
+        lambda row: (
+            f"a feature has {wrong_width} values, earlier ones have {width}; write all of "
+            "one width, or null for an item without"
+        ),
+    )
+    kept = ~bad[row_of]
+    row_of, tokens = row_of[kept], tokens.filter(pa.array(kept))
+    with np.errstate(over="ignore"):  # a double beyond float32 becomes infinite, and is refused
+        flat = tokens.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    values = flat.reshape(len(tokens), width)
+    not_finite = _rows_with(~np.isfinite(values).all(axis=1), row_of, len(lengths))
+    report(
+        not_finite,
+        "a feature with a value that is null or not finite",
+        lambda row: (
+            "a feature has a value that is null or not finite; write null for an item without"
+        ),
+    )
+    kept = ~not_finite[row_of]
+    return np.bincount(row_of[kept], minlength=len(lengths)), values[kept]
+
+
+def _rows_with(bad_token: np.ndarray, row_of: np.ndarray, num_rows: int) -> np.ndarray:
+    """Which rows have a bad token: bool [n]."""
+    bad = np.zeros(num_rows, bool)
+    bad[row_of[bad_token]] = True
+    return bad

@@ -1,0 +1,78 @@
+"""Images of items -> pixels: one image, or a list of images or frames, per row.
+
+Shapes: n rows of a chunk, S side of an image.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import pyarrow as pa
+
+from recsys.data.items.images import ImagePreparation, decode_image
+from recsys.data.parquet.bad_rows import Report
+from recsys.data.parquet.values import is_list, list_lengths
+
+
+def decoded_images(
+    chunk: pa.Array,
+    size: int,
+    max_images: int,
+    preparation: ImagePreparation,
+    where: str,
+    report: Report,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """The first `max_images` images of each row; one that was reported is left out.
+
+    Args:
+        chunk: encoded images, one or a list of them per row; null is none.
+        size: side of the square.
+        max_images: the most per row.
+        preparation: of the encoder.
+        where: file and column, for messages.
+        report: takes note of rows with an image that cannot be read.
+
+    Returns:
+        number of images of each row [n], their pixels uint8 [sum, 3, S, S], and how many rows had
+        more images.
+
+    Raises:
+        ValueError: the column has another type.
+    """
+    _check_type(chunk.type, where)
+    several = is_list(chunk.type)
+    lengths = np.zeros(len(chunk), np.int64)
+    counts = list_lengths(chunk).clip(max=max_images) if several else np.ones(len(chunk))
+    pixels = np.empty((int(counts.sum()), 3, size, size), np.uint8)
+    causes: dict[int, list[str]] = defaultdict(list)
+    cut = 0
+    for row, value in enumerate(chunk):
+        encoded = [image for image in _images(value, several) if image.is_valid]
+        cut += several and len(encoded) > max_images
+        for place, image in enumerate(encoded[:max_images]):
+            try:
+                pixels[lengths.sum()] = decode_image(
+                    image.as_py(),
+                    size,
+                    f"image {place} of its {len(encoded)}" if several else "",
+                    preparation,
+                )
+                lengths[row] += 1
+            except ValueError as error:
+                causes[row].append(str(error))
+    bad = np.isin(np.arange(len(chunk)), list(causes))
+    report(bad, "unreadable image", lambda row: "; ".join(causes[row]))
+    return lengths, pixels[: lengths.sum()], cut
+
+
+def _images(value: pa.Scalar, several: bool) -> list[pa.Scalar]:
+    if not value.is_valid:
+        return []
+    return list(value.values) if several else [value]
+
+
+def _check_type(kind: pa.DataType, where: str) -> None:
+    image = kind.value_type if is_list(kind) else kind
+    if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
+        raise ValueError(f"{where} has type {kind}, expected binary or list<binary>")

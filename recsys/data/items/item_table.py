@@ -1,0 +1,215 @@
+"""The items' Parquet files: one row per item, its id checked, its columns read chunk by chunk.
+
+They are read when content is tokenised or decoded, once per machine, never in a training step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from embeddings.vocabulary.fixed import ExactVocabulary, is_id_type
+from recsys.data.filesystem import Location
+from recsys.data.parquet.bad_rows import BadRows, OnBadRow
+from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
+from recsys.data.schema import Schema
+
+ROWS_PER_CHUNK = 256  # items held in memory at once, as encoded images of all would not fit
+
+Chunk = tuple[Location, int, pa.Array]  # file, first row in the file, values
+
+
+def digest_of(*parts: Any) -> str:
+    """A hash of bytes-like and printable parts."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part if isinstance(part, bytes | memoryview) else repr(part).encode())
+    return digest.hexdigest()
+
+
+class ItemTable:
+    """The items' Parquet files: one row per item, ids checked.
+
+    Attributes:
+        ids: int64 [N], of the items that can be used.
+        rows: int64 [N], their places among the rows of all files.
+        num_rows: of all files.
+        bad_rows: what was found wrong and skipped.
+
+    Raises:
+        ValueError: no file, a missing column, a wrong type; an id that is null, occurs twice or
+            lies outside the target item's table, unless `on_bad_row` is skip.
+    """
+
+    def __init__(self, root: Location, schema: Schema, on_bad_row: OnBadRow = "error") -> None:
+        if schema.items is None:
+            raise ValueError(
+                f"{root}/schema.yaml: a model with content needs `items` with their columns; add "
+                "them or set `content: none`"
+            )
+        self.root, self.schema, self.items = root, schema, schema.items
+        self.folder = root / "items"
+        self.files = self.folder.files(".parquet")
+        if not self.files:
+            raise ValueError(f"{self.folder}: no *.parquet files; write one row per item there")
+        self.bad_rows = BadRows(on_bad_row)
+        self._read_ids()
+
+    def _read_ids(self) -> None:
+        ids, rows, chunks, place = [], [], [], 0
+        for file, first_row, chunk in self.chunks(self.items.id):
+            found = self._rows_of_ids(file, chunk)
+            usable = self._usable_rows(file, first_row, chunk, found)
+            ids.append(found[usable].astype(np.int64))
+            rows.append(place + usable)
+            chunks.append((file, first_row, place))
+            place += len(chunk)
+        if not place:
+            raise ValueError(f"{self.folder}: its files have no rows; write one row per item")
+        self.ids, self.rows, self.num_rows = np.concatenate(ids), np.concatenate(rows), place
+        if not len(self.ids):
+            raise ValueError(f"{self.folder}: no id in column '{self.items.id}' can be used")
+        self._leave_out_repeated(chunks)
+
+    def _rows_of_ids(self, file: Location, chunk: pa.Array) -> np.ndarray:
+        """The row in the target item's table of each id; anything for null, -1 for unknown ids."""
+        name, target = self.items.id, self.schema.target_item
+        is_raw = self.schema.vocabulary_of(target) is not None
+        if not (is_id_type(chunk.type) if is_raw else pa.types.is_integer(chunk.type)):
+            wanted = "integer or string" if is_raw else "integer"
+            raise ValueError(
+                f"{file}: column '{name}' has type {chunk.type}, expected {wanted}; write it so"
+            )
+        if not is_raw:
+            # As they were written, since a large unsigned one would turn negative.
+            return chunk.fill_null(0).to_numpy(zero_copy_only=False)
+        vocabulary = self.schema.vocabularies[target]
+        find = vocabulary.find if isinstance(vocabulary, ExactVocabulary) else vocabulary.rows_of
+        rows = np.zeros(len(chunk), np.int64)
+        try:
+            rows[chunk.is_valid().to_numpy(zero_copy_only=False)] = find(chunk.drop_null()).ravel()
+        except ValueError as error:
+            raise ValueError(f"{file}: column '{name}': {error}") from error
+        return rows
+
+    def _usable_rows(
+        self, file: Location, first_row: int, chunk: pa.Array, found: np.ndarray
+    ) -> np.ndarray:
+        """Which values of a chunk of ids have a row, `found`, in the target item's table."""
+        name, limit, target = self.items.id, self.schema.num_items, self.schema.target_item
+        null = chunk.is_null().to_numpy(zero_copy_only=False)
+        outside = ~null & ((found < 0) | (found >= limit))
+        self.bad_rows.add(
+            file, name, first_row, null, "null", lambda row: "null; every item needs an id"
+        )
+        if self.schema.vocabulary_of(target) is None:
+            reason = f"id outside [0, {limit})"
+            mend = f"raise num_embeddings of '{target}' in schema.yaml or remove the item"
+        else:
+            reason = f"id not in the vocabulary of '{target}'"
+            mend = "run `recsys prepare vocabulary` again"
+        self.bad_rows.add(
+            file,
+            name,
+            first_row,
+            outside,
+            reason,
+            lambda row: f"id {chunk[row].as_py()} is {reason.removeprefix('id ')}; {mend}",
+        )
+        return np.flatnonzero(~null & ~outside)
+
+    def _leave_out_repeated(self, chunks: list[tuple[Location, int, int]]) -> None:
+        """Keeps the first row of each item; chunks are (file, first row in it, first place)."""
+        again = np.ones(len(self.ids), bool)
+        again[np.unique(self.ids, return_index=True)[1]] = False
+        repeated = np.full(self.num_rows, -1)
+        repeated[self.rows[again]] = self.ids[again]
+        stops = [place for _, _, place in chunks[1:]]
+        for (file, first_row, _), ids in zip(chunks, np.split(repeated, stops), strict=True):
+            message = partial(self._has_a_row, ids)
+            reason = "a second row of an item"
+            self.bad_rows.add(file, self.items.id, first_row, ids >= 0, reason, message)
+        self.ids, self.rows = self.ids[~again], self.rows[~again]
+
+    def _has_a_row(self, ids: np.ndarray, row: int) -> str:
+        vocabulary = self.schema.vocabulary_of(self.schema.target_item)
+        if vocabulary is None:
+            return f"item {ids[row]} has a row already; keep one row per item"
+        if vocabulary.kind == "exact":
+            return "this item has a row already; keep one row per item"
+        return (
+            "another item has this item's hash, and content is kept by hash; choose a vocabulary "
+            "of kind exact, or raise num_embeddings"
+        )
+
+    def chunks(self, name: str) -> Iterator[Chunk]:
+        """A column in order, `ROWS_PER_CHUNK` values at a time.
+
+        Raises:
+            ValueError: a file cannot be read, or lacks the column.
+        """
+        for file in self.files:
+            with open_parquet(file, streaming=True) as parquet:
+                column_type(parquet, file, name)
+                batches = parquet.iter_batches(ROWS_PER_CHUNK, columns=[name])
+                row = 0
+                while (chunk := _next_chunk(batches, file, name, row)) is not None:
+                    yield file, row, chunk
+                    row += len(chunk)
+                if row != parquet.metadata.num_rows:
+                    raise ValueError(
+                        f"{file}: column '{name}' has {row} values for {parquet.metadata.num_rows} "
+                        "rows; write the file again"
+                    )
+
+    def places_of(self, ids: np.ndarray, file: Location) -> np.ndarray:  # [n] -> [n]
+        """The row among all files of each of these ids, which are as in the items' files.
+
+        -1 for an id that no item has. `file` is where they are from, for messages.
+
+        Raises:
+            ValueError: they are of another type, or occur twice.
+        """
+        found = self._rows_of_ids(file, pa.array(ids))
+        order = np.argsort(self.ids)
+        at = np.searchsorted(self.ids[order], found).clip(max=len(order) - 1)
+        has_item = self.ids[order][at] == found
+        known, counts = np.unique(found[has_item], return_counts=True)
+        if (counts > 1).any():
+            twice = ids[found == known[counts > 1][0]][0]
+            raise ValueError(f"{file}: id {twice} has two rows; keep one row per item")
+        return np.where(has_item, self.rows[order][at], -1)
+
+    def fingerprint(self, name: str) -> str:
+        """A hash of a column's content and of the ids it belongs to."""
+        buffers: list[Any] = [self.ids.tobytes(), self.rows.tobytes()]
+        for _, _, chunk in self.chunks(name):
+            # A slice would share the buffers of its parent, so hash what it holds itself.
+            compact = pa.concat_arrays([chunk])
+            buffers += [len(compact), *(memoryview(part) for part in compact.buffers() if part)]
+        return digest_of(*buffers)
+
+
+def _next_chunk(
+    batches: Iterator[pa.RecordBatch], file: Location, name: str, row: int
+) -> pa.Array | None:
+    """The next values, of a type without dictionary or views; None at the end."""
+    try:
+        batch = next(batches, None)
+    except READ_ERRORS as error:
+        raise ValueError(
+            f"{file}: column '{name}' cannot be read from row {row} on ({error}); write the file "
+            "again"
+        ) from error
+    if batch is None:
+        return None
+    values = batch.column(name)
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    plain = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    return values.cast(plain.get(values.type, values.type))

@@ -1,0 +1,141 @@
+"""Impressions as numpy arrays, out of which the rows of a batch are copied by their places.
+
+A window of rows is decoded once and stays in the order of its files; each batch takes the rows that
+the shuffle deals to it. So no window is ever copied as a whole, and what a batch holds is its own.
+
+Shapes: R rows, N values of all lists of a column, n rows taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from recsys.data.parquet.values import is_list, list_lengths, one_chunk
+
+
+@dataclass(frozen=True)
+class ListColumns:
+    """Columns whose lists are equally long in each row, as those beside a history are.
+
+    offsets: int64 [R + 1], where each row's values begin.
+    values: [N] of each column.
+    """
+
+    offsets: np.ndarray
+    values: dict[str, np.ndarray]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [R]."""
+        return np.diff(self.offsets)
+
+    def take(self, rows: np.ndarray) -> ListColumns:
+        """The lists of some rows [n]."""
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
+        ends = np.cumsum(lengths)
+        places = np.repeat(starts - ends + lengths, lengths)
+        places += np.arange(len(places))
+        offsets = np.concatenate([[0], ends])
+        return ListColumns(offsets, {name: of.take(places) for name, of in self.values.items()})
+
+    @staticmethod
+    def concat(parts: Sequence[ListColumns]) -> ListColumns:
+        """The rows of all parts, one after the other."""
+        lengths = np.concatenate([part.lengths for part in parts])
+        values = {
+            name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values
+        }
+        return ListColumns(np.concatenate([[0], np.cumsum(lengths)]), values)
+
+
+@dataclass(frozen=True)
+class RowColumns:
+    """R impressions.
+
+    numbers: [R] of each column that has one value per row.
+    lists: the other columns, those of equal lengths together.
+
+    Example::
+
+        columns = RowColumns.of(pa.table({"user": [7, 8], "history": [[1, 2], [3]]}))
+        columns.take(np.array([1])).values("history")  # [3]
+    """
+
+    numbers: dict[str, np.ndarray]
+    lists: tuple[ListColumns, ...]
+
+    @staticmethod
+    def of(table: pa.Table) -> RowColumns:
+        """A table with canonical types (`recsys.data.parquet.values`); its memory is shared."""
+        numbers: dict[str, np.ndarray] = {}
+        lists: list[ListColumns] = []
+        for name in table.column_names:
+            array = one_chunk(table[name])
+            if is_list(array.type):
+                _add_lists(lists, name, array)
+            else:
+                numbers[name] = array.to_numpy(zero_copy_only=False)
+        return RowColumns(numbers, tuple(lists))
+
+    @property
+    def num_rows(self) -> int:
+        return len(next(iter(self.numbers.values())))
+
+    def values(self, name: str) -> np.ndarray:
+        """Values of all lists of a column, [N]."""
+        return self._holder(name).values[name]
+
+    def lengths(self, name: str) -> np.ndarray:
+        """Lengths of a column's lists, int64 [R]; 1 each for a column of numbers."""
+        if name in self.numbers:
+            return np.ones(self.num_rows, np.int64)
+        return self._holder(name).lengths
+
+    def _holder(self, name: str) -> ListColumns:
+        return next(columns for columns in self.lists if name in columns.values)
+
+    def take(self, rows: np.ndarray) -> RowColumns:
+        """Copies of some rows [n], in that order."""
+        return RowColumns(
+            {name: values.take(rows) for name, values in self.numbers.items()},
+            tuple(columns.take(rows) for columns in self.lists),
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[RowColumns]) -> RowColumns:
+        """The rows of all parts, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        # Columns that are equally long in one part may differ in another, so each stands alone.
+        alone = [part._lists_alone() for part in parts]
+        return RowColumns(
+            {
+                name: np.concatenate([part.numbers[name] for part in parts])
+                for name in parts[0].numbers
+            },
+            tuple(ListColumns.concat([part[name] for part in alone]) for name in alone[0]),
+        )
+
+    def _lists_alone(self) -> dict[str, ListColumns]:
+        return {
+            name: ListColumns(columns.offsets, {name: values})
+            for columns in self.lists
+            for name, values in columns.values.items()
+        }
+
+
+def _add_lists(lists: list[ListColumns], name: str, array: pa.Array) -> None:
+    """Adds a column, to those that are as long if there are any."""
+    # flatten leaves out what lies under a null list, so offsets follow from the lengths alone.
+    offsets = np.concatenate([[0], np.cumsum(list_lengths(array), dtype=np.int64)])
+    values = array.flatten().to_numpy(zero_copy_only=False)
+    for columns in lists:
+        if np.array_equal(columns.offsets, offsets):
+            columns.values[name] = values
+            return
+    lists.append(ListColumns(offsets, {name: values}))

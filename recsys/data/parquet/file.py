@@ -1,0 +1,91 @@
+"""Opens Parquet files and reads columns of them; what is wrong with a file is told by its name.
+
+Pages are checked against their checksums where the writer stored them (Spark does, pyarrow with
+`write_page_checksum=True`). Without them a flipped bit inside a page may pass as another value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys.data.filesystem import Location
+from recsys.data.schema import Schema
+
+# A damaged footer may hold names that are no UTF-8.
+READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
+STREAM_BYTES = 1 << 20
+
+
+@contextmanager
+def open_parquet(file: Location, streaming: bool = False) -> Iterator[pq.ParquetFile]:
+    """The open file.
+
+    Args:
+        file: where it is.
+        streaming: pages are read as they are needed, since a column of images may be larger than
+            the memory; else whole columns at once, which takes fewer requests.
+
+    Raises:
+        ValueError: there is no such file, or its footer cannot be read.
+    """
+    try:
+        if not file.exists():
+            raise ValueError(f"{file}: no such file")
+        parquet = pq.ParquetFile(
+            file.path,
+            filesystem=file.arrow,
+            page_checksum_verification=True,
+            pre_buffer=not streaming,
+            buffer_size=STREAM_BYTES if streaming else 0,
+        )
+    except READ_ERRORS as error:
+        raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
+    with parquet:
+        yield parquet
+
+
+def column_type(parquet: pq.ParquetFile, file: Location, name: str) -> pa.DataType:
+    """The Arrow type of a column.
+
+    Raises:
+        ValueError: the file does not have the column, or has it twice.
+    """
+    names = parquet.schema_arrow.names
+    if name not in names:
+        raise ValueError(
+            f"{file}: column '{name}' is missing; the file has {names}. Write it or take it out "
+            "of schema.yaml"
+        )
+    if names.count(name) > 1:
+        raise ValueError(f"{file}: column '{name}' is there {names.count(name)} times; keep one")
+    return parquet.schema_arrow.field(name).type
+
+
+def mean_list_lengths(root: Location, schema: Schema) -> dict[str, float]:
+    """Mean ids per row of each list column, as the footer of the first training file counts them.
+
+    Empty where there is no such file, or none that can be read: then there is nothing to estimate,
+    and what is wrong is told where its rows are read.
+    """
+    lists = [name for name, column in schema.columns.items() if column.kind in ("ids", "sequence")]
+    try:
+        file = (root / "train").files(".parquet")[0]
+        with open_parquet(file) as parquet:
+            metadata = parquet.metadata
+            leaves = {
+                metadata.schema.column(index).path.split(".")[0]: index
+                for index in range(metadata.num_columns)
+            }
+            groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+            return {
+                name: sum(group.column(leaves[name]).num_values for group in groups)
+                / metadata.num_rows
+                for name in lists
+                if name in leaves and metadata.num_rows
+            }
+    except (IndexError, ValueError):
+        return {}

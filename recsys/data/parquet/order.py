@@ -1,0 +1,116 @@
+"""Which rows of an epoch a rank reads, in which order, also after a restart on other ranks.
+
+An epoch visits every row once. Its order is decided by the seed, the epoch and the number of ranks
+alone, so that a position in it is a few numbers. When an epoch is continued by another number of
+ranks (or with another batch size), what the earlier ranks have left is laid end to end and dealt
+anew: no row is read twice and none is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from recsys.data.parquet.rows import ParquetRows, Window
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of an epoch read by one number of ranks: the first `batches` of each rank."""
+
+    world_size: int
+    batch_size: int
+    batches: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows `[low, high)` of a window, counted after the window's shuffle."""
+
+    window: Window
+    low: int
+    high: int
+
+    def __len__(self) -> int:
+        return self.high - self.low
+
+
+def deal(slices: Sequence[Slice], world_size: int) -> list[list[Slice]]:
+    """Cuts the rows into one contiguous share per rank; lengths differ by one row at most."""
+    num_rows = sum(map(len, slices))
+    cuts = [num_rows * rank // world_size for rank in range(world_size + 1)]
+    return [between(slices, low, high) for low, high in pairwise(cuts)]
+
+
+def between(slices: Sequence[Slice], low: int, high: int) -> list[Slice]:
+    """The rows at places `[low, high)` of the slices laid end to end."""
+    found, place = [], 0
+    for piece in slices:
+        first, last = max(low - place, 0), min(high - place, len(piece))
+        if first < last:
+            found.append(Slice(piece.window, piece.low + first, piece.low + last))
+        place += len(piece)
+    return found
+
+
+def num_batches_of(num_rows: int, batch_size: int) -> int:
+    """Batches of at most `batch_size` that hold `num_rows` rows."""
+    return -(-num_rows // batch_size)
+
+
+def rows_before(batch: int, num_rows: int, num_batches: int) -> int:
+    """Rows in the batches before number `batch`, of `num_rows` cut as equally as can be."""
+    return num_rows * batch // num_batches if num_batches else 0
+
+
+@dataclass(frozen=True)
+class EpochShare:
+    """What one rank reads of an epoch."""
+
+    slices: list[Slice]
+    num_rows: int  # of the largest share of any rank, to which the others are padded
+    rows_done: int  # by all ranks of the stages before
+
+    @staticmethod
+    def of(
+        rows: ParquetRows,
+        stages: Sequence[Stage],
+        rank: int,
+        world_size: int,
+        shuffle_seed: tuple[int, int] | None,
+    ) -> EpochShare:
+        """The share of `rank` in what the `stages` have left."""
+        rest: list[Slice] | None = None
+        for stage in stages:
+            shares = _shares(rows, rest, stage.world_size, shuffle_seed)
+            rest = _left(shares, stage)
+        shares = _shares(rows, rest, world_size, shuffle_seed)
+        left = rows.num_rows if rest is None else sum(map(len, rest))
+        return EpochShare(shares[rank], -(-left // world_size), rows.num_rows - left)
+
+
+def _shares(
+    rows: ParquetRows,
+    rest: list[Slice] | None,
+    world_size: int,
+    shuffle_seed: tuple[int, int] | None,
+) -> list[list[Slice]]:
+    """All ranks' shares of the rest, or of a fresh epoch, where each has windows of its own."""
+    if rest is not None:
+        return deal(rest, world_size)
+    return [
+        [
+            Slice(window, 0, window.stop - window.start)
+            for window in rows.windows(*rows.share(rank, world_size), shuffle_seed)
+        ]
+        for rank in range(world_size)
+    ]
+
+
+def _left(shares: list[list[Slice]], stage: Stage) -> list[Slice]:
+    """What a stage has not read."""
+    num_rows = max(sum(map(len, share)) for share in shares)
+    num_batches = num_batches_of(num_rows, stage.batch_size)
+    done = rows_before(stage.batches, num_rows, num_batches)
+    return [piece for share in shares for piece in between(share, done, num_rows)]

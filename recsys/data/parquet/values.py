@@ -1,0 +1,268 @@
+"""The columns of a row group in the types that batches are made of, their values checked.
+
+Ids become int64 (raw ones rows, where a vocabulary knows them without training), numbers float32,
+lists `list<...>` of them. A row with a value that cannot be used
+is reported (which may end the job) and becomes a padding row: position -1, no weight, no metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary, integer_ids, is_id_type
+from recsys.data.filesystem import Location
+from recsys.data.schema import Schema
+
+ROW_POSITION = "__row_position"  # a row's place in the split's files, in order of file name
+RAW_GROUP = "__raw_group"  # the group's id before a vocabulary, which may give several one row
+
+# Column, which rows are bad, what they have in common, and what to say about one of them.
+ReportColumn = Callable[[str, np.ndarray, str, Callable[[int], str]], None]
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds lists, of whatever flavour."""
+    return (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
+
+
+def list_lengths(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """Lengths of the lists; a null list is an empty one."""
+    lengths = pc.fill_null(pc.list_value_length(column), 0)
+    return lengths.to_numpy() if isinstance(lengths, pa.ChunkedArray) else lengths.to_numpy(False)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+
+
+def _expected(schema: Schema, name: str) -> tuple[bool, bool]:
+    """(is a list, is an integer) of the column as the schema has it."""
+    column = schema.columns.get(name)
+    if column is None:  # a parallel list
+        return True, False
+    return column.kind in ("ids", "sequence"), column.kind in ("id", "ids", "sequence")
+
+
+def check_type(schema: Schema, name: str, kind: pa.DataType, file: Location) -> None:
+    """Raises a ValueError where a column's type is not what the schema says."""
+    wants_list, wants_integer = _expected(schema, name)
+    is_raw = schema.vocabulary_of(name) is not None
+    value = kind.value_type if is_list(kind) else kind
+    is_fitting = is_id_type if is_raw else pa.types.is_integer if wants_integer else _is_number
+    if is_list(kind) != wants_list or not is_fitting(value):
+        wanted = "integer or string" if is_raw else "integer" if wants_integer else "float"
+        wanted = f"list<{wanted}>" if wants_list else wanted
+        raise ValueError(
+            f"{file}: column '{name}' has type {kind}, expected {wanted}; write it with that type "
+            "or correct its kind in schema.yaml"
+        )
+    vocabulary = schema.vocabularies.get(schema.table_of(name)) if is_raw else None
+    if isinstance(vocabulary, ExactVocabulary):
+        try:
+            vocabulary.check_type(value)
+        except ValueError as error:
+            raise ValueError(f"{file}: column '{name}': {error}") from error
+
+
+def empty_table(schema: Schema, names: list[str]) -> pa.Table:
+    """No rows, with what batches are made of: the columns `names` and the rows' positions.
+
+    Where the group has a vocabulary, its raw ids are a column of their own.
+    """
+    kinds = []
+    for name in names:
+        is_list_column, is_integer = _expected(schema, name)
+        value = pa.int64() if is_integer else pa.float32()
+        is_list_column |= _num_rows_of_id(schema, name) > 1
+        kinds.append((name, pa.list_(value) if is_list_column else value))
+    if schema.vocabulary_of(schema.group) is not None:
+        kinds.append((RAW_GROUP, pa.int64()))
+    return pa.schema([*kinds, (ROW_POSITION, pa.int64())]).empty_table()
+
+
+def _num_rows_of_id(schema: Schema, name: str) -> int:
+    """How many rows of its table an id of a column has."""
+    vocabulary = schema.vocabulary_of(name)
+    return 1 if vocabulary is None else vocabulary.num_hashes
+
+
+def padding_rows(like: pa.Table, num_rows: int) -> pa.Table:
+    """Rows that take part in a step and count nowhere: zeros, empty lists, position -1."""
+    columns = {}
+    for field in like.schema:
+        value: Any = [] if is_list(field.type) else -1 if field.name == ROW_POSITION else 0
+        columns[field.name] = pa.array([value] * num_rows, field.type)
+    return pa.table(columns, schema=like.schema)
+
+
+def usable_table(
+    table: pa.Table, schema: Schema, positions: np.ndarray, report: ReportColumn
+) -> pa.Table:
+    """The columns of a row group in their canonical types, bad rows replaced by padding ones.
+
+    Args:
+        table: as read.
+        schema: meaning of its columns.
+        positions: int64 [rows], of its rows among all of the split.
+        report: is told of the bad rows of each column; a row counts for the first that is bad.
+    """
+    bad = np.zeros(table.num_rows, bool)
+
+    def note(column: str, rows: np.ndarray, reason: str, message: Callable[[int], str]) -> None:
+        report(column, rows & ~bad, reason, message)
+        bad[rows] = True
+
+    arrays = [_usable_column(table, name, schema, note) for name in table.column_names]
+    if schema.vocabulary_of(schema.group) is not None:
+        arrays.append(_raw_groups(table[schema.group]))
+    usable = pa.table([*arrays, positions], schema=empty_table(schema, table.column_names).schema)
+    _check_parallel(usable, schema, note)
+    if not bad.any():
+        return usable
+    with_padding = pa.concat_tables([usable, padding_rows(usable, 1)])
+    return with_padding.take(np.where(bad, table.num_rows, np.arange(table.num_rows)))
+
+
+def _usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn) -> pa.Array:
+    """A column in its canonical type; rows of it that were noted hold anything."""
+    is_list_column, is_integer = _expected(schema, name)
+    array = one_chunk(table[name])
+    if schema.vocabulary_of(name) is not None:
+        return _rows_of_raw_ids(array, name, schema, note)
+    # Ids are checked as they were written, since a large unsigned one would turn negative.
+    own_type = array.type.value_type if is_list_column else array.type
+    array = _cast(array, own_type if is_integer else pa.float32(), is_list_column)
+    values = array.flatten() if is_list_column else array
+    null = "null; fill it or drop the row"
+    if is_list_column:
+        null = "null inside the list; fill it or leave it out"
+    numbers = values.fill_null(0).to_numpy(zero_copy_only=False)
+
+    def note_values(bad: np.ndarray, reason: str, message: Callable[[Any], str]) -> None:
+        """Notes the rows of bad values; the message is about the first of these values."""
+        rows = _rows_of_values(array, bad)
+        note(name, rows, reason, lambda row: message(numbers[bad.argmax()]))
+
+    if values.null_count:
+        note_values(values.is_null().to_numpy(False), "null", lambda value: null)
+    if is_integer:
+        limit, owner = schema.limit(name), schema.table_of(name)
+        if len(numbers) and (numbers.min() < 0 or numbers.max() >= limit):
+            note_values(
+                (numbers < 0) | (numbers >= limit),
+                f"id outside [0, {limit})",
+                lambda value: (
+                    f"id {value} is outside [0, {limit}); raise num_embeddings of '{owner}' "
+                    "in schema.yaml or map the ids to rows"
+                ),
+            )
+        return _cast(array, pa.int64(), is_list_column)
+    is_finite = np.isfinite(numbers)
+    if not is_finite.all():
+        note_values(
+            ~is_finite,
+            "not finite",
+            lambda value: f"value {value}; write a finite number that fits float32",
+        )
+    if name in schema.of_kind("label"):
+        note_values(
+            is_finite & (numbers != 0) & (numbers != 1),
+            "label other than 0 and 1",
+            lambda value: f"value {value}; a label is 0 or 1",
+        )
+    return array
+
+
+def _rows_of_values(array: pa.Array, values: np.ndarray) -> np.ndarray:
+    """Which rows [R] hold any of the marked values [N]; a row is one value or a list of them."""
+    if not is_list(array.type):
+        return values
+    rows = np.zeros(len(array), bool)
+    rows[np.repeat(np.arange(len(array)), list_lengths(array))[values]] = True
+    return rows
+
+
+def one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array, without a copy where it is one already."""
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    array = column.combine_chunks()
+    return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
+
+
+def _usable_raw_ids(values: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
+    """(raw ids without dictionary, which are null, which are beyond int64)."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    too_large = np.zeros(len(values), bool)
+    if pa.types.is_uint64(values.type):
+        too_large = values.fill_null(0).to_numpy(zero_copy_only=False) > np.iinfo(np.int64).max
+    return values, values.is_null().to_numpy(False), too_large
+
+
+def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportColumn) -> pa.Array:
+    """A column of raw ids as rows; as integers where rows are found while training."""
+    as_list = is_list(array.type)
+    values = array.flatten() if as_list else array
+    lengths = list_lengths(array) if as_list else np.ones(len(array), np.int64)
+    values, null, too_large = _usable_raw_ids(values)
+
+    def note_values(bad: np.ndarray, reason: str, message: str) -> None:
+        note(name, _rows_of_values(array, bad), reason, lambda row: message)
+
+    note_values(null, "null", "null; fill it or leave it out")
+    note_values(too_large, "id beyond int64", "an id that does not fit int64; renumber it")
+    vocabulary = schema.vocabularies.get(schema.table_of(name))
+    num_rows = _num_rows_of_id(schema, name)
+    found = _found_where(~(null | too_large), vocabulary, values).reshape(-1, num_rows)
+    if not as_list and num_rows == 1:
+        return pa.array(found[:, 0])
+    offsets = np.concatenate([[0], np.cumsum(lengths * num_rows)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(found.reshape(-1)))
+
+
+def _found_where(
+    usable: np.ndarray, vocabulary: ExactVocabulary | HashVocabulary | None, ids: pa.Array
+) -> np.ndarray:
+    """Rows of raw ids, or the ids as integers; zeros for those that cannot be used."""
+    rows_of = integer_ids if vocabulary is None else vocabulary.rows_of
+    if usable.all():
+        return rows_of(ids)
+    of_usable = rows_of(ids.filter(pa.array(usable)))
+    found = np.zeros((len(ids), *of_usable.shape[1:]), np.int64)
+    found[usable] = of_usable
+    return found
+
+
+def _raw_groups(column: pa.ChunkedArray) -> pa.Array:
+    """The group's raw ids as int64; rows of those that cannot be used are noted elsewhere."""
+    values, null, too_large = _usable_raw_ids(one_chunk(column))
+    return pa.array(_found_where(~(null | too_large), None, values))
+
+
+def _check_parallel(table: pa.Table, schema: Schema, note: ReportColumn) -> None:
+    history = schema.history
+    if history is None:
+        return
+    lengths = list_lengths(table[history])
+    for name in schema.parallel:
+        note(
+            name,
+            list_lengths(table[name]) != lengths,
+            f"list of another length than '{history}'",
+            lambda row: (
+                f"the list has another length than '{history}' ({lengths[row]} items); "
+                "write one value per item"
+            ),
+        )
+
+
+def _cast(array: pa.Array, value_type: pa.DataType, as_list: bool) -> pa.Array:
+    return array.cast(pa.list_(value_type) if as_list else value_type, safe=False)

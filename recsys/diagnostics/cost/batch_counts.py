@@ -1,0 +1,112 @@
+"""What a step works on, on one rank: the numbers that its cost grows with.
+
+Letters: see `recsys.data.jagged_history`; E items to encode, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recsys.content.encoders.transformer import ITEMS_PER_GROUP
+from recsys.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class ModalityCounts:
+    """Tokens of the items to encode, in one modality.
+
+    tokens: that there are.
+    longest: T, to which all items are padded.
+    grouped, grouped_pairs: tokens, and pairs of tokens of an item, where items of like length are
+        padded to the longest of their group alone.
+    """
+
+    tokens: float
+    longest: float
+    grouped: float
+    grouped_pairs: float
+
+    @staticmethod
+    def of(lengths: Tensor) -> ModalityCounts:
+        """From the tokens of each item [E]."""
+        ordered = lengths.sort().values
+        groups = [(len(part), max(int(part[-1]), 1)) for part in ordered.split(ITEMS_PER_GROUP)]
+        if not len(lengths):
+            return ModalityCounts(0, 0, 0, 0)
+        return ModalityCounts(
+            tokens=int(ordered.sum()),
+            longest=int(ordered[-1]),
+            grouped=sum(count * longest for count, longest in groups),
+            grouped_pairs=sum(count * longest**2 for count, longest in groups),
+        )
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """Of one step, or the mean of several."""
+
+    rows: float  # B
+    pooled_ids: dict[str, float]  # by feature
+    unique_pooled_ids: dict[str, float]
+    looked_up: float  # rows of the item table, for targets and histories
+    unique_looked_up: float  # of those, rows that get a gradient
+    history: float  # N
+    unique_history: float  # U
+    encoded: float  # E
+    with_gradient: float  # of those
+    stored: float  # target items read from the bank
+    exchanged: float = 0.0  # item vectors that come from the ranks that own them
+    modalities: dict[str, ModalityCounts] = field(default_factory=dict)
+
+    @staticmethod
+    def of(batch: Batch) -> BatchCounts:
+        """Of a batch as the model gets it."""
+        encoded = len(batch.content_items)
+        looked_up = batch.sequence_features.values()
+        trained = encoded if batch.with_gradient is None else min(batch.with_gradient, encoded)
+        pooled = {} if batch.sparse_features is None else batch.sparse_features.to_dict()
+        return BatchCounts(
+            rows=batch.batch_size,
+            pooled_ids={name: ids.values().numel() for name, ids in pooled.items()},
+            unique_pooled_ids={name: len(ids.values().unique()) for name, ids in pooled.items()},
+            looked_up=looked_up.numel(),
+            unique_looked_up=len(looked_up.unique()),
+            history=len(batch.history_index),
+            unique_history=len(batch.history_items),
+            encoded=encoded,
+            with_gradient=trained,
+            stored=len(batch.bank_items),
+            exchanged=sum(batch.exchange.receive_counts) if batch.exchange is not None else 0,
+            modalities={
+                name: ModalityCounts.of(part.mask.sum(dim=1))
+                for name, part in batch.content.items()
+            },
+        )
+
+    @staticmethod
+    def mean(counts: Sequence[BatchCounts]) -> BatchCounts:
+        """Of several steps."""
+        return _mean(counts)
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """Of numbers, of dicts by key, of dataclasses by field."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: _mean([value[key] for value in values]) for key in first}
+    if hasattr(first, "__dataclass_fields__"):
+        names = [item.name for item in fields(first)]
+        return type(first)(**{name: _mean([getattr(v, name) for v in values]) for name in names})
+    return fmean(values)
+
+
+def lengths_like(sample: Tensor, count: int) -> Tensor:
+    """`count` lengths spread as those of a sample [S] are, without drawing any: int64 [count]."""
+    places = (torch.arange(count) + 0.5) / max(count, 1) * len(sample)
+    return sample.sort().values[places.long().clamp(max=len(sample) - 1)]

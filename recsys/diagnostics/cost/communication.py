@@ -1,0 +1,119 @@
+"""Bytes that a rank sends to others in a training step, by what is sent and how tables are cut.
+
+Means over the ranks, which see batches alike. An id goes to the rank that has its row, or to each
+that has a part of it; lengths of the lists of ids go to every rank that may have some of them. The
+vectors of row-wise pooled tables are sums of which every rank has a part, so each rank sends one
+for each row of all batches; table-row-wise ones are first summed within their node. The others
+send what they looked up. Letters: W ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from embeddings import is_replicated
+from embeddings.table_memory import TableMemory
+from recsys.diagnostics.cost.batch_counts import BatchCounts
+from recsys.diagnostics.cost.model_sizes import ContentSizes, ModelSizes
+
+FLOAT, DOUBLE, LENGTH, ID = 4, 8, 4, 8  # bytes
+BYTES_OF_TYPE = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a rank sends to others in a step, in bytes; `is_ring`: by an all_reduce."""
+
+    name: str
+    forward: float = 0.0
+    backward: float = 0.0
+    is_ring: bool = False
+
+    @property
+    def bytes(self) -> float:
+        return self.forward + self.backward
+
+
+def sent_bytes(sizes: ModelSizes, counts: BatchCounts, world_size: int) -> list[Sent]:
+    """All that is sent, by kind; nothing on one rank."""
+    if world_size == 1:
+        return []
+    others = (world_size - 1) / world_size
+    ids = sum(_ids(table, counts, world_size) for table in sizes.tables)
+    vectors = sum(_vectors(table, counts, world_size) for table in sizes.tables)
+    types = sizes.communication
+    sent = [
+        Sent("ids", forward=ids),
+        Sent(
+            "ID vectors",
+            forward=BYTES_OF_TYPE[types.forward] * vectors,
+            backward=BYTES_OF_TYPE[types.backward] * vectors,
+        ),
+    ]
+    if sizes.content is not None:
+        sent += _of_content(sizes.content, counts, world_size)
+    if sizes.num_standardized:
+        statistics = 2 * others * DOUBLE * (1 + 2 * sizes.num_standardized)
+        sent.append(Sent("statistics", forward=statistics, is_ring=True))
+    dense = 2 * others * FLOAT * sizes.dense_parameters
+    return [*sent, Sent("dense gradients", backward=dense, is_ring=True)]
+
+
+def _features(table: TableMemory) -> int:
+    return len(table.table.features)
+
+
+def _looked_up(table: TableMemory, counts: BatchCounts) -> float:
+    if table.table.pooling == "none":
+        return counts.looked_up
+    return sum(counts.pooled_ids[name] for name in table.table.features)
+
+
+def _ids(table: TableMemory, counts: BatchCounts, world_size: int) -> float:
+    others = (world_size - 1) / world_size
+    values = ID * _looked_up(table, counts) * table.column_shards * others
+    lengths = LENGTH * counts.rows * _features(table)
+    if table.sharding == "row_wise":
+        return values + lengths * (world_size - 1)
+    if table.sharding == "table_row_wise":
+        return values + lengths * len(table.shards) * others
+    return values + lengths * table.column_shards * others
+
+
+def _vectors(table: TableMemory, counts: BatchCounts, world_size: int) -> float:
+    """Numbers, in one direction."""
+    dim, others = table.table.embedding_dim, (world_size - 1) / world_size
+    if table.table.pooling == "none":
+        return dim * counts.looked_up * others
+    pooled = dim * counts.rows * _features(table)
+    if table.sharding == "row_wise":
+        return pooled * (world_size - 1)
+    if table.sharding == "table_row_wise":
+        of_node = len(table.shards)
+        return pooled * (of_node - 1 + 1 - of_node / world_size)
+    return pooled * others
+
+
+def _of_bank(content: ContentSizes, counts: BatchCounts, world_size: int) -> float:
+    row = ID + FLOAT * (content.vector_dim + 1)
+    sizes = content.num_items, content.vector_dim, world_size, content.bank_placement
+    if is_replicated(*sizes):
+        return (world_size - 1) * (counts.encoded * row + ID)  # what is written, to every rank
+    rows = counts.encoded + counts.stored + counts.unique_history
+    return (world_size - 1) / world_size * rows * row
+
+
+def _of_content(content: ContentSizes, counts: BatchCounts, world_size: int) -> list[Sent]:
+    sent, others = [], (world_size - 1) / world_size
+    if content.mode != "full":
+        sent.append(Sent("memory bank", forward=_of_bank(content, counts, world_size)))
+    if content.exchanges:
+        vectors = others * counts.exchanged * FLOAT * content.vector_dim
+        ids = others * counts.exchanged * ID
+        sent.append(Sent("content vectors", forward=ids + vectors, backward=vectors))
+    if content.contrastive_dim and content.contrastive_gathers:
+        # Both sides of each row and the item's id, to every other rank.
+        rows = (world_size - 1) * counts.rows
+        both = 2 * FLOAT * content.contrastive_dim * rows
+        sent.append(Sent("contrastive loss", forward=both + ID * rows, backward=both))
+    return sent

@@ -1,0 +1,51 @@
+"""The command: `recsys explain-data DATA [--on_bad_row skip] [--json FILE]`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from recsys.data.filesystem import Location
+from recsys.data.items.item_table import ItemTable
+from recsys.data.parquet.bad_rows import OnBadRow
+from recsys.data.parquet.rows import ParquetRows, count_items
+from recsys.data.schema import load_schema
+from recsys.diagnostics.dataset.dataset_summary import (
+    SPLITS,
+    DatasetSummary,
+    summarize_dataset,
+    to_json,
+)
+from recsys.diagnostics.dataset.findings import find
+from recsys.diagnostics.dataset.report import format_dataset
+
+
+def explain_data(
+    data: str, on_bad_row: OnBadRow = "error", json_file: Path | None = None
+) -> DatasetSummary:
+    """Reads a dataset, prints what is in it, and writes the numbers to `json_file`.
+
+    Raises:
+        ValueError: what cannot be read at all; after all is printed, unless `on_bad_row` is skip,
+            the first row that training would end at, with its message.
+    """
+    found = summarize_dataset(data)
+    findings = find(found)
+    print(format_dataset(found, findings), flush=True)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(to_json(found, findings), indent=2) + "\n")
+        print(f"written to {json_file}")
+    if found.has_bad_rows and on_bad_row == "error":
+        _raise_first(data)
+    return found
+
+
+def _raise_first(data: str) -> None:
+    """What training says of these rows, in the order in which it reads."""
+    root = Location.of(data)
+    schema = load_schema(root)
+    if schema.items is not None:
+        ItemTable(root, schema)
+    for split in SPLITS:
+        count_items(ParquetRows.of_split(root, split, schema), 0, 1)

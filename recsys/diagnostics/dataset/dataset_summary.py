@@ -1,0 +1,190 @@
+"""A whole dataset: its splits and items, and what shows only when they are seen together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from recsys.data.filesystem import Location
+from recsys.data.item_parts import COLD_BELOW
+from recsys.data.schema import Schema, load_schema
+from recsys.diagnostics.dataset.item_summary import ItemSummary, summarize_items
+from recsys.diagnostics.dataset.key_counts import KeyCounts
+from recsys.diagnostics.dataset.split_summary import (
+    GROUPS,
+    PAIRS,
+    ROWS,
+    SplitSummary,
+    summarize_split,
+)
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass
+class TableUse:
+    """Rows of a table, and how many different ids ask for them in all splits.
+
+    `is_exact`: False where ids are so many that a sample of them was counted.
+    """
+
+    rows: int
+    ids: int
+    is_exact: bool
+    vocabulary: str | None
+
+    @property
+    def unused_share(self) -> float:
+        return max(0.0, 1 - self.ids / self.rows)
+
+
+@dataclass
+class DatasetSummary:
+    """Everything that `recsys explain-data` tells."""
+
+    root: Location
+    schema: Schema
+    splits: dict[str, SplitSummary]
+    items: ItemSummary | None
+    tables: dict[str, TableUse]
+
+    @property
+    def has_bad_rows(self) -> bool:
+        of_items = self.items is not None and bool(self.items.bad_rows)
+        return of_items or any(split.bad_rows for split in self.splits.values())
+
+    def shares_of_rows(self, split: str) -> dict[str, float]:
+        """Of a split: rows of cold and unseen items, of items without a row, of known groups."""
+        found, train = self.splits[split], self.splits["train"]
+        counts, trained = found.item_counts, train.item_counts
+        rows = max(int(counts.sum()), 1)
+        shares = {
+            "cold": float(counts[trained < COLD_BELOW].sum() / rows),
+            "unseen": float(counts[trained == 0].sum() / rows),
+            "repeated_rows": found.keys[ROWS].repeats / rows if counts.any() else 0.0,
+            "repeated_pairs": found.keys[PAIRS].repeats / rows if counts.any() else 0.0,
+            "target_in_history": found.target_in_history / rows,
+            "of_top_items": share_of_most_frequent(counts),
+        }
+        if self.items is not None:
+            shares["without_item_row"] = float(counts[~self._has_item_row()].sum() / rows)
+        if split != "train" and counts.any():
+            groups = found.keys[GROUPS], train.keys.get(GROUPS, KeyCounts())
+            shares["of_known_groups"] = groups[0].share_of_total_in(groups[1]) or 0.0
+        return shares
+
+    def _has_item_row(self) -> np.ndarray:
+        assert self.items is not None
+        known = np.zeros(self.schema.num_items, bool)
+        known[self.items.ids] = True
+        return known
+
+    def items_without_rows(self) -> int:
+        """Items with content that occur in no impression."""
+        assert self.items is not None
+        counts = sum(split.item_counts for split in self.splits.values())
+        return int((self._has_item_row() & (counts == 0)).sum())
+
+
+def share_of_most_frequent(counts: np.ndarray, share: float = 0.01) -> float:
+    """Which share of all rows the most frequent items have, so many of those that occur."""
+    occurring = np.sort(counts[counts > 0])[::-1]
+    if not len(occurring):
+        return 0.0
+    return float(occurring[: max(1, round(share * len(occurring)))].sum() / occurring.sum())
+
+
+def summarize_dataset(data: str) -> DatasetSummary:
+    """Reads a dataset from end to end, in bounded memory.
+
+    Args:
+        data: a folder or URL.
+
+    Raises:
+        ValueError: what training could not read at all, with its message.
+    """
+    root = Location.of(data)
+    schema = load_schema(root)
+    splits = {split: summarize_split(root, split, schema) for split in SPLITS}
+    items = summarize_items(root, schema)
+    return DatasetSummary(root, schema, splits, items, _table_uses(schema, splits))
+
+
+def _table_uses(schema: Schema, splits: dict[str, SplitSummary]) -> dict[str, TableUse]:
+    uses = {}
+    for table, column in schema.columns.items():
+        if column.num_embeddings is None:
+            continue
+        features = [name for name in schema.columns if schema.columns[name].kind in ID_KINDS]
+        features = [name for name in features if schema.table_of(name) == table]
+        together = KeyCounts()
+        for split in splits.values():
+            for name in features:
+                if name in split.keys:
+                    _merge(together, split.keys[name])
+        vocabulary = column.vocabulary.kind if column.vocabulary is not None else None
+        uses[table] = TableUse(
+            column.num_embeddings, together.distinct, together.is_exact, vocabulary
+        )
+    return uses
+
+
+ID_KINDS = ("id", "ids", "sequence")
+
+
+def _merge(together: KeyCounts, more: KeyCounts) -> None:
+    """Adds the different keys of another count, and samples as sparsely as it does."""
+    together.halve_to(more.halvings)
+    together.add(more.keys)
+
+
+def to_json(found: DatasetSummary, findings: list[Any]) -> dict[str, Any]:
+    """Plain values."""
+    splits = {}
+    for name, split in found.splits.items():
+        splits[name] = {
+            "rows": split.rows,
+            "usable_rows": split.usable_rows,
+            "files": split.files,
+            "row_groups": split.row_groups,
+            "bytes": split.bytes,
+            "numbers": {column: values.summary() for column, values in split.numbers.items()},
+            "ids": {column: values.summary() for column, values in split.ids.items()},
+            "lists": {column: values.summary() for column, values in split.lists.items()},
+            "distinct": {kind: keys.distinct for kind, keys in split.keys.items()},
+            "times": {
+                column: [str(moment) for moment in ends] for column, ends in split.times.items()
+            },
+            "shares_of_rows": found.shares_of_rows(name),
+            "bad_rows": split.bad_rows,
+        }
+    tables = {
+        name: {**vars(use), "unused_share": use.unused_share} for name, use in found.tables.items()
+    }
+    return {
+        "data": str(found.root),
+        "splits": splits,
+        "tables": tables,
+        "items": None if found.items is None else _items_to_json(found, found.items),
+        "findings": [vars(finding) for finding in findings],
+    }
+
+
+def _items_to_json(found: DatasetSummary, items: ItemSummary) -> dict[str, Any]:
+    columns = {
+        name: {
+            **vars(column),
+            "lengths": column.lengths.summary(),
+            "missing_share": column.missing_share(items.rows),
+        }
+        for name, column in items.columns.items()
+    }
+    return {
+        "rows": items.rows,
+        "usable_rows": len(items.ids),
+        "without_impressions": found.items_without_rows(),
+        "columns": columns,
+        "bad_rows": items.bad_rows,
+    }

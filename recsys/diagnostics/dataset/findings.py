@@ -1,0 +1,181 @@
+"""What a user should act on, each in one sentence with its numbers, and the mend in another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from recsys.diagnostics.dataset.dataset_summary import SPLITS, DatasetSummary
+from recsys.diagnostics.dataset.split_summary import GROUPS, SplitSummary
+from recsys.diagnostics.dataset.time_columns import in_words
+
+# Shares from which on something is worth a word.
+FEW, MANY, MOST = 0.001, 0.1, 0.5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to know before training."""
+
+    what: str
+    mend: str
+
+
+def find(found: DatasetSummary) -> list[Finding]:
+    """All findings, what keeps training from starting first."""
+    of_splits = [f for split in found.splits.values() for f in _of_split(found, split)]
+    return [
+        *_bad_rows(found),
+        *_times(found),
+        *of_splits,
+        *_new_groups(found),
+        *_tables(found),
+        *_items(found),
+    ]
+
+
+def _bad_rows(found: DatasetSummary) -> Iterator[Finding]:
+    of_items = [] if found.items is None else found.items.bad_rows
+    mend = "mend the files, or set on_bad_row: skip, which leaves these rows out"
+    for name, entries in [
+        *((split.split, split.bad_rows) for split in found.splits.values()),
+        ("items", of_items),
+    ]:
+        for entry in entries:
+            column = f" column '{entry['column']}'" if entry["column"] else ""
+            yield Finding(
+                f"{name}: {entry['rows']:,} rows cannot be used, {entry['file']}{column}: "
+                f"{entry['reason']} (first: row {entry['first_row']:,}); training ends at it",
+                mend,
+            )
+
+
+def _times(found: DatasetSummary) -> Iterator[Finding]:
+    for before, after in pairwise(SPLITS):
+        for column, (_, last) in found.splits[before].times.items():
+            first = found.splits[after].times.get(column, (None, None))[0]
+            if first is not None and first < last:
+                yield Finding(
+                    f"{before} goes on until {in_words(last)} by column '{column}', but {after} "
+                    f"begins at {in_words(first)}",
+                    "split by time, or metrics are of what training has seen the future of",
+                )
+
+
+def _of_split(found: DatasetSummary, split: SplitSummary) -> Iterator[Finding]:
+    if not split.usable_rows:
+        return
+    shares = found.shares_of_rows(split.split)
+    yield from _labels_and_numbers(found, split)
+    if shares["repeated_rows"] > FEW:
+        yield Finding(
+            f"{shares['repeated_rows']:.1%} of the {split.split} rows are exact repeats of others",
+            "remove them unless they are events of their own",
+        )
+    if shares["target_in_history"] > MANY:
+        yield Finding(
+            f"{shares['target_in_history']:.1%} of the {split.split} rows have their own target "
+            "in their history",
+            "where items are not taken repeatedly, the row's own event has slipped into it",
+        )
+    if shares.get("without_item_row", 0.0) > FEW:
+        yield Finding(
+            f"{shares['without_item_row']:.1%} of the {split.split} rows are of items without a "
+            "row in items/",
+            "write one row per item; without it they have no content",
+        )
+    if split.split != "train" and shares["unseen"] > MANY:
+        yield Finding(
+            f"{shares['unseen']:.1%} of the {split.split} rows are of items that no training row "
+            f"has, {shares['cold']:.1%} of items with fewer than five",
+            "ids know nothing of them: train with content, and look at GAUC of unseen items",
+        )
+
+
+def _labels_and_numbers(found: DatasetSummary, split: SplitSummary) -> Iterator[Finding]:
+    for label in found.schema.of_kind("label"):
+        rate = split.numbers[label].mean
+        if rate in (0.0, 1.0):
+            yield Finding(
+                f"label '{label}' is {rate:.0f} in all {split.split} rows",
+                "there is nothing to tell apart; write rows of both kinds",
+            )
+        elif min(rate, 1 - rate) < FEW:
+            yield Finding(
+                f"label '{label}' is 1 in {rate:.4%} of the {split.split} rows",
+                "keep a share of the others, and calibrate what is predicted",
+            )
+    for column in found.schema.of_kind("dense") if split.split == "train" else []:
+        values = split.numbers[column]
+        if values.least == values.greatest:
+            yield Finding(
+                f"dense column '{column}' is {values.least:g} in all training rows",
+                "it tells nothing; take it out of schema.yaml",
+            )
+        elif max(abs(values.least), abs(values.greatest)) > 1000:
+            yield Finding(
+                f"dense column '{column}' goes from {values.least:g} to {values.greatest:g}",
+                "take its logarithm or scale it to about 1, or it drowns all else",
+            )
+
+
+def _new_groups(found: DatasetSummary) -> Iterator[Finding]:
+    for split in SPLITS[1:]:
+        known = found.shares_of_rows(split).get("of_known_groups")
+        group = found.schema.group
+        if known is not None and known < MOST:
+            groups = found.splits[split].keys[GROUPS].distinct
+            yield Finding(
+                f"{1 - known:.1%} of the {split} rows have a '{group}' without a training row "
+                f"({groups:,} different ones in all)",
+                "a row of their own cannot have been trained: let the model learn to do without, "
+                f"embedding.tables.{group}.id_dropout 0.5",
+            )
+
+
+def _tables(found: DatasetSummary) -> Iterator[Finding]:
+    for name, use in found.tables.items():
+        about = "" if use.is_exact else "about "
+        if use.vocabulary is None and use.unused_share > MOST:
+            yield Finding(
+                f"table '{name}' has {use.rows:,} rows, of which {about}{use.ids:,} are ever used",
+                "number the ids without gaps, or give the column a vocabulary",
+            )
+        if use.vocabulary == "bounded" and use.ids > use.rows:
+            yield Finding(
+                f"table '{name}' has {use.rows:,} rows for {about}{use.ids:,} ids, so that the "
+                "least used ones lose theirs",
+                "raise num_embeddings or admit_after, if rare ids matter or do not",
+            )
+    for split in found.splits.values():
+        for name, ids in split.ids.items():
+            if ids.unknown > MANY * max(ids.count, 1):
+                yield Finding(
+                    f"{ids.unknown / ids.count:.1%} of the ids in column '{name}' of {split.split} "
+                    "are unknown to its vocabulary",
+                    f"run `recsys prepare vocabulary --data {found.root}` again",
+                )
+
+
+def _items(found: DatasetSummary) -> Iterator[Finding]:
+    if found.items is None:
+        return
+    rows = max(found.items.rows, 1)
+    for name, column in found.items.columns.items():
+        if (missing := column.missing_share(rows)) is not None and missing > MANY:
+            yield Finding(
+                f"{missing:.1%} of the items have no '{name}'",
+                "they are masked there; another modality should cover them",
+            )
+        if column.broken:
+            opened = column.broken + sum(column.formats.values())
+            yield Finding(
+                f"{column.broken:,} of {opened:,} images of '{name}' that were opened are none",
+                "write them again as JPEG, PNG or WebP, or null, or set on_bad_row: skip",
+            )
+        if len(column.widths) > 1:
+            yield Finding(
+                f"features '{name}' have widths {dict(sorted(column.widths.items()))}",
+                "write all of one width",
+            )

@@ -1,0 +1,170 @@
+"""The items' files: how many items there are and how much content they have, column by column.
+
+Texts, features and categories are read from end to end. Of images the footers tell how many are
+missing, and a few are opened.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from recsys.data.filesystem import Location
+from recsys.data.items.feature_file import FeatureFile
+from recsys.data.items.images import FORMATS
+from recsys.data.items.item_features import feature_tokens
+from recsys.data.items.item_table import ItemTable
+from recsys.data.parquet.bad_rows import by_reason
+from recsys.data.parquet.file import open_parquet
+from recsys.data.parquet.values import is_list, list_lengths
+from recsys.data.schema import Schema
+from recsys.diagnostics.dataset.numbers import Lengths
+
+IMAGES_OPENED = 256
+
+
+@dataclass
+class ColumnSummary:
+    """One column of content.
+
+    missing: items without; None where it is not known without reading all images.
+    lengths: of texts in characters, of features in tokens.
+    widths: of feature vectors, with how many have it.
+    formats, sizes: of the images that were opened; `broken` could not be.
+    values: different categories.
+    """
+
+    kind: str
+    missing: int | None = 0
+    lengths: Lengths = field(default_factory=Lengths)
+    widths: Counter[int] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[str] = field(default_factory=Counter)
+    broken: int = 0
+    values: int | None = None
+
+    def missing_share(self, rows: int) -> float | None:
+        """Of so many items; None where it is not known."""
+        return None if self.missing is None else self.missing / max(rows, 1)
+
+
+@dataclass
+class ItemSummary:
+    """All items.
+
+    ids: rows in the target item's table of the items that can be used, int64.
+    """
+
+    rows: int
+    ids: np.ndarray
+    columns: dict[str, ColumnSummary]
+    bad_rows: list[dict[str, Any]]
+
+
+def summarize_items(root: Location, schema: Schema) -> ItemSummary | None:
+    """Reads the items; None where the schema has none.
+
+    Raises:
+        ValueError: a file or a column cannot be read, as in training.
+    """
+    if schema.items is None:
+        return None
+    items = ItemTable(root, schema, on_bad_row="skip")
+    columns = {}
+    for name, column in schema.items.columns.items():
+        if column.file is None:
+            columns[name] = _summarize(items, name, column.kind)
+        else:
+            columns[name] = _summarize_file(root / column.file, items.num_rows)
+    _, bad_rows = by_reason(items.bad_rows.found)
+    return ItemSummary(items.num_rows, items.ids, columns, bad_rows)
+
+
+def _summarize_file(file: Location, num_items: int) -> ColumnSummary:
+    """Of features in a .npy file, whose rows are those of the items or of some of them."""
+    features, found = FeatureFile(file), ColumnSummary("feature")
+    found.widths[features.width] = features.num_rows
+    for _, values in features.pieces():
+        lengths = (~np.isnan(values).all(axis=2)).sum(axis=1)
+        found.lengths.add(lengths[lengths > 0])
+    found.missing = max(num_items - found.lengths.count, 0)
+    return found
+
+
+def _summarize(items: ItemTable, name: str, kind: str) -> ColumnSummary:
+    found = ColumnSummary(kind)
+    if kind == "image":
+        _summarize_images(items, name, found)
+        return found
+    categories: set[Any] = set()
+    for file, _, chunk in items.chunks(name):
+        if kind == "text":
+            _add_texts(found, chunk, f"{file}: column '{name}'")
+        elif kind == "feature":
+            _add_features(found, chunk, f"{file}: column '{name}'")
+        else:
+            found.missing = (found.missing or 0) + chunk.null_count
+            categories.update(chunk.unique().drop_null().to_pylist())
+    if kind == "category":
+        found.values = len(categories)
+    return found
+
+
+def _add_texts(found: ColumnSummary, chunk: pa.Array, where: str) -> None:
+    if not (pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type)):
+        raise ValueError(f"{where} has type {chunk.type}, expected string")
+    lengths = pc.fill_null(pc.utf8_length(chunk), 0).to_numpy(zero_copy_only=False)
+    found.missing = (found.missing or 0) + int((lengths == 0).sum())
+    found.lengths.add(lengths[lengths > 0])
+
+
+def _add_features(found: ColumnSummary, chunk: pa.Array, where: str) -> None:
+    lengths, tokens = feature_tokens(chunk, where)
+    found.missing = (found.missing or 0) + int((lengths == 0).sum())
+    found.lengths.add(lengths[lengths > 0])
+    widths, times = np.unique(list_lengths(tokens), return_counts=True)
+    found.widths.update(dict(zip(widths.tolist(), times.tolist())))
+
+
+def _summarize_images(items: ItemTable, name: str, found: ColumnSummary) -> None:
+    missing: int | None = 0
+    per_file = -(-IMAGES_OPENED // len(items.files))
+    for file in items.files:
+        with open_parquet(file, streaming=True) as parquet:
+            nulls = _null_count(parquet.metadata, name)
+            missing = None if missing is None or nulls is None else missing + nulls
+            batch = next(parquet.iter_batches(per_file, columns=[name]), None)
+        if batch is not None:
+            _open_images(found, batch.column(0))
+    found.missing = missing
+
+
+def _null_count(metadata: Any, name: str) -> int | None:
+    """From the footer; None where it does not tell, as of lists."""
+    total = 0
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        columns = [group.column(place) for place in range(group.num_columns)]
+        known = [c.statistics for c in columns if c.path_in_schema == name and c.statistics]
+        if not known or not known[0].has_null_count:
+            return None
+        total += known[0].null_count
+    return total
+
+
+def _open_images(found: ColumnSummary, chunk: pa.Array) -> None:
+    values = chunk.flatten() if is_list(chunk.type) else chunk
+    for encoded in values.drop_null().slice(0, IMAGES_OPENED).to_pylist():
+        try:
+            with Image.open(BytesIO(encoded), formats=FORMATS) as image:
+                found.formats[str(image.format)] += 1
+                found.sizes[f"{image.width} x {image.height}"] += 1
+        except (OSError, ValueError, TypeError, Image.DecompressionBombError):
+            found.broken += 1

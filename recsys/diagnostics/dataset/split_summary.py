@@ -1,0 +1,137 @@
+"""One split of a dataset, read once from end to end in bounded memory.
+
+Rows are read as training reads them, those that it could not use are left out and counted.
+
+Shapes: R rows of a window, N values of a list column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from recsys.data.filesystem import Location
+from recsys.data.parquet.bad_rows import by_reason
+from recsys.data.parquet.columns import RowColumns
+from recsys.data.parquet.rows import ParquetRows
+from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
+from recsys.data.schema import Schema
+from recsys.diagnostics.dataset.key_counts import KeyCounts, hash_lists, hash_numbers, join_hashes
+from recsys.diagnostics.dataset.numbers import IdRange, Lengths, Range
+from recsys.diagnostics.dataset.time_columns import time_ranges
+
+
+@dataclass
+class SplitSummary:
+    """What a split holds.
+
+    item_counts: rows by target item, int64 [num_items].
+    keys: of ids by column (raw ones where rows are found in training), of groups, of pairs of
+        group and item, and of whole rows.
+    target_in_history: rows whose history holds their own target.
+    bad_rows: rows that training cannot use, by file, column and reason.
+    """
+
+    split: str
+    rows: int
+    files: int
+    row_groups: int
+    bytes: int
+    item_counts: np.ndarray
+    usable_rows: int = 0
+    numbers: dict[str, Range] = field(default_factory=dict)  # labels and dense columns
+    ids: dict[str, IdRange] = field(default_factory=dict)
+    lists: dict[str, Lengths] = field(default_factory=dict)
+    keys: dict[str, KeyCounts] = field(default_factory=dict)
+    times: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    target_in_history: int = 0
+    bad_rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def num_bad_rows(self) -> int:
+        return sum(entry["rows"] for entry in self.bad_rows)
+
+
+GROUPS, PAIRS, ROWS = "groups", "group and item", "rows"
+
+
+def summarize_split(root: Location, split: str, schema: Schema) -> SplitSummary:
+    """Reads a split.
+
+    Raises:
+        ValueError: there are no files, or a file cannot be read, lacks a column or has one of a
+            wrong type, as in training.
+    """
+    rows = ParquetRows.of_split(root, split, schema, on_bad_row="skip")
+    found = SplitSummary(
+        split=split,
+        rows=rows.num_rows,
+        files=len({str(group.file) for group in rows.row_groups}),
+        row_groups=len(rows.row_groups),
+        bytes=sum(group.num_bytes for group in rows.row_groups),
+        item_counts=np.zeros(schema.num_items, np.int64),
+    )
+    for table in rows.read(0, rows.num_rows):
+        columns = RowColumns.of(table)
+        usable = np.flatnonzero(columns.numbers[ROW_POSITION] >= 0)
+        if len(usable) < columns.num_rows:
+            columns = columns.take(usable)
+        if len(usable):
+            _add_rows(found, schema, columns)
+    _, found.bad_rows = by_reason(rows.bad_rows.found)
+    found.times = time_ranges(rows, schema)
+    return found
+
+
+def _add_rows(found: SplitSummary, schema: Schema, columns: RowColumns) -> None:
+    found.usable_rows += columns.num_rows
+    for name, column in schema.columns.items():
+        if column.kind in ("label", "dense"):
+            found.numbers.setdefault(name, Range()).add(columns.numbers[name])
+        else:
+            _add_ids(found, schema, name, columns)
+    items, times = np.unique(columns.numbers[schema.target_item], return_counts=True)
+    found.item_counts[items] += times
+    if schema.history:
+        found.target_in_history += _rows_with_target(schema, schema.history, columns)
+    group = RAW_GROUP if RAW_GROUP in columns.numbers else schema.group
+    groups = hash_numbers(columns.numbers[group])
+    targets = hash_numbers(columns.numbers[schema.target_item])
+    _add_keys(found, GROUPS, groups)
+    _add_keys(found, PAIRS, join_hashes(groups, targets))
+    _add_keys(found, ROWS, _hashes_of_rows(columns))
+
+
+def _add_keys(found: SplitSummary, name: str, keys: np.ndarray) -> None:
+    found.keys.setdefault(name, KeyCounts()).add(keys)
+
+
+def _add_ids(found: SplitSummary, schema: Schema, name: str, columns: RowColumns) -> None:
+    ids = columns.numbers[name] if name in columns.numbers else columns.values(name)
+    vocabulary = schema.vocabulary_of(name)
+    has_unknown = vocabulary is not None and vocabulary.kind == "exact"
+    unknown_row = schema.limit(name) - 1 if has_unknown else None
+    found.ids.setdefault(name, IdRange()).add(ids, unknown_row)
+    _add_keys(found, name, hash_numbers(ids))
+    if schema.columns[name].kind != "id":
+        num_hashes = 1 if vocabulary is None else vocabulary.num_hashes
+        found.lists.setdefault(name, Lengths()).add(columns.lengths(name) // num_hashes)
+
+
+def _rows_with_target(schema: Schema, history: str, columns: RowColumns) -> int:
+    lengths, values = columns.lengths(history), columns.values(history)
+    rows = np.repeat(np.arange(columns.num_rows), lengths)
+    hits = values == columns.numbers[schema.target_item][rows]
+    return len(np.unique(rows[hits]))
+
+
+def _hashes_of_rows(columns: RowColumns) -> np.ndarray:
+    """uint64 [R], of all that the schema names."""
+    parts = [
+        hash_numbers(values) for name, values in columns.numbers.items() if name != ROW_POSITION
+    ]
+    for lists in columns.lists:
+        parts += [hash_lists(values, lists.offsets) for values in lists.values.values()]
+    return join_hashes(*parts)

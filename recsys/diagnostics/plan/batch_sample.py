@@ -1,0 +1,111 @@
+"""What a step would work on, measured on batches of some training rows.
+
+Only what depends on ids is looked at: rows, lengths of histories, unique items. What settings
+make of them (searched histories, sampled items, items shared among ranks) is worked out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from recsys.config import Config, content_settings
+from recsys.data.batch import Batch
+from recsys.data.batch_builder import BatchBuilder
+from recsys.data.interactions import Interactions
+from recsys.data.parquet.rows import ParquetRows
+from recsys.diagnostics.cost.batch_counts import BatchCounts, ModalityCounts, lengths_like
+from recsys.diagnostics.plan.outline import Outline
+from recsys.model.tables import pooled_features
+
+SAMPLED_BATCHES = 8
+MOST_SHARING_RANKS = 64  # batches that are looked at together, where ranks share items
+
+
+@dataclass(frozen=True)
+class BatchSample:
+    """Training rows that were looked at, as batches, and the mean of what steps work on."""
+
+    num_rows: int  # of the split
+    looked_at: int
+    batches: list[Batch]
+    counts: BatchCounts
+
+
+def sample_batches(outline: Outline) -> BatchSample:
+    """The first batches of an epoch.
+
+    Raises:
+        ValueError: there is no training split, or a row that is read cannot be used.
+    """
+    config, schema = outline.config, outline.schema
+    rows = ParquetRows.of_split(outline.root, "train", schema, config.on_bad_row)
+    content = content_settings(config)
+    build = BatchBuilder(
+        schema,
+        pooled_features(config, schema),
+        encode_history=content is not None and content.history.mode == "full",
+        index_dedup=config.embedding.index_dedup,
+    )
+    number = SAMPLED_BATCHES
+    if content is not None and content.dedup == "global":
+        number = max(number, min(outline.cluster.world_size, MOST_SHARING_RANKS))
+    interactions = Interactions(rows, build, config.batch_size, seed=config.seed)
+    batches = list(itertools.islice(interactions, number))
+    counts = [expected_counts(outline, batch, batches) for batch in batches]
+    looked_at = sum(batch.batch_size for batch in batches)
+    return BatchSample(rows.num_rows, looked_at, batches, BatchCounts.mean(counts))
+
+
+def expected_counts(outline: Outline, batch: Batch, batches: list[Batch]) -> BatchCounts:
+    """Of one batch as it would be prepared; `batches` are those of ranks that may share items."""
+    config = outline.config
+    content = content_settings(config)
+    counts = BatchCounts.of(batch)
+    if content is None:
+        return replace(counts, encoded=0, with_gradient=0)
+    if content.history.top_k:
+        counts = _with_short_histories(config, counts, batch, content.history.top_k)
+    items: float = counts.encoded
+    if content.dedup == "global":
+        counts = replace(counts, exchanged=items)
+        together = batches[: outline.cluster.world_size]
+        unique = torch.cat([other.content_items for other in together]).unique()
+        items = len(unique) / len(together)
+    forward, backward = content.sampling.forward, content.sampling.backward
+    encoded = math.ceil(forward * items) if forward < 1 else items
+    trained = math.ceil(backward * items) if backward < 1 else items
+    return replace(
+        counts,
+        encoded=encoded,
+        with_gradient=trained,
+        stored=items - encoded,
+        modalities={
+            # Spread as those of the items that were looked at.
+            name: ModalityCounts.of(lengths_like(outline.tokens(name), round(encoded)))
+            for name in content.modalities
+        },
+    )
+
+
+def _with_short_histories(
+    config: Config, counts: BatchCounts, batch: Batch, top_k: int
+) -> BatchCounts:
+    """As if the search found the first items; which it finds decides on nothing but U."""
+    lengths: Tensor = batch.history_lengths
+    first = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    kept = torch.arange(len(batch.history_index)) - first < top_k
+    history, unique = int(kept.sum()), len(batch.history_index[kept].unique())
+    targets = counts.rows
+    looked_up = unique if config.embedding.index_dedup else history
+    return replace(
+        counts,
+        history=history,
+        unique_history=unique,
+        looked_up=targets + looked_up,
+        unique_looked_up=min(counts.unique_looked_up, targets + looked_up),
+    )

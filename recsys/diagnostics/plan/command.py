@@ -1,0 +1,60 @@
+"""The command: `recsys describe --config FILE --data DATA [--nodes N --gpus-per-node G ...]`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from embeddings.simulated_cluster import DEVICES, FigureOverrides
+from recsys.config import Config
+from recsys.diagnostics.plan.description import Description, describe
+from recsys.diagnostics.plan.report import format_description
+from recsys.diagnostics.plan.this_machine import find_cluster
+
+
+def device_of_config(device: str) -> str:
+    """The setting `device` of a run on a device with that name."""
+    return "cuda" if device in DEVICES else device
+
+
+def describe_run(
+    config: Config,
+    data: str,
+    device: str,
+    nodes: int,
+    gpus_per_node: int | None,
+    rows: list[str],
+    figures: FigureOverrides,
+    json_file: Path | None,
+) -> Description:
+    """Describes, prints, and writes the numbers to `json_file`.
+
+    Raises:
+        ValueError: a cluster that there cannot be; configuration and data that do not fit together.
+    """
+    cluster = find_cluster(device, nodes, gpus_per_node, figures, config.precision)
+    found = describe(config, data, cluster, parse_rows(rows))
+    print(format_description(found), flush=True)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(found.to_json(), indent=2) + "\n")
+        print(f"written to {json_file}")
+    return found
+
+
+def parse_rows(words: list[str]) -> dict[str, int]:
+    """TABLE=NUMBER of each word.
+
+    Raises:
+        ValueError: a word of another form.
+    """
+    found = {}
+    for word in words:
+        name, _, number = word.partition("=")
+        try:
+            found[name] = int(float(number.replace("_", "")))
+        except ValueError as error:
+            raise ValueError(
+                f"rows: '{word}' is not TABLE=NUMBER; write for instance item=4000000000"
+            ) from error
+    return found

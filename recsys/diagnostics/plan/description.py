@@ -1,0 +1,188 @@
+"""What a run would be in numbers, as they follow from an outline and a sample of the data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from embeddings import format_plan, is_replicated
+from embeddings.simulated_cluster import Cluster
+from embeddings.table_memory import FLOAT
+from recsys.config import Config, content_settings
+from recsys.diagnostics.cost.batch_counts import BatchCounts
+from recsys.diagnostics.cost.communication import Sent, sent_bytes
+from recsys.diagnostics.cost.counted_ranking import counted_ranking
+from recsys.diagnostics.cost.model_sizes import ModelSizes, has_formulas
+from recsys.diagnostics.cost.step_costs import COMMUNICATION, step_costs
+from recsys.diagnostics.cost.work import PartCost, Work
+from recsys.diagnostics.plan.batch_sample import BatchSample, sample_batches
+from recsys.diagnostics.plan.model_parts import ModelPart, model_parts, table_bytes_by_rank
+from recsys.diagnostics.plan.outline import Outline, build_outline
+from recsys.diagnostics.plan.time_bounds import TimeBound, backward_outputs, time_bounds
+from recsys.model.tables import pooled_features
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on the rank that holds the most; `activations` are a lower estimate."""
+
+    tables: int
+    dense: int
+    bank: int
+    activations: int
+    limit: int
+
+    @property
+    def total(self) -> int:
+        return self.tables + self.dense + self.bank + self.activations
+
+
+@dataclass(frozen=True)
+class Description:
+    """Everything that `recsys describe` tells.
+
+    costs: FLOPs and bytes of a step on one rank, by part; sent: what it sends to others.
+    frozen_layers: parameters that run before the training alone, by modality.
+    cached_bytes: of item content on disk, by modality.
+    unknown: parts whose FLOPs are not counted.
+    """
+
+    cluster: Cluster
+    parts: list[ModelPart]
+    table_bytes: list[int]  # by rank
+    memory: RankMemory
+    costs: list[PartCost]
+    sent: list[Sent]
+    bounds: list[TimeBound]
+    counts: BatchCounts
+    plan: str
+    problems: list[str]
+    frozen_layers: dict[str, int]
+    cached_bytes: dict[str, int]
+    unknown: list[str]
+    sampled: str
+
+    @property
+    def step_seconds(self) -> float:
+        """The least time of a step whose parts follow one another."""
+        return sum(bound.seconds for bound in self.bounds)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, by the names of the fields."""
+        return {
+            **asdict(self),
+            "world_size": self.cluster.world_size,
+            "parameters": sum(part.parameters for part in self.parts),
+            "step_seconds": self.step_seconds,
+            "samples_per_second": self.counts.rows * self.cluster.world_size / self.step_seconds,
+            "bounds": [{**asdict(bound), "bound_by": bound.bound_by} for bound in self.bounds],
+        }
+
+
+def describe(
+    config: Config, data: str, cluster: Cluster, rows: dict[str, int] | None = None
+) -> Description:
+    """What a run with this configuration would be on that cluster.
+
+    Args:
+        config: of the run.
+        data: dataset, a folder or URL; a small sample of the real one will do.
+        cluster: real or not.
+        rows: other numbers of rows for tables, by column, than the dataset has.
+
+    Raises:
+        ValueError: configuration and data do not fit together.
+
+    Example::
+
+        cluster = Cluster(nodes=8, ranks_per_node=8, device=DEVICES["h100"])
+        describe(load_config("shop.yaml"), "shop", cluster, {"product": 4_000_000_000}).problems
+    """
+    outline = build_outline(config, data, cluster, rows)
+    sample = sample_batches(outline)
+    sizes, counts = _sizes(outline, sample), sample.counts
+    costs = [
+        part
+        for part in step_costs(sizes, counts, cluster.world_size)
+        if part.name != COMMUNICATION  # which is told by kind
+    ]
+    sent = sent_bytes(sizes, counts, cluster.world_size)
+    parts = model_parts(outline.em3, outline.tables, outline.plan, cluster.world_size)
+    table_bytes = table_bytes_by_rank(outline.tables, outline.plan, cluster.world_size)
+    return Description(
+        cluster=cluster,
+        parts=parts,
+        table_bytes=table_bytes,
+        memory=_memory(outline, parts, table_bytes, costs),
+        costs=costs,
+        sent=sent,
+        bounds=time_bounds(costs, sent, cluster, config.precision),
+        counts=counts,
+        plan=format_plan(outline.plan, outline.tables),
+        problems=outline.problems,
+        frozen_layers=outline.frozen_layers,
+        cached_bytes=_cached_bytes(outline),
+        unknown=_unknown(config, sizes),
+        sampled=_sampled(outline, sample),
+    )
+
+
+def _sizes(outline: Outline, sample: BatchSample) -> ModelSizes:
+    config, schema, em3 = outline.config, outline.schema, outline.em3
+    counted: tuple[Work, Work] | None = None
+    if not has_formulas(config, em3):
+        dims = {table.name: table.embedding_dim for table in outline.tables}
+        counted = counted_ranking(
+            em3.ranking,
+            [dims[schema.table_of(name)] for name in pooled_features(config, schema)],
+            dims[schema.target_item],
+            content_settings(config),
+            sample.batches[0],
+        )
+    return ModelSizes.of(config, schema, em3, outline.tables, outline.plan, counted)
+
+
+def _unknown(config: Config, sizes: ModelSizes) -> list[str]:
+    encoders = sizes.content.encoders if sizes.content is not None else []
+    found = [f"encoder {encoder.name}" for encoder in encoders if not encoder.is_known]
+    return found + ["retrieval loss"] * (config.ranking.loss != "pointwise")
+
+
+def _memory(
+    outline: Outline, parts: list[ModelPart], table_bytes: list[int], costs: list[PartCost]
+) -> RankMemory:
+    cluster, content, bank = outline.cluster, outline.em3.content, 0
+    if content is not None and content.bank is not None:
+        rows, dim = outline.schema.num_items, content.bank.dim
+        settings = content_settings(outline.config)
+        assert settings is not None
+        if not is_replicated(rows, dim, cluster.world_size, settings.history.bank):
+            rows = -(-rows // cluster.world_size)
+        bank = FLOAT * rows * (dim + 1)
+    return RankMemory(
+        tables=max(table_bytes),
+        dense=sum(part.bytes for part in parts if part.where == "every rank"),
+        bank=bank,
+        activations=round(backward_outputs(costs)),
+        limit=cluster.device.memory_bytes,
+    )
+
+
+def _cached_bytes(outline: Outline) -> dict[str, int]:
+    """Outputs of frozen layers, float32, for all items."""
+    items, content = outline.items, outline.em3.content
+    if items is None or content is None:
+        return {}
+    found = {}
+    for name in outline.frozen_layers:
+        encoder: Any = content.encoders[name]
+        tokens = float(outline.tokens(name).double().mean()) * items.num_items
+        found[name] = round(FLOAT * encoder.output_dim * tokens)
+    return found
+
+
+def _sampled(outline: Outline, sample: BatchSample) -> str:
+    text = f"{sample.looked_at:,} of {sample.num_rows:,} training rows"
+    if outline.items is not None:
+        text += f" and {outline.items.looked_at:,} of {outline.items.num_items:,} items"
+    return text

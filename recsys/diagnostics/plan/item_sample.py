@@ -1,0 +1,130 @@
+"""A look at some items: how many tokens they have in each modality, and which lack one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from recsys.config import ModalitySettings
+from recsys.content.encoders.preparation import load_tokenizer
+from recsys.data.filesystem import Location
+from recsys.data.items.feature_file import FeatureFile
+from recsys.data.items.item_features import feature_tokens
+from recsys.data.items.item_text import texts_of, tokenize
+from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
+from recsys.data.parquet.values import is_list, list_lengths
+from recsys.data.schema import Schema
+
+SAMPLED_ITEMS = 2048
+SAMPLED_FILES = 8
+
+
+@dataclass
+class ItemSample:
+    """What was found.
+
+    num_items: rows of all files; looked_at: of which so many.
+    lengths: by modality, the tokens of each item that was looked at: 0 for one without; of images,
+        that there are.
+    feature_widths: of stored features.
+    """
+
+    num_items: int
+    looked_at: int
+    lengths: dict[str, Tensor] = field(default_factory=dict)
+    feature_widths: dict[str, int] = field(default_factory=dict)
+
+
+def sample_items(
+    root: Location, schema: Schema, modalities: dict[str, ModalitySettings]
+) -> ItemSample:
+    """Looks at the first items of some files.
+
+    Raises:
+        ValueError: there are none, or a modality's column is missing or of a wrong type.
+    """
+    folder = root / "items"
+    files = folder.files(".parquet") if schema.items is not None else []
+    if not files:
+        raise ValueError(f"{folder}: no *.parquet files; write one row per item there")
+    places = np.unique(np.linspace(0, len(files) - 1, SAMPLED_FILES).astype(int))
+    chosen = [files[place] for place in places]
+    counts = [_num_rows(file) for file in files]
+    sample = ItemSample(sum(counts), 0)
+    for name, modality in modalities.items():
+        _check(schema, name, modality)
+        if (file := schema.items.columns[modality.column].file) is not None:  # type: ignore[union-attr]
+            sample.lengths[name] = _lengths_in_file(name, root / file, sample)
+            continue
+        lengths = [
+            _lengths(name, modality, file, chunk, sample)
+            for file in chosen
+            for chunk in _first_rows(file, modality.column, SAMPLED_ITEMS // len(chosen))
+        ]
+        sample.lengths[name] = torch.cat(lengths)
+        sample.looked_at = max(sample.looked_at, len(sample.lengths[name]))
+    return sample
+
+
+def _num_rows(file: Location) -> int:
+    with open_parquet(file) as parquet:
+        return int(parquet.metadata.num_rows)
+
+
+def _check(schema: Schema, name: str, modality: ModalitySettings) -> None:
+    assert schema.items is not None
+    column = schema.items.columns.get(modality.column)
+    if column is None or column.kind != modality.kind:
+        raise ValueError(
+            f"content.modalities.{name}: schema.yaml has no item column '{modality.column}' of "
+            f"kind {modality.kind}; it has {schema.items.columns}"
+        )
+
+
+def _first_rows(file: Location, column: str, count: int) -> Iterator[pa.Array]:
+    try:
+        with open_parquet(file, streaming=True) as parquet:
+            column_type(parquet, file, column)
+            for batch in parquet.iter_batches(min(count, 256), columns=[column]):
+                yield batch.column(0).slice(0, count)
+                count -= len(batch)
+                if count <= 0:
+                    return
+    except READ_ERRORS as error:
+        raise ValueError(f"{file}: column '{column}' cannot be read ({error})") from error
+
+
+def _lengths_in_file(name: str, file: Location, sample: ItemSample) -> Tensor:
+    """Of the first rows of a .npy file."""
+    features = FeatureFile(file)
+    sample.feature_widths[name] = features.width
+    _, values = next(features.pieces())
+    there = ~np.isnan(values[:SAMPLED_ITEMS]).all(axis=2)
+    sample.looked_at = max(sample.looked_at, len(there))
+    return torch.from_numpy(there.sum(axis=1))
+
+
+def _lengths(
+    name: str, modality: ModalitySettings, file: Location, chunk: pa.Array, sample: ItemSample
+) -> Tensor:
+    where = f"{file}: column '{modality.column}'"
+    if modality.kind == "image":
+        if is_list(chunk.type):  # several images of an item
+            return torch.from_numpy(list_lengths(chunk).clip(max=modality.max_images).astype(int))
+        return torch.from_numpy(chunk.is_valid().to_numpy(zero_copy_only=False).astype(np.int64))
+    if modality.kind == "feature":
+        lengths, tokens = feature_tokens(chunk, where)
+        widths = list_lengths(tokens)
+        if len(widths):
+            sample.feature_widths.setdefault(name, int(widths[0]))
+        return torch.from_numpy(np.asarray(lengths, np.int64))
+    assert modality.encoder is not None
+    tokenizer = load_tokenizer(modality.encoder, modality.revision, f"content.modalities.{name}")
+    texts = texts_of(chunk, where, lambda bad, reason, message: None)
+    tokens_of = tokenize(texts, modality.max_length, tokenizer)
+    return torch.tensor([len(ids) for ids in tokens_of], dtype=torch.int64)

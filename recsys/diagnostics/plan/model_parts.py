@@ -1,0 +1,111 @@
+"""The parts of a model: how many parameters, who trains them, where they live, in how many bytes.
+
+Tables are cut over the ranks; all else is on every rank. All weights, gradients and moments are
+float32, also where the arithmetic is bfloat16. Under several ranks DistributedDataParallel keeps a
+second copy of the dense gradients, in the buckets that it sends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torchrec.distributed.types import ShardingPlan
+
+from embeddings import TableConfig
+from embeddings.sharding import table_parameters
+from embeddings.table_memory import FLOAT, TableMemory, table_memory
+from recsys.model.em3 import EM3
+from recsys.optimizer import dense_parameters
+
+ADAMW_MOMENTS = 2
+# By the beginning of parameter names, first match counts; `{}` is the modality.
+DENSE_PARTS = (
+    ("content.encoders.", "encoder {}"),
+    ("content.projections.", "projections"),
+    ("content.fusion.", "fusion"),
+    ("content.history_map.", "history map"),
+    ("content.", "content, other"),
+    ("ranking.", "ranking"),
+    ("losses.", "losses"),
+)
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """One line of the list of parameters; bytes are those of the rank that has the most."""
+
+    name: str
+    parameters: int  # in all
+    trained_by: str
+    where: str
+    weight_bytes: int
+    gradient_bytes: int
+    state_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        return self.weight_bytes + self.gradient_bytes + self.state_bytes
+
+
+def model_parts(
+    em3: EM3, tables: list[TableConfig], plan: ShardingPlan, world_size: int
+) -> list[ModelPart]:
+    """Tables first, then the dense parts, trained and frozen ones apart."""
+    return [
+        *(_table_part(table_memory(table, plan)) for table in tables),
+        *_dense_parts(em3, world_size),
+    ]
+
+
+def table_bytes_by_rank(
+    tables: list[TableConfig], plan: ShardingPlan, world_size: int
+) -> list[int]:
+    """Weights and optimizer state of all tables on each rank."""
+    memories = [table_memory(table, plan) for table in tables]
+    return [sum(sum(memory.on_rank(rank)) for memory in memories) for rank in range(world_size)]
+
+
+def _table_part(memory: TableMemory) -> ModelPart:
+    table, ranks = memory.table, sorted({shard.rank for shard in memory.shards})
+    fullest = max(ranks, key=lambda rank: sum(memory.on_rank(rank)))
+    weights, state = memory.on_rank(fullest)
+    place = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks"
+    return ModelPart(
+        name=f"table {table.name}",
+        parameters=table.num_embeddings * table.embedding_dim,
+        trained_by="nothing" if table.frozen else table.optimizer,
+        where=f"{memory.sharding} on {place}",
+        weight_bytes=weights,
+        gradient_bytes=0,  # they are applied in the backward, row by row
+        state_bytes=state,
+    )
+
+
+def _dense_parts(em3: EM3, world_size: int) -> Iterator[ModelPart]:
+    trained = set(dense_parameters(em3))
+    of_tables = {id(parameter) for _, parameter in table_parameters(em3)}
+    sizes: dict[tuple[str, bool], int] = {}
+    for name, parameter in em3.named_parameters():
+        if id(parameter) not in of_tables:
+            key = part_of(name), name in trained
+            sizes[key] = sizes.get(key, 0) + parameter.numel()
+    copies = 1 if world_size == 1 else 2
+    for (name, is_trained), size in sizes.items():
+        yield ModelPart(
+            name=name if is_trained else f"{name}, frozen",
+            parameters=size,
+            trained_by="AdamW" if is_trained else "nothing",
+            where="every rank",
+            weight_bytes=FLOAT * size,
+            gradient_bytes=FLOAT * size * copies * is_trained,
+            state_bytes=FLOAT * size * ADAMW_MOMENTS * is_trained,
+        )
+
+
+def part_of(name: str) -> str:
+    """The part that a dense parameter belongs to, by its name in the model."""
+    for prefix, part in DENSE_PARTS:
+        if name.startswith(prefix):
+            return part.format(name.removeprefix(prefix).split(".")[0])
+    return "other"

@@ -1,0 +1,154 @@
+"""A model's outline: everything that a run builds, without weights, data or devices.
+
+Tables, memory bank and transformers lie on the meta device, which holds shapes alone, so tables
+of billions of rows and encoders of any size are built in no time and no memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.distributed.types import ShardingPlan
+
+from embeddings import MemoryBank, TableConfig, fuse_table_optimizers, plan_sharding, sharders
+from embeddings.simulated_cluster import Cluster
+from embeddings.table_memory import what_does_not_fit
+from recsys.config import Config, content_settings
+from recsys.content.encoders.build import Encoder, TransformerEncoder, build_encoder
+from recsys.data.filesystem import Location
+from recsys.data.parquet.file import mean_list_lengths
+from recsys.data.schema import Schema, load_schema
+from recsys.diagnostics.cost.model_sizes import image_tokens
+from recsys.diagnostics.plan.item_sample import ItemSample, sample_items
+from recsys.model.build import build_em3
+from recsys.model.em3 import EM3
+from recsys.model.tables import table_configs
+from recsys.ranking.item_categories import load_item_categories
+
+# More than any table asks for: the plan there would be if memory were no matter.
+NO_LIMIT = 2**60
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A run that is not there.
+
+    frozen_layers: parameters of each encoder that outputs are cached of before training, and
+        which no step needs.
+    problems: why the tables do not fit, and what would make them; the plan is then the one of
+        devices without limits.
+    """
+
+    config: Config
+    root: Location
+    schema: Schema
+    cluster: Cluster
+    tables: list[TableConfig]
+    em3: EM3
+    items: ItemSample | None
+    frozen_layers: dict[str, int]
+    plan: ShardingPlan
+    problems: list[str]
+
+    def tokens(self, modality: str) -> Tensor:
+        """Of each item that was looked at, as a step gets them: int64 [items]."""
+        content = content_settings(self.config)
+        assert content is not None and self.items is not None and self.em3.content is not None
+        settings, lengths = content.modalities[modality], self.items.lengths[modality]
+        encoder: Any = self.em3.content.encoders[modality]
+        if encoder.is_cached and settings.training == "frozen" and settings.pooling != "none":
+            return lengths.clamp(max=1)
+        if settings.kind == "image" and isinstance(encoder, TransformerEncoder):
+            return lengths * image_tokens(encoder.model)
+        return lengths
+
+
+def build_outline(
+    config: Config, data: str, cluster: Cluster, rows: dict[str, int] | None = None
+) -> Outline:
+    """Reads the schema and a few items, and plans.
+
+    Args:
+        config: of the run.
+        data: dataset, a folder or URL.
+        cluster: where the run would be.
+        rows: other numbers of rows for tables, by column.
+
+    Raises:
+        ValueError: configuration and data do not fit together.
+    """
+    root = Location.of(data)
+    schema = load_schema(root)
+    categories = load_item_categories(config.ranking, root, schema, config.on_bad_row)
+    _resize(schema, rows or {})
+    tables = table_configs(config, schema, mean_list_lengths(root, schema))
+    content = content_settings(config)
+    items, encoders, frozen_layers = None, {}, {}
+    bank: MemoryBank | None = None
+    if content is not None:
+        items = sample_items(root, schema, content.modalities)
+        encoders = {name: _encoder(name, config, items) for name in content.modalities}
+        for name, modality in content.modalities.items():
+            if encoders[name].caches and modality.cache_frozen_layers:
+                frozen_layers[name] = _drop_frozen_layers(encoders[name])
+        if content.history.mode != "full":
+            bank = MemoryBank(schema.num_items, content.vector_dim, "meta")
+    em3 = build_em3(config, schema, tables, encoders, bank, item_categories=categories)
+    fuse_table_optimizers(em3, tables)
+    plan, problems = _plan(config, em3, tables, cluster)
+    return Outline(config, root, schema, cluster, tables, em3, items, frozen_layers, plan, problems)
+
+
+def _resize(schema: Schema, rows: dict[str, int]) -> None:
+    for name, number in rows.items():
+        column = schema.columns.get(name)
+        if column is None or column.num_embeddings is None:
+            tables = [n for n, c in schema.columns.items() if c.num_embeddings is not None]
+            raise ValueError(f"rows: '{name}' has no table; the tables are {tables}")
+        if number < 1:
+            raise ValueError(f"rows: table '{name}' with {number} rows; give at least 1")
+        column.num_embeddings = number
+
+
+def _encoder(name: str, config: Config, items: ItemSample) -> Encoder:
+    content = content_settings(config)
+    assert content is not None
+    modality = content.modalities[name]
+    if modality.module:  # code of the user's, which may do anything with its weights
+        return build_encoder(name, modality, None)
+    with torch.device("meta"):
+        return build_encoder(name, modality, items.feature_widths.get(name))
+
+
+def _drop_frozen_layers(encoder: Encoder) -> int:
+    before = sum(parameter.numel() for parameter in encoder.parameters())
+    encoder.drop_frozen_layers()
+    return before - sum(parameter.numel() for parameter in encoder.parameters())
+
+
+def _plan(
+    config: Config, em3: EM3, tables: list[TableConfig], cluster: Cluster
+) -> tuple[ShardingPlan, list[str]]:
+    """The plan that training would make there, or why there is none and one without limits."""
+    types = config.embedding.communication
+
+    def plan_on(where: Cluster) -> ShardingPlan:
+        return plan_sharding(
+            em3,
+            tables,
+            device=where.device.kind,
+            batch_size=config.batch_size,
+            topology=where.topology(),
+            module_sharders=sharders(types.forward, types.backward),
+        )
+
+    try:
+        return plan_on(cluster), []
+    except ValueError as error:
+        device = replace(cluster.device, memory_bytes=NO_LIMIT, host_memory_bytes=NO_LIMIT)
+        plan = plan_on(replace(cluster, device=device))  # what is not a matter of memory raises
+        lines = what_does_not_fit(tables, cluster.device.memory_bytes, cluster.world_size)
+        return plan, lines or [str(error)]

@@ -1,0 +1,71 @@
+"""The least time of a step's parts on given devices, and what bounds each.
+
+Arithmetic at the rate of products of matrices, memory at that of the device's memory, what is sent
+at that of the links in a node and between nodes. Parts follow one another; on real devices some
+overlap, and all run below these rates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from embeddings.simulated_cluster import Cluster
+from recsys.diagnostics.cost.communication import Sent
+from recsys.diagnostics.cost.roofline import Anchor
+from recsys.diagnostics.cost.work import PartCost, Work
+
+
+@dataclass(frozen=True)
+class TimeBound:
+    """One part of a step on one rank; seconds of both directions."""
+
+    name: str
+    arithmetic_seconds: float = 0.0
+    memory_seconds: float = 0.0
+    network_seconds: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def bound_by(self) -> str:
+        """arithmetic, memory or network."""
+        times = {
+            "arithmetic": self.arithmetic_seconds,
+            "memory": self.memory_seconds,
+            "network": self.network_seconds,
+        }
+        return max(times, key=lambda name: times[name])
+
+
+def anchor_of(cluster: Cluster, precision: str) -> Anchor:
+    """The rates of a device in the precision of the dense parts."""
+    device = cluster.device
+    flops = device.bf16_flops if precision == "bf16" else device.fp32_flops
+    return Anchor(flops, device.memory_bandwidth)
+
+
+def time_bounds(
+    costs: Sequence[PartCost], sent: Sequence[Sent], cluster: Cluster, precision: str
+) -> list[TimeBound]:
+    """Of the parts on each rank, then of what they send."""
+    anchor = anchor_of(cluster, precision)
+    bounds = []
+    for part in costs:
+        both = part.forward + part.backward
+        bounds.append(
+            TimeBound(
+                part.name,
+                arithmetic_seconds=both.flops / anchor.flops_per_second,
+                memory_seconds=both.bytes / anchor.bytes_per_second,
+                seconds=part.floor(anchor),
+            )
+        )
+    for kind in sent:
+        seconds = cluster.seconds_to_send(kind.bytes, spread=not kind.is_ring)
+        bounds.append(TimeBound(f"sending {kind.name}", network_seconds=seconds, seconds=seconds))
+    return bounds
+
+
+def backward_outputs(costs: Sequence[PartCost]) -> float:
+    """Bytes that products of matrices leave for the backward: a lower estimate of activations."""
+    return sum(part.forward.outputs for part in costs if part.backward != Work())

@@ -1,0 +1,199 @@
+"""Where the time of a training step goes, and how many bytes its collectives send.
+
+A few steps of the loop run under `torch.profiler`, after as many that are only timed, so that the
+report says what the profiler itself costs. While it records, hooks mark the modules of the model;
+TorchRec's pipeline marks its own stages. Nothing is hooked before or after.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.autograd.profiler import record_function
+from torch.profiler import ProfilerActivity, profile
+
+from recsys.diagnostics.profile.report import RankProfile, format_profile, scalars, summary
+from recsys.diagnostics.profile.step_trace import PART, STEP, read_steps
+from recsys.distributed.ranks import Ranks
+from recsys.model.em3 import EM3
+
+FIRST_STEPS = 3  # of a loop, which fill the pipeline and warm caches; not measured
+PROFILE, TRACE = "profile.json", "profile_trace.json.gz"
+
+
+class StepProfile:
+    """Profiles some steps of a training loop; every rank makes one.
+
+    Rank 0 then prints a table, writes `profile.json` and its own trace, which Perfetto and
+    TensorBoard open, into the run's folder, and hands the table's values to `write`.
+
+    Args:
+        em3: the model inside its wrappers.
+        ranks: the job.
+        steps: how many to profile; 0: none.
+        folder: of the run.
+        say: prints a text.
+        write: keeps values by name, as TensorBoard does.
+
+    Example::
+
+        profile = StepProfile(job.em3, job.ranks, 10, run)
+        with profile:  # as often as the loop is left and entered again
+            for batch in batches:
+                pipeline.progress(batches)
+                profile.step()
+    """
+
+    def __init__(
+        self,
+        em3: EM3,
+        ranks: Ranks,
+        steps: int,
+        folder: Path,
+        say: Callable[[str], None] = print,
+        write: Callable[[dict[str, float]], None] | None = None,
+    ) -> None:
+        self.em3, self.ranks, self.steps, self.folder = em3, ranks, steps, folder
+        self.say, self.write = say, write
+        self.plain_seconds: list[float] = []  # of steps without profiler
+        self._done = steps == 0
+        self._steps_of_loop = 0
+        self._recorded = 0
+        self._began = 0.0  # this step
+        self._profiler: profile | None = None
+        self._marks = ExitStack()  # what undoes the marking of modules
+        self._step: record_function | None = None
+
+    def __enter__(self) -> StepProfile:
+        self._steps_of_loop, self._began = 0, time.perf_counter()
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """A recording ends with its loop. A collective, unless by an error."""
+        if self._profiler is None:
+            return
+        if error is None and self._recorded > 0:
+            self._finish()
+        else:
+            self._stop()
+
+    def step(self) -> None:
+        """A step of the loop has ended. A collective after the last that is recorded."""
+        if self._done:
+            return
+        self._steps_of_loop += 1
+        if self._profiler is None:
+            if self._steps_of_loop > FIRST_STEPS:
+                self.plain_seconds.append(time.perf_counter() - self._began)
+            if len(self.plain_seconds) >= self.steps:
+                self._record()
+        else:
+            self._end_step()
+            if self._recorded == self.steps:
+                self._finish()
+            else:
+                self._begin_step()
+        self._began = time.perf_counter()
+
+    def _record(self) -> None:
+        """Starts the profiler; the first step under it pays for its start and is not recorded."""
+        activities = [ProfilerActivity.CPU]
+        if self.ranks.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self._marks = mark_parts(self.em3)
+        self._profiler = profile(activities=activities, record_shapes=True)
+        self._profiler.start()
+
+    def _begin_step(self) -> None:
+        self._step = record_function(STEP)
+        self._step.__enter__()
+
+    def _end_step(self) -> None:
+        if self._step is not None:
+            self._step.__exit__(None, None, None)
+            self._step = None
+            self._recorded += 1
+
+    def _stop(self) -> profile:
+        profiler = self._profiler
+        assert profiler is not None
+        profiler.stop()
+        self._marks.close()
+        self._profiler, self._step, self._recorded = None, None, 0
+        return profiler
+
+    def _finish(self) -> None:
+        self._done, recorded = True, self._recorded
+        profiler = self._stop()
+        with self.ranks.all_or_none(), tempfile.TemporaryDirectory() as scratch:
+            path = (self.folder if self.ranks.is_first else Path(scratch)) / TRACE
+            profiler.export_chrome_trace(str(path))
+            with gzip.open(path, "rt") as file:
+                events = json.load(file)["traceEvents"]
+            # One more may have begun when the loop ended.
+            steps = read_steps(events, self.ranks.rank, self.ranks.world_size)[:recorded]
+        profiles = self.ranks.gather(RankProfile(self.plain_seconds, steps))
+        if self.ranks.is_first:
+            report = summary(profiles, self.ranks.device.type)
+            (self.folder / PROFILE).write_text(json.dumps(report, indent=2) + "\n")
+            self.say(format_profile(report))
+            if self.write is not None:
+                self.write(scalars(report))
+
+
+def mark_parts(em3: EM3) -> ExitStack:
+    """Marks the calls of the model's modules as parts of the step, until the result is closed."""
+    marks = ExitStack()
+    for module, part in _parts_of(em3):
+        _mark_forward(module, part, marks)
+    if em3.content is not None:
+        for encoder in em3.content.encoders.values():
+            _mark_method(encoder, "encode", "encoders", marks)
+    return marks
+
+
+def _parts_of(em3: EM3) -> list[tuple[nn.Module, str]]:
+    parts: list[tuple[nn.Module, str]] = []
+    for collection in (em3.embedding_bags, em3.embeddings):
+        if collection is not None:
+            # What is looked up for is sent before the call and back within it.
+            parts.append((collection, "output dist"))
+            lookups: Any = getattr(collection, "_lookups", [])
+            parts += [(lookup, "lookup") for lookup in lookups]
+    parts.append((em3.read_ids, "output dist"))  # waits for what is sent
+    if em3.content is not None:
+        parts += [(em3.content, "content"), (em3.content.fusion, "fusion")]
+    return [*parts, (em3.ranking, "ranking"), (em3.losses, "losses")]
+
+
+def _mark_forward(module: nn.Module, part: str, marks: ExitStack) -> None:
+    open_ranges: list[record_function] = []
+
+    def begin(*_: Any) -> None:
+        open_ranges.append(record_function(PART + part))
+        open_ranges[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        open_ranges.pop().__exit__(None, None, None)
+
+    marks.callback(module.register_forward_pre_hook(begin, prepend=True).remove)
+    marks.callback(module.register_forward_hook(end, always_call=True).remove)
+
+
+def _mark_method(module: nn.Module, name: str, part: str, marks: ExitStack) -> None:
+    method = getattr(module, name)
+
+    def marked(*arguments: Any, **named: Any) -> Any:
+        with record_function(PART + part):
+            return method(*arguments, **named)
+
+    setattr(module, name, marked)
+    marks.callback(delattr, module, name)

@@ -1,0 +1,178 @@
+"""`recsys report`: one page on a finished run, from its folder and from scoring the test split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recsys.build import Job
+from recsys.checkpoint.run_folder import ITEM_COUNTS
+from recsys.data.filesystem import write_whole
+from recsys.data.items.item_table import ItemTable
+from recsys.diagnostics.run_report.embedding_maps import embedding_maps
+from recsys.diagnostics.run_report.fusion_attention import fusion_attention, recorded_attention
+from recsys.diagnostics.run_report.item_columns import item_table
+from recsys.diagnostics.run_report.item_descriptions import categories, category_column
+from recsys.diagnostics.run_report.item_popularity import ScoredRows, item_popularity
+from recsys.diagnostics.run_report.item_vectors import frequent_items, item_vectors
+from recsys.diagnostics.run_report.learning_curves import learning_curves
+from recsys.diagnostics.run_report.map_colours import Categories
+from recsys.diagnostics.run_report.nearest_items import example_items, nearest_items
+from recsys.diagnostics.run_report.page import Section, Table, html_page, number
+from recsys.distributed.lockstep import Lockstep
+from recsys.distributed.ranks import Ranks
+from recsys.distributed.watchdog import Watchdog
+from recsys.evaluation.evaluate import score, split_interactions
+from recsys.evaluation.predict import load_run
+
+SPLIT = "test"
+ITEMS = 2000  # those seen most in training, whose vectors are looked at
+ITEMS_OF_MAPS = 1000  # of these
+PARTS = ("all", "warm", "cold", "unseen")
+
+
+def report_run(
+    run: Path,
+    data: str | None,
+    out: Path | None,
+    ranks: Ranks,
+    device: str,
+    colour_by: str | None = None,
+) -> Path:
+    """Writes the page of a run, by default `RUN/report.html`. A collective.
+
+    Args:
+        run: the finished run.
+        data: its dataset; default the one it was trained on.
+        out: the HTML file to write; it appears whole or not at all.
+        ranks, device: where the test split is scored.
+        colour_by: column of the items' files whose categories colour the maps; default: one named
+            genres, genre, category or categories, else the colours are of training impressions.
+
+    Raises:
+        ValueError: the folder holds no finished run, `out` is a folder, or no items' file has the
+            column `colour_by`.
+    """
+    out = out or run / "report.html"
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder; name a file, such as {out / 'report.html'}")
+    job = load_run(run, data, ranks, device)
+    with ranks.all_or_none():
+        table = item_table(job)
+        category = category_column(table, colour_by)
+    rows, test_items = _scored_rows(job, run)
+    with ranks.all_or_none():
+        if ranks.is_first:
+            metrics = json.loads((run / "metrics.json").read_text())
+            sections = [
+                _summary(metrics),
+                learning_curves(run, job.config.best_model_by),
+                item_popularity(rows, SPLIT),
+                *item_sections(job, run, test_items, table, category),
+                _settings(run, metrics),
+            ]
+            write_whole(out, html_page(f"Run {run.resolve().name}", sections))
+            print(f"report written to {out}", flush=True)
+    return out
+
+
+def _scored_rows(job: Job, run: Path) -> tuple[ScoredRows, np.ndarray]:
+    """Rows of the test split, of all ranks, with the first label; their items. A collective."""
+    interactions = split_interactions(job, SPLIT)
+    with Watchdog(job.ranks, job.config.stall_timeout) as watchdog:
+        scored = score(job, interactions, Lockstep(job.ranks, job.config.checkpoint, watchdog))
+    items = scored["items"].numpy()
+    rows = ScoredRows(
+        scored["labels"][:, 0].numpy(),
+        scored["logits"][:, 0].numpy(),
+        scored["groups"].numpy(),
+        np.load(run / ITEM_COUNTS)[items],
+    )
+    return rows, items
+
+
+def item_sections(
+    job: Job,
+    run: Path,
+    test_items: np.ndarray,
+    table: ItemTable | None,
+    category: str | None,
+    with_examples: bool = True,
+) -> list[Section]:
+    """Sections on the vectors of items, each of which is encoded once.
+
+    Args:
+        job, run: what `load_run` gives, and of which folder.
+        test_items: items of the rows of the test split.
+        table, category: the items' files and the column that colours the maps, if any.
+        with_examples: show items with names and pictures.
+    """
+    item_counts = np.load(run / ITEM_COUNTS)
+    items = frequent_items(job, item_counts, ITEMS)
+    branch = job.em3.content
+    num_modalities = len(branch.encoders) if branch is not None else 0
+    fusion = branch.fusion if branch is not None else None
+    with recorded_attention(fusion, num_modalities) as layers:
+        vectors = item_vectors(job, run, items)
+    of_maps = vectors.first(ITEMS_OF_MAPS)
+    known = None
+    if table is not None and category is not None:
+        known = Categories(category, categories(table, category, of_maps.items))
+    sections = [embedding_maps(of_maps, item_counts, known)]
+    if with_examples:
+        candidates = np.flatnonzero(item_counts) if job.store is None else job.store.items.ids
+        examples = example_items(item_counts, test_items, candidates)
+        sections += [nearest_items(job, run, vectors, examples, item_counts, table, category)]
+    return [*sections, fusion_attention(branch, layers)]
+
+
+def _summary(metrics: dict[str, Any]) -> Section:
+    """Test metrics of `metrics.json` as a table, and what they say in words."""
+    test = metrics[SPLIT]
+    of_part = {part: test if part == "all" else test[part] for part in PARTS}
+    names = ("auc", "gauc", "logloss", "ne", "calibration")
+    rows = [
+        (part, *(number(of[name]) for name in names), f"{of['num_samples']:,}")
+        for part, of in of_part.items()
+    ]
+    head = ("items", "AUC", "GAUC", "log loss", "normalised entropy", "calibration", "rows")
+    return Section("Test metrics", findings(of_part), tables=[Table(head, rows)])
+
+
+def findings(of_part: dict[str, dict[str, Any]]) -> list[str]:
+    """What the test metrics of all, warm, cold and unseen items say, a sentence each."""
+    found = []
+    every, warm, unseen = of_part["all"], of_part["warm"], of_part["unseen"]
+    if every["ne"] is not None:
+        gain = 100 * (1 - every["ne"])
+        verb = "is better" if gain > 0 else "is worse"
+        found.append(
+            f"Log loss {verb} by {abs(gain):.1f} % than that of always predicting the mean."
+        )
+    if warm["gauc"] is not None and unseen["gauc"] is not None:
+        found.append(
+            f"Within a user, items never seen in training are ranked with a GAUC of "
+            f"{unseen['gauc']:.4f}, items seen often with {warm['gauc']:.4f}: a difference of "
+            f"{warm['gauc'] - unseen['gauc']:+.4f}. Chance is 0.5."
+        )
+    if every["calibration"] is not None and abs(every["calibration"] - 1) > 0.1:
+        way = "high" if every["calibration"] > 1 else "low"
+        found.append(
+            f"Predicted probabilities are too {way}: their mean is {every['calibration']:.2f} "
+            "times the share of positives."
+        )
+    return found
+
+
+def _settings(run: Path, metrics: dict[str, Any]) -> Section:
+    train = metrics["train"]
+    words = [
+        f"Trained for {train['steps']:,} steps in {train['seconds']:,.0f} s on "
+        f"{metrics['world_size']} rank(s), {train['samples_per_second']:,.0f} samples/s, with "
+        + ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
+        + "."
+    ]
+    return Section("Configuration", words, text=(run / "config.yaml").read_text())

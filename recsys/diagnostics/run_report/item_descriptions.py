@@ -1,0 +1,137 @@
+"""How items are shown to people: their names, categories and small pictures.
+
+Shapes: I chosen items.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from recsys.data.items.images import open_image
+from recsys.data.items.item_table import ItemTable
+from recsys.data.parquet.values import is_list
+from recsys.diagnostics.run_report.item_columns import column_types, column_values
+
+CATEGORY_COLUMNS = ("genres", "genre", "category", "categories")  # by default, the first there is
+NAME_COLUMNS = ("title", "name")
+MOST_CHARACTERS = 60
+PICTURE_SIZE = (160, 96)  # at most, in pixels: width and height
+
+
+def category_column(table: ItemTable | None, chosen: str | None) -> str | None:
+    """The column whose values colour the maps: the one chosen, or the first usual one there is.
+
+    Raises:
+        ValueError: the column chosen is in no file, or holds no texts or integers.
+    """
+    if table is None:
+        if chosen is None:
+            return None
+        raise ValueError(
+            f"--colour_by {chosen}: the dataset has no items with columns; leave the option out"
+        )
+    kinds = column_types(table)
+    if chosen is None:
+        return next((name for name in CATEGORY_COLUMNS if _is_category(kinds.get(name))), None)
+    if not _is_category(kinds.get(chosen)):
+        usable = [name for name, kind in kinds.items() if _is_category(kind)]
+        cause = f"is of type {kinds[chosen]}" if chosen in kinds else "is missing"
+        raise ValueError(
+            f"{table.files[0]}: column '{chosen}' {cause}; name by --colour_by one of texts or "
+            f"integers: {usable}"
+        )
+    return chosen
+
+
+def _is_category(kind: pa.DataType | None) -> bool:
+    if kind is None:
+        return False
+    if pa.types.is_dictionary(kind) or is_list(kind):
+        return _is_category(kind.value_type)
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return pa.types.is_integer(kind) or any(is_kind(kind) for is_kind in texts)
+
+
+def categories(table: ItemTable, name: str, items: np.ndarray) -> list[str | None]:
+    """The category of each item: of several, separated by `|` or in a list, the first."""
+    return [first_category(value) for value in column_values(table, name, items)]
+
+
+def first_category(value: Any) -> str | None:
+    """The first of several categories.
+
+    Example::
+
+        first_category("Comedy|Drama")  # "Comedy"
+    """
+    if isinstance(value, list):
+        value = value[0] if value else None
+    first = "" if value is None else str(value).split("|")[0].strip()
+    return first or None
+
+
+def category_text(value: Any) -> str:
+    """All categories of an item, to be read; empty where it has none."""
+    text = "" if value is None else str(value)
+    values = value if isinstance(value, list) else text.split("|")
+    return _beginning(", ".join(str(part) for part in values if part is not None))
+
+
+def item_names(table: ItemTable | None, items: np.ndarray) -> list[str]:
+    """What each item is called: its title or name, else the beginning of its text, else its id."""
+    if table is None:
+        return [f"item {item}" for item in items.tolist()]
+    kinds = column_types(table)
+    texts = [name for name, column in table.items.columns.items() if column.kind == "text"]
+    sources = [name for name in (*NAME_COLUMNS, *texts) if name in kinds]
+    called: list[str] = [""] * len(items)
+    for source in sources:
+        values = column_values(table, source, items)
+        called = [known or _beginning(value) for known, value in zip(called, values)]
+    ids = column_values(table, table.items.id, items)
+    rows = items.tolist()
+    return [
+        known or f"{table.items.id} {row if identity is None else identity}"
+        for known, identity, row in zip(called, ids, rows)
+    ]
+
+
+def _beginning(value: Any) -> str:
+    text = " ".join(value.split()) if isinstance(value, str) else ""
+    return text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1].rstrip() + "…"
+
+
+def item_pictures(table: ItemTable | None, items: np.ndarray) -> list[bytes | None]:
+    """The (first) image of each item as a small JPEG.
+
+    Empty where an item has none that can be read, None for all where the schema has no images.
+    """
+    columns = table.items.columns if table is not None else {}
+    source = next((name for name, column in columns.items() if column.kind == "image"), None)
+    if table is None or source is None:
+        return [None] * len(items)
+    return [small_picture(value) for value in column_values(table, source, items)]
+
+
+def small_picture(encoded: bytes | list[bytes | None] | None) -> bytes:
+    """An encoded image, or the first of a list, as JPEG of at most 96 pixels in height.
+
+    Empty where there is none, or it cannot be read.
+    """
+    if isinstance(encoded, list):
+        encoded = next((image for image in encoded if image is not None), None)
+    if encoded is None:
+        return b""
+    try:
+        image = open_image(encoded)
+    except Exception:  # as decoders of damaged bytes raise anything; the run has told of it
+        return b""
+    image.thumbnail(PICTURE_SIZE, Image.Resampling.LANCZOS)
+    output = BytesIO()
+    image.save(output, "JPEG", quality=85)
+    return output.getvalue()

@@ -1,0 +1,165 @@
+"""Quality by how often an item was seen in training: where ids help, and where they cannot.
+
+Shapes: N rows of the split, I items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from recsys.diagnostics.run_report.page import (
+    BLUE,
+    ORANGE,
+    Drawing,
+    Section,
+    Table,
+    drawn,
+    new_figure,
+    number,
+)
+from recsys.evaluation.metrics import ranking_metrics
+
+BUCKETS = (0, 1, 5, 20, 100)  # training impressions, the least of each
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """Rows of a split; labels of one kind."""
+
+    labels: np.ndarray  # [N]
+    logits: np.ndarray  # [N]
+    groups: np.ndarray  # [N]
+    counts: np.ndarray  # int64 [N], training impressions of the row's item
+
+    def metrics(self, rows: np.ndarray) -> dict[str, Any]:
+        """`ranking_metrics` of the rows, bool [N], chosen."""
+        return ranking_metrics(self.labels[rows], self.logits[rows], self.groups[rows])
+
+
+@dataclass(frozen=True)
+class CountRange:
+    """Items with `first` to `end - 1` training impressions; without an end, or more."""
+
+    first: int
+    end: int | None
+
+    @property
+    def name(self) -> str:
+        """Such as `5–19`, `0` or `100+`."""
+        if self.end is None:
+            return f"{self.first}+"
+        is_single = self.end == self.first + 1
+        return str(self.first) if is_single else f"{self.first}–{self.end - 1}"
+
+    def holds(self, counts: np.ndarray) -> np.ndarray:  # int [N] -> bool [N]
+        """Which counts lie in it."""
+        return (counts >= self.first) & (self.end is None or counts < self.end)
+
+
+def count_ranges(edges: Sequence[int]) -> list[CountRange]:
+    """Between the edges, ascending, and one without end above the last."""
+    return [CountRange(*pair) for pair in zip(edges, [*edges[1:], None], strict=True)]
+
+
+def doubling_edges(most: int) -> list[int]:
+    """0, 1, 2, 4 ... up to `most`, at least 1."""
+    return [0, *(2**power for power in range(most.bit_length()))]
+
+
+def metrics_by_count(rows: ScoredRows, edges: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """`ranking_metrics`, and `positives`, of the rows of each range of counts.
+
+    Args:
+        rows: of one split.
+        edges: the least count of each range, ascending; the last range has no end.
+
+    Returns:
+        by the name of the range; a range without rows too.
+    """
+    found = {}
+    for of_counts in count_ranges(edges):
+        inside = of_counts.holds(rows.counts)
+        found[of_counts.name] = rows.metrics(inside) | {"positives": int(rows.labels[inside].sum())}
+    return found
+
+
+def auc_error(auc: float, positives: int, negatives: int) -> float:
+    """Standard error of an AUC (Hanley and McNeil, Radiology 143, 1982, equation 2).
+
+    Example::
+
+        auc_error(0.5, 10, 10)  # 0.1323
+    """
+    above_two = auc / (2 - auc) - auc**2
+    below_two = 2 * auc**2 / (1 + auc) - auc**2
+    spread = auc * (1 - auc) + (positives - 1) * above_two + (negatives - 1) * below_two
+    return float(np.sqrt(spread / (positives * negatives)))
+
+
+def item_popularity(rows: ScoredRows, split: str) -> Section:
+    """The section of both figures and the table."""
+    buckets = metrics_by_count(rows, BUCKETS)
+    table = Table(
+        ("training impressions", "AUC", "GAUC", "log loss", "rows"),
+        [
+            (
+                name,
+                number(of["auc"]),
+                number(of["gauc"]),
+                number(of["logloss"]),
+                f"{of['num_samples']:,}",
+            )
+            for name, of in buckets.items()
+        ],
+    )
+    curve = metrics_by_count(rows, doubling_edges(int(rows.counts.max(initial=1))))
+    words = [
+        "An item without training impressions has an ID vector that was never trained: what is "
+        "known of it comes from its content, its other features and the user alone."
+    ]
+    drawings = [_bars(buckets, split), _curve(curve, split)]
+    return Section("Quality by item popularity", words, drawings, [table])
+
+
+def _bars(buckets: dict[str, dict[str, Any]], split: str) -> Drawing:
+    figure, (axes,) = new_figure(1)
+    places = np.arange(len(buckets))
+    for shift, name, colour in ((-0.2, "auc", BLUE), (0.2, "gauc", ORANGE)):
+        heights = [of[name] if of[name] is not None else np.nan for of in buckets.values()]
+        bars = axes.bar(places + shift, heights, 0.38, color=colour, label=name.upper())
+        labels = ["" if np.isnan(height) else f"{height:.3f}" for height in heights]
+        axes.bar_label(bars, labels)
+    axes.axhline(0.5, color="black", linewidth=1)
+    names = [f"{name}\n{of['num_samples']:,} rows" for name, of in buckets.items()]
+    axes.set_xticks(places, names)
+    axes.set(xlabel="training impressions of the item", ylim=(0, 1.2))
+    axes.legend(loc="upper right", ncols=2)
+    caption = (
+        f"AUC and GAUC of the {split} split by the item's training impressions. The line at 0.5 is "
+        "chance; a bar is missing where the rows have one label only."
+    )
+    return drawn("quality-by-popularity", figure, caption)
+
+
+def _curve(curve: dict[str, dict[str, Any]], split: str) -> Drawing:
+    figure, (axes,) = new_figure(1)
+    known = [(place, of) for place, of in enumerate(curve.values()) if of["auc"] is not None]
+    errors = [
+        1.96 * auc_error(of["auc"], of["positives"], of["num_samples"] - of["positives"])
+        for _, of in known
+    ]
+    places, aucs = [place for place, _ in known], [of["auc"] for _, of in known]
+    axes.errorbar(places, aucs, errors, color=BLUE, marker="o", capsize=4)
+    axes.axhline(0.5, color="black", linewidth=1)
+    axes.set_xticks(range(len(curve)), list(curve))
+    axes.set(xlabel="training impressions of the item", ylabel="AUC")
+    caption = (
+        f"Cold start: AUC of the {split} split by the item's training impressions, each range "
+        "twice as wide as the one before. Bars are 95 % intervals from the numbers of positives "
+        "and negatives (Hanley and McNeil), rows taken as independent."
+    )
+    return drawn("cold-start", figure, caption)

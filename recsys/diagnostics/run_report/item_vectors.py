@@ -1,0 +1,72 @@
+"""Vectors of items as a run has learned them: rows of the ID table, and content vectors.
+
+Shapes: I chosen items, D ID dimension, E content dimension, C dimension of the contrastive loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recsys.build import Job
+from recsys.checkpoint.table_export import stored_tables
+
+ITEMS_PER_CALL = 256
+
+
+@dataclass(frozen=True)
+class ItemVectors:
+    """Vectors of the same items, by kind; `contrastive` is what Content-ID-Contrastive compares."""
+
+    items: np.ndarray  # int64 [I]
+    ids: Tensor  # [I, D]
+    content: Tensor | None = None  # [I, E]
+    contrastive: tuple[Tensor, Tensor] | None = None  # IDs and content, [I, C] each
+
+    def first(self, count: int) -> ItemVectors:
+        """Of the first items alone."""
+        contrastive = self.contrastive
+        if contrastive is not None:
+            contrastive = contrastive[0][:count], contrastive[1][:count]
+        content = None if self.content is None else self.content[:count]
+        return ItemVectors(self.items[:count], self.ids[:count], content, contrastive)
+
+
+def frequent_items(job: Job, item_counts: np.ndarray, most: int) -> np.ndarray:
+    """Items with training impressions (and content, where the model has any), frequent first."""
+    items = np.flatnonzero(item_counts)
+    if job.store is not None:
+        items = np.intersect1d(items, job.store.items.ids)
+    return items[np.argsort(-item_counts[items], kind="stable")][:most]
+
+
+@torch.no_grad()
+def item_vectors(job: Job, run: Path, items: np.ndarray) -> ItemVectors:
+    """Of the run's best model; no collective.
+
+    Args:
+        job: has that model loaded.
+        run: its folder, from whose checkpoint only the rows wanted are read.
+        items: int64 [I], which have content where the model has a content branch.
+    """
+    table = stored_tables(run / "checkpoints" / "best")[job.schema.target_item]
+    ids = torch.cat([table.rows(row, row + 1) for row in items.tolist()])
+    branch, store = job.em3.content, job.store
+    if branch is None or store is None:
+        return ItemVectors(items, ids)
+    branch.eval()
+    parts = []
+    for some in np.split(items, range(ITEMS_PER_CALL, len(items), ITEMS_PER_CALL)):
+        inputs = {name: part.to(job.ranks.device) for name, part in store.gather(some).items()}
+        parts.append(branch.encode(inputs)[:, : branch.dim].float().cpu())
+    content = torch.cat(parts)
+    loss = job.em3.losses.contrastive
+    if loss is None:
+        return ItemVectors(items, ids, content)
+    device = job.ranks.device
+    sides = loss.id_map(ids.to(device)).cpu(), loss.content_map(content.to(device)).cpu()
+    return ItemVectors(items, ids, content, sides)

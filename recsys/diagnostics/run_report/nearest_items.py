@@ -1,0 +1,162 @@
+"""Items and those nearest to them by content vector and by ID vector, with names and pictures.
+
+Shapes: I items among which neighbours are looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from recsys.build import Job
+from recsys.data.items.item_table import ItemTable
+from recsys.diagnostics.run_report.item_columns import column_values
+from recsys.diagnostics.run_report.item_descriptions import category_text, item_names, item_pictures
+from recsys.diagnostics.run_report.item_vectors import ItemVectors, item_vectors
+from recsys.diagnostics.run_report.neighbours import nearest
+from recsys.diagnostics.run_report.page import Card, Cards, Section
+
+TITLE = "Examples of nearest items"
+OF_EACH_KIND = 2
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The items shown, by how often they were seen in training; int64."""
+
+    frequent: np.ndarray
+    middling: np.ndarray
+    unseen: np.ndarray
+
+
+def example_items(
+    item_counts: np.ndarray, test_items: np.ndarray, candidates: np.ndarray
+) -> Examples:
+    """Chosen without chance.
+
+    Middling is the item at which the items more frequent than it have half of all impressions;
+    of the unseen those come first that the test split ranks most often.
+
+    Args:
+        item_counts: training impressions of all items.
+        test_items: items of the rows of the test split.
+        candidates: items that can be shown.
+    """
+    candidates = np.sort(candidates)
+    counts = item_counts[candidates]
+    by_count = np.argsort(-counts, kind="stable")
+    seen = candidates[by_count[: int((counts > 0).sum())]]
+    frequent, others = seen[:OF_EACH_KIND], seen[OF_EACH_KIND:]
+    middle = int(np.searchsorted(item_counts[seen].cumsum(), counts.sum() / 2)) - OF_EACH_KIND
+    middle = max(0, min(middle, len(others) - OF_EACH_KIND))
+    tested = np.bincount(test_items, minlength=len(item_counts))
+    unseen = candidates[counts == 0]
+    unseen = unseen[np.argsort(-tested[unseen], kind="stable")]
+    return Examples(frequent, others[middle : middle + OF_EACH_KIND], unseen[:OF_EACH_KIND])
+
+
+def nearest_items(
+    job: Job,
+    run: Path,
+    pool: ItemVectors,
+    examples: Examples,
+    item_counts: np.ndarray,
+    table: ItemTable | None,
+    category: str | None,
+) -> Section:
+    """The section.
+
+    Args:
+        job, run: whose vectors the examples have.
+        pool: the items, all seen in training, among which neighbours are looked for.
+        examples: the items shown.
+        item_counts: training impressions of all items.
+        table: the items' files; None where there are none, and rows of the ID table name items.
+        category: the column of categories that the cards show, if any.
+    """
+    if len(pool.items) < 2:
+        return Section(TITLE, ["Too few items have training impressions for neighbours."])
+    unseen = examples.unseen if pool.content is not None else examples.unseen[:0]
+    shown = np.concatenate([examples.frequent, examples.middling, unseen])
+    found = _neighbours(pool, item_vectors(job, run, shown))
+    card = _cards_of(np.union1d(shown, found.items), item_counts, table, category)
+    cards = []
+    for place, item in enumerate(shown.tolist()):
+        rows = [
+            (f"nearest by {kind} vector", [card(*pair) for pair in found.of(kind, place)])
+            for kind in found.by_kind
+            if kind != "ID" or item_counts[item]
+        ]
+        if not item_counts[item]:
+            rows.append(("The ID vector is untrained: the item is in no row of training.", []))
+        cards.append(Cards(card(item, None), rows))
+    return Section(TITLE, [_words(len(pool.items), len(unseen) > 0)], cards=cards)
+
+
+def _words(pool_size: int, has_unseen: bool) -> str:
+    words = (
+        "Frequent items first, then items of middling popularity: the more frequent ones have half "
+        "of all training impressions. "
+    )
+    if has_unseen:
+        words += "Last are those unseen in training that the test split ranks most often. "
+    return words + (
+        f"Neighbours are nearest by cosine among the {pool_size:,} items seen most in training; "
+        "impressions are those of training."
+    )
+
+
+@dataclass(frozen=True)
+class _Neighbours:
+    """Cosines and items nearest to each example, by kind of vector."""
+
+    by_kind: dict[str, tuple[Tensor, np.ndarray]]
+
+    @property
+    def items(self) -> np.ndarray:
+        return np.unique(np.concatenate([items.ravel() for _, items in self.by_kind.values()]))
+
+    def of(self, kind: str, place: int) -> list[tuple[int, float]]:
+        """Items and cosines of the example at a place, nearest first."""
+        cosines, items = self.by_kind[kind]
+        return list(zip(items[place].tolist(), cosines[place].tolist()))
+
+
+def _neighbours(pool: ItemVectors, examples: ItemVectors) -> _Neighbours:
+    place_of = {item: place for place, item in enumerate(pool.items.tolist())}
+    own = np.array([place_of.get(item, -1) for item in examples.items.tolist()])
+    by_kind = {}
+    for kind, queries, vectors in (
+        ("content", examples.content, pool.content),
+        ("ID", examples.ids, pool.ids),
+    ):
+        if queries is not None and vectors is not None:
+            cosines, places = nearest(queries, vectors, own, SHOWN)
+            by_kind[kind] = cosines, pool.items[places.numpy()]
+    return _Neighbours(by_kind)
+
+
+def _cards_of(
+    items: np.ndarray, item_counts: np.ndarray, table: ItemTable | None, category: str | None
+) -> Callable[[int, float | None], Card]:
+    """Makes the card of one of these items; each is read once, however often it is shown."""
+    names = dict(zip(items.tolist(), item_names(table, items)))
+    pictures = dict(zip(items.tolist(), item_pictures(table, items)))
+    kinds: dict[int, str] = {}
+    if table is not None and category is not None:
+        values = column_values(table, category, items)
+        kinds = {item: category_text(value) for item, value in zip(items.tolist(), values)}
+
+    def card(item: int, cosine: float | None) -> Card:
+        count = int(item_counts[item])
+        lines = [f"cosine {cosine:.3f}"] if cosine is not None else []
+        lines += [kinds[item]] if kinds.get(item) else []
+        lines.append(f"{count:,} impression{'' if count == 1 else 's'}")
+        return Card(names[item], lines, pictures[item])
+
+    return card

@@ -1,0 +1,147 @@
+"""Gradient accumulation: one update of the dense parameters for several batches.
+
+What is one batch to a larger memory is a group of batches here. AdamW gets the mean gradient of a
+group at its end, and only then are dense gradients averaged over ranks. ID tables cannot wait: the
+fused kernels update them in every backward, so that the table that the second batch of a group
+reads has already learned from the first. Each batch's loss is divided by the size of its group; a
+table under SGD thus moves by what one batch of the group's size would move it, but for having
+moved in between, and a table under Adagrad sees several small gradients in place of a large one.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.optim.keyed import CombinedOptimizer
+
+
+class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
+    """TorchRec's pipeline, which steps the optimizer once for each group of training batches.
+
+    With groups of one batch it is `TrainPipelineSparseDist` to the bit. TorchRec's own
+    `GradientAccumulationWrapper` is not used: it leaves the loss undivided, and where batches end
+    within a group it steps with gradients that no collective has averaged, after which the ranks'
+    replicas differ.
+
+    Args:
+        model: in training mode it is trained, else only its output is wanted.
+        optimizer: of all parameters; what is fused does nothing in its steps.
+        device: where the model is.
+        accumulate_steps: k, the batches of a group.
+
+    Example::
+
+        pipeline = AccumulatingPipeline(model, optimizer, device, accumulate_steps=4)
+        pipeline.begin(10)  # groups of 4, 4 and 2
+        for _ in range(10):
+            pipeline.progress(batches)
+            if pipeline.has_stepped:
+                schedule.step()
+    """
+
+    def __init__(
+        self,
+        model: DistributedModelParallel,
+        optimizer: CombinedOptimizer,
+        device: torch.device,
+        accumulate_steps: int = 1,
+    ) -> None:
+        super().__init__(
+            model, optimizer, device, execute_all_batches=True, custom_model_fwd=self._forward
+        )
+        self._optimizer = cast(Any, _OncePerGroup(optimizer, self))
+        self.accumulate_steps = accumulate_steps
+        self.has_stepped = False  # whether the last batch was the end of a group
+        self._left: int | None = None  # training batches to come, where it is known
+        self._group_size, self._position = accumulate_steps, 0
+        self._has_synchronized = False
+
+    def begin(self, num_batches: int) -> None:
+        """Tells how many training batches follow, so that the last group may be smaller.
+
+        Fewer may come if they end with a group.
+
+        Raises:
+            RuntimeError: a group is not complete, and its gradients would be lost.
+        """
+        if self.is_within_group:
+            raise RuntimeError(
+                f"{self._position} of {self._group_size} batches are accumulated; a dense step "
+                "must end them before anything else begins"
+            )
+        self._left = num_batches
+
+    @property
+    def is_within_group(self) -> bool:
+        """Whether gradients wait for more batches; the state must not be saved then."""
+        return self._position > 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the batch under way is the first of its group."""
+        return self._position == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the batch under way is the last of its group."""
+        return self._position + 1 == self._group_size
+
+    def progress(self, dataloader_iter: Any) -> Any:
+        """One batch through the pipeline; see `TrainPipelineSparseDist.progress`.
+
+        Raises:
+            StopIteration: there is none left.
+        """
+        training = self._model.training
+        if training and self.is_first:
+            self._group_size = self.accumulate_steps
+            if self._left is not None:
+                self._group_size = max(min(self._group_size, self._left), 1)
+        output = super().progress(dataloader_iter)
+        if training:
+            self.has_stepped = self.is_last
+            self._position = (self._position + 1) % self._group_size
+            self._left = None if self._left is None else self._left - 1
+        return output
+
+    def _forward(self, batch: Any) -> tuple[Tensor, Any]:
+        with self._synchronization():
+            return cast(tuple[Tensor, Any], self._model(batch))
+
+    def _synchronization(self) -> AbstractContextManager[Any]:
+        """No all_reduce of dense gradients in the backward of a batch that does not end a group.
+
+        DistributedDataParallel with a static graph learns it in its first backward, which must
+        therefore synchronise: it then averages part of the group's gradient early, which changes
+        nothing of their mean.
+        """
+        if not self._model.training or self.is_last or not self._has_synchronized:
+            self._has_synchronized = self._has_synchronized or self._model.training
+            return nullcontext()
+        wrapped = self._model._dmp_wrapped_module
+        assert isinstance(wrapped, DistributedDataParallel), type(wrapped)
+        return wrapped.no_sync()
+
+    def _backward(self, losses: Tensor) -> None:
+        super()._backward(losses / self._group_size)
+
+
+class _OncePerGroup:
+    """What the pipeline sees of the optimizer: gradients go before a group, steps come after it."""
+
+    def __init__(self, optimizer: CombinedOptimizer, pipeline: AccumulatingPipeline) -> None:
+        self.optimizer, self.pipeline = optimizer, pipeline
+
+    def zero_grad(self) -> None:
+        if self.pipeline.is_first:
+            self.optimizer.zero_grad()
+
+    def step(self) -> None:
+        if self.pipeline.is_last:
+            self.optimizer.step()

@@ -1,0 +1,61 @@
+"""Gathers the rows of all ranks, with and without gradient; every function here is a collective.
+
+Shapes: N rows of this rank, D dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather
+from torch.nn import functional as F
+
+
+def gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
+    """The rows of all ranks on every rank, those of rank 0 first; ranks may have unlike numbers.
+
+    Args:
+        tensor: [N] or [N, D] of this rank; N may be 0.
+        process_group: None is the default group; without one, there is only this process.
+
+    Returns:
+        [sum of N] or [sum of N, D], on the device of `tensor`, detached.
+
+    Raises:
+        ValueError: dtype or D differ between ranks; raised on every rank.
+    """
+    if not dist.is_initialized() or dist.get_world_size(process_group) == 1:
+        return tensor
+    rows = tensor.detach()
+    kinds: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(kinds, (tuple(rows.shape), str(rows.dtype)), group=process_group)
+    if any((shape[1:], dtype) != (kinds[0][0][1:], kinds[0][1]) for shape, dtype in kinds):
+        raise ValueError(f"rows of the ranks cannot be joined, their shape and dtype are {kinds}")
+    # NCCL moves CUDA tensors only.
+    is_nccl = dist.get_backend(process_group) == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else rows.device
+    longest = max(shape[0] for shape, _ in kinds)
+    padded = torch.zeros((longest, *rows.shape[1:]), dtype=rows.dtype, device=device)
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in kinds]
+    dist.all_gather(gathered, padded, group=process_group)
+    parts = [part[: shape[0]] for part, (shape, _) in zip(gathered, kinds, strict=True)]
+    return torch.cat(parts).to(tensor.device)
+
+
+def gather_rows_with_gradient(rows: Tensor) -> tuple[Tensor, int]:
+    """Rows of all ranks in rank order, with gradient, and the place of this rank's first row.
+
+    Ranks may hold different numbers of rows: they are padded to the longest for the collective.
+    """
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size)]
+    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+    counts = [int(size) for size in sizes]
+    padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
+    gathered = all_gather(padded)
+    parts = [part[:count] for part, count in zip(gathered, counts, strict=True)]
+    return torch.cat(parts), sum(counts[:rank])

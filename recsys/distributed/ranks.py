@@ -1,0 +1,119 @@
+"""The ranks of a job: joining them, and ending them together.
+
+A job started alone is a job of one rank; under torchrun or torchx the environment names the
+others. An error that only one rank sees (a bad row in its share, a full disk) is told to all, so
+that every rank ends with the cause instead of waiting in a collective.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from recsys.distributed.host_memory import keep_freed_memory
+from recsys.distributed.rendezvous import attempt_store
+
+TIMEOUT = timedelta(minutes=30)  # one rank may encode items for long while others wait
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks of the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    own_group: dist.ProcessGroup | None = None  # default: the one of the job
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        group = self.own_group or dist.group.WORLD
+        assert group is not None
+        return group
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank prints and writes for all."""
+        return self.rank == 0
+
+    @property
+    def is_first_of_machine(self) -> bool:
+        """Whether this rank fills the caches of its machine."""
+        return self.local_rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small object of each rank, on every rank. A collective."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def apart(self) -> Ranks:
+        """The same ranks with a group of their own, for collectives beside those of the steps."""
+        return replace(self, own_group=dist.new_group(backend="gloo"))
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """What runs inside succeeds on every rank or raises on every rank; a collective.
+
+        Raises:
+            ValueError: a rank raised ValueError; the message is that rank's.
+            RuntimeError: a rank raised anything else.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        self.raise_first(error)
+
+    def raise_first(self, error: Exception | None) -> None:
+        """Tells all ranks of an error on any of them; each raises it. A collective."""
+        failed = torch.tensor([error is not None], dtype=torch.int32)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self.group)
+        if not failed.item():
+            return
+        mine = None if error is None else (isinstance(error, ValueError), str(error) or repr(error))
+        told = self.gather(mine)
+        if error is not None:
+            raise error
+        rank, (is_value_error, message) = next((r, t) for r, t in enumerate(told) if t is not None)
+        raise (ValueError if is_value_error else RuntimeError)(f"rank {rank}: {message}")
+
+
+@contextmanager
+def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
+    """Joins the process group the environment names, or makes one of this process alone."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if use_cuda and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but no GPU is usable; set device to cpu or auto")
+    torch_device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(torch_device)
+    else:
+        keep_freed_memory()
+    # Small agreements between ranks travel over gloo even where the model uses NCCL.
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    if "RANK" in os.environ:
+        store, rank, world_size = attempt_store(TIMEOUT)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT
+        )
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        yield Ranks(
+            dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, torch_device
+        )
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,225 @@
+"""Ends a job whose ranks wait for one that is stopped, lost or stuck, and names that rank.
+
+Ranks of a training job wait for each other in every step, so one that stands still makes all stand
+still, and nothing tells which. Here each rank says once a second, over a connection of its own to
+the job's store, that it lives, how far its main thread is and where. Two findings end the job:
+
+- silent: a rank has said nothing for `timeout` seconds; its process is stopped or its machine gone.
+- stalled: in a section where steps are expected (`armed`) no rank has made progress for `timeout`
+  seconds; the one that the others wait for has begun the fewest collectives.
+
+Then every rank prints the finding and its own stacks, and exits with code 1. It takes `os._exit`:
+the main thread hangs in a collective, where no exception can reach it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from recsys.distributed.heartbeat import (
+    Heartbeat,
+    Unchanged,
+    place_of_main_thread,
+    silent_ranks,
+    stalled_ranks,
+)
+from recsys.distributed.ranks import Ranks
+
+FINDING = "finding"  # key in the store: what ends the job
+WATCHED = 8  # how many other ranks each listens to, if a machine has not more
+
+
+class Watchdog:
+    """Watches the ranks of a job from threads beside the main one.
+
+    Args:
+        ranks: the job.
+        timeout: seconds; None or 0 switches it off, and a job of one rank needs none.
+
+    Example::
+
+        with Watchdog(ranks, timeout=300.0) as watchdog:
+            prepare()  # may take one rank much longer than another
+            with watchdog.armed():
+                for step, batch in enumerate(batches):
+                    watchdog.mark(f"batch {step}")
+                    train(batch)
+    """
+
+    def __init__(self, ranks: Ranks, timeout: float | None) -> None:
+        self.ranks = ranks
+        self.timeout = timeout or 0.0
+        self.interval = min(1.0, self.timeout / 8)
+        self._armed = False
+        self._marks, self._after = 0, "start"
+        self._exchanges = 0  # with the store
+        self._beats = 0
+        self._own_progress = Unchanged(2 * self.interval)
+        self._backends: list[Any] = []
+        self._stopping = threading.Event()
+        self._ending = threading.Lock()
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Watchdog:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Begins to watch. A collective."""
+        if not self.timeout or self.ranks.world_size == 1:
+            return
+        devices = {torch.device("cpu"), self.ranks.device}
+        self._backends = [self.ranks.group._get_backend(device) for device in devices]
+        store = dist.PrefixStore("watchdog", cast(Any, _get_default_store()).clone())
+        self._publish(store)
+        if self.ranks.is_first:
+            store.set(FINDING, "")
+        self.ranks.gather(None)  # a rank that has said nothing yet would look like a silent one
+        for target, arguments in ((self._watch, (store,)), (self._watch_store, ())):
+            thread = threading.Thread(target=target, args=arguments, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def stop(self) -> None:
+        """This rank has ended, well or not: others no longer expect to hear of it."""
+        self._stopping.set()
+        for thread in self._threads:
+            # Limited, as the store may be what has stopped; longer than `_end` takes.
+            thread.join(4 * self.interval)
+        self._threads.clear()
+        self._backends.clear()
+
+    def mark(self, place: str) -> None:
+        """The main thread has come this far; cheap enough for several calls a step."""
+        self._marks += 1
+        self._after = place
+
+    @contextmanager
+    def armed(self) -> Iterator[None]:
+        """Inside, all ranks are expected to make steps."""
+        with self._set_armed(True):
+            yield
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, a rank may take any time; for what interrupts an armed section."""
+        with self._set_armed(False):
+            yield
+
+    @contextmanager
+    def _set_armed(self, armed: bool) -> Iterator[None]:
+        before, self._armed = self._armed, armed
+        try:
+            yield
+        finally:
+            self._armed = before
+            self._marks += 1  # what is armed again has not stalled meanwhile
+
+    def _publish(self, store: dist.Store, ended: bool = False) -> Heartbeat:
+        self._beats += 1
+        collectives = sum(b._get_sequence_number_for_group() for b in self._backends)
+        stalled_for = self._own_progress.look((self._armed, self._marks, collectives))
+        beat = Heartbeat(
+            number=self._beats,
+            ended=ended,
+            stalled_for=stalled_for if self._armed else 0.0,
+            collectives=collectives,
+            marks=self._marks,
+            after=self._after,
+            place=place_of_main_thread(),
+        )
+        store.set(str(self.ranks.rank), beat.to_json())
+        return beat
+
+    def _watch(self, store: dist.Store) -> None:
+        """Exchanges beats until this rank ends; a lost store is the other thread's to find."""
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        # The ranks before this one, so that a machine that is gone is named whole.
+        number = min(max(WATCHED, self.ranks.local_world_size), world_size - 1)
+        watched = [(rank - distance - 1) % world_size for distance in range(number)]
+        unchanged = {other: Unchanged(2 * self.interval) for other in watched}
+        try:
+            while not self._stopping.wait(self.interval):
+                own = self._publish(store)
+                *texts, told = store.multi_get([*map(str, watched), FINDING])
+                self._exchanges += 1
+                beats = dict(zip(watched, map(Heartbeat.from_json, texts)))
+                silence = {other: unchanged[other].look(beats[other].number) for other in watched}
+                finding = told.decode() or self._finding(store, own, beats, silence)
+                if finding:
+                    self._end(finding)
+            self._publish(store, ended=True)
+        except RuntimeError:  # of the connection
+            return
+
+    def _finding(
+        self,
+        store: dist.Store,
+        own: Heartbeat,
+        beats: dict[int, Heartbeat],
+        silence: dict[int, float],
+    ) -> str:
+        """What ends the job, by the first rank that has found anything; empty if nothing does."""
+        silence = {rank: seconds for rank, seconds in silence.items() if not beats[rank].ended}
+        finding = ""
+        if any(seconds >= self.timeout for seconds in silence.values()):
+            nearly = self.timeout - self.interval  # as ranks of one machine are not heard at once
+            silent = {rank: beats[rank] for rank in silence if silence[rank] >= nearly}
+            finding = silent_ranks(silent, self.timeout)
+        elif own.stalled_for >= self.timeout:
+            finding = self._stalled(store)
+        return store.compare_set(FINDING, "", finding).decode() if finding else ""
+
+    def _stalled(self, store: dist.Store) -> str:
+        """The finding that no rank makes progress; empty if any does."""
+        texts = store.multi_get([str(rank) for rank in range(self.ranks.world_size)])
+        beats = dict(enumerate(map(Heartbeat.from_json, texts)))
+        nearly = self.timeout - 2 * self.interval  # what is told may be as old as that
+        stuck = all(beat.ended or beat.stalled_for >= nearly for beat in beats.values())
+        return stalled_ranks(beats, self.timeout) if stuck else ""
+
+    def _watch_store(self) -> None:
+        """Finds that the store is silent; the other thread may then hang in a call to it."""
+        silence = Unchanged(2 * self.interval)
+        while not self._stopping.wait(self.interval):
+            if silence.look(self._exchanges) >= self.timeout:
+                self._end(f"{_store_holder()} has stopped answering for {self.timeout:g} s")
+
+    def _end(self, finding: str) -> None:
+        """Reports and ends this process, as every rank does at the same time."""
+        if not self._ending.acquire(blocking=False):
+            return
+        sys.stderr.write(
+            f"rank {self.ranks.rank}: {finding}. This job ends; the stacks of rank "
+            f"{self.ranks.rank} follow\n"
+        )
+        sys.stderr.flush()
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        try:
+            raise RuntimeError(finding)
+        except RuntimeError as error:  # of which torchrun's report shows the traceback
+            get_error_handler().record_exception(error)
+        # The others learn of it within an interval, and a launcher kills them when one has exited.
+        time.sleep(1.5 * self.interval)
+        os._exit(1)
+
+
+def _store_holder() -> str:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        return f"the launcher on {os.environ.get('MASTER_ADDR')}, which holds the job's store,"
+    return "rank 0, which holds the job's store,"

@@ -1,0 +1,258 @@
+"""Whether a model ranks better than another, or whether the test users just happen to say so.
+
+Rows of one user are not independent, so users are resampled, with all of their rows; and as both
+models scored the same rows, each resample is taken of both, which cancels what makes the users
+easy or hard for either. The interval is that of the resampled differences. It tells what other
+users would say, not what other initial weights would: for those, give runs of several seeds.
+Percentile intervals of a cluster bootstrap: Efron and Tibshirani, An Introduction to the
+Bootstrap, 1993, chapter 13; Field and Welsh, Bootstrapping Clustered Data, 2007.
+
+Shapes: N rows of a window, U users of all windows, S resamples, P positive and M negative rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from recsys.data.item_parts import item_parts
+from recsys.evaluation.metrics import grouped_auc
+from recsys.evaluation.scores import SplitScores, check_same_rows
+
+METRICS = ("auc", "gauc")
+PARTS = ("all", "warm", "cold", "unseen")
+PERCENTILES = (2.5, 97.5)
+CELLS = 1 << 20  # of the largest matrices, resamples times rows or users
+
+# How often each user was drawn, float64 [U, S] -> the metric in each resample, NaN where the rows
+# drawn do not define it, float64 [S].
+Measure = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the difference counts: its interval does not contain 0."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_difference(
+    first: Sequence[Sequence[SplitScores]],
+    second: Sequence[Sequence[SplitScores]],
+    metric: str,
+    part: str,
+    samples: int = 2000,
+    seed: int = 0,
+    label: int = 0,
+) -> Interval | None:
+    """How much higher a metric of `second` is than that of `first`, by a paired bootstrap of users.
+
+    Args:
+        first, second: runs of two configurations: of each seed, the scores of each window (the
+            test splits of a rolling split; one of any other). Of the seeds of a configuration the
+            mean metric is taken; there may be unlike numbers of them.
+        metric: gauc or auc. GAUC is pooled over windows: each user of a window counts by his rows;
+            AUC is the mean over windows, weighted by rows.
+        part: all, warm, cold or unseen, as in `recsys.evaluation.metrics.item_parts`.
+        samples: resamples. A user in several windows is drawn with his rows in all of them.
+        seed: of the resamples, which are the same for all metrics and parts.
+        label: place of the label.
+
+    Returns:
+        None where fewer than two users define the metric.
+
+    Raises:
+        ValueError: the runs scored other rows, or there is no such metric or part.
+
+    Example::
+
+        rows, rng = np.arange(40), np.random.default_rng(0)
+        labels = rng.integers(0, 2, (40, 1)).astype(np.float32)
+        def scores(noise):
+            logits = labels + noise * rng.normal(size=(40, 1)).astype(np.float32)
+            return SplitScores(rows, rows // 4, rows, rows, labels, logits, ("liked",))
+        difference = paired_difference([[scores(9.0)]], [[scores(0.1)]], "gauc", "all")
+        difference.excludes_zero  # True
+    """
+    windows = _check_windows(first, second)
+    users = np.unique(np.concatenate([window.groups for window in windows]))
+    before, after = (
+        [_measure(run, users, metric, part, label) for run in side] for side in (first, second)
+    )
+    if _num_users(windows, metric, part, label) < 2:
+        return None
+
+    def difference(drawn: np.ndarray) -> np.ndarray:
+        lower, higher = (
+            np.mean([measure(drawn) for measure in side], axis=0) for side in (before, after)
+        )
+        return higher - lower
+
+    value = float(difference(np.ones((len(users), 1)))[0])
+    if np.isnan(value):
+        return None
+    cells = max(len(users), *(len(window.groups) for window in windows))
+    blocks = resamples(len(users), samples, max(1, CELLS // cells), np.random.default_rng(seed))
+    low, high = np.nanpercentile(np.concatenate([difference(b) for b in blocks]), PERCENTILES)
+    return Interval(value, float(low), float(high))
+
+
+def pooled_metric(
+    windows: Sequence[SplitScores], metric: str, part: str, label: int = 0
+) -> float | None:
+    """The metric of a run, pooled over its windows as in `paired_difference`.
+
+    Returns:
+        None where the rows do not define it.
+    """
+    users = np.unique(np.concatenate([window.groups for window in windows]))
+    value = float(_measure(windows, users, metric, part, label)(np.ones((len(users), 1)))[0])
+    return None if np.isnan(value) else value
+
+
+def resamples(
+    num_users: int, samples: int, block: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """How often each user is drawn, U times with replacement; float64 [U, at most `block`]."""
+    for start in range(0, samples, block):
+        size = min(block, samples - start)
+        drawn = rng.integers(num_users, size=(size, num_users))
+        drawn += num_users * np.arange(size)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=size * num_users)
+        yield np.ascontiguousarray(counts.reshape(size, num_users).T, dtype=np.float64)
+
+
+def _check_windows(
+    first: Sequence[Sequence[SplitScores]], second: Sequence[Sequence[SplitScores]]
+) -> Sequence[SplitScores]:
+    """The windows that all runs have scored."""
+    if not first or not second or not first[0]:
+        raise ValueError("first and second each need the scores of at least one run")
+    windows = first[0]
+    for side, runs in (("first", first), ("second", second)):
+        for seed, run in enumerate(runs):
+            where = f"seed {seed} of {side}"
+            if len(run) != len(windows):
+                raise ValueError(
+                    f"{where} has {len(run)} windows, seed 0 of first {len(windows)}; "
+                    "compare runs on the same windows"
+                )
+            for number, (expected, found) in enumerate(zip(windows, run, strict=True)):
+                check_same_rows(expected, found, f"window {number}: seed 0 of first and {where}")
+    return windows
+
+
+def _rows(scores: SplitScores, part: str) -> np.ndarray:  # bool [N]
+    if part not in PARTS:
+        raise ValueError(f"part '{part}' is none of {PARTS}")
+    if part == "all":
+        return np.ones(len(scores.groups), dtype=bool)
+    return item_parts(scores.counts)[part]
+
+
+def _measure(
+    windows: Sequence[SplitScores], users: np.ndarray, metric: str, part: str, label: int
+) -> Measure:
+    """The metric of one run; `users` are those of all windows, ascending."""
+    if metric not in METRICS:
+        raise ValueError(f"metric '{metric}' is none of {METRICS}")
+    of_windows = []
+    for scores in windows:
+        rows = _rows(scores, part)
+        positive, logit = scores.labels[rows, label] == 1, scores.logits[rows, label]
+        of_windows.append((positive, logit, np.searchsorted(users, scores.groups[rows])))
+    if metric == "gauc":
+        return _grouped(of_windows, len(users))
+    return _mean_over_windows([RankedPairs.of(*window) for window in of_windows])
+
+
+def _num_users(windows: Sequence[SplitScores], metric: str, part: str, label: int) -> int:
+    """How many users the metric rests on: for GAUC those with both labels, in any window."""
+    found = []
+    for scores in windows:
+        rows = _rows(scores, part)
+        group = scores.groups[rows]
+        if metric == "gauc":
+            group, _, _ = grouped_auc(scores.labels[rows, label] == 1, group, group)
+        found.append(group)
+    return len(np.unique(np.concatenate(found)))
+
+
+def _grouped(
+    windows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], num_users: int
+) -> Measure:
+    """GAUC: both its sums are linear in how often each user was drawn."""
+    gains, rows = np.zeros(num_users), np.zeros(num_users)
+    for positive, logit, user in windows:
+        found, auc, of_user = grouped_auc(positive, logit, user)
+        gains[found] += of_user * auc
+        rows[found] += of_user
+
+    def measure(drawn: np.ndarray) -> np.ndarray:
+        return _ratio(gains @ drawn, rows @ drawn)
+
+    return measure
+
+
+@dataclass(frozen=True)
+class RankedPairs:
+    """Pairs of a positive and a negative row of a window, each with its user's place in U."""
+
+    positive_users: np.ndarray  # [P]
+    negative_users: np.ndarray  # [M], lowest logit first
+    below: np.ndarray  # [P], how many negatives have a lower logit
+    not_above: np.ndarray  # [P], how many have none that is higher
+
+    @classmethod
+    def of(cls, positive: np.ndarray, logit: np.ndarray, user: np.ndarray) -> RankedPairs:
+        """Of rows: bool [N], float [N], int [N]."""
+        order = np.argsort(logit[~positive], kind="stable")
+        ranked = logit[~positive][order]
+        return cls(
+            positive_users=user[positive],
+            negative_users=user[~positive][order],
+            below=np.searchsorted(ranked, logit[positive], side="left"),
+            not_above=np.searchsorted(ranked, logit[positive], side="right"),
+        )
+
+    def auc(self, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """AUC, NaN where there is no pair, and number of rows, of each resample; float64 [S].
+
+        A row counts as often as its user was drawn, a tie half.
+        """
+        positives = drawn[self.positive_users]
+        negatives = np.zeros((len(self.negative_users) + 1, drawn.shape[1]))
+        np.cumsum(drawn[self.negative_users], axis=0, out=negatives[1:])
+        lost_to = negatives[self.below]
+        lost_to += negatives[self.not_above]
+        wins = np.einsum("ps,ps->s", positives, lost_to) / 2
+        num_positives, num_negatives = positives.sum(axis=0), negatives[-1]
+        return _ratio(wins, num_positives * num_negatives), num_positives + num_negatives
+
+
+def _mean_over_windows(windows: Sequence[RankedPairs]) -> Measure:
+    def measure(drawn: np.ndarray) -> np.ndarray:
+        total, rows = np.zeros(drawn.shape[1]), np.zeros(drawn.shape[1])
+        for window in windows:
+            auc, of_window = window.auc(drawn)
+            defined = ~np.isnan(auc)
+            total[defined] += (auc * of_window)[defined]
+            rows[defined] += of_window[defined]
+        return _ratio(total, rows)
+
+    return measure
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """NaN where the denominator is 0."""
+    undefined = np.full(len(numerator), np.nan)
+    return np.divide(numerator, denominator, out=undefined, where=denominator > 0)

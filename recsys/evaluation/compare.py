@@ -1,0 +1,123 @@
+"""`recsys compare`: metrics of runs side by side, and which differences the test users bear out.
+
+It reads the scores that the runs left (`recsys.evaluation.scores`), so nothing is scored again;
+rows and labels must be the same, wherever the datasets lie.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embeddings.plan_text import align_columns
+from recsys.data.filesystem import write_whole
+from recsys.data.item_parts import item_parts
+from recsys.evaluation.bootstrap import METRICS, PARTS, Interval, paired_difference, pooled_metric
+from recsys.evaluation.scores import SplitScores, check_same_rows, read_scores, scores_file
+
+SAMPLES = 2000
+
+
+def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
+    """AUC and GAUC of each run by part of the items, and how they differ from the first run's.
+
+    Args:
+        runs: two or more, of the same rows; several labels: the first is compared.
+        split: whose scores the runs hold.
+
+    Returns:
+        `split`, `label`, `users`, `samples` of the bootstrap, `rows` by part, and of each of `runs`
+        its name (`run`) and by part and metric its value and, after the first, `difference`: value,
+        low, high and excludes_zero, None where it is not defined.
+
+    Raises:
+        ValueError: fewer than two runs, one without scores of the split, or with those of other
+            rows.
+    """
+    if len(runs) < 2:
+        raise ValueError(f"--runs names {len(runs)} run; compare two or more")
+    scores = [_scores_of(run, split) for run in runs]
+    first = scores[0]
+    for run, other in zip(runs[1:], scores[1:], strict=True):
+        check_same_rows(first, other, f"{runs[0]} and {run}")
+    return {
+        "split": split,
+        "label": first.label_names[0],
+        "users": len(np.unique(first.groups)),
+        "samples": SAMPLES,
+        "rows": {
+            "all": len(first.groups),
+            **{part: int(rows.sum()) for part, rows in item_parts(first.counts).items()},
+        },
+        "runs": [
+            {"run": str(run), **_compared(first, other, is_first=other is first)}
+            for run, other in zip(runs, scores, strict=True)
+        ],
+    }
+
+
+def _scores_of(run: Path, split: str) -> SplitScores:
+    path = scores_file(run, split)
+    if not path.is_file():
+        raise ValueError(
+            f"{run}: holds no scores of the {split} split ({path.name}); write them with `recsys "
+            f"evaluate --run {run} --split {split}`"
+        )
+    return read_scores(path)
+
+
+def _compared(first: SplitScores, other: SplitScores, is_first: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for part in PARTS:
+        found[part] = {metric: pooled_metric([other], metric, part) for metric in METRICS}
+        if not is_first:
+            found[part]["difference"] = {
+                metric: _difference(paired_difference([[first]], [[other]], metric, part, SAMPLES))
+                for metric in METRICS
+            }
+    return found
+
+
+def _difference(interval: Interval | None) -> dict[str, Any] | None:
+    if interval is None:
+        return None
+    return {**asdict(interval), "excludes_zero": interval.excludes_zero}
+
+
+def format_comparison(report: dict[str, Any]) -> str:
+    """What `compare_runs` returned as a plain text table; what is not defined is `-`."""
+    first = report["runs"][0]["run"]
+    head = f"{report['split']}, {report['rows']['all']:,} rows of {report['users']:,} users"
+    columns = [column for name in METRICS for column in (name, "difference", "95 % interval")]
+    rows = [("items", *columns, "rows", "run")]
+    for part in PARTS:
+        for run in report["runs"]:
+            cells = [cell for name in METRICS for cell in _cells(run[part], name)]
+            rows.append((part, *cells, f"{report['rows'][part]:,}", run["run"]))
+    return (
+        f"{head}\n{align_columns(rows)}\n"
+        f"Differences are those to {first}; intervals by a paired bootstrap over users with "
+        f"{report['samples']:,} samples. * marks one that excludes 0."
+    )
+
+
+def _cells(metrics: dict[str, Any], name: str) -> tuple[str, str, str]:
+    value = "-" if metrics[name] is None else f"{metrics[name]:.4f}"
+    if "difference" not in metrics:
+        return value, "", ""
+    found = metrics["difference"][name]
+    if found is None:
+        return value, "-", "-"
+    mark = " *" if found["excludes_zero"] else ""
+    interval = f"[{found['low']:+.4f}, {found['high']:+.4f}]{mark}"
+    return value, f"{found['value']:+.4f}", interval
+
+
+def write_comparison(report: dict[str, Any], out: Path) -> None:
+    """Writes what `compare_runs` returned as JSON that appears whole or not at all."""
+    write_whole(out, json.dumps(report, indent=2) + "\n")

@@ -1,0 +1,237 @@
+"""Scores a split over all ranks and computes its metrics exactly, from every row once."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recsys.build import Job
+from recsys.content.bank_fill import encode_into_bank
+from recsys.data.batch import Batch
+from recsys.data.interactions import Interactions, loader
+from recsys.data.parquet.rows import ParquetRows, count_items
+from recsys.data.vocabularies import UnknownIds, format_unknown
+from recsys.distributed.gather import gather_rows
+from recsys.distributed.lockstep import Lockstep
+from recsys.evaluation.metrics import evaluation_report, format_report
+from recsys.evaluation.retrieval import format_retrieval, retrieval_report
+from recsys.evaluation.scores import SplitScores, write_scores
+
+
+def check_data(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
+    """Reads all splits once, so that a bad value shows before the first step. A collective.
+
+    Returns:
+        how many training rows each item has, int64 [num_items], and what was skipped by split;
+        nothing is where `on_bad_row` is error.
+
+    Raises:
+        ValueError: on every rank, at the first row that cannot be used, or where none can be.
+    """
+    ranks, is_skip = job.ranks, job.config.on_bad_row == "skip"
+    training = np.zeros(0, np.int64)
+    skipped: dict[str, Any] = {}
+    if is_skip and job.store is not None:
+        skipped["items"] = job.store.items.bad_rows.summary(ranks, "items")
+    for split in ("train", "valid", "test"):
+        with ranks.all_or_none():
+            rows = ParquetRows.of_split(job.root, split, job.schema, job.config.on_bad_row)
+            counts = count_items(rows, ranks.rank, ranks.world_size)
+        training = counts if split == "train" else training
+        if is_skip:
+            skipped[split] = rows.skipped(ranks, split)
+    totals = torch.from_numpy(training)
+    dist.all_reduce(totals, group=ranks.group)
+    return totals.numpy(), skipped
+
+
+def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
+    """Encodes every item and writes its vector to the memory bank. A collective.
+
+    Raises:
+        TrainingStopped: the job is to end, as `lockstep` says.
+    """
+    content, store = job.em3.content, job.store
+    if content is None or content.bank is None:
+        return
+    assert store is not None
+
+    def stop_if_asked() -> None:
+        if lockstep is not None:
+            lockstep.settle()
+            lockstep.raise_if_stopped()
+
+    encode_into_bank(content, store, job.ranks, stop_if_asked)
+
+
+def split_interactions(job: Job, split: str) -> Interactions:
+    """This rank's share of a split, to be scored. A collective.
+
+    Raises:
+        ValueError: on every rank, the split cannot be read.
+    """
+    with job.ranks.all_or_none():
+        rows = ParquetRows.of_split(job.root, split, job.schema, job.config.on_bad_row)
+        return Interactions(
+            rows,
+            job.batch_builder(),
+            job.config.batch_size,
+            job.ranks.rank,
+            job.ranks.world_size,
+        )
+
+
+@torch.no_grad()
+def score(
+    job: Job,
+    interactions: Interactions,
+    lockstep: Lockstep | None = None,
+    unknown: UnknownIds | None = None,
+    with_queries: bool = False,
+) -> dict[str, Tensor]:
+    """Rows of all ranks, on every rank: position, logits, labels, group and target item.
+
+    With `with_queries`, what a retrieval model is to search for besides, of the rows whose first
+    label is positive: `queries`, and `query_targets` and `query_items`, the vectors and ids that
+    they should find; nothing of other models. Rows that only pad are left out, and random states
+    are left as they are; `unknown` counts the ids that have no row of their own. A collective.
+
+    Raises:
+        TrainingStopped: the job is to end, as `lockstep` says.
+    """
+    devices = [job.ranks.device] if job.ranks.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        return _score(
+            job,
+            interactions,
+            lockstep or Lockstep(job.ranks, job.config.checkpoint),
+            unknown or UnknownIds(job.schema),
+            with_queries,
+        )
+
+
+def _score(
+    job: Job,
+    interactions: Interactions,
+    lockstep: Lockstep,
+    unknown: UnknownIds,
+    with_queries: bool,
+) -> dict[str, Tensor]:
+    job.model.eval()
+    is_cuda = job.ranks.device.type == "cuda"
+    columns: dict[str, list[Tensor]] = {}
+    with (
+        closing(loader(interactions, job.config.num_workers, is_cuda)) as source,
+        lockstep.watchdog.armed(),
+    ):
+        batches = lockstep.batches(source)
+        batches = job.preparation(batches, unknown, first_step=0, training=False)
+        while True:
+            try:
+                vectors, logits, batch = cast(Any, job.pipeline.progress(batches))
+            except StopIteration:
+                break
+            part = _columns(batch, logits)
+            if with_queries and "query" in vectors:
+                part |= _queries(batch, vectors)
+            for name, column in part.items():
+                columns.setdefault(name, []).append(column.cpu())
+            lockstep.watchdog.mark(f"scored batch {len(columns['logits'])}")
+    return {
+        name: gather_rows(torch.cat(column), job.ranks.group) for name, column in columns.items()
+    }
+
+
+def _columns(batch: Batch, logits: Tensor) -> dict[str, Tensor]:
+    """Of the rows that are known."""
+    known = batch.row_positions >= 0
+    columns = {
+        "positions": batch.row_positions,
+        "logits": logits.float(),
+        "labels": batch.labels,
+        "groups": batch.groups,
+        "items": batch.target_items,
+    }
+    return {name: column[known] for name, column in columns.items()}
+
+
+def _queries(batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the rows whose first label is positive."""
+    wanted = (batch.row_positions >= 0) & (batch.labels[:, 0] > 0)
+    columns = {
+        "queries": vectors["query"],
+        "query_targets": vectors["item"],
+        "query_items": batch.target_items,
+    }
+    return {name: column[wanted] for name, column in columns.items()}
+
+
+def split_scores(job: Job, scored: dict[str, Tensor], item_counts: np.ndarray) -> SplitScores:
+    """What `score` returned, in the order of the rows.
+
+    Args:
+        job: whose schema names the labels.
+        scored: the rows of all ranks.
+        item_counts: int64 [num_items], how many training rows each item has.
+    """
+    order = np.argsort(scored["positions"].numpy())
+    names = ("positions", "groups", "items", "labels", "logits")
+    columns = {name: scored[name].numpy()[order] for name in names}
+    labels = tuple(job.schema.of_kind("label"))
+    return SplitScores(**columns, counts=item_counts[columns["items"]], label_names=labels)
+
+
+def evaluate_split(
+    job: Job,
+    split: str,
+    item_counts: np.ndarray,
+    lockstep: Lockstep | None = None,
+    searches: bool = False,
+    scores_to: Path | None = None,
+) -> dict[str, Any]:
+    """Metrics of one split, in all and for cold, warm and unseen items. A collective.
+
+    With several labels the first is at the top and each is under `labels`. With `searches`, a
+    retrieval model also searches the catalogue, of which it encodes every item: `retrieval`. The
+    rows' scores are written to the file `scores_to`.
+
+    Raises:
+        TrainingStopped: the job is to end, as `lockstep` says.
+    """
+    interactions = split_interactions(job, split)
+    unknown = UnknownIds(job.schema)
+    lockstep = lockstep or Lockstep(job.ranks, job.config.checkpoint)
+    scored = score(job, interactions, lockstep, unknown, searches)
+    scores = split_scores(job, scored, item_counts)
+    reports = {
+        label: evaluation_report(
+            scores.labels[:, index], scores.logits[:, index], scores.groups, scores.counts
+        )
+        for index, label in enumerate(scores.label_names)
+    }
+    if scores_to is not None:
+        with job.ranks.all_or_none():
+            if job.ranks.is_first:
+                write_scores(scores, scores_to)
+    first = next(iter(reports.values()))
+    report = dict(first) if len(reports) == 1 else {**first, "labels": reports}
+    if "queries" in scored:
+        report["retrieval"] = retrieval_report(job, scored, item_counts, lockstep)
+    ids = unknown.totals(job.ranks.group)
+    if (line := format_unknown(split, ids)) is not None and job.ranks.is_first:
+        print(line, flush=True)
+    return {**report, "ids": ids} if ids else report
+
+
+def format_evaluation(report: dict[str, Any]) -> str:
+    """What `evaluate_split` returned as plain text tables."""
+    text = format_report(report)
+    if "retrieval" in report:
+        text += f"\n{format_retrieval(report['retrieval'])}"
+    return text

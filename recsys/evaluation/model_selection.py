@@ -1,0 +1,41 @@
+"""Which of the models that a run validates is its best: the one that is kept, tested and served.
+
+AUC over all impressions is high where a model tells users apart, GAUC where it ranks within a user;
+of one training they can be highest at different steps. Their mean asks for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from recsys.config import BestModelBy
+
+METRICS: dict[BestModelBy, tuple[str, ...]] = {
+    "auc": ("auc",),
+    "gauc": ("gauc",),
+    "auc_and_gauc": ("auc", "gauc"),
+}
+
+
+def selection_score(report: Mapping[str, Any], best_model_by: BestModelBy) -> float | None:
+    """The mean of the metrics that choose the best model; None where one is not defined.
+
+    Args:
+        report: validation metrics by name.
+        best_model_by: as in the configuration.
+
+    Example::
+
+        selection_score({"auc": 0.75, "gauc": 0.5}, "auc_and_gauc")  # 0.625
+    """
+    names = METRICS[best_model_by]
+    known = [report[name] for name in names if report.get(name) is not None]
+    return fmean(known) if len(known) == len(names) else None
+
+
+def selection_words(best_model_by: BestModelBy) -> str:
+    """In words, such as `mean of AUC and GAUC`."""
+    names = [name.upper() for name in METRICS[best_model_by]]
+    return names[0] if len(names) == 1 else f"mean of {' and '.join(names)}"

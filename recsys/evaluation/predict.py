@@ -1,0 +1,168 @@
+"""Evaluating and predicting with a finished run, on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from recsys.build import Job, build_job
+from recsys.checkpoint.manager import load_best
+from recsys.checkpoint.run_folder import ITEM_COUNTS, check_encoders, check_vocabularies
+from recsys.config import load_config
+from recsys.data.filesystem import Location
+from recsys.data.interactions import Interactions
+from recsys.data.parquet.file import READ_ERRORS, open_parquet
+from recsys.data.parquet.rows import ParquetRows
+from recsys.data.vocabularies import UnknownIds, format_unknown
+from recsys.distributed.lockstep import Lockstep
+from recsys.distributed.ranks import Ranks
+from recsys.distributed.watchdog import Watchdog
+from recsys.evaluation.evaluate import evaluate_split, format_evaluation, score
+from recsys.evaluation.scores import scores_file
+
+
+def load_run(run: Path, data: str | None, ranks: Ranks, device: str) -> Job:
+    """The trained model of a run, on the data given or the data it was trained on. A collective.
+
+    Raises:
+        ValueError: the folder holds no finished run.
+    """
+    with ranks.all_or_none():
+        if not (run / "metrics.json").is_file():
+            raise ValueError(f"{run}: holds no finished run (metrics.json); train it first")
+        config = load_config(run / "config.yaml", ["--device", device])
+        data = data or (run / "data.txt").read_text().strip()
+    job = build_job(config, data, ranks)
+    check_vocabularies(run, job)
+    check_encoders(run, job)
+    load_best(job, run)
+    return job
+
+
+def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str) -> dict[str, Any]:
+    """Metrics of a split, printed and written to `RUN/evaluation_SPLIT.json`. A collective.
+
+    The scores of its rows are written to `RUN/scores_SPLIT.parquet`.
+    """
+    job = load_run(run, data, ranks, device)
+    with Watchdog(ranks, job.config.stall_timeout) as watchdog:
+        lockstep = Lockstep(ranks, job.config.checkpoint, watchdog)
+        report = evaluate_split(
+            job,
+            split,
+            np.load(run / ITEM_COUNTS),
+            lockstep,
+            searches=True,
+            scores_to=scores_file(run, split),
+        )
+    if ranks.is_first:
+        (run / f"evaluation_{split}.json").write_text(json.dumps(report, indent=2) + "\n")
+        print(f"{split}\n{format_evaluation(report)}", flush=True)
+    return report
+
+
+def predict(
+    run: Path, inputs: list[str], out: Path, data: str | None, ranks: Ranks, device: str
+) -> None:
+    """Writes the input rows, in their order, with one probability per label. A collective.
+
+    A row that was skipped, as `on_bad_row` of the run says, has null.
+
+    Args:
+        run: the finished run.
+        inputs: Parquet files of impressions (labels not needed), or folders of them.
+        out: the Parquet file to write; it appears whole or not at all.
+        data: dataset whose items are ranked; default the one of the run.
+
+    Raises:
+        ValueError: an unreadable input, or one that has the new column already.
+    """
+    job = load_run(run, data, ranks, device)
+    with ranks.all_or_none():
+        files = [file for name in inputs for file in _parquet_files(name)]
+        rows = ParquetRows(files, job.schema, False, job.config.on_bad_row)
+        interactions = Interactions(
+            rows,
+            job.batch_builder(with_labels=False),
+            job.config.batch_size,
+            ranks.rank,
+            ranks.world_size,
+        )
+    with Watchdog(ranks, job.config.stall_timeout) as watchdog:
+        unknown = UnknownIds(job.schema)
+        lockstep = Lockstep(ranks, job.config.checkpoint, watchdog)
+        scored = score(job, interactions, lockstep, unknown)
+    line = format_unknown("input", unknown.totals(ranks.group))
+    if line is not None and ranks.is_first:
+        print(line, flush=True)
+    if job.config.on_bad_row == "skip":
+        rows.skipped(ranks, "input")
+    probabilities = torch.full((rows.num_rows, scored["logits"].shape[1]), torch.nan)
+    probabilities[scored["positions"]] = scored["logits"].sigmoid()
+    with ranks.all_or_none():
+        if ranks.is_first:
+            names = [f"prediction_{label}" for label in job.schema.of_kind("label")]
+            _write(files, names, probabilities.numpy(), out)
+            print(f"{rows.num_rows:,} predictions written to {out}", flush=True)
+
+
+def _parquet_files(name: str) -> list[Location]:
+    files = Location.of(name).files(".parquet")
+    if not files:
+        raise ValueError(f"{name}: no such Parquet file, nor a folder with *.parquet files")
+    return files
+
+
+def _write(files: list[Location], names: list[str], values: np.ndarray, out: Path) -> None:
+    """The files' row groups one after the other, the new columns beside them."""
+    partial = out.with_name(f".{out.name}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    writer: pq.ParquetWriter | None = None
+    place = 0
+    try:
+        for file in files:
+            with open_parquet(file) as parquet:
+                for index in range(parquet.num_row_groups):
+                    table = _read(parquet, index, file)
+                    table = _with_columns(
+                        table, names, values[place : place + table.num_rows], str(file)
+                    )
+                    place += table.num_rows
+                    if writer is None:
+                        writer = pq.ParquetWriter(partial, table.schema, write_page_checksum=True)
+                    if table.schema != writer.schema:
+                        raise ValueError(
+                            f"{file}: its columns differ from those of {files[0]}; predict them "
+                            "into separate files"
+                        )
+                    writer.write_table(table)
+        assert writer is not None
+        writer.close()
+        partial.rename(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read(parquet: pq.ParquetFile, index: int, file: Location) -> pa.Table:
+    try:
+        return parquet.read_row_group(index)
+    except READ_ERRORS as error:
+        raise ValueError(
+            f"{file}: row group {index} cannot be read ({error}), nor written again with "
+            "predictions; leave the file out or write it again"
+        ) from error
+
+
+def _with_columns(table: pa.Table, names: list[str], values: np.ndarray, file: str) -> pa.Table:
+    for index, name in enumerate(names):
+        if name in table.column_names:
+            raise ValueError(f"{file}: has a column '{name}' already; drop or rename it")
+        of_label = values[:, index]
+        table = table.append_column(name, pa.array(of_label, mask=np.isnan(of_label)))
+    return table

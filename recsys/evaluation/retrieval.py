@@ -1,0 +1,170 @@
+"""How well a retrieval model finds items in the whole catalogue, by exact search.
+
+Of every impression with a positive first label the place of its item is found among all items of
+the catalogue, best first: the number of items whose dot product with the query is higher. Items
+stay on the ranks that made their vectors; queries go to all of them and the counts are added up, so
+that no rank holds the catalogue and none is searched by approximation.
+
+Shapes: R impressions searched for, I items of this rank, D width of the vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recsys.build import Job
+from recsys.data.batch import Batch
+from recsys.data.batch_builder import BatchBuilder
+from recsys.data.item_parts import COLD_BELOW
+from recsys.data.items.item_table import ItemTable
+from recsys.data.parquet.columns import RowColumns
+from recsys.data.parquet.values import empty_table, padding_rows
+from recsys.data.vocabularies import UnknownIds
+from recsys.distributed.lockstep import Lockstep
+
+DEPTHS = (10, 50, 100)
+QUERIES_PER_BLOCK = 256
+
+
+def catalogue_of(job: Job) -> np.ndarray:  # int64 [items]
+    """Ids that are searched: the items with a row in `items/*.parquet`, without them all ids."""
+    if job.store is not None:
+        return np.sort(job.store.items.ids)
+    if job.schema.items is None:
+        return np.arange(job.schema.num_items)
+    return np.sort(ItemTable(job.root, job.schema, job.config.on_bad_row).ids)
+
+
+@torch.no_grad()
+def catalogue_vectors(job: Job, lockstep: Lockstep) -> tuple[Tensor, Tensor]:
+    """Ids [I] and vectors [I, D] of this rank's share, encoded anew. A collective.
+
+    Raises:
+        TrainingStopped: the job is to end, as `lockstep` says.
+    """
+    ranks = job.ranks
+    with ranks.all_or_none():
+        items = catalogue_of(job)
+    share = np.array_split(items, ranks.world_size)[ranks.rank]
+    job.model.eval()
+    batches = lockstep.batches(_batches_of_items(job, share, len(items)))
+    batches = job.preparation(batches, UnknownIds(job.schema), first_step=0, training=False)
+    vectors: list[Tensor] = []
+    with lockstep.watchdog.armed():
+        while True:
+            try:
+                parts, _, _ = cast(Any, job.pipeline.progress(batches))
+            except StopIteration:
+                break
+            vectors.append(parts["item"])
+            lockstep.watchdog.mark(f"catalogue batch {len(vectors)}")
+    return torch.from_numpy(share), torch.cat(vectors)[: len(share)].cpu()
+
+
+def _batches_of_items(job: Job, share: np.ndarray, num_items: int) -> Iterator[Batch]:
+    """Impressions without a user, one per item, in as many batches of one size on every rank."""
+    build: BatchBuilder = job.batch_builder(with_labels=False)
+    columns = [name for name, column in job.schema.columns.items() if column.kind != "label"]
+    rows = padding_rows(empty_table(job.schema, columns + job.schema.parallel), 1)
+    nobody = RowColumns.of(rows)
+    longest = -(-num_items // job.ranks.world_size)
+    ids = np.resize(share if len(share) else np.zeros(1, np.int64), longest)
+    for start in range(0, longest, job.config.batch_size):
+        part = ids[start : start + job.config.batch_size]
+        batch_rows = nobody.take(np.zeros(len(part), np.int64))
+        batch_rows.numbers[job.schema.target_item] = part
+        yield build(batch_rows)
+
+
+def search_places(
+    queries: Tensor,  # [R, D], the same on all ranks
+    targets: Tensor,  # [R, D], the vectors of the items they should find
+    target_items: Tensor,  # [R]
+    items: Tensor,  # [I]
+    vectors: Tensor,  # [I, D]
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:  # int64 [R]
+    """How many other items of all ranks' shares have a higher dot product; in float64.
+
+    A collective where there is a group.
+
+    Example::
+
+        vectors = torch.eye(3)
+        search_places(torch.tensor([[3.0, 2, 1]]), vectors[1:2], torch.tensor([1]),
+                      torch.arange(3), vectors)  # [1]
+    """
+    vectors, places = vectors.double(), torch.zeros(len(queries), dtype=torch.int64)
+    for start in range(0, len(queries), QUERIES_PER_BLOCK):
+        block = slice(start, start + QUERIES_PER_BLOCK)
+        query = queries[block].double()
+        own = (query * targets[block].double()).sum(dim=1, keepdim=True)
+        is_higher = (query @ vectors.T > own) & (items != target_items[block].unsqueeze(1))
+        places[block] = is_higher.sum(dim=1)
+    if group is not None:
+        dist.all_reduce(places, group=group)
+    return places
+
+
+def retrieval_metrics(places: Tensor) -> dict[str, Any]:
+    """Recall@K and NDCG@K where each of the impressions [R] has one item to find.
+
+    recall@K: the share of impressions whose item is among the first K. ndcg@K: the mean of
+    1 / log2(2 + place) over them, 0 where it is not. None without impressions.
+    """
+    metrics: dict[str, Any] = {}
+    gains = 1 / torch.log2(2 + places.double())
+    for depth in DEPTHS:
+        found = (places < depth).double()
+        is_there = len(places) > 0
+        metrics[f"recall@{depth}"] = float(found.mean()) if is_there else None
+        metrics[f"ndcg@{depth}"] = float((found * gains).mean()) if is_there else None
+    return metrics | {"num_samples": len(places)}
+
+
+def retrieval_report(
+    job: Job, scored: dict[str, Tensor], item_counts: np.ndarray, lockstep: Lockstep
+) -> dict[str, Any]:
+    """`retrieval_metrics` of all rows, with those of `warm`, `cold` and `unseen` items inside.
+
+    A collective.
+
+    Args:
+        job: a model of two towers.
+        scored: `queries`, `query_targets` and `query_items` of the rows to search for.
+        item_counts: int64 [num_items], how many training rows each item has.
+        lockstep: of the ranks.
+    """
+    items, vectors = catalogue_vectors(job, lockstep)
+    places = search_places(
+        scored["queries"],
+        scored["query_targets"],
+        scored["query_items"],
+        items,
+        vectors,
+        job.ranks.group,
+    )
+    counts = item_counts[scored["query_items"].numpy()]
+    parts = {"warm": counts >= COLD_BELOW, "cold": counts < COLD_BELOW, "unseen": counts == 0}
+    report = retrieval_metrics(places) | {"catalogue": sum(job.ranks.gather(len(items)))}
+    return report | {
+        name: retrieval_metrics(places[torch.from_numpy(rows)]) for name, rows in parts.items()
+    }
+
+
+def format_retrieval(report: dict[str, Any]) -> str:
+    """A `retrieval_report` as a plain text table; what is not defined is `-`."""
+    names = [f"{name}@{depth}" for name in ("recall", "ndcg") for depth in DEPTHS]
+    lines = [f"{'retrieval':<10}" + "".join(f"{name:>12}" for name in names) + f"{'rows':>12}"]
+    for part in ("all", "warm", "cold", "unseen"):
+        metrics = report if part == "all" else report[part]
+        cells = ["-" if metrics[name] is None else f"{metrics[name]:.4f}" for name in names]
+        line = f"{part:<10}" + "".join(f"{cell:>12}" for cell in cells)
+        lines.append(line + f"{metrics['num_samples']:>12,}")
+    return "\n".join(lines)

@@ -1,0 +1,109 @@
+"""What a model scored of a split, row by row: kept beside a run, so that runs can be compared.
+
+Two runs that scored the same rows are compared row by row or user by user without their models
+(`recsys.evaluation.bootstrap`).
+
+Shapes: N rows of the split, C labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys.data.filesystem import Location
+from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
+
+
+@dataclass(frozen=True)
+class SplitScores:
+    """Logits of a split's rows and what they are judged by, ordered by position."""
+
+    positions: np.ndarray  # int64 [N], the row's place in the split
+    groups: np.ndarray  # int64 [N], its user
+    items: np.ndarray  # int64 [N]
+    counts: np.ndarray  # int64 [N], training rows of its item
+    labels: np.ndarray  # float32 [N, C]
+    logits: np.ndarray  # float32 [N, C]
+    label_names: tuple[str, ...]  # C of them
+
+
+INTEGERS = {
+    "row": "positions",
+    "group": "groups",
+    "item": "items",
+    "training_impressions": "counts",
+}
+
+
+def scores_file(run: Path, split: str) -> Path:
+    """Where a run keeps the scores of a split."""
+    return run / f"scores_{split}.parquet"
+
+
+def write_scores(scores: SplitScores, path: Path) -> None:
+    """Writes Parquet that appears whole or not at all.
+
+    Columns are `row`, `group`, `item` and `training_impressions`, and `label_NAME` and
+    `logit_NAME` for each label.
+    """
+    columns = {column: getattr(scores, name) for column, name in INTEGERS.items()}
+    for index, name in enumerate(scores.label_names):
+        columns[f"label_{name}"] = scores.labels[:, index]
+        columns[f"logit_{name}"] = scores.logits[:, index]
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        pq.write_table(pa.table(columns), partial, write_page_checksum=True)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_scores(path: Path) -> SplitScores:
+    """What `write_scores` wrote.
+
+    Raises:
+        ValueError: there is no such file, it cannot be read, or a column is missing.
+    """
+    file = Location.of(str(path))
+    with open_parquet(file) as parquet:
+        columns = parquet.schema_arrow.names
+        names = tuple(name.removeprefix("label_") for name in columns if name.startswith("label_"))
+        if not names:
+            raise ValueError(f"{file}: has no column label_NAME, so these are no scores")
+        for name in [*INTEGERS, *(f"logit_{label}" for label in names)]:
+            column_type(parquet, file, name)
+        try:
+            table = parquet.read()
+        except READ_ERRORS as error:
+            raise ValueError(f"{file}: cannot be read ({error}); write it again") from error
+    integers = {name: table[column].to_numpy() for column, name in INTEGERS.items()}
+    labels, logits = (
+        np.stack([table[f"{kind}_{name}"].to_numpy() for name in names], axis=1)
+        for kind in ("label", "logit")
+    )
+    return SplitScores(**integers, labels=labels, logits=logits, label_names=names)
+
+
+def check_same_rows(first: SplitScores, second: SplitScores, where: str) -> None:
+    """Refuses scores of other rows than the first's.
+
+    Raises:
+        ValueError: says what differs; `where` names both in its message.
+    """
+    for name in ("positions", "groups", "labels", "counts"):
+        one, other = getattr(first, name), getattr(second, name)
+        if one.shape != other.shape:
+            raise ValueError(f"{where}: {name} differ, of shape {one.shape} and {other.shape}")
+        differs = (one != other).reshape(len(one), -1).any(axis=1)
+        if differs.any():
+            row = int(differs.argmax())
+            raise ValueError(
+                f"{where}: {name} differ in {differs.sum():,} of {len(one):,} rows, first in row "
+                f"{row} ({one[row]} and {other[row]}); compare runs on the same split, trained on "
+                "the same rows"
+            )

@@ -1,0 +1,75 @@
+"""Builds EM3 from configuration, tables and encoders."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from embeddings import (
+    MemoryBank,
+    TableConfig,
+    build_embedding_bag_collection,
+    build_embedding_collection,
+)
+from recsys.config import Config, content_settings
+from recsys.content.branch import ContentBranch
+from recsys.content.encoders.build import Encoder
+from recsys.data.negatives import negatives_feature
+from recsys.data.schema import Schema
+from recsys.model.em3 import EM3, Losses, ReadIDs
+from recsys.model.losses import ContentIDContrastive, RankingLoss
+from recsys.model.retrieval_loss import RetrievalLoss
+from recsys.model.tables import id_dropouts, pooled_features
+from recsys.ranking import build_ranking
+from recsys.ranking.dimensions import InputDimensions
+
+
+def build_em3(
+    config: Config,
+    schema: Schema,
+    tables: list[TableConfig],
+    encoders: dict[str, Encoder],
+    bank: MemoryBank | None,
+    device: str = "meta",
+    item_categories: Tensor | None = None,
+) -> EM3:
+    """The model, its tables on `device` (meta: allocated when sharded).
+
+    `item_categories` are those of `load_item_categories`.
+
+    Raises:
+        ValueError: unknown parts, or label weights for labels that do not exist.
+    """
+    content = content_settings(config)
+    labels = schema.of_kind("label")
+    unknown = sorted(set(config.ranking.label_weights) - set(labels))
+    if unknown:
+        raise ValueError(f"ranking.label_weights: no label {unknown}; the labels are {labels}")
+    dims = {table.name: table.embedding_dim for table in tables}
+    pooled = pooled_features(config, schema)
+    id_dim = dims[schema.target_item]
+    dimensions = InputDimensions.of(schema, pooled, dims, item_categories)
+    embeddings = build_embedding_collection(tables, device)
+    assert embeddings is not None
+    contrastive = None
+    if content is not None and config.contrastive.weight > 0:
+        contrastive = ContentIDContrastive(content.dim, id_dim, config.contrastive)
+    weights = [config.ranking.label_weights.get(label, 1.0) for label in labels]
+    retrieval = None
+    if config.ranking.loss != "pointwise":
+        retrieval = RetrievalLoss(config.ranking, weights)
+    negatives = negatives_feature(config.ranking, schema.target_item)
+    return EM3(
+        embedding_bags=build_embedding_bag_collection(tables, device),
+        embeddings=embeddings,
+        content=ContentBranch(encoders, content, bank) if content is not None else None,
+        read_ids=ReadIDs(
+            pooled,
+            schema.target_item,
+            schema.history,
+            config.embedding.index_dedup,
+            negatives,
+            id_dropouts(config, schema),
+        ),
+        ranking=build_ranking(config.ranking, dimensions, content),
+        losses=Losses(RankingLoss(weights), contrastive, config.contrastive.weight, retrieval),
+    )

@@ -1,0 +1,196 @@
+"""EM3: one model of sharded ID tables, a content branch, a ranking model and two losses.
+
+The top forward is a straight line, because `TrainPipelineSparseDist` traces it with torch.fx to
+send the ids of the next batches ahead; the sharded collections take their ids straight from
+attributes of the batch for the same reason. Everything that decides on data lives in submodules
+that hold nothing sharded, which the tracer leaves alone.
+
+Shapes: B batch, C labels, D dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+from recsys.content.branch import ContentBranch
+from recsys.content.vectors import ContentVectors
+from recsys.data.batch import Batch
+from recsys.model.losses import ContentIDContrastive, RankingLoss
+from recsys.model.retrieval_loss import RetrievalLoss
+from recsys.ranking.vectors import IDVectors, MemberLogits, TowerVectors
+
+
+class IDDropout(nn.Module):
+    """In training each ID vector is zero with probability p, and nothing is scaled up.
+
+    New ids come with a vector that was never trained and is nearly zero. A model that has seen no
+    such rows trusts them; one that has learns what history and content say instead.
+
+    Example::
+
+        IDDropout(0.5)(torch.ones(2, 3))  # rows of zeros and of ones
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, vectors: Tensor) -> Tensor:  # [B, D]
+        if not self.training or not self.p:
+            return vectors
+        is_kept = torch.rand(len(vectors), 1, device=vectors.device) >= self.p
+        return vectors * is_kept.to(vectors.dtype)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class ReadIDs(nn.Module):
+    """Lookup results -> `IDVectors`, read by key in the order of the configuration.
+
+    Args:
+        pooled_features, target, history, negatives: the features looked up.
+        history_is_unique: as `IDVectors` has it.
+        dropout: of pooled features by name, as `IDDropout` wants it.
+    """
+
+    def __init__(
+        self,
+        pooled_features: list[str],
+        target: str,
+        history: str | None,
+        history_is_unique: bool = True,
+        negatives: str | None = None,
+        dropout: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        dropout = dropout or {}
+        self.pooled_dropouts = nn.ModuleList(
+            IDDropout(dropout.get(name, 0.0)) for name in pooled_features
+        )
+        self.pooled_features, self.target, self.history = pooled_features, target, history
+        self.history_is_unique, self.negatives = history_is_unique, negatives
+
+    def forward(self, pooled: Any, sequences: Any) -> IDVectors:
+        by_name = pooled.to_dict() if self.pooled_features else {}
+        target = sequences[self.target].values()
+        history = sequences[self.history].values() if self.history else target[:0]
+        pooled_vectors = [
+            dropout(by_name[name])
+            for name, dropout in zip(self.pooled_features, self.pooled_dropouts)
+        ]
+        negatives = sequences[self.negatives].values() if self.negatives else None
+        return IDVectors(pooled_vectors, target, history, self.history_is_unique, negatives)
+
+
+class Losses(nn.Module):
+    """Ranking loss, or retrieval's in its place, plus weight times the Content-ID-Contrastive loss.
+
+    Args:
+        ranking: for logits.
+        contrastive: None for none; `weight` is its.
+        retrieval: for vectors of towers; None ranks by their logits.
+    """
+
+    def __init__(
+        self,
+        ranking: RankingLoss,
+        contrastive: ContentIDContrastive | None,
+        weight: float,
+        retrieval: RetrievalLoss | None = None,
+    ) -> None:
+        super().__init__()
+        self.ranking, self.contrastive, self.weight = ranking, contrastive, weight
+        self.retrieval = retrieval
+
+    def forward(
+        self,
+        scored: Tensor | MemberLogits | TowerVectors,
+        ids: IDVectors,
+        content: ContentVectors | None,
+        batch: Batch,
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The loss to minimise, its parts without gradient, and the logits.
+
+        When a retrieval model is not training, its vectors are with the parts: `query` [B, D] for
+        the first label and `item` [B, D].
+        """
+        logits = scored if isinstance(scored, Tensor) else scored.logits
+        loss, parts = self._parts(scored, logits, ids, content, batch)
+        if isinstance(scored, TowerVectors) and not self.training:
+            parts |= {"query": scored.query[:, 0], "item": scored.item}
+        return loss, {name: value.detach() for name, value in parts.items()}, logits
+
+    def _parts(
+        self,
+        scored: Tensor | MemberLogits | TowerVectors,
+        logits: Tensor,
+        ids: IDVectors,
+        content: ContentVectors | None,
+        batch: Batch,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.retrieval is not None:
+            if not isinstance(scored, TowerVectors):
+                raise ValueError(
+                    "ranking.loss is a softmax over items, for which the model of ranking.name has "
+                    "to return TowerVectors; set ranking.loss to pointwise"
+                )
+            ranking = self.retrieval(scored, batch)
+        else:
+            each = scored.members if isinstance(scored, MemberLogits) else logits
+            ranking = self.ranking(each, batch.labels, batch.row_weights)
+        if self.contrastive is None:
+            return ranking, {"loss": ranking}
+        assert content is not None
+        contrastive = self.contrastive(
+            content.target, ids.target, batch.target_items, batch.row_weights
+        )
+        loss = ranking + self.weight * contrastive
+        return loss, {"loss": loss, "ranking": ranking, "contrastive": contrastive}
+
+
+class EM3(nn.Module):
+    """A batch -> (loss, (parts of the loss, logits [B, C], batch)), as TorchRec's pipelines want.
+
+    Args:
+        embedding_bags: pooled ID tables, or None.
+        embeddings: the table of target item and history.
+        content: the content branch; None is the ID-only twin.
+        read_ids, losses: as they say.
+        ranking: a module of `recsys.ranking`: logits, those of each member of an ensemble, or the
+            vectors of a retrieval model.
+    """
+
+    def __init__(
+        self,
+        embedding_bags: EmbeddingBagCollection | None,
+        embeddings: EmbeddingCollection,
+        content: ContentBranch | None,
+        read_ids: ReadIDs,
+        ranking: nn.Module,
+        losses: Losses,
+    ) -> None:
+        super().__init__()
+        self.embedding_bags = embedding_bags
+        self.embeddings = embeddings
+        self.content = content
+        self.read_ids = read_ids
+        self.ranking = ranking
+        self.losses = losses
+
+    def forward(self, batch: Batch) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor, Batch]]:
+        pooled = (
+            self.embedding_bags(batch.sparse_features) if self.embedding_bags is not None else None
+        )
+        sequences = self.embeddings(batch.sequence_features)
+        # Before the looked-up vectors are read: they travel meanwhile, and so do their gradients.
+        content = self.content(batch) if self.content is not None else None
+        ids = self.read_ids(pooled, sequences)
+        scored = self.ranking(ids, content, batch)
+        loss, parts, logits = self.losses(scored, ids, content, batch)
+        return loss, (parts, logits, batch)

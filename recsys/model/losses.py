@@ -1,0 +1,175 @@
+"""Losses: weighted binary cross-entropy for ranking, and Content-ID-Contrastive.
+
+Content-ID-Contrastive (CIC, EM3, arXiv 2404.06078) pulls an item's content vector and its row of
+the sharded ID table together, so that content places an item whose ID has seen few impressions.
+The gradient flows into both unless one side is stopped.
+
+Shapes: B batch, G batch of all ranks, D dimension, K negatives, C labels, E members of an ensemble.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recsys.config import ContrastiveSettings
+from recsys.distributed.gather import gather_rows_with_gradient
+
+
+class RankingLoss(nn.Module):
+    """Sum over labels of weight times the mean binary cross-entropy with logits.
+
+    Rows that pad (row weight 0) stay in the mean's divisor, so that every impression of an epoch
+    has the same weight on whatever rank it lies.
+
+    Example::
+
+        RankingLoss([1.0])(torch.zeros(2, 1), torch.ones(2, 1))  # log 2
+    """
+
+    weights: Tensor
+
+    def __init__(self, label_weights: list[float]) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.tensor(label_weights), persistent=False)
+
+    def forward(
+        self,
+        logits: Tensor,  # [B, C], or [E, B, C] for the mean over members
+        labels: Tensor,  # [B, C]
+        row_weights: Tensor | None = None,  # [B], 0 for a row that pads
+    ) -> Tensor:  # []
+        labels = labels.expand_as(logits)
+        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        if row_weights is not None:
+            losses = losses * row_weights[:, None]
+        return (losses.flatten(end_dim=-2).mean(0) * self.weights).sum()
+
+
+def published_contrastive(
+    content: Tensor,  # [B, D], normalised
+    ids: Tensor,  # [B, D], normalised
+    negatives: Tensor,  # [B, K] rows of the batch; may hit the row itself
+    temperature: Tensor | float,
+) -> Tensor:  # [B]
+    """The published loss: each row's positive against K rows drawn with replacement.
+
+    L_c2i = CE([z_i . z_c, z_i_neg . z_c] / tau, 0), L_i2c likewise with the same draws, and
+    L = (L_c2i + L_i2c) / 2.
+    """
+    positive = (content * ids).sum(-1, keepdim=True)  # [B, 1]
+    content_to_id = torch.einsum("bd,bkd->bk", content, ids[negatives])
+    id_to_content = torch.einsum("bd,bkd->bk", ids, content[negatives])
+    first = torch.zeros(len(content), dtype=torch.long, device=content.device)
+    losses = [
+        F.cross_entropy(
+            torch.cat([positive, negative], dim=1) / temperature, first, reduction="none"
+        )
+        for negative in (content_to_id, id_to_content)
+    ]
+    return (losses[0] + losses[1]) / 2
+
+
+def in_batch_contrastive(
+    content: Tensor,  # [B, D]
+    ids: Tensor,  # [B, D]
+    items: Tensor,  # [B]
+    all_content: Tensor,  # [G, D]
+    all_ids: Tensor,  # [G, D]
+    all_items: Tensor,  # [G]
+    first_row: int,  # this batch is rows [first_row, first_row + B) of the G
+    temperature: Tensor | float,
+) -> Tensor:  # [B]
+    """Both directions of cross-entropy against all rows.
+
+    The same item is never a negative, nor is a row that pads, whose item is -1.
+    """
+    positive = torch.arange(len(items), device=items.device) + first_row  # [B]
+    same = (items[:, None] == all_items[None, :]) | (all_items == -1)  # [B, G]
+    same[torch.arange(len(items), device=items.device), positive] = False
+    content_to_id = content @ all_ids.T / temperature
+    if all_content is content and all_ids is ids:
+        id_to_content = content_to_id.T  # the same products
+    else:
+        id_to_content = ids @ all_content.T / temperature
+    losses = [
+        F.cross_entropy(logits.masked_fill(same, -torch.inf), positive, reduction="none")
+        for logits in (content_to_id, id_to_content)
+    ]
+    return (losses[0] + losses[1]) / 2
+
+
+class ContentIDContrastive(nn.Module):
+    """Content-ID-Contrastive loss between content vectors and ID embeddings of the same items.
+
+    Args:
+        content_dim, id_dim: widths of the two sides; each has a linear map to `settings.dim`.
+        settings: variant, temperature and so on.
+
+    Example::
+
+        import torch
+        from recsys import ContentIDContrastive
+        from recsys.config import ContrastiveSettings
+
+        loss = ContentIDContrastive(8, 16, ContrastiveSettings(weight=1.0, dim=4))
+        loss(torch.randn(3, 8), torch.randn(3, 16), torch.tensor([4, 5, 4]))
+    """
+
+    def __init__(self, content_dim: int, id_dim: int, settings: ContrastiveSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.content_map = nn.Linear(content_dim, settings.dim)
+        self.id_map = nn.Linear(id_dim, settings.dim)
+        log_temperature = torch.tensor(math.log(settings.temperature))
+        if settings.learn_temperature:
+            self.log_temperature = nn.Parameter(log_temperature)
+        else:
+            self.register_buffer("log_temperature", log_temperature, persistent=False)
+
+    def forward(
+        self,
+        content: Tensor,  # [B, content_dim]
+        ids: Tensor,  # [B, id_dim]
+        items: Tensor,  # [B]
+        row_weights: Tensor | None = None,  # [B], 0 for a row that pads
+    ) -> Tensor:  # []
+        settings = self.settings
+        if settings.stop_gradient == "content":
+            content = content.detach()
+        if settings.stop_gradient == "id":
+            ids = ids.detach()
+        content, ids = self.content_map(content), self.id_map(ids)
+        if settings.normalize:
+            content, ids = (F.normalize(side, dim=-1, eps=1e-5) for side in (content, ids))
+        if row_weights is None:
+            return self._row_losses(content, ids, items).mean()
+        items = items.masked_fill(row_weights == 0, -1)
+        return (self._row_losses(content, ids, items) * row_weights).mean()
+
+    def _row_losses(self, content: Tensor, ids: Tensor, items: Tensor) -> Tensor:  # [B]
+        settings, temperature = self.settings, self.log_temperature.exp()
+        if settings.variant == "published":
+            rows = len(items)
+            negatives = torch.randint(rows, (rows, settings.num_negatives), device=items.device)
+            return published_contrastive(content, ids, negatives, temperature)
+        everyone: tuple[Any, Any, Any, int] = (content, ids, items, 0)
+        if settings.all_ranks and dist.is_initialized() and dist.get_world_size() > 1:
+            # One collective carries both sides; ids of items are exact in float64.
+            everyone = _gather_sides(content, ids, items)
+        return in_batch_contrastive(content, ids, items, *everyone, temperature)
+
+
+def _gather_sides(
+    content: Tensor, ids: Tensor, items: Tensor
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    both, first_row = gather_rows_with_gradient(torch.cat([content, ids], dim=1))
+    with torch.no_grad():
+        all_items, _ = gather_rows_with_gradient(items.to(torch.float64).unsqueeze(1))
+    width = content.shape[1]
+    return both[:, :width], both[:, width:], all_items[:, 0].to(items.dtype), first_row

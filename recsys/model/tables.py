@@ -1,0 +1,95 @@
+"""The ID tables that a configuration and a schema ask for."""
+
+from __future__ import annotations
+
+from embeddings import TableConfig
+from recsys.config import Config, TableSettings
+from recsys.data.negatives import negatives_feature
+from recsys.data.schema import Schema
+
+
+def pooled_features(config: Config, schema: Schema) -> list[str]:
+    """Columns looked up in pooled tables, in the order of the schema."""
+    return [
+        name
+        for name, column in schema.columns.items()
+        if column.kind in ("id", "ids")
+        and name != schema.target_item
+        and schema.table_of(name) not in config.embedding.skip
+    ]
+
+
+def id_dropouts(config: Config, schema: Schema) -> dict[str, float]:
+    """The dropout of each pooled feature's vectors, as its table has it.
+
+    Raises:
+        ValueError: the table of the target item has one.
+    """
+    tables = config.embedding.tables
+    if tables.get(schema.target_item, TableSettings()).id_dropout:
+        raise ValueError(
+            f"embedding.tables.{schema.target_item}.id_dropout: '{schema.target_item}' is the "
+            "target item; only pooled tables, such as the user's, have an id_dropout"
+        )
+    return {
+        name: tables.get(schema.table_of(name), TableSettings()).id_dropout
+        for name in pooled_features(config, schema)
+    }
+
+
+def table_configs(
+    config: Config, schema: Schema, list_lengths: dict[str, float] | None = None
+) -> list[TableConfig]:
+    """One table per `id` or `ids` column that does not share another's.
+
+    `list_lengths` are the mean numbers of ids per row, where columns have not just one.
+
+    Raises:
+        ValueError: a setting names a column that has no table.
+    """
+    settings = config.embedding
+    pooled = pooled_features(config, schema)
+    sequence = [schema.target_item] + ([schema.history] if schema.history else [])
+    negatives = negatives_feature(config.ranking, schema.target_item)
+    tables = list(dict.fromkeys(schema.table_of(name) for name in [*pooled, *sequence]))
+    for name in settings.tables:
+        if name not in tables:
+            raise ValueError(f"embedding.tables.{name}: the tables are {tables}; name one of them")
+    for name in settings.skip:
+        if name == schema.target_item or schema.columns.get(name) is None:
+            raise ValueError(f"embedding.skip: '{name}' is the target item or not in schema.yaml")
+    return [
+        _table_config(
+            config,
+            schema,
+            name,
+            [feature for feature in [*pooled, *sequence] if schema.table_of(feature) == name]
+            + ([negatives] if negatives and name == schema.target_item else []),
+            list_lengths or {},
+        )
+        for name in tables
+    ]
+
+
+def _table_config(
+    config: Config,
+    schema: Schema,
+    name: str,
+    features: list[str],
+    list_lengths: dict[str, float],
+) -> TableConfig:
+    defaults, own = config.embedding, config.embedding.tables.get(name, TableSettings())
+    return TableConfig(
+        name=name,
+        num_embeddings=schema.limit(name),
+        embedding_dim=own.embedding_dim or defaults.dim,
+        features=features,
+        pooling="none" if name == schema.target_item else "sum",
+        sharding=own.sharding or defaults.sharding,
+        optimizer=own.optimizer or defaults.optimizer,
+        learning_rate=defaults.learning_rate if own.learning_rate is None else own.learning_rate,
+        weight_decay=defaults.weight_decay if own.weight_decay is None else own.weight_decay,
+        init_std=defaults.init_std,
+        frozen=own.frozen,
+        ids_per_row={name: list_lengths[name] for name in features if name in list_lengths},
+    )

@@ -1,0 +1,93 @@
+"""More input columns for a module that already exists, which stays as it is.
+
+A module whose first layer is linear, y = W x + b, gets inputs z beside x by a wider matrix: y =
+[W, V] (x, z) + b. Here V is a parameter of its own, and V z is added to what the first layer gives:
+the module keeps its parameters and their names, and with V = 0 its outputs to the last bit, which
+the product with one wider matrix would not (it adds up in another order).
+
+Shapes: B batch, Z added columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class AddedColumns(nn.Module):
+    """Input columns beside those of a module's first linear layer; their weights start at zero.
+
+    Args:
+        module: what gets them. It is no child of this one: its parameters are not listed twice.
+        width: Z.
+
+    Raises:
+        ValueError: the module has no linear layer that could be widened.
+
+    Example::
+
+        import torch
+        from recsys.plug_in.added_columns import AddedColumns
+
+        mlp = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        columns = AddedColumns(mlp, width=2)
+        x, z = torch.randn(5, 4), torch.randn(5, 2)
+        with columns.added(z):
+            assert torch.equal(mlp(x), mlp(x))  # zero weights change nothing yet
+    """
+
+    def __init__(self, module: nn.Module, width: int) -> None:
+        super().__init__()
+        first = next((part for part in module.modules() if isinstance(part, nn.Linear)), None)
+        if first is None or hasattr(module, "_orig_mod"):
+            raise ValueError(
+                f"{type(module).__name__} has no linear layer to which content could be added; "
+                "give the DLRM as its class makes it, and compile it afterwards"
+            )
+        self._first = (first,)  # in a tuple, where torch does not take it for a child
+        self.map = nn.Linear(width, first.out_features, bias=False)
+        nn.init.zeros_(self.map.weight)
+
+    @contextmanager
+    def added(self, columns: Tensor) -> Iterator[None]:  # [B, Z]
+        """While this lasts, the module sees `columns` beside its own input."""
+        extra = self.map(columns)
+
+        def add(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            return output + extra
+
+        handle = self._first[0].register_forward_hook(add)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+class WidenedModule(nn.Module):
+    """`AddedColumns` of a module that is called with one tensor: (x, z) -> its output.
+
+    With no columns to add it is the module.
+    """
+
+    def __init__(self, module: nn.Module, width: int) -> None:
+        super().__init__()
+        self._module = (module,)
+        self.columns = AddedColumns(module, width) if width else None
+
+    def forward(
+        self,
+        x: Tensor,
+        added: Tensor,  # [B, Z]
+    ) -> Tensor:
+        with self.columns.added(added) if self.columns is not None else nullcontext():
+            output: Tensor = self._module[0](x)
+        return output
+
+
+def no_columns(rows: Tensor) -> Tensor:
+    """[B, ...] -> [B, 0]."""
+    return torch.zeros(len(rows), 0, device=rows.device)

@@ -1,0 +1,223 @@
+"""Content in a DLRM that already exists: torchrec's DLRM, DLRM_DCN or DLRM_Projection.
+
+The DLRM's own parts stay what and where they are. `DLRMWithContent` has them as children under the
+names they have in the DLRM, so that tables, optimizers and checkpoints meet the names they know;
+what is new is in two more children. The first logits are those of the DLRM to the last bit, since
+content enters through weights that start at zero.
+
+The top forward is a straight line, as `TrainPipelineSparseDist` traces it. The tracer leaves alone
+what is a direct child, so the two must not be parts of one.
+
+Shapes: B batch, F sparse features, K content vectors, D dimension of the DLRM, C of content,
+S further features.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchrec.models.dlrm import DLRM
+
+from recsys.config import ContentSettings, ContrastiveSettings
+from recsys.content.branch import ContentBranch
+from recsys.data.batch import Batch
+from recsys.model.losses import ContentIDContrastive
+from recsys.plug_in.added_columns import WidenedModule, no_columns
+from recsys.plug_in.interactions import widened_interaction
+from recsys.ranking.layers.content_interest import ContentInterest
+from recsys.ranking.layers.history_numbers import history_numbers, num_history_numbers
+
+
+class ContentInputs(NamedTuple):
+    """What content adds to a DLRM.
+
+    vectors: [B, K, D], of the target item and, where there is a history, the user's interest in it.
+    features: [B, S], similarities of target and history, for the over arch.
+    target: [B, C], the target item's content vector itself.
+    """
+
+    vectors: Tensor
+    features: Tensor
+    target: Tensor
+
+
+class Ranked(NamedTuple):
+    """logits [B, 1], and of the target its ID embedding [B, D] and content vector [B, C]."""
+
+    logits: Tensor
+    item: Tensor
+    content: Tensor
+
+
+class ContentOfBatch(nn.Module):
+    """A batch -> `ContentInputs`: the content branch, and the interest of `recsys.ranking`.
+
+    Args:
+        branch: encodes items.
+        settings: of the branch.
+        dim: D.
+        has_history: whether batches have one.
+    """
+
+    def __init__(
+        self, branch: ContentBranch, settings: ContentSettings, dim: int, has_history: bool
+    ) -> None:
+        super().__init__()
+        self.branch = branch
+        self.dim = settings.dim
+        self.target_map = nn.Linear(settings.dim, dim)
+        self.num_vectors, self.num_features = 1, 0
+        self.interest: ContentInterest | None = None
+        if has_history:
+            num_modalities = len(branch.encoders)
+            self.interest = ContentInterest(settings.dim, num_modalities, 0, settings.history)
+            self.interest_map = nn.Linear(settings.dim, dim)
+            self.num_vectors = 2
+            self.num_features = self.interest.output_dim - settings.dim + num_history_numbers(0)
+
+    def forward(self, batch: Batch) -> ContentInputs:
+        content = self.branch(batch)
+        vectors, features = [self.target_map(content.target)], no_columns(content.target)
+        if self.interest is not None:
+            # The first D columns of the interest are its vector, the others single features.
+            history, parallel = batch.jagged_history(), batch.history_values
+            interest = self.interest(content, history, parallel)
+            vectors.append(self.interest_map(interest[:, : self.dim]))
+            numbers = history_numbers(history, parallel)
+            features = torch.cat([numbers, interest[:, self.dim :]], dim=1)
+        return ContentInputs(torch.stack(vectors, dim=1), features, content.target)
+
+
+class ContentHead(nn.Module):
+    """Interaction and over arch of a DLRM, with content in both."""
+
+    def __init__(self, dlrm: DLRM, num_vectors: int, num_features: int, dim: int) -> None:
+        super().__init__()
+        self.interaction = widened_interaction(dlrm.inter_arch, num_vectors, dim)
+        self.over = WidenedModule(dlrm.over_arch, self.interaction.num_columns + num_features)
+
+    def forward(
+        self,
+        dense: Tensor,  # [B, D]
+        sparse: Tensor,  # [B, F, D]
+        vectors: Tensor,  # [B, K, D]
+        features: Tensor,  # [B, S]
+    ) -> Tensor:  # [B, 1]
+        interaction, columns = self.interaction(dense, sparse, vectors)
+        logits: Tensor = self.over(interaction, torch.cat([columns, features], dim=1))
+        return logits
+
+
+class DLRMWithContent(nn.Module):
+    """A DLRM whose interaction has K more vectors: the target's content, and the content interest.
+
+    Its children are those of the DLRM, the very same modules, and two of content; the DLRM itself
+    stays usable, also once this is sharded. `recsys.plug_in.add_content` builds it from settings.
+
+    Args:
+        dlrm: DLRM, DLRM_DCN or DLRM_Projection, its tables on meta or not.
+        branch: encodes the items of `recsys.Batch`.
+        settings: of the branch; `history` says which similarities become features.
+        item: the sparse feature that holds the id of the ranked item.
+        has_history: whether batches have a history.
+        contrastive: of the Content-ID-Contrastive loss, for `DLRMWithContentTrain`.
+
+    Raises:
+        ValueError: another model, or one without that feature.
+
+    Example::
+
+        import torch
+        from torchrec.models.dlrm import DLRM
+        from torchrec.modules.embedding_configs import EmbeddingBagConfig
+        from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+        from embeddings import MemoryBank
+        from recsys import ContentBranch
+        from recsys.config import ContentSettings, ModalitySettings
+        from recsys.content.encoders.build import StoredFeatures
+        from recsys.ranking import DLRMWithContent
+
+        table = EmbeddingBagConfig(
+            name="item", num_embeddings=100, embedding_dim=8, feature_names=["item"]
+        )
+        dlrm = DLRM(EmbeddingBagCollection(tables=[table]), 4, [8], [8, 1])
+        settings = ContentSettings({"photo": ModalitySettings("feature", "photo")}, dim=16)
+        bank = MemoryBank(100, settings.vector_dim, "cpu")
+        branch = ContentBranch({"photo": StoredFeatures(32)}, settings, bank)
+        model = DLRMWithContent(dlrm, branch, settings, item="item", has_history=True)
+        assert model.state_dict().keys() > dlrm.state_dict().keys()
+    """
+
+    dense_arch: nn.Module
+    sparse_arch: nn.Module
+    content: ContentOfBatch
+    content_head: ContentHead
+
+    def __init__(
+        self,
+        dlrm: DLRM,
+        branch: ContentBranch,
+        settings: ContentSettings,
+        item: str,
+        has_history: bool,
+        contrastive: ContrastiveSettings | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(dlrm, DLRM) or type(dlrm).forward is not DLRM.forward:
+            raise ValueError(
+                f"content can be added to torchrec's DLRM, DLRM_DCN and DLRM_Projection; a "
+                f"{type(dlrm).__name__} computes something of its own"
+            )
+        features = dlrm.sparse_arch.sparse_feature_names
+        if item not in features:
+            raise ValueError(f"the DLRM has no sparse feature '{item}'; it has {features}")
+        self.item_place = features.index(item)
+        self.contrastive = contrastive or ContrastiveSettings()
+        for name, part in dlrm.named_children():
+            self.add_module(name, part)
+        dim = dlrm.sparse_arch.D
+        content = ContentOfBatch(branch, settings, dim, has_history)
+        self.content = content
+        self.content_head = ContentHead(dlrm, content.num_vectors, content.num_features, dim)
+
+    def rank(self, batch: Batch) -> Ranked:
+        """Logits, and the two vectors of the target item that the contrastive loss compares."""
+        content = self.content(batch)
+        dense = self.dense_arch(batch.dense_features)
+        sparse = self.sparse_arch(batch.sparse_features)
+        logits = self.content_head(dense, sparse, content.vectors, content.features)
+        return Ranked(logits, sparse[:, self.item_place], content.target)
+
+    def forward(self, batch: Batch) -> Tensor:  # [B, 1]
+        return self.rank(batch).logits
+
+
+class DLRMWithContentTrain(nn.Module):
+    """A batch -> (loss, (loss, logits [B], labels [B])), as torchrec's DLRMTrain gives them.
+
+    The loss is DLRMTrain's and, where `contrastive.weight` is above 0, that weight times the
+    Content-ID-Contrastive loss between the target's content and its row of the item table.
+    """
+
+    def __init__(self, model: DLRMWithContent) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = nn.BCEWithLogitsLoss()
+        settings = model.contrastive
+        self.weight = settings.weight
+        self.contrastive: ContentIDContrastive | None = None
+        if self.weight > 0:
+            content_dim, id_dim = model.content.dim, model.content.target_map.out_features
+            self.contrastive = ContentIDContrastive(content_dim, id_dim, settings)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        ranked = self.model.rank(batch)
+        logits = ranked.logits.squeeze(-1)
+        loss = self.loss_fn(logits, batch.labels.float())
+        if self.contrastive is not None:
+            contrastive = self.contrastive(ranked.content, ranked.item, batch.target_items)
+            loss = loss + self.weight * contrastive
+        return loss, (loss.detach(), logits.detach(), batch.labels.detach())

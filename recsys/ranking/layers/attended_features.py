@@ -1,0 +1,122 @@
+"""What sequence models share: all that is known of a row as one vector, the history attended to.
+
+The interest of the ID history and, where there is content, that of the content history stand beside
+the pooled ID vectors, the target and the dense features. DIN, DIN with a DCN-v2 head, SIM and MMoE
+differ in what they make of this vector, or in what they attend to.
+
+What is a number rather than a vector (dense features, what the history's lists say, similarities of
+content) can be standardised before it stands beside vectors: `ranking.standardize_numbers`.
+
+Shapes: B batch, K history items that are attended to, P parallel lists, W width of the vector.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from recsys.config import ContentSettings, RankingSettings
+from recsys.content.vectors import ContentVectors
+from recsys.data.batch import Batch
+from recsys.data.jagged_history import JaggedHistory
+from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.layers.content_interest import ContentInterest
+from recsys.ranking.layers.history_numbers import history_numbers, num_history_numbers
+from recsys.ranking.layers.standardization import Standardization
+from recsys.ranking.layers.target_attention import TargetAttention
+from recsys.ranking.vectors import IDVectors
+
+
+class RowFeatures(nn.Module):
+    """ID vectors, content vectors and dense features -> one vector [B, W] per row.
+
+    A base class: models put layers of their own on top of `features`, which are `feature_dim` wide.
+    Without content it is the ID-only twin: the same parts, fewer vectors.
+
+    Args:
+        settings: `standardize_numbers`.
+        interest_dim: width of the interest in the ID history, which the model itself computes.
+        dimensions: of the inputs.
+        content: settings of the content branch; None for the ID-only twin.
+    """
+
+    def __init__(
+        self,
+        settings: RankingSettings,
+        interest_dim: int,
+        dimensions: InputDimensions,
+        content: ContentSettings | None,
+    ) -> None:
+        super().__init__()
+        width = sum(dimensions.pooled_dims) + dimensions.id_dim + interest_dim
+        numbers = dimensions.num_dense + num_history_numbers(dimensions.num_parallel)
+        self.content_interest: ContentInterest | None = None
+        if content is not None:
+            self.content_interest = ContentInterest.of(content, dimensions.num_parallel)
+            width += 2 * content.dim
+            numbers += self.content_interest.output_dim - content.dim
+        self.feature_dim = width + numbers
+        self.standardization = Standardization(numbers) if settings.standardize_numbers else None
+
+    def features(
+        self,
+        ids: IDVectors,
+        content: ContentVectors | None,
+        batch: Batch,
+        interest: Tensor,  # [B, interest_dim]
+        numbers: Tensor,  # `history_numbers` of the whole history
+        history: JaggedHistory,  # over `batch.history_items`
+        parallel: Tensor,  # [K, P] of that history
+    ) -> Tensor:  # [B, W]
+        """All vectors of a row, one beside the other."""
+        of_content, similarities = [], []
+        if self.content_interest is not None:
+            assert content is not None
+            interests = self.content_interest(content, history, parallel)
+            dim = content.target.shape[1]
+            of_content, similarities = [content.target, interests[:, :dim]], [interests[:, dim:]]
+        dense, numbers, *similarities = self._standardized(
+            [batch.dense_features, numbers, *similarities], batch
+        )
+        vectors = [dense, *ids.pooled, ids.target, interest, numbers, *of_content, *similarities]
+        return torch.cat(vectors, dim=1)
+
+    def _standardized(self, numbers: list[Tensor], batch: Batch) -> list[Tensor]:
+        """All in one, so that ranks exchange one message."""
+        if self.standardization is None:
+            return numbers
+        widths = [part.shape[1] for part in numbers]
+        joined = self.standardization(torch.cat(numbers, dim=1), batch.row_weights)
+        return list(joined.split(widths, dim=1))
+
+
+class AttendedFeatures(RowFeatures):
+    """`RowFeatures` with DIN's target attention over all of the history.
+
+    Args:
+        settings: `attention_units` and `standardize_numbers`.
+        dimensions, content: as in `RowFeatures`.
+    """
+
+    def __init__(
+        self,
+        settings: RankingSettings,
+        dimensions: InputDimensions,
+        content: ContentSettings | None,
+    ) -> None:
+        interest = TargetAttention(
+            dimensions.id_dim, dimensions.num_parallel, settings.attention_units
+        )
+        super().__init__(settings, dimensions.id_dim, dimensions, content)
+        self.interest = interest
+
+    def attended(
+        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
+    ) -> Tensor:  # [B, W]
+        """`features` with the interest in the whole history."""
+        history = batch.jagged_history()
+        id_history = history if ids.history_is_unique else history.unindexed()
+        parallel = batch.history_values
+        interest = self.interest(ids.target, ids.history, id_history, parallel)
+        numbers = history_numbers(history, parallel)
+        return self.features(ids, content, batch, interest, numbers, history, parallel)

@@ -1,0 +1,134 @@
+"""The user's content interest: target attention and similarities over the history's content.
+
+The history's vectors come through the history map of `recsys.content.history_map`. The similarity
+features are SimTier's idea (arXiv 2407.19467), split by whether the user liked the item; its
+histogram, and LEMUR's sorted cosines (arXiv 2511.10962), are extras.
+
+Shapes: B batch, U unique history items, N history items of the batch, D dimension, M modalities,
+P parallel lists, G groups of history items.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recsys.config import ContentSettings, HistorySettings
+from recsys.content.vectors import ContentVectors
+from recsys.data.jagged_history import JaggedHistory
+from recsys.ranking.layers.target_attention import DotAttention
+
+LOWER_THAN_COSINE = -2.0
+
+
+def cosines(target: Tensor, items: Tensor, history: JaggedHistory) -> Tensor:
+    """[N]: of each row's target [B, D] and each of its history items, of [U, D]; 0 for a zero."""
+    items = items.float()
+    # The dot products are divided by the items' lengths, one number each, not the items.
+    lengths = torch.linalg.vector_norm(items, dim=1, keepdim=True).clamp(min=1e-12)
+    products = history.dot(F.normalize(target.float(), dim=-1), items)
+    return products * history.gather(lengths.reciprocal()).squeeze(1)
+
+
+def similarity_features(
+    cosine: Tensor,  # [N, M] in several spaces
+    history: JaggedHistory,
+    flags: Tensor,  # [N, P], such as liked (1) or not (0)
+) -> Tensor:  # [B, M * S], S = 2 * G + P with G = 1 + 2 * P groups of history items
+    """Cosine of the target to groups of history items: mean, maximum, and what it votes for.
+
+    The groups are all items, those with each flag, and those without it; a list of other numbers
+    is split at 0.5. The features of a space are G means, G maxima and, per list, its mean weighted
+    by softmax(cosine / 0.1): what the user thought of items like the target. A group without
+    items, and the votes of an empty history, give 0.
+    """
+    spaces, batch = cosine.shape[1], len(history.lengths)
+    flagged = flags > 0.5
+    everyone = torch.ones(len(flags), 1, dtype=torch.bool, device=flags.device)
+    groups = torch.cat([everyone, flagged, ~flagged], dim=1)  # [N, G]
+    count = history.sum(groups.to(cosine.dtype)).unsqueeze(1)  # [B, 1, G]
+    members = cosine.unsqueeze(2) * groups.unsqueeze(1)  # [N, M, G]
+    mean = history.sum(members.flatten(1)).view(batch, spaces, -1) / count.clamp(min=1)
+    members = torch.where(groups.unsqueeze(1), cosine.unsqueeze(2), LOWER_THAN_COSINE)
+    maximum = history.maximum(members.flatten(1), LOWER_THAN_COSINE).view(batch, spaces, -1)
+    maximum = torch.where(count > 0, maximum, 0.0)
+    weights = history.softmax(cosine / 0.1)  # [N, M]
+    votes = history.sum((weights.unsqueeze(2) * flags.unsqueeze(1)).flatten(1))
+    features = [mean, maximum, votes.view(batch, spaces, -1)]
+    return torch.cat(features, dim=2).flatten(1)
+
+
+def num_similarity_features(num_flags: int) -> int:
+    """S of `similarity_features`."""
+    return 2 * (1 + 2 * num_flags) + num_flags
+
+
+def similarity_histogram(
+    cosine: Tensor,  # [N]
+    history: JaggedHistory,
+    bins: int,
+) -> Tensor:  # [B, bins]
+    """SimTier (arXiv 2407.19467): how many history items lie in each of `bins` equal tiers of
+    [-1, 1], as log(1 + count). Counts have no gradient."""
+    tier = ((cosine.detach() + 1) * (bins / 2)).long().clamp(0, bins - 1)
+    counts = torch.bincount(history.rows * bins + tier, minlength=len(history.lengths) * bins)
+    return torch.log1p(counts.to(cosine.dtype)).view(-1, bins)
+
+
+def sorted_cosines(
+    cosine: Tensor,  # [N]
+    history: JaggedHistory,
+    count: int,
+) -> Tensor:  # [B, count]
+    """LEMUR (arXiv 2511.10962): the highest cosines, falling; 0 where the history has fewer."""
+    padded = history.padded(cosine, LOWER_THAN_COSINE)  # [B, longest]
+    padded = F.pad(padded, (0, max(count - padded.shape[1], 0)), value=LOWER_THAN_COSINE)
+    highest = padded.topk(count, dim=1).values
+    return torch.where(highest > LOWER_THAN_COSINE, highest, 0.0)
+
+
+class ContentInterest(nn.Module):
+    """Target attention over the history's content, with similarities beside it.
+
+    The similarity features are those of the content vectors and of each modality's mean tokens;
+    the histogram and the sorted cosines are of the content vectors as the history map has them.
+    """
+
+    def __init__(
+        self, dim: int, num_modalities: int, num_parallel: int, settings: HistorySettings
+    ) -> None:
+        super().__init__()
+        self.attention = DotAttention(dim, num_parallel)
+        self.settings = settings
+        self.output_dim = dim + settings.simtier_bins + settings.sorted_cosines
+        if settings.similarity_features:
+            self.output_dim += (1 + num_modalities) * num_similarity_features(num_parallel)
+
+    @staticmethod
+    def of(content: ContentSettings, num_parallel: int) -> ContentInterest:
+        """The interest over what a content branch gives."""
+        num_modalities = len(content.modalities)
+        return ContentInterest(content.dim, num_modalities, num_parallel, content.history)
+
+    def forward(
+        self,
+        content: ContentVectors,
+        history: JaggedHistory,
+        parallel: Tensor,  # [N, P]
+    ) -> Tensor:  # [B, output_dim]
+        settings = self.settings
+        features = [self.attention(content.target, content.history, history, parallel)]
+        if settings.similarity_features or settings.simtier_bins or settings.sorted_cosines:
+            cosine = cosines(content.target, content.history, history)
+        if settings.similarity_features:
+            of_modalities = zip(
+                content.target_modalities.unbind(dim=1), content.history_modalities.unbind(dim=1)
+            )
+            spaces = [cosine, *(cosines(*vectors, history) for vectors in of_modalities)]
+            features.append(similarity_features(torch.stack(spaces, dim=1), history, parallel))
+        if settings.simtier_bins:
+            features.append(similarity_histogram(cosine, history, settings.simtier_bins))
+        if settings.sorted_cosines:
+            features.append(sorted_cosines(cosine, history, settings.sorted_cosines))
+        return torch.cat(features, dim=1)

@@ -1,0 +1,115 @@
+"""Fields: every vector of a row at one width, as factorisation models (DLRM, DeepFM) want them.
+
+Fields are the pooled ID features, the target item and its history, pooled: its mean, and beside it
+the mean weighted by each parallel list (what was liked, say). Content adds two: the content vector
+of the target and the user's content interest. Numbers that are no vectors go with the dense
+features, and content's similarities apart from them, as they belong at the top of a model.
+
+Shapes: B batch, F fields, D dimension of the ID vectors, N dense numbers, S similarities,
+P parallel lists, U unique history items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from recsys.config import ContentSettings
+from recsys.content.vectors import ContentVectors
+from recsys.data.batch import Batch
+from recsys.data.jagged_history import JaggedHistory
+from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.layers.content_interest import ContentInterest
+from recsys.ranking.layers.history_numbers import history_numbers, num_history_numbers
+from recsys.ranking.vectors import IDVectors
+
+
+def pooled_history(
+    items: Tensor,  # [U, D]
+    history: JaggedHistory,
+    parallel: Tensor,  # [number of history items, P]
+) -> list[Tensor]:  # 1 + P times [B, D]
+    """The mean of each history, and its means weighted by each parallel list; zeros for none."""
+    share = history.spread(1 / history.lengths.clamp(min=1).to(items.dtype).unsqueeze(1))
+    weights = torch.cat([share, share * parallel], dim=1)
+    return [history.weighted_sum(column.contiguous(), items) for column in weights.unbind(dim=1)]
+
+
+@dataclass
+class FieldVectors:
+    """vectors: F times [B, D]; numbers: [B, N]; similarities: [B, S], S = 0 without content."""
+
+    vectors: list[Tensor]
+    numbers: Tensor
+    similarities: Tensor
+
+    def dense_and_sparse(self, dense_arch: nn.Module | None) -> tuple[Tensor, list[Tensor]]:
+        """What TorchRec's interactions take: the dense features as one vector [B, D], and the
+        fields. Without dense features the last field stands in their place."""
+        if dense_arch is None:
+            return self.vectors[-1], self.vectors[:-1]
+        return dense_arch(self.numbers), self.vectors
+
+
+class Fields(nn.Module):
+    """ID vectors, content vectors and dense features -> `FieldVectors`.
+
+    Pooled features of another dimension than the target's, and content vectors, pass a linear map.
+
+    Args:
+        dimensions: of the inputs.
+        content: settings of the content branch; None for the ID-only twin.
+
+    Raises:
+        ValueError: there is one field and nothing that it could interact with.
+    """
+
+    def __init__(self, dimensions: InputDimensions, content: ContentSettings | None) -> None:
+        super().__init__()
+        dim = dimensions.id_dim
+        self.has_history = dimensions.has_history
+        self.pooled_maps = nn.ModuleList(_map(width, dim) for width in dimensions.pooled_dims)
+        self.num_fields = len(dimensions.pooled_dims) + 1
+        self.num_numbers, self.num_similarities = dimensions.num_dense, 0
+        if self.has_history:
+            self.num_fields += 1 + dimensions.num_parallel
+            self.num_numbers += num_history_numbers(dimensions.num_parallel)
+        self.content_interest: ContentInterest | None = None
+        if content is not None:
+            self.content_interest = ContentInterest.of(content, dimensions.num_parallel)
+            self.num_similarities = self.content_interest.output_dim - content.dim
+            self.target_map, self.interest_map = _map(content.dim, dim), _map(content.dim, dim)
+            self.num_fields += 2
+        if self.num_fields == 1 and not self.num_numbers:
+            raise ValueError(
+                "the target item is the only input, so that a model of interactions has none; add "
+                "columns to schema.yaml, or content"
+            )
+
+    @property
+    def num_interacting(self) -> int:
+        """Fields beside the vector of the dense features, or beside the one in its place."""
+        return self.num_fields if self.num_numbers else self.num_fields - 1
+
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> FieldVectors:
+        vectors = [of(pooled) for of, pooled in zip(self.pooled_maps, ids.pooled)]
+        vectors.append(ids.target)
+        numbers, similarities = [batch.dense_features], ids.target[:, :0]
+        history, parallel = batch.jagged_history(), batch.history_values
+        if self.has_history:
+            id_history = history if ids.history_is_unique else history.unindexed()
+            vectors += pooled_history(ids.history, id_history, parallel)
+            numbers.append(history_numbers(history, parallel))
+        if self.content_interest is not None:
+            assert content is not None
+            found = self.content_interest(content, history, parallel)
+            widths = [found.shape[1] - self.num_similarities, self.num_similarities]
+            interest, similarities = found.split(widths, dim=1)
+            vectors += [self.target_map(content.target), self.interest_map(interest)]
+        return FieldVectors(vectors, torch.cat(numbers, dim=1), similarities)
+
+
+def _map(width: int, dim: int) -> nn.Module:
+    return nn.Identity() if width == dim else nn.Linear(width, dim, bias=False)

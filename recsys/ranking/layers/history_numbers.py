@@ -1,0 +1,46 @@
+"""What a history says by its length and its parallel lists alone, the recent past above all.
+
+A user's mood changes: of what was liked, say, the last items tell more than the first. Means in
+which an item counts half as much for every so many newer ones leave it to the model how fast.
+
+Shapes: B batch, N history items of the batch, P parallel lists, H half-lives.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recsys.data.jagged_history import JaggedHistory
+
+HALF_LIVES = (1.0, 3.0, 10.0)  # in newer items
+
+
+def history_numbers(
+    history: JaggedHistory,
+    parallel: Tensor,  # [N, P]
+) -> Tensor:  # [B, P * (1 + H) + 1]
+    """The mean of each parallel list, its means by each half-life, and log(1 + length).
+
+    All are 0 for an empty history.
+
+    Example::
+
+        history = JaggedHistory.of(torch.tensor([0, 1]), torch.tensor([2]), num_items=2)
+        history_numbers(history, torch.tensor([[1.0], [0.0]]))[0, 1]  # 1/3: (1/2 * 1 + 1 * 0) / 1.5
+    """
+    lengths = history.lengths.unsqueeze(1)
+    half_lives = torch.tensor(HALF_LIVES, device=lengths.device)
+    # The oldest of many items weighs nothing; no weight may be so small that it is slow.
+    weights = torch.exp2(-history.ages.unsqueeze(1) / half_lives).clamp(min=1e-30)  # [N, H]
+    weights = torch.cat([torch.ones_like(weights[:, :1]), weights], dim=1)
+    weighted = (parallel.unsqueeze(2) * weights.unsqueeze(1)).flatten(1)  # [N, P * (1 + H)]
+    totals = history.sum(weights).clamp(min=1)  # of any item at all: the newest weighs 1
+    means = history.sum(weighted).view(len(lengths), parallel.shape[1], weights.shape[1])
+    means = (means / totals.unsqueeze(1)).flatten(1)
+    return torch.cat([means, torch.log1p(lengths.to(means.dtype))], dim=1)
+
+
+def num_history_numbers(num_parallel: int) -> int:
+    """Columns of `history_numbers`."""
+    return num_parallel * (1 + len(HALF_LIVES)) + 1

@@ -1,0 +1,104 @@
+"""Target attention (DIN, Zhou et al. 2018, arXiv 1706.06978): the history as the target sees it.
+
+Parallel lists of the history (liked flags, time gaps) are mapped and added to the items they
+belong to, so that attention can tell a liked item from a disliked one. Two kinds of score share
+the rest: `TargetAttention` asks an MLP, as DIN does, and `DotAttention` takes the scaled dot
+product, which costs a thousandth and suits content vectors, whose directions have a meaning.
+
+Nothing is padded, and what depends on an item alone is computed once per unique item. The first
+layer of DIN's MLP is linear in (h, t, h - t, h * t), so with its weight cut into four parts it is
+(W1 + W3) h + (W2 - W3) t + W4 (h * t): only the last term belongs to a pair of item and target.
+
+Shapes: B batch, U unique history items, N history items of the batch, D dimension, P parallel
+lists, H units of the first layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from recsys.data.jagged_history import JaggedHistory
+
+
+class HistoryAttention(nn.Module):
+    """What both attentions share: weights by softmax of scores, and the sum under them.
+
+    An empty history gives zeros.
+    """
+
+    def __init__(self, dim: int, num_parallel: int) -> None:
+        super().__init__()
+        self.parallel_map = nn.Linear(num_parallel, dim, bias=False) if num_parallel else None
+
+    def scores(
+        self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
+    ) -> Tensor:
+        """[N], of each history item for its row's target."""
+        raise TypeError(f"{type(self).__name__} defines no scores")
+
+    def forward(
+        self,
+        target: Tensor,  # [B, D]
+        items: Tensor,  # [U, D]
+        history: JaggedHistory,
+        parallel: Tensor,  # [N, P]
+    ) -> Tensor:  # [B, D]
+        weights = history.softmax(self.scores(target, items, history, parallel).float())
+        interest = history.weighted_sum(weights, items.float())
+        if self.parallel_map is not None:
+            interest = interest + self.parallel_map(history.sum(weights.unsqueeze(1) * parallel))
+        return interest
+
+
+class TargetAttention(HistoryAttention):
+    """DIN: an MLP of (item, target, difference, product) scores each item."""
+
+    def __init__(self, dim: int, num_parallel: int, units: list[int]) -> None:
+        super().__init__(dim, num_parallel)
+        layers: list[nn.Module] = []
+        width = 4 * dim
+        for unit in units:
+            layers += [nn.Linear(width, unit), nn.ReLU(inplace=True)]
+            width = unit
+        self.score = nn.Sequential(*layers, nn.Linear(width, 1))
+
+    def scores(
+        self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
+    ) -> Tensor:
+        first = self.score[0]
+        assert isinstance(first, nn.Linear)
+        of_item, of_target, of_difference, of_product = first.weight.chunk(4, dim=1)  # [H, D]
+        of_item, of_target = of_item + of_difference, of_target - of_difference
+        of_items = items @ of_item.T  # [U, H]
+        # Under autocast that is in bfloat16, and what is added to it in place has to be, too.
+        dtype = of_items.dtype
+        vectors, hidden = history.gather(items.to(dtype)), history.gather(of_items)  # [N, ...]
+        # Added up in place: N is large, and each new [N, ...] costs as much as the arithmetic.
+        if self.parallel_map is not None:
+            lists, of_lists = parallel.to(dtype), self.parallel_map.weight  # [N, P], [D, P]
+            vectors.addmm_(lists, of_lists.T.to(dtype))
+            hidden.addmm_(lists, (of_item @ of_lists).T.to(dtype))
+        products = vectors * history.spread(target.to(dtype))
+        hidden.addmm_(products, of_product.T.to(dtype))
+        hidden += history.spread(torch.addmm(first.bias, target, of_target.T).to(dtype))
+        return self.score[1:](hidden).squeeze(1)
+
+
+class DotAttention(HistoryAttention):
+    """The target, mapped, times each item, over the root of the dimension."""
+
+    def __init__(self, dim: int, num_parallel: int) -> None:
+        super().__init__(dim, num_parallel)
+        self.query = nn.Linear(dim, dim)
+        self.scale = dim**-0.5
+
+    def scores(
+        self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
+    ) -> Tensor:
+        query = self.query(target).float() * self.scale
+        scores = history.dot(query, items.float())
+        if self.parallel_map is not None:
+            of_parallel = history.spread(query @ self.parallel_map.weight)  # [N, P]
+            scores = scores + (of_parallel * parallel).sum(dim=1)
+        return scores

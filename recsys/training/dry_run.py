@@ -1,0 +1,174 @@
+"""`recsys train --dry-run`: everything is built and takes one step, and no run is written.
+
+What only shows when a step runs (memory, collectives, shapes, a loss that is not finite) shows in
+a minute. Caches of item content are filled as training would and stay for it; the memory bank is
+not filled, so that the histories of this one step see only what it has just computed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import resource
+import sys
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from recsys.build import Job, build_job
+from recsys.config import Config
+from recsys.content.projection_start import start_projections
+from recsys.data.batch import Batch
+from recsys.data.interactions import Interactions, loader
+from recsys.data.parquet.rows import ParquetRows
+from recsys.data.vocabularies import UnknownIds
+from recsys.distributed.lockstep import Lockstep
+from recsys.distributed.ranks import Ranks
+from recsys.distributed.watchdog import Watchdog
+from recsys.training.pretrained_tables import load_pretrained_tables
+from recsys.training.train import training_interactions
+from recsys.training.trainer import require_pipelined
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run saw; of all ranks."""
+
+    losses: dict[str, float]  # by part, the mean over the ranks
+    rows: int  # of the step
+    scored_rows: int
+    build_seconds: float
+    step_seconds: float
+    evaluation_seconds: float
+    peak_bytes: list[int]  # by rank: of the GPU, or resident in the process
+    world_size: int
+
+
+def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
+    """Builds a job, trains on one batch per rank, scores one, and prints what it saw. A collective.
+
+    Raises:
+        TrainingStopped: the job was asked to end.
+        ValueError: on every rank, when data, configuration or plan are wanting, or the loss is not
+            finite.
+    """
+    with (
+        Watchdog(ranks, config.stall_timeout) as watchdog,
+        Lockstep(ranks, config.checkpoint, watchdog) as lockstep,
+    ):
+        begin = time.perf_counter()
+        job = build_job(config, data, ranks)
+        interactions = training_interactions(job)
+        if ranks.is_first:
+            print(f"{job.plan}\n\n{job.parameters}\n", flush=True)
+        _start(job)
+        build_seconds = time.perf_counter() - begin
+        with watchdog.armed():
+            losses, batch, step_seconds = _train_step(job, interactions, lockstep)
+            scored, evaluation_seconds = _scored_rows(job, lockstep)
+    peaks = ranks.gather((_peak_bytes(ranks), int((batch.row_positions >= 0).sum()), scored))
+    found = DryRun(
+        losses=losses,
+        rows=sum(rows for _, rows, _ in peaks),
+        scored_rows=sum(rows for _, _, rows in peaks),
+        build_seconds=build_seconds,
+        step_seconds=step_seconds,
+        evaluation_seconds=evaluation_seconds,
+        peak_bytes=[peak for peak, _, _ in peaks],
+        world_size=ranks.world_size,
+    )
+    if ranks.is_first:
+        print(format_dry_run(found), flush=True)
+    return found
+
+
+def format_dry_run(found: DryRun) -> str:
+    """What was done, in words."""
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in found.losses.items())
+    ranks = f"{found.world_size} rank{'s' if found.world_size > 1 else ''}"
+    peak = max(found.peak_bytes) / 2**30
+    return (
+        f"dry run: one training step of {found.rows:,} rows on {ranks} ran in "
+        f"{found.step_seconds:.2f} s ({losses}), and {found.scored_rows:,} validation rows were "
+        f"scored in {found.evaluation_seconds:.2f} s; building took {found.build_seconds:.1f} s, "
+        f"the peak of memory is {peak:.2f} GiB on a rank. Nothing was written but caches of items"
+    )
+
+
+def _start(job: Job) -> None:
+    """What a first step rests on, save what takes as long as the catalogue is large."""
+    load_pretrained_tables(job)
+    if job.preparation.negatives is not None:
+        job.preparation.negatives.use_counts(np.ones(job.schema.num_items, np.int64))
+    if job.em3.content is not None and job.store is not None:
+        start_projections(job.em3.content, job.store, job.ranks)
+
+
+def _train_step(
+    job: Job, interactions: Interactions, lockstep: Lockstep
+) -> tuple[dict[str, float], Batch, float]:
+    begin = time.perf_counter()
+    job.model.train()
+    job.pipeline.begin(1)
+    with closing(_first_batch(job, interactions)) as source:
+        agreed = lockstep.training_batches(source, 1, step=0)
+        losses, _, batch = _progress(job, lockstep, agreed, training=True)
+        require_pipelined(job.model)
+    values = {name: float(value) for name, value in losses.items()}  # waits for a GPU
+    seconds = time.perf_counter() - begin
+    with job.ranks.all_or_none():
+        if not math.isfinite(values["loss"]):
+            rows = batch.row_positions[batch.row_positions >= 0].cpu().numpy()
+            raise ValueError(
+                f"the loss of the first step is {values['loss']} on rank {job.ranks.rank}, on rows "
+                f"between {interactions.rows.describe_range(rows)}; look at these rows and at the "
+                "scale of dense columns and features"
+            )
+    of_ranks = job.ranks.gather(values)
+    means = {name: sum(v[name] for v in of_ranks) / len(of_ranks) for name in values}
+    return means, batch, seconds
+
+
+def _scored_rows(job: Job, lockstep: Lockstep) -> tuple[int, float]:
+    """How many rows of the first batch of the validation split this rank scored."""
+    begin = time.perf_counter()
+    with job.ranks.all_or_none():
+        rows = ParquetRows.of_split(job.root, "valid", job.schema, job.config.on_bad_row)
+        ranks = job.ranks
+        interactions = Interactions(
+            rows, job.batch_builder(), job.config.batch_size, ranks.rank, ranks.world_size
+        )
+    job.model.eval()
+    with closing(_first_batch(job, interactions)) as source, torch.no_grad():
+        agreed = lockstep.batches(source)
+        _, logits, batch = _progress(job, lockstep, agreed, training=False)
+    logits.float().sum().item()  # waits for a GPU
+    return int((batch.row_positions >= 0).sum()), time.perf_counter() - begin
+
+
+def _first_batch(job: Job, interactions: Interactions) -> Generator[Batch]:
+    with closing(loader(interactions, 0, job.ranks.device.type == "cuda")) as batches:
+        yield from itertools.islice(batches, 1)
+
+
+def _progress(
+    job: Job, lockstep: Lockstep, batches: Iterator[Batch], training: bool
+) -> tuple[dict[str, Any], Any, Batch]:
+    prepared = job.preparation(batches, UnknownIds(job.schema), 0, training=training)
+    try:
+        return cast(Any, job.pipeline.progress(prepared))
+    except StopIteration:
+        lockstep.raise_if_stopped()
+        raise AssertionError("a split without a batch") from None
+
+
+def _peak_bytes(ranks: Ranks) -> int:
+    if ranks.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(ranks.device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

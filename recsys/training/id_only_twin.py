@@ -1,0 +1,78 @@
+"""`recsys train --compare id_only`: what content brings, against the same model without it.
+
+The twin is trained after the run, by the same ranks on the same data, in a folder inside the run's.
+It goes on where it stopped as the run does, and is dropped when the run begins anew.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+
+from recsys.checkpoint.files import folders_by_age
+from recsys.checkpoint.run_folder import COMPARISON, TWIN, TWIN_MARK, Resume
+from recsys.config import Config
+from recsys.config.checks import validate
+from recsys.distributed.ranks import Ranks
+from recsys.evaluation.compare import compare_runs, format_comparison, write_comparison
+from recsys.training.train import train
+
+
+def id_only_twin(config: Config) -> Config:
+    """The same configuration without content and the loss that needs it.
+
+    Raises:
+        ValueError: it has no content already, or does not work without.
+    """
+    if config.content == "none":
+        raise ValueError(
+            "--compare id_only: the run has no content (content: none), so it is its own ID-only "
+            "twin; leave --compare out or configure content"
+        )
+    twin = replace(config, content="none", contrastive=replace(config.contrastive, weight=0.0))
+    validate(twin)
+    return twin
+
+
+def train_with_twin(
+    config: Config,
+    data: str,
+    run: Path,
+    ranks: Ranks,
+    overwrite: bool = False,
+    resume: Resume = "auto",
+) -> None:
+    """Trains a run, then its twin in `RUN/id_only`, and compares them on the test split.
+
+    The same command goes on with whichever of the two is unfinished. What `compare_runs` returns
+    is printed and written to `RUN/comparison.json`. A collective.
+
+    Args:
+        config, data, run, ranks, overwrite, resume: as in `train`.
+
+    Raises:
+        TrainingStopped: the job was asked to end; its state is saved.
+        ValueError: on every rank, as `train` does; there is no twin; or its folder is another's.
+    """
+    twin, folder, mark = id_only_twin(config), run / TWIN, run / TWIN_MARK
+    with ranks.all_or_none():
+        if ranks.is_first and folder.exists() and not mark.exists():
+            raise ValueError(
+                f"{folder}: was not made as the twin of {run}, and would be replaced; move it or "
+                "choose another --out"
+            )
+    train(config, data, run, ranks, overwrite, resume)
+    gc.collect()  # the first model is no longer needed, and its modules refer to each other
+    with ranks.all_or_none():
+        if ranks.is_first:
+            mark.touch()
+            print(f"training the ID-only twin in {folder}", flush=True)
+    # A best model without a checkpoint to go on from is no obstacle here: the folder is ours.
+    anew = ranks.gather(not folders_by_age(folder / "checkpoints"))[0]
+    train(twin, data, folder, ranks, overwrite=anew)
+    with ranks.all_or_none():
+        if ranks.is_first:
+            report = compare_runs([folder, run], "test")
+            write_comparison(report, run / COMPARISON)
+            print(f"{format_comparison(report)}\nwritten to {run / COMPARISON}", flush=True)

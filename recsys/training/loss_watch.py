@@ -1,0 +1,48 @@
+"""Ends a job whose loss is not finite, and says on which impressions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from recsys.data.parquet.rows import ParquetRows
+from recsys.distributed.ranks import Ranks
+
+
+class LossWatch:
+    """Checks the loss of every step; on a GPU some steps later, so that none waits for it.
+
+    Args:
+        ranks: the ranks; this one's losses are checked here.
+        rows: the training rows, to name those of a bad batch.
+        every: on a GPU, steps between two checks.
+        last_good: the checkpoint to go back to.
+    """
+
+    def __init__(
+        self, ranks: Ranks, rows: ParquetRows, every: int, last_good: Callable[[], Path | None]
+    ) -> None:
+        self.ranks, self.rows, self.last_good = ranks, rows, last_good
+        self.every = every if ranks.device.type == "cuda" else 1
+        self._unchecked: list[tuple[int, Tensor, Tensor]] = []
+
+    def step(self, step: int, loss: Tensor, row_positions: Tensor) -> Exception | None:
+        """Notes the loss of a step; an error if one not yet checked was not finite."""
+        self._unchecked.append((step, loss, row_positions))
+        return self.check() if len(self._unchecked) >= self.every else None
+
+    def check(self) -> Exception | None:
+        """Checks what was noted."""
+        unchecked, self._unchecked = self._unchecked, []
+        if not unchecked or bool(torch.stack([loss for _, loss, _ in unchecked]).isfinite().all()):
+            return None
+        step, loss, positions = next(one for one in unchecked if not one[1].isfinite())
+        known = positions[positions >= 0].cpu().numpy()
+        return ValueError(
+            f"the loss is {float(loss)} at step {step} on rank {self.ranks.rank}, on "
+            f"{len(known)} impressions between {self.rows.describe_range(known)}; look at these "
+            f"rows, or lower the learning rates. The last good checkpoint is {self.last_good()}"
+        )

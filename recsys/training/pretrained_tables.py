@@ -1,0 +1,60 @@
+"""Tables that start from vectors in Parquet: the setting `embedding.tables.NAME.init_from`."""
+
+from __future__ import annotations
+
+import pyarrow.parquet as pq
+
+from embeddings import PretrainedFiles, load_pretrained_rows
+from embeddings.pretrained_files import RowsOfIds
+from embeddings.vocabulary.fixed import ExactVocabulary
+from recsys.build import Job
+from recsys.config import InitFromSettings
+from recsys.data.filesystem import Location
+from recsys.data.schema import Schema
+
+
+def load_pretrained_tables(job: Job) -> list[str]:
+    """Writes the vectors of every `init_from` into its table; a line to print each. A collective.
+
+    Raises:
+        ValueError: no such file, or what it holds does not fit the table.
+    """
+    lines = []
+    for name, settings in job.config.embedding.tables.items():
+        if (source := settings.init_from) is None:
+            continue
+        with job.ranks.all_or_none():
+            files, rows_of_ids = _files_of(job.schema, name, source)
+        loaded = load_pretrained_rows(job.model, name, files, rows_of_ids, job.ranks.group)
+        lines.append(
+            f"table '{name}': {loaded.num_set:,} rows set, {loaded.num_left_out:,} unknown ids "
+            f"left out, from {source.path}"
+        )
+    return lines
+
+
+def _files_of(
+    schema: Schema, name: str, source: InitFromSettings
+) -> tuple[PretrainedFiles, RowsOfIds | None]:
+    """A table's files, and how their ids find rows; None where they are rows."""
+    where = f"embedding.tables.{name}.init_from"
+    location = Location.of(source.path)
+    paths = [file.path for file in location.files(".parquet")]
+    if not paths:
+        raise ValueError(
+            f"{where}: {source.path}: no such Parquet file, nor a folder with *.parquet files"
+        )
+    settings = schema.vocabulary_of(name)
+    if settings is not None and settings.kind != "exact":
+        raise ValueError(
+            f"{where}: column '{name}' has a vocabulary of kind {settings.kind}, in which no id "
+            "has a row of its own before training; choose kind exact"
+        )
+    columns = pq.read_schema(paths[0], filesystem=location.arrow).names
+    id_column = source.id_column or ("id" if "id" in columns else "row")
+    files = PretrainedFiles(paths, location.arrow, id_column, source.vector_column, source.table)
+    if settings is None or id_column == "row":  # as `export-tables` writes it
+        return files, None
+    vocabulary = schema.vocabularies[name]
+    assert isinstance(vocabulary, ExactVocabulary)
+    return files, vocabulary.find

@@ -1,0 +1,207 @@
+"""Training: how a run begins or goes on, and what it leaves behind; the loop is the trainer's.
+
+A run's folder holds `config.yaml` (resolved), `plan.txt`, `checkpoints/`, TensorBoard events, the
+scores of the test split's rows (`scores_test.parquet`) and, written last, `metrics.json`. The same
+command on the same folder goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recsys.build import Job, build_job
+from recsys.checkpoint.manager import Checkpoints, load_best
+from recsys.checkpoint.progress import Progress
+from recsys.checkpoint.run_folder import (
+    ITEM_COUNTS,
+    SKIPPED_ROWS,
+    Resume,
+    begin_run,
+    check_encoders,
+    check_vocabularies,
+    describe_run,
+    find_start,
+)
+from recsys.config import Config
+from recsys.content.projection_start import start_projections
+from recsys.data.interactions import Interactions
+from recsys.data.parquet.rows import ParquetRows
+from recsys.diagnostics.profile.step_profile import StepProfile
+from recsys.distributed.lockstep import Lockstep, TrainingStopped
+from recsys.distributed.ranks import Ranks
+from recsys.distributed.watchdog import Watchdog
+from recsys.evaluation.evaluate import check_data, evaluate_split, fill_bank, format_evaluation
+from recsys.evaluation.scores import scores_file
+from recsys.training.loss_watch import LossWatch
+from recsys.training.pretrained_tables import load_pretrained_tables
+from recsys.training.reporter import Reporter
+from recsys.training.trainer import Trainer
+
+PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "transformers", "peft", "torchx")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what a result depends on."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def train(
+    config: Config,
+    data: str,
+    run: Path,
+    ranks: Ranks,
+    overwrite: bool = False,
+    resume: Resume = "auto",
+) -> dict[str, Any]:
+    """Trains, keeps the best model, and returns what `metrics.json` holds. A collective.
+
+    Args:
+        config: every setting.
+        data: dataset, a folder or URL.
+        run: folder of the run; where it holds a checkpoint, training goes on from it.
+        ranks: the ranks of the job.
+        overwrite: start anew instead, and replace what the folder holds.
+        resume: auto; never: refuse a folder with a run; must: refuse one without.
+
+    Raises:
+        TrainingStopped: the job was asked to end; its state is saved.
+        ValueError: on every rank, when data, configuration, plan or checkpoint are wanting.
+    """
+    goes_on = find_start(run, resume, overwrite, ranks)
+    with (
+        Watchdog(ranks, config.stall_timeout) as watchdog,
+        Lockstep(ranks, config.checkpoint, watchdog) as lockstep,
+    ):
+        job = build_job(config, data, ranks)
+        trainer = open_run(job, run, data, goes_on, lockstep)
+        try:
+            trainer.train()
+            return _finish(trainer)
+        except TrainingStopped as stopped:
+            raise TrainingStopped(
+                f"asked to end after step {trainer.progress.steps}; the state is in "
+                f"{trainer.checkpoints.last_good}, and the same command goes on from there"
+            ) from stopped
+        finally:
+            trainer.reporter.close()
+            trainer.checkpoints.close()
+
+
+def open_run(job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep) -> Trainer:
+    """Begins the run, or brings the job to where the run stopped. A collective."""
+    interactions = training_interactions(job)
+    checkpoints = Checkpoints(job, run, interactions.rows.fingerprint())
+    progress: Progress | None = None
+    if goes_on:
+        check_vocabularies(run, job)
+        check_encoders(run, job)
+        progress = checkpoints.restore()
+    if progress is None:
+        begin_run(run, job, *check_data(job))
+    describe_run(run, job, data)
+    item_counts = np.load(run / ITEM_COUNTS)
+    if job.preparation.negatives is not None:
+        job.preparation.negatives.use_counts(item_counts)
+    reporter = Reporter(job, run, progress or Progress())
+    reporter.say(f"{job.plan}\n\n{job.parameters}\n")
+    if progress is None:
+        start_fresh(job, reporter)
+        progress = Progress()
+    else:
+        reporter.say(f"going on after step {progress.steps} from {checkpoints.last_good}")
+    return Trainer(
+        job=job,
+        run=run,
+        interactions=interactions,
+        checkpoints=checkpoints,
+        lockstep=lockstep,
+        loss_watch=LossWatch(
+            job.ranks,
+            interactions.rows,
+            job.config.log_every_steps,
+            lambda: checkpoints.last_good,
+        ),
+        profile=StepProfile(
+            job.em3,
+            job.ranks,
+            job.config.profile_steps,
+            run,
+            reporter.say,
+            lambda values: reporter.write(values, progress.steps),
+        ),
+        reporter=reporter,
+        progress=progress,
+        item_counts=item_counts,
+    )
+
+
+def training_interactions(job: Job) -> Interactions:
+    """This rank's share of the training rows. A collective."""
+    config, ranks = job.config, job.ranks
+    with ranks.all_or_none():
+        rows = ParquetRows.of_split(job.root, "train", job.schema, config.on_bad_row)
+        build = job.batch_builder()
+        interactions = Interactions(
+            rows, build, config.batch_size, ranks.rank, ranks.world_size, config.seed
+        )
+    return interactions
+
+
+def start_fresh(job: Job, reporter: Reporter) -> None:
+    """What a run that goes on has behind it: pretrained tables, projections, the first bank."""
+    for line in load_pretrained_tables(job):
+        reporter.say(line)
+    if job.em3.content is not None and job.store is not None:
+        start_projections(job.em3.content, job.store, job.ranks)
+        fill_bank(job)
+
+
+def _finish(trainer: Trainer) -> dict[str, Any]:
+    """Tests the best model and writes `metrics.json`."""
+    job, run, progress = trainer.job, trainer.run, trainer.progress
+    best = load_best(job, run)
+    if best["step"] != progress.best_step:
+        raise ValueError(
+            f"{run}/checkpoints/best: is of step {best['step']}, but the best of this run is of "
+            f"step {progress.best_step}; train on with more epochs, or anew with --overwrite true"
+        )
+    metrics: dict[str, Any] = {
+        "valid": progress.best,
+        "test": evaluate_split(
+            job,
+            "test",
+            trainer.item_counts,
+            trainer.lockstep,
+            searches=True,
+            scores_to=scores_file(run, "test"),
+        ),
+        "train": {
+            "samples_per_second": progress.samples / progress.seconds,
+            "seconds": progress.seconds,
+            "steps": progress.steps,
+            **({"ids": progress.ids} if progress.ids else {}),
+            **({"vocabularies": progress.vocabularies} if progress.vocabularies else {}),
+        },
+        "world_size": job.ranks.world_size,
+        "versions": versions(),
+    }
+    if job.config.on_bad_row == "skip":
+        metrics["skipped_rows"] = json.loads((run / SKIPPED_ROWS).read_text())
+    with job.ranks.all_or_none():  # no rank leaves before the result is there
+        if job.ranks.is_first:
+            partial = run / ".metrics.json"
+            partial.write_text(json.dumps(metrics, indent=2) + "\n")
+            partial.rename(run / "metrics.json")
+            print(f"test\n{format_evaluation(metrics['test'])}\nwritten to {run}", flush=True)
+    return metrics

@@ -1,0 +1,145 @@
+"""Kills ranks of one training run again and again, and compares its end with an undisturbed run.
+
+`python -m tests.recsys.checkpoint.kill_ranks --kills 20` trains three times on two ranks by torchx:
+in peace, with two ranks asked to end (SIGTERM), and with so many killed at random steps. torchx
+restarts the job each time. Weights, optimizer state, bank and metrics must be equal to the last
+bit, and every impression trained on once per epoch; SIGTERM must not lose a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from tests.datasets import write_dataset
+from tests.recsys.command_runs import ROOT, run_program, train_words
+
+NUM_ROWS = {"train": 403, "valid": 41, "test": 37}
+EPOCHS, STEPS_PER_EPOCH = 3, 26
+Plan = list[tuple[int, int, int, float]]  # step, rank, signal, seconds after the step
+
+
+def random_plan(kills: int, seed: int) -> Plan:
+    """SIGKILL for a random rank at so many different random steps."""
+    rng = random.Random(seed)
+    steps = rng.sample(range(1, EPOCHS * STEPS_PER_EPOCH), kills)
+    return [(step, rng.randrange(2), signal.SIGKILL, rng.random() * 0.1) for step in sorted(steps)]
+
+
+def train(folder: Path, name: str, plan: Plan) -> Path:
+    """Trains under `folder/name` by torchx, with what is planned; returns that folder."""
+    place = folder / name
+    place.mkdir()
+    (place / "plan.json").write_text(json.dumps(plan))
+    words = train_words(folder / "data", place / "run", "--epochs", str(EPOCHS))[1:]
+    words += ["--patience", "9", "--checkpoint.every_steps", "3"]
+    hook = f"TRACE={place},PYTHONPATH={Path(__file__).parent / 'fault_hook'}:{ROOT}"
+    job = ["-s", "local_cwd", "launch/components.py:train", "--nproc", "2", "--env", hook]
+    retries = ["--max_retries", str(len(plan) + 1)]
+    done = run_program("torchx", "run", *job, *retries, "--", *words, seconds=900)
+    (place / "log.txt").write_text(done.stdout + done.stderr)
+    if done.returncode:
+        raise SystemExit(f"the job ended with {done.returncode}:\n{done.stderr[-8000:]}")
+    return place
+
+
+def steps_made(place: Path) -> dict[int, list[list[Any]]]:
+    """By rank all steps in the order they were made, those made again too."""
+    return {
+        rank: [json.loads(line) for line in (place / f"steps-{rank}.jsonl").open()]
+        for rank in range(2)
+    }
+
+
+def check_impressions(place: Path) -> tuple[int, int]:
+    """Each epoch's impressions are the data, once, in the steps that led to the result.
+
+    Returns:
+        steps in the result, and steps made in all.
+    """
+    counts = [Counter[int]() for _ in range(EPOCHS)]
+    made = steps_made(place)
+    kept: dict[int, list[Any]] = {}
+    for rank, steps in made.items():
+        kept = {}
+        for number, loss, positions in steps:
+            again = kept.setdefault(number, [loss, positions])
+            assert again == [loss, positions], f"rank {rank} step {number} differs when made again"
+        assert sorted(kept) == list(range(1, EPOCHS * STEPS_PER_EPOCH + 1))
+        for number, (_, positions) in kept.items():
+            epoch = (number - 1) // STEPS_PER_EPOCH
+            counts[epoch].update(position for position in positions if position >= 0)
+    assert all(count == Counter(range(NUM_ROWS["train"])) for count in counts)
+    return len(kept), len(made[0])
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole."""
+    state: dict[str, Any] = {}
+    reader = dcp.FileSystemReader(folder)
+    _load_state_dict(state, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    return state
+
+
+def check_equal(place: Path, other: Path) -> int:
+    """Same bits in the last and the best checkpoint, same metrics; returns the tensors compared."""
+    compared = 0
+    runs = place / "run", other / "run"
+    for name in (f"step-{EPOCHS * STEPS_PER_EPOCH:08d}", "best"):
+        one, two = (tensors(run / "checkpoints" / name) for run in runs)
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            assert torch.equal(value, two[key]), f"{name}: {key} differs"
+        compared += len(one)
+    metrics = [json.loads((run / "metrics.json").read_text()) for run in runs]
+    for values in metrics:
+        assert values.pop("train")["steps"] == EPOCHS * STEPS_PER_EPOCH
+    assert metrics[0] == metrics[1]
+    return compared
+
+
+def survive(folder: Path, peaceful: Path, name: str, plan: Plan) -> str:
+    """Trains as planned, compares with the undisturbed run, and says what was seen."""
+    disturbed = train(folder, name, plan)
+    carried_out = len(list(disturbed.glob("done-*")))
+    assert carried_out == len(plan), f"{carried_out} of {len(plan)} signals were sent"
+    steps, made = check_impressions(disturbed)
+    if all(number == signal.SIGTERM for _, _, number, _ in plan):
+        assert made == steps, f"SIGTERM lost {made - steps} steps"
+    compared = check_equal(peaceful, disturbed)
+    return (
+        f"{name}: {carried_out} signals; {steps} steps in the result, {made} made by rank 0; "
+        f"{compared} tensors and all metrics equal to the last bit; every impression once per epoch"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_dataset(folder / "data", NUM_ROWS)
+        peaceful = train(folder, "peaceful", [])
+        check_impressions(peaceful)
+        terminated = [(11, 0, signal.SIGTERM, 0.0), (40, 1, signal.SIGTERM, 0.0)]
+        print(survive(folder, peaceful, "terminated", terminated), flush=True)
+        killed = random_plan(arguments.kills, arguments.seed)
+        print(survive(folder, peaceful, "killed", killed), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""What the best model's checkpoint holds; that it is whole, or refused, or still the old one."""
+
+import contextlib
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+
+from embeddings.table_state import table_weights
+from recsys.build import Job, build_job
+from recsys.checkpoint.files import folder_of_step, prune
+from recsys.checkpoint.manager import Checkpoints, load_best
+from recsys.checkpoint.progress import Progress
+from recsys.config import load_config
+from recsys.distributed.ranks import Ranks, joined_ranks
+from recsys.evaluation.predict import load_run
+from recsys.training.train import train
+from tests.datasets import write_dataset
+from tests.recsys.command_runs import TINY
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_dataset(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    with joined_ranks("cpu") as ranks:
+        train(tiny(folder), str(folder / "data"), folder / "run", ranks)
+    return folder / "run"
+
+
+def tiny(folder: Path, *words: str) -> Any:
+    return load_config(TINY, ["--cache", str(folder / "cache"), "--device", "cpu", *words])
+
+
+def job_of(folder: Path, ranks: Ranks, *words: str) -> Job:
+    return build_job(tiny(folder, *words), str(folder / "data"), ranks)
+
+
+def test_what_trains_is_stored_and_the_frozen_base_of_the_encoder_is_not(run: Path) -> None:
+    metadata = dcp.FileSystemReader(run / "checkpoints" / "best").read_metadata()
+    names = list(metadata.state_dict_metadata)
+    encoders = [name for name in names if "content.encoders" in name]
+    assert len(encoders) == 4  # A and B of query and value in one layer
+    assert all("lora_" in name for name in encoders)
+    for part in ("embeddings.item", "embedding_bags.genres", "content.fusion.", "ranking.mlp."):
+        assert any(part in name for name in names), part
+    assert "bank" in names
+
+
+def test_loading_restores_weights_tables_and_bank_exactly(folder: Path, run: Path) -> None:
+    with joined_ranks("cpu") as ranks:
+        trained = load_run(run, None, ranks, "cpu")
+        other = job_of(folder, ranks, "--seed", "9")
+        assert other.em3.content is not None and other.em3.content.bank is not None
+        assert other.em3.content.bank.coverage() == 0
+        load_best(other, run)
+        weights = dict(trained.model.named_parameters())
+        for name, value in other.model.named_parameters():
+            assert torch.equal(value, weights[name]), name
+        assert other.em3.content.bank.coverage() == 1
+
+
+def test_a_missing_checkpoint_is_told_with_its_folder(folder: Path, tmp_path: Path) -> None:
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=r"best: no checkpoint"):
+        load_best(job_of(folder, ranks), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--embedding.dim", "8"],
+        ["--content", "none"],
+        ["--content.fusion.num_layers", "2"],
+        ["--content.fusion.num_queries", "1"],
+    ],
+)
+def test_the_checkpoint_of_another_model_is_refused(
+    folder: Path, run: Path, words: list[str]
+) -> None:
+    with (
+        joined_ranks("cpu") as ranks,
+        pytest.raises(ValueError, match="does not fit the model of"),
+    ):
+        load_best(job_of(folder, ranks, *words), run)
+
+
+def save_best(job: Job, run: Path, step: int = 0) -> None:
+    checkpoints = Checkpoints(job, run, "data")
+    try:
+        checkpoints.save_best(Progress(steps=step))
+    finally:
+        checkpoints.close()
+
+
+def half_written(*_: Any, storage_writer: Any, **__: Any) -> None:
+    """What a full disk leaves of `dcp.save`."""
+    Path(storage_writer.path, "__0_0.distcp").write_bytes(b"half")
+    raise OSError("No space left on device")
+
+
+def test_a_failure_while_writing_keeps_the_old_checkpoint(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with joined_ranks("cpu") as ranks:
+        job = job_of(folder, ranks)
+        save_best(job, tmp_path)
+        weight = job.em3.ranking.mlp[-1].weight  # type: ignore[union-attr, index]
+        saved = weight.detach().clone()
+        with torch.no_grad():
+            weight += 1  # type: ignore[operator]
+        with monkeypatch.context() as patch:
+            patch.setattr(dcp, "save", half_written)
+            with pytest.raises(ValueError, match=r"best: .* could not be written \(No space left"):
+                save_best(job, tmp_path)
+        load_best(job, tmp_path)
+        assert torch.equal(weight, saved)  # type: ignore[arg-type]
+        save_best(job, tmp_path)  # what the failure left behind is in nobody's way
+        checkpoints = tmp_path / "checkpoints"
+        assert [path.name for path in checkpoints.iterdir()] == ["best"]
+        (checkpoints / "best").rename(checkpoints / ".best.old")  # killed between two renames
+        load_best(job, tmp_path)
+
+
+def test_what_later_steps_change_is_not_in_an_asynchronous_checkpoint(
+    folder: Path, tmp_path: Path
+) -> None:
+    with joined_ranks("cpu") as ranks:
+        job = job_of(folder, ranks, "--checkpoint.asynchronous", "true")
+        weight = job.em3.ranking.mlp[-1].weight  # type: ignore[union-attr, index]
+        table = next(iter(table_weights(job.model).values())).local_shards()[0].tensor
+        saved = weight.detach().clone(), table.clone()
+        checkpoints = Checkpoints(job, tmp_path, "data")
+        gate = threading.Event()
+        checkpoints._writer.submit(gate.wait)  # the write starts after the change
+        checkpoints.save(Progress(steps=1))
+        with torch.no_grad():
+            weight += 1  # type: ignore[operator]
+            table += 1
+        gate.set()
+        checkpoints.close()
+        other = Checkpoints(job, tmp_path, "data")
+        assert other.restore() is not None
+        other.close()
+        assert torch.equal(weight, saved[0])  # type: ignore[arg-type]
+        assert torch.equal(table, saved[1])
+
+
+def test_the_last_checkpoints_are_kept_and_no_more(folder: Path, tmp_path: Path) -> None:
+    with joined_ranks("cpu") as ranks:
+        job = job_of(folder, ranks, "--checkpoint.keep", "2")
+        checkpoints = Checkpoints(job, tmp_path, "data")
+        for step in (1, 2, 3):
+            checkpoints.save(Progress(steps=step))
+        checkpoints.save_best(Progress(steps=1))
+        checkpoints.close()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["best", "step-00000002", "step-00000003"]
+
+
+def test_a_damaged_later_checkpoint_takes_no_place_of_a_good_one(tmp_path: Path) -> None:
+    for step in (3, 6, 9):
+        folder_of_step(tmp_path, step).mkdir()
+    prune(folder_of_step(tmp_path, 6), keep=1)  # step 9 is what a resume left out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006", "step-00000009"]
+
+
+def test_a_full_disk_ends_the_job_only_when_it_stays_full(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    with joined_ranks("cpu") as ranks:
+        checkpoints = Checkpoints(job_of(folder, ranks), tmp_path, "data")
+        checkpoints.save(Progress(steps=1), wait=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(dcp, "save", half_written)
+            checkpoints.save(Progress(steps=2))
+            checkpoints.wait()
+            told = capfd.readouterr().out
+            assert "step-00000002: the checkpoint could not be written (No space left" in told
+            assert f"the last good checkpoint is {tmp_path}/checkpoints/step-00000001" in told
+            checkpoints.save(Progress(steps=3))
+            checkpoints.save(Progress(steps=4))
+            with pytest.raises(ValueError, match=r"step-00000004: .* could not be written"):
+                checkpoints.wait()
+        checkpoints.save(Progress(steps=5), wait=True)
+        checkpoints.close()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000001", "step-00000005"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of two megabytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_runs_full_keeps_the_last_checkpoint_and_its_room(
+    folder: Path, small_disk: Path, capfd: Any
+) -> None:
+    with joined_ranks("cpu") as ranks:
+        job = job_of(folder, ranks)
+        checkpoints = Checkpoints(job, small_disk, "data")
+        checkpoints.save(Progress(steps=1), wait=True)
+        filler = small_disk / "filler"
+        with contextlib.suppress(OSError), filler.open("wb") as file:
+            while True:
+                file.write(bytes(4096))
+                file.flush()
+        with filler.open("r+b") as file:
+            file.truncate(filler.stat().st_size - 40_000)
+        checkpoints.save(Progress(steps=2))
+        checkpoints.wait()
+        assert "No space left on device" in capfd.readouterr().out
+        folders = small_disk / "checkpoints"
+        assert [path.name for path in folders.iterdir()] == ["step-00000001"]
+        with pytest.raises(ValueError, match=r"step-00000003: the checkpoint could not be written"):
+            checkpoints.save(Progress(steps=3), wait=True)
+        progress = Checkpoints(job, small_disk, "data").restore()
+        assert progress is not None and progress.steps == 1
+        filler.unlink()
+        checkpoints.save(Progress(steps=4), wait=True)
+        checkpoints.close()
+        assert checkpoints.last_good == folders / "step-00000004"
+
+
+def test_a_folder_without_finished_run_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"epochs": 1}))
+    with (
+        joined_ranks("cpu") as ranks,
+        pytest.raises(ValueError, match=r"holds no finished run \(metrics.json\)"),
+    ):
+        load_run(tmp_path, None, ranks, "cpu")

@@ -1,0 +1,304 @@
+"""A run goes on where it stopped: from the last whole checkpoint, or not at all."""
+
+import json
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from recsys.checkpoint.files import folders_by_age
+from recsys.config import Config, load_config
+from recsys.distributed.lockstep import TrainingStopped
+from recsys.distributed.ranks import joined_ranks
+from recsys.training.loss_watch import LossWatch
+from recsys.training.train import train
+from tests.datasets import write_dataset, write_parquet
+from tests.ranks import run_on_ranks
+from tests.recsys.checkpoint.kill_ranks import tensors
+from tests.recsys.command_runs import TINY
+from tests.recsys.em3_runs import ranks_of
+
+# 60 rows in batches of 8: 8 steps per epoch on one rank, 4 on two.
+WORDS = ["--batch_size", "8", "--epochs", "2", "--device", "cpu", "--patience", "9"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    write_dataset(folder / "data")
+    return folder
+
+
+def config_of(folder: Path, *words: str) -> Config:
+    every = ["--checkpoint.every_steps", "3", "--checkpoint.keep", "9"]
+    return load_config(TINY, ["--cache", str(folder / "cache"), *WORDS, *every, *words])
+
+
+def run_training(folder: Path, run: Path, *words: str, **arguments: Any) -> dict[str, Any]:
+    with joined_ranks("cpu") as ranks:
+        return train(config_of(folder, *words), str(folder / "data"), run, ranks, **arguments)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """An undisturbed run on one rank."""
+    run_training(folder, folder / "whole")
+    return folder / "whole"
+
+
+class StepsSeen:
+    """Positions of each step made, and a signal to this process after one of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> None:
+        self.steps: list[tuple[int, list[int]]] = []
+        before = LossWatch.step
+
+        def step(watch: LossWatch, number: int, loss: Any, positions: Any) -> Any:
+            self.steps.append((number, positions.tolist()))
+            if number == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return before(watch, number, loss, positions)
+
+        monkeypatch.setattr(LossWatch, "step", step)
+
+
+def assert_same_end(run: Path, whole: Path) -> None:
+    """The same bits in the last and best checkpoint, and the same metrics."""
+    for name in ("step-00000016", "best"):
+        one, two = (tensors(folder / "checkpoints" / name) for folder in (run, whole))
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            assert torch.equal(value, two[key]), key
+    one, two = (json.loads((folder / "metrics.json").read_text()) for folder in (run, whole))
+    assert one.pop("train")["steps"] == two.pop("train")["steps"] == 16
+    assert one == two
+
+
+@pytest.mark.parametrize("stop_after", [1, 5, 8, 11])
+def test_sigterm_loses_no_step_and_the_same_command_goes_on(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    with monkeypatch.context() as patch:
+        first = StepsSeen(patch, stop_after)
+        with pytest.raises(
+            TrainingStopped, match=r"the state is in .*/checkpoints/step-0+\d+, and"
+        ):
+            run_training(folder, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        second = StepsSeen(patch)
+        run_training(folder, tmp_path / "run")
+    assert [number for number, _ in first.steps + second.steps] == list(range(1, 17))
+    assert len(first.steps) < 16
+    for steps in ((first.steps + second.steps)[:8], (first.steps + second.steps)[8:]):
+        seen = Counter(place for _, places in steps for place in places)
+        assert Counter({place: seen[place] for place in range(60)}) == Counter(range(60))
+    assert_same_end(tmp_path / "run", whole)
+
+
+def test_a_map_that_learns_ids_goes_on_with_the_rows_it_has_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_dataset(tmp_path / "data")
+    schema = data / "schema.yaml"
+    bounded = "num_embeddings: 6, vocabulary: {kind: bounded, admit_after: 2}"
+    schema.write_text(schema.read_text().replace("num_embeddings: 10", bounded))
+    config = config_of(tmp_path, "--content", "none", "--embedding.skip", "[]")
+    metrics = []
+    for name, stop_after in (("whole", None), ("stopped", 6), ("stopped", None)):
+        with monkeypatch.context() as patch, joined_ranks("cpu") as ranks:
+            StepsSeen(patch, stop_after)
+            try:
+                metrics.append(train(config, str(data), tmp_path / name, ranks))
+            except TrainingStopped:
+                assert stop_after is not None
+    assert_same_end(tmp_path / "stopped", tmp_path / "whole")
+    assert "vocabulary.user.ids" in tensors(tmp_path / "whole" / "checkpoints" / "best")
+    counted = [of_run["train"]["vocabularies"]["user"] for of_run in metrics]
+    assert counted[0] == counted[1] and min(counted[0].values()) > 0
+    assert metrics[0]["train"]["ids"] == metrics[1]["train"]["ids"]
+    assert metrics[0]["train"]["ids"]["user"]["ids"] == 120
+    assert 0 < metrics[0]["train"]["ids"]["user"]["unknown"] < 120
+
+
+def test_a_finished_run_has_nothing_left_to_do(
+    folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = StepsSeen(monkeypatch)
+    before = json.loads((whole / "metrics.json").read_text())
+    assert run_training(folder, whole) == before
+    assert seen.steps == []
+
+
+def test_more_epochs_train_on_from_the_end(folder: Path, tmp_path: Path) -> None:
+    run_training(folder, tmp_path / "run", "--epochs", "1")
+    metrics = run_training(folder, tmp_path / "run")
+    assert metrics["train"]["steps"] == 16
+    # Between the epochs the whole run has no stop, but its state is the same.
+    assert folders_by_age(tmp_path / "run" / "checkpoints")[0].name == "step-00000016"
+
+
+def damaged(run: Path, whole: Path) -> list[Path]:
+    """A copy of a run's checkpoints without its end; the newest first."""
+    import shutil
+
+    shutil.copytree(whole, run)
+    (run / "metrics.json").unlink()
+    return folders_by_age(run / "checkpoints")
+
+
+@pytest.mark.parametrize("fault", ["truncated", "changed", "missing", "manifest", "metadata"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    folder: Path, whole: Path, tmp_path: Path, capfd: Any, fault: str
+) -> None:
+    newest, before, *_ = damaged(tmp_path / "run", whole)
+    file = newest / {"manifest": "checkpoint.json", "metadata": ".metadata"}.get(
+        fault, "__0_0.distcp"
+    )
+    content = file.read_bytes()
+    if fault == "missing":
+        file.unlink()
+    elif fault == "changed":
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    else:
+        file.write_bytes(content[: len(content) // 2])
+    run_training(folder, tmp_path / "run")
+    told = capfd.readouterr().out
+    assert f"checkpoint {newest} is damaged and left out: {file}" in told
+    assert f"from {before}" in told
+    assert_same_end(tmp_path / "run", whole)
+
+
+def test_where_every_checkpoint_is_damaged_nothing_starts_from_the_beginning(
+    folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    for checkpoint in damaged(tmp_path / "run", whole):
+        (checkpoint / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no checkpoint is whole .*--overwrite true"):
+        run_training(folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--embedding.dim", "8"], r"embedding.dim \(checkpoint: 16, now: 8\)"),
+        (["--seed", "4"], r"seed \(checkpoint: 0, now: 4\)"),
+        (["--content", "none"], r"content.dim"),
+        (["--contrastive.weight", "0"], r"contrastive.weight \(to or from 0\)"),
+        (["--embedding.optimizer", "sgd"], r"embedding.optimizer"),
+    ],
+)
+def test_a_configuration_that_cannot_go_on_is_refused_with_what_differs(
+    folder: Path, whole: Path, words: list[str], named: str
+) -> None:
+    with pytest.raises(ValueError, match=f"these settings differ: .*{named}.*choose another --out"):
+        run_training(folder, whole, *words)
+
+
+def test_other_training_data_are_refused(folder: Path, whole: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", {"train": 61, "valid": 24, "test": 20})
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match="the training data changed"):
+        train(config_of(folder), str(tmp_path / "data"), whole, ranks)
+
+
+def test_resume_never_and_must_do_what_they_say(folder: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds a run already; choose another --out or pass --ov"):
+        run_training(folder, whole, resume="never")
+    with pytest.raises(ValueError, match="no checkpoint to go on from, but --resume is must"):
+        run_training(folder, tmp_path / "new", resume="must")
+
+
+def test_a_restarted_job_goes_on_though_it_was_started_with_overwrite(
+    folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = StepsSeen(monkeypatch)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run_training(folder, whole, overwrite=True)
+    assert seen.steps == []
+
+
+def test_a_loss_that_is_not_finite_ends_the_job_and_is_in_no_checkpoint(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = LossWatch.step
+
+    def step(watch: LossWatch, number: int, loss: Any, positions: Any) -> Any:
+        return before(watch, number, loss * float("nan") if number == 6 else loss, positions)
+
+    monkeypatch.setattr(LossWatch, "step", step)
+    told = r"the loss is nan at step 6 on rank 0, on [78] impressions between \S+/train/part-"
+    with pytest.raises(ValueError, match=told + r".*The last good checkpoint is \S+/step-00000003"):
+        run_training(folder, tmp_path / "run")
+    assert [path.name for path in folders_by_age(tmp_path / "run" / "checkpoints")] == [
+        "step-00000003"
+    ]
+
+
+def stop_or_go_on(rank: int, world_size: int, folder: Path, stop_after: int | None) -> Any:
+    """Rank 0 alone is asked to end; positions of the steps this rank made."""
+    with pytest.MonkeyPatch.context() as patch:
+        seen = StepsSeen(patch, stop_after if rank == 0 else None)
+        config, run = config_of(folder, "--epochs", "1"), folder / "ranks"
+        try:
+            train(config, str(folder / "data"), run, ranks_of(rank, world_size))
+        except TrainingStopped:
+            assert stop_after is not None
+        return [place for _, places in seen.steps for place in places if place >= 0]
+
+
+def test_an_epoch_begun_on_two_ranks_ends_on_three_with_every_impression_once(
+    folder: Path,
+) -> None:
+    first = run_on_ranks(stop_or_go_on, 2, folder, 2)
+    second = run_on_ranks(stop_or_go_on, 3, folder, None)
+    assert [len(places) for places in first] == [first and len(first[0])] * 2
+    assert 0 < sum(map(len, first)) < 60
+    seen = Counter(place for places in [*first, *second] for place in places)
+    assert seen == Counter(range(60))
+    manifest = json.loads(
+        (folders_by_age(folder / "ranks" / "checkpoints")[0] / "checkpoint.json").read_text()
+    )
+    assert (manifest["world_size"], manifest["progress"]["epoch"]) == (3, 1)
+
+
+def test_skipped_rows_are_counted_in_the_metrics_and_trained_on_by_nobody(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    data = write_dataset(tmp_path / "data")
+    for split, part in (("train", 0), ("test", 0)):
+        file = data / split / f"part-{part}.parquet"
+        table = pq.read_table(file)
+        price = table["price"].to_numpy().copy()
+        price[[3, 7]] = float("nan")
+        columns = table.set_column(table.column_names.index("price"), "price", pa.array(price))
+        write_parquet(file, columns, row_group_size=11)
+    seen = StepsSeen(monkeypatch)
+    words = ("--on_bad_row", "skip", "--epochs", "1")
+    with joined_ranks("cpu") as ranks:
+        metrics = train(config_of(folder, *words), str(data), tmp_path / "run", ranks)
+    trained_on = Counter(place for _, places in seen.steps for place in places if place >= 0)
+    assert trained_on == Counter(place for place in range(60) if place not in (3, 7))
+    rows = {split: found["rows"] for split, found in metrics["skipped_rows"].items()}
+    assert rows == {"items": 0, "train": 2, "valid": 0, "test": 2}
+    assert metrics["test"]["num_samples"] == 18
+    told = capfd.readouterr().out
+    assert "skipped 2 rows of train" in told and "column 'price'" in told and "row 3" in told
+
+
+def two_runs(rank: int, world_size: int, folder: Path) -> None:
+    for name in ("once", "twice"):
+        train(config_of(folder), str(folder / "data"), folder / name, ranks_of(rank, world_size))
+
+
+def test_on_cpu_the_same_seed_gives_the_same_bits(folder: Path) -> None:
+    run_on_ranks(two_runs, 2, folder)
+    names = [path.name for path in folders_by_age(folder / "once" / "checkpoints")]
+    for name in (names[0], "best"):
+        one, two = (tensors(folder / run / "checkpoints" / name) for run in ("once", "twice"))
+        assert all(torch.equal(value, two[key]) for key, value in one.items())

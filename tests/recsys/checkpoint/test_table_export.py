@@ -1,0 +1,234 @@
+"""The tables in a checkpoint end in Parquet row for row, whatever cut them; and back again."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from embeddings import fuse_table_optimizers, plan_sharding, sharders
+from embeddings.pretrained_files import PretrainedFiles
+from embeddings.pretrained_rows import load_pretrained_rows
+from recsys.build import build_job
+from recsys.checkpoint import table_export
+from recsys.checkpoint.state import model_state
+from recsys.checkpoint.table_export import export_tables
+from recsys.config import load_config
+from recsys.distributed.ranks import joined_ranks
+from tests.datasets import write_dataset
+from tests.embeddings.tables_model import SEED, TablesModel, initial_tables, table_configs
+from tests.embeddings.test_sharded_training import local_shards, whole_table
+from tests.ranks import run_on_ranks
+from tests.recsys.command_runs import TINY
+
+SHARDINGS = ["row_wise", "table_wise", "column_wise"]
+
+
+def key(table: str) -> str:
+    """Where a model's checkpoint has a table."""
+    collection = "embeddings.embeddings" if table == "item" else "embedding_bags.embedding_bags"
+    return f"model.{collection}.{table}.weight"
+
+
+def save(folder: Path, tables: dict[str, Tensor]) -> Path:
+    """A checkpoint of whole tables, with something that is none."""
+    state = {key(name): value for name, value in tables.items()}
+    state["model.content.encoders.text.model.embeddings.embeddings.word.weight"] = torch.ones(2, 3)
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    return folder
+
+
+def exported(file: Path) -> dict[str, Tensor]:
+    """Tables by name, the rows in their places."""
+    rows = pq.read_table(file).to_pylist()
+    names = list(dict.fromkeys(row["table"] for row in rows))
+    tables = {}
+    for name in names:
+        own = [row for row in rows if row["table"] == name]
+        assert [row["row"] for row in own] == list(range(len(own)))
+        tables[name] = torch.tensor([row["vector"] for row in own])
+    return tables
+
+
+def assert_equal(tables: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert tables.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(tables[name], value), name
+
+
+# On ranks
+
+
+def sharded_model(sharding: Any, seed: int) -> DistributedModelParallel:
+    torch.manual_seed(seed)
+    tables = table_configs(sharding)
+    model = TablesModel(tables)
+    fuse_table_optimizers(model, tables)
+    plan = plan_sharding(model, tables)
+    return DistributedModelParallel(model, plan=plan, sharders=sharders())
+
+
+def save_shards(rank: int, world_size: int, folder: str) -> None:
+    for sharding in SHARDINGS:
+        state = sharded_model(sharding, SEED).state_dict()
+        tables = {
+            key(name.split(".")[-2]): value
+            for name, value in state.items()
+            if not name.startswith("dense.")
+        }
+        dcp.save(tables, checkpoint_id=Path(folder, sharding))
+
+
+def load_exports(rank: int, world_size: int, folder: str) -> list[dict[str, Any]]:
+    """What each plan's export gives under the next plan, on models with other weights."""
+    shards = []
+    for stored, sharding in zip(SHARDINGS, SHARDINGS[1:] + SHARDINGS[:1]):
+        model = sharded_model(sharding, SEED + 1)
+        files = PretrainedFiles([f"{folder}/{stored}.parquet"])
+        for table in ("user", "tags", "item"):
+            load_pretrained_rows(model, table, files)
+        shards.append(local_shards(model))
+    return shards
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One checkpoint per sharding, written by two ranks."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    run_on_ranks(save_shards, 2, str(folder))
+    return folder
+
+
+# Blocks of one row, of three rows (over the borders of pieces), and of a table.
+@pytest.mark.parametrize(("block_bytes", "blocks"), [(1, 20), (3 * 8 * 4, 8), (2**20, 3)])
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_tables_cut_by_ranks_are_put_together(
+    checkpoints: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sharding: str,
+    block_bytes: int,
+    blocks: int,
+) -> None:
+    monkeypatch.setattr(table_export, "BLOCK_BYTES", block_bytes)
+    counts = export_tables(checkpoints / sharding, tmp_path / "tables.parquet")
+    assert counts == {"user": 10, "tags": 3, "item": 7}
+    assert pq.read_metadata(tmp_path / "tables.parquet").num_row_groups == blocks
+    assert_equal(exported(tmp_path / "tables.parquet"), initial_tables())
+
+
+def test_an_export_loads_into_equal_tables_under_another_plan(checkpoints: Path) -> None:
+    for sharding in SHARDINGS:
+        export_tables(checkpoints / sharding, checkpoints / f"{sharding}.parquet")
+    ranks = run_on_ranks(load_exports, 2, str(checkpoints))
+    for case in range(len(SHARDINGS)):
+        for name, expected in initial_tables().items():
+            pieces = [piece for rank in ranks for piece in rank[case][name]]
+            assert torch.equal(whole_table(pieces), expected)
+
+
+# Form
+
+
+def test_the_tables_of_a_model_are_found_in_its_checkpoint(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    config = load_config(TINY, ["--content", "none", "--device", "cpu"])
+    with joined_ranks("cpu") as ranks:
+        job = build_job(config, str(data), ranks)
+        dcp.save(model_state(job), checkpoint_id=tmp_path / "best")
+        expected = {name: whole_table(pieces) for name, pieces in local_shards(job.model).items()}
+    export_tables(tmp_path / "best", tmp_path / "tables.parquet")
+    assert set(expected) == {"item", "genres"}
+    assert_equal(exported(tmp_path / "tables.parquet"), expected)
+
+
+def test_a_file_has_typed_columns_and_row_groups_of_one_table(tmp_path: Path) -> None:
+    folder = save(tmp_path / "best", {"user": torch.rand(4, 8), "item": torch.rand(2, 8)})
+    export_tables(folder, tmp_path / "tables.parquet")
+    file = pq.ParquetFile(tmp_path / "tables.parquet")
+    kinds = {field.name: field.type for field in file.schema_arrow}
+    assert kinds == {
+        "table": pa.dictionary(pa.int32(), pa.string()),
+        "row": pa.int64(),
+        "vector": pa.list_(pa.float32(), 8),
+    }
+    groups = [file.metadata.row_group(i).column(0).statistics for i in range(file.num_row_groups)]
+    assert [(group.min, group.max) for group in groups] == [("item", "item"), ("user", "user")]
+
+
+def test_tables_of_several_dimensions_share_a_file_as_plain_lists(tmp_path: Path) -> None:
+    tables = {"item": torch.rand(2, 8), "user": torch.rand(4, 3)}
+    export_tables(save(tmp_path / "best", tables), tmp_path / "tables.parquet")
+    assert pq.read_schema(tmp_path / "tables.parquet").field("vector").type == pa.list_(
+        pa.float32()
+    )
+    assert_equal(exported(tmp_path / "tables.parquet"), tables)
+
+
+def test_only_the_tables_that_are_named_are_written(tmp_path: Path) -> None:
+    tables = {"item": torch.rand(2, 8), "user": torch.rand(4, 3)}
+    folder = save(tmp_path / "best", tables)
+    out = tmp_path / "new folder" / "user.parquet"
+    assert export_tables(folder, out, ["user", "user"]) == {"user": 4}
+    assert_equal(exported(out), {"user": tables["user"]})
+
+
+def test_weights_of_half_precision_are_written_as_float32(tmp_path: Path) -> None:
+    table = torch.rand(5, 8).to(torch.bfloat16)
+    export_tables(save(tmp_path / "best", {"item": table}), tmp_path / "item.parquet")
+    assert_equal(exported(tmp_path / "item.parquet"), {"item": table.float()})
+
+
+def test_of_a_large_piece_only_the_wanted_rows_are_read(tmp_path: Path) -> None:
+    table = torch.rand(2**16, 64)  # 16 MiB, as one piece
+    stored = table_export.stored_tables(save(tmp_path / "best", {"item": table}))["item"]
+    before = _bytes_read()
+    assert torch.equal(stored.rows(50_000, 50_016), table[50_000:50_016])
+    assert _bytes_read() - before < 2**18
+
+
+def _bytes_read() -> int:
+    """By this process so far, from files and caches alike."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+# Errors
+
+
+def test_what_cannot_be_exported_is_told_with_the_mend(tmp_path: Path) -> None:
+    folder = save(tmp_path / "best", {"item": torch.rand(2, 8)})
+    out = tmp_path / "item.parquet"
+    with pytest.raises(ValueError, match=r"best: no table 'user'; the tables are \['item'\]"):
+        export_tables(folder, out, ["item", "user"])
+    with pytest.raises(ValueError, match="absent: no checkpoint; export the run of a finished"):
+        export_tables(tmp_path / "absent", out)
+    with pytest.raises(ValueError, match=r"best: is a folder; name a file, such as .*tables.parqu"):
+        export_tables(folder, folder)
+    dcp.save({"other": torch.ones(1)}, checkpoint_id=tmp_path / "other", no_dist=True)
+    with pytest.raises(ValueError, match="other: a checkpoint without tables"):
+        export_tables(tmp_path / "other", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("kept_bytes", [None, 0, 700, 60_000])
+def test_a_checkpoint_cut_short_leaves_the_earlier_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_bytes: int | None
+) -> None:
+    monkeypatch.setattr(table_export, "BLOCK_BYTES", 2**12)
+    folder = save(tmp_path / "best", {"item": torch.rand(2000, 8)})
+    out = tmp_path / "item.parquet"
+    out.write_text("the earlier one")
+    (file,) = folder.glob("*.distcp")
+    if kept_bytes is None:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:kept_bytes])
+    with pytest.raises(ValueError, match=r"\.distcp: table 'item' cannot be read .*copy the che"):
+        export_tables(folder, out)
+    assert out.read_text() == "the earlier one"
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []

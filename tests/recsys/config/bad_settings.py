@@ -1,0 +1,211 @@
+"""Bad schemas, encoders and configurations: what is broken, and what the error must say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
+from tests.recsys.data.bad_impressions import BadInput, Spoil
+
+
+def schema(old: str, new: str) -> Spoil:
+    """Words of schema.yaml are replaced."""
+
+    def spoil(data: Path) -> None:
+        text = (data / "schema.yaml").read_text()
+        assert old in text
+        (data / "schema.yaml").write_text(text.replace(old, new))
+
+    return spoil
+
+
+def schema_of(text: bytes) -> Spoil:
+    return lambda data: (data / "schema.yaml").write_bytes(text)
+
+
+def bomb_of_aliases() -> bytes:
+    """Nine lists of nine times the list before: 9^9 entries when written out."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    for level in range(1, 9):
+        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]")
+    return "\n".join(lines).encode()
+
+
+def encoder(spoil: Spoil) -> Spoil:
+    """A folder with a tiny text encoder beside the data, spoilt."""
+
+    def make(data: Path) -> None:
+        folder = data / "encoder"
+        tiny_model("random:bert", "").save_pretrained(folder)  # type: ignore[operator]
+        tiny_tokenizer().save_pretrained(folder)
+        spoil(folder)
+
+    return make
+
+
+def settings_of(file: str, **changes: Any) -> Spoil:
+    """A JSON file of the encoder says something else."""
+
+    def spoil(folder: Path) -> None:
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(content | changes))
+
+    return spoil
+
+
+def pickled_weights(folder: Path) -> None:
+    torch.save(tiny_model("random:bert", "").state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def code_of_its_own(folder: Path) -> None:
+    """It would run when the class that config.json names is loaded."""
+    (folder / "code.py").write_text(f"open({str(folder / 'it_ran')!r}, 'w')\n")
+    auto_map = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    settings_of("config.json", model_type="own", auto_map=auto_map)(folder)
+
+
+def adapter(folder: Path) -> None:
+    model = get_peft_model(tiny_model("random:bert", ""), LoraConfig(target_modules=["query"]))  # type: ignore[arg-type]
+    model.save_pretrained(str(folder))
+
+
+def without_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def nothing(_: Path) -> None:
+    """The data stay good."""
+
+
+FOLDER = ("--content.modalities.text.encoder", "DATA/encoder")
+LOAD = ["content.modalities.text: ", "'DATA/encoder' cannot be loaded: "]
+
+SCHEMAS = {
+    "no schema": BadInput(
+        lambda data: (data / "schema.yaml").unlink(), ["DATA/schema.yaml: no such file"]
+    ),
+    "schema that is no YAML": BadInput(schema_of(b"columns: [a"), ["DATA/schema.yaml: "]),
+    "schema that is no text": BadInput(schema_of(b"\xff\xfe\x00\xd8"), ["DATA/schema.yaml: "]),
+    "schema that would run a command": BadInput(
+        schema_of(b"!!python/object/apply:os.system ['touch it_ran']"),
+        ["DATA/schema.yaml: ", "python/object/apply"],
+    ),
+    "schema that grows": BadInput(schema_of(bomb_of_aliases()), ["DATA/schema.yaml: "]),
+    "schema that names a class": BadInput(
+        schema("kind: dense", "class_path: os.path"),
+        ["DATA/schema.yaml: ", "'class_path' names code, which is never loaded"],
+    ),
+    "column twice in the schema": BadInput(
+        schema("  price:", "  user: {kind: dense}\n  price:"),
+        ["DATA/schema.yaml: ", "key 'user' is twice"],
+    ),
+    "unknown key in the schema": BadInput(
+        schema("kind: dense", "kind: dense, unit: euro"), ["DATA/schema.yaml: ", "unit"]
+    ),
+    "table without a size": BadInput(
+        schema("num_embeddings: 10", "num_embeddings: ten"),
+        ["DATA/schema.yaml: ", "num_embeddings"],
+    ),
+    "items table larger than any memory": BadInput(
+        schema("num_embeddings: 30", f"num_embeddings: {10**15}"),
+        ["memory bank: 1,000,000,000,000,000 items"],
+        (),
+    ),
+}
+
+ENCODERS = {
+    "no such folder": BadInput(nothing, ["encoder folder 'DATA/encoder' has no config"], FOLDER),
+    "weights as a pickle": BadInput(
+        encoder(pickled_weights), [*LOAD, "read from safetensors only, as a pickle may run"], FOLDER
+    ),
+    "code of its own": BadInput(
+        encoder(code_of_its_own), [*LOAD, "needs code from its repository, which is never"], FOLDER
+    ),
+    "adapter without its model": BadInput(
+        encoder(adapter), [*LOAD, "it is a peft adapter; merge it into its base model"], FOLDER
+    ),
+    "truncated weights": BadInput(
+        encoder(lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 99)),
+        LOAD,
+        FOLDER,
+    ),
+    "damaged config": BadInput(
+        encoder(lambda folder: (folder / "config.json").write_bytes(b"\xff{")), LOAD, FOLDER
+    ),
+    "config with values of another type": BadInput(
+        encoder(settings_of("config.json", hidden_size="wide")), [*LOAD, "hidden_size"], FOLDER
+    ),
+    "quantised by a library that is not there": BadInput(
+        encoder(settings_of("config.json", quantization_config={"quant_method": "awq"})),
+        LOAD,
+        FOLDER,
+    ),
+    "no tokenizer": BadInput(
+        encoder(without_tokenizer), ["tokenizer of 'DATA/encoder' has no vocabulary"], FOLDER
+    ),
+    "longer texts than the encoder reads": BadInput(
+        nothing,
+        ["max_length is 9999; the encoder reads at most 512 tokens"],
+        ("--content.modalities.text.max_length", "9999"),
+    ),
+    "images of another size": BadInput(
+        nothing,
+        ["image_size is 48; the encoder wants 32"],
+        (
+            "--content.modalities",
+            "{p: {kind: image, column: poster, encoder: 'random:vit', image_size: 48}}",
+        ),
+    ),
+    "more layers to adapt than there are": BadInput(
+        nothing,
+        ["top_layers is 4; the encoder has 3 layers"],
+        ("--content.modalities.text.lora.top_layers", "4"),
+    ),
+    "column that the items do not have": BadInput(
+        nothing,
+        ["content.modalities.text: schema.yaml has no item column 'titel' of kind text"],
+        ("--content.modalities.text.column", "titel"),
+    ),
+}
+
+SETTINGS = {
+    "unknown setting": ("--epoch=3", "epoch"),
+    "text instead of a number": ("--epochs=many", "epochs"),
+    "no batch": ("--batch_size=0", "batch_size is 0; it must be at least 1"),
+    "NaN as learning rate": ("--optimizer.learning_rate=.nan", "optimizer.learning_rate is nan"),
+    "infinite learning rate": ("--embedding.learning_rate=.inf", "learning_rate is inf"),
+    "NaN as temperature": ("--contrastive.temperature=.nan", "contrastive.temperature is nan"),
+    "negative dropout": ("--ranking.dropout=-0.1", "ranking.dropout is -0.1; a dropout lies in"),
+    "heads that do not divide": ("--content.dim=15", "content.dim 15 is not divisible by"),
+    "layer of no units": ("--ranking.mlp_units=[16,0]", "ranking.mlp_units"),
+    "table of no width": ("--embedding.tables.item.embedding_dim=0", "embedding.tables.item"),
+    "negative rate of one table": (
+        "--embedding.tables.item.learning_rate=-1",
+        "'item': learning_rate is -1",
+    ),
+    "table that does not exist": (
+        "--embedding.tables.film.learning_rate=1",
+        "embedding.tables.film",
+    ),
+    "weight of a label that does not exist": (
+        "--ranking.label_weights.sold=1",
+        "no label ['sold']",
+    ),
+    "NaN as weight of a label": (
+        "--ranking.label_weights.liked=.nan",
+        "label_weights.liked is nan",
+    ),
+    "unknown ranking model": ("--ranking.name=dlrn", "dlrn"),
+    "unknown fusion": ("--content.fusion.name=former", "former"),
+    "factory that does not exist": (
+        "--content.modalities={p: {kind: image, column: poster, module: 'no.such:thing'}}",
+        "no.such:thing",
+    ),
+}

@@ -1,0 +1,186 @@
+"""Recipes and overrides become one checked tree, or an error that names the setting."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recsys.config import Config, ContentSettings, load_config, save_config
+
+RECIPES = sorted((Path(__file__).parents[3] / "recsys" / "recipes").glob("*.yaml"))
+TINY = next(path for path in RECIPES if path.name == "tiny.yaml")
+
+
+def content_of(config: Config) -> ContentSettings:
+    assert isinstance(config.content, ContentSettings)
+    return config.content
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_bundled_recipe_is_valid_and_survives_saving(recipe: Path, tmp_path: Path) -> None:
+    config = load_config(recipe)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_content_none_gives_the_id_only_twin_of_every_recipe(recipe: Path, tmp_path: Path) -> None:
+    config, twin = load_config(recipe), load_config(recipe, ["--content", "none"])
+    assert twin.content == "none"
+    assert (twin.embedding, twin.ranking, twin.optimizer) == (
+        config.embedding,
+        config.ranking,
+        config.optimizer,
+    )
+    save_config(twin, tmp_path / "twin.yaml")
+    assert load_config(tmp_path / "twin.yaml") == twin
+
+
+def test_the_command_line_overrides_the_recipe_and_leaves_the_rest() -> None:
+    config = load_config(
+        TINY,
+        [
+            *("--epochs", "7", "--content.dim", "8"),
+            "--content.modalities.text.lora.rank=3",
+            "--embedding.skip=[user,genres]",
+            "--embedding.tables.item.learning_rate=0.5",
+        ],
+    )
+    assert (config.epochs, config.batch_size) == (7, 256)
+    assert (content_of(config).dim, content_of(config).fusion.num_heads) == (8, 2)
+    assert content_of(config).modalities["text"].lora.rank == 3
+    assert content_of(config).modalities["text"].encoder == "random:bert"
+    assert config.embedding.skip == ["user", "genres"]
+    assert config.embedding.tables["item"].learning_rate == 0.5
+
+
+def test_an_overridden_configuration_survives_saving(tmp_path: Path) -> None:
+    config = load_config(TINY, ["--contrastive.temperature", "0.07", "--optimizer.warmup_steps=0"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"config {tmp_path}/none.yaml: no such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("epoch: 3", "epoch"),
+        ("content: {modalities: {}, fusion: {heads: 2}}", "heads"),
+        ("epochs: many", "epochs"),
+        ("embedding: {sharding: diagonal}", "diagonal"),
+        ("content: all", "content"),
+        ("epochs: [1", "config"),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_named_with_the_file(
+    tmp_path: Path, text: str, word: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=word) as raised:
+        load_config(path)
+    assert str(raised.value).startswith(f"config {path}: ")
+
+
+@pytest.mark.parametrize("words", [["--epoch", "3"], ["--embedding.size", "3"], ["--epochs", "x"]])
+def test_unknown_and_wrong_overrides_are_named(words: list[str]) -> None:
+    with pytest.raises(ValueError, match=words[0].removeprefix("--")):
+        load_config(TINY, words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--batch_size=0", "batch_size is 0; it must be at least 1"),
+        ("--epochs=0", "epochs is 0; it must be at least 1"),
+        ("--validations_per_epoch=0", "validations_per_epoch is 0"),
+        ("--patience=0", "patience is 0"),
+        ("--log_every_steps=0", "log_every_steps is 0"),
+        ("--num_workers=-1", "num_workers is -1"),
+        ("--embedding.dim=0", "embedding.dim is 0"),
+        ("--embedding.learning_rate=-1", "embedding.learning_rate is -1.0"),
+        ("--embedding.init_std=-1", "embedding.init_std is -1.0"),
+        ("--embedding.tables={user: {id_dropout: 1}}", "embedding.tables.user.id_dropout is 1.0"),
+        ("--optimizer.learning_rate=-1", "optimizer.learning_rate is -1.0"),
+        ("--optimizer.encoder_learning_rate=-1", "optimizer.encoder_learning_rate is -1.0"),
+        ("--optimizer.warmup_steps=-1", "optimizer.warmup_steps is -1"),
+        ("--ranking.dropout=1", "ranking.dropout is 1.0; a dropout lies in"),
+        ("--ranking.dense_units=[0]", r"ranking.dense_units is \[0\]; each layer has at least 1"),
+        ("--ranking.num_experts=0", "ranking.num_experts is 0"),
+        ("--ranking.ensemble_members=0", "ranking.ensemble_members is 0"),
+        (
+            "--ranking={name: dlrm, ensemble_members: 2}",
+            "ranking.ensemble_members is for din_dcn, din, sim, which 'dlrm' is not; .* to 1",
+        ),
+        (
+            "--ranking={name: two_tower, standardize_numbers: true}",
+            "ranking.standardize_numbers is for .* mmoe, which 'two_tower' is not; .* to false",
+        ),
+        ("--ranking.search_top_k=0", "ranking.search_top_k is 0"),
+        ("--ranking.temperature=0", "ranking.temperature is 0.0; it must be > 0"),
+        ("--ranking.loss=in_batch_softmax", "which 'din_dcn' has not; choose ranking.name two_to"),
+        ("--ranking.options={depth: 3}", "ranking.options are for a class of your own"),
+        ("--contrastive.weight=-1", "contrastive.weight is -1.0"),
+        ("--contrastive.temperature=0", "contrastive.temperature is 0.0; it must be > 0"),
+        ("--contrastive.dim=0", "contrastive.dim is 0"),
+        ("--contrastive.num_negatives=0", "contrastive.num_negatives is 0"),
+        ("--content.dim=0", "content.dim is 0"),
+        ("--content.dim=15", "content.dim 15 is not divisible by content.fusion.num_heads 2"),
+        ("--content.fusion.num_queries=0", "content.fusion.num_queries is 0"),
+        ("--content.fusion.dropout=-0.1", "content.fusion.dropout is -0.1"),
+        (
+            "--content.history.lora_rank=17",
+            r"lora_rank is 17; it must lie in \[1, content.dim = 16",
+        ),
+        ("--content.modalities={}", "content.modalities is empty"),
+        ("--content.modalities.text.module=a:b", "text: a text takes no `module`"),
+        ("--content.modalities.text.lora.rank=0", "content.modalities.text.lora.rank is 0"),
+        ("--content.modalities.text.lora.top_layers=0", "text.lora.top_layers is 0"),
+        ("--content.modalities.text.lora.dropout=1", "text.lora.dropout is 1.0"),
+        (
+            "--content.modalities.text.max_length=0",
+            "text: max_length, image_size and max_images must",
+        ),
+    ],
+)
+def test_values_that_cannot_work_are_named(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(TINY, [words])
+
+
+@pytest.mark.parametrize(
+    ("modality", "message"),
+    [
+        ({"kind": "text"}, "a text needs an `encoder`"),
+        ({"kind": "image"}, "an image needs either `encoder` or `module`, and not both"),
+        ({"kind": "image", "encoder": "a", "module": "b:c"}, "and not both"),
+        ({"kind": "image", "module": "b:c", "training": "lora"}, "LoRA needs a transformers"),
+        ({"kind": "feature", "encoder": "a"}, "a stored feature takes no encoder"),
+        ({"kind": "feature", "module": "a:b"}, "a stored feature takes no encoder"),
+        ({"kind": "feature", "training": "full"}, "a stored feature is `training: frozen`"),
+    ],
+)
+def test_a_modality_whose_parts_exclude_each_other_is_named(
+    tmp_path: Path, modality: dict[str, str], message: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    content = {"modalities": {"poster": {"column": "poster", **modality}}}
+    path.write_text(yaml.safe_dump({"content": content}))
+    with pytest.raises(ValueError, match=rf"content.modalities.poster: .*{message}"):
+        load_config(path)
+
+
+def test_sampled_negatives_want_a_memory_bank() -> None:
+    words = ["--ranking.name=two_tower", "--ranking.loss=sampled_softmax"]
+    assert load_config(TINY, words).ranking.loss == "sampled_softmax"
+    with pytest.raises(ValueError, match="reads the content of its negatives from the memory bank"):
+        load_config(TINY, [*words, "--content.history.mode=full"])
+
+
+def test_a_temperature_that_is_not_used_is_not_checked() -> None:
+    words = ["--content=none", "--contrastive.temperature=0"]
+    assert load_config(TINY, words).contrastive.temperature == 0

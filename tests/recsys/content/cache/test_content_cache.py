@@ -1,0 +1,133 @@
+"""Content is made once, made again when anything it is made from changes, and never half."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from recsys.config import ModalitySettings
+from recsys.content.encoders.tiny_encoders import tiny_tokenizer
+from recsys.data.items.content_store import ContentStore, default_cache, publish
+from tests.datasets import png, write_dataset
+from tests.recsys.data.items.item_content import (
+    MODALITIES,
+    POSTER,
+    TEXT,
+    rewrite,
+    store_of,
+    table_of,
+    write_items,
+)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    return write_dataset(tmp_path / "data", {}, num_items=8)
+
+
+def fail(*_: Any) -> None:
+    raise AssertionError("written again")
+
+
+def test_a_second_store_uses_what_the_first_has_made(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = store_of(dataset, *MODALITIES)
+    for method in ("_write_text", "_write_images", "_write_features"):
+        monkeypatch.setattr(ContentStore, method, fail)
+    second = store_of(dataset, *MODALITIES)
+    assert second.folders == first.folders
+    assert len(set(first.folders.values())) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value"),
+    [("text", 1, "other"), ("poster", 2, png(np.random.default_rng(9))), ("clip", 3, [0.5] * 6)],
+)
+def test_changing_one_item_makes_the_content_again(
+    dataset: Path, name: str, index: int, value: Any
+) -> None:
+    before = store_of(dataset, *MODALITIES).folders
+
+    def change(table: pa.Table) -> pa.Table:
+        values = table[name].to_pylist()
+        values[5] = value
+        return table.set_column(index, name, pa.array(values, table[name].type))
+
+    rewrite(dataset, change)
+    after = store_of(dataset, *MODALITIES).folders
+    assert {other for other in MODALITIES if before[other] != after[other]} == {name}
+
+
+def test_the_same_content_under_other_ids_is_made_again(dataset: Path) -> None:
+    before = store_of(dataset, "clip").folders["clip"]
+    swapped = [1, 0, *range(2, 8)]
+    rewrite(
+        dataset,
+        lambda table: table.set_column(0, "item", table["item"].take(pa.array(swapped))),
+    )
+    store = store_of(dataset, "clip")
+    assert store.folders["clip"] != before
+
+
+def test_settings_that_change_the_arrays_are_part_of_their_name(dataset: Path) -> None:
+    def folder(modality: ModalitySettings) -> Path:
+        store = ContentStore(table_of(dataset), {"x": modality}, dataset.parent / "cache")
+        store.build("x", tiny_tokenizer())
+        return store.folders["x"]
+
+    longer = ModalitySettings(kind="text", column="text", encoder="random:bert", max_length=9)
+    larger = ModalitySettings(kind="image", column="poster", encoder="random:vit", image_size=9)
+    assert folder(TEXT) != folder(longer)
+    assert folder(POSTER) != folder(larger)
+
+
+def test_what_fails_while_being_written_leaves_nothing(dataset: Path) -> None:
+    write_items(dataset, poster=pa.array([png(np.random.default_rng(0)), b"no image"]))
+    with pytest.raises(ValueError, match="not a readable image"):
+        store_of(dataset, "poster")
+    assert list((dataset.parent / "cache").iterdir()) == []
+
+
+def write_file(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def test_what_a_killed_process_left_is_not_used(tmp_path: Path) -> None:
+    def killed(path: Path) -> None:
+        (path / "values.npy").write_text("half")
+        raise KeyboardInterrupt
+
+    target = tmp_path / "array"
+    with pytest.raises(KeyboardInterrupt):
+        publish(target, killed)
+    # A killed process does not even clean up: its folder stays, under another name.
+    (tmp_path / ".array.left").mkdir()
+    (tmp_path / ".array.left" / "values.npy").write_text("half")
+    assert not target.exists()
+    publish(target, lambda path: write_file(path / "values.npy", "whole"))
+    assert (target / "values.npy").read_text() == "whole"
+
+
+def test_of_two_processes_that_write_the_same_the_first_wins(tmp_path: Path) -> None:
+    target = tmp_path / "array"
+
+    def slower(path: Path) -> None:
+        publish(target, lambda other: write_file(other / "name", "first"))
+        (path / "name").write_text("second")
+
+    publish(target, slower)
+    assert (target / "name").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_default_cache_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "recsys"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert default_cache() == tmp_path / "home" / ".cache" / "recsys"

@@ -1,0 +1,165 @@
+"""Cached outputs of frozen layers against running them at every step, on one rank and on two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from recsys.content.cache import fill as frozen_cache
+from recsys.content.cache.fill import cache_frozen_outputs
+from recsys.content.encoders.build import Encoder, ModuleEncoder
+from recsys.data.batch import ContentInput
+from recsys.data.items.content_store import ContentStore
+from recsys.data.items.ragged_array import RaggedArray
+from recsys.distributed.ranks import Ranks, joined_ranks
+from tests.datasets import write_dataset
+from tests.ranks import run_on_ranks
+from tests.recsys.content.cache.frozen_outputs import (
+    NUM_ITEMS,
+    assert_same_outputs,
+    encoder_of,
+    modality_of,
+    outputs,
+    store_of,
+)
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    with joined_ranks("cpu") as alone:
+        yield alone
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    return write_dataset(tmp_path / "data", num_items=NUM_ITEMS)
+
+
+def cached_outputs(
+    rank: int, world_size: int, dataset: Path, name: str, training: str, pooling: str
+) -> dict[str, Any]:
+    modality = modality_of(name, training, pooling)
+    store = store_of(dataset, name, modality)
+    encoder = encoder_of(name, modality)
+    ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
+    frozen_cache.ITEMS_PER_CALL = 2
+    cache_frozen_outputs(store, name, encoder, ranks)
+    return outputs(store, name, encoder)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "none"])
+@pytest.mark.parametrize("training", ["frozen", "lora"])
+@pytest.mark.parametrize("name", ["text", "poster"])
+def test_cached_outputs_give_equal_tokens_and_gradients(
+    dataset: Path,
+    ranks: Ranks,
+    name: str,
+    training: str,
+    pooling: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(frozen_cache, "ITEMS_PER_CALL", 2)
+    modality = modality_of(name, training, pooling)
+    expected = outputs(store_of(dataset, name, modality), name, encoder_of(name, modality))
+    cached = cached_outputs(0, 1, dataset, name, training, pooling)
+    assert expected["mask"].any(dim=1).tolist().count(False) in (1, 2)  # the sample lacks some
+    assert_same_outputs(cached, expected)
+
+
+def test_two_ranks_share_the_work_and_both_read_all_of_it(dataset: Path) -> None:
+    modality = modality_of("text", "lora")
+    expected = outputs(store_of(dataset, "text", modality), "text", encoder_of("text", modality))
+    for cached in run_on_ranks(cached_outputs, 2, dataset, "text", "lora", "mean"):
+        assert_same_outputs(cached, expected)
+    assert len(list((dataset.parent / "cache").glob("frozen-text-*"))) == 1
+
+
+def cache_folder(store: ContentStore, encoder: Encoder, ranks: Ranks, name: str = "text") -> str:
+    cache_frozen_outputs(store, name, encoder, ranks)
+    return store.folders[name].name
+
+
+def test_a_second_run_reuses_the_cache_whatever_its_adapters(dataset: Path, ranks: Ranks) -> None:
+    modality = modality_of("text", "lora")
+    first = cache_folder(store_of(dataset, "text", modality), encoder_of("text", modality), ranks)
+    encoder = encoder_of("text", modality, seed=2)
+
+    def refuse(content: ContentInput) -> ContentInput:
+        raise AssertionError("encoded again")
+
+    encoder.frozen = refuse  # type: ignore[method-assign]
+    assert cache_folder(store_of(dataset, "text", modality), encoder, ranks) == first
+
+
+def test_other_weights_split_or_configuration_make_another_cache(
+    dataset: Path, ranks: Ranks
+) -> None:
+    folders = []
+    for change in ("none", "weights", "heads"):
+        modality = modality_of("text", "frozen")
+        encoder = encoder_of("text", modality)
+        if change == "weights":
+            with torch.no_grad():
+                encoder.model.encoder.layer[0].output.dense.bias[0] += 1e-3
+        if change == "heads":
+            encoder.config.num_attention_heads = 4
+        folders.append(cache_folder(store_of(dataset, "text", modality), encoder, ranks))
+    for training, pooling in (("frozen", "cls"), ("lora", "mean")):
+        modality = modality_of("text", training, pooling)
+        store = store_of(dataset, "text", modality)
+        folders.append(cache_folder(store, encoder_of("text", modality), ranks))
+    assert len(set(folders)) == 5
+
+
+class Brightness(nn.Module):
+    """A module without weights, told apart by its settings alone."""
+
+    def __init__(self, power: int) -> None:
+        super().__init__()
+        self.power = power
+
+    def extra_repr(self) -> str:
+        return f"power={self.power}"
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return (pixels**self.power).mean(dim=(2, 3))
+
+
+def test_a_frozen_module_is_cached_and_another_one_has_another_cache(
+    dataset: Path, ranks: Ranks
+) -> None:
+    modality = modality_of("poster", "frozen")
+    folders = []
+    for power in (1, 2):
+        store = store_of(dataset, "poster", modality)
+        encoder = ModuleEncoder(Brightness(power), trained=False, image_size=32)
+        expected = outputs(store, "poster", encoder)
+        folders.append(cache_folder(store, encoder, ranks, "poster"))
+        assert_same_outputs(outputs(store, "poster", encoder), expected)
+    assert len(set(folders)) == 2
+
+
+@pytest.mark.parametrize(("training", "pooling"), [("lora", "none"), ("frozen", "mean")])
+def test_a_text_of_one_token_does_not_pass_for_a_pooled_one_nor_the_reverse(
+    dataset: Path, ranks: Ranks, training: str, pooling: str
+) -> None:
+    modality = modality_of("text", training, pooling)
+    store = store_of(dataset, "text", modality)
+    folder = dataset.parent / "cache" / "text-by-hand"
+    lengths = np.array([1, 4, 0, 2, 1, 3, 1, 1, 5, 2])
+    array = RaggedArray.create(folder, lengths, (), "int64")
+    array.values[:] = np.arange(lengths.sum()) + 5
+    array.values.flush()
+    store.use("text", folder)
+    encoder = encoder_of("text", modality)
+    expected = outputs(store, "text", encoder)
+    cache_frozen_outputs(store, "text", encoder, ranks)
+    kept = lengths if pooling == "none" else lengths.clip(max=1)
+    assert store.arrays["text"].lengths.tolist() == kept.tolist()
+    assert_same_outputs(outputs(store, "text", encoder), expected)

@@ -1,0 +1,180 @@
+"""Filling a cache: interrupted anywhere, it goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from recsys.content.cache import fill as frozen_cache
+from recsys.content.cache.fill import cache_frozen_outputs
+from recsys.content.cache.progress import FillProgress
+from recsys.content.cache.reuse import row_hashes
+from recsys.data.batch import ContentInput
+from recsys.distributed.ranks import Ranks, joined_ranks
+from tests.datasets import write_dataset
+from tests.recsys.content.cache.frozen_fills import (
+    CALLS,
+    TEXT,
+    WITH_TEXT,
+    Interrupted,
+    assert_nothing_else_is_left,
+    expected_outputs,
+    fill,
+    parts_in,
+)
+from tests.recsys.content.cache.frozen_outputs import (
+    ALL_ITEMS,
+    NUM_ITEMS,
+    assert_same_outputs,
+    encoder_of,
+    outputs,
+    store_of,
+)
+
+
+@pytest.fixture(autouse=True)
+def small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen_cache, "ITEMS_PER_CALL", 2)
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    with joined_ranks("cpu") as alone:
+        yield alone
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    return write_dataset(tmp_path / "data", num_items=NUM_ITEMS)
+
+
+@pytest.mark.parametrize("done", range(CALLS))
+def test_a_fill_that_failed_goes_on_where_it_stopped(
+    dataset: Path, ranks: Ranks, done: int
+) -> None:
+    with pytest.raises(Interrupted):
+        fill(dataset, ranks, fail_at=done)
+    assert len(parts_in(dataset)) == done
+    store, encoder, watched = fill(dataset, ranks)
+    assert watched.items == WITH_TEXT - 2 * done
+    assert_same_outputs(outputs(store, "text", encoder), expected_outputs(dataset))
+    assert_nothing_else_is_left(dataset)
+
+
+def test_what_was_encoded_is_kept_when_putting_it_together_fails(
+    dataset: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(frozen_cache, "write_about", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            fill(dataset, ranks)
+    assert not list((dataset.parent / "cache").glob("frozen-*"))
+    store, encoder, watched = fill(dataset, ranks)
+    assert watched.items == 0
+    assert_same_outputs(outputs(store, "text", encoder), expected_outputs(dataset))
+    assert_nothing_else_is_left(dataset)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "other bits"])
+def test_a_damaged_part_does_not_pass_for_done(dataset: Path, ranks: Ranks, damage: str) -> None:
+    with pytest.raises(Interrupted):
+        fill(dataset, ranks, fail_at=3)
+    part = parts_in(dataset)[1]
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes({"cut off": content[:-9], "empty": b"", "other bits": content}[damage])
+    store, encoder, watched = fill(dataset, ranks)
+    assert watched.items == WITH_TEXT - 2 * 2
+    assert_same_outputs(outputs(store, "text", encoder), expected_outputs(dataset))
+
+
+def test_another_job_may_finish_all_under_the_hands_of_this_one(
+    dataset: Path, ranks: Ranks
+) -> None:
+    store, encoder = store_of(dataset, "text", TEXT), encoder_of("text", TEXT)
+    encode = encoder.frozen_outputs
+
+    def while_another_fills(content: ContentInput) -> ContentInput:
+        fill(dataset, ranks)
+        assert not list((dataset.parent / "cache").glob(".frozen-*"))
+        return encode(content)
+
+    encoder.frozen_outputs = while_another_fills  # type: ignore[method-assign, assignment]
+    cache_frozen_outputs(store, "text", encoder, ranks)
+    assert_same_outputs(outputs(store, "text", encoder), expected_outputs(dataset))
+    assert_nothing_else_is_left(dataset)
+
+
+def change_texts(dataset: Path, texts: dict[int, str | None]) -> None:
+    """Other texts for some items, the rows in another order."""
+    file = dataset / "items" / "part-0.parquet"
+    table = pq.read_table(file)
+    ids = table["item"].to_pylist()
+    values = [texts.get(item, text) for item, text in zip(ids, table["text"].to_pylist())]
+    table = table.set_column(1, "text", pa.array(values, pa.string()))
+    pq.write_table(table.take(pa.array(range(NUM_ITEMS - 1, -1, -1))), file)
+
+
+def test_of_changed_items_alone_the_encoder_runs_again(dataset: Path, ranks: Ranks) -> None:
+    first = fill(dataset, ranks)[0].folders["text"]
+    change_texts(dataset, {3: "a blue house", 4: None, 0: "a text where there was none"})
+    expected = expected_outputs(dataset)
+    store, encoder, watched = fill(dataset, ranks)
+    assert store.folders["text"] != first
+    assert watched.items == 2
+    assert_same_outputs(outputs(store, "text", encoder), expected)
+    assert first.is_dir()  # another run may still read it
+
+
+def test_a_damaged_earlier_cache_is_not_used(dataset: Path, ranks: Ranks) -> None:
+    first = fill(dataset, ranks)[0].folders["text"]
+    (first / "offsets.npy").write_bytes(b"")
+    change_texts(dataset, {3: "a blue house"})
+    expected = expected_outputs(dataset)
+    store, encoder, watched = fill(dataset, ranks)
+    assert watched.items == WITH_TEXT
+    assert_same_outputs(outputs(store, "text", encoder), expected)
+
+
+def test_the_folder_says_what_it_holds(dataset: Path, ranks: Ranks) -> None:
+    store = fill(dataset, ranks)[0]
+    about = json.loads((store.folders["text"] / "about.json").read_text())
+    assert about["encoder"] == "random:bert"
+    assert about["layers"] == "embeddings and the lowest 2"
+    assert (about["items"], about["width"], about["dtype"]) == (WITH_TEXT, 32, "float32")
+    assert about["tokens"] == int(store.gather(ALL_ITEMS)["text"].mask.sum())
+    assert about["versions"]["torch"] == torch.__version__
+
+
+def test_where_there_is_no_terminal_lines_tell_of_progress(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = FillProgress("text", total=40_000, share=10_000, shown=True)
+    progress.add(2_500)
+    assert capsys.readouterr().out == ""  # not so soon after the last one
+    line = "encoding 'text': 10,000 of 40,000 items, 100 items/s, 0:05:00 left"
+    assert progress.line(seconds=100) == line
+    monkeypatch.setattr("recsys.content.cache.progress.SECONDS_BETWEEN_LINES", 0)
+    progress.add(2_500)
+    assert capsys.readouterr().out.startswith("encoding 'text': 20,000 of 40,000 items, ")
+
+
+def test_hashes_tell_items_apart_by_content_alone(dataset: Path) -> None:
+    array = store_of(dataset, "text", TEXT).arrays["text"]
+    rows = np.flatnonzero(array.lengths > 0)
+    hashes = row_hashes(array, rows)
+    texts = {bytes(hash_): array.gather(row[None])[0].tobytes() for hash_, row in zip(hashes, rows)}
+    assert len(set(texts.values())) == len(texts) == len(set(hashes.tolist()))
+    # Padding of what happens to be read together is no part of it.
+    assert all(row_hashes(array, row[None])[0] == hash_ for hash_, row in zip(hashes, rows))

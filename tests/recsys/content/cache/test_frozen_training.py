@@ -1,0 +1,103 @@
+"""A model trains and predicts to the same bits whether frozen layers are cached or run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from recsys.build import build_job
+from recsys.cli import main
+from recsys.config import ContentSettings, FusionSettings, HistorySettings, save_config
+from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.evaluate import evaluate_split, fill_bank
+from tests.datasets import write_dataset
+from tests.recsys.content.cache.frozen_outputs import modality_of
+from tests.recsys.em3_runs import STEPS, em3_config, rows_of_step
+
+CASES = [
+    *(("text", "lora", pooling) for pooling in ("mean", "cls", "none")),
+    ("poster", "lora", "mean"),
+    ("text", "frozen", "mean"),  # all layers
+    ("text", "frozen", "none"),
+    ("poster", "frozen", "cls"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_dataset(tmp_path / "data")
+    return tmp_path
+
+
+def content_of(name: str, training: str, pooling: str, is_cached: bool) -> ContentSettings:
+    modality = modality_of(name, training, pooling)
+    modality.cache_frozen_layers = is_cached
+    return ContentSettings(
+        modalities={name: modality},
+        dim=16,
+        fusion=FusionSettings(num_heads=2, dropout=0.0),
+        history=HistorySettings(lora_rank=2),
+    )
+
+
+def trained(folder: Path, content: ContentSettings) -> dict[str, Any]:
+    """All that three steps give, and what the model then says of the test split."""
+    config = em3_config(folder, content=content)
+    seen: dict[str, Any] = {}
+    with joined_ranks("cpu") as ranks:
+        job = build_job(config, str(folder / "data"), ranks)
+        fill_bank(job)
+        job.model.train()
+        for step in range(STEPS):
+            job.optimizer.zero_grad()
+            batch = job.batch_builder()(rows_of_step(job.root, job.schema, step, 0, 1))
+            loss, (_, logits, _) = job.model(batch)
+            loss.backward()
+            seen |= {f"loss {step}": loss.detach().clone(), f"logits {step}": logits.detach()}
+            for name, parameter in job.em3.named_parameters():
+                if parameter.grad is not None:
+                    seen[f"gradient {step} of {name}"] = parameter.grad.clone()
+            job.optimizer.step()
+        for name, parameter in job.em3.named_parameters():
+            if parameter.requires_grad:
+                seen[f"trained {name}"] = parameter.detach().clone()
+        seen["report"] = evaluate_split(job, "test", np.full(job.schema.num_items, 5))
+    return seen
+
+
+@pytest.mark.parametrize(("name", "training", "pooling"), CASES)
+def test_steps_gradients_weights_and_metrics_are_equal_to_the_last_bit(
+    folder: Path, name: str, training: str, pooling: str
+) -> None:
+    expected = trained(folder, content_of(name, training, pooling, is_cached=False))
+    assert not list((folder / "cache").glob("frozen-*"))
+    cached = trained(folder, content_of(name, training, pooling, is_cached=True))
+    assert list((folder / "cache").glob("frozen-*"))
+    assert cached.keys() == expected.keys()
+    assert any(".encoders." in key for key in cached) == (training == "lora")
+    for key, value in expected.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(cached[key], value), key
+        else:
+            assert cached[key] == value, key
+
+
+def test_commands_predict_the_same_bits(folder: Path) -> None:
+    predictions = []
+    for is_cached in (False, True):
+        config = em3_config(folder, content=content_of("text", "lora", "mean", is_cached), epochs=1)
+        recipe, run = folder / f"{is_cached}.yaml", str(folder / f"run-{is_cached}")
+        save_config(config, recipe)
+        data, out = str(folder / "data"), folder / f"{is_cached}.parquet"
+        assert main(["train", "--config", str(recipe), "--data", data, "--out", run]) == 0
+        words = ["--input", f"{data}/test", "--out", str(out), "--device", "cpu"]
+        assert main(["predict", "--run", run, *words]) == 0
+        predictions.append(pq.read_table(out)["prediction_liked"].to_numpy())
+    assert np.array_equal(*predictions)
+    assert len(np.unique(predictions[0])) > 1

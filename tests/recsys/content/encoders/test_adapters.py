@@ -1,0 +1,188 @@
+"""Variants of LoRA by configuration, against their formulas and the whole model."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from recsys.config import LoraSettings, ModalitySettings
+from recsys.content.encoders.build import TransformerEncoder, build_encoder
+from recsys.content.encoders.tiny_encoders import tiny_model
+from tests.recsys.content.encoders.test_encoders import content_of
+
+BERT: Any = tiny_model("random:bert", "")
+NUM_LAYERS = 3
+
+
+def encoder_of(training: Any = "lora", pooling: Any = "none", **lora: Any) -> TransformerEncoder:
+    modality = ModalitySettings(
+        kind="text",
+        column="content",
+        encoder="random:bert",
+        training=training,
+        pooling=pooling,
+        lora=LoraSettings(**{"rank": 4, "alpha": 6.0, "top_layers": NUM_LAYERS} | lora),
+        max_length=8,
+    )
+    torch.manual_seed(0)
+    encoder = build_encoder("it", modality, None)
+    assert isinstance(encoder, TransformerEncoder)
+    return encoder
+
+
+def randomized(encoder: TransformerEncoder) -> TransformerEncoder:
+    """With adapters and magnitudes that are no longer those of the start."""
+    torch.manual_seed(1)
+    for parameter in encoder.parameters():
+        if parameter.requires_grad:
+            nn.init.uniform_(parameter, 0.1, 0.6)
+    return encoder
+
+
+def adapted(encoder: TransformerEncoder) -> dict[str, Any]:
+    return {
+        name: part for name, part in encoder.model.named_modules() if hasattr(part, "base_layer")
+    }
+
+
+def assert_equals_bert_with(encoder: TransformerEncoder, weights: dict[str, Tensor]) -> None:
+    """The same as the plain model with these weights in place of its own."""
+    plain: Any = tiny_model("random:bert", "").eval()
+    for name, weight in weights.items():
+        plain.get_submodule(name).weight.data = weight
+    content = content_of("bert")
+    ids = content.values[0][content.mask[0]]
+    wanted = plain(input_ids=ids[None]).last_hidden_state[0]
+    torch.testing.assert_close(encoder.encode(content).values[0], wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_lora_rslora_and_dora_are_their_formulas(use_dora: bool, use_rslora: bool) -> None:
+    encoder = randomized(encoder_of(use_dora=use_dora, use_rslora=use_rslora))
+    scale = 6.0 / (math.sqrt(4) if use_rslora else 4)
+    weights = {}
+    for name, part in adapted(encoder).items():
+        a, b = part.lora_A["default"].weight, part.lora_B["default"].weight
+        weight = part.base_layer.weight + scale * b @ a
+        if use_dora:
+            magnitude = part.lora_magnitude_vector["default"].weight
+            weight = magnitude[:, None] * weight / weight.norm(dim=1, keepdim=True)
+        weights[name] = weight.detach()
+    assert len(weights) == 2 * NUM_LAYERS
+    assert_equals_bert_with(encoder, weights)
+
+
+@pytest.mark.parametrize(
+    "init", [True, "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4"]
+)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_every_start_but_a_random_one_leaves_the_model_as_it_was(
+    init: bool | str, use_dora: bool
+) -> None:
+    encoder = encoder_of(init_lora_weights=init, use_dora=use_dora)
+    base = {name: part.base_layer.weight for name, part in adapted(encoder).items()}
+    assert_equals_bert_with(encoder, {})
+    changed = {
+        name for name, weight in base.items()
+        if not torch.equal(weight, BERT.get_submodule(name).weight)
+    }  # fmt: skip
+    # What differs from the checkpoint of the encoder must lie in that of the run.
+    assert {f"model.{name}.base_layer.weight" for name in changed} == encoder.rewritten
+    assert bool(changed) == str(init).startswith(("pissa", "olora"))
+
+
+def test_a_random_start_changes_the_model_at_once() -> None:
+    encoder = encoder_of(init_lora_weights=False)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_equals_bert_with(encoder, {})
+
+
+@pytest.mark.parametrize(("layers", "indices"), [([1, 1], {"1"}), ([0, 1], {"0", "1"})])
+def test_a_range_of_layers_is_adapted_and_those_above_run_as_they_are(
+    layers: list[int], indices: set[str]
+) -> None:
+    encoder = randomized(encoder_of(layers=layers))
+    assert {name.split(".")[2] for name in adapted(encoder)} == indices
+    assert encoder.first_trained == layers[0]
+    weights = {
+        name: (part.base_layer.weight + 6.0 / 4 * part.lora_B["default"].weight
+               @ part.lora_A["default"].weight).detach()
+        for name, part in adapted(encoder).items()
+    }  # fmt: skip
+    assert_equals_bert_with(encoder, weights)
+    expected, kept = encoder.encode(content_of("bert")), encoder.frozen_outputs(content_of("bert"))
+    encoder.drop_frozen_layers()  # below the lowest adapted one
+    empty = [int(name.split(".")[3]) for name, part in encoder.named_parameters()
+             if ".layer." in name and not part.numel()]  # fmt: skip
+    assert set(empty) == set(range(layers[0]))
+    assert torch.equal(encoder.encode(kept).values, expected.values)
+
+
+def test_all_linear_adapts_every_linear_map_of_the_layers() -> None:
+    encoder = encoder_of(targets=["all-linear"], top_layers=1)
+    ends = {name.split("layer.2.")[1] for name in adapted(encoder)}
+    assert ends == {
+        *(f"attention.self.{name}" for name in ("query", "key", "value")),
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    }
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_only_adapters_and_magnitudes_get_gradient(use_dora: bool) -> None:
+    encoder = encoder_of(use_dora=use_dora).train()
+    encoder.encode(content_of("bert")).values.square().sum().backward()
+    with_gradient = {name for name, part in encoder.named_parameters() if part.grad is not None}
+    kinds = {name.split(".")[-3] for name in with_gradient}
+    wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if use_dora else set())
+    assert kinds == wanted
+    assert len(with_gradient) == len(wanted) * 2 * NUM_LAYERS
+
+
+def note(kept: list[bool], is_on: bool, tensor: Tensor) -> Tensor:
+    kept.append(is_on)
+    return tensor
+
+
+@pytest.mark.parametrize("training", ["lora", "full"])
+@pytest.mark.parametrize("name", ["bert", "clip_text"])
+def test_activation_checkpointing_gives_the_same_gradients_with_dropout_too(
+    training: Any, name: str
+) -> None:
+    gradients, kept = [], list[bool]()
+    for is_on in (False, True):
+        modality = ModalitySettings(
+            kind="text",
+            column="content",
+            encoder="random:bert" if name == "bert" else "random:clip",
+            training=training,
+            lora=LoraSettings(
+                rank=2,
+                dropout=0.5,
+                top_layers=2,
+                targets=["query", "value"] if name == "bert" else ["q_proj", "v_proj"],
+            ),
+            max_length=8,
+            activation_checkpointing=is_on,
+        )
+        torch.manual_seed(0)
+        encoder = build_encoder("it", modality, None).train()
+        randomized(encoder)  # type: ignore[arg-type]
+        with saved_tensors_hooks(partial(note, kept, is_on), lambda tensor: tensor):
+            output = encoder.encode(content_of("bert"))
+        output.values.square().sum().backward()
+        gradients.append(
+            {key: part.grad for key, part in encoder.named_parameters() if part.requires_grad}
+        )
+    assert kept.count(True) < kept.count(False) / 2  # activations are computed again
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[0].items():
+        assert gradient is not None and torch.equal(gradients[1][key], gradient), key

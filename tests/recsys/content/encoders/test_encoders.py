@@ -1,0 +1,266 @@
+"""Encoders run layer by layer against the whole transformers model, item by item, unpadded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from recsys.config import LoraSettings, ModalitySettings
+from recsys.content.encoders import transformer as transformer_encoder
+from recsys.content.encoders.build import TransformerEncoder, build_encoder
+from recsys.data.batch import ContentInput
+from tests.recsys.content.encoders.tiny_transformers import CONFIGS, SIZES, kind_of, tower_of
+
+Training = Literal["frozen", "lora", "full"]
+Pooling = Literal["mean", "cls", "last", "none", "projected"]
+
+MODELS = list(CONFIGS)
+TARGETS = {
+    name: ["query", "value"] if name in ("bert", "roberta") else ["q_proj", "v_proj"]
+    for name in MODELS
+}
+TRAININGS: list[Training] = ["frozen", "lora", "full"]
+POOLINGS: list[Pooling] = ["mean", "cls", "last", "none"]
+LENGTHS = [6, 1, 0, 4]  # tokens of each item; item 2 has no text, and no image
+
+
+@pytest.fixture(autouse=True)
+def groups_of_two_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformer_encoder, "ITEMS_PER_GROUP", 2)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each model with random weights, as safetensors; its dropout would show."""
+    folders = {}
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        model = transformers.AutoModel.from_config(config)
+        for parameter in model.parameters():  # as initialised, biases are 0 and norms 1
+            nn.init.normal_(parameter, std=0.4)
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folders[name])
+    return folders
+
+
+def encoder_of(
+    folders: dict[str, Path],
+    name: str,
+    training: Training,
+    pooling: Pooling = "mean",
+    top_layers: int = 2,
+) -> TransformerEncoder:
+    modality = ModalitySettings(
+        kind=kind_of(name),
+        column="content",
+        encoder=str(folders[name]),
+        training=training,
+        pooling=pooling,
+        lora=LoraSettings(rank=2, alpha=3.0, targets=TARGETS[name], top_layers=top_layers),
+        max_length=8,
+        image_size=8,
+    )
+    torch.manual_seed(1)
+    encoder = build_encoder("it", modality, None)
+    assert isinstance(encoder, TransformerEncoder)
+    return encoder
+
+
+def content_of(name: str, padded_length: int = 6) -> ContentInput:
+    generator = torch.Generator().manual_seed(2)
+    if kind_of(name) == "image":
+        pixels = torch.randint(256, (len(LENGTHS), 3, 8, 8), generator=generator)
+        mask = torch.tensor(LENGTHS).unsqueeze(1) > 0
+        return ContentInput(pixels.to(torch.uint8), mask)
+    lengths = torch.tensor(LENGTHS)
+    if name == "siglip_text":  # texts are filled up
+        lengths, padded_length = 8 * (lengths > 0), 8
+    ids = torch.randint(5, 30, (len(LENGTHS), 9), generator=generator)[:, :padded_length]
+    mask = torch.arange(padded_length)[None, :] < lengths[:, None]
+    if name == "clip_text":  # its sign for the end of a text
+        ids.scatter_(1, (lengths - 1).clamp(min=0)[:, None], 4)
+    return ContentInput(torch.where(mask, ids, 0), mask)
+
+
+def whole_model(folders: dict[str, Path], name: str) -> Any:
+    return transformers.AutoModel.from_pretrained(folders[name]).eval()
+
+
+def tokens_by_item(whole: Any, name: str, pooling: Pooling) -> dict[int, Tensor]:
+    """The whole model on one item at a time without padding, pooled by hand: [T, D] by item."""
+    model = tower_of(name, whole)
+    content, tokens = content_of(name), {}
+    for item, length in enumerate(LENGTHS):
+        if not length:
+            continue
+        if kind_of(name) == "image":
+            scaled = content.values[item].float() / 255
+            mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+            pixels = (scaled - mean[:, None, None]) / std[:, None, None]
+            hidden = model(pixel_values=pixels[None]).last_hidden_state[0]
+        else:
+            ids = content.values[item][content.mask[item]]
+            hidden = model(input_ids=ids[None]).last_hidden_state[0]
+        by_hand = {"mean": hidden.mean(0, keepdim=True), "cls": hidden[:1]}
+        tokens[item] = {**by_hand, "last": hidden[-1:], "none": hidden}[pooling]
+    return tokens
+
+
+def assert_tokens(output: ContentInput, expected: dict[int, Tensor]) -> None:
+    assert torch.isfinite(output.values).all()
+    for item in range(len(LENGTHS)):
+        there = output.values[item][output.mask[item]]
+        wanted = expected.get(item, torch.zeros(0, output.values.shape[2]))
+        torch.testing.assert_close(there, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("name", MODELS)
+def test_frozen_and_forward_together_equal_the_whole_model(
+    folders: dict[str, Path], name: str, training: Training, pooling: Pooling
+) -> None:
+    # In train mode: no dropout acts, though the model's configuration asks for it.
+    encoder = encoder_of(folders, name, training, pooling).train()
+    assert encoder.output_dim == SIZES["hidden_size"]
+    assert encoder.caches == (training != "full")
+    output = encoder.encode(content_of(name))
+    assert_tokens(output, tokens_by_item(whole_model(folders, name), name, pooling))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_full_training_gives_the_gradients_of_the_whole_model(
+    folders: dict[str, Path], name: str
+) -> None:
+    encoder = encoder_of(folders, name, "full")
+    output = encoder.encode(content_of(name))
+    output.values[output.mask].square().sum().backward()
+    model = whole_model(folders, name)
+    tokens = tokens_by_item(model, name, "mean")
+    sum(part.square().sum() for part in tokens.values()).backward()  # type: ignore[union-attr]
+    parameters = tower_of(name, model).named_parameters()
+    expected = {key: part.grad for key, part in parameters if part.grad is not None}
+    trained = {key: part for key, part in encoder.model.named_parameters() if part.requires_grad}
+    assert set(trained) == set(expected)  # not heads and the like, which no loss reaches
+    for key, parameter in trained.items():
+        torch.testing.assert_close(parameter.grad, expected[key], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_frozen_encoder_trains_nothing(folders: dict[str, Path], name: str) -> None:
+    encoder = encoder_of(folders, name, "frozen")
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert not encoder.encode(content_of(name)).values.requires_grad
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lora_sits_on_the_named_parts_of_the_top_layers_alone(
+    folders: dict[str, Path], name: str
+) -> None:
+    encoder = encoder_of(folders, name, "lora", top_layers=2)
+    trained = {key for key, part in encoder.named_parameters() if part.requires_grad}
+    places = {key.split(".lora_")[0] for key in trained}
+    assert all(".lora_A." in key or ".lora_B." in key for key in trained)
+    assert {place.rsplit(".", 1)[1] for place in places} == set(TARGETS[name])
+    layers = {next(word for word in place.split(".") if word.isdigit()) for place in places}
+    assert layers == {"1", "2"}
+    assert len(trained) == 2 * 2 * len(TARGETS[name])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lora_trains_adapters_and_leaves_base_weights_bit_equal(
+    folders: dict[str, Path], name: str
+) -> None:
+    encoder = encoder_of(folders, name, "lora").train()
+    before = {key: part.detach().clone() for key, part in encoder.named_parameters()}
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        encoder.encode(content_of(name)).values.square().sum().backward()
+        optimizer.step()
+    for key, parameter in encoder.named_parameters():
+        assert torch.equal(parameter, before[key]) != ("lora_" in key), key
+        assert (parameter.grad is None) != ("lora_" in key), key
+
+
+@pytest.mark.parametrize("name", ["bert", "clip", "clip_text", "siglip_image"])
+def test_trained_lora_equals_a_model_with_the_merged_weights(
+    folders: dict[str, Path], name: str
+) -> None:
+    encoder = encoder_of(folders, name, "lora")
+    model = whole_model(folders, name)
+    for key, part in encoder.model.named_modules():
+        if hasattr(part, "lora_B"):
+            a, b = part.lora_A["default"].weight, part.lora_B["default"].weight
+            with torch.no_grad():
+                b.normal_()
+                tower_of(name, model).get_submodule(key).weight += 3.0 / 2 * b @ a
+    output = encoder.encode(content_of(name))
+    assert_tokens(output, tokens_by_item(model, name, "mean"))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("training", ["frozen", "lora"])
+@pytest.mark.parametrize("name", MODELS)
+def test_dropped_frozen_layers_and_kept_outputs_change_nothing(
+    folders: dict[str, Path], name: str, training: Training, pooling: Pooling
+) -> None:
+    content = content_of(name)
+    encoder = encoder_of(folders, name, training, pooling)
+    expected = encoder.encode(content)
+    kept = encoder.frozen_outputs(content)
+    trained = {key: part for key, part in encoder.named_parameters() if part.requires_grad}
+    gradients = []
+    if trained:
+        gradients = list(torch.autograd.grad(expected.values.sum(), list(trained.values())))
+    size = sum(part.numel() for part in encoder.parameters())
+    encoder.drop_frozen_layers()
+    assert sum(part.numel() for part in encoder.parameters()) < size
+    left = {key: part for key, part in encoder.named_parameters() if part.requires_grad}
+    assert list(left) == list(trained)
+    output = encoder.encode(kept)
+    assert torch.equal(output.mask, expected.mask)
+    assert torch.equal(output.values, expected.values)
+    if trained:
+        again = torch.autograd.grad(output.values.sum(), list(left.values()))
+        assert all(torch.equal(*pair) for pair in zip(again, gradients, strict=True))
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("name", MODELS)
+def test_an_item_without_content_is_masked_and_harms_no_gradient(
+    folders: dict[str, Path], name: str, training: Training
+) -> None:
+    encoder = encoder_of(folders, name, training, "none")
+    output = encoder.encode(content_of(name))
+    assert not output.mask[2].any()
+    assert output.mask[0].all()
+    assert torch.isfinite(output.values).all()
+    if training != "frozen":
+        output.values.sum().backward()
+        for parameter in encoder.parameters():
+            assert parameter.grad is None or torch.isfinite(parameter.grad).all()
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_padding_further_does_not_change_an_item(
+    folders: dict[str, Path], name: str, training: Training
+) -> None:
+    encoder = encoder_of(folders, name, training)
+    short, long = encoder.encode(content_of(name)), encoder.encode(content_of(name, 9))
+    assert torch.equal(short.mask, long.mask)
+    torch.testing.assert_close(
+        short.values[short.mask], long.values[long.mask], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_the_frozen_layers_stay_in_eval_mode(folders: dict[str, Path]) -> None:
+    encoder = encoder_of(folders, "bert", "lora", top_layers=1).train()
+    assert not encoder.model.embeddings.training
+    assert [layer.training for layer in encoder.model.encoder.layer] == [False, False, True]

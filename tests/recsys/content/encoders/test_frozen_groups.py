@@ -1,0 +1,158 @@
+"""The frozen part gives an item the same bits, whatever it is batched with."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from recsys.config import LoraSettings, ModalitySettings
+from recsys.content.encoders.build import Encoder, build_encoder
+from recsys.content.encoders.frozen_groups import ITEMS_PER_GROUP, padded_lengths, run_in_groups
+from recsys.data.batch import ContentInput
+
+NUM_ITEMS, MAX_LENGTH = 80, 40
+LORA = {
+    "text": LoraSettings(rank=2, targets=["query", "value"], top_layers=1),
+    "image": LoraSettings(rank=2, targets=["q_proj", "v_proj"], top_layers=1),
+}
+
+
+def encoder_of(kind: str, training: str, pooling: str = "mean") -> Encoder:
+    settings = ModalitySettings(
+        kind=kind,  # type: ignore[arg-type]
+        column="column",
+        encoder="random:bert" if kind == "text" else "random:vit",
+        training=training,  # type: ignore[arg-type]
+        pooling=pooling,  # type: ignore[arg-type]
+        lora=LORA[kind],
+        max_length=MAX_LENGTH,
+        image_size=32,
+    )
+    return build_encoder("it", settings, None).eval()
+
+
+def content_of(kind: str) -> ContentInput:
+    """Texts of all lengths, or images; item 5 has neither."""
+    generator = torch.Generator().manual_seed(0)
+    if kind == "image":
+        pixels = torch.randint(256, (NUM_ITEMS, 3, 32, 32), generator=generator)
+        mask = torch.ones(NUM_ITEMS, 1, dtype=torch.bool)
+        mask[5] = False
+        return ContentInput(pixels.to(torch.uint8), mask)
+    lengths = torch.randint(1, MAX_LENGTH + 1, (NUM_ITEMS,), generator=generator)
+    lengths[5] = 0
+    mask = torch.arange(MAX_LENGTH) < lengths[:, None]
+    ids = torch.randint(5, 60, (NUM_ITEMS, MAX_LENGTH), generator=generator)
+    return ContentInput(torch.where(mask, ids, 0), mask)
+
+
+def part_of(content: ContentInput, items: Tensor) -> ContentInput:
+    """Some items, padded to the longest of them, as a batch has them."""
+    mask = content.mask[items]
+    longest = max(int(mask.sum(dim=1).max()), 1)
+    is_text = content.values.dim() == 2
+    values = content.values[items]
+    return ContentInput(values[:, :longest] if is_text else values, mask[:, :longest])
+
+
+@pytest.mark.parametrize("training", ["frozen", "lora"])
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_the_output_of_an_item_is_the_same_in_every_batch(kind: str, training: str) -> None:
+    encoder, content = encoder_of(kind, training, "none"), content_of(kind)
+    whole = encoder.frozen_outputs(content)
+    random = np.random.default_rng(0)
+    for size in (1, 3, 31, 33, NUM_ITEMS):
+        items = torch.from_numpy(random.permutation(NUM_ITEMS)[:size])
+        part = encoder.frozen_outputs(part_of(content, items))
+        longest = part.mask.shape[1]
+        assert torch.equal(part.mask, whole.mask[items, :longest])
+        assert torch.equal(part.values, whole.values[items, :longest])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "none"])
+@pytest.mark.parametrize("training", ["frozen", "lora"])
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_groups_give_what_one_call_gives_up_to_rounding(
+    kind: str, training: str, pooling: str
+) -> None:
+    encoder, content = encoder_of(kind, training, pooling), content_of(kind)
+    with torch.no_grad():
+        expected = encoder.frozen(content)
+    output = encoder.frozen_outputs(content)
+    longest = output.mask.shape[1]
+    known = output.mask
+    assert torch.equal(known, expected.mask[:, :longest])
+    assert not expected.mask[:, longest:].any()
+    torch.testing.assert_close(
+        output.values[known], expected.values[:, :longest][known], atol=1e-5, rtol=1e-5
+    )
+    assert not output.values[~known].any()
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    encoder, content = encoder_of("text", "lora"), content_of("text")
+    before = torch.get_num_threads()
+    try:
+        outputs = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outputs.append(encoder.frozen_outputs(content).values)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_autocast_does_not_reach_the_frozen_part() -> None:
+    encoder, content = encoder_of("text", "lora"), content_of("text")
+    expected = encoder.frozen_outputs(content).values
+    with torch.autocast("cpu", torch.bfloat16):
+        output = encoder.frozen_outputs(content).values
+    assert output.dtype == torch.float32
+    assert torch.equal(output, expected)
+
+
+def test_every_call_has_one_of_few_shapes() -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def run(content: ContentInput) -> ContentInput:
+        shapes.append(tuple(content.values.shape))
+        assert content.mask.any(dim=1).all()  # an item without content is not run
+        return ContentInput(content.values.unsqueeze(-1).float(), content.mask)
+
+    content = content_of("text")
+    output = run_in_groups(run, content, MAX_LENGTH, 1)
+    assert {items for items, _ in shapes} == {ITEMS_PER_GROUP}
+    assert {length for _, length in shapes} == {8, 16, 24, 32, 40}
+    assert torch.equal(output.values[..., 0].long(), content.values)
+
+
+@pytest.mark.parametrize(
+    ("longest", "expected"),
+    [
+        (5, [5, 5]),
+        (8, [8, 8]),
+        (20, [8, 8, 16, 20, 20]),
+        (512, [8, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 512]),
+    ],
+)
+def test_a_text_is_padded_by_its_own_length_and_never_beyond_the_longest(
+    longest: int, expected: list[int]
+) -> None:
+    lengths = torch.arange(1, longest + 1)
+    padded = padded_lengths(lengths, longest)
+    assert (padded >= lengths).all()
+    steps = sorted(set(expected))
+    assert padded.unique().tolist() == steps
+    # The next step up, not a later one.
+    assert all(min(s for s in steps if s >= n) == p for n, p in zip(lengths, padded, strict=True))
+
+
+def test_no_items_and_items_without_content_have_one_empty_token() -> None:
+    encoder, content = encoder_of("text", "lora"), content_of("text")
+    for items in (torch.zeros(0, dtype=torch.long), torch.tensor([5])):
+        empty = ContentInput(content.values[items], content.mask[items])
+        output = encoder.frozen_outputs(empty)
+        assert output.values.shape == (len(items), 1, encoder.output_dim)
+        assert not output.mask.any() and not output.values.any()

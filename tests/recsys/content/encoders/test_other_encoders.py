@@ -1,0 +1,136 @@
+"""Architectures beyond BERT, ViT, CLIP and SigLIP: cut below their adapters, or run whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from recsys.config import LoraSettings, ModalitySettings
+from recsys.content.encoders.build import TransformerEncoder, build_encoder
+from recsys.data.batch import ContentInput
+from tests.recsys.content.encoders.tiny_transformers import OTHER_CONFIGS, kind_of
+
+MODELS = list(OTHER_CONFIGS)
+LENGTHS = [6, 0, 3]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {}
+    for name, (config, _, _) in OTHER_CONFIGS.items():
+        torch.manual_seed(0)
+        model = transformers.AutoModel.from_config(config)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folders[name])
+    return folders
+
+
+def encoder_of(
+    folders: dict[str, Path],
+    name: str,
+    training: Literal["frozen", "lora", "full"],
+    top_layers: int = 1,
+) -> TransformerEncoder:
+    modality = ModalitySettings(
+        kind=kind_of(name),
+        column="content",
+        encoder=str(folders[name]),
+        training=training,
+        pooling="none",
+        lora=LoraSettings(rank=2, targets=OTHER_CONFIGS[name][1], top_layers=top_layers),
+        max_length=8,
+        image_size=8,
+    )
+    encoder = build_encoder("it", modality, None)
+    assert isinstance(encoder, TransformerEncoder)
+    for key, parameter in encoder.named_parameters():
+        if "lora_B" in key:
+            nn.init.normal_(parameter)
+    return encoder.train()
+
+
+def content_of(name: str) -> ContentInput:
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.tensor(LENGTHS)
+    if kind_of(name) == "image":
+        pixels = torch.randint(256, (3, 3, 8, 8), generator=generator).to(torch.uint8)
+        return ContentInput(pixels, lengths.unsqueeze(1) > 0)
+    mask = torch.arange(6) < lengths.unsqueeze(1)
+    ids = torch.randint(5, 30, (3, 6), generator=generator)
+    return ContentInput(torch.where(mask, ids, 0), mask)
+
+
+def hidden_states(model: Any, name: str, item: int) -> Tensor:
+    """Of one item without padding, [T, D]."""
+    content = content_of(name)
+    if kind_of(name) == "text":
+        ids = content.values[item][content.mask[item]]
+        return model(input_ids=ids[None]).last_hidden_state[0]
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    pixels = (content.values[item].float() / 255 - mean[:, None, None]) / std[:, None, None]
+    states = model(pixel_values=pixels[None]).last_hidden_state[0]
+    return states.flatten(1).T if states.dim() == 3 else states
+
+
+@pytest.mark.parametrize("training", ["frozen", "full"])
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_are_those_of_the_whole_model(
+    folders: dict[str, Path], name: str, training: Literal["frozen", "full"]
+) -> None:
+    encoder = encoder_of(folders, name, training)
+    output = encoder.encode(content_of(name))
+    model: Any = transformers.AutoModel.from_pretrained(folders[name]).eval()
+    model = model.get_encoder() if name == "t5" else model
+    for item in (0, 2):
+        there = output.values[item][output.mask[item]]
+        wanted = hidden_states(model, name, item)
+        torch.testing.assert_close(there, wanted, atol=1e-4, rtol=1e-4)
+    assert not output.mask[1].any()
+    if training == "full":  # no parameter waits in vain for the gradient that all ranks sum
+        output.values.sum().backward()
+        trained = [part for part in encoder.parameters() if part.requires_grad]
+        assert trained and all(part.grad is not None for part in trained)
+
+
+@pytest.mark.parametrize("where", ["top", "all"])
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_above_a_cut_equal_adapters_in_the_whole_model(
+    folders: dict[str, Path], name: str, where: str
+) -> None:
+    layers = len(encoder_of(folders, name, "frozen")._layers)
+    encoder = encoder_of(folders, name, "lora", 1 if where == "top" else layers)
+    assert (encoder.split is not None) == encoder.caches == OTHER_CONFIGS[name][2]
+    assert bool(encoder.notes) != encoder.caches
+    output = encoder.encode(content_of(name))
+    for item in (0, 2):  # adapters are in `model`, which here runs whole
+        there = output.values[item][output.mask[item]]
+        wanted = hidden_states(encoder.model, name, item)
+        torch.testing.assert_close(there, wanted, atol=1e-4, rtol=1e-4)
+    output.values[output.mask].square().sum().backward()
+    for key, parameter in encoder.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad == ("lora_" in key), key
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if OTHER_CONFIGS[name][2]])
+def test_freed_layers_are_not_missed(folders: dict[str, Path], name: str) -> None:
+    encoder = encoder_of(folders, name, "lora")
+    content = content_of(name)
+    expected, kept = encoder.encode(content), encoder.frozen_outputs(content)
+    assert kept.values.shape[-1] == encoder.frozen_dim
+    size = sum(part.numel() for part in encoder.parameters())
+    encoder.drop_frozen_layers()
+    assert sum(part.numel() for part in encoder.parameters()) < size
+    assert torch.equal(encoder.encode(kept).values, expected.values)
+
+
+def test_a_model_that_runs_whole_says_so_and_why(folders: dict[str, Path]) -> None:
+    (note,) = encoder_of(folders, "t5", "lora").notes
+    assert note.startswith("content.modalities.it.encoder: T5EncoderModel cannot be cut below")
+    assert note.endswith("all of its layers run in every step and none is cached")

@@ -1,0 +1,196 @@
+"""Items with several images: each is encoded by itself, their tokens stand side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recsys.config import LoraSettings, ModalitySettings
+from recsys.content.cache import fill as frozen_cache
+from recsys.content.cache.fill import cache_frozen_outputs
+from recsys.content.encoders.build import Encoder, build_encoder
+from recsys.data.filesystem import Location
+from recsys.data.items.content_store import ContentStore
+from recsys.data.items.images import decode_image
+from recsys.data.items.item_table import ItemTable
+from recsys.data.schema import load_schema
+from recsys.distributed.ranks import joined_ranks
+from tests.datasets import png, write_dataset
+from tests.recsys.data.items.item_content import rewrite
+
+NUM_ITEMS = 6
+COUNTS = [2, 1, 0, 3, 1, 4]  # images of each item; 4 are more than the settings below allow
+MOST = 3
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """Posters in lists; item 2 has none, and one of item 3's is null."""
+    dataset = write_dataset(tmp_path / "data", {}, num_items=NUM_ITEMS)
+    rng = np.random.default_rng(1)
+    images = {item: [png(rng) for _ in range(count)] for item, count in enumerate(COUNTS)}
+
+    def with_lists(table: pa.Table) -> pa.Table:
+        lists = [images[item] for item in table["item"].to_pylist()]
+        lists = [[*row[:1], None, *row[1:]] if len(row) == 3 else row or None for row in lists]
+        place = table.column_names.index("poster")
+        return table.set_column(place, "poster", pa.array(lists, pa.list_(pa.binary())))
+
+    rewrite(dataset, with_lists)
+    return dataset
+
+
+def modality_of(training: Any = "frozen", pooling: Any = "mean") -> ModalitySettings:
+    return ModalitySettings(
+        kind="image",
+        column="poster",
+        encoder="random:vit",
+        training=training,
+        pooling=pooling,
+        lora=LoraSettings(rank=2, targets=["q_proj", "v_proj"], top_layers=2),
+        image_size=32,
+        max_images=MOST,
+    )
+
+
+def store_of(dataset: Path, modality: ModalitySettings, on_bad_row: Any = "error") -> ContentStore:
+    root = Location.of(dataset)
+    table = ItemTable(root, load_schema(root), on_bad_row)
+    store = ContentStore(table, {"it": modality}, dataset.parent / "cache")
+    store.build("it")
+    return store
+
+
+def encoder_of(modality: ModalitySettings) -> Encoder:
+    torch.manual_seed(0)
+    encoder = build_encoder("it", modality, None)
+    for name, parameter in encoder.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return encoder.train()
+
+
+def single(modality: ModalitySettings) -> ModalitySettings:
+    return ModalitySettings(**{**vars(modality), "max_images": 1})
+
+
+def by_hand(dataset: Path, modality: ModalitySettings, encoder: Encoder) -> dict[int, Tensor]:
+    """The tokens of each item's images, encoded one by one: [T, D]."""
+    store = store_of(dataset, modality)
+    pixels = store.gather(np.arange(NUM_ITEMS))["it"]
+    tokens = {}
+    for item in range(NUM_ITEMS):
+        images = pixels.values[item][pixels.mask[item]]
+        parts = []
+        for image in images:
+            content = type(pixels)(image[None], torch.ones(1, 1, dtype=torch.bool))
+            parts.append(encoder.encode(content).values[0])
+        tokens[item] = torch.cat(parts) if parts else torch.zeros(0, encoder.output_dim)
+    return tokens
+
+
+def test_the_first_images_of_each_item_are_kept_and_the_others_told(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = store_of(dataset, modality_of()).gather(np.arange(NUM_ITEMS))["it"]
+    assert content.values.shape == (NUM_ITEMS, MOST, 3, 32, 32)
+    assert content.mask.sum(dim=1).tolist() == [min(count, MOST) for count in COUNTS]
+    assert "column 'poster': 1 items have more than max_images 3 images; the first 3" in (
+        capsys.readouterr().out
+    )
+    one = store_of(dataset, single(modality_of())).gather(np.arange(NUM_ITEMS))["it"]
+    assert one.values.shape == (NUM_ITEMS, 3, 32, 32)
+    assert torch.equal(one.values, content.values[:, 0])
+
+
+def test_single_images_of_a_plain_column_are_lists_of_one(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "data", {}, num_items=NUM_ITEMS)
+    several = store_of(dataset, modality_of()).gather(np.arange(NUM_ITEMS))["it"]
+    one = store_of(dataset, single(modality_of())).gather(np.arange(NUM_ITEMS))["it"]
+    assert torch.equal(several.values[:, 0], one.values)
+    assert torch.equal(several.mask, one.mask)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "none"])
+@pytest.mark.parametrize("training", ["frozen", "lora", "full"])
+def test_each_image_is_encoded_by_itself(dataset: Path, training: str, pooling: str) -> None:
+    modality = modality_of(training, pooling)
+    encoder = encoder_of(modality)
+    content = store_of(dataset, modality).gather(np.arange(NUM_ITEMS))["it"]
+    output = encoder.encode(content)
+    expected = by_hand(dataset, modality, encoder_of(single(modality)))
+    size = 5 if pooling == "none" else 1
+    assert output.mask.sum(dim=1).tolist() == [min(count, MOST) * size for count in COUNTS]
+    for item, tokens in expected.items():
+        there = output.values[item][output.mask[item]]
+        torch.testing.assert_close(there, tokens, atol=1e-5, rtol=1e-5)
+    if training != "frozen":
+        output.values[output.mask].square().sum().backward()
+        trained = [part for part in encoder.parameters() if part.requires_grad]
+        assert trained and all(part.grad is not None for part in trained)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "none"])
+@pytest.mark.parametrize("training", ["frozen", "lora"])
+def test_the_cache_is_by_item_and_gives_the_same_bits(
+    dataset: Path, training: str, pooling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen_cache, "ITEMS_PER_CALL", 2)
+    modality = modality_of(training, pooling)
+    store, encoder = store_of(dataset, modality), encoder_of(modality)
+    expected = encoder.encode(store.gather(np.arange(NUM_ITEMS))["it"])
+    with joined_ranks("cpu") as ranks:
+        report = cache_frozen_outputs(store, "it", encoder, ranks)
+    assert report.items == report.encoded == 5
+    output = encoder.encode(store.gather(np.arange(NUM_ITEMS))["it"])
+    assert torch.equal(output.mask, expected.mask)
+    assert torch.equal(output.values, expected.values)
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+@pytest.mark.parametrize("training", ["lora", "full"])
+def test_a_batch_without_any_image_still_gives_gradient(
+    dataset: Path, training: str, is_cached: bool
+) -> None:
+    modality = modality_of(training)
+    store, encoder = store_of(dataset, modality), encoder_of(modality)
+    if is_cached and training == "lora":
+        with joined_ranks("cpu") as ranks:
+            cache_frozen_outputs(store, "it", encoder, ranks)
+    output = encoder.encode(store.gather(np.array([2]))["it"])
+    assert not output.mask.any()
+    output.values.sum().backward()
+    assert all(part.grad is not None for part in encoder.parameters() if part.requires_grad)
+
+
+def test_an_image_of_a_list_that_cannot_be_read_is_named_or_left_out(dataset: Path) -> None:
+    good = png(np.random.default_rng(2))
+
+    def with_damage(table: pa.Table) -> pa.Table:
+        place = table.column_names.index("poster")
+        lists = pa.array([[good, b"no image"]] * NUM_ITEMS, pa.list_(pa.binary()))
+        return table.set_column(place, "poster", lists)
+
+    rewrite(dataset, with_damage)
+    with pytest.raises(ValueError, match=r"'poster', row 0: image 1 of its 2: not a readable imag"):
+        store_of(dataset, modality_of())
+    content = store_of(dataset, modality_of(), "skip").gather(np.arange(NUM_ITEMS))["it"]
+    assert content.mask.tolist() == [[True]] * NUM_ITEMS
+    assert np.array_equal(content.values[0, 0], decode_image(good, 32))
+
+
+def test_a_column_of_another_type_is_named(dataset: Path) -> None:
+    def with_numbers(table: pa.Table) -> pa.Table:
+        place = table.column_names.index("poster")
+        return table.set_column(place, "poster", pa.array([[1]] * NUM_ITEMS))
+
+    rewrite(dataset, with_numbers)
+    message = r"'poster' has type list<.*int64>, expected binary or list<binary>"
+    with pytest.raises(ValueError, match=message):
+        store_of(dataset, modality_of())

@@ -1,0 +1,48 @@
+"""Batches of nothing but items: targets, and histories where they are wanted."""
+
+from __future__ import annotations
+
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recsys.data.batch import Batch
+
+
+def batch_of_items(
+    targets: list[int], histories: list[list[int]] | None = None, index_dedup: bool = True
+) -> Batch:
+    """A batch as the loader makes it, whose content is not read yet.
+
+    The parallel list of the histories numbers their places.
+    """
+    rows = len(targets)
+    target = torch.tensor(targets)
+    histories = histories or [[] for _ in targets]
+    lengths = torch.tensor([len(history) for history in histories])
+    places = torch.tensor([item for history in histories for item in history], dtype=torch.long)
+    history_items, history_index = places.unique(return_inverse=True)
+    content_items, target_index = target.unique(return_inverse=True)
+    of_history = torch.zeros(rows, dtype=torch.long)
+    of_history[0] = len(history_items)
+    return Batch(
+        dense_features=torch.zeros(rows, 0),
+        sparse_features=None,
+        labels=torch.zeros(rows, 1),
+        sequence_features=KeyedJaggedTensor.from_lengths_sync(
+            ["item", "history"],
+            torch.cat([target, history_items if index_dedup else places]),
+            torch.cat([torch.ones_like(target), of_history if index_dedup else lengths]).int(),
+        ),
+        target_items=target,
+        groups=torch.zeros(rows, dtype=torch.long),
+        row_positions=torch.arange(rows),
+        history_lengths=lengths,
+        history_values=torch.arange(len(places)).float().unsqueeze(1),
+        history_items=history_items,
+        history_index=history_index,
+        content_items=content_items,
+        target_index=target_index,
+        history_content_index=target[:0],
+        bank_items=target[:0],
+        longest_history=int(lengths.max()),
+    )

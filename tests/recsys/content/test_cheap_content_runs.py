@@ -1,0 +1,77 @@
+"""Whole runs with what makes content cheap: shared items, sampling, searched histories."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recsys.config import load_config
+from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.predict import evaluate
+from recsys.training.train import train
+from tests.datasets import write_dataset
+from tests.ranks import run_on_ranks
+from tests.recsys.checkpoint.test_resume import StepsSeen, TrainingStopped, assert_same_end
+from tests.recsys.command_runs import NUM_ROWS, TINY, assert_same_metrics
+from tests.recsys.em3_runs import ranks_of
+
+RECIPES = {
+    "shared and searched": [
+        "--content.dedup=global",
+        "--content.history.top_k=2",
+        "--content.history.simtier_bins=4",
+        "--content.history.sorted_cosines=2",
+    ],
+    "shared and sampled": [
+        "--content.dedup=global",
+        "--content.sampling={forward: 0.6, backward: 0.3}",
+        "--content.history.same_step=false",
+    ],
+    "shared, history encoded": ["--content.dedup=global", "--content.history.mode=full"],
+    "history at each place": ["--embedding.index_dedup=false"],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("cheap") / "data", NUM_ROWS)
+
+
+def config_of(data: Path, recipe: str, *more: str) -> Any:
+    words = ["--batch_size=8", "--epochs=1", "--device=cpu", f"--cache={data.parent / 'cache'}"]
+    return load_config(TINY, [*words, *RECIPES[recipe], *more])
+
+
+def trained(rank: int, world_size: int, data: Path) -> dict[str, Any]:
+    """Test metrics of each recipe."""
+    return {
+        recipe: train(
+            config_of(data, recipe), str(data), data.parent / recipe, ranks_of(rank, world_size)
+        )["test"]
+        for recipe in RECIPES
+    }
+
+
+def test_two_ranks_train_each_and_one_rank_evaluates_to_the_same(data: Path) -> None:
+    first, second = run_on_ranks(trained, 2, data)
+    assert first.keys() == second.keys() == RECIPES.keys()
+    for recipe, metrics in first.items():
+        assert_same_metrics(second[recipe], metrics)
+        assert metrics["num_samples"] == NUM_ROWS["test"]
+        with joined_ranks("cpu") as ranks:
+            report = evaluate(data.parent / recipe, None, "test", ranks, "cpu")
+        assert_same_metrics(report, metrics)
+
+
+def test_a_sampled_run_that_stops_goes_on_with_the_same_bits(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(data, "shared and sampled", "--epochs=2")
+    for name, stop_after in (("whole", None), ("stopped", 5), ("stopped", None)):
+        with monkeypatch.context() as patch, joined_ranks("cpu") as ranks:
+            StepsSeen(patch, stop_after)
+            try:
+                train(config, str(data), tmp_path / name, ranks)
+            except TrainingStopped:
+                assert stop_after is not None
+    assert_same_end(tmp_path / "stopped", tmp_path / "whole")

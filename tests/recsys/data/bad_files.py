@@ -1,0 +1,136 @@
+"""Bad files of impressions: what is done to a good dataset, and what the error must say."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from pyarrow.parquet import encryption
+
+from tests.recsys.data.bad_impressions import FILE, BadInput, Spoil, table
+
+
+def content(change: Callable[[bytes], bytes]) -> Spoil:
+    """The file's bytes are changed."""
+    return lambda data: (data / FILE).write_bytes(change((data / FILE).read_bytes()))
+
+
+def _first_page(data: Path, group: int) -> int:
+    with pq.ParquetFile(data / FILE) as parquet:
+        return int(parquet.metadata.row_group(group).column(0).dictionary_page_offset)
+
+
+def damaged_page(data: Path) -> None:
+    """The header of a page in the last row group."""
+    start = _first_page(data, 2)
+    content(lambda whole: whole[:start] + b"\xff" * 40 + whole[start + 40 :])(data)
+
+
+def flipped_bit_under_a_checksum(data: Path) -> None:
+    """A user id becomes another one that could be true; the writer stored checksums."""
+    users = pq.read_table(data / FILE)
+    options: dict[str, Any] = {"use_dictionary": False, "compression": "none"}
+    pq.write_table(users, data / FILE, write_page_checksum=True, **options)
+    with pq.ParquetFile(data / FILE) as parquet:
+        chunk = parquet.metadata.row_group(0).column(0)
+        last_user = chunk.data_page_offset + chunk.total_compressed_size - 8
+
+    def flip(whole: bytes) -> bytes:
+        return whole[:last_user] + bytes([whole[last_user] ^ 1]) + whole[last_user + 1 :]
+
+    content(flip)(data)
+
+
+def cut_page(data: Path) -> None:
+    """Bytes inside the file are gone, those behind have moved."""
+    start = _first_page(data, 1)
+    content(lambda whole: whole[: start + 30] + whole[start + 60 :])(data)
+
+
+class _Keys(encryption.KmsClient):
+    """Keys wrapped by nothing, which is enough to write an encrypted file."""
+
+    def __init__(self, _: encryption.KmsConnectionConfig) -> None:
+        super().__init__()
+
+    def wrap_key(self, key_bytes: bytes, master_key_identifier: str) -> bytes:
+        return base64.b64encode(key_bytes)
+
+    def unwrap_key(self, wrapped_key: bytes, master_key_identifier: str) -> bytes:
+        return base64.b64decode(wrapped_key)
+
+
+def encrypted(plaintext_footer: bool) -> Spoil:
+    def spoil(data: Path) -> None:
+        properties = encryption.CryptoFactory(_Keys).file_encryption_properties(
+            encryption.KmsConnectionConfig(),
+            encryption.EncryptionConfiguration(
+                "footer", column_keys={"column": ["user"]}, plaintext_footer=plaintext_footer
+            ),
+        )
+        pq.write_table(pq.read_table(data / FILE), data / FILE, encryption_properties=properties)
+
+    return spoil
+
+
+def beside(make: Spoil) -> Spoil:
+    """Something else with the name of a data file."""
+    return lambda data: make(data / "train" / "part-2.parquet")
+
+
+def one_row(data: Path) -> None:
+    """All of training."""
+    (data / "train" / "part-0.parquet").unlink()
+    table(lambda rows: rows.slice(0, 1))(data)
+
+
+UNREADABLE = [f"{FILE}: not a readable Parquet file"]
+
+FILES = {
+    "zero bytes": BadInput(content(lambda _: b""), UNREADABLE),
+    "magic bytes only": BadInput(content(lambda _: b"PAR1PAR1"), UNREADABLE),
+    "CSV": BadInput(content(lambda _: b"user,item\n1,2\n" * 99), UNREADABLE),
+    "footer cut": BadInput(content(lambda whole: whole[:-20]), UNREADABLE),
+    "second half gone": BadInput(content(lambda whole: whole[: len(whole) // 2]), UNREADABLE),
+    "footer overwritten": BadInput(
+        content(lambda whole: whole[:-900] + b"\xff" * 800 + whole[-100:]), UNREADABLE
+    ),
+    "page header overwritten": BadInput(
+        damaged_page, [f"{FILE}: row group 2 (rows from 22) cannot be read", "write the file again"]
+    ),
+    "bytes cut out of a page": BadInput(
+        cut_page, [f"{FILE}: row group 1 (rows from 11) cannot be read"]
+    ),
+    "flipped bit under a checksum": BadInput(
+        flipped_bit_under_a_checksum, [f"{FILE}: row group 0 (rows from 0) cannot be read", "CRC"]
+    ),
+    "encrypted footer": BadInput(encrypted(False), [*UNREADABLE, "encrypted"]),
+    "encrypted column": BadInput(
+        encrypted(True), [f"{FILE}: row group 0", "cannot be read", "rypt"]
+    ),
+    "no rows": BadInput(table(lambda rows: rows.slice(0, 0)), [f"{FILE}: the file has no rows"]),
+    "a folder named like a file": BadInput(
+        beside(Path.mkdir), ["train/part-2.parquet: not a file"]
+    ),
+    "a broken link": BadInput(
+        beside(lambda path: path.symlink_to("gone")), ["train/part-2.parquet: not a file"]
+    ),
+    "a pipe": BadInput(beside(os.mkfifo), ["train/part-2.parquet: not a file"]),
+    "fewer rows than ranks": BadInput(
+        one_row, ["1 training rows cannot be shared by 2 ranks; start fewer ranks"]
+    ),
+    "no training files": BadInput(
+        lambda data: shutil.rmtree(data / "train"),
+        ["train: no *.parquet files; a dataset needs this split"],
+    ),
+}
+
+if os.geteuid():  # root may read everything
+    FILES["a file without permission"] = BadInput(
+        lambda data: (data / FILE).chmod(0), [*UNREADABLE, "Permission denied"]
+    )

@@ -1,0 +1,185 @@
+"""Features in .npy files beside the items, against numpy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from recsys.config import Config, ContentSettings, ModalitySettings
+from recsys.data.filesystem import Location
+from recsys.data.items import feature_file
+from recsys.data.items.content_store import ContentStore
+from recsys.data.items.item_table import ItemTable
+from recsys.data.schema import load_schema
+from recsys.distributed.ranks import joined_ranks
+from recsys.training.train import train
+from tests.datasets import write_dataset
+from tests.recsys.em3_runs import em3_config
+
+NUM_ITEMS = 8
+AUDIO = ModalitySettings(kind="feature", column="audio")
+
+
+@pytest.fixture(autouse=True)
+def pieces_of_three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_file, "BYTES_PER_PIECE", 3 * 4 * 5 * 2)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    return write_dataset(tmp_path / "data", {}, num_items=NUM_ITEMS)
+
+
+def with_audio(dataset: Path, features: np.ndarray, ids: np.ndarray | None = None) -> Path:
+    """Puts these features beside the items."""
+    np.save(dataset / "audio.npy", features)
+    column = "{kind: feature, file: audio.npy}"
+    if ids is not None:
+        np.save(dataset / "audio_ids.npy", ids)
+        column = "{kind: feature, file: audio.npy, ids: audio_ids.npy}"
+    schema = dataset / "schema.yaml"
+    schema.write_text(schema.read_text() + f"    audio: {column}\n")
+    return dataset
+
+
+def store_of(dataset: Path, on_bad_row: Any = "error") -> ContentStore:
+    root = Location.of(dataset)
+    table = ItemTable(root, load_schema(root), on_bad_row)
+    store = ContentStore(table, {"audio": AUDIO}, dataset.parent / "cache")
+    store.build("audio")
+    return store
+
+
+def ids_in_files(dataset: Path) -> list[int]:
+    return pq.read_table(dataset / "items")["item"].to_pylist()
+
+
+def random_features(*shape: int, kind: str = "float32") -> np.ndarray:
+    return np.random.default_rng(0).random(shape).astype(kind)
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+def test_a_row_per_item_in_the_order_of_the_files(dataset: Path, kind: str) -> None:
+    features = random_features(NUM_ITEMS, 5, kind=kind)
+    content = store_of(with_audio(dataset, features)).gather(np.arange(NUM_ITEMS))["audio"]
+    assert content.mask.all() and content.values.shape == (NUM_ITEMS, 1, 5)
+    for row, item in enumerate(ids_in_files(dataset)):
+        assert content.values[item, 0].tolist() == features[row].astype(np.float32).tolist()
+
+
+def test_tokens_and_items_that_are_nan_throughout_are_not_there(dataset: Path) -> None:
+    features = random_features(NUM_ITEMS, 4, 5)
+    features[1, 2:] = np.nan  # two tokens
+    features[3] = np.nan  # none
+    content = store_of(with_audio(dataset, features)).gather(np.arange(NUM_ITEMS))["audio"]
+    for row, item in enumerate(ids_in_files(dataset)):
+        count = {1: 2, 3: 0}.get(row, 4)
+        assert content.mask[item].tolist() == [True] * count + [False] * (4 - count)
+        assert np.array_equal(content.values[item, :count], features[row, :count])
+        assert not content.values[item, count:].any()
+
+
+def test_rows_by_id_in_any_order_for_some_items_and_for_others_that_do_not_exist(
+    dataset: Path,
+) -> None:
+    features = random_features(4, 5)
+    content = store_of(with_audio(dataset, features, np.array([6, 99, 0, 3])))
+    found = content.gather(np.arange(NUM_ITEMS))["audio"]
+    assert found.mask[:, 0].tolist() == [item in (0, 3, 6) for item in range(NUM_ITEMS)]
+    for row, item in ((0, 6), (2, 0), (3, 3)):
+        assert np.array_equal(found.values[item, 0], features[row])
+
+
+def test_raw_ids_find_their_items(dataset: Path) -> None:
+    items = dataset / "items" / "part-0.parquet"
+    table = pq.read_table(items)
+    raw = [f"sku {item}" for item in table["item"].to_pylist()]
+    pq.write_table(table.set_column(0, "item", pa.array(raw)), items)
+    schema = dataset / "schema.yaml"
+    schema.write_text(
+        schema.read_text().replace(
+            "num_embeddings: 8}", "num_embeddings: 997, vocabulary: {kind: hash}}"
+        )
+    )
+    features = random_features(2, 5)
+    store = store_of(with_audio(dataset, features, np.array(["sku 5", "sku 2"])))
+    rows = dict(zip(raw, store.items.ids.tolist()))
+    found = store.gather(np.array([rows["sku 2"], rows["sku 5"]]))["audio"]
+    assert np.array_equal(found.values[:, 0], features[::-1])
+
+
+BAD: list[tuple[np.ndarray, np.ndarray | None, str]] = [
+    (
+        np.zeros((7, 5), np.float32),
+        None,
+        r"audio.npy: has 7 rows, the items' files 8; .*audio\.ids",
+    ),
+    (np.zeros((8, 5), np.int64), None, r"audio.npy: holds int64, expected one of float16"),
+    (np.zeros(8, np.float32), None, r"audio.npy: has shape \[8\]; save \[items, values\]"),
+    (np.zeros((5, 8), np.float32).T, None, r"has shape \[8, 5\] in column order"),
+    (np.zeros((8, 5), np.float32), np.zeros(7, int), r"audio_ids.npy: has shape \[7\] of int64"),
+    (np.zeros((8, 5), np.float32), np.zeros(8, int), r"audio_ids.npy: id 0 has two rows"),
+    (np.zeros((8, 5), np.float32), np.array(["a"] * 8), r"type string, expected integer"),
+    (np.full((8, 5), np.nan, np.float32), None, r"'audio' is null or empty in every row"),
+]
+
+
+@pytest.mark.parametrize(("features", "ids", "message"), BAD, ids=[bad[2][:30] for bad in BAD])
+def test_a_file_that_does_not_fit_is_named(
+    dataset: Path, features: np.ndarray, ids: np.ndarray | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        store_of(with_audio(dataset, features, ids))
+
+
+def test_a_missing_a_cut_and_a_foreign_file_are_named(dataset: Path) -> None:
+    file = with_audio(dataset, random_features(NUM_ITEMS, 5)) / "audio.npy"
+    content = file.read_bytes()
+    file.write_bytes(content[:-4])
+    with pytest.raises(ValueError, match=r"audio.npy: ends before row 7"):
+        store_of(dataset)
+    file.write_bytes(b"no numbers")
+    with pytest.raises(ValueError, match=r"audio.npy: not a readable .npy file"):
+        store_of(dataset)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"audio.npy: no such file; schema.yaml names it"):
+        store_of(dataset)
+
+
+def test_a_value_that_is_not_finite_is_named_by_row_or_its_item_left_out(dataset: Path) -> None:
+    features = random_features(NUM_ITEMS, 5)
+    features[4, 2] = np.nan
+    with_audio(dataset, features)
+    with pytest.raises(ValueError, match=r"audio.npy: column 'audio', row 4: .*not finite; write"):
+        store_of(dataset)
+    store = store_of(dataset, "skip")
+    found = store.gather(np.arange(NUM_ITEMS))["audio"]
+    assert found.mask.sum() == NUM_ITEMS - 1
+    assert not found.mask[ids_in_files(dataset)[4]].any()
+    assert store.items.bad_rows.found
+
+
+def test_only_features_have_a_file(dataset: Path) -> None:
+    schema = dataset / "schema.yaml"
+    good = schema.read_text()
+    schema.write_text(good + "    song: {kind: text, file: song.npy}\n")
+    with pytest.raises(ValueError, match="item column 'song': a file is of kind feature"):
+        load_schema(Location.of(dataset))
+    schema.write_text(good + "    song: {kind: feature, ids: ids.npy}\n")
+    with pytest.raises(ValueError, match="item column 'song': ids are those of a file"):
+        load_schema(Location.of(dataset))
+
+
+def test_audio_is_a_modality_by_configuration_alone(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "data")
+    with_audio(dataset, random_features(30, 3, 5))
+    content = ContentSettings(modalities={"audio": AUDIO}, dim=16)
+    config: Config = em3_config(tmp_path, content=content, epochs=1)
+    with joined_ranks("cpu") as ranks:
+        metrics = train(config, str(dataset), tmp_path / "run", ranks)
+    assert 0 <= metrics["test"]["auc"] <= 1

@@ -1,0 +1,205 @@
+"""Content of unusual size or form: read as it is meant, in bounded memory, or skipped and told."""
+
+import json
+from contextlib import closing
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from recsys.content.encoders.tiny_encoders import tiny_tokenizer
+from recsys.data.filesystem import Location
+from recsys.data.items import item_table
+from recsys.data.items.content_store import ContentStore
+from recsys.data.items.images import decode_image
+from recsys.data.items.item_table import ItemTable
+from recsys.data.items.item_text import CHARACTERS_PER_TOKEN, tokenize
+from recsys.data.items.ragged_array import RaggedArray, RaggedWriter
+from recsys.data.schema import load_schema
+from recsys.distributed.ranks import joined_ranks
+from tests.datasets import FEATURE_WIDTH, png, write_dataset
+from tests.recsys.data.items.bad_items import not_utf8
+from tests.recsys.data.items.item_content import MODALITIES, store_of, write_items
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    return write_dataset(tmp_path / "data", {}, num_items=8)
+
+
+def skipping_store(dataset: Path, *names: str) -> ContentStore:
+    root = Location.of(dataset)
+    items = ItemTable(root, load_schema(root), on_bad_row="skip")
+    modalities = {name: MODALITIES[name] for name in names}
+    store = ContentStore(items, modalities, dataset.parent / "cache")
+    for name in names:
+        store.build(name, tiny_tokenizer() if name == "text" else None)
+    return store
+
+
+def known(store: ContentStore, name: str, *items: int) -> list[bool]:
+    """Which items have this content."""
+    return store.gather(np.array(items))[name].mask.any(dim=1).tolist()
+
+
+class CountingTokenizer:
+    """Takes note of the longest text of each call."""
+
+    def __init__(self) -> None:
+        self.longest: list[int] = []
+
+    def __call__(self, texts: list[str], **options: Any) -> Any:
+        self.longest.append(max(map(len, texts)))
+        return tiny_tokenizer()(texts, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("a book of many words " * 5_000, False),
+        (" " * 100_000 + "at last a word", True),
+        ("x" * 100_000 + " and a word", True),
+    ],
+)
+def test_a_long_text_is_cut_before_it_is_tokenised(text: str, whole: bool) -> None:
+    """Looked at whole only where its beginning has too few tokens; the result is the same."""
+    tokenizer = CountingTokenizer()
+    short = "short"
+    expected = tiny_tokenizer()([text, short], truncation=True, max_length=16)["input_ids"]
+    assert tokenize([text, None, short, ""], 16, tokenizer) == [expected[0], [], expected[1], []]
+    assert tokenizer.longest == [16 * CHARACTERS_PER_TOKEN, *([len(text)] if whole else [])]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.large_string(),
+        pa.string_view(),
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.dictionary(pa.int8(), pa.large_string()),
+    ],
+    ids=str,
+)
+def test_texts_of_every_string_type_are_read(dataset: Path, kind: pa.DataType) -> None:
+    write_items(dataset, text=pa.array(["a", None, "bc", "a"], kind))
+    text = store_of(dataset, "text").gather(np.arange(8, 12))["text"]
+    expected = tiny_tokenizer()(["a", "bc"])["input_ids"]
+    found = [row[mask].tolist() for row, mask in zip(text.values, text.mask, strict=True)]
+    assert found == [expected[0], [], expected[1], expected[0]]
+
+
+def test_columns_are_read_a_few_rows_at_a_time(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = store_of(dataset, "text", "poster", "clip").gather(np.arange(8))
+    monkeypatch.setattr(item_table, "ROWS_PER_CHUNK", 3)
+    root = Location.of(dataset)
+    items = ItemTable(root, load_schema(root))
+    assert max(len(chunk) for _, _, chunk in items.chunks("poster")) == 3
+    store = ContentStore(items, MODALITIES, dataset.parent / "other")
+    for name in MODALITIES:
+        store.build(name, tiny_tokenizer())
+        part = store.gather(np.arange(8))[name]
+        assert part.values.equal(whole[name].values)
+        assert part.mask.equal(whole[name].mask)
+
+
+def test_an_image_of_16_bits_keeps_its_shades() -> None:
+    shades = np.repeat(np.arange(4, dtype=np.uint16)[None] * 0x4000 + 0x55, 4, axis=0)
+    buffer = BytesIO()
+    Image.fromarray(shades).save(buffer, format="PNG")
+    assert decode_image(buffer.getvalue(), 4)[0, 0].tolist() == [0, 64, 128, 192]
+
+
+def test_an_animation_is_its_first_frame() -> None:
+    frames = [Image.new("RGB", (9, 9), (shade, 0, 0)) for shade in (200, 100, 0)]
+    buffer = BytesIO()
+    frames[0].save(buffer, format="GIF", save_all=True, append_images=frames[1:])
+    assert (decode_image(buffer.getvalue(), 4)[0] == 200).all()
+
+
+def test_an_array_written_in_chunks_is_the_one_written_whole(tmp_path: Path) -> None:
+    lengths = np.array([2, 0, 1, 3, 0])
+    values = np.arange(24, dtype=np.uint8).reshape(6, 2, 2)
+    with closing(RaggedWriter(tmp_path, (2, 2), "uint8")) as writer:
+        writer.add(lengths[:2], values[:2])
+        writer.add(lengths[2:], values[2:])
+    array = RaggedArray(tmp_path)
+    assert array.lengths.tolist() == lengths.tolist()
+    assert np.array_equal(array.values, values)
+
+
+def test_a_damaged_cache_is_named(dataset: Path) -> None:
+    folder = store_of(dataset, "text").folders["text"]
+    for name in ("values.npy", "offsets.npy"):
+        good = (folder / name).read_bytes()
+        for bad in (b"", good[:-8], good[:20]):
+            (folder / name).write_bytes(bad)
+            with pytest.raises(
+                ValueError, match=f"{folder}: damaged .*; remove it, it is made aga"
+            ):
+                store_of(dataset, "text")
+        (folder / name).write_bytes(good)
+    np.save(folder / "values.npy", np.load(folder / "values.npy")[:1])
+    with pytest.raises(ValueError, match=rf"{folder}: damaged \(its files differ\); remove it"):
+        store_of(dataset, "text")
+
+
+def test_bad_content_is_skipped_as_missing_and_counted(dataset: Path) -> None:
+    """Also by a second store, which finds what was made in the cache."""
+    good, nan = [1.0] * FEATURE_WIDTH, float("nan")
+    image = png(np.random.default_rng(0))
+    file = write_items(
+        dataset,
+        text=pa.concat_arrays([not_utf8(b"\xff"), pa.array(["good"])]),
+        poster=pa.array([b"no image", image, b"", None]),
+        clip=pa.array([[1.0] * 5, good, [nan] * FEATURE_WIDTH, good], pa.list_(pa.float32())),
+    )
+    for _ in range(2):
+        store = skipping_store(dataset, "text", "poster", "clip")
+        assert known(store, "text", 8, 9, 10, 11) == [True, False, False, True]
+        assert known(store, "poster", 8, 9, 10, 11) == [False, True, False, False]
+        assert known(store, "clip", 8, 9, 10, 11) == [False, True, False, True]
+        with joined_ranks("cpu") as ranks:
+            summary = store.items.bad_rows.summary(ranks, "items")
+        found = {
+            (entry["column"], entry["reason"]): (entry["rows"], entry["first_row"])
+            for entry in summary["found"]
+        }
+        assert found == {
+            ("text", "text that is not UTF-8"): (1, 2),
+            ("poster", "unreadable image"): (2, 0),
+            ("clip", f"a feature of other than {FEATURE_WIDTH} values"): (1, 0),
+            ("clip", "a feature with a value that is null or not finite"): (1, 2),
+        }
+        assert {entry["file"] for entry in summary["found"]} == {str(file)}
+        json.dumps(summary)
+
+
+def test_a_first_feature_of_another_width_does_not_decide_for_all(dataset: Path) -> None:
+    clips = [[1.0] * 5, *[[float(index)] * 4 for index in range(11)]]
+    write_items(dataset, clip=pa.array(clips, pa.list_(pa.float32())))
+    (dataset / "items" / "part-0.parquet").unlink()
+    store = skipping_store(dataset, "clip")
+    assert known(store, "clip", *range(8, 20)) == [False, *[True] * 11]
+    assert store.gather(np.array([19]))["clip"].values.tolist() == [[[10.0] * 4]]
+
+
+def test_rows_of_unusable_items_are_skipped_and_the_others_keep_their_content(
+    dataset: Path,
+) -> None:
+    ids = pa.array([19, None, 20, 3, 19, 12])
+    clips = pa.array([[float(index)] * FEATURE_WIDTH for index in range(6)], pa.list_(pa.float32()))
+    file = write_items(dataset, item=ids, clip=clips)
+    store = skipping_store(dataset, "clip")
+    assert store.items.ids[-2:].tolist() == [19, 12]
+    assert store.gather(np.array([19, 12]))["clip"].values[:, 0, 0].tolist() == [0.0, 5.0]
+    assert store.items.bad_rows.found == {
+        (str(file), "item", 0, "null"): (1, 1),
+        (str(file), "item", 0, "id outside [0, 20)"): (1, 2),
+        (str(file), "item", 0, "a second row of an item"): (2, 3),
+    }

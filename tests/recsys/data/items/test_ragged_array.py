@@ -1,0 +1,164 @@
+"""Rows of varying length on disk against a list of lists, and every way to gather them."""
+
+import pickle
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recsys.data.items import ragged_array
+from recsys.data.items.ragged_array import RaggedArray, RowWriter
+
+
+def write(folder: Path, rows: list[list[int]]) -> RaggedArray:
+    array = RaggedArray.create(folder, np.array([len(row) for row in rows]), (), "int64")
+    array.values[: sum(map(len, rows))] = np.array([value for row in rows for value in row])
+    array.values.flush()
+    return RaggedArray(folder)
+
+
+def test_gathered_rows_are_padded_to_the_longest_of_them(tmp_path: Path) -> None:
+    array = write(tmp_path, [[1, 2, 3, 4], [5], [], [6, 7]])
+    values, mask = array.gather(np.array([3, 1, 2, 3]))
+    assert values.tolist() == [[6, 7], [5, 0], [0, 0], [6, 7]]
+    assert mask.tolist() == [[True, True], [True, False], [False, False], [True, True]]
+    assert (len(array), array.lengths.tolist()) == (4, [4, 1, 0, 2])
+
+
+def test_an_unknown_row_has_no_entry_and_zero_values(tmp_path: Path) -> None:
+    values, mask = write(tmp_path, [[8], [9, 9]]).gather(np.array([-1, 0]))
+    assert values.tolist() == [[0], [8]]
+    assert mask.tolist() == [[False], [True]]
+
+
+def test_no_rows_and_only_empty_rows_have_width_one(tmp_path: Path) -> None:
+    array = write(tmp_path / "a", [[8], []])
+    values, mask = array.gather(np.zeros(0, np.int64))
+    assert values.shape == mask.shape == (0, 1)
+    values, mask = write(tmp_path / "b", [[], []]).gather(np.array([0, 1]))
+    assert values.tolist() == [[0], [0]]
+    assert not mask.any()
+
+
+def test_entries_may_have_a_shape_and_a_type(tmp_path: Path) -> None:
+    array = RaggedArray.create(tmp_path, np.array([1, 0, 2]), (3, 2, 2), "uint8")
+    array.values[:] = np.arange(36, dtype=np.uint8).reshape(3, 3, 2, 2)
+    array.values.flush()
+    values, mask = RaggedArray(tmp_path).gather(np.array([2, 1]))
+    assert (values.shape, values.dtype) == ((2, 2, 3, 2, 2), np.uint8)
+    assert values[0].ravel().tolist() == list(range(12, 36))
+    assert not values[1].any()
+    assert mask.tolist() == [[True, True], [False, False]]
+
+
+def test_what_is_gathered_is_a_copy_that_may_be_changed(tmp_path: Path) -> None:
+    array = write(tmp_path, [[1], [2]])
+    values, _ = array.gather(np.array([0]))
+    values[:] = 7
+    assert array.gather(np.array([0]))[0].tolist() == [[1]]
+
+
+def gathered_by_one_index(array: RaggedArray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The plain way: an index of every entry, padding overwritten."""
+    starts = array.offsets[rows]
+    lengths = np.where(rows >= 0, array.offsets[rows + 1] - starts, 0)
+    positions = np.arange(max(int(lengths.max(initial=0)), 1))
+    mask = positions[None, :] < lengths[:, None]
+    values = np.array(array.values[np.where(mask, starts[:, None] + positions[None, :], 0)])
+    values[~mask] = 0
+    return values, mask
+
+
+@pytest.mark.parametrize(
+    ("shape", "longest", "dtype"),
+    [
+        ((), 5, "int64"),  # token ids
+        ((7,), 3, "float32"),  # short rows: one index
+        ((700,), 3, "float32"),  # long rows: copied one by one
+        ((700,), 1, "float32"),  # stored features
+        ((3, 4, 4), 1, "uint8"),  # pixels
+        ((), 5, "float64"),
+    ],
+    ids=str,
+)
+def test_gathering_gives_what_plain_indexing_gives(
+    tmp_path: Path, shape: tuple[int, ...], longest: int, dtype: str
+) -> None:
+    random = np.random.default_rng(0)
+    lengths = random.integers(longest + 1, size=40)
+    lengths[-1] = 0  # its start lies behind the last entry
+    array = RaggedArray.create(tmp_path, lengths, shape, dtype)
+    # NaN in entry 0 shows where padding was read and not cleared.
+    array.values[:] = random.integers(1, 100, array.values.shape)
+    array.values[0] = np.nan if dtype.startswith("float") else 9
+    array.values.flush()
+    array = RaggedArray(tmp_path)
+    for rows in (
+        np.arange(40),
+        random.integers(-1, 40, 25),
+        np.array([-1]),
+        np.array([39, -1, 39]),
+        np.zeros(0, np.int64),
+    ):
+        expected_values, expected_mask = gathered_by_one_index(array, rows)
+        values, mask = array.gather(rows)
+        assert values.dtype == expected_values.dtype
+        assert np.array_equal(mask, expected_mask)
+        np.testing.assert_array_equal(values, expected_values)
+        assert values.flags.owndata and values.flags.c_contiguous
+
+
+def mapped_bytes(file: Path) -> int:
+    """How much of a file counts as memory of this process."""
+    total, is_of_file = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            is_of_file = line.endswith(str(file))
+        elif is_of_file and first == "Rss:":
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def test_what_is_mapped_of_a_large_array_stays_within_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = np.full(2000, 4)
+
+    def most_mapped(folder: Path) -> int:
+        with closing(RowWriter(folder, lengths, (1024,), "float32")) as writer:
+            for row in range(2000):
+                writer.write(np.array([row]), np.full((4, 1024), row, np.float32))
+        assert mapped_bytes(folder / "values.npy") < 2**18  # its header
+        array, most = RaggedArray(folder), 0
+        for row in range(2000):
+            assert (array.gather(np.array([row]))[0] == row).all()
+            if row % 100 == 0:
+                most = max(most, mapped_bytes(folder / "values.npy"))
+        return most
+
+    assert most_mapped(tmp_path / "small") > 28 * 2**20  # nearly the whole file of 31 MiB
+    monkeypatch.setattr(ragged_array, "RESIDENT_BYTES", 4 * 2**20)
+    assert most_mapped(tmp_path / "large") < 5 * 2**20
+
+
+def test_rows_are_written_in_any_order(tmp_path: Path) -> None:
+    with closing(RowWriter(tmp_path, np.array([1, 0, 2, 1]), (2,), "float32")) as writer:
+        writer.write(np.array([2, 1, 0]), np.array([[5, 6], [7, 8], [1, 2]]))
+        writer.write(np.array([3]), np.array([[9, 9]]))
+    values, mask = RaggedArray(tmp_path).gather(np.arange(4))
+    assert mask.tolist() == [[True, False], [False, False], [True, True], [True, False]]
+    assert values.tolist() == [
+        [[1, 2], [0, 0]],
+        [[0, 0], [0, 0]],
+        [[5, 6], [7, 8]],
+        [[9, 9], [0, 0]],
+    ]
+
+
+def test_another_process_gets_the_folder_not_the_values(tmp_path: Path) -> None:
+    array = write(tmp_path, [list(range(5000)), [7]])
+    pickled = pickle.dumps(array)
+    assert len(pickled) < 1000
+    assert pickle.loads(pickled).gather(np.array([1]))[0].tolist() == [[7]]

@@ -1,0 +1,349 @@
+"""The MovieLens adapter: its protocol against brute force, its files, its errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+import recsys.data.movielens.prepare as movielens
+from recsys.data.movielens.prepare import format_summary, prepare_movielens
+from recsys.data.movielens.source import SAMPLE
+from tests.recsys.data.movielens.movielens_sources import (
+    Rating,
+    read_split,
+    tied_ratings,
+    write_source,
+)
+
+MOVIES = [
+    (1, "Heat (1995)", "Action|Crime"),
+    (5, "Solo, a film", "(no genres listed)"),
+    (9, "X", ""),
+]
+RATINGS: list[Rating] = [(7, 1, 4.0, time) for time in range(8)] + [(3, 5, 2.5, 8), (3, 9, 5.0, 9)]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_source(tmp_path / "source", RATINGS, MOVIES)
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
+    out = tmp_path_factory.mktemp("sample") / "dataset"
+    return out, prepare_movielens(None, out)
+
+
+def brute_force_history(
+    ratings: Sequence[Rating], user: int, timestamp: int, length: int
+) -> dict[str, list[Any]]:
+    """The last ratings of the user before that moment, one by one."""
+    past = sorted(
+        (t, movie, stars) for u, movie, stars, t in ratings if u == user and t < timestamp
+    )
+    past = past[-length:]
+    return {
+        "history": [movie for _, movie, _ in past],
+        "history_liked": [float(stars >= 4) for *_, stars in past],
+        "history_stars": [pytest.approx(stars / 5) for *_, stars in past],
+        "history_days": [
+            pytest.approx(math.log10(1 + (timestamp - t) / 86_400) / 2, abs=1e-6) for t, *_ in past
+        ],
+    }
+
+
+@pytest.mark.parametrize("length", [1, 3, 20])
+def test_every_row_and_history_equals_brute_force_when_most_timestamps_are_ties(
+    tmp_path: Path, length: int
+) -> None:
+    ratings, movies = tied_ratings(seed=length)
+    out = tmp_path / "out"
+    prepare_movielens(write_source(tmp_path / "source", ratings, movies), out, length)
+    times = np.array([timestamp for *_, timestamp in ratings])
+    first, second = np.quantile(times, [0.8, 0.9], method="lower")
+    bounds = {"train": (-1, first), "valid": (first, second), "test": (second, 10**9)}
+    users = sorted({user for user, *_ in ratings})
+    for split, (after, until) in bounds.items():
+        expected = []
+        for user, movie, rating, timestamp in ratings:
+            if after < timestamp <= until:
+                past = brute_force_history(ratings, user, timestamp, length)
+                expected.append(
+                    {
+                        "user": users.index(user),
+                        "item": (movie - 2) // 7,
+                        **past,
+                        "history": [(past_movie - 2) // 7 for past_movie in past["history"]],
+                        "liked": float(rating >= 4),
+                        "timestamp": timestamp,
+                    }
+                )
+        expected.sort(key=lambda row: (row["timestamp"], row["user"], row["item"]))
+        assert read_split(out, split) == expected
+
+
+def test_the_sample_has_the_figures_of_the_protocol(
+    sample: tuple[Path, dict[str, dict[str, Any]]],
+) -> None:
+    out, summary = sample
+    assert [summary[name]["rows"] for name in ("train", "valid", "test")] == [80669, 10083, 10084]
+    liked = [round(100 * summary[name]["liked"], 2) for name in ("train", "valid", "test")]
+    assert liked == [48.66, 51.54, 40.94]
+    test = summary["test"]
+    assert test["users"] == 74
+    shares = [round(100 * test[name], 1) for name in ("new_users", "cold", "unseen")]
+    assert shares == [90.8, 33.3, 20.1]
+    assert pq.read_table(out / "train")["timestamp"].to_numpy().max() == 1458635171
+    assert pq.read_table(out / "valid")["timestamp"].to_numpy().max() == 1498029445
+
+
+def test_histories_of_the_sample_equal_brute_force_on_rows_drawn_at_random(
+    sample: tuple[Path, dict[str, dict[str, Any]]],
+) -> None:
+    out, _ = sample
+    names = ("userId", "movieId", "rating", "timestamp")
+    table = pq.read_table(SAMPLE / "ratings.parquet")
+    ratings = list(zip(*(table[name].to_pylist() for name in names), strict=True))
+    users = sorted(set(table["userId"].to_pylist()))
+    movie_ids = sorted(pq.read_table(SAMPLE / "movies.parquet")["movieId"].to_pylist())
+    rng = np.random.default_rng(0)
+    for split in ("train", "valid", "test"):
+        rows = pq.read_table(out / split)
+        for row in rows.take(pa.array(rng.integers(0, rows.num_rows, 15))).to_pylist():
+            past = brute_force_history(ratings, users[row["user"]], row["timestamp"], 20)
+            row["history"] = [movie_ids[item] for item in row["history"]]
+            assert {name: row[name] for name in past} == past
+
+
+def test_rows_of_a_split_come_in_order_of_time_then_user_then_item(
+    sample: tuple[Path, dict[str, dict[str, Any]]],
+) -> None:
+    table = pq.read_table(sample[0] / "train").select(["timestamp", "user", "item"])
+    keys = [tuple(row.values()) for row in table.to_pylist()]
+    assert keys == sorted(keys)
+
+
+def test_a_split_has_row_groups_small_enough_to_share(
+    sample: tuple[Path, dict[str, dict[str, Any]]],
+) -> None:
+    metadata = pq.ParquetFile(sample[0] / "train" / "part-00000.parquet").metadata
+    sizes = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+    assert sizes == [8192] * 9 + [80669 - 9 * 8192]
+
+
+def test_chunks_of_any_size_give_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratings, movies = tied_ratings(seed=0)
+    source = write_source(tmp_path / "source", ratings, movies)
+    prepare_movielens(source, tmp_path / "whole")
+    monkeypatch.setattr(movielens, "ROWS_PER_CHUNK", 7)
+    prepare_movielens(source, tmp_path / "chunked")
+    for split in ("train", "valid", "test"):
+        assert read_split(tmp_path / "chunked", split) == read_split(tmp_path / "whole", split)
+
+
+def test_columns_have_the_types_of_the_dataset_format(
+    sample: tuple[Path, dict[str, dict[str, Any]]],
+) -> None:
+    impressions = pq.read_schema(sample[0] / "test" / "part-00000.parquet")
+    assert dict(zip(impressions.names, impressions.types, strict=True)) == {
+        "user": pa.int64(),
+        "item": pa.int64(),
+        "history": pa.list_(pa.int64()),
+        "history_liked": pa.list_(pa.float32()),
+        "history_stars": pa.list_(pa.float32()),
+        "history_days": pa.list_(pa.float32()),
+        "liked": pa.float32(),
+        "timestamp": pa.int64(),
+    }
+    items = pq.read_schema(sample[0] / "items" / "part-00000.parquet")
+    assert dict(zip(items.names, items.types, strict=True)) == {
+        "item": pa.int64(),
+        "movie_id": pa.int64(),
+        "title": pa.string(),
+        "genres": pa.string(),
+        "text": pa.string(),
+    }
+
+
+def test_the_schema_of_the_sample_names_its_columns_and_table_sizes(
+    sample: tuple[Path, dict[str, dict[str, Any]]],
+) -> None:
+    assert yaml.safe_load((sample[0] / "schema.yaml").read_text()) == {
+        "target_item": "item",
+        "group": "user",
+        "columns": {
+            "user": {"kind": "id", "num_embeddings": 610},
+            "item": {"kind": "id", "num_embeddings": 9742},
+            "history": {
+                "kind": "sequence",
+                "shares": "item",
+                "parallel": ["history_liked", "history_stars", "history_days"],
+            },
+            "liked": {"kind": "label"},
+        },
+        "items": {
+            "id": "item",
+            "columns": {name: {"kind": "text"} for name in ("text", "title", "genres")},
+        },
+    }
+
+
+def test_the_bundled_sample_is_small_and_has_neither_plots_nor_posters() -> None:
+    assert {path.name for path in SAMPLE.iterdir()} == {
+        "README.txt",
+        "movies.parquet",
+        "ratings.parquet",
+    }
+    assert pq.read_schema(SAMPLE / "movies.parquet").names == ["movieId", "title", "genres"]
+    assert "GroupLens" in (SAMPLE / "README.txt").read_text()
+    assert sum(path.stat().st_size for path in SAMPLE.iterdir()) < 1_500_000
+
+
+def test_text_is_title_and_genres_without_what_is_not_there(source: Path, tmp_path: Path) -> None:
+    prepare_movielens(source, tmp_path / "out")
+    items = pq.read_table(tmp_path / "out" / "items").to_pydict()
+    assert items["text"] == ["Heat (1995) | Action, Crime", "Solo, a film", "X"]
+    assert items["genres"] == ["Action|Crime", None, None]
+    assert items["item"] == [0, 1, 2]
+    assert items["movie_id"] == [1, 5, 9]
+
+
+def test_movies_in_any_order_become_items_in_order_of_id(tmp_path: Path) -> None:
+    for name, movies in {"a": MOVIES, "b": MOVIES[::-1]}.items():
+        source = write_source(tmp_path / name, RATINGS, movies)
+        prepare_movielens(source, tmp_path / f"out_{name}")
+    for part in ("items", "train", "test"):
+        assert read_split(tmp_path / "out_a", part) == read_split(tmp_path / "out_b", part)
+
+
+def test_plots_join_the_text_and_posters_keep_their_bytes_and_nulls(
+    source: Path, tmp_path: Path
+) -> None:
+    contents = {
+        "movieId": [9, 1, 77],  # 77 is not in movies.csv, and 5 is missing here
+        "plot": ["Ants. ", None, "Not ours."],
+        "poster": [None, b"\xff\xd8jpeg", b"other"],
+    }
+    pq.write_table(pa.table(contents), source / "items.parquet")
+    prepare_movielens(source, tmp_path / "out")
+    items = pq.read_table(tmp_path / "out" / "items")
+    assert items["text"].to_pylist() == ["Heat (1995) | Action, Crime", "Solo, a film", "X | Ants."]
+    assert items["poster"].to_pylist() == [b"\xff\xd8jpeg", None, None]
+    assert items["poster"].type == pa.binary()
+    schema = yaml.safe_load((tmp_path / "out" / "schema.yaml").read_text())
+    texts = {name: {"kind": "text"} for name in ("text", "title", "genres")}
+    assert schema["items"]["columns"] == {**texts, "poster": {"kind": "image"}}
+
+
+def test_the_summary_is_a_table_with_one_line_per_split(
+    sample: tuple[Path, dict[str, dict[str, Any]]],
+) -> None:
+    lines = format_summary(sample[1]).splitlines()
+    assert [line.split()[0] for line in lines] == ["split", "train", "valid", "test"]
+    assert lines[3].split() == ["test", "10,084", "40.94%", "74", "90.8%", "33.3%", "20.1%"]
+
+
+def replace_line(path: Path, number: int, line: str) -> None:
+    """Line 1 is the header."""
+    lines = path.read_text().splitlines()
+    lines[number - 1] = line
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "number", "line", "words"),
+    [
+        ("ratings.csv", 3, "7,one,4.0,1", ["'movieId'", "row 3", "'one'"]),
+        ("ratings.csv", 4, "7,1,good,1", ["'rating'", "row 4", "'good'"]),
+        ("ratings.csv", 4, "7,1,,1", ["'rating'", "row 4", "no value"]),
+        ("ratings.csv", 5, "7,1,50,1", ["'rating'", "row 5", "50.0", "[0, 5]"]),
+        ("ratings.csv", 6, "7,2,4.0,1", ["'movieId'", "row 6", "movie 2", "movies.csv", "add it"]),
+        ("ratings.csv", 6, "7,2,4.0", ["Row #6", "Expected 4 columns, got 3"]),
+        ("ratings.csv", 1, "userId,movieId,stars,timestamp", ["'rating'", "does not exist"]),
+        ("movies.csv", 1, "movieId,name,genres", ["'title'", "does not exist"]),
+        ("movies.csv", 3, "1,Twin,Drama", ["'movieId'", "row 3", "movie 1", "second time"]),
+        ("movies.csv", 2, "first,Heat,Drama", ["'movieId'", "row 2", "'first'"]),
+    ],
+)
+def test_bad_input_is_named_by_file_column_and_row(
+    source: Path, tmp_path: Path, file: str, number: int, line: str, words: list[str]
+) -> None:
+    replace_line(source / file, number, line)
+    with pytest.raises(ValueError) as caught:
+        prepare_movielens(source, tmp_path / "out")
+    for word in [str(source / file), *words]:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["ratings.csv", "movies.csv"])
+def test_a_missing_or_an_empty_file_is_named(source: Path, tmp_path: Path, file: str) -> None:
+    header = (source / file).read_text().splitlines()[0]
+    for content, words in ((None, "no such file"), ("", "Empty CSV"), (header + "\n", "no rows")):
+        (source / file).unlink(missing_ok=True)
+        if content is not None:
+            (source / file).write_text(content)
+        with pytest.raises(ValueError, match=words) as caught:
+            prepare_movielens(source, tmp_path / "out")
+        assert str(source / file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("contents", "words"),
+    [
+        ({"plot": ["a"]}, ["'movieId'", "does not exist"]),
+        ({"movieId": [1]}, ["neither", "'plot'"]),
+        ({"movieId": [1, 1], "plot": ["a", "b"]}, ["'movieId'", "row 1", "second time"]),
+        ({"movieId": [1, None], "plot": ["a", "b"]}, ["'movieId'", "row 1", "no value"]),
+        ({"movieId": [1], "poster": [3.5]}, ["'poster'", "cast"]),
+    ],
+)
+def test_bad_plots_and_posters_are_named_by_column_and_row(
+    source: Path, tmp_path: Path, contents: dict[str, list[Any]], words: list[str]
+) -> None:
+    pq.write_table(pa.table(contents), source / "items.parquet")
+    with pytest.raises(ValueError) as caught:
+        prepare_movielens(source, tmp_path / "out")
+    for word in [str(source / "items.parquet"), *words]:
+        assert word in str(caught.value)
+
+
+def test_items_that_are_not_parquet_are_refused(source: Path, tmp_path: Path) -> None:
+    (source / "items.parquet").write_text("movieId,plot\n")
+    with pytest.raises(ValueError, match=r"items\.parquet: .*write it again"):
+        prepare_movielens(source, tmp_path / "out")
+
+
+def test_an_output_folder_in_use_is_left_alone(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match="exists already; remove it or name another"):
+        prepare_movielens(source, out)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def test_a_history_length_below_one_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="history_length is 0; it must be at least 1"):
+        prepare_movielens(source, tmp_path / "out", history_length=0)
+
+
+def test_nothing_is_left_when_writing_fails_half_way(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path, movies: pa.Table) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(movielens, "_write_items", fail)
+    with pytest.raises(OSError, match="disk full"):
+        prepare_movielens(source, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}

@@ -1,0 +1,305 @@
+"""Batches against a loop over Python lists, and every rank's share against the whole split."""
+
+from collections import Counter
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from recsys.config import ModalitySettings
+from recsys.data.batch import Batch
+from recsys.data.batch_builder import BatchBuilder
+from recsys.data.filesystem import Location
+from recsys.data.interactions import Interactions
+from recsys.data.items.content_store import ContentStore
+from recsys.data.items.item_table import ItemTable
+from recsys.data.parquet.columns import RowColumns
+from recsys.data.parquet.rows import ParquetRows, Window
+from recsys.data.parquet.values import ROW_POSITION
+from recsys.data.schema import load_schema
+from tests.datasets import FEATURE_WIDTH, write_dataset, write_parquet
+
+
+def rows_of(root: Path | str, split: str = "train") -> ParquetRows:
+    location = Location.of(root)
+    return ParquetRows.of_split(location, split, load_schema(location))
+
+
+def interactions_of(
+    rows: ParquetRows, batch_size: int, rank: int = 0, world_size: int = 1, seed: int | None = None
+) -> Interactions:
+    build = BatchBuilder(rows.schema, ["user", "genres"])
+    return Interactions(rows, build, batch_size, rank, world_size, seed)
+
+
+def positions_of(interactions: Interactions) -> list[list[int]]:
+    return [batch.row_positions.tolist() for batch in interactions]
+
+
+def python_rows(root: Path, split: str = "train") -> list[dict[str, Any]]:
+    files = sorted((root / split).glob("*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+def expected_batch(rows: list[dict[str, Any]], encode_history: bool) -> dict[str, Any]:
+    """What a batch of these rows must hold, by the plainest loop."""
+    target = [row["item"] for row in rows]
+    history = [item for row in rows for item in row["history"] or []]
+    unique = sorted({*history})
+    items = sorted({*target, *history} if encode_history else {*target})
+    return {
+        "dense_features": [[row["price"]] for row in rows],
+        "labels": [[row["liked"]] for row in rows],
+        "target_items": target,
+        "groups": [row["user"] for row in rows],
+        "history_lengths": [len(row["history"] or []) for row in rows],
+        "history_values": [[flag] for row in rows for flag in row["history_liked"] or []],
+        "content_items": items,
+        "target_index": [items.index(item) for item in target],
+        "history_items": unique,
+        "history_index": [unique.index(item) for item in history],
+        "history_content_index": [items.index(item) for item in unique] if encode_history else [],
+        "bank_items": [],
+    }
+
+
+def expected_history_ids(rows: list[dict[str, Any]], index_dedup: bool) -> Any:
+    """(lengths, values) of the history among the sequence features."""
+    history = [row["history"] or [] for row in rows]
+    flat = [item for items in history for item in items]
+    if not index_dedup:
+        return list(map(len, history)), flat
+    # Unique ids belong to no row; they are in the first one.
+    return [len({*flat})] + [0] * (len(rows) - 1), sorted({*flat})
+
+
+@pytest.mark.parametrize("index_dedup", [False, True])
+@pytest.mark.parametrize("encode_history", [False, True])
+def test_every_column_arrives_where_it_belongs(
+    tmp_path: Path, encode_history: bool, index_dedup: bool
+) -> None:
+    rows = rows_of(write_dataset(tmp_path))
+    build = BatchBuilder(
+        rows.schema, ["genres", "user"], encode_history=encode_history, index_dedup=index_dedup
+    )
+    written = python_rows(tmp_path)
+    seen = 0
+    for batch in Interactions(rows, build, 7):
+        mine = [written[position] for position in batch.row_positions]
+        seen += len(mine)
+        assert batch.batch_size == len(mine)
+        for name, expected in expected_batch(mine, encode_history).items():
+            assert getattr(batch, name).tolist() == expected, name
+        assert batch.sparse_features is not None
+        assert batch.sparse_features.keys() == ["genres", "user"]
+        genres, user = (batch.sparse_features[name] for name in ("genres", "user"))
+        assert genres.lengths().tolist() == [len(row["genres"]) for row in mine]
+        assert genres.values().tolist() == [genre for row in mine for genre in row["genres"]]
+        assert user.values().tolist() == batch.groups.tolist()
+        assert batch.sequence_features.keys() == ["item", "history"]
+        item, history = (batch.sequence_features[name] for name in ("item", "history"))
+        assert item.values().tolist() == batch.target_items.tolist()
+        assert item.lengths().tolist() == [1] * len(mine)
+        lengths, ids = expected_history_ids(mine, index_dedup)
+        assert history.lengths().tolist() == lengths
+        assert history.values().tolist() == ids
+        assert batch.content == {}
+    assert seen == len(written) == 60
+
+
+def test_types_are_what_the_model_and_torchrec_want(tmp_path: Path) -> None:
+    batch = next(iter(interactions_of(rows_of(write_dataset(tmp_path)), 8)))
+    assert batch.sparse_features is not None
+    for features in (batch.sparse_features, batch.sequence_features):
+        assert (features.values().dtype, features.lengths().dtype) == (torch.int64, torch.int32)
+    for name in ("dense_features", "labels", "history_values"):
+        assert getattr(batch, name).dtype == torch.float32, name
+    integers = ["target_items", "groups", "row_positions", "history_lengths", "content_items"]
+    integers += ["target_index", "history_items", "history_index", "history_content_index"]
+    for name in integers:
+        assert getattr(batch, name).dtype == torch.int64, name
+
+
+def test_a_null_history_is_an_empty_one(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path, {"train": 60})
+    without = [i for i, row in enumerate(python_rows(root)) if row["history"] is None]
+    assert without
+    (batch,) = interactions_of(rows_of(root), 60)
+    assert batch.history_lengths[without].tolist() == [0] * len(without)
+
+
+def test_a_dataset_may_lack_history_dense_and_pooled_columns(tmp_path: Path) -> None:
+    (tmp_path / "schema.yaml").write_text(
+        "target_item: item\ngroup: user\ncolumns:\n  user: {kind: id, num_embeddings: 3}\n"
+        "  item: {kind: id, num_embeddings: 9}\n  liked: {kind: label}\n  seen: {kind: label}\n"
+    )
+    table = pa.table({"user": [0, 2], "item": [8, 8], "liked": [1, 0], "seen": [1.0, 1.0]})
+    write_parquet(tmp_path / "train" / "a.parquet", table)
+    rows = rows_of(tmp_path)
+    (batch,) = Interactions(rows, BatchBuilder(rows.schema, []), 8)
+    assert batch.sparse_features is None
+    assert batch.sequence_features.keys() == ["item"]
+    assert batch.labels.tolist() == [[1, 1], [0, 1]]
+    assert (batch.dense_features.shape, batch.history_values.shape) == ((2, 0), (0, 0))
+    assert batch.history_lengths.tolist() == [0, 0]
+    assert batch.history_index.tolist() == []
+    assert (batch.content_items.tolist(), batch.target_index.tolist()) == ([8], [0, 0])
+
+
+def test_without_labels_a_batch_has_zeros_of_their_shape(tmp_path: Path) -> None:
+    rows = rows_of(write_dataset(tmp_path, {"train": 5}))
+    build = BatchBuilder(rows.schema, ["user"], with_labels=False)
+    (batch,) = Interactions(rows, build, 8)
+    assert batch.labels.tolist() == [[0.0]] * 5
+
+
+@pytest.mark.parametrize("encode_history", [False, True])
+def test_a_batch_carries_the_content_of_its_unique_items(
+    tmp_path: Path, encode_history: bool
+) -> None:
+    root = Location.of(write_dataset(tmp_path / "data"))
+    schema = load_schema(root)
+    settings = {"clip": ModalitySettings(kind="feature", column="clip")}
+    store = ContentStore(ItemTable(root, schema), settings, tmp_path / "cache")
+    store.build("clip")
+    items = {row["item"]: row["clip"] for row in python_rows(tmp_path / "data", "items")}
+    build = BatchBuilder(schema, [], store, encode_history)
+    for batch in Interactions(ParquetRows.of_split(root, "train", schema), build, 9):
+        clip = batch.content["clip"]
+        for item, values, mask in zip(batch.content_items.tolist(), clip.values, clip.mask):
+            assert mask.item() == (items[item] is not None)
+            expected = items[item] or [0.0] * FEATURE_WIDTH
+            np.testing.assert_allclose(values[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 16])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("num_rows", [3, 59, 60, 61])
+def test_read_in_order_every_row_counts_once_over_all_ranks(
+    tmp_path: Path, num_rows: int, world_size: int, batch_size: int
+) -> None:
+    rows = rows_of(write_dataset(tmp_path, {"train": num_rows}))
+    batches = [
+        batch
+        for rank in range(world_size)
+        for batch in positions_of(interactions_of(rows, batch_size, rank, world_size))
+    ]
+    counted = [position for batch in batches for position in batch if position >= 0]
+    assert counted == list(range(num_rows))
+
+
+@pytest.mark.parametrize("batch_size", [2, 16])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("num_rows", [3, 59, 60, 61])
+def test_shuffled_every_row_is_trained_on_once(
+    tmp_path: Path, num_rows: int, world_size: int, batch_size: int
+) -> None:
+    rows = rows_of(write_dataset(tmp_path, {"train": num_rows}))
+    ranks = [interactions_of(rows, batch_size, r, world_size, seed=0) for r in range(world_size)]
+    counts = Counter(place for rank in ranks for batch in positions_of(rank) for place in batch)
+    padding = counts.pop(-1, 0)
+    assert counts == Counter(range(num_rows))
+    assert padding == -num_rows % world_size
+
+
+class CountedRows(ParquetRows):
+    """So many rows without a file."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+
+    def windows(
+        self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
+    ) -> list[Window]:
+        return [Window(start, stop)] if start < stop else []
+
+    def read_window(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> pa.Table:
+        return pa.table({ROW_POSITION: np.arange(window.start, window.stop)})
+
+    def padding(self, num_rows: int) -> pa.Table:
+        return pa.table({ROW_POSITION: np.full(num_rows, -1)})
+
+
+def places_only(rows: RowColumns) -> Any:
+    """Stands for a batch where only the places of its rows matter."""
+    return SimpleNamespace(row_positions=torch.from_numpy(rows.numbers[ROW_POSITION]))
+
+
+def test_all_ranks_have_as_many_batches_of_the_same_sizes_for_any_numbers() -> None:
+    for num_rows, world_size, batch_size in product(range(1, 41), range(1, 8), range(1, 7)):
+        rows, case = CountedRows(num_rows), (num_rows, world_size, batch_size)
+        sizes, counted = [], []
+        for rank in range(world_size):
+            interactions = Interactions(rows, places_only, batch_size, rank, world_size)  # type: ignore[arg-type]
+            batches = [batch.row_positions.tolist() for batch in interactions]
+            assert len(batches) == len(interactions), case
+            sizes.append([len(batch) for batch in batches])
+            counted += [place for batch in batches for place in batch if place >= 0]
+        assert all(of_rank == sizes[0] for of_rank in sizes), case
+        assert min(sizes[0]) >= 1 and max(sizes[0]) <= batch_size, case
+        assert max(sizes[0]) - min(sizes[0]) <= 1, case
+        assert counted == list(range(num_rows)), case
+
+
+def test_the_same_seed_gives_the_same_order_and_another_epoch_another(tmp_path: Path) -> None:
+    rows = rows_of(write_dataset(tmp_path))
+    first, again = (interactions_of(rows, 8, 1, 2, seed=3) for _ in range(2))
+    order = positions_of(first)
+    assert positions_of(again) == order
+    first.begin(1)
+    assert positions_of(first) != order
+    first.begin(0)
+    assert positions_of(first) == order
+    assert positions_of(interactions_of(rows, 8, 1, 2, seed=4)) != order
+
+
+def test_training_on_fewer_rows_than_ranks_is_refused(tmp_path: Path) -> None:
+    rows = rows_of(write_dataset(tmp_path, {"train": 2}))
+    message = f"{tmp_path}/train/part-0.parquet: 2 training rows cannot be shared by 3 ranks"
+    for rank in range(3):
+        with pytest.raises(ValueError, match=message):
+            interactions_of(rows, 4, rank, 3, seed=0)
+
+
+def test_a_rank_without_rows_takes_part_with_rows_that_are_not_counted(tmp_path: Path) -> None:
+    rows = rows_of(write_dataset(tmp_path, {"train": 2}))
+    ranks = [positions_of(interactions_of(rows, 4, rank, 3)) for rank in range(3)]
+    assert sorted(ranks) == [[[-1]], [[0]], [[1]]]
+
+
+def test_rows_dealt_into_batches_cross_windows_of_shuffling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recsys.data.parquet.rows.SHUFFLE_ROWS", 12)
+    rows = rows_of(write_dataset(tmp_path))
+    batches = positions_of(interactions_of(rows, 16, seed=0))
+    assert [len(batch) for batch in batches] == [15] * 4
+    assert sorted(place for batch in batches for place in batch) == list(range(60))
+
+
+def same(batch: Batch, other: Batch) -> bool:
+    return all(
+        torch.equal(getattr(batch, name), getattr(other, name))
+        for name in ("row_positions", "labels", "dense_features", "history_index", "history_values")
+    )
+
+
+def test_a_url_reads_the_same_batches_as_a_local_folder(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    url = f"memory://{tmp_path.name}-{id(tmp_path)}"
+    filesystem, remote = fsspec.core.url_to_fs(url)
+    filesystem.put(f"{tmp_path}/", remote, recursive=True)
+    local = list(interactions_of(rows_of(tmp_path), 16, 1, 2, seed=0))
+    rows = rows_of(url)
+    assert all(map(same, local, interactions_of(rows, 16, 1, 2, seed=0)))
+    assert len(local) == 2
+    with pytest.raises(ValueError, match=r"memory:///\S+/train/part-7.parquet: no such file"):
+        ParquetRows([Location.of(f"{url}/train/part-7.parquet")], rows.schema)
+    filesystem.rm(remote, recursive=True)

@@ -1,0 +1,245 @@
+"""Threads build the batches that one thread would build, ahead of need; nothing stays behind."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recsys.config import ModalitySettings
+from recsys.data import prefetch
+from recsys.data.batch import Batch, ContentInput
+from recsys.data.batch_builder import BatchBuilder
+from recsys.data.filesystem import Location
+from recsys.data.interactions import AHEAD, Interactions, loader
+from recsys.data.items.content_store import ContentStore
+from recsys.data.items.item_table import ItemTable
+from recsys.data.parquet.rows import ParquetRows, Window
+from recsys.data.schema import load_schema
+from tests.datasets import write_dataset, write_parquet
+
+BATCH, WINDOW, ROWS = 4, 12, 60  # windows end with a row group, of which there are six
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recsys.data.parquet.rows.SHUFFLE_ROWS", WINDOW)
+
+
+@pytest.fixture
+def no_threads_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
+
+
+pytestmark = pytest.mark.usefixtures("small_windows", "no_threads_left")
+
+
+def interactions_of(
+    root: Path, store: ContentStore | None = None, seed: int | None = 0
+) -> Interactions:
+    location = Location.of(root)
+    rows = ParquetRows.of_split(location, "train", load_schema(location))
+    return Interactions(
+        rows, BatchBuilder(rows.schema, ["user", "genres"], store), BATCH, seed=seed
+    )
+
+
+def content_of(root: Path, cache: Path) -> ContentStore:
+    location = Location.of(root)
+    settings = {"clip": ModalitySettings(kind="feature", column="clip")}
+    store = ContentStore(ItemTable(location, load_schema(location)), settings, cache)
+    store.build("clip")
+    return store
+
+
+def parts_of(value: Any) -> Any:
+    """What a field of a batch holds, comparable."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.tolist()
+    if isinstance(value, KeyedJaggedTensor):
+        return value.keys(), parts_of(value.values()), parts_of(value.lengths())
+    if isinstance(value, ContentInput):
+        return parts_of(value.values), parts_of(value.mask)
+    if isinstance(value, dict):
+        return {name: parts_of(part) for name, part in value.items()}
+    return value
+
+
+def whole(batch: Batch) -> dict[str, Any]:
+    return {item.name: parts_of(getattr(batch, item.name)) for item in fields(batch)}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
+def test_batches_are_the_same_for_any_number_of_threads(tmp_path: Path, num_workers: int) -> None:
+    root = write_dataset(tmp_path / "data")
+    interactions = interactions_of(root, content_of(root, tmp_path / "cache"))
+    interactions.begin(2)
+    expected = list(map(whole, interactions))
+    assert len(expected) == ROWS // BATCH
+    assert list(map(whole, loader(interactions, num_workers, False))) == expected
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
+def test_an_error_is_raised_in_place_of_its_batch_and_names_the_row(
+    tmp_path: Path, num_workers: int
+) -> None:
+    root = write_dataset(tmp_path)
+    file = root / "train" / "part-1.parquet"
+    table = pq.read_table(file)
+    items = table["item"].to_numpy().copy()
+    items[25] = 99
+    write_parquet(file, table.set_column(1, "item", pa.array(items)), row_group_size=11)
+    batches = loader(interactions_of(root, seed=None), num_workers, False)
+    taken = []
+    with pytest.raises(ValueError, match=f"{file}: column 'item', row 25: id 99 is outside"):
+        for batch in batches:
+            taken += batch.row_positions.tolist()
+    # Windows end at rows 22, 41 and 60; the batch with rows 40 to 43 needs the last one.
+    assert taken == list(range(40))
+    assert list(batches) == []
+
+
+class Watched(Interactions):
+    """Tells which windows are read, and counts batches."""
+
+    def __init__(self, root: Path) -> None:
+        self.windows: list[int] = []
+        self.second_is_read = threading.Event()
+        self.built = 0
+        plain = interactions_of(root)
+        super().__init__(plain.rows, plain.build, BATCH, seed=0)
+        read, build = self.rows.read_window, self.build
+
+        def read_window(window: Window, seed: tuple[int, int] | None = None) -> pa.Table:
+            self.windows.append(window.start)
+            if window.start:
+                self.second_is_read.set()
+            return read(window, seed)
+
+        def count(rows: Any) -> Batch:
+            self.built += 1
+            return build(rows)
+
+        self.rows.read_window = read_window  # type: ignore[method-assign]
+        self.build = count  # type: ignore[assignment]
+
+
+def test_the_next_window_is_read_before_it_is_needed_and_no_other(tmp_path: Path) -> None:
+    interactions = Watched(write_dataset(tmp_path))
+    batches = loader(interactions, 1, False)
+    next(batches)
+    assert interactions.second_is_read.wait(60)
+    batches.close()
+    first, second = interactions.share.slices[:2]
+    assert interactions.windows == [first.window.start, second.window.start]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_only_so_many_batches_are_built_ahead(tmp_path: Path, num_workers: int) -> None:
+    interactions = Watched(write_dataset(tmp_path))
+    batches = loader(interactions, num_workers, False)
+    for taken in (1, 2, 3):
+        next(batches)
+        assert taken <= interactions.built <= taken + AHEAD * num_workers
+    batches.close()
+    assert interactions.built <= 3 + AHEAD * num_workers
+
+
+def test_without_threads_nothing_is_done_before_it_is_needed(tmp_path: Path) -> None:
+    interactions = Watched(write_dataset(tmp_path))
+    batches = loader(interactions, 0, False)
+    next(batches)
+    assert (interactions.built, len(interactions.windows)) == (1, 1)
+    batches.close()
+
+
+def leave_by_close(batches: Any) -> None:
+    next(batches)
+    batches.close()
+
+
+def leave_by_dropping_it(batches: Any) -> None:
+    next(batches)
+
+
+def leave_by_an_error(batches: Any) -> None:
+    with pytest.raises(RuntimeError, match="loss"):
+        for _ in batches:
+            raise RuntimeError("loss")
+    batches.close()
+
+
+def leave_at_the_end(batches: Any) -> None:
+    assert len(list(batches)) == ROWS // BATCH
+
+
+@pytest.mark.parametrize(
+    "leave", [leave_by_close, leave_by_dropping_it, leave_by_an_error, leave_at_the_end]
+)
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_no_thread_is_left_however_a_pass_ends(
+    tmp_path: Path, num_workers: int, leave: Callable[[Any], None]
+) -> None:
+    interactions = interactions_of(write_dataset(tmp_path))
+    before = threading.active_count()
+    leave(loader(interactions, num_workers, False))
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_are_pinned_by_whom_they_are_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    by: list[str] = []
+
+    def pin(batch: Batch) -> Batch:
+        by.append(threading.current_thread().name)
+        return batch
+
+    monkeypatch.setattr(Batch, "pin_memory", pin)
+    batches = list(loader(interactions_of(write_dataset(tmp_path)), num_workers, True))
+    main = threading.main_thread().name
+    assert len(by) == len(batches)
+    assert all((name == main) == (num_workers == 0) for name in by)
+
+
+def test_threads_pin_memory_for_the_gpu_of_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with prefetch.threads(1, "test") as pool:
+        assert pool.submit(lambda: list(chosen)).result() == [3]
+
+
+def test_a_batch_owns_its_memory(tmp_path: Path) -> None:
+    """Ids are mapped in place, which must not reach the rows of the window."""
+    interactions = interactions_of(write_dataset(tmp_path))
+    expected = list(map(whole, interactions))
+    found = []
+    for batch in interactions:
+        found.append(whole(batch))
+        for item in fields(batch):
+            value = getattr(batch, item.name)
+            if isinstance(value, KeyedJaggedTensor):
+                value = value.values()
+            if isinstance(value, Tensor):
+                value.fill_(0)
+    assert found == expected
+
+
+def test_permutations_are_those_of_seed_epoch_and_window(tmp_path: Path) -> None:
+    interactions = interactions_of(write_dataset(tmp_path))
+    read = np.concatenate([batch.row_positions.numpy() for batch in interactions])
+    tables = interactions.rows.read(0, ROWS, (0, 0))
+    assert read.tolist() == [place for t in tables for place in t["__row_position"].to_pylist()]

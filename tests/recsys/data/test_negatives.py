@@ -1,0 +1,94 @@
+"""Negatives of retrieval: drawn as often as their Q says, the same for the same draw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recsys.config import RankingSettings
+from recsys.data.negatives import NegativeSampler
+from tests.recsys.content.item_batches import batch_of_items
+
+NUM_ITEMS, TARGETS = 5, [4, 1, 1]
+HISTORIES = [[0, 2], [], [2]]
+COUNTS = np.array([10, 40, 0, 30, 20])
+
+
+def sampler(**settings: Any) -> NegativeSampler:
+    made = NegativeSampler(RankingSettings(**settings), NUM_ITEMS, "item")
+    made.use_counts(COUNTS)
+    return made
+
+
+def test_in_batch_q_is_an_item_s_share_of_the_training_rows() -> None:
+    in_batch = sampler(loss="in_batch_softmax")
+    batch = in_batch(batch_of_items(TARGETS, HISTORIES), (0, 0, 0), training=True)
+    assert batch.target_log_q is not None and batch.negative_items is None
+    assert batch.target_log_q.exp().tolist() == pytest.approx([0.2, 0.4, 0.4])
+    assert batch.sequence_features.keys() == ["item", "history"]
+
+
+@pytest.mark.parametrize("loss", ["in_batch_softmax", "sampled_softmax"])
+def test_without_the_correction_log_q_is_zero(loss: str) -> None:
+    plain = sampler(loss=loss, log_q_correction=False, num_negatives=3)
+    batch = plain(batch_of_items(TARGETS, HISTORIES), (0, 0, 0), training=True)
+    assert batch.target_log_q is not None and batch.target_log_q.tolist() == [0, 0, 0]
+    if loss == "sampled_softmax":
+        assert batch.negative_log_q is not None and batch.negative_log_q.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["uniform", "log_uniform"])
+def test_items_are_drawn_as_often_as_q_says(kind: str) -> None:
+    many = sampler(loss="sampled_softmax", num_negatives=20_000, negative_sampling=kind)
+    batch = many(batch_of_items(TARGETS, HISTORIES), (0, 0, 0), training=True)
+    assert batch.negative_items is not None and batch.negative_log_q is not None
+    q = many.log_q.exp()
+    assert float(q.sum()) == pytest.approx(1)
+    share = batch.negative_items.bincount(minlength=NUM_ITEMS) / 20_000
+    assert share.tolist() == pytest.approx(q.tolist(), abs=0.02)
+    assert torch.equal(batch.negative_log_q, many.log_q[batch.negative_items])
+    assert batch.target_log_q is not None
+    assert torch.equal(batch.target_log_q, many.log_q[TARGETS])
+    if kind == "uniform":
+        assert q.tolist() == pytest.approx([0.2] * 5)
+    else:  # item 1 is the most frequent, then 3, 4, 0, 2: log((n + 2) / (n + 1)) / log 6
+        expected = np.log([5 / 4, 2, 6 / 5, 3 / 2, 4 / 3]) / np.log(6)
+        assert q.tolist() == pytest.approx(expected.tolist())
+
+
+def test_negatives_are_a_feature_of_the_item_table_behind_target_and_history() -> None:
+    made = sampler(loss="sampled_softmax", num_negatives=6)
+    before = batch_of_items(TARGETS, HISTORIES)
+    batch = made(before, (0, 0, 0), training=True)
+    features = batch.sequence_features
+    assert features.keys() == ["item", "history", "negatives of item"]
+    assert batch.negative_items is not None
+    assert features["negatives of item"].values().tolist() == batch.negative_items.tolist()
+    for name in ("item", "history"):
+        old, new = before.sequence_features[name], features[name]
+        assert torch.equal(new.values(), old.values())
+        assert torch.equal(new.lengths(), old.lengths())
+    read = torch.cat([batch.history_items, batch.negative_items])
+    assert torch.equal(batch.read_items, read)
+
+
+def test_a_draw_depends_on_seed_step_and_rank_alone() -> None:
+    made = sampler(loss="sampled_softmax", num_negatives=50)
+
+    def draw(*words: int) -> list[int]:
+        batch = made(batch_of_items(TARGETS), words, training=True)  # type: ignore[arg-type]
+        assert batch.negative_items is not None
+        return batch.negative_items.tolist()
+
+    assert draw(0, 3, 1) == draw(0, 3, 1)
+    assert len({tuple(draw(*words)) for words in [(0, 3, 1), (1, 3, 1), (0, 4, 1), (0, 3, 0)]}) == 4
+
+
+def test_outside_training_nothing_is_drawn() -> None:
+    made = sampler(loss="sampled_softmax")
+    batch = made(batch_of_items(TARGETS, HISTORIES), (0, 0, 0), training=False)
+    assert batch.negative_items is not None and len(batch.negative_items) == 0
+    assert batch.sequence_features["negatives of item"].values().numel() == 0

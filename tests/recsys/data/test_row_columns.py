@@ -1,0 +1,80 @@
+"""Rows taken from arrays are those that Arrow takes from the table."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recsys.data.batch_builder import keyed_jagged
+from recsys.data.parquet.columns import RowColumns
+
+TABLE = pa.table(
+    {
+        "user": pa.array([5, 6, 7, 8, 9]),
+        "history": pa.array([[1, 2], None, [3], [], [4, 5, 6]], pa.list_(pa.int64())),
+        "liked": pa.array([[0, 1], [], [1], None, [1, 0, 1]], pa.list_(pa.float32())),
+        "genres": pa.array([[], [1], [2, 2], [], []], pa.list_(pa.int64())),
+        "price": pa.array([0.5, 1, 2, 3, 4], pa.float32()),
+    }
+)
+
+
+def lists(columns: RowColumns, name: str) -> list[list[float]]:
+    ends = np.cumsum(columns.lengths(name))
+    return [part.tolist() for part in np.split(columns.values(name), ends)[:-1]]
+
+
+def assert_like(columns: RowColumns, table: pa.Table) -> None:
+    assert columns.num_rows == table.num_rows
+    for name in ("user", "price"):
+        assert columns.numbers[name].tolist() == table[name].to_pylist()
+        assert columns.lengths(name).tolist() == [1] * table.num_rows
+    for name in ("history", "liked", "genres"):
+        assert lists(columns, name) == [row or [] for row in table[name].to_pylist()]
+
+
+@pytest.mark.parametrize("rows", [[], [0], [4, 0, 2], [3, 1, 3], [4, 4, 4, 0, 1, 2, 3]])
+def test_rows_are_taken_as_arrow_takes_them(rows: list[int]) -> None:
+    taken = RowColumns.of(TABLE).take(np.array(rows, np.int64))
+    assert_like(taken, TABLE.take(pa.array(rows, pa.int64())))
+
+
+def test_slices_and_chunks_of_a_table_are_read_alike() -> None:
+    assert_like(RowColumns.of(TABLE.slice(1, 3)), TABLE.slice(1, 3))
+    chunks = pa.concat_tables([TABLE.slice(3), TABLE.slice(0, 2)])
+    assert_like(RowColumns.of(chunks), chunks)
+
+
+def test_lists_of_equal_lengths_share_their_places() -> None:
+    columns = RowColumns.of(TABLE)
+    assert [list(together.values) for together in columns.lists] == [
+        ["history", "liked"],
+        ["genres"],
+    ]
+
+
+def test_parts_are_laid_end_to_end_whatever_lists_are_equally_long_in_each() -> None:
+    other = TABLE.slice(3, 1)  # where all lists are empty
+    assert len(RowColumns.of(other).lists) == 1
+    parts = [RowColumns.of(TABLE), RowColumns.of(other)]
+    assert_like(RowColumns.concat(parts), pa.concat_tables([TABLE, other]))
+    assert_like(RowColumns.concat(parts[::-1]), pa.concat_tables([other, TABLE]))
+    assert RowColumns.concat(parts[:1]) is parts[0]
+
+
+def test_a_keyed_jagged_tensor_is_the_one_that_torchrec_makes() -> None:
+    values, lengths = [np.array([4, 2, 7]), np.array([9])], [np.array([1, 2]), np.array([0, 1])]
+    made = keyed_jagged(["user", "tags"], values, lengths)
+    expected = KeyedJaggedTensor.from_lengths_sync(
+        keys=["user", "tags"],
+        values=torch.tensor([4, 2, 7, 9]),
+        lengths=torch.tensor([1, 2, 0, 1], dtype=torch.int32),
+    )
+    assert made.keys() == expected.keys()
+    assert made.values().equal(expected.values())
+    assert (made.lengths().dtype, made.lengths().tolist()) == (torch.int32, [1, 2, 0, 1])
+    # Known without a look at the tensors, which on a GPU would wait for it.
+    assert made.length_per_key_or_none() == expected.length_per_key() == [3, 1]
+    assert made.offset_per_key_or_none() == expected.offset_per_key() == [0, 3, 4]
+    assert made.stride() == expected.stride() == 2

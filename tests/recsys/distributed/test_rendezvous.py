@@ -1,0 +1,51 @@
+"""The ranks of one attempt agree on a name, whatever earlier attempts left in the store."""
+
+import threading
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from recsys.distributed.rendezvous import name_attempt
+
+
+def names(store: dist.Store, world_size: int) -> list[str]:
+    """The name each rank of an attempt comes to, all running at once."""
+    found: list[str] = [""] * world_size
+
+    def join(rank: int) -> None:
+        found[rank] = name_attempt(store, rank, world_size, timedelta(seconds=20))
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_all_ranks_of_an_attempt_get_one_name_and_every_attempt_another() -> None:
+    store = dist.HashStore()
+    attempts = [names(store, world_size) for world_size in (3, 3, 2, 1, 3)]
+    for attempt in attempts:
+        assert len(set(attempt)) == 1
+    assert len({attempt[0] for attempt in attempts}) == len(attempts)
+
+
+def test_a_rank_that_died_while_joining_is_not_taken_for_its_successor() -> None:
+    store = dist.HashStore()
+    store.set("join/word/1", "dead")
+    first: list[str] = []
+    rank0 = threading.Thread(
+        target=lambda: first.append(name_attempt(store, 0, 2, timedelta(seconds=20)))
+    )
+    rank0.start()
+    store.wait(["join/answer/1"])  # rank 0 has answered the dead one
+    assert name_attempt(store, 1, 2, timedelta(seconds=20))
+    rank0.join()
+    assert store.get("join/confirmed/1").decode() == first[0]
+
+
+def test_ranks_that_do_not_come_are_named() -> None:
+    with pytest.raises(TimeoutError, match=r"ranks \[1, 2\] did not come"):
+        name_attempt(dist.HashStore(), 0, 3, timedelta(seconds=0.1))

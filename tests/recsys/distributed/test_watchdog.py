@@ -1,0 +1,278 @@
+"""The watchdog, on real processes: one rank is stopped or slow, and every rank ends, naming it.
+
+All jobs run at the same time, as each mostly waits; the tests look at what they left. The ranks
+are forked from a server that has imported torch once.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from recsys.distributed.ranks import Ranks, joined_ranks
+from recsys.distributed.watchdog import Watchdog
+
+TIMEOUT = 4.0
+LONG = TIMEOUT + 3  # seconds after which a watchdog would have spoken
+DETECTION = TIMEOUT + 3
+STEPS, FAULTY_STEP = 5, 3
+PACE = 0.3  # seconds per step, as little is seen of a rank that stops at once
+
+
+@dataclass
+class Job:
+    """Ranks that make steps, of which one has a fault."""
+
+    world_size: int = 2
+    faulty: int = 1
+    in_data: Callable[[], None] = lambda: None
+    in_forward: Callable[[], None] = lambda: None
+    at_the_end: Callable[[], None] = lambda: None
+    section: str | None = "armed"
+    launcher_holds_the_store: bool = True
+
+
+@dataclass
+class Outcome:
+    """What a job left, by rank."""
+
+    exit_codes: list[int | None] = field(default_factory=list)  # None: did not end by itself
+    seconds: list[float] = field(default_factory=list)  # from the fault to its end
+    told: list[str] = field(default_factory=list)
+    reports: list[str | None] = field(default_factory=list)  # for torchrun
+
+
+def stop_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def sleep_until_killed() -> None:
+    time.sleep(60)
+
+
+def sleep_long() -> None:
+    time.sleep(LONG)
+
+
+def fail() -> None:
+    raise ValueError("the fault of this rank")
+
+
+JOBS = {
+    "stopped": Job(in_data=stop_this_process),
+    "first of three stopped": Job(world_size=3, faulty=0, in_data=stop_this_process),
+    "holder of the store stopped": Job(
+        world_size=3, faulty=0, in_data=stop_this_process, launcher_holds_the_store=False
+    ),
+    "slow in data": Job(in_data=sleep_until_killed),
+    "slow in forward": Job(world_size=3, in_forward=sleep_until_killed),
+    "slow before training": Job(in_data=sleep_long, section=None),
+    "slow in a pause": Job(in_data=sleep_long, section="paused"),
+    "ends later than the others": Job(at_the_end=sleep_long),
+    "fails": Job(in_data=fail),
+}
+
+
+def run_rank(name: str, rank: int, port: int, folder: Path) -> None:
+    """The process of one rank."""
+    job = JOBS[name]
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(job.world_size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": str(job.launcher_holds_the_store),
+        "TORCHELASTIC_ERROR_FILE": str(folder / f"{rank}.report"),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    os.dup2(os.open(folder / f"{rank}.told", os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+    torch.set_num_threads(1)
+    try:
+        with joined_ranks("cpu") as ranks, Watchdog(ranks, TIMEOUT) as watchdog:
+            fault = rank == job.faulty
+            train(job if fault else Job(section=job.section), watchdog, folder / f"{rank}.fault")
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+def batches(job: Job, begun: Path) -> Iterator[torch.Tensor]:
+    for step in range(STEPS):
+        time.sleep(PACE)
+        if step == FAULTY_STEP:
+            begun.touch()
+            job.in_data()
+        yield torch.ones(2)
+
+
+def train(job: Job, watchdog: Watchdog, begun: Path) -> None:
+    """A loop of the shape of the real one, which agrees on each batch and then on gradients."""
+    with ExitStack() as sections:
+        if job.section is not None:
+            sections.enter_context(watchdog.armed())
+        if job.section == "paused":
+            sections.enter_context(watchdog.paused())
+        for step, batch in enumerate(batches(job, begun)):
+            watchdog.mark(f"batch {step}")
+            dist.all_reduce(batch)
+            if step == FAULTY_STEP:
+                job.in_forward()
+            dist.all_reduce(batch)
+    job.at_the_end()
+
+
+def launch(name: str, folder: Path) -> tuple[list[BaseProcess], Any]:
+    """Starts the ranks of a job; with them the store, where the launcher holds it."""
+    folder.mkdir()
+    job, store = JOBS[name], None
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    if job.launcher_holds_the_store:
+        store = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["recsys.distributed.watchdog"])
+    processes: list[BaseProcess] = [
+        context.Process(target=run_rank, args=(name, rank, port, folder), daemon=True)
+        for rank in range(job.world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes, store
+
+
+def collect(job: Job, folder: Path, ends: list[float | None], codes: list[int | None]) -> Outcome:
+    outcome = Outcome(exit_codes=codes)
+    fault = (folder / f"{job.faulty}.fault").stat().st_mtime
+    for rank, end in enumerate(ends):
+        report = folder / f"{rank}.report"
+        outcome.seconds.append((end or float("inf")) - fault)
+        outcome.told.append((folder / f"{rank}.told").read_text())
+        outcome.reports.append(
+            json.loads(report.read_text())["message"]["extraInfo"]["py_callstack"]
+            if report.exists()
+            else None
+        )
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    folder = tmp_path_factory.mktemp("jobs")
+    started = {name: launch(name, folder / name) for name in JOBS}
+    ranks = {(name, r): p for name, (ps, _) in started.items() for r, p in enumerate(ps)}
+    ends: dict[tuple[str, int], float | None] = dict.fromkeys(ranks)
+    expected = {key for key in ranks if not stays_stopped(*key)}
+    deadline = time.monotonic() + 45
+    while any(ends[key] is None for key in expected) and time.monotonic() < deadline:
+        for key, process in ranks.items():
+            if ends[key] is None and not process.is_alive():
+                ends[key] = time.time()
+        time.sleep(0.05)
+    for process in ranks.values():
+        process.kill()
+        process.join()
+    return {
+        name: collect(
+            job,
+            folder / name,
+            [ends[name, rank] for rank in range(job.world_size)],
+            [
+                None if ends[name, rank] is None else ranks[name, rank].exitcode
+                for rank in range(job.world_size)
+            ],
+        )
+        for name, job in JOBS.items()
+    }
+
+
+def stays_stopped(name: str, rank: int) -> bool:
+    return JOBS[name].in_data is stop_this_process and rank == JOBS[name].faulty
+
+
+@pytest.mark.parametrize("name", [n for n, job in JOBS.items() if job.in_data is stop_this_process])
+def test_a_stopped_rank_is_named_on_every_other_rank(
+    outcomes: dict[str, Outcome], name: str
+) -> None:
+    job, outcome = JOBS[name], outcomes[name]
+    others = [rank for rank in range(job.world_size) if rank != job.faulty]
+    named = f"rank {job.faulty}"
+    if not job.launcher_holds_the_store:
+        named += ", which holds the job's store,"
+    for rank in others:
+        assert f"rank {rank}: {named} has stopped answering for 4 s" in outcome.told[rank]
+        assert outcome.exit_codes[rank] == 1
+        assert TIMEOUT - 2 * PACE < outcome.seconds[rank] < DETECTION
+
+
+def test_the_finding_says_where_the_stopped_rank_was(outcomes: dict[str, Outcome]) -> None:
+    told = outcomes["stopped"].told[0]
+    assert re.search(r"\(last seen after 'batch \d', in \w+\.py:\d+ \w+", told)
+
+
+@pytest.mark.parametrize("name", ["slow in data", "slow in forward"])
+def test_a_slow_rank_is_named_on_every_rank_itself_included(
+    outcomes: dict[str, Outcome], name: str
+) -> None:
+    outcome = outcomes[name]
+    batch = {"slow in data": "batch 2", "slow in forward": "batch 3"}[name]
+    for rank, told in enumerate(outcome.told):
+        assert f"rank {rank}: rank 1 has made no progress for 4 s while the others wait" in told
+        assert f"last seen after '{batch}', in test_watchdog.py:" in told
+        assert "sleep_until_killed" in told
+        assert outcome.exit_codes[rank] == 1
+        assert TIMEOUT - 2 * PACE < outcome.seconds[rank] < DETECTION
+
+
+def test_every_rank_prints_the_stacks_of_its_threads(outcomes: dict[str, Outcome]) -> None:
+    slow, waiting = outcomes["slow in data"].told[1], outcomes["slow in data"].told[0]
+    assert "in sleep_until_killed" in slow and "in batches" in slow
+    assert "in all_reduce" in waiting and "in train" in waiting
+
+
+def test_torchrun_is_given_the_finding_to_report(outcomes: dict[str, Outcome]) -> None:
+    for report in outcomes["slow in data"].reports:
+        assert report is not None and "rank 1 has made no progress for 4 s" in report
+
+
+@pytest.mark.parametrize(
+    "name", ["slow before training", "slow in a pause", "ends later than the others"]
+)
+def test_a_job_is_not_ended_where_a_rank_may_take_long(
+    outcomes: dict[str, Outcome], name: str
+) -> None:
+    outcome = outcomes[name]
+    assert outcome.told == ["", ""]
+    assert outcome.exit_codes == [0, 0]
+    assert outcome.seconds[1] > LONG
+
+
+def test_a_job_that_fails_ends_at_once_with_its_own_error(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["fails"]
+    assert outcome.told[1] == "the fault of this rank\n"
+    assert outcome.exit_codes[1] == 1
+    assert outcome.seconds[1] < TIMEOUT / 2
+
+
+@pytest.mark.parametrize(("world_size", "timeout"), [(2, None), (2, 0.0), (1, 5.0)])
+def test_it_is_off_without_timeout_and_needless_for_one_rank(
+    world_size: int, timeout: float | None
+) -> None:
+    threads = threading.active_count()
+    with Watchdog(Ranks(0, world_size, 0, world_size, torch.device("cpu")), timeout) as watchdog:
+        watchdog.mark("batch 0")
+        assert threading.active_count() == threads

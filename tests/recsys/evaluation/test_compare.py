@@ -1,0 +1,197 @@
+"""`recsys compare` and `recsys train --compare id_only`: runs side by side, on the same rows."""
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from recsys.cli import main
+from recsys.config import load_config
+from recsys.evaluation.bootstrap import METRICS, PARTS, paired_difference
+from recsys.evaluation.compare import compare_runs, format_comparison
+from recsys.evaluation.metrics import evaluation_report
+from recsys.evaluation.scores import SplitScores, read_scores, write_scores
+from tests.datasets import write_dataset
+from tests.recsys.command_runs import NUM_ROWS, ROOT, torchx, train_words
+
+ROWS = 300
+
+
+def scores_with(signal: float) -> SplitScores:
+    """Of a model that knows the label so well; no item is unseen."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, (ROWS, 1)).astype(np.float32)
+    groups, counts = rng.integers(0, 30, ROWS), rng.choice([2, 9], ROWS)
+    noise = rng.normal(size=(ROWS, 1)).astype(np.float32)
+    rows = np.arange(ROWS)
+    return SplitScores(rows, groups, rows, counts, labels, signal * labels + noise, ("liked",))
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> tuple[Path, Path]:
+    """A weak and a strong run, of which only the scores are there."""
+    folders = tmp_path / "weak", tmp_path / "strong"
+    for folder, signal in zip(folders, (0.2, 2.0), strict=True):
+        folder.mkdir()
+        write_scores(scores_with(signal), folder / "scores_test.parquet")
+    return folders
+
+
+def test_a_comparison_holds_the_metrics_of_each_run_and_the_paired_differences(
+    runs: tuple[Path, Path],
+) -> None:
+    weak, strong = (read_scores(run / "scores_test.parquet") for run in runs)
+    report = compare_runs(runs, "test")
+    assert (report["split"], report["label"], report["users"]) == ("test", "liked", 30)
+    assert report["rows"]["all"] == ROWS and report["rows"]["unseen"] == 0
+    for run, scores in zip(report["runs"], (weak, strong), strict=True):
+        expected = evaluation_report(
+            scores.labels[:, 0], scores.logits[:, 0], scores.groups, scores.counts
+        )
+        for part in PARTS:
+            of_part = expected if part == "all" else expected[part]
+            assert report["rows"][part] == of_part["num_samples"]
+            for metric in METRICS:
+                assert run[part][metric] == pytest.approx(of_part[metric])
+    interval = paired_difference([[weak]], [[strong]], "gauc", "cold")
+    found = report["runs"][1]["cold"]["difference"]["gauc"]
+    assert interval is not None and interval.low > 0
+    assert found == {**interval.__dict__, "excludes_zero": True}
+    assert report["runs"][1]["unseen"]["difference"] == {"auc": None, "gauc": None}
+    assert "difference" not in report["runs"][0]["all"]
+
+
+def test_the_command_prints_a_line_per_part_and_run_and_writes_the_numbers(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weak, strong = runs
+    out = tmp_path / "new" / "comparison.json"
+    words = ["compare", "--runs", str(weak), str(strong), str(weak), "--out", str(out)]
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    report = compare_runs([weak, strong, weak], "test")
+    assert json.loads(out.read_text()) == report
+    assert [path.name for path in out.parent.iterdir()] == ["comparison.json"]
+    table = [line for line in lines if line.endswith(("/weak", "/strong"))]
+    assert [line.split()[0] for line in table] == [part for part in PARTS for _ in range(3)]
+    of_strong = report["runs"][1]["all"]
+    assert table[1].split()[1:3] == [
+        f"{of_strong['auc']:.4f}",
+        f"{of_strong['difference']['auc']['value']:+.4f}",
+    ]
+    assert table[0].count("*") == 0 and table[1].count("*") == 2
+    assert table[2].count("[+0.0000, +0.0000]") == 2 and table[2].count("*") == 0
+    assert re.match(r"unseen +- +- +- +- +- +- +0 ", table[-2])
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
+    """The line that a command which must fail says."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 1
+    return capsys.readouterr().err.strip()
+
+
+def test_runs_that_cannot_be_compared_are_named_with_the_mend(
+    runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    weak, strong = runs
+    line = fails(capsys, "compare", "--runs", weak, strong, "--split", "valid")
+    assert f"{weak}: holds no scores of the valid split" in line
+    assert f"recsys evaluate --run {weak} --split valid" in line
+    assert "compare two or more" in fails(capsys, "compare", "--runs", weak)
+    scores = scores_with(2.0)
+    others = replace(scores, groups=scores.groups[::-1])
+    write_scores(others, strong / "scores_test.parquet")
+    line = fails(capsys, "compare", "--runs", weak, strong)
+    assert f"{weak} and {strong}: groups differ in" in line
+
+
+def steps_of(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("compare") / "data", NUM_ROWS)
+
+
+def test_the_twin_is_trained_after_the_run_goes_on_with_it_and_begins_anew_with_it(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, twin = tmp_path / "run", tmp_path / "run" / "id_only"
+    words = train_words(data, run, "--batch_size", "31")
+    assert main(words) == 0
+    of_run = (run / "checkpoints" / "step-00000002" / "checkpoint.json").stat().st_mtime_ns
+
+    assert main([*words, "--compare", "id_only"]) == 0  # the run is finished; its twin is not
+    assert (run / "checkpoints" / "step-00000002" / "checkpoint.json").stat().st_mtime_ns == of_run
+    made = load_config(twin / "config.yaml")
+    assert made == replace(
+        load_config(run / "config.yaml"),
+        content="none",
+        contrastive=replace(made.contrastive, weight=0.0),
+    )
+    report = compare_runs([twin, run], "test")
+    assert json.loads((run / "comparison.json").read_text()) == report
+    assert format_comparison(report) in capsys.readouterr().out
+
+    assert main([*words, "--compare", "id_only", "--epochs", "2"]) == 0
+    for folder in (run, twin):
+        assert steps_of(folder) == ["step-00000002", "step-00000004"]
+
+    for step in steps_of(twin):  # as if killed after a validation, before any checkpoint
+        shutil.rmtree(twin / "checkpoints" / step)
+    assert main([*words, "--compare", "id_only", "--epochs", "2"]) == 0
+    assert steps_of(twin) == ["step-00000004"]
+
+    assert main([*words, "--overwrite", "true"]) == 0
+    assert steps_of(run) == ["step-00000002"]
+    assert not twin.exists() and not (run / "comparison.json").exists()
+
+
+def test_torchx_trains_run_and_twin_on_two_ranks(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _, *words = train_words(data, run, "--compare", "id_only")
+    done = torchx("train", 2, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for folder in (run, run / "id_only"):
+        assert json.loads((folder / "metrics.json").read_text())["world_size"] == 2
+    report = json.loads((run / "comparison.json").read_text())
+    assert [of["run"] for of in report["runs"]] == [str(run / "id_only"), str(run)]
+    assert report["rows"]["all"] == NUM_ROWS["test"]
+    assert (done.stdout + done.stderr).count("95 % interval") == 2  # both metrics, one rank
+
+
+def test_a_twin_that_cannot_be_is_refused_before_anything_is_written(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*train_words(data, tmp_path / "run"), "--compare", "id_only"]
+    assert "has no content" in fails(capsys, *words, "--content", "none")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run" / "id_only").mkdir(parents=True)  # say, a run beside others
+    assert f"{tmp_path}/run/id_only: was not made as the twin" in fails(capsys, *words)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["id_only"]
+
+
+def test_a_dry_run_takes_a_step_of_both(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = train_words(data, tmp_path / "run", "--compare", "id_only", "--dry-run")
+    assert main(words) == 0
+    output = capsys.readouterr().out
+    assert output.count("contrastive") == 1 and output.count("Nothing was written") == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_make_train_passes_the_comparison_on() -> None:
+    for words, count in ((["COMPARE=id_only"], 1), ([], 0)):
+        made = subprocess.run(
+            ["make", "-n", "train", *words], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert made.stdout.count("--compare id_only") == count

@@ -1,0 +1,192 @@
+"""Ranking metrics against scikit-learn and loops over users, on one rank and on two."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from sklearn.metrics import log_loss, roc_auc_score
+from torch import Tensor
+
+from recsys.data.item_parts import COLD_BELOW
+from recsys.distributed.gather import gather_rows
+from recsys.evaluation.metrics import evaluation_report, format_report, ranking_metrics
+from tests.ranks import run_on_ranks
+
+
+def random_rows(
+    num_rows: int, num_users: int, num_scores: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, logits with about `num_scores` values (so, many ties), and users."""
+    rng = np.random.default_rng(seed)
+    logits = rng.integers(0, num_scores, num_rows) / num_scores * 6 - 3
+    labels = (rng.random(num_rows) < 1 / (1 + np.exp(-logits / 2))).astype(np.float32)
+    return labels, logits, rng.integers(0, num_users, num_rows)
+
+
+def brute_force_gauc(labels: np.ndarray, logits: np.ndarray, groups: np.ndarray) -> float:
+    total, weight = 0.0, 0
+    for user in np.unique(groups):
+        rows = groups == user
+        if 0 < labels[rows].sum() < rows.sum():
+            total += rows.sum() * roc_auc_score(labels[rows], logits[rows])
+            weight += rows.sum()
+    return total / weight
+
+
+def test_auc_equals_scikit_learn_on_a_million_rows_with_many_ties() -> None:
+    labels, logits, groups = random_rows(1_000_000, 1, 1000)
+    metrics = ranking_metrics(labels, logits, groups)
+    assert metrics["auc"] == pytest.approx(roc_auc_score(labels, logits), abs=1e-12)
+    assert metrics["gauc"] == metrics["auc"]
+
+
+@pytest.mark.parametrize("num_scores", [1, 3, 100, 10**9])
+def test_auc_and_gauc_equal_scikit_learn_and_a_loop_over_users(num_scores: int) -> None:
+    labels, logits, groups = random_rows(3000, 400, num_scores)
+    metrics = ranking_metrics(labels, logits, groups)
+    assert metrics["auc"] == pytest.approx(roc_auc_score(labels, logits), abs=1e-12)
+    assert metrics["gauc"] == pytest.approx(brute_force_gauc(labels, logits, groups), abs=1e-12)
+
+
+def test_a_tie_counts_half() -> None:
+    metrics = ranking_metrics(np.array([1, 0, 1]), np.array([2.0, 0.5, 0.5]), np.zeros(3, int))
+    assert metrics["auc"] == 0.75
+
+
+def test_gauc_weighs_users_by_their_rows_and_skips_those_with_one_label() -> None:
+    labels = np.array([1, 0, 1, 0, 0, 1, 1])
+    logits = np.array([1.0, 0.0, 0.0, 1.0, 2.0, 9.0, -9.0])
+    users = np.array([4, 4, 2, 2, 2, 8, 8])  # AUC 1 over 2 rows, 0 over 3 rows, none
+    assert ranking_metrics(labels, logits, users)["gauc"] == pytest.approx(2 / 5)
+
+
+def test_log_loss_entropy_and_calibration_equal_their_definitions() -> None:
+    labels, logits, groups = random_rows(5000, 10, 10**9)
+    predictions = 1 / (1 + np.exp(-logits))
+    share = labels.mean(dtype=np.float64)
+    metrics = ranking_metrics(labels, logits, groups)
+    assert metrics["logloss"] == pytest.approx(log_loss(labels, predictions), abs=1e-12)
+    base = log_loss(labels, np.full(len(labels), share))
+    assert metrics["ne"] == pytest.approx(metrics["logloss"] / base, abs=1e-12)
+    assert metrics["calibration"] == pytest.approx(predictions.mean() / share, abs=1e-12)
+    assert metrics["num_samples"] == 5000
+
+
+def test_always_predicting_the_share_of_positives_has_a_normalised_entropy_of_one() -> None:
+    labels = np.array([1, 0, 0, 0])
+    metrics = ranking_metrics(labels, np.full(4, np.log(0.25 / 0.75)), np.zeros(4, int))
+    assert metrics["ne"] == pytest.approx(1, abs=1e-12)
+    assert metrics["calibration"] == pytest.approx(1, abs=1e-12)
+
+
+def test_huge_logits_give_finite_losses() -> None:
+    metrics = ranking_metrics(np.array([1, 0]), np.array([-1e4, 1e4]), np.zeros(2, int))
+    assert metrics["logloss"] == 1e4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tensors_give_what_the_same_arrays_give(dtype: torch.dtype) -> None:
+    labels, logits, groups = random_rows(500, 20, 16)
+    tensor = torch.tensor(logits, dtype=dtype, requires_grad=True)
+    expected = ranking_metrics(labels, tensor.detach().double().numpy(), groups)
+    assert ranking_metrics(torch.tensor(labels), tensor, torch.tensor(groups)) == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "undefined"),
+    [
+        ([1, 1, 1, 1], {"auc", "gauc", "ne"}),
+        ([0, 0, 0, 0], {"auc", "gauc", "ne", "calibration"}),
+        ([1, 1, 0, 0], {"gauc"}),  # no user has both labels
+        ([], {"auc", "gauc", "logloss", "ne", "calibration"}),
+    ],
+)
+def test_what_the_rows_do_not_define_is_none_and_writes_as_null(
+    labels: list[int], undefined: set[str]
+) -> None:
+    users = np.array([3, 3, 5, 5])[: len(labels)]
+    logits = np.array([0.5, -1, 2, 0])[: len(labels)]
+    metrics = ranking_metrics(np.array(labels), logits, users)
+    assert {name for name, value in metrics.items() if value is None} == undefined
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_a_label_that_is_neither_zero_nor_one_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"label of row 1 is 0\.5; a label must be 0 or 1"):
+        ranking_metrics(np.array([1, 0.5]), np.zeros(2), np.zeros(2, int))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_logit_that_is_not_finite_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=r"logit of row 2 is (nan|inf) .*diverged"):
+        ranking_metrics(np.array([1, 0, 1]), np.array([0, 0, value]), np.zeros(3, int))
+
+
+def test_a_report_holds_the_metrics_of_warm_cold_and_unseen_items() -> None:
+    labels, logits, groups = random_rows(2000, 30, 50)
+    counts = np.random.default_rng(1).integers(0, 12, 2000)
+    report = evaluation_report(labels, logits, groups, counts)
+    parts = {"warm": counts >= 5, "cold": counts < 5, "unseen": counts == 0}
+    for name, rows in parts.items():
+        assert report.pop(name) == ranking_metrics(labels[rows], logits[rows], groups[rows])
+    assert report == ranking_metrics(labels, logits, groups)
+
+
+def test_an_item_with_five_training_rows_is_warm_and_with_four_cold() -> None:
+    zeros = np.zeros(3, int)
+    report = evaluation_report(zeros, zeros, zeros, np.array([0, COLD_BELOW - 1, COLD_BELOW]))
+    assert [report[name]["num_samples"] for name in ("warm", "cold", "unseen")] == [1, 2, 1]
+
+
+def test_the_table_shows_each_part_and_a_dash_for_what_is_not_defined() -> None:
+    labels, logits = np.array([1, 0, 1]), np.array([1.0, 0.0, 0.5])
+    report = evaluation_report(labels, logits, np.zeros(3, int), np.array([9, 9, 0]))
+    lines = [line.split() for line in format_report(report).splitlines()]
+    assert lines[0] == ["items", "auc", "gauc", "logloss", "ne", "rows"]
+    assert lines[1][:3] == ["all", "1.0000", "1.0000"]
+    assert [line[0] for line in lines[1:]] == ["all", "warm", "cold", "unseen"]
+    assert lines[4] == ["unseen", "-", "-", "0.4741", "-", "1"]  # log(1 + exp(-0.5))
+
+
+def test_without_a_process_group_the_rows_are_those_of_this_process() -> None:
+    rows = torch.arange(3)
+    assert gather_rows(rows) is rows
+
+
+def gather_share(rank: int, world_size: int, rows: list[Tensor], cut: int) -> list[Tensor]:
+    share = slice(0, cut) if rank == 0 else slice(cut, None)
+    return [gather_rows(tensor[share], dist.group.WORLD) for tensor in rows]
+
+
+@pytest.mark.parametrize("cut", [0, 700])
+def test_metrics_of_rows_split_unevenly_over_two_ranks_equal_those_of_all_rows(cut: int) -> None:
+    labels, logits, groups = random_rows(1000, 40, 30)
+    rows = [
+        torch.tensor(labels),
+        torch.tensor(logits, dtype=torch.bfloat16),
+        torch.tensor(groups),
+        torch.tensor(labels) == 1,
+        torch.tensor(logits, dtype=torch.float32).view(-1, 1).repeat(1, 3),
+    ]
+    for gathered in run_on_ranks(gather_share, 2, rows, cut):
+        for whole, tensor in zip(rows, gathered, strict=True):
+            assert whole.dtype == tensor.dtype
+            assert torch.equal(whole, tensor)
+        assert ranking_metrics(*gathered[:3]) == ranking_metrics(*rows[:3])
+
+
+def gather_unlike_rows(rank: int, world_size: int) -> Any:
+    with pytest.raises(ValueError, match="cannot be joined") as caught:
+        gather_rows(torch.zeros(2, 3) if rank == 0 else torch.zeros(2, 4))
+    return str(caught.value)
+
+
+def test_rows_of_unlike_width_are_refused_on_every_rank() -> None:
+    messages = run_on_ranks(gather_unlike_rows, 2)
+    assert messages[0] == messages[1]
+    assert "(2, 3)" in messages[0] and "(2, 4)" in messages[0]

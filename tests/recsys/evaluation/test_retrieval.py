@@ -1,0 +1,150 @@
+"""Recall and NDCG of a retrieval model against brute force: every row ranked with every item."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from recsys.config import ContentSettings
+from recsys.data.parquet.rows import ParquetRows
+from recsys.data.vocabularies import UnknownIds
+from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.predict import evaluate, load_run
+from recsys.evaluation.retrieval import format_retrieval, retrieval_metrics, search_places
+from recsys.training.train import train
+from tests.datasets import write_dataset
+from tests.ranks import run_on_ranks
+from tests.recsys.command_runs import assert_same_metrics
+from tests.recsys.em3_runs import ranks_of
+from tests.recsys.ranking.backbone_runs import backbone_config
+
+NUM_ITEMS = 150  # more than the deepest list
+NUM_ROWS = {"train": 61, "valid": 24, "test": 33}
+CASES = [("two_tower", "none"), ("two_tower sampled", "qformer"), ("two_tower in_batch", "full")]
+
+
+def test_the_place_of_an_item_is_the_number_of_items_above_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    items, vectors = torch.arange(40) * 3, torch.randn(40, 5, generator=generator)
+    places = torch.randint(40, (600,), generator=generator)
+    queries = torch.randn(600, 5, generator=generator)
+    found = search_places(queries, vectors[places], items[places], items, vectors)
+    scores = (queries.double() @ vectors.double().T).numpy()
+    expected = [
+        int((row > row[place]).sum()) for row, place in zip(scores, places.tolist(), strict=True)
+    ]
+    assert found.tolist() == expected and max(expected) > 30
+
+
+def test_an_item_outside_the_catalogue_is_ranked_as_if_it_were_in_it() -> None:
+    vectors = torch.tensor([[1.0], [2.0], [3.0]])
+    query, target = torch.tensor([[1.0]]), torch.tensor([[2.5]])
+    found = search_places(query, target, torch.tensor([9]), torch.arange(3), vectors)
+    assert found.tolist() == [1]
+
+
+def test_recall_and_ndcg_of_places_written_out() -> None:
+    metrics = retrieval_metrics(torch.tensor([0, 9, 10, 60, 200]))
+    gains = [1.0, 1 / math.log2(11), 1 / math.log2(12), 1 / math.log2(62)]
+    for depth, count in ((10, 2), (50, 3), (100, 4)):
+        assert metrics[f"recall@{depth}"] == pytest.approx(count / 5)
+        assert metrics[f"ndcg@{depth}"] == pytest.approx(sum(gains[:count]) / 5)
+    assert retrieval_metrics(torch.zeros(0, dtype=torch.long))["recall@10"] is None
+
+
+def train_and_evaluate(rank: int, world_size: int, folder: Path) -> dict[Any, dict[str, Any]]:
+    """The metrics that training ended with, and those of `evaluate`, by case."""
+    ranks, reports = ranks_of(rank, world_size), {}
+    for case in CASES:
+        backbone, content = case
+        config = backbone_config(
+            folder, backbone, "qformer" if content == "full" else content, batch_size=7, epochs=1
+        )
+        if content == "full":  # history encoded with gradient, no bank
+            assert isinstance(config.content, ContentSettings)
+            history = replace(config.content.history, mode="full")
+            config = replace(config, content=replace(config.content, history=history))
+        run = folder / f"run {case}"
+        metrics = train(config, str(folder / "data"), run, ranks)
+        reports[case] = metrics["test"]
+        assert_same_metrics(evaluate(run, None, "test", ranks, "cpu"), metrics["test"])
+    return reports
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("retrieval")
+    write_dataset(folder / "data", NUM_ROWS, num_items=NUM_ITEMS)
+    # Two items that the catalogue does not have, one of which is ranked in the test split.
+    file = folder / "data" / "items" / "part-0.parquet"
+    asked = pq.read_table(folder / "data" / "test")["item"][0].as_py()
+    rows = pq.read_table(file)
+    gone = pc.is_in(rows["item"], pa.array([asked, (asked + 1) % NUM_ITEMS]))
+    pq.write_table(rows.filter(pc.invert(gone)), file, row_group_size=7)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reports(folder: Path) -> list[dict[Any, dict[str, Any]]]:
+    return run_on_ranks(train_and_evaluate, 2, folder)
+
+
+def places_by_brute_force(folder: Path, run: Path) -> tuple[Tensor, np.ndarray]:
+    """Logits of every liked test row with every item in the place of its own."""
+    catalogue = pq.read_table(folder / "data" / "items")["item"].to_numpy()
+    with joined_ranks("cpu") as ranks:
+        job = load_run(run, None, ranks, "cpu")
+        job.model.eval()
+        table = next(ParquetRows.of_split(job.root, "test", job.schema).read(0, NUM_ROWS["test"]))
+        places, targets = [], []
+        for row in np.flatnonzero(table["liked"].to_numpy() > 0):
+            target = table["item"][row].as_py()
+            items = np.unique(np.append(catalogue, target))
+            every = table.take(np.full(len(items), row))
+            every = every.set_column(every.column_names.index("item"), "item", pa.array(items))
+            loaded = iter([job.batch_builder()(every)])
+            (batch,) = job.preparation(loaded, UnknownIds(job.schema), 0, training=False)
+            with torch.no_grad():
+                logits = job.model(batch)[1][1][:, 0].double()
+            own = logits[int(np.flatnonzero(items == target)[0])]
+            places.append(int((logits > own).sum()))
+            targets.append(target)
+    return torch.tensor(places), np.array(targets)
+
+
+@pytest.mark.parametrize("case", CASES, ids=["-".join(case) for case in CASES])
+def test_two_ranks_find_what_brute_force_finds(folder: Path, reports: Any, case: Any) -> None:
+    places, targets = places_by_brute_force(folder, folder / f"run {case}")
+    counts = np.bincount(pq.read_table(folder / "data" / "train")["item"], minlength=NUM_ITEMS)
+    for report in (ran[case]["retrieval"] for ran in reports):
+        assert report["catalogue"] == NUM_ITEMS - 2
+        parts = {
+            "warm": counts[targets] >= 5,
+            "cold": counts[targets] < 5,
+            "unseen": counts[targets] == 0,
+        }
+        for name, rows in parts.items():
+            assert_same_metrics(report[name], retrieval_metrics(places[torch.from_numpy(rows)]))
+        whole = {name: report[name] for name in retrieval_metrics(places)}
+        assert_same_metrics(whole, retrieval_metrics(places))
+        assert 0 < report["recall@50"] < 1
+
+
+def test_the_table_shows_all_parts_and_what_is_not_defined() -> None:
+    nothing, found = retrieval_metrics(torch.zeros(0)), retrieval_metrics(torch.tensor([0, 70]))
+    table = format_retrieval(found | {"warm": found, "cold": nothing, "unseen": nothing})
+    lines = [line.split() for line in table.splitlines()]
+    assert lines[0][:4] == ["retrieval", "recall@10", "recall@50", "recall@100"]
+    assert [line[0] for line in lines[1:]] == ["all", "warm", "cold", "unseen"]
+    assert lines[1][1:4] == ["0.5000", "0.5000", "1.0000"] and lines[1][-1] == "2"
+    assert lines[3][1] == "-" and lines[3][-1] == "0"

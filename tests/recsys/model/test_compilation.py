@@ -1,0 +1,137 @@
+"""Compiled dense parts: the same numbers, the same names, and one graph for all lengths.
+
+Graphs are captured as they always are but run by PyTorch, which takes no compiler; what the
+compiler makes of them is tested where tests may take minutes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
+
+from recsys.build import Job, build_job
+from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.evaluate import fill_bank
+from recsys.model.compilation import compile_dense_parts, compiled_parts
+from recsys.training.trainer import require_pipelined
+from tests.datasets import write_dataset
+from tests.ranks import run_on_ranks
+from tests.recsys.checkpoint.test_resume import run_training
+from tests.recsys.em3_runs import batches_of, em3_config, ranks_of, table_pieces
+
+CPU = torch.device("cpu")
+SIZES = [6, 5, 4, 7, 6, 3]  # impressions of each batch: with them all other lengths differ
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compilation")
+    write_dataset(folder / "data")
+    return folder
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Some steps and a pass of evaluation, with the graphs there are after each."""
+    found: dict[str, Any] = {"logits": [], "graphs": []}
+    counters.clear()
+    fill_bank(job)
+    for index, size in enumerate(SIZES):
+        job.model.train()
+        _, logits, _ = job.pipeline.progress(iter(batches_of(job, index + 1, size)[-1:]))
+        found["logits"].append(logits.detach().clone())
+        found["gradients"] = gradients(job)
+        job.model.eval()
+        with torch.no_grad():
+            job.pipeline.progress(iter(batches_of(job, 1, size)))
+        found["graphs"].append(counters["stats"]["unique_graphs"])
+    require_pipelined(job.model)
+    return found | {
+        "tables": table_pieces(job),
+        "names": list(job.model.state_dict()),
+        "breaks": dict(counters["graph_break"]),
+    }
+
+
+def gradients(job: Job) -> dict[str, Tensor]:
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in job.em3.named_parameters()
+        if parameter.grad is not None and not name.startswith("embedding")
+    }
+
+
+def train_both_ways(
+    rank: int, world_size: int, folder: Path, precision: Any, backend: str
+) -> dict[str, Any]:
+    ranks, data = ranks_of(rank, world_size), str(folder / "data")
+    config = em3_config(folder, precision=precision)
+    found = {"eager": train(build_job(config, data, ranks))}
+    job = build_job(config, data, ranks)
+    compile_dense_parts(job.em3, CPU, backend)
+    return found | {"compiled": train(job), "parts": set(compiled_parts(job.em3))}
+
+
+def assert_same_numbers(run: dict[str, Any], tolerance: float) -> None:
+    eager, compiled = run["eager"], run["compiled"]
+    same: dict[str, Any] = {"rtol": 0, "atol": tolerance}
+    torch.testing.assert_close(compiled["logits"], eager["logits"], **same)
+    torch.testing.assert_close(compiled["gradients"], eager["gradients"], **same)
+    torch.testing.assert_close(compiled["tables"], eager["tables"], **same)
+
+
+@pytest.fixture(scope="module")
+def captured(folder: Path) -> dict[str, Any]:
+    return run_on_ranks(train_both_ways, 1, folder, "fp32", "aot_eager")[0]
+
+
+def test_fusion_trained_layers_and_stacks_of_the_ranking_model_are_compiled(captured: Any) -> None:
+    layer = "content.encoders.text.model.encoder.layer.2"  # the only one with adapters
+    assert captured["parts"] == {layer, "content.fusion", "ranking.mlp"}
+    assert captured["eager"]["graphs"][-1] == 0
+
+
+def test_captured_graphs_give_the_numbers_of_the_parts_themselves(captured: Any) -> None:
+    assert_same_numbers(captured, TOLERANCE)
+
+
+def test_each_part_is_one_graph_and_other_lengths_need_no_other(captured: Any) -> None:
+    graphs = captured["compiled"]["graphs"]
+    assert captured["compiled"]["breaks"] == {}
+    assert graphs[0] >= len(captured["parts"]) and set(graphs) == {graphs[0]}
+
+
+def test_names_in_a_state_dict_stay_as_they_are(captured: Any) -> None:
+    assert captured["compiled"]["names"] == captured["eager"]["names"]
+
+
+def test_without_a_compiler_a_job_is_refused_before_it_starts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inductor_config.cpp, "cxx", (None, "no-such-compiler"))
+    told = "compile is true, but torch.compile does not work for cpu .*install a C.. compiler"
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=told):
+        build_job(em3_config(folder, compile=True), str(folder / "data"), ranks)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", TOLERANCE), ("bf16", 0.02)])
+def test_compiled_code_on_two_ranks_gives_the_numbers_of_pytorch(
+    folder: Path, precision: str, tolerance: float
+) -> None:
+    for run in run_on_ranks(train_both_ways, 2, folder, precision, "inductor", timeout_seconds=600):
+        assert_same_numbers(run, tolerance)
+
+
+@pytest.mark.long
+def test_a_compiled_run_goes_on_without_compiler_and_the_other_way_round(
+    folder: Path, tmp_path: Path
+) -> None:
+    for epochs, compiled in (("1", "true"), ("2", "false"), ("3", "true")):
+        words = ("--epochs", epochs, "--compile", compiled)
+        metrics = run_training(folder, tmp_path / "run", *words)
+        assert metrics["train"]["steps"] == 8 * int(epochs)

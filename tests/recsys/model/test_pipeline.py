@@ -1,0 +1,107 @@
+"""The pipeline that sends ids ahead gives the losses of the plain loop, and really is one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchrec.distributed.train_pipeline import TrainPipelineBase
+from torchrec.distributed.types import ShardedModule
+
+from recsys.build import Job, build_job
+from recsys.data.batch import Batch
+from recsys.model.em3 import EM3
+from recsys.training.trainer import require_pipelined
+from tests.datasets import write_dataset
+from tests.ranks import run_on_ranks
+from tests.recsys.em3_runs import batches_of, em3_config, ranks_of
+
+NUM_BATCHES = 6
+
+
+def losses_of(job: Job, pipeline: Any) -> list[float]:
+    batches = iter(batches_of(job, NUM_BATCHES, 4))
+    losses: list[float] = []
+    job.model.train()
+    while True:
+        try:
+            parts, _, _ = pipeline.progress(batches)
+        except StopIteration:
+            return losses
+        losses.append(float(parts["loss"]))
+
+
+def train_both_ways(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    ranks, data = ranks_of(rank, world_size), str(folder / "data")
+    plain = build_job(em3_config(folder), data, ranks)
+    base = TrainPipelineBase(plain.model, plain.optimizer, ranks.device)
+    job = build_job(em3_config(folder), data, ranks)
+    result: dict[str, Any] = {
+        "plain": losses_of(plain, base),
+        "ahead": losses_of(job, job.pipeline),
+    }
+    result["sharded"] = [
+        name for name, module in job.model.named_modules() if isinstance(module, ShardedModule)
+    ]
+    require_pipelined(job.model)
+    result["unpipelined"] = complaint(plain.model)
+    result["indirect"] = complaint_about_an_indirect_input(
+        build_job(em3_config(folder), data, ranks)
+    )
+    return result
+
+
+def complaint(model: torch.nn.Module) -> str:
+    try:
+        require_pipelined(model)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+class SwappedFeatures(EM3):
+    """Hands the item table something computed, which no pipeline can send ahead."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor, Batch]]:
+        assert self.embedding_bags is not None
+        pooled = self.embedding_bags(batch.sparse_features)
+        keys = [1, 0]
+        sequences = self.embeddings(batch.sequence_features.permute(keys).permute(keys))
+        ids = self.read_ids(pooled, sequences)
+        content = self.content(batch) if self.content is not None else None
+        logits = self.ranking(ids, content, batch)
+        loss, parts, logits = self.losses(logits, ids, content, batch)
+        return loss, (parts, logits, batch)
+
+
+def complaint_about_an_indirect_input(job: Job) -> str:
+    job.em3.__class__ = SwappedFeatures
+    losses_of(job, job.pipeline)
+    return complaint(job.model)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("pipeline")
+    write_dataset(folder / "data")
+    return run_on_ranks(train_both_ways, 2, folder)
+
+
+def test_sending_ids_ahead_gives_the_losses_of_the_plain_loop(results: Any) -> None:
+    for rank in results:
+        assert len(rank["plain"]) == NUM_BATCHES
+        assert rank["ahead"] == rank["plain"]
+        assert len(set(rank["plain"])) == NUM_BATCHES
+
+
+def test_every_sharded_collection_of_em3_is_pipelined(results: Any) -> None:
+    for rank in results:
+        names = sorted(name.split(".")[-1] for name in rank["sharded"])
+        assert names == ["embedding_bags", "embeddings"]
+
+
+def test_a_collection_that_is_not_pipelined_is_named(results: Any) -> None:
+    for rank in results:
+        assert "'_dmp_wrapped_module.module.embedding_bags' is not pipelined" in rank["unpipelined"]
+        assert "module.embeddings' is not pipelined" in rank["indirect"]

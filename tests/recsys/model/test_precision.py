@@ -1,0 +1,143 @@
+"""bfloat16 in the dense parts: close to float32, and nothing around them sees another type."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recsys.build import Job, build_job
+from recsys.evaluation.evaluate import fill_bank
+from recsys.model.precision import use_bfloat16
+from recsys.training.trainer import require_pipelined
+from tests.datasets import write_dataset
+from tests.ranks import run_on_ranks
+from tests.recsys.em3_runs import (
+    TABLE_RATES,
+    TABLES,
+    batches_of,
+    em3_config,
+    ranks_of,
+    table_pieces,
+)
+
+# Relative error of what passes some ten matrix products, each rounded by up to 2 ** -9.
+CLOSE = 0.03
+INNER_LINEARS = ("content.encoders", "content.fusion", "content.history_map", "ranking.mlp")
+
+
+class TypesSeen:
+    """Types of what passes the model's parts, and whether autocast is on around the losses."""
+
+    def __init__(self, job: Job) -> None:
+        self.linear: dict[str, set[torch.dtype]] = {part: set() for part in INNER_LINEARS}
+        self.around: set[torch.dtype] = set()
+        self.losses_in_autocast = False
+        for name, module in job.em3.named_modules():
+            for part in INNER_LINEARS:
+                if isinstance(module, nn.Linear) and name.startswith(part):
+                    module.register_forward_hook(self._note_linear(part))
+        job.em3.losses.register_forward_pre_hook(self._note_losses)
+
+    def _note_linear(self, part: str) -> Any:
+        return lambda module, inputs, output: self.linear[part].add(output.dtype)
+
+    def _note_losses(self, module: nn.Module, inputs: Any) -> None:
+        logits, ids, content, _ = inputs
+        vectors = [logits, *ids.pooled, ids.target, ids.history, content.target, content.history]
+        self.around |= {vector.dtype for vector in vectors}
+        self.losses_in_autocast |= torch.is_autocast_enabled("cpu")
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Fills the bank, scores a batch and trains on it."""
+    content = job.em3.content
+    assert content is not None and content.bank is not None
+    seen = TypesSeen(job)
+    fill_bank(job)
+    bank, _ = content.bank.lookup(torch.arange(job.schema.num_items))
+    job.model.eval()
+    with torch.no_grad():
+        _, scored, _ = job.pipeline.progress(iter(batches_of(job, 1, 4)))
+    job.model.train()
+    before = table_pieces(job)
+    parts, logits, _ = job.pipeline.progress(iter(batches_of(job, 1, 4)))
+    require_pipelined(job.model)
+    dense = [p for group in job.adamw.param_groups for p in group["params"]]
+    state = [value for p in dense for value in job.adamw.state[p].values()]
+    pieces = [piece for table in table_pieces(job).values() for _, piece in table]
+    return {
+        "bank": bank,
+        "scored": scored,
+        "logits": logits,
+        "loss": parts["loss"],
+        "gradient": torch.cat([p.grad.flatten() for p in dense]),
+        "tables": {name: moved(before, table_pieces(job), name) for name in TABLES},
+        "types": {tensor.dtype for tensor in (*dense, *state, *pieces, bank, scored, logits)},
+        "around": seen.around,
+        "linear": seen.linear,
+        "losses_in_autocast": seen.losses_in_autocast,
+    }
+
+
+def moved(before: Any, after: Any, name: str) -> Tensor:
+    """The gradient of a table under SGD, as far as it lies on this rank."""
+    pairs = zip(before[name], after[name], strict=True)
+    return torch.cat([(old - new).flatten() for (_, old), (_, new) in pairs]) / TABLE_RATES["sgd"]
+
+
+def run_in_both(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    ranks, data = ranks_of(rank, world_size), str(folder / "data")
+    return {
+        precision: run_job(build_job(em3_config(folder, precision=precision), data, ranks))
+        for precision in ("fp32", "bf16")
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("precision")
+    write_dataset(folder / "data")
+    return run_on_ranks(run_in_both, 2, folder)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("what", ["bank", "scored", "logits", "loss", "gradient"])
+def test_bank_predictions_loss_and_gradients_are_close_to_float32_but_not_equal(
+    results: Any, what: str
+) -> None:
+    for rank in results:
+        assert 0 < relative_error(rank["bf16"][what], rank["fp32"][what]) < CLOSE
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_updates_of_tables_are_close_to_those_in_float32(results: Any, table: str) -> None:
+    exact, rounded = (
+        torch.cat([rank[precision]["tables"][table] for rank in results])
+        for precision in ("fp32", "bf16")
+    )
+    assert 0 < relative_error(rounded, exact) < CLOSE
+
+
+def test_matrix_products_of_every_dense_part_are_in_bfloat16(results: Any) -> None:
+    for rank in results:
+        assert rank["bf16"]["linear"] == {part: {torch.bfloat16} for part in INNER_LINEARS}
+        assert rank["fp32"]["linear"] == {part: {torch.float32} for part in INNER_LINEARS}
+
+
+def test_everything_between_the_parts_and_all_that_is_kept_is_float32(results: Any) -> None:
+    for rank in results:
+        for precision in ("fp32", "bf16"):
+            assert rank[precision]["types"] == rank[precision]["around"] == {torch.float32}
+            assert not rank[precision]["losses_in_autocast"]
+
+
+def test_a_gpu_without_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(ValueError, match="precision is bf16, which Tesla T4 does not compute in"):
+        use_bfloat16(nn.Module(), torch.device("cuda"))  # type: ignore[arg-type]

@@ -1,0 +1,174 @@
+"""Batches of a user's own dataset keep what they are and gain the content of their items."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchrec.datasets.utils import Batch as TorchRecBatch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recsys.data.batch import Batch
+from recsys.plug_in import DLRMOfItems, add_content, load_plug_in_settings
+from tests.datasets import write_dataset
+from tests.ranks import run_on_ranks
+from tests.recsys.plug_in.plug_in_runs import NUM_ITEMS, build_dlrm, plug_in_settings, user_batches
+
+CPU = torch.device("cpu")
+
+
+def plugged_in(folder: Path, **changed: Any) -> DLRMOfItems:
+    return add_content(build_dlrm("dlrm", "cpu"), plug_in_settings(folder, **changed), CPU)
+
+
+def message_of(action: Any) -> str:
+    """What a ValueError of the action says; empty without one."""
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def altered(rank: int, name: str, ids: list[int], lengths: list[int]) -> list[TorchRecBatch]:
+    """Rank 1's second batch has other ids in one feature."""
+    batches = user_batches(rank, 3)
+    features = batches[1].sparse_features.to_dict()
+    values = {key: (part.values(), part.lengths()) for key, part in features.items()}
+    values[name] = (torch.tensor(ids), torch.tensor(lengths, dtype=torch.int32))
+    changed = KeyedJaggedTensor.from_lengths_sync(
+        list(values),
+        torch.cat([ids for ids, _ in values.values()]),
+        torch.cat([lengths for _, lengths in values.values()]),
+    )
+    if rank == 1:
+        batches[1] = replace(batches[1], sparse_features=changed)
+    return batches
+
+
+def without_history(folder: Path, source: list[TorchRecBatch]) -> tuple[int, float]:
+    """Items in the histories of a batch, and the share of items in the bank."""
+    dlrm = plugged_in(folder, history=None)
+    batch = next(iter(dlrm.batches(source)))
+    assert dlrm.content.branch.bank is not None
+    return len(batch.history_index), dlrm.content.branch.bank.coverage()
+
+
+def gathered(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    dlrm = plugged_in(folder)
+    source = user_batches(rank, 3)
+    batches = dlrm.batches(source)
+    passes = [list(batches), list(batches)]
+    several = altered(rank, "item", [1, 2, 3, 4, 5, 6], [1, 2, 0, 1, 1, 1])
+    outside = altered(rank, "viewed", [4, NUM_ITEMS], [2, 0, 0, 0, 0, 0])
+    short = plug_in_settings(folder).content
+    short = replace(short, history=replace(short.history, top_k=1))
+    searched = next(iter(plugged_in(folder, content=short).batches(source)))
+    return {
+        "kept": [
+            ours.dense_features is theirs.dense_features
+            and ours.sparse_features is theirs.sparse_features
+            and ours.labels is theirs.labels
+            for ours, theirs in zip(passes[1], source)
+        ],
+        "batch": passes[0][0],
+        "expected": source[0],
+        "lengths": [len(batches), *map(len, passes)],
+        "uneven": len(list(dlrm.batches(source[: 3 - rank]))),
+        "several": message_of(lambda: list(dlrm.batches(several))),
+        "outside": message_of(lambda: list(dlrm.batches(outside))),
+        "absent": message_of(lambda: list(plugged_in(folder, history="user2").batches(source))),
+        "no_items": message_of(lambda: plugged_in(folder / "nowhere")),
+        "no_feature": message_of(lambda: plugged_in(folder, item="product", item_column="item")),
+        "twice": message_of(lambda: plugged_in(folder, history="item")),
+        "longest": searched.longest_history,
+        "filled": dlrm.content.branch.bank.coverage(),
+        "unread": without_history(folder, source),
+    }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("plug_in_batches")
+    write_dataset(folder / "data", num_items=NUM_ITEMS)
+    return run_on_ranks(gathered, 2, folder)
+
+
+def test_dense_and_sparse_features_and_labels_are_handed_on_untouched(found: Any) -> None:
+    for rank in found:
+        assert rank["kept"] == [True] * 3
+
+
+def histories(batch: TorchRecBatch) -> Iterator[np.ndarray]:
+    viewed = batch.sparse_features["viewed"]
+    yield from np.split(viewed.values().numpy(), np.cumsum(viewed.lengths().numpy())[:-1])
+
+
+def test_items_and_histories_are_those_of_the_named_features(found: Any) -> None:
+    for rank in found:
+        batch, theirs = rank["batch"], rank["expected"]
+        assert isinstance(batch, Batch) and batch.batch_size == theirs.labels.shape[0]
+        items = theirs.sparse_features["item"].values()
+        assert torch.equal(batch.target_items, items)
+        assert torch.equal(batch.content_items[batch.target_index], items)
+        assert len(batch.content["clip"].values) == len(batch.content_items.unique())
+        ours = np.split(
+            batch.history_items[batch.history_index].numpy(),
+            np.cumsum(batch.history_lengths.numpy())[:-1],
+        )
+        assert [list(row) for row in ours] == [list(row) for row in histories(theirs)]
+        assert bool((batch.row_weights == 1).all())
+
+
+def test_batches_can_be_gone_through_again_and_have_the_length_of_their_source(found: Any) -> None:
+    assert [rank["lengths"] for rank in found] == [[3, 3, 3]] * 2
+
+
+def test_all_ranks_end_with_the_one_that_has_the_fewest_batches(found: Any) -> None:
+    assert [rank["uneven"] for rank in found] == [2, 2]
+
+
+def test_every_rank_ends_with_the_cause_that_one_has_met(found: Any) -> None:
+    for rank in found:
+        assert "sparse feature 'item' has 2 ids in row 1 of a batch" in rank["several"]
+        assert "sparse feature 'viewed': id 30 is outside [0, 30)" in rank["outside"]
+        assert "no sparse feature 'user2'; they have ['item', 'viewed', 'user']" in rank["absent"]
+        assert "no *.parquet files" in rank["no_items"]
+        assert "no sparse feature 'product'; it has" in rank["no_feature"]
+        assert "item and history are both 'item'" in rank["twice"]
+
+
+def test_the_bank_is_filled_before_the_first_batch_if_it_is_read(found: Any) -> None:
+    for rank in found:
+        assert rank["filled"] == 1.0
+        assert rank["unread"] == (0, 0.0)
+
+
+def test_long_histories_are_searched_as_in_em3(found: Any) -> None:
+    assert all(rank["longest"] == 1 for rank in found)
+    assert all(rank["batch"].longest_history > 1 for rank in found)
+
+
+def test_settings_are_read_from_yaml_and_their_faults_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "content.yaml"
+    path.write_text(
+        "{data: shop, item: cat_0, content: {modalities: {a: {kind: feature, column: c}}}}"
+    )
+    settings = load_plug_in_settings(path)
+    assert settings.content.modalities["a"].column == "c" and settings.history is None
+    items = settings.schema(num_items=7).items
+    assert items is not None and items.id == "cat_0" and list(items.columns) == ["c"]
+
+    path.write_text("{data: shop, item: cat_0, content: {modalities: {}}, items: 3}")
+    with pytest.raises(ValueError, match=r"content\.yaml: .*items"):
+        load_plug_in_settings(path)
+    with pytest.raises(ValueError, match="no such file"):
+        load_plug_in_settings(tmp_path / "absent.yaml")
+
+
+def test_without_a_process_group_the_mend_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"call torch\.distributed\.init_process_group"):
+        plugged_in(tmp_path)

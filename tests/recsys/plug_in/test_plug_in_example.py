@@ -1,0 +1,126 @@
+"""The README's diff turns a user's script into one with content, and both train on two ranks."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from torchrec.datasets.criteo import (
+    CAT_FEATURE_COUNT,
+    INT_FEATURE_COUNT,
+    BinaryCriteoUtils,
+)
+
+from tests.datasets import write_parquet
+
+PROJECT = Path(__file__).parents[3]
+EXAMPLES = PROJECT / "tests" / "examples"
+README = (PROJECT / "README.md").read_text()
+CRITEO_ROWS = 200
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+SHORT = ["--epochs", "2", "--batches", "4"]
+
+
+def block(language: str, within: str) -> str:
+    """The README's block that has a line."""
+    found = re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    (one,) = (text for text in found if within in text)
+    return one
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder: his script, his items, Criteo's files, and the script after the diff."""
+    place = tmp_path_factory.mktemp("example")
+    before = (EXAMPLES / "dlrm_before.py").read_text()
+    (place / "dlrm_before.py").write_text(before)
+    (place / "dlrm.py").write_text(before)
+    (place / "content.yaml").write_text(block("yaml", "item: cat_0"))
+    (place / "content.diff").write_text(block("diff", "a/dlrm.py"))
+    subprocess.run(["git", "apply", "content.diff"], cwd=place, check=True, capture_output=True)
+    items = pa.table(
+        {
+            "product": range(50),
+            "title": [f"product {item}" for item in range(50)],
+            "embedding": np.random.default_rng(0).random((50, 8)).astype(np.float32).tolist(),
+        }
+    )
+    write_parquet(place / "shop" / "items" / "part-0.parquet", items)
+    for day in range(2):
+        write_criteo_day(place / "criteo", day)
+    return place
+
+
+def write_criteo_day(folder: Path, day: int) -> None:
+    """A day as Criteo writes it, label, numbers and hexadecimal ids by tabs, and its npy files."""
+    random = np.random.default_rng(day)
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for label in random.integers(0, 2, CRITEO_ROWS):
+        numbers = [str(random.integers(0, 100)) for _ in range(INT_FEATURE_COUNT)]
+        ids = [f"{random.integers(0, 2**31):08x}" for _ in range(CAT_FEATURE_COUNT)]
+        rows.append("\t".join([str(label), *numbers, *ids]))
+    (folder / f"day_{day}.tsv").write_text("\n".join(rows) + "\n")
+    files = [str(folder / f"day_{day}_{part}.npy") for part in ("dense", "sparse", "labels")]
+    BinaryCriteoUtils.tsv_to_npys(str(folder / f"day_{day}.tsv"), *files)
+
+
+def train(script: str, folder: Path, *arguments: str) -> list[tuple[float, float]]:
+    """(training loss, validation AUC) of each epoch, as the script prints them."""
+    done = subprocess.run(
+        [*TORCHRUN, script, *SHORT, *arguments],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(PROJECT),
+            "XDG_CACHE_HOME": str(folder / "cache"),
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    found = re.findall(r"training loss (\d\.\d+), validation AUC (\d\.\d+)", done.stdout)
+    return [(float(loss), float(auc)) for loss, auc in found]
+
+
+def test_the_diff_changes_three_lines_besides_imports(folder: Path) -> None:
+    lines = (folder / "content.diff").read_text().splitlines()
+    changed = [line for line in lines if re.match(r"[-+](?![-+])\s*\S", line)]
+    removed = [line for line in changed if line[0] == "-" and "import" not in line]
+    added = [line for line in changed if line[0] == "+" and "import" not in line]
+
+    assert len(removed) == len(added) == 3
+
+
+def test_the_diff_of_the_readme_gives_the_script_with_content(folder: Path) -> None:
+    expected = (EXAMPLES / "dlrm_after.py").read_text()
+
+    assert (folder / "dlrm.py").read_text() == expected
+    assert (folder / "content.yaml").read_text() == (EXAMPLES / "content.yaml").read_text()
+
+
+@pytest.mark.parametrize("script", ["dlrm_before.py", "dlrm.py"])
+def test_both_scripts_train_on_random_batches(folder: Path, script: str) -> None:
+    (first, auc), (second, _) = train(script, folder)
+
+    assert second < first and 0 < auc < 1
+
+
+def test_the_script_with_content_trains_on_criteos_files(folder: Path) -> None:
+    (first, auc), (second, _) = train("dlrm.py", folder, "--criteo", "criteo")
+
+    assert second < first and 0 < auc < 1
+
+
+@pytest.mark.long
+def test_the_script_without_content_trains_on_criteos_files(folder: Path) -> None:
+    (first, auc), (second, _) = train("dlrm_before.py", folder, "--criteo", "criteo")
+
+    assert second < first and 0 < auc < 1

@@ -1,0 +1,261 @@
+"""A DLRM with content starts as the DLRM, and is then TorchRec's own model for F + K features."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchrec.models.dlrm import (
+    DLRM,
+    DenseArch,
+    DLRMTrain,
+    InteractionArch,
+    InteractionDCNArch,
+    InteractionProjectionArch,
+)
+from torchrec.modules.crossnet import CrossNet, LowRankCrossNet
+
+from embeddings import MemoryBank
+from recsys.config import ContentSettings, ContrastiveSettings, FusionSettings, ModalitySettings
+from recsys.content.branch import ContentBranch
+from recsys.content.encoders.build import StoredFeatures
+from recsys.data.batch import Batch, ContentInput
+from recsys.model.losses import ContentIDContrastive
+from recsys.plug_in import DLRMWithContent, DLRMWithContentTrain, dlrm_state, load_dlrm
+from recsys.plug_in.added_columns import AddedColumns
+from tests.recsys.content.item_batches import batch_of_items
+from tests.recsys.plug_in.plug_in_runs import BATCH, DIM, KINDS, NUM_DENSE, NUM_ITEMS, build_dlrm
+from tests.recsys.plug_in.plug_in_runs import user_batches as torchrec_batches
+
+WIDTH = 6  # of the stored feature
+SETTINGS = ContentSettings(
+    {"clip": ModalitySettings("feature", "clip")},
+    dim=16,
+    fusion=FusionSettings(num_heads=2, dropout=0.0),
+)
+
+
+def with_content(
+    dlrm: DLRM, has_history: bool = True, contrastive: ContrastiveSettings | None = None
+) -> DLRMWithContent:
+    bank = MemoryBank(NUM_ITEMS, SETTINGS.vector_dim, "cpu")
+    bank.update(torch.arange(NUM_ITEMS), torch.randn(NUM_ITEMS, SETTINGS.vector_dim), step=0)
+    branch = ContentBranch({"clip": StoredFeatures(WIDTH)}, SETTINGS, bank)
+    return DLRMWithContent(dlrm, branch, SETTINGS, "item", has_history, contrastive)
+
+
+def content_batch() -> Batch:
+    """A batch of TorchRec's, and the items that its features name."""
+    user_batch = torchrec_batches(0, 1)[0]
+    features = user_batch.sparse_features.to_dict()
+    targets = features["item"].values().tolist()
+    batch = batch_of_items(targets, [row.tolist() for row in features["viewed"].to_dense()])
+    batch.history_values = batch.history_values[:, :0]
+    items = len(batch.content_items)
+    clip = ContentInput(torch.randn(items, 1, WIDTH), torch.ones(items, 1, dtype=torch.bool))
+    batch.content = {"clip": clip}
+    batch.dense_features = user_batch.dense_features
+    batch.sparse_features, batch.labels = user_batch.sparse_features, user_batch.labels
+    return batch
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("has_history", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_logits_are_those_of_the_dlrm_to_the_last_bit(
+    kind: str, has_history: bool
+) -> None:
+    dlrm, batch = build_dlrm(kind, "cpu"), content_batch()
+
+    logits = with_content(dlrm, has_history)(batch)
+
+    assert torch.equal(logits, dlrm(batch.dense_features, batch.sparse_features))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_content_counts_once_its_weights_have_moved_from_zero(kind: str) -> None:
+    dlrm, batch = build_dlrm(kind, "cpu"), content_batch()
+    model = with_content(dlrm)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    fusion = model.content.branch.fusion
+    before = fusion.queries.clone()
+    # The first step moves the new weights, the second the fusion's last maps below them, of which
+    # that of the queries starts at zero, too; the third has a gradient for the queries.
+    for step in range(3):
+        optimizer.zero_grad()
+        model(batch).square().sum().backward()
+        optimizer.step()
+        assert fusion.queries.grad is not None
+        assert bool(fusion.queries.grad.any()) == (step == 2)
+
+    assert not torch.equal(fusion.queries, before)
+    assert not torch.equal(model(batch), dlrm(batch.dense_features, batch.sparse_features))
+
+
+def test_what_is_the_dlrms_keeps_its_modules_and_names() -> None:
+    dlrm = build_dlrm("dcn", "cpu")
+    model = with_content(dlrm)
+
+    assert dict(dlrm.named_children()).items() < dict(model.named_children()).items()
+    new = model.state_dict().keys() - dlrm.state_dict().keys()
+    assert dlrm.state_dict().keys() < model.state_dict().keys()
+    assert {name.split(".")[0] for name in new} == {"content", "content_head"}
+
+
+def randomised(module: nn.Module) -> None:
+    """Moves all weights away from where they start."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.3)
+
+
+def first_linear(module: nn.Module) -> nn.Linear:
+    return next(part for part in module.modules() if isinstance(part, nn.Linear))
+
+
+def over_arch_over(
+    model: DLRMWithContent, dlrm: DLRM, inputs: Tensor, added: Tensor
+) -> Tensor:  # [B, 1]
+    """The over arch with one wide first layer, computed by hand."""
+    assert model.content_head.over.columns is not None
+    first = first_linear(dlrm.over_arch)
+    weight = torch.cat([first.weight, model.content_head.over.columns.map.weight], dim=1)
+    hidden = torch.cat([inputs, added], dim=1) @ weight.T + first.bias
+    last = [part for part in dlrm.over_arch.modules() if isinstance(part, nn.Linear)][-1]
+    return last(torch.relu(hidden))
+
+
+def wide_dot(model: DLRMWithContent, dlrm: DLRM, dense: Tensor, sparse: Tensor) -> Any:
+    """Of TorchRec's interaction of all F + K vectors: the old columns, and the new ones."""
+    columns = InteractionArch(sparse.shape[1])(dense, sparse)
+    first, second = torch.triu_indices(sparse.shape[1] + 1, sparse.shape[1] + 1, offset=1)
+    is_new = torch.cat([torch.zeros(DIM, dtype=torch.bool), second > 3])
+    assert len(first) + DIM == columns.shape[1]
+    return columns[:, ~is_new], columns[:, is_new]
+
+
+def wide_cross(model: DLRMWithContent, dlrm: DLRM, dense: Tensor, sparse: Tensor) -> Any:
+    assert isinstance(dlrm.inter_arch, InteractionDCNArch)
+    old, new = dlrm.inter_arch.crossnet, model.content_head.interaction.added
+    assert isinstance(old, LowRankCrossNet)
+    net = LowRankCrossNet((sparse.shape[1] + 1) * DIM, 2, 4)
+    for layer in range(2):
+        net.V_kernels[layer] = torch.cat([old.V_kernels[layer], new.V_kernels[layer]], dim=1)
+        net.W_kernels[layer] = torch.cat([old.W_kernels[layer], new.W_kernels[layer]])
+        net.bias[layer] = torch.cat([old.bias[layer], new.bias[layer]])
+    crossed = InteractionDCNArch(sparse.shape[1], net)(dense, sparse)
+    return crossed[:, : 4 * DIM], crossed[:, 4 * DIM :]
+
+
+def wide_projection(model: DLRMWithContent, dlrm: DLRM, dense: Tensor, sparse: Tensor) -> Any:
+    branches = []
+    for name in ("1", "2"):
+        old = getattr(dlrm.inter_arch, f"interaction_branch{name}")
+        new = getattr(model.content_head.interaction, f"branch{name}")
+        branch = DenseArch((sparse.shape[1] + 1) * DIM, [10, int(name) * DIM])
+        weights = old.state_dict()
+        (wide,) = [key for key, value in weights.items() if value.shape == (10, 4 * DIM)]
+        weights[wide] = torch.cat([weights[wide], new.map.weight], dim=1)
+        branch.load_state_dict(weights)
+        branches.append(branch)
+    columns = InteractionProjectionArch(sparse.shape[1], *branches)(dense, sparse)
+    return columns, columns[:, :0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "kind, wide", [("dlrm", wide_dot), ("dcn", wide_cross), ("projection", wide_projection)]
+)
+def test_the_trained_model_is_torchrecs_own_for_more_features(
+    kind: str, wide: Callable[..., Any]
+) -> None:
+    dlrm, batch = build_dlrm(kind, "cpu"), content_batch()
+    model = with_content(dlrm)
+    randomised(model)
+
+    content = model.content(batch)
+    dense = dlrm.dense_arch(batch.dense_features)
+    sparse = dlrm.sparse_arch(batch.sparse_features)
+    assert content.vectors.shape == (BATCH, 2, DIM)
+    old, new = wide(model, dlrm, dense, torch.cat([sparse, content.vectors], dim=1))
+    expected = over_arch_over(model, dlrm, old, torch.cat([new, content.features], dim=1))
+
+    torch.testing.assert_close(model(batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_is_that_of_dlrm_train_plus_the_contrastive_one() -> None:
+    dlrm, batch = build_dlrm("dlrm", "cpu"), content_batch()
+    settings = ContrastiveSettings(weight=0.5, dim=8)
+    train_model = DLRMWithContentTrain(with_content(dlrm, contrastive=settings))
+
+    loss, (reported, logits, labels) = train_model(batch)
+
+    before, (_, logits_before, labels_before) = DLRMTrain(dlrm)(batch)
+    assert torch.equal(logits, logits_before) and torch.equal(labels, labels_before)
+    assert isinstance(train_model.contrastive, ContentIDContrastive)
+    content = train_model.model.content(batch).target
+    ids = dlrm.sparse_arch(batch.sparse_features)[:, 0]  # `item` is the first feature
+    contrastive = train_model.contrastive(content, ids, batch.target_items)
+    torch.testing.assert_close(loss, before + 0.5 * contrastive)
+    assert torch.equal(loss, reported) and not reported.requires_grad
+
+
+def test_a_checkpoint_of_whole_tensors_is_taken_over_and_another_models_refused() -> None:
+    old, batch = DLRMTrain(build_dlrm("dlrm", "cpu")), content_batch()
+    model = DLRMWithContentTrain(with_content(build_dlrm("dlrm", "cpu")))
+
+    load_dlrm(model, {"model": old.state_dict()})
+
+    assert torch.equal(model(batch)[1][1], old(batch)[1][1])
+    assert dlrm_state(model)["model"].keys() == old.state_dict().keys()
+    other = DLRMTrain(build_dlrm("dcn", "cpu")).state_dict()
+    with pytest.raises(ValueError, match=r"'model\.inter_arch\.\S+' is only in the checkpoint"):
+        load_dlrm(model, {"model": other})
+    with pytest.raises(ValueError, match="DLRMTrain holds no DLRMWithContent"):
+        dlrm_state(old)
+
+
+class OwnForward(DLRM):
+    def forward(self, dense_features: Tensor, sparse_features: Any) -> Tensor:
+        return 2 * super().forward(dense_features, sparse_features)
+
+
+def test_models_that_content_cannot_be_added_to_are_named() -> None:
+    own, other, crossed = build_dlrm("dlrm"), build_dlrm("dlrm"), build_dlrm("dcn")
+    own.__class__ = OwnForward
+    other.inter_arch = nn.Identity()
+    crossed.inter_arch = InteractionDCNArch(3, CrossNet(4 * DIM, 2))
+
+    with pytest.raises(ValueError, match="a OwnForward computes something of its own"):
+        with_content(own)
+    with pytest.raises(ValueError, match="an interaction of class Identity"):
+        with_content(other)
+    with pytest.raises(ValueError, match="the DLRM_DCN has a CrossNet"):
+        with_content(crossed)
+    with pytest.raises(ValueError, match="has no sparse feature 'product'; it has"):
+        bank = MemoryBank(NUM_ITEMS, SETTINGS.vector_dim, "cpu")
+        branch = ContentBranch({"clip": StoredFeatures(WIDTH)}, SETTINGS, bank)
+        DLRMWithContent(build_dlrm("dlrm"), branch, SETTINGS, "product", has_history=False)
+    with pytest.raises(ValueError, match="ReLU has no linear layer"):
+        AddedColumns(nn.ReLU(), 3)
+
+
+def test_columns_are_added_while_their_context_lasts_even_where_it_ends_by_an_error() -> None:
+    mlp = nn.Sequential(nn.Linear(NUM_DENSE, 4), nn.ReLU())
+    columns = AddedColumns(mlp, 2)
+    randomised(columns)
+    x, z = torch.randn(3, NUM_DENSE), torch.randn(3, 2)
+    plain = mlp(x)
+
+    with columns.added(z):
+        widened = mlp(x)
+    with pytest.raises(RuntimeError), columns.added(z):
+        mlp(torch.randn(3, NUM_DENSE + 1))
+
+    torch.testing.assert_close(widened, torch.relu(mlp[0](x) + z @ columns.map.weight.T))
+    assert torch.equal(mlp(x), plain)

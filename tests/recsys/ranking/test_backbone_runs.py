@@ -1,0 +1,78 @@
+"""Every backbone with every content, on one rank and two: trains, checkpoints, resumes, evaluates.
+
+The quick tests run each backbone once; the whole matrix is `long`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from recsys.ranking import RANKING_MODELS
+from tests.datasets import write_dataset
+from tests.ranks import run_on_ranks
+from tests.recsys.command_runs import assert_same_metrics
+from tests.recsys.ranking.backbone_runs import (
+    BACKBONES,
+    CONTENTS,
+    Content,
+    Ran,
+    logits_by_plan,
+    run_backbones,
+)
+
+Case = tuple[str, Content]
+MATRIX: list[Case] = [(backbone, content) for backbone in BACKBONES for content in CONTENTS]
+# Each backbone once, with the contents in turn.
+DIAGONAL: list[Case] = [
+    (backbone, CONTENTS[place % len(CONTENTS)]) for place, backbone in enumerate(BACKBONES)
+]
+PLANS = ["row_wise", "table_wise", "column_wise"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("backbones")
+    write_dataset(folder / "data")
+    return folder
+
+
+def check(case: Case, ran: Ran) -> None:
+    """The run that was stopped made all 6 steps and ended where the other did."""
+    assert ran.steps == 6, case
+    assert_same_metrics(ran.stopped, ran.straight)
+    assert_same_metrics(ran.evaluated, ran.stopped)
+    assert ran.stopped["num_samples"] == 20 and 0 < ran.stopped["logloss"] < 10, case
+    assert ("retrieval" in ran.stopped) == case[0].startswith("two_tower"), case
+
+
+def test_every_backbone_of_the_package_is_run() -> None:
+    assert {backbone.split()[0] for backbone in BACKBONES} == set(RANKING_MODELS)
+
+
+def test_each_backbone_trains_checkpoints_resumes_and_evaluates_on_two_ranks(
+    folder: Path,
+) -> None:
+    for ran in run_on_ranks(run_backbones, 2, folder, DIAGONAL):
+        for case in DIAGONAL:
+            check(case, ran[case])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_backbone_does_so_with_every_content(folder: Path, world_size: int) -> None:
+    rest = [case for case in MATRIX if world_size == 1 or case not in DIAGONAL]
+    for ran in run_on_ranks(run_backbones, world_size, folder, rest, timeout_seconds=300.0):
+        for case in rest:
+            check(case, ran[case])
+
+
+def test_logits_do_not_depend_on_the_sharding_plan(folder: Path) -> None:
+    names = sorted(RANKING_MODELS)
+    for logits in run_on_ranks(logits_by_plan, 2, folder, names, PLANS):
+        for name in names:
+            first = logits[name, PLANS[0]]
+            assert len(set(first.flatten().tolist())) > 10, name
+            for plan in PLANS[1:]:
+                assert (logits[name, plan] - first).abs().max() == 0.0, (name, plan)

@@ -1,0 +1,259 @@
+"""Every ranking backbone: rows are independent, all weights train, and twins are TorchRec's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchrec.models.deepfm import SimpleDeepFMNN
+from torchrec.models.dlrm import DLRM, DLRM_DCN
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recsys.config import ContentSettings, RankingSettings
+from recsys.model.compilation import compiled_parts
+from recsys.ranking import RANKING_MODELS, build_ranking
+from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.layers.history_numbers import history_numbers
+from recsys.ranking.mmoe import Mmoe
+from recsys.ranking.vectors import IDVectors, TowerVectors
+from tests.recsys.ranking.ranking_inputs import (
+    CONTENT,
+    DIMENSIONS,
+    ID_DIM,
+    LENGTHS,
+    inputs,
+    one_row,
+)
+
+SETTINGS = RankingSettings(
+    attention_units=[5],
+    cross_layers=2,
+    cross_rank=3,
+    dense_units=[6],
+    mlp_units=[16, 8],
+    num_experts=3,
+    search_top_k=2,
+)
+BACKBONES = sorted(RANKING_MODELS)
+by_backbone = pytest.mark.parametrize("name", BACKBONES)
+by_content = pytest.mark.parametrize("content", [CONTENT, None], ids=["content", "id_only"])
+
+
+def model_of(
+    name: str,
+    content: ContentSettings | None = CONTENT,
+    dimensions: InputDimensions = DIMENSIONS,
+    **settings: Any,
+) -> nn.Module:
+    torch.manual_seed(0)
+    return build_ranking(replace(SETTINGS, name=name, **settings), dimensions, content).eval()
+
+
+def logits_of(model: nn.Module, *parts: Any) -> Tensor:
+    scored = model(*parts)
+    return scored.logits if isinstance(scored, TowerVectors) else scored
+
+
+@by_content
+@by_backbone
+def test_a_row_s_logits_do_not_depend_on_the_other_rows(
+    name: str, content: ContentSettings | None
+) -> None:
+    model, parts = model_of(name, content), inputs()
+    together = logits_of(model, *parts)
+    assert together.shape == (3, 1) and len(set(together.flatten().tolist())) == 3
+    for row in range(len(LENGTHS)):
+        torch.testing.assert_close(logits_of(model, *one_row(parts, row))[0], together[row])
+
+
+@by_backbone
+def test_logits_depend_on_content_where_there_is_some_and_only_there(name: str) -> None:
+    (ids, content, batch), (_, other, _) = inputs(), inputs(seed=1)
+    model, twin = model_of(name), model_of(name, None)
+    assert not torch.allclose(
+        logits_of(model, ids, content, batch), logits_of(model, ids, other, batch)
+    )
+    assert torch.equal(logits_of(twin, ids, content, batch), logits_of(twin, ids, None, batch))
+
+
+@by_content
+@by_backbone
+def test_every_parameter_gets_gradient(name: str, content: ContentSettings | None) -> None:
+    model = model_of(name, content)
+    weights = torch.tensor([[1.0], [-2.0], [0.5]])
+    (logits_of(model, *inputs()) * weights).sum().backward()
+    for parameter_name, parameter in model.named_parameters():
+        # The last score's bias shifts all of a softmax and so has none.
+        if parameter_name != "interest.score.2.bias":
+            assert parameter.grad is not None, parameter_name
+            assert parameter.grad.abs().max() > 1e-7, parameter_name
+
+
+@by_content
+@by_backbone
+def test_there_is_one_logit_per_label(name: str, content: ContentSettings | None) -> None:
+    model = model_of(name, content, replace(DIMENSIONS, num_labels=3))
+    logits = logits_of(model, *inputs())
+    assert logits.shape == (len(LENGTHS), 3)
+    assert not torch.allclose(logits[:, 0], logits[:, 1])
+
+
+@by_content
+@by_backbone
+def test_a_dataset_without_history_dense_or_parallel_columns_is_ranked(
+    name: str, content: ContentSettings | None
+) -> None:
+    ids, of_content, batch = inputs(torch.tensor([0, 0]))
+    batch = replace(batch, dense_features=torch.zeros(2, 0), history_values=torch.zeros(0, 0))
+    dimensions = InputDimensions(
+        [3, 5], ID_DIM, 0, 0, 1, pooled_names=("user", "genres"), group="user", has_history=False
+    )
+    logits = logits_of(model_of(name, content, dimensions), ids, of_content, batch)
+    assert logits.shape == (2, 1) and torch.isfinite(logits).all()
+
+
+ROWS, NUM_FEATURES = 4, 3
+Twin = Callable[[EmbeddingBagCollection, int], nn.Module]
+TWINS: dict[str, Twin] = {
+    "dlrm": lambda bags, dense: DLRM(bags, dense, [6, ID_DIM], [16, 8, 1]),
+    "dlrm_dcn": lambda bags, dense: DLRM_DCN(bags, dense, [6, ID_DIM], [16, 8, 1], 2, 3),
+    "deepfm": lambda bags, dense: SimpleDeepFMNN(dense, bags, 6, 7),
+}
+
+
+def bags_of(features: list[str]) -> EmbeddingBagCollection:
+    tables = [
+        EmbeddingBagConfig(name=name, embedding_dim=ID_DIM, num_embeddings=10, feature_names=[name])
+        for name in features
+    ]
+    return EmbeddingBagCollection(tables=tables)
+
+
+def copied_weights(name: str, twin: nn.Module, model: nn.Module) -> None:
+    """Gives TorchRec's model the weights of ours: by their names, which are TorchRec's but for
+    DeepFM's."""
+    renamed = {
+        "deep.dense_module.0.": "inter_arch.deep_fm.dense_module.0.",
+        "top.": "over_arch.model.0.",
+    }
+    state = twin.state_dict()
+    for key, value in model.state_dict().items():
+        for own, torchrec in renamed.items() if name == "deepfm" else ():
+            key = key.replace(own, torchrec)
+        assert state[key].shape == value.shape, key
+        state[key] = value
+    twin.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_the_id_only_twin_equals_torchrec_s_model(name: str) -> None:
+    """Without a history, the target is one more feature of TorchRec's model."""
+    torch.manual_seed(1)
+    features = ["user", "genres", "item"]
+    sparse = KeyedJaggedTensor.from_lengths_sync(
+        features, torch.randint(10, (ROWS * NUM_FEATURES,)), torch.ones(ROWS * NUM_FEATURES).int()
+    )
+    twin = TWINS[name](bags_of(features), 2).eval()
+    units = [7] if name == "deepfm" else [16, 8]
+    dimensions = InputDimensions([ID_DIM, ID_DIM], ID_DIM, 2, 0, 1, has_history=False)
+    model = model_of(name, None, dimensions, mlp_units=units)
+    copied_weights(name, twin, model)
+    *_, batch = inputs(torch.zeros(ROWS, dtype=torch.long))
+    batch = replace(batch, history_values=torch.zeros(0, 0))
+    by_name = twin.sparse_arch.embedding_bag_collection(sparse).to_dict()  # type: ignore
+    ids = IDVectors([by_name["user"], by_name["genres"]], by_name["item"], torch.zeros(0, ID_DIM))
+    logits, expected = model(ids, None, batch), twin(batch.dense_features, sparse)
+    if name == "deepfm":  # which ends with probabilities
+        logits = logits.sigmoid()
+    assert len(set(expected.flatten().tolist())) == ROWS
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("name", ["dlrm", "dlrm_dcn"])
+def test_the_history_of_the_twin_is_a_mean_pooled_feature(name: str) -> None:
+    torch.manual_seed(1)
+    ids, _, batch = inputs()
+    dimensions = replace(DIMENSIONS, pooled_dims=[], pooled_names=())
+    model = model_of(name, None, dimensions)
+    history = list(ids.history.split(LENGTHS.tolist()))
+    liked = [part * flags for part, flags in zip(history, batch.history_values.split([2, 0, 3]))]
+    means, liked_means = (
+        torch.stack([rows.sum(0) / max(len(rows), 1) for rows in parts])
+        for parts in (history, liked)
+    )
+    numbers = history_numbers(batch.jagged_history(), batch.history_values)
+    dense = model.dense_arch(torch.cat([batch.dense_features, numbers], dim=1))  # type: ignore
+    sparse = torch.stack([ids.target, means, liked_means], dim=1)
+    expected = model.over_arch(model.inter_arch(dense, sparse))  # type: ignore
+    ids = replace(ids, pooled=[])
+    torch.testing.assert_close(model(ids, None, batch), expected)
+
+
+def test_the_experts_of_mmoe_are_mixed_by_each_label_s_gate() -> None:
+    model = model_of("mmoe", None, replace(DIMENSIONS, num_labels=2))
+    assert isinstance(model, Mmoe)
+    features = torch.randn(4, model.feature_dim)
+    experts = [
+        torch.relu(features @ weight.T + bias)
+        for weight, bias in zip(model.experts.weight.chunk(3), model.experts.bias.chunk(3))
+    ]
+    mixtures = model.mixtures(features)
+    for label, of_gate in enumerate(model.gates.weight.chunk(2)):
+        gate = torch.softmax(features @ of_gate.T, dim=1)
+        expected = sum(gate[:, [place]] * expert for place, expert in enumerate(experts))
+        torch.testing.assert_close(mixtures[:, label], expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "dlrm", "mlp_units": []}, "ranking.mlp_units is empty, but the top MLP of dlrm"),
+        ({"name": "mmoe", "mlp_units": []}, "ranking.mlp_units is empty"),
+        ({"name": "deepfm", "dense_units": [4, 4]}, r"dense_units \[4, 4\]; deepfm has"),
+        ({"name": "sim", "time_gaps": "age"}, r"ranking.time_gaps is 'age'.*\['liked'\]"),
+        ({"name": "two_tower", "query_features": ["item"]}, "'item' is no pooled or dense column"),
+        ({"name": "no.such.module:Model"}, "ranking.name 'no.such.module:Model' cannot be made"),
+        ({"name": "builtins:dict"}, "cannot be made|not a torch module"),
+    ],
+)
+def test_settings_that_a_backbone_cannot_use_are_named(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_ranking(replace(SETTINGS, **settings), DIMENSIONS, None)
+
+
+def test_a_model_of_interactions_wants_two_inputs() -> None:
+    with pytest.raises(ValueError, match="the target item is the only input"):
+        build_ranking(
+            replace(SETTINGS, name="dlrm"), InputDimensions([], 4, 0, 0, 1, has_history=False), None
+        )
+
+
+class ScaledTarget(nn.Module):
+    """A user's own ranking model."""
+
+    def __init__(self, settings: RankingSettings, dimensions: InputDimensions, content: Any):
+        super().__init__()
+        self.scale = settings.options["scale"]
+
+    def forward(self, ids: IDVectors, content: Any, batch: Any) -> Tensor:
+        return ids.target.sum(dim=1, keepdim=True) * self.scale
+
+
+def test_a_class_of_the_user_s_is_made_with_its_options() -> None:
+    settings = RankingSettings(name=f"{__name__}:ScaledTarget", options={"scale": 3.0})
+    model, parts = build_ranking(settings, DIMENSIONS, None), inputs()
+    torch.testing.assert_close(model(*parts)[:, 0], 3 * parts[0].target.sum(dim=1))
+
+
+def test_the_mlps_of_dlrm_are_compiled_like_those_of_other_models() -> None:
+    em3 = nn.Module()
+    em3.ranking, em3.content = model_of("dlrm"), None
+    assert set(compiled_parts(em3)) == {"ranking.dense_arch", "ranking.over_arch"}  # type: ignore[arg-type]

@@ -1,0 +1,170 @@
+"""SIM: what is found in a history, against a loop; attention and ages against plain PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from recsys.config import RankingSettings
+from recsys.data.batch import Batch
+from recsys.data.filesystem import Location
+from recsys.data.jagged_history import JaggedHistory
+from recsys.data.schema import load_schema
+from recsys.ranking.item_categories import load_item_categories
+from recsys.ranking.layers.aged_attention import AgedAttention, age_of
+from recsys.ranking.layers.history_numbers import num_history_numbers
+from recsys.ranking.sim import Sim
+from tests.datasets import write_dataset
+from tests.recsys.ranking.ranking_inputs import CONTENT, DIMENSIONS, ID_DIM, inputs
+
+SETTINGS = RankingSettings(name="sim", search_top_k=2, mlp_units=[8])
+LENGTHS = torch.tensor([4, 0, 6])
+
+
+def found_by(model: Sim, content: Any, ids: Any, batch: Batch) -> list[int]:
+    history = batch.jagged_history()
+    return model.search(ids, content, batch, history, history).tolist()
+
+
+def best_by_loop(scores: list[list[float]], top_k: int) -> list[int]:
+    """By row of scores the places of the highest, counted over all rows."""
+    found, first = [], 0
+    for row in scores:
+        best = sorted(range(len(row)), key=lambda place: row[place])[-top_k:]
+        found += [first + place for place in sorted(best)]
+        first += len(row)
+    return found
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 10])
+def test_without_content_the_highest_dot_products_of_id_vectors_are_found(top_k: int) -> None:
+    ids, _, batch = inputs(LENGTHS)
+    model = Sim(replace(SETTINGS, search_top_k=top_k), DIMENSIONS, None)
+    history = ids.history.split(LENGTHS.tolist())
+    scores = [(items @ target).tolist() for target, items in zip(ids.target, history)]
+    assert found_by(model, None, ids, batch) == best_by_loop(scores, top_k)
+
+
+def test_with_content_the_highest_cosines_of_content_and_modalities_are_found() -> None:
+    ids, content, batch = inputs(LENGTHS)
+    spaces = [(content.target, content.history)]
+    spaces += zip(
+        content.target_modalities.unbind(1), content.history_modalities.unbind(1), strict=True
+    )
+    total: list[Tensor] = []
+    for row, places in enumerate(torch.arange(10).split(LENGTHS.tolist())):
+        cosines = [
+            torch.cosine_similarity(target[row], history[places], dim=1)
+            for target, history in spaces
+        ]
+        total.append(torch.stack(cosines).sum(0))
+    expected = best_by_loop([row.tolist() for row in total], 2)
+    assert found_by(Sim(SETTINGS, DIMENSIONS, CONTENT), content, ids, batch) == expected
+
+
+def test_by_category_the_latest_items_of_the_target_s_category_are_found() -> None:
+    ids, _, batch = inputs(LENGTHS)
+    #                           items 0 to 9, of which 3 has none; targets 0, 3 and 9
+    categories = torch.tensor([0, 0, 1, -1, 1, 1, 0, 1, 1, 1], dtype=torch.int32)
+    batch = replace(batch, target_items=torch.tensor([0, 3, 9]))
+    dimensions = replace(DIMENSIONS, item_categories=categories)
+    model = Sim(replace(SETTINGS, search="category"), dimensions, None)
+    assert found_by(model, None, ids, batch) == [0, 1, 8, 9]
+    batch = replace(batch, target_items=torch.tensor([3, 3, 3]))
+    assert found_by(model, None, ids, batch) == []
+    assert torch.isfinite(model(ids, None, batch)).all()
+
+
+def test_items_that_are_not_found_change_nothing() -> None:
+    ids, content, batch = inputs(LENGTHS)
+    model = Sim(SETTINGS, DIMENSIONS, CONTENT).eval()
+    logits = model(ids, content, batch)
+    found = torch.tensor(found_by(model, content, ids, batch))
+    is_found = torch.zeros(10, 1, dtype=torch.bool).index_fill_(0, found, True)
+    moved = replace(ids, history=torch.where(is_found, ids.history, 100.0))
+    assert torch.equal(model(moved, content, batch), logits)
+    moved = replace(ids, history=torch.where(is_found, 100.0, ids.history))
+    assert not torch.allclose(model(moved, content, batch), logits)
+
+
+def test_attention_to_found_items_is_plain_multi_head_attention_with_ages() -> None:
+    torch.manual_seed(0)
+    heads, dim = 2, ID_DIM
+    attention = AgedAttention(dim, num_parallel=1, num_heads=heads)
+    items, target = torch.randn(5, dim), torch.randn(1, dim)
+    flags, ages = torch.tensor([[1.0], [0], [1], [0], [1]]), torch.tensor([3, 0, 2, 2, 1])
+    assert attention.parallel_map is not None
+    vectors = items + attention.ages.weight[ages] + attention.parallel_map(flags)
+    interests = []
+    for query in attention.query(target).view(heads, dim):
+        weights = torch.softmax(vectors @ query / dim**0.5, dim=0)
+        interests.append(weights @ vectors)
+    expected = attention.output(torch.cat(interests))
+    history = JaggedHistory.of(torch.arange(5), torch.tensor([5]), 5)
+    torch.testing.assert_close(attention(target, items, history, flags, ages)[0], expected)
+
+
+def test_an_age_is_the_logarithm_of_the_gap() -> None:
+    assert age_of(torch.tensor([0, 1, 2, 3, 6, 7, 1e30])).tolist() == [0, 1, 1, 2, 2, 3, 31]
+
+
+def test_ages_are_places_from_the_end_or_the_named_list() -> None:
+    ids, _, batch = inputs(LENGTHS)
+    gaps = torch.arange(10.0).unsqueeze(1) * 100
+    batch = replace(batch, history_values=torch.cat([batch.history_values, gaps], dim=1))
+    two_lists = replace(DIMENSIONS, num_parallel=2, parallel_names=("liked", "gap"))
+    by_place, by_gap = (
+        Sim(replace(SETTINGS, time_gaps=name), two_lists, None) for name in (None, "gap")
+    )
+    history = batch.jagged_history()
+    assert by_place._ages(batch, history).tolist() == [2, 1, 1, 0, 2, 2, 2, 1, 1, 0]
+    assert torch.equal(by_gap._ages(batch, history), age_of(gaps[:, 0]))
+    # The gaps are no flags: there are the numbers of one list less.
+    difference = num_history_numbers(2) - num_history_numbers(1)
+    assert by_gap.feature_dim == by_place.feature_dim - difference
+    assert by_gap(ids, None, batch).shape == (3, 1)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A dataset whose items have a category, one of them none."""
+    root = write_dataset(tmp_path / "data")
+    file = root / "items" / "part-0.parquet"
+    items = pq.read_table(file)
+    names = [None if item == 4 else f"kind {item % 3}" for item in items["item"].to_pylist()]
+    pq.write_table(items.append_column("kind", pa.array(names)), file, row_group_size=7)
+    schema = root / "schema.yaml"
+    schema.write_text(schema.read_text() + "    kind:   {kind: category}\n")
+    return root
+
+
+def load(root: Path, **settings: Any) -> Tensor | None:
+    location = Location.of(root)
+    ranking = replace(SETTINGS, search="category", **settings)
+    return load_item_categories(ranking, location, load_schema(location), "error")
+
+
+def test_categories_come_from_a_column_of_the_items(root: Path) -> None:
+    categories = load(root, category="kind")
+    assert categories is not None and categories[4] == -1
+    for item in (0, 1, 2, 7, 29):
+        same = (categories == categories[item]).nonzero().flatten().tolist()
+        assert same == [other for other in range(item % 3, 30, 3) if other != 4]
+
+
+def test_a_column_that_is_no_category_is_refused_with_those_that_are(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"ranking.category is 'text'.*schema.yaml has \['kind'\]"):
+        load(root, category="text")
+    schema = root / "schema.yaml"
+    schema.write_text(
+        schema.read_text().replace("clip:   {kind: feature}", "clip: {kind: category}")
+    )
+    with pytest.raises(ValueError, match=r"column 'clip' of kind category has type list"):
+        load(root, category="clip")

@@ -1,0 +1,88 @@
+"""A run that accumulates gradients: its steps, its stops and how it goes on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.lr_scheduler import LambdaLR
+
+from recsys.checkpoint.files import folders_by_age
+from recsys.distributed.lockstep import TrainingStopped
+from tests.datasets import write_dataset
+from tests.recsys.checkpoint.test_resume import StepsSeen, assert_same_end, run_training
+
+# Two epochs of 8 batches, each with a validation in its middle: groups of 3 and 1, twice.
+GROUP = ["--accumulate_steps", "3", "--validations_per_epoch", "2", "--log_every_steps", "1"]
+ENDS_OF_GROUPS = [3, 4, 7, 8, 11, 12, 15, 16]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("accumulating_runs")
+    write_dataset(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """An undisturbed run."""
+    run_training(folder, folder / "whole", *GROUP)
+    return folder / "whole"
+
+
+def progress_of(checkpoint: Path) -> Any:
+    return json.loads((checkpoint / "checkpoint.json").read_text())["progress"]
+
+
+def test_checkpoints_fall_where_a_dense_step_has_just_been_made(whole: Path) -> None:
+    steps = {progress_of(path)["steps"] for path in folders_by_age(whole / "checkpoints")}
+    assert len(steps) > 3 and steps <= set(ENDS_OF_GROUPS)
+
+
+def test_a_dense_step_is_made_for_each_group(whole: Path) -> None:
+    last = progress_of(folders_by_age(whole / "checkpoints")[0])
+    assert (last["steps"], last["dense_steps"]) == (16, len(ENDS_OF_GROUPS))
+
+
+def test_the_norm_of_gradients_is_told_only_of_whole_groups(whole: Path) -> None:
+    events = EventAccumulator(str(whole / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/gradient_norm")] == ENDS_OF_GROUPS
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 17))
+
+
+@pytest.mark.parametrize("stop_after", [1, 5, 9])
+def test_sigterm_within_a_group_is_obeyed_at_its_end_and_the_run_goes_on_to_the_same_bits(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    with monkeypatch.context() as patch:
+        first = StepsSeen(patch, stop_after)
+        with pytest.raises(TrainingStopped):
+            run_training(folder, tmp_path / "run", *GROUP)
+    assert first.steps[-1][0] in ENDS_OF_GROUPS and len(first.steps) < 16
+    with monkeypatch.context() as patch:
+        second = StepsSeen(patch)
+        run_training(folder, tmp_path / "run", *GROUP)
+    assert [number for number, _ in first.steps + second.steps] == list(range(1, 17))
+    assert_same_end(tmp_path / "run", whole)
+
+
+def test_a_run_may_go_on_with_groups_of_another_size_and_in_other_types(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_training(folder, tmp_path / "run", *GROUP, "--epochs", "1")
+    scheduled: list[int] = []
+    before = LambdaLR.step
+
+    def step(schedule: LambdaLR) -> None:
+        before(schedule)
+        scheduled.append(schedule.last_epoch)
+
+    monkeypatch.setattr(LambdaLR, "step", step)
+    types = ["--precision", "bf16", "--embedding.communication.forward", "fp16"]
+    run_training(folder, tmp_path / "run", "--accumulate_steps", "8", *types)
+    last = progress_of(folders_by_age(tmp_path / "run" / "checkpoints")[0])
+    assert (last["steps"], last["dense_steps"]) == (16, 4 + 1)
+    assert scheduled == [0, 5]  # when it is built, and after the one group of 8

@@ -1,0 +1,87 @@
+"""A dry run takes one step of training and one of scoring, on any ranks, and writes no run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from recsys.cli import main
+from recsys.training.dry_run import DryRun, dry_run, format_dry_run
+from tests.datasets import write_dataset
+from tests.ranks import run_on_ranks
+from tests.recsys.command_runs import torchrun, train_words
+from tests.recsys.em3_runs import em3_config, ranks_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("dry_run")
+    write_dataset(place / "data", {"train": 64, "valid": 32, "test": 20})
+    return place
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if "cache" not in p.parts}
+
+
+def steps_on(rank: int, world_size: int, folder: Path) -> DryRun:
+    return dry_run(em3_config(folder), str(folder / "data"), ranks_of(rank, world_size))
+
+
+def test_one_step_on_each_rank_and_nothing_written(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files_of(folder)
+    words = train_words(folder / "data", folder / "run", "--dry-run")
+    place = words.index("--out")
+    assert main([*words[:place], *words[place + 2 :]]) == 0
+
+    assert files_of(folder) == before
+    printed = capsys.readouterr().out
+    assert "dry run: one training step of 8 rows on 1 rank ran" in printed
+    assert "8 validation rows were scored" in printed
+
+
+def test_two_ranks_by_torchrun(folder: Path) -> None:
+    words = train_words(folder / "data", folder / "run", "--dry-run")
+    done = torchrun(2, *words)
+
+    assert done.returncode == 0, done.stderr
+    assert "dry run: one training step of 16 rows on 2 ranks ran" in done.stdout
+    assert "16 validation rows were scored" in done.stdout
+    assert not (folder / "run").exists()
+
+
+def test_ranks_agree_on_losses_and_tell_each_their_memory(folder: Path) -> None:
+    first, second = run_on_ranks(steps_on, 2, folder)
+
+    assert first.losses == second.losses
+    weight = em3_config(folder).contrastive.weight
+    total = first.losses["ranking"] + weight * first.losses["contrastive"]
+    assert first.losses["loss"] == pytest.approx(total, rel=1e-5)
+    assert first.peak_bytes == second.peak_bytes and len(first.peak_bytes) == 2
+    assert all(peak > 2**26 for peak in first.peak_bytes)  # torch alone takes more
+    assert "GiB on a rank" in format_dry_run(first)
+
+
+def test_a_step_that_goes_wrong_ends_with_the_rows(folder: Path, tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    for file in (data / "train").glob("*.parquet"):
+        table = pq.read_table(file)
+        prices = pa.array([3e38] * table.num_rows, pa.float32())
+        table = table.set_column(table.schema.get_field_index("price"), "price", prices)
+        pq.write_table(table, file)
+    with pytest.raises(RuntimeError, match=r"loss of the first step is (nan|inf)") as raised:
+        run_on_ranks(steps_on, 2, tmp_path)
+    assert re.search(r"part-\d\.parquet row \d+; look at these rows", str(raised.value))
+
+
+def test_a_run_needs_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = train_words(folder / "data", folder / "run")
+    place = words.index("--out")
+    assert main([*words[:place], *words[place + 2 :]]) == 1
+    assert "train needs --out" in capsys.readouterr().err

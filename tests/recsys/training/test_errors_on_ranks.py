@@ -1,0 +1,194 @@
+"""An error that one rank sees ends every rank, with the cause; none is left waiting."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from recsys.config import CheckpointSettings, load_config
+from recsys.distributed.lockstep import Lockstep
+from recsys.distributed.ranks import Ranks
+from recsys.training.train import train
+from tests.datasets import write_dataset
+from tests.ranks import run_on_ranks
+from tests.recsys.command_runs import TINY, torchrun, train_words
+
+SECONDS = 60
+
+
+def change_column(file: Path, name: str, change: Callable[[list], None]) -> None:  # type: ignore[type-arg]
+    """Writes a Parquet file again with one column changed in place."""
+    table = pq.read_table(file)
+    values = table[name].to_pylist()
+    change(values)
+    index = table.column_names.index(name)
+    column = pa.array(values, table.schema.field(name).type)
+    pq.write_table(table.set_column(index, name, column), file, row_group_size=11)
+
+
+def a_bad_id_in_the_last_validation_row(data: Path) -> None:
+    """Only rank 1 reads it, after both ranks have trained an epoch."""
+
+    def change(values: list) -> None:  # type: ignore[type-arg]
+        values[-1] = 77
+
+    change_column(data / "valid" / "part-0.parquet", "item", change)
+
+
+def a_bad_id_in_the_last_training_row(data: Path) -> None:
+    def change(values: list) -> None:  # type: ignore[type-arg]
+        values[-1] = [0, 99]
+
+    change_column(data / "train" / "part-1.parquet", "genres", change)
+
+
+def an_unreadable_poster(data: Path) -> None:
+    def change(values: list) -> None:  # type: ignore[type-arg]
+        values[4] = b"not an image"
+
+    change_column(data / "items" / "part-0.parquet", "poster", change)
+
+
+def no_label_column(data: Path) -> None:
+    file = data / "train" / "part-1.parquet"
+    pq.write_table(pq.read_table(file).drop_columns(["liked"]), file)
+
+
+def a_table_for_a_million_machines(data: Path) -> None:
+    schema = data / "schema.yaml"
+    schema.write_text(schema.read_text().replace("num_embeddings: 5}", "num_embeddings: 10**15}"))
+    schema.write_text(schema.read_text().replace("10**15", str(10**15)))
+
+
+POSTER = "{poster: {kind: image, column: poster, encoder: 'random:vit', image_size: 32}}"
+CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
+    "bad id in validation": (
+        a_bad_id_in_the_last_validation_row,
+        [],
+        ["valid/part-0.parquet", "column 'item', row 24", "id 77 is outside [0, 30)"],
+    ),
+    "bad id in training": (
+        a_bad_id_in_the_last_training_row,
+        [],
+        ["train/part-1.parquet", "column 'genres', row 30", "id 99 is outside [0, 5)"],
+    ),
+    "unreadable image": (
+        an_unreadable_poster,
+        ["--content.modalities", POSTER],
+        ["items/part-0.parquet", "column 'poster', row 4", "not a readable image"],
+    ),
+    "missing column": (
+        no_label_column,
+        [],
+        ["train/part-1.parquet", "column 'liked' is missing"],
+    ),
+    "does not fit": (
+        a_table_for_a_million_machines,
+        [],
+        ["the tables do not fit", "'genres'"],
+    ),
+}
+
+
+def messages_of_training(
+    rank: int, world_size: int, folder: Path, words: dict[str, list[str]]
+) -> dict[str, tuple[str, str]]:
+    """By case: what this rank raised, type and message."""
+    ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
+    raised = {}
+    for case, more in words.items():
+        config = load_config(TINY, ["--cache", str(folder / case / "cache"), *more])
+        try:
+            train(config, str(folder / case / "data"), folder / case / "run", ranks)
+        except Exception as error:
+            raised[case] = (type(error).__name__, str(error))
+    return raised
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("errors")
+    for case, (spoil, _, _) in CASES.items():
+        spoil(write_dataset(folder / case / "data", {"train": 61, "valid": 25, "test": 23}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def raised(folder: Path) -> list[dict[str, tuple[str, str]]]:
+    words = {case: ["--batch_size", "8", *more] for case, (_, more, _) in CASES.items()}
+    return run_on_ranks(messages_of_training, 2, folder, words, timeout_seconds=SECONDS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_rank_raises_the_cause(raised: list[dict[str, tuple[str, str]]], case: str) -> None:
+    for rank in raised:
+        kind, message = rank[case]
+        assert kind == "ValueError"
+        for part in CASES[case][2]:
+            assert part in message
+
+
+def test_the_command_ends_with_the_cause_from_each_rank_before_anything_is_written(
+    folder: Path,
+) -> None:
+    """Rank 1 alone meets the bad row, in a split that is read after the first training steps."""
+    case = "bad id in validation"
+    out = folder / "command"
+    done = torchrun(2, *train_words(folder / case / "data", out), seconds=SECONDS)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if "error: " in line and "id 77" in line]
+    assert any(line.startswith("rank 0: error: rank 1: ") for line in lines), done.stderr
+    assert any(line.startswith("rank 1: error: ") for line in lines), done.stderr
+    assert not out.exists()
+
+
+def batches_until_rank_1_fails(rank: int, world_size: int) -> tuple[int, str]:
+    """How many batches this rank got, and what it raised."""
+
+    def batches() -> Iterator[Any]:
+        yield from ("first", "second")
+        if rank == 1:
+            raise ValueError("part-1.parquet: row group 3 cannot be read")
+        yield from ("third", "fourth")
+
+    ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
+    got = 0
+    try:
+        for _ in Lockstep(ranks, CheckpointSettings()).batches(batches()):
+            got += 1
+    except ValueError as error:
+        return got, str(error)
+    return got, "nothing"
+
+
+def test_a_file_that_fails_in_the_middle_of_an_epoch_ends_all_ranks_in_the_same_step() -> None:
+    cause = "part-1.parquet: row group 3 cannot be read"
+    assert run_on_ranks(batches_until_rank_1_fails, 2) == [(2, f"rank 1: {cause}"), (2, cause)]
+
+
+UNEVEN = (3, 13, 14)
+
+
+def train_unevenly(rank: int, world_size: int, folder: Path) -> list[tuple[int, int]]:
+    """Steps, and rows validated, for each number of training rows."""
+    ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
+    words = ["--batch_size", "4", "--cache", str(folder / "cache"), "--device", "cpu"]
+    config = load_config(TINY, words)
+    results = []
+    for rows in UNEVEN:
+        metrics = train(config, str(folder / str(rows)), folder / f"run-{rows}", ranks)
+        results.append((metrics["train"]["steps"], metrics["valid"]["num_samples"]))
+    return results
+
+
+def test_three_ranks_finish_whatever_the_number_of_rows(tmp_path: Path) -> None:
+    """Shares of one row each; of 5, 4 and 4, where 5 are two batches and 4 one; of 5, 5 and 4.
+    The test split has fewer rows than ranks."""
+    for rows in UNEVEN:
+        write_dataset(tmp_path / str(rows), {"train": rows, "valid": 13, "test": 2})
+    for result in run_on_ranks(train_unevenly, 3, tmp_path):
+        assert result == [(1, 13), (2, 13), (2, 13)]

@@ -1,0 +1,282 @@
+"""A run over two ranks, started as users do, and what evaluating and predicting make of it."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from sklearn.metrics import log_loss, roc_auc_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import recsys.training.train
+import recsys.training.trainer
+from recsys.build import Job
+from recsys.config import load_config
+from recsys.distributed.ranks import Ranks, joined_ranks
+from recsys.evaluation.predict import evaluate, predict
+from recsys.training.train import train
+from tests.datasets import write_dataset
+from tests.ranks import run_on_ranks
+from tests.recsys.command_runs import (
+    NUM_ROWS,
+    TINY,
+    TrainedRun,
+    assert_same_metrics,
+    torchx,
+    trained_run,
+)
+
+METRICS = {"auc", "gauc", "logloss", "ne", "num_samples"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    return trained_run(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def metrics(trained: TrainedRun) -> dict[str, Any]:
+    return json.loads((trained.run / "metrics.json").read_text())
+
+
+def test_the_run_holds_what_the_contract_names(trained: TrainedRun) -> None:
+    assert load_config(trained.run / "config.yaml").epochs == 2
+    plan = (trained.run / "plan.txt").read_text()
+    assert "item" in plan and "1: 15 x 16" in plan and "rowwise_adagrad (fused)" in plan
+    assert (trained.run / "checkpoints" / "best" / ".metadata").is_file()
+    checkpoints = sorted(path.name for path in (trained.run / "checkpoints").iterdir())
+    assert checkpoints == ["best", "step-00000008"]
+    assert list((trained.run / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_metrics_json_has_exactly_the_keys_of_the_contract(metrics: dict[str, Any]) -> None:
+    assert set(metrics) == {"valid", "test", "train", "world_size", "versions"}
+    for split in ("valid", "test"):
+        assert set(metrics[split]) >= METRICS | {"cold", "warm"}
+        assert metrics[split]["num_samples"] == NUM_ROWS[split]
+        for part in ("cold", "warm"):
+            assert set(metrics[split][part]) >= METRICS
+    assert set(metrics["train"]) == {"samples_per_second", "seconds", "steps"}
+    assert metrics["train"]["steps"] == 2 * math.ceil(math.ceil(NUM_ROWS["train"] / 2) / 8)
+    assert metrics["world_size"] == 2
+    assert {"torch", "torchrec"} <= set(metrics["versions"])
+
+
+def test_where_there_is_no_terminal_lines_tell_loss_and_speed(trained: TrainedRun) -> None:
+    assert "epoch 1 step 1/4 loss " in trained.output
+    assert "samples/s" in trained.output
+
+
+def test_tensorboard_holds_losses_gradient_norm_and_the_state_of_the_bank(
+    trained: TrainedRun,
+) -> None:
+    events = EventAccumulator(str(trained.run / "tensorboard"))
+    events.Reload()
+    scalars = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
+    for name in ("loss", "ranking", "contrastive", "gradient_norm", "bank_coverage", "bank_age"):
+        assert [event.step for event in scalars[f"train/{name}"]] == list(range(1, 9)), name
+    assert all(event.value > 0 for event in scalars["train/gradient_norm"])
+    assert all(event.value == 1 for event in scalars["train/bank_coverage"])  # filled at the start
+    ages = [event.value for event in scalars["train/bank_age"]]
+    assert 0 < ages[0] < ages[-1] < 8
+    assert {"valid/auc", "valid/gauc"} <= set(scalars)
+
+
+def test_no_warning_of_other_libraries_disturbs_the_output(trained: TrainedRun) -> None:
+    assert "FutureWarning" not in trained.output
+    assert "is_fx_tracing" not in trained.output
+
+
+def test_torchx_evaluate_gives_the_metrics_of_the_end_of_training(
+    trained: TrainedRun, metrics: dict[str, Any]
+) -> None:
+    done = torchx("evaluate", 2, "--run", str(trained.run), "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((trained.run / "evaluation_test.json").read_text())
+    assert_same_metrics(report, metrics["test"])
+
+
+@pytest.fixture(scope="module")
+def predicted(trained: TrainedRun) -> tuple[list[pa.Table], pa.Table]:
+    """The test and training files without their label and with a column of the user's own, and
+    what `torchx ... :predict` made of them."""
+    folder = trained.run.parent
+    inputs = []
+    for index, part in enumerate(["test/part-0", "train/part-1", "train/part-0"]):
+        table = pq.read_table(trained.data / f"{part}.parquet").drop_columns(["liked"])
+        note = pa.array([f"{index}/{row}" for row in range(table.num_rows)])
+        table = table.append_column("note", note)
+        pq.write_table(table, folder / f"input-{index}.parquet", row_group_size=5)
+        inputs.append(table)
+    files = [str(folder / f"input-{index}.parquet") for index in range(3)]
+    out = folder / "new" / "predictions.parquet"
+    words = ["--run", str(trained.run), "--input", *files, "--out", str(out), "--device", "cpu"]
+    done = torchx("predict", 2, *words)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    return inputs, pq.read_table(out)
+
+
+def test_torchx_predict_keeps_all_rows_and_columns_in_order(predicted: Any) -> None:
+    inputs, output = predicted
+    assert output.column_names == [*inputs[0].column_names, "prediction_liked"]
+    assert output.drop_columns(["prediction_liked"]).equals(pa.concat_tables(inputs))
+    probabilities = output["prediction_liked"].to_numpy()
+    assert ((probabilities > 0) & (probabilities < 1)).all() and len(set(probabilities)) > 50
+
+
+def test_metrics_json_equals_brute_force_over_the_predictions(
+    predicted: Any, trained: TrainedRun, metrics: dict[str, Any]
+) -> None:
+    _, output = predicted
+    rows = NUM_ROWS["test"]
+    probability = output["prediction_liked"].to_numpy()[:rows]
+    impressions = pq.read_table(trained.data / "test" / "part-0.parquet")
+    labels, users, items = (impressions[name].to_numpy() for name in ("liked", "user", "item"))
+    report = metrics["test"]
+    assert report["auc"] == pytest.approx(roc_auc_score(labels, probability))
+    loss = log_loss(labels, probability.astype(np.float64))
+    assert report["logloss"] == pytest.approx(loss, abs=1e-6)
+    share = labels.mean()
+    entropy = -share * np.log(share) - (1 - share) * np.log(1 - share)
+    assert report["ne"] == pytest.approx(loss / entropy, abs=1e-6)
+    weighted = [
+        (roc_auc_score(labels[users == user], probability[users == user]), (users == user).sum())
+        for user in np.unique(users)
+        if len(set(labels[users == user])) == 2
+    ]
+    gauc = np.average([auc for auc, _ in weighted], weights=[count for _, count in weighted])
+    assert report["gauc"] == pytest.approx(gauc)
+    trained_items = pq.read_table(trained.data / "train")["item"].to_numpy()
+    cold = np.array([(trained_items == item).sum() < 5 for item in items])
+    assert report["cold"]["num_samples"] == cold.sum()
+    assert report["cold"]["auc"] == pytest.approx(roc_auc_score(labels[cold], probability[cold]))
+
+
+def evaluate_and_predict(
+    rank: int, world_size: int, run: Path, source: Path, out: Path
+) -> dict[str, Any]:
+    ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
+    predict(run, [str(source)], out, None, ranks, "cpu")
+    return evaluate(run, None, "test", ranks, "cpu")
+
+
+@pytest.fixture(scope="module")
+def on_three_ranks(trained: TrainedRun, predicted: Any) -> tuple[list[dict[str, Any]], pa.Table]:
+    """The test metrics of each rank, and the predictions for a file of one row."""
+    source, out = trained.run.parent / "one.parquet", trained.run.parent / "one-out.parquet"
+    pq.write_table(predicted[0][0].slice(3, 1), source)
+    reports = run_on_ranks(evaluate_and_predict, 3, trained.run, source, out)
+    return reports, pq.read_table(out)
+
+
+def test_a_file_with_fewer_rows_than_ranks_is_predicted(
+    on_three_ranks: Any, predicted: Any
+) -> None:
+    _, table = on_three_ranks
+    assert table.num_rows == 1
+    expected = predicted[1]["prediction_liked"][3].as_py()
+    assert table["prediction_liked"][0].as_py() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_run_of_two_ranks_evaluates_alike_on_one_and_on_three(
+    trained: TrainedRun, metrics: dict[str, Any], on_three_ranks: Any
+) -> None:
+    for report in on_three_ranks[0]:
+        assert_same_metrics(report, metrics["test"])
+    with joined_ranks("cpu") as ranks:
+        assert_same_metrics(evaluate(trained.run, None, "test", ranks, "cpu"), metrics["test"])
+
+
+VARIANTS = {
+    "id only": ["--content", "none"],
+    "bank_frozen": ["--content.history.mode", "bank_frozen"],
+    "bank_dense": ["--content.history.mode", "bank_dense"],
+    "full": ["--content.history.mode", "full"],
+    "cic published": ["--contrastive.variant", "published"],
+    "cic all ranks": ["--contrastive.all_ranks", "true"],
+    "no cic": ["--contrastive.weight", "0"],
+    "concat": ["--content.fusion.name", "concat"],
+    "fq-former published": ["--content.fusion.preset", "published"],
+    "refreshed bank": ["--content.history.refresh_bank_every_epoch", "true"],
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    write_dataset(folder / "data", {"train": 33, "valid": 20, "test": 20})
+    return folder
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_trains(small: Path, tmp_path: Path, variant: str) -> None:
+    words = ["--batch_size", "16", "--cache", str(small / "cache"), "--device", "cpu"]
+    config = load_config(TINY, [*words, *VARIANTS[variant]])
+    with joined_ranks("cpu") as ranks:
+        metrics = train(config, str(small / "data"), tmp_path / "run", ranks)
+    assert metrics["train"]["steps"] == 3
+    assert math.isfinite(metrics["test"]["logloss"]) and metrics["test"]["logloss"] < 2
+
+
+@pytest.mark.parametrize(
+    ("best_model_by", "epochs", "best"), [("auc", 4, 1), ("gauc", 3, 0), ("auc_and_gauc", 5, 2)]
+)
+def test_training_ends_without_gain_and_the_best_model_is_kept_and_tested(
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    best_model_by: str,
+    epochs: int,
+    best: int,
+) -> None:
+    """AUC .6 .7 .65 .7 with patience 2: four epochs, and the model of the second; so by others."""
+    words = ["--epochs", "9", "--patience", "2", "--batch_size", "16", "--device", "cpu"]
+    words += ["--best_model_by", best_model_by, "--cache", str(small / "cache")]
+    config = load_config(TINY, words)
+    aucs = [0.6, 0.7, 0.65, 0.7, 0.6, 0.9]
+    gaucs = [0.6, 0.5, 0.58, 0.5, 0.6, 0.9]
+    validations = iter([{"auc": auc, "gauc": gauc} for auc, gauc in zip(aucs, gaucs)])
+    weights: list[torch.Tensor] = []
+    evaluate_split = recsys.training.train.evaluate_split
+
+    def scripted(
+        job: Job, split: str, counts: np.ndarray, lockstep: Any, **options: Any
+    ) -> dict[str, Any]:
+        weights.append(job.em3.ranking.mlp[-1].weight.detach().clone())  # type: ignore[union-attr, index]
+        report = evaluate_split(job, split, counts, lockstep, **options)
+        return report | (next(validations) if split == "valid" else {})
+
+    for module in (recsys.training.trainer, recsys.training.train):
+        monkeypatch.setattr(module, "evaluate_split", scripted)
+    with joined_ranks("cpu") as ranks:
+        metrics = train(config, str(small / "data"), tmp_path / "run", ranks)
+    *validated, tested = weights
+    assert len(validated) == epochs and metrics["train"]["steps"] == epochs * 3
+    assert metrics["valid"]["auc"] == aucs[best]
+    assert [torch.equal(tested, weight) for weight in validated].index(True) == best
+    assert not torch.equal(tested, validated[-1])
+
+
+@pytest.mark.parametrize(
+    ("auc", "mend"), [(0.5, "split, or set best_model_by: auc"), (None, "split$")]
+)
+def test_a_validation_that_cannot_choose_a_model_is_refused_with_the_mend(
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    auc: float | None,
+    mend: str,
+) -> None:
+    words = ["--best_model_by", "gauc", "--batch_size", "16", "--device", "cpu"]
+    config = load_config(TINY, [*words, "--cache", str(small / "cache")])
+    report = {"auc": auc, "gauc": None, "logloss": 0.5, "ne": 1.0, "num_samples": 3}
+    parts = dict.fromkeys(("warm", "cold", "unseen"), report)
+    monkeypatch.setattr(recsys.training.trainer, "evaluate_split", lambda *_: report | parts)
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=f"valid: the GAUC.*{mend}"):
+        train(config, str(small / "data"), tmp_path / "run", ranks)
