@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.steps import Variant
 from recsys.config import to_plain
-from recsys.training import versions
+from recsys.training.train import versions
 
 matplotlib.use("Agg")  # files alone, without a display
 from matplotlib import pyplot

@@ -19,7 +19,7 @@ from recsys.diagnostics.dataset.dataset_summary import share_of_most_frequent, s
 from recsys.diagnostics.dataset.findings import find
 from recsys.diagnostics.dataset.split_summary import GROUPS, PAIRS, ROWS
 from tests.datasets import item_rows, write_dataset, write_parquet
-from tests.recsys import bad_files, bad_impressions
+from tests.recsys.data import bad_files, bad_impressions
 
 SPLITS = ("train", "valid", "test")
 
