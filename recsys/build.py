@@ -106,12 +106,12 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
             wanting.
     """
     torch.manual_seed(config.seed)  # the same on all ranks: initial weights agree
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         root = Location.of(data)
         schema = load_schema(root)
         tables = table_configs(config, schema, mean_list_lengths(root, schema))
     store, encoders, bank = build_content(config, root, schema, ranks)
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         categories = load_item_categories(config.ranking, root, schema, config.on_bad_row)
         em3 = build_em3(config, schema, tables, encoders, bank, item_categories=categories)
         fuse_table_optimizers(em3, tables)

@@ -166,18 +166,18 @@ class Checkpoints:
         """In the writer's thread on every rank."""
         ranks, partial = self._ranks, folder.with_name(f".{folder.name}.partial")
         try:
-            with ranks.all_or_none():
+            with ranks.raise_on_all_ranks():
                 if ranks.is_first:
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir(parents=True)
-            with ranks.all_or_none(), _readable_failure():
+            with ranks.raise_on_all_ranks(), _readable_failure():
                 writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
                 dcp.save(state, storage_writer=writer, process_group=ranks.group)
-            with ranks.all_or_none():
+            with ranks.raise_on_all_ranks():
                 files = sorted(partial.glob(f"__{ranks.rank}_*"))
                 mine = describe_files([*files, partial / ".metadata"] if ranks.is_first else files)
             described = {name: entry for part in ranks.gather(mine) for name, entry in part.items()}
-            with ranks.all_or_none():
+            with ranks.raise_on_all_ranks():
                 if ranks.is_first:
                     publish_folder(partial, folder, {**manifest, "files": described})
                     if folder.name != BEST:
@@ -221,7 +221,7 @@ class Checkpoints:
     @torch.no_grad()
     def _load(self, folder: Path) -> None:
         training = TrainingState(self.job)
-        with self.job.ranks.all_or_none(), _readable_failure():
+        with self.job.ranks.raise_on_all_ranks(), _readable_failure():
             reader = SafeFileSystemReader(folder)
             stored = list(reader.read_metadata().state_dict_metadata)
             state = training.state_dict(stored)
@@ -241,7 +241,7 @@ class Checkpoints:
 
 
 def _checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         manifest = read_manifest(folder)
         check_files(folder, manifest, ranks.rank, ranks.world_size)
     return manifest
@@ -267,15 +267,15 @@ def load_best(job: Job, run: Path) -> dict[str, Any]:
         ValueError: there is none, it is damaged, or it is of another model.
     """
     folder, ranks = run / "checkpoints" / BEST, job.ranks
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         if ranks.is_first:
             recover(folder)
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         if not folder.is_dir():
             raise ValueError(f"{folder}: no checkpoint; train with `--out {run}` first")
     manifest = _checked_manifest(folder, ranks)
     state = model_state(job)
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         reader = SafeFileSystemReader(folder)
         stored = reader.read_metadata().state_dict_metadata
         try:

@@ -40,7 +40,7 @@ def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool
             must.
     """
     checkpoints = run / "checkpoints"
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         if ranks.is_first:
             for folder in [checkpoints / BEST, *_half_renamed(checkpoints)]:
                 recover(folder)
@@ -52,7 +52,7 @@ def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool
     if resume == "must" and not exists:
         raise ValueError(f"{run}: no checkpoint to go on from, but --resume is must")
     holds_run = (run / "metrics.json").exists() or (checkpoints / BEST).exists()
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         if ranks.is_first and not overwrite:
             if resume == "never" and (exists or holds_run):
                 _refuse(run)
@@ -90,7 +90,7 @@ def begin_run(run: Path, job: Job, item_counts: np.ndarray, skipped_rows: dict[s
 
     A collective.
     """
-    with job.ranks.all_or_none():
+    with job.ranks.raise_on_all_ranks():
         if not job.ranks.is_first:
             return
         twin = [TWIN] if (run / TWIN_MARK).exists() else []
@@ -120,7 +120,7 @@ def check_vocabularies(run: Path, job: Job) -> None:
     Raises:
         ValueError: on every rank, names the column.
     """
-    with job.ranks.all_or_none():
+    with job.ranks.raise_on_all_ranks():
         for table in job.schema.tables_with("exact"):
             file = vocabulary_file(Location.of(run), table)
             trained = ExactVocabulary.load(file.path, job.schema.limit(table))
@@ -151,13 +151,13 @@ def check_encoders(run: Path, job: Job) -> None:
     Raises:
         ValueError: on every rank, names the modality.
     """
-    with job.ranks.all_or_none():
+    with job.ranks.raise_on_all_ranks():
         check_identities(encoder_identities(job), run)
 
 
 def describe_run(run: Path, job: Job, data: str) -> None:
     """Writes `config.yaml`, `plan.txt`, `encoders.json` and where the data are. A collective."""
-    with job.ranks.all_or_none():
+    with job.ranks.raise_on_all_ranks():
         if job.ranks.is_first:
             save_config(job.config, run / "config.yaml")
             (run / "plan.txt").write_text(f"{job.plan}\n\n{job.parameters}\n")

@@ -23,16 +23,16 @@ def build_content_store(
 ) -> tuple[ContentStore, dict[str, Encoder]]:
     """Tokenises, decodes and encodes what is frozen, once per machine; the encoders beside it."""
     cache = Path(config.cache).expanduser() if config.cache else default_cache()
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         items = ItemTable(root, schema, config.on_bad_row)
         store = ContentStore(items, content.modalities, cache)
     encoders: dict[str, Encoder] = {}
     for name, modality in content.modalities.items():
-        with ranks.all_or_none():
+        with ranks.raise_on_all_ranks():
             read = load_preparation(modality, f"content.modalities.{name}")
             if ranks.is_first_of_machine:
                 store.build(name, read.tokenizer, read.fills_texts, read.images)
-        with ranks.all_or_none():
+        with ranks.raise_on_all_ranks():
             store.build(name, read.tokenizer, read.fills_texts, read.images)
             width = store.arrays[name].values.shape[-1] if modality.kind == "feature" else None
             encoders[name] = build_encoder(name, modality, width, read)

@@ -31,7 +31,7 @@ def fill_caches(config: Config, data: str, ranks: Ranks) -> dict[str, CacheRepor
         raise ValueError(
             "content is none: there is nothing to cache; give a configuration with content"
         )
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         root = Location.of(data)
         schema = load_schema(root)
     store, encoders = build_content_store(config, content, root, schema, ranks)

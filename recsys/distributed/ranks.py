@@ -61,7 +61,7 @@ class Ranks:
         return replace(self, own_group=dist.new_group(backend="gloo"))
 
     @contextmanager
-    def all_or_none(self) -> Iterator[None]:
+    def raise_on_all_ranks(self) -> Iterator[None]:
         """What runs inside succeeds on every rank or raises on every rank; a collective.
 
         Raises:

@@ -40,7 +40,7 @@ def check_data(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
     if is_skip and job.store is not None:
         skipped["items"] = job.store.items.bad_rows.summary(ranks, "items")
     for split in ("train", "valid", "test"):
-        with ranks.all_or_none():
+        with ranks.raise_on_all_ranks():
             rows = ParquetRows.of_split(job.root, split, job.schema, job.config.on_bad_row)
             counts = count_items(rows, ranks.rank, ranks.world_size)
         training = counts if split == "train" else training
@@ -76,7 +76,7 @@ def split_interactions(job: Job, split: str) -> Interactions:
     Raises:
         ValueError: on every rank, the split cannot be read.
     """
-    with job.ranks.all_or_none():
+    with job.ranks.raise_on_all_ranks():
         rows = ParquetRows.of_split(job.root, split, job.schema, job.config.on_bad_row)
         return Interactions(
             rows,
@@ -216,7 +216,7 @@ def evaluate_split(
         for index, label in enumerate(scores.label_names)
     }
     if scores_to is not None:
-        with job.ranks.all_or_none():
+        with job.ranks.raise_on_all_ranks():
             if job.ranks.is_first:
                 write_scores(scores, scores_to)
     first = next(iter(reports.values()))

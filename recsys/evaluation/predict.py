@@ -33,7 +33,7 @@ def load_run(run: Path, data: str | None, ranks: Ranks, device: str) -> Job:
     Raises:
         ValueError: the folder holds no finished run.
     """
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         if not (run / "metrics.json").is_file():
             raise ValueError(f"{run}: holds no finished run (metrics.json); train it first")
         config = load_config(run / "config.yaml", ["--device", device])
@@ -84,7 +84,7 @@ def predict(
         ValueError: an unreadable input, or one that has the new column already.
     """
     job = load_run(run, data, ranks, device)
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         files = [file for name in inputs for file in _parquet_files(name)]
         rows = ParquetRows(files, job.schema, False, job.config.on_bad_row)
         interactions = Interactions(
@@ -105,7 +105,7 @@ def predict(
         rows.skipped(ranks, "input")
     probabilities = torch.full((rows.num_rows, scored["logits"].shape[1]), torch.nan)
     probabilities[scored["positions"]] = scored["logits"].sigmoid()
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         if ranks.is_first:
             names = [f"prediction_{label}" for label in job.schema.of_kind("label")]
             _write(files, names, probabilities.numpy(), out)

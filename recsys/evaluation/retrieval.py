@@ -49,7 +49,7 @@ def catalogue_vectors(job: Job, lockstep: Lockstep) -> tuple[Tensor, Tensor]:
         TrainingStopped: the job is to end, as `lockstep` says.
     """
     ranks = job.ranks
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         items = catalogue_of(job)
     share = np.array_split(items, ranks.world_size)[ranks.rank]
     job.model.eval()

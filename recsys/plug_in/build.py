@@ -100,7 +100,7 @@ def add_content(
         train_model = DLRMWithContentTrain(model)
     """
     ranks = _ranks(device)
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         if not isinstance(settings, PlugInSettings):
             settings = load_plug_in_settings(settings)
         check(settings)
@@ -113,7 +113,7 @@ def add_content(
 def _build(dlrm: DLRM, settings: PlugInSettings, schema: Schema, ranks: Ranks) -> DLRMOfItems:
     content, root = settings.content, Location.of(settings.data)
     store, encoders = build_content_store(settings.config, content, root, schema, ranks)
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         bank: MemoryBank | None = None
         if content.history.mode != "full":
             sizes = schema.num_items, content.vector_dim

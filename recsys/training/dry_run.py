@@ -121,7 +121,7 @@ def _train_step(
         require_pipelined(job.model)
     values = {name: float(value) for name, value in losses.items()}  # waits for a GPU
     seconds = time.perf_counter() - begin
-    with job.ranks.all_or_none():
+    with job.ranks.raise_on_all_ranks():
         if not math.isfinite(values["loss"]):
             rows = batch.row_positions[batch.row_positions >= 0].cpu().numpy()
             raise ValueError(
@@ -137,7 +137,7 @@ def _train_step(
 def _scored_rows(job: Job, lockstep: Lockstep) -> tuple[int, float]:
     """How many rows of the first batch of the validation split this rank scored."""
     begin = time.perf_counter()
-    with job.ranks.all_or_none():
+    with job.ranks.raise_on_all_ranks():
         rows = ParquetRows.of_split(job.root, "valid", job.schema, job.config.on_bad_row)
         ranks = job.ranks
         interactions = Interactions(

@@ -56,7 +56,7 @@ def train_with_twin(
         ValueError: on every rank, as `train` does; there is no twin; or its folder is another's.
     """
     twin, folder, mark = id_only_twin(config), run / TWIN, run / TWIN_MARK
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         if ranks.is_first and folder.exists() and not mark.exists():
             raise ValueError(
                 f"{folder}: was not made as the twin of {run}, and would be replaced; move it or "
@@ -64,14 +64,14 @@ def train_with_twin(
             )
     train(config, data, run, ranks, overwrite, resume)
     gc.collect()  # the first model is no longer needed, and its modules refer to each other
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         if ranks.is_first:
             mark.touch()
             print(f"training the ID-only twin in {folder}", flush=True)
     # A best model without a checkpoint to go on from is no obstacle here: the folder is ours.
     anew = ranks.gather(not folders_by_age(folder / "checkpoints"))[0]
     train(twin, data, folder, ranks, overwrite=anew)
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         if ranks.is_first:
             report = compare_runs([folder, run], "test")
             write_comparison(report, run / COMPARISON)

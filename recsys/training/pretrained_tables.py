@@ -23,7 +23,7 @@ def load_pretrained_tables(job: Job) -> list[str]:
     for name, settings in job.config.embedding.tables.items():
         if (source := settings.init_from) is None:
             continue
-        with job.ranks.all_or_none():
+        with job.ranks.raise_on_all_ranks():
             files, rows_of_ids = _files_of(job.schema, name, source)
         loaded = load_pretrained_rows(job.model, name, files, rows_of_ids, job.ranks.group)
         lines.append(

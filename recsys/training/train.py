@@ -149,7 +149,7 @@ def open_run(job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep) 
 def training_interactions(job: Job) -> Interactions:
     """This rank's share of the training rows. A collective."""
     config, ranks = job.config, job.ranks
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         rows = ParquetRows.of_split(job.root, "train", job.schema, config.on_bad_row)
         build = job.batch_builder()
         interactions = Interactions(
@@ -198,7 +198,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     }
     if job.config.on_bad_row == "skip":
         metrics["skipped_rows"] = json.loads((run / SKIPPED_ROWS).read_text())
-    with job.ranks.all_or_none():  # no rank leaves before the result is there
+    with job.ranks.raise_on_all_ranks():  # no rank leaves before the result is there
         if job.ranks.is_first:
             partial = run / ".metrics.json"
             partial.write_text(json.dumps(metrics, indent=2) + "\n")

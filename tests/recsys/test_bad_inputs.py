@@ -18,11 +18,11 @@ from recsys.distributed.ranks import Ranks
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
+from tests.recsys.command_runs import TINY
 from tests.recsys.config import bad_settings
 from tests.recsys.data import bad_files, bad_impressions
-from tests.recsys.data.items import bad_items
-from tests.recsys.command_runs import TINY
 from tests.recsys.data.bad_impressions import BadInput
+from tests.recsys.data.items import bad_items
 
 SECONDS = 30  # to the error, at most
 

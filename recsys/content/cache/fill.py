@@ -59,7 +59,7 @@ def cache_frozen_outputs(
     fill = _Fill(store, name, encoder, ranks)
     if not all(ranks.gather(fill.folder.exists())):
         fill.run()
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         _wait_for(fill.folder)
         store.use(name, fill.folder)
     encoder.drop_frozen_layers()
@@ -118,7 +118,7 @@ class _Fill:
         """A collective."""
         ranks = self.ranks
         self.encoder.to(ranks.device).eval()
-        with ranks.all_or_none():
+        with ranks.raise_on_all_ranks():
             mine = row_hashes(self.source, np.array_split(self.rows, ranks.world_size)[ranks.rank])
         self.hashes[self.rows] = np.concatenate(ranks.gather(mine))
         mark = self._mark_machine()
@@ -126,9 +126,9 @@ class _Fill:
         try:
             sharers = self._ranks_that_share(marks)
             plan = self._plan(sharers)
-            with ranks.all_or_none():
+            with ranks.raise_on_all_ranks():
                 self._encode_share(plan, sharers, failed=self.parts.folder / f".failed-{marks[0]}")
-            with ranks.all_or_none():
+            with ranks.raise_on_all_ranks():
                 if ranks.rank == sharers[0] and not self.folder.exists():
                     with self._unless_another_job_was_faster():
                         self._put_together(plan)
@@ -154,7 +154,7 @@ class _Fill:
     def _mark_machine(self) -> str | None:
         """A file by which other machines see whether they share the folder."""
         mark = f".machine-{uuid.uuid4().hex}" if self.ranks.is_first_of_machine else None
-        with self.ranks.all_or_none():
+        with self.ranks.raise_on_all_ranks():
             if mark is not None:
                 self.parts.folder.mkdir(parents=True, exist_ok=True)
                 with self._unless_another_job_was_faster():
@@ -170,7 +170,7 @@ class _Fill:
         """What is to do, as the first of the sharers finds it."""
         names: list[str] | None = None
         todo: list[int] | None = None
-        with self.ranks.all_or_none():
+        with self.ranks.raise_on_all_ranks():
             if self.ranks.rank == sharers[0]:
                 names = caches_of(self.cache, self.key)
                 earlier = find_in(self.cache, names, self.hashes)
@@ -178,7 +178,7 @@ class _Fill:
                 todo = self._not_done(calls)
         names, todo = self.ranks.gather((names, todo))[sharers[0]]
         assert names is not None and todo is not None
-        with self.ranks.all_or_none():
+        with self.ranks.raise_on_all_ranks():
             earlier = find_in(self.cache, names, self.hashes)
             calls = self._calls(earlier)
         return _Plan(earlier, calls, todo)

@@ -19,7 +19,7 @@ from recsys.data.batch_builder import BatchBuilder
 from recsys.data.interactions import Interactions
 from recsys.data.parquet.rows import ParquetRows
 from recsys.diagnostics.cost.batch_counts import BatchCounts, ModalityCounts, lengths_like
-from recsys.diagnostics.plan.outline import Outline
+from recsys.diagnostics.plan.meta_model import MetaModel
 from recsys.model.tables import pooled_features
 
 SAMPLED_BATCHES = 8
@@ -36,14 +36,14 @@ class BatchSample:
     counts: BatchCounts
 
 
-def sample_batches(outline: Outline) -> BatchSample:
+def sample_batches(meta_model: MetaModel) -> BatchSample:
     """The first batches of an epoch.
 
     Raises:
         ValueError: there is no training split, or a row that is read cannot be used.
     """
-    config, schema = outline.config, outline.schema
-    rows = ParquetRows.of_split(outline.root, "train", schema, config.on_bad_row)
+    config, schema = meta_model.config, meta_model.schema
+    rows = ParquetRows.of_split(meta_model.root, "train", schema, config.on_bad_row)
     content = content_settings(config)
     build = BatchBuilder(
         schema,
@@ -53,17 +53,17 @@ def sample_batches(outline: Outline) -> BatchSample:
     )
     number = SAMPLED_BATCHES
     if content is not None and content.dedup == "global":
-        number = max(number, min(outline.cluster.world_size, MOST_SHARING_RANKS))
+        number = max(number, min(meta_model.cluster.world_size, MOST_SHARING_RANKS))
     interactions = Interactions(rows, build, config.batch_size, seed=config.seed)
     batches = list(itertools.islice(interactions, number))
-    counts = [expected_counts(outline, batch, batches) for batch in batches]
+    counts = [expected_counts(meta_model, batch, batches) for batch in batches]
     looked_at = sum(batch.batch_size for batch in batches)
     return BatchSample(rows.num_rows, looked_at, batches, BatchCounts.mean(counts))
 
 
-def expected_counts(outline: Outline, batch: Batch, batches: list[Batch]) -> BatchCounts:
+def expected_counts(meta_model: MetaModel, batch: Batch, batches: list[Batch]) -> BatchCounts:
     """Of one batch as it would be prepared; `batches` are those of ranks that may share items."""
-    config = outline.config
+    config = meta_model.config
     content = content_settings(config)
     counts = BatchCounts.of(batch)
     if content is None:
@@ -73,7 +73,7 @@ def expected_counts(outline: Outline, batch: Batch, batches: list[Batch]) -> Bat
     items: float = counts.encoded
     if content.dedup == "global":
         counts = replace(counts, exchanged=items)
-        together = batches[: outline.cluster.world_size]
+        together = batches[: meta_model.cluster.world_size]
         unique = torch.cat([other.content_items for other in together]).unique()
         items = len(unique) / len(together)
     forward, backward = content.sampling.forward, content.sampling.backward
@@ -86,7 +86,7 @@ def expected_counts(outline: Outline, batch: Batch, batches: list[Batch]) -> Bat
         stored=items - encoded,
         modalities={
             # Spread as those of the items that were looked at.
-            name: ModalityCounts.of(lengths_like(outline.tokens(name), round(encoded)))
+            name: ModalityCounts.of(lengths_like(meta_model.tokens(name), round(encoded)))
             for name in content.modalities
         },
     )

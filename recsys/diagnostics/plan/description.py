@@ -1,4 +1,4 @@
-"""What a run would be in numbers, as they follow from an outline and a sample of the data."""
+"""What a run would be in numbers, as they follow from an meta_model and a sample of the data."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from recsys.diagnostics.cost.model_sizes import ModelSizes, has_formulas
 from recsys.diagnostics.cost.step_costs import COMMUNICATION, step_costs
 from recsys.diagnostics.cost.work import PartCost, Work
 from recsys.diagnostics.plan.batch_sample import BatchSample, sample_batches
+from recsys.diagnostics.plan.meta_model import MetaModel, build_meta_model
 from recsys.diagnostics.plan.model_parts import ModelPart, model_parts, table_bytes_by_rank
-from recsys.diagnostics.plan.outline import Outline, build_outline
 from recsys.diagnostics.plan.time_bounds import TimeBound, backward_outputs, time_bounds
 from recsys.model.tables import pooled_features
 
@@ -98,40 +98,40 @@ def describe(
         cluster = Cluster(nodes=8, ranks_per_node=8, device=DEVICES["h100"])
         describe(load_config("shop.yaml"), "shop", cluster, {"product": 4_000_000_000}).problems
     """
-    outline = build_outline(config, data, cluster, rows)
-    sample = sample_batches(outline)
-    sizes, counts = _sizes(outline, sample), sample.counts
+    meta_model = build_meta_model(config, data, cluster, rows)
+    sample = sample_batches(meta_model)
+    sizes, counts = _sizes(meta_model, sample), sample.counts
     costs = [
         part
         for part in step_costs(sizes, counts, cluster.world_size)
         if part.name != COMMUNICATION  # which is told by kind
     ]
     sent = sent_bytes(sizes, counts, cluster.world_size)
-    parts = model_parts(outline.em3, outline.tables, outline.plan, cluster.world_size)
-    table_bytes = table_bytes_by_rank(outline.tables, outline.plan, cluster.world_size)
+    parts = model_parts(meta_model.em3, meta_model.tables, meta_model.plan, cluster.world_size)
+    table_bytes = table_bytes_by_rank(meta_model.tables, meta_model.plan, cluster.world_size)
     return Description(
         cluster=cluster,
         parts=parts,
         table_bytes=table_bytes,
-        memory=_memory(outline, parts, table_bytes, costs),
+        memory=_memory(meta_model, parts, table_bytes, costs),
         costs=costs,
         sent=sent,
         bounds=time_bounds(costs, sent, cluster, config.precision),
         counts=counts,
-        plan=format_plan(outline.plan, outline.tables),
-        problems=outline.problems,
-        frozen_layers=outline.frozen_layers,
-        cached_bytes=_cached_bytes(outline),
+        plan=format_plan(meta_model.plan, meta_model.tables),
+        problems=meta_model.problems,
+        frozen_layers=meta_model.frozen_layers,
+        cached_bytes=_cached_bytes(meta_model),
         unknown=_unknown(config, sizes),
-        sampled=_sampled(outline, sample),
+        sampled=_sampled(meta_model, sample),
     )
 
 
-def _sizes(outline: Outline, sample: BatchSample) -> ModelSizes:
-    config, schema, em3 = outline.config, outline.schema, outline.em3
+def _sizes(meta_model: MetaModel, sample: BatchSample) -> ModelSizes:
+    config, schema, em3 = meta_model.config, meta_model.schema, meta_model.em3
     counted: tuple[Work, Work] | None = None
     if not has_formulas(config, em3):
-        dims = {table.name: table.embedding_dim for table in outline.tables}
+        dims = {table.name: table.embedding_dim for table in meta_model.tables}
         counted = counted_ranking(
             em3.ranking,
             [dims[schema.table_of(name)] for name in pooled_features(config, schema)],
@@ -139,7 +139,7 @@ def _sizes(outline: Outline, sample: BatchSample) -> ModelSizes:
             content_settings(config),
             sample.batches[0],
         )
-    return ModelSizes.of(config, schema, em3, outline.tables, outline.plan, counted)
+    return ModelSizes.of(config, schema, em3, meta_model.tables, meta_model.plan, counted)
 
 
 def _unknown(config: Config, sizes: ModelSizes) -> list[str]:
@@ -149,12 +149,12 @@ def _unknown(config: Config, sizes: ModelSizes) -> list[str]:
 
 
 def _memory(
-    outline: Outline, parts: list[ModelPart], table_bytes: list[int], costs: list[PartCost]
+    meta_model: MetaModel, parts: list[ModelPart], table_bytes: list[int], costs: list[PartCost]
 ) -> RankMemory:
-    cluster, content, bank = outline.cluster, outline.em3.content, 0
+    cluster, content, bank = meta_model.cluster, meta_model.em3.content, 0
     if content is not None and content.bank is not None:
-        rows, dim = outline.schema.num_items, content.bank.dim
-        settings = content_settings(outline.config)
+        rows, dim = meta_model.schema.num_items, content.bank.dim
+        settings = content_settings(meta_model.config)
         assert settings is not None
         if not is_replicated(rows, dim, cluster.world_size, settings.history.bank):
             rows = -(-rows // cluster.world_size)
@@ -168,21 +168,21 @@ def _memory(
     )
 
 
-def _cached_bytes(outline: Outline) -> dict[str, int]:
+def _cached_bytes(meta_model: MetaModel) -> dict[str, int]:
     """Outputs of frozen layers, float32, for all items."""
-    items, content = outline.items, outline.em3.content
+    items, content = meta_model.items, meta_model.em3.content
     if items is None or content is None:
         return {}
     found = {}
-    for name in outline.frozen_layers:
+    for name in meta_model.frozen_layers:
         encoder: Any = content.encoders[name]
-        tokens = float(outline.tokens(name).double().mean()) * items.num_items
+        tokens = float(meta_model.tokens(name).double().mean()) * items.num_items
         found[name] = round(FLOAT * encoder.output_dim * tokens)
     return found
 
 
-def _sampled(outline: Outline, sample: BatchSample) -> str:
+def _sampled(meta_model: MetaModel, sample: BatchSample) -> str:
     text = f"{sample.looked_at:,} of {sample.num_rows:,} training rows"
-    if outline.items is not None:
-        text += f" and {outline.items.looked_at:,} of {outline.items.num_items:,} items"
+    if meta_model.items is not None:
+        text += f" and {meta_model.items.looked_at:,} of {meta_model.items.num_items:,} items"
     return text

@@ -133,7 +133,7 @@ class StepProfile:
     def _finish(self) -> None:
         self._done, recorded = True, self._recorded
         profiler = self._stop()
-        with self.ranks.all_or_none(), tempfile.TemporaryDirectory() as scratch:
+        with self.ranks.raise_on_all_ranks(), tempfile.TemporaryDirectory() as scratch:
             path = (self.folder if self.ranks.is_first else Path(scratch)) / TRACE
             profiler.export_chrome_trace(str(path))
             with gzip.open(path, "rt") as file:

@@ -60,11 +60,11 @@ def report_run(
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file, such as {out / 'report.html'}")
     job = load_run(run, data, ranks, device)
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         table = item_table(job)
         category = category_column(table, colour_by)
     rows, test_items = _scored_rows(job, run)
-    with ranks.all_or_none():
+    with ranks.raise_on_all_ranks():
         if ranks.is_first:
             metrics = json.loads((run / "metrics.json").read_text())
             sections = [

@@ -123,7 +123,7 @@ def test_a_map_that_was_not_prepared_is_told_with_the_command(tmp_path: Path) ->
 
 def job_on(data: Path) -> Any:
     """As much of a job, of one rank, as looks after the maps of a run."""
-    root, ranks = Location.of(data), SimpleNamespace(is_first=True, all_or_none=nullcontext)
+    root, ranks = Location.of(data), SimpleNamespace(is_first=True, raise_on_all_ranks=nullcontext)
     return SimpleNamespace(root=root, schema=load_schema(root), ranks=ranks)
 
 

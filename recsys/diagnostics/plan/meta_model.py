@@ -1,4 +1,4 @@
-"""A model's outline: everything that a run builds, without weights, data or devices.
+"""A meta model: everything that a run builds, without weights, data or devices.
 
 Tables, memory bank and transformers lie on the meta device, which holds shapes alone, so tables
 of billions of rows and encoders of any size are built in no time and no memory.
@@ -33,7 +33,7 @@ NO_LIMIT = 2**60
 
 
 @dataclass(frozen=True)
-class Outline:
+class MetaModel:
     """A run that is not there.
 
     frozen_layers: parameters of each encoder that outputs are cached of before training, and
@@ -66,9 +66,9 @@ class Outline:
         return lengths
 
 
-def build_outline(
+def build_meta_model(
     config: Config, data: str, cluster: Cluster, rows: dict[str, int] | None = None
-) -> Outline:
+) -> MetaModel:
     """Reads the schema and a few items, and plans.
 
     Args:
@@ -99,7 +99,9 @@ def build_outline(
     em3 = build_em3(config, schema, tables, encoders, bank, item_categories=categories)
     fuse_table_optimizers(em3, tables)
     plan, problems = _plan(config, em3, tables, cluster)
-    return Outline(config, root, schema, cluster, tables, em3, items, frozen_layers, plan, problems)
+    return MetaModel(
+        config, root, schema, cluster, tables, em3, items, frozen_layers, plan, problems
+    )
 
 
 def _resize(schema: Schema, rows: dict[str, int]) -> None:

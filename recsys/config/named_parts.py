@@ -1,0 +1,86 @@
+"""Parts that a configuration names: built in, or a user's own as `package.module:Class`.
+
+Ranking models, fusions, encoders, modality kinds, losses, optimizers, schedules, metrics and row
+sources are all resolved here, so that each kind accepts the same names and fails in the same words.
+Built-in parts are named by their import path too, and are imported when a configuration asks for
+them: a room may list parts of the rooms above it without importing them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+# Paths in configurations of earlier versions.
+MOVED = {
+    "recsys.content.pretrained:efficientnet_lite0": (
+        "recsys.content.encoders.pretrained:efficientnet_lite0"
+    ),
+}
+
+
+def find_part(setting: str, name: str, built_in: Mapping[str, str]) -> Any:
+    """Imports the class or function that a setting names.
+
+    Args:
+        setting: full name of the setting, for messages.
+        name: a key of `built_in`, or `package.module:Class`.
+        built_in: import paths of the parts of this kind, by name.
+
+    Raises:
+        ValueError: the name is unknown or cannot be imported.
+
+    Example::
+
+        from recsys.config.named_parts import find_part
+
+        find_part("optimizer.name", "adamw", {"adamw": "torch.optim:AdamW"})
+    """
+    path = built_in.get(name, MOVED.get(name, name))
+    module, _, attribute = path.partition(":")
+    if not module or not attribute:
+        choices = f"choose one of {sorted(built_in)}, or name" if built_in else "name"
+        raise ValueError(
+            f"{setting} '{name}' is unknown; {choices} one of your own as package.module:Class"
+        )
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a module of the user's may raise anything
+        raise ValueError(
+            f"{setting} '{name}' cannot be imported ({type(error).__name__}: {error})"
+        ) from error
+
+
+def make_part(
+    setting: str,
+    name: str,
+    built_in: Mapping[str, str],
+    kind: type[T],
+    *arguments: Any,
+    **named: Any,
+) -> T:
+    """Imports the class or function that a setting names, calls it, and checks what it returns.
+
+    Args:
+        setting, name, built_in: as in `find_part`.
+        kind: the type that the part must have.
+        arguments, named: passed on to the class or function.
+
+    Raises:
+        ValueError: the part cannot be imported or made, or is not a `kind`.
+    """
+    build = find_part(setting, name, built_in)
+    try:
+        part = build(*arguments, **named)
+    except ValueError:
+        raise
+    except Exception as error:  # a class of the user's may raise anything
+        raise ValueError(
+            f"{setting} '{name}' cannot be made ({type(error).__name__}: {error})"
+        ) from error
+    if not isinstance(part, kind):
+        raise ValueError(f"{setting} '{name}' is a {type(part).__name__}, not a {kind.__name__}")
+    return part

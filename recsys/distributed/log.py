@@ -1,0 +1,77 @@
+"""Sets up Python's `logging` for the ranks of a job.
+
+Rank 0 logs from INFO on and the others from WARNING on, unless `--log_level` says otherwise. Lines
+go to standard output: plain text for people, or one JSON object per line. Tables for people are
+printed by `print_table`, on rank 0 alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Literal
+
+from pythonjsonlogger.json import JsonFormatter
+
+LogLevel = Literal["auto", "debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
+OWN_LOGGERS = ("recsys", "embeddings")
+
+
+class _StandardOutput(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to whatever `sys.stdout` is at the time, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except Exception:
+            self.handleError(record)
+
+
+class _TextFormatter(logging.Formatter):
+    """The message alone at INFO; level and rank before it otherwise."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno == logging.INFO and self.rank == 0:
+            return text
+        return f"{record.levelname.lower()}: rank {self.rank}: {text}"
+
+
+def configure_logging(
+    rank: int = 0, level: LogLevel = "auto", log_format: LogFormat = "text"
+) -> None:
+    """Sends the log of this project's packages to standard output; may be called again.
+
+    Args:
+        rank: of this process in the job.
+        level: lowest level to log; auto is info on rank 0 and warning on the others.
+        log_format: text or JSON lines.
+    """
+    if level == "auto":
+        level = "info" if rank == 0 else "warning"
+    handler = _StandardOutput()
+    if log_format == "json":
+        handler.setFormatter(
+            JsonFormatter(
+                "%(asctime)s %(levelname)s %(name)s %(message)s", static_fields={"rank": rank}
+            )
+        )
+    else:
+        handler.setFormatter(_TextFormatter(rank))
+    for name in OWN_LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level.upper())
+
+
+def print_table(text: str) -> None:
+    """Prints a table for people; call it on rank 0 alone."""
+    print(text, flush=True)
