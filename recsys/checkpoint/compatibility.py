@@ -21,6 +21,12 @@ CHANGEABLE = (
     "device",
     "cache",
     "log_every_steps",
+    "log_level",
+    "log_format",
+    "tracker",
+    "tf32",
+    "metrics.*",
+    "auxiliary.*.weight",
     "profile_steps",
     "stall_timeout",
     "on_bad_row",
@@ -42,6 +48,9 @@ CHANGEABLE = (
     "contrastive.weight",
 )
 
+# Settings that checkpoints of earlier versions lack, with the value that they were written under.
+ADDED = {"source.name": "parquet"}
+
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
     """Settings by full name; what is not set or off is left out."""
@@ -59,7 +68,7 @@ def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
     Raises:
         ValueError: names every setting that differs and must not.
     """
-    before, now = flattened(stored), flattened(to_plain(config))
+    before, now = ADDED | flattened(stored), flattened(to_plain(config))
     differing = [
         f"{name} (checkpoint: {before.get(name)}, now: {now.get(name)})"
         for name in sorted(before.keys() | now.keys())

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 HAVE_ENSEMBLES = ("din_dcn", "din", "sim")
 HAVE_STANDARDIZATION = (*HAVE_ENSEMBLES, "mmoe")
+MODALITY_KINDS = ("text", "image", "feature", "frames")
 LORA_INITS = ("gaussian", "orthogonal", "olora", "pissa")
 
 
@@ -192,6 +193,11 @@ def _validate_sampling(content: ContentSettings) -> None:
 
 
 def _validate_modality(where: str, modality: ModalitySettings) -> None:
+    if modality.kind not in MODALITY_KINDS and ":" not in modality.kind:
+        raise ValueError(
+            f"{where}.kind is '{modality.kind}'; choose {', '.join(MODALITY_KINDS)}, or name a "
+            "class of your own as package.module:Class"
+        )
     if modality.kind == "text" and not modality.encoder:
         raise ValueError(f"{where}: a text needs an `encoder` (hub name, folder or package:NAME)")
     if modality.kind == "text" and modality.module:

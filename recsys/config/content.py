@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -28,7 +28,8 @@ class LoraSettings:
 class ModalitySettings:
     """One source of content tokens: a column of the items and what encodes it."""
 
-    kind: Literal["text", "image", "feature"]
+    # text, image, feature, frames, or a class of your own as `package.module:Class`.
+    kind: str
     column: str
     # A transformers model: hub name, folder, or `package:NAME` for a folder inside an installed
     # package. Text needs one; an image has either this or `module`; a feature has neither.
@@ -48,18 +49,20 @@ class ModalitySettings:
     # Keep the outputs of the frozen layers below the lowest trained one per item on disk.
     cache_frozen_layers: bool = True
     revision: str | None = None  # of a hub encoder
+    options: dict[str, Any] = field(default_factory=dict)  # of a class of your own
 
 
 @dataclass
 class FusionSettings:
     """Tokens of all modalities -> one content vector per item."""
 
-    name: str = "qformer"  # or "concat", or one of your own in recsys.content.fusion.FUSIONS
+    name: str = "qformer"  # or concat, or a class of your own as `package.module:Class`
     preset: Literal["published", "modern"] = "modern"
     num_queries: int = 2
     num_layers: int = 1
     num_heads: int = 4
     dropout: float = 0.1
+    options: dict[str, Any] = field(default_factory=dict)  # of a class of your own
 
 
 @dataclass

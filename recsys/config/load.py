@@ -26,6 +26,9 @@ from recsys.config.content import (
 from recsys.config.plain_yaml import load_plain_yaml
 
 BestModelBy = Literal["auc", "gauc", "auc_and_gauc"]
+LogLevel = Literal["auto", "debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
+Tracker = Literal["tensorboard", "mlflow", "wandb"]
 
 
 @dataclass
@@ -136,13 +139,49 @@ class RankingSettings:
 
 @dataclass
 class OptimizerSettings:
-    """AdamW for the dense parts; the ID tables have their own in `embedding`."""
+    """The optimizer of the dense parts; the ID tables have their own in `embedding`."""
 
+    # adamw, adam, sgd, adafactor, or a class of your own as `package.module:Class`.
+    name: str = "adamw"
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of that class
     learning_rate: float = 1e-3
     content_learning_rate: float = 1e-3  # projections, fusion, history maps, contrastive heads
     encoder_learning_rate: float = 1e-4  # what trains inside the encoders
     weight_decay: float = 0.01
     warmup_steps: int = 20
+    # What the learning rates do after warm-up: constant, cosine, linear, or a function of your own
+    # as `package.module:function`.
+    schedule: str = "constant"
+    schedule_options: dict[str, Any] = field(default_factory=dict)  # of a function of your own
+    decay_steps: int | None = None  # steps after warm-up until the decay ends; default: all epochs
+    clip_norm: float | None = None  # largest norm of the gradient of all dense parameters
+    # Evaluate and keep the exponential moving average of the dense weights with this decay.
+    ema_decay: float | None = None
+
+
+@dataclass
+class AuxiliarySettings:
+    """A loss besides those of ranking and contrast."""
+
+    loss: str  # distillation, or a class of your own as `package.module:Class`
+    weight: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class MetricSettings:
+    """A metric besides those of every evaluation."""
+
+    metric: str  # precision_at_k, or a class of your own as `package.module:Class`
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SourceSettings:
+    """Where the rows of training and evaluation come from."""
+
+    name: str = "parquet"  # or a class of your own as `package.module:Class`
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -166,11 +205,15 @@ class Config:
     ranking: RankingSettings = field(default_factory=RankingSettings)
     contrastive: ContrastiveSettings = field(default_factory=ContrastiveSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    auxiliary: dict[str, AuxiliarySettings] = field(default_factory=dict)  # losses, by your name
+    metrics: dict[str, MetricSettings] = field(default_factory=dict)  # by your name
+    source: SourceSettings = field(default_factory=SourceSettings)
     batch_size: int = 256  # impressions per rank and step
     # Dense parameters are updated every so many steps, with the mean gradient of those steps; ID
     # tables in each of them.
     accumulate_steps: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"  # of the dense parts (autocast)
+    tf32: bool = False  # matrix products of float32 in TF32, on GPUs that have it
     compile: bool = False  # torch.compile of the dense parts; needs a C++ compiler on CPU
     epochs: int = 10  # at most; early stopping ends sooner
     validations_per_epoch: int = 1
@@ -186,12 +229,21 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cache: str | None = None  # folder of encoded items; default ~/.cache/recsys
     log_every_steps: int = 20
+    # What records the metrics; a list in a recipe, one word on the command line.
+    tracker: list[Tracker] | Tracker = field(default_factory=lambda: ["tensorboard"])
+    log_level: LogLevel = "auto"  # auto: info on rank 0, warning on the others
+    log_format: LogFormat = "text"  # json: one JSON object per line
     profile_steps: int = 0  # so many early steps are measured part by part: RUN/profile.json
     # A rank that does not go on for so many seconds is named and ends the job; 0: never.
     stall_timeout: float = 300.0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.tracker, str):
+            self.tracker = [self.tracker]
+
 
 __all__ = [
+    "AuxiliarySettings",
     "CheckpointSettings",
     "CommunicationSettings",
     "Config",
@@ -202,10 +254,12 @@ __all__ = [
     "HistorySettings",
     "InitFromSettings",
     "LoraSettings",
+    "MetricSettings",
     "ModalitySettings",
     "OptimizerSettings",
     "RankingSettings",
     "SamplingSettings",
+    "SourceSettings",
     "TableSettings",
 ]
 

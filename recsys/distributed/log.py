@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Literal
 
 from pythonjsonlogger.json import JsonFormatter
 
-LogLevel = Literal["auto", "debug", "info", "warning", "error"]
-LogFormat = Literal["text", "json"]
+from recsys.config import LogFormat, LogLevel
+
 OWN_LOGGERS = ("recsys", "embeddings")
 
 

@@ -47,7 +47,7 @@ class PlugInSettings:
         if self.history is not None:
             columns[self.history] = Column("sequence", shares=self.item)
         content = {
-            modality.column: self.item_columns.get(modality.column, ItemColumn(modality.kind))
+            modality.column: self.item_columns.get(modality.column, ItemColumn(modality.kind))  # type: ignore[arg-type]
             for modality in self.content.modalities.values()
         }
         return Schema(

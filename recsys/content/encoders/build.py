@@ -127,7 +127,7 @@ def _transformer(
     is_projected = modality.pooling == "projected"
     whole: Any = load_transformer(modality.encoder, modality.revision, where, is_projected)
     commit = hub_commit(modality.encoder, modality.revision)
-    tower, projection = take_tower(whole, modality.kind)
+    tower, projection = take_tower(whole, modality.kind)  # type: ignore[arg-type]
     identity = None
     if preparation is not None:
         weights = nn.ModuleList([tower, projection] if projection is not None else [tower])
