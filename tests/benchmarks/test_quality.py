@@ -33,8 +33,8 @@ from tests.benchmarks.quality_cells import (
     write_runs,
     write_windows,
 )
+from tests.html_page import Page
 from tests.recsys.command_runs import TINY, trained_run
-from tests.recsys.diagnostics.test_report import Page
 
 FIGURES = ["effects", "learning-curves", "popularity", "cold-start"]
 

@@ -4,7 +4,6 @@ import base64
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +33,7 @@ from recsys.diagnostics.run_report.learning_curves import (
     selection_curve,
 )
 from recsys.diagnostics.run_report.page import Card, Cards, Section, Table, html_page
+from tests.html_page import Page
 from tests.recsys.command_runs import trained_run
 
 FIGURES = [
@@ -44,36 +44,6 @@ FIGURES = [
     "contrastive-embeddings",
     "attention-layer-1",
 ]
-
-
-class Page(HTMLParser):
-    """What a browser would show and fetch."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.figures: list[str | None] = []
-        self.titles: list[str] = []
-        self.cells: list[str] = []
-        self.addresses: list[str] = []
-        self.open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.open.append(tag)
-        found = dict(attrs)
-        if tag == "figure":
-            self.figures.append(found["id"])
-        self.addresses += [found[name] or "" for name in ("src", "href") if name in found]
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-1:] == ["h2"]:
-            self.titles.append(data)
-        if self.open[-1:] == ["td"]:
-            self.cells.append(data)
-
-    def handle_endtag(self, tag: str) -> None:
-        while self.open and self.open.pop() != tag:
-            pass
 
 
 @pytest.fixture(scope="module")
