@@ -105,8 +105,7 @@ class ProductSteps:
         if variant.loaded_batches:
             with closing(endless(interactions, config.num_workers)) as loading:
                 source = itertools.cycle(list(itertools.islice(loading, variant.loaded_batches)))
-        lockstep = Lockstep(ranks, config.checkpoint)
-        agreed = lockstep.training_batches(source, sys.maxsize, 0, config.accumulate_steps)
+        agreed = Lockstep(ranks).training_batches(source, sys.maxsize, config.accumulate_steps)
         self.batches = self.job.preparation(agreed, UnknownIds(self.job.schema), 0, training=True)
         self.loss_watch = LossWatch(
             ranks, interactions.rows, config.log_every_steps, last_good=lambda: None
@@ -124,7 +123,7 @@ class ProductSteps:
         if job.pipeline.has_stepped:
             job.schedule.step()
         self.num_steps, self.batch = self.num_steps + 1, batch
-        error = self.loss_watch.step(self.num_steps, losses["loss"], batch.row_positions)
+        error = self.loss_watch.step(self.num_steps, losses["loss"], batch)
         if error is not None:
             raise error
 

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from torchrec.distributed.train_pipeline.runtime_forwards import BaseForward
 from torchrec.distributed.types import ShardedModule
 
@@ -45,68 +44,74 @@ class Trainer:
     item_counts: np.ndarray
 
     def train(self) -> None:
-        """Trains until epochs or patience end.
+        """Trains until epochs or patience end. A collective.
 
         Raises:
             TrainingStopped: the job was asked to end; its state is saved.
-            ValueError: on every rank, when a row, the loss or storage is wanting.
+            ValueError: on every rank, a row cannot be used, a loss is not finite, or a checkpoint
+                cannot be written.
         """
         if self.progress.is_finished(self.job.config):
             return
         try:
             while not self.progress.is_finished(self.job.config):
-                self._train_epoch()
+                self.train_epoch()
         except TrainingStopped:
             self.checkpoints.save(self.progress, wait=True)
             raise
         self.checkpoints.save(self.progress, wait=True)
 
-    def _train_epoch(self) -> None:
-        """The rest of an epoch with its validations, or up to where patience ends."""
-        progress, parts = self.progress, self.job.config.validations_per_epoch
+    def train_epoch(self) -> None:
+        """Trains for what is left of an epoch, or up to where patience ends. A collective.
+
+        An epoch has parts that end with a validation, and within them stretches that end where a
+        checkpoint is written: what ends a stretch is agreed on by all ranks before.
+        """
+        job, progress, lockstep, config = self.job, self.progress, self.lockstep, self.job.config
         self.interactions.begin(progress.epoch, progress.stages, progress.batches)
         self.reporter.begin(self.interactions.num_batches, progress)
-        is_cuda = self.job.ranks.device.type == "cuda"
-        with closing(loader(self.interactions, self.job.config.num_workers, is_cuda)) as source:
-            while progress.validations < parts:
-                part = progress.validations + 1
-                end = self.interactions.batches_until(part, parts)
-                while progress.batches < end:
-                    self._train_until(end, source)
-                if part == parts or end > self.interactions.batches_until(part - 1, parts):
-                    self._validate()
-                progress.validations = part
-                if progress.is_finished(self.job.config):
-                    return
+        is_cuda = job.ranks.device.type == "cuda"
+        with closing(loader(self.interactions, config.num_workers, is_cuda)) as source:
+            while progress.validations < config.validations_per_epoch:
+                first_step, end_of_part = progress.steps, self._end_of_part(progress.validations)
+                unknown = UnknownIds(job.schema)
+                job.pipeline.begin(end_of_part - progress.batches)
+                batches = lockstep.training_batches(
+                    source, self._stretch(end_of_part), config.accumulate_steps
+                )
+                with lockstep.watchdog.armed(), self.profile:
+                    for losses, batch in self._steps(batches, unknown):
+                        step = progress.steps
+                        lockstep.note(self.loss_watch.step(step, losses["loss"], batch))
+                        self.reporter.step(progress, losses)  # logs every so many
+                        if lockstep.stop or lockstep.save:
+                            batches.end()  # the pipeline only finishes what it has taken
+                        lockstep.watchdog.mark(f"step {step}")
+                        self.profile.step()
+                lockstep.note(self.loss_watch.check())
+                lockstep.settle()  # so that no state after a bad loss is ever saved
+                progress.count_ids(job, unknown)
+                lockstep.raise_if_stopped()
+                if lockstep.save or self._passed_checkpoint(first_step):
+                    self.checkpoints.save(progress)
+                    lockstep.saved()
+                if progress.batches >= end_of_part:
+                    if self._part_has_batches(progress.validations):
+                        self._validate()
+                    progress.validations += 1
+                    if progress.is_finished(config):
+                        return
         progress.begin_next_epoch()
 
-    def _train_until(self, end: int, source: Iterator[Batch]) -> None:
-        """Steps up to batch `end` of the epoch, or to where a checkpoint is due and saved."""
-        progress, lockstep = self.progress, self.lockstep
-        left, group = end - progress.batches, self.job.config.accumulate_steps
-        batches = lockstep.training_batches(source, left, progress.steps, group)
-        unknown = UnknownIds(self.job.schema)
-        batches = self.job.preparation(batches, unknown, progress.steps, training=True)
-        self.job.model.train()
-        self.job.pipeline.begin(left)
-        with lockstep.watchdog.armed(), self.profile:
-            self._make_steps(batches)
-        lockstep.error = lockstep.error or self.loss_watch.check()
-        lockstep.settle()  # so that no state after a bad loss is ever saved
-        progress.count_ids(self.job, unknown)
-        lockstep.raise_if_stopped()
-        if lockstep.save:
-            self.checkpoints.save(progress)
-            lockstep.saved()
-
-    def _make_steps(self, batches: Iterator[Batch]) -> None:
-        progress, job, lockstep = self.progress, self.job, self.lockstep
-        start, before = time.perf_counter(), progress.seconds
-        while True:
-            try:
-                losses, _, batch = cast(Any, job.pipeline.progress(batches))
-            except StopIteration:
-                return
+    def _steps(
+        self, batches: Iterator[Batch], unknown: UnknownIds
+    ) -> Iterator[tuple[dict[str, Tensor], Batch]]:
+        """Yields the losses and the batch of each step once parameters are updated. A collective."""
+        job, progress = self.job, self.progress
+        job.model.train()
+        start = time.perf_counter() - progress.seconds
+        prepared = job.preparation(batches, unknown, progress.steps, training=True)
+        for losses, _, batch in job.pipeline.outputs(prepared):
             if progress.steps == 0:
                 require_pipelined(job.model)
             if job.pipeline.has_stepped:
@@ -115,12 +120,33 @@ class Trainer:
             progress.steps += 1
             progress.batches += 1
             progress.samples += batch.batch_size * job.ranks.world_size
-            progress.seconds = before + time.perf_counter() - start
-            error = self.loss_watch.step(progress.steps, losses["loss"], batch.row_positions)
-            lockstep.error = lockstep.error or error
-            self.reporter.step(progress, losses)
-            lockstep.watchdog.mark(f"step {progress.steps}")
-            self.profile.step()
+            progress.seconds = time.perf_counter() - start
+            yield losses, batch
+
+    def _end_of_part(self, validations: int) -> int:
+        """Batches of the epoch up to the validation after so many."""
+        parts = self.job.config.validations_per_epoch
+        return self.interactions.batches_until(validations + 1, parts)
+
+    def _part_has_batches(self, validations: int) -> bool:
+        """Whether there is anything to validate; the last part is, so that each epoch is."""
+        parts = self.job.config.validations_per_epoch
+        begin = self.interactions.batches_until(validations, parts)
+        return validations + 1 == parts or self._end_of_part(validations) > begin
+
+    def _stretch(self, end_of_part: int) -> int:
+        """Batches until the part ends or a checkpoint is due by steps, in whole groups."""
+        every, group = self.job.config.checkpoint.every_steps, self.job.config.accumulate_steps
+        left = end_of_part - self.progress.batches
+        if every is None:
+            return left
+        until_due = every - self.progress.steps % every
+        return min(left, -(-until_due // group) * group)
+
+    def _passed_checkpoint(self, first_step: int) -> bool:
+        """Whether a checkpoint has become due by steps since a stretch began."""
+        every = self.job.config.checkpoint.every_steps
+        return every is not None and self.progress.steps // every > first_step // every
 
     def _validate(self) -> None:
         """Validates, and keeps the model if it is the best."""
