@@ -31,7 +31,14 @@ CHANGEABLE = (
     "stall_timeout",
     "on_bad_row",
     "checkpoint.*",
-    "optimizer.*",
+    "optimizer.*learning_rate",
+    "optimizer.weight_decay",
+    "optimizer.warmup_steps",
+    "optimizer.schedule",
+    "optimizer.schedule_options.*",
+    "optimizer.decay_steps",
+    "optimizer.clip_norm",
+    "optimizer.ema_decay",
     "embedding.sharding",
     "embedding.communication.*",
     "embedding.learning_rate",
@@ -49,7 +56,7 @@ CHANGEABLE = (
 )
 
 # Settings that checkpoints of earlier versions lack, with the value that they were written under.
-ADDED = {"source.name": "parquet"}
+ADDED = {"source.name": "parquet", "optimizer.name": "adamw"}
 
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:

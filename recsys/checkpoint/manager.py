@@ -223,7 +223,7 @@ class Checkpoints:
         training = TrainingState(self.job)
         with self.job.ranks.raise_on_all_ranks(), _readable_failure():
             reader = SafeFileSystemReader(folder)
-            stored = list(reader.read_metadata().state_dict_metadata)
+            stored = reader.read_metadata().state_dict_metadata
             state = training.state_dict(stored)
             dcp.load(state, storage_reader=reader, process_group=self.job.ranks.group)
         training.finish_loading()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,7 +149,12 @@ class Trainer:
         return every is not None and self.progress.steps // every > first_step // every
 
     def _validate(self) -> None:
-        """Validates, and keeps the model if it is the best."""
+        """Validates, and keeps the model if it is the best, with averaged weights if there are."""
+        averages = self.job.averages
+        with averages.in_place() if averages is not None else nullcontext():
+            self._validate_weights()
+
+    def _validate_weights(self) -> None:
         job, progress = self.job, self.progress
         content = content_settings(job.config)
         if content is not None and content.history.refresh_bank_every_epoch:

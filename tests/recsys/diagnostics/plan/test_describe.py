@@ -59,14 +59,15 @@ def _measured(rank: int, world_size: int, folder: Path, sharding: str) -> dict[s
     batches = iter(training_interactions(job))
     prepared = job.preparation(batches, UnknownIds(job.schema), 0, training=True)
     steps = [_step(job, prepared, folder) for _ in range(STEPS // world_size)]
+    job.dense_optimizer.step()  # moments begin with the first update
     return {
         "dense": sum(
             p.numel() for n, p in job.em3.named_parameters() if not n.startswith("embedding")
         ),
-        "trained": sum(p.numel() for g in job.adamw.param_groups for p in g["params"]),
+        "trained": sum(p.numel() for g in job.dense_optimizer.param_groups for p in g["params"]),
         "moments": sum(
             value.numel() * value.element_size()
-            for state in job.adamw.state.values()
+            for state in job.dense_optimizer.state.values()
             for name, value in state.items()
             if name != "step"
         ),
