@@ -3,8 +3,6 @@
 import base64
 import re
 import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +32,7 @@ from recsys.diagnostics.run_report.learning_curves import (
     selection_curve,
 )
 from recsys.diagnostics.run_report.page import Card, Cards, Section, Table, html_page
+from tests.html_pages import Page, browser_dom
 from tests.recsys.command_runs import trained_run
 
 FIGURES = [
@@ -44,36 +43,6 @@ FIGURES = [
     "contrastive-embeddings",
     "attention-layer-1",
 ]
-
-
-class Page(HTMLParser):
-    """What a browser would show and fetch."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.figures: list[str | None] = []
-        self.titles: list[str] = []
-        self.cells: list[str] = []
-        self.addresses: list[str] = []
-        self.open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.open.append(tag)
-        found = dict(attrs)
-        if tag == "figure":
-            self.figures.append(found["id"])
-        self.addresses += [found[name] or "" for name in ("src", "href") if name in found]
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-1:] == ["h2"]:
-            self.titles.append(data)
-        if self.open[-1:] == ["td"]:
-            self.cells.append(data)
-
-    def handle_endtag(self, tag: str) -> None:
-        while self.open and self.open.pop() != tag:
-            pass
 
 
 @pytest.fixture(scope="module")
@@ -190,18 +159,11 @@ def test_a_browser_shows_every_figure_and_picture_within_1280_pixels(
     )
     page = tmp_path / "page.html"
     page.write_text(report.read_text().replace("</body>", script + "</body>"))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    done = subprocess.run(
-        ["chromium", *options, profile, "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    shown = browser_dom(page)
 
-    assert f'data-shown="{",".join(FIGURES)}"' in done.stdout, done.stderr
-    assert 'data-pictures="true"' in done.stdout
-    assert 'data-fits="true"' in done.stdout
+    assert f'data-shown="{",".join(FIGURES)}"' in shown
+    assert 'data-pictures="true"' in shown
+    assert 'data-fits="true"' in shown
 
 
 def test_titles_cells_and_cards_are_escaped() -> None:
