@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from benchmarks.quality_grid import LOOKED_AT
-from benchmarks.quality_study import CellResult
+from benchmarks.quality.grid import LOOKED_AT
+from benchmarks.quality.study import CellResult
 from recsys.diagnostics.run_report.command import item_sections
 from recsys.diagnostics.run_report.item_columns import item_table
 from recsys.diagnostics.run_report.item_descriptions import category_column

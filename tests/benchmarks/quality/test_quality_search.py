@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import quality
-from benchmarks.quality_search import read_candidates
-from tests.benchmarks.quality_cells import write_runs, write_windows
+from benchmarks.quality.__main__ import quality
+from benchmarks.quality.search import read_candidates
+from tests.benchmarks.quality.quality_cells import write_runs, write_windows
 from tests.recsys.command_runs import TINY
 
 

@@ -1,6 +1,11 @@
-"""Reads a page of HTML as a browser would."""
+"""HTML pages as tests read them: parsed, and shown by a browser."""
 
+from __future__ import annotations
+
+import subprocess
+import tempfile
 from html.parser import HTMLParser
+from pathlib import Path
 
 
 class Page(HTMLParser):
@@ -31,3 +36,17 @@ class Page(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         while self.open and self.open.pop() != tag:
             pass
+
+
+def browser_dom(page: Path) -> str:
+    """Returns the document that chromium has of a page once its scripts have run."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"]
+    with tempfile.TemporaryDirectory() as profile:
+        done = subprocess.run(
+            ["chromium", *options, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.stdout, done.stderr
+    return done.stdout

@@ -1,4 +1,4 @@
-"""The figures of the quality study, of results as `benchmarks.quality_study` reads them."""
+"""The figures of the quality study, of results as `benchmarks.quality.study` reads them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.quality_study import EFFECTS, CellResult, Effect
+from benchmarks.quality.study import EFFECTS, CellResult, Effect
 from recsys.diagnostics.run_report.item_popularity import BUCKETS, doubling_edges
 from recsys.diagnostics.run_report.learning_curves import read_curves, selection_curve
 from recsys.diagnostics.run_report.page import BLUE, GREY, Drawing, drawn, new_figure

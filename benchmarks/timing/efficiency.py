@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.rounds import Measurement
+from benchmarks.timing.rounds import Measurement
 from recsys.diagnostics.cost.batch_counts import BatchCounts
 from recsys.diagnostics.cost.roofline import Anchor, typical
 from recsys.diagnostics.cost.step_costs import floors_by_measured_part, step_costs

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from benchmarks.plain_batches import PlainSource
+from benchmarks.plain.batches import PlainSource
 from recsys.build import Job, build_job
 from recsys.config import Config, load_config
 from recsys.data.batch import Batch

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality_grid import PEERS, RECIPE, Cell
-from benchmarks.quality_plan import Plan
-from benchmarks.quality_runs import Training
+from benchmarks.quality.grid import PEERS, RECIPE, Cell
+from benchmarks.quality.plan import Plan
+from benchmarks.quality.runs import Training
 from recsys.config import BestModelBy, load_config
 from recsys.diagnostics.run_report.item_popularity import CountRange, count_ranges
 from recsys.evaluation.bootstrap import Interval, paired_difference, pooled_metric

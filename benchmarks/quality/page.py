@@ -10,15 +10,15 @@ from typing import Any
 
 import yaml
 
-from benchmarks.quality_figures import (
+from benchmarks.quality.figures import (
     MOST_CELLS,
     cold_start_curves,
     effect_bars,
     learning_curves,
     popularity_bars,
 )
-from benchmarks.quality_grid import DRAWN
-from benchmarks.quality_study import (
+from benchmarks.quality.grid import DRAWN
+from benchmarks.quality.study import (
     COLUMNS,
     EFFECTS,
     CellResult,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -13,17 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.quality import quality
-from benchmarks.quality_grid import Cell
-from benchmarks.quality_items import sections_on_items
-from benchmarks.quality_page import effect_sentence
-from benchmarks.quality_plan import Plan
-from benchmarks.quality_runs import Training
-from benchmarks.quality_study import CellResult, Effect, against_peers, read_results
+from benchmarks.quality.__main__ import quality
+from benchmarks.quality.grid import Cell
+from benchmarks.quality.items import sections_on_items
+from benchmarks.quality.page import effect_sentence
+from benchmarks.quality.plan import Plan
+from benchmarks.quality.runs import Training
+from benchmarks.quality.study import CellResult, Effect, against_peers, read_results
 from recsys.evaluation.bootstrap import Interval
 from recsys.evaluation.metrics import ranking_metrics
 from recsys.evaluation.scores import SplitScores, read_scores, scores_file
-from tests.benchmarks.quality_cells import (
+from tests.benchmarks.quality.quality_cells import (
     CELLS,
     GAIN,
     NUM_ROWS,
@@ -33,7 +32,7 @@ from tests.benchmarks.quality_cells import (
     write_runs,
     write_windows,
 )
-from tests.html_page import Page
+from tests.html_pages import Page, browser_dom
 from tests.recsys.command_runs import TINY, trained_run
 
 FIGURES = ["effects", "learning-curves", "popularity", "cold-start"]
@@ -166,17 +165,10 @@ def test_a_browser_shows_every_figure_within_1280_pixels(
     page = tmp_path / "page.html"
     text = (study[0] / "small.html").read_text()
     page.write_text(text.replace("</body>", script + "</body>"))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    done = subprocess.run(
-        ["chromium", *options, profile, "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    shown = browser_dom(page)
 
-    assert f'data-shown="{",".join(["true"] * len(FIGURES))}"' in done.stdout, done.stderr
-    assert 'data-fits="true"' in done.stdout
+    assert f'data-shown="{",".join(["true"] * len(FIGURES))}"' in shown
+    assert 'data-fits="true"' in shown
 
 
 def test_the_page_shows_what_the_recipe_and_cic_have_learned_of_items(

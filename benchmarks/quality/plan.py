@@ -14,8 +14,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_grid import Settings
-from benchmarks.quality_runs import Training, command_words
+from benchmarks.quality.grid import Settings
+from benchmarks.quality.runs import Training, command_words
 from recsys.config import load_config, to_plain
 from recsys.data.filesystem import Location
 from recsys.evaluation.scores import scores_file

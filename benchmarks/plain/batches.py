@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.plain_twin import PaddedBatch, PlainTwin, TwinSizes
+from benchmarks.plain.twin import PaddedBatch, PlainTwin, TwinSizes
 from recsys.config import Config, content_settings
 from recsys.content.build import build_content_store
 from recsys.data.batch import Batch

@@ -2,10 +2,10 @@
 
     python -m benchmarks.quality --data DATA --out runs/quality --grid full --seeds 3
 
-Trains the cells of a grid (`benchmarks.quality_grid`) with several seeds, on a dataset or on all
+Trains the cells of a grid (`benchmarks.quality.grid`) with several seeds, on a dataset or on all
 windows of a rolling split, and writes a Markdown table, JSON lines and one HTML page with figures.
 Finished runs are not trained again, so the same command goes on where it was stopped. With
-`--search FILE` it ranks sets of settings by validation instead (`benchmarks.quality_search`).
+`--search FILE` it ranks sets of settings by validation instead (`benchmarks.quality.search`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from benchmarks.quality_grid import Cell, chosen_cells
-from benchmarks.quality_items import sections_on_items
-from benchmarks.quality_page import Study, write_study
-from benchmarks.quality_plan import Plan, finished, in_order, plan_runs, windows
-from benchmarks.quality_runs import RECIPE, finish
-from benchmarks.quality_search import ranked, read_candidates, write_search
-from benchmarks.quality_study import against_peers, effects, read_results
-from benchmarks.ranks import is_launched
+from benchmarks.quality.grid import Cell, chosen_cells
+from benchmarks.quality.items import sections_on_items
+from benchmarks.quality.page import Study, write_study
+from benchmarks.quality.plan import Plan, finished, in_order, plan_runs, windows
+from benchmarks.quality.runs import RECIPE, finish
+from benchmarks.quality.search import ranked, read_candidates, write_search
+from benchmarks.quality.study import against_peers, effects, read_results
 from benchmarks.results import RESULTS, provenance
+from benchmarks.timing.ranks import is_launched
 
 
 def quality(

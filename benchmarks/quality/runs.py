@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-RECIPE = Path(__file__).parent.parent / "recsys" / "recipes" / "movielens_multimodal.yaml"
+from benchmarks.results import ROOT
+
+RECIPE = ROOT / "recsys" / "recipes" / "movielens_multimodal.yaml"
 # By these torchrun tells a process its rank; runs of their own must not take them for theirs.
 OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 

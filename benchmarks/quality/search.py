@@ -19,11 +19,11 @@ from typing import Any
 
 import yaml
 
-from benchmarks.quality_grid import Settings
-from benchmarks.quality_page import provenance_words
-from benchmarks.quality_plan import Plan
-from benchmarks.quality_study import COLUMNS as METRICS
-from benchmarks.quality_study import median_of_known, validation_metric
+from benchmarks.quality.grid import Settings
+from benchmarks.quality.page import provenance_words
+from benchmarks.quality.plan import Plan
+from benchmarks.quality.study import COLUMNS as METRICS
+from benchmarks.quality.study import median_of_known, validation_metric
 from benchmarks.results import markdown_table, without_places
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.filesystem import write_whole

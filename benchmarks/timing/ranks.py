@@ -27,7 +27,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from benchmarks.steps import Steps, Variant, build_steps
+from benchmarks.timing.steps import Steps, Variant, build_steps
 from recsys.diagnostics.cost.batch_counts import BatchCounts
 from recsys.diagnostics.cost.model_sizes import ModelSizes
 from recsys.diagnostics.cost.roofline import (

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.ranks import (
+from benchmarks.timing.ranks import (
     HereProcesses,
     OwnProcesses,
     Processes,
@@ -25,7 +25,7 @@ from benchmarks.ranks import (
     is_launched,
     silence_advice_to_library_developers,
 )
-from benchmarks.steps import Variant
+from benchmarks.timing.steps import Variant
 from recsys.diagnostics.cost.batch_counts import BatchCounts
 from recsys.diagnostics.cost.roofline import Anchor
 from recsys.distributed.ranks import joined_ranks

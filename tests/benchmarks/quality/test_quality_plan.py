@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import quality
-from benchmarks.quality_figures import MOST_CELLS
-from benchmarks.quality_grid import DRAWN, GRIDS, LOOKED_AT, PARTS, PEERS, Cell, chosen_cells
-from benchmarks.quality_plan import finished, in_order, plan_runs, windows
-from benchmarks.quality_runs import RECIPE, command_words, finish
+from benchmarks.quality.__main__ import quality
+from benchmarks.quality.figures import MOST_CELLS
+from benchmarks.quality.grid import DRAWN, GRIDS, LOOKED_AT, PARTS, PEERS, Cell, chosen_cells
+from benchmarks.quality.plan import finished, in_order, plan_runs, windows
+from benchmarks.quality.runs import RECIPE, command_words, finish
 from recsys.evaluation.scores import read_scores
-from tests.benchmarks.quality_cells import use_small_grid, write_runs, write_windows
+from tests.benchmarks.quality.quality_cells import use_small_grid, write_runs, write_windows
 from tests.datasets import write_dataset
 from tests.recsys.command_runs import TINY, torchx
 

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks import quality_grid
-from benchmarks.quality_grid import Cell
-from benchmarks.quality_plan import Plan, plan_runs, windows
+from benchmarks.quality.grid import GRIDS, Cell
+from benchmarks.quality.plan import Plan, plan_runs, windows
 from recsys.evaluation.scores import SplitScores, scores_file, write_scores
 from tests.recsys.command_runs import TINY
 
@@ -82,4 +81,4 @@ def write_runs(data: Path, out: Path) -> Plan:
 
 def use_small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--grid small` is `CELLS`."""
-    monkeypatch.setitem(quality_grid.GRIDS, "small", CELLS)
+    monkeypatch.setitem(GRIDS, "small", CELLS)
