@@ -17,12 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recsys.data.item_parts import item_parts
+from recsys.data.item_parts import PARTS, item_parts
 from recsys.evaluation.metrics import grouped_auc
 from recsys.evaluation.scores import SplitScores, check_same_rows
 
 METRICS = ("auc", "gauc")
-PARTS = ("all", "warm", "cold", "unseen")
 PERCENTILES = (2.5, 97.5)
 CELLS = 1 << 20  # of the largest matrices, resamples times rows or users
 
@@ -62,7 +61,7 @@ def paired_difference(
             mean metric is taken; there may be unlike numbers of them.
         metric: gauc or auc. GAUC is pooled over windows: each user of a window counts by his rows;
             AUC is the mean over windows, weighted by rows.
-        part: all, warm, cold or unseen, as in `recsys.evaluation.metrics.item_parts`.
+        part: all, warm, cold or unseen, as in `recsys.data.item_parts`.
         samples: resamples. A user in several windows is drawn with his rows in all of them.
         seed: of the resamples, which are the same for all metrics and parts.
         label: place of the label.
@@ -154,8 +153,6 @@ def _check_windows(
 def _rows(scores: SplitScores, part: str) -> np.ndarray:  # bool [N]
     if part not in PARTS:
         raise ValueError(f"part '{part}' is none of {PARTS}")
-    if part == "all":
-        return np.ones(len(scores.groups), dtype=bool)
     return item_parts(scores.counts)[part]
 
 

@@ -104,7 +104,8 @@ class Reporter:
     def validation(self, progress: Progress, report: dict[str, Any]) -> None:
         """Prints the table of a validation and records its metrics."""
         if self.active:
-            print_table(f"validation after step {progress.steps}\n{format_report(report)}")
+            table = format_report(report, self.job.config.metrics)
+            print_table(f"validation after step {progress.steps}\n{table}")
         self.evaluation("valid", progress.steps, report)
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -26,6 +27,8 @@ from recsys.evaluation.evaluate import evaluate_split, fill_bank
 from recsys.evaluation.model_selection import selection_score, selection_words
 from recsys.training.loss_watch import LossWatch
 from recsys.training.reporter import Reporter
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -106,7 +109,7 @@ class Trainer:
     def _steps(
         self, batches: Iterator[Batch], unknown: UnknownIds
     ) -> Iterator[tuple[dict[str, Tensor], Batch]]:
-        """Yields the losses and the batch of each step once parameters are updated. A collective."""
+        """Yields losses and batch of each step once parameters are updated. A collective."""
         job, progress = self.job, self.progress
         job.model.train()
         start = time.perf_counter() - progress.seconds
@@ -156,7 +159,7 @@ class Trainer:
             fill_bank(job, self.lockstep)
         report = evaluate_split(job, "valid", self.item_counts, self.lockstep)
         if (line := format_unknown("train", progress.ids)) is not None:
-            self.reporter.say(f"{line}; {progress.vocabularies}")
+            logger.info("%s; %s", line, progress.vocabularies)
         self.reporter.validation(progress, report)
         score = selection_score(report, job.config.best_model_by)
         if score is None:

@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from recsys.diagnostics.profile.report import RankProfile, format_profile, scalars, summary
 from recsys.diagnostics.profile.step_trace import PART, STEP, read_steps
+from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.model.em3 import EM3
 
@@ -58,7 +59,7 @@ class StepProfile:
         ranks: Ranks,
         steps: int,
         folder: Path,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = print_table,
         write: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
         self.em3, self.ranks, self.steps, self.folder = em3, ranks, steps, folder
