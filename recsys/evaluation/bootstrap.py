@@ -7,6 +7,10 @@ users would say, not what other initial weights would: for those, give runs of s
 Percentile intervals of a cluster bootstrap: Efron and Tibshirani, An Introduction to the
 Bootstrap, 1993, chapter 13; Field and Welsh, Bootstrapping Clustered Data, 2007.
 
+scipy.stats.bootstrap does not serve here: where a resample leaves a metric undefined (few users
+have cold items) its interval is NaN, and it would sort the rows of every resample anew, while here
+they are sorted once and a resample only counts how often each user was drawn.
+
 Shapes: N rows of a window, U users of all windows, S resamples, P positive and M negative rows.
 """
 
