@@ -177,7 +177,7 @@ def start_fresh(job: Job) -> None:
 
 
 def _finish(trainer: Trainer) -> dict[str, Any]:
-    """Tests the best model and writes `metrics.json`."""
+    """Tests the best model and writes `metrics.json`. A collective."""
     job, run, progress = trainer.job, trainer.run, trainer.progress
     best = load_best(job, run)
     if best["step"] != progress.best_step:

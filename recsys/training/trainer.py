@@ -150,7 +150,7 @@ class Trainer:
         return every is not None and self.progress.steps // every > first_step // every
 
     def _validate(self) -> None:
-        """Validates, and keeps the model if it is the best."""
+        """Validates, and keeps the model if it is the best. A collective."""
         job, progress = self.job, self.progress
         content = content_settings(job.config)
         if content is not None and content.history.refresh_bank_every_epoch:

@@ -9,6 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recsys.config import load_config
+from recsys.distributed.log import configure_logging
 from recsys.distributed.ranks import joined_ranks
 from recsys.training.trackers import make_trackers
 from recsys.training.train import train
@@ -136,3 +137,19 @@ def test_a_run_feeds_tensorboard_mlflow_and_a_tracker_of_ones_own(
     assert run.data.params["batch_size"] == "16"
     lines = (tmp_path / "run" / "lines.txt").read_text().splitlines()
     assert lines[0] == "batch_size 16" and {"1 train/loss", "3 test/auc"} <= set(lines)
+
+
+def test_a_tracker_that_fails_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing = "class Fails:\n    def __init__(self, *given): pass\n    def close(self): pass\n"
+    failing += "    def log(self, values, step): raise OSError('no service')\n"
+    (tmp_path / "failing_tracker.py").write_text(failing)
+    monkeypatch.syspath_prepend(tmp_path)
+    configure_logging()
+    data = write_dataset(tmp_path / "data", {"train": 16, "valid": 20, "test": 20})
+    words = ["--content", "none", "--batch_size", "16", "--epochs", "1", "--device", "cpu"]
+    words += ["--contrastive.weight", "0", "--tracker", "failing_tracker:Fails"]
+    with joined_ranks("cpu") as ranks:
+        train(load_config(TINY, words), str(data), tmp_path / "run", ranks)
+    assert "Fails failed, training goes on: no service" in capsys.readouterr().out
