@@ -109,6 +109,7 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
         ValueError: on every rank, when any rank finds the data, the configuration or the plan
             wanting.
     """
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.manual_seed(config.seed)  # the same on all ranks: initial weights agree
     with ranks.raise_on_all_ranks():
         root = Location.of(data)

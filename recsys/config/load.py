@@ -28,7 +28,7 @@ from recsys.config.plain_yaml import load_plain_yaml
 BestModelBy = Literal["auc", "gauc", "auc_and_gauc"]
 LogLevel = Literal["auto", "debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
-Tracker = Literal["tensorboard", "mlflow", "wandb"]
+Tracker = str  # tensorboard, mlflow, wandb, or a class of your own as `package.module:Class`
 
 
 @dataclass

@@ -66,7 +66,7 @@ class Lockstep:
         self.save = False  # a checkpoint is due by time; equal on all ranks
         self._seconds = settings.every_seconds if settings is not None else None
         self._error: Exception | None = None  # of this rank, raised on all before the next batch
-        self._terminated = False
+        self._terminated = self._is_ending = False
         self._saved_at = time.monotonic()
         self._handler: Any = None
         self._ahead: _Asked[Any] | None = None  # taken from the source for the next step
@@ -94,11 +94,33 @@ class Lockstep:
             self._ahead.work.wait()
             self._ahead.flags[-1] = 0
 
-    def training_batches(
-        self, source: Iterator[B], count: int, group: int = 1
-    ) -> TrainingBatches[B]:
-        """Returns at most `count` batches; see `TrainingBatches`."""
-        return TrainingBatches(self, source, count, group)
+    def training_batches(self, source: Iterator[B], count: int, group: int = 1) -> Iterator[B]:
+        """Yields the batches of a stretch of training, up to `end_stretch`. A collective.
+
+        A pipeline takes batches ahead of its steps. At the end of a stretch it runs what it has
+        taken, and nothing is in flight when the state is saved. The ranks agree on a batch during
+        the step before it, so that none waits here.
+
+        Args:
+            source: of batches; what a stretch leaves of them stays for the next.
+            count: at most so many.
+            group: batches whose gradients are accumulated, which are no part of a state: a stretch
+                ends with whole groups, of which the last of `count` may be smaller.
+        """
+        self._is_ending = False
+        for number in range(count):
+            if self._is_ending and number % group == 0:
+                return
+            asked = self._ahead or self._ask(source)
+            self._ahead = self._ask(source) if number + 1 < count else None
+            batch = self._answer(asked)
+            if batch is None:
+                return
+            yield batch
+
+    def end_stretch(self) -> None:
+        """Ends the stretch of training with the group under way; call it on all ranks."""
+        self._is_ending = True
 
     def batches(self, source: Iterator[B]) -> Iterator[B]:
         """Yields the batches of a pass without training, until a rank has none. A collective.
@@ -122,16 +144,6 @@ class Lockstep:
         """
         if self.stop:
             raise TrainingStopped
-
-    def next_batch(self, source: Iterator[B], is_last: bool) -> B | None:
-        """Returns the next batch, None if a rank has none left. A collective.
-
-        The ranks agree on a batch during the step before it, so that none waits here: unless
-        `is_last`, the batch after it is taken from the source, too, and comes in the next call.
-        """
-        asked = self._ahead or self._ask(source)
-        self._ahead = None if is_last else self._ask(source)
-        return self._answer(asked)
 
     def _ask(self, source: Iterator[B]) -> _Asked[B]:
         """Takes a batch and begins to tell the other ranks how this one is. A collective."""
@@ -160,36 +172,3 @@ class Lockstep:
         self.stop |= bool(stop)
         self.save |= bool(save)
         return None if ended else asked.batch
-
-
-class TrainingBatches(Iterator[B]):
-    """Batches of a stretch of training, in whole groups; each is a collective.
-
-    A pipeline takes batches ahead of its steps. After `end`, it runs what it has taken, and nothing
-    is in flight when the state is saved.
-
-    Args:
-        lockstep: of the ranks.
-        source: batches; what is left of them stays for the next stretch.
-        count: at most so many.
-        group: batches whose gradients are accumulated, which are no part of a state; the last group
-            of `count` may be smaller.
-    """
-
-    def __init__(self, lockstep: Lockstep, source: Iterator[B], count: int, group: int) -> None:
-        self._lockstep, self._source = lockstep, source
-        self._count, self._group = count, group
-        self._given, self._is_ending = 0, False
-
-    def end(self) -> None:
-        """Gives no batch after the group that is under way; call it on all ranks."""
-        self._is_ending = True
-
-    def __next__(self) -> B:
-        if self._given == self._count or (self._is_ending and self._given % self._group == 0):
-            raise StopIteration
-        self._given += 1
-        batch = self._lockstep.next_batch(self._source, is_last=self._given == self._count)
-        if batch is None:
-            raise StopIteration
-        return batch

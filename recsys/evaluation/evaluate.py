@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,12 @@ from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.distributed.gather import gather_rows
 from recsys.distributed.lockstep import Lockstep
 from recsys.evaluation.forward_pass import forward_pass
+from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.metrics import evaluation_report, format_report
 from recsys.evaluation.retrieval import format_retrieval, retrieval_report
 from recsys.evaluation.scores import SplitScores, write_scores
+
+logger = logging.getLogger(__name__)
 
 
 def check_data(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
@@ -185,9 +190,10 @@ def evaluate_split(
     lockstep = lockstep or Lockstep(job.ranks)
     scored = score(job, interactions, lockstep, unknown, searches)
     scores = split_scores(job, scored, item_counts)
+    more = make_metrics(job.config.metrics)
     reports = {
         label: evaluation_report(
-            scores.labels[:, index], scores.logits[:, index], scores.groups, scores.counts
+            scores.labels[:, index], scores.logits[:, index], scores.groups, scores.counts, more
         )
         for index, label in enumerate(scores.label_names)
     }
@@ -200,14 +206,14 @@ def evaluate_split(
     if "queries" in scored:
         report["retrieval"] = retrieval_report(job, scored, item_counts, lockstep)
     ids = unknown.totals(job.ranks.group)
-    if (line := format_unknown(split, ids)) is not None and job.ranks.is_first:
-        print(line, flush=True)
+    if (line := format_unknown(split, ids)) is not None:
+        logger.info(line)
     return {**report, "ids": ids} if ids else report
 
 
-def format_evaluation(report: dict[str, Any]) -> str:
-    """What `evaluate_split` returned as plain text tables."""
-    text = format_report(report)
+def format_evaluation(report: dict[str, Any], more: Iterable[str] = ()) -> str:
+    """What `evaluate_split` returned as plain text tables; `more` names further metrics in it."""
+    text = format_report(report, more)
     if "retrieval" in report:
         text += f"\n{format_retrieval(report['retrieval'])}"
     return text

@@ -21,7 +21,7 @@ from torch import Tensor
 from recsys.build import Job
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.item_parts import COLD_BELOW
+from recsys.data.item_parts import PARTS, item_parts
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import empty_table, padding_rows
@@ -142,18 +142,19 @@ def retrieval_report(
         job.ranks.group,
     )
     counts = item_counts[scored["query_items"].numpy()]
-    parts = {"warm": counts >= COLD_BELOW, "cold": counts < COLD_BELOW, "unseen": counts == 0}
-    report = retrieval_metrics(places) | {"catalogue": sum(job.ranks.gather(len(items)))}
-    return report | {
-        name: retrieval_metrics(places[torch.from_numpy(rows)]) for name, rows in parts.items()
+    reports = {
+        part: retrieval_metrics(places[torch.from_numpy(rows)])
+        for part, rows in item_parts(counts).items()
     }
+    catalogue = {"catalogue": sum(job.ranks.gather(len(items)))}
+    return reports.pop("all") | catalogue | reports
 
 
 def format_retrieval(report: dict[str, Any]) -> str:
     """A `retrieval_report` as a plain text table; what is not defined is `-`."""
     names = [f"{name}@{depth}" for name in ("recall", "ndcg") for depth in DEPTHS]
     lines = [f"{'retrieval':<10}" + "".join(f"{name:>12}" for name in names) + f"{'rows':>12}"]
-    for part in ("all", "warm", "cold", "unseen"):
+    for part in PARTS:
         metrics = report if part == "all" else report[part]
         cells = ["-" if metrics[name] is None else f"{metrics[name]:.4f}" for name in names]
         line = f"{part:<10}" + "".join(f"{cell:>12}" for cell in cells)

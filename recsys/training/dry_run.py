@@ -8,6 +8,7 @@ not filled, so that the histories of this one step see only what it has just com
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import resource
 import sys
@@ -26,6 +27,7 @@ from recsys.data.batch import Batch
 from recsys.data.interactions import Interactions, loader
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.lockstep import Lockstep
+from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import split_interactions
@@ -33,6 +35,8 @@ from recsys.evaluation.forward_pass import forward_pass
 from recsys.training.pretrained_tables import load_pretrained_tables
 from recsys.training.train import training_interactions
 from recsys.training.trainer import require_pipelined
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
         job = build_job(config, data, ranks)
         interactions = training_interactions(job)
         if ranks.is_first:
-            print(f"{job.plan}\n\n{job.parameters}\n", flush=True)
+            print_table(f"{job.plan}\n\n{job.parameters}\n")
         _start(job)
         build_seconds = time.perf_counter() - begin
         with watchdog.armed():
@@ -82,8 +86,7 @@ def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
         peak_bytes=[peak for peak, _, _ in peaks],
         world_size=ranks.world_size,
     )
-    if ranks.is_first:
-        print(format_dry_run(found), flush=True)
+    logger.info(format_dry_run(found))
     return found
 
 
@@ -117,8 +120,8 @@ def _train_step(
     job.pipeline.begin(1)
     with closing(_first_batch(job, interactions)) as source:
         batches = lockstep.training_batches(source, count=1)
-        batches = job.preparation(batches, UnknownIds(job.schema), first_step=0, training=True)
-        losses, _, batch = next(job.pipeline.outputs(batches))
+        prepared = job.preparation(batches, UnknownIds(job.schema), first_step=0, training=True)
+        losses, _, batch = next(job.pipeline.outputs(prepared))
         require_pipelined(job.model)
     values = {name: float(value) for name, value in losses.items()}  # waits for a GPU
     seconds = time.perf_counter() - begin

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recsys.data.batch import Batch
 from recsys.data.parquet.rows import ParquetRows
 from recsys.distributed.ranks import Ranks
 
@@ -30,9 +29,9 @@ class LossWatch:
         self.every = every if ranks.device.type == "cuda" else 1
         self._unchecked: list[tuple[int, Tensor, Tensor]] = []
 
-    def step(self, step: int, loss: Tensor, batch: Batch) -> Exception | None:
+    def step(self, step: int, loss: Tensor, row_positions: Tensor) -> Exception | None:
         """Notes the loss of a step; an error if one not yet checked was not finite."""
-        self._unchecked.append((step, loss, batch.row_positions))
+        self._unchecked.append((step, loss, row_positions))
         return self.check() if len(self._unchecked) >= self.every else None
 
     def check(self) -> Exception | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +82,17 @@ class Reporter:
         return values
 
     def write(self, values: dict[str, float], step: int) -> None:
-        """Gives metrics to every tracker."""
+        """Gives metrics to every tracker; one that fails, as a service may, ends no training."""
         for tracker in self.trackers:
-            tracker.log(values, step)
+            with self._warning_of(tracker):
+                tracker.log(values, step)
+
+    @contextmanager
+    def _warning_of(self, tracker: Tracker) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            logger.warning("%s failed, training goes on: %s", type(tracker).__name__, error)
 
     def evaluation(self, split: str, step: int, report: dict[str, Any]) -> None:
         """Gives the trackers the metrics of a split that are numbers."""
@@ -96,11 +106,13 @@ class Reporter:
     def validation(self, progress: Progress, report: dict[str, Any]) -> None:
         """Prints the table of a validation and records its metrics."""
         if self.active:
-            print_table(f"validation after step {progress.steps}\n{format_report(report)}")
+            table = format_report(report, self.job.config.metrics)
+            print_table(f"validation after step {progress.steps}\n{table}")
         self.evaluation("valid", progress.steps, report)
 
     def close(self) -> None:
         """Ends bar and trackers."""
         self.bar.close()
         for tracker in self.trackers:
-            tracker.close()
+            with self._warning_of(tracker):
+                tracker.close()

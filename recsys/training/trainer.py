@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -26,6 +27,8 @@ from recsys.evaluation.evaluate import evaluate_split, fill_bank
 from recsys.evaluation.model_selection import selection_score, selection_words
 from recsys.training.loss_watch import LossWatch
 from recsys.training.reporter import Reporter
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -70,33 +73,34 @@ class Trainer:
         job, progress, lockstep, config = self.job, self.progress, self.lockstep, self.job.config
         self.interactions.begin(progress.epoch, progress.stages, progress.batches)
         self.reporter.begin(self.interactions.num_batches, progress)
-        is_cuda = job.ranks.device.type == "cuda"
+        is_cuda, parts = job.ranks.device.type == "cuda", config.validations_per_epoch
         with closing(loader(self.interactions, config.num_workers, is_cuda)) as source:
-            while progress.validations < config.validations_per_epoch:
-                first_step, end_of_part = progress.steps, self._end_of_part(progress.validations)
+            while progress.validations < parts:
+                begin_of_part, end_of_part = self._part(progress.validations)
+                first_step = progress.steps
                 unknown = UnknownIds(job.schema)
                 job.pipeline.begin(end_of_part - progress.batches)
-                batches = lockstep.training_batches(
-                    source, self._stretch(end_of_part), config.accumulate_steps
-                )
+                count = self._batches_until_pause(end_of_part)
+                batches = lockstep.training_batches(source, count, config.accumulate_steps)
                 with lockstep.watchdog.armed(), self.profile:
                     for losses, batch in self._steps(batches, unknown):
-                        step = progress.steps
-                        lockstep.note(self.loss_watch.step(step, losses["loss"], batch))
+                        loss, positions = losses["loss"], batch.row_positions
+                        lockstep.note(self.loss_watch.step(progress.steps, loss, positions))
                         self.reporter.step(progress, losses)  # logs every so many
                         if lockstep.stop or lockstep.save:
-                            batches.end()  # the pipeline only finishes what it has taken
-                        lockstep.watchdog.mark(f"step {step}")
+                            lockstep.end_stretch()  # the pipeline finishes what it has taken
+                        lockstep.watchdog.mark(f"step {progress.steps}")
                         self.profile.step()
                 lockstep.note(self.loss_watch.check())
                 lockstep.settle()  # so that no state after a bad loss is ever saved
                 progress.count_ids(job, unknown)
-                lockstep.raise_if_stopped()
+                if lockstep.stop:
+                    raise TrainingStopped
                 if lockstep.save or self._passed_checkpoint(first_step):
                     self.checkpoints.save(progress)
                     lockstep.saved()
                 if progress.batches >= end_of_part:
-                    if self._part_has_batches(progress.validations):
+                    if end_of_part > begin_of_part or progress.validations + 1 == parts:
                         self._validate()
                     progress.validations += 1
                     if progress.is_finished(config):
@@ -106,7 +110,7 @@ class Trainer:
     def _steps(
         self, batches: Iterator[Batch], unknown: UnknownIds
     ) -> Iterator[tuple[dict[str, Tensor], Batch]]:
-        """Yields the losses and the batch of each step once parameters are updated. A collective."""
+        """Yields losses and batch of each step once parameters are updated. A collective."""
         job, progress = self.job, self.progress
         job.model.train()
         start = time.perf_counter() - progress.seconds
@@ -123,18 +127,15 @@ class Trainer:
             progress.seconds = time.perf_counter() - start
             yield losses, batch
 
-    def _end_of_part(self, validations: int) -> int:
-        """Batches of the epoch up to the validation after so many."""
+    def _part(self, number: int) -> tuple[int, int]:
+        """Returns the batches of the epoch before and up to the end of a part."""
         parts = self.job.config.validations_per_epoch
-        return self.interactions.batches_until(validations + 1, parts)
+        return (
+            self.interactions.batches_until(number, parts),
+            self.interactions.batches_until(number + 1, parts),
+        )
 
-    def _part_has_batches(self, validations: int) -> bool:
-        """Whether there is anything to validate; the last part is, so that each epoch is."""
-        parts = self.job.config.validations_per_epoch
-        begin = self.interactions.batches_until(validations, parts)
-        return validations + 1 == parts or self._end_of_part(validations) > begin
-
-    def _stretch(self, end_of_part: int) -> int:
+    def _batches_until_pause(self, end_of_part: int) -> int:
         """Batches until the part ends or a checkpoint is due by steps, in whole groups."""
         every, group = self.job.config.checkpoint.every_steps, self.job.config.accumulate_steps
         left = end_of_part - self.progress.batches
@@ -149,19 +150,20 @@ class Trainer:
         return every is not None and self.progress.steps // every > first_step // every
 
     def _validate(self) -> None:
-        """Validates, and keeps the model if it is the best, with averaged weights if there are."""
+        """Validates, with averaged weights where they are kept, and keeps the best. A collective."""
         averages = self.job.averages
         with averages.in_place() if averages is not None else nullcontext():
             self._validate_weights()
 
     def _validate_weights(self) -> None:
+        """Validates the weights in place. A collective."""
         job, progress = self.job, self.progress
         content = content_settings(job.config)
         if content is not None and content.history.refresh_bank_every_epoch:
             fill_bank(job, self.lockstep)
         report = evaluate_split(job, "valid", self.item_counts, self.lockstep)
         if (line := format_unknown("train", progress.ids)) is not None:
-            self.reporter.say(f"{line}; {progress.vocabularies}")
+            logger.info("%s; %s", line, progress.vocabularies)
         self.reporter.validation(progress, report)
         score = selection_score(report, job.config.best_model_by)
         if score is None:
