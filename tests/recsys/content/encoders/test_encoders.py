@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from recsys.config import LoraSettings, ModalitySettings
-from recsys.content.encoders import transformer as transformer_encoder
+from recsys.content.encoders import text_transformer
 from recsys.content.encoders.build import TransformerEncoder, build_encoder
 from recsys.data.batch import ContentInput
 from tests.recsys.content.encoders.tiny_transformers import CONFIGS, SIZES, kind_of, tower_of
@@ -31,7 +31,7 @@ LENGTHS = [6, 1, 0, 4]  # tokens of each item; item 2 has no text, and no image
 
 @pytest.fixture(autouse=True)
 def groups_of_two_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer_encoder, "ITEMS_PER_GROUP", 2)
+    monkeypatch.setattr(text_transformer, "ITEMS_PER_GROUP", 2)
 
 
 @pytest.fixture(scope="module")
