@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from recsys.config.named_parts import find_part
+
 if TYPE_CHECKING:
     from recsys.config import (
         Config,
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 
 HAVE_ENSEMBLES = ("din_dcn", "din", "sim")
 HAVE_STANDARDIZATION = (*HAVE_ENSEMBLES, "mmoe")
-MODALITY_KINDS = ("text", "image", "feature", "frames")
 LORA_INITS = ("gaussian", "orthogonal", "olora", "pissa")
 
 
@@ -193,31 +194,14 @@ def _validate_sampling(content: ContentSettings) -> None:
 
 
 def _validate_modality(where: str, modality: ModalitySettings) -> None:
-    if modality.kind not in MODALITY_KINDS and ":" not in modality.kind:
-        raise ValueError(
-            f"{where}.kind is '{modality.kind}'; choose {', '.join(MODALITY_KINDS)}, or name a "
-            "class of your own as package.module:Class"
-        )
-    if modality.kind == "text" and not modality.encoder:
-        raise ValueError(f"{where}: a text needs an `encoder` (hub name, folder or package:NAME)")
-    if modality.kind == "text" and modality.module:
-        raise ValueError(f"{where}: a text takes no `module`; remove it or change `kind`")
-    if modality.kind == "image" and bool(modality.encoder) == bool(modality.module):
-        raise ValueError(f"{where}: an image needs either `encoder` or `module`, and not both")
-    if modality.kind == "feature" and (modality.encoder or modality.module):
-        raise ValueError(f"{where}: a stored feature takes no encoder; remove it or change `kind`")
-    if modality.kind == "feature" and modality.training != "frozen":
-        raise ValueError(
-            f"{where}: a stored feature is `training: frozen`, not {modality.training}"
-        )
+    make_kind = find_part(f"{where}.kind", "recsys.data.items.kind:make_kind", {})
+    make_kind(where, modality)  # which checks the settings of its kind
     if modality.module and modality.training == "lora":
         raise ValueError(
             f"{where}: LoRA needs a transformers `encoder`; a `module` is frozen or full"
         )
     if min(modality.max_length, modality.image_size, modality.max_images) < 1:
         raise ValueError(f"{where}: max_length, image_size and max_images must be at least 1")
-    if modality.max_images > 1 and modality.kind != "image":
-        raise ValueError(f"{where}: max_images is of kind image, not {modality.kind}; remove it")
     if modality.activation_checkpointing and (
         modality.training == "frozen" or not modality.encoder
     ):
