@@ -135,7 +135,7 @@ class Checkpoints:
         return next(whole, None)
 
     def _asynchronous(self, state: State) -> bool:
-        """Whether a copy of the state is made, decided once by setting and memory."""
+        """Whether a copy of the state is made, decided once by setting and memory. A collective."""
         setting, ranks = self.job.config.checkpoint.asynchronous, self.job.ranks
         if self._copies is None:
             sizes = torch.tensor([num_bytes(state), -psutil.virtual_memory().available])
