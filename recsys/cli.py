@@ -184,7 +184,7 @@ def _run(words: list[str]) -> int:
     from recsys.cli_arguments import command_parser
     from recsys.distributed.lockstep import TrainingStopped
 
-    parser = command_parser()
+    parser = command_parser(words)
     if not words:
         parser.print_help()
         return 2

@@ -25,7 +25,7 @@ from recsys.content.encoders.pooling import mean_token
 from recsys.content.fusion import build_fusion
 from recsys.content.history_map import HistoryMap
 from recsys.content.item_exchange import exchange_vectors
-from recsys.content.vectors import ContentVectors, LateContentVectors
+from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch, ContentInput
 
 
@@ -153,11 +153,13 @@ class ContentBranch(nn.Module):
             vectors, modalities = self._split(history())
             return self.history_map(vectors), modalities
 
-        return LateContentVectors(
+        return ContentVectors(
             target.index_select(0, batch.target_index),
+            None,
             target_modalities.index_select(0, batch.target_index),
-            read_history,
+            None,
             *((None, None) if negatives is None else self._split(negatives)),
+            read=read_history,  # type: ignore[misc]
         )
 
     def _at_their_ranks(self, items: Tensor, batch: Batch) -> Tensor:
