@@ -153,5 +153,3 @@ def test_what_is_neither_tensor_nor_number_is_refused() -> None:
 def test_what_cannot_be_an_optimizer_is_refused(settings: OptimizerSettings, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_dense_optimizer(small_model(), GROUPS, settings)
-
-

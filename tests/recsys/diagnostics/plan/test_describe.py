@@ -22,6 +22,7 @@ from recsys.data.vocabularies import UnknownIds
 from recsys.diagnostics.cost.counted_ranking import counted_work, flop_counter
 from recsys.diagnostics.plan.description import Description, describe
 from recsys.diagnostics.profile.collective_trace import read_collectives
+from recsys.ranking.din_dcn import DinDcnSettings
 from recsys.training.train import training_interactions
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
@@ -37,6 +38,7 @@ def config_of(folder: Path, sharding: Any = "row_wise", **settings: Any) -> Conf
     tables = EmbeddingSettings(32, sharding, "rowwise_adagrad")
     config = em3_config(folder, embedding=tables, batch_size=64, **settings)
     if sharding == "table_wise":
+        assert isinstance(config.ranking, DinDcnSettings)
         config.ranking.ensemble_members, config.ranking.standardize_numbers = 3, True
     content = config.content
     assert isinstance(content, ContentSettings)
