@@ -150,7 +150,7 @@ class Trainer:
         return every is not None and self.progress.steps // every > first_step // every
 
     def _validate(self) -> None:
-        """Validates, with averaged weights where they are kept, and keeps the best. A collective."""
+        """Validates, with averaged weights if kept, and keeps the best model. A collective."""
         averages = self.job.averages
         with averages.in_place() if averages is not None else nullcontext():
             self._validate_weights()

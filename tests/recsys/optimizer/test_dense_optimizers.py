@@ -137,7 +137,7 @@ def test_what_is_neither_tensor_nor_number_is_refused() -> None:
     settings = OptimizerSettings(name=f"{__name__}:Odd", options={"rate_share": 1.0})
     optimizer = build_dense_optimizer(model, GROUPS, settings)[1]
     take_steps(optimizer, model, 1)
-    with pytest.raises(ValueError, match="keeps a str as 'name' of parameter '0.weight'"):
+    with pytest.raises(ValueError, match=r"keeps a str as 'name' of parameter '0\.weight'"):
         state_tensors(optimizer, names_of(model))
 
 
