@@ -40,16 +40,17 @@ def parts_of(kept: Tensor) -> tuple[Tensor, Tensor]:
 
 def tensors(vectors: ContentVectors) -> list[Tensor]:
     parts = [getattr(vectors, part.name) for part in fields(vectors)]
-    return [part for part in parts if part is not None]
+    return [*(part for part in parts if part is not None), *vectors.read_history()]
 
 
 def at_each_place(vectors: ContentVectors, batch: Batch) -> ContentVectors:
     """The history's vectors spread from its unique items over its places."""
+    history, modalities = vectors.read_history()
     return ContentVectors(
         vectors.target,
-        vectors.history[batch.history_index],
+        history[batch.history_index],
         vectors.target_modalities,
-        vectors.history_modalities[batch.history_index],
+        modalities[batch.history_index],
     )
 
 
@@ -123,7 +124,8 @@ def test_fresh_vectors_are_seen_in_the_histories_of_the_same_step() -> None:
     vectors = at_each_place(branch(batch_of("bank_frozen")), batch_of("bank_frozen"))
     kept = torch.cat([vectors.target, vectors.target_modalities.flatten(1)], dim=1)
     fresh = dict(zip(TARGETS.tolist(), kept))
-    history = torch.cat([vectors.history, vectors.history_modalities.flatten(1)], dim=1)
+    items, modalities = vectors.read_history()
+    history = torch.cat([items, modalities.flatten(1)], dim=1)
     for item, row in zip(HISTORY.tolist(), history, strict=True):
         assert torch.equal(row, fresh.get(item, stale[item]))
     rows, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
@@ -158,7 +160,7 @@ def test_without_similarities_only_content_vectors_are_kept() -> None:
     assert settings.vector_dim == DIM
     assert vectors.target.shape == (len(TARGETS), DIM)
     assert vectors.target_modalities.shape == (len(TARGETS), 0, DIM)
-    assert vectors.history_modalities.shape == (len(HISTORY.unique()), 0, DIM)
+    assert vectors.read_history()[1].shape == (len(HISTORY.unique()), 0, DIM)
 
 
 def test_the_bank_learns_the_step_of_each_write() -> None:
@@ -178,7 +180,7 @@ def test_eval_mode_writes_nothing_and_reads_the_bank() -> None:
     vectors = branch(batch_of("bank_frozen"))
     after, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
     assert torch.equal(before, after)
-    assert torch.equal(vectors.history, before[HISTORY.unique(), :DIM])
+    assert torch.equal(vectors.read_history()[0], before[HISTORY.unique(), :DIM])
     assert branch.step == 0
 
 
@@ -191,8 +193,8 @@ def test_history_from_the_bank_carries_gradient_to_its_map_alone(
 ) -> None:
     branch = branch_of(mode)
     vectors = branch(batch_of(mode))
-    history = vectors.history
-    assert not vectors.history_modalities.requires_grad
+    history, modalities = vectors.read_history()
+    assert not modalities.requires_grad
     assert history.requires_grad == bool(trained)
     if trained:
         history.square().sum().backward()
@@ -206,3 +208,15 @@ def test_the_bank_is_no_part_of_the_branch_s_weights() -> None:
     names = set(branch_of("bank_frozen").state_dict())
     assert names == set(branch_of("full").state_dict())
     assert not any("bank" in name for name in names)
+
+
+@pytest.mark.parametrize("mode", ["full", "bank_lora"])
+def test_the_history_is_read_once_and_only_when_it_is_asked_for(mode: Mode) -> None:
+    branch = branch_of(mode)
+    mapped: list[Tensor] = []
+    branch.history_map.register_forward_hook(lambda part, inputs, output: mapped.append(output))
+    vectors = branch(batch_of(mode))
+    assert not mapped and not hasattr(vectors, "history")
+    history, modalities = vectors.read_history()
+    assert vectors.read_history() == (history, modalities)
+    assert len(mapped) == 1 and history is mapped[0]

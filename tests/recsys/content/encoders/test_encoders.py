@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from recsys.config import LoraSettings, ModalitySettings
-from recsys.content.encoders import transformer as transformer_encoder
+from recsys.content.encoders import text_transformer
 from recsys.content.encoders.build import TransformerEncoder, build_encoder
 from recsys.data.batch import ContentInput
 from tests.recsys.content.encoders.tiny_transformers import (
@@ -37,7 +37,7 @@ POOLINGS: list[Pooling] = ["mean", "cls", "last", "none"]
 
 @pytest.fixture(autouse=True)
 def groups_of_two_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer_encoder, "ITEMS_PER_GROUP", 2)
+    monkeypatch.setattr(text_transformer, "ITEMS_PER_GROUP", 2)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import base64
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ from recsys.diagnostics.run_report.learning_curves import (
     selection_curve,
 )
 from recsys.diagnostics.run_report.page import Card, Cards, Section, Table, html_page
-from tests.html_page import Page
+from tests.html_pages import Page, browser_dom
 from tests.recsys.command_runs import trained_run
 
 FIGURES = [
@@ -160,18 +159,11 @@ def test_a_browser_shows_every_figure_and_picture_within_1280_pixels(
     )
     page = tmp_path / "page.html"
     page.write_text(report.read_text().replace("</body>", script + "</body>"))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    done = subprocess.run(
-        ["chromium", *options, profile, "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    shown = browser_dom(page)
 
-    assert f'data-shown="{",".join(FIGURES)}"' in done.stdout, done.stderr
-    assert 'data-pictures="true"' in done.stdout
-    assert 'data-fits="true"' in done.stdout
+    assert f'data-shown="{",".join(FIGURES)}"' in shown
+    assert 'data-pictures="true"' in shown
+    assert 'data-fits="true"' in shown
 
 
 def test_titles_cells_and_cards_are_escaped() -> None:
