@@ -189,7 +189,7 @@ def _run(words: list[str]) -> int:
     from recsys.distributed.lockstep import TrainingStopped
     from recsys.distributed.log import configure_logging
 
-    parser = command_parser()
+    parser = command_parser(words)
     if not words:
         parser.print_help()
         return 2

@@ -135,7 +135,7 @@ class Checkpoints:
         return next(whole, None)
 
     def _asynchronous(self, state: State) -> bool:
-        """Whether a copy of the state is made, decided once by setting and memory."""
+        """Whether a copy of the state is made, decided once by setting and memory. A collective."""
         setting, ranks = self.job.config.checkpoint.asynchronous, self.job.ranks
         if self._copies is None:
             sizes = torch.tensor([num_bytes(state), -psutil.virtual_memory().available])
@@ -225,7 +225,7 @@ class Checkpoints:
         training = TrainingState(self.job)
         with self.job.ranks.raise_on_all_ranks(), _readable_failure():
             reader = SafeFileSystemReader(folder)
-            stored = list(reader.read_metadata().state_dict_metadata)
+            stored = reader.read_metadata().state_dict_metadata
             state = training.state_dict(stored)
             dcp.load(state, storage_reader=reader, process_group=self.job.ranks.group)
         training.finish_loading()

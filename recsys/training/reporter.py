@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -75,14 +74,7 @@ class Reporter:
     def _values(self, progress: Progress, losses: dict[str, Tensor]) -> dict[str, float]:
         values = {name: float(value) for name, value in losses.items()}
         if self.job.pipeline.has_stepped:
-            # Equal on all ranks, as the gradients are averaged over them.
-            gradients = [
-                parameter.grad
-                for group in self.job.adamw.param_groups
-                for parameter in group["params"]
-                if parameter.grad is not None
-            ]
-            values["gradient_norm"] = float(torch.nn.utils.get_total_norm(gradients))
+            values["gradient_norm"] = float(self.job.pipeline.update.gradient_norm())
         bank = self.job.em3.content.bank if self.job.em3.content is not None else None
         if bank is not None:
             values["bank_coverage"] = bank.coverage()

@@ -162,6 +162,7 @@ def training_interactions(job: Job) -> Interactions:
         interactions = Interactions(
             rows, build, config.batch_size, ranks.rank, ranks.world_size, config.seed
         )
+        job.plan_epochs(interactions.num_batches)
     return interactions
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,7 +150,13 @@ class Trainer:
         return every is not None and self.progress.steps // every > first_step // every
 
     def _validate(self) -> None:
-        """Validates, and keeps the model if it is the best. A collective."""
+        """Validates, with averaged weights if kept, and keeps the best model. A collective."""
+        averages = self.job.averages
+        with averages.in_place() if averages is not None else nullcontext():
+            self._validate_weights()
+
+    def _validate_weights(self) -> None:
+        """Validates the weights in place. A collective."""
         job, progress = self.job, self.progress
         content = content_settings(job.config)
         if content is not None and content.history.refresh_bank_every_epoch:
