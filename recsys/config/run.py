@@ -104,7 +104,8 @@ class Config:
     """Steps from one report of the loss to the next."""
     tracker: list[Tracker] | Tracker = field(default_factory=lambda: ["tensorboard"])
     """What records the metrics: one or several of tensorboard, mlflow, wandb and classes of your
-    own as `package.module:Class`.""" log_level: LogLevel = "auto"
+    own as `package.module:Class`."""
+    log_level: LogLevel = "auto"
     """Lowest level of log messages; auto: info on rank 0, warning on the others."""
     log_format: LogFormat = "text"
     """Plain lines, or one JSON object per line."""
