@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from recsys.data.filesystem import Location
+from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 
 OnBadRow = Literal["error", "skip"]
@@ -87,7 +88,7 @@ class BadRows:
             merged |= found
         total_rows, entries = by_reason(merged)
         if entries and ranks.is_first:
-            print(format_skipped(what, total_rows, entries), flush=True)
+            print_table(format_skipped(what, total_rows, entries))
         return {"rows": total_rows, "found": entries}
 
 
