@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -36,6 +35,7 @@ from recsys.content.cache.reuse import (
     row_hashes,
 )
 from recsys.content.encoders.base import CacheReport, Encoder
+from recsys.data.filesystem import whole_folder
 from recsys.data.items.content_store import ContentStore, digest_of
 from recsys.data.items.ragged_array import RaggedArray, RowWriter
 from recsys.distributed.ranks import Ranks
@@ -251,8 +251,7 @@ class _Fill:
 
     def _put_together(self, plan: _Plan) -> None:
         """The cache, from earlier ones and parts; it appears whole or not at all."""
-        temporary = Path(tempfile.mkdtemp(prefix=".frozen-", dir=self.cache))
-        try:
+        with whole_folder(self.folder) as temporary:
             lengths = np.zeros(len(self.source), np.int64)
             for cache in plan.earlier:
                 lengths[cache.rows] = RaggedArray(cache.folder).lengths[cache.places]
@@ -273,9 +272,6 @@ class _Fill:
                 tokens=int(lengths.sum()),
                 width=self.encoder.frozen_dim,
             )
-            temporary.rename(self.folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def _outputs(self, plan: _Plan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(rows, their tokens one after the other), all of the cache."""

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,6 +19,7 @@ import numpy as np
 
 from recsys.config import ModalitySettings
 from recsys.data.batch import ContentInput
+from recsys.data.filesystem import whole_folder
 from recsys.data.items.item_column import ItemColumnReader
 from recsys.data.items.item_table import ItemTable, digest_of
 from recsys.data.items.kind import ModalityKind, make_kinds
@@ -40,17 +39,8 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
     """Makes `folder` by `write(temporary folder)`: it exists whole or not at all."""
     if folder.exists():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        write(temporary)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with whole_folder(folder, may_exist=True) as partial:
+        write(partial)
 
 
 class ContentStore:

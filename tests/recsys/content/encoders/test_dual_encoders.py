@@ -22,8 +22,7 @@ from recsys.data.batch import ContentInput
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.images import ImagePreparation, decode_image
 from tests.datasets import write_dataset
-from tests.recsys.content.encoders.test_encoders import content_of
-from tests.recsys.content.encoders.tiny_transformers import CONFIGS, kind_of
+from tests.recsys.content.encoders.tiny_transformers import CONFIGS, content_of, kind_of
 from tests.recsys.data.items.item_content import table_of
 
 TOWERS = ["clip_text", "clip_image", "siglip_text", "siglip_image"]
