@@ -81,7 +81,7 @@ class ModalityKind:
 
     def key(self) -> Any:
         """Returns what decides on the entries beside the column's content; printable."""
-        return None
+        return self.modality.options or None
 
     def entries(
         self, chunk: pa.Array, where: str, report: Report
@@ -143,6 +143,11 @@ def make_kind(where: str, modality: ModalitySettings) -> ModalityKind:
         ValueError: it is unknown, cannot be made, or refuses the settings.
     """
     setting = f"{where}.kind"
+    if modality.options and modality.kind in MODALITY_KINDS:
+        raise ValueError(
+            f"{where}.options are for a class of your own, but {setting} is '{modality.kind}'; "
+            "remove them"
+        )
     return make_part(setting, modality.kind, MODALITY_KINDS, ModalityKind, where, modality)  # type: ignore[type-abstract]
 
 

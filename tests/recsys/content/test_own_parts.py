@@ -49,9 +49,6 @@ class LetterCounts(ModalityKind):
         counts = [[text.count(letter) for letter in letters] for text in texts if text]
         return np.array([int(bool(text)) for text in texts]), np.array(counts).reshape(-1, 3)
 
-    def key(self):
-        return self.modality.options["letters"]
-
     def encoder(self, entry_shape):
         return Letters()
 '''
@@ -95,6 +92,8 @@ def test_a_part_in_a_file_of_one_s_own_trains_by_one_line_of_yaml(
     assert json.loads((place / "run" / "metrics.json").read_text())["test"]["auc"] > 0
     names = (place / "run" / "plan.txt").read_text()
     assert trained in names
+    words = ["--config", str(place / "own.yaml"), "--data", str(place / "data")]
+    assert main(["describe", *words, "--device", "h100"]) == 0
     assert main(["evaluate", "--run", str(place / "run"), "--data", str(place / "data")]) == 0
 
 
@@ -112,6 +111,10 @@ def test_a_part_in_a_file_of_one_s_own_trains_by_one_line_of_yaml(
         (
             ["--content.modalities.text.kind", "my_fusion:Gated"],
             "content.modalities.text.kind 'my_fusion:Gated'",
+        ),
+        (
+            ["--content.modalities.text.options", "{letters: aer}"],
+            "content.modalities.text.options are for a class of your own",
         ),
         (["--content.modalities.text.kind", "sound"], "content.modalities.text.kind .*'sound'"),
     ],
