@@ -72,6 +72,10 @@ class ModalityKind:
         self.notes: list[str] = []
         self.check()
 
+    def __reduce__(self) -> Any:
+        """Another process makes it anew, or tokenizers and the like would travel to it."""
+        return make_kind, (self.where, self.modality)
+
     def check(self) -> None:
         """Raises a ValueError that names settings which do not fit this kind."""
         if self.modality.max_images > 1:
