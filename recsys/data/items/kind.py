@@ -1,23 +1,9 @@
 """A modality kind: how one kind of item content is read, kept on disk and encoded.
 
 `content.modalities.NAME.kind` names a kind of the package, or a class of your own as
-`package.module:Class`. A kind is a subclass of `ModalityKind`: two class attributes and five
-methods, of which only `entries` and `encoder` have no default.
-
-    class Audio(ModalityKind):
-        column_kind = "other"           # kind of its columns in schema.yaml
-        entry_shape, dtype = (), "float32"  # of one entry of an item's row in the cache
-
-        def entries(self, chunk, where, report):
-            waves = [decode(value) for value in chunk.to_pylist()]    # one per row, empty: none
-            return np.array([len(wave) for wave in waves]), np.concatenate(waves)
-
-        def encoder(self, entry_shape):
-            return WaveEncoder(**self.modality.options)  # a `recsys.content.encoders.base.Encoder`
-
-`check` refuses settings that do not fit, `key` names what else decides on the cached entries, and
-`as_input` shapes padded rows for the encoder. `self.modality` holds the settings and `self.where`
-their full name, for messages.
+`package.module:Class`: a subclass of `ModalityKind` with two or three class attributes and five
+methods, `check`, `key`, `entries`, `as_input` and `encoder`, of which only `entries` and `encoder`
+have no default. The README shows one in full.
 
 Shapes: n rows of a chunk, U unique items, T entries of the longest of them.
 """
@@ -51,7 +37,7 @@ MODALITY_KINDS = {
 
 
 class ModalityKind:
-    """Interface of all kinds; see the module's docstring.
+    """Interface of all kinds.
 
     Args:
         where: full name of the settings, for messages.
