@@ -17,7 +17,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from benchmarks.quality_runs import RECIPE, QualityRun, train_all
+from benchmarks.quality.runs import RECIPE, QualityRun, train_all
 from recsys.config.ranking import keys_of
 
 RESULTS = Path(__file__).parent / "results"

@@ -29,6 +29,7 @@ def command_parser(words: Sequence[str]) -> ArgumentParser:
     commands.add_subcommand("doctor", command)
 
     command = _Parser(description="Makes a dataset of a known source, or the maps of its ids.")
+    _add_log_arguments(command)
     commands.add_subcommand("prepare", command)
     sources = command.add_subcommands()
     source = _Parser(description="MovieLens -> the dataset format.")
@@ -56,6 +57,21 @@ def command_parser(words: Sequence[str]) -> ArgumentParser:
     _add_runs(commands)
     _add_export(commands)
     return parser
+
+
+def _add_log_arguments(command: ArgumentParser) -> None:
+    """Adds the options of the log to a command without the settings of a run."""
+    from recsys.config import LogFormat, LogLevel
+
+    command.add_argument(
+        "--log_level",
+        type=LogLevel,
+        default="auto",
+        help="lowest level to log; auto: info on rank 0, warning on the others",
+    )
+    command.add_argument(
+        "--log_format", type=LogFormat, default="text", help="text, or json: an object per line"
+    )
 
 
 def _add_settings(
@@ -127,6 +143,7 @@ def _add_runs(commands: Any) -> None:
     )
     command.add_argument("--split", type=str, default="test", help="train, valid or test")
     command.add_argument("--out", type=Path | None, help="JSON file to write the numbers to")
+    _add_log_arguments(command)
     commands.add_subcommand("compare", command)
 
 
@@ -143,6 +160,7 @@ def _add_looks(commands: Any, words: Sequence[str]) -> None:
         help="as in training: error ends with the first row that cannot be used",
     )
     command.add_argument("--json", type=Path | None, help="file to write the numbers to")
+    _add_log_arguments(command)
     commands.add_subcommand("explain-data", command)
 
     command = _Parser(description="What a run would be, on any cluster: sizes, plan, time.")
@@ -177,6 +195,7 @@ def _add_export(commands: Any) -> None:
     command.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     command.add_argument("--out", type=Path, required=True, help="Parquet file to write")
     command.add_argument("--table", type=str, nargs="+", help="tables by name; default: all")
+    _add_log_arguments(command)
     commands.add_subcommand("export-tables", command)
 
 
@@ -184,3 +203,4 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--data", type=str | None, help="dataset; default: the run's own")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    _add_log_arguments(parser)

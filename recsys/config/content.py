@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from recsys.config.limits import Dropout, NonNegativeInt, PositiveInt, refuse_options
+from recsys.config.named_parts import find_part
 
-MODALITY_KINDS = ("text", "image", "feature", "frames")
 LORA_INITS = ("gaussian", "orthogonal", "olora", "pissa")
 
 
@@ -84,48 +84,17 @@ class ModalitySettings:
     """Arguments of a class of your own."""
 
     def check(self, name: str) -> None:
-        if self.kind not in MODALITY_KINDS and ":" not in self.kind:
+        make_kind = find_part(f"{name}.kind", "recsys.data.items.kind:make_kind", {})
+        make_kind(name, self)  # which checks the settings of its kind
+        if self.module and self.training == "lora":
             raise ValueError(
-                f"{name}.kind is '{self.kind}'; choose {', '.join(MODALITY_KINDS)}, or name a "
-                "class of your own as package.module:Class"
+                f"{name}: LoRA needs a transformers `encoder`; a `module` is frozen or full"
             )
-        for is_wrong, message in [
-            (
-                self.kind == "text" and not self.encoder,
-                "a text needs an `encoder` (hub name, folder or package:NAME)",
-            ),
-            (
-                self.kind == "text" and self.module,
-                "a text takes no `module`; remove it or change `kind`",
-            ),
-            (
-                self.kind == "image" and bool(self.encoder) == bool(self.module),
-                "an image needs either `encoder` or `module`, and not both",
-            ),
-            (
-                self.kind == "feature" and (self.encoder or self.module),
-                "a stored feature takes no encoder; remove it or change `kind`",
-            ),
-            (
-                self.kind == "feature" and self.training != "frozen",
-                f"a stored feature is `training: frozen`, not {self.training}",
-            ),
-            (
-                self.module and self.training == "lora",
-                "LoRA needs a transformers `encoder`; a `module` is frozen or full",
-            ),
-            (
-                self.max_images > 1 and self.kind in ("text", "feature"),
-                f"max_images is of kind image, not {self.kind}; remove it",
-            ),
-            (
-                self.activation_checkpointing and (self.training == "frozen" or not self.encoder),
-                "activation_checkpointing is for the trained layers of a transformers `encoder`; "
-                "set `training: lora` or `full`, or remove it",
-            ),
-        ]:
-            if is_wrong:
-                raise ValueError(f"{name}: {message}")
+        if self.activation_checkpointing and (self.training == "frozen" or not self.encoder):
+            raise ValueError(
+                f"{name}: activation_checkpointing is for the trained layers of a transformers "
+                "`encoder`; set `training: lora` or `full`, or remove it"
+            )
 
 
 @dataclass

@@ -15,7 +15,7 @@ from recsys.config.ranking import RankingSettings, ranking_settings
 BestModelBy = Literal["auc", "gauc", "auc_and_gauc"]
 LogLevel = Literal["auto", "debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
-Tracker = Literal["tensorboard", "mlflow", "wandb"]
+Tracker = str
 
 
 @dataclass
@@ -103,7 +103,8 @@ class Config:
     log_every_steps: PositiveInt = 20
     """Steps from one report of the loss to the next."""
     tracker: list[Tracker] | Tracker = field(default_factory=lambda: ["tensorboard"])
-    """What records the metrics: one or several of tensorboard, mlflow and wandb."""
+    """What records the metrics: one or several of tensorboard, mlflow, wandb and classes of your
+    own as `package.module:Class`."""
     log_level: LogLevel = "auto"
     """Lowest level of log messages; auto: info on rank 0, warning on the others."""
     log_format: LogFormat = "text"

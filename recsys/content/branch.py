@@ -148,6 +148,9 @@ class ContentBranch(nn.Module):
         batch: Batch,
     ) -> ContentVectors:
         target, target_modalities = self._split(items)
+        negative, negative_modalities = (
+            (None, None) if negatives is None else self._split(negatives)
+        )
 
         def read_history() -> tuple[Tensor, Tensor]:
             vectors, modalities = self._split(history())
@@ -158,8 +161,9 @@ class ContentBranch(nn.Module):
             None,
             target_modalities.index_select(0, batch.target_index),
             None,
-            *((None, None) if negatives is None else self._split(negatives)),
-            read=read_history,  # type: ignore[misc]
+            negative,
+            negative_modalities,
+            read_history,
         )
 
     def _at_their_ranks(self, items: Tensor, batch: Batch) -> Tensor:

@@ -13,7 +13,7 @@ from embeddings import (
 )
 from recsys.config import Config, content_settings, softmax_settings
 from recsys.content.branch import ContentBranch
-from recsys.content.encoders.build import Encoder
+from recsys.content.encoders.base import Encoder
 from recsys.data.negatives import negatives_feature
 from recsys.data.schema import Schema
 from recsys.model.em3 import EM3, Losses, ReadIDs

@@ -138,7 +138,7 @@ class DLRMWithContent(nn.Module):
         from recsys import ContentBranch
         from recsys.config import ContentSettings, ModalitySettings
         from recsys.content.encoders.build import StoredFeatures
-        from recsys.ranking import DLRMWithContent
+        from recsys.plug_in import DLRMWithContent
 
         table = EmbeddingBagConfig(
             name="item", num_embeddings=100, embedding_dim=8, feature_names=["item"]

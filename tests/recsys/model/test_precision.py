@@ -65,8 +65,8 @@ def run_job(job: Job) -> dict[str, Any]:
     before = table_pieces(job)
     parts, logits, _ = job.pipeline.progress(iter(batches_of(job, 1, 4)))
     require_pipelined(job.model)
-    dense = [p for group in job.adamw.param_groups for p in group["params"]]
-    state = [value for p in dense for value in job.adamw.state[p].values()]
+    dense = [p for group in job.dense_optimizer.param_groups for p in group["params"]]
+    state = [value for p in dense for value in job.dense_optimizer.state[p].values()]
     pieces = [piece for table in table_pieces(job).values() for _, piece in table]
     return {
         "bank": bank,
