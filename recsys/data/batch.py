@@ -81,6 +81,8 @@ class Batch(Pipelineable):
     exchange: how item vectors go from the ranks that own them to those that need them; None where
         each rank encodes its own.
     row_positions: place of each row in its files [B], -1 for a row that only pads.
+    extra: float32 [B, X], the columns of kind extra in the order of the schema, NaN where a row has
+        no value; None where there are none, or no labels either.
     negative_items: items drawn as negatives of retrieval [K], also a feature of
         `sequence_features`; `negative_log_q` [K] and `target_log_q` [B] the log of the probability
         with which they, and the ranked items, are drawn.
@@ -107,6 +109,7 @@ class Batch(Pipelineable):
     bank_reads: BankRoute | None = None
     bank_writes: BankRoute | None = None
     exchange: ItemExchange | None = None
+    extra: Tensor | None = None
     negative_items: Tensor | None = None
     negative_log_q: Tensor | None = None
     target_log_q: Tensor | None = None

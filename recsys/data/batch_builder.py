@@ -83,6 +83,7 @@ class BatchBuilder:
         encoded = np.concatenate([target, history_items]) if self.encode_history else target
         content_items, encoded_index = self.unique_items(encoded)
         group = RAW_GROUP if RAW_GROUP in rows.numbers else schema.group
+        extra = schema.of_kind("extra") if self.with_labels else []
         return Batch(
             dense_features=_columns(rows, schema.of_kind("dense")),
             sparse_features=self._pooled(rows),
@@ -107,6 +108,7 @@ class BatchBuilder:
             bank_items=torch.zeros(0, dtype=torch.int64),
             content=self.store.gather(content_items) if self.store is not None else {},
             longest_history=int(history_lengths.max(initial=0)),
+            extra=_columns(rows, extra) if extra else None,
         )
 
     def _pooled(self, rows: RowColumns) -> KeyedJaggedTensor | None:

@@ -13,6 +13,7 @@ that the schema does not name may be in the files and are not read.
       genres:  {kind: ids, num_embeddings: 20}
       price:   {kind: dense}
       liked:   {kind: label}
+      teacher: {kind: extra}    # a float that auxiliary losses may ask for, never a feature
     items:
       id: item
       columns:
@@ -57,7 +58,8 @@ class VocabularySettings:
 class Column:
     """One column of the impressions."""
 
-    kind: Literal["id", "ids", "sequence", "dense", "label"]
+    # extra: a float for losses alone, null where a row has none.
+    kind: Literal["id", "ids", "sequence", "dense", "label", "extra"]
     num_embeddings: int | None = None  # rows of its table: ids lie in [0, num_embeddings)
     shares: str | None = None  # use another column's table instead of an own one
     parallel: list[str] = field(default_factory=list)  # float lists beside a sequence
@@ -235,7 +237,7 @@ def _validate(schema: Schema, path: str) -> None:
 
 def _validate_column(schema: Schema, name: str, column: Column, path: str) -> None:
     where = f"{path}: column '{name}'"
-    if column.kind in ("dense", "label"):
+    if column.kind in ("dense", "label", "extra"):
         if column.num_embeddings or column.shares or column.parallel or column.vocabulary:
             raise ValueError(f"{where} of kind {column.kind} takes no further key")
         return

@@ -1,11 +1,12 @@
 """Gradient accumulation: one update of the dense parameters for several batches.
 
 What is one batch to a larger memory is a group of batches here. The dense optimizer gets the mean
-gradient of a group at its end, and only then are dense gradients averaged over ranks. ID tables cannot wait: the
-fused kernels update them in every backward, so that the table that the second batch of a group
-reads has already learned from the first. Each batch's loss is divided by the size of its group; a
-table under SGD thus moves by what one batch of the group's size would move it, but for having
-moved in between, and a table under Adagrad sees several small gradients in place of a large one.
+gradient of a group at its end, and only then are dense gradients averaged over ranks. ID tables
+cannot wait: the fused kernels update them in every backward, so that the table that the second
+batch of a group reads has already learned from the first. Each batch's loss is divided by the size
+of its group; a table under SGD thus moves by what one batch of the group's size would move it, but
+for having moved in between, and a table under Adagrad sees several small gradients in place of a
+large one.
 """
 
 from __future__ import annotations

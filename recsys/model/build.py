@@ -15,6 +15,7 @@ from recsys.content.branch import ContentBranch
 from recsys.content.encoders.build import Encoder
 from recsys.data.negatives import negatives_feature
 from recsys.data.schema import Schema
+from recsys.model.auxiliary import build_auxiliary
 from recsys.model.em3 import EM3, Losses, ReadIDs
 from recsys.model.losses import ContentIDContrastive, RankingLoss
 from recsys.model.retrieval_loss import RetrievalLoss
@@ -71,5 +72,11 @@ def build_em3(
             id_dropouts(config, schema),
         ),
         ranking=build_ranking(config.ranking, dimensions, content),
-        losses=Losses(RankingLoss(weights), contrastive, config.contrastive.weight, retrieval),
+        losses=Losses(
+            RankingLoss(weights),
+            contrastive,
+            config.contrastive.weight,
+            retrieval,
+            build_auxiliary(config.auxiliary, schema),
+        ),
     )

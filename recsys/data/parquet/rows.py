@@ -86,7 +86,9 @@ class ParquetRows:
         self.schema = schema
         self.bad_rows = BadRows(on_bad_row)
         self.columns = [
-            name for name, column in schema.columns.items() if with_labels or column.kind != "label"
+            name
+            for name, column in schema.columns.items()
+            if with_labels or column.kind not in ("label", "extra")
         ] + schema.parallel
         self.row_groups: list[RowGroup] = []
         for file in source:

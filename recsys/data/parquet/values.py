@@ -150,7 +150,11 @@ def _usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColum
         rows = _rows_of_values(array, bad)
         note(name, rows, reason, lambda row: message(numbers[bad.argmax()]))
 
-    if values.null_count:
+    is_extra = name in schema.of_kind("extra")
+    if is_extra:  # NaN is a row without the value
+        array = values = pc.fill_null(values, float("nan"))
+        numbers = values.to_numpy()
+    elif values.null_count:
         note_values(values.is_null().to_numpy(False), "null", lambda value: null)
     if is_integer:
         limit, owner = schema.limit(name), schema.table_of(name)
@@ -164,7 +168,7 @@ def _usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColum
                 ),
             )
         return _cast(array, pa.int64(), is_list_column)
-    is_finite = np.isfinite(numbers)
+    is_finite = np.isfinite(numbers) | (is_extra & np.isnan(numbers))
     if not is_finite.all():
         note_values(
             ~is_finite,

@@ -16,7 +16,7 @@ from recsys.optimizer import (
 )
 
 GROUPS = [DenseGroup("all", [""], learning_rate=0.1, weight_decay=0.3)]
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "adam": {"amsgrad": True},
     "sgd": {},
@@ -33,7 +33,7 @@ class Counting(torch.optim.Optimizer):
         super().__init__(params, {"rate_share": rate_share})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -52,7 +52,7 @@ class Counting(torch.optim.Optimizer):
 class Odd(Counting):
     """Keeps something that no checkpoint can hold."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step()
         for state in self.state.values():
             state["name"] = "odd"
@@ -137,7 +137,7 @@ def test_what_is_neither_tensor_nor_number_is_refused() -> None:
     settings = OptimizerSettings(name=f"{__name__}:Odd", options={"rate_share": 1.0})
     optimizer = build_dense_optimizer(model, GROUPS, settings)[1]
     take_steps(optimizer, model, 1)
-    with pytest.raises(ValueError, match="keeps a str as 'name' of parameter '0.weight'"):
+    with pytest.raises(ValueError, match=r"keeps a str as 'name' of parameter '0\.weight'"):
         state_tensors(optimizer, names_of(model))
 
 
@@ -153,5 +153,3 @@ def test_what_is_neither_tensor_nor_number_is_refused() -> None:
 def test_what_cannot_be_an_optimizer_is_refused(settings: OptimizerSettings, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_dense_optimizer(small_model(), GROUPS, settings)
-
-
