@@ -17,9 +17,9 @@ from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
 from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
-from benchmarks.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, measure, ratio
 from benchmarks.settings import setting
-from benchmarks.steps import Variant
+from benchmarks.timing.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, measure, ratio
+from benchmarks.timing.steps import Variant
 
 PLAIN, ID_ONLY = "plain PyTorch", "ID only"
 FULL = ("--content.history.mode", "full")

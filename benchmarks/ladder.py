@@ -18,12 +18,20 @@ from typing import Any, Literal
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
-from benchmarks.efficiency import Efficiency, plain_parts
 from benchmarks.ladder_rows import Row, rows_of
-from benchmarks.ranks import require_not_launched
 from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
-from benchmarks.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, Ratio, measure, ratio
 from benchmarks.settings import setting as named_setting
+from benchmarks.timing.efficiency import Efficiency, plain_parts
+from benchmarks.timing.ranks import require_not_launched
+from benchmarks.timing.rounds import (
+    FULL_EFFORT,
+    QUICK_EFFORT,
+    Effort,
+    Measurement,
+    Ratio,
+    measure,
+    ratio,
+)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.steps import Variant
+from benchmarks.timing.steps import Variant
 
 
 @dataclass(frozen=True)

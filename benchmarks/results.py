@@ -23,7 +23,7 @@ import matplotlib
 import psutil
 import torch
 
-from benchmarks.steps import Variant
+from benchmarks.timing.steps import Variant
 from recsys.config import to_plain
 from recsys.training.train import versions
 
@@ -136,7 +136,9 @@ def machine() -> dict[str, Any]:
 def _module() -> str:
     """The name by which Python was asked to run the benchmark."""
     path = Path(sys.argv[0]).resolve()
-    return f"benchmarks.{path.stem}" if path.parent == Path(__file__).parent else path.name
+    if not path.is_relative_to(ROOT / "benchmarks"):
+        return path.name
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
 
 
 def _git(*words: str) -> str | None:

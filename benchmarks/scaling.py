@@ -19,10 +19,18 @@ from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from benchmarks.ranks import require_not_launched
 from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
-from benchmarks.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, Ratio, measure, ratio
 from benchmarks.scaling_curves import Curve, curves_of
+from benchmarks.timing.ranks import require_not_launched
+from benchmarks.timing.rounds import (
+    FULL_EFFORT,
+    QUICK_EFFORT,
+    Effort,
+    Measurement,
+    Ratio,
+    measure,
+    ratio,
+)
 from recsys.diagnostics.cost.batch_counts import BatchCounts
 
 

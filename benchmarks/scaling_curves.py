@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.settings import setting
-from benchmarks.steps import Variant
+from benchmarks.timing.steps import Variant
 
 RANKS = (1, 2)
 TABLE_ROWS = (100_000, 1_000_000, 10_000_000, 50_000_000)

@@ -19,11 +19,11 @@ from typing import Any, Literal
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
-from benchmarks.efficiency import Efficiency
 from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
-from benchmarks.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, measure
 from benchmarks.settings import setting as named_setting
-from benchmarks.steps import Variant
+from benchmarks.timing.efficiency import Efficiency
+from benchmarks.timing.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, measure
+from benchmarks.timing.steps import Variant
 from recsys.diagnostics.cost.batch_counts import BatchCounts
 from recsys.diagnostics.cost.roofline import best
 from recsys.diagnostics.profile.step_trace import PARTS

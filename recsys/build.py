@@ -19,7 +19,8 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from embeddings import format_plan, fuse_table_optimizers, plan_sharding, sharders
 from embeddings.row_reset import RowReset
-from recsys.config import Config, content_settings
+from recsys.config import Config, content_settings, softmax_settings
+from recsys.config.checks import validate
 from recsys.content.batch_preparation import BatchPreparation, chooses_items
 from recsys.content.build import build_content
 from recsys.data.batch_builder import BatchBuilder
@@ -109,15 +110,25 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
         ValueError: on every rank, when any rank finds the data, the configuration or the plan
             wanting.
     """
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.manual_seed(config.seed)  # the same on all ranks: initial weights agree
     with ranks.raise_on_all_ranks():
+        validate(config)
         root = Location.of(data)
         schema = load_schema(root)
         tables = table_configs(config, schema, mean_list_lengths(root, schema))
     store, encoders, bank = build_content(config, root, schema, ranks)
     with ranks.raise_on_all_ranks():
         categories = load_item_categories(config.ranking, root, schema, config.on_bad_row)
-        em3 = build_em3(config, schema, tables, encoders, bank, item_categories=categories)
+        em3 = build_em3(
+            config,
+            schema,
+            tables,
+            encoders,
+            bank,
+            item_categories=categories,
+            process_group=ranks.group,
+        )
         fuse_table_optimizers(em3, tables)
         if config.precision == "bf16":
             use_bfloat16(em3, ranks.device)
@@ -139,8 +150,8 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
     pooled = pooled_features(config, schema)
     vocabularies = BoundedVocabularies(schema, pooled, ranks.group, reset)
     sampler = None
-    if config.ranking.loss != "pointwise":
-        sampler = NegativeSampler(config.ranking, schema.num_items, schema.target_item)
+    if softmax := softmax_settings(config.ranking):
+        sampler = NegativeSampler(softmax, schema.num_items, schema.target_item)
     update = DenseUpdate(optimizer, dense, config.optimizer.clip_norm, averages)
     pipeline = AccumulatingPipeline(model, update, ranks.device, config.accumulate_steps)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank

@@ -11,6 +11,7 @@ large one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -81,8 +82,7 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
         update = DenseUpdate(optimizer, adamw, clip_norm=1.0)
         pipeline = AccumulatingPipeline(model, update, device, accumulate_steps=4)
         pipeline.begin(10)  # groups of 4, 4 and 2
-        for _ in range(10):
-            pipeline.progress(batches)
+        for losses, logits, batch in pipeline.outputs(batches):
             if pipeline.has_stepped:
                 schedule.step()
     """
@@ -138,6 +138,18 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
     def is_last(self) -> bool:
         """Whether the batch under way is the last of its group."""
         return self._position + 1 == self._group_size
+
+    def outputs(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yields the output of each batch, once its step is done; batches are taken ahead of it.
+
+        A collective: all ranks go through as many batches.
+        """
+        while True:
+            try:
+                output = self.progress(batches)
+            except StopIteration:
+                return
+            yield output
 
     def progress(self, dataloader_iter: Any) -> Any:
         """One batch through the pipeline; see `TrainPipelineSparseDist.progress`.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.backbones import BACKBONES, CONTENTS, backbones
-from benchmarks.quality_runs import QualityRun, train_all
+from benchmarks.quality.runs import QualityRun, train_all
 from recsys.ranking import RANKING_MODELS
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.steps import ProductSteps, sizes_of
+from benchmarks.timing.steps import ProductSteps, sizes_of
 from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.frozen_groups import ITEMS_PER_GROUP
 from recsys.diagnostics.cost.batch_counts import BatchCounts

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.dataset import DatasetSize, write_dataset
-from benchmarks.plain_batches import PlainSource, padded
-from benchmarks.plain_twin import PlainTwin
+from benchmarks.plain.batches import PlainSource, padded
+from benchmarks.plain.twin import PlainTwin
 from benchmarks.settings import QUICK_SIZE
-from benchmarks.steps import ProductSteps
+from benchmarks.timing.steps import ProductSteps
 from recsys.data.batch import Batch
 from recsys.distributed.ranks import joined_ranks
 from tests.benchmarks.variants import NO_DROPOUT, product_steps, quick_variant

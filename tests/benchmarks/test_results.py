@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks.results import ROOT, without_places
+from benchmarks.results import ROOT, provenance, without_places
 
 
 def test_folders_of_the_command_and_of_the_clone_are_named_not_told(
@@ -17,3 +18,17 @@ def test_folders_of_the_command_and_of_the_clone_are_named_not_told(
     assert without_places(text) == "benchmarks/settings/a.yaml OUT/data --out OUT mine"
     monkeypatch.setattr(sys, "argv", ["scaling.py", "--out=/disk/bench", "--data", "/"])
     assert without_places("a/b /disk/bench/data") == "a/b OUT/data"
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        (ROOT / "benchmarks" / "scaling.py", "python -m benchmarks.scaling --quick"),
+        (ROOT / "benchmarks" / "quality" / "__main__.py", "python -m benchmarks.quality --quick"),
+    ],
+)
+def test_the_command_is_the_one_that_runs_the_benchmark_again(
+    file: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(file), "--quick"])
+    assert provenance()["command"] == command

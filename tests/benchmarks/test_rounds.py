@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ranks import RankReport
-from benchmarks.rounds import QUICK_EFFORT, Effort, Measurement, measure, ratio
-from benchmarks.steps import Variant
+from benchmarks.timing.ranks import RankReport
+from benchmarks.timing.rounds import QUICK_EFFORT, Effort, Measurement, measure, ratio
+from benchmarks.timing.steps import Variant
 from recsys.diagnostics.cost.roofline import Anchor
 from tests.benchmarks.variants import quick_variant
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.settings import setting
-from benchmarks.steps import ProductSteps, Variant
+from benchmarks.timing.steps import ProductSteps, Variant
 from recsys.distributed.ranks import joined_ranks
 
 NO_DROPOUT = ("--content.fusion.dropout", "0", "--ranking.dropout", "0")

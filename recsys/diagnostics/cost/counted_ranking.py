@@ -74,7 +74,7 @@ def counted_ranking(
             target_modalities=torch.randn(rows, spaces, content.dim, requires_grad=True),
             history_modalities=torch.randn(unique, spaces, content.dim),
         )
-        vectors += [of_content.target, of_content.history]
+        vectors += [of_content.target, of_content.read_history()[0]]
     with flop_counter() as forward:
         scored = ranking(IDVectors(pooled, target, history), of_content, batch)
         logits = scored if isinstance(scored, torch.Tensor) else scored.logits

@@ -20,7 +20,7 @@ from recsys.data.schema import Schema
 from recsys.diagnostics.cost.work import Work
 from recsys.model.em3 import EM3
 from recsys.optimizer import dense_parameters
-from recsys.ranking.din_dcn import DinDcn
+from recsys.ranking.din_dcn import DinDcn, DinDcnSettings
 from recsys.ranking.layers.attended_features import RowFeatures
 
 
@@ -152,7 +152,8 @@ class ModelSizes:
         sizes: RankingSizes | tuple[Work, Work] | None = counted_ranking
         if has_formulas(config, em3):
             assert isinstance(em3.ranking, DinDcn)
-            sizes = _ranking_sizes(config, em3.ranking)
+            assert isinstance(config.ranking, DinDcnSettings)
+            sizes = _ranking_sizes(config.ranking, em3.ranking)
         if sizes is None:
             raise ValueError(
                 f"costs of {type(em3.ranking).__name__} are unknown; count them "
@@ -172,7 +173,10 @@ class ModelSizes:
 
 def has_formulas(config: Config, em3: EM3) -> bool:
     """Whether the costs of a ranking model are formulas; those of others are counted."""
-    return isinstance(em3.ranking, DinDcn) and config.ranking.ensemble_members == 1
+    settings = config.ranking
+    if not isinstance(em3.ranking, DinDcn) or not isinstance(settings, DinDcnSettings):
+        return False
+    return settings.ensemble_members == 1
 
 
 def _num_standardized(em3: EM3) -> int:
@@ -181,8 +185,7 @@ def _num_standardized(em3: EM3) -> int:
     return em3.ranking.standardization.mean.numel()
 
 
-def _ranking_sizes(config: Config, ranking: DinDcn) -> RankingSizes:
-    settings = config.ranking
+def _ranking_sizes(settings: DinDcnSettings, ranking: DinDcn) -> RankingSizes:
     linear = [layer for layer in ranking.mlp if isinstance(layer, nn.Linear)]
     widths = [linear[0].in_features, *(layer.out_features for layer in linear)]
     return RankingSizes(

@@ -45,7 +45,8 @@ class TypesSeen:
 
     def _note_losses(self, module: nn.Module, inputs: Any) -> None:
         logits, ids, content, _ = inputs
-        vectors = [logits, *ids.pooled, ids.target, ids.history, content.target, content.history]
+        history, _ = content.read_history()
+        vectors = [logits, *ids.pooled, ids.target, ids.history, content.target, history]
         self.around |= {vector.dtype for vector in vectors}
         self.losses_in_autocast |= torch.is_autocast_enabled("cpu")
 

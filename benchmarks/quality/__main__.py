@@ -1,0 +1,122 @@
+"""The quality study: what each part of the model brings, with one budget for all.
+
+    python -m benchmarks.quality --data DATA --out runs/quality --grid full --seeds 3
+
+Trains the cells of a grid (`benchmarks.quality.grid`) with several seeds, on a dataset or on all
+windows of a rolling split, and writes a Markdown table, JSON lines and one HTML page with figures.
+Finished runs are not trained again, so the same command goes on where it was stopped. With
+`--search FILE` it ranks sets of settings by validation instead (`benchmarks.quality.search`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import auto_cli
+
+from benchmarks.quality.grid import Cell, chosen_cells
+from benchmarks.quality.items import sections_on_items
+from benchmarks.quality.page import Study, write_study
+from benchmarks.quality.plan import Plan, finished, in_order, plan_runs, windows
+from benchmarks.quality.runs import RECIPE, finish
+from benchmarks.quality.search import ranked, read_candidates, write_search
+from benchmarks.quality.study import against_peers, effects, read_results
+from benchmarks.results import RESULTS, provenance
+from benchmarks.timing.ranks import is_launched
+
+
+def quality(
+    data: str,
+    out: Path,
+    seeds: int = 3,
+    grid: str = "parts",
+    only: list[str] | None = None,
+    search: Path | None = None,
+    jobs: int = 1,
+    cache: Path | None = None,
+    recipe: Path = RECIPE,
+    results: Path | None = None,
+    train: bool = True,
+    page: bool = True,
+    examples: bool = True,
+) -> None:
+    """Trains what is not trained yet, and writes what all of it says.
+
+    Args:
+        data: a dataset, or a folder of its windows, which are pooled; for the default recipe,
+            MovieLens prepared from a source with posters.
+        out: folder of the runs.
+        seeds: runs per cell and dataset.
+        grid: parts, history, text or full.
+        only: cells of the grid, or sets of the search, by name; default: all.
+        search: file of sets of settings to rank by validation, instead of a grid.
+        jobs: how many train side by side, one thread each.
+        cache: folder of encoded items; default: the usual one.
+        recipe: what cells change.
+        results: files to write, without their ending; default: benchmarks/results/quality, or
+            quality_search.
+        train: false writes what the finished runs say, whatever cells and seeds are missing.
+        page: write the HTML page, too.
+        examples: show items with names and pictures, which are then in the page.
+
+    Raises:
+        ValueError: a name, a setting or the data are wrong; before anything is trained. Or the
+            model of a run whose items are to be shown is gone.
+        RuntimeError: a run failed; names its log.
+    """
+    if min(seeds, jobs) < 1:
+        raise ValueError(f"--seeds {seeds} --jobs {jobs}: both must be at least 1")
+    if is_launched():
+        raise ValueError("quality starts its runs itself; use --nproc 1, and --jobs for more")
+    datasets = windows(data)
+    if search is not None:
+        named = read_candidates(search, only)
+        plan = _trained(plan_runs(named, datasets, out, recipe, seeds), jobs, cache, train)
+        files = results or RESULTS / "quality_search"
+        write_search(ranked(named, plan), list(datasets), provenance(), files)
+    else:
+        cells = chosen_cells(grid, only)
+        settings = {cell.name: cell.settings for cell in cells}
+        plan = plan_runs(settings, datasets, out, recipe, seeds)
+        _require_effects(cells, plan)
+        found = read_results(cells, _trained(plan, jobs, cache, train))
+        files = results or RESULTS / "quality"
+        items = sections_on_items(found, examples) if page else []
+        about = provenance()
+        study = Study(found, effects(found), against_peers(found), items, list(datasets), about)
+        write_study(study, files, with_page=page)
+    print(files.with_name(f"{files.name}.md").read_text())
+
+
+def _require_effects(cells: Sequence[Cell], plan: Plan) -> None:
+    """
+    Raises:
+        ValueError: under this recipe a cell and its baseline are the same configuration.
+    """
+    folders = {name: of_seeds[0][0].folder for name, of_seeds in plan.items()}
+    for cell in cells:
+        if cell.baseline in folders and folders[cell.name] == folders[cell.baseline]:
+            raise ValueError(
+                f"'{cell.name}' changes nothing of '{cell.baseline}' with this recipe; change the "
+                "recipe (a contrastive.weight of 0 leaves no CIC to compare) or leave the cell "
+                "out with --only"
+            )
+
+
+def _trained(plan: Plan, jobs: int, cache: Path | None, train: bool) -> Plan:
+    """The plan's finished runs, after training the others if wanted.
+
+    Raises:
+        ValueError: none is finished, and none is to be trained.
+    """
+    if train:
+        finish(in_order(plan), jobs, cache)
+    done = finished(plan)
+    if not done:
+        raise ValueError("--train false: no configuration has a seed that is finished")
+    return done
+
+
+if __name__ == "__main__":
+    auto_cli(quality, as_positional=False)

@@ -1,0 +1,55 @@
+"""A measured step beside its floor: what each part took, and what it could not be faster than."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.timing.rounds import Measurement
+from recsys.diagnostics.cost.batch_counts import BatchCounts
+from recsys.diagnostics.cost.roofline import Anchor, typical
+from recsys.diagnostics.cost.step_costs import floors_by_measured_part, step_costs
+from recsys.diagnostics.cost.work import PartCost
+
+
+@dataclass
+class Efficiency:
+    """A measured step beside its cost on the first rank."""
+
+    costs: list[PartCost]
+    anchor: Anchor
+    floors: dict[str, float]  # seconds by measured part
+    seconds: dict[str, float]  # by measured part, from the profile, scaled to the plain step
+
+    @staticmethod
+    def of(measured: Measurement) -> Efficiency:
+        report = measured.reports[0]
+        assert report.sizes is not None
+        costs = step_costs(report.sizes, BatchCounts.mean(report.counts), measured.world_size)
+        anchor = typical(measured.anchors)
+        return Efficiency(
+            costs, anchor, floors_by_measured_part(costs, anchor), plain_parts(measured)
+        )
+
+    @property
+    def floor(self) -> float:
+        """Seconds of the whole step."""
+        return sum(self.floors.values())
+
+    @property
+    def lost(self) -> dict[str, float]:
+        """Seconds above the floor by measured part, the most first."""
+        above = {
+            part: seconds - self.floors.get(part, 0.0) for part, seconds in self.seconds.items()
+        }
+        return dict(sorted(above.items(), key=lambda item: -item[1]))
+
+    def share(self, measured: Measurement) -> float:
+        """The floor's share of the step."""
+        return self.floor / measured.step_seconds
+
+
+def plain_parts(measured: Measurement) -> dict[str, float]:
+    """Seconds by part without what the profiler costs: its shares, of the median step."""
+    parts = {name: value["median"] for name, value in measured.profile["parts"].items()}
+    total = sum(parts.values())
+    return {name: seconds / total * measured.step_seconds for name, seconds in parts.items()}

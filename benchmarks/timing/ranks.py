@@ -1,0 +1,247 @@
+"""The processes that a variant's steps run in.
+
+Each variant has processes of its own, one per rank with as many threads as asked, so that its peak
+of memory is its own and variants on one and on two ranks can take turns; the others sleep
+meanwhile. Under torchrun or torchx the ranks are there already: all variants then live side by
+side in each of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from benchmarks.timing.steps import Steps, Variant, build_steps
+from recsys.diagnostics.cost.batch_counts import BatchCounts
+from recsys.diagnostics.cost.model_sizes import ModelSizes
+from recsys.diagnostics.cost.roofline import (
+    COPY_BYTES,
+    GEMM_SIZE,
+    Anchor,
+    measure_anchor,
+    wait_for_device,
+)
+from recsys.distributed.ranks import Ranks, joined_ranks
+
+STATUS, CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank tells at the end."""
+
+    rows: int
+    peak_bytes: int  # of resident memory, during the steps
+    resting_bytes: int  # before them
+    counts: list[BatchCounts]  # of all steps, where the product runs
+    sizes: ModelSizes | None
+
+
+class RankSteps:
+    """A variant's steps on one rank: what the process is asked to do."""
+
+    def __init__(self, variant: Variant, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.steps: Steps = build_steps(variant, ranks)
+        self.counts: list[BatchCounts] = []
+        CLEAR_PEAK.write_text("5")  # the peak of building does not count
+        self.resting = psutil.Process().memory_info().rss
+
+    def run(self, count: int) -> list[float]:
+        """Seconds of each of `count` steps. A collective."""
+        dist.barrier(group=self.ranks.group)
+        seconds = []
+        for _ in range(count):
+            begin = time.perf_counter()
+            self.steps.step()
+            wait_for_device()
+            seconds.append(time.perf_counter() - begin)
+            self.counts += self.steps.counts()
+        return seconds
+
+    def anchor(self, gemm_size: int = GEMM_SIZE, copy_bytes: int = COPY_BYTES) -> Anchor:
+        """Of all ranks at once. A collective."""
+        dist.barrier(group=self.ranks.group)
+        return measure_anchor(gemm_size, copy_bytes, self.ranks.device)
+
+    def profile(self, steps: int) -> dict[str, Any]:
+        return self.steps.profile(steps)
+
+    def report(self) -> RankReport:
+        status = STATUS.read_text()
+        marked = int(status.split("VmHWM:")[1].split()[0]) * 1024
+        # The kernel keeps the mark apart from the count and some pages late.
+        peak = max(marked, self.resting)
+        return RankReport(self.steps.rows, peak, self.resting, self.counts, self.steps.sizes)
+
+
+class Processes(Protocol):
+    """The ranks of a variant: `call` runs a method of `RankSteps` on each, in rank order."""
+
+    def call(self, method: str, *arguments: Any) -> list[Any]: ...
+
+    def close(self) -> None: ...
+
+
+def is_launched() -> bool:
+    """Whether torchrun or torchx started this process as one of several ranks."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def require_not_launched(benchmark: str) -> None:
+    """
+    Raises:
+        ValueError: several ranks were started for a benchmark that starts its own.
+    """
+    if is_launched():
+        raise ValueError(
+            f"{benchmark} compares different numbers of ranks and starts them itself; run it with "
+            "--nproc 1 or without torchrun, or measure this job with throughput or compare"
+        )
+
+
+class HereProcesses:
+    """The ranks that this process is one of."""
+
+    def __init__(self, variant: Variant, ranks: Ranks) -> None:
+        self.steps = RankSteps(variant, ranks)
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        mine = getattr(self.steps, method)(*arguments)
+        return self.steps.ranks.gather(mine)
+
+    def close(self) -> None:
+        pass
+
+
+class OwnProcesses:
+    """New processes, which wait for what they are asked."""
+
+    def __init__(self, variant: Variant, threads: int) -> None:
+        self.variant = variant
+        job = (variant.ranks, _free_port())
+        context = multiprocessing.get_context("spawn")
+        self.connections: list[Connection] = []
+        self.processes: list[BaseProcess] = []
+        with _environment(OMP_NUM_THREADS=str(threads)):  # read when libraries are loaded
+            for rank in range(variant.ranks):
+                here, there = context.Pipe()
+                place = (0, 1, _free_port()) if variant.apart else (rank, *job)
+                process = context.Process(
+                    target=_serve, args=(variant, *place, threads, there), daemon=True
+                )
+                process.start()
+                there.close()
+                self.connections.append(here)
+                self.processes.append(process)
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Results of all ranks.
+
+        Raises:
+            RuntimeError: a rank raised, or is gone.
+        """
+        for connection in self.connections:
+            connection.send((method, arguments))
+        results: dict[int, Any] = {}
+        while len(results) < len(self.connections):
+            # Whichever answers: one that failed leaves the others waiting in a collective.
+            waiting = [rank for rank in range(len(self.connections)) if rank not in results]
+            ready = wait([self.connections[rank] for rank in waiting])
+            for rank in waiting:
+                if self.connections[rank] in ready:
+                    results[rank] = self._answer(rank)
+        return [results[rank] for rank in range(len(results))]
+
+    def _answer(self, rank: int) -> Any:
+        try:
+            succeeded, result = self.connections[rank].recv()
+        except EOFError:
+            succeeded, result = False, "the process is gone"
+        if not succeeded:
+            raise RuntimeError(f"variant '{self.variant.name}', rank {rank}: {result}")
+        return result
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        for connection in self.connections:
+            connection.close()
+
+
+def silence_advice_to_library_developers() -> None:
+    """Deprecations inside torch and TorchRec, which users of a benchmark cannot mend."""
+    for name in ("torchrec", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
+
+
+def _serve(
+    variant: Variant, rank: int, world_size: int, port: int, threads: int, connection: Connection
+) -> None:
+    """A rank's process: builds the variant, then does as asked until it is killed."""
+    silence_advice_to_library_developers()
+    torch.set_num_threads(threads)
+    for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]  # of a torchrun that started the benchmark, not this rank
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",  # gloo would look up the machine's name, which need not resolve
+    )
+    answer: Callable[[], Any]
+    try:
+        with joined_ranks(variant.config().device) as ranks:
+            steps: RankSteps | None = None
+            while True:
+                method, arguments = connection.recv()
+                if steps is None:
+                    steps = RankSteps(variant, ranks)
+                answer = getattr(steps, method)
+                connection.send((True, answer(*arguments)))
+    except EOFError:
+        return
+    except BaseException:
+        connection.send((False, traceback.format_exc()))
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@contextmanager
+def _environment(**values: str) -> Any:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

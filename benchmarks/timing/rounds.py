@@ -1,0 +1,177 @@
+"""Times variants against each other in one run: a few steps of each in turn, round after round.
+
+A machine that does other things meanwhile is slower in some minutes than in others. Of variants
+that take turns, the ratio within a round suffers little from that; the median over rounds is
+reported, with the lowest and the highest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.timing.ranks import (
+    HereProcesses,
+    OwnProcesses,
+    Processes,
+    RankReport,
+    is_launched,
+    silence_advice_to_library_developers,
+)
+from benchmarks.timing.steps import Variant
+from recsys.diagnostics.cost.batch_counts import BatchCounts
+from recsys.diagnostics.cost.roofline import Anchor
+from recsys.distributed.ranks import joined_ranks
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure.
+
+    warm_up: steps before the first round, at least 1.
+    rounds, steps: rounds, and the least steps of each variant in each.
+    seconds: the least that a variant's steps of a round take; quick steps are then more in number.
+    profiled: steps under the profiler at the end; 0: none.
+    threads: of each rank.
+    gemm_size, copy_bytes: of the anchors.
+    """
+
+    warm_up: int = 4
+    rounds: int = 5
+    steps: int = 3
+    seconds: float = 1.0
+    profiled: int = 4
+    threads: int = 1
+    gemm_size: int = 2048
+    copy_bytes: int = 256 * 2**20
+
+    def __post_init__(self) -> None:
+        for name in ("warm_up", "rounds", "steps", "threads", "gemm_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"effort.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+FULL_EFFORT = Effort()
+QUICK_EFFORT = Effort(
+    warm_up=1, rounds=2, steps=2, seconds=0.0, profiled=1, threads=1, gemm_size=64, copy_bytes=2**16
+)
+
+
+@dataclass
+class Measurement:
+    """What was measured of one variant."""
+
+    variant: Variant
+    world_size: int
+    seconds: list[list[float]]  # by round: of each step, on the first rank
+    anchors: list[Anchor]  # of all rounds and ranks
+    reports: list[RankReport]  # by rank
+    profile: dict[str, Any] = field(default_factory=dict)  # see `recsys.diagnostics.profile.report`
+
+    @property
+    def rows(self) -> int:
+        """Per step, on all ranks."""
+        return sum(report.rows for report in self.reports)
+
+    @property
+    def step_seconds(self) -> float:
+        """Median over all steps."""
+        return median(second for of_round in self.seconds for second in of_round)
+
+    def samples_per_second(self, percentile: float) -> float:
+        """The rate that so many percent of the steps stay under."""
+        all_seconds = [second for of_round in self.seconds for second in of_round]
+        return self.rows / float(np.percentile(all_seconds, 100 - percentile))
+
+    @property
+    def counts(self) -> list[BatchCounts]:
+        """Of all steps and ranks; empty for the plain twin."""
+        return [count for report in self.reports for count in report.counts]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the rank that needs most."""
+        return max(report.peak_bytes for report in self.reports)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times the samples/s of another variant, over rounds."""
+
+    median: float
+    lowest: float
+    highest: float
+
+
+def ratio(this: Measurement, other: Measurement) -> Ratio:
+    """Of samples/s, round by round."""
+    ratios = [
+        (this.rows / median(mine)) / (other.rows / median(theirs))
+        for mine, theirs in zip(this.seconds, other.seconds, strict=True)
+    ]
+    return Ratio(median(ratios), min(ratios), max(ratios))
+
+
+def measure(variants: Sequence[Variant], effort: Effort, here: bool = False) -> list[Measurement]:
+    """Measures the variants in turns.
+
+    Args:
+        variants: with different names.
+        effort: how long.
+        here: in this process instead of in new ones, which all variants then share; under torchrun
+            always, in each of its ranks, whatever number of ranks a variant names.
+
+    Raises:
+        RuntimeError: a rank of a variant failed; its traceback is in the message.
+    """
+    with ExitStack() as stack:
+        opened: list[Processes] = []
+        if here or is_launched():
+            silence_advice_to_library_developers()
+            torch.set_num_threads(effort.threads)
+            ranks = stack.enter_context(joined_ranks(variants[0].config().device))
+            for variant in variants:
+                opened.append(HereProcesses(variant, ranks))
+        else:
+            for variant in variants:
+                opened.append(stack.enter_context(_own(variant, effort.threads)))
+        return _measure(variants, opened, effort)
+
+
+@contextmanager
+def _own(variant: Variant, threads: int) -> Iterator[OwnProcesses]:
+    processes = OwnProcesses(variant, threads)
+    try:
+        yield processes
+    finally:
+        processes.close()
+
+
+def _measure(
+    variants: Sequence[Variant], opened: list[Processes], effort: Effort
+) -> list[Measurement]:
+    seconds: list[list[list[float]]] = [[] for _ in variants]
+    anchors: list[list[Anchor]] = [[] for _ in variants]
+    steps = []
+    for processes in opened:
+        warm = processes.call("run", effort.warm_up)[0]  # of the first rank: all agree
+        steps.append(max(effort.steps, math.ceil(effort.seconds / warm[-1])))
+    for _ in range(effort.rounds):
+        for index, processes in enumerate(opened):
+            anchors[index] += processes.call("anchor", effort.gemm_size, effort.copy_bytes)
+            seconds[index].append(processes.call("run", steps[index])[0])
+    measurements = []
+    for index, (variant, processes) in enumerate(zip(variants, opened, strict=True)):
+        reports = processes.call("report")  # before the profiler takes memory of its own
+        profile = processes.call("profile", effort.profiled)[0] if effort.profiled else {}
+        measurements.append(
+            Measurement(variant, len(reports), seconds[index], anchors[index], reports, profile)
+        )
+    return measurements

@@ -1,0 +1,204 @@
+"""Training steps to be timed: the product's own, and those of its plain PyTorch twin.
+
+`ProductSteps` is a job built as `recsys train` builds it, whose batches pass the same stages:
+loader, lockstep, preparation, pipeline, optimizer. Batches are loaded before the clock starts
+and used in turn, or read from their files within the steps, as a variant says.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+from benchmarks.plain.batches import PlainSource
+from recsys.build import Job, build_job
+from recsys.config import Config, load_config
+from recsys.data.batch import Batch
+from recsys.data.interactions import Interactions, loader
+from recsys.data.vocabularies import UnknownIds
+from recsys.diagnostics.cost.batch_counts import BatchCounts
+from recsys.diagnostics.cost.model_sizes import ModelSizes
+from recsys.diagnostics.profile.step_profile import FIRST_STEPS, PROFILE, StepProfile
+from recsys.distributed.lockstep import Lockstep
+from recsys.distributed.ranks import Ranks
+from recsys.evaluation.evaluate import fill_bank
+from recsys.model.tables import table_configs
+from recsys.training.loss_watch import LossWatch
+from recsys.training.train import training_interactions
+from recsys.training.trainer import require_pipelined
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing to time.
+
+    name: in tables.
+    recipe, data, overrides: as `recsys train` takes them.
+    kind: the product, or its plain PyTorch twin with the same settings.
+    ranks: processes with one thread each.
+    apart: each of them is a job of one rank, so that none sends anything: what the machine gives to
+        so many processes at once.
+    loaded_batches: so many are loaded beforehand and used in turn; 0: the loader runs within the
+        steps.
+    """
+
+    name: str
+    recipe: str
+    data: str
+    overrides: tuple[str, ...] = ()
+    kind: Literal["product", "plain"] = "product"
+    ranks: int = 1
+    apart: bool = False
+    loaded_batches: int = 16
+
+    def config(self) -> Config:
+        """The settings, checked."""
+        return load_config(self.recipe, list(self.overrides))
+
+    def changed(self, name: str, *overrides: str, **fields: Any) -> Variant:
+        """Another variant, with more overrides; `fields` replace others."""
+        return replace(self, name=name, overrides=(*self.overrides, *overrides), **fields)
+
+
+class Steps(Protocol):
+    """What can be timed on each rank."""
+
+    rows: int  # of this rank, per step
+    sizes: ModelSizes | None  # None where nothing is known of the costs
+
+    def counts(self) -> list[BatchCounts]:
+        """Of the last step; none where the product does not run."""
+
+    def step(self) -> None:
+        """One training step. A collective."""
+
+    def profile(self, steps: int) -> dict[str, Any]:
+        """Seconds by part of the step, and collectives, as `profile.json` has them."""
+
+
+def build_steps(variant: Variant, ranks: Ranks) -> Steps:
+    """Builds what a variant names. A collective."""
+    if variant.kind == "plain":
+        return PlainSteps(variant, ranks)
+    return ProductSteps(variant, ranks)
+
+
+class ProductSteps:
+    """Steps of a job, as the trainer makes them."""
+
+    def __init__(self, variant: Variant, ranks: Ranks) -> None:
+        config = variant.config()
+        self.rows = config.batch_size
+        self.ranks = ranks
+        self.job = build_job(config, variant.data, ranks)
+        interactions = training_interactions(self.job)
+        fill_bank(self.job)
+        source: Iterator[Batch] = endless(interactions, config.num_workers)
+        if variant.loaded_batches:
+            with closing(endless(interactions, config.num_workers)) as loading:
+                source = itertools.cycle(list(itertools.islice(loading, variant.loaded_batches)))
+        agreed = Lockstep(ranks).training_batches(source, sys.maxsize, config.accumulate_steps)
+        self.batches = self.job.preparation(agreed, UnknownIds(self.job.schema), 0, training=True)
+        self.loss_watch = LossWatch(
+            ranks, interactions.rows, config.log_every_steps, last_good=lambda: None
+        )
+        self.sizes: ModelSizes | None = sizes_of(self.job)
+        self.num_steps = 0
+        self.batch: Batch | None = None  # of the last step
+        self.job.model.train()
+
+    def step(self) -> None:
+        job = self.job
+        losses, _, batch = cast(Any, job.pipeline.progress(self.batches))
+        if self.num_steps == 0:
+            require_pipelined(job.model)
+        if job.pipeline.has_stepped:
+            job.schedule.step()
+        self.num_steps, self.batch = self.num_steps + 1, batch
+        error = self.loss_watch.step(self.num_steps, losses["loss"], batch.row_positions)
+        if error is not None:
+            raise error
+
+    def counts(self) -> list[BatchCounts]:
+        return [] if self.batch is None else [BatchCounts.of(self.batch)]
+
+    def profile(self, steps: int) -> dict[str, Any]:
+        report: dict[str, Any] | None = None
+        with tempfile.TemporaryDirectory() as folder:
+            profile = StepProfile(
+                self.job.em3, self.ranks, steps, Path(folder), say=lambda text: None
+            )
+            with profile:
+                # As many without profiler, then one that pays for its start.
+                for _ in range(FIRST_STEPS + steps + 1 + steps):
+                    self.step()
+                    profile.step()
+            if self.ranks.is_first:
+                report = json.loads((Path(folder) / PROFILE).read_text())
+        return cast(dict[str, Any], self.ranks.gather(report)[0])
+
+
+def sizes_of(job: Job) -> ModelSizes:
+    """What the cost of a job's steps follows from."""
+    tables = table_configs(job.config, job.schema)
+    return ModelSizes.of(job.config, job.schema, job.em3, tables, job.model.plan)
+
+
+class PlainSteps:
+    """Steps of the plain twin; of several ranks each trains its own, without communication."""
+
+    def __init__(self, variant: Variant, ranks: Ranks) -> None:
+        config = variant.config()
+        self.rows = config.batch_size
+        self.sizes: ModelSizes | None = None
+        source = PlainSource(config, variant.data, ranks)
+        self.twin = source.twin()
+        self.optimizers = self.twin.optimizers()
+        count = max(variant.loaded_batches, 1)
+        self.batches = itertools.cycle(list(itertools.islice(source.batches(), count)))
+        self.parts: list[dict[str, float]] = []
+
+    def counts(self) -> list[BatchCounts]:
+        return []
+
+    def step(self) -> None:
+        batch, moments = next(self.batches), [time.perf_counter()]
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss, _ = self.twin(batch)
+        moments.append(time.perf_counter())
+        loss.backward()
+        moments.append(time.perf_counter())
+        for optimizer in self.optimizers:
+            optimizer.step()
+        moments.append(time.perf_counter())
+        parts = ("forward", "backward", "optimizer")
+        self.parts.append(
+            {part: end - begin for part, begin, end in zip(parts, moments, moments[1:])}
+        )
+
+    def profile(self, steps: int) -> dict[str, Any]:
+        for _ in range(steps):
+            self.step()
+        last = self.parts[-steps:]
+        means = {part: sum(step[part] for step in last) / steps for part in last[0]}
+        return {
+            "parts": {part: {"median": seconds} for part, seconds in means.items()},
+            "seconds": {"step": {"median": sum(means.values())}},
+            "collectives": [],
+        }
+
+
+def endless(interactions: Interactions, num_workers: int) -> Generator[Batch]:
+    """The batches of one epoch after the other."""
+    for epoch in itertools.count():
+        interactions.begin(epoch)
+        yield from loader(interactions, num_workers, pin_memory=False)

@@ -1,0 +1,84 @@
+"""Finished runs of a small study, as training would leave them, with scores that are known.
+
+Two windows, two seeds, two cells: `ID only` scores at random, and `content` adds to that what
+tells a liked item from another.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from benchmarks.quality.grid import GRIDS, Cell
+from benchmarks.quality.plan import Plan, plan_runs, windows
+from recsys.evaluation.scores import SplitScores, scores_file, write_scores
+from tests.recsys.command_runs import TINY
+
+NUM_USERS, NUM_ROWS = 40, 600
+CELLS = [
+    Cell("ID only", "without content", {"content": "none"}),
+    Cell("content", "the recipe", {}, "ID only"),
+]
+GAIN = {"ID only": 0.0, "content": 1.0}
+VALIDATION = {  # AUC of each seed
+    "ID only": [0.6, 0.5],
+    "content": [0.7, 0.8],
+}
+
+
+def write_windows(folder: Path) -> Path:
+    """Two datasets that have a name but no rows."""
+    for name in ("window-1", "window-2"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "schema.yaml").touch()
+    return folder
+
+
+def scores(window: int, seed: int, gain: float) -> SplitScores:
+    """The rows of a window are the same for all runs; the logits are a run's own."""
+    rows = np.random.default_rng(window)
+    labels = rows.integers(0, 2, (NUM_ROWS, 1)).astype(np.float32)
+    noise = np.random.default_rng((7, window, seed)).normal(size=(NUM_ROWS, 1))
+    return SplitScores(
+        positions=np.arange(NUM_ROWS),
+        groups=rows.integers(0, NUM_USERS, NUM_ROWS),
+        items=rows.integers(0, 100, NUM_ROWS),
+        counts=rows.integers(0, 12, NUM_ROWS),
+        labels=labels,
+        logits=(noise + gain * labels).astype(np.float32),
+        label_names=("liked",),
+    )
+
+
+def write_run(folder: Path, of_scores: SplitScores, validation_auc: float) -> None:
+    """What a finished run leaves, as far as the study reads it."""
+    folder.mkdir(parents=True)
+    part = {"auc": validation_auc, "gauc": validation_auc - 0.1, "num_samples": NUM_ROWS}
+    valid = {**part, "cold": part, "unseen": {**part, "gauc": None}}
+    metrics = {"valid": valid, "test": {"auc": 0.123}, "train": {"seconds": 2.0}}
+    write_scores(of_scores, scores_file(folder, "test"))
+    with SummaryWriter(str(folder / "tensorboard")) as writer:
+        for step in (10, 20):
+            writer.add_scalar("valid/auc", validation_auc - (20 - step) / 100, step)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+def write_runs(data: Path, out: Path) -> Plan:
+    """All runs of the study."""
+    named = {cell.name: cell.settings for cell in CELLS}
+    plan = plan_runs(named, windows(str(data)), out, TINY, seeds=2)
+    for name, of_seeds in plan.items():
+        for seed, of_data in enumerate(of_seeds):
+            for window, run in enumerate(of_data):
+                of_run = scores(window, seed, GAIN[name])
+                write_run(run.folder, of_run, VALIDATION[name][seed])
+    return plan
+
+
+def use_small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--grid small` is `CELLS`."""
+    monkeypatch.setitem(GRIDS, "small", CELLS)

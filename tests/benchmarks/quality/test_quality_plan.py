@@ -1,0 +1,157 @@
+"""Which runs the study makes, what it refuses before the first, and that none is made twice."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality.__main__ import quality
+from benchmarks.quality.figures import MOST_CELLS
+from benchmarks.quality.grid import DRAWN, GRIDS, LOOKED_AT, PARTS, PEERS, Cell, chosen_cells
+from benchmarks.quality.plan import finished, in_order, plan_runs, windows
+from benchmarks.quality.runs import RECIPE, command_words, finish
+from recsys.evaluation.scores import read_scores
+from tests.benchmarks.quality.quality_cells import use_small_grid, write_runs, write_windows
+from tests.datasets import write_dataset
+from tests.recsys.command_runs import TINY, torchx
+
+
+def test_every_cell_changes_its_baseline_which_is_in_the_same_grids() -> None:
+    named = {cell.name: cell.settings for cell in GRIDS["full"]}
+    assert len(named) == len(GRIDS["full"])
+    plan = plan_runs(named, {"data": "data"}, Path(), RECIPE, seeds=1)
+    folders = {name: of_seeds[0][0].folder for name, of_seeds in plan.items()}
+    for grid, cells in GRIDS.items():
+        names = [cell.name for cell in cells]
+        for cell in cells:
+            assert cell.baseline in names or cell.name == "ID only", (grid, cell.name)
+            assert cell.baseline is None or folders[cell.name] != folders[cell.baseline], cell.name
+
+
+def test_cells_that_are_drawn_looked_at_or_peers_exist_and_their_curves_can_be_told_apart() -> None:
+    names = {cell.name for cell in GRIDS["full"]}
+    assert {*DRAWN, *PEERS, *LOOKED_AT} <= names
+    assert len(DRAWN) <= MOST_CELLS
+
+
+def test_cic_is_compared_with_the_same_fusion_without_it() -> None:
+    cells = {cell.name: cell for cell in PARTS}
+    for name, cell in cells.items():
+        if " + CIC " not in name:
+            continue
+        assert cell.baseline is not None and name.startswith(cell.baseline)
+        without = dict(cells[cell.baseline].settings)
+        assert without.pop("contrastive.weight") == 0
+        same = {key: value for key, value in cell.settings.items() if "contrastive" not in key}
+        assert same == without
+
+
+def test_settings_become_words_of_the_command_line() -> None:
+    settings = {"content": "none", "ranking.dropout": 0.5, "a": True, "b": None, "c": [1, 2]}
+    words = ["--content", "none", "--ranking.dropout", "0.5", "--a", "true", "--b", "null", "--c"]
+    assert command_words(settings) == (*words, "[1, 2]")
+
+
+def test_equal_configurations_share_their_runs_and_other_data_do_not(tmp_path: Path) -> None:
+    named = {"recipe": {}, "same": {"batch_size": 256}, "other": {"batch_size": 32}}
+    data = {"window-1": "a", "window-2": "b"}
+    plan = plan_runs(named, data, tmp_path, TINY, seeds=2)
+    first, same, other = (plan[name] for name in named)
+
+    assert [run.folder for run in first[0]] == [run.folder for run in same[0]]
+    assert len(in_order(plan)) == 2 * 2 * 2
+    assert [run.seed for run in in_order(plan)] == [0] * 4 + [1] * 4
+    folders = [run.folder for of_seeds in (first, other) for run in of_seeds[0]]
+    assert len({folder.name for folder in folders}) == 4
+    assert [folder.parent.name for folder in folders[:2]] == ["window-1", "window-2"]
+
+
+def test_a_seed_counts_once_it_is_finished_on_every_window(tmp_path: Path) -> None:
+    plan = write_runs(write_windows(tmp_path / "data"), tmp_path / "runs")
+    (plan["content"][0][1].folder / "scores_test.parquet").unlink()
+    (plan["ID only"][0][0].folder / "metrics.json").unlink()
+    (plan["ID only"][1][0].folder / "metrics.json").unlink()
+
+    done = finished(plan)
+
+    assert list(done) == ["content"]
+    assert [run.seed for run in done["content"][0]] == [1, 1]
+
+
+def test_windows_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number in (10, 2, 1):
+        (tmp_path / f"window-{number}").mkdir()
+        (tmp_path / f"window-{number}" / "schema.yaml").touch()
+    (tmp_path / "window-3").mkdir()  # has no dataset
+
+    assert list(windows(str(tmp_path))) == ["window-1", "window-2", "window-10"]
+    assert windows(str(tmp_path / "window-2")) == {"window-2": str(tmp_path / "window-2")}
+    with pytest.raises(ValueError, match=r"neither a schema.yaml nor folders window-1"):
+        windows(str(tmp_path / "window-3"))
+
+
+def test_what_is_wrong_is_said_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, out = str(write_windows(tmp_path / "data")), tmp_path / "runs"
+    with pytest.raises(ValueError, match=r"--grid small is unknown; choose one of .'parts'"):
+        quality(data, out, grid="small")
+    with pytest.raises(ValueError, match=r"\['CIC'\] are not in grid text; choose of .'ID only'"):
+        chosen_cells("text", ["CIC"])
+    with pytest.raises(ValueError, match="both must be at least 1"):
+        quality(data, out, seeds=0)
+    use_small_grid(monkeypatch)
+    with pytest.raises(ValueError, match="no configuration has a seed that is finished"):
+        quality(data, out, grid="small", recipe=TINY, train=False)
+    same = Cell("same", "", {"epochs": 1}, "recipe")
+    monkeypatch.setitem(GRIDS, "same", [Cell("recipe", "", {}), same])
+    with pytest.raises(ValueError, match="'same' changes nothing of 'recipe' with this recipe"):
+        quality(data, out, grid="same", recipe=TINY)
+    monkeypatch.setitem(GRIDS, "wrong", [Cell("typo", "", {"rankin.dropout": 1})])
+    with pytest.raises(ValueError, match=r"'typo': config .*rankin.dropout"):
+        quality(data, out, grid="wrong", recipe=TINY)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="use --nproc 1"):
+        quality(data, out)
+    assert not out.exists()
+
+
+def test_a_run_that_another_process_trains_is_waited_for(tmp_path: Path) -> None:
+    (of_data,) = plan_runs({"recipe": {}}, {"data": "nothing"}, tmp_path, TINY, seeds=1)["recipe"]
+    (run,) = of_data
+    run.folder.mkdir(parents=True)
+    with ThreadPoolExecutor(1) as pool, (run.folder / "log.txt").open("a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        waiting = pool.submit(finish, of_data, 1, None)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.2)
+        for name in ("scores_test.parquet", "metrics.json"):
+            (run.folder / name).touch()
+        fcntl.flock(log, fcntl.LOCK_UN)
+
+        waiting.result(timeout=10)
+    assert (run.folder / "log.txt").read_text() == ""
+
+
+def test_torchx_trains_a_cell_whose_scores_are_then_read_and_not_made_again(
+    tmp_path: Path,
+) -> None:
+    data, results = write_dataset(tmp_path / "data"), tmp_path / "results" / "quality"
+    words = ["quality", "--data", str(data), "--out", str(tmp_path / "runs"), "--seeds", "1"]
+    words += ["--only", "[ID only]", "--recipe", str(TINY), "--results", str(results)]
+
+    done = torchx("benchmark", 1, *words)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (tmp_path / "runs" / "data").iterdir()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["test"]["num_samples"] == len(read_scores(run / "scores_test.parquet").positions)
+    (record,) = map(json.loads, (tmp_path / "results" / "quality.jsonl").read_text().splitlines())
+    assert record["by_seed"]["AUC"] == pytest.approx({"0": metrics["test"]["auc"]})
+    written = (run / "metrics.json").stat().st_mtime_ns
+    quality(str(data), tmp_path / "runs", 1, only=["ID only"], recipe=TINY, results=results)
+    assert (run / "metrics.json").stat().st_mtime_ns == written

@@ -1,0 +1,260 @@
+"""What `explain-data` says of a dataset, against the same numbers by hand and by pandas."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from recsys.cli import main
+from recsys.diagnostics.dataset.command import explain_data
+from recsys.diagnostics.dataset.dataset_summary import share_of_most_frequent, summarize_dataset
+from recsys.diagnostics.dataset.findings import find
+from recsys.diagnostics.dataset.split_summary import GROUPS, PAIRS, ROWS
+from tests.datasets import item_rows, write_dataset, write_parquet
+from tests.recsys.data import bad_impressions
+from tests.recsys.data.parquet import bad_files
+
+SPLITS = ("train", "valid", "test")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("explain") / "data", num_items=40)
+
+
+def frame(data: Path, split: str) -> pd.DataFrame:
+    return pd.concat([pd.read_parquet(file) for file in sorted((data / split).glob("*.parquet"))])
+
+
+def change(data: Path, split: str, **columns: Any) -> Path:
+    """Replaces columns of a split, or adds some, in one file."""
+    table = pa.concat_tables([pq.read_table(f) for f in sorted((data / split).glob("*.parquet"))])
+    for file in (data / split).glob("*.parquet"):
+        file.unlink()
+    for name, values in columns.items():
+        array = values(table) if callable(values) else pa.array(values)
+        place = table.schema.get_field_index(name)
+        if place >= 0:
+            table = table.set_column(place, name, array)
+        else:
+            table = table.append_column(name, array)
+    return write_parquet(data / split / "part-0.parquet", table)
+
+
+def findings(data: Path) -> str:
+    return "\n".join(finding.what for finding in find(summarize_dataset(str(data))))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_split_in_numbers(data: Path, split: str) -> None:
+    found = summarize_dataset(str(data)).splits[split]
+    rows = frame(data, split)
+
+    assert (found.rows, found.usable_rows, found.bad_rows) == (len(rows), len(rows), [])
+    assert found.numbers["liked"].mean == pytest.approx(rows["liked"].mean())
+    price = found.numbers["price"].summary()
+    for name, value in (("min", "min"), ("max", "max"), ("mean", "mean")):
+        assert price[name] == pytest.approx(getattr(rows["price"], value)(), rel=1e-5)
+    assert price["deviation"] == pytest.approx(rows["price"].std(ddof=0), rel=1e-4)
+    lengths = rows["history"].map(lambda values: 0 if values is None else len(values))
+    history = found.lists["history"].summary()
+    assert history["mean"] == pytest.approx(lengths.mean())
+    assert history["p90"] == np.quantile(lengths, 0.9, method="inverted_cdf")
+    assert history["max"] == lengths.max()
+    assert history["empty_share"] == pytest.approx((lengths == 0).mean())
+    assert found.keys[GROUPS].distinct == rows["user"].nunique()
+    assert found.keys[PAIRS].repeats == rows.duplicated(["user", "item"]).sum()
+    assert found.keys[ROWS].repeats == rows.astype(str).duplicated().sum()
+    assert found.item_counts.tolist() == np.bincount(rows["item"], minlength=40).tolist()
+    in_history = [
+        row.item in list(row.history) for row in rows.itertuples() if row.history is not None
+    ]
+    assert found.target_in_history == sum(in_history)
+
+
+def test_shares_of_rows_that_training_knows_nothing_of(data: Path) -> None:
+    shares = summarize_dataset(str(data)).shares_of_rows("test")
+    train, test = frame(data, "train"), frame(data, "test")
+    counts = train["item"].value_counts()
+    of_test = test["item"].map(counts).fillna(0)
+
+    assert shares["unseen"] == pytest.approx((of_test == 0).mean())
+    assert shares["cold"] == pytest.approx((of_test < 5).mean())
+    assert shares["of_known_groups"] == pytest.approx(test["user"].isin(train["user"]).mean())
+    assert shares["without_item_row"] == 0.0
+
+
+def test_content_of_the_items(data: Path) -> None:
+    items = summarize_dataset(str(data)).items
+    rows = pq.read_table(data / "items" / "part-0.parquet").to_pandas()
+    assert items is not None and items.rows == 40
+
+    text, poster, clip = (items.columns[name] for name in ("text", "poster", "clip"))
+    assert (text.missing, poster.missing, clip.missing) == (2, 1, 1)  # see write_dataset
+    assert text.lengths.summary()["max"] == rows["text"].dropna().str.len().max()
+    assert poster.formats == {"PNG": 39} and poster.sizes == {"12 x 10": 39}
+    assert clip.widths == {6: 39}
+
+
+def test_items_without_impressions_and_impressions_without_items(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", num_items=40)
+    change(data, "train", item=lambda table: pa.array(np.arange(table.num_rows) % 10))
+    change(data, "valid", item=lambda table: pa.array(np.full(table.num_rows, 3)))
+    change(data, "test", item=lambda table: pa.array(np.arange(table.num_rows) % 2))
+    kept = item_rows(40, np.random.default_rng(0)).filter(pa.compute.field("item") > 0)
+    write_parquet(data / "items" / "part-0.parquet", kept)
+    found = summarize_dataset(str(data))
+
+    assert found.items_without_rows() == 39 - 9  # of items 1 to 39
+    assert found.shares_of_rows("test")["without_item_row"] == 0.5
+    assert "50.0% of the test rows are of items without a row in items/" in findings(data)
+
+
+@pytest.mark.parametrize(
+    ("split", "columns", "words"),
+    [
+        ("train", {"liked": lambda t: pa.array([1.0] * len(t))}, "label 'liked' is 1 in all train"),
+        ("train", {"price": lambda t: pa.array([2.0] * len(t))}, "'price' is 2 in all training"),
+        ("train", {"price": lambda t: pa.array([1e5, *[0.0] * (len(t) - 1)])}, "0 to 100000"),
+        (
+            "test",
+            {"item": lambda t: pa.array([39] * len(t))},
+            "100.0% of the test rows are of i",
+        ),
+        (
+            "test",
+            {"user": lambda t: pa.array([9] * len(t))},
+            "100.0% of the test rows have a 'user'",
+        ),
+        ("train", {"history": lambda t: as_history(t["item"], t)}, "have their own target"),
+    ],
+)
+def test_findings(tmp_path: Path, split: str, columns: dict[str, Any], words: str) -> None:
+    data = write_dataset(tmp_path / "data", num_items=40)
+    for name, limit in (("user", 8), ("item", 38)):  # the last ones occur where they are put
+        change(data, "train", **{name: lambda t, n=name, m=limit: pa.array(t[n].to_numpy() % m)})
+    assert words not in findings(data)
+    change(data, split, **columns)
+
+    assert words in findings(data)
+
+
+def as_history(items: pa.ChunkedArray, table: pa.Table) -> pa.Array:
+    """Of each row's own item, as often as the list beside the history is long."""
+    return pa.array(
+        [
+            None if flags is None else [item] * len(flags)
+            for item, flags in zip(items.to_pylist(), table["history_liked"].to_pylist())
+        ],
+        pa.list_(pa.int64()),
+    )
+
+
+def test_repeated_rows_are_found(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    (file,) = (data / "test").glob("*.parquet")
+    table = pq.read_table(file)
+    write_parquet(file, pa.concat_tables([table, table.slice(0, 5)]))
+
+    assert summarize_dataset(str(data)).splits["test"].keys[ROWS].repeats == 5
+    assert "20.0% of the test rows are exact repeats" in findings(data)
+
+
+def test_times_are_read_off_the_footers(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    for number, split in enumerate(SPLITS):
+        first = datetime(2024, 1, 1 + number).timestamp()
+        stamps = lambda t, first=first: pa.array(np.arange(len(t)) + int(first))  # noqa: E731
+        change(data, split, timestamp=stamps)
+    found = summarize_dataset(str(data))
+    assert (
+        found.splits["train"].times["timestamp"][1] - found.splits["train"].times["timestamp"][0]
+        == 59
+    )
+    assert "goes on until" not in findings(data)
+
+    late = [datetime(2025, 5, 5)] * pq.read_metadata(data / "train" / "part-0.parquet").num_rows
+    change(data, "train", seen=late)
+    change(data, "valid", seen=lambda t: pa.array([datetime(2025, 5, 4)] * len(t)))
+    assert "train goes on until 2025-05-05 00:00 by column 'seen'" in findings(data)
+
+
+def test_unused_rows_of_a_table(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    schema = (data / "schema.yaml").read_text()
+    (data / "schema.yaml").write_text(schema.replace("num_embeddings: 10}", "num_embeddings: 99}"))
+    found = summarize_dataset(str(data))
+
+    assert (found.tables["user"].rows, found.tables["user"].ids) == (99, 10)
+    assert "table 'user' has 99 rows, of which 10 are ever used" in findings(data)
+
+
+def test_numbers_go_to_a_file_and_tables_to_the_screen(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "folder" / "numbers.json"
+    assert main(["explain-data", str(data), "--json", str(out)]) == 0
+
+    found = json.loads(out.read_text())
+    assert found["splits"]["train"]["rows"] == 60
+    assert found["items"]["columns"]["text"]["missing_share"] == 2 / 40
+    printed = capsys.readouterr().out
+    assert "rate of label liked" in printed and "characters: p50" in printed
+
+
+def test_the_share_of_the_most_frequent() -> None:
+    counts = np.array([0] * 50 + [1] * 199 + [101])
+    assert share_of_most_frequent(counts) == pytest.approx(102 / 300)  # two of 200 items
+    assert share_of_most_frequent(np.zeros(3, np.int64)) == 0.0
+
+
+BROKEN = {**bad_files.FILES, **bad_impressions.TYPES, **bad_impressions.VALUES}
+del BROKEN["fewer rows than ranks"]  # there are no ranks yet
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_ends_training_ends_it_with_the_same_words(case: str, tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", {"train": 61, "valid": 25, "test": 23})
+    BROKEN[case].spoil(data)
+    with pytest.raises(ValueError) as raised:
+        explain_data(str(data))
+    for word in BROKEN[case].words:
+        assert word.replace("DATA", str(data)) in str(raised.value)
+
+
+def test_bad_rows_are_all_told_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_dataset(tmp_path / "data")
+    prices = lambda t: pa.array([float("nan"), None, *[0.5] * (len(t) - 2)], pa.float32())  # noqa: E731
+    file = change(data, "train", price=prices, item=lambda t: pa.array([*[1] * (len(t) - 1), 30]))
+
+    assert main(["explain-data", str(data)]) == 1
+    printed = capsys.readouterr()
+    for words in ("null (first: row 1)", "not finite (first: row 0)", "id outside [0, 30)"):
+        assert f"1 rows cannot be used, {file} column" in printed.out and words in printed.out
+    assert f"{file}: column 'item', row 59: id 30 is outside [0, 30)" in printed.err
+    assert main(["explain-data", str(data), "--on_bad_row", "skip"]) == 0
+    assert summarize_dataset(str(data)).splits["train"].usable_rows == 57
+
+
+def test_features_in_a_file_are_told_like_columns(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", num_items=30)
+    features = np.ones((30, 2, 5), np.float32)
+    features[3], features[4, 1] = np.nan, np.nan  # one has none, one has one token of two
+    np.save(data / "audio.npy", features)
+    schema = (data / "schema.yaml").read_text()
+    line = "    audio: {kind: feature, file: audio.npy}\n"
+    (data / "schema.yaml").write_text(schema + line)
+    items = summarize_dataset(str(data)).items
+
+    assert items is not None
+    audio = items.columns["audio"]
+    assert audio.missing == 1 and audio.widths == {5: 30}
+    assert audio.lengths.summary()["mean"] == pytest.approx((28 * 2 + 1) / 29)
