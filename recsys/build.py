@@ -28,6 +28,7 @@ from recsys.data.filesystem import Location
 from recsys.data.items.content_store import ContentStore
 from recsys.data.negatives import NegativeSampler
 from recsys.data.parquet.file import mean_list_lengths
+from recsys.data.row_source import RowSource, open_rows
 from recsys.data.schema import Schema, load_schema
 from recsys.data.vocabularies import BoundedVocabularies
 from recsys.distributed.accumulation import AccumulatingPipeline, DenseUpdate
@@ -89,6 +90,15 @@ class Job:
         for share in self.schedule.lr_lambdas:
             assert isinstance(share, LearningRateShare)
             share.end_at(updates)
+
+    def rows(self, split: str) -> RowSource:
+        """Returns the rows of a split, from the source that the configuration names.
+
+        Raises:
+            ValueError: they cannot be read.
+        """
+        config = self.config
+        return open_rows(config.source, self.root, split, self.schema, config.on_bad_row)
 
     def batch_builder(self, with_labels: bool = True) -> BatchBuilder:
         """Makes batches as this model wants them."""

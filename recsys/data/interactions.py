@@ -1,4 +1,4 @@
-"""Parquet impressions -> the batches of one rank, built ahead of the trainer.
+"""Impressions -> the batches of one rank, built ahead of the trainer.
 
 All ranks get the same number of batches of the same sizes, as collectives ask: row-wise tables
 refuse unequal ones, and a missing one hangs the job. Where rows do not divide by ranks, a rank with
@@ -17,8 +17,8 @@ from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.order import EpochShare, Stage, num_batches_of, rows_before
-from recsys.data.parquet.rows import ParquetRows
 from recsys.data.prefetch import Later, Result, Submit, in_order, threads
+from recsys.data.row_source import RowSource
 
 AHEAD = 2  # batches under way per thread that builds them
 
@@ -62,7 +62,7 @@ class Interactions:
 
     def __init__(
         self,
-        rows: ParquetRows,
+        rows: RowSource,
         build: BatchBuilder,
         batch_size: int,
         rank: int = 0,
@@ -71,7 +71,7 @@ class Interactions:
     ) -> None:
         if seed is not None and rows.num_rows < world_size:
             raise ValueError(
-                f"{rows.row_groups[0].file}: {rows.num_rows} training rows cannot be shared by "
+                f"{rows.chunks[0].place}: {rows.num_rows} training rows cannot be shared by "
                 f"{world_size} ranks; start fewer ranks"
             )
         self.rows, self.build, self.batch_size = rows, build, batch_size

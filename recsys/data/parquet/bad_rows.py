@@ -8,6 +8,7 @@ how many rows would be lost.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ import numpy as np
 
 from recsys.data.filesystem import Location
 from recsys.distributed.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 OnBadRow = Literal["error", "skip"]
 LINES = 20  # of the report; metrics hold all of it
@@ -44,7 +47,7 @@ class BadRows:
 
     def add(
         self,
-        file: Location,
+        file: Location | str,
         column: str,
         first_row: int,
         bad: np.ndarray,
@@ -76,7 +79,7 @@ class BadRows:
         return {place: rows for place, rows in self.found.items() if place[1] == column}
 
     def summary(self, ranks: Ranks, what: str) -> dict[str, Any]:
-        """Counts of all ranks; rank 0 prints them as the skipped rows of `what`. A collective.
+        """Counts of all ranks; rank 0 logs them as the skipped rows of `what`. A collective.
 
         Returns:
             rows: number of skipped rows.
@@ -86,8 +89,8 @@ class BadRows:
         for found in ranks.gather(self.found):
             merged |= found
         total_rows, entries = by_reason(merged)
-        if entries and ranks.is_first:
-            print(format_skipped(what, total_rows, entries), flush=True)
+        if entries:
+            logger.info(format_skipped(what, total_rows, entries))
         return {"rows": total_rows, "found": entries}
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from recsys.data.parquet.rows import ParquetRows, Window
+from recsys.data.row_source import RowSource, Window
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class EpochShare:
 
     @staticmethod
     def of(
-        rows: ParquetRows,
+        rows: RowSource,
         stages: Sequence[Stage],
         rank: int,
         world_size: int,
@@ -91,7 +91,7 @@ class EpochShare:
 
 
 def _shares(
-    rows: ParquetRows,
+    rows: RowSource,
     rest: list[Slice] | None,
     world_size: int,
     shuffle_seed: tuple[int, int] | None,

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary, integer_ids, is_id_type
-from recsys.data.filesystem import Location
 from recsys.data.schema import Schema
 
 ROW_POSITION = "__row_position"  # a row's place in the split's files, in order of file name
@@ -50,7 +49,7 @@ def _expected(schema: Schema, name: str) -> tuple[bool, bool]:
     return column.kind in ("ids", "sequence"), column.kind in ("id", "ids", "sequence")
 
 
-def check_type(schema: Schema, name: str, kind: pa.DataType, file: Location) -> None:
+def check_type(schema: Schema, name: str, kind: pa.DataType, file: str) -> None:
     """Raises a ValueError where a column's type is not what the schema says."""
     wants_list, wants_integer = _expected(schema, name)
     is_raw = schema.vocabulary_of(name) is not None
