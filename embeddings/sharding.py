@@ -35,7 +35,6 @@ from torchrec.distributed.types import (
 )
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from embeddings.plan_text import megabytes
 from embeddings.table_sharders import sharders
 from embeddings.tables import TableConfig, check_tables
 
@@ -186,11 +185,7 @@ def _plan(
 
 
 def _check_module(module: nn.Module, tables: Sequence[TableConfig], device: torch.device) -> None:
-    parameters = dict(table_parameters(module))
-    configured = {table.name for table in tables}
-    for name in sorted(parameters.keys() ^ configured):
-        place = "the model" if name in parameters else "the configuration"
-        raise ValueError(f"table '{name}' is only in {place}; configure every table once")
+    parameters = parameters_of(module, tables)
     for table in tables:
         if not hasattr(parameters[table.name], "_optimizer_classes"):
             raise ValueError(
@@ -227,6 +222,19 @@ def table_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, cast(nn.Parameter, holder.weight)
 
 
+def parameters_of(module: nn.Module, tables: Sequence[TableConfig]) -> dict[str, nn.Parameter]:
+    """Returns the parameter of each table of the unsharded ``module``.
+
+    Raises:
+        ValueError: a table is in the module or in the configuration only.
+    """
+    parameters = dict(table_parameters(module))
+    for name in sorted(parameters.keys() ^ {table.name for table in tables}):
+        place = "the model" if name in parameters else "the configuration"
+        raise ValueError(f"table '{name}' is only in {place}; configure every table once")
+    return parameters
+
+
 def _constraints(table: TableConfig, world_size: int) -> ParameterConstraints:
     return ParameterConstraints(
         sharding_types=None if table.sharding == "auto" else [table.sharding],
@@ -253,7 +261,7 @@ def _column_shard_width(dim: int, world_size: int, min_columns: int) -> int:
 def _does_not_fit(error: PlannerError, tables: Sequence[TableConfig]) -> str:
     sizes = sorted(tables, key=lambda table: -table.num_embeddings * table.embedding_dim)
     largest = ", ".join(
-        f"'{table.name}' {megabytes(table):.1f} MB ({table.sharding})" for table in sizes[:3]
+        f"'{table.name}' {table.megabytes:.1f} MB ({table.sharding})" for table in sizes[:3]
     )
     return (
         f"the tables do not fit; the largest: {largest}. Add ranks or memory, choose sharding "

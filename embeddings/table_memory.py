@@ -38,6 +38,7 @@ class TableMemory:
 
     table: TableConfig
     sharding: str
+    kernel: str
     shards: list[TableShard]
 
     @property
@@ -91,7 +92,8 @@ def table_memory(table: TableConfig, plan: ShardingPlan) -> TableMemory:
                 TableShard(piece.placement.rank(), *piece.shard_sizes)
                 for piece in spec.shards  # type: ignore[union-attr]
             ]
-            return TableMemory(table, sharding.sharding_type, shards)
+            kind, kernel = sharding.sharding_type, sharding.compute_kernel
+            return TableMemory(table, kind, kernel, shards)
     raise AssertionError(f"table '{table.name}' is not in the plan")
 
 

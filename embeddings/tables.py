@@ -10,7 +10,7 @@ Initial weights depend on the seed, the table and the row alone, never on the sh
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,11 @@ class TableConfig:
                 f"'{self.optimizer}', whose fused kernel knows none; set weight_decay to 0 or "
                 "optimizer to 'rowwise_adagrad'"
             )
+
+    @property
+    def megabytes(self) -> float:
+        """MB of the weights."""
+        return self.num_embeddings * self.embedding_dim * 4 / 2**20
 
     def _check_names(self) -> None:
         if not self.name or "." in self.name:
@@ -219,14 +224,7 @@ def build_embedding_bag_collection(
     """
     check_tables(tables)
     configs = [
-        EmbeddingBagConfig(
-            name=table.name,
-            num_embeddings=table.num_embeddings,
-            embedding_dim=table.embedding_dim,
-            feature_names=list(table.features),
-            pooling=PoolingType.SUM if table.pooling == "sum" else PoolingType.MEAN,
-            init_fn=NormalInitializer(table),
-        )
+        EmbeddingBagConfig(**_shape(table), pooling=PoolingType[table.pooling.upper()])
         for table in tables
         if table.pooling != "none"
     ]
@@ -243,17 +241,18 @@ def build_embedding_collection(
     Called with a KeyedJaggedTensor it returns a dict of JaggedTensors by feature.
     """
     check_tables(tables)
-    configs = [
-        EmbeddingConfig(
-            name=table.name,
-            num_embeddings=table.num_embeddings,
-            embedding_dim=table.embedding_dim,
-            feature_names=list(table.features),
-            init_fn=NormalInitializer(table),
-        )
-        for table in tables
-        if table.pooling == "none"
-    ]
+    configs = [EmbeddingConfig(**_shape(table)) for table in tables if table.pooling == "none"]
     if not configs:
         return None
     return EmbeddingCollection(tables=configs, device=torch.device(device))
+
+
+def _shape(table: TableConfig) -> dict[str, Any]:
+    """Returns what TorchRec's configurations of a table with and without pooling have in common."""
+    return {
+        "name": table.name,
+        "num_embeddings": table.num_embeddings,
+        "embedding_dim": table.embedding_dim,
+        "feature_names": list(table.features),
+        "init_fn": NormalInitializer(table),
+    }
