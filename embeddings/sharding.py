@@ -8,7 +8,7 @@ none, is broadcast, so that a job that cannot fit ends on every rank instead of 
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import psutil
 import torch
@@ -121,34 +121,36 @@ def plan_sharding(
 
     Example::
 
-        model = Model(tables)  # collections on meta
-        fuse_table_optimizers(model, tables)
         plan = plan_sharding(model, tables)
         model = DistributedModelParallel(model, plan=plan, sharders=sharders())
     """
     if process_group is None and dist.is_initialized():
         process_group = dist.group.WORLD
-    rank = 0 if process_group is None else dist.get_rank(process_group)
-    world_size = 1 if process_group is None else dist.get_world_size(process_group)
-    plan: ShardingPlan | None = None
-    reason: str | None = None
+    rank, world_size = _place_in(process_group)
+    message: list[Any] = [None, None]  # the plan, or why there is none
     cause: Exception | None = None
     if rank == 0:
         try:
             where, cuts = torch.device(device), module_sharders or sharders()
-            plan = _plan(module, tables, world_size, where, batch_size, topology, cuts)
+            message[0] = _plan(module, tables, world_size, where, batch_size, topology, cuts)
         except Exception as error:  # whatever it is, the other ranks wait for a word
             cause = error
-            reason = f"{error}" if isinstance(error, ValueError) else f"planning failed: {error!r}"
+            is_known = isinstance(error, ValueError)
+            message[1] = f"{error}" if is_known else f"planning failed: {error!r}"
     if process_group is not None:
-        message = [plan, reason]
         source = dist.get_global_rank(process_group, 0)
         dist.broadcast_object_list(message, src=source, group=process_group)
-        plan, reason = message
-    if reason is not None:
-        raise ValueError(reason) from cause
-    assert plan is not None
+    if message[1] is not None:
+        raise ValueError(message[1]) from cause
+    plan: ShardingPlan = message[0]
     return plan
+
+
+def _place_in(process_group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Returns (rank, number of ranks); without a group one rank is alone."""
+    if process_group is None:
+        return 0, 1
+    return dist.get_rank(process_group), dist.get_world_size(process_group)
 
 
 def _plan(

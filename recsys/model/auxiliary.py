@@ -103,7 +103,10 @@ class Distillation(nn.Module):
 
     Example::
 
+        from recsys.model.auxiliary import Distillation
+
         loss = Distillation(column="teacher", loss="kl", temperature=2.0)
+        assert loss.columns == ("teacher",)
     """
 
     def __init__(

@@ -135,6 +135,8 @@ def _usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColum
     array = one_chunk(table[name])
     if schema.vocabulary_of(name) is not None:
         return _rows_of_raw_ids(array, name, schema, note)
+    if name in schema.of_kind("extra"):
+        return _extra_column(array, name, note)
     # Ids are checked as they were written, since a large unsigned one would turn negative.
     own_type = array.type.value_type if is_list_column else array.type
     array = _cast(array, own_type if is_integer else pa.float32(), is_list_column)
@@ -149,11 +151,7 @@ def _usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColum
         rows = _rows_of_values(array, bad)
         note(name, rows, reason, lambda row: message(numbers[bad.argmax()]))
 
-    is_extra = name in schema.of_kind("extra")
-    if is_extra:  # NaN is a row without the value
-        array = values = pc.fill_null(values, float("nan"))
-        numbers = values.to_numpy()
-    elif values.null_count:
+    if values.null_count:
         note_values(values.is_null().to_numpy(False), "null", lambda value: null)
     if is_integer:
         limit, owner = schema.limit(name), schema.table_of(name)
@@ -167,7 +165,7 @@ def _usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColum
                 ),
             )
         return _cast(array, pa.int64(), is_list_column)
-    is_finite = np.isfinite(numbers) | (is_extra & np.isnan(numbers))
+    is_finite = np.isfinite(numbers)
     if not is_finite.all():
         note_values(
             ~is_finite,
@@ -180,6 +178,16 @@ def _usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColum
             "label other than 0 and 1",
             lambda value: f"value {value}; a label is 0 or 1",
         )
+    return array
+
+
+def _extra_column(array: pa.Array, name: str, note: ReportColumn) -> pa.Array:
+    """Returns a column of kind extra in float32, NaN where a row has no value."""
+    array = pc.fill_null(_cast(array, pa.float32(), False), float("nan"))
+    numbers = array.to_numpy()
+    if np.isinf(numbers).any():
+        message = "write a finite number that fits float32, or null"
+        note(name, np.isinf(numbers), "not finite", lambda row: f"value {numbers[row]}; {message}")
     return array
 
 
