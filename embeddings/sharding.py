@@ -142,8 +142,7 @@ def plan_sharding(
         dist.broadcast_object_list(message, src=source, group=process_group)
     if message[1] is not None:
         raise ValueError(message[1]) from cause
-    plan: ShardingPlan = message[0]
-    return plan
+    return cast(ShardingPlan, message[0])
 
 
 def _place_in(process_group: dist.ProcessGroup | None) -> tuple[int, int]:
