@@ -54,7 +54,7 @@ def machine_topology(
     device_memory_bytes: int | None = None,
     host_memory_bytes: int | None = None,
 ) -> Topology:
-    """What the planner has to know about the machines: ranks and memory per rank.
+    """Returns what the planner has to know about the machines: ranks and memory per rank.
 
     Host memory is what is free now (within a container's limit), divided by the ranks of this
     machine; device memory is that of the GPU. All machines are taken to be like this one.
@@ -83,7 +83,7 @@ def machine_topology(
 
 
 def free_host_memory() -> int:
-    """Bytes that can still be allocated, at most the control group's limit."""
+    """Returns bytes that can still be allocated, at most the control group's limit."""
     available = psutil.virtual_memory().available
     for path in ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]:
         if Path(path).is_file():
@@ -211,7 +211,7 @@ def _check_module(module: nn.Module, tables: Sequence[TableConfig], device: torc
 
 
 def table_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Each table's name and parameter in the collections of an unsharded ``module``."""
+    """Returns each table's name and parameter in the collections of an unsharded ``module``."""
     for child in module.modules():
         if isinstance(child, EmbeddingBagCollection):
             holders = child.embedding_bags
@@ -251,7 +251,7 @@ def _constraints(table: TableConfig, world_size: int) -> ParameterConstraints:
 
 
 def _column_shard_width(dim: int, world_size: int, min_columns: int) -> int:
-    """The width of the most equal column shards, at most one per rank, that kernels accept."""
+    """Returns the width of the most equal column shards, one per rank at most, for kernels."""
     for shards in range(world_size, 1, -1):
         width = dim // shards
         if dim % shards == 0 and width % 4 == 0 and width >= min_columns:

@@ -20,7 +20,7 @@ from embeddings.tables import TableConfig
 
 
 def fuse_table_optimizers(module: nn.Module, tables: Sequence[TableConfig]) -> None:
-    """Give every table of the unsharded ``module`` its optimizer in backward; before planning.
+    """Gives every table of the unsharded ``module`` its optimizer in backward; before planning.
 
     Raises:
         ValueError: a table is in the model or in the configuration only.

@@ -147,7 +147,7 @@ class NormalInitializer:
         self.std = table.init_std
 
     def __call__(self, weight: Tensor) -> None:
-        """Fill a whole table, ``weight`` [num_embeddings, D]; TorchRec's ``init_fn``."""
+        """Fills a whole table, ``weight`` [num_embeddings, D]; TorchRec's ``init_fn``."""
         if tuple(weight.shape) != self.shape:
             raise ValueError(
                 f"table '{self.name}': asked to initialise a shard of shape "
@@ -158,7 +158,7 @@ class NormalInitializer:
 
     @torch.no_grad()
     def fill(self, weight: Tensor, row_offset: int = 0, column_offset: int = 0) -> None:
-        """Fill the shard ``weight`` [rows, columns] that starts at the offsets in the table."""
+        """Fills the shard ``weight`` [rows, columns] that starts at the offsets in the table."""
         if weight.is_meta:
             return
         num_embeddings, dim = self.shape
@@ -182,7 +182,7 @@ class NormalInitializer:
 
 
 def check_tables(tables: Sequence[TableConfig]) -> None:
-    """Check what concerns several tables at once.
+    """Checks what concerns several tables at once.
 
     Raises:
         ValueError: two tables have one name, a feature is on two tables, or the tables without
@@ -217,7 +217,7 @@ def check_tables(tables: Sequence[TableConfig]) -> None:
 def build_embedding_bag_collection(
     tables: Sequence[TableConfig], device: torch.device | str = "meta"
 ) -> EmbeddingBagCollection | None:
-    """The collection of the tables with pooling ``sum`` or ``mean``; None if there are none.
+    """Builds the collection of tables with pooling ``sum`` or ``mean``; None without any.
 
     Called with a KeyedJaggedTensor it returns a KeyedTensor: read it by feature, since the order
     of ``values()`` depends on the sharding plan.
@@ -236,7 +236,7 @@ def build_embedding_bag_collection(
 def build_embedding_collection(
     tables: Sequence[TableConfig], device: torch.device | str = "meta"
 ) -> EmbeddingCollection | None:
-    """The collection of the tables with pooling ``none``; None if there are none.
+    """Builds the collection of tables with pooling ``none``; None without any.
 
     Called with a KeyedJaggedTensor it returns a dict of JaggedTensors by feature.
     """

@@ -35,7 +35,7 @@ def build_em3(
     item_categories: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> EM3:
-    """The model, its tables on `device` (meta: allocated when sharded).
+    """Builds the model, its tables on `device` (meta: allocated when sharded).
 
     `item_categories` are those of `load_item_categories`; `process_group` has the ranks that train
     the model together, None for one alone.

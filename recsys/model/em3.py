@@ -118,7 +118,7 @@ class Losses(nn.Module):
         content: ContentVectors | None,
         batch: Batch,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The loss to minimise, its parts without gradient, and the logits.
+        """Returns the loss to minimise, its parts without gradient, and the logits.
 
         When a retrieval model is not training, its vectors are with the parts: `query` [B, D] for
         the first label and `item` [B, D].
