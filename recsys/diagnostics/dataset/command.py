@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 from recsys.data.filesystem import Location
+from recsys.data.item_parts import count_items
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.bad_rows import OnBadRow
-from recsys.data.parquet.rows import ParquetRows, count_items
+from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
 from recsys.diagnostics.dataset.dataset_summary import (
     SPLITS,
