@@ -268,7 +268,8 @@ class TransformerEncoder(Encoder):
     def forward(self, content: ContentInput) -> ContentInput:
         if self.training_mode == "frozen":
             return content
-        if self.is_text and self.pooling != "none":
+        # On the meta device there are no lengths to look at.
+        if self.is_text and self.pooling != "none" and not content.mask.is_meta:
             return self._by_length(content)
         return self._trained(content)
 
