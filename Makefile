@@ -19,7 +19,7 @@ help:
 	@echo 'make train     train on the bundled MovieLens sample over $(NPROC) ranks; leaves $(RUN)'
 	@echo 'make test      run the tests'
 	@echo 'make test-long run what takes minutes: README commands, resharding, lost nodes, killed ranks'
-	@echo 'make lint      check style, format and types'
+	@echo 'make lint      check style, format, types and imports between rooms'
 	@echo ''
 	@echo 'PYTHON=python3.12                    another interpreter, 3.11 or newer'
 	@echo 'INSTALL_FLAGS="--flavor cuda"        see $(PYTHON) launch/install.py --help'
@@ -52,3 +52,4 @@ lint: install-dev
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy
+	$(VENV)/bin/lint-imports --no-logo

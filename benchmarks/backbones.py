@@ -18,6 +18,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from benchmarks.quality.runs import RECIPE, QualityRun, train_all
+from recsys.config.ranking import keys_of
 
 RESULTS = Path(__file__).parent / "results"
 BACKBONES: dict[str, list[str]] = {
@@ -37,7 +38,7 @@ BACKBONES: dict[str, list[str]] = {
     "two_tower, sampled softmax": ["--ranking.loss", "sampled_softmax"],
 }
 # Not every backbone has these; without them the heads are alike.
-NO_EXTRAS = ["--ranking.ensemble_members", "1", "--ranking.standardize_numbers", "false"]
+NO_EXTRAS = {"ensemble_members": "1", "standardize_numbers": "false"}
 CONTENTS = {"ID only": ["--content", "none"], "content": []}
 PARTS = ("all", "cold", "unseen")
 RANKING = [(metric, part) for metric in ("auc", "gauc") for part in PARTS]
@@ -92,7 +93,10 @@ def backbones(
 
 
 def _settings(name: str) -> list[str]:
-    return ["--ranking.name", name.split(",")[0], *NO_EXTRAS, *BACKBONES[name]]
+    model = name.split(",")[0]
+    has = set(keys_of(model))
+    extras = [f"--ranking.{key}={off}" for key, off in NO_EXTRAS.items() if key in has]
+    return ["--ranking.name", model, *extras, *BACKBONES[name]]
 
 
 def _page(tests: Tests, seeds: int) -> str:

@@ -75,7 +75,7 @@ def load_pretrained_rows(
 def _agree(
     loaded: LoadedRows | None, error: Exception | None, process_group: dist.ProcessGroup | None
 ) -> LoadedRows:
-    """What any rank with a shard counted; where one failed, every rank raises."""
+    """What any rank with a shard counted; where one failed, every rank raises. A collective."""
     mine = (loaded, None if error is None else (isinstance(error, ValueError), str(error)))
     told = [mine]
     if process_group is not None:

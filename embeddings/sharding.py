@@ -103,7 +103,7 @@ def plan_sharding(
     topology: Topology | None = None,
     module_sharders: list[ModuleSharder[nn.Module]] | None = None,
 ) -> ShardingPlan:
-    """Plan on rank 0 how the tables of ``module`` are sharded, and tell every rank.
+    """Plans on rank 0 how ``module``'s tables are sharded. A collective: all ranks get the plan.
 
     Args:
         module: the whole model, its collections on meta and

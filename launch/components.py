@@ -9,22 +9,26 @@ Slurm, Kubernetes and others. Everything after `--` goes to the command unchange
 Every node runs torchrun with the same words; the ranks meet at the first node. What differs from
 node to node, such as its number of cores, is found out there by a line of shell before torchrun.
 
-The signatures follow torchx: it reads annotations and docstrings to build the command line and
-knows only `Optional`, `Dict` and `List` as compound types
-(https://pytorch.org/torchx/latest/components/overview.html).
+torchx builds the command line of a component from its signature and docstring and knows only
+`Optional`, `Dict` and `List` as compound types
+(https://pytorch.org/torchx/latest/components/overview.html). All components have the options of
+`_job`: `_component` copies them, so that each is written and explained once.
 """
 
+import inspect
 import os
 import shlex
 import sys
-from typing import Dict, List, Optional
+from collections.abc import Callable
+from typing import Any, Dict, List, Optional
 
 import torchx
 from torchx.components import dist
 from torchx.specs import AppDef
 
 
-def train(
+def _job(
+    role_name: str,
     *args: str,
     nproc: int = 2,
     nnodes: int = 1,
@@ -33,267 +37,32 @@ def train(
     memMB: int = -1,
     max_retries: int = 0,
     rdzv_port: int = 29500,
-    name: str = "recsys-train",
+    name: str = "",
     image: str = torchx.IMAGE,
     env: Optional[Dict[str, str]] = None,
     mounts: Optional[List[str]] = None,
 ) -> AppDef:
-    """Trains a model: `recsys train` on every rank.
-
-    Args:
-        args: arguments of `recsys train`, after `--`
-        nproc: ranks per node; on GPU nodes one per GPU
-        nnodes: nodes
-        cpu: processor cores to ask for per node; -1 leaves that to the scheduler
-        gpu: GPUs to ask for per node
-        memMB: memory to ask for per node, in MB; -1 leaves that to the scheduler
-        max_retries: how often torchrun restarts all ranks after one failed, and the scheduler the
-            job after torchrun failed or a node was lost (local_cwd: torchrun alone)
-        rdzv_port: port of the first node where the nodes meet; jobs that share that node need
-            different ones
-        name: name of the job, `experiment/run` or `run`
-        image: container image with this project installed; unused by local_cwd and slurm
-        env: environment of the ranks, e.g. OMP_NUM_THREADS=4,NCCL_DEBUG=INFO
-        mounts: what to mount into containers, e.g. type=bind,src=/data,dst=/data,readonly
-    """
-    return _distributed_job(
-        "train",
-        args,
-        nproc,
-        nnodes,
-        cpu,
-        gpu,
-        memMB,
-        max_retries,
-        rdzv_port,
-        name,
-        image,
-        env,
-        mounts,
-    )
-
-
-def evaluate(
-    *args: str,
-    nproc: int = 2,
-    nnodes: int = 1,
-    cpu: int = -1,
-    gpu: int = 0,
-    memMB: int = -1,
-    max_retries: int = 0,
-    rdzv_port: int = 29500,
-    name: str = "recsys-evaluate",
-    image: str = torchx.IMAGE,
-    env: Optional[Dict[str, str]] = None,
-    mounts: Optional[List[str]] = None,
-) -> AppDef:
-    """Measures a trained model: `recsys evaluate` on every rank.
-
-    Args:
-        args: arguments of `recsys evaluate`, after `--`
-        nproc: ranks per node; need not be the number that trained the model
-        nnodes: nodes
-        cpu: processor cores to ask for per node; -1 leaves that to the scheduler
-        gpu: GPUs to ask for per node
-        memMB: memory to ask for per node, in MB; -1 leaves that to the scheduler
-        max_retries: how often torchrun restarts all ranks after one failed, and the scheduler the
-            job after torchrun failed or a node was lost (local_cwd: torchrun alone)
-        rdzv_port: port of the first node where the nodes meet; jobs that share that node need
-            different ones
-        name: name of the job, `experiment/run` or `run`
-        image: container image with this project installed; unused by local_cwd and slurm
-        env: environment of the ranks, e.g. OMP_NUM_THREADS=4,NCCL_DEBUG=INFO
-        mounts: what to mount into containers, e.g. type=bind,src=/data,dst=/data,readonly
-    """
-    return _distributed_job(
-        "evaluate",
-        args,
-        nproc,
-        nnodes,
-        cpu,
-        gpu,
-        memMB,
-        max_retries,
-        rdzv_port,
-        name,
-        image,
-        env,
-        mounts,
-    )
-
-
-def predict(
-    *args: str,
-    nproc: int = 2,
-    nnodes: int = 1,
-    cpu: int = -1,
-    gpu: int = 0,
-    memMB: int = -1,
-    max_retries: int = 0,
-    rdzv_port: int = 29500,
-    name: str = "recsys-predict",
-    image: str = torchx.IMAGE,
-    env: Optional[Dict[str, str]] = None,
-    mounts: Optional[List[str]] = None,
-) -> AppDef:
-    """Scores impressions with a trained model: `recsys predict` on every rank.
-
-    Args:
-        args: arguments of `recsys predict`, after `--`
-        nproc: ranks per node; need not be the number that trained the model
-        nnodes: nodes
-        cpu: processor cores to ask for per node; -1 leaves that to the scheduler
-        gpu: GPUs to ask for per node
-        memMB: memory to ask for per node, in MB; -1 leaves that to the scheduler
-        max_retries: how often torchrun restarts all ranks after one failed, and the scheduler the
-            job after torchrun failed or a node was lost (local_cwd: torchrun alone)
-        rdzv_port: port of the first node where the nodes meet; jobs that share that node need
-            different ones
-        name: name of the job, `experiment/run` or `run`
-        image: container image with this project installed; unused by local_cwd and slurm
-        env: environment of the ranks, e.g. OMP_NUM_THREADS=4,NCCL_DEBUG=INFO
-        mounts: what to mount into containers, e.g. type=bind,src=/data,dst=/data,readonly
-    """
-    return _distributed_job(
-        "predict",
-        args,
-        nproc,
-        nnodes,
-        cpu,
-        gpu,
-        memMB,
-        max_retries,
-        rdzv_port,
-        name,
-        image,
-        env,
-        mounts,
-    )
-
-
-def cache(
-    *args: str,
-    nproc: int = 2,
-    nnodes: int = 1,
-    cpu: int = -1,
-    gpu: int = 0,
-    memMB: int = -1,
-    max_retries: int = 0,
-    rdzv_port: int = 29500,
-    name: str = "recsys-cache",
-    image: str = torchx.IMAGE,
-    env: Optional[Dict[str, str]] = None,
-    mounts: Optional[List[str]] = None,
-) -> AppDef:
-    """Fills the caches of item content: `recsys cache` on every rank.
-
-    Args:
-        args: arguments of `recsys cache`, after `--`
-        nproc: ranks per node; on GPU nodes one per GPU
-        nnodes: nodes
-        cpu: processor cores to ask for per node; -1 leaves that to the scheduler
-        gpu: GPUs to ask for per node
-        memMB: memory to ask for per node, in MB; -1 leaves that to the scheduler
-        max_retries: how often torchrun restarts all ranks after one failed, and the scheduler the
-            job after torchrun failed or a node was lost (local_cwd: torchrun alone)
-        rdzv_port: port of the first node where the nodes meet; jobs that share that node need
-            different ones
-        name: name of the job, `experiment/run` or `run`
-        image: container image with this project installed; unused by local_cwd and slurm
-        env: environment of the ranks, e.g. OMP_NUM_THREADS=4,NCCL_DEBUG=INFO
-        mounts: what to mount into containers, e.g. type=bind,src=/data,dst=/data,readonly
-    """
-    return _distributed_job(
-        "cache",
-        args,
-        nproc,
-        nnodes,
-        cpu,
-        gpu,
-        memMB,
-        max_retries,
-        rdzv_port,
-        name,
-        image,
-        env,
-        mounts,
-    )
-
-
-def benchmark(
-    *args: str,
-    nproc: int = 1,
-    nnodes: int = 1,
-    cpu: int = -1,
-    gpu: int = 0,
-    memMB: int = -1,
-    max_retries: int = 0,
-    rdzv_port: int = 29500,
-    name: str = "recsys-benchmark",
-    image: str = torchx.IMAGE,
-    env: Optional[Dict[str, str]] = None,
-    mounts: Optional[List[str]] = None,
-) -> AppDef:
-    """Measures: `python -m benchmarks.NAME` on every rank.
-
-    Args:
-        args: the benchmark's name, such as throughput, and its arguments, after `--`
-        nproc: ranks per node; 1 for benchmarks that start ranks themselves (ladder, scaling)
-        nnodes: nodes
-        cpu: processor cores to ask for per node; -1 leaves that to the scheduler
-        gpu: GPUs to ask for per node
-        memMB: memory to ask for per node, in MB; -1 leaves that to the scheduler
-        max_retries: how often torchrun restarts all ranks after one failed, and the scheduler the
-            job after torchrun failed or a node was lost (local_cwd: torchrun alone)
-        rdzv_port: port of the first node where the nodes meet; jobs that share that node need
-            different ones
-        name: name of the job, `experiment/run` or `run`
-        image: container image with this project installed; unused by local_cwd and slurm
-        env: environment of the ranks, e.g. OMP_NUM_THREADS=4,NCCL_DEBUG=INFO
-        mounts: what to mount into containers, e.g. type=bind,src=/data,dst=/data,readonly
-    """
-    if not args or args[0].startswith("-"):
-        raise ValueError(
-            "name a benchmark first after `--`: benchmark ... -- throughput --out FOLDER"
-        )
-    return _distributed_job(
-        "benchmark",
-        args[1:],
-        nproc,
-        nnodes,
-        cpu,
-        gpu,
-        memMB,
-        max_retries,
-        rdzv_port,
-        name,
-        image,
-        env,
-        mounts,
-        words=(f"benchmarks.{args[0]}",),
-    )
-
-
-def _distributed_job(
-    command: str,
-    args: tuple[str, ...],
-    nproc: int,
-    nnodes: int,
-    cpu: int,
-    gpu: int,
-    mem_mb: int,
-    max_retries: int,
-    rdzv_port: int,
-    name: str,
-    image: str,
-    env: Optional[Dict[str, str]],
-    mounts: Optional[List[str]],
-    words: Optional[tuple[str, ...]] = None,
-) -> AppDef:
-    """The job that runs `recsys COMMAND ARGS`, or `python -m WORDS ARGS`, on nnodes × nproc ranks.
+    """Runs `python -m ARGS` on nnodes × nproc ranks.
 
     The only place that knows torchx's own component: upstream renames `dist.ddp` to
     `dist.torchrun`.
+
+    Args:
+        args: arguments of the command, after `--`
+        nproc: ranks per node, on GPU nodes one per GPU; need not be the number that trained the
+            model
+        nnodes: nodes
+        cpu: processor cores to ask for per node; -1 leaves that to the scheduler
+        gpu: GPUs to ask for per node
+        memMB: memory to ask for per node, in MB; -1 leaves that to the scheduler
+        max_retries: how often torchrun restarts all ranks after one failed, and the scheduler the
+            job after torchrun failed or a node was lost (local_cwd: torchrun alone)
+        rdzv_port: port of the first node where the nodes meet; jobs that share that node need
+            different ones
+        name: name of the job, `experiment/run` or `run`
+        image: container image with this project installed; unused by local_cwd and slurm
+        env: environment of the ranks, e.g. OMP_NUM_THREADS=4,NCCL_DEBUG=INFO
+        mounts: what to mount into containers, e.g. type=bind,src=/data,dst=/data,readonly
     """
     _check_counts(nproc, nnodes, gpu, max_retries)
     if gpu > 0:
@@ -302,7 +71,6 @@ def _distributed_job(
         os.environ["SBATCH_GPUS"] = str(gpu)
     env = {**_torchrun_environment(nnodes, max_retries), **(env or {})}
     job = dist.ddp(
-        *(words or ("recsys.cli", command)),
         *args,
         # `-m -- recsys.cli ...`: without `--` torchrun takes options of ours that begin like its
         # own for abbreviations, `--run` for `--run-path`, even behind the module.
@@ -311,7 +79,7 @@ def _distributed_job(
         image=image,
         cpu=cpu,
         gpu=gpu,
-        memMB=mem_mb,
+        memMB=memMB,
         j=f"{nnodes}x{nproc}",
         env={key: value for key, value in env.items() if "," not in value},
         max_retries=max_retries,
@@ -319,9 +87,59 @@ def _distributed_job(
         mounts=mounts,
     )
     role = job.roles[0]
-    role.name = command
+    role.name = role_name
     role.args[-1] = f"{_node_setup(nproc, cpu, env)}exec {role.args[-1]}"
     return job
+
+
+def _component(**defaults: Any) -> Callable[[Callable[..., AppDef]], Callable[..., AppDef]]:
+    """Gives a component the signature and the explanations of `_job`, with defaults of its own."""
+
+    def with_options(component: Callable[..., AppDef]) -> Callable[..., AppDef]:
+        own = {"name": f"recsys-{component.__name__}", **defaults}
+        _, *options = inspect.signature(_job).parameters.values()  # without the role's name
+        component.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [option.replace(default=own.get(option.name, option.default)) for option in options]
+        )
+        _, arguments = (_job.__doc__ or "").split("    Args:")
+        component.__doc__ = f"{component.__doc__}\n\n    Args:{arguments}"
+        return component
+
+    return with_options
+
+
+@_component()
+def train(*args: str, **options: Any) -> AppDef:
+    """Trains a model: `recsys train` on every rank."""
+    return _job("train", "recsys.cli", "train", *args, **options)
+
+
+@_component()
+def evaluate(*args: str, **options: Any) -> AppDef:
+    """Measures a trained model: `recsys evaluate` on every rank."""
+    return _job("evaluate", "recsys.cli", "evaluate", *args, **options)
+
+
+@_component()
+def predict(*args: str, **options: Any) -> AppDef:
+    """Scores impressions with a trained model: `recsys predict` on every rank."""
+    return _job("predict", "recsys.cli", "predict", *args, **options)
+
+
+@_component()
+def cache(*args: str, **options: Any) -> AppDef:
+    """Fills the caches of item content: `recsys cache` on every rank."""
+    return _job("cache", "recsys.cli", "cache", *args, **options)
+
+
+@_component(nproc=1)  # ladder and scaling start ranks themselves
+def benchmark(*args: str, **options: Any) -> AppDef:
+    """Measures: `python -m benchmarks.NAME` on every rank; the name is the first of `args`."""
+    if not args or args[0].startswith("-"):
+        raise ValueError(
+            "name a benchmark first after `--`: benchmark ... -- throughput --out FOLDER"
+        )
+    return _job("benchmark", f"benchmarks.{args[0]}", *args[1:], **options)
 
 
 def _check_counts(nproc: int, nnodes: int, gpu: int, max_retries: int) -> None:

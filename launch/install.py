@@ -17,19 +17,17 @@ import hashlib
 import json
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 STAMP_NAME = "recsys-install.json"
-OLDEST_PYTHON = (3, 11)
+PYTHON = Path("bin", "python")  # in a virtual environment
 FIRST_IMPORT = """
 import torch, fbgemm_gpu, torchrec
 from importlib.metadata import version
@@ -38,14 +36,14 @@ print(f"torch {torch.__version__}, torchrec {version('torchrec')}, FBGEMM {fbgem
 
 
 class InstallError(Exception):
-    """What went wrong and how to mend it, in words for the person who runs the installation."""
+    """Says what went wrong and what to do, to the person who runs the installation."""
 
 
 class Stage(NamedTuple):
-    """One call of `pip install`."""
+    """One call of `pip install`, with the arguments that follow these words."""
 
     title: str
-    arguments: list[str]  # what follows `pip install`
+    arguments: list[str]
 
 
 def nvidia_driver_found() -> bool:
@@ -54,41 +52,32 @@ def nvidia_driver_found() -> bool:
         ctypes.CDLL("libnvidia-ml.so.1")
         return True
     except OSError:
-        pass
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return False
-    return subprocess.run([tool], capture_output=True).returncode == 0
+        return succeeds(["nvidia-smi"])
 
 
-def choose_flavor(requested: str, installed: str | None, driver_found: Callable[[], bool]) -> str:
-    """The wheels to install, "cpu" or "cuda".
+def choose_flavor(requested: str, installed: str | None) -> str:
+    """Returns which wheels to install, "cpu" or "cuda".
 
     Args:
         requested: "cpu", "cuda" or "auto".
         installed: the flavor this environment already has; "auto" stays with it, so that an
             environment made with an explicit flavor survives later calls without one.
-        driver_found: tells whether there is an NVIDIA driver; asked only if nothing else decides.
     """
     if requested != "auto":
         return requested
-    if installed is not None:
-        return installed
-    return "cuda" if driver_found() else "cpu"
+    return installed or ("cuda" if nvidia_driver_found() else "cpu")
 
 
 def requirement_name(requirement: str) -> str:
-    """The distribution a requirement is about: "torch" of "torch>=2.13,<2.14"."""
+    """Returns the distribution that a requirement names: "torch" of "torch>=2.13,<2.14"."""
     match = re.match(r"[A-Za-z0-9._-]+", requirement)
     assert match, f"pyproject.toml: {requirement!r} does not begin with a name"
     return re.sub(r"[-_.]+", "-", match.group()).lower()
 
 
 def for_cpu(requirement: str) -> str:
-    """The same requirement for a machine without a GPU: FBGEMM's CPU distribution."""
-    if requirement_name(requirement) != "fbgemm-gpu":
-        return requirement
-    return re.sub(r"^fbgemm[-_.]gpu", "fbgemm-gpu-cpu", requirement)
+    """Returns a requirement as a machine without a GPU has it: FBGEMM's CPU distribution."""
+    return re.sub(r"^fbgemm[-_.]gpu(?![-_.\w])", "fbgemm-gpu-cpu", requirement)
 
 
 def installation_stages(
@@ -98,7 +87,7 @@ def installation_stages(
     index_url: str | None = None,
     root: Path = PROJECT_ROOT,
 ) -> list[Stage]:
-    """The calls of pip that install the project, in order.
+    """Returns the calls of pip that install the project, in order.
 
     Args:
         project: the table `[project]` of pyproject.toml.
@@ -118,8 +107,7 @@ def installation_stages(
     else:
         alone.append(required.pop("torchrec"))
     rest = [for_cpu(line) if flavor == "cpu" else line for line in required.values()]
-    if dev:
-        rest += groups["dev"]
+    rest += groups["dev"] if dev else []
     index = ["--index-url", index_url] if index_url else []
     return [
         Stage("torch" if flavor == "cpu" else "torch and FBGEMM for CUDA", [*index, *first]),
@@ -131,11 +119,9 @@ def installation_stages(
 
 
 def digest_of_inputs(root: Path = PROJECT_ROOT) -> str:
-    """A hash of what decides the packages: pyproject.toml and this file."""
-    digest = hashlib.sha256()
-    for path in (root / "pyproject.toml", Path(__file__)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    """Returns a hash of what decides the packages: pyproject.toml and this file."""
+    inputs = (root / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
+    return hashlib.sha256(inputs).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -151,8 +137,7 @@ class Stamp:
 
     def serves(self, wanted: Stamp) -> bool:
         """Whether all that is wanted is there; an environment with `dev` serves a call without."""
-        alike = replace(self, dev=wanted.dev, complete=wanted.complete) == wanted
-        return alike and self.complete and (self.dev or not wanted.dev)
+        return replace(self, dev=self.dev and wanted.dev) == replace(wanted, complete=True)
 
     def is_same_kind(self, wanted: Stamp) -> bool:
         """Whether the wanted packages can be installed on top of what is there.
@@ -160,10 +145,8 @@ class Stamp:
         The two distributions of FBGEMM overwrite each other's files, and an environment that was
         moved or whose Python changed has scripts that point nowhere.
         """
-        return all(
-            getattr(self, field) == getattr(wanted, field)
-            for field in ("flavor", "python", "location")
-        )
+        ours = (self.flavor, self.python, self.location)
+        return ours == (wanted.flavor, wanted.python, wanted.location)
 
 
 def read_stamp(environment: Path) -> Stamp | None:
@@ -179,11 +162,6 @@ def write_stamp(environment: Path, stamp: Stamp) -> None:
     (environment / STAMP_NAME).write_text(json.dumps(asdict(stamp), indent=2) + "\n")
 
 
-def python_of(environment: Path) -> Path:
-    """The interpreter of a virtual environment."""
-    return environment / "bin" / "python"
-
-
 def make_environment(environment: Path, start_over: bool) -> None:
     """Makes the virtual environment, or finishes or replaces one.
 
@@ -191,20 +169,17 @@ def make_environment(environment: Path, start_over: bool) -> None:
         InstallError: if the folder holds something else, or Python lacks the module venv.
     """
     if (environment / "pyvenv.cfg").exists():
-        if not start_over and succeeds([str(python_of(environment)), "-m", "pip", "--version"]):
+        if not start_over and succeeds([str(environment / PYTHON), "-m", "pip", "--version"]):
             return
     elif environment.exists() and any(environment.iterdir()):
-        raise InstallError(
-            f"--venv {environment}: the folder exists and is no virtual environment; "
-            "name another or empty it"
-        )
+        problem = "the folder exists and is no virtual environment; name another or empty it"
+        raise InstallError(f"--venv {environment}: {problem}")
     command = [sys.executable, "-m", "venv", "--clear", str(environment)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise InstallError(
-            f"{' '.join(command)} failed:\n{(done.stdout + done.stderr).strip()}\n"
-            "On Debian and Ubuntu the module venv is a package of its own: "
-            "apt install python3-venv"
+            f"{' '.join(command)} failed:\n{(done.stdout + done.stderr).strip()}\nOn Debian and "
+            "Ubuntu the module venv is a package of its own: apt install python3-venv"
         )
 
 
@@ -223,7 +198,7 @@ def install_stage(environment: Path, stage: Stage) -> None:
         InstallError: if pip fails.
     """
     # -I: PYTHONPATH and the user's own site-packages must not pass for installed packages.
-    command = [str(python_of(environment)), "-I", "-m", "pip", "install", "--quiet"]
+    command = [str(environment / PYTHON), "-I", "-m", "pip", "install", "--quiet"]
     command += ["--disable-pip-version-check", "--no-input", *stage.arguments]
     code = subprocess.run(command).returncode
     if code != 0:
@@ -241,22 +216,21 @@ def check_imports(environment: Path, flavor: str) -> str:
     """
     if flavor == "cuda" and not nvidia_driver_found():
         return "not imported: FBGEMM for CUDA needs an NVIDIA driver, and this machine has none"
-    command = [str(python_of(environment)), "-I", "-W", "ignore", "-c", FIRST_IMPORT]
+    command = [str(environment / PYTHON), "-I", "-W", "ignore", "-c", FIRST_IMPORT]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise InstallError(
-            f"the installed packages cannot be imported:\n{done.stderr.strip()}\n"
-            f"Start over: rm -r {environment}, then {sys.executable} {Path(__file__)} "
-            f"--flavor {flavor}"
+            f"the installed packages cannot be imported:\n{done.stderr.strip()}\nStart over: "
+            f"rm -r {environment}, then {sys.executable} {Path(__file__)} --flavor {flavor}"
         )
     return done.stdout.strip()
 
 
-def timed(title: str, step: Callable[[], Any]) -> Any:
-    """Runs one step, with its title before and its seconds after, and returns its result."""
+def timed(title: str, step: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls one step between its title and its seconds, and returns its result."""
     print(f"  {title} ...", end=" ", flush=True)
     started = time.monotonic()
-    result = step()
+    result = step(*arguments)
     print(f"{time.monotonic() - started:.0f} s", flush=True)
     return result
 
@@ -265,67 +239,61 @@ def install(environment: Path, flavor: str, dev: bool, index_url: str | None) ->
     """Brings the environment to the wanted state; returns at once where it already is.
 
     Raises:
-        InstallError: with the cause and the mend, if a step fails.
+        InstallError: a step failed; names the cause and what to do.
     """
     import tomllib  # here, as it is what an older Python lacks
 
     stamp = read_stamp(environment)
-    flavor = choose_flavor(flavor, stamp.flavor if stamp else None, nvidia_driver_found)
-    python = platform.python_version()
-    wanted = Stamp(flavor, python, str(environment), digest_of_inputs(), dev)
+    flavor = choose_flavor(flavor, stamp.flavor if stamp else None)
+    wanted = Stamp(flavor, platform.python_version(), str(environment), digest_of_inputs(), dev)
     if stamp is not None and stamp.serves(wanted):
         return
     start_over = stamp is not None and not stamp.is_same_kind(wanted)
     if stamp is not None and not start_over:
         wanted = replace(wanted, dev=dev or stamp.dev)
-    print(f"Installing into {environment} (flavor {flavor}, Python {python})")
-    timed("virtual environment", lambda: make_environment(environment, start_over))
+    print(f"Installing into {environment} (flavor {flavor}, Python {wanted.python})")
+    timed("virtual environment", make_environment, environment, start_over)
     write_stamp(environment, wanted)
     project = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["project"]
     for stage in installation_stages(project, flavor, wanted.dev, index_url):
-        timed(stage.title, partial(install_stage, environment, stage))
-    versions = timed("first import", lambda: check_imports(environment, flavor))
+        timed(stage.title, install_stage, environment, stage)
+    versions = timed("first import", check_imports, environment, flavor)
     write_stamp(environment, replace(wanted, complete=True))
-    print(f"Installed: {versions}. Its Python: {python_of(environment)}")
+    print(f"Installed: {versions}. Its Python: {environment / PYTHON}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Installs as the command line says; 0 if the environment is ready, else 1."""
-    if sys.version_info < OLDEST_PYTHON:
-        found = platform.python_version()
-        print(f"Python {found} at {sys.executable} is too old: 3.11 or newer is needed.")
-        print("Run this file with a newer one, e.g. python3.12 launch/install.py,")
-        print("or make PYTHON=python3.12 install")
+    if sys.version_info < (3, 11):  # noqa: UP036, as this file runs on any Python
+        print(
+            f"Python {platform.python_version()} at {sys.executable} is too old: 3.11 or newer is "
+            "needed.\nRun this file with a newer one, e.g. python3.12 launch/install.py,\n"
+            "or make PYTHON=python3.12 install"
+        )
         return 1
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--venv", default=".venv", help="folder of the environment")
-    parser.add_argument(
-        "--flavor",
-        choices=["auto", "cpu", "cuda"],
-        default="auto",
-        help="which wheels; auto: what the environment already has, else cuda where an NVIDIA "
-        "driver is found, else cpu",
-    )
-    parser.add_argument(
-        "--dev",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="also install what tests and linters need",
-    )
-    parser.add_argument(
-        "--index-url",
-        metavar="URL",
-        help="package index for torch (with --flavor cuda also FBGEMM), e.g. "
-        "https://download.pytorch.org/whl/cpu, whose wheels for CPU are far smaller than the "
-        "default ones for CUDA",
-    )
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
         install(Path(options.venv).absolute(), options.flavor, options.dev, options.index_url)
+        return 0
     except InstallError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
-    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--venv", default=".venv", help="folder of the environment")
+    flavors = "which wheels; auto: the environment's, else cuda with an NVIDIA driver, else cpu"
+    add("--flavor", choices=["auto", "cpu", "cuda"], default="auto", help=flavors)
+    dev = "also install what tests and linters need"
+    add("--dev", action=argparse.BooleanOptionalAction, default=False, help=dev)
+    index = (
+        "package index for torch (with --flavor cuda also FBGEMM), e.g. "
+        "https://download.pytorch.org/whl/cpu, whose wheels for CPU are far smaller"
+    )
+    add("--index-url", metavar="URL", help=index)
+    return parser
 
 
 if __name__ == "__main__":

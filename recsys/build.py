@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.optim import AdamW
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
@@ -19,7 +19,8 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from embeddings import format_plan, fuse_table_optimizers, plan_sharding, sharders
 from embeddings.row_reset import RowReset
-from recsys.config import Config, content_settings
+from recsys.config import Config, content_settings, softmax_settings
+from recsys.config.checks import validate
 from recsys.content.batch_preparation import BatchPreparation, chooses_items
 from recsys.content.build import build_content
 from recsys.data.batch_builder import BatchBuilder
@@ -29,7 +30,7 @@ from recsys.data.negatives import NegativeSampler
 from recsys.data.parquet.file import mean_list_lengths
 from recsys.data.schema import Schema, load_schema
 from recsys.data.vocabularies import BoundedVocabularies
-from recsys.distributed.accumulation import AccumulatingPipeline
+from recsys.distributed.accumulation import AccumulatingPipeline, DenseUpdate
 from recsys.distributed.ranks import Ranks
 from recsys.model.build import build_em3
 from recsys.model.compilation import compile_dense_parts
@@ -37,11 +38,14 @@ from recsys.model.em3 import EM3
 from recsys.model.precision import use_bfloat16
 from recsys.model.tables import pooled_features, table_configs
 from recsys.optimizer import (
+    AveragedWeights,
+    LearningRateShare,
+    build_averages,
     build_dense_optimizer,
+    build_schedule,
     dense_groups,
     describe_optimizers,
-    initialize_optimizer_state,
-    warmup_schedule,
+    set_updates,
 )
 from recsys.ranking.item_categories import load_item_categories
 
@@ -57,8 +61,9 @@ class Job:
     store: ContentStore | None
     model: DistributedModelParallel
     optimizer: CombinedOptimizer
-    adamw: AdamW  # the dense part of `optimizer`
+    dense_optimizer: Optimizer  # the dense part of `optimizer`
     schedule: LambdaLR
+    averages: AveragedWeights | None  # of the dense weights
     pipeline: AccumulatingPipeline
     vocabularies: BoundedVocabularies
     preparation: BatchPreparation
@@ -74,16 +79,16 @@ class Job:
 
     def set_step(self, step: int, dense_step: int) -> None:
         """Sets the age that the bank writes and learning rates to those after so many steps."""
-        self.schedule.last_epoch = dense_step
-        for group, base, share in zip(
-            self.adamw.param_groups,
-            self.schedule.base_lrs,
-            self.schedule.lr_lambdas,
-            strict=True,
-        ):
-            group["lr"] = base * share(dense_step)
+        set_updates(self.schedule, dense_step)
         if self.em3.content is not None:
             self.em3.content.step = step
+
+    def plan_epochs(self, batches_per_epoch: int) -> None:
+        """Sets how many dense updates all epochs have, by whose end learning rates have decayed."""
+        updates = -(-batches_per_epoch // self.config.accumulate_steps) * self.config.epochs
+        for share in self.schedule.lr_lambdas:
+            assert isinstance(share, LearningRateShare)
+            share.end_at(updates)
 
     def batch_builder(self, with_labels: bool = True) -> BatchBuilder:
         """Makes batches as this model wants them."""
@@ -105,15 +110,25 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
         ValueError: on every rank, when any rank finds the data, the configuration or the plan
             wanting.
     """
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.manual_seed(config.seed)  # the same on all ranks: initial weights agree
     with ranks.raise_on_all_ranks():
+        validate(config)
         root = Location.of(data)
         schema = load_schema(root)
         tables = table_configs(config, schema, mean_list_lengths(root, schema))
     store, encoders, bank = build_content(config, root, schema, ranks)
     with ranks.raise_on_all_ranks():
         categories = load_item_categories(config.ranking, root, schema, config.on_bad_row)
-        em3 = build_em3(config, schema, tables, encoders, bank, item_categories=categories)
+        em3 = build_em3(
+            config,
+            schema,
+            tables,
+            encoders,
+            bank,
+            item_categories=categories,
+            process_group=ranks.group,
+        )
         fuse_table_optimizers(em3, tables)
         if config.precision == "bf16":
             use_bfloat16(em3, ranks.device)
@@ -127,17 +142,18 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
     model = DistributedModelParallel(
         em3, ShardingEnv.from_process_group(ranks.group), ranks.device, plan, cuts
     )
-    optimizer, adamw = build_dense_optimizer(model, dense_groups(config))
-    initialize_optimizer_state(adamw)  # a checkpoint fills only what is there
-    schedule = warmup_schedule(adamw, config.optimizer.warmup_steps)
+    optimizer, dense = build_dense_optimizer(model, dense_groups(config), config.optimizer)
+    schedule = build_schedule(dense, config.optimizer)
+    averages = build_averages(model, config.optimizer)
     bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
     reset = RowReset(model, bounded, config.seed)
     pooled = pooled_features(config, schema)
     vocabularies = BoundedVocabularies(schema, pooled, ranks.group, reset)
     sampler = None
-    if config.ranking.loss != "pointwise":
-        sampler = NegativeSampler(config.ranking, schema.num_items, schema.target_item)
-    pipeline = AccumulatingPipeline(model, optimizer, ranks.device, config.accumulate_steps)
+    if softmax := softmax_settings(config.ranking):
+        sampler = NegativeSampler(softmax, schema.num_items, schema.target_item)
+    update = DenseUpdate(optimizer, dense, config.optimizer.clip_norm, averages)
+    pipeline = AccumulatingPipeline(model, update, ranks.device, config.accumulate_steps)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
     return Job(
         config,
@@ -147,11 +163,12 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
         store,
         model,
         optimizer,
-        adamw,
+        dense,
         schedule,
+        averages,
         pipeline,
         vocabularies,
         BatchPreparation(config, store, bank, vocabularies, ranks.group, sampler),
         plan=format_plan(plan, tables),
-        parameters=describe_optimizers(model, tables, adamw),
+        parameters=describe_optimizers(model, tables, dense),
     )

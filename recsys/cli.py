@@ -20,18 +20,21 @@ from jsonargparse import Namespace
 
 from recsys import doctor
 
+logger = logging.getLogger(__name__)
+
 
 def _prepare(arguments: Namespace) -> None:
     from recsys.data.movielens.prepare import format_summary, prepare_movielens
     from recsys.data.prepare_vocabulary import format_prepared, prepare_vocabularies
+    from recsys.distributed.log import print_table
 
     if arguments.subcommand == "vocabulary":
-        print(format_prepared(prepare_vocabularies(arguments.vocabulary.data)))
+        print_table(format_prepared(prepare_vocabularies(arguments.vocabulary.data)))
         return
     chosen = arguments.movielens
     summary = prepare_movielens(chosen.source, chosen.out, chosen.history_length, chosen.split)
-    print(format_summary(summary))
-    print(f"written to {chosen.out}")
+    print_table(format_summary(summary))
+    logger.info("written to %s", chosen.out)
 
 
 def _explain_data(arguments: Namespace) -> None:
@@ -122,13 +125,14 @@ def _report(arguments: Namespace) -> None:
 
 
 def _compare(arguments: Namespace) -> None:
+    from recsys.distributed.log import print_table
     from recsys.evaluation.compare import compare_runs, format_comparison, write_comparison
 
     report = compare_runs(arguments.runs, arguments.split)
-    print(format_comparison(report))
+    print_table(format_comparison(report))
     if arguments.out is not None:
         write_comparison(report, arguments.out)
-        print(f"written to {arguments.out}")
+        logger.info("written to %s", arguments.out)
 
 
 def _export_tables(arguments: Namespace) -> None:
@@ -138,8 +142,8 @@ def _export_tables(arguments: Namespace) -> None:
         raise ValueError(f"{arguments.run}: holds no finished run (metrics.json); train it first")
     counts = export_tables(arguments.run / "checkpoints" / "best", arguments.out, arguments.table)
     for name, rows in counts.items():
-        print(f"table {name}: {rows:,} rows")
-    print(f"written to {arguments.out}")
+        logger.info("table %s: %s rows", name, f"{rows:,}")
+    logger.info("written to %s", arguments.out)
 
 
 COMMANDS: dict[str, Callable[[Namespace], None]] = {
@@ -183,14 +187,21 @@ def main(words: list[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     from recsys.cli_arguments import command_parser
     from recsys.distributed.lockstep import TrainingStopped
+    from recsys.distributed.log import configure_logging
 
-    parser = command_parser()
+    parser = command_parser(words)
     if not words:
         parser.print_help()
         return 2
     arguments = parser.instantiate(parser.parse_args(words))
+    chosen = arguments[arguments.subcommand]
+    configure_logging(
+        int(os.environ.get("RANK", "0")),
+        chosen.get("log_level", "auto"),
+        chosen.get("log_format", "text"),
+    )
     try:
-        COMMANDS[arguments.subcommand](arguments[arguments.subcommand])
+        COMMANDS[arguments.subcommand](chosen)
     except TrainingStopped as stopped:
         sys.stderr.write(f"{stopped}\n")
         return 128 + signal.SIGTERM

@@ -5,6 +5,7 @@ Imports of what is slow, or of what a broken installation lacks, are inside the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +16,12 @@ from jsonargparse import ArgumentParser
 _Parser = partial(ArgumentParser, allow_abbrev=False)
 
 
-def command_parser() -> ArgumentParser:
-    """Of all commands; `subcommand` of what it parses is the command's name."""
-    from recsys.config import add_config_arguments
+def command_parser(words: Sequence[str]) -> ArgumentParser:
+    """Returns the parser of all commands; `subcommand` of what it parses is the command's name.
 
+    Args:
+        words: the command line, whose ranking model decides which settings there are.
+    """
     parser = _Parser(prog="recsys", description="Trains and runs EM3 recommenders.")
     commands = parser.add_subcommands()
 
@@ -26,6 +29,7 @@ def command_parser() -> ArgumentParser:
     commands.add_subcommand("doctor", command)
 
     command = _Parser(description="Makes a dataset of a known source, or the maps of its ids.")
+    _add_log_arguments(command)
     commands.add_subcommand("prepare", command)
     sources = command.add_subcommands()
     source = _Parser(description="MovieLens -> the dataset format.")
@@ -43,24 +47,48 @@ def command_parser() -> ArgumentParser:
     source.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
     sources.add_subcommand("vocabulary", source)
 
-    _add_looks(commands)
+    _add_looks(commands, words)
     command = _Parser(description="Fills the caches of item content that a model trains with.")
-    add_config_arguments(command)
+    _add_settings(command, "cache", words)
     command.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
     commands.add_subcommand("cache", command)
 
-    _add_train(commands)
+    _add_train(commands, words)
     _add_runs(commands)
     _add_export(commands)
     return parser
 
 
-def _add_train(commands: Any) -> None:
-    from recsys.checkpoint.run_folder import Resume
+def _add_log_arguments(command: ArgumentParser) -> None:
+    """Adds the options of the log to a command without the settings of a run."""
+    from recsys.config import LogFormat, LogLevel
+
+    command.add_argument(
+        "--log_level",
+        type=LogLevel,
+        default="auto",
+        help="lowest level to log; auto: info on rank 0, warning on the others",
+    )
+    command.add_argument(
+        "--log_format", type=LogFormat, default="text", help="text, or json: an object per line"
+    )
+
+
+def _add_settings(
+    command: ArgumentParser, name: str, words: Sequence[str], skip: frozenset[str] = frozenset()
+) -> None:
+    """Adds the settings of a run to a command, if it is the one that is called."""
     from recsys.config import add_config_arguments
 
+    if words[:1] == [name]:
+        add_config_arguments(command, words, skip)
+
+
+def _add_train(commands: Any, words: Sequence[str]) -> None:
+    from recsys.checkpoint.run_folder import Resume
+
     command = _Parser(description="Trains a model; every setting can be overridden.")
-    add_config_arguments(command)
+    _add_settings(command, "train", words)
     command.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
     command.add_argument("--out", type=Path | None, help="folder of the run to write")
     command.add_argument(
@@ -115,13 +143,13 @@ def _add_runs(commands: Any) -> None:
     )
     command.add_argument("--split", type=str, default="test", help="train, valid or test")
     command.add_argument("--out", type=Path | None, help="JSON file to write the numbers to")
+    _add_log_arguments(command)
     commands.add_subcommand("compare", command)
 
 
-def _add_looks(commands: Any) -> None:
+def _add_looks(commands: Any, words: Sequence[str]) -> None:
     """Commands that look before anything is trained."""
     from embeddings.simulated_cluster import FigureOverrides
-    from recsys.config import add_config_arguments
 
     command = _Parser(description="What is in a dataset, and what to mend before training.")
     command.add_argument("data", type=str, help="dataset: folder or URL")
@@ -132,10 +160,11 @@ def _add_looks(commands: Any) -> None:
         help="as in training: error ends with the first row that cannot be used",
     )
     command.add_argument("--json", type=Path | None, help="file to write the numbers to")
+    _add_log_arguments(command)
     commands.add_subcommand("explain-data", command)
 
     command = _Parser(description="What a run would be, on any cluster: sizes, plan, time.")
-    add_config_arguments(command, skip=frozenset({"device"}))
+    _add_settings(command, "describe", words, skip=frozenset({"device"}))
     command.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
     command.add_argument(
         "--device",
@@ -166,6 +195,7 @@ def _add_export(commands: Any) -> None:
     command.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     command.add_argument("--out", type=Path, required=True, help="Parquet file to write")
     command.add_argument("--table", type=str, nargs="+", help="tables by name; default: all")
+    _add_log_arguments(command)
     commands.add_subcommand("export-tables", command)
 
 
@@ -173,3 +203,4 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--data", type=str | None, help="dataset; default: the run's own")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    _add_log_arguments(parser)

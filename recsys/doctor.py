@@ -1,4 +1,4 @@
-"""Checks that torch, torchrec and FBGEMM fit together, and says how to mend it where they do not.
+"""Checks that torch, torchrec and FBGEMM fit together, and names the command that makes them fit.
 
 The three are built for each other version by version; a mismatch shows as "undefined symbol" or a
 missing operator somewhere inside an import, which tells a user nothing. Every job runs the check
@@ -8,7 +8,6 @@ is asked for, so that this module works where the packages do not.
 
 import ctypes
 import importlib
-import importlib.util
 import os
 import platform
 import re
@@ -16,6 +15,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 # (torch, torchrec, FBGEMM) as their projects release them together.
 MATCHING_TRIPLES = (
@@ -24,7 +24,7 @@ MATCHING_TRIPLES = (
     ("2.14", "1.9", "1.9"),
     ("2.15", "1.9", "1.9"),
 )
-# The row that this project is tested with, and which a mend installs.
+# The row that this project is tested with, and which `install_command` installs.
 TESTED_TRIPLE = MATCHING_TRIPLES[1]
 
 FBGEMM_CUDA = "fbgemm-gpu"
@@ -41,11 +41,11 @@ class Problem:
     """Something that keeps a job from running."""
 
     what: str
-    mend: str  # the command that mends it
+    fix: str  # a command of the shell
 
 
 def check_installation() -> list[Problem]:
-    """What is wrong with the installed packages; an empty list if a job can run.
+    """Returns the problems of the installed packages; an empty list if a job can run.
 
     Versions are compared first, from the packages' metadata; only if they match are the packages
     imported and one FBGEMM operator run, as a mismatch makes imports fail in misleading ways.
@@ -53,13 +53,11 @@ def check_installation() -> list[Problem]:
     Example::
 
         for problem in check_installation():
-            print(problem.what, problem.mend, sep="\\n")
+            print(problem.what, problem.fix, sep="\\n")
     """
-    problems = _fbgemm_problems()
-    if not problems:
-        problems = _triple_problems()
+    problems = _fbgemm_problems() or _triple_problems()
     problems += [
-        Problem(f"{package} is not installed", _pip(package))
+        Problem(f"{package} is not installed", _pip("install", package))
         for package in OTHER_PACKAGES
         if _version(package) is None
     ]
@@ -70,28 +68,27 @@ def require_working_installation() -> None:
     """Ends a job before it starts if the installed packages do not work.
 
     Raises:
-        RuntimeError: naming each problem and the command that mends it.
+        RuntimeError: a package is missing or broken; names each problem and its fix.
     """
     problems = check_installation()
     if problems:
-        lines = [f"{problem.what}\n  mend: {problem.mend}" for problem in problems]
+        lines = [f"{problem.what}\n  fix: {problem.fix}" for problem in problems]
         raise RuntimeError("this installation cannot run a job:\n" + "\n".join(lines))
 
 
 def report() -> str:
-    """Versions, the triple, devices and memory, in lines for people."""
-    torch_version, torchrec_version = _version("torch"), _version("torchrec")
-    fbgemm = _installed_fbgemm()
+    """Returns versions, the triple, devices and memory, in lines for people."""
+    fbgemm = ", ".join(f"{name} {version}" for name, version in _installed_fbgemm().items())
+    encoders = ((label, _version(name), name) for label, name in ENCODER_PACKAGES)
     rows = [
         ("Python", f"{platform.python_version()} at {sys.executable}"),
         ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
-        ("torch", torch_version or "missing"),
-        ("torchrec", torchrec_version or "missing"),
-        ("FBGEMM", ", ".join(f"{name} {found}" for name, found in fbgemm.items()) or "missing"),
+        *((package, _version(package) or "missing") for package in ("torch", "torchrec")),
+        ("FBGEMM", fbgemm or "missing"),
         ("triple", "does not match" if _triple_problems() else "matches"),
         *((package, _version(package) or "missing") for package in OTHER_PACKAGES),
-        *_encoder_rows(),
-        ("processor", f"{_processor_name()}, {len(os.sched_getaffinity(0))} cores usable"),
+        *((label, f"{name} {version or 'missing'}") for label, version, name in encoders),
+        ("processor", _processor()),
         ("memory", _memory()),
         *_gpu_rows(),
     ]
@@ -107,12 +104,12 @@ def main() -> int:
         print("\nEverything a job needs works.")
         return 0
     for problem in problems:
-        print(f"\nproblem: {problem.what}\nmend:    {problem.mend}")
+        print(f"\nproblem: {problem.what}\nfix:     {problem.fix}")
     return 1
 
 
 def _version(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
+    """Returns the installed version of a distribution, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -120,18 +117,16 @@ def _version(package: str) -> str | None:
 
 
 def _installed_fbgemm() -> dict[str, str]:
-    """The installed distributions of FBGEMM and their versions; both share one import name."""
-    found = {name: _version(name) for name in (FBGEMM_CUDA, FBGEMM_CPU)}
-    return {name: version for name, version in found.items() if version is not None}
+    """Returns the versions of FBGEMM's distributions, which share one import name."""
+    return {name: found for name in (FBGEMM_CUDA, FBGEMM_CPU) if (found := _version(name))}
 
 
 def _fbgemm_problems() -> list[Problem]:
-    """Both distributions of FBGEMM at once, or the CUDA one without a driver."""
+    """Finds both distributions of FBGEMM at once, or the CUDA one without a driver."""
     found = _installed_fbgemm()
-    reinstall = f"{_pip('-y', FBGEMM_CUDA, FBGEMM_CPU, verb='uninstall')} && {install_command()}"
     if len(found) == 2:
         what = f"{FBGEMM_CUDA} and {FBGEMM_CPU} are both installed and overwrite each other's files"
-        return [Problem(what, reinstall)]
+        return [Problem(what, _reinstall_command(FBGEMM_CUDA, FBGEMM_CPU))]
     # PyTorch's own index serves a CPU build under the CUDA name, marked +cpu.
     needs_driver = FBGEMM_CUDA in found and not found[FBGEMM_CUDA].endswith("+cpu")
     if needs_driver and not nvidia_driver_found():
@@ -139,12 +134,12 @@ def _fbgemm_problems() -> list[Problem]:
             f"{FBGEMM_CUDA} {found[FBGEMM_CUDA]} is the CUDA wheel, which cannot be imported "
             "without an NVIDIA driver, and this machine has none"
         )
-        return [Problem(what, reinstall)]
+        return [Problem(what, _reinstall_command(FBGEMM_CUDA, FBGEMM_CPU))]
     return []
 
 
 def _triple_problems() -> list[Problem]:
-    """Versions of torch, torchrec and FBGEMM that are missing or not made for each other."""
+    """Finds versions of torch, torchrec and FBGEMM that are missing or not made for each other."""
     fbgemm = next(iter(_installed_fbgemm().values()), None)
     installed = {"torch": _version("torch"), "torchrec": _version("torchrec"), "FBGEMM": fbgemm}
     missing = [name for name, version in installed.items() if version is None]
@@ -159,7 +154,7 @@ def _triple_problems() -> list[Problem]:
 
 
 def _import_problems() -> list[Problem]:
-    """Packages of the right versions that fail to import or to compute."""
+    """Finds packages of the right versions that fail to import or to compute."""
     # torch first: the others load its libraries.
     for name in ("torch", "fbgemm_gpu", "torchrec"):
         try:
@@ -170,9 +165,9 @@ def _import_problems() -> list[Problem]:
     import torch
 
     try:
-        offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(torch.tensor([1, 2]))
-        works = offsets.tolist() == [0, 1, 3]
-        cause = f"the operator asynchronous_complete_cumsum returned {offsets.tolist()}"
+        offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(torch.tensor([1, 2])).tolist()
+        cause = f"the operator asynchronous_complete_cumsum returned {offsets}"
+        works = offsets == [0, 1, 3]
     except Exception as error:
         works, cause = False, f"{type(error).__name__}: {error}"
     if not works:
@@ -180,32 +175,33 @@ def _import_problems() -> list[Problem]:
         return [Problem(what, install_command(force=True))]
     if torch.cuda.is_available() and FBGEMM_CPU in _installed_fbgemm():
         what = f"torch sees a GPU, but {FBGEMM_CPU} has no CUDA operators"
-        uninstall = _pip("-y", FBGEMM_CPU, verb="uninstall")
-        return [Problem(what, f"{uninstall} && {install_command()}")]
+        return [Problem(what, _reinstall_command(FBGEMM_CPU))]
     return []
 
 
 def install_command(force: bool = False) -> str:
-    """The shell command that installs the tested triple, as this machine needs it.
+    """Returns the shell command that installs the tested triple, as this machine needs it.
 
     Args:
         force: install again what is there already, for packages whose files are broken.
     """
-    torch_minor, torchrec_minor, fbgemm_minor = TESTED_TRIPLE
-    torch_packages = [f"torch=={torch_minor}.*"]
-    torchrec = f"torchrec=={torchrec_minor}.*"
-    options = ("--force-reinstall", "--no-deps") if force else ()
-    if nvidia_driver_found():
-        return _pip(*options, *torch_packages, torchrec, f"{FBGEMM_CUDA}=={fbgemm_minor}.*")
-    fbgemm = f"{FBGEMM_CPU}=={fbgemm_minor}.*"
+    has_driver = nvidia_driver_found()
+    names = ("torch", "torchrec", FBGEMM_CUDA if has_driver else FBGEMM_CPU)
+    torch, torchrec, fbgemm = (f"{name}=={minor}.*" for name, minor in zip(names, TESTED_TRIPLE))
     if force:
-        return _pip(*options, *torch_packages, torchrec, fbgemm)
+        return _pip("install", "--force-reinstall", "--no-deps", torch, torchrec, fbgemm)
+    if has_driver:
+        return _pip("install", torch, torchrec, fbgemm)
     # torchrec asks for FBGEMM's CUDA wheel: without dependencies, as the CPU wheel is there.
-    return f"{_pip(*torch_packages, fbgemm)} && {_pip('--no-deps', torchrec)}"
+    return f"{_pip('install', torch, fbgemm)} && {_pip('install', '--no-deps', torchrec)}"
+
+
+def _reinstall_command(*packages: str) -> str:
+    return f"{_pip('uninstall', '-y', *packages)} && {install_command()}"
 
 
 def nvidia_driver_found() -> bool:
-    """Whether the library that FBGEMM's CUDA wheel links to can be loaded."""
+    """Returns whether the library that FBGEMM's CUDA wheel links to can be loaded."""
     try:
         ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -213,49 +209,41 @@ def nvidia_driver_found() -> bool:
     return True
 
 
-def _pip(*arguments: str, verb: str = "install") -> str:
-    """A command of this interpreter's pip, quoted for a shell."""
-    return shlex.join([sys.executable, "-m", "pip", verb, *arguments])
+def _pip(*arguments: str) -> str:
+    """Returns a command of this interpreter's pip, quoted for a shell."""
+    return shlex.join([sys.executable, "-m", "pip", *arguments])
 
 
 def _minor(version: str) -> str:
-    """ "2.13" of "2.13.0+cpu"."""
+    """Returns "2.13" of "2.13.0+cpu"."""
     match = re.match(r"\d+\.\d+", version)
     return match.group() if match else version
 
 
-def _encoder_rows() -> list[tuple[str, str]]:
-    """The optional pretrained encoders that come as packages."""
-    return [
-        (label, f"{package} {found}" if (found := _version(package)) else f"{package} missing")
-        for label, package in ENCODER_PACKAGES
-    ]
-
-
-def _processor_name() -> str:
-    """The processor's model as Linux reports it."""
+def _from_proc(file: str, field: str) -> str | None:
+    """Returns the first value of a field in a file of Linux's /proc, or None."""
     try:
-        with open("/proc/cpuinfo") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
+        found = re.search(rf"^{field}\s*:\s*(.+)$", Path("/proc", file).read_text(), re.MULTILINE)
     except OSError:
-        pass
-    return platform.processor() or "unknown processor"
+        return None
+    return found.group(1) if found else None
+
+
+def _processor() -> str:
+    name = _from_proc("cpuinfo", "model name") or platform.processor() or "unknown processor"
+    return f"{name}, {len(os.sched_getaffinity(0))} cores usable"
 
 
 def _memory() -> str:
-    """Total and available memory."""
-    if importlib.util.find_spec("psutil") is None:
-        return f"unknown: psutil is not installed ({_pip('psutil')})"
-    import psutil
-
-    memory = psutil.virtual_memory()
-    return f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB available"
+    total, available = (_from_proc("meminfo", name) for name in ("MemTotal", "MemAvailable"))
+    if total is None or available is None:
+        return "unknown: /proc/meminfo does not say"
+    total_gib, available_gib = (int(text.split()[0]) / 2**20 for text in (total, available))
+    return f"{total_gib:.1f} GiB, {available_gib:.1f} GiB available"
 
 
 def _gpu_rows() -> list[tuple[str, str]]:
-    """Each GPU that torch can use, with its memory."""
+    """Returns each GPU that torch can use, with its memory."""
     try:
         import torch
 

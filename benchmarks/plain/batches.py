@@ -23,6 +23,7 @@ from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema, load_schema
 from recsys.distributed.ranks import Ranks
 from recsys.model.tables import pooled_features
+from recsys.ranking.din_dcn import DinDcnSettings
 
 
 class PlainSource:
@@ -60,6 +61,8 @@ class PlainSource:
 
     def sizes(self) -> TwinSizes:
         config, content, schema = self.config, self.content, self.schema
+        ranking = config.ranking
+        assert isinstance(ranking, DinDcnSettings)
         return TwinSizes(
             pooled_rows=[
                 schema.limit(schema.table_of(name)) for name in pooled_features(config, schema)
@@ -74,11 +77,11 @@ class PlainSource:
             num_layers=content.fusion.num_layers,
             num_heads=content.fusion.num_heads,
             fusion_dropout=content.fusion.dropout,
-            attention_units=config.ranking.attention_units,
-            cross_layers=config.ranking.cross_layers,
-            cross_rank=config.ranking.cross_rank,
-            mlp_units=config.ranking.mlp_units,
-            dropout=config.ranking.dropout,
+            attention_units=ranking.attention_units,
+            cross_layers=ranking.cross_layers,
+            cross_rank=ranking.cross_rank,
+            mlp_units=ranking.mlp_units,
+            dropout=ranking.dropout,
             contrastive_weight=config.contrastive.weight,
             contrastive_dim=config.contrastive.dim,
             temperature=config.contrastive.temperature,

@@ -106,8 +106,7 @@ class ProductSteps:
         source: Iterator[Batch] = itertools.cycle(loaded)
         if not variant.loaded_batches:
             source = endless(interactions, config.num_workers)
-        lockstep = Lockstep(ranks, config.checkpoint)
-        agreed = lockstep.training_batches(source, sys.maxsize, 0, config.accumulate_steps)
+        agreed = Lockstep(ranks).training_batches(source, sys.maxsize, config.accumulate_steps)
         self.batches = self.job.preparation(agreed, UnknownIds(self.job.schema), 0, training=True)
         self.loss_watch = LossWatch(
             ranks, interactions.rows, config.log_every_steps, last_good=lambda: None

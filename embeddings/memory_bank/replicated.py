@@ -60,6 +60,7 @@ class ReplicatedMemoryBank(MemoryBank):
         return lambda: (None, finish())
 
     def _write_route(self, ids: Tensor) -> Callable[[], BankRoute]:
+        """Begins to tell all ranks these ids [U]; call to finish. Both are collectives."""
         ids = self._checked(ids).cpu()
         # As many ids as were ever sent go with their number, so that one message mostly is enough.
         message = _padded(torch.cat([torch.tensor([len(ids)]), ids]), 1 + self._capacity)
@@ -90,6 +91,7 @@ class ReplicatedMemoryBank(MemoryBank):
         return rows[:, : self.dim].contiguous(), rows[:, self.dim].long() - 1
 
     def _write(self, item_ids: Tensor, values: Tensor, route: BankRoute | None) -> None:
+        """Begins to send rows [U, D + 1] to all ranks. A collective."""
         self._finish_write()
         route = self._on_device(self._write_route(item_ids)() if route is None else route)
         padded = values.new_zeros(route.wanted_counts[0], self.dim + 1)
@@ -105,7 +107,7 @@ class ReplicatedMemoryBank(MemoryBank):
             self._rows[write.route.rows] = write.gathered.index_select(0, write.route.order)
 
     def finish_loading(self) -> None:
-        """Brings the blocks that a checkpoint was loaded into, one per rank, to all ranks."""
+        """Brings the block of each rank, loaded from a checkpoint, to all ranks. A collective."""
         padded = self._rows.new_zeros(self._block_size, self.dim + 1)
         padded[: len(self._block)] = self._block
         gathered = self._rows.new_empty(self.world_size * self._block_size, self.dim + 1)

@@ -130,7 +130,7 @@ class MemoryBank:
 
     @torch.no_grad()
     def lookup(self, item_ids: Tensor, route: BankRoute | None = None) -> tuple[Tensor, Tensor]:
-        """Read vectors, without gradient.
+        """Reads vectors, without gradient. A collective.
 
         Args:
             item_ids: [U] integer ids.
@@ -187,6 +187,7 @@ class MemoryBank:
             self._write(item_ids, values, route)
 
     def _write(self, item_ids: Tensor, values: Tensor, route: BankRoute | None) -> None:
+        """Sends rows [U, D + 1] to the ranks that hold them. A collective."""
         route = self._route(item_ids, route)
         received = values.new_empty(len(route.rows), self.dim + 1)
         splits = route.asked_counts, route.wanted_counts
@@ -217,7 +218,7 @@ class MemoryBank:
         return step - steps / count if count else float("nan")
 
     def _written_count_and_steps(self) -> tuple[float, float]:
-        """How many items were written, and the sum of the steps of their last writes."""
+        """Counts written items and sums the steps of their last writes. A collective."""
         self._finish_write()
         marks = self._block[:, self.dim].double()
         count = (marks > 0).sum(dtype=torch.float64)

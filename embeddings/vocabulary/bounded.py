@@ -150,7 +150,7 @@ class BoundedVocabulary:
     def _ask(
         self, ids: np.ndarray, counts: np.ndarray, step: int, training: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(rows of distinct ids [U], rows taken from other ids on any rank)."""
+        """(rows of distinct ids [U], rows taken from other ids on any rank). A collective."""
         owner = np.searchsorted(self._bounds, self._set_of(ids), side="right") - 1
         order = np.argsort(owner, kind="stable")
         sizes = np.bincount(owner, minlength=self._world_size).tolist()
@@ -173,7 +173,11 @@ class BoundedVocabulary:
         return rows, evicted
 
     def _exchange(self, values: Tensor, sizes: list[int]) -> tuple[Tensor, list[int]]:
-        """Sends each rank the next ``sizes[rank]`` values; (what all sent here, how many each)."""
+        """Sends each rank the next ``sizes[rank]`` values. A collective.
+
+        Returns:
+            All that the ranks sent here, and how many values each sent.
+        """
         received = torch.empty(self._world_size, dtype=torch.int64)
         dist.all_to_all_single(received, torch.tensor(sizes), group=self._group)
         received_sizes = received.tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatch
 from typing import Any
 
-from recsys.config import Config, to_plain
+from recsys.config import Config, config_of_plain, to_plain
 
 # What may change between a checkpoint and the run that goes on from it: how long and how fast it
 # trains, how work is laid out and what is reported. All else decides what the stored tensors mean.
@@ -31,7 +31,14 @@ CHANGEABLE = (
     "stall_timeout",
     "on_bad_row",
     "checkpoint.*",
-    "optimizer.*",
+    "optimizer.*learning_rate",
+    "optimizer.weight_decay",
+    "optimizer.warmup_steps",
+    "optimizer.schedule",
+    "optimizer.schedule_options.*",
+    "optimizer.decay_steps",
+    "optimizer.clip_norm",
+    "optimizer.ema_decay",
     "embedding.sharding",
     "embedding.communication.*",
     "embedding.learning_rate",
@@ -48,9 +55,6 @@ CHANGEABLE = (
     "contrastive.weight",
 )
 
-# Settings that checkpoints of earlier versions lack, with the value that they were written under.
-ADDED = {"source.name": "parquet"}
-
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
     """Settings by full name; what is not set or off is left out."""
@@ -65,10 +69,17 @@ def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
 def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
     """Refuses to go on from a checkpoint of another model.
 
+    Settings that earlier versions did not have count with their defaults.
+
+    Args:
+        stored: the configuration in the checkpoint.
+        config: that of the run.
+        where: the checkpoint, for messages.
+
     Raises:
         ValueError: names every setting that differs and must not.
     """
-    before, now = ADDED | flattened(stored), flattened(to_plain(config))
+    before, now = flattened(to_plain(config_of_plain(stored))), flattened(to_plain(config))
     differing = [
         f"{name} (checkpoint: {before.get(name)}, now: {now.get(name)})"
         for name in sorted(before.keys() | now.keys())

@@ -14,6 +14,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from recsys.data.filesystem import replace_folder
+
 MANIFEST = "checkpoint.json"
 BEST = "best"
 FORMAT = 1
@@ -45,35 +47,13 @@ def describe_files(files: list[Path]) -> dict[str, list[int]]:
 
 
 def publish_folder(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:
-    """Gives a written folder its manifest and its name; an older one of that name stays until then.
-
-    A reader, and a job that is killed at any moment, finds the old folder or the new one.
-    """
+    """Gives a written folder its manifest and its name; an older one of that name is removed."""
     path = partial / MANIFEST
     with path.open("w") as file:
         json.dump({"format": FORMAT, **manifest}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    old = set_aside(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def set_aside(folder: Path) -> Path:
-    """Where the old folder stands while the new one takes its place."""
-    return folder.with_name(f".{folder.name}.old")
-
-
-def recover(folder: Path) -> None:
-    """Undoes a `publish_folder` that was killed between its two renames."""
-    if not folder.exists() and set_aside(folder).exists():
-        set_aside(folder).rename(folder)
+    replace_folder(partial, folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Shards are loaded into whatever plan and number of ranks reads them.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -31,7 +32,6 @@ from recsys.checkpoint.files import (
     prune,
     publish_folder,
     read_manifest,
-    recover,
 )
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.reader import SafeFileSystemReader
@@ -44,8 +44,11 @@ from recsys.checkpoint.state import (
     num_bytes,
 )
 from recsys.config import to_plain
+from recsys.data.filesystem import recover_folder
 from recsys.data.parquet.order import Stage
 from recsys.distributed.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 # A copy for asynchronous writing may take this share of the memory that is free.
 COPY_SHARE = 0.5
@@ -114,7 +117,9 @@ class Checkpoints:
         text = f"{folder}: the checkpoint could not be written ({error}); make room or mend storage"
         if strict or self._failures >= MAX_FAILURES:
             raise ValueError(text) from error
-        self._say(f"{text}. Training goes on; the last good checkpoint is {self.last_good}")
+        if self.job.ranks.is_first:
+            last_good = self.last_good
+            logger.warning("%s. Training goes on; the last good checkpoint is %s", text, last_good)
 
     def close(self) -> None:
         """Waits for the last write and ends the writer."""
@@ -129,12 +134,8 @@ class Checkpoints:
         whole = (path for path in folders_by_age(self.folder) if path not in self._damaged)
         return next(whole, None)
 
-    def _say(self, text: str) -> None:
-        if self.job.ranks.is_first:
-            print(text, flush=True)
-
     def _asynchronous(self, state: State) -> bool:
-        """Whether a copy of the state is made, decided once by setting and memory."""
+        """Whether a copy of the state is made, decided once by setting and memory. A collective."""
         setting, ranks = self.job.config.checkpoint.asynchronous, self.job.ranks
         if self._copies is None:
             sizes = torch.tensor([num_bytes(state), -psutil.virtual_memory().available])
@@ -143,7 +144,7 @@ class Checkpoints:
             fits = needed <= COPY_SHARE * free
             self._copies = fits if setting == "auto" else setting == "true"
             kind = "asynchronous" if self._copies else "synchronous"
-            self._say(
+            logger.info(
                 f"checkpoints: {num_bytes(state) / 2**20:,.1f} MB on rank 0, {kind} (setting "
                 f"{setting}; a copy takes {needed / 2**30:.1f} GB of {free / 2**30:.1f} GB free)"
             )
@@ -201,7 +202,8 @@ class Checkpoints:
             except (ValueError, OSError, RuntimeError) as error:
                 faults.append(str(error))
                 self._damaged.append(folder)
-                self._say(f"checkpoint {folder} is damaged and left out: {error}")
+                if ranks.is_first:
+                    logger.warning("checkpoint %s is damaged and left out: %s", folder, error)
                 continue
             self._check(folder, manifest)
             self._load(folder)
@@ -223,7 +225,7 @@ class Checkpoints:
         training = TrainingState(self.job)
         with self.job.ranks.raise_on_all_ranks(), _readable_failure():
             reader = SafeFileSystemReader(folder)
-            stored = list(reader.read_metadata().state_dict_metadata)
+            stored = reader.read_metadata().state_dict_metadata
             state = training.state_dict(stored)
             dcp.load(state, storage_reader=reader, process_group=self.job.ranks.group)
         training.finish_loading()
@@ -269,7 +271,7 @@ def load_best(job: Job, run: Path) -> dict[str, Any]:
     folder, ranks = run / "checkpoints" / BEST, job.ranks
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
-            recover(folder)
+            recover_folder(folder)
     with ranks.raise_on_all_ranks():
         if not folder.is_dir():
             raise ValueError(f"{folder}: no checkpoint; train with `--out {run}` first")

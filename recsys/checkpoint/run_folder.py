@@ -12,11 +12,11 @@ import numpy as np
 
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
-from recsys.checkpoint.files import BEST, folders_by_age, recover
+from recsys.checkpoint.files import BEST, folders_by_age
 from recsys.config import save_config
 from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.identity import EncoderIdentity, check_identities, write_identities
-from recsys.data.filesystem import Location
+from recsys.data.filesystem import Location, recover_folder
 from recsys.data.schema import vocabulary_file
 from recsys.distributed.ranks import Ranks
 
@@ -43,7 +43,7 @@ def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             for folder in [checkpoints / BEST, *_half_renamed(checkpoints)]:
-                recover(folder)
+                recover_folder(folder)
     # A node that came back counts no restarts, and folders of the network show with delay.
     restarted = any(ranks.gather(was_restarted(run)))
     exists = ranks.gather(bool(folders_by_age(checkpoints)))[0]

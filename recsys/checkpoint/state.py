@@ -4,14 +4,16 @@
 normalisation statistics. The frozen weights of encoders are not stored; the manifest has a hash of
 them beside the configuration, which names where they come from. `bank` is the memory bank,
 `vocabulary.*` the maps of raw ids that learn while training,
-`optimizer.*` the state of fused and dense optimizers, `random.RANK.*` each rank's generators.
+`optimizer.*` the state of fused and dense optimizers and the averaged weights, `random.RANK.*` each
+rank's generators.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from embeddings.table_state import State, TableOptimizerState, copied_to_host, in_blocks
 from recsys.build import Job
 from recsys.content.encoders.base import Encoder
+from recsys.optimizer import make_room, numbers_loaded, state_tensors
 
 
 def model_state(job: Job) -> State:
@@ -97,8 +100,8 @@ class TrainingState:
         self.job = job
         self.moments = TableOptimizerState(job.model, job.ranks.group)
 
-    def state_dict(self, stored: list[str] | None = None) -> State:
-        """Tensors to save; or, given the names in a checkpoint, tensors to load into."""
+    def state_dict(self, stored: Mapping[str, Any] | None = None) -> State:
+        """Tensors to save; or, given the metadata of a checkpoint, tensors to load into."""
         prefix = "optimizer.tables."
         names = None
         if stored is not None:
@@ -106,10 +109,10 @@ class TrainingState:
         state = model_state(self.job)
         tables = self.moments.state_dict(names)
         state |= {f"{prefix}{name}": value for name, value in tables.items()}
-        state |= self._dense_optimizer()
+        state |= self._dense_optimizer(stored)
         state |= {
             name: value
-            for name, value in self._random().items()
+            for name, value in (self._random() | self._averages()).items()
             if stored is None or name in stored
         }
         self._loaded = state
@@ -118,6 +121,7 @@ class TrainingState:
     def finish_loading(self) -> None:
         """Brings what was loaded into place where it does not lie there already."""
         self.moments.finish_loading()
+        numbers_loaded(self.job.dense_optimizer)
         finish_loading_bank(self.job)
         rank, device = self.job.ranks.rank, self.job.ranks.device
         if (cpu := self._loaded.get(f"random.{rank}.cpu")) is not None:
@@ -125,14 +129,23 @@ class TrainingState:
         if (cuda := self._loaded.get(f"random.{rank}.cuda")) is not None:
             torch.cuda.set_rng_state(cuda, device)
 
-    def _dense_optimizer(self) -> State:
+    def _dense_optimizer(self, stored: Mapping[str, Any] | None) -> State:
+        prefix, optimizer = "optimizer.dense.", self.job.dense_optimizer
         names = {value: name for name, value in self.job.em3.named_parameters()}
-        return {
-            f"optimizer.dense.{names[parameter]}.{key}": value
-            for group in self.job.adamw.param_groups
-            for parameter in group["params"]
-            for key, value in self.job.adamw.state[parameter].items()
-        }
+        if stored is None:
+            tensors = state_tensors(optimizer, names)
+        else:
+            sizes = {
+                name.removeprefix(prefix): (tensor.size, tensor.properties.dtype)
+                for name, tensor in stored.items()
+                if name.startswith(prefix)
+            }
+            tensors = make_room(optimizer, names, sizes)
+        return {f"{prefix}{name}": value for name, value in tensors.items()}
+
+    def _averages(self) -> State:
+        averages = self.job.averages.state_dict() if self.job.averages is not None else {}
+        return {f"optimizer.average.{name}": value for name, value in averages.items()}
 
     def _random(self) -> State:
         ranks = self.job.ranks

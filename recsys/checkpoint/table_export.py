@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from recsys.checkpoint.reader import SafeFileSystemReader
+from recsys.data.filesystem import whole_file
 
 BLOCK_BYTES = 2**25
 # Of the two collections in recsys.model.em3.EM3.
@@ -67,13 +68,9 @@ def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> d
         if name not in stored:
             raise ValueError(f"{folder}: no table '{name}'; the tables are {sorted(stored)}")
     chosen = [stored[name] for name in names]
-    partial = out.with_name(f".{out.name}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with whole_file(out) as partial:
         _write(chosen, partial)
-        partial.rename(out)
-    finally:
-        partial.unlink(missing_ok=True)
     return {table.name: table.num_rows for table in chosen}
 
 

@@ -1,65 +1,35 @@
 """Settings of a run: one file per component, and how they are read and checked."""
 
-from recsys.config.load import (
-    CONFIG_NAMES,
-    AuxiliarySettings,
-    BestModelBy,
-    CheckpointSettings,
-    CommunicationSettings,
-    Config,
-    ContentSettings,
-    ContrastiveSettings,
-    EmbeddingSettings,
-    FusionSettings,
-    HistorySettings,
-    InitFromSettings,
-    LogFormat,
-    LogLevel,
-    LoraSettings,
-    MetricSettings,
-    ModalitySettings,
-    OptimizerSettings,
-    RankingSettings,
-    SamplingSettings,
-    SourceSettings,
-    TableSettings,
-    Tracker,
-    add_config_arguments,
-    config_from,
-    content_settings,
-    load_config,
-    save_config,
-    to_plain,
-)
-
-__all__ = [
-    "CONFIG_NAMES",
-    "AuxiliarySettings",
-    "BestModelBy",
-    "CheckpointSettings",
-    "CommunicationSettings",
-    "Config",
-    "ContentSettings",
-    "ContrastiveSettings",
-    "EmbeddingSettings",
-    "FusionSettings",
-    "HistorySettings",
-    "InitFromSettings",
-    "LogFormat",
-    "LogLevel",
-    "LoraSettings",
-    "MetricSettings",
-    "ModalitySettings",
-    "OptimizerSettings",
-    "RankingSettings",
-    "SamplingSettings",
-    "SourceSettings",
-    "TableSettings",
-    "Tracker",
-    "add_config_arguments",
-    "config_from",
-    "content_settings",
-    "load_config",
-    "save_config",
-    "to_plain",
-]
+from recsys.config.content import ContentSettings as ContentSettings
+from recsys.config.content import FusionSettings as FusionSettings
+from recsys.config.content import HistorySettings as HistorySettings
+from recsys.config.content import LoraSettings as LoraSettings
+from recsys.config.content import ModalitySettings as ModalitySettings
+from recsys.config.content import SamplingSettings as SamplingSettings
+from recsys.config.embedding import CommunicationSettings as CommunicationSettings
+from recsys.config.embedding import EmbeddingSettings as EmbeddingSettings
+from recsys.config.embedding import InitFromSettings as InitFromSettings
+from recsys.config.embedding import TableSettings as TableSettings
+from recsys.config.load import add_config_arguments as add_config_arguments
+from recsys.config.load import config_from as config_from
+from recsys.config.load import config_of_plain as config_of_plain
+from recsys.config.load import load_config as load_config
+from recsys.config.load import save_config as save_config
+from recsys.config.load import to_plain as to_plain
+from recsys.config.losses import AuxiliarySettings as AuxiliarySettings
+from recsys.config.losses import ContrastiveSettings as ContrastiveSettings
+from recsys.config.optimizer import OptimizerSettings as OptimizerSettings
+from recsys.config.ranking import RankingSettings as RankingSettings
+from recsys.config.ranking import RetrievalSettings as RetrievalSettings
+from recsys.config.ranking import ranking_settings as ranking_settings
+from recsys.config.ranking import softmax_settings as softmax_settings
+from recsys.config.run import CONFIG_NAMES as CONFIG_NAMES
+from recsys.config.run import BestModelBy as BestModelBy
+from recsys.config.run import CheckpointSettings as CheckpointSettings
+from recsys.config.run import Config as Config
+from recsys.config.run import LogFormat as LogFormat
+from recsys.config.run import LogLevel as LogLevel
+from recsys.config.run import MetricSettings as MetricSettings
+from recsys.config.run import SourceSettings as SourceSettings
+from recsys.config.run import Tracker as Tracker
+from recsys.config.run import content_settings as content_settings

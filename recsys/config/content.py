@@ -1,68 +1,123 @@
-"""The settings of the content branch, `content` in a recipe; see `recsys.config`."""
+"""Settings of the content branch, `content` in a recipe."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from recsys.config.limits import Dropout, NonNegativeInt, PositiveInt, refuse_options
+from recsys.config.named_parts import find_part
+
+LORA_INITS = ("gaussian", "orthogonal", "olora", "pissa")
+
 
 @dataclass
 class LoraSettings:
     """Low-rank adapters inside an encoder (peft)."""
 
-    rank: int = 8
+    rank: PositiveInt = 8
+    """Rank of the adapters."""
     alpha: float = 16.0
-    dropout: float = 0.0
-    # Names of linear maps as the model calls them, or "all-linear".
+    """Adapters add alpha / rank times their output."""
+    dropout: Dropout = 0.0
+    """Dropout of what the adapters read."""
     targets: list[str] = field(default_factory=lambda: ["query", "value"])
-    top_layers: int = 1  # adapt this many of the highest layers
-    # First and last adapted layer, counted from 0; instead of `top_layers`.
+    """Names of linear maps as the model calls them, or "all-linear"."""
+    top_layers: PositiveInt = 1
+    """Adapt this many of the highest layers."""
     layers: list[int] | None = None
-    use_dora: bool = False  # direction and magnitude of weights apart
-    use_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
-    # true, false, gaussian, orthogonal, olora, pissa or pissa_niter_N, as in peft.
+    """First and last adapted layer, counted from 0; instead of `top_layers`."""
+    use_dora: bool = False
+    """Adapt direction and magnitude of weights apart (DoRA)."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
     init_lora_weights: bool | str = True
+    """First weights: true, false, gaussian, orthogonal, olora, pissa or pissa_niter_N of peft."""
+
+    def check(self, name: str) -> None:
+        layers, init = self.layers, self.init_lora_weights
+        if layers is not None and (len(layers) != 2 or not 0 <= layers[0] <= layers[1]):
+            raise ValueError(
+                f"{name}.layers is {layers}; give the first and the last adapted layer, counted "
+                "from 0, such as [2, 5]"
+            )
+        if isinstance(init, str) and init not in LORA_INITS and not init.startswith("pissa_niter_"):
+            raise ValueError(
+                f"{name}.init_lora_weights is '{init}'; choose true, false, "
+                f"{', '.join(LORA_INITS)} or pissa_niter_N (others of peft need data of their own)"
+            )
 
 
 @dataclass
 class ModalitySettings:
     """One source of content tokens: a column of the items and what encodes it."""
 
-    # text, image, feature, frames, or a class of your own as `package.module:Class`.
     kind: str
+    """text, image, feature, frames, or a class of your own as `package.module:Class`."""
     column: str
-    # A transformers model: hub name, folder, or `package:NAME` for a folder inside an installed
-    # package. Text needs one; an image has either this or `module`; a feature has neither.
+    """Column of the items' Parquet files."""
     encoder: str | None = None
-    # Any torch module for images, `package.module:factory`; [U, 3, H, W] -> [U, D] or [U, T, D].
+    """A transformers model: hub name, folder, or `package:NAME` for a folder inside an installed
+    package. Text needs one; an image has either this or `module`; a feature has neither."""
     module: str | None = None
+    """Any torch module for images, `package.module:factory`; [U, 3, H, W] -> [U, D] or
+    [U, T, D]."""
     training: Literal["frozen", "lora", "full"] = "frozen"
+    """What trains inside the encoder: nothing, adapters, or all of it."""
     lora: LoraSettings = field(default_factory=LoraSettings)
-    # How the encoder's last hidden states become tokens for the fusion. projected: the model's own
-    # pooled output, of dual encoders such as CLIP in the space that texts and images share.
     pooling: Literal["mean", "cls", "last", "none", "projected"] = "mean"
-    max_length: int = 32  # text tokens per item
-    image_size: int = 224  # pixels, square
-    max_images: int = 1  # images, or frames, per item: the first so many of a list
-    # Trained layers compute their activations again in the backward pass instead of keeping them.
+    """How last hidden states become tokens for the fusion. projected: the model's own pooled
+    output, of dual encoders such as CLIP in the space that texts and images share."""
+    max_length: PositiveInt = 32
+    """Text tokens per item."""
+    image_size: PositiveInt = 224
+    """Height and width of images, in pixels."""
+    max_images: PositiveInt = 1
+    """Images, or frames, per item: the first so many of a list."""
     activation_checkpointing: bool = False
-    # Keep the outputs of the frozen layers below the lowest trained one per item on disk.
+    """Compute activations of trained layers again in the backward pass instead of keeping them."""
     cache_frozen_layers: bool = True
-    revision: str | None = None  # of a hub encoder
-    options: dict[str, Any] = field(default_factory=dict)  # of a class of your own
+    """Keep the outputs of the frozen layers below the lowest trained one per item on disk."""
+    revision: str | None = None
+    """Revision of a hub encoder."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of a class of your own."""
+
+    def check(self, name: str) -> None:
+        make_kind = find_part(f"{name}.kind", "recsys.data.items.kind:make_kind", {})
+        make_kind(name, self)  # which checks the settings of its kind
+        if self.module and self.training == "lora":
+            raise ValueError(
+                f"{name}: LoRA needs a transformers `encoder`; a `module` is frozen or full"
+            )
+        if self.activation_checkpointing and (self.training == "frozen" or not self.encoder):
+            raise ValueError(
+                f"{name}: activation_checkpointing is for the trained layers of a transformers "
+                "`encoder`; set `training: lora` or `full`, or remove it"
+            )
 
 
 @dataclass
 class FusionSettings:
     """Tokens of all modalities -> one content vector per item."""
 
-    name: str = "qformer"  # or concat, or a class of your own as `package.module:Class`
+    name: str = "qformer"
+    """qformer, concat, or a class of your own as `package.module:Class`."""
     preset: Literal["published", "modern"] = "modern"
-    num_queries: int = 2
-    num_layers: int = 1
-    num_heads: int = 4
-    dropout: float = 0.1
-    options: dict[str, Any] = field(default_factory=dict)  # of a class of your own
+    """Layers of the qformer as published, or pre-norm with masks and modality embeddings."""
+    num_queries: PositiveInt = 2
+    """Learned queries of the qformer."""
+    num_layers: PositiveInt = 1
+    """Layers of the qformer."""
+    num_heads: PositiveInt = 4
+    """Heads of its attention; they divide `content.dim`."""
+    dropout: Dropout = 0.1
+    """Dropout inside the fusion."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of a class of your own."""
+
+    def check(self, name: str) -> None:
+        refuse_options(name, self.name, self.options)
 
 
 @dataclass
@@ -70,29 +125,47 @@ class HistorySettings:
     """How the content of history items is obtained and used."""
 
     mode: Literal["bank_lora", "bank_frozen", "bank_dense", "full"] = "bank_lora"
+    """Vectors of the memory bank through a frozen map plus a low-rank one, a frozen map, or a dense
+    one; full: encoded again with gradient."""
     lora_rank: int = 4
+    """Rank of the low-rank map of bank_lora."""
     lora_alpha: float = 8.0
-    # Cosine of the target to liked and other history items, of content vectors and per modality.
+    """The low-rank map adds alpha / rank times its output."""
     similarity_features: bool = True
-    simtier_bins: int = 0  # a histogram of those cosines with so many bins (SimTier); 0: none
-    sorted_cosines: int = 0  # the so many highest cosines as features, sorted (LEMUR); 0: none
-    # Keep of each history only the items whose content is most like the target's, so many, before
-    # anything else is done with it (MUSE); 0: all.
-    top_k: int = 0
-    # sharded: each rank keeps a block of the rows of the bank; replicated: each keeps all, so that
-    # reading is free; auto: replicated up to 256 MiB and 16 ranks.
+    """Cosine of the target to liked and other history items, of content vectors and per
+    modality."""
+    simtier_bins: NonNegativeInt = 0
+    """A histogram of those cosines with so many bins (SimTier); 0: none."""
+    sorted_cosines: NonNegativeInt = 0
+    """The so many highest cosines as features, sorted (LEMUR); 0: none."""
+    top_k: NonNegativeInt = 0
+    """Keep of each history only the so many items whose content is most like the target's, before
+    anything else is done with it (MUSE); 0: all."""
     bank: Literal["auto", "sharded", "replicated"] = "auto"
-    # Vectors that any rank has just computed are seen in the histories of all ranks in that step.
+    """sharded: each rank keeps a block of the rows of the bank; replicated: each keeps all, so that
+    reading is free; auto: replicated up to 256 MiB and 16 ranks."""
     same_step: bool = True
-    refresh_bank_every_epoch: bool = False  # re-encode all items before each validation
+    """Vectors that any rank has just computed are seen in the histories of all ranks in that
+    step."""
+    refresh_bank_every_epoch: bool = False
+    """Encode all items again before each validation."""
 
 
 @dataclass
 class SamplingSettings:
     """Shares of a step's unique items that are encoded; the others come from the bank (LEMUR)."""
 
-    forward: float = 1.0  # p: encoded anew
-    backward: float = 1.0  # q, at most p: encoded with gradient
+    forward: float = 1.0
+    """Share of the items that are encoded anew."""
+    backward: float = 1.0
+    """Share of the items that are encoded with gradient; at most `forward`."""
+
+    def check(self, name: str) -> None:
+        if not 0 < self.backward <= self.forward <= 1:
+            raise ValueError(
+                f"{name}.forward is {self.forward} and {name}.backward {self.backward}; shares "
+                "must hold 0 < backward <= forward <= 1"
+            )
 
 
 @dataclass
@@ -100,15 +173,45 @@ class ContentSettings:
     """The content branch; `content: none` instead of it gives the ID-only twin."""
 
     modalities: dict[str, ModalitySettings]
-    dim: int = 32
+    """Sources of content, by a name of yours."""
+    dim: PositiveInt = 32
+    """Width of the content vectors."""
     fusion: FusionSettings = field(default_factory=FusionSettings)
     history: HistorySettings = field(default_factory=HistorySettings)
-    # local: each rank encodes the unique items of its batch; global: those of all ranks' batches
-    # are encoded once, each by the rank that its id belongs to.
     dedup: Literal["local", "global"] = "local"
+    """local: each rank encodes the unique items of its batch; global: those of all ranks' batches
+    are encoded once, each by the rank that its id belongs to."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     @property
     def vector_dim(self) -> int:
         """Width of what is kept per item: its content vector and one mean token per modality."""
         return self.dim * (1 + len(self.modalities) * self.history.similarity_features)
+
+    def check(self, name: str) -> None:
+        if not self.modalities:
+            raise ValueError(
+                f"{name}.modalities is empty: name at least one modality, or set `content: none`"
+            )
+        heads, rank = self.fusion.num_heads, self.history.lora_rank
+        if self.fusion.name == "qformer" and self.dim % heads:
+            raise ValueError(
+                f"{name}.dim {self.dim} is not divisible by {name}.fusion.num_heads {heads}; "
+                "choose a multiple"
+            )
+        if self.history.mode == "bank_lora" and not 0 < rank <= self.dim:
+            raise ValueError(
+                f"{name}.history.lora_rank is {rank}; it must lie in [1, {name}.dim = {self.dim}]"
+            )
+        if self.history.mode != "full":
+            return
+        for setting, is_set in [
+            ("sampling.forward", self.sampling.forward < 1),
+            ("sampling.backward", self.sampling.backward < 1),
+            ("history.top_k", self.history.top_k > 0),
+        ]:
+            if is_set:
+                raise ValueError(
+                    f"{name}.{setting} reads the memory bank, which {name}.history.mode full has "
+                    "not; choose bank_lora, bank_frozen or bank_dense"
+                )

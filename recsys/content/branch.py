@@ -25,7 +25,7 @@ from recsys.content.encoders.pooling import mean_token
 from recsys.content.fusion import build_fusion
 from recsys.content.history_map import HistoryMap
 from recsys.content.item_exchange import exchange_vectors
-from recsys.content.vectors import ContentVectors, LateContentVectors
+from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch, ContentInput
 
 
@@ -148,16 +148,22 @@ class ContentBranch(nn.Module):
         batch: Batch,
     ) -> ContentVectors:
         target, target_modalities = self._split(items)
+        negative, negative_modalities = (
+            (None, None) if negatives is None else self._split(negatives)
+        )
 
         def read_history() -> tuple[Tensor, Tensor]:
             vectors, modalities = self._split(history())
             return self.history_map(vectors), modalities
 
-        return LateContentVectors(
+        return ContentVectors(
             target.index_select(0, batch.target_index),
+            None,
             target_modalities.index_select(0, batch.target_index),
+            None,
+            negative,
+            negative_modalities,
             read_history,
-            *((None, None) if negatives is None else self._split(negatives)),
         )
 
     def _at_their_ranks(self, items: Tensor, batch: Batch) -> Tensor:

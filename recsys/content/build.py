@@ -2,51 +2,57 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from embeddings import (
-    MemoryBank,
-    build_memory_bank,
-)
+from embeddings import MemoryBank, build_memory_bank
 from recsys.config import Config, ContentSettings, content_settings
 from recsys.content.cache.fill import cache_frozen_outputs
-from recsys.content.encoders.build import Encoder, build_encoder
-from recsys.content.encoders.preparation import load_preparation
+from recsys.content.encoders.base import Encoder
+from recsys.content.encoders.build import encoder_of
 from recsys.data.filesystem import Location
 from recsys.data.items.content_store import ContentStore, ItemTable, default_cache
 from recsys.data.schema import Schema
 from recsys.distributed.ranks import Ranks
 
+logger = logging.getLogger(__name__)
+
 
 def build_content_store(
     config: Config, content: ContentSettings, root: Location, schema: Schema, ranks: Ranks
 ) -> tuple[ContentStore, dict[str, Encoder]]:
-    """Tokenises, decodes and encodes what is frozen, once per machine; the encoders beside it."""
+    """Tokenises, decodes and encodes what is frozen, once per machine. A collective.
+
+    Returns:
+        the items' content, and the encoders by modality.
+
+    Raises:
+        ValueError: on every rank, when one cannot use its items or encoders.
+    """
     cache = Path(config.cache).expanduser() if config.cache else default_cache()
     with ranks.raise_on_all_ranks():
         items = ItemTable(root, schema, config.on_bad_row)
         store = ContentStore(items, content.modalities, cache)
     encoders: dict[str, Encoder] = {}
     for name, modality in content.modalities.items():
+        kind = store.kinds[name]
         with ranks.raise_on_all_ranks():
-            read = load_preparation(modality, f"content.modalities.{name}")
             if ranks.is_first_of_machine:
-                store.build(name, read.tokenizer, read.fills_texts, read.images)
+                store.build(name)
         with ranks.raise_on_all_ranks():
-            store.build(name, read.tokenizer, read.fills_texts, read.images)
-            width = store.arrays[name].values.shape[-1] if modality.kind == "feature" else None
-            encoders[name] = build_encoder(name, modality, width, read)
-        for note in [*read.notes, *encoders[name].notes] if ranks.is_first else ():
-            print(note, flush=True)
-        if encoders[name].caches and modality.cache_frozen_layers:
-            cache_frozen_outputs(store, name, encoders[name], ranks)
+            store.build(name)
+            encoders[name] = encoder = encoder_of(kind, store.arrays[name].values.shape[1:])
+        for note in [*kind.notes, *encoder.notes]:
+            logger.info(note)
+        if encoder.caches and modality.cache_frozen_layers:
+            cache_frozen_outputs(store, name, encoder, ranks)
     return store, encoders
 
 
 def build_content(
     config: Config, root: Location, schema: Schema, ranks: Ranks
 ) -> tuple[ContentStore | None, dict[str, Encoder], MemoryBank | None]:
-    """Items, encoders and memory bank; nothing for the ID-only twin."""
+    """Returns items, encoders and memory bank; nothing for the ID-only twin. A collective."""
     content = content_settings(config)
     if content is None:
         return None, {}, None

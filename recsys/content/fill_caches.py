@@ -11,9 +11,11 @@ from pathlib import Path
 from recsys.config import Config, content_settings
 from recsys.content.build import build_content_store
 from recsys.content.encoders.base import CacheReport
+from recsys.content.kinds.feature import Feature
 from recsys.data.filesystem import Location
 from recsys.data.items.content_store import ContentStore
 from recsys.data.schema import load_schema
+from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 
 
@@ -24,7 +26,7 @@ def fill_caches(config: Config, data: str, ranks: Ranks) -> dict[str, CacheRepor
         by modality, the cache of its encoder's frozen part; None where it has none.
 
     Raises:
-        ValueError: on every rank, when the configuration has no content or the data are wanting.
+        ValueError: on every rank, when the configuration has no content or the data cannot be used.
     """
     content = content_settings(config)
     if content is None:
@@ -37,8 +39,7 @@ def fill_caches(config: Config, data: str, ranks: Ranks) -> dict[str, CacheRepor
     store, encoders = build_content_store(config, content, root, schema, ranks)
     reports = {name: encoder.cache_report for name, encoder in encoders.items()}
     if ranks.is_first:
-        for name, report in reports.items():
-            print(_line(name, report, store), flush=True)
+        print_table("\n".join(_line(name, report, store) for name, report in reports.items()))
     return reports
 
 
@@ -66,8 +67,9 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _why_nothing_is_encoded(name: str, store: ContentStore) -> str:
-    modality = store.modalities[name]
-    if modality.kind == "feature":
+    kind = store.kinds[name]
+    modality = kind.modality
+    if isinstance(kind, Feature):
         return "features need no encoder"
     if modality.training == "full":
         return "all layers train, so only their input is kept"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.config import FusionSettings
+from recsys.config.named_parts import make_part
 from recsys.content.dropout import Dropout
 
 FEW_TOKENS = 8
@@ -209,37 +210,32 @@ class FusionQFormer(nn.Module):
         return fused if self.linear is None else fused + self.linear(tokens, mask, modality)
 
 
-def _qformer(settings: FusionSettings, dim: int, num_modalities: int) -> nn.Module:
-    return FusionQFormer(
-        dim,
-        num_modalities,
-        settings.num_queries,
-        settings.num_layers,
-        settings.num_heads,
-        settings.dropout,
-        settings.preset,
-    )
-
-
-def _concat(settings: FusionSettings, dim: int, num_modalities: int) -> nn.Module:
-    return ConcatFusion(dim, num_modalities)
-
-
-# Add your own: name -> builder(settings, dim, num_modalities).
-FUSIONS: dict[str, Callable[[FusionSettings, int, int], nn.Module]] = {
-    "qformer": _qformer,
-    "concat": _concat,
+FUSIONS = {
+    "qformer": "recsys.content.fusion:FusionQFormer",
+    "concat": "recsys.content.fusion:ConcatFusion",
 }
 
 
 def build_fusion(settings: FusionSettings, dim: int, num_modalities: int) -> nn.Module:
-    """The fusion a configuration names.
+    """Returns the fusion that a configuration names, called as Class(dim, num_modalities, ...).
 
-    Raises:
-        ValueError: unknown name.
+        A class of one's own, `package.module:Class`, gets `content.fusion.options` by name. Its
+        `forward(tokens, mask, modality)` is that of `ConcatFusion`.
+
+        Raises:
+            ValueError: the name is unknown, or the class cannot be imported or made.
+
+        Example::
+
+            from recsys.config import FusionSettings
+    from recsys.config.named_parts import make_part
+            from recsys.content.fusion import build_fusion
+
+            build_fusion(FusionSettings("concat"), dim=8, num_modalities=2)
     """
-    if settings.name not in FUSIONS:
-        raise ValueError(
-            f"content.fusion.name '{settings.name}' is unknown; choose one of {sorted(FUSIONS)}"
-        )
-    return FUSIONS[settings.name](settings, dim, num_modalities)
+    options = settings.options
+    if settings.name == "qformer":
+        names = ("num_queries", "num_layers", "num_heads", "dropout", "preset")
+        options = {name: getattr(settings, name) for name in names}
+    where = "content.fusion.name"
+    return make_part(where, settings.name, FUSIONS, nn.Module, dim, num_modalities, **options)  # type: ignore[type-abstract]

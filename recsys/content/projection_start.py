@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from recsys.content.branch import ContentBranch
-from recsys.content.encoders.build import Encoder
+from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.pooling import mean_token
 from recsys.data.items.content_store import ContentStore
 from recsys.distributed.gather import gather_rows

@@ -5,6 +5,11 @@ pyarrow reads Parquet through the same filesystem object, so no file is copied f
 
 from __future__ import annotations
 
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,12 +93,78 @@ class Location:
         return found
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file beside its place, then renames it, so that no reader sees a part of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write to, which takes its place when the block ends well.
+
+    A reader, and a job that is killed at any moment, finds the old file or the new one. The folder
+    must exist.
+
+    Example::
+
+        with whole_file(folder / "scores.parquet") as partial:
+            pq.write_table(table, partial)
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.rename(path)
+        yield partial
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file that appears whole or not at all, and the folders that it needs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
+    """Yields a folder beside `path` to write to, which takes its name when the block ends well.
+
+    Args:
+        path: a folder that does not exist, or is empty.
+        may_exist: another process may make an equal folder meanwhile, which then stays.
+
+    Raises:
+        OSError: there is a folder of that name by now, and `may_exist` is false.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        try:
+            partial.rename(path)
+        except OSError:
+            if not (may_exist and path.exists()):
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_folder(partial: Path, path: Path) -> None:
+    """Gives a written folder its name; an older one of that name is removed.
+
+    A job that is killed between the two renames leaves it to `recover_folder` to undo the first.
+    """
+    old = _set_aside(path)
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(path: Path) -> None:
+    """Brings the old folder back where `replace_folder` was killed between its two renames."""
+    if not path.exists() and _set_aside(path).exists():
+        _set_aside(path).rename(path)
+
+
+def _set_aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 COLD_BELOW = 5  # an item with fewer training rows is cold
+PARTS = ("all", "warm", "cold", "unseen")
 
 
 def item_parts(item_counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Which rows, bool [N], are of items by how many training rows their item has, int [N].
+    """Returns which rows, bool [N], are in each of `PARTS`, by their item's training rows, int [N].
 
-    `unseen` none, `cold` fewer than `COLD_BELOW` (unseen ones too), `warm` the others.
+    `unseen` none, `cold` fewer than `COLD_BELOW` (unseen ones too), `warm` the others, `all` every.
     """
     cold = item_counts < COLD_BELOW
-    return {"warm": ~cold, "cold": cold, "unseen": item_counts == 0}
+    every = np.ones(len(item_counts), dtype=bool)
+    return {"all": every, "warm": ~cold, "cold": cold, "unseen": item_counts == 0}

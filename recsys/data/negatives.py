@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from recsys.config import RankingSettings
+from recsys.config import RetrievalSettings
 from recsys.data.batch import Batch
 
 
-def negatives_feature(settings: RankingSettings, target_item: str) -> str | None:
+def negatives_feature(settings: RetrievalSettings | None, target_item: str) -> str | None:
     """The feature that looks sampled negatives up; None where none are sampled."""
-    return f"negatives of {target_item}" if settings.loss == "sampled_softmax" else None
+    is_sampled = settings is not None and settings.loss == "sampled_softmax"
+    return f"negatives of {target_item}" if is_sampled else None
 
 
 class NegativeSampler:
@@ -41,7 +42,7 @@ class NegativeSampler:
         sampler(batch, (seed, step, rank), training=True).negative_items  # [S]
     """
 
-    def __init__(self, settings: RankingSettings, num_items: int, target_item: str) -> None:
+    def __init__(self, settings: RetrievalSettings, num_items: int, target_item: str) -> None:
         self.settings = settings
         self.feature = negatives_feature(settings, target_item)
         self.use_counts(np.ones(num_items, np.int64))

@@ -17,7 +17,7 @@ that the schema does not name may be in the files and are not read.
       id: item
       columns:
         text:   {kind: text}
-        poster: {kind: image}
+        poster: {kind: image}       # or a list of images, or of a video's frames, per item
         clip:   {kind: feature}
         audio:  {kind: feature, file: audio.npy, ids: audio_ids.npy}
 
@@ -68,7 +68,8 @@ class Column:
 class ItemColumn:
     """One column of the items."""
 
-    kind: Literal["text", "image", "feature", "category"]
+    # other: read by a modality kind of one's own.
+    kind: Literal["text", "image", "feature", "category", "other"]
     # Of features: a .npy file [items, W] or [items, T, W], relative to the dataset, instead of a
     # column. Its rows are those of the items' files, or of the ids in another .npy file.
     file: str | None = None

@@ -1,24 +1,66 @@
 """Gradient accumulation: one update of the dense parameters for several batches.
 
-What is one batch to a larger memory is a group of batches here. AdamW gets the mean gradient of a
-group at its end, and only then are dense gradients averaged over ranks. ID tables cannot wait: the
-fused kernels update them in every backward, so that the table that the second batch of a group
-reads has already learned from the first. Each batch's loss is divided by the size of its group; a
-table under SGD thus moves by what one batch of the group's size would move it, but for having
-moved in between, and a table under Adagrad sees several small gradients in place of a large one.
+What is one batch to a larger memory is a group of batches here. The dense optimizer gets the mean
+gradient of a group at its end, and only then are dense gradients averaged over ranks. ID tables
+cannot wait: the fused kernels update them in every backward, so that the table that the second
+batch of a group reads has already learned from the first. Each batch's loss is divided by the size
+of its group; a table under SGD thus moves by what one batch of the group's size would move it, but
+for having moved in between, and a table under Adagrad sees several small gradients in place of a
+large one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
+
+from recsys.optimizer import AveragedWeights, gradient_norm
+
+
+class DenseUpdate:
+    """One update of the dense parameters: clip the gradient, step, take the weights into averages.
+
+    Args:
+        optimizer: of all parameters; what is fused does nothing in its steps.
+        dense: the optimizer of the dense parameters inside it.
+        clip_norm: the largest norm of their gradient; None for any.
+        averages: of their weights, or None.
+    """
+
+    def __init__(
+        self,
+        optimizer: CombinedOptimizer,
+        dense: Optimizer,
+        clip_norm: float | None = None,
+        averages: AveragedWeights | None = None,
+    ) -> None:
+        self.optimizer, self.dense = optimizer, dense
+        self.clip_norm, self.averages = clip_norm, averages
+        self._norm: Tensor | None = None  # of the last gradient, before it was clipped
+
+    def step(self) -> None:
+        if self.clip_norm is not None:
+            parameters = [p for group in self.dense.param_groups for p in group["params"]]
+            self._norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        self.optimizer.step()
+        if self.averages is not None:
+            self.averages.update()
+
+    def gradient_norm(self) -> Tensor:
+        """Returns the norm [] of the dense gradient of the last update, before clipping.
+
+        It is equal on all ranks, as gradients are averaged over them.
+        """
+        return gradient_norm(self.dense) if self._norm is None else self._norm
 
 
 class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
@@ -31,16 +73,16 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
 
     Args:
         model: in training mode it is trained, else only its output is wanted.
-        optimizer: of all parameters; what is fused does nothing in its steps.
+        update: of the parameters, at the end of each group.
         device: where the model is.
         accumulate_steps: k, the batches of a group.
 
     Example::
 
-        pipeline = AccumulatingPipeline(model, optimizer, device, accumulate_steps=4)
+        update = DenseUpdate(optimizer, adamw, clip_norm=1.0)
+        pipeline = AccumulatingPipeline(model, update, device, accumulate_steps=4)
         pipeline.begin(10)  # groups of 4, 4 and 2
-        for _ in range(10):
-            pipeline.progress(batches)
+        for losses, logits, batch in pipeline.outputs(batches):
             if pipeline.has_stepped:
                 schedule.step()
     """
@@ -48,14 +90,19 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
     def __init__(
         self,
         model: DistributedModelParallel,
-        optimizer: CombinedOptimizer,
+        update: DenseUpdate,
         device: torch.device,
         accumulate_steps: int = 1,
     ) -> None:
         super().__init__(
-            model, optimizer, device, execute_all_batches=True, custom_model_fwd=self._forward
+            model,
+            update.optimizer,
+            device,
+            execute_all_batches=True,
+            custom_model_fwd=self._forward,
         )
-        self._optimizer = cast(Any, _OncePerGroup(optimizer, self))
+        self.update = update
+        self._optimizer = cast(Any, _OncePerGroup(update, self))
         self.accumulate_steps = accumulate_steps
         self.has_stepped = False  # whether the last batch was the end of a group
         self._left: int | None = None  # training batches to come, where it is known
@@ -91,6 +138,18 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
     def is_last(self) -> bool:
         """Whether the batch under way is the last of its group."""
         return self._position + 1 == self._group_size
+
+    def outputs(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yields the output of each batch, once its step is done; batches are taken ahead of it.
+
+        A collective: all ranks go through as many batches.
+        """
+        while True:
+            try:
+                output = self.progress(batches)
+            except StopIteration:
+                return
+            yield output
 
     def progress(self, dataloader_iter: Any) -> Any:
         """One batch through the pipeline; see `TrainPipelineSparseDist.progress`.
@@ -135,13 +194,13 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
 class _OncePerGroup:
     """What the pipeline sees of the optimizer: gradients go before a group, steps come after it."""
 
-    def __init__(self, optimizer: CombinedOptimizer, pipeline: AccumulatingPipeline) -> None:
-        self.optimizer, self.pipeline = optimizer, pipeline
+    def __init__(self, update: DenseUpdate, pipeline: AccumulatingPipeline) -> None:
+        self.update, self.pipeline = update, pipeline
 
     def zero_grad(self) -> None:
         if self.pipeline.is_first:
-            self.optimizer.zero_grad()
+            self.update.optimizer.zero_grad()
 
     def step(self) -> None:
         if self.pipeline.is_last:
-            self.optimizer.step()
+            self.update.step()

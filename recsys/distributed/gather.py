@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 
 def gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
-    """The rows of all ranks on every rank, those of rank 0 first; ranks may have unlike numbers.
+    """Returns the rows of all ranks on every rank, those of rank 0 first. A collective.
+
+    Ranks may have unlike numbers of rows.
 
     Args:
         tensor: [N] or [N, D] of this rank; N may be 0.
@@ -49,7 +51,7 @@ def gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None = None) 
 def gather_rows_with_gradient(rows: Tensor) -> tuple[Tensor, int]:
     """Rows of all ranks in rank order, with gradient, and the place of this rank's first row.
 
-    Ranks may hold different numbers of rows: they are padded to the longest for the collective.
+    A collective. Ranks may hold different numbers of rows: they are padded to the longest.
     """
     world_size, rank = dist.get_world_size(), dist.get_rank()
     sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size)]

@@ -33,35 +33,43 @@ class TrainingStopped(Exception):
 class _Asked(Generic[B]):
     """A batch, and what the ranks tell each other before it is used.
 
-    error: of this rank; flags: of all ranks once `work` is done; num_saved: checkpoints before it.
+    flags: int32 [4], of all ranks once `work` is done: an error, no batch left, asked to end, a
+    checkpoint due.
     """
 
     batch: B | None
-    error: Exception | None
+    error: Exception | None  # of this rank
     flags: Tensor
     work: Any
-    num_saved: int
 
 
 class Lockstep:
-    """What the ranks agree on before each batch.
+    """Agrees with the other ranks before each batch; the one place where ranks agree on batches.
 
     Within `with Lockstep(...)`, SIGTERM does not kill this process but sets `stop` on all ranks.
+
+    Args:
+        ranks: the job.
+        settings: when checkpoints are due; None: never.
+        watchdog: of the job.
     """
 
     def __init__(
-        self, ranks: Ranks, settings: CheckpointSettings, watchdog: Watchdog | None = None
+        self,
+        ranks: Ranks,
+        settings: CheckpointSettings | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
-        self.ranks, self.settings = ranks, settings
+        self.ranks = ranks
         self.watchdog = watchdog or Watchdog(ranks, timeout=None)
-        self.stop = False
-        self.save = False
-        self.error: Exception | None = None  # of this rank, told to all before the next batch
-        self._terminated = False
+        self.stop = False  # the job is asked to end; equal on all ranks
+        self.save = False  # a checkpoint is due by time; equal on all ranks
+        self._seconds = settings.every_seconds if settings is not None else None
+        self._error: Exception | None = None  # of this rank, raised on all before the next batch
+        self._terminated = self._is_ending = False
         self._saved_at = time.monotonic()
         self._handler: Any = None
         self._ahead: _Asked[Any] | None = None  # taken from the source for the next step
-        self._num_saved = 0
 
     def __enter__(self) -> Lockstep:
         if threading.current_thread() is threading.main_thread():
@@ -75,35 +83,47 @@ class Lockstep:
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         self._terminated = True
 
+    def note(self, error: Exception | None) -> None:
+        """Keeps an error of this rank, which all ranks raise before the next batch."""
+        self._error = self._error or error
+
     def saved(self) -> None:
-        """A checkpoint was taken: the next is due anew."""
+        """Counts the time to the next checkpoint from now."""
         self.save, self._saved_at = False, time.monotonic()
-        self._num_saved += 1
+        if self._ahead is not None:  # it may say that the checkpoint just saved is due
+            self._ahead.work.wait()
+            self._ahead.flags[-1] = 0
 
-    def training_batches(
-        self, source: Iterator[B], count: int, step: int, group: int = 1
-    ) -> Iterator[B]:
-        """At most `count` batches; fewer where a checkpoint is due or the job is to end.
+    def training_batches(self, source: Iterator[B], count: int, group: int = 1) -> Iterator[B]:
+        """Yields the batches of a stretch of training, up to `end_stretch`. A collective.
 
-        The pipeline then runs what it has fetched, and nothing is in flight when the state is
-        saved. `step` is the number of steps before the first of them. Batches come in whole groups
-        of `group` (the last of `count` may be smaller), as their gradients are no part of a state.
+        A pipeline takes batches ahead of its steps. At the end of a stretch it runs what it has
+        taken, and nothing is in flight when the state is saved. The ranks agree on a batch during
+        the step before it, so that none waits here.
+
+        Args:
+            source: of batches; what a stretch leaves of them stays for the next.
+            count: at most so many.
+            group: batches whose gradients are accumulated, which are no part of a state: a stretch
+                ends with whole groups, of which the last of `count` may be smaller.
         """
-        every = self.settings.every_steps
+        self._is_ending = False
         for number in range(count):
+            if self._is_ending and number % group == 0:
+                return
             asked = self._ahead or self._ask(source)
-            # The ranks agree on a batch during the step before it, so that none waits here.
             self._ahead = self._ask(source) if number + 1 < count else None
             batch = self._answer(asked)
-            self.save |= bool(every and (step + number + 1) % every == 0)
-            if batch is None or (self.stop and number % group == 0):
+            if batch is None:
                 return
             yield batch
-            if self.save and (number + 1) % group == 0:
-                return
+
+    def end_stretch(self) -> None:
+        """Ends the stretch of training with the group under way; call it on all ranks."""
+        self._is_ending = True
 
     def batches(self, source: Iterator[B]) -> Iterator[B]:
-        """All batches of a pass without training.
+        """Yields the batches of a pass without training, until a rank has none. A collective.
 
         Raises:
             TrainingStopped: the job is to end.
@@ -117,7 +137,7 @@ class Lockstep:
         self._answer(self._ask(iter(())))
 
     def raise_if_stopped(self) -> None:
-        """Ends a pass that may be begun anew.
+        """Ends what may be begun anew.
 
         Raises:
             TrainingStopped: the job is to end.
@@ -126,30 +146,29 @@ class Lockstep:
             raise TrainingStopped
 
     def _ask(self, source: Iterator[B]) -> _Asked[B]:
-        """Takes a batch and tells the other ranks how this one is."""
+        """Takes a batch and begins to tell the other ranks how this one is. A collective."""
         batch: B | None = None
-        error = self.error
+        error = self._error
         try:
             batch = next(source, None)
         except Exception as raised:
             error = error or raised
-        seconds = self.settings.every_seconds
         is_due = (
-            seconds is not None
+            self._seconds is not None
             and self.ranks.is_first
-            and time.monotonic() - self._saved_at >= seconds
+            and time.monotonic() - self._saved_at >= self._seconds
         )
-        flags = torch.tensor([error is not None, self._terminated, is_due], dtype=torch.int32)
+        states = [error is not None, batch is None, self._terminated, is_due]
+        flags = torch.tensor(states, dtype=torch.int32)
         work = dist.all_reduce(flags, dist.ReduceOp.MAX, self.ranks.group, async_op=True)
-        return _Asked(batch, error, flags, work, self._num_saved)
+        return _Asked(batch, error, flags, work)
 
     def _answer(self, asked: _Asked[B]) -> B | None:
-        """The batch, once it is known how all ranks are."""
+        """Returns the batch, once it is known how all ranks are. A collective."""
         asked.work.wait()
-        failed, stop, save = asked.flags.tolist()
+        failed, ended, stop, save = asked.flags.tolist()
         if failed:
             self.ranks.raise_first(asked.error)
-        self.stop = self.stop or bool(stop)
-        # What was due when asked may have been saved since.
-        self.save = self.save or bool(save and asked.num_saved == self._num_saved)
-        return asked.batch
+        self.stop |= bool(stop)
+        self.save |= bool(save)
+        return None if ended else asked.batch

@@ -18,14 +18,11 @@ OWN_LOGGERS = ("recsys", "embeddings")
 
 
 class _StandardOutput(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to whatever `sys.stdout` is at the time, above a progress bar if there is one."""
+    """Logs to standard output, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
         try:
-            tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()
+            _write_line(self.format(record))
         except Exception:
             self.handleError(record)
 
@@ -72,5 +69,13 @@ def configure_logging(
 
 
 def print_table(text: str) -> None:
-    """Prints a table for people; call it on rank 0 alone."""
-    print(text, flush=True)
+    """Prints a table for people, above a progress bar if there is one; call it on rank 0 alone."""
+    _write_line(text)
+
+
+def _write_line(text: str) -> None:
+    """Writes to whatever `sys.stdout` is at the time."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()

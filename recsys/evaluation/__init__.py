@@ -1,1 +1,1 @@
-"""evaluation"""
+"""Scores rows and computes metrics: evaluate, predict, retrieval, comparison of runs."""

@@ -7,6 +7,10 @@ users would say, not what other initial weights would: for those, give runs of s
 Percentile intervals of a cluster bootstrap: Efron and Tibshirani, An Introduction to the
 Bootstrap, 1993, chapter 13; Field and Welsh, Bootstrapping Clustered Data, 2007.
 
+scipy.stats.bootstrap does not serve here: where a resample leaves a metric undefined (few users
+have cold items) its interval is NaN, and it would sort the rows of every resample anew, while here
+they are sorted once and a resample only counts how often each user was drawn.
+
 Shapes: N rows of a window, U users of all windows, S resamples, P positive and M negative rows.
 """
 
@@ -17,12 +21,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recsys.data.item_parts import item_parts
+from recsys.data.item_parts import PARTS, item_parts
 from recsys.evaluation.metrics import grouped_auc
 from recsys.evaluation.scores import SplitScores, check_same_rows
 
 METRICS = ("auc", "gauc")
-PARTS = ("all", "warm", "cold", "unseen")
 PERCENTILES = (2.5, 97.5)
 CELLS = 1 << 20  # of the largest matrices, resamples times rows or users
 
@@ -62,7 +65,7 @@ def paired_difference(
             mean metric is taken; there may be unlike numbers of them.
         metric: gauc or auc. GAUC is pooled over windows: each user of a window counts by his rows;
             AUC is the mean over windows, weighted by rows.
-        part: all, warm, cold or unseen, as in `recsys.evaluation.metrics.item_parts`.
+        part: all, warm, cold or unseen, as in `recsys.data.item_parts`.
         samples: resamples. A user in several windows is drawn with his rows in all of them.
         seed: of the resamples, which are the same for all metrics and parts.
         label: place of the label.
@@ -154,8 +157,6 @@ def _check_windows(
 def _rows(scores: SplitScores, part: str) -> np.ndarray:  # bool [N]
     if part not in PARTS:
         raise ValueError(f"part '{part}' is none of {PARTS}")
-    if part == "all":
-        return np.ones(len(scores.groups), dtype=bool)
     return item_parts(scores.counts)[part]
 
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from embeddings.plan_text import align_columns
 from recsys.data.filesystem import write_whole
-from recsys.data.item_parts import item_parts
-from recsys.evaluation.bootstrap import METRICS, PARTS, Interval, paired_difference, pooled_metric
+from recsys.data.item_parts import PARTS, item_parts
+from recsys.evaluation.bootstrap import METRICS, Interval, paired_difference, pooled_metric
 from recsys.evaluation.scores import SplitScores, check_same_rows, read_scores, scores_file
 
 SAMPLES = 2000
@@ -50,10 +50,7 @@ def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
         "label": first.label_names[0],
         "users": len(np.unique(first.groups)),
         "samples": SAMPLES,
-        "rows": {
-            "all": len(first.groups),
-            **{part: int(rows.sum()) for part, rows in item_parts(first.counts).items()},
-        },
+        "rows": {part: int(rows.sum()) for part, rows in item_parts(first.counts).items()},
         "runs": [
             {"run": str(run), **_compared(first, other, is_first=other is first)}
             for run, other in zip(runs, scores, strict=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +21,13 @@ from recsys.data.parquet.rows import ParquetRows, count_items
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.distributed.gather import gather_rows
 from recsys.distributed.lockstep import Lockstep
+from recsys.evaluation.forward_pass import forward_pass
+from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.metrics import evaluation_report, format_report
 from recsys.evaluation.retrieval import format_retrieval, retrieval_report
 from recsys.evaluation.scores import SplitScores, write_scores
+
+logger = logging.getLogger(__name__)
 
 
 def check_data(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
@@ -105,44 +111,19 @@ def score(
     Raises:
         TrainingStopped: the job is to end, as `lockstep` says.
     """
+    lockstep = lockstep or Lockstep(job.ranks)
     devices = [job.ranks.device] if job.ranks.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        return _score(
-            job,
-            interactions,
-            lockstep or Lockstep(job.ranks, job.config.checkpoint),
-            unknown or UnknownIds(job.schema),
-            with_queries,
-        )
-
-
-def _score(
-    job: Job,
-    interactions: Interactions,
-    lockstep: Lockstep,
-    unknown: UnknownIds,
-    with_queries: bool,
-) -> dict[str, Tensor]:
-    job.model.eval()
-    is_cuda = job.ranks.device.type == "cuda"
     columns: dict[str, list[Tensor]] = {}
     with (
-        closing(loader(interactions, job.config.num_workers, is_cuda)) as source,
-        lockstep.watchdog.armed(),
+        torch.random.fork_rng(devices),
+        closing(loader(interactions, job.config.num_workers, bool(devices))) as source,
     ):
-        batches = lockstep.batches(source)
-        batches = job.preparation(batches, unknown, first_step=0, training=False)
-        while True:
-            try:
-                vectors, logits, batch = cast(Any, job.pipeline.progress(batches))
-            except StopIteration:
-                break
+        for vectors, logits, batch in forward_pass(job, source, lockstep, unknown):
             part = _columns(batch, logits)
             if with_queries and "query" in vectors:
                 part |= _queries(batch, vectors)
             for name, column in part.items():
                 columns.setdefault(name, []).append(column.cpu())
-            lockstep.watchdog.mark(f"scored batch {len(columns['logits'])}")
     return {
         name: gather_rows(torch.cat(column), job.ranks.group) for name, column in columns.items()
     }
@@ -206,12 +187,13 @@ def evaluate_split(
     """
     interactions = split_interactions(job, split)
     unknown = UnknownIds(job.schema)
-    lockstep = lockstep or Lockstep(job.ranks, job.config.checkpoint)
+    lockstep = lockstep or Lockstep(job.ranks)
     scored = score(job, interactions, lockstep, unknown, searches)
     scores = split_scores(job, scored, item_counts)
+    more = make_metrics(job.config.metrics)
     reports = {
         label: evaluation_report(
-            scores.labels[:, index], scores.logits[:, index], scores.groups, scores.counts
+            scores.labels[:, index], scores.logits[:, index], scores.groups, scores.counts, more
         )
         for index, label in enumerate(scores.label_names)
     }
@@ -224,14 +206,14 @@ def evaluate_split(
     if "queries" in scored:
         report["retrieval"] = retrieval_report(job, scored, item_counts, lockstep)
     ids = unknown.totals(job.ranks.group)
-    if (line := format_unknown(split, ids)) is not None and job.ranks.is_first:
-        print(line, flush=True)
+    if (line := format_unknown(split, ids)) is not None:
+        logger.info(line)
     return {**report, "ids": ids} if ids else report
 
 
-def format_evaluation(report: dict[str, Any]) -> str:
-    """What `evaluate_split` returned as plain text tables."""
-    text = format_report(report)
+def format_evaluation(report: dict[str, Any], more: Iterable[str] = ()) -> str:
+    """What `evaluate_split` returned as plain text tables; `more` names further metrics in it."""
+    text = format_report(report, more)
     if "retrieval" in report:
         text += f"\n{format_retrieval(report['retrieval'])}"
     return text

@@ -9,12 +9,14 @@ He et al., Practical Lessons from Predicting Clicks on Ads at Facebook, 2014.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from recsys.data.item_parts import item_parts
+from recsys.data.item_parts import PARTS, item_parts
+from recsys.evaluation.further_metrics import Metric, call_metric
 
 Array = np.ndarray | Tensor
 
@@ -59,33 +61,54 @@ def ranking_metrics(labels: Array, logits: Array, groups: Array) -> dict[str, An
 
 
 def evaluation_report(
-    labels: Array, logits: Array, groups: Array, item_counts: Array
+    labels: Array,
+    logits: Array,
+    groups: Array,
+    item_counts: Array,
+    more: Mapping[str, Metric] | None = None,
 ) -> dict[str, Any]:
     """`ranking_metrics` of all rows, with those of `warm`, `cold` and `unseen` items inside.
 
     Args:
         labels, logits, groups: as in `ranking_metrics`.
         item_counts: int [N], how many training rows the item of each row has, see `item_parts`.
+        more: further metrics, by the name that they get in the report.
+
+    Raises:
+        ValueError: as `ranking_metrics` does, or one of `more` fails.
     """
     label, logit, group = _numpy(labels), _numpy(logits), _numpy(groups)
     counts = _numpy(item_counts)
     assert counts.shape == label.shape
-    report = ranking_metrics(label, logit, group)
-    for name, rows in item_parts(counts).items():
-        report[name] = ranking_metrics(label[rows], logit[rows], group[rows])
-    return report
+    reports = {}
+    for part, rows in item_parts(counts).items():
+        columns = label[rows], logit[rows], group[rows]
+        reports[part] = ranking_metrics(*columns) | {
+            name: call_metric(name, metric, *columns, counts[rows])
+            for name, metric in (more or {}).items()
+        }
+    return reports.pop("all") | reports
 
 
-def format_report(report: dict[str, Any]) -> str:
-    """An `evaluation_report` as a plain text table; what is not defined is `-`."""
-    names = ("auc", "gauc", "logloss", "ne")
-    lines = [f"{'items':<8}" + "".join(f"{name:>9}" for name in names) + f"{'rows':>12}"]
-    for part in ("all", "warm", "cold", "unseen"):
+def format_report(report: dict[str, Any], more: Iterable[str] = ()) -> str:
+    """An `evaluation_report` as a plain text table; what is not defined is `-`.
+
+    Args:
+        report: of all rows, with parts inside.
+        more: names of further metrics in it.
+    """
+    names = ("auc", "gauc", "logloss", "ne", *more)
+    rows = [("items", *names, "rows")]
+    for part in PARTS:
         metrics = report if part == "all" else report[part]
-        cells = ["-" if metrics[name] is None else f"{metrics[name]:.4f}" for name in names]
-        line = f"{part:<8}" + "".join(f"{cell:>9}" for cell in cells)
-        lines.append(line + f"{metrics['num_samples']:>12,}")
-    return "\n".join(lines)
+        cells = ("-" if metrics[name] is None else f"{metrics[name]:.4f}" for name in names)
+        rows.append((part, *cells, f"{metrics['num_samples']:,}"))
+    widths = [8, *(max(9, len(name) + 2) for name in names), 12]
+    return "\n".join(
+        cells[0].ljust(widths[0])
+        + "".join(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))
+        for cells in rows
+    )
 
 
 def _numpy(values: Array) -> np.ndarray:

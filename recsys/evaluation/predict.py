@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ from recsys.build import Job, build_job
 from recsys.checkpoint.manager import load_best
 from recsys.checkpoint.run_folder import ITEM_COUNTS, check_encoders, check_vocabularies
 from recsys.config import load_config
-from recsys.data.filesystem import Location
+from recsys.data.filesystem import Location, whole_file, write_whole
 from recsys.data.interactions import Interactions
 from recsys.data.parquet.file import READ_ERRORS, open_parquet
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.distributed.lockstep import Lockstep
+from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import evaluate_split, format_evaluation, score
 from recsys.evaluation.scores import scores_file
+
+logger = logging.getLogger(__name__)
 
 
 def load_run(run: Path, data: str | None, ranks: Ranks, device: str) -> Job:
@@ -62,8 +66,8 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
             scores_to=scores_file(run, split),
         )
     if ranks.is_first:
-        (run / f"evaluation_{split}.json").write_text(json.dumps(report, indent=2) + "\n")
-        print(f"{split}\n{format_evaluation(report)}", flush=True)
+        write_whole(run / f"evaluation_{split}.json", json.dumps(report, indent=2) + "\n")
+        print_table(f"{split}\n{format_evaluation(report, job.config.metrics)}")
     return report
 
 
@@ -99,8 +103,8 @@ def predict(
         lockstep = Lockstep(ranks, job.config.checkpoint, watchdog)
         scored = score(job, interactions, lockstep, unknown)
     line = format_unknown("input", unknown.totals(ranks.group))
-    if line is not None and ranks.is_first:
-        print(line, flush=True)
+    if line is not None:
+        logger.info(line)
     if job.config.on_bad_row == "skip":
         rows.skipped(ranks, "input")
     probabilities = torch.full((rows.num_rows, scored["logits"].shape[1]), torch.nan)
@@ -109,7 +113,7 @@ def predict(
         if ranks.is_first:
             names = [f"prediction_{label}" for label in job.schema.of_kind("label")]
             _write(files, names, probabilities.numpy(), out)
-            print(f"{rows.num_rows:,} predictions written to {out}", flush=True)
+    logger.info("%s predictions written to %s", f"{rows.num_rows:,}", out)
 
 
 def _parquet_files(name: str) -> list[Location]:
@@ -121,11 +125,10 @@ def _parquet_files(name: str) -> list[Location]:
 
 def _write(files: list[Location], names: list[str], values: np.ndarray, out: Path) -> None:
     """The files' row groups one after the other, the new columns beside them."""
-    partial = out.with_name(f".{out.name}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
     writer: pq.ParquetWriter | None = None
     place = 0
-    try:
+    with whole_file(out) as partial:
         for file in files:
             with open_parquet(file) as parquet:
                 for index in range(parquet.num_row_groups):
@@ -144,9 +147,6 @@ def _write(files: list[Location], names: list[str], values: np.ndarray, out: Pat
                     writer.write_table(table)
         assert writer is not None
         writer.close()
-        partial.rename(out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read(parquet: pq.ParquetFile, index: int, file: Location) -> pa.Table:

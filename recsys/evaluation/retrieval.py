@@ -11,7 +11,7 @@ Shapes: R impressions searched for, I items of this rank, D width of the vectors
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +21,12 @@ from torch import Tensor
 from recsys.build import Job
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.item_parts import COLD_BELOW
+from recsys.data.item_parts import PARTS, item_parts
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import empty_table, padding_rows
-from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.lockstep import Lockstep
+from recsys.evaluation.forward_pass import forward_pass
 
 DEPTHS = (10, 50, 100)
 QUERIES_PER_BLOCK = 256
@@ -52,18 +52,9 @@ def catalogue_vectors(job: Job, lockstep: Lockstep) -> tuple[Tensor, Tensor]:
     with ranks.raise_on_all_ranks():
         items = catalogue_of(job)
     share = np.array_split(items, ranks.world_size)[ranks.rank]
-    job.model.eval()
-    batches = lockstep.batches(_batches_of_items(job, share, len(items)))
-    batches = job.preparation(batches, UnknownIds(job.schema), first_step=0, training=False)
-    vectors: list[Tensor] = []
-    with lockstep.watchdog.armed():
-        while True:
-            try:
-                parts, _, _ = cast(Any, job.pipeline.progress(batches))
-            except StopIteration:
-                break
-            vectors.append(parts["item"])
-            lockstep.watchdog.mark(f"catalogue batch {len(vectors)}")
+    batches = _batches_of_items(job, share, len(items))
+    outputs = forward_pass(job, batches, lockstep, place="catalogue batch")
+    vectors = [parts["item"] for parts, _, _ in outputs]
     return torch.from_numpy(share), torch.cat(vectors)[: len(share)].cpu()
 
 
@@ -151,18 +142,19 @@ def retrieval_report(
         job.ranks.group,
     )
     counts = item_counts[scored["query_items"].numpy()]
-    parts = {"warm": counts >= COLD_BELOW, "cold": counts < COLD_BELOW, "unseen": counts == 0}
-    report = retrieval_metrics(places) | {"catalogue": sum(job.ranks.gather(len(items)))}
-    return report | {
-        name: retrieval_metrics(places[torch.from_numpy(rows)]) for name, rows in parts.items()
+    reports = {
+        part: retrieval_metrics(places[torch.from_numpy(rows)])
+        for part, rows in item_parts(counts).items()
     }
+    catalogue = {"catalogue": sum(job.ranks.gather(len(items)))}
+    return reports.pop("all") | catalogue | reports
 
 
 def format_retrieval(report: dict[str, Any]) -> str:
     """A `retrieval_report` as a plain text table; what is not defined is `-`."""
     names = [f"{name}@{depth}" for name in ("recall", "ndcg") for depth in DEPTHS]
     lines = [f"{'retrieval':<10}" + "".join(f"{name:>12}" for name in names) + f"{'rows':>12}"]
-    for part in ("all", "warm", "cold", "unseen"):
+    for part in PARTS:
         metrics = report if part == "all" else report[part]
         cells = ["-" if metrics[name] is None else f"{metrics[name]:.4f}" for name in names]
         line = f"{part:<10}" + "".join(f"{cell:>12}" for cell in cells)

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recsys.data.filesystem import Location
+from recsys.data.filesystem import Location, whole_file
 from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
 
 
@@ -55,12 +55,8 @@ def write_scores(scores: SplitScores, path: Path) -> None:
     for index, name in enumerate(scores.label_names):
         columns[f"label_{name}"] = scores.labels[:, index]
         columns[f"logit_{name}"] = scores.logits[:, index]
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with whole_file(path) as partial:
         pq.write_table(pa.table(columns), partial, write_page_checksum=True)
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_scores(path: Path) -> SplitScores:

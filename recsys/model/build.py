@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor
 
 from embeddings import (
@@ -10,16 +11,16 @@ from embeddings import (
     build_embedding_bag_collection,
     build_embedding_collection,
 )
-from recsys.config import Config, content_settings
+from recsys.config import Config, content_settings, softmax_settings
 from recsys.content.branch import ContentBranch
-from recsys.content.encoders.build import Encoder
+from recsys.content.encoders.base import Encoder
 from recsys.data.negatives import negatives_feature
 from recsys.data.schema import Schema
 from recsys.model.em3 import EM3, Losses, ReadIDs
 from recsys.model.losses import ContentIDContrastive, RankingLoss
 from recsys.model.retrieval_loss import RetrievalLoss
 from recsys.model.tables import id_dropouts, pooled_features
-from recsys.ranking import build_ranking
+from recsys.ranking.build import build_ranking
 from recsys.ranking.dimensions import InputDimensions
 
 
@@ -31,10 +32,12 @@ def build_em3(
     bank: MemoryBank | None,
     device: str = "meta",
     item_categories: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> EM3:
     """The model, its tables on `device` (meta: allocated when sharded).
 
-    `item_categories` are those of `load_item_categories`.
+    `item_categories` are those of `load_item_categories`; `process_group` has the ranks that train
+    the model together, None for one alone.
 
     Raises:
         ValueError: unknown parts, or label weights for labels that do not exist.
@@ -47,17 +50,16 @@ def build_em3(
     dims = {table.name: table.embedding_dim for table in tables}
     pooled = pooled_features(config, schema)
     id_dim = dims[schema.target_item]
-    dimensions = InputDimensions.of(schema, pooled, dims, item_categories)
+    dimensions = InputDimensions.of(schema, pooled, dims, item_categories, process_group)
     embeddings = build_embedding_collection(tables, device)
     assert embeddings is not None
     contrastive = None
     if content is not None and config.contrastive.weight > 0:
         contrastive = ContentIDContrastive(content.dim, id_dim, config.contrastive)
     weights = [config.ranking.label_weights.get(label, 1.0) for label in labels]
-    retrieval = None
-    if config.ranking.loss != "pointwise":
-        retrieval = RetrievalLoss(config.ranking, weights)
-    negatives = negatives_feature(config.ranking, schema.target_item)
+    softmax = softmax_settings(config.ranking)
+    retrieval = RetrievalLoss(softmax, weights) if softmax is not None else None
+    negatives = negatives_feature(softmax, schema.target_item)
     return EM3(
         embedding_bags=build_embedding_bag_collection(tables, device),
         embeddings=embeddings,

@@ -5,8 +5,9 @@ Each is one graph without breaks, for histories, texts and numbers of items of a
 of a ranking model is left alone: its history arithmetic has kernels of its own, about which a
 compiler would only build dozens of fragments.
 
-The parts are compiled in place, so that names of parameters, and with them checkpoints, stay as
-they are. Frozen layers run as they are too, or their outputs would differ from those in the cache.
+The parts are compiled in place (`nn.Module.compile`), so that names of parameters, and with them
+checkpoints, stay as they are; `print(model)` shows which they are (`recsys.content.wrap`). Frozen
+layers run as they are too, or their outputs would differ from those in the cache.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from torch import Tensor, nn
 from torchrec.models.dlrm import DenseArch, OverArch
 
 from recsys.content.encoders.base import Encoder
+from recsys.content.wrap import wrap
 from recsys.model.em3 import EM3
+
+
+class Compiled(nn.Module):
+    """Marks a part that is compiled."""
 
 
 def compiled_parts(em3: EM3) -> dict[str, nn.Module]:
@@ -44,6 +50,7 @@ def compile_dense_parts(em3: EM3, device: torch.device, backend: str = "inductor
     if backend == "inductor":
         require_compiler(device)
     for part in compiled_parts(em3).values():
+        wrap(part, Compiled)
         part.compile(backend=backend, dynamic=True)
 
 

@@ -5,24 +5,35 @@ history map and the ranking model in bfloat16. Each of these parts takes and giv
 lookups, memory bank, losses and metrics around them never see another type; weights, gradients and
 optimizer state are float32 by the nature of autocast, and bfloat16 needs no scaling of the loss.
 
-The parts themselves are changed, not the calls of the model, so that training, evaluation,
-prediction and the filling of the bank are all alike. It also keeps each part's casts of weights to
-itself: autocast remembers them, and a weight that was first cast without gradient would have none.
+The parts themselves are wrapped (`recsys.content.wrap`), not the calls of the model, so that
+training, evaluation, prediction and the filling of the bank are all alike. It also keeps the casts
+of weights to each part: autocast remembers them, and a weight that was first cast without gradient
+would have none.
 The frozen layers of encoders stay in float32, whether their outputs are cached or not.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from recsys.content.wrap import wrap
 from recsys.data.batch import ContentInput
 from recsys.model.em3 import EM3
 from recsys.ranking.vectors import MemberLogits, TowerVectors
+
+
+class InBfloat16(nn.Module):
+    """Wraps a part: it computes in bfloat16 and gives float32."""
+
+    device_type: str
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        with torch.autocast(self.device_type, torch.bfloat16):
+            output = super().forward(*arguments, **named)
+        return _in_float32(output)
 
 
 def dense_parts(em3: EM3) -> dict[str, nn.Module]:
@@ -48,17 +59,8 @@ def use_bfloat16(em3: EM3, device: torch.device) -> None:
             "(compute capability 8.0 and later do); set precision to fp32"
         )
     for part in dense_parts(em3).values():
-        part.forward = _in_bfloat16(part.forward, device.type)  # type: ignore[method-assign]
-
-
-def _in_bfloat16(forward: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def in_bfloat16(*arguments: Any, **named: Any) -> Any:
-        with torch.autocast(device_type, torch.bfloat16):
-            output = forward(*arguments, **named)
-        return _in_float32(output)
-
-    return in_bfloat16
+        wrap(part, InBfloat16)
+        part.device_type = device.type  # type: ignore[assignment]
 
 
 def _in_float32(

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from recsys.config import RankingSettings
+from recsys.config import RetrievalSettings
 from recsys.data.batch import Batch
 from recsys.distributed.gather import gather_rows_with_gradient
 from recsys.ranking.vectors import TowerVectors
@@ -37,7 +37,7 @@ class RetrievalLoss(nn.Module):
 
     weights: Tensor
 
-    def __init__(self, settings: RankingSettings, label_weights: list[float]) -> None:
+    def __init__(self, settings: RetrievalSettings, label_weights: list[float]) -> None:
         super().__init__()
         self.in_batch = settings.loss == "in_batch_softmax"
         self.all_ranks = settings.all_ranks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from embeddings import TableConfig
-from recsys.config import Config, TableSettings
+from recsys.config import Config, TableSettings, softmax_settings
 from recsys.data.negatives import negatives_feature
 from recsys.data.schema import Schema
 
@@ -50,7 +50,7 @@ def table_configs(
     settings = config.embedding
     pooled = pooled_features(config, schema)
     sequence = [schema.target_item] + ([schema.history] if schema.history else [])
-    negatives = negatives_feature(config.ranking, schema.target_item)
+    negatives = negatives_feature(softmax_settings(config.ranking), schema.target_item)
     tables = list(dict.fromkeys(schema.table_of(name) for name in [*pooled, *sequence]))
     for name in settings.tables:
         if name not in tables:

@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -29,6 +27,7 @@ from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.prefetch import in_order, threads
 from recsys.data.schema import Schema
 from recsys.data.vocabularies import UnknownIds
+from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 
 AHEAD = 2  # batches that are built while one is in use
@@ -142,20 +141,6 @@ class ContentBatches(Iterable[Batch]):
             yield from in_order(jobs, builder.submit, AHEAD)
 
     def _agreed(self) -> Iterator[Batch]:
+        """The batches up to where a rank has no more. A collective."""
         with closing(self._built()) as source:
-            while True:
-                batch: Batch | None = None
-                error: Exception | None = None
-                try:
-                    batch = next(source, None)
-                except Exception as raised:
-                    error = raised
-                flags = torch.tensor([batch is None, error is not None], dtype=torch.int32)
-                dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.ranks.group)
-                is_end, failed = flags.tolist()
-                if failed:
-                    self.ranks.raise_first(error)
-                if is_end:
-                    return
-                assert batch is not None
-                yield batch
+            yield from Lockstep(self.ranks).batches(source)

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 from recsys.config import Config, ContentSettings, ContrastiveSettings
 from recsys.config.checks import validate
 from recsys.config.plain_yaml import load_plain_yaml
+from recsys.data.items.kind import make_kinds
 from recsys.data.schema import Column, ItemColumn, Items, Schema
 
 
@@ -47,9 +48,10 @@ class PlugInSettings:
         if self.history is not None:
             columns[self.history] = Column("sequence", shares=self.item)
         content = {
-            modality.column: self.item_columns.get(modality.column, ItemColumn(modality.kind))  # type: ignore[arg-type]
-            for modality in self.content.modalities.values()
+            kind.modality.column: ItemColumn(kind.column_kind)  # type: ignore[arg-type]
+            for kind in make_kinds(self.content.modalities).values()
         }
+        content |= {name: c for name, c in self.item_columns.items() if name in content}
         return Schema(
             target_item=self.item,
             group=self.item,

@@ -10,19 +10,28 @@ Shapes: B batch, D dimension, F fields, S similarities, C labels.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torchrec.models.deepfm import DenseArch
 from torchrec.modules.deepfm import DeepFM as DeepComponent
 from torchrec.modules.deepfm import FactorizationMachine
 
-from recsys.config import ContentSettings, RankingSettings
+from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers.fields import Fields
+from recsys.ranking.layers.fields import DenseSettings, Fields
 from recsys.ranking.layers.mlp import hidden_layers
 from recsys.ranking.vectors import IDVectors
+
+
+@dataclass
+class DeepFMSettings(DenseSettings):
+    """Settings of DeepFM."""
+
+    name: str = "deepfm"
 
 
 class DeepFM(nn.Module):
@@ -34,9 +43,11 @@ class DeepFM(nn.Module):
         ValueError: `ranking.mlp_units` is empty, or `ranking.dense_units` not one layer.
     """
 
+    Settings = DeepFMSettings
+
     def __init__(
         self,
-        settings: RankingSettings,
+        settings: DeepFMSettings,
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:

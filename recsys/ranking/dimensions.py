@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch import Tensor
 
 from recsys.data.schema import Schema
@@ -19,6 +20,7 @@ class InputDimensions:
     group: the column of the user whose items are ranked.
     has_history: whether the schema has a sequence of past items.
     item_categories: of every item, int32 [num_items], -1 for none; where a model searches by them.
+    process_group: the ranks that train the model together; None for one alone.
     """
 
     pooled_dims: list[int]
@@ -32,6 +34,7 @@ class InputDimensions:
     group: str = ""
     has_history: bool = True
     item_categories: Tensor | None = None
+    process_group: dist.ProcessGroup | None = None
 
     @staticmethod
     def of(
@@ -39,6 +42,7 @@ class InputDimensions:
         pooled_features: list[str],
         table_dims: dict[str, int],
         item_categories: Tensor | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> InputDimensions:
         """Those of a dataset whose tables have these dimensions."""
         return InputDimensions(
@@ -53,4 +57,5 @@ class InputDimensions:
             group=schema.group,
             has_history=schema.history is not None,
             item_categories=item_categories,
+            process_group=process_group,
         )

@@ -8,23 +8,34 @@ Shapes: B batch.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from recsys.config import ContentSettings, RankingSettings
+from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers.attended_features import AttendedFeatures
-from recsys.ranking.layers.mlp import ranking_head
+from recsys.ranking.layers.attended_features import AttendedFeatures, AttendedSettings
+from recsys.ranking.layers.mlp import HeadSettings, ranking_head
 from recsys.ranking.vectors import IDVectors, MemberLogits
+
+
+@dataclass
+class DinSettings(AttendedSettings, HeadSettings):
+    """Settings of DIN."""
+
+    name: str = "din"
 
 
 class Din(AttendedFeatures):
     """ID vectors, content vectors and dense features -> one logit per label."""
 
+    Settings = DinSettings
+
     def __init__(
         self,
-        settings: RankingSettings,
+        settings: DinSettings,
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:

@@ -9,24 +9,35 @@ Shapes: B batch.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 from torchrec.modules.crossnet import LowRankCrossNet
 
-from recsys.config import ContentSettings, RankingSettings
+from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers.attended_features import AttendedFeatures
-from recsys.ranking.layers.mlp import ranking_head
+from recsys.ranking.layers.attended_features import AttendedFeatures, AttendedSettings
+from recsys.ranking.layers.mlp import CrossSettings, HeadSettings, ranking_head
 from recsys.ranking.vectors import IDVectors, MemberLogits
+
+
+@dataclass
+class DinDcnSettings(AttendedSettings, CrossSettings, HeadSettings):
+    """Settings of DIN with a DCN-v2 head."""
+
+    name: str = "din_dcn"
 
 
 class DinDcn(AttendedFeatures):
     """ID vectors, content vectors and dense features -> one logit per label."""
 
+    Settings = DinDcnSettings
+
     def __init__(
         self,
-        settings: RankingSettings,
+        settings: DinDcnSettings,
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:

@@ -12,19 +12,36 @@ Shapes: B batch, D dimension, F fields, S similarities, C labels.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torchrec.models.dlrm import DenseArch, InteractionArch, InteractionDCNArch, OverArch
 from torchrec.modules.crossnet import LowRankCrossNet
 
-from recsys.config import ContentSettings, RankingSettings
+from recsys.config import ContentSettings
 from recsys.content.dropout import Dropout
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers.fields import Fields
+from recsys.ranking.layers.fields import DenseSettings, Fields
+from recsys.ranking.layers.mlp import CrossSettings
 from recsys.ranking.vectors import IDVectors
+
+
+@dataclass
+class DlrmSettings(DenseSettings):
+    """Settings of DLRM."""
+
+    name: str = "dlrm"
+
+
+@dataclass
+class DlrmDcnSettings(CrossSettings, DlrmSettings):
+    """Settings of DLRM-DCNv2."""
+
+    name: str = "dlrm_dcn"
 
 
 class Dlrm(nn.Module):
@@ -36,9 +53,11 @@ class Dlrm(nn.Module):
         ValueError: `ranking.mlp_units` is empty.
     """
 
+    Settings: ClassVar[type[DlrmSettings]] = DlrmSettings
+
     def __init__(
         self,
-        settings: RankingSettings,
+        settings: DlrmSettings,
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
@@ -58,7 +77,7 @@ class Dlrm(nn.Module):
         )
 
     def interaction(
-        self, num_fields: int, dim: int, settings: RankingSettings
+        self, num_fields: int, dim: int, settings: DlrmSettings
     ) -> tuple[nn.Module, int]:
         """The interaction of a vector of dense features with F fields, and its width."""
         return InteractionArch(num_fields), dim + math.comb(num_fields + 1, 2)
@@ -76,9 +95,12 @@ class Dlrm(nn.Module):
 class DlrmDcn(Dlrm):
     """Fields -> `ranking.cross_layers` cross layers of rank `cross_rank` -> MLP -> logits."""
 
+    Settings = DlrmDcnSettings
+
     def interaction(
-        self, num_fields: int, dim: int, settings: RankingSettings
+        self, num_fields: int, dim: int, settings: DlrmSettings
     ) -> tuple[nn.Module, int]:
+        assert isinstance(settings, DlrmDcnSettings)
         width = (num_fields + 1) * dim
         cross = LowRankCrossNet(width, settings.cross_layers, settings.cross_rank)
         return InteractionDCNArch(num_fields, cross), width

@@ -12,6 +12,7 @@ from recsys.data.filesystem import Location
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.bad_rows import OnBadRow
 from recsys.data.schema import Schema
+from recsys.ranking.sim import SimSettings
 
 
 def load_item_categories(
@@ -23,7 +24,7 @@ def load_item_categories(
         ValueError: `ranking.search` is category, but `ranking.category` names no such column, or
             no item has one.
     """
-    if settings.name != "sim" or settings.search != "category":
+    if not isinstance(settings, SimSettings) or settings.search != "category":
         return None
     columns = schema.items.columns if schema.items is not None else {}
     known = [name for name, column in columns.items() if column.kind == "category"]

@@ -11,22 +11,42 @@ Shapes: B batch, N history items of the batch, K of them found, C labels.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from recsys.config import ContentSettings, RankingSettings
+from recsys.config import ContentSettings
+from recsys.config.limits import PositiveInt
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.aged_attention import AgedAttention, age_of
-from recsys.ranking.layers.attended_features import RowFeatures
+from recsys.ranking.layers.attended_features import NumbersSettings, RowFeatures
 from recsys.ranking.layers.content_interest import cosines
 from recsys.ranking.layers.history_numbers import history_numbers
-from recsys.ranking.layers.mlp import ranking_head
+from recsys.ranking.layers.mlp import HeadSettings, ranking_head
 from recsys.ranking.vectors import IDVectors, MemberLogits
+
+
+@dataclass
+class SimSettings(NumbersSettings, HeadSettings):
+    """Settings of SIM."""
+
+    name: str = "sim"
+    search: Literal["similarity", "category"] = "similarity"
+    """Attend to what is most like the target, by content (by ID vectors where there is none), or to
+    the latest items of its category."""
+    search_top_k: PositiveInt = 50
+    """Items of each history that are attended to, at most."""
+    search_heads: PositiveInt = 2
+    """Heads of the attention to them."""
+    category: str | None = None
+    """The item column of kind category, for search by category."""
+    time_gaps: str | None = None
+    """The parallel list with each item's age; default: its place."""
 
 
 class Sim(RowFeatures):
@@ -39,11 +59,12 @@ class Sim(RowFeatures):
         ValueError: `ranking.time_gaps` names no parallel list.
     """
 
+    Settings = SimSettings
     categories: Tensor | None
 
     def __init__(
         self,
-        settings: RankingSettings,
+        settings: SimSettings,
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
@@ -119,8 +140,9 @@ class Sim(RowFeatures):
 
 def _content_similarity(content: ContentVectors, history: JaggedHistory) -> Tensor:  # [N]
     """The cosine of target and history, summed over content vectors and modalities."""
-    spaces = zip(content.target_modalities.unbind(dim=1), content.history_modalities.unbind(dim=1))
-    total = cosines(content.target, content.history, history)
-    for target, items in spaces:
-        total = total + cosines(target, items, history)
+    items, modalities = content.read_history()
+    spaces = zip(content.target_modalities.unbind(dim=1), modalities.unbind(dim=1))
+    total = cosines(content.target, items, history)
+    for target, of_items in spaces:
+        total = total + cosines(target, of_items, history)
     return total

@@ -15,11 +15,14 @@ with the directions, E content dimension, M modalities, P parallel lists.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.config import ContentSettings, RankingSettings
+from recsys.config import ContentSettings, RetrievalSettings
+from recsys.config.limits import PositiveFloat, PositiveInt
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
@@ -30,6 +33,19 @@ from recsys.ranking.layers.mlp import multilayer_perceptron
 from recsys.ranking.vectors import IDVectors, TowerVectors
 
 
+@dataclass
+class TwoTowerSettings(RetrievalSettings):
+    """Settings of the two towers."""
+
+    name: str = "two_tower"
+    query_features: list[str] = field(default_factory=list)
+    """Columns besides the group's that tell of the user, not of the item."""
+    tower_dim: PositiveInt = 32
+    """Width of a tower's vector."""
+    temperature: PositiveFloat = 0.1
+    """Dot products of the vectors, of length one, are divided by it."""
+
+
 class TwoTower(nn.Module):
     """ID vectors, content vectors and dense features -> `TowerVectors`.
 
@@ -38,9 +54,11 @@ class TwoTower(nn.Module):
             user.
     """
 
+    Settings = TwoTowerSettings
+
     def __init__(
         self,
-        settings: RankingSettings,
+        settings: TwoTowerSettings,
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
@@ -96,7 +114,7 @@ class TwoTower(nn.Module):
             vectors += pooled_history(ids.history.float(), id_history, parallel)
             vectors.append(history_numbers(history, parallel))
             if content is not None:
-                vectors += pooled_history(content.history.float(), history, parallel)
+                vectors += pooled_history(content.read_history()[0].float(), history, parallel)
         query = self.query_tower(torch.cat(vectors, dim=1)).unflatten(1, (self.num_labels, -1))
         return F.normalize(query, dim=2)
 
@@ -123,7 +141,8 @@ class Similarity(nn.Module):
         self, content: ContentVectors, history: JaggedHistory, parallel: Tensor
     ) -> Tensor:  # [B, (1 + M) * E]
         """Weighted mean directions of the history's items."""
-        spaces = [content.history, *content.history_modalities.unbind(dim=1)]
+        items, modalities = content.read_history()
+        spaces = [items, *modalities.unbind(dim=1)]
         directions = []
         for vectors, weights in zip(spaces, self.weights, strict=True):
             means = pooled_history(F.normalize(vectors.float(), dim=1), history, parallel)
@@ -140,7 +159,7 @@ class Similarity(nn.Module):
 
 
 def _query_columns(
-    settings: RankingSettings, dimensions: InputDimensions
+    settings: TwoTowerSettings, dimensions: InputDimensions
 ) -> tuple[list[int], list[int]]:
     """Places of the pooled and of the dense features that the query tower reads."""
     known = [*dimensions.pooled_names, *dimensions.dense_names]

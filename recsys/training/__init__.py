@@ -1,1 +1,1 @@
-"""training"""
+"""Trains: begins or continues a run, takes its steps, and reports them."""

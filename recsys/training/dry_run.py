@@ -8,14 +8,14 @@ not filled, so that the histories of this one step see only what it has just com
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import resource
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,14 +25,18 @@ from recsys.config import Config
 from recsys.content.projection_start import start_projections
 from recsys.data.batch import Batch
 from recsys.data.interactions import Interactions, loader
-from recsys.data.parquet.rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.lockstep import Lockstep
+from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
+from recsys.evaluation.evaluate import split_interactions
+from recsys.evaluation.forward_pass import forward_pass
 from recsys.training.pretrained_tables import load_pretrained_tables
 from recsys.training.train import training_interactions
 from recsys.training.trainer import require_pipelined
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
         job = build_job(config, data, ranks)
         interactions = training_interactions(job)
         if ranks.is_first:
-            print(f"{job.plan}\n\n{job.parameters}\n", flush=True)
+            print_table(f"{job.plan}\n\n{job.parameters}\n")
         _start(job)
         build_seconds = time.perf_counter() - begin
         with watchdog.armed():
@@ -82,8 +86,7 @@ def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
         peak_bytes=[peak for peak, _, _ in peaks],
         world_size=ranks.world_size,
     )
-    if ranks.is_first:
-        print(format_dry_run(found), flush=True)
+    logger.info(format_dry_run(found))
     return found
 
 
@@ -116,8 +119,9 @@ def _train_step(
     job.model.train()
     job.pipeline.begin(1)
     with closing(_first_batch(job, interactions)) as source:
-        agreed = lockstep.training_batches(source, 1, step=0)
-        losses, _, batch = _progress(job, lockstep, agreed, training=True)
+        batches = lockstep.training_batches(source, count=1)
+        prepared = job.preparation(batches, UnknownIds(job.schema), first_step=0, training=True)
+        losses, _, batch = next(job.pipeline.outputs(prepared))
         require_pipelined(job.model)
     values = {name: float(value) for name, value in losses.items()}  # waits for a GPU
     seconds = time.perf_counter() - begin
@@ -137,16 +141,9 @@ def _train_step(
 def _scored_rows(job: Job, lockstep: Lockstep) -> tuple[int, float]:
     """How many rows of the first batch of the validation split this rank scored."""
     begin = time.perf_counter()
-    with job.ranks.raise_on_all_ranks():
-        rows = ParquetRows.of_split(job.root, "valid", job.schema, job.config.on_bad_row)
-        ranks = job.ranks
-        interactions = Interactions(
-            rows, job.batch_builder(), job.config.batch_size, ranks.rank, ranks.world_size
-        )
-    job.model.eval()
+    interactions = split_interactions(job, "valid")
     with closing(_first_batch(job, interactions)) as source, torch.no_grad():
-        agreed = lockstep.batches(source)
-        _, logits, batch = _progress(job, lockstep, agreed, training=False)
+        _, logits, batch = next(forward_pass(job, source, lockstep))
     logits.float().sum().item()  # waits for a GPU
     return int((batch.row_positions >= 0).sum()), time.perf_counter() - begin
 
@@ -154,17 +151,6 @@ def _scored_rows(job: Job, lockstep: Lockstep) -> tuple[int, float]:
 def _first_batch(job: Job, interactions: Interactions) -> Generator[Batch]:
     with closing(loader(interactions, 0, job.ranks.device.type == "cuda")) as batches:
         yield from itertools.islice(batches, 1)
-
-
-def _progress(
-    job: Job, lockstep: Lockstep, batches: Iterator[Batch], training: bool
-) -> tuple[dict[str, Any], Any, Batch]:
-    prepared = job.preparation(batches, UnknownIds(job.schema), 0, training=training)
-    try:
-        return cast(Any, job.pipeline.progress(prepared))
-    except StopIteration:
-        lockstep.raise_if_stopped()
-        raise AssertionError("a split without a batch") from None
 
 
 def _peak_bytes(ranks: Ranks) -> int:

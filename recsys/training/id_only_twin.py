@@ -7,6 +7,7 @@ It goes on where it stopped as the run does, and is dropped when the run begins 
 from __future__ import annotations
 
 import gc
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from recsys.checkpoint.files import folders_by_age
 from recsys.checkpoint.run_folder import COMPARISON, TWIN, TWIN_MARK, Resume
 from recsys.config import Config
 from recsys.config.checks import validate
+from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.compare import compare_runs, format_comparison, write_comparison
 from recsys.training.train import train
+
+logger = logging.getLogger(__name__)
 
 
 def id_only_twin(config: Config) -> Config:
@@ -67,7 +71,7 @@ def train_with_twin(
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             mark.touch()
-            print(f"training the ID-only twin in {folder}", flush=True)
+    logger.info("training the ID-only twin in %s", folder)
     # A best model without a checkpoint to go on from is no obstacle here: the folder is ours.
     anew = ranks.gather(not folders_by_age(folder / "checkpoints"))[0]
     train(twin, data, folder, ranks, overwrite=anew)
@@ -75,4 +79,5 @@ def train_with_twin(
         if ranks.is_first:
             report = compare_runs([folder, run], "test")
             write_comparison(report, run / COMPARISON)
-            print(f"{format_comparison(report)}\nwritten to {run / COMPARISON}", flush=True)
+            print_table(format_comparison(report))
+            logger.info("written to %s", run / COMPARISON)

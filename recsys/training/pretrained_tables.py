@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pyarrow.parquet as pq
 
 from embeddings import PretrainedFiles, load_pretrained_rows
@@ -12,25 +14,25 @@ from recsys.config import InitFromSettings
 from recsys.data.filesystem import Location
 from recsys.data.schema import Schema
 
+logger = logging.getLogger(__name__)
 
-def load_pretrained_tables(job: Job) -> list[str]:
-    """Writes the vectors of every `init_from` into its table; a line to print each. A collective.
+
+def load_pretrained_tables(job: Job) -> None:
+    """Writes the vectors of every `init_from` into its table. A collective.
 
     Raises:
         ValueError: no such file, or what it holds does not fit the table.
     """
-    lines = []
     for name, settings in job.config.embedding.tables.items():
         if (source := settings.init_from) is None:
             continue
         with job.ranks.raise_on_all_ranks():
             files, rows_of_ids = _files_of(job.schema, name, source)
         loaded = load_pretrained_rows(job.model, name, files, rows_of_ids, job.ranks.group)
-        lines.append(
+        logger.info(
             f"table '{name}': {loaded.num_set:,} rows set, {loaded.num_left_out:,} unknown ids "
             f"left out, from {source.path}"
         )
-    return lines
 
 
 def _files_of(

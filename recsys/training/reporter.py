@@ -1,39 +1,47 @@
-"""What a training run tells: a progress bar or lines, and TensorBoard."""
+"""Reports of a training run: a progress bar or lines in the log, and the trackers' records."""
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from recsys.build import Job
+from recsys.checkpoint.compatibility import flattened
 from recsys.checkpoint.progress import Progress
+from recsys.config import to_plain
+from recsys.distributed.log import print_table
 from recsys.evaluation.metrics import format_report
+from recsys.training.trackers import Tracker, make_trackers
+
+logger = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Progress bar on a terminal, plain lines elsewhere, TensorBoard beside; rank 0 speaks.
+    """Shows a progress bar on a terminal, logs lines elsewhere, and feeds the trackers.
 
     Args:
-        job: what trains.
+        job: what trains; trackers, bar and tables are those of rank 0.
         run: the run's folder.
-        progress: where the run starts or goes on; events of later steps are replaced.
+        progress: where the run starts or goes on.
     """
 
     def __init__(self, job: Job, run: Path, progress: Progress) -> None:
         self.job, self.active = job, job.ranks.is_first
         self.every = job.config.log_every_steps
         self.terminal = sys.stderr.isatty()
-        self.writer = (
-            SummaryWriter(str(run / "tensorboard"), purge_step=progress.steps + 1)
-            if self.active
-            else None
-        )
+        self.trackers: list[Tracker] = []
+        with job.ranks.raise_on_all_ranks():
+            if self.active:
+                settings = flattened(to_plain(job.config))
+                names = job.config.tracker
+                self.trackers = make_trackers(names, run, settings, progress.steps)
         self.bar = tqdm(disable=not (self.active and self.terminal))
 
     def begin(self, num_batches: int, progress: Progress) -> None:
@@ -42,13 +50,8 @@ class Reporter:
         self.bar.reset(num_batches)
         self.bar.update(progress.batches)
 
-    def say(self, text: str) -> None:
-        if self.active:
-            self.bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
     def step(self, progress: Progress, losses: dict[str, Tensor]) -> None:
-        """After each step. A collective."""
+        """Reports a step every `log_every_steps`. A collective."""
         self.bar.update()
         if progress.steps % self.every:
             return
@@ -57,9 +60,13 @@ class Reporter:
         text = " ".join(f"{name} {float(value):.4f}" for name, value in losses.items())
         self.bar.set_postfix_str(f"{text} {rate:,.0f} samples/s")
         if not self.terminal:
-            self.say(
-                f"epoch {progress.epoch + 1} step {progress.batches}/{self.num_batches} {text} "
-                f"{rate:,.0f} samples/s"
+            logger.info(
+                "epoch %d step %d/%d %s %s samples/s",
+                progress.epoch + 1,
+                progress.batches,
+                self.num_batches,
+                text,
+                f"{rate:,.0f}",
             )
         self.write({f"train/{name}": value for name, value in values.items()}, progress.steps)
         self.write({"train/samples_per_second": rate}, progress.steps)
@@ -67,14 +74,7 @@ class Reporter:
     def _values(self, progress: Progress, losses: dict[str, Tensor]) -> dict[str, float]:
         values = {name: float(value) for name, value in losses.items()}
         if self.job.pipeline.has_stepped:
-            # Equal on all ranks, as the gradients are averaged over them.
-            gradients = [
-                parameter.grad
-                for group in self.job.adamw.param_groups
-                for parameter in group["params"]
-                if parameter.grad is not None
-            ]
-            values["gradient_norm"] = float(torch.nn.utils.get_total_norm(gradients))
+            values["gradient_norm"] = float(self.job.pipeline.update.gradient_norm())
         bank = self.job.em3.content.bank if self.job.em3.content is not None else None
         if bank is not None:
             values["bank_coverage"] = bank.coverage()
@@ -82,18 +82,37 @@ class Reporter:
         return values
 
     def write(self, values: dict[str, float], step: int) -> None:
-        """Scalars to TensorBoard."""
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+        """Gives metrics to every tracker; one that fails, as a service may, ends no training."""
+        for tracker in self.trackers:
+            with self._warning_of(tracker):
+                tracker.log(values, step)
+
+    @contextmanager
+    def _warning_of(self, tracker: Tracker) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            logger.warning("%s failed, training goes on: %s", type(tracker).__name__, error)
+
+    def evaluation(self, split: str, step: int, report: dict[str, Any]) -> None:
+        """Gives the trackers the metrics of a split that are numbers."""
+        numbers = {
+            f"{split}/{name}": float(value)
+            for name, value in report.items()
+            if isinstance(value, int | float) and name not in ("calibration", "num_samples")
+        }
+        self.write(numbers, step)
 
     def validation(self, progress: Progress, report: dict[str, Any]) -> None:
-        self.say(f"validation after step {progress.steps}\n{format_report(report)}")
-        names = ("auc", "gauc", "logloss", "ne")
-        known = {f"valid/{name}": report[name] for name in names if report[name] is not None}
-        self.write(known, progress.steps)
+        """Prints the table of a validation and records its metrics."""
+        if self.active:
+            table = format_report(report, self.job.config.metrics)
+            print_table(f"validation after step {progress.steps}\n{table}")
+        self.evaluation("valid", progress.steps, report)
 
     def close(self) -> None:
+        """Ends bar and trackers."""
         self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+        for tracker in self.trackers:
+            with self._warning_of(tracker):
+                tracker.close()

@@ -8,6 +8,7 @@ command on the same folder goes on from the last checkpoint.
 from __future__ import annotations
 
 import json
+import logging
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,23 @@ from recsys.checkpoint.run_folder import (
 )
 from recsys.config import Config
 from recsys.content.projection_start import start_projections
+from recsys.data.filesystem import write_whole
 from recsys.data.interactions import Interactions
 from recsys.data.parquet.rows import ParquetRows
 from recsys.diagnostics.profile.step_profile import StepProfile
 from recsys.distributed.lockstep import Lockstep, TrainingStopped
+from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import check_data, evaluate_split, fill_bank, format_evaluation
+from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.scores import scores_file
 from recsys.training.loss_watch import LossWatch
 from recsys.training.pretrained_tables import load_pretrained_tables
 from recsys.training.reporter import Reporter
 from recsys.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "transformers", "peft", "torchx")
 
@@ -78,6 +84,7 @@ def train(
         TrainingStopped: the job was asked to end; its state is saved.
         ValueError: on every rank, when data, configuration, plan or checkpoint are wanting.
     """
+    make_metrics(config.metrics)  # what is wrong with them shows before any work is done
     goes_on = find_start(run, resume, overwrite, ranks)
     with (
         Watchdog(ranks, config.stall_timeout) as watchdog,
@@ -113,13 +120,14 @@ def open_run(job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep) 
     item_counts = np.load(run / ITEM_COUNTS)
     if job.preparation.negatives is not None:
         job.preparation.negatives.use_counts(item_counts)
+    if job.ranks.is_first:
+        print_table(f"{job.plan}\n\n{job.parameters}\n")
     reporter = Reporter(job, run, progress or Progress())
-    reporter.say(f"{job.plan}\n\n{job.parameters}\n")
     if progress is None:
-        start_fresh(job, reporter)
+        start_fresh(job)
         progress = Progress()
     else:
-        reporter.say(f"going on after step {progress.steps} from {checkpoints.last_good}")
+        logger.info("going on after step %d from %s", progress.steps, checkpoints.last_good)
     return Trainer(
         job=job,
         run=run,
@@ -137,8 +145,7 @@ def open_run(job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep) 
             job.ranks,
             job.config.profile_steps,
             run,
-            reporter.say,
-            lambda values: reporter.write(values, progress.steps),
+            write=lambda values: reporter.write(values, progress.steps),
         ),
         reporter=reporter,
         progress=progress,
@@ -155,20 +162,23 @@ def training_interactions(job: Job) -> Interactions:
         interactions = Interactions(
             rows, build, config.batch_size, ranks.rank, ranks.world_size, config.seed
         )
+        job.plan_epochs(interactions.num_batches)
     return interactions
 
 
-def start_fresh(job: Job, reporter: Reporter) -> None:
-    """What a run that goes on has behind it: pretrained tables, projections, the first bank."""
-    for line in load_pretrained_tables(job):
-        reporter.say(line)
+def start_fresh(job: Job) -> None:
+    """Does what a run that goes on has behind it: pretrained tables, projections, the first bank.
+
+    A collective.
+    """
+    load_pretrained_tables(job)
     if job.em3.content is not None and job.store is not None:
         start_projections(job.em3.content, job.store, job.ranks)
         fill_bank(job)
 
 
 def _finish(trainer: Trainer) -> dict[str, Any]:
-    """Tests the best model and writes `metrics.json`."""
+    """Tests the best model and writes `metrics.json`. A collective."""
     job, run, progress = trainer.job, trainer.run, trainer.progress
     best = load_best(job, run)
     if best["step"] != progress.best_step:
@@ -200,8 +210,8 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         metrics["skipped_rows"] = json.loads((run / SKIPPED_ROWS).read_text())
     with job.ranks.raise_on_all_ranks():  # no rank leaves before the result is there
         if job.ranks.is_first:
-            partial = run / ".metrics.json"
-            partial.write_text(json.dumps(metrics, indent=2) + "\n")
-            partial.rename(run / "metrics.json")
-            print(f"test\n{format_evaluation(metrics['test'])}\nwritten to {run}", flush=True)
+            write_whole(run / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+            print_table(f"test\n{format_evaluation(metrics['test'], job.config.metrics)}")
+    trainer.reporter.evaluation("test", progress.steps, metrics["test"])
+    logger.info("written to %s", run)
     return metrics

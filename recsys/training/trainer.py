@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from torchrec.distributed.train_pipeline.runtime_forwards import BaseForward
 from torchrec.distributed.types import ShardedModule
 
@@ -27,6 +27,8 @@ from recsys.evaluation.evaluate import evaluate_split, fill_bank
 from recsys.evaluation.model_selection import selection_score, selection_words
 from recsys.training.loss_watch import LossWatch
 from recsys.training.reporter import Reporter
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -45,68 +47,75 @@ class Trainer:
     item_counts: np.ndarray
 
     def train(self) -> None:
-        """Trains until epochs or patience end.
+        """Trains until epochs or patience end. A collective.
 
         Raises:
             TrainingStopped: the job was asked to end; its state is saved.
-            ValueError: on every rank, when a row, the loss or storage is wanting.
+            ValueError: on every rank, a row cannot be used, a loss is not finite, or a checkpoint
+                cannot be written.
         """
         if self.progress.is_finished(self.job.config):
             return
         try:
             while not self.progress.is_finished(self.job.config):
-                self._train_epoch()
+                self.train_epoch()
         except TrainingStopped:
             self.checkpoints.save(self.progress, wait=True)
             raise
         self.checkpoints.save(self.progress, wait=True)
 
-    def _train_epoch(self) -> None:
-        """The rest of an epoch with its validations, or up to where patience ends."""
-        progress, parts = self.progress, self.job.config.validations_per_epoch
+    def train_epoch(self) -> None:
+        """Trains for what is left of an epoch, or up to where patience ends. A collective.
+
+        An epoch has parts that end with a validation, and within them stretches that end where a
+        checkpoint is written: what ends a stretch is agreed on by all ranks before.
+        """
+        job, progress, lockstep, config = self.job, self.progress, self.lockstep, self.job.config
         self.interactions.begin(progress.epoch, progress.stages, progress.batches)
         self.reporter.begin(self.interactions.num_batches, progress)
-        is_cuda = self.job.ranks.device.type == "cuda"
-        with closing(loader(self.interactions, self.job.config.num_workers, is_cuda)) as source:
+        is_cuda, parts = job.ranks.device.type == "cuda", config.validations_per_epoch
+        with closing(loader(self.interactions, config.num_workers, is_cuda)) as source:
             while progress.validations < parts:
-                part = progress.validations + 1
-                end = self.interactions.batches_until(part, parts)
-                while progress.batches < end:
-                    self._train_until(end, source)
-                if part == parts or end > self.interactions.batches_until(part - 1, parts):
-                    self._validate()
-                progress.validations = part
-                if progress.is_finished(self.job.config):
-                    return
+                begin_of_part, end_of_part = self._part(progress.validations)
+                first_step = progress.steps
+                unknown = UnknownIds(job.schema)
+                job.pipeline.begin(end_of_part - progress.batches)
+                count = self._batches_until_pause(end_of_part)
+                batches = lockstep.training_batches(source, count, config.accumulate_steps)
+                with lockstep.watchdog.armed(), self.profile:
+                    for losses, batch in self._steps(batches, unknown):
+                        loss, positions = losses["loss"], batch.row_positions
+                        lockstep.note(self.loss_watch.step(progress.steps, loss, positions))
+                        self.reporter.step(progress, losses)  # logs every so many
+                        if lockstep.stop or lockstep.save:
+                            lockstep.end_stretch()  # the pipeline finishes what it has taken
+                        lockstep.watchdog.mark(f"step {progress.steps}")
+                        self.profile.step()
+                lockstep.note(self.loss_watch.check())
+                lockstep.settle()  # so that no state after a bad loss is ever saved
+                progress.count_ids(job, unknown)
+                if lockstep.stop:
+                    raise TrainingStopped
+                if lockstep.save or self._passed_checkpoint(first_step):
+                    self.checkpoints.save(progress)
+                    lockstep.saved()
+                if progress.batches >= end_of_part:
+                    if end_of_part > begin_of_part or progress.validations + 1 == parts:
+                        self._validate()
+                    progress.validations += 1
+                    if progress.is_finished(config):
+                        return
         progress.begin_next_epoch()
 
-    def _train_until(self, end: int, source: Iterator[Batch]) -> None:
-        """Steps up to batch `end` of the epoch, or to where a checkpoint is due and saved."""
-        progress, lockstep = self.progress, self.lockstep
-        left, group = end - progress.batches, self.job.config.accumulate_steps
-        batches = lockstep.training_batches(source, left, progress.steps, group)
-        unknown = UnknownIds(self.job.schema)
-        batches = self.job.preparation(batches, unknown, progress.steps, training=True)
-        self.job.model.train()
-        self.job.pipeline.begin(left)
-        with lockstep.watchdog.armed(), self.profile:
-            self._make_steps(batches)
-        lockstep.error = lockstep.error or self.loss_watch.check()
-        lockstep.settle()  # so that no state after a bad loss is ever saved
-        progress.count_ids(self.job, unknown)
-        lockstep.raise_if_stopped()
-        if lockstep.save:
-            self.checkpoints.save(progress)
-            lockstep.saved()
-
-    def _make_steps(self, batches: Iterator[Batch]) -> None:
-        progress, job, lockstep = self.progress, self.job, self.lockstep
-        start, before = time.perf_counter(), progress.seconds
-        while True:
-            try:
-                losses, _, batch = cast(Any, job.pipeline.progress(batches))
-            except StopIteration:
-                return
+    def _steps(
+        self, batches: Iterator[Batch], unknown: UnknownIds
+    ) -> Iterator[tuple[dict[str, Tensor], Batch]]:
+        """Yields losses and batch of each step once parameters are updated. A collective."""
+        job, progress = self.job, self.progress
+        job.model.train()
+        start = time.perf_counter() - progress.seconds
+        prepared = job.preparation(batches, unknown, progress.steps, training=True)
+        for losses, _, batch in job.pipeline.outputs(prepared):
             if progress.steps == 0:
                 require_pipelined(job.model)
             if job.pipeline.has_stepped:
@@ -115,22 +124,46 @@ class Trainer:
             progress.steps += 1
             progress.batches += 1
             progress.samples += batch.batch_size * job.ranks.world_size
-            progress.seconds = before + time.perf_counter() - start
-            error = self.loss_watch.step(progress.steps, losses["loss"], batch.row_positions)
-            lockstep.error = lockstep.error or error
-            self.reporter.step(progress, losses)
-            lockstep.watchdog.mark(f"step {progress.steps}")
-            self.profile.step()
+            progress.seconds = time.perf_counter() - start
+            yield losses, batch
+
+    def _part(self, number: int) -> tuple[int, int]:
+        """Returns the batches of the epoch before and up to the end of a part."""
+        parts = self.job.config.validations_per_epoch
+        return (
+            self.interactions.batches_until(number, parts),
+            self.interactions.batches_until(number + 1, parts),
+        )
+
+    def _batches_until_pause(self, end_of_part: int) -> int:
+        """Batches until the part ends or a checkpoint is due by steps, in whole groups."""
+        every, group = self.job.config.checkpoint.every_steps, self.job.config.accumulate_steps
+        left = end_of_part - self.progress.batches
+        if every is None:
+            return left
+        until_due = every - self.progress.steps % every
+        return min(left, -(-until_due // group) * group)
+
+    def _passed_checkpoint(self, first_step: int) -> bool:
+        """Whether a checkpoint has become due by steps since a stretch began."""
+        every = self.job.config.checkpoint.every_steps
+        return every is not None and self.progress.steps // every > first_step // every
 
     def _validate(self) -> None:
-        """Validates, and keeps the model if it is the best."""
+        """Validates, with averaged weights if kept, and keeps the best model. A collective."""
+        averages = self.job.averages
+        with averages.in_place() if averages is not None else nullcontext():
+            self._validate_weights()
+
+    def _validate_weights(self) -> None:
+        """Validates the weights in place. A collective."""
         job, progress = self.job, self.progress
         content = content_settings(job.config)
         if content is not None and content.history.refresh_bank_every_epoch:
             fill_bank(job, self.lockstep)
         report = evaluate_split(job, "valid", self.item_counts, self.lockstep)
         if (line := format_unknown("train", progress.ids)) is not None:
-            self.reporter.say(f"{line}; {progress.vocabularies}")
+            logger.info("%s; %s", line, progress.vocabularies)
         self.reporter.validation(progress, report)
         score = selection_score(report, job.config.best_model_by)
         if score is None:

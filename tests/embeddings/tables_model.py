@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.nn import functional
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -168,3 +169,24 @@ def _update(weight: Tensor, moment: Tensor, optimizer: TableOptimizer, rate: flo
     blocks = gradient.view(len(weight), shards, -1)  # [rows, column shards, columns]
     moment += (blocks**2).mean(dim=2)
     weight -= (rate * blocks / (moment.sqrt()[:, :, None] + 1e-8)).reshape(weight.shape)
+
+
+def local_shards(model: torch.nn.Module) -> dict[str, list[tuple[list[int], Tensor]]]:
+    return {
+        name.split(".")[-2]: [
+            (list(piece.metadata.shard_offsets), piece.tensor.detach().clone())
+            for piece in value.local_shards()
+        ]
+        for name, value in model.state_dict().items()
+        if isinstance(value, ShardedTensor)
+    }
+
+
+def whole_table(pieces: list[tuple[list[int], Tensor]]) -> Tensor:
+    """Shards laid out at their offsets, [rows, D]."""
+    rows = max(offset[0] + len(piece) for offset, piece in pieces)
+    columns = max(offset[1] + piece.shape[1] for offset, piece in pieces)
+    table = torch.full((rows, columns), float("nan"))
+    for (row, column), piece in pieces:
+        table[row : row + piece.shape[0], column : column + piece.shape[1]] = piece
+    return table

@@ -20,9 +20,10 @@ from tests.embeddings.tables_model import (
     SEED,
     TablesModel,
     jagged,
+    local_shards,
     table_configs,
+    whole_table,
 )
-from tests.embeddings.test_sharded_training import local_shards, whole_table
 from tests.ranks import run_on_ranks
 
 SHARDINGS = ("row_wise", "table_wise", "column_wise")

@@ -13,7 +13,6 @@ from recsys.optimizer import (
     build_dense_optimizer,
     dense_parameters,
     describe_optimizers,
-    initialize_optimizer_state,
 )
 from tests.embeddings.tables_model import LABELS, TablesModel, jagged, table_configs
 from tests.ranks import run_on_ranks
@@ -174,52 +173,3 @@ def test_sharding_leaves_every_parameter_with_its_optimizer() -> None:
         assert rank["dense"] < rank["combined"]
         assert rank["fused rates"] == {0.25}
     assert set.union(*(rank["fused tables here"] for rank in ranks)) == {"user", "tags", "item"}
-
-
-def dense_steps(optimizer: Any, model: nn.Module, steps: int) -> None:
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(torch.linspace(-1, 1, 4)[None]).square().sum().backward()
-        optimizer.step()
-
-
-def small_model() -> nn.Module:
-    torch.manual_seed(5)
-    return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-
-
-DECAYING = [DenseGroup("all", [""], learning_rate=0.1, weight_decay=0.3)]
-
-
-def test_an_optimizer_resumes_from_its_state_exactly() -> None:
-    model = small_model()
-    optimizer, _ = build_dense_optimizer(model, DECAYING)
-    dense_steps(optimizer, model, 2)
-    saved_model = {name: value.clone() for name, value in model.state_dict().items()}
-    saved = {
-        name: {key: value.clone() for key, value in state.items()}
-        for name, state in optimizer.state_dict()["state"].items()
-    }
-    dense_steps(optimizer, model, 2)
-
-    resumed = small_model()
-    fresh, adamw = build_dense_optimizer(resumed, DECAYING)
-    initialize_optimizer_state(adamw)
-    resumed.load_state_dict(saved_model)
-    fresh.load_state_dict({"state": saved})
-    dense_steps(fresh, resumed, 2)
-    for name, value in model.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value)
-
-
-def test_initialised_state_changes_no_weight_and_no_later_step() -> None:
-    touched, untouched = small_model(), small_model()
-    optimizer, adamw = build_dense_optimizer(touched, DECAYING)
-    initialize_optimizer_state(adamw)
-    for one, other in zip(touched.parameters(), untouched.parameters(), strict=True):
-        assert torch.equal(one, other)
-    assert [group["lr"] for group in adamw.param_groups] == [0.1, 0.1]
-    dense_steps(optimizer, touched, 3)
-    dense_steps(build_dense_optimizer(untouched, DECAYING)[0], untouched, 3)
-    for one, other in zip(touched.parameters(), untouched.parameters(), strict=True):
-        assert torch.equal(one, other)

@@ -24,9 +24,10 @@ from tests.embeddings.tables_model import (
     TablesModel,
     initial_tables,
     jagged,
+    local_shards,
     table_configs,
+    whole_table,
 )
-from tests.embeddings.test_sharded_training import local_shards, whole_table
 from tests.ranks import run_on_ranks
 
 # By table: its learning rate, or None where it is frozen. Both kinds of collections have a frozen

@@ -18,8 +18,15 @@ from embeddings import fuse_table_optimizers, plan_sharding, pretrained_files, s
 from embeddings.pretrained_files import PretrainedFiles
 from embeddings.pretrained_rows import LoadedRows, load_pretrained_rows
 from embeddings.vocabulary.fixed import ExactVocabulary
-from tests.embeddings.tables_model import DIM, SEED, TablesModel, initial_tables, table_configs
-from tests.embeddings.test_sharded_training import local_shards, whole_table
+from tests.embeddings.tables_model import (
+    DIM,
+    SEED,
+    TablesModel,
+    initial_tables,
+    local_shards,
+    table_configs,
+    whole_table,
+)
 from tests.ranks import run_on_ranks
 
 SHARDINGS = ["row_wise", "table_wise", "column_wise"]

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import EmbeddingModuleShardingPlan
 
@@ -24,8 +23,10 @@ from tests.embeddings.tables_model import (
     TablesModel,
     initial_tables,
     jagged,
+    local_shards,
     table_configs,
     train_in_plain_pytorch,
+    whole_table,
 )
 from tests.ranks import run_on_ranks
 
@@ -84,17 +85,6 @@ def train(rank: int, world_size: int, sharding: Any, optimizer: Any) -> RankRun:
     )
 
 
-def local_shards(model: torch.nn.Module) -> dict[str, list[tuple[list[int], Tensor]]]:
-    return {
-        name.split(".")[-2]: [
-            (list(piece.metadata.shard_offsets), piece.tensor.detach().clone())
-            for piece in value.local_shards()
-        ]
-        for name, value in model.state_dict().items()
-        if isinstance(value, ShardedTensor)
-    }
-
-
 def ranks_of_table(plan: Any) -> dict[str, set[int]]:
     result = {}
     for module_plan in plan.plan.values():
@@ -102,16 +92,6 @@ def ranks_of_table(plan: Any) -> dict[str, set[int]]:
         for name, sharding in module_plan.items():
             result[name] = {piece.placement.rank() for piece in sharding.sharding_spec.shards}
     return result
-
-
-def whole_table(pieces: list[tuple[list[int], Tensor]]) -> Tensor:
-    """Shards laid out at their offsets, [rows, D]."""
-    rows = max(offset[0] + len(piece) for offset, piece in pieces)
-    columns = max(offset[1] + piece.shape[1] for offset, piece in pieces)
-    table = torch.full((rows, columns), float("nan"))
-    for (row, column), piece in pieces:
-        table[row : row + piece.shape[0], column : column + piece.shape[1]] = piece
-    return table
 
 
 @pytest.fixture(scope="module")

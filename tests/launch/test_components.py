@@ -4,6 +4,7 @@ The job runs a stand-in for `recsys.cli`: what is tested is that arguments, envi
 code pass through torchx and torchrun unchanged.
 """
 
+import inspect
 import os
 import shutil
 import subprocess
@@ -66,6 +67,27 @@ def test_a_benchmark_is_named_first_and_runs_as_a_module() -> None:
     for arguments in ((), ("--", "--out", "my run")):
         with pytest.raises(ValueError, match="name a benchmark first"):
             component("benchmark", *arguments)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "cache", "benchmark"])
+def test_torchx_reads_the_same_options_from_every_component(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = get_component(f"{COMPONENTS}:{command}")
+    assert found.validation_errors == []
+    with pytest.raises(SystemExit):
+        materialize_appdef(found.fn, ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    options = inspect.signature(found.fn).parameters.values()
+    assert [option.name for option in options if option.name != "args"] == [
+        *("nproc", "nnodes", "cpu", "gpu", "memMB", "max_retries"),
+        *("rdzv_port", "name", "image", "env", "mounts"),
+    ]
+    for option in options:
+        if option.name != "args":
+            explanation = shown.split(f" --{option.name} ")[-1].split(" (default: ")
+            assert explanation[0].count(" ") > 0 or option.name == "nnodes", option.name
+            assert explanation[1].startswith(str(option.default)), option.name
 
 
 def test_two_ranks_on_one_node_unless_said_otherwise() -> None:

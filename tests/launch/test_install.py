@@ -83,9 +83,14 @@ def test_a_python_that_is_too_old_can_read_the_file_and_is_told_so(
     ],
 )
 def test_the_flavor_is_the_one_asked_for_then_the_installed_one_then_the_machines(
-    requested: str, installed: str | None, driver: bool, chosen: str
+    monkeypatch: pytest.MonkeyPatch,
+    requested: str,
+    installed: str | None,
+    driver: bool,
+    chosen: str,
 ) -> None:
-    assert install.choose_flavor(requested, installed, lambda: driver) == chosen
+    monkeypatch.setattr(install, "nvidia_driver_found", lambda: driver)
+    assert install.choose_flavor(requested, installed) == chosen
 
 
 @pytest.mark.parametrize(
@@ -236,7 +241,7 @@ def test_an_environment_without_pip_is_made_again(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     (environment / "left_over").touch()
     install.make_environment(environment, start_over=False)
-    assert install.succeeds([str(install.python_of(environment)), "-m", "pip", "--version"])
+    assert install.succeeds([str(environment / install.PYTHON), "-m", "pip", "--version"])
     assert not (environment / "left_over").exists()
     (environment / "kept").touch()
     install.make_environment(environment, start_over=False)
@@ -244,7 +249,7 @@ def test_an_environment_without_pip_is_made_again(tmp_path: Path) -> None:
 
 
 def test_a_failing_pip_is_reported_with_its_command(tmp_path: Path) -> None:
-    fake_python = install.python_of(tmp_path)
+    fake_python = tmp_path / install.PYTHON
     fake_python.parent.mkdir()
     fake_python.write_text("#!/bin/sh\nexit 7\n")
     fake_python.chmod(0o755)

@@ -31,7 +31,6 @@ from recsys.config import (
     LoraSettings,
     ModalitySettings,
     OptimizerSettings,
-    RankingSettings,
     content_settings,
 )
 from recsys.content.build import build_content_store
@@ -45,6 +44,7 @@ from recsys.distributed.ranks import Ranks
 from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
 from recsys.model.tables import pooled_features, table_configs
+from recsys.ranking.din_dcn import DinDcnSettings
 
 STEPS, GLOBAL_BATCH = 3, 8
 TABLES = ("user", "genres", "item")
@@ -97,7 +97,7 @@ def em3_config(
             learning_rate=TABLE_RATES[table_optimizer],
             init_std=0.1,
         ),
-        "ranking": RankingSettings(
+        "ranking": DinDcnSettings(
             attention_units=[8], cross_layers=1, cross_rank=4, mlp_units=[8], dropout=0.0
         ),
         "contrastive": ContrastiveSettings(weight=0.5, dim=8, all_ranks=True),

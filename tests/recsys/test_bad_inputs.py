@@ -20,9 +20,10 @@ from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.command_runs import TINY
 from tests.recsys.config import bad_settings
-from tests.recsys.data import bad_files, bad_impressions
+from tests.recsys.data import bad_impressions
 from tests.recsys.data.bad_impressions import BadInput
 from tests.recsys.data.items import bad_items
+from tests.recsys.data.parquet import bad_files
 
 SECONDS = 30  # to the error, at most
 

@@ -75,7 +75,7 @@ def test_a_mismatch_names_the_versions_and_the_install_command(install, wrong: d
     problem = the_problem()
     for name, label in (("torch", "torch"), ("torchrec", "torchrec"), ("fbgemm-gpu-cpu", "FBGEMM")):
         assert f"{label} {versions[name]}" in problem.what
-    assert problem.mend == (
+    assert problem.fix == (
         f"{sys.executable} -m pip install 'torch==2.13.*' 'fbgemm-gpu-cpu==1.8.*' && "
         f"{sys.executable} -m pip install --no-deps 'torchrec==1.8.*'"
     )
@@ -90,7 +90,7 @@ def test_versions_are_compared_as_numbers_and_not_as_text(install) -> None:
 
 def test_with_a_driver_the_mend_installs_the_cuda_wheel(install) -> None:
     install({**without("fbgemm-gpu-cpu"), "fbgemm-gpu": "1.7.0"}, driver=True)
-    assert the_problem().mend == (
+    assert the_problem().fix == (
         f"{sys.executable} -m pip install 'torch==2.13.*' 'torchrec==1.8.*' 'fbgemm-gpu==1.8.*'"
     )
 
@@ -100,15 +100,15 @@ def test_both_fbgemm_wheels_at_once_are_a_problem(install, driver: bool) -> None
     install({**HEALTHY, "fbgemm-gpu": "1.8.0"}, driver)
     problem = the_problem()
     assert "overwrite each other" in problem.what
-    assert "pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu && " in problem.mend
-    assert ("'fbgemm-gpu==1.8.*'" in problem.mend) == driver
+    assert "pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu && " in problem.fix
+    assert ("'fbgemm-gpu==1.8.*'" in problem.fix) == driver
 
 
 def test_the_cuda_wheel_without_a_driver_is_a_problem(install) -> None:
     install({**without("fbgemm-gpu-cpu"), "fbgemm-gpu": "1.8.0"})
     problem = the_problem()
     assert "without an NVIDIA driver" in problem.what
-    assert problem.mend.index("uninstall") < problem.mend.index("fbgemm-gpu-cpu==1.8.*")
+    assert problem.fix.index("uninstall") < problem.fix.index("fbgemm-gpu-cpu==1.8.*")
 
 
 def test_a_cpu_build_under_the_cuda_name_needs_no_driver(install) -> None:
@@ -123,7 +123,7 @@ def test_the_cpu_wheel_of_fbgemm_does_not_serve_a_gpu_that_torch_uses(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     problem = the_problem()
     assert "torch sees a GPU" in problem.what
-    assert "uninstall -y fbgemm-gpu-cpu && " in problem.mend
+    assert "uninstall -y fbgemm-gpu-cpu && " in problem.fix
 
 
 @pytest.mark.parametrize("name", ["torch", "torchrec", "fbgemm-gpu-cpu"])
@@ -131,14 +131,14 @@ def test_a_missing_package_of_the_triple_is_named(install, name: str) -> None:
     install(without(name))
     problem = the_problem()
     assert problem.what == f"{'FBGEMM' if 'fbgemm' in name else name} not installed"
-    assert "pip install 'torch==2.13.*'" in problem.mend
+    assert "pip install 'torch==2.13.*'" in problem.fix
 
 
 def test_another_missing_package_is_named_with_its_install_command(install) -> None:
     install(without("pyarrow"))
     problem = the_problem()
     assert problem.what == "pyarrow is not installed"
-    assert problem.mend == f"{sys.executable} -m pip install pyarrow"
+    assert problem.fix == f"{sys.executable} -m pip install pyarrow"
 
 
 def test_an_import_that_fails_is_reported_with_its_cause(
@@ -155,7 +155,7 @@ def test_an_import_that_fails_is_reported_with_its_cause(
     monkeypatch.setattr(doctor.importlib, "import_module", import_module)
     problem = the_problem()
     assert problem.what == "import fbgemm_gpu fails: OSError: undefined symbol: _ZN3c10"
-    assert "--force-reinstall" in problem.mend
+    assert "--force-reinstall" in problem.fix
 
 
 def test_an_operator_that_fails_is_reported(install, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +170,7 @@ def test_an_operator_that_fails_is_reported(install, monkeypatch: pytest.MonkeyP
 
 def test_a_job_does_not_start_on_a_broken_installation(install) -> None:
     install({**HEALTHY, "torch": "2.12.0"})
-    with pytest.raises(RuntimeError, match=r"torch 2\.12\.0.*do not match(.|\n)*mend: .*pip"):
+    with pytest.raises(RuntimeError, match=r"torch 2\.12\.0.*do not match(.|\n)*fix: .*pip"):
         doctor.require_working_installation()
 
 
@@ -207,7 +207,7 @@ def test_the_command_exits_with_1_and_prints_the_mend_of_a_mismatch(
     assert doctor.main() == 1
     printed = capsys.readouterr().out
     assert "does not match" in printed
-    assert f"mend:    {doctor.install_command()}" in printed
+    assert f"fix:     {doctor.install_command()}" in printed
 
 
 def test_the_doctor_works_where_torch_torchrec_and_fbgemm_do_not() -> None:

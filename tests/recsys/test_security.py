@@ -17,8 +17,7 @@ import torch
 import yaml
 
 from recsys.config import load_config
-from recsys.content.encoders.preparation import load_tokenizer
-from recsys.content.encoders.pretrained import load_transformer
+from recsys.content.encoders.pretrained import PretrainedEncoder
 from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
 from recsys.data.filesystem import Location
 from recsys.data.items.images import decode_image
@@ -66,10 +65,10 @@ def change(file: Path, **settings: object) -> None:
 
 def test_pickled_weights_are_refused(encoder: Path, trace: Path) -> None:
     torch.save({"weight": Payload(trace)}, encoder / "pytorch_model.bin")
-    load_transformer(str(encoder), None, "text")  # safetensors lie beside it
+    PretrainedEncoder(str(encoder), None, "text").load_model()  # safetensors lie beside it
     (encoder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="from safetensors only, as a pickle may run code"):
-        load_transformer(str(encoder), None, "text")
+        PretrainedEncoder(str(encoder), None, "text").load_model()
     assert not trace.exists()
 
 
@@ -78,26 +77,27 @@ def test_pickled_adapters_are_refused(encoder: Path, trace: Path) -> None:
     settings = {"peft_type": "LORA", "base_model_name_or_path": str(encoder)}
     (encoder / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="it is a peft adapter; merge it into its base model"):
-        load_transformer(str(encoder), None, "text")
+        PretrainedEncoder(str(encoder), None, "text").load_model()
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("load", [load_transformer, load_tokenizer])
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
 def test_code_of_an_encoder_is_not_run_even_by_someone_who_would_agree(
-    encoder: Path, trace: Path, load: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+    encoder: Path, trace: Path, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda _: "y")
     (encoder / "code.py").write_text(f"open({str(trace)!r}, 'w')\n")
     auto_map = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
     change(encoder / "config.json", model_type="own", auto_map=auto_map)
     with pytest.raises(ValueError, match="needs code from its repository, which is never run"):
-        load(str(encoder), None, "text")
+        pretrained = PretrainedEncoder(str(encoder), None, "text")
+        pretrained.load_model() if part == "model" else pretrained.tokenizer
     assert not trace.exists()
 
 
 def test_a_kernel_that_an_encoder_names_is_not_loaded(encoder: Path) -> None:
     change(encoder / "config.json", attn_implementation="someone/kernel")
-    model: Any = load_transformer(str(encoder), None, "text")
+    model: Any = PretrainedEncoder(str(encoder), None, "text").load_model()
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -10,9 +10,9 @@ it is never stale.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -35,9 +35,12 @@ from recsys.content.cache.reuse import (
     row_hashes,
 )
 from recsys.content.encoders.base import CacheReport, Encoder
-from recsys.data.items.content_store import ContentStore, as_input, digest_of
+from recsys.data.filesystem import whole_folder
+from recsys.data.items.content_store import ContentStore, digest_of
 from recsys.data.items.ragged_array import RaggedArray, RowWriter
 from recsys.distributed.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 ITEMS_PER_CALL = 64
 SECONDS_UNTIL_VISIBLE = 120  # folders of the network show on other machines with delay
@@ -104,7 +107,7 @@ class _Fill:
 
     def __init__(self, store: ContentStore, name: str, encoder: Encoder, ranks: Ranks) -> None:
         self.name, self.encoder, self.ranks = name, encoder, ranks
-        self.modality = store.modalities[name]
+        self.kind = store.kinds[name]
         self.source, self.content = store.arrays[name], store.folders[name].name
         self.key = encoder_key(encoder)
         self.cache = store.cache
@@ -207,8 +210,8 @@ class _Fill:
         todo = [plan.calls[index] for index in plan.todo]
         share = todo[sharers.index(self.ranks.rank) :: len(sharers)]
         total, items = (sum(map(len, calls)) for calls in (todo, share))
-        if self.ranks.is_first and total:
-            print(self._announcement(plan, total), flush=True)
+        if total:
+            logger.info(self._announcement(plan, total))
         # In an order of its own: so several jobs on one folder help each other, and the rate at
         # any time is that of short and long texts together.
         np.random.default_rng().shuffle(share)
@@ -240,7 +243,7 @@ class _Fill:
         name = self._name_of(call)
         if self.parts.holds(name):
             return  # another job was faster
-        content = as_input(self.modality, *self.source.gather(call))
+        content = self.kind.as_input(*self.source.gather(call))
         output = self.encoder.frozen_outputs(content.to(self.ranks.device))
         lengths = output.mask.sum(dim=1).cpu().numpy()
         self.parts.write(name, lengths, output.values[output.mask].cpu().numpy())
@@ -248,8 +251,7 @@ class _Fill:
 
     def _put_together(self, plan: _Plan) -> None:
         """The cache, from earlier ones and parts; it appears whole or not at all."""
-        temporary = Path(tempfile.mkdtemp(prefix=".frozen-", dir=self.cache))
-        try:
+        with whole_folder(self.folder) as temporary:
             lengths = np.zeros(len(self.source), np.int64)
             for cache in plan.earlier:
                 lengths[cache.rows] = RaggedArray(cache.folder).lengths[cache.places]
@@ -265,14 +267,11 @@ class _Fill:
                 self.key,
                 self.content,
                 self.encoder,
-                self.modality,
+                self.kind.modality,
                 items=len(self.rows),
                 tokens=int(lengths.sum()),
                 width=self.encoder.frozen_dim,
             )
-            temporary.rename(self.folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def _outputs(self, plan: _Plan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(rows, their tokens one after the other), all of the cache."""

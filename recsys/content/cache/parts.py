@@ -8,14 +8,13 @@ and nobody writes into the file of another.
 
 from __future__ import annotations
 
-import os
-import uuid
 import zlib
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
+from recsys.data.filesystem import whole_file
 from recsys.data.items.item_table import digest_of
 
 CHECKSUM_BYTES = 4
@@ -58,11 +57,9 @@ class Parts:
         np.save(buffer, lengths)
         np.save(buffer, values)
         content = buffer.getbuffer()
-        partial = self.folder / f".{name}.{uuid.uuid4().hex}"
-        with open(partial, "wb") as file:
+        with whole_file(self._path(name)) as partial, partial.open("wb") as file:
             file.write(content)
             file.write(_checksum(content))
-        os.replace(partial, self._path(name))
 
     def read(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(lengths, values) as they were written.

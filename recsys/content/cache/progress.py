@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 
 from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -35,7 +38,7 @@ class FillProgress:
             self._bar.update(self._done_by_all() - self._bar.n)
         elif self.shown and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            print(self.line(self._last_line - self._start), flush=True)
+            logger.info(self.line(self._last_line - self._start))
 
     def _done_by_all(self) -> int:
         # Ranks take equal shares and tell each other nothing meanwhile.

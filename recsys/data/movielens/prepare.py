@@ -8,7 +8,6 @@ their items on disk.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from recsys.data.filesystem import whole_folder
 from recsys.data.item_parts import COLD_BELOW
 from recsys.data.movielens.protocols import (
     Ratings,
@@ -93,13 +93,8 @@ def prepare_movielens(
     movies, table = read_movielens(source)
     ratings = sorted_ratings(table, history_length)
     datasets = split_ratings(ratings, split)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(out) as partial:
         _write_datasets(partial, ratings, datasets, movies)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return {
         str(Path(dataset, name)): figures
         for dataset, splits in datasets.items()

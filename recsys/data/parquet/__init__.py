@@ -1,1 +1,1 @@
-"""recsys/data/parquet"""
+"""Reads the rows of Parquet files by position: columns, order, checks and bad rows."""

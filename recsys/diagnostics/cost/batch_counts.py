@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recsys.content.encoders.transformer import ITEMS_PER_GROUP
+from recsys.content.encoders.text_transformer import ITEMS_PER_GROUP
 from recsys.data.batch import Batch
 
 

@@ -238,6 +238,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     """Yields the tensors in nested sequences and dataclasses."""
     if isinstance(value, Tensor):
         yield value
+    elif isinstance(value, ContentVectors):
+        yield from _tensors([value.target, value.target_modalities, value.read_history()])
     elif isinstance(value, (list, tuple)):
         for member in value:
             yield from _tensors(member)

@@ -63,14 +63,14 @@ class ModalitySizes:
         # What is frozen runs once per item, before the training, where it is cached.
         if isinstance(encoder, StoredFeatures) or (encoder.is_cached and not trains):
             return known()
-        lengths = (1, 2, 3) if settings.kind == "text" and encoder.max_length > 2 else (1,)
+        is_text = isinstance(encoder, TransformerEncoder) and encoder.is_text
+        lengths = (1, 2, 3) if is_text and encoder.max_length > 2 else (1,)
         try:
             cost, tokens = item_cost(
-                _Encoding(encoder), partial(_content_of, encoder, settings), lengths
+                _Encoding(encoder), partial(_content_of, encoder, settings, is_text), lengths
             )
         except Exception:  # code of the user's may need numbers; describe says it is not counted
             return known(is_known=False)
-        is_text = isinstance(encoder, TransformerEncoder) and encoder.is_text
         return known(
             cost,
             fixed_tokens=None if tokens == [1, 2, 3] else tokens[0],
@@ -94,9 +94,10 @@ class _Encoding(nn.Module):
         return encoded.values
 
 
-def _content_of(encoder: Encoder, settings: ModalitySettings, length: int) -> list[Tensor]:
+def _content_of(
+    encoder: Encoder, settings: ModalitySettings, is_text: bool, length: int
+) -> list[Tensor]:
     """Values and mask of one item on the meta device: of a text of `length` tokens, or an image."""
-    is_text = settings.kind == "text"
     if encoder.is_cached:
         length = length if is_text else encoder.frozen_tokens
         values = _floats(1, length, encoder.frozen_dim)

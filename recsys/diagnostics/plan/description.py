@@ -9,7 +9,7 @@ from typing import Any
 from embeddings import format_plan, is_replicated
 from embeddings.simulated_cluster import Cluster
 from embeddings.table_memory import FLOAT
-from recsys.config import Config, content_settings
+from recsys.config import Config, content_settings, softmax_settings
 from recsys.diagnostics.cost.batch_counts import BatchCounts
 from recsys.diagnostics.cost.communication import Sent, sent_bytes
 from recsys.diagnostics.cost.model_sizes import ModelSizes
@@ -142,7 +142,7 @@ def _sizes(meta_model: MetaModel, sample: BatchSample) -> ModelSizes:
 def _unknown(config: Config, sizes: ModelSizes) -> list[str]:
     modalities = sizes.content.modalities if sizes.content is not None else []
     found = [f"encoder {modality.name}" for modality in modalities if not modality.is_known]
-    return found + ["retrieval loss"] * (config.ranking.loss != "pointwise")
+    return found + ["retrieval loss"] * (softmax_settings(config.ranking) is not None)
 
 
 def _memory(

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from recsys.config import ModalitySettings
-from recsys.content.encoders.preparation import load_tokenizer
+from recsys.content.kinds.feature import Feature
 from recsys.data.filesystem import Location
+from recsys.data.items.content_store import require_column
 from recsys.data.items.feature_file import FeatureFile
 from recsys.data.items.item_features import feature_tokens
-from recsys.data.items.item_text import texts_of, tokenize
+from recsys.data.items.kind import ModalityKind, make_kind
 from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
-from recsys.data.parquet.values import is_list, list_lengths
+from recsys.data.parquet.values import list_lengths
 from recsys.data.schema import Schema
 
 SAMPLED_ITEMS = 2048
@@ -57,12 +58,14 @@ def sample_items(
     counts = [_num_rows(file) for file in files]
     sample = ItemSample(sum(counts), 0)
     for name, modality in modalities.items():
-        _check(schema, name, modality)
+        kind = make_kind(f"content.modalities.{name}", modality)
+        assert schema.items is not None
+        require_column(schema.items, kind)
         if (file := schema.items.columns[modality.column].file) is not None:  # type: ignore[union-attr]
             sample.lengths[name] = _lengths_in_file(name, root / file, sample)
             continue
         lengths = [
-            _lengths(name, modality, file, chunk, sample)
+            _lengths(name, kind, file, chunk, sample)
             for file in chosen
             for chunk in _first_rows(file, modality.column, SAMPLED_ITEMS // len(chosen))
         ]
@@ -74,16 +77,6 @@ def sample_items(
 def _num_rows(file: Location) -> int:
     with open_parquet(file) as parquet:
         return int(parquet.metadata.num_rows)
-
-
-def _check(schema: Schema, name: str, modality: ModalitySettings) -> None:
-    assert schema.items is not None
-    column = schema.items.columns.get(modality.column)
-    if column is None or column.kind != modality.kind:
-        raise ValueError(
-            f"content.modalities.{name}: schema.yaml has no item column '{modality.column}' of "
-            f"kind {modality.kind}; it has {schema.items.columns}"
-        )
 
 
 def _first_rows(file: Location, column: str, count: int) -> Iterator[pa.Array]:
@@ -110,21 +103,9 @@ def _lengths_in_file(name: str, file: Location, sample: ItemSample) -> Tensor:
 
 
 def _lengths(
-    name: str, modality: ModalitySettings, file: Location, chunk: pa.Array, sample: ItemSample
+    name: str, kind: ModalityKind, file: Location, chunk: pa.Array, sample: ItemSample
 ) -> Tensor:
-    where = f"{file}: column '{modality.column}'"
-    if modality.kind == "image":
-        if is_list(chunk.type):  # several images of an item
-            return torch.from_numpy(list_lengths(chunk).clip(max=modality.max_images).astype(int))
-        return torch.from_numpy(chunk.is_valid().to_numpy(zero_copy_only=False).astype(np.int64))
-    if modality.kind == "feature":
-        lengths, tokens = feature_tokens(chunk, where)
-        widths = list_lengths(tokens)
-        if len(widths):
-            sample.feature_widths.setdefault(name, int(widths[0]))
-        return torch.from_numpy(np.asarray(lengths, np.int64))
-    assert modality.encoder is not None
-    tokenizer = load_tokenizer(modality.encoder, modality.revision, f"content.modalities.{name}")
-    texts = texts_of(chunk, where, lambda bad, reason, message: None)
-    tokens_of = tokenize(texts, modality.max_length, tokenizer)
-    return torch.tensor([len(ids) for ids in tokens_of], dtype=torch.int64)
+    where = f"{file}: column '{kind.modality.column}'"
+    if isinstance(kind, Feature) and len(widths := list_lengths(feature_tokens(chunk, where)[1])):
+        sample.feature_widths.setdefault(name, int(widths[0]))
+    return torch.from_numpy(kind.lengths(chunk, where).astype(np.int64))

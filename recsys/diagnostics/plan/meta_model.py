@@ -120,7 +120,7 @@ def _encoder(name: str, config: Config, items: ItemSample) -> Encoder:
     assert content is not None
     modality = content.modalities[name]
     if modality.module:  # code of the user's, which may do anything with its weights
-        return build_encoder(name, modality, None)
+        return build_encoder(name, modality)
     with torch.device("meta"):
         return build_encoder(name, modality, items.feature_widths.get(name))
 

@@ -18,10 +18,12 @@ from typing import Any
 
 from torch import nn
 from torch.autograd.profiler import record_function
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 
+from recsys.data.filesystem import write_whole
 from recsys.diagnostics.profile.report import RankProfile, format_profile, scalars, summary
-from recsys.diagnostics.profile.step_trace import PART, STEP, read_steps
+from recsys.diagnostics.profile.step_trace import PART, read_steps
+from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.model.em3 import EM3
 
@@ -58,92 +60,81 @@ class StepProfile:
         ranks: Ranks,
         steps: int,
         folder: Path,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = print_table,
         write: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
         self.em3, self.ranks, self.steps, self.folder = em3, ranks, steps, folder
         self.say, self.write = say, write
         self.plain_seconds: list[float] = []  # of steps without profiler
         self._done = steps == 0
-        self._steps_of_loop = 0
-        self._recorded = 0
-        self._began = 0.0  # this step
-        self._profiler: profile | None = None
+        self._profiler: profile | None = None  # while in a loop
         self._marks = ExitStack()  # what undoes the marking of modules
-        self._step: record_function | None = None
+        self._wait = 0  # steps of this loop before the profiler starts
+        self._steps_of_loop = 0
+        self._began = 0.0  # this step
 
     def __enter__(self) -> StepProfile:
+        if self._done:
+            return self
+        self._wait = FIRST_STEPS + self.steps - len(self.plain_seconds)
+        activities = [ProfilerActivity.CPU]
+        if self.ranks.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        # The first step under the profiler pays for its start and is not recorded.
+        phases = schedule(wait=self._wait, warmup=1, active=self.steps, repeat=1)
+        self._profiler = profile(
+            activities=activities, schedule=phases, on_trace_ready=self._finish, record_shapes=True
+        )
+        self._profiler.start()
         self._steps_of_loop, self._began = 0, time.perf_counter()
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        """A recording ends with its loop. A collective, unless by an error."""
-        if self._profiler is None:
-            return
-        if error is None and self._recorded > 0:
-            self._finish()
-        else:
+        """Ends a recording with its loop. A collective, unless by an error."""
+        if self._profiler is not None:
+            if error is not None or self._num_recorded == 0:
+                self._profiler.on_trace_ready = None
             self._stop()
 
+    @property
+    def _num_recorded(self) -> int:
+        return max(0, self._steps_of_loop - self._wait - 1)
+
     def step(self) -> None:
-        """A step of the loop has ended. A collective after the last that is recorded."""
-        if self._done:
+        """Ends a step of the loop. A collective after the last that is recorded."""
+        if self._profiler is None:
             return
         self._steps_of_loop += 1
-        if self._profiler is None:
-            if self._steps_of_loop > FIRST_STEPS:
-                self.plain_seconds.append(time.perf_counter() - self._began)
-            if len(self.plain_seconds) >= self.steps:
-                self._record()
-        else:
-            self._end_step()
-            if self._recorded == self.steps:
-                self._finish()
-            else:
-                self._begin_step()
+        if FIRST_STEPS < self._steps_of_loop <= self._wait:
+            self.plain_seconds.append(time.perf_counter() - self._began)
+        if self._steps_of_loop == self._wait:
+            self._marks = mark_parts(self.em3)
+        self._profiler.step()
+        if self._done:
+            self._stop()
         self._began = time.perf_counter()
 
-    def _record(self) -> None:
-        """Starts the profiler; the first step under it pays for its start and is not recorded."""
-        activities = [ProfilerActivity.CPU]
-        if self.ranks.device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        self._marks = mark_parts(self.em3)
-        self._profiler = profile(activities=activities, record_shapes=True)
-        self._profiler.start()
-
-    def _begin_step(self) -> None:
-        self._step = record_function(STEP)
-        self._step.__enter__()
-
-    def _end_step(self) -> None:
-        if self._step is not None:
-            self._step.__exit__(None, None, None)
-            self._step = None
-            self._recorded += 1
-
-    def _stop(self) -> profile:
-        profiler = self._profiler
-        assert profiler is not None
-        profiler.stop()
+    def _stop(self) -> None:
+        assert self._profiler is not None
+        self._profiler.stop()
         self._marks.close()
-        self._profiler, self._step, self._recorded = None, None, 0
-        return profiler
+        self._profiler = None
 
-    def _finish(self) -> None:
-        self._done, recorded = True, self._recorded
-        profiler = self._stop()
+    def _finish(self, profiler: profile) -> None:
+        """Reports what was recorded. A collective."""
+        self._done = True
         with self.ranks.raise_on_all_ranks(), tempfile.TemporaryDirectory() as scratch:
             path = (self.folder if self.ranks.is_first else Path(scratch)) / TRACE
             profiler.export_chrome_trace(str(path))
             with gzip.open(path, "rt") as file:
                 events = json.load(file)["traceEvents"]
             # One more may have begun when the loop ended.
-            steps = read_steps(events, self.ranks.rank, self.ranks.world_size)[:recorded]
+            steps = read_steps(events, self.ranks.rank, self.ranks.world_size)
+            steps = steps[: self._num_recorded]
         profiles = self.ranks.gather(RankProfile(self.plain_seconds, steps))
         if self.ranks.is_first:
             report = summary(profiles, self.ranks.device.type)
-            (self.folder / PROFILE).write_text(json.dumps(report, indent=2) + "\n")
+            write_whole(self.folder / PROFILE, json.dumps(report, indent=2) + "\n")
             self.say(format_profile(report))
             if self.write is not None:
                 self.write(scalars(report))

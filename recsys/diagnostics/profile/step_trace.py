@@ -16,7 +16,7 @@ from typing import Any
 
 from recsys.diagnostics.profile.collective_trace import Collective, read_collectives
 
-STEP = "training step"  # the range around one
+STEP = "ProfilerStep#"  # begins the name of the range around one, by torch.profiler
 PART = "part of step: "  # begins the name of a range, the part follows
 PARTS = (
     "data",  # waiting for the next batch, agreeing on it, moving it to the device
@@ -104,7 +104,7 @@ def read_steps(events: list[dict[str, Any]], rank: int, world_size: int) -> list
         (event for event in events if event.get("cat") == "user_annotation"),
         key=lambda event: event["ts"],
     )
-    steps = [event for event in annotations if event["name"] == STEP]
+    steps = [event for event in annotations if event["name"].startswith(STEP)]
     if not steps:
         return []
     thread = steps[0]["tid"]

@@ -1,1 +1,1 @@
-"""recsys/ranking/layers"""
+"""Layers that ranking backbones share: attention, fields, standardisation and output heads."""

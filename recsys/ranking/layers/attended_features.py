@@ -12,10 +12,13 @@ Shapes: B batch, K history items that are attended to, P parallel lists, W width
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor, nn
 
 from recsys.config import ContentSettings, RankingSettings
+from recsys.config.limits import PositiveInt
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
@@ -25,6 +28,23 @@ from recsys.ranking.layers.history_numbers import history_numbers, num_history_n
 from recsys.ranking.layers.standardization import Standardization
 from recsys.ranking.layers.target_attention import TargetAttention
 from recsys.ranking.vectors import IDVectors
+
+
+@dataclass
+class NumbersSettings(RankingSettings):
+    """Settings of `RowFeatures`."""
+
+    standardize_numbers: bool = False
+    """Dense features, what the history's lists say and similarities get mean 0 and variance 1 over
+    the rows trained on so far."""
+
+
+@dataclass
+class AttendedSettings(NumbersSettings):
+    """Settings of `AttendedFeatures`."""
+
+    attention_units: list[PositiveInt] = field(default_factory=lambda: [64, 16])
+    """Units of the hidden layers of target attention's MLP."""
 
 
 class RowFeatures(nn.Module):
@@ -42,7 +62,7 @@ class RowFeatures(nn.Module):
 
     def __init__(
         self,
-        settings: RankingSettings,
+        settings: NumbersSettings,
         interest_dim: int,
         dimensions: InputDimensions,
         content: ContentSettings | None,
@@ -56,7 +76,9 @@ class RowFeatures(nn.Module):
             width += 2 * content.dim
             numbers += self.content_interest.output_dim - content.dim
         self.feature_dim = width + numbers
-        self.standardization = Standardization(numbers) if settings.standardize_numbers else None
+        self.standardization: Standardization | None = None
+        if settings.standardize_numbers:
+            self.standardization = Standardization(numbers, dimensions.process_group)
 
     def features(
         self,
@@ -100,7 +122,7 @@ class AttendedFeatures(RowFeatures):
 
     def __init__(
         self,
-        settings: RankingSettings,
+        settings: AttendedSettings,
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:

@@ -118,13 +118,12 @@ class ContentInterest(nn.Module):
         parallel: Tensor,  # [N, P]
     ) -> Tensor:  # [B, output_dim]
         settings = self.settings
-        features = [self.attention(content.target, content.history, history, parallel)]
+        items, modalities = content.read_history()
+        features = [self.attention(content.target, items, history, parallel)]
         if settings.similarity_features or settings.simtier_bins or settings.sorted_cosines:
-            cosine = cosines(content.target, content.history, history)
+            cosine = cosines(content.target, items, history)
         if settings.similarity_features:
-            of_modalities = zip(
-                content.target_modalities.unbind(dim=1), content.history_modalities.unbind(dim=1)
-            )
+            of_modalities = zip(content.target_modalities.unbind(dim=1), modalities.unbind(dim=1))
             spaces = [cosine, *(cosines(*vectors, history) for vectors in of_modalities)]
             features.append(similarity_features(torch.stack(spaces, dim=1), history, parallel))
         if settings.simtier_bins:

@@ -11,12 +11,13 @@ P parallel lists, U unique history items.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from recsys.config import ContentSettings
+from recsys.config import ContentSettings, RankingSettings
+from recsys.config.limits import PositiveInt
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
@@ -51,6 +52,14 @@ class FieldVectors:
         if dense_arch is None:
             return self.vectors[-1], self.vectors[:-1]
         return dense_arch(self.numbers), self.vectors
+
+
+@dataclass
+class DenseSettings(RankingSettings):
+    """Settings of models that make a vector of the dense features."""
+
+    dense_units: list[PositiveInt] = field(default_factory=lambda: [64])
+    """Units of the hidden layers of the MLP of the dense features."""
 
 
 class Fields(nn.Module):

@@ -7,11 +7,32 @@ On MovieLens that alone decided whether content helped DIN.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import nn
 
 from recsys.config import RankingSettings
+from recsys.config.limits import NonNegativeInt, PositiveInt
 from recsys.content.dropout import Dropout
 from recsys.ranking.layers.ensemble_head import EnsembleHead
+
+
+@dataclass
+class HeadSettings(RankingSettings):
+    """Settings of `ranking_head`."""
+
+    ensemble_members: PositiveInt = 1
+    """So many MLPs in one (TabM), whose mean logit ranks; 1 is one MLP."""
+
+
+@dataclass
+class CrossSettings(RankingSettings):
+    """Settings of a low-rank cross network (DCN-v2)."""
+
+    cross_layers: NonNegativeInt = 2
+    """Layers of the cross network."""
+    cross_rank: PositiveInt = 32
+    """Rank of their weights."""
 
 
 def hidden_layers(width: int, units: list[int], dropout: float) -> tuple[list[nn.Module], int]:
@@ -33,7 +54,7 @@ def multilayer_perceptron(
 
 
 def ranking_head(
-    width: int, settings: RankingSettings, num_outputs: int, drops_inputs: bool = False
+    width: int, settings: HeadSettings, num_outputs: int, drops_inputs: bool = False
 ) -> nn.Sequential:
     """`multilayer_perceptron`, or an ensemble of `settings.ensemble_members` of them.
 

@@ -29,6 +29,7 @@ class Standardization(nn.Module):
 
     Args:
         num_numbers: W.
+        process_group: the ranks whose rows count; None for this one alone.
 
     Example::
 
@@ -40,8 +41,9 @@ class Standardization(nn.Module):
     variance: Tensor
     steps: Tensor
 
-    def __init__(self, num_numbers: int) -> None:
+    def __init__(self, num_numbers: int, process_group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
+        self.process_group = process_group
         self.register_buffer("mean", torch.zeros(num_numbers))
         self.register_buffer("variance", torch.ones(num_numbers))
         self.register_buffer("steps", torch.zeros(()))
@@ -58,13 +60,14 @@ class Standardization(nn.Module):
 
     @torch.no_grad()
     def _update(self, numbers: Tensor, row_weights: Tensor | None) -> None:
+        """Takes the rows of a step, of all ranks, into the statistics. A collective."""
         weights = numbers.new_ones(len(numbers)) if row_weights is None else row_weights
         # In double precision: squares of numbers far from 0 cancel.
         apart = numbers.double() - self.mean
         of_rows = torch.cat([torch.ones_like(apart[:, :1]), apart, apart.square()], dim=1)
         totals = weights.double() @ of_rows  # [1 + 2 W]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(totals)
+        if self.process_group is not None:
+            dist.all_reduce(totals, group=self.process_group)
         shift, square = (totals[1:] / totals[0].clamp(min=1)).chunk(2)
         has_rows = totals[0] > 0
         self.steps += has_rows

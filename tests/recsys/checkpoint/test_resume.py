@@ -1,8 +1,6 @@
 """A run goes on where it stopped: from the last whole checkpoint, or not at all."""
 
 import json
-import os
-import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ import pytest
 import torch
 
 from recsys.checkpoint.files import folders_by_age
-from recsys.config import Config, load_config
 from recsys.distributed.lockstep import TrainingStopped
 from recsys.distributed.ranks import joined_ranks
 from recsys.training.loss_watch import LossWatch
@@ -21,11 +18,8 @@ from recsys.training.train import train
 from tests.datasets import write_dataset, write_parquet
 from tests.ranks import run_on_ranks
 from tests.recsys.checkpoint.kill_ranks import tensors
-from tests.recsys.command_runs import TINY
+from tests.recsys.checkpoint.stopped_runs import StepsSeen, assert_same_end, config_of, run_training
 from tests.recsys.em3_runs import ranks_of
-
-# 60 rows in batches of 8: 8 steps per epoch on one rank, 4 on two.
-WORDS = ["--batch_size", "8", "--epochs", "2", "--device", "cpu", "--patience", "9"]
 
 
 @pytest.fixture(scope="module")
@@ -35,49 +29,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config_of(folder: Path, *words: str) -> Config:
-    every = ["--checkpoint.every_steps", "3", "--checkpoint.keep", "9"]
-    return load_config(TINY, ["--cache", str(folder / "cache"), *WORDS, *every, *words])
-
-
-def run_training(folder: Path, run: Path, *words: str, **arguments: Any) -> dict[str, Any]:
-    with joined_ranks("cpu") as ranks:
-        return train(config_of(folder, *words), str(folder / "data"), run, ranks, **arguments)
-
-
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Path:
     """An undisturbed run on one rank."""
     run_training(folder, folder / "whole")
     return folder / "whole"
-
-
-class StepsSeen:
-    """Positions of each step made, and a signal to this process after one of them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> None:
-        self.steps: list[tuple[int, list[int]]] = []
-        before = LossWatch.step
-
-        def step(watch: LossWatch, number: int, loss: Any, positions: Any) -> Any:
-            self.steps.append((number, positions.tolist()))
-            if number == stop_after:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return before(watch, number, loss, positions)
-
-        monkeypatch.setattr(LossWatch, "step", step)
-
-
-def assert_same_end(run: Path, whole: Path) -> None:
-    """The same bits in the last and best checkpoint, and the same metrics."""
-    for name in ("step-00000016", "best"):
-        one, two = (tensors(folder / "checkpoints" / name) for folder in (run, whole))
-        assert one.keys() == two.keys()
-        for key, value in one.items():
-            assert torch.equal(value, two[key]), key
-    one, two = (json.loads((folder / "metrics.json").read_text()) for folder in (run, whole))
-    assert one.pop("train")["steps"] == two.pop("train")["steps"] == 16
-    assert one == two
 
 
 @pytest.mark.parametrize("stop_after", [1, 5, 8, 11])

@@ -21,8 +21,14 @@ from recsys.checkpoint.table_export import export_tables
 from recsys.config import load_config
 from recsys.distributed.ranks import joined_ranks
 from tests.datasets import write_dataset
-from tests.embeddings.tables_model import SEED, TablesModel, initial_tables, table_configs
-from tests.embeddings.test_sharded_training import local_shards, whole_table
+from tests.embeddings.tables_model import (
+    SEED,
+    TablesModel,
+    initial_tables,
+    local_shards,
+    table_configs,
+    whole_table,
+)
 from tests.ranks import run_on_ranks
 from tests.recsys.command_runs import TINY
 

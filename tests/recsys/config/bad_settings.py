@@ -178,17 +178,17 @@ ENCODERS = {
 SETTINGS = {
     "unknown setting": ("--epoch=3", "epoch"),
     "text instead of a number": ("--epochs=many", "epochs"),
-    "no batch": ("--batch_size=0", "batch_size is 0; it must be at least 1"),
+    "no batch": ("--batch_size=0", "batch_size is 0; it must be >0"),
     "NaN as learning rate": ("--optimizer.learning_rate=.nan", "optimizer.learning_rate is nan"),
     "infinite learning rate": ("--embedding.learning_rate=.inf", "learning_rate is inf"),
     "NaN as temperature": ("--contrastive.temperature=.nan", "contrastive.temperature is nan"),
-    "negative dropout": ("--ranking.dropout=-0.1", "ranking.dropout is -0.1; a dropout lies in"),
+    "negative dropout": ("--ranking.dropout=-0.1", "ranking.dropout is -0.1; it must be >= 0"),
     "heads that do not divide": ("--content.dim=15", "content.dim 15 is not divisible by"),
-    "layer of no units": ("--ranking.mlp_units=[16,0]", "ranking.mlp_units"),
+    "layer of no units": ("--ranking.mlp_units=[16,0]", "ranking.mlp_units[1] is 0; it must be >0"),
     "table of no width": ("--embedding.tables.item.embedding_dim=0", "embedding.tables.item"),
     "negative rate of one table": (
         "--embedding.tables.item.learning_rate=-1",
-        "'item': learning_rate is -1",
+        "embedding.tables.item.learning_rate is -1",
     ),
     "table that does not exist": (
         "--embedding.tables.film.learning_rate=1",

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 
 from recsys.config import load_config
+from recsys.distributed.lockstep import TrainingStopped
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import evaluate
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.checkpoint.test_resume import StepsSeen, TrainingStopped, assert_same_end
+from tests.recsys.checkpoint.stopped_runs import StepsSeen, assert_same_end
 from tests.recsys.command_runs import NUM_ROWS, TINY, assert_same_metrics
 from tests.recsys.em3_runs import ranks_of
 

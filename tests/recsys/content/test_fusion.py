@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -247,24 +246,23 @@ def test_heads_that_do_not_divide_the_dimension_are_refused() -> None:
         FusionQFormer(dim=8, num_modalities=1, num_heads=3)
 
 
-@pytest.fixture
-def registered() -> Iterator[None]:
-    fusions.FUSIONS["first"] = lambda settings, dim, num_modalities: FirstToken()
-    yield
-    del fusions.FUSIONS["first"]
-
-
 class FirstToken(nn.Module):
     """A user's own fusion."""
 
+    def __init__(self, dim: int, num_modalities: int, scale: float = 1) -> None:
+        super().__init__()
+        assert (dim, num_modalities) == (DIM, 2)
+        self.scale = scale
+
     def forward(self, tokens: Tensor, mask: Tensor, modality: Tensor) -> Tensor:
-        return tokens[:, 0]
+        return self.scale * tokens[:, 0]
 
 
-def test_a_registered_fusion_is_built_by_its_name(registered: None) -> None:
-    fusion = build_fusion(FusionSettings(name="first"), DIM, 2)
+def test_a_fusion_of_one_s_own_is_named_by_its_import_path_and_gets_its_options() -> None:
+    settings = FusionSettings(name=f"{__name__}:FirstToken", options={"scale": 3})
+    fusion = build_fusion(settings, DIM, 2)
     tokens = some_tokens()
-    assert torch.equal(fusion(tokens, all_there(), MODALITY), tokens[:, 0])
+    assert torch.equal(fusion(tokens, all_there(), MODALITY), 3 * tokens[:, 0])
 
 
 @pytest.mark.parametrize("preset", ["published", "modern"])

@@ -13,7 +13,7 @@ from recsys.content.branch import ContentBranch
 from recsys.content.item_sampling import sample_items
 from recsys.data.batch import Batch
 from tests.recsys.content.item_batches import batch_of_items
-from tests.recsys.content.test_content_branch import (
+from tests.recsys.content.tiny_branch import (
     DIM,
     HISTORY,
     NUM_ITEMS,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from recsys.config import RankingSettings
+from recsys.config import RetrievalSettings
 from recsys.data.negatives import NegativeSampler
 from tests.recsys.content.item_batches import batch_of_items
 
@@ -18,7 +18,7 @@ COUNTS = np.array([10, 40, 0, 30, 20])
 
 
 def sampler(**settings: Any) -> NegativeSampler:
-    made = NegativeSampler(RankingSettings(**settings), NUM_ITEMS, "item")
+    made = NegativeSampler(RetrievalSettings(**settings), NUM_ITEMS, "item")
     made.use_counts(COUNTS)
     return made
 

@@ -46,7 +46,7 @@ def metric_of_duplicated_rows(
     """
     tables = []
     for number, scores in enumerate(windows):
-        masks = {"all": np.ones(len(scores.groups), bool), **item_parts(scores.counts)}
+        masks = item_parts(scores.counts)
         labels, logits, names = [], [], []
         for user, times in drawn.items():
             rows = masks[part] & (scores.groups == user)

@@ -20,7 +20,7 @@ from recsys.model.compilation import compile_dense_parts, compiled_parts
 from recsys.training.trainer import require_pipelined
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.checkpoint.test_resume import run_training
+from tests.recsys.checkpoint.stopped_runs import run_training
 from tests.recsys.em3_runs import batches_of, em3_config, ranks_of, table_pieces
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recsys.build import build_job
-from recsys.config import ContrastiveSettings, RankingSettings
+from recsys.config import ContrastiveSettings, ranking_settings
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.em3_runs import batches_of, em3_config, ranks_of, table_pieces
@@ -16,11 +16,11 @@ SMALL = {"attention_units": [8], "cross_layers": 1, "cross_rank": 4, "mlp_units"
 ONLY: dict[str, dict[str, Any]] = {
     "ranking loss": {"contrastive": ContrastiveSettings(weight=0.0)},
     "in_batch": {
-        "ranking": RankingSettings(**SMALL, label_weights={"liked": 0.0}),  # type: ignore[arg-type]
+        "ranking": ranking_settings(**SMALL, label_weights={"liked": 0.0}),  # type: ignore[arg-type]
         "contrastive": ContrastiveSettings(weight=1.0, dim=8),
     },
     "published": {
-        "ranking": RankingSettings(**SMALL, label_weights={"liked": 0.0}),  # type: ignore[arg-type]
+        "ranking": ranking_settings(**SMALL, label_weights={"liked": 0.0}),  # type: ignore[arg-type]
         "contrastive": ContrastiveSettings(weight=1.0, dim=8, variant="published"),
     },
 }

@@ -45,7 +45,8 @@ class TypesSeen:
 
     def _note_losses(self, module: nn.Module, inputs: Any) -> None:
         logits, ids, content, _ = inputs
-        vectors = [logits, *ids.pooled, ids.target, ids.history, content.target, content.history]
+        history, _ = content.read_history()
+        vectors = [logits, *ids.pooled, ids.target, ids.history, content.target, history]
         self.around |= {vector.dtype for vector in vectors}
         self.losses_in_autocast |= torch.is_autocast_enabled("cpu")
 
@@ -64,8 +65,8 @@ def run_job(job: Job) -> dict[str, Any]:
     before = table_pieces(job)
     parts, logits, _ = job.pipeline.progress(iter(batches_of(job, 1, 4)))
     require_pipelined(job.model)
-    dense = [p for group in job.adamw.param_groups for p in group["params"]]
-    state = [value for p in dense for value in job.adamw.state[p].values()]
+    dense = [p for group in job.dense_optimizer.param_groups for p in group["params"]]
+    state = [value for p in dense for value in job.dense_optimizer.state[p].values()]
     pieces = [piece for table in table_pieces(job).values() for _, piece in table]
     return {
         "bank": bank,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recsys.config import RankingSettings
+from recsys.config import RetrievalSettings
 from recsys.data.batch import Batch
 from recsys.model.retrieval_loss import RetrievalLoss
 from recsys.ranking.vectors import TowerVectors
@@ -49,7 +49,7 @@ def towers() -> TowerVectors:
 
 
 def loss_of(name: str, **settings: Any) -> RetrievalLoss:
-    return RetrievalLoss(RankingSettings(loss=name, **settings), [1.0])  # type: ignore[arg-type]
+    return RetrievalLoss(RetrievalSettings(loss=name, **settings), [1.0])  # type: ignore[arg-type]
 
 
 def by_rows(candidates: Tensor, items: list[int], log_q: Tensor, used: list[int]) -> Tensor:
@@ -93,7 +93,7 @@ def test_labels_are_weighted_and_each_has_its_own_query() -> None:
     second = 1 - made.labels
     both = replace(made, labels=torch.cat([made.labels, second], dim=1))
     queries = torch.cat([vectors.query, vectors.query.flip(2)], dim=1)
-    settings = RankingSettings(loss="in_batch_softmax")
+    settings = RetrievalSettings(loss="in_batch_softmax")
     actual = RetrievalLoss(settings, [1.0, 3.0])(replace(vectors, query=queries), both)
     one = loss_of("in_batch_softmax")
     other = one(replace(vectors, query=vectors.query.flip(2)), replace(made, labels=second))

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from recsys.build import build_job
-from recsys.config import Config, ContentSettings, RankingSettings
+from recsys.config import Config, ContentSettings, ranking_settings
+from recsys.config.ranking import keys_of
 from recsys.data.interactions import Interactions
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds
@@ -35,6 +36,18 @@ BACKBONES: dict[str, dict[str, Any]] = {
 }
 
 
+# Settings of all of them, each of which a backbone may have or not.
+SMALL: dict[str, Any] = {
+    "attention_units": [8],
+    "cross_layers": 1,
+    "cross_rank": 4,
+    "dense_units": [8],
+    "mlp_units": [8],
+    "tower_dim": 8,
+    "query_features": ["price"],
+}
+
+
 @dataclass
 class Ran:
     """What a rank saw of a run that was stopped after 3 steps, and of one that was not."""
@@ -47,17 +60,9 @@ class Ran:
 
 def backbone_config(folder: Path, backbone: str, content: Content, **settings: Any) -> Config:
     """The small EM3 with another backbone, and steps of 20 rows in all on two ranks."""
-    ranking = RankingSettings(
-        name=backbone.split()[0],
-        attention_units=[8],
-        cross_layers=1,
-        cross_rank=4,
-        dense_units=[8],
-        mlp_units=[8],
-        tower_dim=8,
-        query_features=["price"] if backbone.startswith("two_tower") else [],
-        **BACKBONES[backbone],
-    )
+    name = backbone.split()[0]
+    small = {key: value for key, value in SMALL.items() if key in keys_of(name)}
+    ranking = ranking_settings(name, **small, **BACKBONES[backbone])
     config = em3_config(folder, ranking=ranking, **settings)
     if content == "none":
         return replace(config, content="none")

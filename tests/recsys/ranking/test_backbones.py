@@ -15,9 +15,11 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from recsys.config import ContentSettings, RankingSettings
+from recsys.config import ContentSettings, RankingSettings, ranking_settings
+from recsys.config.ranking import keys_of
 from recsys.model.compilation import compiled_parts
-from recsys.ranking import RANKING_MODELS, build_ranking
+from recsys.ranking import RANKING_MODELS
+from recsys.ranking.build import build_ranking
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.history_numbers import history_numbers
 from recsys.ranking.mmoe import Mmoe
@@ -31,18 +33,25 @@ from tests.recsys.ranking.ranking_inputs import (
     one_row,
 )
 
-SETTINGS = RankingSettings(
-    attention_units=[5],
-    cross_layers=2,
-    cross_rank=3,
-    dense_units=[6],
-    mlp_units=[16, 8],
-    num_experts=3,
-    search_top_k=2,
-)
+SMALL: dict[str, Any] = {
+    "attention_units": [5],
+    "cross_layers": 2,
+    "cross_rank": 3,
+    "dense_units": [6],
+    "mlp_units": [16, 8],
+    "num_experts": 3,
+    "search_top_k": 2,
+}
 BACKBONES = sorted(RANKING_MODELS)
 by_backbone = pytest.mark.parametrize("name", BACKBONES)
 by_content = pytest.mark.parametrize("content", [CONTENT, None], ids=["content", "id_only"])
+
+
+def settings_of(name: str, **settings: Any) -> RankingSettings:
+    """Small settings, of those that the backbone has, and these."""
+    known = keys_of(name)
+    small = {key: value for key, value in SMALL.items() if key in known}
+    return ranking_settings(name, **(small | settings))
 
 
 def model_of(
@@ -52,7 +61,7 @@ def model_of(
     **settings: Any,
 ) -> nn.Module:
     torch.manual_seed(0)
-    return build_ranking(replace(SETTINGS, name=name, **settings), dimensions, content).eval()
+    return build_ranking(settings_of(name, **settings), dimensions, content).eval()
 
 
 def logits_of(model: nn.Module, *parts: Any) -> Tensor:
@@ -218,7 +227,10 @@ def test_the_experts_of_mmoe_are_mixed_by_each_label_s_gate() -> None:
         ({"name": "deepfm", "dense_units": [4, 4]}, r"dense_units \[4, 4\]; deepfm has"),
         ({"name": "sim", "time_gaps": "age"}, r"ranking.time_gaps is 'age'.*\['liked'\]"),
         ({"name": "two_tower", "query_features": ["item"]}, "'item' is no pooled or dense column"),
-        ({"name": "no.such.module:Model"}, "ranking.name 'no.such.module:Model' cannot be made"),
+        (
+            {"name": "no.such.module:Model"},
+            "'no.such.module:Model' cannot be imported",
+        ),
         ({"name": "builtins:dict"}, "cannot be made|not a torch module"),
     ],
 )
@@ -226,14 +238,12 @@ def test_settings_that_a_backbone_cannot_use_are_named(
     settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        build_ranking(replace(SETTINGS, **settings), DIMENSIONS, None)
+        build_ranking(settings_of(**settings), DIMENSIONS, None)
 
 
 def test_a_model_of_interactions_wants_two_inputs() -> None:
     with pytest.raises(ValueError, match="the target item is the only input"):
-        build_ranking(
-            replace(SETTINGS, name="dlrm"), InputDimensions([], 4, 0, 0, 1, has_history=False), None
-        )
+        build_ranking(settings_of("dlrm"), InputDimensions([], 4, 0, 0, 1, has_history=False), None)
 
 
 class ScaledTarget(nn.Module):

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.config import RankingSettings
+from recsys.config import ranking_settings
 from recsys.model.losses import RankingLoss
-from recsys.ranking import build_ranking
+from recsys.ranking.build import build_ranking
+from recsys.ranking.din_dcn import DinDcnSettings
 from recsys.ranking.layers.ensemble_head import EnsembleHead, EnsembleLinear, MemberLinear
 from recsys.ranking.layers.mlp import ranking_head
 from recsys.ranking.vectors import MemberLogits
 from tests.recsys.ranking.ranking_inputs import CONTENT, DIMENSIONS, inputs
 
 WIDTH, UNITS, LABELS, MEMBERS, ROWS = 5, [7, 4], 2, 3, 6
-SETTINGS = RankingSettings(attention_units=[5], mlp_units=UNITS, ensemble_members=MEMBERS)
+SETTINGS = DinDcnSettings(attention_units=[5], mlp_units=UNITS, ensemble_members=MEMBERS)
 
 
 def head_of(dropout: float = 0.0) -> EnsembleHead:
@@ -118,7 +119,7 @@ def test_one_member_is_the_mlp_itself() -> None:
 @pytest.mark.parametrize("content", [CONTENT, None], ids=["content", "id_only"])
 def test_ranking_models_have_ensembles(name: str, content: object) -> None:
     torch.manual_seed(0)
-    settings = replace(SETTINGS, name=name, dropout=0.0)
+    settings = ranking_settings(name, mlp_units=UNITS, ensemble_members=MEMBERS, dropout=0.0)
     model = build_ranking(settings, DIMENSIONS, content)  # type: ignore[arg-type]
     ids, of_content, batch = inputs()
     scored = model(ids, of_content, batch)

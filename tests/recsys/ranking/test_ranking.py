@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,9 +12,9 @@ from recsys import ranking
 from recsys.config import ContentSettings, RankingSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
-from recsys.ranking import build_ranking
+from recsys.ranking.build import build_ranking
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.din_dcn import DinDcn
+from recsys.ranking.din_dcn import DinDcn, DinDcnSettings
 from recsys.ranking.layers.history_numbers import history_numbers
 from recsys.ranking.vectors import IDVectors
 from tests.recsys.ranking.ranking_inputs import (
@@ -27,7 +26,7 @@ from tests.recsys.ranking.ranking_inputs import (
     one_row,
 )
 
-SETTINGS = RankingSettings(attention_units=[5], cross_layers=2, cross_rank=3, mlp_units=[7, 5])
+SETTINGS = DinDcnSettings(attention_units=[5], cross_layers=2, cross_rank=3, mlp_units=[7, 5])
 
 
 def model_of(
@@ -116,17 +115,14 @@ def test_an_unknown_ranking_model_is_named_with_the_known_ones() -> None:
 class TargetNorm(nn.Module):
     """A user's own ranking model."""
 
+    def __init__(self, settings: object, dimensions: object, content: object) -> None:
+        super().__init__()
+
     def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
         return ids.target.norm(dim=1, keepdim=True)
 
 
-@pytest.fixture
-def registered() -> Iterator[None]:
-    ranking.RANKING_MODELS["norm"] = lambda settings, dimensions, content: TargetNorm()
-    yield
-    del ranking.RANKING_MODELS["norm"]
-
-
-def test_a_registered_ranking_model_is_built_by_its_name(registered: None) -> None:
+def test_a_registered_ranking_model_is_built_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ranking.RANKING_MODELS, "norm", f"{__name__}:TargetNorm")
     model = build_ranking(RankingSettings(name="norm"), DIMENSIONS, None)
     assert isinstance(model, TargetNorm)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys.config import RankingSettings
 from recsys.data.batch import Batch
 from recsys.data.filesystem import Location
 from recsys.data.jagged_history import JaggedHistory
@@ -20,11 +19,11 @@ from recsys.data.schema import load_schema
 from recsys.ranking.item_categories import load_item_categories
 from recsys.ranking.layers.aged_attention import AgedAttention, age_of
 from recsys.ranking.layers.history_numbers import num_history_numbers
-from recsys.ranking.sim import Sim
+from recsys.ranking.sim import Sim, SimSettings
 from tests.datasets import write_dataset
 from tests.recsys.ranking.ranking_inputs import CONTENT, DIMENSIONS, ID_DIM, inputs
 
-SETTINGS = RankingSettings(name="sim", search_top_k=2, mlp_units=[8])
+SETTINGS = SimSettings(search_top_k=2, mlp_units=[8])
 LENGTHS = torch.tensor([4, 0, 6])
 
 

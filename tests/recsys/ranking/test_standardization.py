@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from recsys.config import RankingSettings
-from recsys.ranking import build_ranking
+from recsys.config import ranking_settings
+from recsys.ranking.build import build_ranking
 from recsys.ranking.layers.attended_features import RowFeatures
 from recsys.ranking.layers.history_numbers import history_numbers
 from recsys.ranking.layers.standardization import LARGEST, LEAST_VARIANCE, Standardization
@@ -29,8 +30,12 @@ def batches(rows: int = ROWS) -> list[Tensor]:
     ]
 
 
-def trained(parts: list[Tensor], weights: Tensor | None = None) -> Standardization:
-    standardization = Standardization(WIDTH)
+def trained(
+    parts: list[Tensor],
+    weights: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Standardization:
+    standardization = Standardization(WIDTH, process_group)
     for part in parts:
         standardization(part, weights)
     return standardization
@@ -103,7 +108,7 @@ def test_gradients_pass_by_the_statistics() -> None:
 
 def statistics_on_rank(rank: int, world_size: int) -> dict[str, Any]:
     own = [rows[:3] if rank == 0 else rows[3:] for rows in batches()]
-    standardization = trained(own)
+    standardization = trained(own, process_group=dist.group.WORLD)
     return {"mean": standardization.mean, "variance": standardization.variance}
 
 
@@ -119,7 +124,7 @@ def test_ranks_with_unlike_numbers_of_rows_have_the_statistics_of_all_rows() -> 
 @pytest.mark.parametrize("name", ["din_dcn", "din", "sim", "mmoe"])
 @pytest.mark.parametrize("content", [CONTENT, None], ids=["content", "id_only"])
 def test_ranking_models_standardise_numbers_and_leave_vectors(name: str, content: object) -> None:
-    settings = RankingSettings(name=name, attention_units=[5], mlp_units=[6])
+    settings = ranking_settings(name, mlp_units=[6])
     plain, other = (
         build_ranking(replace(settings, standardize_numbers=on), DIMENSIONS, content).eval()  # type: ignore[arg-type]
         for on in (False, True)

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from recsys.checkpoint.files import folders_by_age
 from recsys.distributed.lockstep import TrainingStopped
 from tests.datasets import write_dataset
-from tests.recsys.checkpoint.test_resume import StepsSeen, assert_same_end, run_training
+from tests.recsys.checkpoint.stopped_runs import StepsSeen, assert_same_end, run_training
 
 # Two epochs of 8 batches, each with a validation in its middle: groups of 3 and 1, twice.
 GROUP = ["--accumulate_steps", "3", "--validations_per_epoch", "2", "--log_every_steps", "1"]

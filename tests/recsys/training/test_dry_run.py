@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -44,6 +45,15 @@ def test_one_step_on_each_rank_and_nothing_written(
     printed = capsys.readouterr().out
     assert "dry run: one training step of 8 rows on 1 rank ran" in printed
     assert "8 validation rows were scored" in printed
+
+
+def test_the_log_is_json_where_that_is_asked(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = train_words(folder / "data", folder / "run", "--dry-run", "--log_format", "json")
+    assert main(words) == 0
+    objects = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert json.loads(objects[-1])["message"].startswith("dry run: one training step of 8 rows")
 
 
 def test_two_ranks_by_torchrun(folder: Path) -> None:

@@ -11,7 +11,6 @@ from torch import nn
 
 from recsys.config import LoraSettings, ModalitySettings
 from recsys.content.encoders.build import Encoder, TransformerEncoder, build_encoder
-from recsys.content.encoders.preparation import load_tokenizer
 from recsys.data.filesystem import Location
 from recsys.data.items.content_store import ContentStore, ItemTable
 from recsys.data.schema import load_schema
@@ -37,7 +36,7 @@ def store_of(dataset: Path, name: str, modality: ModalitySettings) -> ContentSto
     root = Location.of(str(dataset))
     table = ItemTable(root, load_schema(root))
     store = ContentStore(table, {name: modality}, dataset.parent / "cache")
-    store.build(name, load_tokenizer("random:bert", None, "") if name == "text" else None)
+    store.build(name)
     return store
 
 

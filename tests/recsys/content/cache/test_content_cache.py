@@ -8,7 +8,6 @@ import pyarrow as pa
 import pytest
 
 from recsys.config import ModalitySettings
-from recsys.content.encoders.tiny_encoders import tiny_tokenizer
 from recsys.data.items.content_store import ContentStore, default_cache, publish
 from tests.datasets import png, write_dataset
 from tests.recsys.data.items.item_content import (
@@ -35,8 +34,8 @@ def test_a_second_store_uses_what_the_first_has_made(
     dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = store_of(dataset, *MODALITIES)
-    for method in ("_write_text", "_write_images", "_write_features"):
-        monkeypatch.setattr(ContentStore, method, fail)
+    for kind in first.kinds.values():
+        monkeypatch.setattr(type(kind), "write", fail)
     second = store_of(dataset, *MODALITIES)
     assert second.folders == first.folders
     assert len(set(first.folders.values())) == 3
@@ -75,7 +74,7 @@ def test_the_same_content_under_other_ids_is_made_again(dataset: Path) -> None:
 def test_settings_that_change_the_arrays_are_part_of_their_name(dataset: Path) -> None:
     def folder(modality: ModalitySettings) -> Path:
         store = ContentStore(table_of(dataset), {"x": modality}, dataset.parent / "cache")
-        store.build("x", tiny_tokenizer())
+        store.build("x")
         return store.folders["x"]
 
     longer = ModalitySettings(kind="text", column="text", encoder="random:bert", max_length=9)

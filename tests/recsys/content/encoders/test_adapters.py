@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from recsys.config import LoraSettings, ModalitySettings
 from recsys.content.encoders.build import TransformerEncoder, build_encoder
 from recsys.content.encoders.tiny_encoders import tiny_model
-from tests.recsys.content.encoders.test_encoders import content_of
+from tests.recsys.content.encoders.tiny_transformers import content_of
 
 BERT: Any = tiny_model("random:bert", "")
 NUM_LAYERS = 3

@@ -16,14 +16,13 @@ from torch import nn
 
 from recsys.config import LoraSettings, ModalitySettings
 from recsys.content.encoders.build import TransformerEncoder, build_encoder
-from recsys.content.encoders.preparation import load_image_preparation, load_preparation
+from recsys.content.encoders.pretrained import PretrainedEncoder
 from recsys.content.encoders.tiny_encoders import tiny_tokenizer
 from recsys.data.batch import ContentInput
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.images import ImagePreparation, decode_image
 from tests.datasets import write_dataset
-from tests.recsys.content.encoders.test_encoders import content_of
-from tests.recsys.content.encoders.tiny_transformers import CONFIGS, kind_of
+from tests.recsys.content.encoders.tiny_transformers import CONFIGS, content_of, kind_of
 from tests.recsys.data.items.item_content import table_of
 
 TOWERS = ["clip_text", "clip_image", "siglip_text", "siglip_image"]
@@ -122,9 +121,8 @@ def test_texts_and_images_of_one_checkpoint_lie_in_one_space() -> None:
 def test_texts_for_siglip_are_filled_up_and_padding_is_read(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "data", {}, num_items=8)
     modality = ModalitySettings(kind="text", column="text", encoder="random:siglip", max_length=64)
-    read = load_preparation(modality, WHERE)
     store = ContentStore(table_of(dataset), {"text": modality}, tmp_path / "cache")
-    store.build("text", read.tokenizer, read.fills_texts, read.images)
+    store.build("text")
     text = store.gather(np.arange(8))["text"]
     assert text.mask.sum(dim=1).tolist() == [0, 0, *[64] * 6]
     length = int((text.values[2] != tiny_tokenizer().pad_token_id).sum())
@@ -182,14 +180,16 @@ def test_pixels_are_prepared_as_the_checkpoint_says(
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    assert load_image_preparation(str(tmp_path), None, WHERE) == (expected, None)
+    checkpoint = PretrainedEncoder(str(tmp_path), None, WHERE)
+    assert checkpoint.images == expected and not checkpoint.notes
 
 
 def test_without_a_preparation_it_is_that_of_imagenet_and_this_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    preparation, note = load_image_preparation(str(tmp_path), None, WHERE)
-    assert preparation == ImagePreparation()
-    assert note is not None and "has no preprocessor_config.json" in note
+    checkpoint = PretrainedEncoder(str(tmp_path), None, WHERE)
+    assert checkpoint.images == ImagePreparation()
+    (note,) = checkpoint.notes
+    assert "has no preprocessor_config.json" in note
 
 
 def test_a_preparation_that_cannot_be_is_an_error(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_preparation_that_cannot_be_is_an_error(tmp_path: Path) -> None:
     settings = {"image_mean": [0.5], "image_std": [0.5]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=rf"{WHERE}: preprocessor_config.json of .*three colours"):
-        load_image_preparation(str(tmp_path), None, WHERE)
+        _ = PretrainedEncoder(str(tmp_path), None, WHERE).images
 
 
 def test_an_image_is_squeezed_or_cut_as_its_encoder_was_trained(tmp_path: Path) -> None:
@@ -219,8 +219,7 @@ def test_the_encoder_normalises_by_the_preparation(
     folder = shutil.copytree(folders["clip"], tmp_path / "clip")
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPARATIONS[1][0]))
     modality = ModalitySettings(kind="image", column="c", encoder=str(folder), image_size=8)
-    read = load_preparation(modality, WHERE)
-    encoder = build_encoder("it", modality, None, read)
+    encoder = build_encoder("it", modality)
     assert isinstance(encoder, TransformerEncoder)
     content = content_of("clip_image")
     wanted = encoder.model(pixel_values=content.values[:1].float() / 127.5 - 1).last_hidden_state

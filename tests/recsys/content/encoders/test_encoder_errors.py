@@ -8,7 +8,9 @@ import pytest
 import transformers
 
 from recsys.config import LoraSettings, ModalitySettings
-from recsys.content.encoders.build import TransformerEncoder
+from recsys.content.encoders.image_transformer import ImageTransformer
+from recsys.content.encoders.text_transformer import TextTransformer
+from recsys.content.encoders.transformer import TransformerEncoder
 from tests.recsys.content.encoders.tiny_transformers import CONFIGS
 
 
@@ -18,7 +20,8 @@ def modality_of(kind: Literal["text", "image"], **settings: Any) -> ModalitySett
 
 def transformer(name: str, modality: ModalitySettings) -> TransformerEncoder:
     model = transformers.AutoModel.from_config(CONFIGS[name])
-    return TransformerEncoder(model, modality, "content.modalities.it")
+    kind = TextTransformer if modality.kind == "text" else ImageTransformer
+    return kind(model, modality, "content.modalities.it")
 
 
 def test_lora_targets_that_fit_nothing_are_named_with_what_would() -> None:
@@ -62,7 +65,7 @@ def test_a_model_that_reads_something_else_is_an_error() -> None:
 
 def test_a_model_without_an_own_pooled_output_cannot_be_projected() -> None:
     with pytest.raises(ValueError, match=r"no pooled output .* another pooling than projected"):
-        TransformerEncoder(
+        TextTransformer(
             transformers.BertModel(CONFIGS["bert"], add_pooling_layer=False),
             modality_of("text", pooling="projected"),
             "it",
@@ -71,10 +74,10 @@ def test_a_model_without_an_own_pooled_output_cannot_be_projected() -> None:
 
 def test_texts_of_siglip_are_as_long_as_it_was_trained_on() -> None:
     tower = transformers.AutoModel.from_config(CONFIGS["siglip_text"]).text_model
-    TransformerEncoder(tower, modality_of("text"), "it")
+    TextTransformer(tower, modality_of("text"), "it")
     modality = ModalitySettings(kind="text", column="c", max_length=7)
     with pytest.raises(ValueError, match=r"max_length is 7; .* filled up to 8 tokens, set 8"):
-        TransformerEncoder(tower, modality, "it")
+        TextTransformer(tower, modality, "it")
 
 
 @pytest.mark.parametrize(("name", "limit"), [("bert", 512), ("roberta", 10)])

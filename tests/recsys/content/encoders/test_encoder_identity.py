@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from recsys.config import Config, ContentSettings, LoraSettings, ModalitySettings
-from recsys.content.encoders.build import Encoder, build_encoder
+from recsys.content.encoders import build as encoders
+from recsys.content.encoders.build import Encoder
 from recsys.content.encoders.identity import FILE, tokenizer_digest
-from recsys.content.encoders.preparation import load_preparation
 from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
+from recsys.data.items.kind import make_kind
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run
 from recsys.training.train import train
@@ -62,7 +63,7 @@ def set_main(repository: Path, commit: str) -> None:
 
 def encoder_of(name: str, revision: str | None = None) -> Encoder:
     modality = ModalitySettings("text", "text", encoder=name, revision=revision)
-    return build_encoder("text", modality, None, load_preparation(modality, WHERE))
+    return encoders.encoder_of(make_kind(WHERE, modality))
 
 
 def config_of(folder: Path, encoder: str, training: Any = "lora") -> Config:
@@ -106,7 +107,7 @@ def test_one_encoder_has_one_identity_whatever_its_place_and_training(
     assert (copy.weights, copy.preparation) == (identity.weights, identity.preparation)
     assert copy.revision is None
     modality = config_of(tmp_path, NAME).content.modalities["text"]  # type: ignore[union-attr]
-    lora = build_encoder("text", modality, None, load_preparation(modality, WHERE)).identity
+    lora = encoders.encoder_of(make_kind(WHERE, modality)).identity
     assert lora is not None and lora.weights == identity.weights
 
 

@@ -11,10 +11,17 @@ import transformers
 from torch import Tensor, nn
 
 from recsys.config import LoraSettings, ModalitySettings
-from recsys.content.encoders import transformer as transformer_encoder
+from recsys.content.encoders import text_transformer
 from recsys.content.encoders.build import TransformerEncoder, build_encoder
 from recsys.data.batch import ContentInput
-from tests.recsys.content.encoders.tiny_transformers import CONFIGS, SIZES, kind_of, tower_of
+from tests.recsys.content.encoders.tiny_transformers import (
+    CONFIGS,
+    LENGTHS,
+    SIZES,
+    content_of,
+    kind_of,
+    tower_of,
+)
 
 Training = Literal["frozen", "lora", "full"]
 Pooling = Literal["mean", "cls", "last", "none", "projected"]
@@ -26,12 +33,11 @@ TARGETS = {
 }
 TRAININGS: list[Training] = ["frozen", "lora", "full"]
 POOLINGS: list[Pooling] = ["mean", "cls", "last", "none"]
-LENGTHS = [6, 1, 0, 4]  # tokens of each item; item 2 has no text, and no image
 
 
 @pytest.fixture(autouse=True)
 def groups_of_two_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer_encoder, "ITEMS_PER_GROUP", 2)
+    monkeypatch.setattr(text_transformer, "ITEMS_PER_GROUP", 2)
 
 
 @pytest.fixture(scope="module")
@@ -69,22 +75,6 @@ def encoder_of(
     encoder = build_encoder("it", modality, None)
     assert isinstance(encoder, TransformerEncoder)
     return encoder
-
-
-def content_of(name: str, padded_length: int = 6) -> ContentInput:
-    generator = torch.Generator().manual_seed(2)
-    if kind_of(name) == "image":
-        pixels = torch.randint(256, (len(LENGTHS), 3, 8, 8), generator=generator)
-        mask = torch.tensor(LENGTHS).unsqueeze(1) > 0
-        return ContentInput(pixels.to(torch.uint8), mask)
-    lengths = torch.tensor(LENGTHS)
-    if name == "siglip_text":  # texts are filled up
-        lengths, padded_length = 8 * (lengths > 0), 8
-    ids = torch.randint(5, 30, (len(LENGTHS), 9), generator=generator)[:, :padded_length]
-    mask = torch.arange(padded_length)[None, :] < lengths[:, None]
-    if name == "clip_text":  # its sign for the end of a text
-        ids.scatter_(1, (lengths - 1).clamp(min=0)[:, None], 4)
-    return ContentInput(torch.where(mask, ids, 0), mask)
 
 
 def whole_model(folders: dict[str, Path], name: str) -> Any:

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -9,11 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from recsys.content.encoders.preparation import load_tokenizer
-from recsys.content.encoders.pretrained import load_module, load_transformer, resolve_encoder
+from recsys.config import ModalitySettings
+from recsys.content.encoders.pretrained import PretrainedEncoder
 from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
+from recsys.data.items.kind import make_kind
 
 WHERE = "content.modalities.text"
+
+
+def module_of(path: str) -> nn.Module:
+    modality = ModalitySettings("image", "poster", module=path, image_size=2)
+    encoder: Any = make_kind(WHERE, modality).encoder(())
+    return encoder.module
 
 
 @pytest.fixture(autouse=True)
@@ -40,13 +48,13 @@ def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_folder_is_loaded_with_its_weights_and_without_dropout(encoder_folder: Path) -> None:
-    model = load_transformer(str(encoder_folder), None, WHERE).train()
+    model = PretrainedEncoder(str(encoder_folder), None, WHERE).load_model().train()
     expected = tiny_model("random:bert", WHERE).eval()
     for name, weight in expected.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=0)
     ids = torch.arange(5, 11)[None]
     torch.testing.assert_close(model(ids).last_hidden_state, expected(ids).last_hidden_state)
-    tokenizer = load_tokenizer(str(encoder_folder), None, WHERE)
+    tokenizer = PretrainedEncoder(str(encoder_folder), None, WHERE).tokenizer
     assert tokenizer("Ab c")["input_ids"] == tiny_tokenizer()("Ab c")["input_ids"]
 
 
@@ -54,16 +62,16 @@ def test_dropout_of_a_checkpoint_is_switched_off(tmp_path: Path) -> None:
     model = tiny_model("random:bert", WHERE)
     model.config.hidden_dropout_prob = 0.5  # type: ignore[union-attr]
     model.save_pretrained(tmp_path)  # type: ignore[operator]
-    loaded = load_transformer(str(tmp_path), None, WHERE)
+    loaded = PretrainedEncoder(str(tmp_path), None, WHERE).load_model()
     dropouts = [part.p for part in loaded.modules() if isinstance(part, nn.Dropout)]
     assert dropouts and not any(dropouts)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"{WHERE}: encoder folder '{tmp_path}/none' has no conf"):
-        load_transformer(f"{tmp_path}/none", None, WHERE)
+        PretrainedEncoder(f"{tmp_path}/none", None, WHERE).load_model()
     with pytest.raises(ValueError, match=rf"{WHERE}: encoder folder './none' has no config.json"):
-        load_tokenizer("./none", None, WHERE)
+        _ = PretrainedEncoder("./none", None, WHERE).tokenizer
 
 
 @pytest.mark.parametrize(
@@ -71,7 +79,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 )
 def test_a_missing_package_is_named_with_its_installation(package: str) -> None:
     with pytest.raises(ValueError, match=f"{WHERE}: encoder package '{package}' is not installed"):
-        resolve_encoder(f"package:{package}", WHERE)
+        PretrainedEncoder(f"package:{package}", None, WHERE)
 
 
 def test_a_package_resolves_to_the_outermost_folder_with_a_config(importable: Path) -> None:
@@ -79,43 +87,43 @@ def test_a_package_resolves_to_the_outermost_folder_with_a_config(importable: Pa
     (inner / "older").mkdir(parents=True)
     (importable / "some_weights" / "__init__.py").touch()
     with pytest.raises(ValueError, match="'some_weights' holds no folder with a config"):
-        resolve_encoder("package:some_weights", WHERE)
+        PretrainedEncoder("package:some_weights", None, WHERE)
     (inner / "older" / "config.json").write_text("{}")
     (inner / "config.json").write_text("{}")
-    assert resolve_encoder("package:some_weights", WHERE) == str(inner)
+    assert PretrainedEncoder("package:some_weights", None, WHERE).source == str(inner)
 
 
 def test_a_hub_name_is_left_to_transformers() -> None:
-    assert resolve_encoder("someone/some-model", WHERE) == "someone/some-model"
+    assert PretrainedEncoder("someone/some-model", None, WHERE).source == "someone/some-model"
 
 
 def test_a_hub_name_that_cannot_be_fetched_is_named() -> None:
     with pytest.raises(ValueError, match=f"{WHERE}: encoder 'nobody/nothing' cannot be loaded"):
-        load_transformer("nobody/nothing", None, WHERE)
+        PretrainedEncoder("nobody/nothing", None, WHERE).load_model()
     with pytest.raises(ValueError, match=f"{WHERE}: tokenizer of 'nobody/nothing' cannot be load"):
-        load_tokenizer("nobody/nothing", None, WHERE)
+        _ = PretrainedEncoder("nobody/nothing", None, WHERE).tokenizer
 
 
 def test_an_unknown_random_encoder_is_named() -> None:
     with pytest.raises(ValueError, match=f"{WHERE}: encoder 'random:gpt' is unknown; choose"):
-        load_transformer("random:gpt", None, WHERE)
+        PretrainedEncoder("random:gpt", None, WHERE).load_model()
 
 
 @pytest.mark.parametrize("config", ["{", "{}", '{"model_type": "no_such_type"}'])
 def test_a_damaged_config_is_named(encoder_folder: Path, config: str) -> None:
     (encoder_folder / "config.json").write_text(config)
     with pytest.raises(ValueError, match=f"{WHERE}: encoder '{encoder_folder}' cannot be loaded"):
-        load_transformer(str(encoder_folder), None, WHERE)
+        PretrainedEncoder(str(encoder_folder), None, WHERE).load_model()
 
 
 def test_missing_and_damaged_weights_are_named(encoder_folder: Path) -> None:
     weights = encoder_folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"{WHERE}: encoder '{encoder_folder}' cannot be loaded"):
-        load_transformer(str(encoder_folder), None, WHERE)
+        PretrainedEncoder(str(encoder_folder), None, WHERE).load_model()
     weights.unlink()
     with pytest.raises(ValueError, match=f"{WHERE}: encoder '{encoder_folder}' cannot be loaded"):
-        load_transformer(str(encoder_folder), None, WHERE)
+        PretrainedEncoder(str(encoder_folder), None, WHERE).load_model()
 
 
 def test_a_checkpoint_without_some_weights_is_refused_rather_than_left_random(
@@ -127,7 +135,7 @@ def test_a_checkpoint_without_some_weights_is_refused_rather_than_left_random(
     del weights[name]
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"'{encoder_folder}' lacks the weights \['{name}'\]"):
-        load_transformer(str(encoder_folder), None, WHERE)
+        PretrainedEncoder(str(encoder_folder), None, WHERE).load_model()
 
 
 def test_weights_of_another_size_are_refused(encoder_folder: Path) -> None:
@@ -136,29 +144,30 @@ def test_weights_of_another_size_are_refused(encoder_folder: Path) -> None:
         config.read_text().replace('"intermediate_size": 64', '"intermediate_size": 48')
     )
     with pytest.raises(ValueError, match=f"{WHERE}: encoder '{encoder_folder}'"):
-        load_transformer(str(encoder_folder), None, WHERE)
+        PretrainedEncoder(str(encoder_folder), None, WHERE).load_model()
 
 
 def test_a_module_comes_from_its_factory(importable: Path) -> None:
     (importable / "module_factories.py").write_text(
-        "from torch import nn\n\ndef good():\n    return nn.Linear(2, 3)\n"
+        "from torch import nn\n\n"
+        "def good():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))\n"
     )
-    module = load_module("module_factories:good", WHERE)
-    assert isinstance(module, nn.Linear)
-    assert module.weight.shape == (3, 2)
+    module = module_of("module_factories:good")
+    assert isinstance(module, nn.Sequential)
+    assert module[1].weight.shape == (3, 12)
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("no_such_module:make", "cannot be made .*no_such_module"),
-        ("bad_factories:absent", "cannot be made .*absent"),
+        ("no_such_module:make", "cannot be imported .*no_such_module"),
+        ("bad_factories:absent", "cannot be imported .*absent"),
         ("bad_factories:needs_argument", "cannot be made .*argument"),
         ("bad_factories:fails", "cannot be made .*weights are gone"),
-        ("bad_factories:number", "returned int, not a torch module"),
-        ("bad_factories", "is not of the form package.module:factory"),
-        (":number", "is not of the form package.module:factory"),
-        ("bad_factories:", "is not of the form package.module:factory"),
+        ("bad_factories:number", "is a int, not a Module"),
+        ("bad_factories", "is unknown; name one of your own as package.module:Class"),
+        (":number", "is unknown; name one of your own as package.module:Class"),
+        ("bad_factories:", "is unknown; name one of your own as package.module:Class"),
     ],
 )
 def test_a_factory_that_gives_no_module_is_named(importable: Path, path: str, message: str) -> None:
@@ -169,4 +178,4 @@ def test_a_factory_that_gives_no_module_is_named(importable: Path, path: str, me
         "def number():\n    return 3\n"
     )
     with pytest.raises(ValueError, match=f"{WHERE}: .*'{path}' {message}"):
-        load_module(path, WHERE)
+        module_of(path)

@@ -96,14 +96,14 @@ def by_hand(dataset: Path, modality: ModalitySettings, encoder: Encoder) -> dict
 
 
 def test_the_first_images_of_each_item_are_kept_and_the_others_told(
-    dataset: Path, capsys: pytest.CaptureFixture[str]
+    dataset: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     content = store_of(dataset, modality_of()).gather(np.arange(NUM_ITEMS))["it"]
     assert content.values.shape == (NUM_ITEMS, MOST, 3, 32, 32)
     assert content.mask.sum(dim=1).tolist() == [min(count, MOST) for count in COUNTS]
-    assert "column 'poster': 1 items have more than max_images 3 images; the first 3" in (
-        capsys.readouterr().out
-    )
+    told = "column 'poster': 1 items have more than max_images 3 images; the first 3"
+    assert told in caplog.text
     one = store_of(dataset, single(modality_of())).gather(np.arange(NUM_ITEMS))["it"]
     assert one.values.shape == (NUM_ITEMS, 3, 32, 32)
     assert torch.equal(one.values, content.values[:, 0])

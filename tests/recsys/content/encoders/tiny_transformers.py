@@ -2,8 +2,12 @@
 
 from typing import Any, Literal
 
+import torch
 import transformers
 
+from recsys.data.batch import ContentInput
+
+LENGTHS = [6, 1, 0, 4]  # tokens of each item; item 2 has no text, and no image
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
     "num_hidden_layers": 3,
@@ -116,3 +120,20 @@ def tower_of(name: str, model: Any) -> Any:
     if name.endswith("_text"):
         return model.text_model
     return model.vision_model if name.endswith("_image") else model
+
+
+def content_of(name: str, padded_length: int = 6) -> ContentInput:
+    """Four items that a model of `CONFIGS` reads; texts have `padded_length` places for tokens."""
+    generator = torch.Generator().manual_seed(2)
+    if kind_of(name) == "image":
+        pixels = torch.randint(256, (len(LENGTHS), 3, 8, 8), generator=generator)
+        mask = torch.tensor(LENGTHS).unsqueeze(1) > 0
+        return ContentInput(pixels.to(torch.uint8), mask)
+    lengths = torch.tensor(LENGTHS)
+    if name == "siglip_text":  # texts are filled up
+        lengths, padded_length = 8 * (lengths > 0), 8
+    ids = torch.randint(5, 30, (len(LENGTHS), 9), generator=generator)[:, :padded_length]
+    mask = torch.arange(padded_length)[None, :] < lengths[:, None]
+    if name == "clip_text":  # its sign for the end of a text
+        ids.scatter_(1, (lengths - 1).clamp(min=0)[:, None], 4)
+    return ContentInput(torch.where(mask, ids, 0), mask)

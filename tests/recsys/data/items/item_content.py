@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.config import ModalitySettings
-from recsys.content.encoders.tiny_encoders import tiny_tokenizer
 from recsys.data.filesystem import Location
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
@@ -30,7 +29,7 @@ def store_of(dataset: Path, *names: str) -> ContentStore:
     modalities = {name: MODALITIES[name] for name in names}
     store = ContentStore(table_of(dataset), modalities, dataset.parent / "cache")
     for name in names:
-        store.build(name, tiny_tokenizer() if name == "text" else None)
+        store.build(name)
     return store
 
 

@@ -133,6 +133,6 @@ def test_a_url_gives_the_same_content_as_a_local_folder(dataset: Path) -> None:
     store = ContentStore(ItemTable(root, load_schema(root)), MODALITIES, dataset.parent / "other")
     local = store_of(dataset, *MODALITIES).gather(np.arange(8))
     for name in MODALITIES:
-        store.build(name, tiny_tokenizer())
+        store.build(name)
         assert torch.equal(store.gather(np.arange(8))[name].values, local[name].values)
     root.filesystem.rm(root.path, recursive=True)

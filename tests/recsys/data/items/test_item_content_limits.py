@@ -37,7 +37,7 @@ def skipping_store(dataset: Path, *names: str) -> ContentStore:
     modalities = {name: MODALITIES[name] for name in names}
     store = ContentStore(items, modalities, dataset.parent / "cache")
     for name in names:
-        store.build(name, tiny_tokenizer() if name == "text" else None)
+        store.build(name)
     return store
 
 
@@ -102,7 +102,7 @@ def test_columns_are_read_a_few_rows_at_a_time(
     assert max(len(chunk) for _, _, chunk in items.chunks("poster")) == 3
     store = ContentStore(items, MODALITIES, dataset.parent / "other")
     for name in MODALITIES:
-        store.build(name, tiny_tokenizer())
+        store.build(name)
         part = store.gather(np.arange(8))[name]
         assert part.values.equal(whole[name].values)
         assert part.mask.equal(whole[name].mask)

@@ -21,9 +21,9 @@ from recsys.config import (
     Config,
     EmbeddingSettings,
     ModalitySettings,
-    RankingSettings,
     SamplingSettings,
     content_settings,
+    ranking_settings,
 )
 from recsys.data.filesystem import Location
 from recsys.data.schema import load_schema
@@ -178,7 +178,7 @@ def test_an_encoder_that_is_cached_leaves_the_run_and_lies_on_disk(folder: Path)
 
 @pytest.mark.parametrize("name", sorted(RANKING_MODELS))
 def test_flops_of_any_ranking_model_are_counted(folder: Path, name: str) -> None:
-    ranking = RankingSettings(name=name, mlp_units=[16], dropout=0.0)
+    ranking = ranking_settings(name, mlp_units=[16], dropout=0.0)
     config = em3_config(folder, ranking=ranking, batch_size=64)
     found = described(folder, config)
     with joined_ranks("cpu") as ranks:

@@ -19,7 +19,8 @@ from recsys.diagnostics.dataset.dataset_summary import share_of_most_frequent, s
 from recsys.diagnostics.dataset.findings import find
 from recsys.diagnostics.dataset.split_summary import GROUPS, PAIRS, ROWS
 from tests.datasets import item_rows, write_dataset, write_parquet
-from tests.recsys.data import bad_files, bad_impressions
+from tests.recsys.data import bad_impressions
+from tests.recsys.data.parquet import bad_files
 
 SPLITS = ("train", "valid", "test")
 

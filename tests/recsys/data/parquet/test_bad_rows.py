@@ -23,9 +23,9 @@ from recsys.training.train import train
 from tests.datasets import write_dataset, write_parquet
 from tests.ranks import run_on_ranks
 from tests.recsys.command_runs import TINY
-from tests.recsys.data.bad_files import damaged_page
 from tests.recsys.data.bad_impressions import VALUES, replace_column
-from tests.recsys.data.four_rows import COLUMNS, read_all, table_of
+from tests.recsys.data.parquet.bad_files import damaged_page
+from tests.recsys.data.parquet.four_rows import COLUMNS, read_all, table_of
 
 NAN = float("nan")
 

@@ -22,6 +22,7 @@ from recsys.data.vocabularies import UnknownIds
 from recsys.diagnostics.cost.counted import WorkCounter
 from recsys.diagnostics.plan.description import Description, describe
 from recsys.diagnostics.profile.collective_trace import read_collectives
+from recsys.ranking.din_dcn import DinDcnSettings
 from recsys.training.train import training_interactions
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
@@ -37,6 +38,7 @@ def config_of(folder: Path, sharding: Any = "row_wise", **settings: Any) -> Conf
     tables = EmbeddingSettings(32, sharding, "rowwise_adagrad")
     config = em3_config(folder, embedding=tables, batch_size=64, **settings)
     if sharding == "table_wise":
+        assert isinstance(config.ranking, DinDcnSettings)
         config.ranking.ensemble_members, config.ranking.standardize_numbers = 3, True
     content = config.content
     assert isinstance(content, ContentSettings)
@@ -59,14 +61,15 @@ def _measured(rank: int, world_size: int, folder: Path, sharding: str) -> dict[s
     batches = iter(training_interactions(job))
     prepared = job.preparation(batches, UnknownIds(job.schema), 0, training=True)
     steps = [_step(job, prepared, folder) for _ in range(STEPS // world_size)]
+    job.dense_optimizer.step()  # moments begin with the first update
     return {
         "dense": sum(
             p.numel() for n, p in job.em3.named_parameters() if not n.startswith("embedding")
         ),
-        "trained": sum(p.numel() for g in job.adamw.param_groups for p in g["params"]),
+        "trained": sum(p.numel() for g in job.dense_optimizer.param_groups for p in g["params"]),
         "moments": sum(
             value.numel() * value.element_size()
-            for state in job.adamw.state.values()
+            for state in job.dense_optimizer.state.values()
             for name, value in state.items()
             if name != "step"
         ),

@@ -11,7 +11,7 @@ import pytest
 from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from tests.datasets import write_dataset, write_parquet
-from tests.recsys.data.four_rows import COLUMNS, open_rows, read_all, schema_of, table_of
+from tests.recsys.data.parquet.four_rows import COLUMNS, open_rows, read_all, schema_of, table_of
 
 
 @pytest.fixture

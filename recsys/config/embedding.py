@@ -1,0 +1,84 @@
+"""Settings of the ID tables, `embedding` in a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from recsys.config.limits import Dropout, NonNegativeFloat, PositiveInt
+
+Sharding = Literal["auto", "row_wise", "table_wise", "column_wise"]
+TableOptimizer = Literal["rowwise_adagrad", "adagrad", "adam", "sgd"]
+WireType = Literal["fp32", "fp16", "bf16"]
+
+
+@dataclass
+class InitFromSettings:
+    """Pretrained vectors of a table, in Parquet: one row per id with a list of floats."""
+
+    path: str
+    """File, folder or URL."""
+    id_column: str | None = None
+    """Column of the ids; default: `id`, or `row` as `export-tables` writes it."""
+    vector_column: str = "vector"
+    """Column of the vectors."""
+    table: str | None = None
+    """The table's name in an export of several tables; default: the same name."""
+
+
+@dataclass
+class TableSettings:
+    """Settings of one ID table that differ from `EmbeddingSettings`; None keeps the default."""
+
+    embedding_dim: PositiveInt | None = None
+    """Width of the vectors, of pooled tables only; sequence tables share `embedding.dim`."""
+    sharding: Sharding | None = None
+    """How the table is divided over the ranks."""
+    optimizer: TableOptimizer | None = None
+    """What updates the table."""
+    learning_rate: NonNegativeFloat | None = None
+    """Learning rate of the table."""
+    weight_decay: NonNegativeFloat | None = None
+    """Weight decay of the table."""
+    id_dropout: Dropout = 0.0
+    """Share of a training batch's rows without the vector, so that the model learns to do without,
+    as it must for new ids; of pooled tables."""
+    frozen: bool = False
+    """Keep the first weights, those of `init_from` for instance."""
+    init_from: InitFromSettings | None = None
+    """Pretrained vectors to start with."""
+
+
+@dataclass
+class CommunicationSettings:
+    """Types in which looked-up vectors travel between ranks, and their gradients back."""
+
+    forward: WireType = "fp32"
+    """Type of the vectors."""
+    backward: WireType = "fp32"
+    """Type of their gradients."""
+
+
+@dataclass
+class EmbeddingSettings:
+    """The ID tables. One table per `id` or `ids` column of the schema."""
+
+    dim: PositiveInt = 32
+    """Width of the vectors."""
+    sharding: Sharding = "auto"
+    """How tables are divided over the ranks; auto: the planner chooses."""
+    optimizer: TableOptimizer = "rowwise_adagrad"
+    """What updates the tables, in the backward pass."""
+    learning_rate: NonNegativeFloat = 0.05
+    """Learning rate of the tables."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Weight decay of the tables."""
+    init_std: NonNegativeFloat = 0.01
+    """Standard deviation of the first weights."""
+    tables: dict[str, TableSettings] = field(default_factory=dict)
+    """Settings of single tables, by column name."""
+    skip: list[str] = field(default_factory=list)
+    """Id columns of the schema that get no table."""
+    index_dedup: bool = True
+    """Look each item of the histories up once per batch and rank, however often it occurs."""
+    communication: CommunicationSettings = field(default_factory=CommunicationSettings)

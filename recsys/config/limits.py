@@ -1,0 +1,83 @@
+"""Types of numbers with limits, and the check of a tree of settings against them.
+
+The parser of jsonargparse checks names and types, but only of what it has parsed. A limit stands in
+the annotation of its field, as one of jsonargparse's restricted types, and `check_settings` applies
+it however the settings were made: parsed, built in Python, or replaced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from jsonargparse import typing
+
+PositiveInt = Annotated[int, typing.PositiveInt]
+NonNegativeInt = Annotated[int, typing.NonNegativeInt]
+UnitInterval = Annotated[float, typing.OpenUnitInterval]
+
+
+def _float(name: str, *limits: tuple[str, float]) -> Any:
+    """Returns a type of float, whose description is used in messages."""
+    words = " and ".join(f"{sign} {limit:g}" for sign, limit in limits)
+    return typing.restricted_number_type(name, float, list(limits), docstring=words)
+
+
+NonNegativeFloat = Annotated[float, _float("FiniteNonNegative", (">=", 0), ("<", math.inf))]
+PositiveFloat = Annotated[float, _float("FinitePositive", (">", 0), ("<", math.inf))]
+Seconds = Annotated[float, _float("FiniteSeconds", (">=", 1), ("<", math.inf))]
+Dropout = Annotated[float, _float("Dropout", (">=", 0), ("<", 1))]
+
+
+def check_settings(value: Any, name: str = "", hint: Any = None) -> None:
+    """Checks every number against its limit, and every part by its own method `check(name)`.
+
+    Args:
+        value: a dataclass of settings, or what one of its fields holds.
+        name: the setting in full, such as `content.dim`; empty for the whole configuration.
+        hint: the annotation of the field, where `value` is not a dataclass.
+
+    Raises:
+        ValueError: names the setting, its value and its limit.
+    """
+    if is_dataclass(value):
+        for field, of_field in get_type_hints(type(value), include_extras=True).items():
+            check_settings(getattr(value, field), f"{name}.{field}".lstrip("."), of_field)
+        if hasattr(value, "check"):
+            value.check(name)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_settings(item, f"{name}.{key}", hint)
+    elif isinstance(value, list):
+        for place, item in enumerate(value):
+            check_settings(item, f"{name}[{place}]", hint)
+    elif isinstance(value, int | float):
+        for limit in _limits(hint):
+            try:
+                limit(value)
+            except ValueError as error:
+                words = str(limit.__doc__).rpartition(" restricted to be ")[2]
+                raise ValueError(f"{name} is {value}; it must be {words}") from error
+
+
+def _limits(hint: Any) -> Iterator[type]:
+    """Yields the limits in an annotation, inside containers and unions as well."""
+    if get_origin(hint) is Annotated:
+        yield from hint.__metadata__
+    for part in get_args(hint):
+        if get_origin(part) is not None:
+            yield from _limits(part)
+
+
+def refuse_options(name: str, part: str, options: dict[str, Any]) -> None:
+    """Refuses options beside the name of a built-in part, which has settings instead.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if options and ":" not in part:
+        raise ValueError(
+            f"{name}.options are for a class of your own, but {name}.name is '{part}'; remove them"
+        )

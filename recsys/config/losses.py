@@ -1,0 +1,44 @@
+"""Settings of the losses besides the ranking loss, `contrastive` and `auxiliary` in a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from recsys.config.limits import NonNegativeFloat, PositiveInt
+
+
+@dataclass
+class ContrastiveSettings:
+    """Content-ID-Contrastive loss."""
+
+    weight: NonNegativeFloat = 0.0
+    """Weight of the loss; 0 turns it off."""
+    variant: Literal["in_batch", "published"] = "in_batch"
+    """Negatives: all items of the batch, or `num_negatives` sampled ones as published."""
+    dim: PositiveInt = 32
+    """Width of the space in which content and ID vectors are compared."""
+    temperature: float = 0.1
+    """Cosines are divided by it; the first value where it is learned."""
+    learn_temperature: bool = False
+    """Train the temperature."""
+    normalize: bool = True
+    """Compare directions (cosine) rather than vectors (dot product)."""
+    num_negatives: PositiveInt = 16
+    """Sampled negatives of the published variant."""
+    stop_gradient: Literal["none", "content", "id"] = "none"
+    """The side that the loss leaves alone."""
+    all_ranks: bool = False
+    """Take the negatives of in_batch from every rank."""
+
+
+@dataclass
+class AuxiliarySettings:
+    """A loss besides those of ranking and contrast."""
+
+    loss: str
+    """distillation, or a class of your own as `package.module:Class`."""
+    weight: NonNegativeFloat = 1.0
+    """Weight of the loss."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the class."""

@@ -1,0 +1,155 @@
+"""Settings of the ranking model, `ranking` in a recipe: what all of them have, and whose is whose.
+
+Each ranking model owns a dataclass of its settings beside its code, the attribute `Settings` of its
+class, so that `ranking: {name: sim, search_top_k: 50}` has the keys of `sim` and no others. Here is
+the base of these dataclasses, and how the name leads to the one that a recipe is read with.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_type_hints
+
+from recsys.config.limits import Dropout, NonNegativeFloat, PositiveInt, refuse_options
+from recsys.config.named_parts import find_part
+
+logger = logging.getLogger(__name__)
+
+RANKING_MODELS = {
+    "din_dcn": "recsys.ranking.din_dcn:DinDcn",
+    "din": "recsys.ranking.din:Din",
+    "dlrm": "recsys.ranking.dlrm:Dlrm",
+    "dlrm_dcn": "recsys.ranking.dlrm:DlrmDcn",
+    "deepfm": "recsys.ranking.deepfm:DeepFM",
+    "sim": "recsys.ranking.sim:Sim",
+    "mmoe": "recsys.ranking.mmoe:Mmoe",
+    "two_tower": "recsys.ranking.two_tower:TwoTower",
+}
+DEFAULT_MODEL = "din_dcn"
+# Keys of four models, which runs of earlier versions all have: one dataclass served every model.
+KEYS_OF_EARLIER_RUNS = {"dense_units", "num_experts", "search_top_k", "tower_dim"}
+
+
+@dataclass
+class RankingSettings:
+    """Settings that every ranking model has; `Settings` of a model derives from it."""
+
+    name: str = DEFAULT_MODEL
+    """One of recsys.ranking.RANKING_MODELS, or a class of your own as `package.module:Class`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of a class of your own that has no `Settings`."""
+    mlp_units: list[PositiveInt] = field(default_factory=lambda: [128, 64])
+    """Units of the hidden layers that the model ends with."""
+    dropout: Dropout = 0.3
+    """Dropout behind these layers."""
+    label_weights: dict[str, NonNegativeFloat] = field(default_factory=dict)
+    """Weights of the labels' losses, by column; default 1."""
+
+    def check(self, name: str) -> None:
+        refuse_options(name, self.name, self.options)
+
+
+@dataclass
+class RetrievalSettings(RankingSettings):
+    """Settings of models that compare vectors of users and items, for retrieval."""
+
+    loss: Literal["pointwise", "in_batch_softmax", "sampled_softmax"] = "pointwise"
+    """Cross-entropy of labels, or of an item against the batch's or against sampled ones."""
+    num_negatives: PositiveInt = 256
+    """Negatives of sampled_softmax, per rank and step."""
+    negative_sampling: Literal["uniform", "log_uniform"] = "uniform"
+    """log_uniform: the n-th most frequent item of the training rows with about 1 / n."""
+    log_q_correction: bool = True
+    """Softmax losses: false leaves popularity out of the scores; rare and new items are then
+    found."""
+    all_ranks: bool = False
+    """Softmax losses: take the negatives of every rank."""
+
+
+def softmax_settings(ranking: RankingSettings) -> RetrievalSettings | None:
+    """Returns the settings of a softmax loss, or None where labels have losses of their own."""
+    if isinstance(ranking, RetrievalSettings) and ranking.loss != "pointwise":
+        return ranking
+    return None
+
+
+def settings_class(name: str) -> type[RankingSettings]:
+    """Returns the dataclass of a ranking model's settings.
+
+    A class of the user's without `Settings` has `options` and what retrieval takes.
+
+    Raises:
+        ValueError: the model is unknown or cannot be imported, or its `Settings` do not derive from
+            `RankingSettings`.
+    """
+    model = find_part("ranking.name", name, RANKING_MODELS)
+    settings = getattr(model, "Settings", RetrievalSettings)
+    if not (is_dataclass(settings) and issubclass(settings, RankingSettings)):
+        raise ValueError(
+            f"ranking.name '{name}': its Settings are no dataclass that derives from "
+            "recsys.config.RankingSettings; derive them from it"
+        )
+    # jsonargparse would look inherited annotations up in the module of the class that inherits.
+    settings.__init__.__annotations__ = get_type_hints(settings)
+    return settings
+
+
+def ranking_settings(name: str = DEFAULT_MODEL, **settings: Any) -> RankingSettings:
+    """Returns settings of a ranking model by its name.
+
+    Raises:
+        ValueError: the model is unknown, or a setting is not one of its.
+
+    Example::
+
+        from recsys.config import ranking_settings
+
+        ranking_settings("sim", search_top_k=20).search_heads  # 2
+    """
+    kind = settings_class(name)
+    check_keys(settings, name)
+    return kind(name=name, **settings)
+
+
+def keys_of(name: str) -> list[str]:
+    """Returns the keys that a ranking model has under `ranking`."""
+    return [each.name for each in fields(settings_class(name))]
+
+
+def check_keys(keys: Iterable[str], name: str) -> None:
+    """Refuses keys that a ranking model does not have.
+
+    Raises:
+        ValueError: names the first such key, and lists those of the model.
+    """
+    known = keys_of(name)
+    for key in keys:
+        if key.split(".")[0].removesuffix("+") not in known:
+            raise ValueError(f"ranking.{key} is no setting of '{name}', which has {known}")
+
+
+def own_keys(section: dict[str, Any], name: str) -> dict[str, Any]:
+    """Returns the part of a recipe's `ranking` that the ranking model of a run has.
+
+    Keys of another model are left out where the recipe is for that model and the command line
+    chooses this one, which is logged; and where a run of an earlier version wrote the keys of all.
+
+    Args:
+        section: `ranking` of the recipe.
+        name: of the run's model.
+
+    Raises:
+        ValueError: a key belongs neither to the model nor to that of the recipe.
+    """
+    known, of_recipe = keys_of(name), str(section.get("name", DEFAULT_MODEL))
+    others = [key for key in section if key not in known]
+    if others and not section.keys() >= KEYS_OF_EARLIER_RUNS:
+        of_that = [] if of_recipe == name else keys_of(of_recipe)
+        check_keys([key for key in others if key not in of_that], name)
+        logger.warning(
+            f"ranking.{', ranking.'.join(others)}: set for '{of_recipe}' in the recipe, and left "
+            f"out, as '{name}' has no such settings"
+        )
+    return {key: value for key, value in section.items() if key in known}

@@ -1,0 +1,61 @@
+"""A `transformers` model over pixels.
+
+Shapes: U unique items, T tokens, D width of the encoder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from recsys.config import ModalitySettings
+from recsys.content.encoders.base import normalize_pixels
+from recsys.content.encoders.transformer import TransformerEncoder
+from recsys.data.items.images import ImagePreparation
+
+
+class ImageTransformer(TransformerEncoder):
+    """A vision model, or the vision tower of a dual encoder: [U, 3, H, W] -> [U, T or 1, D]."""
+
+    is_text = False
+    tower_name, projection_name = "vision_model", "visual_projection"
+    pixels: ImagePreparation
+
+    def _read_settings(self, modality: ModalitySettings, where: str) -> None:
+        self.pixels = self.pixels or ImagePreparation()
+        self.image_size = modality.image_size
+
+    def _what_it_reads(self) -> str:
+        return f"images of {self.image_size} pixels"
+
+    def _refusal(self, error: Exception, where: str) -> str:
+        size = getattr(self.config, "image_size", None)
+        if isinstance(size, int) and size != self.image_size:
+            return (
+                f"{where}.image_size is {self.image_size}; the encoder wants {size} "
+                f"({type(error).__name__}: {error})"
+            )
+        return super()._refusal(error, where)
+
+    def _sample(self) -> tuple[Tensor, Tensor]:
+        """One image."""
+        device, size = self.model.device, self.image_size
+        pixels = torch.arange(3 * size * size, device=device).view(1, 3, size, size)
+        return pixels.to(torch.uint8), torch.ones(1, 1, dtype=torch.bool, device=device)
+
+    def _run(self, values: Tensor, mask: Tensor) -> Any:
+        return self.model(pixel_values=normalize_pixels(values, self.pixels))
+
+    def _run_above_cut(self, mask: Tensor) -> Any:
+        shape = (len(mask), 3, self.image_size, self.image_size)
+        return self.model(pixel_values=torch.zeros((), device=mask.device).expand(shape))
+
+    def _token_mask(self, mask: Tensor, length: int) -> Tensor:
+        return mask[:, :1].expand(-1, length)
+
+    def _all_tokens(self, hidden: Tensor) -> Tensor:
+        """Where no item of a batch has an image, its padding is one token."""
+        return pad(hidden, (0, 0, 0, self.frozen_tokens - hidden.shape[1]))

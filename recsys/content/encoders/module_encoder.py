@@ -1,0 +1,80 @@
+"""Encoders that are no transformer: stored features, and any torch module over pixels.
+
+Shapes: U unique items, T tokens, D width of the encoder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from recsys.content.encoders.base import Encoder, normalize_pixels
+from recsys.data.batch import ContentInput
+from recsys.data.items.images import ImagePreparation
+
+
+class StoredFeatures(Encoder):
+    """Features from Parquet, already tokens."""
+
+    def __init__(self, output_dim: int) -> None:
+        super().__init__()
+        self.output_dim = output_dim
+        self.caches = False
+
+    def forward(self, content: ContentInput) -> ContentInput:
+        return content
+
+
+class ModuleEncoder(Encoder):
+    """Any torch module over pixels: [U, 3, H, W] -> [U, D] or [U, T, D], frozen or trained.
+
+    Raises:
+        ValueError: the module gives something of another shape.
+    """
+
+    def __init__(self, module: nn.Module, trained: bool, image_size: int) -> None:
+        super().__init__()
+        self.module = module.requires_grad_(trained)
+        self.caches = not trained
+        with torch.no_grad():
+            probe = module.eval()(torch.zeros(1, 3, image_size, image_size))
+        if not isinstance(probe, torch.Tensor) or probe.dim() not in (2, 3):
+            shape = list(probe.shape) if isinstance(probe, torch.Tensor) else type(probe).__name__
+            raise ValueError(
+                f"image module {type(module).__name__} gives {shape} for one image; it must give "
+                "[1, D] or [1, T, D]"
+            )
+        self.output_dim = int(probe.shape[-1])
+        self.frozen_tokens = int(probe.shape[1]) if probe.dim() == 3 else 1
+
+    @property
+    def trained_parts(self) -> list[nn.Module]:
+        return [] if self.caches else [self.module]
+
+    def frozen_settings(self) -> Any:
+        kind = type(self.module)
+        name = getattr(kind, "cache_name", f"{kind.__module__}.{kind.__qualname__}")
+        return f"{name}: {self.module}"
+
+    def train(self, mode: bool = True) -> ModuleEncoder:
+        super().train(mode)
+        if self.caches:  # frozen: normalisation statistics must not move either
+            self.module.eval()
+        return self
+
+    def drop_frozen_layers(self) -> None:
+        super().drop_frozen_layers()
+        self.module = nn.Identity()
+
+    def _encode(self, content: ContentInput) -> ContentInput:
+        tokens = self.module(normalize_pixels(content.values, ImagePreparation()))
+        tokens = tokens.unsqueeze(1) if tokens.dim() == 2 else tokens
+        return ContentInput(tokens, content.mask.expand(-1, tokens.shape[1]))
+
+    def frozen(self, content: ContentInput) -> ContentInput:
+        return self._encode(content) if self.caches else content
+
+    def forward(self, content: ContentInput) -> ContentInput:
+        return content if self.caches else self._encode(content)

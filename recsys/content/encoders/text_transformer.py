@@ -1,0 +1,93 @@
+"""A `transformers` model over token ids.
+
+Shapes: U unique items, T tokens, D width of the encoder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recsys.config import ModalitySettings
+from recsys.content.encoders.pooling import last_place
+from recsys.content.encoders.pretrained import reads_whole_texts
+from recsys.content.encoders.transformer import TransformerEncoder
+from recsys.data.batch import ContentInput
+
+ITEMS_PER_GROUP = 32  # of like length, run through the trained layers together
+
+
+class TextTransformer(TransformerEncoder):
+    """A text model, or the text tower of a dual encoder: ids [U, T] -> tokens [U, T or 1, D]."""
+
+    is_text = True
+    tower_name, projection_name = "text_model", "text_projection"
+
+    def _read_settings(self, modality: ModalitySettings, where: str) -> None:
+        """Longer texts than the position embeddings know would fail in training."""
+        self.max_length = modality.max_length
+        positions = getattr(self.config, "max_position_embeddings", None)
+        if positions is None:
+            return
+        # RoBERTa numbers its positions from behind the padding id.
+        embeddings = getattr(self.model, "embeddings", None)
+        table = getattr(embeddings, "position_embeddings", None)
+        first = getattr(table, "padding_idx", None)
+        limit = positions - (0 if first is None else first + 1)
+        if self.max_length > limit:
+            raise ValueError(
+                f"{where}.max_length is {self.max_length}; the encoder reads at most {limit} tokens"
+            )
+        if reads_whole_texts(self.config) and self.max_length != limit:
+            raise ValueError(
+                f"{where}.max_length is {self.max_length}; an encoder of SigLIP type reads texts "
+                f"filled up to {limit} tokens, set {limit}"
+            )
+
+    def _what_it_reads(self) -> str:
+        return "texts"
+
+    def _sample(self) -> tuple[Tensor, Tensor]:
+        """Two texts, one of them shorter where the model reads such."""
+        device = self.model.device
+        length = self.max_length if reads_whole_texts(self.config) else min(self.max_length, 4)
+        ids = torch.arange(2 * length, device=device).view(2, length)
+        mask = torch.ones(2, length, dtype=torch.bool, device=device)
+        if not reads_whole_texts(self.config) and length > 1:
+            mask[0, -1] = False
+        return self._ended(ids % self.config.vocab_size, mask), mask
+
+    def _ended(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Texts with the sign of their end in the last place alone, where CLIP pools."""
+        end = getattr(self.config, "eos_token_id", None)
+        if not isinstance(end, int):
+            return ids
+        ids = ids.where(ids != end, int(end == 0))
+        return ids.scatter(1, last_place(mask).unsqueeze(1), end)
+
+    def _run(self, values: Tensor, mask: Tensor) -> Any:
+        # An item without text attends to its padding, or softmax over nothing would give NaN;
+        # its own mask still says that the result is no token.
+        attended = (mask | ~mask.any(dim=1, keepdim=True)).long()
+        # Without numbers, on meta, it cannot be looked at.
+        return self.model(input_ids=values, attention_mask=None if mask.is_meta else attended)
+
+    def _run_above_cut(self, mask: Tensor) -> Any:
+        return self._run(self._ended(torch.zeros_like(mask, dtype=torch.long), mask), mask)
+
+    def _trained(self, content: ContentInput) -> ContentInput:
+        """Items of like length together where they are pooled: little is spent on padding."""
+        if self.pooling == "none" or content.mask.is_meta:  # on meta lengths are unknown
+            return super()._trained(content)
+        lengths = content.mask.sum(dim=1)
+        order = lengths.argsort()
+        parts = []
+        for items in order.split(ITEMS_PER_GROUP):
+            longest = max(int(lengths[items[-1]]), 1)
+            values, mask = content.values[items, :longest], content.mask[items, :longest]
+            parts.append(super()._trained(ContentInput(values, mask)))
+        values = torch.cat([part.values for part in parts])
+        mask, back = torch.cat([part.mask for part in parts]), order.argsort()
+        return ContentInput(values[back], mask[back])

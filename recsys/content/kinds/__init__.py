@@ -1,0 +1,1 @@
+"""Modality kinds of the package, one file each; `recsys.data.items.kind` says how to add one."""

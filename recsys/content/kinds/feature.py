@@ -1,0 +1,61 @@
+"""Kind `feature`: stored vectors, in a column or a .npy file, which are tokens already."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from recsys.content.encoders.base import Encoder
+from recsys.content.encoders.module_encoder import StoredFeatures
+from recsys.data.items.feature_file import write_rows
+from recsys.data.items.item_column import ItemColumnReader
+from recsys.data.items.item_features import feature_tokens, usable_features
+from recsys.data.items.kind import ModalityKind
+from recsys.data.items.ragged_array import RaggedWriter
+from recsys.data.parquet.values import list_lengths
+
+
+class Feature(ModalityKind):
+    """An entry is a vector, all of one width."""
+
+    column_kind = "feature"
+
+    def check(self) -> None:
+        if self.modality.encoder or self.modality.module:
+            raise ValueError(
+                f"{self.where}: a stored feature takes no encoder; remove it or change `kind`"
+            )
+        if self.modality.training != "frozen":
+            raise ValueError(
+                f"{self.where}: a stored feature is `training: frozen`, not "
+                f"{self.modality.training}"
+            )
+        super().check()
+
+    def lengths(self, chunk: pa.Array, where: str) -> np.ndarray:
+        return feature_tokens(chunk, where)[0]
+
+    def write(self, column: ItemColumnReader, folder: Path) -> int:
+        if (found := column.feature_file()) is not None:
+            places = column.places_of(*found)
+            return write_rows(folder, found[0], places, column.table.num_rows, column.report_file)
+        width = self._width(column)
+        with closing(RaggedWriter(folder, (width,), self.dtype)) as writer:
+            for chunk, where, report in column.chunks():
+                writer.add(*usable_features(*feature_tokens(chunk, where), width, report))
+        return writer.num_entries
+
+    def _width(self, column: ItemColumnReader) -> int:
+        """Of the first feature; if bad ones are skipped, which it may be, the most frequent one."""
+        for chunk, where, _ in column.chunks():
+            widths = list_lengths(feature_tokens(chunk, where)[1])
+            if len(widths):
+                return int(np.bincount(widths).argmax() if column.skips_bad_rows else widths[0])
+        raise column.empty()
+
+    def encoder(self, entry_shape: tuple[int, ...]) -> Encoder:
+        (width,) = entry_shape
+        return StoredFeatures(width)

@@ -1,0 +1,34 @@
+"""Kind `frames`: a video as the list of its frames, encoded images of an item column of kind image.
+
+Of each item `max_images` frames are taken, evenly over its length and in their order. Each is
+encoded by itself, and the tokens of all of them stand one after the other.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from recsys.content.kinds.image import Image
+
+
+class Frames(Image):
+    """An entry is a frame."""
+
+    has_several = True
+
+    def chosen(self, count: int) -> list[int]:
+        """Returns places in the middle of `max_images` equal parts of the video.
+
+        Example::
+
+            frames = Frames("content.modalities.video", settings)  # max_images: 4
+            frames.chosen(100)  # [12, 37, 62, 87]
+            frames.chosen(3)  # [0, 1, 2]
+        """
+        most = self.modality.max_images
+        if count <= most:
+            return list(range(count))
+        return [int(place) for place in (np.arange(most) + 0.5) * count / most]
+
+    def which_are_used(self) -> str:
+        return f"{self.modality.max_images} of each are used, evenly over its length"

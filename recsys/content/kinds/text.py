@@ -1,0 +1,58 @@
+"""Kind `text`: strings, tokenised as their encoder wants them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from recsys.content.encoders.base import Encoder
+from recsys.content.encoders.identity import tokenizer_digest
+from recsys.content.encoders.pretrained import PretrainedEncoder
+from recsys.content.encoders.text_transformer import TextTransformer
+from recsys.data.items.item_table import digest_of
+from recsys.data.items.item_text import texts_of, tokenize, tokenizer_state
+from recsys.data.items.kind import ModalityKind
+from recsys.data.parquet.bad_rows import Report
+
+
+class Text(ModalityKind):
+    """An entry is a token id; at most `max_length` per item."""
+
+    column_kind = "text"
+    dtype = "int64"
+
+    def check(self) -> None:
+        if not self.modality.encoder:
+            raise ValueError(
+                f"{self.where}: a text needs an `encoder` (hub name, folder or package:NAME)"
+            )
+        if self.modality.module:
+            raise ValueError(f"{self.where}: a text takes no `module`; remove it or change `kind`")
+        super().check()
+
+    @cached_property
+    def pretrained(self) -> PretrainedEncoder:
+        assert self.modality.encoder is not None
+        return PretrainedEncoder(self.modality.encoder, self.modality.revision, self.where)
+
+    def key(self) -> Any:
+        tokenizer = self.pretrained.tokenizer
+        state = tokenizer_state(tokenizer)
+        return self.modality.max_length, state, self.pretrained.fills_texts
+
+    def entries(self, chunk: pa.Array, where: str, report: Report) -> tuple[np.ndarray, np.ndarray]:
+        texts, pretrained = texts_of(chunk, where, report), self.pretrained
+        limit, fills = self.modality.max_length, pretrained.fills_texts
+        tokens = tokenize(texts, limit, pretrained.tokenizer, fills)
+        lengths = np.array([len(ids) for ids in tokens], np.int64)
+        return lengths, np.fromiter(chain.from_iterable(tokens), np.int64)
+
+    def encoder(self, entry_shape: tuple[int, ...]) -> Encoder:
+        return TextTransformer.load(self.pretrained, self.modality, self.where)
+
+    def preparation_digest(self) -> str:
+        return digest_of(tokenizer_digest(self.pretrained.tokenizer), self.pretrained.fills_texts)

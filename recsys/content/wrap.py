@@ -1,0 +1,60 @@
+"""Changes what a module's `forward` does, in place and for all to see.
+
+The module's class becomes a subclass of itself with a wrapper in front, as torch's `fully_shard`
+does it: parameters, names in checkpoints, hooks and `isinstance` stay as they are, and
+`print(model)` shows the wrapper, such as `InBfloat16FusionQFormer(...)`.
+
+A model is wrapped in one order, from the inside out:
+
+1. `layer_split.AtCut`: the frozen layers below the cut of an encoder, as it is built;
+2. peft's adapters, which replace linear maps inside the trained layers;
+3. `transformer.Recomputed`: trained layers, with `activation_checkpointing`;
+4. `recsys.model.precision.InBfloat16`: encoders, projections, fusion, history map, ranking model;
+5. `recsys.model.compilation.Compiled`: fusion, trained layers, stacks of the ranking model;
+6. `DistributedModelParallel`, around the whole model.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+
+@functools.cache
+def _wrapped_class(wrapper: Any, base: Any) -> Any:
+    """Returns one class for all modules of a class, so that `print` may fold equal ones."""
+    return type(base)(f"{wrapper.__name__}{base.__name__}", (wrapper, base), {})
+
+
+def wrap(module: nn.Module, wrapper: type[nn.Module]) -> None:
+    """Puts `wrapper` in front of the module's class.
+
+    Args:
+        module: not wrapped so yet.
+        wrapper: its `forward(*arguments, **named)` may call `super().forward`; it has no
+            `__init__` of its own.
+
+    Example::
+
+        from torch import nn
+        from recsys.content.wrap import wrap
+
+        class Doubled(nn.Module):
+            def forward(self, *arguments):
+                return 2 * super().forward(*arguments)
+
+        layer = nn.Linear(2, 2)
+        wrap(layer, Doubled)
+        print(layer)  # DoubledLinear(in_features=2, out_features=2, bias=True)
+    """
+    assert not isinstance(module, wrapper), f"wrapped in {wrapper.__name__} already"
+    module.__class__ = _wrapped_class(wrapper, type(module))  # type: ignore[arg-type]
+
+
+def unwrap(module: nn.Module, wrapper: type[nn.Module]) -> None:
+    """Takes the outermost wrapper away, which must be `wrapper`."""
+    outer, base = type(module).__bases__
+    assert outer is wrapper, f"{type(module).__name__} is not wrapped in {wrapper.__name__}"
+    module.__class__ = base

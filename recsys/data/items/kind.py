@@ -1,0 +1,151 @@
+"""A modality kind: how one kind of item content is read, kept on disk and encoded.
+
+`content.modalities.NAME.kind` names a kind of the package, or a class of your own as
+`package.module:Class`. A kind is a subclass of `ModalityKind`: two class attributes and five
+methods, of which only `entries` and `encoder` have no default.
+
+    class Audio(ModalityKind):
+        column_kind = "other"           # kind of its columns in schema.yaml
+        entry_shape, dtype = (), "float32"  # of one entry of an item's row in the cache
+
+        def entries(self, chunk, where, report):
+            waves = [decode(value) for value in chunk.to_pylist()]    # one per row, empty: none
+            return np.array([len(wave) for wave in waves]), np.concatenate(waves)
+
+        def encoder(self, entry_shape):
+            return WaveEncoder(**self.modality.options)  # a `recsys.content.encoders.base.Encoder`
+
+`check` refuses settings that do not fit, `key` names what else decides on the cached entries, and
+`as_input` shapes padded rows for the encoder. `self.modality` holds the settings and `self.where`
+their full name, for messages.
+
+Shapes: n rows of a chunk, U unique items, T entries of the longest of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from recsys.config import ModalitySettings
+from recsys.config.named_parts import make_part
+from recsys.data.batch import ContentInput
+from recsys.data.items.item_column import ItemColumnReader
+from recsys.data.items.item_table import digest_of
+from recsys.data.items.ragged_array import RaggedWriter
+from recsys.data.parquet.bad_rows import Report
+
+MODALITY_KINDS = {
+    "text": "recsys.content.kinds.text:Text",
+    "image": "recsys.content.kinds.image:Image",
+    "feature": "recsys.content.kinds.feature:Feature",
+    "frames": "recsys.content.kinds.frames:Frames",
+}
+
+
+class ModalityKind:
+    """Interface of all kinds; see the module's docstring.
+
+    Args:
+        where: full name of the settings, for messages.
+        modality: the settings.
+
+    Attributes:
+        column_kind: kind of the item columns in schema.yaml that it reads.
+        entry_shape, dtype: of one entry of an item's row in the cache.
+        notes: sentences for the user, once its encoder is known.
+    """
+
+    column_kind: str
+    entry_shape: tuple[int, ...] = ()
+    dtype: str = "float32"
+
+    def __init__(self, where: str, modality: ModalitySettings) -> None:
+        self.where, self.modality = where, modality
+        self.notes: list[str] = []
+        self.check()
+
+    def check(self) -> None:
+        """Raises a ValueError that names settings which do not fit this kind."""
+        if self.modality.max_images > 1:
+            raise ValueError(
+                f"{self.where}: max_images is of kind image, not {self.modality.kind}; remove it"
+            )
+
+    def key(self) -> Any:
+        """Returns what decides on the entries beside the column's content; printable."""
+        return None
+
+    def entries(
+        self, chunk: pa.Array, where: str, report: Report
+    ) -> tuple[np.ndarray, np.ndarray]:  # [n], [sum of them, *entry_shape]
+        """Returns the number of entries of each row of a chunk, and all entries in order.
+
+        Args:
+            chunk: values of the column.
+            where: file and column, for messages.
+            report: takes note of rows that cannot be used; they have no entries.
+
+        Raises:
+            ValueError: the column has another type.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no entries")
+
+    def as_input(
+        self,
+        values: np.ndarray,  # [U, T, *entry_shape], or what the encoder's frozen part gave
+        mask: np.ndarray,  # [U, T]
+    ) -> ContentInput:
+        """Returns padded rows as the encoder takes them."""
+        return ContentInput(torch.from_numpy(values), torch.from_numpy(mask))
+
+    def encoder(self, entry_shape: tuple[int, ...]) -> nn.Module:
+        """Returns the encoder, a `recsys.content.encoders.base.Encoder`.
+
+        Args:
+            entry_shape: of the cached entries.
+
+        Raises:
+            ValueError: it cannot be loaded, or does not fit its settings.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no encoder")
+
+    def preparation_digest(self) -> str:
+        """Returns a hash of what is done to the content before the encoder sees it.
+
+        Scoring with a run whose encoder was given other input is refused by it.
+        """
+        return digest_of(self.key())
+
+    def lengths(self, chunk: pa.Array, where: str) -> np.ndarray:  # [n]
+        """Returns the number of entries of each row, without a report of bad ones."""
+        return self.entries(chunk, where, lambda bad, reason, message: None)[0]
+
+    def write(self, column: ItemColumnReader, folder: Path) -> int:
+        """Makes the `RaggedArray` of a column and returns its number of entries."""
+        with closing(RaggedWriter(folder, self.entry_shape, self.dtype)) as writer:
+            for chunk, where, report in column.chunks():
+                writer.add(*self.entries(chunk, where, report))
+        return writer.num_entries
+
+
+def make_kind(where: str, modality: ModalitySettings) -> ModalityKind:
+    """Returns the kind that a modality's settings name, which has checked them.
+
+    Raises:
+        ValueError: it is unknown, cannot be made, or refuses the settings.
+    """
+    setting = f"{where}.kind"
+    return make_part(setting, modality.kind, MODALITY_KINDS, ModalityKind, where, modality)  # type: ignore[type-abstract]
+
+
+def make_kinds(modalities: Mapping[str, ModalitySettings]) -> dict[str, ModalityKind]:
+    """Returns the kind of each modality, by its name."""
+    return {name: make_kind(f"content.modalities.{name}", m) for name, m in modalities.items()}

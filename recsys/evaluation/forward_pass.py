@@ -1,0 +1,42 @@
+"""The pass over batches without training, which scoring, searching and the dry run share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from recsys.build import Job
+from recsys.data.batch import Batch
+from recsys.data.vocabularies import UnknownIds
+from recsys.distributed.lockstep import Lockstep
+
+
+def forward_pass(
+    job: Job,
+    source: Iterator[Batch],
+    lockstep: Lockstep,
+    unknown: UnknownIds | None = None,
+    place: str = "scored batch",
+) -> Iterator[tuple[dict[str, Any], Tensor, Batch]]:
+    """Yields (losses and vectors by name, logits [B, C], batch) of each batch. A collective.
+
+    Args:
+        job: whose model is put into evaluation mode; gradients are up to the caller.
+        source: batches of this rank, as many as on every other.
+        lockstep: of the ranks.
+        unknown: counts ids that have no row of their own.
+        place: the watchdog's name for what is done.
+
+    Raises:
+        TrainingStopped: the job is to end, as `lockstep` says.
+    """
+    job.model.eval()
+    batches = job.preparation(
+        lockstep.batches(source), unknown or UnknownIds(job.schema), first_step=0, training=False
+    )
+    with lockstep.watchdog.armed():
+        for number, output in enumerate(job.pipeline.outputs(batches), 1):
+            yield output
+            lockstep.watchdog.mark(f"{place} {number}")

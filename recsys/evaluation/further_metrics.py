@@ -1,0 +1,153 @@
+"""Metrics besides those of every evaluation: the setting `metrics`, built in or of your own.
+
+Each entry gives a metric a name, under which it stands in `metrics.json`, validations and trackers:
+for all rows, and within `warm`, `cold` and `unseen` for those of such items.
+
+    metrics:
+      p10: {metric: precision_at_k, options: {k: 10}}
+      mine: {metric: "package.module:Class"}
+
+Shapes: N rows of a split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from recsys.config import MetricSettings
+from recsys.config.named_parts import make_part
+from recsys.data.item_parts import PARTS
+
+METRICS = {"precision_at_k": "recsys.evaluation.further_metrics:PrecisionAtK"}
+# Names that a report has anyway.
+RESERVED = {"auc", "gauc", "logloss", "ne", "calibration", "num_samples", *PARTS}
+RESERVED |= {"labels", "retrieval", "ids"}
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """Computes one number from scored rows; made with the `options` of its settings.
+
+    A class of your own has this method; every rank calls it with the rows of all ranks, so it needs
+    no collective and must give the same on each.
+
+    Example::
+
+        class ShareOfPositives:
+            def __call__(self, labels, scores, groups, counts):
+                return float(labels.mean()) if len(labels) else None
+    """
+
+    def __call__(
+        self,
+        labels: np.ndarray,  # float [N], 0 or 1
+        scores: np.ndarray,  # float [N], logits: higher is better
+        groups: np.ndarray,  # int64 [N], the user of each row
+        counts: np.ndarray,  # int64 [N], training rows of its item
+    ) -> float | None:
+        """Returns the metric, None where the rows do not define it."""
+
+
+def make_metrics(settings: Mapping[str, MetricSettings]) -> dict[str, Metric]:
+    """Makes the metrics of a configuration, by name.
+
+    Raises:
+        ValueError: a name is taken, or a metric is unknown or refuses its options.
+    """
+    for name in settings:
+        if name in RESERVED or not name:
+            raise ValueError(
+                f"metrics.{name}: every report has '{name}' already; choose another name than "
+                f"{', '.join(sorted(RESERVED))}"
+            )
+    return {
+        name: make_part(
+            f"metrics.{name}.metric",
+            entry.metric,
+            METRICS,
+            Metric,  # type: ignore[type-abstract]
+            **entry.options,
+        )
+        for name, entry in settings.items()
+    }
+
+
+def call_metric(
+    name: str,
+    metric: Metric,
+    labels: np.ndarray,
+    scores: np.ndarray,
+    groups: np.ndarray,
+    counts: np.ndarray,
+) -> float | None:
+    """Returns what a metric gives for rows [N], checked.
+
+    Raises:
+        ValueError: it fails, or gives something else than a finite number or None.
+    """
+    try:
+        value = metric(labels, scores, groups, counts)
+        number = None if value is None else float(value)
+    except Exception as error:  # a class of the user's may raise anything
+        raise ValueError(
+            f"metrics.{name}: failed on {len(labels):,} rows ({type(error).__name__}: {error})"
+        ) from error
+    if number is not None and not np.isfinite(number):
+        raise ValueError(
+            f"metrics.{name}: is {number} on {len(labels):,} rows; return None where rows do not "
+            "define it"
+        )
+    return number
+
+
+class PrecisionAtK:
+    """Precision@K within each user: the share of positives among the K rows with highest scores.
+
+    It is the mean over users with at least one positive; a user with fewer than K rows is judged by
+    all of them. Where rows that tie for the last places are more than there are places, each is
+    there with equal probability, and the expected value counts.
+
+    Args:
+        k: K, at least 1.
+
+    Raises:
+        ValueError: `k` is below 1.
+
+    Example::
+
+        import numpy as np
+        from recsys.evaluation.further_metrics import PrecisionAtK
+
+        labels, scores = np.array([1, 0, 1, 0]), np.array([4.0, 3.0, 2.0, 1.0])
+        users = np.array([7, 7, 7, 7])
+        assert PrecisionAtK(2)(labels, scores, users, np.ones(4)) == 0.5
+    """
+
+    def __init__(self, k: int = 10) -> None:
+        if k < 1:
+            raise ValueError(f"k is {k}; it must be at least 1")
+        self.k = k
+
+    def __call__(
+        self, labels: np.ndarray, scores: np.ndarray, groups: np.ndarray, counts: np.ndarray
+    ) -> float | None:
+        if len(labels) == 0:
+            return None
+        order = np.lexsort((-scores, groups))  # users one after the other, best rows first
+        label, score, group = labels[order], scores[order], groups[order]
+        new_user = np.append(True, group[1:] != group[:-1])
+        new_tie = np.append(True, score[1:] != score[:-1]) | new_user
+        user_begin, tie_begin = np.flatnonzero(new_user), np.flatnonzero(new_tie)
+        user_of_tie = np.cumsum(new_user)[tie_begin] - 1
+
+        rows = np.diff(np.append(tie_begin, len(label)))
+        places_before = tie_begin - user_begin[user_of_tie]
+        share_in = np.clip(self.k - places_before, 0, rows) / rows  # expected, of a tie's rows
+        hits = np.add.reduceat(label, tie_begin) * share_in
+        user_rows = np.diff(np.append(user_begin, len(label)))
+        precision = np.bincount(user_of_tie, hits) / np.minimum(user_rows, self.k)
+        has_positive = np.add.reduceat(label, user_begin) > 0
+        return float(precision[has_positive].mean()) if has_positive.any() else None

@@ -1,0 +1,83 @@
+"""Builds the optimizer of the dense parameters: one of torch.optim, or a class of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim import CombinedOptimizer, KeyedOptimizerWrapper
+
+from recsys.config import OptimizerSettings
+from recsys.config.named_parts import make_part
+from recsys.optimizer.groups import DenseGroup, dense_parameters, parameter_groups
+
+OPTIMIZERS = {
+    "adamw": "torch.optim:AdamW",
+    "adam": "torch.optim:Adam",
+    "sgd": "torch.optim:SGD",
+    "adafactor": "torch.optim:Adafactor",
+}
+# One kernel over all parameters: on CPU the default is a Python loop over small operations.
+_FUSED = ("adamw", "adam", "sgd")
+_SETTINGS_OF_GROUPS = ("lr", "weight_decay")
+
+
+def build_dense_optimizer(
+    model: nn.Module, groups: Sequence[DenseGroup], settings: OptimizerSettings | None = None
+) -> tuple[CombinedOptimizer, Optimizer]:
+    """Builds one optimizer of all that trains outside the tables, and joins it with the fused ones.
+
+    Args:
+        model: a DistributedModelParallel, or any module for training without sharding.
+        groups: the first group with a matching prefix takes a parameter. Frozen parameters are
+            left out.
+        settings: `name` and `options` of the optimizer, AdamW by default. A class of the user's
+            (`package.module:Class`) is a torch.optim.Optimizer; it is called with the parameter
+            groups, each with `lr` and `weight_decay`, and with the options.
+
+    Returns:
+        The optimizer to step, and the dense one inside it for schedules and checkpoints. Each of
+        its parameter groups carries its DenseGroup's ``name``.
+
+    Raises:
+        ValueError: a table would be in the dense optimizer, a parameter fits no group, there is
+            nothing dense to train, or the optimizer cannot be made.
+
+    Example::
+
+        optimizer, adamw = build_dense_optimizer(model, [DenseGroup("all", [""])])
+        optimizer.step()
+    """
+    settings = settings or OptimizerSettings()
+    parameters = dense_parameters(model)
+    if not parameters:
+        raise ValueError("the model has no trainable parameter outside its tables; unfreeze some")
+    made = parameter_groups(model, parameters, groups)
+    ordered = {name: parameters[name] for group in made for name in group.pop("names")}
+    dense = _make(settings, made)
+    keyed = KeyedOptimizerWrapper(ordered, lambda _: dense)
+    if isinstance(model, DistributedModelParallel):
+        return CombinedOptimizer([model.fused_optimizer, keyed]), dense
+    return CombinedOptimizer([keyed]), dense
+
+
+def _make(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> Optimizer:
+    for name in _SETTINGS_OF_GROUPS:
+        if name in settings.options:
+            raise ValueError(
+                f"optimizer.options.{name}: each group of parameters has its own; set "
+                "optimizer.learning_rate, content_learning_rate, encoder_learning_rate and "
+                "weight_decay instead"
+            )
+    options = {"fused": True, **settings.options} if settings.name in _FUSED else settings.options
+    return make_part("optimizer.name", settings.name, OPTIMIZERS, Optimizer, groups, **options)
+
+
+def gradient_norm(optimizer: Optimizer) -> Tensor:
+    """Returns the norm [] of the gradients of all its parameters together."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

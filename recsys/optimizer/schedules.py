@@ -1,0 +1,107 @@
+"""Learning rates over the steps: linear warm-up, then constant, cosine or linear, or one's own.
+
+Each is a share of the configured rate, a function of the number of dense updates alone: a run that
+goes on from a checkpoint has the very rates it would have had, whatever the schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from recsys.config import OptimizerSettings
+from recsys.config.named_parts import find_part
+
+SCHEDULES = {
+    "constant": "recsys.optimizer.schedules:constant",
+    "cosine": "recsys.optimizer.schedules:cosine",
+    "linear": "recsys.optimizer.schedules:linear",
+}
+
+
+def constant(step: int, decay_steps: int) -> float:
+    """Returns 1 at every step after warm-up."""
+    return 1.0
+
+
+def cosine(step: int, decay_steps: int, final_share: float = 0.0) -> float:
+    """Returns shares that fall from 1 along half a cosine to `final_share` at `decay_steps`."""
+    return final_share + (1 - final_share) * (1 + math.cos(math.pi * _done(step, decay_steps))) / 2
+
+
+def linear(step: int, decay_steps: int, final_share: float = 0.0) -> float:
+    """Returns shares that fall from 1 along a line to `final_share` at `decay_steps`."""
+    return 1 - (1 - final_share) * _done(step, decay_steps)
+
+
+def _done(step: int, decay_steps: int) -> float:
+    """Returns how much of the decay lies behind a step, in [0, 1]."""
+    return min(step / max(decay_steps, 1), 1.0)
+
+
+class LearningRateShare:
+    """The share of the configured learning rates after so many dense updates.
+
+    Args:
+        settings: `schedule` names a function of this module, or one of the user's as
+            `package.module:function`. It is called with the number of updates since warm-up ended,
+            `decay_steps` and the `schedule_options` by name, and returns the share of the rate.
+
+    Raises:
+        ValueError: there is no such function, or it refuses the options.
+
+    Example::
+
+        from recsys.config import OptimizerSettings
+        from recsys.optimizer import LearningRateShare
+
+        share = LearningRateShare(
+            OptimizerSettings(schedule="linear", warmup_steps=2, decay_steps=4)
+        )
+        [share(step) for step in range(6)]  # [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+
+    def __init__(self, settings: OptimizerSettings) -> None:
+        self.settings = settings
+        self.decay_steps = settings.decay_steps or 0
+        self.function: Callable[..., Any] = find_part(
+            "optimizer.schedule", settings.schedule, SCHEDULES
+        )
+        try:
+            float(self.function(0, decay_steps=1, **settings.schedule_options))
+        except Exception as error:  # a function of the user's may raise anything
+            raise ValueError(
+                f"optimizer.schedule '{settings.schedule}' cannot be called with a step, "
+                f"decay_steps and the schedule_options {settings.schedule_options} "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
+    def end_at(self, num_updates: int) -> None:
+        """Sets the number of dense updates at which decay ends, unless the settings say it."""
+        if self.settings.decay_steps is None:
+            self.decay_steps = max(num_updates - self.settings.warmup_steps, 1)
+
+    def __call__(self, step: int) -> float:
+        warmup_steps = self.settings.warmup_steps
+        risen = min(1.0, (step + 1) / max(warmup_steps, 1))
+        since = max(step - warmup_steps, 0)
+        options = self.settings.schedule_options
+        return risen * float(self.function(since, decay_steps=self.decay_steps, **options))
+
+
+def build_schedule(optimizer: Optimizer, settings: OptimizerSettings) -> LambdaLR:
+    """Returns the schedule of an optimizer's learning rates; step it after each dense update."""
+    return LambdaLR(optimizer, LearningRateShare(settings))
+
+
+def set_updates(schedule: LambdaLR, num_updates: int) -> None:
+    """Sets the learning rates to those after so many dense updates."""
+    schedule.last_epoch = num_updates
+    for group, base, share in zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * share(num_updates)

@@ -1,0 +1,58 @@
+"""Small training runs in this process that are stopped after a step and go on."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recsys.config import Config, load_config
+from recsys.distributed.ranks import joined_ranks
+from recsys.training.loss_watch import LossWatch
+from recsys.training.train import train
+from tests.recsys.checkpoint.kill_ranks import tensors
+from tests.recsys.command_runs import TINY
+
+# 60 rows in batches of 8: 8 steps per epoch on one rank, 4 on two.
+WORDS = ["--batch_size", "8", "--epochs", "2", "--device", "cpu", "--patience", "9"]
+
+
+def config_of(folder: Path, *words: str) -> Config:
+    every = ["--checkpoint.every_steps", "3", "--checkpoint.keep", "9"]
+    return load_config(TINY, ["--cache", str(folder / "cache"), *WORDS, *every, *words])
+
+
+def run_training(folder: Path, run: Path, *words: str, **arguments: Any) -> dict[str, Any]:
+    with joined_ranks("cpu") as ranks:
+        return train(config_of(folder, *words), str(folder / "data"), run, ranks, **arguments)
+
+
+class StepsSeen:
+    """Positions of each step made, and a signal to this process after one of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> None:
+        self.steps: list[tuple[int, list[int]]] = []
+        before = LossWatch.step
+
+        def step(watch: LossWatch, number: int, loss: Any, positions: Any) -> Any:
+            self.steps.append((number, positions.tolist()))
+            if number == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return before(watch, number, loss, positions)
+
+        monkeypatch.setattr(LossWatch, "step", step)
+
+
+def assert_same_end(run: Path, whole: Path) -> None:
+    """The same bits in the last and best checkpoint, and the same metrics."""
+    for name in ("step-00000016", "best"):
+        one, two = (tensors(folder / "checkpoints" / name) for folder in (run, whole))
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            assert torch.equal(value, two[key]), key
+    one, two = (json.loads((folder / "metrics.json").read_text()) for folder in (run, whole))
+    assert one.pop("train")["steps"] == two.pop("train")["steps"] == 16
+    assert one == two

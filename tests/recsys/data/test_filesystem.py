@@ -1,0 +1,63 @@
+"""Files and folders appear whole or not at all."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from recsys.data.filesystem import recover_folder, replace_folder, whole_folder, write_whole
+
+
+def test_the_text_is_there_and_nothing_else(tmp_path: Path) -> None:
+    write_whole(tmp_path / "new" / "page.html", "é\n")
+    assert (tmp_path / "new" / "page.html").read_text(encoding="utf-8") == "é\n"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(page, "new \ud800")  # a lone surrogate has no UTF-8
+    assert page.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "new") as partial:
+        (partial / "part").write_text("1")
+        assert not (tmp_path / "new").exists()
+    assert (tmp_path / "new" / "part").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "new") as partial:
+        (partial / "part").write_text("1")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("may_exist", [False, True])
+def test_of_two_folders_the_first_stays(tmp_path: Path, may_exist: bool) -> None:
+    with (
+        nullcontext() if may_exist else pytest.raises(OSError),
+        whole_folder(tmp_path / "new", may_exist) as partial,
+    ):
+        (partial / "part").write_text("second")
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "part").write_text("first")
+    assert (tmp_path / "new" / "part").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_folder_replaces_an_older_one_and_a_kill_between_is_undone(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        (tmp_path / "partial").mkdir()
+        (tmp_path / "partial" / "part").write_text(text)
+        replace_folder(tmp_path / "partial", tmp_path / "best")
+    assert (tmp_path / "best" / "part").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    (tmp_path / "best").rename(tmp_path / ".best.old")  # where a kill leaves it
+    recover_folder(tmp_path / "best")
+    assert (tmp_path / "best" / "part").read_text() == "new"

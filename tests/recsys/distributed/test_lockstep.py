@@ -1,0 +1,75 @@
+"""Ranks agree before each batch, and a stretch of training ends with whole groups on all."""
+
+import signal
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from recsys.config import CheckpointSettings
+from recsys.distributed.lockstep import Lockstep
+from recsys.distributed.ranks import joined_ranks
+from tests.ranks import run_on_ranks
+from tests.recsys.em3_runs import ranks_of
+
+
+def stretches(rank: int, world_size: int, group: int) -> list[list[int]]:
+    """Batches of stretches of at most 6, the first of which is ended after its second batch."""
+    lockstep, source = Lockstep(ranks_of(rank, world_size)), iter(range(10))
+    batches = lockstep.training_batches(source, 6, group)
+    first = [next(batches), next(batches)]
+    lockstep.end_stretch()
+    return [[*first, *batches], list(lockstep.training_batches(source, 6, group))]
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [(1, [[0, 1], [2, 3, 4, 5, 6, 7]]), (3, [[0, 1, 2], [3, 4, 5, 6, 7, 8]])],
+)
+def test_a_stretch_ends_with_the_group_under_way_and_no_batch_is_lost(
+    group: int, expected: list[list[int]]
+) -> None:
+    assert run_on_ranks(stretches, 2, group) == [expected, expected]
+
+
+def batches_of_unequal_ranks(rank: int, world_size: int) -> list[int]:
+    return list(Lockstep(ranks_of(rank, world_size)).batches(iter(range(3 + rank))))
+
+
+def test_all_ranks_end_with_the_first_that_has_no_batch_left() -> None:
+    assert run_on_ranks(batches_of_unequal_ranks, 2) == [[0, 1, 2], [0, 1, 2]]
+
+
+def terminated_on_rank_1(rank: int, world_size: int) -> list[bool]:
+    """Whether the job is to end, before each batch; rank 1 gets SIGTERM with its second."""
+
+    def source() -> Iterator[int]:
+        for number in range(3):
+            if (rank, number) == (1, 1):
+                signal.raise_signal(signal.SIGTERM)
+            yield number
+
+    with Lockstep(ranks_of(rank, world_size)) as lockstep:
+        return [lockstep.stop for _ in lockstep.training_batches(source(), 3)]
+
+
+def test_what_one_rank_is_asked_ends_all_after_the_same_batch() -> None:
+    assert run_on_ranks(terminated_on_rank_1, 2) == [[False, True, True]] * 2
+
+
+def test_a_checkpoint_by_time_is_due_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(
+        "recsys.distributed.lockstep.time", SimpleNamespace(monotonic=lambda: clock.now)
+    )
+    due: list[Any] = []
+    with joined_ranks("cpu") as ranks:
+        lockstep = Lockstep(ranks, CheckpointSettings(every_seconds=60))
+        for _ in lockstep.training_batches(iter(range(6)), 6):
+            due.append(lockstep.save)
+            if lockstep.save:
+                lockstep.saved()
+            clock.now += 30
+    # The fourth batch was taken at 60 s, and the fifth before the checkpoint was there.
+    assert due == [False, False, False, True, False, False]

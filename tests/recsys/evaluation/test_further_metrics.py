@@ -1,0 +1,136 @@
+"""Metrics by name: precision@K by hand-computed values, and one of a user's own in a file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from recsys.cli import main
+from recsys.config import MetricSettings
+from recsys.evaluation.further_metrics import PrecisionAtK, make_metrics
+from recsys.evaluation.metrics import evaluation_report, format_report
+from tests.datasets import write_dataset
+from tests.recsys.command_runs import train_words
+
+
+def precision(k: int, rows: list[tuple[int, int, float]]) -> float | None:
+    """Precision@K of rows (user, label, score)."""
+    users, labels, scores = (np.array(column) for column in zip(*rows))
+    return PrecisionAtK(k)(labels.astype(float), scores, users, np.zeros(len(rows), np.int64))
+
+
+@pytest.mark.parametrize(
+    ("k", "rows", "expected"),
+    [
+        # The two best of one user: one is positive.
+        (2, [(7, 1, 4.0), (7, 0, 3.0), (7, 1, 2.0)], 1 / 2),
+        # The mean over users, in whatever order their rows come.
+        (1, [(1, 0, 1.0), (2, 1, 5.0), (1, 1, 0.0), (2, 0, 4.0)], 1 / 2),
+        # A user without a positive does not count.
+        (1, [(1, 1, 2.0), (1, 0, 1.0), (2, 0, 9.0)], 1.0),
+        # Fewer rows than K: all of them are judged.
+        (10, [(1, 1, 2.0), (1, 0, 1.0), (1, 0, 0.0)], 1 / 3),
+        # Three rows tie for one place: one of them is positive.
+        (1, [(1, 1, 2.0), (1, 0, 2.0), (1, 0, 2.0)], 1 / 3),
+        # One place is taken, two rows tie for the other: (1 + 1 / 2) / 2.
+        (2, [(1, 1, 3.0), (1, 1, 2.0), (1, 0, 2.0), (1, 1, 1.0)], 3 / 4),
+        # Rows of different users never tie.
+        (1, [(1, 1, 2.0), (2, 0, 2.0), (2, 1, 1.0)], 1 / 2),
+        # No positive at all.
+        (1, [(1, 0, 2.0), (2, 0, 1.0)], None),
+    ],
+)
+def test_precision_at_k_by_hand(
+    k: int, rows: list[tuple[int, int, float]], expected: float | None
+) -> None:
+    assert precision(k, rows) == pytest.approx(expected)
+
+
+def test_ties_give_the_mean_over_all_orders() -> None:
+    """Against sampling: random orders within ties, and the first K of each user counted."""
+    rng = np.random.default_rng(0)
+    users, labels = rng.integers(0, 5, 60), rng.integers(0, 2, 60).astype(float)
+    scores = rng.integers(0, 4, 60).astype(float)
+    sampled = [
+        np.mean(
+            [
+                labels[mine][np.lexsort((rng.random(mine.sum()), -scores[mine]))][:3].mean()
+                for mine in (users == user for user in range(5))
+            ]
+        )
+        for _ in range(2000)
+    ]
+    value = PrecisionAtK(3)(labels, scores, users, np.zeros(60, np.int64))
+    assert value == pytest.approx(np.mean(sampled), abs=0.01)
+
+
+def test_without_rows_it_is_not_defined() -> None:
+    nothing = np.zeros(0)
+    assert PrecisionAtK(3)(nothing, nothing, nothing, nothing) is None
+
+
+def test_a_report_has_each_metric_of_all_rows_and_of_each_part() -> None:
+    more = make_metrics({"p1": MetricSettings("precision_at_k", {"k": 1})})
+    labels, scores = np.array([1.0, 0.0, 0.0, 1.0]), np.array([3.0, 2.0, 1.0, 0.0])
+    report = evaluation_report(labels, scores, np.zeros(4, int), np.array([9, 9, 0, 0]), more)
+    assert report["p1"] == 1 and report["warm"]["p1"] == 1
+    assert report["cold"]["p1"] == 0 and report["unseen"]["p1"] == 0
+    head, everything, *_ = format_report(report, more).splitlines()
+    assert head.split()[-2:] == ["p1", "rows"] and everything.split()[-2:] == ["1.0000", "4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "options", "told"),
+    [
+        ("auc", "precision_at_k", {}, "metrics.auc: every report has 'auc' already"),
+        ("p", "precision_at_k", {"k": 0}, "k is 0; it must be at least 1"),
+        ("p", "precision_at_k", {"top": 3}, "metrics.p.metric 'precision_at_k' cannot be made"),
+        ("p", "recall", {}, "metrics.p.metric 'recall' is unknown; choose one of"),
+    ],
+)
+def test_a_wrong_setting_is_named(
+    name: str, metric: str, options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        make_metrics({name: MetricSettings(metric, options)})
+
+
+@pytest.mark.parametrize(("value", "told"), [(np.nan, "p: is nan on 1 rows"), ("x", "p: failed")])
+def test_a_metric_that_gives_no_number_is_named(value: Any, told: str) -> None:
+    row = np.zeros(1)
+    with pytest.raises(ValueError, match=told):
+        evaluation_report(row, row, row, row, {"p": lambda *_: value})
+
+
+OWN_METRIC = '''
+class ShareAbove:
+    """The share of rows with a score above a bound."""
+
+    def __init__(self, bound):
+        self.bound = bound
+
+    def __call__(self, labels, scores, groups, counts):
+        return float((scores > self.bound).mean()) if len(scores) else None
+'''
+
+
+def test_a_metric_of_ones_own_is_one_file_and_one_line_of_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_metrics.py").write_text(OWN_METRIC)
+    monkeypatch.syspath_prepend(tmp_path)
+    data = write_dataset(tmp_path / "data", {"train": 33, "valid": 20, "test": 20})
+    words = train_words(data, tmp_path / "run", "--content", "none", "--epochs", "1")
+    recipe = Path(words[words.index("--config") + 1]).read_text()
+    line = "metrics: {mine: {metric: 'my_metrics:ShareAbove', options: {bound: 0.0}}}\n"
+    (tmp_path / "recipe.yaml").write_text(recipe + line)
+    words[words.index("--config") + 1] = str(tmp_path / "recipe.yaml")
+
+    assert main(words) == 0
+
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    for report in (metrics["valid"], metrics["test"], metrics["test"]["warm"]):
+        assert 0 <= report["mine"] <= 1
+    assert "mine        rows" in capsys.readouterr().out
