@@ -176,29 +176,12 @@ def count_ranking(
         ranking: with real weights.
         pooled_dims, id_dim: widths of the ID vectors, pooled ones in their order.
         content: settings of the content branch, if there is one.
-        batch: its content is not read.
+        batch: on the CPU; its content is not read.
         history_is_unique: as `IDVectors` has it.
     """
-    device = batch.dense_features.device
-    ranking = deepcopy(ranking).to(device).train()  # its gradients are nobody's
-    rows, unique = batch.batch_size, len(batch.history_items)
-    random = partial(torch.randn, device=device, requires_grad=True)
-    of_content = None
-    if content is not None:
-        spaces = content.vector_dim // content.dim - 1
-        of_content = ContentVectors(
-            target=random(rows, content.dim),
-            history=random(unique, content.dim),
-            target_modalities=random(rows, spaces, content.dim),
-            history_modalities=random(unique, spaces, content.dim).detach(),
-        )
-    looked_up = unique if history_is_unique else len(batch.history_index)
-    ids = IDVectors(
-        [random(rows, dim) for dim in pooled_dims],
-        random(rows, id_dim),
-        random(looked_up, id_dim),
-        history_is_unique,
-    )
+    ranking = deepcopy(ranking).cpu().train()  # its gradients are nobody's
+    ids = _random_ids(pooled_dims, id_dim, batch, history_is_unique)
+    of_content = None if content is None else _random_content(content, batch)
     numbers: Counter[str] = Counter()
     for name, child in ranking.named_children():
         child.register_forward_hook(partial(_add_numbers, numbers, name))
@@ -213,8 +196,31 @@ def count_ranking(
         backward = both[name] + times(of_forward, -1) + times(moved(numbers[name]), 2)
         part = PartCost(f"ranking, {name}", "ranking", of_forward + moved(numbers[name]), backward)
         if part.forward.bytes or part.forward.flops or part.backward.flops:
-            parts.append(replace(part, name=part.name.replace("_", " ")).scaled(1 / rows))
+            parts.append(
+                replace(part, name=part.name.replace("_", " ")).scaled(1 / batch.batch_size)
+            )
     return parts
+
+
+def _random_ids(
+    pooled_dims: Sequence[int], id_dim: int, batch: Batch, history_is_unique: bool
+) -> IDVectors:
+    rows, places = batch.batch_size, len(batch.history_index)
+    sizes = [(rows, dim) for dim in pooled_dims] + [(rows, id_dim)]
+    sizes += [(len(batch.history_items) if history_is_unique else places, id_dim)]
+    *pooled, target, history = (torch.randn(size, requires_grad=True) for size in sizes)
+    return IDVectors(pooled, target, history, history_is_unique)
+
+
+def _random_content(content: ContentSettings, batch: Batch) -> ContentVectors:
+    rows, unique, dim = batch.batch_size, len(batch.history_items), content.dim
+    spaces = content.vector_dim // dim - 1
+    return ContentVectors(
+        target=torch.randn(rows, dim, requires_grad=True),
+        history=torch.randn(unique, dim, requires_grad=True),
+        target_modalities=torch.randn(rows, spaces, dim, requires_grad=True),
+        history_modalities=torch.randn(unique, spaces, dim),
+    )
 
 
 def _by_child(counter: WorkCounter, module: nn.Module) -> dict[str, Work]:

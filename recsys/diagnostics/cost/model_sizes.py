@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,13 +109,6 @@ def _content_of(
 
 
 _floats = partial(torch.empty, device="meta")
-
-
-def image_tokens(model: Any) -> int:
-    """Patches of an image and, unless the vision model says otherwise, one token for the whole."""
-    patches = (model.config.image_size // model.config.patch_size) ** 2
-    embeddings = getattr(model, "embeddings", None)
-    return int(getattr(embeddings, "num_positions", patches + 1))
 
 
 @dataclass(frozen=True)
