@@ -5,13 +5,13 @@ D dimension, F features, U unique items. The order of use is that of every Torch
 on meta, model, optimizer in backward, plan, DistributedModelParallel, dense optimizer.
 """
 
-from embeddings.memory_bank.replicated import (
+from embeddings.memory_bank import (
+    BankRoute,
+    MemoryBank,
     ReplicatedMemoryBank,
     build_memory_bank,
     is_replicated,
 )
-from embeddings.memory_bank.routes import BankRoute
-from embeddings.memory_bank.sharded import MemoryBank
 from embeddings.plan_text import format_plan
 from embeddings.pretrained_files import PretrainedFiles
 from embeddings.pretrained_rows import load_pretrained_rows
@@ -25,8 +25,7 @@ from embeddings.tables import (
     build_embedding_collection,
     check_tables,
 )
-from embeddings.vocabulary.bounded import BoundedVocabulary
-from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary
+from embeddings.vocabulary import BoundedVocabulary, ExactVocabulary, HashVocabulary
 
 __all__ = [
     "BankRoute",

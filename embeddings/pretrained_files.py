@@ -48,11 +48,11 @@ class PretrainedBlock:
     positions: np.ndarray  # [N] rows in the file, for messages
 
     def id_error(self, index: int, fault: str) -> ValueError:
-        """What is wrong with the id at ``index``, with its place."""
+        """Returns what is wrong with the id at ``index``, with its place."""
         return _error(self.file, self.id_column, self.positions[index], fault)
 
     def rows(self, rows_of_ids: RowsOfIds | None) -> np.ndarray:
-        """The rows of the ids, int64 [N]: what the function says, or else the ids themselves.
+        """Returns the rows of the ids, int64 [N]: by the function, or else the ids themselves.
 
         Unsigned ids beyond the range of int64 come out negative.
 
@@ -73,7 +73,7 @@ class PretrainedBlock:
 
 
 def read_pretrained(files: PretrainedFiles, table: str, dim: int) -> Iterator[PretrainedBlock]:
-    """The rows for ``table`` in all files, a few at a time.
+    """Returns the rows for ``table`` in all files, a few at a time.
 
     Raises:
         ValueError: a file that is missing or not Parquet, a column that is missing or of another
@@ -120,7 +120,7 @@ def _read_file(
 def _batches(
     file: pq.ParquetFile, columns: list[str], table: str, height: int
 ) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
-    """The columns of the rows of ``table``, with their positions in the file."""
+    """Returns the columns of the rows of ``table``, with their positions in the file."""
     first_row = 0
     for index in range(file.num_row_groups):
         row_group = file.metadata.row_group(index)
@@ -138,7 +138,7 @@ def _batches(
 
 
 def _may_hold(row_group: pq.RowGroupMetaData, table: str) -> bool:
-    """Whether the statistics of the column ``table`` leave room for this one."""
+    """Returns whether the statistics of the column ``table`` leave room for this one."""
     for index in range(row_group.num_columns):
         column = row_group.column(index)
         if column.path_in_schema == TABLE_COLUMN and column.is_stats_set:
@@ -177,7 +177,7 @@ def _wrong_width(width: int, dim: int) -> str:
 
 
 def _bad_vector(lists: pa.Array, numbers: np.ndarray, dim: int) -> tuple[int, str] | None:
-    """Index of the first vector that cannot be used, and why."""
+    """Returns the index of the first vector that cannot be used, and why."""
     if not pa.types.is_fixed_size_list(lists.type):
         lengths = pc.list_value_length(lists).to_numpy()
         if (lengths != dim).any():
@@ -195,7 +195,7 @@ def _bad_vector(lists: pa.Array, numbers: np.ndarray, dim: int) -> tuple[int, st
 
 
 def _floats(lists: pa.Array) -> np.ndarray:
-    """All numbers of the lists, one after the other."""
+    """Returns all numbers of the lists, one after the other."""
     return lists.flatten().cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
 
 

@@ -39,7 +39,7 @@ def load_pretrained_rows(
     rows_of_ids: RowsOfIds | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> LoadedRows:
-    """Write vectors into a table of ``model``, before its first step. A collective.
+    """Writes vectors into a table of ``model``, before its first step. A collective.
 
     Args:
         model: its collections sharded by DistributedModelParallel under any plan, or whole and
@@ -75,7 +75,7 @@ def load_pretrained_rows(
 def _agree(
     loaded: LoadedRows | None, error: Exception | None, process_group: dist.ProcessGroup | None
 ) -> LoadedRows:
-    """What any rank with a shard counted; where one failed, every rank raises. A collective."""
+    """Returns what any rank with a shard counted; one failed: all raise. A collective."""
     mine = (loaded, None if error is None else (isinstance(error, ValueError), str(error)))
     told = [mine]
     if process_group is not None:
@@ -122,7 +122,7 @@ class _Piece:
     column: int
 
     def write(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-        """Take what falls into the rectangle of ``vectors`` [N, D] for ``rows`` [N]."""
+        """Takes what falls into the rectangle of ``vectors`` [N, D] for ``rows`` [N]."""
         height, width = self.weight.shape
         inside = (rows >= self.row) & (rows < self.row + height)
         values = torch.from_numpy(vectors[inside, self.column : self.column + width])
@@ -144,7 +144,7 @@ class _TableRows:
 
     @staticmethod
     def of(model: nn.Module, name: str) -> "_TableRows":
-        """The table ``name`` in the collections of ``model``."""
+        """Returns the table ``name`` in the collections of ``model``."""
         weights = _table_weights(model)
         if name not in weights:
             raise ValueError(f"table '{name}' is not in the model; the tables are {list(weights)}")
@@ -187,7 +187,7 @@ class _TableRows:
 
 
 def _table_weights(model: nn.Module) -> dict[str, Tensor | ShardedTensor]:
-    """Every table of the collections in ``model`` by name; sharded ones on every rank."""
+    """Returns every table of the collections in ``model`` by name; sharded ones on every rank."""
     collections = (
         ShardedEmbeddingBagCollection,
         ShardedEmbeddingCollection,

@@ -55,7 +55,7 @@ class RowReset:
 
     @torch.no_grad()
     def __call__(self, table: str, rows: Tensor) -> None:
-        """Reset ``rows``, int64 [N] and the same on all ranks, of ``table``; not a collective.
+        """Resets ``rows``, int64 [N] and the same on all ranks, of ``table``; not a collective.
 
         On CUDA the work is put on the default stream, where steps run, whatever stream is current:
         a pipeline fetches its batches, and so maps their ids, on another.
@@ -76,7 +76,7 @@ class RowReset:
 
 
 def _fresh_rows(table: TableConfig, seed: int) -> Tensor:
-    """Initial weights of the table's first block of rows, [at most a block, D]."""
+    """Returns initial weights of the table's first block of rows, [at most a block, D]."""
     rows = min(INITIALIZATION_BLOCK_ROWS, table.num_embeddings)
     fresh = torch.empty(rows, table.embedding_dim)
     with torch.random.fork_rng(devices=[]):
@@ -86,7 +86,7 @@ def _fresh_rows(table: TableConfig, seed: int) -> Tensor:
 
 
 def _local_shards(model: DistributedModelParallel) -> Iterator[tuple[str, _Shard]]:
-    """Every table's name with each of its shards on this rank."""
+    """Returns every table's name with each of its shards on this rank."""
     states = model.fused_optimizer.state_dict()["state"]
     for key, weight in table_weights(model).items():
         kept = [state.local_shards() for state in states.get(key, {}).values()]

@@ -8,7 +8,7 @@ none, is broadcast, so that a job that cannot fit ends on every rank instead of 
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import psutil
 import torch
@@ -35,7 +35,6 @@ from torchrec.distributed.types import (
 )
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from embeddings.plan_text import megabytes
 from embeddings.table_sharders import sharders
 from embeddings.tables import TableConfig, check_tables
 
@@ -55,7 +54,7 @@ def machine_topology(
     device_memory_bytes: int | None = None,
     host_memory_bytes: int | None = None,
 ) -> Topology:
-    """What the planner has to know about the machines: ranks and memory per rank.
+    """Returns what the planner has to know about the machines: ranks and memory per rank.
 
     Host memory is what is free now (within a container's limit), divided by the ranks of this
     machine; device memory is that of the GPU. All machines are taken to be like this one.
@@ -84,7 +83,7 @@ def machine_topology(
 
 
 def free_host_memory() -> int:
-    """Bytes that can still be allocated, at most the control group's limit."""
+    """Returns bytes that can still be allocated, at most the control group's limit."""
     available = psutil.virtual_memory().available
     for path in ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]:
         if Path(path).is_file():
@@ -122,34 +121,35 @@ def plan_sharding(
 
     Example::
 
-        model = Model(tables)  # collections on meta
-        fuse_table_optimizers(model, tables)
         plan = plan_sharding(model, tables)
         model = DistributedModelParallel(model, plan=plan, sharders=sharders())
     """
     if process_group is None and dist.is_initialized():
         process_group = dist.group.WORLD
-    rank = 0 if process_group is None else dist.get_rank(process_group)
-    world_size = 1 if process_group is None else dist.get_world_size(process_group)
-    plan: ShardingPlan | None = None
-    reason: str | None = None
+    rank, world_size = _place_in(process_group)
+    message: list[Any] = [None, None]  # the plan, or why there is none
     cause: Exception | None = None
     if rank == 0:
         try:
             where, cuts = torch.device(device), module_sharders or sharders()
-            plan = _plan(module, tables, world_size, where, batch_size, topology, cuts)
+            message[0] = _plan(module, tables, world_size, where, batch_size, topology, cuts)
         except Exception as error:  # whatever it is, the other ranks wait for a word
             cause = error
-            reason = f"{error}" if isinstance(error, ValueError) else f"planning failed: {error!r}"
+            is_known = isinstance(error, ValueError)
+            message[1] = f"{error}" if is_known else f"planning failed: {error!r}"
     if process_group is not None:
-        message = [plan, reason]
         source = dist.get_global_rank(process_group, 0)
         dist.broadcast_object_list(message, src=source, group=process_group)
-        plan, reason = message
-    if reason is not None:
-        raise ValueError(reason) from cause
-    assert plan is not None
-    return plan
+    if message[1] is not None:
+        raise ValueError(message[1]) from cause
+    return cast(ShardingPlan, message[0])
+
+
+def _place_in(process_group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Returns (rank, number of ranks); without a group one rank is alone."""
+    if process_group is None:
+        return 0, 1
+    return dist.get_rank(process_group), dist.get_world_size(process_group)
 
 
 def _plan(
@@ -186,11 +186,7 @@ def _plan(
 
 
 def _check_module(module: nn.Module, tables: Sequence[TableConfig], device: torch.device) -> None:
-    parameters = dict(table_parameters(module))
-    configured = {table.name for table in tables}
-    for name in sorted(parameters.keys() ^ configured):
-        place = "the model" if name in parameters else "the configuration"
-        raise ValueError(f"table '{name}' is only in {place}; configure every table once")
+    parameters = parameters_of(module, tables)
     for table in tables:
         if not hasattr(parameters[table.name], "_optimizer_classes"):
             raise ValueError(
@@ -215,7 +211,7 @@ def _check_module(module: nn.Module, tables: Sequence[TableConfig], device: torc
 
 
 def table_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Each table's name and parameter in the collections of an unsharded ``module``."""
+    """Returns each table's name and parameter in the collections of an unsharded ``module``."""
     for child in module.modules():
         if isinstance(child, EmbeddingBagCollection):
             holders = child.embedding_bags
@@ -225,6 +221,19 @@ def table_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             continue
         for name, holder in holders.items():
             yield name, cast(nn.Parameter, holder.weight)
+
+
+def parameters_of(module: nn.Module, tables: Sequence[TableConfig]) -> dict[str, nn.Parameter]:
+    """Returns the parameter of each table of the unsharded ``module``.
+
+    Raises:
+        ValueError: a table is in the module or in the configuration only.
+    """
+    parameters = dict(table_parameters(module))
+    for name in sorted(parameters.keys() ^ {table.name for table in tables}):
+        place = "the model" if name in parameters else "the configuration"
+        raise ValueError(f"table '{name}' is only in {place}; configure every table once")
+    return parameters
 
 
 def _constraints(table: TableConfig, world_size: int) -> ParameterConstraints:
@@ -242,7 +251,7 @@ def _constraints(table: TableConfig, world_size: int) -> ParameterConstraints:
 
 
 def _column_shard_width(dim: int, world_size: int, min_columns: int) -> int:
-    """The width of the most equal column shards, at most one per rank, that kernels accept."""
+    """Returns the width of the most equal column shards, one per rank at most, for kernels."""
     for shards in range(world_size, 1, -1):
         width = dim // shards
         if dim % shards == 0 and width % 4 == 0 and width >= min_columns:
@@ -253,7 +262,7 @@ def _column_shard_width(dim: int, world_size: int, min_columns: int) -> int:
 def _does_not_fit(error: PlannerError, tables: Sequence[TableConfig]) -> str:
     sizes = sorted(tables, key=lambda table: -table.num_embeddings * table.embedding_dim)
     largest = ", ".join(
-        f"'{table.name}' {megabytes(table):.1f} MB ({table.sharding})" for table in sizes[:3]
+        f"'{table.name}' {table.megabytes:.1f} MB ({table.sharding})" for table in sizes[:3]
     )
     return (
         f"the tables do not fit; the largest: {largest}. Add ranks or memory, choose sharding "

@@ -46,7 +46,7 @@ class FigureOverrides:
     network_bandwidth: float | None = None  # bytes/s per device to other nodes
 
     def applied(self, device: DeviceFigures) -> DeviceFigures:
-        """The figures with what is set here.
+        """Returns the figures with what is set here.
 
         Raises:
             ValueError: a figure is not positive.
@@ -97,7 +97,7 @@ class Cluster:
         return self.nodes * self.ranks_per_node
 
     def topology(self) -> Topology:
-        """What the planner has to know, with the same reserve as on real machines."""
+        """Returns what the planner has to know, with the same reserve as on real machines."""
         device = self.device
         is_cpu = device.kind == "cpu"
         return machine_topology(
@@ -109,7 +109,7 @@ class Cluster:
         )
 
     def seconds_to_send(self, bytes_sent: float, spread: bool = True) -> float:
-        """The least time in which each rank sends so many bytes to others.
+        """Returns the least time in which each rank sends so many bytes to others.
 
         Args:
             bytes_sent: by each rank.

@@ -38,6 +38,7 @@ class TableMemory:
 
     table: TableConfig
     sharding: str
+    kernel: str
     shards: list[TableShard]
 
     @property
@@ -60,14 +61,14 @@ class TableMemory:
         return self.state_bytes / self.table.num_embeddings
 
     def on_rank(self, rank: int) -> tuple[int, int]:
-        """(bytes of weights, bytes of optimizer state)."""
+        """Returns (bytes of weights, bytes of optimizer state)."""
         here = [shard for shard in self.shards if shard.rank == rank]
         weights = FLOAT * sum(shard.rows * shard.columns for shard in here)
         return weights, sum(state_bytes(self.table, s.rows, s.columns) for s in here)
 
 
 def state_bytes(table: TableConfig, rows: int, columns: int) -> int:
-    """Of the fused optimizer, for a piece of a table."""
+    """Returns the bytes that the fused optimizer keeps for a piece of a table."""
     if table.frozen or table.optimizer == "sgd":
         return 0
     per_row = {"rowwise_adagrad": 1, "adagrad": columns, "adam": 2 * columns}[table.optimizer]
@@ -75,13 +76,13 @@ def state_bytes(table: TableConfig, rows: int, columns: int) -> int:
 
 
 def table_bytes(table: TableConfig) -> int:
-    """Weights and optimizer state of an uncut table."""
+    """Returns weights and optimizer state of an uncut table."""
     rows, dim = table.num_embeddings, table.embedding_dim
     return FLOAT * rows * dim + state_bytes(table, rows, dim)
 
 
 def table_memory(table: TableConfig, plan: ShardingPlan) -> TableMemory:
-    """How a plan cuts a table."""
+    """Returns how a plan cuts a table."""
     for module_plan in plan.plan.values():
         assert isinstance(module_plan, EmbeddingModuleShardingPlan)
         if table.name in module_plan:
@@ -91,14 +92,15 @@ def table_memory(table: TableConfig, plan: ShardingPlan) -> TableMemory:
                 TableShard(piece.placement.rank(), *piece.shard_sizes)
                 for piece in spec.shards  # type: ignore[union-attr]
             ]
-            return TableMemory(table, sharding.sharding_type, shards)
+            kind, kernel = sharding.sharding_type, sharding.compute_kernel
+            return TableMemory(table, kind, kernel, shards)
     raise AssertionError(f"table '{table.name}' is not in the plan")
 
 
 def what_does_not_fit(
     tables: Sequence[TableConfig], bytes_per_rank: int, world_size: int
 ) -> list[str]:
-    """Which tables do not fit, the largest first, and what would be enough to make all fit.
+    """Returns which tables do not fit, the largest first, and what would be enough to make all fit.
 
     Args:
         tables: those of a model.
@@ -123,7 +125,7 @@ def what_does_not_fit(
 
 
 def _most_pieces(table: TableConfig, world_size: int) -> int:
-    """Ranks that a table can be spread over."""
+    """Returns ranks that a table can be spread over."""
     if table.sharding == "table_wise":
         return 1
     if table.sharding == "column_wise":
@@ -160,7 +162,7 @@ def _mends(tables: Sequence[TableConfig], room: int, world_size: int) -> list[st
 def _if_fits(
     tables: Sequence[TableConfig], changed: TableConfig, room: int, world_size: int
 ) -> list[str]:
-    """The change in words, if it is enough."""
+    """Returns the change in words, if it is enough."""
     after = [changed if table.name == changed.name else table for table in tables]
     if not _fit(after, room, world_size):
         return []

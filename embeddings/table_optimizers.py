@@ -1,9 +1,7 @@
-"""Who updates which parameter, and how fast.
+"""Fused optimizers: each table is updated inside the backward pass, at a rate of its own.
 
-Tables are updated inside the backward pass by fused kernels, each table with its own optimizer
-and learning rate; all other trainable parameters belong to one AdamW in named groups. Mixing the
-two up trains silently wrong, so a table in the dense optimizer is an error, and
-:func:`describe_optimizers` prints for every parameter who updates it.
+All other trainable parameters belong to the dense optimizer. Mixing the two up trains silently
+wrong, so a table without a fused optimizer is an error wherever it shows.
 """
 
 from collections.abc import Sequence
@@ -17,22 +15,18 @@ from torch.distributed.optim import (
 )
 from torchrec.optim import RowWiseAdagrad
 
-from embeddings.sharding import table_parameters
+from embeddings.sharding import parameters_of
 from embeddings.tables import TableConfig
 
 
 def fuse_table_optimizers(module: nn.Module, tables: Sequence[TableConfig]) -> None:
-    """Give every table of the unsharded ``module`` its optimizer in backward; before planning.
+    """Gives every table of the unsharded ``module`` its optimizer in backward; before planning.
 
     Raises:
         ValueError: a table is in the model or in the configuration only.
     """
     configured = {table.name: table for table in tables}
-    parameters = dict(table_parameters(module))
-    for name in sorted(parameters.keys() ^ configured.keys()):
-        place = "the model" if name in parameters else "the configuration"
-        raise ValueError(f"table '{name}' is only in {place}; configure every table once")
-    for name, parameter in parameters.items():
+    for name, parameter in parameters_of(module, tables).items():
         optimizer_class, arguments = _table_optimizer(configured[name])
         apply_optimizer_in_backward(optimizer_class, [parameter], arguments)
 

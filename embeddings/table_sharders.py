@@ -40,7 +40,7 @@ class BagSharder(EmbeddingBagCollectionSharder):
     """
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """What the planner may choose from; row-wise works on CPU though upstream omits it."""
+        """Returns what the planner may choose from; row-wise works on CPU, too."""
         types = [*super().sharding_types(compute_device_type), ShardingType.ROW_WISE.value]
         return sorted(set(types) - {ShardingType.DATA_PARALLEL.value})
 
@@ -52,7 +52,7 @@ class BagSharder(EmbeddingBagCollectionSharder):
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> ShardedEmbeddingBagCollection:
-        """Shard ``module`` and give every shard its part of the table's initial weights."""
+        """Shards ``module`` and gives every shard its part of the table's initial weights."""
         return _shard_with_weights(
             module,
             module.embedding_bag_configs(),
@@ -64,7 +64,7 @@ class SequenceSharder(EmbeddingCollectionSharder):
     """Shards tables without pooling; never data-parallel."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """What the planner may choose from."""
+        """Returns what the planner may choose from."""
         types = super().sharding_types(compute_device_type)
         return sorted(set(types) - {ShardingType.DATA_PARALLEL.value})
 
@@ -76,7 +76,7 @@ class SequenceSharder(EmbeddingCollectionSharder):
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> ShardedEmbeddingCollection:
-        """Shard ``module`` and give every shard its part of the table's initial weights."""
+        """Shards ``module`` and gives every shard its part of the table's initial weights."""
         sharded = _shard_with_weights(
             module,
             module.embedding_configs(),
@@ -89,7 +89,7 @@ class SequenceSharder(EmbeddingCollectionSharder):
 def sharders(
     forward: CommunicationType = "fp32", backward: CommunicationType = "fp32"
 ) -> list[ModuleSharder[nn.Module]]:
-    """The sharders for the planner and for DistributedModelParallel; give both the same.
+    """Returns the sharders for the planner and for DistributedModelParallel; give both the same.
 
     Args:
         forward: type in which looked-up vectors travel between ranks.
@@ -110,7 +110,7 @@ def _shard_with_weights(
     configs: Sequence[Any],
     shard: Callable[[], ShardedCollection],
 ) -> ShardedCollection:
-    """Shard, then write the weights: those of ``module``, or initial ones if it is on meta."""
+    """Shards, then writes the weights: those of ``module``, or initial ones if it is on meta."""
     initializers = {config.name: config.init_fn for config in configs}
     with _initial_weights_left_out(configs):
         sharded = shard()
@@ -128,7 +128,7 @@ def _shard_with_weights(
 
 @contextmanager
 def _initial_weights_left_out(configs: Sequence[Any]) -> Iterator[None]:
-    """TorchRec hands ``init_fn`` a shard without its offsets; keep it from doing so."""
+    """Keeps TorchRec from handing ``init_fn`` a shard without its offsets."""
     initializers = [config.init_fn for config in configs]
     for config in configs:
         config.init_fn = _leave_as_it_is

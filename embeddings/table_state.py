@@ -51,7 +51,7 @@ def sharded_in_blocks(
     dtype: torch.dtype,
     group: dist.ProcessGroup | None,
 ) -> ShardedTensor:
-    """A ShardedTensor of `size` whose shards are blocks of rows of the given ones.
+    """Returns a ShardedTensor of `size` whose shards are blocks of rows of the given ones.
 
     Args:
         placed: every shard of all ranks, and its tensor where it lies on this rank.
@@ -87,13 +87,13 @@ def _placed(tensor: ShardedTensor) -> list[tuple[ShardMetadata, Tensor | None]]:
 
 
 def in_blocks(tensor: ShardedTensor, group: dist.ProcessGroup | None = None) -> ShardedTensor:
-    """The same tensor, sharing its memory, cut into blocks of rows."""
+    """Returns the same tensor, sharing its memory, cut into blocks of rows."""
     size, dtype = tensor.metadata().size, tensor.metadata().tensor_properties.dtype
     return sharded_in_blocks(_placed(tensor), size, dtype, group)
 
 
 def copied_to_host(tensor: ShardedTensor, group: dist.ProcessGroup | None = None) -> ShardedTensor:
-    """A copy of the tensor in host memory, on the same ranks."""
+    """Returns a copy of the tensor in host memory, on the same ranks."""
     size, dtype = tensor.metadata().size, tensor.metadata().tensor_properties.dtype
     placed = []
     for shard, local in _placed(tensor):
@@ -111,7 +111,7 @@ def set_table_steps(model: nn.Module, step: int) -> None:
 
 
 def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
-    """The modules of FBGEMM that hold the shards of this rank.
+    """Returns the modules of FBGEMM that hold the shards of this rank.
 
     TorchRec keeps its lookups in a plain list, where `model.modules()` does not see them.
     """
@@ -123,7 +123,7 @@ def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCo
 
 
 def table_weights(model: DistributedModelParallel) -> dict[str, ShardedTensor]:
-    """The tables by parameter name, each [R, D], sharing memory with the model."""
+    """Returns the tables by parameter name, each [R, D], sharing memory with the model."""
     return {
         name: value
         for name, value in model.state_dict().items()
@@ -186,7 +186,7 @@ class TableOptimizerState:
         return sharded_in_blocks(placed, weight.size, torch.float32, self.group)
 
     def _local_by_offsets(self, moment: _Moment) -> dict[tuple[int, ...], Tensor]:
-        """This rank's tensors by the offsets of the weights they belong to."""
+        """Returns this rank's tensors by the offsets of the weights they belong to."""
         if moment not in self.local:
             return {}
         weights = self.weights[moment.key].local_shards()
@@ -198,7 +198,7 @@ class TableOptimizerState:
         }
 
     def _row_wise(self, moment: _Moment, stored: list[str] | None) -> State:
-        """One entry [R] per range of columns."""
+        """Returns one entry [R] per range of columns."""
         prefix = f"{moment.key}.{moment.name}.columns_"
         shards = self.weights[moment.key].metadata().shards_metadata
         own = sorted({_columns(shard) for shard in shards})
@@ -226,7 +226,7 @@ class TableOptimizerState:
         columns: tuple[int, int],
         local: dict[tuple[int, ...], Tensor],
     ) -> ShardedTensor:
-        """The moment [R] of a range of columns of this plan."""
+        """Returns the moment [R] of a range of columns of this plan."""
         weight = self.weights[moment.key].metadata()
         placed = [
             (
@@ -245,7 +245,7 @@ class TableOptimizerState:
         own: list[tuple[int, int]],
         there: list[tuple[int, int]],
     ) -> State:
-        """Room for stored ranges of columns, to be combined by `finish_loading`.
+        """Returns room for stored ranges of columns, to be combined by `finish_loading`.
 
         Each rank reads them for the rows it holds; those are all rows where columns are cut.
         """

@@ -10,7 +10,7 @@ Initial weights depend on the seed, the table and the row alone, never on the sh
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,11 @@ class TableConfig:
                 "optimizer to 'rowwise_adagrad'"
             )
 
+    @property
+    def megabytes(self) -> float:
+        """MB of the weights."""
+        return self.num_embeddings * self.embedding_dim * 4 / 2**20
+
     def _check_names(self) -> None:
         if not self.name or "." in self.name:
             raise ValueError(
@@ -142,7 +147,7 @@ class NormalInitializer:
         self.std = table.init_std
 
     def __call__(self, weight: Tensor) -> None:
-        """Fill a whole table, ``weight`` [num_embeddings, D]; TorchRec's ``init_fn``."""
+        """Fills a whole table, ``weight`` [num_embeddings, D]; TorchRec's ``init_fn``."""
         if tuple(weight.shape) != self.shape:
             raise ValueError(
                 f"table '{self.name}': asked to initialise a shard of shape "
@@ -153,7 +158,7 @@ class NormalInitializer:
 
     @torch.no_grad()
     def fill(self, weight: Tensor, row_offset: int = 0, column_offset: int = 0) -> None:
-        """Fill the shard ``weight`` [rows, columns] that starts at the offsets in the table."""
+        """Fills the shard ``weight`` [rows, columns] that starts at the offsets in the table."""
         if weight.is_meta:
             return
         num_embeddings, dim = self.shape
@@ -177,7 +182,7 @@ class NormalInitializer:
 
 
 def check_tables(tables: Sequence[TableConfig]) -> None:
-    """Check what concerns several tables at once.
+    """Checks what concerns several tables at once.
 
     Raises:
         ValueError: two tables have one name, a feature is on two tables, or the tables without
@@ -212,21 +217,14 @@ def check_tables(tables: Sequence[TableConfig]) -> None:
 def build_embedding_bag_collection(
     tables: Sequence[TableConfig], device: torch.device | str = "meta"
 ) -> EmbeddingBagCollection | None:
-    """The collection of the tables with pooling ``sum`` or ``mean``; None if there are none.
+    """Builds the collection of tables with pooling ``sum`` or ``mean``; None without any.
 
     Called with a KeyedJaggedTensor it returns a KeyedTensor: read it by feature, since the order
     of ``values()`` depends on the sharding plan.
     """
     check_tables(tables)
     configs = [
-        EmbeddingBagConfig(
-            name=table.name,
-            num_embeddings=table.num_embeddings,
-            embedding_dim=table.embedding_dim,
-            feature_names=list(table.features),
-            pooling=PoolingType.SUM if table.pooling == "sum" else PoolingType.MEAN,
-            init_fn=NormalInitializer(table),
-        )
+        EmbeddingBagConfig(**_shape(table), pooling=PoolingType[table.pooling.upper()])
         for table in tables
         if table.pooling != "none"
     ]
@@ -238,22 +236,23 @@ def build_embedding_bag_collection(
 def build_embedding_collection(
     tables: Sequence[TableConfig], device: torch.device | str = "meta"
 ) -> EmbeddingCollection | None:
-    """The collection of the tables with pooling ``none``; None if there are none.
+    """Builds the collection of tables with pooling ``none``; None without any.
 
     Called with a KeyedJaggedTensor it returns a dict of JaggedTensors by feature.
     """
     check_tables(tables)
-    configs = [
-        EmbeddingConfig(
-            name=table.name,
-            num_embeddings=table.num_embeddings,
-            embedding_dim=table.embedding_dim,
-            feature_names=list(table.features),
-            init_fn=NormalInitializer(table),
-        )
-        for table in tables
-        if table.pooling == "none"
-    ]
+    configs = [EmbeddingConfig(**_shape(table)) for table in tables if table.pooling == "none"]
     if not configs:
         return None
     return EmbeddingCollection(tables=configs, device=torch.device(device))
+
+
+def _shape(table: TableConfig) -> dict[str, Any]:
+    """Returns what TorchRec's configurations of a table with and without pooling have in common."""
+    return {
+        "name": table.name,
+        "num_embeddings": table.num_embeddings,
+        "embedding_dim": table.embedding_dim,
+        "feature_names": list(table.features),
+        "init_fn": NormalInitializer(table),
+    }

@@ -14,10 +14,10 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.distributed.types import ShardingEnv
 from torchrec.optim.keyed import CombinedOptimizer
 
-from embeddings import format_plan, fuse_table_optimizers, plan_sharding, sharders
+from embeddings import TableConfig, format_plan, fuse_table_optimizers, plan_sharding, sharders
 from embeddings.row_reset import RowReset
 from recsys.config import Config, content_settings, softmax_settings
 from recsys.config.checks import validate
@@ -28,6 +28,7 @@ from recsys.data.filesystem import Location
 from recsys.data.items.content_store import ContentStore
 from recsys.data.negatives import NegativeSampler
 from recsys.data.parquet.file import mean_list_lengths
+from recsys.data.row_source import RowSource, open_rows
 from recsys.data.schema import Schema, load_schema
 from recsys.data.vocabularies import BoundedVocabularies
 from recsys.distributed.accumulation import AccumulatingPipeline, DenseUpdate
@@ -61,14 +62,23 @@ class Job:
     store: ContentStore | None
     model: DistributedModelParallel
     optimizer: CombinedOptimizer
-    dense_optimizer: Optimizer  # the dense part of `optimizer`
     schedule: LambdaLR
-    averages: AveragedWeights | None  # of the dense weights
+    update: DenseUpdate  # of the dense parameters, once per group of batches
     pipeline: AccumulatingPipeline
     vocabularies: BoundedVocabularies
     preparation: BatchPreparation
     plan: str  # for people
     parameters: str  # for people: parameter, optimizer, learning rate
+
+    @property
+    def dense_optimizer(self) -> Optimizer:
+        """The optimizer of the dense parameters, inside `optimizer`."""
+        return self.update.dense
+
+    @property
+    def averages(self) -> AveragedWeights | None:
+        """The moving averages of the dense weights, if the configuration wants them."""
+        return self.update.averages
 
     @property
     def em3(self) -> EM3:
@@ -90,8 +100,17 @@ class Job:
             assert isinstance(share, LearningRateShare)
             share.end_at(updates)
 
+    def rows(self, split: str) -> RowSource:
+        """Returns the rows of a split, from the source that the configuration names.
+
+        Raises:
+            ValueError: they cannot be read.
+        """
+        config = self.config
+        return open_rows(config.source, self.root, split, self.schema, config.on_bad_row)
+
     def batch_builder(self, with_labels: bool = True) -> BatchBuilder:
-        """Makes batches as this model wants them."""
+        """Returns what makes batches as this model needs them."""
         content = self.em3.content
         return BatchBuilder(
             self.schema,
@@ -104,11 +123,11 @@ class Job:
 
 
 def build_job(config: Config, data: str, ranks: Ranks) -> Job:
-    """Everything from configuration to pipeline. A collective.
+    """Builds everything from configuration to pipeline. A collective.
 
     Raises:
-        ValueError: on every rank, when any rank finds the data, the configuration or the plan
-            wanting.
+        ValueError: on every rank, when the data or the configuration are wrong, or there is no
+            plan, on any rank.
     """
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.manual_seed(config.seed)  # the same on all ranks: initial weights agree
@@ -120,38 +139,20 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
     store, encoders, bank = build_content(config, root, schema, ranks)
     with ranks.raise_on_all_ranks():
         categories = load_item_categories(config.ranking, root, schema, config.on_bad_row)
-        em3 = build_em3(
-            config,
-            schema,
-            tables,
-            encoders,
-            bank,
-            item_categories=categories,
-            process_group=ranks.group,
-        )
+        em3 = build_em3(config, schema, tables, encoders, bank, "meta", categories, ranks.group)
         fuse_table_optimizers(em3, tables)
-        if config.precision == "bf16":
-            use_bfloat16(em3, ranks.device)
-        if config.compile:
-            compile_dense_parts(em3, ranks.device)
+        _cast_and_compile(em3, config, ranks.device)
     types = config.embedding.communication
     cuts = sharders(types.forward, types.backward)
-    plan: ShardingPlan = plan_sharding(
-        em3, tables, ranks.group, ranks.device, config.batch_size, module_sharders=cuts
-    )
-    model = DistributedModelParallel(
-        em3, ShardingEnv.from_process_group(ranks.group), ranks.device, plan, cuts
-    )
+    plan = plan_sharding(em3, tables, ranks.group, ranks.device, config.batch_size, None, cuts)
+    env = ShardingEnv.from_process_group(ranks.group)
+    model = DistributedModelParallel(em3, env, ranks.device, plan, cuts)
     optimizer, dense = build_dense_optimizer(model, dense_groups(config), config.optimizer)
     schedule = build_schedule(dense, config.optimizer)
     averages = build_averages(model, config.optimizer)
-    bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
-    reset = RowReset(model, bounded, config.seed)
-    pooled = pooled_features(config, schema)
-    vocabularies = BoundedVocabularies(schema, pooled, ranks.group, reset)
-    sampler = None
-    if softmax := softmax_settings(config.ranking):
-        sampler = NegativeSampler(softmax, schema.num_items, schema.target_item)
+    vocabularies = _bounded_vocabularies(config, schema, ranks, model, tables)
+    softmax = softmax_settings(config.ranking)
+    sampler = NegativeSampler(softmax, schema.num_items, schema.target_item) if softmax else None
     update = DenseUpdate(optimizer, dense, config.optimizer.clip_norm, averages)
     pipeline = AccumulatingPipeline(model, update, ranks.device, config.accumulate_steps)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
@@ -163,12 +164,32 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
         store,
         model,
         optimizer,
-        dense,
         schedule,
-        averages,
+        update,
         pipeline,
         vocabularies,
         BatchPreparation(config, store, bank, vocabularies, ranks.group, sampler),
         plan=format_plan(plan, tables),
         parameters=describe_optimizers(model, tables, dense),
     )
+
+
+def _cast_and_compile(em3: EM3, config: Config, device: torch.device) -> None:
+    """Wraps the dense parts as `precision` and `compile` say."""
+    if config.precision == "bf16":
+        use_bfloat16(em3, device)
+    if config.compile:
+        compile_dense_parts(em3, device)
+
+
+def _bounded_vocabularies(
+    config: Config,
+    schema: Schema,
+    ranks: Ranks,
+    model: DistributedModelParallel,
+    tables: list[TableConfig],
+) -> BoundedVocabularies:
+    """Returns the maps that learn ids while training, and reset rows that change hands."""
+    bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
+    reset = RowReset(model, bounded, config.seed)
+    return BoundedVocabularies(schema, pooled_features(config, schema), ranks.group, reset)

@@ -121,14 +121,14 @@ class ReplicatedMemoryBank(MemoryBank):
 
 
 def _padded(ids: Tensor, length: int) -> Tensor:
-    """The first `length` of them, or -1 behind them."""
+    """Returns the first `length` of them, or -1 behind them."""
     padded = torch.full((length,), -1)
     padded[: len(ids)] = ids[:length]
     return padded
 
 
 def _last_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Different ids but -1, rising, and the last place of each: on all ranks and devices alike."""
+    """Returns ids but -1, rising, and the last place of each: alike on all ranks and devices."""
     unique, of_unique = ids.unique(return_inverse=True)
     places = torch.arange(len(ids))
     last = torch.zeros_like(unique).scatter_reduce_(0, of_unique, places, "amax")
@@ -137,7 +137,7 @@ def _last_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_replicated(num_items: int, dim: int, world_size: int, placement: str) -> bool:
-    """Whether every rank holds the whole bank.
+    """Returns whether every rank holds the whole bank.
 
     Args:
         placement: `sharded`, `replicated`, or `auto`: replicated where that is small and the ranks
@@ -154,7 +154,7 @@ def build_memory_bank(
     process_group: dist.ProcessGroup | None,
     placement: str = "auto",
 ) -> MemoryBank:
-    """The memory bank of a job; `placement` as for :func:`is_replicated`."""
+    """Builds the memory bank of a job; `placement` as for :func:`is_replicated`."""
     world_size = 1 if process_group is None else dist.get_world_size(process_group)
     whole = is_replicated(num_items, dim, world_size, placement)
     return (ReplicatedMemoryBank if whole else MemoryBank)(num_items, dim, device, process_group)

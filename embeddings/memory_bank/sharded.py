@@ -84,7 +84,7 @@ class MemoryBank:
             ) from error
 
     def _allocated(self, size: int) -> tuple[Tensor, Tensor]:
-        """The rows on this rank, and among them the block that it answers for.
+        """Returns the rows on this rank, and among them the block that it answers for.
 
         The last column: step of the last write + 1, 0 if never written.
         """
@@ -159,7 +159,7 @@ class MemoryBank:
     def update(
         self, item_ids: Tensor, vectors: Tensor, step: int, route: BankRoute | None = None
     ) -> None:
-        """Write vectors. Of an item written twice in one call, the later one of the highest
+        """Writes vectors. Of an item written twice in one call, the later one of the highest
         rank stays.
 
         Args:
@@ -209,7 +209,7 @@ class MemoryBank:
         return item_ids.to(self.device, torch.int64)
 
     def coverage(self) -> float:
-        """The share of all items that were ever written, over all ranks."""
+        """Returns the share of all items that were ever written, over all ranks."""
         return self._written_count_and_steps()[0] / self.num_items
 
     def mean_age(self, step: int) -> float:
@@ -228,13 +228,13 @@ class MemoryBank:
         return float(totals[0]), float(totals[1])
 
     def _finish_write(self) -> None:
-        """Before rows are read, where writing goes on while other things are done."""
+        """Ends a write that goes on while other things are done; called before rows are read."""
 
     def finish_loading(self) -> None:
-        """After a checkpoint was loaded into `state_dict`, in place. A collective."""
+        """Takes over what a checkpoint has loaded into `state_dict`. A collective."""
 
     def state_dict(self) -> dict[str, Tensor | ShardedTensor]:
-        """The rows, [num_items, D + 1], sharing memory with the bank.
+        """Returns the rows, [num_items, D + 1], sharing memory with the bank.
 
         torch.distributed.checkpoint saves them from any number of ranks and loads them, in
         place, on any other; then call :meth:`finish_loading`.
@@ -257,7 +257,7 @@ class MemoryBank:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Tensor | ShardedTensor]) -> None:
-        """Take over the rows of another bank's ``state_dict``, whole or cut over the same ranks.
+        """Takes over the rows of another bank's ``state_dict``, whole or cut over the same ranks.
 
         Raises:
             ValueError: the sizes differ, or the rows are cut over another number of ranks (load

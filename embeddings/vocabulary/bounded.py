@@ -112,7 +112,7 @@ class BoundedVocabulary:
         return (mix64(ids) % np.uint64(self.num_sets)).astype(np.int64)
 
     def rows_of(self, ids: Tensor, step: int, training: bool) -> Tensor:
-        """The row of each id. A collective.
+        """Returns the row of each id. A collective.
 
         Args:
             ids: int64 [N], raw.
@@ -137,7 +137,7 @@ class BoundedVocabulary:
     def _serve(
         self, ids: np.ndarray, counts: np.ndarray, step: int, training: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(rows of distinct ids [U] in sets of this rank, rows taken from other ids)."""
+        """Returns (rows of distinct ids [U] in sets of this rank, rows taken from other ids)."""
         sets = self._set_of(ids) - self._first_set
         if training:
             rows, admitted, evicted = self._sets.use(sets, ids, counts, step)
@@ -150,7 +150,7 @@ class BoundedVocabulary:
     def _ask(
         self, ids: np.ndarray, counts: np.ndarray, step: int, training: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(rows of distinct ids [U], rows taken from other ids on any rank). A collective."""
+        """Returns (rows of distinct ids [U], rows taken from others on any rank). A collective."""
         owner = np.searchsorted(self._bounds, self._set_of(ids), side="right") - 1
         order = np.argsort(owner, kind="stable")
         sizes = np.bincount(owner, minlength=self._world_size).tolist()
@@ -186,7 +186,7 @@ class BoundedVocabulary:
         return result, received_sizes
 
     def take_evicted_rows(self) -> Tensor:
-        """The rows given to other ids since the last call, the same on all ranks: int64.
+        """Returns the rows given to other ids since the last call, the same on all ranks: int64.
 
         Their weights and optimizer state are those of the old ids; reset them before the step
         that the last :meth:`rows_of` was for.
@@ -196,7 +196,7 @@ class BoundedVocabulary:
         return rows
 
     def counts(self) -> VocabularyCounts:
-        """What happened since the last call, over all ranks. A collective."""
+        """Returns what happened since the last call, over all ranks. A collective."""
         totals = torch.from_numpy(np.append(self._counts, (self._sets.last_used >= 0).sum()))
         if self._group is not None:
             dist.all_reduce(totals, group=self._group)
@@ -204,7 +204,7 @@ class BoundedVocabulary:
         return VocabularyCounts(*totals.tolist())
 
     def state_dict(self) -> dict[str, Tensor | ShardedTensor]:
-        """The map, the use of its rows and the ids that wait: [S, R] each, sharing memory.
+        """Returns the map, the use of its rows and the ids that wait: [S, R] each, sharing memory.
 
         torch.distributed.checkpoint saves them from any number of ranks and loads them, in
         place, on any other; the map then goes on as if nothing had happened.

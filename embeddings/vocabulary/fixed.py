@@ -24,7 +24,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 
 def mix64(keys: np.ndarray) -> np.ndarray:
-    """A bijection of the 64-bit integers that scatters them: the finaliser of splitmix64.
+    """Returns a bijection of the 64-bit integers that scatters them: the finaliser of splitmix64.
 
     Args:
         keys: int64 or uint64 [N].
@@ -39,7 +39,7 @@ def mix64(keys: np.ndarray) -> np.ndarray:
 
 
 def is_id_type(kind: pa.DataType) -> bool:
-    """Whether values of this Arrow type can be raw ids: integers or strings, of any width."""
+    """Returns whether values of this type can be raw ids: integers or strings of any width."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return pa.types.is_integer(kind) or _is_string(kind)
@@ -52,7 +52,7 @@ def _is_string(kind: pa.DataType) -> bool:
 
 
 def _plain_ids(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """The ids as one array of int64 or large_string without nulls."""
+    """Returns the ids as one array of int64 or large_string without nulls."""
     if not is_id_type(ids.type):
         raise ValueError(f"ids of type {ids.type}; ids are integers or strings")
     if isinstance(ids, pa.ChunkedArray):
@@ -72,7 +72,7 @@ def _plain_ids(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 
 def _keys(plain: pa.Array) -> np.ndarray:
-    """int64 [N]: integers as they are, strings by 64 bits of BLAKE2b."""
+    """Returns int64 [N]: integers as they are, strings by 64 bits of BLAKE2b."""
     if pa.types.is_integer(plain.type):
         return plain.to_numpy(zero_copy_only=False)
     encoded = plain.dictionary_encode()  # each distinct string is hashed once
@@ -84,7 +84,7 @@ def _keys(plain: pa.Array) -> np.ndarray:
 
 
 def integer_ids(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """Raw ids as int64 [N]: integers as they are, strings by a stable 64-bit fingerprint.
+    """Returns raw ids as int64 [N]: integers as they are, strings by a stable 64-bit fingerprint.
 
     Among ten million strings the chance that any two share a fingerprint is about 3 in a million.
 
@@ -177,7 +177,7 @@ class ExactVocabulary:
             raise ValueError(f"the map holds {own}, these ids are {kind}; write them with one type")
 
     def find(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """The rows of raw ids: int64 [N], -1 where the map does not know one.
+        """Returns the rows of raw ids: int64 [N], -1 where the map does not know one.
 
         Raises:
             ValueError: an id is null or not of the map's type.
@@ -197,7 +197,7 @@ class ExactVocabulary:
         return np.where(known, rows, -1)
 
     def rows_of(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """The rows of raw ids: int64 [N], ``unknown_row`` where the map does not know one.
+        """Returns the rows of raw ids: int64 [N], ``unknown_row`` where the map does not know one.
 
         Raises:
             ValueError: an id is null or not of the map's type.
@@ -206,7 +206,7 @@ class ExactVocabulary:
         return np.where(rows < 0, self.unknown_row, rows)
 
     def is_extension_of(self, other: "ExactVocabulary") -> bool:
-        """Whether every id of ``other`` has here the row that it has there."""
+        """Returns whether every id of ``other`` has here the row that it has there."""
         return len(other) == 0 or self._ids.slice(0, len(other)).equals(other._ids)
 
     def save(self, path: str, filesystem: FileSystem | None = None) -> None:
@@ -268,7 +268,7 @@ class HashVocabulary:
         self._offsets = mix64(mix64(np.array([seed])) + np.arange(num_hashes, dtype=np.uint64))
 
     def rows_of(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """The rows of raw ids: int64 [N, K].
+        """Returns the rows of raw ids: int64 [N, K].
 
         Raises:
             ValueError: an id is null or neither integer nor string.
@@ -279,7 +279,7 @@ class HashVocabulary:
 
 
 def check_num_embeddings(num_embeddings: int) -> int:
-    """A table with a row for unknown ids needs another for a known one."""
+    """Requires two rows: one for unknown ids and another for a known one."""
     if num_embeddings < 2:
         raise ValueError(
             f"num_embeddings is {num_embeddings}; set at least 2, as the last row is that of "

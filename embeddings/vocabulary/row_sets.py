@@ -47,7 +47,7 @@ class RowSets:
         self.waiting_counts = np.zeros(waiting, np.int64)
 
     def find(self, sets: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """The row in its set of each id, -1 where it has none: int64 [N]."""
+        """Returns the row in its set of each id, -1 where it has none: int64 [N]."""
         rows = np.empty(len(ids), np.int64)
         for start in range(0, len(ids), BLOCK):
             part = slice(start, start + BLOCK)
@@ -90,7 +90,7 @@ class RowSets:
     def _give_rows(
         self, sets: np.ndarray, seen: np.ndarray, step: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(which of the askers get a row, the rows); where rows are short, the more seen do."""
+        """Returns (who of the askers get a row, the rows); where rows are short, the more seen."""
         order = np.lexsort((-seen, sets))
         asked, first, numbers = np.unique(sets[order], return_index=True, return_counts=True)
         turn = np.arange(len(order)) - np.repeat(first, numbers)  # 0, 1, 2 ... within each set
@@ -100,7 +100,7 @@ class RowSets:
         return order[has_row], rows[line[has_row], turn[has_row]]
 
     def _by_use(self, sets: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rows [N, R] of sets [N] as they are to be given, and how many of each may be.
+        """Returns the rows [N, R] of sets [N] as they are to be given, and how many of each may be.
 
         Free rows come first, then the less used, of equals the less recently used.
         """
@@ -118,7 +118,7 @@ class RowSets:
         return sets, (hashes % np.uint64(self.waiting_ids.shape[1])).astype(np.int64)
 
     def _seen(self, sets: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """How often ids without a row were seen, now included; remembers it."""
+        """Returns how often ids without a row were seen, now included; remembers it."""
         if self.admit_after == 1:
             return counts
         slots = self._slots(sets, ids)

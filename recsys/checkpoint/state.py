@@ -3,9 +3,8 @@
 `model.*` are the weights that train or that training changes: tables, dense weights, adapters,
 normalisation statistics. The frozen weights of encoders are not stored; the manifest has a hash of
 them beside the configuration, which names where they come from. `bank` is the memory bank,
-`vocabulary.*` the maps of raw ids that learn while training,
-`optimizer.*` the state of fused and dense optimizers and the averaged weights, `random.RANK.*` each
-rank's generators.
+`vocabulary.*` the maps of raw ids that learn while training, `optimizer.*` the state of fused and
+dense optimizers and the averaged weights, `random.RANK.*` each rank's generators.
 """
 
 from __future__ import annotations

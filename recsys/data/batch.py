@@ -40,7 +40,7 @@ class ContentInput:
         return self.map(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
 
     def map(self, function: Callable[[Tensor], Any]) -> ContentInput:
-        """The same with `function` applied to each tensor."""
+        """Returns the same with `function` applied to each tensor."""
         return ContentInput(function(self.values), function(self.mask))
 
     def __getitem__(self, items: slice) -> ContentInput:
@@ -81,6 +81,8 @@ class Batch(Pipelineable):
     exchange: how item vectors go from the ranks that own them to those that need them; None where
         each rank encodes its own.
     row_positions: place of each row in its files [B], -1 for a row that only pads.
+    extra: float32 [B, X], the columns of kind extra in the order of the schema, NaN where a row has
+        no value; None where there are none, or no labels either.
     negative_items: items drawn as negatives of retrieval [K], also a feature of
         `sequence_features`; `negative_log_q` [K] and `target_log_q` [B] the log of the probability
         with which they, and the ranked items, are drawn.
@@ -107,12 +109,13 @@ class Batch(Pipelineable):
     bank_reads: BankRoute | None = None
     bank_writes: BankRoute | None = None
     exchange: ItemExchange | None = None
+    extra: Tensor | None = None
     negative_items: Tensor | None = None
     negative_log_q: Tensor | None = None
     target_log_q: Tensor | None = None
 
     def _map(self, function: Callable[[Any], Any]) -> Batch:
-        """A batch with `function` applied to every tensor and KeyedJaggedTensor."""
+        """Returns a batch with `function` applied to every tensor and KeyedJaggedTensor."""
         changed: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
@@ -137,7 +140,7 @@ class Batch(Pipelineable):
         self._map(lambda tensor: tensor.record_stream(stream))
 
     def jagged_history(self) -> JaggedHistory:
-        """The histories as an index into `history_items`."""
+        """Returns the histories as an index into `history_items`."""
         return JaggedHistory.of(
             self.history_index,
             self.history_lengths,

@@ -29,7 +29,7 @@ def keyed_jagged(
     values: Sequence[np.ndarray],  # ids of each feature
     lengths: Sequence[np.ndarray],  # [B] of each feature
 ) -> KeyedJaggedTensor:
-    """The same as `KeyedJaggedTensor.from_lengths_sync`, with its sums taken from the arrays."""
+    """Does `KeyedJaggedTensor.from_lengths_sync`, with its sums taken from the arrays."""
     sizes = [len(of_key) for of_key in values]
     return KeyedJaggedTensor(
         keys=names,
@@ -71,7 +71,7 @@ class BatchBuilder:
         self.unique_items = UniqueItems(schema.num_items)
 
     def __call__(self, rows: RowColumns | pa.Table) -> Batch:
-        """The batch of these rows; columns are kept by it, of a table copies are."""
+        """Returns the batch of these rows; columns are kept by it, of a table copies are."""
         if isinstance(rows, pa.Table):
             rows = RowColumns.of(rows).take(np.arange(rows.num_rows))
         schema, num_rows = self.schema, rows.num_rows
@@ -83,6 +83,7 @@ class BatchBuilder:
         encoded = np.concatenate([target, history_items]) if self.encode_history else target
         content_items, encoded_index = self.unique_items(encoded)
         group = RAW_GROUP if RAW_GROUP in rows.numbers else schema.group
+        extra = schema.of_kind("extra") if self.with_labels else []
         return Batch(
             dense_features=_columns(rows, schema.of_kind("dense")),
             sparse_features=self._pooled(rows),
@@ -107,6 +108,7 @@ class BatchBuilder:
             bank_items=torch.zeros(0, dtype=torch.int64),
             content=self.store.gather(content_items) if self.store is not None else {},
             longest_history=int(history_lengths.max(initial=0)),
+            extra=_columns(rows, extra) if extra else None,
         )
 
     def _pooled(self, rows: RowColumns) -> KeyedJaggedTensor | None:
@@ -121,7 +123,7 @@ class BatchBuilder:
     def _sequences(
         self, target: np.ndarray, history: np.ndarray, lengths: np.ndarray | None
     ) -> KeyedJaggedTensor:
-        """Ids of target and history; `lengths` by row, None where the ids are unique ones."""
+        """Returns ids of target and history; `lengths` by row, None where ids are unique."""
         ones = np.ones(len(target), np.int64)
         if not self.schema.history:
             return keyed_jagged([self.schema.target_item], [target], [ones])
@@ -138,7 +140,7 @@ def _columns(rows: RowColumns, names: list[str]) -> Tensor:
 
 
 def _stacked(arrays: list[np.ndarray], length: int) -> Tensor:
-    """Columns as a float32 matrix [length, number of columns]."""
+    """Stacks columns as a float32 matrix [length, number of columns]."""
     if len(arrays) == 1:
         return torch.from_numpy(arrays[0]).unsqueeze(1)
     matrix = np.empty((length, len(arrays)), np.float32)

@@ -34,7 +34,7 @@ class Location:
 
     @staticmethod
     def of(url: object) -> Location:
-        """From a local path or a URL."""
+        """Makes one from a local path or a URL."""
         filesystem, path = fsspec.core.url_to_fs(str(url))
         return Location(filesystem, path.rstrip("/"))
 
@@ -64,7 +64,7 @@ class Location:
         return bytes(self.filesystem.cat_file(self.path))
 
     def files(self, ending: str) -> list[Location]:
-        """Files with that ending in this folder, in order of name; this file itself if it is one.
+        """Returns the files with that ending in this folder by name; this file itself if it is one.
 
         As in Spark and Arrow, names that start with a dot or an underscore are not data.
 

@@ -1,4 +1,4 @@
-"""Parquet impressions -> the batches of one rank, built ahead of the trainer.
+"""Impressions -> the batches of one rank, built ahead of the trainer.
 
 All ranks get the same number of batches of the same sizes, as collectives ask: row-wise tables
 refuse unequal ones, and a missing one hangs the job. Where rows do not divide by ranks, a rank with
@@ -17,8 +17,8 @@ from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.order import EpochShare, Stage, num_batches_of, rows_before
-from recsys.data.parquet.rows import ParquetRows
 from recsys.data.prefetch import Later, Result, Submit, in_order, threads
+from recsys.data.row_source import RowSource
 
 AHEAD = 2  # batches under way per thread that builds them
 
@@ -62,7 +62,7 @@ class Interactions:
 
     def __init__(
         self,
-        rows: ParquetRows,
+        rows: RowSource,
         build: BatchBuilder,
         batch_size: int,
         rank: int = 0,
@@ -71,7 +71,7 @@ class Interactions:
     ) -> None:
         if seed is not None and rows.num_rows < world_size:
             raise ValueError(
-                f"{rows.row_groups[0].file}: {rows.num_rows} training rows cannot be shared by "
+                f"{rows.chunks[0].place}: {rows.num_rows} training rows cannot be shared by "
                 f"{world_size} ranks; start fewer ranks"
             )
         self.rows, self.build, self.batch_size = rows, build, batch_size
@@ -92,7 +92,7 @@ class Interactions:
         self.num_batches = num_batches_of(self.share.num_rows, self.batch_size)
 
     def batches_until(self, part: int, parts: int) -> int:
-        """How many batches of this share lie in the first `part` of `parts` of the epoch."""
+        """Returns how many batches of this share are in the first `part` of `parts` of an epoch."""
         left = self.rows.num_rows - self.share.rows_done
         if part == parts or not left:
             return self.num_batches
@@ -103,11 +103,11 @@ class Interactions:
         return self.num_batches - self.first_batch
 
     def __iter__(self) -> Iterator[Batch]:
-        """The rest of an epoch, read and built in this thread; see `begin`."""
+        """Returns the rest of an epoch, read and built in this thread; see `begin`."""
         return in_order(self.jobs(Later), Later, ahead=0)
 
     def jobs(self, submit: Submit) -> Iterator[Callable[[], Batch]]:
-        """What makes each batch. It waits for the windows it needs, whose reading is submitted.
+        """Yields what makes each batch. It waits for its windows, whose reading is submitted.
 
         While a window is in use the next is being read, and no other is held.
         """
@@ -123,7 +123,7 @@ class Interactions:
             yield partial(self._build, sources, padding)
 
     def _parts_of_batches(self) -> Iterator[tuple[list[WindowPart], int]]:
-        """Of each batch the rows it takes from each slice, and how many rows only pad it."""
+        """Yields the rows each batch takes from each slice, and how many rows only pad it."""
         done = rows_before(self.first_batch, self.share.num_rows, self.num_batches)
         slices = self.share.slices
         number = first = 0  # the slice that the next row lies in, and the slice's place
@@ -159,7 +159,7 @@ class Interactions:
 
 
 def loader(interactions: Interactions, num_workers: int, pin_memory: bool) -> Generator[Batch]:
-    """The batches of `interactions`, in the same order for any number of threads.
+    """Returns the batches of `interactions`, in the same order for any number of threads.
 
     One thread reads the window after the one in use, `num_workers` build batches ahead; with none,
     all is done by the caller as he asks for it. An error is raised in place of the batch it

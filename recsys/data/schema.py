@@ -13,6 +13,7 @@ that the schema does not name may be in the files and are not read.
       genres:  {kind: ids, num_embeddings: 20}
       price:   {kind: dense}
       liked:   {kind: label}
+      teacher: {kind: extra}    # a float that auxiliary losses may ask for, never a feature
     items:
       id: item
       columns:
@@ -57,7 +58,8 @@ class VocabularySettings:
 class Column:
     """One column of the impressions."""
 
-    kind: Literal["id", "ids", "sequence", "dense", "label"]
+    # extra: a float for losses alone, null where a row has none.
+    kind: Literal["id", "ids", "sequence", "dense", "label", "extra"]
     num_embeddings: int | None = None  # rows of its table: ids lie in [0, num_embeddings)
     shares: str | None = None  # use another column's table instead of an own one
     parallel: list[str] = field(default_factory=list)  # float lists beside a sequence
@@ -98,7 +100,7 @@ class Schema:
     )
 
     def of_kind(self, kind: str) -> list[str]:
-        """Names of the columns of one kind, in the order of the schema."""
+        """Returns names of the columns of one kind, in the order of the schema."""
         return [name for name, column in self.columns.items() if column.kind == kind]
 
     @property
@@ -114,21 +116,21 @@ class Schema:
         return num_embeddings
 
     def table_of(self, name: str) -> str:
-        """The column whose table `name` looks up."""
+        """Returns the column whose table `name` looks up."""
         return self.columns[name].shares or name
 
     def limit(self, name: str) -> int:
-        """Number of rows of the table that column `name` looks up."""
+        """Returns the number of rows of the table that column `name` looks up."""
         num_embeddings = self.columns[self.table_of(name)].num_embeddings
         assert num_embeddings is not None
         return num_embeddings
 
     def vocabulary_of(self, name: str) -> VocabularySettings | None:
-        """How raw ids of column `name` find their rows; None where ids are rows."""
+        """Returns how raw ids of column `name` find their rows; None where ids are rows."""
         return self.columns[self.table_of(name)].vocabulary if name in self.columns else None
 
     def tables_with(self, kind: Literal["exact", "hash", "bounded"]) -> list[str]:
-        """Tables whose rows are found by a vocabulary of that kind."""
+        """Returns tables whose rows are found by a vocabulary of that kind."""
         return [
             name
             for name, column in self.columns.items()
@@ -142,7 +144,7 @@ class Schema:
 
 
 def vocabulary_file(root: Location, table: str) -> Location:
-    """Where a dataset keeps the map of raw ids to rows of a table."""
+    """Returns where a dataset keeps the map of raw ids to rows of a table."""
     return root / "vocabulary" / f"{table}.parquet"
 
 
@@ -236,7 +238,7 @@ def _validate(schema: Schema, path: str) -> None:
 
 def _validate_column(schema: Schema, name: str, column: Column, path: str) -> None:
     where = f"{path}: column '{name}'"
-    if column.kind in ("dense", "label"):
+    if column.kind in ("dense", "label", "extra"):
         if column.num_embeddings or column.shares or column.parallel or column.vocabulary:
             raise ValueError(f"{where} of kind {column.kind} takes no further key")
         return

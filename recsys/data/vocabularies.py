@@ -86,7 +86,7 @@ class BoundedVocabularies:
                 ids.values[ids.counts] = part
 
     def counts(self) -> dict[str, VocabularyCounts]:
-        """What happened in each since the last call, over all ranks."""
+        """Returns what happened in each since the last call, over all ranks."""
         return {table: vocabulary.counts() for table, vocabulary in self.by_table.items()}
 
     def state_dict(self) -> State:
@@ -152,7 +152,7 @@ class UnknownIds:
         return _Ids(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def totals(self, group: dist.ProcessGroup | None = None) -> dict[str, dict[str, int]]:
-        """By column: how many ids there were on all ranks, and how many unknown. A collective."""
+        """Returns by column the ids of all ranks, and how many are unknown. A collective."""
         if not self._counts:
             return {}
         counts = torch.stack(list(self._counts.values()))
@@ -165,7 +165,7 @@ class UnknownIds:
 
 
 def format_unknown(what: str, totals: dict[str, dict[str, int]]) -> str | None:
-    """A line about the unknown ids of a split; None where no column can have any."""
+    """Returns a line about the unknown ids of a split; None where no column can have any."""
     if not totals:
         return None
     parts = [

@@ -17,7 +17,7 @@ from recsys.build import Job
 from recsys.content.bank_fill import encode_into_bank
 from recsys.data.batch import Batch
 from recsys.data.interactions import Interactions, loader
-from recsys.data.parquet.rows import ParquetRows, count_items
+from recsys.data.item_parts import count_items
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.distributed.gather import gather_rows
 from recsys.distributed.lockstep import Lockstep
@@ -47,7 +47,7 @@ def check_data(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
         skipped["items"] = job.store.items.bad_rows.summary(ranks, "items")
     for split in ("train", "valid", "test"):
         with ranks.raise_on_all_ranks():
-            rows = ParquetRows.of_split(job.root, split, job.schema, job.config.on_bad_row)
+            rows = job.rows(split)
             counts = count_items(rows, ranks.rank, ranks.world_size)
         training = counts if split == "train" else training
         if is_skip:
@@ -69,6 +69,7 @@ def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
     assert store is not None
 
     def stop_if_asked() -> None:
+        """Agrees on whether the job is to end. A collective."""
         if lockstep is not None:
             lockstep.settle()
             lockstep.raise_if_stopped()
@@ -83,9 +84,8 @@ def split_interactions(job: Job, split: str) -> Interactions:
         ValueError: on every rank, the split cannot be read.
     """
     with job.ranks.raise_on_all_ranks():
-        rows = ParquetRows.of_split(job.root, split, job.schema, job.config.on_bad_row)
         return Interactions(
-            rows,
+            job.rows(split),
             job.batch_builder(),
             job.config.batch_size,
             job.ranks.rank,

@@ -16,6 +16,7 @@ from recsys.content.branch import ContentBranch
 from recsys.content.encoders.base import Encoder
 from recsys.data.negatives import negatives_feature
 from recsys.data.schema import Schema
+from recsys.model.auxiliary import build_auxiliary
 from recsys.model.em3 import EM3, Losses, ReadIDs
 from recsys.model.losses import ContentIDContrastive, RankingLoss
 from recsys.model.retrieval_loss import RetrievalLoss
@@ -34,7 +35,7 @@ def build_em3(
     item_categories: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> EM3:
-    """The model, its tables on `device` (meta: allocated when sharded).
+    """Builds the model, its tables on `device` (meta: allocated when sharded).
 
     `item_categories` are those of `load_item_categories`; `process_group` has the ranks that train
     the model together, None for one alone.
@@ -49,17 +50,10 @@ def build_em3(
         raise ValueError(f"ranking.label_weights: no label {unknown}; the labels are {labels}")
     dims = {table.name: table.embedding_dim for table in tables}
     pooled = pooled_features(config, schema)
-    id_dim = dims[schema.target_item]
     dimensions = InputDimensions.of(schema, pooled, dims, item_categories, process_group)
     embeddings = build_embedding_collection(tables, device)
     assert embeddings is not None
-    contrastive = None
-    if content is not None and config.contrastive.weight > 0:
-        contrastive = ContentIDContrastive(content.dim, id_dim, config.contrastive)
-    weights = [config.ranking.label_weights.get(label, 1.0) for label in labels]
-    softmax = softmax_settings(config.ranking)
-    retrieval = RetrievalLoss(softmax, weights) if softmax is not None else None
-    negatives = negatives_feature(softmax, schema.target_item)
+    negatives = negatives_feature(softmax_settings(config.ranking), schema.target_item)
     return EM3(
         embedding_bags=build_embedding_bag_collection(tables, device),
         embeddings=embeddings,
@@ -73,5 +67,22 @@ def build_em3(
             id_dropouts(config, schema),
         ),
         ranking=build_ranking(config.ranking, dimensions, content),
-        losses=Losses(RankingLoss(weights), contrastive, config.contrastive.weight, retrieval),
+        losses=_build_losses(config, schema, dims[schema.target_item]),
+    )
+
+
+def _build_losses(config: Config, schema: Schema, id_dim: int) -> Losses:
+    """Returns the losses of a run; `id_dim` is the width of the target item's ID vectors."""
+    content = content_settings(config)
+    contrastive = None
+    if content is not None and config.contrastive.weight > 0:
+        contrastive = ContentIDContrastive(content.dim, id_dim, config.contrastive)
+    labels, softmax = schema.of_kind("label"), softmax_settings(config.ranking)
+    weights = [config.ranking.label_weights.get(label, 1.0) for label in labels]
+    return Losses(
+        RankingLoss(weights),
+        contrastive,
+        config.contrastive.weight,
+        RetrievalLoss(softmax, weights) if softmax is not None else None,
+        build_auxiliary(config.auxiliary, schema),
     )

@@ -20,6 +20,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from recsys.content.branch import ContentBranch
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
+from recsys.model.auxiliary import AuxiliaryInputs, AuxiliaryLosses
 from recsys.model.losses import ContentIDContrastive, RankingLoss
 from recsys.model.retrieval_loss import RetrievalLoss
 from recsys.ranking.vectors import IDVectors, MemberLogits, TowerVectors
@@ -89,12 +90,13 @@ class ReadIDs(nn.Module):
 
 
 class Losses(nn.Module):
-    """Ranking loss, or retrieval's in its place, plus weight times the Content-ID-Contrastive loss.
+    """Sum of the losses: ranking or retrieval, Content-ID-Contrastive, and auxiliary ones.
 
     Args:
         ranking: for logits.
         contrastive: None for none; `weight` is its.
         retrieval: for vectors of towers; None ranks by their logits.
+        auxiliary: further losses with their weights, in training alone; None for none.
     """
 
     def __init__(
@@ -103,10 +105,11 @@ class Losses(nn.Module):
         contrastive: ContentIDContrastive | None,
         weight: float,
         retrieval: RetrievalLoss | None = None,
+        auxiliary: AuxiliaryLosses | None = None,
     ) -> None:
         super().__init__()
         self.ranking, self.contrastive, self.weight = ranking, contrastive, weight
-        self.retrieval = retrieval
+        self.retrieval, self.auxiliary = retrieval, auxiliary
 
     def forward(
         self,
@@ -115,13 +118,17 @@ class Losses(nn.Module):
         content: ContentVectors | None,
         batch: Batch,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The loss to minimise, its parts without gradient, and the logits.
+        """Returns the loss to minimise, its parts without gradient, and the logits.
 
         When a retrieval model is not training, its vectors are with the parts: `query` [B, D] for
         the first label and `item` [B, D].
         """
         logits = scored if isinstance(scored, Tensor) else scored.logits
         loss, parts = self._parts(scored, logits, ids, content, batch)
+        if self.auxiliary is not None and self.training:
+            more, of_auxiliary = self.auxiliary(AuxiliaryInputs(logits, ids, content, batch))
+            parts = {"loss": loss + more, "ranking": loss} | parts | of_auxiliary
+            loss = parts["loss"] = loss + more
         if isinstance(scored, TowerVectors) and not self.training:
             parts |= {"query": scored.query[:, 0], "item": scored.item}
         return loss, {name: value.detach() for name, value in parts.items()}, logits

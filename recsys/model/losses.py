@@ -57,7 +57,7 @@ def published_contrastive(
     negatives: Tensor,  # [B, K] rows of the batch; may hit the row itself
     temperature: Tensor | float,
 ) -> Tensor:  # [B]
-    """The published loss: each row's positive against K rows drawn with replacement.
+    """Computes the published loss: each row's positive against K rows drawn with replacement.
 
     L_c2i = CE([z_i . z_c, z_i_neg . z_c] / tau, 0), L_i2c likewise with the same draws, and
     L = (L_c2i + L_i2c) / 2.
@@ -85,7 +85,7 @@ def in_batch_contrastive(
     first_row: int,  # this batch is rows [first_row, first_row + B) of the G
     temperature: Tensor | float,
 ) -> Tensor:  # [B]
-    """Both directions of cross-entropy against all rows.
+    """Computes both directions of cross-entropy against all rows.
 
     The same item is never a negative, nor is a row that pads, whose item is -1.
     """

@@ -44,7 +44,7 @@ class RetrievalLoss(nn.Module):
         self.register_buffer("weights", torch.tensor(label_weights), persistent=False)
 
     def forward(self, towers: TowerVectors, batch: Batch) -> Tensor:  # []
-        """Of the vectors of a batch, whose log Q `recsys.data.negatives` has filled in."""
+        """Returns the loss of a batch, whose log Q `recsys.data.negatives` has filled in."""
         of_items = batch.target_items.masked_fill(batch.row_weights == 0, PADDING)
         own_log_q = batch.target_log_q
         assert own_log_q is not None

@@ -9,7 +9,7 @@ from recsys.data.schema import Schema
 
 
 def pooled_features(config: Config, schema: Schema) -> list[str]:
-    """Columns looked up in pooled tables, in the order of the schema."""
+    """Returns columns looked up in pooled tables, in the order of the schema."""
     return [
         name
         for name, column in schema.columns.items()
@@ -20,7 +20,7 @@ def pooled_features(config: Config, schema: Schema) -> list[str]:
 
 
 def id_dropouts(config: Config, schema: Schema) -> dict[str, float]:
-    """The dropout of each pooled feature's vectors, as its table has it.
+    """Returns the dropout of each pooled feature's vectors, as its table has it.
 
     Raises:
         ValueError: the table of the target item has one.
@@ -40,7 +40,7 @@ def id_dropouts(config: Config, schema: Schema) -> dict[str, float]:
 def table_configs(
     config: Config, schema: Schema, list_lengths: dict[str, float] | None = None
 ) -> list[TableConfig]:
-    """One table per `id` or `ids` column that does not share another's.
+    """Returns one table per `id` or `ids` column that does not share another's.
 
     `list_lengths` are the mean numbers of ids per row, where columns have not just one.
 

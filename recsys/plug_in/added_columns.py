@@ -3,7 +3,8 @@
 A module whose first layer is linear, y = W x + b, gets inputs z beside x by a wider matrix: y =
 [W, V] (x, z) + b. Here V is a parameter of its own, and V z is added to what the first layer gives:
 the module keeps its parameters and their names, and with V = 0 its outputs to the last bit, which
-the product with one wider matrix would not (it adds up in another order).
+the product with one wider matrix would not (it adds up in another order). The first layer becomes
+a `WidenedLinear`, as `print(model)` shows.
 
 Shapes: B batch, Z added columns.
 """
@@ -12,10 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+
+class WidenedLinear(nn.Linear):
+    """A linear layer that adds `extra` [B, D] to its output while there is one."""
+
+    extra: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, D]
+        output = super().forward(x)
+        return output if self.extra is None else output + self.extra
 
 
 class AddedColumns(nn.Module):
@@ -43,28 +54,28 @@ class AddedColumns(nn.Module):
     def __init__(self, module: nn.Module, width: int) -> None:
         super().__init__()
         first = next((part for part in module.modules() if isinstance(part, nn.Linear)), None)
-        if first is None or hasattr(module, "_orig_mod"):
+        if (
+            first is None
+            or type(first) not in (nn.Linear, WidenedLinear)
+            or hasattr(module, "_orig_mod")
+        ):
             raise ValueError(
                 f"{type(module).__name__} has no linear layer to which content could be added; "
                 "give the DLRM as its class makes it, and compile it afterwards"
             )
-        self._first = (first,)  # in a tuple, where torch does not take it for a child
+        first.__class__ = WidenedLinear  # the very same layer, so that its names stay
+        self._first = (cast(WidenedLinear, first),)  # in a tuple, so that it is no child of this
         self.map = nn.Linear(width, first.out_features, bias=False)
         nn.init.zeros_(self.map.weight)
 
     @contextmanager
     def added(self, columns: Tensor) -> Iterator[None]:  # [B, Z]
-        """While this lasts, the module sees `columns` beside its own input."""
-        extra = self.map(columns)
-
-        def add(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            return output + extra
-
-        handle = self._first[0].register_forward_hook(add)
+        """Shows the module `columns` beside its own input while this lasts."""
+        self._first[0].extra = self.map(columns)
         try:
             yield
         finally:
-            handle.remove()
+            self._first[0].extra = None
 
 
 class WidenedModule(nn.Module):
@@ -89,5 +100,5 @@ class WidenedModule(nn.Module):
 
 
 def no_columns(rows: Tensor) -> Tensor:
-    """[B, ...] -> [B, 0]."""
+    """Returns no columns beside rows [B, ...]: [B, 0]."""
     return torch.zeros(len(rows), 0, device=rows.device)

@@ -20,7 +20,7 @@ from recsys.plug_in.model import DLRMWithContent, DLRMWithContentTrain
 def dlrm_state(
     model: nn.Module, optimizer: KeyedOptimizer | None = None
 ) -> dict[str, dict[str, Any]]:
-    """What a checkpoint of the DLRM alone holds: {"model": ..., "optimizer": ...}.
+    """Returns what a checkpoint of the DLRM alone holds: {"model": ..., "optimizer": ...}.
 
     To save it gives a checkpoint of the DLRM without content. To load, give it to
     `torch.distributed.checkpoint.load` and then to `load_dlrm`.
@@ -78,7 +78,7 @@ def load_dlrm(
 
 
 def _new_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """What the names of all begin with that the DLRM alone does not have."""
+    """Returns what the names of all begin with that the DLRM alone does not have."""
     inner = get_unwrapped_module(model) if isinstance(model, DistributedModelParallel) else model
     new = []
     for name, module in inner.named_modules():

@@ -43,7 +43,7 @@ class PlugInSettings:
         )
 
     def schema(self, num_items: int) -> Schema:
-        """What the dataset of such a DLRM has, as far as content goes."""
+        """Returns what the dataset of such a DLRM has, as far as content goes."""
         columns = {self.item: Column("id", num_embeddings=num_items)}
         if self.history is not None:
             columns[self.history] = Column("sequence", shares=self.item)

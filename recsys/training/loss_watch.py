@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recsys.data.parquet.rows import ParquetRows
+from recsys.data.row_source import RowSource
 from recsys.distributed.ranks import Ranks
 
 
@@ -23,7 +23,7 @@ class LossWatch:
     """
 
     def __init__(
-        self, ranks: Ranks, rows: ParquetRows, every: int, last_good: Callable[[], Path | None]
+        self, ranks: Ranks, rows: RowSource, every: int, last_good: Callable[[], Path | None]
     ) -> None:
         self.ranks, self.rows, self.last_good = ranks, rows, last_good
         self.every = every if ranks.device.type == "cuda" else 1

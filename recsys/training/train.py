@@ -32,7 +32,6 @@ from recsys.config import Config
 from recsys.content.projection_start import start_projections
 from recsys.data.filesystem import write_whole
 from recsys.data.interactions import Interactions
-from recsys.data.parquet.rows import ParquetRows
 from recsys.diagnostics.profile.step_profile import StepProfile
 from recsys.distributed.lockstep import Lockstep, TrainingStopped
 from recsys.distributed.log import print_table
@@ -157,7 +156,7 @@ def training_interactions(job: Job) -> Interactions:
     """This rank's share of the training rows. A collective."""
     config, ranks = job.config, job.ranks
     with ranks.raise_on_all_ranks():
-        rows = ParquetRows.of_split(job.root, "train", job.schema, config.on_bad_row)
+        rows = job.rows("train")
         build = job.batch_builder()
         interactions = Interactions(
             rows, build, config.batch_size, ranks.rank, ranks.world_size, config.seed

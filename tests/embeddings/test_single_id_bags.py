@@ -14,7 +14,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor
 
-from embeddings.single_id_bags import make_bags
+from embeddings.single_id_bags import SingleIdBags
 
 ROWS, DIM, BATCH = (7, 5), 4, 3
 # Of three features, two on the first table: ids of each, and lengths of each by row of the batch.
@@ -60,7 +60,7 @@ def train(module: SplitTableBatchedEmbeddingBagsCodegen, steps: int) -> list[Ten
 )
 def test_vectors_weights_and_moments_equal_those_without_pooling(optimizer: EmbOptimType) -> None:
     unpooled, bags = lookup(optimizer), lookup(optimizer)
-    make_bags(bags)
+    SingleIdBags.take_over(bags)
     expected, results = train(unpooled, steps=2), train(bags, steps=2)
     assert len(expected) == len(results)
     for result, wanted in zip(results, expected):
@@ -71,7 +71,15 @@ def test_vectors_weights_and_moments_equal_those_without_pooling(optimizer: EmbO
 
 def test_vectors_are_the_table_s_rows_in_the_order_of_the_ids() -> None:
     bags = lookup(EmbOptimType.EXACT_SGD)
-    make_bags(bags)
+    SingleIdBags.take_over(bags)
     first, second = bags.split_embedding_weights()
     output = bags(torch.tensor([3, 3, 0, 6, 2]), torch.tensor([0, 1, 1, 1, 4, 4, 4, 4, 5, 5]))
     assert torch.equal(output, torch.stack([first[3], first[3], first[0], first[6], second[2]]))
+
+
+def test_a_lookup_shows_what_it_is_and_keeps_the_names_of_its_state() -> None:
+    bags = lookup(EmbOptimType.EXACT_SGD)
+    names = bags.state_dict().keys()
+    SingleIdBags.take_over(bags)
+    assert str(bags).startswith("SingleIdBags(")
+    assert bags.state_dict().keys() == names

@@ -9,6 +9,8 @@ import pytest
 
 from embeddings import MemoryBank
 from recsys import ContentBranch, ContentIDContrastive, FusionQFormer
+from recsys.model.auxiliary import Distillation
+from recsys.optimizer import LearningRateShare
 from recsys.plug_in import DLRMWithContent
 from recsys.plug_in.added_columns import AddedColumns
 
@@ -17,7 +19,9 @@ PARTS = (
     ContentBranch,
     ContentIDContrastive,
     DLRMWithContent,
+    Distillation,
     FusionQFormer,
+    LearningRateShare,
     MemoryBank,
 )
 

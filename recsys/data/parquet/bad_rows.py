@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from recsys.data.filesystem import Location
+from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 
 OnBadRow = Literal["error", "skip"]
@@ -44,7 +45,7 @@ class BadRows:
 
     def add(
         self,
-        file: Location,
+        file: Location | str,
         column: str,
         first_row: int,
         bad: np.ndarray,
@@ -72,11 +73,11 @@ class BadRows:
         self.found[str(file), column, first_row, reason] = (int(bad.sum()), first_row + row)
 
     def of_column(self, column: str) -> dict[Place, tuple[int, int]]:
-        """What was found in one column."""
+        """Returns what was found in one column."""
         return {place: rows for place, rows in self.found.items() if place[1] == column}
 
     def summary(self, ranks: Ranks, what: str) -> dict[str, Any]:
-        """Counts of all ranks; rank 0 prints them as the skipped rows of `what`. A collective.
+        """Counts of all ranks; rank 0 logs them as the skipped rows of `what`. A collective.
 
         Returns:
             rows: number of skipped rows.
@@ -87,12 +88,12 @@ class BadRows:
             merged |= found
         total_rows, entries = by_reason(merged)
         if entries and ranks.is_first:
-            print(format_skipped(what, total_rows, entries), flush=True)
+            print_table(format_skipped(what, total_rows, entries))
         return {"rows": total_rows, "found": entries}
 
 
 def by_reason(found: dict[Place, tuple[int, int]]) -> tuple[int, list[dict[str, Any]]]:
-    """Rows in all, and by file, column and reason, of what `BadRows` found in parts of files."""
+    """Returns bad rows in all, and by file, column and reason, of what `BadRows` has noted."""
     merged: dict[tuple[str, str, str], tuple[int, int]] = {}
     for (file, column, _, reason), (rows, first) in sorted(found.items()):
         # Parts come in order, so the first row of the first part stays.
@@ -106,7 +107,7 @@ def by_reason(found: dict[Place, tuple[int, int]]) -> tuple[int, list[dict[str, 
 
 
 def format_skipped(what: str, rows: int, entries: list[dict[str, Any]]) -> str:
-    """The report as lines of text."""
+    """Returns the report as lines of text."""
     lines = [f"skipped {_rows(rows)} of {what}:"]
     for entry in entries[:LINES]:
         column = f" column '{entry['column']}'" if entry["column"] else ""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from recsys.data.parquet.rows import ParquetRows, Window
+from recsys.data.row_source import RowSource, Window
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def deal(slices: Sequence[Slice], world_size: int) -> list[list[Slice]]:
 
 
 def between(slices: Sequence[Slice], low: int, high: int) -> list[Slice]:
-    """The rows at places `[low, high)` of the slices laid end to end."""
+    """Returns the rows at places `[low, high)` of the slices laid end to end."""
     found, place = [], 0
     for piece in slices:
         first, last = max(low - place, 0), min(high - place, len(piece))
@@ -55,12 +55,12 @@ def between(slices: Sequence[Slice], low: int, high: int) -> list[Slice]:
 
 
 def num_batches_of(num_rows: int, batch_size: int) -> int:
-    """Batches of at most `batch_size` that hold `num_rows` rows."""
+    """Returns batches of at most `batch_size` that hold `num_rows` rows."""
     return -(-num_rows // batch_size)
 
 
 def rows_before(batch: int, num_rows: int, num_batches: int) -> int:
-    """Rows in the batches before number `batch`, of `num_rows` cut as equally as can be."""
+    """Returns rows in the batches before number `batch`, of `num_rows` cut as equally as can be."""
     return num_rows * batch // num_batches if num_batches else 0
 
 
@@ -74,13 +74,13 @@ class EpochShare:
 
     @staticmethod
     def of(
-        rows: ParquetRows,
+        rows: RowSource,
         stages: Sequence[Stage],
         rank: int,
         world_size: int,
         shuffle_seed: tuple[int, int] | None,
     ) -> EpochShare:
-        """The share of `rank` in what the `stages` have left."""
+        """Returns the share of `rank` in what the `stages` have left."""
         rest: list[Slice] | None = None
         for stage in stages:
             shares = _shares(rows, rest, stage.world_size, shuffle_seed)
@@ -91,12 +91,12 @@ class EpochShare:
 
 
 def _shares(
-    rows: ParquetRows,
+    rows: RowSource,
     rest: list[Slice] | None,
     world_size: int,
     shuffle_seed: tuple[int, int] | None,
 ) -> list[list[Slice]]:
-    """All ranks' shares of the rest, or of a fresh epoch, where each has windows of its own."""
+    """Returns all ranks' shares of the rest, or of an epoch, each with windows of its own."""
     if rest is not None:
         return deal(rest, world_size)
     return [
@@ -109,7 +109,7 @@ def _shares(
 
 
 def _left(shares: list[list[Slice]], stage: Stage) -> list[Slice]:
-    """What a stage has not read."""
+    """Returns what a stage has not read."""
     num_rows = max(sum(map(len, share)) for share in shares)
     num_batches = num_batches_of(num_rows, stage.batch_size)
     done = rows_before(stage.batches, num_rows, num_batches)

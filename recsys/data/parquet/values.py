@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary, integer_ids, is_id_type
-from recsys.data.filesystem import Location
 from recsys.data.schema import Schema
 
 ROW_POSITION = "__row_position"  # a row's place in the split's files, in order of file name
@@ -26,14 +25,14 @@ ReportColumn = Callable[[str, np.ndarray, str, Callable[[int], str]], None]
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds lists, of whatever flavour."""
+    """Returns whether a column of this type holds lists, of whatever flavour."""
     return (
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     )
 
 
 def list_lengths(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """Lengths of the lists; a null list is an empty one."""
+    """Returns lengths of the lists; a null list is an empty one."""
     lengths = pc.fill_null(pc.list_value_length(column), 0)
     return lengths.to_numpy() if isinstance(lengths, pa.ChunkedArray) else lengths.to_numpy(False)
 
@@ -43,14 +42,14 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _expected(schema: Schema, name: str) -> tuple[bool, bool]:
-    """(is a list, is an integer) of the column as the schema has it."""
+    """Returns (is a list, is an integer) of the column as the schema has it."""
     column = schema.columns.get(name)
     if column is None:  # a parallel list
         return True, False
     return column.kind in ("ids", "sequence"), column.kind in ("id", "ids", "sequence")
 
 
-def check_type(schema: Schema, name: str, kind: pa.DataType, file: Location) -> None:
+def check_type(schema: Schema, name: str, kind: pa.DataType, file: str) -> None:
     """Raises a ValueError where a column's type is not what the schema says."""
     wants_list, wants_integer = _expected(schema, name)
     is_raw = schema.vocabulary_of(name) is not None
@@ -72,7 +71,7 @@ def check_type(schema: Schema, name: str, kind: pa.DataType, file: Location) -> 
 
 
 def empty_table(schema: Schema, names: list[str]) -> pa.Table:
-    """No rows, with what batches are made of: the columns `names` and the rows' positions.
+    """Returns an empty table of what batches are made of: the columns `names` and row positions.
 
     Where the group has a vocabulary, its raw ids are a column of their own.
     """
@@ -88,13 +87,13 @@ def empty_table(schema: Schema, names: list[str]) -> pa.Table:
 
 
 def _num_rows_of_id(schema: Schema, name: str) -> int:
-    """How many rows of its table an id of a column has."""
+    """Returns how many rows of its table an id of a column has."""
     vocabulary = schema.vocabulary_of(name)
     return 1 if vocabulary is None else vocabulary.num_hashes
 
 
 def padding_rows(like: pa.Table, num_rows: int) -> pa.Table:
-    """Rows that take part in a step and count nowhere: zeros, empty lists, position -1."""
+    """Returns rows that take part in a step and count nowhere: zeros, empty lists, position -1."""
     columns = {}
     for field in like.schema:
         value: Any = [] if is_list(field.type) else -1 if field.name == ROW_POSITION else 0
@@ -105,7 +104,7 @@ def padding_rows(like: pa.Table, num_rows: int) -> pa.Table:
 def usable_table(
     table: pa.Table, schema: Schema, positions: np.ndarray, report: ReportColumn
 ) -> pa.Table:
-    """The columns of a row group in their canonical types, bad rows replaced by padding ones.
+    """Returns the columns of a chunk in canonical types, bad rows replaced by padding ones.
 
     Args:
         table: as read.
@@ -131,11 +130,13 @@ def usable_table(
 
 
 def _usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn) -> pa.Array:
-    """A column in its canonical type; rows of it that were noted hold anything."""
+    """Returns a column in its canonical type; rows of it that were noted hold anything."""
     is_list_column, is_integer = _expected(schema, name)
     array = one_chunk(table[name])
     if schema.vocabulary_of(name) is not None:
         return _rows_of_raw_ids(array, name, schema, note)
+    if name in schema.of_kind("extra"):
+        return _extra_column(array, name, note)
     # Ids are checked as they were written, since a large unsigned one would turn negative.
     own_type = array.type.value_type if is_list_column else array.type
     array = _cast(array, own_type if is_integer else pa.float32(), is_list_column)
@@ -180,8 +181,18 @@ def _usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColum
     return array
 
 
+def _extra_column(array: pa.Array, name: str, note: ReportColumn) -> pa.Array:
+    """Returns a column of kind extra in float32, NaN where a row has no value."""
+    array = pc.fill_null(_cast(array, pa.float32(), False), float("nan"))
+    numbers = array.to_numpy()
+    if np.isinf(numbers).any():
+        message = "write a finite number that fits float32, or null"
+        note(name, np.isinf(numbers), "not finite", lambda row: f"value {numbers[row]}; {message}")
+    return array
+
+
 def _rows_of_values(array: pa.Array, values: np.ndarray) -> np.ndarray:
-    """Which rows [R] hold any of the marked values [N]; a row is one value or a list of them."""
+    """Returns which rows [R] hold any of the marked values [N]; a row is a value or a list."""
     if not is_list(array.type):
         return values
     rows = np.zeros(len(array), bool)
@@ -190,7 +201,7 @@ def _rows_of_values(array: pa.Array, values: np.ndarray) -> np.ndarray:
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    """A column as one array, without a copy where it is one already."""
+    """Returns a column as one array, without a copy where it is one already."""
     if column.num_chunks == 1:
         return column.chunk(0)
     array = column.combine_chunks()
@@ -198,7 +209,7 @@ def one_chunk(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _usable_raw_ids(values: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
-    """(raw ids without dictionary, which are null, which are beyond int64)."""
+    """Returns (raw ids without dictionary, which are null, which are beyond int64)."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     too_large = np.zeros(len(values), bool)
@@ -208,7 +219,7 @@ def _usable_raw_ids(values: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]
 
 
 def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportColumn) -> pa.Array:
-    """A column of raw ids as rows; as integers where rows are found while training."""
+    """Returns a column of raw ids as rows; as integers where rows are found while training."""
     as_list = is_list(array.type)
     values = array.flatten() if as_list else array
     lengths = list_lengths(array) if as_list else np.ones(len(array), np.int64)
@@ -231,7 +242,7 @@ def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportCol
 def _found_where(
     usable: np.ndarray, vocabulary: ExactVocabulary | HashVocabulary | None, ids: pa.Array
 ) -> np.ndarray:
-    """Rows of raw ids, or the ids as integers; zeros for those that cannot be used."""
+    """Returns rows of raw ids, or the ids as integers; zeros for those that cannot be used."""
     rows_of = integer_ids if vocabulary is None else vocabulary.rows_of
     if usable.all():
         return rows_of(ids)
@@ -242,7 +253,7 @@ def _found_where(
 
 
 def _raw_groups(column: pa.ChunkedArray) -> pa.Array:
-    """The group's raw ids as int64; rows of those that cannot be used are noted elsewhere."""
+    """Returns the group's raw ids as int64; what cannot be used is noted elsewhere."""
     values, null, too_large = _usable_raw_ids(one_chunk(column))
     return pa.array(_found_where(~(null | too_large), None, values))
 

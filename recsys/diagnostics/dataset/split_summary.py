@@ -88,8 +88,9 @@ def summarize_split(root: Location, split: str, schema: Schema) -> SplitSummary:
 def _add_rows(found: SplitSummary, schema: Schema, columns: RowColumns) -> None:
     found.usable_rows += columns.num_rows
     for name, column in schema.columns.items():
-        if column.kind in ("label", "dense"):
-            found.numbers.setdefault(name, Range()).add(columns.numbers[name])
+        if column.kind in ("label", "dense", "extra"):
+            numbers = columns.numbers[name]
+            found.numbers.setdefault(name, Range()).add(numbers[~np.isnan(numbers)])
         else:
             _add_ids(found, schema, name, columns)
     items, times = np.unique(columns.numbers[schema.target_item], return_counts=True)

@@ -17,7 +17,7 @@ from recsys.config import Config, content_settings
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.interactions import Interactions
-from recsys.data.parquet.rows import ParquetRows
+from recsys.data.row_source import open_rows
 from recsys.diagnostics.cost.batch_counts import BatchCounts, ModalityCounts, lengths_like
 from recsys.diagnostics.plan.meta_model import MetaModel
 from recsys.model.tables import pooled_features
@@ -43,7 +43,7 @@ def sample_batches(meta_model: MetaModel) -> BatchSample:
         ValueError: there is no training split, or a row that is read cannot be used.
     """
     config, schema = meta_model.config, meta_model.schema
-    rows = ParquetRows.of_split(meta_model.root, "train", schema, config.on_bad_row)
+    rows = open_rows(config.source, meta_model.root, "train", schema, config.on_bad_row)
     content = content_settings(config)
     build = BatchBuilder(
         schema,

@@ -21,8 +21,9 @@ from recsys.data.interactions import Interactions
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.columns import RowColumns
-from recsys.data.parquet.rows import ParquetRows, Window
+from recsys.data.parquet.rows import ParquetRows
 from recsys.data.parquet.values import ROW_POSITION
+from recsys.data.row_source import Window
 from recsys.data.schema import load_schema
 from tests.datasets import FEATURE_WIDTH, write_dataset, write_parquet
 
@@ -277,7 +278,7 @@ def test_a_rank_without_rows_takes_part_with_rows_that_are_not_counted(tmp_path:
 def test_rows_dealt_into_batches_cross_windows_of_shuffling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recsys.data.parquet.rows.SHUFFLE_ROWS", 12)
+    monkeypatch.setattr("recsys.data.row_source.SHUFFLE_ROWS", 12)
     rows = rows_of(write_dataset(tmp_path))
     batches = positions_of(interactions_of(rows, 16, seed=0))
     assert [len(batch) for batch in batches] == [15] * 4

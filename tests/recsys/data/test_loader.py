@@ -22,7 +22,8 @@ from recsys.data.filesystem import Location
 from recsys.data.interactions import AHEAD, Interactions, loader
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
-from recsys.data.parquet.rows import ParquetRows, Window
+from recsys.data.parquet.rows import ParquetRows
+from recsys.data.row_source import Window
 from recsys.data.schema import load_schema
 from tests.datasets import write_dataset, write_parquet
 
@@ -31,7 +32,7 @@ BATCH, WINDOW, ROWS = 4, 12, 60  # windows end with a row group, of which there 
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recsys.data.parquet.rows.SHUFFLE_ROWS", WINDOW)
+    monkeypatch.setattr("recsys.data.row_source.SHUFFLE_ROWS", WINDOW)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from recsys.optimizer import (
 )
 
 GROUPS = [DenseGroup("all", [""], learning_rate=0.1, weight_decay=0.3)]
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "adam": {"amsgrad": True},
     "sgd": {},
@@ -33,7 +33,7 @@ class Counting(torch.optim.Optimizer):
         super().__init__(params, {"rate_share": rate_share})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -52,7 +52,7 @@ class Counting(torch.optim.Optimizer):
 class Odd(Counting):
     """Keeps something that no checkpoint can hold."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step()
         for state in self.state.values():
             state["name"] = "odd"

@@ -248,6 +248,7 @@ def test_models_that_content_cannot_be_added_to_are_named() -> None:
 def test_columns_are_added_while_their_context_lasts_even_where_it_ends_by_an_error() -> None:
     mlp = nn.Sequential(nn.Linear(NUM_DENSE, 4), nn.ReLU())
     columns = AddedColumns(mlp, 2)
+    assert "(0): WidenedLinear(" in str(mlp)
     randomised(columns)
     x, z = torch.randn(3, NUM_DENSE), torch.randn(3, 2)
     plain = mlp(x)

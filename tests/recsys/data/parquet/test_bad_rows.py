@@ -14,9 +14,11 @@ from recsys.config import load_config
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.filesystem import Location
 from recsys.data.interactions import Interactions
-from recsys.data.parquet.rows import ParquetRows, count_items
+from recsys.data.item_parts import count_items
+from recsys.data.parquet.rows import ParquetRows
 from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.schema import load_schema
+from recsys.distributed.log import configure_logging
 from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.evaluation.predict import predict
 from recsys.training.train import train
@@ -37,8 +39,9 @@ def dataset(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def alone() -> Iterator[Ranks]:
-    """A job of this process."""
+    """A job of this process, whose log goes to standard output."""
     with joined_ranks("cpu") as ranks:
+        configure_logging()
         yield ranks
 
 

@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recsys.data import row_source
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.filesystem import Location
 from recsys.data.interactions import Interactions
-from recsys.data.parquet import rows as parquet_rows
 from recsys.data.parquet.bad_rows import OnBadRow
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
@@ -134,7 +134,7 @@ class Reading:
         schema = load_schema(root)
         rows = ParquetRows.of_split(root, "train", schema, on_bad_row)
         build = BatchBuilder(schema, ["user", "genres"])
-        with patch.object(parquet_rows, "SHUFFLE_ROWS", self.shuffle_rows):
+        with patch.object(row_source, "SHUFFLE_ROWS", self.shuffle_rows):
             return [
                 list(Interactions(rows, build, self.batch_size, rank, self.world_size, self.seed))
                 for rank in range(self.world_size)

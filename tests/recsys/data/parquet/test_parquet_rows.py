@@ -8,7 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.data.filesystem import Location
-from recsys.data.parquet.rows import ROW_POSITION, ParquetRows, count_items
+from recsys.data.item_parts import count_items
+from recsys.data.parquet.rows import ParquetRows
+from recsys.data.parquet.values import ROW_POSITION
 from tests.datasets import write_dataset
 from tests.recsys.data.parquet.four_rows import COLUMNS, open_rows, read_all, schema_of, table_of
 

@@ -18,7 +18,7 @@ from tests.datasets import write_dataset
 @pytest.fixture
 def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ParquetRows:
     """61 rows in two files and row groups of 11, shuffled in windows of about 15."""
-    monkeypatch.setattr("recsys.data.parquet.rows.SHUFFLE_ROWS", 15)
+    monkeypatch.setattr("recsys.data.row_source.SHUFFLE_ROWS", 15)
     root = Location.of(write_dataset(tmp_path, {"train": 61}))
     return ParquetRows.of_split(root, "train", load_schema(root))
 
@@ -98,9 +98,9 @@ def test_windows_end_where_long_histories_make_them_large(
 ) -> None:
     stage = Stage(world_size, 4, 0)
     largest = max(group.num_bytes for group in rows.row_groups)
-    monkeypatch.setattr("recsys.data.parquet.rows.SHUFFLE_ROWS", 1000)
+    monkeypatch.setattr("recsys.data.row_source.SHUFFLE_ROWS", 1000)
     by_rows = share(rows, 0, stage, seed).share.slices
-    monkeypatch.setattr("recsys.data.parquet.rows.SHUFFLE_BYTES", largest)
+    monkeypatch.setattr("recsys.data.row_source.SHUFFLE_BYTES", largest)
     by_bytes = share(rows, 0, stage, seed).share.slices
     assert len(by_rows) == 1
     assert sum(map(len, by_bytes)) == len(by_rows[0])

@@ -1,0 +1,299 @@
+"""Where the rows of a split come from: chunks that are counted, checked and read in shares.
+
+Chunks are the unit of reading: the row groups of Parquet files, or what a source of the user's own
+calls so. They are put in one global order (shuffled by seed and epoch when training); a rank's
+share is a contiguous range of that order, so that every row belongs to exactly one rank, each rank
+reads only the chunks it needs, and shares differ by one row.
+
+A source of the user's own is a class in one file and a line of YAML. It says how many rows each
+chunk has, and reads one; all else is done here, the check of every value included:
+
+    class CsvRows(RowSource):
+        def __init__(self, root: Location, split: str, schema: Schema, sep: str = ",") -> None:
+            self.files = sorted(Path(root.path, split).glob("*.csv"))
+            super().__init__(schema, [Chunk(str(f), count_lines(f)) for f in self.files])
+
+        def read_chunk(self, number: int) -> pa.Table: ...  # the columns `self.columns`
+
+    source: {name: "my_rows:CsvRows", options: {sep: ";"}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from recsys.config import SourceSettings
+from recsys.config.named_parts import make_part
+from recsys.data.filesystem import Location
+from recsys.data.parquet.bad_rows import BadRows, OnBadRow
+from recsys.data.parquet.values import (
+    check_type,
+    empty_table,
+    padding_rows,
+    usable_table,
+)
+from recsys.data.schema import Schema
+from recsys.distributed.ranks import Ranks
+
+SOURCES = {"parquet": "recsys.data.parquet.rows:split_rows"}
+
+# What is shuffled together in memory, per rank: so many rows, or those of so many bytes where
+# histories are long, but at least one chunk. Of Parquet, bytes are those of encoded pages,
+# as only these are known before a file is read; ids take about five times as many in memory.
+SHUFFLE_ROWS = 262_144
+SHUFFLE_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows that are read at once.
+
+    place: of the chunk, for messages and the fingerprint: a file, a URL, a name.
+    first_row: number of its first row at that place.
+    num_bytes: their size, by which windows are cut; 0 where it is not known.
+    """
+
+    place: str
+    num_rows: int
+    first_row: int = 0
+    num_bytes: int = 0
+
+    def bytes_in(self, low: int, high: int) -> int:
+        """Returns how many bytes rows `[low, high)` have if all rows have equally many."""
+        return self.num_bytes * (high - low) // self.num_rows
+
+
+@dataclass(frozen=True)
+class Window:
+    """Places `[start, stop)` of the epoch's order of chunks; its rows are shuffled together."""
+
+    start: int
+    stop: int
+
+
+class RowSource(ABC):
+    """The rows of one split. Subclasses say what its chunks are, and read them.
+
+    Args:
+        schema: meaning of the columns.
+        chunks: in the order of their rows.
+        with_labels: False for rows that need not have labels.
+        on_bad_row: what becomes of a row with a value that cannot be used: `error`, or `skip`:
+            padding rows stand in its place, and `bad_rows` counts them.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        chunks: Sequence[Chunk],
+        with_labels: bool = True,
+        on_bad_row: OnBadRow = "error",
+    ) -> None:
+        self.schema, self.chunks = schema, chunks
+        self.bad_rows = BadRows(on_bad_row)
+        self.columns = columns_to_read(schema, with_labels)
+        # Place of each chunk's first row among all of the split.
+        self._first_positions = [0, *accumulate(chunk.num_rows for chunk in chunks)]
+        self.num_rows = self._first_positions.pop()
+        if not self.num_rows:
+            raise ValueError(f"{type(self).__name__}: a split without rows; it needs some")
+
+    @abstractmethod
+    def read_chunk(self, number: int) -> pa.Table:
+        """Returns the rows of chunk `number`: at least the columns `self.columns`."""
+
+    def read_chunks(self, numbers: Sequence[int]) -> Iterator[pa.Table]:
+        """Returns the checked rows of some chunks, which are in ascending order."""
+        for number in numbers:
+            table, chunk = self.read_chunk(number), self.chunks[number]
+            for name in self.columns:
+                if name not in table.column_names:
+                    raise ValueError(
+                        f"{chunk.place}: column '{name}' is missing; the rows have "
+                        f"{table.column_names}"
+                    )
+                check_type(self.schema, name, table[name].type, chunk.place)
+            if table.num_rows != chunk.num_rows:
+                raise ValueError(
+                    f"{chunk.place}: {table.num_rows} rows instead of the {chunk.num_rows} of "
+                    f"chunk {number}; a chunk has the same rows whenever it is read"
+                )
+            yield self.usable(number, table)
+
+    def usable(self, number: int, table: pa.Table) -> pa.Table:
+        """Returns the rows of a chunk in canonical types, bad ones noted and made padding rows.
+
+        Raises:
+            ValueError: a row is bad and that is an error.
+        """
+        chunk = self.chunks[number]
+
+        def report(
+            column: str, bad: np.ndarray, reason: str, message: Callable[[int], str]
+        ) -> None:
+            self.bad_rows.add(chunk.place, column, chunk.first_row, bad, reason, message)
+
+        positions = np.arange(chunk.num_rows) + self._first_positions[number]
+        return usable_table(table.select(self.columns), self.schema, positions, report)
+
+    def describe_range(self, positions: np.ndarray) -> str:
+        """Returns first and last of some rows, each as file and row, for messages."""
+        if not len(positions):
+            return "no rows"
+        ends = [self._place(int(position)) for position in (positions.min(), positions.max())]
+        return " and ".join(f"{place} row {row}" for place, row in ends)
+
+    def _place(self, position: int) -> tuple[str, int]:
+        """Returns the place of a row of the split, and its number there."""
+        number = bisect_right(self._first_positions, position) - 1
+        chunk = self.chunks[number]
+        return chunk.place, chunk.first_row + position - self._first_positions[number]
+
+    def fingerprint(self) -> str:
+        """Returns a hash of what decides on the order of the rows: chunks with place and size."""
+        names = [chunk.place.rsplit("/", 1)[-1] for chunk in self.chunks]
+        sizes = [(chunk.num_rows, chunk.num_bytes) for chunk in self.chunks]
+        return hashlib.blake2b(repr((names, sizes)).encode(), digest_size=16).hexdigest()
+
+    def skipped(self, ranks: Ranks, what: str) -> dict[str, Any]:
+        """Returns what all ranks have skipped of the chunks read so far; see `BadRows.summary`.
+
+        Rank 0 logs it as the skipped rows of `what`. A collective.
+
+        Raises:
+            ValueError: no row is left.
+        """
+        summary = self.bad_rows.summary(ranks, what)
+        if summary["rows"] == self.num_rows:
+            raise ValueError(
+                f"{self.chunks[0].place}: none of the {self.num_rows} rows of {what} can be "
+                "used; mend the data, or the schema"
+            )
+        return summary
+
+    def share(self, rank: int, world_size: int) -> tuple[int, int]:
+        """Returns first and last-plus-one place of a rank's rows in the global order."""
+        return (
+            self.num_rows * rank // world_size,
+            self.num_rows * (rank + 1) // world_size,
+        )
+
+    def windows(
+        self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
+    ) -> list[Window]:
+        """Returns the places `[start, stop)` cut at chunks into what is shuffled together.
+
+        A window ends with the chunk that reaches `SHUFFLE_ROWS`, or before the one that would
+        exceed `SHUFFLE_BYTES`. `shuffle_seed` (seed, epoch) permutes the chunks, the same on
+        every rank, and the rows within each window.
+        """
+        found: list[Window] = []
+        place = num_bytes = 0
+        for number in self._ordered(shuffle_seed):
+            chunk = self.chunks[number]
+            low, high = max(start - place, 0), min(stop - place, chunk.num_rows)
+            more = chunk.bytes_in(low, high) if low < high else 0
+            if num_bytes and more and num_bytes + more > SHUFFLE_BYTES:
+                found.append(Window(start, place))
+                start, num_bytes = place, 0
+            num_bytes += more
+            place += chunk.num_rows
+            if min(place, stop) - start >= SHUFFLE_ROWS or place >= stop > start:
+                found.append(Window(start, min(place, stop)))
+                start, num_bytes = found[-1].stop, 0
+        return found
+
+    def read_window(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> pa.Table:
+        """Returns the rows of a window, in the order of its chunks; see `row_order`.
+
+        Raises:
+            ValueError: a file is gone, or a row cannot be used and that is an error.
+        """
+        pieces: list[tuple[int, int, int]] = []  # a chunk and its rows [low, high)
+        place = 0
+        for number in self._ordered(shuffle_seed):
+            num_rows = self.chunks[number].num_rows
+            low, high = max(window.start - place, 0), min(window.stop - place, num_rows)
+            place += num_rows
+            if low < high:
+                pieces.append((number, low, high))
+        numbers = sorted(number for number, _, _ in pieces)  # to open each file once
+        tables = dict(zip(numbers, self.read_chunks(numbers), strict=True))
+        return pa.concat_tables(
+            [tables[number].slice(low, high - low) for number, low, high in pieces]
+        )
+
+    def row_order(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> np.ndarray:
+        """Returns which row of a window, as it is read, comes first and so on: int64 [rows]."""
+        num_rows = window.stop - window.start
+        if shuffle_seed is None:
+            return np.arange(num_rows)
+        return np.random.default_rng((*shuffle_seed, window.start)).permutation(num_rows)
+
+    def read(
+        self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
+    ) -> Iterator[pa.Table]:
+        """Returns the rows at the places `[start, stop)` in their order, one table per window."""
+        for window in self.windows(start, stop, shuffle_seed):
+            table = self.read_window(window, shuffle_seed)
+            if shuffle_seed is not None:
+                table = table.take(self.row_order(window, shuffle_seed))
+            yield table.combine_chunks()
+
+    def padding(self, num_rows: int) -> pa.Table:
+        """Returns rows that count nowhere, in the types of those that are read."""
+        return padding_rows(empty_table(self.schema, self.columns), num_rows)
+
+    def _ordered(self, shuffle_seed: tuple[int, int] | None) -> Sequence[int]:
+        """Returns the numbers of the chunks in their global order."""
+        if shuffle_seed is None:
+            return range(len(self.chunks))
+        order = np.random.default_rng(shuffle_seed).permutation(len(self.chunks))
+        return [int(number) for number in order]
+
+
+def columns_to_read(schema: Schema, with_labels: bool) -> list[str]:
+    """Returns the columns of the rows; without labels what only losses need is left out, too."""
+    return [
+        name
+        for name, column in schema.columns.items()
+        if with_labels or column.kind not in ("label", "extra")
+    ] + schema.parallel
+
+
+def open_rows(
+    settings: SourceSettings,
+    root: Location,
+    split: str,
+    schema: Schema,
+    on_bad_row: OnBadRow = "error",
+) -> RowSource:
+    """Returns the rows of a split, from the source that the settings name.
+
+    Raises:
+        ValueError: the source cannot be made, or cannot read the split.
+    """
+    rows: RowSource = make_part(
+        "source.name",
+        settings.name,
+        SOURCES,
+        RowSource,  # type: ignore[type-abstract]
+        root,
+        split,
+        schema,
+        **settings.options,
+    )
+    rows.bad_rows = BadRows(on_bad_row)
+    return rows

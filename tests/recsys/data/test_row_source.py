@@ -1,0 +1,168 @@
+"""Rows from a source of one's own: a class in a file and a line of YAML."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from recsys.config import SourceSettings
+from recsys.data.filesystem import Location
+from recsys.data.item_parts import count_items
+from recsys.data.parquet.rows import ParquetRows
+from recsys.data.row_source import Chunk, RowSource, Window, open_rows
+from recsys.data.schema import Schema, load_schema
+from tests.datasets import write_dataset
+from tests.recsys.command_runs import TINY, run_program, train_words
+
+OWN = '''\
+import json
+from pathlib import Path
+
+import pyarrow as pa
+
+from recsys.data.row_source import Chunk, RowSource
+
+
+class JsonLines(RowSource):
+    """Files of JSON objects, one a line; so many lines are a chunk."""
+
+    def __init__(self, root, split, schema, lines_per_chunk):
+        self.lines, self.size = [], lines_per_chunk
+        for file in sorted(Path(root.path, split).glob("*.jsonl")):
+            self.lines += file.read_text().splitlines()
+        starts = range(0, len(self.lines), lines_per_chunk)
+        super().__init__(
+            schema,
+            [Chunk(f"{split}.jsonl", min(lines_per_chunk, len(self.lines) - s), s) for s in starts],
+        )
+
+    def read_chunk(self, number):
+        rows = self.lines[number * self.size : (number + 1) * self.size]
+        return pa.Table.from_pylist([json.loads(row) for row in rows])
+'''
+
+
+class Counted(RowSource):
+    """Rows that are made, not read: row n has the item n."""
+
+    def __init__(
+        self, root: Location, split: str, schema: Schema, sizes: list[int], more: int = 0
+    ) -> None:
+        super().__init__(schema, [Chunk(f"chunk-{n}", size) for n, size in enumerate(sizes)])
+        self.starts, self.more = [sum(sizes[:n]) for n in range(len(sizes))], more
+
+    def read_chunk(self, number: int) -> pa.Table:
+        start, size = self.starts[number], self.chunks[number].num_rows + self.more
+        items = list(range(start, start + size))
+        lists = pa.array([[]] * size, pa.list_(pa.int64()))
+        return pa.table(
+            {
+                "user": [0] * size,
+                "item": items,
+                "history": lists,
+                "history_liked": lists.cast(pa.list_(pa.float32())),
+                "genres": lists,
+                "price": [0.5] * size,
+                "liked": [1.0] * size,
+            }
+        )
+
+
+def opened(tmp_path: Path, name: str = f"{__name__}:Counted", **options: object) -> RowSource:
+    root = Location.of(write_dataset(tmp_path / "data"))
+    return open_rows(SourceSettings(name, options), root, "train", load_schema(root))
+
+
+def test_rows_of_all_chunks_stand_in_one_order_and_are_counted(tmp_path: Path) -> None:
+    rows = opened(tmp_path, sizes=[3, 2, 4])
+    assert rows.num_rows == 9
+    assert [rows.share(rank, 2) for rank in range(2)] == [(0, 4), (4, 9)]
+    tables = pa.concat_tables(rows.read(2, 7))
+    assert tables["item"].to_pylist() == [2, 3, 4, 5, 6]
+    assert count_items(rows, 1, 2).tolist()[:10] == [0, 0, 0, 0, 1, 1, 1, 1, 1, 0]
+    assert rows.describe_range(tables["item"].to_numpy()) == "chunk-0 row 2 and chunk-2 row 1"
+
+
+def test_a_shuffled_window_holds_its_chunks_in_the_order_of_the_epoch(tmp_path: Path) -> None:
+    rows = opened(tmp_path, sizes=[3, 2, 4])
+    table = rows.read_window(Window(0, 9), shuffle_seed=(5, 0))
+    items = table["item"].to_pylist()
+    assert sorted(items) == list(range(9)) and items != sorted(items)
+    for chunk in ([0, 1, 2], [3, 4], [5, 6, 7, 8]):
+        start = items.index(chunk[0])
+        assert items[start : start + len(chunk)] == chunk
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("parket", {}, r"source\.name 'parket' is unknown; choose one of \['parquet'\]"),
+        ("parquet", {"files": 1}, r"source\.name 'parquet' cannot be made .*'files'"),
+        ("pathlib:Path", {}, r"source\.name 'pathlib:Path' "),
+        (f"{__name__}:Counted", {"sizes": []}, "Counted: a split without rows"),
+    ],
+)
+def test_a_source_that_cannot_be_is_refused(
+    tmp_path: Path, name: str, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path, name, **options)
+
+
+def test_what_a_source_reads_is_checked_as_files_are(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="chunk-0: 4 rows instead of the 3 of chunk 0"):
+        list(opened(tmp_path, sizes=[3], more=1).read(0, 3))
+    with pytest.raises(ValueError, match=r"chunk-1: column 'item', row 2: id 30 is outside"):
+        list(opened(tmp_path, sizes=[28, 5]).read(0, 33))
+
+
+def test_the_built_in_source_is_that_of_parquet_files(tmp_path: Path) -> None:
+    rows = opened(tmp_path, "parquet")
+    same = ParquetRows.of_split(Location.of(tmp_path / "data"), "train", rows.schema)
+    assert isinstance(rows, ParquetRows) and rows.fingerprint() == same.fingerprint()
+
+
+def test_a_source_of_one_s_own_trains_and_evaluates_as_the_same_rows_in_parquet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_dataset(tmp_path / "data")
+    lines = tmp_path / "lines"
+    write_dataset(lines)
+    for path in sorted(lines.glob("*/*.parquet")):
+        if path.parent.name != "items":
+            rows = pq.read_table(path).to_pylist()
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            path.with_suffix(".jsonl").write_text(text)
+            path.unlink()
+    (tmp_path / "own_rows.py").write_text(OWN)
+    source = {"name": "own_rows:JsonLines", "options": {"lines_per_chunk": 64}}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(TINY.read_text()) | {"source": source}))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[3]}")
+    reports = []
+    for folder, config in ((data, TINY), (lines, recipe)):
+        words = train_words(folder, folder.parent / f"{folder.name}-run", "--content", "none")
+        words[words.index(str(TINY))] = str(config)
+        done = run_program("python", "-m", "recsys.cli", *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        reports.append(json.loads((tmp_path / f"{folder.name}-run" / "metrics.json").read_text()))
+    assert reports[0]["test"]["num_samples"] == reports[1]["test"]["num_samples"] == 20
+    assert reports[0]["train"]["steps"] == reports[1]["train"]["steps"] == 8
+    run = str(tmp_path / "lines-run")
+    again = run_program(
+        "python",
+        "-m",
+        "recsys.cli",
+        "evaluate",
+        "--run",
+        run,
+        "--data",
+        str(lines),
+        "--device",
+        "cpu",
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"{reports[1]['test']['logloss']:.4f}" in again.stdout

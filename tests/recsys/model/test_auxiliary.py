@@ -1,0 +1,193 @@
+"""Auxiliary losses: distillation by hand and in runs, and a loss of one's own from a file."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recsys.build import build_job
+from recsys.config import AuxiliarySettings, Config, load_config
+from recsys.data.filesystem import Location
+from recsys.data.parquet.rows import ParquetRows
+from recsys.data.schema import load_schema
+from recsys.model.auxiliary import AuxiliaryInputs, Distillation, build_auxiliary
+from tests.datasets import write_dataset
+from tests.recsys.command_runs import TINY, run_program, train_words
+from tests.recsys.em3_runs import ranks_of
+
+LOGITS = torch.tensor([[0.5], [-1.0], [2.0], [0.0]])
+TEACHER = torch.tensor([1.0, -2.0, math.nan, 9.0])
+ROW_WEIGHTS = torch.tensor([1.0, 1.0, 1.0, 0.0])  # the last row pads
+OWN = '''\
+from torch import nn
+
+
+class Calm(nn.Module):
+    """Keeps logits small where the rows say so."""
+
+    columns = ("teacher",)
+
+    def __init__(self, power):
+        super().__init__()
+        self.power = power
+        self.scale = nn.Linear(1, 1)
+
+    def forward(self, inputs):
+        wanted = inputs.columns["teacher"].isnan()
+        scaled = self.scale(inputs.logits[wanted]) - inputs.batch.labels[wanted]
+        return scaled.abs().pow(self.power).sum() / inputs.batch.batch_size
+'''
+
+
+class FakeBatch:
+    row_weights = ROW_WEIGHTS
+
+
+def distilled(loss: nn.Module, logits: Tensor = LOGITS) -> Tensor:
+    columns = {"teacher": TEACHER}
+    inputs: Any = AuxiliaryInputs(logits, None, None, FakeBatch(), columns)  # type: ignore[arg-type]
+    result: Tensor = loss(inputs)
+    return result
+
+
+def test_distillation_is_cross_entropy_with_the_teacher_of_rows_that_have_one() -> None:
+    expected = 0.0
+    for logit, teacher in [(0.5, 1.0), (-1.0, -2.0)]:
+        target, chance = 1 / (1 + math.exp(-teacher / 2)), 1 / (1 + math.exp(-logit / 2))
+        expected -= target * math.log(chance) + (1 - target) * math.log(1 - chance)
+    loss = Distillation("teacher", temperature=2.0)
+    assert float(distilled(loss)) == pytest.approx(expected * 2.0**2 / 4, rel=1e-6)
+
+
+def test_divergence_has_the_same_gradient_and_is_zero_where_both_agree() -> None:
+    gradients = []
+    for kind in ("bce", "kl"):
+        logits = LOGITS.clone().requires_grad_()
+        distilled(Distillation("teacher", kind), logits).backward()  # type: ignore[arg-type]
+        assert logits.grad is not None
+        gradients.append(logits.grad)
+    torch.testing.assert_close(*gradients)
+    assert gradients[0][2:].tolist() == [[0.0], [0.0]]
+    agreed = TEACHER.nan_to_num(0.0)[:, None]
+    assert float(distilled(Distillation("teacher", "kl"), agreed)) == pytest.approx(0, abs=1e-7)
+
+
+def with_teacher(folder: Path) -> Path:
+    """The small dataset with a teacher's logits, of every second row."""
+    data = write_dataset(folder / "data")
+    schema = data / "schema.yaml"
+    schema.write_text(schema.read_text().replace("  liked:", "  teacher: {kind: extra}\n  liked:"))
+    for path in data.glob("*/*.parquet"):
+        if path.parent.name != "items":
+            table = pq.read_table(path)
+            logits = [
+                2.0 * float(x) - 1 if n % 2 else None
+                for n, x in enumerate(table["liked"].to_pylist())
+            ]
+            column = pa.array(logits, pa.float32())
+            pq.write_table(table.append_column("teacher", column), path, row_group_size=11)
+    return data
+
+
+def config_of(folder: Path, auxiliary: dict[str, AuxiliarySettings]) -> Config:
+    config = load_config(TINY, ["--content", "none", "--device", "cpu"])
+    config.auxiliary, config.cache = auxiliary, str(folder / "cache")
+    return config
+
+
+TEACHING = AuxiliarySettings("distillation", 0.25, {"column": "teacher"})
+
+
+def test_the_loss_of_a_step_is_ranking_plus_the_weighted_auxiliary_loss(tmp_path: Path) -> None:
+    data = with_teacher(tmp_path)
+    job = build_job(config_of(tmp_path, {"teaching": TEACHING}), str(data), ranks_of(0, 1))
+    plain = build_job(config_of(tmp_path, {}), str(data), ranks_of(0, 1))
+    assert job.model.state_dict().keys() == plain.model.state_dict().keys()
+    table = next(ParquetRows.of_split(job.root, "train", job.schema).read(0, 20))
+    batch = job.batch_builder()(table)
+    assert batch.extra is not None and batch.extra.shape == (20, 1)
+    assert batch.extra.isnan()[:, 0].tolist() == [n % 2 == 0 for n in range(20)]
+    torch.manual_seed(3)
+    loss, (parts, logits, _) = job.model(batch)
+    assert list(parts) == ["loss", "ranking", "teaching"]
+    target = batch.extra[:, 0].sigmoid()
+    every = F.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="none")
+    torch.testing.assert_close(parts["teaching"], every.nan_to_num(0.0).mean())
+    torch.testing.assert_close(loss, parts["ranking"] + 0.25 * parts["teaching"])
+    torch.manual_seed(3)
+    torch.testing.assert_close(plain.model(batch)[0], parts["ranking"])
+
+
+def test_rows_to_predict_need_no_extra_column(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    schema = data / "schema.yaml"
+    schema.write_text(schema.read_text().replace("  liked:", "  teacher: {kind: extra}\n  liked:"))
+    root = Location.of(data)
+    files = (root / "test").files(".parquet")
+    rows = ParquetRows(files, load_schema(root), with_labels=False)
+    assert "teacher" not in next(rows.read(0, 3)).column_names
+    with pytest.raises(ValueError, match="column 'teacher' is missing"):
+        ParquetRows(files, load_schema(root))
+
+
+def test_an_infinite_value_is_refused_where_a_missing_one_is_not(tmp_path: Path) -> None:
+    data = with_teacher(tmp_path)
+    path = next((data / "test").glob("*.parquet"))
+    table = pq.read_table(path).drop_columns(["teacher"])
+    values = np.full(table.num_rows, np.nan, np.float32)
+    values[4] = np.inf
+    pq.write_table(table.append_column("teacher", pa.array(values)), path)
+    root = Location.of(data)
+    rows = ParquetRows.of_split(root, "test", load_schema(root))
+    with pytest.raises(ValueError, match="column 'teacher', row 4: value inf"):
+        list(rows.read(0, rows.num_rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("a", AuxiliarySettings("distilation"), r"auxiliary\.a\.loss 'distilation' is unknown"),
+        ("a", AuxiliarySettings("distillation"), r"auxiliary\.a\.loss 'distillation' cannot be"),
+        (
+            "a",
+            AuxiliarySettings("distillation", options={"column": "price"}),
+            r"auxiliary\.a: column 'price' is not of kind extra .*\['teacher'\]",
+        ),
+        ("ranking", TEACHING, r"auxiliary\.ranking: a loss cannot have this name"),
+        (
+            "a",
+            AuxiliarySettings("distillation", options={"column": "teacher", "temperature": 0}),
+            r"options\.temperature of a distillation is 0; it must be > 0",
+        ),
+    ],
+)
+def test_a_loss_that_cannot_be_is_refused(
+    tmp_path: Path, name: str, settings: AuxiliarySettings, message: str
+) -> None:
+    schema = load_schema(Location.of(with_teacher(tmp_path)))
+    with pytest.raises(ValueError, match=message):
+        build_auxiliary({name: settings}, schema)
+
+
+def test_a_loss_of_one_s_own_is_a_file_and_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_losses.py").write_text(OWN)
+    recipe = tmp_path / "recipe.yaml"
+    own = "auxiliary: {calm: {loss: own_losses:Calm, weight: 0.5, options: {power: 2}}}\n"
+    recipe.write_text(TINY.read_text() + own)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[3]}")
+    words = train_words(with_teacher(tmp_path), tmp_path / "run", "--log_every_steps", "1")
+    words[words.index(str(TINY))] = str(recipe)
+    done = run_program("python", "-m", "recsys.cli", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" calm 0.") == 8
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["auc"] is not None
