@@ -133,7 +133,7 @@ def reading(rung: Rung) -> str:
 
 
 def losses_of_the_fastest(rungs: list[Rung]) -> str:
-    """A sentence on where the fastest step of one rank is above its floor."""
+    """A sentence on where the fastest step of one rank is above its roofline."""
     known = [r for r in rungs if r.measured.world_size == 1 and r.measured.reports[0].sizes]
     if not known:
         return ""
@@ -143,8 +143,8 @@ def losses_of_the_fastest(rungs: list[Rung]) -> str:
         f"{part} {1e3 * seconds:.1f} ms" for part, seconds in list(efficiency.lost.items())[:6]
     )
     return (
-        f"The floor is {efficiency.share(fastest.measured):.0%} of the step of "
-        f"'{fastest.row.name}', {1e3 * efficiency.floor:.1f} of "
+        f"The roofline is {efficiency.share(fastest.measured):.0%} of the step of "
+        f"'{fastest.row.name}', {1e3 * efficiency.roofline:.1f} of "
         f"{1e3 * fastest.measured.step_seconds:.1f} ms. Above it are {parts}."
     )
 
@@ -163,7 +163,7 @@ def _comparable(
 
 
 def _result(name: str, title: str, rungs: list[Rung]) -> Result:
-    columns = ("change", "samples/s", "step, ms", "x row", "x first", "items encoded", "floor")
+    columns = ("change", "samples/s", "step, ms", "x row", "x first", "items encoded", "roofline")
     rows: list[Sequence[str]] = []
     records = []
     for rung in rungs:
@@ -207,7 +207,7 @@ def _record(rung: Rung, share: float | None) -> dict[str, Any]:
         "speed_up": vars(rung.speed_up),
         "over_first": rung.over_first,
         "items_encoded": rung.encoded,
-        "floor_share": share,
+        "roofline_share": share,
         "parts_seconds": plain_parts(measured),
         "base_parts_seconds": None if rung.base is None else plain_parts(rung.base),
         "reading": reading(rung),

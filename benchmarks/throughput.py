@@ -4,8 +4,8 @@
     torchx run -s local_cwd launch/components.py:benchmark --nproc 2 -- throughput --out FOLDER
 
 Samples/s at P10, P50 and P90, the step by part with its FLOPs and least bytes, what collectives
-send, the peak of memory, and each part's floor: the time its FLOPs or bytes take at the rates of a
-large matrix product and a large copy that are measured between the rounds of steps. Writes
+send, the peak of memory, and each part's roofline: the time its FLOPs or bytes take at the rates of
+a large matrix product and a large copy that are measured between the rounds of steps. Writes
 `throughput_SETTING.jsonl`, `.md` and `.png` into `--results`.
 """
 
@@ -73,22 +73,22 @@ def _result(name: str, measured: Measurement) -> Result:
     efficiency = Efficiency.of(measured)
     rows: list[Sequence[str]] = []
     for part in PARTS:
-        seconds, floor = efficiency.seconds.get(part), efficiency.floors.get(part, 0.0)
+        seconds, roofline = efficiency.seconds.get(part), efficiency.rooflines.get(part, 0.0)
         if seconds is not None:
             rows.append(
                 (
                     part,
                     f"{1e3 * seconds:.2f}",
                     f"{seconds / measured.step_seconds:.0%}",
-                    f"{1e3 * floor:.2f}",
-                    f"{floor / seconds:.0%}" if floor else "",
+                    f"{1e3 * roofline:.2f}",
+                    f"{roofline / seconds:.0%}" if roofline else "",
                 )
             )
-    total, floor = measured.step_seconds, efficiency.floor
+    total, roofline = measured.step_seconds, efficiency.roofline
     rows.append(
-        ("step", f"{1e3 * total:.2f}", "100%", f"{1e3 * floor:.2f}", f"{floor / total:.0%}")
+        ("step", f"{1e3 * total:.2f}", "100%", f"{1e3 * roofline:.2f}", f"{roofline / total:.0%}")
     )
-    columns = ("part of a step", "ms", "share", "floor, ms", "floor / measured")
+    columns = ("part of a step", "ms", "share", "roofline, ms", "roofline / measured")
     title = f"{measured.variant.name}: throughput on {measured.world_size} rank(s)"
 
     def draw(figure: Figure) -> None:
@@ -106,17 +106,17 @@ def _reading(measured: Measurement, efficiency: Efficiency) -> list[str]:
         f"Samples/s: {rates}. Peak of resident memory per rank: {measured.peak_bytes / 1e9:.2f} GB "
         f"(before the steps {measured.reports[0].resting_bytes / 1e9:.2f}). Each rank sends "
         f"{sent / 1e6:.2f} MB per step.",
-        f"The floor is {efficiency.share(measured):.0%} of the step, at "
+        f"The roofline is {efficiency.share(measured):.0%} of the step, at "
         f"{anchor.flops_per_second / 1e9:.1f} GFLOP/s of a large matrix product and "
         f"{anchor.bytes_per_second / 1e9:.1f} GB/s of a large copy, medians of the same run (best "
         f"{peak.flops_per_second / 1e9:.1f} and {peak.bytes_per_second / 1e9:.1f}).",
     ]
-    lines = ["| work of a step | GFLOP forward | backward | MB forward | backward | floor, ms |"]
+    lines = ["| work of a step | GFLOP forward | backward | MB forward | backward | roofline, ms |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
     for part in efficiency.costs:
         flops = [f"{work.flops / 1e9:.3f}" for work in (part.forward, part.backward)]
         numbers = [f"{work.bytes / 1e6:.2f}" for work in (part.forward, part.backward)]
-        cells = [part.name, *flops, *numbers, f"{1e3 * part.floor(anchor):.2f}"]
+        cells = [part.name, *flops, *numbers, f"{1e3 * part.roofline(anchor):.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return [*sentences, "\n".join(lines)]
 
@@ -131,8 +131,8 @@ def _record(name: str, measured: Measurement, efficiency: Efficiency) -> dict[st
         "peak_bytes": measured.peak_bytes,
         "resting_bytes": report.resting_bytes,
         "parts_seconds": efficiency.seconds,
-        "floor_seconds": efficiency.floors,
-        "floor_share": efficiency.share(measured),
+        "roofline_seconds": efficiency.rooflines,
+        "roofline_share": efficiency.share(measured),
         "costs": [asdict(part) for part in efficiency.costs],
         "anchor": asdict(efficiency.anchor),
         "best_anchor": asdict(best(measured.anchors)),
@@ -147,14 +147,17 @@ def _draw(figure: Figure, measured: Measurement, efficiency: Efficiency) -> None
     axes = figure.subplots()
     parts = [part for part in PARTS if part in efficiency.seconds][::-1]
     seconds = [1e3 * efficiency.seconds[part] for part in parts]
-    floors = [1e3 * efficiency.floors.get(part, 0.0) for part in parts]
+    rooflines = [1e3 * efficiency.rooflines.get(part, 0.0) for part in parts]
     bars = axes.barh(parts, seconds, label="measured")
-    axes.barh(parts, floors, height=0.4, label="floor")
-    shares = [f" {floor / second:.0%}" if floor else "" for floor, second in zip(floors, seconds)]
+    axes.barh(parts, rooflines, height=0.4, label="roofline")
+    shares = [
+        f" {roofline / second:.0%}" if roofline else ""
+        for roofline, second in zip(rooflines, seconds)
+    ]
     axes.bar_label(bars, shares)
     axes.set_xlabel(
         f"ms of a step of {1e3 * measured.step_seconds:.1f} ms, "
-        f"{measured.samples_per_second(50):,.0f} samples/s; the floor's share beside each part"
+        f"{measured.samples_per_second(50):,.0f} samples/s; the roofline's share beside each part"
     )
     axes.legend()
 

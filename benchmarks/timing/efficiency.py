@@ -1,4 +1,4 @@
-"""A measured step beside its floor: what each part took, and what it could not be faster than."""
+"""A measured step beside its roofline: what each part took, and the least it could take."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from benchmarks.timing.rounds import Measurement
 from recsys.diagnostics.cost.batch_counts import BatchCounts
 from recsys.diagnostics.cost.roofline import Anchor, typical
-from recsys.diagnostics.cost.step_costs import floors_by_measured_part, step_costs
+from recsys.diagnostics.cost.step_costs import roofline_by_measured_part, step_costs
 from recsys.diagnostics.cost.work import PartCost
 
 
@@ -17,7 +17,7 @@ class Efficiency:
 
     costs: list[PartCost]
     anchor: Anchor
-    floors: dict[str, float]  # seconds by measured part
+    rooflines: dict[str, float]  # seconds by measured part
     seconds: dict[str, float]  # by measured part, from the profile, scaled to the plain step
 
     @staticmethod
@@ -27,25 +27,25 @@ class Efficiency:
         costs = step_costs(report.sizes, BatchCounts.mean(report.counts), measured.world_size)
         anchor = typical(measured.anchors)
         return Efficiency(
-            costs, anchor, floors_by_measured_part(costs, anchor), plain_parts(measured)
+            costs, anchor, roofline_by_measured_part(costs, anchor), plain_parts(measured)
         )
 
     @property
-    def floor(self) -> float:
+    def roofline(self) -> float:
         """Seconds of the whole step."""
-        return sum(self.floors.values())
+        return sum(self.rooflines.values())
 
     @property
     def lost(self) -> dict[str, float]:
-        """Seconds above the floor by measured part, the most first."""
+        """Seconds above the roofline by measured part, the most first."""
         above = {
-            part: seconds - self.floors.get(part, 0.0) for part, seconds in self.seconds.items()
+            part: seconds - self.rooflines.get(part, 0.0) for part, seconds in self.seconds.items()
         }
         return dict(sorted(above.items(), key=lambda item: -item[1]))
 
     def share(self, measured: Measurement) -> float:
-        """The floor's share of the step."""
-        return self.floor / measured.step_seconds
+        """The roofline's share of the step."""
+        return self.roofline / measured.step_seconds
 
 
 def plain_parts(measured: Measurement) -> dict[str, float]:

@@ -92,7 +92,7 @@ def build_steps(variant: Variant, ranks: Ranks) -> Steps:
 
 
 class ProductSteps:
-    """Steps of a job, as the trainer makes them."""
+    """Steps of a job, as the trainer makes them. Building them is a collective."""
 
     def __init__(self, variant: Variant, ranks: Ranks) -> None:
         config = variant.config()
@@ -101,16 +101,17 @@ class ProductSteps:
         self.job = build_job(config, variant.data, ranks)
         interactions = training_interactions(self.job)
         fill_bank(self.job)
-        source: Iterator[Batch] = endless(interactions, config.num_workers)
-        if variant.loaded_batches:
-            with closing(endless(interactions, config.num_workers)) as loading:
-                source = itertools.cycle(list(itertools.islice(loading, variant.loaded_batches)))
+        with closing(endless(interactions, config.num_workers)) as loading:
+            loaded = list(itertools.islice(loading, max(variant.loaded_batches, 1)))
+        source: Iterator[Batch] = itertools.cycle(loaded)
+        if not variant.loaded_batches:
+            source = endless(interactions, config.num_workers)
         agreed = Lockstep(ranks).training_batches(source, sys.maxsize, config.accumulate_steps)
         self.batches = self.job.preparation(agreed, UnknownIds(self.job.schema), 0, training=True)
         self.loss_watch = LossWatch(
             ranks, interactions.rows, config.log_every_steps, last_good=lambda: None
         )
-        self.sizes: ModelSizes | None = sizes_of(self.job)
+        self.sizes: ModelSizes | None = sizes_of(self.job, loaded[0])
         self.num_steps = 0
         self.batch: Batch | None = None  # of the last step
         self.job.model.train()
@@ -146,10 +147,10 @@ class ProductSteps:
         return cast(dict[str, Any], self.ranks.gather(report)[0])
 
 
-def sizes_of(job: Job) -> ModelSizes:
-    """What the cost of a job's steps follows from."""
+def sizes_of(job: Job, batch: Batch) -> ModelSizes:
+    """Counts what the cost of a job's steps follows from, on a batch like theirs. A collective."""
     tables = table_configs(job.config, job.schema)
-    return ModelSizes.of(job.config, job.schema, job.em3, tables, job.model.plan)
+    return ModelSizes.of(job.config, job.schema, job.em3, tables, job.model.plan, batch)
 
 
 class PlainSteps:

@@ -164,7 +164,7 @@ class Checkpoints:
         self._pending = (future, folder)
 
     def _write(self, state: State, folder: Path, manifest: dict[str, Any]) -> None:
-        """In the writer's thread on every rank."""
+        """Writes a checkpoint, in the writer's thread on every rank. A collective."""
         ranks, partial = self._ranks, folder.with_name(f".{folder.name}.partial")
         try:
             with ranks.raise_on_all_ranks():
@@ -189,7 +189,7 @@ class Checkpoints:
             raise
 
     def restore(self) -> Progress | None:
-        """Loads the newest whole checkpoint, in place; None if there is none at all.
+        """Loads the newest whole checkpoint, in place; None if there is none. A collective.
 
         Raises:
             ValueError: it is of another model or data, or there are checkpoints and all are
@@ -222,6 +222,7 @@ class Checkpoints:
 
     @torch.no_grad()
     def _load(self, folder: Path) -> None:
+        """Loads a checkpoint in place. A collective."""
         training = TrainingState(self.job)
         with self.job.ranks.raise_on_all_ranks(), _readable_failure():
             reader = SafeFileSystemReader(folder)
@@ -243,6 +244,7 @@ class Checkpoints:
 
 
 def _checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Reads a manifest and checks the files against it, a share on each rank. A collective."""
     with ranks.raise_on_all_ranks():
         manifest = read_manifest(folder)
         check_files(folder, manifest, ranks.rank, ranks.world_size)

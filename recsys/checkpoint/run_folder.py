@@ -30,7 +30,7 @@ TWIN_MARK = ".has_id_only"  # says that the folder TWIN is this run's, not a run
 
 
 def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool:
-    """Whether training goes on from a checkpoint in the folder; before the work begins.
+    """Whether training goes on from a checkpoint in the folder. A collective.
 
     A job that was restarted by torch elastic or a scheduler goes on even with `overwrite`, which
     was meant for its first start.
@@ -115,7 +115,7 @@ def keep_vocabularies(run: Path, job: Job) -> None:
 
 
 def check_vocabularies(run: Path, job: Job) -> None:
-    """Refuses data whose maps give an id another row than the one the run was trained with.
+    """Refuses data whose maps give ids other rows than the run was trained with. A collective.
 
     Raises:
         ValueError: on every rank, names the column.
@@ -146,7 +146,7 @@ def encoder_identities(job: Job) -> dict[str, EncoderIdentity]:
 
 
 def check_encoders(run: Path, job: Job) -> None:
-    """Refuses encoders that are not those the run was trained with.
+    """Refuses encoders that are not those the run was trained with. A collective.
 
     Raises:
         ValueError: on every rank, names the modality.

@@ -1,4 +1,4 @@
-"""What happens to a batch between the loader and the pipeline, in the training process.
+"""Prepares batches between the loader and the pipeline, in the training process.
 
 Raw ids that learn while training get their rows, long histories are searched, and it is decided
 which items this rank encodes. All ranks prepare the same number of batches together, since most
@@ -25,7 +25,7 @@ from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
 
 
 def chooses_items(content: ContentSettings | None) -> bool:
-    """Whether the items to encode are chosen here, so that the loader cannot read their content."""
+    """Returns whether items are chosen here, so that the loader cannot read their content."""
     return content is not None and (content.dedup == "global" or content.sampling.backward < 1)
 
 
@@ -104,7 +104,7 @@ class BatchPreparation:
         return self.negatives(batch, self._draw(step), training)
 
     def _draw(self, step: int) -> tuple[int, int, int]:
-        """What a step's random choices on this rank depend on."""
+        """Returns the seed of a step's random choices on this rank."""
         return (self.config.seed, step, dist.get_rank(self.group))
 
     def _with_routes(self, batch: Batch, prepared: Batch, training: bool) -> Callable[[], Batch]:

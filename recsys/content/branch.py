@@ -102,6 +102,11 @@ class ContentBranch(nn.Module):
         return torch.cat([fused, *means], dim=1)
 
     def forward(self, batch: Batch) -> ContentVectors:
+        """Returns the content vectors of a batch. A collective.
+
+        Ranks exchange items (`settings.dedup`) and what they write into the bank, each of them as
+        often as the others.
+        """
         fresh = self._encode_items(batch)  # [E, D + M * D]
         if self.bank is None:
             items = self._at_their_ranks(fresh, batch)
@@ -123,7 +128,7 @@ class ContentBranch(nn.Module):
         return self._vectors(items, lambda: read()[1], negatives, batch)
 
     def _encode_items(self, batch: Batch) -> Tensor:
-        """What is kept of the items that this rank encodes, the first of them with gradient."""
+        """Encodes this rank's items, the first of them with gradient; [E, D + M * D]."""
         count = batch.with_gradient
         if count is None or count >= len(batch.content_items):
             return self.encode(batch.content)
@@ -134,7 +139,10 @@ class ContentBranch(nn.Module):
         return torch.cat([self.encode(trained), refreshed])
 
     def _reading(self, bank: MemoryBank, batch: Batch) -> Callable[[], tuple[Tensor, ...]]:
-        """Reads, when first called, what the bank has of ranked items, histories and negatives."""
+        """Returns a function that reads ranked items, histories and negatives from the bank.
+
+        Its first call is a collective.
+        """
         ids = batch.read_items
         sizes = [len(batch.bank_items), len(batch.history_items)]
         sizes.append(len(ids) - sum(sizes))
@@ -167,7 +175,10 @@ class ContentBranch(nn.Module):
         )
 
     def _at_their_ranks(self, items: Tensor, batch: Batch) -> Tensor:
-        """The vectors that this rank needs: those of its own items, or those sent by the owners."""
+        """Returns the vectors that this rank needs, of its own items or sent by their owners.
+
+        A collective where items are exchanged.
+        """
         if batch.exchange is None:
             return items
         group = self.group or dist.group.WORLD

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Dropout(nn.Dropout):
-    """As `nn.Dropout`: in training each element is zero with probability p, else scaled up.
+    """Does as `nn.Dropout`: in training each element is zero with probability p, else scaled up.
 
     Example::
 

@@ -89,23 +89,26 @@ def paired_difference(
     windows = _check_windows(first, second)
     users = np.unique(np.concatenate([window.groups for window in windows]))
     before, after = (
-        [_measure(run, users, metric, part, label) for run in side] for side in (first, second)
+        _mean_measure([_measure(run, users, metric, part, label) for run in side])
+        for side in (first, second)
     )
     if _num_users(windows, metric, part, label) < 2:
         return None
+    cells = max(len(users), *(len(window.groups) for window in windows))
+    draws = resamples(len(users), samples, max(1, CELLS // cells), np.random.default_rng(seed))
+    return _interval(lambda drawn: after(drawn) - before(drawn), len(users), draws)
 
-    def difference(drawn: np.ndarray) -> np.ndarray:
-        lower, higher = (
-            np.mean([measure(drawn) for measure in side], axis=0) for side in (before, after)
-        )
-        return higher - lower
 
-    value = float(difference(np.ones((len(users), 1)))[0])
+def _mean_measure(measures: Sequence[Measure]) -> Measure:
+    return lambda drawn: np.mean([measure(drawn) for measure in measures], axis=0)
+
+
+def _interval(measure: Measure, num_users: int, draws: Iterator[np.ndarray]) -> Interval | None:
+    """Returns a measure of all users once with its percentiles over resamples of them."""
+    value = float(measure(np.ones((num_users, 1)))[0])
     if np.isnan(value):
         return None
-    cells = max(len(users), *(len(window.groups) for window in windows))
-    blocks = resamples(len(users), samples, max(1, CELLS // cells), np.random.default_rng(seed))
-    low, high = np.nanpercentile(np.concatenate([difference(b) for b in blocks]), PERCENTILES)
+    low, high = np.nanpercentile(np.concatenate([measure(drawn) for drawn in draws]), PERCENTILES)
     return Interval(value, float(low), float(high))
 
 

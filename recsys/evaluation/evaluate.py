@@ -69,6 +69,7 @@ def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
     assert store is not None
 
     def stop_if_asked() -> None:
+        """Agrees on whether the job is to end. A collective."""
         if lockstep is not None:
             lockstep.settle()
             lockstep.raise_if_stopped()

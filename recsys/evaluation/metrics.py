@@ -19,6 +19,7 @@ from recsys.data.item_parts import PARTS, item_parts
 from recsys.evaluation.further_metrics import Metric, call_metric
 
 Array = np.ndarray | Tensor
+SHOWN = ("auc", "gauc", "logloss", "ne")  # in tables, of all that are computed
 
 
 def ranking_metrics(labels: Array, logits: Array, groups: Array) -> dict[str, Any]:
@@ -90,24 +91,30 @@ def evaluation_report(
     return reports.pop("all") | reports
 
 
-def format_report(report: dict[str, Any], more: Iterable[str] = ()) -> str:
-    """An `evaluation_report` as a plain text table; what is not defined is `-`.
+def format_report(
+    report: dict[str, Any],
+    more: Iterable[str] = (),
+    names: Iterable[str] = SHOWN,
+    title: str = "items",
+) -> str:
+    """A report with its parts inside as a plain text table; what is not defined is `-`.
 
     Args:
-        report: of all rows, with parts inside.
+        report: such as an `evaluation_report`.
         more: names of further metrics in it.
+        names: of the metrics to show before them.
+        title: over the names of the parts.
     """
-    names = ("auc", "gauc", "logloss", "ne", *more)
-    rows = [("items", *names, "rows")]
+    names = [*names, *more]
+    widths = [max(9, len(name) + 2) for name in names] + [12]
+    rows = [(title, *names, "rows")]
     for part in PARTS:
         metrics = report if part == "all" else report[part]
         cells = ("-" if metrics[name] is None else f"{metrics[name]:.4f}" for name in names)
         rows.append((part, *cells, f"{metrics['num_samples']:,}"))
-    widths = [8, *(max(9, len(name) + 2) for name in names), 12]
     return "\n".join(
-        cells[0].ljust(widths[0])
-        + "".join(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))
-        for cells in rows
+        first.ljust(max(8, len(title) + 1)) + "".join(map(str.rjust, cells, widths))
+        for first, *cells in rows
     )
 
 

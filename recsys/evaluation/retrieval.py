@@ -21,12 +21,13 @@ from torch import Tensor
 from recsys.build import Job
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.item_parts import PARTS, item_parts
+from recsys.data.item_parts import item_parts
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import empty_table, padding_rows
 from recsys.distributed.lockstep import Lockstep
 from recsys.evaluation.forward_pass import forward_pass
+from recsys.evaluation.metrics import format_report
 
 DEPTHS = (10, 50, 100)
 QUERIES_PER_BLOCK = 256
@@ -153,10 +154,4 @@ def retrieval_report(
 def format_retrieval(report: dict[str, Any]) -> str:
     """A `retrieval_report` as a plain text table; what is not defined is `-`."""
     names = [f"{name}@{depth}" for name in ("recall", "ndcg") for depth in DEPTHS]
-    lines = [f"{'retrieval':<10}" + "".join(f"{name:>12}" for name in names) + f"{'rows':>12}"]
-    for part in PARTS:
-        metrics = report if part == "all" else report[part]
-        cells = ["-" if metrics[name] is None else f"{metrics[name]:.4f}" for name in names]
-        line = f"{part:<10}" + "".join(f"{cell:>12}" for cell in cells)
-        lines.append(line + f"{metrics['num_samples']:>12,}")
-    return "\n".join(lines)
+    return format_report(report, names=names, title="retrieval")

@@ -26,7 +26,7 @@ class Compiled(nn.Module):
 
 
 def compiled_parts(em3: EM3) -> dict[str, nn.Module]:
-    """What `compile` compiles, by name in the model."""
+    """Returns the parts that `compile` compiles, by name in the model."""
     wanted: list[nn.Module] = [part for part in em3.ranking.children() if _is_stack(part)]
     if em3.content is not None:
         wanted.append(em3.content.fusion)

@@ -37,7 +37,7 @@ class InBfloat16(nn.Module):
 
 
 def dense_parts(em3: EM3) -> dict[str, nn.Module]:
-    """What computes in the chosen precision, by name in the model."""
+    """Returns the parts that compute in the chosen precision, by name in the model."""
     parts: dict[str, nn.Module] = {}
     if em3.content is not None:
         content = em3.content

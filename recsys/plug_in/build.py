@@ -111,6 +111,7 @@ def add_content(
 
 
 def _build(dlrm: DLRM, settings: PlugInSettings, schema: Schema, ranks: Ranks) -> DLRMOfItems:
+    """Builds what `add_content` returns. A collective."""
     content, root = settings.content, Location.of(settings.data)
     store, encoders = build_content_store(settings.config, content, root, schema, ranks)
     with ranks.raise_on_all_ranks():

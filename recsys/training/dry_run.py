@@ -115,6 +115,7 @@ def _start(job: Job) -> None:
 def _train_step(
     job: Job, interactions: Interactions, lockstep: Lockstep
 ) -> tuple[dict[str, float], Batch, float]:
+    """Takes one step; returns mean losses of the ranks, the batch, seconds. A collective."""
     begin = time.perf_counter()
     job.model.train()
     job.pipeline.begin(1)
@@ -139,7 +140,7 @@ def _train_step(
 
 
 def _scored_rows(job: Job, lockstep: Lockstep) -> tuple[int, float]:
-    """How many rows of the first batch of the validation split this rank scored."""
+    """Scores a batch of the validation split; returns rows and seconds. A collective."""
     begin = time.perf_counter()
     interactions = split_interactions(job, "valid")
     with closing(_first_batch(job, interactions)) as source, torch.no_grad():

@@ -30,6 +30,8 @@ class Reporter:
         job: what trains; trackers, bar and tables are those of rank 0.
         run: the run's folder.
         progress: where the run starts or goes on.
+
+    Making it is a collective, so that a tracker that cannot be made ends all ranks.
     """
 
     def __init__(self, job: Job, run: Path, progress: Progress) -> None:

@@ -47,15 +47,17 @@ def test_compare_measures_every_variant_against_both_twins(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("setting", ["A", "B"])
-def test_throughput_splits_a_step_into_parts_with_floors(setting: Any, tmp_path: Path) -> None:
+def test_throughput_splits_a_step_into_parts_with_rooflines(setting: Any, tmp_path: Path) -> None:
     throughput(tmp_path / "out", setting, quick=True, here=True, results=tmp_path)
     (record,) = lines_of(tmp_path, f"throughput_{setting.lower()}")
     assert sum(record["parts_seconds"].values()) == pytest.approx(record["step_seconds"])
     assert set(record["parts_seconds"]) <= set(PARTS)
-    floors = record["floor_seconds"]
-    assert record["floor_share"] == pytest.approx(sum(floors.values()) / record["step_seconds"])
-    assert min(floors[part] for part in ("lookup", "fusion", "ranking", "backward")) > 0
-    assert (floors["encoders"] > 0) == (setting == "B")
+    rooflines = record["roofline_seconds"]
+    assert record["roofline_share"] == pytest.approx(
+        sum(rooflines.values()) / record["step_seconds"]
+    )
+    assert min(rooflines[part] for part in ("lookup", "fusion", "ranking", "backward")) > 0
+    assert (rooflines["encoders"] > 0) == (setting == "B")
     assert record["peak_bytes"] >= record["resting_bytes"] > 0
     costs = {part["name"]: part for part in record["costs"]}
     assert costs["fusion"]["backward"]["products"] == 2 * costs["fusion"]["forward"]["products"]

@@ -10,13 +10,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.timing.steps import ProductSteps, sizes_of
+from benchmarks.timing.steps import ProductSteps
 from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.frozen_groups import ITEMS_PER_GROUP
 from recsys.diagnostics.cost.batch_counts import BatchCounts
-from recsys.diagnostics.cost.content_cost import encoders, fusion
+from recsys.diagnostics.cost.model_sizes import ContentSizes, ModelSizes
 from recsys.diagnostics.cost.roofline import Anchor, best, measure_anchor, typical
-from recsys.diagnostics.cost.step_costs import floors_by_measured_part, step_costs
+from recsys.diagnostics.cost.step_costs import (
+    content_parts,
+    roofline_by_measured_part,
+    step_costs,
+)
 from recsys.diagnostics.cost.work import PartCost, Work
 from tests.benchmarks.variants import product_steps, quick_variant
 
@@ -45,6 +49,16 @@ def counted_products(steps: ProductSteps) -> tuple[float, float, BatchCounts]:
     return products(forward), products(backward), BatchCounts.of(batch)
 
 
+def sizes_of(steps: ProductSteps) -> ModelSizes:
+    assert steps.sizes is not None
+    return steps.sizes
+
+
+def part_of(name: str, content: ContentSizes, counts: BatchCounts) -> PartCost:
+    (found,) = [part for part in content_parts(content, counts) if part.name == name]
+    return found
+
+
 def products(counter: FlopCounterMode) -> float:
     counts = counter.get_flop_counts()["Global"]
     return float(sum(counts.get(product, 0) for product in PRODUCTS))
@@ -68,7 +82,7 @@ def test_products_of_matrices_are_those_that_pytorch_counts(
 ) -> None:
     with product_steps(quick_variant(tmp_path, *overrides)) as steps:
         forward, backward, counts = counted_products(steps)
-        parts = step_costs(sizes_of(steps.job), counts)
+        parts = step_costs(sizes_of(steps), counts)
     assert sum(part.forward.products for part in parts) == pytest.approx(forward, rel=0.02)
     assert sum(part.backward.products for part in parts) == pytest.approx(backward, rel=0.02)
 
@@ -76,7 +90,7 @@ def test_products_of_matrices_are_those_that_pytorch_counts(
 def test_trained_layers_of_an_encoder_are_those_that_pytorch_counts(tmp_path: Path) -> None:
     with product_steps(quick_variant(tmp_path, name="B")) as steps:
         forward, backward, counts = counted_products(steps)
-        parts = step_costs(sizes_of(steps.job), counts)
+        parts = step_costs(sizes_of(steps), counts)
     assert sum(part.forward.products for part in parts) == pytest.approx(forward, rel=0.02)
     assert sum(part.backward.products for part in parts) == pytest.approx(backward, rel=0.02)
 
@@ -94,25 +108,26 @@ def test_layers_below_are_counted_where_they_are_not_cached(tmp_path: Path) -> N
         counts = BatchCounts.of(replace(batch, content_items=torch.tensor(ids), content=content))
         with flop_counter() as counter:
             encoder.encode(content["title"])
-        sizes = sizes_of(steps.job).content
-    assert sizes is not None and sizes.encoders[0].frozen_layers == 2
-    assert encoders(sizes, counts).forward.products == pytest.approx(products(counter), rel=0.02)
+        sizes = sizes_of(steps).content
+    assert sizes is not None
+    found = part_of("encoders", sizes, counts)
+    assert found.forward.products == pytest.approx(products(counter), rel=0.02)
 
 
 def test_sampled_items_alone_have_a_backward(tmp_path: Path) -> None:
     with product_steps(quick_variant(tmp_path)) as steps:
-        sizes = sizes_of(steps.job)
+        sizes = sizes_of(steps)
         counts = BatchCounts.of(next(steps.batches))
     half = replace(counts, with_gradient=counts.encoded / 2)
     assert sizes.content is not None
-    whole, sampled = fusion(sizes.content, counts), fusion(sizes.content, half)
+    whole, sampled = (part_of("fusion", sizes.content, of) for of in (counts, half))
     assert sampled.forward == whole.forward
     assert sampled.backward.flops == pytest.approx(whole.backward.flops / 2)
 
 
 def test_communication_costs_nothing_on_one_rank_and_grows_with_ranks(tmp_path: Path) -> None:
     with product_steps(quick_variant(tmp_path, "--content.history.bank", "sharded")) as steps:
-        sizes = sizes_of(steps.job)
+        sizes = sizes_of(steps)
         counts = BatchCounts.of(next(steps.batches))
     sent = {
         ranks: sum(
@@ -132,16 +147,16 @@ def test_communication_costs_nothing_on_one_rank_and_grows_with_ranks(tmp_path: 
     assert sent[4] > 1.5 * sent[2]
 
 
-def test_a_floor_is_the_slower_of_arithmetic_and_memory() -> None:
+def test_a_roofline_is_the_slower_of_arithmetic_and_memory() -> None:
     anchor = Anchor(flops_per_second=100.0, bytes_per_second=10.0)
-    assert Work(products=150, others=50, bytes=10).floor(anchor) == 2.0
-    assert Work(products=100, bytes=30).floor(anchor) == 3.0
+    assert Work(products=150, others=50, bytes=10).roofline(anchor) == 2.0
+    assert Work(products=100, bytes=30).roofline(anchor) == 3.0
     parts = [
         PartCost("map", "content", Work(products=100), Work(products=200)),
         PartCost("bank", "content", Work(bytes=5), Work()),
         PartCost("optimizer", "optimizer", Work(bytes=20)),
     ]
-    assert floors_by_measured_part(parts, anchor) == {
+    assert roofline_by_measured_part(parts, anchor) == {
         "content": 1.5,
         "backward": 2.0,
         "optimizer": 2.0,
@@ -154,3 +169,16 @@ def test_anchors_are_positive_and_summed_up_by_median_and_best() -> None:
     anchors = [Anchor(1.0, 30.0), Anchor(3.0, 10.0), Anchor(2.0, 20.0)]
     assert typical(anchors) == Anchor(2.0, 20.0)
     assert best(anchors) == Anchor(3.0, 30.0)
+
+
+def test_parts_of_the_ranking_model_have_their_own_forward_and_backward(tmp_path: Path) -> None:
+    with product_steps(quick_variant(tmp_path)) as steps:
+        parts = {part.name: part for part in sizes_of(steps).ranking}
+        ranking = steps.job.em3.ranking
+    assert list(parts) == [
+        f"ranking, {name}" for name in ("interest", "content interest", "cross", "mlp")
+    ]
+    widths = [layer.weight.shape for layer in ranking.mlp.modules() if hasattr(layer, "weight")]
+    of_row = sum(2 * rows * columns for rows, columns in widths)
+    assert parts["ranking, mlp"].forward.products == pytest.approx(of_row)
+    assert parts["ranking, mlp"].backward.products == pytest.approx(2 * of_row)

@@ -6,6 +6,7 @@ import ast
 import json
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from recsys.content.encoders.pretrained import PretrainedEncoder
 from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
 from recsys.data.filesystem import Location
 from recsys.data.items.images import decode_image
-from recsys.data.items.ragged_array import RaggedArray
+from recsys.data.items.ragged_array import RaggedArray, RaggedWriter
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
 from tests.datasets import write_dataset
@@ -102,7 +103,8 @@ def test_a_kernel_that_an_encoder_names_is_not_loaded(encoder: Path) -> None:
 
 
 def test_a_cache_with_pickled_objects_is_refused(tmp_path: Path, trace: Path) -> None:
-    RaggedArray.create(tmp_path, np.array([1]), (), "int64")
+    with closing(RaggedWriter(tmp_path, (), "int64")) as writer:
+        writer.add(np.array([1]), np.array([7]))
     objects = np.array([Payload(trace)])
     for name in ("offsets.npy", "values.npy"):
         good = (tmp_path / name).read_bytes()

@@ -170,7 +170,7 @@ class _Fill:
         return [rank for rank, others in enumerate(self.ranks.gather(seen)) if others == seen]
 
     def _plan(self, sharers: list[int]) -> _Plan:
-        """What is to do, as the first of the sharers finds it."""
+        """Returns the work to do, as the first of the sharers sees it. A collective."""
         names: list[str] | None = None
         todo: list[int] | None = None
         with self.ranks.raise_on_all_ranks():

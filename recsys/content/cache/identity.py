@@ -1,4 +1,4 @@
-"""What decides on the outputs of the frozen part of an encoder: the name of its cache."""
+"""Names the cache of an encoder's frozen part by all that decides on its outputs."""
 
 from __future__ import annotations
 

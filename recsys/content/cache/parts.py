@@ -1,4 +1,4 @@
-"""What a cache in the making consists of: one file per call of the encoder, each whole or absent.
+"""Keeps a cache in the making: one file per call of the encoder, each whole or absent.
 
 A file gets its name when it is complete, and ends with a checksum, so that neither a process that
 was killed nor a machine that lost power leaves a half-written one that passes for done. Files are
@@ -43,7 +43,7 @@ class Parts:
         return self.folder / f"{name}.part"
 
     def holds(self, name: str) -> bool:
-        """Whether some process has finished this call."""
+        """Returns whether some process has finished this call."""
         return self._path(name).exists()
 
     def write(

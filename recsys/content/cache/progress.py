@@ -14,13 +14,13 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class FillProgress:
-    """Progress of one rank's share, told for all ranks that share the work.
+    """Progress of one rank's share, extrapolated to all ranks that share the work.
 
     Args:
         name: the modality.
         total: items of all these ranks.
         share: items of this rank.
-        shown: whether this rank tells of it.
+        shown: whether this rank shows it.
     """
 
     def __init__(self, name: str, total: int, share: int, shown: bool) -> None:

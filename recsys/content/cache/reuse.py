@@ -67,7 +67,7 @@ def find_in(
     names: list[str],
     hashes: np.ndarray,  # [N], of all rows of the new cache
 ) -> list[EarlierCache]:
-    """Where rows of the new cache lie in earlier ones; each row at most once."""
+    """Returns where rows of the new cache lie in earlier ones; each row at most once."""
     found = []
     missing = np.flatnonzero(hashes != b"")
     for name in names:

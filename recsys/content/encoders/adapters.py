@@ -81,5 +81,5 @@ def add_lora(layers: Sequence[nn.Module], lora: LoraSettings, where: str) -> Non
 
 
 def rewrites_base(lora: LoraSettings) -> bool:
-    """Whether the adapters' initialisation changes the weights they stand beside."""
+    """Returns whether the adapters' initialisation changes the weights they stand beside."""
     return str(lora.init_lora_weights).startswith(REWRITING)

@@ -24,10 +24,10 @@ from recsys.data.items.images import ImagePreparation
 
 @dataclass(frozen=True)
 class CacheReport:
-    """Where the outputs of a frozen part are, and what it took to get them.
+    """Says where the outputs of a frozen part are and how they were obtained.
 
-    items: that have content; encoded: of these, by all ranks in this job and not found;
-    seconds: of finding, encoding and putting together.
+    items: that have content; encoded: of these, by all ranks in this job;
+    seconds: of looking up, encoding and putting together.
     """
 
     folder: Path
@@ -82,11 +82,11 @@ class Encoder(nn.Module):
 
     @property
     def frozen_layers(self) -> str:
-        """Which layers `frozen` runs, in words."""
+        """The layers that `frozen` runs, in words."""
         return "all"
 
     def frozen_settings(self) -> Any:
-        """What besides the weights decides on the outputs of `frozen`; printable."""
+        """Returns all that decides on the outputs of `frozen` besides the weights; printable."""
         return None
 
     def encode(self, content: ContentInput) -> ContentInput:
@@ -109,7 +109,7 @@ class Encoder(nn.Module):
         return content
 
     def forward(self, content: ContentInput) -> ContentInput:
-        """What is left after `frozen`: tokens [U, T, D] and their mask [U, T]."""
+        """Runs the layers above `frozen` and returns tokens [U, T, D] and their mask [U, T]."""
         raise TypeError(f"{type(self).__name__} defines no forward")
 
 

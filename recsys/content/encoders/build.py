@@ -53,6 +53,6 @@ def build_encoder(name: str, modality: ModalitySettings, feature_dim: int | None
         ValueError: it cannot be loaded, or does not fit its settings.
     """
     kind = make_kind(f"content.modalities.{name}", modality)
-    encoder = kind.encoder(() if feature_dim is None else (feature_dim,))
+    encoder = kind.encoder(kind.entry_shape if feature_dim is None else (feature_dim,))
     assert isinstance(encoder, Encoder)
     return encoder

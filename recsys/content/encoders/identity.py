@@ -1,4 +1,4 @@
-"""Which encoder a run was trained with: its revision, its weights, how its input is prepared.
+"""Identifies the encoders that a run was trained with: revision, weights, treatment of input.
 
 Frozen weights are in no checkpoint, so a run is only what it was as long as its encoders are. A
 run's folder keeps their identities (`encoders.json`), and going on or predicting with others is

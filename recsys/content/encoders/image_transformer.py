@@ -57,5 +57,5 @@ class ImageTransformer(TransformerEncoder):
         return mask[:, :1].expand(-1, length)
 
     def _all_tokens(self, hidden: Tensor) -> Tensor:
-        """Where no item of a batch has an image, its padding is one token."""
+        """Pads, as the padding of a batch without any image is one token."""
         return pad(hidden, (0, 0, 0, self.frozen_tokens - hidden.shape[1]))

@@ -38,7 +38,7 @@ def find_layers(model: Any) -> list[nn.Module]:
 
 
 def find_entry(model: Any) -> nn.Module | None:
-    """The module that makes hidden states of ids or pixels; None where it cannot be told."""
+    """The module that makes hidden states of ids or pixels; None where that is unknown."""
     if isinstance(getattr(model, "embeddings", None), nn.Module):
         return model.embeddings
     try:
@@ -122,7 +122,7 @@ class LayerSplit:
         hidden: Tensor,  # [U, T, D]
         run: Callable[[], Any],
     ) -> Any:
-        """What `run` gives when the model goes on from these hidden states."""
+        """Returns the output of `run` when the model goes on from these hidden states."""
         self.given = hidden
         try:
             return run()
@@ -168,7 +168,7 @@ def find_split(
     """
     entry = find_entry(model)
     if entry is None:
-        return None, "its embeddings cannot be told from its layers"
+        return None, "its embeddings cannot be distinguished from its layers"
     split = LayerSplit(model, entry, below)
     try:
         wanted = run()

@@ -1,4 +1,4 @@
-"""How the hidden states of an encoder become the tokens of an item.
+"""Turns the hidden states of an encoder into the tokens of an item.
 
 Shapes: U unique items, T tokens, D width of the encoder.
 """
@@ -25,7 +25,7 @@ def mean_token(
 
 
 def last_place(mask: Tensor) -> Tensor:  # [U, T] -> [U]
-    """Where the last token is; 0 for an item without tokens."""
+    """Returns the place of the last token; 0 for an item without tokens."""
     return (mask.sum(dim=1) - 1).clamp(min=0)
 
 

@@ -39,7 +39,7 @@ NO_IMAGE_FILE = (
 
 
 class PretrainedEncoder:
-    """What an encoder's name stands for.
+    """The checkpoint that an encoder's name stands for.
 
     Args:
         name: of the encoder, see the module's docstring.
@@ -134,12 +134,12 @@ class PretrainedEncoder:
 
     @property
     def fills_texts(self) -> bool:
-        """Whether short texts are filled up to the longest with padding that is read."""
+        """True where short texts are filled up to the longest with padding that is read."""
         return reads_whole_texts(self.config)
 
     @cached_property
     def images(self) -> ImagePreparation:
-        """What is done to images."""
+        """The treatment of images."""
         if self.is_random:
             return ImagePreparation()
         try:
@@ -204,7 +204,7 @@ class PretrainedEncoder:
 
 
 def reads_whole_texts(config: Any) -> bool:
-    """Whether an encoder was trained on texts filled up to one length, padding read like words.
+    """Returns whether an encoder was trained on texts filled up with padding, read like words.
 
     So was SigLIP (arXiv 2303.15343), which pools at the last place.
     """

@@ -79,7 +79,7 @@ class TextTransformer(TransformerEncoder):
 
     def _trained(self, content: ContentInput) -> ContentInput:
         """Items of like length together where they are pooled: little is spent on padding."""
-        if self.pooling == "none":
+        if self.pooling == "none" or content.mask.is_meta:  # on meta lengths are unknown
             return super()._trained(content)
         lengths = content.mask.sum(dim=1)
         order = lengths.argsort()

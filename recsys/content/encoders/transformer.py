@@ -252,7 +252,7 @@ class TransformerEncoder(Encoder):
         return content if self.training_mode == "frozen" else self._trained(content)
 
     def _trained(self, content: ContentInput) -> ContentInput:
-        """What `frozen` leaves."""
+        """Runs the layers above the frozen ones."""
         if self.split is None:
             return self._finish(self._run(content.values, content.mask), content.mask)
         hidden, mask = self._all_tokens(content.values), content.mask
@@ -279,7 +279,7 @@ class TransformerEncoder(Encoder):
         raise NotImplementedError
 
     def _token_mask(self, mask: Tensor, length: int) -> Tensor:  # [U, length]
-        """Which of the model's tokens are there."""
+        """Returns a mask of the model's tokens that are there."""
         return mask
 
     def _all_tokens(self, hidden: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class Feature(ModalityKind):
         return writer.num_entries
 
     def _width(self, column: ItemColumnReader) -> int:
-        """Of the first feature; if bad ones are skipped, which it may be, the most frequent one."""
+        """Returns the width of the first feature; the most frequent where bad ones are skipped."""
         for chunk, where, _ in column.chunks():
             widths = list_lengths(feature_tokens(chunk, where)[1])
             if len(widths):

@@ -59,7 +59,7 @@ class Image(ModalityKind):
 
     @cached_property
     def preparation(self) -> ImagePreparation:
-        """What is done to images, as the checkpoint says."""
+        """The treatment of images that the checkpoint asks for."""
         if self.pretrained is None:
             return ImagePreparation()
         preparation = self.pretrained.images

@@ -30,7 +30,7 @@ SKIPPED = "skipped.json"  # beside an array: what is missing from it because it 
 
 
 def default_cache() -> Path:
-    """Where encoded items are kept unless the configuration says otherwise."""
+    """Returns where encoded items are kept unless the configuration says otherwise."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "recsys"
 

@@ -20,7 +20,7 @@ BITS_16 = ("I;16", "I;16B", "I;16L", "I;16N")
 
 @dataclass(frozen=True)
 class ImagePreparation:
-    """How an image becomes what its encoder sees; by default as encoders of ImageNet want it.
+    """The treatment of an image before its encoder; by default that of encoders of ImageNet.
 
     Attributes:
         mean, std: of red, green and blue on the scale 0 to 1, by which pixels are normalised.
@@ -60,9 +60,9 @@ def decode_image(
         image = open_image(encoded)
     # Decoders of damaged bytes raise whatever their format's parser stumbles over.
     except Exception as error:
-        cause, mend = _cause_and_mend(error)
+        cause, fix = _cause_and_fix(error)
         place = f"{where}: " if where else ""
-        raise ValueError(f"{place}not a readable image ({cause}); {mend}") from error
+        raise ValueError(f"{place}not a readable image ({cause}); {fix}") from error
     preparation = preparation or ImagePreparation()
     width, height = image.size
     seen = (min(width, height),) * 2 if preparation.keeps_aspect else (width, height)
@@ -89,7 +89,7 @@ def open_image(encoded: bytes) -> Image.Image:
     return image.convert("RGB")
 
 
-def _cause_and_mend(error: Exception) -> tuple[str, str]:
+def _cause_and_fix(error: Exception) -> tuple[str, str]:
     if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
         return str(error), "scale it down"
     # Pillow's own words name an object in memory.
@@ -99,6 +99,6 @@ def _cause_and_mend(error: Exception) -> tuple[str, str]:
 
 @cache
 def _formats() -> list[str]:
-    """Those of `FORMATS` that this build of Pillow can read."""
+    """Returns those of `FORMATS` that this build of Pillow can read."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]

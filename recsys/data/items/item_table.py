@@ -100,7 +100,7 @@ class ItemTable:
     def _usable_rows(
         self, file: Location, first_row: int, chunk: pa.Array, found: np.ndarray
     ) -> np.ndarray:
-        """Which values of a chunk of ids have a row, `found`, in the target item's table."""
+        """Returns which ids of a chunk have a row, `found`, in the target item's table."""
         name, limit, target = self.items.id, self.schema.num_items, self.schema.target_item
         null = chunk.is_null().to_numpy(zero_copy_only=False)
         outside = ~null & ((found < 0) | (found >= limit))
@@ -109,17 +109,17 @@ class ItemTable:
         )
         if self.schema.vocabulary_of(target) is None:
             reason = f"id outside [0, {limit})"
-            mend = f"raise num_embeddings of '{target}' in schema.yaml or remove the item"
+            fix = f"raise num_embeddings of '{target}' in schema.yaml or remove the item"
         else:
             reason = f"id not in the vocabulary of '{target}'"
-            mend = "run `recsys prepare vocabulary` again"
+            fix = "run `recsys prepare vocabulary` again"
         self.bad_rows.add(
             file,
             name,
             first_row,
             outside,
             reason,
-            lambda row: f"id {chunk[row].as_py()} is {reason.removeprefix('id ')}; {mend}",
+            lambda row: f"id {chunk[row].as_py()} is {reason.removeprefix('id ')}; {fix}",
         )
         return np.flatnonzero(~null & ~outside)
 

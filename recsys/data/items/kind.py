@@ -1,23 +1,9 @@
 """A modality kind: how one kind of item content is read, kept on disk and encoded.
 
 `content.modalities.NAME.kind` names a kind of the package, or a class of your own as
-`package.module:Class`. A kind is a subclass of `ModalityKind`: two class attributes and five
-methods, of which only `entries` and `encoder` have no default.
-
-    class Audio(ModalityKind):
-        column_kind = "other"           # kind of its columns in schema.yaml
-        entry_shape, dtype = (), "float32"  # of one entry of an item's row in the cache
-
-        def entries(self, chunk, where, report):
-            waves = [decode(value) for value in chunk.to_pylist()]    # one per row, empty: none
-            return np.array([len(wave) for wave in waves]), np.concatenate(waves)
-
-        def encoder(self, entry_shape):
-            return WaveEncoder(**self.modality.options)  # a `recsys.content.encoders.base.Encoder`
-
-`check` refuses settings that do not fit, `key` names what else decides on the cached entries, and
-`as_input` shapes padded rows for the encoder. `self.modality` holds the settings and `self.where`
-their full name, for messages.
+`package.module:Class`: a subclass of `ModalityKind` with two or three class attributes and five
+methods, `check`, `key`, `entries`, `as_input` and `encoder`, of which only `entries` and `encoder`
+have no default. The README shows one in full.
 
 Shapes: n rows of a chunk, U unique items, T entries of the longest of them.
 """
@@ -51,7 +37,7 @@ MODALITY_KINDS = {
 
 
 class ModalityKind:
-    """Interface of all kinds; see the module's docstring.
+    """Interface of all kinds.
 
     Args:
         where: full name of the settings, for messages.
@@ -72,6 +58,10 @@ class ModalityKind:
         self.notes: list[str] = []
         self.check()
 
+    def __reduce__(self) -> Any:
+        """Another process makes it anew, or tokenizers and the like would travel to it."""
+        return make_kind, (self.where, self.modality)
+
     def check(self) -> None:
         """Raises a ValueError that names settings which do not fit this kind."""
         if self.modality.max_images > 1:
@@ -81,7 +71,7 @@ class ModalityKind:
 
     def key(self) -> Any:
         """Returns what decides on the entries beside the column's content; printable."""
-        return None
+        return self.modality.options or None
 
     def entries(
         self, chunk: pa.Array, where: str, report: Report
@@ -143,6 +133,11 @@ def make_kind(where: str, modality: ModalitySettings) -> ModalityKind:
         ValueError: it is unknown, cannot be made, or refuses the settings.
     """
     setting = f"{where}.kind"
+    if modality.options and modality.kind in MODALITY_KINDS:
+        raise ValueError(
+            f"{where}.options are for a class of your own, but {setting} is '{modality.kind}'; "
+            "remove them"
+        )
     return make_part(setting, modality.kind, MODALITY_KINDS, ModalityKind, where, modality)  # type: ignore[type-abstract]
 
 

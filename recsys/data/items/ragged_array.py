@@ -31,11 +31,9 @@ class RaggedArray:
         ValueError: the files are damaged.
     """
 
-    def __init__(self, folder: Path, writable: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         try:
-            self.values = np.load(
-                folder / "values.npy", "r+" if writable else "r", allow_pickle=False
-            )
+            self.values = np.load(folder / "values.npy", "r", allow_pickle=False)
             self.offsets = np.load(folder / "offsets.npy", allow_pickle=False)
             fits = self.offsets.dtype == np.int64 and self.offsets[-1] <= len(self.values)
         except (OSError, ValueError, EOFError, IndexError, TypeError) as error:
@@ -51,26 +49,8 @@ class RaggedArray:
         """Another process opens the files anew, or all values would travel to it."""
         return RaggedArray, (self.folder,)
 
-    @staticmethod
-    def create(
-        folder: Path, lengths: np.ndarray, shape: tuple[int, ...], dtype: str
-    ) -> RaggedArray:
-        """An array of zeros to be filled through `values` and flushed."""
-        folder.mkdir(parents=True, exist_ok=True)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        np.save(folder / "offsets.npy", offsets)
-        # One entry at least, since an empty file cannot be mapped.
-        full_shape = (max(int(offsets[-1]), 1), *shape)
-        npy.open_memmap(folder / "values.npy", "w+", np.dtype(dtype), full_shape).flush()
-        return RaggedArray(folder, writable=True)
-
     def __len__(self) -> int:
         return len(self.offsets) - 1
-
-    @property
-    def entry_bytes(self) -> int:
-        """Size of one entry."""
-        return self._plain.dtype.itemsize * math.prod(self._plain.shape[1:])
 
     @property
     def lengths(self) -> np.ndarray:
@@ -100,52 +80,11 @@ class RaggedArray:
             self._mapped = 0
 
 
-class RowWriter:
-    """Writes a `RaggedArray` of known lengths whose rows come in any order.
+class RaggedWriter:
+    """Writes a `RaggedArray` whose rows come one chunk after the other, holding one in memory.
 
     By calls that write, not through mapped pages: nothing of it counts as memory of the process,
     and a full disk is an error instead of a signal that kills.
-
-    Example::
-
-        with closing(RowWriter(folder, np.array([1, 0, 2]), (4,), "float32")) as writer:
-            writer.write(np.array([2, 0]), values)  # [3, 4]: first the two entries of row 2
-    """
-
-    def __init__(
-        self, folder: Path, lengths: np.ndarray, shape: tuple[int, ...], dtype: str
-    ) -> None:
-        array = RaggedArray.create(folder, lengths, shape, dtype)
-        self.offsets = array.offsets
-        self._dtype = array.values.dtype
-        self._entry_bytes = array.entry_bytes
-        self._first_byte = cast(np.memmap, array.values).offset
-        self._file = open(folder / "values.npy", "r+b")  # noqa: SIM115 - until `close`
-
-    def write(
-        self,
-        rows: np.ndarray,  # [n]
-        values: np.ndarray,  # [sum of their lengths, ...]
-    ) -> None:
-        """Writes all entries of some rows."""
-        place = 0
-        for row in rows.tolist():
-            start, stop = int(self.offsets[row]), int(self.offsets[row + 1])
-            entries = values[place : place + stop - start]
-            self._file.seek(self._first_byte + start * self._entry_bytes)
-            self._file.write(np.ascontiguousarray(entries, self._dtype).data)
-            place += stop - start
-        assert place == len(values)
-
-    def close(self) -> None:
-        """Completes the file, safe from a loss of power."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-
-class RaggedWriter:
-    """Writes a `RaggedArray` whose rows come one chunk after the other, holding one in memory.
 
     Example::
 
@@ -163,7 +102,8 @@ class RaggedWriter:
         self._write_header()
 
     def _write_header(self) -> None:
-        # numpy leaves room in it for the number of entries to grow.
+        # numpy leaves room in it for the number of entries to grow. One entry at least, since an
+        # empty file cannot be mapped.
         shape = (max(self.num_entries, 1), *self.shape)
         header = {"descr": npy.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
         npy.write_array_header_1_0(self._file, header)
@@ -180,11 +120,47 @@ class RaggedWriter:
         self._file.write(np.ascontiguousarray(values, self.dtype).data)
 
     def close(self) -> None:
-        """Completes the files."""
-        if not self.num_entries:  # an empty file cannot be mapped
+        """Completes the files, safe from a loss of power."""
+        if not self.num_entries:
             self._file.write(np.zeros(self.shape, self.dtype).tobytes())
         self._file.seek(0)
         self._write_header()
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._file.close()
         lengths = np.concatenate([np.zeros(1, np.int64), *self.lengths])
         np.save(self.folder / "offsets.npy", np.cumsum(lengths).astype(np.int64))
+
+
+class RowWriter(RaggedWriter):
+    """Writes a `RaggedArray` of known lengths whose rows come in any order.
+
+    Example::
+
+        with closing(RowWriter(folder, np.array([1, 0, 2]), (4,), "float32")) as writer:
+            writer.write(np.array([2, 0]), values)  # [3, 4]: first the two entries of row 2
+    """
+
+    def __init__(
+        self, folder: Path, lengths: np.ndarray, shape: tuple[int, ...], dtype: str
+    ) -> None:
+        super().__init__(folder, shape, dtype)
+        self.lengths, self.num_entries = [lengths], int(lengths.sum())
+        self._starts = np.cumsum(lengths) - lengths
+        self._first_byte = self._file.tell()
+        self._entry_bytes = self.dtype.itemsize * math.prod(shape)
+        self._file.truncate(self._first_byte + self.num_entries * self._entry_bytes)
+
+    def write(
+        self,
+        rows: np.ndarray,  # [n]
+        values: np.ndarray,  # [sum of their lengths, ...]
+    ) -> None:
+        """Writes all entries of some rows."""
+        place = 0
+        for row in rows.tolist():
+            entries = values[place : place + self.lengths[0][row]]
+            self._file.seek(self._first_byte + int(self._starts[row]) * self._entry_bytes)
+            self._file.write(np.ascontiguousarray(entries, self.dtype).data)
+            place += len(entries)
+        assert place == len(values)

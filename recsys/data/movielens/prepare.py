@@ -1,4 +1,4 @@
-"""MovieLens ratings turned into dataset folders, by the protocols of `movielens_protocols`.
+"""MovieLens ratings turned into dataset folders, by the protocols of `protocols`.
 
 A rating of 4 or more is a like. A row knows of each item of its history whether it was liked, its
 stars (as a share of 5) and how long ago it was (log10(1 + days) / 2). A folder has the splits, the
@@ -9,6 +9,8 @@ their items on disk.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,7 @@ def prepare_movielens(
             `window-1` to `window-5`, with the same items, hard-linked where the disk allows it.
         history_length: longest history of a row.
         split: `global`, one split in time for all users; `user`, each user's ratings split in
-            time; `rolling`, the global split at five origins. See `movielens_protocols`.
+            time; `rolling`, the global split at five origins. See `protocols`.
 
     Returns:
         Per split (`window-1/train` ... where there are windows): rows, liked (share), users,
@@ -79,7 +81,7 @@ def prepare_movielens(
 
     Raises:
         ValueError: `out` is in use, a file or column is missing, a value cannot be used, or a
-            split would be empty. Names file, column, row and the mend.
+            split would be empty. Names file, column, row and what to do.
 
     Example::
 
@@ -148,17 +150,22 @@ def _link(file: Path, target: Path) -> None:
 
 
 def _write_split(folder: Path, ratings: Ratings, rows: np.ndarray) -> None:
-    folder.mkdir()
     rows = rows[np.lexsort((ratings.item[rows], ratings.user[rows], ratings.timestamp[rows]))]
-    chunks = [rows[at : at + ROWS_PER_CHUNK] for at in range(0, len(rows), ROWS_PER_CHUNK)]
-    first = _impressions(ratings, chunks[0])
+    chunks = (rows[at : at + ROWS_PER_CHUNK] for at in range(0, len(rows), ROWS_PER_CHUNK))
+    _write_file(folder, (_impressions(ratings, chunk) for chunk in chunks), ROWS_PER_GROUP)
+
+
+def _write_file(folder: Path, tables: Iterator[pa.Table], rows_per_group: int) -> Path:
+    """Writes tables one after another into the only file of a new folder."""
+    folder.mkdir()
     path = folder / "part-00000.parquet"
+    first = next(tables)
     with pq.ParquetWriter(
         path, first.schema, compression="zstd", write_page_checksum=True
     ) as writer:
-        writer.write_table(first, row_group_size=ROWS_PER_GROUP)
-        for chunk in chunks[1:]:
-            writer.write_table(_impressions(ratings, chunk), row_group_size=ROWS_PER_GROUP)
+        for table in chain([first], tables):
+            writer.write_table(table, row_group_size=rows_per_group)
+    return path
 
 
 def _impressions(ratings: Ratings, rows: np.ndarray) -> pa.Table:
@@ -192,8 +199,6 @@ def _impressions(ratings: Ratings, rows: np.ndarray) -> pa.Table:
 
 
 def _write_items(folder: Path, movies: pa.Table) -> Path:
-    folder.mkdir()
-    path = folder / "part-00000.parquet"
     columns = {
         "item": pa.array(np.arange(movies.num_rows), pa.int64()),
         "movie_id": movies["movieId"],
@@ -205,10 +210,9 @@ def _write_items(folder: Path, movies: pa.Table) -> Path:
         columns["poster"] = movies["poster"]
     table = pa.table(columns)
     schema = pa.schema([(n, pa.binary() if n == "poster" else table[n].type) for n in columns])
-    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
-        for at in range(0, table.num_rows, ITEMS_PER_GROUP):
-            writer.write_table(table.slice(at, ITEMS_PER_GROUP).cast(schema))
-    return path
+    starts = range(0, table.num_rows, ITEMS_PER_GROUP)
+    groups = (table.slice(at, ITEMS_PER_GROUP).cast(schema) for at in starts)
+    return _write_file(folder, groups, ITEMS_PER_GROUP)
 
 
 def _genres(movies: pa.Table) -> pa.ChunkedArray:

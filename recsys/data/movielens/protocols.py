@@ -11,7 +11,7 @@ System Offline Evaluation (arXiv 2010.11060).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -114,7 +114,7 @@ def split_by_time(timestamp: np.ndarray) -> Splits:
     Raises:
         ValueError: a split would be empty.
     """
-    return _between_quantiles(timestamp, UNTIL[0], UNTIL[1], 1.0, "")
+    return _between_quantiles(timestamp, (*UNTIL, 1.0))
 
 
 def split_rolling(timestamp: np.ndarray) -> dict[str, Splits]:
@@ -133,9 +133,8 @@ def split_rolling(timestamp: np.ndarray) -> dict[str, Splits]:
     for number in range(1, NUM_WINDOWS + 1):
         tenth = 10 - NUM_WINDOWS + number  # at which the window's test ends
         name = f"window-{number}"
-        windows[name] = _between_quantiles(
-            timestamp, (tenth - 2) / 10, (tenth - 1) / 10, tenth / 10, name
-        )
+        until = ((tenth - 2) / 10, (tenth - 1) / 10, tenth / 10)
+        windows[name] = _between_quantiles(timestamp, until, name)
     return windows
 
 
@@ -158,46 +157,38 @@ def split_each_user(user: np.ndarray, timestamp: np.ndarray) -> Splits:
     user_begin, moment_begin = history_ranges(user, timestamp, length=len(user))
     older = moment_begin - user_begin
     last = np.bincount(user)[user] - 1
-    in_train, in_valid = older <= UNTIL[0] * last, older <= UNTIL[1] * last
-    splits = {
-        "train": np.flatnonzero(in_train),
-        "valid": np.flatnonzero(in_valid & ~in_train),
-        "test": np.flatnonzero(~in_valid),
-    }
-    _require_rows(
-        splits,
-        f"the {len(timestamp)} ratings, each user's split in time",
-        "give users with 7 ratings or more at distinct times, or use the global split",
+    return _splits(
+        (older <= UNTIL[0] * last, older <= UNTIL[1] * last, np.ones(len(user), bool)),
+        f"the {len(timestamp)} ratings, each user's split in time, leave no row for {{}}; give "
+        "users with 7 ratings or more at distinct times, or use the global split",
     )
-    return splits
 
 
-def _between_quantiles(
-    timestamp: np.ndarray, train: float, valid: float, test: float, window: str
-) -> Splits:
+def _between_quantiles(timestamp: np.ndarray, until: Sequence[float], window: str = "") -> Splits:
     """Rows up to three quantiles of time; what is later is in no split."""
-    first, second, third = np.quantile(timestamp, (train, valid, test), method="lower")
-    splits = {
-        "train": np.flatnonzero(timestamp <= first),
-        "valid": np.flatnonzero((timestamp > first) & (timestamp <= second)),
-        "test": np.flatnonzero((timestamp > second) & (timestamp <= third)),
-    }
-    _require_rows(
-        splits,
-        f"the {len(timestamp)} ratings, split after {first} and {second}",
-        "give ratings at more distinct times",
-        window,
+    ends = np.quantile(timestamp, until, method="lower")
+    return _splits(
+        [timestamp <= end for end in ends],
+        f"the {len(timestamp)} ratings, split after {ends[0]} and {ends[1]}, leave no row for "
+        f"{{}}{window and f' of {window}'}; give ratings at more distinct times",
     )
+
+
+def _splits(until: Sequence[np.ndarray], problem: str) -> Splits:
+    """The rows of each split.
+
+    Args:
+        until: bool [N] for train, valid and test: rows of that split or one before.
+        problem: says that the split put for `{}` would be empty.
+    """
+    splits: Splits = {}
+    before = np.zeros_like(until[0])
+    for name, rows in zip(("train", "valid", "test"), until, strict=True):
+        splits[name] = np.flatnonzero(rows & ~before)
+        if len(splits[name]) == 0:
+            raise ValueError(f"ratings, column 'timestamp': {problem.format(name)}")
+        before = rows
     return splits
-
-
-def _require_rows(splits: Splits, cut: str, mend: str, window: str = "") -> None:
-    for name, rows in splits.items():
-        if len(rows) == 0:
-            place = f"{name} of {window}" if window else name
-            raise ValueError(
-                f"ratings, column 'timestamp': {cut}, leave no row for {place}; {mend}"
-            )
 
 
 PROTOCOLS: dict[str, Callable[[Ratings], dict[str, Splits]]] = {

@@ -43,45 +43,20 @@ def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
     Raises:
         ValueError: a file, column or value is missing or cannot be used.
     """
-    if source is None:
-        ratings_path, movies_path = SAMPLE / "ratings.parquet", SAMPLE / "movies.parquet"
-    else:
-        ratings_path, movies_path = Path(source) / "ratings.csv", Path(source) / "movies.csv"
-    movies = _read(movies_path, MOVIES)
-    _check_unique(movies_path, movies)
-    movies = movies.sort_by("movieId")
+    folder, suffix = (SAMPLE, "parquet") if source is None else (Path(source), "csv")
+    ratings_path, movies_path = folder / f"ratings.{suffix}", folder / f"movies.{suffix}"
+    movies = _read_movies(movies_path, MOVIES).sort_by("movieId")
     ratings = _read(ratings_path, RATINGS)
-    _check_ratings(ratings_path, ratings)
-    items = _find_movies(ratings_path, ratings, movies_path, movies)
-    contents = None if source is None else Path(source) / "items.parquet"
-    if contents is not None and contents.exists():
-        movies = _add_contents(movies, contents)
-    return movies, ratings.append_column("item", pa.array(items))
-
-
-def _check_ratings(path: Path, ratings: pa.Table) -> None:
-    rating = ratings["rating"].to_numpy()
-    wrong = ~((rating >= 0) & (rating <= 5))
-    if wrong.any():
-        index = int(wrong.argmax())
-        raise ValueError(
-            f"{path}: column 'rating', {_row(path, index)}: {rating[index]} is outside [0, 5]; "
-            "scale the ratings to five stars"
-        )
-
-
-def _find_movies(path: Path, ratings: pa.Table, movies_path: Path, movies: pa.Table) -> np.ndarray:
-    """The row of each rating's movie: int64 [N]."""
+    stars = ratings["rating"].to_numpy()
+    outside = "{} is outside [0, 5]; scale the ratings to five stars"
+    _refuse(ratings_path, ratings, "rating", ~((stars >= 0) & (stars <= 5)), outside)
     movie, known = ratings["movieId"].to_numpy(), movies["movieId"].to_numpy()
     item = np.searchsorted(known, movie).clip(max=len(known) - 1)
-    wrong = known[item] != movie
-    if wrong.any():
-        index = int(wrong.argmax())
-        raise ValueError(
-            f"{path}: column 'movieId', {_row(path, index)}: movie {movie[index]} is not in "
-            f"{movies_path}; add it there or remove its ratings"
-        )
-    return item
+    unknown = f"movie {{}} is not in {movies_path.name}; add it there or remove its ratings"
+    _refuse(ratings_path, ratings, "movieId", known[item] != movie, unknown)
+    if source is not None and (contents := folder / "items.parquet").exists():
+        movies = _add_contents(movies, contents)
+    return movies, ratings.append_column("item", pa.array(item))
 
 
 def _add_contents(movies: pa.Table, path: Path) -> pa.Table:
@@ -95,8 +70,7 @@ def _add_contents(movies: pa.Table, path: Path) -> pa.Table:
     for name, types in {"plot": PLOTS, "poster": POSTERS}.items():
         if name not in available:
             continue
-        contents = _read(path, types, nullable=name)
-        _check_unique(path, contents)
+        contents = _read_movies(path, types, nullable=name)
         rows = pc.index_in(movies["movieId"], contents["movieId"])
         movies = movies.append_column(name, contents[name].combine_chunks().take(rows))
     return movies
@@ -113,11 +87,9 @@ def _read(path: Path, types: dict[str, pa.DataType], nullable: str | None = None
     if table.num_rows == 0:
         raise ValueError(f"{path}: no rows; the file is empty, fetch it again")
     for name in types:
-        if name != nullable and table[name].null_count:
-            index = int(pc.index(table[name].is_null(), True).as_py())
-            raise ValueError(
-                f"{path}: column '{name}', {_row(path, index)}: no value; fill it or drop the row"
-            )
+        if name != nullable:
+            is_null = table[name].is_null().to_numpy()
+            _refuse(path, table, name, is_null, "no value; fill it or drop the row")
     return table
 
 
@@ -150,15 +122,28 @@ def _read_parquet(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
     return table
 
 
-def _check_unique(path: Path, table: pa.Table) -> None:
+def _read_movies(
+    path: Path, types: dict[str, pa.DataType], nullable: str | None = None
+) -> pa.Table:
+    """Reads a file with one row per movie."""
+    table = _read(path, types, nullable)
     ids = table["movieId"].to_numpy()
-    first = np.unique(ids, return_index=True)[1]
-    if len(first) < len(ids):
-        index = int(np.setdiff1d(np.arange(len(ids)), first)[0])
-        raise ValueError(
-            f"{path}: column 'movieId', {_row(path, index)}: movie {ids[index]} occurs a second "
-            "time; keep one row per movie"
-        )
+    is_repeated = np.ones(len(ids), dtype=bool)
+    is_repeated[np.unique(ids, return_index=True)[1]] = False
+    reason = "movie {} occurs a second time; keep one row per movie"
+    _refuse(path, table, "movieId", is_repeated, reason)
+    return table
+
+
+def _refuse(path: Path, table: pa.Table, column: str, wrong: np.ndarray, reason: str) -> None:
+    """Raises a ValueError for the first row of a file where `wrong` holds, bool [N].
+
+    `reason` says what is wrong with the value put for `{}`, and what to do.
+    """
+    if wrong.any():
+        row = int(wrong.argmax())
+        value = table[column][row].as_py()
+        raise ValueError(f"{path}: column '{column}', {_row(path, row)}: {reason.format(value)}")
 
 
 def _row(path: Path, index: int) -> str:

@@ -8,16 +8,14 @@ how many rows would be lost.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 
 from recsys.data.filesystem import Location
+from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
-
-logger = logging.getLogger(__name__)
 
 OnBadRow = Literal["error", "skip"]
 LINES = 20  # of the report; metrics hold all of it
@@ -89,8 +87,8 @@ class BadRows:
         for found in ranks.gather(self.found):
             merged |= found
         total_rows, entries = by_reason(merged)
-        if entries:
-            logger.info(format_skipped(what, total_rows, entries))
+        if entries and ranks.is_first:
+            print_table(format_skipped(what, total_rows, entries))
         return {"rows": total_rows, "found": entries}
 
 

@@ -1,4 +1,4 @@
-"""What the machine itself can do, measured beside the steps: the floor that no step goes under.
+"""Measures what the machine itself can do, beside the steps: the rates of their roofline.
 
 A large matrix product gives FLOP/s and a large copy gives bytes/s, with the threads and ranks of
 the steps, between their rounds, so that whatever else the machine does slows both alike. The

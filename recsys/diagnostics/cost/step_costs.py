@@ -1,18 +1,18 @@
-"""FLOPs and least bytes of a training step, by part, from formulas.
+"""FLOPs and least bytes of a training step, by part.
 
-They count what the product executes: each unique item once, nothing padded, the gradient of what
-trains alone. The parts of a step follow one another, so that the floors of all add up to the
-step's. Numbers are float32. Letters: see `recsys.data.jagged_history`.
+Parts of the model cost what `recsys.diagnostics.cost.counted` counts of them, times the items,
+tokens and rows of a step; lookups, the loss over all rows and the optimizer follow formulas. The
+parts of a step follow one another, so that their rooflines add up to the step's. Numbers are
+float32. Letters: see `recsys.data.jagged_history`.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 
 from recsys.diagnostics.cost.batch_counts import BatchCounts
 from recsys.diagnostics.cost.communication import sent_bytes
-from recsys.diagnostics.cost.content_cost import content_parts
-from recsys.diagnostics.cost.model_sizes import ContentSizes, ModelSizes, RankingSizes
+from recsys.diagnostics.cost.model_sizes import ContentSizes, ModelSizes
 from recsys.diagnostics.cost.roofline import Anchor
 from recsys.diagnostics.cost.work import FLOAT, PartCost, Work, linear, moved, times
 
@@ -28,7 +28,7 @@ def step_costs(sizes: ModelSizes, counts: BatchCounts, world_size: int = 1) -> l
     parts = [lookup(sizes, counts)]
     if content is not None:
         parts += content_parts(content, counts)
-    parts += ranking(sizes, counts)
+    parts += [part.scaled(counts.rows) for part in sizes.ranking]
     if content is not None and content.contrastive_dim:
         parts.append(contrastive(sizes, content, counts, world_size))
     parameters = sizes.dense_parameters
@@ -42,13 +42,13 @@ def step_costs(sizes: ModelSizes, counts: BatchCounts, world_size: int = 1) -> l
     return parts
 
 
-def floors_by_measured_part(parts: list[PartCost], anchor: Anchor) -> dict[str, float]:
+def roofline_by_measured_part(parts: list[PartCost], anchor: Anchor) -> dict[str, float]:
     """Sums seconds by part of the step trace; all backward work is in the part `backward`."""
-    floors: dict[str, float] = {}
+    seconds: dict[str, float] = {}
     for part in parts:
         for name, work in ((part.measured_as, part.forward), ("backward", part.backward)):
-            floors[name] = floors.get(name, 0.0) + work.floor(anchor)
-    return floors
+            seconds[name] = seconds.get(name, 0.0) + work.roofline(anchor)
+    return seconds
 
 
 def lookup(sizes: ModelSizes, counts: BatchCounts) -> PartCost:
@@ -68,65 +68,39 @@ def lookup(sizes: ModelSizes, counts: BatchCounts) -> PartCost:
     return PartCost("lookup", "lookup", forward, backward)
 
 
-def ranking(sizes: ModelSizes, counts: BatchCounts) -> list[PartCost]:
-    """The parts of the default ranking model; any other one as a whole."""
-    if not isinstance(sizes.ranking, RankingSizes):
-        forward, backward = (times(work, counts.rows) for work in sizes.ranking)
-        return [PartCost("ranking", "ranking", forward, backward)]
-    parts = [id_attention(sizes, sizes.ranking, counts), head(sizes.ranking, counts)]
-    if sizes.content is not None:
-        return [content_attention(sizes, sizes.content, counts), *parts]
-    return parts
+def content_parts(content: ContentSizes, counts: BatchCounts) -> Iterator[PartCost]:
+    """Yields the parts from the content of the items to encode to the vectors of the history.
+
+    Each unique item is encoded once, and a backward is of the items with gradient alone.
+    """
+    share = counts.with_gradient / max(counts.encoded, 1)
+    encoders, projections, per_item = [], [], 0.0
+    for modality in content.modalities:
+        of_batch = counts.modalities[modality.name]
+        length = of_batch.longest
+        tokens, pairs = counts.encoded * length, counts.encoded * length**2
+        if modality.groups_by_length:
+            tokens, pairs = of_batch.grouped, of_batch.grouped_pairs
+        encoders.append(modality.encoder.on(counts.encoded, tokens, pairs, share))
+        given = length if modality.fixed_tokens is None else modality.fixed_tokens
+        tokens = counts.encoded * given
+        projections.append(modality.projection.on(counts.encoded, tokens, 0, share))
+        per_item += given
+    yield _together("encoders", "encoders", encoders)
+    yield _together("projections", "content", projections)
+    tokens = counts.encoded * per_item
+    fused = content.fusion.on(counts.encoded, tokens, tokens * per_item, share)
+    yield PartCost("fusion", "fusion", *fused)
+    if content.mode != "full":
+        read = counts.stored + counts.unique_history
+        kept = (counts.encoded + read) * (content.vector_dim + 1)
+        yield PartCost("memory bank", "content", moved(2 * kept))
+    yield PartCost("history map", "content", *content.history_map.on(0, counts.unique_history))
 
 
-def id_attention(sizes: ModelSizes, ranking: RankingSizes, counts: BatchCounts) -> PartCost:
-    """Counts DIN with its first layer split by input, as `target_attention` computes it."""
-    dim, places, parallel = sizes.id_dim, counts.history, sizes.num_parallel
-    items = counts.looked_up - counts.rows
-    first, *rest = ranking.attention_units
-    widths = [first, *rest, 1]
-    layers = linear(items, dim, first) + linear(counts.rows, dim, first)
-    layers += linear(places, dim, first)
-    for before, after in pairwise(widths):
-        layers += linear(places, before, after)
-    of_parallel = linear(places, parallel, dim) + linear(places, parallel, first)
-    small = linear(first, dim, parallel) + linear(counts.rows, parallel, dim)
-    total = Work(others=2 * places * dim)  # the weighted sum
-    numbers = moved((items + 2 * counts.rows) * dim + places * (1 + parallel))
-    forward = layers + of_parallel + small + total + numbers
-    backward = times(layers, 2) + of_parallel + times(small, 2) + times(total, 2)
-    # The mapped sums of parallel lists get a gradient through the weights.
-    return PartCost("attention, ID", "ranking", forward, backward + times(numbers, 2))
-
-
-def content_attention(sizes: ModelSizes, content: ContentSizes, counts: BatchCounts) -> PartCost:
-    """Dot products with the mapped target, the weighted sum, and cosines."""
-    dim, places, rows = content.dim, counts.history, counts.rows
-    query = linear(rows, dim, dim)
-    small = times(linear(rows, sizes.num_parallel, dim), 2)  # scores of the lists, and their sums
-    dots = Work(others=2 * places * dim)
-    items_train = content.mode != "bank_frozen"
-    numbers = moved((counts.unique_history + 2 * rows) * dim + places * (1 + sizes.num_parallel))
-    forward = query + small + times(dots, 2 + content.num_cosines) + numbers
-    # To the queries and weights; to the items where they train, cosines of mean tokens never.
-    gradients = 2 + content.num_cosines
-    gradients += items_train * (2 + min(content.num_cosines, 1))
-    backward = times(query, 2) + times(small, 2) + times(dots, gradients) + times(numbers, 2)
-    return PartCost("attention, content", "ranking", forward, backward)
-
-
-def head(sizes: RankingSizes, counts: BatchCounts) -> PartCost:
-    """Low-rank cross layers and the MLP."""
-    rows, width = counts.rows, sizes.head_widths[0]
-    forward = times(linear(rows, width, sizes.cross_rank), 2 * sizes.cross_layers)
-    weights = 2 * sizes.cross_layers * width * sizes.cross_rank
-    for before, after in pairwise(sizes.head_widths):
-        forward += linear(rows, before, after)
-        weights += before * after
-    numbers = moved(rows * (width + sizes.head_widths[-1]) + weights)
-    return PartCost(
-        "ranking head", "ranking", forward + numbers, times(forward, 2) + times(numbers, 2)
-    )
+def _together(name: str, measured_as: str, costs: Sequence[tuple[Work, Work]]) -> PartCost:
+    forward, backward = (sum((cost[way] for cost in costs), Work()) for way in (0, 1))
+    return PartCost(name, measured_as, forward, backward)
 
 
 def contrastive(

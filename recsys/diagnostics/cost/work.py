@@ -1,14 +1,14 @@
 """FLOPs and bytes of work, and the least time they take.
 
 Bytes are the least that must move if everything between a part's inputs and outputs stayed in the
-processor: inputs, weights and outputs once, forward and backward. The floor of a part is the time
-that its FLOPs or its bytes take at the rates of `recsys.diagnostics.cost.roofline`, whichever is
-longer.
+processor: inputs, weights and outputs once, forward and backward. The roofline of a part is the
+time that its FLOPs or its bytes take at the rates of `recsys.diagnostics.cost.roofline`, whichever
+is longer.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 from recsys.diagnostics.cost.roofline import Anchor
 
@@ -20,24 +20,19 @@ class Work:
     """What one direction of a part does."""
 
     products: float = 0.0  # FLOPs of matrix products
-    others: float = 0.0  # FLOPs of attention kernels, sums over histories and optimizers
+    others: float = 0.0  # FLOPs of batched products (attention), convolutions and optimizers
     bytes: float = 0.0
     outputs: float = 0.0  # bytes of the products' results, which a backward needs
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.products + other.products,
-            self.others + other.others,
-            self.bytes + other.bytes,
-            self.outputs + other.outputs,
-        )
+        return Work(*(mine + its for mine, its in zip(astuple(self), astuple(other))))
 
     @property
     def flops(self) -> float:
         return self.products + self.others
 
-    def floor(self, anchor: Anchor) -> float:
-        """Seconds."""
+    def roofline(self, anchor: Anchor) -> float:
+        """Returns the least seconds."""
         return max(self.flops / anchor.flops_per_second, self.bytes / anchor.bytes_per_second)
 
 
@@ -50,9 +45,14 @@ class PartCost:
     forward: Work
     backward: Work = Work()
 
-    def floor(self, anchor: Anchor) -> float:
-        """Seconds of both directions."""
-        return self.forward.floor(anchor) + self.backward.floor(anchor)
+    def roofline(self, anchor: Anchor) -> float:
+        """Returns the least seconds of both directions."""
+        return self.forward.roofline(anchor) + self.backward.roofline(anchor)
+
+    def scaled(self, factor: float) -> PartCost:
+        """Returns the cost of `factor` times the part."""
+        forward, backward = times(self.forward, factor), times(self.backward, factor)
+        return replace(self, forward=forward, backward=backward)
 
 
 def linear(rows: float, inputs: float, outputs: float) -> Work:
@@ -61,12 +61,10 @@ def linear(rows: float, inputs: float, outputs: float) -> Work:
 
 
 def times(work: Work, factor: float) -> Work:
-    """`factor` times the work."""
-    return Work(
-        work.products * factor, work.others * factor, work.bytes * factor, work.outputs * factor
-    )
+    """Returns `factor` times the work."""
+    return Work(*(value * factor for value in astuple(work)))
 
 
 def moved(numbers: float) -> Work:
-    """So many numbers read or written."""
+    """Returns the work of reading or writing so many numbers."""
     return Work(bytes=FLOAT * numbers)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
-from recsys.data.filesystem import Location
+from recsys.data.filesystem import Location, write_whole
 from recsys.data.item_parts import count_items
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.bad_rows import OnBadRow
@@ -19,6 +20,9 @@ from recsys.diagnostics.dataset.dataset_summary import (
 )
 from recsys.diagnostics.dataset.findings import find
 from recsys.diagnostics.dataset.report import format_dataset
+from recsys.distributed.log import print_table
+
+logger = logging.getLogger(__name__)
 
 
 def explain_data(
@@ -32,11 +36,10 @@ def explain_data(
     """
     found = summarize_dataset(data)
     findings = find(found)
-    print(format_dataset(found, findings), flush=True)
+    print_table(format_dataset(found, findings))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(to_json(found, findings), indent=2) + "\n")
-        print(f"written to {json_file}")
+        write_whole(json_file, json.dumps(to_json(found, findings), indent=2) + "\n")
+        logger.info("written to %s", json_file)
     if found.has_bad_rows and on_bad_row == "error":
         _raise_first(data)
     return found

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from recsys.data.filesystem import Location
-from recsys.data.item_parts import COLD_BELOW
+from recsys.data.item_parts import item_parts
 from recsys.data.schema import Schema, load_schema
 from recsys.diagnostics.dataset.item_summary import ItemSummary, summarize_items
 from recsys.diagnostics.dataset.key_counts import KeyCounts
@@ -58,11 +58,10 @@ class DatasetSummary:
     def shares_of_rows(self, split: str) -> dict[str, float]:
         """Of a split: rows of cold and unseen items, of items without a row, of known groups."""
         found, train = self.splits[split], self.splits["train"]
-        counts, trained = found.item_counts, train.item_counts
+        counts, of = found.item_counts, item_parts(train.item_counts)
         rows = max(int(counts.sum()), 1)
         shares = {
-            "cold": float(counts[trained < COLD_BELOW].sum() / rows),
-            "unseen": float(counts[trained == 0].sum() / rows),
+            **{part: float(counts[of[part]].sum() / rows) for part in ("cold", "unseen")},
             "repeated_rows": found.keys[ROWS].repeats / rows if counts.any() else 0.0,
             "repeated_pairs": found.keys[PAIRS].repeats / rows if counts.any() else 0.0,
             "target_in_history": found.target_in_history / rows,

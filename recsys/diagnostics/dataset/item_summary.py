@@ -111,7 +111,8 @@ def _summarize(items: ItemTable, name: str, kind: str) -> ColumnSummary:
             _add_features(found, chunk, f"{file}: column '{name}'")
         else:
             found.missing = (found.missing or 0) + chunk.null_count
-            categories.update(chunk.unique().drop_null().to_pylist())
+            if kind == "category":
+                categories.update(chunk.unique().drop_null().to_pylist())
     if kind == "category":
         found.values = len(categories)
     return found

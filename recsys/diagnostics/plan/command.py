@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 from embeddings.simulated_cluster import DEVICES, FigureOverrides
 from recsys.config import Config
+from recsys.data.filesystem import write_whole
 from recsys.diagnostics.plan.description import Description, describe
 from recsys.diagnostics.plan.report import format_description
 from recsys.diagnostics.plan.this_machine import find_cluster
+from recsys.distributed.log import print_table
+
+logger = logging.getLogger(__name__)
 
 
 def device_of_config(device: str) -> str:
@@ -34,11 +39,10 @@ def describe_run(
     """
     cluster = find_cluster(device, nodes, gpus_per_node, figures, config.precision)
     found = describe(config, data, cluster, parse_rows(rows))
-    print(format_description(found), flush=True)
+    print_table(format_description(found))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(found.to_json(), indent=2) + "\n")
-        print(f"written to {json_file}")
+        write_whole(json_file, json.dumps(found.to_json(), indent=2) + "\n")
+        logger.info("written to %s", json_file)
     return found
 
 

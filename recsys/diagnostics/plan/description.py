@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from embeddings import format_plan, is_replicated
@@ -11,15 +12,13 @@ from embeddings.table_memory import FLOAT
 from recsys.config import Config, content_settings, softmax_settings
 from recsys.diagnostics.cost.batch_counts import BatchCounts
 from recsys.diagnostics.cost.communication import Sent, sent_bytes
-from recsys.diagnostics.cost.counted_ranking import counted_ranking
-from recsys.diagnostics.cost.model_sizes import ModelSizes, has_formulas
+from recsys.diagnostics.cost.model_sizes import ModelSizes
 from recsys.diagnostics.cost.step_costs import COMMUNICATION, step_costs
-from recsys.diagnostics.cost.work import PartCost, Work
+from recsys.diagnostics.cost.work import PartCost
 from recsys.diagnostics.plan.batch_sample import BatchSample, sample_batches
 from recsys.diagnostics.plan.meta_model import MetaModel, build_meta_model
 from recsys.diagnostics.plan.model_parts import ModelPart, model_parts, table_bytes_by_rank
 from recsys.diagnostics.plan.time_bounds import TimeBound, backward_outputs, time_bounds
-from recsys.model.tables import pooled_features
 
 
 @dataclass(frozen=True)
@@ -128,23 +127,21 @@ def describe(
 
 
 def _sizes(meta_model: MetaModel, sample: BatchSample) -> ModelSizes:
-    config, schema, em3 = meta_model.config, meta_model.schema, meta_model.em3
-    counted: tuple[Work, Work] | None = None
-    if not has_formulas(config, em3):
-        dims = {table.name: table.embedding_dim for table in meta_model.tables}
-        counted = counted_ranking(
-            em3.ranking,
-            [dims[schema.table_of(name)] for name in pooled_features(config, schema)],
-            dims[schema.target_item],
-            content_settings(config),
-            sample.batches[0],
-        )
-    return ModelSizes.of(config, schema, em3, meta_model.tables, meta_model.plan, counted)
+    lengths = [len(batch.history_index) for batch in sample.batches]
+    typical = min(sample.batches, key=lambda b: abs(len(b.history_index) - fmean(lengths)))
+    return ModelSizes.of(
+        meta_model.config,
+        meta_model.schema,
+        meta_model.em3,
+        meta_model.tables,
+        meta_model.plan,
+        typical,
+    )
 
 
 def _unknown(config: Config, sizes: ModelSizes) -> list[str]:
-    encoders = sizes.content.encoders if sizes.content is not None else []
-    found = [f"encoder {encoder.name}" for encoder in encoders if not encoder.is_known]
+    modalities = sizes.content.modalities if sizes.content is not None else []
+    found = [f"encoder {modality.name}" for modality in modalities if not modality.is_known]
     return found + ["retrieval loss"] * (softmax_settings(config.ranking) is not None)
 
 

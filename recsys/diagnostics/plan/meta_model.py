@@ -21,7 +21,6 @@ from recsys.content.encoders.build import Encoder, TransformerEncoder, build_enc
 from recsys.data.filesystem import Location
 from recsys.data.parquet.file import mean_list_lengths
 from recsys.data.schema import Schema, load_schema
-from recsys.diagnostics.cost.model_sizes import image_tokens
 from recsys.diagnostics.plan.item_sample import ItemSample, sample_items
 from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
@@ -61,8 +60,8 @@ class MetaModel:
         encoder: Any = self.em3.content.encoders[modality]
         if encoder.is_cached and settings.training == "frozen" and settings.pooling != "none":
             return lengths.clamp(max=1)
-        if settings.kind == "image" and isinstance(encoder, TransformerEncoder):
-            return lengths * image_tokens(encoder.model)
+        if isinstance(encoder, TransformerEncoder) and not encoder.is_text:
+            return lengths * encoder.frozen_tokens
         return lengths
 
 

@@ -57,7 +57,7 @@ def time_bounds(
                 part.name,
                 arithmetic_seconds=both.flops / anchor.flops_per_second,
                 memory_seconds=both.bytes / anchor.bytes_per_second,
-                seconds=part.floor(anchor),
+                seconds=part.roofline(anchor),
             )
         )
     for kind in sent:

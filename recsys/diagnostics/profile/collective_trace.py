@@ -2,6 +2,7 @@
 
 Every backend's collectives pass through PyTorch's c10d operations, those too that
 DistributedDataParallel starts in C++, so the trace has them all, with the shapes of their tensors.
+(NCCL alone records sizes itself, as `record_param_comms`; gloo does not.)
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 Ranges nest: of TorchRec's pipeline and of the modules that
 `recsys.diagnostics.profile.step_profile` has marked. At each moment a step is in the innermost of
-them, so that nothing counts twice and the parts add up to the step. The trace is that of
-`torch.profiler` in Chrome's format, with shapes recorded.
+them, so that nothing counts twice and the parts add up to the step: `key_averages` of the profiler
+cannot say that, as it sums by name whatever lies inside. The trace is that of `torch.profiler` in
+Chrome's format, with shapes recorded.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from recsys.build import Job
 from recsys.checkpoint.run_folder import ITEM_COUNTS
 from recsys.data.filesystem import write_whole
+from recsys.data.item_parts import PARTS
 from recsys.data.items.item_table import ItemTable
 from recsys.diagnostics.run_report.embedding_maps import embedding_maps
 from recsys.diagnostics.run_report.fusion_attention import fusion_attention, recorded_attention
@@ -28,10 +30,11 @@ from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import score, split_interactions
 from recsys.evaluation.predict import load_run
 
+logger = logging.getLogger(__name__)
+
 SPLIT = "test"
 ITEMS = 2000  # those seen most in training, whose vectors are looked at
 ITEMS_OF_MAPS = 1000  # of these
-PARTS = ("all", "warm", "cold", "unseen")
 
 
 def report_run(
@@ -75,7 +78,7 @@ def report_run(
                 _settings(run, metrics),
             ]
             write_whole(out, html_page(f"Run {run.resolve().name}", sections))
-            print(f"report written to {out}", flush=True)
+            logger.info("report written to %s", out)
     return out
 
 

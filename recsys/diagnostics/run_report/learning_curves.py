@@ -15,7 +15,12 @@ Curve = tuple[list[int], list[float]]  # steps and values
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """Every scalar of the run by tag, such as `train/loss` and `valid/auc`, by step."""
+    """Every scalar of the run by tag, such as `train/loss` and `valid/auc`, by step.
+
+    There are none where TensorBoard is not among the run's trackers.
+    """
+    if not (run / "tensorboard").is_dir():
+        return {}
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     curves = {}
     for tag in events.Tags()["scalars"]:

@@ -11,10 +11,11 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
+from pathlib import Path
 from typing import Any
 
 import matplotlib
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
@@ -28,29 +29,7 @@ _DRAWING: dict[Any, Any] = {  # of matplotlib, which types its names
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1d2129; max-width: 1120px;
-       margin: 2rem auto; padding: 0 1.5rem }
-h1 { font-size: 1.8rem; margin-bottom: 0 }
-h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid #d8dbe0 }
-p { max-width: 75ch }
-figure { margin: 1rem 0 }
-figure img { width: 100%; height: auto }
-figcaption { color: #5a606b; font-size: .9rem; max-width: 85ch }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #e4e6ea }
-th:first-child, td:first-child { text-align: left; padding-left: 0 }
-.cards { display: grid; grid-template-columns: 160px 1fr; gap: 1rem; margin: 1.5rem 0;
-         padding-top: 1rem; border-top: 1px solid #e4e6ea }
-.cards p { margin: 0 0 .3rem; color: #5a606b; font-size: .9rem }
-.row { display: grid; grid-template-columns: repeat(5, 1fr); gap: .7rem; margin-bottom: .8rem }
-.card { font-size: .85rem; line-height: 1.3; overflow-wrap: anywhere }
-.card img, .card .blank { height: 96px; display: block; margin-bottom: .3rem; border-radius: 3px }
-.card img { max-width: 100%; object-fit: contain }
-.card .blank { width: 64px; background: #eef0f3 }
-.card small { display: block; color: #5a606b }
-pre { background: #f5f6f8; padding: 1rem; overflow-x: auto; font-size: .85rem }
-"""
+_TEMPLATE = "page.html.j2"  # beside this file
 
 
 @dataclass(frozen=True)
@@ -128,58 +107,12 @@ def number(value: float | None, decimals: int = 4) -> str:
 
 
 def html_page(title: str, sections: Sequence[Section]) -> str:
-    """The whole page. Every text is escaped."""
-    body = "\n".join(_section(section) for section in sections)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
-        f"<body>\n<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n"
+    """Returns the whole page. Every text is escaped."""
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
     )
-
-
-def _section(section: Section) -> str:
-    parts = [f"<h2>{escape(section.title)}</h2>"]
-    parts += [f"<p>{escape(words)}</p>" for words in section.words]
-    parts += [_figure(drawing) for drawing in section.drawings]
-    parts += [_table(table) for table in section.tables]
-    parts += [_cards(cards) for cards in section.cards]
-    if section.text:
-        parts.append(f"<pre>{escape(section.text)}</pre>")
-    return "<section>\n" + "\n".join(parts) + "\n</section>"
-
-
-def _figure(drawing: Drawing) -> str:
-    data = base64.b64encode(drawing.svg).decode()
-    caption = escape(drawing.caption)
-    return (
-        f'<figure id="{escape(drawing.name)}">'
-        f'<img alt="{caption}" src="data:image/svg+xml;base64,{data}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
-
-
-def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.head)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n"
-        for row in table.rows
-    )
-    return f"<table>\n<tr>{head}</tr>\n{rows}</table>"
-
-
-def _cards(cards: Cards) -> str:
-    rows = "\n".join(
-        f'<p>{escape(words)}</p>\n<div class="row">{"".join(map(_card, row))}</div>'
-        for words, row in cards.rows
-    )
-    return f'<div class="cards">{_card(cards.first)}<div>\n{rows}</div></div>'
-
-
-def _card(card: Card) -> str:
-    picture = "" if card.picture is None else '<span class="blank"></span>'
-    if card.picture:
-        data = base64.b64encode(card.picture).decode()
-        picture = f'<img alt="{escape(card.title)}" src="data:image/jpeg;base64,{data}">'
-    lines = "".join(f"<small>{escape(line)}</small>" for line in card.lines)
-    return f'<div class="card">{picture}<strong>{escape(card.title)}</strong>{lines}</div>'
+    pages.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    return pages.get_template(_TEMPLATE).render(title=title, sections=sections)

@@ -18,6 +18,7 @@ from recsys.checkpoint.files import folder_of_step, prune
 from recsys.checkpoint.manager import Checkpoints, load_best
 from recsys.checkpoint.progress import Progress
 from recsys.config import load_config
+from recsys.distributed.log import configure_logging
 from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.evaluation.predict import load_run
 from recsys.training.train import train
@@ -178,6 +179,7 @@ def test_a_damaged_later_checkpoint_takes_no_place_of_a_good_one(tmp_path: Path)
 def test_a_full_disk_ends_the_job_only_when_it_stays_full(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
+    configure_logging()
     with joined_ranks("cpu") as ranks:
         checkpoints = Checkpoints(job_of(folder, ranks), tmp_path, "data")
         checkpoints.save(Progress(steps=1), wait=True)
@@ -215,6 +217,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_runs_full_keeps_the_last_checkpoint_and_its_room(
     folder: Path, small_disk: Path, capfd: Any
 ) -> None:
+    configure_logging()
     with joined_ranks("cpu") as ranks:
         job = job_of(folder, ranks)
         checkpoints = Checkpoints(job, small_disk, "data")

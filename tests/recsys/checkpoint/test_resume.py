@@ -12,6 +12,7 @@ import torch
 
 from recsys.checkpoint.files import folders_by_age
 from recsys.distributed.lockstep import TrainingStopped
+from recsys.distributed.log import configure_logging
 from recsys.distributed.ranks import joined_ranks
 from recsys.training.loss_watch import LossWatch
 from recsys.training.train import train
@@ -112,6 +113,7 @@ def damaged(run: Path, whole: Path) -> list[Path]:
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     folder: Path, whole: Path, tmp_path: Path, capfd: Any, fault: str
 ) -> None:
+    configure_logging()
     newest, before, *_ = damaged(tmp_path / "run", whole)
     file = newest / {"manifest": "checkpoint.json", "metadata": ".metadata"}.get(
         fault, "__0_0.distcp"
@@ -226,6 +228,7 @@ def test_an_epoch_begun_on_two_ranks_ends_on_three_with_every_impression_once(
 def test_skipped_rows_are_counted_in_the_metrics_and_trained_on_by_nobody(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
+    configure_logging()
     data = write_dataset(tmp_path / "data")
     for split, part in (("train", 0), ("test", 0)):
         file = data / split / f"part-{part}.parquet"

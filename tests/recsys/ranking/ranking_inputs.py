@@ -72,6 +72,7 @@ def one_row(
 ) -> tuple[IDVectors, ContentVectors, Batch]:
     """The same row as a batch of its own, its history unpadded."""
     ids, content, batch = parts
+    history, history_modalities = content.read_history()
     stop = int(batch.history_lengths[: row + 1].sum())
     own = slice(stop - int(batch.history_lengths[row]), stop)
     this = slice(row, row + 1)
@@ -87,9 +88,9 @@ def one_row(
         IDVectors([part[this] for part in ids.pooled], ids.target[this], ids.history[own]),
         ContentVectors(
             content.target[this],
-            content.history[own],
+            history[own],
             content.target_modalities[this],
-            content.history_modalities[own],
+            history_modalities[own],
         ),
         alone,
     )

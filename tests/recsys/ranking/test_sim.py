@@ -53,10 +53,9 @@ def test_without_content_the_highest_dot_products_of_id_vectors_are_found(top_k:
 
 def test_with_content_the_highest_cosines_of_content_and_modalities_are_found() -> None:
     ids, content, batch = inputs(LENGTHS)
-    spaces = [(content.target, content.history)]
-    spaces += zip(
-        content.target_modalities.unbind(1), content.history_modalities.unbind(1), strict=True
-    )
+    history, modalities = content.read_history()
+    spaces = [(content.target, history)]
+    spaces += zip(content.target_modalities.unbind(1), modalities.unbind(1), strict=True)
     total: list[Tensor] = []
     for row, places in enumerate(torch.arange(10).split(LENGTHS.tolist())):
         cosines = [

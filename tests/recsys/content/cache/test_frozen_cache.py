@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from recsys.content.cache.fill import cache_frozen_outputs
 from recsys.content.encoders.build import Encoder, ModuleEncoder
 from recsys.data.batch import ContentInput
 from recsys.data.items.content_store import ContentStore
-from recsys.data.items.ragged_array import RaggedArray
+from recsys.data.items.ragged_array import RaggedWriter
 from recsys.distributed.ranks import Ranks, joined_ranks
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
@@ -153,9 +154,8 @@ def test_a_text_of_one_token_does_not_pass_for_a_pooled_one_nor_the_reverse(
     store = store_of(dataset, "text", modality)
     folder = dataset.parent / "cache" / "text-by-hand"
     lengths = np.array([1, 4, 0, 2, 1, 3, 1, 1, 5, 2])
-    array = RaggedArray.create(folder, lengths, (), "int64")
-    array.values[:] = np.arange(lengths.sum()) + 5
-    array.values.flush()
+    with closing(RaggedWriter(folder, (), "int64")) as writer:
+        writer.add(lengths, np.arange(lengths.sum()) + 5)
     store.use("text", folder)
     encoder = encoder_of("text", modality)
     expected = outputs(store, "text", encoder)

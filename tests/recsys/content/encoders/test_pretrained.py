@@ -1,6 +1,7 @@
 """Encoders are found where the setting says, or the setting is named with what is wrong."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from recsys.config import ModalitySettings
+from recsys.config import Config, ContentSettings, ModalitySettings
+from recsys.config import content_settings as content_of
+from recsys.content.build import build_content_store
+from recsys.content.encoders import pretrained
 from recsys.content.encoders.pretrained import PretrainedEncoder
 from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
+from recsys.data.filesystem import Location
 from recsys.data.items.kind import make_kind
+from recsys.data.schema import load_schema
+from recsys.distributed.ranks import joined_ranks
+from tests.datasets import write_dataset
 
 WHERE = "content.modalities.text"
 
@@ -179,3 +187,41 @@ def test_a_factory_that_gives_no_module_is_named(importable: Path, path: str, me
     )
     with pytest.raises(ValueError, match=f"{WHERE}: .*'{path}' {message}"):
         module_of(path)
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_a_name_is_resolved_once_on_its_way_into_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    name = {"text": "random:bert", "image": "random:vit"}[kind]
+    tiny_model(name, WHERE).save_pretrained(tmp_path / "encoder")  # type: ignore[operator]
+    tiny_tokenizer().save_pretrained(tmp_path / "encoder")
+    column = {"text": "text", "image": "poster"}[kind]
+    modality = ModalitySettings(kind, column, encoder=str(tmp_path / "encoder"), image_size=32)
+    calls = Counter[str]()
+
+    def counted(where: Any, attribute: str) -> None:
+        original = getattr(where, attribute)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            calls[attribute] += 1
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(where, attribute, call)
+
+    counted(pretrained.PretrainedEncoder, "_find")
+    counted(pretrained, "_architecture")
+    counted(pretrained.AutoTokenizer, "from_pretrained")
+    counted(pretrained.ImageProcessingMixin, "get_image_processor_dict")
+    counted(pretrained.AutoModel, "from_pretrained")
+    data = write_dataset(tmp_path / "data", {"train": 8}, num_items=10)
+    config = Config(content=ContentSettings({"it": modality}, dim=8), cache=str(tmp_path / "cache"))
+    root, content = Location.of(data), content_of(config)
+    assert content is not None
+    with joined_ranks("cpu") as ranks:
+        _, encoders = build_content_store(config, content, root, load_schema(root), ranks)
+    assert encoders["it"].identity is not None and encoders["it"].identity.preparation
+    assert calls["_find"] == calls["_architecture"] == 1
+    # The model and, of texts, the tokenizer, both by a method of this name.
+    assert calls["from_pretrained"] == {"text": 2, "image": 1}[kind]
+    assert calls["get_image_processor_dict"] == {"text": 0, "image": 1}[kind]

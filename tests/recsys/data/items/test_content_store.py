@@ -1,5 +1,6 @@
 """What a batch gets of each item's content, against the rows of the items' files."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +137,13 @@ def test_a_url_gives_the_same_content_as_a_local_folder(dataset: Path) -> None:
         store.build(name)
         assert torch.equal(store.gather(np.arange(8))[name].values, local[name].values)
     root.filesystem.rm(root.path, recursive=True)
+
+
+def test_a_store_travels_to_another_process_without_tokenizers(dataset: Path) -> None:
+    store = store_of(dataset, *MODALITIES)
+    pickled = pickle.dumps(store.kinds)
+    assert len(pickled) < 3000
+    again = pickle.loads(pickled)
+    assert {name: type(kind) for name, kind in again.items()} == {
+        name: type(kind) for name, kind in store.kinds.items()
+    }

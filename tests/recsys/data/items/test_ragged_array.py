@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 
 from recsys.data.items import ragged_array
-from recsys.data.items.ragged_array import RaggedArray, RowWriter
+from recsys.data.items.ragged_array import RaggedArray, RaggedWriter, RowWriter
 
 
 def write(folder: Path, rows: list[list[int]]) -> RaggedArray:
-    array = RaggedArray.create(folder, np.array([len(row) for row in rows]), (), "int64")
-    array.values[: sum(map(len, rows))] = np.array([value for row in rows for value in row])
-    array.values.flush()
+    values = np.array([value for row in rows for value in row], np.int64)
+    return written(folder, np.array([len(row) for row in rows]), values)
+
+
+def written(folder: Path, lengths: np.ndarray, values: np.ndarray) -> RaggedArray:
+    with closing(RaggedWriter(folder, values.shape[1:], values.dtype.name)) as writer:
+        writer.add(lengths, values)
     return RaggedArray(folder)
 
 
@@ -42,10 +46,10 @@ def test_no_rows_and_only_empty_rows_have_width_one(tmp_path: Path) -> None:
 
 
 def test_entries_may_have_a_shape_and_a_type(tmp_path: Path) -> None:
-    array = RaggedArray.create(tmp_path, np.array([1, 0, 2]), (3, 2, 2), "uint8")
-    array.values[:] = np.arange(36, dtype=np.uint8).reshape(3, 3, 2, 2)
-    array.values.flush()
-    values, mask = RaggedArray(tmp_path).gather(np.array([2, 1]))
+    array = written(
+        tmp_path, np.array([1, 0, 2]), np.arange(36, dtype=np.uint8).reshape(3, 3, 2, 2)
+    )
+    values, mask = array.gather(np.array([2, 1]))
     assert (values.shape, values.dtype) == ((2, 2, 3, 2, 2), np.uint8)
     assert values[0].ravel().tolist() == list(range(12, 36))
     assert not values[1].any()
@@ -88,12 +92,10 @@ def test_gathering_gives_what_plain_indexing_gives(
     random = np.random.default_rng(0)
     lengths = random.integers(longest + 1, size=40)
     lengths[-1] = 0  # its start lies behind the last entry
-    array = RaggedArray.create(tmp_path, lengths, shape, dtype)
+    entries = random.integers(1, 100, (lengths.sum(), *shape)).astype(dtype)
     # NaN in entry 0 shows where padding was read and not cleared.
-    array.values[:] = random.integers(1, 100, array.values.shape)
-    array.values[0] = np.nan if dtype.startswith("float") else 9
-    array.values.flush()
-    array = RaggedArray(tmp_path)
+    entries[0] = np.nan if dtype.startswith("float") else 9
+    array = written(tmp_path, lengths, entries)
     for rows in (
         np.arange(40),
         random.integers(-1, 40, 25),

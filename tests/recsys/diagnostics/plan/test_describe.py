@@ -19,7 +19,7 @@ from recsys.build import Job, build_job
 from recsys.config import Config, ContentSettings, EmbeddingSettings
 from recsys.data.batch import Batch
 from recsys.data.vocabularies import UnknownIds
-from recsys.diagnostics.cost.counted_ranking import counted_work, flop_counter
+from recsys.diagnostics.cost.counted import WorkCounter
 from recsys.diagnostics.plan.description import Description, describe
 from recsys.diagnostics.profile.collective_trace import read_collectives
 from recsys.ranking.din_dcn import DinDcnSettings
@@ -87,17 +87,17 @@ def _step(job: Job, prepared: Iterator[Batch], folder: Path) -> dict[str, float]
         loss, _ = job.model(batch)
         loss.backward()
         job.ranks.gather(None)  # gloo notes the end of one when it begins the next
-    with flop_counter() as forward:
+    with WorkCounter() as forward:
         loss, _ = job.model(batch)
-    with flop_counter() as backward:
+    with WorkCounter() as backward:
         loss.backward()
     path = folder / f"{job.ranks.rank}.json"
     profiler.export_chrome_trace(str(path))
     events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("ph") == "X"]
     collectives = read_collectives(events, job.ranks.rank, job.ranks.world_size)
     return {
-        "forward": counted_work(forward).products / batch.batch_size,
-        "backward": counted_work(backward).products / batch.batch_size,
+        "forward": forward.work().products / batch.batch_size,
+        "backward": backward.work().products / batch.batch_size,
         "sent": sum(collective.bytes_sent for _, collective in collectives),
     }
 

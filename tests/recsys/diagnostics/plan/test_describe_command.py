@@ -27,7 +27,7 @@ from recsys.config import (
 )
 from recsys.data.filesystem import Location
 from recsys.data.schema import load_schema
-from recsys.diagnostics.cost.counted_ranking import counted_work, flop_counter
+from recsys.diagnostics.cost.counted import WorkCounter
 from recsys.diagnostics.plan.command import parse_rows
 from recsys.diagnostics.plan.description import Description, describe
 from recsys.diagnostics.plan.item_sample import sample_items
@@ -186,9 +186,9 @@ def test_flops_of_any_ranking_model_are_counted(folder: Path, name: str) -> None
         batches = [batch for batch, _ in zip(training_interactions(job), range(5))]
         measured = []
         for batch in batches:
-            with flop_counter() as forward:
+            with WorkCounter() as forward:
                 job.model(batch)
-            measured.append(counted_work(forward).products / batch.batch_size)
+            measured.append(forward.work().products / batch.batch_size)
     expected = sum(part.forward.products for part in found.costs) / found.counts.rows
     assert expected == pytest.approx(fmean(measured), rel=0.02)
 

@@ -1,0 +1,253 @@
+"""FLOPs and bytes of a model's parts, counted by PyTorch while the parts run.
+
+`torch.utils.flop_counter` counts what each operation does. Parts that know shapes alone run on the
+meta device, without weights or numbers: their cost on items of T tokens is a polynomial of T, which
+a run on each of three lengths determines. Ranking models, whose histories have data-dependent
+lengths, run once on random vectors with a batch of real ids.
+
+Bytes are those of inputs, weights and outputs: once in the forward; in the backward once more, with
+the gradients of inputs and weights that need some.
+
+Shapes: B batch, U unique history items, D dimension, M modalities, T tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from recsys.config import ContentSettings
+from recsys.content.vectors import ContentVectors
+from recsys.data.batch import Batch
+from recsys.diagnostics.cost.work import FLOAT, PartCost, Work, moved, times
+from recsys.ranking.vectors import IDVectors
+
+aten = torch.ops.aten
+PRODUCTS = (aten.mm, aten.addmm, aten.addmm_)
+BATCHED_PRODUCTS = (aten.bmm, aten.baddbmm)
+
+
+class WorkCounter(FlopCounterMode):
+    """PyTorch's counter, with products in place and the results that a backward would need.
+
+    Example::
+
+        with WorkCounter() as counter:
+            torch.ones(2, 3) @ torch.ones(3, 4)
+        counter.work().products  # 48
+    """
+
+    def __init__(self) -> None:
+        products = dict.fromkeys(PRODUCTS, self._count_product)
+        super().__init__(display=False, custom_mapping=products)
+        self.results: Counter[str] = Counter()  # numbers, by module
+
+    def _count_product(self, *shapes: Sequence[int], out_shape: Sequence[int], **_: Any) -> int:
+        if torch.is_grad_enabled():
+            self.results.update(dict.fromkeys(self.mod_tracker.parents, math.prod(out_shape)))
+        return 2 * math.prod(out_shape) * shapes[-1][0]
+
+    def work(self, module: str = "Global", batched_are_products: bool = True) -> Work:
+        """Returns the FLOPs of a module, by its name as `FlopCounterMode` has it.
+
+        Args:
+            module: default: all that ran.
+            batched_are_products: whether batched products (on the meta device: attention) count
+                among the products of matrices.
+        """
+        counts = self.get_flop_counts().get(module, {})
+        counted = PRODUCTS + BATCHED_PRODUCTS * batched_are_products
+        products = sum(counts.get(product, 0) for product in counted)
+        others = sum(counts.values()) - products
+        return Work(products, others, outputs=FLOAT * self.results[module])
+
+
+@dataclass(frozen=True)
+class ItemCost:
+    """Forward and backward of a module on items of T tokens.
+
+    forward, backward: work per item, per token, and per pair of tokens of one item.
+    weights: bytes of the weights in both directions, once per step.
+    """
+
+    forward: tuple[Work, Work, Work] = (Work(), Work(), Work())
+    backward: tuple[Work, Work, Work] = (Work(), Work(), Work())
+    weights: tuple[Work, Work] = (Work(), Work())
+
+    def on(
+        self, items: float, tokens: float, pairs: float = 0.0, trained_share: float = 1.0
+    ) -> tuple[Work, Work]:
+        """Returns forward and backward of so many; of a share of them there is a backward."""
+        numbers = (items, tokens, pairs)
+        forward, backward = (
+            sum((times(work, number) for work, number in zip(of, numbers)), Work())
+            for of in (self.forward, self.backward)
+        )
+        return forward + self.weights[0], times(backward, trained_share) + self.weights[1]
+
+
+def item_cost(
+    module: nn.Module, inputs_of: Callable[[int], Sequence[Tensor]], lengths: Sequence[int]
+) -> tuple[ItemCost, list[int]]:
+    """Counts a module on one item of each length.
+
+    Args:
+        module: on any device; its weights are neither read nor changed.
+        inputs_of: length -> arguments of the module, on the meta device.
+        lengths: three in a row, or one where all items are of the same.
+
+    Returns:
+        The cost, and the size of the output's dimension 1 at each length.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        runs = [_run_on_meta(module, inputs_of(length)) for length in lengths]
+    forward, backward, sizes = zip(*runs)
+    weights = [
+        weight
+        for part in module.modules()
+        if not isinstance(part, nn.Embedding)  # of which single rows are read
+        for weight in part.parameters(recurse=False)
+    ]
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    read = moved(sum(weight.numel() for weight in weights))
+    has_backward = any(work != Work() for work in backward)
+    cost = ItemCost(
+        _polynomial(forward, lengths[0]),
+        _polynomial(backward, lengths[0]),
+        (read, read + moved(trained) if has_backward else Work()),
+    )
+    return cost, list(sizes)
+
+
+def _run_on_meta(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Work, Work, int]:
+    """Returns forward, backward and the size of the output's dimension 1."""
+    state = {
+        name: torch.empty_like(value, device="meta", requires_grad=value.requires_grad)
+        for name, value in itertools.chain(module.named_parameters(), module.named_buffers())
+    }
+    with WorkCounter() as forward:
+        output = functional_call(module, state, tuple(inputs))
+    numbers = [value.numel() for value in (*inputs, output) if value.is_floating_point()]
+    both = moved(sum(numbers))
+    of_forward = forward.work(batched_are_products=False) + both
+    if not output.requires_grad:
+        return of_forward, Work(), output.shape[1]
+    with WorkCounter() as backward:
+        output.backward(torch.empty_like(output))
+    gradients = moved(sum(value.numel() for value in inputs if value.requires_grad))
+    of_backward = backward.work(batched_are_products=False) + both + gradients
+    return of_forward, of_backward, output.shape[1]
+
+
+def _polynomial(runs: Sequence[Work], first: int) -> tuple[Work, Work, Work]:
+    """Coefficients of 1, T and T² from the values at `first`, `first + 1` and `first + 2`."""
+    if len(runs) == 1:
+        return runs[0], Work(), Work()
+    begin, middle, end = runs
+    pair = times(begin + times(middle, -2) + end, 0.5)
+    token = middle + times(begin, -1) + times(pair, -(2 * first + 1))
+    return begin + times(token, -first) + times(pair, -(first**2)), token, pair
+
+
+def count_ranking(
+    ranking: nn.Module,
+    pooled_dims: Sequence[int],
+    id_dim: int,
+    content: ContentSettings | None,
+    batch: Batch,
+    history_is_unique: bool = True,
+) -> list[PartCost]:
+    """Counts forward and backward of one row of `batch`, by child of the ranking model.
+
+    A collective where the model standardizes numbers over several ranks.
+
+    Args:
+        ranking: with real weights.
+        pooled_dims, id_dim: widths of the ID vectors, pooled ones in their order.
+        content: settings of the content branch, if there is one.
+        batch: on the CPU; its content is not read.
+        history_is_unique: as `IDVectors` has it.
+    """
+    ranking = deepcopy(ranking).cpu().train()  # its gradients are nobody's
+    ids = _random_ids(pooled_dims, id_dim, batch, history_is_unique)
+    of_content = None if content is None else _random_content(content, batch)
+    numbers: Counter[str] = Counter()
+    for name, child in ranking.named_children():
+        child.register_forward_hook(partial(_add_numbers, numbers, name))
+    # One counter sees both directions, as it finds the module of a gradient by its forward.
+    with torch.compiler.set_stance("force_eager"), WorkCounter() as counter:
+        scored = ranking(ids, of_content, batch)
+        forward = _by_child(counter, ranking)
+        (scored if isinstance(scored, Tensor) else scored.logits).sum().backward()
+        both = _by_child(counter, ranking)
+    parts = []
+    for name, of_forward in forward.items():
+        backward = both[name] + times(of_forward, -1) + times(moved(numbers[name]), 2)
+        part = PartCost(f"ranking, {name}", "ranking", of_forward + moved(numbers[name]), backward)
+        if part.forward.bytes or part.forward.flops or part.backward.flops:
+            parts.append(
+                replace(part, name=part.name.replace("_", " ")).scaled(1 / batch.batch_size)
+            )
+    return parts
+
+
+def _random_ids(
+    pooled_dims: Sequence[int], id_dim: int, batch: Batch, history_is_unique: bool
+) -> IDVectors:
+    rows, places = batch.batch_size, len(batch.history_index)
+    sizes = [(rows, dim) for dim in pooled_dims] + [(rows, id_dim)]
+    sizes += [(len(batch.history_items) if history_is_unique else places, id_dim)]
+    *pooled, target, history = (torch.randn(size, requires_grad=True) for size in sizes)
+    return IDVectors(pooled, target, history, history_is_unique)
+
+
+def _random_content(content: ContentSettings, batch: Batch) -> ContentVectors:
+    rows, unique, dim = batch.batch_size, len(batch.history_items), content.dim
+    spaces = content.vector_dim // dim - 1
+    return ContentVectors(
+        target=torch.randn(rows, dim, requires_grad=True),
+        history=torch.randn(unique, dim, requires_grad=True),
+        target_modalities=torch.randn(rows, spaces, dim, requires_grad=True),
+        history_modalities=torch.randn(unique, spaces, dim),
+    )
+
+
+def _by_child(counter: WorkCounter, module: nn.Module) -> dict[str, Work]:
+    """Returns what was counted of each child so far, and of what runs outside of them."""
+    found = {
+        name: counter.work(f"{type(module).__name__}.{name}") for name, _ in module.named_children()
+    }
+    counted = sum(found.values(), Work())
+    return found | {"other": counter.work() + times(counted, -1)}
+
+
+def _add_numbers(
+    numbers: Counter[str], name: str, module: nn.Module, inputs: Any, output: Any
+) -> None:
+    """Adds up the sizes of a call's inputs, weights and outputs."""
+    values = [*_tensors(inputs), *_tensors(output), *module.parameters()]
+    numbers[name] += sum(value.numel() for value in values if value.is_floating_point())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yields the tensors in nested sequences and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, ContentVectors):
+        yield from _tensors([value.target, value.target_modalities, value.read_history()])
+    elif isinstance(value, (list, tuple)):
+        for member in value:
+            yield from _tensors(member)
+    elif is_dataclass(value):
+        yield from _tensors([getattr(value, field.name) for field in fields(value)])

@@ -1,0 +1,99 @@
+"""Videos as lists of frames: sampled evenly, kept in order, encoded one by one."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from recsys.cli import main
+from recsys.config import ModalitySettings
+from recsys.content.encoders.build import encoder_of
+from recsys.content.kinds.frames import Frames
+from recsys.data.items.content_store import ContentStore
+from tests.datasets import write_dataset
+from tests.recsys.command_runs import train_words
+from tests.recsys.data.items.item_content import rewrite, table_of
+
+NUM_ITEMS, MOST = 4, 3
+NUM_FRAMES = [0, 2, 3, 10]  # of each item
+VIDEO = ModalitySettings(
+    "frames", "poster", encoder="random:vit", image_size=32, max_images=MOST, pooling="cls"
+)
+
+
+def frame(shade: int) -> bytes:
+    """An image of one shade of grey."""
+    buffer = BytesIO()
+    Image.new("RGB", (32, 32), (shade, shade, shade)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """Frame f of each video is of shade 10 f."""
+    dataset = write_dataset(tmp_path / "data", num_items=NUM_ITEMS)
+
+    def with_videos(table: pa.Table) -> pa.Table:
+        videos = [[frame(10 * f) for f in range(NUM_FRAMES[i])] for i in table["item"].to_pylist()]
+        place = table.column_names.index("poster")
+        return table.set_column(place, "poster", pa.array(videos, pa.list_(pa.binary())))
+
+    rewrite(dataset, with_videos)
+    return dataset
+
+
+def store_of(dataset: Path) -> ContentStore:
+    store = ContentStore(table_of(dataset), {"video": VIDEO}, dataset.parent / "cache")
+    store.build("video")
+    return store
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "places"),
+    [
+        (0, 3, []),
+        (3, 3, [0, 1, 2]),
+        (10, 3, [1, 5, 8]),  # the middle of each third: 1.67, 5, 8.33
+        (4, 1, [2]),
+        (100, 4, [12, 37, 62, 87]),
+    ],
+)
+def test_frames_are_taken_from_the_middle_of_equal_parts(
+    count: int, most: int, places: list[int]
+) -> None:
+    settings = ModalitySettings("frames", "video", encoder="random:vit", max_images=most)
+    assert Frames("video", settings).chosen(count) == places
+
+
+def test_frames_stand_in_the_order_of_the_video(dataset: Path) -> None:
+    video = store_of(dataset).gather(np.arange(NUM_ITEMS))["video"]
+    assert video.mask.sum(dim=1).tolist() == [0, 2, 3, 3]
+    shades = [row[there].tolist() for row, there in zip(video.values[:, :, 0, 0, 0], video.mask)]
+    assert shades == [[], [0, 10], [0, 10, 20], [10, 50, 80]]
+
+
+def test_each_frame_gives_the_tokens_it_gives_alone(dataset: Path) -> None:
+    store = store_of(dataset)
+    encoder = encoder_of(store.kinds["video"], store.arrays["video"].values.shape[1:])
+    video = store.gather(np.arange(NUM_ITEMS))["video"]
+    tokens = encoder.encode(video)
+    assert tokens.values.shape == (NUM_ITEMS, MOST, encoder.output_dim)
+    assert torch.equal(tokens.mask, video.mask)
+    again = encoder.encode(type(video)(video.values[3:, 1:2], video.mask[3:, 1:2]))
+    torch.testing.assert_close(tokens.values[3, 1], again.values[0, 0])
+    # The first frame of items 1 and 2 is the same picture, the second of item 3 another.
+    torch.testing.assert_close(tokens.values[1, 0], tokens.values[2, 0])
+    assert not torch.allclose(tokens.values[2, 1], tokens.values[3, 1])
+
+
+def test_videos_train_by_one_line_of_yaml(dataset: Path) -> None:
+    video = "{video: {kind: frames, column: poster, encoder: 'random:vit', image_size: 32, "
+    words = ["--content.modalities", video + "max_images: 3}}"]
+    assert main(train_words(dataset, dataset.parent / "run", *words)) == 0
+    assert (dataset.parent / "run" / "metrics.json").is_file()
