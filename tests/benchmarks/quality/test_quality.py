@@ -33,7 +33,7 @@ from tests.benchmarks.quality.quality_cells import (
     write_windows,
 )
 from tests.html_pages import Page, browser_dom
-from tests.recsys.command_runs import TINY, trained_run
+from tests.recsys.command_runs import TINY, TrainedRun
 
 FIGURES = ["effects", "learning-curves", "popularity", "cold-start"]
 
@@ -171,14 +171,11 @@ def test_a_browser_shows_every_figure_within_1280_pixels(
     assert 'data-fits="true"' in shown
 
 
-def test_the_page_shows_what_the_recipe_and_cic_have_learned_of_items(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    run = trained_run(tmp_path_factory.getbasetemp())
-    trained = Training(run.run, str(run.data), TINY, 0, (), "tiny")
-    of_run = [[read_scores(scores_file(run.run, "test"))]]
+def test_the_page_shows_what_the_recipe_and_cic_have_learned_of_items(trained: TrainedRun) -> None:
+    training = Training(trained.run, str(trained.data), TINY, 0, (), "tiny")
+    of_run = [[read_scores(scores_file(trained.run, "test"))]]
     results = [
-        CellResult(Cell(name, "", {}), [[trained]], of_run) for name in ("ID only", "recipe")
+        CellResult(Cell(name, "", {}), [[training]], of_run) for name in ("ID only", "recipe")
     ]
 
     sections = sections_on_items(results, with_examples=True)

@@ -11,7 +11,7 @@ import pytest
 from recsys.cli import main
 from recsys.evaluation.metrics import evaluation_report
 from recsys.evaluation.scores import SplitScores, check_same_rows, read_scores, write_scores
-from tests.recsys.command_runs import NUM_ROWS, TrainedRun, assert_same_metrics, trained_run
+from tests.recsys.command_runs import NUM_ROWS, TrainedRun, assert_same_metrics
 
 TWO_LABELS = SplitScores(
     positions=np.array([0, 1, 4]),
@@ -23,11 +23,6 @@ TWO_LABELS = SplitScores(
     label_names=("clicked", "bought"),
 )
 FIELDS = ("positions", "groups", "items", "counts", "labels", "logits")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
-    return trained_run(tmp_path_factory.getbasetemp())
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:

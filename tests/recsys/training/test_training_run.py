@@ -28,15 +28,9 @@ from tests.recsys.command_runs import (
     TrainedRun,
     assert_same_metrics,
     torchx,
-    trained_run,
 )
 
 METRICS = {"auc", "gauc", "logloss", "ne", "num_samples"}
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
-    return trained_run(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from recsys.diagnostics.run_report.learning_curves import (
 )
 from recsys.diagnostics.run_report.page import Card, Cards, Section, Table, html_page
 from tests.html_pages import Page, browser_dom
-from tests.recsys.command_runs import trained_run
+from tests.recsys.command_runs import TrainedRun
 
 FIGURES = [
     "learning-curves",
@@ -46,9 +46,8 @@ FIGURES = [
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(trained: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dataset of the tiny run, whose items here have titles and genres too."""
-    trained = trained_run(tmp_path_factory.getbasetemp())
     data = shutil.copytree(trained.data, tmp_path_factory.mktemp("report") / "data")
     items = pq.read_table(data / "items")
     ids = items["item"].to_pylist()
@@ -60,11 +59,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def report(data: Path, trained: TrainedRun) -> Path:
     """The page of the tiny run, trained over two ranks."""
-    run = trained_run(tmp_path_factory.getbasetemp()).run
     out = data.parent / "page.html"
-    words = ["--run", str(run), "--data", str(data), "--out", str(out)]
+    words = ["--run", str(trained.run), "--data", str(data), "--out", str(out)]
     assert main(["report", *words, "--device", "cpu"]) == 0
     return out
 
@@ -127,11 +125,10 @@ def test_the_legend_of_a_map_shows_any_text_as_it_is(report: Path) -> None:
 
 
 def test_a_column_that_cannot_colour_the_maps_is_refused_before_anything_is_written(
-    data: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+    data: Path, trained: TrainedRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = trained_run(tmp_path_factory.getbasetemp()).run
     out = data.parent / "refused.html"
-    words = ["report", "--run", str(run), "--data", str(data), "--out", str(out)]
+    words = ["report", "--run", str(trained.run), "--data", str(data), "--out", str(out)]
 
     for column, cause in (("brand", "is missing"), ("clip", "is of type list<")):
         assert main([*words, "--device", "cpu", "--colour_by", column]) == 1

@@ -1,0 +1,24 @@
+"""What tests of several rooms share, and the order in which test files run."""
+
+import os
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from tests.recsys.command_runs import TrainedRun, train_by_torchx
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """A run over two ranks, trained once for all tests, whichever worker asks first."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder inside that of the session
+        folder = folder.parent
+    with FileLock(folder / "trained.lock"):
+        return train_by_torchx(Path(folder, "trained"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the many short files of `data` last, so that no worker ends with a long one."""
+    items.sort(key=lambda item: item.nodeid.startswith("tests/recsys/data/"))
