@@ -8,7 +8,7 @@ from embeddings.sharding import free_host_memory
 from embeddings.simulated_cluster import DEVICES, Cluster, DeviceFigures, FigureOverrides
 from recsys.diagnostics.cost.roofline import Anchor, best, measure_anchor
 
-# Between machines like this one, unless a figure is given: 25 Gbit/s, shared by the ranks of a node.
+# Between machines like this one, unless given: 25 Gbit/s, shared by the ranks of a node.
 CPU_NETWORK_BANDWIDTH = 25e9 / 8
 MEASUREMENTS = 3
 
