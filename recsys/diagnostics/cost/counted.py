@@ -1,4 +1,4 @@
-"""FLOPs and bytes of a model's parts, counted by PyTorch while the parts run.
+"""Counts FLOPs and bytes of a model's parts while PyTorch runs them.
 
 `torch.utils.flop_counter` counts what each operation does. Parts that know shapes alone run on the
 meta device, without weights or numbers: their cost on items of T tokens is a polynomial of T, which
@@ -151,7 +151,7 @@ def _run_on_meta(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Work, Wor
 
 
 def _polynomial(runs: Sequence[Work], first: int) -> tuple[Work, Work, Work]:
-    """Coefficients of 1, T and T² from the values at `first`, `first + 1` and `first + 2`."""
+    """Returns the coefficients of 1, T and T² from the values at three lengths from `first` on."""
     if len(runs) == 1:
         return runs[0], Work(), Work()
     begin, middle, end = runs
