@@ -53,6 +53,8 @@ def build_em3(
     dimensions = InputDimensions.of(schema, pooled, dims, item_categories, process_group)
     embeddings = build_embedding_collection(tables, device)
     assert embeddings is not None
+    # Before content and ranking: the order of the parts decides which random numbers each gets.
+    losses = _build_losses(config, schema, dims[schema.target_item])
     negatives = negatives_feature(softmax_settings(config.ranking), schema.target_item)
     return EM3(
         embedding_bags=build_embedding_bag_collection(tables, device),
@@ -67,7 +69,7 @@ def build_em3(
             id_dropouts(config, schema),
         ),
         ranking=build_ranking(config.ranking, dimensions, content),
-        losses=_build_losses(config, schema, dims[schema.target_item]),
+        losses=losses,
     )
 
 

@@ -176,9 +176,9 @@ def test_parts_of_the_ranking_model_have_their_own_forward_and_backward(tmp_path
         parts = {part.name: part for part in sizes_of(steps).ranking}
         ranking = steps.job.em3.ranking
     assert list(parts) == [
-        f"ranking, {name}" for name in ("interest", "content interest", "cross", "mlp")
+        f"ranking, {name}" for name in ("content interest", "interest", "cross", "mlp")
     ]
     widths = [layer.weight.shape for layer in ranking.mlp.modules() if hasattr(layer, "weight")]
     of_row = sum(2 * rows * columns for rows, columns in widths)
     assert parts["ranking, mlp"].forward.products == pytest.approx(of_row)
-    assert parts["ranking, mlp"].backward.products == pytest.approx(2 * of_row)
+    assert parts["ranking, mlp"].backward.products == pytest.approx(2 * of_row, rel=0.02)

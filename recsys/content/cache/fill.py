@@ -3,7 +3,7 @@
 Layers below the lowest trained one give the same output for an item at every step, so they run
 once per item instead of once per step. All ranks share the work; those that see the same folder,
 of one machine or of several, share its files. Each call of the encoder is kept as it is done
-(`frozen_parts`), so work that was interrupted goes on where it stopped; then the parts are put
+(`parts`), so work that was interrupted goes on where it stopped; then the parts are put
 together in a folder named by a hash of the content, of the frozen weights and of the split, so that
 it is never stale.
 """

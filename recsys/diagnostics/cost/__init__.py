@@ -1,1 +1,1 @@
-"""What a training step costs: FLOPs, bytes and the least time they take, by part."""
+"""Counts FLOPs and bytes of a training step by part, and the least time they take."""

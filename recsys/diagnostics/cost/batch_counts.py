@@ -1,4 +1,4 @@
-"""What a step works on, on one rank: the numbers that its cost grows with.
+"""Counts what a step of one rank works on: the numbers that its cost grows with.
 
 Letters: see `recsys.data.jagged_history`; E items to encode, T tokens.
 """
@@ -34,7 +34,7 @@ class ModalityCounts:
 
     @staticmethod
     def of(lengths: Tensor) -> ModalityCounts:
-        """From the tokens of each item [E]."""
+        """Returns the counts for the numbers of tokens of each item [E]."""
         ordered = lengths.sort().values
         groups = [(len(part), max(int(part[-1]), 1)) for part in ordered.split(ITEMS_PER_GROUP)]
         if not len(lengths):
@@ -49,7 +49,7 @@ class ModalityCounts:
 
 @dataclass(frozen=True)
 class BatchCounts:
-    """Of one step, or the mean of several."""
+    """Counts of one step, or the mean of several."""
 
     rows: float  # B
     pooled_ids: dict[str, float]  # by feature
@@ -66,7 +66,7 @@ class BatchCounts:
 
     @staticmethod
     def of(batch: Batch) -> BatchCounts:
-        """Of a batch as the model gets it."""
+        """Returns the counts of a batch as the model gets it."""
         encoded = len(batch.content_items)
         looked_up = batch.sequence_features.values()
         trained = encoded if batch.with_gradient is None else min(batch.with_gradient, encoded)
@@ -91,12 +91,12 @@ class BatchCounts:
 
     @staticmethod
     def mean(counts: Sequence[BatchCounts]) -> BatchCounts:
-        """Of several steps."""
+        """Returns the mean over steps."""
         return _mean(counts)
 
 
 def _mean(values: Sequence[Any]) -> Any:
-    """Of numbers, of dicts by key, of dataclasses by field."""
+    """Returns the mean of numbers, of dicts by key, of dataclasses by field."""
     first = values[0]
     if isinstance(first, dict):
         return {key: _mean([value[key] for value in values]) for key in first}
@@ -107,6 +107,6 @@ def _mean(values: Sequence[Any]) -> Any:
 
 
 def lengths_like(sample: Tensor, count: int) -> Tensor:
-    """`count` lengths spread as those of a sample [S] are, without drawing any: int64 [count]."""
+    """Returns lengths spread as those of a sample [S], without drawing any: int64 [count]."""
     places = (torch.arange(count) + 0.5) / max(count, 1) * len(sample)
     return sample.sort().values[places.long().clamp(max=len(sample) - 1)]

@@ -1,4 +1,4 @@
-"""Bytes that a rank sends to others in a training step, by what is sent and how tables are cut.
+"""Computes what a rank sends to others in a step, by kind of data and by how tables are cut.
 
 Means over the ranks, which see batches alike. An id goes to the rank that has its row, or to each
 that has a part of it; lengths of the lists of ids go to every rank that may have some of them. The
@@ -22,7 +22,7 @@ BYTES_OF_TYPE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 @dataclass(frozen=True)
 class Sent:
-    """What a rank sends to others in a step, in bytes; `is_ring`: by an all_reduce."""
+    """Bytes of one kind that a rank sends to others in a step; `is_ring`: by an all_reduce."""
 
     name: str
     forward: float = 0.0
@@ -35,7 +35,7 @@ class Sent:
 
 
 def sent_bytes(sizes: ModelSizes, counts: BatchCounts, world_size: int) -> list[Sent]:
-    """All that is sent, by kind; nothing on one rank."""
+    """Returns all that a rank sends, by kind; nothing on one rank."""
     if world_size == 1:
         return []
     others = (world_size - 1) / world_size
@@ -81,7 +81,7 @@ def _ids(table: TableMemory, counts: BatchCounts, world_size: int) -> float:
 
 
 def _vectors(table: TableMemory, counts: BatchCounts, world_size: int) -> float:
-    """Numbers, in one direction."""
+    """Returns how many numbers a rank sends in one direction."""
     dim, others = table.table.embedding_dim, (world_size - 1) / world_size
     if table.table.pooling == "none":
         return dim * counts.looked_up * others

@@ -1,4 +1,4 @@
-"""FLOPs and bytes of a model's parts, counted by PyTorch while the parts run.
+"""Counts FLOPs and bytes of a model's parts while PyTorch runs them.
 
 `torch.utils.flop_counter` counts what each operation does. Parts that know shapes alone run on the
 meta device, without weights or numbers: their cost on items of T tokens is a polynomial of T, which
@@ -18,7 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -151,7 +151,7 @@ def _run_on_meta(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Work, Wor
 
 
 def _polynomial(runs: Sequence[Work], first: int) -> tuple[Work, Work, Work]:
-    """Coefficients of 1, T and T² from the values at `first`, `first + 1` and `first + 2`."""
+    """Returns the coefficients of 1, T and T² from the values at three lengths from `first` on."""
     if len(runs) == 1:
         return runs[0], Work(), Work()
     begin, middle, end = runs
@@ -185,21 +185,19 @@ def count_ranking(
     numbers: Counter[str] = Counter()
     for name, child in ranking.named_children():
         child.register_forward_hook(partial(_add_numbers, numbers, name))
-    # One counter sees both directions, as it finds the module of a gradient by its forward.
     with torch.compiler.set_stance("force_eager"), WorkCounter() as counter:
         scored = ranking(ids, of_content, batch)
-        forward = _by_child(counter, ranking)
+        forward, whole = _by_child(counter, ranking), counter.work()
         (scored if isinstance(scored, Tensor) else scored.logits).sum().backward()
-        both = _by_child(counter, ranking)
+        backward = counter.work() + times(whole, -1)
     parts = []
-    for name, of_forward in forward.items():
-        backward = both[name] + times(of_forward, -1) + times(moved(numbers[name]), 2)
-        part = PartCost(f"ranking, {name}", "ranking", of_forward + moved(numbers[name]), backward)
-        if part.forward.bytes or part.forward.flops or part.backward.flops:
-            parts.append(
-                replace(part, name=part.name.replace("_", " ")).scaled(1 / batch.batch_size)
-            )
-    return parts
+    for name, work in forward.items():
+        # The counter may find an operation of the backward in two children: it is split by forward.
+        share, moves = work.flops / max(whole.flops, 1), moved(numbers[name])
+        if work.flops or moves.bytes:
+            both = work + moves, times(backward, share) + times(moves, 2)
+            parts.append(PartCost(f"ranking, {name.replace('_', ' ')}", "ranking", *both))
+    return [part.scaled(1 / batch.batch_size) for part in parts]
 
 
 def _random_ids(

@@ -1,4 +1,4 @@
-"""The sizes that a step's cost follows from, read off a model, whole or sharded, and its plan.
+"""Reads the sizes that a step's cost follows from off a model, whole or sharded, and its plan.
 
 What depends on the model is read from the model itself, or counted as its parts run.
 """
@@ -96,7 +96,7 @@ class _Encoding(nn.Module):
 def _content_of(
     encoder: Encoder, settings: ModalitySettings, is_text: bool, length: int
 ) -> list[Tensor]:
-    """Values and mask of one item on the meta device: of a text of `length` tokens, or an image."""
+    """Returns values and mask of a text of `length` tokens or of an image, on the meta device."""
     if encoder.is_cached:
         length = length if is_text else encoder.frozen_tokens
         values = _floats(1, length, encoder.frozen_dim)

@@ -1,4 +1,4 @@
-"""FLOPs and least bytes of a training step, by part.
+"""Adds up FLOPs and least bytes of a training step, by part.
 
 Parts of the model cost what `recsys.diagnostics.cost.counted` counts of them, times the items,
 tokens and rows of a step; lookups, the loss over all rows and the optimizer follow formulas. The
@@ -23,7 +23,7 @@ DIRECTIONS = ("forward", "backward")
 
 
 def step_costs(sizes: ModelSizes, counts: BatchCounts, world_size: int = 1) -> list[PartCost]:
-    """The parts of one step on one rank."""
+    """Returns the parts of one step on one rank."""
     content = sizes.content
     parts = [lookup(sizes, counts)]
     if content is not None:
@@ -52,7 +52,7 @@ def roofline_by_measured_part(parts: list[PartCost], anchor: Anchor) -> dict[str
 
 
 def lookup(sizes: ModelSizes, counts: BatchCounts) -> PartCost:
-    """Rows in, pooled or single vectors out; the fused optimizer runs in the backward."""
+    """Counts rows in, pooled or single vectors out; the fused optimizer runs in the backward."""
     forward, backward = Work(), Work()
     for memory in sizes.tables:
         table, dim = memory.table, memory.table.embedding_dim
@@ -106,7 +106,7 @@ def _together(name: str, measured_as: str, costs: Sequence[tuple[Work, Work]]) -
 def contrastive(
     sizes: ModelSizes, content: ContentSizes, counts: BatchCounts, world_size: int
 ) -> PartCost:
-    """Both maps, and the scores of all rows of the batch against all, which serve both ways.
+    """Counts both maps, and the scores of all rows against all, which serve both ways.
 
     Against those of all ranks they are other scores each way.
     """

@@ -1,4 +1,4 @@
-"""FLOPs and bytes of work, and the least time they take.
+"""Adds up FLOPs and bytes of work, and computes the least time they take.
 
 Bytes are the least that must move if everything between a part's inputs and outputs stayed in the
 processor: inputs, weights and outputs once, forward and backward. The roofline of a part is the
@@ -17,7 +17,7 @@ FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class Work:
-    """What one direction of a part does."""
+    """FLOPs and bytes of one direction of a part."""
 
     products: float = 0.0  # FLOPs of matrix products
     others: float = 0.0  # FLOPs of batched products (attention), convolutions and optimizers
@@ -56,7 +56,7 @@ class PartCost:
 
 
 def linear(rows: float, inputs: float, outputs: float) -> Work:
-    """The product alone, [rows, inputs] x [inputs, outputs]; its bytes are the part's to count."""
+    """Returns a product [rows, inputs] x [inputs, outputs]; its bytes are the part's to count."""
     return Work(products=2 * rows * inputs * outputs, outputs=FLOAT * rows * outputs)
 
 

@@ -1,1 +1,1 @@
-"""`recsys explain-data`: what is in a dataset, and what to mend in it, before any training."""
+"""Describes a dataset, and what to change in it, before any training: `recsys explain-data`."""

@@ -1,4 +1,4 @@
-"""The command: `recsys explain-data DATA [--on_bad_row skip] [--json FILE]`."""
+"""Runs `recsys explain-data DATA [--on_bad_row skip] [--json FILE]`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def explain_data(
 
 
 def _raise_first(data: str) -> None:
-    """What training says of these rows, in the order in which it reads."""
+    """Raises what training would, which reads in this order."""
     root = Location.of(data)
     schema = load_schema(root)
     if schema.items is not None:

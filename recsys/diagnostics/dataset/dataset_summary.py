@@ -1,4 +1,4 @@
-"""A whole dataset: its splits and items, and what shows only when they are seen together."""
+"""Summarizes a whole dataset: splits, items, and what shows only when they are seen together."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TableUse:
 
 @dataclass
 class DatasetSummary:
-    """Everything that `recsys explain-data` tells."""
+    """Everything that `recsys explain-data` prints."""
 
     root: Location
     schema: Schema
@@ -56,7 +56,7 @@ class DatasetSummary:
         return of_items or any(split.bad_rows for split in self.splits.values())
 
     def shares_of_rows(self, split: str) -> dict[str, float]:
-        """Of a split: rows of cold and unseen items, of items without a row, of known groups."""
+        """Returns shares of a split's rows: cold and unseen items, repeats, known groups ..."""
         found, train = self.splits[split], self.splits["train"]
         counts, of = found.item_counts, item_parts(train.item_counts)
         rows = max(int(counts.sum()), 1)
@@ -81,14 +81,14 @@ class DatasetSummary:
         return known
 
     def items_without_rows(self) -> int:
-        """Items with content that occur in no impression."""
+        """Returns how many items with content occur in no impression."""
         assert self.items is not None
         counts = sum(split.item_counts for split in self.splits.values())
         return int((self._has_item_row() & (counts == 0)).sum())
 
 
 def share_of_most_frequent(counts: np.ndarray, share: float = 0.01) -> float:
-    """Which share of all rows the most frequent items have, so many of those that occur."""
+    """Returns the share of all rows that a share of the items has, the most frequent ones."""
     occurring = np.sort(counts[counts > 0])[::-1]
     if not len(occurring):
         return 0.0
@@ -116,13 +116,17 @@ def _table_uses(schema: Schema, splits: dict[str, SplitSummary]) -> dict[str, Ta
     for table, column in schema.columns.items():
         if column.num_embeddings is None:
             continue
-        features = [name for name in schema.columns if schema.columns[name].kind in ID_KINDS]
-        features = [name for name in features if schema.table_of(name) == table]
+        features = [
+            name
+            for name, other in schema.columns.items()
+            if other.kind in ID_KINDS and schema.table_of(name) == table
+        ]
         together = KeyCounts()
         for split in splits.values():
             for name in features:
                 if name in split.keys:
-                    _merge(together, split.keys[name])
+                    together.halve_to(split.keys[name].halvings)  # as sparse a sample as this
+                    together.add(split.keys[name].keys)
         vocabulary = column.vocabulary.kind if column.vocabulary is not None else None
         uses[table] = TableUse(
             column.num_embeddings, together.distinct, together.is_exact, vocabulary
@@ -133,14 +137,8 @@ def _table_uses(schema: Schema, splits: dict[str, SplitSummary]) -> dict[str, Ta
 ID_KINDS = ("id", "ids", "sequence")
 
 
-def _merge(together: KeyCounts, more: KeyCounts) -> None:
-    """Adds the different keys of another count, and samples as sparsely as it does."""
-    together.halve_to(more.halvings)
-    together.add(more.keys)
-
-
 def to_json(found: DatasetSummary, findings: list[Any]) -> dict[str, Any]:
-    """Plain values."""
+    """Returns plain values."""
     splits = {}
     for name, split in found.splits.items():
         splits[name] = {

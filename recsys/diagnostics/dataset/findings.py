@@ -1,4 +1,4 @@
-"""What a user should act on, each in one sentence with its numbers, and the mend in another."""
+"""Says what a user should act on: a sentence with its numbers, and one with what to do."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FEW, MANY, MOST = 0.001, 0.1, 0.5
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to know before training."""
+    """One thing to know before training, and what to do about it."""
 
     what: str
     mend: str
 
 
 def find(found: DatasetSummary) -> list[Finding]:
-    """All findings, what keeps training from starting first."""
+    """Returns all findings; those that keep training from starting come first."""
     of_splits = [f for split in found.splits.values() for f in _of_split(found, split)]
     return [
         *_bad_rows(found),

@@ -1,4 +1,4 @@
-"""The items' files: how many items there are and how much content they have, column by column.
+"""Summarizes the items' files: how many items there are, and their content by column.
 
 Texts, features and categories are read from end to end. Of images the footers tell how many are
 missing, and a few are opened.
@@ -26,6 +26,7 @@ from recsys.data.parquet.file import open_parquet
 from recsys.data.parquet.values import is_list, list_lengths
 from recsys.data.schema import Schema
 from recsys.diagnostics.dataset.numbers import Lengths
+from recsys.diagnostics.dataset.time_columns import footer_statistics
 
 IMAGES_OPENED = 256
 
@@ -51,7 +52,7 @@ class ColumnSummary:
     values: int | None = None
 
     def missing_share(self, rows: int) -> float | None:
-        """Of so many items; None where it is not known."""
+        """Returns the share of so many items; None where it is not known."""
         return None if self.missing is None else self.missing / max(rows, 1)
 
 
@@ -88,7 +89,7 @@ def summarize_items(root: Location, schema: Schema) -> ItemSummary | None:
 
 
 def _summarize_file(file: Location, num_items: int) -> ColumnSummary:
-    """Of features in a .npy file, whose rows are those of the items or of some of them."""
+    """Summarizes features in a .npy file, whose rows are those of the items or of some of them."""
     features, found = FeatureFile(file), ColumnSummary("feature")
     found.widths[features.width] = features.num_rows
     for _, values in features.pieces():
@@ -135,29 +136,17 @@ def _add_features(found: ColumnSummary, chunk: pa.Array, where: str) -> None:
 
 
 def _summarize_images(items: ItemTable, name: str, found: ColumnSummary) -> None:
-    missing: int | None = 0
     per_file = -(-IMAGES_OPENED // len(items.files))
     for file in items.files:
         with open_parquet(file, streaming=True) as parquet:
-            nulls = _null_count(parquet.metadata, name)
-            missing = None if missing is None or nulls is None else missing + nulls
+            for of_group in footer_statistics(parquet.metadata, name):
+                if of_group is None or not of_group.has_null_count:  # as of lists
+                    found.missing = None
+                elif found.missing is not None:
+                    found.missing += of_group.null_count
             batch = next(parquet.iter_batches(per_file, columns=[name]), None)
         if batch is not None:
             _open_images(found, batch.column(0))
-    found.missing = missing
-
-
-def _null_count(metadata: Any, name: str) -> int | None:
-    """From the footer; None where it does not tell, as of lists."""
-    total = 0
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
-        columns = [group.column(place) for place in range(group.num_columns)]
-        known = [c.statistics for c in columns if c.path_in_schema == name and c.statistics]
-        if not known or not known[0].has_null_count:
-            return None
-        total += known[0].null_count
-    return total
 
 
 def _open_images(found: ColumnSummary, chunk: pa.Array) -> None:

@@ -1,4 +1,4 @@
-"""How often keys occur in data of any size: exact while they are few, else of a sample of keys.
+"""Counts keys in data of any size: exactly while they are few, else in a sample of keys.
 
 A sample by hash keeps the keys whose hash begins with enough zeros, with the count of each, and
 halves itself whenever it grows beyond its limit. Each key is in it or not as a whole, and the same
@@ -61,16 +61,16 @@ class KeyCounts:
 
     @property
     def distinct(self) -> int:
-        """Number of different keys."""
+        """Returns the number of different keys."""
         return len(self.keys) << self.halvings
 
     @property
     def repeats(self) -> int:
-        """How many of the keys had come before."""
+        """Returns how many of the keys had come before."""
         return int(self.counts.sum() - len(self.keys)) << self.halvings
 
     def share_of_total_in(self, other: KeyCounts) -> float | None:
-        """Which share of all that was counted has a key of the other count."""
+        """Returns the share of all that was counted whose key the other count has too."""
         halvings = max(self.halvings, other.halvings)
         kept = _begins_with_zeros(self.keys, halvings)
         counts = self.counts[kept]
@@ -86,14 +86,14 @@ def _begins_with_zeros(keys: np.ndarray, bits: int) -> np.ndarray:
 
 
 def hash_numbers(values: np.ndarray) -> np.ndarray:
-    """uint64 [N] of integers or floats, by their bits."""
+    """Returns hashes, uint64 [N], of integers or floats by their bits."""
     if values.dtype.kind == "f":
         values = values.astype(np.float64).view(np.int64)
     return mix64(values.astype(np.int64))
 
 
 def hash_lists(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """uint64 [R], of the lists between R + 1 offsets; order counts."""
+    """Returns hashes, uint64 [R], of the lists between R + 1 offsets; order counts."""
     lengths = np.diff(offsets)
     places = np.arange(len(values)) - np.repeat(offsets[:-1], lengths)
     hashed = mix64(hash_numbers(values) ^ mix64(places))
@@ -103,7 +103,7 @@ def hash_lists(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def join_hashes(*parts: np.ndarray) -> np.ndarray:
-    """One hash of several per row, in their order."""
+    """Returns one hash of several per row, in their order."""
     joined = np.zeros(len(parts[0]), np.uint64)
     for part in parts:
         joined = mix64(joined ^ part)

@@ -1,4 +1,4 @@
-"""Sums that grow with no data: ranges, means and quantiles of what streams by."""
+"""Sums up what streams by in bounded memory: ranges, means and quantiles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LONGEST = 1 << 20  # lengths beyond it count as it
 
 @dataclass
 class Lengths:
-    """Of lists or texts: a histogram, from which quantiles are exact."""
+    """Lengths of lists or texts: a histogram, from which quantiles are exact."""
 
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
 
@@ -32,11 +32,11 @@ class Lengths:
         return float(self.histogram[0] / max(self.count, 1))
 
     def quantile(self, share: float) -> int:
-        """The smallest length that at least this share of all do not exceed."""
+        """Returns the smallest length that at least this share of all do not exceed."""
         return int(np.searchsorted(self.histogram.cumsum(), share * self.count))
 
     def summary(self) -> dict[str, Any]:
-        """Mean, quantiles, the longest, and the share of empty ones."""
+        """Returns mean, quantiles, the longest, and the share of empty ones."""
         if not self.count:
             return {}
         values = np.arange(len(self.histogram))
@@ -50,7 +50,7 @@ class Lengths:
 
 @dataclass
 class Range:
-    """Of finite numbers: the least, the greatest, mean and standard deviation."""
+    """Least, greatest, mean and standard deviation of finite numbers."""
 
     least: float = np.inf
     greatest: float = -np.inf
@@ -85,7 +85,7 @@ class Range:
 
 @dataclass
 class IdRange:
-    """Of the ids of a column, as rows of its table."""
+    """Least and greatest of the ids of a column, as rows of its table."""
 
     least: int | None = None
     greatest: int | None = None

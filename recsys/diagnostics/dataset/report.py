@@ -1,4 +1,4 @@
-"""A dataset's summary as tables to read, and the findings in words."""
+"""Formats a dataset's summary as tables to read, and the findings in words."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHARES = {
 
 
 def format_dataset(found: DatasetSummary, findings: Sequence[Finding]) -> str:
-    """All of it, the findings last."""
+    """Returns all tables, the findings last."""
     blocks = [str(found.root), _splits(found), _columns(found), _tables(found), _items(found)]
     if findings:
         lines = [f"warning: {finding.what}; mend: {finding.mend}" for finding in findings]
@@ -74,7 +74,7 @@ def _percent(share: float | None) -> str:
 
 
 def _columns(found: DatasetSummary) -> str:
-    """Lists and dense columns."""
+    """Returns the tables of lists and dense columns."""
     blocks = []
     lists: list[Sequence[str]] = [("lengths of lists", "split", "mean", *QUANTILES, "max", "empty")]
     numbers: list[Sequence[str]] = [("numbers", "split", "min", "mean", "max", "deviation")]
@@ -95,7 +95,7 @@ def _columns(found: DatasetSummary) -> str:
 
 
 def _of_splits(found: DatasetSummary) -> list[tuple[SplitSummary, str]]:
-    """Each column but labels, of each split."""
+    """Returns each column but labels, of each split."""
     kinds = {name: column.kind for name, column in found.schema.columns.items()}
     names = [name for name, kind in kinds.items() if kind != "label"]
     return [(split, name) for name in names for split in found.splits.values()]

@@ -1,4 +1,4 @@
-"""One split of a dataset, read once from end to end in bounded memory.
+"""Summarizes one split of a dataset, read once from end to end in bounded memory.
 
 Rows are read as training reads them, those that it could not use are left out and counted.
 
@@ -25,7 +25,7 @@ from recsys.diagnostics.dataset.time_columns import time_ranges
 
 @dataclass
 class SplitSummary:
-    """What a split holds.
+    """Contents of a split.
 
     item_counts: rows by target item, int64 [num_items].
     keys: of ids by column (raw ones where rows are found in training), of groups, of pairs of
@@ -129,7 +129,7 @@ def _rows_with_target(schema: Schema, history: str, columns: RowColumns) -> int:
 
 
 def _hashes_of_rows(columns: RowColumns) -> np.ndarray:
-    """uint64 [R], of all that the schema names."""
+    """Returns hashes, uint64 [R], of all that the schema names."""
     parts = [
         hash_numbers(values) for name, values in columns.numbers.items() if name != ROW_POSITION
     ]

@@ -1,4 +1,4 @@
-"""When impressions happened, where the files say so: from their footers alone.
+"""Reads when impressions happened from the files' footers alone, where they say so.
 
 A column tells time if its type does, or if it is an integer named like one. The schema need not
 name it: training does not read it, but splits that overlap in time test on what was trained on.
@@ -6,10 +6,12 @@ name it: training does not read it, but splits that overlap in time test on what
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from recsys.data.parquet.file import open_parquet
 from recsys.data.parquet.rows import ParquetRows
@@ -21,15 +23,16 @@ UNITS = ((1e8, 1e10, 1.0), (1e11, 1e13, 1e3), (1e14, 1e16, 1e6), (1e17, 1e19, 1e
 
 
 def time_ranges(rows: ParquetRows, schema: Schema) -> dict[str, tuple[Any, Any]]:
-    """First and last of each column that tells time, by name."""
+    """Returns first and last of each column that tells time, by name."""
     found: dict[str, tuple[Any, Any]] = {}
     for file in {str(group.file): group.file for group in rows.row_groups}.values():
         with open_parquet(file) as parquet:
             names = [field.name for field in parquet.schema_arrow if _tells_time(field, schema)]
             for name in names:
-                for low, high in _statistics(parquet.metadata, name):
-                    before = found.get(name, (low, high))
-                    found[name] = (min(before[0], low), max(before[1], high))
+                for of_group in footer_statistics(parquet.metadata, name):
+                    if of_group is not None and of_group.has_min_max:
+                        ends = (*found.get(name, ()), of_group.min, of_group.max)
+                        found[name] = min(ends), max(ends)
     return found
 
 
@@ -40,20 +43,16 @@ def _tells_time(field: pa.Field, schema: Schema) -> bool:
     return is_named and pa.types.is_integer(field.type)
 
 
-def _statistics(metadata: Any, name: str) -> list[tuple[Any, Any]]:
-    found = []
+def footer_statistics(metadata: pq.FileMetaData, name: str) -> Iterator[pq.Statistics | None]:
+    """Yields a column's statistics of each row group; None where the footer has none."""
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
-        for place in range(group.num_columns):
-            column = group.column(place)
-            statistics = column.statistics if column.path_in_schema == name else None
-            if statistics is not None and statistics.has_min_max:
-                found.append((statistics.min, statistics.max))
-    return found
+        columns = map(group.column, range(group.num_columns))
+        yield next((c.statistics for c in columns if c.path_in_schema == name), None)
 
 
 def in_words(moment: Any) -> str:
-    """A date and time to the minute, as far as a moment can be read as one."""
+    """Returns date and time to the minute, as far as a moment can be read as such."""
     if isinstance(moment, int):
         for low, high, unit in UNITS:
             if low <= moment < high:

@@ -1,1 +1,1 @@
-"""`recsys describe`: what a run would be, before any training and on any cluster."""
+"""Describes a run before any training and on any cluster: `recsys describe`."""

@@ -1,4 +1,4 @@
-"""What a step would work on, measured on batches of some training rows.
+"""Measures what a step would work on, on batches of some training rows.
 
 Only what depends on ids is looked at: rows, lengths of histories, unique items. What settings
 make of them (searched histories, sampled items, items shared among ranks) is worked out.
@@ -37,7 +37,7 @@ class BatchSample:
 
 
 def sample_batches(meta_model: MetaModel) -> BatchSample:
-    """The first batches of an epoch.
+    """Reads the first batches of an epoch.
 
     Raises:
         ValueError: there is no training split, or a row that is read cannot be used.
@@ -62,7 +62,7 @@ def sample_batches(meta_model: MetaModel) -> BatchSample:
 
 
 def expected_counts(meta_model: MetaModel, batch: Batch, batches: list[Batch]) -> BatchCounts:
-    """Of one batch as it would be prepared; `batches` are those of ranks that may share items."""
+    """Returns the counts of a batch once prepared; `batches`: of ranks that may share items."""
     config = meta_model.config
     content = content_settings(config)
     counts = BatchCounts.of(batch)
@@ -95,7 +95,7 @@ def expected_counts(meta_model: MetaModel, batch: Batch, batches: list[Batch]) -
 def _with_short_histories(
     config: Config, counts: BatchCounts, batch: Batch, top_k: int
 ) -> BatchCounts:
-    """As if the search found the first items; which it finds decides on nothing but U."""
+    """Returns the counts as if the search took the first items; the choice affects U alone."""
     lengths: Tensor = batch.history_lengths
     first = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     kept = torch.arange(len(batch.history_index)) - first < top_k

@@ -1,4 +1,4 @@
-"""The command: `recsys describe --config FILE --data DATA [--nodes N --gpus-per-node G ...]`."""
+"""Runs `recsys describe --config FILE --data DATA [--nodes N --gpus-per-node G ...]`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def device_of_config(device: str) -> str:
-    """The setting `device` of a run on a device with that name."""
+    """Returns the setting `device` of a run on a device with that name."""
     return "cuda" if device in DEVICES else device
 
 
@@ -47,7 +47,7 @@ def describe_run(
 
 
 def parse_rows(words: list[str]) -> dict[str, int]:
-    """TABLE=NUMBER of each word.
+    """Reads TABLE=NUMBER from each word.
 
     Raises:
         ValueError: a word of another form.

@@ -1,4 +1,4 @@
-"""What a run would be in numbers, as they follow from an meta_model and a sample of the data."""
+"""Computes a run's numbers from its meta model and a sample of the data."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Description:
-    """Everything that `recsys describe` tells.
+    """Everything that `recsys describe` prints.
 
     costs: FLOPs and bytes of a step on one rank, by part; sent: what it sends to others.
     frozen_layers: parameters that run before the training alone, by modality.
@@ -63,11 +63,11 @@ class Description:
 
     @property
     def step_seconds(self) -> float:
-        """The least time of a step whose parts follow one another."""
+        """Returns the least time of a step whose parts follow one another."""
         return sum(bound.seconds for bound in self.bounds)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, by the names of the fields."""
+        """Returns plain values, by the names of the fields."""
         return {
             **asdict(self),
             "world_size": self.cluster.world_size,
@@ -81,7 +81,7 @@ class Description:
 def describe(
     config: Config, data: str, cluster: Cluster, rows: dict[str, int] | None = None
 ) -> Description:
-    """What a run with this configuration would be on that cluster.
+    """Describes what a run with this configuration would be on that cluster.
 
     Args:
         config: of the run.
@@ -103,7 +103,7 @@ def describe(
     costs = [
         part
         for part in step_costs(sizes, counts, cluster.world_size)
-        if part.name != COMMUNICATION  # which is told by kind
+        if part.name != COMMUNICATION  # listed by kind
     ]
     sent = sent_bytes(sizes, counts, cluster.world_size)
     parts = model_parts(meta_model.em3, meta_model.tables, meta_model.plan, cluster.world_size)
@@ -166,7 +166,7 @@ def _memory(
 
 
 def _cached_bytes(meta_model: MetaModel) -> dict[str, int]:
-    """Outputs of frozen layers, float32, for all items."""
+    """Returns the bytes of the frozen layers' outputs, float32, for all items."""
     items, content = meta_model.items, meta_model.em3.content
     if items is None or content is None:
         return {}

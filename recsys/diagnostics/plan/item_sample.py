@@ -1,4 +1,4 @@
-"""A look at some items: how many tokens they have in each modality, and which lack one."""
+"""Looks at some items: how many tokens they have in each modality, and which lack one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SAMPLED_FILES = 8
 
 @dataclass
 class ItemSample:
-    """What was found.
+    """Numbers read from some items.
 
     num_items: rows of all files; looked_at: of which so many.
     lengths: by modality, the tokens of each item that was looked at: 0 for one without; of images,
@@ -93,7 +93,7 @@ def _first_rows(file: Location, column: str, count: int) -> Iterator[pa.Array]:
 
 
 def _lengths_in_file(name: str, file: Location, sample: ItemSample) -> Tensor:
-    """Of the first rows of a .npy file."""
+    """Returns the lengths of the first rows of a .npy file."""
     features = FeatureFile(file)
     sample.feature_widths[name] = features.width
     _, values = next(features.pieces())

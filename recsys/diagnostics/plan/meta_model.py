@@ -1,4 +1,4 @@
-"""A meta model: everything that a run builds, without weights, data or devices.
+"""Builds a meta model: everything that a run builds, without weights, data or devices.
 
 Tables, memory bank and transformers lie on the meta device, which holds shapes alone, so tables
 of billions of rows and encoders of any size are built in no time and no memory.
@@ -33,7 +33,7 @@ NO_LIMIT = 2**60
 
 @dataclass(frozen=True)
 class MetaModel:
-    """A run that is not there.
+    """All that a run would build.
 
     frozen_layers: parameters of each encoder that outputs are cached of before training, and
         which no step needs.
@@ -53,7 +53,7 @@ class MetaModel:
     problems: list[str]
 
     def tokens(self, modality: str) -> Tensor:
-        """Of each item that was looked at, as a step gets them: int64 [items]."""
+        """Returns the tokens of each sampled item, as a step gets them: int64 [items]."""
         content = content_settings(self.config)
         assert content is not None and self.items is not None and self.em3.content is not None
         settings, lengths = content.modalities[modality], self.items.lengths[modality]
@@ -133,7 +133,7 @@ def _drop_frozen_layers(encoder: Encoder) -> int:
 def _plan(
     config: Config, em3: EM3, tables: list[TableConfig], cluster: Cluster
 ) -> tuple[ShardingPlan, list[str]]:
-    """The plan that training would make there, or why there is none and one without limits."""
+    """Returns the plan that training would make, or one without limits and why there is none."""
     types = config.embedding.communication
 
     def plan_on(where: Cluster) -> ShardingPlan:

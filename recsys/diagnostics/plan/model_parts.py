@@ -1,4 +1,4 @@
-"""The parts of a model: how many parameters, who trains them, where they live, in how many bytes.
+"""Lists the parts of a model: parameters, who trains them, where they live, in how many bytes.
 
 Tables are cut over the ranks; all else is on every rank. All weights, gradients and moments are
 float32, also where the arithmetic is bfloat16. Under several ranks DistributedDataParallel keeps a
@@ -51,7 +51,7 @@ class ModelPart:
 def model_parts(
     em3: EM3, tables: list[TableConfig], plan: ShardingPlan, world_size: int
 ) -> list[ModelPart]:
-    """Tables first, then the dense parts, trained and frozen ones apart."""
+    """Returns the tables, then the dense parts, trained and frozen ones apart."""
     return [
         *(_table_part(table_memory(table, plan)) for table in tables),
         *_dense_parts(em3, world_size),
@@ -61,7 +61,7 @@ def model_parts(
 def table_bytes_by_rank(
     tables: list[TableConfig], plan: ShardingPlan, world_size: int
 ) -> list[int]:
-    """Weights and optimizer state of all tables on each rank."""
+    """Returns the bytes of all tables' weights and optimizer state on each rank."""
     memories = [table_memory(table, plan) for table in tables]
     return [sum(sum(memory.on_rank(rank)) for memory in memories) for rank in range(world_size)]
 
@@ -104,7 +104,7 @@ def _dense_parts(em3: EM3, world_size: int) -> Iterator[ModelPart]:
 
 
 def part_of(name: str) -> str:
-    """The part that a dense parameter belongs to, by its name in the model."""
+    """Returns the part that a dense parameter belongs to, by its name in the model."""
     for prefix, part in DENSE_PARTS:
         if name.startswith(prefix):
             return part.format(name.removeprefix(prefix).split(".")[0])

@@ -1,4 +1,4 @@
-"""A description as tables to read."""
+"""Formats a description as tables to read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MOST_RANKS_SHOWN = 16
 
 
 def format_description(found: Description) -> str:
-    """All of it, the verdict last."""
+    """Returns all tables, the verdict last."""
     blocks = [
         _cluster(found),
         _parts(found),
@@ -27,7 +27,7 @@ def format_description(found: Description) -> str:
 
 
 def in_bytes(number: float) -> str:
-    """1,536 bytes as 1.5 KiB, to three digits."""
+    """Returns bytes to three digits: 1,536 as 1.5 KiB."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if number < 1024 or unit == "TiB":
             break
@@ -36,7 +36,7 @@ def in_bytes(number: float) -> str:
 
 
 def _rounded(number: float) -> str:
-    """To three digits, in thousands: 1,500 as 1.5 K."""
+    """Returns a number to three digits: 1,500 as 1.5 K."""
     for unit in ("", "K", "M", "G", "T"):
         if number < 1000 or unit == "T":
             break
@@ -110,7 +110,7 @@ def _memory(found: Description) -> str:
 
 
 def _shortened(plan: str) -> str:
-    """Lines that end in shards of many ranks are cut."""
+    """Cuts lines that end in shards of many ranks."""
     lines = []
     for line in plan.splitlines():
         pieces = line.split(", ")
@@ -196,21 +196,19 @@ def _verdict(found: Description) -> str:
             f"fits, {in_bytes(left)} per rank are left; but dense parts, bank and activations take "
             f"{in_bytes(others)}, and the planner counts on {reserve} for them"
         )
-    mends = {  # by size; the largest counts
-        memory.tables: "more ranks, a smaller embedding.dim or fewer rows",
-        memory.dense: "smaller encoders, or fewer layers that train",
-        memory.bank: "more ranks, a smaller content.dim, content.history.similarity_features false "
-        "(no vectors of single modalities), or fewer rows for the item table",
-        memory.activations: "a smaller batch_size",
-    }
-    largest = max(mends)
+    # The largest counts.
+    size, name, fix = max(
+        (memory.tables, "tables", "more ranks, a smaller embedding.dim or fewer rows"),
+        (memory.dense, "dense parts", "smaller encoders, or fewer layers that train"),
+        (
+            memory.bank,
+            "the memory bank",
+            "more ranks, a smaller content.dim, content.history.similarity_features false "
+            "(no vectors of single modalities), or fewer rows for the item table",
+        ),
+        (memory.activations, "activations", "a smaller batch_size"),
+    )
     return (
         f"does not fit\n  {in_bytes(memory.total)} per rank of {in_bytes(memory.limit)}; most is "
-        f"{_name_of(largest, found)}, {in_bytes(largest)}: {mends[largest]}"
+        f"{name}, {in_bytes(size)}: {fix}"
     )
-
-
-def _name_of(size: int, found: Description) -> str:
-    memory = found.memory
-    names = {memory.tables: "tables", memory.dense: "dense parts", memory.bank: "the memory bank"}
-    return names.get(size, "activations")

@@ -1,4 +1,4 @@
-"""This machine's figures, measured: for a description of a run that is to be here."""
+"""Measures this machine's figures, for a description of a run that is to be here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from embeddings.sharding import free_host_memory
 from embeddings.simulated_cluster import DEVICES, Cluster, DeviceFigures, FigureOverrides
 from recsys.diagnostics.cost.roofline import Anchor, best, measure_anchor
 
-# Between machines like this one, unless it is told: 25 Gbit/s, shared by the ranks of a node.
+# Between machines like this one, unless given: 25 Gbit/s, shared by the ranks of a node.
 CPU_NETWORK_BANDWIDTH = 25e9 / 8
 MEASUREMENTS = 3
 
@@ -20,7 +20,7 @@ def find_cluster(
     figures: FigureOverrides | None = None,
     precision: str = "fp32",
 ) -> Cluster:
-    """The cluster that the command line names.
+    """Returns the cluster that the command line names.
 
     Args:
         device: a name in `DEVICES`, or auto, cpu or cuda for devices like those of this machine.

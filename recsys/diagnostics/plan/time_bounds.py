@@ -1,4 +1,4 @@
-"""The least time of a step's parts on given devices, and what bounds each.
+"""Computes the least time of a step's parts on given devices, and what bounds each.
 
 Arithmetic at the rate of products of matrices, memory at that of the device's memory, what is sent
 at that of the links in a node and between nodes. Parts follow one another; on real devices some
@@ -28,27 +28,24 @@ class TimeBound:
 
     @property
     def bound_by(self) -> str:
-        """arithmetic, memory or network."""
-        times = {
-            "arithmetic": self.arithmetic_seconds,
-            "memory": self.memory_seconds,
-            "network": self.network_seconds,
-        }
-        return max(times, key=lambda name: times[name])
-
-
-def anchor_of(cluster: Cluster, precision: str) -> Anchor:
-    """The rates of a device in the precision of the dense parts."""
-    device = cluster.device
-    flops = device.bf16_flops if precision == "bf16" else device.fp32_flops
-    return Anchor(flops, device.memory_bandwidth)
+        """Returns arithmetic, memory or network."""
+        kinds = ("arithmetic", "memory", "network")
+        return max(kinds, key=lambda kind: float(getattr(self, f"{kind}_seconds")))
 
 
 def time_bounds(
     costs: Sequence[PartCost], sent: Sequence[Sent], cluster: Cluster, precision: str
 ) -> list[TimeBound]:
-    """Of the parts on each rank, then of what they send."""
-    anchor = anchor_of(cluster, precision)
+    """Returns those of the parts on each rank, then of what they send.
+
+    Args:
+        costs, sent: by each rank.
+        cluster: whose devices compute.
+        precision: of the dense parts.
+    """
+    device = cluster.device
+    flops = device.bf16_flops if precision == "bf16" else device.fp32_flops
+    anchor = Anchor(flops, device.memory_bandwidth)
     bounds = []
     for part in costs:
         both = part.forward + part.backward
@@ -67,5 +64,5 @@ def time_bounds(
 
 
 def backward_outputs(costs: Sequence[PartCost]) -> float:
-    """Bytes that products of matrices leave for the backward: a lower estimate of activations."""
+    """Returns the bytes that products leave for the backward: a lower estimate of activations."""
     return sum(part.forward.outputs for part in costs if part.backward != Work())

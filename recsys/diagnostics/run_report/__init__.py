@@ -1,1 +1,1 @@
-"""One HTML page that shows what a run has learned, readable without network."""
+"""Writes one HTML page that shows what a run has learned, readable without network."""

@@ -1,4 +1,4 @@
-"""What the queries of the Fusion-Q-Former look at: mean attention to each modality, by layer.
+"""Records how much the queries of the Fusion-Q-Former attend to each modality, by layer.
 
 Shapes: U items of a call, T tokens of all modalities, Q queries, S = Q + T keys, H heads,
 D dimension, M modalities.
@@ -28,7 +28,7 @@ def attention_weights(
     mask: Tensor,  # [U, S]
     num_outputs: int,
 ) -> Tensor:  # [U, num_outputs, H, S]
-    """The softmax weights by which `attention` mixes its values, from its own projections."""
+    """Returns the softmax weights by which `attention` mixes its values."""
     heads = (attention.num_heads, x.shape[-1] // attention.num_heads)
     query = attention.query(x[:, :num_outputs]).unflatten(-1, heads)
     key = attention.key(x).unflatten(-1, heads)
@@ -54,7 +54,7 @@ class MeanAttention:
 
     @property
     def mean(self) -> Tensor:  # [Q + 1, 1 + M]
-        """Over the items that have the modality; NaN where none has."""
+        """Returns the mean over the items that have the modality; NaN where none has."""
         return self.sums / self.counts
 
     def add(
@@ -94,7 +94,7 @@ class _Recorder:
 def recorded_attention(
     fusion: nn.Module | None, num_modalities: int
 ) -> Iterator[list[MeanAttention]]:
-    """Attention by layer of all items that the fusion sees meanwhile; none without queries."""
+    """Yields attention by layer of all items that the fusion sees; none without queries."""
     if not isinstance(fusion, FusionQFormer):
         yield []
         return
@@ -118,7 +118,7 @@ def recorded_attention(
 
 
 def fusion_attention(branch: ContentBranch | None, layers: list[MeanAttention]) -> Section:
-    """The section of what was recorded; a model without queries has words alone."""
+    """Returns the section of what was recorded; a model without queries has words alone."""
     if branch is None:
         return Section(TITLE, ["The model has no content branch, so nothing is fused."])
     if not layers:

@@ -1,4 +1,4 @@
-"""Vectors of items as a run has learned them: rows of the ID table, and content vectors.
+"""Reads vectors of items as a run has learned them: of the ID table, and of content.
 
 Shapes: I chosen items, D ID dimension, E content dimension, C dimension of the contrastive loss.
 """
@@ -28,7 +28,7 @@ class ItemVectors:
     contrastive: tuple[Tensor, Tensor] | None = None  # IDs and content, [I, C] each
 
     def first(self, count: int) -> ItemVectors:
-        """Of the first items alone."""
+        """Returns the vectors of the first items alone."""
         contrastive = self.contrastive
         if contrastive is not None:
             contrastive = contrastive[0][:count], contrastive[1][:count]
@@ -37,7 +37,7 @@ class ItemVectors:
 
 
 def frequent_items(job: Job, item_counts: np.ndarray, most: int) -> np.ndarray:
-    """Items with training impressions (and content, where the model has any), frequent first."""
+    """Returns items with training impressions (and content, if the model has it), by frequency."""
     items = np.flatnonzero(item_counts)
     if job.store is not None:
         items = np.intersect1d(items, job.store.items.ids)
@@ -46,7 +46,7 @@ def frequent_items(job: Job, item_counts: np.ndarray, most: int) -> np.ndarray:
 
 @torch.no_grad()
 def item_vectors(job: Job, run: Path, items: np.ndarray) -> ItemVectors:
-    """Of the run's best model; no collective.
+    """Returns vectors of the run's best model; no collective.
 
     Args:
         job: has that model loaded.

@@ -1,4 +1,4 @@
-"""Losses and validation metrics by training step, read from the run's TensorBoard events."""
+"""Draws losses and validation metrics by step, read from the run's TensorBoard events."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Curve = tuple[list[int], list[float]]  # steps and values
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """Every scalar of the run by tag, such as `train/loss` and `valid/auc`, by step.
+    """Returns every scalar of the run by tag, such as `train/loss` and `valid/auc`, by step.
 
     There are none where TensorBoard is not among the run's trackers.
     """
@@ -30,7 +30,7 @@ def read_curves(run: Path) -> dict[str, Curve]:
 
 
 def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Curve:
-    """What chose the best model, by step: the highest point, the first of equal ones, is the run's.
+    """Returns the score that chose the best model, by step: the first highest one is the run's.
 
     Empty where the run has not written it.
     """
@@ -44,7 +44,7 @@ def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Cur
 
 
 def learning_curves(run: Path, best_model_by: BestModelBy) -> Section:
-    """The section; a curve that the run has not written is left out."""
+    """Returns the section; a curve that the run has not written is left out."""
     curves = read_curves(run)
     steps, scores = selection_curve(curves, best_model_by)
     named = selection_words(best_model_by)

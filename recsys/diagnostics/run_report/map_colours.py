@@ -1,4 +1,4 @@
-"""Colours of the points of a map: by training impressions, or by category with a legend.
+"""Colours the points of a map: by training impressions, or by category with a legend.
 
 Shapes: I items.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito, Color Universal Design, 2008: told apart by people with any colour vision.
+# Okabe and Ito, Color Universal Design, 2008: distinguishable for people with any colour vision.
 PALETTE = (
     "#0072b2",
     "#e69f00",
@@ -38,12 +38,12 @@ class Categories:
 
     @property
     def are_enough(self) -> bool:
-        """Whether two items have one, so that items can be compared."""
+        """Returns whether two items have one, so that items can be compared."""
         return sum(value is not None for value in self.values) > 1
 
 
 def by_count(counts: np.ndarray) -> Paint:
-    """By the training impressions, int64 [I], above 0."""
+    """Returns colours by training impressions, int64 [I], above 0."""
     logarithms = np.log10(counts)
 
     def paint(figure: Figure, places: list[Axes], planes: list[np.ndarray]) -> None:
@@ -55,7 +55,7 @@ def by_count(counts: np.ndarray) -> Paint:
 
 
 def by_category(categories: Categories) -> Paint:
-    """The most frequent categories in colours of `PALETTE`, all others grey."""
+    """Returns the most frequent categories in colours of `PALETTE`, all others grey."""
     known = Counter(value for value in categories.values if value is not None)
     frequent = [value for value, _ in known.most_common(len(PALETTE))]
     colours = dict(zip(frequent, PALETTE))

@@ -1,4 +1,4 @@
-"""Items and those nearest to them by content vector and by ID vector, with names and pictures.
+"""Shows items and those nearest to them by content and ID vector, with names and pictures.
 
 Shapes: I items among which neighbours are looked for.
 """
@@ -37,7 +37,7 @@ class Examples:
 def example_items(
     item_counts: np.ndarray, test_items: np.ndarray, candidates: np.ndarray
 ) -> Examples:
-    """Chosen without chance.
+    """Chooses the items shown, without chance.
 
     Middling is the item at which the items more frequent than it have half of all impressions;
     of the unseen those come first that the test split ranks most often.
@@ -69,7 +69,7 @@ def nearest_items(
     table: ItemTable | None,
     category: str | None,
 ) -> Section:
-    """The section.
+    """Returns the section.
 
     Args:
         job, run: whose vectors the examples have.
@@ -122,7 +122,7 @@ class _Neighbours:
         return np.unique(np.concatenate([items.ravel() for _, items in self.by_kind.values()]))
 
     def of(self, kind: str, place: int) -> list[tuple[int, float]]:
-        """Items and cosines of the example at a place, nearest first."""
+        """Returns items and cosines of the example at a place, nearest first."""
         cosines, items = self.by_kind[kind]
         return list(zip(items[place].tolist(), cosines[place].tolist()))
 

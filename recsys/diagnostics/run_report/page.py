@@ -1,4 +1,4 @@
-"""A page of sections as one HTML file: figures are inside it, and nothing is fetched.
+"""Writes a page of sections as one HTML file: figures are inside it, and nothing is fetched.
 
 A figure is drawn by matplotlib as SVG and embedded as a data URI, so that the ids of one drawing
 do not meet those of another.
@@ -82,7 +82,7 @@ class Section:
 
 
 def new_figure(num_plots: int) -> tuple[Figure, list[matplotlib.axes.Axes]]:
-    """Plots side by side, wide enough to be read on a page 1,280 pixels wide."""
+    """Returns plots side by side, wide enough to be read on a page 1,280 pixels wide."""
     with matplotlib.rc_context(_DRAWING):
         figure = Figure(figsize=(11, 4), layout="constrained")
         axes = figure.subplots(1, num_plots, squeeze=False)[0]
@@ -90,7 +90,7 @@ def new_figure(num_plots: int) -> tuple[Figure, list[matplotlib.axes.Axes]]:
 
 
 def drawn(name: str, figure: Figure, caption: str) -> Drawing:
-    """The figure as SVG, the same for the same figure."""
+    """Returns the figure as SVG, the same for the same figure."""
     output = io.BytesIO()
     nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     # Text stays text: the browser has letters of all languages, matplotlib's font has not.
@@ -102,7 +102,7 @@ def drawn(name: str, figure: Figure, caption: str) -> Drawing:
 
 
 def number(value: float | None, decimals: int = 4) -> str:
-    """As in tables; what is not defined is a dash."""
+    """Returns a number as in tables; what is not defined is a dash."""
     return "–" if value is None else f"{value:,.{decimals}f}"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.checkpoint import FileSystemReader
 
 from recsys.cli import main
 from tests.datasets import write_dataset
@@ -90,8 +91,9 @@ def test_a_part_in_a_file_of_one_s_own_trains_by_one_line_of_yaml(
     words = train_words(place / "data", place / "run", "--config", str(place / "own.yaml"))
     assert main(words) == 0
     assert json.loads((place / "run" / "metrics.json").read_text())["test"]["auc"] > 0
-    names = (place / "run" / "plan.txt").read_text()
-    assert trained in names
+    (metadata, *_) = (place / "run" / "checkpoints").rglob(".metadata")
+    names = FileSystemReader(metadata.parent).read_metadata().state_dict_metadata
+    assert any(name.endswith(f"content.{trained}") for name in names)
     words = ["--config", str(place / "own.yaml"), "--data", str(place / "data")]
     assert main(["describe", *words, "--device", "h100"]) == 0
     assert main(["evaluate", "--run", str(place / "run"), "--data", str(place / "data")]) == 0

@@ -131,6 +131,6 @@ def test_a_metric_of_ones_own_is_one_file_and_one_line_of_yaml(
     assert main(words) == 0
 
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    for report in (metrics["valid"], metrics["test"], metrics["test"]["warm"]):
+    for report in (metrics["valid"], metrics["test"], metrics["test"]["cold"]):
         assert 0 <= report["mine"] <= 1
     assert "mine        rows" in capsys.readouterr().out

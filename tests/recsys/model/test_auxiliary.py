@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from recsys.config import AuxiliarySettings, Config, load_config
 from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
+from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.model.auxiliary import AuxiliaryInputs, Distillation, build_auxiliary
 from tests.datasets import write_dataset
 from tests.recsys.command_runs import TINY, run_program, train_words
-from tests.recsys.em3_runs import ranks_of
 
 LOGITS = torch.tensor([[0.5], [-1.0], [2.0], [0.0]])
 TEACHER = torch.tensor([1.0, -2.0, math.nan, 9.0])
@@ -106,10 +107,19 @@ def config_of(folder: Path, auxiliary: dict[str, AuxiliarySettings]) -> Config:
 TEACHING = AuxiliarySettings("distillation", 0.25, {"column": "teacher"})
 
 
-def test_the_loss_of_a_step_is_ranking_plus_the_weighted_auxiliary_loss(tmp_path: Path) -> None:
+@pytest.fixture
+def alone() -> Iterator[Ranks]:
+    """A job of this process."""
+    with joined_ranks("cpu") as ranks:
+        yield ranks
+
+
+def test_the_loss_of_a_step_is_ranking_plus_the_weighted_auxiliary_loss(
+    tmp_path: Path, alone: Ranks
+) -> None:
     data = with_teacher(tmp_path)
-    job = build_job(config_of(tmp_path, {"teaching": TEACHING}), str(data), ranks_of(0, 1))
-    plain = build_job(config_of(tmp_path, {}), str(data), ranks_of(0, 1))
+    job = build_job(config_of(tmp_path, {"teaching": TEACHING}), str(data), alone)
+    plain = build_job(config_of(tmp_path, {}), str(data), alone)
     assert job.model.state_dict().keys() == plain.model.state_dict().keys()
     table = next(ParquetRows.of_split(job.root, "train", job.schema).read(0, 20))
     batch = job.batch_builder()(table)
@@ -120,10 +130,11 @@ def test_the_loss_of_a_step_is_ranking_plus_the_weighted_auxiliary_loss(tmp_path
     assert list(parts) == ["loss", "ranking", "teaching"]
     target = batch.extra[:, 0].sigmoid()
     every = F.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="none")
-    torch.testing.assert_close(parts["teaching"], every.nan_to_num(0.0).mean())
-    torch.testing.assert_close(loss, parts["ranking"] + 0.25 * parts["teaching"])
+    torch.testing.assert_close(parts["teaching"], every.nan_to_num(0.0).mean().detach())
+    expected = parts["ranking"] + 0.25 * parts["teaching"]
+    torch.testing.assert_close(loss.detach(), expected)
     torch.manual_seed(3)
-    torch.testing.assert_close(plain.model(batch)[0], parts["ranking"])
+    torch.testing.assert_close(plain.model(batch)[0].detach(), parts["ranking"])
 
 
 def test_rows_to_predict_need_no_extra_column(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from recsys.content.cache.fill import cache_frozen_outputs
 from recsys.content.cache.progress import FillProgress
 from recsys.content.cache.reuse import row_hashes
 from recsys.data.batch import ContentInput
+from recsys.distributed.log import configure_logging
 from recsys.distributed.ranks import Ranks, joined_ranks
 from tests.datasets import write_dataset
 from tests.recsys.content.cache.frozen_fills import (
@@ -160,6 +161,7 @@ def test_the_folder_says_what_it_holds(dataset: Path, ranks: Ranks) -> None:
 def test_where_there_is_no_terminal_lines_tell_of_progress(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    configure_logging()
     progress = FillProgress("text", total=40_000, share=10_000, shown=True)
     progress.add(2_500)
     assert capsys.readouterr().out == ""  # not so soon after the last one

@@ -20,6 +20,7 @@ from recsys.data.items.content_store import ContentStore
 from recsys.data.items.images import decode_image
 from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import load_schema
+from recsys.distributed.log import configure_logging
 from recsys.distributed.ranks import joined_ranks
 from tests.datasets import png, write_dataset
 from tests.recsys.data.items.item_content import rewrite
@@ -96,14 +97,14 @@ def by_hand(dataset: Path, modality: ModalitySettings, encoder: Encoder) -> dict
 
 
 def test_the_first_images_of_each_item_are_kept_and_the_others_told(
-    dataset: Path, caplog: pytest.LogCaptureFixture
+    dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    caplog.set_level("INFO")
+    configure_logging()
     content = store_of(dataset, modality_of()).gather(np.arange(NUM_ITEMS))["it"]
     assert content.values.shape == (NUM_ITEMS, MOST, 3, 32, 32)
     assert content.mask.sum(dim=1).tolist() == [min(count, MOST) for count in COUNTS]
     told = "column 'poster': 1 items have more than max_images 3 images; the first 3"
-    assert told in caplog.text
+    assert told in capsys.readouterr().out
     one = store_of(dataset, single(modality_of())).gather(np.arange(NUM_ITEMS))["it"]
     assert one.values.shape == (NUM_ITEMS, 3, 32, 32)
     assert torch.equal(one.values, content.values[:, 0])

@@ -1,0 +1,199 @@
+"""The keys under `ranking`: those of the chosen model, wherever its name stands, and no others."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonargparse import ArgumentParser
+from torch import nn
+
+from recsys.checkpoint.compatibility import check_config
+from recsys.config import (
+    Config,
+    RankingSettings,
+    RetrievalSettings,
+    add_config_arguments,
+    load_config,
+    ranking_settings,
+    save_config,
+    to_plain,
+)
+from recsys.config.checks import validate
+from recsys.config.limits import PositiveInt
+from recsys.config.ranking import RANKING_MODELS, keys_of, settings_class
+from recsys.ranking.din_dcn import DinDcnSettings
+from recsys.ranking.sim import SimSettings
+from recsys.ranking.two_tower import TwoTowerSettings
+from tests.recsys.command_runs import TINY
+
+# `ranking` as a run of an earlier version wrote it, whatever its model: the keys of all models.
+EARLIER = yaml.safe_load("""
+name: sim
+options: {}
+attention_units: [16]
+cross_layers: 1
+cross_rank: 8
+dense_units: [64]
+mlp_units: [16]
+dropout: 0.3
+ensemble_members: 1
+standardize_numbers: false
+label_weights: {}
+num_experts: 4
+search: similarity
+search_top_k: 20
+search_heads: 2
+category: null
+time_gaps: null
+query_features: []
+tower_dim: 32
+temperature: 0.1
+loss: pointwise
+num_negatives: 256
+negative_sampling: uniform
+log_q_correction: true
+all_ranks: false
+""")
+
+
+def recipe(path: Path, **ranking: Any) -> Path:
+    """A recipe with these keys under `ranking`."""
+    path.write_text(yaml.safe_dump({"ranking": ranking}))
+    return path
+
+
+@pytest.mark.parametrize("name", RANKING_MODELS)
+def test_settings_of_every_model_name_it_and_have_what_all_models_have(name: str) -> None:
+    settings = settings_class(name)()
+    assert settings == ranking_settings(name) and settings.name == name
+    assert {"name", "options", "mlp_units", "dropout", "label_weights"} <= set(keys_of(name))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--ranking.name", "sim", "--ranking.search_top_k", "20"],
+        ["--ranking.search_top_k=20", "--ranking.name=sim"],
+        ["--ranking", "{name: sim, search_top_k: 20}"],
+    ],
+)
+def test_the_name_decides_the_keys_wherever_it_stands(words: list[str], tmp_path: Path) -> None:
+    ranking = load_config(recipe(tmp_path / "recipe.yaml", dropout=0.1), words).ranking
+    assert ranking == SimSettings(search_top_k=20, dropout=0.1)
+
+
+def test_keys_are_flat_in_a_recipe(tmp_path: Path) -> None:
+    path = recipe(tmp_path / "recipe.yaml", name="two_tower", tower_dim=8)
+    config = load_config(path)
+    assert config.ranking == TwoTowerSettings(tower_dim=8)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_key_of_another_model_is_refused_with_the_keys_of_this_one(tmp_path: Path) -> None:
+    path = recipe(tmp_path / "recipe.yaml", name="din", search_top_k=20)
+    with pytest.raises(ValueError, match=r"search_top_k is no setting of 'din'.*'attention_units'"):
+        load_config(path)
+    with pytest.raises(ValueError, match=r"tower_dim is no setting of 'sim'.*'search_heads'"):
+        load_config(TINY, ["--ranking.name", "sim", "--ranking.tower_dim", "8"])
+    with pytest.raises(ValueError, match=r"tower_dim is no setting of 'sim'.*'search_heads'"):
+        ranking_settings("sim", tower_dim=8)
+
+
+def test_what_a_recipe_sets_for_its_own_model_is_left_out_of_another_s(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = recipe(tmp_path / "recipe.yaml", cross_layers=1, mlp_units=[8])
+    with caplog.at_level(logging.WARNING, logger="recsys"):
+        ranking = load_config(path, ["--ranking.name=dlrm"]).ranking
+    assert ranking == ranking_settings("dlrm", mlp_units=[8])
+    assert "ranking.cross_layers: set for 'din_dcn' in the recipe" in caplog.text
+    with pytest.raises(ValueError, match="search_heads is no setting of 'dlrm'"):
+        load_config(recipe(path, search_heads=3), ["--ranking.name=dlrm"])
+
+
+def test_runs_of_earlier_versions_load_whatever_they_hold_for_other_models(tmp_path: Path) -> None:
+    config = load_config(recipe(tmp_path / "config.yaml", **EARLIER))
+    assert config.ranking == SimSettings(mlp_units=[16], search_top_k=20)
+    retrieval = {**EARLIER, "name": "two_tower", "loss": "in_batch_softmax"}
+    config = load_config(recipe(tmp_path / "config.yaml", **retrieval))
+    assert config.ranking == TwoTowerSettings(mlp_units=[16], loss="in_batch_softmax")
+    assert load_config(recipe(tmp_path / "config.yaml", **EARLIER), ["--epochs", "3"]).epochs == 3
+
+
+def test_checkpoints_of_earlier_versions_are_gone_on_with() -> None:
+    """They lack settings that came later, and hold keys of all ranking models."""
+    config = Config(ranking=SimSettings(mlp_units=[16], search_top_k=20))
+    stored = to_plain(config) | {"ranking": EARLIER}
+    for later in ("source", "tracker", "metrics", "auxiliary", "log_level", "tf32"):
+        del stored[later]
+    check_config(stored, config, "checkpoint")
+    config.ranking = SimSettings(mlp_units=[16], search_top_k=30)
+    with pytest.raises(ValueError, match=r"ranking.search_top_k \(checkpoint: 20, now: 30\)"):
+        check_config(stored, config, "checkpoint")
+
+
+@pytest.mark.parametrize("change", [{"dropout": 1.0}, {"mlp_units": [8, 0]}, {"cross_rank": 0}])
+def test_settings_made_in_python_are_checked(change: dict[str, Any]) -> None:
+    (name,) = change
+    config = Config(ranking=replace(DinDcnSettings(), **change))
+    with pytest.raises(ValueError, match=rf"ranking.{name}.* is .*; it must be"):
+        validate(config)
+
+
+@pytest.mark.parametrize("name", ["sim", "din_dcn"])
+def test_help_has_a_sentence_for_every_setting_and_those_of_the_model_alone(name: str) -> None:
+    parser = ArgumentParser()
+    add_config_arguments(parser, ["--help", "--ranking.name", name])
+    page = parser.format_help()
+    assert ("--ranking.search_top_k" in page) == (name == "sim")
+    assert ("--ranking.cross_rank" in page) == (name == "din_dcn")
+    assert "Items of each history that are attended to" in " ".join(page.split()) or name != "sim"
+    bare = [action.option_strings for action in parser._actions if not action.help]
+    assert bare == []
+
+
+class Own(nn.Module):
+    """A ranking model of the user's, with settings of its own."""
+
+    @dataclass
+    class Settings(RankingSettings):
+        """Its settings."""
+
+        units: PositiveInt = 32
+        """Units of the hidden layer."""
+
+
+class WithoutSettings(nn.Module):
+    """A ranking model of the user's that reads `settings.options`."""
+
+
+class WithOtherSettings(nn.Module):
+    """A ranking model whose `Settings` are none."""
+
+    Settings = dict
+
+
+def test_a_class_of_the_user_s_has_the_keys_of_its_settings() -> None:
+    words = ["--ranking.name", f"{__name__}:Own", "--ranking.units", "16"]
+    assert load_config(TINY, words).ranking == Own.Settings(words[1], mlp_units=[16], units=16)
+    with pytest.raises(ValueError, match=r"ranking.units is 0; it must be >0"):
+        load_config(TINY, [*words[:2], "--ranking.units=0"])
+    with pytest.raises(ValueError, match=r"search_top_k is no setting of .*Own', .*'units'"):
+        load_config(TINY, [*words, "--ranking.search_top_k=3"])
+
+
+def test_a_class_of_the_user_s_without_settings_has_options() -> None:
+    name = f"{__name__}:WithoutSettings"
+    ranking = load_config(TINY, [f"--ranking={{name: '{name}', options: {{units: 3}}}}"]).ranking
+    assert ranking == RetrievalSettings(name, options={"units": 3}, mlp_units=[16])
+
+
+def test_settings_of_a_class_must_derive_from_those_of_all() -> None:
+    with pytest.raises(ValueError, match="Settings are no dataclass that derives from"):
+        load_config(TINY, ["--ranking.name", f"{__name__}:WithOtherSettings"])
