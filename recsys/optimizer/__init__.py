@@ -6,7 +6,7 @@ ID tables are not here: fused kernels update them in the backward pass
 """
 
 from recsys.optimizer.averaging import AveragedWeights, build_averages
-from recsys.optimizer.dense import build_dense_optimizer, gradient_norm
+from recsys.optimizer.dense import build_dense_optimizer, count_state, gradient_norm
 from recsys.optimizer.description import describe_optimizers
 from recsys.optimizer.groups import DenseGroup, dense_groups, dense_parameters
 from recsys.optimizer.schedules import LearningRateShare, build_schedule, set_updates
@@ -19,6 +19,7 @@ __all__ = [
     "build_averages",
     "build_dense_optimizer",
     "build_schedule",
+    "count_state",
     "dense_groups",
     "dense_parameters",
     "describe_optimizers",

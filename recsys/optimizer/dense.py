@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,6 +76,47 @@ def _make(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> Optimize
             )
     options = {"fused": True, **settings.options} if settings.name in _FUSED else settings.options
     return make_part("optimizer.name", settings.name, OPTIMIZERS, Optimizer, groups, **options)
+
+
+def count_state(settings: OptimizerSettings, sizes: Mapping[str, torch.Size]) -> dict[str, int]:
+    """Counts the elements that the optimizer and the moving average keep, by parameter.
+
+    One step is taken on parameters of these sizes: on the meta device, or on zeros on the host
+    where an optimizer (Adafactor) reads values.
+
+    Args:
+        settings: of the optimizer.
+        sizes: of the parameters, by name.
+
+    Raises:
+        ValueError: the optimizer cannot be made.
+    """
+    unfused = replace(settings, options={**settings.options, "fused": False})
+    settings = unfused if settings.name in _FUSED else settings
+    try:
+        state = _state_after_a_step(settings, sizes, "meta")
+    except (RuntimeError, NotImplementedError):
+        state = _state_after_a_step(settings, sizes, "cpu")
+    average = settings.ema_decay is not None
+    return {name: count + average * sizes[name].numel() for name, count in state.items()}
+
+
+def _state_after_a_step(
+    settings: OptimizerSettings, sizes: Mapping[str, torch.Size], device: str
+) -> dict[str, int]:
+    parameters = {name: nn.Parameter(torch.zeros(s, device=device)) for name, s in sizes.items()}
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = _make(settings, [{"params": list(parameters.values()), "lr": 1e-3}])
+    optimizer.step()
+    return {
+        name: sum(
+            value.numel()
+            for value in optimizer.state.get(parameter, {}).values()
+            if isinstance(value, Tensor) and value.dim()
+        )
+        for name, parameter in parameters.items()
+    }
 
 
 def gradient_norm(optimizer: Optimizer) -> Tensor:

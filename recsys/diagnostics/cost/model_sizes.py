@@ -28,7 +28,7 @@ from recsys.diagnostics.cost.counted import ItemCost, count_ranking, item_cost
 from recsys.diagnostics.cost.work import PartCost
 from recsys.model.em3 import EM3
 from recsys.model.tables import pooled_features
-from recsys.optimizer import dense_parameters
+from recsys.optimizer import count_state, dense_parameters
 from recsys.ranking.layers.attended_features import RowFeatures
 
 
@@ -170,6 +170,7 @@ class ModelSizes:
     id_dim: int
     ranking: list[PartCost]  # of one row
     dense_parameters: int  # trained ones
+    optimizer_state: int  # elements that the dense optimizer and the moving average keep
     content: ContentSizes | None
     communication: CommunicationSettings
     num_standardized: int  # numbers whose statistics all ranks share
@@ -189,6 +190,7 @@ class ModelSizes:
         """
         dims = {table.name: table.embedding_dim for table in tables}
         id_dim = dims[schema.table_of(schema.target_item)]
+        dense = {name: part.shape for name, part in dense_parameters(em3).items()}
         return ModelSizes(
             tables=[table_memory(table, plan) for table in tables],
             id_dim=id_dim,
@@ -200,7 +202,8 @@ class ModelSizes:
                 batch,
                 config.embedding.index_dedup,
             ),
-            dense_parameters=sum(p.numel() for p in dense_parameters(em3).values()),
+            dense_parameters=sum(size.numel() for size in dense.values()),
+            optimizer_state=sum(count_state(config.optimizer, dense).values()),
             content=ContentSizes.of(config, em3),
             communication=config.embedding.communication,
             num_standardized=_num_standardized(em3),

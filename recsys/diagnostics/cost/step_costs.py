@@ -16,8 +16,6 @@ from recsys.diagnostics.cost.model_sizes import ContentSizes, ModelSizes
 from recsys.diagnostics.cost.roofline import Anchor
 from recsys.diagnostics.cost.work import FLOAT, PartCost, Work, linear, moved, times
 
-ADAMW_BYTES = 7 * FLOAT  # reads weight, gradient and two moments, writes all but the gradient
-ADAMW_FLOPS = 12
 COMMUNICATION = "communication"
 DIRECTIONS = ("forward", "backward")
 
@@ -31,8 +29,9 @@ def step_costs(sizes: ModelSizes, counts: BatchCounts, world_size: int = 1) -> l
     parts += [part.scaled(counts.rows) for part in sizes.ranking]
     if content is not None and content.contrastive_dim:
         parts.append(contrastive(sizes, content, counts, world_size))
-    parameters = sizes.dense_parameters
-    update = Work(others=ADAMW_FLOPS * parameters, bytes=ADAMW_BYTES * parameters)
+    # Weight, gradient and state are read, weight and state written; 12 FLOPs per weight for AdamW.
+    weights, state = sizes.dense_parameters, sizes.optimizer_state
+    update = Work(others=2 * weights + 5 * state, bytes=FLOAT * (3 * weights + 2 * state))
     parts.append(PartCost("optimizer", "optimizer", update))
     if sent := sent_bytes(sizes, counts, world_size):
         forward, backward = (sum(getattr(s, name) for s in sent) for name in DIRECTIONS)

@@ -106,7 +106,9 @@ def describe(
         if part.name != COMMUNICATION  # listed by kind
     ]
     sent = sent_bytes(sizes, counts, cluster.world_size)
-    parts = model_parts(meta_model.em3, meta_model.tables, meta_model.plan, cluster.world_size)
+    parts = model_parts(
+        meta_model.em3, meta_model.tables, meta_model.plan, cluster.world_size, config.optimizer
+    )
     table_bytes = table_bytes_by_rank(meta_model.tables, meta_model.plan, cluster.world_size)
     return Description(
         cluster=cluster,

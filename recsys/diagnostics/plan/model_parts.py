@@ -1,8 +1,8 @@
 """Lists the parts of a model: parameters, who trains them, where they live, in how many bytes.
 
-Tables are cut over the ranks; all else is on every rank. All weights, gradients and moments are
-float32, also where the arithmetic is bfloat16. Under several ranks DistributedDataParallel keeps a
-second copy of the dense gradients, in the buckets that it sends.
+Tables are cut over the ranks; all else is on every rank. All weights, gradients and optimizer
+state are float32, also where the arithmetic is bfloat16. Under several ranks
+DistributedDataParallel keeps a second copy of the dense gradients, in the buckets that it sends.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torchrec.distributed.types import ShardingPlan
 from embeddings import TableConfig
 from embeddings.sharding import table_parameters
 from embeddings.table_memory import FLOAT, TableMemory, table_memory
+from recsys.config import OptimizerSettings
 from recsys.model.em3 import EM3
-from recsys.optimizer import dense_parameters
+from recsys.optimizer import count_state, dense_parameters
 
-ADAMW_MOMENTS = 2
 # By the beginning of parameter names, first match counts; `{}` is the modality.
 DENSE_PARTS = (
     ("content.encoders.", "encoder {}"),
@@ -49,12 +49,16 @@ class ModelPart:
 
 
 def model_parts(
-    em3: EM3, tables: list[TableConfig], plan: ShardingPlan, world_size: int
+    em3: EM3,
+    tables: list[TableConfig],
+    plan: ShardingPlan,
+    world_size: int,
+    optimizer: OptimizerSettings,
 ) -> list[ModelPart]:
     """Returns the tables, then the dense parts, trained and frozen ones apart."""
     return [
         *(_table_part(table_memory(table, plan)) for table in tables),
-        *_dense_parts(em3, world_size),
+        *_dense_parts(em3, world_size, optimizer),
     ]
 
 
@@ -82,24 +86,27 @@ def _table_part(memory: TableMemory) -> ModelPart:
     )
 
 
-def _dense_parts(em3: EM3, world_size: int) -> Iterator[ModelPart]:
-    trained = set(dense_parameters(em3))
+def _dense_parts(em3: EM3, world_size: int, optimizer: OptimizerSettings) -> Iterator[ModelPart]:
+    trained = dense_parameters(em3)
+    kept = count_state(optimizer, {name: part.shape for name, part in trained.items()})
     of_tables = {id(parameter) for _, parameter in table_parameters(em3)}
     sizes: dict[tuple[str, bool], int] = {}
+    state: dict[tuple[str, bool], int] = {}
     for name, parameter in em3.named_parameters():
         if id(parameter) not in of_tables:
             key = part_of(name), name in trained
             sizes[key] = sizes.get(key, 0) + parameter.numel()
+            state[key] = state.get(key, 0) + kept.get(name, 0)
     copies = 1 if world_size == 1 else 2
     for (name, is_trained), size in sizes.items():
         yield ModelPart(
             name=name if is_trained else f"{name}, frozen",
             parameters=size,
-            trained_by="AdamW" if is_trained else "nothing",
+            trained_by=optimizer.name if is_trained else "nothing",
             where="every rank",
             weight_bytes=FLOAT * size,
             gradient_bytes=FLOAT * size * copies * is_trained,
-            state_bytes=FLOAT * size * ADAMW_MOMENTS * is_trained,
+            state_bytes=FLOAT * state[name, is_trained],
         )
 
 

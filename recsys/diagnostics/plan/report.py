@@ -98,7 +98,7 @@ def _memory(found: Description) -> str:
     rows = [
         ("memory per rank", "bytes"),
         ("tables and their optimizers", in_bytes(memory.tables)),
-        ("dense parts and AdamW", in_bytes(memory.dense)),
+        ("dense parts and their optimizer", in_bytes(memory.dense)),
         ("memory bank", in_bytes(memory.bank)),
         ("activations, at least", in_bytes(memory.activations)),
         ("total", f"{in_bytes(memory.total)} of {in_bytes(memory.limit)}"),

@@ -10,6 +10,7 @@ from recsys.config import OptimizerSettings
 from recsys.optimizer import (
     DenseGroup,
     build_dense_optimizer,
+    count_state,
     make_room,
     numbers_loaded,
     state_tensors,
@@ -153,3 +154,21 @@ def test_what_is_neither_tensor_nor_number_is_refused() -> None:
 def test_what_cannot_be_an_optimizer_is_refused(settings: OptimizerSettings, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_dense_optimizer(small_model(), GROUPS, settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (OptimizerSettings(), {"weight": 2 * 12, "bias": 2 * 4}),
+        (OptimizerSettings(name="sgd"), {"weight": 0, "bias": 0}),
+        (OptimizerSettings(name="sgd", options={"momentum": 0.9}), {"weight": 12, "bias": 4}),
+        # One row, one column, for a vector its squares.
+        (OptimizerSettings(name="adafactor"), {"weight": 3 + 4, "bias": 4}),
+        (OptimizerSettings(ema_decay=0.9), {"weight": 3 * 12, "bias": 3 * 4}),
+    ],
+)
+def test_the_state_of_an_optimizer_is_counted_by_parameter(
+    settings: OptimizerSettings, expected: dict[str, int]
+) -> None:
+    sizes = {"weight": torch.Size([4, 3]), "bias": torch.Size([4])}
+    assert count_state(settings, sizes) == expected
