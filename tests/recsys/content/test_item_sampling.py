@@ -108,6 +108,6 @@ def test_without_same_step_histories_see_what_the_bank_held_before() -> None:
     assert branch.bank is not None
     stale, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
     vectors = branch(batch_of("bank_frozen"))
-    assert torch.equal(vectors.history, stale[HISTORY.unique(), :DIM])
+    assert torch.equal(vectors.read_history()[0], stale[HISTORY.unique(), :DIM])
     written, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
     assert not torch.equal(written, stale)
