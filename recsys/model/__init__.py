@@ -1,1 +1,1 @@
-"""EM3: the one model that is sharded and trained, its losses, tables and precision."""
+"""EM3: the model that is sharded and trained, its losses, tables and precision."""

@@ -1,8 +1,8 @@
-"""Auxiliary losses: what is added to the losses of ranking and contrast, each with its weight.
+"""Auxiliary losses, added to the ranking and contrastive losses, each with its weight.
 
-A loss of the user's own is an `nn.Module` in one file and a line of YAML. It is made with its
-`options`, and called with `AuxiliaryInputs` in training; it returns the loss [] of the batch. What
-it needs of the rows beside labels it lists as `columns`, columns of kind `extra` in schema.yaml:
+A user's own loss is an `nn.Module` in one file and a line of YAML. It is constructed with its
+`options`, and called with `AuxiliaryInputs` in training; it returns the loss [] of the batch. It
+lists the further columns that it reads, of kind `extra` in schema.yaml, as `columns`:
 
     class Calm(nn.Module):  # keeps logits small
         columns = ()
@@ -33,18 +33,18 @@ from recsys.data.schema import Schema
 from recsys.ranking.vectors import IDVectors
 
 LOSSES = {"distillation": "recsys.model.auxiliary:Distillation"}
-# Names that the parts of the loss have already.
+# Names in use for other parts of the loss.
 TAKEN = ("loss", "ranking", "contrastive", "query", "item")
 
 
 @dataclass
 class AuxiliaryInputs:
-    """What an auxiliary loss may read of a batch.
+    """Inputs of an auxiliary loss.
 
     logits: [B, C], of the ranking model.
     ids, content: the vectors that were ranked; `content.read_history` is a collective.
-    batch: with `labels` [B, C], `row_weights` [B] (0 for a row that pads) and all else.
-    columns: [B] of each extra column that the loss has asked for, NaN where a row has no value.
+    batch: with `labels` [B, C], `row_weights` [B] (0 for a padding row) and all other columns.
+    columns: [B] of each extra column that the loss lists, NaN where a row has no value.
     """
 
     logits: Tensor
@@ -58,20 +58,21 @@ class AuxiliaryLosses(nn.Module):
     """The weighted sum of auxiliary losses.
 
     Args:
-        losses: by the user's name.
-        weights: of each.
+        losses: each loss by its name in the configuration.
+        weights: the weight of each loss.
         extra: the extra columns of the schema, in its order.
     """
 
     def __init__(
         self, losses: Mapping[str, nn.Module], weights: Mapping[str, float], extra: list[str]
     ) -> None:
+        """Keep the losses, their weights and the order of the extra columns."""
         super().__init__()
         self.losses = nn.ModuleDict(losses)
         self.weights, self.extra = dict(weights), extra
 
     def forward(self, inputs: AuxiliaryInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the sum [], and each loss [] without its weight."""
+        """Return the weighted sum [], and each loss [] without its weight."""
         parts = {}
         for name, loss in self.losses.items():
             inputs.columns = {
@@ -84,19 +85,19 @@ class AuxiliaryLosses(nn.Module):
 
 
 class Distillation(nn.Module):
-    """Pulls the logits towards those of a teacher, which are a column of the rows.
+    """Distillation: pulls the logits towards a teacher's, which are a column of the rows.
 
     The teacher's probability sigmoid(t / T) is the soft target of sigmoid(z / T); the loss is
     multiplied by T squared, so that its gradient does not shrink with T (Hinton et al. 2015,
-    arXiv 1503.02531). A row without a teacher's logit counts 0, and stays in the mean's divisor, so
-    that every impression has the same weight whatever rows it shares a batch with.
+    arXiv 1503.02531). A row without a teacher's logit has loss 0 and stays in the mean's divisor,
+    so that every impression has the same weight in any batch.
 
     Args:
-        column: the teacher's logits, of kind `extra`.
+        column: column of kind `extra` with the teacher's logits.
         loss: `bce`, the cross-entropy; `kl`, the divergence from the teacher, which has the same
             gradient and is 0 where both agree.
         temperature: T.
-        label: place of the label that the teacher predicts.
+        label: index of the label that the teacher predicts.
 
     Raises:
         ValueError: an unknown loss, or a temperature that is not above 0.
@@ -116,6 +117,7 @@ class Distillation(nn.Module):
         temperature: float = 1.0,
         label: int = 0,
     ) -> None:
+        """Check the options and keep them."""
         super().__init__()
         if loss not in ("bce", "kl"):
             raise ValueError(f"options.loss of a distillation is '{loss}'; choose bce or kl")
@@ -127,6 +129,7 @@ class Distillation(nn.Module):
         self.loss, self.temperature, self.label = loss, temperature, label
 
     def forward(self, inputs: AuxiliaryInputs) -> Tensor:  # []
+        """Return the mean loss over all rows, times T squared."""
         teacher = inputs.columns[self.columns[0]]  # [B]
         is_known = ~teacher.isnan()
         teacher = teacher.nan_to_num(0.0) / self.temperature
@@ -146,11 +149,15 @@ def _columns_of(loss: nn.Module) -> tuple[str, ...]:
 def build_auxiliary(
     settings: Mapping[str, AuxiliarySettings], schema: Schema
 ) -> AuxiliaryLosses | None:
-    """Returns the losses that `auxiliary` names; None where it names none.
+    """Return the losses that `auxiliary` names; None if it names none.
+
+    Args:
+        settings: settings of each loss by its name.
+        schema: columns of the dataset.
 
     Raises:
-        ValueError: a loss cannot be made, has a name that is taken, or asks for a column that is
-            not of kind extra.
+        ValueError: a loss cannot be constructed, has a name that is in use, or lists a column that
+            is not of kind extra.
     """
     extra, losses = schema.of_kind("extra"), {}
     for name, own in settings.items():

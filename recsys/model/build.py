@@ -32,13 +32,20 @@ def build_em3(
     encoders: dict[str, Encoder],
     bank: MemoryBank | None,
     device: str = "meta",
-    item_categories: Tensor | None = None,
+    item_categories: Tensor | None = None,  # int32 [num_items]
     process_group: dist.ProcessGroup | None = None,
 ) -> EM3:
-    """Builds the model, its tables on `device` (meta: allocated when sharded).
+    """Build the model.
 
-    `item_categories` are those of `load_item_categories`; `process_group` has the ranks that train
-    the model together, None for one alone.
+    Args:
+        config: configuration of the run.
+        schema: columns of the dataset.
+        tables: configurations of the ID tables.
+        encoders: encoder of each modality.
+        bank: memory bank of item vectors, if any.
+        device: device of the tables; meta: allocated when sharded.
+        item_categories: result of `load_item_categories`.
+        process_group: the ranks that train the model together; None for a single rank.
 
     Raises:
         ValueError: unknown parts, or label weights for labels that do not exist.
@@ -53,7 +60,7 @@ def build_em3(
     dimensions = InputDimensions.of(schema, pooled, dims, item_categories, process_group)
     embeddings = build_embedding_collection(tables, device)
     assert embeddings is not None
-    # Before content and ranking: the order of the parts decides which random numbers each gets.
+    # Built before content and ranking: the order decides which random numbers each part gets.
     losses = _build_losses(config, schema, dims[schema.target_item])
     negatives = negatives_feature(softmax_settings(config.ranking), schema.target_item)
     return EM3(
@@ -74,7 +81,7 @@ def build_em3(
 
 
 def _build_losses(config: Config, schema: Schema, id_dim: int) -> Losses:
-    """Returns the losses of a run; `id_dim` is the width of the target item's ID vectors."""
+    """Return the losses of a run; `id_dim` is the width of the target item's ID vectors."""
     content = content_settings(config)
     contrastive = None
     if content is not None and config.contrastive.weight > 0:

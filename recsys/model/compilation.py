@@ -1,13 +1,13 @@
-"""torch.compile of the dense parts in which many small operations can become few.
+"""Applies torch.compile to the dense parts in which many small operations can be fused.
 
 These are the fusion, each trained layer of the encoders and the ranking model's stacks of layers.
 Each is one graph without breaks, for histories, texts and numbers of items of any length. The rest
-of a ranking model is left alone: its history arithmetic has kernels of its own, about which a
-compiler would only build dozens of fragments.
+of a ranking model is not compiled: its history arithmetic uses custom kernels, which would break
+the graph into dozens of fragments.
 
 The parts are compiled in place (`nn.Module.compile`), so that names of parameters, and with them
-checkpoints, stay as they are; `print(model)` shows which they are (`recsys.content.wrap`). Frozen
-layers run as they are too, or their outputs would differ from those in the cache.
+checkpoints, do not change; `print(model)` shows the compiled parts (`recsys.content.wrap`). Frozen
+layers are not compiled, or their outputs would differ from those in the cache.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from recsys.model.em3 import EM3
 
 
 class Compiled(nn.Module):
-    """Marks a part that is compiled."""
+    """Wrapper that marks a compiled part."""
 
 
 def compiled_parts(em3: EM3) -> dict[str, nn.Module]:
-    """Returns the parts that `compile` compiles, by name in the model."""
+    """Return the parts that `compile` compiles, by name in the model."""
     wanted: list[nn.Module] = [part for part in em3.ranking.children() if _is_stack(part)]
     if em3.content is not None:
         wanted.append(em3.content.fusion)
@@ -42,7 +42,7 @@ def _is_stack(part: nn.Module) -> bool:
 
 
 def compile_dense_parts(em3: EM3, device: torch.device, backend: str = "inductor") -> None:
-    """Compiles the dense parts in place; each when it is first called.
+    """Compile the dense parts in place; each is compiled at its first call.
 
     Raises:
         ValueError: torch.compile does not work on this machine.
@@ -55,14 +55,14 @@ def compile_dense_parts(em3: EM3, device: torch.device, backend: str = "inductor
 
 
 def require_compiler(device: torch.device) -> None:
-    """Compiles something small, so that what is missing shows before the first step.
+    """Compile a tiny function, so that a missing compiler is reported before the first step.
 
     Raises:
-        ValueError: it cannot be compiled; says why and what to install.
+        ValueError: it cannot be compiled; the message has the cause and the package to install.
     """
     try:
         if device.type == "cpu":
-            # What was compiled once is found in a cache, even where the compiler is gone.
+            # torch may load the function from its cache even if the compiler has been removed.
             from torch._inductor.cpp_builder import get_cpp_compiler
 
             get_cpp_compiler()
@@ -76,5 +76,5 @@ def require_compiler(device: torch.device) -> None:
         ) from error
 
 
-def _small(values: Tensor) -> Tensor:
+def _small(values: Tensor) -> Tensor:  # [8] -> [8]
     return values + 1

@@ -1,11 +1,11 @@
 """EM3: one model of sharded ID tables, a content branch, a ranking model and two losses.
 
-The top forward is a straight line, because `TrainPipelineSparseDist` traces it with torch.fx to
-send the ids of the next batches ahead; the sharded collections take their ids straight from
-attributes of the batch for the same reason. Everything that decides on data lives in submodules
-that hold nothing sharded, which the tracer leaves alone.
+The top forward has no branches on data, because `TrainPipelineSparseDist` traces it with torch.fx
+to send the ids of the next batches ahead; for the same reason the sharded collections read their
+ids directly from attributes of the batch. Code that depends on data lives in submodules without
+sharded modules, which the tracer treats as leaves.
 
-Shapes: B batch, C labels, D dimension.
+Shapes: B batch, C labels, D dimension, F pooled features.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from recsys.ranking.vectors import IDVectors, MemberLogits, TowerVectors
 
 
 class IDDropout(nn.Module):
-    """In training each ID vector is zero with probability p, and nothing is scaled up.
+    """Dropout of whole ID vectors: in training each is zero with probability p, without scaling.
 
-    New ids come with a vector that was never trained and is nearly zero. A model that has seen no
-    such rows trusts them; one that has learns what history and content say instead.
+    New ids have a vector that was never trained and is nearly zero. A model that never saw such
+    vectors trusts them; a model that did uses history and content instead.
 
     Example::
 
@@ -38,16 +38,19 @@ class IDDropout(nn.Module):
     """
 
     def __init__(self, p: float) -> None:
+        """Keep the probability that a vector is zero."""
         super().__init__()
         self.p = p
 
-    def forward(self, vectors: Tensor) -> Tensor:  # [B, D]
+    def forward(self, vectors: Tensor) -> Tensor:  # [B, D] -> [B, D]
+        """Return the vectors, some of them zero in training."""
         if not self.training or not self.p:
             return vectors
         is_kept = torch.rand(len(vectors), 1, device=vectors.device) >= self.p
         return vectors * is_kept.to(vectors.dtype)
 
     def extra_repr(self) -> str:
+        """Return the probability, for `print`."""
         return f"p={self.p}"
 
 
@@ -55,9 +58,9 @@ class ReadIDs(nn.Module):
     """Lookup results -> `IDVectors`, read by key in the order of the configuration.
 
     Args:
-        pooled_features, target, history, negatives: the features looked up.
-        history_is_unique: as `IDVectors` has it.
-        dropout: of pooled features by name, as `IDDropout` wants it.
+        pooled_features, target, history, negatives: names of the features looked up.
+        history_is_unique: see `IDVectors`.
+        dropout: probability p of `IDDropout` by pooled feature; 0 for features not named.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class ReadIDs(nn.Module):
         negatives: str | None = None,
         dropout: Mapping[str, float] | None = None,
     ) -> None:
+        """Keep the names of the features and create their dropouts."""
         super().__init__()
         dropout = dropout or {}
         self.pooled_dropouts = nn.ModuleList(
@@ -78,6 +82,12 @@ class ReadIDs(nn.Module):
         self.history_is_unique, self.negatives = history_is_unique, negatives
 
     def forward(self, pooled: Any, sequences: Any) -> IDVectors:
+        """Return the looked-up vectors as `IDVectors`.
+
+        Args:
+            pooled: KeyedTensor with F vectors [B, D] per row; None without pooled features.
+            sequences: JaggedTensor per feature, of target, history and negatives.
+        """
         by_name = pooled.to_dict() if self.pooled_features else {}
         target = sequences[self.target].values()
         history = sequences[self.history].values() if self.history else target[:0]
@@ -93,10 +103,11 @@ class Losses(nn.Module):
     """Sum of the losses: ranking or retrieval, Content-ID-Contrastive, and auxiliary ones.
 
     Args:
-        ranking: for logits.
-        contrastive: None for none; `weight` is its.
-        retrieval: for vectors of towers; None ranks by their logits.
-        auxiliary: further losses with their weights, in training alone; None for none.
+        ranking: loss of the logits.
+        contrastive: optional CIC loss, scaled by `weight`.
+        weight: weight of the CIC loss.
+        retrieval: softmax loss of tower vectors; None applies `ranking` to their logits.
+        auxiliary: optional further losses with their weights, in training only.
     """
 
     def __init__(
@@ -107,6 +118,7 @@ class Losses(nn.Module):
         retrieval: RetrievalLoss | None = None,
         auxiliary: AuxiliaryLosses | None = None,
     ) -> None:
+        """Keep the parts of the loss."""
         super().__init__()
         self.ranking, self.contrastive, self.weight = ranking, contrastive, weight
         self.retrieval, self.auxiliary = retrieval, auxiliary
@@ -118,10 +130,19 @@ class Losses(nn.Module):
         content: ContentVectors | None,
         batch: Batch,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Returns the loss to minimise, its parts without gradient, and the logits.
+        """Return the loss to minimise [], its parts without gradient, and the logits [B, C].
 
-        When a retrieval model is not training, its vectors are with the parts: `query` [B, D] for
+        When a retrieval model is not training, the parts include its vectors: `query` [B, D] for
         the first label and `item` [B, D].
+
+        Args:
+            scored: output of the ranking model: logits [B, C], members' logits or tower vectors.
+            ids: looked-up ID vectors.
+            content: content vectors; None for the ID-only twin.
+            batch: the batch, with its labels.
+
+        Raises:
+            ValueError: the loss is a softmax over items and the model returns no tower vectors.
         """
         logits = scored if isinstance(scored, Tensor) else scored.logits
         loss, parts = self._parts(scored, logits, ids, content, batch)
@@ -135,8 +156,8 @@ class Losses(nn.Module):
 
     def _parts(
         self,
-        scored: Tensor | MemberLogits | TowerVectors,
-        logits: Tensor,
+        scored: Tensor | MemberLogits | TowerVectors,  # [B, C] if a Tensor
+        logits: Tensor,  # [B, C]
         ids: IDVectors,
         content: ContentVectors | None,
         batch: Batch,
@@ -162,15 +183,16 @@ class Losses(nn.Module):
 
 
 class EM3(nn.Module):
-    """A batch -> (loss, (parts of the loss, logits [B, C], batch)), as TorchRec's pipelines want.
+    """A batch -> (loss, (parts of the loss, logits [B, C], batch)), as TorchRec's pipelines expect.
 
     Args:
         embedding_bags: pooled ID tables, or None.
         embeddings: the table of target item and history.
-        content: the content branch; None is the ID-only twin.
-        read_ids, losses: as they say.
-        ranking: a module of `recsys.ranking`: logits, those of each member of an ensemble, or the
-            vectors of a retrieval model.
+        content: the content branch; None for the ID-only twin.
+        read_ids: reads the lookup results.
+        ranking: a module of `recsys.ranking`; it returns logits, the logits of each member of an
+            ensemble, or the vectors of a retrieval model.
+        losses: sum of the losses.
     """
 
     def __init__(
@@ -182,6 +204,7 @@ class EM3(nn.Module):
         ranking: nn.Module,
         losses: Losses,
     ) -> None:
+        """Keep the parts of the model."""
         super().__init__()
         self.embedding_bags = embedding_bags
         self.embeddings = embeddings
@@ -191,11 +214,13 @@ class EM3(nn.Module):
         self.losses = losses
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor, Batch]]:
+        """Return the loss [], and its parts, the logits [B, C] and the batch. A collective."""
         pooled = (
             self.embedding_bags(batch.sparse_features) if self.embedding_bags is not None else None
         )
         sequences = self.embeddings(batch.sequence_features)
-        # Before the looked-up vectors are read: they travel meanwhile, and so do their gradients.
+        # Runs before the looked-up vectors are read, so that it overlaps with their communication,
+        # and in the backward with that of their gradients.
         content = self.content(batch) if self.content is not None else None
         ids = self.read_ids(pooled, sequences)
         scored = self.ranking(ids, content, batch)

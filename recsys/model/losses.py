@@ -24,8 +24,8 @@ from recsys.distributed.gather import gather_rows_with_gradient
 class RankingLoss(nn.Module):
     """Sum over labels of weight times the mean binary cross-entropy with logits.
 
-    Rows that pad (row weight 0) stay in the mean's divisor, so that every impression of an epoch
-    has the same weight on whatever rank it lies.
+    Padding rows (row weight 0) stay in the mean's divisor, so that every impression of an epoch has
+    the same weight on any rank.
 
     Example::
 
@@ -35,6 +35,7 @@ class RankingLoss(nn.Module):
     weights: Tensor
 
     def __init__(self, label_weights: list[float]) -> None:
+        """Keep the weight of each label."""
         super().__init__()
         self.register_buffer("weights", torch.tensor(label_weights), persistent=False)
 
@@ -42,8 +43,9 @@ class RankingLoss(nn.Module):
         self,
         logits: Tensor,  # [B, C], or [E, B, C] for the mean over members
         labels: Tensor,  # [B, C]
-        row_weights: Tensor | None = None,  # [B], 0 for a row that pads
+        row_weights: Tensor | None = None,  # [B], 0 for a padding row
     ) -> Tensor:  # []
+        """Return the loss of a batch."""
         labels = labels.expand_as(logits)
         losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         if row_weights is not None:
@@ -57,7 +59,7 @@ def published_contrastive(
     negatives: Tensor,  # [B, K] rows of the batch; may hit the row itself
     temperature: Tensor | float,
 ) -> Tensor:  # [B]
-    """Computes the published loss: each row's positive against K rows drawn with replacement.
+    """Compute the published loss: each row's positive against K rows drawn with replacement.
 
     L_c2i = CE([z_i . z_c, z_i_neg . z_c] / tau, 0), L_i2c likewise with the same draws, and
     L = (L_c2i + L_i2c) / 2.
@@ -85,9 +87,9 @@ def in_batch_contrastive(
     first_row: int,  # this batch is rows [first_row, first_row + B) of the G
     temperature: Tensor | float,
 ) -> Tensor:  # [B]
-    """Computes both directions of cross-entropy against all rows.
+    """Compute both directions of cross-entropy against all rows.
 
-    The same item is never a negative, nor is a row that pads, whose item is -1.
+    Rows of the same item and padding rows, whose item is -1, are never negatives.
     """
     positive = torch.arange(len(items), device=items.device) + first_row  # [B]
     same = (items[:, None] == all_items[None, :]) | (all_items == -1)  # [B, G]
@@ -109,7 +111,7 @@ class ContentIDContrastive(nn.Module):
 
     Args:
         content_dim, id_dim: widths of the two sides; each has a linear map to `settings.dim`.
-        settings: variant, temperature and so on.
+        settings: variant, temperature and further settings of the loss.
 
     Example::
 
@@ -122,6 +124,7 @@ class ContentIDContrastive(nn.Module):
     """
 
     def __init__(self, content_dim: int, id_dim: int, settings: ContrastiveSettings) -> None:
+        """Create the maps of both sides and the temperature."""
         super().__init__()
         self.settings = settings
         self.content_map = nn.Linear(content_dim, settings.dim)
@@ -137,8 +140,9 @@ class ContentIDContrastive(nn.Module):
         content: Tensor,  # [B, content_dim]
         ids: Tensor,  # [B, id_dim]
         items: Tensor,  # [B]
-        row_weights: Tensor | None = None,  # [B], 0 for a row that pads
+        row_weights: Tensor | None = None,  # [B], 0 for a padding row
     ) -> Tensor:  # []
+        """Return the loss of a batch. A collective if `settings.all_ranks` is on."""
         settings = self.settings
         if settings.stop_gradient == "content":
             content = content.detach()
@@ -152,7 +156,12 @@ class ContentIDContrastive(nn.Module):
         items = items.masked_fill(row_weights == 0, -1)
         return (self._row_losses(content, ids, items) * row_weights).mean()
 
-    def _row_losses(self, content: Tensor, ids: Tensor, items: Tensor) -> Tensor:  # [B]
+    def _row_losses(
+        self,
+        content: Tensor,  # [B, D]
+        ids: Tensor,  # [B, D]
+        items: Tensor,  # [B]
+    ) -> Tensor:  # [B]
         settings, temperature = self.settings, self.log_temperature.exp()
         if settings.variant == "published":
             rows = len(items)
@@ -166,8 +175,10 @@ class ContentIDContrastive(nn.Module):
 
 
 def _gather_sides(
-    content: Tensor, ids: Tensor, items: Tensor
-) -> tuple[Tensor, Tensor, Tensor, int]:
+    content: Tensor,  # [B, D]
+    ids: Tensor,  # [B, D]
+    items: Tensor,  # [B]
+) -> tuple[Tensor, Tensor, Tensor, int]:  # [G, D], [G, D], [G], first row
     both, first_row = gather_rows_with_gradient(torch.cat([content, ids], dim=1))
     with torch.no_grad():
         all_items, _ = gather_rows_with_gradient(items.to(torch.float64).unsqueeze(1))

@@ -1,15 +1,14 @@
 """bfloat16 in the dense parts of the model, float32 everywhere else.
 
 Autocast runs the matrix products of the trained encoder layers, the projections, the fusion, the
-history map and the ranking model in bfloat16. Each of these parts takes and gives float32, so that
-lookups, memory bank, losses and metrics around them never see another type; weights, gradients and
-optimizer state are float32 by the nature of autocast, and bfloat16 needs no scaling of the loss.
+history map and the ranking model in bfloat16. Each of these parts has float32 inputs and outputs,
+so that lookups, memory bank, losses and metrics never see another type. Autocast keeps weights,
+gradients and optimizer state in float32, and bfloat16 needs no loss scaling.
 
 The parts themselves are wrapped (`recsys.content.wrap`), not the calls of the model, so that
-training, evaluation, prediction and the filling of the bank are all alike. It also keeps the casts
-of weights to each part: autocast remembers them, and a weight that was first cast without gradient
-would have none.
-The frozen layers of encoders stay in float32, whether their outputs are cached or not.
+training, evaluation, prediction and filling of the bank compute alike. Wrapping also limits
+autocast's cache of cast weights to one part: a weight that was first cast without gradient would
+otherwise get none. The frozen layers of encoders stay in float32, cached or not.
 """
 
 from __future__ import annotations
@@ -26,18 +25,19 @@ from recsys.ranking.vectors import MemberLogits, TowerVectors
 
 
 class InBfloat16(nn.Module):
-    """Wraps a part: it computes in bfloat16 and gives float32."""
+    """Wrapper of a part that computes in bfloat16 and returns float32."""
 
     device_type: str
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
+        """Run the part under autocast and return its output in float32."""
         with torch.autocast(self.device_type, torch.bfloat16):
             output = super().forward(*arguments, **named)
         return _in_float32(output)
 
 
 def dense_parts(em3: EM3) -> dict[str, nn.Module]:
-    """Returns the parts that compute in the chosen precision, by name in the model."""
+    """Return the parts that compute in the chosen precision, by name in the model."""
     parts: dict[str, nn.Module] = {}
     if em3.content is not None:
         content = em3.content
@@ -48,7 +48,7 @@ def dense_parts(em3: EM3) -> dict[str, nn.Module]:
 
 
 def use_bfloat16(em3: EM3, device: torch.device) -> None:
-    """Makes the dense parts compute in bfloat16, for good.
+    """Make the dense parts compute in bfloat16, permanently.
 
     Raises:
         ValueError: the GPU has no bfloat16.

@@ -1,4 +1,4 @@
-"""The ID tables that a configuration and a schema ask for."""
+"""Derives the ID tables from a configuration and a schema."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from recsys.data.schema import Schema
 
 
 def pooled_features(config: Config, schema: Schema) -> list[str]:
-    """Returns columns looked up in pooled tables, in the order of the schema."""
+    """Return columns looked up in pooled tables, in the order of the schema."""
     return [
         name
         for name, column in schema.columns.items()
@@ -20,7 +20,7 @@ def pooled_features(config: Config, schema: Schema) -> list[str]:
 
 
 def id_dropouts(config: Config, schema: Schema) -> dict[str, float]:
-    """Returns the dropout of each pooled feature's vectors, as its table has it.
+    """Return the dropout of each pooled feature's vectors, as its table sets it.
 
     Raises:
         ValueError: the table of the target item has one.
@@ -40,9 +40,12 @@ def id_dropouts(config: Config, schema: Schema) -> dict[str, float]:
 def table_configs(
     config: Config, schema: Schema, list_lengths: dict[str, float] | None = None
 ) -> list[TableConfig]:
-    """Returns one table per `id` or `ids` column that does not share another's.
+    """Return one table per `id` or `ids` column that does not share another's.
 
-    `list_lengths` are the mean numbers of ids per row, where columns have not just one.
+    Args:
+        config: configuration of the run.
+        schema: columns of the dataset.
+        list_lengths: mean number of ids per row, for columns that may have several.
 
     Raises:
         ValueError: a setting names a column that has no table.

@@ -13,10 +13,15 @@ from recsys.ranking.dimensions import InputDimensions
 def build_ranking(
     settings: RankingSettings, dimensions: InputDimensions, content: ContentSettings | None
 ) -> nn.Module:
-    """Returns `Class(settings, dimensions, content)` of the class that `settings.name` names.
+    """Return `Class(settings, dimensions, content)` for the class that `settings.name` names.
+
+    Args:
+        settings: the settings of the ranking model; `name` picks the class.
+        dimensions: widths and names of the model's inputs.
+        content: settings of the content branch; None for the ID-only twin.
 
     Raises:
-        ValueError: unknown name, or a class of the user's that cannot be imported or made.
+        ValueError: the name is unknown, or a user's class cannot be imported or constructed.
     """
     return make_part(
         "ranking.name", settings.name, RANKING_MODELS, nn.Module, settings, dimensions, content

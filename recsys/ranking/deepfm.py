@@ -1,6 +1,6 @@
-"""DeepFM (Guo et al. 2017, arXiv 1703.04247) of TorchRec's own parts, with content.
+"""DeepFM (Guo et al. 2017, arXiv 1703.04247) built from TorchRec's modules, with content.
 
-A factorisation machine and an MLP read the same vectors, and a linear layer both of their outputs.
+A factorisation machine and an MLP read the same vectors, and a linear layer reads both outputs.
 The ID-only twin with one layer of `mlp_units` computes what `torchrec.models.deepfm.SimpleDeepFMNN`
 would from the same vectors, as logits instead of probabilities. TorchRec's factorisation machine
 multiplies every two elements of all vectors, not only those at the same place as in the paper.
@@ -51,6 +51,7 @@ class DeepFM(nn.Module):
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
+        """Build the fields, the MLP of dense features, both components and the output layer."""
         super().__init__()
         if not settings.mlp_units or len(settings.dense_units) != 1:
             raise ValueError(
@@ -70,6 +71,7 @@ class DeepFM(nn.Module):
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor:  # [B, C]
+        """Return the logits of a batch."""
         fields = self.fields(ids, content, batch)
         dense, sparse = fields.dense_and_sparse(self.dense_arch)
         vectors = [dense, *sparse]

@@ -1,4 +1,4 @@
-"""What a ranking model knows of its inputs beforehand, from the schema and the tables."""
+"""Describes the inputs of a ranking model, as derived from the schema and the tables."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from recsys.data.schema import Schema
 
 @dataclass(frozen=True)
 class InputDimensions:
-    """Widths and names of what a ranking model is given.
+    """Widths and names of a ranking model's inputs.
 
     pooled_dims: D of each pooled feature; id_dim: D of target and history items.
-    num_dense: dense features; num_parallel: lists beside the history; num_labels: logits wanted.
-    pooled_names, dense_names, parallel_names: the columns of each, in the same order.
-    group: the column of the user whose items are ranked.
+    num_dense: number of dense features; num_parallel: number of lists parallel to the history;
+    num_labels: number of logits.
+    pooled_names, dense_names, parallel_names: the columns of each kind, in the same order.
+    group: the column of the user for whom items are ranked.
     has_history: whether the schema has a sequence of past items.
-    item_categories: of every item, int32 [num_items], -1 for none; where a model searches by them.
-    process_group: the ranks that train the model together; None for one alone.
+    item_categories: category of every item, int32 [num_items], -1 for none; set if a model searches
+        by category.
+    process_group: the ranks that train the model together; None for a single rank.
     """
 
     pooled_dims: list[int]
@@ -44,7 +46,15 @@ class InputDimensions:
         item_categories: Tensor | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> InputDimensions:
-        """Those of a dataset whose tables have these dimensions."""
+        """Return the dimensions of a dataset whose tables have the given widths.
+
+        Args:
+            schema: columns of the dataset.
+            pooled_features: columns looked up in pooled tables, in order.
+            table_dims: embedding dimension of each table.
+            item_categories: int32 [num_items], or None.
+            process_group: the ranks that train the model together; None for a single rank.
+        """
         return InputDimensions(
             pooled_dims=[table_dims[schema.table_of(name)] for name in pooled_features],
             id_dim=table_dims[schema.target_item],

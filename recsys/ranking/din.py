@@ -1,9 +1,9 @@
 """DIN: target attention over the history, then an MLP (Zhou et al. 2018, arXiv 1706.06978).
 
-As in the paper, but for ReLU in place of PReLU and Dice, and a softmax over the scores, so that
-long and short histories weigh alike.
+It differs from the paper in two points: ReLU replaces PReLU and Dice, and a softmax normalises the
+scores, so that long and short histories weigh alike.
 
-Shapes: B batch.
+Shapes: B batch, C labels.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ class Din(AttendedFeatures):
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
+        """Build target attention and the output head."""
         super().__init__(settings, dimensions, content)
         self.mlp = ranking_head(self.feature_dim, settings, dimensions.num_labels)
 
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor | MemberLogits:  # [B, number of labels]
+    ) -> Tensor | MemberLogits:  # [B, C]
+        """Return the logits of a batch, or the logits of each member of an ensemble in training."""
         return self.mlp(self.attended(ids, content, batch))

@@ -4,7 +4,7 @@ Target attention (DIN) over the ID history and, where there is content, over the
 then a low-rank cross network (DCN-v2, Wang et al. 2020, arXiv 2008.13535) and an MLP over all
 vectors and dense features. Without content it is the ID-only twin: the same parts, fewer vectors.
 
-Shapes: B batch.
+Shapes: B batch, C labels.
 """
 
 from __future__ import annotations
@@ -41,13 +41,15 @@ class DinDcn(AttendedFeatures):
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
+        """Build target attention, the cross network and the output head."""
         super().__init__(settings, dimensions, content)
         width = self.feature_dim
         self.cross = LowRankCrossNet(width, settings.cross_layers, settings.cross_rank)
-        # The cross network has mixed all inputs, so that what is dropped here is nowhere alone.
+        # The cross network has mixed all inputs: a dropped unit is never the only copy of one.
         self.mlp = ranking_head(width, settings, dimensions.num_labels, drops_inputs=True)
 
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor | MemberLogits:  # [B, number of labels]
+    ) -> Tensor | MemberLogits:  # [B, C]
+        """Return the logits of a batch, or the logits of each member of an ensemble in training."""
         return self.mlp(self.cross(self.attended(ids, content, batch)))

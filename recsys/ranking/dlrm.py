@@ -1,4 +1,4 @@
-"""DLRM and DLRM-DCNv2 of TorchRec's own parts, with content among the interacting vectors.
+"""DLRM and DLRM-DCNv2 built from TorchRec's modules; content joins the interacting vectors.
 
 DLRM (Naumov et al. 2019, arXiv 1906.00091) takes the dot products of all pairs of vectors,
 DLRM-DCNv2, the MLPerf model, puts a low-rank cross network (Wang et al. 2020, arXiv 2008.13535) in
@@ -61,6 +61,7 @@ class Dlrm(nn.Module):
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
+        """Build the fields, the MLP of dense features, the interaction and the top MLP."""
         super().__init__()
         if not settings.mlp_units:
             raise ValueError(
@@ -79,12 +80,19 @@ class Dlrm(nn.Module):
     def interaction(
         self, num_fields: int, dim: int, settings: DlrmSettings
     ) -> tuple[nn.Module, int]:
-        """The interaction of a vector of dense features with F fields, and its width."""
+        """Return the module that combines the dense vector with F fields, and its output width.
+
+        Args:
+            num_fields: F.
+            dim: D.
+            settings: settings of the model, read by subclasses.
+        """
         return InteractionArch(num_fields), dim + math.comb(num_fields + 1, 2)
 
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor:  # [B, C]
+        """Return the logits of a batch."""
         fields = self.fields(ids, content, batch)
         dense, sparse = fields.dense_and_sparse(self.dense_arch)
         interactions = self.inter_arch(dense, torch.stack(sparse, dim=1))
@@ -100,6 +108,7 @@ class DlrmDcn(Dlrm):
     def interaction(
         self, num_fields: int, dim: int, settings: DlrmSettings
     ) -> tuple[nn.Module, int]:
+        """Return a low-rank cross network over the dense vector and F fields, and its width."""
         assert isinstance(settings, DlrmDcnSettings)
         width = (num_fields + 1) * dim
         cross = LowRankCrossNet(width, settings.cross_layers, settings.cross_rank)

@@ -1,4 +1,7 @@
-"""The category of every item, from a column of the items' Parquet files, for search by category."""
+"""Loads the category of every item from a column of the items' Parquet files.
+
+SIM's search by category reads it.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,19 @@ from recsys.ranking.sim import SimSettings
 def load_item_categories(
     settings: RankingSettings, root: Location, schema: Schema, on_bad_row: OnBadRow
 ) -> Tensor | None:  # int32 [num_items]
-    """A number for each category, -1 for an item without one; None where no search needs them.
+    """Return a number for the category of each item, or None if no model searches by category.
+
+    An item without a category has -1.
+
+    Args:
+        settings: settings of the ranking model.
+        root: folder of the dataset.
+        schema: its columns.
+        on_bad_row: raise or skip on an invalid row.
 
     Raises:
-        ValueError: `ranking.search` is category, but `ranking.category` names no such column, or
-            no item has one.
+        ValueError: `ranking.search` is category, but `ranking.category` names no column of that
+            kind, or no item has a category.
     """
     if not isinstance(settings, SimSettings) or settings.search != "category":
         return None

@@ -1,8 +1,8 @@
-"""MMoE: experts that all labels share, mixed by a gate of each label (Ma et al., KDD 2018).
+"""MMoE: experts shared by all labels, mixed by one gate per label (Ma et al., KDD 2018).
 
-The experts read what DIN's head reads. Each label has a softmax gate over the experts and a tower
-on top of its mixture, so that labels that disagree need not share all they learn. With one label
-it is a mixture of experts.
+The experts read the same features as DIN's head. Each label has a softmax gate over the experts and
+a tower on top of its mixture, so that labels that disagree need not share all parameters. With one
+label it is a mixture of experts.
 
 Shapes: B batch, W width of the features, E experts, H units of an expert, C labels.
 """
@@ -37,7 +37,7 @@ class MmoeSettings(AttendedSettings):
 class Mmoe(AttendedFeatures):
     """ID vectors, content vectors and dense features -> one logit per label.
 
-    The first of `ranking.mlp_units` are an expert's, the others a tower's.
+    The first of `ranking.mlp_units` is the width of an expert; the others are a tower's layers.
 
     Raises:
         ValueError: `ranking.mlp_units` is empty.
@@ -51,6 +51,7 @@ class Mmoe(AttendedFeatures):
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
+        """Build target attention, the experts, the gates and a tower per label."""
         super().__init__(settings, dimensions, content)
         if not settings.mlp_units:
             raise ValueError(
@@ -67,7 +68,7 @@ class Mmoe(AttendedFeatures):
         )
 
     def mixtures(self, features: Tensor) -> Tensor:  # [B, W] -> [B, C, H]
-        """What each label's gate makes of the experts."""
+        """Return the outputs of the experts, mixed by each label's gate."""
         experts = self.dropout(torch.relu(self.experts(features)))
         experts = experts.unflatten(1, (self.num_experts, -1))
         gates = self.gates(features).unflatten(1, (self.num_labels, self.num_experts))
@@ -76,6 +77,7 @@ class Mmoe(AttendedFeatures):
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor:  # [B, C]
+        """Return the logits of a batch."""
         mixtures = self.mixtures(self.attended(ids, content, batch)).unbind(dim=1)
         logits = [tower(mixture) for tower, mixture in zip(self.towers, mixtures)]
         return torch.cat(logits, dim=1)

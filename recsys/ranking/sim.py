@@ -1,12 +1,13 @@
-"""SIM: long histories are searched for what is like the target, then attended to.
+"""SIM: search each long history for items similar to the target, then attend to those.
 
-After Pi et al. 2020 (arXiv 2006.05639): a general search unit finds at most `ranking.search_top_k`
-items of each history, the exact search unit (`AgedAttention`) attends to these alone. The search is
-soft, by similarity (the cosine of content as in MUSE, arXiv 2512.07216, or the dot product of ID
-vectors where there is no content), or hard, by category. It costs a dot product or a comparison
-per history item and a sort; all that follows sees what was found.
+As in Pi et al. 2020 (arXiv 2006.05639), a general search unit selects at most
+`ranking.search_top_k` items of each history, and the exact search unit (`AgedAttention`) attends to
+these alone. The search is soft, by similarity (the cosine of content as in MUSE, arXiv 2512.07216,
+or the dot product of ID vectors without content), or hard, by category. It costs a dot product or a
+comparison per history item and a sort; all later layers see only the selected items.
 
-Shapes: B batch, N history items of the batch, K of them found, C labels.
+Shapes: B batch, N history items of the batch, K selected history items, D dimension, P parallel
+lists, C labels.
 """
 
 from __future__ import annotations
@@ -37,23 +38,23 @@ class SimSettings(NumbersSettings, HeadSettings):
 
     name: str = "sim"
     search: Literal["similarity", "category"] = "similarity"
-    """Attend to what is most like the target, by content (by ID vectors where there is none), or to
-    the latest items of its category."""
+    """Attend to the items most similar to the target, by content (by ID vectors without content),
+    or to the latest items of its category."""
     search_top_k: PositiveInt = 50
     """Items of each history that are attended to, at most."""
     search_heads: PositiveInt = 2
-    """Heads of the attention to them."""
+    """Heads of the attention to these items."""
     category: str | None = None
-    """The item column of kind category, for search by category."""
+    """Item column of kind category; required if search is category."""
     time_gaps: str | None = None
-    """The parallel list with each item's age; default: its place."""
+    """Parallel list with the age of each item; default: the number of newer items."""
 
 
 class Sim(RowFeatures):
     """ID vectors, content vectors and dense features -> one logit per label.
 
-    An item's age is the time gap in the parallel list `ranking.time_gaps`, or, without one, how
-    many items came after it.
+    An item's age is the time gap in the parallel list `ranking.time_gaps`; without such a list it
+    is the number of newer items.
 
     Raises:
         ValueError: `ranking.time_gaps` names no parallel list.
@@ -68,6 +69,7 @@ class Sim(RowFeatures):
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
+        """Build the attention, the features and the output head."""
         names, gaps = dimensions.parallel_names, settings.time_gaps
         if gaps is not None and gaps not in names:
             raise ValueError(
@@ -78,7 +80,7 @@ class Sim(RowFeatures):
         self.flag_columns = [
             column for column in range(dimensions.num_parallel) if column != self.gap_column
         ]
-        # A gap is an item's age and nothing else: seconds have no place among flags.
+        # The gap is used as age only: seconds and flags differ too much in scale.
         dimensions = replace(dimensions, num_parallel=len(self.flag_columns))
         interest = AgedAttention(dimensions.id_dim, dimensions.num_parallel, settings.search_heads)
         super().__init__(settings, dimensions.id_dim, dimensions, content)
@@ -90,6 +92,7 @@ class Sim(RowFeatures):
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor | MemberLogits:  # [B, C]
+        """Return the logits of a batch, or the logits of each member of an ensemble in training."""
         history = batch.jagged_history()
         id_history = history if ids.history_is_unique else history.unindexed()
         found = self.search(ids, content, batch, history, id_history)
@@ -112,8 +115,19 @@ class Sim(RowFeatures):
         batch: Batch,
         history: JaggedHistory,
         id_history: JaggedHistory,
-    ) -> Tensor:  # [K], places in the histories, rising
-        """The general search unit: what of each history is like its target."""
+    ) -> Tensor:  # [K]
+        """Select the history items most similar to each target (SIM's general search unit).
+
+        Args:
+            ids: looked-up ID vectors.
+            content: content vectors; None for the ID-only twin.
+            batch: the batch that is ranked.
+            history: its histories, which index `batch.history_items`.
+            id_history: its histories, which index `ids.history`.
+
+        Returns:
+            The positions of the selected items among the N history items, in rising order.
+        """
         if self.categories is not None:
             return self._in_category(batch, history)
         if content is None or self.content_interest is None:
@@ -122,13 +136,16 @@ class Sim(RowFeatures):
             scores = _content_similarity(content, history)
         return history.highest(scores, self.top_k)
 
-    def _in_category(self, batch: Batch, history: JaggedHistory) -> Tensor:
-        """The latest places whose item has the target's category; none where it has none."""
+    def _in_category(self, batch: Batch, history: JaggedHistory) -> Tensor:  # [K]
+        """Return the latest positions whose item has the target's category.
+
+        None is returned for a row whose target has no category.
+        """
         assert self.categories is not None
         of_items = self.categories[batch.history_items][history.index]
         of_targets = self.categories[batch.target_items][history.rows]
         same = ((of_items == of_targets) & (of_targets >= 0)).nonzero().squeeze(1)
-        # Of equal scores the later ones are taken.
+        # `highest` takes the later of equal scores.
         latest = history.select(same).highest(torch.zeros_like(same), self.top_k)
         return same[latest]
 
@@ -139,7 +156,7 @@ class Sim(RowFeatures):
 
 
 def _content_similarity(content: ContentVectors, history: JaggedHistory) -> Tensor:  # [N]
-    """The cosine of target and history, summed over content vectors and modalities."""
+    """Return the cosine of target and history items, summed over content vectors and modalities."""
     items, modalities = content.read_history()
     spaces = zip(content.target_modalities.unbind(dim=1), modalities.unbind(dim=1))
     total = cosines(content.target, items, history)

@@ -1,16 +1,18 @@
 """Two towers: a query vector and an item vector whose dot product is the logit, for retrieval.
 
-The query tower reads what is known of the user (the group's column, `ranking.query_features`, the
-pooled history of ids and of content), the item tower what is known of every item of the catalogue:
-its ID vector and its content. So the content branch serves candidate generation, too. Both vectors
-have length one; a query is divided by `ranking.temperature`.
+The query tower reads the features of the user (the group's column, `ranking.query_features`, the
+pooled history of ids and of content); the item tower reads the features that every item of the
+catalogue has: its ID vector and its content. So content also serves candidate generation. Both
+vectors have length one; the query is divided by `ranking.temperature`.
 
-What content's similarities are to ranking models is here a part of the dot product: the mean cosine
-of an item to the history's items is the product of the mean of their directions with its own, so
-with content both vectors carry these directions besides, weighted per space and kind of mean.
+Ranking models read content similarities as features; here they are a part of the dot product. The
+mean cosine of an item to the history's items equals the dot product of its direction with the mean
+of their directions. So with content both vectors also carry these directions, weighted per space
+and kind of mean.
 
 Shapes: B batch, S sampled negatives, C labels, D width of a tower's vector, V width of both vectors
-with the directions, E content dimension, M modalities, P parallel lists.
+with the directions, I width of ID vectors, E content dimension, M modalities, P parallel lists,
+N history items of the batch.
 """
 
 from __future__ import annotations
@@ -39,19 +41,18 @@ class TwoTowerSettings(RetrievalSettings):
 
     name: str = "two_tower"
     query_features: list[str] = field(default_factory=list)
-    """Columns besides the group's that tell of the user, not of the item."""
+    """Columns of the user besides the group's column; columns of the item do not belong here."""
     tower_dim: PositiveInt = 32
     """Width of a tower's vector."""
     temperature: PositiveFloat = 0.1
-    """Dot products of the vectors, of length one, are divided by it."""
+    """Divisor of the dot products of the vectors, which have length one."""
 
 
 class TwoTower(nn.Module):
     """ID vectors, content vectors and dense features -> `TowerVectors`.
 
     Raises:
-        ValueError: a query feature is no pooled or dense column, or there is nothing to read of a
-            user.
+        ValueError: a query feature is no pooled or dense column, or the query tower has no input.
     """
 
     Settings = TwoTowerSettings
@@ -62,6 +63,7 @@ class TwoTower(nn.Module):
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
+        """Build both towers, the similarity weights and, for a pointwise loss, a bias per label."""
         super().__init__()
         self.pooled, self.dense = _query_columns(settings, dimensions)
         self.has_history, self.num_labels = dimensions.has_history, dimensions.num_labels
@@ -81,11 +83,12 @@ class TwoTower(nn.Module):
         outputs = self.num_labels * settings.tower_dim
         self.query_tower = multilayer_perceptron(query_width, settings, outputs)
         self.item_tower = multilayer_perceptron(item_width, settings, settings.tower_dim)
-        # Softmax losses have no use for it.
+        # Softmax losses cancel a bias.
         is_pointwise = settings.loss == "pointwise"
         self.bias = nn.Parameter(torch.zeros(self.num_labels)) if is_pointwise else None
 
     def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> TowerVectors:
+        """Return query vectors [B, C, V], item vectors [B, V] and those of negatives [S, V]."""
         content = content if self.reads_content else None
         query = self._query(ids, content, batch)  # [B, C, D]
         item, negatives = self._item(ids.target, None if content is None else content.target), None
@@ -105,7 +108,9 @@ class TwoTower(nn.Module):
                 )
         return TowerVectors(query / self.temperature, item, negatives, self.bias)
 
-    def _query(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
+    def _query(
+        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
+    ) -> Tensor:  # [B, C, D]
         vectors = [ids.pooled[place] for place in self.pooled]
         vectors.append(batch.dense_features[:, self.dense])
         if self.has_history:
@@ -118,7 +123,11 @@ class TwoTower(nn.Module):
         query = self.query_tower(torch.cat(vectors, dim=1)).unflatten(1, (self.num_labels, -1))
         return F.normalize(query, dim=2)
 
-    def _item(self, of_id: Tensor, of_content: Tensor | None) -> Tensor:
+    def _item(
+        self,
+        of_id: Tensor,  # [B or S, I]
+        of_content: Tensor | None,  # [B or S, E]
+    ) -> Tensor:  # [B or S, D]
         vectors = [of_id] if of_content is None else [of_id, of_content]
         return F.normalize(self.item_tower(torch.cat(vectors, dim=1)), dim=1)
 
@@ -134,13 +143,20 @@ class Similarity(nn.Module):
     """
 
     def __init__(self, num_spaces: int, num_means: int) -> None:
+        """Create the weights, zero at the start."""
         super().__init__()
         self.weights = nn.Parameter(torch.zeros(num_spaces, num_means))
 
     def query(
-        self, content: ContentVectors, history: JaggedHistory, parallel: Tensor
+        self,
+        content: ContentVectors,
+        history: JaggedHistory,
+        parallel: Tensor,  # [N, P]
     ) -> Tensor:  # [B, (1 + M) * E]
-        """Weighted mean directions of the history's items."""
+        """Return the weighted mean directions of the history's items.
+
+        A collective, as it reads the history's content vectors.
+        """
         items, modalities = content.read_history()
         spaces = [items, *modalities.unbind(dim=1)]
         directions = []
@@ -150,9 +166,12 @@ class Similarity(nn.Module):
         return torch.cat(directions, dim=1)
 
     def item(
-        self, item: Tensor, content: Tensor | None, modalities: Tensor | None
+        self,
+        item: Tensor,  # [B, D]
+        content: Tensor | None,  # [B, E]
+        modalities: Tensor | None,  # [B, M, E]
     ) -> Tensor:  # [B, D + (1 + M) * E]
-        """The tower's vector with the directions of an item's content."""
+        """Return the tower's vector with the directions of an item's content appended."""
         assert content is not None and modalities is not None
         spaces = [content, *modalities.unbind(dim=1)]
         return torch.cat([item, *(F.normalize(vectors, dim=1) for vectors in spaces)], dim=1)
@@ -161,7 +180,11 @@ class Similarity(nn.Module):
 def _query_columns(
     settings: TwoTowerSettings, dimensions: InputDimensions
 ) -> tuple[list[int], list[int]]:
-    """Places of the pooled and of the dense features that the query tower reads."""
+    """Return the positions of the pooled and of the dense features that the query tower reads.
+
+    Raises:
+        ValueError: a query feature is no pooled or dense column, or there is nothing to read.
+    """
     known = [*dimensions.pooled_names, *dimensions.dense_names]
     for name in settings.query_features:
         if name not in known:

@@ -1,4 +1,4 @@
-"""What a ranking model gets: ID vectors from the sharded tables, content vectors from the branch.
+"""Inputs of a ranking model, ID vectors and content vectors, and its outputs besides logits.
 
 Shapes: B batch, U unique history items, N history items of the whole batch, D dimension,
 M modalities, S sampled negatives, C labels, K members of an ensemble.
@@ -17,10 +17,10 @@ class IDVectors:
 
     pooled: one [B, D_table] per pooled feature, in the order of the configuration (the order in a
         KeyedTensor would depend on the sharding plan).
-    target: [B, D] of the target item.
-    history: [U, D] of the batch's `history_items`, or, where `history_is_unique` is False, [N, D]
-        of each place of the histories.
-    negatives: [S, D], where a retrieval model samples them.
+    target: [B, D], vectors of the target item.
+    history: [U, D], vectors of the batch's `history_items`; if `history_is_unique` is False,
+        [N, D], one vector per history item.
+    negatives: [S, D], vectors of the sampled negatives; None if none are sampled.
     """
 
     pooled: list[Tensor]
@@ -32,30 +32,31 @@ class IDVectors:
 
 @dataclass
 class MemberLogits:
-    """What an ensemble gives in training in place of its mean logits.
+    """Output of an ensemble in training, in place of its mean logits.
 
-    members: [K, B, C], each of which has a loss of its own.
+    members: [K, B, C]; each member has a loss of its own.
     """
 
     members: Tensor
 
     @property
     def logits(self) -> Tensor:  # [B, C]
+        """Mean logits of the members."""
         return self.members.mean(0)
 
     def float(self) -> MemberLogits:
-        """The same in float32."""
+        """Return the same logits in float32."""
         return MemberLogits(self.members.float())
 
 
 @dataclass
 class TowerVectors:
-    """What a retrieval model gives in place of logits.
+    """Output of a retrieval model, in place of logits.
 
     query: [B, C, D], scaled so that its dot product with an item's vector is the logit.
-    item: [B, D] of the target.
-    negatives: [S, D] of the sampled negatives, None where none are sampled.
-    bias: [C], added to the logits of all items alike; None for none.
+    item: [B, D], vectors of the target item.
+    negatives: [S, D], vectors of the sampled negatives; None if none are sampled.
+    bias: [C], added to the logits of all items alike; None for no bias.
     """
 
     query: Tensor
@@ -65,14 +66,15 @@ class TowerVectors:
 
     @property
     def scores(self) -> Tensor:  # [B, C]
-        """Of each row's target, by which items are searched."""
+        """Dot products of each row's query and target, without bias; retrieval ranks by them."""
         return (self.query * self.item.unsqueeze(1)).sum(dim=2)
 
     @property
     def logits(self) -> Tensor:  # [B, C]
+        """Scores plus the bias."""
         return self.scores if self.bias is None else self.scores + self.bias
 
     def float(self) -> TowerVectors:
-        """The same in float32."""
+        """Return the same vectors in float32."""
         negatives = None if self.negatives is None else self.negatives.float()
         return TowerVectors(self.query.float(), self.item.float(), negatives, self.bias)

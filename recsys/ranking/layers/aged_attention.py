@@ -1,8 +1,9 @@
-"""Multi-head target attention that knows how old each item is: SIM's exact search unit.
+"""Multi-head target attention that reads the age of each item: SIM's exact search unit.
 
-SIM (Pi et al. 2020, arXiv 2006.05639) attends to the items that were found in a long history with
-several heads, and joins to each an embedding of the time that has passed since. Linear maps of
-items are moved to the other side of the dot product, so that no [number of items, D] is made.
+SIM (Pi et al. 2020, arXiv 2006.05639) attends with several heads to the items selected from a long
+history, and joins to each an embedding of the time that has passed since. Linear maps of items are
+applied to the query instead (the other side of the dot product), so that no
+[number of items, D] tensor is created.
 
 Shapes: B batch, U unique history items, K history items attended to, D dimension, H heads, A ages,
 P parallel lists.
@@ -18,13 +19,13 @@ from recsys.data.jagged_history import JaggedHistory
 NUM_AGES = 32
 
 
-def age_of(gaps: Tensor) -> Tensor:
-    """floor(log2(1 + gap)), int64 in [0, NUM_AGES): rows of the table of ages."""
+def age_of(gaps: Tensor) -> Tensor:  # [K] -> [K]
+    """Return floor(log2(1 + gap)), int64 in [0, NUM_AGES): rows of the table of ages."""
     return torch.log2(1 + gaps.double().clamp(min=0)).long().clamp(max=NUM_AGES - 1)
 
 
 class AgedAttention(nn.Module):
-    """An interest of each head, mapped to one.
+    """One interest vector per head, mapped to a single interest vector.
 
     Args:
         dim: D.
@@ -33,6 +34,7 @@ class AgedAttention(nn.Module):
     """
 
     def __init__(self, dim: int, num_parallel: int, num_heads: int) -> None:
+        """Build the query map, the table of ages, the map of parallel lists and the output map."""
         super().__init__()
         self.num_heads, self.scale = num_heads, dim**-0.5
         self.query = nn.Linear(dim, num_heads * dim)
@@ -49,6 +51,7 @@ class AgedAttention(nn.Module):
         parallel: Tensor,  # [K, P]
         ages: Tensor,  # [K]
     ) -> Tensor:  # [B, D]
+        """Return the interest of each row in its history, for its target."""
         items = items.float()
         queries = self.query(target).float().unflatten(1, (self.num_heads, -1)) * self.scale
         heads = [
@@ -58,7 +61,12 @@ class AgedAttention(nn.Module):
         return self.output(torch.cat(heads, dim=1))
 
     def _head(
-        self, query: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor, ages: Tensor
+        self,
+        query: Tensor,  # [B, D]
+        items: Tensor,  # [U, D]
+        history: JaggedHistory,
+        parallel: Tensor,  # [K, P]
+        ages: Tensor,  # [K]
     ) -> Tensor:  # [B, D]
         of_ages = query @ self.ages.weight.T  # [B, A]
         places = history.rows * NUM_AGES + ages  # in [B, A], flattened

@@ -1,13 +1,14 @@
-"""What sequence models share: all that is known of a row as one vector, the history attended to.
+"""The base of sequence models: all features of a row as one vector, after attention to the history.
 
-The interest of the ID history and, where there is content, that of the content history stand beside
-the pooled ID vectors, the target and the dense features. DIN, DIN with a DCN-v2 head, SIM and MMoE
-differ in what they make of this vector, or in what they attend to.
+The interest of the ID history and, with content, that of the content history stand beside the
+pooled ID vectors, the target and the dense features. DIN, DIN with a DCN-v2 head, SIM and MMoE
+differ in the layers on top of this vector, or in the history items that they attend to.
 
-What is a number rather than a vector (dense features, what the history's lists say, similarities of
-content) can be standardised before it stands beside vectors: `ranking.standardize_numbers`.
+Numbers rather than vectors (dense features, numbers of the history's lists, content similarities)
+can be standardised before they are joined to the vectors: `ranking.standardize_numbers`.
 
-Shapes: B batch, K history items that are attended to, P parallel lists, W width of the vector.
+Shapes: B batch, K history items that are attended to, P parallel lists, D dimension of ID vectors,
+W width of the vector.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class NumbersSettings(RankingSettings):
     """Settings of `RowFeatures`."""
 
     standardize_numbers: bool = False
-    """Dense features, what the history's lists say and similarities get mean 0 and variance 1 over
-    the rows trained on so far."""
+    """Standardise dense features, numbers of the history's lists and similarities to mean 0 and
+    variance 1 over the rows trained on so far."""
 
 
 @dataclass
@@ -50,13 +51,13 @@ class AttendedSettings(NumbersSettings):
 class RowFeatures(nn.Module):
     """ID vectors, content vectors and dense features -> one vector [B, W] per row.
 
-    A base class: models put layers of their own on top of `features`, which are `feature_dim` wide.
+    A base class: models add layers of their own on top of `features`, which are `feature_dim` wide.
     Without content it is the ID-only twin: the same parts, fewer vectors.
 
     Args:
         settings: `standardize_numbers`.
         interest_dim: width of the interest in the ID history, which the model itself computes.
-        dimensions: of the inputs.
+        dimensions: widths and names of the inputs.
         content: settings of the content branch; None for the ID-only twin.
     """
 
@@ -67,6 +68,7 @@ class RowFeatures(nn.Module):
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
+        """Build the content interest and the standardisation, and compute `feature_dim`."""
         super().__init__()
         width = sum(dimensions.pooled_dims) + dimensions.id_dim + interest_dim
         numbers = dimensions.num_dense + num_history_numbers(dimensions.num_parallel)
@@ -86,11 +88,24 @@ class RowFeatures(nn.Module):
         content: ContentVectors | None,
         batch: Batch,
         interest: Tensor,  # [B, interest_dim]
-        numbers: Tensor,  # `history_numbers` of the whole history
-        history: JaggedHistory,  # over `batch.history_items`
-        parallel: Tensor,  # [K, P] of that history
+        numbers: Tensor,  # [B, number of `history_numbers`]
+        history: JaggedHistory,
+        parallel: Tensor,  # [K, P]
     ) -> Tensor:  # [B, W]
-        """All vectors of a row, one beside the other."""
+        """Return all vectors and numbers of each row, concatenated.
+
+        A collective with content, which reads the history's vectors, or with standardisation in
+        training.
+
+        Args:
+            ids: looked-up ID vectors.
+            content: content vectors; None for the ID-only twin.
+            batch: the batch that is ranked.
+            interest: interest in the ID history.
+            numbers: `history_numbers` of the whole history.
+            history: the history attended to, over `batch.history_items`.
+            parallel: parallel lists of that history.
+        """
         of_content, similarities = [], []
         if self.content_interest is not None:
             assert content is not None
@@ -104,7 +119,7 @@ class RowFeatures(nn.Module):
         return torch.cat(vectors, dim=1)
 
     def _standardized(self, numbers: list[Tensor], batch: Batch) -> list[Tensor]:
-        """All in one, so that ranks exchange one message."""
+        """Standardise all parts in one call, so that ranks exchange one message. A collective."""
         if self.standardization is None:
             return numbers
         widths = [part.shape[1] for part in numbers]
@@ -126,6 +141,7 @@ class AttendedFeatures(RowFeatures):
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
+        """Build target attention and the features."""
         interest = TargetAttention(
             dimensions.id_dim, dimensions.num_parallel, settings.attention_units
         )
@@ -135,7 +151,7 @@ class AttendedFeatures(RowFeatures):
     def attended(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor:  # [B, W]
-        """`features` with the interest in the whole history."""
+        """Return `features` with the interest in the whole history."""
         history = batch.jagged_history()
         id_history = history if ids.history_is_unique else history.unindexed()
         parallel = batch.history_values

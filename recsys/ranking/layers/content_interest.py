@@ -1,8 +1,8 @@
 """The user's content interest: target attention and similarities over the history's content.
 
-The history's vectors come through the history map of `recsys.content.history_map`. The similarity
-features are SimTier's idea (arXiv 2407.19467), split by whether the user liked the item; its
-histogram, and LEMUR's sorted cosines (arXiv 2511.10962), are extras.
+The history's vectors have passed the history map (`recsys.content.history_map`). The similarity
+features follow SimTier (arXiv 2407.19467), split by whether the user liked the item; its histogram
+and LEMUR's sorted cosines (arXiv 2511.10962) are optional.
 
 Shapes: B batch, U unique history items, N history items of the batch, D dimension, M modalities,
 P parallel lists, G groups of history items.
@@ -22,26 +22,35 @@ from recsys.ranking.layers.target_attention import DotAttention
 LOWER_THAN_COSINE = -2.0
 
 
-def cosines(target: Tensor, items: Tensor, history: JaggedHistory) -> Tensor:
-    """[N]: of each row's target [B, D] and each of its history items, of [U, D]; 0 for a zero."""
+def cosines(
+    target: Tensor,  # [B, D]
+    items: Tensor,  # [U, D]
+    history: JaggedHistory,
+) -> Tensor:  # [N]
+    """Return the cosine of each history item to its row's target; 0 if either vector is zero."""
     items = items.float()
-    # The dot products are divided by the items' lengths, one number each, not the items.
+    # Dividing the dot products by the items' norms costs less than normalising the items.
     lengths = torch.linalg.vector_norm(items, dim=1, keepdim=True).clamp(min=1e-12)
     products = history.dot(F.normalize(target.float(), dim=-1), items)
     return products * history.gather(lengths.reciprocal()).squeeze(1)
 
 
 def similarity_features(
-    cosine: Tensor,  # [N, M] in several spaces
+    cosine: Tensor,  # [N, M], one column per space
     history: JaggedHistory,
     flags: Tensor,  # [N, P], such as liked (1) or not (0)
 ) -> Tensor:  # [B, M * S], S = 2 * G + P with G = 1 + 2 * P groups of history items
-    """Cosine of the target to groups of history items: mean, maximum, and what it votes for.
+    """Summarise the cosines of the target to groups of history items: mean, maximum and votes.
 
     The groups are all items, those with each flag, and those without it; a list of other numbers
     is split at 0.5. The features of a space are G means, G maxima and, per list, its mean weighted
-    by softmax(cosine / 0.1): what the user thought of items like the target. A group without
+    by softmax(cosine / 0.1): the user's opinion of items similar to the target. A group without
     items, and the votes of an empty history, give 0.
+
+    Args:
+        cosine: cosines of history items to the target, one column per space.
+        history: the histories of the batch.
+        flags: parallel lists, such as liked (1) or not (0).
     """
     spaces, batch = cosine.shape[1], len(history.lengths)
     flagged = flags > 0.5
@@ -60,7 +69,7 @@ def similarity_features(
 
 
 def num_similarity_features(num_flags: int) -> int:
-    """S of `similarity_features`."""
+    """Return S of `similarity_features`."""
     return 2 * (1 + 2 * num_flags) + num_flags
 
 
@@ -69,8 +78,11 @@ def similarity_histogram(
     history: JaggedHistory,
     bins: int,
 ) -> Tensor:  # [B, bins]
-    """SimTier (arXiv 2407.19467): how many history items lie in each of `bins` equal tiers of
-    [-1, 1], as log(1 + count). Counts have no gradient."""
+    """Count the history items in `bins` equal tiers of [-1, 1] (SimTier, arXiv 2407.19467).
+
+    Returns:
+        log(1 + count) of each tier, without gradient.
+    """
     tier = ((cosine.detach() + 1) * (bins / 2)).long().clamp(0, bins - 1)
     counts = torch.bincount(history.rows * bins + tier, minlength=len(history.lengths) * bins)
     return torch.log1p(counts.to(cosine.dtype)).view(-1, bins)
@@ -81,7 +93,10 @@ def sorted_cosines(
     history: JaggedHistory,
     count: int,
 ) -> Tensor:  # [B, count]
-    """LEMUR (arXiv 2511.10962): the highest cosines, falling; 0 where the history has fewer."""
+    """Return the `count` highest cosines, falling; 0 if the history is shorter.
+
+    The feature is that of LEMUR (arXiv 2511.10962).
+    """
     padded = history.padded(cosine, LOWER_THAN_COSINE)  # [B, longest]
     padded = F.pad(padded, (0, max(count - padded.shape[1], 0)), value=LOWER_THAN_COSINE)
     highest = padded.topk(count, dim=1).values
@@ -91,13 +106,14 @@ def sorted_cosines(
 class ContentInterest(nn.Module):
     """Target attention over the history's content, with similarities beside it.
 
-    The similarity features are those of the content vectors and of each modality's mean tokens;
-    the histogram and the sorted cosines are of the content vectors as the history map has them.
+    The similarity features cover the content vectors and each modality's mean tokens; the histogram
+    and the sorted cosines cover the content vectors after the history map.
     """
 
     def __init__(
         self, dim: int, num_modalities: int, num_parallel: int, settings: HistorySettings
     ) -> None:
+        """Build the attention, and compute `output_dim` from the selected features."""
         super().__init__()
         self.attention = DotAttention(dim, num_parallel)
         self.settings = settings
@@ -107,7 +123,7 @@ class ContentInterest(nn.Module):
 
     @staticmethod
     def of(content: ContentSettings, num_parallel: int) -> ContentInterest:
-        """The interest over what a content branch gives."""
+        """Return the interest over the output of a content branch with these settings."""
         num_modalities = len(content.modalities)
         return ContentInterest(content.dim, num_modalities, num_parallel, content.history)
 
@@ -117,6 +133,11 @@ class ContentInterest(nn.Module):
         history: JaggedHistory,
         parallel: Tensor,  # [N, P]
     ) -> Tensor:  # [B, output_dim]
+        """Return the interest and the similarity features of each row.
+
+        A collective: the first call that reads the history's vectors may exchange them between
+        ranks.
+        """
         settings = self.settings
         items, modalities = content.read_history()
         features = [self.attention(content.target, items, history, parallel)]

@@ -1,10 +1,11 @@
 """Many MLPs in one: an ensemble whose members share nearly all weights (TabM).
 
-After Gorishniy et al. 2025 (TabM, arXiv 2410.24210), who build on BatchEnsemble (Wen et al. 2020,
-arXiv 2002.06715). Each hidden layer has one weight, before and behind which each member scales
-every unit by a number of its own; biases and the last layer are each member's own. Members start
-apart by random signs of their inputs. Each has its own loss in training; their mean logit ranks.
-That takes out much of what differs from seed to seed, at the arithmetic of K MLPs.
+It follows Gorishniy et al. 2025 (TabM, arXiv 2410.24210), who build on BatchEnsemble (Wen et al.
+2020, arXiv 2002.06715). All members share the weight of each hidden layer; each member scales its
+inputs and outputs by numbers of its own, and has its own biases and last layer. Random signs of the
+input scales make the members differ at the start. Each has its own loss in training; items are
+ranked by their mean logit. The ensemble reduces the variance between seeds, at the arithmetic cost
+of K MLPs.
 
 Shapes: K members, B batch, I and O units of a layer, C labels.
 """
@@ -24,10 +25,11 @@ class EnsembleLinear(nn.Module):
     Args:
         num_inputs, num_outputs: I and O.
         members: K.
-        signs: whether `scale_in` starts as random signs; else at 1, as `scale_out` does.
+        signs: whether `scale_in` starts as random signs; otherwise at 1, like `scale_out`.
     """
 
     def __init__(self, num_inputs: int, num_outputs: int, members: int, signs: bool) -> None:
+        """Create the shared weight, and the scales and biases of each member."""
         super().__init__()
         bound = num_inputs**-0.5
         scale_in = torch.ones(members, 1, num_inputs)
@@ -39,13 +41,15 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(members, 1, num_outputs).uniform_(-bound, bound))
 
     def forward(self, inputs: Tensor) -> Tensor:  # [K or 1, B, I] -> [K, B, O]
+        """Apply the map of each member; inputs without members are shared by all."""
         return torch.matmul(inputs * self.scale_in, self.weight) * self.scale_out + self.bias
 
 
 class MemberLinear(nn.Module):
-    """A linear map of each member's own: the last layer."""
+    """Separate linear map of each member, used as the last layer."""
 
     def __init__(self, num_inputs: int, num_outputs: int, members: int) -> None:
+        """Create a weight and a bias per member."""
         super().__init__()
         bound = num_inputs**-0.5
         weight = torch.empty(members, num_inputs, num_outputs).uniform_(-bound, bound)
@@ -53,6 +57,7 @@ class MemberLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(members, 1, num_outputs).uniform_(-bound, bound))
 
     def forward(self, inputs: Tensor) -> Tensor:  # [K, B, I] -> [K, B, O]
+        """Apply the map of each member to its inputs."""
         return torch.baddbmm(self.bias, inputs, self.weight)
 
 
@@ -60,11 +65,11 @@ class EnsembleHead(nn.Module):
     """K MLPs with `units` and ReLU over the same features.
 
     Args:
-        width: of the features.
-        units: of the hidden layers; with none, members share nothing.
+        width: number of features.
+        units: widths of the hidden layers; without any, members share nothing.
         num_outputs: C.
         members: K.
-        dropout: behind each hidden layer, another for each member.
+        dropout: probability after each hidden layer, drawn for each member separately.
 
     Example::
 
@@ -75,6 +80,7 @@ class EnsembleHead(nn.Module):
     def __init__(
         self, width: int, units: list[int], num_outputs: int, members: int, dropout: float
     ) -> None:
+        """Build the shared hidden layers and the members' last layer."""
         super().__init__()
         layers: list[nn.Module] = []
         for count in units:
@@ -88,5 +94,6 @@ class EnsembleHead(nn.Module):
         self.layers = nn.Sequential(*layers, MemberLinear(width, num_outputs, members))
 
     def forward(self, features: Tensor) -> MemberLogits | Tensor:  # [B, width] -> [B, C]
+        """Return the logits [K, B, C] of the members in training, else their mean [B, C]."""
         logits = self.layers(features.expand(self.members, -1, -1))
         return MemberLogits(logits) if self.training else logits.mean(0)

@@ -1,12 +1,12 @@
-"""Fields: every vector of a row at one width, as factorisation models (DLRM, DeepFM) want them.
+"""Fields: every vector of a row at one width, as factorisation models (DLRM, DeepFM) need them.
 
 Fields are the pooled ID features, the target item and its history, pooled: its mean, and beside it
-the mean weighted by each parallel list (what was liked, say). Content adds two: the content vector
-of the target and the user's content interest. Numbers that are no vectors go with the dense
-features, and content's similarities apart from them, as they belong at the top of a model.
+the mean weighted by each parallel list (liked flags, for example). Content adds two: the content
+vector of the target and the user's content interest. Numbers that are no vectors are added to the
+dense features; content similarities are kept apart, as they are inputs of a model's top layers.
 
 Shapes: B batch, F fields, D dimension of the ID vectors, N dense numbers, S similarities,
-P parallel lists, U unique history items.
+P parallel lists, U unique history items, K history items of the batch.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ from recsys.ranking.vectors import IDVectors
 def pooled_history(
     items: Tensor,  # [U, D]
     history: JaggedHistory,
-    parallel: Tensor,  # [number of history items, P]
-) -> list[Tensor]:  # 1 + P times [B, D]
-    """The mean of each history, and its means weighted by each parallel list; zeros for none."""
+    parallel: Tensor,  # [K, P]
+) -> list[Tensor]:  # 1 + P tensors [B, D]
+    """Return the mean of each history and its means weighted by each parallel list.
+
+    An empty history gives zeros.
+    """
     share = history.spread(1 / history.lengths.clamp(min=1).to(items.dtype).unsqueeze(1))
     weights = torch.cat([share, share * parallel], dim=1)
     return [history.weighted_sum(column.contiguous(), items) for column in weights.unbind(dim=1)]
@@ -40,15 +43,22 @@ def pooled_history(
 
 @dataclass
 class FieldVectors:
-    """vectors: F times [B, D]; numbers: [B, N]; similarities: [B, S], S = 0 without content."""
+    """Fields of a batch and the numbers beside them.
+
+    vectors: F tensors [B, D]; numbers: [B, N]; similarities: [B, S], S = 0 without content.
+    """
 
     vectors: list[Tensor]
     numbers: Tensor
     similarities: Tensor
 
     def dense_and_sparse(self, dense_arch: nn.Module | None) -> tuple[Tensor, list[Tensor]]:
-        """What TorchRec's interactions take: the dense features as one vector [B, D], and the
-        fields. Without dense features the last field stands in their place."""
+        """Return the inputs of TorchRec's interactions: the dense vector [B, D] and the fields.
+
+        Args:
+            dense_arch: maps the dense numbers [B, N] to a vector [B, D]; if None, the last field
+                takes the place of that vector.
+        """
         if dense_arch is None:
             return self.vectors[-1], self.vectors[:-1]
         return dense_arch(self.numbers), self.vectors
@@ -56,26 +66,27 @@ class FieldVectors:
 
 @dataclass
 class DenseSettings(RankingSettings):
-    """Settings of models that make a vector of the dense features."""
+    """Settings of models that map the dense features to a vector."""
 
     dense_units: list[PositiveInt] = field(default_factory=lambda: [64])
-    """Units of the hidden layers of the MLP of the dense features."""
+    """Units of the hidden layers of the MLP over the dense features."""
 
 
 class Fields(nn.Module):
     """ID vectors, content vectors and dense features -> `FieldVectors`.
 
-    Pooled features of another dimension than the target's, and content vectors, pass a linear map.
+    Linear maps bring content vectors, and pooled features of another width, to the target's width.
 
     Args:
-        dimensions: of the inputs.
+        dimensions: widths and names of the inputs.
         content: settings of the content branch; None for the ID-only twin.
 
     Raises:
-        ValueError: there is one field and nothing that it could interact with.
+        ValueError: there is one field and no other input that it could interact with.
     """
 
     def __init__(self, dimensions: InputDimensions, content: ContentSettings | None) -> None:
+        """Build the linear maps and the content interest, and count the fields."""
         super().__init__()
         dim = dimensions.id_dim
         self.has_history = dimensions.has_history
@@ -99,10 +110,11 @@ class Fields(nn.Module):
 
     @property
     def num_interacting(self) -> int:
-        """Fields beside the vector of the dense features, or beside the one in its place."""
+        """Number of fields that interact with the dense vector, or with the field in its place."""
         return self.num_fields if self.num_numbers else self.num_fields - 1
 
     def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> FieldVectors:
+        """Return the fields, dense numbers and similarities of a batch."""
         vectors = [of(pooled) for of, pooled in zip(self.pooled_maps, ids.pooled)]
         vectors.append(ids.target)
         numbers, similarities = [batch.dense_features], ids.target[:, :0]

@@ -1,7 +1,8 @@
-"""What a history says by its length and its parallel lists alone, the recent past above all.
+"""Computes numbers of a history from its length and parallel lists; recent items weigh more.
 
-A user's mood changes: of what was liked, say, the last items tell more than the first. Means in
-which an item counts half as much for every so many newer ones leave it to the model how fast.
+A user's taste changes, and the latest items of a liked list predict more than the first. Each of
+several means halves an item's weight after a fixed number of newer items (its half-life), so that
+the model learns which rate fits.
 
 Shapes: B batch, N history items of the batch, P parallel lists, H half-lives.
 """
@@ -20,7 +21,7 @@ def history_numbers(
     history: JaggedHistory,
     parallel: Tensor,  # [N, P]
 ) -> Tensor:  # [B, P * (1 + H) + 1]
-    """The mean of each parallel list, its means by each half-life, and log(1 + length).
+    """Return the mean of each parallel list, its means by each half-life, and log(1 + length).
 
     All are 0 for an empty history.
 
@@ -31,16 +32,18 @@ def history_numbers(
     """
     lengths = history.lengths.unsqueeze(1)
     half_lives = torch.tensor(HALF_LIVES, device=lengths.device)
-    # The oldest of many items weighs nothing; no weight may be so small that it is slow.
+    # Denormal weights of very old items would be slow, so they are clamped.
     weights = torch.exp2(-history.ages.unsqueeze(1) / half_lives).clamp(min=1e-30)  # [N, H]
     weights = torch.cat([torch.ones_like(weights[:, :1]), weights], dim=1)
     weighted = (parallel.unsqueeze(2) * weights.unsqueeze(1)).flatten(1)  # [N, P * (1 + H)]
-    totals = history.sum(weights).clamp(min=1)  # of any item at all: the newest weighs 1
+    totals = history.sum(weights).clamp(
+        min=1
+    )  # at least 1 in a history with items: the newest weighs 1
     means = history.sum(weighted).view(len(lengths), parallel.shape[1], weights.shape[1])
     means = (means / totals.unsqueeze(1)).flatten(1)
     return torch.cat([means, torch.log1p(lengths.to(means.dtype))], dim=1)
 
 
 def num_history_numbers(num_parallel: int) -> int:
-    """Columns of `history_numbers`."""
+    """Return the number of columns of `history_numbers`."""
     return num_parallel * (1 + len(HALF_LIVES)) + 1

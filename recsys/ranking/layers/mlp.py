@@ -1,7 +1,7 @@
-"""The stacks of layers that ranking models end with.
+"""Stacks of layers at the end of ranking models.
 
-Dropout acts behind each hidden layer, not on what a model reads: a similarity of content is one
-number that has no double, and an MLP that misses it in a third of the steps learns to do without.
+Dropout acts after each hidden layer, not on the model's inputs: a content similarity is a single
+number without a duplicate, and an MLP that misses it in a third of the steps learns to ignore it.
 On MovieLens that alone decided whether content helped DIN.
 """
 
@@ -22,7 +22,7 @@ class HeadSettings(RankingSettings):
     """Settings of `ranking_head`."""
 
     ensemble_members: PositiveInt = 1
-    """So many MLPs in one (TabM), whose mean logit ranks; 1 is one MLP."""
+    """Number of MLPs in one ensemble (TabM), ranked by their mean logit; 1 is a single MLP."""
 
 
 @dataclass
@@ -32,11 +32,11 @@ class CrossSettings(RankingSettings):
     cross_layers: NonNegativeInt = 2
     """Layers of the cross network."""
     cross_rank: PositiveInt = 32
-    """Rank of their weights."""
+    """Rank of the weights of the cross layers."""
 
 
 def hidden_layers(width: int, units: list[int], dropout: float) -> tuple[list[nn.Module], int]:
-    """A linear map, ReLU and dropout for each of `units`; and their output width."""
+    """Return a linear map, ReLU and dropout for each of `units`, and the output width."""
     layers: list[nn.Module] = []
     for count in units:
         layers += [nn.Linear(width, count), nn.ReLU(), Dropout(dropout)]
@@ -47,7 +47,7 @@ def hidden_layers(width: int, units: list[int], dropout: float) -> tuple[list[nn
 def multilayer_perceptron(
     width: int, settings: RankingSettings, num_outputs: int, units: list[int] | None = None
 ) -> nn.Sequential:
-    """`hidden_layers` of `units` (default `settings.mlp_units`), then a linear map."""
+    """Return `hidden_layers` of `units` (default `settings.mlp_units`), then a linear map."""
     units = settings.mlp_units if units is None else units
     layers, width = hidden_layers(width, units, settings.dropout)
     return nn.Sequential(*layers, nn.Linear(width, num_outputs))
@@ -56,9 +56,13 @@ def multilayer_perceptron(
 def ranking_head(
     width: int, settings: HeadSettings, num_outputs: int, drops_inputs: bool = False
 ) -> nn.Sequential:
-    """`multilayer_perceptron`, or an ensemble of `settings.ensemble_members` of them.
+    """Return a `multilayer_perceptron`, or an ensemble of `settings.ensemble_members` of them.
 
-    `drops_inputs` has dropout act on what the head reads, too.
+    Args:
+        width: number of input features.
+        settings: `mlp_units`, `dropout` and `ensemble_members` are read.
+        num_outputs: number of labels.
+        drops_inputs: whether dropout also acts on the inputs of the head.
     """
     first = [Dropout(settings.dropout)] if drops_inputs else []
     if settings.ensemble_members == 1:

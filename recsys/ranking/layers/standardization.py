@@ -1,12 +1,12 @@
-"""Numbers of any scale -> mean 0 and variance 1 over the rows that training has seen.
+"""Standardises numbers of any scale to mean 0 and variance 1 over the rows seen in training.
 
-Cosines of content lie within a tenth of each other, the share of liked items within one, logarithms
-of lengths within ten. Where an MLP reads them side by side, what varies little is learned late.
+Content cosines differ by about a tenth, the share of liked items by one, logarithms of lengths by
+ten. An MLP that reads them side by side learns late from numbers that vary little.
 
 Batch normalization (Ioffe & Szegedy 2015, arXiv 1502.03167) would make a row's logit depend on the
-rows beside it, in training. Here the statistics are those of all steps so far and of all ranks,
-which one batch hardly moves, and pass on no gradient. With `accumulate_steps` each batch of a group
-moves them.
+other rows of its batch, in training. Here the statistics cover all steps so far and all ranks, so
+that one batch hardly moves them, and they pass on no gradient. With `accumulate_steps` each batch
+of a group updates them.
 
 Shapes: B batch, W numbers.
 """
@@ -17,19 +17,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-STEPS = 1000  # the last so many count, older ones less and less
-LARGEST = 8.0  # standard deviations: nothing is further off
-LEAST_VARIANCE = 1e-4  # what hardly varies is not blown up
+STEPS = 1000  # horizon of the running mean; older steps count less and less
+LARGEST = 8.0  # standard deviations; larger values are clamped
+LEAST_VARIANCE = 1e-4  # keeps nearly constant numbers from being scaled up
 
 
 class Standardization(nn.Module):
     """(x - mean) / standard deviation, both running over the steps of training. A collective.
 
-    Rows that pad do not count. The first steps weigh alike, as in a plain mean.
+    Padding rows do not count. The first steps have equal weight, as in a plain mean.
 
     Args:
         num_numbers: W.
-        process_group: the ranks whose rows count; None for this one alone.
+        process_group: the ranks whose rows count; None for this rank alone.
 
     Example::
 
@@ -42,6 +42,7 @@ class Standardization(nn.Module):
     steps: Tensor
 
     def __init__(self, num_numbers: int, process_group: dist.ProcessGroup | None = None) -> None:
+        """Create the statistics: mean 0, variance 1, no steps."""
         super().__init__()
         self.process_group = process_group
         self.register_buffer("mean", torch.zeros(num_numbers))
@@ -51,16 +52,21 @@ class Standardization(nn.Module):
     def forward(
         self,
         numbers: Tensor,  # [B, W]
-        row_weights: Tensor | None = None,  # [B], 0 for a row that pads
+        row_weights: Tensor | None = None,  # [B], 0 for a padding row
     ) -> Tensor:  # [B, W]
+        """Update the statistics in training, and return the standardised numbers. A collective."""
         if self.training:
             self._update(numbers.detach(), row_weights)
         scale = (self.variance + LEAST_VARIANCE).rsqrt()
         return ((numbers - self.mean) * scale).clamp(-LARGEST, LARGEST)
 
     @torch.no_grad()
-    def _update(self, numbers: Tensor, row_weights: Tensor | None) -> None:
-        """Takes the rows of a step, of all ranks, into the statistics. A collective."""
+    def _update(
+        self,
+        numbers: Tensor,  # [B, W]
+        row_weights: Tensor | None,  # [B]
+    ) -> None:
+        """Add the rows of a step, of all ranks, to the statistics. A collective."""
         weights = numbers.new_ones(len(numbers)) if row_weights is None else row_weights
         # In double precision: squares of numbers far from 0 cancel.
         apart = numbers.double() - self.mean

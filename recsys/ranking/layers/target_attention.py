@@ -1,13 +1,14 @@
 """Target attention (DIN, Zhou et al. 2018, arXiv 1706.06978): the history as the target sees it.
 
 Parallel lists of the history (liked flags, time gaps) are mapped and added to the items they
-belong to, so that attention can tell a liked item from a disliked one. Two kinds of score share
-the rest: `TargetAttention` asks an MLP, as DIN does, and `DotAttention` takes the scaled dot
-product, which costs a thousandth and suits content vectors, whose directions have a meaning.
+belong to, so that attention can tell a liked item from a disliked one. The two classes
+differ in the score: `TargetAttention` computes it by an MLP, as DIN does, and `DotAttention` by the
+scaled dot product, which costs a thousandth and suits content vectors, whose directions have a
+meaning.
 
-Nothing is padded, and what depends on an item alone is computed once per unique item. The first
-layer of DIN's MLP is linear in (h, t, h - t, h * t), so with its weight cut into four parts it is
-(W1 + W3) h + (W2 - W3) t + W4 (h * t): only the last term belongs to a pair of item and target.
+Nothing is padded, and terms that depend on an item alone are computed once per unique item. The
+first layer of DIN's MLP is linear in (h, t, h - t, h * t), so with its weight split into four parts
+it is (W1 + W3) h + (W2 - W3) t + W4 (h * t): only the last term depends on both item and target.
 
 Shapes: B batch, U unique history items, N history items of the batch, D dimension, P parallel
 lists, H units of the first layer.
@@ -22,19 +23,24 @@ from recsys.data.jagged_history import JaggedHistory
 
 
 class HistoryAttention(nn.Module):
-    """What both attentions share: weights by softmax of scores, and the sum under them.
+    """Base of both attentions: softmax over scores, and the sum weighted by it.
 
     An empty history gives zeros.
     """
 
     def __init__(self, dim: int, num_parallel: int) -> None:
+        """Create the map of the parallel lists, if there are any."""
         super().__init__()
         self.parallel_map = nn.Linear(num_parallel, dim, bias=False) if num_parallel else None
 
     def scores(
-        self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
-    ) -> Tensor:
-        """[N], of each history item for its row's target."""
+        self,
+        target: Tensor,  # [B, D]
+        items: Tensor,  # [U, D]
+        history: JaggedHistory,
+        parallel: Tensor,  # [N, P]
+    ) -> Tensor:  # [N]
+        """Return the score of each history item for its row's target."""
         raise TypeError(f"{type(self).__name__} defines no scores")
 
     def forward(
@@ -44,6 +50,7 @@ class HistoryAttention(nn.Module):
         history: JaggedHistory,
         parallel: Tensor,  # [N, P]
     ) -> Tensor:  # [B, D]
+        """Return the interest of each row in its history, for its target."""
         weights = history.softmax(self.scores(target, items, history, parallel).float())
         interest = history.weighted_sum(weights, items.float())
         if self.parallel_map is not None:
@@ -52,9 +59,10 @@ class HistoryAttention(nn.Module):
 
 
 class TargetAttention(HistoryAttention):
-    """DIN: an MLP of (item, target, difference, product) scores each item."""
+    """DIN's attention: an MLP of (item, target, difference, product) scores each item."""
 
     def __init__(self, dim: int, num_parallel: int, units: list[int]) -> None:
+        """Build the MLP with `units` hidden units."""
         super().__init__(dim, num_parallel)
         layers: list[nn.Module] = []
         width = 4 * dim
@@ -64,14 +72,19 @@ class TargetAttention(HistoryAttention):
         self.score = nn.Sequential(*layers, nn.Linear(width, 1))
 
     def scores(
-        self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
-    ) -> Tensor:
+        self,
+        target: Tensor,  # [B, D]
+        items: Tensor,  # [U, D]
+        history: JaggedHistory,
+        parallel: Tensor,  # [N, P]
+    ) -> Tensor:  # [N]
+        """Return the MLP's score of each history item for its row's target."""
         first = self.score[0]
         assert isinstance(first, nn.Linear)
         of_item, of_target, of_difference, of_product = first.weight.chunk(4, dim=1)  # [H, D]
         of_item, of_target = of_item + of_difference, of_target - of_difference
         of_items = items @ of_item.T  # [U, H]
-        # Under autocast that is in bfloat16, and what is added to it in place has to be, too.
+        # Under autocast this is bfloat16, and terms added in place must have the same type.
         dtype = of_items.dtype
         vectors, hidden = history.gather(items.to(dtype)), history.gather(of_items)  # [N, ...]
         # Added up in place: N is large, and each new [N, ...] costs as much as the arithmetic.
@@ -86,16 +99,22 @@ class TargetAttention(HistoryAttention):
 
 
 class DotAttention(HistoryAttention):
-    """The target, mapped, times each item, over the root of the dimension."""
+    """Scaled dot-product attention: the mapped target times each item, divided by sqrt(D)."""
 
     def __init__(self, dim: int, num_parallel: int) -> None:
+        """Create the map of the target."""
         super().__init__(dim, num_parallel)
         self.query = nn.Linear(dim, dim)
         self.scale = dim**-0.5
 
     def scores(
-        self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
-    ) -> Tensor:
+        self,
+        target: Tensor,  # [B, D]
+        items: Tensor,  # [U, D]
+        history: JaggedHistory,
+        parallel: Tensor,  # [N, P]
+    ) -> Tensor:  # [N]
+        """Return the scaled dot product of each history item and its row's mapped target."""
         query = self.query(target).float() * self.scale
         scores = history.dot(query, items.float())
         if self.parallel_map is not None:
