@@ -1,1 +1,1 @@
-"""The content branch: encoders, fusion, memory of items, and the user's content interest."""
+"""The content branch: encoders, fusion, memory bank of items, and the user's content interest."""

@@ -1,4 +1,4 @@
-"""The memory bank, filled with what the encoders make of every item.
+"""Fills the memory bank with the encoded vector of every item.
 
 Shapes: U items.
 """
@@ -24,19 +24,19 @@ def encode_into_bank(
     ranks: Ranks,
     between: Callable[[], None] | None = None,
 ) -> None:
-    """Encodes every item, without dropout, and writes its vector to the bank. A collective.
+    """Encode every item, without dropout, and write its vector to the bank. A collective.
 
     Args:
-        content: has a bank.
+        content: the content branch, which must have a bank.
         store: content of the items.
-        ranks: each encodes its share.
+        ranks: the ranks; each encodes its share.
         between: called, on every rank, before each write.
     """
     assert content.bank is not None
     was_training = content.training
     content.eval()
     share = np.array_split(np.sort(store.items.ids), ranks.world_size)[ranks.rank]
-    # Every rank makes the same number of calls, as each is a collective.
+    # All ranks make the same number of calls, as each is a collective.
     longest = -(-len(store.items.ids) // ranks.world_size)
     for ids in np.array_split(share, -(-longest // ITEMS_PER_CALL)):
         vectors = torch.zeros(0, content.bank.dim, device=ranks.device)

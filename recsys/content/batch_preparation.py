@@ -1,8 +1,8 @@
 """Prepares batches between the loader and the pipeline, in the training process.
 
-Raw ids that learn while training get their rows, long histories are searched, and it is decided
-which items this rank encodes. All ranks prepare the same number of batches together, since most
-of it needs to know of the other ranks or of the memory bank.
+It maps raw ids of bounded vocabularies to rows, shortens long histories by search, and selects the
+items that this rank encodes. All ranks prepare the same number of batches together, since most
+steps need data of the other ranks or of the memory bank.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
 
 
 def chooses_items(content: ContentSettings | None) -> bool:
-    """Returns whether items are chosen here, so that the loader cannot read their content."""
+    """Return whether this module selects items, so that the loader cannot read their content."""
     return content is not None and (content.dedup == "global" or content.sampling.backward < 1)
 
 
@@ -34,11 +34,12 @@ class BatchPreparation:
     """Prepares batches for the pipeline.
 
     Args:
-        config: of the run.
-        store, bank: content of the items and their vectors, where there are any.
-        vocabularies: raw ids that learn.
-        group: the ranks, where items are chosen together.
-        negatives: of a retrieval model with a softmax loss.
+        config: configuration of the run.
+        store: content of the items, if any.
+        bank: memory bank of the items' vectors, if any.
+        vocabularies: bounded vocabularies, which map raw ids to rows.
+        group: the ranks that select items together.
+        negatives: sampler for a retrieval model with a softmax loss.
     """
 
     config: Config
@@ -49,19 +50,20 @@ class BatchPreparation:
     negatives: NegativeSampler | None = None
 
     def __post_init__(self) -> None:
+        """Keep the content settings; None for the ID-only twin."""
         content = self.config.content
         self.content = content if isinstance(content, ContentSettings) else None
 
     def __call__(
         self, batches: Iterator[Batch], unknown: UnknownIds, first_step: int, training: bool
     ) -> Iterator[Batch]:
-        """Batches on their way into the pipeline. A collective.
+        """Yield prepared batches for the pipeline. A collective.
 
         Args:
             batches: the same number on all ranks.
             unknown: counts ids that have no row of their own.
-            first_step: the training step that the first of them is for.
-            training: bounded vocabularies admit ids, and items are sampled.
+            first_step: the training step of the first batch.
+            training: whether bounded vocabularies admit ids and items are sampled.
         """
         waiting: Callable[[], Batch] | None = None
         for step, batch in enumerate(batches, first_step):
@@ -70,7 +72,7 @@ class BatchPreparation:
             prepared = self._with_items(self._with_histories(batch), step, training)
             prepared = self._with_negatives(prepared, step, training)
             finish = self._with_routes(batch, prepared, training)
-            # One batch ahead, so that no rank waits here for the others.
+            # Works one batch ahead, so that no rank waits here for the others.
             if waiting is not None:
                 yield waiting()
             waiting = finish
@@ -104,11 +106,11 @@ class BatchPreparation:
         return self.negatives(batch, self._draw(step), training)
 
     def _draw(self, step: int) -> tuple[int, int, int]:
-        """Returns the seed of a step's random choices on this rank."""
+        """Return the seed of a step's random choices on this rank."""
         return (self.config.seed, step, dist.get_rank(self.group))
 
     def _with_routes(self, batch: Batch, prepared: Batch, training: bool) -> Callable[[], Batch]:
-        """Settles which rows of the bank go where, so that the step sends vectors alone."""
+        """Exchange the routes of bank rows ahead, so that the step sends vectors only."""
         routes: Callable[[], Routes] | None = None
         if self.bank is not None:
             writes = prepared.content_items if training else None
@@ -119,7 +121,7 @@ class BatchPreparation:
             ready = prepared
             if read is not None or write is not None:
                 ready = replace(prepared, bank_reads=read, bank_writes=write)
-            # A loader that pins does so before; what was added here would be copied with a wait.
+            # The loader pins before this; unpinned new tensors would be copied synchronously.
             is_new = ready is not batch and batch.target_items.is_pinned()
             return ready.pin_memory() if is_new else ready
 

@@ -1,12 +1,12 @@
 """ContentBranch: the content of a batch's items -> their content vectors, each item encoded once.
 
-Encoders turn each modality into tokens, a linear map per modality brings them to one width, the
-fusion makes one vector per unique item, and indices spread the vectors over targets and history.
+Encoders map each modality to tokens, a linear map per modality brings them to one width, the fusion
+computes one vector per unique item, and indices spread the vectors over targets and history.
 History vectors come from the memory bank (or from the encoder, mode `full`) through the history
 map. The branch holds no sharded module, so it is data-parallel under DistributedModelParallel.
 
 Shapes: E items that this rank encodes, U unique history items, T tokens, D content dimension,
-M modalities, B batch.
+M modalities, B batch, S sampled negatives, R items that this rank needs.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class ContentBranch(nn.Module):
     """Encodes the unique items of a batch and looks its history up.
 
     Args:
-        encoders: by modality name.
+        encoders: encoder of each modality, by its name.
         settings: dimension, fusion and history.
-        bank: what is kept by item, of width `settings.vector_dim`; None for history mode `full`.
-        group: the ranks that share items, where `settings.dedup` is global; default: all.
+        bank: memory bank of width `settings.vector_dim`; None for history mode `full`.
+        group: the ranks that share items if `settings.dedup` is global; default: all.
 
     Example::
 
@@ -63,6 +63,7 @@ class ContentBranch(nn.Module):
         bank: MemoryBank | None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
+        """Build projections, fusion and history map around the encoders and the bank."""
         super().__init__()
         self.encoders = nn.ModuleDict(encoders)
         self.projections = nn.ModuleDict(
@@ -79,14 +80,14 @@ class ContentBranch(nn.Module):
         assert self.encodes_history == (bank is None)
         self.bank, self.group = bank, group
         self.same_step = settings.history.same_step
-        self.step = 0  # of training, written beside the vectors in the bank
+        self.step = 0  # training step, stored with the vectors in the bank
 
     def encode(self, content: dict[str, ContentInput]) -> Tensor:
-        """Content of unique items -> what is kept per item, [E, D + M * D].
+        """Encode unique items and return the vectors that the bank keeps, [E, D + M * D].
 
-        First the content vector, then the mean token of each modality (M = 0 without
-        similarities): cosines of single modalities tell more of unseen items than those of the
-        fused vector, which must first be learned.
+        First the content vector, then the mean token of each modality (M = 0 without similarities):
+        for unseen items, cosines of single modalities are more informative than those of the fused
+        vector, which must first be learned.
         """
         tokens, masks, modality, means = [], [], [], []
         for index, (name, encoder) in enumerate(self.encoders.items()):
@@ -102,10 +103,10 @@ class ContentBranch(nn.Module):
         return torch.cat([fused, *means], dim=1)
 
     def forward(self, batch: Batch) -> ContentVectors:
-        """Returns the content vectors of a batch. A collective.
+        """Return the content vectors of a batch. A collective.
 
-        Ranks exchange items (`settings.dedup`) and what they write into the bank, each of them as
-        often as the others.
+        Ranks exchange items (`settings.dedup`) and the vectors that they write into the bank, so
+        all ranks call it equally often.
         """
         fresh = self._encode_items(batch)  # [E, D + M * D]
         if self.bank is None:
@@ -113,8 +114,8 @@ class ContentBranch(nn.Module):
             encoded = items.index_select(0, batch.history_content_index)
             return self._vectors(items, lambda: encoded, None, batch)
         if self.training and self.same_step:
-            # Written before the lookup: what any rank has just computed replaces what is
-            # stale in the histories of all ranks, in this very step (LEMUR, 2511.10962).
+            # Written before the lookup: vectors just computed on any rank replace stale ones in
+            # the histories of all ranks in the same step (LEMUR, 2511.10962).
             self.bank.update(batch.content_items, fresh, self.step, batch.bank_writes)
         read = self._reading(self.bank, batch)
         if self.training and not self.same_step:
@@ -128,7 +129,7 @@ class ContentBranch(nn.Module):
         return self._vectors(items, lambda: read()[1], negatives, batch)
 
     def _encode_items(self, batch: Batch) -> Tensor:
-        """Encodes this rank's items, the first of them with gradient; [E, D + M * D]."""
+        """Encode this rank's items, the first of them with gradient; [E, D + M * D]."""
         count = batch.with_gradient
         if count is None or count >= len(batch.content_items):
             return self.encode(batch.content)
@@ -139,7 +140,7 @@ class ContentBranch(nn.Module):
         return torch.cat([self.encode(trained), refreshed])
 
     def _reading(self, bank: MemoryBank, batch: Batch) -> Callable[[], tuple[Tensor, ...]]:
-        """Returns a function that reads ranked items, histories and negatives from the bank.
+        """Return a function that reads ranked items, histories and negatives from the bank.
 
         Its first call is a collective.
         """
@@ -150,9 +151,9 @@ class ContentBranch(nn.Module):
 
     def _vectors(
         self,
-        items: Tensor,
+        items: Tensor,  # [R, D + M * D]
         history: Callable[[], Tensor],
-        negatives: Tensor | None,
+        negatives: Tensor | None,  # [S, D + M * D]
         batch: Batch,
     ) -> ContentVectors:
         target, target_modalities = self._split(items)
@@ -174,10 +175,14 @@ class ContentBranch(nn.Module):
             read_history,
         )
 
-    def _at_their_ranks(self, items: Tensor, batch: Batch) -> Tensor:
-        """Returns the vectors that this rank needs, of its own items or sent by their owners.
+    def _at_their_ranks(
+        self,
+        items: Tensor,  # [E, D + M * D]
+        batch: Batch,
+    ) -> Tensor:  # [R, D + M * D]
+        """Return the vectors that this rank needs, of its own items or sent by their owners.
 
-        A collective where items are exchanged.
+        A collective if items are exchanged.
         """
         if batch.exchange is None:
             return items
@@ -186,6 +191,6 @@ class ContentBranch(nn.Module):
         return exchange_vectors(items, batch.exchange, group)
 
     def _split(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """[U, D + M * D] -> content vectors [U, D] and mean tokens [U, M, D]."""
+        """Split bank rows [U, D + M * D] into content vectors [U, D] and mean tokens [U, M, D]."""
         num_modalities = kept.shape[1] // self.dim - 1
         return kept[:, : self.dim], kept[:, self.dim :].reshape(len(kept), num_modalities, self.dim)

@@ -1,4 +1,4 @@
-"""Builds what the content branch needs: prepared items, encoders and the memory bank."""
+"""Builds the parts of the content branch: prepared items, encoders and the memory bank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,16 @@ logger = logging.getLogger(__name__)
 def build_content_store(
     config: Config, content: ContentSettings, root: Location, schema: Schema, ranks: Ranks
 ) -> tuple[ContentStore, dict[str, Encoder]]:
-    """Tokenises, decodes and encodes what is frozen, once per machine. A collective.
+    """Prepare the items once per machine and build the encoders. A collective.
+
+    Texts are tokenised, images decoded, and frozen layers run, unless a cache has their outputs.
+
+    Args:
+        config: configuration of the run.
+        content: its content settings.
+        root: folder of the dataset.
+        schema: its columns.
+        ranks: the ranks that share the work.
 
     Returns:
         the items' content, and the encoders by modality.
@@ -52,7 +61,7 @@ def build_content_store(
 def build_content(
     config: Config, root: Location, schema: Schema, ranks: Ranks
 ) -> tuple[ContentStore | None, dict[str, Encoder], MemoryBank | None]:
-    """Returns items, encoders and memory bank; nothing for the ID-only twin. A collective."""
+    """Return items, encoders and memory bank; empty for the ID-only twin. A collective."""
     content = content_settings(config)
     if content is None:
         return None, {}, None

@@ -1,7 +1,7 @@
 """`recsys cache`: fills the caches of item content for a configuration, without training.
 
-`recsys train` fills what is missing by itself; this does it ahead, on other or more machines, or
-again after items have changed.
+`recsys train` fills missing caches by itself; this command does it in advance, on other or more
+machines, or again after items have changed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ from recsys.distributed.ranks import Ranks
 
 
 def fill_caches(config: Config, data: str, ranks: Ranks) -> dict[str, CacheReport | None]:
-    """Makes what is missing and prints a line per modality. A collective.
+    """Fill missing caches and print a line per modality. A collective.
+
+    Args:
+        config: configuration of the run.
+        data: folder of the dataset.
+        ranks: the ranks that share the work.
 
     Returns:
-        by modality, the cache of its encoder's frozen part; None where it has none.
+        by modality, the report on the cache of its encoder's frozen part; None without a cache.
 
     Raises:
-        ValueError: on every rank, when the configuration has no content or the data cannot be used.
+        ValueError: on every rank, if the configuration has no content or the data cannot be used.
     """
     content = content_settings(config)
     if content is None:

@@ -1,12 +1,11 @@
 """Fusion: the tokens of all modalities -> one content vector per item.
 
 `FusionQFormer` is EM3's Fusion-Q-Former (arXiv 2404.06078, section 3: transformers and a set of
-trainable queries with a fixed-length output); preset `published` follows the authors' public
-code to the letter, preset `modern` is what transformers have learned since, and starts as
-`ConcatFusion`, the baseline. All have one interface, so a configuration names one and nothing else
-changes.
+trainable queries with a fixed-length output); preset `published` equals the authors' public
+code; preset `modern` has later improvements of transformers and starts as `ConcatFusion`, the
+baseline. All have one interface, so a configuration can switch between them by name.
 
-Shapes: U unique items, T tokens of all modalities, Q queries, D dimension, M modalities.
+Shapes: U unique items, T tokens of all modalities, Q queries, D dimension, H heads, M modalities.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ class JointSelfAttention(nn.Module):
     """Multi-head self-attention with the published scale sqrt(d_head + 1e-5)."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
+        """Create the maps of queries, keys, values and output."""
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads + 1e-5) ** -0.5
@@ -39,7 +39,8 @@ class JointSelfAttention(nn.Module):
         x: Tensor,  # [U, T, D]
         mask: Tensor,  # [U, T]
         num_outputs: int,
-    ) -> Tensor:  # [U, num_outputs, D], of the first tokens
+    ) -> Tensor:  # [U, num_outputs, D]
+        """Return the attended values of the first `num_outputs` tokens."""
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
         query = self.query(x[:, :num_outputs]).unflatten(-1, heads)  # [U, num_outputs, H, D / H]
         key, value = self.key(x).unflatten(-1, heads), self.value(x).unflatten(-1, heads)
@@ -63,7 +64,7 @@ def _attention_of_few(
     mask: Tensor,  # [U, T]
     scale: float,
 ) -> Tensor:  # [U, Q, H, D / H]
-    """The same by plain products and sums, which on CPU beat the kernel made for long texts."""
+    """Attend by plain products and sums, which on CPU beat the kernel made for long texts."""
     scores = (query.unsqueeze(2) * key.unsqueeze(1)).sum(-1) * scale  # [U, Q, T, H]
     weights = scores.masked_fill(~mask[:, None, :, None], -torch.inf).softmax(dim=2)
     return (weights.unsqueeze(-1) * value.unsqueeze(1)).sum(dim=2)
@@ -73,12 +74,19 @@ class PublishedLayer(nn.Module):
     """Joint self-attention, output dropout, then post-LayerNorm of the residual sum; no FFN."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        """Build the attention, dropout and norm."""
         super().__init__()
         self.attention = JointSelfAttention(dim, num_heads)
         self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
-    def forward(self, x: Tensor, mask: Tensor, num_outputs: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # [U, T, D]
+        mask: Tensor,  # [U, T]
+        num_outputs: int,
+    ) -> Tensor:  # [U, num_outputs, D]
+        """Return the layer's outputs for the first `num_outputs` tokens."""
         attended = self.attention(x, mask, num_outputs)
         return self.norm(x[:, :num_outputs] + self.dropout(attended))
 
@@ -87,6 +95,7 @@ class ModernLayer(nn.Module):
     """Pre-norm joint self-attention and a GELU feed-forward of four times the width."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        """Build the attention, the feed-forward network and their norms."""
         super().__init__()
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = JointSelfAttention(dim, num_heads)
@@ -95,19 +104,26 @@ class ModernLayer(nn.Module):
         )
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor, num_outputs: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # [U, T, D]
+        mask: Tensor,  # [U, T]
+        num_outputs: int,
+    ) -> Tensor:  # [U, num_outputs, D]
+        """Return the layer's outputs for the first `num_outputs` tokens."""
         attended = self.attention(self.attention_norm(x), mask, num_outputs)
         x = x[:, :num_outputs] + self.dropout(attended)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
 class ConcatFusion(nn.Module):
-    """The mean token of each modality, side by side, through one linear map: the baseline.
+    """Baseline: the mean tokens of all modalities, concatenated, through one linear map.
 
-    A modality that an item lacks is a trained vector of its own.
+    A trained vector replaces a modality that an item lacks.
     """
 
     def __init__(self, dim: int, num_modalities: int) -> None:
+        """Create the vectors of missing modalities and the linear map."""
         super().__init__()
         self.num_modalities = num_modalities
         self.missing = nn.Parameter(torch.zeros(num_modalities, dim))
@@ -119,6 +135,7 @@ class ConcatFusion(nn.Module):
         mask: Tensor,  # [U, T]
         modality: Tensor,  # [T]
     ) -> Tensor:  # [U, D]
+        """Return one vector per item."""
         member = F.one_hot(modality, self.num_modalities).T.to(tokens.dtype)  # [M, T]
         weights = member * mask.to(tokens.dtype).unsqueeze(1)  # [U, M, T]
         count = weights.sum(-1, keepdim=True)  # [U, M, 1]
@@ -133,13 +150,16 @@ class FusionQFormer(nn.Module):
     formula: layers over [queries; tokens], the Q outputs flattened and projected to D.
     `modern` adds to each token an embedding of its modality, and to the projected outputs a linear
     map of the modalities (`ConcatFusion`). The projection starts at zero, as residual branches do
-    (Fixup, arXiv 1901.09321; ReZero, arXiv 2003.04887), so that the queries learn what attention
-    has to add to the linear map.
+    (Fixup, arXiv 1901.09321; ReZero, arXiv 2003.04887), so that the queries learn a
+    correction to the linear map.
 
     Args:
         dim: D, divisible by `num_heads`.
         num_modalities: M.
-        num_queries, num_layers, num_heads, dropout: as they say.
+        num_queries: Q.
+        num_layers: number of attention layers.
+        num_heads: heads of each layer.
+        dropout: dropout probability in the layers.
         preset: `published` or `modern`.
 
     Raises:
@@ -166,6 +186,7 @@ class FusionQFormer(nn.Module):
         dropout: float = 0.1,
         preset: Literal["published", "modern"] = "modern",
     ) -> None:
+        """Create the queries, the layers and the output map."""
         super().__init__()
         if min(num_queries, num_layers, num_heads) < 1 or dim % num_heads:
             raise ValueError(
@@ -193,17 +214,18 @@ class FusionQFormer(nn.Module):
     def forward(
         self,
         tokens: Tensor,  # [U, T, D]
-        mask: Tensor,  # [U, T], True where there is a token
+        mask: Tensor,  # [U, T], False for padding
         modality: Tensor,  # [T], index of each token's modality
     ) -> Tensor:  # [U, D]
+        """Return one vector per item."""
         num_items, num_queries = tokens.shape[0], self.queries.shape[0]
         x = tokens
         if self.modality_embedding is not None:
             x = x + self.modality_embedding(modality)
         x = torch.cat([self.queries.expand(num_items, -1, -1), x], dim=1)  # [U, Q + T, D]
-        attended = F.pad(mask, (num_queries, 0), value=True)  # queries are always there
+        attended = F.pad(mask, (num_queries, 0), value=True)  # queries are never masked
         for index, layer in enumerate(self.layers, 1):
-            # Of the last layer's outputs only those of the queries are used.
+            # Only the queries' outputs of the last layer are used.
             is_last = index == len(self.layers)
             x = layer(x, attended, num_queries if is_last else x.shape[1])
         fused = self.output(self.norm(x).flatten(1))
@@ -217,21 +239,25 @@ FUSIONS = {
 
 
 def build_fusion(settings: FusionSettings, dim: int, num_modalities: int) -> nn.Module:
-    """Returns the fusion that a configuration names, called as Class(dim, num_modalities, ...).
+    """Return the fusion that a configuration names, constructed as Class(dim, num_modalities, ...).
 
-        A class of one's own, `package.module:Class`, gets `content.fusion.options` by name. Its
-        `forward(tokens, mask, modality)` is that of `ConcatFusion`.
+    A user's class, `package.module:Class`, gets `content.fusion.options` by name. Its
+    `forward(tokens, mask, modality)` has the arguments of `ConcatFusion`.
 
-        Raises:
-            ValueError: the name is unknown, or the class cannot be imported or made.
+    Args:
+        settings: name and options of the fusion.
+        dim: D.
+        num_modalities: M.
 
-        Example::
+    Raises:
+        ValueError: the name is unknown, or the class cannot be imported or constructed.
 
-            from recsys.config import FusionSettings
-    from recsys.config.named_parts import make_part
-            from recsys.content.fusion import build_fusion
+    Example::
 
-            build_fusion(FusionSettings("concat"), dim=8, num_modalities=2)
+        from recsys.config import FusionSettings
+        from recsys.content.fusion import build_fusion
+
+        build_fusion(FusionSettings("concat"), dim=8, num_modalities=2)
     """
     options = settings.options
     if settings.name == "qformer":

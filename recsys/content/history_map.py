@@ -1,9 +1,11 @@
-"""The history's content vectors, made affordable by LoRA.
+"""The map of the history's content vectors, kept cheap by LoRA.
 
 EM3 applies "LoRA in the sequential modelling of user content interest": vectors of history items
-come from the memory bank without gradient and pass a frozen map plus a low-rank trained one,
+are read from the memory bank without gradient and pass a frozen map plus a low-rank trained one,
 v W0 + (alpha / r) v A B, so that neither encoders nor a dense map are trained over histories.
-The map is applied to unique items, before they are spread over the history's positions.
+The map is applied to unique items, before they are spread over the positions of the history.
+
+Shapes: U unique history items, D content dimension.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ class HistoryMap(nn.Module):
     """
 
     def __init__(self, dim: int, settings: HistorySettings) -> None:
+        """Create the map W0 as the identity and, in mode `bank_lora`, its adapter."""
         super().__init__()
         self.map = nn.Linear(dim, dim, bias=False)
         nn.init.eye_(self.map.weight)
@@ -35,4 +38,5 @@ class HistoryMap(nn.Module):
             inject_adapter_in_model(lora, self)
 
     def forward(self, vectors: Tensor) -> Tensor:  # [U, D] -> [U, D]
+        """Return the mapped vectors."""
         return self.map(vectors)

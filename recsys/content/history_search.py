@@ -1,12 +1,13 @@
-"""Long histories: only the items most like the target go on, so many of each history.
+"""Shortens long histories to the items most similar to the target.
 
-MUSE (arXiv 2512.07216) and SIM search a long history before they attend to it. The search is the
-cosine of the target's content and that of each item, both from the memory bank; it costs one dot
-product per history item. Lookup in the ID table and both attentions then see `top_k` items,
-whatever the length of the history. It runs before the batch enters the pipeline, whose next
-batches' ids are already on their way, so that the bank's vectors are up to three steps old.
+MUSE (arXiv 2512.07216) and SIM search a long history before they attend to it. Here items are
+ranked by the cosine of the target's content and their own, both from the memory bank; the search
+costs one dot product per history item. The lookup in the ID table and both attentions then see
+`top_k` items, whatever the length of the history. The search runs before the batch enters the
+pipeline, which already sends the ids of later batches, so the bank's vectors are up to three steps
+old.
 
-Shapes: B batch, U unique history items, N history items of the batch.
+Shapes: B batch, U unique history items, N history items of the batch, K history items kept.
 """
 
 from __future__ import annotations
@@ -24,10 +25,19 @@ from recsys.data.batch import Batch
 
 @torch.no_grad()
 def shorten_histories(batch: Batch, bank: MemoryBank, top_k: int, index_dedup: bool) -> Batch:
-    """A batch, on the host, whose histories keep the `top_k` items most like the target.
+    """Keep the top-k history items by cosine similarity to the target. A collective.
 
-    A collective: every rank looks up in the bank. `index_dedup` says whether the batch's
-    `sequence_features` hold the unique ids of the histories or all of them.
+    Every rank looks up in the bank.
+
+    Args:
+        batch: on the host.
+        bank: memory bank of content vectors.
+        top_k: items kept of each history, at most.
+        index_dedup: whether the batch's `sequence_features` hold the unique ids of the histories or
+            all ids.
+
+    Returns:
+        the batch with shortened histories, on the host.
     """
     ids = torch.cat([batch.target_items, batch.history_items])
     vectors = F.normalize(bank.lookup(ids)[0].cpu(), dim=-1)
@@ -50,11 +60,21 @@ def shorten_histories(batch: Batch, bank: MemoryBank, top_k: int, index_dedup: b
     )
 
 
-def _sequences(batch: Batch, history: Tensor, lengths: Tensor | None) -> KeyedJaggedTensor:
-    """Ids of the target and of the history; `lengths` by row, None where the ids are unique."""
+def _sequences(
+    batch: Batch,
+    history: Tensor,  # [U] or [K]
+    lengths: Tensor | None,  # [B]
+) -> KeyedJaggedTensor:
+    """Return the ids of target and history as sequence features.
+
+    Args:
+        batch: has the target's ids and the keys.
+        history: ids of the history.
+        lengths: by row; None if the ids are unique.
+    """
     targets = batch.target_items
     if lengths is None:
-        # They belong to no row, but a KeyedJaggedTensor wants every id in one.
+        # Unique ids belong to no row, but a KeyedJaggedTensor requires one: the first.
         lengths = torch.zeros_like(targets)
         lengths[0] = len(history)
     return KeyedJaggedTensor.from_lengths_sync(

@@ -1,12 +1,12 @@
-"""Encode once in the cluster: each item of all ranks' batches is encoded by one rank.
+"""Encodes each item of all ranks' batches on one rank only.
 
-The rank that an item belongs to (its id modulo the number of ranks) learns before the step which
-ranks need it, encodes it once, and sends its vector to each of them by a differentiable
-all_to_all. In the backward the gradients of all of them come back and add up. As
-DistributedDataParallel averages over ranks, losses and gradients are those of each rank encoding
-its own items, to rounding.
+The owner of an item (rank = id modulo the number of ranks) receives before the step which ranks
+need it, encodes it once, and sends its vector to them by a differentiable all_to_all. The backward
+returns the gradients of these ranks to the owner and adds them up. As DistributedDataParallel
+averages over ranks, losses and gradients equal those of each rank encoding its own items, to
+rounding.
 
-Shapes: R items that this rank needs, E items that belong to it and some rank needs, W ranks,
+Shapes: R items that this rank needs, E items that it owns and some rank needs, W ranks,
 D width of a vector.
 """
 
@@ -23,10 +23,10 @@ from recsys.data.batch import Batch, ItemExchange
 
 
 def assign_to_owners(batch: Batch, group: dist.ProcessGroup) -> Batch:
-    """A batch, on the host, that encodes what belongs to this rank. A collective.
+    """Return a batch, on the host, that encodes the items owned by this rank. A collective.
 
-    `content_items` become the unique items that belong to this rank and that any rank needs, and
-    `exchange` says how their vectors reach those ranks.
+    Its `content_items` are the unique items that this rank owns and that any rank needs; its
+    `exchange` describes how their vectors reach those ranks.
     """
     world_size = dist.get_world_size(group)
     owner = batch.content_items % world_size
@@ -37,7 +37,7 @@ def assign_to_owners(batch: Batch, group: dist.ProcessGroup) -> Batch:
     wanted_from, asked_by = wanted_counts.tolist(), asked_counts.tolist()
     asked = torch.empty(sum(asked_by), dtype=torch.int64)
     dist.all_to_all_single(asked, batch.content_items[order], asked_by, wanted_from, group=group)
-    owned, rows = asked.unique(return_inverse=True)  # [E], where each that is asked for is in it
+    owned, rows = asked.unique(return_inverse=True)  # [E], and the row in it of each requested item
     arrival = torch.empty_like(order)
     arrival[order] = torch.arange(len(order))
     return replace(
@@ -54,7 +54,7 @@ def exchange_vectors(
     exchange: ItemExchange,
     group: dist.ProcessGroup,
 ) -> Tensor:  # [R, D]
-    """The vectors that this rank needs, from their owners, with gradient. A collective."""
+    """Return the vectors that this rank needs, from their owners, with gradient. A collective."""
     sent = vectors.index_select(0, exchange.rows)
     received = sent.new_empty(sum(exchange.receive_counts), vectors.shape[1])
     return all_to_all_single(

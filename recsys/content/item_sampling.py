@@ -1,9 +1,9 @@
-"""Only a share of a step's items is encoded; the others come from the memory bank (LEMUR).
+"""Encodes only a share of a step's items; the memory bank supplies the others (LEMUR).
 
 LEMUR (arXiv 2511.10962) runs its encoder forward for p % and backward for q % of a batch. Here p
-and q are shares of the unique items that a rank encodes: forward ones refresh the bank, those
-with gradient train the encoder, and the rest are ranked with what the bank has of them. Which is
-which is drawn anew in each step, from the seed, the step and the rank alone.
+and q are shares of the unique items that a rank encodes: items with a forward pass refresh the
+bank, those with gradient train the encoder, and the rest are ranked with their vectors in the bank.
+The choice is drawn anew in each step, from the seed, the step and the rank alone.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from recsys.data.batch import Batch
 
 
 def sample_items(batch: Batch, settings: SamplingSettings, draw: tuple[int, int, int]) -> Batch:
-    """A batch, on the host, that encodes a share of its items, at least one, and reads the rest.
+    """Return a batch, on the host, that encodes a share of its items and reads the rest.
+
+    At least one item is encoded.
 
     Args:
-        batch: encodes all of them.
+        batch: a batch that encodes all its items.
         settings: the shares.
         draw: seed, step and rank.
     """
@@ -30,7 +32,7 @@ def sample_items(batch: Batch, settings: SamplingSettings, draw: tuple[int, int,
     num_forward = math.ceil(settings.forward * count)
     num_backward = math.ceil(settings.backward * count)
     order = torch.from_numpy(np.random.default_rng(draw).permutation(count))
-    place = torch.empty_like(order)  # of each item in the new order
+    place = torch.empty_like(order)  # position of each item in the new order
     place[order] = torch.arange(count)
     chosen = batch.content_items[order]
     changed = replace(

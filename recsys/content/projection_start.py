@@ -1,10 +1,11 @@
-"""Starts each modality's projection at the principal components of its encoder's outputs.
+"""Initialises each modality's projection with the principal components of its encoder's outputs.
 
-A random map to a few dimensions loses most of what a pretrained encoder knows of an item, and its
-cosines with it; the leading components, scaled to unit variance, keep the most that a linear map
-can. Training goes on from there.
+A random map to a few dimensions loses most of the information in a pretrained encoder's output,
+cosines included; the leading components, scaled to unit variance, keep as much as a linear map can.
+Training continues from there.
 
-Shapes: S sampled items, E width of the encoder, D content dimension.
+Shapes: S sampled items, E width of the encoder, D content dimension,
+K components.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ITEMS_PER_CALL = 256
 
 @torch.no_grad()
 def start_projections(branch: ContentBranch, store: ContentStore, ranks: Ranks) -> None:
-    """Sets weights and biases from a sample of the items, equal on all ranks. A collective."""
+    """Set weights and biases from a sample of the items, equal on all ranks. A collective."""
     ids = np.sort(store.items.ids)
     sample = ids[np.linspace(0, len(ids) - 1, min(len(ids), SAMPLED_ITEMS)).astype(int)]
     share = np.array_split(sample, ranks.world_size)[ranks.rank]
@@ -41,12 +42,16 @@ def start_projections(branch: ContentBranch, store: ContentStore, ranks: Ranks) 
             projection.weight[: len(weight)] = weight
             projection.bias[: len(bias)] = bias
         for parameter in (projection.weight, projection.bias):
-            # The signs of components are a matter of the processor; rank 0 decides.
+            # The signs of components depend on the processor, so all ranks use those of rank 0.
             dist.broadcast(parameter.data, src=0, group=ranks.group)
 
 
 def _mean_outputs(
-    encoder: Encoder, name: str, ids: np.ndarray, store: ContentStore, ranks: Ranks
+    encoder: Encoder,
+    name: str,
+    ids: np.ndarray,  # [share of S]
+    store: ContentStore,
+    ranks: Ranks,
 ) -> Tensor:  # [S, E], items that have this modality
     parts = [torch.zeros(0, encoder.output_dim, device=ranks.device)]
     for start in range(0, len(ids), ITEMS_PER_CALL):
@@ -60,11 +65,11 @@ def whitening_map(
     outputs: Tensor,  # [S, E]
     dim: int,
 ) -> tuple[Tensor, Tensor]:  # [K, E], [K] with K = min(dim, S, E)
-    """Weight and bias that give the leading principal components mean 0 and variance 1."""
+    """Return weight and bias that give the leading principal components mean 0 and variance 1."""
     center = outputs.mean(dim=0)
     _, singular, directions = torch.linalg.svd(outputs - center, full_matrices=False)
     deviation = singular / len(outputs) ** 0.5
-    # Components without variance are left small instead of blown up.
+    # Components without variance stay small instead of being scaled up.
     deviation = deviation.clamp(min=1e-3 * float(deviation[0]) + 1e-12)
     weight = directions[:dim] / deviation[:dim].unsqueeze(1)
     return weight, -(weight @ center)

@@ -1,4 +1,4 @@
-"""Content vectors that the content branch gives a ranking model.
+"""Content vectors, the content branch's input to a ranking model.
 
 Shapes: B batch, U unique history items, D dimension, M modalities, S sampled negatives.
 """
@@ -19,15 +19,15 @@ class ContentVectors:
     """Content vectors and, for similarities, the mean token of each of the M modalities.
 
     Args:
-        target: [B, D] with gradient into fusion and encoders.
-        history: [U, D] of the batch's `history_items`, after the history map.
-        target_modalities: [B, M, D]; zero where an item lacks one, and M = 0 where
+        target: [B, D], with gradient into fusion and encoders.
+        history: [U, D], vectors of the batch's `history_items` after the history map; None if
+            `read` is given.
+        target_modalities: [B, M, D]; zero where an item lacks a modality, and M = 0 if
             `content.history.similarity_features` is off.
-        history_modalities: [U, M, D], likewise.
-        negatives: [S, D], of the bank and without gradient, where a retrieval model samples them.
+        history_modalities: [U, M, D], likewise; None if `read` is given.
+        negatives: [S, D], from the bank and without gradient; None if no negatives are sampled.
         negative_modalities: [S, M, D], likewise.
-        read: gives `history` and `history_modalities` when they are first asked for, in their
-            place.
+        read: returns `history` and `history_modalities` at the first call of `read_history`.
     """
 
     target: Tensor
@@ -40,10 +40,11 @@ class ContentVectors:
 
     def __post_init__(
         self,
-        history: Tensor | None,
-        history_modalities: Tensor | None,
+        history: Tensor | None,  # [U, D]
+        history_modalities: Tensor | None,  # [U, M, D]
         read: ReadHistory | None,
     ) -> None:
+        """Keep the function that reads the history; it runs once."""
         if read is None:
             assert history is not None and history_modalities is not None
             known = history, history_modalities
@@ -51,10 +52,11 @@ class ContentVectors:
         self._read = functools.cache(read)
 
     def read_history(self) -> tuple[Tensor, Tensor]:  # [U, D], [U, M, D]
-        """Returns the vectors of the history items and their modalities' mean tokens.
+        """Return the vectors of the history items and their modalities' mean tokens.
 
-        A collective: the first call may read a memory bank that is sharded over the ranks, so all
-        ranks call it, or none does, whatever their data. Later calls return the same tensors. The
-        first call may wait for what other ranks have just computed; a ranking model makes it late.
+        A collective: the first call may read a memory bank that is sharded over the ranks, so
+        either all ranks call it or none does, whatever their data. Later calls return the same
+        tensors. The first call may wait for vectors that other ranks have just computed, so a
+        ranking model makes it late.
         """
         return self._read()

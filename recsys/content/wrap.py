@@ -1,7 +1,7 @@
-"""Changes what a module's `forward` does, in place and for all to see.
+"""Wraps a module's `forward` in place, visibly in `print`.
 
-The module's class becomes a subclass of itself with a wrapper in front, as torch's `fully_shard`
-does it: parameters, names in checkpoints, hooks and `isinstance` stay as they are, and
+The module's class becomes a subclass of itself with a wrapper in front, as in torch's
+`fully_shard`: parameters, names in checkpoints, hooks and `isinstance` stay as they are, and
 `print(model)` shows the wrapper, such as `InBfloat16FusionQFormer(...)`.
 
 A model is wrapped in one order, from the inside out:
@@ -24,15 +24,15 @@ from torch import nn
 
 @functools.cache
 def _wrapped_class(wrapper: Any, base: Any) -> Any:
-    """Returns one class for all modules of a class, so that `print` may fold equal ones."""
+    """Return one class for all modules of a class, so that `print` can fold equal modules."""
     return type(base)(f"{wrapper.__name__}{base.__name__}", (wrapper, base), {})
 
 
 def wrap(module: nn.Module, wrapper: type[nn.Module]) -> None:
-    """Puts `wrapper` in front of the module's class.
+    """Put `wrapper` in front of the module's class.
 
     Args:
-        module: not wrapped so yet.
+        module: a module that does not have this wrapper yet.
         wrapper: its `forward(*arguments, **named)` may call `super().forward`; it has no
             `__init__` of its own.
 
@@ -54,7 +54,7 @@ def wrap(module: nn.Module, wrapper: type[nn.Module]) -> None:
 
 
 def unwrap(module: nn.Module, wrapper: type[nn.Module]) -> None:
-    """Takes the outermost wrapper away, which must be `wrapper`."""
+    """Remove the outermost wrapper, which must be `wrapper`."""
     outer, base = type(module).__bases__
     assert outer is wrapper, f"{type(module).__name__} is not wrapped in {wrapper.__name__}"
     module.__class__ = base

@@ -1,1 +1,1 @@
-"""Modality kinds of the package, one file each; `recsys.data.items.kind` says how to add one."""
+"""Modality kinds of the package, one file each; see `recsys.data.items.kind` on how to add one."""

@@ -1,4 +1,7 @@
-"""Kind `feature`: stored vectors, in a column or a .npy file, which are tokens already."""
+"""Kind `feature`: stored vectors in a column or a .npy file, used as tokens directly.
+
+Shapes: n rows of a chunk.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,12 @@ from recsys.data.parquet.values import list_lengths
 
 
 class Feature(ModalityKind):
-    """An entry is a vector, all of one width."""
+    """Stored features: an entry is a vector; all have the same width."""
 
     column_kind = "feature"
 
     def check(self) -> None:
+        """Raise a ValueError if the settings have an encoder or train, which features cannot."""
         if self.modality.encoder or self.modality.module:
             raise ValueError(
                 f"{self.where}: a stored feature takes no encoder; remove it or change `kind`"
@@ -35,10 +39,12 @@ class Feature(ModalityKind):
             )
         super().check()
 
-    def lengths(self, chunk: pa.Array, where: str) -> np.ndarray:
+    def lengths(self, chunk: pa.Array, where: str) -> np.ndarray:  # [n]
+        """Return the number of entries of each row: 1, or 0 for a row without a vector."""
         return feature_tokens(chunk, where)[0]
 
     def write(self, column: ItemColumnReader, folder: Path) -> int:
+        """Write the vectors of a column, or of its .npy file, and return their number."""
         if (found := column.feature_file()) is not None:
             places = column.places_of(*found)
             return write_rows(folder, found[0], places, column.table.num_rows, column.report_file)
@@ -49,7 +55,7 @@ class Feature(ModalityKind):
         return writer.num_entries
 
     def _width(self, column: ItemColumnReader) -> int:
-        """Returns the width of the first feature; the most frequent where bad ones are skipped."""
+        """Return the width of the first feature, or the most frequent one if bad rows are skipped."""
         for chunk, where, _ in column.chunks():
             widths = list_lengths(feature_tokens(chunk, where)[1])
             if len(widths):
@@ -57,5 +63,6 @@ class Feature(ModalityKind):
         raise column.empty()
 
     def encoder(self, entry_shape: tuple[int, ...]) -> Encoder:
+        """Return the encoder that passes the stored features on."""
         (width,) = entry_shape
         return StoredFeatures(width)

@@ -1,7 +1,7 @@
 """Kind `frames`: a video as the list of its frames, encoded images of an item column of kind image.
 
-Of each item `max_images` frames are taken, evenly over its length and in their order. Each is
-encoded by itself, and the tokens of all of them stand one after the other.
+`max_images` frames of each item are used, evenly spaced and in order. Each is encoded by itself,
+and the tokens of all frames are concatenated.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from recsys.content.kinds.image import Image
 
 
 class Frames(Image):
-    """An entry is a frame."""
+    """Videos: an entry is a frame."""
 
     has_several = True
 
     def chosen(self, count: int) -> list[int]:
-        """Returns places in the middle of `max_images` equal parts of the video.
+        """Return the indices in the middle of `max_images` equal parts of the video.
 
         Example::
 
@@ -31,4 +31,5 @@ class Frames(Image):
         return [int(place) for place in (np.arange(most) + 0.5) * count / most]
 
     def which_are_used(self) -> str:
+        """Return a description of the frames used of a long video, for the log."""
         return f"{self.modality.max_images} of each are used, evenly over its length"

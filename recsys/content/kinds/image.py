@@ -1,4 +1,7 @@
-"""Kind `image`: encoded images, one or a list of them per item, decoded to square pixels."""
+"""Kind `image`: encoded images, one or a list of them per item, decoded to square pixels.
+
+Shapes: n rows of a chunk, U unique items, I images per item, S `image_size`.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +33,19 @@ logger = logging.getLogger(__name__)
 
 
 class Image(ModalityKind):
-    """An entry is an image; the first `max_images` of each item."""
+    """Images: an entry is an image; the first `max_images` of each item are used."""
 
     column_kind = "image"
     dtype = "uint8"
 
     def __init__(self, *arguments: Any) -> None:
+        """Keep where and settings, as `ModalityKind` does, and set the shape of an entry."""
         super().__init__(*arguments)
         self.entry_shape = (3, self.modality.image_size, self.modality.image_size)
         self.num_cut = 0  # items with more images
 
     def check(self) -> None:
+        """Raise a ValueError unless the settings name either an encoder or a module."""
         if bool(self.modality.encoder) == bool(self.modality.module):
             raise ValueError(
                 f"{self.where}: an image needs either `encoder` or `module`, and not both"
@@ -48,18 +53,19 @@ class Image(ModalityKind):
 
     @property
     def has_several(self) -> bool:
+        """Whether an item may have several images."""
         return self.modality.max_images > 1
 
     @cached_property
     def pretrained(self) -> PretrainedEncoder | None:
-        """The encoder's checkpoint; None for a `module`."""
+        """Checkpoint of the encoder; None for a `module`."""
         if not self.modality.encoder:
             return None
         return PretrainedEncoder(self.modality.encoder, self.modality.revision, self.where)
 
     @cached_property
     def preparation(self) -> ImagePreparation:
-        """The treatment of images that the checkpoint asks for."""
+        """Preparation of images that the checkpoint requires."""
         if self.pretrained is None:
             return ImagePreparation()
         preparation = self.pretrained.images
@@ -67,13 +73,17 @@ class Image(ModalityKind):
         return preparation
 
     def key(self) -> Any:
+        """Return image size, number of images and preparation."""
         return self.modality.image_size, self.modality.max_images, self.preparation
 
     def chosen(self, count: int) -> list[int]:
-        """Returns which of an item's images are used, in order."""
+        """Return the indices of the images used of an item with `count` images, in order."""
         return list(range(min(count, self.modality.max_images)))
 
-    def entries(self, chunk: pa.Array, where: str, report: Report) -> tuple[np.ndarray, np.ndarray]:
+    def entries(
+        self, chunk: pa.Array, where: str, report: Report
+    ) -> tuple[np.ndarray, np.ndarray]:  # [n], uint8 [sum of them, 3, S, S]
+        """Return the number of images of each row, and the decoded pixels of all rows."""
         size = self.modality.image_size
         lengths, pixels, cut = decoded_images(
             chunk, size, self.chosen, self.preparation, where, report
@@ -81,10 +91,15 @@ class Image(ModalityKind):
         self.num_cut += cut
         return lengths, pixels
 
-    def lengths(self, chunk: pa.Array, where: str) -> np.ndarray:
+    def lengths(self, chunk: pa.Array, where: str) -> np.ndarray:  # [n]
+        """Return the number of images used of each row, without decoding them."""
         return num_images(chunk, where).clip(max=self.modality.max_images)
 
     def write(self, column: ItemColumnReader, folder: Path) -> int:
+        """Write the decoded images of a column and return their number.
+
+        Items with too many images are counted in the log.
+        """
         num_entries, most = super().write(column, folder), self.modality.max_images
         if self.num_cut:
             logger.info(
@@ -94,15 +109,21 @@ class Image(ModalityKind):
         return num_entries
 
     def which_are_used(self) -> str:
-        """Says which images of an item with too many are used."""
+        """Return a description of the images used of an item with too many, for the log."""
         return f"the first {self.modality.max_images} of each are used"
 
-    def as_input(self, values: np.ndarray, mask: np.ndarray) -> ContentInput:
-        if not self.has_several and values.dtype == np.uint8:  # a single one is no list of one
+    def as_input(
+        self,
+        values: np.ndarray,  # uint8 [U, I, 3, S, S], or tokens of the encoder's frozen part
+        mask: np.ndarray,  # [U, I]
+    ) -> ContentInput:
+        """Return padded rows as the encoder takes them: a single image without the dimension I."""
+        if not self.has_several and values.dtype == np.uint8:  # drop the dimension I
             values = values[:, 0]
         return super().as_input(values, mask)
 
     def encoder(self, entry_shape: tuple[int, ...]) -> Encoder:
+        """Return the encoder of the checkpoint or of the module, for one or several images."""
         encoder = self._single()
         return SeveralImages(encoder) if self.has_several else encoder
 
@@ -117,4 +138,5 @@ class Image(ModalityKind):
         return encoder
 
     def preparation_digest(self) -> str:
+        """Return a hash of the preparation of images."""
         return digest_of(self.preparation)

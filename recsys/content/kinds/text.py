@@ -1,4 +1,7 @@
-"""Kind `text`: strings, tokenised as their encoder wants them."""
+"""Kind `text`: strings, tokenised by the tokenizer of their encoder.
+
+Shapes: n rows of a chunk.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,13 @@ from recsys.data.parquet.bad_rows import Report
 
 
 class Text(ModalityKind):
-    """An entry is a token id; at most `max_length` per item."""
+    """Texts: an entry is a token id; an item has at most `max_length` of them."""
 
     column_kind = "text"
     dtype = "int64"
 
     def check(self) -> None:
+        """Raise a ValueError unless the settings name an encoder and no module."""
         if not self.modality.encoder:
             raise ValueError(
                 f"{self.where}: a text needs an `encoder` (hub name, folder or package:NAME)"
@@ -36,15 +40,20 @@ class Text(ModalityKind):
 
     @cached_property
     def pretrained(self) -> PretrainedEncoder:
+        """Checkpoint of the encoder."""
         assert self.modality.encoder is not None
         return PretrainedEncoder(self.modality.encoder, self.modality.revision, self.where)
 
     def key(self) -> Any:
+        """Return the settings and the tokenizer state that determine the token ids."""
         tokenizer = self.pretrained.tokenizer
         state = tokenizer_state(tokenizer)
         return self.modality.max_length, state, self.pretrained.fills_texts
 
-    def entries(self, chunk: pa.Array, where: str, report: Report) -> tuple[np.ndarray, np.ndarray]:
+    def entries(
+        self, chunk: pa.Array, where: str, report: Report
+    ) -> tuple[np.ndarray, np.ndarray]:  # [n], int64 [sum of them]
+        """Return the number of tokens of each row, and the token ids of all rows."""
         texts, pretrained = texts_of(chunk, where, report), self.pretrained
         limit, fills = self.modality.max_length, pretrained.fills_texts
         tokens = tokenize(texts, limit, pretrained.tokenizer, fills)
@@ -52,7 +61,9 @@ class Text(ModalityKind):
         return lengths, np.fromiter(chain.from_iterable(tokens), np.int64)
 
     def encoder(self, entry_shape: tuple[int, ...]) -> Encoder:
+        """Return the text encoder with the checkpoint's weights."""
         return TextTransformer.load(self.pretrained, self.modality, self.where)
 
     def preparation_digest(self) -> str:
+        """Return a hash of the tokenizer and of the padding that it adds."""
         return digest_of(tokenizer_digest(self.pretrained.tokenizer), self.pretrained.fills_texts)
