@@ -1,1 +1,1 @@
-"""Keeps the outputs of frozen encoder layers on disk, one per item, and reuses them."""
+"""Disk cache of the outputs of frozen encoder layers, one entry per item."""

@@ -1,11 +1,13 @@
-"""Outputs of the frozen part of an encoder, computed once per item and kept on disk.
+"""Computes the outputs of an encoder's frozen part once per item and keeps them on disk.
 
 Layers below the lowest trained one give the same output for an item at every step, so they run
-once per item instead of once per step. All ranks share the work; those that see the same folder,
-of one machine or of several, share its files. Each call of the encoder is kept as it is done
-(`parts`), so work that was interrupted goes on where it stopped; then the parts are put
-together in a folder named by a hash of the content, of the frozen weights and of the split, so that
+once per item instead of once per step. All ranks share the work; ranks that see the same folder,
+on one machine or several, share its files. The output of each encoder call is saved when it is
+done (`parts`), so interrupted work continues where it stopped; then the parts are merged
+into a folder named by a hash of the content, of the frozen weights and of the split, so that
 it is never stale.
+
+Shapes: N rows of the store, n rows of a call, D width of the frozen part's output.
 """
 
 from __future__ import annotations
@@ -43,20 +45,29 @@ from recsys.distributed.ranks import Ranks
 logger = logging.getLogger(__name__)
 
 ITEMS_PER_CALL = 64
-SECONDS_UNTIL_VISIBLE = 120  # folders of the network show on other machines with delay
+SECONDS_UNTIL_VISIBLE = 120  # network folders appear on other machines with a delay
 
 
 @torch.no_grad()
 def cache_frozen_outputs(
     store: ContentStore, name: str, encoder: Encoder, ranks: Ranks
 ) -> CacheReport:
-    """Makes or finds the cached outputs of `encoder.frozen` and serves them from `store`.
+    """Fill or reuse the cache of `encoder.frozen` outputs and serve them from `store`.
 
     A collective: all ranks call it. The encoder's frozen layers are dropped afterwards.
 
+    Args:
+        store: content of the items; afterwards it serves the cached outputs.
+        name: the modality.
+        encoder: its encoder.
+        ranks: the ranks that share the work.
+
+    Returns:
+        folder and size of the cache, number of items encoded, seconds.
+
     Raises:
-        ValueError: on every rank, when one cannot read its content.
-        RuntimeError: on every rank, when one fails otherwise. What was done is kept.
+        ValueError: on every rank, if one cannot read its content.
+        RuntimeError: on every rank, if one fails otherwise. Finished work is kept.
     """
     start = time.perf_counter()
     fill = _Fill(store, name, encoder, ranks)
@@ -85,7 +96,7 @@ def _wait_for(folder: Path) -> None:
                 f"{folder}: was made but does not show on this machine; give each machine a folder "
                 "of its own (setting `cache`)"
             )
-        os.listdir(folder.parent)  # makes the network's file system look again
+        os.listdir(folder.parent)  # makes a network file system refresh its listing
         time.sleep(0.1)
 
 
@@ -93,8 +104,8 @@ def _wait_for(folder: Path) -> None:
 class _Plan:
     """The work on one folder, the same on all ranks that share it.
 
-    earlier: where rows already lie; calls: rows of each call of the encoder; todo: indices of the
-    calls that nobody has made yet.
+    earlier: caches with some of the rows; calls: rows [n] of each encoder call; todo: indices of
+    the calls that are not done yet.
     """
 
     earlier: list[EarlierCache]
@@ -103,7 +114,7 @@ class _Plan:
 
 
 class _Fill:
-    """Encodes the items of one modality and puts the cache together."""
+    """Encodes the items of one modality and writes the cache."""
 
     def __init__(self, store: ContentStore, name: str, encoder: Encoder, ranks: Ranks) -> None:
         self.name, self.encoder, self.ranks = name, encoder, ranks
@@ -118,7 +129,7 @@ class _Fill:
         self.encoded = 0
 
     def run(self) -> None:
-        """A collective."""
+        """Encode all missing items and write the cache. A collective."""
         ranks = self.ranks
         self.encoder.to(ranks.device).eval()
         with ranks.raise_on_all_ranks():
@@ -144,9 +155,9 @@ class _Fill:
 
     @contextmanager
     def _unless_another_job_was_faster(self) -> Iterator[None]:
-        """A job that has put the cache together removes the parts, also under the hands of others.
+        """Ignore missing files if another job has finished the cache.
 
-        What they miss then they need no more.
+        That job removes the parts, which this one then no longer needs.
         """
         try:
             yield
@@ -155,7 +166,7 @@ class _Fill:
                 raise
 
     def _mark_machine(self) -> str | None:
-        """A file by which other machines see whether they share the folder."""
+        """Create a file by which other machines detect that they share the folder. A collective."""
         mark = f".machine-{uuid.uuid4().hex}" if self.ranks.is_first_of_machine else None
         with self.ranks.raise_on_all_ranks():
             if mark is not None:
@@ -165,12 +176,12 @@ class _Fill:
         return mark
 
     def _ranks_that_share(self, marks: list[str]) -> list[int]:
-        """The ranks whose folder is this rank's, itself among them."""
+        """Return the ranks that share this rank's folder, including itself. A collective."""
         seen = [mark for mark in marks if (self.parts.folder / mark).exists()]
         return [rank for rank, others in enumerate(self.ranks.gather(seen)) if others == seen]
 
     def _plan(self, sharers: list[int]) -> _Plan:
-        """Returns the work to do, as the first of the sharers sees it. A collective."""
+        """Return the work to do, as the first of the sharers sees it. A collective."""
         names: list[str] | None = None
         todo: list[int] | None = None
         with self.ranks.raise_on_all_ranks():
@@ -187,7 +198,7 @@ class _Fill:
         return _Plan(earlier, calls, todo)
 
     def _calls(self, earlier: list[EarlierCache]) -> list[np.ndarray]:
-        """The rows that no earlier cache has, of like length together."""
+        """Group the rows that no earlier cache has by length; each group [n] is one call."""
         missing = np.zeros(len(self.source), bool)
         missing[self.rows] = True
         for cache in earlier:
@@ -203,7 +214,7 @@ class _Fill:
         whole = set(self.parts.remove_damaged(names))
         return [index for index, name in enumerate(names) if name not in whole]
 
-    def _name_of(self, call: np.ndarray) -> str:
+    def _name_of(self, call: np.ndarray) -> str:  # [n]
         return self.parts.name_of(self.hashes[call])
 
     def _encode_share(self, plan: _Plan, sharers: list[int], failed: Path) -> None:
@@ -212,8 +223,8 @@ class _Fill:
         total, items = (sum(map(len, calls)) for calls in (todo, share))
         if total:
             logger.info(self._announcement(plan, total))
-        # In an order of its own: so several jobs on one folder help each other, and the rate at
-        # any time is that of short and long texts together.
+        # In random order, so that several jobs on one folder share the work and the rate shown
+        # averages over short and long texts.
         np.random.default_rng().shuffle(share)
         progress = FillProgress(self.name, total, items, shown=self.ranks.is_first)
         with closing(progress):
@@ -221,7 +232,7 @@ class _Fill:
                 with self._unless_another_job_was_faster():
                     for call in share:
                         if failed.exists() or self.folder.exists():
-                            return  # another rank fails, or another job has finished all
+                            return  # another rank failed, or another job has finished the cache
                         self._encode(call)
                         progress.add(len(call))
             except Exception:
@@ -239,7 +250,7 @@ class _Fill:
             f"{''.join(f'; {text}' for text in known)}"
         )
 
-    def _encode(self, call: np.ndarray) -> None:
+    def _encode(self, call: np.ndarray) -> None:  # [n]
         name = self._name_of(call)
         if self.parts.holds(name):
             return  # another job was faster
@@ -250,7 +261,7 @@ class _Fill:
         self.encoded += len(call)
 
     def _put_together(self, plan: _Plan) -> None:
-        """The cache, from earlier ones and parts; it appears whole or not at all."""
+        """Write the cache from earlier caches and parts; it appears whole or not at all."""
         with whole_folder(self.folder) as temporary:
             lengths = np.zeros(len(self.source), np.int64)
             for cache in plan.earlier:
@@ -274,7 +285,7 @@ class _Fill:
             )
 
     def _outputs(self, plan: _Plan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(rows, their tokens one after the other), all of the cache."""
+        """Yield rows [n] and their concatenated tokens [sum of lengths, D], for the whole cache."""
         for cache in plan.earlier:
             array = RaggedArray(cache.folder)
             for at in range(0, len(cache.rows), ITEMS_PER_CALL):

@@ -1,4 +1,4 @@
-"""Names the cache of an encoder's frozen part by all that decides on its outputs."""
+"""Names the cache of an encoder's frozen part by everything that determines its outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from recsys.data.items.item_table import digest_of
 
 
 def encoder_key(encoder: Encoder) -> str:
-    """A hash of frozen weights, settings and the shapes they are run in; not of adapters."""
+    """Return a hash of frozen weights, settings and batch shapes; adapters are left out."""
     shapes = (ITEMS_PER_GROUP, SHORT_LENGTHS, encoder.max_length)
     weights = weights_digest(encoder, leave_out=encoder.rewritten)
     return digest_of(weights, encoder.frozen_settings(), shapes)
@@ -27,7 +27,16 @@ def encoder_key(encoder: Encoder) -> str:
 def write_about(
     folder: Path, key: str, content: str, encoder: Encoder, modality: ModalitySettings, **more: Any
 ) -> None:
-    """`about.json`: for people, and for later caches of the same encoder."""
+    """Write `about.json`, for people and for later caches of the same encoder.
+
+    Args:
+        folder: of the cache.
+        key: result of `encoder_key`.
+        content: name of the folder of the encoder's input.
+        encoder: the encoder.
+        modality: its settings.
+        more: further entries.
+    """
     layers = encoder.frozen_layers
     identity = encoder.identity
     about = {

@@ -1,9 +1,11 @@
-"""Keeps a cache in the making: one file per call of the encoder, each whole or absent.
+"""Stores an unfinished cache: one file per encoder call, each complete or absent.
 
-A file gets its name when it is complete, and ends with a checksum, so that neither a process that
-was killed nor a machine that lost power leaves a half-written one that passes for done. Files are
-named by the content of their items: whoever makes one, of whatever job or machine, makes the same,
-and nobody writes into the file of another.
+A file gets its name when it is complete, and ends with a checksum, so that neither a killed process
+nor a power failure leaves a partial file that passes as complete. Files are named by the content of
+their items: any job on any machine writes the same file for the same items, and no process writes
+into another's file.
+
+Shapes: n items of a call, D width of the output.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ CHECKSUM_BYTES = 4
 
 
 class Parts:
-    """The folder of such files.
+    """Folder of the files of finished calls.
 
     Example::
 
@@ -32,27 +34,28 @@ class Parts:
     """
 
     def __init__(self, folder: Path) -> None:
+        """Keep the folder; it need not exist yet."""
         self.folder = folder
 
     @staticmethod
-    def name_of(hashes: np.ndarray) -> str:
-        """The name of a call, from the hashes of its items."""
+    def name_of(hashes: np.ndarray) -> str:  # [n]
+        """Return the name of a call, from the hashes of its items."""
         return digest_of(hashes.tobytes())
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.part"
 
     def holds(self, name: str) -> bool:
-        """Returns whether some process has finished this call."""
+        """Return whether some process has finished this call."""
         return self._path(name).exists()
 
     def write(
         self,
         name: str,
-        lengths: np.ndarray,  # [n] number of tokens of each item
+        lengths: np.ndarray,  # [n], number of tokens of each item
         values: np.ndarray,  # [sum of lengths, D]
     ) -> None:
-        """Keeps the outputs of one call."""
+        """Save the outputs of one call."""
         buffer = BytesIO()
         np.save(buffer, lengths)
         np.save(buffer, values)
@@ -62,7 +65,7 @@ class Parts:
             file.write(_checksum(content))
 
     def read(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(lengths, values) as they were written.
+        """Return (lengths [n], values [sum of lengths, D]) of one call.
 
         Raises:
             ValueError: the file is damaged.
@@ -74,13 +77,13 @@ class Parts:
         buffer = BytesIO(kept)
         return np.load(buffer, allow_pickle=False), np.load(buffer, allow_pickle=False)
 
-    def read_lengths(self, name: str) -> np.ndarray:
-        """The lengths alone."""
+    def read_lengths(self, name: str) -> np.ndarray:  # [n]
+        """Return the lengths of one call, without a check for damage."""
         with open(self._path(name), "rb") as file:
             return np.load(file, allow_pickle=False)
 
     def remove_damaged(self, names: list[str]) -> list[str]:
-        """Reads those of `names` that are there, and returns the ones that were whole."""
+        """Delete the damaged files among `names`, and return the names of the intact ones."""
         whole = []
         for name in names:
             if self.holds(name):

@@ -1,4 +1,4 @@
-"""Shows how far the encoding of items is: a bar, or plain lines where there is no terminal."""
+"""Shows the progress of encoding: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ class FillProgress:
 
     Args:
         name: the modality.
-        total: items of all these ranks.
-        share: items of this rank.
-        shown: whether this rank shows it.
+        total: number of items of all ranks that share the work.
+        share: number of items of this rank.
+        shown: whether this rank shows the progress.
     """
 
     def __init__(self, name: str, total: int, share: int, shown: bool) -> None:
+        """Start the clock and, on a terminal, the bar."""
         self.name, self.total, self.share, self.shown = name, total, share, shown
         self.done = 0
         self._start = self._last_line = time.monotonic()
@@ -32,7 +33,7 @@ class FillProgress:
             self._bar = tqdm(total=total, desc=name, unit=" items", unit_scale=True)
 
     def add(self, items: int) -> None:
-        """Some more items of this rank are done."""
+        """Count `items` more items of this rank as done."""
         self.done += items
         if self._bar is not None:
             self._bar.update(self._done_by_all() - self._bar.n)
@@ -41,11 +42,11 @@ class FillProgress:
             logger.info(self.line(self._last_line - self._start))
 
     def _done_by_all(self) -> int:
-        # Ranks take equal shares and tell each other nothing meanwhile.
+        # Ranks have equal shares and do not communicate while they encode.
         return round(self.total * self.done / max(self.share, 1))
 
     def line(self, seconds: float) -> str:
-        """Count, rate and time left, after so many seconds."""
+        """Return count, rate and time left, after `seconds` of work."""
         done = self._done_by_all()
         rate = done / max(seconds, 1e-9)
         left = round((self.total - done) / rate) if rate else 0
@@ -55,6 +56,6 @@ class FillProgress:
         )
 
     def close(self) -> None:
-        """Ends the bar."""
+        """End the bar."""
         if self._bar is not None:
             self._bar.close()

@@ -1,7 +1,9 @@
-"""Outputs that an earlier cache of the same frozen layers already holds, found by item content.
+"""Reuses outputs of earlier caches of the same frozen layers, matched by item content.
 
-When a few items of a catalogue change, the cache gets another name, since it is named by all of
-its content; but only the changed items need the encoder. Each cache keeps a hash per item for it.
+A cache is named by all of its content, so a few changed items of a catalogue give it another name;
+but only the changed items need the encoder. Each cache keeps a hash per item for this.
+
+Shapes: n rows to hash or to reuse, N rows of the new cache.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from recsys.data.items.ragged_array import RaggedArray
 
 HASHES = "hashes.npy"
 ABOUT = "about.json"
-HASH_TYPE = "S16"  # an item without content has the empty one
+HASH_TYPE = "S16"  # empty for an item without content
 ROWS_PER_READ = 256
 
 
@@ -25,7 +27,7 @@ def row_hashes(
     array: RaggedArray,
     rows: np.ndarray,  # [n]
 ) -> np.ndarray:  # [n]
-    """A hash of the content of each row."""
+    """Return a hash of the content of each row."""
     hashes = np.zeros(len(rows), HASH_TYPE)
     for start in range(0, len(rows), ROWS_PER_READ):
         chunk = rows[start : start + ROWS_PER_READ]
@@ -38,9 +40,9 @@ def row_hashes(
 
 @dataclass
 class EarlierCache:
-    """A finished cache and where in it some rows of the new one are found.
+    """A finished cache that holds some rows of the new one.
 
-    rows: of the new cache; places: rows of the earlier one with the same content.
+    rows: [n], rows of the new cache; places: [n], rows of the earlier one with the same content.
     """
 
     folder: Path
@@ -49,7 +51,7 @@ class EarlierCache:
 
 
 def caches_of(cache: Path, encoder_key: str) -> list[str]:
-    """Names of the usable caches of an encoder, the newest first."""
+    """Return the names of the usable caches of an encoder, the newest first."""
     found = []
     for about in cache.glob(f"frozen-*/{ABOUT}"):
         try:
@@ -58,16 +60,16 @@ def caches_of(cache: Path, encoder_key: str) -> list[str]:
                 if len(hashes) == len(RaggedArray(about.parent)) > 0:
                     found.append((about.stat().st_mtime_ns, about.parent.name))
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged, or being removed: to encode again is always right
+            continue  # damaged, or being removed: encoding again is always correct
     return [name for _, name in sorted(found, reverse=True)]
 
 
 def find_in(
     cache: Path,
     names: list[str],
-    hashes: np.ndarray,  # [N], of all rows of the new cache
+    hashes: np.ndarray,  # [N]
 ) -> list[EarlierCache]:
-    """Returns where rows of the new cache lie in earlier ones; each row at most once."""
+    """Return which rows of the new cache earlier ones hold; each row at most once."""
     found = []
     missing = np.flatnonzero(hashes != b"")
     for name in names:

@@ -2,7 +2,7 @@
 
 A linear map `W x` becomes `W x + scale · B A x` with A [rank, in] and B [out, rank] trained and W
 frozen; scale is alpha / rank, with rsLoRA (arXiv 2312.03732) alpha / sqrt(rank). DoRA (arXiv
-2402.09353) trains the length of each row of the sum apart, as a magnitude vector.
+2402.09353) trains the norm of each row of the sum separately, as a magnitude vector.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ from torch import nn
 from recsys.config import LoraSettings
 
 ALL_LINEAR = "all-linear"
-# They take a part of the base weights into the adapter, so that these are no longer those of the
-# checkpoint of the encoder.
+# These move a part of the base weights into the adapter, so that the base weights differ from those
+# of the encoder's checkpoint.
 REWRITING = ("pissa", "olora")
 
 
 def adapted_layers(lora: LoraSettings, num_layers: int, where: str) -> range:
-    """Indices of the layers that get adapters.
+    """Return the indices of the layers that get adapters.
+
+    Args:
+        lora: the adapters' settings.
+        num_layers: number of layers of the encoder.
+        where: the setting, for messages.
 
     Raises:
         ValueError: the model has no such layers.
@@ -44,10 +49,15 @@ def adapted_layers(lora: LoraSettings, num_layers: int, where: str) -> range:
 
 
 def add_lora(layers: Sequence[nn.Module], lora: LoraSettings, where: str) -> None:
-    """Puts adapters into each of the layers.
+    """Add adapters to each of the layers.
+
+    Args:
+        layers: layers of one type.
+        lora: the adapters' settings.
+        where: the setting, for messages.
 
     Raises:
-        ValueError: a target fits no linear map, or peft refuses the settings.
+        ValueError: a target matches no linear map, or peft rejects the settings.
     """
     linear = [name for name, part in layers[0].named_modules() if isinstance(part, nn.Linear)]
     if lora.rank < 1 or not lora.targets:
@@ -61,8 +71,7 @@ def add_lora(layers: Sequence[nn.Module], lora: LoraSettings, where: str) -> Non
                 f"{where}.lora.targets: '{target}' fits no linear layer of "
                 f"{type(layers[0]).__name__}; choose from {linear}, or {ALL_LINEAR}"
             )
-    # Into each layer by itself: peft's choice of layers by index depends on what the model calls
-    # its stack.
+    # Layer by layer: peft's selection of layers by index depends on the name of the model's stack.
     for layer in layers:
         names = [name for name, part in layer.named_modules() if isinstance(part, nn.Linear)]
         try:
@@ -81,5 +90,5 @@ def add_lora(layers: Sequence[nn.Module], lora: LoraSettings, where: str) -> Non
 
 
 def rewrites_base(lora: LoraSettings) -> bool:
-    """Returns whether the adapters' initialisation changes the weights they stand beside."""
+    """Return whether the initialisation of the adapters changes the base weights."""
     return str(lora.init_lora_weights).startswith(REWRITING)

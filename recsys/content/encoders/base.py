@@ -1,8 +1,8 @@
-"""The interface of all encoders: content of the unique items -> tokens for the fusion.
+"""The interface of all encoders, which map the content of unique items to tokens for the fusion.
 
 Every encoder splits into a frozen part, `frozen(input)`, which gives the same output for an item
-at every step and may therefore be cached on disk, and `forward(input)`, which runs what is left.
-A fully frozen encoder is frozen altogether and a fully trained one not at all.
+at every step and may therefore be cached on disk, and `forward(input)`, which runs the other
+layers. For a frozen encoder `forward` is the identity; for a fully trained one `frozen` is.
 
 Shapes: U unique items, T tokens, D width of the encoder.
 """
@@ -24,10 +24,10 @@ from recsys.data.items.images import ImagePreparation
 
 @dataclass(frozen=True)
 class CacheReport:
-    """Says where the outputs of a frozen part are and how they were obtained.
+    """Report on the cache of a frozen part.
 
-    items: that have content; encoded: of these, by all ranks in this job;
-    seconds: of looking up, encoding and putting together.
+    folder, num_bytes: location and size; items: number of items with content; encoded: number of
+    items encoded by all ranks in this job; seconds: time to look up, encode and write.
     """
 
     folder: Path
@@ -42,15 +42,15 @@ class Encoder(nn.Module):
 
     Attributes:
         output_dim: D of the tokens.
-        frozen_dim: D of what `frozen` gives.
-        frozen_tokens: how many tokens `frozen` gives for one image.
-        caches: whether `frozen` is worth caching, that is, whether it does anything.
-        is_cached: batches already carry the outputs of `frozen`.
-        cache_report: of that cache, if any.
-        max_length: the most tokens a text may have; 1 for images.
-        identity: where its weights are from; None where it has none.
-        rewritten: names of frozen parameters that are no longer those it was loaded with.
-        notes: what its user should know, each a sentence.
+        frozen_dim: D of the outputs of `frozen`.
+        frozen_tokens: number of tokens that `frozen` returns for one image.
+        caches: whether `frozen` computes anything, so that caching pays.
+        is_cached: whether batches already carry the outputs of `frozen`.
+        cache_report: report on that cache, if any.
+        max_length: maximum number of tokens of a text; 1 for images.
+        identity: origin of its weights; None if it has none.
+        rewritten: names of frozen parameters that differ from the loaded ones.
+        notes: sentences for the user.
     """
 
     output_dim: int
@@ -62,6 +62,7 @@ class Encoder(nn.Module):
     identity: EncoderIdentity | None = None
 
     def __init__(self) -> None:
+        """Create the empty notes; subclasses set `output_dim` and `caches`."""
         super().__init__()
         self.rewritten: set[str] = set()
         self.notes: list[str] = []
@@ -69,6 +70,7 @@ class Encoder(nn.Module):
 
     @property
     def frozen_dim(self) -> int:
+        """Width of the outputs of `frozen`; default: `output_dim`."""
         return self.output_dim if self._frozen_dim is None else self._frozen_dim
 
     @frozen_dim.setter
@@ -77,39 +79,39 @@ class Encoder(nn.Module):
 
     @property
     def trained_parts(self) -> list[nn.Module]:
-        """The modules that gradients pass, which run in every step."""
+        """Modules that gradients pass and that run in every step."""
         return []
 
     @property
     def frozen_layers(self) -> str:
-        """The layers that `frozen` runs, in words."""
+        """Description of the layers that `frozen` runs."""
         return "all"
 
     def frozen_settings(self) -> Any:
-        """Returns all that decides on the outputs of `frozen` besides the weights; printable."""
+        """Return all settings that determine the outputs of `frozen`, in printable form."""
         return None
 
     def encode(self, content: ContentInput) -> ContentInput:
-        """Both parts: content of a batch -> tokens [U, T, D] and their mask [U, T]."""
+        """Run both parts: content of a batch -> tokens [U, T, D] and their mask [U, T]."""
         if self.caches and not self.is_cached:
             content = self.frozen_outputs(content)
         return cast(ContentInput, self(content))
 
     @torch.no_grad()
     def frozen_outputs(self, content: ContentInput) -> ContentInput:
-        """The outputs of `frozen`, for each item the same bits whatever it is batched with."""
+        """Return the outputs of `frozen` [U, T, D]; an item's bits do not depend on its batch."""
         return run_in_groups(self.frozen, content, self.max_length, self.frozen_dim)
 
     def drop_frozen_layers(self) -> None:
-        """Frees what `frozen` needs, once its outputs come from a cache."""
+        """Free the layers that `frozen` needs, once its outputs come from a cache."""
         self.is_cached = True
 
     def frozen(self, content: ContentInput) -> ContentInput:
-        """The part that never changes; the identity where there is none."""
+        """Run the frozen part, whose output never changes; the identity if there is none."""
         return content
 
     def forward(self, content: ContentInput) -> ContentInput:
-        """Runs the layers above `frozen` and returns tokens [U, T, D] and their mask [U, T]."""
+        """Run the layers above `frozen` and return tokens [U, T, D] and their mask [U, T]."""
         raise TypeError(f"{type(self).__name__} defines no forward")
 
 
@@ -117,7 +119,7 @@ def normalize_pixels(
     pixels: Tensor,  # uint8 [U, 3, H, W]
     preparation: ImagePreparation,
 ) -> Tensor:  # float32 [U, 3, H, W]
-    """Pixels as the encoder expects them."""
+    """Return the pixels normalised as the encoder expects."""
     mean = torch.tensor(preparation.mean, device=pixels.device).view(1, 3, 1, 1)
     std = torch.tensor(preparation.std, device=pixels.device).view(1, 3, 1, 1)
     return (pixels.float() / 255 - mean) / std

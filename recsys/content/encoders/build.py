@@ -21,14 +21,14 @@ __all__ = [
 
 
 def encoder_of(kind: ModalityKind, entry_shape: tuple[int, ...] = ()) -> Encoder:
-    """Returns the encoder that a kind makes, with its identity complete.
+    """Return the encoder of a modality kind, with its identity complete.
 
     Args:
-        kind: of the modality; what it knows of the checkpoint is used, not read again.
-        entry_shape: of the items' entries in the cache.
+        kind: kind of the modality; a checkpoint that it has read is not read again.
+        entry_shape: shape of the items' entries in the cache.
 
     Raises:
-        ValueError: it cannot be loaded, does not fit its settings, or is no `Encoder`.
+        ValueError: the encoder cannot be loaded, does not fit its settings, or is no `Encoder`.
     """
     encoder = kind.encoder(entry_shape)
     if not isinstance(encoder, Encoder):
@@ -42,15 +42,15 @@ def encoder_of(kind: ModalityKind, entry_shape: tuple[int, ...] = ()) -> Encoder
 
 
 def build_encoder(name: str, modality: ModalitySettings, feature_dim: int | None = None) -> Encoder:
-    """Returns the encoder of one modality, to be looked at without its items.
+    """Return the encoder of one modality without its items, for inspection.
 
     Args:
         name: the modality, for messages.
         modality: its settings.
-        feature_dim: width of the stored features, of kind `feature`.
+        feature_dim: width of the stored features, for kind `feature`.
 
     Raises:
-        ValueError: it cannot be loaded, or does not fit its settings.
+        ValueError: the encoder cannot be loaded, or does not fit its settings.
     """
     kind = make_kind(f"content.modalities.{name}", modality)
     encoder = kind.encoder(kind.entry_shape if feature_dim is None else (feature_dim,))

@@ -1,10 +1,10 @@
-"""The frozen part of an encoder, run so that an item's output is the same in every batch.
+"""Runs the frozen part of an encoder so that an item's output is the same in every batch.
 
-Floating-point sums depend on the shape of what is computed together: the padded length of a text
-and the number of items decide on the kernel, and the same item in another batch comes out up to
-1e-5 away. So the frozen part always runs in groups of one size, each text padded to a length
-that follows from its own. The output of an item then does not depend on its neighbours, on their
-order or on the number of threads, and what is cached is to the last bit what a step would compute
+Floating-point sums depend on the shape of the whole computation: the padded length of a text and
+the number of items determine the kernel, and the same item in another batch differs by up to
+1e-5. So the frozen part always runs in groups of one size, each text padded to a length that
+depends on its own length alone. The output of an item then does not depend on the other items, on
+their order or on the number of threads, and cached outputs equal to the last bit those of a step
 on the same kind of processor.
 
 Shapes: U unique items, G items of a group, T tokens, D width of the encoder.
@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from recsys.data.batch import ContentInput
 
 ITEMS_PER_GROUP = 32
-# 8 and its small multiples, then half as far again and twice as far: 48, 64, 96, 128 ...
+# Small multiples of 8; after these 48, 64, 96, 128 ...
 SHORT_LENGTHS = (8, 16, 24, 32)
 
 
@@ -29,7 +29,7 @@ def padded_lengths(
     lengths: Tensor,  # [U]
     longest: int,
 ) -> Tensor:  # [U]
-    """The length each text is padded to, never more than `longest`, which the encoder can read."""
+    """Return the length that each text is padded to, at most `longest`, the encoder's limit."""
     steps = [length for length in SHORT_LENGTHS if length < longest]
     power = 2 * SHORT_LENGTHS[-1]
     while power * 3 // 4 < longest:
@@ -40,17 +40,17 @@ def padded_lengths(
     return torch.tensor(steps)[places]
 
 
-@torch.compiler.disable  # a compiled part would give other bits than the cache holds
+@torch.compiler.disable  # a compiled part would differ from the cache in the last bits
 def run_in_groups(
     run: Callable[[ContentInput], ContentInput], content: ContentInput, longest: int, width: int
 ) -> ContentInput:
-    """`run` on the items of `content`, each with the output it has in any batch.
+    """Run `run` on the items of `content`; each item has the same output in any batch.
 
     Args:
-        run: the frozen part; gets G items at a time, all of which have content.
+        run: the frozen part; called with G items at a time, all of which have content.
         content: token ids [U, T] or pixels [U, 3, H, W], and their mask.
-        longest: the most tokens a text may have.
-        width: D of what `run` gives.
+        longest: maximum number of tokens of a text.
+        width: D of the outputs of `run`.
 
     Returns:
         Tokens [U, T, D], zero where the mask [U, T] is False; T is the longest of them, at least 1.
@@ -67,8 +67,12 @@ def run_in_groups(
     return _together(outputs, content.mask, width)
 
 
-def _group(content: ContentInput, items: Tensor, length: int | None) -> ContentInput:
-    """G items: those asked for, the last of them repeated; texts padded to `length`."""
+def _group(
+    content: ContentInput,
+    items: Tensor,  # [at most G]
+    length: int | None,  # of the padded texts; None for images
+) -> ContentInput:
+    """Return G items: the given ones, the last repeated as often as needed; texts padded."""
     missing = ITEMS_PER_GROUP - len(items)
     items = torch.cat([items, items[-1:].expand(missing)]).to(content.mask.device)
     values, mask = content.values[items], content.mask[items]
@@ -88,7 +92,7 @@ def _together(
     mask: Tensor,  # [U, T] of the input
     width: int,
 ) -> ContentInput:
-    """The groups' outputs in the order of the items, padded with zeros as a gathered cache is."""
+    """Return the groups' outputs in the order of the items, padded with zeros like a cache's."""
     counts = [int(output.mask.sum(dim=1).max()) for _, output in outputs]
     longest = max([1, *counts])
     values = torch.zeros(len(mask), longest, width, device=mask.device)

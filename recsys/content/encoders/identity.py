@@ -1,8 +1,8 @@
 """Identifies the encoders that a run was trained with: revision, weights, treatment of input.
 
-Frozen weights are in no checkpoint, so a run is only what it was as long as its encoders are. A
-run's folder keeps their identities (`encoders.json`), and going on or predicting with others is
-refused.
+Frozen weights are in no checkpoint, so a run can only be reproduced with the same encoders. A run's
+folder keeps their identities (`encoders.json`); resuming or predicting with other encoders raises
+an error.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch import nn
 from recsys.data.items.item_table import digest_of
 
 FILE = "encoders.json"
-# What tokenizers tell apart: case, accents, scripts, numbers, punctuation, unknown signs.
+# Covers the differences between tokenizers: case, accents, scripts, numbers, punctuation, emoji.
 SAMPLE_TEXT = "The quick Brown fox, naïve café №1234! 你好 Привет 🙂 re-use\tend."
 
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """An encoder as it was loaded.
+    """Identity of an encoder when it was loaded.
 
     Attributes:
-        name: as the configuration has it.
-        revision: commit of the hub repository; None where it does not come from the hub.
-        weights: a hash of all of them.
-        preparation: a hash of the tokenizer, or of what is done to pixels; empty for an encoder
-            that is only looked at.
+        name: its name in the configuration.
+        revision: commit of the hub repository; None if it does not come from the hub.
+        weights: a hash of all weights.
+        preparation: a hash of the tokenizer, or of the treatment of pixels; empty for an encoder
+            that was built for inspection only.
     """
 
     name: str
@@ -41,33 +41,37 @@ class EncoderIdentity:
 
 
 def weights_digest(module: nn.Module, leave_out: Container[str] = ()) -> str:
-    """A hash of all weights but those of adapters, which start anew in each run."""
+    """Return a hash of all weights but those of adapters, which each run initialises anew."""
     parts: list[Any] = []
     for name, tensor in module.state_dict().items():
         if "lora_" not in name and name not in leave_out:
-            # A frozen layer is called base_layer once an adapter stands beside it.
+            # peft renames a frozen layer to base_layer when it adds an adapter.
             values = tensor.detach().cpu().contiguous()
             parts += [name.replace(".base_layer", ""), memoryview(values.numpy().tobytes())]
     return digest_of(*parts)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """A hash of what a tokenizer does, whatever version of its library wrote its files."""
+    """Return a hash of a tokenizer's behaviour, independent of its library's version."""
     ids = tokenizer(SAMPLE_TEXT)["input_ids"]
     return digest_of(sorted(tokenizer.get_vocab().items()), ids)
 
 
 def write_identities(identities: dict[str, EncoderIdentity], run: Path) -> None:
-    """Keeps the identities of a run's encoders, by modality."""
+    """Write the identities of a run's encoders, by modality, to its folder."""
     plain = {name: asdict(identity) for name, identity in identities.items()}
     (run / FILE).write_text(json.dumps(plain, indent=1) + "\n")
 
 
 def check_identities(identities: dict[str, EncoderIdentity], run: Path) -> None:
-    """Refuses encoders that are not those of the run.
+    """Check that encoders are those that the run was trained with.
+
+    Args:
+        identities: identities of the present encoders, by modality.
+        run: folder of the run.
 
     Raises:
-        ValueError: names the modality, what differs and both revisions.
+        ValueError: they differ; the message names the modality, the difference and both revisions.
     """
     file = run / FILE
     if not file.is_file():

@@ -1,6 +1,6 @@
 """A `transformers` model over pixels.
 
-Shapes: U unique items, T tokens, D width of the encoder.
+Shapes: U unique items, T tokens, D width of the encoder, H and W pixels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from recsys.data.items.images import ImagePreparation
 
 
 class ImageTransformer(TransformerEncoder):
-    """A vision model, or the vision tower of a dual encoder: [U, 3, H, W] -> [U, T or 1, D]."""
+    """Vision model, or vision tower of a dual encoder: [U, 3, H, W] -> [U, T or 1, D]."""
 
     is_text = False
     tower_name, projection_name = "vision_model", "visual_projection"
@@ -41,21 +41,25 @@ class ImageTransformer(TransformerEncoder):
         return super()._refusal(error, where)
 
     def _sample(self) -> tuple[Tensor, Tensor]:
-        """One image."""
+        """Return one image [1, 3, H, W] and its mask [1, 1]."""
         device, size = self.model.device, self.image_size
         pixels = torch.arange(3 * size * size, device=device).view(1, 3, size, size)
         return pixels.to(torch.uint8), torch.ones(1, 1, dtype=torch.bool, device=device)
 
-    def _run(self, values: Tensor, mask: Tensor) -> Any:
+    def _run(
+        self,
+        values: Tensor,  # uint8 [U, 3, H, W]
+        mask: Tensor,  # [U, 1]
+    ) -> Any:
         return self.model(pixel_values=normalize_pixels(values, self.pixels))
 
-    def _run_above_cut(self, mask: Tensor) -> Any:
+    def _run_above_cut(self, mask: Tensor) -> Any:  # [U, T]
         shape = (len(mask), 3, self.image_size, self.image_size)
         return self.model(pixel_values=torch.zeros((), device=mask.device).expand(shape))
 
-    def _token_mask(self, mask: Tensor, length: int) -> Tensor:
+    def _token_mask(self, mask: Tensor, length: int) -> Tensor:  # [U, T] -> [U, length]
         return mask[:, :1].expand(-1, length)
 
-    def _all_tokens(self, hidden: Tensor) -> Tensor:
-        """Pads, as the padding of a batch without any image is one token."""
+    def _all_tokens(self, hidden: Tensor) -> Tensor:  # [U, 1 or T, D] -> [U, T, D]
+        """Pad to `frozen_tokens`: a batch without any image is padded to one token only."""
         return pad(hidden, (0, 0, 0, self.frozen_tokens - hidden.shape[1]))

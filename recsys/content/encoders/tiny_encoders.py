@@ -1,6 +1,6 @@
 """Tiny encoders with random weights, `random:bert` and the like, for tests and dry runs.
 
-They run the very code paths of pretrained ones in milliseconds and need no files. Their weights
+They run the same code as pretrained encoders in milliseconds and need no files. Their weights
 come from a fixed seed, since frozen weights are not stored in checkpoints.
 """
 
@@ -42,12 +42,12 @@ def _vocabulary() -> dict[str, int]:
 
 
 def tiny_tokenizer() -> Any:
-    """WordPiece over single characters."""
+    """Return a WordPiece tokenizer over single characters."""
     return BertTokenizer(vocab=_vocabulary(), do_lower_case=True)
 
 
 def tiny_model(name: str, where: str) -> nn.Module:
-    """One of `NAMES`; clip and siglip are dual encoders.
+    """Return one of the models `NAMES`; clip and siglip are dual encoders.
 
     Raises:
         ValueError: any other name.

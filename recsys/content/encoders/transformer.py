@@ -1,8 +1,9 @@
 """TransformerEncoder: any `transformers` text or vision model, frozen, with adapters or trained.
 
-Adapters (LoRA) sit in some of its layers. All that lies below the lowest of them is frozen and
-gives an item the same hidden states at every step, which may be cached (`recsys.content.cache`),
-if the model can be cut there (`layer_split`). If not, it runs whole in every step, and says so.
+Adapters (LoRA) are in some of its layers. All layers below the lowest of them are frozen and
+give an item the same hidden states at every step, which may be cached (`recsys.content.cache`),
+if the model can be cut there (`layer_split`). If not, it runs whole in every step, and a note says
+so.
 
 Shapes: U unique items, T tokens, D width of the encoder.
 """
@@ -28,32 +29,33 @@ from recsys.data.items.images import ImagePreparation
 
 
 class Recomputed(nn.Module):
-    """Wraps a layer: its activations are computed again in the backward instead of kept."""
+    """Wrapper of a layer whose activations are recomputed in the backward instead of kept."""
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
+        """Run the layer under `checkpoint`."""
         return checkpoint(super().forward, *arguments, use_reentrant=False, **named)
 
 
 class TransformerEncoder(Encoder):
     """A transformers model, run from the lowest layer that trains.
 
-    `TextTransformer` and `ImageTransformer` say what goes in and which tokens come out.
+    `TextTransformer` and `ImageTransformer` define its inputs and tokens.
 
     Args:
-        model: it gives `last_hidden_state` for `input_ids` or `pixel_values`.
+        model: it returns `last_hidden_state` for `input_ids` or `pixel_values`.
         modality: `training`, `lora`, `pooling`, sizes and `activation_checkpointing` are read.
         where: the setting, for messages.
-        projection: of the model's pooled output, for pooling `projected`; None: that output itself.
-        pixels: how they are normalised; None for texts.
+        projection: map of the model's pooled output, for pooling `projected`; None: the identity.
+        pixels: normalisation of pixels; None for texts.
 
     Raises:
-        ValueError: the model cannot be run, LoRA finds not all of its layers and targets, or the
+        ValueError: the model cannot be run, some layers or targets of LoRA do not exist, or the
             inputs are larger than it can read.
     """
 
     is_text: bool
-    tower_name: str  # of the part of a dual encoder that reads this input
-    projection_name: str  # of the map from its pooled output into the space both parts share
+    tower_name: str  # the part of a dual encoder that reads this input
+    projection_name: str  # the map of its pooled output to the space of both parts
 
     def __init__(
         self,
@@ -63,6 +65,7 @@ class TransformerEncoder(Encoder):
         projection: nn.Module | None = None,
         pixels: ImagePreparation | None = None,
     ) -> None:
+        """Try the model out, then freeze it, cut it and add adapters, as `training` sets."""
         super().__init__()
         self.model: Any = model
         self.config: Any = model.config
@@ -99,17 +102,19 @@ class TransformerEncoder(Encoder):
         where: str,
         pixels: ImagePreparation | None = None,
     ) -> Self:
-        """Returns the encoder with its weights and, unless these are on meta, its identity.
+        """Return the encoder with its weights and, unless these are on meta, its identity.
 
         A checkpoint of a dual encoder, such as CLIP or SigLIP, serves two modalities: kind `text`
-        takes the text tower, kind `image` the vision tower. With pooling `projected` both give
+        uses the text tower, kind `image` the vision tower. With pooling `projected` both give
         vectors of one space, in which an image lies near the texts that describe it: CLIP maps each
         tower's pooled output there (arXiv 2103.00020), SigLIP's pooled outputs lie there (arXiv
         2303.15343).
 
         Args:
             pretrained: the checkpoint.
-            modality, where, pixels: as for the encoder itself.
+            modality: settings, as for the class.
+            where: the setting, for messages.
+            pixels: normalisation of pixels; None for texts.
 
         Raises:
             ValueError: it cannot be loaded, or does not fit its settings.
@@ -120,7 +125,7 @@ class TransformerEncoder(Encoder):
             projection, tower = getattr(tower, cls.projection_name, None), part
         identity = None
         if torch.get_default_device().type != "meta":
-            # Before adapters stand beside its weights.
+            # Computed before adapters are added to its weights.
             parts = [part for part in (tower, projection) if isinstance(part, nn.Module)]
             weights = weights_digest(nn.ModuleList(parts))
             identity = EncoderIdentity(pretrained.name, pretrained.commit, weights)
@@ -135,22 +140,25 @@ class TransformerEncoder(Encoder):
 
     @property
     def trained_parts(self) -> list[nn.Module]:
+        """Layers that are trained or have adapters, or lie above one."""
         return self._layers[self.first_trained :]
 
     @property
     def frozen_layers(self) -> str:
+        """Description of the layers that `frozen` runs."""
         if self.training_mode == "lora":
             return f"embeddings and the lowest {self.first_trained}"
         return "all"
 
     def frozen_settings(self) -> Any:
+        """Return the settings and the architecture that determine the frozen outputs."""
         config = self.config.to_dict()
         for key in ("_name_or_path", "transformers_version"):
             config.pop(key, None)
         return self.first_trained, self.training_mode, self.pooling, config, self.pixels
 
     def _try_out(self, where: str) -> None:
-        """Runs the model once: its sizes, where it can be cut, which of its weights have an effect.
+        """Run the model once: learn its sizes, its cut and which of its weights have an effect.
 
         Raises:
             ValueError: it cannot be run.
@@ -161,7 +169,7 @@ class TransformerEncoder(Encoder):
             values, mask = self._sample()
             output = self._run(values, mask)
             tokens = self._finish(output, mask).values
-        # What a model cannot do surfaces as whatever its code stumbles over.
+        # A model that cannot read the sample may raise any exception.
         except Exception as error:
             raise ValueError(self._refusal(error, where)) from error
         self.output_dim = tokens.shape[-1]
@@ -179,15 +187,15 @@ class TransformerEncoder(Encoder):
         model, cause = type(self.model).__name__, f"{type(error).__name__}: {error}"
         return f"{where}.encoder: {model} cannot be run on {self._what_it_reads()} ({cause}); {fix}"
 
-    def _freeze_what_has_no_effect(self, tokens: Tensor) -> None:
-        """Weights that no loss reaches (mask tokens, norms of outputs that nobody reads)."""
+    def _freeze_what_has_no_effect(self, tokens: Tensor) -> None:  # [U, T, D]
+        """Freeze weights that no loss reaches (mask tokens, norms of outputs that are not read)."""
         weights = [part for part in self.parameters() if part.requires_grad]
         gradients = torch.autograd.grad(tokens.sum(), weights, allow_unused=True)
         for part, gradient in zip(weights, gradients, strict=True):
             part.requires_grad_(gradient is not None)
 
     @torch.no_grad()
-    def _try_split(self, values: Tensor, mask: Tensor, where: str) -> None:
+    def _try_split(self, values: Tensor, mask: Tensor, where: str) -> None:  # values: see `_run`
         def tokens(output: Any) -> Tensor:
             finished = self._finish(output, mask)
             return finished.values.masked_fill(~finished.mask.unsqueeze(-1), 0)
@@ -208,7 +216,7 @@ class TransformerEncoder(Encoder):
         self.frozen_dim, self.frozen_tokens = hidden.shape[-1], hidden.shape[1]
 
     def train(self, mode: bool = True) -> TransformerEncoder:
-        """Adapted layers alone: what is frozen gives one output per item, whatever it drops."""
+        """Set the mode of trained layers; frozen ones stay in eval mode, without dropout."""
         super().train(mode)
         if self.training_mode != "full":
             self.model.eval()
@@ -217,7 +225,7 @@ class TransformerEncoder(Encoder):
         return self
 
     def drop_frozen_layers(self) -> None:
-        """Frees the weights whose outputs come from a cache; parameter names stay."""
+        """Free the weights whose outputs come from a cache; parameter names stay."""
         super().drop_frozen_layers()
         if self.split is not None:
             self.split.drop()
@@ -225,10 +233,10 @@ class TransformerEncoder(Encoder):
             for parameter in self.parameters():
                 parameter.data = parameter.data.new_empty(0)
 
-    def _finish(self, output: Any, mask: Tensor) -> ContentInput:
-        """The model's output -> tokens for the fusion."""
+    def _finish(self, output: Any, mask: Tensor) -> ContentInput:  # mask [U, T]
+        """Return the tokens [U, T or 1, D] for the fusion, from the model's output."""
         hidden = output.last_hidden_state
-        if hidden.dim() == 4:  # the map of a convolutional network
+        if hidden.dim() == 4:  # the feature map of a convolutional network
             hidden = hidden.flatten(2).transpose(1, 2)
         mask = self._token_mask(mask, hidden.shape[1])
         if self.pooling != "projected":
@@ -240,7 +248,7 @@ class TransformerEncoder(Encoder):
         return ContentInput(token.unsqueeze(1), mask.any(dim=1, keepdim=True))
 
     def frozen(self, content: ContentInput) -> ContentInput:
-        """All of a frozen model; of an adapted one what lies below the cut."""
+        """Run all of a frozen model, or the layers below the cut of an adapted one."""
         if self.training_mode == "frozen":
             return self._finish(self._run(content.values, content.mask), content.mask)
         if self.split is None:
@@ -249,39 +257,40 @@ class TransformerEncoder(Encoder):
         return ContentInput(hidden, content.mask.expand(-1, hidden.shape[1]))
 
     def forward(self, content: ContentInput) -> ContentInput:
+        """Run the layers that `frozen` does not run; tokens [U, T or 1, D]."""
         return content if self.training_mode == "frozen" else self._trained(content)
 
     def _trained(self, content: ContentInput) -> ContentInput:
-        """Runs the layers above the frozen ones."""
+        """Run the layers above the frozen ones."""
         if self.split is None:
             return self._finish(self._run(content.values, content.mask), content.mask)
         hidden, mask = self._all_tokens(content.values), content.mask
         return self._finish(self.split.above(hidden, lambda: self._run_above_cut(mask)), mask)
 
-    # What texts and images have each their own of.
+    # Texts and images override these.
 
     def _read_settings(self, modality: ModalitySettings, where: str) -> None:
-        """Reads and checks what concerns texts or images alone."""
+        """Read and check the settings of texts or images alone."""
 
     def _what_it_reads(self) -> str:
         raise NotImplementedError
 
     def _sample(self) -> tuple[Tensor, Tensor]:
-        """Some input and its mask."""
+        """Return a sample input and its mask."""
         raise NotImplementedError
 
-    def _run(self, values: Tensor, mask: Tensor) -> Any:
-        """The model's own output."""
+    def _run(self, values: Tensor, mask: Tensor) -> Any:  # mask [U, T]
+        """Return the model's output for ids [U, T] or pixels [U, 3, H, W]."""
         raise NotImplementedError
 
-    def _run_above_cut(self, mask: Tensor) -> Any:
-        """The model on inputs of the right shape, as its embeddings hand on hidden states."""
+    def _run_above_cut(self, mask: Tensor) -> Any:  # [U, T]
+        """Run the model on dummy inputs, as its embeddings return the given hidden states."""
         raise NotImplementedError
 
     def _token_mask(self, mask: Tensor, length: int) -> Tensor:  # [U, length]
-        """Returns a mask of the model's tokens that are there."""
+        """Return the mask of the model's tokens."""
         return mask
 
-    def _all_tokens(self, hidden: Tensor) -> Tensor:
-        """Hidden states at the cut with as many tokens as the model expects."""
+    def _all_tokens(self, hidden: Tensor) -> Tensor:  # [U, T, D]
+        """Return hidden states at the cut with as many tokens as the model expects."""
         return hidden

@@ -55,7 +55,7 @@ class Feature(ModalityKind):
         return writer.num_entries
 
     def _width(self, column: ItemColumnReader) -> int:
-        """Return the width of the first feature, or the most frequent one if bad rows are skipped."""
+        """Return the width of the first feature; the most frequent one if bad rows are skipped."""
         for chunk, where, _ in column.chunks():
             widths = list_lengths(feature_tokens(chunk, where)[1])
             if len(widths):
