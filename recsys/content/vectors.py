@@ -55,8 +55,8 @@ class ContentVectors:
         """Return the vectors of the history items and their modalities' mean tokens.
 
         A collective: the first call may read a memory bank that is sharded over the ranks, so
-        either all ranks call it or none does, whatever their data. Later calls return the same
-        tensors. The first call may wait for vectors that other ranks have just computed, so a
+        either all ranks call it or none does, independent of their data. Later calls return the
+        same tensors. The first call may wait for vectors that other ranks have just computed, so a
         ranking model makes it late.
         """
         return self._read()

@@ -35,17 +35,10 @@ def build_em3(
     item_categories: Tensor | None = None,  # int32 [num_items]
     process_group: dist.ProcessGroup | None = None,
 ) -> EM3:
-    """Build the model.
+    """Build the model, with its tables on `device` (meta: allocated when sharded).
 
-    Args:
-        config: configuration of the run.
-        schema: columns of the dataset.
-        tables: configurations of the ID tables.
-        encoders: encoder of each modality.
-        bank: memory bank of item vectors, if any.
-        device: device of the tables; meta: allocated when sharded.
-        item_categories: result of `load_item_categories`.
-        process_group: the ranks that train the model together; None for a single rank.
+    `encoders` are by modality; `item_categories` is the result of `load_item_categories`;
+    `process_group` has the ranks that train the model together, None for a single rank.
 
     Raises:
         ValueError: unknown parts, or label weights for labels that do not exist.

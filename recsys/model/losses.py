@@ -1,7 +1,7 @@
 """Losses: weighted binary cross-entropy for ranking, and Content-ID-Contrastive.
 
 Content-ID-Contrastive (CIC, EM3, arXiv 2404.06078) pulls an item's content vector and its row of
-the sharded ID table together, so that content places an item whose ID has seen few impressions.
+the sharded ID table together, so that content determines the vectors of items with few impressions.
 The gradient flows into both unless one side is stopped.
 
 Shapes: B batch, G batch of all ranks, D dimension, K negatives, C labels, E members of an ensemble.

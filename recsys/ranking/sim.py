@@ -139,7 +139,7 @@ class Sim(RowFeatures):
     def _in_category(self, batch: Batch, history: JaggedHistory) -> Tensor:  # [K]
         """Return the latest positions whose item has the target's category.
 
-        None is returned for a row whose target has no category.
+        A row whose target has no category has no such position.
         """
         assert self.categories is not None
         of_items = self.categories[batch.history_items][history.index]

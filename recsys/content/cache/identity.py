@@ -30,9 +30,9 @@ def write_about(
     """Write `about.json`, for people and for later caches of the same encoder.
 
     Args:
-        folder: of the cache.
+        folder: folder of the cache.
         key: result of `encoder_key`.
-        content: name of the folder of the encoder's input.
+        content: name of the folder with the encoder's input.
         encoder: the encoder.
         modality: its settings.
         more: further entries.

@@ -124,9 +124,7 @@ class PretrainedEncoder:
         except Exception as error:
             raise ValueError(f"{what} cannot be loaded: {_explained(error)}") from error
         vocabulary = tokenizer.get_vocab()
-        if len(vocabulary) <= len(
-            tokenizer.all_special_ids
-        ):  # transformers makes one up if files are missing
+        if len(vocabulary) <= len(tokenizer.all_special_ids):  # made up by transformers
             raise ValueError(f"{what} has no vocabulary; add tokenizer.json")
         if max(vocabulary.values()) >= num_embeddings:
             raise ValueError(
@@ -215,11 +213,7 @@ def reads_whole_texts(config: Any) -> bool:
 
 
 def _architecture(source: str, revision: str | None) -> Any:
-    """Return the architecture, without dropout.
-
-    Raises:
-        ValueError: the checkpoint is an adapter.
-    """
+    """Return the architecture, without dropout; raise a ValueError if it is an adapter."""
     # transformers would follow an adapter to another repository, and to pickled weights.
     if find_adapter_config_file(source, revision=revision) is not None:
         raise ValueError(

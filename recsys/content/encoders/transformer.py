@@ -2,8 +2,8 @@
 
 Adapters (LoRA) are in some of its layers. All layers below the lowest of them are frozen and
 give an item the same hidden states at every step, which may be cached (`recsys.content.cache`),
-if the model can be cut there (`layer_split`). If not, it runs whole in every step, and a note says
-so.
+if the model can be cut there (`layer_split`). If not, all layers run in every step, and a note
+reports it.
 
 Shapes: U unique items, T tokens, D width of the encoder.
 """

@@ -1,7 +1,7 @@
 """The base of sequence models: all features of a row as one vector, after attention to the history.
 
-The interest of the ID history and, with content, that of the content history stand beside the
-pooled ID vectors, the target and the dense features. DIN, DIN with a DCN-v2 head, SIM and MMoE
+The vector joins the interest of the ID history and, with content, that of the content history to
+the pooled ID vectors, the target and the dense features. DIN, DIN with a DCN-v2 head, SIM and MMoE
 differ in the layers on top of this vector, or in the history items that they attend to.
 
 Numbers rather than vectors (dense features, numbers of the history's lists, content similarities)

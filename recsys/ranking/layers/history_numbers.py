@@ -36,9 +36,7 @@ def history_numbers(
     weights = torch.exp2(-history.ages.unsqueeze(1) / half_lives).clamp(min=1e-30)  # [N, H]
     weights = torch.cat([torch.ones_like(weights[:, :1]), weights], dim=1)
     weighted = (parallel.unsqueeze(2) * weights.unsqueeze(1)).flatten(1)  # [N, P * (1 + H)]
-    totals = history.sum(weights).clamp(
-        min=1
-    )  # at least 1 in a history with items: the newest weighs 1
+    totals = history.sum(weights).clamp(min=1)  # only an empty history has less than 1
     means = history.sum(weighted).view(len(lengths), parallel.shape[1], weights.shape[1])
     means = (means / totals.unsqueeze(1)).flatten(1)
     return torch.cat([means, torch.log1p(lengths.to(means.dtype))], dim=1)
