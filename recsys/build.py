@@ -88,20 +88,20 @@ class Job:
         return model
 
     def set_step(self, step: int, dense_step: int) -> None:
-        """Sets the age that the bank writes and learning rates to those after so many steps."""
+        """Set the age that the bank writes and learning rates to those after so many steps."""
         set_updates(self.schedule, dense_step)
         if self.em3.content is not None:
             self.em3.content.step = step
 
     def plan_epochs(self, batches_per_epoch: int) -> None:
-        """Sets how many dense updates all epochs have, by whose end learning rates have decayed."""
+        """Set how many dense updates all epochs have, by whose end learning rates have decayed."""
         updates = -(-batches_per_epoch // self.config.accumulate_steps) * self.config.epochs
         for share in self.schedule.lr_lambdas:
             assert isinstance(share, LearningRateShare)
             share.end_at(updates)
 
     def rows(self, split: str) -> RowSource:
-        """Returns the rows of a split, from the source that the configuration names.
+        """Return the rows of a split, from the source that the configuration names.
 
         Raises:
             ValueError: they cannot be read.
@@ -110,7 +110,7 @@ class Job:
         return open_rows(config.source, self.root, split, self.schema, config.on_bad_row)
 
     def batch_builder(self, with_labels: bool = True) -> BatchBuilder:
-        """Returns what makes batches as this model needs them."""
+        """Return what makes batches as this model needs them."""
         content = self.em3.content
         return BatchBuilder(
             self.schema,
@@ -123,7 +123,7 @@ class Job:
 
 
 def build_job(config: Config, data: str, ranks: Ranks) -> Job:
-    """Builds everything from configuration to pipeline. A collective.
+    """Build everything from configuration to pipeline. A collective.
 
     Raises:
         ValueError: on every rank, when the data or the configuration are wrong, or there is no
@@ -175,7 +175,7 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
 
 
 def _cast_and_compile(em3: EM3, config: Config, device: torch.device) -> None:
-    """Wraps the dense parts as `precision` and `compile` say."""
+    """Wrap the dense parts as `precision` and `compile` say."""
     if config.precision == "bf16":
         use_bfloat16(em3, device)
     if config.compile:
@@ -189,7 +189,7 @@ def _bounded_vocabularies(
     model: DistributedModelParallel,
     tables: list[TableConfig],
 ) -> BoundedVocabularies:
-    """Returns the maps that learn ids while training, and reset rows that change hands."""
+    """Return the maps that learn ids while training, and reset rows that change hands."""
     bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
     reset = RowReset(model, bounded, config.seed)
     return BoundedVocabularies(schema, pooled_features(config, schema), ranks.group, reset)

@@ -169,7 +169,7 @@ def _silence_advice_to_library_developers() -> None:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Runs one command; a user's error is one line and exit code 1."""
+    """Run one command; a user's error is one line and exit code 1."""
     words = sys.argv[1:] if words is None else words
     if words[:1] == ["doctor"]:  # must work where nothing else can be imported
         return doctor.main()

@@ -17,7 +17,7 @@ _Parser = partial(ArgumentParser, allow_abbrev=False)
 
 
 def command_parser(words: Sequence[str]) -> ArgumentParser:
-    """Returns the parser of all commands; `subcommand` of what it parses is the command's name.
+    """Return the parser of all commands; `subcommand` of what it parses is the command's name.
 
     Args:
         words: the command line, whose ranking model decides which settings there are.
@@ -60,7 +60,7 @@ def command_parser(words: Sequence[str]) -> ArgumentParser:
 
 
 def _add_log_arguments(command: ArgumentParser) -> None:
-    """Adds the options of the log to a command without the settings of a run."""
+    """Add the options of the log to a command without the settings of a run."""
     from recsys.config import LogFormat, LogLevel
 
     command.add_argument(
@@ -77,7 +77,7 @@ def _add_log_arguments(command: ArgumentParser) -> None:
 def _add_settings(
     command: ArgumentParser, name: str, words: Sequence[str], skip: frozenset[str] = frozenset()
 ) -> None:
-    """Adds the settings of a run to a command, if it is the one that is called."""
+    """Add the settings of a run to a command, if it is the one that is called."""
     from recsys.config import add_config_arguments
 
     if words[:1] == [name]:

@@ -45,7 +45,7 @@ class Problem:
 
 
 def check_installation() -> list[Problem]:
-    """Returns the problems of the installed packages; an empty list if a job can run.
+    """Return the problems of the installed packages; an empty list if a job can run.
 
     Versions are compared first, from the packages' metadata; only if they match are the packages
     imported and one FBGEMM operator run, as a mismatch makes imports fail in misleading ways.
@@ -65,7 +65,7 @@ def check_installation() -> list[Problem]:
 
 
 def require_working_installation() -> None:
-    """Ends a job before it starts if the installed packages do not work.
+    """End a job before it starts if the installed packages do not work.
 
     Raises:
         RuntimeError: a package is missing or broken; names each problem and its fix.
@@ -77,7 +77,7 @@ def require_working_installation() -> None:
 
 
 def report() -> str:
-    """Returns versions, the triple, devices and memory, in lines for people."""
+    """Return versions, the triple, devices and memory, in lines for people."""
     fbgemm = ", ".join(f"{name} {version}" for name, version in _installed_fbgemm().items())
     encoders = ((label, _version(name), name) for label, name in ENCODER_PACKAGES)
     rows = [
@@ -109,7 +109,7 @@ def main() -> int:
 
 
 def _version(package: str) -> str | None:
-    """Returns the installed version of a distribution, or None."""
+    """Return the installed version of a distribution, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -117,12 +117,12 @@ def _version(package: str) -> str | None:
 
 
 def _installed_fbgemm() -> dict[str, str]:
-    """Returns the versions of FBGEMM's distributions, which share one import name."""
+    """Return the versions of FBGEMM's distributions, which share one import name."""
     return {name: found for name in (FBGEMM_CUDA, FBGEMM_CPU) if (found := _version(name))}
 
 
 def _fbgemm_problems() -> list[Problem]:
-    """Finds both distributions of FBGEMM at once, or the CUDA one without a driver."""
+    """Find both distributions of FBGEMM at once, or the CUDA one without a driver."""
     found = _installed_fbgemm()
     if len(found) == 2:
         what = f"{FBGEMM_CUDA} and {FBGEMM_CPU} are both installed and overwrite each other's files"
@@ -139,7 +139,7 @@ def _fbgemm_problems() -> list[Problem]:
 
 
 def _triple_problems() -> list[Problem]:
-    """Finds versions of torch, torchrec and FBGEMM that are missing or not made for each other."""
+    """Find versions of torch, torchrec and FBGEMM that are missing or not made for each other."""
     fbgemm = next(iter(_installed_fbgemm().values()), None)
     installed = {"torch": _version("torch"), "torchrec": _version("torchrec"), "FBGEMM": fbgemm}
     missing = [name for name, version in installed.items() if version is None]
@@ -154,7 +154,7 @@ def _triple_problems() -> list[Problem]:
 
 
 def _import_problems() -> list[Problem]:
-    """Finds packages of the right versions that fail to import or to compute."""
+    """Find packages of the right versions that fail to import or to compute."""
     # torch first: the others load its libraries.
     for name in ("torch", "fbgemm_gpu", "torchrec"):
         try:
@@ -180,7 +180,7 @@ def _import_problems() -> list[Problem]:
 
 
 def install_command(force: bool = False) -> str:
-    """Returns the shell command that installs the tested triple, as this machine needs it.
+    """Return the shell command that installs the tested triple, as this machine needs it.
 
     Args:
         force: install again what is there already, for packages whose files are broken.
@@ -201,7 +201,7 @@ def _reinstall_command(*packages: str) -> str:
 
 
 def nvidia_driver_found() -> bool:
-    """Returns whether the library that FBGEMM's CUDA wheel links to can be loaded."""
+    """Return whether the library that FBGEMM's CUDA wheel links to can be loaded."""
     try:
         ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -210,18 +210,18 @@ def nvidia_driver_found() -> bool:
 
 
 def _pip(*arguments: str) -> str:
-    """Returns a command of this interpreter's pip, quoted for a shell."""
+    """Return a command of this interpreter's pip, quoted for a shell."""
     return shlex.join([sys.executable, "-m", "pip", *arguments])
 
 
 def _minor(version: str) -> str:
-    """Returns "2.13" of "2.13.0+cpu"."""
+    """Return "2.13" of "2.13.0+cpu"."""
     match = re.match(r"\d+\.\d+", version)
     return match.group() if match else version
 
 
 def _from_proc(file: str, field: str) -> str | None:
-    """Returns the first value of a field in a file of Linux's /proc, or None."""
+    """Return the first value of a field in a file of Linux's /proc, or None."""
     try:
         found = re.search(rf"^{field}\s*:\s*(.+)$", Path("/proc", file).read_text(), re.MULTILINE)
     except OSError:
@@ -243,7 +243,7 @@ def _memory() -> str:
 
 
 def _gpu_rows() -> list[tuple[str, str]]:
-    """Returns each GPU that torch can use, with its memory."""
+    """Return each GPU that torch can use, with its memory."""
     try:
         import torch
 

@@ -10,7 +10,7 @@ from recsys.config.run import Config, content_settings
 
 
 def validate(config: Config) -> None:
-    """Checks every setting alone, then those that exclude each other.
+    """Check every setting alone, then those that exclude each other.
 
     Raises:
         ValueError: names the settings that do not fit and the limit or what would fit.

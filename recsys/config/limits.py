@@ -20,7 +20,7 @@ UnitInterval = Annotated[float, typing.OpenUnitInterval]
 
 
 def _float(name: str, *limits: tuple[str, float]) -> Any:
-    """Returns a type of float, whose description is used in messages."""
+    """Return a type of float, whose description is used in messages."""
     words = " and ".join(f"{sign} {limit:g}" for sign, limit in limits)
     return typing.restricted_number_type(name, float, list(limits), docstring=words)
 
@@ -32,7 +32,7 @@ Dropout = Annotated[float, _float("Dropout", (">=", 0), ("<", 1))]
 
 
 def check_settings(value: Any, name: str = "", hint: Any = None) -> None:
-    """Checks every number against its limit, and every part by its own method `check(name)`.
+    """Check every number against its limit, and every part by its own method `check(name)`.
 
     Args:
         value: a dataclass of settings, or what one of its fields holds.
@@ -63,7 +63,7 @@ def check_settings(value: Any, name: str = "", hint: Any = None) -> None:
 
 
 def _limits(hint: Any) -> Iterator[type]:
-    """Yields the limits in an annotation, inside containers and unions as well."""
+    """Yield the limits in an annotation, inside containers and unions as well."""
     if get_origin(hint) is Annotated:
         yield from hint.__metadata__
     for part in get_args(hint):
@@ -72,7 +72,7 @@ def _limits(hint: Any) -> Iterator[type]:
 
 
 def refuse_options(name: str, part: str, options: dict[str, Any]) -> None:
-    """Refuses options beside the name of a built-in part, which has settings instead.
+    """Refuse options beside the name of a built-in part, which has settings instead.
 
     Raises:
         ValueError: there are some.

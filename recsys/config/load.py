@@ -26,7 +26,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 def add_config_arguments(
     parser: ArgumentParser, words: Sequence[str], skip: frozenset[str] = frozenset()
 ) -> None:
-    """Adds `--config FILE` and every setting of `Config` as `--name.of.setting`.
+    """Add `--config FILE` and every setting of `Config` as `--name.of.setting`.
 
     Args:
         parser: of a command.
@@ -45,14 +45,14 @@ def add_config_arguments(
 
 
 def config_from(namespace: Namespace) -> Config:
-    """Returns the checked `Config` in parsed command-line arguments."""
+    """Return the checked `Config` in parsed command-line arguments."""
     config = Config(**{name: namespace[name] for name in CONFIG_NAMES})
     validate(config)
     return config
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a recipe; `overrides` are command-line words such as `["--epochs", "1"]`.
+    """Read a recipe; `overrides` are command-line words such as `["--epochs", "1"]`.
 
     Raises:
         ValueError: a missing file, an unknown key or a wrong type, named.
@@ -74,7 +74,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def config_of_plain(plain: dict[str, Any]) -> Config:
-    """Returns the `Config` that `to_plain` was given, with defaults for settings it lacks.
+    """Return the `Config` that `to_plain` was given, with defaults for settings it lacks.
 
     Raises:
         ValueError: an unknown key or a wrong type, named.
@@ -89,12 +89,12 @@ def config_of_plain(plain: dict[str, Any]) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes the resolved configuration, readable by `load_config`."""
+    """Write the resolved configuration, readable by `load_config`."""
     path.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
 
 
 def to_plain(value: Any) -> Any:
-    """Returns settings as dictionaries, lists, text and numbers."""
+    """Return settings as dictionaries, lists, text and numbers."""
     if is_dataclass(value):
         return {name: to_plain(getattr(value, name)) for name in value.__dataclass_fields__}
     if isinstance(value, dict):
@@ -105,7 +105,7 @@ def to_plain(value: Any) -> Any:
 
 
 def _recipe_action(name: str) -> type[ActionConfigFile]:
-    """Returns the action of `--config` for a ranking model of this name."""
+    """Return the action of `--config` for a ranking model of this name."""
 
     class Recipe(ActionConfigFile):
         """Reads a recipe as plain data, with only those keys under `ranking` that the model has."""
@@ -120,7 +120,7 @@ def _recipe_action(name: str) -> type[ActionConfigFile]:
 
 
 def _load(recipe: str) -> Any:
-    """Reads a recipe: a file, or YAML on the command line itself."""
+    """Read a recipe: a file, or YAML on the command line itself."""
     is_file = Path(recipe).is_file()
     try:
         return load_plain_yaml(Path(recipe).read_bytes() if is_file else recipe.encode())
@@ -129,13 +129,13 @@ def _load(recipe: str) -> Any:
 
 
 def _settled(recipe: Any, name: str) -> Any:
-    """Returns a recipe whose `ranking` has the keys of this ranking model alone."""
+    """Return a recipe whose `ranking` has the keys of this ranking model alone."""
     section = recipe.get("ranking") if isinstance(recipe, dict) else None
     return recipe | {"ranking": own_keys(section, name)} if isinstance(section, dict) else recipe
 
 
 def _ranking_name(words: Sequence[str]) -> str:
-    """Returns the name of the ranking model that a command line chooses; the last mention counts.
+    """Return the name of the ranking model that a command line chooses; the last mention counts.
 
     Raises:
         ValueError: a key under `--ranking` is no setting of that model.
@@ -159,7 +159,7 @@ def _ranking_name(words: Sequence[str]) -> str:
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields each `--option value` and `--option=value`."""
+    """Yield each `--option value` and `--option=value`."""
     for place, word in enumerate(words):
         option, equals, value = word.partition("=")
         if option.startswith("--"):

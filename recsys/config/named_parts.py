@@ -23,7 +23,7 @@ MOVED = {
 
 
 def find_part(setting: str, name: str, built_in: Mapping[str, str]) -> Any:
-    """Imports the class or function that a setting names.
+    """Import the class or function that a setting names.
 
     Args:
         setting: full name of the setting, for messages.
@@ -62,7 +62,7 @@ def make_part(
     *arguments: Any,
     **named: Any,
 ) -> T:
-    """Imports the class or function that a setting names, calls it, and checks what it returns.
+    """Import the class or function that a setting names, calls it, and checks what it returns.
 
     Args:
         setting, name, built_in: as in `find_part`.

@@ -69,14 +69,14 @@ class RetrievalSettings(RankingSettings):
 
 
 def softmax_settings(ranking: RankingSettings) -> RetrievalSettings | None:
-    """Returns the settings of a softmax loss, or None where labels have losses of their own."""
+    """Return the settings of a softmax loss, or None where labels have losses of their own."""
     if isinstance(ranking, RetrievalSettings) and ranking.loss != "pointwise":
         return ranking
     return None
 
 
 def settings_class(name: str) -> type[RankingSettings]:
-    """Returns the dataclass of a ranking model's settings.
+    """Return the dataclass of a ranking model's settings.
 
     A class of the user's without `Settings` has `options` and what retrieval takes.
 
@@ -97,7 +97,7 @@ def settings_class(name: str) -> type[RankingSettings]:
 
 
 def ranking_settings(name: str = DEFAULT_MODEL, **settings: Any) -> RankingSettings:
-    """Returns settings of a ranking model by its name.
+    """Return settings of a ranking model by its name.
 
     Raises:
         ValueError: the model is unknown, or a setting is not one of its.
@@ -114,12 +114,12 @@ def ranking_settings(name: str = DEFAULT_MODEL, **settings: Any) -> RankingSetti
 
 
 def keys_of(name: str) -> list[str]:
-    """Returns the keys that a ranking model has under `ranking`."""
+    """Return the keys that a ranking model has under `ranking`."""
     return [each.name for each in fields(settings_class(name))]
 
 
 def check_keys(keys: Iterable[str], name: str) -> None:
-    """Refuses keys that a ranking model does not have.
+    """Refuse keys that a ranking model does not have.
 
     Raises:
         ValueError: names the first such key, and lists those of the model.
@@ -131,7 +131,7 @@ def check_keys(keys: Iterable[str], name: str) -> None:
 
 
 def own_keys(section: dict[str, Any], name: str) -> dict[str, Any]:
-    """Returns the part of a recipe's `ranking` that the ranking model of a run has.
+    """Return the part of a recipe's `ranking` that the ranking model of a run has.
 
     Keys of another model are left out where the recipe is for that model and the command line
     chooses this one, which is logged; and where a run of an earlier version wrote the keys of all.

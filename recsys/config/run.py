@@ -123,5 +123,5 @@ CONFIG_NAMES = tuple(Config.__dataclass_fields__)
 
 
 def content_settings(config: Config) -> ContentSettings | None:
-    """Returns the settings of the content branch, None for the ID-only twin."""
+    """Return the settings of the content branch, None for the ID-only twin."""
     return config.content if isinstance(config.content, ContentSettings) else None

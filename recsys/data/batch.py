@@ -40,7 +40,7 @@ class ContentInput:
         return self.map(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
 
     def map(self, function: Callable[[Tensor], Any]) -> ContentInput:
-        """Returns the same with `function` applied to each tensor."""
+        """Return the same with `function` applied to each tensor."""
         return ContentInput(function(self.values), function(self.mask))
 
     def __getitem__(self, items: slice) -> ContentInput:
@@ -115,7 +115,7 @@ class Batch(Pipelineable):
     target_log_q: Tensor | None = None
 
     def _map(self, function: Callable[[Any], Any]) -> Batch:
-        """Returns a batch with `function` applied to every tensor and KeyedJaggedTensor."""
+        """Return a batch with `function` applied to every tensor and KeyedJaggedTensor."""
         changed: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
@@ -140,7 +140,7 @@ class Batch(Pipelineable):
         self._map(lambda tensor: tensor.record_stream(stream))
 
     def jagged_history(self) -> JaggedHistory:
-        """Returns the histories as an index into `history_items`."""
+        """Return the histories as an index into `history_items`."""
         return JaggedHistory.of(
             self.history_index,
             self.history_lengths,

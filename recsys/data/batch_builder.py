@@ -29,7 +29,7 @@ def keyed_jagged(
     values: Sequence[np.ndarray],  # ids of each feature
     lengths: Sequence[np.ndarray],  # [B] of each feature
 ) -> KeyedJaggedTensor:
-    """Does `KeyedJaggedTensor.from_lengths_sync`, with its sums taken from the arrays."""
+    """Do `KeyedJaggedTensor.from_lengths_sync`, with its sums taken from the arrays."""
     sizes = [len(of_key) for of_key in values]
     return KeyedJaggedTensor(
         keys=names,
@@ -71,7 +71,7 @@ class BatchBuilder:
         self.unique_items = UniqueItems(schema.num_items)
 
     def __call__(self, rows: RowColumns | pa.Table) -> Batch:
-        """Returns the batch of these rows; columns are kept by it, of a table copies are."""
+        """Return the batch of these rows; columns are kept by it, of a table copies are."""
         if isinstance(rows, pa.Table):
             rows = RowColumns.of(rows).take(np.arange(rows.num_rows))
         schema, num_rows = self.schema, rows.num_rows
@@ -123,7 +123,7 @@ class BatchBuilder:
     def _sequences(
         self, target: np.ndarray, history: np.ndarray, lengths: np.ndarray | None
     ) -> KeyedJaggedTensor:
-        """Returns ids of target and history; `lengths` by row, None where ids are unique."""
+        """Return ids of target and history; `lengths` by row, None where ids are unique."""
         ones = np.ones(len(target), np.int64)
         if not self.schema.history:
             return keyed_jagged([self.schema.target_item], [target], [ones])
@@ -140,7 +140,7 @@ def _columns(rows: RowColumns, names: list[str]) -> Tensor:
 
 
 def _stacked(arrays: list[np.ndarray], length: int) -> Tensor:
-    """Stacks columns as a float32 matrix [length, number of columns]."""
+    """Stack columns as a float32 matrix [length, number of columns]."""
     if len(arrays) == 1:
         return torch.from_numpy(arrays[0]).unsqueeze(1)
     matrix = np.empty((length, len(arrays)), np.float32)

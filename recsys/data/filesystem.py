@@ -34,7 +34,7 @@ class Location:
 
     @staticmethod
     def of(url: object) -> Location:
-        """Makes one from a local path or a URL."""
+        """Make one from a local path or a URL."""
         filesystem, path = fsspec.core.url_to_fs(str(url))
         return Location(filesystem, path.rstrip("/"))
 
@@ -64,7 +64,7 @@ class Location:
         return bytes(self.filesystem.cat_file(self.path))
 
     def files(self, ending: str) -> list[Location]:
-        """Returns the files with that ending in this folder by name; this file itself if it is one.
+        """Return the files with that ending in this folder by name; this file itself if it is one.
 
         As in Spark and Arrow, names that start with a dot or an underscore are not data.
 
@@ -95,7 +95,7 @@ class Location:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to, which takes its place when the block ends well.
+    """Yield a path beside `path` to write to, which takes its place when the block ends well.
 
     A reader, and a job that is killed at any moment, finds the old file or the new one. The folder
     must exist.
@@ -114,7 +114,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file that appears whole or not at all, and the folders that it needs."""
+    """Write a text file that appears whole or not at all, and the folders that it needs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -122,7 +122,7 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
-    """Yields a folder beside `path` to write to, which takes its name when the block ends well.
+    """Yield a folder beside `path` to write to, which takes its name when the block ends well.
 
     Args:
         path: a folder that does not exist, or is empty.
@@ -145,7 +145,7 @@ def whole_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
 
 
 def replace_folder(partial: Path, path: Path) -> None:
-    """Gives a written folder its name; an older one of that name is removed.
+    """Give a written folder its name; an older one of that name is removed.
 
     A job that is killed between the two renames leaves it to `recover_folder` to undo the first.
     """
@@ -161,7 +161,7 @@ def replace_folder(partial: Path, path: Path) -> None:
 
 
 def recover_folder(path: Path) -> None:
-    """Brings the old folder back where `replace_folder` was killed between its two renames."""
+    """Bring the old folder back where `replace_folder` was killed between its two renames."""
     if not path.exists() and _set_aside(path).exists():
         _set_aside(path).rename(path)
 

@@ -79,7 +79,7 @@ class Interactions:
         self.begin(0)
 
     def begin(self, epoch: int, stages: Sequence[Stage] = (), first_batch: int = 0) -> None:
-        """Sets where the next iteration starts.
+        """Set where the next iteration starts.
 
         Args:
             epoch: decides the shuffle.
@@ -92,7 +92,7 @@ class Interactions:
         self.num_batches = num_batches_of(self.share.num_rows, self.batch_size)
 
     def batches_until(self, part: int, parts: int) -> int:
-        """Returns how many batches of this share are in the first `part` of `parts` of an epoch."""
+        """Return how many batches of this share are in the first `part` of `parts` of an epoch."""
         left = self.rows.num_rows - self.share.rows_done
         if part == parts or not left:
             return self.num_batches
@@ -103,11 +103,11 @@ class Interactions:
         return self.num_batches - self.first_batch
 
     def __iter__(self) -> Iterator[Batch]:
-        """Returns the rest of an epoch, read and built in this thread; see `begin`."""
+        """Return the rest of an epoch, read and built in this thread; see `begin`."""
         return in_order(self.jobs(Later), Later, ahead=0)
 
     def jobs(self, submit: Submit) -> Iterator[Callable[[], Batch]]:
-        """Yields what makes each batch. It waits for its windows, whose reading is submitted.
+        """Yield what makes each batch. It waits for its windows, whose reading is submitted.
 
         While a window is in use the next is being read, and no other is held.
         """
@@ -123,7 +123,7 @@ class Interactions:
             yield partial(self._build, sources, padding)
 
     def _parts_of_batches(self) -> Iterator[tuple[list[WindowPart], int]]:
-        """Yields the rows each batch takes from each slice, and how many rows only pad it."""
+        """Yield the rows each batch takes from each slice, and how many rows only pad it."""
         done = rows_before(self.first_batch, self.share.num_rows, self.num_batches)
         slices = self.share.slices
         number = first = 0  # the slice that the next row lies in, and the slice's place
@@ -159,7 +159,7 @@ class Interactions:
 
 
 def loader(interactions: Interactions, num_workers: int, pin_memory: bool) -> Generator[Batch]:
-    """Returns the batches of `interactions`, in the same order for any number of threads.
+    """Return the batches of `interactions`, in the same order for any number of threads.
 
     One thread reads the window after the one in use, `num_workers` build batches ahead; with none,
     all is done by the caller as he asks for it. An error is raised in place of the batch it

@@ -12,7 +12,7 @@ PARTS = ("all", "warm", "cold", "unseen")
 
 
 def item_parts(item_counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns which rows, bool [N], are in each of `PARTS`, by their item's training rows, int [N].
+    """Return which rows, bool [N], are in each of `PARTS`, by their item's training rows, int [N].
 
     `unseen` none, `cold` fewer than `COLD_BELOW` (unseen ones too), `warm` the others, `all` every.
     """
@@ -22,7 +22,7 @@ def item_parts(item_counts: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def count_items(rows: RowSource, rank: int, world_size: int) -> np.ndarray:
-    """Returns how often each item is the target in a rank's share: int64 [num_items].
+    """Return how often each item is the target in a rank's share: int64 [num_items].
 
     All columns are read, so that a value that cannot be used ends a job before its first step.
     """

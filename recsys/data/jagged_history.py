@@ -51,7 +51,7 @@ class JaggedHistory:
     def of(
         index: Tensor, lengths: Tensor, num_items: int, longest: int | None = None
     ) -> JaggedHistory:
-        """Looks the `longest` of the lengths up where it is not given, which waits for a GPU."""
+        """Look the `longest` of the lengths up where it is not given, which waits for a GPU."""
         offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths)
         batch = torch.arange(len(lengths), device=lengths.device)
         rows = torch.repeat_interleave(batch, lengths, output_size=len(index))
@@ -59,12 +59,12 @@ class JaggedHistory:
         return JaggedHistory(index, lengths, offsets, rows, max(longest, 1), num_items)
 
     def unindexed(self) -> JaggedHistory:
-        """Returns the same histories over N items that are not unique, each one of its own."""
+        """Return the same histories over N items that are not unique, each one of its own."""
         index = torch.arange(len(self.index), device=self.index.device)
         return replace(self, index=index, num_items=len(index))
 
     def select(self, places: Tensor) -> JaggedHistory:
-        """Returns the histories of some of their places (rising), over the same unique items."""
+        """Return the histories of some of their places (rising), over the same unique items."""
         lengths = torch.bincount(self.rows[places], minlength=len(self.lengths))
         return JaggedHistory.of(self.index[places], lengths, self.num_items, self.longest)
 
@@ -73,7 +73,7 @@ class JaggedHistory:
         scores: Tensor,  # [N]
         count: int,
     ) -> Tensor:  # places, rising
-        """Returns the places of the `count` highest scores of each row; all of a shorter one.
+        """Return the places of the `count` highest scores of each row; all of a shorter one.
 
         Of equal scores the later place is taken.
         """
@@ -85,13 +85,13 @@ class JaggedHistory:
 
     @cached_property
     def ages(self) -> Tensor:
-        """Returns int64 [N]: how many items of the same row are newer, that is, come after it."""
+        """Return int64 [N]: how many items of the same row are newer, that is, come after it."""
         places = torch.arange(len(self.rows), device=self.rows.device)
         return self.offsets[1:][self.rows] - 1 - places
 
     @cached_property
     def by_item(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Transposes the index: places [N] ordered by item, their rows [N], and offsets [U + 1] of
+        """Transpose the index: places [N] ordered by item, their rows [N], and offsets [U + 1] of
         the items."""
         counts = torch.bincount(self.index, minlength=self.num_items)
         offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(counts)
@@ -99,15 +99,15 @@ class JaggedHistory:
         return order, self.rows[order], offsets
 
     def gather(self, items: Tensor) -> Tensor:
-        """Maps [U, K] -> [N, K], with gradient."""
+        """Map [U, K] -> [N, K], with gradient."""
         return _Gather.apply(items, self)
 
     def spread(self, of_rows: Tensor) -> Tensor:
-        """Maps [B, K] -> [N, K], with gradient."""
+        """Map [B, K] -> [N, K], with gradient."""
         return _Spread.apply(of_rows, self)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sums [N, K] by row: [B, K], with gradient."""
+        """Sum [N, K] by row: [B, K], with gradient."""
         return _Sum.apply(values, self)
 
     def dot(
@@ -115,7 +115,7 @@ class JaggedHistory:
         queries: Tensor,  # [B, D]
         items: Tensor,  # [U, D]
     ) -> Tensor:  # [N]
-        """Returns each history item times the query of its row, with gradient for both."""
+        """Return each history item times the query of its row, with gradient for both."""
         return _Dot.apply(queries, items, self)
 
     def weighted_sum(
@@ -123,11 +123,11 @@ class JaggedHistory:
         weights: Tensor,  # [N]
         items: Tensor,  # [U, D]
     ) -> Tensor:  # [B, D]
-        """Returns the items of each row times their weights, summed, with gradient for both."""
+        """Return the items of each row times their weights, summed, with gradient for both."""
         return _WeightedSum.apply(weights, items, self)
 
     def softmax(self, scores: Tensor) -> Tensor:
-        """Normalises [N, K] or [N] over the items of each row."""
+        """Normalise [N, K] or [N] over the items of each row."""
         columns = scores if scores.dim() == 2 else scores.unsqueeze(1)
         softmax = torch.ops.fbgemm.jagged_softmax(columns.contiguous(), self.offsets, self.longest)[
             0
@@ -135,21 +135,21 @@ class JaggedHistory:
         return softmax.view(scores.shape)
 
     def maximum(self, values: Tensor, of_nothing: float) -> Tensor:
-        """Takes maxima of [N, K] by row: [B, K], with gradient; of an empty one `of_nothing`."""
+        """Take maxima of [N, K] by row: [B, K], with gradient; of an empty one `of_nothing`."""
         return torch.segment_reduce(values, "max", lengths=self.lengths, initial=of_nothing)
 
     def padded(self, values: Tensor, fill: float) -> Tensor:
-        """Pads [N] to [B, longest]."""
+        """Pad [N] to [B, longest]."""
         return torch.ops.fbgemm.jagged_to_padded_dense(
             values.unsqueeze(1), [self.offsets], [self.longest], padding_value=fill
         ).squeeze(-1)
 
     def _sum_rows(self, weights: Tensor, items: Tensor) -> Tensor:
-        """Returns the sum over each row of weights [N] times items[index]: [B, D]."""
+        """Return the sum over each row of weights [N] times items[index]: [B, D]."""
         return _bag(self.index, items, self.offsets, weights)
 
     def _sum_items(self, weights: Tensor, of_rows: Tensor) -> Tensor:
-        """Returns the sum over each item's places of weights [N] times of_rows[rows]: [U, D]."""
+        """Return the sum over each item's places of weights [N] times of_rows[rows]: [U, D]."""
         order, rows, offsets = self.by_item
         return _bag(rows, of_rows, offsets, weights[order])
 
@@ -160,7 +160,7 @@ class JaggedHistory:
 
 
 def _stable_order(numbers: Tensor, limit: int) -> Tensor:
-    """Returns `numbers.argsort(stable=True)` of numbers in [0, limit)."""
+    """Return `numbers.argsort(stable=True)` of numbers in [0, limit)."""
     if numbers.device.type == "cpu" and limit <= 2**16:
         # numpy sorts 16 bits by radix, ten times as fast as 64 are compared.
         return torch.from_numpy(np.argsort(numbers.numpy().astype(np.uint16), kind="stable"))

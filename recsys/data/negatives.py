@@ -22,7 +22,7 @@ from recsys.data.batch import Batch
 
 
 def negatives_feature(settings: RetrievalSettings | None, target_item: str) -> str | None:
-    """Returns the feature that looks sampled negatives up; None where none are sampled."""
+    """Return the feature that looks sampled negatives up; None where none are sampled."""
     is_sampled = settings is not None and settings.loss == "sampled_softmax"
     return f"negatives of {target_item}" if is_sampled else None
 
@@ -48,7 +48,7 @@ class NegativeSampler:
         self.use_counts(np.ones(num_items, np.int64))
 
     def use_counts(self, counts: np.ndarray) -> None:
-        """Takes how many training rows each item has, int64 [I]; until then all are alike."""
+        """Take how many training rows each item has, int64 [I]; until then all are alike."""
         self.by_frequency = np.argsort(-counts, kind="stable")
         num_items = len(counts)
         if self.settings.loss == "in_batch_softmax":
@@ -64,7 +64,7 @@ class NegativeSampler:
         self.log_q = torch.from_numpy(log_q.astype(np.float32))
 
     def __call__(self, batch: Batch, draw: tuple[int, int, int], training: bool) -> Batch:
-        """Returns a batch, on the host, with log Q and, in training, this draw's negatives."""
+        """Return a batch, on the host, with log Q and, in training, this draw's negatives."""
         log_q = self.log_q[batch.target_items]
         if self.feature is None:
             return replace(batch, target_log_q=log_q)

@@ -23,7 +23,7 @@ class Result(Protocol[T_co]):
     """What a job gives: a `concurrent.futures.Future`, or a `Later`."""
 
     def result(self) -> T_co:
-        """Waits for it, or raises what the job has raised."""
+        """Wait for it, or raises what the job has raised."""
 
 
 class Later(Generic[T]):
@@ -48,7 +48,7 @@ class Submit(Protocol):
 
 @contextmanager
 def threads(count: int, name: str) -> Generator[ThreadPoolExecutor]:
-    """Opens a pool of threads; at its end jobs not begun are dropped, others waited for."""
+    """Open a pool of threads; at its end jobs not begun are dropped, others waited for."""
     pool = ThreadPoolExecutor(count, name, *_on_device())
     try:
         yield pool
@@ -57,14 +57,14 @@ def threads(count: int, name: str) -> Generator[ThreadPoolExecutor]:
 
 
 def _on_device() -> tuple[Callable[[int], None], tuple[int]] | tuple[()]:
-    """Makes new threads use this one's GPU, as else they would pin memory on the first one."""
+    """Make new threads use this one's GPU, as else they would pin memory on the first one."""
     if not torch.cuda.is_initialized():
         return ()
     return torch.cuda.set_device, (torch.cuda.current_device(),)
 
 
 def in_order(jobs: Iterable[Callable[[], T]], submit: Submit, ahead: int) -> Generator[T]:
-    """Yields results of the jobs in order; `ahead` of them run beside the one asked for.
+    """Yield results of the jobs in order; `ahead` of them run beside the one asked for.
 
     An error in a job is raised in place of its result.
     """

@@ -33,7 +33,7 @@ class PreparedVocabulary:
 
 
 def prepare_vocabularies(data: str) -> list[PreparedVocabulary]:
-    """Makes or extends the maps of the dataset at `data`.
+    """Make or extends the maps of the dataset at `data`.
 
     Raises:
         ValueError: no column has a vocabulary of kind exact, a file cannot be read, ids are not of
@@ -71,7 +71,7 @@ def _extended(
 def _raw_ids(
     root: Location, schema: Schema, table: str, vocabulary: ExactVocabulary
 ) -> Iterator[pa.Array]:
-    """Returns all ids of a table, one row group of one column at a time; nulls are left out."""
+    """Return all ids of a table, one row group of one column at a time; nulls are left out."""
     columns = [name for name in schema.columns if schema.vocabulary_of(name) is not None]
     columns = [name for name in columns if schema.table_of(name) == table]
     places = [(split, name) for split in SPLITS for name in columns]
@@ -85,7 +85,7 @@ def _raw_ids(
 
 
 def _chunks(file: Location, name: str) -> Iterator[pa.Array]:
-    """Returns the values of a column, those of lists one after the other."""
+    """Return the values of a column, those of lists one after the other."""
     with open_parquet(file) as parquet:
         column_type(parquet, file, name)
         for index in range(parquet.num_row_groups):
@@ -109,7 +109,7 @@ def _check_type(file: Location, name: str, kind: pa.DataType, vocabulary: ExactV
 
 
 def _write(vocabulary: ExactVocabulary, file: Location) -> None:
-    """Replaces the file when the new one is whole."""
+    """Replace the file when the new one is whole."""
     folder, name = file.path.rsplit("/", 1)
     partial = Location(file.filesystem, f"{folder}/.{name}.partial")
     file.filesystem.makedirs(folder, exist_ok=True)
@@ -118,7 +118,7 @@ def _write(vocabulary: ExactVocabulary, file: Location) -> None:
 
 
 def format_prepared(prepared: list[PreparedVocabulary]) -> str:
-    """Returns one line per map."""
+    """Return one line per map."""
     return "\n".join(
         f"{one.file}: {one.num_ids:,} ids, {one.num_new:,} of them new; room for "
         f"{one.num_embeddings - 1 - one.num_ids:,} more"

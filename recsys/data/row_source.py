@@ -68,7 +68,7 @@ class Chunk:
     num_bytes: int = 0
 
     def bytes_in(self, low: int, high: int) -> int:
-        """Returns how many bytes rows `[low, high)` have if all rows have equally many."""
+        """Return how many bytes rows `[low, high)` have if all rows have equally many."""
         return self.num_bytes * (high - low) // self.num_rows
 
 
@@ -112,10 +112,10 @@ class RowSource(ABC):
 
     @abstractmethod
     def read_chunk(self, number: int) -> pa.Table:
-        """Returns the rows of chunk `number`: at least the columns `self.columns`."""
+        """Return the rows of chunk `number`: at least the columns `self.columns`."""
 
     def read_chunks(self, numbers: Sequence[int]) -> Iterator[pa.Table]:
-        """Returns the checked rows of some chunks, which are in ascending order."""
+        """Return the checked rows of some chunks, which are in ascending order."""
         for number in numbers:
             table, chunk = self.read_chunk(number), self.chunks[number]
             for name in self.columns:
@@ -133,7 +133,7 @@ class RowSource(ABC):
             yield self.usable(number, table)
 
     def usable(self, number: int, table: pa.Table) -> pa.Table:
-        """Returns the rows of a chunk in canonical types, bad ones noted and made padding rows.
+        """Return the rows of a chunk in canonical types, bad ones noted and made padding rows.
 
         Raises:
             ValueError: a row is bad and that is an error.
@@ -149,26 +149,26 @@ class RowSource(ABC):
         return usable_table(table.select(self.columns), self.schema, positions, report)
 
     def describe_range(self, positions: np.ndarray) -> str:
-        """Returns first and last of some rows, each as file and row, for messages."""
+        """Return first and last of some rows, each as file and row, for messages."""
         if not len(positions):
             return "no rows"
         ends = [self._place(int(position)) for position in (positions.min(), positions.max())]
         return " and ".join(f"{place} row {row}" for place, row in ends)
 
     def _place(self, position: int) -> tuple[str, int]:
-        """Returns the place of a row of the split, and its number there."""
+        """Return the place of a row of the split, and its number there."""
         number = bisect_right(self._first_positions, position) - 1
         chunk = self.chunks[number]
         return chunk.place, chunk.first_row + position - self._first_positions[number]
 
     def fingerprint(self) -> str:
-        """Returns a hash of what decides on the order of the rows: chunks with place and size."""
+        """Return a hash of what decides on the order of the rows: chunks with place and size."""
         names = [chunk.place.rsplit("/", 1)[-1] for chunk in self.chunks]
         sizes = [(chunk.num_rows, chunk.num_bytes) for chunk in self.chunks]
         return hashlib.blake2b(repr((names, sizes)).encode(), digest_size=16).hexdigest()
 
     def skipped(self, ranks: Ranks, what: str) -> dict[str, Any]:
-        """Returns what all ranks have skipped of the chunks read so far; see `BadRows.summary`.
+        """Return what all ranks have skipped of the chunks read so far; see `BadRows.summary`.
 
         Rank 0 logs it as the skipped rows of `what`. A collective.
 
@@ -184,7 +184,7 @@ class RowSource(ABC):
         return summary
 
     def share(self, rank: int, world_size: int) -> tuple[int, int]:
-        """Returns first and last-plus-one place of a rank's rows in the global order."""
+        """Return first and last-plus-one place of a rank's rows in the global order."""
         return (
             self.num_rows * rank // world_size,
             self.num_rows * (rank + 1) // world_size,
@@ -193,7 +193,7 @@ class RowSource(ABC):
     def windows(
         self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
     ) -> list[Window]:
-        """Returns the places `[start, stop)` cut at chunks into what is shuffled together.
+        """Return the places `[start, stop)` cut at chunks into what is shuffled together.
 
         A window ends with the chunk that reaches `SHUFFLE_ROWS`, or before the one that would
         exceed `SHUFFLE_BYTES`. `shuffle_seed` (seed, epoch) permutes the chunks, the same on
@@ -216,7 +216,7 @@ class RowSource(ABC):
         return found
 
     def read_window(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> pa.Table:
-        """Returns the rows of a window, in the order of its chunks; see `row_order`.
+        """Return the rows of a window, in the order of its chunks; see `row_order`.
 
         Raises:
             ValueError: a file is gone, or a row cannot be used and that is an error.
@@ -236,7 +236,7 @@ class RowSource(ABC):
         )
 
     def row_order(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> np.ndarray:
-        """Returns which row of a window, as it is read, comes first and so on: int64 [rows]."""
+        """Return which row of a window, as it is read, comes first and so on: int64 [rows]."""
         num_rows = window.stop - window.start
         if shuffle_seed is None:
             return np.arange(num_rows)
@@ -245,7 +245,7 @@ class RowSource(ABC):
     def read(
         self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
     ) -> Iterator[pa.Table]:
-        """Returns the rows at the places `[start, stop)` in their order, one table per window."""
+        """Return the rows at the places `[start, stop)` in their order, one table per window."""
         for window in self.windows(start, stop, shuffle_seed):
             table = self.read_window(window, shuffle_seed)
             if shuffle_seed is not None:
@@ -253,11 +253,11 @@ class RowSource(ABC):
             yield table.combine_chunks()
 
     def padding(self, num_rows: int) -> pa.Table:
-        """Returns rows that count nowhere, in the types of those that are read."""
+        """Return rows that count nowhere, in the types of those that are read."""
         return padding_rows(empty_table(self.schema, self.columns), num_rows)
 
     def _ordered(self, shuffle_seed: tuple[int, int] | None) -> Sequence[int]:
-        """Returns the numbers of the chunks in their global order."""
+        """Return the numbers of the chunks in their global order."""
         if shuffle_seed is None:
             return range(len(self.chunks))
         order = np.random.default_rng(shuffle_seed).permutation(len(self.chunks))
@@ -265,7 +265,7 @@ class RowSource(ABC):
 
 
 def columns_to_read(schema: Schema, with_labels: bool) -> list[str]:
-    """Returns the columns of the rows; without labels what only losses need is left out, too."""
+    """Return the columns of the rows; without labels what only losses need is left out, too."""
     return [
         name
         for name, column in schema.columns.items()
@@ -280,7 +280,7 @@ def open_rows(
     schema: Schema,
     on_bad_row: OnBadRow = "error",
 ) -> RowSource:
-    """Returns the rows of a split, from the source that the settings name.
+    """Return the rows of a split, from the source that the settings name.
 
     Raises:
         ValueError: the source cannot be made, or cannot read the split.

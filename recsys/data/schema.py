@@ -100,7 +100,7 @@ class Schema:
     )
 
     def of_kind(self, kind: str) -> list[str]:
-        """Returns names of the columns of one kind, in the order of the schema."""
+        """Return names of the columns of one kind, in the order of the schema."""
         return [name for name, column in self.columns.items() if column.kind == kind]
 
     @property
@@ -116,21 +116,21 @@ class Schema:
         return num_embeddings
 
     def table_of(self, name: str) -> str:
-        """Returns the column whose table `name` looks up."""
+        """Return the column whose table `name` looks up."""
         return self.columns[name].shares or name
 
     def limit(self, name: str) -> int:
-        """Returns the number of rows of the table that column `name` looks up."""
+        """Return the number of rows of the table that column `name` looks up."""
         num_embeddings = self.columns[self.table_of(name)].num_embeddings
         assert num_embeddings is not None
         return num_embeddings
 
     def vocabulary_of(self, name: str) -> VocabularySettings | None:
-        """Returns how raw ids of column `name` find their rows; None where ids are rows."""
+        """Return how raw ids of column `name` find their rows; None where ids are rows."""
         return self.columns[self.table_of(name)].vocabulary if name in self.columns else None
 
     def tables_with(self, kind: Literal["exact", "hash", "bounded"]) -> list[str]:
-        """Returns tables whose rows are found by a vocabulary of that kind."""
+        """Return tables whose rows are found by a vocabulary of that kind."""
         return [
             name
             for name, column in self.columns.items()
@@ -144,12 +144,12 @@ class Schema:
 
 
 def vocabulary_file(root: Location, table: str) -> Location:
-    """Returns where a dataset keeps the map of raw ids to rows of a table."""
+    """Return where a dataset keeps the map of raw ids to rows of a table."""
     return root / "vocabulary" / f"{table}.parquet"
 
 
 def load_schema(root: Location, with_vocabularies: bool = True) -> Schema:
-    """Reads and checks `schema.yaml` of the dataset at `root`, and its vocabularies.
+    """Read and checks `schema.yaml` of the dataset at `root`, and its vocabularies.
 
     Args:
         root: the dataset.

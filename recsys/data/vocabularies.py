@@ -64,7 +64,7 @@ class BoundedVocabularies:
                 )
 
     def map_batch(self, batch: Batch, step: int, training: bool) -> None:
-        """Replaces raw ids by rows, in the batch's own memory; call it once per batch.
+        """Replace raw ids by rows, in the batch's own memory; call it once per batch.
 
         Args:
             batch: on the host, not yet in a pipeline.
@@ -86,7 +86,7 @@ class BoundedVocabularies:
                 ids.values[ids.counts] = part
 
     def counts(self) -> dict[str, VocabularyCounts]:
-        """Returns what happened in each since the last call, over all ranks."""
+        """Return what happened in each since the last call, over all ranks."""
         return {table: vocabulary.counts() for table, vocabulary in self.by_table.items()}
 
     def state_dict(self) -> State:
@@ -137,7 +137,7 @@ class UnknownIds:
         self._history = schema.history
 
     def add(self, batch: Batch) -> None:
-        """Counts the ids of a batch that is on the host."""
+        """Count the ids of a batch that is on the host."""
         for features in (batch.sparse_features, batch.sequence_features):
             for name in features.keys() if features is not None else ():
                 if name in self._counts:
@@ -152,7 +152,7 @@ class UnknownIds:
         return _Ids(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def totals(self, group: dist.ProcessGroup | None = None) -> dict[str, dict[str, int]]:
-        """Returns by column the ids of all ranks, and how many are unknown. A collective."""
+        """Return by column the ids of all ranks, and how many are unknown. A collective."""
         if not self._counts:
             return {}
         counts = torch.stack(list(self._counts.values()))
@@ -165,7 +165,7 @@ class UnknownIds:
 
 
 def format_unknown(what: str, totals: dict[str, dict[str, int]]) -> str | None:
-    """Returns a line about the unknown ids of a split; None where no column can have any."""
+    """Return a line about the unknown ids of a split; None where no column can have any."""
     if not totals:
         return None
     parts = [

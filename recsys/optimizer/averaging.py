@@ -40,12 +40,12 @@ class AveragedWeights:
         self.averaged = AveragedModel(self.weights, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def update(self) -> None:
-        """Takes the weights after a step of the optimizer into the averages."""
+        """Take the weights after a step of the optimizer into the averages."""
         self.averaged.update_parameters(self.weights)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Puts the averages in the place of the weights, and the weights back at the end.
+        """Put the averages in the place of the weights, and the weights back at the end.
 
         Before the first update the weights stay: they are the averages then.
         """
@@ -67,14 +67,14 @@ class AveragedWeights:
             average.copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns averages by name and their number of updates, in the memory of this object."""
+        """Return averages by name and their number of updates, in the memory of this object."""
         averages = self.averaged.module.parameters()
         state = {name: value.detach() for name, value in zip(self.names, averages, strict=True)}
         return {**state, "num_updates": self.averaged.n_averaged}
 
 
 def build_averages(model: nn.Module, settings: OptimizerSettings) -> AveragedWeights | None:
-    """Returns averages of a model's dense weights; None where `optimizer.ema_decay` is not set."""
+    """Return averages of a model's dense weights; None where `optimizer.ema_decay` is not set."""
     if settings.ema_decay is None:
         return None
     return AveragedWeights(dense_parameters(model), settings.ema_decay)

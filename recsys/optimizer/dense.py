@@ -30,7 +30,7 @@ _SETTINGS_OF_GROUPS = ("lr", "weight_decay")
 def build_dense_optimizer(
     model: nn.Module, groups: Sequence[DenseGroup], settings: OptimizerSettings | None = None
 ) -> tuple[CombinedOptimizer, Optimizer]:
-    """Builds one optimizer of all that trains outside the tables, and joins it with the fused ones.
+    """Build one optimizer of all that trains outside the tables, and joins it with the fused ones.
 
     Args:
         model: a DistributedModelParallel, or any module for training without sharding.
@@ -79,7 +79,7 @@ def _make(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> Optimize
 
 
 def count_state(settings: OptimizerSettings, sizes: Mapping[str, torch.Size]) -> dict[str, int]:
-    """Counts the elements that the optimizer and the moving average keep, by parameter.
+    """Count the elements that the optimizer and the moving average keep, by parameter.
 
     One step is taken on parameters of these sizes: on the meta device, or on zeros on the host
     where an optimizer (Adafactor) reads values.
@@ -120,6 +120,6 @@ def _state_after_a_step(
 
 
 def gradient_norm(optimizer: Optimizer) -> Tensor:
-    """Returns the norm [] of the gradients of all its parameters together."""
+    """Return the norm [] of the gradients of all its parameters together."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -13,7 +13,7 @@ from embeddings.tables import TableConfig
 
 
 def describe_optimizers(model: nn.Module, tables: Sequence[TableConfig], dense: Optimizer) -> str:
-    """Returns every parameter of the model with its optimizer and learning rate, as a text table.
+    """Return every parameter of the model with its optimizer and learning rate, as a text table.
 
     Tables stand there by name, dense parameters by group and weight decay, then the frozen ones;
     the last line is the sum, which is the model's size.

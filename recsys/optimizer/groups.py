@@ -31,7 +31,7 @@ class DenseGroup:
 
 
 def dense_groups(config: Config) -> list[DenseGroup]:
-    """Returns the groups of a run: trained encoders, the rest of content, and everything else."""
+    """Return the groups of a run: trained encoders, the rest of content, and everything else."""
     settings = config.optimizer
     decay = settings.weight_decay
     return [
@@ -42,7 +42,7 @@ def dense_groups(config: Config) -> list[DenseGroup]:
 
 
 def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the trainable parameters that no fused optimizer updates, by unwrapped name.
+    """Return the trainable parameters that no fused optimizer updates, by unwrapped name.
 
     Raises:
         ValueError: a table is among them.
@@ -71,7 +71,7 @@ def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def parameter_groups(
     model: nn.Module, parameters: dict[str, nn.Parameter], groups: Sequence[DenseGroup]
 ) -> list[dict[str, Any]]:
-    """Returns torch.optim's parameter groups, each with the names of its parameters as `names`.
+    """Return torch.optim's parameter groups, each with the names of its parameters as `names`.
 
     The first group with a matching prefix takes a parameter. A DenseGroup with weight decay makes
     two parameter groups, with and without it.

@@ -24,22 +24,22 @@ SCHEDULES = {
 
 
 def constant(step: int, decay_steps: int) -> float:
-    """Returns 1 at every step after warm-up."""
+    """Return 1 at every step after warm-up."""
     return 1.0
 
 
 def cosine(step: int, decay_steps: int, final_share: float = 0.0) -> float:
-    """Returns shares that fall from 1 along half a cosine to `final_share` at `decay_steps`."""
+    """Return shares that fall from 1 along half a cosine to `final_share` at `decay_steps`."""
     return final_share + (1 - final_share) * (1 + math.cos(math.pi * _done(step, decay_steps))) / 2
 
 
 def linear(step: int, decay_steps: int, final_share: float = 0.0) -> float:
-    """Returns shares that fall from 1 along a line to `final_share` at `decay_steps`."""
+    """Return shares that fall from 1 along a line to `final_share` at `decay_steps`."""
     return 1 - (1 - final_share) * _done(step, decay_steps)
 
 
 def _done(step: int, decay_steps: int) -> float:
-    """Returns how much of the decay lies behind a step, in [0, 1]."""
+    """Return how much of the decay lies behind a step, in [0, 1]."""
     return min(step / max(decay_steps, 1), 1.0)
 
 
@@ -81,7 +81,7 @@ class LearningRateShare:
             ) from error
 
     def end_at(self, num_updates: int) -> None:
-        """Sets the number of dense updates at which decay ends, unless the settings say it."""
+        """Set the number of dense updates at which decay ends, unless the settings say it."""
         if self.settings.decay_steps is None:
             self.decay_steps = max(num_updates - self.settings.warmup_steps, 1)
 
@@ -94,12 +94,12 @@ class LearningRateShare:
 
 
 def build_schedule(optimizer: Optimizer, settings: OptimizerSettings) -> LambdaLR:
-    """Returns the schedule of an optimizer's learning rates; step it after each dense update."""
+    """Return the schedule of an optimizer's learning rates; step it after each dense update."""
     return LambdaLR(optimizer, LearningRateShare(settings))
 
 
 def set_updates(schedule: LambdaLR, num_updates: int) -> None:
-    """Sets the learning rates to those after so many dense updates."""
+    """Set the learning rates to those after so many dense updates."""
     schedule.last_epoch = num_updates
     for group, base, share in zip(
         schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True

@@ -22,7 +22,7 @@ _NUMBERS: dict[str, tuple[type, torch.dtype]] = {
 
 
 def state_tensors(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-    """Returns the state of each parameter as `PARAMETER.KEY`; tensors share their memory.
+    """Return the state of each parameter as `PARAMETER.KEY`; tensors share their memory.
 
     A parameter that no step has updated has none yet.
 
@@ -60,7 +60,7 @@ def make_room(
     names: Mapping[nn.Parameter, str],
     stored: Mapping[str, tuple[torch.Size, torch.dtype]],
 ) -> dict[str, Tensor]:
-    """Gives an optimizer the state that a checkpoint has, its values yet to be filled in.
+    """Give an optimizer the state that a checkpoint has, its values yet to be filled in.
 
     torch.distributed.checkpoint fills only what the destination already has, and an optimizer has
     no state before its first step.
@@ -88,7 +88,7 @@ def make_room(
 
 
 def numbers_loaded(optimizer: Optimizer) -> None:
-    """Makes Python numbers of the marked tensors, once they are loaded."""
+    """Make Python numbers of the marked tensors, once they are loaded."""
     for parameter in _parameters(optimizer):
         state: dict[str, Any] = optimizer.state.get(parameter, {})
         for mark, (kind, _) in _NUMBERS.items():
@@ -97,7 +97,7 @@ def numbers_loaded(optimizer: Optimizer) -> None:
 
 
 def _device(group: dict[str, Any], parameter: nn.Parameter, key: str) -> torch.device:
-    """Returns where torch.optim keeps an entry of the state: the step on the host, if it may."""
+    """Return where torch.optim keeps an entry of the state: the step on the host, if it may."""
     stays = group.get("fused") or group.get("capturable")
     on_host = key.endswith(tuple(_NUMBERS)) or (key == "step" and not stays)
     return torch.device("cpu") if on_host else parameter.device

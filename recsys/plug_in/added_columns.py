@@ -70,7 +70,7 @@ class AddedColumns(nn.Module):
 
     @contextmanager
     def added(self, columns: Tensor) -> Iterator[None]:  # [B, Z]
-        """Shows the module `columns` beside its own input while this lasts."""
+        """Show the module `columns` beside its own input while this lasts."""
         self._first[0].extra = self.map(columns)
         try:
             yield
@@ -100,5 +100,5 @@ class WidenedModule(nn.Module):
 
 
 def no_columns(rows: Tensor) -> Tensor:
-    """Returns no columns beside rows [B, ...]: [B, 0]."""
+    """Return no columns beside rows [B, ...]: [B, 0]."""
     return torch.zeros(len(rows), 0, device=rows.device)

@@ -122,13 +122,13 @@ class ContentBatches(Iterable[Batch]):
         return len(self.source)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
-        """Begins a pass. A collective, as is each batch of it."""
+        """Begin a pass. A collective, as is each batch of it."""
         self._fill_bank()
         unknown = UnknownIds(self.items.schema)
         return self.preparation(self._agreed(), unknown, self.branch.step, self.branch.training)
 
     def _fill_bank(self) -> None:
-        """Fills the bank if it is empty and anything is read from it. A collective."""
+        """Fill the bank if it is empty and anything is read from it. A collective."""
         bank, store, content = self.branch.bank, self.preparation.store, self.preparation.content
         assert store is not None and content is not None
         is_read = self.items.schema.history is not None or content.sampling.backward < 1

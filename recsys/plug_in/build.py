@@ -62,7 +62,7 @@ class DLRMOfItems(DLRMWithContent):
         )
 
     def batches(self, source: Iterable[TorchRecBatch]) -> ContentBatches:
-        """Returns the batches of a dataset or data loader, with content; use it in its place.
+        """Return the batches of a dataset or data loader, with content; use it in its place.
 
         Go through them once the model is sharded. Each pass is a collective.
 
@@ -77,7 +77,7 @@ class DLRMOfItems(DLRMWithContent):
 def add_content(
     dlrm: DLRM, settings: PlugInSettings | Path | str, device: torch.device
 ) -> DLRMOfItems:
-    """Builds a DLRM with content of its items in its interaction. A collective.
+    """Build a DLRM with content of its items in its interaction. A collective.
 
     Tokenises, decodes and encodes what is frozen of the items, once per machine. The random
     numbers that the caller draws afterwards are those he would have drawn without it.
@@ -111,7 +111,7 @@ def add_content(
 
 
 def _build(dlrm: DLRM, settings: PlugInSettings, schema: Schema, ranks: Ranks) -> DLRMOfItems:
-    """Builds what `add_content` returns. A collective."""
+    """Build what `add_content` returns. A collective."""
     content, root = settings.content, Location.of(settings.data)
     store, encoders = build_content_store(settings.config, content, root, schema, ranks)
     with ranks.raise_on_all_ranks():
@@ -124,7 +124,7 @@ def _build(dlrm: DLRM, settings: PlugInSettings, schema: Schema, ranks: Ranks) -
 
 
 def _num_items(dlrm: DLRM, item: str) -> int:
-    """Returns rows of the table that the ranked item is looked up in."""
+    """Return rows of the table that the ranked item is looked up in."""
     tables = dlrm.sparse_arch.embedding_bag_collection.embedding_bag_configs()
     for table in tables:
         if item in table.feature_names:
@@ -134,7 +134,7 @@ def _num_items(dlrm: DLRM, item: str) -> int:
 
 
 def _ranks(device: torch.device) -> Ranks:
-    """Returns the ranks of the job that the caller has joined, with a gloo group of their own."""
+    """Return the ranks of the job that the caller has joined, with a gloo group of their own."""
     if not dist.is_initialized():
         raise ValueError(
             "no process group: call torch.distributed.init_process_group before add_content"

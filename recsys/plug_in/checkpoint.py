@@ -20,7 +20,7 @@ from recsys.plug_in.model import DLRMWithContent, DLRMWithContentTrain
 def dlrm_state(
     model: nn.Module, optimizer: KeyedOptimizer | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Returns what a checkpoint of the DLRM alone holds: {"model": ..., "optimizer": ...}.
+    """Return what a checkpoint of the DLRM alone holds: {"model": ..., "optimizer": ...}.
 
     To save it gives a checkpoint of the DLRM without content. To load, give it to
     `torch.distributed.checkpoint.load` and then to `load_dlrm`.
@@ -55,7 +55,7 @@ def load_dlrm(
     state: Mapping[str, Mapping[str, Any]],
     optimizer: KeyedOptimizer | None = None,
 ) -> None:
-    """Takes over a DLRM's checkpoint; content stays as it is.
+    """Take over a DLRM's checkpoint; content stays as it is.
 
     Args:
         model: as in `dlrm_state`.
@@ -78,7 +78,7 @@ def load_dlrm(
 
 
 def _new_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """Returns what the names of all begin with that the DLRM alone does not have."""
+    """Return what the names of all begin with that the DLRM alone does not have."""
     inner = get_unwrapped_module(model) if isinstance(model, DistributedModelParallel) else model
     new = []
     for name, module in inner.named_modules():

@@ -114,7 +114,7 @@ class Projections(WidenedInteraction):
 
 
 def widened_interaction(original: nn.Module, num_vectors: int, dim: int) -> WidenedInteraction:
-    """Returns the interaction of a DLRM with room for K content vectors.
+    """Return the interaction of a DLRM with room for K content vectors.
 
     Raises:
         ValueError: an interaction that is none of torchrec.models.dlrm.

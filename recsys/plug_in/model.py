@@ -184,7 +184,7 @@ class DLRMWithContent(nn.Module):
         self.content_head = ContentHead(dlrm, content.num_vectors, content.num_features, dim)
 
     def rank(self, batch: Batch) -> Ranked:
-        """Returns logits, and the vectors of the target item that the contrastive loss compares."""
+        """Return logits, and the vectors of the target item that the contrastive loss compares."""
         content = self.content(batch)
         dense = self.dense_arch(batch.dense_features)
         sparse = self.sparse_arch(batch.sparse_features)

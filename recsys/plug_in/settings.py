@@ -43,7 +43,7 @@ class PlugInSettings:
         )
 
     def schema(self, num_items: int) -> Schema:
-        """Returns what the dataset of such a DLRM has, as far as content goes."""
+        """Return what the dataset of such a DLRM has, as far as content goes."""
         columns = {self.item: Column("id", num_embeddings=num_items)}
         if self.history is not None:
             columns[self.history] = Column("sequence", shares=self.item)
@@ -61,7 +61,7 @@ class PlugInSettings:
 
 
 def load_plug_in_settings(path: Path | str) -> PlugInSettings:
-    """Reads them from YAML.
+    """Read them from YAML.
 
     Raises:
         ValueError: a missing file, an unknown key, a wrong type, or settings that do not fit
@@ -80,7 +80,7 @@ def load_plug_in_settings(path: Path | str) -> PlugInSettings:
 
 
 def check(settings: PlugInSettings) -> None:
-    """Checks what spans several settings.
+    """Check what spans several settings.
 
     Raises:
         ValueError: names them.

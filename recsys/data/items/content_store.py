@@ -30,13 +30,13 @@ SKIPPED = "skipped.json"  # beside an array: what is missing from it because it 
 
 
 def default_cache() -> Path:
-    """Returns where encoded items are kept unless the configuration says otherwise."""
+    """Return where encoded items are kept unless the configuration says otherwise."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "recsys"
 
 
 def publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """Makes `folder` by `write(temporary folder)`: it exists whole or not at all."""
+    """Make `folder` by `write(temporary folder)`: it exists whole or not at all."""
     if folder.exists():
         return
     with whole_folder(folder, may_exist=True) as partial:
@@ -71,7 +71,7 @@ class ContentStore:
         self._ids, self._rows = items.ids[order], items.rows[order]
 
     def build(self, name: str) -> None:
-        """Makes, or finds in the cache, the array of one modality.
+        """Make, or finds in the cache, the array of one modality.
 
         Raises:
             ValueError: a text, image or feature that cannot be used, with file and row (unless the
@@ -90,7 +90,7 @@ class ContentStore:
         assert len(self.arrays[name]) == self.items.num_rows
 
     def use(self, name: str, folder: Path) -> None:
-        """Serves a modality from the array in `folder`."""
+        """Serve a modality from the array in `folder`."""
         self.folders[name] = folder
         self.arrays[name] = RaggedArray(folder)
 
@@ -118,7 +118,7 @@ class ContentStore:
 
 
 def require_column(items: Items, kind: ModalityKind) -> None:
-    """Raises a ValueError where the items have no column of the kind that a modality reads."""
+    """Raise a ValueError where the items have no column of the kind that a modality reads."""
     name = kind.modality.column
     column = items.columns.get(name)
     if column is None or column.kind != kind.column_kind:

@@ -116,7 +116,7 @@ def write_rows(
     num_rows: int,
     report: ReportRows,
 ) -> int:
-    """Makes the `RaggedArray` of a feature file and returns its number of tokens.
+    """Make the `RaggedArray` of a feature file and returns its number of tokens.
 
     Raises:
         ValueError: by `report`, for a row with a value that is not finite.

@@ -99,6 +99,6 @@ def _cause_and_fix(error: Exception) -> tuple[str, str]:
 
 @cache
 def _formats() -> list[str]:
-    """Returns those of `FORMATS` that this build of Pillow can read."""
+    """Return those of `FORMATS` that this build of Pillow can read."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]

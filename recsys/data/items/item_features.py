@@ -69,7 +69,7 @@ def usable_features(
 
 
 def _rows_with(bad_token: np.ndarray, row_of: np.ndarray, num_rows: int) -> np.ndarray:
-    """Returns which rows have a bad token: bool [n]."""
+    """Return which rows have a bad token: bool [n]."""
     bad = np.zeros(num_rows, bool)
     bad[row_of[bad_token]] = True
     return bad

@@ -74,7 +74,7 @@ def _images(value: pa.Scalar, several: bool) -> list[pa.Scalar]:
 
 
 def num_images(chunk: pa.Array, where: str) -> np.ndarray:  # [n]
-    """Returns the number of images of each row, null ones in a list among them.
+    """Return the number of images of each row, null ones in a list among them.
 
     Raises:
         ValueError: the column has another type.

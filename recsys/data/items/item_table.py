@@ -100,7 +100,7 @@ class ItemTable:
     def _usable_rows(
         self, file: Location, first_row: int, chunk: pa.Array, found: np.ndarray
     ) -> np.ndarray:
-        """Returns which ids of a chunk have a row, `found`, in the target item's table."""
+        """Return which ids of a chunk have a row, `found`, in the target item's table."""
         name, limit, target = self.items.id, self.schema.num_items, self.schema.target_item
         null = chunk.is_null().to_numpy(zero_copy_only=False)
         outside = ~null & ((found < 0) | (found >= limit))
@@ -124,7 +124,7 @@ class ItemTable:
         return np.flatnonzero(~null & ~outside)
 
     def _leave_out_repeated(self, chunks: list[tuple[Location, int, int]]) -> None:
-        """Keeps the first row of each item; chunks are (file, first row in it, first place)."""
+        """Keep the first row of each item; chunks are (file, first row in it, first place)."""
         again = np.ones(len(self.ids), bool)
         again[np.unique(self.ids, return_index=True)[1]] = False
         repeated = np.full(self.num_rows, -1)

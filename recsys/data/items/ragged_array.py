@@ -73,7 +73,7 @@ class RaggedArray:
         return values, mask
 
     def _give_back(self, mapped: int) -> None:
-        """Counts what a read may have mapped, and keeps it within bounds."""
+        """Count what a read may have mapped, and keeps it within bounds."""
         self._mapped += mapped
         if self._mapped > RESIDENT_BYTES:
             cast(mmap.mmap, self.values.base).madvise(mmap.MADV_DONTNEED)
@@ -113,14 +113,14 @@ class RaggedWriter:
         lengths: np.ndarray,  # [n] of the next rows
         values: np.ndarray,  # [sum of lengths, ...]
     ) -> None:
-        """Appends rows."""
+        """Append rows."""
         assert values.shape == (lengths.sum(), *self.shape)
         self.lengths.append(lengths)
         self.num_entries += len(values)
         self._file.write(np.ascontiguousarray(values, self.dtype).data)
 
     def close(self) -> None:
-        """Completes the files, safe from a loss of power."""
+        """Complete the files, safe from a loss of power."""
         if not self.num_entries:
             self._file.write(np.zeros(self.shape, self.dtype).tobytes())
         self._file.seek(0)
@@ -156,7 +156,7 @@ class RowWriter(RaggedWriter):
         rows: np.ndarray,  # [n]
         values: np.ndarray,  # [sum of their lengths, ...]
     ) -> None:
-        """Writes all entries of some rows."""
+        """Write all entries of some rows."""
         place = 0
         for row in rows.tolist():
             entries = values[place : place + self.lengths[0][row]]

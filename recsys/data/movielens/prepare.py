@@ -63,7 +63,7 @@ def prepare_movielens(
     history_length: int = 20,
     split: SplitProtocol = "global",
 ) -> dict[str, dict[str, Any]]:
-    """Writes the dataset folder `out`; it appears complete or not at all.
+    """Write the dataset folder `out`; it appears complete or not at all.
 
     Args:
         source: folder with `ratings.csv`, `movies.csv` and, optionally, `items.parquet` (movieId
@@ -156,7 +156,7 @@ def _write_split(folder: Path, ratings: Ratings, rows: np.ndarray) -> None:
 
 
 def _write_file(folder: Path, tables: Iterator[pa.Table], rows_per_group: int) -> Path:
-    """Writes tables one after another into the only file of a new folder."""
+    """Write tables one after another into the only file of a new folder."""
     folder.mkdir()
     path = folder / "part-00000.parquet"
     first = next(tables)

@@ -30,7 +30,7 @@ POSTERS = {"movieId": pa.int64(), "poster": pa.large_binary()}  # together they 
 
 
 def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
-    """Reads a folder with `ratings.csv`, `movies.csv` and, optionally, `items.parquet`.
+    """Read a folder with `ratings.csv`, `movies.csv` and, optionally, `items.parquet`.
 
     Args:
         source: the folder; None is the bundled sample. `items.parquet` has movieId with plot,
@@ -125,7 +125,7 @@ def _read_parquet(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
 def _read_movies(
     path: Path, types: dict[str, pa.DataType], nullable: str | None = None
 ) -> pa.Table:
-    """Reads a file with one row per movie."""
+    """Read a file with one row per movie."""
     table = _read(path, types, nullable)
     ids = table["movieId"].to_numpy()
     is_repeated = np.ones(len(ids), dtype=bool)
@@ -136,7 +136,7 @@ def _read_movies(
 
 
 def _refuse(path: Path, table: pa.Table, column: str, wrong: np.ndarray, reason: str) -> None:
-    """Raises a ValueError for the first row of a file where `wrong` holds, bool [N].
+    """Raise a ValueError for the first row of a file where `wrong` holds, bool [N].
 
     `reason` says what is wrong with the value put for `{}`, and what to do.
     """

@@ -52,7 +52,7 @@ class BadRows:
         reason: str,
         message: Callable[[int], str],
     ) -> None:
-        """Takes note of the bad rows of one column in a part of a file, if there are any.
+        """Take note of the bad rows of one column in a part of a file, if there are any.
 
         Args:
             file, column: where they are; column "" for whole rows.
@@ -73,11 +73,11 @@ class BadRows:
         self.found[str(file), column, first_row, reason] = (int(bad.sum()), first_row + row)
 
     def of_column(self, column: str) -> dict[Place, tuple[int, int]]:
-        """Returns what was found in one column."""
+        """Return what was found in one column."""
         return {place: rows for place, rows in self.found.items() if place[1] == column}
 
     def summary(self, ranks: Ranks, what: str) -> dict[str, Any]:
-        """Counts of all ranks; rank 0 logs them as the skipped rows of `what`. A collective.
+        """Count of all ranks; rank 0 logs them as the skipped rows of `what`. A collective.
 
         Returns:
             rows: number of skipped rows.
@@ -93,7 +93,7 @@ class BadRows:
 
 
 def by_reason(found: dict[Place, tuple[int, int]]) -> tuple[int, list[dict[str, Any]]]:
-    """Returns bad rows in all, and by file, column and reason, of what `BadRows` has noted."""
+    """Return bad rows in all, and by file, column and reason, of what `BadRows` has noted."""
     merged: dict[tuple[str, str, str], tuple[int, int]] = {}
     for (file, column, _, reason), (rows, first) in sorted(found.items()):
         # Parts come in order, so the first row of the first part stays.
@@ -107,7 +107,7 @@ def by_reason(found: dict[Place, tuple[int, int]]) -> tuple[int, list[dict[str, 
 
 
 def format_skipped(what: str, rows: int, entries: list[dict[str, Any]]) -> str:
-    """Returns the report as lines of text."""
+    """Return the report as lines of text."""
     lines = [f"skipped {_rows(rows)} of {what}:"]
     for entry in entries[:LINES]:
         column = f" column '{entry['column']}'" if entry["column"] else ""

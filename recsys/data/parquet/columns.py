@@ -34,7 +34,7 @@ class ListColumns:
         return np.diff(self.offsets)
 
     def take(self, rows: np.ndarray) -> ListColumns:
-        """Returns the lists of some rows [n]."""
+        """Return the lists of some rows [n]."""
         starts = self.offsets[rows]
         lengths = self.offsets[rows + 1] - starts
         ends = np.cumsum(lengths)
@@ -45,7 +45,7 @@ class ListColumns:
 
     @staticmethod
     def concat(parts: Sequence[ListColumns]) -> ListColumns:
-        """Returns the rows of all parts, one after the other."""
+        """Return the rows of all parts, one after the other."""
         lengths = np.concatenate([part.lengths for part in parts])
         values = {
             name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values
@@ -71,7 +71,7 @@ class RowColumns:
 
     @staticmethod
     def of(table: pa.Table) -> RowColumns:
-        """Takes a table of canonical types (`recsys.data.parquet.values`), sharing its memory."""
+        """Take a table of canonical types (`recsys.data.parquet.values`), sharing its memory."""
         numbers: dict[str, np.ndarray] = {}
         lists: list[ListColumns] = []
         for name in table.column_names:
@@ -87,11 +87,11 @@ class RowColumns:
         return len(next(iter(self.numbers.values())))
 
     def values(self, name: str) -> np.ndarray:
-        """Returns values of all lists of a column, [N]."""
+        """Return values of all lists of a column, [N]."""
         return self._holder(name).values[name]
 
     def lengths(self, name: str) -> np.ndarray:
-        """Returns lengths of a column's lists, int64 [R]; 1 each for a column of numbers."""
+        """Return lengths of a column's lists, int64 [R]; 1 each for a column of numbers."""
         if name in self.numbers:
             return np.ones(self.num_rows, np.int64)
         return self._holder(name).lengths
@@ -108,7 +108,7 @@ class RowColumns:
 
     @staticmethod
     def concat(parts: Sequence[RowColumns]) -> RowColumns:
-        """Returns the rows of all parts, one after the other."""
+        """Return the rows of all parts, one after the other."""
         if len(parts) == 1:
             return parts[0]
         # Columns that are equally long in one part may differ in another, so each stands alone.
@@ -130,7 +130,7 @@ class RowColumns:
 
 
 def _add_lists(lists: list[ListColumns], name: str, array: pa.Array) -> None:
-    """Adds a column, to those that are as long if there are any."""
+    """Add a column, to those that are as long if there are any."""
     # flatten leaves out what lies under a null list, so offsets follow from the lengths alone.
     offsets = np.concatenate([[0], np.cumsum(list_lengths(array), dtype=np.int64)])
     values = array.flatten().to_numpy(zero_copy_only=False)

@@ -22,7 +22,7 @@ STREAM_BYTES = 1 << 20
 
 @contextmanager
 def open_parquet(file: Location, streaming: bool = False) -> Iterator[pq.ParquetFile]:
-    """Returns the open file.
+    """Return the open file.
 
     Args:
         file: where it is.
@@ -49,7 +49,7 @@ def open_parquet(file: Location, streaming: bool = False) -> Iterator[pq.Parquet
 
 
 def column_type(parquet: pq.ParquetFile, file: Location, name: str) -> pa.DataType:
-    """Returns the Arrow type of a column.
+    """Return the Arrow type of a column.
 
     Raises:
         ValueError: the file does not have the column, or has it twice.
@@ -66,7 +66,7 @@ def column_type(parquet: pq.ParquetFile, file: Location, name: str) -> pa.DataTy
 
 
 def mean_list_lengths(root: Location, schema: Schema) -> dict[str, float]:
-    """Returns mean ids per row of each list column, by the footer of the first training file.
+    """Return mean ids per row of each list column, by the footer of the first training file.
 
     Empty where there is no such file, or none that can be read: then there is nothing to estimate,
     and what is wrong is told where its rows are read.

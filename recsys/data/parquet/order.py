@@ -37,14 +37,14 @@ class Slice:
 
 
 def deal(slices: Sequence[Slice], world_size: int) -> list[list[Slice]]:
-    """Cuts the rows into one contiguous share per rank; lengths differ by one row at most."""
+    """Cut the rows into one contiguous share per rank; lengths differ by one row at most."""
     num_rows = sum(map(len, slices))
     cuts = [num_rows * rank // world_size for rank in range(world_size + 1)]
     return [between(slices, low, high) for low, high in pairwise(cuts)]
 
 
 def between(slices: Sequence[Slice], low: int, high: int) -> list[Slice]:
-    """Returns the rows at places `[low, high)` of the slices laid end to end."""
+    """Return the rows at places `[low, high)` of the slices laid end to end."""
     found, place = [], 0
     for piece in slices:
         first, last = max(low - place, 0), min(high - place, len(piece))
@@ -55,12 +55,12 @@ def between(slices: Sequence[Slice], low: int, high: int) -> list[Slice]:
 
 
 def num_batches_of(num_rows: int, batch_size: int) -> int:
-    """Returns batches of at most `batch_size` that hold `num_rows` rows."""
+    """Return batches of at most `batch_size` that hold `num_rows` rows."""
     return -(-num_rows // batch_size)
 
 
 def rows_before(batch: int, num_rows: int, num_batches: int) -> int:
-    """Returns rows in the batches before number `batch`, of `num_rows` cut as equally as can be."""
+    """Return rows in the batches before number `batch`, of `num_rows` cut as equally as can be."""
     return num_rows * batch // num_batches if num_batches else 0
 
 
@@ -80,7 +80,7 @@ class EpochShare:
         world_size: int,
         shuffle_seed: tuple[int, int] | None,
     ) -> EpochShare:
-        """Returns the share of `rank` in what the `stages` have left."""
+        """Return the share of `rank` in what the `stages` have left."""
         rest: list[Slice] | None = None
         for stage in stages:
             shares = _shares(rows, rest, stage.world_size, shuffle_seed)
@@ -96,7 +96,7 @@ def _shares(
     world_size: int,
     shuffle_seed: tuple[int, int] | None,
 ) -> list[list[Slice]]:
-    """Returns all ranks' shares of the rest, or of an epoch, each with windows of its own."""
+    """Return all ranks' shares of the rest, or of an epoch, each with windows of its own."""
     if rest is not None:
         return deal(rest, world_size)
     return [
@@ -109,7 +109,7 @@ def _shares(
 
 
 def _left(shares: list[list[Slice]], stage: Stage) -> list[Slice]:
-    """Returns what a stage has not read."""
+    """Return what a stage has not read."""
     num_rows = max(sum(map(len, share)) for share in shares)
     num_batches = num_batches_of(num_rows, stage.batch_size)
     done = rows_before(stage.batches, num_rows, num_batches)

@@ -55,7 +55,7 @@ class ParquetRows(RowSource):
     def of_split(
         root: Location, split: str, schema: Schema, on_bad_row: OnBadRow = "error"
     ) -> ParquetRows:
-        """Returns the split `train`, `valid` or `test` of a dataset.
+        """Return the split `train`, `valid` or `test` of a dataset.
 
         Raises:
             ValueError: as the class does.
@@ -72,18 +72,18 @@ class ParquetRows(RowSource):
         return cast(Sequence[RowGroup], self.chunks)
 
     def read_chunk(self, number: int) -> pa.Table:
-        """Returns the rows of a row group, checked."""
+        """Return the rows of a row group, checked."""
         return next(iter(self.read_chunks([number])))
 
     def read_chunks(self, numbers: Sequence[int]) -> Iterator[pa.Table]:
-        """Returns the checked rows of some row groups; each file is opened once."""
+        """Return the checked rows of some row groups; each file is opened once."""
         for file, of_file in groupby(numbers, lambda number: self.row_groups[number].file):
             with open_parquet(file) as parquet:
                 for number in of_file:
                     yield self._read_group(parquet, number)
 
     def _read_group(self, parquet: pq.ParquetFile, number: int) -> pa.Table:
-        """Returns the rows of a row group, those that cannot be used as padding rows."""
+        """Return the rows of a row group, those that cannot be used as padding rows."""
         group = self.row_groups[number]
         try:
             table = parquet.read_row_group(group.index, columns=self.columns)
@@ -107,12 +107,12 @@ class ParquetRows(RowSource):
 
 
 def split_rows(root: Location, split: str, schema: Schema) -> ParquetRows:
-    """Returns the rows of a split: the source `parquet`."""
+    """Return the rows of a split: the source `parquet`."""
     return ParquetRows.of_split(root, split, schema)
 
 
 def _row_groups(file: Location, schema: Schema, columns: list[str]) -> Iterator[RowGroup]:
-    """Returns the row groups of a file, whose columns are checked."""
+    """Return the row groups of a file, whose columns are checked."""
     with open_parquet(file) as parquet:
         metadata = parquet.metadata
         for name in columns:

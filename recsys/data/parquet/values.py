@@ -25,14 +25,14 @@ ReportColumn = Callable[[str, np.ndarray, str, Callable[[int], str]], None]
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Returns whether a column of this type holds lists, of whatever flavour."""
+    """Return whether a column of this type holds lists, of whatever flavour."""
     return (
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     )
 
 
 def list_lengths(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """Returns lengths of the lists; a null list is an empty one."""
+    """Return lengths of the lists; a null list is an empty one."""
     lengths = pc.fill_null(pc.list_value_length(column), 0)
     return lengths.to_numpy() if isinstance(lengths, pa.ChunkedArray) else lengths.to_numpy(False)
 
@@ -42,7 +42,7 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _expected(schema: Schema, name: str) -> tuple[bool, bool]:
-    """Returns (is a list, is an integer) of the column as the schema has it."""
+    """Return (is a list, is an integer) of the column as the schema has it."""
     column = schema.columns.get(name)
     if column is None:  # a parallel list
         return True, False
@@ -50,7 +50,7 @@ def _expected(schema: Schema, name: str) -> tuple[bool, bool]:
 
 
 def check_type(schema: Schema, name: str, kind: pa.DataType, file: str) -> None:
-    """Raises a ValueError where a column's type is not what the schema says."""
+    """Raise a ValueError where a column's type is not what the schema says."""
     wants_list, wants_integer = _expected(schema, name)
     is_raw = schema.vocabulary_of(name) is not None
     value = kind.value_type if is_list(kind) else kind
@@ -71,7 +71,7 @@ def check_type(schema: Schema, name: str, kind: pa.DataType, file: str) -> None:
 
 
 def empty_table(schema: Schema, names: list[str]) -> pa.Table:
-    """Returns an empty table of what batches are made of: the columns `names` and row positions.
+    """Return an empty table of what batches are made of: the columns `names` and row positions.
 
     Where the group has a vocabulary, its raw ids are a column of their own.
     """
@@ -87,13 +87,13 @@ def empty_table(schema: Schema, names: list[str]) -> pa.Table:
 
 
 def _num_rows_of_id(schema: Schema, name: str) -> int:
-    """Returns how many rows of its table an id of a column has."""
+    """Return how many rows of its table an id of a column has."""
     vocabulary = schema.vocabulary_of(name)
     return 1 if vocabulary is None else vocabulary.num_hashes
 
 
 def padding_rows(like: pa.Table, num_rows: int) -> pa.Table:
-    """Returns rows that take part in a step and count nowhere: zeros, empty lists, position -1."""
+    """Return rows that take part in a step and count nowhere: zeros, empty lists, position -1."""
     columns = {}
     for field in like.schema:
         value: Any = [] if is_list(field.type) else -1 if field.name == ROW_POSITION else 0
@@ -104,7 +104,7 @@ def padding_rows(like: pa.Table, num_rows: int) -> pa.Table:
 def usable_table(
     table: pa.Table, schema: Schema, positions: np.ndarray, report: ReportColumn
 ) -> pa.Table:
-    """Returns the columns of a chunk in canonical types, bad rows replaced by padding ones.
+    """Return the columns of a chunk in canonical types, bad rows replaced by padding ones.
 
     Args:
         table: as read.
@@ -130,7 +130,7 @@ def usable_table(
 
 
 def _usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn) -> pa.Array:
-    """Returns a column in its canonical type; rows of it that were noted hold anything."""
+    """Return a column in its canonical type; rows of it that were noted hold anything."""
     is_list_column, is_integer = _expected(schema, name)
     array = one_chunk(table[name])
     if schema.vocabulary_of(name) is not None:
@@ -147,7 +147,7 @@ def _usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColum
     numbers = values.fill_null(0).to_numpy(zero_copy_only=False)
 
     def note_values(bad: np.ndarray, reason: str, message: Callable[[Any], str]) -> None:
-        """Notes the rows of bad values; the message is about the first of these values."""
+        """Note the rows of bad values; the message is about the first of these values."""
         rows = _rows_of_values(array, bad)
         note(name, rows, reason, lambda row: message(numbers[bad.argmax()]))
 
@@ -182,7 +182,7 @@ def _usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColum
 
 
 def _extra_column(array: pa.Array, name: str, note: ReportColumn) -> pa.Array:
-    """Returns a column of kind extra in float32, NaN where a row has no value."""
+    """Return a column of kind extra in float32, NaN where a row has no value."""
     array = pc.fill_null(_cast(array, pa.float32(), False), float("nan"))
     numbers = array.to_numpy()
     if np.isinf(numbers).any():
@@ -192,7 +192,7 @@ def _extra_column(array: pa.Array, name: str, note: ReportColumn) -> pa.Array:
 
 
 def _rows_of_values(array: pa.Array, values: np.ndarray) -> np.ndarray:
-    """Returns which rows [R] hold any of the marked values [N]; a row is a value or a list."""
+    """Return which rows [R] hold any of the marked values [N]; a row is a value or a list."""
     if not is_list(array.type):
         return values
     rows = np.zeros(len(array), bool)
@@ -201,7 +201,7 @@ def _rows_of_values(array: pa.Array, values: np.ndarray) -> np.ndarray:
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    """Returns a column as one array, without a copy where it is one already."""
+    """Return a column as one array, without a copy where it is one already."""
     if column.num_chunks == 1:
         return column.chunk(0)
     array = column.combine_chunks()
@@ -209,7 +209,7 @@ def one_chunk(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _usable_raw_ids(values: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
-    """Returns (raw ids without dictionary, which are null, which are beyond int64)."""
+    """Return (raw ids without dictionary, which are null, which are beyond int64)."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     too_large = np.zeros(len(values), bool)
@@ -219,7 +219,7 @@ def _usable_raw_ids(values: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]
 
 
 def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportColumn) -> pa.Array:
-    """Returns a column of raw ids as rows; as integers where rows are found while training."""
+    """Return a column of raw ids as rows; as integers where rows are found while training."""
     as_list = is_list(array.type)
     values = array.flatten() if as_list else array
     lengths = list_lengths(array) if as_list else np.ones(len(array), np.int64)
@@ -242,7 +242,7 @@ def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportCol
 def _found_where(
     usable: np.ndarray, vocabulary: ExactVocabulary | HashVocabulary | None, ids: pa.Array
 ) -> np.ndarray:
-    """Returns rows of raw ids, or the ids as integers; zeros for those that cannot be used."""
+    """Return rows of raw ids, or the ids as integers; zeros for those that cannot be used."""
     rows_of = integer_ids if vocabulary is None else vocabulary.rows_of
     if usable.all():
         return rows_of(ids)
@@ -253,7 +253,7 @@ def _found_where(
 
 
 def _raw_groups(column: pa.ChunkedArray) -> pa.Array:
-    """Returns the group's raw ids as int64; what cannot be used is noted elsewhere."""
+    """Return the group's raw ids as int64; what cannot be used is noted elsewhere."""
     values, null, too_large = _usable_raw_ids(one_chunk(column))
     return pa.array(_found_where(~(null | too_large), None, values))
 
