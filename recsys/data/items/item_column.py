@@ -1,4 +1,7 @@
-"""One column of the items: its chunks, or the .npy file that schema.yaml names in its place."""
+"""One column of the items: its chunks, or the .npy file that schema.yaml names in its place.
+
+Shapes: n rows of a piece, R rows of a feature file.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,16 @@ class ItemColumnReader:
     """
 
     def __init__(self, table: ItemTable, name: str) -> None:
+        """Select a column that schema.yaml names."""
         self.table, self.name, self.settings = table, name, table.items.columns[name]
 
     @property
     def skips_bad_rows(self) -> bool:
+        """Whether bad rows are skipped instead of raising an error."""
         return self.table.bad_rows.on_bad_row == "skip"
 
     def chunks(self) -> Iterator[tuple[pa.Array, str, Report]]:
-        """Yield (values, file and column for messages, how to report bad rows) of each chunk."""
+        """Yield (values, file and column for messages, report of bad rows) for each chunk."""
         for file, first_row, chunk in self.table.chunks(self.name):
             report = partial(self.table.bad_rows.add, file, self.name, first_row)
             yield chunk, f"{file}: column '{self.name}'", report
@@ -45,7 +50,7 @@ class ItemColumnReader:
         """Return the item's row that each row of a feature file belongs to, -1 for none.
 
         Raises:
-            ValueError: the file has no ids, and other rows than the items have.
+            ValueError: the file has no ids, and not as many rows as there are items.
         """
         if ids is not None:
             return self.table.places_of(ids, self.table.root / str(self.settings.ids))
@@ -57,8 +62,13 @@ class ItemColumnReader:
             )
         return np.arange(features.num_rows)
 
-    def report_file(self, first_row: int, bad: np.ndarray, reason: str) -> None:
-        """Take note of bad rows of the feature file, as `write_rows` finds them."""
+    def report_file(
+        self,
+        first_row: int,
+        bad: np.ndarray,  # bool [n]
+        reason: str,
+    ) -> None:
+        """Report bad rows of the feature file, for `write_rows`."""
         message = f"{reason}; write NaN throughout for a token or an item that is not there"
         file = self.table.root / str(self.settings.file)
         self.table.bad_rows.add(file, self.name, first_row, bad, reason, lambda row: message)
