@@ -2,7 +2,7 @@
 
 Every field of `Config` is a setting that users may write in a recipe (`recsys/recipes/*.yaml`) or
 override as `--any.setting VALUE`. jsonargparse checks names and types, `recsys.config.checks` the
-rest. The name of the ranking model is read before all else: it decides what `ranking` holds.
+rest. The name of the ranking model is read first, since it decides the settings in `ranking`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def add_config_arguments(
         skip: settings that the command adds by itself.
 
     Raises:
-        ValueError: the ranking model is unknown, or a key under `ranking` is not one of its.
+        ValueError: the ranking model is unknown, or has no such key under `ranking`.
     """
     name = _ranking_name(words)
     parser.add_argument("--config", action=_recipe_action(name), help="A recipe (YAML).")
@@ -74,7 +74,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def config_of_plain(plain: dict[str, Any]) -> Config:
-    """Return the `Config` that `to_plain` was given, with defaults for settings it lacks.
+    """Invert `to_plain`: return the `Config`, with defaults for missing settings.
 
     Raises:
         ValueError: an unknown key or a wrong type, named.
@@ -108,11 +108,12 @@ def _recipe_action(name: str) -> type[ActionConfigFile]:
     """Return the action of `--config` for a ranking model of this name."""
 
     class Recipe(ActionConfigFile):
-        """Reads a recipe as plain data, with only those keys under `ranking` that the model has."""
+        """Reads a recipe as plain data, with the model's own keys alone under `ranking`."""
 
         def __call__(
             self, parser: Any, cfg: Any, values: Any, option_string: str | None = None
         ) -> None:
+            """Apply the recipe to the configuration that is being parsed."""
             recipe = _settled(_load(values), name)
             self.apply_config(parser, cfg, self.dest, yaml.safe_dump(recipe, sort_keys=False))
 
@@ -135,7 +136,7 @@ def _settled(recipe: Any, name: str) -> Any:
 
 
 def _ranking_name(words: Sequence[str]) -> str:
-    """Return the name of the ranking model that a command line chooses; the last mention counts.
+    """Return the name of the ranking model that a command line chooses; the last one counts.
 
     Raises:
         ValueError: a key under `--ranking` is no setting of that model.

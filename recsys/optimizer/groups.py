@@ -1,4 +1,4 @@
-"""Which dense parameter is trained with which learning rate and weight decay."""
+"""Groups of dense parameters, each with its learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class DenseGroup:
 
 
 def dense_groups(config: Config) -> list[DenseGroup]:
-    """Return the groups of a run: trained encoders, the rest of content, and everything else."""
+    """Return the groups of a run: trained encoders, the rest of content, and all other parameters."""
     settings = config.optimizer
     decay = settings.weight_decay
     return [
@@ -107,6 +107,7 @@ def parameter_groups(
 
 
 def _undecayed_names(model: nn.Module) -> set[str]:
+    """Return the names of parameters without weight decay."""
     names = set()
     for module_name, module in get_unwrapped_module(model).named_modules():
         for name, parameter in module.named_parameters(recurse=False):

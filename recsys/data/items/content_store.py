@@ -77,7 +77,7 @@ class ContentStore:
         """Make the array of one modality, or take it from the cache.
 
         Raises:
-            ValueError: a text, image or feature cannot be used, with file and row (unless the items'
+            ValueError: a text, image or feature is unusable, with file and row (unless the items'
                 `on_bad_row` is skip: it is then left out), or every row is empty.
         """
         kind = self.kinds[name]

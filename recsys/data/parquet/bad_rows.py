@@ -22,7 +22,7 @@ from recsys.distributed.ranks import Ranks
 OnBadRow = Literal["error", "skip"]
 LINES = 20  # of the report; the metrics hold all entries
 
-# Called by the reader of a part of a file: mask of its bad rows, their common reason, and a function
+# The reader of a part of a file passes: mask of its bad rows, their common reason, and a function
 # from a row to its message.
 Report = Callable[[np.ndarray, str, Callable[[int], str]], None]
 # File, column, first row of the part of the file that was read at once, reason.
@@ -81,7 +81,7 @@ class BadRows:
         return {place: rows for place, rows in self.found.items() if place[1] == column}
 
     def summary(self, ranks: Ranks, what: str) -> dict[str, Any]:
-        """Return counts over all ranks; rank 0 logs them as the skipped rows of `what`. A collective.
+        """Return counts over all ranks, which rank 0 logs as skipped rows of `what`. A collective.
 
         Returns:
             rows: number of skipped rows.
