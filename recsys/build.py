@@ -88,7 +88,7 @@ class Job:
         return model
 
     def set_step(self, step: int, dense_step: int) -> None:
-        """Set the step that the bank stores as age, and the learning rates after `dense_step` updates."""
+        """Set the step that the bank stores as age, and the rates after `dense_step` updates."""
         set_updates(self.schedule, dense_step)
         if self.em3.content is not None:
             self.em3.content.step = step

@@ -45,7 +45,7 @@ class Problem:
 
 
 def check_installation() -> list[Problem]:
-    """Return the problems of the installed packages; an empty list if a job can run.
+    r"""Return the problems of the installed packages; an empty list if a job can run.
 
     Versions are compared first, from the packages' metadata; only if they match are the packages
     imported and one FBGEMM operator run, as a mismatch makes imports fail in misleading ways.
@@ -53,7 +53,7 @@ def check_installation() -> list[Problem]:
     Example::
 
         for problem in check_installation():
-            print(problem.what, problem.fix, sep="\\n")
+            print(problem.what, problem.fix, sep="\n")
     """
     problems = _fbgemm_problems() or _triple_problems()
     problems += [

@@ -31,7 +31,7 @@ class DenseGroup:
 
 
 def dense_groups(config: Config) -> list[DenseGroup]:
-    """Return the groups of a run: trained encoders, the rest of content, and all other parameters."""
+    """Return the groups of a run: trained encoders, other content parameters, and the rest."""
     settings = config.optimizer
     decay = settings.weight_decay
     return [
