@@ -18,13 +18,13 @@ class LoraSettings:
     rank: PositiveInt = 8
     """Rank of the adapters."""
     alpha: float = 16.0
-    """Adapters add alpha / rank times their output."""
+    """Scale of the adapters: alpha / rank times their output is added."""
     dropout: Dropout = 0.0
     """Dropout of the adapters' inputs."""
     targets: list[str] = field(default_factory=lambda: ["query", "value"])
-    """Names of linear maps as the model calls them, or "all-linear"."""
+    """Names of adapted linear layers inside the model, or "all-linear"."""
     top_layers: PositiveInt = 1
-    """Adapt this many of the highest layers."""
+    """Number of highest layers that are adapted."""
     layers: list[int] | None = None
     """First and last adapted layer, counted from 0; instead of `top_layers`."""
     use_dora: bool = False
@@ -76,9 +76,9 @@ class ModalitySettings:
     max_images: PositiveInt = 1
     """Images, or frames, per item: the first `max_images` of a list."""
     activation_checkpointing: bool = False
-    """Compute activations of trained layers again in the backward pass instead of keeping them."""
+    """Recompute activations of trained layers in the backward pass instead of keeping them."""
     cache_frozen_layers: bool = True
-    """Keep the outputs of the frozen layers below the lowest trained one per item on disk."""
+    """Cache the outputs of the frozen layers below the lowest trained one on disk, per item."""
     revision: str | None = None
     """Revision of a hub encoder."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class FusionSettings:
     num_layers: PositiveInt = 1
     """Layers of the qformer."""
     num_heads: PositiveInt = 4
-    """Heads of its attention; they divide `content.dim`."""
+    """Attention heads of the qformer; their number divides `content.dim`."""
     dropout: Dropout = 0.1
     """Dropout inside the fusion."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -133,7 +133,7 @@ class HistorySettings:
     lora_rank: int = 4
     """Rank of the low-rank map of bank_lora."""
     lora_alpha: float = 8.0
-    """The low-rank map adds alpha / rank times its output."""
+    """Scale of the low-rank map: alpha / rank times its output is added."""
     similarity_features: bool = True
     """Cosine of the target to liked and other history items, of content vectors and per
     modality."""
@@ -158,7 +158,7 @@ class SamplingSettings:
     """Shares of a step's unique items that are encoded; the rest comes from the bank (LEMUR)."""
 
     forward: float = 1.0
-    """Share of the items that are encoded anew."""
+    """Share of the items that are encoded in the step."""
     backward: float = 1.0
     """Share of the items that are encoded with gradient; at most `forward`."""
 
@@ -182,8 +182,8 @@ class ContentSettings:
     fusion: FusionSettings = field(default_factory=FusionSettings)
     history: HistorySettings = field(default_factory=HistorySettings)
     dedup: Literal["local", "global"] = "local"
-    """local: each rank encodes the unique items of its batch; global: those of all ranks' batches
-    are encoded once, each by the rank that its id belongs to."""
+    """local: each rank encodes the unique items of its batch; global: the unique items of the
+    batches of all ranks are encoded once, each by the rank that owns its id."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     @property

@@ -61,7 +61,7 @@ class CommunicationSettings:
 
 @dataclass
 class EmbeddingSettings:
-    """The ID tables. One table per `id` or `ids` column of the schema."""
+    """ID tables: one per `id` or `ids` column of the schema."""
 
     dim: PositiveInt = 32
     """Width of the vectors."""
@@ -80,5 +80,5 @@ class EmbeddingSettings:
     skip: list[str] = field(default_factory=list)
     """Id columns of the schema that get no table."""
     index_dedup: bool = True
-    """Look each item of the histories up once per batch and rank, however often it occurs."""
+    """Look up each distinct history item once per batch and rank."""
     communication: CommunicationSettings = field(default_factory=CommunicationSettings)

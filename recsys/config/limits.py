@@ -75,7 +75,7 @@ def refuse_options(name: str, part: str, options: dict[str, Any]) -> None:
     """Refuse options of a built-in part, which has settings instead.
 
     Raises:
-        ValueError: there are options, and `part` is no class of the user's.
+        ValueError: there are options, and `part` is built in.
     """
     if options and ":" not in part:
         raise ValueError(

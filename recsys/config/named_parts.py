@@ -48,7 +48,7 @@ def find_part(setting: str, name: str, built_in: Mapping[str, str]) -> Any:
         )
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module of the user's may raise anything
+    except Exception as error:  # a user's module may raise any error
         raise ValueError(
             f"{setting} '{name}' cannot be imported ({type(error).__name__}: {error})"
         ) from error
@@ -80,7 +80,7 @@ def make_part(
         part = build(*arguments, **named)
     except ValueError:
         raise
-    except Exception as error:  # a class of the user's may raise anything
+    except Exception as error:  # a user's class may raise any error
         raise ValueError(
             f"{setting} '{name}' cannot be made ({type(error).__name__}: {error})"
         ) from error

@@ -16,7 +16,7 @@ from recsys.config.limits import (
 
 @dataclass
 class OptimizerSettings:
-    """The optimizer of the dense parts; the ID tables have their own in `embedding`."""
+    """Optimizer of the dense parts; the ID tables have their own in `embedding`."""
 
     name: str = "adamw"
     """adamw, adam, sgd, adafactor, or a class of your own as `package.module:Class`."""

@@ -8,14 +8,6 @@ needs to send them ahead of the step.
 Shapes: B batch, N history items of the whole batch, U unique history items, E items to encode,
 S items whose vectors are read from the bank, T tokens, F dense features, P parallel lists,
 X columns of kind extra, K sampled negatives.
-
-It is a superset of `torchrec.datasets.utils.Batch` (`dense_features`, `sparse_features`,
-`labels`), so code that reads those keeps working. What is sharded gets its ids straight from an
-attribute of the batch (`sparse_features`, `sequence_features`), which `TrainPipelineSparseDist`
-needs to send them ahead of the step.
-
-Shapes: B batch, N history items of the whole batch, U unique history items, E items to encode,
-S items whose vectors are read from the bank, T tokens, F dense features, K sampled negatives.
 """
 
 from __future__ import annotations
@@ -38,8 +30,8 @@ class ContentInput:
     """Content of one modality for the unique items.
 
     values: token ids int64 [U, T], pixels uint8 [U, 3, H, W] or features float32 [U, T, D].
-    mask: bool [U, T], False where there is no token; [U, 1] for pixels. An item without this
-        modality has no True.
+    mask: bool [U, T], False for padding; [U, 1] for pixels. It has no True for an item without this
+        modality.
     """
 
     values: Tensor

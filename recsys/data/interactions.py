@@ -29,7 +29,7 @@ AHEAD = 2  # batches in progress per building thread
 class WindowPart:
     """Rows of a batch: places `[low, high)` of one slice of the share."""
 
-    number: int  # of the slice
+    number: int  # number of the slice in the share
     low: int
     high: int
 
@@ -132,7 +132,7 @@ class Interactions:
         """Yield the rows that each batch takes from each slice, and its number of padding rows."""
         done = rows_before(self.first_batch, self.share.num_rows, self.num_batches)
         slices = self.share.slices
-        number = first = 0  # the slice that the next row lies in, and the slice's place
+        number = first = 0  # the next row's slice, and the place of its first row
         while number < len(slices) and first + len(slices[number]) <= done:
             first += len(slices[number])
             number += 1

@@ -15,8 +15,8 @@ PARTS = ("all", "warm", "cold", "unseen")
 
 
 def item_parts(
-    item_counts: np.ndarray,  # int [N]
-) -> dict[str, np.ndarray]:  # bool [N] each
+    item_counts: np.ndarray,  # [N], int
+) -> dict[str, np.ndarray]:  # [N], bool each
     """Return the rows of each of `PARTS` by the number of training rows of their item.
 
     `unseen`: none; `cold`: fewer than `COLD_BELOW`, unseen ones included; `warm`: all others;
@@ -31,7 +31,7 @@ def count_items(
     rows: RowSource,
     rank: int,
     world_size: int,
-) -> np.ndarray:  # int64 [num_items]
+) -> np.ndarray:  # [num_items], int64
     """Return how often each item is the target in a rank's share.
 
     All columns are read, so that an unusable value ends the job before its first step.

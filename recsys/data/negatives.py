@@ -50,7 +50,7 @@ class NegativeSampler:
 
     def use_counts(
         self,
-        counts: np.ndarray,  # int64 [I]
+        counts: np.ndarray,  # [I], int64
     ) -> None:
         """Set the number of training rows of each item; all are equal before the first call."""
         self.by_frequency = np.argsort(-counts, kind="stable")
@@ -84,7 +84,7 @@ class NegativeSampler:
     def _draw(
         self,
         draw: tuple[int, int, int],
-    ) -> np.ndarray:  # int64 [S]
+    ) -> np.ndarray:  # [S], int64
         """Sample items with the seed `draw`."""
         random, count = np.random.default_rng(draw), self.settings.num_negatives
         num_items = len(self.by_frequency)

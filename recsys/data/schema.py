@@ -58,10 +58,10 @@ class VocabularySettings:
 class Column:
     """One column of the impressions."""
 
-    # extra: a float for losses alone, null where a row has none.
+    # extra: a float for auxiliary losses only, null where a row has none.
     kind: Literal["id", "ids", "sequence", "dense", "label", "extra"]
     num_embeddings: int | None = None  # rows of its table: ids lie in [0, num_embeddings)
-    shares: str | None = None  # use another column's table instead of an own one
+    shares: str | None = None  # column whose table is used instead of an own one
     parallel: list[str] = field(default_factory=list)  # float lists beside a sequence
     vocabulary: VocabularySettings | None = None  # ids are raw; None: they are rows
 

@@ -48,7 +48,7 @@ class AveragedWeights:
     def in_place(self) -> Iterator[None]:
         """Replace the weights by the averages inside the block, and restore them at its end.
 
-        Before the first update there are no averages, and the weights stay.
+        Before the first update the weights stay, since there are no averages yet.
         """
         if not int(self.averaged.n_averaged):
             yield

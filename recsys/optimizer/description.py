@@ -30,7 +30,7 @@ def describe_optimizers(model: nn.Module, tables: Sequence[TableConfig], dense: 
     kind = type(dense).__name__
     for group in dense.param_groups:
         size = sum(parameter.numel() for parameter in group["params"])
-        # A schedule may already have lowered "lr"; the rate it was given is "initial_lr".
+        # A schedule may already have lowered "lr"; the configured rate is "initial_lr".
         rate, decay = f"{group.get('initial_lr', group['lr']):g}", f"{group['weight_decay']:g}"
         rows.append((group["name"], len(group["params"]), size, kind, rate, decay))
     frozen = _frozen_parameters(model)

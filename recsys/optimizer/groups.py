@@ -24,10 +24,10 @@ class DenseGroup:
     """
 
     name: str
-    prefixes: list[str]  # of parameter names in the unwrapped model; [""] takes all the rest
+    prefixes: list[str]  # of names in the unwrapped model; [""] matches all parameters
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
-    betas: tuple[float, float] | None = None  # of Adam and AdamW; None: the optimizer's own
+    betas: tuple[float, float] | None = None  # of Adam and AdamW; None: the optimizer's default
 
 
 def dense_groups(config: Config) -> list[DenseGroup]:

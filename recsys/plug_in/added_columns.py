@@ -68,8 +68,10 @@ class AddedColumns(nn.Module):
                 f"{type(module).__name__} has no linear layer to which content could be added; "
                 "give the DLRM as its class makes it, and compile it afterwards"
             )
-        first.__class__ = WidenedLinear  # the very same layer, so that its names stay
-        self._first = (cast(WidenedLinear, first),)  # in a tuple, so that it is no child of this
+        first.__class__ = WidenedLinear  # the same object, so that its names stay
+        self._first = (
+            cast(WidenedLinear, first),
+        )  # in a tuple, so that it is no child of this module
         self.map = nn.Linear(width, first.out_features, bias=False)
         nn.init.zeros_(self.map.weight)
 

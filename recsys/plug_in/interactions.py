@@ -27,7 +27,7 @@ from recsys.plug_in.added_columns import AddedColumns, no_columns
 class WidenedInteraction(nn.Module):
     """Interface: (dense [B, D], sparse [B, F, D], vectors [B, K, D]) -> ([B, I], [B, J])."""
 
-    num_columns: int  # J
+    num_columns: int  # J, the number of new columns
 
 
 class DotProducts(WidenedInteraction):

@@ -83,7 +83,7 @@ class ContentOfBatch(nn.Module):
         content = self.branch(batch)
         vectors, features = [self.target_map(content.target)], no_columns(content.target)
         if self.interest is not None:
-            # The first D columns of the interest are its vector, the others single features.
+            # The first C columns of the interest are its vector, the others single features.
             history, parallel = batch.jagged_history(), batch.history_values
             interest = self.interest(content, history, parallel)
             vectors.append(self.interest_map(interest[:, : self.dim]))

@@ -22,14 +22,14 @@ class PlugInSettings:
     data: str  # folder or URL with items/*.parquet, one row per item
     item: str  # the sparse feature with the id of the ranked item, one id per row
     content: ContentSettings  # as `content` in a recipe
-    item_column: str | None = None  # of the items' files, with their ids; default: `item`
+    item_column: str | None = None  # column of the items' files with their ids; default: `item`
     # By column, as under `items` in schema.yaml, for what a modality's kind does not determine.
     item_columns: dict[str, ItemColumn] = field(default_factory=dict)
     history: str | None = None  # a sparse feature with ids of past items, any number per row
     contrastive: ContrastiveSettings = field(default_factory=ContrastiveSettings)
     on_bad_row: Literal["error", "skip"] = "error"
     cache: str | None = None  # folder of encoded items; default ~/.cache/recsys
-    seed: int = 0  # of the new weights, and of sampling
+    seed: int = 0  # seed of the new weights, and of sampling
 
     @property
     def config(self) -> Config:

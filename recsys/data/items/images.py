@@ -1,4 +1,4 @@
-"""Encoded images -> square pixels, whatever their mode and shape; other bytes are refused.
+"""Encoded images -> square pixels, for any mode and shape; other bytes are refused.
 
 Only formats whose decoders do nothing but read pixels are tried (PostScript, for one, would be
 run by an interpreter), and an image's size is checked before it is decoded.
@@ -102,7 +102,7 @@ def _cause_and_fix(error: Exception) -> tuple[str, str]:
     """Return the cause of a decoding error and its fix, in words for users."""
     if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
         return str(error), "scale it down"
-    # Pillow's own words name an object in memory.
+    # Pillow's own message names an object in memory.
     cause = "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
     return cause, "write JPEG or PNG bytes, or null for an item without an image"
 

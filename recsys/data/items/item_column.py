@@ -50,7 +50,7 @@ class ItemColumnReader:
         """Return the item's row that each row of a feature file belongs to, -1 for none.
 
         Raises:
-            ValueError: the file has no ids, and not as many rows as there are items.
+            ValueError: the file has no ids, and its number of rows is not that of the items.
         """
         if ids is not None:
             return self.table.places_of(ids, self.table.root / str(self.settings.ids))
@@ -65,7 +65,7 @@ class ItemColumnReader:
     def report_file(
         self,
         first_row: int,
-        bad: np.ndarray,  # bool [n]
+        bad: np.ndarray,  # [n], bool
         reason: str,
     ) -> None:
         """Report bad rows of the feature file, for `write_rows`."""

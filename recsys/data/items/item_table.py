@@ -84,7 +84,7 @@ class ItemTable:
         self,
         file: Location,
         chunk: pa.Array,  # [n]
-    ) -> np.ndarray:  # int64 [n]
+    ) -> np.ndarray:  # [n], int64
         """Return each id's row in the target item's table; any row for null, -1 if unknown."""
         name, target = self.items.id, self.schema.target_item
         is_raw = self.schema.vocabulary_of(target) is not None

@@ -44,9 +44,9 @@ class RaggedArray:
         if not fits:
             raise ValueError(f"{folder}: damaged (its files differ); remove it, it is made again")
         self.folder = folder
-        # Slices of a memmap are slow to make; these are not.
+        # Slices of a memmap are slow to make; those of a plain array are not.
         self._plain = np.asarray(self.values)
-        self._mapped = 0  # bytes, at most
+        self._mapped = 0  # upper bound in bytes
 
     def __reduce__(self) -> tuple[Callable[[Path], RaggedArray], tuple[Path]]:
         """Pickle the folder alone: another process opens the files anew."""

@@ -77,13 +77,13 @@ def prepare_movielens(
             time; `rolling`, the global split at five origins. See `protocols`.
 
     Returns:
-        Per split (`window-1/train` ... where there are windows): rows, liked (share), users,
+        Per split (`window-1/train` ... for `rolling`): rows, liked (share), users,
         new_users (share of rows by users without a training row), cold and unseen (share of rows
         whose item has few and no training rows of the same dataset).
 
     Raises:
         ValueError: `out` is in use, a file or column is missing, a value cannot be used, or a
-            split would be empty. Names file, column, row and what to do.
+            split would be empty. Names file, column, row and fix.
 
     Example::
 
@@ -155,7 +155,7 @@ def _link(file: Path, target: Path) -> None:
 def _write_split(
     folder: Path,
     ratings: Ratings,
-    rows: np.ndarray,  # int64 [R]
+    rows: np.ndarray,  # [R], int64
 ) -> None:
     """Write the impressions of some ratings, ordered by time."""
     rows = rows[np.lexsort((ratings.item[rows], ratings.user[rows], ratings.timestamp[rows]))]
@@ -178,7 +178,7 @@ def _write_file(folder: Path, tables: Iterator[pa.Table], rows_per_group: int) -
 
 def _impressions(
     ratings: Ratings,
-    rows: np.ndarray,  # int64 [R]
+    rows: np.ndarray,  # [R], int64
 ) -> pa.Table:
     """Return the rows of some ratings with their histories."""
     begin = ratings.history_begin[rows]

@@ -3,7 +3,7 @@
 Three protocols, with one rule at every cut: it lies at a quantile of timestamps
 (`numpy.quantile(..., method="lower")`), and the ratings of that moment come before it. So a moment
 is never cut in two. In all of them a row's history is its user's last ratings with a STRICTLY
-smaller timestamp, whatever split those are in: no rating leaks from the row's own second.
+smaller timestamp, from any split: no rating leaks from the row's own second.
 
 Time-ordered splits and their leaks: Ji et al., A Critical Study on Data Leakage in Recommender
 System Offline Evaluation (arXiv 2010.11060).
@@ -44,8 +44,8 @@ class Ratings:
 
 
 def liked(
-    stars: np.ndarray,  # float [N]
-) -> np.ndarray:  # float32 [N]
+    stars: np.ndarray,  # [N], float
+) -> np.ndarray:  # [N], float32
     """Return 1 for ratings of `LIKED_FROM` stars or more, else 0."""
     return (stars >= LIKED_FROM).astype(np.float32)
 
@@ -169,7 +169,7 @@ def split_each_user(user: np.ndarray, timestamp: np.ndarray) -> Splits:
 
 
 def _between_quantiles(
-    timestamp: np.ndarray,  # int64 [N]
+    timestamp: np.ndarray,  # [N], int64
     until: Sequence[float],
     window: str = "",
 ) -> Splits:

@@ -143,7 +143,7 @@ def _refuse(
     path: Path,
     table: pa.Table,
     column: str,
-    wrong: np.ndarray,  # bool [N]
+    wrong: np.ndarray,  # [N], bool
     reason: str,
 ) -> None:
     """Raise a ValueError for the first row of a file that `wrong` marks.

@@ -51,14 +51,14 @@ class BadRows:
         file: Location | str,
         column: str,
         first_row: int,
-        bad: np.ndarray,  # bool [n]
+        bad: np.ndarray,  # [n], bool
         reason: str,
         message: Callable[[int], str],
     ) -> None:
         """Record the bad rows of one column in a part of a file, if there are any.
 
         Args:
-            file: the file.
+            file: the file, for messages.
             column: the column; "" for whole rows.
             first_row: position of the part's first row in the file.
             bad: mask of the part's bad rows.

@@ -70,7 +70,7 @@ class EpochShare:
     """Rows of an epoch that one rank reads."""
 
     slices: list[Slice]
-    num_rows: int  # of the largest share of any rank, to which the others are padded
+    num_rows: int  # of the largest share of all ranks, to which the others are padded
     rows_done: int  # rows read by all ranks of earlier stages
 
     @staticmethod

@@ -245,10 +245,10 @@ def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportCol
 
 
 def _found_where(
-    usable: np.ndarray,  # bool [N]
+    usable: np.ndarray,  # [N], bool
     vocabulary: ExactVocabulary | HashVocabulary | None,
     ids: pa.Array,  # [N]
-) -> np.ndarray:  # int64 [N] or [N, H]
+) -> np.ndarray:  # [N], int64 or [N, H]
     """Return rows of raw ids, or the ids as integers; zeros for unusable ones."""
     rows_of = integer_ids if vocabulary is None else vocabulary.rows_of
     if usable.all():
