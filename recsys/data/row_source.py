@@ -197,7 +197,8 @@ class RowSource(ABC):
         """Cut the places `[start, stop)` at chunks into windows that are shuffled together.
 
         A window ends with the chunk that reaches `SHUFFLE_ROWS`, or before the one that exceeds
-        `SHUFFLE_BYTES`. `shuffle_seed` (seed, epoch) permutes chunks and rows within a window.
+        `SHUFFLE_BYTES`. `shuffle_seed` (seed, epoch) permutes the chunks, the same on
+        every rank, and the rows within each window.
         """
         found: list[Window] = []
         place = num_bytes = 0

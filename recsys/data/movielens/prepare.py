@@ -229,7 +229,7 @@ def _write_items(folder: Path, movies: pa.Table) -> Path:
 
 
 def _genres(movies: pa.Table) -> pa.ChunkedArray:
-    """Return genres such as `Comedy|Drama`; null for a movie without."""
+    """Return genres such as `Comedy|Drama`; null for a movie without genres."""
     has_none = pc.is_in(movies["genres"], pa.array(["", "(no genres listed)"]))
     return pc.if_else(has_none, None, movies["genres"])
 

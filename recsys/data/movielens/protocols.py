@@ -122,7 +122,7 @@ def split_by_time(timestamp: np.ndarray) -> Splits:
 
 
 def split_rolling(timestamp: np.ndarray) -> dict[str, Splits]:
-    """Split at rolling origins: `window-1` to `window-5`, each tested on one tenth of the time.
+    """Split at rolling origins: `window-1` to `window-5`, each tested on a later tenth of ratings.
 
     Window w is tested between the quantiles (w + 4) / 10 and (w + 5) / 10, validated on the tenth
     before, and trained on all earlier ratings: `window-5` is `split_by_time`.
