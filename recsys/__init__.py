@@ -28,6 +28,7 @@ __all__ = ["EM3", "Batch", "ContentBranch", "ContentIDContrastive", "FusionQForm
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module 'recsys' has no attribute '{name}'")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""Builds a job from configuration and data, in the order every TorchRec user knows.
+"""Builds a job from configuration and data, in the usual order of TorchRec.
 
 Tables on meta, model, optimizer in backward, plan, DistributedModelParallel, dense optimizer,
 pipeline: `build_job` is that list, one line each.
@@ -53,7 +53,7 @@ from recsys.ranking.item_categories import load_item_categories
 
 @dataclass
 class Job:
-    """Everything a run works with on one rank."""
+    """All parts of a run on one rank."""
 
     config: Config
     root: Location
@@ -67,41 +67,41 @@ class Job:
     pipeline: AccumulatingPipeline
     vocabularies: BoundedVocabularies
     preparation: BatchPreparation
-    plan: str  # for people
-    parameters: str  # for people: parameter, optimizer, learning rate
+    plan: str  # text table
+    parameters: str  # text table: parameter, optimizer, learning rate
 
     @property
     def dense_optimizer(self) -> Optimizer:
-        """The optimizer of the dense parameters, inside `optimizer`."""
+        """Optimizer of the dense parameters, inside `optimizer`."""
         return self.update.dense
 
     @property
     def averages(self) -> AveragedWeights | None:
-        """The moving averages of the dense weights, if the configuration wants them."""
+        """Moving averages of the dense weights, if the configuration enables them."""
         return self.update.averages
 
     @property
     def em3(self) -> EM3:
-        """The model inside its wrappers."""
+        """Model inside its wrappers."""
         model = self.model.module
         assert isinstance(model, EM3)
         return model
 
     def set_step(self, step: int, dense_step: int) -> None:
-        """Sets the age that the bank writes and learning rates to those after so many steps."""
+        """Set the step that the bank stores as age, and the rates after `dense_step` updates."""
         set_updates(self.schedule, dense_step)
         if self.em3.content is not None:
             self.em3.content.step = step
 
     def plan_epochs(self, batches_per_epoch: int) -> None:
-        """Sets how many dense updates all epochs have, by whose end learning rates have decayed."""
+        """Set the number of dense updates in all epochs, at which learning-rate decay ends."""
         updates = -(-batches_per_epoch // self.config.accumulate_steps) * self.config.epochs
         for share in self.schedule.lr_lambdas:
             assert isinstance(share, LearningRateShare)
             share.end_at(updates)
 
     def rows(self, split: str) -> RowSource:
-        """Returns the rows of a split, from the source that the configuration names.
+        """Return the rows of a split, from the source that the configuration names.
 
         Raises:
             ValueError: they cannot be read.
@@ -110,7 +110,7 @@ class Job:
         return open_rows(config.source, self.root, split, self.schema, config.on_bad_row)
 
     def batch_builder(self, with_labels: bool = True) -> BatchBuilder:
-        """Returns what makes batches as this model needs them."""
+        """Return the builder of batches for this model."""
         content = self.em3.content
         return BatchBuilder(
             self.schema,
@@ -123,11 +123,10 @@ class Job:
 
 
 def build_job(config: Config, data: str, ranks: Ranks) -> Job:
-    """Builds everything from configuration to pipeline. A collective.
+    """Build all parts of a run from configuration to pipeline. A collective.
 
     Raises:
-        ValueError: on every rank, when the data or the configuration are wrong, or there is no
-            plan, on any rank.
+        ValueError: if data, configuration or plan is invalid on any rank; raised on all.
     """
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.manual_seed(config.seed)  # the same on all ranks: initial weights agree
@@ -175,7 +174,7 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
 
 
 def _cast_and_compile(em3: EM3, config: Config, device: torch.device) -> None:
-    """Wraps the dense parts as `precision` and `compile` say."""
+    """Wrap the dense parts according to `precision` and `compile`."""
     if config.precision == "bf16":
         use_bfloat16(em3, device)
     if config.compile:
@@ -189,7 +188,7 @@ def _bounded_vocabularies(
     model: DistributedModelParallel,
     tables: list[TableConfig],
 ) -> BoundedVocabularies:
-    """Returns the maps that learn ids while training, and reset rows that change hands."""
+    """Return the maps that learn ids while training, and reset rows that change hands."""
     bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
     reset = RowReset(model, bounded, config.seed)
     return BoundedVocabularies(schema, pooled_features(config, schema), ranks.group, reset)

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def _prepare(arguments: Namespace) -> None:
+    """Run `recsys prepare`."""
     from recsys.data.movielens.prepare import format_summary, prepare_movielens
     from recsys.data.prepare_vocabulary import format_prepared, prepare_vocabularies
     from recsys.distributed.log import print_table
@@ -38,12 +39,14 @@ def _prepare(arguments: Namespace) -> None:
 
 
 def _explain_data(arguments: Namespace) -> None:
+    """Run `recsys explain-data`."""
     from recsys.diagnostics.dataset.command import explain_data
 
     explain_data(arguments.data, arguments.on_bad_row, arguments.json)
 
 
 def _describe(arguments: Namespace) -> None:
+    """Run `recsys describe`."""
     from recsys.config import config_from
     from recsys.diagnostics.plan.command import describe_run, device_of_config
 
@@ -62,6 +65,7 @@ def _describe(arguments: Namespace) -> None:
 
 
 def _cache(arguments: Namespace) -> None:
+    """Run `recsys cache`. A collective."""
     from recsys.config import config_from
     from recsys.content.fill_caches import fill_caches
     from recsys.distributed.ranks import joined_ranks
@@ -72,6 +76,7 @@ def _cache(arguments: Namespace) -> None:
 
 
 def _train(arguments: Namespace) -> None:
+    """Run `recsys train`. A collective."""
     from recsys.config import config_from
     from recsys.distributed.ranks import joined_ranks
     from recsys.training.dry_run import dry_run
@@ -92,6 +97,7 @@ def _train(arguments: Namespace) -> None:
 
 
 def _evaluate(arguments: Namespace) -> None:
+    """Run `recsys evaluate`. A collective."""
     from recsys.distributed.ranks import joined_ranks
     from recsys.evaluation.predict import evaluate
 
@@ -100,6 +106,7 @@ def _evaluate(arguments: Namespace) -> None:
 
 
 def _predict(arguments: Namespace) -> None:
+    """Run `recsys predict`. A collective."""
     from recsys.distributed.ranks import joined_ranks
     from recsys.evaluation.predict import predict
 
@@ -110,6 +117,7 @@ def _predict(arguments: Namespace) -> None:
 
 
 def _report(arguments: Namespace) -> None:
+    """Run `recsys report`. A collective."""
     from recsys.diagnostics.run_report.command import report_run
     from recsys.distributed.ranks import joined_ranks
 
@@ -125,6 +133,7 @@ def _report(arguments: Namespace) -> None:
 
 
 def _compare(arguments: Namespace) -> None:
+    """Run `recsys compare`."""
     from recsys.distributed.log import print_table
     from recsys.evaluation.compare import compare_runs, format_comparison, write_comparison
 
@@ -136,6 +145,7 @@ def _compare(arguments: Namespace) -> None:
 
 
 def _export_tables(arguments: Namespace) -> None:
+    """Run `recsys export-tables`."""
     from recsys.checkpoint.table_export import export_tables
 
     if not (arguments.run / "metrics.json").is_file():
@@ -161,15 +171,17 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
 
 
 def _silence_advice_to_library_developers() -> None:
-    """Deprecations inside torch and TorchRec, which users of this program cannot mend."""
+    """Hide deprecations inside torch and TorchRec, which users of this program cannot fix."""
     for name in ("torchrec", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of loading weights, per rank
+    os.environ.setdefault(
+        "HF_HUB_DISABLE_PROGRESS_BARS", "1"
+    )  # shown on every rank while loading weights
 
 
 def main(words: list[str] | None = None) -> int:
-    """Runs one command; a user's error is one line and exit code 1."""
+    """Run one command; a user's error is one line and exit code 1."""
     words = sys.argv[1:] if words is None else words
     if words[:1] == ["doctor"]:  # must work where nothing else can be imported
         return doctor.main()
@@ -179,12 +191,13 @@ def main(words: list[str] | None = None) -> int:
         return _run(words)
     except (ValueError, OSError) as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        # One write, or the lines of several ranks would run into each other.
+        # One write, so that the lines of several ranks do not mix.
         sys.stderr.write(f"{rank}error: {error}\n")
         return 1
 
 
 def _run(words: list[str]) -> int:
+    """Parse the words and run the command."""
     from recsys.cli_arguments import command_parser
     from recsys.distributed.lockstep import TrainingStopped
     from recsys.distributed.log import configure_logging

@@ -1,6 +1,6 @@
-"""What each command of `recsys` takes.
+"""Arguments of each command of `recsys`.
 
-Imports of what is slow, or of what a broken installation lacks, are inside the functions.
+Slow imports, and imports that a broken installation lacks, are inside the functions.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _Parser = partial(ArgumentParser, allow_abbrev=False)
 
 
 def command_parser(words: Sequence[str]) -> ArgumentParser:
-    """Returns the parser of all commands; `subcommand` of what it parses is the command's name.
+    """Return the parser of all commands; it stores the command's name as `subcommand`.
 
     Args:
-        words: the command line, whose ranking model decides which settings there are.
+        words: the command line; its ranking model decides the available settings.
     """
     parser = _Parser(prog="recsys", description="Trains and runs EM3 recommenders.")
     commands = parser.add_subcommands()
@@ -60,7 +60,7 @@ def command_parser(words: Sequence[str]) -> ArgumentParser:
 
 
 def _add_log_arguments(command: ArgumentParser) -> None:
-    """Adds the options of the log to a command without the settings of a run."""
+    """Add the options of the log to a command without the settings of a run."""
     from recsys.config import LogFormat, LogLevel
 
     command.add_argument(
@@ -77,7 +77,7 @@ def _add_log_arguments(command: ArgumentParser) -> None:
 def _add_settings(
     command: ArgumentParser, name: str, words: Sequence[str], skip: frozenset[str] = frozenset()
 ) -> None:
-    """Adds the settings of a run to a command, if it is the one that is called."""
+    """Add the settings of a run to a command, if it is the command to run."""
     from recsys.config import add_config_arguments
 
     if words[:1] == [name]:
@@ -85,6 +85,7 @@ def _add_settings(
 
 
 def _add_train(commands: Any, words: Sequence[str]) -> None:
+    """Add `train`."""
     from recsys.checkpoint.run_folder import Resume
 
     command = _Parser(description="Trains a model; every setting can be overridden.")
@@ -112,7 +113,7 @@ def _add_train(commands: Any, words: Sequence[str]) -> None:
 
 
 def _add_runs(commands: Any) -> None:
-    """Commands on a finished run."""
+    """Add the commands on a finished run."""
     command = _Parser(description="Metrics of a finished run on a split.")
     _add_run_arguments(command)
     command.add_argument("--split", type=str, default="test", help="train, valid or test")
@@ -148,7 +149,7 @@ def _add_runs(commands: Any) -> None:
 
 
 def _add_looks(commands: Any, words: Sequence[str]) -> None:
-    """Commands that look before anything is trained."""
+    """Add the commands that inspect data or settings before any training."""
     from embeddings.simulated_cluster import FigureOverrides
 
     command = _Parser(description="What is in a dataset, and what to mend before training.")
@@ -191,6 +192,7 @@ def _add_looks(commands: Any, words: Sequence[str]) -> None:
 
 
 def _add_export(commands: Any) -> None:
+    """Add `export-tables`."""
     command = _Parser(description="Writes the ID tables of a run to one Parquet file.")
     command.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     command.add_argument("--out", type=Path, required=True, help="Parquet file to write")
@@ -200,6 +202,7 @@ def _add_export(commands: Any) -> None:
 
 
 def _add_run_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of commands on a finished run."""
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--data", type=str | None, help="dataset; default: the run's own")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")

@@ -1,9 +1,9 @@
-"""Checks that torch, torchrec and FBGEMM fit together, and names the command that makes them fit.
+"""Checks that torch, torchrec and FBGEMM fit together, and names the command that fixes a mismatch.
 
 The three are built for each other version by version; a mismatch shows as "undefined symbol" or a
-missing operator somewhere inside an import, which tells a user nothing. Every job runs the check
-first, and `recsys doctor` prints it with what the machine has. Nothing heavy is imported before it
-is asked for, so that this module works where the packages do not.
+missing operator somewhere inside an import, which does not help a user. Every job runs the check
+first, and `recsys doctor` prints it with the machine's devices and memory. Heavy packages are
+imported on demand, so that this module works where they do not.
 """
 
 import ctypes
@@ -38,14 +38,14 @@ ENCODER_PACKAGES = (
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that keeps a job from running."""
+    """Defect that keeps a job from running."""
 
     what: str
-    fix: str  # a command of the shell
+    fix: str  # a shell command
 
 
 def check_installation() -> list[Problem]:
-    """Returns the problems of the installed packages; an empty list if a job can run.
+    r"""Return the problems of the installed packages; an empty list if a job can run.
 
     Versions are compared first, from the packages' metadata; only if they match are the packages
     imported and one FBGEMM operator run, as a mismatch makes imports fail in misleading ways.
@@ -53,7 +53,7 @@ def check_installation() -> list[Problem]:
     Example::
 
         for problem in check_installation():
-            print(problem.what, problem.fix, sep="\\n")
+            print(problem.what, problem.fix, sep="\n")
     """
     problems = _fbgemm_problems() or _triple_problems()
     problems += [
@@ -65,7 +65,7 @@ def check_installation() -> list[Problem]:
 
 
 def require_working_installation() -> None:
-    """Ends a job before it starts if the installed packages do not work.
+    """End a job before it starts if the installed packages do not work.
 
     Raises:
         RuntimeError: a package is missing or broken; names each problem and its fix.
@@ -77,7 +77,7 @@ def require_working_installation() -> None:
 
 
 def report() -> str:
-    """Returns versions, the triple, devices and memory, in lines for people."""
+    """Return versions, the triple, devices and memory as lines of text."""
     fbgemm = ", ".join(f"{name} {version}" for name, version in _installed_fbgemm().items())
     encoders = ((label, _version(name), name) for label, name in ENCODER_PACKAGES)
     rows = [
@@ -97,7 +97,7 @@ def report() -> str:
 
 
 def main() -> int:
-    """`recsys doctor`: prints the report and every problem; 0 if there is none, else 1."""
+    """Run `recsys doctor`: print the report and every problem; return 1 if there is any, else 0."""
     print(report())
     problems = check_installation()
     if not problems:
@@ -109,7 +109,7 @@ def main() -> int:
 
 
 def _version(package: str) -> str | None:
-    """Returns the installed version of a distribution, or None."""
+    """Return the installed version of a distribution, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -117,12 +117,12 @@ def _version(package: str) -> str | None:
 
 
 def _installed_fbgemm() -> dict[str, str]:
-    """Returns the versions of FBGEMM's distributions, which share one import name."""
+    """Return the versions of FBGEMM's distributions, which share one import name."""
     return {name: found for name in (FBGEMM_CUDA, FBGEMM_CPU) if (found := _version(name))}
 
 
 def _fbgemm_problems() -> list[Problem]:
-    """Finds both distributions of FBGEMM at once, or the CUDA one without a driver."""
+    """Detect both distributions of FBGEMM at once, or the CUDA one without a driver."""
     found = _installed_fbgemm()
     if len(found) == 2:
         what = f"{FBGEMM_CUDA} and {FBGEMM_CPU} are both installed and overwrite each other's files"
@@ -139,7 +139,7 @@ def _fbgemm_problems() -> list[Problem]:
 
 
 def _triple_problems() -> list[Problem]:
-    """Finds versions of torch, torchrec and FBGEMM that are missing or not made for each other."""
+    """Detect versions of torch, torchrec and FBGEMM that are missing or do not match."""
     fbgemm = next(iter(_installed_fbgemm().values()), None)
     installed = {"torch": _version("torch"), "torchrec": _version("torchrec"), "FBGEMM": fbgemm}
     missing = [name for name, version in installed.items() if version is None]
@@ -154,12 +154,12 @@ def _triple_problems() -> list[Problem]:
 
 
 def _import_problems() -> list[Problem]:
-    """Finds packages of the right versions that fail to import or to compute."""
+    """Detect packages of the right versions that fail to import or to compute."""
     # torch first: the others load its libraries.
     for name in ("torch", "fbgemm_gpu", "torchrec"):
         try:
             importlib.import_module(name)
-        except Exception as error:  # whatever a broken shared library raises is the finding
+        except Exception as error:  # a broken shared library may raise any error
             what = f"import {name} fails: {type(error).__name__}: {error}"
             return [Problem(what, install_command(force=True))]
     import torch
@@ -180,10 +180,10 @@ def _import_problems() -> list[Problem]:
 
 
 def install_command(force: bool = False) -> str:
-    """Returns the shell command that installs the tested triple, as this machine needs it.
+    """Return the shell command that installs the tested triple, as this machine needs it.
 
     Args:
-        force: install again what is there already, for packages whose files are broken.
+        force: reinstall packages that are present, because their files may be broken.
     """
     has_driver = nvidia_driver_found()
     names = ("torch", "torchrec", FBGEMM_CUDA if has_driver else FBGEMM_CPU)
@@ -192,16 +192,17 @@ def install_command(force: bool = False) -> str:
         return _pip("install", "--force-reinstall", "--no-deps", torch, torchrec, fbgemm)
     if has_driver:
         return _pip("install", torch, torchrec, fbgemm)
-    # torchrec asks for FBGEMM's CUDA wheel: without dependencies, as the CPU wheel is there.
+    # torchrec requires FBGEMM's CUDA wheel: no dependencies, since the CPU wheel is installed.
     return f"{_pip('install', torch, fbgemm)} && {_pip('install', '--no-deps', torchrec)}"
 
 
 def _reinstall_command(*packages: str) -> str:
+    """Return the shell command that removes packages and installs the triple."""
     return f"{_pip('uninstall', '-y', *packages)} && {install_command()}"
 
 
 def nvidia_driver_found() -> bool:
-    """Returns whether the library that FBGEMM's CUDA wheel links to can be loaded."""
+    """Return whether the library that FBGEMM's CUDA wheel links to can be loaded."""
     try:
         ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -210,18 +211,18 @@ def nvidia_driver_found() -> bool:
 
 
 def _pip(*arguments: str) -> str:
-    """Returns a command of this interpreter's pip, quoted for a shell."""
+    """Return a command of this interpreter's pip, quoted for a shell."""
     return shlex.join([sys.executable, "-m", "pip", *arguments])
 
 
 def _minor(version: str) -> str:
-    """Returns "2.13" of "2.13.0+cpu"."""
+    """Return "2.13" for "2.13.0+cpu"."""
     match = re.match(r"\d+\.\d+", version)
     return match.group() if match else version
 
 
 def _from_proc(file: str, field: str) -> str | None:
-    """Returns the first value of a field in a file of Linux's /proc, or None."""
+    """Return the first value of a field in a file of Linux's /proc, or None."""
     try:
         found = re.search(rf"^{field}\s*:\s*(.+)$", Path("/proc", file).read_text(), re.MULTILINE)
     except OSError:
@@ -230,11 +231,13 @@ def _from_proc(file: str, field: str) -> str | None:
 
 
 def _processor() -> str:
+    """Return the processor's name and usable cores."""
     name = _from_proc("cpuinfo", "model name") or platform.processor() or "unknown processor"
     return f"{name}, {len(os.sched_getaffinity(0))} cores usable"
 
 
 def _memory() -> str:
+    """Return the machine's total and available memory."""
     total, available = (_from_proc("meminfo", name) for name in ("MemTotal", "MemAvailable"))
     if total is None or available is None:
         return "unknown: /proc/meminfo does not say"
@@ -243,7 +246,7 @@ def _memory() -> str:
 
 
 def _gpu_rows() -> list[tuple[str, str]]:
-    """Returns each GPU that torch can use, with its memory."""
+    """Return each GPU that torch can use, with its memory."""
     try:
         import torch
 

@@ -1,4 +1,4 @@
-"""Settings of a run: one file per component, and how they are read and checked."""
+"""Settings of a run: one file per component, and functions to read and check them."""
 
 from recsys.config.content import ContentSettings as ContentSettings
 from recsys.config.content import FusionSettings as FusionSettings

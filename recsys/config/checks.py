@@ -10,16 +10,16 @@ from recsys.config.run import Config, content_settings
 
 
 def validate(config: Config) -> None:
-    """Checks every setting alone, then those that exclude each other.
+    """Check every setting alone, then those that exclude each other.
 
     Raises:
-        ValueError: names the settings that do not fit and the limit or what would fit.
+        ValueError: names the settings that conflict, and the limit or a fitting value.
     """
     check_settings(config)
     content, temperature = content_settings(config), config.contrastive.temperature
     if content is None:
         return
-    # A temperature that is not used may have any value.
+    # An unused temperature may have any value.
     if config.contrastive.weight > 0 and not 0 < temperature < math.inf:
         raise ValueError(f"contrastive.temperature is {temperature}; it must be > 0 and finite")
     retrieval = softmax_settings(config.ranking)

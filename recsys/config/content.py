@@ -18,23 +18,24 @@ class LoraSettings:
     rank: PositiveInt = 8
     """Rank of the adapters."""
     alpha: float = 16.0
-    """Adapters add alpha / rank times their output."""
+    """Scale of the adapters: alpha / rank times their output is added."""
     dropout: Dropout = 0.0
-    """Dropout of what the adapters read."""
+    """Dropout of the adapters' inputs."""
     targets: list[str] = field(default_factory=lambda: ["query", "value"])
-    """Names of linear maps as the model calls them, or "all-linear"."""
+    """Names of adapted linear layers inside the model, or "all-linear"."""
     top_layers: PositiveInt = 1
-    """Adapt this many of the highest layers."""
+    """Number of highest layers that are adapted."""
     layers: list[int] | None = None
     """First and last adapted layer, counted from 0; instead of `top_layers`."""
     use_dora: bool = False
-    """Adapt direction and magnitude of weights apart (DoRA)."""
+    """Adapt direction and magnitude of weights separately (DoRA)."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
     init_lora_weights: bool | str = True
-    """First weights: true, false, gaussian, orthogonal, olora, pissa or pissa_niter_N of peft."""
+    """Initial weights: true, false, gaussian, orthogonal, olora, pissa or pissa_niter_N of peft."""
 
     def check(self, name: str) -> None:
+        """Check the range of layers and the initialisation."""
         layers, init = self.layers, self.init_lora_weights
         if layers is not None and (len(layers) != 2 or not 0 <= layers[0] <= layers[1]):
             raise ValueError(
@@ -50,7 +51,7 @@ class LoraSettings:
 
 @dataclass
 class ModalitySettings:
-    """One source of content tokens: a column of the items and what encodes it."""
+    """One source of content tokens: a column of the items and its encoder."""
 
     kind: str
     """text, image, feature, frames, or a class of your own as `package.module:Class`."""
@@ -63,29 +64,30 @@ class ModalitySettings:
     """Any torch module for images, `package.module:factory`; [U, 3, H, W] -> [U, D] or
     [U, T, D]."""
     training: Literal["frozen", "lora", "full"] = "frozen"
-    """What trains inside the encoder: nothing, adapters, or all of it."""
+    """Trained part of the encoder: nothing, adapters, or all of it."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     pooling: Literal["mean", "cls", "last", "none", "projected"] = "mean"
-    """How last hidden states become tokens for the fusion. projected: the model's own pooled
-    output, of dual encoders such as CLIP in the space that texts and images share."""
+    """Pooling of the last hidden states into tokens for the fusion. projected: the model's own
+    pooled output, which dual encoders such as CLIP put in a space shared by texts and images."""
     max_length: PositiveInt = 32
     """Text tokens per item."""
     image_size: PositiveInt = 224
     """Height and width of images, in pixels."""
     max_images: PositiveInt = 1
-    """Images, or frames, per item: the first so many of a list."""
+    """Images, or frames, per item: the first `max_images` of a list."""
     activation_checkpointing: bool = False
-    """Compute activations of trained layers again in the backward pass instead of keeping them."""
+    """Recompute activations of trained layers in the backward pass instead of keeping them."""
     cache_frozen_layers: bool = True
-    """Keep the outputs of the frozen layers below the lowest trained one per item on disk."""
+    """Cache the outputs of the frozen layers below the lowest trained one on disk, per item."""
     revision: str | None = None
     """Revision of a hub encoder."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of a class of your own."""
 
     def check(self, name: str) -> None:
+        """Check the settings of the kind, and that trained parts exist."""
         make_kind = find_part(f"{name}.kind", "recsys.data.items.kind:make_kind", {})
-        make_kind(name, self)  # which checks the settings of its kind
+        make_kind(name, self)  # checks the settings of its kind
         if self.module and self.training == "lora":
             raise ValueError(
                 f"{name}: LoRA needs a transformers `encoder`; a `module` is frozen or full"
@@ -99,7 +101,7 @@ class ModalitySettings:
 
 @dataclass
 class FusionSettings:
-    """Tokens of all modalities -> one content vector per item."""
+    """Fusion of the tokens of all modalities into one content vector per item."""
 
     name: str = "qformer"
     """qformer, concat, or a class of your own as `package.module:Class`."""
@@ -110,57 +112,58 @@ class FusionSettings:
     num_layers: PositiveInt = 1
     """Layers of the qformer."""
     num_heads: PositiveInt = 4
-    """Heads of its attention; they divide `content.dim`."""
+    """Attention heads of the qformer; their number divides `content.dim`."""
     dropout: Dropout = 0.1
     """Dropout inside the fusion."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of a class of your own."""
 
     def check(self, name: str) -> None:
+        """Refuse `options` for a built-in fusion."""
         refuse_options(name, self.name, self.options)
 
 
 @dataclass
 class HistorySettings:
-    """How the content of history items is obtained and used."""
+    """Source and use of the content vectors of history items."""
 
     mode: Literal["bank_lora", "bank_frozen", "bank_dense", "full"] = "bank_lora"
-    """Vectors of the memory bank through a frozen map plus a low-rank one, a frozen map, or a dense
-    one; full: encoded again with gradient."""
+    """bank_lora, bank_frozen, bank_dense: vectors of the memory bank, mapped by a frozen map plus a
+    low-rank one, a frozen map, or a dense one; full: encoded again with gradient."""
     lora_rank: int = 4
     """Rank of the low-rank map of bank_lora."""
     lora_alpha: float = 8.0
-    """The low-rank map adds alpha / rank times its output."""
+    """Scale of the low-rank map: alpha / rank times its output is added."""
     similarity_features: bool = True
     """Cosine of the target to liked and other history items, of content vectors and per
     modality."""
     simtier_bins: NonNegativeInt = 0
-    """A histogram of those cosines with so many bins (SimTier); 0: none."""
+    """Number of bins of a histogram of those cosines (SimTier); 0: none."""
     sorted_cosines: NonNegativeInt = 0
-    """The so many highest cosines as features, sorted (LEMUR); 0: none."""
+    """Number of highest cosines used as features, sorted (LEMUR); 0: none."""
     top_k: NonNegativeInt = 0
-    """Keep of each history only the so many items whose content is most like the target's, before
-    anything else is done with it (MUSE); 0: all."""
+    """Keep only the top-k items of each history by cosine similarity to the target's content, prior
+    to any other use of the history (MUSE); 0: all."""
     bank: Literal["auto", "sharded", "replicated"] = "auto"
-    """sharded: each rank keeps a block of the rows of the bank; replicated: each keeps all, so that
-    reading is free; auto: replicated up to 256 MiB and 16 ranks."""
+    """sharded: each rank keeps a block of the rows of the bank; replicated: each keeps all rows, so
+    that reads need no communication; auto: replicated up to 256 MiB and 16 ranks."""
     same_step: bool = True
-    """Vectors that any rank has just computed are seen in the histories of all ranks in that
-    step."""
+    """Use vectors that any rank computes in a step in the histories of all ranks in that step."""
     refresh_bank_every_epoch: bool = False
     """Encode all items again before each validation."""
 
 
 @dataclass
 class SamplingSettings:
-    """Shares of a step's unique items that are encoded; the others come from the bank (LEMUR)."""
+    """Shares of a step's unique items that are encoded; the rest comes from the bank (LEMUR)."""
 
     forward: float = 1.0
-    """Share of the items that are encoded anew."""
+    """Share of the items that are encoded in the step."""
     backward: float = 1.0
     """Share of the items that are encoded with gradient; at most `forward`."""
 
     def check(self, name: str) -> None:
+        """Check the order of the shares."""
         if not 0 < self.backward <= self.forward <= 1:
             raise ValueError(
                 f"{name}.forward is {self.forward} and {name}.backward {self.backward}; shares "
@@ -170,7 +173,7 @@ class SamplingSettings:
 
 @dataclass
 class ContentSettings:
-    """The content branch; `content: none` instead of it gives the ID-only twin."""
+    """The content branch; `content: none` instead gives the ID-only twin."""
 
     modalities: dict[str, ModalitySettings]
     """Sources of content, by a name of yours."""
@@ -179,16 +182,17 @@ class ContentSettings:
     fusion: FusionSettings = field(default_factory=FusionSettings)
     history: HistorySettings = field(default_factory=HistorySettings)
     dedup: Literal["local", "global"] = "local"
-    """local: each rank encodes the unique items of its batch; global: those of all ranks' batches
-    are encoded once, each by the rank that its id belongs to."""
+    """local: each rank encodes the unique items of its batch; global: the unique items of the
+    batches of all ranks are encoded once, each by the rank that owns its id."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     @property
     def vector_dim(self) -> int:
-        """Width of what is kept per item: its content vector and one mean token per modality."""
+        """Width of an item's row in the bank: content vector and one mean token per modality."""
         return self.dim * (1 + len(self.modalities) * self.history.similarity_features)
 
     def check(self, name: str) -> None:
+        """Check widths, and that mode full uses nothing that needs the memory bank."""
         if not self.modalities:
             raise ValueError(
                 f"{name}.modalities is empty: name at least one modality, or set `content: none`"

@@ -31,22 +31,22 @@ class TableSettings:
     """Settings of one ID table that differ from `EmbeddingSettings`; None keeps the default."""
 
     embedding_dim: PositiveInt | None = None
-    """Width of the vectors, of pooled tables only; sequence tables share `embedding.dim`."""
+    """Width of the vectors; pooled tables only, as sequence tables share `embedding.dim`."""
     sharding: Sharding | None = None
-    """How the table is divided over the ranks."""
+    """Division of the table over the ranks."""
     optimizer: TableOptimizer | None = None
-    """What updates the table."""
+    """Optimizer of the table."""
     learning_rate: NonNegativeFloat | None = None
     """Learning rate of the table."""
     weight_decay: NonNegativeFloat | None = None
     """Weight decay of the table."""
     id_dropout: Dropout = 0.0
-    """Share of a training batch's rows without the vector, so that the model learns to do without,
-    as it must for new ids; of pooled tables."""
+    """Share of a training batch's rows whose vector is dropped, so that the model learns to do
+    without it, as it must for new ids; pooled tables only."""
     frozen: bool = False
-    """Keep the first weights, those of `init_from` for instance."""
+    """Keep the initial weights, such as those of `init_from`."""
     init_from: InitFromSettings | None = None
-    """Pretrained vectors to start with."""
+    """Pretrained initial vectors."""
 
 
 @dataclass
@@ -61,24 +61,24 @@ class CommunicationSettings:
 
 @dataclass
 class EmbeddingSettings:
-    """The ID tables. One table per `id` or `ids` column of the schema."""
+    """ID tables: one per `id` or `ids` column of the schema."""
 
     dim: PositiveInt = 32
     """Width of the vectors."""
     sharding: Sharding = "auto"
-    """How tables are divided over the ranks; auto: the planner chooses."""
+    """Division of the tables over the ranks; auto: the planner chooses."""
     optimizer: TableOptimizer = "rowwise_adagrad"
-    """What updates the tables, in the backward pass."""
+    """Optimizer of the tables, applied in the backward pass."""
     learning_rate: NonNegativeFloat = 0.05
     """Learning rate of the tables."""
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay of the tables."""
     init_std: NonNegativeFloat = 0.01
-    """Standard deviation of the first weights."""
+    """Standard deviation of the initial weights."""
     tables: dict[str, TableSettings] = field(default_factory=dict)
     """Settings of single tables, by column name."""
     skip: list[str] = field(default_factory=list)
     """Id columns of the schema that get no table."""
     index_dedup: bool = True
-    """Look each item of the histories up once per batch and rank, however often it occurs."""
+    """Look up each distinct history item once per batch and rank."""
     communication: CommunicationSettings = field(default_factory=CommunicationSettings)

@@ -1,8 +1,8 @@
 """Types of numbers with limits, and the check of a tree of settings against them.
 
-The parser of jsonargparse checks names and types, but only of what it has parsed. A limit stands in
-the annotation of its field, as one of jsonargparse's restricted types, and `check_settings` applies
-it however the settings were made: parsed, built in Python, or replaced.
+The parser of jsonargparse checks names and types, but only of settings that it has parsed. A limit
+is in the annotation of its field, as one of jsonargparse's restricted types, and `check_settings`
+applies it to any settings: parsed, built in Python, or replaced.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ UnitInterval = Annotated[float, typing.OpenUnitInterval]
 
 
 def _float(name: str, *limits: tuple[str, float]) -> Any:
-    """Returns a type of float, whose description is used in messages."""
+    """Return a type of float whose description is used in messages."""
     words = " and ".join(f"{sign} {limit:g}" for sign, limit in limits)
     return typing.restricted_number_type(name, float, list(limits), docstring=words)
 
@@ -32,12 +32,12 @@ Dropout = Annotated[float, _float("Dropout", (">=", 0), ("<", 1))]
 
 
 def check_settings(value: Any, name: str = "", hint: Any = None) -> None:
-    """Checks every number against its limit, and every part by its own method `check(name)`.
+    """Check every number against its limit, and every part by its own method `check(name)`.
 
     Args:
-        value: a dataclass of settings, or what one of its fields holds.
+        value: a dataclass of settings, or the value of one of its fields.
         name: the setting in full, such as `content.dim`; empty for the whole configuration.
-        hint: the annotation of the field, where `value` is not a dataclass.
+        hint: the annotation of the field, if `value` is not a dataclass.
 
     Raises:
         ValueError: names the setting, its value and its limit.
@@ -63,7 +63,7 @@ def check_settings(value: Any, name: str = "", hint: Any = None) -> None:
 
 
 def _limits(hint: Any) -> Iterator[type]:
-    """Yields the limits in an annotation, inside containers and unions as well."""
+    """Yield the limits in an annotation, inside containers and unions as well."""
     if get_origin(hint) is Annotated:
         yield from hint.__metadata__
     for part in get_args(hint):
@@ -72,10 +72,10 @@ def _limits(hint: Any) -> Iterator[type]:
 
 
 def refuse_options(name: str, part: str, options: dict[str, Any]) -> None:
-    """Refuses options beside the name of a built-in part, which has settings instead.
+    """Refuse options of a built-in part, which has settings instead.
 
     Raises:
-        ValueError: there are some.
+        ValueError: there are options, and `part` is built in.
     """
     if options and ":" not in part:
         raise ValueError(

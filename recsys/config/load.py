@@ -2,7 +2,7 @@
 
 Every field of `Config` is a setting that users may write in a recipe (`recsys/recipes/*.yaml`) or
 override as `--any.setting VALUE`. jsonargparse checks names and types, `recsys.config.checks` the
-rest. The name of the ranking model is read before all else: it decides what `ranking` holds.
+rest. The name of the ranking model is read first, since it decides the settings in `ranking`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 def add_config_arguments(
     parser: ArgumentParser, words: Sequence[str], skip: frozenset[str] = frozenset()
 ) -> None:
-    """Adds `--config FILE` and every setting of `Config` as `--name.of.setting`.
+    """Add `--config FILE` and every setting of `Config` as `--name.of.setting`.
 
     Args:
         parser: of a command.
@@ -35,7 +35,7 @@ def add_config_arguments(
         skip: settings that the command adds by itself.
 
     Raises:
-        ValueError: the ranking model is unknown, or a key under `ranking` is not one of its.
+        ValueError: the ranking model is unknown, or has no such key under `ranking`.
     """
     name = _ranking_name(words)
     parser.add_argument("--config", action=_recipe_action(name), help="A recipe (YAML).")
@@ -45,14 +45,14 @@ def add_config_arguments(
 
 
 def config_from(namespace: Namespace) -> Config:
-    """Returns the checked `Config` in parsed command-line arguments."""
+    """Return the checked `Config` in parsed command-line arguments."""
     config = Config(**{name: namespace[name] for name in CONFIG_NAMES})
     validate(config)
     return config
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a recipe; `overrides` are command-line words such as `["--epochs", "1"]`.
+    """Read a recipe; `overrides` are command-line words such as `["--epochs", "1"]`.
 
     Raises:
         ValueError: a missing file, an unknown key or a wrong type, named.
@@ -74,7 +74,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def config_of_plain(plain: dict[str, Any]) -> Config:
-    """Returns the `Config` that `to_plain` was given, with defaults for settings it lacks.
+    """Invert `to_plain`: return the `Config`, with defaults for missing settings.
 
     Raises:
         ValueError: an unknown key or a wrong type, named.
@@ -89,12 +89,12 @@ def config_of_plain(plain: dict[str, Any]) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes the resolved configuration, readable by `load_config`."""
+    """Write the resolved configuration, readable by `load_config`."""
     path.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
 
 
 def to_plain(value: Any) -> Any:
-    """Returns settings as dictionaries, lists, text and numbers."""
+    """Return settings as dictionaries, lists, text and numbers."""
     if is_dataclass(value):
         return {name: to_plain(getattr(value, name)) for name in value.__dataclass_fields__}
     if isinstance(value, dict):
@@ -105,14 +105,15 @@ def to_plain(value: Any) -> Any:
 
 
 def _recipe_action(name: str) -> type[ActionConfigFile]:
-    """Returns the action of `--config` for a ranking model of this name."""
+    """Return the action of `--config` for a ranking model of this name."""
 
     class Recipe(ActionConfigFile):
-        """Reads a recipe as plain data, with only those keys under `ranking` that the model has."""
+        """Reads a recipe as plain data, with the model's own keys alone under `ranking`."""
 
         def __call__(
             self, parser: Any, cfg: Any, values: Any, option_string: str | None = None
         ) -> None:
+            """Apply the recipe to the configuration that is being parsed."""
             recipe = _settled(_load(values), name)
             self.apply_config(parser, cfg, self.dest, yaml.safe_dump(recipe, sort_keys=False))
 
@@ -120,7 +121,7 @@ def _recipe_action(name: str) -> type[ActionConfigFile]:
 
 
 def _load(recipe: str) -> Any:
-    """Reads a recipe: a file, or YAML on the command line itself."""
+    """Read a recipe: a file, or YAML on the command line itself."""
     is_file = Path(recipe).is_file()
     try:
         return load_plain_yaml(Path(recipe).read_bytes() if is_file else recipe.encode())
@@ -129,13 +130,13 @@ def _load(recipe: str) -> Any:
 
 
 def _settled(recipe: Any, name: str) -> Any:
-    """Returns a recipe whose `ranking` has the keys of this ranking model alone."""
+    """Return a recipe whose `ranking` has the keys of this ranking model alone."""
     section = recipe.get("ranking") if isinstance(recipe, dict) else None
     return recipe | {"ranking": own_keys(section, name)} if isinstance(section, dict) else recipe
 
 
 def _ranking_name(words: Sequence[str]) -> str:
-    """Returns the name of the ranking model that a command line chooses; the last mention counts.
+    """Return the name of the ranking model that a command line chooses; the last one counts.
 
     Raises:
         ValueError: a key under `--ranking` is no setting of that model.
@@ -159,7 +160,7 @@ def _ranking_name(words: Sequence[str]) -> str:
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields each `--option value` and `--option=value`."""
+    """Yield each `--option value` and `--option=value`."""
     for place, word in enumerate(words):
         option, equals, value = word.partition("=")
         if option.startswith("--"):

@@ -19,7 +19,7 @@ class ContrastiveSettings:
     dim: PositiveInt = 32
     """Width of the space in which content and ID vectors are compared."""
     temperature: float = 0.1
-    """Cosines are divided by it; the first value where it is learned."""
+    """Divisor of the cosines; the initial value if it is learned."""
     learn_temperature: bool = False
     """Train the temperature."""
     normalize: bool = True
@@ -27,14 +27,14 @@ class ContrastiveSettings:
     num_negatives: PositiveInt = 16
     """Sampled negatives of the published variant."""
     stop_gradient: Literal["none", "content", "id"] = "none"
-    """The side that the loss leaves alone."""
+    """Side that gets no gradient from the loss."""
     all_ranks: bool = False
     """Take the negatives of in_batch from every rank."""
 
 
 @dataclass
 class AuxiliarySettings:
-    """A loss besides those of ranking and contrast."""
+    """A loss besides the ranking and contrastive losses."""
 
     loss: str
     """distillation, or a class of your own as `package.module:Class`."""

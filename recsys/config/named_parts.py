@@ -1,9 +1,9 @@
 """Parts that a configuration names: built in, or a user's own as `package.module:Class`.
 
 Ranking models, fusions, encoders, modality kinds, losses, optimizers, schedules, metrics and row
-sources are all resolved here, so that each kind accepts the same names and fails in the same words.
-Built-in parts are named by their import path too, and are imported when a configuration asks for
-them: a room may list parts of the rooms above it without importing them.
+sources are all resolved here, so that each accepts the same names and fails with the same messages.
+Built-in parts are named by their import path too, and imported when a configuration names them: a
+package may list parts of the packages above it without importing them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOVED = {
 
 
 def find_part(setting: str, name: str, built_in: Mapping[str, str]) -> Any:
-    """Imports the class or function that a setting names.
+    """Import the class or function that a setting names.
 
     Args:
         setting: full name of the setting, for messages.
@@ -48,7 +48,7 @@ def find_part(setting: str, name: str, built_in: Mapping[str, str]) -> Any:
         )
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module of the user's may raise anything
+    except Exception as error:  # a user's module may raise any error
         raise ValueError(
             f"{setting} '{name}' cannot be imported ({type(error).__name__}: {error})"
         ) from error
@@ -62,12 +62,15 @@ def make_part(
     *arguments: Any,
     **named: Any,
 ) -> T:
-    """Imports the class or function that a setting names, calls it, and checks what it returns.
+    """Import the class or function that a setting names, call it, and check its result.
 
     Args:
-        setting, name, built_in: as in `find_part`.
+        setting: full name of the setting, for messages.
+        name: a key of `built_in`, or `package.module:Class`.
+        built_in: import paths of the parts of this kind, by name.
         kind: the type that the part must have.
-        arguments, named: passed on to the class or function.
+        *arguments: positional arguments of the class or function.
+        **named: named arguments of the class or function.
 
     Raises:
         ValueError: the part cannot be imported or made, or is not a `kind`.
@@ -77,7 +80,7 @@ def make_part(
         part = build(*arguments, **named)
     except ValueError:
         raise
-    except Exception as error:  # a class of the user's may raise anything
+    except Exception as error:  # a user's class may raise any error
         raise ValueError(
             f"{setting} '{name}' cannot be made ({type(error).__name__}: {error})"
         ) from error

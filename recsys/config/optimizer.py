@@ -16,20 +16,20 @@ from recsys.config.limits import (
 
 @dataclass
 class OptimizerSettings:
-    """The optimizer of the dense parts; the ID tables have their own in `embedding`."""
+    """Optimizer of the dense parts; the ID tables have their own in `embedding`."""
 
     name: str = "adamw"
     """adamw, adam, sgd, adafactor, or a class of your own as `package.module:Class`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of that class."""
     learning_rate: NonNegativeFloat = 1e-3
-    """Learning rate of what has no other below."""
+    """Learning rate of parameters without one of the rates below."""
     content_learning_rate: NonNegativeFloat = 1e-3
     """Learning rate of projections, fusion, history maps and contrastive heads."""
     encoder_learning_rate: NonNegativeFloat = 1e-4
-    """Learning rate of what trains inside the encoders."""
+    """Learning rate of trained parameters inside the encoders."""
     weight_decay: NonNegativeFloat = 0.01
-    """Weight decay of weights; biases and norms have none."""
+    """Weight decay of weights; biases and normalisation layers have none."""
     warmup_steps: NonNegativeInt = 20
     """Steps in which the learning rates rise from 0."""
     schedule: str = "constant"
@@ -40,6 +40,6 @@ class OptimizerSettings:
     decay_steps: PositiveInt | None = None
     """Steps after warm-up until a decay ends; default: all epochs."""
     clip_norm: PositiveFloat | None = None
-    """Largest norm of the gradient of all dense parameters together."""
+    """Gradient clipping: largest norm of the gradient of all dense parameters together."""
     ema_decay: UnitInterval | None = None
     """Evaluate and keep the exponential moving average of the dense weights with this decay."""

@@ -1,8 +1,8 @@
-"""Settings of the ranking model, `ranking` in a recipe: what all of them have, and whose is whose.
+"""Settings of the ranking model, `ranking` in a recipe: the common ones, and their resolution.
 
 Each ranking model owns a dataclass of its settings beside its code, the attribute `Settings` of its
-class, so that `ranking: {name: sim, search_top_k: 50}` has the keys of `sim` and no others. Here is
-the base of these dataclasses, and how the name leads to the one that a recipe is read with.
+class, so that `ranking: {name: sim, search_top_k: 50}` has the keys of `sim` and no others. This
+module has the base of these dataclasses, and maps a model's name to its dataclass.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RANKING_MODELS = {
     "two_tower": "recsys.ranking.two_tower:TwoTower",
 }
 DEFAULT_MODEL = "din_dcn"
-# Keys of four models, which runs of earlier versions all have: one dataclass served every model.
+# Keys of four models; runs of earlier versions have them all, as one dataclass served every model.
 KEYS_OF_EARLIER_RUNS = {"dense_units", "num_experts", "search_top_k", "tower_dim"}
 
 
@@ -41,13 +41,14 @@ class RankingSettings:
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of a class of your own that has no `Settings`."""
     mlp_units: list[PositiveInt] = field(default_factory=lambda: [128, 64])
-    """Units of the hidden layers that the model ends with."""
+    """Units of the model's last hidden layers."""
     dropout: Dropout = 0.3
-    """Dropout behind these layers."""
+    """Dropout after each of these layers."""
     label_weights: dict[str, NonNegativeFloat] = field(default_factory=dict)
     """Weights of the labels' losses, by column; default 1."""
 
     def check(self, name: str) -> None:
+        """Refuse `options` for a built-in model."""
         refuse_options(name, self.name, self.options)
 
 
@@ -56,29 +57,30 @@ class RetrievalSettings(RankingSettings):
     """Settings of models that compare vectors of users and items, for retrieval."""
 
     loss: Literal["pointwise", "in_batch_softmax", "sampled_softmax"] = "pointwise"
-    """Cross-entropy of labels, or of an item against the batch's or against sampled ones."""
+    """pointwise: cross-entropy of the labels; else cross-entropy of the target item against the
+    items of the batch or against sampled items."""
     num_negatives: PositiveInt = 256
     """Negatives of sampled_softmax, per rank and step."""
     negative_sampling: Literal["uniform", "log_uniform"] = "uniform"
-    """log_uniform: the n-th most frequent item of the training rows with about 1 / n."""
+    """log_uniform: the n-th most frequent item has a probability proportional to about 1 / n."""
     log_q_correction: bool = True
-    """Softmax losses: false leaves popularity out of the scores; rare and new items are then
-    found."""
+    """Softmax losses: correct scores by the probability of negatives. false leaves popularity out
+    of the scores, so that rare and new items are retrieved."""
     all_ranks: bool = False
     """Softmax losses: take the negatives of every rank."""
 
 
 def softmax_settings(ranking: RankingSettings) -> RetrievalSettings | None:
-    """Returns the settings of a softmax loss, or None where labels have losses of their own."""
+    """Return the settings of a softmax loss, or None if labels have losses of their own."""
     if isinstance(ranking, RetrievalSettings) and ranking.loss != "pointwise":
         return ranking
     return None
 
 
 def settings_class(name: str) -> type[RankingSettings]:
-    """Returns the dataclass of a ranking model's settings.
+    """Return the dataclass of a ranking model's settings.
 
-    A class of the user's without `Settings` has `options` and what retrieval takes.
+    A user's class without `Settings` has `options` and the settings of retrieval.
 
     Raises:
         ValueError: the model is unknown or cannot be imported, or its `Settings` do not derive from
@@ -91,16 +93,16 @@ def settings_class(name: str) -> type[RankingSettings]:
             f"ranking.name '{name}': its Settings are no dataclass that derives from "
             "recsys.config.RankingSettings; derive them from it"
         )
-    # jsonargparse would look inherited annotations up in the module of the class that inherits.
+    # jsonargparse would resolve inherited annotations in the module of the inheriting class.
     settings.__init__.__annotations__ = get_type_hints(settings)
     return settings
 
 
 def ranking_settings(name: str = DEFAULT_MODEL, **settings: Any) -> RankingSettings:
-    """Returns settings of a ranking model by its name.
+    """Return the settings of a ranking model by its name.
 
     Raises:
-        ValueError: the model is unknown, or a setting is not one of its.
+        ValueError: the model is unknown, or has no such setting.
 
     Example::
 
@@ -114,12 +116,12 @@ def ranking_settings(name: str = DEFAULT_MODEL, **settings: Any) -> RankingSetti
 
 
 def keys_of(name: str) -> list[str]:
-    """Returns the keys that a ranking model has under `ranking`."""
+    """Return the keys that a ranking model has under `ranking`."""
     return [each.name for each in fields(settings_class(name))]
 
 
 def check_keys(keys: Iterable[str], name: str) -> None:
-    """Refuses keys that a ranking model does not have.
+    """Refuse keys that a ranking model does not have.
 
     Raises:
         ValueError: names the first such key, and lists those of the model.
@@ -131,10 +133,10 @@ def check_keys(keys: Iterable[str], name: str) -> None:
 
 
 def own_keys(section: dict[str, Any], name: str) -> dict[str, Any]:
-    """Returns the part of a recipe's `ranking` that the ranking model of a run has.
+    """Return the part of a recipe's `ranking` that belongs to the ranking model of a run.
 
-    Keys of another model are left out where the recipe is for that model and the command line
-    chooses this one, which is logged; and where a run of an earlier version wrote the keys of all.
+    Keys of another model are dropped with a warning if the recipe is for that model and the command
+    line chooses this one; and silently if a run of an earlier version wrote the keys of all models.
 
     Args:
         section: `ranking` of the recipe.

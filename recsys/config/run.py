@@ -1,4 +1,4 @@
-"""The settings of a whole run: its components, and how it trains, checkpoints and reports."""
+"""Settings of a whole run: its components, and how it trains, checkpoints and reports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Tracker = str
 
 @dataclass
 class MetricSettings:
-    """A metric besides those of every evaluation."""
+    """A metric in addition to those of every evaluation."""
 
     metric: str
     """precision_at_k, or a class of your own as `package.module:Class`."""
@@ -30,7 +30,7 @@ class MetricSettings:
 
 @dataclass
 class SourceSettings:
-    """The rows of training and evaluation."""
+    """Source of the rows for training and evaluation."""
 
     name: str = "parquet"
     """parquet, or a class of your own as `package.module:Class`."""
@@ -40,22 +40,22 @@ class SourceSettings:
 
 @dataclass
 class CheckpointSettings:
-    """When the state of a run is written, besides the best model: at the end, on SIGTERM, and"""
+    """Checkpoints of a run's state, besides those of the best model, at the end and on SIGTERM."""
 
     every_steps: PositiveInt | None = None
     """Steps from one checkpoint to the next."""
     every_seconds: Seconds | None = 600.0
     """Seconds from one checkpoint to the next."""
     keep: PositiveInt = 2
-    """Keep the last so many."""
+    """Number of latest checkpoints that are kept."""
     asynchronous: Literal["auto", "true", "false"] = "auto"
-    """The write overlaps the next steps, at the cost of a copy of tables and optimizer state in
-    host memory; auto: where that copy fits."""
+    """Write during the next steps, at the cost of a copy of tables and optimizer state in host
+    memory; auto: if that copy fits."""
 
 
 @dataclass
 class Config:
-    """A whole run."""
+    """Settings of a whole run."""
 
     content: ContentSettings | Literal["none"] = "none"
     """The content branch: its settings, or none."""
@@ -71,50 +71,51 @@ class Config:
     batch_size: PositiveInt = 256
     """Impressions per rank and step."""
     accumulate_steps: PositiveInt = 1
-    """Dense parameters are updated every so many steps, with the mean gradient of those steps; ID
-    tables in each of them."""
+    """Steps per update of the dense parameters, which uses the mean gradient of those steps; ID
+    tables are updated in each step."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the dense parts (autocast)."""
     tf32: bool = False
-    """Matrix products of float32 in TF32, on GPUs that have it."""
+    """Compute float32 matrix products in TF32, on GPUs that support it."""
     compile: bool = False
-    """torch.compile of the dense parts; needs a C++ compiler on CPU."""
+    """Compile the dense parts with torch.compile; on CPU it needs a C++ compiler."""
     epochs: PositiveInt = 10
-    """Passes over the training rows, at most; early stopping ends sooner."""
+    """Largest number of passes over the training rows; early stopping may end sooner."""
     validations_per_epoch: PositiveInt = 1
     """Validations in each epoch."""
     best_model_by: BestModelBy = "auc"
-    """The metric of all validations that chooses the best model; auc_and_gauc is the mean of
-    both."""
+    """Validation metric that chooses the best model; auc_and_gauc is the mean of both."""
     patience: PositiveInt = 2
     """Validations without a better model before training ends."""
     seed: int = 0
     """Seed of weights, dropout and negatives."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What a row that cannot be used does: end the run, or be left out, counted and reported."""
+    """error: the first unusable row ends the run; skip: such rows are left out, counted and
+    reported."""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     num_workers: NonNegativeInt = 1
     """Threads per rank that build batches ahead of the training, beside one that reads ahead; 0:
-    the training itself reads and builds each batch when it needs it."""
+    the training thread reads and builds each batch on demand."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of the ranks; auto: a GPU each where there are any."""
+    """Device of the ranks; auto: one GPU per rank if the machine has GPUs."""
     cache: str | None = None
     """Folder of encoded items; default: ~/.cache/recsys."""
     log_every_steps: PositiveInt = 20
-    """Steps from one report of the loss to the next."""
+    """Steps from one log of the loss to the next."""
     tracker: list[Tracker] | Tracker = field(default_factory=lambda: ["tensorboard"])
-    """What records the metrics: one or several of tensorboard, mlflow, wandb and classes of your
+    """Recorders of the metrics: one or several of tensorboard, mlflow, wandb and classes of your
     own as `package.module:Class`."""
     log_level: LogLevel = "auto"
     """Lowest level of log messages; auto: info on rank 0, warning on the others."""
     log_format: LogFormat = "text"
     """Plain lines, or one JSON object per line."""
     profile_steps: NonNegativeInt = 0
-    """Measure so many early steps part by part, into RUN/profile.json."""
+    """Number of early steps that are timed part by part, into RUN/profile.json."""
     stall_timeout: NonNegativeFloat = 300.0
-    """A rank that does not go on for so many seconds is named and ends the job; 0: never."""
+    """Seconds without progress after which a rank is named and the job ends; 0: never."""
 
     def __post_init__(self) -> None:
+        """Make a list of a single tracker."""
         if isinstance(self.tracker, str):
             self.tracker = [self.tracker]
 
@@ -123,5 +124,5 @@ CONFIG_NAMES = tuple(Config.__dataclass_fields__)
 
 
 def content_settings(config: Config) -> ContentSettings | None:
-    """Returns the settings of the content branch, None for the ID-only twin."""
+    """Return the settings of the content branch, None for the ID-only twin."""
     return config.content if isinstance(config.content, ContentSettings) else None

@@ -1,12 +1,13 @@
-"""Batch: everything one training step needs, moved and pinned as one.
+"""Batch: everything one training step needs, moved and pinned as one object.
 
 It is a superset of `torchrec.datasets.utils.Batch` (`dense_features`, `sparse_features`,
-`labels`), so code that reads those keeps working. What is sharded gets its ids straight from an
+`labels`), so code that reads those keeps working. Sharded modules read their ids directly from an
 attribute of the batch (`sparse_features`, `sequence_features`), which `TrainPipelineSparseDist`
 needs to send them ahead of the step.
 
 Shapes: B batch, N history items of the whole batch, U unique history items, E items to encode,
-S items whose vectors are read from the bank, T tokens, F dense features, K sampled negatives.
+S items whose vectors are read from the bank, T tokens, F dense features, P parallel lists,
+X columns of kind extra, K sampled negatives.
 """
 
 from __future__ import annotations
@@ -26,32 +27,36 @@ from recsys.data.jagged_history import JaggedHistory
 
 @dataclass
 class ContentInput:
-    """One modality of the unique items.
+    """Content of one modality for the unique items.
 
     values: token ids int64 [U, T], pixels uint8 [U, 3, H, W] or features float32 [U, T, D].
-    mask: bool [U, T], False where there is no token; [U, 1] for pixels. An item without this
-        modality has no True.
+    mask: bool [U, T], False for padding; [U, 1] for pixels. It has no True for an item without this
+        modality.
     """
 
     values: Tensor
     mask: Tensor
 
     def to(self, device: torch.device, non_blocking: bool = False) -> ContentInput:
+        """Return a copy with both tensors on `device`."""
         return self.map(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
 
     def map(self, function: Callable[[Tensor], Any]) -> ContentInput:
-        """Returns the same with `function` applied to each tensor."""
+        """Return a copy with `function` applied to both tensors."""
         return ContentInput(function(self.values), function(self.mask))
 
     def __getitem__(self, items: slice) -> ContentInput:
+        """Return the content of a slice of the items."""
         return ContentInput(self.values[items], self.mask[items])
 
 
 @dataclass
 class ItemExchange:
-    """Which of its item vectors a rank sends to each rank, and how many it receives from each.
+    """Rows of item vectors that a rank sends to each rank, and how many it receives from each.
 
-    rows: int64, of the vectors at hand, those for rank 0 first, `send_counts` for each rank.
+    rows: int64 [sum of send_counts], rows of the local item vectors, grouped by receiving rank.
+    send_counts: number of rows sent to each rank.
+    receive_counts: number of rows received from each rank.
     """
 
     rows: Tensor
@@ -61,31 +66,32 @@ class ItemExchange:
 
 @dataclass
 class Batch(Pipelineable):
-    """The impressions of one step on one rank and the content of their items.
+    """Impressions of one step on one rank, with the content of their items.
 
     sparse_features: ids of the pooled tables; None when there are none.
     sequence_features: ids of the target item (length 1 each) and of the history: either the unique
         ones, `history_items`, whose lengths by row have no meaning, or all of them.
     history_items: unique items of the histories [U]; `history_index` [N] points into them.
-    history_lengths: int64 [B], summing to N, the longest of them `longest_history`;
-        `history_values` float32 [N, P] the parallel lists.
-    content_items: unique items that this rank encodes [E], `content` what they contain.
-    target_index: [B], which of the item vectors at hand (`ContentBranch.item_vectors`) is ranked.
-    history_content_index: [U], where the history's items are among them, if they are encoded too;
-        else empty.
-    with_gradient: how many of the items to encode are encoded with gradient, the first ones; None
+    history_lengths: int64 [B], summing to N; `longest_history` is their maximum.
+        `history_values` float32 [N, P] holds the parallel lists.
+    content_items: unique items that this rank encodes [E]; `content` holds their content.
+    target_index: [B], row of each target item in the local item vectors
+        (`ContentBranch.item_vectors`).
+    history_content_index: [U], rows of the history items in the same vectors if they are encoded
+        too; else empty.
+    with_gradient: the first `with_gradient` of `content_items` are encoded with gradient; None
         for all.
-    bank_items: items that are ranked but read from the bank instead [S].
-    bank_reads: how rows of the bank come here, for `read_items`; `bank_writes` how those of
-        `content_items` go there. None: found in the step.
-    exchange: how item vectors go from the ranks that own them to those that need them; None where
-        each rank encodes its own.
-    row_positions: place of each row in its files [B], -1 for a row that only pads.
-    extra: float32 [B, X], the columns of kind extra in the order of the schema, NaN where a row has
-        no value; None where there are none, or no labels either.
-    negative_items: items drawn as negatives of retrieval [K], also a feature of
-        `sequence_features`; `negative_log_q` [K] and `target_log_q` [B] the log of the probability
-        with which they, and the ranked items, are drawn.
+    bank_items: ranked items whose vectors are read from the bank instead of encoded [S].
+    bank_reads: route of the bank's rows to this rank, for `read_items`; `bank_writes` the route of
+        the rows of `content_items` to the bank. None: computed in the step.
+    exchange: how item vectors travel from the ranks that own them to those that need them; None
+        if each rank encodes its own.
+    row_positions: position of each row in its files [B], -1 for a padding row.
+    extra: float32 [B, X], the columns of kind extra in schema order, NaN where a row has no value;
+        None if there are no such columns or no labels.
+    negative_items: items sampled as negatives of retrieval [K], also a feature of
+        `sequence_features`; `negative_log_q` [K] and `target_log_q` [B] are the log-probabilities
+        with which they and the ranked items are sampled.
     """
 
     dense_features: Tensor  # [B, F]
@@ -115,7 +121,7 @@ class Batch(Pipelineable):
     target_log_q: Tensor | None = None
 
     def _map(self, function: Callable[[Any], Any]) -> Batch:
-        """Returns a batch with `function` applied to every tensor and KeyedJaggedTensor."""
+        """Return a batch with `function` applied to every tensor and KeyedJaggedTensor."""
         changed: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
@@ -131,16 +137,19 @@ class Batch(Pipelineable):
         return replace(self, **changed)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        """Return a copy with every tensor on `device`."""
         return self._map(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
+        """Return a copy in page-locked memory."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def record_stream(self, stream: Any) -> None:
+        """Record the use of every tensor on a CUDA stream."""
         self._map(lambda tensor: tensor.record_stream(stream))
 
     def jagged_history(self) -> JaggedHistory:
-        """Returns the histories as an index into `history_items`."""
+        """Return the histories as an index into `history_items`."""
         return JaggedHistory.of(
             self.history_index,
             self.history_lengths,
@@ -150,15 +159,16 @@ class Batch(Pipelineable):
 
     @property
     def read_items(self) -> Tensor:
-        """Items whose vectors come from the bank: those to rank, the histories', the negatives."""
+        """Items whose vectors are read from the bank [S + U + K]: ranked, history, negatives."""
         items = [self.bank_items, self.history_items]
         return torch.cat(items if self.negative_items is None else [*items, self.negative_items])
 
     @property
     def row_weights(self) -> Tensor:
-        """Weight of each row in the losses: 1, and 0 for a row that only pads; float32 [B]."""
+        """Weight of each row in the losses: 1, or 0 for a padding row; float32 [B]."""
         return (self.row_positions >= 0).float()
 
     @property
     def batch_size(self) -> int:
+        """Number of rows, padding included."""
         return self.labels.shape[0]

@@ -1,9 +1,9 @@
 """Rows of impressions -> `Batch`, with each item of the batch once.
 
-Arrow hands list columns over as values and lengths, which is what a KeyedJaggedTensor is made of;
-nothing here loops over rows. What the batch holds is its own memory, so that it may be written to.
+Arrow stores list columns as values and lengths, which are also the parts of a KeyedJaggedTensor;
+nothing here loops over rows. The batch owns its memory, so it may be written to.
 
-Shapes: B batch, N history items of the whole batch, U unique history items.
+Shapes: B batch, N history items of the whole batch, U unique history items, C columns.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from recsys.data.schema import Schema
 
 def keyed_jagged(
     names: list[str],
-    values: Sequence[np.ndarray],  # ids of each feature
-    lengths: Sequence[np.ndarray],  # [B] of each feature
+    values: Sequence[np.ndarray],  # ids of each feature, [sum of its lengths]
+    lengths: Sequence[np.ndarray],  # of each feature, [B]
 ) -> KeyedJaggedTensor:
-    """Does `KeyedJaggedTensor.from_lengths_sync`, with its sums taken from the arrays."""
+    """Do `KeyedJaggedTensor.from_lengths_sync`, with its sums computed from the arrays."""
     sizes = [len(of_key) for of_key in values]
     return KeyedJaggedTensor(
         keys=names,
@@ -42,14 +42,14 @@ def keyed_jagged(
 
 
 class BatchBuilder:
-    """Turns rows of impressions into a `Batch`; may be called by several threads at once.
+    """Turns rows of impressions into a `Batch`; several threads may call it at once.
 
     Args:
         schema: meaning of the columns.
         pooled_features: columns whose tables are pooled, in the order of the model.
         store: content of the items; None for a model without content.
-        encode_history: the history's items are encoded as well, not looked up in the bank.
-        index_dedup: the history's items are looked up once each in the ID table, too.
+        encode_history: encode the history items as well, instead of reading them from the bank.
+        index_dedup: look up each history item once in the ID table, too.
         with_labels: False for files to predict, which need not have labels.
     """
 
@@ -62,6 +62,7 @@ class BatchBuilder:
         index_dedup: bool = True,
         with_labels: bool = True,
     ) -> None:
+        """Keep the arguments and prepare the search for unique items."""
         self.schema = schema
         self.pooled_features = pooled_features
         self.store = store
@@ -71,7 +72,7 @@ class BatchBuilder:
         self.unique_items = UniqueItems(schema.num_items)
 
     def __call__(self, rows: RowColumns | pa.Table) -> Batch:
-        """Returns the batch of these rows; columns are kept by it, of a table copies are."""
+        """Return the batch of these rows: it keeps `RowColumns`, and copies a table."""
         if isinstance(rows, pa.Table):
             rows = RowColumns.of(rows).take(np.arange(rows.num_rows))
         schema, num_rows = self.schema, rows.num_rows
@@ -112,6 +113,7 @@ class BatchBuilder:
         )
 
     def _pooled(self, rows: RowColumns) -> KeyedJaggedTensor | None:
+        """Return the ids of the pooled features; None without any."""
         names = self.pooled_features
         if not names:
             return None
@@ -121,26 +123,36 @@ class BatchBuilder:
         return keyed_jagged(names, values, [rows.lengths(name) for name in names])
 
     def _sequences(
-        self, target: np.ndarray, history: np.ndarray, lengths: np.ndarray | None
+        self,
+        target: np.ndarray,  # [B]
+        history: np.ndarray,  # [U] or [N]
+        lengths: np.ndarray | None,  # [B]
     ) -> KeyedJaggedTensor:
-        """Returns ids of target and history; `lengths` by row, None where ids are unique."""
+        """Return the ids of target and history; `lengths` is None where ids are unique."""
         ones = np.ones(len(target), np.int64)
         if not self.schema.history:
             return keyed_jagged([self.schema.target_item], [target], [ones])
         if lengths is None:
-            # They belong to no row, but a KeyedJaggedTensor wants every id in one.
+            # Unique ids belong to no row; a KeyedJaggedTensor needs every id in one: the first.
             lengths = np.zeros(len(target), np.int64)
             lengths[0] = len(history)
         names = [self.schema.target_item, self.schema.history]
         return keyed_jagged(names, [target, history], [ones, lengths])
 
 
-def _columns(rows: RowColumns, names: list[str]) -> Tensor:
+def _columns(
+    rows: RowColumns,
+    names: list[str],
+) -> Tensor:  # [B, C]
+    """Stack the named columns of the rows."""
     return _stacked([rows.numbers[name] for name in names], rows.num_rows)
 
 
-def _stacked(arrays: list[np.ndarray], length: int) -> Tensor:
-    """Stacks columns as a float32 matrix [length, number of columns]."""
+def _stacked(
+    arrays: list[np.ndarray],  # C of [length]
+    length: int,
+) -> Tensor:  # [length, C]
+    """Stack columns of `length` values as a float32 matrix."""
     if len(arrays) == 1:
         return torch.from_numpy(arrays[0]).unsqueeze(1)
     matrix = np.empty((length, len(arrays)), np.float32)

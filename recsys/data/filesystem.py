@@ -1,4 +1,4 @@
-"""Paths that may be local or any fsspec URL (`s3://`, `gs://`, `memory://`), read alike.
+"""Local paths and fsspec URLs (`s3://`, `gs://`, `memory://`), read in the same way.
 
 pyarrow reads Parquet through the same filesystem object, so no file is copied first.
 """
@@ -34,42 +34,47 @@ class Location:
 
     @staticmethod
     def of(url: object) -> Location:
-        """Makes one from a local path or a URL."""
+        """Make a location from a local path or a URL."""
         filesystem, path = fsspec.core.url_to_fs(str(url))
         return Location(filesystem, path.rstrip("/"))
 
     @property
     def is_local(self) -> bool:
+        """Whether the path is on the local file system."""
         return isinstance(self.filesystem, fsspec.implementations.local.LocalFileSystem)
 
     @property
     def arrow(self) -> FileSystem:
-        """The same filesystem as pyarrow wants it."""
+        """The same filesystem as an object of pyarrow."""
         if self.is_local:
             return LocalFileSystem()
         return PyFileSystem(FSSpecHandler(self.filesystem))
 
     def __truediv__(self, name: str) -> Location:
+        """Return the location of `name` inside this folder."""
         return Location(self.filesystem, f"{self.path}/{name}")
 
     def __str__(self) -> str:
+        """Return the local path, or the URL."""
         if self.is_local:
             return self.path
         return str(self.filesystem.unstrip_protocol(self.path))
 
     def exists(self) -> bool:
+        """Return whether there is a file or folder at this path."""
         return bool(self.filesystem.exists(self.path))
 
     def read_bytes(self) -> bytes:
+        """Read the whole file."""
         return bytes(self.filesystem.cat_file(self.path))
 
     def files(self, ending: str) -> list[Location]:
-        """Returns the files with that ending in this folder by name; this file itself if it is one.
+        """Return the files with this ending in the folder, by name; this file if it is one.
 
         As in Spark and Arrow, names that start with a dot or an underscore are not data.
 
         Raises:
-            ValueError: something else has such a name; to leave it out would lose rows unnoticed.
+            ValueError: an entry with this ending is no file; skipping it would lose rows silently.
         """
         if self.filesystem.isfile(self.path):
             return [self]
@@ -84,7 +89,7 @@ class Location:
             for name in sorted(names)
             if name.endswith(ending) and not name.startswith((".", "_"))
         ]
-        for file in found:  # a link to a file is one
+        for file in found:  # a link to a file counts as a file
             if not self.filesystem.isfile(file.path):
                 raise ValueError(
                     f"{file}: not a file, but a folder, a broken link or the like; move the files "
@@ -95,10 +100,10 @@ class Location:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to, which takes its place when the block ends well.
+    """Yield a temporary path beside `path`, renamed to `path` when the block succeeds.
 
-    A reader, and a job that is killed at any moment, finds the old file or the new one. The folder
-    must exist.
+    At any moment `path` holds the whole old file or the whole new one, also for a job that was
+    killed. The folder must exist.
 
     Example::
 
@@ -114,7 +119,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file that appears whole or not at all, and the folders that it needs."""
+    """Write a text file that appears whole or not at all; create missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -122,14 +127,14 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
-    """Yields a folder beside `path` to write to, which takes its name when the block ends well.
+    """Yield a temporary folder beside `path`, renamed to `path` when the block succeeds.
 
     Args:
         path: a folder that does not exist, or is empty.
-        may_exist: another process may make an equal folder meanwhile, which then stays.
+        may_exist: if another process has created an equal folder meanwhile, keep that one.
 
     Raises:
-        OSError: there is a folder of that name by now, and `may_exist` is false.
+        OSError: the folder exists by now, and `may_exist` is false.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir(parents=True)
@@ -145,9 +150,9 @@ def whole_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
 
 
 def replace_folder(partial: Path, path: Path) -> None:
-    """Gives a written folder its name; an older one of that name is removed.
+    """Rename a written folder to `path`; remove an older folder of that name.
 
-    A job that is killed between the two renames leaves it to `recover_folder` to undo the first.
+    If the job is killed between the two renames, `recover_folder` undoes the first.
     """
     old = _set_aside(path)
     shutil.rmtree(old, ignore_errors=True)
@@ -161,10 +166,11 @@ def replace_folder(partial: Path, path: Path) -> None:
 
 
 def recover_folder(path: Path) -> None:
-    """Brings the old folder back where `replace_folder` was killed between its two renames."""
+    """Restore the old folder if `replace_folder` was killed between its two renames."""
     if not path.exists() and _set_aside(path).exists():
         _set_aside(path).rename(path)
 
 
 def _set_aside(path: Path) -> Path:
+    """Return the name that an old folder has while it is being replaced."""
     return path.with_name(f".{path.name}.old")

@@ -1,8 +1,10 @@
 """Impressions -> the batches of one rank, built ahead of the trainer.
 
-All ranks get the same number of batches of the same sizes, as collectives ask: row-wise tables
-refuse unequal ones, and a missing one hangs the job. Where rows do not divide by ranks, a rank with
-one row less adds a padding row, which has no weight in losses and counts in no metric.
+All ranks get the same number of batches of the same sizes, as collectives require: row-wise tables
+refuse unequal sizes, and a missing batch hangs the job. Where rows do not divide by ranks, a rank
+with one row fewer adds a padding row, which has no weight in losses and counts in no metric.
+
+Shapes: R rows of a window.
 """
 
 from __future__ import annotations
@@ -20,44 +22,46 @@ from recsys.data.parquet.order import EpochShare, Stage, num_batches_of, rows_be
 from recsys.data.prefetch import Later, Result, Submit, in_order, threads
 from recsys.data.row_source import RowSource
 
-AHEAD = 2  # batches under way per thread that builds them
+AHEAD = 2  # batches in progress per building thread
 
 
 @dataclass(frozen=True)
 class WindowPart:
     """Rows of a batch: places `[low, high)` of one slice of the share."""
 
-    number: int  # of the slice
+    number: int  # number of the slice in the share
     low: int
     high: int
 
     def __len__(self) -> int:
+        """Return the number of rows."""
         return self.high - self.low
 
 
 @dataclass(frozen=True)
 class WindowRows:
-    """A window that was read and the order of its rows."""
+    """A window that was read, and the order of its rows."""
 
     columns: RowColumns
     order: np.ndarray  # [R]
 
     def take(self, low: int, high: int) -> RowColumns:
+        """Return the rows at places `[low, high)` of the order."""
         return self.columns.take(self.order[low:high])
 
 
 class Interactions:
-    """The batches of one rank's share of a split.
+    """Batches of one rank's share of a split.
 
     Args:
         rows: the split.
         build: makes a `Batch` of a table.
         batch_size: most impressions per batch.
-        rank, world_size: which share.
+        rank, world_size: select the share.
         seed: shuffles, differently in each epoch; None keeps the order of the files.
 
     Raises:
-        ValueError: training on fewer rows than ranks.
+        ValueError: there are fewer training rows than ranks.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Interactions:
         world_size: int = 1,
         seed: int | None = None,
     ) -> None:
+        """Check that every rank has a row, and start at epoch 0."""
         if seed is not None and rows.num_rows < world_size:
             raise ValueError(
                 f"{rows.chunks[0].place}: {rows.num_rows} training rows cannot be shared by "
@@ -79,12 +84,12 @@ class Interactions:
         self.begin(0)
 
     def begin(self, epoch: int, stages: Sequence[Stage] = (), first_batch: int = 0) -> None:
-        """Sets where the next iteration starts.
+        """Set the position at which the next iteration starts.
 
         Args:
-            epoch: decides the shuffle.
-            stages: what other numbers of ranks, or other batch sizes, have read of this epoch.
-            first_batch: how many batches of the rest this number of ranks has read.
+            epoch: seeds the shuffle.
+            stages: parts of this epoch already read by other numbers of ranks or batch sizes.
+            first_batch: number of batches of the remaining rows already read by these ranks.
         """
         self.epoch, self.first_batch = epoch, first_batch
         self.shuffle_seed = None if self.seed is None else (self.seed, epoch)
@@ -92,7 +97,7 @@ class Interactions:
         self.num_batches = num_batches_of(self.share.num_rows, self.batch_size)
 
     def batches_until(self, part: int, parts: int) -> int:
-        """Returns how many batches of this share are in the first `part` of `parts` of an epoch."""
+        """Return how many batches of this share lie in the first `part` of `parts` of an epoch."""
         left = self.rows.num_rows - self.share.rows_done
         if part == parts or not left:
             return self.num_batches
@@ -100,16 +105,17 @@ class Interactions:
         return max(0, wanted * self.num_batches // (left * parts))
 
     def __len__(self) -> int:
+        """Return the number of batches left in the epoch."""
         return self.num_batches - self.first_batch
 
     def __iter__(self) -> Iterator[Batch]:
-        """Returns the rest of an epoch, read and built in this thread; see `begin`."""
+        """Return the remaining batches of the epoch, read and built in this thread; see `begin`."""
         return in_order(self.jobs(Later), Later, ahead=0)
 
     def jobs(self, submit: Submit) -> Iterator[Callable[[], Batch]]:
-        """Yields what makes each batch. It waits for its windows, whose reading is submitted.
+        """Yield one job per batch. A job waits for its windows, whose reading is submitted here.
 
-        While a window is in use the next is being read, and no other is held.
+        While a window is in use the next is being read, and no other is held in memory.
         """
         windows: dict[int, Result[WindowRows]] = {}
         for parts, padding in self._parts_of_batches():
@@ -123,10 +129,10 @@ class Interactions:
             yield partial(self._build, sources, padding)
 
     def _parts_of_batches(self) -> Iterator[tuple[list[WindowPart], int]]:
-        """Yields the rows each batch takes from each slice, and how many rows only pad it."""
+        """Yield the rows that each batch takes from each slice, and its number of padding rows."""
         done = rows_before(self.first_batch, self.share.num_rows, self.num_batches)
         slices = self.share.slices
-        number = first = 0  # the slice that the next row lies in, and the slice's place
+        number = first = 0  # the next row's slice, and the place of its first row
         while number < len(slices) and first + len(slices[number]) <= done:
             first += len(slices[number])
             number += 1
@@ -145,6 +151,7 @@ class Interactions:
             done = end
 
     def _read(self, number: int) -> WindowRows:
+        """Read one window and compute the order of its rows."""
         window = self.share.slices[number].window
         table = self.rows.read_window(window, self.shuffle_seed)
         return WindowRows(RowColumns.of(table), self.rows.row_order(window, self.shuffle_seed))
@@ -152,6 +159,7 @@ class Interactions:
     def _build(
         self, sources: Sequence[tuple[Result[WindowRows], WindowPart]], padding: int
     ) -> Batch:
+        """Build one batch from its parts of windows and padding rows."""
         rows = [window.result().take(part.low, part.high) for window, part in sources]
         if padding:
             rows.append(RowColumns.of(self.rows.padding(padding)).take(np.arange(padding)))
@@ -159,21 +167,21 @@ class Interactions:
 
 
 def loader(interactions: Interactions, num_workers: int, pin_memory: bool) -> Generator[Batch]:
-    """Returns the batches of `interactions`, in the same order for any number of threads.
+    """Yield the batches of `interactions`, in the same order for any number of threads.
 
-    One thread reads the window after the one in use, `num_workers` build batches ahead; with none,
-    all is done by the caller as he asks for it. An error is raised in place of the batch it
-    concerns. Close it where it is left early: no thread outlives it.
+    One thread reads the window after the one in use, `num_workers` threads build batches ahead;
+    with 0 the calling thread does both on demand. An error is raised in place of the batch it
+    concerns. Close the generator when stopping early, so that its threads end.
 
     Args:
-        interactions: the share and where to begin in it.
+        interactions: the share, and the batch to begin with.
         num_workers: threads that build batches.
-        pin_memory: batches lie in page-locked memory, from which a GPU copies by itself.
+        pin_memory: put batches in page-locked memory, from which a GPU copies asynchronously.
     """
     if not num_workers:
         yield from _batches(interactions, Later, Later, 0, pin_memory)
         return
-    # Who reads ends first, as those who build may wait for him.
+    # Stop the reader first: builders may block on it.
     with threads(num_workers, "build") as builders, threads(1, "read") as reader:
         ahead = AHEAD * num_workers
         yield from _batches(interactions, reader.submit, builders.submit, ahead, pin_memory)
@@ -182,6 +190,7 @@ def loader(interactions: Interactions, num_workers: int, pin_memory: bool) -> Ge
 def _batches(
     interactions: Interactions, read: Submit, build: Submit, ahead: int, pin_memory: bool
 ) -> Iterator[Batch]:
+    """Return the built batches in order, pinned if required."""
     jobs = interactions.jobs(read)
     if pin_memory:
         jobs = (partial(_pinned, job) for job in jobs)
@@ -189,4 +198,5 @@ def _batches(
 
 
 def _pinned(job: Callable[[], Batch]) -> Batch:
+    """Run a job and pin its batch."""
     return job().pin_memory()

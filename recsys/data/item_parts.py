@@ -1,4 +1,7 @@
-"""Counts the training rows of each item, and splits rows by it: warm, cold and unseen items."""
+"""Counts the training rows of each item, and splits rows by it: warm, cold and unseen items.
+
+Shapes: N rows.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,33 @@ COLD_BELOW = 5  # an item with fewer training rows is cold
 PARTS = ("all", "warm", "cold", "unseen")
 
 
-def item_parts(item_counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns which rows, bool [N], are in each of `PARTS`, by their item's training rows, int [N].
+def item_parts(
+    item_counts: np.ndarray,  # [N], int
+) -> dict[str, np.ndarray]:  # [N], bool each
+    """Return the rows of each of `PARTS` by the number of training rows of their item.
 
-    `unseen` none, `cold` fewer than `COLD_BELOW` (unseen ones too), `warm` the others, `all` every.
+    `unseen`: none; `cold`: fewer than `COLD_BELOW`, unseen ones included; `warm`: all others;
+    `all`: every row.
     """
     cold = item_counts < COLD_BELOW
     every = np.ones(len(item_counts), dtype=bool)
     return {"all": every, "warm": ~cold, "cold": cold, "unseen": item_counts == 0}
 
 
-def count_items(rows: RowSource, rank: int, world_size: int) -> np.ndarray:
-    """Returns how often each item is the target in a rank's share: int64 [num_items].
+def count_items(
+    rows: RowSource,
+    rank: int,
+    world_size: int,
+) -> np.ndarray:  # [num_items], int64
+    """Return how often each item is the target in a rank's share.
 
-    All columns are read, so that a value that cannot be used ends a job before its first step.
+    All columns are read, so that an unusable value ends the job before its first step.
     """
     counts = np.zeros(rows.schema.num_items, dtype=np.int64)
     target = rows.schema.target_item
     for table in rows.read(*rows.share(rank, world_size)):
         known = table[target].to_numpy()[table[ROW_POSITION].to_numpy() >= 0]
-        # Not bincount, which would make another array of the whole table's length.
+        # bincount would allocate another array as long as the whole table.
         items, times = np.unique(known, return_counts=True)
         counts[items] += times
     return counts

@@ -1,13 +1,14 @@
 """Histories as an index into their unique items, and the arithmetic on it, without padding.
 
-A batch's histories hold N items but far fewer distinct ones, U. All that is computed of an item
-alone (looked-up rows, content vectors, linear maps) is computed for U; scores and weights are N
-numbers; no [N, D] and no [B, longest, D] is made by `dot` and `weighted_sum`, so that memory and
-time grow with the items that are there. Their kernels are those of `embedding_bag` with weights per
+The histories of a batch hold N items but far fewer distinct ones, U. Everything that depends on an
+item alone (looked-up rows, content vectors, linear maps) is computed for U; scores and weights are
+N numbers. `dot` and `weighted_sum` allocate no [N, D] and no [B, longest, D], so that memory and
+time grow with the items present. Their kernels are those of `embedding_bag` with weights per
 sample, which run on CPU and CUDA: the sum is its forward, and the gradient of its weights is the
 dot product of each item with its row.
 
-Shapes: B batch, U unique items, N history items of the batch, D dimension, K any width.
+Shapes: B batch, U unique items, N history items of the batch, P some of them, D dimension,
+K any width.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from torch.nn import functional as F
 
 @dataclass
 class JaggedHistory:
-    """The histories of a batch; see the module for the letters.
+    """Histories of a batch; the letters are those of the module.
 
-    index: int64 [N], which unique item, the rows of the batch one after the other.
+    index: int64 [N], the unique item at each place, one row of the batch after the other.
     lengths: int64 [B].
-    longest: of `lengths`.
+    longest: maximum of `lengths`, at least 1.
     num_items: U.
 
     Example::
@@ -49,9 +50,12 @@ class JaggedHistory:
 
     @staticmethod
     def of(
-        index: Tensor, lengths: Tensor, num_items: int, longest: int | None = None
+        index: Tensor,  # [N]
+        lengths: Tensor,  # [B]
+        num_items: int,
+        longest: int | None = None,
     ) -> JaggedHistory:
-        """Looks the `longest` of the lengths up where it is not given, which waits for a GPU."""
+        """Make a history; without `longest` it is computed, which synchronises with a GPU."""
         offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths)
         batch = torch.arange(len(lengths), device=lengths.device)
         rows = torch.repeat_interleave(batch, lengths, output_size=len(index))
@@ -59,12 +63,15 @@ class JaggedHistory:
         return JaggedHistory(index, lengths, offsets, rows, max(longest, 1), num_items)
 
     def unindexed(self) -> JaggedHistory:
-        """Returns the same histories over N items that are not unique, each one of its own."""
+        """Return the same histories over N items, one for each place."""
         index = torch.arange(len(self.index), device=self.index.device)
         return replace(self, index=index, num_items=len(index))
 
-    def select(self, places: Tensor) -> JaggedHistory:
-        """Returns the histories of some of their places (rising), over the same unique items."""
+    def select(
+        self,
+        places: Tensor,  # [P], ascending
+    ) -> JaggedHistory:
+        """Return the histories of some of their places, over the same unique items."""
         lengths = torch.bincount(self.rows[places], minlength=len(self.lengths))
         return JaggedHistory.of(self.index[places], lengths, self.num_items, self.longest)
 
@@ -72,10 +79,10 @@ class JaggedHistory:
         self,
         scores: Tensor,  # [N]
         count: int,
-    ) -> Tensor:  # places, rising
-        """Returns the places of the `count` highest scores of each row; all of a shorter one.
+    ) -> Tensor:  # [P], places in ascending order
+        """Return the places of the `count` highest scores of each row; all of a shorter row.
 
-        Of equal scores the later place is taken.
+        Ties are broken in favour of the later place.
         """
         last = len(scores) - 1
         order = last - scores.flip(0).argsort(descending=True, stable=True)
@@ -85,29 +92,28 @@ class JaggedHistory:
 
     @cached_property
     def ages(self) -> Tensor:
-        """Returns int64 [N]: how many items of the same row are newer, that is, come after it."""
+        """Number of newer (that is, later) items of the same row: int64 [N]."""
         places = torch.arange(len(self.rows), device=self.rows.device)
         return self.offsets[1:][self.rows] - 1 - places
 
     @cached_property
     def by_item(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Transposes the index: places [N] ordered by item, their rows [N], and offsets [U + 1] of
-        the items."""
+        """Index by item: places [N] ordered by item, their rows [N], item offsets [U + 1]."""
         counts = torch.bincount(self.index, minlength=self.num_items)
         offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(counts)
         order = _stable_order(self.index, self.num_items)
         return order, self.rows[order], offsets
 
     def gather(self, items: Tensor) -> Tensor:
-        """Maps [U, K] -> [N, K], with gradient."""
+        """Map [U, K] -> [N, K]: the item of each place, with gradient."""
         return _Gather.apply(items, self)
 
     def spread(self, of_rows: Tensor) -> Tensor:
-        """Maps [B, K] -> [N, K], with gradient."""
+        """Map [B, K] -> [N, K]: the row of each place, with gradient."""
         return _Spread.apply(of_rows, self)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sums [N, K] by row: [B, K], with gradient."""
+        """Sum [N, K] over the items of each row: [B, K], with gradient."""
         return _Sum.apply(values, self)
 
     def dot(
@@ -115,7 +121,7 @@ class JaggedHistory:
         queries: Tensor,  # [B, D]
         items: Tensor,  # [U, D]
     ) -> Tensor:  # [N]
-        """Returns each history item times the query of its row, with gradient for both."""
+        """Return the dot product of each history item and its row's query, with both gradients."""
         return _Dot.apply(queries, items, self)
 
     def weighted_sum(
@@ -123,11 +129,11 @@ class JaggedHistory:
         weights: Tensor,  # [N]
         items: Tensor,  # [U, D]
     ) -> Tensor:  # [B, D]
-        """Returns the items of each row times their weights, summed, with gradient for both."""
+        """Return the weighted sum of the items of each row, with both gradients."""
         return _WeightedSum.apply(weights, items, self)
 
     def softmax(self, scores: Tensor) -> Tensor:
-        """Normalises [N, K] or [N] over the items of each row."""
+        """Normalise [N, K] or [N] over the items of each row."""
         columns = scores if scores.dim() == 2 else scores.unsqueeze(1)
         softmax = torch.ops.fbgemm.jagged_softmax(columns.contiguous(), self.offsets, self.longest)[
             0
@@ -135,40 +141,42 @@ class JaggedHistory:
         return softmax.view(scores.shape)
 
     def maximum(self, values: Tensor, of_nothing: float) -> Tensor:
-        """Takes maxima of [N, K] by row: [B, K], with gradient; of an empty one `of_nothing`."""
+        """Return maxima of [N, K] by row: [B, K], with gradient; `of_nothing` for an empty row."""
         return torch.segment_reduce(values, "max", lengths=self.lengths, initial=of_nothing)
 
     def padded(self, values: Tensor, fill: float) -> Tensor:
-        """Pads [N] to [B, longest]."""
+        """Pad [N] to [B, longest] with `fill`."""
         return torch.ops.fbgemm.jagged_to_padded_dense(
             values.unsqueeze(1), [self.offsets], [self.longest], padding_value=fill
         ).squeeze(-1)
 
     def _sum_rows(self, weights: Tensor, items: Tensor) -> Tensor:
-        """Returns the sum over each row of weights [N] times items[index]: [B, D]."""
+        """Return the sum over each row of weights [N] times items[index]: [B, D]."""
         return _bag(self.index, items, self.offsets, weights)
 
     def _sum_items(self, weights: Tensor, of_rows: Tensor) -> Tensor:
-        """Returns the sum over each item's places of weights [N] times of_rows[rows]: [U, D]."""
+        """Return the sum over each item's places of weights [N] times of_rows[rows]: [U, D]."""
         order, rows, offsets = self.by_item
         return _bag(rows, of_rows, offsets, weights[order])
 
     def _dots(self, of_rows: Tensor, items: Tensor) -> Tensor:
+        """Return dot products of rows [B, D] and items [U, D] at each place: [N]."""
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
             of_rows.contiguous(), items.contiguous(), self.index, self.offsets[:-1], self.rows, 0
         )
 
 
 def _stable_order(numbers: Tensor, limit: int) -> Tensor:
-    """Returns `numbers.argsort(stable=True)` of numbers in [0, limit)."""
+    """Return `numbers.argsort(stable=True)` [N] of numbers [N] in [0, limit)."""
     if numbers.device.type == "cpu" and limit <= 2**16:
-        # numpy sorts 16 bits by radix, ten times as fast as 64 are compared.
+        # numpy sorts 16-bit numbers by radix, ten times as fast as 64-bit ones by comparison.
         return torch.from_numpy(np.argsort(numbers.numpy().astype(np.uint16), kind="stable"))
     return numbers.argsort(stable=True)
 
 
 def _bag(index: Tensor, vectors: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-    if not vectors.shape[1]:  # which the kernel refuses
+    """Sum vectors[index] [N, D], weighted, over each bag of the offsets [B + 1]: [B, D]."""
+    if not vectors.shape[1]:  # the kernel refuses width 0
         return vectors.new_zeros(len(offsets) - 1, 0)
     return F.embedding_bag(
         index,
@@ -181,6 +189,8 @@ def _bag(index: Tensor, vectors: Tensor, offsets: Tensor, weights: Tensor | None
 
 
 class _Gather(torch.autograd.Function):
+    """Autograd of items [U, K] -> [N, K]."""
+
     @staticmethod
     def forward(ctx: Any, items: Tensor, history: JaggedHistory) -> Tensor:
         ctx.history = history
@@ -193,6 +203,8 @@ class _Gather(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
+    """Autograd of rows [B, K] -> [N, K]."""
+
     @staticmethod
     def forward(ctx: Any, of_rows: Tensor, history: JaggedHistory) -> Tensor:
         ctx.history = history
@@ -204,6 +216,8 @@ class _Spread(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
+    """Autograd of values [N, K] -> sums [B, K]."""
+
     @staticmethod
     def forward(ctx: Any, values: Tensor, history: JaggedHistory) -> Tensor:
         ctx.history = history
@@ -215,11 +229,14 @@ class _Sum(torch.autograd.Function):
 
 
 def _row_sums(values: Tensor, history: JaggedHistory) -> Tensor:
+    """Sum values [N, K] by row: [B, K]."""
     places = torch.arange(len(values), device=values.device)
     return _bag(places, values, history.offsets, None)
 
 
 class _Dot(torch.autograd.Function):
+    """Autograd of queries [B, D], items [U, D] -> dot products [N]."""
+
     @staticmethod
     def forward(ctx: Any, queries: Tensor, items: Tensor, history: JaggedHistory) -> Tensor:
         ctx.history = history
@@ -238,6 +255,8 @@ class _Dot(torch.autograd.Function):
 
 
 class _WeightedSum(torch.autograd.Function):
+    """Autograd of weights [N], items [U, D] -> sums [B, D]."""
+
     @staticmethod
     def forward(ctx: Any, weights: Tensor, items: Tensor, history: JaggedHistory) -> Tensor:
         ctx.history = history

@@ -1,10 +1,10 @@
-"""Negatives of a retrieval model's softmax losses: which items, and how probable each was.
+"""Negatives of a retrieval model's softmax losses: the items, and their probabilities.
 
 A batch gets the log of the probability Q with which its items are drawn as negatives: for in-batch
-negatives an item's share of the training rows, for sampled ones that of the draw; or zeros, where
-the losses are not to be corrected by it. The ids of
-sampled negatives join the sequence features, as one more feature of the item table, so that their
-vectors come with those of target and history; their content comes from the memory bank.
+negatives an item's share of the training rows, for sampled ones that of the draw; zeros if
+`log_q_correction` is off. The ids of sampled negatives join the sequence features as one more
+feature of the item table, so that their vectors are looked up with those of target and history;
+their content comes from the memory bank.
 
 Shapes: B batch, S sampled negatives, I items.
 """
@@ -22,18 +22,18 @@ from recsys.data.batch import Batch
 
 
 def negatives_feature(settings: RetrievalSettings | None, target_item: str) -> str | None:
-    """Returns the feature that looks sampled negatives up; None where none are sampled."""
+    """Return the feature that looks up sampled negatives; None if none are sampled."""
     is_sampled = settings is not None and settings.loss == "sampled_softmax"
     return f"negatives of {target_item}" if is_sampled else None
 
 
 class NegativeSampler:
-    """Completes batches for `RetrievalLoss`.
+    """Adds negatives and their log-probabilities to batches, for `RetrievalLoss`.
 
     Args:
         settings: `loss`, `num_negatives`, `negative_sampling`.
         num_items: ids run from 0 to num_items - 1.
-        target_item: the column.
+        target_item: column of the ranked item.
 
     Example::
 
@@ -43,12 +43,16 @@ class NegativeSampler:
     """
 
     def __init__(self, settings: RetrievalSettings, num_items: int, target_item: str) -> None:
+        """Start with equal counts for all items; see `use_counts`."""
         self.settings = settings
         self.feature = negatives_feature(settings, target_item)
         self.use_counts(np.ones(num_items, np.int64))
 
-    def use_counts(self, counts: np.ndarray) -> None:
-        """Takes how many training rows each item has, int64 [I]; until then all are alike."""
+    def use_counts(
+        self,
+        counts: np.ndarray,  # [I], int64
+    ) -> None:
+        """Set the number of training rows of each item; all are equal before the first call."""
         self.by_frequency = np.argsort(-counts, kind="stable")
         num_items = len(counts)
         if self.settings.loss == "in_batch_softmax":
@@ -64,7 +68,7 @@ class NegativeSampler:
         self.log_q = torch.from_numpy(log_q.astype(np.float32))
 
     def __call__(self, batch: Batch, draw: tuple[int, int, int], training: bool) -> Batch:
-        """Returns a batch, on the host, with log Q and, in training, this draw's negatives."""
+        """Return a batch, on the host, with log Q and, in training, this draw's negatives."""
         log_q = self.log_q[batch.target_items]
         if self.feature is None:
             return replace(batch, target_log_q=log_q)
@@ -77,7 +81,11 @@ class NegativeSampler:
             sequence_features=_with_feature(batch.sequence_features, self.feature, items),
         )
 
-    def _draw(self, draw: tuple[int, int, int]) -> np.ndarray:
+    def _draw(
+        self,
+        draw: tuple[int, int, int],
+    ) -> np.ndarray:  # [S], int64
+        """Sample items with the seed `draw`."""
         random, count = np.random.default_rng(draw), self.settings.num_negatives
         num_items = len(self.by_frequency)
         if self.settings.negative_sampling == "uniform":
@@ -88,9 +96,12 @@ class NegativeSampler:
 
 
 def _with_feature(
-    features: KeyedJaggedTensor, name: str, values: torch.Tensor
+    features: KeyedJaggedTensor,
+    name: str,
+    values: torch.Tensor,  # [S]
 ) -> KeyedJaggedTensor:
-    # They belong to no row, but a KeyedJaggedTensor wants every id in one.
+    """Return the features with one more, `name`, of the ids `values`."""
+    # Negatives belong to no row; a KeyedJaggedTensor needs every id in one: the first.
     lengths = torch.zeros(features.stride(), dtype=features.lengths().dtype)
     lengths[0] = len(values)
     return KeyedJaggedTensor.from_lengths_sync(

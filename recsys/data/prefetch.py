@@ -1,8 +1,8 @@
-"""Work done ahead of who needs it, by threads of this process, in order and within bounds.
+"""Work done ahead of its use by threads of this process, in order and within bounds.
 
-Decoding and gathering happen in pyarrow and numpy, which let other threads run meanwhile, so
-threads are enough: they share the rows of a window and hand a batch over without a copy, where
-worker processes would each decode all rows and send every batch through shared memory.
+Decoding and gathering happen in pyarrow and numpy, which release the interpreter lock, so threads
+are enough: they share the rows of a window and pass a batch on without a copy. Worker processes
+would each decode all rows and send every batch through shared memory.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Result(Protocol[T_co]):
-    """What a job gives: a `concurrent.futures.Future`, or a `Later`."""
+    """Result of a job: a `concurrent.futures.Future`, or a `Later`."""
 
     def result(self) -> T_co:
-        """Waits for it, or raises what the job has raised."""
+        """Wait for the result; raise the job's error if it failed."""
 
 
 class Later(Generic[T]):
-    """A job that runs in the thread that asks for its result, once."""
+    """A job that runs once, in the thread that asks for its result."""
 
     def __init__(self, job: Callable[[], T]) -> None:
+        """Keep the job until its result is asked for."""
         self._job: Callable[[], T] | None = job
         self._result: T
 
     def result(self) -> T:
+        """Run the job on the first call; return its result."""
         if self._job is not None:
             self._result = self._job()
             self._job = None
@@ -41,14 +43,16 @@ class Later(Generic[T]):
 
 
 class Submit(Protocol):
-    """Takes a job: `Later`, or the `submit` of a pool of threads."""
+    """Accepts a job: `Later`, or the `submit` of a pool of threads."""
 
-    def __call__(self, job: Callable[[], T], /) -> Result[T]: ...
+    def __call__(self, job: Callable[[], T], /) -> Result[T]:
+        """Accept a job and return its result to come."""
+        ...
 
 
 @contextmanager
 def threads(count: int, name: str) -> Generator[ThreadPoolExecutor]:
-    """Opens a pool of threads; at its end jobs not begun are dropped, others waited for."""
+    """Open a pool of threads; on exit drop jobs not begun and wait for the others."""
     pool = ThreadPoolExecutor(count, name, *_on_device())
     try:
         yield pool
@@ -57,14 +61,14 @@ def threads(count: int, name: str) -> Generator[ThreadPoolExecutor]:
 
 
 def _on_device() -> tuple[Callable[[int], None], tuple[int]] | tuple[()]:
-    """Makes new threads use this one's GPU, as else they would pin memory on the first one."""
+    """Return an initializer that sets this thread's GPU; new threads would use GPU 0."""
     if not torch.cuda.is_initialized():
         return ()
     return torch.cuda.set_device, (torch.cuda.current_device(),)
 
 
 def in_order(jobs: Iterable[Callable[[], T]], submit: Submit, ahead: int) -> Generator[T]:
-    """Yields results of the jobs in order; `ahead` of them run beside the one asked for.
+    """Yield the results of the jobs in order; run `ahead` more jobs beside the one waited for.
 
     An error in a job is raised in place of its result.
     """

@@ -1,8 +1,8 @@
-"""Maps of raw ids to rows, made from all of a dataset once, before anything is trained.
+"""Maps of raw ids to rows, made once from a whole dataset before any training.
 
-Every column of `schema.yaml` with `vocabulary: {kind: exact}` gets `vocabulary/COLUMN.parquet`, of
-the ids in all splits and, for the target item, in the items. Made again after data was added, a map
-keeps its rows and appends the new ids, so that a model trained before goes on with it.
+Every column of `schema.yaml` with `vocabulary: {kind: exact}` gets `vocabulary/COLUMN.parquet` with
+the ids of all splits and, for the target item, of the items. When data was added and a map is made
+again, it keeps its rows and appends the new ids, so that models trained before stay valid.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class PreparedVocabulary:
-    """What became of one column's map."""
+    """Result of making or extending the map of one column."""
 
     table: str
     file: Location
@@ -33,7 +33,7 @@ class PreparedVocabulary:
 
 
 def prepare_vocabularies(data: str) -> list[PreparedVocabulary]:
-    """Makes or extends the maps of the dataset at `data`.
+    """Make or extend the maps of the dataset at `data`.
 
     Raises:
         ValueError: no column has a vocabulary of kind exact, a file cannot be read, ids are not of
@@ -55,6 +55,7 @@ def prepare_vocabularies(data: str) -> list[PreparedVocabulary]:
 def _extended(
     root: Location, schema: Schema, table: str
 ) -> tuple[PreparedVocabulary, ExactVocabulary]:
+    """Return the result for one table and its vocabulary, not yet written."""
     file, num_embeddings = vocabulary_file(root, table), schema.limit(table)
     vocabulary = ExactVocabulary(num_embeddings)
     if file.exists():
@@ -71,7 +72,7 @@ def _extended(
 def _raw_ids(
     root: Location, schema: Schema, table: str, vocabulary: ExactVocabulary
 ) -> Iterator[pa.Array]:
-    """Returns all ids of a table, one row group of one column at a time; nulls are left out."""
+    """Yield all ids of a table, one row group of one column at a time, without nulls."""
     columns = [name for name in schema.columns if schema.vocabulary_of(name) is not None]
     columns = [name for name in columns if schema.table_of(name) == table]
     places = [(split, name) for split in SPLITS for name in columns]
@@ -85,7 +86,7 @@ def _raw_ids(
 
 
 def _chunks(file: Location, name: str) -> Iterator[pa.Array]:
-    """Returns the values of a column, those of lists one after the other."""
+    """Yield the values of a column; lists are flattened."""
     with open_parquet(file) as parquet:
         column_type(parquet, file, name)
         for index in range(parquet.num_row_groups):
@@ -100,6 +101,7 @@ def _chunks(file: Location, name: str) -> Iterator[pa.Array]:
 
 
 def _check_type(file: Location, name: str, kind: pa.DataType, vocabulary: ExactVocabulary) -> None:
+    """Check that ids have a type that a vocabulary takes, the same in all files."""
     try:
         if not is_id_type(kind):
             raise ValueError(f"type {kind}, expected integer or string; write it so")
@@ -109,7 +111,7 @@ def _check_type(file: Location, name: str, kind: pa.DataType, vocabulary: ExactV
 
 
 def _write(vocabulary: ExactVocabulary, file: Location) -> None:
-    """Replaces the file when the new one is whole."""
+    """Replace the file once the new one is complete."""
     folder, name = file.path.rsplit("/", 1)
     partial = Location(file.filesystem, f"{folder}/.{name}.partial")
     file.filesystem.makedirs(folder, exist_ok=True)
@@ -118,7 +120,7 @@ def _write(vocabulary: ExactVocabulary, file: Location) -> None:
 
 
 def format_prepared(prepared: list[PreparedVocabulary]) -> str:
-    """Returns one line per map."""
+    """Return one line per map."""
     return "\n".join(
         f"{one.file}: {one.num_ids:,} ids, {one.num_new:,} of them new; room for "
         f"{one.num_embeddings - 1 - one.num_ids:,} more"

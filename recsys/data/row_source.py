@@ -1,12 +1,12 @@
-"""Where the rows of a split come from: chunks that are counted, checked and read in shares.
+"""Rows of a split as chunks that are counted, checked and read in shares.
 
-Chunks are the unit of reading: the row groups of Parquet files, or what a source of the user's own
-calls so. They are put in one global order (shuffled by seed and epoch when training); a rank's
+Chunks are the unit of reading: row groups of Parquet files, or units that a source of your own
+defines. They are put in one global order (shuffled by seed and epoch when training); a rank's
 share is a contiguous range of that order, so that every row belongs to exactly one rank, each rank
-reads only the chunks it needs, and shares differ by one row.
+reads only the chunks it needs, and shares differ by at most one row.
 
-A source of the user's own is a class in one file and a line of YAML. It says how many rows each
-chunk has, and reads one; all else is done here, the check of every value included:
+A source of your own is a class in one file and a line of YAML. It counts the rows of each
+chunk, and reads one; all else is done here, including the check of every value:
 
     class CsvRows(RowSource):
         def __init__(self, root: Location, split: str, schema: Schema, sep: str = ",") -> None:
@@ -46,9 +46,9 @@ from recsys.distributed.ranks import Ranks
 
 SOURCES = {"parquet": "recsys.data.parquet.rows:split_rows"}
 
-# What is shuffled together in memory, per rank: so many rows, or those of so many bytes where
-# histories are long, but at least one chunk. Of Parquet, bytes are those of encoded pages,
-# as only these are known before a file is read; ids take about five times as many in memory.
+# Limits of a window, the rows that a rank shuffles together in memory: a number of rows, or of
+# bytes where histories are long, but at least one chunk. For Parquet the size is that of encoded
+# pages, the only one known before reading; ids take about five times as much in memory.
 SHUFFLE_ROWS = 262_144
 SHUFFLE_BYTES = 1 << 26
 
@@ -57,9 +57,9 @@ SHUFFLE_BYTES = 1 << 26
 class Chunk:
     """Rows that are read at once.
 
-    place: of the chunk, for messages and the fingerprint: a file, a URL, a name.
+    place: file, URL or name of the chunk, for messages and the fingerprint.
     first_row: number of its first row at that place.
-    num_bytes: their size, by which windows are cut; 0 where it is not known.
+    num_bytes: size by which windows are cut; 0 if unknown.
     """
 
     place: str
@@ -68,7 +68,7 @@ class Chunk:
     num_bytes: int = 0
 
     def bytes_in(self, low: int, high: int) -> int:
-        """Returns how many bytes rows `[low, high)` have if all rows have equally many."""
+        """Return the size of rows `[low, high)`, assuming equally large rows."""
         return self.num_bytes * (high - low) // self.num_rows
 
 
@@ -81,14 +81,14 @@ class Window:
 
 
 class RowSource(ABC):
-    """The rows of one split. Subclasses say what its chunks are, and read them.
+    """Rows of one split. Subclasses define its chunks, and read them.
 
     Args:
         schema: meaning of the columns.
         chunks: in the order of their rows.
         with_labels: False for rows that need not have labels.
-        on_bad_row: what becomes of a row with a value that cannot be used: `error`, or `skip`:
-            padding rows stand in its place, and `bad_rows` counts them.
+        on_bad_row: treatment of a row with an unusable value: `error` raises; `skip` replaces it by
+            a padding row, which `bad_rows` counts.
 
     Raises:
         ValueError: there are no rows.
@@ -101,6 +101,7 @@ class RowSource(ABC):
         with_labels: bool = True,
         on_bad_row: OnBadRow = "error",
     ) -> None:
+        """Keep the chunks and locate the first row of each."""
         self.schema, self.chunks = schema, chunks
         self.bad_rows = BadRows(on_bad_row)
         self.columns = columns_to_read(schema, with_labels)
@@ -112,10 +113,10 @@ class RowSource(ABC):
 
     @abstractmethod
     def read_chunk(self, number: int) -> pa.Table:
-        """Returns the rows of chunk `number`: at least the columns `self.columns`."""
+        """Return the rows of chunk `number`: at least the columns `self.columns`."""
 
     def read_chunks(self, numbers: Sequence[int]) -> Iterator[pa.Table]:
-        """Returns the checked rows of some chunks, which are in ascending order."""
+        """Yield the checked rows of some chunks, given in ascending order."""
         for number in numbers:
             table, chunk = self.read_chunk(number), self.chunks[number]
             for name in self.columns:
@@ -133,10 +134,10 @@ class RowSource(ABC):
             yield self.usable(number, table)
 
     def usable(self, number: int, table: pa.Table) -> pa.Table:
-        """Returns the rows of a chunk in canonical types, bad ones noted and made padding rows.
+        """Return a chunk's rows in canonical types; bad rows are reported and become padding rows.
 
         Raises:
-            ValueError: a row is bad and that is an error.
+            ValueError: a row is bad and `on_bad_row` is error.
         """
         chunk = self.chunks[number]
 
@@ -149,26 +150,26 @@ class RowSource(ABC):
         return usable_table(table.select(self.columns), self.schema, positions, report)
 
     def describe_range(self, positions: np.ndarray) -> str:
-        """Returns first and last of some rows, each as file and row, for messages."""
+        """Return the places of the first and last of some rows [n] as text for messages."""
         if not len(positions):
             return "no rows"
         ends = [self._place(int(position)) for position in (positions.min(), positions.max())]
         return " and ".join(f"{place} row {row}" for place, row in ends)
 
     def _place(self, position: int) -> tuple[str, int]:
-        """Returns the place of a row of the split, and its number there."""
+        """Return the place of a row of the split, and its number there."""
         number = bisect_right(self._first_positions, position) - 1
         chunk = self.chunks[number]
         return chunk.place, chunk.first_row + position - self._first_positions[number]
 
     def fingerprint(self) -> str:
-        """Returns a hash of what decides on the order of the rows: chunks with place and size."""
+        """Return a hash of everything that decides the order of the rows."""
         names = [chunk.place.rsplit("/", 1)[-1] for chunk in self.chunks]
         sizes = [(chunk.num_rows, chunk.num_bytes) for chunk in self.chunks]
         return hashlib.blake2b(repr((names, sizes)).encode(), digest_size=16).hexdigest()
 
     def skipped(self, ranks: Ranks, what: str) -> dict[str, Any]:
-        """Returns what all ranks have skipped of the chunks read so far; see `BadRows.summary`.
+        """Return the rows that all ranks have skipped so far; see `BadRows.summary`.
 
         Rank 0 logs it as the skipped rows of `what`. A collective.
 
@@ -184,7 +185,7 @@ class RowSource(ABC):
         return summary
 
     def share(self, rank: int, world_size: int) -> tuple[int, int]:
-        """Returns first and last-plus-one place of a rank's rows in the global order."""
+        """Return first and last-plus-one place of a rank's rows in the global order."""
         return (
             self.num_rows * rank // world_size,
             self.num_rows * (rank + 1) // world_size,
@@ -193,10 +194,10 @@ class RowSource(ABC):
     def windows(
         self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
     ) -> list[Window]:
-        """Returns the places `[start, stop)` cut at chunks into what is shuffled together.
+        """Cut the places `[start, stop)` at chunks into windows that are shuffled together.
 
-        A window ends with the chunk that reaches `SHUFFLE_ROWS`, or before the one that would
-        exceed `SHUFFLE_BYTES`. `shuffle_seed` (seed, epoch) permutes the chunks, the same on
+        A window ends with the chunk that reaches `SHUFFLE_ROWS`, or before the one that exceeds
+        `SHUFFLE_BYTES`. `shuffle_seed` (seed, epoch) permutes the chunks, the same on
         every rank, and the rows within each window.
         """
         found: list[Window] = []
@@ -216,10 +217,10 @@ class RowSource(ABC):
         return found
 
     def read_window(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> pa.Table:
-        """Returns the rows of a window, in the order of its chunks; see `row_order`.
+        """Return the rows of a window, in the order of its chunks; see `row_order`.
 
         Raises:
-            ValueError: a file is gone, or a row cannot be used and that is an error.
+            ValueError: a file is missing, or a row is bad and `on_bad_row` is error.
         """
         pieces: list[tuple[int, int, int]] = []  # a chunk and its rows [low, high)
         place = 0
@@ -236,7 +237,7 @@ class RowSource(ABC):
         )
 
     def row_order(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> np.ndarray:
-        """Returns which row of a window, as it is read, comes first and so on: int64 [rows]."""
+        """Return the order in which the rows of a window are used: int64 [rows of the window]."""
         num_rows = window.stop - window.start
         if shuffle_seed is None:
             return np.arange(num_rows)
@@ -245,7 +246,7 @@ class RowSource(ABC):
     def read(
         self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
     ) -> Iterator[pa.Table]:
-        """Returns the rows at the places `[start, stop)` in their order, one table per window."""
+        """Yield the rows at places `[start, stop)` in their order, one table per window."""
         for window in self.windows(start, stop, shuffle_seed):
             table = self.read_window(window, shuffle_seed)
             if shuffle_seed is not None:
@@ -253,11 +254,11 @@ class RowSource(ABC):
             yield table.combine_chunks()
 
     def padding(self, num_rows: int) -> pa.Table:
-        """Returns rows that count nowhere, in the types of those that are read."""
+        """Return rows that count nowhere, in the types of those that are read."""
         return padding_rows(empty_table(self.schema, self.columns), num_rows)
 
     def _ordered(self, shuffle_seed: tuple[int, int] | None) -> Sequence[int]:
-        """Returns the numbers of the chunks in their global order."""
+        """Return the numbers of the chunks in their global order."""
         if shuffle_seed is None:
             return range(len(self.chunks))
         order = np.random.default_rng(shuffle_seed).permutation(len(self.chunks))
@@ -265,7 +266,7 @@ class RowSource(ABC):
 
 
 def columns_to_read(schema: Schema, with_labels: bool) -> list[str]:
-    """Returns the columns of the rows; without labels what only losses need is left out, too."""
+    """Return the columns of the rows; without labels, columns that only losses need are omitted."""
     return [
         name
         for name, column in schema.columns.items()
@@ -280,7 +281,7 @@ def open_rows(
     schema: Schema,
     on_bad_row: OnBadRow = "error",
 ) -> RowSource:
-    """Returns the rows of a split, from the source that the settings name.
+    """Return the rows of a split, from the source that the settings name.
 
     Raises:
         ValueError: the source cannot be made, or cannot read the split.

@@ -1,4 +1,4 @@
-"""A dataset's `schema.yaml`: which Parquet columns mean what.
+"""A dataset's `schema.yaml`: the meaning of its Parquet columns.
 
 A dataset is a folder with `schema.yaml`, `train/ valid/ test/*.parquet` (one row per impression)
 and `items/*.parquet` (one row per item), readable from a local path or any fsspec URL. Columns
@@ -22,7 +22,7 @@ that the schema does not name may be in the files and are not read.
         clip:   {kind: feature}
         audio:  {kind: feature, file: audio.npy, ids: audio_ids.npy}
 
-Ids are rows of tables, unless a column has a `vocabulary`, which finds the rows of raw ids:
+Ids are rows of tables, unless a column has a `vocabulary`, which maps raw ids to rows:
 
       user:    {kind: id, num_embeddings: 1000, vocabulary: {kind: bounded, admit_after: 2}}
       item:    {kind: id, num_embeddings: 9743, vocabulary: {kind: exact}}
@@ -43,25 +43,25 @@ from recsys.data.filesystem import Location
 
 @dataclass
 class VocabularySettings:
-    """How the raw ids of a table, integers or strings, find their rows."""
+    """Mapping of a table's raw ids, integers or strings, to its rows."""
 
     # exact: by the map that `recsys prepare vocabulary` wrote; hash: by hash functions; bounded: by
     # a map that learns ids while training.
     kind: Literal["exact", "hash", "bounded"]
-    num_hashes: int = 1  # of hash: an id has the sum of so many rows
+    num_hashes: int = 1  # of hash: rows that are summed per id
     seed: int = 0  # of hash
-    admit_after: int = 1  # of bounded: an id gets a row when it was seen so often
-    half_life: float = 10_000.0  # of bounded: steps in which what a use counts is halved
+    admit_after: int = 1  # of bounded: times an id is seen before it gets a row
+    half_life: float = 10_000.0  # of bounded: steps after which the weight of a use is halved
 
 
 @dataclass
 class Column:
     """One column of the impressions."""
 
-    # extra: a float for losses alone, null where a row has none.
+    # extra: a float for auxiliary losses only, null where a row has none.
     kind: Literal["id", "ids", "sequence", "dense", "label", "extra"]
     num_embeddings: int | None = None  # rows of its table: ids lie in [0, num_embeddings)
-    shares: str | None = None  # use another column's table instead of an own one
+    shares: str | None = None  # column whose table is used instead of an own one
     parallel: list[str] = field(default_factory=list)  # float lists beside a sequence
     vocabulary: VocabularySettings | None = None  # ids are raw; None: they are rows
 
@@ -70,9 +70,9 @@ class Column:
 class ItemColumn:
     """One column of the items."""
 
-    # other: read by a modality kind of one's own.
+    # other: read by a modality kind of your own.
     kind: Literal["text", "image", "feature", "category", "other"]
-    # Of features: a .npy file [items, W] or [items, T, W], relative to the dataset, instead of a
+    # For features: a .npy file [items, W] or [items, T, W], relative to the dataset, instead of a
     # column. Its rows are those of the items' files, or of the ids in another .npy file.
     file: str | None = None
     ids: str | None = None
@@ -94,43 +94,43 @@ class Schema:
     group: str
     columns: dict[str, Column]
     items: Items | None = None
-    # By table, where the rows of an id are known without training.
+    # By table: exact maps and hashes, whose rows are known without training.
     vocabularies: dict[str, ExactVocabulary | HashVocabulary] = field(
         default_factory=dict, init=False
     )
 
     def of_kind(self, kind: str) -> list[str]:
-        """Returns names of the columns of one kind, in the order of the schema."""
+        """Return the names of the columns of one kind, in the order of the schema."""
         return [name for name, column in self.columns.items() if column.kind == kind]
 
     @property
     def history(self) -> str | None:
-        """The sequence of past items, if there is one."""
+        """Name of the sequence of past items, if there is one."""
         return next(iter(self.of_kind("sequence")), None)
 
     @property
     def num_items(self) -> int:
-        """Rows of the target item's table."""
+        """Number of rows of the target item's table."""
         num_embeddings = self.columns[self.target_item].num_embeddings
         assert num_embeddings is not None
         return num_embeddings
 
     def table_of(self, name: str) -> str:
-        """Returns the column whose table `name` looks up."""
+        """Return the column whose table `name` looks up."""
         return self.columns[name].shares or name
 
     def limit(self, name: str) -> int:
-        """Returns the number of rows of the table that column `name` looks up."""
+        """Return the number of rows of the table that column `name` looks up."""
         num_embeddings = self.columns[self.table_of(name)].num_embeddings
         assert num_embeddings is not None
         return num_embeddings
 
     def vocabulary_of(self, name: str) -> VocabularySettings | None:
-        """Returns how raw ids of column `name` find their rows; None where ids are rows."""
+        """Return the settings that map raw ids of column `name` to rows; None if ids are rows."""
         return self.columns[self.table_of(name)].vocabulary if name in self.columns else None
 
     def tables_with(self, kind: Literal["exact", "hash", "bounded"]) -> list[str]:
-        """Returns tables whose rows are found by a vocabulary of that kind."""
+        """Return the tables that have a vocabulary of that kind."""
         return [
             name
             for name, column in self.columns.items()
@@ -139,17 +139,17 @@ class Schema:
 
     @property
     def parallel(self) -> list[str]:
-        """Lists beside the history."""
+        """Names of the lists beside the history."""
         return self.columns[self.history].parallel if self.history else []
 
 
 def vocabulary_file(root: Location, table: str) -> Location:
-    """Returns where a dataset keeps the map of raw ids to rows of a table."""
+    """Return the file with a dataset's map of raw ids to rows of a table."""
     return root / "vocabulary" / f"{table}.parquet"
 
 
 def load_schema(root: Location, with_vocabularies: bool = True) -> Schema:
-    """Reads and checks `schema.yaml` of the dataset at `root`, and its vocabularies.
+    """Read and check `schema.yaml` of the dataset at `root`, and its vocabularies.
 
     Args:
         root: the dataset.
@@ -179,7 +179,7 @@ def load_schema(root: Location, with_vocabularies: bool = True) -> Schema:
 
 
 def _without_empty(content: Any) -> Any:
-    """Keys of lists and mappings that nothing follows, which YAML reads as null, left out."""
+    """Return `content` without empty `columns` and `parallel` keys, which YAML reads as null."""
     if not isinstance(content, dict):
         return content
     return {

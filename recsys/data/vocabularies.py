@@ -1,4 +1,4 @@
-"""What becomes of the ids in a batch before it enters the pipeline: bounded maps, unknown ids.
+"""Ids of a batch before it enters the pipeline: bounded maps, and counts of unknown ids.
 
 Exact maps and hashes were applied when the rows were read, in any process. A bounded map changes
 with every batch and is shared by all ranks, so its ids stay raw in the batch until the main process
@@ -26,13 +26,13 @@ ResetRows = Callable[[str, Tensor], None]  # table, rows
 
 
 class BoundedVocabularies:
-    """The bounded vocabularies of a job, by table. Every method is a collective.
+    """Bounded vocabularies of a job, by table. Every method is a collective.
 
     Args:
         schema: meaning of the columns.
         pooled_features: columns that the model looks up in pooled tables.
         group: the ranks; None for this process alone.
-        reset: forgets what rows of a table have learned, when they change hands.
+        reset: resets the weights and optimizer state of rows that change hands.
 
     Example::
 
@@ -47,6 +47,7 @@ class BoundedVocabularies:
         group: dist.ProcessGroup | None = None,
         reset: ResetRows | None = None,
     ) -> None:
+        """Make one vocabulary per bounded table that the model looks up."""
         self.reset = reset
         self.features: dict[str, list[str]] = {}
         self.by_table: dict[str, BoundedVocabulary] = {}
@@ -64,12 +65,12 @@ class BoundedVocabularies:
                 )
 
     def map_batch(self, batch: Batch, step: int, training: bool) -> None:
-        """Replaces raw ids by rows, in the batch's own memory; call it once per batch.
+        """Replace raw ids by rows, in the batch's own memory; call it once per batch.
 
         Args:
             batch: on the host, not yet in a pipeline.
             step: the training step that the batch is for.
-            training: ids are admitted and evicted, and rows that change hands reset.
+            training: admit and evict ids, and reset rows that change hands.
         """
         for table, vocabulary in self.by_table.items():
             assert batch.sparse_features is not None
@@ -82,15 +83,15 @@ class BoundedVocabularies:
                 self.reset(table, evicted)
             parts = rows.split([int(ids.counts.sum()) for ids in places])
             for ids, part in zip(places, parts, strict=True):
-                ids.values.fill_(vocabulary.unknown_row)  # of rows that only pad
+                ids.values.fill_(vocabulary.unknown_row)  # for padding rows
                 ids.values[ids.counts] = part
 
     def counts(self) -> dict[str, VocabularyCounts]:
-        """Returns what happened in each since the last call, over all ranks."""
+        """Return the counts of events in each vocabulary since the last call, over all ranks."""
         return {table: vocabulary.counts() for table, vocabulary in self.by_table.items()}
 
     def state_dict(self) -> State:
-        """Tensors that torch.distributed.checkpoint saves, and loads in place."""
+        """Return tensors that torch.distributed.checkpoint saves, and loads in place."""
         return {
             f"{table}.{name}": value
             for table, vocabulary in self.by_table.items()
@@ -100,13 +101,14 @@ class BoundedVocabularies:
 
 @dataclass(frozen=True)
 class _Ids:
-    """The ids of one feature in a batch."""
+    """Ids of one feature in a batch."""
 
     values: Tensor  # [N], the batch's memory
-    counts: Tensor  # bool [N], False for ids of rows that only pad
+    counts: Tensor  # bool [N], False for ids of padding rows
 
     @staticmethod
     def of(batch: Batch, features: KeyedJaggedTensor, name: str) -> _Ids:
+        """Return views of the batch's ids and mark those of real rows."""
         index = features.keys().index(name)
         first, last = features.offset_per_key()[index : index + 2]
         lengths = features.lengths().view(len(features.keys()), -1)[index]  # [B]
@@ -115,7 +117,7 @@ class _Ids:
 
 
 class UnknownIds:
-    """Counts how many ids of a pass over data have the row of unknown ids.
+    """Counts the ids of a pass over data that have the row of unknown ids.
 
     Args:
         schema: meaning of the columns; those without an exact or bounded vocabulary do not count.
@@ -128,6 +130,7 @@ class UnknownIds:
     """
 
     def __init__(self, schema: Schema) -> None:
+        """Start with zero counts of the columns that can have unknown ids."""
         self._unknown_row = {
             name: schema.limit(name) - 1
             for name in schema.columns
@@ -137,7 +140,7 @@ class UnknownIds:
         self._history = schema.history
 
     def add(self, batch: Batch) -> None:
-        """Counts the ids of a batch that is on the host."""
+        """Count the ids of a batch that is on the host."""
         for features in (batch.sparse_features, batch.sequence_features):
             for name in features.keys() if features is not None else ():
                 if name in self._counts:
@@ -146,13 +149,14 @@ class UnknownIds:
                     self._counts[name] += torch.stack([ids.counts.sum(), unknown.sum()])
 
     def _ids_of(self, batch: Batch, features: KeyedJaggedTensor, name: str) -> _Ids:
+        """Return the ids of a feature, the history's before they were made unique."""
         if name != self._history:
             return _Ids.of(batch, features, name)
-        ids = batch.history_items[batch.history_index]  # rows that only pad have no history
+        ids = batch.history_items[batch.history_index]  # padding rows have no history
         return _Ids(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def totals(self, group: dist.ProcessGroup | None = None) -> dict[str, dict[str, int]]:
-        """Returns by column the ids of all ranks, and how many are unknown. A collective."""
+        """Return, by column, the number of ids on all ranks and of unknown ones. A collective."""
         if not self._counts:
             return {}
         counts = torch.stack(list(self._counts.values()))
@@ -165,7 +169,7 @@ class UnknownIds:
 
 
 def format_unknown(what: str, totals: dict[str, dict[str, int]]) -> str | None:
-    """Returns a line about the unknown ids of a split; None where no column can have any."""
+    """Return a line about the unknown ids of a split; None where no column can have any."""
     if not totals:
         return None
     parts = [

@@ -1,8 +1,8 @@
-"""The optimizer of the dense parameters: groups, schedules, clipping and averaged weights.
+"""Optimizer of the dense parameters: groups, schedules, clipping and averaged weights.
 
-ID tables are not here: fused kernels update them in the backward pass
-(`embeddings.table_optimizers`). `build_dense_optimizer` makes the optimizer of all else,
-`build_schedule` its learning rates, `AveragedWeights` the moving average of its parameters.
+ID tables are not included: fused kernels update them in the backward pass
+(`embeddings.table_optimizers`). `build_dense_optimizer` makes the optimizer of all other
+parameters, `build_schedule` its learning rates, `AveragedWeights` their moving average.
 """
 
 from recsys.optimizer.averaging import AveragedWeights, build_averages

@@ -1,7 +1,7 @@
 """Exponential moving average of the dense weights, through torch.optim.swa_utils.
 
-The averages are validated, tested and kept as the best model in place of the weights that train.
-Sharded tables are not averaged: most of their rows do not change in a step.
+The averages replace the trained weights in validation, test and the best model. Sharded tables are
+not averaged: most of their rows do not change in a step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class AveragedWeights:
     The first update copies the weights.
 
     Args:
-        parameters: those that train, by name.
+        parameters: trained parameters, by name.
         decay: in [0, 1).
 
     Example::
@@ -35,19 +35,20 @@ class AveragedWeights:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        """Make a copy of the parameters for the averages."""
         self.names = list(parameters)
         self.weights = nn.ParameterList(parameters.values())
         self.averaged = AveragedModel(self.weights, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def update(self) -> None:
-        """Takes the weights after a step of the optimizer into the averages."""
+        """Update the averages with the weights after a step of the optimizer."""
         self.averaged.update_parameters(self.weights)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Puts the averages in the place of the weights, and the weights back at the end.
+        """Replace the weights by the averages inside the block, and restore them at its end.
 
-        Before the first update the weights stay: they are the averages then.
+        Before the first update the weights stay, since there are no averages yet.
         """
         if not int(self.averaged.n_averaged):
             yield
@@ -60,6 +61,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def _swap(self) -> None:
+        """Exchange weights and averages."""
         averages = self.averaged.module.parameters()
         for weight, average in zip(self.weights, averages, strict=True):
             kept = weight.clone()
@@ -67,14 +69,14 @@ class AveragedWeights:
             average.copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns averages by name and their number of updates, in the memory of this object."""
+        """Return averages by name and their number of updates, in the memory of this object."""
         averages = self.averaged.module.parameters()
         state = {name: value.detach() for name, value in zip(self.names, averages, strict=True)}
         return {**state, "num_updates": self.averaged.n_averaged}
 
 
 def build_averages(model: nn.Module, settings: OptimizerSettings) -> AveragedWeights | None:
-    """Returns averages of a model's dense weights; None where `optimizer.ema_decay` is not set."""
+    """Return averages of a model's dense weights; None if `optimizer.ema_decay` is not set."""
     if settings.ema_decay is None:
         return None
     return AveragedWeights(dense_parameters(model), settings.ema_decay)

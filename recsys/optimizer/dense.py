@@ -30,7 +30,7 @@ _SETTINGS_OF_GROUPS = ("lr", "weight_decay")
 def build_dense_optimizer(
     model: nn.Module, groups: Sequence[DenseGroup], settings: OptimizerSettings | None = None
 ) -> tuple[CombinedOptimizer, Optimizer]:
-    """Builds one optimizer of all that trains outside the tables, and joins it with the fused ones.
+    """Build the optimizer of all dense parameters, and join it with the fused ones of tables.
 
     Args:
         model: a DistributedModelParallel, or any module for training without sharding.
@@ -46,7 +46,7 @@ def build_dense_optimizer(
 
     Raises:
         ValueError: a table would be in the dense optimizer, a parameter fits no group, there is
-            nothing dense to train, or the optimizer cannot be made.
+            no dense parameter to train, or the optimizer cannot be made.
 
     Example::
 
@@ -67,6 +67,7 @@ def build_dense_optimizer(
 
 
 def _make(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> Optimizer:
+    """Make the optimizer of the groups."""
     for name in _SETTINGS_OF_GROUPS:
         if name in settings.options:
             raise ValueError(
@@ -79,7 +80,7 @@ def _make(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> Optimize
 
 
 def count_state(settings: OptimizerSettings, sizes: Mapping[str, torch.Size]) -> dict[str, int]:
-    """Counts the elements that the optimizer and the moving average keep, by parameter.
+    """Count the elements that the optimizer and the moving average keep, by parameter.
 
     One step is taken on parameters of these sizes: on the meta device, or on zeros on the host
     where an optimizer (Adafactor) reads values.
@@ -104,6 +105,7 @@ def count_state(settings: OptimizerSettings, sizes: Mapping[str, torch.Size]) ->
 def _state_after_a_step(
     settings: OptimizerSettings, sizes: Mapping[str, torch.Size], device: str
 ) -> dict[str, int]:
+    """Return the number of state elements of each parameter after one step."""
     parameters = {name: nn.Parameter(torch.zeros(s, device=device)) for name, s in sizes.items()}
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
@@ -119,7 +121,9 @@ def _state_after_a_step(
     }
 
 
-def gradient_norm(optimizer: Optimizer) -> Tensor:
-    """Returns the norm [] of the gradients of all its parameters together."""
+def gradient_norm(
+    optimizer: Optimizer,
+) -> Tensor:  # []
+    """Return the norm of the gradients of all parameters together."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -1,4 +1,4 @@
-"""Every parameter of a model with its optimizer and learning rate, as a table to read."""
+"""Text table of every parameter of a model with its optimizer and learning rate."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from embeddings.tables import TableConfig
 
 
 def describe_optimizers(model: nn.Module, tables: Sequence[TableConfig], dense: Optimizer) -> str:
-    """Returns every parameter of the model with its optimizer and learning rate, as a text table.
+    """Return every parameter of the model with its optimizer and learning rate, as a text table.
 
-    Tables stand there by name, dense parameters by group and weight decay, then the frozen ones;
+    Tables are listed by name, dense parameters by group and weight decay, then the frozen ones;
     the last line is the sum, which is the model's size.
     """
     header = ("parameters", "tensors", "elements", "optimizer", "learning rate", "weight decay")
@@ -30,7 +30,7 @@ def describe_optimizers(model: nn.Module, tables: Sequence[TableConfig], dense: 
     kind = type(dense).__name__
     for group in dense.param_groups:
         size = sum(parameter.numel() for parameter in group["params"])
-        # A schedule may already have lowered "lr"; the rate it was given is "initial_lr".
+        # A schedule may already have lowered "lr"; the configured rate is "initial_lr".
         rate, decay = f"{group.get('initial_lr', group['lr']):g}", f"{group['weight_decay']:g}"
         rows.append((group["name"], len(group["params"]), size, kind, rate, decay))
     frozen = _frozen_parameters(model)
@@ -42,6 +42,7 @@ def describe_optimizers(model: nn.Module, tables: Sequence[TableConfig], dense: 
 
 
 def _frozen_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that no optimizer updates."""
     return [
         parameter
         for parameter in get_unwrapped_module(model).parameters()

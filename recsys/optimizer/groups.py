@@ -1,4 +1,4 @@
-"""Which dense parameter is trained with which learning rate and weight decay."""
+"""Groups of dense parameters, each with its learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class DenseGroup:
     """
 
     name: str
-    prefixes: list[str]  # of parameter names in the unwrapped model; [""] takes all the rest
+    prefixes: list[str]  # of names in the unwrapped model; [""] matches all parameters
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
-    betas: tuple[float, float] | None = None  # of Adam and AdamW; None: the optimizer's own
+    betas: tuple[float, float] | None = None  # of Adam and AdamW; None: the optimizer's default
 
 
 def dense_groups(config: Config) -> list[DenseGroup]:
-    """Returns the groups of a run: trained encoders, the rest of content, and everything else."""
+    """Return the groups of a run: trained encoders, other content parameters, and the rest."""
     settings = config.optimizer
     decay = settings.weight_decay
     return [
@@ -42,7 +42,7 @@ def dense_groups(config: Config) -> list[DenseGroup]:
 
 
 def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the trainable parameters that no fused optimizer updates, by unwrapped name.
+    """Return the trainable parameters that no fused optimizer updates, by unwrapped name.
 
     Raises:
         ValueError: a table is among them.
@@ -71,7 +71,7 @@ def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def parameter_groups(
     model: nn.Module, parameters: dict[str, nn.Parameter], groups: Sequence[DenseGroup]
 ) -> list[dict[str, Any]]:
-    """Returns torch.optim's parameter groups, each with the names of its parameters as `names`.
+    """Return torch.optim's parameter groups, each with the names of its parameters as `names`.
 
     The first group with a matching prefix takes a parameter. A DenseGroup with weight decay makes
     two parameter groups, with and without it.
@@ -107,6 +107,7 @@ def parameter_groups(
 
 
 def _undecayed_names(model: nn.Module) -> set[str]:
+    """Return the names of parameters without weight decay."""
     names = set()
     for module_name, module in get_unwrapped_module(model).named_modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -1,7 +1,7 @@
-"""Learning rates over the steps: linear warm-up, then constant, cosine or linear, or one's own.
+"""Learning rates over the steps: linear warm-up, then constant, cosine, linear, or your own.
 
-Each is a share of the configured rate, a function of the number of dense updates alone: a run that
-goes on from a checkpoint has the very rates it would have had, whatever the schedule.
+Each schedule is a share of the configured rate, a function of the number of dense updates alone: a
+run resumed from a checkpoint has the same rates as an uninterrupted one, for any schedule.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ SCHEDULES = {
 
 
 def constant(step: int, decay_steps: int) -> float:
-    """Returns 1 at every step after warm-up."""
+    """Return 1 at every step after warm-up."""
     return 1.0
 
 
 def cosine(step: int, decay_steps: int, final_share: float = 0.0) -> float:
-    """Returns shares that fall from 1 along half a cosine to `final_share` at `decay_steps`."""
+    """Return a share that falls from 1 along half a cosine to `final_share` at `decay_steps`."""
     return final_share + (1 - final_share) * (1 + math.cos(math.pi * _done(step, decay_steps))) / 2
 
 
 def linear(step: int, decay_steps: int, final_share: float = 0.0) -> float:
-    """Returns shares that fall from 1 along a line to `final_share` at `decay_steps`."""
+    """Return a share that falls from 1 along a line to `final_share` at `decay_steps`."""
     return 1 - (1 - final_share) * _done(step, decay_steps)
 
 
 def _done(step: int, decay_steps: int) -> float:
-    """Returns how much of the decay lies behind a step, in [0, 1]."""
+    """Return the share of the decay that is complete at a step, in [0, 1]."""
     return min(step / max(decay_steps, 1), 1.0)
 
 
 class LearningRateShare:
-    """The share of the configured learning rates after so many dense updates.
+    """Share of the configured learning rates after a number of dense updates.
 
     Args:
         settings: `schedule` names a function of this module, or one of the user's as
@@ -66,6 +66,7 @@ class LearningRateShare:
     """
 
     def __init__(self, settings: OptimizerSettings) -> None:
+        """Import the function of the schedule and call it once, to check its options."""
         self.settings = settings
         self.decay_steps = settings.decay_steps or 0
         self.function: Callable[..., Any] = find_part(
@@ -73,7 +74,7 @@ class LearningRateShare:
         )
         try:
             float(self.function(0, decay_steps=1, **settings.schedule_options))
-        except Exception as error:  # a function of the user's may raise anything
+        except Exception as error:  # a user's function may raise any error
             raise ValueError(
                 f"optimizer.schedule '{settings.schedule}' cannot be called with a step, "
                 f"decay_steps and the schedule_options {settings.schedule_options} "
@@ -81,11 +82,12 @@ class LearningRateShare:
             ) from error
 
     def end_at(self, num_updates: int) -> None:
-        """Sets the number of dense updates at which decay ends, unless the settings say it."""
+        """Set the number of dense updates at which decay ends, unless the settings have it."""
         if self.settings.decay_steps is None:
             self.decay_steps = max(num_updates - self.settings.warmup_steps, 1)
 
     def __call__(self, step: int) -> float:
+        """Return the share after `step` dense updates."""
         warmup_steps = self.settings.warmup_steps
         risen = min(1.0, (step + 1) / max(warmup_steps, 1))
         since = max(step - warmup_steps, 0)
@@ -94,12 +96,12 @@ class LearningRateShare:
 
 
 def build_schedule(optimizer: Optimizer, settings: OptimizerSettings) -> LambdaLR:
-    """Returns the schedule of an optimizer's learning rates; step it after each dense update."""
+    """Return the schedule of an optimizer's learning rates; step it after each dense update."""
     return LambdaLR(optimizer, LearningRateShare(settings))
 
 
 def set_updates(schedule: LambdaLR, num_updates: int) -> None:
-    """Sets the learning rates to those after so many dense updates."""
+    """Set the learning rates to those after `num_updates` dense updates."""
     schedule.last_epoch = num_updates
     for group, base, share in zip(
         schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True

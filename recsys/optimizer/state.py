@@ -1,7 +1,7 @@
-"""The state of a dense optimizer as named tensors, for checkpoints.
+"""State of a dense optimizer as named tensors, for checkpoints.
 
-Any torch.optim.Optimizer will do: AdamW's moments, Adafactor's rows and columns, the momentum of
-SGD or none. What an optimizer keeps as a Python number becomes a tensor with a mark in its name.
+Any torch.optim.Optimizer works: AdamW's moments, Adafactor's rows and columns, the momentum of
+SGD or none. A Python number in the state becomes a tensor with a mark in its name.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _NUMBERS: dict[str, tuple[type, torch.dtype]] = {
 
 
 def state_tensors(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-    """Returns the state of each parameter as `PARAMETER.KEY`; tensors share their memory.
+    """Return the state of each parameter as `PARAMETER.KEY`; tensors share their memory.
 
-    A parameter that no step has updated has none yet.
+    A parameter without an update so far has no state.
 
     Args:
         optimizer: of the parameters.
         names: of its parameters.
 
     Raises:
-        ValueError: the optimizer keeps something that is neither a tensor nor a number.
+        ValueError: the optimizer keeps a value that is neither a tensor nor a number.
     """
     state = {}
     for parameter in _parameters(optimizer):
@@ -60,18 +60,18 @@ def make_room(
     names: Mapping[nn.Parameter, str],
     stored: Mapping[str, tuple[torch.Size, torch.dtype]],
 ) -> dict[str, Tensor]:
-    """Gives an optimizer the state that a checkpoint has, its values yet to be filled in.
+    """Replace an optimizer's state by uninitialised tensors of a checkpoint's names and sizes.
 
-    torch.distributed.checkpoint fills only what the destination already has, and an optimizer has
-    no state before its first step.
+    torch.distributed.checkpoint loads only into existing tensors, and an optimizer has no state
+    before its first step.
 
     Args:
-        optimizer: whose state is replaced.
+        optimizer: its state is replaced.
         names: of its parameters.
         stored: size and type of each tensor in the checkpoint, by the names of `state_tensors`.
 
     Returns:
-        The tensors to load into. Python numbers among them are taken over by `numbers_loaded`.
+        The tensors to load into. `numbers_loaded` turns marked ones into Python numbers.
     """
     room = {}
     for group in optimizer.param_groups:
@@ -88,7 +88,7 @@ def make_room(
 
 
 def numbers_loaded(optimizer: Optimizer) -> None:
-    """Makes Python numbers of the marked tensors, once they are loaded."""
+    """Turn the marked tensors into Python numbers, once they are loaded."""
     for parameter in _parameters(optimizer):
         state: dict[str, Any] = optimizer.state.get(parameter, {})
         for mark, (kind, _) in _NUMBERS.items():
@@ -97,12 +97,13 @@ def numbers_loaded(optimizer: Optimizer) -> None:
 
 
 def _device(group: dict[str, Any], parameter: nn.Parameter, key: str) -> torch.device:
-    """Returns where torch.optim keeps an entry of the state: the step on the host, if it may."""
+    """Return the device of an entry of the state: torch.optim may keep the step on the host."""
     stays = group.get("fused") or group.get("capturable")
     on_host = key.endswith(tuple(_NUMBERS)) or (key == "step" and not stays)
     return torch.device("cpu") if on_host else parameter.device
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    """Yield the parameters of all groups."""
     for group in optimizer.param_groups:
         yield from group["params"]

@@ -1,8 +1,8 @@
-"""Content for a DLRM and a training loop that already exist.
+"""Content for an existing DLRM and its training loop.
 
 Three lines of the loop change: the batches (`DLRMOfItems.batches`), the model (`add_content`) and
-the loss wrapper (`DLRMWithContentTrain`). `recsys.plug_in.model` is the model, this package what
-it needs around it: settings, the items, batches, and the way to and from checkpoints of the DLRM.
+the loss wrapper (`DLRMWithContentTrain`). `recsys.plug_in.model` is the model; the other modules
+have its settings, items and batches, and load and save checkpoints of the DLRM alone.
 """
 
 from recsys.plug_in.build import DLRMOfItems, add_content

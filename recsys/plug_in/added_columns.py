@@ -1,12 +1,12 @@
-"""More input columns for a module that already exists, which stays as it is.
+"""Additional input columns for an existing module, which stays as it is.
 
 A module whose first layer is linear, y = W x + b, gets inputs z beside x by a wider matrix: y =
-[W, V] (x, z) + b. Here V is a parameter of its own, and V z is added to what the first layer gives:
-the module keeps its parameters and their names, and with V = 0 its outputs to the last bit, which
-the product with one wider matrix would not (it adds up in another order). The first layer becomes
+[W, V] (x, z) + b. Here V is a parameter of its own, and V z is added to the output of the first
+layer. So the module keeps its parameters and their names, and with V = 0 its outputs to the last
+bit, unlike a product with one wider matrix, which adds up in another order. The first layer becomes
 a `WidenedLinear`, as `print(model)` shows.
 
-Shapes: B batch, Z added columns.
+Shapes: B batch, X columns of the module's own input, Z added columns, O outputs of the first layer.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from torch import Tensor, nn
 
 
 class WidenedLinear(nn.Linear):
-    """A linear layer that adds `extra` [B, D] to its output while there is one."""
+    """A linear layer that adds `extra` [B, O] to its output while it is set."""
 
     extra: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, D]
+    def forward(
+        self,
+        x: Tensor,  # [B, X]
+    ) -> Tensor:  # [B, O]
+        """Return the layer's output plus `extra`."""
         output = super().forward(x)
         return output if self.extra is None else output + self.extra
 
@@ -33,11 +37,11 @@ class AddedColumns(nn.Module):
     """Input columns beside those of a module's first linear layer; their weights start at zero.
 
     Args:
-        module: what gets them. It is no child of this one: its parameters are not listed twice.
+        module: gets the columns. It is no child of this one, so its parameters are listed once.
         width: Z.
 
     Raises:
-        ValueError: the module has no linear layer that could be widened.
+        ValueError: the module has no linear layer that can be widened.
 
     Example::
 
@@ -52,6 +56,7 @@ class AddedColumns(nn.Module):
     """
 
     def __init__(self, module: nn.Module, width: int) -> None:
+        """Widen the module's first linear layer."""
         super().__init__()
         first = next((part for part in module.modules() if isinstance(part, nn.Linear)), None)
         if (
@@ -63,14 +68,19 @@ class AddedColumns(nn.Module):
                 f"{type(module).__name__} has no linear layer to which content could be added; "
                 "give the DLRM as its class makes it, and compile it afterwards"
             )
-        first.__class__ = WidenedLinear  # the very same layer, so that its names stay
-        self._first = (cast(WidenedLinear, first),)  # in a tuple, so that it is no child of this
+        first.__class__ = WidenedLinear  # the same object, so that its names stay
+        self._first = (
+            cast(WidenedLinear, first),
+        )  # in a tuple, so that it is no child of this module
         self.map = nn.Linear(width, first.out_features, bias=False)
         nn.init.zeros_(self.map.weight)
 
     @contextmanager
-    def added(self, columns: Tensor) -> Iterator[None]:  # [B, Z]
-        """Shows the module `columns` beside its own input while this lasts."""
+    def added(
+        self,
+        columns: Tensor,  # [B, Z]
+    ) -> Iterator[None]:
+        """Add `columns` to the module's input inside the block."""
         self._first[0].extra = self.map(columns)
         try:
             yield
@@ -79,26 +89,32 @@ class AddedColumns(nn.Module):
 
 
 class WidenedModule(nn.Module):
-    """`AddedColumns` of a module that is called with one tensor: (x, z) -> its output.
+    """A module of one tensor, called with added columns as well: (x, z) -> its output.
 
-    With no columns to add it is the module.
+    Args:
+        module: the module.
+        width: Z; with 0 the output is the module's own.
     """
 
     def __init__(self, module: nn.Module, width: int) -> None:
+        """Keep the module outside the children, and add columns if `width` is above 0."""
         super().__init__()
         self._module = (module,)
         self.columns = AddedColumns(module, width) if width else None
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor,  # [B, X]
         added: Tensor,  # [B, Z]
-    ) -> Tensor:
+    ) -> Tensor:  # [B, ...], the module's output
+        """Return the module's output for `x` beside `added`."""
         with self.columns.added(added) if self.columns is not None else nullcontext():
             output: Tensor = self._module[0](x)
         return output
 
 
-def no_columns(rows: Tensor) -> Tensor:
-    """Returns no columns beside rows [B, ...]: [B, 0]."""
+def no_columns(
+    rows: Tensor,  # [B, ...]
+) -> Tensor:  # [B, 0]
+    """Return a tensor without columns for these rows."""
     return torch.zeros(len(rows), 0, device=rows.device)

@@ -1,9 +1,9 @@
 """Batches of a user's own pipeline -> batches with content.
 
-The dense features, the sparse features and the labels of a batch are handed on as they are. What
-content needs beside them is made of the ids in the sparse features, and of the items' content.
+The dense features, the sparse features and the labels of a batch are passed on unchanged. The
+inputs of the content branch are made from the ids in the sparse features and the items' content.
 
-Shapes: B batch, N history items of the batch.
+Shapes: B batch, N ids of a feature.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ AHEAD = 2  # batches that are built while one is in use
 
 @dataclass
 class ItemsOfBatch:
-    """One batch of torchrec.datasets -> the same with its items.
+    """Adds the items to a batch of torchrec.datasets.
 
     Args:
         schema: target item and history are sparse features of the batch.
@@ -46,11 +46,11 @@ class ItemsOfBatch:
     build: BatchBuilder
 
     def __call__(self, batch: TorchRecBatch) -> Batch:
-        """The batch, on the host; pinned if it was.
+        """Return the batch with its items, on the host; pinned if it was.
 
         Raises:
-            ValueError: a feature is not there, a row has no target item or several, or an id is
-                not one of the item table.
+            ValueError: a feature is missing, a row has no target item or several, or an id is
+                outside the item table.
         """
         target, lengths = self._feature(batch.sparse_features, self.schema.target_item)
         if len(lengths) and not (lengths == 1).all():
@@ -76,7 +76,7 @@ class ItemsOfBatch:
         )
 
     def _feature(self, features: KeyedJaggedTensor, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of a feature and how many each row has [B]."""
+        """Return the ids of a feature [N] and the number of ids in each row [B]."""
         names = features.keys()
         if name not in names:
             raise ValueError(f"batches have no sparse feature '{name}'; they have {names}")
@@ -93,17 +93,17 @@ class ItemsOfBatch:
 
 
 class ContentBatches(Iterable[Batch]):
-    """Batches of `source`, with content; as often as `source` can be gone through.
+    """Batches of `source` with content; they can be iterated as often as `source`.
 
-    All ranks go through theirs together. Where one has fewer batches than the others all end with
-    it, and an error on one is raised by all. The first pass fills the memory bank if it is empty.
+    All ranks iterate together. If one has fewer batches than the others, all end with it, and an
+    error on one is raised by all. The first pass fills the memory bank if it is empty.
 
     Args:
-        source: a dataset or data loader of `torchrec.datasets.utils.Batch`, or of what has its
+        source: a dataset or data loader of `torchrec.datasets.utils.Batch`, or of objects with its
             attributes.
         items: adds the items.
         preparation: of the batches before they enter a pipeline.
-        branch: of the model that they are for.
+        branch: content branch of the model that uses the batches.
         ranks: of the job.
     """
 
@@ -115,20 +115,22 @@ class ContentBatches(Iterable[Batch]):
         branch: ContentBranch,
         ranks: Ranks,
     ) -> None:
+        """Keep the source and the parts that add content to its batches."""
         self.source, self.items, self.preparation = source, items, preparation
         self.branch, self.ranks = branch, ranks
 
     def __len__(self) -> int:
+        """Return the number of batches of the source."""
         return len(self.source)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
-        """Begins a pass. A collective, as is each batch of it."""
+        """Begin a pass. A collective, as is each batch of it."""
         self._fill_bank()
         unknown = UnknownIds(self.items.schema)
         return self.preparation(self._agreed(), unknown, self.branch.step, self.branch.training)
 
     def _fill_bank(self) -> None:
-        """Fills the bank if it is empty and anything is read from it. A collective."""
+        """Fill the bank if it is empty and the batches read it. A collective."""
         bank, store, content = self.branch.bank, self.preparation.store, self.preparation.content
         assert store is not None and content is not None
         is_read = self.items.schema.history is not None or content.sampling.backward < 1
@@ -136,12 +138,12 @@ class ContentBatches(Iterable[Batch]):
             encode_into_bank(self.branch, store, self.ranks)
 
     def _built(self) -> Generator[Batch]:
-        """The batches of this rank; a thread builds them ahead of the steps."""
+        """Yield the batches of this rank; a thread builds them ahead of the steps."""
         with threads(1, "content") as builder:
             jobs = (partial(self.items, batch) for batch in self.source)
             yield from in_order(jobs, builder.submit, AHEAD)
 
     def _agreed(self) -> Iterator[Batch]:
-        """The batches up to where a rank has no more. A collective."""
+        """Yield batches until any rank has no more. A collective."""
         with closing(self._built()) as source:
             yield from Lockstep(self.ranks).batches(source)

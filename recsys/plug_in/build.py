@@ -1,4 +1,4 @@
-"""Builds the content of a DLRM from settings, and puts it in.
+"""Builds the content of a DLRM from settings, and adds it to the DLRM.
 
 Shapes: D dimension.
 """
@@ -30,7 +30,7 @@ from recsys.plug_in.settings import PlugInSettings, check, load_plug_in_settings
 
 
 class DLRMOfItems(DLRMWithContent):
-    """A `DLRMWithContent` that knows its items, and so makes its batches. See `add_content`."""
+    """A `DLRMWithContent` with its items, so that it can make its batches. See `add_content`."""
 
     def __init__(
         self,
@@ -40,6 +40,7 @@ class DLRMOfItems(DLRMWithContent):
         store: ContentStore,
         ranks: Ranks,
     ) -> None:
+        """Build the model, and the parts that add items to batches."""
         has_history = settings.history is not None
         super().__init__(
             dlrm, branch, settings.content, settings.item, has_history, settings.contrastive
@@ -62,13 +63,13 @@ class DLRMOfItems(DLRMWithContent):
         )
 
     def batches(self, source: Iterable[TorchRecBatch]) -> ContentBatches:
-        """Returns the batches of a dataset or data loader, with content; use it in its place.
+        """Return the batches of a dataset or data loader with content, for use in its place.
 
-        Go through them once the model is sharded. Each pass is a collective.
+        Iterate over them once the model is sharded. Each pass is a collective.
 
         Raises:
-            ValueError: on every rank, as they are gone through: a batch lacks a feature, or an id
-                is not a row of the item table.
+            ValueError: on every rank, during iteration: a batch lacks a feature, or an id is not a
+                row of the item table.
         """
         branch = self.content.branch
         return ContentBatches(source, self._items, self._preparation, branch, self.ranks)
@@ -77,10 +78,10 @@ class DLRMOfItems(DLRMWithContent):
 def add_content(
     dlrm: DLRM, settings: PlugInSettings | Path | str, device: torch.device
 ) -> DLRMOfItems:
-    """Builds a DLRM with content of its items in its interaction. A collective.
+    """Build a DLRM with content of its items in its interaction. A collective.
 
-    Tokenises, decodes and encodes what is frozen of the items, once per machine. The random
-    numbers that the caller draws afterwards are those he would have drawn without it.
+    Tokenises, decodes and encodes the frozen part of the items' content, once per machine. The
+    state of the caller's random number generator does not change.
 
     Args:
         dlrm: DLRM, DLRM_DCN or DLRM_Projection, not yet sharded.
@@ -88,7 +89,7 @@ def add_content(
         device: of this rank.
 
     Raises:
-        ValueError: on every rank, when any rank finds settings, items or the DLRM wanting.
+        ValueError: if settings, items or DLRM are invalid on any rank; raised on all.
 
     Example::
 
@@ -111,7 +112,7 @@ def add_content(
 
 
 def _build(dlrm: DLRM, settings: PlugInSettings, schema: Schema, ranks: Ranks) -> DLRMOfItems:
-    """Builds what `add_content` returns. A collective."""
+    """Build the result of `add_content`. A collective."""
     content, root = settings.content, Location.of(settings.data)
     store, encoders = build_content_store(settings.config, content, root, schema, ranks)
     with ranks.raise_on_all_ranks():
@@ -124,7 +125,7 @@ def _build(dlrm: DLRM, settings: PlugInSettings, schema: Schema, ranks: Ranks) -
 
 
 def _num_items(dlrm: DLRM, item: str) -> int:
-    """Returns rows of the table that the ranked item is looked up in."""
+    """Return the number of rows of the table that the ranked item is looked up in."""
     tables = dlrm.sparse_arch.embedding_bag_collection.embedding_bag_configs()
     for table in tables:
         if item in table.feature_names:
@@ -134,7 +135,7 @@ def _num_items(dlrm: DLRM, item: str) -> int:
 
 
 def _ranks(device: torch.device) -> Ranks:
-    """Returns the ranks of the job that the caller has joined, with a gloo group of their own."""
+    """Return the ranks of the caller's job, with a process group of their own. A collective."""
     if not dist.is_initialized():
         raise ValueError(
             "no process group: call torch.distributed.init_process_group before add_content"

@@ -1,8 +1,9 @@
-"""From a checkpoint of a DLRM into the DLRM with content, and back.
+"""Loads a checkpoint of a DLRM into the DLRM with content, and saves one.
 
-The DLRM's tensors have the names in both, so a checkpoint of the one is the other's without what is
-new. Tensors are shared with the model or the optimizer, not copied: what is loaded into them is
-loaded. Whole and sharded tensors are treated alike, on any number of ranks.
+The DLRM's tensors have the same names in both, so that a checkpoint of the DLRM is one of the DLRM
+with content minus the new tensors. Tensors are shared with the model or the optimizer, not copied:
+loading into them loads the model. Whole and sharded tensors are treated alike, on any number of
+ranks.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from recsys.plug_in.model import DLRMWithContent, DLRMWithContentTrain
 def dlrm_state(
     model: nn.Module, optimizer: KeyedOptimizer | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Returns what a checkpoint of the DLRM alone holds: {"model": ..., "optimizer": ...}.
+    """Return the content of a checkpoint of the DLRM alone: {"model": ..., "optimizer": ...}.
 
-    To save it gives a checkpoint of the DLRM without content. To load, give it to
+    Saved, it is a checkpoint of the DLRM without content. To load, pass it to
     `torch.distributed.checkpoint.load` and then to `load_dlrm`.
 
     Args:
         model: DistributedModelParallel of DLRMWithContentTrain or DLRMWithContent, or one of these.
-        optimizer: of all its parameters; where it is to be loaded, it must have state
-            (`init_state`). None leaves it out.
+        optimizer: of all its parameters; to be loaded, it must have state (`init_state`). None
+            leaves it out.
 
     Raises:
-        ValueError: the model has no DLRM with content in it.
+        ValueError: the model contains no DLRM with content.
 
     Example::
 
@@ -55,7 +56,7 @@ def load_dlrm(
     state: Mapping[str, Mapping[str, Any]],
     optimizer: KeyedOptimizer | None = None,
 ) -> None:
-    """Takes over a DLRM's checkpoint; content stays as it is.
+    """Load a DLRM's checkpoint; the content parameters do not change.
 
     Args:
         model: as in `dlrm_state`.
@@ -78,7 +79,7 @@ def load_dlrm(
 
 
 def _new_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """Returns what the names of all begin with that the DLRM alone does not have."""
+    """Return the prefixes of all names that the DLRM alone does not have."""
     inner = get_unwrapped_module(model) if isinstance(model, DistributedModelParallel) else model
     new = []
     for name, module in inner.named_modules():
@@ -91,6 +92,7 @@ def _new_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 
 def _check_names(own: Mapping[str, Any], given: Mapping[str, Any], part: str) -> None:
+    """Raise a ValueError for the first name that only one of both states has."""
     for name in sorted(own.keys() ^ given.keys()):
         place = "this DLRM" if name in own else "the checkpoint"
         raise ValueError(

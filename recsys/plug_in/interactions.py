@@ -1,9 +1,9 @@
-"""The interactions of torchrec.models.dlrm with K more vectors in them.
+"""Interactions of torchrec.models.dlrm with K more vectors as inputs.
 
-Each does what its original does for F + K sparse features, in two parts: the original's own output,
-to the bit while the new weights are at their start, and the columns that come with the K vectors,
-which the over arch gets through weights that start at zero. All of them read the original through
-its public parts and change nothing in it.
+Each computes its original's interaction for F + K sparse features, in two parts: the original's own
+output, bit for bit while the new weights have their initial values, and the columns that the K
+vectors add, which the over arch reads through weights that start at zero. All of them use the
+original's public parts and change nothing in it.
 
 Shapes: B batch, F sparse features, K content vectors, D dimension, I columns of the original, J new
 columns, R rank.
@@ -25,21 +25,23 @@ from recsys.plug_in.added_columns import AddedColumns, no_columns
 
 
 class WidenedInteraction(nn.Module):
-    """(dense [B, D], sparse [B, F, D], vectors [B, K, D]) -> ([B, I], [B, J])."""
+    """Interface: (dense [B, D], sparse [B, F, D], vectors [B, K, D]) -> ([B, I], [B, J])."""
 
-    num_columns: int  # J
+    num_columns: int  # J, the number of new columns
 
 
 class DotProducts(WidenedInteraction):
     """DLRM: the dot products of each content vector with dense, sparse and other content vectors.
 
-    The original's rule for F + K features, of which the pairs without content are its own output.
+    The pairs are those of the original for F + K features; its own output has the pairs without
+    content.
     """
 
     left: Tensor
     right: Tensor
 
     def __init__(self, original: InteractionArch, num_vectors: int) -> None:
+        """Select the pairs that include a content vector."""
         super().__init__()
         self._original = (original,)
         known = original.F + 1
@@ -49,7 +51,13 @@ class DotProducts(WidenedInteraction):
         self.register_buffer("right", pairs[1] - known, persistent=False)
         self.num_columns = pairs.shape[1]
 
-    def forward(self, dense: Tensor, sparse: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        dense: Tensor,  # [B, D]
+        sparse: Tensor,  # [B, F, D]
+        vectors: Tensor,  # [B, K, D]
+    ) -> tuple[Tensor, Tensor]:  # [B, I], [B, J]
+        """Return the original's output, and the new dot products."""
         everything = torch.cat([dense.unsqueeze(1), sparse, vectors], dim=1)  # [B, 1 + F + K, D]
         products = everything @ vectors.transpose(1, 2)  # [B, 1 + F + K, K]
         return self._original[0](dense, sparse), products[:, self.left, self.right]
@@ -59,14 +67,15 @@ class CrossNet(WidenedInteraction):
     """DLRM_DCN: the low-rank cross net (DCN-v2, arXiv 2008.13535) over (F + 1 + K) * D columns.
 
     Each layer is x0 * (W V x + b) + x with W [columns, R] and V [R, columns]. The rows of W and b
-    for content start as TorchRec's, the columns of V for content at zero, so that nothing of
-    content reaches the original's columns until they have learned to take it.
+    for content are initialised as TorchRec's, the columns of V for content with zeros, so that
+    content does not change the original's columns at first.
 
     Raises:
         ValueError: the cross net is of another class.
     """
 
     def __init__(self, original: InteractionDCNArch, num_vectors: int, dim: int) -> None:
+        """Add kernels for the content columns to the original's cross net."""
         super().__init__()
         crossnet = original.crossnet
         if not isinstance(crossnet, LowRankCrossNet):
@@ -82,7 +91,13 @@ class CrossNet(WidenedInteraction):
         for kernel in self.added.V_kernels:
             nn.init.zeros_(kernel)
 
-    def forward(self, dense: Tensor, sparse: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        dense: Tensor,  # [B, D]
+        sparse: Tensor,  # [B, F, D]
+        vectors: Tensor,  # [B, K, D]
+    ) -> tuple[Tensor, Tensor]:  # [B, I], [B, J]
+        """Return the crossed columns of the original, and those of content."""
         net, added = self._crossnet[0], self.added
         first = torch.cat([dense.unsqueeze(1), sparse], dim=1).flatten(1)  # [B, (1 + F) * D]
         first_added = vectors.flatten(1)  # [B, K * D]
@@ -98,26 +113,33 @@ class CrossNet(WidenedInteraction):
 
 
 class Projections(WidenedInteraction):
-    """DLRM_Projection: both branches see the content vectors; the number of columns stays."""
+    """DLRM_Projection: both branches get the content vectors; the number of columns stays."""
 
     def __init__(self, original: InteractionProjectionArch, num_vectors: int, dim: int) -> None:
+        """Add the content vectors to the inputs of both branches."""
         super().__init__()
         self._original = (original,)
         self.branch1 = AddedColumns(original.interaction_branch1, num_vectors * dim)
         self.branch2 = AddedColumns(original.interaction_branch2, num_vectors * dim)
         self.num_columns = 0
 
-    def forward(self, dense: Tensor, sparse: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        dense: Tensor,  # [B, D]
+        sparse: Tensor,  # [B, F, D]
+        vectors: Tensor,  # [B, K, D]
+    ) -> tuple[Tensor, Tensor]:  # [B, I], [B, 0]
+        """Return the original's output with content in both branches, and no new columns."""
         added = vectors.flatten(1)
         with self.branch1.added(added), self.branch2.added(added):
             return self._original[0](dense, sparse), no_columns(dense)
 
 
 def widened_interaction(original: nn.Module, num_vectors: int, dim: int) -> WidenedInteraction:
-    """Returns the interaction of a DLRM with room for K content vectors.
+    """Return the interaction of a DLRM, extended by K content vectors.
 
     Raises:
-        ValueError: an interaction that is none of torchrec.models.dlrm.
+        ValueError: the interaction is not one of torchrec.models.dlrm.
     """
     if isinstance(original, InteractionArch):
         return DotProducts(original, num_vectors)

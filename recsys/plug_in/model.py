@@ -1,12 +1,12 @@
-"""Content in a DLRM that already exists: torchrec's DLRM, DLRM_DCN or DLRM_Projection.
+"""Content in an existing DLRM: torchrec's DLRM, DLRM_DCN or DLRM_Projection.
 
-The DLRM's own parts stay what and where they are. `DLRMWithContent` has them as children under the
-names they have in the DLRM, so that tables, optimizers and checkpoints meet the names they know;
-what is new is in two more children. The first logits are those of the DLRM to the last bit, since
-content enters through weights that start at zero.
+The DLRM's own parts stay unchanged. `DLRMWithContent` has them as children under the names they
+have in the DLRM, so that tables, optimizers and checkpoints keep their names; two more children
+hold the new parts. The first logits equal those of the DLRM to the last bit, since content enters
+through weights that start at zero.
 
-The top forward is a straight line, as `TrainPipelineSparseDist` traces it. The tracer leaves alone
-what is a direct child, so the two must not be parts of one.
+The top forward is a straight line, as `TrainPipelineSparseDist` traces it. The tracer does not
+enter direct children, so the new parts must be two children instead of one.
 
 Shapes: B batch, F sparse features, K content vectors, D dimension of the DLRM, C of content,
 S further features.
@@ -31,9 +31,9 @@ from recsys.ranking.layers.history_numbers import history_numbers, num_history_n
 
 
 class ContentInputs(NamedTuple):
-    """What content adds to a DLRM.
+    """Inputs that content adds to a DLRM.
 
-    vectors: [B, K, D], of the target item and, where there is a history, the user's interest in it.
+    vectors: [B, K, D], of the target item and, with a history, the user's interest in it.
     features: [B, S], similarities of target and history, for the over arch.
     target: [B, C], the target item's content vector itself.
     """
@@ -44,7 +44,7 @@ class ContentInputs(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """logits [B, 1], and of the target its ID embedding [B, D] and content vector [B, C]."""
+    """Logits [B, 1], and the target's ID embedding [B, D] and content vector [B, C]."""
 
     logits: Tensor
     item: Tensor
@@ -52,18 +52,19 @@ class Ranked(NamedTuple):
 
 
 class ContentOfBatch(nn.Module):
-    """A batch -> `ContentInputs`: the content branch, and the interest of `recsys.ranking`.
+    """Maps a batch to `ContentInputs`: the content branch, and the interest of `recsys.ranking`.
 
     Args:
         branch: encodes items.
         settings: of the branch.
         dim: D.
-        has_history: whether batches have one.
+        has_history: whether batches have a history.
     """
 
     def __init__(
         self, branch: ContentBranch, settings: ContentSettings, dim: int, has_history: bool
     ) -> None:
+        """Build the maps from content to the DLRM's dimension."""
         super().__init__()
         self.branch = branch
         self.dim = settings.dim
@@ -78,10 +79,11 @@ class ContentOfBatch(nn.Module):
             self.num_features = self.interest.output_dim - settings.dim + num_history_numbers(0)
 
     def forward(self, batch: Batch) -> ContentInputs:
+        """Return content vectors and similarity features of a batch."""
         content = self.branch(batch)
         vectors, features = [self.target_map(content.target)], no_columns(content.target)
         if self.interest is not None:
-            # The first D columns of the interest are its vector, the others single features.
+            # The first C columns of the interest are its vector, the others single features.
             history, parallel = batch.jagged_history(), batch.history_values
             interest = self.interest(content, history, parallel)
             vectors.append(self.interest_map(interest[:, : self.dim]))
@@ -91,9 +93,10 @@ class ContentOfBatch(nn.Module):
 
 
 class ContentHead(nn.Module):
-    """Interaction and over arch of a DLRM, with content in both."""
+    """Interaction and over arch of a DLRM, with content as input of both."""
 
     def __init__(self, dlrm: DLRM, num_vectors: int, num_features: int, dim: int) -> None:
+        """Widen the interaction and the over arch of a DLRM."""
         super().__init__()
         self.interaction = widened_interaction(dlrm.inter_arch, num_vectors, dim)
         self.over = WidenedModule(dlrm.over_arch, self.interaction.num_columns + num_features)
@@ -105,6 +108,7 @@ class ContentHead(nn.Module):
         vectors: Tensor,  # [B, K, D]
         features: Tensor,  # [B, S]
     ) -> Tensor:  # [B, 1]
+        """Return the logits."""
         interaction, columns = self.interaction(dense, sparse, vectors)
         logits: Tensor = self.over(interaction, torch.cat([columns, features], dim=1))
         return logits
@@ -113,19 +117,19 @@ class ContentHead(nn.Module):
 class DLRMWithContent(nn.Module):
     """A DLRM whose interaction has K more vectors: the target's content, and the content interest.
 
-    Its children are those of the DLRM, the very same modules, and two of content; the DLRM itself
-    stays usable, also once this is sharded. `recsys.plug_in.add_content` builds it from settings.
+    Its children are the DLRM's own modules and two of content; the DLRM itself stays usable, also
+    after this model is sharded. `recsys.plug_in.add_content` builds it from settings.
 
     Args:
         dlrm: DLRM, DLRM_DCN or DLRM_Projection, its tables on meta or not.
         branch: encodes the items of `recsys.Batch`.
-        settings: of the branch; `history` says which similarities become features.
+        settings: of the branch; `history` selects the similarities that become features.
         item: the sparse feature that holds the id of the ranked item.
         has_history: whether batches have a history.
         contrastive: of the Content-ID-Contrastive loss, for `DLRMWithContentTrain`.
 
     Raises:
-        ValueError: another model, or one without that feature.
+        ValueError: the model is of another class, or has no such feature.
 
     Example::
 
@@ -165,6 +169,7 @@ class DLRMWithContent(nn.Module):
         has_history: bool,
         contrastive: ContrastiveSettings | None = None,
     ) -> None:
+        """Take over the DLRM's children and add the two of content."""
         super().__init__()
         if not isinstance(dlrm, DLRM) or type(dlrm).forward is not DLRM.forward:
             raise ValueError(
@@ -184,7 +189,7 @@ class DLRMWithContent(nn.Module):
         self.content_head = ContentHead(dlrm, content.num_vectors, content.num_features, dim)
 
     def rank(self, batch: Batch) -> Ranked:
-        """Returns logits, and the vectors of the target item that the contrastive loss compares."""
+        """Return logits, and the vectors of the target item that the contrastive loss compares."""
         content = self.content(batch)
         dense = self.dense_arch(batch.dense_features)
         sparse = self.sparse_arch(batch.sparse_features)
@@ -192,17 +197,19 @@ class DLRMWithContent(nn.Module):
         return Ranked(logits, sparse[:, self.item_place], content.target)
 
     def forward(self, batch: Batch) -> Tensor:  # [B, 1]
+        """Return the logits."""
         return self.rank(batch).logits
 
 
 class DLRMWithContentTrain(nn.Module):
-    """A batch -> (loss, (loss, logits [B], labels [B])), as torchrec's DLRMTrain gives them.
+    """Maps a batch to (loss, (loss, logits [B], labels [B])), like torchrec's DLRMTrain.
 
-    The loss is DLRMTrain's and, where `contrastive.weight` is above 0, that weight times the
+    The loss is DLRMTrain's and, if `contrastive.weight` is above 0, that weight times the
     Content-ID-Contrastive loss between the target's content and its row of the item table.
     """
 
     def __init__(self, model: DLRMWithContent) -> None:
+        """Build the losses according to `model.contrastive`."""
         super().__init__()
         self.model = model
         self.loss_fn = nn.BCEWithLogitsLoss()
@@ -214,6 +221,7 @@ class DLRMWithContentTrain(nn.Module):
             self.contrastive = ContentIDContrastive(content_dim, id_dim, settings)
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Return the loss for the pipeline, and detached loss, logits and labels."""
         ranked = self.model.rank(batch)
         logits = ranked.logits.squeeze(-1)
         loss = self.loss_fn(logits, batch.labels.float())

@@ -1,4 +1,4 @@
-"""What a DLRM's content is: where the items are, which features name them, and the branch."""
+"""Settings of a DLRM's content: the items' files, the features with their ids, and the branch."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class PlugInSettings:
     data: str  # folder or URL with items/*.parquet, one row per item
     item: str  # the sparse feature with the id of the ranked item, one id per row
     content: ContentSettings  # as `content` in a recipe
-    item_column: str | None = None  # of the items' files, with their ids; default: `item`
-    # By column, as under `items` in schema.yaml, where a modality's kind does not say enough.
+    item_column: str | None = None  # column of the items' files with their ids; default: `item`
+    # By column, as under `items` in schema.yaml, for what a modality's kind does not determine.
     item_columns: dict[str, ItemColumn] = field(default_factory=dict)
     history: str | None = None  # a sparse feature with ids of past items, any number per row
     contrastive: ContrastiveSettings = field(default_factory=ContrastiveSettings)
     on_bad_row: Literal["error", "skip"] = "error"
     cache: str | None = None  # folder of encoded items; default ~/.cache/recsys
-    seed: int = 0  # of the new weights, and of sampling
+    seed: int = 0  # seed of the new weights, and of sampling
 
     @property
     def config(self) -> Config:
-        """The same as settings of a run."""
+        """These settings as those of a run."""
         return Config(
             content=self.content,
             contrastive=self.contrastive,
@@ -43,7 +43,7 @@ class PlugInSettings:
         )
 
     def schema(self, num_items: int) -> Schema:
-        """Returns what the dataset of such a DLRM has, as far as content goes."""
+        """Return the schema that the dataset of such a DLRM would have, for content."""
         columns = {self.item: Column("id", num_embeddings=num_items)}
         if self.history is not None:
             columns[self.history] = Column("sequence", shares=self.item)
@@ -61,11 +61,10 @@ class PlugInSettings:
 
 
 def load_plug_in_settings(path: Path | str) -> PlugInSettings:
-    """Reads them from YAML.
+    """Read the settings from YAML.
 
     Raises:
-        ValueError: a missing file, an unknown key, a wrong type, or settings that do not fit
-            together, named.
+        ValueError: a missing file, an unknown key, a wrong type, or conflicting settings, named.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; write the settings of the content there")
@@ -80,10 +79,10 @@ def load_plug_in_settings(path: Path | str) -> PlugInSettings:
 
 
 def check(settings: PlugInSettings) -> None:
-    """Checks what spans several settings.
+    """Check constraints between settings.
 
     Raises:
-        ValueError: names them.
+        ValueError: names the settings that conflict.
     """
     validate(settings.config)
     if settings.history == settings.item:

@@ -1,11 +1,13 @@
-"""The content of all items, read, tokenised and decoded once, served to batches by item id.
+"""Content of all items, read, tokenised and decoded once, served to batches by item id.
 
-Each modality becomes a `RaggedArray` in a cache folder named by a hash of what it is made from
-(the items' content and the modality's settings), so that it is made once per machine and never
-stale. A modality kind makes the entries (`recsys.data.items.kind`): text is tokenised, images are
-decoded and resized to uint8 pixels, stored features are copied; the frozen part of an encoder may
-then replace them by its outputs (`recsys.content.cache.fill`). An item without text or image has
-no entry, which batches carry as a mask.
+Each modality becomes a `RaggedArray` in a cache folder named by a hash of its inputs (the items'
+content and the modality's settings), so that it is made once per machine and never stale. A
+modality kind makes the entries (`recsys.data.items.kind`): text is tokenised, images are decoded
+and resized to uint8 pixels, stored features are copied; the frozen part of an encoder may then
+replace them by its outputs (`recsys.content.cache.fill`). An item without text or image has no
+entry, which batches carry as a mask.
+
+Shapes: U unique items.
 """
 
 from __future__ import annotations
@@ -26,17 +28,17 @@ from recsys.data.items.kind import ModalityKind, make_kinds
 from recsys.data.items.ragged_array import RaggedArray
 from recsys.data.schema import Items
 
-SKIPPED = "skipped.json"  # beside an array: what is missing from it because it could not be used
+SKIPPED = "skipped.json"  # beside an array: the rows left out of it because they are unusable
 
 
 def default_cache() -> Path:
-    """Returns where encoded items are kept unless the configuration says otherwise."""
+    """Return the cache folder that is used unless the configuration sets one."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "recsys"
 
 
 def publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """Makes `folder` by `write(temporary folder)`: it exists whole or not at all."""
+    """Make `folder` by `write(temporary folder)`: it exists whole or not at all."""
     if folder.exists():
         return
     with whole_folder(folder, may_exist=True) as partial:
@@ -61,6 +63,7 @@ class ContentStore:
     def __init__(
         self, items: ItemTable, modalities: Mapping[str, ModalitySettings], cache: Path
     ) -> None:
+        """Make the modality kinds and check that their columns exist."""
         assert items.schema.items is not None
         self.items, self.kinds, self.cache = items, make_kinds(modalities), cache
         for kind in self.kinds.values():
@@ -71,17 +74,17 @@ class ContentStore:
         self._ids, self._rows = items.ids[order], items.rows[order]
 
     def build(self, name: str) -> None:
-        """Makes, or finds in the cache, the array of one modality.
+        """Make the array of one modality, or take it from the cache.
 
         Raises:
-            ValueError: a text, image or feature that cannot be used, with file and row (unless the
-                items' `on_bad_row` is skip: then it is missing), or all are missing.
+            ValueError: a text, image or feature is unusable, with file and row (unless the items'
+                `on_bad_row` is skip: it is then left out), or every row is empty.
         """
         kind = self.kinds[name]
         column = ItemColumnReader(self.items, kind.modality.column)
         settings = kind.key()
         if column.skips_bad_rows:
-            settings = (settings, "skip", str(self.items.folder))  # named in what is reported
+            settings = (settings, "skip", str(self.items.folder))  # the report names it
         key = digest_of(column.fingerprint(), kind.modality.kind, settings)
         folder = self.cache / f"{type(kind).__name__.lower()}-{key}"
         publish(folder, lambda path: self._write(path, kind, column))
@@ -90,12 +93,15 @@ class ContentStore:
         assert len(self.arrays[name]) == self.items.num_rows
 
     def use(self, name: str, folder: Path) -> None:
-        """Serves a modality from the array in `folder`."""
+        """Serve a modality from the array in `folder`."""
         self.folders[name] = folder
         self.arrays[name] = RaggedArray(folder)
 
-    def gather(self, item_ids: np.ndarray) -> dict[str, ContentInput]:
-        """Content of unique items [U], by modality; an unknown item has none."""
+    def gather(
+        self,
+        item_ids: np.ndarray,  # [U]
+    ) -> dict[str, ContentInput]:
+        """Return the content of unique items, by modality; an unknown item has none."""
         place = np.searchsorted(self._ids, item_ids).clip(max=len(self._ids) - 1)
         rows = np.where(self._ids[place] == item_ids, self._rows[place], -1)
         content = {}
@@ -104,7 +110,7 @@ class ContentStore:
         return content
 
     def _write(self, folder: Path, kind: ModalityKind, column: ItemColumnReader) -> None:
-        """The array and, beside it, what was skipped."""
+        """Write the array and, beside it, the skipped rows."""
         if not kind.write(column, folder):
             raise column.empty()
         skipped = self.items.bad_rows.of_column(column.name)
@@ -113,12 +119,13 @@ class ContentStore:
         )
 
     def _read_skipped(self, folder: Path) -> None:
+        """Add the rows that were skipped when the array was made to the items' bad rows."""
         for *place, rows, first in json.loads((folder / SKIPPED).read_text()):
             self.items.bad_rows.found[tuple(place)] = (rows, first)
 
 
 def require_column(items: Items, kind: ModalityKind) -> None:
-    """Raises a ValueError where the items have no column of the kind that a modality reads."""
+    """Raise a ValueError where the items have no column of the kind that a modality reads."""
     name = kind.modality.column
     column = items.columns.get(name)
     if column is None or column.kind != kind.column_kind:

@@ -1,7 +1,7 @@
 """Stored features in a NumPy file, [items, W] or [items, T, W], beside the items' Parquet files.
 
-Files of any size and place are read in pieces, front to back. A token that is NaN throughout is not
-there, which is how an item has fewer tokens than others, or none.
+Files of any size and place are read in pieces, front to back. A token that is NaN throughout is
+missing: this is how an item has fewer tokens than others, or none.
 
 Shapes: n rows of a piece, R rows of the file, T tokens of a row, W values of a token.
 """
@@ -24,7 +24,7 @@ from recsys.data.items.ragged_array import RowWriter
 BYTES_PER_PIECE = 2**24
 FLOATS = ("float16", "float32", "float64")
 
-# Takes note of bad rows: (first row of a piece, bad bool [n], what they have in common).
+# Reports bad rows: (first row of a piece, bad bool [n], reason).
 ReportRows = Callable[[int, np.ndarray, str], None]
 
 
@@ -32,10 +32,10 @@ class FeatureFile:
     """A .npy file with a row of features per item.
 
     Args:
-        file: where it is.
+        file: its location.
 
     Raises:
-        ValueError: it is no such file; says what it is and what it should be.
+        ValueError: it is no such file; names its properties and the expected ones.
 
     Example::
 
@@ -43,6 +43,7 @@ class FeatureFile:
     """
 
     def __init__(self, file: Location) -> None:
+        """Read the header and check type and shape."""
         self.file = file
         try:
             with file.filesystem.open(file.path, "rb") as opened:
@@ -64,7 +65,7 @@ class FeatureFile:
         self.row_shape = (shape[1] if len(shape) == 3 else 1, shape[-1])
 
     def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, values float32 [n, T, W]) from front to back.
+        """Yield (first row, values float32 [n, T, W]) from front to back.
 
         Raises:
             ValueError: the file ends too early.
@@ -81,19 +82,19 @@ class FeatureFile:
                         f"{self.file}: ends before row {self.num_rows - 1}; write it again"
                     )
                 values = np.frombuffer(content, self.kind).reshape(count, *self.row_shape)
-                with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
+                with np.errstate(over="ignore"):  # values beyond float32 are refused as infinite
                     yield first, values.astype(np.float32)
 
     def fingerprint(self) -> str:
-        """A hash of the values."""
+        """Return a hash of the values."""
         return digest_of(self.num_rows, *(values.data.cast("B") for _, values in self.pieces()))
 
 
 def read_ids(file: Location, num_rows: int) -> np.ndarray:  # [R]
-    """The id of each row of a feature file, integers or strings.
+    """Return the id of each row of a feature file, integers or strings.
 
     Raises:
-        ValueError: it is no such file, or of another length.
+        ValueError: it is no such file, or its length differs.
     """
     try:
         ids = np.load(BytesIO(file.read_bytes()), allow_pickle=False)
@@ -112,14 +113,14 @@ def read_ids(file: Location, num_rows: int) -> np.ndarray:  # [R]
 def write_rows(
     folder: Path,
     features: FeatureFile,
-    places: np.ndarray,  # [R], the row of the array each row goes to, -1: left out
+    places: np.ndarray,  # [R], row of the array for each row, -1: left out
     num_rows: int,
     report: ReportRows,
 ) -> int:
-    """Makes the `RaggedArray` of a feature file and returns its number of tokens.
+    """Make the `RaggedArray` of a feature file and return its number of tokens.
 
     Raises:
-        ValueError: by `report`, for a row with a value that is not finite.
+        ValueError: raised by `report` for a row with a value that is not finite.
     """
     lengths = np.zeros(num_rows, np.int64)
     usable = np.ones(features.num_rows, bool)
@@ -140,6 +141,7 @@ def write_rows(
 
 
 def _header(opened: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return shape, whether in column order, and type from the header."""
     version = npy.read_magic(opened)
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     return read(opened)

@@ -1,7 +1,9 @@
-"""Encoded images -> square pixels, whatever their mode and shape; what is none is refused.
+"""Encoded images -> square pixels, for any mode and shape; other bytes are refused.
 
-Only formats whose decoders read pixels and nothing else are tried (PostScript, for one, would be
-run by an interpreter), and an image's size is looked at before it is decoded.
+Only formats whose decoders do nothing but read pixels are tried (PostScript, for one, would be
+run by an interpreter), and an image's size is checked before it is decoded.
+
+Shapes: S side of the square.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ BITS_16 = ("I;16", "I;16B", "I;16L", "I;16N")
 
 @dataclass(frozen=True)
 class ImagePreparation:
-    """The treatment of an image before its encoder; by default that of encoders of ImageNet.
+    """Treatment of an image before its encoder; the default is that of ImageNet encoders.
 
     Attributes:
         mean, std: of red, green and blue on the scale 0 to 1, by which pixels are normalised.
         resampling: Pillow's number of a filter (2 bilinear, 3 bicubic).
-        keeps_aspect: the centre square is cut out; else the whole image is squeezed into a square.
-        share: of that square's side, or of both sides, which is seen.
+        keeps_aspect: crop the centre square; else squeeze the whole image into a square.
+        share: visible share of that square's side, or of both sides.
     """
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -36,6 +38,7 @@ class ImagePreparation:
     share: float = 1.0
 
     def __post_init__(self) -> None:
+        """Check colours, share and filter."""
         if len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
             raise ValueError(f"mean {self.mean} and std {self.std}; images have three colours")
         if not 0 < self.share <= 1:
@@ -48,17 +51,23 @@ def decode_image(
     size: int,
     where: str = "",
     preparation: ImagePreparation | None = None,
-) -> np.ndarray:
-    """Encoded image bytes -> uint8 [3, size, size]: the part that is seen, resized.
+) -> np.ndarray:  # [3, S, S]
+    """Decode image bytes to uint8 pixels: the visible part, resized to a square.
 
-    The first frame of an animation; 16 bits become 8.
+    An animation gives its first frame; 16 bits become 8.
+
+    Args:
+        encoded: bytes of the file.
+        size: S.
+        where: prefix of the error message; may be empty.
+        preparation: of the encoder; None for that of ImageNet encoders.
 
     Raises:
-        ValueError: the bytes are not an image that can be read; `where`, if given, is said first.
+        ValueError: the bytes are not a readable image.
     """
     try:
         image = open_image(encoded)
-    # Decoders of damaged bytes raise whatever their format's parser stumbles over.
+    # A decoder may raise an error of any class for damaged bytes.
     except Exception as error:
         cause, fix = _cause_and_fix(error)
         place = f"{where}: " if where else ""
@@ -74,12 +83,12 @@ def decode_image(
 
 
 def open_image(encoded: bytes) -> Image.Image:
-    """The decoded image in RGB; raises whatever its decoder stumbles over."""
+    """Return the decoded image in RGB; raise any error of its decoder."""
     with warnings.catch_warnings():
         # Above MAX_IMAGE_PIXELS Pillow warns, and refuses only twice as many.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image: Image.Image = Image.open(BytesIO(encoded), formats=_formats())
-    if image.mode in BITS_16:  # which Pillow would clip to white
+    if image.mode in BITS_16:  # Pillow would clip these to white
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode} have no fixed range")
@@ -90,15 +99,16 @@ def open_image(encoded: bytes) -> Image.Image:
 
 
 def _cause_and_fix(error: Exception) -> tuple[str, str]:
+    """Return the cause of a decoding error and its fix, in words for users."""
     if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
         return str(error), "scale it down"
-    # Pillow's own words name an object in memory.
+    # Pillow's own message names an object in memory.
     cause = "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
     return cause, "write JPEG or PNG bytes, or null for an item without an image"
 
 
 @cache
 def _formats() -> list[str]:
-    """Returns those of `FORMATS` that this build of Pillow can read."""
+    """Return those of `FORMATS` that this build of Pillow can read."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]

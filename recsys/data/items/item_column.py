@@ -1,4 +1,7 @@
-"""One column of the items: its chunks, or the .npy file that schema.yaml names in its place."""
+"""One column of the items: its chunks, or the .npy file that schema.yaml names in its place.
+
+Shapes: n rows of a piece, R rows of a feature file.
+"""
 
 from __future__ import annotations
 
@@ -22,30 +25,32 @@ class ItemColumnReader:
     """
 
     def __init__(self, table: ItemTable, name: str) -> None:
+        """Select a column that schema.yaml names."""
         self.table, self.name, self.settings = table, name, table.items.columns[name]
 
     @property
     def skips_bad_rows(self) -> bool:
+        """Whether bad rows are skipped instead of raising an error."""
         return self.table.bad_rows.on_bad_row == "skip"
 
     def chunks(self) -> Iterator[tuple[pa.Array, str, Report]]:
-        """Yields (values, file and column for messages, how to report bad rows) of each chunk."""
+        """Yield (values, file and column for messages, report of bad rows) for each chunk."""
         for file, first_row, chunk in self.table.chunks(self.name):
             report = partial(self.table.bad_rows.add, file, self.name, first_row)
             yield chunk, f"{file}: column '{self.name}'", report
 
     def feature_file(self) -> tuple[FeatureFile, np.ndarray | None] | None:
-        """Returns the .npy file in the column's place and the ids of its rows; None without one."""
+        """Return the .npy file in the column's place and the ids of its rows; None without one."""
         if self.settings.file is None:
             return None
         features, ids = FeatureFile(self.table.root / self.settings.file), self.settings.ids
         return features, None if ids is None else read_ids(self.table.root / ids, features.num_rows)
 
     def places_of(self, features: FeatureFile, ids: np.ndarray | None) -> np.ndarray:  # [R]
-        """Returns the item's row that each row of a feature file belongs to, -1 for none.
+        """Return the item's row that each row of a feature file belongs to, -1 for none.
 
         Raises:
-            ValueError: the file has no ids, and other rows than the items have.
+            ValueError: the file has no ids, and its number of rows is not that of the items.
         """
         if ids is not None:
             return self.table.places_of(ids, self.table.root / str(self.settings.ids))
@@ -57,14 +62,19 @@ class ItemColumnReader:
             )
         return np.arange(features.num_rows)
 
-    def report_file(self, first_row: int, bad: np.ndarray, reason: str) -> None:
-        """Takes note of bad rows of the feature file, as `write_rows` finds them."""
+    def report_file(
+        self,
+        first_row: int,
+        bad: np.ndarray,  # [n], bool
+        reason: str,
+    ) -> None:
+        """Report bad rows of the feature file, for `write_rows`."""
         message = f"{reason}; write NaN throughout for a token or an item that is not there"
         file = self.table.root / str(self.settings.file)
         self.table.bad_rows.add(file, self.name, first_row, bad, reason, lambda row: message)
 
     def fingerprint(self) -> str:
-        """Returns a hash of the content and of the ids it belongs to."""
+        """Return a hash of the content and of the ids it belongs to."""
         if (found := self.feature_file()) is None:
             return self.table.fingerprint(self.name)
         features, ids = found
@@ -73,7 +83,7 @@ class ItemColumnReader:
         return digest_of(features.fingerprint(), *by_row, *rows)
 
     def empty(self) -> ValueError:
-        """Returns the error to raise when no row has any content."""
+        """Return the error to raise when no row has any content."""
         return ValueError(
             f"{self.table.folder}: column '{self.name}' is null or empty in every row; write the "
             "content or take the modality out of the configuration"

@@ -13,9 +13,12 @@ from recsys.data.parquet.values import is_list, list_lengths
 
 
 def feature_tokens(chunk: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
-    """(tokens of each row [n], all tokens as lists of floats).
+    """Split a chunk of features into tokens.
 
-    A list of floats is one token, a list of lists as many as it holds; null and empty are none.
+    A list of floats is one token, a list of lists as many as it holds; null and empty have none.
+
+    Returns:
+        number of tokens of each row [n], and all tokens [T] as lists of floats.
 
     Raises:
         ValueError: the column has another type; `where` names file and column.
@@ -38,7 +41,11 @@ def usable_features(
     width: int,
     report: Report,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows as (tokens of each [n], values float32 [T, W]); a row that was reported has none."""
+    """Check widths and values; report bad rows and drop their tokens.
+
+    Returns:
+        number of tokens of each row [n], and their values float32 [T, W].
+    """
     row_of = np.repeat(np.arange(len(lengths)), lengths)
     widths = list_lengths(tokens)
     bad = _rows_with(widths != width, row_of, len(lengths))
@@ -53,7 +60,7 @@ def usable_features(
     )
     kept = ~bad[row_of]
     row_of, tokens = row_of[kept], tokens.filter(pa.array(kept))
-    with np.errstate(over="ignore"):  # a double beyond float32 becomes infinite, and is refused
+    with np.errstate(over="ignore"):  # doubles beyond float32 become infinite, and are refused
         flat = tokens.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     values = flat.reshape(len(tokens), width)
     not_finite = _rows_with(~np.isfinite(values).all(axis=1), row_of, len(lengths))
@@ -69,7 +76,7 @@ def usable_features(
 
 
 def _rows_with(bad_token: np.ndarray, row_of: np.ndarray, num_rows: int) -> np.ndarray:
-    """Returns which rows have a bad token: bool [n]."""
+    """Return a mask of the rows that have a bad token: bool [n]."""
     bad = np.zeros(num_rows, bool)
     bad[row_of[bad_token]] = True
     return bad

@@ -24,19 +24,19 @@ def decoded_images(
     where: str,
     report: Report,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Some images of each row; one that was reported is left out.
+    """Decode the chosen images of each row; an unreadable one is reported and left out.
 
     Args:
         chunk: encoded images, one or a list of them per row; null is none.
-        size: side of the square.
-        chosen: which of so many images of a row are taken, in order.
+        size: side of the square, S.
+        chosen: maps a row's number of images to the places of those to take, in order.
         preparation: of the encoder.
         where: file and column, for messages.
-        report: takes note of rows with an image that cannot be read.
+        report: reports rows with an unreadable image.
 
     Returns:
-        number of images of each row [n], their pixels uint8 [sum, 3, S, S], and how many rows have
-        images that were not taken.
+        number of images of each row [n], their pixels uint8 [sum, 3, S, S], and the number of rows
+        with images that were not taken.
 
     Raises:
         ValueError: the column has another type.
@@ -68,13 +68,14 @@ def decoded_images(
 
 
 def _images(value: pa.Scalar, several: bool) -> list[pa.Scalar]:
+    """Return the encoded images of one row."""
     if not value.is_valid:
         return []
     return list(value.values) if several else [value]
 
 
 def num_images(chunk: pa.Array, where: str) -> np.ndarray:  # [n]
-    """Returns the number of images of each row, null ones in a list among them.
+    """Return the number of images of each row, including null ones in a list.
 
     Raises:
         ValueError: the column has another type.

@@ -1,6 +1,8 @@
-"""The items' Parquet files: one row per item, its id checked, its columns read chunk by chunk.
+"""Parquet files of the items: one row per item, its id checked, its columns read chunk by chunk.
 
 They are read when content is tokenised or decoded, once per machine, never in a training step.
+
+Shapes: N usable items, R rows of all files, n rows of a chunk.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ Chunk = tuple[Location, int, pa.Array]  # file, first row in the file, values
 
 
 def digest_of(*parts: Any) -> str:
-    """A hash of bytes-like and printable parts."""
+    """Return a hash of bytes-like and printable parts."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(part if isinstance(part, bytes | memoryview) else repr(part).encode())
@@ -33,13 +35,13 @@ def digest_of(*parts: Any) -> str:
 
 
 class ItemTable:
-    """The items' Parquet files: one row per item, ids checked.
+    """Parquet files of the items: one row per item, ids checked.
 
     Attributes:
-        ids: int64 [N], of the items that can be used.
+        ids: int64 [N], of the usable items.
         rows: int64 [N], their places among the rows of all files.
-        num_rows: of all files.
-        bad_rows: what was found wrong and skipped.
+        num_rows: of all files, R.
+        bad_rows: rows that were invalid and skipped.
 
     Raises:
         ValueError: no file, a missing column, a wrong type; an id that is null, occurs twice or
@@ -47,6 +49,7 @@ class ItemTable:
     """
 
     def __init__(self, root: Location, schema: Schema, on_bad_row: OnBadRow = "error") -> None:
+        """List the files and read their ids."""
         if schema.items is None:
             raise ValueError(
                 f"{root}/schema.yaml: a model with content needs `items` with their columns; add "
@@ -61,6 +64,7 @@ class ItemTable:
         self._read_ids()
 
     def _read_ids(self) -> None:
+        """Read and check the ids of all files."""
         ids, rows, chunks, place = [], [], [], 0
         for file, first_row, chunk in self.chunks(self.items.id):
             found = self._rows_of_ids(file, chunk)
@@ -76,8 +80,12 @@ class ItemTable:
             raise ValueError(f"{self.folder}: no id in column '{self.items.id}' can be used")
         self._leave_out_repeated(chunks)
 
-    def _rows_of_ids(self, file: Location, chunk: pa.Array) -> np.ndarray:
-        """The row in the target item's table of each id; anything for null, -1 for unknown ids."""
+    def _rows_of_ids(
+        self,
+        file: Location,
+        chunk: pa.Array,  # [n]
+    ) -> np.ndarray:  # [n], int64
+        """Return each id's row in the target item's table; any row for null, -1 if unknown."""
         name, target = self.items.id, self.schema.target_item
         is_raw = self.schema.vocabulary_of(target) is not None
         if not (is_id_type(chunk.type) if is_raw else pa.types.is_integer(chunk.type)):
@@ -86,7 +94,7 @@ class ItemTable:
                 f"{file}: column '{name}' has type {chunk.type}, expected {wanted}; write it so"
             )
         if not is_raw:
-            # As they were written, since a large unsigned one would turn negative.
+            # Keep the type of the file, since a cast makes large unsigned ids negative.
             return chunk.fill_null(0).to_numpy(zero_copy_only=False)
         vocabulary = self.schema.vocabularies[target]
         find = vocabulary.find if isinstance(vocabulary, ExactVocabulary) else vocabulary.rows_of
@@ -98,9 +106,13 @@ class ItemTable:
         return rows
 
     def _usable_rows(
-        self, file: Location, first_row: int, chunk: pa.Array, found: np.ndarray
-    ) -> np.ndarray:
-        """Returns which ids of a chunk have a row, `found`, in the target item's table."""
+        self,
+        file: Location,
+        first_row: int,
+        chunk: pa.Array,  # [n]
+        found: np.ndarray,  # [n], row in the target item's table
+    ) -> np.ndarray:  # at most [n]
+        """Report null and unknown ids; return the places of the others in the chunk."""
         name, limit, target = self.items.id, self.schema.num_items, self.schema.target_item
         null = chunk.is_null().to_numpy(zero_copy_only=False)
         outside = ~null & ((found < 0) | (found >= limit))
@@ -124,7 +136,7 @@ class ItemTable:
         return np.flatnonzero(~null & ~outside)
 
     def _leave_out_repeated(self, chunks: list[tuple[Location, int, int]]) -> None:
-        """Keeps the first row of each item; chunks are (file, first row in it, first place)."""
+        """Keep the first row of each item; chunks are (file, first row in it, first place)."""
         again = np.ones(len(self.ids), bool)
         again[np.unique(self.ids, return_index=True)[1]] = False
         repeated = np.full(self.num_rows, -1)
@@ -136,7 +148,12 @@ class ItemTable:
             self.bad_rows.add(file, self.items.id, first_row, ids >= 0, reason, message)
         self.ids, self.rows = self.ids[~again], self.rows[~again]
 
-    def _has_a_row(self, ids: np.ndarray, row: int) -> str:
+    def _has_a_row(
+        self,
+        ids: np.ndarray,  # [n], -1 unless repeated
+        row: int,
+    ) -> str:
+        """Return the message about the second row of an item."""
         vocabulary = self.schema.vocabulary_of(self.schema.target_item)
         if vocabulary is None:
             return f"item {ids[row]} has a row already; keep one row per item"
@@ -148,7 +165,7 @@ class ItemTable:
         )
 
     def chunks(self, name: str) -> Iterator[Chunk]:
-        """A column in order, `ROWS_PER_CHUNK` values at a time.
+        """Yield a column in order, `ROWS_PER_CHUNK` values at a time.
 
         Raises:
             ValueError: a file cannot be read, or lacks the column.
@@ -168,9 +185,11 @@ class ItemTable:
                     )
 
     def places_of(self, ids: np.ndarray, file: Location) -> np.ndarray:  # [n] -> [n]
-        """The row among all files of each of these ids, which are as in the items' files.
+        """Return the row among all files of each id, as the items' files have it; -1 for none.
 
-        -1 for an id that no item has. `file` is where they are from, for messages.
+        Args:
+            ids: integers or strings.
+            file: their file, for messages.
 
         Raises:
             ValueError: they are of another type, or occur twice.
@@ -186,10 +205,10 @@ class ItemTable:
         return np.where(has_item, self.rows[order][at], -1)
 
     def fingerprint(self, name: str) -> str:
-        """A hash of a column's content and of the ids it belongs to."""
+        """Return a hash of a column's content and of the ids it belongs to."""
         buffers: list[Any] = [self.ids.tobytes(), self.rows.tobytes()]
         for _, _, chunk in self.chunks(name):
-            # A slice would share the buffers of its parent, so hash what it holds itself.
+            # A slice shares the buffers of its parent, so hash a compact copy.
             compact = pa.concat_arrays([chunk])
             buffers += [len(compact), *(memoryview(part) for part in compact.buffers() if part)]
         return digest_of(*buffers)
@@ -198,7 +217,7 @@ class ItemTable:
 def _next_chunk(
     batches: Iterator[pa.RecordBatch], file: Location, name: str, row: int
 ) -> pa.Array | None:
-    """The next values, of a type without dictionary or views; None at the end."""
+    """Return the next values, of a type without dictionary or views; None at the end."""
     try:
         batch = next(batches, None)
     except READ_ERRORS as error:

@@ -11,11 +11,11 @@ import pyarrow as pa
 
 from recsys.data.parquet.bad_rows import Report
 
-CHARACTERS_PER_TOKEN = 16  # of a text that are looked at first; words of all languages have fewer
+CHARACTERS_PER_TOKEN = 16  # read at first per token; words of all languages have fewer
 
 
 def texts_of(chunk: pa.Array, where: str, report: Report) -> list[str | None]:
-    """The texts of a chunk; one that was reported is None.
+    """Return the texts of a chunk; one that was reported is None.
 
     Raises:
         ValueError: the column has another type; `where` names file and column.
@@ -29,6 +29,7 @@ def texts_of(chunk: pa.Array, where: str, report: Report) -> list[str | None]:
 
 
 def _decoded(encoded: Sequence[bytes | None], report: Report) -> list[str | None]:
+    """Decode texts one by one; report those that are not UTF-8."""
     texts: list[str | None] = []
     causes: dict[int, str] = {}
     for row, text in enumerate(encoded):
@@ -45,12 +46,12 @@ def _decoded(encoded: Sequence[bytes | None], report: Report) -> list[str | None
 def tokenize(
     texts: Sequence[str | None], max_length: int, tokenizer: Any, fills: bool = False
 ) -> list[list[int]]:
-    """At most `max_length` token ids of each text; none for an empty one.
+    """Return at most `max_length` token ids of each text; none for an empty one.
 
-    With `fills` exactly `max_length`, padding among them, for encoders that read it.
+    With `fills` exactly `max_length`, padding included, for encoders that read it.
 
-    A tokenizer cuts tokens off only when it has made them all, a second and a quarter of a gigabyte
-    for a text of a megabyte. So a text is cut first, far behind the last token that is wanted.
+    A tokenizer truncates only after making all tokens, which takes a second and a quarter of a
+    gigabyte for a text of a megabyte. So a text is cut first, far behind its last needed token.
     """
     limit = CHARACTERS_PER_TOKEN * max_length
     known = [text for text in texts if text]
@@ -70,10 +71,10 @@ def tokenize(
 
 
 def tokenizer_state(tokenizer: Any) -> Any:
-    """Everything that decides how a text is cut: vocabulary, normalisation, merges."""
+    """Return everything that decides how a text is cut: vocabulary, normalisation, merges."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return repr(tokenizer), sorted(tokenizer.get_vocab().items())
     state = json.loads(backend.to_str())
-    # What the last call asked for, which the backend remembers.
+    # The backend remembers the arguments of the last call; they are no part of its state.
     return json.dumps({**state, "truncation": None, "padding": None})

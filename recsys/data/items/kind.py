@@ -1,4 +1,4 @@
-"""A modality kind: how one kind of item content is read, kept on disk and encoded.
+"""Modality kinds: how one kind of item content is read, kept on disk and encoded.
 
 `content.modalities.NAME.kind` names a kind of the package, or a class of your own as
 `package.module:Class`: a subclass of `ModalityKind` with two or three class attributes and five
@@ -37,7 +37,7 @@ MODALITY_KINDS = {
 
 
 class ModalityKind:
-    """Interface of all kinds.
+    """Interface of all modality kinds.
 
     Args:
         where: full name of the settings, for messages.
@@ -54,34 +54,35 @@ class ModalityKind:
     dtype: str = "float32"
 
     def __init__(self, where: str, modality: ModalitySettings) -> None:
+        """Keep the settings and check them."""
         self.where, self.modality = where, modality
         self.notes: list[str] = []
         self.check()
 
     def __reduce__(self) -> Any:
-        """Another process makes it anew, or tokenizers and the like would travel to it."""
+        """Pickle the settings alone: another process makes the kind and its tokenizer anew."""
         return make_kind, (self.where, self.modality)
 
     def check(self) -> None:
-        """Raises a ValueError that names settings which do not fit this kind."""
+        """Raise a ValueError that names settings which do not fit this kind."""
         if self.modality.max_images > 1:
             raise ValueError(
                 f"{self.where}: max_images is of kind image, not {self.modality.kind}; remove it"
             )
 
     def key(self) -> Any:
-        """Returns what decides on the entries beside the column's content; printable."""
+        """Return, in printable form, all that decides the entries beside the column's content."""
         return self.modality.options or None
 
     def entries(
         self, chunk: pa.Array, where: str, report: Report
     ) -> tuple[np.ndarray, np.ndarray]:  # [n], [sum of them, *entry_shape]
-        """Returns the number of entries of each row of a chunk, and all entries in order.
+        """Return the number of entries of each row of a chunk, and all entries in order.
 
         Args:
             chunk: values of the column.
             where: file and column, for messages.
-            report: takes note of rows that cannot be used; they have no entries.
+            report: reports unusable rows; they have no entries.
 
         Raises:
             ValueError: the column has another type.
@@ -90,14 +91,14 @@ class ModalityKind:
 
     def as_input(
         self,
-        values: np.ndarray,  # [U, T, *entry_shape], or what the encoder's frozen part gave
+        values: np.ndarray,  # [U, T, *entry_shape], or outputs of the encoder's frozen part
         mask: np.ndarray,  # [U, T]
     ) -> ContentInput:
-        """Returns padded rows as the encoder takes them."""
+        """Return padded rows in the form that the encoder takes."""
         return ContentInput(torch.from_numpy(values), torch.from_numpy(mask))
 
     def encoder(self, entry_shape: tuple[int, ...]) -> nn.Module:
-        """Returns the encoder, a `recsys.content.encoders.base.Encoder`.
+        """Return the encoder, a `recsys.content.encoders.base.Encoder`.
 
         Args:
             entry_shape: of the cached entries.
@@ -108,18 +109,18 @@ class ModalityKind:
         raise NotImplementedError(f"{type(self).__name__} defines no encoder")
 
     def preparation_digest(self) -> str:
-        """Returns a hash of what is done to the content before the encoder sees it.
+        """Return a hash of the preparation of content before the encoder.
 
-        Scoring with a run whose encoder was given other input is refused by it.
+        Scoring refuses a run whose encoder was trained with another preparation.
         """
         return digest_of(self.key())
 
     def lengths(self, chunk: pa.Array, where: str) -> np.ndarray:  # [n]
-        """Returns the number of entries of each row, without a report of bad ones."""
+        """Return the number of entries of each row, without reporting bad ones."""
         return self.entries(chunk, where, lambda bad, reason, message: None)[0]
 
     def write(self, column: ItemColumnReader, folder: Path) -> int:
-        """Makes the `RaggedArray` of a column and returns its number of entries."""
+        """Make the `RaggedArray` of a column and return its number of entries."""
         with closing(RaggedWriter(folder, self.entry_shape, self.dtype)) as writer:
             for chunk, where, report in column.chunks():
                 writer.add(*self.entries(chunk, where, report))
@@ -127,7 +128,7 @@ class ModalityKind:
 
 
 def make_kind(where: str, modality: ModalitySettings) -> ModalityKind:
-    """Returns the kind that a modality's settings name, which has checked them.
+    """Return the kind that a modality's settings name; its constructor checks them.
 
     Raises:
         ValueError: it is unknown, cannot be made, or refuses the settings.
@@ -142,5 +143,5 @@ def make_kind(where: str, modality: ModalitySettings) -> ModalityKind:
 
 
 def make_kinds(modalities: Mapping[str, ModalitySettings]) -> dict[str, ModalityKind]:
-    """Returns the kind of each modality, by its name."""
+    """Return the kind of each modality, by its name."""
     return {name: make_kind(f"content.modalities.{name}", m) for name, m in modalities.items()}

@@ -1,9 +1,11 @@
 """Rows of varying length kept as one flat memory-mapped array plus offsets.
 
-This is what item content becomes on disk: token ids, pixels, features or hidden states. Ranks and
+Item content is stored on disk in this form: token ids, pixels, features or hidden states. Ranks and
 threads of one machine share its pages, and a batch is gathered by one index. Pages that were read
-count as memory of the process until they are given back, which happens whenever about
+count as memory of the process until they are released, which happens whenever about
 `RESIDENT_BYTES` of a larger file may have been mapped; the system's page cache still has them then.
+
+Shapes: N rows of the array, n rows written at once, U rows gathered, T entries of the longest.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class RaggedArray:
     """
 
     def __init__(self, folder: Path) -> None:
+        """Map the values and read the offsets."""
         try:
             self.values = np.load(folder / "values.npy", "r", allow_pickle=False)
             self.offsets = np.load(folder / "offsets.npy", allow_pickle=False)
@@ -41,23 +44,28 @@ class RaggedArray:
         if not fits:
             raise ValueError(f"{folder}: damaged (its files differ); remove it, it is made again")
         self.folder = folder
-        # Slices of a memmap are slow to make; these are not.
+        # Slices of a memmap are slow to make; those of a plain array are not.
         self._plain = np.asarray(self.values)
-        self._mapped = 0  # bytes, at most
+        self._mapped = 0  # upper bound in bytes
 
     def __reduce__(self) -> tuple[Callable[[Path], RaggedArray], tuple[Path]]:
-        """Another process opens the files anew, or all values would travel to it."""
+        """Pickle the folder alone: another process opens the files anew."""
         return RaggedArray, (self.folder,)
 
     def __len__(self) -> int:
+        """Return the number of rows, N."""
         return len(self.offsets) - 1
 
     @property
     def lengths(self) -> np.ndarray:
+        """Number of entries of each row, [N]."""
         return np.diff(self.offsets)
 
-    def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Padded rows: (values [U, T, ...], mask [U, T]), T the longest of them, at least 1.
+    def gather(
+        self,
+        rows: np.ndarray,  # [U]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return padded rows (values [U, T, ...], mask bool [U, T]); T is at least 1.
 
         A row of -1 stands for an item that is not in the array: it has no entry.
         """
@@ -73,7 +81,7 @@ class RaggedArray:
         return values, mask
 
     def _give_back(self, mapped: int) -> None:
-        """Counts what a read may have mapped, and keeps it within bounds."""
+        """Count the bytes that a read may have mapped, and release pages beyond the limit."""
         self._mapped += mapped
         if self._mapped > RESIDENT_BYTES:
             cast(mmap.mmap, self.values.base).madvise(mmap.MADV_DONTNEED)
@@ -83,8 +91,8 @@ class RaggedArray:
 class RaggedWriter:
     """Writes a `RaggedArray` whose rows come one chunk after the other, holding one in memory.
 
-    By calls that write, not through mapped pages: nothing of it counts as memory of the process,
-    and a full disk is an error instead of a signal that kills.
+    It uses write calls, not mapped pages: nothing of it counts as memory of the process, and a full
+    disk is an error instead of a signal that kills.
 
     Example::
 
@@ -94,6 +102,7 @@ class RaggedWriter:
     """
 
     def __init__(self, folder: Path, shape: tuple[int, ...], dtype: str) -> None:
+        """Open the file of values; `shape` and `dtype` are those of one entry."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.shape, self.dtype = folder, shape, np.dtype(dtype)
         self.lengths: list[np.ndarray] = []
@@ -102,25 +111,26 @@ class RaggedWriter:
         self._write_header()
 
     def _write_header(self) -> None:
-        # numpy leaves room in it for the number of entries to grow. One entry at least, since an
-        # empty file cannot be mapped.
+        """Write the header for the number of entries so far."""
+        # numpy leaves room in the header for the number of entries to grow. It is 1 at least, since
+        # an empty file cannot be mapped.
         shape = (max(self.num_entries, 1), *self.shape)
         header = {"descr": npy.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
         npy.write_array_header_1_0(self._file, header)
 
     def add(
         self,
-        lengths: np.ndarray,  # [n] of the next rows
+        lengths: np.ndarray,  # [n], of the next rows
         values: np.ndarray,  # [sum of lengths, ...]
     ) -> None:
-        """Appends rows."""
+        """Append rows."""
         assert values.shape == (lengths.sum(), *self.shape)
         self.lengths.append(lengths)
         self.num_entries += len(values)
         self._file.write(np.ascontiguousarray(values, self.dtype).data)
 
     def close(self) -> None:
-        """Completes the files, safe from a loss of power."""
+        """Complete the files and flush them to disk, safe from a loss of power."""
         if not self.num_entries:
             self._file.write(np.zeros(self.shape, self.dtype).tobytes())
         self._file.seek(0)
@@ -142,8 +152,13 @@ class RowWriter(RaggedWriter):
     """
 
     def __init__(
-        self, folder: Path, lengths: np.ndarray, shape: tuple[int, ...], dtype: str
+        self,
+        folder: Path,
+        lengths: np.ndarray,  # [N]
+        shape: tuple[int, ...],
+        dtype: str,
     ) -> None:
+        """Reserve the file for rows of these lengths."""
         super().__init__(folder, shape, dtype)
         self.lengths, self.num_entries = [lengths], int(lengths.sum())
         self._starts = np.cumsum(lengths) - lengths
@@ -156,7 +171,7 @@ class RowWriter(RaggedWriter):
         rows: np.ndarray,  # [n]
         values: np.ndarray,  # [sum of their lengths, ...]
     ) -> None:
-        """Writes all entries of some rows."""
+        """Write all entries of some rows."""
         place = 0
         for row in rows.tolist():
             entries = values[place : place + self.lengths[0][row]]

@@ -1,4 +1,4 @@
-"""The distinct items of a batch and where each of its ids is among them, without sorting the ids.
+"""Distinct items of a batch and the place of each id among them, without sorting the ids.
 
 Shapes: n ids, U distinct ones.
 """
@@ -8,15 +8,15 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-# Looking through a table of all items is faster than hashing while it has at most so many entries
-# in all, and so many per id.
+# Scanning a table of all items is faster than hashing while it has at most MOST_MARKS entries in
+# all, and MARKS_PER_ID per id.
 MOST_MARKS, MARKS_PER_ID = 1 << 22, 256
 
 
 class UniqueItems:
     """`np.unique(items, return_inverse=True)` for ids below a bound, several times as fast.
 
-    May be called by several threads at once.
+    Several threads may call it at once.
 
     Args:
         num_items: ids are in `[0, num_items)`.
@@ -27,11 +27,15 @@ class UniqueItems:
     """
 
     def __init__(self, num_items: int) -> None:
+        """Keep the bound; tables of marks are made on demand, one per thread."""
         self.num_items = num_items
-        self._spare: list[_Marks] = []  # as many as have been used at the same time
+        self._spare: list[_Marks] = []  # as many as were in use at the same time
 
-    def __call__(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(the distinct items in rising order [U], where each of `items` [n] is among them)."""
+    def __call__(
+        self,
+        items: np.ndarray,  # [n]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the distinct items [U], ascending, and the place of each id among them [n]."""
         if self.num_items > min(MOST_MARKS, MARKS_PER_ID * len(items)):
             return hashed(items)
         try:
@@ -50,7 +54,11 @@ class _Marks:
         self.is_there = np.zeros(num_items, bool)
         self.place = np.empty(num_items, np.int64)
 
-    def unique(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def unique(
+        self,
+        items: np.ndarray,  # [n]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the distinct items [U] and the place of each id among them [n]."""
         self.is_there[items] = True
         distinct = np.flatnonzero(self.is_there)
         self.is_there[distinct] = False
@@ -58,8 +66,10 @@ class _Marks:
         return distinct, self.place[items]
 
 
-def hashed(items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same by a hash table: only the distinct items are sorted."""
+def hashed(
+    items: np.ndarray,  # [n]
+) -> tuple[np.ndarray, np.ndarray]:  # [U], [n]
+    """Do the same by a hash table: only the distinct items are sorted."""
     encoded = pa.array(items, pa.int64()).dictionary_encode()
     distinct = encoded.dictionary.to_numpy()
     order = distinct.argsort()

@@ -1,9 +1,11 @@
 """MovieLens ratings turned into dataset folders, by the protocols of `protocols`.
 
-A rating of 4 or more is a like. A row knows of each item of its history whether it was liked, its
-stars (as a share of 5) and how long ago it was (log10(1 + days) / 2). A folder has the splits, the
-items and the schema; a protocol with several datasets makes a folder of such folders, which share
-their items on disk.
+A rating of 4 or more is a like. A row has, for each item of its history, whether it was liked, its
+stars (as a share of 5) and how long ago it was rated (log10(1 + days) / 2). A folder has the
+splits, the items and the schema; a protocol with several datasets makes a folder of such folders,
+which share their items on disk.
+
+Shapes: R rows of a split.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from recsys.data.movielens.source import read_movielens
 
 ROWS_PER_GROUP = 8192  # small enough that several ranks share a split evenly
 ROWS_PER_CHUNK = 16 * ROWS_PER_GROUP  # impressions whose histories are in memory at once
-ITEMS_PER_GROUP = 1024  # smaller, as a row may hold a poster
+ITEMS_PER_GROUP = 1024  # smaller, since a row may hold a poster
 
 MOST_STARS = 5
 SECONDS_PER_DAY = 86_400
@@ -63,7 +65,7 @@ def prepare_movielens(
     history_length: int = 20,
     split: SplitProtocol = "global",
 ) -> dict[str, dict[str, Any]]:
-    """Writes the dataset folder `out`; it appears complete or not at all.
+    """Write the dataset folder `out`; it appears complete or not at all.
 
     Args:
         source: folder with `ratings.csv`, `movies.csv` and, optionally, `items.parquet` (movieId
@@ -75,13 +77,13 @@ def prepare_movielens(
             time; `rolling`, the global split at five origins. See `protocols`.
 
     Returns:
-        Per split (`window-1/train` ... where there are windows): rows, liked (share), users,
+        Per split (`window-1/train` ... for `rolling`): rows, liked (share), users,
         new_users (share of rows by users without a training row), cold and unseen (share of rows
         whose item has few and no training rows of the same dataset).
 
     Raises:
         ValueError: `out` is in use, a file or column is missing, a value cannot be used, or a
-            split would be empty. Names file, column, row and what to do.
+            split would be empty. Names file, column, row and fix.
 
     Example::
 
@@ -105,7 +107,7 @@ def prepare_movielens(
 
 
 def format_summary(summary: dict[str, dict[str, Any]]) -> str:
-    """The summary of `prepare_movielens` as a plain text table."""
+    """Return the summary of `prepare_movielens` as a plain text table."""
     width = max(map(len, summary)) + 1
     lines = [
         f"{'split':<{width}}{'rows':>12}{'liked':>9}{'users':>9}{'new users':>11}"
@@ -122,6 +124,7 @@ def format_summary(summary: dict[str, dict[str, Any]]) -> str:
 def _write_datasets(
     folder: Path, ratings: Ratings, datasets: dict[str, Splits], movies: pa.Table
 ) -> None:
+    """Write schema, splits and items of each dataset; later ones link to the first items."""
     schema = SCHEMA.format(
         num_users=int(ratings.user[-1]) + 1,
         num_items=movies.num_rows,
@@ -141,7 +144,7 @@ def _write_datasets(
 
 
 def _link(file: Path, target: Path) -> None:
-    """The same bytes once on disk, or a copy where the file system has no hard links."""
+    """Hard-link the file, or copy it where the file system has no hard links."""
     target.parent.mkdir()
     try:
         target.hardlink_to(file)
@@ -149,14 +152,19 @@ def _link(file: Path, target: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def _write_split(folder: Path, ratings: Ratings, rows: np.ndarray) -> None:
+def _write_split(
+    folder: Path,
+    ratings: Ratings,
+    rows: np.ndarray,  # [R], int64
+) -> None:
+    """Write the impressions of some ratings, ordered by time."""
     rows = rows[np.lexsort((ratings.item[rows], ratings.user[rows], ratings.timestamp[rows]))]
     chunks = (rows[at : at + ROWS_PER_CHUNK] for at in range(0, len(rows), ROWS_PER_CHUNK))
     _write_file(folder, (_impressions(ratings, chunk) for chunk in chunks), ROWS_PER_GROUP)
 
 
 def _write_file(folder: Path, tables: Iterator[pa.Table], rows_per_group: int) -> Path:
-    """Writes tables one after another into the only file of a new folder."""
+    """Write tables one after another into the only file of a new folder."""
     folder.mkdir()
     path = folder / "part-00000.parquet"
     first = next(tables)
@@ -168,7 +176,11 @@ def _write_file(folder: Path, tables: Iterator[pa.Table], rows_per_group: int) -
     return path
 
 
-def _impressions(ratings: Ratings, rows: np.ndarray) -> pa.Table:
+def _impressions(
+    ratings: Ratings,
+    rows: np.ndarray,  # [R], int64
+) -> pa.Table:
+    """Return the rows of some ratings with their histories."""
     begin = ratings.history_begin[rows]
     lengths = ratings.history_end[rows] - begin
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -180,7 +192,7 @@ def _impressions(ratings: Ratings, rows: np.ndarray) -> pa.Table:
     parallel = (
         liked(stars),
         stars / MOST_STARS,
-        # A day is 0.15, a hundred days are 1: tastes are as old as their order of magnitude.
+        # A day is 0.15, a hundred days are 1: the order of magnitude of an age matters.
         (np.log10(1 + ago / SECONDS_PER_DAY) / 2).astype(np.float32),
     )
     return pa.table(
@@ -199,6 +211,7 @@ def _impressions(ratings: Ratings, rows: np.ndarray) -> pa.Table:
 
 
 def _write_items(folder: Path, movies: pa.Table) -> Path:
+    """Write the items' file."""
     columns = {
         "item": pa.array(np.arange(movies.num_rows), pa.int64()),
         "movie_id": movies["movieId"],
@@ -216,13 +229,13 @@ def _write_items(folder: Path, movies: pa.Table) -> Path:
 
 
 def _genres(movies: pa.Table) -> pa.ChunkedArray:
-    """`Comedy|Drama`, or null."""
+    """Return genres such as `Comedy|Drama`; null for a movie without genres."""
     has_none = pc.is_in(movies["genres"], pa.array(["", "(no genres listed)"]))
     return pc.if_else(has_none, None, movies["genres"])
 
 
 def _text(movies: pa.Table) -> pa.ChunkedArray:
-    """`title | genres | plot`, without the parts that a movie lacks."""
+    """Return `title | genres | plot`, without the parts that a movie lacks."""
     parts = [movies["title"], pc.replace_substring(_genres(movies), "|", ", ")]
     if "plot" in movies.column_names:
         parts.append(movies["plot"])
@@ -235,6 +248,7 @@ def _text(movies: pa.Table) -> pa.ChunkedArray:
 
 
 def _summary(ratings: Ratings, splits: Splits, num_items: int) -> dict[str, dict[str, Any]]:
+    """Compute the figures of each split."""
     train = splits["train"]
     item_counts = np.bincount(ratings.item[train], minlength=num_items)
     user_counts = np.bincount(ratings.user[train], minlength=int(ratings.user[-1]) + 1)

@@ -1,12 +1,14 @@
-"""Which ratings become the train, valid and test rows of a dataset, and what a row may know.
+"""Protocols that split ratings into train, valid and test rows, and the history of a row.
 
 Three protocols, with one rule at every cut: it lies at a quantile of timestamps
 (`numpy.quantile(..., method="lower")`), and the ratings of that moment come before it. So a moment
 is never cut in two. In all of them a row's history is its user's last ratings with a STRICTLY
-smaller timestamp, whatever split those are in: no rating leaks from the row's own second.
+smaller timestamp, from any split: no rating leaks from the row's own second.
 
 Time-ordered splits and their leaks: Ji et al., A Critical Study on Data Leakage in Recommender
 System Offline Evaluation (arXiv 2010.11060).
+
+Shapes: N ratings.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ Splits = dict[str, np.ndarray]  # train, valid, test -> rows, int64, ascending
 
 @dataclass(frozen=True)
 class Ratings:
-    """All ratings, ordered by user, then timestamp, then item; N ratings.
+    """All ratings, ordered by user, then timestamp, then item.
 
     The history of rating n is the slice `[history_begin[n], history_end[n])` of the same arrays.
     """
@@ -41,13 +43,15 @@ class Ratings:
     history_end: np.ndarray  # int64 [N]
 
 
-def liked(stars: np.ndarray) -> np.ndarray:
-    """float32, 1 or 0: whether ratings of so many stars are likes."""
+def liked(
+    stars: np.ndarray,  # [N], float
+) -> np.ndarray:  # [N], float32
+    """Return 1 for ratings of `LIKED_FROM` stars or more, else 0."""
     return (stars >= LIKED_FROM).astype(np.float32)
 
 
 def sorted_ratings(table: pa.Table, history_length: int) -> Ratings:
-    """Ratings in order, with their histories.
+    """Return ratings in order, with their histories.
 
     Args:
         table: columns userId, item, rating and timestamp; N rows in any order.
@@ -65,7 +69,7 @@ def sorted_ratings(table: pa.Table, history_length: int) -> Ratings:
 def history_ranges(
     user: np.ndarray, timestamp: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where each rating's history lies among ratings ordered by user and timestamp.
+    """Locate each rating's history among ratings ordered by user and timestamp.
 
     Args:
         user: int [N], ascending.
@@ -87,7 +91,7 @@ def history_ranges(
 
 
 def split_ratings(ratings: Ratings, protocol: SplitProtocol) -> dict[str, Splits]:
-    """The splits of each dataset that a protocol makes.
+    """Return the splits of each dataset that a protocol makes.
 
     Args:
         ratings: in their order.
@@ -106,7 +110,7 @@ def split_ratings(ratings: Ratings, protocol: SplitProtocol) -> dict[str, Splits
 
 
 def split_by_time(timestamp: np.ndarray) -> Splits:
-    """One split in time for all users: train, valid and test end at quantiles 0.8, 0.9 and 1.
+    """Split all users at once in time: train, valid and test end at quantiles 0.8, 0.9 and 1.
 
     Args:
         timestamp: int64 [N], in any order.
@@ -118,10 +122,10 @@ def split_by_time(timestamp: np.ndarray) -> Splits:
 
 
 def split_rolling(timestamp: np.ndarray) -> dict[str, Splits]:
-    """Rolling origin: `window-1` to `window-5`, each tested on one tenth after the middle of time.
+    """Split at rolling origins: `window-1` to `window-5`, each tested on a later tenth of ratings.
 
     Window w is tested between the quantiles (w + 4) / 10 and (w + 5) / 10, validated on the tenth
-    before, and trained on all that lies before that: `window-5` is `split_by_time`.
+    before, and trained on all earlier ratings: `window-5` is `split_by_time`.
 
     Args:
         timestamp: int64 [N], in any order.
@@ -139,7 +143,7 @@ def split_rolling(timestamp: np.ndarray) -> dict[str, Splits]:
 
 
 def split_each_user(user: np.ndarray, timestamp: np.ndarray) -> Splits:
-    """Each user's ratings split at the quantiles 0.8 and 0.9 of the user's own timestamps.
+    """Split each user's ratings at the quantiles 0.8 and 0.9 of the user's own timestamps.
 
     A user's first 80 % are train, the next 10 % valid, the last 10 % test; ratings of one moment go
     where the first of them goes. With n ratings of the user, of which m are strictly older, a
@@ -164,8 +168,12 @@ def split_each_user(user: np.ndarray, timestamp: np.ndarray) -> Splits:
     )
 
 
-def _between_quantiles(timestamp: np.ndarray, until: Sequence[float], window: str = "") -> Splits:
-    """Rows up to three quantiles of time; what is later is in no split."""
+def _between_quantiles(
+    timestamp: np.ndarray,  # [N], int64
+    until: Sequence[float],
+    window: str = "",
+) -> Splits:
+    """Split at three quantiles of time; later ratings are in no split."""
     ends = np.quantile(timestamp, until, method="lower")
     return _splits(
         [timestamp <= end for end in ends],
@@ -175,11 +183,11 @@ def _between_quantiles(timestamp: np.ndarray, until: Sequence[float], window: st
 
 
 def _splits(until: Sequence[np.ndarray], problem: str) -> Splits:
-    """The rows of each split.
+    """Return the rows of each split.
 
     Args:
         until: bool [N] for train, valid and test: rows of that split or one before.
-        problem: says that the split put for `{}` would be empty.
+        problem: error message for an empty split, whose name replaces `{}`.
     """
     splits: Splits = {}
     before = np.zeros_like(until[0])

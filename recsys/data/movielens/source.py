@@ -1,8 +1,10 @@
-"""The files of a MovieLens archive, read and checked, before any protocol is applied.
+"""Files of a MovieLens archive, read and checked, before any protocol is applied.
 
 Sources are the GroupLens archives (https://grouplens.org/datasets/movielens/), unpacked, and the
 bundled ml-latest-small (its terms: `sample/README.txt`). Every error names the file, the column
 and the row as an editor counts it, because people edit these files.
+
+Shapes: N rows of a file.
 """
 
 from __future__ import annotations
@@ -30,18 +32,18 @@ POSTERS = {"movieId": pa.int64(), "poster": pa.large_binary()}  # together they 
 
 
 def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
-    """Reads a folder with `ratings.csv`, `movies.csv` and, optionally, `items.parquet`.
+    """Read a folder with `ratings.csv`, `movies.csv` and, optionally, `items.parquet`.
 
     Args:
         source: the folder; None is the bundled sample. `items.parquet` has movieId with plot,
-            poster or both; a movie that it lacks has none.
+            poster or both; a movie without a row there has neither.
 
     Returns:
-        movies: movieId, title, genres, and plot and poster where there are; ordered by movieId.
+        movies: movieId, title, genres, and plot and poster if available; ordered by movieId.
         ratings: userId, movieId, rating, timestamp, and item: the row of the movie in movies.
 
     Raises:
-        ValueError: a file, column or value is missing or cannot be used.
+        ValueError: a file, column or value is missing or invalid.
     """
     folder, suffix = (SAMPLE, "parquet") if source is None else (Path(source), "csv")
     ratings_path, movies_path = folder / f"ratings.{suffix}", folder / f"movies.{suffix}"
@@ -60,7 +62,7 @@ def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
 
 
 def _add_contents(movies: pa.Table, path: Path) -> pa.Table:
-    """Plot and poster, as far as `path` has these columns, matched by movieId; else null."""
+    """Add plot and poster, if `path` has these columns, matched by movieId; else null."""
     try:
         available = set(pq.read_schema(path).names)
     except (pa.ArrowException, OSError) as error:
@@ -77,7 +79,7 @@ def _add_contents(movies: pa.Table, path: Path) -> pa.Table:
 
 
 def _read(path: Path, types: dict[str, pa.DataType], nullable: str | None = None) -> pa.Table:
-    """The named columns of a CSV or Parquet file, of the given types, checked."""
+    """Read the named columns of a CSV or Parquet file and check their types and values."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; the source folder must hold it")
     try:
@@ -94,7 +96,8 @@ def _read(path: Path, types: dict[str, pa.DataType], nullable: str | None = None
 
 
 def _read_csv(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
-    # One thread, because Arrow knows the row of a bad value only then.
+    """Read a CSV file; an error names column and row."""
+    # One thread: with several, Arrow does not report the row of a bad value.
     read = pa_csv.ReadOptions(use_threads=False)
     convert = pa_csv.ConvertOptions(include_columns=list(types), column_types=types)
     try:
@@ -110,6 +113,7 @@ def _read_csv(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
 
 
 def _read_parquet(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
+    """Read columns of a Parquet file and cast them."""
     missing = [name for name in types if name not in pq.read_schema(path).names]
     if missing:
         raise pa.ArrowInvalid(f"column '{missing[0]}' does not exist")
@@ -125,7 +129,7 @@ def _read_parquet(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
 def _read_movies(
     path: Path, types: dict[str, pa.DataType], nullable: str | None = None
 ) -> pa.Table:
-    """Reads a file with one row per movie."""
+    """Read a file with one row per movie."""
     table = _read(path, types, nullable)
     ids = table["movieId"].to_numpy()
     is_repeated = np.ones(len(ids), dtype=bool)
@@ -135,10 +139,16 @@ def _read_movies(
     return table
 
 
-def _refuse(path: Path, table: pa.Table, column: str, wrong: np.ndarray, reason: str) -> None:
-    """Raises a ValueError for the first row of a file where `wrong` holds, bool [N].
+def _refuse(
+    path: Path,
+    table: pa.Table,
+    column: str,
+    wrong: np.ndarray,  # [N], bool
+    reason: str,
+) -> None:
+    """Raise a ValueError for the first row of a file that `wrong` marks.
 
-    `reason` says what is wrong with the value put for `{}`, and what to do.
+    The value replaces `{}` in `reason`, which names the error and the fix.
     """
     if wrong.any():
         row = int(wrong.argmax())
@@ -147,5 +157,5 @@ def _refuse(path: Path, table: pa.Table, column: str, wrong: np.ndarray, reason:
 
 
 def _row(path: Path, index: int) -> str:
-    """How an editor counts the rows of that file."""
+    """Return the number of a row as an editor counts it."""
     return f"row {index + 2} (the header is row 1)" if path.suffix == ".csv" else f"row {index}"

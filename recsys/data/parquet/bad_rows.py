@@ -1,9 +1,11 @@
-"""Rows that cannot be used: the first one ends the job, or all are skipped and counted.
+"""Unusable rows: the first one ends the job, or all are skipped and counted.
 
-A row is bad where one of its values cannot be used (null, NaN, an id outside its table, lists of
-unequal length, an image that is none) or where its row group cannot be read. What is wrong with a
-whole file (no footer, a missing column, another type) is an error in any case, as nobody can say
-how many rows would be lost.
+A row is bad if one of its values is unusable (null, NaN, an id outside its table, lists of
+unequal length, bytes that are no image) or if its row group cannot be read. A defect of a whole
+file (no footer, a missing column, another type) is always an error, as the number of lost rows
+would be unknown.
+
+Shapes: n rows of the part of a file that is read at once.
 """
 
 from __future__ import annotations
@@ -18,17 +20,17 @@ from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 
 OnBadRow = Literal["error", "skip"]
-LINES = 20  # of the report; metrics hold all of it
+LINES = 20  # of the report; the metrics hold all entries
 
-# What reads a part of a file tells of it: which of its rows are bad, what they have in common, and
-# what to say about one of them.
+# The reader of a part of a file passes: mask of its bad rows, their common reason, and a function
+# from a row to its message.
 Report = Callable[[np.ndarray, str, Callable[[int], str]], None]
 # File, column, first row of the part of the file that was read at once, reason.
 Place = tuple[str, str, int, str]
 
 
 class BadRows:
-    """Raises at the first bad row, or counts them all.
+    """Raises at the first bad row, or counts all of them.
 
     A part of a file (a row group) may be read again in each epoch and by two ranks; it counts once.
 
@@ -40,6 +42,7 @@ class BadRows:
     """
 
     def __init__(self, on_bad_row: OnBadRow = "error") -> None:
+        """Start with no bad rows."""
         self.on_bad_row = on_bad_row
         self.found: dict[Place, tuple[int, int]] = {}  # number of rows, the first of them
 
@@ -48,18 +51,19 @@ class BadRows:
         file: Location | str,
         column: str,
         first_row: int,
-        bad: np.ndarray,
+        bad: np.ndarray,  # [n], bool
         reason: str,
         message: Callable[[int], str],
     ) -> None:
-        """Takes note of the bad rows of one column in a part of a file, if there are any.
+        """Record the bad rows of one column in a part of a file, if there are any.
 
         Args:
-            file, column: where they are; column "" for whole rows.
-            first_row: place of the part's first row in the file.
-            bad: bool [rows of the part].
-            reason: what they have in common.
-            message: what is wrong with a row of the part, and the mend.
+            file: the file, for messages.
+            column: the column; "" for whole rows.
+            first_row: position of the part's first row in the file.
+            bad: mask of the part's bad rows.
+            reason: description that all of them share.
+            message: maps a row of the part to its error and the fix.
 
         Raises:
             ValueError: a row is bad and `on_bad_row` is error; names file, column and row.
@@ -73,11 +77,11 @@ class BadRows:
         self.found[str(file), column, first_row, reason] = (int(bad.sum()), first_row + row)
 
     def of_column(self, column: str) -> dict[Place, tuple[int, int]]:
-        """Returns what was found in one column."""
+        """Return the bad rows of one column."""
         return {place: rows for place, rows in self.found.items() if place[1] == column}
 
     def summary(self, ranks: Ranks, what: str) -> dict[str, Any]:
-        """Counts of all ranks; rank 0 logs them as the skipped rows of `what`. A collective.
+        """Return counts over all ranks, which rank 0 logs as skipped rows of `what`. A collective.
 
         Returns:
             rows: number of skipped rows.
@@ -93,10 +97,10 @@ class BadRows:
 
 
 def by_reason(found: dict[Place, tuple[int, int]]) -> tuple[int, list[dict[str, Any]]]:
-    """Returns bad rows in all, and by file, column and reason, of what `BadRows` has noted."""
+    """Return the number of bad rows, and an entry by file, column and reason."""
     merged: dict[tuple[str, str, str], tuple[int, int]] = {}
     for (file, column, _, reason), (rows, first) in sorted(found.items()):
-        # Parts come in order, so the first row of the first part stays.
+        # Parts come in order, so the first row of the first part is kept.
         total, earliest = merged.get((file, column, reason), (0, first))
         merged[file, column, reason] = (total + rows, earliest)
     entries = [
@@ -107,7 +111,7 @@ def by_reason(found: dict[Place, tuple[int, int]]) -> tuple[int, list[dict[str, 
 
 
 def format_skipped(what: str, rows: int, entries: list[dict[str, Any]]) -> str:
-    """Returns the report as lines of text."""
+    """Return the report as lines of text."""
     lines = [f"skipped {_rows(rows)} of {what}:"]
     for entry in entries[:LINES]:
         column = f" column '{entry['column']}'" if entry["column"] else ""
@@ -121,4 +125,5 @@ def format_skipped(what: str, rows: int, entries: list[dict[str, Any]]) -> str:
 
 
 def _rows(number: int) -> str:
+    """Return a number of rows in words."""
     return f"{number:,} row{'' if number == 1 else 's'}"

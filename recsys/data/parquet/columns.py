@@ -1,7 +1,7 @@
-"""Impressions as numpy arrays, out of which the rows of a batch are copied by their places.
+"""Impressions as numpy arrays, from which the rows of a batch are copied by position.
 
 A window of rows is decoded once and stays in the order of its files; each batch takes the rows that
-the shuffle deals to it. So no window is ever copied as a whole, and what a batch holds is its own.
+the shuffle assigns to it. So no window is ever copied as a whole, and a batch owns its memory.
 
 Shapes: R rows, N values of all lists of a column, n rows taken.
 """
@@ -19,9 +19,9 @@ from recsys.data.parquet.values import is_list, list_lengths, one_chunk
 
 @dataclass(frozen=True)
 class ListColumns:
-    """Columns whose lists are equally long in each row, as those beside a history are.
+    """Columns whose lists are equally long in each row, such as those beside a history.
 
-    offsets: int64 [R + 1], where each row's values begin.
+    offsets: int64 [R + 1], the begin of each row's values.
     values: [N] of each column.
     """
 
@@ -30,11 +30,14 @@ class ListColumns:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [R]."""
+        """Length of each row's list: int64 [R]."""
         return np.diff(self.offsets)
 
-    def take(self, rows: np.ndarray) -> ListColumns:
-        """Returns the lists of some rows [n]."""
+    def take(
+        self,
+        rows: np.ndarray,  # [n]
+    ) -> ListColumns:
+        """Return copies of the lists of some rows."""
         starts = self.offsets[rows]
         lengths = self.offsets[rows + 1] - starts
         ends = np.cumsum(lengths)
@@ -45,7 +48,7 @@ class ListColumns:
 
     @staticmethod
     def concat(parts: Sequence[ListColumns]) -> ListColumns:
-        """Returns the rows of all parts, one after the other."""
+        """Return the rows of all parts, one after the other."""
         lengths = np.concatenate([part.lengths for part in parts])
         values = {
             name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values
@@ -71,7 +74,7 @@ class RowColumns:
 
     @staticmethod
     def of(table: pa.Table) -> RowColumns:
-        """Takes a table of canonical types (`recsys.data.parquet.values`), sharing its memory."""
+        """Convert a table of canonical types (`recsys.data.parquet.values`), sharing its memory."""
         numbers: dict[str, np.ndarray] = {}
         lists: list[ListColumns] = []
         for name in table.column_names:
@@ -84,23 +87,28 @@ class RowColumns:
 
     @property
     def num_rows(self) -> int:
+        """Number of rows, R."""
         return len(next(iter(self.numbers.values())))
 
     def values(self, name: str) -> np.ndarray:
-        """Returns values of all lists of a column, [N]."""
+        """Return the values of all lists of a column, [N]."""
         return self._holder(name).values[name]
 
     def lengths(self, name: str) -> np.ndarray:
-        """Returns lengths of a column's lists, int64 [R]; 1 each for a column of numbers."""
+        """Return the lengths of a column's lists, int64 [R]; 1 each for a column of numbers."""
         if name in self.numbers:
             return np.ones(self.num_rows, np.int64)
         return self._holder(name).lengths
 
     def _holder(self, name: str) -> ListColumns:
+        """Return the lists that include a column."""
         return next(columns for columns in self.lists if name in columns.values)
 
-    def take(self, rows: np.ndarray) -> RowColumns:
-        """Copies of some rows [n], in that order."""
+    def take(
+        self,
+        rows: np.ndarray,  # [n]
+    ) -> RowColumns:
+        """Copy some rows, in this order."""
         return RowColumns(
             {name: values.take(rows) for name, values in self.numbers.items()},
             tuple(columns.take(rows) for columns in self.lists),
@@ -108,7 +116,7 @@ class RowColumns:
 
     @staticmethod
     def concat(parts: Sequence[RowColumns]) -> RowColumns:
-        """Returns the rows of all parts, one after the other."""
+        """Return the rows of all parts, one after the other."""
         if len(parts) == 1:
             return parts[0]
         # Columns that are equally long in one part may differ in another, so each stands alone.
@@ -122,6 +130,7 @@ class RowColumns:
         )
 
     def _lists_alone(self) -> dict[str, ListColumns]:
+        """Return each list column with offsets of its own."""
         return {
             name: ListColumns(columns.offsets, {name: values})
             for columns in self.lists
@@ -130,8 +139,8 @@ class RowColumns:
 
 
 def _add_lists(lists: list[ListColumns], name: str, array: pa.Array) -> None:
-    """Adds a column, to those that are as long if there are any."""
-    # flatten leaves out what lies under a null list, so offsets follow from the lengths alone.
+    """Add a column to the lists of the same lengths if there are any, else alone."""
+    # flatten omits the values under a null list, so offsets follow from the lengths alone.
     offsets = np.concatenate([[0], np.cumsum(list_lengths(array), dtype=np.int64)])
     values = array.flatten().to_numpy(zero_copy_only=False)
     for columns in lists:

@@ -1,4 +1,4 @@
-"""Opens Parquet files and reads columns of them; what is wrong with a file is told by its name.
+"""Opens Parquet files and reads columns of them; every error names the file.
 
 Pages are checked against their checksums where the writer stored them (Spark does, pyarrow with
 `write_page_checksum=True`). Without them a flipped bit inside a page may pass as another value.
@@ -15,19 +15,19 @@ import pyarrow.parquet as pq
 from recsys.data.filesystem import Location
 from recsys.data.schema import Schema
 
-# A damaged footer may hold names that are no UTF-8.
+# A damaged footer may hold names that are not UTF-8.
 READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
 STREAM_BYTES = 1 << 20
 
 
 @contextmanager
 def open_parquet(file: Location, streaming: bool = False) -> Iterator[pq.ParquetFile]:
-    """Returns the open file.
+    """Open a file for the length of a block.
 
     Args:
-        file: where it is.
-        streaming: pages are read as they are needed, since a column of images may be larger than
-            the memory; else whole columns at once, which takes fewer requests.
+        file: its location.
+        streaming: read pages as they are needed, since a column of images may exceed the memory;
+            else whole columns at once, which takes fewer requests.
 
     Raises:
         ValueError: there is no such file, or its footer cannot be read.
@@ -49,7 +49,7 @@ def open_parquet(file: Location, streaming: bool = False) -> Iterator[pq.Parquet
 
 
 def column_type(parquet: pq.ParquetFile, file: Location, name: str) -> pa.DataType:
-    """Returns the Arrow type of a column.
+    """Return the Arrow type of a column.
 
     Raises:
         ValueError: the file does not have the column, or has it twice.
@@ -66,10 +66,9 @@ def column_type(parquet: pq.ParquetFile, file: Location, name: str) -> pa.DataTy
 
 
 def mean_list_lengths(root: Location, schema: Schema) -> dict[str, float]:
-    """Returns mean ids per row of each list column, by the footer of the first training file.
+    """Return the mean ids per row of each list column, from the footer of the first training file.
 
-    Empty where there is no such file, or none that can be read: then there is nothing to estimate,
-    and what is wrong is told where its rows are read.
+    Empty if there is no readable file: the error is then reported when its rows are read.
     """
     lists = [name for name, column in schema.columns.items() if column.kind in ("ids", "sequence")]
     try:

@@ -1,9 +1,9 @@
-"""Which rows of an epoch a rank reads, in which order, also after a restart on other ranks.
+"""Order of an epoch's rows on each rank, also after a restart with another number of ranks.
 
 An epoch visits every row once. Its order is decided by the seed, the epoch and the number of ranks
 alone, so that a position in it is a few numbers. When an epoch is continued by another number of
-ranks (or with another batch size), what the earlier ranks have left is laid end to end and dealt
-anew: no row is read twice and none is left out.
+ranks (or with another batch size), the rows that the earlier ranks have left are laid end to end
+and dealt anew: no row is read twice and none is left out.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ class Slice:
     high: int
 
     def __len__(self) -> int:
+        """Return the number of rows."""
         return self.high - self.low
 
 
 def deal(slices: Sequence[Slice], world_size: int) -> list[list[Slice]]:
-    """Cuts the rows into one contiguous share per rank; lengths differ by one row at most."""
+    """Cut the rows into one contiguous share per rank; lengths differ by at most one row."""
     num_rows = sum(map(len, slices))
     cuts = [num_rows * rank // world_size for rank in range(world_size + 1)]
     return [between(slices, low, high) for low, high in pairwise(cuts)]
 
 
 def between(slices: Sequence[Slice], low: int, high: int) -> list[Slice]:
-    """Returns the rows at places `[low, high)` of the slices laid end to end."""
+    """Return the rows at places `[low, high)` of the slices laid end to end."""
     found, place = [], 0
     for piece in slices:
         first, last = max(low - place, 0), min(high - place, len(piece))
@@ -55,22 +56,22 @@ def between(slices: Sequence[Slice], low: int, high: int) -> list[Slice]:
 
 
 def num_batches_of(num_rows: int, batch_size: int) -> int:
-    """Returns batches of at most `batch_size` that hold `num_rows` rows."""
+    """Return the number of batches of at most `batch_size` rows that hold `num_rows` rows."""
     return -(-num_rows // batch_size)
 
 
 def rows_before(batch: int, num_rows: int, num_batches: int) -> int:
-    """Returns rows in the batches before number `batch`, of `num_rows` cut as equally as can be."""
+    """Return the number of rows before number `batch` of `num_batches` nearly equal batches."""
     return num_rows * batch // num_batches if num_batches else 0
 
 
 @dataclass(frozen=True)
 class EpochShare:
-    """What one rank reads of an epoch."""
+    """Rows of an epoch that one rank reads."""
 
     slices: list[Slice]
-    num_rows: int  # of the largest share of any rank, to which the others are padded
-    rows_done: int  # by all ranks of the stages before
+    num_rows: int  # of the largest share of all ranks, to which the others are padded
+    rows_done: int  # rows read by all ranks of earlier stages
 
     @staticmethod
     def of(
@@ -80,7 +81,7 @@ class EpochShare:
         world_size: int,
         shuffle_seed: tuple[int, int] | None,
     ) -> EpochShare:
-        """Returns the share of `rank` in what the `stages` have left."""
+        """Return the share of `rank` in the rows that the `stages` have left."""
         rest: list[Slice] | None = None
         for stage in stages:
             shares = _shares(rows, rest, stage.world_size, shuffle_seed)
@@ -96,7 +97,7 @@ def _shares(
     world_size: int,
     shuffle_seed: tuple[int, int] | None,
 ) -> list[list[Slice]]:
-    """Returns all ranks' shares of the rest, or of an epoch, each with windows of its own."""
+    """Return the shares of all ranks in the rest, or in an epoch, each with windows of its own."""
     if rest is not None:
         return deal(rest, world_size)
     return [
@@ -109,7 +110,7 @@ def _shares(
 
 
 def _left(shares: list[list[Slice]], stage: Stage) -> list[Slice]:
-    """Returns what a stage has not read."""
+    """Return the rows that a stage has not read."""
     num_rows = max(sum(map(len, share)) for share in shares)
     num_batches = num_batches_of(num_rows, stage.batch_size)
     done = rows_before(stage.batches, num_rows, num_batches)

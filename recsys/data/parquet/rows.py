@@ -1,4 +1,4 @@
-"""The rows of Parquet files, whose row groups are the chunks that are read at once."""
+"""Rows of Parquet files; their row groups are the chunks that are read at once."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from recsys.data.schema import Schema
 
 @dataclass(frozen=True, kw_only=True)
 class RowGroup(Chunk):
-    """One row group of one file; its bytes are those of its pages, encoded but not compressed."""
+    """One row group of one file; its size is that of its pages, encoded but not compressed."""
 
     file: Location
     index: int
 
 
 class ParquetRows(RowSource):
-    """The rows of all `*.parquet` files of one split, or of the files given.
+    """Rows of all `*.parquet` files of one split, or of the files given.
 
     Args:
         files: the files, in the order of their rows.
         schema: meaning of their columns.
         with_labels: False for files that need not have labels.
-        on_bad_row: as of `RowSource`, and what becomes of a row group that cannot be read.
+        on_bad_row: as in `RowSource`, for unreadable row groups too.
 
     Raises:
         ValueError: no file, an empty or unreadable file, a missing column or a wrong type.
@@ -47,6 +47,7 @@ class ParquetRows(RowSource):
         with_labels: bool = True,
         on_bad_row: OnBadRow = "error",
     ) -> None:
+        """List the row groups of the files and check the types of their columns."""
         columns = columns_to_read(schema, with_labels)
         groups = [group for file in files for group in _row_groups(file, schema, columns)]
         super().__init__(schema, groups, with_labels, on_bad_row)
@@ -55,10 +56,10 @@ class ParquetRows(RowSource):
     def of_split(
         root: Location, split: str, schema: Schema, on_bad_row: OnBadRow = "error"
     ) -> ParquetRows:
-        """Returns the split `train`, `valid` or `test` of a dataset.
+        """Return the split `train`, `valid` or `test` of a dataset.
 
         Raises:
-            ValueError: as the class does.
+            ValueError: as in the class.
         """
         folder = root / split
         files = folder.files(".parquet")
@@ -68,22 +69,22 @@ class ParquetRows(RowSource):
 
     @property
     def row_groups(self) -> Sequence[RowGroup]:
-        """The chunks."""
+        """Chunks of this source."""
         return cast(Sequence[RowGroup], self.chunks)
 
     def read_chunk(self, number: int) -> pa.Table:
-        """Returns the rows of a row group, checked."""
+        """Return the checked rows of a row group."""
         return next(iter(self.read_chunks([number])))
 
     def read_chunks(self, numbers: Sequence[int]) -> Iterator[pa.Table]:
-        """Returns the checked rows of some row groups; each file is opened once."""
+        """Yield the checked rows of some row groups; each file is opened once."""
         for file, of_file in groupby(numbers, lambda number: self.row_groups[number].file):
             with open_parquet(file) as parquet:
                 for number in of_file:
                     yield self._read_group(parquet, number)
 
     def _read_group(self, parquet: pq.ParquetFile, number: int) -> pa.Table:
-        """Returns the rows of a row group, those that cannot be used as padding rows."""
+        """Return the rows of a row group, with padding rows in place of unusable ones."""
         group = self.row_groups[number]
         try:
             table = parquet.read_row_group(group.index, columns=self.columns)
@@ -107,12 +108,12 @@ class ParquetRows(RowSource):
 
 
 def split_rows(root: Location, split: str, schema: Schema) -> ParquetRows:
-    """Returns the rows of a split: the source `parquet`."""
+    """Return the rows of a split: the source `parquet`."""
     return ParquetRows.of_split(root, split, schema)
 
 
 def _row_groups(file: Location, schema: Schema, columns: list[str]) -> Iterator[RowGroup]:
-    """Returns the row groups of a file, whose columns are checked."""
+    """Yield the row groups of a file after checking its columns."""
     with open_parquet(file) as parquet:
         metadata = parquet.metadata
         for name in columns:

@@ -1,8 +1,10 @@
-"""The columns of a row group in the types that batches are made of, their values checked.
+"""Columns of a row group in the types of a batch, with their values checked.
 
-Ids become int64 (raw ones rows, where a vocabulary knows them without training), numbers float32,
-lists `list<...>` of them. A row with a value that cannot be used
-is reported (which may end the job) and becomes a padding row: position -1, no weight, no metric.
+Ids become int64 (raw ones become rows if their vocabulary is fixed), numbers float32, lists
+`list<...>` of them. A row with an unusable value is reported (which may end the job) and becomes a
+padding row: position -1, no weight, no metric.
+
+Shapes: R rows, N values of a column, H rows per id.
 """
 
 from __future__ import annotations
@@ -17,32 +19,35 @@ import pyarrow.compute as pc
 from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary, integer_ids, is_id_type
 from recsys.data.schema import Schema
 
-ROW_POSITION = "__row_position"  # a row's place in the split's files, in order of file name
-RAW_GROUP = "__raw_group"  # the group's id before a vocabulary, which may give several one row
+ROW_POSITION = "__row_position"  # position of a row in the split, files in order of name
+RAW_GROUP = "__raw_group"  # raw ids of the group: a vocabulary may map several to one row
 
-# Column, which rows are bad, what they have in common, and what to say about one of them.
+# Column, mask of its bad rows [R], their common reason, and a function from a row to its message.
 ReportColumn = Callable[[str, np.ndarray, str, Callable[[int], str]], None]
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Returns whether a column of this type holds lists, of whatever flavour."""
+    """Return whether a column of this type holds lists of any kind."""
     return (
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     )
 
 
-def list_lengths(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """Returns lengths of the lists; a null list is an empty one."""
+def list_lengths(
+    column: pa.ChunkedArray | pa.Array,  # [R]
+) -> np.ndarray:  # [R]
+    """Return the lengths of the lists; 0 for a null list."""
     lengths = pc.fill_null(pc.list_value_length(column), 0)
     return lengths.to_numpy() if isinstance(lengths, pa.ChunkedArray) else lengths.to_numpy(False)
 
 
 def _is_number(kind: pa.DataType) -> bool:
+    """Return whether values of this type are numbers or booleans."""
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
 def _expected(schema: Schema, name: str) -> tuple[bool, bool]:
-    """Returns (is a list, is an integer) of the column as the schema has it."""
+    """Return (is a list, is an integer) of the column according to the schema."""
     column = schema.columns.get(name)
     if column is None:  # a parallel list
         return True, False
@@ -50,7 +55,7 @@ def _expected(schema: Schema, name: str) -> tuple[bool, bool]:
 
 
 def check_type(schema: Schema, name: str, kind: pa.DataType, file: str) -> None:
-    """Raises a ValueError where a column's type is not what the schema says."""
+    """Raise a ValueError if a column's type differs from the schema's."""
     wants_list, wants_integer = _expected(schema, name)
     is_raw = schema.vocabulary_of(name) is not None
     value = kind.value_type if is_list(kind) else kind
@@ -71,9 +76,9 @@ def check_type(schema: Schema, name: str, kind: pa.DataType, file: str) -> None:
 
 
 def empty_table(schema: Schema, names: list[str]) -> pa.Table:
-    """Returns an empty table of what batches are made of: the columns `names` and row positions.
+    """Return an empty table with the columns of a batch: `names` and row positions.
 
-    Where the group has a vocabulary, its raw ids are a column of their own.
+    If the group has a vocabulary, its raw ids are a column of their own.
     """
     kinds = []
     for name in names:
@@ -87,13 +92,13 @@ def empty_table(schema: Schema, names: list[str]) -> pa.Table:
 
 
 def _num_rows_of_id(schema: Schema, name: str) -> int:
-    """Returns how many rows of its table an id of a column has."""
+    """Return the number of table rows that each id of a column has."""
     vocabulary = schema.vocabulary_of(name)
     return 1 if vocabulary is None else vocabulary.num_hashes
 
 
 def padding_rows(like: pa.Table, num_rows: int) -> pa.Table:
-    """Returns rows that take part in a step and count nowhere: zeros, empty lists, position -1."""
+    """Return rows that take part in a step and count nowhere: zeros, empty lists, position -1."""
     columns = {}
     for field in like.schema:
         value: Any = [] if is_list(field.type) else -1 if field.name == ROW_POSITION else 0
@@ -104,13 +109,13 @@ def padding_rows(like: pa.Table, num_rows: int) -> pa.Table:
 def usable_table(
     table: pa.Table, schema: Schema, positions: np.ndarray, report: ReportColumn
 ) -> pa.Table:
-    """Returns the columns of a chunk in canonical types, bad rows replaced by padding ones.
+    """Return the columns of a chunk in canonical types, with padding rows in place of bad ones.
 
     Args:
         table: as read.
         schema: meaning of its columns.
-        positions: int64 [rows], of its rows among all of the split.
-        report: is told of the bad rows of each column; a row counts for the first that is bad.
+        positions: int64 [R], positions of its rows in the split.
+        report: receives the bad rows of each column; a row counts for its first bad column.
     """
     bad = np.zeros(table.num_rows, bool)
 
@@ -130,14 +135,14 @@ def usable_table(
 
 
 def _usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn) -> pa.Array:
-    """Returns a column in its canonical type; rows of it that were noted hold anything."""
+    """Return a column in its canonical type; the values of bad rows are arbitrary."""
     is_list_column, is_integer = _expected(schema, name)
     array = one_chunk(table[name])
     if schema.vocabulary_of(name) is not None:
         return _rows_of_raw_ids(array, name, schema, note)
     if name in schema.of_kind("extra"):
         return _extra_column(array, name, note)
-    # Ids are checked as they were written, since a large unsigned one would turn negative.
+    # Ids are checked in the type of the file, since a cast makes large unsigned ones negative.
     own_type = array.type.value_type if is_list_column else array.type
     array = _cast(array, own_type if is_integer else pa.float32(), is_list_column)
     values = array.flatten() if is_list_column else array
@@ -147,7 +152,7 @@ def _usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColum
     numbers = values.fill_null(0).to_numpy(zero_copy_only=False)
 
     def note_values(bad: np.ndarray, reason: str, message: Callable[[Any], str]) -> None:
-        """Notes the rows of bad values; the message is about the first of these values."""
+        """Note the rows of bad values [N]; the message is about the first of them."""
         rows = _rows_of_values(array, bad)
         note(name, rows, reason, lambda row: message(numbers[bad.argmax()]))
 
@@ -182,7 +187,7 @@ def _usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColum
 
 
 def _extra_column(array: pa.Array, name: str, note: ReportColumn) -> pa.Array:
-    """Returns a column of kind extra in float32, NaN where a row has no value."""
+    """Return a column of kind extra in float32, NaN where a row has no value."""
     array = pc.fill_null(_cast(array, pa.float32(), False), float("nan"))
     numbers = array.to_numpy()
     if np.isinf(numbers).any():
@@ -192,7 +197,7 @@ def _extra_column(array: pa.Array, name: str, note: ReportColumn) -> pa.Array:
 
 
 def _rows_of_values(array: pa.Array, values: np.ndarray) -> np.ndarray:
-    """Returns which rows [R] hold any of the marked values [N]; a row is a value or a list."""
+    """Return a mask of the rows [R] that hold a marked value; a row is a value or a list."""
     if not is_list(array.type):
         return values
     rows = np.zeros(len(array), bool)
@@ -201,7 +206,7 @@ def _rows_of_values(array: pa.Array, values: np.ndarray) -> np.ndarray:
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    """Returns a column as one array, without a copy where it is one already."""
+    """Return a column as one array, without a copy if it is one already."""
     if column.num_chunks == 1:
         return column.chunk(0)
     array = column.combine_chunks()
@@ -209,7 +214,7 @@ def one_chunk(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _usable_raw_ids(values: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
-    """Returns (raw ids without dictionary, which are null, which are beyond int64)."""
+    """Return raw ids without dictionary, and masks [N] of null ids and of ids beyond int64."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     too_large = np.zeros(len(values), bool)
@@ -219,7 +224,7 @@ def _usable_raw_ids(values: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]
 
 
 def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportColumn) -> pa.Array:
-    """Returns a column of raw ids as rows; as integers where rows are found while training."""
+    """Return raw ids as rows, or as integers if their vocabulary is bounded."""
     as_list = is_list(array.type)
     values = array.flatten() if as_list else array
     lengths = list_lengths(array) if as_list else np.ones(len(array), np.int64)
@@ -240,9 +245,11 @@ def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportCol
 
 
 def _found_where(
-    usable: np.ndarray, vocabulary: ExactVocabulary | HashVocabulary | None, ids: pa.Array
-) -> np.ndarray:
-    """Returns rows of raw ids, or the ids as integers; zeros for those that cannot be used."""
+    usable: np.ndarray,  # [N], bool
+    vocabulary: ExactVocabulary | HashVocabulary | None,
+    ids: pa.Array,  # [N]
+) -> np.ndarray:  # [N], int64 or [N, H]
+    """Return rows of raw ids, or the ids as integers; zeros for unusable ones."""
     rows_of = integer_ids if vocabulary is None else vocabulary.rows_of
     if usable.all():
         return rows_of(ids)
@@ -253,12 +260,13 @@ def _found_where(
 
 
 def _raw_groups(column: pa.ChunkedArray) -> pa.Array:
-    """Returns the group's raw ids as int64; what cannot be used is noted elsewhere."""
+    """Return the group's raw ids as int64; `_rows_of_raw_ids` notes unusable ones."""
     values, null, too_large = _usable_raw_ids(one_chunk(column))
     return pa.array(_found_where(~(null | too_large), None, values))
 
 
 def _check_parallel(table: pa.Table, schema: Schema, note: ReportColumn) -> None:
+    """Note rows with a parallel list of another length than the history."""
     history = schema.history
     if history is None:
         return
@@ -276,4 +284,5 @@ def _check_parallel(table: pa.Table, schema: Schema, note: ReportColumn) -> None
 
 
 def _cast(array: pa.Array, value_type: pa.DataType, as_list: bool) -> pa.Array:
+    """Cast numbers, or the values of lists."""
     return array.cast(pa.list_(value_type) if as_list else value_type, safe=False)
