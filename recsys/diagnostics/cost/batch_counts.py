@@ -34,7 +34,7 @@ class ModalityCounts:
 
     @staticmethod
     def of(lengths: Tensor) -> ModalityCounts:
-        """Returns the counts for the numbers of tokens of each item [E]."""
+        """Return the counts for the numbers of tokens of each item [E]."""
         ordered = lengths.sort().values
         groups = [(len(part), max(int(part[-1]), 1)) for part in ordered.split(ITEMS_PER_GROUP)]
         if not len(lengths):
@@ -66,7 +66,7 @@ class BatchCounts:
 
     @staticmethod
     def of(batch: Batch) -> BatchCounts:
-        """Returns the counts of a batch as the model gets it."""
+        """Return the counts of a batch as the model gets it."""
         encoded = len(batch.content_items)
         looked_up = batch.sequence_features.values()
         trained = encoded if batch.with_gradient is None else min(batch.with_gradient, encoded)
@@ -91,12 +91,12 @@ class BatchCounts:
 
     @staticmethod
     def mean(counts: Sequence[BatchCounts]) -> BatchCounts:
-        """Returns the mean over steps."""
+        """Return the mean over steps."""
         return _mean(counts)
 
 
 def _mean(values: Sequence[Any]) -> Any:
-    """Returns the mean of numbers, of dicts by key, of dataclasses by field."""
+    """Return the mean of numbers, of dicts by key, of dataclasses by field."""
     first = values[0]
     if isinstance(first, dict):
         return {key: _mean([value[key] for value in values]) for key in first}
@@ -107,6 +107,6 @@ def _mean(values: Sequence[Any]) -> Any:
 
 
 def lengths_like(sample: Tensor, count: int) -> Tensor:
-    """Returns lengths spread as those of a sample [S], without drawing any: int64 [count]."""
+    """Return lengths spread as those of a sample [S], without drawing any: int64 [count]."""
     places = (torch.arange(count) + 0.5) / max(count, 1) * len(sample)
     return sample.sort().values[places.long().clamp(max=len(sample) - 1)]

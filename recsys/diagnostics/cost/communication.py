@@ -35,7 +35,7 @@ class Sent:
 
 
 def sent_bytes(sizes: ModelSizes, counts: BatchCounts, world_size: int) -> list[Sent]:
-    """Returns all that a rank sends, by kind; nothing on one rank."""
+    """Return all that a rank sends, by kind; nothing on one rank."""
     if world_size == 1:
         return []
     others = (world_size - 1) / world_size
@@ -81,7 +81,7 @@ def _ids(table: TableMemory, counts: BatchCounts, world_size: int) -> float:
 
 
 def _vectors(table: TableMemory, counts: BatchCounts, world_size: int) -> float:
-    """Returns how many numbers a rank sends in one direction."""
+    """Return how many numbers a rank sends in one direction."""
     dim, others = table.table.embedding_dim, (world_size - 1) / world_size
     if table.table.pooling == "none":
         return dim * counts.looked_up * others

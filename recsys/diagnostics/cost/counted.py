@@ -59,7 +59,7 @@ class WorkCounter(FlopCounterMode):
         return 2 * math.prod(out_shape) * shapes[-1][0]
 
     def work(self, module: str = "Global", batched_are_products: bool = True) -> Work:
-        """Returns the FLOPs of a module, by its name as `FlopCounterMode` has it.
+        """Return the FLOPs of a module, by its name as `FlopCounterMode` has it.
 
         Args:
             module: default: all that ran.
@@ -88,7 +88,7 @@ class ItemCost:
     def on(
         self, items: float, tokens: float, pairs: float = 0.0, trained_share: float = 1.0
     ) -> tuple[Work, Work]:
-        """Returns forward and backward of so many; of a share of them there is a backward."""
+        """Return forward and backward of so many; of a share of them there is a backward."""
         numbers = (items, tokens, pairs)
         forward, backward = (
             sum((times(work, number) for work, number in zip(of, numbers)), Work())
@@ -100,7 +100,7 @@ class ItemCost:
 def item_cost(
     module: nn.Module, inputs_of: Callable[[int], Sequence[Tensor]], lengths: Sequence[int]
 ) -> tuple[ItemCost, list[int]]:
-    """Counts a module on one item of each length.
+    """Count a module on one item of each length.
 
     Args:
         module: on any device; its weights are neither read nor changed.
@@ -131,7 +131,7 @@ def item_cost(
 
 
 def _run_on_meta(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Work, Work, int]:
-    """Returns forward, backward and the size of the output's dimension 1."""
+    """Return forward, backward and the size of the output's dimension 1."""
     state = {
         name: torch.empty_like(value, device="meta", requires_grad=value.requires_grad)
         for name, value in itertools.chain(module.named_parameters(), module.named_buffers())
@@ -151,7 +151,7 @@ def _run_on_meta(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Work, Wor
 
 
 def _polynomial(runs: Sequence[Work], first: int) -> tuple[Work, Work, Work]:
-    """Returns the coefficients of 1, T and T² from the values at three lengths from `first` on."""
+    """Return the coefficients of 1, T and T² from the values at three lengths from `first` on."""
     if len(runs) == 1:
         return runs[0], Work(), Work()
     begin, middle, end = runs
@@ -168,7 +168,7 @@ def count_ranking(
     batch: Batch,
     history_is_unique: bool = True,
 ) -> list[PartCost]:
-    """Counts forward and backward of one row of `batch`, by child of the ranking model.
+    """Count forward and backward of one row of `batch`, by child of the ranking model.
 
     A collective where the model standardizes numbers over several ranks.
 
@@ -222,7 +222,7 @@ def _random_content(content: ContentSettings, batch: Batch) -> ContentVectors:
 
 
 def _by_child(counter: WorkCounter, module: nn.Module) -> dict[str, Work]:
-    """Returns what was counted of each child so far, and of what runs outside of them."""
+    """Return what was counted of each child so far, and of what runs outside of them."""
     found = {
         name: counter.work(f"{type(module).__name__}.{name}") for name, _ in module.named_children()
     }
@@ -233,13 +233,13 @@ def _by_child(counter: WorkCounter, module: nn.Module) -> dict[str, Work]:
 def _add_numbers(
     numbers: Counter[str], name: str, module: nn.Module, inputs: Any, output: Any
 ) -> None:
-    """Adds up the sizes of a call's inputs, weights and outputs."""
+    """Add up the sizes of a call's inputs, weights and outputs."""
     values = [*_tensors(inputs), *_tensors(output), *module.parameters()]
     numbers[name] += sum(value.numel() for value in values if value.is_floating_point())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors in nested sequences and dataclasses."""
+    """Yield the tensors in nested sequences and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, ContentVectors):

@@ -52,7 +52,7 @@ class ModalitySizes:
     def of(
         name: str, encoder: Encoder, projection: nn.Module, settings: ModalitySettings
     ) -> ModalitySizes:
-        """Counts the layers of an encoder that run in a step, and the projection."""
+        """Count the layers of an encoder that run in a step, and the projection."""
         trains = any(weight.requires_grad for weight in encoder.parameters() if weight.numel())
         width = encoder.output_dim
         of_projection, _ = item_cost(
@@ -96,7 +96,7 @@ class _Encoding(nn.Module):
 def _content_of(
     encoder: Encoder, settings: ModalitySettings, is_text: bool, length: int
 ) -> list[Tensor]:
-    """Returns values and mask of a text of `length` tokens or of an image, on the meta device."""
+    """Return values and mask of a text of `length` tokens or of an image, on the meta device."""
     if encoder.is_cached:
         length = length if is_text else encoder.frozen_tokens
         values = _floats(1, length, encoder.frozen_dim)
@@ -129,7 +129,7 @@ class ContentSizes:
 
     @staticmethod
     def of(config: Config, em3: EM3) -> ContentSizes | None:
-        """Returns None without a content branch."""
+        """Return None without a content branch."""
         settings, branch = content_settings(config), em3.content
         if settings is None or branch is None:
             return None
@@ -184,7 +184,7 @@ class ModelSizes:
         plan: ShardingPlan,
         batch: Batch,
     ) -> ModelSizes:
-        """Counts a model before or after sharding; `batch` gives the lengths of histories.
+        """Count a model before or after sharding; `batch` gives the lengths of histories.
 
         A collective where the model standardizes numbers over several ranks.
         """

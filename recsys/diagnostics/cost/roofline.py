@@ -33,7 +33,7 @@ def measure_anchor(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Anchor:
-    """Times a product of square matrices, and a copy, whose bytes count read and written."""
+    """Time a product of square matrices, and a copy, whose bytes count read and written."""
     left = torch.randn(gemm_size, gemm_size, device=device, dtype=dtype)
     right, product = torch.randn_like(left), torch.empty_like(left)
     gemm_seconds = _seconds(lambda: torch.mm(left, right, out=product))
@@ -52,13 +52,13 @@ def _seconds(work: Callable[[], Tensor]) -> float:
 
 
 def wait_for_device() -> None:
-    """Waits for the GPU, which may still be at work when its calls have returned."""
+    """Wait for the GPU, which may still be at work when its calls have returned."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def typical(anchors: list[Anchor]) -> Anchor:
-    """Returns the median of each rate."""
+    """Return the median of each rate."""
     return Anchor(
         median(anchor.flops_per_second for anchor in anchors),
         median(anchor.bytes_per_second for anchor in anchors),
@@ -66,7 +66,7 @@ def typical(anchors: list[Anchor]) -> Anchor:
 
 
 def best(anchors: list[Anchor]) -> Anchor:
-    """Returns the highest of each rate."""
+    """Return the highest of each rate."""
     return Anchor(
         max(anchor.flops_per_second for anchor in anchors),
         max(anchor.bytes_per_second for anchor in anchors),

@@ -21,7 +21,7 @@ DIRECTIONS = ("forward", "backward")
 
 
 def step_costs(sizes: ModelSizes, counts: BatchCounts, world_size: int = 1) -> list[PartCost]:
-    """Returns the parts of one step on one rank."""
+    """Return the parts of one step on one rank."""
     content = sizes.content
     parts = [lookup(sizes, counts)]
     if content is not None:
@@ -42,7 +42,7 @@ def step_costs(sizes: ModelSizes, counts: BatchCounts, world_size: int = 1) -> l
 
 
 def roofline_by_measured_part(parts: list[PartCost], anchor: Anchor) -> dict[str, float]:
-    """Sums seconds by part of the step trace; all backward work is in the part `backward`."""
+    """Sum seconds by part of the step trace; all backward work is in the part `backward`."""
     seconds: dict[str, float] = {}
     for part in parts:
         for name, work in ((part.measured_as, part.forward), ("backward", part.backward)):
@@ -51,7 +51,7 @@ def roofline_by_measured_part(parts: list[PartCost], anchor: Anchor) -> dict[str
 
 
 def lookup(sizes: ModelSizes, counts: BatchCounts) -> PartCost:
-    """Counts rows in, pooled or single vectors out; the fused optimizer runs in the backward."""
+    """Count rows in, pooled or single vectors out; the fused optimizer runs in the backward."""
     forward, backward = Work(), Work()
     for memory in sizes.tables:
         table, dim = memory.table, memory.table.embedding_dim
@@ -68,7 +68,7 @@ def lookup(sizes: ModelSizes, counts: BatchCounts) -> PartCost:
 
 
 def content_parts(content: ContentSizes, counts: BatchCounts) -> Iterator[PartCost]:
-    """Yields the parts from the content of the items to encode to the vectors of the history.
+    """Yield the parts from the content of the items to encode to the vectors of the history.
 
     Each unique item is encoded once, and a backward is of the items with gradient alone.
     """
@@ -105,7 +105,7 @@ def _together(name: str, measured_as: str, costs: Sequence[tuple[Work, Work]]) -
 def contrastive(
     sizes: ModelSizes, content: ContentSizes, counts: BatchCounts, world_size: int
 ) -> PartCost:
-    """Counts both maps, and the scores of all rows against all, which serve both ways.
+    """Count both maps, and the scores of all rows against all, which serve both ways.
 
     Against those of all ranks they are other scores each way.
     """

@@ -32,7 +32,7 @@ class Work:
         return self.products + self.others
 
     def roofline(self, anchor: Anchor) -> float:
-        """Returns the least seconds."""
+        """Return the least seconds."""
         return max(self.flops / anchor.flops_per_second, self.bytes / anchor.bytes_per_second)
 
 
@@ -46,25 +46,25 @@ class PartCost:
     backward: Work = Work()
 
     def roofline(self, anchor: Anchor) -> float:
-        """Returns the least seconds of both directions."""
+        """Return the least seconds of both directions."""
         return self.forward.roofline(anchor) + self.backward.roofline(anchor)
 
     def scaled(self, factor: float) -> PartCost:
-        """Returns the cost of `factor` times the part."""
+        """Return the cost of `factor` times the part."""
         forward, backward = times(self.forward, factor), times(self.backward, factor)
         return replace(self, forward=forward, backward=backward)
 
 
 def linear(rows: float, inputs: float, outputs: float) -> Work:
-    """Returns a product [rows, inputs] x [inputs, outputs]; its bytes are the part's to count."""
+    """Return a product [rows, inputs] x [inputs, outputs]; its bytes are the part's to count."""
     return Work(products=2 * rows * inputs * outputs, outputs=FLOAT * rows * outputs)
 
 
 def times(work: Work, factor: float) -> Work:
-    """Returns `factor` times the work."""
+    """Return `factor` times the work."""
     return Work(*(value * factor for value in astuple(work)))
 
 
 def moved(numbers: float) -> Work:
-    """Returns the work of reading or writing so many numbers."""
+    """Return the work of reading or writing so many numbers."""
     return Work(bytes=FLOAT * numbers)

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 def explain_data(
     data: str, on_bad_row: OnBadRow = "error", json_file: Path | None = None
 ) -> DatasetSummary:
-    """Reads a dataset, prints what is in it, and writes the numbers to `json_file`.
+    """Read a dataset, prints what is in it, and writes the numbers to `json_file`.
 
     Raises:
         ValueError: what cannot be read at all; after all is printed, unless `on_bad_row` is skip,
@@ -46,7 +46,7 @@ def explain_data(
 
 
 def _raise_first(data: str) -> None:
-    """Raises what training would, which reads in this order."""
+    """Raise what training would, which reads in this order."""
     root = Location.of(data)
     schema = load_schema(root)
     if schema.items is not None:

@@ -56,7 +56,7 @@ class DatasetSummary:
         return of_items or any(split.bad_rows for split in self.splits.values())
 
     def shares_of_rows(self, split: str) -> dict[str, float]:
-        """Returns shares of a split's rows: cold and unseen items, repeats, known groups ..."""
+        """Return shares of a split's rows: cold and unseen items, repeats, known groups ..."""
         found, train = self.splits[split], self.splits["train"]
         counts, of = found.item_counts, item_parts(train.item_counts)
         rows = max(int(counts.sum()), 1)
@@ -81,14 +81,14 @@ class DatasetSummary:
         return known
 
     def items_without_rows(self) -> int:
-        """Returns how many items with content occur in no impression."""
+        """Return how many items with content occur in no impression."""
         assert self.items is not None
         counts = sum(split.item_counts for split in self.splits.values())
         return int((self._has_item_row() & (counts == 0)).sum())
 
 
 def share_of_most_frequent(counts: np.ndarray, share: float = 0.01) -> float:
-    """Returns the share of all rows that a share of the items has, the most frequent ones."""
+    """Return the share of all rows that a share of the items has, the most frequent ones."""
     occurring = np.sort(counts[counts > 0])[::-1]
     if not len(occurring):
         return 0.0
@@ -96,7 +96,7 @@ def share_of_most_frequent(counts: np.ndarray, share: float = 0.01) -> float:
 
 
 def summarize_dataset(data: str) -> DatasetSummary:
-    """Reads a dataset from end to end, in bounded memory.
+    """Read a dataset from end to end, in bounded memory.
 
     Args:
         data: a folder or URL.
@@ -138,7 +138,7 @@ ID_KINDS = ("id", "ids", "sequence")
 
 
 def to_json(found: DatasetSummary, findings: list[Any]) -> dict[str, Any]:
-    """Returns plain values."""
+    """Return plain values."""
     splits = {}
     for name, split in found.splits.items():
         splits[name] = {

@@ -23,7 +23,7 @@ class Finding:
 
 
 def find(found: DatasetSummary) -> list[Finding]:
-    """Returns all findings; those that keep training from starting come first."""
+    """Return all findings; those that keep training from starting come first."""
     of_splits = [f for split in found.splits.values() for f in _of_split(found, split)]
     return [
         *_bad_rows(found),

@@ -52,7 +52,7 @@ class ColumnSummary:
     values: int | None = None
 
     def missing_share(self, rows: int) -> float | None:
-        """Returns the share of so many items; None where it is not known."""
+        """Return the share of so many items; None where it is not known."""
         return None if self.missing is None else self.missing / max(rows, 1)
 
 
@@ -70,7 +70,7 @@ class ItemSummary:
 
 
 def summarize_items(root: Location, schema: Schema) -> ItemSummary | None:
-    """Reads the items; None where the schema has none.
+    """Read the items; None where the schema has none.
 
     Raises:
         ValueError: a file or a column cannot be read, as in training.
@@ -89,7 +89,7 @@ def summarize_items(root: Location, schema: Schema) -> ItemSummary | None:
 
 
 def _summarize_file(file: Location, num_items: int) -> ColumnSummary:
-    """Summarizes features in a .npy file, whose rows are those of the items or of some of them."""
+    """Summarize features in a .npy file, whose rows are those of the items or of some of them."""
     features, found = FeatureFile(file), ColumnSummary("feature")
     found.widths[features.width] = features.num_rows
     for _, values in features.pieces():

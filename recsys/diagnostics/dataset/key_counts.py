@@ -37,7 +37,7 @@ class KeyCounts:
         self.total = 0  # keys added
 
     def add(self, keys: np.ndarray) -> None:
-        """Counts keys, uint64 [N]."""
+        """Count keys, uint64 [N]."""
         self.total += len(keys)
         found, times = np.unique(keys[_begins_with_zeros(keys, self.halvings)], return_counts=True)
         both = np.concatenate([self.keys, found])
@@ -49,7 +49,7 @@ class KeyCounts:
             self.halve_to(self.halvings + 1)
 
     def halve_to(self, halvings: int) -> None:
-        """Keeps a smaller sample, if it is smaller."""
+        """Keep a smaller sample, if it is smaller."""
         if halvings > self.halvings:
             self.halvings = halvings
             kept = _begins_with_zeros(self.keys, halvings)
@@ -61,16 +61,16 @@ class KeyCounts:
 
     @property
     def distinct(self) -> int:
-        """Returns the number of different keys."""
+        """Return the number of different keys."""
         return len(self.keys) << self.halvings
 
     @property
     def repeats(self) -> int:
-        """Returns how many of the keys had come before."""
+        """Return how many of the keys had come before."""
         return int(self.counts.sum() - len(self.keys)) << self.halvings
 
     def share_of_total_in(self, other: KeyCounts) -> float | None:
-        """Returns the share of all that was counted whose key the other count has too."""
+        """Return the share of all that was counted whose key the other count has too."""
         halvings = max(self.halvings, other.halvings)
         kept = _begins_with_zeros(self.keys, halvings)
         counts = self.counts[kept]
@@ -86,14 +86,14 @@ def _begins_with_zeros(keys: np.ndarray, bits: int) -> np.ndarray:
 
 
 def hash_numbers(values: np.ndarray) -> np.ndarray:
-    """Returns hashes, uint64 [N], of integers or floats by their bits."""
+    """Return hashes, uint64 [N], of integers or floats by their bits."""
     if values.dtype.kind == "f":
         values = values.astype(np.float64).view(np.int64)
     return mix64(values.astype(np.int64))
 
 
 def hash_lists(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Returns hashes, uint64 [R], of the lists between R + 1 offsets; order counts."""
+    """Return hashes, uint64 [R], of the lists between R + 1 offsets; order counts."""
     lengths = np.diff(offsets)
     places = np.arange(len(values)) - np.repeat(offsets[:-1], lengths)
     hashed = mix64(hash_numbers(values) ^ mix64(places))
@@ -103,7 +103,7 @@ def hash_lists(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def join_hashes(*parts: np.ndarray) -> np.ndarray:
-    """Returns one hash of several per row, in their order."""
+    """Return one hash of several per row, in their order."""
     joined = np.zeros(len(parts[0]), np.uint64)
     for part in parts:
         joined = mix64(joined ^ part)

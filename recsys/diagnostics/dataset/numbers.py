@@ -32,11 +32,11 @@ class Lengths:
         return float(self.histogram[0] / max(self.count, 1))
 
     def quantile(self, share: float) -> int:
-        """Returns the smallest length that at least this share of all do not exceed."""
+        """Return the smallest length that at least this share of all do not exceed."""
         return int(np.searchsorted(self.histogram.cumsum(), share * self.count))
 
     def summary(self) -> dict[str, Any]:
-        """Returns mean, quantiles, the longest, and the share of empty ones."""
+        """Return mean, quantiles, the longest, and the share of empty ones."""
         if not self.count:
             return {}
         values = np.arange(len(self.histogram))

@@ -27,7 +27,7 @@ SHARES = {
 
 
 def format_dataset(found: DatasetSummary, findings: Sequence[Finding]) -> str:
-    """Returns all tables, the findings last."""
+    """Return all tables, the findings last."""
     blocks = [str(found.root), _splits(found), _columns(found), _tables(found), _items(found)]
     if findings:
         lines = [f"warning: {finding.what}; mend: {finding.mend}" for finding in findings]
@@ -74,7 +74,7 @@ def _percent(share: float | None) -> str:
 
 
 def _columns(found: DatasetSummary) -> str:
-    """Returns the tables of lists and dense columns."""
+    """Return the tables of lists and dense columns."""
     blocks = []
     lists: list[Sequence[str]] = [("lengths of lists", "split", "mean", *QUANTILES, "max", "empty")]
     numbers: list[Sequence[str]] = [("numbers", "split", "min", "mean", "max", "deviation")]
@@ -95,7 +95,7 @@ def _columns(found: DatasetSummary) -> str:
 
 
 def _of_splits(found: DatasetSummary) -> list[tuple[SplitSummary, str]]:
-    """Returns each column but labels, of each split."""
+    """Return each column but labels, of each split."""
     kinds = {name: column.kind for name, column in found.schema.columns.items()}
     names = [name for name, kind in kinds.items() if kind != "label"]
     return [(split, name) for name in names for split in found.splits.values()]

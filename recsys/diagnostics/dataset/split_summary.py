@@ -58,7 +58,7 @@ GROUPS, PAIRS, ROWS = "groups", "group and item", "rows"
 
 
 def summarize_split(root: Location, split: str, schema: Schema) -> SplitSummary:
-    """Reads a split.
+    """Read a split.
 
     Raises:
         ValueError: there are no files, or a file cannot be read, lacks a column or has one of a
@@ -129,7 +129,7 @@ def _rows_with_target(schema: Schema, history: str, columns: RowColumns) -> int:
 
 
 def _hashes_of_rows(columns: RowColumns) -> np.ndarray:
-    """Returns hashes, uint64 [R], of all that the schema names."""
+    """Return hashes, uint64 [R], of all that the schema names."""
     parts = [
         hash_numbers(values) for name, values in columns.numbers.items() if name != ROW_POSITION
     ]

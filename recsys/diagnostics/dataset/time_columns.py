@@ -23,7 +23,7 @@ UNITS = ((1e8, 1e10, 1.0), (1e11, 1e13, 1e3), (1e14, 1e16, 1e6), (1e17, 1e19, 1e
 
 
 def time_ranges(rows: ParquetRows, schema: Schema) -> dict[str, tuple[Any, Any]]:
-    """Returns first and last of each column that tells time, by name."""
+    """Return first and last of each column that tells time, by name."""
     found: dict[str, tuple[Any, Any]] = {}
     for file in {str(group.file): group.file for group in rows.row_groups}.values():
         with open_parquet(file) as parquet:
@@ -44,7 +44,7 @@ def _tells_time(field: pa.Field, schema: Schema) -> bool:
 
 
 def footer_statistics(metadata: pq.FileMetaData, name: str) -> Iterator[pq.Statistics | None]:
-    """Yields a column's statistics of each row group; None where the footer has none."""
+    """Yield a column's statistics of each row group; None where the footer has none."""
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         columns = map(group.column, range(group.num_columns))
@@ -52,7 +52,7 @@ def footer_statistics(metadata: pq.FileMetaData, name: str) -> Iterator[pq.Stati
 
 
 def in_words(moment: Any) -> str:
-    """Returns date and time to the minute, as far as a moment can be read as such."""
+    """Return date and time to the minute, as far as a moment can be read as such."""
     if isinstance(moment, int):
         for low, high, unit in UNITS:
             if low <= moment < high:

@@ -37,7 +37,7 @@ class BatchSample:
 
 
 def sample_batches(meta_model: MetaModel) -> BatchSample:
-    """Reads the first batches of an epoch.
+    """Read the first batches of an epoch.
 
     Raises:
         ValueError: there is no training split, or a row that is read cannot be used.
@@ -62,7 +62,7 @@ def sample_batches(meta_model: MetaModel) -> BatchSample:
 
 
 def expected_counts(meta_model: MetaModel, batch: Batch, batches: list[Batch]) -> BatchCounts:
-    """Returns the counts of a batch once prepared; `batches`: of ranks that may share items."""
+    """Return the counts of a batch once prepared; `batches`: of ranks that may share items."""
     config = meta_model.config
     content = content_settings(config)
     counts = BatchCounts.of(batch)
@@ -95,7 +95,7 @@ def expected_counts(meta_model: MetaModel, batch: Batch, batches: list[Batch]) -
 def _with_short_histories(
     config: Config, counts: BatchCounts, batch: Batch, top_k: int
 ) -> BatchCounts:
-    """Returns the counts as if the search took the first items; the choice affects U alone."""
+    """Return the counts as if the search took the first items; the choice affects U alone."""
     lengths: Tensor = batch.history_lengths
     first = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     kept = torch.arange(len(batch.history_index)) - first < top_k

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def device_of_config(device: str) -> str:
-    """Returns the setting `device` of a run on a device with that name."""
+    """Return the setting `device` of a run on a device with that name."""
     return "cuda" if device in DEVICES else device
 
 
@@ -32,7 +32,7 @@ def describe_run(
     figures: FigureOverrides,
     json_file: Path | None,
 ) -> Description:
-    """Describes, prints, and writes the numbers to `json_file`.
+    """Describe, prints, and writes the numbers to `json_file`.
 
     Raises:
         ValueError: a cluster that there cannot be; configuration and data that do not fit together.
@@ -47,7 +47,7 @@ def describe_run(
 
 
 def parse_rows(words: list[str]) -> dict[str, int]:
-    """Reads TABLE=NUMBER from each word.
+    """Read TABLE=NUMBER from each word.
 
     Raises:
         ValueError: a word of another form.

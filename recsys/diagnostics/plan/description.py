@@ -63,11 +63,11 @@ class Description:
 
     @property
     def step_seconds(self) -> float:
-        """Returns the least time of a step whose parts follow one another."""
+        """Return the least time of a step whose parts follow one another."""
         return sum(bound.seconds for bound in self.bounds)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values, by the names of the fields."""
+        """Return plain values, by the names of the fields."""
         return {
             **asdict(self),
             "world_size": self.cluster.world_size,
@@ -81,7 +81,7 @@ class Description:
 def describe(
     config: Config, data: str, cluster: Cluster, rows: dict[str, int] | None = None
 ) -> Description:
-    """Describes what a run with this configuration would be on that cluster.
+    """Describe what a run with this configuration would be on that cluster.
 
     Args:
         config: of the run.
@@ -168,7 +168,7 @@ def _memory(
 
 
 def _cached_bytes(meta_model: MetaModel) -> dict[str, int]:
-    """Returns the bytes of the frozen layers' outputs, float32, for all items."""
+    """Return the bytes of the frozen layers' outputs, float32, for all items."""
     items, content = meta_model.items, meta_model.em3.content
     if items is None or content is None:
         return {}

@@ -44,7 +44,7 @@ class ItemSample:
 def sample_items(
     root: Location, schema: Schema, modalities: dict[str, ModalitySettings]
 ) -> ItemSample:
-    """Looks at the first items of some files.
+    """Look at the first items of some files.
 
     Raises:
         ValueError: there are none, or a modality's column is missing or of a wrong type.
@@ -93,7 +93,7 @@ def _first_rows(file: Location, column: str, count: int) -> Iterator[pa.Array]:
 
 
 def _lengths_in_file(name: str, file: Location, sample: ItemSample) -> Tensor:
-    """Returns the lengths of the first rows of a .npy file."""
+    """Return the lengths of the first rows of a .npy file."""
     features = FeatureFile(file)
     sample.feature_widths[name] = features.width
     _, values = next(features.pieces())

@@ -53,7 +53,7 @@ class MetaModel:
     problems: list[str]
 
     def tokens(self, modality: str) -> Tensor:
-        """Returns the tokens of each sampled item, as a step gets them: int64 [items]."""
+        """Return the tokens of each sampled item, as a step gets them: int64 [items]."""
         content = content_settings(self.config)
         assert content is not None and self.items is not None and self.em3.content is not None
         settings, lengths = content.modalities[modality], self.items.lengths[modality]
@@ -68,7 +68,7 @@ class MetaModel:
 def build_meta_model(
     config: Config, data: str, cluster: Cluster, rows: dict[str, int] | None = None
 ) -> MetaModel:
-    """Reads the schema and a few items, and plans.
+    """Read the schema and a few items, and plans.
 
     Args:
         config: of the run.
@@ -133,7 +133,7 @@ def _drop_frozen_layers(encoder: Encoder) -> int:
 def _plan(
     config: Config, em3: EM3, tables: list[TableConfig], cluster: Cluster
 ) -> tuple[ShardingPlan, list[str]]:
-    """Returns the plan that training would make, or one without limits and why there is none."""
+    """Return the plan that training would make, or one without limits and why there is none."""
     types = config.embedding.communication
 
     def plan_on(where: Cluster) -> ShardingPlan:

@@ -55,7 +55,7 @@ def model_parts(
     world_size: int,
     optimizer: OptimizerSettings,
 ) -> list[ModelPart]:
-    """Returns the tables, then the dense parts, trained and frozen ones apart."""
+    """Return the tables, then the dense parts, trained and frozen ones apart."""
     return [
         *(_table_part(table_memory(table, plan)) for table in tables),
         *_dense_parts(em3, world_size, optimizer),
@@ -65,7 +65,7 @@ def model_parts(
 def table_bytes_by_rank(
     tables: list[TableConfig], plan: ShardingPlan, world_size: int
 ) -> list[int]:
-    """Returns the bytes of all tables' weights and optimizer state on each rank."""
+    """Return the bytes of all tables' weights and optimizer state on each rank."""
     memories = [table_memory(table, plan) for table in tables]
     return [sum(sum(memory.on_rank(rank)) for memory in memories) for rank in range(world_size)]
 
@@ -111,7 +111,7 @@ def _dense_parts(em3: EM3, world_size: int, optimizer: OptimizerSettings) -> Ite
 
 
 def part_of(name: str) -> str:
-    """Returns the part that a dense parameter belongs to, by its name in the model."""
+    """Return the part that a dense parameter belongs to, by its name in the model."""
     for prefix, part in DENSE_PARTS:
         if name.startswith(prefix):
             return part.format(name.removeprefix(prefix).split(".")[0])

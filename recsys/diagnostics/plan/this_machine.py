@@ -20,7 +20,7 @@ def find_cluster(
     figures: FigureOverrides | None = None,
     precision: str = "fp32",
 ) -> Cluster:
-    """Returns the cluster that the command line names.
+    """Return the cluster that the command line names.
 
     Args:
         device: a name in `DEVICES`, or auto, cpu or cuda for devices like those of this machine.

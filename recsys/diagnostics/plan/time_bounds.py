@@ -28,7 +28,7 @@ class TimeBound:
 
     @property
     def bound_by(self) -> str:
-        """Returns arithmetic, memory or network."""
+        """Return arithmetic, memory or network."""
         kinds = ("arithmetic", "memory", "network")
         return max(kinds, key=lambda kind: float(getattr(self, f"{kind}_seconds")))
 
@@ -36,7 +36,7 @@ class TimeBound:
 def time_bounds(
     costs: Sequence[PartCost], sent: Sequence[Sent], cluster: Cluster, precision: str
 ) -> list[TimeBound]:
-    """Returns those of the parts on each rank, then of what they send.
+    """Return those of the parts on each rank, then of what they send.
 
     Args:
         costs, sent: by each rank.
@@ -64,5 +64,5 @@ def time_bounds(
 
 
 def backward_outputs(costs: Sequence[PartCost]) -> float:
-    """Returns the bytes that products leave for the backward: a lower estimate of activations."""
+    """Return the bytes that products leave for the backward: a lower estimate of activations."""
     return sum(part.forward.outputs for part in costs if part.backward != Work())

@@ -119,7 +119,7 @@ def _shapes(call: dict[str, Any]) -> list[list[int]]:
 
 
 def _shapes_of(dims: Iterable[Any]) -> list[list[int]]:
-    """Flattens lists of tensors among arguments."""
+    """Flatten lists of tensors among arguments."""
     found: list[list[int]] = []
     for entry in dims:
         if entry and isinstance(entry[0], list):

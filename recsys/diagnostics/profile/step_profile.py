@@ -90,7 +90,7 @@ class StepProfile:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        """Ends a recording with its loop. A collective, unless by an error."""
+        """End a recording with its loop. A collective, unless by an error."""
         if self._profiler is not None:
             if error is not None or self._num_recorded == 0:
                 self._profiler.on_trace_ready = None
@@ -101,7 +101,7 @@ class StepProfile:
         return max(0, self._steps_of_loop - self._wait - 1)
 
     def step(self) -> None:
-        """Ends a step of the loop. A collective after the last that is recorded."""
+        """End a step of the loop. A collective after the last that is recorded."""
         if self._profiler is None:
             return
         self._steps_of_loop += 1
@@ -121,7 +121,7 @@ class StepProfile:
         self._profiler = None
 
     def _finish(self, profiler: profile) -> None:
-        """Reports what was recorded. A collective."""
+        """Report what was recorded. A collective."""
         self._done = True
         with self.ranks.raise_on_all_ranks(), tempfile.TemporaryDirectory() as scratch:
             path = (self.folder if self.ranks.is_first else Path(scratch)) / TRACE
@@ -141,7 +141,7 @@ class StepProfile:
 
 
 def mark_parts(em3: EM3) -> ExitStack:
-    """Marks the calls of the model's modules as parts of the step, until the result is closed."""
+    """Mark the calls of the model's modules as parts of the step, until the result is closed."""
     marks = ExitStack()
     for module, part in _parts_of(em3):
         _mark_forward(module, part, marks)

@@ -45,7 +45,7 @@ def report_run(
     device: str,
     colour_by: str | None = None,
 ) -> Path:
-    """Writes the page of a run, by default `RUN/report.html`. A collective.
+    """Write the page of a run, by default `RUN/report.html`. A collective.
 
     Args:
         run: the finished run.
@@ -83,7 +83,7 @@ def report_run(
 
 
 def _scored_rows(job: Job, run: Path) -> tuple[ScoredRows, np.ndarray]:
-    """Returns the test rows of all ranks with the first label, and their items. A collective."""
+    """Return the test rows of all ranks with the first label, and their items. A collective."""
     interactions = split_interactions(job, SPLIT)
     with Watchdog(job.ranks, job.config.stall_timeout) as watchdog:
         scored = score(job, interactions, Lockstep(job.ranks, job.config.checkpoint, watchdog))
@@ -105,7 +105,7 @@ def item_sections(
     category: str | None,
     with_examples: bool = True,
 ) -> list[Section]:
-    """Returns the sections on the vectors of items, each of which is encoded once.
+    """Return the sections on the vectors of items, each of which is encoded once.
 
     Args:
         job, run: what `load_run` gives, and of which folder.
@@ -133,7 +133,7 @@ def item_sections(
 
 
 def _summary(metrics: dict[str, Any]) -> Section:
-    """Returns the test metrics of `metrics.json` as a table, and what they say in words."""
+    """Return the test metrics of `metrics.json` as a table, and what they say in words."""
     test = metrics[SPLIT]
     of_part = {part: test if part == "all" else test[part] for part in PARTS}
     names = ("auc", "gauc", "logloss", "ne", "calibration")
@@ -146,7 +146,7 @@ def _summary(metrics: dict[str, Any]) -> Section:
 
 
 def findings(of_part: dict[str, dict[str, Any]]) -> list[str]:
-    """Returns what the test metrics of all, warm, cold and unseen items say, a sentence each."""
+    """Return what the test metrics of all, warm, cold and unseen items say, a sentence each."""
     found = []
     every, warm, unseen = of_part["all"], of_part["warm"], of_part["unseen"]
     if every["ne"] is not None:

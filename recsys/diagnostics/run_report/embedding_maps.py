@@ -23,7 +23,7 @@ TITLE = "Embedding maps"
 
 
 def principal_plane(vectors: Tensor) -> tuple[Tensor, float]:  # [I, D] -> [I, 2]
-    """Returns the two principal components, and the share of the variance that they hold.
+    """Return the two principal components, and the share of the variance that they hold.
 
     Example::
 
@@ -36,7 +36,7 @@ def principal_plane(vectors: Tensor) -> tuple[Tensor, float]:  # [I, D] -> [I, 2
 
 
 def pair_cosines(ids: Tensor, content: Tensor) -> tuple[float, float]:
-    """Returns mean cosines of one item's two vectors [I, D], and of two different items'."""
+    """Return mean cosines of one item's two vectors [I, D], and of two different items'."""
     cosines = F.normalize(ids, dim=1) @ F.normalize(content, dim=1).T  # [I, I]
     own = cosines.diagonal()
     others = (cosines.sum() - own.sum()) / max(1, cosines.numel() - len(own))
@@ -46,7 +46,7 @@ def pair_cosines(ids: Tensor, content: Tensor) -> tuple[float, float]:
 def embedding_maps(
     vectors: ItemVectors, item_counts: np.ndarray, categories: Categories | None = None
 ) -> Section:
-    """Returns the section; it says in words what the model has no vectors for.
+    """Return the section; it says in words what the model has no vectors for.
 
     Args:
         vectors: of the items of the maps.
@@ -78,7 +78,7 @@ def embedding_maps(
 
 
 def _kinds(vectors: ItemVectors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns vectors by name: those of the model, and those behind the maps of CIC."""
+    """Return vectors by name: those of the model, and those behind the maps of CIC."""
     before = {"ID vectors": vectors.ids}
     if vectors.content is not None:
         before["content vectors"] = vectors.content
@@ -89,7 +89,7 @@ def _kinds(vectors: ItemVectors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def _ties(vectors: ItemVectors) -> tuple[list[str], list[Table]]:
-    """Returns words and table on how close an item's ID and content vectors are."""
+    """Return words and table on how close an item's ID and content vectors are."""
     if vectors.content is None:
         return ["The model has no content branch, so there are ID vectors alone."], []
     if vectors.contrastive is None:

@@ -28,7 +28,7 @@ def attention_weights(
     mask: Tensor,  # [U, S]
     num_outputs: int,
 ) -> Tensor:  # [U, num_outputs, H, S]
-    """Returns the softmax weights by which `attention` mixes its values."""
+    """Return the softmax weights by which `attention` mixes its values."""
     heads = (attention.num_heads, x.shape[-1] // attention.num_heads)
     query = attention.query(x[:, :num_outputs]).unflatten(-1, heads)
     key = attention.key(x).unflatten(-1, heads)
@@ -54,7 +54,7 @@ class MeanAttention:
 
     @property
     def mean(self) -> Tensor:  # [Q + 1, 1 + M]
-        """Returns the mean over the items that have the modality; NaN where none has."""
+        """Return the mean over the items that have the modality; NaN where none has."""
         return self.sums / self.counts
 
     def add(
@@ -63,7 +63,7 @@ class MeanAttention:
         mask: Tensor,  # [U, S]
         column: Tensor,  # [S]
     ) -> None:
-        """Adds the attention of some items."""
+        """Add the attention of some items."""
         even = mask / mask.sum(dim=1, keepdim=True)  # [U, S]
         member = F.one_hot(column, len(self.counts)).double()  # [S, 1 + M]
         there = mask.double() @ member > 0  # [U, 1 + M]
@@ -94,7 +94,7 @@ class _Recorder:
 def recorded_attention(
     fusion: nn.Module | None, num_modalities: int
 ) -> Iterator[list[MeanAttention]]:
-    """Yields attention by layer of all items that the fusion sees; none without queries."""
+    """Yield attention by layer of all items that the fusion sees; none without queries."""
     if not isinstance(fusion, FusionQFormer):
         yield []
         return
@@ -118,7 +118,7 @@ def recorded_attention(
 
 
 def fusion_attention(branch: ContentBranch | None, layers: list[MeanAttention]) -> Section:
-    """Returns the section of what was recorded; a model without queries has words alone."""
+    """Return the section of what was recorded; a model without queries has words alone."""
     if branch is None:
         return Section(TITLE, ["The model has no content branch, so nothing is fused."])
     if not layers:

@@ -24,7 +24,7 @@ PICTURE_SIZE = (160, 96)  # at most, in pixels: width and height
 
 
 def category_column(table: ItemTable | None, chosen: str | None) -> str | None:
-    """Returns the column that colours the maps: the one chosen, or the first usual one.
+    """Return the column that colours the maps: the one chosen, or the first usual one.
 
     Raises:
         ValueError: the column chosen is in no file, or holds no texts or integers.
@@ -58,12 +58,12 @@ def _is_category(kind: pa.DataType | None) -> bool:
 
 
 def categories(table: ItemTable, name: str, items: np.ndarray) -> list[str | None]:
-    """Returns the category of each item: of several, separated by `|` or in a list, the first."""
+    """Return the category of each item: of several, separated by `|` or in a list, the first."""
     return [first_category(value) for value in column_values(table, name, items)]
 
 
 def first_category(value: Any) -> str | None:
-    """Returns the first of several categories.
+    """Return the first of several categories.
 
     Example::
 
@@ -76,14 +76,14 @@ def first_category(value: Any) -> str | None:
 
 
 def category_text(value: Any) -> str:
-    """Returns all categories of an item, to be read; empty where it has none."""
+    """Return all categories of an item, to be read; empty where it has none."""
     text = "" if value is None else str(value)
     values = value if isinstance(value, list) else text.split("|")
     return _beginning(", ".join(str(part) for part in values if part is not None))
 
 
 def item_names(table: ItemTable | None, items: np.ndarray) -> list[str]:
-    """Returns each item's title or name, else the beginning of its text, else its id."""
+    """Return each item's title or name, else the beginning of its text, else its id."""
     if table is None:
         return [f"item {item}" for item in items.tolist()]
     kinds = column_types(table)
@@ -107,7 +107,7 @@ def _beginning(value: Any) -> str:
 
 
 def item_pictures(table: ItemTable | None, items: np.ndarray) -> list[bytes | None]:
-    """Returns the (first) image of each item as a small JPEG.
+    """Return the (first) image of each item as a small JPEG.
 
     Empty where an item has none that can be read, None for all where the schema has no images.
     """
@@ -119,7 +119,7 @@ def item_pictures(table: ItemTable | None, items: np.ndarray) -> list[bytes | No
 
 
 def small_picture(encoded: bytes | list[bytes | None] | None) -> bytes:
-    """Returns an image, or the first of a list, as JPEG of at most 96 pixels in height.
+    """Return an image, or the first of a list, as JPEG of at most 96 pixels in height.
 
     Empty where there is none, or it cannot be read.
     """

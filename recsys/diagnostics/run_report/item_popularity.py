@@ -36,7 +36,7 @@ class ScoredRows:
     counts: np.ndarray  # int64 [N], training impressions of the row's item
 
     def metrics(self, rows: np.ndarray) -> dict[str, Any]:
-        """Returns `ranking_metrics` of the rows, bool [N], chosen."""
+        """Return `ranking_metrics` of the rows, bool [N], chosen."""
         return ranking_metrics(self.labels[rows], self.logits[rows], self.groups[rows])
 
 
@@ -49,29 +49,29 @@ class CountRange:
 
     @property
     def name(self) -> str:
-        """Returns a name such as `5–19`, `0` or `100+`."""
+        """Return a name such as `5–19`, `0` or `100+`."""
         if self.end is None:
             return f"{self.first}+"
         is_single = self.end == self.first + 1
         return str(self.first) if is_single else f"{self.first}–{self.end - 1}"
 
     def holds(self, counts: np.ndarray) -> np.ndarray:  # int [N] -> bool [N]
-        """Returns which counts lie in the range."""
+        """Return which counts lie in the range."""
         return (counts >= self.first) & (self.end is None or counts < self.end)
 
 
 def count_ranges(edges: Sequence[int]) -> list[CountRange]:
-    """Returns the ranges between the edges, ascending, and one without end above the last."""
+    """Return the ranges between the edges, ascending, and one without end above the last."""
     return [CountRange(*pair) for pair in zip(edges, [*edges[1:], None], strict=True)]
 
 
 def doubling_edges(most: int) -> list[int]:
-    """Returns 0, 1, 2, 4 ... up to `most`, at least 1."""
+    """Return 0, 1, 2, 4 ... up to `most`, at least 1."""
     return [0, *(2**power for power in range(most.bit_length()))]
 
 
 def metrics_by_count(rows: ScoredRows, edges: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Returns `ranking_metrics` and `positives` of the rows of each range of counts.
+    """Return `ranking_metrics` and `positives` of the rows of each range of counts.
 
     Args:
         rows: of one split.
@@ -88,7 +88,7 @@ def metrics_by_count(rows: ScoredRows, edges: Sequence[int]) -> dict[str, dict[s
 
 
 def auc_error(auc: float, positives: int, negatives: int) -> float:
-    """Returns the standard error of an AUC (Hanley and McNeil, Radiology 143, 1982, equation 2).
+    """Return the standard error of an AUC (Hanley and McNeil, Radiology 143, 1982, equation 2).
 
     Example::
 
@@ -101,7 +101,7 @@ def auc_error(auc: float, positives: int, negatives: int) -> float:
 
 
 def item_popularity(rows: ScoredRows, split: str) -> Section:
-    """Returns the section of both figures and the table."""
+    """Return the section of both figures and the table."""
     buckets = metrics_by_count(rows, BUCKETS)
     table = Table(
         ("training impressions", "AUC", "GAUC", "log loss", "rows"),

@@ -28,7 +28,7 @@ class ItemVectors:
     contrastive: tuple[Tensor, Tensor] | None = None  # IDs and content, [I, C] each
 
     def first(self, count: int) -> ItemVectors:
-        """Returns the vectors of the first items alone."""
+        """Return the vectors of the first items alone."""
         contrastive = self.contrastive
         if contrastive is not None:
             contrastive = contrastive[0][:count], contrastive[1][:count]
@@ -37,7 +37,7 @@ class ItemVectors:
 
 
 def frequent_items(job: Job, item_counts: np.ndarray, most: int) -> np.ndarray:
-    """Returns items with training impressions (and content, if the model has it), by frequency."""
+    """Return items with training impressions (and content, if the model has it), by frequency."""
     items = np.flatnonzero(item_counts)
     if job.store is not None:
         items = np.intersect1d(items, job.store.items.ids)
@@ -46,7 +46,7 @@ def frequent_items(job: Job, item_counts: np.ndarray, most: int) -> np.ndarray:
 
 @torch.no_grad()
 def item_vectors(job: Job, run: Path, items: np.ndarray) -> ItemVectors:
-    """Returns vectors of the run's best model; no collective.
+    """Return vectors of the run's best model; no collective.
 
     Args:
         job: has that model loaded.

@@ -38,12 +38,12 @@ class Categories:
 
     @property
     def are_enough(self) -> bool:
-        """Returns whether two items have one, so that items can be compared."""
+        """Return whether two items have one, so that items can be compared."""
         return sum(value is not None for value in self.values) > 1
 
 
 def by_count(counts: np.ndarray) -> Paint:
-    """Returns colours by training impressions, int64 [I], above 0."""
+    """Return colours by training impressions, int64 [I], above 0."""
     logarithms = np.log10(counts)
 
     def paint(figure: Figure, places: list[Axes], planes: list[np.ndarray]) -> None:
@@ -55,7 +55,7 @@ def by_count(counts: np.ndarray) -> Paint:
 
 
 def by_category(categories: Categories) -> Paint:
-    """Returns the most frequent categories in colours of `PALETTE`, all others grey."""
+    """Return the most frequent categories in colours of `PALETTE`, all others grey."""
     known = Counter(value for value in categories.values if value is not None)
     frequent = [value for value, _ in known.most_common(len(PALETTE))]
     colours = dict(zip(frequent, PALETTE))

@@ -37,7 +37,7 @@ class Examples:
 def example_items(
     item_counts: np.ndarray, test_items: np.ndarray, candidates: np.ndarray
 ) -> Examples:
-    """Chooses the items shown, without chance.
+    """Choose the items shown, without chance.
 
     Middling is the item at which the items more frequent than it have half of all impressions;
     of the unseen those come first that the test split ranks most often.
@@ -69,7 +69,7 @@ def nearest_items(
     table: ItemTable | None,
     category: str | None,
 ) -> Section:
-    """Returns the section.
+    """Return the section.
 
     Args:
         job, run: whose vectors the examples have.
@@ -122,7 +122,7 @@ class _Neighbours:
         return np.unique(np.concatenate([items.ravel() for _, items in self.by_kind.values()]))
 
     def of(self, kind: str, place: int) -> list[tuple[int, float]]:
-        """Returns items and cosines of the example at a place, nearest first."""
+        """Return items and cosines of the example at a place, nearest first."""
         cosines, items = self.by_kind[kind]
         return list(zip(items[place].tolist(), cosines[place].tolist()))
 
@@ -144,7 +144,7 @@ def _neighbours(pool: ItemVectors, examples: ItemVectors) -> _Neighbours:
 def _cards_of(
     items: np.ndarray, item_counts: np.ndarray, table: ItemTable | None, category: str | None
 ) -> Callable[[int, float | None], Card]:
-    """Makes the card of one of these items; each is read once, however often it is shown."""
+    """Make the card of one of these items; each is read once, however often it is shown."""
     names = dict(zip(items.tolist(), item_names(table, items)))
     pictures = dict(zip(items.tolist(), item_pictures(table, items)))
     kinds: dict[int, str] = {}

@@ -22,7 +22,7 @@ def nearest(
     own: np.ndarray,  # int64 [N], the place of each queried item in `vectors`, or -1
     count: int,
 ) -> tuple[Tensor, Tensor]:  # cosines and places, [N, K], nearest first; K = min(count, I - 1)
-    """Returns the nearest vectors of each query by cosine, but for the item itself.
+    """Return the nearest vectors of each query by cosine, but for the item itself.
 
     Example::
 
@@ -42,7 +42,7 @@ def nearest(
 
 
 def same_category_share(vectors: Tensor, categories: Sequence[str | None]) -> float:
-    """Returns the share of the items' nearest `NEIGHBOURS` that have the item's category.
+    """Return the share of the items' nearest `NEIGHBOURS` that have the item's category.
 
     Args:
         vectors: [I, D].
@@ -58,7 +58,7 @@ def same_category_share(vectors: Tensor, categories: Sequence[str | None]) -> fl
 
 
 def chance_of_same_category(categories: Sequence[str | None]) -> float:
-    """Returns how often two different items, drawn at random, have one category.
+    """Return how often two different items, drawn at random, have one category.
 
     Example::
 

@@ -82,7 +82,7 @@ class Section:
 
 
 def new_figure(num_plots: int) -> tuple[Figure, list[matplotlib.axes.Axes]]:
-    """Returns plots side by side, wide enough to be read on a page 1,280 pixels wide."""
+    """Return plots side by side, wide enough to be read on a page 1,280 pixels wide."""
     with matplotlib.rc_context(_DRAWING):
         figure = Figure(figsize=(11, 4), layout="constrained")
         axes = figure.subplots(1, num_plots, squeeze=False)[0]
@@ -90,7 +90,7 @@ def new_figure(num_plots: int) -> tuple[Figure, list[matplotlib.axes.Axes]]:
 
 
 def drawn(name: str, figure: Figure, caption: str) -> Drawing:
-    """Returns the figure as SVG, the same for the same figure."""
+    """Return the figure as SVG, the same for the same figure."""
     output = io.BytesIO()
     nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     # Text stays text: the browser has letters of all languages, matplotlib's font has not.
@@ -102,12 +102,12 @@ def drawn(name: str, figure: Figure, caption: str) -> Drawing:
 
 
 def number(value: float | None, decimals: int = 4) -> str:
-    """Returns a number as in tables; what is not defined is a dash."""
+    """Return a number as in tables; what is not defined is a dash."""
     return "–" if value is None else f"{value:,.{decimals}f}"
 
 
 def html_page(title: str, sections: Sequence[Section]) -> str:
-    """Returns the whole page. Every text is escaped."""
+    """Return the whole page. Every text is escaped."""
     pages = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
