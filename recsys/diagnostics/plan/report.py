@@ -1,4 +1,4 @@
-"""Formats a description as tables to read."""
+"""Formats a description as text tables."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _memory(found: Description) -> str:
 
 
 def _shortened(plan: str) -> str:
-    """Cut lines that end in shards of many ranks."""
+    """Shorten lines that list the shards of many ranks."""
     lines = []
     for line in plan.splitlines():
         pieces = line.split(", ")
@@ -196,7 +196,7 @@ def _verdict(found: Description) -> str:
             f"fits, {in_bytes(left)} per rank are left; but dense parts, bank and activations take "
             f"{in_bytes(others)}, and the planner counts on {reserve} for them"
         )
-    # The largest counts.
+    # The largest part is reported.
     size, name, fix = max(
         (memory.tables, "tables", "more ranks, a smaller embedding.dim or fewer rows"),
         (memory.dense, "dense parts", "smaller encoders, or fewer layers that train"),
