@@ -1,4 +1,4 @@
-"""Formats a dataset's summary as tables to read, and the findings in words."""
+"""Formats a dataset's summary as text tables, and its findings as warnings."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _columns(found: DatasetSummary) -> str:
 
 
 def _of_splits(found: DatasetSummary) -> list[tuple[SplitSummary, str]]:
-    """Return each column but labels, of each split."""
+    """Return each column except labels, of each split."""
     kinds = {name: column.kind for name, column in found.schema.columns.items()}
     names = [name for name, kind in kinds.items() if kind != "label"]
     return [(split, name) for name in names for split in found.splits.values()]

@@ -27,7 +27,7 @@ def find_cluster(
         nodes: number of nodes.
         ranks_per_node: devices of each node; None: the GPUs of this machine, or one CPU.
         figures: figures that override the data sheet or the measurement.
-        precision: precision of the dense parts; if devices are measured, bf16 is measured too.
+        precision: precision of the dense parts; the rate of bf16 is measured only if it is bf16.
 
     Raises:
         ValueError: the device is unknown, or a number or figure is not positive.
