@@ -61,10 +61,8 @@ def paired_difference(
 
     Args:
         first: runs of the first configuration: for each seed, the scores of each window (the test
-            splits of a rolling split; one window for any other split). The metric is averaged over
-            seeds.
-        second: runs of the second configuration, on the same windows; the number of seeds may
-            differ.
+            splits of a rolling split; one window for any other split). Seeds are averaged.
+        second: runs of the second configuration, on the same windows; any number of seeds.
         metric: gauc or auc. GAUC is pooled over windows: each user of a window is weighted by the
             user's rows in it; AUC is the mean over windows, weighted by rows.
         part: all, warm, cold or unseen, as in `recsys.data.item_parts`.

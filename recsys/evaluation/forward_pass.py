@@ -1,4 +1,7 @@
-"""Runs the model over batches without training, for scoring, retrieval and the dry run."""
+"""Runs the model over batches without training, for scoring, retrieval and the dry run.
+
+Shapes: B batch, C labels.
+"""
 
 from __future__ import annotations
 

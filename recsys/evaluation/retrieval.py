@@ -64,7 +64,7 @@ def _batches_of_items(
     share: np.ndarray,  # int64 [I]
     num_items: int,
 ) -> Iterator[Batch]:
-    """Yield impressions without a user, one per item; every rank yields as many batches."""
+    """Yield impressions without a user, one per item, in equally many batches on every rank."""
     build: BatchBuilder = job.batch_builder(with_labels=False)
     columns = [name for name, column in job.schema.columns.items() if column.kind != "label"]
     rows = padding_rows(empty_table(job.schema, columns + job.schema.parallel), 1)

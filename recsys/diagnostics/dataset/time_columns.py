@@ -53,7 +53,7 @@ def footer_statistics(metadata: pq.FileMetaData, name: str) -> Iterator[pq.Stati
 
 
 def in_words(moment: Any) -> str:
-    """Format a moment as date and time to the minute; as it is if it cannot be read as a time."""
+    """Format a moment as date and time to the minute; unchanged if it cannot be read as a time."""
     if isinstance(moment, int):
         for low, high, unit in UNITS:
             if low <= moment < high:

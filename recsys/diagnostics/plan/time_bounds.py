@@ -36,7 +36,7 @@ class TimeBound:
 def time_bounds(
     costs: Sequence[PartCost], sent: Sequence[Sent], cluster: Cluster, precision: str
 ) -> list[TimeBound]:
-    """Return the bounds of the parts on a rank, then those of what the rank sends.
+    """Return the bounds of the parts on a rank, then the bounds of its collectives.
 
     Args:
         costs: FLOPs and bytes of the parts of a step on one rank.

@@ -1,4 +1,7 @@
-"""Runs `recsys report`: scores the test split and writes one page on a finished run."""
+"""Runs `recsys report`: scores the test split and writes one page on a finished run.
+
+Shapes: N rows of the test split.
+"""
 
 from __future__ import annotations
 

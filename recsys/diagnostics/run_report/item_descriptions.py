@@ -72,7 +72,7 @@ def categories(
 
 
 def first_category(value: Any) -> str | None:
-    """Return the first of several categories.
+    """Return the first of several categories; None if there is none.
 
     Example::
 
