@@ -22,7 +22,7 @@ from recsys.config.named_parts import make_part
 from recsys.data.item_parts import PARTS
 
 METRICS = {"precision_at_k": "recsys.evaluation.further_metrics:PrecisionAtK"}
-# Names that a report has anyway.
+# Names that every report uses already.
 RESERVED = {"auc", "gauc", "logloss", "ne", "calibration", "num_samples", *PARTS}
 RESERVED |= {"labels", "retrieval", "ids"}
 
@@ -91,7 +91,7 @@ def call_metric(
     try:
         value = metric(labels, scores, groups, counts)
         number = None if value is None else float(value)
-    except Exception as error:  # a class of the user's may raise anything
+    except Exception as error:  # user code may raise anything
         raise ValueError(
             f"metrics.{name}: failed on {len(labels):,} rows ({type(error).__name__}: {error})"
         ) from error

@@ -130,7 +130,7 @@ def _parquet_files(name: str) -> list[Location]:
 
 def _write(
     files: list[Location],
-    names: list[str],  # C
+    names: list[str],  # [C]
     values: np.ndarray,  # [N, C]
     out: Path,
 ) -> None:
@@ -171,7 +171,7 @@ def _read(parquet: pq.ParquetFile, index: int, file: Location) -> pa.Table:
 
 def _with_columns(
     table: pa.Table,
-    names: list[str],  # C
+    names: list[str],  # [C]
     values: np.ndarray,  # [N, C]
     file: str,
 ) -> pa.Table:

@@ -29,7 +29,7 @@ class SplitScores:
     counts: np.ndarray  # int64 [N], training rows of its item
     labels: np.ndarray  # float32 [N, C]
     logits: np.ndarray  # float32 [N, C]
-    label_names: tuple[str, ...]  # C of them
+    label_names: tuple[str, ...]  # [C]
 
 
 INTEGERS = {

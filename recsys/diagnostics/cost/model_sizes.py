@@ -126,7 +126,7 @@ class ContentSizes:
     fusion: ItemCost
     history_map: ItemCost  # a token is a history item
     dim: int
-    mode: str  # of the history
+    mode: str  # content.history.mode
     vector_dim: int  # numbers kept per item
     num_items: int
     bank_placement: str
@@ -176,7 +176,7 @@ class ModelSizes:
     tables: list[TableMemory]
     id_dim: int
     ranking: list[PartCost]  # cost of one row
-    dense_parameters: int  # trained ones
+    dense_parameters: int  # number of trained dense parameters
     optimizer_state: int  # elements that the dense optimizer and the moving average keep
     content: ContentSizes | None
     communication: CommunicationSettings

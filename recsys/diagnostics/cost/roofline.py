@@ -38,7 +38,7 @@ def measure_anchor(
     right, product = torch.randn_like(left), torch.empty_like(left)
     gemm_seconds = _seconds(lambda: torch.mm(left, right, out=product))
     source = torch.ones(copy_bytes // 4, device=device)
-    target = torch.ones_like(source)  # its pages are touched before the clock starts
+    target = torch.ones_like(source)  # touches its pages before the clock starts
     copy_seconds = _seconds(lambda: target.copy_(source))
     return Anchor(2 * gemm_size**3 / gemm_seconds, 2 * copy_bytes / copy_seconds)
 

@@ -108,7 +108,7 @@ def _tables(found: DatasetSummary) -> str:
         least = [ids.least for ids in of_splits if ids.least is not None]
         greatest = [ids.greatest for ids in of_splits if ids.greatest is not None]
         ends = (f"{min(least):,}", f"{max(greatest):,}") if least else ("-", "-")
-        if use.vocabulary == "bounded":  # these are raw
+        if use.vocabulary == "bounded":  # its ids are raw, not rows
             ends = ("-", "-")
         about = "" if use.is_exact else "about "
         cells = (f"{about}{use.ids:,}", _percent(use.unused_share))

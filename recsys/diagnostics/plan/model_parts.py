@@ -36,7 +36,7 @@ class ModelPart:
     """One line of the list of parameters; bytes are of the rank that holds the most."""
 
     name: str
-    parameters: int  # in all
+    parameters: int  # total over all ranks
     trained_by: str
     where: str
     weight_bytes: int
@@ -82,7 +82,7 @@ def _table_part(memory: TableMemory) -> ModelPart:
         trained_by="nothing" if table.frozen else table.optimizer,
         where=f"{memory.sharding} on {place}",
         weight_bytes=weights,
-        gradient_bytes=0,  # they are applied in the backward, row by row
+        gradient_bytes=0,  # table gradients are applied in the backward, row by row
         state_bytes=state,
     )
 

@@ -28,7 +28,7 @@ def _others(world_size: int) -> float:
 
 
 def _other_parts(world_size: int) -> float:
-    """Return the share if each other rank gets a part; also the mean if one rank sends to all."""
+    """Return the share if each other rank gets a part, or the mean if one sends or gets all."""
     return (world_size - 1) / world_size
 
 
@@ -74,7 +74,7 @@ class Collective:
     """One call of a collective by one rank."""
 
     kind: str
-    bytes_sent: int  # to other ranks
+    bytes_sent: int  # bytes sent to other ranks
     seconds: float  # from begin to end; other work may overlap
 
 

@@ -68,7 +68,7 @@ class StepProfile:
         self.say, self.write = say, write
         self.plain_seconds: list[float] = []  # durations of steps without profiler
         self._done = steps == 0
-        self._profiler: profile | None = None  # while in a loop
+        self._profiler: profile | None = None  # None outside of a loop
         self._marks = ExitStack()  # removes the marks of modules
         self._wait = 0  # steps of this loop before the profiler starts
         self._steps_of_loop = 0
@@ -82,7 +82,7 @@ class StepProfile:
         activities = [ProfilerActivity.CPU]
         if self.ranks.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        # The first step under the profiler pays for its start and is not recorded.
+        # The first step under the profiler includes its start-up and is not recorded.
         phases = schedule(wait=self._wait, warmup=1, active=self.steps, repeat=1)
         self._profiler = profile(
             activities=activities, schedule=phases, on_trace_ready=self._finish, record_shapes=True

@@ -121,7 +121,7 @@ def read_steps(events: list[dict[str, Any]], rank: int, world_size: int) -> list
         index = bisect_right(begins, event["ts"]) - 1
         if index < 0 or event["ts"] >= timelines[index].end:
             return None
-        # Autograd has threads of its own for devices.
+        # Autograd runs the backward of a device in a thread of its own.
         part = timelines[index].part_at(event["ts"]) if event["tid"] == thread else "backward"
         return traces[index], part
 

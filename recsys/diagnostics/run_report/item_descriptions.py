@@ -66,7 +66,7 @@ def categories(
     table: ItemTable,
     name: str,
     items: np.ndarray,  # int64 [I]
-) -> list[str | None]:  # I
+) -> list[str | None]:  # [I]
     """Return the category of each item: the first of several in a list or separated by `|`."""
     return [first_category(value) for value in column_values(table, name, items)]
 
@@ -94,7 +94,7 @@ def category_text(value: Any) -> str:
 def item_names(
     table: ItemTable | None,
     items: np.ndarray,  # int64 [I]
-) -> list[str]:  # I
+) -> list[str]:  # [I]
     """Return each item's title or name, else the beginning of its text, else its id."""
     if table is None:
         return [f"item {item}" for item in items.tolist()]
@@ -121,7 +121,7 @@ def _beginning(value: Any) -> str:
 def item_pictures(
     table: ItemTable | None,
     items: np.ndarray,  # int64 [I]
-) -> list[bytes | None]:  # I
+) -> list[bytes | None]:  # [I]
     """Return the (first) image of each item as a small JPEG.
 
     Empty if an item has no readable image; None for all items if the schema has no images.

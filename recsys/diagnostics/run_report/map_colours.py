@@ -70,7 +70,7 @@ def by_category(categories: Categories) -> Paint:
 
     def paint(figure: Figure, places: list[Axes], planes: list[np.ndarray]) -> None:
         for axes, plane in zip(places, planes):
-            for _, colour in reversed(groups):  # the frequent ones above the others
+            for _, colour in reversed(groups):  # frequent categories are drawn last, on top
                 inside = plane[of_items == colour]
                 axes.scatter(inside[:, 0], inside[:, 1], color=colour, s=14, linewidths=0)
         _legend(figure, places[0], groups, categories.column)

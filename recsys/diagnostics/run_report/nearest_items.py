@@ -79,7 +79,7 @@ def nearest_items(
         pool: vectors of the items, all seen in training, that can be neighbours.
         examples: the items shown.
         item_counts: training impressions of all items.
-        table: the items' files; None if there are none; items are then named by their row in the ID table.
+        table: the items' files; if None, items are named by their row in the ID table.
         category: the column of categories that the cards show, if any.
     """
     if len(pool.items) < 2:
