@@ -1,1 +1,1 @@
-"""Shows what to look at before, during and after training: dataset, plan, cost, profile, report."""
+"""Diagnoses a training before, while and after it runs: dataset, plan, cost, profile, report."""

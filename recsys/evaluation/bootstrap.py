@@ -1,15 +1,15 @@
-"""Whether a model ranks better than another, or whether the test users just happen to say so.
+"""Tests by a bootstrap over users whether one model ranks better than another.
 
-Rows of one user are not independent, so users are resampled, with all of their rows; and as both
-models scored the same rows, each resample is taken of both, which cancels what makes the users
-easy or hard for either. The interval is that of the resampled differences. It tells what other
-users would say, not what other initial weights would: for those, give runs of several seeds.
+Rows of one user are not independent, so users are resampled, each with all rows. Both models
+scored the same rows, so each resample is applied to both, which cancels the variance that easy and
+hard users add to either metric. The interval is the one of the resampled differences. It covers
+the choice of users, not of initial weights: for the latter, give runs of several seeds.
 Percentile intervals of a cluster bootstrap: Efron and Tibshirani, An Introduction to the
 Bootstrap, 1993, chapter 13; Field and Welsh, Bootstrapping Clustered Data, 2007.
 
 scipy.stats.bootstrap does not serve here: where a resample leaves a metric undefined (few users
-have cold items) its interval is NaN, and it would sort the rows of every resample anew, while here
-they are sorted once and a resample only counts how often each user was drawn.
+have cold items) its interval is NaN, and it would sort the rows of every resample again. Here rows
+are sorted once, and a resample only counts how often each user was drawn.
 
 Shapes: N rows of a window, U users of all windows, S resamples, P positive and M negative rows.
 """
@@ -27,7 +27,7 @@ from recsys.evaluation.scores import SplitScores, check_same_rows
 
 METRICS = ("auc", "gauc")
 PERCENTILES = (2.5, 97.5)
-CELLS = 1 << 20  # of the largest matrices, resamples times rows or users
+CELLS = 1 << 20  # elements of the largest matrices: resamples times rows or users
 
 # How often each user was drawn, float64 [U, S] -> the metric in each resample, NaN where the rows
 # drawn do not define it, float64 [S].
@@ -44,7 +44,7 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the difference counts: its interval does not contain 0."""
+        """Return whether the interval excludes 0, so that the difference is significant."""
         return self.low > 0 or self.high < 0
 
 
@@ -57,24 +57,24 @@ def paired_difference(
     seed: int = 0,
     label: int = 0,
 ) -> Interval | None:
-    """How much higher a metric of `second` is than that of `first`, by a paired bootstrap of users.
+    """Return by how much `second` exceeds `first` in a metric, by a paired bootstrap of users.
 
     Args:
-        first, second: runs of two configurations: of each seed, the scores of each window (the
-            test splits of a rolling split; one of any other). Of the seeds of a configuration the
-            mean metric is taken; there may be unlike numbers of them.
-        metric: gauc or auc. GAUC is pooled over windows: each user of a window counts by his rows;
-            AUC is the mean over windows, weighted by rows.
+        first: runs of the first configuration: for each seed, the scores of each window (the test
+            splits of a rolling split; one window for any other split). Seeds are averaged.
+        second: runs of the second configuration, on the same windows; any number of seeds.
+        metric: gauc or auc. GAUC is pooled over windows: each user of a window is weighted by the
+            user's rows in it; AUC is the mean over windows, weighted by rows.
         part: all, warm, cold or unseen, as in `recsys.data.item_parts`.
-        samples: resamples. A user in several windows is drawn with his rows in all of them.
-        seed: of the resamples, which are the same for all metrics and parts.
-        label: place of the label.
+        samples: number of resamples. A user in several windows is drawn with the rows of all.
+        seed: seed of the resamples, which are the same for all metrics and parts.
+        label: index of the label.
 
     Returns:
-        None where fewer than two users define the metric.
+        The difference and its interval; None where fewer than two users define the metric.
 
     Raises:
-        ValueError: the runs scored other rows, or there is no such metric or part.
+        ValueError: the runs scored different rows, or the metric or part is unknown.
 
     Example::
 
@@ -100,11 +100,12 @@ def paired_difference(
 
 
 def _mean_measure(measures: Sequence[Measure]) -> Measure:
+    """Return the mean of measures of the same users."""
     return lambda drawn: np.mean([measure(drawn) for measure in measures], axis=0)
 
 
 def _interval(measure: Measure, num_users: int, draws: Iterator[np.ndarray]) -> Interval | None:
-    """Returns a measure of all users once with its percentiles over resamples of them."""
+    """Return the measure of all users and its percentiles over resamples; None if undefined."""
     value = float(measure(np.ones((num_users, 1)))[0])
     if np.isnan(value):
         return None
@@ -115,10 +116,19 @@ def _interval(measure: Measure, num_users: int, draws: Iterator[np.ndarray]) -> 
 def pooled_metric(
     windows: Sequence[SplitScores], metric: str, part: str, label: int = 0
 ) -> float | None:
-    """The metric of a run, pooled over its windows as in `paired_difference`.
+    """Compute the metric of a run, pooled over its windows as in `paired_difference`.
+
+    Args:
+        windows: scores of each window.
+        metric: gauc or auc.
+        part: all, warm, cold or unseen.
+        label: index of the label.
 
     Returns:
-        None where the rows do not define it.
+        The metric; None where the rows do not define it.
+
+    Raises:
+        ValueError: the metric or part is unknown.
     """
     users = np.unique(np.concatenate([window.groups for window in windows]))
     value = float(_measure(windows, users, metric, part, label)(np.ones((len(users), 1)))[0])
@@ -128,7 +138,7 @@ def pooled_metric(
 def resamples(
     num_users: int, samples: int, block: int, rng: np.random.Generator
 ) -> Iterator[np.ndarray]:
-    """How often each user is drawn, U times with replacement; float64 [U, at most `block`]."""
+    """Yield how often each user is drawn in U draws with replacement; float64 [U, <= `block`]."""
     for start in range(0, samples, block):
         size = min(block, samples - start)
         drawn = rng.integers(num_users, size=(size, num_users))
@@ -140,7 +150,7 @@ def resamples(
 def _check_windows(
     first: Sequence[Sequence[SplitScores]], second: Sequence[Sequence[SplitScores]]
 ) -> Sequence[SplitScores]:
-    """The windows that all runs have scored."""
+    """Return the windows that all runs scored; raise ValueError if they differ."""
     if not first or not second or not first[0]:
         raise ValueError("first and second each need the scores of at least one run")
     windows = first[0]
@@ -158,15 +168,20 @@ def _check_windows(
 
 
 def _rows(scores: SplitScores, part: str) -> np.ndarray:  # bool [N]
+    """Return which rows belong to a part of the items."""
     if part not in PARTS:
         raise ValueError(f"part '{part}' is none of {PARTS}")
     return item_parts(scores.counts)[part]
 
 
 def _measure(
-    windows: Sequence[SplitScores], users: np.ndarray, metric: str, part: str, label: int
+    windows: Sequence[SplitScores],
+    users: np.ndarray,  # [U], users of all windows, ascending
+    metric: str,
+    part: str,
+    label: int,
 ) -> Measure:
-    """The metric of one run; `users` are those of all windows, ascending."""
+    """Return the metric of one run as a function of how often each user is drawn."""
     if metric not in METRICS:
         raise ValueError(f"metric '{metric}' is none of {METRICS}")
     of_windows = []
@@ -180,7 +195,7 @@ def _measure(
 
 
 def _num_users(windows: Sequence[SplitScores], metric: str, part: str, label: int) -> int:
-    """How many users the metric rests on: for GAUC those with both labels, in any window."""
+    """Count the users that define the metric: for GAUC those with both labels in any window."""
     found = []
     for scores in windows:
         rows = _rows(scores, part)
@@ -194,14 +209,14 @@ def _num_users(windows: Sequence[SplitScores], metric: str, part: str, label: in
 def _grouped(
     windows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], num_users: int
 ) -> Measure:
-    """GAUC: both its sums are linear in how often each user was drawn."""
+    """Return GAUC as a measure: both its sums are linear in how often each user was drawn."""
     gains, rows = np.zeros(num_users), np.zeros(num_users)
     for positive, logit, user in windows:
         found, auc, of_user = grouped_auc(positive, logit, user)
         gains[found] += of_user * auc
         rows[found] += of_user
 
-    def measure(drawn: np.ndarray) -> np.ndarray:
+    def measure(drawn: np.ndarray) -> np.ndarray:  # [U, S] -> [S]
         return _ratio(gains @ drawn, rows @ drawn)
 
     return measure
@@ -209,16 +224,21 @@ def _grouped(
 
 @dataclass(frozen=True)
 class RankedPairs:
-    """Pairs of a positive and a negative row of a window, each with its user's place in U."""
+    """Pairs of a positive and a negative row of a window, each with its user's index in U."""
 
     positive_users: np.ndarray  # [P]
     negative_users: np.ndarray  # [M], lowest logit first
     below: np.ndarray  # [P], how many negatives have a lower logit
-    not_above: np.ndarray  # [P], how many have none that is higher
+    not_above: np.ndarray  # [P], how many negatives have no higher logit
 
     @classmethod
-    def of(cls, positive: np.ndarray, logit: np.ndarray, user: np.ndarray) -> RankedPairs:
-        """Of rows: bool [N], float [N], int [N]."""
+    def of(
+        cls,
+        positive: np.ndarray,  # bool [N]
+        logit: np.ndarray,  # float [N]
+        user: np.ndarray,  # int [N], index in U
+    ) -> RankedPairs:
+        """Rank the negative rows of a window and place each positive among them."""
         order = np.argsort(logit[~positive], kind="stable")
         ranked = logit[~positive][order]
         return cls(
@@ -228,10 +248,13 @@ class RankedPairs:
             not_above=np.searchsorted(ranked, logit[positive], side="right"),
         )
 
-    def auc(self, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """AUC, NaN where there is no pair, and number of rows, of each resample; float64 [S].
+    def auc(
+        self,
+        drawn: np.ndarray,  # float64 [U, S], how often each user was drawn
+    ) -> tuple[np.ndarray, np.ndarray]:  # float64 [S], [S]
+        """Return the AUC (NaN where there is no pair) and the number of rows of each resample.
 
-        A row counts as often as its user was drawn, a tie half.
+        A row counts as often as its user was drawn; a tie counts half.
         """
         positives = drawn[self.positive_users]
         negatives = np.zeros((len(self.negative_users) + 1, drawn.shape[1]))
@@ -244,7 +267,9 @@ class RankedPairs:
 
 
 def _mean_over_windows(windows: Sequence[RankedPairs]) -> Measure:
-    def measure(drawn: np.ndarray) -> np.ndarray:
+    """Return AUC as a measure: the mean over windows that define it, weighted by rows."""
+
+    def measure(drawn: np.ndarray) -> np.ndarray:  # [U, S] -> [S]
         total, rows = np.zeros(drawn.shape[1]), np.zeros(drawn.shape[1])
         for window in windows:
             auc, of_window = window.auc(drawn)
@@ -256,7 +281,7 @@ def _mean_over_windows(windows: Sequence[RankedPairs]) -> Measure:
     return measure
 
 
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """NaN where the denominator is 0."""
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:  # [S], [S] -> [S]
+    """Return the ratio, NaN where the denominator is 0."""
     undefined = np.full(len(numerator), np.nan)
     return np.divide(numerator, denominator, out=undefined, where=denominator > 0)

@@ -1,7 +1,7 @@
-"""`recsys compare`: metrics of runs side by side, and which differences the test users bear out.
+"""Runs `recsys compare`: metrics of runs side by side, and which differences are significant.
 
-It reads the scores that the runs left (`recsys.evaluation.scores`), so nothing is scored again;
-rows and labels must be the same, wherever the datasets lie.
+It reads the scores that the runs wrote (`recsys.evaluation.scores`), so nothing is scored again.
+Rows and labels must be the same; the datasets may lie in different places.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ SAMPLES = 2000
 
 
 def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
-    """AUC and GAUC of each run by part of the items, and how they differ from the first run's.
+    """Compute AUC and GAUC of each run by part of the items, and differences to the first run.
 
     Args:
-        runs: two or more, of the same rows; several labels: the first is compared.
-        split: whose scores the runs hold.
+        runs: two or more run folders with scores of the same rows; of several labels the first is
+            compared.
+        split: the split whose scores are compared.
 
     Returns:
-        `split`, `label`, `users`, `samples` of the bootstrap, `rows` by part, and of each of `runs`
-        its name (`run`) and by part and metric its value and, after the first, `difference`: value,
-        low, high and excludes_zero, None where it is not defined.
+        `split`, `label`, `users`, `samples` of the bootstrap, `rows` by part, and `runs`: for each
+        run its name (`run`) and by part and metric its value and, except for the first run,
+        `difference`: value, low, high and excludes_zero; None where it is not defined.
 
     Raises:
-        ValueError: fewer than two runs, one without scores of the split, or with those of other
+        ValueError: fewer than two runs, or a run has no scores of the split or scores of different
             rows.
     """
     if len(runs) < 2:
@@ -87,7 +88,7 @@ def _difference(interval: Interval | None) -> dict[str, Any] | None:
 
 
 def format_comparison(report: dict[str, Any]) -> str:
-    """What `compare_runs` returned as a plain text table; what is not defined is `-`."""
+    """Format the result of `compare_runs` as a plain text table; undefined values are `-`."""
     first = report["runs"][0]["run"]
     head = f"{report['split']}, {report['rows']['all']:,} rows of {report['users']:,} users"
     columns = [column for name in METRICS for column in (name, "difference", "95 % interval")]
@@ -116,5 +117,5 @@ def _cells(metrics: dict[str, Any], name: str) -> tuple[str, str, str]:
 
 
 def write_comparison(report: dict[str, Any], out: Path) -> None:
-    """Writes what `compare_runs` returned as JSON that appears whole or not at all."""
+    """Write the result of `compare_runs` as JSON; the file appears whole or not at all."""
     write_whole(out, json.dumps(report, indent=2) + "\n")

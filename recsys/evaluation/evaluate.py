@@ -1,4 +1,7 @@
-"""Scores a split over all ranks and computes its metrics exactly, from every row once."""
+"""Scores a split over all ranks and computes its metrics exactly, using every row once.
+
+Shapes: N rows of a split, B batch, C labels, Q rows with a query, D dimension.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +34,14 @@ logger = logging.getLogger(__name__)
 
 
 def check_data(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
-    """Reads all splits once, so that a bad value shows before the first step. A collective.
+    """Read all splits once, so that a bad value shows before the first step. A collective.
 
     Returns:
-        how many training rows each item has, int64 [num_items], and what was skipped by split;
-        nothing is where `on_bad_row` is error.
+        The number of training rows of each item, int64 [num_items], and the skipped rows by split
+        (empty where `on_bad_row` is error).
 
     Raises:
-        ValueError: on every rank, at the first row that cannot be used, or where none can be.
+        ValueError: on every rank: a row cannot be used and `on_bad_row` is error, or no row can.
     """
     ranks, is_skip = job.ranks, job.config.on_bad_row == "skip"
     training = np.zeros(0, np.int64)
@@ -58,10 +61,10 @@ def check_data(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
-    """Encodes every item and writes its vector to the memory bank. A collective.
+    """Encode every item and write its vector to the memory bank. A collective.
 
     Raises:
-        TrainingStopped: the job is to end, as `lockstep` says.
+        TrainingStopped: `lockstep` reports that the job is to end.
     """
     content, store = job.em3.content, job.store
     if content is None or content.bank is None:
@@ -69,7 +72,7 @@ def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
     assert store is not None
 
     def stop_if_asked() -> None:
-        """Agrees on whether the job is to end. A collective."""
+        """Raise TrainingStopped on all ranks if the job is to end. A collective."""
         if lockstep is not None:
             lockstep.settle()
             lockstep.raise_if_stopped()
@@ -78,10 +81,10 @@ def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
 
 
 def split_interactions(job: Job, split: str) -> Interactions:
-    """This rank's share of a split, to be scored. A collective.
+    """Return this rank's share of a split, for scoring. A collective.
 
     Raises:
-        ValueError: on every rank, the split cannot be read.
+        ValueError: on every rank: the split cannot be read.
     """
     with job.ranks.raise_on_all_ranks():
         return Interactions(
@@ -101,15 +104,25 @@ def score(
     unknown: UnknownIds | None = None,
     with_queries: bool = False,
 ) -> dict[str, Tensor]:
-    """Rows of all ranks, on every rank: position, logits, labels, group and target item.
+    """Score the rows of all ranks and return them on every rank. A collective.
 
-    With `with_queries`, what a retrieval model is to search for besides, of the rows whose first
-    label is positive: `queries`, and `query_targets` and `query_items`, the vectors and ids that
-    they should find; nothing of other models. Rows that only pad are left out, and random states
-    are left as they are; `unknown` counts the ids that have no row of their own. A collective.
+    Rows that only pad are left out; random states are restored.
+
+    Args:
+        job: the job whose model scores.
+        interactions: this rank's share of the rows.
+        lockstep: keeps the ranks on the same batch; default a new one.
+        unknown: counts the ids that have no row of their own.
+        with_queries: also return the queries of a retrieval model, for rows whose first label is
+            positive.
+
+    Returns:
+        `positions` [N], `logits` [N, C], `labels` [N, C], `groups` [N] and `items` [N] (targets).
+        With `with_queries`, if the model makes queries: `queries` [Q, D], and the vectors and ids
+        to retrieve, `query_targets` [Q, D] and `query_items` [Q].
 
     Raises:
-        TrainingStopped: the job is to end, as `lockstep` says.
+        TrainingStopped: `lockstep` reports that the job is to end.
     """
     lockstep = lockstep or Lockstep(job.ranks)
     devices = [job.ranks.device] if job.ranks.device.type == "cuda" else []
@@ -129,8 +142,11 @@ def score(
     }
 
 
-def _columns(batch: Batch, logits: Tensor) -> dict[str, Tensor]:
-    """Of the rows that are known."""
+def _columns(
+    batch: Batch,
+    logits: Tensor,  # [B, C]
+) -> dict[str, Tensor]:
+    """Return the score columns of real (non-padding) rows."""
     known = batch.row_positions >= 0
     columns = {
         "positions": batch.row_positions,
@@ -143,7 +159,7 @@ def _columns(batch: Batch, logits: Tensor) -> dict[str, Tensor]:
 
 
 def _queries(batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of the rows whose first label is positive."""
+    """Return the query columns of real rows whose first label is positive."""
     wanted = (batch.row_positions >= 0) & (batch.labels[:, 0] > 0)
     columns = {
         "queries": vectors["query"],
@@ -154,12 +170,12 @@ def _queries(batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split_scores(job: Job, scored: dict[str, Tensor], item_counts: np.ndarray) -> SplitScores:
-    """What `score` returned, in the order of the rows.
+    """Sort the result of `score` by the rows' positions in the split.
 
     Args:
-        job: whose schema names the labels.
+        job: the job whose schema names the labels.
         scored: the rows of all ranks.
-        item_counts: int64 [num_items], how many training rows each item has.
+        item_counts: int64 [num_items], training rows of each item.
     """
     order = np.argsort(scored["positions"].numpy())
     names = ("positions", "groups", "items", "labels", "logits")
@@ -171,19 +187,19 @@ def split_scores(job: Job, scored: dict[str, Tensor], item_counts: np.ndarray) -
 def evaluate_split(
     job: Job,
     split: str,
-    item_counts: np.ndarray,
+    item_counts: np.ndarray,  # int64 [num_items], training rows of each item
     lockstep: Lockstep | None = None,
     searches: bool = False,
     scores_to: Path | None = None,
 ) -> dict[str, Any]:
-    """Metrics of one split, in all and for cold, warm and unseen items. A collective.
+    """Compute the metrics of a split: all items, and cold, warm and unseen ones. A collective.
 
-    With several labels the first is at the top and each is under `labels`. With `searches`, a
-    retrieval model also searches the catalogue, of which it encodes every item: `retrieval`. The
-    rows' scores are written to the file `scores_to`.
+    With several labels, the metrics of the first are at the top level and those of each are under
+    `labels`. With `searches`, a retrieval model also encodes and searches the whole catalogue; the
+    metrics are under `retrieval`. The rows' scores are written to the file `scores_to`.
 
     Raises:
-        TrainingStopped: the job is to end, as `lockstep` says.
+        TrainingStopped: `lockstep` reports that the job is to end.
     """
     interactions = split_interactions(job, split)
     unknown = UnknownIds(job.schema)
@@ -212,7 +228,7 @@ def evaluate_split(
 
 
 def format_evaluation(report: dict[str, Any], more: Iterable[str] = ()) -> str:
-    """What `evaluate_split` returned as plain text tables; `more` names further metrics in it."""
+    """Format the result of `evaluate_split` as text tables; `more` names further metrics in it."""
     text = format_report(report, more)
     if "retrieval" in report:
         text += f"\n{format_retrieval(report['retrieval'])}"

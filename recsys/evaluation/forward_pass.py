@@ -1,4 +1,7 @@
-"""The pass over batches without training, which scoring, searching and the dry run share."""
+"""Runs the model over batches without training, for scoring, retrieval and the dry run.
+
+Shapes: B batch, C labels.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,17 @@ def forward_pass(
     unknown: UnknownIds | None = None,
     place: str = "scored batch",
 ) -> Iterator[tuple[dict[str, Any], Tensor, Batch]]:
-    """Yields (losses and vectors by name, logits [B, C], batch) of each batch. A collective.
+    """Yield (losses and vectors by name, logits [B, C], batch) of each batch. A collective.
 
     Args:
-        job: whose model is put into evaluation mode; gradients are up to the caller.
-        source: batches of this rank, as many as on every other.
-        lockstep: of the ranks.
+        job: the job; its model is put into evaluation mode. Callers disable gradients themselves.
+        source: batches of this rank, as many as on every other rank.
+        lockstep: keeps the ranks on the same batch.
         unknown: counts ids that have no row of their own.
-        place: the watchdog's name for what is done.
+        place: what the watchdog calls a batch in its messages.
 
     Raises:
-        TrainingStopped: the job is to end, as `lockstep` says.
+        TrainingStopped: `lockstep` reports that the job is to end.
     """
     job.model.eval()
     batches = job.preparation(

@@ -1,7 +1,7 @@
-"""Metrics besides those of every evaluation: the setting `metrics`, built in or of your own.
+"""Adds metrics to those of every evaluation: the setting `metrics`, built in or of your own.
 
-Each entry gives a metric a name, under which it stands in `metrics.json`, validations and trackers:
-for all rows, and within `warm`, `cold` and `unseen` for those of such items.
+Each entry gives a metric the name that it has in `metrics.json`, validations and trackers: for all
+rows, and nested in `warm`, `cold` and `unseen` for the rows of such items.
 
     metrics:
       p10: {metric: precision_at_k, options: {k: 10}}
@@ -22,7 +22,7 @@ from recsys.config.named_parts import make_part
 from recsys.data.item_parts import PARTS
 
 METRICS = {"precision_at_k": "recsys.evaluation.further_metrics:PrecisionAtK"}
-# Names that a report has anyway.
+# Names that every report uses already.
 RESERVED = {"auc", "gauc", "logloss", "ne", "calibration", "num_samples", *PARTS}
 RESERVED |= {"labels", "retrieval", "ids"}
 
@@ -48,14 +48,14 @@ class Metric(Protocol):
         groups: np.ndarray,  # int64 [N], the user of each row
         counts: np.ndarray,  # int64 [N], training rows of its item
     ) -> float | None:
-        """Returns the metric, None where the rows do not define it."""
+        """Return the metric; None where the rows do not define it."""
 
 
 def make_metrics(settings: Mapping[str, MetricSettings]) -> dict[str, Metric]:
-    """Makes the metrics of a configuration, by name.
+    """Make the metrics of a configuration, by name.
 
     Raises:
-        ValueError: a name is taken, or a metric is unknown or refuses its options.
+        ValueError: a name is reserved, or a metric is unknown or rejects its options.
     """
     for name in settings:
         if name in RESERVED or not name:
@@ -78,20 +78,20 @@ def make_metrics(settings: Mapping[str, MetricSettings]) -> dict[str, Metric]:
 def call_metric(
     name: str,
     metric: Metric,
-    labels: np.ndarray,
-    scores: np.ndarray,
-    groups: np.ndarray,
-    counts: np.ndarray,
+    labels: np.ndarray,  # float [N], 0 or 1
+    scores: np.ndarray,  # float [N]
+    groups: np.ndarray,  # int64 [N]
+    counts: np.ndarray,  # int64 [N], training rows of each row's item
 ) -> float | None:
-    """Returns what a metric gives for rows [N], checked.
+    """Call a metric and check its result.
 
     Raises:
-        ValueError: it fails, or gives something else than a finite number or None.
+        ValueError: the metric fails, or returns anything but a finite number or None.
     """
     try:
         value = metric(labels, scores, groups, counts)
         number = None if value is None else float(value)
-    except Exception as error:  # a class of the user's may raise anything
+    except Exception as error:  # user code may raise anything
         raise ValueError(
             f"metrics.{name}: failed on {len(labels):,} rows ({type(error).__name__}: {error})"
         ) from error
@@ -106,9 +106,9 @@ def call_metric(
 class PrecisionAtK:
     """Precision@K within each user: the share of positives among the K rows with highest scores.
 
-    It is the mean over users with at least one positive; a user with fewer than K rows is judged by
-    all of them. Where rows that tie for the last places are more than there are places, each is
-    there with equal probability, and the expected value counts.
+    The metric is the mean over users with at least one positive; for a user with fewer than K rows
+    all rows count. If more rows tie for the last places than there are places, each takes one with
+    equal probability, and the expected value counts.
 
     Args:
         k: K, at least 1.
@@ -127,13 +127,19 @@ class PrecisionAtK:
     """
 
     def __init__(self, k: int = 10) -> None:
+        """Check and keep `k`."""
         if k < 1:
             raise ValueError(f"k is {k}; it must be at least 1")
         self.k = k
 
     def __call__(
-        self, labels: np.ndarray, scores: np.ndarray, groups: np.ndarray, counts: np.ndarray
+        self,
+        labels: np.ndarray,  # [N]
+        scores: np.ndarray,  # [N]
+        groups: np.ndarray,  # [N]
+        counts: np.ndarray,  # [N], not used
     ) -> float | None:
+        """Return the mean precision over users; None without positives."""
         if len(labels) == 0:
             return None
         order = np.lexsort((-scores, groups))  # users one after the other, best rows first
@@ -145,7 +151,9 @@ class PrecisionAtK:
 
         rows = np.diff(np.append(tie_begin, len(label)))
         places_before = tie_begin - user_begin[user_of_tie]
-        share_in = np.clip(self.k - places_before, 0, rows) / rows  # expected, of a tie's rows
+        share_in = (
+            np.clip(self.k - places_before, 0, rows) / rows
+        )  # expected share of a tie's rows within K
         hits = np.add.reduceat(label, tie_begin) * share_in
         user_rows = np.diff(np.append(user_begin, len(label)))
         precision = np.bincount(user_of_tie, hits) / np.minimum(user_rows, self.k)

@@ -1,10 +1,12 @@
-"""How well a model ranks and how honest its probabilities are, exactly and in float64.
+"""Computes ranking quality and calibration exactly, in float64.
 
 AUC and GAUC count pairs in integers, so ties count exactly half at any number of rows; the
 streaming metrics of torchmetrics bin or sum in float32, which is why they are not used here. Rows
 of all ranks are gathered first: a mean of per-rank AUCs is not the AUC.
 GAUC: Zhu et al., Optimized Cost per Click in Taobao Display Advertising, 2017. Normalised entropy:
 He et al., Practical Lessons from Predicting Clicks on Ads at Facebook, 2014.
+
+Shapes: N rows, G groups.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from recsys.data.item_parts import PARTS, item_parts
 from recsys.evaluation.further_metrics import Metric, call_metric
 
 Array = np.ndarray | Tensor
-SHOWN = ("auc", "gauc", "logloss", "ne")  # in tables, of all that are computed
+SHOWN = ("auc", "gauc", "logloss", "ne")  # metrics that tables show
 
 
 def ranking_metrics(labels: Array, logits: Array, groups: Array) -> dict[str, Any]:
-    """Metrics of N rows.
+    """Compute the metrics of N rows.
 
     Args:
         labels: [N], 0 or 1.
@@ -68,12 +70,14 @@ def evaluation_report(
     item_counts: Array,
     more: Mapping[str, Metric] | None = None,
 ) -> dict[str, Any]:
-    """`ranking_metrics` of all rows, with those of `warm`, `cold` and `unseen` items inside.
+    """Compute `ranking_metrics` of all rows, and nested those of warm, cold and unseen items.
 
     Args:
-        labels, logits, groups: as in `ranking_metrics`.
-        item_counts: int [N], how many training rows the item of each row has, see `item_parts`.
-        more: further metrics, by the name that they get in the report.
+        labels: [N], 0 or 1.
+        logits: [N], finite.
+        groups: int [N], the user of each row.
+        item_counts: int [N], training rows of the item of each row, see `item_parts`.
+        more: further metrics by their names in the report.
 
     Raises:
         ValueError: as `ranking_metrics` does, or one of `more` fails.
@@ -97,13 +101,13 @@ def format_report(
     names: Iterable[str] = SHOWN,
     title: str = "items",
 ) -> str:
-    """A report with its parts inside as a plain text table; what is not defined is `-`.
+    """Format a report with nested parts as a plain text table; undefined values are `-`.
 
     Args:
         report: such as an `evaluation_report`.
         more: names of further metrics in it.
-        names: of the metrics to show before them.
-        title: over the names of the parts.
+        names: names of the metrics to show before them.
+        title: header of the column of parts.
     """
     names = [*names, *more]
     widths = [max(9, len(name) + 2) for name in names] + [12]
@@ -118,7 +122,7 @@ def format_report(
     )
 
 
-def _numpy(values: Array) -> np.ndarray:
+def _numpy(values: Array) -> np.ndarray:  # the same shape
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         # numpy has no bfloat16
@@ -126,7 +130,11 @@ def _numpy(values: Array) -> np.ndarray:
     return np.asarray(values)
 
 
-def _check_values(label: np.ndarray, logit: np.ndarray) -> None:
+def _check_values(
+    label: np.ndarray,  # [N]
+    logit: np.ndarray,  # [N]
+) -> None:
+    """Raise ValueError if a label is not 0 or 1, or a logit is not finite."""
     wrong = (label != 0) & (label != 1)
     if wrong.any():
         index = int(wrong.argmax())
@@ -141,18 +149,21 @@ def _check_values(label: np.ndarray, logit: np.ndarray) -> None:
 
 
 def grouped_auc(
-    positive: np.ndarray, score: np.ndarray, group: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Groups that have both labels, the AUC and the number of rows of each; G groups, ascending.
+    positive: np.ndarray,  # bool [N]
+    score: np.ndarray,  # [N]
+    group: np.ndarray,  # [N]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [G], float64 [G], int64 [G]
+    """Compute the AUC within each group that has both labels.
 
     Twice the number of pairs won, per positive, is 2 · (negatives below) + (negatives equal).
 
     Args:
-        positive: bool [N].
-        score, group: [N].
+        positive: whether the label of each row is 1.
+        score: score of each row; higher ranks first.
+        group: group of each row.
 
     Returns:
-        groups [G], AUC float64 [G], rows int64 [G].
+        The groups with both labels, ascending, and the AUC and the number of rows of each.
     """
     if len(score) == 0:
         return group, np.zeros(0), np.zeros(0, dtype=np.int64)
@@ -177,7 +188,10 @@ def grouped_auc(
     return group[group_begin][both], wins[both] / (2 * pairs[both]), rows[both]
 
 
-def _probability_metrics(label: np.ndarray, logit: np.ndarray) -> dict[str, float | None]:
+def _probability_metrics(
+    label: np.ndarray,  # [N]
+    logit: np.ndarray,  # [N]
+) -> dict[str, float | None]:
     if len(label) == 0:
         return {"logloss": None, "ne": None, "calibration": None}
     logloss = float(np.mean(np.logaddexp(0, logit) - label * logit))

@@ -1,7 +1,7 @@
-"""Which of the models that a run validates is its best: the one that is kept, tested and served.
+"""Selects the best of the models that a run validates: it is kept, tested and served.
 
-AUC over all impressions is high where a model tells users apart, GAUC where it ranks within a user;
-of one training they can be highest at different steps. Their mean asks for both.
+AUC over all impressions is high if a model separates users, GAUC if it ranks within a user; in one
+training they can peak at different steps. Their mean weights both.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ METRICS: dict[BestModelBy, tuple[str, ...]] = {
 
 
 def selection_score(report: Mapping[str, Any], best_model_by: BestModelBy) -> float | None:
-    """The mean of the metrics that choose the best model; None where one is not defined.
+    """Return the mean of the metrics that choose the best model; None where one is undefined.
 
     Args:
         report: validation metrics by name.
-        best_model_by: as in the configuration.
+        best_model_by: the setting of that name.
 
     Example::
 
@@ -36,6 +36,6 @@ def selection_score(report: Mapping[str, Any], best_model_by: BestModelBy) -> fl
 
 
 def selection_words(best_model_by: BestModelBy) -> str:
-    """In words, such as `mean of AUC and GAUC`."""
+    """Return the selection score in words, such as `mean of AUC and GAUC`."""
     names = [name.upper() for name in METRICS[best_model_by]]
     return names[0] if len(names) == 1 else f"mean of {' and '.join(names)}"

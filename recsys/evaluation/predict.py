@@ -1,4 +1,7 @@
-"""Evaluating and predicting with a finished run, on any number of ranks."""
+"""Evaluates and predicts with a finished run, on any number of ranks.
+
+Shapes: N rows of the input or of a row group, C labels.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_run(run: Path, data: str | None, ranks: Ranks, device: str) -> Job:
-    """The trained model of a run, on the data given or the data it was trained on. A collective.
+    """Load the best model of a run, with `data` or its training data. A collective.
 
     Raises:
         ValueError: the folder holds no finished run.
@@ -50,7 +53,7 @@ def load_run(run: Path, data: str | None, ranks: Ranks, device: str) -> Job:
 
 
 def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str) -> dict[str, Any]:
-    """Metrics of a split, printed and written to `RUN/evaluation_SPLIT.json`. A collective.
+    """Evaluate a split, print and write `RUN/evaluation_SPLIT.json`. A collective.
 
     The scores of its rows are written to `RUN/scores_SPLIT.parquet`.
     """
@@ -74,18 +77,20 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
 def predict(
     run: Path, inputs: list[str], out: Path, data: str | None, ranks: Ranks, device: str
 ) -> None:
-    """Writes the input rows, in their order, with one probability per label. A collective.
+    """Write the input rows, in their order, with one probability per label. A collective.
 
-    A row that was skipped, as `on_bad_row` of the run says, has null.
+    A row that was skipped (the run's `on_bad_row` is skip) has null.
 
     Args:
-        run: the finished run.
+        run: folder of the finished run.
         inputs: Parquet files of impressions (labels not needed), or folders of them.
         out: the Parquet file to write; it appears whole or not at all.
-        data: dataset whose items are ranked; default the one of the run.
+        data: dataset whose items are ranked; default the dataset of the run.
+        ranks: the ranks that score together.
+        device: device of the model: cpu, cuda or auto.
 
     Raises:
-        ValueError: an unreadable input, or one that has the new column already.
+        ValueError: an input cannot be read, or already has a column of predictions.
     """
     job = load_run(run, data, ranks, device)
     with ranks.raise_on_all_ranks():
@@ -123,8 +128,13 @@ def _parquet_files(name: str) -> list[Location]:
     return files
 
 
-def _write(files: list[Location], names: list[str], values: np.ndarray, out: Path) -> None:
-    """The files' row groups one after the other, the new columns beside them."""
+def _write(
+    files: list[Location],
+    names: list[str],  # [C]
+    values: np.ndarray,  # [N, C]
+    out: Path,
+) -> None:
+    """Write the files' row groups in order, with the new columns appended."""
     out.parent.mkdir(parents=True, exist_ok=True)
     writer: pq.ParquetWriter | None = None
     place = 0
@@ -159,7 +169,13 @@ def _read(parquet: pq.ParquetFile, index: int, file: Location) -> pa.Table:
         ) from error
 
 
-def _with_columns(table: pa.Table, names: list[str], values: np.ndarray, file: str) -> pa.Table:
+def _with_columns(
+    table: pa.Table,
+    names: list[str],  # [C]
+    values: np.ndarray,  # [N, C]
+    file: str,
+) -> pa.Table:
+    """Append the predictions of each label, null where they are NaN."""
     for index, name in enumerate(names):
         if name in table.column_names:
             raise ValueError(f"{file}: has a column '{name}' already; drop or rename it")

@@ -1,11 +1,11 @@
-"""How well a retrieval model finds items in the whole catalogue, by exact search.
+"""Measures how well a retrieval model ranks the whole catalogue, by exact search.
 
-Of every impression with a positive first label the place of its item is found among all items of
-the catalogue, best first: the number of items whose dot product with the query is higher. Items
-stay on the ranks that made their vectors; queries go to all of them and the counts are added up, so
-that no rank holds the catalogue and none is searched by approximation.
+For every impression with a positive first label, the place of its item in the catalogue is the
+number of items whose dot product with the query is higher. Items stay on the ranks that encoded
+them; queries go to all ranks and the counts are summed, so that no rank holds the whole catalogue
+and no approximate index is needed.
 
-Shapes: R impressions searched for, I items of this rank, D width of the vectors.
+Shapes: R impressions with a query, I items of this rank, D dimension, B batch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ QUERIES_PER_BLOCK = 256
 
 
 def catalogue_of(job: Job) -> np.ndarray:  # int64 [items]
-    """Ids that are searched: the items with a row in `items/*.parquet`, without them all ids."""
+    """Return the ids to search: items with a row in `items/*.parquet`, or all ids without files."""
     if job.store is not None:
         return np.sort(job.store.items.ids)
     if job.schema.items is None:
@@ -44,10 +44,10 @@ def catalogue_of(job: Job) -> np.ndarray:  # int64 [items]
 
 @torch.no_grad()
 def catalogue_vectors(job: Job, lockstep: Lockstep) -> tuple[Tensor, Tensor]:
-    """Ids [I] and vectors [I, D] of this rank's share, encoded anew. A collective.
+    """Encode this rank's share of the catalogue: ids [I] and vectors [I, D]. A collective.
 
     Raises:
-        TrainingStopped: the job is to end, as `lockstep` says.
+        TrainingStopped: `lockstep` reports that the job is to end.
     """
     ranks = job.ranks
     with ranks.raise_on_all_ranks():
@@ -59,8 +59,12 @@ def catalogue_vectors(job: Job, lockstep: Lockstep) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(share), torch.cat(vectors)[: len(share)].cpu()
 
 
-def _batches_of_items(job: Job, share: np.ndarray, num_items: int) -> Iterator[Batch]:
-    """Impressions without a user, one per item, in as many batches of one size on every rank."""
+def _batches_of_items(
+    job: Job,
+    share: np.ndarray,  # int64 [I]
+    num_items: int,
+) -> Iterator[Batch]:
+    """Yield impressions without a user, one per item, in equally many batches on every rank."""
     build: BatchBuilder = job.batch_builder(with_labels=False)
     columns = [name for name, column in job.schema.columns.items() if column.kind != "label"]
     rows = padding_rows(empty_table(job.schema, columns + job.schema.parallel), 1)
@@ -76,15 +80,15 @@ def _batches_of_items(job: Job, share: np.ndarray, num_items: int) -> Iterator[B
 
 def search_places(
     queries: Tensor,  # [R, D], the same on all ranks
-    targets: Tensor,  # [R, D], the vectors of the items they should find
+    targets: Tensor,  # [R, D], vectors of the items to retrieve
     target_items: Tensor,  # [R]
     items: Tensor,  # [I]
     vectors: Tensor,  # [I, D]
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # int64 [R]
-    """How many other items of all ranks' shares have a higher dot product; in float64.
+    """Count the other items, over all ranks, with a higher dot product; in float64.
 
-    A collective where there is a group.
+    A collective if `group` is given.
 
     Example::
 
@@ -105,10 +109,10 @@ def search_places(
 
 
 def retrieval_metrics(places: Tensor) -> dict[str, Any]:
-    """Recall@K and NDCG@K where each of the impressions [R] has one item to find.
+    """Compute Recall@K and NDCG@K from places [R], one relevant item per impression.
 
-    recall@K: the share of impressions whose item is among the first K. ndcg@K: the mean of
-    1 / log2(2 + place) over them, 0 where it is not. None without impressions.
+    recall@K: share of impressions whose item is in the top K. ndcg@K: mean of 1 / log2(2 + place),
+    counting 0 where the item is not in the top K. None without impressions.
     """
     metrics: dict[str, Any] = {}
     gains = 1 / torch.log2(2 + places.double())
@@ -123,15 +127,15 @@ def retrieval_metrics(places: Tensor) -> dict[str, Any]:
 def retrieval_report(
     job: Job, scored: dict[str, Tensor], item_counts: np.ndarray, lockstep: Lockstep
 ) -> dict[str, Any]:
-    """`retrieval_metrics` of all rows, with those of `warm`, `cold` and `unseen` items inside.
+    """Compute `retrieval_metrics` of all rows, and nested those of warm, cold and unseen items.
 
     A collective.
 
     Args:
-        job: a model of two towers.
-        scored: `queries`, `query_targets` and `query_items` of the rows to search for.
-        item_counts: int64 [num_items], how many training rows each item has.
-        lockstep: of the ranks.
+        job: a job with a two-tower model.
+        scored: `queries` [R, D], `query_targets` [R, D] and `query_items` [R] of the impressions.
+        item_counts: int64 [num_items], training rows of each item.
+        lockstep: keeps the ranks on the same batch.
     """
     items, vectors = catalogue_vectors(job, lockstep)
     places = search_places(
@@ -152,6 +156,6 @@ def retrieval_report(
 
 
 def format_retrieval(report: dict[str, Any]) -> str:
-    """A `retrieval_report` as a plain text table; what is not defined is `-`."""
+    """Format a `retrieval_report` as a plain text table; undefined values are `-`."""
     names = [f"{name}@{depth}" for name in ("recall", "ndcg") for depth in DEPTHS]
     return format_report(report, names=names, title="retrieval")

@@ -1,7 +1,7 @@
-"""What a model scored of a split, row by row: kept beside a run, so that runs can be compared.
+"""Stores the scores of a split row by row in the run's folder, so that runs can be compared.
 
-Two runs that scored the same rows are compared row by row or user by user without their models
-(`recsys.evaluation.bootstrap`).
+Two runs that scored the same rows are compared row by row or user by user without loading their
+models (`recsys.evaluation.bootstrap`).
 
 Shapes: N rows of the split, C labels.
 """
@@ -21,15 +21,15 @@ from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
 
 @dataclass(frozen=True)
 class SplitScores:
-    """Logits of a split's rows and what they are judged by, ordered by position."""
+    """Logits and labels of a split's rows, ordered by position."""
 
-    positions: np.ndarray  # int64 [N], the row's place in the split
+    positions: np.ndarray  # int64 [N], the row's index in the split
     groups: np.ndarray  # int64 [N], its user
     items: np.ndarray  # int64 [N]
     counts: np.ndarray  # int64 [N], training rows of its item
     labels: np.ndarray  # float32 [N, C]
     logits: np.ndarray  # float32 [N, C]
-    label_names: tuple[str, ...]  # C of them
+    label_names: tuple[str, ...]  # [C]
 
 
 INTEGERS = {
@@ -41,12 +41,12 @@ INTEGERS = {
 
 
 def scores_file(run: Path, split: str) -> Path:
-    """Where a run keeps the scores of a split."""
+    """Return the file in which a run keeps the scores of a split."""
     return run / f"scores_{split}.parquet"
 
 
 def write_scores(scores: SplitScores, path: Path) -> None:
-    """Writes Parquet that appears whole or not at all.
+    """Write scores as Parquet; the file appears whole or not at all.
 
     Columns are `row`, `group`, `item` and `training_impressions`, and `label_NAME` and
     `logit_NAME` for each label.
@@ -60,10 +60,10 @@ def write_scores(scores: SplitScores, path: Path) -> None:
 
 
 def read_scores(path: Path) -> SplitScores:
-    """What `write_scores` wrote.
+    """Read scores that `write_scores` wrote.
 
     Raises:
-        ValueError: there is no such file, it cannot be read, or a column is missing.
+        ValueError: the file is missing or cannot be read, or a column is missing.
     """
     file = Location.of(str(path))
     with open_parquet(file) as parquet:
@@ -86,10 +86,15 @@ def read_scores(path: Path) -> SplitScores:
 
 
 def check_same_rows(first: SplitScores, second: SplitScores, where: str) -> None:
-    """Refuses scores of other rows than the first's.
+    """Check that both scores are of the same rows.
+
+    Args:
+        first: scores.
+        second: scores to compare with them.
+        where: names both in the error message.
 
     Raises:
-        ValueError: says what differs; `where` names both in its message.
+        ValueError: positions, groups, labels or item counts differ; the message names which.
     """
     for name in ("positions", "groups", "labels", "counts"):
         one, other = getattr(first, name), getattr(second, name)

@@ -1,6 +1,6 @@
-"""Counts what a step of one rank works on: the numbers that its cost grows with.
+"""Counts the inputs of a step on one rank: the numbers that determine its cost.
 
-Letters: see `recsys.data.jagged_history`; E items to encode, T tokens.
+Letters: see `recsys.data.jagged_history`; E items to encode, T tokens, S sampled items.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from recsys.data.batch import Batch
 class ModalityCounts:
     """Tokens of the items to encode, in one modality.
 
-    tokens: that there are.
-    longest: T, to which all items are padded.
-    grouped, grouped_pairs: tokens, and pairs of tokens of an item, where items of like length are
-        padded to the longest of their group alone.
+    tokens: number of tokens without padding.
+    longest: T, the length to which all items are padded.
+    grouped, grouped_pairs: number of tokens, and of pairs of tokens of one item, if items of
+        similar length are grouped and padded to the longest of their group.
     """
 
     tokens: float
@@ -33,8 +33,10 @@ class ModalityCounts:
     grouped_pairs: float
 
     @staticmethod
-    def of(lengths: Tensor) -> ModalityCounts:
-        """Returns the counts for the numbers of tokens of each item [E]."""
+    def of(
+        lengths: Tensor,  # [E], tokens of each item
+    ) -> ModalityCounts:
+        """Return the counts for items of these lengths."""
         ordered = lengths.sort().values
         groups = [(len(part), max(int(part[-1]), 1)) for part in ordered.split(ITEMS_PER_GROUP)]
         if not len(lengths):
@@ -55,18 +57,18 @@ class BatchCounts:
     pooled_ids: dict[str, float]  # by feature
     unique_pooled_ids: dict[str, float]
     looked_up: float  # rows of the item table, for targets and histories
-    unique_looked_up: float  # of those, rows that get a gradient
+    unique_looked_up: float  # different ones of these, which get a gradient
     history: float  # N
     unique_history: float  # U
     encoded: float  # E
-    with_gradient: float  # of those
+    with_gradient: float  # encoded items with gradient
     stored: float  # target items read from the bank
     exchanged: float = 0.0  # item vectors that come from the ranks that own them
     modalities: dict[str, ModalityCounts] = field(default_factory=dict)
 
     @staticmethod
     def of(batch: Batch) -> BatchCounts:
-        """Returns the counts of a batch as the model gets it."""
+        """Return the counts of a batch in the form that the model gets."""
         encoded = len(batch.content_items)
         looked_up = batch.sequence_features.values()
         trained = encoded if batch.with_gradient is None else min(batch.with_gradient, encoded)
@@ -91,12 +93,12 @@ class BatchCounts:
 
     @staticmethod
     def mean(counts: Sequence[BatchCounts]) -> BatchCounts:
-        """Returns the mean over steps."""
+        """Return the mean over steps."""
         return _mean(counts)
 
 
 def _mean(values: Sequence[Any]) -> Any:
-    """Returns the mean of numbers, of dicts by key, of dataclasses by field."""
+    """Return the mean of numbers, of dicts by key, or of dataclasses by field."""
     first = values[0]
     if isinstance(first, dict):
         return {key: _mean([value[key] for value in values]) for key in first}
@@ -106,7 +108,10 @@ def _mean(values: Sequence[Any]) -> Any:
     return fmean(values)
 
 
-def lengths_like(sample: Tensor, count: int) -> Tensor:
-    """Returns lengths spread as those of a sample [S], without drawing any: int64 [count]."""
+def lengths_like(
+    sample: Tensor,  # [S]
+    count: int,
+) -> Tensor:  # [count]
+    """Return `count` lengths with the distribution of a sample, by its quantiles."""
     places = (torch.arange(count) + 0.5) / max(count, 1) * len(sample)
     return sample.sort().values[places.long().clamp(max=len(sample) - 1)]

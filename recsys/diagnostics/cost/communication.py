@@ -1,10 +1,10 @@
-"""Computes what a rank sends to others in a step, by kind of data and by how tables are cut.
+"""Computes the bytes that a rank sends to others in a step, by kind of data and sharding of tables.
 
-Means over the ranks, which see batches alike. An id goes to the rank that has its row, or to each
-that has a part of it; lengths of the lists of ids go to every rank that may have some of them. The
-vectors of row-wise pooled tables are sums of which every rank has a part, so each rank sends one
-for each row of all batches; table-row-wise ones are first summed within their node. The others
-send what they looked up. Letters: W ranks.
+Numbers are means over ranks with similar batches. An id goes to the rank that has its row, or to
+each rank that has a column shard of it; lengths of lists of ids go to every rank that may have some
+of the rows. Pooled vectors of row-wise tables are sums of which every rank has a part, so each rank
+sends one for each row of all batches; those of table-row-wise tables are first summed within a
+node. Ranks with other tables send the looked-up vectors.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ class Sent:
 
     @property
     def bytes(self) -> float:
+        """Return the bytes of both directions."""
         return self.forward + self.backward
 
 
 def sent_bytes(sizes: ModelSizes, counts: BatchCounts, world_size: int) -> list[Sent]:
-    """Returns all that a rank sends, by kind; nothing on one rank."""
+    """Return the bytes that a rank sends, by kind; an empty list on one rank."""
     if world_size == 1:
         return []
     others = (world_size - 1) / world_size
@@ -81,7 +82,7 @@ def _ids(table: TableMemory, counts: BatchCounts, world_size: int) -> float:
 
 
 def _vectors(table: TableMemory, counts: BatchCounts, world_size: int) -> float:
-    """Returns how many numbers a rank sends in one direction."""
+    """Return how many numbers a rank sends in one direction."""
     dim, others = table.table.embedding_dim, (world_size - 1) / world_size
     if table.table.pooling == "none":
         return dim * counts.looked_up * others
@@ -98,7 +99,7 @@ def _of_bank(content: ContentSizes, counts: BatchCounts, world_size: int) -> flo
     row = ID + FLOAT * (content.vector_dim + 1)
     sizes = content.num_items, content.vector_dim, world_size, content.bank_placement
     if is_replicated(*sizes):
-        return (world_size - 1) * (counts.encoded * row + ID)  # what is written, to every rank
+        return (world_size - 1) * (counts.encoded * row + ID)  # written rows go to every rank
     rows = counts.encoded + counts.stored + counts.unique_history
     return (world_size - 1) / world_size * rows * row
 

@@ -1,12 +1,12 @@
 """Counts FLOPs and bytes of a model's parts while PyTorch runs them.
 
-`torch.utils.flop_counter` counts what each operation does. Parts that know shapes alone run on the
-meta device, without weights or numbers: their cost on items of T tokens is a polynomial of T, which
-a run on each of three lengths determines. Ranking models, whose histories have data-dependent
-lengths, run once on random vectors with a batch of real ids.
+`torch.utils.flop_counter` counts the FLOPs of each operation. Parts whose cost depends only on
+shapes run on the meta device, without weights or data: their cost on items of T tokens is a
+polynomial in T, which runs at three lengths determine. Ranking models, whose histories have
+data-dependent lengths, run once on random vectors with a batch of real ids.
 
-Bytes are those of inputs, weights and outputs: once in the forward; in the backward once more, with
-the gradients of inputs and weights that need some.
+Bytes are those of inputs, weights and outputs: once in the forward; in the backward once more, plus
+the gradients of inputs and weights that have one.
 
 Shapes: B batch, U unique history items, D dimension, M modalities, T tokens.
 """
@@ -39,7 +39,7 @@ BATCHED_PRODUCTS = (aten.bmm, aten.baddbmm)
 
 
 class WorkCounter(FlopCounterMode):
-    """PyTorch's counter, with products in place and the results that a backward would need.
+    """PyTorch's counter, which also counts in-place products and the results kept for a backward.
 
     Example::
 
@@ -49,9 +49,10 @@ class WorkCounter(FlopCounterMode):
     """
 
     def __init__(self) -> None:
+        """Register the count of matrix products."""
         products = dict.fromkeys(PRODUCTS, self._count_product)
         super().__init__(display=False, custom_mapping=products)
-        self.results: Counter[str] = Counter()  # numbers, by module
+        self.results: Counter[str] = Counter()  # elements, by module
 
     def _count_product(self, *shapes: Sequence[int], out_shape: Sequence[int], **_: Any) -> int:
         if torch.is_grad_enabled():
@@ -59,12 +60,12 @@ class WorkCounter(FlopCounterMode):
         return 2 * math.prod(out_shape) * shapes[-1][0]
 
     def work(self, module: str = "Global", batched_are_products: bool = True) -> Work:
-        """Returns the FLOPs of a module, by its name as `FlopCounterMode` has it.
+        """Return the FLOPs of a module.
 
         Args:
-            module: default: all that ran.
+            module: its name in `FlopCounterMode`; default: all that ran.
             batched_are_products: whether batched products (on the meta device: attention) count
-                among the products of matrices.
+                as products of matrices.
         """
         counts = self.get_flop_counts().get(module, {})
         counted = PRODUCTS + BATCHED_PRODUCTS * batched_are_products
@@ -75,7 +76,7 @@ class WorkCounter(FlopCounterMode):
 
 @dataclass(frozen=True)
 class ItemCost:
-    """Forward and backward of a module on items of T tokens.
+    """Work of a module on items of T tokens, forward and backward.
 
     forward, backward: work per item, per token, and per pair of tokens of one item.
     weights: bytes of the weights in both directions, once per step.
@@ -88,7 +89,7 @@ class ItemCost:
     def on(
         self, items: float, tokens: float, pairs: float = 0.0, trained_share: float = 1.0
     ) -> tuple[Work, Work]:
-        """Returns forward and backward of so many; of a share of them there is a backward."""
+        """Return forward and backward work; `trained_share` of the items have a backward."""
         numbers = (items, tokens, pairs)
         forward, backward = (
             sum((times(work, number) for work, number in zip(of, numbers)), Work())
@@ -100,12 +101,12 @@ class ItemCost:
 def item_cost(
     module: nn.Module, inputs_of: Callable[[int], Sequence[Tensor]], lengths: Sequence[int]
 ) -> tuple[ItemCost, list[int]]:
-    """Counts a module on one item of each length.
+    """Count a module on one item of each length.
 
     Args:
-        module: on any device; its weights are neither read nor changed.
+        module: module on any device; its weights are neither read nor changed.
         inputs_of: length -> arguments of the module, on the meta device.
-        lengths: three in a row, or one where all items are of the same.
+        lengths: three consecutive lengths, or one if all items have the same.
 
     Returns:
         The cost, and the size of the output's dimension 1 at each length.
@@ -116,7 +117,7 @@ def item_cost(
     weights = [
         weight
         for part in module.modules()
-        if not isinstance(part, nn.Embedding)  # of which single rows are read
+        if not isinstance(part, nn.Embedding)  # only single rows are read
         for weight in part.parameters(recurse=False)
     ]
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
@@ -131,7 +132,7 @@ def item_cost(
 
 
 def _run_on_meta(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Work, Work, int]:
-    """Returns forward, backward and the size of the output's dimension 1."""
+    """Return forward and backward work, and the size of the output's dimension 1."""
     state = {
         name: torch.empty_like(value, device="meta", requires_grad=value.requires_grad)
         for name, value in itertools.chain(module.named_parameters(), module.named_buffers())
@@ -151,7 +152,7 @@ def _run_on_meta(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Work, Wor
 
 
 def _polynomial(runs: Sequence[Work], first: int) -> tuple[Work, Work, Work]:
-    """Returns the coefficients of 1, T and T² from the values at three lengths from `first` on."""
+    """Return the coefficients of 1, T and T² from runs at T = `first`, `first` + 1, `first` + 2."""
     if len(runs) == 1:
         return runs[0], Work(), Work()
     begin, middle, end = runs
@@ -168,18 +169,19 @@ def count_ranking(
     batch: Batch,
     history_is_unique: bool = True,
 ) -> list[PartCost]:
-    """Counts forward and backward of one row of `batch`, by child of the ranking model.
+    """Count forward and backward of one row of `batch`, by child of the ranking model.
 
     A collective where the model standardizes numbers over several ranks.
 
     Args:
-        ranking: with real weights.
-        pooled_dims, id_dim: widths of the ID vectors, pooled ones in their order.
-        content: settings of the content branch, if there is one.
-        batch: on the CPU; its content is not read.
-        history_is_unique: as `IDVectors` has it.
+        ranking: ranking model with real weights.
+        pooled_dims: dimension of each pooled ID vector, in the order of the features.
+        id_dim: dimension of the ID vectors of target and history.
+        content: settings of the content branch; None without one.
+        batch: batch on the CPU; its content is not read.
+        history_is_unique: whether `IDVectors` has one history vector per unique item.
     """
-    ranking = deepcopy(ranking).cpu().train()  # its gradients are nobody's
+    ranking = deepcopy(ranking).cpu().train()  # keeps gradients off the real model
     ids = _random_ids(pooled_dims, id_dim, batch, history_is_unique)
     of_content = None if content is None else _random_content(content, batch)
     numbers: Counter[str] = Counter()
@@ -192,7 +194,7 @@ def count_ranking(
         backward = counter.work() + times(whole, -1)
     parts = []
     for name, work in forward.items():
-        # The counter may find an operation of the backward in two children: it is split by forward.
+        # The counter may count a backward operation in two children: it is split by forward.
         share, moves = work.flops / max(whole.flops, 1), moved(numbers[name])
         if work.flops or moves.bytes:
             both = work + moves, times(backward, share) + times(moves, 2)
@@ -222,7 +224,7 @@ def _random_content(content: ContentSettings, batch: Batch) -> ContentVectors:
 
 
 def _by_child(counter: WorkCounter, module: nn.Module) -> dict[str, Work]:
-    """Returns what was counted of each child so far, and of what runs outside of them."""
+    """Return the work counted so far by child; `other`: work outside of all children."""
     found = {
         name: counter.work(f"{type(module).__name__}.{name}") for name, _ in module.named_children()
     }
@@ -233,13 +235,13 @@ def _by_child(counter: WorkCounter, module: nn.Module) -> dict[str, Work]:
 def _add_numbers(
     numbers: Counter[str], name: str, module: nn.Module, inputs: Any, output: Any
 ) -> None:
-    """Adds up the sizes of a call's inputs, weights and outputs."""
+    """Add up the sizes of a call's inputs, weights and outputs."""
     values = [*_tensors(inputs), *_tensors(output), *module.parameters()]
     numbers[name] += sum(value.numel() for value in values if value.is_floating_point())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors in nested sequences and dataclasses."""
+    """Yield the tensors in nested sequences and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, ContentVectors):

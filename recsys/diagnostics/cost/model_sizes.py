@@ -1,6 +1,8 @@
-"""Reads the sizes that a step's cost follows from off a model, whole or sharded, and its plan.
+"""Reads the sizes that determine a step's cost from a model (sharded or not) and its plan.
 
-What depends on the model is read from the model itself, or counted as its parts run.
+Sizes are read from the modules themselves, or counted while they run.
+
+Shapes: T tokens, D dimension of the input, E dimension of the output.
 """
 
 from __future__ import annotations
@@ -34,10 +36,10 @@ from recsys.ranking.layers.attended_features import RowFeatures
 
 @dataclass(frozen=True)
 class ModalitySizes:
-    """One modality: what its encoder and its projection cost, and what they hand on.
+    """One modality: cost of its encoder and projection, and their number of output tokens.
 
-    fixed_tokens: that the encoder gives for each item; None: as many as the item has.
-    groups_by_length: items of like length run through the encoder together.
+    fixed_tokens: tokens that the encoder gives for each item; None: as many as the item has.
+    groups_by_length: items of similar length run through the encoder together.
     is_known: False where the encoder cannot be counted.
     """
 
@@ -52,14 +54,14 @@ class ModalitySizes:
     def of(
         name: str, encoder: Encoder, projection: nn.Module, settings: ModalitySettings
     ) -> ModalitySizes:
-        """Counts the layers of an encoder that run in a step, and the projection."""
+        """Count the layers of an encoder that run in a step, and the projection."""
         trains = any(weight.requires_grad for weight in encoder.parameters() if weight.numel())
         width = encoder.output_dim
         of_projection, _ = item_cost(
             projection, lambda n: [_floats(1, n, width, requires_grad=trains)], (1, 2, 3)
         )
         known = partial(ModalitySizes, name, of_projection)
-        # What is frozen runs once per item, before the training, where it is cached.
+        # A frozen encoder with cached outputs runs once per item, before training.
         if isinstance(encoder, StoredFeatures) or (encoder.is_cached and not trains):
             return known()
         is_text = isinstance(encoder, TransformerEncoder) and encoder.is_text
@@ -68,7 +70,7 @@ class ModalitySizes:
             cost, tokens = item_cost(
                 _Encoding(encoder), partial(_content_of, encoder, settings, is_text), lengths
             )
-        except Exception:  # code of the user's may need numbers; describe says it is not counted
+        except Exception:  # user code may need real values; describe reports it as not counted
             return known(is_known=False)
         return known(
             cost,
@@ -84,7 +86,12 @@ class _Encoding(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, values: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        values: Tensor,  # [1, T] token ids, [1, T, D] cached outputs or [1, 3, height, width]
+        mask: Tensor,  # bool [1, T]
+    ) -> Tensor:  # [1, tokens, E]
+        """Encode content; frozen layers run without gradient."""
         content = ContentInput(values, mask)
         if self.encoder.caches and not self.encoder.is_cached:
             with torch.no_grad():
@@ -96,7 +103,7 @@ class _Encoding(nn.Module):
 def _content_of(
     encoder: Encoder, settings: ModalitySettings, is_text: bool, length: int
 ) -> list[Tensor]:
-    """Returns values and mask of a text of `length` tokens or of an image, on the meta device."""
+    """Return values and mask of a text of `length` tokens or of an image, on the meta device."""
     if encoder.is_cached:
         length = length if is_text else encoder.frozen_tokens
         values = _floats(1, length, encoder.frozen_dim)
@@ -113,23 +120,23 @@ _floats = partial(torch.empty, device="meta")
 
 @dataclass(frozen=True)
 class ContentSizes:
-    """The content branch; the letters are those of `recsys.content.fusion`."""
+    """Sizes and costs of the content branch."""
 
     modalities: list[ModalitySizes]
     fusion: ItemCost
     history_map: ItemCost  # a token is a history item
     dim: int
-    mode: str  # of the history
-    vector_dim: int  # kept per item
+    mode: str  # content.history.mode
+    vector_dim: int  # numbers kept per item
     num_items: int
     bank_placement: str
     contrastive_dim: int  # 0: no contrastive loss
-    contrastive_gathers: bool  # both sides of all ranks
-    exchanges: bool  # item vectors between ranks
+    contrastive_gathers: bool  # whether it gathers both sides of all ranks
+    exchanges: bool  # whether ranks exchange item vectors
 
     @staticmethod
     def of(config: Config, em3: EM3) -> ContentSizes | None:
-        """Returns None without a content branch."""
+        """Count the content branch; None without one."""
         settings, branch = content_settings(config), em3.content
         if settings is None or branch is None:
             return None
@@ -164,16 +171,16 @@ class ContentSizes:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Everything a step's cost needs besides its batch."""
+    """All sizes that determine a step's cost, except those of its batch."""
 
     tables: list[TableMemory]
     id_dim: int
-    ranking: list[PartCost]  # of one row
-    dense_parameters: int  # trained ones
+    ranking: list[PartCost]  # cost of one row
+    dense_parameters: int  # number of trained dense parameters
     optimizer_state: int  # elements that the dense optimizer and the moving average keep
     content: ContentSizes | None
     communication: CommunicationSettings
-    num_standardized: int  # numbers whose statistics all ranks share
+    num_standardized: int  # features whose statistics are summed over ranks
 
     @staticmethod
     def of(
@@ -184,7 +191,7 @@ class ModelSizes:
         plan: ShardingPlan,
         batch: Batch,
     ) -> ModelSizes:
-        """Counts a model before or after sharding; `batch` gives the lengths of histories.
+        """Count the sizes of a model, sharded or not; `batch` gives the lengths of histories.
 
         A collective where the model standardizes numbers over several ranks.
         """

@@ -1,8 +1,8 @@
-"""Measures what the machine itself can do, beside the steps: the rates of their roofline.
+"""Measures the machine's peak rates, which are the roofline of the measured steps.
 
-A large matrix product gives FLOP/s and a large copy gives bytes/s, with the threads and ranks of
-the steps, between their rounds, so that whatever else the machine does slows both alike. The
-median over rounds is the anchor; the best is kept beside it.
+A large matrix product gives FLOP/s and a large copy gives bytes/s. They run with the threads and
+ranks of the steps, between rounds of them, so that other load slows both alike. The median over
+rounds is the anchor; the best is kept as well.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COPY_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Anchor:
-    """One measurement of one rank."""
+    """Measured rates of one rank."""
 
     flops_per_second: float
     bytes_per_second: float
@@ -33,12 +33,12 @@ def measure_anchor(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Anchor:
-    """Times a product of square matrices, and a copy, whose bytes count read and written."""
+    """Time a product of square matrices and a copy; its bytes count twice, read and written."""
     left = torch.randn(gemm_size, gemm_size, device=device, dtype=dtype)
     right, product = torch.randn_like(left), torch.empty_like(left)
     gemm_seconds = _seconds(lambda: torch.mm(left, right, out=product))
     source = torch.ones(copy_bytes // 4, device=device)
-    target = torch.ones_like(source)  # its pages are touched before the clock starts
+    target = torch.ones_like(source)  # touches its pages before the clock starts
     copy_seconds = _seconds(lambda: target.copy_(source))
     return Anchor(2 * gemm_size**3 / gemm_seconds, 2 * copy_bytes / copy_seconds)
 
@@ -52,13 +52,13 @@ def _seconds(work: Callable[[], Tensor]) -> float:
 
 
 def wait_for_device() -> None:
-    """Waits for the GPU, which may still be at work when its calls have returned."""
+    """Wait for the GPU, whose calls return before the work is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def typical(anchors: list[Anchor]) -> Anchor:
-    """Returns the median of each rate."""
+    """Return the median of each rate."""
     return Anchor(
         median(anchor.flops_per_second for anchor in anchors),
         median(anchor.bytes_per_second for anchor in anchors),
@@ -66,7 +66,7 @@ def typical(anchors: list[Anchor]) -> Anchor:
 
 
 def best(anchors: list[Anchor]) -> Anchor:
-    """Returns the highest of each rate."""
+    """Return the maximum of each rate."""
     return Anchor(
         max(anchor.flops_per_second for anchor in anchors),
         max(anchor.bytes_per_second for anchor in anchors),

@@ -1,9 +1,8 @@
 """Adds up FLOPs and least bytes of a training step, by part.
 
-Parts of the model cost what `recsys.diagnostics.cost.counted` counts of them, times the items,
-tokens and rows of a step; lookups, the loss over all rows and the optimizer follow formulas. The
-parts of a step follow one another, so that their rooflines add up to the step's. Numbers are
-float32. Letters: see `recsys.data.jagged_history`.
+Costs of model parts are those counted by `recsys.diagnostics.cost.counted`, times the items, tokens
+and rows of a step; lookups, the loss over all rows and the optimizer follow formulas. The parts of
+a step do not overlap, so that their rooflines add up to the step's. Numbers are float32.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ DIRECTIONS = ("forward", "backward")
 
 
 def step_costs(sizes: ModelSizes, counts: BatchCounts, world_size: int = 1) -> list[PartCost]:
-    """Returns the parts of one step on one rank."""
+    """Return the parts of one step on one rank."""
     content = sizes.content
     parts = [lookup(sizes, counts)]
     if content is not None:
@@ -42,7 +41,7 @@ def step_costs(sizes: ModelSizes, counts: BatchCounts, world_size: int = 1) -> l
 
 
 def roofline_by_measured_part(parts: list[PartCost], anchor: Anchor) -> dict[str, float]:
-    """Sums seconds by part of the step trace; all backward work is in the part `backward`."""
+    """Sum roofline seconds by part of the step trace; all backward work is in `backward`."""
     seconds: dict[str, float] = {}
     for part in parts:
         for name, work in ((part.measured_as, part.forward), ("backward", part.backward)):
@@ -51,7 +50,7 @@ def roofline_by_measured_part(parts: list[PartCost], anchor: Anchor) -> dict[str
 
 
 def lookup(sizes: ModelSizes, counts: BatchCounts) -> PartCost:
-    """Counts rows in, pooled or single vectors out; the fused optimizer runs in the backward."""
+    """Count rows read and vectors written; the fused optimizer runs in the backward."""
     forward, backward = Work(), Work()
     for memory in sizes.tables:
         table, dim = memory.table, memory.table.embedding_dim
@@ -68,9 +67,9 @@ def lookup(sizes: ModelSizes, counts: BatchCounts) -> PartCost:
 
 
 def content_parts(content: ContentSizes, counts: BatchCounts) -> Iterator[PartCost]:
-    """Yields the parts from the content of the items to encode to the vectors of the history.
+    """Yield the parts of the content branch, from encoders to the vectors of the history.
 
-    Each unique item is encoded once, and a backward is of the items with gradient alone.
+    Each unique item is encoded once; only items with gradient have a backward.
     """
     share = counts.with_gradient / max(counts.encoded, 1)
     encoders, projections, per_item = [], [], 0.0
@@ -105,9 +104,9 @@ def _together(name: str, measured_as: str, costs: Sequence[tuple[Work, Work]]) -
 def contrastive(
     sizes: ModelSizes, content: ContentSizes, counts: BatchCounts, world_size: int
 ) -> PartCost:
-    """Counts both maps, and the scores of all rows against all, which serve both ways.
+    """Count both maps and the scores of all pairs of rows, which serve both directions.
 
-    Against those of all ranks they are other scores each way.
+    If rows of all ranks are gathered, each direction has scores of its own.
     """
     rows, dim = counts.rows, content.contrastive_dim
     maps = linear(rows, content.dim, dim) + linear(rows, sizes.id_dim, dim)

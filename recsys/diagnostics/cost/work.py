@@ -1,7 +1,7 @@
-"""Adds up FLOPs and bytes of work, and computes the least time they take.
+"""Adds up FLOPs and bytes of work, and computes the least time that they take.
 
-Bytes are the least that must move if everything between a part's inputs and outputs stayed in the
-processor: inputs, weights and outputs once, forward and backward. The roofline of a part is the
+Bytes are the least that must move if all intermediate results of a part stayed in the processor:
+inputs, weights and outputs once, forward and backward. The roofline of a part is the
 time that its FLOPs or its bytes take at the rates of `recsys.diagnostics.cost.roofline`, whichever
 is longer.
 """
@@ -22,17 +22,19 @@ class Work:
     products: float = 0.0  # FLOPs of matrix products
     others: float = 0.0  # FLOPs of batched products (attention), convolutions and optimizers
     bytes: float = 0.0
-    outputs: float = 0.0  # bytes of the products' results, which a backward needs
+    outputs: float = 0.0  # bytes of the products' results, kept for the backward
 
     def __add__(self, other: Work) -> Work:
+        """Return the sum of both, field by field."""
         return Work(*(mine + its for mine, its in zip(astuple(self), astuple(other))))
 
     @property
     def flops(self) -> float:
+        """Return the FLOPs of products and others."""
         return self.products + self.others
 
     def roofline(self, anchor: Anchor) -> float:
-        """Returns the least seconds."""
+        """Return the least seconds at the rates of `anchor`."""
         return max(self.flops / anchor.flops_per_second, self.bytes / anchor.bytes_per_second)
 
 
@@ -46,25 +48,25 @@ class PartCost:
     backward: Work = Work()
 
     def roofline(self, anchor: Anchor) -> float:
-        """Returns the least seconds of both directions."""
+        """Return the least seconds of both directions."""
         return self.forward.roofline(anchor) + self.backward.roofline(anchor)
 
     def scaled(self, factor: float) -> PartCost:
-        """Returns the cost of `factor` times the part."""
+        """Return the cost of `factor` times the part."""
         forward, backward = times(self.forward, factor), times(self.backward, factor)
         return replace(self, forward=forward, backward=backward)
 
 
 def linear(rows: float, inputs: float, outputs: float) -> Work:
-    """Returns a product [rows, inputs] x [inputs, outputs]; its bytes are the part's to count."""
+    """Return the work of a product [rows, inputs] x [inputs, outputs], without its bytes."""
     return Work(products=2 * rows * inputs * outputs, outputs=FLOAT * rows * outputs)
 
 
 def times(work: Work, factor: float) -> Work:
-    """Returns `factor` times the work."""
+    """Return `factor` times the work."""
     return Work(*(value * factor for value in astuple(work)))
 
 
 def moved(numbers: float) -> Work:
-    """Returns the work of reading or writing so many numbers."""
+    """Return the work of reading or writing a number of float32 values."""
     return Work(bytes=FLOAT * numbers)

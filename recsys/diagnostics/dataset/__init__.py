@@ -1,1 +1,1 @@
-"""Describes a dataset, and what to change in it, before any training: `recsys explain-data`."""
+"""Describes a dataset and warns of problems in it before training: `recsys explain-data`."""

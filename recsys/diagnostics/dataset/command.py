@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 def explain_data(
     data: str, on_bad_row: OnBadRow = "error", json_file: Path | None = None
 ) -> DatasetSummary:
-    """Reads a dataset, prints what is in it, and writes the numbers to `json_file`.
+    """Read a dataset, print its summary, and write the numbers to `json_file`.
 
     Raises:
-        ValueError: what cannot be read at all; after all is printed, unless `on_bad_row` is skip,
-            the first row that training would end at, with its message.
+        ValueError: the dataset cannot be read; or, after the summary is printed and unless
+            `on_bad_row` is skip, there is a row at which training would fail, with its message.
     """
     found = summarize_dataset(data)
     findings = find(found)
@@ -46,7 +46,7 @@ def explain_data(
 
 
 def _raise_first(data: str) -> None:
-    """Raises what training would, which reads in this order."""
+    """Raise the error that training would raise, reading in the same order."""
     root = Location.of(data)
     schema = load_schema(root)
     if schema.items is not None:

@@ -1,4 +1,4 @@
-"""Summarizes a whole dataset: splits, items, and what shows only when they are seen together."""
+"""Summarizes a whole dataset: splits, items, and overlaps between them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass
 class TableUse:
-    """Rows of a table, and how many different ids ask for them in all splits.
+    """Number of rows of a table, and of the different ids in all splits that use them.
 
-    `is_exact`: False where ids are so many that a sample of them was counted.
+    `is_exact`: False if a sample of the ids was counted because there are many.
     """
 
     rows: int
@@ -37,6 +37,7 @@ class TableUse:
 
     @property
     def unused_share(self) -> float:
+        """Return the share of rows without an id that uses them."""
         return max(0.0, 1 - self.ids / self.rows)
 
 
@@ -52,11 +53,12 @@ class DatasetSummary:
 
     @property
     def has_bad_rows(self) -> bool:
+        """Return whether any split or the items have rows that training cannot use."""
         of_items = self.items is not None and bool(self.items.bad_rows)
         return of_items or any(split.bad_rows for split in self.splits.values())
 
     def shares_of_rows(self, split: str) -> dict[str, float]:
-        """Returns shares of a split's rows: cold and unseen items, repeats, known groups ..."""
+        """Return shares of a split's rows: cold and unseen items, repeats, known groups, ..."""
         found, train = self.splits[split], self.splits["train"]
         counts, of = found.item_counts, item_parts(train.item_counts)
         rows = max(int(counts.sum()), 1)
@@ -74,21 +76,24 @@ class DatasetSummary:
             shares["of_known_groups"] = groups[0].share_of_total_in(groups[1]) or 0.0
         return shares
 
-    def _has_item_row(self) -> np.ndarray:
+    def _has_item_row(self) -> np.ndarray:  # bool [num_items]
         assert self.items is not None
         known = np.zeros(self.schema.num_items, bool)
         known[self.items.ids] = True
         return known
 
     def items_without_rows(self) -> int:
-        """Returns how many items with content occur in no impression."""
+        """Count the items with content that occur in no impression."""
         assert self.items is not None
         counts = sum(split.item_counts for split in self.splits.values())
         return int((self._has_item_row() & (counts == 0)).sum())
 
 
-def share_of_most_frequent(counts: np.ndarray, share: float = 0.01) -> float:
-    """Returns the share of all rows that a share of the items has, the most frequent ones."""
+def share_of_most_frequent(
+    counts: np.ndarray,  # int64 [num_items], rows of each item
+    share: float = 0.01,
+) -> float:
+    """Return the share of all rows that belong to the most frequent `share` of the items."""
     occurring = np.sort(counts[counts > 0])[::-1]
     if not len(occurring):
         return 0.0
@@ -96,13 +101,13 @@ def share_of_most_frequent(counts: np.ndarray, share: float = 0.01) -> float:
 
 
 def summarize_dataset(data: str) -> DatasetSummary:
-    """Reads a dataset from end to end, in bounded memory.
+    """Read a dataset from end to end, in bounded memory.
 
     Args:
-        data: a folder or URL.
+        data: dataset, a folder or URL.
 
     Raises:
-        ValueError: what training could not read at all, with its message.
+        ValueError: training could not read the dataset; the message is the same.
     """
     root = Location.of(data)
     schema = load_schema(root)
@@ -125,7 +130,7 @@ def _table_uses(schema: Schema, splits: dict[str, SplitSummary]) -> dict[str, Ta
         for split in splits.values():
             for name in features:
                 if name in split.keys:
-                    together.halve_to(split.keys[name].halvings)  # as sparse a sample as this
+                    together.halve_to(split.keys[name].halvings)  # samples must be equally sparse
                     together.add(split.keys[name].keys)
         vocabulary = column.vocabulary.kind if column.vocabulary is not None else None
         uses[table] = TableUse(
@@ -138,7 +143,7 @@ ID_KINDS = ("id", "ids", "sequence")
 
 
 def to_json(found: DatasetSummary, findings: list[Any]) -> dict[str, Any]:
-    """Returns plain values."""
+    """Return summary and findings as plain values for JSON."""
     splits = {}
     for name, split in found.splits.items():
         splits[name] = {

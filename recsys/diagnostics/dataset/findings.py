@@ -1,4 +1,4 @@
-"""Says what a user should act on: a sentence with its numbers, and one with what to do."""
+"""Derives findings that a user should act on: a sentence with numbers, and one with the fix."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from recsys.diagnostics.dataset.dataset_summary import SPLITS, DatasetSummary
 from recsys.diagnostics.dataset.split_summary import GROUPS, SplitSummary
 from recsys.diagnostics.dataset.time_columns import in_words
 
-# Shares from which on something is worth a word.
+# Shares from which on something is reported.
 FEW, MANY, MOST = 0.001, 0.1, 0.5
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know before training, and what to do about it."""
+    """One fact to know before training (`what`), and its fix (`mend`)."""
 
     what: str
     mend: str
 
 
 def find(found: DatasetSummary) -> list[Finding]:
-    """Returns all findings; those that keep training from starting come first."""
+    """Return all findings; those that prevent training come first."""
     of_splits = [f for split in found.splits.values() for f in _of_split(found, split)]
     return [
         *_bad_rows(found),

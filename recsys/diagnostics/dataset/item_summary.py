@@ -1,7 +1,7 @@
-"""Summarizes the items' files: how many items there are, and their content by column.
+"""Summarizes the items' files: number of items, and their content by column.
 
-Texts, features and categories are read from end to end. Of images the footers tell how many are
-missing, and a few are opened.
+Texts, features and categories are read from end to end. Missing images are counted from the files'
+footers, and a few images are opened.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ IMAGES_OPENED = 256
 class ColumnSummary:
     """One column of content.
 
-    missing: items without; None where it is not known without reading all images.
-    lengths: of texts in characters, of features in tokens.
-    widths: of feature vectors, with how many have it.
-    formats, sizes: of the images that were opened; `broken` could not be.
-    values: different categories.
+    missing: items without content; None if unknown without reading all images.
+    lengths: lengths of texts in characters, of features in tokens.
+    widths: number of feature vectors by width.
+    formats, sizes: number of opened images by format and by size.
+    broken: images that could not be opened.
+    values: number of different categories.
     """
 
     kind: str
@@ -52,15 +53,15 @@ class ColumnSummary:
     values: int | None = None
 
     def missing_share(self, rows: int) -> float | None:
-        """Returns the share of so many items; None where it is not known."""
+        """Return the share of `rows` items without content; None if unknown."""
         return None if self.missing is None else self.missing / max(rows, 1)
 
 
 @dataclass
 class ItemSummary:
-    """All items.
+    """Summary of all items.
 
-    ids: rows in the target item's table of the items that can be used, int64.
+    ids: int64 [usable items], their rows in the target item's table.
     """
 
     rows: int
@@ -70,7 +71,7 @@ class ItemSummary:
 
 
 def summarize_items(root: Location, schema: Schema) -> ItemSummary | None:
-    """Reads the items; None where the schema has none.
+    """Read and summarize the items; None if the schema has none.
 
     Raises:
         ValueError: a file or a column cannot be read, as in training.
@@ -89,7 +90,7 @@ def summarize_items(root: Location, schema: Schema) -> ItemSummary | None:
 
 
 def _summarize_file(file: Location, num_items: int) -> ColumnSummary:
-    """Summarizes features in a .npy file, whose rows are those of the items or of some of them."""
+    """Summarize features in a .npy file, which has rows for all or some of the items."""
     features, found = FeatureFile(file), ColumnSummary("feature")
     found.widths[features.width] = features.num_rows
     for _, values in features.pieces():
@@ -140,7 +141,7 @@ def _summarize_images(items: ItemTable, name: str, found: ColumnSummary) -> None
     for file in items.files:
         with open_parquet(file, streaming=True) as parquet:
             for of_group in footer_statistics(parquet.metadata, name):
-                if of_group is None or not of_group.has_null_count:  # as of lists
+                if of_group is None or not of_group.has_null_count:  # such as columns of lists
                     found.missing = None
                 elif found.missing is not None:
                     found.missing += of_group.null_count

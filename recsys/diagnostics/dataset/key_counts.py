@@ -1,10 +1,10 @@
-"""Counts keys in data of any size: exactly while they are few, else in a sample of keys.
+"""Counts keys in data of any size: exactly up to a limit of distinct keys, else in a sample.
 
-A sample by hash keeps the keys whose hash begins with enough zeros, with the count of each, and
-halves itself whenever it grows beyond its limit. Each key is in it or not as a whole, and the same
-keys are in the samples of all splits, so shares, repeats and overlaps can be read off it.
+The sample keeps the keys whose hash begins with a number of zero bits, with the count of each, and
+is halved whenever it exceeds its limit. A key is sampled with all or none of its occurrences, and
+samples of all splits choose the same keys, so that shares, repeats and overlaps can be estimated.
 
-Shapes: N keys.
+Shapes: N keys or values, R rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class KeyCounts:
     """Counts of keys that are already hashed (`mix64`).
 
     Args:
-        limit: distinct keys that are kept at most.
+        limit: the most distinct keys to keep.
 
     Example::
 
@@ -30,14 +30,18 @@ class KeyCounts:
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
+        """Start without keys."""
         self.limit = limit
-        self.halvings = 0  # keys whose first so many bits are zero are kept
+        self.halvings = 0  # number of leading zero bits of the keys kept
         self.keys = np.zeros(0, np.uint64)  # ascending
         self.counts = np.zeros(0, np.int64)
         self.total = 0  # keys added
 
-    def add(self, keys: np.ndarray) -> None:
-        """Counts keys, uint64 [N]."""
+    def add(
+        self,
+        keys: np.ndarray,  # uint64 [N]
+    ) -> None:
+        """Count keys."""
         self.total += len(keys)
         found, times = np.unique(keys[_begins_with_zeros(keys, self.halvings)], return_counts=True)
         both = np.concatenate([self.keys, found])
@@ -49,7 +53,7 @@ class KeyCounts:
             self.halve_to(self.halvings + 1)
 
     def halve_to(self, halvings: int) -> None:
-        """Keeps a smaller sample, if it is smaller."""
+        """Shrink the sample to this number of halvings, unless it is that small already."""
         if halvings > self.halvings:
             self.halvings = halvings
             kept = _begins_with_zeros(self.keys, halvings)
@@ -57,20 +61,21 @@ class KeyCounts:
 
     @property
     def is_exact(self) -> bool:
+        """Return whether all keys were counted, not a sample."""
         return self.halvings == 0
 
     @property
     def distinct(self) -> int:
-        """Returns the number of different keys."""
+        """Return the number of different keys, estimated if sampled."""
         return len(self.keys) << self.halvings
 
     @property
     def repeats(self) -> int:
-        """Returns how many of the keys had come before."""
+        """Return how many of the added keys had been added before, estimated if sampled."""
         return int(self.counts.sum() - len(self.keys)) << self.halvings
 
     def share_of_total_in(self, other: KeyCounts) -> float | None:
-        """Returns the share of all that was counted whose key the other count has too."""
+        """Return the share of added keys that `other` has too; None if nothing is in the sample."""
         halvings = max(self.halvings, other.halvings)
         kept = _begins_with_zeros(self.keys, halvings)
         counts = self.counts[kept]
@@ -79,31 +84,41 @@ class KeyCounts:
         return float(counts[np.isin(self.keys[kept], other.keys)].sum() / counts.sum())
 
 
-def _begins_with_zeros(keys: np.ndarray, bits: int) -> np.ndarray:
+def _begins_with_zeros(
+    keys: np.ndarray,  # uint64 [N]
+    bits: int,
+) -> np.ndarray:  # bool [N]
     if bits == 0:
         return np.ones(len(keys), bool)
     return keys >> np.uint64(64 - bits) == 0
 
 
-def hash_numbers(values: np.ndarray) -> np.ndarray:
-    """Returns hashes, uint64 [N], of integers or floats by their bits."""
+def hash_numbers(
+    values: np.ndarray,  # [N]
+) -> np.ndarray:  # uint64 [N]
+    """Hash integers or floats by their bits."""
     if values.dtype.kind == "f":
         values = values.astype(np.float64).view(np.int64)
     return mix64(values.astype(np.int64))
 
 
-def hash_lists(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Returns hashes, uint64 [R], of the lists between R + 1 offsets; order counts."""
+def hash_lists(
+    values: np.ndarray,  # [N]
+    offsets: np.ndarray,  # int [R + 1]
+) -> np.ndarray:  # uint64 [R]
+    """Hash the list of each row; the order of its values counts."""
     lengths = np.diff(offsets)
     places = np.arange(len(values)) - np.repeat(offsets[:-1], lengths)
     hashed = mix64(hash_numbers(values) ^ mix64(places))
-    # Sums that wrap round; differences of them are right all the same.
+    # Sums wrap around; their differences are correct nevertheless.
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashed, dtype=np.uint64)])
     return mix64(sums[offsets[1:]] - sums[offsets[:-1]] + lengths.astype(np.uint64))
 
 
-def join_hashes(*parts: np.ndarray) -> np.ndarray:
-    """Returns one hash of several per row, in their order."""
+def join_hashes(
+    *parts: np.ndarray,  # uint64 [R] each
+) -> np.ndarray:  # uint64 [R]
+    """Combine several hashes per row into one; their order counts."""
     joined = np.zeros(len(parts[0]), np.uint64)
     for part in parts:
         joined = mix64(joined ^ part)

@@ -1,4 +1,7 @@
-"""Sums up what streams by in bounded memory: ranges, means and quantiles."""
+"""Summarizes streamed numbers in bounded memory: ranges, means and quantiles.
+
+Shapes: N numbers of a call.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 import numpy as np
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-LONGEST = 1 << 20  # lengths beyond it count as it
+LONGEST = 1 << 20  # longer ones count as this length
 
 
 @dataclass
@@ -17,7 +20,11 @@ class Lengths:
 
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
 
-    def add(self, lengths: np.ndarray) -> None:
+    def add(
+        self,
+        lengths: np.ndarray,  # int [N]
+    ) -> None:
+        """Count lengths."""
         counts = np.bincount(lengths.astype(np.int64).clip(max=LONGEST))
         size = max(len(counts), len(self.histogram))
         self.histogram = np.pad(self.histogram, (0, size - len(self.histogram)))
@@ -25,18 +32,20 @@ class Lengths:
 
     @property
     def count(self) -> int:
+        """Return the number of lengths."""
         return int(self.histogram.sum())
 
     @property
     def empty_share(self) -> float:
+        """Return the share of lengths that are 0."""
         return float(self.histogram[0] / max(self.count, 1))
 
     def quantile(self, share: float) -> int:
-        """Returns the smallest length that at least this share of all do not exceed."""
+        """Return the smallest length that at least this share of the lengths do not exceed."""
         return int(np.searchsorted(self.histogram.cumsum(), share * self.count))
 
     def summary(self) -> dict[str, Any]:
-        """Returns mean, quantiles, the longest, and the share of empty ones."""
+        """Return mean, quantiles, maximum and share of empty ones by name; {} without lengths."""
         if not self.count:
             return {}
         values = np.arange(len(self.histogram))
@@ -58,7 +67,11 @@ class Range:
     total: float = 0.0
     squares: float = 0.0
 
-    def add(self, values: np.ndarray) -> None:
+    def add(
+        self,
+        values: np.ndarray,  # [N], finite
+    ) -> None:
+        """Include numbers."""
         if not len(values):
             return
         numbers = values.astype(np.float64)
@@ -70,13 +83,16 @@ class Range:
 
     @property
     def mean(self) -> float:
+        """Return the mean; 0 without numbers."""
         return self.total / max(self.count, 1)
 
     @property
     def deviation(self) -> float:
+        """Return the standard deviation of the population; 0 without numbers."""
         return max(self.squares / max(self.count, 1) - self.mean**2, 0.0) ** 0.5
 
     def summary(self) -> dict[str, Any]:
+        """Return min, max, mean and deviation by name; {} without numbers."""
         if not self.count:
             return {}
         found = {"min": self.least, "max": self.greatest, "mean": self.mean}
@@ -90,9 +106,14 @@ class IdRange:
     least: int | None = None
     greatest: int | None = None
     count: int = 0
-    unknown: int = 0  # that have the row of ids that no map knows
+    unknown: int = 0  # ids that are not in the vocabulary
 
-    def add(self, ids: np.ndarray, unknown_row: int | None) -> None:
+    def add(
+        self,
+        ids: np.ndarray,  # int64 [N]
+        unknown_row: int | None,
+    ) -> None:
+        """Include ids; those equal to `unknown_row` count as unknown."""
         if not len(ids):
             return
         least, greatest = int(ids.min()), int(ids.max())
@@ -103,4 +124,5 @@ class IdRange:
             self.unknown += int((ids == unknown_row).sum())
 
     def summary(self) -> dict[str, Any]:
+        """Return the fields and the share of unknown ids by name."""
         return {**asdict(self), "unknown_share": self.unknown / max(self.count, 1)}

@@ -1,4 +1,4 @@
-"""Formats a dataset's summary as tables to read, and the findings in words."""
+"""Formats a dataset's summary as text tables, and its findings as warnings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHARES = {
 
 
 def format_dataset(found: DatasetSummary, findings: Sequence[Finding]) -> str:
-    """Returns all tables, the findings last."""
+    """Return all tables, the findings last."""
     blocks = [str(found.root), _splits(found), _columns(found), _tables(found), _items(found)]
     if findings:
         lines = [f"warning: {finding.what}; mend: {finding.mend}" for finding in findings]
@@ -74,7 +74,7 @@ def _percent(share: float | None) -> str:
 
 
 def _columns(found: DatasetSummary) -> str:
-    """Returns the tables of lists and dense columns."""
+    """Return the tables of lists and dense columns."""
     blocks = []
     lists: list[Sequence[str]] = [("lengths of lists", "split", "mean", *QUANTILES, "max", "empty")]
     numbers: list[Sequence[str]] = [("numbers", "split", "min", "mean", "max", "deviation")]
@@ -95,7 +95,7 @@ def _columns(found: DatasetSummary) -> str:
 
 
 def _of_splits(found: DatasetSummary) -> list[tuple[SplitSummary, str]]:
-    """Returns each column but labels, of each split."""
+    """Return each column except labels, of each split."""
     kinds = {name: column.kind for name, column in found.schema.columns.items()}
     names = [name for name, kind in kinds.items() if kind != "label"]
     return [(split, name) for name in names for split in found.splits.values()]
@@ -108,7 +108,7 @@ def _tables(found: DatasetSummary) -> str:
         least = [ids.least for ids in of_splits if ids.least is not None]
         greatest = [ids.greatest for ids in of_splits if ids.greatest is not None]
         ends = (f"{min(least):,}", f"{max(greatest):,}") if least else ("-", "-")
-        if use.vocabulary == "bounded":  # these are raw
+        if use.vocabulary == "bounded":  # its ids are raw, not rows
             ends = ("-", "-")
         about = "" if use.is_exact else "about "
         cells = (f"{about}{use.ids:,}", _percent(use.unused_share))

@@ -1,8 +1,8 @@
 """Summarizes one split of a dataset, read once from end to end in bounded memory.
 
-Rows are read as training reads them, those that it could not use are left out and counted.
+Rows are read as training reads them; those that it cannot use are left out and counted.
 
-Shapes: R rows of a window, N values of a list column.
+Shapes: R rows of a table read at once, N keys.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from recsys.diagnostics.dataset.time_columns import time_ranges
 class SplitSummary:
     """Contents of a split.
 
-    item_counts: rows by target item, int64 [num_items].
-    keys: of ids by column (raw ones where rows are found in training), of groups, of pairs of
+    item_counts: int64 [num_items], rows by target item.
+    keys: counts of ids by column (raw ids if training assigns their rows), of groups, of pairs of
         group and item, and of whole rows.
     target_in_history: rows whose history holds their own target.
     bad_rows: rows that training cannot use, by file, column and reason.
@@ -51,6 +51,7 @@ class SplitSummary:
 
     @property
     def num_bad_rows(self) -> int:
+        """Return the number of rows that training cannot use."""
         return sum(entry["rows"] for entry in self.bad_rows)
 
 
@@ -58,11 +59,11 @@ GROUPS, PAIRS, ROWS = "groups", "group and item", "rows"
 
 
 def summarize_split(root: Location, split: str, schema: Schema) -> SplitSummary:
-    """Reads a split.
+    """Read and summarize a split.
 
     Raises:
-        ValueError: there are no files, or a file cannot be read, lacks a column or has one of a
-            wrong type, as in training.
+        ValueError: as in training: there are no files, or a file cannot be read, lacks a column or
+            has one of a wrong type.
     """
     rows = ParquetRows.of_split(root, split, schema, on_bad_row="skip")
     found = SplitSummary(
@@ -105,7 +106,11 @@ def _add_rows(found: SplitSummary, schema: Schema, columns: RowColumns) -> None:
     _add_keys(found, ROWS, _hashes_of_rows(columns))
 
 
-def _add_keys(found: SplitSummary, name: str, keys: np.ndarray) -> None:
+def _add_keys(
+    found: SplitSummary,
+    name: str,
+    keys: np.ndarray,  # uint64 [N]
+) -> None:
     found.keys.setdefault(name, KeyCounts()).add(keys)
 
 
@@ -128,8 +133,8 @@ def _rows_with_target(schema: Schema, history: str, columns: RowColumns) -> int:
     return len(np.unique(rows[hits]))
 
 
-def _hashes_of_rows(columns: RowColumns) -> np.ndarray:
-    """Returns hashes, uint64 [R], of all that the schema names."""
+def _hashes_of_rows(columns: RowColumns) -> np.ndarray:  # uint64 [R]
+    """Hash each row over all columns that the schema names."""
     parts = [
         hash_numbers(values) for name, values in columns.numbers.items() if name != ROW_POSITION
     ]

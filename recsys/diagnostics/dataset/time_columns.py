@@ -1,7 +1,8 @@
-"""Reads when impressions happened from the files' footers alone, where they say so.
+"""Reads the time range of impressions from the files' footers, where a column has times.
 
-A column tells time if its type does, or if it is an integer named like one. The schema need not
-name it: training does not read it, but splits that overlap in time test on what was trained on.
+A column has times if its type is a timestamp or date, or if it is an integer with a usual name. The
+schema need not name it: training does not read it, but if splits overlap in time, the test split
+has rows from the period of training.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema
 
 NAMES = ("timestamp", "time", "datetime", "date", "ts", "event_time", "event_timestamp")
-# Integers that are seconds, milliseconds, microseconds or nanoseconds since 1970, from 1973 on.
+# Ranges of integers read as seconds, milli-, micro- or nanoseconds since 1970, from 1973 on.
 UNITS = ((1e8, 1e10, 1.0), (1e11, 1e13, 1e3), (1e14, 1e16, 1e6), (1e17, 1e19, 1e9))
 
 
 def time_ranges(rows: ParquetRows, schema: Schema) -> dict[str, tuple[Any, Any]]:
-    """Returns first and last of each column that tells time, by name."""
+    """Return the first and last time of each column with times, by name."""
     found: dict[str, tuple[Any, Any]] = {}
     for file in {str(group.file): group.file for group in rows.row_groups}.values():
         with open_parquet(file) as parquet:
@@ -44,7 +45,7 @@ def _tells_time(field: pa.Field, schema: Schema) -> bool:
 
 
 def footer_statistics(metadata: pq.FileMetaData, name: str) -> Iterator[pq.Statistics | None]:
-    """Yields a column's statistics of each row group; None where the footer has none."""
+    """Yield a column's statistics for each row group; None where the footer has none."""
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         columns = map(group.column, range(group.num_columns))
@@ -52,7 +53,7 @@ def footer_statistics(metadata: pq.FileMetaData, name: str) -> Iterator[pq.Stati
 
 
 def in_words(moment: Any) -> str:
-    """Returns date and time to the minute, as far as a moment can be read as such."""
+    """Format a moment as date and time to the minute; unchanged if it cannot be read as a time."""
     if isinstance(moment, int):
         for low, high, unit in UNITS:
             if low <= moment < high:

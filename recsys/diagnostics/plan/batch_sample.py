@@ -1,7 +1,7 @@
-"""Measures what a step would work on, on batches of some training rows.
+"""Counts the inputs of a step on batches of some training rows.
 
-Only what depends on ids is looked at: rows, lengths of histories, unique items. What settings
-make of them (searched histories, sampled items, items shared among ranks) is worked out.
+Only ids are read: rows, lengths of histories, unique items. The effect of settings (searched
+histories, sampled items, items shared among ranks) is computed from them.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from recsys.diagnostics.plan.meta_model import MetaModel
 from recsys.model.tables import pooled_features
 
 SAMPLED_BATCHES = 8
-MOST_SHARING_RANKS = 64  # batches that are looked at together, where ranks share items
+MOST_SHARING_RANKS = 64  # batches that are counted together if ranks share items
 
 
 @dataclass(frozen=True)
 class BatchSample:
-    """Training rows that were looked at, as batches, and the mean of what steps work on."""
+    """Sampled training rows as batches, and their mean counts."""
 
-    num_rows: int  # of the split
-    looked_at: int
+    num_rows: int  # rows of the split
+    looked_at: int  # rows of the batches
     batches: list[Batch]
     counts: BatchCounts
 
 
 def sample_batches(meta_model: MetaModel) -> BatchSample:
-    """Reads the first batches of an epoch.
+    """Read the first batches of an epoch.
 
     Raises:
-        ValueError: there is no training split, or a row that is read cannot be used.
+        ValueError: there is no training split, or a sampled row cannot be used.
     """
     config, schema = meta_model.config, meta_model.schema
     rows = open_rows(config.source, meta_model.root, "train", schema, config.on_bad_row)
@@ -62,7 +62,7 @@ def sample_batches(meta_model: MetaModel) -> BatchSample:
 
 
 def expected_counts(meta_model: MetaModel, batch: Batch, batches: list[Batch]) -> BatchCounts:
-    """Returns the counts of a batch once prepared; `batches`: of ranks that may share items."""
+    """Return the counts of a prepared batch; `batches` are those of ranks that may share items."""
     config = meta_model.config
     content = content_settings(config)
     counts = BatchCounts.of(batch)
@@ -85,7 +85,7 @@ def expected_counts(meta_model: MetaModel, batch: Batch, batches: list[Batch]) -
         with_gradient=trained,
         stored=items - encoded,
         modalities={
-            # Spread as those of the items that were looked at.
+            # Lengths distributed like those of the sampled items.
             name: ModalityCounts.of(lengths_like(meta_model.tokens(name), round(encoded)))
             for name in content.modalities
         },
@@ -95,7 +95,7 @@ def expected_counts(meta_model: MetaModel, batch: Batch, batches: list[Batch]) -
 def _with_short_histories(
     config: Config, counts: BatchCounts, batch: Batch, top_k: int
 ) -> BatchCounts:
-    """Returns the counts as if the search took the first items; the choice affects U alone."""
+    """Return the counts as if the search took the first items; the choice affects only U."""
     lengths: Tensor = batch.history_lengths
     first = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     kept = torch.arange(len(batch.history_index)) - first < top_k

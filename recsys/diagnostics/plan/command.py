@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def device_of_config(device: str) -> str:
-    """Returns the setting `device` of a run on a device with that name."""
+    """Return the setting `device` (cuda, cpu or auto) for a device with that name."""
     return "cuda" if device in DEVICES else device
 
 
@@ -32,10 +32,10 @@ def describe_run(
     figures: FigureOverrides,
     json_file: Path | None,
 ) -> Description:
-    """Describes, prints, and writes the numbers to `json_file`.
+    """Describe a run, print the description, and write the numbers to `json_file`.
 
     Raises:
-        ValueError: a cluster that there cannot be; configuration and data that do not fit together.
+        ValueError: the cluster is invalid, or the configuration does not match the data.
     """
     cluster = find_cluster(device, nodes, gpus_per_node, figures, config.precision)
     found = describe(config, data, cluster, parse_rows(rows))
@@ -47,10 +47,10 @@ def describe_run(
 
 
 def parse_rows(words: list[str]) -> dict[str, int]:
-    """Reads TABLE=NUMBER from each word.
+    """Read TABLE=NUMBER from each word.
 
     Raises:
-        ValueError: a word of another form.
+        ValueError: a word is not of this form.
     """
     found = {}
     for word in words:

@@ -1,4 +1,4 @@
-"""Computes a run's numbers from its meta model and a sample of the data."""
+"""Describes a run (memory, cost, traffic) from its meta model and a sample of the data."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class RankMemory:
 
     @property
     def total(self) -> int:
+        """Return the sum of all parts."""
         return self.tables + self.dense + self.bank + self.activations
 
 
@@ -40,9 +41,10 @@ class RankMemory:
 class Description:
     """Everything that `recsys describe` prints.
 
-    costs: FLOPs and bytes of a step on one rank, by part; sent: what it sends to others.
-    frozen_layers: parameters that run before the training alone, by modality.
-    cached_bytes: of item content on disk, by modality.
+    costs: FLOPs and bytes of a step on one rank, by part.
+    sent: bytes that a rank sends to others in a step, by kind.
+    frozen_layers: number of parameters that run only before training, by modality.
+    cached_bytes: bytes of item content cached on disk, by modality.
     unknown: parts whose FLOPs are not counted.
     """
 
@@ -63,11 +65,11 @@ class Description:
 
     @property
     def step_seconds(self) -> float:
-        """Returns the least time of a step whose parts follow one another."""
+        """Return the least time of a step whose parts do not overlap."""
         return sum(bound.seconds for bound in self.bounds)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values, by the names of the fields."""
+        """Return plain values by the names of the fields, and derived totals."""
         return {
             **asdict(self),
             "world_size": self.cluster.world_size,
@@ -81,16 +83,16 @@ class Description:
 def describe(
     config: Config, data: str, cluster: Cluster, rows: dict[str, int] | None = None
 ) -> Description:
-    """Describes what a run with this configuration would be on that cluster.
+    """Describe a run with this configuration on that cluster, without starting it.
 
     Args:
-        config: of the run.
-        data: dataset, a folder or URL; a small sample of the real one will do.
-        cluster: real or not.
-        rows: other numbers of rows for tables, by column, than the dataset has.
+        config: configuration of the run.
+        data: dataset, a folder or URL; a small sample of the real one is enough.
+        cluster: the cluster, which need not exist.
+        rows: numbers of rows for tables, by column, that replace those of the dataset.
 
     Raises:
-        ValueError: configuration and data do not fit together.
+        ValueError: the configuration does not match the data.
 
     Example::
 
@@ -168,7 +170,7 @@ def _memory(
 
 
 def _cached_bytes(meta_model: MetaModel) -> dict[str, int]:
-    """Returns the bytes of the frozen layers' outputs, float32, for all items."""
+    """Return the bytes of the frozen layers' float32 outputs for all items, by modality."""
     items, content = meta_model.items, meta_model.em3.content
     if items is None or content is None:
         return {}

@@ -1,4 +1,7 @@
-"""Looks at some items: how many tokens they have in each modality, and which lack one."""
+"""Samples items: the number of tokens in each modality, 0 where an item lacks it.
+
+Shapes: S sampled items.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,11 @@ SAMPLED_FILES = 8
 class ItemSample:
     """Numbers read from some items.
 
-    num_items: rows of all files; looked_at: of which so many.
-    lengths: by modality, the tokens of each item that was looked at: 0 for one without; of images,
-        that there are.
-    feature_widths: of stored features.
+    num_items: rows of all files.
+    looked_at: rows that were sampled.
+    lengths: tokens of each sampled item [S], by modality: 0 where it lacks the modality; for
+        images, the number of images.
+    feature_widths: width of stored features, by modality.
     """
 
     num_items: int
@@ -44,10 +48,10 @@ class ItemSample:
 def sample_items(
     root: Location, schema: Schema, modalities: dict[str, ModalitySettings]
 ) -> ItemSample:
-    """Looks at the first items of some files.
+    """Sample the first items of some files.
 
     Raises:
-        ValueError: there are none, or a modality's column is missing or of a wrong type.
+        ValueError: there are no files, or a modality's column is missing or of a wrong type.
     """
     folder = root / "items"
     files = folder.files(".parquet") if schema.items is not None else []
@@ -92,8 +96,8 @@ def _first_rows(file: Location, column: str, count: int) -> Iterator[pa.Array]:
         raise ValueError(f"{file}: column '{column}' cannot be read ({error})") from error
 
 
-def _lengths_in_file(name: str, file: Location, sample: ItemSample) -> Tensor:
-    """Returns the lengths of the first rows of a .npy file."""
+def _lengths_in_file(name: str, file: Location, sample: ItemSample) -> Tensor:  # [S]
+    """Return the lengths of the first rows of a .npy file; keep its width in `sample`."""
     features = FeatureFile(file)
     sample.feature_widths[name] = features.width
     _, values = next(features.pieces())
@@ -104,7 +108,8 @@ def _lengths_in_file(name: str, file: Location, sample: ItemSample) -> Tensor:
 
 def _lengths(
     name: str, kind: ModalityKind, file: Location, chunk: pa.Array, sample: ItemSample
-) -> Tensor:
+) -> Tensor:  # int64 [rows of chunk]
+    """Return the tokens of each item of a chunk; keep a feature's width in `sample`."""
     where = f"{file}: column '{kind.modality.column}'"
     if isinstance(kind, Feature) and len(widths := list_lengths(feature_tokens(chunk, where)[1])):
         sample.feature_widths.setdefault(name, int(widths[0]))

@@ -1,7 +1,7 @@
 """Builds a meta model: everything that a run builds, without weights, data or devices.
 
-Tables, memory bank and transformers lie on the meta device, which holds shapes alone, so tables
-of billions of rows and encoders of any size are built in no time and no memory.
+Tables, memory bank and transformers are on the meta device, which keeps only shapes, so tables of
+billions of rows and encoders of any size take neither time nor memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from recsys.model.em3 import EM3
 from recsys.model.tables import table_configs
 from recsys.ranking.item_categories import load_item_categories
 
-# More than any table asks for: the plan there would be if memory were no matter.
+# More bytes than any table needs: for the plan of devices with unlimited memory.
 NO_LIMIT = 2**60
 
 
@@ -35,10 +35,10 @@ NO_LIMIT = 2**60
 class MetaModel:
     """All that a run would build.
 
-    frozen_layers: parameters of each encoder that outputs are cached of before training, and
-        which no step needs.
-    problems: why the tables do not fit, and what would make them; the plan is then the one of
-        devices without limits.
+    frozen_layers: for each encoder with cached outputs, the number of parameters that run only
+        before training.
+    problems: why the tables do not fit, and how to make them fit; the plan is then the one of
+        devices with unlimited memory.
     """
 
     config: Config
@@ -52,8 +52,8 @@ class MetaModel:
     plan: ShardingPlan
     problems: list[str]
 
-    def tokens(self, modality: str) -> Tensor:
-        """Returns the tokens of each sampled item, as a step gets them: int64 [items]."""
+    def tokens(self, modality: str) -> Tensor:  # int64 [sampled items]
+        """Return the number of tokens of each sampled item in a step's input."""
         content = content_settings(self.config)
         assert content is not None and self.items is not None and self.em3.content is not None
         settings, lengths = content.modalities[modality], self.items.lengths[modality]
@@ -68,16 +68,16 @@ class MetaModel:
 def build_meta_model(
     config: Config, data: str, cluster: Cluster, rows: dict[str, int] | None = None
 ) -> MetaModel:
-    """Reads the schema and a few items, and plans.
+    """Read the schema and a few items, build the model and plan its sharding.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         data: dataset, a folder or URL.
-        cluster: where the run would be.
-        rows: other numbers of rows for tables, by column.
+        cluster: the cluster that the run is planned for.
+        rows: numbers of rows for tables, by column, that replace those of the dataset.
 
     Raises:
-        ValueError: configuration and data do not fit together.
+        ValueError: the configuration does not match the data.
     """
     root = Location.of(data)
     schema = load_schema(root)
@@ -118,7 +118,7 @@ def _encoder(name: str, config: Config, items: ItemSample) -> Encoder:
     content = content_settings(config)
     assert content is not None
     modality = content.modalities[name]
-    if modality.module:  # code of the user's, which may do anything with its weights
+    if modality.module:  # user code, which may do anything with its weights
         return build_encoder(name, modality)
     with torch.device("meta"):
         return build_encoder(name, modality, items.feature_widths.get(name))
@@ -133,7 +133,7 @@ def _drop_frozen_layers(encoder: Encoder) -> int:
 def _plan(
     config: Config, em3: EM3, tables: list[TableConfig], cluster: Cluster
 ) -> tuple[ShardingPlan, list[str]]:
-    """Returns the plan that training would make, or one without limits and why there is none."""
+    """Return the plan of training, or one for unlimited memory and why tables do not fit."""
     types = config.embedding.communication
 
     def plan_on(where: Cluster) -> ShardingPlan:
@@ -150,6 +150,6 @@ def _plan(
         return plan_on(cluster), []
     except ValueError as error:
         device = replace(cluster.device, memory_bytes=NO_LIMIT, host_memory_bytes=NO_LIMIT)
-        plan = plan_on(replace(cluster, device=device))  # what is not a matter of memory raises
+        plan = plan_on(replace(cluster, device=device))  # raises if memory is not the cause
         lines = what_does_not_fit(tables, cluster.device.memory_bytes, cluster.world_size)
         return plan, lines or [str(error)]

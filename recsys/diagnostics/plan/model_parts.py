@@ -1,7 +1,7 @@
-"""Lists the parts of a model: parameters, who trains them, where they live, in how many bytes.
+"""Lists the parts of a model: parameters, their optimizer, their ranks and their bytes.
 
-Tables are cut over the ranks; all else is on every rank. All weights, gradients and optimizer
-state are float32, also where the arithmetic is bfloat16. Under several ranks
+Tables are sharded over the ranks; all else is on every rank. All weights, gradients and optimizer
+state are float32, also if the arithmetic is bfloat16. On several ranks
 DistributedDataParallel keeps a second copy of the dense gradients, in the buckets that it sends.
 """
 
@@ -19,7 +19,7 @@ from recsys.config import OptimizerSettings
 from recsys.model.em3 import EM3
 from recsys.optimizer import count_state, dense_parameters
 
-# By the beginning of parameter names, first match counts; `{}` is the modality.
+# By prefix of parameter names; the first match counts; `{}` is the modality.
 DENSE_PARTS = (
     ("content.encoders.", "encoder {}"),
     ("content.projections.", "projections"),
@@ -33,10 +33,10 @@ DENSE_PARTS = (
 
 @dataclass(frozen=True)
 class ModelPart:
-    """One line of the list of parameters; bytes are those of the rank that has the most."""
+    """One line of the list of parameters; bytes are of the rank that holds the most."""
 
     name: str
-    parameters: int  # in all
+    parameters: int  # total over all ranks
     trained_by: str
     where: str
     weight_bytes: int
@@ -45,6 +45,7 @@ class ModelPart:
 
     @property
     def bytes(self) -> int:
+        """Return the bytes of weights, gradients and optimizer state."""
         return self.weight_bytes + self.gradient_bytes + self.state_bytes
 
 
@@ -55,7 +56,7 @@ def model_parts(
     world_size: int,
     optimizer: OptimizerSettings,
 ) -> list[ModelPart]:
-    """Returns the tables, then the dense parts, trained and frozen ones apart."""
+    """Return the tables, then the dense parts; trained and frozen parameters are separate."""
     return [
         *(_table_part(table_memory(table, plan)) for table in tables),
         *_dense_parts(em3, world_size, optimizer),
@@ -65,7 +66,7 @@ def model_parts(
 def table_bytes_by_rank(
     tables: list[TableConfig], plan: ShardingPlan, world_size: int
 ) -> list[int]:
-    """Returns the bytes of all tables' weights and optimizer state on each rank."""
+    """Return the bytes of all tables' weights and optimizer state on each rank."""
     memories = [table_memory(table, plan) for table in tables]
     return [sum(sum(memory.on_rank(rank)) for memory in memories) for rank in range(world_size)]
 
@@ -81,7 +82,7 @@ def _table_part(memory: TableMemory) -> ModelPart:
         trained_by="nothing" if table.frozen else table.optimizer,
         where=f"{memory.sharding} on {place}",
         weight_bytes=weights,
-        gradient_bytes=0,  # they are applied in the backward, row by row
+        gradient_bytes=0,  # table gradients are applied in the backward, row by row
         state_bytes=state,
     )
 
@@ -111,7 +112,7 @@ def _dense_parts(em3: EM3, world_size: int, optimizer: OptimizerSettings) -> Ite
 
 
 def part_of(name: str) -> str:
-    """Returns the part that a dense parameter belongs to, by its name in the model."""
+    """Return the part that a dense parameter belongs to, by its name in the model."""
     for prefix, part in DENSE_PARTS:
         if name.startswith(prefix):
             return part.format(name.removeprefix(prefix).split(".")[0])

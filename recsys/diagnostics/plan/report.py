@@ -1,4 +1,4 @@
-"""Formats a description as tables to read."""
+"""Formats a description as text tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MOST_RANKS_SHOWN = 16
 
 
 def format_description(found: Description) -> str:
-    """Returns all tables, the verdict last."""
+    """Return all tables, the verdict last."""
     blocks = [
         _cluster(found),
         _parts(found),
@@ -27,7 +27,7 @@ def format_description(found: Description) -> str:
 
 
 def in_bytes(number: float) -> str:
-    """Returns bytes to three digits: 1,536 as 1.5 KiB."""
+    """Return bytes to three digits: 1,536 as 1.5 KiB."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if number < 1024 or unit == "TiB":
             break
@@ -36,7 +36,7 @@ def in_bytes(number: float) -> str:
 
 
 def _rounded(number: float) -> str:
-    """Returns a number to three digits: 1,500 as 1.5 K."""
+    """Return a number to three digits: 1,500 as 1.5 K."""
     for unit in ("", "K", "M", "G", "T"):
         if number < 1000 or unit == "T":
             break
@@ -110,7 +110,7 @@ def _memory(found: Description) -> str:
 
 
 def _shortened(plan: str) -> str:
-    """Cuts lines that end in shards of many ranks."""
+    """Shorten lines that list the shards of many ranks."""
     lines = []
     for line in plan.splitlines():
         pieces = line.split(", ")
@@ -196,7 +196,7 @@ def _verdict(found: Description) -> str:
             f"fits, {in_bytes(left)} per rank are left; but dense parts, bank and activations take "
             f"{in_bytes(others)}, and the planner counts on {reserve} for them"
         )
-    # The largest counts.
+    # The largest part is reported.
     size, name, fix = max(
         (memory.tables, "tables", "more ranks, a smaller embedding.dim or fewer rows"),
         (memory.dense, "dense parts", "smaller encoders, or fewer layers that train"),

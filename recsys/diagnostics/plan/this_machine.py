@@ -1,4 +1,4 @@
-"""Measures this machine's figures, for a description of a run that is to be here."""
+"""Measures this machine's figures, for the description of a run on machines like it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from embeddings.sharding import free_host_memory
 from embeddings.simulated_cluster import DEVICES, Cluster, DeviceFigures, FigureOverrides
 from recsys.diagnostics.cost.roofline import Anchor, best, measure_anchor
 
-# Between machines like this one, unless given: 25 Gbit/s, shared by the ranks of a node.
+# Default between machines like this one: 25 Gbit/s, shared by the ranks of a node.
 CPU_NETWORK_BANDWIDTH = 25e9 / 8
 MEASUREMENTS = 3
 
@@ -20,17 +20,17 @@ def find_cluster(
     figures: FigureOverrides | None = None,
     precision: str = "fp32",
 ) -> Cluster:
-    """Returns the cluster that the command line names.
+    """Return the cluster that the command line names.
 
     Args:
         device: a name in `DEVICES`, or auto, cpu or cuda for devices like those of this machine.
-        nodes: number of them.
-        ranks_per_node: devices of each; None: the GPUs that this machine has, or one CPU.
-        figures: what is different from the data sheet, or from what is measured.
-        precision: of the dense parts, whose rate is measured where devices are.
+        nodes: number of nodes.
+        ranks_per_node: devices of each node; None: the GPUs of this machine, or one CPU.
+        figures: figures that override the data sheet or the measurement.
+        precision: precision of the dense parts; the rate of bf16 is measured only if it is bf16.
 
     Raises:
-        ValueError: no such device, or a number or figure is not positive.
+        ValueError: the device is unknown, or a number or figure is not positive.
     """
     known = [*DEVICES, "cpu", "cuda", "auto"]
     if device not in known:

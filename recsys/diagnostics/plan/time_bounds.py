@@ -1,8 +1,8 @@
 """Computes the least time of a step's parts on given devices, and what bounds each.
 
-Arithmetic at the rate of products of matrices, memory at that of the device's memory, what is sent
-at that of the links in a node and between nodes. Parts follow one another; on real devices some
-overlap, and all run below these rates.
+Arithmetic runs at the rate of matrix products, memory traffic at the bandwidth of the device's
+memory, collectives at that of the links within and between nodes. Parts do not overlap here; on
+real devices some do, and all run below these rates.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from recsys.diagnostics.cost.work import PartCost, Work
 
 @dataclass(frozen=True)
 class TimeBound:
-    """One part of a step on one rank; seconds of both directions."""
+    """One part of a step on one rank; seconds are of forward and backward together."""
 
     name: str
     arithmetic_seconds: float = 0.0
@@ -28,7 +28,7 @@ class TimeBound:
 
     @property
     def bound_by(self) -> str:
-        """Returns arithmetic, memory or network."""
+        """Return the slowest resource: arithmetic, memory or network."""
         kinds = ("arithmetic", "memory", "network")
         return max(kinds, key=lambda kind: float(getattr(self, f"{kind}_seconds")))
 
@@ -36,12 +36,13 @@ class TimeBound:
 def time_bounds(
     costs: Sequence[PartCost], sent: Sequence[Sent], cluster: Cluster, precision: str
 ) -> list[TimeBound]:
-    """Returns those of the parts on each rank, then of what they send.
+    """Return the bounds of the parts on a rank, then the bounds of its collectives.
 
     Args:
-        costs, sent: by each rank.
-        cluster: whose devices compute.
-        precision: of the dense parts.
+        costs: FLOPs and bytes of the parts of a step on one rank.
+        sent: bytes that a rank sends, by kind.
+        cluster: the cluster whose devices and links set the rates.
+        precision: precision of the dense parts: fp32 or bf16.
     """
     device = cluster.device
     flops = device.bf16_flops if precision == "bf16" else device.fp32_flops
@@ -64,5 +65,5 @@ def time_bounds(
 
 
 def backward_outputs(costs: Sequence[PartCost]) -> float:
-    """Returns the bytes that products leave for the backward: a lower estimate of activations."""
+    """Return the bytes of products kept for the backward: a lower estimate of activations."""
     return sum(part.forward.outputs for part in costs if part.backward != Work())

@@ -1,6 +1,6 @@
-"""What a profiler's trace says of collectives: their kind, the bytes a rank sends, how long.
+"""Reads collectives from a profiler's trace: their kind, bytes sent by a rank, and duration.
 
-Every backend's collectives pass through PyTorch's c10d operations, those too that
+Every backend's collectives pass through PyTorch's c10d operations, including those that
 DistributedDataParallel starts in C++, so the trace has them all, with the shapes of their tensors.
 (NCCL alone records sizes itself, as `record_param_comms`; gloo does not.)
 """
@@ -15,25 +15,25 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Operation:
-    """A c10d operation: its kind and what of the tensors in an argument a rank sends."""
+    """A c10d operation: its kind, and which share of one argument's tensors a rank sends."""
 
     kind: str
     argument: int
-    share_sent: Callable[[int], float]  # of those bytes, by number of ranks
+    share_sent: Callable[[int], float]  # number of ranks -> share of those bytes
 
 
 def _others(world_size: int) -> float:
-    """To each other rank all of it."""
+    """Return the share if a rank sends everything to each other rank."""
     return world_size - 1
 
 
 def _other_parts(world_size: int) -> float:
-    """To each other rank its part. Also the mean where one rank is the source or goal of all."""
+    """Return the share if each other rank gets a part, or the mean if one sends or gets all."""
     return (world_size - 1) / world_size
 
 
 def _twice_other_parts(world_size: int) -> float:
-    """A ring that reduces parts and then gathers them."""
+    """Return the share for a ring that reduces parts and then gathers them."""
     return 2 * _other_parts(world_size)
 
 
@@ -54,7 +54,7 @@ OPERATIONS = {
     "c10d::gather_": Operation("gather", 1, _other_parts),
     "c10d::scatter_": Operation("scatter", 0, _other_parts),
 }
-SPLITS_ARGUMENT = 4  # of alltoall_base_: how much goes to which rank
+SPLITS_ARGUMENT = 4  # of alltoall_base_: elements sent to each rank
 ELEMENT_BYTES = {
     "double": 8,
     "long int": 8,
@@ -71,19 +71,19 @@ ELEMENT_BYTES = {
 
 @dataclass(frozen=True)
 class Collective:
-    """One call of a rank."""
+    """One call of a collective by one rank."""
 
     kind: str
-    bytes_sent: int  # to other ranks
-    seconds: float  # from its begin to its end; other work may go on meanwhile
+    bytes_sent: int  # bytes sent to other ranks
+    seconds: float  # from begin to end; other work may overlap
 
 
 def read_collectives(
     events: list[dict[str, Any]], rank: int, world_size: int
 ) -> Iterator[tuple[dict[str, Any], Collective]]:
-    """The collectives of one rank in a trace, each beside the event of its call.
+    """Yield the collectives of one rank in a trace, each after the event of its call.
 
-    Of more than 30 ranks a trace does not keep the splits of all_to_all; they count as equal.
+    Beyond 30 ranks a trace does not keep the splits of all_to_all; they count as equal.
     """
     for call, work in _with_work(events):
         yield call, _collective(call, work, rank, world_size)
@@ -92,9 +92,9 @@ def read_collectives(
 def _with_work(
     events: list[dict[str, Any]],
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """Each call of c10d and the backend's work for it, which alone tells type and time.
+    """Yield each c10d call and the backend's event for it, which has the type and duration.
 
-    Gloo works in threads of its own, so that the two are matched by order and shape.
+    Gloo works in threads of its own, so calls and events are matched by order and shape.
     """
     calls = [event for event in events if event["name"] in OPERATIONS]
     works = [
@@ -114,12 +114,12 @@ def _with_work(
 
 
 def _shapes(call: dict[str, Any]) -> list[list[int]]:
-    """Of the tensors given to a call."""
+    """Return the shapes of the tensors given to a call."""
     return _shapes_of([call["args"]["Input Dims"][OPERATIONS[call["name"]].argument]])
 
 
 def _shapes_of(dims: Iterable[Any]) -> list[list[int]]:
-    """Flattens lists of tensors among arguments."""
+    """Return the shapes of arguments, flattening lists of tensors."""
     found: list[list[int]] = []
     for entry in dims:
         if entry and isinstance(entry[0], list):

@@ -1,4 +1,4 @@
-"""From the traced steps of all ranks to what people read: a table, `profile.json`, scalars."""
+"""Summarizes the traced steps of all ranks as a table, `profile.json` and scalars."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from recsys.diagnostics.profile.step_trace import PARTS, StepTrace
 
 @dataclass
 class RankProfile:
-    """What one rank has measured."""
+    """Measurements of one rank."""
 
-    plain_seconds: list[float]  # of steps without profiler
+    plain_seconds: list[float]  # durations of steps without profiler
     steps: list[StepTrace]
 
 
 def summary(profiles: list[RankProfile], device: str) -> dict[str, Any]:
-    """What `profile.json` holds: means per step of each rank, then median and range over ranks.
+    """Compute the content of `profile.json`: median and range over ranks of their mean per step.
 
     For each rank, the parts add up to the step.
     """
@@ -57,7 +57,7 @@ def _over_ranks(values: Iterable[float]) -> dict[str, float]:
 
 
 def _collectives(ranks: list[list[StepTrace]]) -> list[dict[str, Any]]:
-    """By the part of the step they are in, and kind."""
+    """Return one row for each part of a step and kind of collective in it."""
     found = {(part, c.kind) for steps in ranks for s in steps for part, c in s.collectives}
     rows = []
     for part, kind in sorted(found, key=lambda key: (PARTS.index(key[0]), key[1])):
@@ -83,7 +83,7 @@ def _collectives(ranks: list[list[StepTrace]]) -> list[dict[str, Any]]:
 
 
 def format_profile(report: dict[str, Any]) -> str:
-    """The report as tables to read."""
+    """Format the report as text tables."""
     step = report["seconds"]["step"]
     rows: list[tuple[str, ...]] = [("part of a step", "ms", "min", "max", "share")]
     for name, values in {**report["parts"], "step": step}.items():
@@ -119,7 +119,7 @@ def _milliseconds(values: dict[str, float]) -> tuple[str, str, str]:
 
 
 def scalars(report: dict[str, Any]) -> dict[str, float]:
-    """The report's medians by name, for TensorBoard."""
+    """Return the report's medians by name, for TensorBoard."""
     seconds = {**report["parts"], **report["seconds"]}
     values = {f"profile_seconds/{name}": v["median"] for name, v in seconds.items()}
     for row in report["collectives"]:

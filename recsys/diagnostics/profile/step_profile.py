@@ -1,7 +1,7 @@
-"""Where the time of a training step goes, and how many bytes its collectives send.
+"""Profiles training steps: the time of each part, and the bytes that collectives send.
 
 A few steps of the loop run under `torch.profiler`, after as many that are only timed, so that the
-report says what the profiler itself costs. While it records, hooks mark the modules of the model;
+report shows the overhead of the profiler. While it records, hooks mark the modules of the model;
 TorchRec's pipeline marks its own stages. Nothing is hooked before or after.
 """
 
@@ -27,7 +27,7 @@ from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.model.em3 import EM3
 
-FIRST_STEPS = 3  # of a loop, which fill the pipeline and warm caches; not measured
+FIRST_STEPS = 3  # steps of a loop that fill the pipeline and warm caches; not measured
 PROFILE, TRACE = "profile.json", "profile_trace.json.gz"
 
 
@@ -35,15 +35,15 @@ class StepProfile:
     """Profiles some steps of a training loop; every rank makes one.
 
     Rank 0 then prints a table, writes `profile.json` and its own trace, which Perfetto and
-    TensorBoard open, into the run's folder, and hands the table's values to `write`.
+    TensorBoard open, into the run's folder, and passes the table's values to `write`.
 
     Args:
         em3: the model inside its wrappers.
-        ranks: the job.
-        steps: how many to profile; 0: none.
-        folder: of the run.
+        ranks: the ranks of the job.
+        steps: number of steps to profile; 0: none.
+        folder: the run's folder.
         say: prints a text.
-        write: keeps values by name, as TensorBoard does.
+        write: stores values by name, such as a tracker; None: they are not stored.
 
     Example::
 
@@ -63,24 +63,26 @@ class StepProfile:
         say: Callable[[str], None] = print_table,
         write: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
+        """Keep the parts; profiling starts when a loop is entered."""
         self.em3, self.ranks, self.steps, self.folder = em3, ranks, steps, folder
         self.say, self.write = say, write
-        self.plain_seconds: list[float] = []  # of steps without profiler
+        self.plain_seconds: list[float] = []  # durations of steps without profiler
         self._done = steps == 0
-        self._profiler: profile | None = None  # while in a loop
-        self._marks = ExitStack()  # what undoes the marking of modules
+        self._profiler: profile | None = None  # None outside of a loop
+        self._marks = ExitStack()  # removes the marks of modules
         self._wait = 0  # steps of this loop before the profiler starts
         self._steps_of_loop = 0
-        self._began = 0.0  # this step
+        self._began = 0.0  # start of this step
 
     def __enter__(self) -> StepProfile:
+        """Start the profiler for a loop, unless all steps are profiled."""
         if self._done:
             return self
         self._wait = FIRST_STEPS + self.steps - len(self.plain_seconds)
         activities = [ProfilerActivity.CPU]
         if self.ranks.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        # The first step under the profiler pays for its start and is not recorded.
+        # The first step under the profiler includes its start-up and is not recorded.
         phases = schedule(wait=self._wait, warmup=1, active=self.steps, repeat=1)
         self._profiler = profile(
             activities=activities, schedule=phases, on_trace_ready=self._finish, record_shapes=True
@@ -90,7 +92,7 @@ class StepProfile:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        """Ends a recording with its loop. A collective, unless by an error."""
+        """End the recording when its loop ends. A collective, unless an error ended the loop."""
         if self._profiler is not None:
             if error is not None or self._num_recorded == 0:
                 self._profiler.on_trace_ready = None
@@ -101,7 +103,7 @@ class StepProfile:
         return max(0, self._steps_of_loop - self._wait - 1)
 
     def step(self) -> None:
-        """Ends a step of the loop. A collective after the last that is recorded."""
+        """Mark the end of a step. A collective after the last recorded step."""
         if self._profiler is None:
             return
         self._steps_of_loop += 1
@@ -121,14 +123,14 @@ class StepProfile:
         self._profiler = None
 
     def _finish(self, profiler: profile) -> None:
-        """Reports what was recorded. A collective."""
+        """Gather and report the recorded steps. A collective."""
         self._done = True
         with self.ranks.raise_on_all_ranks(), tempfile.TemporaryDirectory() as scratch:
             path = (self.folder if self.ranks.is_first else Path(scratch)) / TRACE
             profiler.export_chrome_trace(str(path))
             with gzip.open(path, "rt") as file:
                 events = json.load(file)["traceEvents"]
-            # One more may have begun when the loop ended.
+            # One more step may have begun when the loop ended.
             steps = read_steps(events, self.ranks.rank, self.ranks.world_size)
             steps = steps[: self._num_recorded]
         profiles = self.ranks.gather(RankProfile(self.plain_seconds, steps))
@@ -141,7 +143,7 @@ class StepProfile:
 
 
 def mark_parts(em3: EM3) -> ExitStack:
-    """Marks the calls of the model's modules as parts of the step, until the result is closed."""
+    """Mark the calls of the model's modules as parts of the step, until the result is closed."""
     marks = ExitStack()
     for module, part in _parts_of(em3):
         _mark_forward(module, part, marks)
@@ -155,11 +157,11 @@ def _parts_of(em3: EM3) -> list[tuple[nn.Module, str]]:
     parts: list[tuple[nn.Module, str]] = []
     for collection in (em3.embedding_bags, em3.embeddings):
         if collection is not None:
-            # What is looked up for is sent before the call and back within it.
+            # Ids are sent before the call; looked-up vectors come back within it.
             parts.append((collection, "output dist"))
             lookups: Any = getattr(collection, "_lookups", [])
             parts += [(lookup, "lookup") for lookup in lookups]
-    parts.append((em3.read_ids, "output dist"))  # waits for what is sent
+    parts.append((em3.read_ids, "output dist"))  # waits for the vectors
     if em3.content is not None:
         parts += [(em3.content, "content"), (em3.content.fusion, "fusion")]
     return [*parts, (em3.ranking, "ranking"), (em3.losses, "losses")]

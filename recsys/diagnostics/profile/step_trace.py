@@ -1,10 +1,10 @@
-"""What a profiler's trace says of training steps: seconds by part, bytes by collective.
+"""Reads training steps from a profiler's trace: seconds by part, bytes by collective.
 
-Ranges nest: of TorchRec's pipeline and of the modules that
-`recsys.diagnostics.profile.step_profile` has marked. At each moment a step is in the innermost of
-them, so that nothing counts twice and the parts add up to the step: `key_averages` of the profiler
-cannot say that, as it sums by name whatever lies inside. The trace is that of `torch.profiler` in
-Chrome's format, with shapes recorded.
+Ranges nest: those of TorchRec's pipeline and those of the modules that
+`recsys.diagnostics.profile.step_profile` has marked. Each moment of a step belongs to the innermost
+range, so that nothing counts twice and the parts add up to the step. (`key_averages` of the
+profiler sums by name, nested ranges included.) The trace is the one of `torch.profiler` in Chrome's
+format, with shapes recorded.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from recsys.diagnostics.profile.collective_trace import Collective, read_collectives
 
-STEP = "ProfilerStep#"  # begins the name of the range around one, by torch.profiler
-PART = "part of step: "  # begins the name of a range, the part follows
+STEP = "ProfilerStep#"  # prefix of the range that torch.profiler puts around a step
+PART = "part of step: "  # prefix of the name of a range, before the part
 PARTS = (
     "data",  # waiting for the next batch, agreeing on it, moving it to the device
     "input dist",  # ids to the ranks that hold their rows
@@ -33,7 +33,7 @@ PARTS = (
     "optimizer",
     "other",
 )
-# Ranges of TrainPipelineSparseDist, by how their names begin.
+# Ranges of TrainPipelineSparseDist, by the prefix of their names.
 PIPELINE_RANGES = {
     "## copy_batch_to_gpu": "data",
     "## wait_for_batch": "data",
@@ -56,7 +56,7 @@ class StepTrace:
 
 
 class Timeline:
-    """In which part of a step its thread is at any moment.
+    """The part of a step that its thread is in at each moment.
 
     Args:
         step: the step's own event.
@@ -64,12 +64,13 @@ class Timeline:
     """
 
     def __init__(self, step: dict[str, Any], ranges: list[dict[str, Any]]) -> None:
+        """Compute the moments at which the part changes."""
         self.begin, self.end = step["ts"], _end(step)
-        self.moments, self.parts = [self.begin], ["other"]  # from this moment on, in this part
+        self.moments, self.parts = [self.begin], ["other"]  # the part from each moment on
         open_ranges: list[tuple[float, str]] = []
         for event in sorted(ranges, key=lambda event: (event["ts"], -event["dur"])):
             self._close(open_ranges, event["ts"])
-            # A part of the forward that is computed again in the backward belongs to that.
+            # A part of the forward that is recomputed in the backward counts as backward.
             inside_backward = bool(open_ranges) and open_ranges[-1][1] == "backward"
             part = "backward" if inside_backward else _part_of(event["name"])
             assert part is not None
@@ -87,10 +88,11 @@ class Timeline:
         self.parts.append(part)
 
     def part_at(self, moment: float) -> str:
+        """Return the part at a moment of the trace, in microseconds."""
         return self.parts[bisect_right(self.moments, moment) - 1]
 
     def seconds(self) -> dict[str, float]:
-        """By part; their sum is the step's time."""
+        """Return seconds by part; they add up to the step's time."""
         seconds = dict.fromkeys(PARTS, 0.0)
         ends = [*self.moments[1:], self.end]
         for begin, end, part in zip(self.moments, ends, self.parts):
@@ -99,7 +101,7 @@ class Timeline:
 
 
 def read_steps(events: list[dict[str, Any]], rank: int, world_size: int) -> list[StepTrace]:
-    """The steps in the events of one rank's trace, in order."""
+    """Return the steps in the events of one rank's trace, in order."""
     events = [event for event in events if event.get("ph") == "X"]
     annotations = sorted(
         (event for event in events if event.get("cat") == "user_annotation"),
@@ -115,11 +117,11 @@ def read_steps(events: list[dict[str, Any]], rank: int, world_size: int) -> list
     begins = [step["ts"] for step in steps]
 
     def place(event: dict[str, Any]) -> tuple[StepTrace, str] | None:
-        """The step and the part an event belongs to."""
+        """Return the step and the part that an event belongs to; None outside of all steps."""
         index = bisect_right(begins, event["ts"]) - 1
         if index < 0 or event["ts"] >= timelines[index].end:
             return None
-        # Autograd has threads of its own for devices.
+        # Autograd runs the backward of a device in a thread of its own.
         part = timelines[index].part_at(event["ts"]) if event["tid"] == thread else "backward"
         return traces[index], part
 
@@ -152,7 +154,7 @@ def _part_of(name: str) -> str | None:
 def _launches(
     events: list[dict[str, Any]],
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each kernel or copy on a device, behind the call that launched it."""
+    """Yield the launching call and the kernel or copy of each launch on a device."""
     calls: dict[int, dict[str, Any]] = {}
     kernels: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for event in events:

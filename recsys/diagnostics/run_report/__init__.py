@@ -1,1 +1,1 @@
-"""Writes one HTML page that shows what a run has learned, readable without network."""
+"""Writes one self-contained HTML page on a finished run: metrics, curves, vectors, attention."""

@@ -1,4 +1,7 @@
-"""Runs `recsys report`: one page on a finished run, for which the test split is scored."""
+"""Runs `recsys report`: scores the test split and writes one page on a finished run.
+
+Shapes: N rows of the test split.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,8 @@ from recsys.evaluation.predict import load_run
 logger = logging.getLogger(__name__)
 
 SPLIT = "test"
-ITEMS = 2000  # those seen most in training, whose vectors are looked at
-ITEMS_OF_MAPS = 1000  # of these
+ITEMS = 2000  # most frequent items in training, whose vectors are read
+ITEMS_OF_MAPS = 1000  # the most frequent of these
 
 
 def report_run(
@@ -45,19 +48,23 @@ def report_run(
     device: str,
     colour_by: str | None = None,
 ) -> Path:
-    """Writes the page of a run, by default `RUN/report.html`. A collective.
+    """Write the page of a run, by default `RUN/report.html`. A collective.
 
     Args:
-        run: the finished run.
-        data: its dataset; default the one it was trained on.
+        run: folder of the finished run.
+        data: dataset of the run; default the one it was trained on.
         out: the HTML file to write; it appears whole or not at all.
-        ranks, device: where the test split is scored.
+        ranks: ranks that score the test split.
+        device: device that scores the test split.
         colour_by: column of the items' files whose categories colour the maps; default: one named
-            genres, genre, category or categories, else the colours are of training impressions.
+            genres, genre, category or categories, else maps are coloured by training impressions.
+
+    Returns:
+        The file written.
 
     Raises:
-        ValueError: the folder holds no finished run, `out` is a folder, or no items' file has the
-            column `colour_by`.
+        ValueError: the folder holds no finished run, `out` is a folder, or column `colour_by` is
+            missing from the items' files or is neither of texts nor of integers.
     """
     out = out or run / "report.html"
     if out.is_dir():
@@ -82,8 +89,8 @@ def report_run(
     return out
 
 
-def _scored_rows(job: Job, run: Path) -> tuple[ScoredRows, np.ndarray]:
-    """Returns the test rows of all ranks with the first label, and their items. A collective."""
+def _scored_rows(job: Job, run: Path) -> tuple[ScoredRows, np.ndarray]:  # int64 [N]
+    """Return the test rows of all ranks (first label), and their items. A collective."""
     interactions = split_interactions(job, SPLIT)
     with Watchdog(job.ranks, job.config.stall_timeout) as watchdog:
         scored = score(job, interactions, Lockstep(job.ranks, job.config.checkpoint, watchdog))
@@ -100,18 +107,20 @@ def _scored_rows(job: Job, run: Path) -> tuple[ScoredRows, np.ndarray]:
 def item_sections(
     job: Job,
     run: Path,
-    test_items: np.ndarray,
+    test_items: np.ndarray,  # int64 [N]
     table: ItemTable | None,
     category: str | None,
     with_examples: bool = True,
 ) -> list[Section]:
-    """Returns the sections on the vectors of items, each of which is encoded once.
+    """Return the sections on the vectors of items; each item is encoded once.
 
     Args:
-        job, run: what `load_run` gives, and of which folder.
+        job: the job that `load_run` returns.
+        run: folder of the run.
         test_items: items of the rows of the test split.
-        table, category: the items' files and the column that colours the maps, if any.
-        with_examples: show items with names and pictures.
+        table: the items' files, if any.
+        category: the column that colours the maps, if any.
+        with_examples: whether to show items with names and pictures.
     """
     item_counts = np.load(run / ITEM_COUNTS)
     items = frequent_items(job, item_counts, ITEMS)
@@ -133,7 +142,7 @@ def item_sections(
 
 
 def _summary(metrics: dict[str, Any]) -> Section:
-    """Returns the test metrics of `metrics.json` as a table, and what they say in words."""
+    """Return the test metrics of `metrics.json` as a table, with findings in words."""
     test = metrics[SPLIT]
     of_part = {part: test if part == "all" else test[part] for part in PARTS}
     names = ("auc", "gauc", "logloss", "ne", "calibration")
@@ -146,7 +155,7 @@ def _summary(metrics: dict[str, Any]) -> Section:
 
 
 def findings(of_part: dict[str, dict[str, Any]]) -> list[str]:
-    """Returns what the test metrics of all, warm, cold and unseen items say, a sentence each."""
+    """Return findings from the test metrics of all, warm, cold and unseen items as sentences."""
     found = []
     every, warm, unseen = of_part["all"], of_part["warm"], of_part["unseen"]
     if every["ne"] is not None:

@@ -1,4 +1,4 @@
-"""Draws ID and content vectors in the plane, and how well the contrastive loss ties them.
+"""Draws ID and content vectors in the plane, and measures how close the contrastive loss got them.
 
 Shapes: I items, D dimension.
 """
@@ -23,7 +23,7 @@ TITLE = "Embedding maps"
 
 
 def principal_plane(vectors: Tensor) -> tuple[Tensor, float]:  # [I, D] -> [I, 2]
-    """Returns the two principal components, and the share of the variance that they hold.
+    """Return the first two principal components and their share of the variance.
 
     Example::
 
@@ -35,8 +35,11 @@ def principal_plane(vectors: Tensor) -> tuple[Tensor, float]:  # [I, D] -> [I, 2
     return plane, float(sizes[:2].square().sum() / sizes.square().sum().clamp(min=1e-30))
 
 
-def pair_cosines(ids: Tensor, content: Tensor) -> tuple[float, float]:
-    """Returns mean cosines of one item's two vectors [I, D], and of two different items'."""
+def pair_cosines(
+    ids: Tensor,  # [I, D]
+    content: Tensor,  # [I, D]
+) -> tuple[float, float]:
+    """Return the mean cosine of ID and content vector of one item, and of two different items."""
     cosines = F.normalize(ids, dim=1) @ F.normalize(content, dim=1).T  # [I, I]
     own = cosines.diagonal()
     others = (cosines.sum() - own.sum()) / max(1, cosines.numel() - len(own))
@@ -44,14 +47,17 @@ def pair_cosines(ids: Tensor, content: Tensor) -> tuple[float, float]:
 
 
 def embedding_maps(
-    vectors: ItemVectors, item_counts: np.ndarray, categories: Categories | None = None
+    vectors: ItemVectors,
+    item_counts: np.ndarray,  # int64 [num_items]
+    categories: Categories | None = None,
 ) -> Section:
-    """Returns the section; it says in words what the model has no vectors for.
+    """Return the section; words name the kinds of vectors that the model lacks.
 
     Args:
-        vectors: of the items of the maps.
+        vectors: vectors of the items of the maps.
         item_counts: training impressions of all items.
-        categories: of the items of the maps, which colour them; None: by training impressions.
+        categories: categories of these items, which colour the maps; None: colours by training
+            impressions.
     """
     if len(vectors.items) < 3:
         return Section(TITLE, ["Too few items have training impressions for a map."])
@@ -78,7 +84,7 @@ def embedding_maps(
 
 
 def _kinds(vectors: ItemVectors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns vectors by name: those of the model, and those behind the maps of CIC."""
+    """Return vectors by name: those of the model, and those after the maps of CIC."""
     before = {"ID vectors": vectors.ids}
     if vectors.content is not None:
         before["content vectors"] = vectors.content
@@ -89,7 +95,7 @@ def _kinds(vectors: ItemVectors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def _ties(vectors: ItemVectors) -> tuple[list[str], list[Table]]:
-    """Returns words and table on how close an item's ID and content vectors are."""
+    """Return words and table on the similarity of an item's ID and content vectors."""
     if vectors.content is None:
         return ["The model has no content branch, so there are ID vectors alone."], []
     if vectors.contrastive is None:

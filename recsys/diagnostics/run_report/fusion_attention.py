@@ -1,4 +1,4 @@
-"""Records how much the queries of the Fusion-Q-Former attend to each modality, by layer.
+"""Records the attention of the Fusion-Q-Former's queries to each modality, by layer.
 
 Shapes: U items of a call, T tokens of all modalities, Q queries, S = Q + T keys, H heads,
 D dimension, M modalities.
@@ -28,7 +28,7 @@ def attention_weights(
     mask: Tensor,  # [U, S]
     num_outputs: int,
 ) -> Tensor:  # [U, num_outputs, H, S]
-    """Returns the softmax weights by which `attention` mixes its values."""
+    """Return the softmax weights with which `attention` averages its values."""
     heads = (attention.num_heads, x.shape[-1] // attention.num_heads)
     query = attention.query(x[:, :num_outputs]).unflatten(-1, heads)
     key = attention.key(x).unflatten(-1, heads)
@@ -38,10 +38,10 @@ def attention_weights(
 
 @dataclass
 class MeanAttention:
-    """Attention of one layer, summed over items, and averaged by `mean`.
+    """Attention of one layer, summed over items; `mean` averages it.
 
-    Rows are the queries, and last what even attention to all tokens would give; columns are all
-    queries together, then each modality's tokens together.
+    Rows are the queries, and last the result of even attention to all tokens. The first column is
+    the sum over all queries, each further column the sum over one modality's tokens.
     """
 
     sums: Tensor  # float64 [Q + 1, 1 + M]
@@ -49,21 +49,22 @@ class MeanAttention:
 
     @staticmethod
     def zeros(num_queries: int, num_modalities: int) -> MeanAttention:
+        """Return the attention of no items."""
         sums = torch.zeros(num_queries + 1, num_modalities + 1, dtype=torch.float64)
         return MeanAttention(sums, torch.zeros(num_modalities + 1, dtype=torch.long))
 
     @property
     def mean(self) -> Tensor:  # [Q + 1, 1 + M]
-        """Returns the mean over the items that have the modality; NaN where none has."""
+        """Return the mean over the items that have the modality; NaN if none has."""
         return self.sums / self.counts
 
     def add(
         self,
         weights: Tensor,  # [U, Q, S], mean of the heads
         mask: Tensor,  # [U, S]
-        column: Tensor,  # [S]
+        column: Tensor,  # int64 [S], 0 for a query, 1 + modality for a token
     ) -> None:
-        """Adds the attention of some items."""
+        """Add the attention of some items."""
         even = mask / mask.sum(dim=1, keepdim=True)  # [U, S]
         member = F.one_hot(column, len(self.counts)).double()  # [S, 1 + M]
         there = mask.double() @ member > 0  # [U, 1 + M]
@@ -74,11 +75,11 @@ class MeanAttention:
 
 @dataclass
 class _Recorder:
-    """Hooks that add up what each layer attends to while the fusion runs."""
+    """Hooks that add up the attention of each layer while the fusion runs."""
 
     fusion: FusionQFormer
     layers: list[MeanAttention]
-    column: Tensor = field(default_factory=lambda: torch.zeros(0))  # [S], of the call under way
+    column: Tensor = field(default_factory=lambda: torch.zeros(0))  # [S], of the current call
 
     def begin(self, _: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
         self.column = F.pad(inputs[2] + 1, (len(self.fusion.queries), 0))
@@ -94,7 +95,7 @@ class _Recorder:
 def recorded_attention(
     fusion: nn.Module | None, num_modalities: int
 ) -> Iterator[list[MeanAttention]]:
-    """Yields attention by layer of all items that the fusion sees; none without queries."""
+    """Yield the attention by layer of all items fused meanwhile; [] for fusions without queries."""
     if not isinstance(fusion, FusionQFormer):
         yield []
         return
@@ -109,7 +110,7 @@ def recorded_attention(
             )
         )
     try:
-        # Compiled code would run without hooks that came after it was compiled.
+        # Compiled code would not run hooks that were registered after compilation.
         with torch.compiler.set_stance("force_eager"):
             yield recorder.layers
     finally:
@@ -118,7 +119,7 @@ def recorded_attention(
 
 
 def fusion_attention(branch: ContentBranch | None, layers: list[MeanAttention]) -> Section:
-    """Returns the section of what was recorded; a model without queries has words alone."""
+    """Return the section on recorded attention; only words for a model without queries."""
     if branch is None:
         return Section(TITLE, ["The model has no content branch, so nothing is fused."])
     if not layers:

@@ -1,7 +1,7 @@
 """Reads columns of the items' Parquet files for a few items.
 
-Only row groups that hold one of them are read, since all images may be terabytes.
-Columns need not be named by the schema.
+Only row groups that hold one of these items are read, since all images may be terabytes. Columns
+need not be in the schema.
 
 Shapes: I chosen items.
 """
@@ -22,7 +22,7 @@ from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
 
 
 def item_table(job: Job) -> ItemTable | None:
-    """Returns the run's items; None where the dataset has no items' files."""
+    """Return the run's items; None if the dataset has no items' files."""
     if job.store is not None:
         return job.store.items
     if job.schema.items is None or not (job.root / "items").files(".parquet"):
@@ -31,7 +31,7 @@ def item_table(job: Job) -> ItemTable | None:
 
 
 def column_values(table: ItemTable, name: str, items: np.ndarray) -> list[Any]:
-    """Returns a column's values for items, int64 [I]; None where null or without a row.
+    """Return a column's values for items, int64 [I]; None where null or where an item has no row.
 
     Raises:
         ValueError: a file lacks the column or cannot be read.
@@ -55,9 +55,13 @@ def column_values(table: ItemTable, name: str, items: np.ndarray) -> list[Any]:
 
 
 def _values_in(
-    parquet: pq.ParquetFile, file: Location, group: int, name: str, places: np.ndarray
+    parquet: pq.ParquetFile,
+    file: Location,
+    group: int,
+    name: str,
+    places: np.ndarray,  # int64 [items of the group], ascending
 ) -> Iterator[Any]:
-    """Yields the values at ascending places of a row group."""
+    """Yield the values at these rows of a row group."""
     start = 0
     try:
         for batch in parquet.iter_batches(ROWS_PER_CHUNK, row_groups=[group], columns=[name]):
@@ -72,7 +76,7 @@ def _values_in(
 
 
 def _as_python(values: pa.Array) -> list[Any]:
-    """Returns values as Python has them; in a text, bytes that are no UTF-8 are replaced."""
+    """Return values as Python objects; bytes of a text that are not UTF-8 are replaced."""
     try:
         return values.to_pylist()
     except UnicodeDecodeError:
@@ -81,7 +85,7 @@ def _as_python(values: pa.Array) -> list[Any]:
 
 
 def column_types(table: ItemTable) -> dict[str, pa.DataType]:
-    """Returns the columns that all items' files have, those too that the schema does not name."""
+    """Return the types of the columns that all items' files have, in the schema or not."""
     kinds: dict[str, pa.DataType] | None = None
     for file in table.files:
         with open_parquet(file) as parquet:

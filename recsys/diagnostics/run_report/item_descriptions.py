@@ -1,4 +1,4 @@
-"""Shows items to people: their names, categories and small pictures.
+"""Describes items for readers: names, categories and small pictures.
 
 Shapes: I chosen items.
 """
@@ -17,17 +17,22 @@ from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.values import is_list
 from recsys.diagnostics.run_report.item_columns import column_types, column_values
 
-CATEGORY_COLUMNS = ("genres", "genre", "category", "categories")  # by default, the first there is
+CATEGORY_COLUMNS = (
+    "genres",
+    "genre",
+    "category",
+    "categories",
+)  # the first that exists is the default
 NAME_COLUMNS = ("title", "name")
 MOST_CHARACTERS = 60
 PICTURE_SIZE = (160, 96)  # at most, in pixels: width and height
 
 
 def category_column(table: ItemTable | None, chosen: str | None) -> str | None:
-    """Returns the column that colours the maps: the one chosen, or the first usual one.
+    """Return the column that colours the maps: the chosen one, or the first of the usual ones.
 
     Raises:
-        ValueError: the column chosen is in no file, or holds no texts or integers.
+        ValueError: the chosen column is missing, or is neither of texts nor of integers.
     """
     if table is None:
         if chosen is None:
@@ -57,13 +62,17 @@ def _is_category(kind: pa.DataType | None) -> bool:
     return pa.types.is_integer(kind) or any(is_kind(kind) for is_kind in texts)
 
 
-def categories(table: ItemTable, name: str, items: np.ndarray) -> list[str | None]:
-    """Returns the category of each item: of several, separated by `|` or in a list, the first."""
+def categories(
+    table: ItemTable,
+    name: str,
+    items: np.ndarray,  # int64 [I]
+) -> list[str | None]:  # [I]
+    """Return the category of each item: the first of several in a list or separated by `|`."""
     return [first_category(value) for value in column_values(table, name, items)]
 
 
 def first_category(value: Any) -> str | None:
-    """Returns the first of several categories.
+    """Return the first of several categories; None if there is none.
 
     Example::
 
@@ -76,14 +85,17 @@ def first_category(value: Any) -> str | None:
 
 
 def category_text(value: Any) -> str:
-    """Returns all categories of an item, to be read; empty where it has none."""
+    """Return all categories of an item as text; empty if it has none."""
     text = "" if value is None else str(value)
     values = value if isinstance(value, list) else text.split("|")
     return _beginning(", ".join(str(part) for part in values if part is not None))
 
 
-def item_names(table: ItemTable | None, items: np.ndarray) -> list[str]:
-    """Returns each item's title or name, else the beginning of its text, else its id."""
+def item_names(
+    table: ItemTable | None,
+    items: np.ndarray,  # int64 [I]
+) -> list[str]:  # [I]
+    """Return each item's title or name, else the beginning of its text, else its id."""
     if table is None:
         return [f"item {item}" for item in items.tolist()]
     kinds = column_types(table)
@@ -106,10 +118,13 @@ def _beginning(value: Any) -> str:
     return text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1].rstrip() + "…"
 
 
-def item_pictures(table: ItemTable | None, items: np.ndarray) -> list[bytes | None]:
-    """Returns the (first) image of each item as a small JPEG.
+def item_pictures(
+    table: ItemTable | None,
+    items: np.ndarray,  # int64 [I]
+) -> list[bytes | None]:  # [I]
+    """Return the (first) image of each item as a small JPEG.
 
-    Empty where an item has none that can be read, None for all where the schema has no images.
+    Empty if an item has no readable image; None for all items if the schema has no images.
     """
     columns = table.items.columns if table is not None else {}
     source = next((name for name, column in columns.items() if column.kind == "image"), None)
@@ -119,9 +134,9 @@ def item_pictures(table: ItemTable | None, items: np.ndarray) -> list[bytes | No
 
 
 def small_picture(encoded: bytes | list[bytes | None] | None) -> bytes:
-    """Returns an image, or the first of a list, as JPEG of at most 96 pixels in height.
+    """Return an image, or the first of a list, as a JPEG at most 96 pixels high.
 
-    Empty where there is none, or it cannot be read.
+    Empty if there is no image or it cannot be read.
     """
     if isinstance(encoded, list):
         encoded = next((image for image in encoded if image is not None), None)
@@ -129,7 +144,7 @@ def small_picture(encoded: bytes | list[bytes | None] | None) -> bytes:
         return b""
     try:
         image = open_image(encoded)
-    except Exception:  # decoders of damaged bytes raise anything; the run has reported it
+    except Exception:  # decoders may raise anything on damaged bytes; training reported it
         return b""
     image.thumbnail(PICTURE_SIZE, Image.Resampling.LANCZOS)
     output = BytesIO()

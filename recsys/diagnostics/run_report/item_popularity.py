@@ -1,4 +1,4 @@
-"""Shows quality by how often an item was seen in training: where ids help, and cannot.
+"""Shows quality by an item's training impressions, since ID vectors of rare items are untrained.
 
 Shapes: N rows of the split, I items.
 """
@@ -23,62 +23,65 @@ from recsys.diagnostics.run_report.page import (
 )
 from recsys.evaluation.metrics import ranking_metrics
 
-BUCKETS = (0, 1, 5, 20, 100)  # training impressions, the least of each
+BUCKETS = (0, 1, 5, 20, 100)  # least training impressions of each bucket
 
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """Rows of a split; labels of one kind."""
+    """Rows of a split, with one label."""
 
     labels: np.ndarray  # [N]
     logits: np.ndarray  # [N]
     groups: np.ndarray  # [N]
     counts: np.ndarray  # int64 [N], training impressions of the row's item
 
-    def metrics(self, rows: np.ndarray) -> dict[str, Any]:
-        """Returns `ranking_metrics` of the rows, bool [N], chosen."""
+    def metrics(
+        self,
+        rows: np.ndarray,  # bool [N]
+    ) -> dict[str, Any]:
+        """Return `ranking_metrics` of the chosen rows."""
         return ranking_metrics(self.labels[rows], self.logits[rows], self.groups[rows])
 
 
 @dataclass(frozen=True)
 class CountRange:
-    """Items with `first` to `end - 1` training impressions; without an end, or more."""
+    """Items with `first` to `end - 1` training impressions; `first` or more if `end` is None."""
 
     first: int
     end: int | None
 
     @property
     def name(self) -> str:
-        """Returns a name such as `5–19`, `0` or `100+`."""
+        """Return a name such as `5–19`, `0` or `100+`."""
         if self.end is None:
             return f"{self.first}+"
         is_single = self.end == self.first + 1
         return str(self.first) if is_single else f"{self.first}–{self.end - 1}"
 
     def holds(self, counts: np.ndarray) -> np.ndarray:  # int [N] -> bool [N]
-        """Returns which counts lie in the range."""
+        """Return which counts are in the range."""
         return (counts >= self.first) & (self.end is None or counts < self.end)
 
 
 def count_ranges(edges: Sequence[int]) -> list[CountRange]:
-    """Returns the ranges between the edges, ascending, and one without end above the last."""
+    """Return the ranges between ascending edges, and one without end from the last edge on."""
     return [CountRange(*pair) for pair in zip(edges, [*edges[1:], None], strict=True)]
 
 
 def doubling_edges(most: int) -> list[int]:
-    """Returns 0, 1, 2, 4 ... up to `most`, at least 1."""
+    """Return 0, 1, 2, 4 ... up to `most`, at least 1."""
     return [0, *(2**power for power in range(most.bit_length()))]
 
 
 def metrics_by_count(rows: ScoredRows, edges: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Returns `ranking_metrics` and `positives` of the rows of each range of counts.
+    """Return `ranking_metrics` and `positives` of the rows of each range of counts.
 
     Args:
-        rows: of one split.
+        rows: rows of one split.
         edges: the least count of each range, ascending; the last range has no end.
 
     Returns:
-        by the name of the range; a range without rows too.
+        Metrics by name of the range, including ranges without rows.
     """
     found = {}
     for of_counts in count_ranges(edges):
@@ -88,7 +91,7 @@ def metrics_by_count(rows: ScoredRows, edges: Sequence[int]) -> dict[str, dict[s
 
 
 def auc_error(auc: float, positives: int, negatives: int) -> float:
-    """Returns the standard error of an AUC (Hanley and McNeil, Radiology 143, 1982, equation 2).
+    """Return the standard error of an AUC (Hanley and McNeil, Radiology 143, 1982, equation 2).
 
     Example::
 
@@ -101,7 +104,7 @@ def auc_error(auc: float, positives: int, negatives: int) -> float:
 
 
 def item_popularity(rows: ScoredRows, split: str) -> Section:
-    """Returns the section of both figures and the table."""
+    """Return the section with both figures and the table."""
     buckets = metrics_by_count(rows, BUCKETS)
     table = Table(
         ("training impressions", "AUC", "GAUC", "log loss", "rows"),

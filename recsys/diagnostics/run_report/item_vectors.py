@@ -1,4 +1,4 @@
-"""Reads vectors of items as a run has learned them: of the ID table, and of content.
+"""Reads the vectors of items that a run has learned: from the ID table, and from content.
 
 Shapes: I chosen items, D ID dimension, E content dimension, C dimension of the contrastive loss.
 """
@@ -20,7 +20,7 @@ ITEMS_PER_CALL = 256
 
 @dataclass(frozen=True)
 class ItemVectors:
-    """Vectors of the same items, by kind; `contrastive` is what Content-ID-Contrastive compares."""
+    """Vectors of the same items by kind; `contrastive` has those that the CIC loss compares."""
 
     items: np.ndarray  # int64 [I]
     ids: Tensor  # [I, D]
@@ -28,7 +28,7 @@ class ItemVectors:
     contrastive: tuple[Tensor, Tensor] | None = None  # IDs and content, [I, C] each
 
     def first(self, count: int) -> ItemVectors:
-        """Returns the vectors of the first items alone."""
+        """Return the vectors of the first `count` items."""
         contrastive = self.contrastive
         if contrastive is not None:
             contrastive = contrastive[0][:count], contrastive[1][:count]
@@ -36,8 +36,12 @@ class ItemVectors:
         return ItemVectors(self.items[:count], self.ids[:count], content, contrastive)
 
 
-def frequent_items(job: Job, item_counts: np.ndarray, most: int) -> np.ndarray:
-    """Returns items with training impressions (and content, if the model has it), by frequency."""
+def frequent_items(
+    job: Job,
+    item_counts: np.ndarray,  # int64 [num_items]
+    most: int,
+) -> np.ndarray:  # int64 [I]
+    """Return the `most` most frequent items in training (with content, if the model has it)."""
     items = np.flatnonzero(item_counts)
     if job.store is not None:
         items = np.intersect1d(items, job.store.items.ids)
@@ -46,12 +50,12 @@ def frequent_items(job: Job, item_counts: np.ndarray, most: int) -> np.ndarray:
 
 @torch.no_grad()
 def item_vectors(job: Job, run: Path, items: np.ndarray) -> ItemVectors:
-    """Returns vectors of the run's best model; no collective.
+    """Return vectors of the run's best model; not a collective.
 
     Args:
-        job: has that model loaded.
-        run: its folder, from whose checkpoint only the rows wanted are read.
-        items: int64 [I], which have content where the model has a content branch.
+        job: the job that has this model loaded.
+        run: folder of the run; only the rows of `items` are read from its checkpoint.
+        items: int64 [I], items that have content if the model has a content branch.
     """
     table = stored_tables(run / "checkpoints" / "best")[job.schema.target_item]
     ids = torch.cat([table.rows(row, row + 1) for row in items.tolist()])

@@ -15,9 +15,9 @@ Curve = tuple[list[int], list[float]]  # steps and values
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """Returns every scalar of the run by tag, such as `train/loss` and `valid/auc`, by step.
+    """Return every scalar of the run by tag, such as `train/loss` and `valid/auc`, by step.
 
-    There are none where TensorBoard is not among the run's trackers.
+    Empty if TensorBoard is not among the run's trackers.
     """
     if not (run / "tensorboard").is_dir():
         return {}
@@ -30,9 +30,9 @@ def read_curves(run: Path) -> dict[str, Curve]:
 
 
 def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Curve:
-    """Returns the score that chose the best model, by step: the first highest one is the run's.
+    """Return the score that chose the best model, by step; the first maximum is the best model.
 
-    Empty where the run has not written it.
+    Empty if the run has not written it.
     """
     of_steps: dict[int, dict[str, float]] = {}
     for name in METRICS[best_model_by]:
@@ -44,7 +44,7 @@ def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Cur
 
 
 def learning_curves(run: Path, best_model_by: BestModelBy) -> Section:
-    """Returns the section; a curve that the run has not written is left out."""
+    """Return the section; curves that the run has not written are left out."""
     curves = read_curves(run)
     steps, scores = selection_curve(curves, best_model_by)
     named = selection_words(best_model_by)

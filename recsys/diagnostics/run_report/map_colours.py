@@ -26,24 +26,28 @@ PALETTE = (
 )
 OTHER = "#c9ccd1"
 
-Paint = Callable[[Figure, list[Axes], list[np.ndarray]], None]  # of points [I, 2] by plot
+Paint = Callable[
+    [Figure, list[Axes], list[np.ndarray]], None
+]  # figure, plots, points [I, 2] of each
 
 
 @dataclass(frozen=True)
 class Categories:
-    """The category of each item, from one of the items' columns; None for an item without."""
+    """The category of each item, from one of the items' columns; None if an item has none."""
 
     column: str
     values: Sequence[str | None]  # [I]
 
     @property
     def are_enough(self) -> bool:
-        """Returns whether two items have one, so that items can be compared."""
+        """Return whether at least two items have a category, so that items can be compared."""
         return sum(value is not None for value in self.values) > 1
 
 
-def by_count(counts: np.ndarray) -> Paint:
-    """Returns colours by training impressions, int64 [I], above 0."""
+def by_count(
+    counts: np.ndarray,  # int64 [I], above 0
+) -> Paint:
+    """Return a function that colours points by training impressions."""
     logarithms = np.log10(counts)
 
     def paint(figure: Figure, places: list[Axes], planes: list[np.ndarray]) -> None:
@@ -55,7 +59,7 @@ def by_count(counts: np.ndarray) -> Paint:
 
 
 def by_category(categories: Categories) -> Paint:
-    """Returns the most frequent categories in colours of `PALETTE`, all others grey."""
+    """Return a function that colours the most frequent categories by `PALETTE`, others grey."""
     known = Counter(value for value in categories.values if value is not None)
     frequent = [value for value, _ in known.most_common(len(PALETTE))]
     colours = dict(zip(frequent, PALETTE))
@@ -66,7 +70,7 @@ def by_category(categories: Categories) -> Paint:
 
     def paint(figure: Figure, places: list[Axes], planes: list[np.ndarray]) -> None:
         for axes, plane in zip(places, planes):
-            for _, colour in reversed(groups):  # the frequent ones above the others
+            for _, colour in reversed(groups):  # frequent categories are drawn last, on top
                 inside = plane[of_items == colour]
                 axes.scatter(inside[:, 0], inside[:, 1], color=colour, s=14, linewidths=0)
         _legend(figure, places[0], groups, categories.column)
@@ -78,7 +82,7 @@ def _legend(figure: Figure, axes: Axes, groups: list[tuple[str, str]], title: st
     handles = [axes.scatter([], [], color=colour, s=40) for _, colour in groups]
     legend = figure.legend(handles, [""] * len(groups), loc="outside right center")
     legend.set_title(title)
-    # Any text is shown as it is: neither "_" nor "$" mean anything in it.
+    # Texts are shown literally: "_" and "$" have no special meaning.
     for text, (name, _) in zip(legend.get_texts(), groups):
         text.set_parse_math(False)
         text.set_text(name if len(name) <= 20 else f"{name[:19]}…")

@@ -1,6 +1,6 @@
-"""Shows items and those nearest to them by content and ID vector, with names and pictures.
+"""Shows items and their nearest items by content and ID vector, with names and pictures.
 
-Shapes: I items among which neighbours are looked for.
+Shapes: I items, K neighbours, N rows of the test split, E examples.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Examples:
-    """The items shown, by how often they were seen in training; int64."""
+    """The items shown, by popularity in training; int64 [at most `OF_EACH_KIND`] each."""
 
     frequent: np.ndarray
     middling: np.ndarray
@@ -35,12 +35,14 @@ class Examples:
 
 
 def example_items(
-    item_counts: np.ndarray, test_items: np.ndarray, candidates: np.ndarray
+    item_counts: np.ndarray,  # int64 [num_items]
+    test_items: np.ndarray,  # int64 [N]
+    candidates: np.ndarray,  # int64 [I]
 ) -> Examples:
-    """Chooses the items shown, without chance.
+    """Choose the items shown, deterministically.
 
-    Middling is the item at which the items more frequent than it have half of all impressions;
-    of the unseen those come first that the test split ranks most often.
+    Middling items are those at which the cumulated impressions of more frequent items reach half of
+    the total. Unseen items are sorted by their number of rows in the test split, highest first.
 
     Args:
         item_counts: training impressions of all items.
@@ -65,18 +67,19 @@ def nearest_items(
     run: Path,
     pool: ItemVectors,
     examples: Examples,
-    item_counts: np.ndarray,
+    item_counts: np.ndarray,  # int64 [num_items]
     table: ItemTable | None,
     category: str | None,
 ) -> Section:
-    """Returns the section.
+    """Return the section with the examples and their nearest items.
 
     Args:
-        job, run: whose vectors the examples have.
-        pool: the items, all seen in training, among which neighbours are looked for.
+        job: the job whose model encodes the examples.
+        run: folder of the run, whose checkpoint has the ID vectors of the examples.
+        pool: vectors of the items, all seen in training, that can be neighbours.
         examples: the items shown.
         item_counts: training impressions of all items.
-        table: the items' files; None where there are none, and rows of the ID table name items.
+        table: the items' files; if None, items are named by their row in the ID table.
         category: the column of categories that the cards show, if any.
     """
     if len(pool.items) < 2:
@@ -115,14 +118,15 @@ def _words(pool_size: int, has_unseen: bool) -> str:
 class _Neighbours:
     """Cosines and items nearest to each example, by kind of vector."""
 
-    by_kind: dict[str, tuple[Tensor, np.ndarray]]
+    by_kind: dict[str, tuple[Tensor, np.ndarray]]  # [E, K] each
 
     @property
-    def items(self) -> np.ndarray:
+    def items(self) -> np.ndarray:  # int64 [different items]
+        """Return all neighbours, ascending."""
         return np.unique(np.concatenate([items.ravel() for _, items in self.by_kind.values()]))
 
     def of(self, kind: str, place: int) -> list[tuple[int, float]]:
-        """Returns items and cosines of the example at a place, nearest first."""
+        """Return the neighbours of the example at index `place` with cosines, nearest first."""
         cosines, items = self.by_kind[kind]
         return list(zip(items[place].tolist(), cosines[place].tolist()))
 
@@ -142,9 +146,12 @@ def _neighbours(pool: ItemVectors, examples: ItemVectors) -> _Neighbours:
 
 
 def _cards_of(
-    items: np.ndarray, item_counts: np.ndarray, table: ItemTable | None, category: str | None
+    items: np.ndarray,  # int64 [I]
+    item_counts: np.ndarray,  # int64 [num_items]
+    table: ItemTable | None,
+    category: str | None,
 ) -> Callable[[int, float | None], Card]:
-    """Makes the card of one of these items; each is read once, however often it is shown."""
+    """Return a function that makes the card of one of these items; each item is read once."""
     names = dict(zip(items.tolist(), item_names(table, items)))
     pictures = dict(zip(items.tolist(), item_pictures(table, items)))
     kinds: dict[int, str] = {}

@@ -1,6 +1,6 @@
-"""Finds nearest items by cosine, and whether they are of one category.
+"""Searches nearest items by cosine, and compares their categories.
 
-Shapes: N queried items, I items among which is searched, K neighbours, D dimension.
+Shapes: N queried items, I searched items, K neighbours, D dimension.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NEIGHBOURS = 10  # whose category is compared
+NEIGHBOURS = 10  # nearest items whose category is compared
 
 
 def nearest(
     queries: Tensor,  # [N, D]
     vectors: Tensor,  # [I, D]
-    own: np.ndarray,  # int64 [N], the place of each queried item in `vectors`, or -1
+    own: np.ndarray,  # int64 [N], index of each queried item in `vectors`, or -1
     count: int,
 ) -> tuple[Tensor, Tensor]:  # cosines and places, [N, K], nearest first; K = min(count, I - 1)
-    """Returns the nearest vectors of each query by cosine, but for the item itself.
+    """Return the nearest vectors of each query by cosine, except the item itself.
 
     Example::
 
@@ -42,12 +42,12 @@ def nearest(
 
 
 def same_category_share(vectors: Tensor, categories: Sequence[str | None]) -> float:
-    """Returns the share of the items' nearest `NEIGHBOURS` that have the item's category.
+    """Return the share of the items' nearest `NEIGHBOURS` that have the item's category.
 
     Args:
-        vectors: [I, D].
-        categories: of the same items; one without is left out, also as a neighbour. At least two
-            must have one.
+        vectors: [I, D], vectors of the items.
+        categories: categories of the same items; items without one (None) are left out, also as
+            neighbours. At least two items must have one.
     """
     known = [place for place, category in enumerate(categories) if category is not None]
     numbers = {category: number for number, category in enumerate(set(categories))}
@@ -58,7 +58,7 @@ def same_category_share(vectors: Tensor, categories: Sequence[str | None]) -> fl
 
 
 def chance_of_same_category(categories: Sequence[str | None]) -> float:
-    """Returns how often two different items, drawn at random, have one category.
+    """Return the probability that two different items drawn at random share a category.
 
     Example::
 

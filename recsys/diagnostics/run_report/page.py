@@ -1,7 +1,7 @@
-"""Writes a page of sections as one HTML file: figures are inside it, and nothing is fetched.
+"""Writes a page of sections as one self-contained HTML file: figures are embedded in it.
 
-A figure is drawn by matplotlib as SVG and embedded as a data URI, so that the ids of one drawing
-do not meet those of another.
+A figure is drawn by matplotlib as SVG and embedded as a data URI, so that the ids of drawings do
+not collide.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#2a6f97", "#d9722e", "#8a8f98"
-_DRAWING: dict[Any, Any] = {  # of matplotlib, which types its names
+_DRAWING: dict[Any, Any] = {  # matplotlib settings; Any, since matplotlib types their names
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -34,7 +34,7 @@ _TEMPLATE = "page.html.j2"  # beside this file
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure of the page: its name (the id of its element), SVG and what it shows in words."""
+    """A figure of the page: its name (the id of its element), SVG and caption."""
 
     name: str
     svg: bytes
@@ -43,7 +43,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells below a head; the first column is of names, the others of numbers."""
+    """A table: `rows` below `head`; the first column has names, the others numbers."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -51,9 +51,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Card:
-    """One item: its name, lines on it, and its picture as JPEG.
+    """One item: its name, lines of text, and its picture as JPEG.
 
-    Without bytes in it (`b""`) the picture is a grey field; where it is None there is no field.
+    An empty picture (`b""`) is shown as a grey field; None shows no field.
     """
 
     title: str
@@ -63,7 +63,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Cards:
-    """An item and, beside it, rows of at most five others, each row below a line of words."""
+    """An item and, beside it, rows of at most five other items, each row with a heading."""
 
     first: Card
     rows: Sequence[tuple[str, Sequence[Card]]]
@@ -82,7 +82,7 @@ class Section:
 
 
 def new_figure(num_plots: int) -> tuple[Figure, list[matplotlib.axes.Axes]]:
-    """Returns plots side by side, wide enough to be read on a page 1,280 pixels wide."""
+    """Return a figure and its plots, side by side, readable on a page 1,280 pixels wide."""
     with matplotlib.rc_context(_DRAWING):
         figure = Figure(figsize=(11, 4), layout="constrained")
         axes = figure.subplots(1, num_plots, squeeze=False)[0]
@@ -90,10 +90,10 @@ def new_figure(num_plots: int) -> tuple[Figure, list[matplotlib.axes.Axes]]:
 
 
 def drawn(name: str, figure: Figure, caption: str) -> Drawing:
-    """Returns the figure as SVG, the same for the same figure."""
+    """Return the figure as SVG; equal figures give equal bytes."""
     output = io.BytesIO()
     nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    # Text stays text: the browser has letters of all languages, matplotlib's font has not.
+    # Text stays text: the browser has letters of all languages, unlike matplotlib's font.
     style: Any = {"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 11}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
@@ -102,12 +102,12 @@ def drawn(name: str, figure: Figure, caption: str) -> Drawing:
 
 
 def number(value: float | None, decimals: int = 4) -> str:
-    """Returns a number as in tables; what is not defined is a dash."""
+    """Format a number for a table; None is a dash."""
     return "–" if value is None else f"{value:,.{decimals}f}"
 
 
 def html_page(title: str, sections: Sequence[Section]) -> str:
-    """Returns the whole page. Every text is escaped."""
+    """Return the whole page; every text is escaped."""
     pages = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
