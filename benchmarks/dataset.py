@@ -55,7 +55,7 @@ items:
 def write_dataset(
     folder: Path, size: DatasetSize, seed: int = 0, shared_items: Path | None = None
 ) -> Path:
-    """Writes the dataset unless `folder` already holds this very one; returns `folder`.
+    """Write the dataset unless `folder` already holds this very one; returns `folder`.
 
     Datasets on one file system may share the files of equal items, which `shared_items` then keeps
     (one folder per kind of items).

@@ -72,7 +72,7 @@ def require_own_folder(quick: bool, folder: Path) -> None:
 
 
 def write_result(result: Result, folder: Path) -> None:
-    """Writes `folder/NAME.jsonl`, `.md` and `.png`, on the first rank alone, and prints the page.
+    """Write `folder/NAME.jsonl`, `.md` and `.png`, on the first rank alone, and prints the page.
 
     A file `NAME_notes.md` in the folder, written by hand, ends the page.
     """

@@ -56,7 +56,7 @@ def nvidia_driver_found() -> bool:
 
 
 def choose_flavor(requested: str, installed: str | None) -> str:
-    """Returns which wheels to install, "cpu" or "cuda".
+    """Return which wheels to install, "cpu" or "cuda".
 
     Args:
         requested: "cpu", "cuda" or "auto".
@@ -69,14 +69,14 @@ def choose_flavor(requested: str, installed: str | None) -> str:
 
 
 def requirement_name(requirement: str) -> str:
-    """Returns the distribution that a requirement names: "torch" of "torch>=2.13,<2.14"."""
+    """Return the distribution that a requirement names: "torch" of "torch>=2.13,<2.14"."""
     match = re.match(r"[A-Za-z0-9._-]+", requirement)
     assert match, f"pyproject.toml: {requirement!r} does not begin with a name"
     return re.sub(r"[-_.]+", "-", match.group()).lower()
 
 
 def for_cpu(requirement: str) -> str:
-    """Returns a requirement as a machine without a GPU has it: FBGEMM's CPU distribution."""
+    """Return a requirement as a machine without a GPU has it: FBGEMM's CPU distribution."""
     return re.sub(r"^fbgemm[-_.]gpu(?![-_.\w])", "fbgemm-gpu-cpu", requirement)
 
 
@@ -87,7 +87,7 @@ def installation_stages(
     index_url: str | None = None,
     root: Path = PROJECT_ROOT,
 ) -> list[Stage]:
-    """Returns the calls of pip that install the project, in order.
+    """Return the calls of pip that install the project, in order.
 
     Args:
         project: the table `[project]` of pyproject.toml.
@@ -119,7 +119,7 @@ def installation_stages(
 
 
 def digest_of_inputs(root: Path = PROJECT_ROOT) -> str:
-    """Returns a hash of what decides the packages: pyproject.toml and this file."""
+    """Return a hash of what decides the packages: pyproject.toml and this file."""
     inputs = (root / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
     return hashlib.sha256(inputs).hexdigest()
 
@@ -158,12 +158,12 @@ def read_stamp(environment: Path) -> Stamp | None:
 
 
 def write_stamp(environment: Path, stamp: Stamp) -> None:
-    """Notes what the environment is for, before the work (incomplete) and after it."""
+    """Note what the environment is for, before the work (incomplete) and after it."""
     (environment / STAMP_NAME).write_text(json.dumps(asdict(stamp), indent=2) + "\n")
 
 
 def make_environment(environment: Path, start_over: bool) -> None:
-    """Makes the virtual environment, or finishes or replaces one.
+    """Make the virtual environment, or finishes or replaces one.
 
     Raises:
         InstallError: if the folder holds something else, or Python lacks the module venv.
@@ -192,7 +192,7 @@ def succeeds(command: list[str]) -> bool:
 
 
 def install_stage(environment: Path, stage: Stage) -> None:
-    """Runs one call of pip, its warnings and errors passed through.
+    """Run one call of pip, its warnings and errors passed through.
 
     Raises:
         InstallError: if pip fails.
@@ -209,7 +209,7 @@ def install_stage(environment: Path, stage: Stage) -> None:
 
 
 def check_imports(environment: Path, flavor: str) -> str:
-    """Imports the three packages that must match, and returns their versions in words.
+    """Import the three packages that must match, and returns their versions in words.
 
     Raises:
         InstallError: if an import fails.
@@ -227,7 +227,7 @@ def check_imports(environment: Path, flavor: str) -> str:
 
 
 def timed(title: str, step: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls one step between its title and its seconds, and returns its result."""
+    """Call one step between its title and its seconds, and returns its result."""
     print(f"  {title} ...", end=" ", flush=True)
     started = time.monotonic()
     result = step(*arguments)

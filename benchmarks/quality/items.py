@@ -16,7 +16,7 @@ from recsys.evaluation.predict import load_run
 
 
 def sections_on_items(results: Sequence[CellResult], with_examples: bool) -> list[Section]:
-    """Maps of ID and content vectors, attention of the fusion, and examples of nearest items.
+    """Map of ID and content vectors, attention of the fusion, and examples of nearest items.
 
     They are of the cells of `LOOKED_AT` that have results: of the seed whose validation AUC is the
     median, on the last dataset.

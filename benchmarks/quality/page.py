@@ -75,7 +75,7 @@ class Study:
 
 
 def write_study(study: Study, files: Path, with_page: bool = True) -> None:
-    """Writes `FILES.md`, `FILES.jsonl` and the page `FILES.html`, each of which appears whole."""
+    """Write `FILES.md`, `FILES.jsonl` and the page `FILES.html`, each of which appears whole."""
     lines = [json.dumps({**record, **study.about}) for record in _records(study)]
     texts = {"jsonl": "\n".join(lines) + "\n", "md": _markdown(study)}
     if with_page:

@@ -144,7 +144,7 @@ def _command(training: Training, cache: Path | None) -> list[str]:
 
 
 def command_words(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Settings by full name as words of the command line.
+    """Setting by full name as words of the command line.
 
     Example::
 

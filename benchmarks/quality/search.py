@@ -44,7 +44,7 @@ class Candidate:
 
 
 def read_candidates(file: Path, only: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Settings by name, from a YAML file: all, or those that are named.
+    """Setting by name, from a YAML file: all, or those that are named.
 
     Raises:
         ValueError: the file is missing or not of names and settings, or lacks a name.
@@ -89,7 +89,7 @@ def _medians(plan: Plan, name: str) -> dict[str, float | None]:
 def write_search(
     candidates: list[Candidate], datasets: list[str], about: Mapping[str, Any], files: Path
 ) -> None:
-    """Writes `FILES.md`, which appears whole."""
+    """Write `FILES.md`, which appears whole."""
     rows = [
         [
             candidate.name,

@@ -30,7 +30,7 @@ class Setting:
         return replace(self, size=replace(self.size, **sizes))
 
     def prepared(self, out: Path) -> tuple[str, tuple[str, ...]]:
-        """Writes the dataset under `out`, unless it is there; its folder and the overrides.
+        """Write the dataset under `out`, unless it is there; its folder and the overrides.
 
         The caches of encoded items go beside it, so that all variants of a setting share them.
         """

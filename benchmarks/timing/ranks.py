@@ -187,7 +187,7 @@ class OwnProcesses:
 
 
 def silence_advice_to_library_developers() -> None:
-    """Deprecations inside torch and TorchRec, which users of a benchmark cannot mend."""
+    """Deprecation inside torch and TorchRec, which users of a benchmark cannot mend."""
     for name in ("torchrec", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")

@@ -85,7 +85,7 @@ class Steps(Protocol):
 
 
 def build_steps(variant: Variant, ranks: Ranks) -> Steps:
-    """Builds what a variant names. A collective."""
+    """Build what a variant names. A collective."""
     if variant.kind == "plain":
         return PlainSteps(variant, ranks)
     return ProductSteps(variant, ranks)
@@ -148,7 +148,7 @@ class ProductSteps:
 
 
 def sizes_of(job: Job, batch: Batch) -> ModelSizes:
-    """Counts what the cost of a job's steps follows from, on a batch like theirs. A collective."""
+    """Count what the cost of a job's steps follows from, on a batch like theirs. A collective."""
     tables = table_configs(job.config, job.schema)
     return ModelSizes.of(job.config, job.schema, job.em3, tables, job.model.plan, batch)
 

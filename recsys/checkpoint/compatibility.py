@@ -57,7 +57,7 @@ CHANGEABLE = (
 
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Settings by full name; what is not set or off is left out."""
+    """Setting by full name; what is not set or off is left out."""
     if isinstance(value, dict):
         found: dict[str, Any] = {}
         for name, part in value.items():

@@ -47,7 +47,7 @@ def describe_files(files: list[Path]) -> dict[str, list[int]]:
 
 
 def publish_folder(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:
-    """Gives a written folder its manifest and its name; an older one of that name is removed."""
+    """Give a written folder its manifest and its name; an older one of that name is removed."""
     path = partial / MANIFEST
     with path.open("w") as file:
         json.dump({"format": FORMAT, **manifest}, file, indent=1)
@@ -75,7 +75,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: int = 1) -> None:
-    """Compares the files with the manifest; several ranks check a part each.
+    """Compare the files with the manifest; several ranks check a part each.
 
     Raises:
         ValueError: names the first file that is missing, too short or changed.
@@ -91,7 +91,7 @@ def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: in
 
 
 def prune(newest: Path, keep: int) -> None:
-    """Removes all but the last `keep` folders up to `newest`, and what killed jobs left behind.
+    """Remove all but the last `keep` folders up to `newest`, and what killed jobs left behind.
 
     Folders of later steps are damaged ones that a resume left out; they take no place of good ones.
     """

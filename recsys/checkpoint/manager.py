@@ -76,7 +76,7 @@ class Checkpoints:
         self._copies: bool | None = None  # whether writing is asynchronous
 
     def save(self, progress: Progress, wait: bool = False) -> None:
-        """Saves the whole state; returns once later steps cannot change what is written.
+        """Save the whole state; returns once later steps cannot change what is written.
 
         Raises:
             ValueError: with `wait`, or after some failures in a row: it could not be written.
@@ -91,7 +91,7 @@ class Checkpoints:
             self.wait(strict=wait)
 
     def save_best(self, progress: Progress) -> None:
-        """Saves the model as the best so far.
+        """Save the model as the best so far.
 
         Raises:
             ValueError: it could not be written.
@@ -101,7 +101,7 @@ class Checkpoints:
         self.wait(strict=True)
 
     def wait(self, strict: bool = False) -> None:
-        """Waits for the write that is under way.
+        """Wait for the write that is under way.
 
         Raises:
             ValueError: it failed, and `strict` or too many have failed before it.
@@ -122,7 +122,7 @@ class Checkpoints:
             logger.warning("%s. Training goes on; the last good checkpoint is %s", text, last_good)
 
     def close(self) -> None:
-        """Waits for the last write and ends the writer."""
+        """Wait for the last write and ends the writer."""
         self.wait()
         self._writer.shutdown()
 
@@ -164,7 +164,7 @@ class Checkpoints:
         self._pending = (future, folder)
 
     def _write(self, state: State, folder: Path, manifest: dict[str, Any]) -> None:
-        """Writes a checkpoint, in the writer's thread on every rank. A collective."""
+        """Write a checkpoint, in the writer's thread on every rank. A collective."""
         ranks, partial = self._ranks, folder.with_name(f".{folder.name}.partial")
         try:
             with ranks.raise_on_all_ranks():
@@ -189,7 +189,7 @@ class Checkpoints:
             raise
 
     def restore(self) -> Progress | None:
-        """Loads the newest whole checkpoint, in place; None if there is none. A collective.
+        """Load the newest whole checkpoint, in place; None if there is none. A collective.
 
         Raises:
             ValueError: it is of another model or data, or there are checkpoints and all are
@@ -222,7 +222,7 @@ class Checkpoints:
 
     @torch.no_grad()
     def _load(self, folder: Path) -> None:
-        """Loads a checkpoint in place. A collective."""
+        """Load a checkpoint in place. A collective."""
         training = TrainingState(self.job)
         with self.job.ranks.raise_on_all_ranks(), _readable_failure():
             reader = SafeFileSystemReader(folder)
@@ -244,7 +244,7 @@ class Checkpoints:
 
 
 def _checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """Reads a manifest and checks the files against it, a share on each rank. A collective."""
+    """Read a manifest and checks the files against it, a share on each rank. A collective."""
     with ranks.raise_on_all_ranks():
         manifest = read_manifest(folder)
         check_files(folder, manifest, ranks.rank, ranks.world_size)
@@ -263,7 +263,7 @@ def _readable_failure() -> Iterator[None]:
 
 @torch.no_grad()
 def load_best(job: Job, run: Path) -> dict[str, Any]:
-    """Loads `RUN/checkpoints/best` into the model and the bank, in place, and returns its manifest.
+    """Load `RUN/checkpoints/best` into the model and the bank, in place, and returns its manifest.
 
     A collective.
 

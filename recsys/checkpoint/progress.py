@@ -49,7 +49,7 @@ class Progress:
             self.batches = 0
 
     def count_ids(self, job: Job, unknown: UnknownIds) -> None:
-        """Adds what happened to raw ids since the last call. A collective."""
+        """Add what happened to raw ids since the last call. A collective."""
         _add(self.ids, unknown.totals(job.ranks.group))
         counts = job.vocabularies.counts()
         _add(

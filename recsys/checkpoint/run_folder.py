@@ -86,7 +86,7 @@ def _job_name() -> str:
 
 
 def begin_run(run: Path, job: Job, item_counts: np.ndarray, skipped_rows: dict[str, Any]) -> None:
-    """Empties the folder of an earlier run, and keeps what the run is to find unchanged later.
+    """Empty the folder of an earlier run, and keeps what the run is to find unchanged later.
 
     A collective.
     """
@@ -107,7 +107,7 @@ def begin_run(run: Path, job: Job, item_counts: np.ndarray, skipped_rows: dict[s
 
 
 def keep_vocabularies(run: Path, job: Job) -> None:
-    """Keeps the maps of raw ids that the run is trained with."""
+    """Keep the maps of raw ids that the run is trained with."""
     for table in job.schema.tables_with("exact"):
         file = vocabulary_file(Location.of(run), table)
         Path(file.path).parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def check_encoders(run: Path, job: Job) -> None:
 
 
 def describe_run(run: Path, job: Job, data: str) -> None:
-    """Writes `config.yaml`, `plan.txt`, `encoders.json` and where the data are. A collective."""
+    """Write `config.yaml`, `plan.txt`, `encoders.json` and where the data are. A collective."""
     with job.ranks.raise_on_all_ranks():
         if job.ranks.is_first:
             save_config(job.config, run / "config.yaml")

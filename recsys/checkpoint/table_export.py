@@ -37,7 +37,7 @@ _TABLE_KEY = re.compile(
 
 
 def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> dict[str, int]:
-    """Writes tables of a checkpoint to one Parquet file, one row per row of a table.
+    """Write tables of a checkpoint to one Parquet file, one row per row of a table.
 
     Columns: ``table`` (its name), ``row`` (int64, the id that looks it up) and ``vector``,
     ``fixed_size_list<float32, D>``, or ``list<float32>`` where tables differ in dimension D.

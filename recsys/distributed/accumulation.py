@@ -56,7 +56,7 @@ class DenseUpdate:
             self.averages.update()
 
     def gradient_norm(self) -> Tensor:
-        """Returns the norm [] of the dense gradient of the last update, before clipping.
+        """Return the norm [] of the dense gradient of the last update, before clipping.
 
         It is equal on all ranks, as gradients are averaged over them.
         """
@@ -140,7 +140,7 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
         return self._position + 1 == self._group_size
 
     def outputs(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Yields the output of each batch, once its step is done; batches are taken ahead of it.
+        """Yield the output of each batch, once its step is done; batches are taken ahead of it.
 
         A collective: all ranks go through as many batches.
         """

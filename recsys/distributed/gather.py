@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 def gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
-    """Returns the rows of all ranks on every rank, those of rank 0 first. A collective.
+    """Return the rows of all ranks on every rank, those of rank 0 first. A collective.
 
     Ranks may have unlike numbers of rows.
 

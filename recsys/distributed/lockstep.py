@@ -84,18 +84,18 @@ class Lockstep:
         self._terminated = True
 
     def note(self, error: Exception | None) -> None:
-        """Keeps an error of this rank, which all ranks raise before the next batch."""
+        """Keep an error of this rank, which all ranks raise before the next batch."""
         self._error = self._error or error
 
     def saved(self) -> None:
-        """Counts the time to the next checkpoint from now."""
+        """Count the time to the next checkpoint from now."""
         self.save, self._saved_at = False, time.monotonic()
         if self._ahead is not None:  # it may say that the checkpoint just saved is due
             self._ahead.work.wait()
             self._ahead.flags[-1] = 0
 
     def training_batches(self, source: Iterator[B], count: int, group: int = 1) -> Iterator[B]:
-        """Yields the batches of a stretch of training, up to `end_stretch`. A collective.
+        """Yield the batches of a stretch of training, up to `end_stretch`. A collective.
 
         A pipeline takes batches ahead of its steps. At the end of a stretch it runs what it has
         taken, and nothing is in flight when the state is saved. The ranks agree on a batch during
@@ -119,11 +119,11 @@ class Lockstep:
             yield batch
 
     def end_stretch(self) -> None:
-        """Ends the stretch of training with the group under way; call it on all ranks."""
+        """End the stretch of training with the group under way; call it on all ranks."""
         self._is_ending = True
 
     def batches(self, source: Iterator[B]) -> Iterator[B]:
-        """Yields the batches of a pass without training, until a rank has none. A collective.
+        """Yield the batches of a pass without training, until a rank has none. A collective.
 
         Raises:
             TrainingStopped: the job is to end.
@@ -133,11 +133,11 @@ class Lockstep:
             yield batch
 
     def settle(self) -> None:
-        """Raises on all ranks what any of them met since the last batch. A collective."""
+        """Raise on all ranks what any of them met since the last batch. A collective."""
         self._answer(self._ask(iter(())))
 
     def raise_if_stopped(self) -> None:
-        """Ends what may be begun anew.
+        """End what may be begun anew.
 
         Raises:
             TrainingStopped: the job is to end.
@@ -146,7 +146,7 @@ class Lockstep:
             raise TrainingStopped
 
     def _ask(self, source: Iterator[B]) -> _Asked[B]:
-        """Takes a batch and begins to tell the other ranks how this one is. A collective."""
+        """Take a batch and begins to tell the other ranks how this one is. A collective."""
         batch: B | None = None
         error = self._error
         try:
@@ -164,7 +164,7 @@ class Lockstep:
         return _Asked(batch, error, flags, work)
 
     def _answer(self, asked: _Asked[B]) -> B | None:
-        """Returns the batch, once it is known how all ranks are. A collective."""
+        """Return the batch, once it is known how all ranks are. A collective."""
         asked.work.wait()
         failed, ended, stop, save = asked.flags.tolist()
         if failed:

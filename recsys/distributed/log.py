@@ -44,7 +44,7 @@ class _TextFormatter(logging.Formatter):
 def configure_logging(
     rank: int = 0, level: LogLevel = "auto", log_format: LogFormat = "text"
 ) -> None:
-    """Sends the log of this project's packages to standard output; may be called again.
+    """Send the log of this project's packages to standard output; may be called again.
 
     Args:
         rank: of this process in the job.
@@ -69,12 +69,12 @@ def configure_logging(
 
 
 def print_table(text: str) -> None:
-    """Prints a table for people, above a progress bar if there is one; call it on rank 0 alone."""
+    """Print a table for people, above a progress bar if there is one; call it on rank 0 alone."""
     _write_line(text)
 
 
 def _write_line(text: str) -> None:
-    """Writes to whatever `sys.stdout` is at the time."""
+    """Write to whatever `sys.stdout` is at the time."""
     from tqdm import tqdm
 
     tqdm.write(text, file=sys.stdout)

@@ -91,7 +91,7 @@ class Ranks:
 
 @contextmanager
 def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
-    """Joins the process group the environment names, or makes one of this process alone."""
+    """Join the process group the environment names, or makes one of this process alone."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda and not torch.cuda.is_available():

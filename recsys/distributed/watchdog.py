@@ -194,14 +194,14 @@ class Watchdog:
         return stalled_ranks(beats, self.timeout) if stuck else ""
 
     def _watch_store(self) -> None:
-        """Finds that the store is silent; the other thread may then hang in a call to it."""
+        """Find that the store is silent; the other thread may then hang in a call to it."""
         silence = Unchanged(2 * self.interval)
         while not self._stopping.wait(self.interval):
             if silence.look(self._exchanges) >= self.timeout:
                 self._end(f"{_store_holder()} has stopped answering for {self.timeout:g} s")
 
     def _end(self, finding: str) -> None:
-        """Reports and ends this process, as every rank does at the same time."""
+        """Report and ends this process, as every rank does at the same time."""
         if not self._ending.acquire(blocking=False):
             return
         sys.stderr.write(

@@ -54,7 +54,7 @@ class DryRun:
 
 
 def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
-    """Builds a job, trains on one batch per rank, scores one, and prints what it saw. A collective.
+    """Build a job, trains on one batch per rank, scores one, and prints what it saw. A collective.
 
     Raises:
         TrainingStopped: the job was asked to end.
@@ -115,7 +115,7 @@ def _start(job: Job) -> None:
 def _train_step(
     job: Job, interactions: Interactions, lockstep: Lockstep
 ) -> tuple[dict[str, float], Batch, float]:
-    """Takes one step; returns mean losses of the ranks, the batch, seconds. A collective."""
+    """Take one step; returns mean losses of the ranks, the batch, seconds. A collective."""
     begin = time.perf_counter()
     job.model.train()
     job.pipeline.begin(1)

@@ -30,12 +30,12 @@ class LossWatch:
         self._unchecked: list[tuple[int, Tensor, Tensor]] = []
 
     def step(self, step: int, loss: Tensor, row_positions: Tensor) -> Exception | None:
-        """Notes the loss of a step; an error if one not yet checked was not finite."""
+        """Note the loss of a step; an error if one not yet checked was not finite."""
         self._unchecked.append((step, loss, row_positions))
         return self.check() if len(self._unchecked) >= self.every else None
 
     def check(self) -> Exception | None:
-        """Checks what was noted."""
+        """Check what was noted."""
         unchecked, self._unchecked = self._unchecked, []
         if not unchecked or bool(torch.stack([loss for _, loss, _ in unchecked]).isfinite().all()):
             return None

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_pretrained_tables(job: Job) -> None:
-    """Writes the vectors of every `init_from` into its table. A collective.
+    """Write the vectors of every `init_from` into its table. A collective.
 
     Raises:
         ValueError: no such file, or what it holds does not fit the table.

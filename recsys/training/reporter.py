@@ -47,13 +47,13 @@ class Reporter:
         self.bar = tqdm(disable=not (self.active and self.terminal))
 
     def begin(self, num_batches: int, progress: Progress) -> None:
-        """Starts the bar of an epoch, or of what is left of it."""
+        """Start the bar of an epoch, or of what is left of it."""
         self.num_batches = num_batches
         self.bar.reset(num_batches)
         self.bar.update(progress.batches)
 
     def step(self, progress: Progress, losses: dict[str, Tensor]) -> None:
-        """Reports a step every `log_every_steps`. A collective."""
+        """Report a step every `log_every_steps`. A collective."""
         self.bar.update()
         if progress.steps % self.every:
             return
@@ -84,7 +84,7 @@ class Reporter:
         return values
 
     def write(self, values: dict[str, float], step: int) -> None:
-        """Gives metrics to every tracker; one that fails, as a service may, ends no training."""
+        """Give metrics to every tracker; one that fails, as a service may, ends no training."""
         for tracker in self.trackers:
             with self._warning_of(tracker):
                 tracker.log(values, step)
@@ -97,7 +97,7 @@ class Reporter:
             logger.warning("%s failed, training goes on: %s", type(tracker).__name__, error)
 
     def evaluation(self, split: str, step: int, report: dict[str, Any]) -> None:
-        """Gives the trackers the metrics of a split that are numbers."""
+        """Give the trackers the metrics of a split that are numbers."""
         numbers = {
             f"{split}/{name}": float(value)
             for name, value in report.items()
@@ -106,14 +106,14 @@ class Reporter:
         self.write(numbers, step)
 
     def validation(self, progress: Progress, report: dict[str, Any]) -> None:
-        """Prints the table of a validation and records its metrics."""
+        """Print the table of a validation and records its metrics."""
         if self.active:
             table = format_report(report, self.job.config.metrics)
             print_table(f"validation after step {progress.steps}\n{table}")
         self.evaluation("valid", progress.steps, report)
 
     def close(self) -> None:
-        """Ends bar and trackers."""
+        """End bar and trackers."""
         self.bar.close()
         for tracker in self.trackers:
             with self._warning_of(tracker):

@@ -166,7 +166,7 @@ def training_interactions(job: Job) -> Interactions:
 
 
 def start_fresh(job: Job) -> None:
-    """Does what a run that goes on has behind it: pretrained tables, projections, the first bank.
+    """Do what a run that goes on has behind it: pretrained tables, projections, the first bank.
 
     A collective.
     """
@@ -177,7 +177,7 @@ def start_fresh(job: Job) -> None:
 
 
 def _finish(trainer: Trainer) -> dict[str, Any]:
-    """Tests the best model and writes `metrics.json`. A collective."""
+    """Test the best model and writes `metrics.json`. A collective."""
     job, run, progress = trainer.job, trainer.run, trainer.progress
     best = load_best(job, run)
     if best["step"] != progress.best_step:

@@ -110,7 +110,7 @@ class Trainer:
     def _steps(
         self, batches: Iterator[Batch], unknown: UnknownIds
     ) -> Iterator[tuple[dict[str, Tensor], Batch]]:
-        """Yields losses and batch of each step once parameters are updated. A collective."""
+        """Yield losses and batch of each step once parameters are updated. A collective."""
         job, progress = self.job, self.progress
         job.model.train()
         start = time.perf_counter() - progress.seconds
@@ -128,7 +128,7 @@ class Trainer:
             yield losses, batch
 
     def _part(self, number: int) -> tuple[int, int]:
-        """Returns the batches of the epoch before and up to the end of a part."""
+        """Return the batches of the epoch before and up to the end of a part."""
         parts = self.job.config.validations_per_epoch
         return (
             self.interactions.batches_until(number, parts),
@@ -150,13 +150,13 @@ class Trainer:
         return every is not None and self.progress.steps // every > first_step // every
 
     def _validate(self) -> None:
-        """Validates, with averaged weights if kept, and keeps the best model. A collective."""
+        """Validate, with averaged weights if kept, and keeps the best model. A collective."""
         averages = self.job.averages
         with averages.in_place() if averages is not None else nullcontext():
             self._validate_weights()
 
     def _validate_weights(self) -> None:
-        """Validates the weights in place. A collective."""
+        """Validate the weights in place. A collective."""
         job, progress = self.job, self.progress
         content = content_settings(job.config)
         if content is not None and content.history.refresh_bank_every_epoch:
@@ -182,7 +182,7 @@ class Trainer:
 
 
 def require_pipelined(model: nn.Module) -> None:
-    """Checks, after a first step, that the ids of every sharded module are sent ahead of theirs.
+    """Check, after a first step, that the ids of every sharded module are sent ahead of theirs.
 
     TorchRec only logs a warning where it cannot, and training is then as slow as without pipeline.
 

@@ -42,16 +42,16 @@ class Tracker(Protocol):
     """
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Records metrics by name, such as `train/loss`, `valid/auc` or `test/auc`, of a step."""
+        """Record metrics by name, such as `train/loss`, `valid/auc` or `test/auc`, of a step."""
 
     def close(self) -> None:
-        """Ends the recording; nothing is logged afterwards."""
+        """End the recording; nothing is logged afterwards."""
 
 
 def make_trackers(
     names: Sequence[str], run: Path, settings: dict[str, Any], first_step: int
 ) -> list[Tracker]:
-    """Makes the trackers that the setting `tracker` names.
+    """Make the trackers that the setting `tracker` names.
 
     Raises:
         ValueError: there is no such tracker, or its client is not installed.
