@@ -1,4 +1,4 @@
-"""Sets up Python's `logging` for the ranks of a job.
+"""Set up Python's `logging` for the ranks of a job.
 
 Rank 0 logs from INFO on and the others from WARNING on, unless `--log_level` says otherwise. Lines
 go to standard output: plain text for people, or one JSON object per line. Tables for people are
@@ -21,6 +21,7 @@ class _StandardOutput(logging.StreamHandler):  # type: ignore[type-arg]
     """Logs to standard output, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write a record to standard output."""
         try:
             _write_line(self.format(record))
         except Exception:
@@ -28,13 +29,15 @@ class _StandardOutput(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 class _TextFormatter(logging.Formatter):
-    """The message alone at INFO; level and rank before it otherwise."""
+    """Formats INFO as the message alone, other levels with level and rank before it."""
 
     def __init__(self, rank: int) -> None:
+        """Keep the rank to print."""
         super().__init__()
         self.rank = rank
 
     def format(self, record: logging.LogRecord) -> str:
+        """Format a record."""
         text = super().format(record)
         if record.levelno == logging.INFO and self.rank == 0:
             return text
@@ -47,7 +50,7 @@ def configure_logging(
     """Send the log of this project's packages to standard output; may be called again.
 
     Args:
-        rank: of this process in the job.
+        rank: rank of this process in the job.
         level: lowest level to log; auto is info on rank 0 and warning on the others.
         log_format: text or JSON lines.
     """

@@ -20,13 +20,13 @@ TRACKERS = {
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Records one run; rank 0 alone makes it.
+    r"""Records one run; rank 0 alone makes it.
 
     It is made with these arguments:
         run: the run's folder, for files of the tracker's own.
-        settings: of the run, by full name (`optimizer.learning_rate`).
-        first_step: the step from which the run goes on; 0 for a new one. What was recorded of later
-            steps is of a job that ended before its checkpoint.
+        settings: settings of the run, by full name (`optimizer.learning_rate`).
+        first_step: the step from which the run continues; 0 for a new one. Records of later steps
+            are from a job that ended before its checkpoint.
 
     Example::
 
@@ -35,7 +35,7 @@ class Tracker(Protocol):
                 self.file = open(run / "metrics.txt", "a" if first_step else "w")
 
             def log(self, values: dict[str, float], step: int) -> None:
-                self.file.writelines(f"{step} {name} {value}\\n" for name, value in values.items())
+                self.file.writelines(f"{step} {name} {value}\n" for name, value in values.items())
 
             def close(self) -> None:
                 self.file.close()
