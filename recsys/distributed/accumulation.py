@@ -5,8 +5,8 @@ optimizer gets the mean gradient of a group at its end, and only then are dense 
 over ranks. ID tables cannot wait: the fused kernels update them in every backward, so the second
 batch of a group reads tables that the first has already updated. Each batch's loss is divided by
 the size of its group. A table under SGD thus moves as far as with one batch of the group's size,
-except that it moves between the batches too; a table under Adagrad sees several small gradients instead of
-one large gradient.
+except that it moves between the batches too; a table under Adagrad sees several small gradients
+instead of one large gradient.
 """
 
 from __future__ import annotations
