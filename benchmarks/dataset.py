@@ -107,7 +107,11 @@ def _lists(
 
 
 def _write_rows(
-    folder: Path, rows: int, size: DatasetSize, popularity: np.ndarray, rng: np.random.Generator
+    folder: Path,
+    rows: int,
+    size: DatasetSize,
+    popularity: np.ndarray,  # [I]
+    rng: np.random.Generator,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     writer: pq.ParquetWriter | None = None

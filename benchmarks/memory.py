@@ -2,8 +2,8 @@
 
 `python -m benchmarks.memory --rows 50000000 --dim 60 --out FOLDER` trains an ID-only model with one
 large row-wise table over two ranks, continues from its checkpoint, and compares the peak of
-resident memory over all ranks with 1.25 x (tables + optimizer state) + 2 GB. It prints a JSON line for each
-phase and exits with 1 if a peak is higher. FOLDER needs room for three checkpoints.
+resident memory over all ranks with 1.25 x (tables + optimizer state) + 2 GB. It prints a JSON
+line for each phase and exits with 1 if a peak is higher. FOLDER needs room for three checkpoints.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class _Shard:
     """A rectangle of a table on this rank."""
 
     weight: Tensor  # [rows, columns], the memory of the model
-    states: list[Tensor]  # of the fused optimizer, [rows] or [rows, columns]
+    states: list[Tensor]  # state of the fused optimizer, [rows] or [rows, columns]
     row: int  # offsets in the table
     column: int
 

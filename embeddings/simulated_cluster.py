@@ -25,7 +25,7 @@ class DeviceFigures:
 
     name: str
     kind: Literal["cuda", "cpu"]
-    memory_bytes: int  # where tables lie: of the GPU, or of the host for a CPU
+    memory_bytes: int  # memory for tables: of the GPU, or of the host for a CPU
     memory_bandwidth: float  # bytes/s
     fp32_flops: float  # FLOP/s of matrix products
     bf16_flops: float

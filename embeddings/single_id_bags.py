@@ -1,4 +1,4 @@
-"""On CPU, tables without pooling are looked up as bags of one id each.
+"""Lookup of tables without pooling as bags of one id each, on CPU.
 
 The numbers are the same, but FBGEMM's CPU kernels for bags update 10,000 rows (of 100,000 x 32, one
 thread, row-wise Adagrad) in 15 to 20 ms, those without pooling in 25 to 31. On CUDA nothing is

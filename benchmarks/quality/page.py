@@ -47,7 +47,7 @@ PEERS_TITLE = "The recipe against its peers"
 class Study:
     """A finished study.
 
-    effects: of each cell against its baseline.
+    effects: effects of each cell against its baseline.
     against_peers: effects of the recipe against its peers.
     items: sections on the item vectors that runs learned.
     datasets: names of the datasets.

@@ -47,8 +47,8 @@ class RankReport:
     """Counts and memory that one rank reports at the end."""
 
     rows: int
-    peak_bytes: int  # of resident memory, during the steps
-    resting_bytes: int  # of resident memory, before the steps
+    peak_bytes: int  # peak of resident memory during the steps
+    resting_bytes: int  # resident memory before the steps
     counts: list[BatchCounts]  # of all steps; empty for the plain twin
     sizes: ModelSizes | None
 
@@ -137,7 +137,7 @@ class HereProcesses:
         return self.steps.ranks.gather(mine)
 
     def close(self) -> None:
-        """Do nothing: this process goes on."""
+        """Do nothing: this process continues."""
         pass  # noqa: PIE790
 
 

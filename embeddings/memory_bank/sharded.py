@@ -41,7 +41,7 @@ class MemoryBank:
     Args:
         num_items: ids run from 0 to num_items - 1.
         dim: size of a vector, D.
-        device: where the rows lie; lookups and updates take tensors of this device.
+        device: device of the rows; lookups and updates take tensors of this device.
         process_group: the ranks to cut the rows over.
 
     Example::
@@ -130,7 +130,7 @@ class MemoryBank:
         ids = [self._checked(part).cpu() for part in wanted]
         return exchange_routes(ids, self._block_size, self._group)
 
-    def _route(self, ids: Tensor, route: BankRoute | None) -> BankRoute:
+    def _route(self, ids: Tensor, route: BankRoute | None) -> BankRoute:  # ids [U]
         return self._on_device(self._routes([ids])()[0] if route is None else route)
 
     def _on_device(self, route: BankRoute) -> BankRoute:

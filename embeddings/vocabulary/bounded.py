@@ -215,7 +215,7 @@ class BoundedVocabulary:
         """Return the map, the use of its rows and the ids that wait: [S, R] each, sharing memory.
 
         torch.distributed.checkpoint saves them from any number of ranks and loads them, in
-        place, on any other; the map then goes on as if nothing had happened.
+        place, on any other; the map then continues unchanged.
         """
         sets = self._sets
         arrays = {"ids": sets.ids, "last_used": sets.last_used, "scores": sets.scores}

@@ -50,7 +50,7 @@ def finish_loading_bank(job: Job) -> None:
 
 @dataclass
 class _Stored:
-    """Tells by name whether an entry of the model's state belongs into a checkpoint."""
+    """Decides by name whether an entry of the model's state belongs into a checkpoint."""
 
     trained: set[str]
     frozen: set[str]

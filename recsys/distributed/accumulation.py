@@ -192,7 +192,7 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
 
     def _backward(
         self,
-        losses: Tensor,  # scalar []
+        losses: Tensor,  # []
     ) -> None:
         super()._backward(losses / self._group_size)
 

@@ -22,7 +22,7 @@ from recsys.config import CheckpointSettings
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
 
-B = TypeVar("B")  # a batch; this package knows nothing of its content
+B = TypeVar("B")  # a batch; this package does not use its content
 
 
 class TrainingStopped(Exception):

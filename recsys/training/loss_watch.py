@@ -33,7 +33,7 @@ class LossWatch:
     def step(
         self,
         step: int,
-        loss: Tensor,  # scalar []
+        loss: Tensor,  # []
         row_positions: Tensor,  # [B]
     ) -> Exception | None:
         """Note the loss of a step; return an error if a loss not yet checked is not finite."""
