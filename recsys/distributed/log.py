@@ -29,7 +29,7 @@ class _StandardOutput(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 class _TextFormatter(logging.Formatter):
-    """Formats INFO as the message alone, other levels with level and rank before it."""
+    """Formats INFO of rank 0 as the message alone; all else with level and rank before it."""
 
     def __init__(self, rank: int) -> None:
         """Keep the rank to print."""

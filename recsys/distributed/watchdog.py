@@ -1,4 +1,4 @@
-"""Ends a job whose ranks wait for one that is stopped, lost or stuck, and names that rank.
+"""End a job whose ranks wait for one that is stopped, lost or stuck, and name that rank.
 
 Ranks of a training job wait for each other in every step, so one that stands still makes all stand
 still, and nothing shows which one. Here each rank publishes once a second, over a connection of its
@@ -93,9 +93,7 @@ class Watchdog:
         self._publish(store)
         if self.ranks.is_first:
             store.set(FINDING, "")
-        self.ranks.gather(
-            None
-        )  # a rank that has published nothing yet would look like a silent one
+        self.ranks.gather(None)  # a rank without a beat would look like a silent one
         for target, arguments in ((self._watch, (store,)), (self._watch_store, ())):
             thread = threading.Thread(target=target, args=arguments, daemon=True)
             thread.start()
@@ -184,9 +182,7 @@ class Watchdog:
         silence = {rank: seconds for rank, seconds in silence.items() if not beats[rank].ended}
         finding = ""
         if any(seconds >= self.timeout for seconds in silence.values()):
-            nearly = (
-                self.timeout - self.interval
-            )  # as ranks of one machine do not fall silent at once
+            nearly = self.timeout - self.interval  # ranks of one machine fall silent one by one
             silent = {rank: beats[rank] for rank in silence if silence[rank] >= nearly}
             finding = silent_ranks(silent, self.timeout)
         elif own.stalled_for >= self.timeout:
