@@ -1,1 +1,1 @@
-"""Benchmarks: what the product reaches, each a command that rewrites its file under results/."""
+"""Benchmarks of the product; each is a command that rewrites its file under results/."""

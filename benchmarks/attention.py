@@ -11,7 +11,9 @@ longest, and whose items repeat by Zipf's law:
   per item or per target;
 - buckets: padded and split, in eight buckets of rows of like length;
 - nested: padded and split, on PyTorch's nested tensors instead of padding;
-- jagged: the product's, an index into unique items.
+- jagged: the product's form, an index into unique items.
+
+Shapes: B rows, L longest history, N items of all histories, U unique items, D dimension.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ class Histories:
     """Random targets and histories, and the attention over them in each form."""
 
     def __init__(self, rows: int, longest: int, dim: int, seed: int = 0) -> None:
+        """Draw lengths, items and targets from the seed."""
         rng = np.random.default_rng(seed)
         torch.manual_seed(seed)
         self.attention = TargetAttention(dim, 0, [64, 16])
@@ -51,6 +54,7 @@ class Histories:
         self.target = torch.randn(rows, dim, requires_grad=True)
 
     def padded(self) -> Tensor:
+        """Compute [B, D] over padded histories, with the four inputs of the MLP concatenated."""
         places, mask = self._padded_places(self.lengths, self.index)
         history, target = (
             self.items[places],
@@ -60,9 +64,11 @@ class Histories:
         return self._weighted(self.attention.score(pairs).squeeze(-1), history, mask)
 
     def padded_split(self) -> Tensor:
+        """Compute [B, D] over padded histories, with the first layer's weight split."""
         return self._split(self.target, *self._padded_places(self.lengths, self.index))
 
     def buckets(self) -> Tensor:
+        """Compute [B, D] over buckets of rows of similar length, each padded, weight split."""
         order = self.lengths.argsort()
         starts = torch.cumsum(self.lengths, 0) - self.lengths
         parts = []
@@ -77,6 +83,7 @@ class Histories:
         return torch.cat(parts)[order.argsort()]
 
     def nested(self) -> Tensor:
+        """Compute [B, D] on nested tensors, with the first layer's weight split."""
         of_item, of_target, of_product, bias = self._weights()
         offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(self.lengths)
         longest = int(self.lengths.max())
@@ -90,6 +97,7 @@ class Histories:
         return torch.segment_reduce((weights * history).values(), "sum", lengths=self.lengths)
 
     def jagged(self) -> Tensor:
+        """Compute [B, D] with the product's attention over unique items."""
         history = JaggedHistory.of(self.index, self.lengths, len(self.items))
         output = self.attention(
             self.target, self.items, history, self.target.new_zeros(len(self.index), 0)
@@ -106,7 +114,12 @@ class Histories:
             first.bias,  # type: ignore[return-value]
         )
 
-    def _split(self, target: Tensor, places: Tensor, mask: Tensor) -> Tensor:
+    def _split(
+        self,
+        target: Tensor,  # [B, D]
+        places: Tensor,  # [B, L]
+        mask: Tensor,  # bool [B, L]
+    ) -> Tensor:  # [B, D]
         of_item, of_target, of_product, bias = self._weights()
         history = self.items[places]
         hidden = history @ of_item + (history * target.unsqueeze(1)) @ of_product
@@ -114,12 +127,19 @@ class Histories:
         return self._weighted(self.attention.score[1:](hidden).squeeze(-1), history, mask)
 
     @staticmethod
-    def _weighted(scores: Tensor, history: Tensor, mask: Tensor) -> Tensor:
+    def _weighted(
+        scores: Tensor,  # [B, L]
+        history: Tensor,  # [B, L, D]
+        mask: Tensor,  # bool [B, L]
+    ) -> Tensor:  # [B, D]
         weights = torch.softmax(scores.masked_fill(~mask, -1e4), dim=1) * mask
         return torch.einsum("bl,bld->bd", weights, history)
 
     @staticmethod
-    def _padded_places(lengths: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _padded_places(
+        lengths: Tensor,  # [B]
+        index: Tensor,  # [N]
+    ) -> tuple[Tensor, Tensor]:  # places [B, L], mask bool [B, L]
         mask = torch.arange(max(int(lengths.max()), 1)) < lengths.unsqueeze(1)
         places = torch.zeros(mask.shape, dtype=torch.long)
         places[mask] = index
@@ -136,17 +156,17 @@ FORMS: dict[str, Callable[[Histories], Tensor]] = {
 
 
 def milliseconds(histories: Histories, form: str, factor: Tensor) -> float:
-    """Of one forward and backward."""
+    """Time one forward and backward; `factor` [B, D] multiplies the output."""
     start = time.perf_counter()
     (FORMS[form](histories) * factor).sum().backward()
     return (time.perf_counter() - start) * 1e3
 
 
 def check_equal(histories: Histories) -> None:
-    """All forms give the same numbers.
+    """Check that all forms give the same numbers.
 
     Raises:
-        AssertionError: one does not.
+        AssertionError: the numbers of one form differ.
     """
     expected = histories.padded()
     for form in FORMS:
@@ -160,13 +180,13 @@ def attention(
     rounds: int = 5,
     results: Path = RESULTS,
 ) -> None:
-    """Measures each form in turns and writes table and plot.
+    """Measure each form in turns and write table and plot.
 
     Args:
-        rows: of the batch.
-        dim: of the vectors.
-        longest: histories have 0 to so many items.
-        rounds: of which the median is taken.
+        rows: rows of the batch.
+        dim: dimension of the vectors.
+        longest: histories have 0 to this many items.
+        rounds: rounds, of which the median is taken.
         results: folder to write to.
     """
     torch.set_num_threads(1)
@@ -180,7 +200,7 @@ def attention(
         for round_number in range(rounds + 1):
             for form in FORMS:
                 taken = milliseconds(histories, form, factor)
-                if round_number:  # the first warms up
+                if round_number:  # the first round warms up
                     times[form].append(taken)
         medians = {form: median(values) for form, values in times.items()}
         records.append({"longest": length, "items": len(histories.index), "milliseconds": medians})

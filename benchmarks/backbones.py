@@ -4,8 +4,8 @@
 
 Every cell is a `recsys train` run of a recipe, `movielens_multimodal.yaml` by default, on one rank;
 a finished cell is not run again. Writes the tables of medians to `benchmarks/results/backbones.md`:
-AUC and GAUC of all, cold and unseen items, what content adds to each, and what the retrieval models
-find in the whole catalogue.
+AUC and GAUC of all, cold and unseen items, the gain from content in each, and the recall of the
+retrieval models over the whole catalogue.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BACKBONES: dict[str, list[str]] = {
     ],
     "two_tower, sampled softmax": ["--ranking.loss", "sampled_softmax"],
 }
-# Not every backbone has these; without them the heads are alike.
+# Not every backbone has these options; without them the heads are alike.
 NO_EXTRAS = {"ensemble_members": "1", "standardize_numbers": "false"}
 CONTENTS = {"ID only": ["--content", "none"], "content": []}
 PARTS = ("all", "cold", "unseen")
@@ -58,16 +58,16 @@ def backbones(
     recipe: Path = RECIPE,
     results: Path = RESULTS,
 ) -> None:
-    """Trains the grid and writes the tables.
+    """Train the grid and write the tables.
 
     Args:
         data: dataset; for the default recipe, MovieLens prepared from a source with posters.
         out: folder of the runs.
         seeds: runs per cell.
-        jobs: how many train side by side, one thread each.
+        jobs: how many runs train side by side, one thread each.
         cache: folder of encoded items; default: the usual one.
         only: backbones to train, by their names in the table; default: all.
-        recipe: with content; the ID-only twins take it out.
+        recipe: the recipe with content; the ID-only twins remove the content.
         results: folder of the tables.
     """
     names = only or list(BACKBONES)
@@ -82,7 +82,7 @@ def backbones(
         for name in names
         for content, overrides in CONTENTS.items()
     }
-    # Seed by seed, so that a grid that is stopped early has something of every cell.
+    # Seed by seed, so that a grid that is stopped early has some results of every cell.
     order = [of_cell[seed] for seed in range(seeds) for of_cell in runs.values()]
     done = train_all(order, data, out, recipe, jobs, cache)
     tests = {cell: [done[run] for run in of_cell] for cell, of_cell in runs.items()}
@@ -137,7 +137,7 @@ def _gain(tests: Tests) -> str:
 
 
 def _value(test: Metrics, metric: str, part: str) -> float | None:
-    """None where the rows do not define it."""
+    """Return a metric of a part of the items; None where the rows do not define it."""
     return test[metric] if part == "all" else test[part][metric]
 
 

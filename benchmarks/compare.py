@@ -3,7 +3,7 @@
     python -m benchmarks.compare --out FOLDER
 
 All variants take turns, a few steps each, and a ratio is the median over rounds of the ratio
-within a round. FOLDER keeps the dataset (0.7 GB) and the encoded items for the next time. Writes
+within a round. FOLDER keeps the dataset (0.7 GB) and the encoded items for the next run. Writes
 `compare.jsonl`, `compare.md` and `compare.png` into `--results`.
 """
 
@@ -35,15 +35,15 @@ def compare(
     here: bool = False,
     results: Path = RESULTS,
 ) -> list[Measurement]:
-    """Measures the variants against the twins.
+    """Measure the variants against the twins.
 
     Args:
         out: folder for the dataset and the encoded items.
         only: names of variants to leave the others out.
         overrides: words of `recsys train` for all variants, e.g. '["--batch_size", "256"]'.
-        effort: rounds, steps and so on.
+        effort: rounds, steps and other limits of the measurement.
         quick: tiny sizes, whose figures mean nothing.
-        here: all in this process instead of one per variant.
+        here: measure all in this process instead of one process per variant.
         results: folder for the figures.
     """
     require_own_folder(quick, results)
@@ -59,7 +59,7 @@ def compare(
 
 
 def variants(out: Path, quick: bool, overrides: list[str]) -> list[Variant]:
-    """Setting A, its twins, and its similarity features beside it."""
+    """Return the variants of setting A: itself, its twins, and itself with similarity features."""
     chosen = setting("A", quick)
     data, words = chosen.prepared(out)
     base = Variant("bank_lora", str(chosen.recipe), data, (*words, *overrides))

@@ -1,8 +1,8 @@
-"""Synthetic datasets in the product's format, for measuring speed: sizes as asked, labels random.
+"""Synthetic datasets in the product's format, for measuring speed: sizes as set, labels random.
 
 Items are drawn log-uniformly (Zipf's law with exponent 1): the item of rank r has a chance of about
-1 / (r ln I), as in real logs, so that few items fill most histories. Which id has which rank is
-random, since ids decide where rows live.
+1 / (r ln I), as in real logs, so that few items fill most histories. Ids get their popularity ranks
+at random, since ids determine where rows are stored. Shapes: I items, N values of a column.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TAGS_PER_ROW = 3
 
 @dataclass(frozen=True)
 class DatasetSize:
-    """What a synthetic dataset holds."""
+    """Sizes and distributions of a synthetic dataset."""
 
     num_rows: int = 131_072  # training impressions
     num_items: int = 100_000
@@ -33,7 +33,7 @@ class DatasetSize:
     uniform: bool = False  # items drawn evenly instead of by Zipf's law
     text_dim: int = 384  # stored features; 0: none
     image_dim: int = 1280
-    words: int = 0  # raw text of so many words per item; 0: none
+    words: int = 0  # words of raw text per item; 0: none
 
 
 SCHEMA = """\
@@ -55,7 +55,7 @@ items:
 def write_dataset(
     folder: Path, size: DatasetSize, seed: int = 0, shared_items: Path | None = None
 ) -> Path:
-    """Writes the dataset unless `folder` already holds this very one; returns `folder`.
+    """Write the dataset unless `folder` already holds the same one; return `folder`.
 
     Datasets on one file system may share the files of equal items, which `shared_items` then keeps
     (one folder per kind of items).
@@ -69,7 +69,7 @@ def write_dataset(
     if about.is_file() and about.read_text() == wanted:
         return folder
     rng = np.random.default_rng(seed)
-    popularity = rng.permutation(size.num_items)  # id of each rank
+    popularity = rng.permutation(size.num_items)  # [I], id of each rank
     small = min(size.num_rows, 4096)
     for split, rows in (("train", size.num_rows), ("valid", small), ("test", small)):
         _write_rows(folder / split, rows, size, popularity, rng)
@@ -87,21 +87,31 @@ def write_dataset(
 
 
 def _draw_items(
-    count: int, size: DatasetSize, popularity: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+    count: int,
+    size: DatasetSize,
+    popularity: np.ndarray,  # [I]
+    rng: np.random.Generator,
+) -> np.ndarray:  # [count]
     if size.uniform:
         return rng.integers(size.num_items, size=count)
     ranks = np.exp(rng.random(count) * np.log(size.num_items + 1)).astype(np.int64) - 1
     return popularity[ranks.clip(0, size.num_items - 1)]
 
 
-def _lists(lengths: np.ndarray, values: np.ndarray) -> pa.Array:
+def _lists(
+    lengths: np.ndarray,  # [rows]
+    values: np.ndarray,  # [N]
+) -> pa.Array:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
 def _write_rows(
-    folder: Path, rows: int, size: DatasetSize, popularity: np.ndarray, rng: np.random.Generator
+    folder: Path,
+    rows: int,
+    size: DatasetSize,
+    popularity: np.ndarray,  # [I]
+    rng: np.random.Generator,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     writer: pq.ParquetWriter | None = None
@@ -130,7 +140,7 @@ def _write_rows(
 
 
 def _link_items(folder: Path, shared: Path, size: DatasetSize, seed: int) -> None:
-    """The items of this size and seed in `shared`, written there unless they are, as hard links."""
+    """Link the items of this size and seed from `shared`, after writing them there if missing."""
     fields = (seed, size.num_items, size.text_dim, size.image_dim, size.words)
     source = shared / "-".join(map(str, fields))
     if not (source / "part-0.parquet").exists():

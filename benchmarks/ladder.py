@@ -1,11 +1,11 @@
-"""From the naive way to everything on, one change per row: what each is worth, and why.
+"""A ladder from a naive implementation to all optimisations, one change per row.
 
     python -m benchmarks.ladder --out FOLDER --setting A
 
 Each row is measured in turns with the row it changes, so that its speed-up is of one run; the
 speed-up over the first row is the product of those in between. The sentence of each row is made
-from the profiles of both. Writes `ladder_SETTING.jsonl`, `.md` and `.png` into `--results`; what
-should be said by hand goes into `ladder_SETTING_notes.md` there, which the page ends with.
+from the profiles of both. Writes `ladder_SETTING.jsonl`, `.md` and `.png` into `--results`; notes
+written by hand go into `ladder_SETTING_notes.md` there, which the page ends with.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Rung:
     row: Row
     measured: Measurement
     base: Measurement | None  # the row it changes, in the same run
-    speed_up: Ratio  # over that
+    speed_up: Ratio  # over `base`
     over_first: float
 
     @property
@@ -62,15 +62,15 @@ def ladder(
     here: bool = False,
     results: Path = RESULTS,
 ) -> list[Rung]:
-    """Measures the rows of one setting.
+    """Measure the rows of one setting.
 
     Args:
         out: folder for the dataset and the encoded items.
         setting: A (stored features) or B (raw text through an encoder).
-        only: names of rows to leave the others out; a row brings those it builds on.
-        effort: rounds, steps and so on; each needs a profile.
+        only: names of rows, to leave the others out; the rows they build on are included.
+        effort: rounds, steps and other limits of the measurement; each row needs a profile.
         quick: tiny sizes, whose figures mean nothing.
-        here: in this process instead of new ones; rows of several ranks are left out.
+        here: measure in this process instead of new ones; rows of several ranks are left out.
         results: folder for the figures.
     """
     require_not_launched("ladder")
@@ -87,7 +87,7 @@ def ladder(
 
 
 def _chosen(rows: list[Row], only: list[str] | None, here: bool) -> list[Row]:
-    """Those asked for and what they build on, in order."""
+    """Return the rows asked for and the rows they build on, in order."""
     by_name = {row.name: row for row in rows}
     unknown = sorted(set(only or []) - set(by_name))
     if unknown:
@@ -114,7 +114,7 @@ def _measure(row: Row, rungs: dict[str, Rung], effort: Effort, here: bool) -> Ru
 
 
 def reading(rung: Rung) -> str:
-    """One sentence from the profiles: what the change took most from, and what is left."""
+    """Summarise the profiles in one sentence: where the change saved most, and what is left."""
     after = plain_parts(rung.measured)
     total = sum(after.values())
     largest = sorted(after, key=lambda part: -after[part])[:2]
@@ -133,7 +133,7 @@ def reading(rung: Rung) -> str:
 
 
 def losses_of_the_fastest(rungs: list[Rung]) -> str:
-    """A sentence on where the fastest step of one rank is above its roofline."""
+    """Describe in a sentence where the fastest step of one rank is above its roofline."""
     known = [r for r in rungs if r.measured.world_size == 1 and r.measured.reports[0].sizes]
     if not known:
         return ""
@@ -152,7 +152,7 @@ def losses_of_the_fastest(rungs: list[Rung]) -> str:
 def _comparable(
     before: dict[str, float], after: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The plain twin knows no parts of its forward: then the product's are added up, too."""
+    """Sum the parts of the product's forward if the plain twin, which has none, is compared."""
     if "forward" not in before:
         return before, after
     joined = {"forward": 0.0}

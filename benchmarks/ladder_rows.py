@@ -14,16 +14,18 @@ class Row:
 
     name: str
     base: str | None
-    what: str  # a sentence
+    what: str  # description, a sentence
     variant: Variant
 
 
 class _Rows:
+    """Rows in order, each made from an earlier one."""
+
     def __init__(self, first: Variant, what: str) -> None:
         self.rows = [Row(first.name, None, what, first)]
 
     def add(self, name: str, what: str, *overrides: str, base: str = "", **fields: Any) -> None:
-        """A row that changes the last one, or `base`."""
+        """Add a row that changes the last one, or `base`."""
         named = {row.name: row for row in self.rows}
         before = named[base] if base else self.rows[-1]
         variant = before.variant.changed(name, *overrides, **fields)
@@ -31,13 +33,13 @@ class _Rows:
 
 
 def rows_of(setting: str, recipe: str, data: str, overrides: tuple[str, ...]) -> list[Row]:
-    """The ladder of setting A or B."""
+    """Return the ladder of setting A or B."""
     variant = Variant("first", recipe, data, (*overrides, "--num_workers", "0"))
     return rows_of_a(variant) if setting == "A" else rows_of_b(variant)
 
 
 def rows_of_a(variant: Variant) -> list[Row]:
-    """Stored features: what does not run, then what runs beside the step."""
+    """Return rows with stored features: first less work per step, then work beside the step."""
     mode, dedup = "--content.history.mode", "--embedding.index_dedup"
     first = variant.changed("plain PyTorch", mode, "full", dedup, "false", kind="plain")
     rows = _Rows(first, "Every item of every padded history is encoded, on loaded batches.")
@@ -72,7 +74,7 @@ def rows_of_a(variant: Variant) -> list[Row]:
 
 
 def rows_of_b(variant: Variant) -> list[Row]:
-    """Raw text through an encoder: what of the encoder does not run."""
+    """Return rows with raw text through an encoder: which parts of the encoder are skipped."""
     cache = "--content.modalities.title.cache_frozen_layers"
     dedup = ("--content.dedup", "global")
     first = variant.changed("no cache", cache, "false")

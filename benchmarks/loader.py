@@ -1,4 +1,4 @@
-"""How fast the loader alone turns Parquet into batches, and how long a training step waits for it.
+"""Speed of the loader alone from Parquet to batches, and how long a training step waits for it.
 
     python -m benchmarks.loader --out FOLDER
 
@@ -6,7 +6,7 @@ Whole epochs of setting A in batches of 512: rows read, checked and shuffled, hi
 their unique items, the content of the targets gathered. For each length of history, with content
 and without, one thread builds alone (the figure per core), then threads build ahead of a trainer
 that computes for `--step_ms` per batch. Writes `loader.jsonl`, `.md` and `.png` into `--results`
-and ends with 1 where one core delivers less than 100,000 samples/s at a history of 50, or where
+and exits with 1 if one core delivers less than 100,000 samples/s at a history of 50, or if
 waiting for it takes 2 % of a step or more.
 """
 
@@ -40,14 +40,14 @@ from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema, load_schema
 
 BAR, BAR_HISTORY = 100_000, 50  # samples/s per core, content included
-MOST_WAITING = 0.02  # of a step
+MOST_WAITING = 0.02  # share of a step
 MODALITIES = ("text", "image")
 VALUES = 13_000_000  # history items of an epoch at most; longer histories get fewer rows
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is loaded, and by how many threads beside the one that asks."""
+    """One case: the data that is loaded, and the number of threads besides the trainer's."""
 
     history: int
     content: bool
@@ -55,6 +55,7 @@ class Case:
 
     @property
     def has_bar(self) -> bool:
+        """Whether the requirement per core or of waiting applies to this case."""
         return self.content and self.history == BAR_HISTORY
 
 
@@ -63,9 +64,9 @@ class Measured:
     """Medians over the passes.
 
     per_core: samples per second of processor time, of all threads of the process.
-    first_batch: seconds from the begin of an epoch until its first batch is there, when the first
+    first_batch: seconds from the begin of an epoch until its first batch is ready, after the first
         window has been read.
-    waiting: share of a step that passes until the next batch is there, after the first.
+    waiting: share of a step spent waiting for the next batch, after the first.
     """
 
     case: Case
@@ -76,20 +77,22 @@ class Measured:
 
     @property
     def passes(self) -> bool | None:
-        """Whether the bar is met; None where there is none."""
+        """Whether the requirement is met; None if none applies."""
         if not self.case.has_bar:
             return None
         return self.per_core >= BAR if self.waiting is None else self.waiting < MOST_WAITING
 
 
 class Step:
-    """Stands for a training step: matrix products that keep one core busy for so long."""
+    """Stands for a training step: matrix products that keep one core busy for `seconds`."""
 
     def __init__(self, seconds: float) -> None:
+        """Make the matrix to multiply."""
         self.seconds = seconds
         self.matrix = torch.rand(256, 256)
 
     def __call__(self) -> None:
+        """Compute until the time is over."""
         end = time.perf_counter() + self.seconds
         while time.perf_counter() < end:
             self.matrix @ self.matrix
@@ -106,13 +109,14 @@ def benchmark(
     step_ms: float = 20.0,
     results: Path = RESULTS,
 ) -> bool:
-    """Measures all cases and tells whether the bars are met.
+    """Measure all cases and return whether the requirements are met.
 
     Args:
         out: folder for datasets and content.
         history: items in the history of each row.
-        workers: threads that build batches ahead.
-        rows, items: of the dataset; long histories get fewer rows.
+        workers: numbers of threads that build batches ahead.
+        rows: rows of the dataset; long histories get fewer.
+        items: items of the dataset.
         batch_size: rows per batch.
         passes: epochs per case, after one that is not counted.
         step_ms: how long the trainer computes per batch.
@@ -157,7 +161,7 @@ def _measure(case: Case, interactions: Interactions, passes: int, step: Step | N
         with closing(loader(interactions, case.num_workers, pin_memory=False)) as batches:
             samples, first, computed = _drain(batches, step)
         wall, processor = time.perf_counter() - wall, time.process_time() - processor
-        if epoch:  # the first one fills the system's page cache
+        if epoch:  # the first pass fills the system's page cache
             speeds.append(samples / wall)
             per_core.append(samples / processor)
             first_batch.append(first)
@@ -172,7 +176,7 @@ def _measure(case: Case, interactions: Interactions, passes: int, step: Step | N
 
 
 def _drain(batches: Iterable[Batch], step: Step | None) -> tuple[int, float, float]:
-    """(samples, seconds until the first batch, seconds of computing) of a pass."""
+    """Run a pass; return (samples, seconds until the first batch, seconds of computing)."""
     samples, first, computed = 0, 0.0, 0.0
     start = time.perf_counter()
     for batch in batches:

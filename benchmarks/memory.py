@@ -1,9 +1,9 @@
 """Memory of a job whose tables fill most of the machine: train, checkpoint, resume.
 
 `python -m benchmarks.memory --rows 50000000 --dim 60 --out FOLDER` trains an ID-only model with one
-large row-wise table over two ranks, goes on from its checkpoint, and compares the peak of resident
-memory over all ranks with 1.25 x (tables + optimizer state) + 2 GB. It prints a JSON line for each
-phase and ends with 1 where a peak is higher. FOLDER needs room for three checkpoints.
+large row-wise table over two ranks, continues from its checkpoint, and compares the peak of
+resident memory over all ranks with 1.25 x (tables + optimizer state) + 2 GB. It prints a JSON
+line for each phase and exits with 1 if a peak is higher. FOLDER needs room for three checkpoints.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ columns:
 
 
 def write_data(folder: Path, num_items: int) -> None:
-    """Random impressions of items from the whole range."""
+    """Write random impressions of items from the whole range."""
     rng = np.random.default_rng(0)
     for split, rows in ROWS.items():
         (folder / split).mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def write_data(folder: Path, num_items: int) -> None:
 
 
 def peak_of(words: list[str], ranks: int) -> tuple[float, float]:
-    """(peak of resident bytes summed over the ranks, seconds) of `recsys` on some ranks."""
+    """Run `recsys` on some ranks; return (peak of resident bytes over all ranks, seconds)."""
     command = ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m", "--"]
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     start, peak = time.perf_counter(), 0
@@ -73,6 +73,7 @@ def peak_of(words: list[str], ranks: int) -> tuple[float, float]:
 
 
 def main() -> int:
+    """Measure both phases; return 0 if the peaks are within the limit, else 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=50_000_000, help="rows of the table")
     parser.add_argument("--dim", type=int, default=60)

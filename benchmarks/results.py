@@ -1,7 +1,7 @@
-"""What a benchmark leaves: JSON lines, a Markdown table and a plot, and where they come from.
+"""Output of a benchmark: JSON lines, a Markdown table and a plot, with their provenance.
 
-Each line says on which machine, with which versions, from which commit, when, by which command and
-with which configuration it was measured, so that it can be measured again.
+Each line records the machine, versions, commit, date, command and configuration of its
+measurement, so that it can be measured again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.timing.steps import Variant
 from recsys.config import to_plain
 from recsys.training.train import versions
 
-matplotlib.use("Agg")  # files alone, without a display
+matplotlib.use("Agg")  # writes files only, without a display
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
@@ -42,10 +42,11 @@ DPI = 100
 class Result:
     """A benchmark's outcome.
 
-    name: of the files.
-    title: of the page.
+    name: name of the files.
+    title: title of the page.
     records: one per row of the table.
-    columns, rows: of the table, as texts.
+    columns: column titles of the table.
+    rows: cells of the table, as texts.
     reading: sentences under the table.
     draw: fills the plot.
     """
@@ -60,7 +61,8 @@ class Result:
 
 
 def require_own_folder(quick: bool, folder: Path) -> None:
-    """
+    """Require another folder for the figures of quick sizes.
+
     Raises:
         ValueError: figures of quick sizes would replace real ones.
     """
@@ -72,7 +74,7 @@ def require_own_folder(quick: bool, folder: Path) -> None:
 
 
 def write_result(result: Result, folder: Path) -> None:
-    """Writes `folder/NAME.jsonl`, `.md` and `.png`, on the first rank alone, and prints the page.
+    """Write `folder/NAME.jsonl`, `.md` and `.png`, on the first rank alone, and print the page.
 
     A file `NAME_notes.md` in the folder, written by hand, ends the page.
     """
@@ -94,8 +96,9 @@ def write_result(result: Result, folder: Path) -> None:
 
 
 def without_places(text: str) -> str:
-    """The text without this machine's folders: those of the command by the names of their options,
-    those of the clone from its root.
+    """Replace this machine's folders in the text by neutral names.
+
+    Folders of the command become the names of their options, those of the clone start at its root.
 
     Example::
 
@@ -111,7 +114,7 @@ def without_places(text: str) -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Machine, versions, commit, date and command."""
+    """Return machine, versions, commit, date and command."""
     return {
         "machine": machine(),
         "versions": {"python": platform.python_version(), **versions()},
@@ -123,7 +126,7 @@ def provenance() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory and GPUs."""
+    """Return processor, cores, memory and GPUs."""
     found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {
         "processor": found[1] if found else platform.processor(),
@@ -134,7 +137,7 @@ def machine() -> dict[str, Any]:
 
 
 def _module() -> str:
-    """The name by which Python was asked to run the benchmark."""
+    """Return the module name by which Python was asked to run the benchmark."""
     path = Path(sys.argv[0]).resolve()
     if not path.is_relative_to(ROOT / "benchmarks"):
         return path.name
@@ -142,13 +145,13 @@ def _module() -> str:
 
 
 def _git(*words: str) -> str | None:
-    """None outside a clone."""
+    """Run git in the clone and return its output; None outside a clone."""
     done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def variant_record(variant: Variant) -> dict[str, Any]:
-    """What was measured: names and the resolved configuration."""
+    """Describe a measured variant: names and the resolved configuration."""
     about = asdict(variant)
     return {**about, "configuration": to_plain(variant.config())}
 
@@ -176,6 +179,6 @@ def _page(result: Result, about: dict[str, Any], notes: str) -> str:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, all others to the right."""
+    """Format a Markdown table, the first column to the left, all others to the right."""
     rule = ["---", *["---:"] * (len(columns) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [columns, rule, *rows])

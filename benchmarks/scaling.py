@@ -1,10 +1,10 @@
-"""How the cost of a step grows: with ranks, table rows, history, unique items and batch size.
+"""Growth of a step's cost with ranks, table rows, history, unique items and batch size.
 
     python -m benchmarks.scaling --out FOLDER
 
 Setting A with one size changed at a time. Each point is measured in turns with the first of its
 curve, so that the growth is of one run. `ranks, apart` are jobs of one rank each at the same time,
-which send nothing: what the machine itself gives. Writes `scaling.jsonl`, `.md` and `.png` into
+which send nothing: the upper limit of the machine. Writes `scaling.jsonl`, `.md` and `.png` into
 `--results`. FOLDER needs about 2 GB; the largest table needs 13 GB of memory.
 """
 
@@ -41,10 +41,11 @@ class Point:
     curve: Curve
     x: float
     measured: Measurement
-    slower: Ratio  # seconds of a step over those of the first point
+    slower: Ratio  # seconds of a step over seconds of the first point
 
     @property
     def counts(self) -> BatchCounts:
+        """Mean counts of the measured batches."""
         return BatchCounts.mean(self.measured.counts)
 
 
@@ -58,16 +59,16 @@ def scaling(
     here: bool = False,
     results: Path = RESULTS,
 ) -> list[Point]:
-    """Measures the curves.
+    """Measure the curves.
 
     Args:
         out: folder for the datasets and the encoded items.
-        curves: names, to leave the others out.
+        curves: names of curves, to leave the others out.
         ranks: numbers of ranks on this machine; default 1 and 2.
         table_rows: rows of the user table; default 1e5 to 5e7.
-        effort: rounds, steps and so on.
+        effort: rounds, steps and other limits of the measurement.
         quick: tiny sizes, whose figures mean nothing.
-        here: in this process instead of new ones; without the curves of ranks.
+        here: measure in this process instead of new ones; without the curves of ranks.
         results: folder for the figures.
     """
     require_not_launched("scaling")
@@ -101,7 +102,7 @@ def _measure(curve: Curve, effort: Effort, here: bool) -> list[Point]:
 
 
 def _slower(this: Measurement, first: Measurement) -> Ratio:
-    """Seconds of a step, whatever rows it has, over those of `first`."""
+    """Divide the seconds of a step, whatever its rows, by those of `first`."""
     rows = this.rows / first.rows
     faster = ratio(this, first)
     return Ratio(rows / faster.median, rows / faster.highest, rows / faster.lowest)
@@ -177,7 +178,7 @@ def _record(point: Point) -> dict[str, Any]:
 
 
 def _draw(figure: Figure, points: list[Point]) -> None:
-    """A panel per size; step times as lines, peaks of memory dashed."""
+    """Draw a panel per size; step times as lines, peaks of memory dashed."""
     names = list(dict.fromkeys(curve.x_name for curve in _curves(points)))
     columns = min(len(names), 3)
     grid = figure.subplots(-(-len(names) // columns), columns, squeeze=False)

@@ -28,14 +28,15 @@ ROWS_OF_DATA = 16_384  # enough for the loaded batches of the largest size
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """Points of a name; `variant_at` writes what data it needs."""
+    """Points of a name; `variant_at` writes the data it needs."""
 
     name: str
     x_name: str
     xs: Sequence[float]
-    variant_at: Callable[[int], Variant]  # by place in `xs`
+    variant_at: Callable[[int], Variant]  # by index in `xs`
 
     def points(self) -> Iterator[tuple[float, Variant]]:
+        """Yield each x with its variant."""
         for place, x in enumerate(self.xs):
             yield x, self.variant_at(place)
 
@@ -62,7 +63,7 @@ class _Variants:
 def curves_of(
     out: Path, quick: bool, ranks: list[int] | None, table_rows: list[int] | None
 ) -> list[Curve]:
-    """All curves."""
+    """Return all curves."""
     make = _Variants(out, quick)
     rank_counts = ranks or list(RANKS)
     rows = table_rows or list((50, 100) if quick else TABLE_ROWS)

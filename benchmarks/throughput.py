@@ -1,11 +1,11 @@
-"""How fast one setting trains, where its time goes, and how near that is to what the machine can.
+"""Speed of training in one setting, its parts, and its distance to the machine's limits.
 
     python -m benchmarks.throughput --out FOLDER --setting A
     torchx run -s local_cwd launch/components.py:benchmark --nproc 2 -- throughput --out FOLDER
 
-Samples/s at P10, P50 and P90, the step by part with its FLOPs and least bytes, what collectives
-send, the peak of memory, and each part's roofline: the time its FLOPs or bytes take at the rates of
-a large matrix product and a large copy that are measured between the rounds of steps. Writes
+Samples/s at P10, P50 and P90, the step by part with its FLOPs and least bytes, bytes that
+collectives send, the peak of memory, and each part's roofline: the time its FLOPs or bytes take at
+the rates of a large matrix product and a large copy that are measured between the rounds. Writes
 `throughput_SETTING.jsonl`, `.md` and `.png` into `--results`.
 """
 
@@ -40,17 +40,17 @@ def throughput(
     here: bool = False,
     results: Path = RESULTS,
 ) -> Measurement:
-    """Measures one setting.
+    """Measure one setting.
 
     Args:
         out: folder for the dataset and the encoded items.
         setting: A (stored features) or B (raw text through an encoder).
-        ranks: processes; under torchrun or torchx its number counts instead.
+        ranks: number of processes; under torchrun or torchx, its number applies instead.
         from_files: read the batches from Parquet within the steps; else use loaded ones in turn.
         overrides: words of `recsys train`, e.g. '["--batch_size", "256"]'.
-        effort: rounds, steps and so on.
+        effort: rounds, steps and other limits of the measurement.
         quick: tiny sizes, whose figures mean nothing.
-        here: in this process instead of new ones.
+        here: measure in this process instead of new ones.
         results: folder for the figures.
     """
     require_own_folder(quick, results)

@@ -1,8 +1,9 @@
-"""Where the large ID tables live: configuration, sharding, optimizers and the memory bank.
+"""The large ID tables: configuration, sharding, optimizers and the memory bank.
 
-This floor knows TorchRec and nothing of models. Shapes in its docstrings: B batch, L history,
-D dimension, F features, U unique items. The order of use is that of every TorchRec script: tables
-on meta, model, optimizer in backward, plan, DistributedModelParallel, dense optimizer.
+This package knows TorchRec and nothing of models. Shapes in its docstrings: B batch, L history,
+N ids, D dimension, F features, U unique items, W ranks. The order of use is that of every TorchRec
+script: tables on meta, model, optimizer in backward, plan, DistributedModelParallel, dense
+optimizer.
 """
 
 from embeddings.memory_bank import (

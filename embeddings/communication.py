@@ -1,7 +1,7 @@
 """The types in which looked-up vectors travel between ranks, and their gradients back.
 
-Half of the bits are half of the bytes, at the cost of rounding each value once on its way (DLRM
-with quantised collectives, Yang et al. 2020). FBGEMM's codecs do it, through TorchRec's registry of
+Half of the bits halve the bytes sent, at the cost of rounding each value once (DLRM with quantised
+collectives, Yang et al. 2020). FBGEMM's codecs do the conversion, through TorchRec's registry of
 codecs by collective. Ids and the tables themselves keep their types.
 """
 
@@ -18,11 +18,11 @@ CommunicationType = Literal["fp32", "fp16", "bf16"]
 def communication_codecs(
     forward: CommunicationType, backward: CommunicationType
 ) -> dict[str, QuantizedCommCodecs] | None:
-    """TorchRec's codecs for every collective of embeddings; None where both types are fp32.
+    """Build TorchRec's codecs for every collective of embeddings; None where both types are fp32.
 
     fp16 rounds to 11 bits and clamps to 65504, bf16 rounds to 8 bits and keeps the range of fp32.
     A gradient is divided by the batch size and may be too small for fp16, below 6e-8: prefer
-    bf16 for ``backward``. What stays on one rank because there is no other is not rounded.
+    bf16 for ``backward``. With a single rank nothing is rounded.
 
     TorchRec's own ``get_qcomm_codecs_registry`` is not used: on CPU it replaces bf16 by fp16 with
     nothing but a warning, though both work over gloo.

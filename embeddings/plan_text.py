@@ -9,7 +9,7 @@ from embeddings.tables import TableConfig
 
 
 def format_plan(plan: ShardingPlan, tables: Sequence[TableConfig]) -> str:
-    """Returns the plan as a text table: one line per table, in the order of the configuration.
+    """Return the plan as a text table: one line per table, in the order of the configuration.
 
     TorchRec's EmbeddingStats prints more, 300 columns wide, and needs the planner's own objects,
     which only rank 0 has.
@@ -26,7 +26,7 @@ def format_plan(plan: ShardingPlan, tables: Sequence[TableConfig]) -> str:
 
 
 def align_columns(lines: Sequence[Sequence[str]]) -> str:
-    """Returns rows of cells as text with aligned columns, a rule under the first row."""
+    """Return rows of cells as text with aligned columns, a rule under the first row."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rule = ["-" * width for width in widths]
     rows = [lines[0], rule, *lines[1:]]

@@ -1,8 +1,8 @@
 """Parquet files of pretrained vectors, streamed and checked.
 
 Anything that would put a wrong number into a table is an error with file, column and row before it
-gets there. The scanner of pyarrow.dataset does not do: rows that it has filtered have no place in
-their file any more, and it holds a row group whole (of 122 MiB: 417 MiB of memory, here 178).
+gets there. The scanner of pyarrow.dataset is not used: it loses the position of filtered rows in
+their file, and it holds a row group whole (of 122 MiB: 417 MiB of memory, here 178).
 Shapes: N rows of one block of a file, D dimension.
 """
 
@@ -19,7 +19,7 @@ BLOCK_BYTES = 2**24  # vectors decoded at a time
 READ_BYTES = 2**20  # read at a time; else it is a whole row group, and that may be the file
 TABLE_COLUMN = "table"
 
-# Ids as they stand in a file -> rows of the table, int64 [N]; -1 leaves an id out.
+# Ids as stored in a file -> rows of the table, int64 [N]; -1 leaves an id out.
 RowsOfIds = Callable[[pa.Array], np.ndarray]
 
 
@@ -41,7 +41,7 @@ class PretrainedFiles:
 
 @dataclass(frozen=True)
 class PretrainedBlock:
-    """Some rows of one file, checked but for the ids."""
+    """Some rows of one file, all checked except for the ids."""
 
     file: str
     id_column: str
@@ -50,11 +50,11 @@ class PretrainedBlock:
     positions: np.ndarray  # [N] rows in the file, for messages
 
     def id_error(self, index: int, fault: str) -> ValueError:
-        """Returns what is wrong with the id at ``index``, with its place."""
+        """Build the error for the id at ``index``, with file, column and row."""
         return _error(self.file, self.id_column, self.positions[index], fault)
 
     def rows(self, rows_of_ids: RowsOfIds | None) -> np.ndarray:
-        """Returns the rows of the ids, int64 [N]: by the function, or else the ids themselves.
+        """Return the rows of the ids, int64 [N]: from ``rows_of_ids``, or else the ids themselves.
 
         Unsigned ids beyond the range of int64 come out negative.
 
@@ -75,7 +75,7 @@ class PretrainedBlock:
 
 
 def read_pretrained(files: PretrainedFiles, table: str, dim: int) -> Iterator[PretrainedBlock]:
-    """Returns the rows for ``table`` in all files, a few at a time.
+    """Yield the rows for ``table`` in all files, block by block.
 
     Raises:
         ValueError: a file that is missing or not Parquet, a column that is missing or of another
@@ -122,7 +122,7 @@ def _read_file(
 def _batches(
     file: pq.ParquetFile, columns: list[str], table: str, height: int
 ) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
-    """Returns the columns of the rows of ``table``, with their positions in the file."""
+    """Yield the columns of the rows of ``table``, with their positions [N] in the file."""
     first_row = 0
     for index in range(file.num_row_groups):
         row_group = file.metadata.row_group(index)
@@ -140,7 +140,7 @@ def _batches(
 
 
 def _may_hold(row_group: pq.RowGroupMetaData, table: str) -> bool:
-    """Returns whether the statistics of the column ``table`` leave room for this one."""
+    """Return whether the row group can hold ``table``, by the statistics of its table column."""
     for index in range(row_group.num_columns):
         column = row_group.column(index)
         if column.path_in_schema == TABLE_COLUMN and column.is_stats_set:
@@ -179,7 +179,13 @@ def _wrong_width(width: int, dim: int) -> str:
 
 
 def _bad_vector(lists: pa.Array, numbers: np.ndarray, dim: int) -> tuple[int, str] | None:
-    """Returns the index of the first vector that cannot be used, and why."""
+    """Return the index of the first vector that cannot be used, and the reason.
+
+    Args:
+        lists: [N] lists as stored.
+        numbers: float32 [N * D], all numbers of the lists.
+        dim: D.
+    """
     if not pa.types.is_fixed_size_list(lists.type):
         lengths = pc.list_value_length(lists).to_numpy()
         if (lengths != dim).any():
@@ -197,7 +203,7 @@ def _bad_vector(lists: pa.Array, numbers: np.ndarray, dim: int) -> tuple[int, st
 
 
 def _floats(lists: pa.Array) -> np.ndarray:
-    """Returns all numbers of the lists, one after the other."""
+    """Return all numbers of the lists, one list after the other: float32 [N * D]."""
     return lists.flatten().cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
 
 

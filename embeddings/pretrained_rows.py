@@ -1,7 +1,7 @@
-"""Pretrained vectors from Parquet into the shards of a table, by id.
+"""Load pretrained vectors from Parquet into the shards of a table, by id.
 
-Every rank that holds a shard streams the files and keeps what falls into it: no rank ever has the
-whole table, and between ranks only the outcome travels. Rows that no file names keep their
+Every rank that holds a shard streams the files and keeps the rows of its shards: no rank ever has
+the whole table, and between ranks only the counts travel. Rows that no file names keep their
 initial weights. Shapes: N rows of one block of a file, D dimension.
 """
 
@@ -26,7 +26,7 @@ from embeddings.pretrained_files import (
 
 @dataclass(frozen=True)
 class LoadedRows:
-    """How many rows of the table were set, and how many ids of the files were left out."""
+    """Counts of table rows that were set and of ids in the files that were left out."""
 
     num_set: int
     num_left_out: int
@@ -39,20 +39,20 @@ def load_pretrained_rows(
     rows_of_ids: RowsOfIds | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> LoadedRows:
-    """Writes vectors into a table of ``model``, before its first step. A collective.
+    """Write vectors into a table of ``model``, before its first step. A collective.
 
     Args:
         model: its collections sharded by DistributedModelParallel under any plan, or whole and
             not on meta.
         table: name of the table.
-        files: what to read.
-        rows_of_ids: finds the rows of the ids in the files; default: an id is its row.
+        files: the files to read.
+        rows_of_ids: maps ids of the files to rows; default: an id is its row.
         process_group: the ranks of the model; the default group if there is one.
 
     Raises:
-        ValueError: on every rank, where any finds no such table, a file that cannot be used (see
-            :func:`~embeddings.pretrained_files.read_pretrained`), an id outside the table, two
-            ids for one row, or no row at all. Rows read before are written then.
+        ValueError: on every rank, if on any rank the table is missing, a file cannot be used (see
+            :func:`~embeddings.pretrained_files.read_pretrained`), an id is outside the table, two
+            ids name one row, or there is no row at all. Earlier blocks are then written already.
 
     Example::
 
@@ -75,7 +75,7 @@ def load_pretrained_rows(
 def _agree(
     loaded: LoadedRows | None, error: Exception | None, process_group: dist.ProcessGroup | None
 ) -> LoadedRows:
-    """Returns what any rank with a shard counted; one failed: all raise. A collective."""
+    """Return the counts of any rank with a shard; raise on all if one failed. A collective."""
     mine = (loaded, None if error is None else (isinstance(error, ValueError), str(error)))
     told = [mine]
     if process_group is not None:
@@ -115,14 +115,14 @@ def _load(
 
 @dataclass(frozen=True)
 class _Piece:
-    """A rectangle of the table on this rank, and where it lies in the table."""
+    """A rectangle of the table on this rank, with its offsets in the table."""
 
     weight: Tensor  # [rows, columns], the memory of the model
     row: int
     column: int
 
     def write(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-        """Takes what falls into the rectangle of ``vectors`` [N, D] for ``rows`` [N]."""
+        """Copy the part of ``vectors`` [N, D] for ``rows`` [N] that lies in the rectangle."""
         height, width = self.weight.shape
         inside = (rows >= self.row) & (rows < self.row + height)
         values = torch.from_numpy(vectors[inside, self.column : self.column + width])
@@ -144,7 +144,7 @@ class _TableRows:
 
     @staticmethod
     def of(model: nn.Module, name: str) -> "_TableRows":
-        """Returns the table ``name`` in the collections of ``model``."""
+        """Collect the pieces of table ``name`` in the collections of ``model``."""
         weights = _table_weights(model)
         if name not in weights:
             raise ValueError(f"table '{name}' is not in the model; the tables are {list(weights)}")
@@ -162,7 +162,13 @@ class _TableRows:
         return _TableRows(name, [piece for piece in pieces if piece.weight.numel()], *size)
 
     def check(self, block: PretrainedBlock, rows: np.ndarray, known: np.ndarray) -> None:
-        """Refuses rows outside the table and rows that this rank has set before."""
+        """Reject rows outside the table and rows that this rank has set before.
+
+        Args:
+            block: the ids, for the error.
+            rows: int64 [N].
+            known: bool [N], False where an id is left out.
+        """
         outside = known & ((rows < 0) | (rows >= self.num_embeddings))
         if outside.any():
             index = int(outside.argmax())
@@ -187,7 +193,7 @@ class _TableRows:
 
 
 def _table_weights(model: nn.Module) -> dict[str, Tensor | ShardedTensor]:
-    """Returns every table of the collections in ``model`` by name; sharded ones on every rank."""
+    """Return every table of the collections in ``model`` by name; sharded ones on every rank."""
     collections = (
         ShardedEmbeddingBagCollection,
         ShardedEmbeddingCollection,

@@ -1,7 +1,7 @@
-"""Rows of a sharded table brought back to their beginning, when they change hands.
+"""Reset rows of a sharded table to their initial weights when they pass to another id.
 
 A row that a :class:`~embeddings.vocabulary.bounded.BoundedVocabulary` took from one id for another
-must not greet the new id with the weights and the optimizer state of the old one.
+must not give the new id the weights and the optimizer state of the old one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,22 +20,22 @@ class _Shard:
     """A rectangle of a table on this rank."""
 
     weight: Tensor  # [rows, columns], the memory of the model
-    states: list[Tensor]  # of the fused optimizer, [rows] or [rows, columns]
+    states: list[Tensor]  # state of the fused optimizer, [rows] or [rows, columns]
     row: int  # offsets in the table
     column: int
 
 
 class RowReset:
-    """Sets rows to initial weights and forgets what their optimizer has gathered.
+    """Sets rows to initial weights and zeroes their optimizer state.
 
-    A row gets the weights that a table on CPU starts with, beyond ``INITIALIZATION_BLOCK_ROWS``
-    those of the row as many blocks before it: only that block is drawn and kept. They are the same
-    on every rank and under every plan, as a row's columns may lie on several ranks.
+    A row gets the weights that a table on CPU starts with. Only the first block of
+    ``INITIALIZATION_BLOCK_ROWS`` is drawn and kept; later rows reuse it, block after block.
+    They are the same on every rank and under every plan: a row's columns may be on several ranks.
 
     Args:
         model: sharded under any plan.
-        tables: those that may be reset.
-        seed: the one that ``torch.manual_seed`` was given before the tables were made.
+        tables: the tables that may be reset.
+        seed: the seed given to ``torch.manual_seed`` before the tables were made.
 
     Example::
 
@@ -47,6 +47,7 @@ class RowReset:
     def __init__(
         self, model: DistributedModelParallel, tables: Sequence[TableConfig], seed: int
     ) -> None:
+        """Draw the initial weights of each table and collect its shards on this rank."""
         self._fresh = {table.name: _fresh_rows(table, seed) for table in tables}
         self._shards: dict[str, list[_Shard]] = {table.name: [] for table in tables}
         for name, shard in _local_shards(model):
@@ -55,7 +56,7 @@ class RowReset:
 
     @torch.no_grad()
     def __call__(self, table: str, rows: Tensor) -> None:
-        """Resets ``rows``, int64 [N] and the same on all ranks, of ``table``; not a collective.
+        """Reset ``rows``, int64 [N] and the same on all ranks, of ``table``; not a collective.
 
         On CUDA the work is put on the default stream, where steps run, whatever stream is current:
         a pipeline fetches its batches, and so maps their ids, on another.
@@ -76,7 +77,7 @@ class RowReset:
 
 
 def _fresh_rows(table: TableConfig, seed: int) -> Tensor:
-    """Returns initial weights of the table's first block of rows, [at most a block, D]."""
+    """Return initial weights of the table's first block of rows, [at most a block, D]."""
     rows = min(INITIALIZATION_BLOCK_ROWS, table.num_embeddings)
     fresh = torch.empty(rows, table.embedding_dim)
     with torch.random.fork_rng(devices=[]):
@@ -86,7 +87,7 @@ def _fresh_rows(table: TableConfig, seed: int) -> Tensor:
 
 
 def _local_shards(model: DistributedModelParallel) -> Iterator[tuple[str, _Shard]]:
-    """Returns every table's name with each of its shards on this rank."""
+    """Yield every table's name with each of its shards on this rank."""
     states = model.fused_optimizer.state_dict()["state"]
     for key, weight in table_weights(model).items():
         kept = [state.local_shards() for state in states.get(key, {}).values()]

@@ -1,6 +1,6 @@
-"""Decides where every piece of every table lives, and cuts the tables accordingly.
+"""Plan which rank holds each piece of each table.
 
-The planner of TorchRec is filled with the memory of this machine and the wishes of each
+TorchRec's planner is given the memory of this machine and the settings of each
 :class:`~embeddings.tables.TableConfig`. It runs on rank 0; the plan, or the reason why there is
 none, is broadcast, so that a job that cannot fit ends on every rank instead of hanging.
 """
@@ -42,7 +42,7 @@ from embeddings.tables import TableConfig, check_tables
 # would instead count every dense parameter six times, a frozen encoder's included.
 RESERVED_SHARE = 0.15
 
-# The planner cuts no columns narrower than this by itself: every shard looks up all ids.
+# The planner cuts no columns narrower than this on its own: every shard looks up all ids.
 MIN_COLUMNS = 32
 
 
@@ -54,17 +54,17 @@ def machine_topology(
     device_memory_bytes: int | None = None,
     host_memory_bytes: int | None = None,
 ) -> Topology:
-    """Returns what the planner has to know about the machines: ranks and memory per rank.
+    """Describe the machines for the planner: ranks and memory per rank.
 
-    Host memory is what is free now (within a container's limit), divided by the ranks of this
-    machine; device memory is that of the GPU. All machines are taken to be like this one.
+    Host memory is the memory free now (within a container's limit), divided by the ranks of this
+    machine; device memory is that of the GPU. All machines are assumed to be like this one.
 
     Args:
         world_size: ranks in all.
         local_world_size: ranks on this machine.
         device: where this rank computes; its type decides which memory holds the tables.
-        device_memory_bytes: GPU memory per rank, instead of what is found.
-        host_memory_bytes: host memory per rank, instead of what is found.
+        device_memory_bytes: GPU memory per rank, instead of the detected one.
+        host_memory_bytes: host memory per rank, instead of the detected one.
     """
     if host_memory_bytes is None:
         host_memory_bytes = free_host_memory() // local_world_size
@@ -83,7 +83,7 @@ def machine_topology(
 
 
 def free_host_memory() -> int:
-    """Returns bytes that can still be allocated, at most the control group's limit."""
+    """Return the bytes that can still be allocated, at most the control group's limit."""
     available = psutil.virtual_memory().available
     for path in ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]:
         if Path(path).is_file():
@@ -102,7 +102,7 @@ def plan_sharding(
     topology: Topology | None = None,
     module_sharders: list[ModuleSharder[nn.Module]] | None = None,
 ) -> ShardingPlan:
-    """Plans on rank 0 how ``module``'s tables are sharded. A collective: all ranks get the plan.
+    """Plan on rank 0 how ``module``'s tables are sharded. A collective: all ranks get the plan.
 
     Args:
         module: the whole model, its collections on meta and
@@ -112,9 +112,9 @@ def plan_sharding(
         device: where the ranks compute.
         batch_size: rows per rank and step, for the planner's estimate of time and memory.
         topology: ranks and memory, instead of :func:`machine_topology`. Without a process group
-            it may describe any cluster, to see what the plan would be there.
-        module_sharders: those that DistributedModelParallel will be given, whose types of
-            communication the planner weighs; default :func:`sharders` as it is.
+            it may describe any cluster, to preview the plan for that cluster.
+        module_sharders: the sharders that DistributedModelParallel will be given; the planner uses
+            their communication types. Default: :func:`sharders` without arguments.
 
     Raises:
         ValueError: no plan is possible; the same on every rank, with the planner's reason.
@@ -146,7 +146,7 @@ def plan_sharding(
 
 
 def _place_in(process_group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Returns (rank, number of ranks); without a group one rank is alone."""
+    """Return (rank, number of ranks); (0, 1) without a group."""
     if process_group is None:
         return 0, 1
     return dist.get_rank(process_group), dist.get_world_size(process_group)
@@ -211,7 +211,7 @@ def _check_module(module: nn.Module, tables: Sequence[TableConfig], device: torc
 
 
 def table_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Returns each table's name and parameter in the collections of an unsharded ``module``."""
+    """Yield each table's name and parameter in the collections of an unsharded ``module``."""
     for child in module.modules():
         if isinstance(child, EmbeddingBagCollection):
             holders = child.embedding_bags
@@ -224,10 +224,10 @@ def table_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def parameters_of(module: nn.Module, tables: Sequence[TableConfig]) -> dict[str, nn.Parameter]:
-    """Returns the parameter of each table of the unsharded ``module``.
+    """Return the parameter of each table of the unsharded ``module``.
 
     Raises:
-        ValueError: a table is in the module or in the configuration only.
+        ValueError: a table is only in the module or only in the configuration.
     """
     parameters = dict(table_parameters(module))
     for name in sorted(parameters.keys() ^ {table.name for table in tables}):
@@ -245,13 +245,16 @@ def _constraints(table: TableConfig, world_size: int) -> ParameterConstraints:
             world_size,
             MIN_COLUMNS if table.sharding == "auto" else 1,
         ),
-        # At least one, as an estimate of no load at all would let anything go anywhere.
+        # At least one: an estimate of no load at all would let the planner put it anywhere.
         pooling_factors=[max(table.ids_per_row.get(name, 1.0), 1.0) for name in table.features],
     )
 
 
 def _column_shard_width(dim: int, world_size: int, min_columns: int) -> int:
-    """Returns the width of the most equal column shards, one per rank at most, for kernels."""
+    """Return the width of equal column shards, as many as possible up to one per rank.
+
+    The kernels need a multiple of 4.
+    """
     for shards in range(world_size, 1, -1):
         width = dim // shards
         if dim % shards == 0 and width % 4 == 0 and width >= min_columns:

@@ -1,4 +1,4 @@
-"""A cluster that need not be there: its devices' public figures, and the planner's view of it.
+"""A simulated cluster: public figures of devices, and the planner's view of them.
 
 TorchRec's planner needs sizes of memory, not devices, so tables for thousands of GPUs can be
 planned on a laptop. The figures are those of the makers' data sheets, per device: dense (not
@@ -21,11 +21,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class DeviceFigures:
-    """One device of a rank, and its share of the machine round it."""
+    """One device of a rank, and its share of the machine around it."""
 
     name: str
     kind: Literal["cuda", "cpu"]
-    memory_bytes: int  # where tables lie: of the GPU, or of the host for a CPU
+    memory_bytes: int  # memory for tables: of the GPU, or of the host for a CPU
     memory_bandwidth: float  # bytes/s
     fp32_flops: float  # FLOP/s of matrix products
     bf16_flops: float
@@ -46,7 +46,7 @@ class FigureOverrides:
     network_bandwidth: float | None = None  # bytes/s per device to other nodes
 
     def applied(self, device: DeviceFigures) -> DeviceFigures:
-        """Returns the figures with what is set here.
+        """Return the figures of ``device`` with the overrides applied.
 
         Raises:
             ValueError: a figure is not positive.
@@ -88,16 +88,18 @@ class Cluster:
     device: DeviceFigures
 
     def __post_init__(self) -> None:
+        """Check the sizes."""
         for name in ("nodes", "ranks_per_node"):
             if getattr(self, name) < 1:
                 raise ValueError(f"a cluster of {getattr(self, name)} {name}; give at least 1")
 
     @property
     def world_size(self) -> int:
+        """Number of ranks."""
         return self.nodes * self.ranks_per_node
 
     def topology(self) -> Topology:
-        """Returns what the planner has to know, with the same reserve as on real machines."""
+        """Describe the cluster for the planner, with the same reserve as on real machines."""
         device = self.device
         is_cpu = device.kind == "cpu"
         return machine_topology(
@@ -109,12 +111,12 @@ class Cluster:
         )
 
     def seconds_to_send(self, bytes_sent: float, spread: bool = True) -> float:
-        """Returns the least time in which each rank sends so many bytes to others.
+        """Return the least time in which each rank sends ``bytes_sent`` bytes to others.
 
         Args:
-            bytes_sent: by each rank.
-            spread: equally to all other ranks, as an all_to_all does; False: along a ring, whose
-                slowest link all of it passes.
+            bytes_sent: bytes that each rank sends.
+            spread: equally to all other ranks, as an all_to_all does; False: along a ring, where
+                all bytes pass its slowest link.
         """
         if self.world_size == 1:
             return 0.0

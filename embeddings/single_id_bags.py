@@ -1,4 +1,4 @@
-"""On CPU, tables without pooling are looked up as bags of one id each.
+"""Lookup of tables without pooling as bags of one id each, on CPU.
 
 The numbers are the same, but FBGEMM's CPU kernels for bags update 10,000 rows (of 100,000 x 32, one
 thread, row-wise Adagrad) in 15 to 20 ms, those without pooling in 25 to 31. On CUDA nothing is
@@ -31,7 +31,7 @@ class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
 
     @staticmethod
     def take_over(lookup: SplitTableBatchedEmbeddingBagsCodegen) -> None:
-        """Makes a lookup one of this class, in place: its weights and their names stay."""
+        """Make a lookup one of this class, in place: its weights and their names stay."""
         assert lookup.pooling_mode == PoolingMode.NONE, lookup.pooling_mode
         assert len(set(lookup.feature_dims.tolist())) == 1, lookup.feature_dims
         lookup.pooling_mode = PoolingMode.SUM
@@ -43,13 +43,13 @@ class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
         offsets: Tensor,  # [T * B + 1]
         **more: Any,
     ) -> Tensor:  # [N, D]
-        """Returns the vectors of the ids, in their order."""
+        """Look up the vectors of the ids, in their order."""
         assert not any(value is not None for value in more.values()), more.keys()
         num_features = len(self.feature_table_map)
         batch = (len(offsets) - 1) // num_features
-        bounds = offsets[::batch]  # [T + 1], of each feature's ids
+        bounds = offsets[::batch]  # [T + 1], offsets of each feature's ids
         counts = bounds.diff()
-        # As many bags for each feature, those behind its ids empty.
+        # The same number of bags for each feature; those after its last id are empty.
         most = max(int(counts.max()), 1)
         places = torch.minimum(torch.arange(most), counts.unsqueeze(1)) + bounds[:-1].unsqueeze(1)
         bags = super().forward(indices, torch.cat([places.flatten(), bounds[-1:]]))  # [most, T * D]
@@ -58,7 +58,7 @@ class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
 
 
 def look_up_as_bags(collection: ShardedEmbeddingCollection) -> None:
-    """Changes the CPU lookups of a sharded collection in place."""
+    """Change the CPU lookups of a sharded collection in place."""
     lookups: list[nn.Module] = collection._lookups
     for lookup in lookups:
         for module in lookup.modules():

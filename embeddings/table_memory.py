@@ -1,7 +1,7 @@
 """Bytes of a table's weights and optimizer state, on each rank of a plan, and how to make it fit.
 
-Weights and moments are float32. What a fused optimizer keeps: row-wise Adagrad one moment per row
-of each shard, Adagrad one per weight, Adam two, SGD and frozen tables nothing.
+Weights and moments are float32. The state of a fused optimizer: row-wise Adagrad one moment per row
+of each shard, Adagrad one per weight, Adam two, SGD and frozen tables none.
 """
 
 from __future__ import annotations
@@ -43,32 +43,34 @@ class TableMemory:
 
     @property
     def column_shards(self) -> int:
-        """Into how many pieces a row is cut."""
+        """Number of pieces that a row is cut into."""
         widest = max(shard.columns for shard in self.shards)
         return -(-self.table.embedding_dim // widest)
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of the weights, over all ranks."""
         return FLOAT * sum(shard.rows * shard.columns for shard in self.shards)
 
     @property
     def state_bytes(self) -> int:
+        """Bytes of the optimizer state, over all ranks."""
         return sum(state_bytes(self.table, s.rows, s.columns) for s in self.shards)
 
     @property
     def state_bytes_per_row(self) -> float:
-        """Over all pieces of the row."""
+        """Bytes of optimizer state per row, over all pieces of the row."""
         return self.state_bytes / self.table.num_embeddings
 
     def on_rank(self, rank: int) -> tuple[int, int]:
-        """Returns (bytes of weights, bytes of optimizer state)."""
+        """Return (bytes of weights, bytes of optimizer state)."""
         here = [shard for shard in self.shards if shard.rank == rank]
         weights = FLOAT * sum(shard.rows * shard.columns for shard in here)
         return weights, sum(state_bytes(self.table, s.rows, s.columns) for s in here)
 
 
 def state_bytes(table: TableConfig, rows: int, columns: int) -> int:
-    """Returns the bytes that the fused optimizer keeps for a piece of a table."""
+    """Return the bytes that the fused optimizer keeps for a piece of a table."""
     if table.frozen or table.optimizer == "sgd":
         return 0
     per_row = {"rowwise_adagrad": 1, "adagrad": columns, "adam": 2 * columns}[table.optimizer]
@@ -76,13 +78,13 @@ def state_bytes(table: TableConfig, rows: int, columns: int) -> int:
 
 
 def table_bytes(table: TableConfig) -> int:
-    """Returns weights and optimizer state of an uncut table."""
+    """Return the bytes of weights and optimizer state of an uncut table."""
     rows, dim = table.num_embeddings, table.embedding_dim
     return FLOAT * rows * dim + state_bytes(table, rows, dim)
 
 
 def table_memory(table: TableConfig, plan: ShardingPlan) -> TableMemory:
-    """Returns how a plan cuts a table."""
+    """Describe how a plan cuts a table."""
     for module_plan in plan.plan.values():
         assert isinstance(module_plan, EmbeddingModuleShardingPlan)
         if table.name in module_plan:
@@ -100,12 +102,12 @@ def table_memory(table: TableConfig, plan: ShardingPlan) -> TableMemory:
 def what_does_not_fit(
     tables: Sequence[TableConfig], bytes_per_rank: int, world_size: int
 ) -> list[str]:
-    """Returns which tables do not fit, the largest first, and what would be enough to make all fit.
+    """List the tables that do not fit, the largest first, and changes that would make all fit.
 
     Args:
-        tables: those of a model.
-        bytes_per_rank: memory of a rank, of which the planner keeps a share for all else.
-        world_size: ranks.
+        tables: the tables of a model.
+        bytes_per_rank: memory of a rank, of which the planner reserves a share for everything else.
+        world_size: number of ranks.
     """
     room = int(bytes_per_rank * (1 - RESERVED_SHARE))
     total = sum(map(table_bytes, tables))
@@ -125,7 +127,7 @@ def what_does_not_fit(
 
 
 def _most_pieces(table: TableConfig, world_size: int) -> int:
-    """Returns ranks that a table can be spread over."""
+    """Return the number of ranks that a table can be spread over."""
     if table.sharding == "table_wise":
         return 1
     if table.sharding == "column_wise":
@@ -134,7 +136,7 @@ def _most_pieces(table: TableConfig, world_size: int) -> int:
 
 
 def _mends(tables: Sequence[TableConfig], room: int, world_size: int) -> list[str]:
-    """Changes of which each alone makes all tables fit."""
+    """List changes, each of which alone makes all tables fit."""
     largest = max(tables, key=table_bytes)
     name, others = largest.name, sum(map(table_bytes, tables)) - table_bytes(largest)
     mends = []
@@ -162,7 +164,7 @@ def _mends(tables: Sequence[TableConfig], room: int, world_size: int) -> list[st
 def _if_fits(
     tables: Sequence[TableConfig], changed: TableConfig, room: int, world_size: int
 ) -> list[str]:
-    """Returns the change in words, if it is enough."""
+    """Describe the change in words if it makes all tables fit, else return an empty list."""
     after = [changed if table.name == changed.name else table for table in tables]
     if not _fit(after, room, world_size):
         return []

@@ -1,7 +1,7 @@
 """Fused optimizers: each table is updated inside the backward pass, at a rate of its own.
 
 All other trainable parameters belong to the dense optimizer. Mixing the two up trains silently
-wrong, so a table without a fused optimizer is an error wherever it shows.
+wrong, so a table without a fused optimizer is an error wherever it is detected.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from embeddings.tables import TableConfig
 
 
 def fuse_table_optimizers(module: nn.Module, tables: Sequence[TableConfig]) -> None:
-    """Gives every table of the unsharded ``module`` its optimizer in backward; before planning.
+    """Give every table of the unsharded ``module`` its optimizer in backward; before planning.
 
     Raises:
         ValueError: a table is in the model or in the configuration only.

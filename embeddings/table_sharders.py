@@ -1,8 +1,8 @@
 """TorchRec's sharders, with two changes that every table of this product relies on.
 
 No table is ever data-parallel, and pooled tables may be row-wise on CPU. Shards get their weights
-here: the unsharded module's where it has some, else their own rectangle of the table's initial
-weights, so that a model starts equal under every plan and on every number of ranks.
+here: those of the unsharded module unless it is on meta, else their own rectangle of the table's
+initial weights, so that a model starts equal under every plan and on every number of ranks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,11 +36,11 @@ ShardedCollection = TypeVar(
 class BagSharder(EmbeddingBagCollectionSharder):
     """Shards pooled tables: row-wise on CPU too, never data-parallel.
 
-    A data-parallel table would silently leave its fused optimizer for the dense one.
+    A data-parallel table would silently be updated by the dense optimizer instead of its fused one.
     """
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Returns what the planner may choose from; row-wise works on CPU, too."""
+        """Return the sharding types for the planner to choose from, row-wise on CPU, too."""
         types = [*super().sharding_types(compute_device_type), ShardingType.ROW_WISE.value]
         return sorted(set(types) - {ShardingType.DATA_PARALLEL.value})
 
@@ -52,7 +52,7 @@ class BagSharder(EmbeddingBagCollectionSharder):
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> ShardedEmbeddingBagCollection:
-        """Shards ``module`` and gives every shard its part of the table's initial weights."""
+        """Shard ``module`` and give every shard its part of the table's initial weights."""
         return _shard_with_weights(
             module,
             module.embedding_bag_configs(),
@@ -64,7 +64,7 @@ class SequenceSharder(EmbeddingCollectionSharder):
     """Shards tables without pooling; never data-parallel."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Returns what the planner may choose from."""
+        """Return the sharding types that the planner may choose from."""
         types = super().sharding_types(compute_device_type)
         return sorted(set(types) - {ShardingType.DATA_PARALLEL.value})
 
@@ -76,7 +76,7 @@ class SequenceSharder(EmbeddingCollectionSharder):
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> ShardedEmbeddingCollection:
-        """Shards ``module`` and gives every shard its part of the table's initial weights."""
+        """Shard ``module`` and give every shard its part of the table's initial weights."""
         sharded = _shard_with_weights(
             module,
             module.embedding_configs(),
@@ -89,7 +89,7 @@ class SequenceSharder(EmbeddingCollectionSharder):
 def sharders(
     forward: CommunicationType = "fp32", backward: CommunicationType = "fp32"
 ) -> list[ModuleSharder[nn.Module]]:
-    """Returns the sharders for the planner and for DistributedModelParallel; give both the same.
+    """Return the sharders for the planner and for DistributedModelParallel; give both the same.
 
     Args:
         forward: type in which looked-up vectors travel between ranks.
@@ -110,7 +110,7 @@ def _shard_with_weights(
     configs: Sequence[Any],
     shard: Callable[[], ShardedCollection],
 ) -> ShardedCollection:
-    """Shards, then writes the weights: those of ``module``, or initial ones if it is on meta."""
+    """Shard, then write the weights: those of ``module``, or initial ones if it is on meta."""
     initializers = {config.name: config.init_fn for config in configs}
     with _initial_weights_left_out(configs):
         sharded = shard()
@@ -128,7 +128,7 @@ def _shard_with_weights(
 
 @contextmanager
 def _initial_weights_left_out(configs: Sequence[Any]) -> Iterator[None]:
-    """Keeps TorchRec from handing ``init_fn`` a shard without its offsets."""
+    """Keep TorchRec from passing ``init_fn`` a shard without its offsets."""
     initializers = [config.init_fn for config in configs]
     for config in configs:
         config.init_fn = _leave_as_it_is
@@ -140,4 +140,5 @@ def _initial_weights_left_out(configs: Sequence[Any]) -> Iterator[None]:
 
 
 def _leave_as_it_is(weight: torch.Tensor) -> None:
+    """Write nothing: stands in for ``init_fn`` while TorchRec shards; weight [R, D]."""
     del weight

@@ -1,14 +1,14 @@
 """Tables and the state of their optimizers as named tensors that fit every sharding plan.
 
 torch.distributed.checkpoint saves these from any number of ranks and loads them, in place, under
-another plan on another number. Two things stand in the way of handing it TorchRec's own tensors:
+another plan on another number of ranks. TorchRec's own tensors do not allow it for two reasons:
 
-- It reads a stored shard whole before it takes its part, so a resume would need the memory of
+- A stored shard is read whole before a part of it is taken, so a resume would need the memory of
   another shard. Shards are therefore cut into blocks of rows.
 - Under column-wise sharding `rowwise_adagrad` keeps a moment of each row per column shard, in a
   tensor whose size depends on the plan. Here each range of columns has an entry of its own. A plan
   with other ranges gets their mean, weighted by the columns shared: from column shards to whole
-  rows that is exactly the moment the uncut table would have; the other way it is the best there is.
+  rows that is exactly the moment the uncut table would have; the other way it is approximate.
 
 Shapes: R rows, D dimension.
 """
@@ -31,7 +31,7 @@ from torch.distributed.remote_device import _remote_device
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 BLOCK_BYTES = 64 * 2**20
-MAX_BLOCKS = 64  # per shard: checks inside torch are quadratic in their number
+MAX_BLOCKS = 64  # per shard: checks inside torch are quadratic in the number of blocks
 
 State = dict[str, Tensor | ShardedTensor]
 
@@ -40,9 +40,9 @@ State = dict[str, Tensor | ShardedTensor]
 class _Moment:
     """A tensor that a fused optimizer keeps for a table."""
 
-    key: str  # of the table's weight
+    key: str  # name of the table's weight
     name: str
-    row_wise: bool  # one number per row, else one per weight
+    row_wise: bool  # one number per row; False: one per weight
 
 
 def sharded_in_blocks(
@@ -51,12 +51,13 @@ def sharded_in_blocks(
     dtype: torch.dtype,
     group: dist.ProcessGroup | None,
 ) -> ShardedTensor:
-    """Returns a ShardedTensor of `size` whose shards are blocks of rows of the given ones.
+    """Build a ShardedTensor of `size` whose shards are blocks of rows of the given ones.
 
     Args:
-        placed: every shard of all ranks, and its tensor where it lies on this rank.
-        size: of the whole.
-        dtype: of the whole.
+        placed: the shards of all ranks, each with its tensor [rows, columns] or [rows] if it is on
+            this rank, else None.
+        size: size of the whole tensor.
+        dtype: dtype of the whole tensor.
         group: the ranks.
     """
     metadata: list[ShardMetadata] = []
@@ -87,13 +88,13 @@ def _placed(tensor: ShardedTensor) -> list[tuple[ShardMetadata, Tensor | None]]:
 
 
 def in_blocks(tensor: ShardedTensor, group: dist.ProcessGroup | None = None) -> ShardedTensor:
-    """Returns the same tensor, sharing its memory, cut into blocks of rows."""
+    """Return the same tensor, sharing its memory, cut into blocks of rows."""
     size, dtype = tensor.metadata().size, tensor.metadata().tensor_properties.dtype
     return sharded_in_blocks(_placed(tensor), size, dtype, group)
 
 
 def copied_to_host(tensor: ShardedTensor, group: dist.ProcessGroup | None = None) -> ShardedTensor:
-    """Returns a copy of the tensor in host memory, on the same ranks."""
+    """Return a copy of the tensor in host memory, on the same ranks."""
     size, dtype = tensor.metadata().size, tensor.metadata().tensor_properties.dtype
     placed = []
     for shard, local in _placed(tensor):
@@ -105,15 +106,15 @@ def copied_to_host(tensor: ShardedTensor, group: dist.ProcessGroup | None = None
 
 
 def set_table_steps(model: nn.Module, step: int) -> None:
-    """Tells the fused optimizers how many steps they have made, which their state leaves out."""
+    """Set the step count of the fused optimizers, which their state does not include."""
     for kernel in table_kernels(model):
         kernel.set_optimizer_step(step)
 
 
 def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
-    """Returns the modules of FBGEMM that hold the shards of this rank.
+    """Yield the modules of FBGEMM that hold the shards of this rank.
 
-    TorchRec keeps its lookups in a plain list, where `model.modules()` does not see them.
+    TorchRec keeps its lookups in a plain list, which `model.modules()` does not visit.
     """
     for collection in model.modules():
         for lookup in getattr(collection, "_lookups", []):
@@ -123,7 +124,7 @@ def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCo
 
 
 def table_weights(model: DistributedModelParallel) -> dict[str, ShardedTensor]:
-    """Returns the tables by parameter name, each [R, D], sharing memory with the model."""
+    """Return the tables by parameter name, each [R, D], sharing memory with the model."""
     return {
         name: value
         for name, value in model.state_dict().items()
@@ -132,7 +133,7 @@ def table_weights(model: DistributedModelParallel) -> dict[str, ShardedTensor]:
 
 
 class TableOptimizerState:
-    """What the fused optimizers of all tables remember, by name. Building it is a collective.
+    """The state of the fused optimizers of all tables, by name. Building it is a collective.
 
     Example::
 
@@ -145,10 +146,11 @@ class TableOptimizerState:
     """
 
     def __init__(self, model: DistributedModelParallel, group: dist.ProcessGroup) -> None:
+        """Collect the moments of all ranks. A collective."""
         self.group = group
         self.weights = table_weights(model)
         self.local: dict[_Moment, ShardedTensor] = {}
-        # A rank without a shard of a table knows nothing of its moments, and has to take part.
+        # A rank without a shard of a table does not know its moments, but has to take part.
         for key, values in model.fused_optimizer.state_dict()["state"].items():
             for name, value in values.items():
                 row_wise = len(value.metadata().size) == 1
@@ -160,7 +162,7 @@ class TableOptimizerState:
         self._unfinished: list[Callable[[], None]] = []
 
     def state_dict(self, stored: Iterable[str] | None = None) -> State:
-        """Tensors to save; or, given the names `stored` in a checkpoint, tensors to load into."""
+        """Return tensors to save; with the names `stored` in a checkpoint, tensors to load into."""
         names = None if stored is None else list(stored)
         self._unfinished = []
         state: State = {}
@@ -172,7 +174,7 @@ class TableOptimizerState:
         return state
 
     def finish_loading(self) -> None:
-        """Fills what was loaded from other ranges of columns than this plan's."""
+        """Fill the moments that were loaded from column ranges other than this plan's."""
         for finish in self._unfinished:
             finish()
         self._unfinished = []
@@ -186,7 +188,7 @@ class TableOptimizerState:
         return sharded_in_blocks(placed, weight.size, torch.float32, self.group)
 
     def _local_by_offsets(self, moment: _Moment) -> dict[tuple[int, ...], Tensor]:
-        """Returns this rank's tensors by the offsets of the weights they belong to."""
+        """Return this rank's tensors [rows] or [rows, columns] by the offsets of their weights."""
         if moment not in self.local:
             return {}
         weights = self.weights[moment.key].local_shards()
@@ -198,7 +200,7 @@ class TableOptimizerState:
         }
 
     def _row_wise(self, moment: _Moment, stored: list[str] | None) -> State:
-        """Returns one entry [R] per range of columns."""
+        """Return one entry [R] per range of columns."""
         prefix = f"{moment.key}.{moment.name}.columns_"
         shards = self.weights[moment.key].metadata().shards_metadata
         own = sorted({_columns(shard) for shard in shards})
@@ -226,7 +228,7 @@ class TableOptimizerState:
         columns: tuple[int, int],
         local: dict[tuple[int, ...], Tensor],
     ) -> ShardedTensor:
-        """Returns the moment [R] of a range of columns of this plan."""
+        """Return the moment [R] of a range of columns of this plan."""
         weight = self.weights[moment.key].metadata()
         placed = [
             (
@@ -245,9 +247,9 @@ class TableOptimizerState:
         own: list[tuple[int, int]],
         there: list[tuple[int, int]],
     ) -> State:
-        """Returns room for stored ranges of columns, to be combined by `finish_loading`.
+        """Return empty tensors [R] for stored column ranges; `finish_loading` combines them.
 
-        Each rank reads them for the rows it holds; those are all rows where columns are cut.
+        Each rank reads them for its own rows, which are all rows where columns are cut.
         """
         local = self._local_by_offsets(moment)
         state: State = {}

@@ -1,6 +1,6 @@
 """Embedding tables from configuration.
 
-A :class:`TableConfig` says everything about one table: its size, the features that share it,
+A :class:`TableConfig` describes one table: its size, the features that share it,
 how its rows are pooled, how it is cut over ranks and how it is trained. The two builders turn a
 list of them into TorchRec's ``EmbeddingBagCollection`` (pooled) and ``EmbeddingCollection``
 (sequences), on the meta device by default, so that no rank ever allocates a whole table.
@@ -35,7 +35,7 @@ class TableConfig:
 
     Weight decay acts on the rows in the batch: an L2 term in the gradient (``rowwise_adagrad``)
     or decoupled (``adam``). The fused kernels of ``adagrad`` and ``sgd``, and all of them on CPU,
-    would silently ignore it, so it is refused there.
+    would silently ignore it, so it is an error there.
 
     Raises:
         ValueError: a field is out of range, or two fields contradict each other.
@@ -68,6 +68,7 @@ class TableConfig:
     ids_per_row: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        """Check the fields."""
         self._check_names()
         self._check_choices()
         for field_name, limit in [("num_embeddings", 1), ("embedding_dim", 1)]:
@@ -98,7 +99,7 @@ class TableConfig:
 
     @property
     def megabytes(self) -> float:
-        """MB of the weights."""
+        """Size of the weights in MB."""
         return self.num_embeddings * self.embedding_dim * 4 / 2**20
 
     def _check_names(self) -> None:
@@ -137,17 +138,18 @@ class NormalInitializer:
 
     Rows are drawn in blocks of a fixed height, each from a generator of its own that is seeded
     with ``torch.initial_seed()``, the table's name and the block's first row. A shard thus gets
-    the very numbers that the uncut table has in its place; drawing from the ranks' equal global
+    exactly the numbers that the uncut table has in its place; drawing from the ranks' equal global
     generators would give every shard the same numbers instead.
     """
 
     def __init__(self, table: TableConfig) -> None:
+        """Keep the name, shape and standard deviation of the table."""
         self.name = table.name
         self.shape = (table.num_embeddings, table.embedding_dim)
         self.std = table.init_std
 
     def __call__(self, weight: Tensor) -> None:
-        """Fills a whole table, ``weight`` [num_embeddings, D]; TorchRec's ``init_fn``."""
+        """Fill a whole table, ``weight`` [num_embeddings, D]; TorchRec's ``init_fn``."""
         if tuple(weight.shape) != self.shape:
             raise ValueError(
                 f"table '{self.name}': asked to initialise a shard of shape "
@@ -157,8 +159,13 @@ class NormalInitializer:
         self.fill(weight)
 
     @torch.no_grad()
-    def fill(self, weight: Tensor, row_offset: int = 0, column_offset: int = 0) -> None:
-        """Fills the shard ``weight`` [rows, columns] that starts at the offsets in the table."""
+    def fill(
+        self,
+        weight: Tensor,  # [rows, columns]
+        row_offset: int = 0,
+        column_offset: int = 0,
+    ) -> None:
+        """Fill the shard ``weight`` that starts at the offsets in the table."""
         if weight.is_meta:
             return
         num_embeddings, dim = self.shape
@@ -182,7 +189,7 @@ class NormalInitializer:
 
 
 def check_tables(tables: Sequence[TableConfig]) -> None:
-    """Checks what concerns several tables at once.
+    """Check the constraints between several tables.
 
     Raises:
         ValueError: two tables have one name, a feature is on two tables, or the tables without
@@ -217,7 +224,7 @@ def check_tables(tables: Sequence[TableConfig]) -> None:
 def build_embedding_bag_collection(
     tables: Sequence[TableConfig], device: torch.device | str = "meta"
 ) -> EmbeddingBagCollection | None:
-    """Builds the collection of tables with pooling ``sum`` or ``mean``; None without any.
+    """Build the collection of tables with pooling ``sum`` or ``mean``; None without any.
 
     Called with a KeyedJaggedTensor it returns a KeyedTensor: read it by feature, since the order
     of ``values()`` depends on the sharding plan.
@@ -236,7 +243,7 @@ def build_embedding_bag_collection(
 def build_embedding_collection(
     tables: Sequence[TableConfig], device: torch.device | str = "meta"
 ) -> EmbeddingCollection | None:
-    """Builds the collection of tables with pooling ``none``; None without any.
+    """Build the collection of tables with pooling ``none``; None without any.
 
     Called with a KeyedJaggedTensor it returns a dict of JaggedTensors by feature.
     """
@@ -248,7 +255,7 @@ def build_embedding_collection(
 
 
 def _shape(table: TableConfig) -> dict[str, Any]:
-    """Returns what TorchRec's configurations of a table with and without pooling have in common."""
+    """Return the arguments common to TorchRec's configurations with and without pooling."""
     return {
         "name": table.name,
         "num_embeddings": table.num_embeddings,

@@ -1,9 +1,9 @@
-"""Makes a virtual environment and installs this project into it, ready for this machine.
+"""Make a virtual environment and install this project into it, ready for this machine.
 
 FBGEMM comes as two distributions with one import name, `fbgemm-gpu` for CUDA and
 `fbgemm-gpu-cpu`, and torchrec asks for the first, which cannot be imported without an NVIDIA
 driver: so pip alone cannot install torchrec on a CPU machine, and this file does. It uses the
-standard library only, as nothing else is there yet; the versions are those of pyproject.toml.
+standard library only, as nothing else is installed yet; the versions are those of pyproject.toml.
 
     python3 launch/install.py              # CPU or CUDA, as this machine has it
     python3 launch/install.py --dev        # with what tests and linters need
@@ -36,7 +36,7 @@ print(f"torch {torch.__version__}, torchrec {version('torchrec')}, FBGEMM {fbgem
 
 
 class InstallError(Exception):
-    """Says what went wrong and what to do, to the person who runs the installation."""
+    """Explains the failure and its fix to the person who runs the installation."""
 
 
 class Stage(NamedTuple):
@@ -47,7 +47,7 @@ class Stage(NamedTuple):
 
 
 def nvidia_driver_found() -> bool:
-    """Whether this machine has a working NVIDIA driver: its library loads or its tool runs."""
+    """Return whether this machine has a working NVIDIA driver: its library or its tool runs."""
     try:
         ctypes.CDLL("libnvidia-ml.so.1")
         return True
@@ -56,7 +56,7 @@ def nvidia_driver_found() -> bool:
 
 
 def choose_flavor(requested: str, installed: str | None) -> str:
-    """Returns which wheels to install, "cpu" or "cuda".
+    """Return which wheels to install, "cpu" or "cuda".
 
     Args:
         requested: "cpu", "cuda" or "auto".
@@ -69,14 +69,14 @@ def choose_flavor(requested: str, installed: str | None) -> str:
 
 
 def requirement_name(requirement: str) -> str:
-    """Returns the distribution that a requirement names: "torch" of "torch>=2.13,<2.14"."""
+    """Return the distribution that a requirement names: "torch" of "torch>=2.13,<2.14"."""
     match = re.match(r"[A-Za-z0-9._-]+", requirement)
     assert match, f"pyproject.toml: {requirement!r} does not begin with a name"
     return re.sub(r"[-_.]+", "-", match.group()).lower()
 
 
 def for_cpu(requirement: str) -> str:
-    """Returns a requirement as a machine without a GPU has it: FBGEMM's CPU distribution."""
+    """Return a requirement as a machine without a GPU has it: FBGEMM's CPU distribution."""
     return re.sub(r"^fbgemm[-_.]gpu(?![-_.\w])", "fbgemm-gpu-cpu", requirement)
 
 
@@ -87,7 +87,7 @@ def installation_stages(
     index_url: str | None = None,
     root: Path = PROJECT_ROOT,
 ) -> list[Stage]:
-    """Returns the calls of pip that install the project, in order.
+    """Return the calls of pip that install the project, in order.
 
     Args:
         project: the table `[project]` of pyproject.toml.
@@ -119,28 +119,28 @@ def installation_stages(
 
 
 def digest_of_inputs(root: Path = PROJECT_ROOT) -> str:
-    """Returns a hash of what decides the packages: pyproject.toml and this file."""
+    """Return a hash of the files that determine the packages: pyproject.toml and this file."""
     inputs = (root / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
     return hashlib.sha256(inputs).hexdigest()
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """What an environment is made for, and whether the work is done; kept inside it."""
+    """Description of an environment and whether its installation is complete; kept inside it."""
 
     flavor: str
     python: str  # full version; another one cannot use the environment's packages
     location: str  # scripts in an environment name its folder
-    digest: str  # of what decides the packages
+    digest: str  # hash of the files that determine the packages
     dev: bool
     complete: bool = False
 
     def serves(self, wanted: Stamp) -> bool:
-        """Whether all that is wanted is there; an environment with `dev` serves a call without."""
+        """Return whether all wanted packages are installed; those of `dev` may be extra."""
         return replace(self, dev=self.dev and wanted.dev) == replace(wanted, complete=True)
 
     def is_same_kind(self, wanted: Stamp) -> bool:
-        """Whether the wanted packages can be installed on top of what is there.
+        """Return whether the wanted packages can be installed on top of the present ones.
 
         The two distributions of FBGEMM overwrite each other's files, and an environment that was
         moved or whose Python changed has scripts that point nowhere.
@@ -150,7 +150,7 @@ class Stamp:
 
 
 def read_stamp(environment: Path) -> Stamp | None:
-    """What an earlier call noted about the environment, or None if there is nothing readable."""
+    """Read the stamp of an earlier call, or None if there is nothing readable."""
     try:
         return Stamp(**json.loads((environment / STAMP_NAME).read_text()))
     except (OSError, ValueError, TypeError):
@@ -158,12 +158,12 @@ def read_stamp(environment: Path) -> Stamp | None:
 
 
 def write_stamp(environment: Path, stamp: Stamp) -> None:
-    """Notes what the environment is for, before the work (incomplete) and after it."""
+    """Write the purpose of the environment, before the work (incomplete) and after it."""
     (environment / STAMP_NAME).write_text(json.dumps(asdict(stamp), indent=2) + "\n")
 
 
 def make_environment(environment: Path, start_over: bool) -> None:
-    """Makes the virtual environment, or finishes or replaces one.
+    """Make the virtual environment, or finish or replace an existing one.
 
     Raises:
         InstallError: if the folder holds something else, or Python lacks the module venv.
@@ -184,7 +184,7 @@ def make_environment(environment: Path, start_over: bool) -> None:
 
 
 def succeeds(command: list[str]) -> bool:
-    """Whether the command can be run and exits with 0."""
+    """Return whether the command can be run and exits with 0."""
     try:
         return subprocess.run(command, capture_output=True).returncode == 0
     except OSError:
@@ -192,7 +192,7 @@ def succeeds(command: list[str]) -> bool:
 
 
 def install_stage(environment: Path, stage: Stage) -> None:
-    """Runs one call of pip, its warnings and errors passed through.
+    """Run one call of pip, its warnings and errors passed through.
 
     Raises:
         InstallError: if pip fails.
@@ -209,7 +209,7 @@ def install_stage(environment: Path, stage: Stage) -> None:
 
 
 def check_imports(environment: Path, flavor: str) -> str:
-    """Imports the three packages that must match, and returns their versions in words.
+    """Import the three packages that must match, and return their versions in words.
 
     Raises:
         InstallError: if an import fails.
@@ -227,7 +227,7 @@ def check_imports(environment: Path, flavor: str) -> str:
 
 
 def timed(title: str, step: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls one step between its title and its seconds, and returns its result."""
+    """Call one step between its title and its seconds, and return its result."""
     print(f"  {title} ...", end=" ", flush=True)
     started = time.monotonic()
     result = step(*arguments)
@@ -236,12 +236,12 @@ def timed(title: str, step: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def install(environment: Path, flavor: str, dev: bool, index_url: str | None) -> None:
-    """Brings the environment to the wanted state; returns at once where it already is.
+    """Bring the environment to the wanted state; return at once if it already is.
 
     Raises:
-        InstallError: a step failed; names the cause and what to do.
+        InstallError: a step failed; names the cause and the fix.
     """
-    import tomllib  # here, as it is what an older Python lacks
+    import tomllib  # here, because an older Python lacks it
 
     stamp = read_stamp(environment)
     flavor = choose_flavor(flavor, stamp.flavor if stamp else None)
@@ -263,7 +263,7 @@ def install(environment: Path, flavor: str, dev: bool, index_url: str | None) ->
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Installs as the command line says; 0 if the environment is ready, else 1."""
+    """Install as the command line asks; return 0 if the environment is ready, else 1."""
     if sys.version_info < (3, 11):  # noqa: UP036, as this file runs on any Python
         print(
             f"Python {platform.python_version()} at {sys.executable} is too old: 3.11 or newer is "

@@ -1,4 +1,6 @@
-"""What the plain twin is given: padded batches, features of all items, and its sizes.
+"""Inputs of the plain twin: padded batches, features of all items, and its sizes.
+
+Shapes: B batch, L longest history, I items, E width of a feature.
 
 Everything is read through the product's data layer, so that product and twin see the same rows.
 """
@@ -30,11 +32,12 @@ class PlainSource:
     """Batches and sizes for a twin of `config` on a dataset.
 
     Raises:
-        ValueError: the configuration has what the twin has not: no content, encoders, items with
+        ValueError: the twin does not support the configuration: no content, encoders, items with
             missing content, other losses or another fusion.
     """
 
     def __init__(self, config: Config, data: str, ranks: Ranks) -> None:
+        """Load the schema and the features of all items."""
         self.config, self.ranks = config, ranks
         self.root = Location.of(data)
         self.schema = load_schema(self.root)
@@ -55,11 +58,12 @@ class PlainSource:
         self.features = features_of_all_items(store, self.schema)
 
     def twin(self) -> PlainTwin:
-        """A new twin."""
+        """Build a new twin, with weights from the configuration's seed."""
         torch.manual_seed(self.config.seed)
         return PlainTwin(self.sizes(), list(self.features.values()))
 
     def sizes(self) -> TwinSizes:
+        """Return the sizes of the twin, from the configuration and the data."""
         config, content, schema = self.config, self.content, self.schema
         ranking = config.ranking
         assert isinstance(ranking, DinDcnSettings)
@@ -88,7 +92,7 @@ class PlainSource:
         )
 
     def batches(self) -> Iterator[PaddedBatch]:
-        """The training batches of this rank, without end."""
+        """Yield the training batches of this rank, without end."""
         rows = ParquetRows.of_split(self.root, "train", self.schema)
         build = BatchBuilder(self.schema, pooled_features(self.config, self.schema))
         interactions = Interactions(
@@ -106,7 +110,7 @@ class PlainSource:
 
 
 def features_of_all_items(store: ContentStore, schema: Schema) -> dict[str, Tensor]:
-    """[I, E] by modality, one token per item, none missing.
+    """Return the features [I, E] by modality, one token per item, none missing.
 
     Raises:
         ValueError: an item lacks a modality, or has several tokens of it.
@@ -123,7 +127,7 @@ def features_of_all_items(store: ContentStore, schema: Schema) -> dict[str, Tens
 
 
 def padded(batch: Batch) -> PaddedBatch:
-    """The same impressions with histories padded to the longest."""
+    """Return the same impressions with histories padded to the longest."""
     lengths = batch.history_lengths
     mask = torch.arange(max(int(lengths.max()), 1)) < lengths[:, None]  # [B, L]
     history = torch.zeros(mask.shape, dtype=torch.int64)

@@ -1,14 +1,13 @@
-"""The same model in plain PyTorch, as one would first write it: the measure of what TorchRec and
-encoding each item once are worth.
+"""A plain PyTorch twin of the model: the baseline for TorchRec and for encoding each item once.
 
 It shares no code with the product. Pooled features are `nn.EmbeddingBag`s, histories are padded to
 the longest, the content of every history item is encoded again with gradient, and attention is
-computed over the padded items. What plain PyTorch does well it does here too: sparse gradients of
+computed over the padded items. It uses what plain PyTorch does well: sparse gradients of
 tables, packed projections and fused attention of `nn.TransformerEncoderLayer`, one fused AdamW, no
 loop over rows, and batches that are loaded and padded before the clock starts.
 
 With equal weights its logits and gradients are those of the product with
-`content.history.mode full` and no similarity features, which tests/benchmarks holds it to.
+`content.history.mode full` and no similarity features, which tests/benchmarks checks.
 
 Shapes: B batch, L longest history, D dimension, P parallel lists, I items, E width of a feature,
 F dense features, M modalities, Q queries.
@@ -30,7 +29,7 @@ HALF_LIVES = (1.0, 3.0, 10.0)
 class PaddedBatch:
     """Impressions with padded histories."""
 
-    pooled: list[tuple[Tensor, Tensor]]  # ids and offsets [B] of each pooled feature
+    pooled: list[tuple[Tensor, Tensor]]  # ids [N] and offsets [B] of each pooled feature
     dense: Tensor  # [B, F]
     labels: Tensor  # [B, 1]
     target: Tensor  # [B]
@@ -65,9 +64,10 @@ class TwinSizes:
 
 
 class ItemEncoder(nn.Module):
-    """Features of items [..., E] -> content vectors [..., D]: projections and a Fusion-Q-Former."""
+    """Encodes features of items [..., E] as content vectors [..., D]: projections and Q-Former."""
 
     def __init__(self, sizes: TwinSizes) -> None:
+        """Build the projections, the Fusion-Q-Former and the linear shortcut."""
         super().__init__()
         dim, dropout = sizes.content_dim, sizes.fusion_dropout
         self.projections = nn.ModuleList(
@@ -80,7 +80,7 @@ class ItemEncoder(nn.Module):
             layer = nn.TransformerEncoderLayer(
                 dim, sizes.num_heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True
             )
-            # As in the product: on what joins the residual alone.
+            # As in the product: only on the summand that joins the residual.
             layer.dropout1, layer.dropout2 = nn.Dropout(dropout), nn.Dropout(dropout)
             self.layers.append(layer)
         self.norm = nn.LayerNorm(dim)
@@ -90,6 +90,7 @@ class ItemEncoder(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, features: list[Tensor]) -> Tensor:
+        """Encode features of items, [..., E] per modality, as content [..., D]."""
         shape = features[0].shape[:-1]
         tokens = torch.stack(
             [
@@ -107,13 +108,15 @@ class ItemEncoder(nn.Module):
 
 
 class PaddedAttention(nn.Module):
-    """Weights padded history items for the target and sums them; see `scores` of its kinds."""
+    """Weights padded history items for the target and sums them; subclasses define `scores`."""
 
     def __init__(self, dim: int, num_parallel: int) -> None:
+        """Map the parallel lists to the items' dimension D."""
         super().__init__()
         self.parallel_map = nn.Linear(num_parallel, dim, bias=False)
 
     def scores(self, target: Tensor, history: Tensor) -> Tensor:  # [B, L]
+        """Score each history item [B, L, D] for its target [B, D]."""
         raise TypeError(f"{type(self).__name__} defines no scores")
 
     def forward(
@@ -122,6 +125,7 @@ class PaddedAttention(nn.Module):
         history: Tensor,  # [B, L, D]
         batch: PaddedBatch,
     ) -> Tensor:  # [B, D]
+        """Return the weighted sum of the history items."""
         history = history + self.parallel_map(batch.parallel)
         scores = self.scores(target, history).masked_fill(~batch.mask, -1e4)
         weights = torch.softmax(scores, dim=1) * batch.mask
@@ -129,7 +133,7 @@ class PaddedAttention(nn.Module):
 
 
 def history_numbers(batch: PaddedBatch) -> Tensor:  # [B, P * (1 + H) + 1]
-    """Means of the parallel lists, all alike and by half-lives, and the length."""
+    """Average the parallel lists, once evenly and once per half-life, and append the length."""
     lengths = batch.mask.sum(dim=1, keepdim=True)
     newer = lengths - batch.mask.cumsum(dim=1)  # [B, L]
     means = []
@@ -144,6 +148,7 @@ class PairAttention(PaddedAttention):
     """DIN: an MLP of (item, target, difference, product)."""
 
     def __init__(self, dim: int, num_parallel: int, units: list[int]) -> None:
+        """Build the MLP over pairs."""
         super().__init__(dim, num_parallel)
         widths = [4 * dim, *units]
         layers: list[nn.Module] = []
@@ -152,19 +157,22 @@ class PairAttention(PaddedAttention):
         self.score = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
     def scores(self, target: Tensor, history: Tensor) -> Tensor:
+        """Score each history item [B, L, D] for its target [B, D]: [B, L]."""
         query = target.unsqueeze(1).expand_as(history)
         pairs = torch.cat([history, query, history - query, history * query], dim=-1)
         return self.score(pairs).squeeze(-1)
 
 
 class ProductAttention(PaddedAttention):
-    """The scaled dot product with the mapped target."""
+    """The scaled dot product with the projected target."""
 
     def __init__(self, dim: int, num_parallel: int) -> None:
+        """Build the projection of the target."""
         super().__init__(dim, num_parallel)
         self.query = nn.Linear(dim, dim)
 
     def scores(self, target: Tensor, history: Tensor) -> Tensor:
+        """Score each history item [B, L, D] for its target [B, D]: [B, L]."""
         query = self.query(target) * target.shape[-1] ** -0.5
         return torch.einsum("bd,bld->bl", query, history)
 
@@ -173,11 +181,13 @@ class CrossNetwork(nn.Module):
     """DCN-v2 with low rank: x0 * (W V x + b) + x in each layer."""
 
     def __init__(self, width: int, num_layers: int, rank: int) -> None:
+        """Build the down and up projections of each layer."""
         super().__init__()
         self.down = nn.ModuleList(nn.Linear(width, rank, bias=False) for _ in range(num_layers))
         self.up = nn.ModuleList(nn.Linear(rank, width) for _ in range(num_layers))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Cross the features x [B, width] with themselves: [B, width]."""
         first = x
         for down, up in zip(self.down, self.up):
             x = first * up(down(x)) + x
@@ -185,14 +195,15 @@ class CrossNetwork(nn.Module):
 
 
 class PlainTwin(nn.Module):
-    """A padded batch -> (loss, logits [B, 1]).
+    """Maps a padded batch to (loss, logits [B, 1]).
 
     Args:
-        sizes: as the product's configuration and data have them.
-        features: of all items, [I, E] for each modality; looked up in each step.
+        sizes: sizes of the product's configuration and data.
+        features: features of all items, [I, E] for each modality; looked up in each step.
     """
 
     def __init__(self, sizes: TwinSizes, features: list[Tensor]) -> None:
+        """Build tables, encoder, attentions and head."""
         super().__init__()
         self.sizes, self.features = sizes, features
         dim, content_dim, parallel = sizes.id_dim, sizes.content_dim, sizes.num_parallel
@@ -220,6 +231,7 @@ class PlainTwin(nn.Module):
         self.id_map = nn.Linear(dim, sizes.contrastive_dim)
 
     def forward(self, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
+        """Return the loss [] and the logits [B, 1]."""
         content, content_history = self.encode(batch)
         target = self.items(batch.target)
         logits = self.mlp(
@@ -243,13 +255,16 @@ class PlainTwin(nn.Module):
         return loss + self.sizes.contrastive_weight * contrastive, logits
 
     def encode(self, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
-        """Content of targets [B, D] and histories [B, L, D], with gradient."""
+        """Encode targets [B, D] and histories [B, L, D], with gradient."""
         items = torch.cat([batch.target.unsqueeze(1), batch.history], dim=1)  # [B, 1 + L]
         encoded = self.encoder([F.embedding(items, values) for values in self.features])
         return encoded[:, 0], encoded[:, 1:]
 
     def contrastive(self, content: Tensor, ids: Tensor, items: Tensor) -> Tensor:
-        """Both directions against the other items of the batch."""
+        """Compute the loss [] of both directions against the other items of the batch.
+
+        Shapes: content and ids [B, D], items [B].
+        """
         content = F.normalize(self.content_map(content), dim=-1, eps=1e-5)
         ids = F.normalize(self.id_map(ids), dim=-1, eps=1e-5)
         same = items[:, None] == items[None, :]
@@ -259,7 +274,7 @@ class PlainTwin(nn.Module):
         return (F.cross_entropy(scores, rows) + F.cross_entropy(scores.T, rows)) / 2
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Adagrad on the rows that occur, and AdamW for the rest."""
+        """Build Adagrad for the rows that occur, and AdamW for the rest."""
         tables = [bag.weight for bag in (*self.bags, self.items)]
         names = {id(table) for table in tables}
         dense = [value for value in self.parameters() if id(value) not in names]

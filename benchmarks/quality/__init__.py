@@ -1,1 +1,1 @@
-"""The quality study: what each part of the model brings (`python -m benchmarks.quality`)."""
+"""The quality study: the gain of each part of the model (`python -m benchmarks.quality`)."""

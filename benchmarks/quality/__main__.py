@@ -1,10 +1,10 @@
-"""The quality study: what each part of the model brings, with one budget for all.
+"""The quality study: the gain of each part of the model, with one budget for all.
 
     python -m benchmarks.quality --data DATA --out runs/quality --grid full --seeds 3
 
 Trains the cells of a grid (`benchmarks.quality.grid`) with several seeds, on a dataset or on all
 windows of a rolling split, and writes a Markdown table, JSON lines and one HTML page with figures.
-Finished runs are not trained again, so the same command goes on where it was stopped. With
+Finished runs are not trained again, so the same command continues where it was stopped. With
 `--search FILE` it ranks sets of settings by validation instead (`benchmarks.quality.search`).
 """
 
@@ -41,7 +41,7 @@ def quality(
     page: bool = True,
     examples: bool = True,
 ) -> None:
-    """Trains what is not trained yet, and writes what all of it says.
+    """Train the unfinished runs, and write the results of all finished ones.
 
     Args:
         data: a dataset, or a folder of its windows, which are pooled; for the default recipe,
@@ -51,18 +51,18 @@ def quality(
         grid: parts, history, text or full.
         only: cells of the grid, or sets of the search, by name; default: all.
         search: file of sets of settings to rank by validation, instead of a grid.
-        jobs: how many train side by side, one thread each.
+        jobs: how many runs train side by side, one thread each.
         cache: folder of encoded items; default: the usual one.
-        recipe: what cells change.
+        recipe: the recipe that cells change.
         results: files to write, without their ending; default: benchmarks/results/quality, or
             quality_search.
-        train: false writes what the finished runs say, whatever cells and seeds are missing.
+        train: false trains nothing and writes the results of the finished runs, even if incomplete.
         page: write the HTML page, too.
         examples: show items with names and pictures, which are then in the page.
 
     Raises:
-        ValueError: a name, a setting or the data are wrong; before anything is trained. Or the
-            model of a run whose items are to be shown is gone.
+        ValueError: a name, a setting or the data are invalid; before anything is trained. Or the
+            model of a run whose items are to be shown is missing.
         RuntimeError: a run failed; names its log.
     """
     if min(seeds, jobs) < 1:
@@ -90,7 +90,8 @@ def quality(
 
 
 def _require_effects(cells: Sequence[Cell], plan: Plan) -> None:
-    """
+    """Require that every cell differs from its baseline.
+
     Raises:
         ValueError: under this recipe a cell and its baseline are the same configuration.
     """
@@ -105,10 +106,10 @@ def _require_effects(cells: Sequence[Cell], plan: Plan) -> None:
 
 
 def _trained(plan: Plan, jobs: int, cache: Path | None, train: bool) -> Plan:
-    """The plan's finished runs, after training the others if wanted.
+    """Return the plan's finished runs, after training the others if `train`.
 
     Raises:
-        ValueError: none is finished, and none is to be trained.
+        ValueError: no run is finished, and `train` is false.
     """
     if train:
         finish(in_order(plan), jobs, cache)

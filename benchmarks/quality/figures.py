@@ -22,12 +22,12 @@ Style = tuple[str, str]  # colour and marker
 
 
 def styles(results: Sequence[CellResult]) -> list[Style]:
-    """One per cell, the same in all figures; at most `MOST_CELLS`."""
+    """Return one style per cell, the same in all figures; at most `MOST_CELLS`."""
     return list(zip(PALETTE, MARKERS, strict=True))[: len(results)]
 
 
 def effect_bars(effects: Sequence[Effect]) -> Drawing:
-    """A bar with its interval per effect, the columns of `EFFECTS` side by side."""
+    """Draw a bar with its interval per effect, the columns of `EFFECTS` side by side."""
     figure, plots = new_figure(len(EFFECTS))
     figure.set_size_inches(11, 1.5 + 0.42 * len(effects))
     names = [f"{effect.cell.name}\nagainst {effect.cell.baseline}" for effect in effects]
@@ -59,7 +59,7 @@ def _effect_bar(axes: Axes, place: int, effect: Effect, column: str) -> None:
 
 
 def learning_curves(results: Sequence[CellResult]) -> Drawing:
-    """What chose the tested models by step, of the median seed on the last dataset."""
+    """Draw the metric that chose the models by step, of the median seed on the last dataset."""
     figure, (axes,) = new_figure(1)
     for result, (colour, marker) in zip(results, styles(results), strict=True):
         run = result.runs[result.median_seed()][-1]
@@ -78,7 +78,7 @@ def learning_curves(results: Sequence[CellResult]) -> Drawing:
 
 
 def popularity_bars(results: Sequence[CellResult]) -> Drawing:
-    """GAUC by how often the row's item was seen in training."""
+    """Draw GAUC by the number of training impressions of the row's item."""
     figure, (axes,) = new_figure(1)
     width = 0.84 / len(results)
     for index, (result, (colour, _)) in enumerate(zip(results, styles(results), strict=True)):
@@ -98,7 +98,7 @@ def popularity_bars(results: Sequence[CellResult]) -> Drawing:
 
 
 def cold_start_curves(results: Sequence[CellResult]) -> Drawing:
-    """AUC by how often the row's item was seen in training, in ranges that double."""
+    """Draw AUC by training impressions of the row's item, in ranges that double."""
     figure, (axes,) = new_figure(1)
     edges = doubling_edges(results[0].most_impressions)
     for result, (colour, marker) in zip(results, styles(results), strict=True):
@@ -117,7 +117,7 @@ def cold_start_curves(results: Sequence[CellResult]) -> Drawing:
 
 
 def _legend(figure: Figure) -> None:
-    """Above the plot, where no line passes."""
+    """Put the legend above the plot, where no line passes."""
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.set_size_inches(11, 5)
     figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)

@@ -1,7 +1,7 @@
-"""The cells of the quality study: what each changes in the recipe, why, and against which cell.
+"""The cells of the quality study: their changes to the recipe, reasons and baselines.
 
-The difference of a cell to its baseline is the effect of one named part. What a cell does not set
-is the recipe's, so that data, batch size, epochs and the rule of early stopping are the same for
+The difference of a cell to its baseline is the effect of one named part. All other settings are
+the recipe's, so that data, batch size, epochs and the rule of early stopping are the same for
 all. Cells that a recipe makes equal, such as the recipe and the rank it has, share their runs.
 """
 
@@ -18,9 +18,9 @@ Settings = Mapping[str, Any]  # by full name, such as `content.fusion.name`
 class Cell:
     """One configuration of the grid.
 
-    name: in tables and figures.
-    reason: what it is for, in a line.
-    settings: what it changes in the recipe.
+    name: name in tables and figures.
+    reason: the purpose, in a line.
+    settings: its changes to the recipe.
     baseline: the cell that it is compared with.
     """
 
@@ -49,7 +49,7 @@ NO_SIMILARITY: Settings = {
     "content.history.sorted_cosines": 0,
 }
 CONCAT: Settings = {"content.fusion.name": "concat"}
-SHORT_TEXT: Settings = {"content.modalities.text.max_length": 24}  # to train its encoder is dear
+SHORT_TEXT: Settings = {"content.modalities.text.max_length": 24}  # training its encoder is costly
 SAMPLING: Settings = {"content.sampling.forward": 0.2, "content.sampling.backward": 0.2}
 STORED: Settings = {
     **CONCAT,
@@ -65,7 +65,7 @@ def _qformer(preset: str) -> Settings:
 
 
 def _with_cic(name: str, reason: str, settings: Settings, baseline: str) -> list[Cell]:
-    """The cell without CIC, and with each variant."""
+    """Return the cell without CIC, and the cells with each variant."""
     return [
         Cell(name, reason, {**settings, **NO_CIC}, baseline),
         Cell(
@@ -217,11 +217,11 @@ GRIDS: dict[str, list[Cell]] = {
     "text": [ID_ONLY, *TEXT],
     "full": [*PARTS, RECIPE, *HISTORY, *TEXT, *OTHERS],
 }
-# What the recipe is compared with directly.
+# Peers that the recipe is compared with directly.
 PEERS = ("stored features", "SimTier histogram", "ConcatFusion", "ConcatFusion + similarity")
-# Cells of which a run is looked at: the recipe, and what CIC does to the vectors.
+# Cells whose items are shown: the recipe, and the effect of CIC on the vectors.
 LOOKED_AT = (RECIPE.name, "FQ-Former modern + CIC in_batch")
-# Cells whose curves are drawn, few enough to be told apart.
+# Cells whose curves are drawn, few enough to be distinguishable.
 DRAWN = (
     "ID only",
     "stored features",
@@ -234,7 +234,7 @@ DRAWN = (
 
 
 def chosen_cells(grid: str, only: Sequence[str] | None = None) -> list[Cell]:
-    """The cells of a grid, or those of it that are named.
+    """Return the cells of a grid, or only those that are named.
 
     Raises:
         ValueError: there is no such grid or cell.

@@ -1,4 +1,4 @@
-"""What runs of the study have learned of items: sections of `recsys report` on one run each."""
+"""Item vectors that runs of the study learned: sections of `recsys report` on one run each."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from recsys.evaluation.predict import load_run
 
 
 def sections_on_items(results: Sequence[CellResult], with_examples: bool) -> list[Section]:
-    """Maps of ID and content vectors, attention of the fusion, and examples of nearest items.
+    """Build the map of ID and content vectors, the fusion's attention and nearest items.
 
-    They are of the cells of `LOOKED_AT` that have results: of the seed whose validation AUC is the
-    median, on the last dataset.
+    One run per cell of `LOOKED_AT` that has results: the seed with the median validation AUC,
+    on the last dataset.
 
     Args:
-        results: of the study.
+        results: results of the study.
         with_examples: show items with names and pictures, which are then in the page.
 
     Raises:
-        ValueError: the run's model is gone, or its dataset cannot be read.
+        ValueError: the run's model is missing, or its dataset cannot be read.
     """
     wanted = [result for result in results if result.cell.name in LOOKED_AT]
     if not wanted:
@@ -53,7 +53,7 @@ def _sections(result: CellResult, ranks: Ranks, with_examples: bool) -> list[Sec
 
 
 def _named(section: Section, cell: str) -> Section:
-    """Titles and figures of several runs on one page are told apart by the cell's name."""
+    """Add the cell's name to titles and figures, to distinguish several runs on one page."""
     ending = cell.lower().replace(" ", "-").replace("+-", "")
     drawings = [replace(drawing, name=f"{drawing.name}-{ending}") for drawing in section.drawings]
     return replace(section, title=f"{section.title}: {cell}", drawings=drawings)

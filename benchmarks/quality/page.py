@@ -1,4 +1,4 @@
-"""What the quality study leaves: a Markdown table, JSON lines and one HTML page of figures."""
+"""Output of the quality study: a Markdown table, JSON lines and one HTML page of figures."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ PEERS_TITLE = "The recipe against its peers"
 
 @dataclass(frozen=True)
 class Study:
-    """A study that is done.
+    """A finished study.
 
-    effects: of each cell against its baseline.
-    against_peers: of the recipe.
-    items: sections on what runs have learned of their items.
-    datasets: their names.
+    effects: effects of each cell against its baseline.
+    against_peers: effects of the recipe against its peers.
+    items: sections on the item vectors that runs learned.
+    datasets: names of the datasets.
     about: machine, versions, commit, date and command.
     """
 
@@ -63,7 +63,7 @@ class Study:
 
     @property
     def protocol(self) -> str:
-        """What was done, in words."""
+        """Description of the runs, in words."""
         rows = sum(len(scores.positions) for scores in self.results[0].scores[0])
         datasets = ", ".join(self.datasets)
         chosen_by = selection_words(self.results[0].best_model_by)
@@ -75,7 +75,7 @@ class Study:
 
 
 def write_study(study: Study, files: Path, with_page: bool = True) -> None:
-    """Writes `FILES.md`, `FILES.jsonl` and the page `FILES.html`, each of which appears whole."""
+    """Write `FILES.md`, `FILES.jsonl` and the page `FILES.html`, each whole or not at all."""
     lines = [json.dumps({**record, **study.about}) for record in _records(study)]
     texts = {"jsonl": "\n".join(lines) + "\n", "md": _markdown(study)}
     if with_page:
@@ -86,12 +86,13 @@ def write_study(study: Study, files: Path, with_page: bool = True) -> None:
 
 
 def provenance_words(about: Mapping[str, Any]) -> str:
+    """Describe command, commit and date in a sentence."""
     changed = " with uncommitted changes" if about["uncommitted_changes"] else ""
     return f"`{about['command']}`, commit {about['commit']}{changed}, {about['date']}."
 
 
 def _records(study: Study) -> list[dict[str, Any]]:
-    """One per cell: its metrics by seed, its effect, and where its runs are."""
+    """Return one record per cell: its metrics by seed, its effect, and the folders of its runs."""
     of_cells = {effect.cell.name: _effect_record(effect) for effect in study.effects}
     of_peers = {effect.cell.baseline: _effect_record(effect) for effect in study.against_peers}
     return [
@@ -173,7 +174,7 @@ def _html(study: Study) -> str:
 
 
 def _drawn_cells(results: Sequence[CellResult]) -> list[CellResult]:
-    """Those that the grid wants drawn; where there are none, the first."""
+    """Return the cells that the grid wants drawn; if there are none, the first few."""
     wanted = [result for result in results if result.cell.name in DRAWN]
     return wanted or list(results[:MOST_CELLS])
 
@@ -210,7 +211,7 @@ def _interval_cell(interval: Interval | None) -> str:
 
 
 def effect_sentence(effect: Effect) -> str:
-    """What the intervals of an effect say, in words."""
+    """Describe the intervals of an effect in words."""
     said = [_interval_words(effect, column) for column in effect.intervals]
     return f"{effect.cell.name} against {effect.cell.baseline}: {'. '.join(said)}."
 
@@ -235,7 +236,7 @@ def _popularity_table(results: Sequence[CellResult]) -> Table:
 
 
 def _cell_text(results: Sequence[CellResult]) -> str:
-    """What each cell is for and changes in the recipe."""
+    """Return reason and changes of each cell as YAML."""
     about = {
         result.cell.name: {
             "baseline": result.cell.baseline,

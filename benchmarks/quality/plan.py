@@ -1,7 +1,7 @@
-"""Which runs a study needs: every configuration, with every seed, on every dataset.
+"""Plan the runs of a study: every configuration, with every seed, on every dataset.
 
 A run's folder is `OUT/DATASET/DIGEST-SEED`, by a digest of the resolved configuration and of the
-place of the data. So another recipe makes other runs, and configurations that are equal under
+location of the data. So another recipe makes other runs, and configurations that are equal under
 different names are trained once.
 """
 
@@ -26,14 +26,14 @@ Plan = dict[str, list[list[Training]]]  # by name of the configuration: [seeds][
 def plan_runs(
     named: Mapping[str, Settings], datasets: Mapping[str, str], out: Path, recipe: Path, seeds: int
 ) -> Plan:
-    """The runs of each configuration.
+    """Return the runs of each configuration.
 
     Args:
-        named: what each changes in the recipe.
-        datasets: places by name, of `windows`.
+        named: changes to the recipe by name.
+        datasets: locations by name, as from `windows`.
         out: folder of the runs.
-        recipe: what is changed.
-        seeds: how many, from 0.
+        recipe: the recipe that is changed.
+        seeds: number of seeds, from 0.
 
     Raises:
         ValueError: a configuration does not resolve; names it.
@@ -72,7 +72,7 @@ def _training(
 
 
 def resolved(recipe: Path, settings: Settings) -> dict[str, Any]:
-    """What a recipe with these settings comes to; where encoded items are kept is left out.
+    """Resolve a recipe with these settings; the folder of encoded items is left out.
 
     Raises:
         ValueError: a setting is unknown, or does not fit the others.
@@ -83,7 +83,7 @@ def resolved(recipe: Path, settings: Settings) -> dict[str, Any]:
 
 
 def in_order(plan: Plan) -> list[Training]:
-    """Each run once, seed by seed, so that a study that is stopped early has all of some seeds."""
+    """Return each run once, seed by seed, so that a study stopped early has all of some seeds."""
     num_seeds = max((len(of_seeds) for of_seeds in plan.values()), default=0)
     runs: dict[Path, Training] = {}
     for seed in range(num_seeds):
@@ -93,7 +93,7 @@ def in_order(plan: Plan) -> list[Training]:
 
 
 def finished(plan: Plan) -> Plan:
-    """The seeds that are finished on all datasets; configurations without any are left out."""
+    """Keep the seeds finished on all datasets; configurations without any are left out."""
     kept = {
         name: [of_data for of_data in of_seeds if all(run.is_finished for run in of_data)]
         for name, of_seeds in plan.items()
@@ -102,7 +102,7 @@ def finished(plan: Plan) -> Plan:
 
 
 def windows(data: str) -> dict[str, str]:
-    """The datasets of a folder by name: itself, or those of its windows in their order.
+    """Return the datasets of a folder by name: itself, or those of its windows in their order.
 
     Args:
         data: a dataset, or a folder of datasets `window-1`, `window-2` ... as

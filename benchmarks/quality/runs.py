@@ -1,7 +1,7 @@
-"""Trains many configurations for their test metrics: side by side, and none of them twice.
+"""Train many configurations for their test metrics: side by side, and none of them twice.
 
-Each is a `recsys train` process of one rank and one thread. A finished run is read; one that was
-interrupted goes on from its last checkpoint, and one that another process trains is waited for.
+Each is a `recsys train` process of one rank and one thread. A finished run is read; an interrupted
+run continues from its last checkpoint, and a run that another process trains is waited for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.results import ROOT
 
 RECIPE = ROOT / "recsys" / "recipes" / "movielens_multimodal.yaml"
-# By these torchrun tells a process its rank; runs of their own must not take them for theirs.
+# torchrun sets these for each rank; the runs started here must not read them.
 OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
 
@@ -28,7 +28,7 @@ OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TO
 class QualityRun:
     """One training run of a grid.
 
-    name: of its folder, with the seed.
+    name: name of its folder, before the seed.
     overrides: settings besides those of the recipe.
     """
 
@@ -37,6 +37,7 @@ class QualityRun:
     overrides: Sequence[str] = field(default=(), compare=False)
 
     def folder(self, out: Path) -> Path:
+        """Return the run's folder under `out`."""
         return out / f"{self.name.lower().replace(' ', '_').replace(',', '')}-{self.seed}"
 
 
@@ -44,11 +45,11 @@ class QualityRun:
 class Training:
     """A `recsys train` process.
 
-    folder: of the run.
+    folder: folder of the run.
     data: dataset.
-    recipe: what the overrides apply to.
-    title: what is trained, in words.
-    leaves: files of the folder besides `metrics.json` without which the run is made anew.
+    recipe: the recipe that the overrides change.
+    title: description of the run, in words.
+    leaves: files of the folder besides `metrics.json`; if one is missing, the run is made anew.
     """
 
     folder: Path
@@ -61,10 +62,11 @@ class Training:
 
     @property
     def is_finished(self) -> bool:
+        """Whether the folder holds the metrics and all `leaves`."""
         return all((self.folder / name).exists() for name in ("metrics.json", *self.leaves))
 
     def metrics(self) -> dict[str, Any]:
-        """Of the finished run."""
+        """Read the metrics of the finished run."""
         return json.loads((self.folder / "metrics.json").read_text())
 
 
@@ -76,14 +78,14 @@ def train_all(
     jobs: int = 1,
     cache: Path | None = None,
 ) -> dict[QualityRun, dict[str, Any]]:
-    """Test metrics of each run.
+    """Train all runs and return the test metrics of each.
 
     Args:
-        runs: what to train.
+        runs: runs to train.
         data: dataset.
         out: folder of the runs.
-        recipe: what the overrides apply to.
-        jobs: how many train side by side.
+        recipe: the recipe that the overrides change.
+        jobs: how many runs train side by side.
         cache: folder of encoded items; default: the usual one.
 
     Raises:
@@ -98,7 +100,7 @@ def train_all(
 
 
 def finish(trainings: Sequence[Training], jobs: int, cache: Path | None) -> None:
-    """Trains those that are not finished, `jobs` side by side, in their order.
+    """Train the runs that are not finished, `jobs` side by side, in their order.
 
     Raises:
         RuntimeError: a run failed; names its log. The others are finished first.
@@ -144,7 +146,7 @@ def _command(training: Training, cache: Path | None) -> list[str]:
 
 
 def command_words(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Settings by full name as words of the command line.
+    """Return settings by full name as words of the command line.
 
     Example::
 

@@ -1,12 +1,12 @@
-"""A search over settings by validation alone, recorded: what was tried, and how it was ranked.
+"""A search over settings by validation alone, recorded: all candidates and their ranking.
 
-The sets that were tried are a YAML file, names to settings::
+The candidates are in a YAML file, names to settings::
 
     recipe: {}
     less dropout: {ranking.dropout: 0.1}
     wider: {content.dim: 64, embedding.dim: 64}
 
-Test metrics are not looked at, so that what is chosen here may be tested later.
+Test metrics are not read, so that the settings chosen here may be tested later.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from recsys.data.filesystem import write_whole
 from recsys.diagnostics.run_report.page import number
 
 RANKED_BY = "GAUC"
-COLUMNS = {RANKED_BY: METRICS[RANKED_BY], **METRICS}  # it stands first
+COLUMNS = {RANKED_BY: METRICS[RANKED_BY], **METRICS}  # the ranking metric stands first
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Candidate:
 
 
 def read_candidates(file: Path, only: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Settings by name, from a YAML file: all, or those that are named.
+    """Read settings by name from a YAML file: all, or only those that are named.
 
     Raises:
-        ValueError: the file is missing or not of names and settings, or lacks a name.
+        ValueError: the file is missing, does not map names to settings, or lacks a name.
     """
     if not file.is_file():
         raise ValueError(f"--search {file}: no such file")
@@ -70,7 +70,7 @@ def read_candidates(file: Path, only: Sequence[str] | None = None) -> dict[str, 
 
 
 def ranked(named: Mapping[str, Settings], plan: Plan) -> list[Candidate]:
-    """What the finished runs of a plan reached in validation, the best first."""
+    """Rank the finished runs of a plan by their validation metrics, the best first."""
     found = [
         Candidate(name, settings, len(plan[name]), _medians(plan, name))
         for name, settings in named.items()
@@ -89,7 +89,7 @@ def _medians(plan: Plan, name: str) -> dict[str, float | None]:
 def write_search(
     candidates: list[Candidate], datasets: list[str], about: Mapping[str, Any], files: Path
 ) -> None:
-    """Writes `FILES.md`, which appears whole."""
+    """Write `FILES.md`, which appears whole or not at all."""
     rows = [
         [
             candidate.name,

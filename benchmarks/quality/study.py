@@ -1,4 +1,4 @@
-"""What the finished runs of a study say: medians over seeds, and effects with their intervals.
+"""Results of a study's finished runs: medians over seeds, and effects with their intervals.
 
 Datasets of a folder of windows are pooled: a metric of a seed is that of the rows of all windows
 (`recsys.evaluation.bootstrap`). An effect is the difference of a cell to its baseline, with an
@@ -22,7 +22,7 @@ from recsys.diagnostics.run_report.item_popularity import CountRange, count_rang
 from recsys.evaluation.bootstrap import Interval, paired_difference, pooled_metric
 from recsys.evaluation.scores import SplitScores, read_scores, scores_file
 
-# What a table shows: metric and part of the items.
+# Columns of a table: metric and part of the items.
 COLUMNS = {
     "AUC": ("auc", "all"),
     "GAUC": ("gauc", "all"),
@@ -44,19 +44,19 @@ class CellResult:
     scores: list[list[SplitScores]]
 
     def of_seeds(self, column: str) -> dict[int, float]:
-        """A column of `COLUMNS` by seed; seeds whose rows do not define it are left out."""
+        """Return a column of `COLUMNS` by seed; seeds whose rows do not define it are left out."""
         metric, part = COLUMNS[column]
         seeds = [of_data[0].seed for of_data in self.runs]
         values = [pooled_metric(of_data, metric, part) for of_data in self.scores]
         return {seed: value for seed, value in zip(seeds, values) if value is not None}
 
     def median(self, column: str) -> float | None:
-        """Over seeds."""
+        """Return the median of a column over seeds."""
         return median_of_known(list(self.of_seeds(column).values()))
 
     @property
     def best_model_by(self) -> BestModelBy:
-        """What chose the models that are tested."""
+        """Metric that chose the tested models."""
         run = self.runs[0][0]
         return load_config(run.recipe, list(run.overrides)).best_model_by
 
@@ -66,20 +66,20 @@ class CellResult:
         return max(int(scores.counts.max(initial=1)) for scores in self.scores[0])
 
     def median_seed(self) -> int:
-        """Index of the seed with the median validation AUC; the lower of two."""
+        """Return the index of the seed with the median validation AUC; the lower of two."""
         aucs = [validation_metric(of_data, "auc") or 0.0 for of_data in self.runs]
         order = sorted(range(len(aucs)), key=lambda seed: aucs[seed])
         return order[(len(order) - 1) // 2]
 
     def by_count(self, metric: str, edges: Sequence[int]) -> dict[str, float | None]:
-        """A metric's median over seeds by the training impressions of the row's item.
+        """Return a metric's median over seeds by the training impressions of the row's item.
 
         Args:
             metric: `auc` or `gauc`.
             edges: the least count of each range, ascending; the last range has no end.
 
         Returns:
-            by the name of the range.
+            Values by the name of the range.
         """
         found = {}
         for of_counts in count_ranges(edges):
@@ -94,7 +94,7 @@ class Effect:
     """The difference of a cell to its baseline, by column of `EFFECTS`.
 
     intervals: of the mean over seeds; None where the rows do not define the metric.
-    of_seeds: the difference of each seed that both have; seeds that do not define it are left out.
+    of_seeds: the difference for each seed of both; seeds that do not define it are left out.
     """
 
     cell: Cell
@@ -103,7 +103,7 @@ class Effect:
 
 
 def read_results(cells: Sequence[Cell], plan: Plan) -> list[CellResult]:
-    """The scores of the cells that the plan, of finished runs, has.
+    """Read the scores of the cells that are in the plan of finished runs.
 
     Raises:
         ValueError: a file of scores cannot be read.
@@ -122,10 +122,10 @@ def read_results(cells: Sequence[Cell], plan: Plan) -> list[CellResult]:
 
 
 def effects(results: Sequence[CellResult]) -> list[Effect]:
-    """Of each cell whose baseline has results too.
+    """Compute the effect of each cell whose baseline has results too.
 
     Raises:
-        ValueError: runs on one dataset have scored other rows.
+        ValueError: runs on one dataset have scored different rows.
     """
     by_name = {result.cell.name: result for result in results}
     pairs = [
@@ -137,10 +137,10 @@ def effects(results: Sequence[CellResult]) -> list[Effect]:
 
 
 def against_peers(results: Sequence[CellResult]) -> list[Effect]:
-    """The recipe, where it is among the results, with each of `PEERS` as its baseline.
+    """Compare the recipe, if it is among the results, with each of `PEERS` as its baseline.
 
     Raises:
-        ValueError: runs on one dataset have scored other rows.
+        ValueError: runs on one dataset have scored different rows.
     """
     by_name = {result.cell.name: result for result in results}
     if RECIPE.name not in by_name:
@@ -165,7 +165,7 @@ def _effect(first: CellResult, second: CellResult) -> Effect:
 
 
 def validation_metric(runs: Sequence[Training], metric: str, part: str = "all") -> float | None:
-    """The mean over datasets, by their rows, of the model that validation chose."""
+    """Average a validation metric of the chosen models over datasets, weighted by their rows."""
     reports = [run.metrics()["valid"] for run in runs]
     reports = [report if part == "all" else report[part] for report in reports]
     known = [report for report in reports if report[metric] is not None]
@@ -176,12 +176,13 @@ def validation_metric(runs: Sequence[Training], metric: str, part: str = "all") 
 
 
 def median_of_known(values: Sequence[float | None]) -> float | None:
+    """Return the median of the defined values; None if there are none."""
     known = [value for value in values if value is not None]
     return median(known) if known else None
 
 
 def _within(scores: SplitScores, of_counts: CountRange) -> SplitScores:
-    """The rows of items with so many training impressions."""
+    """Select the rows of items whose training impressions are in the range."""
     inside = of_counts.holds(scores.counts)
     names = ("positions", "groups", "items", "counts", "labels", "logits")
     chosen: dict[str, Any] = {name: getattr(scores, name)[inside] for name in names}

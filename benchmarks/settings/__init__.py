@@ -1,8 +1,8 @@
 """The settings that benchmarks measure: a recipe each and the synthetic dataset it runs on.
 
-Setting A has stored features of text and image, so that all but the encoders is measured. Setting B
-has raw text through a small real encoder, so that encoders are most of it. Each has a quick form of
-a few seconds for tests, whose figures mean nothing.
+Setting A has stored features of text and image, so that everything except encoders is measured.
+Setting B has raw text through a small real encoder, so that encoders are most of it. Each has a
+quick form of a few seconds for tests, whose figures mean nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Setting:
-    """A recipe, the size of its data, and what both become where speed does not matter."""
+    """A recipe, the size of its data, and overrides of the recipe."""
 
     name: str
     recipe: Path
@@ -26,11 +26,11 @@ class Setting:
     overrides: tuple[str, ...] = ()  # command-line words of `recsys train`
 
     def with_data(self, **sizes: Any) -> Setting:
-        """The same recipe on another dataset; `sizes` replace fields of `DatasetSize`."""
+        """Return the same recipe on another dataset; `sizes` replace fields of `DatasetSize`."""
         return replace(self, size=replace(self.size, **sizes))
 
     def prepared(self, out: Path) -> tuple[str, tuple[str, ...]]:
-        """Writes the dataset under `out`, unless it is there; its folder and the overrides.
+        """Write the dataset under `out` if it is missing; return its folder and the overrides.
 
         The caches of encoded items go beside it, so that all variants of a setting share them.
         """
@@ -60,7 +60,7 @@ B = Setting("B", FOLDER / "b.yaml", DatasetSize(num_items=4_000, words=22, text_
 
 
 def setting(name: str, quick: bool = False) -> Setting:
-    """Setting `A` or `B`, in full or in its quick form.
+    """Return setting `A` or `B`, in full or in its quick form.
 
     Raises:
         ValueError: there is no such setting.

@@ -1,1 +1,1 @@
-"""Times training steps on one or more ranks, in rounds, beside what the machine can do."""
+"""Timing of training steps on one or more ranks, in rounds, beside the machine's limits."""

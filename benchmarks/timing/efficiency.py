@@ -1,4 +1,4 @@
-"""A measured step beside its roofline: what each part took, and the least it could take."""
+"""A measured step beside its roofline: the time of each part, and the least it could take."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Efficiency:
 
     @staticmethod
     def of(measured: Measurement) -> Efficiency:
+        """Compute costs and rooflines of a measurement."""
         report = measured.reports[0]
         assert report.sizes is not None
         costs = step_costs(report.sizes, BatchCounts.mean(report.counts), measured.world_size)
@@ -32,7 +33,7 @@ class Efficiency:
 
     @property
     def roofline(self) -> float:
-        """Seconds of the whole step."""
+        """Roofline of the whole step in seconds."""
         return sum(self.rooflines.values())
 
     @property
@@ -44,12 +45,12 @@ class Efficiency:
         return dict(sorted(above.items(), key=lambda item: -item[1]))
 
     def share(self, measured: Measurement) -> float:
-        """The roofline's share of the step."""
+        """Return the roofline's share of the step."""
         return self.roofline / measured.step_seconds
 
 
 def plain_parts(measured: Measurement) -> dict[str, float]:
-    """Seconds by part without what the profiler costs: its shares, of the median step."""
+    """Return seconds by part without the profiler's overhead: its shares, of the median step."""
     parts = {name: value["median"] for name, value in measured.profile["parts"].items()}
     total = sum(parts.values())
     return {name: seconds / total * measured.step_seconds for name, seconds in parts.items()}

@@ -1,9 +1,9 @@
 """The processes that a variant's steps run in.
 
-Each variant has processes of its own, one per rank with as many threads as asked, so that its peak
+Each variant has processes of its own, one per rank with as many threads as set, so that its peak
 of memory is its own and variants on one and on two ranks can take turns; the others sleep
-meanwhile. Under torchrun or torchx the ranks are there already: all variants then live side by
-side in each of them.
+meanwhile. Under torchrun or torchx the ranks are already running: all variants are then in
+each of them.
 """
 
 from __future__ import annotations
@@ -44,19 +44,20 @@ STATUS, CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank tells at the end."""
+    """Counts and memory that one rank reports at the end."""
 
     rows: int
-    peak_bytes: int  # of resident memory, during the steps
-    resting_bytes: int  # before them
-    counts: list[BatchCounts]  # of all steps, where the product runs
+    peak_bytes: int  # peak of resident memory during the steps
+    resting_bytes: int  # resident memory before the steps
+    counts: list[BatchCounts]  # of all steps; empty for the plain twin
     sizes: ModelSizes | None
 
 
 class RankSteps:
-    """A variant's steps on one rank: what the process is asked to do."""
+    """A variant's steps on one rank: the methods that a process can be asked to run."""
 
     def __init__(self, variant: Variant, ranks: Ranks) -> None:
+        """Build the steps and reset the peak of memory. A collective."""
         self.ranks = ranks
         self.steps: Steps = build_steps(variant, ranks)
         self.counts: list[BatchCounts] = []
@@ -64,7 +65,7 @@ class RankSteps:
         self.resting = psutil.Process().memory_info().rss
 
     def run(self, count: int) -> list[float]:
-        """Seconds of each of `count` steps. A collective."""
+        """Time each of `count` steps, in seconds. A collective."""
         dist.barrier(group=self.ranks.group)
         seconds = []
         for _ in range(count):
@@ -76,17 +77,19 @@ class RankSteps:
         return seconds
 
     def anchor(self, gemm_size: int = GEMM_SIZE, copy_bytes: int = COPY_BYTES) -> Anchor:
-        """Of all ranks at once. A collective."""
+        """Measure the anchor on all ranks at once. A collective."""
         dist.barrier(group=self.ranks.group)
         return measure_anchor(gemm_size, copy_bytes, self.ranks.device)
 
     def profile(self, steps: int) -> dict[str, Any]:
+        """Profile some steps."""
         return self.steps.profile(steps)
 
     def report(self) -> RankReport:
+        """Report rows, memory and counts."""
         status = STATUS.read_text()
         marked = int(status.split("VmHWM:")[1].split()[0]) * 1024
-        # The kernel keeps the mark apart from the count and some pages late.
+        # The kernel updates the peak separately from the current size, and counts some pages late.
         peak = max(marked, self.resting)
         return RankReport(self.steps.rows, peak, self.resting, self.counts, self.steps.sizes)
 
@@ -94,18 +97,23 @@ class RankSteps:
 class Processes(Protocol):
     """The ranks of a variant: `call` runs a method of `RankSteps` on each, in rank order."""
 
-    def call(self, method: str, *arguments: Any) -> list[Any]: ...
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of `RankSteps` on each rank; return the results in rank order."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the processes."""
+        ...
 
 
 def is_launched() -> bool:
-    """Whether torchrun or torchx started this process as one of several ranks."""
+    """Return whether torchrun or torchx started this process as one of several ranks."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def require_not_launched(benchmark: str) -> None:
-    """
+    """Require that this process was not started as one of several ranks.
+
     Raises:
         ValueError: several ranks were started for a benchmark that starts its own.
     """
@@ -117,23 +125,27 @@ def require_not_launched(benchmark: str) -> None:
 
 
 class HereProcesses:
-    """The ranks that this process is one of."""
+    """The ranks of the job that this process belongs to."""
 
     def __init__(self, variant: Variant, ranks: Ranks) -> None:
+        """Build the variant's steps. A collective."""
         self.steps = RankSteps(variant, ranks)
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method on this rank; return the results of all ranks. A collective."""
         mine = getattr(self.steps, method)(*arguments)
         return self.steps.ranks.gather(mine)
 
     def close(self) -> None:
-        pass
+        """Do nothing: this process continues."""
+        pass  # noqa: PIE790
 
 
 class OwnProcesses:
-    """New processes, which wait for what they are asked."""
+    """New processes, which wait for calls."""
 
     def __init__(self, variant: Variant, threads: int) -> None:
+        """Start one process per rank."""
         self.variant = variant
         job = (variant.ranks, _free_port())
         context = multiprocessing.get_context("spawn")
@@ -152,16 +164,16 @@ class OwnProcesses:
                 self.processes.append(process)
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        """Results of all ranks.
+        """Call a method on each rank; return the results of all ranks.
 
         Raises:
-            RuntimeError: a rank raised, or is gone.
+            RuntimeError: a rank raised, or its process has ended.
         """
         for connection in self.connections:
             connection.send((method, arguments))
         results: dict[int, Any] = {}
         while len(results) < len(self.connections):
-            # Whichever answers: one that failed leaves the others waiting in a collective.
+            # Whichever rank answers: one that failed leaves the others waiting in a collective.
             waiting = [rank for rank in range(len(self.connections)) if rank not in results]
             ready = wait([self.connections[rank] for rank in waiting])
             for rank in waiting:
@@ -179,6 +191,7 @@ class OwnProcesses:
         return result
 
     def close(self) -> None:
+        """Kill the processes and close their connections."""
         for process in self.processes:
             process.kill()
             process.join()
@@ -187,7 +200,7 @@ class OwnProcesses:
 
 
 def silence_advice_to_library_developers() -> None:
-    """Deprecations inside torch and TorchRec, which users of a benchmark cannot mend."""
+    """Ignore deprecations inside torch and TorchRec, which users of a benchmark cannot fix."""
     for name in ("torchrec", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
@@ -196,11 +209,11 @@ def silence_advice_to_library_developers() -> None:
 def _serve(
     variant: Variant, rank: int, world_size: int, port: int, threads: int, connection: Connection
 ) -> None:
-    """A rank's process: builds the variant, then does as asked until it is killed."""
+    """Serve calls as one rank: build the variant, then answer until the process is killed."""
     silence_advice_to_library_developers()
     torch.set_num_threads(threads)
     for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
-        del os.environ[name]  # of a torchrun that started the benchmark, not this rank
+        del os.environ[name]  # set by a torchrun that started the benchmark, not for this rank
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),

@@ -1,7 +1,7 @@
-"""Times variants against each other in one run: a few steps of each in turn, round after round.
+"""Time variants against each other in one run: a few steps of each in turn, round after round.
 
-A machine that does other things meanwhile is slower in some minutes than in others. Of variants
-that take turns, the ratio within a round suffers little from that; the median over rounds is
+A machine with other load is slower in some minutes than in others. For variants that
+take turns, the ratio within a round is hardly affected; the median over rounds is
 reported, with the lowest and the highest.
 """
 
@@ -33,14 +33,16 @@ from recsys.distributed.ranks import joined_ranks
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure.
+    """Length of a measurement.
 
     warm_up: steps before the first round, at least 1.
-    rounds, steps: rounds, and the least steps of each variant in each.
-    seconds: the least that a variant's steps of a round take; quick steps are then more in number.
+    rounds: number of rounds.
+    steps: the least steps of each variant in a round.
+    seconds: the least time of a variant's steps in a round; quick steps are then repeated.
     profiled: steps under the profiler at the end; 0: none.
-    threads: of each rank.
-    gemm_size, copy_bytes: of the anchors.
+    threads: threads of each rank.
+    gemm_size: size of the anchor's matrix product.
+    copy_bytes: size of the anchor's copy.
     """
 
     warm_up: int = 4
@@ -53,6 +55,7 @@ class Effort:
     copy_bytes: int = 256 * 2**20
 
     def __post_init__(self) -> None:
+        """Check the numbers."""
         for name in ("warm_up", "rounds", "steps", "threads", "gemm_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"effort.{name} is {getattr(self, name)}; it must be at least 1")
@@ -66,44 +69,44 @@ QUICK_EFFORT = Effort(
 
 @dataclass
 class Measurement:
-    """What was measured of one variant."""
+    """Measurements of one variant."""
 
     variant: Variant
     world_size: int
-    seconds: list[list[float]]  # by round: of each step, on the first rank
+    seconds: list[list[float]]  # by round: seconds of each step, on the first rank
     anchors: list[Anchor]  # of all rounds and ranks
     reports: list[RankReport]  # by rank
     profile: dict[str, Any] = field(default_factory=dict)  # see `recsys.diagnostics.profile.report`
 
     @property
     def rows(self) -> int:
-        """Per step, on all ranks."""
+        """Rows per step, on all ranks."""
         return sum(report.rows for report in self.reports)
 
     @property
     def step_seconds(self) -> float:
-        """Median over all steps."""
+        """Median seconds over all steps."""
         return median(second for of_round in self.seconds for second in of_round)
 
     def samples_per_second(self, percentile: float) -> float:
-        """The rate that so many percent of the steps stay under."""
+        """Return the rate that `percentile` percent of the steps stay under."""
         all_seconds = [second for of_round in self.seconds for second in of_round]
         return self.rows / float(np.percentile(all_seconds, 100 - percentile))
 
     @property
     def counts(self) -> list[BatchCounts]:
-        """Of all steps and ranks; empty for the plain twin."""
+        """Counts of all steps and ranks; empty for the plain twin."""
         return [count for report in self.reports for count in report.counts]
 
     @property
     def peak_bytes(self) -> int:
-        """Of the rank that needs most."""
+        """Peak of memory of the rank that needs most."""
         return max(report.peak_bytes for report in self.reports)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times the samples/s of another variant, over rounds."""
+    """Ratio of samples/s to those of another variant, over rounds."""
 
     median: float
     lowest: float
@@ -111,7 +114,7 @@ class Ratio:
 
 
 def ratio(this: Measurement, other: Measurement) -> Ratio:
-    """Of samples/s, round by round."""
+    """Compute the ratio of samples/s, round by round."""
     ratios = [
         (this.rows / median(mine)) / (other.rows / median(theirs))
         for mine, theirs in zip(this.seconds, other.seconds, strict=True)
@@ -120,12 +123,12 @@ def ratio(this: Measurement, other: Measurement) -> Ratio:
 
 
 def measure(variants: Sequence[Variant], effort: Effort, here: bool = False) -> list[Measurement]:
-    """Measures the variants in turns.
+    """Measure the variants in turns.
 
     Args:
-        variants: with different names.
-        effort: how long.
-        here: in this process instead of in new ones, which all variants then share; under torchrun
+        variants: variants with different names.
+        effort: length of the measurement.
+        here: measure in this process instead of in new ones, shared by all variants; under torchrun
             always, in each of its ranks, whatever number of ranks a variant names.
 
     Raises:
@@ -161,7 +164,7 @@ def _measure(
     anchors: list[list[Anchor]] = [[] for _ in variants]
     steps = []
     for processes in opened:
-        warm = processes.call("run", effort.warm_up)[0]  # of the first rank: all agree
+        warm = processes.call("run", effort.warm_up)[0]  # seconds of the first rank: all agree
         steps.append(max(effort.steps, math.ceil(effort.seconds / warm[-1])))
     for _ in range(effort.rounds):
         for index, processes in enumerate(opened):

@@ -38,16 +38,16 @@ from recsys.training.trainer import require_pipelined
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing to time.
+    """A variant of training steps to time.
 
-    name: in tables.
-    recipe, data, overrides: as `recsys train` takes them.
+    name: name in tables.
+    recipe: as for `recsys train`; so are `data` and `overrides`.
     kind: the product, or its plain PyTorch twin with the same settings.
-    ranks: processes with one thread each.
-    apart: each of them is a job of one rank, so that none sends anything: what the machine gives to
-        so many processes at once.
-    loaded_batches: so many are loaded beforehand and used in turn; 0: the loader runs within the
-        steps.
+    ranks: number of processes, one thread each unless set otherwise.
+    apart: each process is a job of one rank, so that none sends anything: the machine's limit for
+        this number of processes.
+    loaded_batches: number of batches loaded beforehand and used in turn; 0: the loader runs within
+        the steps.
     """
 
     name: str
@@ -60,41 +60,42 @@ class Variant:
     loaded_batches: int = 16
 
     def config(self) -> Config:
-        """The settings, checked."""
+        """Load and check the settings."""
         return load_config(self.recipe, list(self.overrides))
 
     def changed(self, name: str, *overrides: str, **fields: Any) -> Variant:
-        """Another variant, with more overrides; `fields` replace others."""
+        """Return another variant, with more overrides; `fields` replace others."""
         return replace(self, name=name, overrides=(*self.overrides, *overrides), **fields)
 
 
 class Steps(Protocol):
-    """What can be timed on each rank."""
+    """Steps that can be timed, on each rank."""
 
-    rows: int  # of this rank, per step
-    sizes: ModelSizes | None  # None where nothing is known of the costs
+    rows: int  # rows of this rank, per step
+    sizes: ModelSizes | None  # None where the costs are not known
 
     def counts(self) -> list[BatchCounts]:
-        """Of the last step; none where the product does not run."""
+        """Return the counts of the last step; none for the plain twin."""
 
     def step(self) -> None:
-        """One training step. A collective."""
+        """Run one training step. A collective."""
 
     def profile(self, steps: int) -> dict[str, Any]:
-        """Seconds by part of the step, and collectives, as `profile.json` has them."""
+        """Return seconds by part of the step, and collectives, in the format of `profile.json`."""
 
 
 def build_steps(variant: Variant, ranks: Ranks) -> Steps:
-    """Builds what a variant names. A collective."""
+    """Build the steps of a variant. A collective."""
     if variant.kind == "plain":
         return PlainSteps(variant, ranks)
     return ProductSteps(variant, ranks)
 
 
 class ProductSteps:
-    """Steps of a job, as the trainer makes them. Building them is a collective."""
+    """Steps of a job, as in the trainer. Building them is a collective."""
 
     def __init__(self, variant: Variant, ranks: Ranks) -> None:
+        """Build the job and load its batches. A collective."""
         config = variant.config()
         self.rows = config.batch_size
         self.ranks = ranks
@@ -113,10 +114,11 @@ class ProductSteps:
         )
         self.sizes: ModelSizes | None = sizes_of(self.job, loaded[0])
         self.num_steps = 0
-        self.batch: Batch | None = None  # of the last step
+        self.batch: Batch | None = None  # batch of the last step
         self.job.model.train()
 
     def step(self) -> None:
+        """Run one training step. A collective."""
         job = self.job
         losses, _, batch = cast(Any, job.pipeline.progress(self.batches))
         if self.num_steps == 0:
@@ -129,16 +131,18 @@ class ProductSteps:
             raise error
 
     def counts(self) -> list[BatchCounts]:
+        """Return the counts of the last step's batch."""
         return [] if self.batch is None else [BatchCounts.of(self.batch)]
 
     def profile(self, steps: int) -> dict[str, Any]:
+        """Profile some steps; return rank 0's report. A collective."""
         report: dict[str, Any] | None = None
         with tempfile.TemporaryDirectory() as folder:
             profile = StepProfile(
                 self.job.em3, self.ranks, steps, Path(folder), say=lambda text: None
             )
             with profile:
-                # As many without profiler, then one that pays for its start.
+                # The same number without profiler, then one step that bears the profiler's start.
                 for _ in range(FIRST_STEPS + steps + 1 + steps):
                     self.step()
                     profile.step()
@@ -148,7 +152,10 @@ class ProductSteps:
 
 
 def sizes_of(job: Job, batch: Batch) -> ModelSizes:
-    """Counts what the cost of a job's steps follows from, on a batch like theirs. A collective."""
+    """Count the sizes that determine the cost of a job's steps, on one of its batches.
+
+    A collective.
+    """
     tables = table_configs(job.config, job.schema)
     return ModelSizes.of(job.config, job.schema, job.em3, tables, job.model.plan, batch)
 
@@ -157,6 +164,7 @@ class PlainSteps:
     """Steps of the plain twin; of several ranks each trains its own, without communication."""
 
     def __init__(self, variant: Variant, ranks: Ranks) -> None:
+        """Build the twin and load its batches."""
         config = variant.config()
         self.rows = config.batch_size
         self.sizes: ModelSizes | None = None
@@ -168,9 +176,11 @@ class PlainSteps:
         self.parts: list[dict[str, float]] = []
 
     def counts(self) -> list[BatchCounts]:
+        """Return no counts: the twin has none."""
         return []
 
     def step(self) -> None:
+        """Run one training step."""
         batch, moments = next(self.batches), [time.perf_counter()]
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -187,6 +197,7 @@ class PlainSteps:
         )
 
     def profile(self, steps: int) -> dict[str, Any]:
+        """Time some steps by part."""
         for _ in range(steps):
             self.step()
         last = self.parts[-steps:]
@@ -199,7 +210,7 @@ class PlainSteps:
 
 
 def endless(interactions: Interactions, num_workers: int) -> Generator[Batch]:
-    """The batches of one epoch after the other."""
+    """Yield the batches of one epoch after the other."""
     for epoch in itertools.count():
         interactions.begin(epoch)
         yield from loader(interactions, num_workers, pin_memory=False)

@@ -1,7 +1,7 @@
 """The memory bank: one vector per item that is written as items are encoded, and read by id.
 
 `sharded` cuts it over the ranks (`MemoryBank`), `replicated` keeps it whole on each
-(`ReplicatedMemoryBank`); `routes` says how rows travel between ranks (`BankRoute`).
+(`ReplicatedMemoryBank`); `routes` defines how rows travel between ranks (`BankRoute`).
 `build_memory_bank` chooses between the two.
 """
 

@@ -1,11 +1,11 @@
 """A memory bank that every rank holds whole, for item sets that fit: reads cost no communication.
 
 A step reads far more vectors than it writes: the items of all histories against the items to rank.
-Where each rank has all rows, only what was written travels. The rows are the same on every rank at
+Where each rank has all rows, only written rows travel. The rows are the same on every rank at
 any time, and the same as those of a :class:`~embeddings.memory_bank.sharded.MemoryBank`; a
 checkpoint of either loads into the other.
 
-Shapes: U ids, D dimension, W ranks.
+Shapes: U ids, D dimension, W ranks, P ids per rank after padding.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,30 +20,30 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from embeddings.memory_bank.routes import BankRoute, Routes
 from embeddings.memory_bank.sharded import MemoryBank
 
-# A replica may be this large. Beyond so many ranks, what all of them write is more than what one
-# of them reads.
+# A replica may be this large. With more ranks than MAX_REPLICAS, the rows that all of them write
+# exceed the rows that one of them reads.
 MAX_REPLICA_BYTES = 256 * 2**20
 MAX_REPLICAS = 16
 
 
 @dataclass(frozen=True)
 class _Write:
-    """Vectors on their way from all ranks; those sent must live as long as they travel."""
+    """An all-gather of written vectors in progress; `sent` must live until it has ended."""
 
     work: Any
-    sent: Tensor
-    gathered: Tensor
+    sent: Tensor  # [P, D + 1]
+    gathered: Tensor  # [W * P, D + 1]
     route: BankRoute
 
 
 class ReplicatedMemoryBank(MemoryBank):
-    """The interface of :class:`~embeddings.memory_bank.sharded.MemoryBank`; `lookup` is no
-    collective.
+    """A memory bank that every rank holds whole; `lookup` is no collective.
 
-    What `update` writes travels until rows are read again.
+    The interface is that of :class:`~embeddings.memory_bank.sharded.MemoryBank`. Rows written by
+    `update` travel until rows are read again.
 
-    In its routes, `rows` are the ids that all ranks write, each once, and `order` says where their
-    vectors are among those gathered, of which each rank sends the `wanted_counts`.
+    In its routes, `rows` are the ids that all ranks write, each once; `order` holds the places of
+    their vectors among the gathered ones; each rank sends `wanted_counts` rows.
     """
 
     _capacity = 0  # ids that a rank sends beside their number
@@ -53,16 +53,21 @@ class ReplicatedMemoryBank(MemoryBank):
         rows = torch.zeros(self.num_items, self.dim + 1, device=self.device)
         return rows, rows[self._first : self._first + size]
 
-    def routes(self, reads: Tensor, writes: Tensor | None = None) -> Callable[[], Routes]:
+    def routes(
+        self,
+        reads: Tensor,  # [U]
+        writes: Tensor | None = None,  # [U]
+    ) -> Callable[[], Routes]:
+        """Begin to settle the route of `writes`; reads need none. A collective, as the result."""
         if writes is None:
             return lambda: (None, None)
         finish = self._write_route(writes)
         return lambda: (None, finish())
 
     def _write_route(self, ids: Tensor) -> Callable[[], BankRoute]:
-        """Begins to tell all ranks these ids [U]; call to finish. Both are collectives."""
+        """Begin to send these ids [U] to all ranks; the result finishes. Both are collectives."""
         ids = self._checked(ids).cpu()
-        # As many ids as were ever sent go with their number, so that one message mostly is enough.
+        # Up to `_capacity` ids travel with their count, so that one message is mostly enough.
         message = _padded(torch.cat([torch.tensor([len(ids)]), ids]), 1 + self._capacity)
         arrived = torch.empty(self.world_size * len(message), dtype=torch.int64)
         work = dist.all_gather_into_tensor(arrived, message, group=self._group, async_op=True)
@@ -84,14 +89,19 @@ class ReplicatedMemoryBank(MemoryBank):
         return finish
 
     @torch.no_grad()
-    def lookup(self, item_ids: Tensor, route: BankRoute | None = None) -> tuple[Tensor, Tensor]:
+    def lookup(
+        self,
+        item_ids: Tensor,  # [U]
+        route: BankRoute | None = None,
+    ) -> tuple[Tensor, Tensor]:  # vectors [U, D], steps int64 [U]
+        """Read vectors and the steps of their last writes from this rank; not a collective."""
         ids = self._checked(item_ids)
         self._finish_write()
         rows = self._rows.index_select(0, ids)
         return rows[:, : self.dim].contiguous(), rows[:, self.dim].long() - 1
 
     def _write(self, item_ids: Tensor, values: Tensor, route: BankRoute | None) -> None:
-        """Begins to send rows [U, D + 1] to all ranks. A collective."""
+        """Begin to send rows [U, D + 1] to all ranks. A collective."""
         self._finish_write()
         route = self._on_device(self._write_route(item_ids)() if route is None else route)
         padded = values.new_zeros(route.wanted_counts[0], self.dim + 1)
@@ -107,7 +117,7 @@ class ReplicatedMemoryBank(MemoryBank):
             self._rows[write.route.rows] = write.gathered.index_select(0, write.route.order)
 
     def finish_loading(self) -> None:
-        """Brings the block of each rank, loaded from a checkpoint, to all ranks. A collective."""
+        """Bring the block of each rank, loaded from a checkpoint, to all ranks. A collective."""
         padded = self._rows.new_zeros(self._block_size, self.dim + 1)
         padded[: len(self._block)] = self._block
         gathered = self._rows.new_empty(self.world_size * self._block_size, self.dim + 1)
@@ -116,19 +126,28 @@ class ReplicatedMemoryBank(MemoryBank):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Tensor | ShardedTensor]) -> None:
+        """Load the rows of this rank's block, then gather all blocks. A collective."""
         super().load_state_dict(state_dict)
         self.finish_loading()
 
 
-def _padded(ids: Tensor, length: int) -> Tensor:
-    """Returns the first `length` of them, or -1 behind them."""
+def _padded(
+    ids: Tensor,  # [U]
+    length: int,
+) -> Tensor:  # [length]
+    """Return the first `length` ids, filled up with -1."""
     padded = torch.full((length,), -1)
     padded[: len(ids)] = ids[:length]
     return padded
 
 
-def _last_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns ids but -1, rising, and the last place of each: alike on all ranks and devices."""
+def _last_of_each(
+    ids: Tensor,  # [N]
+) -> tuple[Tensor, Tensor]:  # [U], [U]
+    """Return the distinct ids without -1, rising, and the last place of each.
+
+    The result is the same on all ranks and devices.
+    """
     unique, of_unique = ids.unique(return_inverse=True)
     places = torch.arange(len(ids))
     last = torch.zeros_like(unique).scatter_reduce_(0, of_unique, places, "amax")
@@ -137,9 +156,12 @@ def _last_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_replicated(num_items: int, dim: int, world_size: int, placement: str) -> bool:
-    """Returns whether every rank holds the whole bank.
+    """Return whether every rank holds the whole bank.
 
     Args:
+        num_items: rows of the bank.
+        dim: dimension of a vector, D.
+        world_size: number of ranks, W.
         placement: `sharded`, `replicated`, or `auto`: replicated where that is small and the ranks
             are few.
     """
@@ -154,7 +176,7 @@ def build_memory_bank(
     process_group: dist.ProcessGroup | None,
     placement: str = "auto",
 ) -> MemoryBank:
-    """Builds the memory bank of a job; `placement` as for :func:`is_replicated`."""
+    """Build the memory bank of a job; `placement` as for :func:`is_replicated`."""
     world_size = 1 if process_group is None else dist.get_world_size(process_group)
     whole = is_replicated(num_items, dim, world_size, placement)
     return (ReplicatedMemoryBank if whole else MemoryBank)(num_items, dim, device, process_group)

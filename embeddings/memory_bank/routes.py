@@ -1,4 +1,4 @@
-"""How rows of a memory bank travel between ranks, settled by ids alone, ahead of the vectors.
+"""Routes of memory bank rows between ranks: settled from ids alone, ahead of the vectors.
 
 Shapes: U ids, W ranks.
 """
@@ -13,10 +13,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BankRoute:
-    """How the rows of some ids travel between the ranks that hold them and the one that asks.
+    """The route of the rows of some ids, from the ranks that hold them to the rank that asks.
 
-    order: int64 [U], the ids sorted by the rank that holds them; `wanted_counts` from each rank.
-    rows: int64, of this rank's block, what the others ask for, those of rank 0 first;
+    order: int64 [U], the order that sorts the ids by the rank that holds them; `wanted_counts` of
+        them are on each rank.
+    rows: int64, rows of this rank's block that the other ranks ask for, those for rank 0 first;
         `asked_counts` by each rank.
     """
 
@@ -32,9 +33,9 @@ Routes = tuple[BankRoute | None, BankRoute | None]  # to read, to write
 def exchange_routes(
     wanted: Sequence[Tensor], block_size: int, group: dist.ProcessGroup | None
 ) -> Callable[[], list[BankRoute]]:
-    """Begins to settle a route for each of several lists of ids [U], on the host; call to finish.
+    """Begin to settle a route for each of several lists of ids [U], on the host.
 
-    Both are collectives. Rank r holds the rows from r times `block_size` on.
+    Call the result to finish. Both are collectives. Rank r holds the rows from r * `block_size` on.
     """
     kinds, world_size = len(wanted), dist.get_world_size(group)
     first = dist.get_rank(group) * block_size

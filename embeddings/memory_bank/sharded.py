@@ -1,8 +1,8 @@
 """A store of one content vector per item, cut over the ranks in blocks of rows.
 
 Each step writes the vectors that it just computed; user histories read from here instead of
-running the encoder again (the memory bank of LEMUR, arXiv 2511.10962). Which rows go where is
-known as soon as the ids are: a `BankRoute` settles that for a whole batch ahead of its step, so
+running the encoder again (the memory bank of LEMUR, arXiv 2511.10962). The route of each row is
+known as soon as the ids are: a `BankRoute` settles it for a whole batch ahead of its step, so
 that the step itself sends vectors and nothing else.
 
 Shapes: U ids, D dimension, W ranks.
@@ -41,7 +41,7 @@ class MemoryBank:
     Args:
         num_items: ids run from 0 to num_items - 1.
         dim: size of a vector, D.
-        device: where the rows lie; lookups and updates take tensors of this device.
+        device: device of the rows; lookups and updates take tensors of this device.
         process_group: the ranks to cut the rows over.
 
     Example::
@@ -61,6 +61,7 @@ class MemoryBank:
         device: torch.device | str,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        """Allocate the rows of this rank, filled with zeros."""
         for name, value in [("num_items", num_items), ("dim", dim)]:
             if value < 1:
                 raise ValueError(f"memory bank: {name} is {value}; set at least 1")
@@ -83,8 +84,11 @@ class MemoryBank:
                 "the target item"
             ) from error
 
-    def _allocated(self, size: int) -> tuple[Tensor, Tensor]:
-        """Returns the rows on this rank, and among them the block that it answers for.
+    def _allocated(
+        self,
+        size: int,
+    ) -> tuple[Tensor, Tensor]:  # rows [.., D + 1], block [size, D + 1]
+        """Return the rows on this rank, and among them the block that this rank owns.
 
         The last column: step of the last write + 1, 0 if never written.
         """
@@ -93,14 +97,18 @@ class MemoryBank:
 
     @property
     def num_bytes(self) -> int:
-        """Of the rows on this rank."""
+        """Bytes of the rows on this rank."""
         return self._rows.nbytes
 
-    def routes(self, reads: Tensor, writes: Tensor | None = None) -> Callable[[], Routes]:
-        """Begins to settle routes for ids [U] to be read and for ids to be written.
+    def routes(
+        self,
+        reads: Tensor,  # [U]
+        writes: Tensor | None = None,  # [U]
+    ) -> Callable[[], Routes]:
+        """Begin to settle routes for ids [U] to read and for ids [U] to write.
 
-        What is returned gives them, None where none is needed, on the host, whatever the device of
-        the rows is. Both are collectives; what is done between them need not wait for other ranks.
+        Call the result to get them, on the host; None where no route is needed. Both calls are
+        collectives; work between them need not wait for other ranks.
 
         Raises:
             ValueError: an id is outside the bank.
@@ -122,7 +130,7 @@ class MemoryBank:
         ids = [self._checked(part).cpu() for part in wanted]
         return exchange_routes(ids, self._block_size, self._group)
 
-    def _route(self, ids: Tensor, route: BankRoute | None) -> BankRoute:
+    def _route(self, ids: Tensor, route: BankRoute | None) -> BankRoute:  # ids [U]
         return self._on_device(self._routes([ids])()[0] if route is None else route)
 
     def _on_device(self, route: BankRoute) -> BankRoute:
@@ -130,11 +138,11 @@ class MemoryBank:
 
     @torch.no_grad()
     def lookup(self, item_ids: Tensor, route: BankRoute | None = None) -> tuple[Tensor, Tensor]:
-        """Reads vectors, without gradient. A collective.
+        """Read vectors, without gradient. A collective.
 
         Args:
             item_ids: [U] integer ids.
-            route: of these ids, on the device of the rows; None: found now.
+            route: the route of these ids, on the device of the rows; None: computed now.
 
         Returns:
             vectors [U, D], zero where never written, and the step of the last write [U] int64,
@@ -159,14 +167,15 @@ class MemoryBank:
     def update(
         self, item_ids: Tensor, vectors: Tensor, step: int, route: BankRoute | None = None
     ) -> None:
-        """Writes vectors. Of an item written twice in one call, the later one of the highest
-        rank stays.
+        """Write vectors by id.
+
+        Where an id is written several times in one call, the last one of the highest rank stays.
 
         Args:
             item_ids: [U] integer ids.
             vectors: [U, D]; detached and stored as float32.
             step: the current step, stored as the age of the rows.
-            route: of these ids, on the device of the rows; None: found now.
+            route: the route of these ids, on the device of the rows; None: computed now.
 
         Raises:
             ValueError: an id or the step is out of range, or the shapes do not fit.
@@ -187,14 +196,17 @@ class MemoryBank:
             self._write(item_ids, values, route)
 
     def _write(self, item_ids: Tensor, values: Tensor, route: BankRoute | None) -> None:
-        """Sends rows [U, D + 1] to the ranks that hold them. A collective."""
+        """Send rows [U, D + 1] to the ranks that hold them. A collective."""
         route = self._route(item_ids, route)
         received = values.new_empty(len(route.rows), self.dim + 1)
         splits = route.asked_counts, route.wanted_counts
         dist.all_to_all_single(received, values[route.order], *splits, group=self._group)
         self._rows[route.rows] = received
 
-    def _checked(self, item_ids: Tensor) -> Tensor:
+    def _checked(
+        self,
+        item_ids: Tensor,  # [U]
+    ) -> Tensor:  # int64 [U]
         if item_ids.dim() != 1 or item_ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"memory bank: ids of shape {tuple(item_ids.shape)} and {item_ids.dtype}; pass "
@@ -209,16 +221,16 @@ class MemoryBank:
         return item_ids.to(self.device, torch.int64)
 
     def coverage(self) -> float:
-        """Returns the share of all items that were ever written, over all ranks."""
+        """Return the share of all items that were ever written, over all ranks."""
         return self._written_count_and_steps()[0] / self.num_items
 
     def mean_age(self, step: int) -> float:
-        """Steps since the last write, averaged over the items ever written; nan if none was."""
+        """Average the steps since the last write over the items ever written; nan if none was."""
         count, steps = self._written_count_and_steps()
         return step - steps / count if count else float("nan")
 
     def _written_count_and_steps(self) -> tuple[float, float]:
-        """Counts written items and sums the steps of their last writes. A collective."""
+        """Count written items and sum the steps of their last writes. A collective."""
         self._finish_write()
         marks = self._block[:, self.dim].double()
         count = (marks > 0).sum(dtype=torch.float64)
@@ -228,13 +240,13 @@ class MemoryBank:
         return float(totals[0]), float(totals[1])
 
     def _finish_write(self) -> None:
-        """Ends a write that goes on while other things are done; called before rows are read."""
+        """Finish a write that is still in progress; called before rows are read."""
 
     def finish_loading(self) -> None:
-        """Takes over what a checkpoint has loaded into `state_dict`. A collective."""
+        """Complete a load into `state_dict` from a checkpoint. A collective."""
 
     def state_dict(self) -> dict[str, Tensor | ShardedTensor]:
-        """Returns the rows, [num_items, D + 1], sharing memory with the bank.
+        """Return the rows, [num_items, D + 1], sharing memory with the bank.
 
         torch.distributed.checkpoint saves them from any number of ranks and loads them, in
         place, on any other; then call :meth:`finish_loading`.
@@ -257,7 +269,7 @@ class MemoryBank:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Tensor | ShardedTensor]) -> None:
-        """Takes over the rows of another bank's ``state_dict``, whole or cut over the same ranks.
+        """Load the rows of another bank's ``state_dict``, whole or cut over the same ranks.
 
         Raises:
             ValueError: the sizes differ, or the rows are cut over another number of ranks (load

@@ -1,7 +1,7 @@
-"""Raw ids to rows of a table: by a fixed map, by hashing, or by a map that learns while training.
+"""Map raw ids to rows of a table: by a fixed map, by hashing, or by a map learned while training.
 
-`fixed` holds what is known before training (`ExactVocabulary`, `HashVocabulary`), `bounded` the map
-that admits frequent ids and takes rows back (`BoundedVocabulary`), `row_sets` its sets of rows.
+`fixed` holds the maps known before training (`ExactVocabulary`, `HashVocabulary`), `bounded` the
+map that admits frequent and evicts rare ids (`BoundedVocabulary`), `row_sets` its sets of rows.
 """
 
 from embeddings.vocabulary.bounded import BoundedVocabulary

@@ -1,9 +1,9 @@
-"""Raw ids to rows of a table where ids come and go while training.
+"""Map raw ids to rows of a table, with ids that come and go while training.
 
-A table of fixed size serves a stream of ids without end: an id gets a row when it was seen often
-enough, and when all rows are taken, the least used one is given away. The rows are cut into sets
-of about a hundred; an id belongs to one set by hash and competes for the rows of that set alone
-(:mod:`embeddings.vocabulary.row_sets`). Sets, not ids, are dealt to the ranks, so that every rank
+A table of fixed size serves an endless stream of ids: an id gets a row once it was seen often
+enough, and when all rows are taken, the least used row is given to the new id. The rows are cut
+into sets of about a hundred; an id belongs to one set by hash and competes for the rows of that set
+alone (:mod:`embeddings.vocabulary.row_sets`). Each rank serves some of the sets, so that every rank
 sees the same map, and another number of ranks would give the same one.
 
 Shapes: N ids, U distinct ids, S sets, R rows per set.
@@ -26,18 +26,18 @@ from embeddings.vocabulary.fixed import check_num_embeddings, mix64
 from embeddings.vocabulary.row_sets import RowSets
 
 MAX_ROWS_PER_SET = 128
-# TrainPipelineSparseDist fetches the batch of step s before that of step s - 2 has run.
+# TrainPipelineSparseDist fetches the batch of step s before the step s - 2 has run.
 PIPELINED_STEPS = 2
 
 
 @dataclass(frozen=True)
 class VocabularyCounts:
-    """What happened in a bounded vocabulary, over all ranks."""
+    """Counts of events in a bounded vocabulary, over all ranks."""
 
     lookups: int
     unknown: int  # lookups of ids without a row
     admitted: int  # ids that got a row
-    evicted: int  # ids that lost theirs
+    evicted: int  # ids that lost their row
     known: int  # ids that have a row now
 
 
@@ -45,21 +45,21 @@ class BoundedVocabulary:
     """A map of at most ``num_embeddings - 1`` raw ids that learns them while training.
 
     Ids without a row have the row ``unknown_row``, the last of the table. When a set of rows is
-    full, a new id takes the row whose count of uses, halved every ``half_life`` steps, is least; of
-    equals the least recently used.
+    full, a new id takes the row with the smallest count of uses, halved every ``half_life`` steps;
+    among equals, the least recently used.
 
     A pipeline maps batches ahead of their step, so an id may lose its row to one in a later batch
     while its own batch has yet to run. Rows used in the last ``protect_steps`` steps are therefore
-    never given away, and whoever sees a row in :meth:`take_evicted_rows` may reset its weights at
-    once: every batch that knew it under its old id has run.
+    never given away, and the weights of a row in :meth:`take_evicted_rows` may be reset at once:
+    every batch that knew the row under its old id has run.
 
     With a process group every method but the properties is a collective: all ranks call it
     together, each with its own ids, also with none.
 
     Args:
         num_embeddings: rows of the table. Up to one in 64 is left unused, as sets are equal.
-        admit_after: an id gets a row when it was seen that often while training. Ids that wait
-            for it are forgotten when about as many others as the table has rows have come since.
+        admit_after: an id gets a row once it was seen this often while training. Waiting ids are
+            forgotten after about as many other ids have come as the table has rows.
         half_life: in steps; ``float("inf")`` for plain counts.
         protect_steps: at least the batches that a pipeline maps ahead.
         process_group: the ranks that train the table.
@@ -82,6 +82,7 @@ class BoundedVocabulary:
         protect_steps: int = PIPELINED_STEPS,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        """Check the arguments and allocate the sets of this rank."""
         self.num_embeddings = check_num_embeddings(num_embeddings)
         for name, value, lowest in [
             ("admit_after", admit_after, 1),
@@ -105,14 +106,17 @@ class BoundedVocabulary:
 
     @property
     def unknown_row(self) -> int:
-        """The row of ids that have none of their own."""
+        """Row of ids that have none of their own."""
         return self.num_embeddings - 1
 
-    def _set_of(self, ids: np.ndarray) -> np.ndarray:
+    def _set_of(
+        self,
+        ids: np.ndarray,  # [U]
+    ) -> np.ndarray:  # int64 [U]
         return (mix64(ids) % np.uint64(self.num_sets)).astype(np.int64)
 
     def rows_of(self, ids: Tensor, step: int, training: bool) -> Tensor:
-        """Returns the row of each id. A collective.
+        """Return the row of each id. A collective.
 
         Args:
             ids: int64 [N], raw.
@@ -137,7 +141,7 @@ class BoundedVocabulary:
     def _serve(
         self, ids: np.ndarray, counts: np.ndarray, step: int, training: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (rows of distinct ids [U] in sets of this rank, rows taken from other ids)."""
+        """Return (rows of distinct ids [U] in sets of this rank, rows taken from other ids)."""
         sets = self._set_of(ids) - self._first_set
         if training:
             rows, admitted, evicted = self._sets.use(sets, ids, counts, step)
@@ -150,7 +154,7 @@ class BoundedVocabulary:
     def _ask(
         self, ids: np.ndarray, counts: np.ndarray, step: int, training: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (rows of distinct ids [U], rows taken from others on any rank). A collective."""
+        """Return (rows of distinct ids [U], rows taken from others on any rank). A collective."""
         owner = np.searchsorted(self._bounds, self._set_of(ids), side="right") - 1
         order = np.argsort(owner, kind="stable")
         sizes = np.bincount(owner, minlength=self._world_size).tolist()
@@ -172,11 +176,15 @@ class BoundedVocabulary:
             evicted = self._exchange(told, [len(evicted)] * self._world_size)[0].numpy()
         return rows, evicted
 
-    def _exchange(self, values: Tensor, sizes: list[int]) -> tuple[Tensor, list[int]]:
-        """Sends each rank the next ``sizes[rank]`` values. A collective.
+    def _exchange(
+        self,
+        values: Tensor,  # [sum(sizes), ...]
+        sizes: list[int],
+    ) -> tuple[Tensor, list[int]]:
+        """Send each rank the next ``sizes[rank]`` values. A collective.
 
         Returns:
-            All that the ranks sent here, and how many values each sent.
+            The values that the ranks sent here, and how many each sent.
         """
         received = torch.empty(self._world_size, dtype=torch.int64)
         dist.all_to_all_single(received, torch.tensor(sizes), group=self._group)
@@ -186,17 +194,17 @@ class BoundedVocabulary:
         return result, received_sizes
 
     def take_evicted_rows(self) -> Tensor:
-        """Returns the rows given to other ids since the last call, the same on all ranks: int64.
+        """Return the rows given to other ids since the last call, the same on all ranks: int64 [N].
 
         Their weights and optimizer state are those of the old ids; reset them before the step
-        that the last :meth:`rows_of` was for.
+        passed to the last :meth:`rows_of`.
         """
         rows = torch.cat([torch.zeros(0, dtype=torch.int64), *self._evicted])
         self._evicted = []
         return rows
 
     def counts(self) -> VocabularyCounts:
-        """Returns what happened since the last call, over all ranks. A collective."""
+        """Return the counts since the last call, over all ranks. A collective."""
         totals = torch.from_numpy(np.append(self._counts, (self._sets.last_used >= 0).sum()))
         if self._group is not None:
             dist.all_reduce(totals, group=self._group)
@@ -204,10 +212,10 @@ class BoundedVocabulary:
         return VocabularyCounts(*totals.tolist())
 
     def state_dict(self) -> dict[str, Tensor | ShardedTensor]:
-        """Returns the map, the use of its rows and the ids that wait: [S, R] each, sharing memory.
+        """Return the map, the use of its rows and the ids that wait: [S, R] each, sharing memory.
 
         torch.distributed.checkpoint saves them from any number of ranks and loads them, in
-        place, on any other; the map then goes on as if nothing had happened.
+        place, on any other; the map then continues unchanged.
         """
         sets = self._sets
         arrays = {"ids": sets.ids, "last_used": sets.last_used, "scores": sets.scores}
@@ -215,7 +223,10 @@ class BoundedVocabulary:
             arrays |= {"waiting_ids": sets.waiting_ids, "waiting_counts": sets.waiting_counts}
         return {name: self._sharded(torch.from_numpy(array)) for name, array in arrays.items()}
 
-    def _sharded(self, local: Tensor) -> Tensor | ShardedTensor:
+    def _sharded(
+        self,
+        local: Tensor,  # [sets of this rank, R]
+    ) -> Tensor | ShardedTensor:  # [S, R]
         if self._group is None:
             return local
         pieces = []

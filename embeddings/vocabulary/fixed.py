@@ -1,6 +1,6 @@
-"""From raw ids, any 64-bit integers or strings, to rows of an embedding table.
+"""Map raw ids, any 64-bit integers or strings, to rows of an embedding table.
 
-Three ways, chosen by how the ids live. :class:`ExactVocabulary` is a map made once from all data:
+Three classes, for three kinds of ids. :class:`ExactVocabulary` is a map made once from all data:
 every id has a row of its own. :class:`HashVocabulary` needs no data: an id gets several rows by
 several hash functions, so that two ids hardly ever share all of them (the hashing trick with
 several functions, arXiv 1709.03933). :class:`~embeddings.vocabulary.bounded.BoundedVocabulary`
@@ -24,7 +24,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 
 def mix64(keys: np.ndarray) -> np.ndarray:
-    """Returns a bijection of the 64-bit integers that scatters them: the finaliser of splitmix64.
+    """Scatter 64-bit integers by a bijection, the finaliser of splitmix64.
 
     Args:
         keys: int64 or uint64 [N].
@@ -39,7 +39,7 @@ def mix64(keys: np.ndarray) -> np.ndarray:
 
 
 def is_id_type(kind: pa.DataType) -> bool:
-    """Returns whether values of this type can be raw ids: integers or strings of any width."""
+    """Return whether values of this type can be raw ids: integers or strings of any width."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return pa.types.is_integer(kind) or _is_string(kind)
@@ -52,7 +52,7 @@ def _is_string(kind: pa.DataType) -> bool:
 
 
 def _plain_ids(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Returns the ids as one array of int64 or large_string without nulls."""
+    """Return the ids as one array of int64 or large_string without nulls."""
     if not is_id_type(ids.type):
         raise ValueError(f"ids of type {ids.type}; ids are integers or strings")
     if isinstance(ids, pa.ChunkedArray):
@@ -72,7 +72,7 @@ def _plain_ids(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 
 def _keys(plain: pa.Array) -> np.ndarray:
-    """Returns int64 [N]: integers as they are, strings by 64 bits of BLAKE2b."""
+    """Return int64 keys [N]: integers as they are, strings by 64 bits of BLAKE2b."""
     if pa.types.is_integer(plain.type):
         return plain.to_numpy(zero_copy_only=False)
     encoded = plain.dictionary_encode()  # each distinct string is hashed once
@@ -84,7 +84,7 @@ def _keys(plain: pa.Array) -> np.ndarray:
 
 
 def integer_ids(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """Returns raw ids as int64 [N]: integers as they are, strings by a stable 64-bit fingerprint.
+    """Return raw ids as int64 [N]: integers as they are, strings by a stable 64-bit fingerprint.
 
     Among ten million strings the chance that any two share a fingerprint is about 3 in a million.
 
@@ -115,28 +115,30 @@ class ExactVocabulary:
     """
 
     def __init__(self, num_embeddings: int) -> None:
+        """Start with an empty map."""
         self.num_embeddings = check_num_embeddings(num_embeddings)
         self._ids = pa.array([], pa.int64())  # in order of row
         self._ordered_keys = np.zeros(0, np.int64)
-        self._row_in_order = np.zeros(0, np.int64)  # of each ordered key
+        self._row_in_order = np.zeros(0, np.int64)  # row of each ordered key
 
     @property
     def unknown_row(self) -> int:
-        """The row of ids that the map does not know."""
+        """Row of ids that the map does not know."""
         return self.num_embeddings - 1
 
     def __len__(self) -> int:
+        """Count the ids of the map."""
         return len(self._ids)
 
     def extend(self, chunks: Iterable[pa.Array | pa.ChunkedArray]) -> int:
-        """Adds the ids that are new, behind those known; the number of them.
+        """Add the new ids behind the known ones and return how many they are.
 
         Args:
             chunks: raw ids, repeated or not, read one chunk at a time.
 
         Raises:
             ValueError: the ids do not fit the table, or are not all integers or all strings. The
-                map is then as before.
+                map is then unchanged.
         """
         before = self._ids, self._ordered_keys, self._row_in_order
         try:
@@ -170,14 +172,14 @@ class ExactVocabulary:
             raise ValueError(f"ids '{first}' and '{second}' have one fingerprint; rename one")
 
     def check_type(self, kind: pa.DataType) -> None:
-        """Raises a ValueError where ids of this Arrow type cannot be in the map."""
+        """Raise a ValueError if ids of this Arrow type cannot be in the map."""
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         own = "strings" if _is_string(self._ids.type) else "integers"
         if len(self) and _is_string(kind) != _is_string(self._ids.type):
             raise ValueError(f"the map holds {own}, these ids are {kind}; write them with one type")
 
     def find(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """Returns the rows of raw ids: int64 [N], -1 where the map does not know one.
+        """Return the rows of raw ids: int64 [N], -1 where the map does not know one.
 
         Raises:
             ValueError: an id is null or not of the map's type.
@@ -197,7 +199,7 @@ class ExactVocabulary:
         return np.where(known, rows, -1)
 
     def rows_of(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """Returns the rows of raw ids: int64 [N], ``unknown_row`` where the map does not know one.
+        """Return the rows of raw ids: int64 [N], ``unknown_row`` where the map does not know one.
 
         Raises:
             ValueError: an id is null or not of the map's type.
@@ -206,11 +208,11 @@ class ExactVocabulary:
         return np.where(rows < 0, self.unknown_row, rows)
 
     def is_extension_of(self, other: "ExactVocabulary") -> bool:
-        """Returns whether every id of ``other`` has here the row that it has there."""
+        """Return whether every id of ``other`` has the same row in this map."""
         return len(other) == 0 or self._ids.slice(0, len(other)).equals(other._ids)
 
     def save(self, path: str, filesystem: FileSystem | None = None) -> None:
-        """Writes the map as a Parquet file with columns ``id`` and ``row``."""
+        """Write the map as a Parquet file with columns ``id`` and ``row``."""
         table = pa.table({"id": self._ids, "row": np.arange(len(self))})
         pq.write_table(table, path, filesystem=filesystem)
 
@@ -218,7 +220,7 @@ class ExactVocabulary:
     def load(
         path: str, num_embeddings: int, filesystem: FileSystem | None = None
     ) -> "ExactVocabulary":
-        """Reads what :meth:`save` wrote.
+        """Read a map written by :meth:`save`.
 
         Raises:
             ValueError: the file is not such a map, or the map does not fit the table.
@@ -244,7 +246,7 @@ class HashVocabulary:
     """Rows of raw ids by hash functions, without a map: no id is unknown, and ids may collide.
 
     With K functions into n rows two ids share all their rows with probability about ``n ** -K``;
-    the sum of an id's K rows then still tells it from nearly all others.
+    the sum of an id's K rows then still distinguishes it from nearly all others.
 
     Args:
         num_embeddings: rows of the table, n.
@@ -260,15 +262,16 @@ class HashVocabulary:
     """
 
     def __init__(self, num_embeddings: int, num_hashes: int = 1, seed: int = 0) -> None:
+        """Check the sizes and derive one offset per hash function from the seed."""
         for name, value in [("num_embeddings", num_embeddings), ("num_hashes", num_hashes)]:
             if value < 1:
                 raise ValueError(f"{name} is {value}; set at least 1")
         self.num_embeddings, self.num_hashes = num_embeddings, num_hashes
-        # Far from each other, or the functions of one seed would be those of its neighbour.
+        # Far apart: otherwise one seed would share hash functions with the next seed.
         self._offsets = mix64(mix64(np.array([seed])) + np.arange(num_hashes, dtype=np.uint64))
 
     def rows_of(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """Returns the rows of raw ids: int64 [N, K].
+        """Return the rows of raw ids: int64 [N, K].
 
         Raises:
             ValueError: an id is null or neither integer nor string.
@@ -279,7 +282,7 @@ class HashVocabulary:
 
 
 def check_num_embeddings(num_embeddings: int) -> int:
-    """Requires two rows: one for unknown ids and another for a known one."""
+    """Require at least two rows: one for unknown ids and another for a known one."""
     if num_embeddings < 2:
         raise ValueError(
             f"num_embeddings is {num_embeddings}; set at least 2, as the last row is that of "

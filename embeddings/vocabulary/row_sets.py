@@ -1,8 +1,8 @@
-"""Which row of its set an id has: found, given, and taken away from the least used.
+"""Sets of rows: look up the row of an id, give it one, and evict the least used.
 
-A set is a group of rows that ids share by hash, as in set-associative caches. Small enough to be
-searched by comparison and to be scanned for its least used row, sets need no other structure than
-a few arrays by row, which are also what a checkpoint holds.
+A set is a group of rows that ids share by hash, as in set-associative caches. Sets are small enough
+to be searched by comparison and scanned for their least used row, so they need no other structure
+than a few arrays by row, which are also the state in a checkpoint.
 
 Shapes: S sets on this rank, R rows per set, N ids, each once.
 """
@@ -15,16 +15,16 @@ BLOCK = 4096  # ids compared with their sets at once: a few megabytes
 
 
 class RowSets:
-    """The ids in some sets of rows, with how much and when each was used.
+    """The ids in some sets of rows, with the count and the last step of their use.
 
     Rows of a set are filled from the first on and never emptied, so its free rows come last.
 
     Args:
         num_sets: S.
         rows_per_set: R.
-        admit_after: an id gets a row when it was seen that often.
+        admit_after: an id gets a row once it was seen this often.
         half_life: steps in which the use of a row, as it counts for eviction, fades to half.
-        protect_steps: rows used in the last so many steps are not evicted.
+        protect_steps: rows used in the last ``protect_steps`` steps are not evicted.
     """
 
     def __init__(
@@ -35,35 +35,38 @@ class RowSets:
         half_life: float,
         protect_steps: int,
     ) -> None:
+        """Allocate arrays [S, R] for sets without ids."""
         self.admit_after, self.half_life = admit_after, half_life
         self.protect_steps = protect_steps
         shape = (num_sets, rows_per_set)
         self.ids = np.zeros(shape, np.int64)
         self.last_used = np.full(shape, -1, np.int64)  # step; -1 where a row is free
         self.scores = np.zeros(shape, np.float64)  # faded count of uses, as of `last_used`
-        # Ids seen too seldom wait in slots given by hash, where a newcomer takes another's place.
+        # Ids not yet seen often enough wait in slots given by hash; a new id overwrites.
         waiting = shape if admit_after > 1 else (num_sets, 0)
         self.waiting_ids = np.zeros(waiting, np.int64)
         self.waiting_counts = np.zeros(waiting, np.int64)
 
     def find(self, sets: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Returns the row in its set of each id, -1 where it has none: int64 [N]."""
+        """Return the row of each id in its set, -1 where it has none: int64 [N]."""
         rows = np.empty(len(ids), np.int64)
         for start in range(0, len(ids), BLOCK):
             part = slice(start, start + BLOCK)
             rows[part] = (self.ids[sets[part]] == ids[part, None]).argmax(axis=1)
-        # A free row, or row 0 where nothing is equal, says that there is none.
+        # argmax gives 0 where nothing is equal, and a free row holds id 0: both mean no row.
         known = (self.ids[sets, rows] == ids) & (self.last_used[sets, rows] >= 0)
         return np.where(known, rows, -1)
 
     def use(
         self, sets: np.ndarray, ids: np.ndarray, counts: np.ndarray, step: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Counts a step's use of ids and gives rows to those that need one.
+        """Count a step's use of ids and give rows to the ids that need one.
 
         Args:
-            sets, ids, counts: int64 [N], counts of at least 1.
-            step: not smaller than in any call before.
+            sets: int64 [N], the set of each id.
+            ids: int64 [N].
+            counts: int64 [N], uses of each id, at least 1.
+            step: not smaller than in any earlier call.
 
         Returns:
             rows: of each id in its set, -1 where it has none, int64 [N].
@@ -90,7 +93,16 @@ class RowSets:
     def _give_rows(
         self, sets: np.ndarray, seen: np.ndarray, step: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (who of the askers get a row, the rows); where rows are short, the more seen."""
+        """Assign rows to ids without one; the most often seen ids first where rows are short.
+
+        Args:
+            sets: int64 [N], the set of each asking id.
+            seen: int64 [N], how often each was seen.
+            step: the current step.
+
+        Returns:
+            Places of the ids that get a row, and these rows; int64, at most [N].
+        """
         order = np.lexsort((-seen, sets))
         asked, first, numbers = np.unique(sets[order], return_index=True, return_counts=True)
         turn = np.arange(len(order)) - np.repeat(first, numbers)  # 0, 1, 2 ... within each set
@@ -100,9 +112,9 @@ class RowSets:
         return order[has_row], rows[line[has_row], turn[has_row]]
 
     def _by_use(self, sets: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the rows [N, R] of sets [N] as they are to be given, and how many of each may be.
+        """Return the rows [N, R] of sets [N] in the order of giving, and how many may be given.
 
-        Free rows come first, then the less used, of equals the less recently used.
+        Free rows come first, then the less used; among equals, the less recently used.
         """
         last = self.last_used[sets]
         worth = self._faded(self.scores[sets], last, step)
@@ -110,15 +122,29 @@ class RowSets:
         worth[is_protected] = np.inf
         return np.lexsort((last, worth), axis=-1), self.ids.shape[1] - is_protected.sum(axis=1)
 
-    def _faded(self, scores: np.ndarray, last_used: np.ndarray, step: int) -> np.ndarray:
+    def _faded(
+        self,
+        scores: np.ndarray,  # [N] or [N, R]
+        last_used: np.ndarray,  # as scores
+        step: int,
+    ) -> np.ndarray:  # as scores
         return scores * np.exp2((last_used - step) / self.half_life)
 
-    def _slots(self, sets: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        hashes = mix64(mix64(ids))  # the first mix has chosen the set
+    def _slots(
+        self,
+        sets: np.ndarray,  # [N]
+        ids: np.ndarray,  # [N]
+    ) -> tuple[np.ndarray, np.ndarray]:  # [N], [N]
+        hashes = mix64(mix64(ids))  # the first mix was used to choose the set
         return sets, (hashes % np.uint64(self.waiting_ids.shape[1])).astype(np.int64)
 
-    def _seen(self, sets: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Returns how often ids without a row were seen, now included; remembers it."""
+    def _seen(
+        self,
+        sets: np.ndarray,  # [N]
+        ids: np.ndarray,  # [N]
+        counts: np.ndarray,  # [N]
+    ) -> np.ndarray:  # [N]
+        """Return how often ids without a row were seen, now included, and store it."""
         if self.admit_after == 1:
             return counts
         slots = self._slots(sets, ids)
@@ -127,7 +153,11 @@ class RowSets:
         self.waiting_counts[slots] = seen
         return seen
 
-    def _stop_waiting(self, sets: np.ndarray, ids: np.ndarray) -> None:
+    def _stop_waiting(
+        self,
+        sets: np.ndarray,  # [N]
+        ids: np.ndarray,  # [N]
+    ) -> None:
         if self.admit_after == 1:
             return
         sets, slots = self._slots(sets, ids)

@@ -1,1 +1,1 @@
-"""Keeps the state of a run: writes, verifies, reshards and exports it."""
+"""Checkpoints of a run: written, verified, resharded and exported."""

@@ -1,4 +1,4 @@
-"""Whether a run can go on with another configuration, other data or another number of ranks."""
+"""Check whether a run can continue with another configuration, other data or other ranks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from recsys.config import Config, config_of_plain, to_plain
 
-# What may change between a checkpoint and the run that goes on from it: how long and how fast it
-# trains, how work is laid out and what is reported. All else decides what the stored tensors mean.
+# Settings that may change between a checkpoint and the run that continues it: how long and how fast
+# it trains, how work is laid out and what is reported. All others define the stored tensors.
 CHANGEABLE = (
     "epochs",
     "validations_per_epoch",
@@ -57,7 +57,7 @@ CHANGEABLE = (
 
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Settings by full name; what is not set or off is left out."""
+    """Flatten settings to a dict by full name; settings that are unset or off are left out."""
     if isinstance(value, dict):
         found: dict[str, Any] = {}
         for name, part in value.items():
@@ -67,13 +67,13 @@ def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
-    """Refuses to go on from a checkpoint of another model.
+    """Refuse to continue from a checkpoint of another model.
 
-    Settings that earlier versions did not have count with their defaults.
+    Settings that earlier versions did not have are compared by their defaults.
 
     Args:
         stored: the configuration in the checkpoint.
-        config: that of the run.
+        config: the configuration of the run.
         where: the checkpoint, for messages.
 
     Raises:
@@ -98,10 +98,10 @@ def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
 
 
 def check_equal(name: str, stored: Any, now: Any, where: str) -> None:
-    """Refuses to go on where something besides the configuration has changed.
+    """Refuse to continue if something besides the configuration has changed.
 
     Raises:
-        ValueError: it has.
+        ValueError: `stored` and `now` differ.
     """
     if stored != now:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Checkpoints as folders: each exists whole or not at all, and damage is noticed and named.
+"""Checkpoints as folders: each exists whole or not at all, and damage is detected and named.
 
-`RUN/checkpoints` holds `step-00000123`, the last ones, and `best`. A folder is written under
+`RUN/checkpoints` holds `step-00000123`, the last few, and `best`. A folder is written under
 another name, its files are synced, their sizes and checksums go into `checkpoint.json`, and then
-it gets its name. A folder without that file, or whose files differ from it, is not loaded.
+it is renamed. A folder without that file, or whose files differ from it, is not loaded.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _READ_BYTES = 16 * 2**20
 
 
 def folder_of_step(checkpoints: Path, step: int) -> Path:
-    """The folder of the state after `step` steps."""
+    """Return the folder of the state after `step` steps."""
     return checkpoints / f"step-{step:08d}"
 
 
 def folders_by_age(checkpoints: Path) -> list[Path]:
-    """The folders of steps that have their name, the newest first."""
+    """Return the folders of steps that are completely written, the newest first."""
     return sorted(checkpoints.glob("step-*"), reverse=True)
 
 
 def checksum(file: Path) -> int:
-    """CRC-32 of a file."""
+    """Compute the CRC-32 of a file."""
     value = 0
     with file.open("rb") as stream:
         while block := stream.read(_READ_BYTES):
@@ -42,12 +42,12 @@ def checksum(file: Path) -> int:
 
 
 def describe_files(files: list[Path]) -> dict[str, list[int]]:
-    """Size and checksum by file name."""
+    """Return size and checksum by file name."""
     return {file.name: [file.stat().st_size, checksum(file)] for file in files}
 
 
 def publish_folder(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:
-    """Gives a written folder its manifest and its name; an older one of that name is removed."""
+    """Give a written folder its manifest and its final name; an older folder there is removed."""
     path = partial / MANIFEST
     with path.open("w") as file:
         json.dump({"format": FORMAT, **manifest}, file, indent=1)
@@ -57,7 +57,7 @@ def publish_folder(partial: Path, folder: Path, manifest: dict[str, Any]) -> Non
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The folder's manifest.
+    """Read the folder's manifest.
 
     Raises:
         ValueError: it is missing, damaged or of another format.
@@ -75,10 +75,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: int = 1) -> None:
-    """Compares the files with the manifest; several ranks check a part each.
+    """Compare the files with the manifest; several ranks check a part each.
 
     Raises:
-        ValueError: names the first file that is missing, too short or changed.
+        ValueError: a file is missing, too short or changed; names the first one.
     """
     for name, (size, expected) in sorted(manifest["files"].items())[part::parts]:
         file = folder / name
@@ -91,9 +91,9 @@ def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: in
 
 
 def prune(newest: Path, keep: int) -> None:
-    """Removes all but the last `keep` folders up to `newest`, and what killed jobs left behind.
+    """Remove all but the last `keep` folders up to `newest`, and leftovers of killed jobs.
 
-    Folders of later steps are damaged ones that a resume left out; they take no place of good ones.
+    Folders of later steps are damaged ones that a resume skipped; they do not count as good.
     """
     checkpoints = newest.parent
     whole = [folder for folder in folders_by_age(checkpoints) if folder.name <= newest.name]

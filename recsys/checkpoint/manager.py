@@ -59,16 +59,17 @@ class Checkpoints:
     """The checkpoints of a run in training. All methods are collectives.
 
     Args:
-        job: what is saved and restored.
+        job: the job whose state is saved and restored.
         run: the run's folder.
         data: fingerprint of the training rows.
     """
 
     def __init__(self, job: Job, run: Path, data: str) -> None:
+        """Hash the frozen weights and start the writer's thread."""
         self.job, self.data, self.folder = job, data, run / "checkpoints"
         self.frozen = frozen_digest(job)
         self._damaged: list[Path] = []
-        # Writing overlaps with steps, so its collectives must not mix with theirs.
+        # Writing overlaps with steps, so its collectives must not mix with those of the steps.
         self._ranks = job.ranks.apart()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Future[None], Path] | None = None
@@ -76,7 +77,7 @@ class Checkpoints:
         self._copies: bool | None = None  # whether writing is asynchronous
 
     def save(self, progress: Progress, wait: bool = False) -> None:
-        """Saves the whole state; returns once later steps cannot change what is written.
+        """Save the whole state; returns once later steps cannot change what is written.
 
         Raises:
             ValueError: with `wait`, or after some failures in a row: it could not be written.
@@ -91,7 +92,7 @@ class Checkpoints:
             self.wait(strict=wait)
 
     def save_best(self, progress: Progress) -> None:
-        """Saves the model as the best so far.
+        """Save the model as the best so far.
 
         Raises:
             ValueError: it could not be written.
@@ -101,7 +102,7 @@ class Checkpoints:
         self.wait(strict=True)
 
     def wait(self, strict: bool = False) -> None:
-        """Waits for the write that is under way.
+        """Wait for the write in progress.
 
         Raises:
             ValueError: it failed, and `strict` or too many have failed before it.
@@ -122,20 +123,20 @@ class Checkpoints:
             logger.warning("%s. Training goes on; the last good checkpoint is %s", text, last_good)
 
     def close(self) -> None:
-        """Waits for the last write and ends the writer."""
+        """Wait for the last write and end the writer."""
         self.wait()
         self._writer.shutdown()
 
     @property
     def last_good(self) -> Path | None:
-        """The checkpoint the run would go on from now; waits for one that is being written."""
+        """The checkpoint the run would continue from now; waits for one that is being written."""
         if self._pending is not None:
             wait([self._pending[0]])
         whole = (path for path in folders_by_age(self.folder) if path not in self._damaged)
         return next(whole, None)
 
     def _asynchronous(self, state: State) -> bool:
-        """Whether a copy of the state is made, decided once by setting and memory. A collective."""
+        """Decide once, by setting and memory, whether the state is copied first. A collective."""
         setting, ranks = self.job.config.checkpoint.asynchronous, self.job.ranks
         if self._copies is None:
             sizes = torch.tensor([num_bytes(state), -psutil.virtual_memory().available])
@@ -164,7 +165,7 @@ class Checkpoints:
         self._pending = (future, folder)
 
     def _write(self, state: State, folder: Path, manifest: dict[str, Any]) -> None:
-        """Writes a checkpoint, in the writer's thread on every rank. A collective."""
+        """Write a checkpoint, in the writer's thread on every rank. A collective."""
         ranks, partial = self._ranks, folder.with_name(f".{folder.name}.partial")
         try:
             with ranks.raise_on_all_ranks():
@@ -189,7 +190,7 @@ class Checkpoints:
             raise
 
     def restore(self) -> Progress | None:
-        """Loads the newest whole checkpoint, in place; None if there is none. A collective.
+        """Load the newest whole checkpoint, in place; None if there is none. A collective.
 
         Raises:
             ValueError: it is of another model or data, or there are checkpoints and all are
@@ -222,7 +223,7 @@ class Checkpoints:
 
     @torch.no_grad()
     def _load(self, folder: Path) -> None:
-        """Loads a checkpoint in place. A collective."""
+        """Load a checkpoint in place. A collective."""
         training = TrainingState(self.job)
         with self.job.ranks.raise_on_all_ranks(), _readable_failure():
             reader = SafeFileSystemReader(folder)
@@ -244,7 +245,7 @@ class Checkpoints:
 
 
 def _checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """Reads a manifest and checks the files against it, a share on each rank. A collective."""
+    """Read a manifest and check the files against it, a share on each rank. A collective."""
     with ranks.raise_on_all_ranks():
         manifest = read_manifest(folder)
         check_files(folder, manifest, ranks.rank, ranks.world_size)
@@ -253,7 +254,7 @@ def _checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:
 
 @contextmanager
 def _readable_failure() -> Iterator[None]:
-    """The causes in a CheckpointException, without the stacks of all ranks."""
+    """Reduce a CheckpointException to its causes, without the stacks of all ranks."""
     try:
         yield
     except CheckpointException as error:
@@ -263,9 +264,9 @@ def _readable_failure() -> Iterator[None]:
 
 @torch.no_grad()
 def load_best(job: Job, run: Path) -> dict[str, Any]:
-    """Loads `RUN/checkpoints/best` into the model and the bank, in place, and returns its manifest.
+    """Load `RUN/checkpoints/best` into the model and the bank, in place. A collective.
 
-    A collective.
+    Returns the checkpoint's manifest.
 
     Raises:
         ValueError: there is none, it is damaged, or it is of another model.

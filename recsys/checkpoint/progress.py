@@ -1,4 +1,4 @@
-"""How far a run has come: all that its loop counts, in a form a checkpoint can hold."""
+"""Progress of a run: all counters of its training loop, in a form that a checkpoint can hold."""
 
 from __future__ import annotations
 
@@ -13,43 +13,44 @@ from recsys.data.vocabularies import UnknownIds
 
 @dataclass
 class Progress:
-    """What the loop counts."""
+    """Counters of the training loop."""
 
     steps: int = 0  # batches: updates of the ID tables
-    dense_steps: int = 0  # updates of all else, fewer where gradients are accumulated
+    dense_steps: int = 0  # updates of all other parameters, fewer where gradients are accumulated
     samples: int = 0  # over all ranks
-    seconds: float = 0.0  # in training steps, validation left out
-    # Position in the data: the epoch, what other numbers of ranks have read of it, and how many
-    # batches each rank has trained on since.
+    seconds: float = 0.0  # in training steps, validation excluded
+    # Position in the data: the epoch, the part of it read by other numbers of ranks, and the number
+    # of batches each rank has trained on since.
     epoch: int = 0
     stages: list[Stage] = field(default_factory=list)
     batches: int = 0
     validations: int = 0  # in this epoch
     best_step: int = -1
-    best_score: float = -1.0  # of `best_model_by`
+    best_score: float = -1.0  # by the metric `best_model_by`
     best: dict[str, Any] = field(default_factory=dict)
     validations_without_gain: int = 0
-    # Of training so far: by column, ids looked up and unknown ones; by table with a bounded
+    # Counts of training so far: by column, ids looked up and unknown ones; by table with a bounded
     # vocabulary, ids that got and that lost a row.
     ids: dict[str, dict[str, int]] = field(default_factory=dict)
     vocabularies: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def begin_next_epoch(self) -> None:
+        """Start the next epoch at its first batch."""
         self.epoch += 1
         self.stages, self.batches, self.validations = [], 0, 0
 
     def is_finished(self, config: Config) -> bool:
-        """Whether the configuration asks for no further step."""
+        """Return whether the configuration asks for no further step."""
         return self.epoch >= config.epochs or self.validations_without_gain >= config.patience
 
     def continued_by(self, before: Stage, world_size: int, batch_size: int) -> None:
-        """Goes on with another number of ranks or batch size than the stage before."""
+        """Continue with another number of ranks or batch size than the stage before."""
         if (before.world_size, before.batch_size) != (world_size, batch_size) and self.batches:
             self.stages.append(Stage(before.world_size, before.batch_size, self.batches))
             self.batches = 0
 
     def count_ids(self, job: Job, unknown: UnknownIds) -> None:
-        """Adds what happened to raw ids since the last call. A collective."""
+        """Add the counts of raw ids since the last call. A collective."""
         _add(self.ids, unknown.totals(job.ranks.group))
         counts = job.vocabularies.counts()
         _add(
@@ -61,10 +62,12 @@ class Progress:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """Return the counters as plain values."""
         return asdict(self)
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Progress:
+        """Build the counters from the plain values of `to_json`."""
         values = {"dense_steps": values["steps"], **values}  # before accumulation they were equal
         return Progress(**{**values, "stages": [Stage(**stage) for stage in values["stages"]]})
 

@@ -1,8 +1,8 @@
-"""Reads checkpoints of torch.distributed.checkpoint without running what a stranger put there.
+"""Read checkpoints of torch.distributed.checkpoint without running code that they contain.
 
 Its tensors are read with `weights_only`, but its `.metadata` is a pickle, and entries that are not
-tensors would be unpickled without restriction. Here the first goes through an unpickler that knows
-the classes of that format alone, and the second are refused: our checkpoints have none.
+tensors would be unpickled without restriction. Here the metadata goes through an unpickler that
+accepts only the classes of that format, and such entries are an error: our checkpoints have none.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ _ALLOWED = {
 
 
 class _FormatUnpickler(pickle.Unpickler):
+    """Unpickler that accepts only the classes of the checkpoint format."""
+
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) not in _ALLOWED and not is_dtype:
@@ -48,7 +50,7 @@ class _FormatUnpickler(pickle.Unpickler):
 
 
 class SafeFileSystemReader(FileSystemReader):
-    """FileSystemReader for folders one does not trust.
+    """FileSystemReader for folders that are not trusted.
 
     Raises:
         ValueError: the metadata is missing or damaged, refers to anything but the format's own
@@ -56,13 +58,14 @@ class SafeFileSystemReader(FileSystemReader):
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Read `.metadata` through the restricted unpickler."""
         path = Path(self.path) / ".metadata"
         try:
             with path.open("rb") as file:
                 metadata = _FormatUnpickler(file).load()
         except FileNotFoundError as error:
             raise ValueError(f"{path}: no such file; this is no whole checkpoint") from error
-        except Exception as error:  # damaged pickles raise whatever they stumble over
+        except Exception as error:  # damaged pickles raise exceptions of any class
             raise ValueError(f"{path}: not the metadata of a checkpoint ({error})") from error
         if not isinstance(metadata, Metadata):
             raise ValueError(f"{path}: not the metadata of a checkpoint")

@@ -1,4 +1,4 @@
-"""A run's folder: whether a job starts it, goes on with it or must leave it alone."""
+"""A run's folder: decides whether a job starts it, continues it or must leave it alone."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ SKIPPED_ROWS = "skipped_rows.json"
 JOB_NAME = ".job_name"
 COMPARISON = "comparison.json"
 TWIN = "id_only"  # folder of the ID-only twin's run
-TWIN_MARK = ".has_id_only"  # says that the folder TWIN is this run's, not a run beside others
+TWIN_MARK = ".has_id_only"  # marks the folder TWIN as this run's own, not an independent run
 
 
 def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool:
-    """Whether training goes on from a checkpoint in the folder. A collective.
+    """Return whether training continues from a checkpoint in the folder. A collective.
 
-    A job that was restarted by torch elastic or a scheduler goes on even with `overwrite`, which
+    A job that was restarted by torch elastic or a scheduler continues even with `overwrite`, which
     was meant for its first start.
 
     Raises:
-        ValueError: on every rank, the folder holds a run and `resume` is never, or none and it is
-            must.
+        ValueError: on every rank, if the folder holds a run and `resume` is never, or holds none
+            and `resume` is must.
     """
     checkpoints = run / "checkpoints"
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             for folder in [checkpoints / BEST, *_half_renamed(checkpoints)]:
                 recover_folder(folder)
-    # A node that came back counts no restarts, and folders of the network show with delay.
+    # A node that came back reports no restarts, and folders on the network appear with delay.
     restarted = any(ranks.gather(was_restarted(run)))
     exists = ranks.gather(bool(folders_by_age(checkpoints)))[0]
     if restarted:
@@ -56,7 +56,7 @@ def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool
         if ranks.is_first and not overwrite:
             if resume == "never" and (exists or holds_run):
                 _refuse(run)
-            if not exists and holds_run:  # only the model is left, from which none can go on
+            if not exists and holds_run:  # only the model is left: training cannot continue
                 _refuse(run)
     return exists and resume != "never" and not overwrite
 
@@ -71,7 +71,10 @@ def _refuse(run: Path) -> None:
 
 
 def was_restarted(run: Path) -> bool:
-    """Whether this job has started before: by the counts of torch elastic and Slurm, or by name."""
+    """Return whether this job has started before, by restart counts or by its stored name.
+
+    The counts are those of torch elastic and Slurm.
+    """
     counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     if any(int(os.environ.get(name) or 0) > 0 for name in counts):
         return True
@@ -80,16 +83,18 @@ def was_restarted(run: Path) -> bool:
 
 
 def _job_name() -> str:
-    """What torchrun calls this job; empty where it has no name of its own."""
+    """Return torchrun's name of this job; empty where it has no name of its own."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return "" if name == "none" else name
 
 
-def begin_run(run: Path, job: Job, item_counts: np.ndarray, skipped_rows: dict[str, Any]) -> None:
-    """Empties the folder of an earlier run, and keeps what the run is to find unchanged later.
-
-    A collective.
-    """
+def begin_run(
+    run: Path,
+    job: Job,
+    item_counts: np.ndarray,  # [num_items]
+    skipped_rows: dict[str, Any],
+) -> None:
+    """Empty the folder of an earlier run and store what this run needs unchanged. A collective."""
     with job.ranks.raise_on_all_ranks():
         if not job.ranks.is_first:
             return
@@ -107,7 +112,7 @@ def begin_run(run: Path, job: Job, item_counts: np.ndarray, skipped_rows: dict[s
 
 
 def keep_vocabularies(run: Path, job: Job) -> None:
-    """Keeps the maps of raw ids that the run is trained with."""
+    """Store the maps of raw ids that the run is trained with."""
     for table in job.schema.tables_with("exact"):
         file = vocabulary_file(Location.of(run), table)
         Path(file.path).parent.mkdir(parents=True, exist_ok=True)
@@ -115,10 +120,10 @@ def keep_vocabularies(run: Path, job: Job) -> None:
 
 
 def check_vocabularies(run: Path, job: Job) -> None:
-    """Refuses data whose maps give ids other rows than the run was trained with. A collective.
+    """Refuse data whose maps give ids other rows than the run was trained with. A collective.
 
     Raises:
-        ValueError: on every rank, names the column.
+        ValueError: on every rank; names the column.
     """
     with job.ranks.raise_on_all_ranks():
         for table in job.schema.tables_with("exact"):
@@ -139,24 +144,24 @@ def _exact(job: Job, table: str) -> ExactVocabulary:
 
 
 def encoder_identities(job: Job) -> dict[str, EncoderIdentity]:
-    """Of the job's encoders, by modality; stored features have none."""
+    """Return the identities of the job's encoders by modality; stored features have none."""
     encoders = job.em3.content.encoders.items() if job.em3.content else ()
     found = {name: cast(Encoder, encoder).identity for name, encoder in encoders}
     return {name: identity for name, identity in found.items() if identity is not None}
 
 
 def check_encoders(run: Path, job: Job) -> None:
-    """Refuses encoders that are not those the run was trained with. A collective.
+    """Refuse encoders that are not those the run was trained with. A collective.
 
     Raises:
-        ValueError: on every rank, names the modality.
+        ValueError: on every rank; names the modality.
     """
     with job.ranks.raise_on_all_ranks():
         check_identities(encoder_identities(job), run)
 
 
 def describe_run(run: Path, job: Job, data: str) -> None:
-    """Writes `config.yaml`, `plan.txt`, `encoders.json` and where the data are. A collective."""
+    """Write `config.yaml`, `plan.txt`, `encoders.json` and the data's location. A collective."""
     with job.ranks.raise_on_all_ranks():
         if job.ranks.is_first:
             save_config(job.config, run / "config.yaml")

@@ -1,8 +1,8 @@
-"""What a checkpoint holds, as named tensors that share their memory with the job.
+"""The state in a checkpoint, as named tensors that share their memory with the job.
 
 `model.*` are the weights that train or that training changes: tables, dense weights, adapters,
 normalisation statistics. The frozen weights of encoders are not stored; the manifest has a hash of
-them beside the configuration, which names where they come from. `bank` is the memory bank,
+them beside the configuration, which names their source. `bank` is the memory bank,
 `vocabulary.*` the maps of raw ids that learn while training, `optimizer.*` the state of fused and
 dense optimizers and the averaged weights, `random.RANK.*` each rank's generators.
 """
@@ -25,7 +25,7 @@ from recsys.optimizer import make_room, numbers_loaded, state_tensors
 
 
 def model_state(job: Job) -> State:
-    """Weights and memory bank: what evaluating and predicting need."""
+    """Return weights and memory bank: the state that evaluation and prediction need."""
     stored = _is_stored(job)
     state: State = {
         f"model.{name}": in_blocks(value, job.ranks.group)
@@ -43,14 +43,14 @@ def model_state(job: Job) -> State:
 
 
 def finish_loading_bank(job: Job) -> None:
-    """After `model_state` was loaded into. A collective."""
+    """Complete the memory bank after a load into `model_state`. A collective."""
     if job.em3.content is not None and job.em3.content.bank is not None:
         job.em3.content.bank.finish_loading()
 
 
 @dataclass
 class _Stored:
-    """Whether a name of the model's state belongs into a checkpoint."""
+    """Decides by name whether an entry of the model's state belongs into a checkpoint."""
 
     trained: set[str]
     frozen: set[str]
@@ -83,7 +83,7 @@ def _is_stored(job: Job) -> _Stored:
 
 
 def frozen_digest(job: Job) -> str:
-    """A hash of the frozen weights, which a checkpoint leaves out."""
+    """Hash the frozen weights, which a checkpoint leaves out."""
     stored, digest = _is_stored(job), hashlib.blake2b(digest_size=16)
     for name, value in sorted(job.model.state_dict().items()):
         if isinstance(value, Tensor) and not stored(name):
@@ -96,11 +96,12 @@ class TrainingState:
     """The whole state of a job in training. Building it is a collective."""
 
     def __init__(self, job: Job) -> None:
+        """Collect the state of the fused optimizers. A collective."""
         self.job = job
         self.moments = TableOptimizerState(job.model, job.ranks.group)
 
     def state_dict(self, stored: Mapping[str, Any] | None = None) -> State:
-        """Tensors to save; or, given the metadata of a checkpoint, tensors to load into."""
+        """Return tensors to save; with the metadata of a checkpoint, tensors to load into."""
         prefix = "optimizer.tables."
         names = None
         if stored is not None:
@@ -118,7 +119,7 @@ class TrainingState:
         return state
 
     def finish_loading(self) -> None:
-        """Brings what was loaded into place where it does not lie there already."""
+        """Finish a load: apply the loaded values that do not share memory with the job."""
         self.moments.finish_loading()
         numbers_loaded(self.job.dense_optimizer)
         finish_loading_bank(self.job)
@@ -155,7 +156,7 @@ class TrainingState:
 
 
 def num_bytes(state: State) -> int:
-    """Memory of what lies on this rank."""
+    """Return the bytes of the tensors on this rank."""
     return sum(
         sum(shard.tensor.nbytes for shard in value.local_shards())
         if isinstance(value, ShardedTensor)
@@ -165,7 +166,7 @@ def num_bytes(state: State) -> int:
 
 
 def copy_of(state: State, job: Job) -> State:
-    """A copy in host memory that later steps do not change."""
+    """Copy the state to host memory, so that later steps do not change it."""
     return {
         name: copied_to_host(value, job.ranks.group)
         if isinstance(value, ShardedTensor)

@@ -1,8 +1,8 @@
-"""The ID tables of a checkpoint as one Parquet file, written without building the model.
+"""Export the ID tables of a checkpoint as one Parquet file, without building the model.
 
-A checkpoint holds each table in pieces, cut by rows or columns as the ranks that trained it were.
+A checkpoint holds each table in pieces, cut by rows or columns as on the ranks that trained it.
 torch.load would read whole pieces, and on one rank a piece is the table. So only the header of a
-piece is loaded, which says where its numbers begin in the file; of those a block of rows is read
+piece is loaded, which gives the offset of its numbers in the file; then a block of rows is read
 at a time. Memory is a few blocks, however large the table.
 """
 
@@ -30,14 +30,14 @@ from recsys.checkpoint.reader import SafeFileSystemReader
 from recsys.data.filesystem import whole_file
 
 BLOCK_BYTES = 2**25
-# Of the two collections in recsys.model.em3.EM3.
+# Names in the two collections of recsys.model.em3.EM3.
 _TABLE_KEY = re.compile(
     r"model\.(?:embeddings\.embeddings|embedding_bags\.embedding_bags)\.([^.]+)\.weight"
 )
 
 
 def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> dict[str, int]:
-    """Writes tables of a checkpoint to one Parquet file, one row per row of a table.
+    """Write tables of a checkpoint to one Parquet file, one row per row of a table.
 
     Columns: ``table`` (its name), ``row`` (int64, the id that looks it up) and ``vector``,
     ``fixed_size_list<float32, D>``, or ``list<float32>`` where tables differ in dimension D.
@@ -47,14 +47,14 @@ def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> d
         folder: a torch.distributed.checkpoint of a model, such as `RUN/checkpoints/best`; of any
             sharding and number of ranks.
         out: the file to write; it appears whole or not at all.
-        tables: which tables; default all.
+        tables: names of the tables; default all.
 
     Returns:
-        Rows written, by table.
+        Number of rows written, by table.
 
     Raises:
-        ValueError: no checkpoint, a table it does not have, files of it missing or cut short, or
-            an `out` that is a folder.
+        ValueError: `folder` is no checkpoint, has no such table, or its files are missing or cut
+            short; or `out` is a folder.
 
     Example::
 
@@ -80,7 +80,7 @@ class StoredTable:
 
     reader: SafeFileSystemReader
     metadata: Metadata
-    key: str  # in the checkpoint
+    key: str  # name in the checkpoint
     name: str
 
     @property
@@ -91,17 +91,19 @@ class StoredTable:
 
     @property
     def num_rows(self) -> int:
+        """Number of rows."""
         return self._tensor.size[0]
 
     @property
     def dim(self) -> int:
+        """Dimension D of the vectors."""
         return self._tensor.size[1]
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows `[start, stop)` as float32 [stop - start, D].
+        """Read the rows `[start, stop)` as float32 [stop - start, D].
 
         Raises:
-            ValueError: a file of the checkpoint is missing, cut short, or not one.
+            ValueError: a file of the checkpoint is missing, cut short, or not a checkpoint file.
         """
         wanted = ChunkStorageMetadata(
             offsets=torch.Size([start, 0]), sizes=torch.Size([stop - start, self.dim])
@@ -117,7 +119,7 @@ class StoredTable:
         return result
 
     def _read(self, item: ReadItem) -> Tensor:
-        """Rows of one stored piece; all its columns, since whole rows of the table are wanted."""
+        """Read rows of one stored piece with all its columns: [rows, columns]."""
         place = self.metadata.storage_data[item.storage_index]
         assert not place.transform_descriptors, "checkpoints are written without compression"
         path = Path(self.reader.path, place.relative_path)
@@ -142,7 +144,7 @@ class StoredTable:
 
 
 def stored_tables(folder: Path) -> dict[str, StoredTable]:
-    """The tables of a checkpoint by name."""
+    """Return the tables of a checkpoint by name."""
     if not (folder / ".metadata").is_file():
         raise ValueError(f"{folder}: no checkpoint; export the run of a finished training")
     reader = SafeFileSystemReader(folder)
@@ -172,13 +174,18 @@ def _write(tables: list[StoredTable], path: Path) -> None:
 
 
 def _blocks(table: StoredTable) -> Iterator[tuple[int, Tensor]]:
-    """The first row and the vectors of each block, from the first row of the table to the last."""
+    """Yield the first row and the vectors [rows, D] of each block, in the order of rows."""
     height = max(1, BLOCK_BYTES // (4 * table.dim))
     for start in range(0, table.num_rows, height):
         yield start, table.rows(start, min(start + height, table.num_rows))
 
 
-def _arrow_rows(name: str, start: int, vectors: Tensor, schema: pa.Schema) -> pa.Table:
+def _arrow_rows(
+    name: str,
+    start: int,
+    vectors: Tensor,  # [N, D]
+    schema: pa.Schema,
+) -> pa.Table:
     num_rows, dim = vectors.shape
     values = pa.array(vectors.numpy().reshape(-1))
     kind = schema.field("vector").type

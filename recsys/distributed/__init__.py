@@ -1,4 +1,5 @@
-"""Runs a job on several ranks: joins them, keeps them in step, and ends them together.
+"""Ranks of a job: joins them, keeps them in step, and ends them together.
 
-This room knows TorchRec's pipeline and process groups, and nothing of datasets or models.
+This package knows TorchRec's pipeline and process groups, and nothing of datasets or models.
+Shapes in its docstrings: N rows of one rank, D dimension.
 """

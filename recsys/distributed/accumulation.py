@@ -1,12 +1,12 @@
 """Gradient accumulation: one update of the dense parameters for several batches.
 
-What is one batch to a larger memory is a group of batches here. The dense optimizer gets the mean
-gradient of a group at its end, and only then are dense gradients averaged over ranks. ID tables
-cannot wait: the fused kernels update them in every backward, so that the table that the second
-batch of a group reads has already learned from the first. Each batch's loss is divided by the size
-of its group; a table under SGD thus moves by what one batch of the group's size would move it, but
-for having moved in between, and a table under Adagrad sees several small gradients in place of a
-large one.
+A batch that would not fit into memory is split into a group of smaller batches here. The dense
+optimizer gets the mean gradient of a group at its end, and only then are dense gradients averaged
+over ranks. ID tables cannot wait: the fused kernels update them in every backward, so the second
+batch of a group reads tables that the first has already updated. Each batch's loss is divided by
+the size of its group. A table under SGD thus moves as far as with one batch of the group's size,
+except that it moves between the batches too; a table under Adagrad sees several small gradients
+instead of one large gradient.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from recsys.optimizer import AveragedWeights, gradient_norm
 
 
 class DenseUpdate:
-    """One update of the dense parameters: clip the gradient, step, take the weights into averages.
+    """One update of the dense parameters: clip the gradient, step, update the averaged weights.
 
     Args:
-        optimizer: of all parameters; what is fused does nothing in its steps.
+        optimizer: the optimizer of all parameters; its step does nothing for fused parameters.
         dense: the optimizer of the dense parameters inside it.
-        clip_norm: the largest norm of their gradient; None for any.
-        averages: of their weights, or None.
+        clip_norm: the largest norm of their gradient; None: no clipping.
+        averages: averages of their weights, or None.
     """
 
     def __init__(
@@ -43,11 +43,13 @@ class DenseUpdate:
         clip_norm: float | None = None,
         averages: AveragedWeights | None = None,
     ) -> None:
+        """Keep the parts; see the class."""
         self.optimizer, self.dense = optimizer, dense
         self.clip_norm, self.averages = clip_norm, averages
-        self._norm: Tensor | None = None  # of the last gradient, before it was clipped
+        self._norm: Tensor | None = None  # norm of the last gradient, before it was clipped
 
     def step(self) -> None:
+        """Clip the gradient, step the optimizer and update the averages."""
         if self.clip_norm is not None:
             parameters = [p for group in self.dense.param_groups for p in group["params"]]
             self._norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
@@ -56,7 +58,7 @@ class DenseUpdate:
             self.averages.update()
 
     def gradient_norm(self) -> Tensor:
-        """Returns the norm [] of the dense gradient of the last update, before clipping.
+        """Return the norm [] of the dense gradient of the last update, before clipping.
 
         It is equal on all ranks, as gradients are averaged over them.
         """
@@ -72,9 +74,9 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
     replicas differ.
 
     Args:
-        model: in training mode it is trained, else only its output is wanted.
-        update: of the parameters, at the end of each group.
-        device: where the model is.
+        model: in training mode it is trained, else only its output is computed.
+        update: the update of the dense parameters at the end of each group.
+        device: the model's device.
         accumulate_steps: k, the batches of a group.
 
     Example::
@@ -94,6 +96,7 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
         device: torch.device,
         accumulate_steps: int = 1,
     ) -> None:
+        """Set up TorchRec's pipeline with an optimizer that steps once per group."""
         super().__init__(
             model,
             update.optimizer,
@@ -105,12 +108,12 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
         self._optimizer = cast(Any, _OncePerGroup(update, self))
         self.accumulate_steps = accumulate_steps
         self.has_stepped = False  # whether the last batch was the end of a group
-        self._left: int | None = None  # training batches to come, where it is known
+        self._left: int | None = None  # training batches still to come; None: not known
         self._group_size, self._position = accumulate_steps, 0
         self._has_synchronized = False
 
     def begin(self, num_batches: int) -> None:
-        """Tells how many training batches follow, so that the last group may be smaller.
+        """Set how many training batches follow, so that the last group may be smaller.
 
         Fewer may come if they end with a group.
 
@@ -131,18 +134,18 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
 
     @property
     def is_first(self) -> bool:
-        """Whether the batch under way is the first of its group."""
+        """Whether the current batch is the first of its group."""
         return self._position == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether the batch under way is the last of its group."""
+        """Whether the current batch is the last of its group."""
         return self._position + 1 == self._group_size
 
     def outputs(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Yields the output of each batch, once its step is done; batches are taken ahead of it.
+        """Yield the output of each batch, once its step is done; batches are taken ahead of it.
 
-        A collective: all ranks go through as many batches.
+        A collective: all ranks process the same number of batches.
         """
         while True:
             try:
@@ -152,10 +155,10 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
             yield output
 
     def progress(self, dataloader_iter: Any) -> Any:
-        """One batch through the pipeline; see `TrainPipelineSparseDist.progress`.
+        """Run one batch through the pipeline; see `TrainPipelineSparseDist.progress`.
 
         Raises:
-            StopIteration: there is none left.
+            StopIteration: there is no batch left.
         """
         training = self._model.training
         if training and self.is_first:
@@ -174,11 +177,11 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
             return cast(tuple[Tensor, Any], self._model(batch))
 
     def _synchronization(self) -> AbstractContextManager[Any]:
-        """No all_reduce of dense gradients in the backward of a batch that does not end a group.
+        """Skip the all_reduce of dense gradients for a batch that does not end a group.
 
-        DistributedDataParallel with a static graph learns it in its first backward, which must
-        therefore synchronise: it then averages part of the group's gradient early, which changes
-        nothing of their mean.
+        DistributedDataParallel with a static graph records it in its first backward, which must
+        therefore synchronise: part of the group's gradient is then averaged early, which does not
+        change the mean.
         """
         if not self._model.training or self.is_last or not self._has_synchronized:
             self._has_synchronized = self._has_synchronized or self._model.training
@@ -187,20 +190,26 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
         assert isinstance(wrapped, DistributedDataParallel), type(wrapped)
         return wrapped.no_sync()
 
-    def _backward(self, losses: Tensor) -> None:
+    def _backward(
+        self,
+        losses: Tensor,  # []
+    ) -> None:
         super()._backward(losses / self._group_size)
 
 
 class _OncePerGroup:
-    """What the pipeline sees of the optimizer: gradients go before a group, steps come after it."""
+    """The pipeline's view of the optimizer: zeroes gradients before a group, steps after it."""
 
     def __init__(self, update: DenseUpdate, pipeline: AccumulatingPipeline) -> None:
+        """Keep the update and the pipeline that counts batches."""
         self.update, self.pipeline = update, pipeline
 
     def zero_grad(self) -> None:
+        """Zero the gradients before the first batch of a group."""
         if self.pipeline.is_first:
             self.update.optimizer.zero_grad()
 
     def step(self) -> None:
+        """Update the parameters after the last batch of a group."""
         if self.pipeline.is_last:
             self.update.step()

@@ -1,4 +1,4 @@
-"""Gathers the rows of all ranks, with and without gradient; every function here is a collective.
+"""Gather the rows of all ranks, with and without gradient; every function here is a collective.
 
 Shapes: N rows of this rank, D dimension.
 """
@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 
 def gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
-    """Returns the rows of all ranks on every rank, those of rank 0 first. A collective.
+    """Return the rows of all ranks on every rank, those of rank 0 first. A collective.
 
-    Ranks may have unlike numbers of rows.
+    Ranks may have different numbers of rows.
 
     Args:
-        tensor: [N] or [N, D] of this rank; N may be 0.
+        tensor: [N] or [N, D], the rows of this rank; N may be 0.
         process_group: None is the default group; without one, there is only this process.
 
     Returns:
@@ -48,8 +48,10 @@ def gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None = None) 
     return torch.cat(parts).to(tensor.device)
 
 
-def gather_rows_with_gradient(rows: Tensor) -> tuple[Tensor, int]:
-    """Rows of all ranks in rank order, with gradient, and the place of this rank's first row.
+def gather_rows_with_gradient(
+    rows: Tensor,  # [N, D]
+) -> tuple[Tensor, int]:  # [sum of N, D], first row of this rank
+    """Return the rows of all ranks, with gradient, and the index of this rank's first row.
 
     A collective. Ranks may hold different numbers of rows: they are padded to the longest.
     """

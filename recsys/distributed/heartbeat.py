@@ -1,7 +1,7 @@
-"""What the ranks of a job say of themselves while it runs, and what can be told from it.
+"""Heartbeats that the ranks of a job publish while it runs, and the findings drawn from them.
 
-Each publishes a `Heartbeat` about once a second (`recsys.distributed.watchdog`): that it lives, how
-far its main thread is, and where. From those of all ranks follows who is waited for.
+Each rank publishes a `Heartbeat` about once a second (`recsys.distributed.watchdog`): that it
+lives, how far its main thread is, and where. The beats of all ranks show whom the others wait for.
 """
 
 from __future__ import annotations
@@ -20,42 +20,46 @@ OWN_SOURCE = tuple(str(Path(__file__).parents[2] / part) for part in ("recsys", 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank says of itself."""
+    """The state of a rank, as published by itself."""
 
     number: int
     ended: bool
     stalled_for: float  # seconds without progress where progress is expected
-    collectives: int  # begun so far
+    collectives: int  # number begun so far
     marks: int
     after: str  # the last mark
-    place: str  # of the main thread
+    place: str  # source line of the main thread
 
     def to_json(self) -> str:
+        """Return the heartbeat as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Heartbeat:
+        """Build the heartbeat from its JSON."""
         return cls(**json.loads(text))
 
     def __str__(self) -> str:
+        """Describe the last state in words."""
         how = "ended" if self.ended else "last seen"
         return f"{how} after '{self.after}', in {self.place}"
 
 
 class Unchanged:
-    """For how long a value has been the same, counted only while this process could look.
+    """Measures how long a value has been the same, counting only while this process was running.
 
-    A job that is suspended as a whole and resumed finds nobody silent.
+    After a job is suspended as a whole and resumed, no rank counts as silent.
     """
 
     def __init__(self, longest_lapse: float) -> None:
+        """Start at zero; `longest_lapse` limits the seconds counted between two looks."""
         self.longest_lapse = longest_lapse
         self.value: object = None
         self.seconds = 0.0
         self.looked = time.monotonic()
 
     def look(self, value: object) -> float:
-        """Seconds since `value` first was what it is."""
+        """Return the seconds since `value` became its present value."""
         now = time.monotonic()
         lapse = min(now - self.looked, self.longest_lapse)
         self.seconds = self.seconds + lapse if value == self.value else 0.0
@@ -64,15 +68,15 @@ class Unchanged:
 
 
 def silent_ranks(beats: dict[int, Heartbeat], timeout: float) -> str:
-    """The finding about ranks of which nothing is heard."""
+    """Describe the ranks that no longer publish heartbeats."""
     return f"{_named(beats)} stopped answering for {timeout:g} s ({_described(beats)})"
 
 
 def stalled_ranks(beats: dict[int, Heartbeat], timeout: float) -> str:
-    """The finding about all ranks when none makes progress: whom the others wait for.
+    """Describe the ranks that the others wait for, when no rank makes progress.
 
-    Ranks begin the same collectives, so the one that has begun the fewest is waited for. Marks
-    tell ranks apart that have begun equally many.
+    Ranks begin the same collectives, so the others wait for the rank that has begun the fewest.
+    Among ranks that have begun the same number, marks decide.
     """
     last = min((beat.collectives, beat.marks) for beat in beats.values())
     behind = {rank: beat for rank, beat in beats.items() if (beat.collectives, beat.marks) == last}
@@ -99,7 +103,7 @@ def _described(beats: dict[int, Heartbeat]) -> str:
 
 
 def place_of_main_thread() -> str:
-    """`file:line function` where the main thread is, and what of this product called it."""
+    """Return `file:line function` of the main thread, and the caller in this product."""
     innermost = sys._current_frames().get(threading.main_thread().ident or 0)
     if innermost is None:
         return "its end"

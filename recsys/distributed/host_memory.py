@@ -1,4 +1,4 @@
-"""Keeps freed host memory for the next step instead of handing it back to the kernel.
+"""Keep freed host memory for the next step instead of returning it to the kernel.
 
 A step on CPU allocates and frees the same megabytes again and again. By default glibc maps large
 blocks anew each time, and the kernel then clears every page of them at first touch, which costs
@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import ctypes
 
-# Of mallopt(3). 32 MB is the largest threshold glibc accepts: tables are mapped all the same.
+# Parameters of mallopt(3). glibc accepts no threshold above 32 MB: tables are mapped anyway.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 LARGEST_KEPT_BLOCK = 32 * 2**20
 KEPT_MEMORY = 2**30
 
 
 def keep_freed_memory() -> None:
-    """Blocks up to 32 MB come from a heap of which up to 1 GB is kept; without glibc, nothing."""
+    """Serve blocks up to 32 MB from a heap that keeps up to 1 GB; without glibc, do nothing."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):

@@ -1,6 +1,6 @@
-"""Keeps the ranks of a loop in step: what one of them knows, all act on before the same batch.
+"""Keep the ranks of a loop in step: all act on an event of any rank before the same batch.
 
-Before each batch one small collective tells whether any rank met an error, was asked to end
+Before each batch one small collective reports whether any rank met an error, was asked to end
 (SIGTERM, as schedulers and torchrun send it before they kill) or is due for a checkpoint.
 """
 
@@ -22,7 +22,7 @@ from recsys.config import CheckpointSettings
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
 
-B = TypeVar("B")  # a batch; this room knows nothing of its content
+B = TypeVar("B")  # a batch; this package does not use its content
 
 
 class TrainingStopped(Exception):
@@ -31,14 +31,14 @@ class TrainingStopped(Exception):
 
 @dataclass(frozen=True)
 class _Asked(Generic[B]):
-    """A batch, and what the ranks tell each other before it is used.
+    """A batch, and the flags that the ranks exchange before it is used.
 
-    flags: int32 [4], of all ranks once `work` is done: an error, no batch left, asked to end, a
-    checkpoint due.
+    flags: int32 [4], the maximum over all ranks once `work` is done: an error, no batch left, asked
+    to end, a checkpoint due.
     """
 
     batch: B | None
-    error: Exception | None  # of this rank
+    error: Exception | None  # error of this rank
     flags: Tensor
     work: Any
 
@@ -49,9 +49,9 @@ class Lockstep:
     Within `with Lockstep(...)`, SIGTERM does not kill this process but sets `stop` on all ranks.
 
     Args:
-        ranks: the job.
+        ranks: the ranks of the job.
         settings: when checkpoints are due; None: never.
-        watchdog: of the job.
+        watchdog: the watchdog of the job.
     """
 
     def __init__(
@@ -60,23 +60,26 @@ class Lockstep:
         settings: CheckpointSettings | None = None,
         watchdog: Watchdog | None = None,
     ) -> None:
+        """Start without a request to end and without a checkpoint due."""
         self.ranks = ranks
         self.watchdog = watchdog or Watchdog(ranks, timeout=None)
         self.stop = False  # the job is asked to end; equal on all ranks
         self.save = False  # a checkpoint is due by time; equal on all ranks
         self._seconds = settings.every_seconds if settings is not None else None
-        self._error: Exception | None = None  # of this rank, raised on all before the next batch
+        self._error: Exception | None = None  # of this rank; raised on all before the next batch
         self._terminated = self._is_ending = False
         self._saved_at = time.monotonic()
         self._handler: Any = None
         self._ahead: _Asked[Any] | None = None  # taken from the source for the next step
 
     def __enter__(self) -> Lockstep:
+        """Handle SIGTERM from now on."""
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGTERM, self._terminate)
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Restore the previous handler of SIGTERM."""
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
 
@@ -84,27 +87,27 @@ class Lockstep:
         self._terminated = True
 
     def note(self, error: Exception | None) -> None:
-        """Keeps an error of this rank, which all ranks raise before the next batch."""
+        """Keep an error of this rank, which all ranks raise before the next batch."""
         self._error = self._error or error
 
     def saved(self) -> None:
-        """Counts the time to the next checkpoint from now."""
+        """Count the time to the next checkpoint from now."""
         self.save, self._saved_at = False, time.monotonic()
-        if self._ahead is not None:  # it may say that the checkpoint just saved is due
+        if self._ahead is not None:  # it may report the checkpoint just saved as due
             self._ahead.work.wait()
             self._ahead.flags[-1] = 0
 
     def training_batches(self, source: Iterator[B], count: int, group: int = 1) -> Iterator[B]:
-        """Yields the batches of a stretch of training, up to `end_stretch`. A collective.
+        """Yield the batches of a stretch of training, up to `end_stretch`. A collective.
 
-        A pipeline takes batches ahead of its steps. At the end of a stretch it runs what it has
-        taken, and nothing is in flight when the state is saved. The ranks agree on a batch during
-        the step before it, so that none waits here.
+        A pipeline takes batches ahead of its steps. At the end of a stretch it runs the batches it
+        has taken, so nothing is in flight when the state is saved. The ranks agree on a batch
+        during the step before it, so that no rank waits here.
 
         Args:
-            source: of batches; what a stretch leaves of them stays for the next.
-            count: at most so many.
-            group: batches whose gradients are accumulated, which are no part of a state: a stretch
+            source: the batches; those that a stretch leaves stay for the next.
+            count: the largest number of batches.
+            group: batches whose gradients are accumulated, which no state contains: a stretch
                 ends with whole groups, of which the last of `count` may be smaller.
         """
         self._is_ending = False
@@ -119,34 +122,34 @@ class Lockstep:
             yield batch
 
     def end_stretch(self) -> None:
-        """Ends the stretch of training with the group under way; call it on all ranks."""
+        """End the stretch of training with the current group; call it on all ranks."""
         self._is_ending = True
 
     def batches(self, source: Iterator[B]) -> Iterator[B]:
-        """Yields the batches of a pass without training, until a rank has none. A collective.
+        """Yield the batches of a pass without training, until a rank has none. A collective.
 
         Raises:
-            TrainingStopped: the job is to end.
+            TrainingStopped: the job was asked to end.
         """
         while (batch := self._answer(self._ask(source))) is not None:
             self.raise_if_stopped()
             yield batch
 
     def settle(self) -> None:
-        """Raises on all ranks what any of them met since the last batch. A collective."""
+        """Raise on all ranks the error that any of them met since the last batch. A collective."""
         self._answer(self._ask(iter(())))
 
     def raise_if_stopped(self) -> None:
-        """Ends what may be begun anew.
+        """Raise if the job was asked to end; for work that can be done again.
 
         Raises:
-            TrainingStopped: the job is to end.
+            TrainingStopped: the job was asked to end.
         """
         if self.stop:
             raise TrainingStopped
 
     def _ask(self, source: Iterator[B]) -> _Asked[B]:
-        """Takes a batch and begins to tell the other ranks how this one is. A collective."""
+        """Take a batch and begin to send this rank's flags to the others. A collective."""
         batch: B | None = None
         error = self._error
         try:
@@ -164,7 +167,7 @@ class Lockstep:
         return _Asked(batch, error, flags, work)
 
     def _answer(self, asked: _Asked[B]) -> B | None:
-        """Returns the batch, once it is known how all ranks are. A collective."""
+        """Return the batch, once the flags of all ranks are known. A collective."""
         asked.work.wait()
         failed, ended, stop, save = asked.flags.tolist()
         if failed:

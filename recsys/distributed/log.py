@@ -1,6 +1,6 @@
-"""Sets up Python's `logging` for the ranks of a job.
+"""Set up Python's `logging` for the ranks of a job.
 
-Rank 0 logs from INFO on and the others from WARNING on, unless `--log_level` says otherwise. Lines
+Rank 0 logs from INFO on and the others from WARNING on, unless `--log_level` is set. Lines
 go to standard output: plain text for people, or one JSON object per line. Tables for people are
 printed by `print_table`, on rank 0 alone.
 """
@@ -21,6 +21,7 @@ class _StandardOutput(logging.StreamHandler):  # type: ignore[type-arg]
     """Logs to standard output, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write a record to standard output."""
         try:
             _write_line(self.format(record))
         except Exception:
@@ -28,13 +29,15 @@ class _StandardOutput(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 class _TextFormatter(logging.Formatter):
-    """The message alone at INFO; level and rank before it otherwise."""
+    """Formats INFO of rank 0 as the message alone; all else with level and rank before it."""
 
     def __init__(self, rank: int) -> None:
+        """Keep the rank to print."""
         super().__init__()
         self.rank = rank
 
     def format(self, record: logging.LogRecord) -> str:
+        """Format a record."""
         text = super().format(record)
         if record.levelno == logging.INFO and self.rank == 0:
             return text
@@ -44,10 +47,10 @@ class _TextFormatter(logging.Formatter):
 def configure_logging(
     rank: int = 0, level: LogLevel = "auto", log_format: LogFormat = "text"
 ) -> None:
-    """Sends the log of this project's packages to standard output; may be called again.
+    """Send the log of this project's packages to standard output; may be called again.
 
     Args:
-        rank: of this process in the job.
+        rank: rank of this process in the job.
         level: lowest level to log; auto is info on rank 0 and warning on the others.
         log_format: text or JSON lines.
     """
@@ -69,12 +72,12 @@ def configure_logging(
 
 
 def print_table(text: str) -> None:
-    """Prints a table for people, above a progress bar if there is one; call it on rank 0 alone."""
+    """Print a table for people, above a progress bar if there is one; call it on rank 0 alone."""
     _write_line(text)
 
 
 def _write_line(text: str) -> None:
-    """Writes to whatever `sys.stdout` is at the time."""
+    """Write to whatever `sys.stdout` is at the time."""
     from tqdm import tqdm
 
     tqdm.write(text, file=sys.stdout)

@@ -1,8 +1,8 @@
-"""The ranks of a job: joining them, and ending them together.
+"""The ranks of a job: join them, and end them together.
 
 A job started alone is a job of one rank; under torchrun or torchx the environment names the
-others. An error that only one rank sees (a bad row in its share, a full disk) is told to all, so
-that every rank ends with the cause instead of waiting in a collective.
+others. An error that only one rank sees (a bad row in its share, a full disk) is reported to all,
+so that every rank ends with the cause instead of waiting in a collective.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ class Ranks:
     local_rank: int
     local_world_size: int
     device: torch.device
-    own_group: dist.ProcessGroup | None = None  # default: the one of the job
+    own_group: dist.ProcessGroup | None = None  # default: the job's group
 
     @property
     def group(self) -> dist.ProcessGroup:
+        """Process group for the collectives of this object."""
         group = self.own_group or dist.group.WORLD
         assert group is not None
         return group
@@ -51,18 +52,21 @@ class Ranks:
         return self.local_rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """A small object of each rank, on every rank. A collective."""
+        """Return a small object of each rank, on every rank. A collective."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
 
     def apart(self) -> Ranks:
-        """The same ranks with a group of their own, for collectives beside those of the steps."""
+        """Return the same ranks with a new group, for collectives beside those of the steps.
+
+        A collective.
+        """
         return replace(self, own_group=dist.new_group(backend="gloo"))
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """What runs inside succeeds on every rank or raises on every rank; a collective.
+        """Make the code inside succeed on every rank or raise on every rank; a collective.
 
         Raises:
             ValueError: a rank raised ValueError; the message is that rank's.
@@ -76,7 +80,7 @@ class Ranks:
         self.raise_first(error)
 
     def raise_first(self, error: Exception | None) -> None:
-        """Tells all ranks of an error on any of them; each raises it. A collective."""
+        """Report an error on any rank to all ranks; each raises it. A collective."""
         failed = torch.tensor([error is not None], dtype=torch.int32)
         dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self.group)
         if not failed.item():
@@ -91,7 +95,7 @@ class Ranks:
 
 @contextmanager
 def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
-    """Joins the process group the environment names, or makes one of this process alone."""
+    """Join the process group that the environment names, or make one of this process alone."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda and not torch.cuda.is_available():

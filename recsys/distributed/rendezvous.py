@@ -1,10 +1,10 @@
 """The store through which the ranks of one attempt of a job find each other.
 
-torchrun keeps one store for all restarts of a job, and nothing tells the attempts apart: gloo and
-NCCL then read addresses of ranks that are long dead and wait for them in vain
+torchrun keeps one store for all restarts of a job, and nothing distinguishes the attempts: gloo and
+NCCL then read addresses of ranks that have ended and wait for them in vain
 (https://github.com/pytorch/pytorch/issues/135712; the count of restarts differs between nodes, so
 it cannot serve as a name). Here rank 0 of each attempt gives it a random name that the other ranks
-of this very attempt agree to, and all keys live under it.
+of the same attempt confirm, and all keys are stored under it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ POLL_SECONDS = 0.02
 
 
 def attempt_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """The store of this attempt, this process's rank and the number of ranks, from the environment.
+    """Return the store of this attempt, this rank and the number of ranks, by the environment.
 
     Raises:
-        TimeoutError: some ranks did not come.
+        TimeoutError: some ranks did not join in time.
     """
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -33,11 +33,11 @@ def attempt_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
 
 
 def name_attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """A name that all ranks running now agree on, though the store has words of earlier ones.
+    """Agree on a name with all ranks running now, although the store has keys of earlier attempts.
 
-    Every rank says a random word of its own. Rank 0 answers each word with its own, the name, until
-    all have confirmed it: an old word's answer is meant for nobody, and replaced when a living rank
-    speaks.
+    Every rank writes a random word of its own. Rank 0 answers each word with its own, the name,
+    until all have confirmed it. No rank reads the answer to an old word; it is replaced once a
+    running rank writes its word.
     """
     word, deadline = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
     if rank > 0:

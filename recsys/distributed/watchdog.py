@@ -1,15 +1,16 @@
-"""Ends a job whose ranks wait for one that is stopped, lost or stuck, and names that rank.
+"""End a job whose ranks wait for one that is stopped, lost or stuck, and name that rank.
 
 Ranks of a training job wait for each other in every step, so one that stands still makes all stand
-still, and nothing tells which. Here each rank says once a second, over a connection of its own to
-the job's store, that it lives, how far its main thread is and where. Two findings end the job:
+still, and nothing shows which one. Here each rank publishes once a second, over a connection of its
+own to the job's store, that it lives, how far its main thread is and where. Two findings end it:
 
-- silent: a rank has said nothing for `timeout` seconds; its process is stopped or its machine gone.
+- silent: a rank has published nothing for `timeout` seconds; its process is stopped or its machine
+  gone.
 - stalled: in a section where steps are expected (`armed`) no rank has made progress for `timeout`
-  seconds; the one that the others wait for has begun the fewest collectives.
+  seconds; the rank that the others wait for has begun the fewest collectives.
 
-Then every rank prints the finding and its own stacks, and exits with code 1. It takes `os._exit`:
-the main thread hangs in a collective, where no exception can reach it.
+Then every rank prints the finding and its own stacks, and exits with code 1, by `os._exit`: the
+main thread hangs in a collective, where no exception can reach it.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ from recsys.distributed.heartbeat import (
 )
 from recsys.distributed.ranks import Ranks
 
-FINDING = "finding"  # key in the store: what ends the job
-WATCHED = 8  # how many other ranks each listens to, if a machine has not more
+FINDING = "finding"  # key in the store: the finding that ends the job
+WATCHED = 8  # how many other ranks each rank watches, unless a machine has more
 
 
 class Watchdog:
     """Watches the ranks of a job from threads beside the main one.
 
     Args:
-        ranks: the job.
+        ranks: the ranks of the job.
         timeout: seconds; None or 0 switches it off, and a job of one rank needs none.
 
     Example::
@@ -59,12 +60,13 @@ class Watchdog:
     """
 
     def __init__(self, ranks: Ranks, timeout: float | None) -> None:
+        """Prepare the counters; watching begins with `start`."""
         self.ranks = ranks
         self.timeout = timeout or 0.0
         self.interval = min(1.0, self.timeout / 8)
         self._armed = False
         self._marks, self._after = 0, "start"
-        self._exchanges = 0  # with the store
+        self._exchanges = 0  # number of exchanges with the store
         self._beats = 0
         self._own_progress = Unchanged(2 * self.interval)
         self._backends: list[Any] = []
@@ -73,14 +75,16 @@ class Watchdog:
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Watchdog:
+        """Start watching. A collective."""
         self.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        """Stop watching."""
         self.stop()
 
     def start(self) -> None:
-        """Begins to watch. A collective."""
+        """Begin to watch. A collective."""
         if not self.timeout or self.ranks.world_size == 1:
             return
         devices = {torch.device("cpu"), self.ranks.device}
@@ -89,35 +93,35 @@ class Watchdog:
         self._publish(store)
         if self.ranks.is_first:
             store.set(FINDING, "")
-        self.ranks.gather(None)  # a rank that has said nothing yet would look like a silent one
+        self.ranks.gather(None)  # a rank without a beat would look like a silent one
         for target, arguments in ((self._watch, (store,)), (self._watch_store, ())):
             thread = threading.Thread(target=target, args=arguments, daemon=True)
             thread.start()
             self._threads.append(thread)
 
     def stop(self) -> None:
-        """This rank has ended, well or not: others no longer expect to hear of it."""
+        """Stop watching and publish that this rank has ended, so that others expect no beats."""
         self._stopping.set()
         for thread in self._threads:
-            # Limited, as the store may be what has stopped; longer than `_end` takes.
+            # Limited, as the store itself may have stopped; longer than `_end` takes.
             thread.join(4 * self.interval)
         self._threads.clear()
         self._backends.clear()
 
     def mark(self, place: str) -> None:
-        """The main thread has come this far; cheap enough for several calls a step."""
+        """Note the progress of the main thread; cheap enough for several calls a step."""
         self._marks += 1
         self._after = place
 
     @contextmanager
     def armed(self) -> Iterator[None]:
-        """Inside, all ranks are expected to make steps."""
+        """Expect steps of all ranks inside."""
         with self._set_armed(True):
             yield
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, a rank may take any time; for what interrupts an armed section."""
+        """Allow a rank to take any time inside; for an interruption of an armed section."""
         with self._set_armed(False):
             yield
 
@@ -128,7 +132,7 @@ class Watchdog:
             yield
         finally:
             self._armed = before
-            self._marks += 1  # what is armed again has not stalled meanwhile
+            self._marks += 1  # an armed section that was paused has not stalled meanwhile
 
     def _publish(self, store: dist.Store, ended: bool = False) -> Heartbeat:
         self._beats += 1
@@ -147,9 +151,9 @@ class Watchdog:
         return beat
 
     def _watch(self, store: dist.Store) -> None:
-        """Exchanges beats until this rank ends; a lost store is the other thread's to find."""
+        """Exchange beats until this rank ends; the other thread detects a lost store."""
         rank, world_size = self.ranks.rank, self.ranks.world_size
-        # The ranks before this one, so that a machine that is gone is named whole.
+        # The ranks before this one, so that a finding names all ranks of a lost machine.
         number = min(max(WATCHED, self.ranks.local_world_size), world_size - 1)
         watched = [(rank - distance - 1) % world_size for distance in range(number)]
         unchanged = {other: Unchanged(2 * self.interval) for other in watched}
@@ -164,7 +168,7 @@ class Watchdog:
                 if finding:
                     self._end(finding)
             self._publish(store, ended=True)
-        except RuntimeError:  # of the connection
+        except RuntimeError:  # the connection is lost
             return
 
     def _finding(
@@ -174,11 +178,11 @@ class Watchdog:
         beats: dict[int, Heartbeat],
         silence: dict[int, float],
     ) -> str:
-        """What ends the job, by the first rank that has found anything; empty if nothing does."""
+        """Return the finding that ends the job, from the first rank with one; empty if none."""
         silence = {rank: seconds for rank, seconds in silence.items() if not beats[rank].ended}
         finding = ""
         if any(seconds >= self.timeout for seconds in silence.values()):
-            nearly = self.timeout - self.interval  # as ranks of one machine are not heard at once
+            nearly = self.timeout - self.interval  # ranks of one machine fall silent one by one
             silent = {rank: beats[rank] for rank in silence if silence[rank] >= nearly}
             finding = silent_ranks(silent, self.timeout)
         elif own.stalled_for >= self.timeout:
@@ -186,22 +190,22 @@ class Watchdog:
         return store.compare_set(FINDING, "", finding).decode() if finding else ""
 
     def _stalled(self, store: dist.Store) -> str:
-        """The finding that no rank makes progress; empty if any does."""
+        """Return the finding that no rank makes progress; empty if any does."""
         texts = store.multi_get([str(rank) for rank in range(self.ranks.world_size)])
         beats = dict(enumerate(map(Heartbeat.from_json, texts)))
-        nearly = self.timeout - 2 * self.interval  # what is told may be as old as that
+        nearly = self.timeout - 2 * self.interval  # published values may be as old as that
         stuck = all(beat.ended or beat.stalled_for >= nearly for beat in beats.values())
         return stalled_ranks(beats, self.timeout) if stuck else ""
 
     def _watch_store(self) -> None:
-        """Finds that the store is silent; the other thread may then hang in a call to it."""
+        """Detect that the store is silent; the other thread may then hang in a call to it."""
         silence = Unchanged(2 * self.interval)
         while not self._stopping.wait(self.interval):
             if silence.look(self._exchanges) >= self.timeout:
                 self._end(f"{_store_holder()} has stopped answering for {self.timeout:g} s")
 
     def _end(self, finding: str) -> None:
-        """Reports and ends this process, as every rank does at the same time."""
+        """Report and end this process, as every rank does at the same time."""
         if not self._ending.acquire(blocking=False):
             return
         sys.stderr.write(
@@ -212,9 +216,9 @@ class Watchdog:
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         try:
             raise RuntimeError(finding)
-        except RuntimeError as error:  # of which torchrun's report shows the traceback
+        except RuntimeError as error:  # torchrun's report shows its traceback
             get_error_handler().record_exception(error)
-        # The others learn of it within an interval, and a launcher kills them when one has exited.
+        # The others read it within an interval, and a launcher kills them when one has exited.
         time.sleep(1.5 * self.interval)
         os._exit(1)
 

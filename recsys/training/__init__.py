@@ -1,1 +1,1 @@
-"""Trains: begins or continues a run, takes its steps, and reports them."""
+"""Training: begins or continues a run, takes its steps, and reports them."""

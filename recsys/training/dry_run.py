@@ -1,8 +1,8 @@
 """`recsys train --dry-run`: everything is built and takes one step, and no run is written.
 
-What only shows when a step runs (memory, collectives, shapes, a loss that is not finite) shows in
-a minute. Caches of item content are filled as training would and stay for it; the memory bank is
-not filled, so that the histories of this one step see only what it has just computed.
+Errors that only appear when a step runs (memory, collectives, shapes, a loss that is not finite)
+appear in a minute. Caches of item content are filled as in training and kept for it; the memory
+bank is not filled, so the histories of this one step see only the vectors just computed.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a dry run saw; of all ranks."""
+    """Measurements of a dry run, over all ranks."""
 
     losses: dict[str, float]  # by part, the mean over the ranks
-    rows: int  # of the step
+    rows: int  # rows of the step
     scored_rows: int
     build_seconds: float
     step_seconds: float
@@ -54,12 +54,12 @@ class DryRun:
 
 
 def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
-    """Builds a job, trains on one batch per rank, scores one, and prints what it saw. A collective.
+    """Build a job, train on one batch per rank, score one, and print the result. A collective.
 
     Raises:
         TrainingStopped: the job was asked to end.
-        ValueError: on every rank, when data, configuration or plan are wanting, or the loss is not
-            finite.
+        ValueError: on every rank, if data, configuration or plan is invalid or the loss is not
+            finite on any rank.
     """
     with (
         Watchdog(ranks, config.stall_timeout) as watchdog,
@@ -91,7 +91,7 @@ def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
 
 
 def format_dry_run(found: DryRun) -> str:
-    """What was done, in words."""
+    """Describe the dry run in words."""
     losses = ", ".join(f"{name} {value:.4f}" for name, value in found.losses.items())
     ranks = f"{found.world_size} rank{'s' if found.world_size > 1 else ''}"
     peak = max(found.peak_bytes) / 2**30
@@ -104,7 +104,7 @@ def format_dry_run(found: DryRun) -> str:
 
 
 def _start(job: Job) -> None:
-    """What a first step rests on, save what takes as long as the catalogue is large."""
+    """Do the start-up work of a run, except the work that grows with the catalogue."""
     load_pretrained_tables(job)
     if job.preparation.negatives is not None:
         job.preparation.negatives.use_counts(np.ones(job.schema.num_items, np.int64))
@@ -115,7 +115,7 @@ def _start(job: Job) -> None:
 def _train_step(
     job: Job, interactions: Interactions, lockstep: Lockstep
 ) -> tuple[dict[str, float], Batch, float]:
-    """Takes one step; returns mean losses of the ranks, the batch, seconds. A collective."""
+    """Take one step; return mean losses of the ranks, the batch, seconds. A collective."""
     begin = time.perf_counter()
     job.model.train()
     job.pipeline.begin(1)
@@ -140,7 +140,7 @@ def _train_step(
 
 
 def _scored_rows(job: Job, lockstep: Lockstep) -> tuple[int, float]:
-    """Scores a batch of the validation split; returns rows and seconds. A collective."""
+    """Score a batch of the validation split; return rows and seconds. A collective."""
     begin = time.perf_counter()
     interactions = split_interactions(job, "valid")
     with closing(_first_batch(job, interactions)) as source, torch.no_grad():

@@ -1,7 +1,7 @@
-"""`recsys train --compare id_only`: what content brings, against the same model without it.
+"""`recsys train --compare id_only`: measures the gain from content, against the model without it.
 
 The twin is trained after the run, by the same ranks on the same data, in a folder inside the run's.
-It goes on where it stopped as the run does, and is dropped when the run begins anew.
+It continues where it stopped as the run does, and is removed when the run begins anew.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 def id_only_twin(config: Config) -> Config:
-    """The same configuration without content and the loss that needs it.
+    """Return the same configuration without content and without the loss that needs it.
 
     Raises:
-        ValueError: it has no content already, or does not work without.
+        ValueError: it has no content already, or is not valid without.
     """
     if config.content == "none":
         raise ValueError(
@@ -47,17 +47,22 @@ def train_with_twin(
     overwrite: bool = False,
     resume: Resume = "auto",
 ) -> None:
-    """Trains a run, then its twin in `RUN/id_only`, and compares them on the test split.
+    """Train a run, then its twin in `RUN/id_only`, and compare them on the test split.
 
-    The same command goes on with whichever of the two is unfinished. What `compare_runs` returns
+    The same command continues whichever of the two is unfinished. The report of `compare_runs`
     is printed and written to `RUN/comparison.json`. A collective.
 
     Args:
-        config, data, run, ranks, overwrite, resume: as in `train`.
+        config: as in `train`.
+        data: as in `train`.
+        run: as in `train`.
+        ranks: as in `train`.
+        overwrite: as in `train`.
+        resume: as in `train`.
 
     Raises:
         TrainingStopped: the job was asked to end; its state is saved.
-        ValueError: on every rank, as `train` does; there is no twin; or its folder is another's.
+        ValueError: on every rank, as in `train`; there is no twin; or its folder is not the twin's.
     """
     twin, folder, mark = id_only_twin(config), run / TWIN, run / TWIN_MARK
     with ranks.raise_on_all_ranks():
@@ -72,7 +77,7 @@ def train_with_twin(
         if ranks.is_first:
             mark.touch()
     logger.info("training the ID-only twin in %s", folder)
-    # A best model without a checkpoint to go on from is no obstacle here: the folder is ours.
+    # A best model without a checkpoint to continue from is no obstacle here: the folder is ours.
     anew = ranks.gather(not folders_by_age(folder / "checkpoints"))[0]
     train(twin, data, folder, ranks, overwrite=anew)
     with ranks.raise_on_all_ranks():

@@ -1,4 +1,4 @@
-"""Ends a job whose loss is not finite, and says on which impressions."""
+"""End a job whose loss is not finite, and name the impressions of that step."""
 
 from __future__ import annotations
 
@@ -13,29 +13,35 @@ from recsys.distributed.ranks import Ranks
 
 
 class LossWatch:
-    """Checks the loss of every step; on a GPU some steps later, so that none waits for it.
+    """Checks the loss of every step; on a GPU some steps later, so that no step waits for it.
 
     Args:
         ranks: the ranks; this one's losses are checked here.
         rows: the training rows, to name those of a bad batch.
         every: on a GPU, steps between two checks.
-        last_good: the checkpoint to go back to.
+        last_good: returns the checkpoint to go back to.
     """
 
     def __init__(
         self, ranks: Ranks, rows: RowSource, every: int, last_good: Callable[[], Path | None]
     ) -> None:
+        """Keep the arguments; see the class."""
         self.ranks, self.rows, self.last_good = ranks, rows, last_good
         self.every = every if ranks.device.type == "cuda" else 1
         self._unchecked: list[tuple[int, Tensor, Tensor]] = []
 
-    def step(self, step: int, loss: Tensor, row_positions: Tensor) -> Exception | None:
-        """Notes the loss of a step; an error if one not yet checked was not finite."""
+    def step(
+        self,
+        step: int,
+        loss: Tensor,  # []
+        row_positions: Tensor,  # [B]
+    ) -> Exception | None:
+        """Note the loss of a step; return an error if a loss not yet checked is not finite."""
         self._unchecked.append((step, loss, row_positions))
         return self.check() if len(self._unchecked) >= self.every else None
 
     def check(self) -> Exception | None:
-        """Checks what was noted."""
+        """Check the losses noted so far; return an error if one is not finite."""
         unchecked, self._unchecked = self._unchecked, []
         if not unchecked or bool(torch.stack([loss for _, loss, _ in unchecked]).isfinite().all()):
             return None

@@ -27,14 +27,15 @@ class Reporter:
     """Shows a progress bar on a terminal, logs lines elsewhere, and feeds the trackers.
 
     Args:
-        job: what trains; trackers, bar and tables are those of rank 0.
+        job: the job in training; trackers, bar and tables are those of rank 0.
         run: the run's folder.
-        progress: where the run starts or goes on.
+        progress: the point where the run starts or continues.
 
     Making it is a collective, so that a tracker that cannot be made ends all ranks.
     """
 
     def __init__(self, job: Job, run: Path, progress: Progress) -> None:
+        """Make the trackers and the bar. A collective."""
         self.job, self.active = job, job.ranks.is_first
         self.every = job.config.log_every_steps
         self.terminal = sys.stderr.isatty()
@@ -47,13 +48,13 @@ class Reporter:
         self.bar = tqdm(disable=not (self.active and self.terminal))
 
     def begin(self, num_batches: int, progress: Progress) -> None:
-        """Starts the bar of an epoch, or of what is left of it."""
+        """Start the bar of an epoch, or of the rest of it."""
         self.num_batches = num_batches
         self.bar.reset(num_batches)
         self.bar.update(progress.batches)
 
     def step(self, progress: Progress, losses: dict[str, Tensor]) -> None:
-        """Reports a step every `log_every_steps`. A collective."""
+        """Report a step every `log_every_steps`. A collective."""
         self.bar.update()
         if progress.steps % self.every:
             return
@@ -84,7 +85,7 @@ class Reporter:
         return values
 
     def write(self, values: dict[str, float], step: int) -> None:
-        """Gives metrics to every tracker; one that fails, as a service may, ends no training."""
+        """Give metrics to every tracker; a tracker that fails does not end training."""
         for tracker in self.trackers:
             with self._warning_of(tracker):
                 tracker.log(values, step)
@@ -97,7 +98,7 @@ class Reporter:
             logger.warning("%s failed, training goes on: %s", type(tracker).__name__, error)
 
     def evaluation(self, split: str, step: int, report: dict[str, Any]) -> None:
-        """Gives the trackers the metrics of a split that are numbers."""
+        """Give the trackers the metrics of a split that are numbers."""
         numbers = {
             f"{split}/{name}": float(value)
             for name, value in report.items()
@@ -106,14 +107,14 @@ class Reporter:
         self.write(numbers, step)
 
     def validation(self, progress: Progress, report: dict[str, Any]) -> None:
-        """Prints the table of a validation and records its metrics."""
+        """Print the table of a validation and record its metrics."""
         if self.active:
             table = format_report(report, self.job.config.metrics)
             print_table(f"validation after step {progress.steps}\n{table}")
         self.evaluation("valid", progress.steps, report)
 
     def close(self) -> None:
-        """Ends bar and trackers."""
+        """End bar and trackers."""
         self.bar.close()
         for tracker in self.trackers:
             with self._warning_of(tracker):

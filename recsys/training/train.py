@@ -1,8 +1,8 @@
-"""Training: how a run begins or goes on, and what it leaves behind; the loop is the trainer's.
+"""Training: how a run begins or continues, and what it leaves behind; the loop is in `trainer`.
 
 A run's folder holds `config.yaml` (resolved), `plan.txt`, `checkpoints/`, TensorBoard events, the
 scores of the test split's rows (`scores_test.parquet`) and, written last, `metrics.json`. The same
-command on the same folder goes on from the last checkpoint.
+command on the same folder continues from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "transformers",
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what a result depends on."""
+    """Return the installed versions of packages that results depend on."""
     found = {}
     for package in PACKAGES:
         try:
@@ -69,21 +69,21 @@ def train(
     overwrite: bool = False,
     resume: Resume = "auto",
 ) -> dict[str, Any]:
-    """Trains, keeps the best model, and returns what `metrics.json` holds. A collective.
+    """Train, keep the best model, and return the content of `metrics.json`. A collective.
 
     Args:
         config: every setting.
         data: dataset, a folder or URL.
-        run: folder of the run; where it holds a checkpoint, training goes on from it.
+        run: folder of the run; if it holds a checkpoint, training continues from it.
         ranks: the ranks of the job.
-        overwrite: start anew instead, and replace what the folder holds.
+        overwrite: start anew instead, and replace the content of the folder.
         resume: auto; never: refuse a folder with a run; must: refuse one without.
 
     Raises:
         TrainingStopped: the job was asked to end; its state is saved.
-        ValueError: on every rank, when data, configuration, plan or checkpoint are wanting.
+        ValueError: on every rank, if data, configuration, plan or checkpoint is invalid on any.
     """
-    make_metrics(config.metrics)  # what is wrong with them shows before any work is done
+    make_metrics(config.metrics)  # invalid settings are reported before any work is done
     goes_on = find_start(run, resume, overwrite, ranks)
     with (
         Watchdog(ranks, config.stall_timeout) as watchdog,
@@ -105,7 +105,7 @@ def train(
 
 
 def open_run(job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep) -> Trainer:
-    """Begins the run, or brings the job to where the run stopped. A collective."""
+    """Begin the run, or restore the job's state where the run stopped. A collective."""
     interactions = training_interactions(job)
     checkpoints = Checkpoints(job, run, interactions.rows.fingerprint())
     progress: Progress | None = None
@@ -153,7 +153,7 @@ def open_run(job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep) 
 
 
 def training_interactions(job: Job) -> Interactions:
-    """This rank's share of the training rows. A collective."""
+    """Build this rank's share of the training rows. A collective."""
     config, ranks = job.config, job.ranks
     with ranks.raise_on_all_ranks():
         rows = job.rows("train")
@@ -166,10 +166,7 @@ def training_interactions(job: Job) -> Interactions:
 
 
 def start_fresh(job: Job) -> None:
-    """Does what a run that goes on has behind it: pretrained tables, projections, the first bank.
-
-    A collective.
-    """
+    """Initialise a new run: pretrained tables, projections, the first bank. A collective."""
     load_pretrained_tables(job)
     if job.em3.content is not None and job.store is not None:
         start_projections(job.em3.content, job.store, job.ranks)
@@ -177,7 +174,7 @@ def start_fresh(job: Job) -> None:
 
 
 def _finish(trainer: Trainer) -> dict[str, Any]:
-    """Tests the best model and writes `metrics.json`. A collective."""
+    """Test the best model and write `metrics.json`. A collective."""
     job, run, progress = trainer.job, trainer.run, trainer.progress
     best = load_best(job, run)
     if best["step"] != progress.best_step:
@@ -207,7 +204,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     }
     if job.config.on_bad_row == "skip":
         metrics["skipped_rows"] = json.loads((run / SKIPPED_ROWS).read_text())
-    with job.ranks.raise_on_all_ranks():  # no rank leaves before the result is there
+    with job.ranks.raise_on_all_ranks():  # no rank leaves before the result is written
         if job.ranks.is_first:
             write_whole(run / "metrics.json", json.dumps(metrics, indent=2) + "\n")
             print_table(f"test\n{format_evaluation(metrics['test'], job.config.metrics)}")

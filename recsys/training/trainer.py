@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Trainer:
-    """A job in training, with everything beside the model that its loop works with."""
+    """A job in training, with all parts besides the model that its loop works with."""
 
     job: Job
     run: Path
@@ -44,10 +44,10 @@ class Trainer:
     profile: StepProfile
     reporter: Reporter
     progress: Progress
-    item_counts: np.ndarray
+    item_counts: np.ndarray  # [num_items], training impressions by item
 
     def train(self) -> None:
-        """Trains until epochs or patience end. A collective.
+        """Train until epochs or patience end. A collective.
 
         Raises:
             TrainingStopped: the job was asked to end; its state is saved.
@@ -65,10 +65,10 @@ class Trainer:
         self.checkpoints.save(self.progress, wait=True)
 
     def train_epoch(self) -> None:
-        """Trains for what is left of an epoch, or up to where patience ends. A collective.
+        """Train for the rest of an epoch, or until patience ends. A collective.
 
         An epoch has parts that end with a validation, and within them stretches that end where a
-        checkpoint is written: what ends a stretch is agreed on by all ranks before.
+        checkpoint is written: all ranks agree before on the end of a stretch.
         """
         job, progress, lockstep, config = self.job, self.progress, self.lockstep, self.job.config
         self.interactions.begin(progress.epoch, progress.stages, progress.batches)
@@ -86,7 +86,7 @@ class Trainer:
                     for losses, batch in self._steps(batches, unknown):
                         loss, positions = losses["loss"], batch.row_positions
                         lockstep.note(self.loss_watch.step(progress.steps, loss, positions))
-                        self.reporter.step(progress, losses)  # logs every so many
+                        self.reporter.step(progress, losses)  # logs every `log_every_steps`
                         if lockstep.stop or lockstep.save:
                             lockstep.end_stretch()  # the pipeline finishes what it has taken
                         lockstep.watchdog.mark(f"step {progress.steps}")
@@ -110,7 +110,7 @@ class Trainer:
     def _steps(
         self, batches: Iterator[Batch], unknown: UnknownIds
     ) -> Iterator[tuple[dict[str, Tensor], Batch]]:
-        """Yields losses and batch of each step once parameters are updated. A collective."""
+        """Yield losses and batch of each step once parameters are updated. A collective."""
         job, progress = self.job, self.progress
         job.model.train()
         start = time.perf_counter() - progress.seconds
@@ -128,7 +128,7 @@ class Trainer:
             yield losses, batch
 
     def _part(self, number: int) -> tuple[int, int]:
-        """Returns the batches of the epoch before and up to the end of a part."""
+        """Return the batches of the epoch before and up to the end of a part."""
         parts = self.job.config.validations_per_epoch
         return (
             self.interactions.batches_until(number, parts),
@@ -136,7 +136,7 @@ class Trainer:
         )
 
     def _batches_until_pause(self, end_of_part: int) -> int:
-        """Batches until the part ends or a checkpoint is due by steps, in whole groups."""
+        """Count batches until the part ends or a checkpoint is due by steps, in whole groups."""
         every, group = self.job.config.checkpoint.every_steps, self.job.config.accumulate_steps
         left = end_of_part - self.progress.batches
         if every is None:
@@ -145,18 +145,18 @@ class Trainer:
         return min(left, -(-until_due // group) * group)
 
     def _passed_checkpoint(self, first_step: int) -> bool:
-        """Whether a checkpoint has become due by steps since a stretch began."""
+        """Return whether a checkpoint has become due by steps since a stretch began."""
         every = self.job.config.checkpoint.every_steps
         return every is not None and self.progress.steps // every > first_step // every
 
     def _validate(self) -> None:
-        """Validates, with averaged weights if kept, and keeps the best model. A collective."""
+        """Validate, with averaged weights if kept, and keep the best model. A collective."""
         averages = self.job.averages
         with averages.in_place() if averages is not None else nullcontext():
             self._validate_weights()
 
     def _validate_weights(self) -> None:
-        """Validates the weights in place. A collective."""
+        """Validate the weights in place. A collective."""
         job, progress = self.job, self.progress
         content = content_settings(job.config)
         if content is not None and content.history.refresh_bank_every_epoch:
@@ -182,9 +182,9 @@ class Trainer:
 
 
 def require_pipelined(model: nn.Module) -> None:
-    """Checks, after a first step, that the ids of every sharded module are sent ahead of theirs.
+    """Check, after a first step, that every sharded module sends its ids ahead of their step.
 
-    TorchRec only logs a warning where it cannot, and training is then as slow as without pipeline.
+    TorchRec only logs a warning if one does not, and training is then as slow as without pipeline.
 
     Raises:
         RuntimeError: a sharded module is not pipelined.

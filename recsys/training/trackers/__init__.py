@@ -20,13 +20,13 @@ TRACKERS = {
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Records one run; rank 0 alone makes it.
+    r"""Records one run; rank 0 alone makes it.
 
     It is made with these arguments:
         run: the run's folder, for files of the tracker's own.
-        settings: of the run, by full name (`optimizer.learning_rate`).
-        first_step: the step from which the run goes on; 0 for a new one. What was recorded of later
-            steps is of a job that ended before its checkpoint.
+        settings: settings of the run, by full name (`optimizer.learning_rate`).
+        first_step: the step from which the run continues; 0 for a new one. Records of later steps
+            are from a job that ended before its checkpoint.
 
     Example::
 
@@ -35,23 +35,23 @@ class Tracker(Protocol):
                 self.file = open(run / "metrics.txt", "a" if first_step else "w")
 
             def log(self, values: dict[str, float], step: int) -> None:
-                self.file.writelines(f"{step} {name} {value}\\n" for name, value in values.items())
+                self.file.writelines(f"{step} {name} {value}\n" for name, value in values.items())
 
             def close(self) -> None:
                 self.file.close()
     """
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Records metrics by name, such as `train/loss`, `valid/auc` or `test/auc`, of a step."""
+        """Record metrics by name, such as `train/loss`, `valid/auc` or `test/auc`, of a step."""
 
     def close(self) -> None:
-        """Ends the recording; nothing is logged afterwards."""
+        """End the recording; nothing is logged afterwards."""
 
 
 def make_trackers(
     names: Sequence[str], run: Path, settings: dict[str, Any], first_step: int
 ) -> list[Tracker]:
-    """Makes the trackers that the setting `tracker` names.
+    """Make the trackers that the setting `tracker` names.
 
     Raises:
         ValueError: there is no such tracker, or its client is not installed.

@@ -1,6 +1,6 @@
 """MLflow through its own client: a server that MLFLOW_TRACKING_URI names, or files in the run.
 
-`RUN/mlflow_run_id` keeps the identifier, so that a run that goes on is one run there, too.
+`RUN/mlflow_run_id` keeps the identifier, so that a continued run is one run in MLflow, too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-EXPERIMENT = "recsys"  # unless MLFLOW_EXPERIMENT_NAME says otherwise
+EXPERIMENT = "recsys"  # unless MLFLOW_EXPERIMENT_NAME is set
 RUN_ID = "mlflow_run_id"
 
 
@@ -22,6 +22,7 @@ class MLflowTracker:
     """
 
     def __init__(self, run: Path, settings: dict[str, Any], first_step: int) -> None:
+        """Create the MLflow run with its params, or reopen it if the run continues."""
         # MLflow refuses its store of files, which needs no database, unless this is set.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         try:
@@ -49,8 +50,9 @@ class MLflowTracker:
         self._client.log_batch(self.run_id, params=params)
 
     def log(self, values: dict[str, float], step: int) -> None:
+        """Record metrics of a step."""
         now = int(1000 * time.time())
-        # MLflow knows no `@` in names, as in recall@10.
+        # MLflow allows no `@` in names, as in recall@10.
         metrics = [
             self._metric(name.replace("@", "_at_"), float(value), now, step)
             for name, value in values.items()
@@ -58,4 +60,5 @@ class MLflowTracker:
         self._client.log_batch(self.run_id, metrics=metrics)
 
     def close(self) -> None:
+        """Mark the MLflow run as ended."""
         self._client.set_terminated(self.run_id)

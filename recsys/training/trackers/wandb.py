@@ -11,13 +11,14 @@ RUN_ID = "wandb_run_id"
 class WandbTracker:
     """Records settings as the run's config and metrics by step. See `Tracker`.
 
-    `RUN/wandb_run_id` keeps the identifier, so that a run that goes on is one run there, too.
+    `RUN/wandb_run_id` keeps the identifier, so that a continued run is one run there, too.
 
     Raises:
         ValueError: the client is not installed.
     """
 
     def __init__(self, run: Path, settings: dict[str, Any], first_step: int) -> None:
+        """Create the W&B run, or reopen it if the run continues."""
         try:
             import wandb
         except ImportError as error:
@@ -37,7 +38,9 @@ class WandbTracker:
         kept.write_text(f"{self.run.id}\n")
 
     def log(self, values: dict[str, float], step: int) -> None:
+        """Record metrics of a step."""
         self.run.log(values, step=step)
 
     def close(self) -> None:
+        """End the W&B run."""
         self.run.finish()
