@@ -27,7 +27,7 @@ from torchx.components import dist
 from torchx.specs import AppDef
 
 
-def _job(
+def _job(  # noqa: D417 - components copy the arguments, without the name of the role
     role_name: str,
     *args: str,
     nproc: int = 2,
@@ -42,7 +42,7 @@ def _job(
     env: Optional[Dict[str, str]] = None,
     mounts: Optional[List[str]] = None,
 ) -> AppDef:
-    """Runs `python -m ARGS` on nnodes × nproc ranks.
+    """Run `python -m ARGS` on nnodes × nproc ranks.
 
     The only place that knows torchx's own component: upstream renames `dist.ddp` to
     `dist.torchrun`.
@@ -93,7 +93,7 @@ def _job(
 
 
 def _component(**defaults: Any) -> Callable[[Callable[..., AppDef]], Callable[..., AppDef]]:
-    """Gives a component the signature and the explanations of `_job`, with defaults of its own."""
+    """Give a component the signature and the explanations of `_job`, with defaults of its own."""
 
     def with_options(component: Callable[..., AppDef]) -> Callable[..., AppDef]:
         own = {"name": f"recsys-{component.__name__}", **defaults}
@@ -110,31 +110,31 @@ def _component(**defaults: Any) -> Callable[[Callable[..., AppDef]], Callable[..
 
 @_component()
 def train(*args: str, **options: Any) -> AppDef:
-    """Trains a model: `recsys train` on every rank."""
+    """Train a model: `recsys train` on every rank."""
     return _job("train", "recsys.cli", "train", *args, **options)
 
 
 @_component()
 def evaluate(*args: str, **options: Any) -> AppDef:
-    """Measures a trained model: `recsys evaluate` on every rank."""
+    """Measure a trained model: `recsys evaluate` on every rank."""
     return _job("evaluate", "recsys.cli", "evaluate", *args, **options)
 
 
 @_component()
 def predict(*args: str, **options: Any) -> AppDef:
-    """Scores impressions with a trained model: `recsys predict` on every rank."""
+    """Score impressions with a trained model: `recsys predict` on every rank."""
     return _job("predict", "recsys.cli", "predict", *args, **options)
 
 
 @_component()
 def cache(*args: str, **options: Any) -> AppDef:
-    """Fills the caches of item content: `recsys cache` on every rank."""
+    """Fill the caches of item content: `recsys cache` on every rank."""
     return _job("cache", "recsys.cli", "cache", *args, **options)
 
 
 @_component(nproc=1)  # ladder and scaling start ranks themselves
 def benchmark(*args: str, **options: Any) -> AppDef:
-    """Measures: `python -m benchmarks.NAME` on every rank; the name is the first of `args`."""
+    """Measure: `python -m benchmarks.NAME` on every rank; the name is the first of `args`."""
     if not args or args[0].startswith("-"):
         raise ValueError(
             "name a benchmark first after `--`: benchmark ... -- throughput --out FOLDER"

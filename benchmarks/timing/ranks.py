@@ -138,7 +138,6 @@ class HereProcesses:
 
     def close(self) -> None:
         """Do nothing: this process continues."""
-        pass  # noqa: PIE790
 
 
 class OwnProcesses:
