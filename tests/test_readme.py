@@ -1,6 +1,6 @@
-"""Every command of the README runs, in its order, in one folder.
+"""Every command of the README and of the pages in the folders runs, in one folder.
 
-Training commands of the README's own shop run as they stand. Three kinds are exchanged: `make` and
+Training commands of the pages' own shop run as they stand. Three kinds are exchanged: `make` and
 the installer, which the continuous integration runs for real, are dry runs here, the recipe with a
 pretrained encoder is exchanged for `tiny.yaml`, the same job in miniature, and benchmarks run at
 sizes of seconds.
@@ -19,7 +19,23 @@ import pytest
 from recsys.config import load_config
 
 PROJECT = Path(__file__).parent.parent
-README = (PROJECT / "README.md").read_text()
+# In the order in which a reader meets them: later commands use what earlier ones wrote.
+PAGES = (
+    "README.md",
+    "recsys/data/README.md",
+    "recsys/diagnostics/README.md",
+    "recsys/config/README.md",
+    "recsys/content/README.md",
+    "recsys/ranking/README.md",
+    "recsys/training/README.md",
+    "recsys/plug_in/README.md",
+    "benchmarks/README.md",
+    "launch/README.md",
+    "recsys/checkpoint/README.md",
+    "recsys/evaluation/README.md",
+)
+FRONT_PAGE = (PROJECT / "README.md").read_text()
+README = "\n".join((PROJECT / page).read_text() for page in PAGES)
 PROGRAMS = Path(sys.executable).parent
 EXCHANGED = (
     (r"^make (\w.*)$", r"make -n \1"),
@@ -122,3 +138,38 @@ def test_recipes_in_the_readme_are_configurations(tmp_path: Path) -> None:
     for recipe in recipes:
         (tmp_path / "recipe.yaml").write_text(recipe)
         load_config(tmp_path / "recipe.yaml")
+
+
+def test_every_page_is_read_here() -> None:
+    folders = ("recsys", "embeddings", "launch", "benchmarks")
+    pages = {path for folder in folders for path in (PROJECT / folder).rglob("README.md")}
+    assert {PROJECT / page for page in PAGES} == pages | {PROJECT / "README.md"}
+
+
+def test_the_front_page_is_short() -> None:
+    assert len(FRONT_PAGE.splitlines()) <= 250
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings_that_exist(page: str) -> None:
+    text = re.sub(r"^```.*?^```", "", (PROJECT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        path = (PROJECT / page).parent / file if file else PROJECT / page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings]
+            assert anchor in slugs, target
+
+
+@pytest.mark.parametrize(
+    ("heading", "results"), [("What it wins", "quality.md"), ("What it costs", "compare.md")]
+)
+def test_figures_of_the_front_page_are_those_of_the_results(heading: str, results: str) -> None:
+    section = FRONT_PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    figures = [figure for row in rows for figure in re.findall(r"[-+]?\d[\d,]*\.\d+", row)]
+    known = (PROJECT / "benchmarks" / "results" / results).read_text()
+    assert len(figures) > 15
+    assert [figure for figure in figures if figure not in known] == []

@@ -19,7 +19,7 @@ from tests.datasets import write_parquet
 
 PROJECT = Path(__file__).parents[3]
 EXAMPLES = PROJECT / "tests" / "examples"
-README = (PROJECT / "README.md").read_text()
+README = (PROJECT / "recsys" / "plug_in" / "README.md").read_text()
 CRITEO_ROWS = 200
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 SHORT = ["--epochs", "2", "--batches", "4"]

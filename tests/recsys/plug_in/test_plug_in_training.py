@@ -38,7 +38,7 @@ from tests.recsys.plug_in.plug_in_runs import (
 )
 
 CPU = torch.device("cpu")
-README = (Path(__file__).parents[3] / "README.md").read_text()
+README = (Path(__file__).parents[3] / "recsys" / "plug_in" / "README.md").read_text()
 (LOADING,) = re.findall(r"^```py\n(.*?load_dlrm.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
