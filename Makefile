@@ -53,3 +53,4 @@ lint: install-dev
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/python -m recsys.config.settings_page --check

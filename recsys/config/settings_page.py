@@ -1,0 +1,103 @@
+"""Writes the reference of all settings, SETTINGS.md, from the dataclasses of this folder.
+
+`python -m recsys.config.settings_page` writes the page; with `--check` it only compares, and ends
+with status 1 if the page differs from the code. A setting's sentence is its attribute docstring,
+which `recsys train --help` prints too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import docstring_parser
+
+from recsys.config.ranking import RANKING_MODELS, RankingSettings, settings_class
+from recsys.config.run import Config
+
+PAGE = Path(__file__).with_name("SETTINGS.md")
+HEAD = """# Settings
+
+Every setting with its type, default and meaning, as `recsys train --help` prints them. This page is
+generated from the docstrings of `recsys/config`: change them and run
+`python -m recsys.config.settings_page`. How to set them: [Configure](README.md#configure).
+"""
+
+
+def settings_page() -> str:
+    """Return the page: one table for the run, one per component, one per ranking model."""
+    sections = [HEAD, *_sections("", Config)]
+    base = {each.name for each in fields(RankingSettings)}
+    for name in RANKING_MODELS:
+        own = [each for each in fields(settings_class(name)) if each.name not in base]
+        if own:
+            sections.append(f"## ranking, name: {name}\n\n{_table(settings_class(name), own)}")
+    return "\n".join(sections)
+
+
+def _sections(path: str, settings: type) -> Iterator[str]:
+    """Yield the section of a dataclass, then those of the dataclasses that its fields hold."""
+    hints = get_type_hints(settings)
+    inner = {each.name: _dataclass_in(hints[each.name]) for each in fields(settings)}
+    plain = [each for each in fields(settings) if inner[each.name] is None]
+    summary = docstring_parser.parse_from_object(settings).short_description
+    yield f"## {path or 'Run'}\n\n{summary}\n\n{_table(settings, plain)}"
+    for name, kind in inner.items():
+        if kind is not None:
+            named = ".NAME" if get_args(hints[name])[:1] == (str,) else ""
+            yield from _sections(f"{path}.{name}{named}".removeprefix("."), kind)
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """Return the dataclass that a type is, may be (union) or has as values (dict), or None."""
+    if is_dataclass(hint):
+        assert isinstance(hint, type)
+        return hint
+    return next((kind for each in get_args(hint) if (kind := _dataclass_in(each))), None)
+
+
+def _table(settings: type, rows: list[Field[Any]]) -> str:
+    sentences = {
+        each.arg_name: " ".join((each.description or "").split())
+        for base in reversed(settings.__mro__[:-1])
+        for each in docstring_parser.parse_from_object(base).params
+        if each.description
+    }
+    hints = get_type_hints(settings)
+    lines = ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    for row in rows:
+        kind = ", ".join(_choices(hints[row.name])) or f"`{row.type}`"
+        cells = [f"`{row.name}`", kind, _default(row), sentences[row.name]]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _choices(hint: Any) -> list[str]:
+    """Return the values of a Literal, also inside a union; empty for other types."""
+    if get_origin(hint) is Literal:
+        return [f"`{choice}`" for choice in get_args(hint)]
+    return [each for part in get_args(hint) for each in _choices(part)]
+
+
+def _default(row: Field[Any]) -> str:
+    if row.default is not MISSING:
+        return f"`{row.default}`"
+    return "required" if row.default_factory is MISSING else f"`{row.default_factory()}`"
+
+
+def main() -> None:
+    """Write the page, or compare it with the code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare the page, write nothing")
+    if not parser.parse_args().check:
+        PAGE.write_text(settings_page())
+    elif PAGE.read_text() != settings_page():
+        sys.exit(f"{PAGE} differs from the docstrings: run python -m recsys.config.settings_page")
+
+
+if __name__ == "__main__":
+    main()
