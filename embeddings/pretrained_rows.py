@@ -77,17 +77,17 @@ def _agree(
 ) -> LoadedRows:
     """Return the counts of any rank with a shard; raise on all if one failed. A collective."""
     mine = (loaded, None if error is None else (isinstance(error, ValueError), str(error)))
-    told = [mine]
+    outcomes = [mine]
     if process_group is not None:
-        told *= dist.get_world_size(process_group)
-        dist.all_gather_object(told, mine, group=process_group)
+        outcomes *= dist.get_world_size(process_group)
+        dist.all_gather_object(outcomes, mine, group=process_group)
     if error is not None:
         raise error
-    for rank, (_, failure) in enumerate(told):
+    for rank, (_, failure) in enumerate(outcomes):
         if failure is not None:
             is_value_error, message = failure
             raise (ValueError if is_value_error else RuntimeError)(f"rank {rank}: {message}")
-    return next(result for result, _ in told if result is not None)
+    return next(result for result, _ in outcomes if result is not None)
 
 
 def _load(

@@ -123,7 +123,7 @@ def what_does_not_fit(
             )
     if total > world_size * room and len(tables) > 1:
         lines.append(f"all tables take {total:,} bytes; the ranks can hold {world_size * room:,}")
-    return lines + [f"enough would be: {mend}" for mend in _mends(tables, room, world_size)]
+    return lines + [f"enough would be: {fix}" for fix in _fixes(tables, room, world_size)]
 
 
 def _most_pieces(table: TableConfig, world_size: int) -> int:
@@ -135,30 +135,30 @@ def _most_pieces(table: TableConfig, world_size: int) -> int:
     return world_size
 
 
-def _mends(tables: Sequence[TableConfig], room: int, world_size: int) -> list[str]:
+def _fixes(tables: Sequence[TableConfig], room: int, world_size: int) -> list[str]:
     """List changes, each of which alone makes all tables fit."""
     largest = max(tables, key=table_bytes)
     name, others = largest.name, sum(map(table_bytes, tables)) - table_bytes(largest)
-    mends = []
+    fixes = []
     if _fit(tables, room, world_size):
         return []
     ranks = -(-(others + table_bytes(largest)) // room)
     if _fit(tables, room, ranks):
-        mends.append(f"{ranks:,} ranks")
+        fixes.append(f"{ranks:,} ranks")
     if largest.sharding in ("table_wise", "column_wise"):
-        mends += _if_fits(tables, replace(largest, sharding="row_wise"), room, world_size)
+        fixes += _if_fits(tables, replace(largest, sharding="row_wise"), room, world_size)
     if largest.optimizer in ("adam", "adagrad"):
-        mends += _if_fits(tables, replace(largest, optimizer="rowwise_adagrad"), room, world_size)
+        fixes += _if_fits(tables, replace(largest, optimizer="rowwise_adagrad"), room, world_size)
     left = _most_pieces(largest, world_size) * room
     left = min(left, world_size * room - others)
     for dim in range(largest.embedding_dim // 4 * 4, 0, -4):
         if table_bytes(replace(largest, embedding_dim=dim)) <= left:
-            mends.append(f"embedding_dim {dim} for table '{name}'")
+            fixes.append(f"embedding_dim {dim} for table '{name}'")
             break
     rows = left * largest.num_embeddings // table_bytes(largest)
     if rows > 0:
-        mends.append(f"num_embeddings {rows:,} for table '{name}'")
-    return mends
+        fixes.append(f"num_embeddings {rows:,} for table '{name}'")
+    return fixes
 
 
 def _if_fits(

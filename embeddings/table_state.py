@@ -155,9 +155,9 @@ class TableOptimizerState:
             for name, value in values.items():
                 row_wise = len(value.metadata().size) == 1
                 self.local[_Moment(key, name.rsplit(".", 1)[-1], row_wise)] = value
-        told: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(told, list(self.local), group=group)
-        everywhere = {moment for moments in told for moment in moments}
+        of_ranks: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(of_ranks, list(self.local), group=group)
+        everywhere = {moment for moments in of_ranks for moment in moments}
         self.moments = sorted(everywhere, key=lambda moment: (moment.key, moment.name))
         self._unfinished: list[Callable[[], None]] = []
 

@@ -25,7 +25,7 @@ def command_parser(words: Sequence[str]) -> ArgumentParser:
     parser = _Parser(prog="recsys", description="Trains and runs EM3 recommenders.")
     commands = parser.add_subcommands()
 
-    command = _Parser(description="Versions, devices and memory; how to mend what is wrong.")
+    command = _Parser(description="Versions, devices and memory; how to fix what is wrong.")
     commands.add_subcommand("doctor", command)
 
     command = _Parser(description="Makes a dataset of a known source, or the maps of its ids.")
@@ -152,7 +152,7 @@ def _add_looks(commands: Any, words: Sequence[str]) -> None:
     """Add the commands that inspect data or settings before any training."""
     from embeddings.simulated_cluster import FigureOverrides
 
-    command = _Parser(description="What is in a dataset, and what to mend before training.")
+    command = _Parser(description="What is in a dataset, and what to fix before training.")
     command.add_argument("data", type=str, help="dataset: folder or URL")
     command.add_argument(
         "--on_bad_row",

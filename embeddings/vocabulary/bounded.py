@@ -172,8 +172,8 @@ class BoundedVocabulary:
         rows = np.empty(len(ids), np.int64)
         rows[order] = answers.numpy()
         if training:
-            told = torch.from_numpy(evicted).repeat(self._world_size)
-            evicted = self._exchange(told, [len(evicted)] * self._world_size)[0].numpy()
+            sent = torch.from_numpy(evicted).repeat(self._world_size)
+            evicted = self._exchange(sent, [len(evicted)] * self._world_size)[0].numpy()
         return rows, evicted
 
     def _exchange(

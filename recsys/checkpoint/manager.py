@@ -115,7 +115,7 @@ class Checkpoints:
             self._failures = 0
             return
         self._failures += 1
-        text = f"{folder}: the checkpoint could not be written ({error}); make room or mend storage"
+        text = f"{folder}: the checkpoint could not be written ({error}); make room or fix storage"
         if strict or self._failures >= MAX_FAILURES:
             raise ValueError(text) from error
         if self.job.ranks.is_first:

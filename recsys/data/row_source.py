@@ -180,7 +180,7 @@ class RowSource(ABC):
         if summary["rows"] == self.num_rows:
             raise ValueError(
                 f"{self.chunks[0].place}: none of the {self.num_rows} rows of {what} can be "
-                "used; mend the data, or the schema"
+                "used; fix the data, or the schema"
             )
         return summary
 

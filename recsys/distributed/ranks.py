@@ -86,10 +86,10 @@ class Ranks:
         if not failed.item():
             return
         mine = None if error is None else (isinstance(error, ValueError), str(error) or repr(error))
-        told = self.gather(mine)
+        failures = self.gather(mine)
         if error is not None:
             raise error
-        rank, (is_value_error, message) = next((r, t) for r, t in enumerate(told) if t is not None)
+        rank, (is_value_error, message) = next(each for each in enumerate(failures) if each[1] is not None)
         raise (ValueError if is_value_error else RuntimeError)(f"rank {rank}: {message}")
 
 

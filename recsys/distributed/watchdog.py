@@ -160,11 +160,11 @@ class Watchdog:
         try:
             while not self._stopping.wait(self.interval):
                 own = self._publish(store)
-                *texts, told = store.multi_get([*map(str, watched), FINDING])
+                *texts, finding_bytes = store.multi_get([*map(str, watched), FINDING])
                 self._exchanges += 1
                 beats = dict(zip(watched, map(Heartbeat.from_json, texts)))
                 silence = {other: unchanged[other].look(beats[other].number) for other in watched}
-                finding = told.decode() or self._finding(store, own, beats, silence)
+                finding = finding_bytes.decode() or self._finding(store, own, beats, silence)
                 if finding:
                     self._end(finding)
             self._publish(store, ended=True)

@@ -134,7 +134,7 @@ def small_topology(world_size: int) -> Topology:
     return machine_topology(world_size, world_size, CPU, host_memory_bytes=10 * 2**20)
 
 
-def test_a_table_larger_than_memory_is_an_error_with_its_name_and_the_mend() -> None:
+def test_a_table_larger_than_memory_is_an_error_with_its_name_and_the_fix() -> None:
     tables = [table("huge", rows=10**7, sharding="row_wise"), table("small")]
     with pytest.raises(ValueError, match=r"(?s)'huge' 610.4 MB \(row_wise\).*Add ranks or memory"):
         plan(tables, small_topology(1))

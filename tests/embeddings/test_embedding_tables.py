@@ -31,7 +31,7 @@ def table(name: str = "item", **changes: Any) -> TableConfig:
         ({"optimizer": "sgd", "weight_decay": 0.1}, "weight_decay 0.1 with optimizer 'sgd'"),
     ],
 )
-def test_a_wrong_field_is_refused_with_its_value_and_the_mend(
+def test_a_wrong_field_is_refused_with_its_value_and_the_fix(
     changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_refused_by_the_planner_too() -> None:
         ({"optimizer": "adam"}, "optimizer 'rowwise_adagrad' for table 'item'"),
     ],
 )
-def test_a_mend_that_is_named_is_enough(change: dict[str, str], words: str) -> None:
+def test_a_fix_that_is_named_is_enough(change: dict[str, str], words: str) -> None:
     too_large = table(rows=6 * BILLION, **change)
     lines = what_does_not_fit([too_large], 79 * GIB, 64)
 

@@ -162,7 +162,7 @@ def test_several_nodes_meet_at_the_port_of_the_first() -> None:
     assert " --rdzv_endpoint localhost:0 " in component("train").roles[0].args[-1]
 
 
-def test_more_ranks_than_gpus_are_refused_with_the_mend() -> None:
+def test_more_ranks_than_gpus_are_refused_with_the_fix() -> None:
     with pytest.raises(ValueError, match="give --nproc 2 or --gpu 4"):
         component("train", "--nproc", "4", "--gpu", "2")
     with pytest.raises(ValueError, match="--nproc 0"):

@@ -1,4 +1,4 @@
-"""`recsys doctor`: every broken installation is named with the command that mends it.
+"""`recsys doctor`: every broken installation is named with the command that fixes it.
 
 Installed versions are faked where the packages' metadata is read; nothing is reinstalled.
 """
@@ -88,7 +88,7 @@ def test_versions_are_compared_as_numbers_and_not_as_text(install) -> None:
     assert doctor.check_installation() == []
 
 
-def test_with_a_driver_the_mend_installs_the_cuda_wheel(install) -> None:
+def test_with_a_driver_the_fix_installs_the_cuda_wheel(install) -> None:
     install({**without("fbgemm-gpu-cpu"), "fbgemm-gpu": "1.7.0"}, driver=True)
     assert the_problem().fix == (
         f"{sys.executable} -m pip install 'torch==2.13.*' 'torchrec==1.8.*' 'fbgemm-gpu==1.8.*'"
@@ -198,7 +198,7 @@ def test_the_report_names_versions_devices_and_memory(install) -> None:
     assert any(label.startswith("GPU") for label in values)
 
 
-def test_the_command_exits_with_1_and_prints_the_mend_of_a_mismatch(
+def test_the_command_exits_with_1_and_prints_the_fix_of_a_mismatch(
     install, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert doctor.main() == 0

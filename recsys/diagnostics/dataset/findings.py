@@ -16,10 +16,10 @@ FEW, MANY, MOST = 0.001, 0.1, 0.5
 
 @dataclass(frozen=True)
 class Finding:
-    """One fact to know before training (`what`), and its fix (`mend`)."""
+    """One fact to know before training (`what`), and its fix (`fix`)."""
 
     what: str
-    mend: str
+    fix: str
 
 
 def find(found: DatasetSummary) -> list[Finding]:
@@ -37,7 +37,7 @@ def find(found: DatasetSummary) -> list[Finding]:
 
 def _bad_rows(found: DatasetSummary) -> Iterator[Finding]:
     of_items = [] if found.items is None else found.items.bad_rows
-    mend = "mend the files, or set on_bad_row: skip, which leaves these rows out"
+    fix = "fix the files, or set on_bad_row: skip, which leaves these rows out"
     for name, entries in [
         *((split.split, split.bad_rows) for split in found.splits.values()),
         ("items", of_items),
@@ -47,7 +47,7 @@ def _bad_rows(found: DatasetSummary) -> Iterator[Finding]:
             yield Finding(
                 f"{name}: {entry['rows']:,} rows cannot be used, {entry['file']}{column}: "
                 f"{entry['reason']} (first: row {entry['first_row']:,}); training ends at it",
-                mend,
+                fix,
             )
 
 

@@ -30,7 +30,7 @@ def format_dataset(found: DatasetSummary, findings: Sequence[Finding]) -> str:
     """Return all tables, the findings last."""
     blocks = [str(found.root), _splits(found), _columns(found), _tables(found), _items(found)]
     if findings:
-        lines = [f"warning: {finding.what}; mend: {finding.mend}" for finding in findings]
+        lines = [f"warning: {finding.what}; fix: {finding.fix}" for finding in findings]
         blocks.append("\n".join(lines))
     else:
         blocks.append("nothing to warn of")

@@ -193,7 +193,7 @@ def test_the_page_shows_what_the_recipe_and_cic_have_learned_of_items(trained: T
     assert sections_on_items(results[:1], with_examples=True) == []
 
 
-def test_a_run_without_its_model_is_named_with_the_mend(study: tuple[Path, Plan]) -> None:
+def test_a_run_without_its_model_is_named_with_the_fix(study: tuple[Path, Plan]) -> None:
     (result,) = read_results([Cell("recipe", "", {})], {"recipe": study[1]["content"]})
     with pytest.raises(ValueError, match=r"the run of 'recipe' .* remove the folder"):
         sections_on_items([result], with_examples=True)

@@ -206,7 +206,7 @@ def _bytes_read() -> int:
 # Errors
 
 
-def test_what_cannot_be_exported_is_told_with_the_mend(tmp_path: Path) -> None:
+def test_what_cannot_be_exported_is_told_with_the_fix(tmp_path: Path) -> None:
     folder = save(tmp_path / "best", {"item": torch.rand(2, 8)})
     out = tmp_path / "item.parquet"
     with pytest.raises(ValueError, match=r"best: no table 'user'; the tables are \['item'\]"):

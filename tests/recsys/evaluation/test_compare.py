@@ -97,7 +97,7 @@ def fails(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
     return capsys.readouterr().err.strip()
 
 
-def test_runs_that_cannot_be_compared_are_named_with_the_mend(
+def test_runs_that_cannot_be_compared_are_named_with_the_fix(
     runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     weak, strong = runs

@@ -169,6 +169,6 @@ def test_settings_are_read_from_yaml_and_their_faults_are_named(tmp_path: Path) 
         load_plug_in_settings(tmp_path / "absent.yaml")
 
 
-def test_without_a_process_group_the_mend_is_named(tmp_path: Path) -> None:
+def test_without_a_process_group_the_fix_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"call torch\.distributed\.init_process_group"):
         plugged_in(tmp_path)

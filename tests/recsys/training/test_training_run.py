@@ -258,19 +258,19 @@ def test_training_ends_without_gain_and_the_best_model_is_kept_and_tested(
 
 
 @pytest.mark.parametrize(
-    ("auc", "mend"), [(0.5, "split, or set best_model_by: auc"), (None, "split$")]
+    ("auc", "fix"), [(0.5, "split, or set best_model_by: auc"), (None, "split$")]
 )
-def test_a_validation_that_cannot_choose_a_model_is_refused_with_the_mend(
+def test_a_validation_that_cannot_choose_a_model_is_refused_with_the_fix(
     small: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     auc: float | None,
-    mend: str,
+    fix: str,
 ) -> None:
     words = ["--best_model_by", "gauc", "--batch_size", "16", "--device", "cpu"]
     config = load_config(TINY, [*words, "--cache", str(small / "cache")])
     report = {"auc": auc, "gauc": None, "logloss": 0.5, "ne": 1.0, "num_samples": 3}
     parts = dict.fromkeys(("warm", "cold", "unseen"), report)
     monkeypatch.setattr(recsys.training.trainer, "evaluate_split", lambda *_: report | parts)
-    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=f"valid: the GAUC.*{mend}"):
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=f"valid: the GAUC.*{fix}"):
         train(config, str(small / "data"), tmp_path / "run", ranks)

@@ -1,4 +1,4 @@
-"""Models and settings that an encoder refuses, each with the setting and the mend."""
+"""Models and settings that an encoder refuses, each with the setting and the fix."""
 
 from __future__ import annotations
 

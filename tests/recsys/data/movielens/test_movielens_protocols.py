@@ -101,7 +101,7 @@ MOVIE = [(1, "Heat (1995)", "Drama")]
         ("user", [5] * 9, ["each user's", "leave no row for valid;", "use the global split"]),
     ],
 )
-def test_a_split_without_rows_is_refused_with_the_mend(
+def test_a_split_without_rows_is_refused_with_the_fix(
     tmp_path: Path, split: SplitProtocol, times: list[int], words: list[str]
 ) -> None:
     ratings: list[Rating] = [(1, 1, 4.0, time) for time in times]
