@@ -89,7 +89,9 @@ class Ranks:
         failures = self.gather(mine)
         if error is not None:
             raise error
-        rank, (is_value_error, message) = next(each for each in enumerate(failures) if each[1] is not None)
+        rank, (is_value_error, message) = next(
+            (rank, failure) for rank, failure in enumerate(failures) if failure is not None
+        )
         raise (ValueError if is_value_error else RuntimeError)(f"rank {rank}: {message}")
 
 
