@@ -1,9 +1,10 @@
 """Measures how well a retrieval model ranks the whole catalogue, by exact search.
 
 For every impression with a positive first label, the place of its item in the catalogue is the
-number of items whose dot product with the query is higher. Items stay on the ranks that encoded
-them; queries go to all ranks and the counts are summed, so that no rank holds the whole catalogue
-and no approximate index is needed.
+number of items whose dot product with the query is higher. Items that tie with it are in any order
+with equal probability, and the expected value counts: a model that cannot tell items apart scores
+as chance. Items stay on the ranks that encoded them; queries go to all ranks and the counts are
+summed, so that no rank holds the whole catalogue and no approximate index is needed.
 
 Shapes: R impressions with a query, I items of this rank, D dimension, B batch.
 """
@@ -31,6 +32,9 @@ from recsys.evaluation.metrics import format_report
 
 DEPTHS = (10, 50, 100)
 QUERIES_PER_BLOCK = 256
+# Dot products closer than this share of the product of the vectors' lengths are equal: float64 sums
+# of the same products in another order differ by less.
+TIE = 1e-12
 
 
 def catalogue_of(job: Job) -> np.ndarray:  # int64 [items]
@@ -85,43 +89,56 @@ def search_places(
     items: Tensor,  # [I]
     vectors: Tensor,  # [I, D]
     group: dist.ProcessGroup | None = None,
-) -> Tensor:  # int64 [R]
-    """Count the other items, over all ranks, with a higher dot product; in float64.
+) -> tuple[Tensor, Tensor]:  # int64 [R], int64 [R]
+    """Count the other items, over all ranks, with a higher and with an equal dot product.
 
-    A collective if `group` is given.
+    Products are those of float64. A collective if `group` is given.
 
     Example::
 
         vectors = torch.eye(3)
-        search_places(torch.tensor([[3.0, 2, 1]]), vectors[1:2], torch.tensor([1]),
-                      torch.arange(3), vectors)  # [1]
+        search_places(torch.tensor([[3.0, 2, 2]]), vectors[1:2], torch.tensor([1]),
+                      torch.arange(3), vectors)  # [1], [1]
     """
-    vectors, places = vectors.double(), torch.zeros(len(queries), dtype=torch.int64)
+    vectors, places = vectors.double(), torch.zeros(2, len(queries), dtype=torch.int64)
     for start in range(0, len(queries), QUERIES_PER_BLOCK):
         block = slice(start, start + QUERIES_PER_BLOCK)
-        query = queries[block].double()
-        own = (query * targets[block].double()).sum(dim=1, keepdim=True)
-        is_higher = (query @ vectors.T > own) & (items != target_items[block].unsqueeze(1))
-        places[block] = is_higher.sum(dim=1)
+        query, target = queries[block].double(), targets[block].double()
+        lead = query @ vectors.T - (query * target).sum(dim=1, keepdim=True)
+        margin = TIE * (query.norm(dim=1) * target.norm(dim=1)).unsqueeze(1)
+        is_other = items != target_items[block].unsqueeze(1)
+        places[0, block] = ((lead > margin) & is_other).sum(dim=1)
+        places[1, block] = ((lead.abs() <= margin) & is_other).sum(dim=1)
     if group is not None:
         dist.all_reduce(places, group=group)
-    return places
+    return places[0], places[1]
 
 
-def retrieval_metrics(places: Tensor) -> dict[str, Any]:
-    """Compute Recall@K and NDCG@K from places [R], one relevant item per impression.
+def retrieval_metrics(above: Tensor, tied: Tensor) -> dict[str, Any]:
+    """Compute Recall@K and NDCG@K, one relevant item per impression.
 
     recall@K: share of impressions whose item is in the top K. ndcg@K: mean of 1 / log2(2 + place),
-    counting 0 where the item is not in the top K. None without impressions.
+    counting 0 where the item is not in the top K. An item has each of the places `above` to
+    `above + tied` with equal probability. None without impressions.
+
+    Args:
+        above: int [R], the other items with a higher score.
+        tied: int [R], the other items with the same score.
     """
     metrics: dict[str, Any] = {}
-    gains = 1 / torch.log2(2 + places.double())
+    above, rows, is_alone = above.long(), tied.long() + 1, tied == 0
+    gains = 1 / torch.log2(2 + torch.arange(max(DEPTHS)).double())
+    summed = torch.cat([torch.zeros(1).double(), gains.cumsum(0)])  # gains of the first places
     for depth in DEPTHS:
-        found = (places < depth).double()
-        is_there = len(places) > 0
-        metrics[f"recall@{depth}"] = float(found.mean()) if is_there else None
-        metrics[f"ndcg@{depth}"] = float((found * gains).mean()) if is_there else None
-    return metrics | {"num_samples": len(places)}
+        first, end = above.clamp(max=depth), (above + rows).clamp(max=depth)
+        gain = (summed[end] - summed[first]) / rows
+        # A difference of sums would round the gain of a single place.
+        single = torch.where(above < depth, gains[above.clamp(max=depth - 1)], 0)
+        known = len(above) > 0
+        recall, ndcg = (end - first) / rows.double(), torch.where(is_alone, single, gain)
+        metrics[f"recall@{depth}"] = float(recall.mean()) if known else None
+        metrics[f"ndcg@{depth}"] = float(ndcg.mean()) if known else None
+    return metrics | {"num_samples": len(above)}
 
 
 def retrieval_report(
@@ -138,7 +155,7 @@ def retrieval_report(
         lockstep: keeps the ranks on the same batch.
     """
     items, vectors = catalogue_vectors(job, lockstep)
-    places = search_places(
+    above, tied = search_places(
         scored["queries"],
         scored["query_targets"],
         scored["query_items"],
@@ -148,7 +165,7 @@ def retrieval_report(
     )
     counts = item_counts[scored["query_items"].numpy()]
     reports = {
-        part: retrieval_metrics(places[torch.from_numpy(rows)])
+        part: retrieval_metrics(above[torch.from_numpy(rows)], tied[torch.from_numpy(rows)])
         for part, rows in item_parts(counts).items()
     }
     catalogue = {"catalogue": sum(job.ranks.gather(len(items)))}

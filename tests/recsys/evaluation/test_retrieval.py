@@ -38,28 +38,34 @@ def test_the_place_of_an_item_is_the_number_of_items_above_it() -> None:
     items, vectors = torch.arange(40) * 3, torch.randn(40, 5, generator=generator)
     places = torch.randint(40, (600,), generator=generator)
     queries = torch.randn(600, 5, generator=generator)
-    found = search_places(queries, vectors[places], items[places], items, vectors)
+    found, tied = search_places(queries, vectors[places], items[places], items, vectors)
     scores = (queries.double() @ vectors.double().T).numpy()
     expected = [
         int((row > row[place]).sum()) for row, place in zip(scores, places.tolist(), strict=True)
     ]
     assert found.tolist() == expected and max(expected) > 30
+    assert tied.sum() == 0
 
 
 def test_an_item_outside_the_catalogue_is_ranked_as_if_it_were_in_it() -> None:
     vectors = torch.tensor([[1.0], [2.0], [3.0]])
     query, target = torch.tensor([[1.0]]), torch.tensor([[2.5]])
-    found = search_places(query, target, torch.tensor([9]), torch.arange(3), vectors)
-    assert found.tolist() == [1]
+    found, tied = search_places(query, target, torch.tensor([9]), torch.arange(3), vectors)
+    assert found.tolist() == [1] and tied.tolist() == [0]
+
+
+def metrics_of(places: Tensor) -> dict[str, Any]:
+    """Metrics of items that tie with none."""
+    return retrieval_metrics(places, torch.zeros_like(places))
 
 
 def test_recall_and_ndcg_of_places_written_out() -> None:
-    metrics = retrieval_metrics(torch.tensor([0, 9, 10, 60, 200]))
+    metrics = metrics_of(torch.tensor([0, 9, 10, 60, 200]))
     gains = [1.0, 1 / math.log2(11), 1 / math.log2(12), 1 / math.log2(62)]
     for depth, count in ((10, 2), (50, 3), (100, 4)):
         assert metrics[f"recall@{depth}"] == pytest.approx(count / 5)
         assert metrics[f"ndcg@{depth}"] == pytest.approx(sum(gains[:count]) / 5)
-    assert retrieval_metrics(torch.zeros(0, dtype=torch.long))["recall@10"] is None
+    assert metrics_of(torch.zeros(0))["recall@10"] is None
 
 
 def train_and_evaluate(rank: int, world_size: int, folder: Path) -> dict[Any, dict[str, Any]]:
@@ -134,14 +140,14 @@ def test_two_ranks_find_what_brute_force_finds(folder: Path, reports: Any, case:
             "unseen": counts[targets] == 0,
         }
         for name, rows in parts.items():
-            assert_same_metrics(report[name], retrieval_metrics(places[torch.from_numpy(rows)]))
-        whole = {name: report[name] for name in retrieval_metrics(places)}
-        assert_same_metrics(whole, retrieval_metrics(places))
+            assert_same_metrics(report[name], metrics_of(places[torch.from_numpy(rows)]))
+        whole = {name: report[name] for name in metrics_of(places)}
+        assert_same_metrics(whole, metrics_of(places))
         assert 0 < report["recall@50"] < 1
 
 
 def test_the_table_shows_all_parts_and_what_is_not_defined() -> None:
-    nothing, found = retrieval_metrics(torch.zeros(0)), retrieval_metrics(torch.tensor([0, 70]))
+    nothing, found = metrics_of(torch.zeros(0)), metrics_of(torch.tensor([0, 70]))
     table = format_retrieval(found | {"warm": found, "cold": nothing, "unseen": nothing})
     lines = [line.split() for line in table.splitlines()]
     assert lines[0][:4] == ["retrieval", "recall@10", "recall@50", "recall@100"]

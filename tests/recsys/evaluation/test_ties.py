@@ -1,0 +1,144 @@
+"""Every ranking metric of tied scores against the mean over all orders that break the ties."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from recsys.evaluation import further_metrics, retrieval
+from recsys.evaluation.bootstrap import pooled_metric
+from recsys.evaluation.metrics import evaluation_report
+from recsys.evaluation.retrieval import retrieval_metrics, search_places
+from recsys.evaluation.scores import SplitScores
+from tests.ranks import run_on_ranks
+
+ROWS = 6  # 720 orders
+ORDERS = np.array(list(permutations(range(ROWS))))  # int [720, 6], each row's place among ties
+DEPTHS = (1, 2, 4)
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray]  # labels, scores and users [N]
+
+
+def random_rows(seed: int) -> Columns:
+    rng = np.random.default_rng(seed)
+    labels, scores = rng.integers(0, 2, ROWS), rng.integers(0, rng.integers(1, 4), ROWS)
+    return labels.astype(float), scores.astype(float), rng.integers(0, 2, ROWS)
+
+
+def strict_auc(labels: np.ndarray, scores: np.ndarray) -> float | None:
+    wins = [above > below for above in scores[labels == 1] for below in scores[labels == 0]]
+    return float(np.mean(wins)) if wins else None
+
+
+def strict_gauc(labels: np.ndarray, scores: np.ndarray, users: np.ndarray) -> float | None:
+    own = [(strict_auc(labels[users == u], scores[users == u]), sum(users == u)) for u in (0, 1)]
+    known = [(auc, rows) for auc, rows in own if auc is not None]
+    return (
+        sum(auc * rows for auc, rows in known) / sum(rows for _, rows in known) if known else None
+    )
+
+
+def strict_precision(labels: np.ndarray, scores: np.ndarray, users: np.ndarray) -> float | None:
+    own = [(labels[users == u], -scores[users == u]) for u in (0, 1)]
+    best = [label[np.argsort(lowest)][:2].mean() for label, lowest in own if label.sum()]
+    return float(np.mean(best)) if best else None
+
+
+# Of a further metric: its options, and the metric of scores without ties.
+FURTHER: dict[str, tuple[dict[str, Any], Callable[..., float | None]]] = {
+    "precision_at_k": ({"k": 2}, strict_precision)
+}
+
+
+def over_orders(metric: Callable[[np.ndarray], float | None], scores: np.ndarray) -> float | None:
+    """Mean of a metric of strictly ordered scores over all orders that break the ties."""
+    found = [metric(scores + order / 10) for order in ORDERS]
+    return (
+        None
+        if found[0] is None
+        else float(np.mean([value for value in found if value is not None]))
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_auc_gauc_and_further_metrics_are_their_means_over_random_tie_breaks(seed: int) -> None:
+    labels, scores, users = random_rows(seed)
+    assert set(FURTHER) == set(further_metrics.METRICS)
+    more = {name: further_metrics.PrecisionAtK(**options) for name, (options, _) in FURTHER.items()}
+    counts = np.full(ROWS, 9)
+    report = evaluation_report(labels, scores, users, counts, more)
+    expected = {
+        "auc": over_orders(lambda strict: strict_auc(labels, strict), scores),
+        "gauc": over_orders(lambda strict: strict_gauc(labels, strict, users), scores),
+        **{
+            name: over_orders(partial(metric, labels, users=users), scores)
+            for name, (_, metric) in FURTHER.items()
+        },
+    }
+    assert {name: report[name] for name in expected} == pytest.approx(expected)
+    rows = np.arange(ROWS)
+    columns = labels[:, None].astype(np.float32), scores[:, None].astype(np.float32)
+    pooled = SplitScores(rows, users, rows, counts, *columns, ("liked",))
+    for name in ("auc", "gauc"):  # those of comparisons
+        assert pooled_metric([pooled], name, "all") == pytest.approx(expected[name])
+
+
+def random_search(seed: int) -> tuple[torch.Tensor, ...]:
+    """Queries, targets, items and vectors of small integers; target 99 is not in the catalogue."""
+    rng = np.random.default_rng(seed)
+    vectors = torch.from_numpy(rng.integers(-1, 2, (ROWS, 2))).float()
+    places = torch.from_numpy(rng.integers(0, ROWS, 9))
+    items, queries = torch.arange(ROWS) * 3, torch.from_numpy(rng.integers(-1, 2, (9, 2))).float()
+    return queries, vectors[places], items[places], items, vectors
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_recall_and_ndcg_are_their_means_over_random_tie_breaks(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrieval, "DEPTHS", DEPTHS)
+    queries, targets, target_items, items, vectors = random_search(seed)
+    found = retrieval_metrics(*search_places(queries, targets, target_items, items, vectors))
+    scores = (queries @ vectors.T).numpy()[:, None] + ORDERS / 10  # [9, 720, 6]
+    own = np.take_along_axis(scores, (target_items // 3).numpy()[:, None, None], axis=2)
+    places = (scores > own).sum(axis=2)
+    for depth in DEPTHS:
+        gains = np.where(places < depth, 1 / np.log2(2 + places), 0)
+        assert found[f"recall@{depth}"] == pytest.approx((places < depth).mean())
+        assert found[f"ndcg@{depth}"] == pytest.approx(gains.mean())
+
+
+def search_shares(rank: int, world_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Search with the items of a rank, for several seeds."""
+    mine, found = slice(rank, None, world_size), []
+    for seed in range(8):
+        queries, targets, target_items, items, vectors = random_search(seed)
+        share = items[mine], vectors[mine], dist.group.WORLD
+        found.append(search_places(queries, targets, target_items, *share))
+    return found
+
+
+def test_two_ranks_count_the_ties_of_all() -> None:
+    expected = [search_places(*random_search(seed)) for seed in range(8)]
+    assert all(tied.sum() > 0 for _, tied in expected)
+    for found in run_on_ranks(search_shares, 2):
+        for of_ranks, of_one in zip(found, expected, strict=True):
+            assert all(map(torch.equal, of_ranks, of_one))
+
+
+@pytest.mark.parametrize("value", [0.0, 1 / 3])
+def test_a_tower_that_gives_all_items_one_vector_scores_as_chance(value: float) -> None:
+    items, generator = torch.arange(1000), torch.Generator().manual_seed(0)
+    vectors, queries = torch.full((1000, 33), value), torch.randn(40, 33, generator=generator)
+    targets = torch.randint(1000, (40,), generator=generator)
+    found = retrieval_metrics(*search_places(queries, vectors[:40], targets, items, vectors))
+    gains = 1 / np.log2(2 + np.arange(100))
+    for depth in retrieval.DEPTHS:
+        assert found[f"recall@{depth}"] == pytest.approx(depth / 1000)
+        assert found[f"ndcg@{depth}"] == pytest.approx(gains[:depth].sum() / 1000)
