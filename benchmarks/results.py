@@ -119,7 +119,9 @@ def provenance() -> dict[str, Any]:
         "machine": machine(),
         "versions": {"python": platform.python_version(), **versions()},
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted_changes": bool(
+            _git("status", "--porcelain", "-uno", "--", ":!benchmarks/results")
+        ),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
     }

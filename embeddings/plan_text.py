@@ -13,6 +13,16 @@ def format_plan(plan: ShardingPlan, tables: Sequence[TableConfig]) -> str:
 
     TorchRec's EmbeddingStats prints more, 300 columns wide, and needs the planner's own objects,
     which only rank 0 has.
+
+    Example::
+
+        from embeddings import TableConfig, build_embedding_collection, format_plan
+        from embeddings import fuse_table_optimizers, plan_sharding
+
+        tables = [TableConfig("item", 100, 4, ["item"])]
+        model = build_embedding_collection(tables)
+        fuse_table_optimizers(model, tables)
+        print(format_plan(plan_sharding(model, tables), tables))
     """
     lines = [("table", "rows x dim", "MB", "sharding", "kernel", "shards (rank: rows x columns)")]
     for table in tables:

@@ -30,6 +30,12 @@ class PretrainedFiles:
     The id column holds integers, the vector column lists of floats. From files that have a column
     ``table``, as an export of several tables has, only the rows of one table are read; row groups
     of other tables are skipped by their statistics.
+
+    Example::
+
+        from embeddings import PretrainedFiles
+
+        PretrainedFiles(["item_vectors.parquet"], id_column="item", vector_column="vector")
     """
 
     paths: Sequence[str]

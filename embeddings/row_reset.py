@@ -39,9 +39,18 @@ class RowReset:
 
     Example::
 
-        reset = RowReset(model, tables, seed=0)
-        rows = vocabulary.rows_of(ids, step, training=True)
-        reset("customer", vocabulary.take_evicted_rows())
+        import torch
+        from torch import nn
+        from torchrec.distributed.model_parallel import DistributedModelParallel
+        from embeddings import RowReset, TableConfig, build_embedding_collection
+        from embeddings import fuse_table_optimizers, plan_sharding, sharders
+
+        tables = [TableConfig("item", 100, 4, ["item"])]
+        model = nn.ModuleDict({"embeddings": build_embedding_collection(tables)})
+        fuse_table_optimizers(model, tables)
+        plan = plan_sharding(model, tables)
+        sharded = DistributedModelParallel(model, plan=plan, sharders=sharders())
+        RowReset(sharded, tables, seed=0)("item", torch.tensor([3, 7]))
     """
 
     def __init__(

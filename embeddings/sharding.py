@@ -65,6 +65,13 @@ def machine_topology(
         device: where this rank computes; its type decides which memory holds the tables.
         device_memory_bytes: GPU memory per rank, instead of the detected one.
         host_memory_bytes: host memory per rank, instead of the detected one.
+
+    Example::
+
+        import torch
+        from embeddings import machine_topology
+
+        machine_topology(16, 8, torch.device("cpu"), host_memory_bytes=2**35).world_size  # 16
     """
     if host_memory_bytes is None:
         host_memory_bytes = free_host_memory() // local_world_size
@@ -121,8 +128,13 @@ def plan_sharding(
 
     Example::
 
-        plan = plan_sharding(model, tables)
-        model = DistributedModelParallel(model, plan=plan, sharders=sharders())
+        from embeddings import TableConfig, build_embedding_collection
+        from embeddings import fuse_table_optimizers, plan_sharding
+
+        tables = [TableConfig("item", 100, 4, ["item"])]
+        model = build_embedding_collection(tables)
+        fuse_table_optimizers(model, tables)
+        plan = plan_sharding(model, tables)  # for DistributedModelParallel, with sharders()
     """
     if process_group is None and dist.is_initialized():
         process_group = dist.group.WORLD

@@ -24,6 +24,14 @@ def fuse_table_optimizers(module: nn.Module, tables: Sequence[TableConfig]) -> N
 
     Raises:
         ValueError: a table is in the model or in the configuration only.
+
+    Example::
+
+        from embeddings import TableConfig, build_embedding_collection, fuse_table_optimizers
+
+        tables = [TableConfig("item", 100, 4, ["item"], optimizer="adagrad")]
+        collection = build_embedding_collection(tables)  # its tables are on meta
+        fuse_table_optimizers(collection, tables)
     """
     configured = {table.name: table for table in tables}
     for name, parameter in parameters_of(module, tables).items():

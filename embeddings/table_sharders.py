@@ -97,6 +97,12 @@ def sharders(
 
     Raises:
         ValueError: an unknown type.
+
+    Example::
+
+        from embeddings import sharders
+
+        sharders("fp16", "bf16")  # vectors travel in fp16, their gradients in bf16
     """
     codecs = communication_codecs(forward, backward)
     return [

@@ -42,6 +42,8 @@ class TableConfig:
 
     Example::
 
+        from embeddings import TableConfig, build_embedding_collection
+
         item = TableConfig(
             name="item",
             num_embeddings=1000,
@@ -194,6 +196,12 @@ def check_tables(tables: Sequence[TableConfig]) -> None:
     Raises:
         ValueError: two tables have one name, a feature is on two tables, or the tables without
             pooling differ in dimension.
+
+    Example::
+
+        from embeddings import TableConfig, check_tables
+
+        check_tables([TableConfig("item", 100, 4, ["item"]), TableConfig("user", 9, 4, ["user"])])
     """
     table_of_feature: dict[str, str] = {}
     names: set[str] = set()
@@ -228,6 +236,13 @@ def build_embedding_bag_collection(
 
     Called with a KeyedJaggedTensor it returns a KeyedTensor: read it by feature, since the order
     of ``values()`` depends on the sharding plan.
+
+    Example::
+
+        from embeddings import TableConfig, build_embedding_bag_collection
+
+        genres = TableConfig("genres", 20, 8, ["genres"], pooling="sum")
+        bags = build_embedding_bag_collection([genres], "cpu")  # KeyedJaggedTensor -> KeyedTensor
     """
     check_tables(tables)
     configs = [
@@ -246,6 +261,17 @@ def build_embedding_collection(
     """Build the collection of tables with pooling ``none``; None without any.
 
     Called with a KeyedJaggedTensor it returns a dict of JaggedTensors by feature.
+
+    Example::
+
+        import torch
+        from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+        from embeddings import TableConfig, build_embedding_collection
+
+        items = build_embedding_collection([TableConfig("item", 100, 4, ["item"])], "cpu")
+        values, lengths = torch.tensor([7, 9]), torch.tensor([1, 1])
+        ids = KeyedJaggedTensor.from_lengths_sync(["item"], values, lengths)
+        items(ids)["item"].values().shape  # [2, 4]
     """
     check_tables(tables)
     configs = [EmbeddingConfig(**_shape(table)) for table in tables if table.pooling == "none"]

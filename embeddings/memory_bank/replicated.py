@@ -44,6 +44,15 @@ class ReplicatedMemoryBank(MemoryBank):
 
     In its routes, `rows` are the ids that all ranks write, each once; `order` holds the places of
     their vectors among the gathered ones; each rank sends `wanted_counts` rows.
+
+    Example::
+
+        import torch
+        from embeddings import ReplicatedMemoryBank
+
+        bank = ReplicatedMemoryBank(100, 2, "cpu")  # every rank of a job builds the same
+        bank.update(torch.tensor([7]), torch.tensor([[1.0, 2.0]]), step=0)
+        bank.lookup(torch.tensor([7, 8]))[0]  # [[1, 2], [0, 0]]
     """
 
     _capacity = 0  # ids that a rank sends beside their number
@@ -164,6 +173,12 @@ def is_replicated(num_items: int, dim: int, world_size: int, placement: str) -> 
         world_size: number of ranks, W.
         placement: `sharded`, `replicated`, or `auto`: replicated where that is small and the ranks
             are few.
+
+    Example::
+
+        from embeddings import is_replicated
+
+        is_replicated(10_000, 32, world_size=8, placement="auto")  # True: 1.3 MB on each rank
     """
     is_small = num_items * (dim + 1) * 4 <= MAX_REPLICA_BYTES and world_size <= MAX_REPLICAS
     return world_size > 1 and (placement == "replicated" or (placement == "auto" and is_small))
@@ -176,7 +191,14 @@ def build_memory_bank(
     process_group: dist.ProcessGroup | None,
     placement: str = "auto",
 ) -> MemoryBank:
-    """Build the memory bank of a job; `placement` as for :func:`is_replicated`."""
+    """Build the memory bank of a job; `placement` as for :func:`is_replicated`.
+
+    Example::
+
+        from embeddings import build_memory_bank
+
+        build_memory_bank(1000, 32, "cpu", process_group=None)  # one rank: a MemoryBank
+    """
     world_size = 1 if process_group is None else dist.get_world_size(process_group)
     whole = is_replicated(num_items, dim, world_size, placement)
     return (ReplicatedMemoryBank if whole else MemoryBank)(num_items, dim, device, process_group)

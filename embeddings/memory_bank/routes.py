@@ -19,6 +19,14 @@ class BankRoute:
         them are on each rank.
     rows: int64, rows of this rank's block that the other ranks ask for, those for rank 0 first;
         `asked_counts` by each rank.
+
+    Example::
+
+        import torch
+        from embeddings import BankRoute
+
+        # On one rank: rows 7 and 9, asked for and held by that rank.
+        BankRoute(torch.tensor([0, 1]), [2], torch.tensor([7, 9]), [2])
     """
 
     order: Tensor

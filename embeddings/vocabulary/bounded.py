@@ -69,6 +69,9 @@ class BoundedVocabulary:
 
     Example::
 
+        import torch
+        from embeddings import BoundedVocabulary
+
         vocabulary = BoundedVocabulary(num_embeddings=1000)
         rows = vocabulary.rows_of(torch.tensor([-7, 12, -7]), step=0, training=True)
         vocabulary.rows_of(torch.tensor([99]), step=1, training=False)  # [999], unknown

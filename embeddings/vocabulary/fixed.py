@@ -109,6 +109,9 @@ class ExactVocabulary:
 
     Example::
 
+        import pyarrow as pa
+        from embeddings import ExactVocabulary
+
         vocabulary = ExactVocabulary(num_embeddings=4)
         vocabulary.extend([pa.array(["ann", "bob"]), pa.array(["bob", "eve"])])  # 3 new ids
         vocabulary.rows_of(pa.array(["eve", "joe"]))  # [2, 3]; 3 is unknown_row
@@ -258,7 +261,10 @@ class HashVocabulary:
 
     Example::
 
-        HashVocabulary(num_embeddings=1000, num_hashes=2).rows_of(pa.array([-7, 12]))  # [2, 2]
+        import pyarrow as pa
+        from embeddings import HashVocabulary
+
+        HashVocabulary(num_embeddings=1000, num_hashes=2).rows_of(pa.array([7]))  # shape [1, 2]
     """
 
     def __init__(self, num_embeddings: int, num_hashes: int = 1, seed: int = 0) -> None:

@@ -92,6 +92,21 @@ class Batch(Pipelineable):
     negative_items: items sampled as negatives of retrieval [K], also a feature of
         `sequence_features`; `negative_log_q` [K] and `target_log_q` [B] are the log-probabilities
         with which they and the ranked items are sampled.
+
+    Example::
+
+        import pyarrow as pa
+        from recsys import Batch
+        from recsys.data.batch_builder import BatchBuilder
+        from recsys.data.parquet.values import ROW_POSITION
+        from recsys.data.schema import Column, Schema
+
+        columns = {"item": Column("id", num_embeddings=100), "liked": Column("label")}
+        build = BatchBuilder(Schema("item", "item", columns), pooled_features=[])
+        liked = pa.array([1, 0], pa.float32())
+        rows = pa.table({"item": [7, 9], "liked": liked, ROW_POSITION: [0, 1]})
+        batch: Batch = build(rows)
+        batch.target_items  # [7, 9]
     """
 
     dense_features: Tensor  # [B, F]

@@ -193,6 +193,19 @@ class EM3(nn.Module):
         ranking: a module of `recsys.ranking`; it returns logits, the logits of each member of an
             ensemble, or the vectors of a retrieval model.
         losses: sum of the losses.
+
+    Example::
+
+        from embeddings import TableConfig
+        from recsys import EM3
+        from recsys.config import Config
+        from recsys.data.schema import Column, Schema
+        from recsys.model.build import build_em3
+
+        columns = {"item": Column("id", num_embeddings=100), "liked": Column("label")}
+        tables = [TableConfig("item", 100, 32, ["item"])]
+        model: EM3 = build_em3(Config(), Schema("item", "item", columns), tables, {}, None, "cpu")
+        # model(batch), of a recsys.Batch, returns the loss and (its parts, logits, batch)
     """
 
     def __init__(

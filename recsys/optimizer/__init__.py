@@ -5,27 +5,25 @@ ID tables are not included: fused kernels update them in the backward pass
 parameters, `build_schedule` its learning rates, `AveragedWeights` their moving average.
 """
 
-from recsys.optimizer.averaging import AveragedWeights, build_averages
-from recsys.optimizer.dense import build_dense_optimizer, count_state, gradient_norm
-from recsys.optimizer.description import describe_optimizers
-from recsys.optimizer.groups import DenseGroup, dense_groups, dense_parameters
-from recsys.optimizer.schedules import LearningRateShare, build_schedule, set_updates
-from recsys.optimizer.state import make_room, numbers_loaded, state_tensors
+from recsys.optimizer.averaging import AveragedWeights
+from recsys.optimizer.averaging import build_averages as build_averages
+from recsys.optimizer.dense import build_dense_optimizer
+from recsys.optimizer.dense import count_state as count_state
+from recsys.optimizer.dense import gradient_norm as gradient_norm
+from recsys.optimizer.description import describe_optimizers as describe_optimizers
+from recsys.optimizer.groups import DenseGroup
+from recsys.optimizer.groups import dense_groups as dense_groups
+from recsys.optimizer.groups import dense_parameters as dense_parameters
+from recsys.optimizer.schedules import LearningRateShare, build_schedule
+from recsys.optimizer.schedules import set_updates as set_updates
+from recsys.optimizer.state import make_room as make_room
+from recsys.optimizer.state import numbers_loaded as numbers_loaded
+from recsys.optimizer.state import state_tensors as state_tensors
 
 __all__ = [
     "AveragedWeights",
     "DenseGroup",
     "LearningRateShare",
-    "build_averages",
     "build_dense_optimizer",
     "build_schedule",
-    "count_state",
-    "dense_groups",
-    "dense_parameters",
-    "describe_optimizers",
-    "gradient_norm",
-    "make_room",
-    "numbers_loaded",
-    "set_updates",
-    "state_tensors",
 ]

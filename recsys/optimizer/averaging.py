@@ -28,10 +28,14 @@ class AveragedWeights:
 
     Example::
 
+        from torch import nn
+        from recsys.optimizer import AveragedWeights
+
+        model = nn.Linear(2, 1)
         averages = AveragedWeights(dict(model.named_parameters()), decay=0.999)
         averages.update()  # after each step of the optimizer
         with averages.in_place():
-            evaluate(model)
+            model.eval()  # evaluate here
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:

@@ -50,8 +50,11 @@ def build_dense_optimizer(
 
     Example::
 
-        optimizer, adamw = build_dense_optimizer(model, [DenseGroup("all", [""])])
-        optimizer.step()
+        from torch import nn
+        from recsys.optimizer import DenseGroup, build_dense_optimizer
+
+        optimizer, adamw = build_dense_optimizer(nn.Linear(2, 1), [DenseGroup("all", [""])])
+        optimizer.step()  # with tables in the model, their fused optimizers are part of it
     """
     settings = settings or OptimizerSettings()
     parameters = dense_parameters(model)

@@ -21,6 +21,12 @@ class DenseGroup:
     """Parameters outside the tables that share a learning rate and a weight decay.
 
     Biases, normalisation layers and one-dimensional parameters get no weight decay.
+
+    Example::
+
+        from recsys.optimizer import DenseGroup
+
+        [DenseGroup("content", ["content."], 1e-4), DenseGroup("rest", [""], weight_decay=0.01)]
     """
 
     name: str
