@@ -58,19 +58,13 @@ def load_pretrained_rows(
 
         import pyarrow as pa
         import pyarrow.parquet as pq
-        from torch import nn
-        from torchrec.distributed.model_parallel import DistributedModelParallel
-        from embeddings import PretrainedFiles, TableConfig, build_embedding_collection
-        from embeddings import fuse_table_optimizers, load_pretrained_rows, plan_sharding, sharders
+        from embeddings import PretrainedFiles, TableConfig
+        from embeddings import build_embedding_collection, load_pretrained_rows
 
-        tables = [TableConfig("item", 100, 4, ["item"])]
-        model = nn.ModuleDict({"embeddings": build_embedding_collection(tables)})
-        fuse_table_optimizers(model, tables)
-        plan = plan_sharding(model, tables)
-        sharded = DistributedModelParallel(model, plan=plan, sharders=sharders())
+        model = build_embedding_collection([TableConfig("item", 100, 4, ["item"])], "cpu")
         vectors = pa.array([[1.0, 2.0, 3.0, 4.0]], pa.list_(pa.float32()))
         pq.write_table(pa.table({"id": [7], "vector": vectors}), "item_vectors.parquet")
-        load_pretrained_rows(sharded, "item", PretrainedFiles(["item_vectors.parquet"]))
+        load_pretrained_rows(model, "item", PretrainedFiles(["item_vectors.parquet"]))
     """
     if process_group is None and dist.is_initialized():
         process_group = dist.group.WORLD

@@ -118,10 +118,9 @@ def plan_sharding(
         process_group: the ranks to shard over; the default group if there is one, else one rank.
         device: where the ranks compute.
         batch_size: rows per rank and step, for the planner's estimate of time and memory.
-        topology: ranks and memory, instead of :func:`machine_topology`. Without a process group
-            it may describe any cluster, to preview the plan for that cluster.
-        module_sharders: the sharders that DistributedModelParallel will be given; the planner uses
-            their communication types. Default: :func:`sharders` without arguments.
+        topology: default :func:`machine_topology`; without a process group, of any cluster.
+        module_sharders: those that DistributedModelParallel will be given; default
+            :func:`sharders` without arguments. The planner uses their communication types.
 
     Raises:
         ValueError: no plan is possible; the same on every rank, with the planner's reason.
@@ -130,15 +129,12 @@ def plan_sharding(
 
         from embeddings import TableConfig, build_embedding_collection
         from embeddings import fuse_table_optimizers, plan_sharding
-
         tables = [TableConfig("item", 100, 4, ["item"])]
         model = build_embedding_collection(tables)
         fuse_table_optimizers(model, tables)
         plan = plan_sharding(model, tables)  # for DistributedModelParallel, with sharders()
     """
-    if process_group is None and dist.is_initialized():
-        process_group = dist.group.WORLD
-    rank, world_size = _place_in(process_group)
+    process_group, rank, world_size = _place_in(process_group)
     message: list[Any] = [None, None]  # the plan, or why there is none
     cause: Exception | None = None
     if rank == 0:
@@ -147,8 +143,7 @@ def plan_sharding(
             message[0] = _plan(module, tables, world_size, where, batch_size, topology, cuts)
         except Exception as error:  # whatever it is, the other ranks wait for a word
             cause = error
-            is_known = isinstance(error, ValueError)
-            message[1] = f"{error}" if is_known else f"planning failed: {error!r}"
+            message[1] = str(error) if type(error) is ValueError else f"planning failed: {error!r}"
     if process_group is not None:
         source = dist.get_global_rank(process_group, 0)
         dist.broadcast_object_list(message, src=source, group=process_group)
@@ -157,11 +152,13 @@ def plan_sharding(
     return cast(ShardingPlan, message[0])
 
 
-def _place_in(process_group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Return (rank, number of ranks); (0, 1) without a group."""
-    if process_group is None:
-        return 0, 1
-    return dist.get_rank(process_group), dist.get_world_size(process_group)
+def _place_in(group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | None, int, int]:
+    """Return the group (None: the default group, if any), rank and number of ranks."""
+    if group is None and dist.is_initialized():
+        group = dist.group.WORLD
+    if group is None:
+        return None, 0, 1
+    return group, dist.get_rank(group), dist.get_world_size(group)
 
 
 def _plan(
