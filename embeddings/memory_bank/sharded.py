@@ -23,9 +23,6 @@ from torch.distributed._shard.sharded_tensor import (
 
 from embeddings.memory_bank.routes import BankRoute, Routes, exchange_routes
 
-# float32 holds every integer up to here exactly; steps are stored in a float32 column.
-MAX_STEP = 2**24 - 2
-
 
 class MemoryBank:
     """Vectors of items by id, each with the step that wrote it.
@@ -90,7 +87,8 @@ class MemoryBank:
     ) -> tuple[Tensor, Tensor]:  # rows [.., D + 1], block [size, D + 1]
         """Return the rows on this rank, and among them the block that this rank owns.
 
-        The last column: step of the last write + 1, 0 if never written.
+        The last column: step of the last write + 1, 0 if never written. Steps beyond 2**24 are
+        rounded to the next float32, by less than one in 16 million.
         """
         rows = torch.zeros(size, self.dim + 1, device=self.device)
         return rows, rows
@@ -146,7 +144,7 @@ class MemoryBank:
 
         Returns:
             vectors [U, D], zero where never written, and the step of the last write [U] int64,
-            -1 where never written.
+            -1 where never written; it is rounded to float32.
 
         Raises:
             ValueError: an id is outside the bank.
@@ -178,7 +176,7 @@ class MemoryBank:
             route: the route of these ids, on the device of the rows; None: computed now.
 
         Raises:
-            ValueError: an id or the step is out of range, or the shapes do not fit.
+            ValueError: an id is out of range, the step is negative, or the shapes do not fit.
         """
         ids = self._checked(item_ids) if route is None else item_ids
         if vectors.shape != (ids.numel(), self.dim):
@@ -186,8 +184,8 @@ class MemoryBank:
                 f"memory bank: vectors of shape {tuple(vectors.shape)} for {ids.numel()} ids; "
                 f"pass [{ids.numel()}, {self.dim}]"
             )
-        if not 0 <= step <= MAX_STEP:
-            raise ValueError(f"memory bank: step {step} is outside [0, {MAX_STEP}]")
+        if step < 0:
+            raise ValueError(f"memory bank: step {step} is outside [0, ...); pass at least 0")
         written = torch.full((ids.numel(), 1), step + 1, dtype=torch.float32, device=self.device)
         values = torch.cat([vectors.detach().to(self.device, torch.float32), written], dim=1)
         if self.world_size == 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -20,6 +21,7 @@ MANIFEST = "checkpoint.json"
 BEST = "best"
 FORMAT = 1
 _READ_BYTES = 16 * 2**20
+_STEP = re.compile(r"step-[0-9]+")
 
 
 def folder_of_step(checkpoints: Path, step: int) -> Path:
@@ -29,7 +31,13 @@ def folder_of_step(checkpoints: Path, step: int) -> Path:
 
 def folders_by_age(checkpoints: Path) -> list[Path]:
     """Return the folders of steps that are completely written, the newest first."""
-    return sorted(checkpoints.glob("step-*"), reverse=True)
+    folders = [path for path in checkpoints.glob("step-*") if _STEP.fullmatch(path.name)]
+    return sorted(folders, key=step_of_folder, reverse=True)
+
+
+def step_of_folder(folder: Path) -> int:
+    """Return the number of steps after which the state in the folder was saved."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def checksum(file: Path) -> int:
@@ -96,7 +104,8 @@ def prune(newest: Path, keep: int) -> None:
     Folders of later steps are damaged ones that a resume skipped; they do not count as good.
     """
     checkpoints = newest.parent
-    whole = [folder for folder in folders_by_age(checkpoints) if folder.name <= newest.name]
+    step = step_of_folder(newest)
+    whole = [folder for folder in folders_by_age(checkpoints) if step_of_folder(folder) <= step]
     for folder in whole[keep:]:
         shutil.rmtree(folder, ignore_errors=True)
     for left in [*checkpoints.glob(".step-*.partial"), *checkpoints.glob(".step-*.old")]:

@@ -25,6 +25,13 @@ def _float(name: str, *limits: tuple[str, float]) -> Any:
     return typing.restricted_number_type(name, float, list(limits), docstring=words)
 
 
+# numpy takes no negative seed; what is added by rank and step must fit the 64 bits of torch's.
+Seed = Annotated[
+    int,
+    typing.restricted_number_type(
+        "Seed", int, [(">=", 0), ("<", 2**63)], docstring=f">= 0 and < {2**63}"
+    ),
+]
 NonNegativeFloat = Annotated[float, _float("FiniteNonNegative", (">=", 0), ("<", math.inf))]
 PositiveFloat = Annotated[float, _float("FinitePositive", (">", 0), ("<", math.inf))]
 Seconds = Annotated[float, _float("FiniteSeconds", (">=", 1), ("<", math.inf))]

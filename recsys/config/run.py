@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from recsys.config.content import ContentSettings
 from recsys.config.embedding import EmbeddingSettings
-from recsys.config.limits import NonNegativeFloat, NonNegativeInt, PositiveInt, Seconds
+from recsys.config.limits import NonNegativeFloat, NonNegativeInt, PositiveInt, Seconds, Seed
 from recsys.config.losses import AuxiliarySettings, ContrastiveSettings
 from recsys.config.optimizer import OptimizerSettings
 from recsys.config.ranking import RankingSettings, ranking_settings
@@ -87,7 +87,7 @@ class Config:
     """Validation metric that chooses the best model; auc_and_gauc is the mean of both."""
     patience: PositiveInt = 2
     """Validations without a better model before training ends."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights, dropout and negatives."""
     on_bad_row: Literal["error", "skip"] = "error"
     """error: the first unusable row ends the run; skip: such rows are left out, counted and

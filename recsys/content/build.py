@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 from embeddings import MemoryBank, build_memory_bank
 from recsys.config import Config, ContentSettings, content_settings
 from recsys.content.cache.fill import cache_frozen_outputs
 from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.build import encoder_of
-from recsys.data.filesystem import Location
+from recsys.data.filesystem import Location, home_expanded
 from recsys.data.items.content_store import ContentStore, ItemTable, default_cache
 from recsys.data.schema import Schema
 from recsys.distributed.ranks import Ranks
@@ -38,8 +37,8 @@ def build_content_store(
     Raises:
         ValueError: on every rank, when one cannot use its items or encoders.
     """
-    cache = Path(config.cache).expanduser() if config.cache else default_cache()
     with ranks.raise_on_all_ranks():
+        cache = home_expanded(config.cache) if config.cache else default_cache()
         items = ItemTable(root, schema, config.on_bad_row)
         store = ContentStore(items, content.modalities, cache)
     encoders: dict[str, Encoder] = {}

@@ -40,6 +40,10 @@ def shorten_histories(batch: Batch, bank: MemoryBank, top_k: int, index_dedup: b
         the batch with shortened histories, on the host.
     """
     ids = torch.cat([batch.target_items, batch.history_items])
+    if bank.device.type == "cuda":
+        # The pipeline fetches its batches on another stream than that of the steps, which write.
+        steps = torch.cuda.default_stream(bank.device)
+        torch.cuda.current_stream(bank.device).wait_stream(steps)
     vectors = F.normalize(bank.lookup(ids)[0].cpu(), dim=-1)
     target, items = vectors[: batch.batch_size], vectors[batch.batch_size :]
     history = batch.jagged_history()

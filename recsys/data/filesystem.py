@@ -35,6 +35,9 @@ class Location:
     @staticmethod
     def of(url: object) -> Location:
         """Make a location from a local path or a URL."""
+        if "://" not in str(url):  # a name of its own, whatever `::` and `:` mean to fsspec
+            local = fsspec.implementations.local.LocalFileSystem()
+            return Location(local, os.path.abspath(os.path.expanduser(str(url))).rstrip("/"))
         filesystem, path = fsspec.core.url_to_fs(str(url))
         return Location(filesystem, path.rstrip("/"))
 
@@ -98,19 +101,34 @@ class Location:
         return found
 
 
+def home_expanded(path: str) -> Path:
+    """Return a path with a leading `~` replaced by the home folder.
+
+    Raises:
+        ValueError: the home folder is not known.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # such as a container's user without HOME and without an entry
+        raise ValueError(
+            f"{path}: no home folder is known ({error}); set HOME, or name the folder in full"
+        ) from error
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, renamed to `path` when the block succeeds.
 
     At any moment `path` holds the whole old file or the whole new one, also for a job that was
-    killed. The folder must exist.
+    killed. The folder must exist. The temporary path is absolute, since pyarrow takes a relative
+    one with a colon for a URL.
 
     Example::
 
         with whole_file(folder / "scores.parquet") as partial:
             pq.write_table(table, partial)
     """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    partial = path.absolute().with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         yield partial
         partial.replace(path)

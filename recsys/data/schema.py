@@ -280,6 +280,8 @@ def _validate_vocabulary(schema: Schema, name: str, column: Column, where: str) 
     for setting in ("num_hashes", "admit_after"):
         if getattr(settings, setting) < 1:
             raise ValueError(f"{where}: {setting} is {getattr(settings, setting)}; set at least 1")
+    if not 0 <= settings.seed < 2**63:
+        raise ValueError(f"{where}: seed is {settings.seed}; set one from 0 to {2**63 - 1}")
     if not settings.half_life > 0:
         raise ValueError(f"{where}: half_life is {settings.half_life}; set a positive number")
     if settings.kind != "hash" and column.num_embeddings < 2:

@@ -30,6 +30,7 @@ from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_fil
 from transformers.utils.hub import extract_commit_hash
 
 from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
+from recsys.data.filesystem import home_expanded
 from recsys.data.items.images import ImagePreparation
 
 NO_IMAGE_FILE = (
@@ -73,7 +74,7 @@ class PretrainedEncoder:
         if self.is_on_hub or self.is_random:
             return name
         if not name.startswith("package:"):
-            folder = Path(name).expanduser()
+            folder = home_expanded(name)
             if not (folder / "config.json").is_file():
                 raise ValueError(
                     f"{where}: encoder folder '{name}' has no config.json; check the path"

@@ -21,7 +21,7 @@ import numpy as np
 
 from recsys.config import ModalitySettings
 from recsys.data.batch import ContentInput
-from recsys.data.filesystem import whole_folder
+from recsys.data.filesystem import home_expanded, whole_folder
 from recsys.data.items.item_column import ItemColumnReader
 from recsys.data.items.item_table import ItemTable, digest_of
 from recsys.data.items.kind import ModalityKind, make_kinds
@@ -32,9 +32,12 @@ SKIPPED = "skipped.json"  # beside an array: the rows left out of it because the
 
 
 def default_cache() -> Path:
-    """Return the cache folder that is used unless the configuration sets one."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "recsys"
+    """Return the cache folder that is used unless the configuration sets one.
+
+    Raises:
+        ValueError: no home folder is known.
+    """
+    return home_expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "recsys"
 
 
 def publish(folder: Path, write: Callable[[Path], None]) -> None:

@@ -20,6 +20,7 @@ from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary, integer
 from recsys.data.schema import Schema
 
 ROW_POSITION = "__row_position"  # position of a row in the split, files in order of name
+MAX_LIST_VALUES = np.iinfo(np.int32).max  # of a column of lists, whose offsets are int32
 RAW_GROUP = "__raw_group"  # raw ids of the group: a vocabulary may map several to one row
 
 # Column, mask of its bad rows [R], their common reason, and a function from a row to its message.
@@ -227,7 +228,7 @@ def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportCol
     """Return raw ids as rows, or as integers if their vocabulary is bounded."""
     as_list = is_list(array.type)
     values = array.flatten() if as_list else array
-    lengths = list_lengths(array) if as_list else np.ones(len(array), np.int64)
+    lengths = list_lengths(array).astype(np.int64) if as_list else np.ones(len(array), np.int64)
     values, null, too_large = _usable_raw_ids(values)
 
     def note_values(bad: np.ndarray, reason: str, message: str) -> None:
@@ -237,6 +238,10 @@ def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportCol
     note_values(too_large, "id beyond int64", "an id that does not fit int64; renumber it")
     vocabulary = schema.vocabularies.get(schema.table_of(name))
     num_rows = _num_rows_of_id(schema, name)
+    if len(values) * num_rows > MAX_LIST_VALUES:
+        reason = f"more than {MAX_LIST_VALUES:,} rows of ids in a row group"
+        note(name, np.ones(len(array), bool), reason, lambda row: f"{reason}; write smaller ones")
+        return pa.array([[]] * len(array), pa.list_(pa.int64()))
     found = _found_where(~(null | too_large), vocabulary, values).reshape(-1, num_rows)
     if not as_list and num_rows == 1:
         return pa.array(found[:, 0])

@@ -14,7 +14,7 @@ import yaml
 
 from embeddings.table_state import table_weights
 from recsys.build import Job, build_job
-from recsys.checkpoint.files import folder_of_step, prune
+from recsys.checkpoint.files import folder_of_step, folders_by_age, prune
 from recsys.checkpoint.manager import Checkpoints, load_best
 from recsys.checkpoint.progress import Progress
 from recsys.config import load_config
@@ -174,6 +174,17 @@ def test_a_damaged_later_checkpoint_takes_no_place_of_a_good_one(tmp_path: Path)
         folder_of_step(tmp_path, step).mkdir()
     prune(folder_of_step(tmp_path, 6), keep=1)  # step 9 is what a resume left out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006", "step-00000009"]
+
+
+def test_folders_are_ordered_by_their_step_however_many_digits_it_has(tmp_path: Path) -> None:
+    for step in (10**8, 10**8 - 1, 10**9, 5):
+        folder_of_step(tmp_path, step).mkdir()
+    (tmp_path / "step-of-mine").mkdir()
+    steps = [path.name.removeprefix("step-") for path in folders_by_age(tmp_path)]
+    assert [int(step) for step in steps] == [10**9, 10**8, 10**8 - 1, 5]
+    prune(folder_of_step(tmp_path, 10**8), keep=1)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"step-100000000", "step-1000000000", "step-of-mine"}
 
 
 def test_a_full_disk_ends_the_job_only_when_it_stays_full(

@@ -25,7 +25,7 @@ from tests.recsys.em3_runs import ranks_of
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resume")
+    folder = tmp_path_factory.mktemp("resume::a")
     write_dataset(folder / "data")
     return folder
 

@@ -99,6 +99,8 @@ def test_unknown_and_wrong_overrides_are_named(words: list[str]) -> None:
         ("--epochs=0", "epochs is 0; it must be >0"),
         ("--validations_per_epoch=0", "validations_per_epoch is 0"),
         ("--patience=0", "patience is 0"),
+        ("--seed=-1", "seed is -1"),
+        (f"--seed={2**64}", f"seed is {2**64}"),
         ("--log_every_steps=0", "log_every_steps is 0"),
         ("--num_workers=-1", "num_workers is -1"),
         ("--embedding.dim=0", "embedding.dim is 0"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -59,6 +62,25 @@ def test_each_history_keeps_its_items_most_like_the_target_in_their_order(
     assert history.values().tolist() == (sorted(set(items)) if index_dedup else items)
     if not index_dedup:
         assert history.lengths().tolist() == short.history_lengths.tolist()
+
+
+def test_on_cuda_the_search_waits_for_the_writes_of_earlier_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    happened: list[tuple[str, object]] = []
+    streams = {name: SimpleNamespace(name=name) for name in ("copies", "steps")}
+    streams["copies"].wait_stream = lambda other: happened.append(("wait", other))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams["copies"])
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: streams["steps"])
+    on_host = bank()
+
+    def lookup(ids: Tensor) -> tuple[Tensor, Tensor]:
+        happened.append(("read", None))
+        return on_host.lookup(ids)
+
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda", 0), lookup=lookup)
+    shorten_histories(batch_of_items(TARGETS, HISTORIES), on_gpu, 2, True)
+    assert happened == [("wait", streams["steps"]), ("read", None)]
 
 
 def test_of_equal_items_the_later_ones_stay() -> None:

@@ -3,9 +3,18 @@
 from contextlib import nullcontext
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from recsys.data.filesystem import recover_folder, replace_folder, whole_folder, write_whole
+from recsys.data.filesystem import (
+    Location,
+    recover_folder,
+    replace_folder,
+    whole_file,
+    whole_folder,
+    write_whole,
+)
 
 
 def test_the_text_is_there_and_nothing_else(tmp_path: Path) -> None:
@@ -61,3 +70,26 @@ def test_a_folder_replaces_an_older_one_and_a_kill_between_is_undone(tmp_path: P
     (tmp_path / "best").rename(tmp_path / ".best.old")  # where a kill leaves it
     recover_folder(tmp_path / "best")
     assert (tmp_path / "best" / "part").read_text() == "new"
+
+
+@pytest.mark.parametrize("name", ["a::b", "zip::a", "s3:a", "data:a", "file:a", "a b%20[1]*?#é"])
+def test_any_name_of_a_local_folder_is_that_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for url in (name, f"./{name}/", str(tmp_path / name)):
+        location = Location.of(url)
+        assert location.is_local and location.path == str(tmp_path / name)
+        assert not location.exists()
+    Path(name).mkdir()
+    table = pa.table({"column": [1]})
+    with whole_file(Path(name, "x:y.parquet")) as partial:
+        pq.write_table(table, partial)
+    (file,) = Location.of(name).files(".parquet")
+    assert pq.read_table(file.path, filesystem=file.arrow).equals(table)
+
+
+def test_a_url_is_read_through_its_filesystem() -> None:
+    chained = Location.of("simplecache::memory://shop/data")
+    assert not chained.is_local and chained.path == "/shop/data"
+    assert Location.of("file:///tmp/shop/").path == "/tmp/shop"

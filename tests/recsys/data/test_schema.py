@@ -98,6 +98,11 @@ def test_a_missing_schema_is_named(tmp_path: Path) -> None:
         ),
         ("kind: id, num_embeddings: 30", "kind: id, shares: user", "'item' needs its own"),
         ("num_embeddings: 10", "num_embeddings: 0", "column 'user': num_embeddings is 0"),
+        (
+            "num_embeddings: 10",
+            f"num_embeddings: 10, vocabulary: {{kind: hash, seed: {2**64}}}",
+            f"column 'user': seed is {2**64}",
+        ),
         ("num_embeddings: 10", "num_embeddings: 10, parallel: [x]", "'user': only a sequence has"),
         ("kind: label", "kind: label, num_embeddings: 2", "'liked' of kind label takes no further"),
         ("[history_liked]", "[liked]", "parallel list 'liked' is named twice"),

@@ -112,6 +112,18 @@ def test_a_hashed_id_has_as_many_rows_as_hashes_in_every_column_of_its_table(
     assert batch.groups.tolist() == integer_ids(pa.array(TRAIN["user"])).tolist()
 
 
+def test_a_row_group_with_more_ids_than_its_offsets_can_count_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recsys.data.parquet.values.MAX_LIST_VALUES", 3, raising=False)
+    several = "{kind: hash, num_hashes: 2}"
+    data = write_raw_dataset(tmp_path, user=several, item="{kind: hash}", words="{kind: hash}")
+    with pytest.raises(ValueError, match=r"train/part-0.parquet.*'user'.* 3\b"):
+        list(rows_of(data).read(0, 3))
+    (read,) = rows_of(data, on_bad_row="skip").read(0, 3)
+    assert read["user"].to_pylist() == [[]] * 3
+
+
 def test_padding_rows_of_a_table_with_several_hashes_have_no_ids(tmp_path: Path) -> None:
     data = write_raw_dataset(
         tmp_path, user="{kind: hash, num_hashes: 2}", item="{kind: hash}", words="{kind: hash}"

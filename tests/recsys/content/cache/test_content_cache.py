@@ -1,5 +1,6 @@
 """Content is made once, made again when anything it is made from changes, and never half."""
 
+import pwd
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,7 @@ def test_the_default_cache_follows_the_environment(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert default_cache() == tmp_path / "home" / ".cache" / "recsys"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # the machine does not know this user
+    with pytest.raises(ValueError, match="HOME"):
+        default_cache()
