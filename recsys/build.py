@@ -122,8 +122,14 @@ class Job:
         )
 
 
-def build_job(config: Config, data: str, ranks: Ranks) -> Job:
+def build_job(config: Config, data: str, ranks: Ranks, schema: Schema | None = None) -> Job:
     """Build all parts of a run from configuration to pipeline. A collective.
+
+    Args:
+        config: configuration of the run.
+        data: dataset, a folder or URL.
+        ranks: the ranks of the job.
+        schema: meaning of the dataset's columns; default that of its `schema.yaml`.
 
     Raises:
         ValueError: if data, configuration or plan is invalid on any rank; raised on all.
@@ -133,7 +139,7 @@ def build_job(config: Config, data: str, ranks: Ranks) -> Job:
     with ranks.raise_on_all_ranks():
         validate(config)
         root = Location.of(data)
-        schema = load_schema(root)
+        schema = schema or load_schema(root)
         tables = table_configs(config, schema, mean_list_lengths(root, schema))
     store, encoders, bank = build_content(config, root, schema, ranks)
     with ranks.raise_on_all_ranks():

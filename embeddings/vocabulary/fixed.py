@@ -12,6 +12,7 @@ Shapes: N ids, K hash functions.
 
 import hashlib
 from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +50,12 @@ def _is_string(kind: pa.DataType) -> bool:
     return (
         pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     )
+
+
+def id_type(kind: pa.DataType) -> Literal["integer", "string"]:
+    """Return what raw ids of an Arrow type are."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return "string" if _is_string(kind) else "integer"
 
 
 def _plain_ids(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -120,7 +127,7 @@ class ExactVocabulary:
     def __init__(self, num_embeddings: int) -> None:
         """Start with an empty map."""
         self.num_embeddings = check_num_embeddings(num_embeddings)
-        self._ids = pa.array([], pa.int64())  # in order of row
+        self.ids = pa.array([], pa.int64())  # in order of row
         self._ordered_keys = np.zeros(0, np.int64)
         self._row_in_order = np.zeros(0, np.int64)  # row of each ordered key
 
@@ -131,7 +138,7 @@ class ExactVocabulary:
 
     def __len__(self) -> int:
         """Count the ids of the map."""
-        return len(self._ids)
+        return len(self.ids)
 
     def extend(self, chunks: Iterable[pa.Array | pa.ChunkedArray]) -> int:
         """Add the new ids behind the known ones and return how many they are.
@@ -143,7 +150,7 @@ class ExactVocabulary:
             ValueError: the ids do not fit the table, or are not all integers or all strings. The
                 map is then unchanged.
         """
-        before = self._ids, self._ordered_keys, self._row_in_order
+        before = self.ids, self._ordered_keys, self._row_in_order
         try:
             for chunk in chunks:
                 self._add(_plain_ids(chunk))
@@ -153,7 +160,7 @@ class ExactVocabulary:
                     f"the last row is that of unknown ids; set it to at least {len(self) + 1}"
                 )
         except Exception:
-            self._ids, self._ordered_keys, self._row_in_order = before
+            self.ids, self._ordered_keys, self._row_in_order = before
             raise
         return len(self) - len(before[0])
 
@@ -167,19 +174,20 @@ class ExactVocabulary:
         place = np.searchsorted(self._ordered_keys, keys[order], side="right")
         self._ordered_keys = np.insert(self._ordered_keys, place, keys[order])
         self._row_in_order = np.insert(self._row_in_order, place, len(self) + order)
-        self._ids = pa.concat_arrays([self._ids, new]) if len(self) else new
+        self.ids = pa.concat_arrays([self.ids, new]) if len(self) else new
         twins = np.flatnonzero(np.diff(self._ordered_keys) == 0)
         if len(twins):
             pair = self._row_in_order[twins[0] : twins[0] + 2]
-            first, second = (self._ids[int(row)].as_py() for row in pair)
+            first, second = (self.ids[int(row)].as_py() for row in pair)
             raise ValueError(f"ids '{first}' and '{second}' have one fingerprint; rename one")
 
     def check_type(self, kind: pa.DataType) -> None:
         """Raise a ValueError if ids of this Arrow type cannot be in the map."""
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        own = "strings" if _is_string(self._ids.type) else "integers"
-        if len(self) and _is_string(kind) != _is_string(self._ids.type):
-            raise ValueError(f"the map holds {own}, these ids are {kind}; write them with one type")
+        own = id_type(self.ids.type)
+        if len(self) and id_type(kind) != own:
+            raise ValueError(
+                f"the map holds {own}s, these ids are {kind}; write them with one type"
+            )
 
     def find(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """Return the rows of raw ids: int64 [N], -1 where the map does not know one.
@@ -198,7 +206,7 @@ class ExactVocabulary:
         known = self._ordered_keys[place] == keys
         rows = self._row_in_order[place]
         if not pa.types.is_integer(ids.type):  # an unknown string may have a known fingerprint
-            known &= pc.equal(self._ids.take(pa.array(rows)), ids).to_numpy(False)
+            known &= pc.equal(self.ids.take(pa.array(rows)), ids).to_numpy(False)
         return np.where(known, rows, -1)
 
     def rows_of(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -212,11 +220,11 @@ class ExactVocabulary:
 
     def is_extension_of(self, other: "ExactVocabulary") -> bool:
         """Return whether every id of ``other`` has the same row in this map."""
-        return len(other) == 0 or self._ids.slice(0, len(other)).equals(other._ids)
+        return len(other) == 0 or self.ids.slice(0, len(other)).equals(other.ids)
 
     def save(self, path: str, filesystem: FileSystem | None = None) -> None:
         """Write the map as a Parquet file with columns ``id`` and ``row``."""
-        table = pa.table({"id": self._ids, "row": np.arange(len(self))})
+        table = pa.table({"id": self.ids, "row": np.arange(len(self))})
         pq.write_table(table, path, filesystem=filesystem)
 
     @staticmethod

@@ -97,6 +97,18 @@ def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
         )
 
 
+def check_training_data(stored: str, now: str, where: str) -> None:
+    """Refuse to continue on other rows; fingerprints are those of `RowSource.fingerprint`.
+
+    An earlier version stored the hash of the rows' order alone, which is then compared alone.
+
+    Raises:
+        ValueError: the rows are others.
+    """
+    now = now if "-" in stored else now.split("-")[0]
+    check_equal("the training data", stored, now, where)
+
+
 def check_equal(name: str, stored: Any, now: Any, where: str) -> None:
     """Refuse to continue if something besides the configuration has changed.
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from embeddings.table_state import State, set_table_steps
 from recsys.build import Job
-from recsys.checkpoint.compatibility import check_config, check_equal
+from recsys.checkpoint.compatibility import check_config, check_equal, check_training_data
 from recsys.checkpoint.files import (
     BEST,
     check_files,
@@ -34,7 +32,8 @@ from recsys.checkpoint.files import (
     read_manifest,
 )
 from recsys.checkpoint.progress import Progress
-from recsys.checkpoint.reader import SafeFileSystemReader
+from recsys.checkpoint.reader import SafeFileSystemReader, readable_failure
+from recsys.checkpoint.run_schema import check_schema_of_checkpoint, run_schema_digest
 from recsys.checkpoint.state import (
     TrainingState,
     copy_of,
@@ -158,6 +157,7 @@ class Checkpoints:
             "world_size": self.job.ranks.world_size,
             "config": to_plain(self.job.config),
             "data": self.data,
+            "schema": run_schema_digest(self.folder.parent),
             "frozen_weights": self.frozen,
             "plan": self.job.plan,
         }
@@ -172,7 +172,7 @@ class Checkpoints:
                 if ranks.is_first:
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir(parents=True)
-            with ranks.raise_on_all_ranks(), _readable_failure():
+            with ranks.raise_on_all_ranks(), readable_failure():
                 writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
                 dcp.save(state, storage_writer=writer, process_group=ranks.group)
             with ranks.raise_on_all_ranks():
@@ -218,14 +218,15 @@ class Checkpoints:
 
     def _check(self, folder: Path, manifest: dict[str, Any]) -> None:
         check_config(manifest["config"], self.job.config, str(folder))
-        check_equal("the training data", manifest["data"], self.data, str(folder))
+        check_training_data(manifest["data"], self.data, str(folder))
         check_equal("frozen weights", manifest["frozen_weights"], self.frozen, str(folder))
+        check_schema_of_checkpoint(folder, manifest, self.job.ranks)
 
     @torch.no_grad()
     def _load(self, folder: Path) -> None:
         """Load a checkpoint in place. A collective."""
         training = TrainingState(self.job)
-        with self.job.ranks.raise_on_all_ranks(), _readable_failure():
+        with self.job.ranks.raise_on_all_ranks(), readable_failure():
             reader = SafeFileSystemReader(folder)
             stored = reader.read_metadata().state_dict_metadata
             state = training.state_dict(stored)
@@ -252,16 +253,6 @@ def _checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:
     return manifest
 
 
-@contextmanager
-def _readable_failure() -> Iterator[None]:
-    """Reduce a CheckpointException to its causes, without the stacks of all ranks."""
-    try:
-        yield
-    except CheckpointException as error:
-        causes = {str(failure[0]) for failure in error.failures.values()}
-        raise ValueError("; ".join(sorted(causes))) from error
-
-
 @torch.no_grad()
 def load_best(job: Job, run: Path) -> dict[str, Any]:
     """Load `RUN/checkpoints/best` into the model and the bank, in place. A collective.
@@ -279,6 +270,7 @@ def load_best(job: Job, run: Path) -> dict[str, Any]:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no checkpoint; train with `--out {run}` first")
     manifest = _checked_manifest(folder, ranks)
+    check_schema_of_checkpoint(folder, manifest, ranks)
     state = model_state(job)
     with ranks.raise_on_all_ranks():
         reader = SafeFileSystemReader(folder)

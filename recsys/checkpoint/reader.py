@@ -8,11 +8,14 @@ accepts only the classes of that format, and such entries are an error: our chec
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 _ALLOWED = {
@@ -75,3 +78,13 @@ class SafeFileSystemReader(FileSystemReader):
         assert metadata.storage_meta is not None
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+@contextmanager
+def readable_failure() -> Iterator[None]:
+    """Reduce a CheckpointException to its causes, without the stacks of all ranks."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = {str(failure[0]) for failure in error.failures.values()}
+        raise ValueError("; ".join(sorted(causes))) from error

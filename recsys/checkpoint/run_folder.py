@@ -13,6 +13,7 @@ import numpy as np
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.files import BEST, folders_by_age
+from recsys.checkpoint.run_schema import agree_on_id_types, write_run_schema
 from recsys.config import save_config
 from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.identity import EncoderIdentity, check_identities, write_identities
@@ -94,7 +95,12 @@ def begin_run(
     item_counts: np.ndarray,  # [num_items]
     skipped_rows: dict[str, Any],
 ) -> None:
-    """Empty the folder of an earlier run and store what this run needs unchanged. A collective."""
+    """Empty the folder of an earlier run and store what this run needs unchanged. A collective.
+
+    Raises:
+        ValueError: on every rank: raw ids of a table are integers in one place, strings in another.
+    """
+    agree_on_id_types(job.schema, job.ranks)
     with job.ranks.raise_on_all_ranks():
         if not job.ranks.is_first:
             return
@@ -109,6 +115,7 @@ def begin_run(
         np.save(run / ITEM_COUNTS, item_counts)
         (run / SKIPPED_ROWS).write_text(json.dumps(skipped_rows, indent=1) + "\n")
         keep_vocabularies(run, job)
+        write_run_schema(run, job.schema)
 
 
 def keep_vocabularies(run: Path, job: Job) -> None:

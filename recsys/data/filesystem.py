@@ -71,6 +71,10 @@ class Location:
         """Read the whole file."""
         return bytes(self.filesystem.cat_file(self.path))
 
+    def read_end(self, num_bytes: int) -> bytes:
+        """Read the last bytes of the file."""
+        return bytes(self.filesystem.cat_file(self.path, start=-num_bytes))
+
     def files(self, ending: str) -> list[Location]:
         """Return the files with this ending in the folder, by name; this file if it is one.
 

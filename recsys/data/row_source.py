@@ -20,7 +20,6 @@ chunk, and reads one; all else is done here, including the check of every value:
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,8 @@ import pyarrow as pa
 
 from recsys.config import SourceSettings
 from recsys.config.named_parts import make_part
+from recsys.data.chunk import Chunk as Chunk
+from recsys.data.chunk import fingerprint_of
 from recsys.data.filesystem import Location
 from recsys.data.parquet.bad_rows import BadRows, OnBadRow
 from recsys.data.parquet.values import (
@@ -51,25 +52,6 @@ SOURCES = {"parquet": "recsys.data.parquet.rows:split_rows"}
 # pages, the only one known before reading; ids take about five times as much in memory.
 SHUFFLE_ROWS = 262_144
 SHUFFLE_BYTES = 1 << 26
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Rows that are read at once.
-
-    place: file, URL or name of the chunk, for messages and the fingerprint.
-    first_row: number of its first row at that place.
-    num_bytes: size by which windows are cut; 0 if unknown.
-    """
-
-    place: str
-    num_rows: int
-    first_row: int = 0
-    num_bytes: int = 0
-
-    def bytes_in(self, low: int, high: int) -> int:
-        """Return the size of rows `[low, high)`, assuming equally large rows."""
-        return self.num_bytes * (high - low) // self.num_rows
 
 
 @dataclass(frozen=True)
@@ -163,10 +145,8 @@ class RowSource(ABC):
         return chunk.place, chunk.first_row + position - self._first_positions[number]
 
     def fingerprint(self) -> str:
-        """Return a hash of everything that decides the order of the rows."""
-        names = [chunk.place.rsplit("/", 1)[-1] for chunk in self.chunks]
-        sizes = [(chunk.num_rows, chunk.num_bytes) for chunk in self.chunks]
-        return hashlib.blake2b(repr((names, sizes)).encode(), digest_size=16).hexdigest()
+        """Return hashes of the order of the rows and of their content; see `fingerprint_of`."""
+        return fingerprint_of(self.chunks)
 
     def skipped(self, ranks: Ranks, what: str) -> dict[str, Any]:
         """Return the rows that all ranks have skipped so far; see `BadRows.summary`.

@@ -34,56 +34,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import pyarrow as pa
 from jsonargparse import ArgumentParser
 
-from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary
+from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary, id_type
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.filesystem import Location
-
-
-@dataclass
-class VocabularySettings:
-    """Mapping of a table's raw ids, integers or strings, to its rows."""
-
-    # exact: by the map that `recsys prepare vocabulary` wrote; hash: by hash functions; bounded: by
-    # a map that learns ids while training.
-    kind: Literal["exact", "hash", "bounded"]
-    num_hashes: int = 1  # of hash: rows that are summed per id
-    seed: int = 0  # of hash
-    admit_after: int = 1  # of bounded: times an id is seen before it gets a row
-    half_life: float = 10_000.0  # of bounded: steps after which the weight of a use is halved
-
-
-@dataclass
-class Column:
-    """One column of the impressions."""
-
-    # extra: a float for auxiliary losses only, null where a row has none.
-    kind: Literal["id", "ids", "sequence", "dense", "label", "extra"]
-    num_embeddings: int | None = None  # rows of its table: ids lie in [0, num_embeddings)
-    shares: str | None = None  # column whose table is used instead of an own one
-    parallel: list[str] = field(default_factory=list)  # float lists beside a sequence
-    vocabulary: VocabularySettings | None = None  # ids are raw; None: they are rows
-
-
-@dataclass
-class ItemColumn:
-    """One column of the items."""
-
-    # other: read by a modality kind of your own.
-    kind: Literal["text", "image", "feature", "category", "other"]
-    # For features: a .npy file [items, W] or [items, T, W], relative to the dataset, instead of a
-    # column. Its rows are those of the items' files, or of the ids in another .npy file.
-    file: str | None = None
-    ids: str | None = None
-
-
-@dataclass
-class Items:
-    """The items: the column that holds their id, and their content."""
-
-    id: str
-    columns: dict[str, ItemColumn] = field(default_factory=dict)
+from recsys.data.schema_columns import (
+    VOCABULARY_SETTINGS,
+    Column,
+    IdType,
+    Items,
+    VocabularySettings,
+)
 
 
 @dataclass
@@ -98,6 +61,8 @@ class Schema:
     vocabularies: dict[str, ExactVocabulary | HashVocabulary] = field(
         default_factory=dict, init=False
     )
+    # By table with a vocabulary: the type of its raw ids, once a file with them was opened.
+    id_types: dict[str, IdType] = field(default_factory=dict, init=False)
 
     def of_kind(self, kind: str) -> list[str]:
         """Return the names of the columns of one kind, in the order of the schema."""
@@ -142,6 +107,26 @@ class Schema:
         """Names of the lists beside the history."""
         return self.columns[self.history].parallel if self.history else []
 
+    def require_id_type(self, name: str, kind: pa.DataType, place: str, table: str) -> None:
+        """Require raw ids of the type that the other files and columns of their table have.
+
+        Args:
+            name: the column of the ids.
+            kind: their Arrow type.
+            place: their file, for messages.
+            table: the column that owns their table.
+
+        Raises:
+            ValueError: some are integers and others are strings.
+        """
+        known = self.id_types.setdefault(table, IdType(id_type(kind), place))
+        if known.name != id_type(kind):
+            raise ValueError(
+                f"{place}: column '{name}' has {id_type(kind)} ids ({kind}), but {known.place} has "
+                f"{known.name} ids of '{table}', and a vocabulary takes 7 and '7' for two ids; "
+                f"write the column with {known.name} ids"
+            )
+
 
 def vocabulary_file(root: Location, table: str) -> Location:
     """Return the file with a dataset's map of raw ids to rows of a table."""
@@ -162,19 +147,32 @@ def load_schema(root: Location, with_vocabularies: bool = True) -> Schema:
     path = root / "schema.yaml"
     if not path.exists():
         raise ValueError(f"{path}: no such file; a dataset folder needs a schema.yaml")
+    try:
+        content = load_plain_yaml(path.read_bytes())
+    except Exception as error:
+        raise ValueError(f"{path}: {error}") from error
+    schema = parse_schema(content, str(path))
+    if with_vocabularies:
+        load_vocabularies(schema, root)
+    return schema
+
+
+def parse_schema(content: Any, place: str) -> Schema:
+    """Return the schema of plain values, as `schema.yaml` has them; `place` names their file.
+
+    Raises:
+        ValueError: a key is unknown, or the parts do not fit together.
+    """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Schema, None)
     try:
-        content = load_plain_yaml(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("it must be a mapping with target_item, group and columns")
         namespace = parser.instantiate(parser.parse_object(_without_empty(content)))
     except Exception as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{place}: {error}") from error
     schema = Schema(**{part.name: namespace[part.name] for part in fields(Schema) if part.init})
-    _validate(schema, str(path))
-    if with_vocabularies:
-        _load_vocabularies(schema, root)
+    _validate(schema, place)
     return schema
 
 
@@ -189,7 +187,12 @@ def _without_empty(content: Any) -> Any:
     }
 
 
-def _load_vocabularies(schema: Schema, root: Location) -> None:
+def load_vocabularies(schema: Schema, root: Location) -> None:
+    """Load the schema's exact maps from the folder `root`, and make its hashes.
+
+    Raises:
+        ValueError: a map is missing or does not fit its table.
+    """
     for table in schema.tables_with("exact"):
         file = vocabulary_file(root, table)
         if not file.exists():
@@ -272,10 +275,9 @@ def _validate_vocabulary(schema: Schema, name: str, column: Column, where: str) 
         raise ValueError(
             f"{where} shares '{column.shares}' and its vocabulary; give the vocabulary there"
         )
-    own = {"exact": [], "hash": ["num_hashes", "seed"], "bounded": ["admit_after", "half_life"]}
     for part in fields(settings):
         is_set = getattr(settings, part.name) != part.default
-        if part.name not in ["kind", *own[settings.kind]] and is_set:
+        if part.name not in ["kind", *VOCABULARY_SETTINGS[settings.kind]] and is_set:
             raise ValueError(f"{where}: a vocabulary of kind {settings.kind} has no {part.name}")
     for setting in ("num_hashes", "admit_after"):
         if getattr(settings, setting) < 1:

@@ -18,6 +18,7 @@ import torch
 from recsys.build import Job, build_job
 from recsys.checkpoint.manager import load_best
 from recsys.checkpoint.run_folder import ITEM_COUNTS, check_encoders, check_vocabularies
+from recsys.checkpoint.run_schema import schema_of_data
 from recsys.config import load_config
 from recsys.data.filesystem import Location, whole_file, write_whole
 from recsys.data.interactions import Interactions
@@ -38,14 +39,15 @@ def load_run(run: Path, data: str | None, ranks: Ranks, device: str) -> Job:
     """Load the best model of a run, with `data` or its training data. A collective.
 
     Raises:
-        ValueError: the folder holds no finished run.
+        ValueError: the folder holds no finished run, or the data has another schema.
     """
     with ranks.raise_on_all_ranks():
         if not (run / "metrics.json").is_file():
             raise ValueError(f"{run}: holds no finished run (metrics.json); train it first")
         config = load_config(run / "config.yaml", ["--device", device])
         data = data or (run / "data.txt").read_text().strip()
-    job = build_job(config, data, ranks)
+        schema = schema_of_data(run, Location.of(data), ranks)
+    job = build_job(config, data, ranks, schema)
     check_vocabularies(run, job)
     check_encoders(run, job)
     load_best(job, run)

@@ -12,7 +12,8 @@ from recsys.config import Config, ContentSettings, ContrastiveSettings
 from recsys.config.checks import validate
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.items.kind import make_kinds
-from recsys.data.schema import Column, ItemColumn, Items, Schema
+from recsys.data.schema import Schema
+from recsys.data.schema_columns import Column, ItemColumn, Items
 
 
 @dataclass

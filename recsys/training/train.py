@@ -28,9 +28,10 @@ from recsys.checkpoint.run_folder import (
     describe_run,
     find_start,
 )
+from recsys.checkpoint.run_schema import schema_of_data
 from recsys.config import Config
 from recsys.content.projection_start import start_projections
-from recsys.data.filesystem import write_whole
+from recsys.data.filesystem import Location, write_whole
 from recsys.data.interactions import Interactions
 from recsys.diagnostics.profile.step_profile import StepProfile
 from recsys.distributed.lockstep import Lockstep, TrainingStopped
@@ -89,7 +90,9 @@ def train(
         Watchdog(ranks, config.stall_timeout) as watchdog,
         Lockstep(ranks, config.checkpoint, watchdog) as lockstep,
     ):
-        job = build_job(config, data, ranks)
+        with ranks.raise_on_all_ranks():
+            schema = schema_of_data(run, Location.of(data), ranks, goes_on) if goes_on else None
+        job = build_job(config, data, ranks, schema)
         trainer = open_run(job, run, data, goes_on, lockstep)
         try:
             trainer.train()

@@ -26,7 +26,7 @@ from recsys.data.items.item_column import ItemColumnReader
 from recsys.data.items.item_table import ItemTable, digest_of
 from recsys.data.items.kind import ModalityKind, make_kinds
 from recsys.data.items.ragged_array import RaggedArray
-from recsys.data.schema import Items
+from recsys.data.schema_columns import Items
 
 SKIPPED = "skipped.json"  # beside an array: the rows left out of it because they are unusable
 

@@ -96,6 +96,7 @@ class ItemTable:
         if not is_raw:
             # Keep the type of the file, since a cast makes large unsigned ids negative.
             return chunk.fill_null(0).to_numpy(zero_copy_only=False)
+        self.schema.require_id_type(name, chunk.type, str(file), target)
         vocabulary = self.schema.vocabularies[target]
         find = vocabulary.find if isinstance(vocabulary, ExactVocabulary) else vocabulary.rows_of
         rows = np.zeros(len(chunk), np.int64)

@@ -6,6 +6,7 @@ Pages are checked against their checksums where the writer stored them (Spark do
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,6 +47,19 @@ def open_parquet(file: Location, streaming: bool = False) -> Iterator[pq.Parquet
         raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
     with parquet:
         yield parquet
+
+
+def footer_digest(file: Location, parquet: pq.ParquetFile) -> str:
+    """Return a hash of a file's footer, in which nearly any change of its content shows.
+
+    The footer has, of each column of each row group, number, encodings and sizes of the values,
+    place of their pages and, where the writer stores them (pyarrow and Spark do), smallest and
+    largest value and number of nulls. A change that leaves all of these as they are, such as two
+    values of a row group that change places, shows where the encoded pages differ in size.
+    """
+    end_of_file = 8  # length of the footer and the magic number
+    footer = file.read_end(parquet.metadata.serialized_size + end_of_file)
+    return hashlib.blake2b(footer, digest_size=16).hexdigest()
 
 
 def column_type(parquet: pq.ParquetFile, file: Location, name: str) -> pa.DataType:

@@ -11,17 +11,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recsys.data.chunk import Chunk
 from recsys.data.filesystem import Location
 from recsys.data.parquet.bad_rows import OnBadRow
-from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
+from recsys.data.parquet.file import READ_ERRORS, column_type, footer_digest, open_parquet
 from recsys.data.parquet.values import check_type
-from recsys.data.row_source import Chunk, RowSource, columns_to_read
+from recsys.data.row_source import RowSource, columns_to_read
 from recsys.data.schema import Schema
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowGroup(Chunk):
-    """One row group of one file; its size is that of its pages, encoded but not compressed."""
+    """One row group of one file; its size is that of its pages, encoded but not compressed.
+
+    Its digest is that of the file's footer.
+    """
 
     file: Location
     index: int
@@ -80,7 +84,13 @@ class ParquetRows(RowSource):
         """Yield the checked rows of some row groups; each file is opened once."""
         for file, of_file in groupby(numbers, lambda number: self.row_groups[number].file):
             with open_parquet(file) as parquet:
+                digest = footer_digest(file, parquet)
                 for number in of_file:
+                    if self.chunks[number].digest != digest:
+                        raise ValueError(
+                            f"{file}: was replaced after the job had opened it; bring it back and "
+                            "start again"
+                        )
                     yield self._read_group(parquet, number)
 
     def _read_group(self, parquet: pq.ParquetFile, number: int) -> pa.Table:
@@ -115,7 +125,7 @@ def split_rows(root: Location, split: str, schema: Schema) -> ParquetRows:
 def _row_groups(file: Location, schema: Schema, columns: list[str]) -> Iterator[RowGroup]:
     """Yield the row groups of a file after checking its columns."""
     with open_parquet(file) as parquet:
-        metadata = parquet.metadata
+        metadata, digest = parquet.metadata, footer_digest(file, parquet)
         for name in columns:
             check_type(schema, name, column_type(parquet, file, name), str(file))
     if metadata.num_rows == 0:
@@ -128,6 +138,7 @@ def _row_groups(file: Location, schema: Schema, columns: list[str]) -> Iterator[
             num_rows=group.num_rows,
             first_row=first_row,
             num_bytes=group.total_byte_size,
+            digest=digest,
             file=file,
             index=index,
         )

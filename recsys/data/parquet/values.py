@@ -68,12 +68,15 @@ def check_type(schema: Schema, name: str, kind: pa.DataType, file: str) -> None:
             f"{file}: column '{name}' has type {kind}, expected {wanted}; write it with that type "
             "or correct its kind in schema.yaml"
         )
-    vocabulary = schema.vocabularies.get(schema.table_of(name)) if is_raw else None
+    if not is_raw:
+        return
+    vocabulary = schema.vocabularies.get(schema.table_of(name))
     if isinstance(vocabulary, ExactVocabulary):
         try:
             vocabulary.check_type(value)
         except ValueError as error:
             raise ValueError(f"{file}: column '{name}': {error}") from error
+    schema.require_id_type(name, value, file, schema.table_of(name))
 
 
 def empty_table(schema: Schema, names: list[str]) -> pa.Table:

@@ -1,0 +1,204 @@
+"""The schema that a run was trained on: kept in its folder, compared with that of other data.
+
+`RUN/schema.yaml` has each column with all that decides what its values mean to the model, and the
+type of raw ids. A run reads columns by name, in the order of this file, so their order in a
+dataset's `schema.yaml` does not matter; whatever changes their meaning is refused by name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from embeddings.vocabulary.fixed import ExactVocabulary, integer_ids
+from recsys.checkpoint.compatibility import check_equal, flattened
+from recsys.config.plain_yaml import load_plain_yaml
+from recsys.data.filesystem import Location
+from recsys.data.items.item_table import digest_of
+from recsys.data.schema import Schema, load_schema, load_vocabularies, parse_schema
+from recsys.data.schema_columns import VOCABULARY_SETTINGS, Column, IdType
+from recsys.distributed.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+FILE = "schema.yaml"
+HEAD = "# The columns this run was trained on, in the order in which its model reads them.\n"
+
+
+def write_run_schema(run: Path, schema: Schema) -> None:
+    """Write the schema that a run is trained on, with the types of its raw ids."""
+    content = {"schema": _plain(schema), "raw_ids": _raw_ids(schema)}
+    (run / FILE).write_text(HEAD + yaml.safe_dump(content, sort_keys=False))
+
+
+def load_run_schema(run: Path, with_vocabularies: bool = True) -> Schema | None:
+    """Load the schema that a run was trained on; None for a run that did not keep it.
+
+    Args:
+        run: folder of the run.
+        with_vocabularies: also load its exact maps of raw ids, and make its hashes.
+
+    Raises:
+        ValueError: the file is damaged, or a map is not the one that the run was trained with.
+    """
+    path = run / FILE
+    if not path.is_file():
+        return None
+    try:
+        content = load_plain_yaml(path.read_bytes())
+        types = {table: IdType(of["type"], str(path)) for table, of in content["raw_ids"].items()}
+        schema = parse_schema(content["schema"], str(path))
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged ({error!r}); bring it back, or train anew") from error
+    schema.id_types.update(types)
+    if with_vocabularies:
+        load_vocabularies(schema, Location.of(run))
+        stored, now = content["raw_ids"], _raw_ids(schema)
+        for table in schema.tables_with("exact"):
+            check_equal(f"vocabulary/{table}.parquet", stored[table], now[table], str(path))
+    return schema
+
+
+def run_schema_digest(run: Path) -> str | None:
+    """Return a hash of the schema that a run keeps; None if it keeps none."""
+    path = run / FILE
+    return digest_of(path.read_bytes()) if path.is_file() else None
+
+
+def check_schema_of_checkpoint(folder: Path, manifest: dict[str, Any], ranks: Ranks) -> None:
+    """Refuse a checkpoint that was written with another schema than the run keeps. A collective.
+
+    Raises:
+        ValueError: on every rank: the run's schema was edited, or the checkpoint is of another run.
+    """
+    run = folder.parents[1]
+    with ranks.raise_on_all_ranks():
+        check_equal(str(run / FILE), manifest.get("schema"), run_schema_digest(run), str(folder))
+
+
+def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = False) -> Schema:
+    """Load a dataset's schema for the model of a run: the run's columns, in the run's order.
+
+    A run that kept no schema takes that of the dataset, with a warning.
+
+    Args:
+        run: folder of the run.
+        root: the dataset.
+        ranks: the ranks; the first one logs.
+        goes_on: training goes on, so a column that the run does not know is refused, too;
+            otherwise it is not read.
+
+    Raises:
+        ValueError: names each column, list and attribute that differs.
+    """
+    trained = load_run_schema(run, with_vocabularies=False)
+    if trained is None:
+        if ranks.is_first:
+            logger.warning(
+                "%s: no such file, as the run was started by an earlier version: whether %s/%s is "
+                "the schema it was trained on could not be checked", run / FILE, root, FILE
+            )  # fmt: skip
+        return load_schema(root)
+    data = load_schema(root, with_vocabularies=False)
+    differences = list(_differences(trained, data, goes_on))
+    if differences:
+        raise ValueError(
+            f"{root}/{FILE}: differs from {run / FILE}, on which the run was trained: "
+            f"{'; '.join(differences)}. Set it back, give the data of the run, or train anew"
+        )
+    further = sorted(data.columns.keys() - trained.columns.keys())
+    if further and ranks.is_first:
+        logger.info(
+            "%s/%s: columns that the run does not know are not read: %s", root, FILE, further
+        )
+    trained.items = data.items  # read by the names in the configuration
+    load_vocabularies(trained, root)
+    return trained
+
+
+def agree_on_id_types(schema: Schema, ranks: Ranks) -> None:
+    """Give every rank the types of raw ids that any has read. A collective.
+
+    Raises:
+        ValueError: on every rank: some read integers and others strings.
+    """
+    for of_rank in ranks.gather(schema.id_types):
+        for table, found in of_rank.items():
+            known = schema.id_types.setdefault(table, found)
+            if known.name != found.name:
+                raise ValueError(
+                    f"{found.place}: has {found.name} ids of '{table}', but {known.place} has "
+                    f"{known.name} ids; write them with one type"
+                )
+
+
+def _plain(schema: Schema) -> dict[str, Any]:
+    """Return a schema as `schema.yaml` would have it, with every default that may matter."""
+    content = _without_empty(asdict(schema))
+    for unwritten in ("vocabularies", "id_types"):
+        content.pop(unwritten, None)
+    for column in content["columns"].values():
+        if "vocabulary" in column:
+            kept = ["kind", *VOCABULARY_SETTINGS[column["vocabulary"]["kind"]]]
+            column["vocabulary"] = {name: column["vocabulary"][name] for name in kept}
+    return content
+
+
+def _without_empty(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_empty(part) for key, part in value.items() if part not in (None, [], {})}
+
+
+def _raw_ids(schema: Schema) -> dict[str, dict[str, Any]]:
+    """Return, by table with a vocabulary, the type of its ids and the content of an exact map."""
+    found: dict[str, dict[str, Any]] = {}
+    for table, known in schema.id_types.items():
+        found[table] = {"type": known.name}
+        vocabulary = schema.vocabularies.get(table)
+        if isinstance(vocabulary, ExactVocabulary):
+            digest = digest_of(integer_ids(vocabulary.ids).tobytes())
+            found[table] |= {"ids": len(vocabulary), "digest": digest}
+    return found
+
+
+def _differences(trained: Schema, data: Schema, goes_on: bool) -> Iterator[str]:
+    """Yield each difference that changes what the model of a run reads, in words."""
+    for role in ("target_item", "group"):
+        yield from _changes(role, {"": getattr(trained, role)}, {"": getattr(data, role)})
+    if trained.items is not None and data.items is not None:
+        yield from _changes("items", {"id": trained.items.id}, {"id": data.items.id})
+        for name in trained.items.columns.keys() & data.items.columns.keys():
+            kinds = trained.items.columns[name].kind, data.items.columns[name].kind
+            yield from _changes(f"item column '{name}'", {"kind": kinds[0]}, {"kind": kinds[1]})
+    before, now = _columns(trained), _columns(data)
+    for name in [*before, *(now.keys() - before.keys() if goes_on else ())]:
+        if name not in before or name not in now:
+            owner = "run" if name in before else "data"
+            yield f"{name} is in the {owner}'s schema only"
+        else:
+            yield from _changes(name, before[name], now[name])
+
+
+def _columns(schema: Schema) -> dict[str, dict[str, Any]]:
+    """Return the attributes of each column, and of each list beside a sequence, by its name."""
+    found = {f"column '{name}'": _attributes(column) for name, column in schema.columns.items()}
+    return found | {f"list '{name}'": {"beside": schema.history} for name in schema.parallel}
+
+
+def _attributes(column: Column) -> dict[str, Any]:
+    attributes = flattened(asdict(column))
+    attributes.pop("parallel", None)
+    return attributes
+
+
+def _changes(what: str, before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            thing = f"{what} {name}".rstrip()
+            yield f"{thing} (run: {before.get(name)}, data: {now.get(name)})"

@@ -1,0 +1,43 @@
+"""Chunks of rows, the units in which a split is read, and a fingerprint of all of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows that are read at once.
+
+    place: file, URL or name of the chunk, for messages and the fingerprint.
+    first_row: number of its first row at that place.
+    num_bytes: size by which windows are cut; 0 if unknown.
+    digest: hash by which a change of its content shows; empty if unknown.
+    """
+
+    place: str
+    num_rows: int
+    first_row: int = 0
+    num_bytes: int = 0
+    digest: str = ""
+
+    def bytes_in(self, low: int, high: int) -> int:
+        """Return the size of rows `[low, high)`, assuming equally large rows."""
+        return self.num_bytes * (high - low) // self.num_rows
+
+
+def fingerprint_of(chunks: Sequence[Chunk]) -> str:
+    """Return a hash of all that decides the order of the rows, and one of their content.
+
+    A dash stands between them. Content that leaves the digests of the chunks as they are is not
+    seen (for Parquet see `footer_digest`). Where no chunk has a digest the second hash is missing.
+    """
+    names = [chunk.place.rsplit("/", 1)[-1] for chunk in chunks]
+    sizes = [(chunk.num_rows, chunk.num_bytes) for chunk in chunks]
+    digests = [chunk.digest for chunk in chunks]
+    parts = [(names, sizes), *([digests] if any(digests) else [])]
+    return "-".join(
+        hashlib.blake2b(repr(part).encode(), digest_size=16).hexdigest() for part in parts
+    )

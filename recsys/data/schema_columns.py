@@ -1,0 +1,67 @@
+"""Columns of a dataset as `schema.yaml` describes them, and what else is known of raw ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class VocabularySettings:
+    """Mapping of a table's raw ids, integers or strings, to its rows."""
+
+    # exact: by the map that `recsys prepare vocabulary` wrote; hash: by hash functions; bounded: by
+    # a map that learns ids while training.
+    kind: Literal["exact", "hash", "bounded"]
+    num_hashes: int = 1  # of hash: rows that are summed per id
+    seed: int = 0  # of hash
+    admit_after: int = 1  # of bounded: times an id is seen before it gets a row
+    half_life: float = 10_000.0  # of bounded: steps after which the weight of a use is halved
+
+
+# Settings that each kind of vocabulary has.
+VOCABULARY_SETTINGS: dict[str, list[str]] = {
+    "exact": [],
+    "hash": ["num_hashes", "seed"],
+    "bounded": ["admit_after", "half_life"],
+}
+
+
+@dataclass
+class Column:
+    """One column of the impressions."""
+
+    # extra: a float for auxiliary losses only, null where a row has none.
+    kind: Literal["id", "ids", "sequence", "dense", "label", "extra"]
+    num_embeddings: int | None = None  # rows of its table: ids lie in [0, num_embeddings)
+    shares: str | None = None  # column whose table is used instead of an own one
+    parallel: list[str] = field(default_factory=list)  # float lists beside a sequence
+    vocabulary: VocabularySettings | None = None  # ids are raw; None: they are rows
+
+
+@dataclass
+class ItemColumn:
+    """One column of the items."""
+
+    # other: read by a modality kind of your own.
+    kind: Literal["text", "image", "feature", "category", "other"]
+    # For features: a .npy file [items, W] or [items, T, W], relative to the dataset, instead of a
+    # column. Its rows are those of the items' files, or of the ids in another .npy file.
+    file: str | None = None
+    ids: str | None = None
+
+
+@dataclass
+class Items:
+    """The items: the column that holds their id, and their content."""
+
+    id: str
+    columns: dict[str, ItemColumn] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class IdType:
+    """Type of the raw ids of a table; 7 and "7" are two ids."""
+
+    name: Literal["integer", "string"]
+    place: str  # the file that was read first, for messages

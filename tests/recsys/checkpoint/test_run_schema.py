@@ -1,0 +1,265 @@
+"""A run reads the columns it was trained on: by name, in any order, or not at all."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recsys.checkpoint import run_schema
+from recsys.checkpoint.run_schema import load_run_schema, schema_of_data
+from recsys.data.batch_builder import BatchBuilder
+from recsys.data.filesystem import Location
+from recsys.data.parquet.rows import ParquetRows
+from recsys.data.schema import Schema
+from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.predict import evaluate, load_run, predict
+from recsys.model.tables import pooled_features
+from recsys.training.train import train
+from tests.recsys.checkpoint.schema_runs import (
+    COLUMNS,
+    SCHEMA,
+    copy_of,
+    rewrite,
+    with_other_type,
+    write_data,
+    write_schema,
+)
+from tests.recsys.checkpoint.stopped_runs import config_of
+from tests.recsys.em3_runs import ranks_of
+
+WORDS = ["--embedding.skip", "[]", "--epochs", "1"]
+# Attribute, its new value: no two make the same model, or the same inputs of one.
+CHANGES: list[tuple[str, str, Any]] = [
+    ("user", "vocabulary.admit_after", 1),
+    ("user", "vocabulary.half_life", 9.0),
+    ("user", "num_embeddings", 13),
+    ("user", "vocabulary", None),
+    ("user", "vocabulary", {"kind": "hash"}),
+    ("friends", "shares", "genres"),
+    ("item", "num_embeddings", 41),
+    ("item", "vocabulary", None),
+    ("item", "vocabulary", {"kind": "hash"}),
+    ("genres", "vocabulary.seed", 0),
+    ("genres", "vocabulary.num_hashes", 3),
+    ("genres", "vocabulary", None),
+    ("genres", "kind", "id"),
+    ("shop", "vocabulary", {"kind": "hash"}),
+    ("shop", "kind", "dense"),
+    ("price", "kind", "extra"),
+    ("price", "kind", "label"),
+    ("bought", "kind", "dense"),
+    ("teacher", "kind", "dense"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("schema")
+    write_data(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    with joined_ranks("cpu") as ranks:
+        train(config_of(folder, *WORDS), str(folder / "data"), folder / "run", ranks)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def trained(run: Path) -> Iterator[Schema]:
+    """The run's schema, which takes a tenth of a second to parse, parsed once."""
+    schema = load_run_schema(run)
+    assert schema is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_schema, "load_run_schema", lambda *_, **__: copy.deepcopy(schema))
+        yield schema
+
+
+def in_order(names: list[str], schema: dict[str, Any] = SCHEMA) -> dict[str, Any]:
+    """The schema with its columns in another order, and the lists beside the history turned."""
+    changed = copy.deepcopy(schema)
+    changed["columns"] = {name: changed["columns"][name] for name in names}
+    changed["columns"]["history"]["parallel"].reverse()
+    return changed
+
+
+def with_change(column: str, attribute: str, value: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(SCHEMA)
+    owner = changed["columns"][column]
+    *path, last = attribute.split(".")
+    for part in path:
+        owner = owner[part]
+    owner[last] = value
+    if attribute == "kind" and value in ("dense", "label", "extra"):
+        changed["columns"][column] = {"kind": value}
+    return changed
+
+
+def scores_of(run: Path, data: Path, ranks: Any) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Metrics of the test split, and the predictions by column."""
+    report = evaluate(run, str(data), "test", ranks, "cpu")
+    out = data / "predictions.parquet"
+    predict(run, [str(data / "test")], out, str(data), ranks, "cpu")
+    table = pq.read_table(out)
+    names = ("prediction_liked", "prediction_bought")
+    return report, {name: table[name].to_pylist() for name in names}
+
+
+def test_columns_are_read_by_name_in_any_order(folder: Path, run: Path, tmp_path: Path) -> None:
+    data = copy_of(folder / "data", tmp_path / "data")
+    with joined_ranks("cpu") as ranks:
+        before = scores_of(run, data, ranks)
+        write_schema(data, in_order(sorted(COLUMNS, reverse=True)))
+        assert scores_of(run, data, ranks) == before
+        assert list(before[0]["labels"]) == ["liked", "bought"]
+
+
+def test_training_goes_on_with_columns_in_another_order(
+    folder: Path, run: Path, tmp_path: Path
+) -> None:
+    data, tests = copy_of(folder / "data", tmp_path / "data"), []
+    config = config_of(folder, *WORDS, "--epochs", "2")
+    with joined_ranks("cpu") as ranks:
+        for schema in (SCHEMA, in_order(sorted(COLUMNS))):
+            write_schema(data, schema)
+            longer = copy_of(run, tmp_path / f"run-{len(tests)}")
+            tests.append(train(config, str(data), longer, ranks)["test"])
+        assert tests[0] == tests[1]
+        write_schema(data, with_change("genres", "vocabulary.seed", 0))
+        with pytest.raises(
+            ValueError, match=r"column 'genres' vocabulary.seed \(run: 1, data: 0\)"
+        ):
+            train(config, str(data), longer, ranks)
+        more = copy.deepcopy(SCHEMA)
+        more["columns"]["shipping"] = {"kind": "dense"}
+        write_schema(data, more)
+        with pytest.raises(ValueError, match="column 'shipping' is in the data's"):
+            train(config, str(data), longer, ranks)
+
+
+def test_a_schema_of_the_run_that_was_edited_is_refused(folder: Path, run: Path) -> None:
+    kept = (run / "schema.yaml").read_text()
+    try:
+        (run / "schema.yaml").write_text(kept.replace("seed: 1", "seed: 0"))
+        write_schema(folder / "data", with_change("genres", "vocabulary.seed", 0))
+        with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=r"run/schema\.yaml"):
+            load_run(run, None, ranks, "cpu")
+    finally:
+        (run / "schema.yaml").write_text(kept)
+        write_schema(folder / "data", SCHEMA)
+
+
+def test_what_the_run_keeps_can_be_read_and_loaded(folder: Path, run: Path) -> None:
+    kept = yaml.safe_load((run / "schema.yaml").read_text())
+    assert list(kept["schema"]["columns"]) == list(COLUMNS)
+    assert kept["schema"]["columns"] == COLUMNS
+    assert kept["raw_ids"]["user"] == {"type": "string"}
+    assert kept["raw_ids"]["genres"] == {"type": "integer"}
+    assert kept["raw_ids"]["item"].keys() == {"type", "ids", "digest"}
+    schema = load_run_schema(run)
+    assert schema is not None and schema.vocabularies.keys() == {"item", "genres"}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: f"{change[0]}.{change[1]}")
+@pytest.mark.usefixtures("trained")
+def test_a_change_of_meaning_is_refused_with_column_and_attribute(
+    run: Path, tmp_path: Path, change: tuple[str, str, Any]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    write_schema(data, with_change(*change))
+    column, attribute, _ = change
+    with pytest.raises(ValueError, match=rf"column '{column}'.* {re.escape(attribute)}"):
+        schema_of_data(run, Location.of(data), ranks_of(0, 1))
+
+
+@st.composite
+def drifted_schemas(draw: st.DrawFn) -> tuple[dict[str, Any], set[str]]:
+    """A schema with random changes, and the names that an error may speak of."""
+    name, attribute, value = "", "", None
+    if draw(st.booleans()):
+        name, attribute, value = draw(st.sampled_from(CHANGES))
+    changed = with_change(name, attribute, value) if name else copy.deepcopy(SCHEMA)
+    touched = {name} - {""}
+    for kind in draw(st.sets(st.sampled_from(["dense", "label", "extra"]))):
+        changed["columns"][f"new_{kind}"] = {"kind": kind}  # read by nobody: no file has it
+    for gone in draw(st.sets(st.sampled_from(["shop", "price", "age", "bought", "other"]))):
+        del changed["columns"][gone]
+        touched.add(gone)
+    changed = in_order(draw(st.permutations(list(changed["columns"]))), changed)
+    if draw(st.booleans()):
+        touched.add(changed["columns"]["history"]["parallel"].pop())
+    if "shop" in changed["columns"] and draw(st.integers(0, 9)) == 0:
+        changed["group"] = "shop"
+        touched |= {"group"}
+    return changed, touched
+
+
+def batch_tensors(root: Location, schema: Schema) -> list[Tensor]:
+    """All that a model reads of the test split, in its order."""
+    rows = ParquetRows.of_split(root, "test", schema)
+    pooled = pooled_features(config_of(Path("unused"), *WORDS), schema)
+    batch = BatchBuilder(schema, pooled)(next(rows.read(0, rows.num_rows)))
+    found = []
+    for value in vars(batch).values():
+        if isinstance(value, KeyedJaggedTensor):
+            found += [value.values(), value.lengths()]
+        elif isinstance(value, Tensor):
+            found.append(value)
+    return found
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(drifted_schemas())
+def test_any_drift_of_the_schema_is_refused_by_name_or_changes_nothing(
+    folder: Path, run: Path, trained: Schema, drift: Any
+) -> None:
+    schema, touched = drift
+    root, data = Location.of(folder / "data"), folder / "drifted"
+    if not data.exists():
+        copy_of(folder / "data", data)
+    write_schema(data, schema)
+    try:
+        found = schema_of_data(run, Location.of(data), ranks_of(0, 1))
+    except ValueError as error:
+        assert "schema.yaml" in str(error)
+        assert any(name in str(error) for name in touched), error
+        return
+    assert not touched
+    read = (batch_tensors(place, of) for place, of in ((root, trained), (Location.of(data), found)))
+    for one, other in zip(*read, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("column", ["user", "friends", "genres", "item", "history"])
+def test_ids_of_another_type_than_in_training_are_refused(
+    folder: Path, run: Path, tmp_path: Path, column: str
+) -> None:
+    data = copy_of(folder / "data", tmp_path / "data")
+    rewrite(data / "test", lambda table: with_other_type(table, column))
+    schema = schema_of_data(run, Location.of(data), ranks_of(0, 1))
+    with pytest.raises(ValueError, match=rf"test/part-0.parquet: column '{column}'.*(int|string)"):
+        ParquetRows.of_split(Location.of(data), "test", schema)
+
+
+def test_a_file_to_predict_with_ids_of_another_type_is_refused(
+    folder: Path, run: Path, tmp_path: Path
+) -> None:
+    data = copy_of(folder / "data", tmp_path / "data")
+    rewrite(data / "test", lambda table: with_other_type(table, "genres"))
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=r"column 'genres'.*integer"):
+        predict(run, [str(data / "test")], tmp_path / "out.parquet", None, ranks, "cpu")
+    assert not (tmp_path / "out.parquet").exists()
