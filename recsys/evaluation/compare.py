@@ -18,7 +18,13 @@ from embeddings.plan_text import align_columns
 from recsys.data.filesystem import write_whole
 from recsys.data.item_parts import PARTS, item_parts
 from recsys.evaluation.bootstrap import METRICS, Interval, paired_difference, pooled_metric
-from recsys.evaluation.scores import SplitScores, check_same_rows, read_scores, scores_file
+from recsys.evaluation.scores import (
+    SplitScores,
+    check_same_rows,
+    read_scores,
+    scores_file,
+    with_labels,
+)
 
 SAMPLES = 2000
 
@@ -44,6 +50,8 @@ def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
         raise ValueError(f"--runs names {len(runs)} run; compare two or more")
     scores = [_scores_of(run, split) for run in runs]
     first = scores[0]
+    others = zip(runs[1:], scores[1:], strict=True)
+    scores[1:] = [with_labels(other, first.label_names, str(run)) for run, other in others]
     for run, other in zip(runs[1:], scores[1:], strict=True):
         check_same_rows(first, other, f"{runs[0]} and {run}")
     return {

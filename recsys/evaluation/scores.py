@@ -8,7 +8,7 @@ Shapes: N rows of the split, C labels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +83,19 @@ def read_scores(path: Path) -> SplitScores:
         for kind in ("label", "logit")
     )
     return SplitScores(**integers, labels=labels, logits=logits, label_names=names)
+
+
+def with_labels(scores: SplitScores, names: tuple[str, ...], where: str) -> SplitScores:
+    """Return scores with these labels in this order.
+
+    Raises:
+        ValueError: a label is missing; `where` names the scores in the message.
+    """
+    if missing := sorted(set(names) - set(scores.label_names)):
+        raise ValueError(f"{where}: has labels {list(scores.label_names)}, not {missing}")
+    order = [scores.label_names.index(name) for name in names]
+    labels, logits = scores.labels[:, order], scores.logits[:, order]
+    return replace(scores, labels=labels, logits=logits, label_names=names)
 
 
 def check_same_rows(first: SplitScores, second: SplitScores, where: str) -> None:

@@ -67,6 +67,22 @@ def test_a_comparison_holds_the_metrics_of_each_run_and_the_paired_differences(
     assert "difference" not in report["runs"][0]["all"]
 
 
+def test_labels_are_compared_by_name_in_any_order(runs: tuple[Path, Path]) -> None:
+    for run, turned in zip(runs, (False, True), strict=True):
+        scores = read_scores(run / "scores_test.parquet")
+        pair = [(scores.labels, scores.logits), (1 - scores.labels, 0 * scores.logits)]
+        labels, logits = (np.hstack(of) for of in zip(*(pair[::-1] if turned else pair)))
+        names = ("left", "liked") if turned else ("liked", "left")
+        scores = replace(scores, labels=labels, logits=logits, label_names=names)
+        write_scores(scores, run / "scores_test.parquet")
+    report = compare_runs(runs, "test")
+    assert report["label"] == "liked"
+    assert report["runs"][1]["all"]["difference"]["auc"]["value"] > 0.1
+    write_scores(scores_with(1.0), runs[1] / "scores_test.parquet")
+    with pytest.raises(ValueError, match=r"strong: .*\['left'\]"):
+        compare_runs(runs, "test")
+
+
 def test_the_command_prints_a_line_per_part_and_run_and_writes_the_numbers(
     runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
