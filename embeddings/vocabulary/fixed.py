@@ -12,7 +12,6 @@ Shapes: N ids, K hash functions.
 
 import hashlib
 from collections.abc import Iterable
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -50,12 +49,6 @@ def _is_string(kind: pa.DataType) -> bool:
     return (
         pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     )
-
-
-def id_type(kind: pa.DataType) -> Literal["integer", "string"]:
-    """Return what raw ids of an Arrow type are."""
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return "string" if _is_string(kind) else "integer"
 
 
 def _plain_ids(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -183,11 +176,10 @@ class ExactVocabulary:
 
     def check_type(self, kind: pa.DataType) -> None:
         """Raise a ValueError if ids of this Arrow type cannot be in the map."""
-        own = id_type(self.ids.type)
-        if len(self) and id_type(kind) != own:
-            raise ValueError(
-                f"the map holds {own}s, these ids are {kind}; write them with one type"
-            )
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        own = "strings" if _is_string(self.ids.type) else "integers"
+        if len(self) and _is_string(kind) != _is_string(self.ids.type):
+            raise ValueError(f"the map holds {own}, these ids are {kind}; write them with one type")
 
     def find(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """Return the rows of raw ids: int64 [N], -1 where the map does not know one.

@@ -37,7 +37,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from jsonargparse import ArgumentParser
 
-from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary, id_type
+from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.filesystem import Location
 from recsys.data.schema_columns import (
@@ -46,6 +46,7 @@ from recsys.data.schema_columns import (
     IdType,
     Items,
     VocabularySettings,
+    id_type,
 )
 
 

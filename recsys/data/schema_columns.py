@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import pyarrow as pa
+
 
 @dataclass
 class VocabularySettings:
@@ -65,3 +67,9 @@ class IdType:
 
     name: Literal["integer", "string"]
     place: str  # the file that was read first, for messages
+
+
+def id_type(kind: pa.DataType) -> Literal["integer", "string"]:
+    """Return what raw ids of an Arrow type are; `is_id_type` has checked it."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return "integer" if pa.types.is_integer(kind) else "string"
