@@ -123,13 +123,7 @@ class Job:
 
 
 def build_job(config: Config, data: str, ranks: Ranks, schema: Schema | None = None) -> Job:
-    """Build all parts of a run from configuration to pipeline. A collective.
-
-    Args:
-        config: configuration of the run.
-        data: dataset, a folder or URL.
-        ranks: the ranks of the job.
-        schema: meaning of the dataset's columns; default that of its `schema.yaml`.
+    """Build all parts of a run, by default with the dataset's own schema. A collective.
 
     Raises:
         ValueError: if data, configuration or plan is invalid on any rank; raised on all.
