@@ -4,49 +4,62 @@ This package knows TorchRec and nothing of models. Shapes in its docstrings: B b
 N ids, D dimension, F features, U unique items, W ranks. The order of use is that of every TorchRec
 script: tables on meta, model, optimizer in backward, plan, DistributedModelParallel, dense
 optimizer.
+
+The public names load on first use: the maps of ids, which need no torch, come without it.
 """
 
-from embeddings.memory_bank import (
-    BankRoute,
-    MemoryBank,
-    ReplicatedMemoryBank,
-    build_memory_bank,
-    is_replicated,
-)
-from embeddings.plan_text import format_plan
-from embeddings.pretrained_files import PretrainedFiles
-from embeddings.pretrained_rows import load_pretrained_rows
-from embeddings.row_reset import RowReset
-from embeddings.sharding import machine_topology, plan_sharding
-from embeddings.table_optimizers import fuse_table_optimizers
-from embeddings.table_sharders import sharders
-from embeddings.tables import (
-    TableConfig,
-    build_embedding_bag_collection,
-    build_embedding_collection,
-    check_tables,
-)
-from embeddings.vocabulary import BoundedVocabulary, ExactVocabulary, HashVocabulary
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "BankRoute",
-    "BoundedVocabulary",
-    "ExactVocabulary",
-    "HashVocabulary",
-    "MemoryBank",
-    "PretrainedFiles",
-    "ReplicatedMemoryBank",
-    "RowReset",
-    "TableConfig",
-    "build_embedding_bag_collection",
-    "build_embedding_collection",
-    "build_memory_bank",
-    "check_tables",
-    "format_plan",
-    "fuse_table_optimizers",
-    "is_replicated",
-    "load_pretrained_rows",
-    "machine_topology",
-    "plan_sharding",
-    "sharders",
-]
+if TYPE_CHECKING:
+    from embeddings.memory_bank import BankRoute as BankRoute
+    from embeddings.memory_bank import MemoryBank as MemoryBank
+    from embeddings.memory_bank import ReplicatedMemoryBank as ReplicatedMemoryBank
+    from embeddings.memory_bank import build_memory_bank as build_memory_bank
+    from embeddings.memory_bank import is_replicated as is_replicated
+    from embeddings.plan_text import format_plan as format_plan
+    from embeddings.pretrained_files import PretrainedFiles as PretrainedFiles
+    from embeddings.pretrained_rows import load_pretrained_rows as load_pretrained_rows
+    from embeddings.row_reset import RowReset as RowReset
+    from embeddings.sharding import machine_topology as machine_topology
+    from embeddings.sharding import plan_sharding as plan_sharding
+    from embeddings.table_optimizers import fuse_table_optimizers as fuse_table_optimizers
+    from embeddings.table_sharders import sharders as sharders
+    from embeddings.tables import TableConfig as TableConfig
+    from embeddings.tables import build_embedding_bag_collection as build_embedding_bag_collection
+    from embeddings.tables import build_embedding_collection as build_embedding_collection
+    from embeddings.tables import check_tables as check_tables
+    from embeddings.vocabulary.bounded import BoundedVocabulary as BoundedVocabulary
+    from embeddings.vocabulary.fixed import ExactVocabulary as ExactVocabulary
+    from embeddings.vocabulary.fixed import HashVocabulary as HashVocabulary
+
+_HOMES = {
+    "BankRoute": "embeddings.memory_bank",
+    "MemoryBank": "embeddings.memory_bank",
+    "ReplicatedMemoryBank": "embeddings.memory_bank",
+    "build_memory_bank": "embeddings.memory_bank",
+    "is_replicated": "embeddings.memory_bank",
+    "format_plan": "embeddings.plan_text",
+    "PretrainedFiles": "embeddings.pretrained_files",
+    "load_pretrained_rows": "embeddings.pretrained_rows",
+    "RowReset": "embeddings.row_reset",
+    "machine_topology": "embeddings.sharding",
+    "plan_sharding": "embeddings.sharding",
+    "fuse_table_optimizers": "embeddings.table_optimizers",
+    "sharders": "embeddings.table_sharders",
+    "TableConfig": "embeddings.tables",
+    "build_embedding_bag_collection": "embeddings.tables",
+    "build_embedding_collection": "embeddings.tables",
+    "check_tables": "embeddings.tables",
+    "BoundedVocabulary": "embeddings.vocabulary.bounded",
+    "ExactVocabulary": "embeddings.vocabulary.fixed",
+    "HashVocabulary": "embeddings.vocabulary.fixed",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'embeddings' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,11 +1,14 @@
 """A sharding plan as text: where each table's shards live."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torchrec.distributed.types import ShardingPlan
+if TYPE_CHECKING:
+    from torchrec.distributed.types import ShardingPlan
 
-from embeddings.table_memory import table_memory
-from embeddings.tables import TableConfig
+    from embeddings.tables import TableConfig
 
 
 def format_plan(plan: ShardingPlan, tables: Sequence[TableConfig]) -> str:
@@ -24,6 +27,8 @@ def format_plan(plan: ShardingPlan, tables: Sequence[TableConfig]) -> str:
         fuse_table_optimizers(model, tables)
         print(format_plan(plan_sharding(model, tables), tables))
     """
+    from embeddings.table_memory import table_memory
+
     lines = [("table", "rows x dim", "MB", "sharding", "kernel", "shards (rank: rows x columns)")]
     for table in tables:
         memory = table_memory(table, plan)

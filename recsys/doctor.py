@@ -2,8 +2,8 @@
 
 The three are built for each other version by version; a mismatch shows as "undefined symbol" or a
 missing operator somewhere inside an import, which does not help a user. Every job runs the check
-first, and `recsys doctor` prints it with the machine's devices and memory. Heavy packages are
-imported on demand, so that this module works where they do not.
+before it uses them, and `recsys doctor` prints it with the machine's devices and memory. Heavy
+packages are imported on demand, so that this module works where they do not.
 """
 
 import ctypes
@@ -44,6 +44,10 @@ class Problem:
     fix: str  # a shell command
 
 
+class InstallationError(RuntimeError):
+    """The installed packages cannot run a job."""
+
+
 def check_installation() -> list[Problem]:
     r"""Return the problems of the installed packages; an empty list if a job can run.
 
@@ -55,25 +59,31 @@ def check_installation() -> list[Problem]:
         for problem in check_installation():
             print(problem.what, problem.fix, sep="\n")
     """
-    problems = _fbgemm_problems() or _triple_problems()
-    problems += [
-        Problem(f"{package} is not installed", _pip("install", package))
-        for package in OTHER_PACKAGES
-        if _version(package) is None
-    ]
-    return problems or _import_problems()
+    return _package_problems() or _import_problems()
 
 
 def require_working_installation() -> None:
     """End a job before it starts if the installed packages do not work.
 
     Raises:
-        RuntimeError: a package is missing or broken; names each problem and its fix.
+        InstallationError: a package is missing or broken; names each problem and its fix.
     """
-    problems = check_installation()
+    _refuse(check_installation())
+
+
+def require_matching_packages() -> None:
+    """End a command if packages are missing or do not match; none is imported.
+
+    Raises:
+        InstallationError: names each problem and its fix.
+    """
+    _refuse(_package_problems())
+
+
+def _refuse(problems: list[Problem]) -> None:
     if problems:
         lines = [f"{problem.what}\n  fix: {problem.fix}" for problem in problems]
-        raise RuntimeError("this installation cannot run a job:\n" + "\n".join(lines))
+        raise InstallationError("this installation cannot run a job:\n" + "\n".join(lines))
 
 
 def report() -> str:
@@ -119,6 +129,16 @@ def _version(package: str) -> str | None:
 def _installed_fbgemm() -> dict[str, str]:
     """Return the versions of FBGEMM's distributions, which share one import name."""
     return {name: found for name in (FBGEMM_CUDA, FBGEMM_CPU) if (found := _version(name))}
+
+
+def _package_problems() -> list[Problem]:
+    """Detect packages that are missing or do not match."""
+    problems = _fbgemm_problems() or _triple_problems()
+    return problems + [
+        Problem(f"{package} is not installed", _pip("install", package))
+        for package in OTHER_PACKAGES
+        if _version(package) is None
+    ]
 
 
 def _fbgemm_problems() -> list[Problem]:

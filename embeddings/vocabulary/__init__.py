@@ -3,8 +3,3 @@
 `fixed` holds the maps known before training (`ExactVocabulary`, `HashVocabulary`), `bounded` the
 map that admits frequent and evicts rare ids (`BoundedVocabulary`), `row_sets` its sets of rows.
 """
-
-from embeddings.vocabulary.bounded import BoundedVocabulary
-from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary
-
-__all__ = ["BoundedVocabulary", "ExactVocabulary", "HashVocabulary"]

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -14,14 +14,13 @@ from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.files import BEST, folders_by_age
 from recsys.checkpoint.run_schema import agree_on_id_types, write_run_schema
-from recsys.config import save_config
+from recsys.config import Resume, save_config
 from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.identity import EncoderIdentity, check_identities, write_identities
 from recsys.data.filesystem import Location, recover_folder
 from recsys.data.schema import vocabulary_file
 from recsys.distributed.ranks import Ranks
 
-Resume = Literal["auto", "never", "must"]
 ITEM_COUNTS = "item_counts.npy"
 SKIPPED_ROWS = "skipped_rows.json"
 JOB_NAME = ".job_name"

@@ -30,6 +30,7 @@ from recsys.config.run import Config as Config
 from recsys.config.run import LogFormat as LogFormat
 from recsys.config.run import LogLevel as LogLevel
 from recsys.config.run import MetricSettings as MetricSettings
+from recsys.config.run import Resume as Resume
 from recsys.config.run import SourceSettings as SourceSettings
 from recsys.config.run import Tracker as Tracker
 from recsys.config.run import content_settings as content_settings

@@ -1,8 +1,8 @@
 """Settings of the ranking model, `ranking` in a recipe: the common ones, and their resolution.
 
-Each ranking model owns a dataclass of its settings beside its code, the attribute `Settings` of its
-class, so that `ranking: {name: sim, search_top_k: 50}` has the keys of `sim` and no others. This
-module has the base of these dataclasses, and maps a model's name to its dataclass.
+Each ranking model has a dataclass of its settings, the attribute `Settings` of its class, so that
+`ranking: {name: sim, search_top_k: 50}` has the keys of `sim` and no others. This module has the
+base of these dataclasses, and maps a model's name to its dataclass.
 """
 
 from __future__ import annotations
@@ -26,6 +26,17 @@ RANKING_MODELS = {
     "sim": "recsys.ranking.sim:Sim",
     "mmoe": "recsys.ranking.mmoe:Mmoe",
     "two_tower": "recsys.ranking.two_tower:TwoTower",
+}
+# The same dataclasses as the models' attributes `Settings`, found without importing torch.
+RANKING_SETTINGS = {
+    "din_dcn": "recsys.ranking.settings:DinDcnSettings",
+    "din": "recsys.ranking.settings:DinSettings",
+    "dlrm": "recsys.ranking.settings:DlrmSettings",
+    "dlrm_dcn": "recsys.ranking.settings:DlrmDcnSettings",
+    "deepfm": "recsys.ranking.settings:DeepFMSettings",
+    "sim": "recsys.ranking.settings:SimSettings",
+    "mmoe": "recsys.ranking.settings:MmoeSettings",
+    "two_tower": "recsys.ranking.settings:TwoTowerSettings",
 }
 DEFAULT_MODEL = "din_dcn"
 # Keys of four models; runs of earlier versions have them all, as one dataclass served every model.
@@ -86,8 +97,11 @@ def settings_class(name: str) -> type[RankingSettings]:
         ValueError: the model is unknown or cannot be imported, or its `Settings` do not derive from
             `RankingSettings`.
     """
-    model = find_part("ranking.name", name, RANKING_MODELS)
-    settings = getattr(model, "Settings", RetrievalSettings)
+    if name in RANKING_SETTINGS:
+        settings: type[RankingSettings] = find_part("ranking.name", name, RANKING_SETTINGS)
+    else:
+        model = find_part("ranking.name", name, RANKING_MODELS)
+        settings = getattr(model, "Settings", RetrievalSettings)
     if not (is_dataclass(settings) and issubclass(settings, RankingSettings)):
         raise ValueError(
             f"ranking.name '{name}': its Settings are no dataclass that derives from "

@@ -15,6 +15,7 @@ from recsys.config.ranking import RankingSettings, ranking_settings
 BestModelBy = Literal["auc", "gauc", "auc_and_gauc"]
 LogLevel = Literal["auto", "debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
+Resume = Literal["auto", "never", "must"]
 Tracker = str
 
 

@@ -10,7 +10,6 @@ Shapes: U unique history items, D content dimension.
 
 from __future__ import annotations
 
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from recsys.config import HistorySettings
@@ -30,6 +29,8 @@ class HistoryMap(nn.Module):
         nn.init.eye_(self.map.weight)
         self.map.requires_grad_(settings.mode in ("bank_dense", "full"))
         if settings.mode == "bank_lora":
+            from peft import LoraConfig, inject_adapter_in_model
+
             lora = LoraConfig(
                 r=settings.lora_rank,
                 lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]

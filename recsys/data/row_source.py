@@ -25,7 +25,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +43,9 @@ from recsys.data.parquet.values import (
     usable_table,
 )
 from recsys.data.schema import Schema
-from recsys.distributed.ranks import Ranks
+
+if TYPE_CHECKING:
+    from recsys.distributed.ranks import Ranks
 
 SOURCES = {"parquet": "recsys.data.parquet.rows:split_rows"}
 

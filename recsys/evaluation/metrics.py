@@ -12,15 +12,17 @@ Shapes: N rows, G groups.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from recsys.data.item_parts import PARTS, item_parts
 from recsys.evaluation.further_metrics import Metric, call_metric
 
-Array = np.ndarray | Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Array = np.ndarray | Tensor
 SHOWN = ("auc", "gauc", "logloss", "ne")  # metrics that tables show
 
 
@@ -123,11 +125,11 @@ def format_report(
 
 
 def _numpy(values: Array) -> np.ndarray:  # the same shape
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        # numpy has no bfloat16
-        return values.double().numpy() if values.is_floating_point() else values.numpy()
-    return np.asarray(values)
+    if isinstance(values, np.ndarray):
+        return values
+    values = values.detach().cpu()
+    # numpy has no bfloat16
+    return values.double().numpy() if values.is_floating_point() else values.numpy()
 
 
 def _check_values(

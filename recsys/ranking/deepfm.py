@@ -10,8 +10,6 @@ Shapes: B batch, D dimension, F fields, S similarities, C labels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torchrec.models.deepfm import DenseArch
@@ -22,16 +20,10 @@ from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers.fields import DenseSettings, Fields
+from recsys.ranking.layers.fields import Fields
 from recsys.ranking.layers.mlp import hidden_layers
+from recsys.ranking.settings import DeepFMSettings
 from recsys.ranking.vectors import IDVectors
-
-
-@dataclass
-class DeepFMSettings(DenseSettings):
-    """Settings of DeepFM."""
-
-    name: str = "deepfm"
 
 
 class DeepFM(nn.Module):

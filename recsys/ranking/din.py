@@ -8,24 +8,16 @@ Shapes: B batch, C labels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers.attended_features import AttendedFeatures, AttendedSettings
-from recsys.ranking.layers.mlp import HeadSettings, ranking_head
+from recsys.ranking.layers.attended_features import AttendedFeatures
+from recsys.ranking.layers.mlp import ranking_head
+from recsys.ranking.settings import DinSettings
 from recsys.ranking.vectors import IDVectors, MemberLogits
-
-
-@dataclass
-class DinSettings(AttendedSettings, HeadSettings):
-    """Settings of DIN."""
-
-    name: str = "din"
 
 
 class Din(AttendedFeatures):

@@ -9,8 +9,6 @@ Shapes: B batch, C labels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 from torchrec.modules.crossnet import LowRankCrossNet
 
@@ -18,16 +16,10 @@ from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers.attended_features import AttendedFeatures, AttendedSettings
-from recsys.ranking.layers.mlp import CrossSettings, HeadSettings, ranking_head
+from recsys.ranking.layers.attended_features import AttendedFeatures
+from recsys.ranking.layers.mlp import ranking_head
+from recsys.ranking.settings import DinDcnSettings
 from recsys.ranking.vectors import IDVectors, MemberLogits
-
-
-@dataclass
-class DinDcnSettings(AttendedSettings, CrossSettings, HeadSettings):
-    """Settings of DIN with a DCN-v2 head."""
-
-    name: str = "din_dcn"
 
 
 class DinDcn(AttendedFeatures):

@@ -12,7 +12,6 @@ Shapes: B batch, D dimension, F fields, S similarities, C labels.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -25,23 +24,9 @@ from recsys.content.dropout import Dropout
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers.fields import DenseSettings, Fields
-from recsys.ranking.layers.mlp import CrossSettings
+from recsys.ranking.layers.fields import Fields
+from recsys.ranking.settings import DlrmDcnSettings, DlrmSettings
 from recsys.ranking.vectors import IDVectors
-
-
-@dataclass
-class DlrmSettings(DenseSettings):
-    """Settings of DLRM."""
-
-    name: str = "dlrm"
-
-
-@dataclass
-class DlrmDcnSettings(CrossSettings, DlrmSettings):
-    """Settings of DLRM-DCNv2."""
-
-    name: str = "dlrm_dcn"
 
 
 class Dlrm(nn.Module):

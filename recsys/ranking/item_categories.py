@@ -15,7 +15,7 @@ from recsys.data.filesystem import Location
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.bad_rows import OnBadRow
 from recsys.data.schema import Schema
-from recsys.ranking.sim import SimSettings
+from recsys.ranking.settings import SimSettings
 
 
 def load_item_categories(

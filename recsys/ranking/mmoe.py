@@ -9,29 +9,18 @@ Shapes: B batch, W width of the features, E experts, H units of an expert, C lab
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from recsys.config import ContentSettings
-from recsys.config.limits import PositiveInt
 from recsys.content.dropout import Dropout
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers.attended_features import AttendedFeatures, AttendedSettings
+from recsys.ranking.layers.attended_features import AttendedFeatures
 from recsys.ranking.layers.mlp import multilayer_perceptron
+from recsys.ranking.settings import MmoeSettings
 from recsys.ranking.vectors import IDVectors
-
-
-@dataclass
-class MmoeSettings(AttendedSettings):
-    """Settings of MMoE."""
-
-    name: str = "mmoe"
-    num_experts: PositiveInt = 4
-    """Experts that all labels share."""
 
 
 class Mmoe(AttendedFeatures):

@@ -12,42 +12,23 @@ lists, C labels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from recsys.config import ContentSettings
-from recsys.config.limits import PositiveInt
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.aged_attention import AgedAttention, age_of
-from recsys.ranking.layers.attended_features import NumbersSettings, RowFeatures
+from recsys.ranking.layers.attended_features import RowFeatures
 from recsys.ranking.layers.content_interest import cosines
 from recsys.ranking.layers.history_numbers import history_numbers
-from recsys.ranking.layers.mlp import HeadSettings, ranking_head
+from recsys.ranking.layers.mlp import ranking_head
+from recsys.ranking.settings import SimSettings
 from recsys.ranking.vectors import IDVectors, MemberLogits
-
-
-@dataclass
-class SimSettings(NumbersSettings, HeadSettings):
-    """Settings of SIM."""
-
-    name: str = "sim"
-    search: Literal["similarity", "category"] = "similarity"
-    """Attend to the items most similar to the target, by content (by ID vectors without content),
-    or to the latest items of its category."""
-    search_top_k: PositiveInt = 50
-    """Items of each history that are attended to, at most."""
-    search_heads: PositiveInt = 2
-    """Heads of the attention to these items."""
-    category: str | None = None
-    """Item column of kind category; required if search is category."""
-    time_gaps: str | None = None
-    """Parallel list with the age of each item; default: the number of newer items."""
 
 
 class Sim(RowFeatures):

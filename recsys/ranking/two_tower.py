@@ -17,14 +17,11 @@ N history items of the batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.config import ContentSettings, RetrievalSettings
-from recsys.config.limits import PositiveFloat, PositiveInt
+from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
@@ -32,20 +29,8 @@ from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.fields import pooled_history
 from recsys.ranking.layers.history_numbers import history_numbers, num_history_numbers
 from recsys.ranking.layers.mlp import multilayer_perceptron
+from recsys.ranking.settings import TwoTowerSettings
 from recsys.ranking.vectors import IDVectors, TowerVectors
-
-
-@dataclass
-class TwoTowerSettings(RetrievalSettings):
-    """Settings of the two towers."""
-
-    name: str = "two_tower"
-    query_features: list[str] = field(default_factory=list)
-    """Columns of the user besides the group's column; columns of the item do not belong here."""
-    tower_dim: PositiveInt = 32
-    """Width of a tower's vector."""
-    temperature: PositiveFloat = 0.1
-    """Divisor of the dot products of the vectors, which have length one."""
 
 
 class TwoTower(nn.Module):

@@ -15,8 +15,9 @@ from embeddings import (
     fuse_table_optimizers,
     plan_sharding,
 )
+from embeddings.device_figures import DEVICES, GIB, FigureOverrides
 from embeddings.sharding import RESERVED_SHARE
-from embeddings.simulated_cluster import DEVICES, GIB, Cluster, FigureOverrides
+from embeddings.simulated_cluster import Cluster
 from embeddings.table_memory import table_bytes, table_memory, what_does_not_fit
 
 BILLION = 10**9

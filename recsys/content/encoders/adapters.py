@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from recsys.config import LoraSettings
@@ -59,6 +58,8 @@ def add_lora(layers: Sequence[nn.Module], lora: LoraSettings, where: str) -> Non
     Raises:
         ValueError: a target matches no linear map, or peft rejects the settings.
     """
+    from peft import LoraConfig, inject_adapter_in_model
+
     linear = [name for name, part in layers[0].named_modules() if isinstance(part, nn.Linear)]
     if lora.rank < 1 or not lora.targets:
         raise ValueError(

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
-from recsys.content.encoders.base import Encoder
-from recsys.content.encoders.module_encoder import StoredFeatures
 from recsys.data.items.feature_file import write_rows
 from recsys.data.items.item_column import ItemColumnReader
 from recsys.data.items.item_features import feature_tokens, usable_features
 from recsys.data.items.kind import ModalityKind
 from recsys.data.items.ragged_array import RaggedWriter
 from recsys.data.parquet.values import list_lengths
+
+if TYPE_CHECKING:
+    from recsys.content.encoders.base import Encoder
 
 
 class Feature(ModalityKind):
@@ -64,5 +66,7 @@ class Feature(ModalityKind):
 
     def encoder(self, entry_shape: tuple[int, ...]) -> Encoder:
         """Return the encoder that passes the stored features on."""
+        from recsys.content.encoders.module_encoder import StoredFeatures
+
         (width,) = entry_shape
         return StoredFeatures(width)

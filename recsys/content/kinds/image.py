@@ -8,26 +8,23 @@ from __future__ import annotations
 import logging
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from torch import nn
 
 from recsys.config.named_parts import make_part
-from recsys.content.encoders.base import Encoder
-from recsys.content.encoders.identity import EncoderIdentity, weights_digest
-from recsys.content.encoders.image_transformer import ImageTransformer
-from recsys.content.encoders.module_encoder import ModuleEncoder
-from recsys.content.encoders.pretrained import PretrainedEncoder
-from recsys.content.encoders.several_images import SeveralImages
-from recsys.data.batch import ContentInput
 from recsys.data.items.images import ImagePreparation
 from recsys.data.items.item_column import ItemColumnReader
 from recsys.data.items.item_images import decoded_images, num_images
 from recsys.data.items.item_table import digest_of
 from recsys.data.items.kind import ModalityKind
 from recsys.data.parquet.bad_rows import Report
+
+if TYPE_CHECKING:
+    from recsys.content.encoders.base import Encoder
+    from recsys.content.encoders.pretrained import PretrainedEncoder
+    from recsys.data.batch import ContentInput
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +56,8 @@ class Image(ModalityKind):
     @cached_property
     def pretrained(self) -> PretrainedEncoder | None:
         """Checkpoint of the encoder; None for a `module`."""
+        from recsys.content.encoders.pretrained import PretrainedEncoder
+
         if not self.modality.encoder:
             return None
         return PretrainedEncoder(self.modality.encoder, self.modality.revision, self.where)
@@ -124,10 +123,19 @@ class Image(ModalityKind):
 
     def encoder(self, entry_shape: tuple[int, ...]) -> Encoder:
         """Return the encoder of the checkpoint or of the module, for one or several images."""
+        from recsys.content.encoders.several_images import SeveralImages
+
         encoder = self._single()
         return SeveralImages(encoder) if self.has_several else encoder
 
     def _single(self) -> Encoder:
+        """Return the encoder of one image."""
+        from torch import nn
+
+        from recsys.content.encoders.identity import EncoderIdentity, weights_digest
+        from recsys.content.encoders.image_transformer import ImageTransformer
+        from recsys.content.encoders.module_encoder import ModuleEncoder
+
         modality = self.modality
         if self.pretrained is not None:
             return ImageTransformer.load(self.pretrained, modality, self.where, self.preparation)

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from recsys.content.encoders.base import Encoder
-from recsys.content.encoders.identity import tokenizer_digest
-from recsys.content.encoders.pretrained import PretrainedEncoder
-from recsys.content.encoders.text_transformer import TextTransformer
 from recsys.data.items.item_table import digest_of
 from recsys.data.items.item_text import texts_of, tokenize, tokenizer_state
 from recsys.data.items.kind import ModalityKind
 from recsys.data.parquet.bad_rows import Report
+
+if TYPE_CHECKING:
+    from recsys.content.encoders.base import Encoder
+    from recsys.content.encoders.pretrained import PretrainedEncoder
 
 
 class Text(ModalityKind):
@@ -41,6 +41,8 @@ class Text(ModalityKind):
     @cached_property
     def pretrained(self) -> PretrainedEncoder:
         """Checkpoint of the encoder."""
+        from recsys.content.encoders.pretrained import PretrainedEncoder
+
         assert self.modality.encoder is not None
         return PretrainedEncoder(self.modality.encoder, self.modality.revision, self.where)
 
@@ -62,8 +64,12 @@ class Text(ModalityKind):
 
     def encoder(self, entry_shape: tuple[int, ...]) -> Encoder:
         """Return the text encoder with the checkpoint's weights."""
+        from recsys.content.encoders.text_transformer import TextTransformer
+
         return TextTransformer.load(self.pretrained, self.modality, self.where)
 
     def preparation_digest(self) -> str:
         """Return a hash of the tokenizer and of the padding that it adds."""
+        from recsys.content.encoders.identity import tokenizer_digest
+
         return digest_of(tokenizer_digest(self.pretrained.tokenizer), self.pretrained.fills_texts)

@@ -13,20 +13,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import nn
 
 from recsys.config import ModalitySettings
 from recsys.config.named_parts import make_part
-from recsys.data.batch import ContentInput
 from recsys.data.items.item_column import ItemColumnReader
 from recsys.data.items.item_table import digest_of
 from recsys.data.items.ragged_array import RaggedWriter
 from recsys.data.parquet.bad_rows import Report
+
+if TYPE_CHECKING:  # the check of settings does without torch
+    from torch import nn
+
+    from recsys.data.batch import ContentInput
 
 MODALITY_KINDS = {
     "text": "recsys.content.kinds.text:Text",
@@ -95,6 +97,10 @@ class ModalityKind:
         mask: np.ndarray,  # [U, T]
     ) -> ContentInput:
         """Return padded rows in the form that the encoder takes."""
+        import torch
+
+        from recsys.data.batch import ContentInput
+
         return ContentInput(torch.from_numpy(values), torch.from_numpy(mask))
 
     def encoder(self, entry_shape: tuple[int, ...]) -> nn.Module:

@@ -11,13 +11,15 @@ Shapes: n rows of the part of a file that is read at once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from recsys.data.filesystem import Location
 from recsys.distributed.log import print_table
-from recsys.distributed.ranks import Ranks
+
+if TYPE_CHECKING:
+    from recsys.distributed.ranks import Ranks
 
 OnBadRow = Literal["error", "skip"]
 LINES = 20  # of the report; the metrics hold all entries

@@ -6,7 +6,7 @@ import json
 import logging
 from pathlib import Path
 
-from embeddings.simulated_cluster import DEVICES, FigureOverrides
+from embeddings.device_figures import FigureOverrides
 from recsys.config import Config
 from recsys.data.filesystem import write_whole
 from recsys.diagnostics.plan.description import Description, describe
@@ -15,11 +15,6 @@ from recsys.diagnostics.plan.this_machine import find_cluster
 from recsys.distributed.log import print_table
 
 logger = logging.getLogger(__name__)
-
-
-def device_of_config(device: str) -> str:
-    """Return the setting `device` (cuda, cpu or auto) for a device with that name."""
-    return "cuda" if device in DEVICES else device
 
 
 def describe_run(

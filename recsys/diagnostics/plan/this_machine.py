@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from embeddings.device_figures import DEVICES, DeviceFigures, FigureOverrides
 from embeddings.sharding import free_host_memory
-from embeddings.simulated_cluster import DEVICES, Cluster, DeviceFigures, FigureOverrides
+from embeddings.simulated_cluster import Cluster
 from recsys.diagnostics.cost.roofline import Anchor, best, measure_anchor
 
 # Default between machines like this one: 25 Gbit/s, shared by the ranks of a node.

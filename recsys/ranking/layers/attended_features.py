@@ -13,13 +13,10 @@ W width of the vector.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor, nn
 
-from recsys.config import ContentSettings, RankingSettings
-from recsys.config.limits import PositiveInt
+from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
@@ -28,24 +25,8 @@ from recsys.ranking.layers.content_interest import ContentInterest
 from recsys.ranking.layers.history_numbers import history_numbers, num_history_numbers
 from recsys.ranking.layers.standardization import Standardization
 from recsys.ranking.layers.target_attention import TargetAttention
+from recsys.ranking.settings import AttendedSettings, NumbersSettings
 from recsys.ranking.vectors import IDVectors
-
-
-@dataclass
-class NumbersSettings(RankingSettings):
-    """Settings of `RowFeatures`."""
-
-    standardize_numbers: bool = False
-    """Standardise dense features, numbers of the history's lists and similarities to mean 0 and
-    variance 1 over the rows trained on so far."""
-
-
-@dataclass
-class AttendedSettings(NumbersSettings):
-    """Settings of `AttendedFeatures`."""
-
-    attention_units: list[PositiveInt] = field(default_factory=lambda: [64, 16])
-    """Units of the hidden layers of target attention's MLP."""
 
 
 class RowFeatures(nn.Module):

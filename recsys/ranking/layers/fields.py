@@ -11,13 +11,12 @@ P parallel lists, U unique history items, K history items of the batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from recsys.config import ContentSettings, RankingSettings
-from recsys.config.limits import PositiveInt
+from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
@@ -62,14 +61,6 @@ class FieldVectors:
         if dense_arch is None:
             return self.vectors[-1], self.vectors[:-1]
         return dense_arch(self.numbers), self.vectors
-
-
-@dataclass
-class DenseSettings(RankingSettings):
-    """Settings of models that map the dense features to a vector."""
-
-    dense_units: list[PositiveInt] = field(default_factory=lambda: [64])
-    """Units of the hidden layers of the MLP over the dense features."""
 
 
 class Fields(nn.Module):

@@ -7,32 +7,12 @@ On MovieLens that alone decided whether content helped DIN.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import nn
 
 from recsys.config import RankingSettings
-from recsys.config.limits import NonNegativeInt, PositiveInt
 from recsys.content.dropout import Dropout
 from recsys.ranking.layers.ensemble_head import EnsembleHead
-
-
-@dataclass
-class HeadSettings(RankingSettings):
-    """Settings of `ranking_head`."""
-
-    ensemble_members: PositiveInt = 1
-    """Number of MLPs in one ensemble (TabM), ranked by their mean logit; 1 is a single MLP."""
-
-
-@dataclass
-class CrossSettings(RankingSettings):
-    """Settings of a low-rank cross network (DCN-v2)."""
-
-    cross_layers: NonNegativeInt = 2
-    """Layers of the cross network."""
-    cross_rank: PositiveInt = 32
-    """Rank of the weights of the cross layers."""
+from recsys.ranking.settings import HeadSettings
 
 
 def hidden_layers(width: int, units: list[int], dropout: float) -> tuple[list[nn.Module], int]:

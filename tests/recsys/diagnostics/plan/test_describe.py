@@ -13,7 +13,8 @@ import pytest
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.profiler import ProfilerActivity, profile
 
-from embeddings.simulated_cluster import Cluster, DeviceFigures
+from embeddings.device_figures import DeviceFigures
+from embeddings.simulated_cluster import Cluster
 from embeddings.table_memory import FLOAT
 from recsys.build import Job, build_job
 from recsys.config import Config, ContentSettings, EmbeddingSettings

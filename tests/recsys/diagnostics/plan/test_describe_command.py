@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from embeddings.simulated_cluster import Cluster, DeviceFigures
+from embeddings.device_figures import DeviceFigures
+from embeddings.simulated_cluster import Cluster
 from recsys.build import build_job
 from recsys.cli import main
 from recsys.config import (

@@ -1,0 +1,39 @@
+"""Runs `recsys compare`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from recsys.commands.options import add_log_options
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Add the runs and the split."""
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="finished runs; the others are compared to the first",
+    )
+    parser.add_argument("--split", type=str, default="test", help="train, valid or test")
+    parser.add_argument("--out", type=Path | None, help="JSON file to write the numbers to")
+    add_log_options(parser)
+
+
+def run(arguments: Namespace) -> None:
+    """Print the comparison."""
+    from recsys.distributed.log import print_table
+    from recsys.evaluation.compare import compare_runs, format_comparison, write_comparison
+
+    report = compare_runs(arguments.runs, arguments.split)
+    print_table(format_comparison(report))
+    if arguments.out is not None:
+        write_comparison(report, arguments.out)
+        logger.info("written to %s", arguments.out)

@@ -1,0 +1,62 @@
+"""Runs `recsys describe`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from embeddings.device_figures import DEVICES, FigureOverrides
+from recsys.commands.options import add_data_option, require_schema
+from recsys.config import add_config_arguments, config_from
+from recsys.doctor import require_working_installation
+
+
+def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Add the settings of a run, and the cluster."""
+    add_config_arguments(parser, words, skip=frozenset({"device"}))
+    add_data_option(parser)
+    parser.add_argument(
+        "--device",
+        type=str,
+        default="auto",
+        help="a100, h100, h200 or b200, which this machine need not have; auto, cpu or cuda: as "
+        "this machine",
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="machines")
+    parser.add_argument(
+        "--gpus-per-node",
+        type=int | None,
+        help="ranks of each machine; default: the GPUs of this machine, or 1",
+    )
+    parser.add_argument(
+        "--rows",
+        type=str,
+        nargs="+",
+        default=[],
+        help="TABLE=NUMBER: other numbers of rows than in schema.yaml",
+    )
+    parser.add_class_arguments(FigureOverrides, "figures")
+    parser.add_argument("--json", type=Path | None, help="file to write the numbers to")
+
+
+def run(arguments: Namespace) -> None:
+    """Print the description of the run."""
+    device = arguments.device
+    arguments.device = "cuda" if device in DEVICES else device
+    config = config_from(arguments)
+    require_schema(arguments.data)
+    require_working_installation()
+    from recsys.diagnostics.plan.command import describe_run
+
+    describe_run(
+        config,
+        arguments.data,
+        device,
+        arguments.nodes,
+        arguments.gpus_per_node,
+        arguments.rows,
+        arguments.figures,
+        arguments.json,
+    )

@@ -1,0 +1,18 @@
+"""Runs `recsys doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser, Namespace
+
+from recsys import doctor
+
+
+def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Add nothing: the command has no options."""
+
+
+def run(arguments: Namespace) -> int:
+    """Print the report; return 1 if there is a problem, else 0."""
+    return doctor.main()

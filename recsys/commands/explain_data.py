@@ -1,0 +1,31 @@
+"""Runs `recsys explain-data DATA`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from recsys.commands.options import add_log_options
+
+
+def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Add the dataset and the options."""
+    parser.add_argument("data", type=str, help="dataset: folder or URL")
+    parser.add_argument(
+        "--on_bad_row",
+        type=Literal["error", "skip"],
+        default="error",
+        help="as in training: error ends with the first row that cannot be used",
+    )
+    parser.add_argument("--json", type=Path | None, help="file to write the numbers to")
+    add_log_options(parser)
+
+
+def run(arguments: Namespace) -> None:
+    """Print the description of the dataset."""
+    from recsys.diagnostics.dataset.command import explain_data
+
+    explain_data(arguments.data, arguments.on_bad_row, arguments.json)

@@ -1,0 +1,34 @@
+"""Runs `recsys export-tables`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from recsys.commands.options import add_log_options, require_finished
+from recsys.doctor import require_working_installation
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Add the run, the file and the tables."""
+    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
+    parser.add_argument("--out", type=Path, required=True, help="Parquet file to write")
+    parser.add_argument("--table", type=str, nargs="+", help="tables by name; default: all")
+    add_log_options(parser)
+
+
+def run(arguments: Namespace) -> None:
+    """Write the tables."""
+    require_finished(arguments.run)
+    require_working_installation()
+    from recsys.checkpoint.table_export import export_tables
+
+    counts = export_tables(arguments.run / "checkpoints" / "best", arguments.out, arguments.table)
+    for name, rows in counts.items():
+        logger.info("table %s: %s rows", name, f"{rows:,}")
+    logger.info("written to %s", arguments.out)

@@ -1,0 +1,73 @@
+"""Runs `recsys train`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from recsys.commands.options import add_data_option, require_schema
+from recsys.config import Config, Resume, add_config_arguments, config_from
+from recsys.doctor import require_working_installation
+
+
+def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Add the settings of a run, the dataset and what to do with the run's folder."""
+    add_config_arguments(parser, words)
+    add_data_option(parser)
+    parser.add_argument("--out", type=Path | None, help="folder of the run to write")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build all and take one step; no --out is needed, and none is written",
+    )
+    parser.add_argument(
+        "--compare",
+        type=Literal["id_only"] | None,
+        help="id_only: train the same model without content, too, and compare both",
+    )
+    parser.add_argument(
+        "--resume",
+        type=Resume,
+        default="auto",
+        help="auto: go on from the run's last checkpoint if there is one; never; must",
+    )
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace an earlier run")
+
+
+def run(arguments: Namespace) -> int:
+    """Train, or try it with `--dry-run`; return the exit code. A collective."""
+    config = config_from(arguments)
+    if not arguments.dry_run and arguments.out is None:
+        raise ValueError("train needs --out, the folder of the run to write (or --dry-run)")
+    require_schema(arguments.data)
+    require_working_installation()
+    from recsys.distributed.lockstep import TrainingStopped
+
+    try:
+        _train(config, arguments)
+    except TrainingStopped as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        return 128 + signal.SIGTERM
+    return 0
+
+
+def _train(config: Config, arguments: Namespace) -> None:
+    """Train the model, and its ID-only twin to compare it with. A collective."""
+    from recsys.distributed.ranks import joined_ranks
+    from recsys.training.dry_run import dry_run
+    from recsys.training.id_only_twin import id_only_twin, train_with_twin
+    from recsys.training.train import train
+
+    configs = [config] if arguments.compare is None else [config, id_only_twin(config)]
+    with joined_ranks(config.device) as ranks:
+        if arguments.dry_run:
+            for each in configs:
+                dry_run(each, arguments.data, ranks)
+            return
+        start = train if arguments.compare is None else train_with_twin
+        start(config, arguments.data, arguments.out, ranks, arguments.overwrite, arguments.resume)

@@ -1,0 +1,130 @@
+"""Settings of the ranking models of the package, and of the layers that they share.
+
+They stand apart from the models, so that the command line knows them without importing torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from recsys.config.limits import NonNegativeInt, PositiveFloat, PositiveInt
+from recsys.config.ranking import RankingSettings, RetrievalSettings
+
+
+@dataclass
+class HeadSettings(RankingSettings):
+    """Settings of `ranking_head`."""
+
+    ensemble_members: PositiveInt = 1
+    """Number of MLPs in one ensemble (TabM), ranked by their mean logit; 1 is a single MLP."""
+
+
+@dataclass
+class CrossSettings(RankingSettings):
+    """Settings of a low-rank cross network (DCN-v2)."""
+
+    cross_layers: NonNegativeInt = 2
+    """Layers of the cross network."""
+    cross_rank: PositiveInt = 32
+    """Rank of the weights of the cross layers."""
+
+
+@dataclass
+class DenseSettings(RankingSettings):
+    """Settings of models that map the dense features to a vector."""
+
+    dense_units: list[PositiveInt] = field(default_factory=lambda: [64])
+    """Units of the hidden layers of the MLP over the dense features."""
+
+
+@dataclass
+class NumbersSettings(RankingSettings):
+    """Settings of `RowFeatures`."""
+
+    standardize_numbers: bool = False
+    """Standardise dense features, numbers of the history's lists and similarities to mean 0 and
+    variance 1 over the rows trained on so far."""
+
+
+@dataclass
+class AttendedSettings(NumbersSettings):
+    """Settings of `AttendedFeatures`."""
+
+    attention_units: list[PositiveInt] = field(default_factory=lambda: [64, 16])
+    """Units of the hidden layers of target attention's MLP."""
+
+
+@dataclass
+class DinSettings(AttendedSettings, HeadSettings):
+    """Settings of DIN."""
+
+    name: str = "din"
+
+
+@dataclass
+class DinDcnSettings(AttendedSettings, CrossSettings, HeadSettings):
+    """Settings of DIN with a DCN-v2 head."""
+
+    name: str = "din_dcn"
+
+
+@dataclass
+class DlrmSettings(DenseSettings):
+    """Settings of DLRM."""
+
+    name: str = "dlrm"
+
+
+@dataclass
+class DlrmDcnSettings(CrossSettings, DlrmSettings):
+    """Settings of DLRM-DCNv2."""
+
+    name: str = "dlrm_dcn"
+
+
+@dataclass
+class DeepFMSettings(DenseSettings):
+    """Settings of DeepFM."""
+
+    name: str = "deepfm"
+
+
+@dataclass
+class SimSettings(NumbersSettings, HeadSettings):
+    """Settings of SIM."""
+
+    name: str = "sim"
+    search: Literal["similarity", "category"] = "similarity"
+    """Attend to the items most similar to the target, by content (by ID vectors without content),
+    or to the latest items of its category."""
+    search_top_k: PositiveInt = 50
+    """Items of each history that are attended to, at most."""
+    search_heads: PositiveInt = 2
+    """Heads of the attention to these items."""
+    category: str | None = None
+    """Item column of kind category; required if search is category."""
+    time_gaps: str | None = None
+    """Parallel list with the age of each item; default: the number of newer items."""
+
+
+@dataclass
+class MmoeSettings(AttendedSettings):
+    """Settings of MMoE."""
+
+    name: str = "mmoe"
+    num_experts: PositiveInt = 4
+    """Experts that all labels share."""
+
+
+@dataclass
+class TwoTowerSettings(RetrievalSettings):
+    """Settings of the two towers."""
+
+    name: str = "two_tower"
+    query_features: list[str] = field(default_factory=list)
+    """Columns of the user besides the group's column; columns of the item do not belong here."""
+    tower_dim: PositiveInt = 32
+    """Width of a tower's vector."""
+    temperature: PositiveFloat = 0.1
+    """Divisor of the dot products of the vectors, which have length one."""
