@@ -271,10 +271,10 @@ def load_best(job: Job, run: Path) -> dict[str, Any]:
             raise ValueError(f"{folder}: no checkpoint; train with `--out {run}` first")
     manifest = _checked_manifest(folder, ranks)
     check_schema_of_checkpoint(folder, manifest, ranks)
-    state = model_state(job)
     with ranks.raise_on_all_ranks():
         reader = SafeFileSystemReader(folder)
         stored = reader.read_metadata().state_dict_metadata
+        state = model_state(job, stored)
         try:
             if differing := sorted(stored.keys() ^ state.keys()):
                 raise ValueError(

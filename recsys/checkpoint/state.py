@@ -10,7 +10,8 @@ dense optimizers and the averaged weights, `random.RANK.*` each rank's generator
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,9 +24,16 @@ from recsys.build import Job
 from recsys.content.encoders.base import Encoder
 from recsys.optimizer import make_room, numbers_loaded, state_tensors
 
+# Buffers of `recsys.content.projection` that earlier checkpoints lack; they then change nothing.
+_ADDED = re.compile(r"model\.content\.projections\.[^.]+\.(shift|scale)")
 
-def model_state(job: Job) -> State:
-    """Return weights and memory bank: the state that evaluation and prediction need."""
+
+def model_state(job: Job, stored_names: Collection[str] | None = None) -> State:
+    """Return weights and memory bank: the state that evaluation and prediction need.
+
+    With the names in a checkpoint, buffers that earlier versions did not have are left out if they
+    are not among them.
+    """
     stored = _is_stored(job)
     state: State = {
         f"model.{name}": in_blocks(value, job.ranks.group)
@@ -39,7 +47,10 @@ def model_state(job: Job) -> State:
         assert isinstance(pool, ShardedTensor)
         state["bank"] = in_blocks(pool, job.ranks.group)
     maps = job.vocabularies.state_dict()
-    return state | {f"vocabulary.{name}": value for name, value in maps.items()}
+    state |= {f"vocabulary.{name}": value for name, value in maps.items()}
+    if stored_names is None:
+        return state
+    return {n: v for n, v in state.items() if n in stored_names or not _ADDED.fullmatch(n)}
 
 
 def finish_loading_bank(job: Job) -> None:
@@ -106,7 +117,7 @@ class TrainingState:
         names = None
         if stored is not None:
             names = [name.removeprefix(prefix) for name in stored if name.startswith(prefix)]
-        state = model_state(self.job)
+        state = model_state(self.job, stored)
         tables = self.moments.state_dict(names)
         state |= {f"{prefix}{name}": value for name, value in tables.items()}
         state |= self._dense_optimizer(stored)

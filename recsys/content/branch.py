@@ -25,6 +25,7 @@ from recsys.content.encoders.pooling import mean_token
 from recsys.content.fusion import build_fusion
 from recsys.content.history_map import HistoryMap
 from recsys.content.item_exchange import exchange_vectors
+from recsys.content.projection import Projection
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch, ContentInput
 
@@ -68,7 +69,7 @@ class ContentBranch(nn.Module):
         self.encoders = nn.ModuleDict(encoders)
         self.projections = nn.ModuleDict(
             {
-                name: nn.Linear(encoder.output_dim, settings.dim)
+                name: Projection(encoder.output_dim, settings.dim)
                 for name, encoder in encoders.items()
             }
         )

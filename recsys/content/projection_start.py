@@ -2,48 +2,63 @@
 
 A random map to a few dimensions loses most of the information in a pretrained encoder's output,
 cosines included; the leading components, scaled to unit variance, keep as much as a linear map can.
-Training continues from there.
+Training continues from there. Content that is equal for all items has no components: nothing of it
+is scaled up, and a warning names it.
 
-Shapes: S sampled items, E width of the encoder, D content dimension,
-K components.
+Shapes: S sampled items, E width of the encoder, D content dimension, K components.
 """
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from recsys.config import ModalitySettings
 from recsys.content.branch import ContentBranch
 from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.pooling import mean_token
+from recsys.content.projection import Projection
 from recsys.data.items.content_store import ContentStore
+from recsys.data.items.equal_content import digests_of, is_mostly_equal, share_of_most_common
 from recsys.distributed.gather import gather_rows
 from recsys.distributed.ranks import Ranks
 
+logger = logging.getLogger(__name__)
+
 SAMPLED_ITEMS = 4096
 ITEMS_PER_CALL = 256
+# Deviations below this share of the outputs' size are rounding: of float32, about a hundred times.
+ROUNDING = 1e-5
+LARGEST_SIZE = 10.0  # root mean square from which on the outputs of an encoder are scaled
 
 
 @torch.no_grad()
 def start_projections(branch: ContentBranch, store: ContentStore, ranks: Ranks) -> None:
-    """Set weights and biases from a sample of the items, equal on all ranks. A collective."""
+    """Set weights and biases from a sample of the items, equal on all ranks. A collective.
+
+    Logs a warning for each modality whose content is equal for most of the sampled items.
+    """
     ids = np.sort(store.items.ids)
     sample = ids[np.linspace(0, len(ids) - 1, min(len(ids), SAMPLED_ITEMS)).astype(int)]
     share = np.array_split(sample, ranks.world_size)[ranks.rank]
     branch.eval()
     for name, encoder in branch.encoders.items():
         projection = branch.projections[name]
-        assert isinstance(encoder, Encoder) and isinstance(projection, nn.Linear)
-        outputs = gather_rows(_mean_outputs(encoder, name, share, store, ranks), ranks.group)
-        if len(outputs) > 1:
-            weight, bias = whitening_map(outputs, len(projection.weight))
-            projection.weight[: len(weight)] = weight
-            projection.bias[: len(bias)] = bias
-        for parameter in (projection.weight, projection.bias):
+        assert isinstance(encoder, Encoder) and isinstance(projection, Projection)
+        outputs, digests = _mean_outputs(encoder, name, share, store, ranks)
+        outputs = gather_rows(outputs, ranks.group)
+        digests = [digest for of_rank in ranks.gather(digests) for digest in of_rank]
+        if len(set(digests)) == 1:  # differences between the outputs are rounding
+            outputs = outputs[:1].expand_as(outputs)
+        start_at_components(projection, outputs)
+        _warn_of_equal_items(store.kinds[name].modality, name, digests)
+        for values in projection.state_dict().values():
             # The signs of components depend on the processor, so all ranks use those of rank 0.
-            dist.broadcast(parameter.data, src=0, group=ranks.group)
+            dist.broadcast(values, src=0, group=ranks.group)
 
 
 def _mean_outputs(
@@ -52,24 +67,87 @@ def _mean_outputs(
     ids: np.ndarray,  # [share of S]
     store: ContentStore,
     ranks: Ranks,
-) -> Tensor:  # [S, E], items that have this modality
+) -> tuple[Tensor, list[bytes]]:  # [S, E], items that have this modality; hashes of their content
     parts = [torch.zeros(0, encoder.output_dim, device=ranks.device)]
+    digests: list[bytes] = []
     for start in range(0, len(ids), ITEMS_PER_CALL):
         content = store.gather(ids[start : start + ITEMS_PER_CALL])[name]
+        digests += digests_of(content)
         encoded = encoder.encode(content.to(ranks.device))
         parts.append(mean_token(encoded.values, encoded.mask)[encoded.mask.any(dim=1)])
-    return torch.cat(parts)
+    return torch.cat(parts), digests
+
+
+def _warn_of_equal_items(modality: ModalitySettings, name: str, digests: list[bytes]) -> None:
+    """Log a warning if most items have equal content."""
+    share = share_of_most_common(digests)
+    if not is_mostly_equal(share, len(digests)):
+        return
+    words, fix = "equal content", "choose a column in which items differ, or remove the modality"
+    if modality.kind == "text":
+        words = f"the same first {modality.max_length} tokens (max_length)"
+        fix = f"raise content.modalities.{name}.max_length, or {fix}"
+    logger.warning(
+        "modality '%s' (column '%s'): %s of %s sampled items have %s, which does not distinguish "
+        "them; %s",
+        name,
+        modality.column,
+        f"{round(share * len(digests)):,}",
+        f"{len(digests):,}",
+        words,
+        fix,
+    )
+
+
+def start_at_components(
+    projection: Projection,
+    outputs: Tensor,  # [S, E]
+) -> None:
+    """Set the first rows to the principal components; further ones keep their random start.
+
+    Outputs of a large scale are centred and scaled to variance 1 before.
+    """
+    size = _size(outputs)
+    if size > LARGEST_SIZE * outputs.shape[1] ** 0.5:
+        center = outputs.double().mean(dim=0)
+        spread = _size(outputs - center)
+        scale = outputs.shape[1] ** 0.5 / (spread if spread > ROUNDING * size else size)
+        projection.shift.copy_(center)
+        projection.scale.fill_(scale)
+        outputs, size = projection.scaled(outputs), size * scale
+    if len(outputs) > 1:
+        weight, bias = whitening_map(outputs, len(projection.weight), size)
+        projection.weight[: len(weight)] = weight
+        projection.bias[: len(bias)] = bias
 
 
 def whitening_map(
     outputs: Tensor,  # [S, E]
     dim: int,
+    size: float,
 ) -> tuple[Tensor, Tensor]:  # [K, E], [K] with K = min(dim, S, E)
-    """Return weight and bias that give the leading principal components mean 0 and variance 1."""
+    """Return weight and bias that give the leading principal components mean 0 and variance 1.
+
+    Directions in which the outputs differ by rounding alone get weights of norm 1 at most.
+
+    Args:
+        outputs: of the encoder, for a sample of items.
+        dim: largest K.
+        size: root mean square length of the outputs before they were centred, which decides what
+            is rounding.
+    """
     center = outputs.mean(dim=0)
     _, singular, directions = torch.linalg.svd(outputs - center, full_matrices=False)
     deviation = singular / len(outputs) ** 0.5
-    # Components without variance stay small instead of being scaled up.
-    deviation = deviation.clamp(min=1e-3 * float(deviation[0]) + 1e-12)
-    weight = directions[:dim] / deviation[:dim].unsqueeze(1)
+    precision = torch.finfo(outputs.dtype).eps * max(outputs.shape)
+    rounding = max(ROUNDING * size, precision * float(deviation[0]))
+    # Components of little variance stay small instead of being scaled up.
+    scale = deviation.clamp(min=1e-3 * float(deviation[0]) + 1e-12)
+    scale = torch.where(deviation > rounding, scale, max(size, 1.0))
+    weight = directions[:dim] / scale[:dim].unsqueeze(1)
     return weight, -(weight @ center)
+
+
+def _size(outputs: Tensor) -> float:  # [S, E]
+    """Return the root mean square length of the outputs; 0 without any."""
+    return float(outputs.double().norm()) / max(len(outputs), 1) ** 0.5

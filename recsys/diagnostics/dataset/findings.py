@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from recsys.data.items.equal_content import is_mostly_equal
 from recsys.diagnostics.dataset.dataset_summary import SPLITS, DatasetSummary
+from recsys.diagnostics.dataset.item_summary import ColumnSummary
 from recsys.diagnostics.dataset.split_summary import GROUPS, SplitSummary
 from recsys.diagnostics.dataset.time_columns import in_words
 
 # Shares from which on something is reported.
 FEW, MANY, MOST = 0.001, 0.1, 0.5
+LONG_BEGINNING = 80  # characters, about 20 tokens
 
 
 @dataclass(frozen=True)
@@ -174,8 +177,22 @@ def _items(found: DatasetSummary) -> Iterator[Finding]:
                 f"{column.broken:,} of {opened:,} images of '{name}' that were opened are none",
                 "write them again as JPEG, PNG or WebP, or null, or set on_bad_row: skip",
             )
+        yield from _equal_content(name, column, found.items.rows)
         if len(column.widths) > 1:
             yield Finding(
                 f"features '{name}' have widths {dict(sorted(column.widths.items()))}",
                 "write all of one width",
             )
+
+
+def _equal_content(name: str, column: ColumnSummary, rows: int) -> Iterator[Finding]:
+    if is_mostly_equal(column.most_common_share, rows):
+        yield Finding(
+            f"{column.most_common_share:.1%} of the sampled items with a '{name}' have the same",
+            "it does not distinguish them: write what differs, or use no modality of this column",
+        )
+    elif column.shared_beginning >= LONG_BEGINNING:
+        yield Finding(
+            f"most texts of '{name}' begin with the same {column.shared_beginning:,} characters",
+            "a text encoder may read no further: remove them, or raise the modality's max_length",
+        )

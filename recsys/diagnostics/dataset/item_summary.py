@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from recsys.data.filesystem import Location
+from recsys.data.items.equal_content import share_of_most_common, shared_beginning
 from recsys.data.items.feature_file import FeatureFile
 from recsys.data.items.images import FORMATS
 from recsys.data.items.item_features import feature_tokens
@@ -29,6 +30,7 @@ from recsys.diagnostics.dataset.numbers import Lengths
 from recsys.diagnostics.dataset.time_columns import footer_statistics
 
 IMAGES_OPENED = 256
+SAMPLED_ITEMS = 1024  # whose content is compared
 
 
 @dataclass
@@ -41,6 +43,8 @@ class ColumnSummary:
     formats, sizes: number of opened images by format and by size.
     broken: images that could not be opened.
     values: number of different categories.
+    most_common_share: share of the most frequent content among a sample of the items that have it.
+    shared_beginning: number of characters with which most texts of the sample begin alike.
     """
 
     kind: str
@@ -51,6 +55,8 @@ class ColumnSummary:
     sizes: Counter[str] = field(default_factory=Counter)
     broken: int = 0
     values: int | None = None
+    most_common_share: float = 0.0
+    shared_beginning: int = 0
 
     def missing_share(self, rows: int) -> float | None:
         """Return the share of `rows` items without content; None if unknown."""
@@ -93,9 +99,13 @@ def _summarize_file(file: Location, num_items: int) -> ColumnSummary:
     """Summarize features in a .npy file, which has rows for all or some of the items."""
     features, found = FeatureFile(file), ColumnSummary("feature")
     found.widths[features.width] = features.num_rows
-    for _, values in features.pieces():
+    sample: list[bytes] = []
+    for first, values in features.pieces():
         lengths = (~np.isnan(values).all(axis=2)).sum(axis=1)
         found.lengths.add(lengths[lengths > 0])
+        rows = _sampled(first, len(values), features.num_rows)
+        sample += [values[row].tobytes() for row in rows if lengths[row]]
+    found.most_common_share = share_of_most_common(sample)
     found.missing = max(num_items - found.lengths.count, 0)
     return found
 
@@ -106,7 +116,13 @@ def _summarize(items: ItemTable, name: str, kind: str) -> ColumnSummary:
         _summarize_images(items, name, found)
         return found
     categories: set[Any] = set()
+    sample: list[Any] = []
+    first_row = 0
     for file, _, chunk in items.chunks(name):
+        if kind in ("text", "feature"):
+            rows = _sampled(first_row, len(chunk), items.num_rows)
+            sample += filter(None, chunk.take(pa.array(rows)).to_pylist())
+        first_row += len(chunk)
         if kind == "text":
             _add_texts(found, chunk, f"{file}: column '{name}'")
         elif kind == "feature":
@@ -117,7 +133,16 @@ def _summarize(items: ItemTable, name: str, kind: str) -> ColumnSummary:
                 categories.update(chunk.unique().drop_null().to_pylist())
     if kind == "category":
         found.values = len(categories)
+    elif kind == "text":
+        found.shared_beginning = shared_beginning(sample)
+    found.most_common_share = share_of_most_common([repr(content) for content in sample])
     return found
+
+
+def _sampled(first_row: int, num_rows: int, all_rows: int) -> np.ndarray:
+    """Return which rows of a chunk are in an evenly spaced sample of the items."""
+    sample = np.linspace(0, all_rows - 1, min(all_rows, SAMPLED_ITEMS)).astype(int) - first_row
+    return sample[(sample >= 0) & (sample < num_rows)]
 
 
 def _add_texts(found: ColumnSummary, chunk: pa.Array, where: str) -> None:
@@ -138,6 +163,7 @@ def _add_features(found: ColumnSummary, chunk: pa.Array, where: str) -> None:
 
 def _summarize_images(items: ItemTable, name: str, found: ColumnSummary) -> None:
     per_file = -(-IMAGES_OPENED // len(items.files))
+    sample: list[int] = []
     for file in items.files:
         with open_parquet(file, streaming=True) as parquet:
             for of_group in footer_statistics(parquet.metadata, name):
@@ -148,6 +174,9 @@ def _summarize_images(items: ItemTable, name: str, found: ColumnSummary) -> None
             batch = next(parquet.iter_batches(per_file, columns=[name]), None)
         if batch is not None:
             _open_images(found, batch.column(0))
+            contents = batch.column(0).drop_null().slice(0, IMAGES_OPENED).to_pylist()
+            sample += [hash(tuple(content)) for content in contents if content]
+    found.most_common_share = share_of_most_common(sample)
 
 
 def _open_images(found: ColumnSummary, chunk: pa.Array) -> None:

@@ -52,7 +52,7 @@ def test_the_map_is_that_of_a_whitening_pca_up_to_signs() -> None:
     outputs = torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(0)).double()
     outputs = outputs * torch.arange(1, WIDTH + 1) + 3
 
-    weight, bias = whitening_map(outputs, DIM)
+    weight, bias = whitening_map(outputs, DIM, size=1.0)
 
     # scikit-learn divides by n - 1.
     expected = PCA(DIM, whiten=True).fit_transform(outputs.numpy()) * np.sqrt(50 / 49)
@@ -62,7 +62,7 @@ def test_the_map_is_that_of_a_whitening_pca_up_to_signs() -> None:
 def test_directions_without_variance_stay_small() -> None:
     outputs = torch.randn(50, 1) @ torch.randn(1, WIDTH)  # one direction only
 
-    weight, bias = whitening_map(outputs, DIM)
+    weight, bias = whitening_map(outputs, DIM, size=1.0)
 
     projected = outputs @ weight.T + bias
     assert projected[:, 0].std(correction=0) == pytest.approx(1.0, abs=1e-4)

@@ -18,7 +18,7 @@ from recsys.diagnostics.dataset.command import explain_data
 from recsys.diagnostics.dataset.dataset_summary import share_of_most_frequent, summarize_dataset
 from recsys.diagnostics.dataset.findings import find
 from recsys.diagnostics.dataset.split_summary import GROUPS, PAIRS, ROWS
-from tests.datasets import item_rows, write_dataset, write_parquet
+from tests.datasets import item_rows, png, write_dataset, write_parquet
 from tests.recsys.data import bad_impressions
 from tests.recsys.data.parquet import bad_files
 
@@ -244,6 +244,29 @@ def test_bad_rows_are_all_told_before(tmp_path: Path, capsys: pytest.CaptureFixt
     assert summarize_dataset(str(data)).splits["train"].usable_rows == 57
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("text", ["one title"] * 30, "items with a 'text' have the same"),
+        ("text", [f"{'welcome to our shop ' * 5} {i}" for i in range(30)], "the same 101 char"),
+        ("clip", [[1.5] * 6] * 30, "items with a 'clip' have the same"),
+        ("poster", [png(np.random.default_rng(0))] * 30, "items with a 'poster' have the same"),
+    ],
+)
+def test_content_that_is_equal_for_most_items_is_named(
+    tmp_path: Path, name: str, values: list[Any], words: str
+) -> None:
+    data = write_dataset(tmp_path / "data")
+    assert words not in findings(data)
+    path = data / "items" / "part-0.parquet"
+    table = pq.read_table(path)
+    place = table.schema.get_field_index(name)
+    array = pa.array(values, table.schema.field(name).type)
+    write_parquet(path, table.set_column(place, name, array), row_group_size=7)
+
+    assert words in findings(data)
+
+
 def test_features_in_a_file_are_told_like_columns(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", num_items=30)
     features = np.ones((30, 2, 5), np.float32)
@@ -256,5 +279,6 @@ def test_features_in_a_file_are_told_like_columns(tmp_path: Path) -> None:
 
     assert items is not None
     audio = items.columns["audio"]
+    assert audio.most_common_share == pytest.approx(28 / 29)
     assert audio.missing == 1 and audio.widths == {5: 30}
     assert audio.lengths.summary()["mean"] == pytest.approx((28 * 2 + 1) / 29)
