@@ -7,6 +7,8 @@ import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 
+from tests.ranks import HANG_SECONDS
+
 
 class Page(HTMLParser):
     """What a browser would show and fetch."""
@@ -46,7 +48,7 @@ def browser_dom(page: Path) -> str:
             ["chromium", *options, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANG_SECONDS,
         )
     assert done.stdout, done.stderr
     return done.stdout

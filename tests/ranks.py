@@ -21,6 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Only what hangs meets it; anything else may take minutes on a busy machine.
+HANG_SECONDS = 600.0
 # After one rank has failed, the others get this long to fail or return by themselves.
 GRACE_SECONDS = 10.0
 # Ranks that train import the last two, which takes each a second.
@@ -28,7 +30,7 @@ PRELOADED = ["pytest", "recsys.training.train", "pandas", "torch.utils.tensorboa
 
 
 def run_on_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120.0
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = HANG_SECONDS
 ) -> list[Any]:
     """Call ``function(rank, world_size, *args)`` on every rank; the results in rank order.
 

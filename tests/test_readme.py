@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from recsys.config import load_config
+from tests.ranks import HANG_SECONDS
 
 PROJECT = Path(__file__).parent.parent
 # In the order in which a reader meets them: later commands use what earlier ones wrote.
@@ -86,7 +87,7 @@ def run(command: list[str] | str, folder: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 

@@ -15,6 +15,7 @@ from benchmarks.timing.rounds import QUICK_EFFORT, Effort, Measurement, measure,
 from benchmarks.timing.steps import Variant
 from recsys.diagnostics.cost.roofline import Anchor
 from tests.benchmarks.variants import quick_variant
+from tests.ranks import HANG_SECONDS
 
 
 def measurement(seconds: list[list[float]], rows: int = 100) -> Measurement:
@@ -83,7 +84,7 @@ def test_under_torchrun_all_variants_use_its_ranks(tmp_path: Path) -> None:
     command += ["--results", str(tmp_path)]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     root = Path(__file__).parents[2]
-    subprocess.run(command, cwd=root, env=environment, check=True, timeout=300)
+    subprocess.run(command, cwd=root, env=environment, check=True, timeout=HANG_SECONDS)
     (record,) = map(json.loads, (tmp_path / "throughput_a.jsonl").read_text().splitlines())
     assert record["world_size"] == 2
     assert record["collectives"]

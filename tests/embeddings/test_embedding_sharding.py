@@ -160,7 +160,7 @@ def plan_errors(rank: int, world_size: int) -> tuple[str, str]:
 
 
 def test_a_planning_error_ends_every_rank_with_the_same_words() -> None:
-    first, second = run_on_ranks(plan_errors, 2, timeout_seconds=60.0)
+    first, second = run_on_ranks(plan_errors, 2)
     assert first == second
     assert "'huge' 610.4 MB" in first[0]
     assert "the topology has 3 ranks and the process group 2" in first[1]

@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.ranks import HANG_SECONDS
+
 # Gives a process the machine's host name and /etc/hosts; both are its own and its children's.
 AS_MACHINE = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
 
@@ -47,7 +49,10 @@ class Machine:
         return process
 
     def run(
-        self, words: Sequence[str], env: Mapping[str, str] | None = None, seconds: float = 60
+        self,
+        words: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        seconds: float = HANG_SECONDS,
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command to its end."""
         return subprocess.run(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.launch.machines import Machine, two_machines, why_no_machines
+from tests.ranks import HANG_SECONDS
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue")
 CONFIGURATION = """\
@@ -63,7 +64,7 @@ class SlurmCluster:
         """This process's environment with what Slurm's commands need."""
         return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
-    def run(self, words: Sequence[str], seconds: float = 60, **env: str) -> str:
+    def run(self, words: Sequence[str], seconds: float = HANG_SECONDS, **env: str) -> str:
         """What a command on the first machine prints.
 
         Raises:
@@ -79,11 +80,11 @@ class SlurmCluster:
         log = self.folder / f"slurmd.{machine.name}.log"
         machine.start(["slurmd", "-D", "-N", machine.name], log, self.env)
 
-    def wait_for_job(self, job: str, seconds: float) -> None:
+    def wait_for_job(self, job: str, seconds: float = HANG_SECONDS) -> None:
         """Returns when the job has ended, well or not; TimeoutError if it does not."""
         self._wait(lambda: not self.run(["squeue", "--noheader", "--jobs", job]), seconds)
 
-    def wait_for_state(self, machine: Machine, state: str, seconds: float = 60) -> None:
+    def wait_for_state(self, machine: Machine, state: str, seconds: float = HANG_SECONDS) -> None:
         """Returns when Slurm holds the node to be in a state; TimeoutError if it does not."""
         words = ["sinfo", "--noheader", "--nodes", machine.name, "--format=%T"]
         # Not `run`: the controller may not answer yet.
@@ -132,7 +133,7 @@ def _start_munge(cluster: SlurmCluster) -> None:
     socket = folder / "munge.socket"
     words = ["munged", "--foreground", "--force", f"--socket={socket}", *files]
     cluster.machines[0].start(words, folder / "munged.log")
-    cluster._wait(socket.exists, seconds=10)
+    cluster._wait(socket.exists, HANG_SECONDS)
 
 
 def why_no_cluster(folder: Path) -> str:

@@ -16,6 +16,8 @@ from torchx.specs import AppDef, macros
 from torchx.specs.builders import materialize_appdef
 from torchx.specs.finder import get_component
 
+from tests.ranks import HANG_SECONDS
+
 COMPONENTS = Path(__file__).parents[2] / "launch" / "components.py"
 STAND_IN = """
 import os, signal, sys
@@ -47,7 +49,9 @@ def run_torchx(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
     env = {**os.environ, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "3"}
     env.pop("PYTHONPATH", None)
     command = [str(torchx), "run", "-s", "local_cwd", *arguments]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=HANG_SECONDS
+    )
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict", "cache"])

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.ranks import HANG_SECONDS
+
 pytest.importorskip("kubernetes", reason="torchx builds pods with it: torchx[kubernetes]")
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +31,9 @@ def job() -> dict[str, Any]:
     words = ["run", "--dryrun", "--workspace", "", "-s", "kubernetes", "-cfg", "queue=training"]
     command = [torchx, *words, "launch/components.py:train", *JOB.split()]
     env = {**os.environ, "OMP_NUM_THREADS": "5"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     return yaml.safe_load(done.stdout.partition("=== SCHEDULER REQUEST ===")[2])
 

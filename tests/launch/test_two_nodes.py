@@ -20,9 +20,9 @@ from torchx.specs.finder import get_component
 
 from tests.datasets import write_dataset
 from tests.launch.machines import Machine, two_machines, why_no_machines
+from tests.ranks import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 240  # for what takes some twenty where nothing else runs
 RECIPE = ["--config", str(ROOT / "recsys/recipes/tiny.yaml"), "--device", "cpu"]
 SETTINGS = ["--batch_size", "8", "--epochs", "2", "--patience", "9", "--stall_timeout", "10"]
 
@@ -56,7 +56,7 @@ class Job:
 
     def wait_for_checkpoint(self, step: int) -> None:
         """Returns when there is one of at least so many steps."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + HANG_SECONDS
         while not [c for c in self.run.glob("checkpoints/step-*") if int(c.name[5:]) >= step]:
             assert time.monotonic() < deadline, self.output()
             time.sleep(0.02)
@@ -64,7 +64,7 @@ class Job:
     def end(self, *processes: subprocess.Popen[bytes]) -> list[int]:
         """The exit codes of torchrun."""
         try:
-            return [process.wait(timeout=SECONDS) for process in processes]
+            return [process.wait(timeout=HANG_SECONDS) for process in processes]
         except subprocess.TimeoutExpired as error:
             raise AssertionError(self.output()) from error
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.datasets import write_dataset
+from tests.ranks import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "recsys" / "recipes" / "tiny.yaml"
@@ -34,7 +35,7 @@ def train_words(data: Path, out: Path, *more: str) -> list[str]:
 
 
 def run_program(
-    program: str, *words: str, seconds: float = 120
+    program: str, *words: str, seconds: float = HANG_SECONDS
 ) -> subprocess.CompletedProcess[str]:
     """A program of this environment, in the root of the project."""
     folder = Path(sys.executable).parent
@@ -51,7 +52,7 @@ def run_program(
 
 
 def torchrun(
-    world_size: int, *words: str, seconds: float = 120
+    world_size: int, *words: str, seconds: float = HANG_SECONDS
 ) -> subprocess.CompletedProcess[str]:
     """`recsys` on some ranks; `--` keeps torchrun from reading `--run` as its `--run-path`."""
     ranks = ["--standalone", "--nproc-per-node", str(world_size)]

@@ -5,7 +5,6 @@ Each input is trained on by two ranks as `recsys train` would. The lists are in 
 """
 
 import shutil
-import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,15 +16,13 @@ from recsys.config import Config, load_config
 from recsys.distributed.ranks import Ranks
 from recsys.training.train import train
 from tests.datasets import write_dataset
-from tests.ranks import run_on_ranks
+from tests.ranks import HANG_SECONDS, run_on_ranks
 from tests.recsys.command_runs import TINY
 from tests.recsys.config import bad_settings
 from tests.recsys.data import bad_impressions
 from tests.recsys.data.bad_impressions import BadInput
 from tests.recsys.data.items import bad_items
 from tests.recsys.data.parquet import bad_files
-
-SECONDS = 30  # to the error, at most
 
 CASES: dict[str, BadInput] = {
     f"{kind}: {name}": bad
@@ -42,7 +39,7 @@ CASES: dict[str, BadInput] = {
     f"setting: {name}": BadInput(bad_settings.nothing, [word], (setting,))
     for name, (setting, word) in bad_settings.SETTINGS.items()
 }
-Outcome = tuple[str, str, float]  # type and message of what was raised, seconds
+Outcome = tuple[str, str]  # type and message of what was raised
 
 
 def folder_of(case: str, folder: Path) -> Path:
@@ -62,14 +59,13 @@ def errors_of_training(rank: int, world_size: int, folder: Path) -> dict[str, Ou
     for case, bad in CASES.items():
         own = folder_of(case, folder)
         settings = tuple(word.replace("DATA", str(own / "data")) for word in bad.settings)
-        start = time.monotonic()
         try:
             config = replace(recipe(settings), cache=str(own / "cache"))
             train(config, str(own / "data"), own / "run", ranks)
             error: Exception | str = "it was trained on"
         except Exception as raised:
             error = raised
-        outcomes[case] = (type(error).__name__, str(error), time.monotonic() - start)
+        outcomes[case] = (type(error).__name__, str(error))
     return outcomes
 
 
@@ -84,19 +80,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> list[dict[str, Outcome]]:
-    return run_on_ranks(errors_of_training, 2, folder, timeout_seconds=len(CASES) * SECONDS)
+    return run_on_ranks(errors_of_training, 2, folder, timeout_seconds=3 * HANG_SECONDS)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_rank_ends_soon_with_the_cause(
+def test_every_rank_ends_with_the_cause(
     outcomes: list[dict[str, Outcome]], folder: Path, case: str
 ) -> None:
     own = folder_of(case, folder)
     for rank in outcomes:
-        kind, message, seconds = rank[case]
+        kind, message = rank[case]
         for word in CASES[case].words:
             assert word.replace("DATA", str(own / "data")) in message
         assert kind == "ValueError"
         assert len(message) < 1500  # for people
-        assert seconds < SECONDS
     assert not (own / "run").exists()

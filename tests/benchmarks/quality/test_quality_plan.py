@@ -17,6 +17,7 @@ from benchmarks.quality.runs import RECIPE, command_words, finish
 from recsys.evaluation.scores import read_scores
 from tests.benchmarks.quality.quality_cells import use_small_grid, write_runs, write_windows
 from tests.datasets import write_dataset
+from tests.ranks import HANG_SECONDS
 from tests.recsys.command_runs import TINY, torchx
 
 
@@ -133,7 +134,7 @@ def test_a_run_that_another_process_trains_is_waited_for(tmp_path: Path) -> None
             (run.folder / name).touch()
         fcntl.flock(log, fcntl.LOCK_UN)
 
-        waiting.result(timeout=10)
+        waiting.result(timeout=HANG_SECONDS)
     assert (run.folder / "log.txt").read_text() == ""
 
 

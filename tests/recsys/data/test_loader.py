@@ -26,6 +26,7 @@ from recsys.data.parquet.rows import ParquetRows
 from recsys.data.row_source import Window
 from recsys.data.schema import load_schema
 from tests.datasets import write_dataset, write_parquet
+from tests.ranks import HANG_SECONDS
 
 BATCH, WINDOW, ROWS = 4, 12, 60  # windows end with a row group, of which there are six
 
@@ -139,7 +140,7 @@ def test_the_next_window_is_read_before_it_is_needed_and_no_other(tmp_path: Path
     interactions = Watched(write_dataset(tmp_path))
     batches = loader(interactions, 1, False)
     next(batches)
-    assert interactions.second_is_read.wait(60)
+    assert interactions.second_is_read.wait(HANG_SECONDS)
     batches.close()
     first, second = interactions.share.slices[:2]
     assert interactions.windows == [first.window.start, second.window.start]

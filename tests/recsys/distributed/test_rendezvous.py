@@ -7,6 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from recsys.distributed.rendezvous import name_attempt
+from tests.ranks import HANG_SECONDS
 
 
 def names(store: dist.Store, world_size: int) -> list[str]:
@@ -14,7 +15,7 @@ def names(store: dist.Store, world_size: int) -> list[str]:
     found: list[str] = [""] * world_size
 
     def join(rank: int) -> None:
-        found[rank] = name_attempt(store, rank, world_size, timedelta(seconds=20))
+        found[rank] = name_attempt(store, rank, world_size, timedelta(seconds=HANG_SECONDS))
 
     threads = [threading.Thread(target=join, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -37,11 +38,11 @@ def test_a_rank_that_died_while_joining_is_not_taken_for_its_successor() -> None
     store.set("join/word/1", "dead")
     first: list[str] = []
     rank0 = threading.Thread(
-        target=lambda: first.append(name_attempt(store, 0, 2, timedelta(seconds=20)))
+        target=lambda: first.append(name_attempt(store, 0, 2, timedelta(seconds=HANG_SECONDS)))
     )
     rank0.start()
     store.wait(["join/answer/1"])  # rank 0 has answered the dead one
-    assert name_attempt(store, 1, 2, timedelta(seconds=20))
+    assert name_attempt(store, 1, 2, timedelta(seconds=HANG_SECONDS))
     rank0.join()
     assert store.get("join/confirmed/1").decode() == first[0]
 

@@ -123,7 +123,7 @@ def test_without_a_compiler_a_job_is_refused_before_it_starts(
 def test_compiled_code_on_two_ranks_gives_the_numbers_of_pytorch(
     folder: Path, precision: str, tolerance: float
 ) -> None:
-    for run in run_on_ranks(train_both_ways, 2, folder, precision, "inductor", timeout_seconds=600):
+    for run in run_on_ranks(train_both_ways, 2, folder, precision, "inductor"):
         assert_same_numbers(run, tolerance)
 
 

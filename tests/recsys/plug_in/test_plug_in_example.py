@@ -16,6 +16,7 @@ from torchrec.datasets.criteo import (
 )
 
 from tests.datasets import write_parquet
+from tests.ranks import HANG_SECONDS
 
 PROJECT = Path(__file__).parents[3]
 EXAMPLES = PROJECT / "tests" / "examples"
@@ -83,7 +84,7 @@ def train(script: str, folder: Path, *arguments: str) -> list[tuple[float, float
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     found = re.findall(r"training loss (\d\.\d+), validation AUC (\d\.\d+)", done.stdout)

@@ -63,7 +63,7 @@ def test_each_backbone_trains_checkpoints_resumes_and_evaluates_on_two_ranks(
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_every_backbone_does_so_with_every_content(folder: Path, world_size: int) -> None:
     rest = [case for case in MATRIX if world_size == 1 or case not in DIAGONAL]
-    for ran in run_on_ranks(run_backbones, world_size, folder, rest, timeout_seconds=300.0):
+    for ran in run_on_ranks(run_backbones, world_size, folder, rest):
         for case in rest:
             check(case, ran[case])
 

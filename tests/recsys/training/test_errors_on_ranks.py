@@ -17,8 +17,6 @@ from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.command_runs import TINY, torchrun, train_words
 
-SECONDS = 60
-
 
 def change_column(file: Path, name: str, change: Callable[[list], None]) -> None:  # type: ignore[type-arg]
     """Writes a Parquet file again with one column changed in place."""
@@ -120,7 +118,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def raised(folder: Path) -> list[dict[str, tuple[str, str]]]:
     words = {case: ["--batch_size", "8", *more] for case, (_, more, _) in CASES.items()}
-    return run_on_ranks(messages_of_training, 2, folder, words, timeout_seconds=SECONDS)
+    return run_on_ranks(messages_of_training, 2, folder, words)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -138,7 +136,7 @@ def test_the_command_ends_with_the_cause_from_each_rank_before_anything_is_writt
     """Rank 1 alone meets the bad row, in a split that is read after the first training steps."""
     case = "bad id in validation"
     out = folder / "command"
-    done = torchrun(2, *train_words(folder / case / "data", out), seconds=SECONDS)
+    done = torchrun(2, *train_words(folder / case / "data", out))
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if "error: " in line and "id 77" in line]
     assert any(line.startswith("rank 0: error: rank 1: ") for line in lines), done.stderr

@@ -11,6 +11,7 @@ from recsys.content.encoders.build import Encoder
 from recsys.data.batch import ContentInput
 from recsys.data.items.content_store import ContentStore
 from recsys.distributed.ranks import Ranks
+from tests.ranks import HANG_SECONDS
 from tests.recsys.content.cache.frozen_outputs import (
     NUM_ITEMS,
     encoder_of,
@@ -29,17 +30,20 @@ class Interrupted(Exception):
 
 
 class Watched:
-    """Counts what an encoder encodes, and fails at a call."""
+    """Counts what an encoder encodes; fails at a call, or stands still from a call on."""
 
-    def __init__(self, encoder: Encoder, fail_at: int | None = None, seconds: float = 0) -> None:
+    def __init__(
+        self, encoder: Encoder, fail_at: int | None = None, stand_at: int | None = None
+    ) -> None:
         self.items = self.calls = 0
-        self._encode, self._fail_at, self._seconds = encoder.frozen_outputs, fail_at, seconds
+        self._encode, self._fail_at, self._stand_at = encoder.frozen_outputs, fail_at, stand_at
         encoder.frozen_outputs = self  # type: ignore[method-assign, assignment]
 
     def __call__(self, content: ContentInput) -> ContentInput:
         if self.calls == self._fail_at:
             raise Interrupted("on purpose")
-        time.sleep(self._seconds)
+        if self.calls == self._stand_at:
+            time.sleep(HANG_SECONDS)
         self.calls += 1
         self.items += len(content.mask)
         return self._encode(content)

@@ -16,7 +16,7 @@ from recsys.content.cache import fill as frozen_cache
 from recsys.content.cache.fill import cache_frozen_outputs
 from recsys.distributed.ranks import Ranks, joined_ranks
 from tests.datasets import write_dataset
-from tests.ranks import run_on_ranks
+from tests.ranks import HANG_SECONDS, run_on_ranks
 from tests.recsys.content.cache.frozen_fills import (
     CALLS,
     TEXT,
@@ -53,24 +53,24 @@ def dataset(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "data", num_items=NUM_ITEMS)
 
 
-def fill_slowly(dataset: Path) -> None:
+def fill_half(dataset: Path) -> None:
     frozen_cache.ITEMS_PER_CALL = 2
     store, encoder = store_of(dataset, "text", TEXT), encoder_of("text", TEXT)
-    Watched(encoder, seconds=0.5)
+    Watched(encoder, stand_at=CALLS // 2)
     with joined_ranks("cpu") as ranks:
         cache_frozen_outputs(store, "text", encoder, ranks)
 
 
 def test_a_killed_process_loses_no_finished_call(dataset: Path, ranks: Ranks) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=fill_slowly, args=(dataset,))
+    process = multiprocessing.get_context("spawn").Process(target=fill_half, args=(dataset,))
     process.start()
-    deadline = time.monotonic() + 60
-    while len(parts_in(dataset)) < 2 and time.monotonic() < deadline:
+    deadline = time.monotonic() + HANG_SECONDS
+    while len(parts_in(dataset)) < CALLS // 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
     process.join()
     done = len(parts_in(dataset))
-    assert 2 <= done < CALLS
+    assert done == CALLS // 2
     store, encoder, watched = fill(dataset, ranks)
     assert watched.items == WITH_TEXT - 2 * done
     assert_same_outputs(outputs(store, "text", encoder), expected_outputs(dataset))
@@ -83,7 +83,6 @@ def fill_as_job_of_one(rank: int, world_size: int, dataset: Path) -> dict[str, A
     groups = [dist.new_group([other]) for other in range(world_size)]
     ranks = Ranks(0, 1, 0, 1, torch.device("cpu"), groups[rank])
     store, encoder = store_of(dataset, "text", TEXT), encoder_of("text", TEXT)
-    Watched(encoder, seconds=0.02)
     dist.barrier()
     cache_frozen_outputs(store, "text", encoder, ranks)
     return outputs(store, "text", encoder)

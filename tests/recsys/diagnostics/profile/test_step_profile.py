@@ -27,7 +27,8 @@ SLOW = {"data": DELAY, "encoders": DELAY, "ranking": DELAY, "backward": DELAY}
 class Run:
     """What a rank saw."""
 
-    wall_seconds: list[float] = field(default_factory=list)  # of the recorded steps
+    # Of the recorded steps: the work alone, and with the two marks of its begin and end.
+    bounds: list[tuple[float, float]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     written: dict[str, float] = field(default_factory=dict)
     hooks: list[int] = field(default_factory=list)  # before, while recording, after
@@ -82,12 +83,15 @@ def profile_slow_steps(rank: int, world_size: int, folder: Path) -> Run:
         job.em3, ranks, STEPS, folder / "whole", run.said.append, run.written.update
     )
     with profile:
+        marked = time.perf_counter()
         for step in range(ALL_STEPS + 2):
             began = time.perf_counter()
             job.pipeline.progress(batches)
-            if ALL_STEPS - STEPS <= step < ALL_STEPS:
-                run.wall_seconds.append(time.perf_counter() - began)
+            ended, before = time.perf_counter(), marked
+            marked = time.perf_counter()
             profile.step()
+            if ALL_STEPS - STEPS <= step < ALL_STEPS:
+                run.bounds.append((ended - began, time.perf_counter() - before))
             if step == ALL_STEPS - 2:
                 run.hooks.append(hooks_of(job))
     run.hooks.append(hooks_of(job))
@@ -143,8 +147,8 @@ def sent(report: Any, kind: str, part: str) -> dict[str, float]:
 
 def test_the_parts_of_every_step_add_up_to_its_wall_time(runs: list[Run], report: Any) -> None:
     for run, steps in zip(runs, report["ranks"]):
-        for wall, parts in zip(run.wall_seconds, steps, strict=True):
-            assert sum(parts.values()) == pytest.approx(wall, rel=0.03)
+        for (least, most), parts in zip(run.bounds, steps, strict=True):
+            assert least < sum(parts.values()) < most
 
 
 def test_time_counts_for_the_part_that_took_it(report: Any) -> None:
