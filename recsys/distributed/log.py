@@ -2,17 +2,21 @@
 
 Rank 0 logs from INFO on and the others from WARNING on, unless `--log_level` is set. Lines
 go to standard output: plain text for people, or one JSON object per line. Tables for people are
-printed by `print_table`, on rank 0 alone.
+printed by `print_table`, on rank 0 alone. Both are written above a `progress_bar`, if one is drawn.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from typing import TYPE_CHECKING, Any
 
 from pythonjsonlogger.json import JsonFormatter
 
 from recsys.config import LogFormat, LogLevel
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 OWN_LOGGERS = ("recsys", "embeddings")
 
@@ -74,6 +78,25 @@ def configure_logging(
 def print_table(text: str) -> None:
     """Print a table for people, above a progress bar if there is one; call it on rank 0 alone."""
     _write_line(text)
+
+
+def progress_bar(total: int, name: str, shown: bool = True, **options: Any) -> tqdm:
+    """Return a progress bar with the time left, on standard error.
+
+    Nothing is drawn where standard error is no terminal or logs are JSON lines.
+
+    Args:
+        total: number of updates to expect.
+        name: text before the bar.
+        shown: whether this rank may draw; one rank should.
+        options: further arguments of tqdm.
+    """
+    from tqdm import tqdm
+
+    handlers = logging.getLogger(OWN_LOGGERS[0]).handlers
+    is_json = any(isinstance(handler.formatter, JsonFormatter) for handler in handlers)
+    is_drawn = shown and sys.stderr.isatty() and not is_json
+    return tqdm(total=total, desc=name, disable=not is_drawn, dynamic_ncols=True, **options)
 
 
 def _write_line(text: str) -> None:

@@ -6,7 +6,6 @@ Shapes: N rows of a split, B batch, C labels, Q rows with a query, D dimension.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recsys.build import Job
+from recsys.config import Config
+from recsys.config.ranking import softmax_settings
 from recsys.content.bank_fill import encode_into_bank
 from recsys.data.batch import Batch
 from recsys.data.interactions import Interactions, loader
@@ -26,7 +27,7 @@ from recsys.distributed.gather import gather_rows
 from recsys.distributed.lockstep import Lockstep
 from recsys.evaluation.forward_pass import forward_pass
 from recsys.evaluation.further_metrics import make_metrics
-from recsys.evaluation.metrics import evaluation_report, format_report
+from recsys.evaluation.metrics import ORDER_METRICS, SHOWN, evaluation_report, format_report
 from recsys.evaluation.retrieval import format_retrieval, retrieval_report
 from recsys.evaluation.scores import SplitScores, write_scores
 
@@ -131,7 +132,8 @@ def score(
         torch.random.fork_rng(devices),
         closing(loader(interactions, job.config.num_workers, bool(devices))) as source,
     ):
-        for vectors, logits, batch in forward_pass(job, source, lockstep, unknown):
+        outputs = forward_pass(job, source, lockstep, unknown, total=len(interactions))
+        for vectors, logits, batch in outputs:
             part = _columns(batch, logits)
             if with_queries and "query" in vectors:
                 part |= _queries(batch, vectors)
@@ -227,9 +229,19 @@ def evaluate_split(
     return {**report, "ids": ids} if ids else report
 
 
-def format_evaluation(report: dict[str, Any], more: Iterable[str] = ()) -> str:
-    """Format the result of `evaluate_split` as text tables; `more` names further metrics in it."""
-    text = format_report(report, more)
+def format_evaluation(report: dict[str, Any], config: Config) -> str:
+    """Format the result of `evaluate_split` as text tables, one for each label."""
+    names = shown_metrics(config)
+    of_labels = {f"label {name}": part for name, part in report.get("labels", {}).items()}
+    texts = [
+        format_report(part, config.metrics, names, title)
+        for title, part in (of_labels or {"items": report}).items()
+    ]
     if "retrieval" in report:
-        text += f"\n{format_retrieval(report['retrieval'])}"
-    return text
+        texts.append(format_retrieval(report["retrieval"]))
+    return "\n".join(texts)
+
+
+def shown_metrics(config: Config) -> tuple[str, ...]:
+    """Return the metrics to show: a softmax loss orders items and makes no probabilities."""
+    return SHOWN if softmax_settings(config.ranking) is None else ORDER_METRICS

@@ -14,6 +14,7 @@ from recsys.build import Job
 from recsys.data.batch import Batch
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.lockstep import Lockstep
+from recsys.distributed.log import progress_bar
 
 
 def forward_pass(
@@ -22,6 +23,7 @@ def forward_pass(
     lockstep: Lockstep,
     unknown: UnknownIds | None = None,
     place: str = "scored batch",
+    total: int | None = None,
 ) -> Iterator[tuple[dict[str, Any], Tensor, Batch]]:
     """Yield (losses and vectors by name, logits [B, C], batch) of each batch. A collective.
 
@@ -31,6 +33,7 @@ def forward_pass(
         lockstep: keeps the ranks on the same batch.
         unknown: counts ids that have no row of their own.
         place: what the watchdog calls a batch in its messages.
+        total: number of batches, for a progress bar; None: no bar.
 
     Raises:
         TrainingStopped: `lockstep` reports that the job is to end.
@@ -39,7 +42,10 @@ def forward_pass(
     batches = job.preparation(
         lockstep.batches(source), unknown or UnknownIds(job.schema), first_step=0, training=False
     )
-    with lockstep.watchdog.armed():
+    shown = job.ranks.is_first and total is not None
+    bar = progress_bar(total or 0, f"{place}es", shown, leave=False)
+    with bar, lockstep.watchdog.armed():
         for number, output in enumerate(job.pipeline.outputs(batches), 1):
             yield output
+            bar.update()
             lockstep.watchdog.mark(f"{place} {number}")

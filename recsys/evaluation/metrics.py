@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Array = np.ndarray | Tensor
-SHOWN = ("auc", "gauc", "logloss", "ne")  # metrics that tables show
+ORDER_METRICS = ("auc", "gauc")  # of the order of scores alone
+SHOWN = (*ORDER_METRICS, "logloss", "ne")  # metrics that tables show
 
 
 def ranking_metrics(labels: Array, logits: Array, groups: Array) -> dict[str, Any]:
@@ -112,14 +113,15 @@ def format_report(
         title: header of the column of parts.
     """
     names = [*names, *more]
-    widths = [max(9, len(name) + 2) for name in names] + [12]
     rows = [(title, *names, "rows")]
     for part in PARTS:
         metrics = report if part == "all" else report[part]
         cells = ("-" if metrics[name] is None else f"{metrics[name]:.4f}" for name in names)
         rows.append((part, *cells, f"{metrics['num_samples']:,}"))
+    least = [6, *(7 for _ in names), 10]
+    widths = [max(width, *map(len, column)) for width, column in zip(least, zip(*rows))]
     return "\n".join(
-        first.ljust(max(8, len(title) + 1)) + "".join(map(str.rjust, cells, widths))
+        "  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
         for first, *cells in rows
     )
 

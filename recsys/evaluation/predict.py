@@ -72,7 +72,7 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
         )
     if ranks.is_first:
         write_whole(run / f"evaluation_{split}.json", json.dumps(report, indent=2) + "\n")
-        print_table(f"{split}\n{format_evaluation(report, job.config.metrics)}")
+        print_table(f"{split}\n{format_evaluation(report, job.config)}")
     return report
 
 

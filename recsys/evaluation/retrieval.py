@@ -58,7 +58,8 @@ def catalogue_vectors(job: Job, lockstep: Lockstep) -> tuple[Tensor, Tensor]:
         items = catalogue_of(job)
     share = np.array_split(items, ranks.world_size)[ranks.rank]
     batches = _batches_of_items(job, share, len(items))
-    outputs = forward_pass(job, batches, lockstep, place="catalogue batch")
+    total = -(-_longest_share(job, len(items)) // job.config.batch_size)
+    outputs = forward_pass(job, batches, lockstep, place="catalogue batch", total=total)
     vectors = [parts["item"] for parts, _, _ in outputs]
     return torch.from_numpy(share), torch.cat(vectors)[: len(share)].cpu()
 
@@ -73,13 +74,18 @@ def _batches_of_items(
     columns = [name for name, column in job.schema.columns.items() if column.kind != "label"]
     rows = padding_rows(empty_table(job.schema, columns + job.schema.parallel), 1)
     nobody = RowColumns.of(rows)
-    longest = -(-num_items // job.ranks.world_size)
+    longest = _longest_share(job, num_items)
     ids = np.resize(share if len(share) else np.zeros(1, np.int64), longest)
     for start in range(0, longest, job.config.batch_size):
         part = ids[start : start + job.config.batch_size]
         batch_rows = nobody.take(np.zeros(len(part), np.int64))
         batch_rows.numbers[job.schema.target_item] = part
         yield build(batch_rows)
+
+
+def _longest_share(job: Job, num_items: int) -> int:
+    """Return the number of items that the rank with the most of them encodes."""
+    return -(-num_items // job.ranks.world_size)
 
 
 def search_places(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,8 @@ from recsys.build import Job
 from recsys.checkpoint.compatibility import flattened
 from recsys.checkpoint.progress import Progress
 from recsys.config import to_plain
-from recsys.distributed.log import print_table
-from recsys.evaluation.metrics import format_report
+from recsys.distributed.log import print_table, progress_bar
+from recsys.evaluation.evaluate import format_evaluation
 from recsys.training.trackers import Tracker, make_trackers
 
 logger = logging.getLogger(__name__)
@@ -38,39 +37,44 @@ class Reporter:
         """Make the trackers and the bar. A collective."""
         self.job, self.active = job, job.ranks.is_first
         self.every = job.config.log_every_steps
-        self.terminal = sys.stderr.isatty()
         self.trackers: list[Tracker] = []
         with job.ranks.raise_on_all_ranks():
             if self.active:
                 settings = flattened(to_plain(job.config))
                 names = job.config.tracker
                 self.trackers = make_trackers(names, run, settings, progress.steps)
-        self.bar = tqdm(disable=not (self.active and self.terminal))
+        self.bar = progress_bar(0, "", shown=False)
 
     def begin(self, num_batches: int, progress: Progress) -> None:
         """Start the bar of an epoch, or of the rest of it."""
         self.num_batches = num_batches
-        self.bar.reset(num_batches)
-        self.bar.update(progress.batches)
+        self.bar.close()
+        name = f"epoch {progress.epoch + 1}/{self.job.config.epochs}"
+        self.bar = progress_bar(num_batches, name, self.active, initial=progress.batches)
 
     def step(self, progress: Progress, losses: dict[str, Tensor]) -> None:
-        """Report a step every `log_every_steps`. A collective."""
+        """Report a step every `log_every_steps`, and the last of an epoch. A collective."""
         self.bar.update()
-        if progress.steps % self.every:
+        is_last = progress.batches == self.num_batches
+        if progress.steps % self.every and not is_last:
             return
         values = self._values(progress, losses)
         rate = progress.samples / progress.seconds
         text = " ".join(f"{name} {float(value):.4f}" for name, value in losses.items())
         self.bar.set_postfix_str(f"{text} {rate:,.0f} samples/s")
-        if not self.terminal:
+        if self.bar.disable:
+            left = (self.num_batches - progress.batches) * progress.seconds / progress.steps
             logger.info(
-                "epoch %d step %d/%d %s %s samples/s",
+                "epoch %d step %d/%d %s %s samples/s, %s left",
                 progress.epoch + 1,
                 progress.batches,
                 self.num_batches,
                 text,
                 f"{rate:,.0f}",
+                tqdm.format_interval(left),
             )
+        if is_last:
+            self.bar.close()  # its last state stays on the screen
         self.write({f"train/{name}": value for name, value in values.items()}, progress.steps)
         self.write({"train/samples_per_second": rate}, progress.steps)
 
@@ -98,7 +102,9 @@ class Reporter:
             logger.warning("%s failed, training goes on: %s", type(tracker).__name__, error)
 
     def evaluation(self, split: str, step: int, report: dict[str, Any]) -> None:
-        """Give the trackers the metrics of a split that are numbers."""
+        """Give the trackers the metrics of a split that are numbers, and those of each label."""
+        for label, of_label in report.get("labels", {}).items():
+            self.evaluation(f"{split}/{label}", step, of_label)
         numbers = {
             f"{split}/{name}": float(value)
             for name, value in report.items()
@@ -109,8 +115,8 @@ class Reporter:
     def validation(self, progress: Progress, report: dict[str, Any]) -> None:
         """Print the table of a validation and record its metrics."""
         if self.active:
-            table = format_report(report, self.job.config.metrics)
-            print_table(f"validation after step {progress.steps}\n{table}")
+            tables = format_evaluation(report, self.job.config)
+            print_table(f"validation after step {progress.steps}\n{tables}")
         self.evaluation("valid", progress.steps, report)
 
     def close(self) -> None:

@@ -210,7 +210,8 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     with job.ranks.raise_on_all_ranks():  # no rank leaves before the result is written
         if job.ranks.is_first:
             write_whole(run / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-            print_table(f"test\n{format_evaluation(metrics['test'], job.config.metrics)}")
+            tables = format_evaluation(metrics["test"], job.config)
+            print_table(f"test, model of step {progress.best_step}\n{tables}")
     trainer.reporter.evaluation("test", progress.steps, metrics["test"])
     logger.info("written to %s", run)
     return metrics

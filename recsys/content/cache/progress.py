@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 
-from tqdm import tqdm
+from recsys.distributed.log import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -28,16 +27,15 @@ class FillProgress:
         self.name, self.total, self.share, self.shown = name, total, share, shown
         self.done = 0
         self._start = self._last_line = time.monotonic()
-        self._bar: tqdm | None = None
-        if shown and sys.stderr.isatty():
-            self._bar = tqdm(total=total, desc=name, unit=" items", unit_scale=True)
+        self._bar = progress_bar(total, name, shown, unit=" items", unit_scale=True)
 
     def add(self, items: int) -> None:
         """Count `items` more items of this rank as done."""
         self.done += items
-        if self._bar is not None:
-            self._bar.update(self._done_by_all() - self._bar.n)
-        elif self.shown and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+        self._bar.update(self._done_by_all() - self._bar.n)
+        if not self._bar.disable or not self.shown:
+            return
+        if time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             logger.info(self.line(self._last_line - self._start))
 
@@ -57,5 +55,4 @@ class FillProgress:
 
     def close(self) -> None:
         """End the bar."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()

@@ -70,6 +70,7 @@ class StepProfile:
         self._done = steps == 0
         self._profiler: profile | None = None  # None outside of a loop
         self._marks = ExitStack()  # removes the marks of modules
+        self._has_said_why = False
         self._wait = 0  # steps of this loop before the profiler starts
         self._steps_of_loop = 0
         self._began = 0.0  # start of this step
@@ -94,9 +95,23 @@ class StepProfile:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         """End the recording when its loop ends. A collective, unless an error ended the loop."""
         if self._profiler is not None:
+            if error is None:
+                self._say_why_fewer()
             if error is not None or self._num_recorded == 0:
                 self._profiler.on_trace_ready = None
             self._stop()
+
+    def _say_why_fewer(self) -> None:
+        """Say, once, why a loop that has ended had too few steps to profile all that were asked."""
+        if self._has_said_why or not self.ranks.is_first:
+            return
+        self._has_said_why = True
+        self.say(
+            f"profile_steps: {self._num_recorded} of {self.steps} steps are profiled here: "
+            f"training paused after {self._steps_of_loop} steps, for a validation or a checkpoint, "
+            f"and needs {self._wait + 1 + self.steps} in a row (the first of them warm up, or are "
+            "timed without the profiler)"
+        )
 
     @property
     def _num_recorded(self) -> int:

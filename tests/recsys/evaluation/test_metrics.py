@@ -12,8 +12,10 @@ import torch.distributed as dist
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor
 
+from recsys.config import Config, ranking_settings
 from recsys.data.item_parts import COLD_BELOW
 from recsys.distributed.gather import gather_rows
+from recsys.evaluation.evaluate import format_evaluation
 from recsys.evaluation.metrics import evaluation_report, format_report, ranking_metrics
 from tests.ranks import run_on_ranks
 
@@ -190,3 +192,20 @@ def test_rows_of_unlike_width_are_refused_on_every_rank() -> None:
     messages = run_on_ranks(gather_unlike_rows, 2)
     assert messages[0] == messages[1]
     assert "(2, 3)" in messages[0] and "(2, 4)" in messages[0]
+
+
+def test_columns_of_a_table_never_run_together() -> None:
+    values = {"auc": 0.5, "gauc": None, "logloss": 2.5e31, "ne": 1e30, "num_samples": 10**15}
+    table = format_report(values | dict.fromkeys(("warm", "cold", "unseen"), values))
+    _, row, *_ = [line.split() for line in table.splitlines()]
+    assert row == ["all", "0.5000", "-", f"{2.5e31:.4f}", f"{1e30:.4f}", f"{10**15:,}"]
+    assert len({len(line) for line in table.splitlines()}) == 1
+
+
+@pytest.mark.parametrize(("loss", "is_shown"), [("pointwise", True), ("in_batch_softmax", False)])
+def test_scores_of_a_softmax_loss_are_no_probabilities_to_judge(loss: str, is_shown: bool) -> None:
+    values = {"auc": 0.5, "gauc": None, "logloss": 2.5, "ne": 1.5, "num_samples": 7}
+    report = values | dict.fromkeys(("warm", "cold", "unseen"), values)
+    table = format_evaluation(report, Config(ranking=ranking_settings("two_tower", loss=loss)))
+    assert "auc" in table
+    assert ("logloss" in table) == ("2.5" in table) == ("1.5" in table) == is_shown

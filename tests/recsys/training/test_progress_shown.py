@@ -1,0 +1,124 @@
+"""What a terminal shows of a short run of two labels, its evaluation and its predictions."""
+
+import io
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from recsys.cli import main
+from recsys.distributed.log import configure_logging, progress_bar
+from tests.datasets import write_dataset
+from tests.recsys.command_runs import train_words
+
+SHORT = ["--epochs", "2", "--batch_size", "24", "--content", "none", "--profile_steps", "2"]
+
+
+class Terminal(io.StringIO):
+    """Standard output and error of a terminal, and what is on its screen in the end."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def screen(self) -> list[str]:
+        lines, row, column = [""], 0, 0
+        for piece in re.split(r"(\n|\r|\x1b\[A)", self.getvalue()):
+            if piece == "\n":
+                row, column = row + 1, 0
+                lines += [""] * (row + 1 - len(lines))
+            elif piece in ("\r", "\x1b[A"):
+                row, column = (row, 0) if piece == "\r" else (row - 1, column)
+            else:
+                before = lines[row].ljust(column)
+                lines[row] = before[:column] + piece + before[column + len(piece) :]
+                column += len(piece)
+        return [line.rstrip() for line in lines]
+
+
+@contextmanager
+def terminal() -> Iterator[Terminal]:
+    shown = Terminal()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", shown)
+        patch.setattr(sys, "stderr", shown)
+        yield shown
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small dataset with a second label, the opposite of the first."""
+    data = write_dataset(tmp_path_factory.mktemp("shown") / "data")
+    schema = data / "schema.yaml"
+    label = "  liked:   {kind: label}\n"
+    schema.write_text(schema.read_text().replace(label, label + label.replace("liked", "hated")))
+    for file in data.glob("t*/*.parquet"), data.glob("valid/*.parquet"):
+        for path in file:
+            table = pq.read_table(path)
+            hated = pc.subtract(pa.scalar(1.0, pa.float32()), table["liked"])
+            pq.write_table(table.append_column("hated", hated), path, row_group_size=11)
+    return data
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path) -> Terminal:
+    """The terminal of a run whose epochs have fewer steps than lie between two logs."""
+    with terminal() as shown:
+        assert main([*train_words(data, data.parent / "run"), *SHORT]) == 0
+    return shown
+
+
+def test_each_epoch_has_a_bar_that_ends_with_a_loss(trained: Terminal) -> None:
+    for epoch in (1, 2):
+        (bar,) = [line for line in trained.screen() if line.startswith(f"epoch {epoch}/2: ")]
+        assert "3/3 [" in bar and "<00:00" in bar
+        assert re.search(r"loss \d\.\d{4} .* samples/s\]$", bar)
+
+
+def test_no_line_is_mixed_with_a_bar(trained: Terminal) -> None:
+    bars = [line for line in trained.screen() if re.search(r"\d+%|it/s|\[\d\d:\d\d", line)]
+    assert len(bars) == 2
+    assert "validation after step 3" in trained.screen()
+
+
+def test_every_label_is_shown_and_the_step_whose_model_was_tested(trained: Terminal) -> None:
+    *_, valid, test = re.split(r"^validation|^test", "\n".join(trained.screen()), flags=re.M)
+    for table in (valid, test):
+        assert re.findall(r"^label (\w+) +auc +gauc", table, flags=re.M) == ["liked", "hated"]
+    assert re.match(r", model of step [36]\n", test)
+
+
+def test_a_profile_says_why_it_has_no_steps(trained: Terminal) -> None:
+    (line,) = [line for line in trained.screen() if "profile_steps" in line]
+    assert "3 steps" in line and "8" in line  # of a stretch; what it takes
+
+
+def test_evaluate_and_predict_show_bars_and_leave_none(data: Path, trained: Terminal) -> None:
+    run, out = str(data.parent / "run"), str(data.parent / "out.parquet")
+    for words in (
+        ["evaluate", "--run", run, "--split", "valid"],
+        ["predict", "--run", run, "--input", str(data / "test"), "--out", out],
+    ):
+        with terminal() as shown:
+            assert main([*words, "--device", "cpu"]) == 0
+        assert "scored batches: 100%" in shown.getvalue()
+        assert "scored batches" not in "".join(shown.screen())
+
+
+def test_lines_and_no_bar_where_there_is_no_terminal_or_json_is_asked_for(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*train_words(data, data.parent / "lines"), *SHORT, "--overwrite", "true"]
+    with terminal():
+        configure_logging(log_format="json")
+        assert progress_bar(3, "any").disable
+        configure_logging()
+        assert not progress_bar(3, "any").disable
+    assert main(words) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"^epoch 1 step 3/3 loss .* samples/s, 00:00 left$", output, flags=re.M)
