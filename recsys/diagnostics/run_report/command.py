@@ -14,6 +14,7 @@ import numpy as np
 
 from recsys.build import Job
 from recsys.checkpoint.run_folder import ITEM_COUNTS
+from recsys.config.ranking import softmax_settings
 from recsys.data.filesystem import write_whole
 from recsys.data.item_parts import PARTS
 from recsys.data.items.item_table import ItemTable
@@ -36,6 +37,11 @@ from recsys.evaluation.predict import load_run
 logger = logging.getLogger(__name__)
 
 SPLIT = "test"
+PROBABILITY_METRICS = {
+    "logloss": "log loss",
+    "ne": "normalised entropy",
+    "calibration": "calibration",
+}
 ITEMS = 2000  # most frequent items in training, whose vectors are read
 ITEMS_OF_MAPS = 1000  # the most frequent of these
 
@@ -78,7 +84,7 @@ def report_run(
         if ranks.is_first:
             metrics = json.loads((run / "metrics.json").read_text())
             sections = [
-                _summary(metrics),
+                summary(metrics, softmax_settings(job.config.ranking) is None),
                 learning_curves(run, job.config.best_model_by),
                 item_popularity(rows, SPLIT),
                 *item_sections(job, run, test_items, table, category),
@@ -141,17 +147,32 @@ def item_sections(
     return [*sections, fusion_attention(branch, layers)]
 
 
-def _summary(metrics: dict[str, Any]) -> Section:
-    """Return the test metrics of `metrics.json` as a table, with findings in words."""
+def summary(metrics: dict[str, Any], has_probabilities: bool) -> Section:
+    """Return the test metrics of `metrics.json` as a table per label, with findings in words.
+
+    Args:
+        metrics: content of `metrics.json`.
+        has_probabilities: whether the scores are probabilities, which a softmax loss does not make.
+    """
     test = metrics[SPLIT]
-    of_part = {part: test if part == "all" else test[part] for part in PARTS}
-    names = ("auc", "gauc", "logloss", "ne", "calibration")
-    rows = [
-        (part, *(number(of[name]) for name in names), f"{of['num_samples']:,}")
-        for part, of in of_part.items()
-    ]
-    head = ("items", "AUC", "GAUC", "log loss", "normalised entropy", "calibration", "rows")
-    return Section("Test metrics", findings(of_part), tables=[Table(head, rows)])
+    names = {"auc": "AUC", "gauc": "GAUC"}
+    if has_probabilities:
+        names |= PROBABILITY_METRICS
+    tables = []
+    for label, report in test.get("labels", {"items": test}).items():
+        rows = [
+            (part, *(number(of[name]) for name in names), f"{of['num_samples']:,}")
+            for part, of in _parts(report).items()
+        ]
+        tables.append(Table((label, *names.values(), "rows"), rows))
+    undefined = {} if has_probabilities else dict.fromkeys(PROBABILITY_METRICS)
+    known = {part: of | undefined for part, of in _parts(test).items()}
+    return Section("Test metrics", findings(known), tables=tables)
+
+
+def _parts(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the metrics of all, warm, cold and unseen items."""
+    return {part: report if part == "all" else report[part] for part in PARTS}
 
 
 def findings(of_part: dict[str, dict[str, Any]]) -> list[str]:

@@ -6,7 +6,7 @@ Shapes: N rows of the split, I items.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,12 @@ from recsys.diagnostics.run_report.page import (
     new_figure,
     number,
 )
+from recsys.evaluation.bootstrap import paired_difference
 from recsys.evaluation.metrics import ranking_metrics
+from recsys.evaluation.scores import SplitScores
 
 BUCKETS = (0, 1, 5, 20, 100)  # least training impressions of each bucket
+MOST_USERS = 1000  # of a bar with an interval: that of more users is too narrow to be seen
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,15 @@ class ScoredRows:
     logits: np.ndarray  # [N]
     groups: np.ndarray  # [N]
     counts: np.ndarray  # int64 [N], training impressions of the row's item
+
+    def chosen(
+        self,
+        rows: np.ndarray,  # bool [N]
+    ) -> ScoredRows:
+        """Return the chosen rows."""
+        return ScoredRows(
+            self.labels[rows], self.logits[rows], self.groups[rows], self.counts[rows]
+        )
 
     def metrics(
         self,
@@ -124,26 +136,72 @@ def item_popularity(rows: ScoredRows, split: str) -> Section:
         "An item without training impressions has an ID vector that was never trained: what is "
         "known of it comes from its content, its other features and the user alone."
     ]
-    drawings = [_bars(buckets, split), _curve(curve, split)]
+    drawings = []
+    if any(of["auc"] is not None for of in curve.values()):
+        drawings = [_bars(rows, buckets, split), _curve(curve, split)]
+    else:
+        words.append("No figure: the items of each range have rows of one label only.")
     return Section("Quality by item popularity", words, drawings, [table])
 
 
-def _bars(buckets: dict[str, dict[str, Any]], split: str) -> Drawing:
+def metric_interval(rows: ScoredRows, metric: str) -> tuple[float, float] | None:
+    """Return the 95 % interval of AUC or GAUC over the choice of users.
+
+    It is the interval of the difference from equal scores for all rows, whose AUC is 0.5.
+
+    Returns:
+        Both ends; None where too few users define the metric (`paired_difference`).
+    """
+    number = np.arange(len(rows.labels))
+    scored = SplitScores(
+        positions=number,
+        groups=rows.groups,
+        items=number,
+        counts=rows.counts,
+        labels=rows.labels[:, None],
+        logits=rows.logits[:, None],
+        label_names=("label",),
+    )
+    chance = replace(scored, logits=np.zeros_like(scored.logits))
+    found = paired_difference([[chance]], [[scored]], metric, "all")
+    if found is None:
+        return None
+    return max(0.0, 0.5 + found.low), min(1.0, 0.5 + found.high)
+
+
+def _errors(rows: ScoredRows, metric: str, heights: Sequence[float]) -> np.ndarray:  # [2, buckets]
+    """Return how far intervals reach below and above the bars; NaN for no interval."""
+    errors = np.full((2, len(heights)), np.nan)
+    for bucket, of_counts in enumerate(count_ranges(BUCKETS)):
+        inside = rows.chosen(of_counts.holds(rows.counts))
+        if np.isnan(heights[bucket]) or len(np.unique(inside.groups)) > MOST_USERS:
+            continue
+        if (interval := metric_interval(inside, metric)) is not None:
+            low, high = interval
+            errors[:, bucket] = max(0.0, heights[bucket] - low), max(0.0, high - heights[bucket])
+    return errors
+
+
+def _bars(rows: ScoredRows, buckets: dict[str, dict[str, Any]], split: str) -> Drawing:
     figure, (axes,) = new_figure(1)
     places = np.arange(len(buckets))
     for shift, name, colour in ((-0.2, "auc", BLUE), (0.2, "gauc", ORANGE)):
         heights = [of[name] if of[name] is not None else np.nan for of in buckets.values()]
+        errors = _errors(rows, name, heights)
         bars = axes.bar(places + shift, heights, 0.38, color=colour, label=name.upper())
+        axes.errorbar(places + shift, heights, errors, fmt="none", ecolor="black", capsize=4)
         labels = ["" if np.isnan(height) else f"{height:.3f}" for height in heights]
-        axes.bar_label(bars, labels)
+        axes.bar_label(bars, labels, label_type="center")
     axes.axhline(0.5, color="black", linewidth=1)
     names = [f"{name}\n{of['num_samples']:,} rows" for name, of in buckets.items()]
     axes.set_xticks(places, names)
-    axes.set(xlabel="training impressions of the item", ylim=(0, 1.2))
-    axes.legend(loc="upper right", ncols=2)
+    axes.set(xlabel="training impressions of the item", ylim=(0, 1))
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     caption = (
         f"AUC and GAUC of the {split} split by the item's training impressions. The line at 0.5 is "
-        "chance; a bar is missing where the rows have one label only."
+        "chance; a bar is missing where the rows have one label only. Whiskers are 95 % intervals "
+        f"by a bootstrap of users, for bars of at most {MOST_USERS:,} users; too few users have "
+        "none."
     )
     return drawn("quality-by-popularity", figure, caption)
 
@@ -159,7 +217,7 @@ def _curve(curve: dict[str, dict[str, Any]], split: str) -> Drawing:
     axes.errorbar(places, aucs, errors, color=BLUE, marker="o", capsize=4)
     axes.axhline(0.5, color="black", linewidth=1)
     axes.set_xticks(range(len(curve)), list(curve))
-    axes.set(xlabel="training impressions of the item", ylabel="AUC")
+    axes.set(xlabel="training impressions of the item", ylabel="AUC", ylim=(0, 1))
     caption = (
         f"Cold start: AUC of the {split} split by the item's training impressions, each range "
         "twice as wide as the one before. Bars are 95 % intervals from the numbers of positives "

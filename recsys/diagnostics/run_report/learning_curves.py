@@ -12,6 +12,9 @@ from recsys.diagnostics.run_report.page import BLUE, GREY, ORANGE, Section, draw
 from recsys.evaluation.model_selection import METRICS, selection_score, selection_words
 
 Curve = tuple[list[int], list[float]]  # steps and values
+LOSS_COLOURS = {"ranking": BLUE, "contrastive": ORANGE, "loss": GREY}
+METRIC_COLOURS = {"auc": BLUE, "gauc": ORANGE}
+MARKED_POINTS = 30
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
@@ -46,34 +49,49 @@ def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Cur
 def learning_curves(run: Path, best_model_by: BestModelBy) -> Section:
     """Return the section; curves that the run has not written are left out."""
     curves = read_curves(run)
+    plots = {
+        title: {name: curves[tag + name] for name in colours if tag + name in curves}
+        for title, tag, colours in (
+            ("training loss", "train/", LOSS_COLOURS),
+            ("validation", "valid/", METRIC_COLOURS),
+        )
+    }
+    plots = {title: of_title for title, of_title in plots.items() if of_title}
+    if not plots:
+        return Section(
+            "Learning curves",
+            ["The run has no TensorBoard events to draw: tracker has no tensorboard."],
+        )
+    figure, all_axes = new_figure(len(plots))
+    for axes, (title, of_title) in zip(all_axes, plots.items()):
+        _draw(axes, of_title)
+        axes.set(title=title, xlabel="step")
+        if title == "validation":
+            _end_at_one(axes)
     steps, scores = selection_curve(curves, best_model_by)
-    named = selection_words(best_model_by)
-    figure, (losses, quality) = new_figure(2)
-    parts = {"ranking": BLUE, "contrastive": ORANGE, "loss": GREY}
-    _draw(losses, {name: curves.get(f"train/{name}") for name in parts}, parts)
-    losses.set(title="training loss", xlabel="step")
-    names = {"auc": BLUE, "gauc": ORANGE}
-    _draw(quality, {name: curves.get(f"valid/{name}") for name in names}, names, marker="o")
-    quality.set(title="validation", xlabel="step")
     words = []
     if steps:
         best = steps[scores.index(max(scores))]
-        quality.axvline(best, color=GREY, linestyle="--", label="best model")
+        all_axes[-1].axvline(best, color=GREY, linestyle="--", label="best model")
         words = [
-            f"The {named} of validation is highest after step {best:,}: {max(scores):.4f}. The "
-            "model of that step is the one that this page shows; the last validation, after step "
-            f"{steps[-1]:,}, has {scores[-1]:.4f}."
+            f"The {selection_words(best_model_by)} of validation is highest after step {best:,}: "
+            f"{max(scores):.4f}. The model of that step is the one that this page shows; the last "
+            f"validation, after step {steps[-1]:,}, has {scores[-1]:.4f}."
         ]
-    for axes in (losses, quality):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
+    for axes in all_axes:
+        axes.legend()
     caption = "Losses of training, and AUC and GAUC of the validation split, by step."
     return Section("Learning curves", words, [drawn("learning-curves", figure, caption)])
 
 
-def _draw(
-    axes: Axes, curves: dict[str, Curve | None], colours: dict[str, str], marker: str = ""
-) -> None:
-    for name, curve in curves.items():
-        if curve is not None:
-            axes.plot(*curve, label=name, color=colours[name], marker=marker)
+def _draw(axes: Axes, curves: dict[str, Curve]) -> None:
+    """Draw curves; few points are marked, as a line through one point would not be seen."""
+    for name, (steps, values) in curves.items():
+        marker = "o" if len(steps) <= MARKED_POINTS else ""
+        colour = {**LOSS_COLOURS, **METRIC_COLOURS}[name]
+        axes.plot(steps, values, label=name, color=colour, marker=marker)
+
+
+def _end_at_one(axes: Axes) -> None:
+    """Limit an axis of metrics to 1."""
+    axes.set_ylim(top=min(1.0, axes.get_ylim()[1]))
