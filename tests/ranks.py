@@ -14,6 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,7 @@ def run_on_ranks(
             died without a word.
         TimeoutError: a rank did not end within ``timeout_seconds``.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = forking_server()
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
         processes: list[BaseProcess] = [
             context.Process(
@@ -65,6 +65,13 @@ def run_on_ranks(
                 if (output := Path(folder, f"{rank}.output")).exists():
                     print(output.read_text(errors="replace"), end="")
         return _collect(folder, [process.exitcode for process in processes], timed_out)
+
+
+def forking_server() -> ForkServerContext:
+    """What forks processes from a server that has imported the libraries."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def _run_rank(

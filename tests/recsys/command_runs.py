@@ -1,16 +1,24 @@
-"""Runs of the commands as users start them: torchx and torchrun in processes of their own."""
+"""Runs of the commands as users start them: torchx, torchrun and `recsys` in their own processes.
+
+What does not test a launcher itself takes `run_recsys`, whose ranks are forked from a server that
+has imported the libraries: each rank that torchrun starts spends some seconds on that.
+"""
 
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from recsys.cli import main
 from tests.datasets import write_dataset
-from tests.ranks import HANG_SECONDS
+from tests.ranks import HANG_SECONDS, forking_server
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "recsys" / "recipes" / "tiny.yaml"
@@ -49,6 +57,60 @@ def run_program(
     return subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds
     )
+
+
+def run_recsys(
+    *words: str, ranks: int = 1, folder: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """`recsys` alone or on some ranks, in an environment as torchrun makes it."""
+    # The store of the ranks is held here, as torchrun's agent does.
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    context = forking_server()
+    with tempfile.TemporaryDirectory(prefix="recsys_") as name:
+        processes = []
+        for rank in range(ranks):
+            env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+            if ranks > 1:
+                env |= rank_environment(rank, ranks, store.port)
+            arguments = (list(words), env, folder, Path(name, str(rank)))
+            processes.append(context.Process(target=run_rank, args=arguments, daemon=True))
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(HANG_SECONDS)
+            process.kill()
+            process.join()
+        output, errors = (
+            "".join(Path(name, f"{rank}.{kind}").read_text() for rank in range(ranks))
+            for kind in ("out", "err")
+        )
+    codes = [process.exitcode or 0 for process in processes]
+    return subprocess.CompletedProcess(words, max(codes, key=abs), output, errors)
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """The variables that torchrun gives to a rank on one machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def run_rank(words: list[str], env: dict[str, str], folder: Path, output: Path) -> None:
+    """The process of one rank."""
+    for stream, kind in ((sys.stdout, "out"), (sys.stderr, "err")):
+        os.dup2(os.open(f"{output}.{kind}", os.O_WRONLY | os.O_CREAT), stream.fileno())
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
+    sys.path[:0] = env.get("PYTHONPATH", "").split(os.pathsep)
+    torch.set_num_threads(1)
+    sys.exit(main(words))
 
 
 def torchrun(

@@ -12,7 +12,7 @@ from recsys.cli import main
 from recsys.config import ModalitySettings, load_config, save_config
 from recsys.data.items.ragged_array import RaggedArray
 from tests.datasets import write_dataset
-from tests.recsys.command_runs import TINY, torchrun, train_words
+from tests.recsys.command_runs import TINY, run_recsys, train_words
 from tests.recsys.content.cache.frozen_outputs import modality_of
 
 
@@ -72,7 +72,7 @@ def test_train_finds_what_cache_has_filled(
 
 def test_two_ranks_fill_the_same_bits_as_one(data: Path, tmp_path: Path) -> None:
     assert main(cache_words(data, TINY, tmp_path / "alone")) == 0
-    done = torchrun(2, *cache_words(data, TINY, tmp_path / "both"))
+    done = run_recsys(*cache_words(data, TINY, tmp_path / "both"), ranks=2)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^text: 28 items", done.stdout, re.MULTILINE)) == 1
     (alone,), (both,) = (list((tmp_path / name).glob("frozen-*")) for name in ("alone", "both"))

@@ -15,7 +15,7 @@ from recsys.data.parquet.rows import ParquetRows
 from recsys.data.row_source import Chunk, RowSource, Window, open_rows
 from recsys.data.schema import Schema, load_schema
 from tests.datasets import write_dataset
-from tests.recsys.command_runs import TINY, run_program, train_words
+from tests.recsys.command_runs import TINY, run_recsys, train_words
 
 OWN = '''\
 import json
@@ -141,28 +141,17 @@ def test_a_source_of_one_s_own_trains_and_evaluates_as_the_same_rows_in_parquet(
     source = {"name": "own_rows:JsonLines", "options": {"lines_per_chunk": 64}}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(yaml.safe_load(TINY.read_text()) | {"source": source}))
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[3]}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     reports = []
     for folder, config in ((data, TINY), (lines, recipe)):
         words = train_words(folder, folder.parent / f"{folder.name}-run", "--content", "none")
         words[words.index(str(TINY))] = str(config)
-        done = run_program("python", "-m", "recsys.cli", *words)
+        done = run_recsys(*words)
         assert done.returncode == 0, done.stdout + done.stderr
         reports.append(json.loads((tmp_path / f"{folder.name}-run" / "metrics.json").read_text()))
     assert reports[0]["test"]["num_samples"] == reports[1]["test"]["num_samples"] == 20
     assert reports[0]["train"]["steps"] == reports[1]["train"]["steps"] == 8
     run = str(tmp_path / "lines-run")
-    again = run_program(
-        "python",
-        "-m",
-        "recsys.cli",
-        "evaluate",
-        "--run",
-        run,
-        "--data",
-        str(lines),
-        "--device",
-        "cpu",
-    )
+    again = run_recsys("evaluate", "--run", run, "--data", str(lines), "--device", "cpu")
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"{reports[1]['test']['logloss']:.4f}" in again.stdout

@@ -18,7 +18,7 @@ from recsys.evaluation.compare import compare_runs, format_comparison
 from recsys.evaluation.metrics import evaluation_report
 from recsys.evaluation.scores import SplitScores, read_scores, write_scores
 from tests.datasets import write_dataset
-from tests.recsys.command_runs import NUM_ROWS, ROOT, torchx, train_words
+from tests.recsys.command_runs import NUM_ROWS, ROOT, run_recsys, train_words
 
 ROWS = 300
 
@@ -171,10 +171,9 @@ def test_the_twin_is_trained_after_the_run_goes_on_with_it_and_begins_anew_with_
     assert not twin.exists() and not (run / "comparison.json").exists()
 
 
-def test_torchx_trains_run_and_twin_on_two_ranks(data: Path, tmp_path: Path) -> None:
+def test_two_ranks_train_run_and_twin(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    _, *words = train_words(data, run, "--compare", "id_only")
-    done = torchx("train", 2, *words)
+    done = run_recsys(*train_words(data, run, "--compare", "id_only"), ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     for folder in (run, run / "id_only"):
         assert json.loads((folder / "metrics.json").read_text())["world_size"] == 2

@@ -22,7 +22,7 @@ from recsys.data.schema import load_schema
 from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.model.auxiliary import AuxiliaryInputs, Distillation, build_auxiliary
 from tests.datasets import write_dataset
-from tests.recsys.command_runs import TINY, run_program, train_words
+from tests.recsys.command_runs import TINY, run_recsys, train_words
 
 LOGITS = torch.tensor([[0.5], [-1.0], [2.0], [0.0]])
 TEACHER = torch.tensor([1.0, -2.0, math.nan, 9.0])
@@ -195,10 +195,10 @@ def test_a_loss_of_one_s_own_is_a_file_and_a_line(
     recipe = tmp_path / "recipe.yaml"
     own = "auxiliary: {calm: {loss: own_losses:Calm, weight: 0.5, options: {power: 2}}}\n"
     recipe.write_text(TINY.read_text() + own)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[3]}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     words = train_words(with_teacher(tmp_path), tmp_path / "run", "--log_every_steps", "1")
     words[words.index(str(TINY))] = str(recipe)
-    done = run_program("python", "-m", "recsys.cli", *words)
+    done = run_recsys(*words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" calm 0.") == 8
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["auc"] is not None

@@ -15,7 +15,7 @@ from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.command_runs import TINY, run_program, train_words
+from tests.recsys.command_runs import TINY, run_recsys, train_words
 from tests.recsys.em3_runs import ranks_of
 
 WORDS = ["--batch_size", "8", "--device", "cpu", "--patience", "9", "--content", "none"]
@@ -151,10 +151,10 @@ def test_an_optimizer_and_a_schedule_of_one_s_own_are_a_file_and_two_lines(
         + "optimizer: {name: own_steps:SignDescent, options: {scale: 2.0},\n"
         + "  schedule: own_steps:staircase, schedule_options: {every: 2}}\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[3]}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     words = train_words(data, tmp_path / "run", "--content", "none")
     words[words.index(str(TINY))] = str(recipe)
-    done = run_program("python", "-m", "recsys.cli", *words)
+    done = run_recsys(*words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SignDescent" in (tmp_path / "run" / "plan.txt").read_text()
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train"]["steps"] == 8

@@ -14,7 +14,7 @@ from recsys.cli import main
 from recsys.training.dry_run import DryRun, dry_run, format_dry_run
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.command_runs import torchrun, train_words
+from tests.recsys.command_runs import run_recsys, train_words
 from tests.recsys.em3_runs import em3_config, ranks_of
 
 
@@ -56,9 +56,9 @@ def test_the_log_is_json_where_that_is_asked(
     assert json.loads(objects[-1])["message"].startswith("dry run: one training step of 8 rows")
 
 
-def test_two_ranks_by_torchrun(folder: Path) -> None:
+def test_two_ranks_make_one_step_of_both(folder: Path) -> None:
     words = train_words(folder / "data", folder / "run", "--dry-run")
-    done = torchrun(2, *words)
+    done = run_recsys(*words, ranks=2)
 
     assert done.returncode == 0, done.stderr
     assert "dry run: one training step of 16 rows on 2 ranks ran" in done.stdout

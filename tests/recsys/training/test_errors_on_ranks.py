@@ -15,7 +15,7 @@ from recsys.distributed.ranks import Ranks
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.command_runs import TINY, torchrun, train_words
+from tests.recsys.command_runs import TINY, run_recsys, train_words
 
 
 def change_column(file: Path, name: str, change: Callable[[list], None]) -> None:  # type: ignore[type-arg]
@@ -136,7 +136,7 @@ def test_the_command_ends_with_the_cause_from_each_rank_before_anything_is_writt
     """Rank 1 alone meets the bad row, in a split that is read after the first training steps."""
     case = "bad id in validation"
     out = folder / "command"
-    done = torchrun(2, *train_words(folder / case / "data", out))
+    done = run_recsys(*train_words(folder / case / "data", out), ranks=2)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if "error: " in line and "id 77" in line]
     assert any(line.startswith("rank 0: error: rank 1: ") for line in lines), done.stderr

@@ -27,7 +27,7 @@ from tests.recsys.command_runs import (
     TINY,
     TrainedRun,
     assert_same_metrics,
-    torchx,
+    run_recsys,
 )
 
 METRICS = {"auc", "gauc", "logloss", "ne", "num_samples"}
@@ -86,10 +86,10 @@ def test_no_warning_of_other_libraries_disturbs_the_output(trained: TrainedRun) 
     assert "is_fx_tracing" not in trained.output
 
 
-def test_torchx_evaluate_gives_the_metrics_of_the_end_of_training(
+def test_evaluate_on_two_ranks_gives_the_metrics_of_the_end_of_training(
     trained: TrainedRun, metrics: dict[str, Any]
 ) -> None:
-    done = torchx("evaluate", 2, "--run", str(trained.run), "--device", "cpu")
+    done = run_recsys("evaluate", "--run", str(trained.run), "--device", "cpu", ranks=2)
     assert done.returncode == 0, done.stderr
     report = json.loads((trained.run / "evaluation_test.json").read_text())
     assert_same_metrics(report, metrics["test"])
@@ -98,7 +98,7 @@ def test_torchx_evaluate_gives_the_metrics_of_the_end_of_training(
 @pytest.fixture(scope="module")
 def predicted(trained: TrainedRun) -> tuple[list[pa.Table], pa.Table]:
     """The test and training files without their label and with a column of the user's own, and
-    what `torchx ... :predict` made of them."""
+    what `recsys predict` made of them."""
     folder = trained.run.parent
     inputs = []
     for index, part in enumerate(["test/part-0", "train/part-1", "train/part-0"]):
@@ -110,13 +110,13 @@ def predicted(trained: TrainedRun) -> tuple[list[pa.Table], pa.Table]:
     files = [str(folder / f"input-{index}.parquet") for index in range(3)]
     out = folder / "new" / "predictions.parquet"
     words = ["--run", str(trained.run), "--input", *files, "--out", str(out), "--device", "cpu"]
-    done = torchx("predict", 2, *words)
+    done = run_recsys("predict", *words, ranks=2)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     return inputs, pq.read_table(out)
 
 
-def test_torchx_predict_keeps_all_rows_and_columns_in_order(predicted: Any) -> None:
+def test_predict_keeps_all_rows_and_columns_in_order(predicted: Any) -> None:
     inputs, output = predicted
     assert output.column_names == [*inputs[0].column_names, "prediction_liked"]
     assert output.drop_columns(["prediction_liked"]).equals(pa.concat_tables(inputs))
