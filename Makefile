@@ -45,7 +45,7 @@ test: install-dev
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 test-long: install-dev
-	$(VENV)/bin/python -m pytest -m long
+	$(VENV)/bin/python -m pytest -m long -n 2 --dist loadfile
 	$(VENV)/bin/python -m tests.recsys.checkpoint.kill_ranks --kills 20
 
 lint: install-dev

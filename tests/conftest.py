@@ -25,5 +25,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the many short files of `data` last, so that no worker ends with a long one."""
+    """Puts the pages first and the many short files of `data` last, so that none ends long."""
     items.sort(key=lambda item: item.nodeid.startswith("tests/recsys/data/"))
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_readme.py"))

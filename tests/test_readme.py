@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 
 from recsys.config import load_config
 from tests.ranks import HANG_SECONDS
+from tests.recsys.command_runs import run_recsys
 
 PROJECT = Path(__file__).parent.parent
 # In the order in which a reader meets them: later commands use what earlier ones wrote.
@@ -74,21 +76,24 @@ def blocks(language: str) -> list[str]:
 
 def run(command: list[str] | str, folder: Path) -> None:
     environment = {
-        **os.environ,
         "PATH": f"{PROGRAMS}:{os.environ['PATH']}",
         "PYTHONPATH": str(PROJECT),
         "XDG_CACHE_HOME": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
-        command,
-        shell=isinstance(command, str),
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-    )
+    if isinstance(command, str) and command.startswith("recsys "):
+        words = shlex.split(command)[1:]
+        done = run_recsys(*words, folder=folder, environment=environment)
+    else:
+        done = subprocess.run(
+            command,
+            shell=isinstance(command, str),
+            cwd=folder,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=HANG_SECONDS,
+        )
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,10 @@ def run_program(
 
 
 def run_recsys(
-    *words: str, ranks: int = 1, folder: Path = ROOT
+    *words: str,
+    ranks: int = 1,
+    folder: Path = ROOT,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """`recsys` alone or on some ranks, in an environment as torchrun makes it."""
     # The store of the ranks is held here, as torchrun's agent does.
@@ -69,7 +73,7 @@ def run_recsys(
     with tempfile.TemporaryDirectory(prefix="recsys_") as name:
         processes = []
         for rank in range(ranks):
-            env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+            env = {**os.environ, **(environment or {}), "GLOO_SOCKET_IFNAME": "lo"}
             if ranks > 1:
                 env |= rank_environment(rank, ranks, store.port)
             arguments = (list(words), env, folder, Path(name, str(rank)))

@@ -22,7 +22,7 @@ PROJECT = Path(__file__).parents[3]
 EXAMPLES = PROJECT / "tests" / "examples"
 README = (PROJECT / "recsys" / "plug_in" / "README.md").read_text()
 CRITEO_ROWS = 200
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SHORT = ["--epochs", "2", "--batches", "4"]
 
 
