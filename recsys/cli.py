@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -37,6 +38,10 @@ def main(words: list[str] | None = None) -> int:
         # One write, so that the lines of several ranks do not mix.
         sys.stderr.write(f"{rank}error: {error}\n")
         return 1
+    except KeyboardInterrupt as interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends what is left at once
+        sys.stderr.write("interrupted\n")
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
 def _run(words: Sequence[str]) -> int:

@@ -40,6 +40,15 @@ def step_of_folder(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
+def folders_to_continue(checkpoints: Path) -> list[Path]:
+    """Return the folders a run may go on from, in that order; the best model if it is alone.
+
+    Its folder lacks the state of the optimizers, so any other is better, however old.
+    """
+    best = checkpoints / BEST
+    return folders_by_age(checkpoints) or ([best] if best.exists() else [])
+
+
 def checksum(file: Path) -> int:
     """Compute the CRC-32 of a file."""
     value = 0

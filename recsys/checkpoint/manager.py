@@ -27,6 +27,7 @@ from recsys.checkpoint.files import (
     describe_files,
     folder_of_step,
     folders_by_age,
+    folders_to_continue,
     prune,
     publish_folder,
     read_manifest,
@@ -197,7 +198,7 @@ class Checkpoints:
                 damaged.
         """
         ranks, faults = self.job.ranks, []
-        for folder in ranks.gather(folders_by_age(self.folder))[0]:
+        for folder in ranks.gather(folders_to_continue(self.folder))[0]:
             try:
                 manifest = _checked_manifest(folder, ranks)
             except (ValueError, OSError, RuntimeError) as error:
@@ -208,7 +209,11 @@ class Checkpoints:
                 continue
             self._check(folder, manifest)
             self._load(folder)
-            return self._continued(manifest)
+            progress = self._continued(manifest)
+            if folder.name == BEST:
+                progress.validations += 1  # the one that found it
+                logger.warning("%s has no state of the optimizers, which begin anew", folder)
+            return progress
         if faults:
             raise ValueError(
                 f"{self.folder}: no checkpoint is whole ({'; '.join(faults)}); bring one back, or "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,18 +12,21 @@ import numpy as np
 
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
-from recsys.checkpoint.files import BEST, folders_by_age
+from recsys.checkpoint.files import BEST, folders_to_continue
 from recsys.checkpoint.run_schema import agree_on_id_types, write_run_schema
 from recsys.config import Resume, save_config
 from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.identity import EncoderIdentity, check_identities, write_identities
-from recsys.data.filesystem import Location, recover_folder
+from recsys.data.filesystem import Location, recover_folder, write_whole
 from recsys.data.schema import vocabulary_file
+from recsys.distributed.job import JobName, restarts
 from recsys.distributed.ranks import Ranks
 
 ITEM_COUNTS = "item_counts.npy"
 SKIPPED_ROWS = "skipped_rows.json"
-JOB_NAME = ".job_name"
+LOCK = ".lock"  # held by the job that writes the folder
+JOB = ".job.json"  # the job that began the run, and whether it has ended well
+REPLACED = ".checkpoints.replaced"
 COMPARISON = "comparison.json"
 TWIN = "id_only"  # folder of the ID-only twin's run
 TWIN_MARK = ".has_id_only"  # marks the folder TWIN as this run's own, not an independent run
@@ -32,33 +35,38 @@ TWIN_MARK = ".has_id_only"  # marks the folder TWIN as this run's own, not an in
 def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool:
     """Return whether training continues from a checkpoint in the folder. A collective.
 
-    A job that was restarted by torch elastic or a scheduler continues even with `overwrite`, which
-    was meant for its first start.
+    A job that began the run and was restarted by torch elastic or a scheduler continues even with
+    `overwrite`, which was meant for its first start.
 
     Raises:
         ValueError: on every rank, if the folder holds a run and `resume` is never, or holds none
-            and `resume` is must.
+            and `resume` is must; or it holds the model of a finished run without a checkpoint.
     """
     checkpoints = run / "checkpoints"
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             for folder in [checkpoints / BEST, *_half_renamed(checkpoints)]:
                 recover_folder(folder)
-    # A node that came back reports no restarts, and folders on the network appear with delay.
+    # Folders on the network appear with delay, so what rank 0 sees counts; but a node that came
+    # back reports no restarts.
     restarted = any(ranks.gather(was_restarted(run)))
-    exists = ranks.gather(bool(folders_by_age(checkpoints)))[0]
+    finished, folders = (run / "metrics.json").exists(), folders_to_continue(checkpoints)
+    is_only_best = [folder.name for folder in folders] == [BEST]
+    exists = bool(folders) and not (finished and is_only_best)
+    finished, exists = ranks.gather((finished, exists))[0]
     if restarted:
         return exists
+    if resume == "must" and overwrite:
+        raise ValueError("--resume must goes on with a run and --overwrite true replaces it")
     if resume == "must" and not exists:
         raise ValueError(f"{run}: no checkpoint to go on from, but --resume is must")
-    holds_run = (run / "metrics.json").exists() or (checkpoints / BEST).exists()
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first and not overwrite:
-            if resume == "never" and (exists or holds_run):
-                _refuse(run)
-            if not exists and holds_run:  # only the model is left: training cannot continue
-                _refuse(run)
-    return exists and resume != "never" and not overwrite
+    if overwrite:
+        return False
+    if (finished or exists) and (resume == "never" or not exists):  # or only its model is left
+        raise ValueError(
+            f"{run}: holds a run already; choose another --out or pass --overwrite true"
+        )
+    return exists
 
 
 def _half_renamed(checkpoints: Path) -> list[Path]:
@@ -66,26 +74,33 @@ def _half_renamed(checkpoints: Path) -> list[Path]:
     return [checkpoints / name.removeprefix(".").removesuffix(".old") for name in names]
 
 
-def _refuse(run: Path) -> None:
-    raise ValueError(f"{run}: holds a run already; choose another --out or pass --overwrite true")
-
-
 def was_restarted(run: Path) -> bool:
-    """Return whether this job has started before, by restart counts or by its stored name.
-
-    The counts are those of torch elastic and Slurm.
-    """
-    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    if any(int(os.environ.get(name) or 0) > 0 for name in counts):
+    """Return whether this job has begun the run in an attempt before this one."""
+    now = JobName.of_environment()
+    elastic, slurm = restarts("TORCHELASTIC") > 0, restarts("SLURM") > 0
+    if now == JobName():  # a launcher that counts but gives no name
+        return elastic or slurm
+    try:
+        stored = json.loads((run / JOB).read_text())
+        begun_by, finished = JobName(stored["torchrun"], stored["slurm"]), bool(stored["finished"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    # A node that came back reports no restarts, and neither does another job with the name of a
+    # finished one.
+    if now.torchrun and now.torchrun == begun_by.torchrun and (elastic or not finished):
         return True
-    name = run / JOB_NAME
-    return bool(_job_name()) and name.is_file() and name.read_text() == _job_name()
+    return slurm and now.slurm == begun_by.slurm
 
 
-def _job_name() -> str:
-    """Return torchrun's name of this job; empty where it has no name of its own."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return "" if name == "none" else name
+def _write_job(run: Path, name: JobName, finished: bool) -> None:
+    write_whole(run / JOB, json.dumps({**asdict(name), "finished": finished}) + "\n")
+
+
+def finish_run(run: Path, ranks: Ranks) -> None:
+    """Note that the job has ended well, so that another of its name is no restart of it."""
+    with ranks.raise_on_all_ranks():
+        if ranks.is_first:
+            _write_job(run, JobName.of_environment(), finished=True)
 
 
 def begin_run(
@@ -103,18 +118,31 @@ def begin_run(
     with job.ranks.raise_on_all_ranks():
         if not job.ranks.is_first:
             return
-        twin = [TWIN] if (run / TWIN_MARK).exists() else []
-        for part in ("checkpoints", "tensorboard", "vocabulary", *twin):
-            shutil.rmtree(run / part, ignore_errors=True)
-        results = ("metrics.json", COMPARISON, TWIN_MARK)
-        for file in [*(run / name for name in results), *run.glob("scores_*.parquet")]:
-            file.unlink(missing_ok=True)
+        _empty(run)
         run.mkdir(parents=True, exist_ok=True)
-        (run / JOB_NAME).write_text(_job_name())
+        _write_job(run, JobName.of_environment(), finished=False)
         np.save(run / ITEM_COUNTS, item_counts)
         (run / SKIPPED_ROWS).write_text(json.dumps(skipped_rows, indent=1) + "\n")
         keep_vocabularies(run, job)
         write_run_schema(run, job.schema)
+
+
+def _empty(run: Path) -> None:
+    """Remove an earlier run. A job killed at any point leaves a folder that can be begun anew.
+
+    Without `metrics.json` no model without checkpoints counts as a finished run, and checkpoints
+    vanish all at once.
+    """
+    (run / "metrics.json").unlink(missing_ok=True)
+    shutil.rmtree(run / REPLACED, ignore_errors=True)
+    if (run / "checkpoints").exists():
+        (run / "checkpoints").rename(run / REPLACED)
+    twin = [TWIN] if (run / TWIN_MARK).exists() else []
+    for part in (REPLACED, "tensorboard", "vocabulary", *twin):
+        shutil.rmtree(run / part, ignore_errors=True)
+    results = (run / COMPARISON, run / TWIN_MARK, run / JOB)
+    for file in [*results, *run.glob("scores_*.parquet")]:
+        file.unlink(missing_ok=True)
 
 
 def keep_vocabularies(run: Path, job: Job) -> None:

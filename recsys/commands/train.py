@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -51,7 +52,8 @@ def run(arguments: Namespace) -> int:
     try:
         _train(config, arguments)
     except TrainingStopped as stopped:
-        sys.stderr.write(f"{stopped}\n")
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{stopped}\n")
         return 128 + signal.SIGTERM
     return 0
 

@@ -1,11 +1,13 @@
 """Keep the ranks of a loop in step: all act on an event of any rank before the same batch.
 
 Before each batch one small collective reports whether any rank met an error, was asked to end
-(SIGTERM, as schedulers and torchrun send it before they kill) or is due for a checkpoint.
+(SIGTERM, as schedulers and torchrun send it before they kill; SIGINT, as Ctrl-C does) or is due for
+a checkpoint.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -23,6 +25,10 @@ from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
 
 B = TypeVar("B")  # a batch; this package does not use its content
+
+
+# A launcher may pass on a Ctrl-C that this process has got as well; later ones are of the user.
+ECHO_SECONDS = 1.0
 
 
 class TrainingStopped(Exception):
@@ -46,7 +52,8 @@ class _Asked(Generic[B]):
 class Lockstep:
     """Agrees with the other ranks before each batch; the one place where ranks agree on batches.
 
-    Within `with Lockstep(...)`, SIGTERM does not kill this process but sets `stop` on all ranks.
+    Within `with Lockstep(...)`, SIGTERM and SIGINT end this process before its first batch, as
+    nothing is lost; from then on they set `stop` on all ranks. A second Ctrl-C ends it at once.
 
     Args:
         ranks: the ranks of the job.
@@ -67,24 +74,41 @@ class Lockstep:
         self.save = False  # a checkpoint is due by time; equal on all ranks
         self._seconds = settings.every_seconds if settings is not None else None
         self._error: Exception | None = None  # of this rank; raised on all before the next batch
-        self._terminated = self._is_ending = False
+        self._terminated = self._is_ending = self._has_begun = False
+        self._interrupted_at: float | None = None  # the first Ctrl-C
         self._saved_at = time.monotonic()
-        self._handler: Any = None
+        self._handlers: dict[int, Any] = {}
         self._ahead: _Asked[Any] | None = None  # taken from the source for the next step
 
     def __enter__(self) -> Lockstep:
-        """Handle SIGTERM from now on."""
+        """Handle SIGTERM and SIGINT from now on."""
         if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGTERM, self._terminate)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers[number] = signal.signal(number, self._end)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Restore the previous handler of SIGTERM."""
-        if self._handler is not None:
-            signal.signal(signal.SIGTERM, self._handler)
+        """Restore the previous handlers."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
-    def _terminate(self, number: int, frame: FrameType | None) -> None:
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        """Note that this process was asked to end, or end it.
+
+        Raises:
+            KeyboardInterrupt: with the signal's number; before the first batch.
+        """
+        now = time.monotonic()
+        if self._interrupted_at is not None and now - self._interrupted_at >= ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if not self._has_begun:
+            raise KeyboardInterrupt(number)
         self._terminated = True
+        if number == signal.SIGINT and self._interrupted_at is None:
+            self._interrupted_at = now
+            if self.ranks.is_first:  # a stream may be in use by the code that was interrupted
+                os.write(2, b"\nending after this step, with its state saved; again: at once\n")
 
     def note(self, error: Exception | None) -> None:
         """Keep an error of this rank, which all ranks raise before the next batch."""
@@ -110,7 +134,7 @@ class Lockstep:
             group: batches whose gradients are accumulated, which no state contains: a stretch
                 ends with whole groups, of which the last of `count` may be smaller.
         """
-        self._is_ending = False
+        self._is_ending, self._has_begun = False, True
         for number in range(count):
             if self._is_ending and number % group == 0:
                 return
@@ -146,7 +170,7 @@ class Lockstep:
             TrainingStopped: the job was asked to end.
         """
         if self.stop:
-            raise TrainingStopped
+            raise TrainingStopped("asked to end")
 
     def _ask(self, source: Iterator[B]) -> _Asked[B]:
         """Take a batch and begin to send this rank's flags to the others. A collective."""

@@ -25,6 +25,7 @@ from recsys.data.interactions import Interactions
 from recsys.data.parquet.file import READ_ERRORS, open_parquet
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds, format_unknown
+from recsys.distributed.job_lock import sole_job
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
@@ -92,8 +93,17 @@ def predict(
         device: device of the model: cpu, cuda or auto.
 
     Raises:
-        ValueError: an input cannot be read, or already has a column of predictions.
+        ValueError: an input cannot be read, or already has a column of predictions; or another job
+            writes the same file.
     """
+    with sole_job(out, ranks, out.with_name(f".{out.name}.lock")):
+        _predict(run, inputs, out, data, ranks, device)
+
+
+def _predict(
+    run: Path, inputs: list[str], out: Path, data: str | None, ranks: Ranks, device: str
+) -> None:
+    """Predict as `predict` does, into a file that this job has locked. A collective."""
     job = load_run(run, data, ranks, device)
     with ranks.raise_on_all_ranks():
         files = [file for name in inputs for file in _parquet_files(name)]

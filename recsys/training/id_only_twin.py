@@ -12,13 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from recsys.checkpoint.files import folders_by_age
-from recsys.checkpoint.run_folder import COMPARISON, TWIN, TWIN_MARK, Resume
+from recsys.checkpoint.run_folder import (
+    COMPARISON,
+    LOCK,
+    TWIN,
+    TWIN_MARK,
+    Resume,
+    finish_run,
+)
 from recsys.config import Config
 from recsys.config.checks import validate
+from recsys.distributed.job_lock import sole_job
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.compare import compare_runs, format_comparison, write_comparison
-from recsys.training.train import train
+from recsys.training.train import train, train_locked
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +72,15 @@ def train_with_twin(
         TrainingStopped: the job was asked to end; its state is saved.
         ValueError: on every rank, as in `train`; there is no twin; or its folder is not the twin's.
     """
+    with sole_job(run, ranks, run / LOCK):
+        _train_both(config, data, run, ranks, overwrite, resume)
+        finish_run(run, ranks)
+
+
+def _train_both(
+    config: Config, data: str, run: Path, ranks: Ranks, overwrite: bool, resume: Resume
+) -> None:
+    """Train the run and its twin and compare them. A collective."""
     twin, folder, mark = id_only_twin(config), run / TWIN, run / TWIN_MARK
     with ranks.raise_on_all_ranks():
         if ranks.is_first and folder.exists() and not mark.exists():
@@ -71,7 +88,7 @@ def train_with_twin(
                 f"{folder}: was not made as the twin of {run}, and would be replaced; move it or "
                 "choose another --out"
             )
-    train(config, data, run, ranks, overwrite, resume)
+    train_locked(config, data, run, ranks, overwrite, resume)
     gc.collect()  # the first model is no longer needed, and its modules refer to each other
     with ranks.raise_on_all_ranks():
         if ranks.is_first:

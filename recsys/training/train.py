@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from recsys.build import Job, build_job
+from recsys.checkpoint.files import BEST
 from recsys.checkpoint.manager import Checkpoints, load_best
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_folder import (
     ITEM_COUNTS,
+    LOCK,
     SKIPPED_ROWS,
     Resume,
     begin_run,
@@ -27,6 +29,7 @@ from recsys.checkpoint.run_folder import (
     check_vocabularies,
     describe_run,
     find_start,
+    finish_run,
 )
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.config import Config
@@ -34,6 +37,7 @@ from recsys.content.projection_start import start_projections
 from recsys.data.filesystem import Location, write_whole
 from recsys.data.interactions import Interactions
 from recsys.diagnostics.profile.step_profile import StepProfile
+from recsys.distributed.job_lock import sole_job
 from recsys.distributed.lockstep import Lockstep, TrainingStopped
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
@@ -82,8 +86,19 @@ def train(
 
     Raises:
         TrainingStopped: the job was asked to end; its state is saved.
-        ValueError: on every rank, if data, configuration, plan or checkpoint is invalid on any.
+        ValueError: on every rank, if data, configuration, plan or checkpoint is invalid on any, or
+            another job writes the folder.
     """
+    with sole_job(run, ranks, run / LOCK):
+        metrics = train_locked(config, data, run, ranks, overwrite, resume)
+        finish_run(run, ranks)
+    return metrics
+
+
+def train_locked(
+    config: Config, data: str, run: Path, ranks: Ranks, overwrite: bool, resume: Resume
+) -> dict[str, Any]:
+    """Train as `train` does, in a folder that this job has locked. A collective."""
     make_metrics(config.metrics)  # invalid settings are reported before any work is done
     goes_on = find_start(run, resume, overwrite, ranks)
     with (
@@ -129,7 +144,7 @@ def open_run(job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep) 
         start_fresh(job)
         progress = Progress()
     else:
-        logger.info("going on after step %d from %s", progress.steps, checkpoints.last_good)
+        logger.info("going on after step %d from %s", progress.steps, checkpoints.last_good or BEST)
     return Trainer(
         job=job,
         run=run,

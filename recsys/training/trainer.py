@@ -96,7 +96,7 @@ class Trainer:
                 progress.count_ids(job, unknown)
                 if lockstep.stop:
                     raise TrainingStopped
-                if lockstep.save or self._passed_checkpoint(first_step):
+                if lockstep.save or self._checkpoint_is_due(first_step, end_of_part):
                     self.checkpoints.save(progress)
                     lockstep.saved()
                 if progress.batches >= end_of_part:
@@ -144,10 +144,16 @@ class Trainer:
         until_due = every - self.progress.steps % every
         return min(left, -(-until_due // group) * group)
 
-    def _passed_checkpoint(self, first_step: int) -> bool:
-        """Return whether a checkpoint has become due by steps since a stretch began."""
-        every = self.job.config.checkpoint.every_steps
-        return every is not None and self.progress.steps // every > first_step // every
+    def _checkpoint_is_due(self, first_step: int, end_of_part: int) -> bool:
+        """Return whether a checkpoint has become due by steps since a stretch began.
+
+        One is due before the first validation, too: a run that has a best model alone would lose
+        the state of its optimizers when it is killed.
+        """
+        every, progress = self.job.config.checkpoint.every_steps, self.progress
+        if progress.best_step < 0 and progress.batches >= end_of_part:
+            return True
+        return every is not None and progress.steps // every > first_step // every
 
     def _validate(self) -> None:
         """Validate, with averaged weights if kept, and keep the best model. A collective."""

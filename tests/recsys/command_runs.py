@@ -43,10 +43,8 @@ def train_words(data: Path, out: Path, *more: str) -> list[str]:
     return [*words, *more]
 
 
-def run_program(
-    program: str, *words: str, seconds: float = HANG_SECONDS
-) -> subprocess.CompletedProcess[str]:
-    """A program of this environment, in the root of the project."""
+def program(name: str, *words: str) -> dict[str, Any]:
+    """Arguments of `subprocess` for a program of this environment, in the root of the project."""
     folder = Path(sys.executable).parent
     env = {
         **os.environ,
@@ -54,10 +52,12 @@ def run_program(
         "GLOO_SOCKET_IFNAME": "lo",
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
     }
-    command = [str(folder / program), *words]
-    return subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds
-    )
+    return {"args": [str(folder / name), *words], "cwd": ROOT, "env": env, "text": True}
+
+
+def run_program(name: str, *words: str, seconds: float = HANG_SECONDS) -> subprocess.CompletedProcess[str]:
+    """Run a program of this environment, in the root of the project."""
+    return subprocess.run(**program(name, *words), capture_output=True, timeout=seconds)
 
 
 def run_recsys(

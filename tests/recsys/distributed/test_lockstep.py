@@ -58,6 +58,32 @@ def test_what_one_rank_is_asked_ends_all_after_the_same_batch() -> None:
     assert run_on_ranks(terminated_on_rank_1, 2) == [[False, True, True]] * 2
 
 
+def interrupted(rank: int, world_size: int, seconds: list[float], numbers: list[int]) -> list[bool]:
+    """Whether the job is to end, before each batch; signals come at these seconds."""
+    clock = SimpleNamespace(now=0.0)
+
+    def source() -> Iterator[int]:
+        for clock.now, number in zip(seconds, numbers):
+            signal.raise_signal(number)
+            yield number
+
+    with pytest.MonkeyPatch.context() as patch:
+        fake = SimpleNamespace(monotonic=lambda: clock.now)
+        patch.setattr("recsys.distributed.lockstep.time", fake)
+        with Lockstep(ranks_of(rank, world_size)) as lockstep:
+            return [lockstep.stop for _ in lockstep.training_batches(source(), len(numbers))]
+
+
+def test_ctrl_c_asks_to_end_as_sigterm_does_and_a_second_one_ends_at_once() -> None:
+    passed_on = [0.0, 0.1, 0.2], [signal.SIGINT, signal.SIGINT, signal.SIGTERM]
+    assert run_on_ranks(interrupted, 1, *passed_on) == [[True, True, True]]
+    terminated_twice = [0.0, 5.0, 9.0], [signal.SIGTERM, signal.SIGTERM, signal.SIGINT]
+    assert run_on_ranks(interrupted, 1, *terminated_twice) == [[True, True, True]]
+    for second in (signal.SIGINT, signal.SIGTERM):  # torchrun makes it the latter
+        with pytest.raises(RuntimeError, match=f"exit code -{int(second)}"):
+            run_on_ranks(interrupted, 1, [0.0, 1.5], [signal.SIGINT, second])
+
+
 def test_a_checkpoint_by_time_is_due_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(
