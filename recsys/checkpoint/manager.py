@@ -211,7 +211,7 @@ class Checkpoints:
             self._load(folder)
             progress = self._continued(manifest)
             if folder.name == BEST:
-                progress.validations += 1  # the one that found it
+                progress.validations += 1  # the one that chose this model
                 logger.warning("%s has no state of the optimizers, which begin anew", folder)
             return progress
         if faults:
