@@ -55,7 +55,9 @@ def program(name: str, *words: str) -> dict[str, Any]:
     return {"args": [str(folder / name), *words], "cwd": ROOT, "env": env, "text": True}
 
 
-def run_program(name: str, *words: str, seconds: float = HANG_SECONDS) -> subprocess.CompletedProcess[str]:
+def run_program(
+    name: str, *words: str, seconds: float = HANG_SECONDS
+) -> subprocess.CompletedProcess[str]:
     """Run a program of this environment, in the root of the project."""
     return subprocess.run(**program(name, *words), capture_output=True, timeout=seconds)
 
