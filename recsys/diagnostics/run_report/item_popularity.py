@@ -188,10 +188,12 @@ def _bars(rows: ScoredRows, buckets: dict[str, dict[str, Any]], split: str) -> D
     for shift, name, colour in ((-0.2, "auc", BLUE), (0.2, "gauc", ORANGE)):
         heights = [of[name] if of[name] is not None else np.nan for of in buckets.values()]
         errors = _errors(rows, name, heights)
-        bars = axes.bar(places + shift, heights, 0.38, color=colour, label=name.upper())
+        axes.bar(places + shift, heights, 0.38, color=colour, label=name.upper())
         axes.errorbar(places + shift, heights, errors, fmt="none", ecolor="black", capsize=4)
-        labels = ["" if np.isnan(height) else f"{height:.3f}" for height in heights]
-        axes.bar_label(bars, labels, label_type="center")
+        for place, height in zip(places + shift, heights):
+            if not np.isnan(height):
+                inside = "white" if height > 0.1 else "black"
+                axes.text(place, 0.03, f"{height:.3f}", ha="center", color=inside)
     axes.axhline(0.5, color="black", linewidth=1)
     names = [f"{name}\n{of['num_samples']:,} rows" for name, of in buckets.items()]
     axes.set_xticks(places, names)

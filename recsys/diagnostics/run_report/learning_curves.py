@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recsys.config import BestModelBy
@@ -66,6 +67,7 @@ def learning_curves(run: Path, best_model_by: BestModelBy) -> Section:
     for axes, (title, of_title) in zip(all_axes, plots.items()):
         _draw(axes, of_title)
         axes.set(title=title, xlabel="step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if title == "validation":
             _end_at_one(axes)
     steps, scores = selection_curve(curves, best_model_by)
