@@ -14,14 +14,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING
 
 from recsys import doctor
 from recsys.commands import COMMANDS
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
 
 
 def main(words: list[str] | None = None) -> int:
@@ -46,43 +41,38 @@ def main(words: list[str] | None = None) -> int:
 
 def _run(words: Sequence[str]) -> int:
     """Parse the words and run the command; return the exit code."""
+    from recsys.config import config_first
+    from recsys.config.parser import PlainParser, meant
     from recsys.distributed.log import configure_logging
 
-    parser = command_parser(words)
-    if not words:
-        parser.print_help()
+    name = words[0] if words else ""
+    if name and not name.startswith("-") and name not in COMMANDS:
+        sys.stderr.write(f"error: recsys has no command '{name}'{meant(name, COMMANDS)}\n")
         return 2
+    if name not in COMMANDS:
+        return _list_commands(name)
+    words = config_first(words[1:])
+    module, line = COMMANDS[name]
+    command = import_module(f"recsys.commands.{module}")
+    parser = PlainParser(prog=f"recsys {name}", description=line)
+    command.add_arguments(parser, words)
     arguments = parser.instantiate(parser.parse_args(words))
-    chosen = arguments[arguments.subcommand]
     configure_logging(
         int(os.environ.get("RANK", "0")),
-        chosen.get("log_level", "auto"),
-        chosen.get("log_format", "text"),
+        arguments.get("log_level", "auto"),
+        arguments.get("log_format", "text"),
     )
-    return _module(arguments.subcommand).run(chosen) or 0
+    return command.run(arguments) or 0
 
 
-def command_parser(words: Sequence[str]) -> ArgumentParser:
-    """Return the parser of all commands; it stores the command's name as `subcommand`.
-
-    Args:
-        words: the command line; only its command gets its options.
-    """
-    from recsys.commands.options import Parser
-
-    parser = Parser(prog="recsys", description="Train and run EM3 recommenders.")
-    commands = parser.add_subcommands()
-    for name, (_, help_line) in COMMANDS.items():
-        command = Parser(description=help_line)
-        commands.add_subcommand(name, command, help=help_line)
-        if words[:1] == [name]:
-            _module(name).add_arguments(command, words)
-    return parser
-
-
-def _module(command: str) -> ModuleType:
-    """Import the module of a command."""
-    return import_module(f"recsys.commands.{COMMANDS[command][0]}")
+def _list_commands(name: str) -> int:
+    """Print a line for each command; return 0 if help was asked for, else 2."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {command:<{width}}  {line}" for command, (_, line) in COMMANDS.items()]
+    print("usage: recsys COMMAND [--option VALUE ...]\n\nTrain and run EM3 recommenders.\n")
+    print("\n".join(lines))
+    print("\n`recsys COMMAND --help` lists the options of a command.")
+    return 0 if name in ("-h", "--help") else 2
 
 
 def _silence_advice_to_library_developers() -> None:

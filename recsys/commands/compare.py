@@ -6,14 +6,15 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from recsys.commands.options import add_log_options
+from recsys.config.parser import PlainParser
 
 logger = logging.getLogger(__name__)
 
 
-def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
+def add_arguments(parser: PlainParser, words: Sequence[str]) -> None:
     """Add the runs and the split."""
     parser.add_argument(
         "--runs",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from recsys import doctor
+from recsys.config.parser import PlainParser
 
 
-def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
+def add_arguments(parser: PlainParser, words: Sequence[str]) -> None:
     """Add nothing: the command has no options."""
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from recsys.commands.options import add_run_options, require_finished
+from recsys.config.parser import PlainParser
 from recsys.doctor import require_working_installation
 
 
-def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
+def add_arguments(parser: PlainParser, words: Sequence[str]) -> None:
     """Add the run and the split."""
     add_run_options(parser)
     parser.add_argument("--split", type=str, default="test", help="train, valid or test")

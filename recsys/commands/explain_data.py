@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from recsys.commands.options import add_log_options
+from recsys.config.parser import PlainParser
 
 
-def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
+def add_arguments(parser: PlainParser, words: Sequence[str]) -> None:
     """Add the dataset and the options."""
     parser.add_argument("data", type=str, help="dataset: folder or URL")
     parser.add_argument(

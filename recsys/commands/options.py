@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
 from recsys.config import LogFormat, LogLevel
-
-# An abbreviated option would change its meaning when a setting with that beginning is added.
-Parser = partial(ArgumentParser, allow_abbrev=False)
+from recsys.config.parser import PlainParser
 
 
-def add_log_options(parser: ArgumentParser) -> None:
+def add_log_options(parser: PlainParser) -> None:
     """Add the options of the log to a command without the settings of a run."""
     parser.add_argument(
         "--log_level",
@@ -27,12 +22,12 @@ def add_log_options(parser: ArgumentParser) -> None:
     )
 
 
-def add_data_option(parser: ArgumentParser) -> None:
+def add_data_option(parser: PlainParser) -> None:
     """Add the dataset."""
     parser.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
 
 
-def add_run_options(parser: ArgumentParser) -> None:
+def add_run_options(parser: PlainParser) -> None:
     """Add the options of commands on a finished run."""
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--data", type=str | None, help="dataset; default: the run's own")

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from recsys.commands.options import add_data_option, require_schema
 from recsys.config import Config, Resume, add_config_arguments, config_from
+from recsys.config.parser import PlainParser
 from recsys.doctor import require_working_installation
 
 
-def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
+def add_arguments(parser: PlainParser, words: Sequence[str]) -> None:
     """Add the settings of a run, the dataset and what to do with the run's folder."""
     add_config_arguments(parser, words)
     add_data_option(parser)

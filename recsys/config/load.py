@@ -7,15 +7,18 @@ rest. The name of the ranking model is read first, since it decides the settings
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import os
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings
 
 from recsys.config.checks import validate
+from recsys.config.parser import PlainParser
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.config.ranking import DEFAULT_MODEL, check_keys, own_keys, settings_class
 from recsys.config.run import CONFIG_NAMES, Config
@@ -24,7 +27,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def add_config_arguments(
-    parser: ArgumentParser, words: Sequence[str], skip: frozenset[str] = frozenset()
+    parser: PlainParser, words: Sequence[str], skip: frozenset[str] = frozenset()
 ) -> None:
     """Add `--config FILE` and every setting of `Config` as `--name.of.setting`.
 
@@ -42,6 +45,9 @@ def add_config_arguments(
     parser.add_class_arguments(Config, None, skip={"ranking", *skip})
     parser.add_class_arguments(settings_class(name), "ranking")
     parser.set_defaults({"ranking.name": name})
+    parser.settings = get_type_hints(Config, include_extras=True)
+    parser.settings["ranking"] = settings_class(name)
+    parser.given = [_given(*option, parser.settings) for option in _options(words)]
 
 
 def config_from(namespace: Namespace) -> Config:
@@ -63,9 +69,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     if not Path(path).is_file():
         raise ValueError(f"config {path}: no such file")
-    words = ["--config", str(path), *overrides]
+    words = config_first(["--config", str(path), *overrides])
     try:
-        parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+        parser = PlainParser(exit_on_error=False)
         add_config_arguments(parser, words)
         namespace = parser.instantiate(parser.parse_args(words))
     except Exception as error:
@@ -80,8 +86,9 @@ def config_of_plain(plain: dict[str, Any]) -> Config:
         ValueError: an unknown key or a wrong type, named.
     """
     words = ["--ranking.name", plain.get("ranking", {}).get("name", DEFAULT_MODEL)]
-    parser = ArgumentParser(exit_on_error=False)
+    parser = PlainParser(exit_on_error=False)
     add_config_arguments(parser, words)
+    parser.given.append(plain)
     try:
         return config_from(parser.instantiate(parser.parse_object(_settled(plain, words[1]))))
     except Exception as error:
@@ -115,6 +122,8 @@ def _recipe_action(name: str) -> type[ActionConfigFile]:
         ) -> None:
             """Apply the recipe to the configuration that is being parsed."""
             recipe = _settled(_load(values), name)
+            if not isinstance(recipe, dict):
+                raise TypeError(f"config {values}: no such file, nor a mapping of settings")
             self.apply_config(parser, cfg, self.dest, yaml.safe_dump(recipe, sort_keys=False))
 
     return Recipe
@@ -122,8 +131,8 @@ def _recipe_action(name: str) -> type[ActionConfigFile]:
 
 def _load(recipe: str) -> Any:
     """Read a recipe: a file, or YAML on the command line itself."""
-    is_file = Path(recipe).is_file()
     try:
+        is_file = os.path.isfile(recipe)
         return load_plain_yaml(Path(recipe).read_bytes() if is_file else recipe.encode())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config {recipe}: {error}") from error
@@ -157,6 +166,39 @@ def _ranking_name(words: Sequence[str]) -> str:
             name = str(section.get("name", name))
     check_keys(keys, name)
     return name
+
+
+def _given(option: str, value: str, settings: Container[str]) -> dict[str, Any]:
+    """Return the settings that an option gives, as a mapping; empty for another option."""
+    name = option.removeprefix("--")
+    if name == "config":
+        recipe = _load(value)
+        return recipe if isinstance(recipe, dict) else {}
+    given: Any = value
+    keys = name.split(".")
+    if keys[0] not in settings:
+        return {}
+    for key in reversed(keys):
+        given = {key: given}
+    return given
+
+
+def config_first(words: Sequence[str]) -> list[str]:
+    """Return a command line with its recipes in front of the options, which so override them.
+
+    Example::
+
+        config_first(["--epochs", "1", "--config", "r.yaml"])
+        # ["--config", "r.yaml", "--epochs", "1"]
+    """
+    moved, others = list[str](), list[str]()
+    rest = iter(words)
+    for word in rest:
+        if word == "--config":
+            moved += [word, *itertools.islice(rest, 1)]
+        else:
+            (moved if word.startswith("--config=") else others).append(word)
+    return [*moved, *others]
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -1,15 +1,24 @@
 """YAML that stays data, for schemas and configurations from other people.
 
 The argument parser would import the module of any `class_path`, a few lines of aliases can expand
-beyond any memory, and one value of a duplicate key would be lost.
+beyond any memory, and one value of a duplicate key would be lost. So every text that is read as
+YAML passes this check: files, values on the command line, and files that either of them names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import os
+from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import get_loader, set_loader
+
+MODE = "plain_yaml"  # of parsers that read values by `_load_value`
+
+
+class RefusedYaml(yaml.YAMLError, TypeError):
+    """YAML that is more than data. The argument parser reports a TypeError with its setting."""
 
 
 def load_plain_yaml(text: bytes) -> Any:
@@ -22,7 +31,33 @@ def load_plain_yaml(text: bytes) -> Any:
 
         load_plain_yaml(b"target_item: item")  # {"target_item": "item"}
     """
-    return yaml.load(text, _PlainLoader)
+    try:
+        return yaml.load(text, _PlainLoader)
+    except RecursionError as error:
+        raise RefusedYaml("nested too deeply; write it flatter") from error
+
+
+def read_plain(text: str) -> Any:
+    """Read the file of this name, or the text itself if there is no such file.
+
+    Raises:
+        yaml.YAMLError, UnicodeDecodeError: it is no plain YAML.
+    """
+    is_file = os.path.isfile(text)
+    return load_plain_yaml(Path(text).read_bytes() if is_file else text.encode())
+
+
+def _load_value(text: str) -> Any:
+    """Read a value as jsonargparse does, once it is known to be plain."""
+    try:
+        yaml.compose(text, _PlainLoader)
+    except RecursionError as error:
+        raise RefusedYaml("nested too deeply; write it flatter") from error
+    return get_loader("yaml")(text)
+
+
+# Text that is no YAML at all is taken as text; what is refused is an error.
+set_loader(MODE, _load_value, (yaml.MarkedYAMLError, yaml.reader.ReaderError))
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -31,14 +66,24 @@ class _PlainLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Refuse an alias."""
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"alias *{self.peek_event().anchor}; write its content instead")
+            alias = self.peek_event()
+            line = alias.start_mark.line + 1
+            raise RefusedYaml(f"line {line}: alias *{alias.anchor}; write its content instead")
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Refuse a class path or a duplicate key."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if key == "class_path" or keys.count(key) > 1:
-                cause = "names code, which is never loaded" if key == "class_path" else "is twice"
-                raise yaml.YAMLError(f"key '{key}' {cause}; remove it{node.start_mark}")
-        return super().construct_mapping(node, deep)
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if key.value == "class_path":
+                raise RefusedYaml(f"line {line}: class_path names code, which is never loaded")
+            if name in lines:
+                raise RefusedYaml(
+                    f"key '{key.value}' is twice, in lines {lines[name]} and {line}; remove one"
+                )
+            lines[name] = line
+        return node

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_type_hints
 
 from recsys.config.limits import Dropout, NonNegativeFloat, PositiveInt, refuse_options
 from recsys.config.named_parts import find_part
+from recsys.config.parser import meant
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +143,11 @@ def check_keys(keys: Iterable[str], name: str) -> None:
     """
     known = keys_of(name)
     for key in keys:
-        if key.split(".")[0].removesuffix("+") not in known:
-            raise ValueError(f"ranking.{key} is no setting of '{name}', which has {known}")
+        part = key.split(".")[0].removesuffix("+")
+        if part not in known:
+            raise ValueError(
+                f"ranking.{key} is no setting of '{name}', which has {known}{meant(part, known)}"
+            )
 
 
 def own_keys(section: dict[str, Any], name: str) -> dict[str, Any]:

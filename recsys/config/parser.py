@@ -1,0 +1,155 @@
+"""The parser of commands and settings: plain data, and errors that name setting, value and fix.
+
+jsonargparse describes a wrong value by the types that it tried. Here a value that was refused is
+looked up again in the dataclasses of settings, and described by its full name and what it may be.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import is_dataclass
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from recsys.config.plain_yaml import MODE, RefusedYaml, read_plain
+
+WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+WORDS |= {list: "a list", dict: "a mapping"}
+LONGEST = 80  # characters of a value in a message
+
+
+class PlainParser(ArgumentParser):
+    """Parser that reads values as plain data and takes no abbreviations.
+
+    An abbreviated option would change its meaning when a setting with that beginning is added.
+
+    Attributes:
+        settings: the dataclass of each setting at the top, or its type.
+        given: mappings of settings that were given, to find the one that is wrong.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        """Make a parser with these arguments of `jsonargparse.ArgumentParser`."""
+        super().__init__(**{"allow_abbrev": False, "parser_mode": MODE, **arguments})
+        self.settings: dict[str, Any] = {}
+        self.given: list[dict[str, Any]] = []
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with exit code 2 and the error in words, or raise it."""
+        known = {action.dest: Any for action in self._actions} | self.settings
+        found = (problem_of_keys(known, given, "") for given in self.given)
+        message = next(filter(None, found), None) or self._in_words(message)
+        if not self.exit_on_error:
+            super().error(message, ex)
+        sys.stderr.write(f"error: {message}\n")
+        self.exit(2)
+
+    def instantiate(self, *arguments: Any, **named: Any) -> Any:
+        """Make the settings; a mapping of another type shows only here."""
+        try:
+            return super().instantiate(*arguments, **named)
+        except TypeError as error:
+            self.error(str(error), error)
+
+    def _in_words(self, message: str) -> str:
+        """Return an error of jsonargparse in the words of this program."""
+        if found := re.match(r"unrecognized arguments: (--[^ =]+)", message):
+            options = [name for name in self._option_string_actions if name.startswith("--")]
+            return f"{self.prog} has no option {found[1]}{meant(found[1], options)}"
+        if found := re.match(r"the following arguments are required: (.*)", message):
+            return f"{self.prog} needs --{found[1].replace(', ', ' and --')}"
+        wrong = r'Parser key "([^"]+)":\s+Expected a (.+?)\. Got value: (.*)'
+        if found := re.fullmatch(wrong, message, re.DOTALL):
+            literal = re.fullmatch(r"typing\.Literal\[(.*)\]", found[2])
+            name = found[2].removeprefix("<class '").removesuffix("'>")
+            words = {kind.__name__: words for kind, words in WORDS.items()}.get(name, name)
+            wanted = f"one of {literal[1]}" if literal else words
+            return f"{found[1]} is {short(found[3])}; it must be {wanted}"
+        return message
+
+
+def problem_of_keys(hints: dict[str, Any], given: dict[str, Any], name: str) -> str | None:
+    """Return what is wrong in a mapping of settings, None if nothing is.
+
+    Args:
+        hints: the type of each setting, by key.
+        given: the settings, as read from YAML.
+        name: of the mapping in full; empty for the whole configuration.
+    """
+    for key, value in given.items():
+        key = str(key)
+        hint = hints.get(key.removesuffix("+"))
+        full = f"{name}.{key}".lstrip(".")
+        found = problem_of_value(hint, value, full) if hint else f"{full} is no setting"
+        if found is not None:
+            return found if hint else f"{found}{meant(key, hints)}"
+    return None
+
+
+def problem_of_value(hint: Any, value: Any, name: str) -> str | None:
+    """Return what is wrong with the value of a setting of this type, None if nothing is."""
+    kind = _dataclass_in(hint)
+    if hint is not str and isinstance(value, str):
+        try:
+            inside = read_plain(value)
+        except RefusedYaml as error:
+            return f"{name}: {short(value)}: {error}"
+        except (yaml.YAMLError, UnicodeDecodeError):
+            inside = value
+        value = inside if kind is not None and isinstance(inside, dict) else value
+    if kind is not None and isinstance(value, dict):
+        if get_origin(hint) is dict:
+            return problem_of_keys(dict.fromkeys(map(str, value), kind), value, name)
+        return problem_of_keys(get_type_hints(kind, include_extras=True), value, name)
+    if hint is not kind and _is_of(hint, value):
+        return None
+    return f"{name} is {short(value)}; it must be {in_words(hint)}"
+
+
+def _is_of(hint: Any, value: Any) -> bool:
+    """Return whether the parser takes a value for this type."""
+    parser = ArgumentParser(exit_on_error=False, parser_mode=MODE)
+    parser.add_argument("--value", type=hint)
+    try:
+        parser.parse_object({"value": value})
+    except Exception:  # the types of settings may raise any error
+        return False
+    return True
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Return the question whether a similar name was meant; empty if none is similar."""
+    return "".join(f"; did you mean {near}?" for near in get_close_matches(name, list(known), n=1))
+
+
+def in_words(hint: Any) -> str:
+    """Return what a value of this type may be."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}" if len(parts) > 1 else str(parts[0])
+    if origin is Annotated:
+        return in_words(parts[0])
+    if origin in (Union, UnionType):
+        return " or ".join(map(in_words, parts))
+    if is_dataclass(hint):
+        return "a mapping of settings"
+    return WORDS.get(origin or hint, str(hint))
+
+
+def short(value: Any) -> str:
+    """Return a value as text for a message."""
+    text = str(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """Return the dataclass that a type is, may be (union) or has as values (dict), or None."""
+    if isinstance(hint, type) and is_dataclass(hint):
+        return hint
+    return next((kind for each in get_args(hint) if (kind := _dataclass_in(each))), None)

@@ -1,0 +1,107 @@
+"""Configurations of other people stay data; an error names the setting, its value and the fix."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from recsys.cli import main
+from recsys.commands import train
+from recsys.config import load_config
+from recsys.config.parser import PlainParser
+from tests.recsys.command_runs import TINY
+
+ALIASES = "a: &a [x, x]\nb: &b [*a, *a]\n"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "part.yaml"
+
+
+@pytest.mark.parametrize("recipe", ["{file}", "embedding: {file}", "content: {file}"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (ALIASES, r"line 2: alias \*a"),
+        ("dim: 8\n\ndim: 16\n", "'dim' .* lines 1 and 3"),
+        ("class_path: os.system\n", "class_path"),
+    ],
+)
+def test_a_file_that_is_more_than_data_is_refused_even_inside_a_recipe(
+    file: Path, tmp_path: Path, recipe: str, text: str, message: str
+) -> None:
+    file.write_text(text)
+    outer = file
+    if recipe != "{file}":
+        outer = tmp_path / "recipe.yaml"
+        outer.write_text(recipe.format(file=file))
+    with pytest.raises(ValueError, match=f"{file}: .*{message}"):
+        load_config(outer)
+
+
+@pytest.mark.parametrize("value", ["{a: 1, a: 2}", "{a: &a [1], b: *a}"])
+def test_a_value_on_the_command_line_that_is_more_than_data_is_refused(value: str) -> None:
+    with pytest.raises(ValueError, match=r"optimizer.options: .*(twice|alias)"):
+        load_config(TINY, ["--optimizer.options", value])
+
+
+def test_the_command_line_overrides_the_recipe_in_any_order(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text("batch_size: 8\n")
+    for words in (["--batch_size", "0", "--config", str(file)], [f"--config={file}"]):
+        assert main(["train", *words, "--batch_size=0", "--data", "none", "--out", "none"]) == 1
+        assert "batch_size is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batchsize", "3"], "--batchsize; did you mean --batch_size"),
+        (["--content.dims", "3"], "content.dims is no setting; did you mean dim"),
+        (["--embedding.tables", "{a: {shardin: x}}"], r"tables.a.shardin .* mean sharding"),
+        (["--ranking.mlp_unit", "3"], "mlp_unit .* mean mlp_units"),
+        (["--config", "{optimiser: {name: sgd}}"], "optimiser .* mean optimizer"),
+        (["--content.modalities.text.max_length", "x"], "modalities.text.max_length is x"),
+        (["--config", "{optimizer: 3}"], "optimizer is 3"),
+        (["--optimizer", "[1]"], r"optimizer is \[1\]"),
+        (["--content", "nonne"], "content is nonne"),
+        (["--checkpoint.every_steps", "x"], "checkpoint.every_steps is x"),
+        (["--tracker", "3", "--resume", "sometimes"], "resume is sometimes"),
+        (["--overwrite", "maybe"], "overwrite is maybe"),
+    ],
+)
+def test_what_is_wrong_is_named_in_a_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(["train", "--config", str(TINY), "--data", "none", "--out", "none", *words])
+    except SystemExit as stopped:
+        code = int(str(stopped.code))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code and re.search(message, line), line
+    assert "Namespace(" not in line and "Arg(" not in line and "<class" not in line
+
+
+def test_a_command_of_another_name_is_taken_for_the_nearest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["tarin"]) == 2
+    assert "mean train?" in capsys.readouterr().err
+
+
+def test_every_option_of_train_has_a_sentence() -> None:
+    parser = PlainParser(prog="recsys train")
+    train.add_arguments(parser, ["--ranking.name", "sim"])
+    options = {action.dest: action.help for action in parser._actions}
+    assert {"ranking.search_top_k", "optimizer.name", "epochs", "out"} <= options.keys()
+    assert [name for name, sentence in options.items() if not sentence] == []
+
+
+def test_help_has_a_line_for_each_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:1] == ["train"] and len(line.split()) > 4 for line in lines)
