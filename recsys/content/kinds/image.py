@@ -16,7 +16,7 @@ import pyarrow as pa
 from recsys.config.named_parts import make_part
 from recsys.data.items.images import ImagePreparation
 from recsys.data.items.item_column import ItemColumnReader
-from recsys.data.items.item_images import decoded_images, num_images
+from recsys.data.items.item_images import check_first_image, decoded_images, num_images
 from recsys.data.items.item_table import digest_of
 from recsys.data.items.kind import ModalityKind
 from recsys.data.parquet.bad_rows import Report
@@ -47,6 +47,11 @@ class Image(ModalityKind):
             raise ValueError(
                 f"{self.where}: an image needs either `encoder` or `module`, and not both"
             )
+
+    def check_column(self, column: ItemColumnReader) -> None:
+        """Raise a ValueError if the first image cannot be read, unless such are skipped."""
+        chunks = ((chunk, where) for chunk, where, _ in column.chunks())
+        check_first_image(chunks, decodes=not column.skips_bad_rows)
 
     @property
     def has_several(self) -> bool:

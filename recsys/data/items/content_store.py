@@ -71,6 +71,7 @@ class ContentStore:
         self.items, self.kinds, self.cache = items, make_kinds(modalities), cache
         for kind in self.kinds.values():
             require_column(items.items, kind)
+            kind.check_column(ItemColumnReader(items, kind.modality.column))
         self.arrays: dict[str, RaggedArray] = {}
         self.folders: dict[str, Path] = {}
         order = np.argsort(items.ids)

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+LONGEST_PATH = 260
 BITS_16 = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -69,7 +70,7 @@ def decode_image(
         image = open_image(encoded)
     # A decoder may raise an error of any class for damaged bytes.
     except Exception as error:
-        cause, fix = _cause_and_fix(error)
+        cause, fix = _cause_and_fix(error, encoded)
         place = f"{where}: " if where else ""
         raise ValueError(f"{place}not a readable image ({cause}); {fix}") from error
     preparation = preparation or ImagePreparation()
@@ -98,12 +99,14 @@ def open_image(encoded: bytes) -> Image.Image:
     return image.convert("RGB")
 
 
-def _cause_and_fix(error: Exception) -> tuple[str, str]:
+def _cause_and_fix(error: Exception, encoded: bytes) -> tuple[str, str]:
     """Return the cause of a decoding error and its fix, in words for users."""
     if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
         return str(error), "scale it down"
     # Pillow's own message names an object in memory.
     cause = "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
+    if 0 < len(encoded) <= LONGEST_PATH and encoded.isascii() and encoded.decode().isprintable():
+        cause = f"but the text '{encoded.decode()}'"
     return cause, "write JPEG or PNG bytes, or null for an item without an image"
 
 

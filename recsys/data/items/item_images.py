@@ -6,7 +6,7 @@ Shapes: n rows of a chunk, S side of an image.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -65,6 +65,25 @@ def decoded_images(
     bad = np.isin(np.arange(len(chunk)), list(causes))
     report(bad, "unreadable image", lambda row: "; ".join(causes[row]))
     return lengths, pixels[: lengths.sum()], cut
+
+
+def check_first_image(chunks: Iterable[tuple[pa.Array, str]], decodes: bool = True) -> None:
+    """Decode the first image of a column, so that other content is found before long work.
+
+    Args:
+        chunks: values of the column, each with file and column for messages.
+        decodes: False checks the type alone, where unreadable images are skipped.
+
+    Raises:
+        ValueError: the column has another type, or its first image cannot be read.
+    """
+    for chunk, where in chunks:
+        num_images(chunk, where)
+        images = chunk.flatten() if is_list(chunk.type) else chunk
+        for image in images.drop_null().slice(0, 1):
+            if decodes:
+                decode_image(image.as_py(), 1, f"{where}, first image")
+            return
 
 
 def _images(value: pa.Scalar, several: bool) -> list[pa.Scalar]:

@@ -72,6 +72,12 @@ class ModalityKind:
                 f"{self.where}: max_images is of kind image, not {self.modality.kind}; remove it"
             )
 
+    def check_column(self, column: ItemColumnReader) -> None:
+        """Raise a ValueError if the column's first content shows that it is of another kind.
+
+        It is called before any content is prepared, which may take long.
+        """
+
     def key(self) -> Any:
         """Return, in printable form, all that decides the entries beside the column's content."""
         return self.modality.options or None

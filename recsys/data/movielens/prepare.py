@@ -68,8 +68,9 @@ def prepare_movielens(
     """Write the dataset folder `out`; it appears complete or not at all.
 
     Args:
-        source: folder with `ratings.csv`, `movies.csv` and, optionally, `items.parquet` (movieId
-            with plot, poster or both). None: the bundled sample.
+        source: folder with `ratings.csv` and `movies.csv`, or both as `.dat` (MovieLens 1M and
+            10M), and, optionally, `items.parquet` (movieId with plot, poster or both). None: the
+            bundled sample.
         out: folder to write; must not exist or be empty. With `rolling` it holds the datasets
             `window-1` to `window-5`, with the same items, hard-linked where the disk allows it.
         history_length: longest history of a row.

@@ -1,7 +1,8 @@
 """Files of a MovieLens archive, read and checked, before any protocol is applied.
 
-Sources are the GroupLens archives (https://grouplens.org/datasets/movielens/), unpacked, and the
-bundled ml-latest-small (its terms: `sample/README.txt`). Every error names the file, the column
+Sources are the GroupLens archives (https://grouplens.org/datasets/movielens/), unpacked, with their
+files `.csv` or, in MovieLens 1M and 10M, `.dat`; and the bundled ml-latest-small (its terms:
+`sample/README.txt`). Every error names the file, the column
 and the row as an editor counts it, because people edit these files.
 
 Shapes: N rows of a file.
@@ -9,7 +10,10 @@ Shapes: N rows of a file.
 
 from __future__ import annotations
 
+import csv
 import re
+from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
+
+from recsys.data.items.item_images import check_first_image
 
 SAMPLE = Path(__file__).parent / "sample"
 
@@ -32,7 +38,7 @@ POSTERS = {"movieId": pa.int64(), "poster": pa.large_binary()}  # together they 
 
 
 def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
-    """Read a folder with `ratings.csv`, `movies.csv` and, optionally, `items.parquet`.
+    """Read a folder with `ratings`, `movies` (.csv or .dat) and, optionally, `items.parquet`.
 
     Args:
         source: the folder; None is the bundled sample. `items.parquet` has movieId with plot,
@@ -46,6 +52,8 @@ def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
         ValueError: a file, column or value is missing or invalid.
     """
     folder, suffix = (SAMPLE, "parquet") if source is None else (Path(source), "csv")
+    if (folder / "ratings.dat").is_file() and not (folder / "ratings.csv").is_file():
+        suffix = "dat"
     ratings_path, movies_path = folder / f"ratings.{suffix}", folder / f"movies.{suffix}"
     movies = _read_movies(movies_path, MOVIES).sort_by("movieId")
     ratings = _read(ratings_path, RATINGS)
@@ -73,17 +81,20 @@ def _add_contents(movies: pa.Table, path: Path) -> pa.Table:
         if name not in available:
             continue
         contents = _read_movies(path, types, nullable=name)
+        if name == "poster":
+            where = f"{path}: column '{name}'"
+            check_first_image((chunk, where) for chunk in contents[name].chunks)
         rows = pc.index_in(movies["movieId"], contents["movieId"])
         movies = movies.append_column(name, contents[name].combine_chunks().take(rows))
     return movies
 
 
 def _read(path: Path, types: dict[str, pa.DataType], nullable: str | None = None) -> pa.Table:
-    """Read the named columns of a CSV or Parquet file and check their types and values."""
+    """Read the named columns of a file and check their types and values."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; the source folder must hold it")
     try:
-        table = _read_csv(path, types) if path.suffix == ".csv" else _read_parquet(path, types)
+        table = READERS[path.suffix](path, types)
     except (pa.ArrowException, OSError, KeyError) as error:
         raise ValueError(f"{path}: {error}; correct the file or fetch it again") from error
     if table.num_rows == 0:
@@ -96,29 +107,66 @@ def _read(path: Path, types: dict[str, pa.DataType], nullable: str | None = None
 
 
 def _read_csv(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
-    """Read a CSV file; an error names column and row."""
+    """Read a CSV file with a header."""
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        names = next(csv.reader(file), [])
+    if names:  # Arrow says that a file is empty
+        _require_columns(path, names, types)
+    return _parse(path, path, names, types, pa_csv.ParseOptions())
+
+
+def _read_dat(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
+    """Read a file of MovieLens 1M or 10M: fields between `::`, no header, UTF-8 or Latin-1."""
+    content = path.read_bytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        content = content.decode("latin-1").encode()
+    # Arrow takes one character between fields: one that no title has.
+    content = content.replace(b"::", b"\x1f")
+    options = pa_csv.ParseOptions(delimiter="\x1f", quote_char=False)
+    return _parse(path, BytesIO(content), list(types), types, options)
+
+
+def _parse(
+    path: Path,
+    content: Path | BytesIO,
+    names: list[str],
+    types: dict[str, pa.DataType],
+    options: pa_csv.ParseOptions,
+) -> pa.Table:
+    """Parse a text file with columns `names`; an error names column and row."""
     # One thread: with several, Arrow does not report the row of a bad value.
-    read = pa_csv.ReadOptions(use_threads=False)
+    header = path.suffix == ".csv"
+    read = pa_csv.ReadOptions(use_threads=False, column_names=None if header else names)
     convert = pa_csv.ConvertOptions(include_columns=list(types), column_types=types)
     try:
-        return pa_csv.read_csv(path, read_options=read, convert_options=convert)
+        return pa_csv.read_csv(content, read, options, convert)
     except pa.ArrowInvalid as error:
         place = re.match(r"In CSV column #(\d+): Row #(\d+): (.*)", str(error), re.DOTALL)
         if place is None:
-            raise
-        with pa_csv.open_csv(path) as reader:
-            name = reader.schema.names[int(place[1])]
-        row = _row(path, int(place[2]) - 2)
-        raise pa.ArrowInvalid(f"column '{name}', {row}: {place[3]}") from error
+            raise pa.ArrowInvalid(str(error).replace("\x1f", "::")) from error
+        row = _row(path, int(place[2]) - 1 - header)
+        raise pa.ArrowInvalid(f"column '{names[int(place[1])]}', {row}: {place[3]}") from error
+
+
+def _require_columns(path: Path, names: Sequence[str], types: Iterable[str]) -> None:
+    """Refuse a file without one of the columns."""
+    for name in types:
+        if name not in names:
+            raise ValueError(
+                f"{path}: column '{name}' does not exist; its columns are {', '.join(names)}; add "
+                "it, or fetch the file again"
+            )
 
 
 def _read_parquet(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
     """Read columns of a Parquet file and cast them."""
-    missing = [name for name in types if name not in pq.read_schema(path).names]
-    if missing:
-        raise pa.ArrowInvalid(f"column '{missing[0]}' does not exist")
+    _require_columns(path, pq.read_schema(path).names, types)
     table = pq.read_table(path, columns=list(types)).select(list(types))
     for position, (name, kind) in enumerate(types.items()):
+        if pa.types.is_large_binary(kind) and pa.types.is_string(table[name].type):
+            raise pa.ArrowInvalid(f"column '{name}' is text; write the bytes of images, not paths")
         try:
             table = table.set_column(position, name, table[name].cast(kind))
         except pa.ArrowException as error:
@@ -158,4 +206,9 @@ def _refuse(
 
 def _row(path: Path, index: int) -> str:
     """Return the number of a row as an editor counts it."""
-    return f"row {index + 2} (the header is row 1)" if path.suffix == ".csv" else f"row {index}"
+    if path.suffix == ".csv":
+        return f"row {index + 2} (the header is row 1)"
+    return f"row {index + 1}" if path.suffix == ".dat" else f"row {index}"
+
+
+READERS = {".csv": _read_csv, ".dat": _read_dat, ".parquet": _read_parquet}

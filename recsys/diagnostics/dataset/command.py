@@ -8,6 +8,7 @@ from pathlib import Path
 
 from recsys.data.filesystem import Location, write_whole
 from recsys.data.item_parts import count_items
+from recsys.data.items.item_images import check_first_image
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.bad_rows import OnBadRow
 from recsys.data.parquet.rows import ParquetRows
@@ -50,6 +51,10 @@ def _raise_first(data: str) -> None:
     root = Location.of(data)
     schema = load_schema(root)
     if schema.items is not None:
-        ItemTable(root, schema)
+        items = ItemTable(root, schema)
+        for name, column in schema.items.columns.items():
+            if column.kind == "image":
+                chunks = items.chunks(name)
+                check_first_image((chunk, f"{file}: column '{name}'") for file, _, chunk in chunks)
     for split in SPLITS:
         count_items(ParquetRows.of_split(root, split, schema), 0, 1)

@@ -54,7 +54,9 @@ class DatasetSummary:
     @property
     def has_bad_rows(self) -> bool:
         """Return whether any split or the items have rows that training cannot use."""
-        of_items = self.items is not None and bool(self.items.bad_rows)
+        of_items = self.items is not None and (
+            bool(self.items.bad_rows) or any(each.broken for each in self.items.columns.values())
+        )
         return of_items or any(split.bad_rows for split in self.splits.values())
 
     def shares_of_rows(self, split: str) -> dict[str, float]:

@@ -21,6 +21,7 @@ from recsys.data.items.equal_content import share_of_most_common, shared_beginni
 from recsys.data.items.feature_file import FeatureFile
 from recsys.data.items.images import FORMATS
 from recsys.data.items.item_features import feature_tokens
+from recsys.data.items.item_images import check_first_image
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.bad_rows import by_reason
 from recsys.data.parquet.file import open_parquet
@@ -173,6 +174,7 @@ def _summarize_images(items: ItemTable, name: str, found: ColumnSummary) -> None
                     found.missing += of_group.null_count
             batch = next(parquet.iter_batches(per_file, columns=[name]), None)
         if batch is not None:
+            check_first_image([(batch.column(0), f"{file}: column '{name}'")], decodes=False)
             _open_images(found, batch.column(0))
             contents = batch.column(0).drop_null().slice(0, IMAGES_OPENED).to_pylist()
             sample += [hash(tuple(content)) for content in contents if content]

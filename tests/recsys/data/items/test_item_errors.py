@@ -9,8 +9,10 @@ import pytest
 
 from recsys.config import ModalitySettings
 from recsys.data.items.content_store import ContentStore
+from recsys.diagnostics.dataset.command import explain_data
 from tests.datasets import png, write_dataset
 from tests.recsys.data.items.item_content import (
+    MODALITIES,
     rewrite,
     store_of,
     table_of,
@@ -160,3 +162,21 @@ def test_a_modality_that_the_schema_does_not_have_is_named(
     message = f"content.modalities.x: .* no item column '{modality.column}' of kind {modality.kind}"
     with pytest.raises(ValueError, match=message):
         ContentStore(table_of(dataset), {"x": modality}, dataset.parent / "cache")
+
+
+@pytest.mark.parametrize("content", [["posters/1.jpg"] * 8, [b"posters/1.jpg"] * 8])
+def test_paths_in_place_of_images_are_refused_before_any_content_is_prepared(
+    tmp_path: Path, content: list[Any]
+) -> None:
+    data = write_dataset(tmp_path / "data", num_items=8)
+    rewrite(
+        data,
+        lambda table: table.set_column(
+            table.column_names.index("poster"), "poster", pa.array(content)
+        ),
+    )
+    with pytest.raises(ValueError, match=r"column 'poster'.*(string|posters/1\.jpg)"):
+        ContentStore(table_of(data), MODALITIES, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match=r"column 'poster'.*(string|posters/1\.jpg)"):
+        explain_data(str(data))

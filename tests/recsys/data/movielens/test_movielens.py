@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 import recsys.data.movielens.prepare as movielens
 from recsys.data.movielens.prepare import format_summary, prepare_movielens
 from recsys.data.movielens.source import SAMPLE
+from tests.datasets import png
 from tests.recsys.data.movielens.movielens_sources import (
     Rating,
     read_split,
@@ -23,6 +25,7 @@ from tests.recsys.data.movielens.movielens_sources import (
     write_source,
 )
 
+POSTER = png(np.random.default_rng(0))
 MOVIES = [
     (1, "Heat (1995)", "Action|Crime"),
     (5, "Solo, a film", "(no genres listed)"),
@@ -232,13 +235,13 @@ def test_plots_join_the_text_and_posters_keep_their_bytes_and_nulls(
     contents = {
         "movieId": [9, 1, 77],  # 77 is not in movies.csv, and 5 is missing here
         "plot": ["Ants. ", None, "Not ours."],
-        "poster": [None, b"\xff\xd8jpeg", b"other"],
+        "poster": [None, POSTER, b"other"],
     }
     pq.write_table(pa.table(contents), source / "items.parquet")
     prepare_movielens(source, tmp_path / "out")
     items = pq.read_table(tmp_path / "out" / "items")
     assert items["text"].to_pylist() == ["Heat (1995) | Action, Crime", "Solo, a film", "X | Ants."]
-    assert items["poster"].to_pylist() == [b"\xff\xd8jpeg", None, None]
+    assert items["poster"].to_pylist() == [POSTER, None, None]
     assert items["poster"].type == pa.binary()
     schema = yaml.safe_load((tmp_path / "out" / "schema.yaml").read_text())
     texts = {name: {"kind": "text"} for name in ("text", "title", "genres")}
@@ -270,6 +273,7 @@ def replace_line(path: Path, number: int, line: str) -> None:
         ("ratings.csv", 6, "7,2,4.0,1", ["'movieId'", "row 6", "movie 2", "movies.csv", "add it"]),
         ("ratings.csv", 6, "7,2,4.0", ["Row #6", "Expected 4 columns, got 3"]),
         ("ratings.csv", 1, "userId,movieId,stars,timestamp", ["'rating'", "does not exist"]),
+        ("ratings.csv", 1, "userId,movieId,rating,time", ["'timestamp'", "movieId, rating, time"]),
         ("movies.csv", 1, "movieId,name,genres", ["'title'", "does not exist"]),
         ("movies.csv", 3, "1,Twin,Drama", ["'movieId'", "row 3", "movie 1", "second time"]),
         ("movies.csv", 2, "first,Heat,Drama", ["'movieId'", "row 2", "'first'"]),
@@ -283,6 +287,35 @@ def test_bad_input_is_named_by_file_column_and_row(
         prepare_movielens(source, tmp_path / "out")
     for word in [str(source / file), *words]:
         assert word in str(caught.value)
+
+
+def as_dat(source: Path, folder: Path) -> Path:
+    """The same source in the form of MovieLens 1M: `::`, no header, Latin-1."""
+    folder.mkdir()
+    for name in ("ratings", "movies"):
+        with open(source / f"{name}.csv", newline="") as file:
+            rows = list(csv.reader(file))[1:]
+        text = "".join("::".join(row) + "\n" for row in rows)
+        (folder / f"{name}.dat").write_text(text, encoding="latin-1")
+    return folder
+
+
+def test_the_files_of_movielens_1m_and_10m_give_the_dataset_of_the_same_ratings(
+    tmp_path: Path,
+) -> None:
+    movies = [(1, "Misérables: Les (1995)", "Drama"), *MOVIES[1:]]
+    source = write_source(tmp_path / "source", RATINGS, movies)
+    prepare_movielens(source, tmp_path / "csv")
+    prepare_movielens(as_dat(source, tmp_path / "1m"), tmp_path / "dat")
+    for part in ("train", "valid", "test", "items"):
+        assert read_split(tmp_path / "dat", part) == read_split(tmp_path / "csv", part)
+
+
+def test_a_bad_row_of_movielens_1m_is_named(source: Path, tmp_path: Path) -> None:
+    folder = as_dat(source, tmp_path / "1m")
+    replace_line(folder / "ratings.dat", 3, "7::1::good::1")
+    with pytest.raises(ValueError, match=r"ratings.dat: column 'rating', row 3: .*'good'"):
+        prepare_movielens(folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("file", ["ratings.csv", "movies.csv"])
@@ -305,6 +338,8 @@ def test_a_missing_or_an_empty_file_is_named(source: Path, tmp_path: Path, file:
         ({"movieId": [1, 1], "plot": ["a", "b"]}, ["'movieId'", "row 1", "second time"]),
         ({"movieId": [1, None], "plot": ["a", "b"]}, ["'movieId'", "row 1", "no value"]),
         ({"movieId": [1], "poster": [3.5]}, ["'poster'", "cast"]),
+        ({"movieId": [1], "poster": ["posters/1.jpg"]}, ["'poster'", "bytes"]),
+        ({"movieId": [1], "poster": [b"posters/1.jpg"]}, ["'poster'", "posters/1.jpg"]),
     ],
 )
 def test_bad_plots_and_posters_are_named_by_column_and_row(
