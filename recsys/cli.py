@@ -41,8 +41,7 @@ def main(words: list[str] | None = None) -> int:
 
 def _run(words: Sequence[str]) -> int:
     """Parse the words and run the command; return the exit code."""
-    from recsys.config import config_first
-    from recsys.config.parser import PlainParser, meant
+    from recsys.config.parser import Parser, meant
     from recsys.distributed.log import configure_logging
 
     name = words[0] if words else ""
@@ -51,10 +50,10 @@ def _run(words: Sequence[str]) -> int:
         return 2
     if name not in COMMANDS:
         return _list_commands(name)
-    words = config_first(words[1:])
+    words = words[1:]
     module, line = COMMANDS[name]
     command = import_module(f"recsys.commands.{module}")
-    parser = PlainParser(prog=f"recsys {name}", description=line)
+    parser = Parser(prog=f"recsys {name}", description=line)
     command.add_arguments(parser, words)
     arguments = parser.instantiate(parser.parse_args(words))
     configure_logging(

@@ -9,12 +9,12 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from recsys.commands.options import add_log_options
-from recsys.config.parser import PlainParser
+from recsys.config.parser import Parser
 
 logger = logging.getLogger(__name__)
 
 
-def add_arguments(parser: PlainParser, words: Sequence[str]) -> None:
+def add_arguments(parser: Parser, words: Sequence[str]) -> None:
     """Add the runs and the split."""
     parser.add_argument(
         "--runs",

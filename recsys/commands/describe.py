@@ -10,11 +10,11 @@ from jsonargparse import Namespace
 from embeddings.device_figures import DEVICES, FigureOverrides
 from recsys.commands.options import add_data_option, require_schema
 from recsys.config import add_config_arguments, config_from
-from recsys.config.parser import PlainParser
+from recsys.config.parser import Parser
 from recsys.doctor import require_working_installation
 
 
-def add_arguments(parser: PlainParser, words: Sequence[str]) -> None:
+def add_arguments(parser: Parser, words: Sequence[str]) -> None:
     """Add the settings of a run, and the cluster."""
     add_config_arguments(parser, words, skip=frozenset({"device"}))
     add_data_option(parser)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from jsonargparse import Namespace
 
 from recsys import doctor
-from recsys.config.parser import PlainParser
+from recsys.config.parser import Parser
 
 
-def add_arguments(parser: PlainParser, words: Sequence[str]) -> None:
+def add_arguments(parser: Parser, words: Sequence[str]) -> None:
     """Add nothing: the command has no options."""
 
 

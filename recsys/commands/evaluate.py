@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from jsonargparse import Namespace
 
 from recsys.commands.options import add_run_options, require_finished
-from recsys.config.parser import PlainParser
+from recsys.config.parser import Parser
 from recsys.doctor import require_working_installation
 
 
-def add_arguments(parser: PlainParser, words: Sequence[str]) -> None:
+def add_arguments(parser: Parser, words: Sequence[str]) -> None:
     """Add the run and the split."""
     add_run_options(parser)
     parser.add_argument("--split", type=str, default="test", help="train, valid or test")

@@ -9,10 +9,10 @@ from typing import Literal
 from jsonargparse import Namespace
 
 from recsys.commands.options import add_log_options
-from recsys.config.parser import PlainParser
+from recsys.config.parser import Parser
 
 
-def add_arguments(parser: PlainParser, words: Sequence[str]) -> None:
+def add_arguments(parser: Parser, words: Sequence[str]) -> None:
     """Add the dataset and the options."""
     parser.add_argument("data", type=str, help="dataset: folder or URL")
     parser.add_argument(

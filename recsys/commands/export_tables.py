@@ -9,13 +9,13 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from recsys.commands.options import add_log_options, require_finished
-from recsys.config.parser import PlainParser
+from recsys.config.parser import Parser
 from recsys.doctor import require_working_installation
 
 logger = logging.getLogger(__name__)
 
 
-def add_arguments(parser: PlainParser, words: Sequence[str]) -> None:
+def add_arguments(parser: Parser, words: Sequence[str]) -> None:
     """Add the run, the file and the tables."""
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--out", type=Path, required=True, help="Parquet file to write")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from jsonargparse import ArgumentParser
+
 from recsys.config import LogFormat, LogLevel
-from recsys.config.parser import PlainParser
+from recsys.config.parser import Parser
 
 
-def add_log_options(parser: PlainParser) -> None:
+def add_log_options(parser: ArgumentParser) -> None:
     """Add the options of the log to a command without the settings of a run."""
     parser.add_argument(
         "--log_level",
@@ -22,12 +24,12 @@ def add_log_options(parser: PlainParser) -> None:
     )
 
 
-def add_data_option(parser: PlainParser) -> None:
+def add_data_option(parser: ArgumentParser) -> None:
     """Add the dataset."""
     parser.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
 
 
-def add_run_options(parser: PlainParser) -> None:
+def add_run_options(parser: Parser) -> None:
     """Add the options of commands on a finished run."""
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--data", type=str | None, help="dataset; default: the run's own")

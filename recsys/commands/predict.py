@@ -8,11 +8,11 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from recsys.commands.options import add_run_options, require_finished
-from recsys.config.parser import PlainParser
+from recsys.config.parser import Parser
 from recsys.doctor import require_working_installation
 
 
-def add_arguments(parser: PlainParser, words: Sequence[str]) -> None:
+def add_arguments(parser: Parser, words: Sequence[str]) -> None:
     """Add the run, the input and the output."""
     add_run_options(parser)
     parser.add_argument("--input", type=str, nargs="+", required=True, help="files or folders")

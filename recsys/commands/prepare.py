@@ -7,20 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 
-from recsys.commands.options import add_data_option, add_log_options
-from recsys.config.parser import PlainParser
+from recsys.commands.options import Parser, add_data_option, add_log_options
 
 logger = logging.getLogger(__name__)
 
 
-def add_arguments(parser: PlainParser, words: Sequence[str]) -> None:
+def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
     """Add the sources, each with its options."""
     add_log_options(parser)
     sources = parser.add_subcommands()
 
-    source = PlainParser(description="Write the ratings and movies of MovieLens as a dataset.")
+    source = Parser(description="Write the ratings and movies of MovieLens as a dataset.")
     source.add_argument("--source", type=Path | None, help="a folder; default: the bundled sample")
     source.add_argument("--out", type=Path, required=True, help="folder of the dataset to write")
     source.add_argument(
@@ -32,9 +31,7 @@ def add_arguments(parser: PlainParser, words: Sequence[str]) -> None:
     source.add_argument("--history_length", type=int, default=20, help="longest history of a row")
     sources.add_subcommand("movielens", source, help=source.description)
 
-    source = PlainParser(
-        description="Write the maps of raw ids for columns with an exact vocabulary."
-    )
+    source = Parser(description="Write the maps of raw ids for columns with an exact vocabulary.")
     add_data_option(source)
     sources.add_subcommand("vocabulary", source, help=source.description)
 

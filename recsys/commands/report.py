@@ -8,11 +8,11 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from recsys.commands.options import add_run_options, require_finished
-from recsys.config.parser import PlainParser
+from recsys.config.parser import Parser
 from recsys.doctor import require_working_installation
 
 
-def add_arguments(parser: PlainParser, words: Sequence[str]) -> None:
+def add_arguments(parser: Parser, words: Sequence[str]) -> None:
     """Add the run and the page."""
     add_run_options(parser)
     parser.add_argument("--out", type=Path | None, help="file; default: RUN/report.html")

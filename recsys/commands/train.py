@@ -13,11 +13,11 @@ from jsonargparse import Namespace
 
 from recsys.commands.options import add_data_option, require_schema
 from recsys.config import Config, Resume, add_config_arguments, config_from
-from recsys.config.parser import PlainParser
+from recsys.config.parser import Parser
 from recsys.doctor import require_working_installation
 
 
-def add_arguments(parser: PlainParser, words: Sequence[str]) -> None:
+def add_arguments(parser: Parser, words: Sequence[str]) -> None:
     """Add the settings of a run, the dataset and what to do with the run's folder."""
     add_config_arguments(parser, words)
     add_data_option(parser)

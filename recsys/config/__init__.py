@@ -11,7 +11,6 @@ from recsys.config.embedding import EmbeddingSettings as EmbeddingSettings
 from recsys.config.embedding import InitFromSettings as InitFromSettings
 from recsys.config.embedding import TableSettings as TableSettings
 from recsys.config.load import add_config_arguments as add_config_arguments
-from recsys.config.load import config_first as config_first
 from recsys.config.load import config_from as config_from
 from recsys.config.load import config_of_plain as config_of_plain
 from recsys.config.load import load_config as load_config

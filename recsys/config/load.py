@@ -7,7 +7,6 @@ rest. The name of the ranking model is read first, since it decides the settings
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import is_dataclass
@@ -18,7 +17,7 @@ import yaml
 from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings
 
 from recsys.config.checks import validate
-from recsys.config.parser import PlainParser
+from recsys.config.parser import Parser, config_first
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.config.ranking import DEFAULT_MODEL, check_keys, own_keys, settings_class
 from recsys.config.run import CONFIG_NAMES, Config
@@ -27,7 +26,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def add_config_arguments(
-    parser: PlainParser, words: Sequence[str], skip: frozenset[str] = frozenset()
+    parser: Parser, words: Sequence[str], skip: frozenset[str] = frozenset()
 ) -> None:
     """Add `--config FILE` and every setting of `Config` as `--name.of.setting`.
 
@@ -40,6 +39,7 @@ def add_config_arguments(
     Raises:
         ValueError: the ranking model is unknown, or has no such key under `ranking`.
     """
+    words = config_first(words)
     name = _ranking_name(words)
     parser.add_argument("--config", action=_recipe_action(name), help="A recipe (YAML).")
     parser.add_class_arguments(Config, None, skip={"ranking", *skip})
@@ -69,9 +69,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     if not Path(path).is_file():
         raise ValueError(f"config {path}: no such file")
-    words = config_first(["--config", str(path), *overrides])
+    words = ["--config", str(path), *overrides]
     try:
-        parser = PlainParser(exit_on_error=False)
+        parser = Parser(exit_on_error=False)
         add_config_arguments(parser, words)
         namespace = parser.instantiate(parser.parse_args(words))
     except Exception as error:
@@ -86,7 +86,7 @@ def config_of_plain(plain: dict[str, Any]) -> Config:
         ValueError: an unknown key or a wrong type, named.
     """
     words = ["--ranking.name", plain.get("ranking", {}).get("name", DEFAULT_MODEL)]
-    parser = PlainParser(exit_on_error=False)
+    parser = Parser(exit_on_error=False)
     add_config_arguments(parser, words)
     parser.given.append(plain)
     try:
@@ -181,24 +181,6 @@ def _given(option: str, value: str, settings: Container[str]) -> dict[str, Any]:
     for key in reversed(keys):
         given = {key: given}
     return given
-
-
-def config_first(words: Sequence[str]) -> list[str]:
-    """Return a command line with its recipes in front of the options, which so override them.
-
-    Example::
-
-        config_first(["--epochs", "1", "--config", "r.yaml"])
-        # ["--config", "r.yaml", "--epochs", "1"]
-    """
-    moved, others = list[str](), list[str]()
-    rest = iter(words)
-    for word in rest:
-        if word == "--config":
-            moved += [word, *itertools.islice(rest, 1)]
-        else:
-            (moved if word.startswith("--config=") else others).append(word)
-    return [*moved, *others]
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -6,9 +6,10 @@ looked up again in the dataclasses of settings, and described by its full name a
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from types import NoneType, UnionType
@@ -24,7 +25,7 @@ WORDS |= {list: "a list", dict: "a mapping"}
 LONGEST = 80  # characters of a value in a message
 
 
-class PlainParser(ArgumentParser):
+class Parser(ArgumentParser):
     """Parser that reads values as plain data and takes no abbreviations.
 
     An abbreviated option would change its meaning when a setting with that beginning is added.
@@ -50,6 +51,11 @@ class PlainParser(ArgumentParser):
         sys.stderr.write(f"error: {message}\n")
         self.exit(2)
 
+    def parse_args(self, args: Sequence[str], *arguments: Any, **named: Any) -> Any:  # type: ignore[override]
+        """Parse the words of a command line; options override recipes wherever these stand."""
+        words = config_first(args) if self.settings else args
+        return super().parse_args(words, *arguments, **named)
+
     def instantiate(self, *arguments: Any, **named: Any) -> Any:
         """Make the settings; a mapping of another type shows only here."""
         try:
@@ -57,13 +63,20 @@ class PlainParser(ArgumentParser):
         except TypeError as error:
             self.error(str(error), error)
 
+    def _name(self) -> str:
+        """Return the command with its part, such as `recsys prepare movielens`."""
+        return self.prog.replace(" [options]", "")
+
     def _in_words(self, message: str) -> str:
         """Return an error of jsonargparse in the words of this program."""
         if found := re.match(r"unrecognized arguments: (--[^ =]+)", message):
             options = [name for name in self._option_string_actions if name.startswith("--")]
-            return f"{self.prog} has no option {found[1]}{meant(found[1], options)}"
+            return f"{self._name()} has no option {found[1]}{meant(found[1], options)}"
+        if found := re.match(r"argument subcommand: invalid choice: '(.*)' \(.*?'(.*)'\)", message):
+            names = found[2].split("', '")
+            return f"{self._name()} has no {found[1]}, but {names}{meant(found[1], names)}"
         if found := re.match(r"the following arguments are required: (.*)", message):
-            return f"{self.prog} needs --{found[1].replace(', ', ' and --')}"
+            return f"{self._name()} needs --{found[1].replace(', ', ' and --')}"
         wrong = r'Parser key "([^"]+)":\s+Expected a (.+?)\. Got value: (.*)'
         if found := re.fullmatch(wrong, message, re.DOTALL):
             literal = re.fullmatch(r"typing\.Literal\[(.*)\]", found[2])
@@ -72,6 +85,24 @@ class PlainParser(ArgumentParser):
             wanted = f"one of {literal[1]}" if literal else words
             return f"{found[1]} is {short(found[3])}; it must be {wanted}"
         return message
+
+
+def config_first(words: Sequence[str]) -> list[str]:
+    """Return a command line with its recipes in front of the options, which so override them.
+
+    Example::
+
+        config_first(["--epochs", "1", "--config", "r.yaml"])
+        # ["--config", "r.yaml", "--epochs", "1"]
+    """
+    moved, others = list[str](), list[str]()
+    rest = iter(words)
+    for word in rest:
+        if word == "--config":
+            moved += [word, *itertools.islice(rest, 1)]
+        else:
+            (moved if word.startswith("--config=") else others).append(word)
+    return [*moved, *others]
 
 
 def problem_of_keys(hints: dict[str, Any], given: dict[str, Any], name: str) -> str | None:

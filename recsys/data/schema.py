@@ -37,7 +37,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary
-from recsys.config.parser import PlainParser
+from recsys.config.parser import Parser
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.filesystem import Location
 from recsys.data.schema_columns import (
@@ -164,7 +164,7 @@ def parse_schema(content: Any, place: str) -> Schema:
     Raises:
         ValueError: a key is unknown, or the parts do not fit together.
     """
-    parser = PlainParser(exit_on_error=False)
+    parser = Parser(exit_on_error=False)
     parser.add_class_arguments(Schema, None)
     try:
         if not isinstance(content, dict):

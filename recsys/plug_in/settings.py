@@ -8,7 +8,7 @@ from typing import Literal
 
 from recsys.config import Config, ContentSettings, ContrastiveSettings
 from recsys.config.checks import validate
-from recsys.config.parser import PlainParser
+from recsys.config.parser import Parser
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.items.kind import make_kinds
 from recsys.data.schema import Schema
@@ -68,7 +68,7 @@ def load_plug_in_settings(path: Path | str) -> PlugInSettings:
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; write the settings of the content there")
-    parser = PlainParser(exit_on_error=False)
+    parser = Parser(exit_on_error=False)
     parser.add_class_arguments(PlugInSettings, None)
     try:
         values = load_plain_yaml(Path(path).read_bytes())

@@ -10,7 +10,7 @@ import pytest
 from recsys.cli import main
 from recsys.commands import train
 from recsys.config import load_config
-from recsys.config.parser import PlainParser
+from recsys.config.parser import Parser
 from tests.recsys.command_runs import TINY
 
 ALIASES = "a: &a [x, x]\nb: &b [*a, *a]\n"
@@ -94,7 +94,7 @@ def test_a_command_of_another_name_is_taken_for_the_nearest(
 
 
 def test_every_option_of_train_has_a_sentence() -> None:
-    parser = PlainParser(prog="recsys train")
+    parser = Parser(prog="recsys train")
     train.add_arguments(parser, ["--ranking.name", "sim"])
     options = {action.dest: action.help for action in parser._actions}
     assert {"ranking.search_top_k", "optimizer.name", "epochs", "out"} <= options.keys()

@@ -24,7 +24,7 @@ from recsys.config import (
 )
 from recsys.config.checks import validate
 from recsys.config.limits import PositiveInt
-from recsys.config.parser import PlainParser
+from recsys.config.parser import Parser
 from recsys.config.ranking import RANKING_MODELS, keys_of, settings_class
 from recsys.ranking.din_dcn import DinDcnSettings
 from recsys.ranking.sim import SimSettings
@@ -148,7 +148,7 @@ def test_settings_made_in_python_are_checked(change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["sim", "din_dcn"])
 def test_help_has_a_sentence_for_every_setting_and_those_of_the_model_alone(name: str) -> None:
-    parser = PlainParser()
+    parser = Parser()
     add_config_arguments(parser, ["--help", "--ranking.name", name])
     page = parser.format_help()
     assert ("--ranking.search_top_k" in page) == (name == "sim")
