@@ -7,6 +7,7 @@ packages are imported on demand, so that this module works where they do not.
 """
 
 import ctypes
+import gc
 import importlib
 import os
 import platform
@@ -16,6 +17,7 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 # (torch, torchrec, FBGEMM) as their projects release them together.
 MATCHING_TRIPLES = (
@@ -178,7 +180,7 @@ def _import_problems() -> list[Problem]:
     # torch first: the others load its libraries.
     for name in ("torch", "fbgemm_gpu", "torchrec"):
         try:
-            importlib.import_module(name)
+            _import(name)
         except Exception as error:  # a broken shared library may raise any error
             what = f"import {name} fails: {type(error).__name__}: {error}"
             return [Problem(what, install_command(force=True))]
@@ -197,6 +199,17 @@ def _import_problems() -> list[Problem]:
         what = f"torch sees a GPU, but {FBGEMM_CPU} has no CUDA operators"
         return [Problem(what, _reinstall_command(FBGEMM_CPU))]
     return []
+
+
+def _import(name: str) -> Any:
+    """Import a package without the search for garbage, which takes a fifth of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def install_command(force: bool = False) -> str:
@@ -268,8 +281,7 @@ def _memory() -> str:
 def _gpu_rows() -> list[tuple[str, str]]:
     """Return each GPU that torch can use, with its memory."""
     try:
-        import torch
-
+        torch = _import("torch")
         count = torch.cuda.device_count()
     except Exception as error:
         return [("GPUs", f"unknown: torch cannot be used ({error})")]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from benchmarks import start_times
 from benchmarks.compare import PLAIN, compare
 from benchmarks.ladder import Rung, ladder, losses_of_the_fastest, reading
 from benchmarks.ladder_rows import rows_of
@@ -44,6 +45,16 @@ def test_compare_measures_every_variant_against_both_twins(tmp_path: Path) -> No
     assert records[PLAIN]["ratios"][PLAIN]["median"] == 1.0
     assert records["ID only"]["configuration"]["content"] == "none"
     assert records["bank_lora"]["configuration"]["content"]["history"]["mode"] == "bank_lora"
+
+
+def test_start_times_are_those_of_processes_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start_times, "BARS", {"--help": 1e9})
+    assert start_times.start_times(rounds=1, results=tmp_path)
+    (record,) = map(json.loads, (tmp_path / "start_times.jsonl").read_text().splitlines())
+    assert record["seconds"] > 0
+    assert "`recsys --help`" in (tmp_path / "start_times.md").read_text()
 
 
 @pytest.mark.parametrize("setting", ["A", "B"])
