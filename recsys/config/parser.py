@@ -175,7 +175,7 @@ def in_words(hint: Any) -> str:
 
 def short(value: Any) -> str:
     """Return a value as text for a message."""
-    text = str(value)
+    text = " ".join(str(value).split())
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
