@@ -22,7 +22,7 @@ from recsys.config.plain_yaml import MODE, RefusedYaml, read_plain
 
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 WORDS |= {list: "a list", dict: "a mapping"}
-LONGEST = 80  # characters of a value in a message
+LONGEST = 300  # characters of a value in a message
 
 
 class Parser(ArgumentParser):
