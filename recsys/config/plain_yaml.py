@@ -80,7 +80,9 @@ class _PlainLoader(yaml.SafeLoader):
                 continue
             name, line = (key.tag, key.value), key.start_mark.line + 1
             if key.value == "class_path":
-                raise RefusedYaml(f"line {line}: class_path names code, which is never loaded")
+                raise RefusedYaml(
+                    f"line {line}: key 'class_path' names code, which is never loaded; remove it"
+                )
             if name in lines:
                 raise RefusedYaml(
                     f"key '{key.value}' is twice, in lines {lines[name]} and {line}; remove one"

@@ -106,7 +106,7 @@ def _cause_and_fix(error: Exception, encoded: bytes) -> tuple[str, str]:
     # Pillow's own message names an object in memory.
     cause = "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
     if 0 < len(encoded) <= LONGEST_PATH and encoded.isascii() and encoded.decode().isprintable():
-        cause = f"but the text '{encoded.decode()}'"
+        cause = f"of no known format, but the text '{encoded.decode()}'"
     return cause, "write JPEG or PNG bytes, or null for an item without an image"
 
 
