@@ -45,10 +45,10 @@ class Parser(ArgumentParser):
         """End with exit code 2 and the error in words, or raise it."""
         known = {action.dest: Any for action in self._actions} | self.settings
         found = (problem_of_keys(known, given, "") for given in self.given)
-        message = next(filter(None, found), None) or self._in_words(message)
+        message = next(filter(None, found), None) or message
         if not self.exit_on_error:
             super().error(message, ex)
-        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.write(f"error: {self._in_words(message)}\n")
         self.exit(2)
 
     def parse_args(self, args: Sequence[str], *arguments: Any, **named: Any) -> Any:  # type: ignore[override]
@@ -68,7 +68,7 @@ class Parser(ArgumentParser):
         return self.prog.replace(" [options]", "")
 
     def _in_words(self, message: str) -> str:
-        """Return an error of jsonargparse in the words of this program."""
+        """Return an error of jsonargparse on options in the words of this program."""
         if found := re.match(r"unrecognized arguments: (--[^ =]+)", message):
             options = [name for name in self._option_string_actions if name.startswith("--")]
             return f"{self._name()} has no option {found[1]}{meant(found[1], options)}"
