@@ -31,14 +31,16 @@ from recsys.data.filesystem import write_whole
 from recsys.diagnostics.run_report.item_popularity import BUCKETS
 from recsys.diagnostics.run_report.page import Section, Table, html_page, number
 from recsys.evaluation.bootstrap import Interval
+from recsys.evaluation.few_users import LEAST_USERS
 from recsys.evaluation.model_selection import selection_words
 
 INTERVALS = (
     "An effect is the mean over seeds of a cell minus that of its baseline. Intervals are 95 % of "
     "a paired bootstrap: all rows of a user, in all windows and in both cells, are drawn together, "
-    "2,000 times. They tell what other users would say, not other seeds. An effect counts where "
-    "its interval excludes 0; of many effects that are nothing, about one in twenty does so by "
-    "chance."
+    "2,000 times; they are stretched for few users, as Student's t is, and below "
+    f"{LEAST_USERS} users there is none. They tell what other users would say, not other seeds. An "
+    "effect counts where its interval excludes 0; of many effects that are nothing, about one in "
+    "twenty does so by chance."
 )
 PEERS_TITLE = "The recipe against its peers"
 

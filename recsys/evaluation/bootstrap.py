@@ -5,13 +5,14 @@ scored the same rows, so each resample is applied to both, which cancels the var
 hard users add to either metric. The interval is the one of the resampled differences. It covers
 the choice of users, not of initial weights: for the latter, give runs of several seeds.
 Percentile intervals of a cluster bootstrap: Efron and Tibshirani, An Introduction to the
-Bootstrap, 1993, chapter 13; Field and Welsh, Bootstrapping Clustered Data, 2007.
+Bootstrap, 1993, chapter 13; Field and Welsh, Bootstrapping Clustered Data, 2007. They are too
+narrow where users are few, and are widened for it (`recsys.evaluation.few_users`).
 
 scipy.stats.bootstrap does not serve here: where a resample leaves a metric undefined (few users
 have cold items) its interval is NaN, and it would sort the rows of every resample again. Here rows
 are sorted once, and a resample only counts how often each user was drawn.
 
-Shapes: N rows of a window, U users of all windows, S resamples, P positive and M negative rows.
+Shapes: N rows of a window, U users of all windows, S resamples.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from recsys.data.item_parts import PARTS, item_parts
+from recsys.evaluation.few_users import LEAST_USERS, effective_users, interval_stretch
 from recsys.evaluation.metrics import grouped_auc
+from recsys.evaluation.ranked_pairs import RankedPairs, ratio
 from recsys.evaluation.scores import SplitScores, check_same_rows
 
 METRICS = ("auc", "gauc")
 PERCENTILES = (2.5, 97.5)
+QUANTILE = 1.96  # of a normal distribution, at the same level
 CELLS = 1 << 20  # elements of the largest matrices: resamples times rows or users
 
 # How often each user was drawn, float64 [U, S] -> the metric in each resample, NaN where the rows
@@ -67,21 +71,21 @@ def paired_difference(
             user's rows in it; AUC is the mean over windows, weighted by rows.
         part: all, warm, cold or unseen, as in `recsys.data.item_parts`.
         samples: number of resamples. A user in several windows is drawn with the rows of all.
-        seed: seed of the resamples, which are the same for all metrics and parts.
+        seed: seed of the resamples, the same for all metrics and parts.
         label: index of the label.
 
     Returns:
-        The difference and its interval; None where fewer than two users define the metric.
+        The difference and its interval; None where fewer than five users define the metric.
 
     Raises:
         ValueError: the runs scored different rows, or the metric or part is unknown.
 
     Example::
 
-        rows, rng = np.arange(40), np.random.default_rng(0)
-        labels = rng.integers(0, 2, (40, 1)).astype(np.float32)
+        rows, rng = np.arange(80), np.random.default_rng(0)
+        labels = rng.integers(0, 2, (80, 1)).astype(np.float32)
         def scores(noise):
-            logits = labels + noise * rng.normal(size=(40, 1)).astype(np.float32)
+            logits = labels + noise * rng.normal(size=(80, 1)).astype(np.float32)
             return SplitScores(rows, rows // 4, rows, rows, labels, logits, ("liked",))
         difference = paired_difference([[scores(9.0)]], [[scores(0.1)]], "gauc", "all")
         difference.excludes_zero  # True
@@ -92,11 +96,12 @@ def paired_difference(
         _mean_measure([_measure(run, users, metric, part, label) for run in side])
         for side in (first, second)
     )
-    if _num_users(windows, metric, part, label) < 2:
+    of_users = _user_rows(windows, users, metric, part, label)
+    if _num_users(of_users) < LEAST_USERS:
         return None
     cells = max(len(users), *(len(window.groups) for window in windows))
     draws = resamples(len(users), samples, max(1, CELLS // cells), np.random.default_rng(seed))
-    return _interval(lambda drawn: after(drawn) - before(drawn), len(users), draws)
+    return _interval(lambda drawn: after(drawn) - before(drawn), of_users, draws)
 
 
 def _mean_measure(measures: Sequence[Measure]) -> Measure:
@@ -104,12 +109,25 @@ def _mean_measure(measures: Sequence[Measure]) -> Measure:
     return lambda drawn: np.mean([measure(drawn) for measure in measures], axis=0)
 
 
-def _interval(measure: Measure, num_users: int, draws: Iterator[np.ndarray]) -> Interval | None:
-    """Return the measure of all users and its percentiles over resamples; None if undefined."""
-    value = float(measure(np.ones((num_users, 1)))[0])
+def _interval(
+    measure: Measure,
+    of_users: np.ndarray,  # [2, U]
+    draws: Iterator[np.ndarray],
+) -> Interval | None:
+    """Return the measure of all users and its interval; None if the measure is undefined.
+
+    Each end is the percentile over resamples or, if farther, that of a normal distribution with
+    their standard deviation, stretched. A difference of two metrics is between -1 and 1.
+    """
+    value = float(measure(np.ones((of_users.shape[1], 1)))[0])
     if np.isnan(value):
         return None
-    low, high = np.nanpercentile(np.concatenate([measure(drawn) for drawn in draws]), PERCENTILES)
+    drawn = np.concatenate([measure(counts) for counts in draws])
+    low, high = np.nanpercentile(drawn, PERCENTILES) - value
+    stretch = interval_stretch(min(map(effective_users, of_users)))
+    normal = QUANTILE * np.nanstd(drawn)
+    ends = value + stretch * np.array([min(low, -normal), max(high, normal)])
+    low, high = np.clip(ends, -1, 1)
     return Interval(value, float(low), float(high))
 
 
@@ -194,16 +212,42 @@ def _measure(
     return _mean_over_windows([RankedPairs.of(*window) for window in of_windows])
 
 
-def _num_users(windows: Sequence[SplitScores], metric: str, part: str, label: int) -> int:
-    """Count the users that define the metric: for GAUC those with both labels in any window."""
-    found = []
+def metric_users(windows: Sequence[SplitScores], metric: str, part: str, label: int = 0) -> int:
+    """Count the users that define a metric, in any window.
+
+    For GAUC these are users with both labels; for AUC, which compares positives with negatives,
+    users with a positive or users with a negative, whichever are fewer.
+    """
+    users = np.unique(np.concatenate([window.groups for window in windows]))
+    return _num_users(_user_rows(windows, users, metric, part, label))
+
+
+def _num_users(of_users: np.ndarray) -> int:  # [2, U]
+    return int((of_users > 0).sum(axis=1).min())
+
+
+def _user_rows(
+    windows: Sequence[SplitScores],
+    users: np.ndarray,  # [U], ascending
+    metric: str,
+    part: str,
+    label: int,
+) -> np.ndarray:  # int64 [2, U]
+    """Count each user's positive and negative rows; for GAUC twice the rows that it weighs."""
+    found = np.zeros((2, len(users)), np.int64)
     for scores in windows:
         rows = _rows(scores, part)
-        group = scores.groups[rows]
+        positive, user = (
+            scores.labels[rows, label] == 1,
+            np.searchsorted(users, scores.groups[rows]),
+        )
         if metric == "gauc":
-            group, _, _ = grouped_auc(scores.labels[rows, label] == 1, group, group)
-        found.append(group)
-    return len(np.unique(np.concatenate(found)))
+            both, _, of_user = grouped_auc(positive, user, user)
+            found[:, both] += of_user
+        else:
+            for kind, chosen in enumerate((positive, ~positive)):
+                found[kind] += np.bincount(user[chosen], minlength=len(users))
+    return found
 
 
 def _grouped(
@@ -217,53 +261,9 @@ def _grouped(
         rows[found] += of_user
 
     def measure(drawn: np.ndarray) -> np.ndarray:  # [U, S] -> [S]
-        return _ratio(gains @ drawn, rows @ drawn)
+        return ratio(gains @ drawn, rows @ drawn)
 
     return measure
-
-
-@dataclass(frozen=True)
-class RankedPairs:
-    """Pairs of a positive and a negative row of a window, each with its user's index in U."""
-
-    positive_users: np.ndarray  # [P]
-    negative_users: np.ndarray  # [M], lowest logit first
-    below: np.ndarray  # [P], how many negatives have a lower logit
-    not_above: np.ndarray  # [P], how many negatives have no higher logit
-
-    @classmethod
-    def of(
-        cls,
-        positive: np.ndarray,  # bool [N]
-        logit: np.ndarray,  # float [N]
-        user: np.ndarray,  # int [N], index in U
-    ) -> RankedPairs:
-        """Rank the negative rows of a window and place each positive among them."""
-        order = np.argsort(logit[~positive], kind="stable")
-        ranked = logit[~positive][order]
-        return cls(
-            positive_users=user[positive],
-            negative_users=user[~positive][order],
-            below=np.searchsorted(ranked, logit[positive], side="left"),
-            not_above=np.searchsorted(ranked, logit[positive], side="right"),
-        )
-
-    def auc(
-        self,
-        drawn: np.ndarray,  # float64 [U, S], how often each user was drawn
-    ) -> tuple[np.ndarray, np.ndarray]:  # float64 [S], [S]
-        """Return the AUC (NaN where there is no pair) and the number of rows of each resample.
-
-        A row counts as often as its user was drawn; a tie counts half.
-        """
-        positives = drawn[self.positive_users]
-        negatives = np.zeros((len(self.negative_users) + 1, drawn.shape[1]))
-        np.cumsum(drawn[self.negative_users], axis=0, out=negatives[1:])
-        lost_to = negatives[self.below]
-        lost_to += negatives[self.not_above]
-        wins = np.einsum("ps,ps->s", positives, lost_to) / 2
-        num_positives, num_negatives = positives.sum(axis=0), negatives[-1]
-        return _ratio(wins, num_positives * num_negatives), num_positives + num_negatives
 
 
 def _mean_over_windows(windows: Sequence[RankedPairs]) -> Measure:
@@ -276,12 +276,6 @@ def _mean_over_windows(windows: Sequence[RankedPairs]) -> Measure:
             defined = ~np.isnan(auc)
             total[defined] += (auc * of_window)[defined]
             rows[defined] += of_window[defined]
-        return _ratio(total, rows)
+        return ratio(total, rows)
 
     return measure
-
-
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:  # [S], [S] -> [S]
-    """Return the ratio, NaN where the denominator is 0."""
-    undefined = np.full(len(numerator), np.nan)
-    return np.divide(numerator, denominator, out=undefined, where=denominator > 0)

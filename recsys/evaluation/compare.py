@@ -18,6 +18,7 @@ from embeddings.plan_text import align_columns
 from recsys.data.filesystem import write_whole
 from recsys.data.item_parts import PARTS, item_parts
 from recsys.evaluation.bootstrap import METRICS, Interval, paired_difference, pooled_metric
+from recsys.evaluation.few_users import LEAST_USERS
 from recsys.evaluation.scores import (
     SplitScores,
     check_same_rows,
@@ -108,7 +109,8 @@ def format_comparison(report: dict[str, Any]) -> str:
     return (
         f"{head}\n{align_columns(rows)}\n"
         f"Differences are those to {first}; intervals by a paired bootstrap over users with "
-        f"{report['samples']:,} samples. * marks one that excludes 0."
+        f"{report['samples']:,} samples, wider for few users; - below {LEAST_USERS} users. * marks "
+        "one that excludes 0."
     )
 
 
