@@ -50,6 +50,8 @@ from recsys.optimizer import (
 )
 from recsys.ranking.item_categories import load_item_categories
 
+SPLITS = ("train", "valid", "test")
+
 
 @dataclass
 class Job:
@@ -171,6 +173,22 @@ def build_job(config: Config, data: str, ranks: Ranks, schema: Schema | None = N
         plan=format_plan(plan, tables),
         parameters=describe_optimizers(model, tables, dense),
     )
+
+
+def check_columns(config: Config, data: str, ranks: Ranks, schema: Schema | None = None) -> None:
+    """Open all splits and read their first rows, which checks the columns' types. A collective.
+
+    Raises:
+        ValueError: on every rank: a split cannot be read, or a column does not fit the schema.
+    """
+    with ranks.raise_on_all_ranks():
+        if ranks.is_first:
+            validate(config)
+            root = Location.of(data)
+            schema = schema or load_schema(root)
+            for split in SPLITS:
+                rows = open_rows(config.source, root, split, schema, config.on_bad_row)
+                next(rows.read_chunks([0]))
 
 
 def _cast_and_compile(em3: EM3, config: Config, device: torch.device) -> None:

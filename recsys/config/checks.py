@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from recsys.config.limits import check_settings
-from recsys.config.ranking import softmax_settings
+from recsys.config.ranking import RetrievalSettings, softmax_settings
 from recsys.config.run import Config, content_settings
 
 
@@ -16,6 +16,13 @@ def validate(config: Config) -> None:
         ValueError: names the settings that conflict, and the limit or a fitting value.
     """
     check_settings(config)
+    if config.best_model_by in ("recall", "ndcg") and not isinstance(
+        config.ranking, RetrievalSettings
+    ):
+        raise ValueError(
+            f"best_model_by {config.best_model_by} needs a retrieval model, and ranking.name is "
+            f"{config.ranking.name}; choose two_tower, or best_model_by auc, gauc or auc_and_gauc"
+        )
     content, temperature = content_settings(config), config.contrastive.temperature
     if content is None:
         return

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recsys.build import Job
+from recsys.build import SPLITS, Job
 from recsys.config import Config
 from recsys.config.ranking import softmax_settings
 from recsys.content.bank_fill import encode_into_bank
@@ -30,6 +30,7 @@ from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.metrics import ORDER_METRICS, SHOWN, evaluation_report, format_report
 from recsys.evaluation.retrieval import format_retrieval, retrieval_report
 from recsys.evaluation.scores import SplitScores, write_scores
+from recsys.evaluation.validation_check import ValidationLabels, check_validation
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +43,24 @@ def check_data(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
         (empty where `on_bad_row` is error).
 
     Raises:
-        ValueError: on every rank: a row cannot be used and `on_bad_row` is error, or no row can.
+        ValueError: on every rank: a row cannot be used and `on_bad_row` is error, no row can, or
+            the validation split cannot choose the best model.
     """
     ranks, is_skip = job.ranks, job.config.on_bad_row == "skip"
     training = np.zeros(0, np.int64)
     skipped: dict[str, Any] = {}
     if is_skip and job.store is not None:
         skipped["items"] = job.store.items.bad_rows.summary(ranks, "items")
-    for split in ("train", "valid", "test"):
+    labels = ValidationLabels(job.schema)
+    for split in SPLITS:
+        also = labels.add if split == "valid" else None
         with ranks.raise_on_all_ranks():
             rows = job.rows(split)
-            counts = count_items(rows, ranks.rank, ranks.world_size)
+            counts = count_items(rows, ranks.rank, ranks.world_size, also)
         training = counts if split == "train" else training
         if is_skip:
             skipped[split] = rows.skipped(ranks, split)
+    check_validation(job, labels)
     totals = torch.from_numpy(training)
     dist.all_reduce(totals, group=ranks.group)
     return totals.numpy(), skipped

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from recsys.build import Job, build_job
+from recsys.build import Job, build_job, check_columns
 from recsys.config import Config
 from recsys.content.projection_start import start_projections
 from recsys.data.batch import Batch
@@ -66,6 +66,7 @@ def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
         Lockstep(ranks, config.checkpoint, watchdog) as lockstep,
     ):
         begin = time.perf_counter()
+        check_columns(config, data, ranks)
         job = build_job(config, data, ranks)
         interactions = training_interactions(job)
         if ranks.is_first:

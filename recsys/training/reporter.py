@@ -17,6 +17,7 @@ from recsys.checkpoint.progress import Progress
 from recsys.config import to_plain
 from recsys.distributed.log import print_table, progress_bar
 from recsys.evaluation.evaluate import format_evaluation
+from recsys.evaluation.model_selection import tracked_name
 from recsys.training.trackers import Tracker, make_trackers
 
 logger = logging.getLogger(__name__)
@@ -105,9 +106,11 @@ class Reporter:
         """Give the trackers the metrics of a split that are numbers, and those of each label."""
         for label, of_label in report.get("labels", {}).items():
             self.evaluation(f"{split}/{label}", step, of_label)
+        found = report.get("retrieval", {})
+        of_search = {name: value for name, value in found.items() if "@" in name}
         numbers = {
-            f"{split}/{name}": float(value)
-            for name, value in report.items()
+            f"{split}/{tracked_name(name)}": float(value)
+            for name, value in {**of_search, **report}.items()
             if isinstance(value, int | float) and name not in ("calibration", "num_samples")
         }
         self.write(numbers, step)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from recsys.build import Job, build_job
+from recsys.build import Job, build_job, check_columns
 from recsys.checkpoint.files import BEST
 from recsys.checkpoint.manager import Checkpoints, load_best
 from recsys.checkpoint.progress import Progress
@@ -107,6 +107,7 @@ def train_locked(
     ):
         with ranks.raise_on_all_ranks():
             schema = schema_of_data(run, Location.of(data), ranks, goes_on) if goes_on else None
+        check_columns(config, data, ranks, schema)  # before items are encoded
         job = build_job(config, data, ranks, schema)
         trainer = open_run(job, run, data, goes_on, lockstep)
         try:

@@ -24,7 +24,8 @@ from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.diagnostics.profile.step_profile import StepProfile
 from recsys.distributed.lockstep import Lockstep, TrainingStopped
 from recsys.evaluation.evaluate import evaluate_split, fill_bank
-from recsys.evaluation.model_selection import selection_score, selection_words
+from recsys.evaluation.model_selection import needs_search, selection_score, selection_words
+from recsys.evaluation.validation_check import undefined_selection
 from recsys.training.loss_watch import LossWatch
 from recsys.training.reporter import Reporter
 
@@ -167,18 +168,15 @@ class Trainer:
         content = content_settings(job.config)
         if content is not None and content.history.refresh_bank_every_epoch:
             fill_bank(job, self.lockstep)
-        report = evaluate_split(job, "valid", self.item_counts, self.lockstep)
+        searches = needs_search(job.config.best_model_by)
+        report = evaluate_split(job, "valid", self.item_counts, self.lockstep, searches)
         if (line := format_unknown("train", progress.ids)) is not None:
             logger.info("%s; %s", line, progress.vocabularies)
         self.reporter.validation(progress, report)
         score = selection_score(report, job.config.best_model_by)
         if score is None:
-            instead = "" if report["auc"] is None else ", or set best_model_by: auc"
-            raise ValueError(
-                f"{job.root}/valid: the {selection_words(job.config.best_model_by)}, which chooses "
-                "the best model, is not defined there: AUC needs rows of both labels, GAUC a user "
-                f"with rows of both; use a larger validation split{instead}"
-            )
+            cause = f"the {selection_words(job.config.best_model_by)} is not defined there"
+            raise ValueError(undefined_selection(job, cause))
         if score > progress.best_score:
             progress.best_step, progress.best_score, progress.best = progress.steps, score, report
             progress.validations_without_gain = 0

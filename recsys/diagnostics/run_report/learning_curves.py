@@ -10,7 +10,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from recsys.config import BestModelBy
 from recsys.diagnostics.run_report.page import BLUE, GREY, ORANGE, Section, drawn, new_figure
-from recsys.evaluation.model_selection import METRICS, selection_score, selection_words
+from recsys.evaluation.model_selection import (
+    METRICS,
+    selection_score,
+    selection_words,
+    tracked_name,
+)
 
 Curve = tuple[list[int], list[float]]  # steps and values
 LOSS_COLOURS = {"ranking": BLUE, "contrastive": ORANGE, "loss": GREY}
@@ -40,7 +45,7 @@ def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Cur
     """
     of_steps: dict[int, dict[str, float]] = {}
     for name in METRICS[best_model_by]:
-        for step, value in zip(*curves.get(f"valid/{name}", ([], []))):
+        for step, value in zip(*curves.get(f"valid/{tracked_name(name)}", ([], []))):
             of_steps.setdefault(step, {})[name] = value
     scores = {step: selection_score(of_step, best_model_by) for step, of_step in of_steps.items()}
     known = {step: score for step, score in sorted(scores.items()) if score is not None}

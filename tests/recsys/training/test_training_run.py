@@ -240,10 +240,10 @@ def test_training_ends_without_gain_and_the_best_model_is_kept_and_tested(
     evaluate_split = recsys.training.train.evaluate_split
 
     def scripted(
-        job: Job, split: str, counts: np.ndarray, lockstep: Any, **options: Any
+        job: Job, split: str, counts: np.ndarray, lockstep: Any, searches: bool, **options: Any
     ) -> dict[str, Any]:
         weights.append(job.em3.ranking.mlp[-1].weight.detach().clone())  # type: ignore[union-attr, index]
-        report = evaluate_split(job, split, counts, lockstep, **options)
+        report = evaluate_split(job, split, counts, lockstep, searches, **options)
         return report | (next(validations) if split == "valid" else {})
 
     for module in (recsys.training.trainer, recsys.training.train):
@@ -255,22 +255,3 @@ def test_training_ends_without_gain_and_the_best_model_is_kept_and_tested(
     assert metrics["valid"]["auc"] == aucs[best]
     assert [torch.equal(tested, weight) for weight in validated].index(True) == best
     assert not torch.equal(tested, validated[-1])
-
-
-@pytest.mark.parametrize(
-    ("auc", "fix"), [(0.5, "split, or set best_model_by: auc"), (None, "split$")]
-)
-def test_a_validation_that_cannot_choose_a_model_is_refused_with_the_fix(
-    small: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    auc: float | None,
-    fix: str,
-) -> None:
-    words = ["--best_model_by", "gauc", "--batch_size", "16", "--device", "cpu"]
-    config = load_config(TINY, [*words, "--cache", str(small / "cache")])
-    report = {"auc": auc, "gauc": None, "logloss": 0.5, "ne": 1.0, "num_samples": 3}
-    parts = dict.fromkeys(("warm", "cold", "unseen"), report)
-    monkeypatch.setattr(recsys.training.trainer, "evaluate_split", lambda *_: report | parts)
-    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=f"valid: the GAUC.*{fix}"):
-        train(config, str(small / "data"), tmp_path / "run", ranks)
