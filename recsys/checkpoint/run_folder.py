@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.files import BEST, folders_to_continue
@@ -18,6 +16,7 @@ from recsys.config import Resume, save_config
 from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.identity import EncoderIdentity, check_identities, write_identities
 from recsys.data.filesystem import Location, recover_folder, write_whole
+from recsys.data.item_parts import ItemCounts
 from recsys.data.schema import vocabulary_file
 from recsys.distributed.job import JobName, restarts
 from recsys.distributed.ranks import Ranks
@@ -106,7 +105,7 @@ def finish_run(run: Path, ranks: Ranks) -> None:
 def begin_run(
     run: Path,
     job: Job,
-    item_counts: np.ndarray,  # [num_items]
+    item_counts: ItemCounts,  # of all ranks, on rank 0
     skipped_rows: dict[str, Any],
 ) -> None:
     """Empty the folder of an earlier run and store what this run needs unchanged. A collective.
@@ -121,7 +120,7 @@ def begin_run(
         _empty(run)
         run.mkdir(parents=True, exist_ok=True)
         _write_job(run, JobName.of_environment(), finished=False)
-        np.save(run / ITEM_COUNTS, item_counts)
+        item_counts.save(run / ITEM_COUNTS)
         (run / SKIPPED_ROWS).write_text(json.dumps(skipped_rows, indent=1) + "\n")
         keep_vocabularies(run, job)
         write_run_schema(run, job.schema)

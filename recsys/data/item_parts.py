@@ -1,20 +1,27 @@
 """Counts the training rows of each item, and splits rows by it: warm, cold and unseen items.
 
-Shapes: N rows.
+Shapes: N rows, U items with training rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
+import torch.distributed as dist
 
 from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.row_source import RowSource
+from recsys.distributed.ranks import Ranks
 
 COLD_BELOW = 5  # an item with fewer training rows is cold
 PARTS = ("all", "warm", "cold", "unseen")
+BLOCK = 1 << 24  # ids that ranks add up at once: 128 MiB of counts
+LEAST_MERGED = 1 << 20  # counted items that wait to be merged, at least
 
 
 def item_parts(
@@ -30,24 +37,94 @@ def item_parts(
     return {"all": every, "warm": ~cold, "cold": cold, "unseen": item_counts == 0}
 
 
+@dataclass(frozen=True)
+class ItemCounts:
+    """Numbers of training rows by item. Items without rows take no memory.
+
+    Example::
+
+        counts = ItemCounts(np.array([2, 9]), np.array([3, 1]))
+        counts.of(np.array([9, 4, 2]))  # [1, 0, 3]
+    """
+
+    items: np.ndarray  # int64 [U], ascending
+    counts: np.ndarray  # int64 [U]
+
+    @classmethod
+    def load(cls, path: Path) -> ItemCounts:
+        """Open counts that `save` wrote; they stay in the file until they are looked up."""
+        stored = np.load(path, mmap_mode="r")
+        if stored.ndim == 1:  # a count of every item, as earlier runs stored them
+            items = np.flatnonzero(stored)
+            return cls(items, stored[items])
+        return cls(*stored)
+
+    def save(self, path: Path) -> None:
+        """Write the counts."""
+        np.save(path, np.stack([self.items, self.counts]))
+
+    def of(self, items: np.ndarray) -> np.ndarray:  # int64 [N] -> int64 [N]
+        """Return the number of training rows of each item."""
+        if not len(self.items):
+            return np.zeros(len(items), np.int64)
+        place = np.searchsorted(self.items, items).clip(max=len(self.items) - 1)
+        return np.where(self.items[place] == items, self.counts[place], 0)
+
+    def dense(self, num_items: int) -> np.ndarray:  # int64 [num_items]
+        """Return the counts of all items."""
+        counts = np.zeros(num_items, np.int64)
+        counts[self.items] = self.counts
+        return counts
+
+    def sum_of_ranks(self, num_items: int, ranks: Ranks) -> ItemCounts:
+        """Return the sums over all ranks on rank 0, and nothing on the others. A collective.
+
+        Counts are added in blocks of ids, so that no rank holds those of all items.
+        """
+        items, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        occupied = torch.zeros(-(-num_items // BLOCK), dtype=torch.uint8)
+        occupied[torch.from_numpy(self.items // BLOCK)] = 1
+        dist.all_reduce(occupied, op=dist.ReduceOp.MAX, group=ranks.group)
+        for start in (BLOCK * np.flatnonzero(occupied.numpy())).tolist():
+            block = np.zeros(min(BLOCK, num_items - start), np.int64)
+            low, high = np.searchsorted(self.items, [start, start + BLOCK])
+            block[self.items[low:high] - start] = self.counts[low:high]
+            dist.reduce(torch.from_numpy(block), group_dst=0, group=ranks.group)
+            if ranks.is_first:
+                found = np.flatnonzero(block)
+                items.append(found + start)
+                counts.append(block[found])
+        return ItemCounts(np.concatenate(items), np.concatenate(counts))
+
+
 def count_items(
     rows: RowSource,
     rank: int,
     world_size: int,
     also: Callable[[pa.Table], None] | None = None,
-) -> np.ndarray:  # [num_items], int64
-    """Return how often each item is the target in a rank's share.
+) -> ItemCounts:
+    """Count how often each item is the target in a rank's share.
 
     All columns are read, so that an unusable value ends the job before its first step. `also` is
     called with each chunk of rows.
     """
-    counts = np.zeros(rows.schema.num_items, dtype=np.int64)
-    target = rows.schema.target_item
+    merged = ItemCounts(np.zeros(0, np.int64), np.zeros(0, np.int64))
+    waiting: list[ItemCounts] = []
     for table in rows.read(*rows.share(rank, world_size)):
         if also is not None:
             also(table)
-        known = table[target].to_numpy()[table[ROW_POSITION].to_numpy() >= 0]
-        # bincount would allocate another array as long as the whole table.
-        items, times = np.unique(known, return_counts=True)
-        counts[items] += times
-    return counts
+        known = table[ROW_POSITION].to_numpy() >= 0
+        items = table[rows.schema.target_item].to_numpy()[known]
+        waiting.append(ItemCounts(*np.unique(items, return_counts=True)))
+        if sum(len(of.items) for of in waiting) > max(len(merged.items), LEAST_MERGED):
+            merged, waiting = _merged([merged, *waiting]), []
+    return _merged([merged, *waiting])
+
+
+def _merged(parts: list[ItemCounts]) -> ItemCounts:
+    items = np.concatenate([part.items for part in parts])
+    counts = np.concatenate([part.counts for part in parts])
+    order = np.argsort(items)
+    items, counts = items[order], counts[order]
+    begin = np.flatnonzero(np.append(True, items[1:] != items[:-1])[: len(items)])
+    return ItemCounts(items[begin], np.add.reduceat(counts, begin) if len(items) else counts)

@@ -29,6 +29,19 @@ def gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None = None) 
     Raises:
         ValueError: dtype or D differ between ranks; raised on every rank.
     """
+    return _gathered(tensor, process_group, to_all=True)
+
+
+def gather_rows_to_first(tensor: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the rows of all ranks on rank 0, and none on the others. A collective.
+
+    As `gather_rows` otherwise: with the memory of all rows on one rank alone.
+    """
+    return _gathered(tensor, process_group, to_all=False)
+
+
+def _gathered(tensor: Tensor, process_group: dist.ProcessGroup | None, to_all: bool) -> Tensor:
+    """Return the rows of all ranks, on every rank or on rank 0. A collective."""
     if not dist.is_initialized() or dist.get_world_size(process_group) == 1:
         return tensor
     rows = tensor.detach()
@@ -42,8 +55,14 @@ def gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None = None) 
     longest = max(shape[0] for shape, _ in kinds)
     padded = torch.zeros((longest, *rows.shape[1:]), dtype=rows.dtype, device=device)
     padded[: len(rows)] = rows
-    gathered = [torch.empty_like(padded) for _ in kinds]
-    dist.all_gather(gathered, padded, group=process_group)
+    receives = to_all or dist.get_rank(process_group) == 0
+    gathered = [torch.empty_like(padded) for _ in kinds] if receives else []
+    if to_all:
+        dist.all_gather(gathered, padded, group=process_group)
+    else:
+        dist.gather(padded, gathered or None, group=process_group, group_dst=0)
+    if not receives:
+        return tensor[:0]
     parts = [part[: shape[0]] for part, (shape, _) in zip(gathered, kinds, strict=True)]
     return torch.cat(parts).to(tensor.device)
 

@@ -64,6 +64,12 @@ class Ranks:
         """
         return replace(self, own_group=dist.new_group(backend="gloo"))
 
+    def from_first(self, value: Any) -> Any:
+        """Return rank 0's small object on every rank. A collective."""
+        values = [value]
+        dist.broadcast_object_list(values, group_src=0, group=self.group)
+        return values[0]
+
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
         """Make the code inside succeed on every rank or raise on every rank; a collective.

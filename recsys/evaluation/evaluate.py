@@ -6,13 +6,13 @@ Shapes: N rows of a split, B batch, C labels, Q rows with a query, D dimension.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from recsys.build import SPLITS, Job
@@ -21,12 +21,12 @@ from recsys.config.ranking import softmax_settings
 from recsys.content.bank_fill import encode_into_bank
 from recsys.data.batch import Batch
 from recsys.data.interactions import Interactions, loader
-from recsys.data.item_parts import count_items
+from recsys.data.item_parts import ItemCounts, count_items
 from recsys.data.vocabularies import UnknownIds, format_unknown
-from recsys.distributed.gather import gather_rows
+from recsys.distributed.gather import gather_rows, gather_rows_to_first
 from recsys.distributed.lockstep import Lockstep
 from recsys.evaluation.forward_pass import forward_pass
-from recsys.evaluation.further_metrics import make_metrics
+from recsys.evaluation.further_metrics import Metric, make_metrics
 from recsys.evaluation.metrics import ORDER_METRICS, SHOWN, evaluation_report, format_report
 from recsys.evaluation.retrieval import format_retrieval, retrieval_report
 from recsys.evaluation.scores import SplitScores, write_scores
@@ -34,12 +34,14 @@ from recsys.evaluation.validation_check import ValidationLabels, check_validatio
 
 logger = logging.getLogger(__name__)
 
+QUERY_COLUMNS = ("queries", "query_targets", "query_items")  # every rank searches for them
 
-def check_data(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
+
+def check_data(job: Job) -> tuple[ItemCounts, dict[str, Any]]:
     """Read all splits once, so that a bad value shows before the first step. A collective.
 
     Returns:
-        The number of training rows of each item, int64 [num_items], and the skipped rows by split
+        The number of training rows of each item, on rank 0 alone, and the skipped rows by split
         (empty where `on_bad_row` is error).
 
     Raises:
@@ -47,7 +49,7 @@ def check_data(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
             the validation split cannot choose the best model.
     """
     ranks, is_skip = job.ranks, job.config.on_bad_row == "skip"
-    training = np.zeros(0, np.int64)
+    counts: dict[str, ItemCounts] = {}
     skipped: dict[str, Any] = {}
     if is_skip and job.store is not None:
         skipped["items"] = job.store.items.bad_rows.summary(ranks, "items")
@@ -56,14 +58,11 @@ def check_data(job: Job) -> tuple[np.ndarray, dict[str, Any]]:
         also = labels.add if split == "valid" else None
         with ranks.raise_on_all_ranks():
             rows = job.rows(split)
-            counts = count_items(rows, ranks.rank, ranks.world_size, also)
-        training = counts if split == "train" else training
+            counts[split] = count_items(rows, ranks.rank, ranks.world_size, also)
         if is_skip:
             skipped[split] = rows.skipped(ranks, split)
     check_validation(job, labels)
-    totals = torch.from_numpy(training)
-    dist.all_reduce(totals, group=ranks.group)
-    return totals.numpy(), skipped
+    return counts["train"].sum_of_ranks(job.schema.num_items, ranks), skipped
 
 
 def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
@@ -110,7 +109,7 @@ def score(
     unknown: UnknownIds | None = None,
     with_queries: bool = False,
 ) -> dict[str, Tensor]:
-    """Score the rows of all ranks and return them on every rank. A collective.
+    """Score the rows of all ranks and return them on rank 0, none on the others. A collective.
 
     Rows that only pad are left out; random states are restored.
 
@@ -125,7 +124,7 @@ def score(
     Returns:
         `positions` [N], `logits` [N, C], `labels` [N, C], `groups` [N] and `items` [N] (targets).
         With `with_queries`, if the model makes queries: `queries` [Q, D], and the vectors and ids
-        to retrieve, `query_targets` [Q, D] and `query_items` [Q].
+        to retrieve, `query_targets` [Q, D] and `query_items` [Q], on every rank.
 
     Raises:
         TrainingStopped: `lockstep` reports that the job is to end.
@@ -145,7 +144,10 @@ def score(
             for name, column in part.items():
                 columns.setdefault(name, []).append(column.cpu())
     return {
-        name: gather_rows(torch.cat(column), job.ranks.group) for name, column in columns.items()
+        name: (gather_rows if name in QUERY_COLUMNS else gather_rows_to_first)(
+            torch.cat(column), job.ranks.group
+        )
+        for name, column in columns.items()
     }
 
 
@@ -176,25 +178,25 @@ def _queries(batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: column[wanted] for name, column in columns.items()}
 
 
-def split_scores(job: Job, scored: dict[str, Tensor], item_counts: np.ndarray) -> SplitScores:
+def split_scores(job: Job, scored: dict[str, Tensor], item_counts: ItemCounts) -> SplitScores:
     """Sort the result of `score` by the rows' positions in the split.
 
     Args:
         job: the job whose schema names the labels.
         scored: the rows of all ranks.
-        item_counts: int64 [num_items], training rows of each item.
+        item_counts: training rows of each item.
     """
     order = np.argsort(scored["positions"].numpy())
     names = ("positions", "groups", "items", "labels", "logits")
     columns = {name: scored[name].numpy()[order] for name in names}
     labels = tuple(job.schema.of_kind("label"))
-    return SplitScores(**columns, counts=item_counts[columns["items"]], label_names=labels)
+    return SplitScores(**columns, counts=item_counts.of(columns["items"]), label_names=labels)
 
 
 def evaluate_split(
     job: Job,
     split: str,
-    item_counts: np.ndarray,  # int64 [num_items], training rows of each item
+    item_counts: ItemCounts,
     lockstep: Lockstep | None = None,
     searches: bool = False,
     scores_to: Path | None = None,
@@ -212,26 +214,32 @@ def evaluate_split(
     unknown = UnknownIds(job.schema)
     lockstep = lockstep or Lockstep(job.ranks)
     scored = score(job, interactions, lockstep, unknown, searches)
-    scores = split_scores(job, scored, item_counts)
-    more = make_metrics(job.config.metrics)
-    reports = {
-        label: evaluation_report(
-            scores.labels[:, index], scores.logits[:, index], scores.groups, scores.counts, more
-        )
-        for index, label in enumerate(scores.label_names)
-    }
-    if scores_to is not None:
-        with job.ranks.raise_on_all_ranks():
-            if job.ranks.is_first:
+    report: dict[str, Any] = {}
+    with job.ranks.raise_on_all_ranks():
+        if job.ranks.is_first:
+            scores = split_scores(job, scored, item_counts)
+            report = _scores_report(scores, make_metrics(job.config.metrics))
+            if scores_to is not None:
                 write_scores(scores, scores_to)
-    first = next(iter(reports.values()))
-    report = dict(first) if len(reports) == 1 else {**first, "labels": reports}
+    report = job.ranks.from_first(report)
     if "queries" in scored:
         report["retrieval"] = retrieval_report(job, scored, item_counts, lockstep)
     ids = unknown.totals(job.ranks.group)
     if (line := format_unknown(split, ids)) is not None:
         logger.info(line)
     return {**report, "ids": ids} if ids else report
+
+
+def _scores_report(scores: SplitScores, more: Mapping[str, Metric]) -> dict[str, Any]:
+    """Compute the metrics of the first label, and those of each if there are several."""
+    reports = {
+        label: evaluation_report(
+            scores.labels[:, index], scores.logits[:, index], scores.groups, scores.counts, more
+        )
+        for index, label in enumerate(scores.label_names)
+    }
+    first = next(iter(reports.values()))
+    return dict(first) if len(reports) == 1 else {**first, "labels": reports}
 
 
 def format_evaluation(report: dict[str, Any], config: Config) -> str:

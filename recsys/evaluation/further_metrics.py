@@ -31,8 +31,8 @@ RESERVED |= {"labels", "retrieval", "ids"}
 class Metric(Protocol):
     """Computes one number from scored rows; made with the `options` of its settings.
 
-    A class of your own has this method; every rank calls it with the rows of all ranks, so it needs
-    no collective and must give the same on each.
+    A class of your own has this method; rank 0 calls it with the rows of all ranks, so it must not
+    be a collective.
 
     Example::
 

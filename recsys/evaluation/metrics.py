@@ -52,18 +52,52 @@ def ranking_metrics(labels: Array, logits: Array, groups: Array) -> dict[str, An
         ranking_metrics(np.array([1, 0, 1]), np.array([2.0, 0.5, 0.5]), np.array([7, 7, 7]))["auc"]
         # 0.75
     """
-    label, logit = _numpy(labels).astype(np.float64), _numpy(logits).astype(np.float64)
-    group = _numpy(groups)
-    assert label.ndim == 1 and label.shape == logit.shape == group.shape
-    _check_values(label, logit)
-    positive = label == 1
-    _, auc, _ = grouped_auc(positive, logit, np.zeros(len(label), dtype=np.int64))
-    _, user_auc, user_rows = grouped_auc(positive, logit, group)
-    metrics: dict[str, Any] = {
-        "auc": float(auc[0]) if len(auc) else None,
-        "gauc": float(np.average(user_auc, weights=user_rows)) if len(user_auc) else None,
-    }
-    return metrics | _probability_metrics(label, logit) | {"num_samples": len(label)}
+    return RankedRows(labels, logits, groups).metrics()
+
+
+class RankedRows:
+    """Rows sorted once, by score and by group and score, from which any part has its metrics.
+
+    Args:
+        labels: [N], 0 or 1.
+        logits: [N], finite.
+        groups: int [N], the user of each row.
+
+    Raises:
+        ValueError: a label is not 0 or 1, or a logit is not finite.
+    """
+
+    def __init__(self, labels: Array, logits: Array, groups: Array) -> None:
+        """Check the values, sort the rows and compute each row's loss and prediction."""
+        label, logit = _numpy(labels).astype(np.float64), _numpy(logits).astype(np.float64)
+        self.group = _numpy(groups)
+        assert label.ndim == 1 and label.shape == logit.shape == self.group.shape
+        _check_values(label, logit)
+        self.label, self.logit, self.positive = label, logit, label == 1
+        self.by_score = np.argsort(logit)
+        self.by_group = self.by_score[np.argsort(self.group[self.by_score], kind="stable")]
+        self.loss = np.logaddexp(0, logit) - label * logit
+        self.prediction = np.exp(-np.logaddexp(0, -logit))
+
+    def metrics(
+        self,
+        rows: np.ndarray | None = None,  # bool [N]
+    ) -> dict[str, Any]:
+        """Compute the metrics of `ranking_metrics` for some rows, by default for all."""
+        by_score, by_group = self.by_score, self.by_group
+        if rows is not None:
+            by_score, by_group = by_score[rows[by_score]], by_group[rows[by_group]]
+        one_group = np.zeros(len(by_score), np.int64)
+        _, auc, _ = sorted_auc(self.positive[by_score], self.logit[by_score], one_group)
+        of_groups = self.positive[by_group], self.logit[by_group], self.group[by_group]
+        _, user_auc, user_rows = sorted_auc(*of_groups)
+        metrics: dict[str, Any] = {
+            "auc": float(auc[0]) if len(auc) else None,
+            "gauc": float(np.average(user_auc, weights=user_rows)) if len(user_auc) else None,
+        }
+        chosen = slice(None) if rows is None else rows
+        columns = self.label[chosen], self.loss[chosen], self.prediction[chosen]
+        return metrics | _probability_metrics(*columns) | {"num_samples": len(by_score)}
 
 
 def evaluation_report(
@@ -85,14 +119,12 @@ def evaluation_report(
     Raises:
         ValueError: as `ranking_metrics` does, or one of `more` fails.
     """
-    label, logit, group = _numpy(labels), _numpy(logits), _numpy(groups)
-    counts = _numpy(item_counts)
-    assert counts.shape == label.shape
-    reports = {}
-    for part, rows in item_parts(counts).items():
-        columns = label[rows], logit[rows], group[rows]
-        reports[part] = ranking_metrics(*columns) | {
-            name: call_metric(name, metric, *columns, counts[rows])
+    columns = [_numpy(values) for values in (labels, logits, groups, item_counts)]
+    assert columns[3].shape == columns[0].shape
+    ranked, reports = RankedRows(labels, logits, groups), {}
+    for part, rows in item_parts(columns[3]).items():
+        reports[part] = ranked.metrics(rows) | {
+            name: call_metric(name, metric, *(column[rows] for column in columns))
             for name, metric in (more or {}).items()
         }
     return reports.pop("all") | reports
@@ -169,10 +201,18 @@ def grouped_auc(
     Returns:
         The groups with both labels, ascending, and the AUC and the number of rows of each.
     """
+    order = np.lexsort((score, group))
+    return sorted_auc(positive[order], score[order], group[order])
+
+
+def sorted_auc(
+    positive: np.ndarray,  # bool [N]
+    score: np.ndarray,  # [N]
+    group: np.ndarray,  # [N]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [G], float64 [G], int64 [G]
+    """Compute `grouped_auc` of rows in the order of their groups, and in each of their scores."""
     if len(score) == 0:
         return group, np.zeros(0), np.zeros(0, dtype=np.int64)
-    order = np.lexsort((score, group))
-    positive, score, group = positive[order], score[order], group[order]
     new_group = np.append(True, group[1:] != group[:-1])
     new_tie = np.append(True, score[1:] != score[:-1]) | new_group
     group_begin, tie_begin = np.flatnonzero(new_group), np.flatnonzero(new_tie)
@@ -194,16 +234,16 @@ def grouped_auc(
 
 def _probability_metrics(
     label: np.ndarray,  # [N]
-    logit: np.ndarray,  # [N]
+    loss: np.ndarray,  # [N]
+    prediction: np.ndarray,  # [N]
 ) -> dict[str, float | None]:
     if len(label) == 0:
         return {"logloss": None, "ne": None, "calibration": None}
-    logloss = float(np.mean(np.logaddexp(0, logit) - label * logit))
-    prediction = float(np.mean(np.exp(-np.logaddexp(0, -logit))))
+    logloss = float(np.mean(loss))
     share = float(label.mean())
     if share == 0:
         return {"logloss": logloss, "ne": None, "calibration": None}
-    calibration = prediction / share
+    calibration = float(np.mean(prediction)) / share
     if share == 1:
         return {"logloss": logloss, "ne": None, "calibration": calibration}
     entropy = -(share * np.log(share) + (1 - share) * np.log(1 - share))

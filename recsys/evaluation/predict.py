@@ -22,6 +22,7 @@ from recsys.checkpoint.run_schema import schema_of_data
 from recsys.config import load_config
 from recsys.data.filesystem import Location, whole_file, write_whole
 from recsys.data.interactions import Interactions
+from recsys.data.item_parts import ItemCounts
 from recsys.data.parquet.file import READ_ERRORS, open_parquet
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds, format_unknown
@@ -66,7 +67,7 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
         report = evaluate_split(
             job,
             split,
-            np.load(run / ITEM_COUNTS),
+            ItemCounts.load(run / ITEM_COUNTS),
             lockstep,
             searches=True,
             scores_to=scores_file(run, split),

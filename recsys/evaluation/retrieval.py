@@ -22,7 +22,7 @@ from torch import Tensor
 from recsys.build import Job
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.item_parts import item_parts
+from recsys.data.item_parts import ItemCounts, item_parts
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import empty_table, padding_rows
@@ -148,7 +148,7 @@ def retrieval_metrics(above: Tensor, tied: Tensor) -> dict[str, Any]:
 
 
 def retrieval_report(
-    job: Job, scored: dict[str, Tensor], item_counts: np.ndarray, lockstep: Lockstep
+    job: Job, scored: dict[str, Tensor], item_counts: ItemCounts, lockstep: Lockstep
 ) -> dict[str, Any]:
     """Compute `retrieval_metrics` of all rows, and nested those of warm, cold and unseen items.
 
@@ -157,7 +157,7 @@ def retrieval_report(
     Args:
         job: a job with a two-tower model.
         scored: `queries` [R, D], `query_targets` [R, D] and `query_items` [R] of the impressions.
-        item_counts: int64 [num_items], training rows of each item.
+        item_counts: training rows of each item.
         lockstep: keeps the ranks on the same batch.
     """
     items, vectors = catalogue_vectors(job, lockstep)
@@ -169,7 +169,7 @@ def retrieval_report(
         vectors,
         job.ranks.group,
     )
-    counts = item_counts[scored["query_items"].numpy()]
+    counts = item_counts.of(scored["query_items"].numpy())
     reports = {
         part: retrieval_metrics(above[torch.from_numpy(rows)], tied[torch.from_numpy(rows)])
         for part, rows in item_parts(counts).items()

@@ -13,8 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from recsys.build import Job, build_job, check_columns
 from recsys.checkpoint.files import BEST
 from recsys.checkpoint.manager import Checkpoints, load_best
@@ -36,6 +34,7 @@ from recsys.config import Config
 from recsys.content.projection_start import start_projections
 from recsys.data.filesystem import Location, write_whole
 from recsys.data.interactions import Interactions
+from recsys.data.item_parts import ItemCounts
 from recsys.diagnostics.profile.step_profile import StepProfile
 from recsys.distributed.job_lock import sole_job
 from recsys.distributed.lockstep import Lockstep, TrainingStopped
@@ -135,9 +134,9 @@ def open_run(job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep) 
     if progress is None:
         begin_run(run, job, *check_data(job))
     describe_run(run, job, data)
-    item_counts = np.load(run / ITEM_COUNTS)
+    item_counts = ItemCounts.load(run / ITEM_COUNTS)
     if job.preparation.negatives is not None:
-        job.preparation.negatives.use_counts(item_counts)
+        job.preparation.negatives.use_counts(item_counts.dense(job.schema.num_items))
     if job.ranks.is_first:
         print_table(f"{job.plan}\n\n{job.parameters}\n")
     reporter = Reporter(job, run, progress or Progress())

@@ -9,7 +9,6 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor, nn
 from torchrec.distributed.train_pipeline.runtime_forwards import BaseForward
 from torchrec.distributed.types import ShardedModule
@@ -20,6 +19,7 @@ from recsys.checkpoint.progress import Progress
 from recsys.config import content_settings
 from recsys.data.batch import Batch
 from recsys.data.interactions import Interactions, loader
+from recsys.data.item_parts import ItemCounts
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.diagnostics.profile.step_profile import StepProfile
 from recsys.distributed.lockstep import Lockstep, TrainingStopped
@@ -45,7 +45,7 @@ class Trainer:
     profile: StepProfile
     reporter: Reporter
     progress: Progress
-    item_counts: np.ndarray  # [num_items], training impressions by item
+    item_counts: ItemCounts  # training impressions
 
     def train(self) -> None:
         """Train until epochs or patience end. A collective.

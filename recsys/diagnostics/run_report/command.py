@@ -16,7 +16,7 @@ from recsys.build import Job
 from recsys.checkpoint.run_folder import ITEM_COUNTS
 from recsys.config.ranking import softmax_settings
 from recsys.data.filesystem import write_whole
-from recsys.data.item_parts import PARTS
+from recsys.data.item_parts import PARTS, ItemCounts
 from recsys.data.items.item_table import ItemTable
 from recsys.diagnostics.run_report.embedding_maps import embedding_maps
 from recsys.diagnostics.run_report.fusion_attention import fusion_attention, recorded_attention
@@ -105,7 +105,7 @@ def _scored_rows(job: Job, run: Path) -> tuple[ScoredRows, np.ndarray]:  # int64
         scored["labels"][:, 0].numpy(),
         scored["logits"][:, 0].numpy(),
         scored["groups"].numpy(),
-        np.load(run / ITEM_COUNTS)[items],
+        ItemCounts.load(run / ITEM_COUNTS).of(items),
     )
     return rows, items
 
@@ -128,7 +128,7 @@ def item_sections(
         category: the column that colours the maps, if any.
         with_examples: whether to show items with names and pictures.
     """
-    item_counts = np.load(run / ITEM_COUNTS)
+    item_counts = ItemCounts.load(run / ITEM_COUNTS).dense(job.schema.num_items)
     items = frequent_items(job, item_counts, ITEMS)
     branch = job.em3.content
     num_modalities = len(branch.encoders) if branch is not None else 0

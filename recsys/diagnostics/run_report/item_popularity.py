@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from recsys.diagnostics.run_report.page import (
     number,
 )
 from recsys.evaluation.bootstrap import paired_difference
-from recsys.evaluation.metrics import ranking_metrics
+from recsys.evaluation.metrics import RankedRows
 from recsys.evaluation.scores import SplitScores
 
 BUCKETS = (0, 1, 5, 20, 100)  # least training impressions of each bucket
@@ -52,7 +53,11 @@ class ScoredRows:
         rows: np.ndarray,  # bool [N]
     ) -> dict[str, Any]:
         """Return `ranking_metrics` of the chosen rows."""
-        return ranking_metrics(self.labels[rows], self.logits[rows], self.groups[rows])
+        return self._ranked.metrics(rows)
+
+    @cached_property
+    def _ranked(self) -> RankedRows:
+        return RankedRows(self.labels, self.logits, self.groups)
 
 
 @dataclass(frozen=True)

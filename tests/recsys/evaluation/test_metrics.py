@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recsys.config import Config, ranking_settings
 from recsys.data.item_parts import COLD_BELOW
-from recsys.distributed.gather import gather_rows
+from recsys.distributed.gather import gather_rows, gather_rows_to_first
 from recsys.evaluation.evaluate import format_evaluation
 from recsys.evaluation.metrics import evaluation_report, format_report, ranking_metrics
 from tests.ranks import run_on_ranks
@@ -160,9 +160,13 @@ def test_without_a_process_group_the_rows_are_those_of_this_process() -> None:
     assert gather_rows(rows) is rows
 
 
-def gather_share(rank: int, world_size: int, rows: list[Tensor], cut: int) -> list[Tensor]:
+def gather_share(
+    rank: int, world_size: int, rows: list[Tensor], cut: int
+) -> tuple[list[Tensor], list[Tensor]]:
     share = slice(0, cut) if rank == 0 else slice(cut, None)
-    return [gather_rows(tensor[share], dist.group.WORLD) for tensor in rows]
+    shares = [tensor[share] for tensor in rows]
+    to_all = [gather_rows(share, dist.group.WORLD) for share in shares]
+    return to_all, [gather_rows_to_first(share, dist.group.WORLD) for share in shares]
 
 
 @pytest.mark.parametrize("cut", [0, 700])
@@ -175,7 +179,9 @@ def test_metrics_of_rows_split_unevenly_over_two_ranks_equal_those_of_all_rows(c
         torch.tensor(labels) == 1,
         torch.tensor(logits, dtype=torch.float32).view(-1, 1).repeat(1, 3),
     ]
-    for gathered in run_on_ranks(gather_share, 2, rows, cut):
+    (_, first), (_, second) = found = run_on_ranks(gather_share, 2, rows, cut)
+    assert [len(tensor) for tensor in second] == [0] * 5
+    for gathered in (first, *(to_all for to_all, _ in found)):
         for whole, tensor in zip(rows, gathered, strict=True):
             assert whole.dtype == tensor.dtype
             assert torch.equal(whole, tensor)
