@@ -31,7 +31,7 @@ from recsys.data.filesystem import write_whole
 from recsys.diagnostics.run_report.item_popularity import BUCKETS
 from recsys.diagnostics.run_report.page import Section, Table, html_page, number
 from recsys.evaluation.bootstrap import Interval
-from recsys.evaluation.few_users import LEAST_USERS
+from recsys.evaluation.few_users import LEAST_USERS, MARK_NOTE, marked
 from recsys.evaluation.model_selection import selection_words
 
 INTERVALS = (
@@ -131,7 +131,7 @@ def _effect_record(effect: Effect) -> dict[str, Any]:
 
 def _markdown(study: Study) -> str:
     lines = ["# Quality of each part", provenance_words(study.about), study.protocol]
-    lines += [_as_markdown(_headline(study.results))]
+    lines += [_as_markdown(_headline(study.results)), MARK_NOTE]
     if study.effects:
         lines += [INTERVALS, _as_markdown(_effect_table(study.effects))]
     if study.against_peers:
@@ -186,7 +186,7 @@ def _headline(results: Sequence[CellResult]) -> Table:
         (
             result.cell.name,
             f"{len(result.runs)}",
-            *(number(result.median(column)) for column in COLUMNS),
+            *(marked(number(result.median(column)), result.users(column)) for column in COLUMNS),
         )
         for result in results
     ]

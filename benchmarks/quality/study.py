@@ -19,7 +19,7 @@ from benchmarks.quality.plan import Plan
 from benchmarks.quality.runs import Training
 from recsys.config import BestModelBy, load_config
 from recsys.diagnostics.run_report.item_popularity import CountRange, count_ranges
-from recsys.evaluation.bootstrap import Interval, paired_difference, pooled_metric
+from recsys.evaluation.bootstrap import Interval, metric_users, paired_difference, pooled_metric
 from recsys.evaluation.scores import SplitScores, read_scores, scores_file
 
 # Columns of a table: metric and part of the items.
@@ -49,6 +49,10 @@ class CellResult:
         seeds = [of_data[0].seed for of_data in self.runs]
         values = [pooled_metric(of_data, metric, part) for of_data in self.scores]
         return {seed: value for seed, value in zip(seeds, values) if value is not None}
+
+    def users(self, column: str) -> int:
+        """Return how many users define a column of `COLUMNS`."""
+        return metric_users(self.scores[0], *COLUMNS[column])
 
     def median(self, column: str) -> float | None:
         """Return the median of a column over seeds."""

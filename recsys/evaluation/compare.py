@@ -17,8 +17,14 @@ import numpy as np
 from embeddings.plan_text import align_columns
 from recsys.data.filesystem import write_whole
 from recsys.data.item_parts import PARTS, item_parts
-from recsys.evaluation.bootstrap import METRICS, Interval, paired_difference, pooled_metric
-from recsys.evaluation.few_users import LEAST_USERS
+from recsys.evaluation.bootstrap import (
+    METRICS,
+    Interval,
+    metric_users,
+    paired_difference,
+    pooled_metric,
+)
+from recsys.evaluation.few_users import LEAST_USERS, MARK_NOTE, marked
 from recsys.evaluation.scores import (
     SplitScores,
     check_same_rows,
@@ -39,9 +45,10 @@ def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
         split: the split whose scores are compared.
 
     Returns:
-        `split`, `label`, `users`, `samples` of the bootstrap, `rows` by part, and `runs`: for each
-        run its name (`run`) and by part and metric its value and, except for the first run,
-        `difference`: value, low, high and excludes_zero; None where it is not defined.
+        `split`, `label`, `users`, `samples` of the bootstrap, `rows` by part, `metric_users` that
+        define a metric, by part and metric, and `runs`: for each run its name (`run`) and by part
+        and metric its value and, except for the first run, `difference`: value, low, high and
+        excludes_zero; None where it is not defined.
 
     Raises:
         ValueError: fewer than two runs, or a run has no scores of the split or scores of different
@@ -61,6 +68,10 @@ def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
         "users": len(np.unique(first.groups)),
         "samples": SAMPLES,
         "rows": {part: int(rows.sum()) for part, rows in item_parts(first.counts).items()},
+        "metric_users": {
+            part: {metric: metric_users([first], metric, part) for metric in METRICS}
+            for part in PARTS
+        },
         "runs": [
             {"run": str(run), **_compared(first, other, is_first=other is first)}
             for run, other in zip(runs, scores, strict=True)
@@ -103,19 +114,20 @@ def format_comparison(report: dict[str, Any]) -> str:
     columns = [column for name in METRICS for column in (name, "difference", "95 % interval")]
     rows = [("items", *columns, "rows", "run")]
     for part in PARTS:
+        users = report["metric_users"][part]
         for run in report["runs"]:
-            cells = [cell for name in METRICS for cell in _cells(run[part], name)]
+            cells = [cell for name in METRICS for cell in _cells(run[part], name, users[name])]
             rows.append((part, *cells, f"{report['rows'][part]:,}", run["run"]))
     return (
         f"{head}\n{align_columns(rows)}\n"
         f"Differences are those to {first}; intervals by a paired bootstrap over users with "
         f"{report['samples']:,} samples, wider for few users; - below {LEAST_USERS} users. * marks "
-        "one that excludes 0."
+        f"one that excludes 0. {MARK_NOTE}"
     )
 
 
-def _cells(metrics: dict[str, Any], name: str) -> tuple[str, str, str]:
-    value = "-" if metrics[name] is None else f"{metrics[name]:.4f}"
+def _cells(metrics: dict[str, Any], name: str, users: int) -> tuple[str, str, str]:
+    value = "-" if metrics[name] is None else marked(f"{metrics[name]:.4f}", users)
     if "difference" not in metrics:
         return value, "", ""
     found = metrics["difference"][name]

@@ -1,4 +1,4 @@
-"""Widens the intervals of few users.
+"""Widens the intervals of few users, and marks figures that rest on a handful of them.
 
 The percentiles of a bootstrap over U users are narrow by sqrt((U - 1) / U), and take a spread for
 known that U users only estimate: with 5 users they exclude 0 for 17 % of pairs of models that are
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import numpy as np
 
-LEAST_USERS = 5  # fewer have no interval
+LEAST_USERS = 5  # fewer have no interval, and their figures are marked
+MARK_NOTE = f"Figures in parentheses rest on fewer than {LEAST_USERS} users."
 CONFIDENCE = 0.95
 
 
@@ -45,3 +46,14 @@ def interval_stretch(users: float) -> float:
 
     users, upper = max(users, 2.0), (1 + CONFIDENCE) / 2
     return float(stdtrit(users - 1, upper) / ndtri(upper) * np.sqrt(users / (users - 1)))
+
+
+def marked(figure: str, num_users: int | None) -> str:
+    """Put a figure in parentheses if fewer than `LEAST_USERS` users define it.
+
+    Args:
+        figure: a number as text, or a dash where it is not defined.
+        num_users: None if it is not known, as for reports of earlier versions.
+    """
+    few = num_users is not None and num_users < LEAST_USERS and figure not in ("-", "–")
+    return f"({figure})" if few else figure

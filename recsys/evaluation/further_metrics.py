@@ -24,7 +24,7 @@ from recsys.data.item_parts import PARTS
 METRICS = {"precision_at_k": "recsys.evaluation.further_metrics:PrecisionAtK"}
 # Names that every report uses already.
 RESERVED = {"auc", "gauc", "logloss", "ne", "calibration", "num_samples", *PARTS}
-RESERVED |= {"labels", "retrieval", "ids"}
+RESERVED |= {"num_users", "gauc_users", "labels", "retrieval", "ids"}
 
 
 @runtime_checkable

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recsys.data.item_parts import PARTS, item_parts
+from recsys.evaluation.few_users import MARK_NOTE, marked
 from recsys.evaluation.further_metrics import Metric, call_metric
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def ranking_metrics(labels: Array, logits: Array, groups: Array) -> dict[str, An
         ne: normalised entropy, logloss over the entropy of the share of positives.
         calibration: mean prediction over share of positives.
         num_samples: N.
+        num_users: users with rows.
+        gauc_users: users with both labels.
         A metric that the rows do not define (one class only, no rows) is None.
 
     Raises:
@@ -97,7 +100,13 @@ class RankedRows:
         }
         chosen = slice(None) if rows is None else rows
         columns = self.label[chosen], self.loss[chosen], self.prediction[chosen]
-        return metrics | _probability_metrics(*columns) | {"num_samples": len(by_score)}
+        users = self.group[by_group]
+        counts = {
+            "num_samples": len(users),
+            "num_users": int((users[1:] != users[:-1]).sum()) + (len(users) > 0),
+            "gauc_users": len(user_auc),
+        }
+        return metrics | _probability_metrics(*columns) | counts
 
 
 def evaluation_report(
@@ -148,14 +157,28 @@ def format_report(
     rows = [(title, *names, "rows")]
     for part in PARTS:
         metrics = report if part == "all" else report[part]
-        cells = ("-" if metrics[name] is None else f"{metrics[name]:.4f}" for name in names)
+        cells = (marked_cell(metrics, name) for name in names)
         rows.append((part, *cells, f"{metrics['num_samples']:,}"))
     least = [6, *(7 for _ in names), 10]
     widths = [max(width, *map(len, column)) for width, column in zip(least, zip(*rows))]
-    return "\n".join(
+    lines = [
         "  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
         for first, *cells in rows
-    )
+    ]
+    has_mark = any(cell.startswith("(") for row in rows for cell in row)
+    return "\n".join([*lines, MARK_NOTE] if has_mark else lines)
+
+
+def marked_cell(metrics: Mapping[str, Any], name: str, undefined: str = "-") -> str:
+    """Format a metric for a table; in parentheses if a handful of users define it.
+
+    Args:
+        metrics: those of a part, such as `ranking_metrics`.
+        name: the metric.
+        undefined: text for None.
+    """
+    users = metrics.get("gauc_users" if name == "gauc" else "num_users")
+    return undefined if metrics[name] is None else marked(f"{metrics[name]:.4f}", users)
 
 
 def _numpy(values: Array) -> np.ndarray:  # the same shape

@@ -22,6 +22,8 @@ from recsys.training.trackers import Tracker, make_trackers
 
 logger = logging.getLogger(__name__)
 
+NOT_TRACKED = ("calibration", "num_samples", "num_users", "gauc_users")
+
 
 class Reporter:
     """Shows a progress bar on a terminal, logs lines elsewhere, and feeds the trackers.
@@ -111,7 +113,7 @@ class Reporter:
         numbers = {
             f"{split}/{tracked_name(name)}": float(value)
             for name, value in {**of_search, **report}.items()
-            if isinstance(value, int | float) and name not in ("calibration", "num_samples")
+            if isinstance(value, int | float) and name not in NOT_TRACKED
         }
         self.write(numbers, step)
 

@@ -27,11 +27,12 @@ from recsys.diagnostics.run_report.item_vectors import frequent_items, item_vect
 from recsys.diagnostics.run_report.learning_curves import learning_curves
 from recsys.diagnostics.run_report.map_colours import Categories
 from recsys.diagnostics.run_report.nearest_items import example_items, nearest_items
-from recsys.diagnostics.run_report.page import Section, Table, html_page, number
+from recsys.diagnostics.run_report.page import Section, Table, html_page
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import score, split_interactions
+from recsys.evaluation.metrics import marked_cell
 from recsys.evaluation.predict import load_run
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def summary(metrics: dict[str, Any], has_probabilities: bool) -> Section:
     tables = []
     for label, report in test.get("labels", {"items": test}).items():
         rows = [
-            (part, *(number(of[name]) for name in names), f"{of['num_samples']:,}")
+            (part, *(marked_cell(of, name, "–") for name in names), f"{of['num_samples']:,}")
             for part, of in _parts(report).items()
         ]
         tables.append(Table((label, *names.values(), "rows"), rows))

@@ -20,10 +20,9 @@ from recsys.diagnostics.run_report.page import (
     Table,
     drawn,
     new_figure,
-    number,
 )
 from recsys.evaluation.bootstrap import paired_difference
-from recsys.evaluation.metrics import RankedRows
+from recsys.evaluation.metrics import RankedRows, marked_cell
 from recsys.evaluation.scores import SplitScores
 
 BUCKETS = (0, 1, 5, 20, 100)  # least training impressions of each bucket
@@ -128,9 +127,7 @@ def item_popularity(rows: ScoredRows, split: str) -> Section:
         [
             (
                 name,
-                number(of["auc"]),
-                number(of["gauc"]),
-                number(of["logloss"]),
+                *(marked_cell(of, metric, "–") for metric in ("auc", "gauc", "logloss")),
                 f"{of['num_samples']:,}",
             )
             for name, of in buckets.items()

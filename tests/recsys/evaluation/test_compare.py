@@ -106,6 +106,22 @@ def test_the_command_prints_a_line_per_part_and_run_and_writes_the_numbers(
     assert re.match(r"unseen +- +- +- +- +- +- +0 ", table[-2])
 
 
+def test_figures_of_a_handful_of_users_are_marked_and_have_no_interval(
+    runs: tuple[Path, Path],
+) -> None:
+    for run in runs:
+        scores = read_scores(run / "scores_test.parquet")
+        few = replace(scores, groups=scores.groups % 4)
+        write_scores(few, run / "scores_test.parquet")
+    report = compare_runs(runs, "test")
+    assert report["metric_users"]["all"] == {"auc": 4, "gauc": 4}
+    of_strong = report["runs"][1]["all"]
+    assert of_strong["difference"] == {"auc": None, "gauc": None}
+    auc, gauc = f"({of_strong['auc']:.4f})", f"({of_strong['gauc']:.4f})"
+    line = format_comparison(report).splitlines()[4].split()
+    assert line[:7] == ["all", auc, "-", "-", gauc, "-", "-"]
+
+
 def fails(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
     """The line that a command which must fail says."""
     capsys.readouterr()

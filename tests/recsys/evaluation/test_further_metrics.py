@@ -78,7 +78,7 @@ def test_a_report_has_each_metric_of_all_rows_and_of_each_part() -> None:
     assert report["p1"] == 1 and report["warm"]["p1"] == 1
     assert report["cold"]["p1"] == 0 and report["unseen"]["p1"] == 0
     head, everything, *_ = format_report(report, more).splitlines()
-    assert head.split()[-2:] == ["p1", "rows"] and everything.split()[-2:] == ["1.0000", "4"]
+    assert head.split()[-2:] == ["p1", "rows"] and everything.split()[-2:] == ["(1.0000)", "4"]
 
 
 @pytest.mark.parametrize(

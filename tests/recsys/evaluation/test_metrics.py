@@ -146,13 +146,15 @@ def test_an_item_with_five_training_rows_is_warm_and_with_four_cold() -> None:
 
 
 def test_the_table_shows_each_part_and_a_dash_for_what_is_not_defined() -> None:
+    """And parentheses around what fewer than five users define."""
     labels, logits = np.array([1, 0, 1]), np.array([1.0, 0.0, 0.5])
     report = evaluation_report(labels, logits, np.zeros(3, int), np.array([9, 9, 0]))
+    assert (report["num_users"], report["gauc_users"], report["unseen"]["gauc_users"]) == (1, 1, 0)
     lines = [line.split() for line in format_report(report).splitlines()]
     assert lines[0] == ["items", "auc", "gauc", "logloss", "ne", "rows"]
-    assert lines[1][:3] == ["all", "1.0000", "1.0000"]
-    assert [line[0] for line in lines[1:]] == ["all", "warm", "cold", "unseen"]
-    assert lines[4] == ["unseen", "-", "-", "0.4741", "-", "1"]  # log(1 + exp(-0.5))
+    assert lines[1][:3] == ["all", "(1.0000)", "(1.0000)"]
+    assert [line[0] for line in lines[1:5]] == ["all", "warm", "cold", "unseen"]
+    assert lines[4] == ["unseen", "-", "-", "(0.4741)", "-", "1"]  # log(1 + exp(-0.5))
 
 
 def test_without_a_process_group_the_rows_are_those_of_this_process() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from recsys.build import build_job
 from recsys.cli import main
 from recsys.config import ContentSettings, FusionSettings, HistorySettings, save_config
+from recsys.data.item_parts import ItemCounts
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.evaluate import evaluate_split, fill_bank
 from tests.datasets import write_dataset
@@ -67,7 +68,9 @@ def trained(folder: Path, content: ContentSettings) -> dict[str, Any]:
         for name, parameter in job.em3.named_parameters():
             if parameter.requires_grad:
                 seen[f"trained {name}"] = parameter.detach().clone()
-        seen["report"] = evaluate_split(job, "test", np.full(job.schema.num_items, 5))
+        num_items = job.schema.num_items
+        counts = ItemCounts(np.arange(num_items), np.full(num_items, 5))
+        seen["report"] = evaluate_split(job, "test", counts)
     return seen
 
 
