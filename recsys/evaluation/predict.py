@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,17 @@ from recsys.evaluation.scores import scores_file
 logger = logging.getLogger(__name__)
 
 
-def load_run(run: Path, data: str | None, ranks: Ranks, device: str) -> Job:
+def load_run(
+    run: Path, data: str | None, ranks: Ranks, device: str, changed: Sequence[str] = ()
+) -> Job:
     """Load the best model of a run, with `data` or its training data. A collective.
+
+    Args:
+        run: folder of the finished run.
+        data: dataset; None for the run's own.
+        ranks: the ranks of the job.
+        device: device of the model.
+        changed: further settings that differ from the run's, as on the command line.
 
     Raises:
         ValueError: the folder holds no finished run, or the data has another schema.
@@ -46,7 +56,7 @@ def load_run(run: Path, data: str | None, ranks: Ranks, device: str) -> Job:
     with ranks.raise_on_all_ranks():
         if not (run / "metrics.json").is_file():
             raise ValueError(f"{run}: holds no finished run (metrics.json); train it first")
-        config = load_config(run / "config.yaml", ["--device", device])
+        config = load_config(run / "config.yaml", ["--device", device, *changed])
         data = data or (run / "data.txt").read_text().strip()
         schema = schema_of_data(run, Location.of(data), ranks)
     job = build_job(config, data, ranks, schema)

@@ -127,7 +127,7 @@ def usable_table(
         report(column, rows & ~bad, reason, message)
         bad[rows] = True
 
-    arrays = [_usable_column(table, name, schema, note) for name in table.column_names]
+    arrays = [usable_column(table, name, schema, note) for name in table.column_names]
     if schema.vocabulary_of(schema.group) is not None:
         arrays.append(_raw_groups(table[schema.group]))
     usable = pa.table([*arrays, positions], schema=empty_table(schema, table.column_names).schema)
@@ -138,8 +138,15 @@ def usable_table(
     return with_padding.take(np.where(bad, table.num_rows, np.arange(table.num_rows)))
 
 
-def _usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn) -> pa.Array:
-    """Return a column in its canonical type; the values of bad rows are arbitrary."""
+def usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn) -> pa.Array:
+    """Return a column in its canonical type; the values of bad rows are arbitrary.
+
+    Args:
+        table: as read.
+        name: the column.
+        schema: its meaning.
+        note: receives the column's bad rows.
+    """
     is_list_column, is_integer = _expected(schema, name)
     array = one_chunk(table[name])
     if schema.vocabulary_of(name) is not None:

@@ -52,9 +52,9 @@ def similarity_features(
         history: the histories of the batch.
         flags: parallel lists, such as liked (1) or not (0).
     """
-    spaces, batch = cosine.shape[1], len(history.lengths)
+    spaces, batch = cosine.shape[1], history.lengths.shape[0]
     flagged = flags > 0.5
-    everyone = torch.ones(len(flags), 1, dtype=torch.bool, device=flags.device)
+    everyone = torch.ones(flags.shape[0], 1, dtype=torch.bool, device=flags.device)
     groups = torch.cat([everyone, flagged, ~flagged], dim=1)  # [N, G]
     count = history.sum(groups.to(cosine.dtype)).unsqueeze(1)  # [B, 1, G]
     members = cosine.unsqueeze(2) * groups.unsqueeze(1)  # [N, M, G]
@@ -84,8 +84,9 @@ def similarity_histogram(
         log(1 + count) of each tier, without gradient.
     """
     tier = ((cosine.detach() + 1) * (bins / 2)).long().clamp(0, bins - 1)
-    counts = torch.bincount(history.rows * bins + tier, minlength=len(history.lengths) * bins)
-    return torch.log1p(counts.to(cosine.dtype)).view(-1, bins)
+    counts = cosine.new_zeros(history.lengths.shape[0] * bins)
+    counts = counts.index_add(0, history.rows * bins + tier, torch.ones_like(cosine))
+    return torch.log1p(counts).view(-1, bins)
 
 
 def sorted_cosines(

@@ -37,7 +37,7 @@ def history_numbers(
     weights = torch.cat([torch.ones_like(weights[:, :1]), weights], dim=1)
     weighted = (parallel.unsqueeze(2) * weights.unsqueeze(1)).flatten(1)  # [N, P * (1 + H)]
     totals = history.sum(weights).clamp(min=1)  # only an empty history has less than 1
-    means = history.sum(weighted).view(len(lengths), parallel.shape[1], weights.shape[1])
+    means = history.sum(weighted).view(lengths.shape[0], parallel.shape[1], weights.shape[1])
     means = (means / totals.unsqueeze(1)).flatten(1)
     return torch.cat([means, torch.log1p(lengths.to(means.dtype))], dim=1)
 

@@ -1,0 +1,197 @@
+"""Exports a run as a package that answers requests without the run, its data or its encoders.
+
+Shapes: U items of a block, E width of content vectors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recsys.build import Job
+from recsys.checkpoint.run_folder import keep_vocabularies
+from recsys.checkpoint.run_schema import write_run_schema
+from recsys.checkpoint.table_export import stored_tables
+from recsys.config import content_settings
+from recsys.content.branch import ContentBranch
+from recsys.data.filesystem import whole_folder
+from recsys.data.items.content_store import ContentStore
+from recsys.data.parquet.file import open_parquet
+from recsys.distributed.ranks import Ranks
+from recsys.evaluation.predict import load_run
+from recsys.model.tables import pooled_features
+from recsys.serving.bounded_file import save_bounded
+from recsys.serving.package import GRAPH, REQUEST, Manifest, write_manifest
+from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_graph
+from recsys.serving.vector_file import StoredType, VectorFileShape, write_vectors
+
+logger = logging.getLogger(__name__)
+
+BLOCK_BYTES = 2**25  # of a table that are in memory at a time
+ITEMS_PER_CALL = 256
+PACKAGES = ("torch", "torchrec", "recsys-em3")
+
+
+def export_run(
+    run: Path, out: Path, tables: StoredType, ranks: Ranks, data: str | None = None
+) -> Manifest:
+    """Write the best model of a run as a package; it appears whole or not at all.
+
+    Args:
+        run: folder of the finished run.
+        out: the package, a folder that does not exist.
+        tables: stored type of ID tables; content vectors are in fp32, or else in fp16.
+        ranks: this process alone.
+        data: dataset whose items are ranked; default the dataset of the run.
+
+    Raises:
+        ValueError: there are several ranks, the folder exists, the run is not finished, or its
+            model cannot be exported.
+    """
+    if ranks.world_size > 1:
+        raise ValueError("export runs in one process; start it without torchrun")
+    if out.exists():
+        raise ValueError(f"{out}: exists already; remove it, or name another folder")
+    job = load_run(run, data, ranks, "cpu", ["--compile", "false"])
+    job.model.eval()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(out) as partial:
+        write_run_schema(partial, job.schema)
+        keep_vocabularies(partial, job)
+        bounded = job.vocabularies.by_table
+        for table, vocabulary in bounded.items():
+            save_bounded(partial, table, vocabulary)
+        manifest = Manifest(
+            run=str(run),
+            ranking=job.config.ranking.name,
+            labels=job.schema.of_kind("label"),
+            pooled=pooled_features(job.config, job.schema),
+            dense=job.schema.of_kind("dense"),
+            parallel=list(job.schema.parallel),
+            target_item=job.schema.target_item,
+            history=job.schema.history,
+            tables=_write_tables(run / "checkpoints" / "best", partial / "tables", tables),
+            content=_write_content(job, partial / "content", tables),
+            searches=_top_k(job) > 0,
+            bounded=list(bounded),
+            versions={name: version(name) for name in PACKAGES},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        torch.export.save(_graph_of(job, manifest), partial / GRAPH)
+        (partial / REQUEST).write_text(json.dumps(_example(job, manifest), indent=1) + "\n")
+        write_manifest(partial, manifest)
+    return manifest
+
+
+def _top_k(job: Job) -> int:
+    content = content_settings(job.config)
+    return 0 if content is None else content.history.top_k
+
+
+def _write_tables(
+    checkpoint: Path, folder: Path, stored_as: StoredType
+) -> dict[str, dict[str, Any]]:
+    """Write each ID table of a checkpoint, a block of rows at a time; return the layouts."""
+    folder.mkdir()
+    layouts = {}
+    for name, table in stored_tables(checkpoint).items():
+        shape = VectorFileShape(table.num_rows, table.dim, stored_as)
+        height = max(1, BLOCK_BYTES // (4 * table.dim))
+        blocks = (
+            table.rows(start, min(start + height, table.num_rows))
+            for start in range(0, table.num_rows, height)
+        )
+        write_vectors(folder / f"{name}.vectors", shape, blocks)
+        layouts[name] = shape.as_plain()
+    return layouts
+
+
+def _write_content(job: Job, folder: Path, tables: StoredType) -> dict[str, dict[str, Any]]:
+    """Write the content vectors of all items, as targets and as history items."""
+    branch, store = job.em3.content, job.store
+    if branch is None:
+        return {}
+    assert store is not None
+    folder.mkdir()
+    num_items, bank = job.schema.num_items, branch.bank
+    encode = _encoder(branch, store)
+    width = encode(np.zeros(1, np.int64)).shape[1]
+    shape = VectorFileShape(num_items, width, "fp32" if tables == "fp32" else "fp16")
+    write_vectors(folder / "target.vectors", shape, _blocks(num_items, encode))
+
+    def in_bank(ids: np.ndarray) -> Tensor:  # [U, E]
+        """Read vectors of history items."""
+        assert bank is not None
+        return bank.lookup(torch.from_numpy(ids))[0]
+
+    of_history = encode if bank is None else in_bank
+    write_vectors(folder / "history.vectors", shape, _blocks(num_items, of_history))
+    return {"target": shape.as_plain(), "history": shape.as_plain()}
+
+
+def _blocks(num_items: int, vectors_of: Callable[[np.ndarray], Tensor]) -> Iterator[Tensor]:
+    for start in range(0, num_items, ITEMS_PER_CALL):
+        yield vectors_of(np.arange(start, min(start + ITEMS_PER_CALL, num_items)))
+
+
+def _encoder(branch: ContentBranch, store: ContentStore) -> Callable[[np.ndarray], Tensor]:
+    @torch.no_grad()
+    def encode(ids: np.ndarray) -> Tensor:  # [U, E]
+        """Encode items as the model encodes ranked items; one without content has none."""
+        return branch.encode(store.gather(ids))
+
+    return encode
+
+
+def _graph_of(job: Job, manifest: Manifest) -> torch.export.ExportedProgram:
+    """Export the ranking model with the history map."""
+    branch, dims = job.em3.content, {name: of["dim"] for name, of in manifest.tables.items()}
+    pooled = [torch.zeros(1, dims[job.schema.table_of(name)]) for name in manifest.pooled]
+    item = torch.zeros(1, dims[manifest.target_item])
+    content = torch.zeros(1, manifest.content["target"]["dim"] if manifest.content else 0)
+    graph = RankingGraph(
+        job.em3.ranking,
+        None if branch is None else branch.history_map,
+        0 if branch is None else branch.dim,
+        _top_k(job),
+    )
+    ids = torch.zeros(1, dtype=torch.int64)
+    shapes = RankingInputs(
+        pooled,
+        torch.zeros(1, len(manifest.dense)),
+        item,
+        item,
+        torch.zeros(1, len(manifest.parallel)),
+        ids,
+        ids,
+        content,
+        content,
+        content if manifest.searches else content[:, :0],
+    )
+    return export_graph(graph, shapes, manifest.ranking)
+
+
+def _example(job: Job, manifest: Manifest) -> dict[str, Any]:
+    """Return a row of the test data as a request; without such a file, an empty request."""
+    files = (job.root / "test").files(".parquet")
+    if not files:
+        return {"user": {}, "history": {}, "candidates": []}
+    with open_parquet(files[0]) as parquet:
+        names = [*manifest.pooled, *manifest.dense]
+        history = [manifest.history, *manifest.parallel] if manifest.history else []
+        columns = [*names, *history, manifest.target_item]
+        row = next(parquet.iter_batches(1, columns=columns)).to_pylist()[0]
+    return {
+        "user": {name: row[name] for name in names},
+        "history": {name: row[name] for name in history},
+        "candidates": [row[manifest.target_item]],
+    }

@@ -1,0 +1,101 @@
+"""A package: the files that answer requests, listed with their sizes and hashes in a manifest.
+
+`manifest.json` says what the package is of; `schema.yaml` and `vocabulary/` have the columns of the
+run; `graph.pt2` is the ranking model by torch.export; `tables/*.vectors` are the ID tables and
+`content/*.vectors` the content vectors of the items; `request.json` is an example.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+GRAPH = "graph.pt2"
+REQUEST = "request.json"
+
+
+@dataclass
+class Manifest:
+    """What a package holds.
+
+    labels: names of the outputs. pooled, dense, parallel: columns in the order of the graph.
+    tables: layout of each table's file, by table; content: layouts of the files `target` and
+    `history`, none without content. searches: the graph also reads the candidates' vectors in the
+    memory bank. bounded: tables whose map of raw ids was learned in training.
+    """
+
+    run: str
+    ranking: str
+    labels: list[str]
+    pooled: list[str]
+    dense: list[str]
+    parallel: list[str]
+    target_item: str
+    history: str | None
+    tables: dict[str, dict[str, Any]]
+    content: dict[str, dict[str, Any]]
+    searches: bool
+    bounded: list[str]
+    versions: dict[str, str]
+    created: str
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # bytes and sha256 by name
+    format: int = FORMAT
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Hash the files of a folder and write its manifest."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest.files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        for path in files
+    }
+    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+
+
+def read_manifest(folder: Path, verify: bool = True) -> Manifest:
+    """Read a package's manifest and check its files.
+
+    Args:
+        folder: the package.
+        verify: read every file and compare its hash; else only sizes are compared.
+
+    Raises:
+        ValueError: the folder is no package, of another format, or a file differs; it is named.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder}: no package ({MANIFEST} is missing); make one by recsys export")
+    try:
+        manifest = Manifest(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged ({error}); export the run again") from error
+    if manifest.format != FORMAT:
+        raise ValueError(
+            f"{path}: format {manifest.format}, but this version reads {FORMAT}; export the run "
+            "again"
+        )
+    for difference in _differences(folder, manifest, verify):
+        raise ValueError(f"{difference}; export the run again, or copy the package again")
+    return manifest
+
+
+def _differences(folder: Path, manifest: Manifest, verify: bool) -> Iterator[str]:
+    for name, of_file in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{path}: no such file"
+        elif path.stat().st_size != of_file["bytes"]:
+            yield f"{path}: {path.stat().st_size:,} bytes instead of {of_file['bytes']:,}"
+        elif verify and _digest(path) != of_file["sha256"]:
+            yield f"{path}: its content differs from the manifest"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,187 @@
+"""The ranking model of a run as one graph: vectors of a user and N candidates -> logits.
+
+The graph holds the history map and the ranking model. Looking vectors up is left to the scorer,
+so that tables and content vectors stay in files that are mapped into memory.
+
+Shapes: N candidates, L history items, D dimension of ID vectors, E width of content vectors
+(D_content * (1 + M), as the memory bank keeps them), F dense features, P parallel lists, C labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.nn import functional as F
+
+from recsys.content.vectors import ContentVectors
+from recsys.ranking.vectors import IDVectors
+from recsys.serving.shared_history import SharedHistory
+
+
+@dataclass
+class RankingInputs:
+    """Inputs of the graph, in the order of its arguments.
+
+    pooled: one [N, D_table] per pooled feature; dense: [N, F]; target: [N, D]; history: [L, D];
+    parallel: [L, P]; target_items: int64 [N]; history_items: int64 [L]; target_content: [N, E] and
+    history_content: [L, E], E = 0 without content; target_in_bank: [N, E], the memory bank's vector
+    of each candidate, by which long histories are searched; [N, 0] if they are not.
+    """
+
+    pooled: list[Tensor]
+    dense: Tensor
+    target: Tensor
+    history: Tensor
+    parallel: Tensor
+    target_items: Tensor
+    history_items: Tensor
+    target_content: Tensor
+    history_content: Tensor
+    target_in_bank: Tensor
+
+    def arguments(self) -> tuple[object, ...]:
+        """Return the inputs as the graph's arguments."""
+        return tuple(vars(self).values())
+
+
+@dataclass
+class CandidateBatch:
+    """What ranking models read of a `Batch`, for the candidates of one user."""
+
+    dense_features: Tensor  # [N, F]
+    history_values: Tensor  # [N * L, P]
+    history_items: Tensor  # [L]
+    target_items: Tensor  # [N]
+    history: SharedHistory
+
+    def jagged_history(self) -> SharedHistory:
+        """Return the history that all candidates share."""
+        return self.history
+
+    @property
+    def row_weights(self) -> Tensor:
+        """Ones: no row is padding; float32 [N]."""
+        return torch.ones_like(self.target_items, dtype=torch.float32)
+
+
+class RankingGraph(nn.Module):
+    """History map and ranking model over the candidates of one user.
+
+    Args:
+        ranking: the ranking model of a run.
+        history_map: the map of the history's content vectors; None without content.
+        content_dim: width of a content vector; 0 without content.
+        top_k: history items kept by a search for the target's content; 0: all.
+    """
+
+    def __init__(
+        self,
+        ranking: nn.Module,
+        history_map: nn.Module | None = None,
+        content_dim: int = 0,
+        top_k: int = 0,
+    ) -> None:
+        """Keep the modules, in evaluation mode."""
+        super().__init__()
+        self.ranking, self.history_map = ranking, history_map
+        self.content_dim, self.top_k = content_dim, top_k
+        self.eval()
+
+    def forward(
+        self,
+        pooled: list[Tensor],
+        dense: Tensor,
+        target: Tensor,
+        history: Tensor,
+        parallel: Tensor,
+        target_items: Tensor,
+        history_items: Tensor,
+        target_content: Tensor,
+        history_content: Tensor,
+        target_in_bank: Tensor,
+    ) -> Tensor:  # [N, C]
+        """Return the logits of the candidates; see `RankingInputs`."""
+        shared = SharedHistory(target.shape[0], history.shape[0], target.device)
+        values = shared.gather(parallel)
+        if self.top_k:
+            queries, items = F.normalize(target_in_bank), F.normalize(history_content)
+            kept = shared.highest(shared.dot(queries, items), self.top_k)
+            shared, values = shared.select(kept), values[kept]
+        batch = CandidateBatch(dense, values, history_items, target_items, shared)
+        ids = IDVectors(pooled, target, history)
+        content = self._content(target_content, history_content)
+        scored = self.ranking(ids, content, batch)
+        return (scored if isinstance(scored, Tensor) else scored.logits).float()
+
+    def _content(
+        self,
+        target: Tensor,  # [N, E]
+        history: Tensor,  # [L, E]
+    ) -> ContentVectors | None:
+        if self.history_map is None:
+            return None
+        dim = self.content_dim
+        modalities = [part[:, dim:].unflatten(1, (-1, dim)) for part in (target, history)]
+        mapped = self.history_map(history[:, :dim])
+        return ContentVectors(target[:, :dim], mapped, modalities[0], modalities[1])
+
+
+# Candidates and history items of the calls in which an exported graph must equal the model: none,
+# one, and more than a search keeps.
+CHECKED_SIZES = ((2, 3), (1, 1), (3, 0), (1, 0), (4, 70))
+TRACED_SIZE = (5, 7)
+TOLERANCE = 1e-5
+
+
+def export_graph(graph: RankingGraph, shapes: RankingInputs, name: str) -> ExportedProgram:
+    """Export the graph for any number of candidates and history items, and compare it to the model.
+
+    Args:
+        graph: the model.
+        shapes: inputs of any values, whose widths are those of the model.
+        name: the ranking model, for messages.
+
+    Raises:
+        ValueError: torch.export refuses the model, or the graph gives other numbers.
+    """
+    traced = _random_like(shapes, *TRACED_SIZE)
+    sizes = {0: torch.export.Dim.AUTO}
+    axes = ([sizes] * len(traced.pooled), *[sizes] * (len(traced.arguments()) - 1))
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                graph, traced.arguments(), dynamic_shapes=axes, strict=False
+            )
+            module = program.module(check_guards=False)
+            for size in CHECKED_SIZES:
+                given = _random_like(shapes, *size).arguments()
+                torch.testing.assert_close(
+                    module(*given), graph(*given), rtol=TOLERANCE, atol=TOLERANCE
+                )
+    except Exception as error:  # torch.export raises errors of many types
+        raise ValueError(
+            f"ranking.name '{name}' cannot be exported: {type(error).__name__}: {error}; replace "
+            "the operation that torch.export names, or whose shape depends on values"
+        ) from error
+    return program
+
+
+def _random_like(shapes: RankingInputs, num_rows: int, num_items: int) -> RankingInputs:
+    """Return random inputs with the widths of `shapes`, for N candidates and L history items."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(like: Tensor, length: int) -> Tensor:
+        if like.dtype == torch.int64:
+            return torch.zeros(length, dtype=torch.int64)
+        return torch.randn(length, like.shape[1], generator=generator)
+
+    of_history = ("history", "parallel", "history_items", "history_content")
+    inputs = {
+        name: random(like, num_items if name in of_history else num_rows)
+        for name, like in vars(shapes).items()
+        if name != "pooled"
+    }
+    return RankingInputs([random(like, num_rows) for like in shapes.pooled], **inputs)

@@ -1,0 +1,186 @@
+"""Requests: values of a user, a history and candidates -> rows of tables, as training reads them.
+
+Every column passes the functions that read it from Parquet (`recsys.data.parquet.values`), so that
+types, raw ids, unknown ids and errors are those of training.
+
+Shapes: N candidates, L history items, P parallel lists, R rows of a column (1 or N), K table rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from embeddings.vocabulary.bounded import BoundedVocabulary
+from recsys.data.parquet.values import check_type, is_list, list_lengths, usable_column
+from recsys.data.schema import Schema
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """Rows of a table for each value of a column.
+
+    rows: int64 [K], those of one value after those of the other; lengths: int64 [R].
+    """
+
+    rows: np.ndarray
+    lengths: np.ndarray
+
+
+@dataclass(frozen=True)
+class RequestRows:
+    """A request in the numbers of the model.
+
+    pooled: by column, of 1 or N values; dense: float32 [1 or N] by column; target: int64 [N];
+    history: int64 [L]; parallel: float32 [L, P].
+    """
+
+    pooled: dict[str, TableRows]
+    dense: dict[str, np.ndarray]
+    target: np.ndarray
+    history: np.ndarray
+    parallel: np.ndarray
+
+
+class RequestReader:
+    """Reads requests by the schema of a package.
+
+    Args:
+        schema: columns of the run, with its vocabularies.
+        pooled: columns of the pooled tables that the model reads.
+        bounded: maps of raw ids that were learned in training, by table.
+    """
+
+    def __init__(
+        self, schema: Schema, pooled: Sequence[str], bounded: Mapping[str, BoundedVocabulary]
+    ) -> None:
+        """Keep the arguments."""
+        self.schema, self.pooled, self.bounded = schema, pooled, bounded
+        self.dense = schema.of_kind("dense")
+
+    def __call__(
+        self, user: Values, history: Values | Sequence[Any], candidates: Values | Sequence[Any]
+    ) -> RequestRows:
+        """Return the rows of a request; `Scorer.score` describes its parts.
+
+        Raises:
+            ValueError: names the column with a missing, unknown or unusable value.
+        """
+        item = self.schema.target_item
+        given = candidates if isinstance(candidates, Mapping) else {item: candidates}
+        target = self._rows_of(item, _listed(given, item, "candidates"), "candidates").rows
+
+        def values_of(name: str) -> tuple[Sequence[Any], str]:
+            """Return the N values of the candidates, or the one of the user."""
+            if name not in given:
+                if name not in user:
+                    raise ValueError(f"user: lacks '{name}'; give it to the user or the candidates")
+                return [user[name]], "user"
+            values = _listed(given, name, "candidates")
+            if len(values) != len(target):
+                raise ValueError(
+                    f"candidates: '{name}' has {len(values)} values for {len(target)} candidates"
+                )
+            return values, "candidates"
+
+        past, parallel = self._history(history)
+        return RequestRows(
+            {name: self._rows_of(name, *values_of(name)) for name in self.pooled},
+            {name: self._column(name, *values_of(name)).to_numpy(False) for name in self.dense},
+            target,
+            past,
+            parallel,
+        )
+
+    def _history(
+        self, history: Values | Sequence[Any]
+    ) -> tuple[np.ndarray, np.ndarray]:  # int64 [L], float32 [L, P]
+        name, lists = self.schema.history, self.schema.parallel
+        if name is None:
+            if len(history):
+                raise ValueError("history: the model was trained without a history; give none")
+            return np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
+        if not len(history):
+            history = {each: [] for each in [name, *lists]}
+        given = history if isinstance(history, Mapping) else {name: history}
+        given = {each: [] if values is None else values for each, values in given.items()}
+        rows = self._rows_of(name, [_listed(given, name, "history")], "history").rows
+        columns = []
+        for each in lists:
+            values = _listed(given, each, "history")
+            if len(values) != len(given[name]):
+                raise ValueError(
+                    f"history: '{each}' has {len(values)} values for {len(given[name])} items of "
+                    f"'{name}'"
+                )
+            columns.append(self._column(each, [values], "history").flatten().to_numpy(False))
+        parallel = np.stack(columns, axis=1) if columns else np.zeros((len(rows), 0), np.float32)
+        return rows, parallel
+
+    def _rows_of(self, name: str, values: Sequence[Any], place: str) -> TableRows:
+        """Return the table rows of ids, or of lists of ids."""
+        array = self._column(name, values, place)
+        lengths = list_lengths(array) if is_list(array.type) else np.ones(len(array), np.int64)
+        flat = array.flatten() if is_list(array.type) else array
+        rows = flat.to_numpy(zero_copy_only=False)
+        vocabulary = self.bounded.get(self.schema.table_of(name))
+        if vocabulary is not None:
+            ids = torch.from_numpy(rows.copy())
+            rows = vocabulary.rows_of(ids, step=0, training=False).numpy()
+        return TableRows(rows, lengths)
+
+    def _column(self, name: str, values: Sequence[Any], place: str) -> pa.Array:
+        """Return values in the type in which training reads their column."""
+        try:
+            array = pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise ValueError(f"{place}: column '{name}': {error}") from error
+        if pa.types.is_null(array.type) or _is_list_of_null(array.type):
+            array = array.cast(self._type_of(name))
+        check_type(self.schema, name, array.type, place)
+
+        def refuse(
+            column: str, rows: np.ndarray, reason: str, message: Callable[[int], str]
+        ) -> None:
+            """Raise for the first bad row."""
+            if rows.any():
+                number = int(rows.argmax())
+                raise ValueError(f"{place}: column '{column}', value {number}: {message(number)}")
+
+        return usable_column(pa.table({name: array}), name, self.schema, refuse)
+
+    def _type_of(self, name: str) -> pa.DataType:
+        """Return the type of a column of which only nulls or empty lists are given."""
+        column = self.schema.columns.get(name)
+        if column is None:  # a parallel list
+            return pa.list_(pa.float32())
+        value = pa.float32()
+        if column.kind in ("id", "ids", "sequence"):
+            known = self.schema.id_types.get(self.schema.table_of(name))
+            value = pa.string() if known is not None and known.name == "string" else pa.int64()
+        return pa.list_(value) if column.kind in ("ids", "sequence") else value
+
+
+def _is_list_of_null(kind: pa.DataType) -> bool:
+    return is_list(kind) and pa.types.is_null(kind.value_type)
+
+
+def _listed(given: Values, name: str, place: str) -> Sequence[Any]:
+    """Return the list of values of a column.
+
+    Raises:
+        ValueError: it is missing, or no list.
+    """
+    if name not in given:
+        raise ValueError(f"{place}: lacks '{name}'")
+    values = given[name]
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Sequence | np.ndarray):
+        raise ValueError(f"{place}: '{name}' is no list; give one value for each")
+    return values

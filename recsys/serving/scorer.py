@@ -1,0 +1,151 @@
+"""Scorer: answers ranking requests from a package, in a process of its own.
+
+It needs no process group, no encoders and no dataset. What depends on the user alone is looked up
+and computed once, whatever the number of candidates.
+
+Shapes: N candidates, L history items, D dimension, C labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embeddings.vocabulary.bounded import BoundedVocabulary
+from recsys.checkpoint.run_schema import load_run_schema
+from recsys.serving.bounded_file import load_bounded
+from recsys.serving.package import GRAPH, Manifest, read_manifest
+from recsys.serving.ranking_graph import RankingInputs
+from recsys.serving.requests import RequestReader, RequestRows, TableRows
+from recsys.serving.vector_file import VectorFile, VectorFileShape
+
+
+class Scorer:
+    """Scores candidates for a user, from the files of a package.
+
+    Several threads may call `score` at once. Tables and content vectors are mapped into memory, so
+    that processes share them.
+
+    Args:
+        folder: the package.
+        manifest: its manifest.
+
+    Example::
+
+        scorer = Scorer.load("package")
+        scorer.score({"user": 7}, [3, 12], candidates=[41, 42])  # [2, number of labels]
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Map the files and load the graph; see `load`."""
+        self.manifest, self.labels = manifest, tuple(manifest.labels)
+        schema = load_run_schema(folder)
+        assert schema is not None
+        bounded: dict[str, BoundedVocabulary] = {
+            table: load_bounded(folder, table, schema) for table in manifest.bounded
+        }
+        self.schema = schema
+        self._read = RequestReader(schema, manifest.pooled, bounded)
+        self._tables = {
+            name: VectorFile(folder / "tables" / f"{name}.vectors", VectorFileShape(**shape))
+            for name, shape in manifest.tables.items()
+        }
+        self._content = {
+            name: VectorFile(folder / "content" / f"{name}.vectors", VectorFileShape(**shape))
+            for name, shape in manifest.content.items()
+        }
+        # Guards of the export refuse sizes 0 and 1, for which the exported graph was checked.
+        program = torch.export.load(folder / GRAPH)
+        self._graph: nn.Module = program.module(check_guards=False)
+
+    @staticmethod
+    def load(package: str | Path, num_threads: int | None = None, verify: bool = True) -> Scorer:
+        """Load a package and score once, so that the first request is as fast as the next.
+
+        Args:
+            package: folder that `recsys export` wrote.
+            num_threads: threads of one request, for the whole process; default: torch's.
+            verify: compare the hash of every file; else only their sizes.
+
+        Raises:
+            ValueError: the folder is no package, or a file of it differs; it is named.
+        """
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        folder = Path(package)
+        scorer = Scorer(folder, read_manifest(folder, verify))
+        scorer._warm_up()
+        return scorer
+
+    def score(
+        self,
+        user: Mapping[str, Any],
+        history: Mapping[str, Sequence[Any]] | Sequence[Any] = (),
+        candidates: Mapping[str, Sequence[Any]] | Sequence[Any] = (),
+    ) -> np.ndarray:  # float32 [N, C]
+        """Return the probability of each label for each candidate, as `recsys predict` does.
+
+        Args:
+            user: values of the columns besides the ranked item, history and labels.
+            history: the user's items, oldest first; with parallel lists, each list by its column.
+            candidates: ids of the items to rank; or lists by column, for columns that differ
+                between candidates.
+
+        Raises:
+            ValueError: names the column with a missing, unknown or unusable value.
+        """
+        return self._score(self._read(user, history, candidates))
+
+    @torch.inference_mode()
+    def _score(self, rows: RequestRows) -> np.ndarray:
+        """Look the vectors up and run the graph."""
+        if not len(rows.target):
+            return np.zeros((0, len(self.labels)), np.float32)
+        logits = self._graph(*self._inputs(rows).arguments())
+        return logits.sigmoid().numpy()
+
+    def _inputs(self, rows: RequestRows) -> RankingInputs:
+        num_rows, manifest = len(rows.target), self.manifest
+        items = self._tables[manifest.target_item]
+        empty = torch.zeros(num_rows, 0)
+        target, past = empty, torch.zeros(len(rows.history), 0)
+        if self._content:
+            target = self._content["target"].rows(rows.target)
+            past = self._content["history"].rows(rows.history)
+        return RankingInputs(
+            [self._pooled(name, rows.pooled[name], num_rows) for name in manifest.pooled],
+            self._dense(rows.dense, num_rows),
+            items.rows(rows.target),
+            items.rows(rows.history),
+            torch.from_numpy(rows.parallel),
+            torch.from_numpy(rows.target),
+            torch.from_numpy(rows.history),
+            target,
+            past,
+            self._content["history"].rows(rows.target) if manifest.searches else empty,
+        )
+
+    def _pooled(self, name: str, of_column: TableRows, num_rows: int) -> Tensor:  # [N, D]
+        """Return the sum of the vectors of each value, for every candidate."""
+        vectors = self._tables[self.schema.table_of(name)].rows(of_column.rows)
+        lengths = torch.from_numpy(np.asarray(of_column.lengths, np.int64))
+        sums = torch.segment_reduce(vectors, "sum", lengths=lengths, initial=0.0)
+        return sums if len(sums) == num_rows else sums.expand(num_rows, -1)
+
+    def _dense(self, dense: dict[str, np.ndarray], num_rows: int) -> Tensor:  # [N, F]
+        columns = [np.broadcast_to(dense[name], num_rows) for name in self.manifest.dense]
+        matrix = np.stack(columns, axis=1) if columns else np.zeros((num_rows, 0), np.float32)
+        return torch.from_numpy(matrix)
+
+    def _warm_up(self) -> None:
+        """Score the first item without a history."""
+        one = np.zeros(1, np.int64)
+        parallel = np.zeros((0, len(self.manifest.parallel)), np.float32)
+        pooled = {name: TableRows(one, one + 1) for name in self.manifest.pooled}
+        dense = {name: np.zeros(1, np.float32) for name in self.manifest.dense}
+        self._score(RequestRows(pooled, dense, one, one[:0], parallel))

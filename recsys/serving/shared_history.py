@@ -1,0 +1,133 @@
+"""The history of one user for many candidates, with the arithmetic of `JaggedHistory`.
+
+A request ranks N candidates for one user. All N rows have the same history, so what `JaggedHistory`
+computes with an index over N * L places is a dense product here: the history's L vectors exist
+once, not once per candidate. Every operation can be traced by torch.export with N and L dynamic.
+
+Shapes: N candidates, U history items, L places of each row (U, or fewer after a selection),
+D dimension, K any width. Flat tensors [N * L] hold one row of L places after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class SharedHistory:
+    """The same history for each candidate; the methods are those of `JaggedHistory`.
+
+    places: int64 [N, L], the item at each place of each row; None: all items, in their order.
+    num_rows: N; num_items: U.
+
+    Example::
+
+        history = SharedHistory(num_rows=2, num_items=3, device=torch.device("cpu"))
+        history.dot(torch.ones(2, 4), torch.eye(3, 4))  # ones [2 * 3]
+    """
+
+    num_rows: int
+    num_items: int
+    device: torch.device
+    places: Tensor | None = None
+
+    @property
+    def longest(self) -> int:
+        """Number of places L of each row."""
+        return self.num_items if self.places is None else self.places.shape[1]
+
+    @property
+    def lengths(self) -> Tensor:
+        """L for each row: int64 [N]."""
+        return torch.full((self.num_rows,), self.longest, device=self.device)
+
+    @property
+    def index(self) -> Tensor:
+        """The item at each place: int64 [N * L]."""
+        if self.places is None:
+            return self.spread_items(torch.arange(self.num_items, device=self.device))
+        return self.places.reshape(-1)
+
+    @property
+    def rows(self) -> Tensor:
+        """The row of each place: int64 [N * L]."""
+        return self.spread(torch.arange(self.num_rows, device=self.device).unsqueeze(1)).squeeze(1)
+
+    @property
+    def ages(self) -> Tensor:
+        """Number of later places of the same row: int64 [N * L]."""
+        return self.spread_items(self.longest - 1 - torch.arange(self.longest, device=self.device))
+
+    def spread_items(self, values: Tensor) -> Tensor:
+        """Repeat [L] for each row: [N * L]."""
+        return values.unsqueeze(0).expand(self.num_rows, -1).reshape(-1)
+
+    def unindexed(self) -> SharedHistory:
+        """Return itself: items and places are the same."""
+        return self
+
+    def gather(self, items: Tensor) -> Tensor:
+        """Map [U, K] -> [N * L, K]: the item of each place."""
+        if self.places is None:
+            return items.repeat(self.num_rows, 1)  # a copy, as callers add to the result in place
+        return items.index_select(0, self.index)
+
+    def spread(self, of_rows: Tensor) -> Tensor:
+        """Map [N, K] -> [N * L, K]: the row of each place."""
+        spread = of_rows.unsqueeze(1).repeat(1, self.longest, 1)
+        return spread.view(self.num_rows * self.longest, of_rows.shape[1])
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum [N * L, K] over the places of each row: [N, K]."""
+        return self._by_row(values).sum(dim=1)
+
+    def dot(self, queries: Tensor, items: Tensor) -> Tensor:
+        """Return the dot product of row [N, D] and item [U, D] at each place: [N * L]."""
+        products = queries @ items.T
+        return (products if self.places is None else products.gather(1, self.places)).reshape(-1)
+
+    def weighted_sum(self, weights: Tensor, items: Tensor) -> Tensor:
+        """Return the sum of items [U, D] with weights [N * L], by row: [N, D]."""
+        by_row = weights.reshape(self.num_rows, self.longest)
+        if self.places is not None:
+            empty = weights.new_zeros(self.num_rows, self.num_items)
+            by_row = empty.scatter_add(1, self.places, by_row)
+        return by_row @ items
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        """Normalise [N * L] or [N * L, K] over the places of each row."""
+        columns = scores if scores.dim() == 2 else scores.unsqueeze(1)
+        return self._by_row(columns).softmax(dim=1).reshape(scores.shape)
+
+    def maximum(self, values: Tensor, of_nothing: float) -> Tensor:
+        """Return the maxima of [N * L, K] and `of_nothing`, by row: [N, K]."""
+        lowest = values.new_full((self.num_rows, 1, values.shape[1]), of_nothing)
+        return torch.cat([lowest, self._by_row(values)], dim=1).amax(dim=1)
+
+    def padded(self, values: Tensor, fill: float) -> Tensor:
+        """Return [N * L] as [N, L]; nothing is padded, as all rows are equally long."""
+        del fill
+        return values.reshape(self.num_rows, self.longest)
+
+    def highest(self, scores: Tensor, count: int) -> Tensor:
+        """Return the flat places of the `count` highest scores [N * L] of each row, ascending.
+
+        Ties are broken in favour of the later place, as in `JaggedHistory.highest`.
+        """
+        by_row = scores.reshape(self.num_rows, self.longest)
+        order = self.longest - 1 - by_row.flip(1).argsort(dim=1, descending=True, stable=True)
+        kept = order.narrow(1, 0, torch.sym_min(self.longest, count)).sort(dim=1).values
+        first = torch.arange(self.num_rows, device=self.device).unsqueeze(1) * self.longest
+        return (kept + first).reshape(-1)
+
+    def select(self, places: Tensor) -> SharedHistory:
+        """Return the history of some flat places, equally many of each row."""
+        items = self.index[places].reshape(self.num_rows, -1)
+        return SharedHistory(self.num_rows, self.num_items, self.device, items)
+
+    def _by_row(self, values: Tensor) -> Tensor:
+        """View [N * L, K] as [N, L, K]."""
+        return values.reshape(self.num_rows, self.longest, values.shape[1])

@@ -1,0 +1,104 @@
+"""Files of vectors that are mapped into memory, whole or quantised by FBGEMM row by row.
+
+A process that maps a file reads from disk only the rows that it looks up, and several processes
+share the pages.
+
+Shapes: R rows of a file, N looked up, D dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import fbgemm_gpu  # noqa: F401 - registers torch.ops.fbgemm
+import numpy as np
+import torch
+from torch import Tensor
+
+StoredType = Literal["fp32", "fp16", "int8", "int4"]
+
+
+@dataclass(frozen=True)
+class VectorFileShape:
+    """Layout of a file: R rows of D numbers in a stored type."""
+
+    num_rows: int
+    dim: int
+    stored_as: StoredType
+
+    def __post_init__(self) -> None:
+        """Check the stored type.
+
+        Raises:
+            ValueError: the type is unknown, or D does not suit it.
+        """
+        if self.stored_as not in get_args(StoredType):
+            raise ValueError(f"type '{self.stored_as}' is none of {get_args(StoredType)}")
+        if self.stored_as == "int4" and self.dim % 2:
+            raise ValueError(
+                f"int4 packs two numbers into a byte, but vectors have {self.dim}; use int8, or an "
+                "even embedding.dim"
+            )
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row: int8 has a scale and an offset in fp32, int4 in fp16."""
+        sizes = {"fp32": 4 * self.dim, "fp16": 2 * self.dim, "int8": self.dim + 8}
+        return sizes.get(self.stored_as, self.dim // 2 + 4)
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return the fields for a manifest."""
+        return asdict(self)
+
+    def packed(self, vectors: Tensor) -> Tensor:
+        """Return float32 [N, D] in the stored form, uint8 [N, row_bytes]."""
+        vectors = vectors.float().contiguous()
+        if self.stored_as == "int8":
+            return torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(vectors)
+        if self.stored_as == "int4":
+            return torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(vectors, 4)
+        return (vectors.half() if self.stored_as == "fp16" else vectors).view(torch.uint8)
+
+    def unpacked(self, rows: Tensor) -> Tensor:
+        """Return the stored form uint8 [N, row_bytes] as float32 [N, D]."""
+        if not rows.shape[0]:
+            return torch.zeros(0, self.dim)
+        if self.stored_as == "int8":
+            return torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(rows)
+        if self.stored_as == "int4":
+            return torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(rows, 4)
+        return rows.view(torch.float16 if self.stored_as == "fp16" else torch.float32).float()
+
+
+def write_vectors(path: Path, shape: VectorFileShape, blocks: Iterable[Tensor]) -> None:
+    """Write blocks of vectors [rows, D], which are R rows together, one after the other."""
+    num_rows = 0
+    with path.open("wb") as file:
+        for block in blocks:
+            file.write(shape.packed(block).numpy().data)
+            num_rows += block.shape[0]
+    assert num_rows == shape.num_rows, (path, num_rows, shape)
+
+
+class VectorFile:
+    """A file of vectors, mapped into memory and read by row.
+
+    Example::
+
+        shape = VectorFileShape(2, 4, "fp16")
+        write_vectors(Path("item.vectors"), shape, [torch.ones(2, 4)])
+        VectorFile(Path("item.vectors"), shape).rows(np.array([1]))  # ones [1, 4]
+    """
+
+    def __init__(self, path: Path, shape: VectorFileShape) -> None:
+        """Map the file; its size is checked by the package."""
+        self.shape = shape
+        size = (shape.num_rows, shape.row_bytes)
+        self._rows = np.memmap(path, np.uint8, mode="r", shape=size)
+
+    def rows(self, ids: np.ndarray) -> Tensor:  # int64 [N] -> [N, D]
+        """Return the vectors of some rows."""
+        return self.shape.unpacked(torch.from_numpy(self._rows[ids]))

@@ -1,0 +1,51 @@
+"""Runs, their packages, and the requests of a Parquet file's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from recsys.config import Config
+from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.predict import predict
+from recsys.serving.export import export_run
+from recsys.training.train import train
+from tests.datasets import write_dataset
+from tests.recsys.em3_runs import em3_config
+
+USER_COLUMNS = ("user", "genres", "price")
+
+
+def exported(folder: Path, config: Config, tables: Any = "fp32") -> tuple[Path, np.ndarray]:
+    """Trains a run on the small dataset; returns its package and `predict` of the test rows."""
+    data, run, package = folder / "data", folder / "run", folder / f"package_{tables}"
+    if not data.exists():
+        write_dataset(data)
+    with joined_ranks("cpu") as ranks:
+        if not run.exists():
+            train(replace(config, epochs=1), str(data), run, ranks)
+        export_run(run, package, tables, ranks)
+        predict(run, [str(data / "test")], folder / "predictions.parquet", None, ranks, "cpu")
+    labels = pq.read_table(folder / "predictions.parquet")
+    names = [name for name in labels.column_names if name.startswith("prediction_")]
+    return package, np.stack([labels[name].to_numpy() for name in names], axis=1)
+
+
+def requests(data: Path) -> Iterator[dict[str, Any]]:
+    """The test rows, each as a request for its one item."""
+    for row in pq.read_table(data / "test").to_pylist():
+        yield {
+            "user": {name: row[name] for name in USER_COLUMNS},
+            "history": {"history": row["history"], "history_liked": row["history_liked"]},
+            "candidates": [row["item"]],
+        }
+
+
+def small_config(folder: Path, **settings: Any) -> Config:
+    """The small EM3 of the other tests."""
+    return em3_config(folder, **settings)
