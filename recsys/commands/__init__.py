@@ -17,5 +17,6 @@ COMMANDS = {
     "predict": ("predict", "Add the predictions of a run to Parquet files of impressions."),
     "report": ("report", "Write an HTML page on a finished run."),
     "compare": ("compare", "Compare runs, and test which differences are significant."),
+    "export": ("export", "Write a run as a package that answers requests on its own."),
     "export-tables": ("export_tables", "Write the ID tables of a run to one Parquet file."),
 }

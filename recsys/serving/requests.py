@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 
 from embeddings.vocabulary.bounded import BoundedVocabulary
+from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.data.parquet.values import check_type, is_list, list_lengths, usable_column
 from recsys.data.schema import Schema
 
@@ -163,8 +164,10 @@ class RequestReader:
             return pa.list_(pa.float32())
         value = pa.float32()
         if column.kind in ("id", "ids", "sequence"):
-            known = self.schema.id_types.get(self.schema.table_of(name))
+            table = self.schema.table_of(name)
+            vocabulary, known = self.schema.vocabularies.get(table), self.schema.id_types.get(table)
             value = pa.string() if known is not None and known.name == "string" else pa.int64()
+            value = vocabulary.ids.type if isinstance(vocabulary, ExactVocabulary) else value
         return pa.list_(value) if column.kind in ("ids", "sequence") else value
 
 
@@ -181,6 +184,8 @@ def _listed(given: Values, name: str, place: str) -> Sequence[Any]:
     if name not in given:
         raise ValueError(f"{place}: lacks '{name}'")
     values = given[name]
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Sequence | np.ndarray):
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
         raise ValueError(f"{place}: '{name}' is no list; give one value for each")
     return values

@@ -1,0 +1,82 @@
+"""A package is whole and unchanged, or refused with the name of the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from recsys.serving.package import MANIFEST, Manifest, read_manifest, write_manifest
+from recsys.serving.vector_file import VectorFile, VectorFileShape, write_vectors
+
+
+def write_package(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "graph.pt2").write_bytes(b"a graph")
+    (folder / "tables").mkdir()
+    (folder / "tables" / "item.vectors").write_bytes(b"vectors")
+    manifest = Manifest(
+        "runs/shop", "din", ["liked"], [], [], [], "item", None, {}, {}, False, [], {}, "today"
+    )
+    write_manifest(folder, manifest)
+
+
+@pytest.mark.parametrize("name", ["graph.pt2", "tables/item.vectors"])
+@pytest.mark.parametrize("change", ["removed", "cut short", "other bytes"])
+def test_a_file_that_differs_is_refused_by_name(tmp_path: Path, name: str, change: str) -> None:
+    folder = tmp_path / "package"
+    write_package(folder)
+    assert read_manifest(folder).labels == ["liked"]
+    path = folder / name
+    if change == "removed":
+        path.unlink()
+    elif change == "cut short":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        path.write_bytes(path.read_bytes()[::-1])
+
+    with pytest.raises(ValueError, match=str(path)):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"format": 1}', "[" * 100_000, '{"format": 99}']
+)
+def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    write_package(tmp_path / "package")
+    path = tmp_path / "package" / MANIFEST
+    path.write_text(text)
+
+    with pytest.raises(ValueError, match=str(path)):
+        read_manifest(tmp_path / "package")
+
+
+def test_a_package_of_another_format_is_refused(tmp_path: Path) -> None:
+    write_package(tmp_path / "package")
+    path = tmp_path / "package" / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+
+    with pytest.raises(ValueError, match="format 2"):
+        read_manifest(tmp_path / "package")
+
+
+@pytest.mark.parametrize(
+    ("stored_as", "error"), [("fp32", 0.0), ("fp16", 1e-3), ("int8", 0.01), ("int4", 0.2)]
+)
+def test_vectors_come_back_as_stored(tmp_path: Path, stored_as: str, error: float) -> None:
+    vectors = torch.rand(50, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    shape = VectorFileShape(50, 8, stored_as)  # type: ignore[arg-type]
+    write_vectors(tmp_path / "item.vectors", shape, vectors.split(7))
+    file, ids = VectorFile(tmp_path / "item.vectors", shape), np.array([3, 49, 3])
+
+    assert (tmp_path / "item.vectors").stat().st_size == 50 * shape.row_bytes
+    torch.testing.assert_close(file.rows(ids), vectors[ids], rtol=0, atol=error)
+    assert file.rows(ids[:0]).shape == (0, 8)
+
+
+def test_int4_needs_an_even_width() -> None:
+    with pytest.raises(ValueError, match="int4"):
+        VectorFileShape(10, 7, "int4")

@@ -1,0 +1,137 @@
+"""Candidates of one user score as the rows of a batch with equal histories do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recsys.config import ContentSettings
+from recsys.content.vectors import ContentVectors
+from recsys.ranking.vectors import IDVectors, TowerVectors
+from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_graph
+from tests.recsys.ranking.ranking_inputs import CONTENT, CONTENT_DIM, ID_DIM, NUM_DENSE, inputs
+from tests.recsys.ranking.test_backbones import by_backbone, by_content, model_of
+
+WIDTH = CONTENT_DIM * (1 + len(CONTENT.modalities))
+SIZES = [(3, 4), (1, 6), (1, 1), (5, 0)]  # candidates, history items
+
+
+def request(num_rows: int, num_items: int, seed: int = 0) -> RankingInputs:
+    """Random vectors of a user and candidates."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return RankingInputs(
+        pooled=[random(num_rows, 3), random(num_rows, 5)],
+        dense=random(num_rows, NUM_DENSE),
+        target=random(num_rows, ID_DIM),
+        history=random(num_items, ID_DIM),
+        parallel=random(num_items, 1).sign().clamp(min=0),
+        target_items=torch.arange(num_rows),
+        history_items=torch.arange(num_items),
+        target_content=random(num_rows, WIDTH),
+        history_content=random(num_items, WIDTH),
+        target_in_bank=torch.zeros(num_rows, 0),
+    )
+
+
+def tiled(given: RankingInputs, history_map: nn.Module | None) -> tuple[Any, Any, Any]:
+    """The same request as a batch in which each row has a history of its own."""
+    num_rows, num_items = len(given.target), len(given.history)
+    lengths = torch.full((num_rows,), num_items)
+    content = None
+    if history_map is not None:
+        of_target, of_history = (
+            part[:, CONTENT_DIM:].unflatten(1, (-1, CONTENT_DIM))
+            for part in (given.target_content, given.history_content)
+        )
+        mapped = history_map(given.history_content[:, :CONTENT_DIM])
+        target = given.target_content[:, :CONTENT_DIM]
+        content = ContentVectors(target, mapped, of_target, of_history)
+    batch = replace(
+        inputs(lengths)[2],
+        dense_features=given.dense,
+        history_values=given.parallel.repeat(num_rows, 1),
+        history_items=given.history_items,
+        history_index=torch.arange(num_items).repeat(num_rows),
+        target_items=given.target_items,
+    )
+    return IDVectors(given.pooled, given.target, given.history), content, batch
+
+
+def graph_of(name: str, content: ContentSettings | None) -> RankingGraph:
+    history_map = None if content is None else nn.Linear(CONTENT_DIM, CONTENT_DIM, bias=False)
+    return RankingGraph(model_of(name, content), history_map, 0 if content is None else CONTENT_DIM)
+
+
+@by_content
+@by_backbone
+@torch.no_grad()
+def test_candidates_of_one_user_score_as_rows_of_a_batch(
+    name: str, content: ContentSettings | None
+) -> None:
+    graph = graph_of(name, content)
+
+    for size in SIZES:
+        given = request(*size)
+        expected = graph.ranking(*tiled(given, graph.history_map))
+        expected = expected.logits if isinstance(expected, TowerVectors) else expected
+        torch.testing.assert_close(graph(*given.arguments()), expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_search_keeps_the_items_whose_content_is_most_like_the_candidate() -> None:
+    graph, given = graph_of("din", CONTENT), request(1, 3)
+    like = torch.stack([given.target_content[0], -given.target_content[0]])
+    found = replace(given, history_content=torch.cat([given.history_content[:1] * 0, like]))
+    found = replace(found, target_in_bank=given.target_content)
+    alone = {
+        name: part[1:2]
+        for name, part in vars(found).items()
+        if name in ("history", "parallel", "history_items", "history_content")
+    }
+
+    searching = RankingGraph(graph.ranking, graph.history_map, CONTENT_DIM, top_k=1)
+
+    expected = graph(*replace(found, **alone).arguments())
+    torch.testing.assert_close(searching(*found.arguments()), expected)
+
+
+@by_content
+@pytest.mark.parametrize("name", ["dlrm"])
+def test_the_exported_graph_takes_any_number_of_candidates_and_history_items(
+    name: str, content: ContentSettings | None
+) -> None:
+    graph = graph_of(name, content)
+
+    exported = export_graph(graph, request(2, 2), name).module(check_guards=False)
+
+    with torch.no_grad():
+        for size in [(37, 9), (1, 0)]:
+            given = request(*size, seed=1).arguments()
+            torch.testing.assert_close(exported(*given), graph(*given), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.long
+@by_content
+@by_backbone
+def test_every_backbone_can_be_exported(name: str, content: ContentSettings | None) -> None:
+    export_graph(graph_of(name, content), request(2, 2), name)  # compares numbers itself
+
+
+class ReadsValues(nn.Module):
+    """A model whose shapes depend on values."""
+
+    def forward(self, ids: IDVectors, content: Any, batch: Any) -> Tensor:
+        return ids.target[: int(ids.target.sum() > 0)].sum(dim=1, keepdim=True)
+
+
+def test_a_model_that_torch_export_refuses_is_named() -> None:
+    with pytest.raises(ValueError, match=r"ranking\.name 'mine:Model' .*export"):
+        export_graph(RankingGraph(ReadsValues()), request(2, 2), "mine:Model")

@@ -1,0 +1,111 @@
+"""Requests are read by the schema: same rows as training reads, and words for what is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from embeddings import BoundedVocabulary, ExactVocabulary, HashVocabulary
+from recsys.data.schema import Schema
+from recsys.data.schema_columns import Column, IdType, VocabularySettings
+from recsys.serving.requests import RequestReader, RequestRows
+
+USER = {"user": 3, "tags": [1, 2], "age": 0.5, "shop": 9, "query": ["a", "b"]}
+HISTORY = {"seen": ["ann", "eve"], "liked": [1.0, 0.0]}
+
+
+def reader() -> RequestReader:
+    schema = Schema(
+        "item",
+        "user",
+        {
+            "user": Column("id", num_embeddings=10),
+            "item": Column("id", num_embeddings=4, vocabulary=VocabularySettings("exact")),
+            "seen": Column("sequence", shares="item", parallel=["liked"]),
+            "tags": Column("ids", num_embeddings=5),
+            "query": Column("ids", num_embeddings=7, vocabulary=VocabularySettings("hash", 2)),
+            "shop": Column("id", num_embeddings=6, vocabulary=VocabularySettings("bounded")),
+            "age": Column("dense"),
+            "bought": Column("label"),
+        },
+    )
+    exact = ExactVocabulary(4)
+    exact.extend([pa.array(["ann", "bob", "eve"])])
+    schema.vocabularies.update(item=exact, query=HashVocabulary(7, 2))
+    schema.id_types["query"] = IdType("string", "train")
+    bounded = BoundedVocabulary(6)
+    bounded.rows_of(torch.tensor([9]), step=0, training=True)
+    return RequestReader(schema, ["user", "tags", "query", "shop"], {"shop": bounded})
+
+
+def test_ids_lists_and_numbers_become_rows_of_tables() -> None:
+    rows: RequestRows = reader()(USER, HISTORY, ["eve", "joe"])
+
+    assert rows.target.tolist() == [2, 3]  # an unknown id has the last row
+    assert rows.history.tolist() == [0, 2]
+    assert rows.parallel.tolist() == [[1.0], [0.0]]
+    assert rows.pooled["user"].rows.tolist() == [3]
+    assert (rows.pooled["tags"].rows.tolist(), rows.pooled["tags"].lengths.tolist()) == (
+        [1, 2],
+        [2],
+    )
+    hashes = HashVocabulary(7, 2).rows_of(pa.array(["a", "b"]))
+    assert rows.pooled["query"].rows.tolist() == hashes.flatten().tolist()
+    assert rows.pooled["query"].lengths.tolist() == [4]
+    assert rows.dense["age"].dtype == np.float32
+    assert rows.pooled["shop"].rows[0] != 5  # learned in training
+
+
+def test_a_column_may_differ_between_candidates() -> None:
+    rows = reader()(USER, (), {"item": ["ann", "bob"], "age": [1.0, 2.0], "tags": [[], [4]]})
+
+    assert rows.dense["age"].tolist() == [1.0, 2.0]
+    assert rows.pooled["tags"].lengths.tolist() == [0, 1]
+    assert len(rows.history) == 0 and rows.parallel.shape == (0, 1)
+
+
+def test_lists_without_an_id_are_empty() -> None:
+    rows = reader()(USER | {"tags": None, "query": []}, {"seen": None, "liked": []}, [])
+
+    assert len(rows.pooled["tags"].rows) == len(rows.pooled["query"].rows) == len(rows.target) == 0
+
+
+@pytest.mark.parametrize(
+    ("user", "history", "candidates", "named"),
+    [
+        ({"user": 10}, (), ["ann"], r"user: column 'user'.* 10 .*\[0, 10\)"),
+        ({"user": -1}, (), ["ann"], r"user: column 'user'.* -1 "),
+        ({"user": "3"}, (), ["ann"], r"user: column 'user' has type string"),
+        ({"user": None}, (), ["ann"], "user: column 'user'.*null"),
+        ({"user": 1.5}, (), ["ann"], "user: column 'user' has type double"),
+        ({"user": 2**70}, (), ["ann"], "user: column 'user'"),
+        ({"tags": 3}, (), ["ann"], "user: column 'tags' has type int64"),
+        ({"tags": [1, "x"]}, (), ["ann"], "user: column 'tags'"),
+        ({"tags": [1, None]}, (), ["ann"], "user: column 'tags'.*null"),
+        ({"age": float("nan")}, (), ["ann"], "user: column 'age'.*nan"),
+        ({"age": "old"}, (), ["ann"], "user: column 'age' has type string"),
+        ({"age": 1e300}, (), ["ann"], "user: column 'age'.*inf"),
+        ({"query": [1]}, (), ["ann"], "user.*'query'"),
+        ({}, ["ann"], ["ann"], "history: lacks 'liked'"),
+        ({}, {"seen": ["ann"], "liked": []}, ["ann"], "history: 'liked' has 0 values for 1"),
+        ({}, {"seen": [1], "liked": [1]}, ["ann"], "history: column 'seen'"),
+        ({}, {"liked": [1.0]}, ["ann"], "history: lacks 'seen'"),
+        ({}, (), "ann", "candidates: 'item' is no list"),
+        ({}, (), [["ann"]], "candidates: column 'item'"),
+        ({}, (), [None], "candidates: column 'item'.*null"),
+        ({}, (), {"age": [1.0]}, "candidates: lacks 'item'"),
+        ({}, (), {"item": ["ann"], "age": [1.0, 2.0]}, "candidates: 'age' has 2 values for 1"),
+    ],
+)
+def test_what_is_wrong_is_named(user: Any, history: Any, candidates: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        reader()(USER | user, history, candidates)
+
+
+def test_a_missing_column_is_named() -> None:
+    with pytest.raises(ValueError, match="user: lacks 'age'"):
+        reader()({name: value for name, value in USER.items() if name != "age"}, (), ["ann"])
