@@ -36,6 +36,7 @@ PAGES = (
     "launch/README.md",
     "recsys/checkpoint/README.md",
     "recsys/evaluation/README.md",
+    "recsys/serving/README.md",
 )
 FRONT_PAGE = (PROJECT / "README.md").read_text()
 README = "\n".join((PROJECT / page).read_text() for page in PAGES)
