@@ -139,14 +139,7 @@ def usable_table(
 
 
 def usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn) -> pa.Array:
-    """Return a column in its canonical type; the values of bad rows are arbitrary.
-
-    Args:
-        table: as read.
-        name: the column.
-        schema: its meaning.
-        note: receives the column's bad rows.
-    """
+    """Return a column in its canonical type; the values of bad rows are arbitrary."""
     is_list_column, is_integer = _expected(schema, name)
     array = one_chunk(table[name])
     if schema.vocabulary_of(name) is not None:
