@@ -20,6 +20,7 @@ from recsys.config import Config
 from recsys.config.ranking import softmax_settings
 from recsys.content.bank_fill import encode_into_bank
 from recsys.data.batch import Batch
+from recsys.data.dense_ranges import DenseRanges
 from recsys.data.interactions import Interactions, loader
 from recsys.data.item_parts import ItemCounts, count_items
 from recsys.data.vocabularies import UnknownIds, format_unknown
@@ -40,6 +41,8 @@ QUERY_COLUMNS = ("queries", "query_targets", "query_items")  # every rank search
 def check_data(job: Job) -> tuple[ItemCounts, dict[str, Any]]:
     """Read all splits once, so that a bad value shows before the first step. A collective.
 
+    Logs a warning for each dense column that is constant or unscaled in the training rows.
+
     Returns:
         The number of training rows of each item, on rank 0 alone, and the skipped rows by split
         (empty where `on_bad_row` is error).
@@ -53,15 +56,17 @@ def check_data(job: Job) -> tuple[ItemCounts, dict[str, Any]]:
     skipped: dict[str, Any] = {}
     if is_skip and job.store is not None:
         skipped["items"] = job.store.items.bad_rows.summary(ranks, "items")
-    labels = ValidationLabels(job.schema)
+    labels, dense = ValidationLabels(job.schema), DenseRanges(job.schema)
+    also = {"train": dense.add, "valid": labels.add}
     for split in SPLITS:
-        also = labels.add if split == "valid" else None
         with ranks.raise_on_all_ranks():
             rows = job.rows(split)
-            counts[split] = count_items(rows, ranks.rank, ranks.world_size, also)
+            counts[split] = count_items(rows, ranks.rank, ranks.world_size, also.get(split))
         if is_skip:
             skipped[split] = rows.skipped(ranks, split)
     check_validation(job, labels)
+    for finding in dense.findings(ranks):
+        logger.warning("%s; fix: %s", *finding)
     return counts["train"].sum_of_ranks(job.schema.num_items, ranks), skipped
 
 

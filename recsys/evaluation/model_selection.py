@@ -7,6 +7,7 @@ model are those of a search of the whole catalogue, and need no negative rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
@@ -58,3 +59,30 @@ def tracked_name(metric: str) -> str:
         tracked_name("recall@10")  # "recall_at_10"
     """
     return metric.replace("@", "_at_")
+
+
+# A log loss above this is absurd: twice that of predicting one half for every row, which is at
+# least twice that of predicting the share of positives.
+ABSURD_LOG_LOSS = 2 * math.log(2)
+
+
+def check_log_loss(report: Mapping[str, Any], where: str, advice: str) -> None:
+    """Check that a model's probabilities are of use.
+
+    Args:
+        report: metrics of a split, those of each label under `labels` if there are several.
+        where: the split of which run, for the message.
+        advice: the fix.
+
+    Raises:
+        ValueError: the log loss of a label is not finite, or above `ABSURD_LOG_LOSS`.
+    """
+    for label, of_label in (report.get("labels") or {"": report}).items():
+        loss = of_label.get("logloss")
+        if loss is not None and not loss <= ABSURD_LOG_LOSS:
+            of = f" of label '{label}'" if label else ""
+            raise ValueError(
+                f"{where}: the log loss{of} of the best model is {loss:.4g}, above "
+                f"{ABSURD_LOG_LOSS:.4g}, twice that of predicting one half for every row: the "
+                f"model is of no use; {advice}"
+            )

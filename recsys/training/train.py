@@ -30,7 +30,7 @@ from recsys.checkpoint.run_folder import (
     finish_run,
 )
 from recsys.checkpoint.run_schema import schema_of_data
-from recsys.config import Config
+from recsys.config import Config, softmax_settings
 from recsys.content.projection_start import start_projections
 from recsys.data.filesystem import Location, write_whole
 from recsys.data.interactions import Interactions
@@ -43,6 +43,7 @@ from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import check_data, evaluate_split, fill_bank, format_evaluation
 from recsys.evaluation.further_metrics import make_metrics
+from recsys.evaluation.model_selection import check_log_loss
 from recsys.evaluation.scores import scores_file
 from recsys.training.loss_watch import LossWatch
 from recsys.training.pretrained_tables import load_pretrained_tables
@@ -86,11 +87,13 @@ def train(
     Raises:
         TrainingStopped: the job was asked to end; its state is saved.
         ValueError: on every rank, if data, configuration, plan or checkpoint is invalid on any, or
-            another job writes the folder.
+            another job writes the folder; or the best model's log loss is absurd, after everything
+            is written.
     """
     with sole_job(run, ranks, run / LOCK):
         metrics = train_locked(config, data, run, ranks, overwrite, resume)
         finish_run(run, ranks)
+    _check_best(metrics, config, data, run)
     return metrics
 
 
@@ -189,6 +192,16 @@ def start_fresh(job: Job) -> None:
     if job.em3.content is not None and job.store is not None:
         start_projections(job.em3.content, job.store, job.ranks)
         fill_bank(job)
+
+
+def _check_best(metrics: dict[str, Any], config: Config, data: str, run: Path) -> None:
+    """Raise a ValueError on all ranks if the best model's probabilities are of no use."""
+    if softmax_settings(config.ranking) is None:  # whose scores are no probabilities
+        advice = (
+            "look at the warnings on columns and modalities at the start (`recsys explain-data "
+            f"{data}`), or lower the learning rates. Checkpoints and metrics.json are kept"
+        )
+        check_log_loss(metrics["valid"], f"{run}, validation", advice)
 
 
 def _finish(trainer: Trainer) -> dict[str, Any]:

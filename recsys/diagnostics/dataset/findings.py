@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from recsys.data.dense_ranges import dense_finding
 from recsys.data.items.equal_content import is_mostly_equal
 from recsys.diagnostics.dataset.dataset_summary import SPLITS, DatasetSummary
 from recsys.diagnostics.dataset.item_summary import ColumnSummary
@@ -111,16 +112,8 @@ def _labels_and_numbers(found: DatasetSummary, split: SplitSummary) -> Iterator[
             )
     for column in found.schema.of_kind("dense") if split.split == "train" else []:
         values = split.numbers[column]
-        if values.least == values.greatest:
-            yield Finding(
-                f"dense column '{column}' is {values.least:g} in all training rows",
-                "it tells nothing; take it out of schema.yaml",
-            )
-        elif max(abs(values.least), abs(values.greatest)) > 1000:
-            yield Finding(
-                f"dense column '{column}' goes from {values.least:g} to {values.greatest:g}",
-                "take its logarithm or scale it to about 1, or it drowns all else",
-            )
+        if finding := dense_finding(column, values.least, values.greatest):
+            yield Finding(*finding)
 
 
 def _new_groups(found: DatasetSummary) -> Iterator[Finding]:

@@ -1,0 +1,47 @@
+"""Runs that train and are of no use: warned of at the start, and ended with an error."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from recsys.cli import main
+from recsys.evaluation.model_selection import check_log_loss
+from tests.datasets import write_dataset
+from tests.recsys.command_runs import train_words
+
+
+def test_unscaled_numbers_are_named_and_a_useless_model_ends_the_command_with_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = write_dataset(tmp_path / "data"), tmp_path / "run"
+    for file in data.glob("*/*.parquet"):
+        table = pq.read_table(file)
+        place = table.schema.get_field_index("price")
+        if place >= 0:
+            seconds = 1.7e9 + 1e7 * np.random.default_rng(0).random(table.num_rows)
+            prices = pa.array(seconds, pa.float32())
+            pq.write_table(table.set_column(place, "price", prices), file)
+
+    assert main(train_words(data, run)) == 1
+    printed = capsys.readouterr()
+    assert "dense column 'price' goes from 1.7" in printed.out
+    assert "log loss" in printed.err
+    assert (run / "metrics.json").is_file() and (run / "checkpoints" / "best").is_dir()
+    assert main(["evaluate", "--run", str(run), "--data", str(data), "--device", "cpu"]) == 0
+
+
+def test_a_log_loss_far_above_that_of_a_constant_is_refused() -> None:
+    for loss in (None, 0.0, math.log(2), 1.38):
+        check_log_loss({"logloss": loss}, "valid", "")
+    for loss in (1.39, 2.5e31, math.inf, math.nan):
+        with pytest.raises(ValueError, match="valid"):
+            check_log_loss({"logloss": loss}, "valid", "")
+    labels = {"clicked": {"logloss": 0.5}, "bought": {"logloss": 3.0}}
+    with pytest.raises(ValueError, match="bought"):
+        check_log_loss({"logloss": 0.5, "labels": labels}, "valid", "")
