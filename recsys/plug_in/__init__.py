@@ -1,21 +1,31 @@
-"""Content for an existing DLRM and its training loop.
+"""Content for an existing DLRM and its training loop, or for a model of one's own.
 
-Three lines of the loop change: the batches (`DLRMOfItems.batches`), the model (`add_content`) and
-the loss wrapper (`DLRMWithContentTrain`). `recsys.plug_in.model` is the model; the other modules
-have its settings, items and batches, and load and save checkpoints of the DLRM alone.
+Three lines of the loop change besides an import: the model (`add_content`), the optimizer
+(`.optimizer`) and the batches (`.batches`). `recsys.plug_in.model` is the model; the other modules
+have its settings, items, batches and optimizer, and load and save checkpoints of the DLRM alone.
 """
 
-from recsys.plug_in.build import DLRMOfItems, add_content
+from recsys.plug_in.build import (
+    DLRMOfItems,
+    DLRMOfItemsTrain,
+    ItemContent,
+    add_content,
+    build_item_content,
+)
 from recsys.plug_in.checkpoint import dlrm_state, load_dlrm
 from recsys.plug_in.model import DLRMWithContent, DLRMWithContentTrain
-from recsys.plug_in.settings import PlugInSettings, load_plug_in_settings
+from recsys.plug_in.settings import ContentRates, PlugInSettings, load_plug_in_settings
 
 __all__ = [
+    "ContentRates",
     "DLRMOfItems",
+    "DLRMOfItemsTrain",
     "DLRMWithContent",
     "DLRMWithContentTrain",
+    "ItemContent",
     "PlugInSettings",
     "add_content",
+    "build_item_content",
     "dlrm_state",
     "load_dlrm",
     "load_plug_in_settings",

@@ -8,7 +8,7 @@ Shapes: B batch, N ids of a feature.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -105,6 +105,7 @@ class ContentBatches(Iterable[Batch]):
         preparation: of the batches before they enter a pipeline.
         branch: content branch of the model that uses the batches.
         ranks: of the job.
+        require_ready: called before a pass in training.
     """
 
     def __init__(
@@ -114,8 +115,10 @@ class ContentBatches(Iterable[Batch]):
         preparation: BatchPreparation,
         branch: ContentBranch,
         ranks: Ranks,
+        require_ready: Callable[[], None] = lambda: None,
     ) -> None:
         """Keep the source and the parts that add content to its batches."""
+        self.require_ready = require_ready
         self.source, self.items, self.preparation = source, items, preparation
         self.branch, self.ranks = branch, ranks
 
@@ -125,6 +128,8 @@ class ContentBatches(Iterable[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         """Begin a pass. A collective, as is each batch of it."""
+        if self.branch.training:
+            self.require_ready()
         self._fill_bank()
         unknown = UnknownIds(self.items.schema)
         return self.preparation(self._agreed(), unknown, self.branch.step, self.branch.training)

@@ -6,46 +6,46 @@ Shapes: D dimension.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import overload
 
 import torch
 import torch.distributed as dist
 from torchrec.datasets.utils import Batch as TorchRecBatch
-from torchrec.models.dlrm import DLRM
+from torchrec.models.dlrm import DLRM, DLRMTrain
+from torchrec.optim.keyed import KeyedOptimizer
 
 from embeddings import MemoryBank, build_memory_bank
 from recsys.content.batch_preparation import BatchPreparation, chooses_items
 from recsys.content.branch import ContentBranch
 from recsys.content.build import build_content_store
+from recsys.content.projection_start import start_projections
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.filesystem import Location
 from recsys.data.items.content_store import ContentStore
-from recsys.data.schema import Schema
 from recsys.data.vocabularies import BoundedVocabularies
 from recsys.distributed.ranks import Ranks
 from recsys.plug_in.batches import ContentBatches, ItemsOfBatch
-from recsys.plug_in.model import DLRMWithContent
-from recsys.plug_in.settings import PlugInSettings, check, load_plug_in_settings
+from recsys.plug_in.model import DLRMWithContent, DLRMWithContentTrain, require_dlrm
+from recsys.plug_in.optimizer import with_content_optimizer
+from recsys.plug_in.settings import ContentRates, PlugInSettings, check, load_plug_in_settings
 
 
-class DLRMOfItems(DLRMWithContent):
-    """A `DLRMWithContent` with its items, so that it can make its batches. See `add_content`."""
+class ItemContent:
+    """Content of items for any model: the branch that encodes it, and batches that carry it.
+
+    Attributes:
+        branch: an `nn.Module`; called with a batch, it returns its content vectors.
+        store: the items' content by modality.
+    """
 
     def __init__(
-        self,
-        dlrm: DLRM,
-        branch: ContentBranch,
-        settings: PlugInSettings,
-        store: ContentStore,
-        ranks: Ranks,
+        self, branch: ContentBranch, settings: PlugInSettings, store: ContentStore, ranks: Ranks
     ) -> None:
-        """Build the model, and the parts that add items to batches."""
-        has_history = settings.history is not None
-        super().__init__(
-            dlrm, branch, settings.content, settings.item, has_history, settings.contrastive
-        )
-        self.store, self.ranks = store, ranks
+        """Build the parts that add items to batches."""
+        self.branch, self.store, self.ranks = branch, store, ranks
         schema, gathers_later = store.items.schema, chooses_items(settings.content)
         self._items = ItemsOfBatch(
             schema,
@@ -62,66 +62,185 @@ class DLRMOfItems(DLRMWithContent):
             settings.config, store, branch.bank, vocabularies, ranks.group
         )
 
-    def batches(self, source: Iterable[TorchRecBatch]) -> ContentBatches:
+    def batches(
+        self, source: Iterable[TorchRecBatch], require_ready: Callable[[], None] = lambda: None
+    ) -> ContentBatches:
         """Return the batches of a dataset or data loader with content, for use in its place.
 
-        Iterate over them once the model is sharded. Each pass is a collective.
+        Call it after whatever else wraps the loader. Iterate once the model is sharded; each pass
+        is a collective.
+
+        Args:
+            source: of `torchrec.datasets.utils.Batch`, or of objects with its attributes.
+            require_ready: called before a pass in training.
 
         Raises:
             ValueError: on every rank, during iteration: a batch lacks a feature, or an id is not a
                 row of the item table.
         """
-        branch = self.content.branch
-        return ContentBatches(source, self._items, self._preparation, branch, self.ranks)
+        parts = self._items, self._preparation, self.branch, self.ranks
+        return ContentBatches(source, *parts, require_ready)
+
+
+class DLRMOfItems(DLRMWithContent):
+    """A `DLRMWithContent` with its items, so that it can make its batches. See `add_content`."""
+
+    def __init__(self, dlrm: DLRM, items: ItemContent, settings: PlugInSettings) -> None:
+        """Build the model around the branch of the items."""
+        has_history, contrastive = settings.history is not None, settings.contrastive
+        super().__init__(
+            dlrm, items.branch, settings.content, settings.item, has_history, contrastive
+        )
+        self.items = items
+        self.batches = items.batches
+
+
+class DLRMOfItemsTrain(DLRMWithContentTrain):
+    """A `DLRMWithContentTrain` with its items and its optimizer. See `add_content`."""
+
+    def __init__(self, model: DLRMOfItems, rates: ContentRates | None) -> None:
+        """Build the losses; without rates, the new parameters are left to the user's optimizer."""
+        super().__init__(model)
+        self.items, self.rates, self._has_optimizer = model.items, rates, rates is None
+
+    def optimizer(self, optimizer: KeyedOptimizer) -> KeyedOptimizer:
+        """Return the user's optimizer without the new parameters, and an AdamW of these.
+
+        Raises:
+            ValueError: the optimizer is no KeyedOptimizer.
+        """
+        if self.rates is None:
+            return optimizer
+        combined = with_content_optimizer(optimizer, self, self.rates)
+        self._has_optimizer = True
+        return combined
+
+    def batches(self, source: Iterable[TorchRecBatch]) -> ContentBatches:
+        """Return the batches of a dataset or data loader with content; see `ItemContent`."""
+        return self.items.batches(source, self._require_optimizer)
+
+    def _require_optimizer(self) -> None:
+        if not self._has_optimizer:
+            raise ValueError(
+                "the new parameters have no optimizer of their own: add `optimizer = "
+                "train_model.optimizer(optimizer)` after yours, or set `optimizer: null` in the "
+                "settings to train them with yours"
+            )
+
+
+@overload
+def add_content(
+    model: DLRMTrain, settings: PlugInSettings | Path | str, device: torch.device
+) -> DLRMOfItemsTrain: ...
+
+
+@overload
+def add_content(  # type: ignore[overload-cannot-match]
+    model: DLRM, settings: PlugInSettings | Path | str, device: torch.device
+) -> DLRMOfItems: ...
 
 
 def add_content(
-    dlrm: DLRM, settings: PlugInSettings | Path | str, device: torch.device
-) -> DLRMOfItems:
+    model: DLRM | DLRMTrain, settings: PlugInSettings | Path | str, device: torch.device
+) -> DLRMOfItems | DLRMOfItemsTrain:
     """Build a DLRM with content of its items in its interaction. A collective.
 
-    Tokenises, decodes and encodes the frozen part of the items' content, once per machine. The
-    state of the caller's random number generator does not change.
+    Tokenises, decodes and encodes the frozen part of the items' content, once per machine, and
+    initialises the projections as training does. The state of the caller's random number generator
+    does not change.
 
     Args:
-        dlrm: DLRM, DLRM_DCN or DLRM_Projection, not yet sharded.
+        model: DLRM, DLRM_DCN or DLRM_Projection, not yet sharded, or the DLRMTrain of one.
         settings: or the YAML file with them.
         device: of this rank.
 
     Raises:
-        ValueError: if settings, items or DLRM are invalid on any rank; raised on all.
+        ValueError: if settings, items or model are invalid on any rank; raised on all.
 
     Example::
 
         import torch
-        from recsys.plug_in import DLRMWithContentTrain, add_content
+        from torchrec.models.dlrm import DLRM, DLRMTrain
+
+        from recsys.plug_in import add_content
 
         device = torch.device("cuda", local_rank)
-        model = add_content(DLRM(tables, 13, [512, 128], [512, 1], device), "content.yaml", device)
-        train_model = DLRMWithContentTrain(model)
+        dlrm = DLRM(tables, 13, [512, 128], [512, 1], device)
+        train_model = add_content(DLRMTrain(dlrm), "content.yaml", device)
+        # shard train_model, build an optimizer; then
+        optimizer = train_model.optimizer(optimizer)
+        loader = train_model.batches(loader)
+    """
+    ranks = _ranks(device)
+    dlrm = model.model if isinstance(model, DLRMTrain) else model
+    with ranks.raise_on_all_ranks():
+        require_dlrm(dlrm)
+        settings = _checked(settings)
+        num_items = _num_items(dlrm, settings.item)
+    with _seeded(settings):
+        result = DLRMOfItems(dlrm, _build(settings, num_items, ranks), settings)
+        if isinstance(model, DLRMTrain):
+            return DLRMOfItemsTrain(result, settings.optimizer)
+        return result
+
+
+def build_item_content(
+    settings: PlugInSettings | Path | str, num_items: int, device: torch.device
+) -> ItemContent:
+    """Build the content of items for a model of any kind. A collective.
+
+    Args:
+        settings: or the YAML file with them; `contrastive` and `optimizer` are not used.
+        num_items: rows of the model's item table, which the items' ids are.
+        device: of this rank.
+
+    Raises:
+        ValueError: if settings or items are invalid on any rank; raised on all.
+
+    Example::
+
+        content = build_item_content("content.yaml", num_items, device)
+        model = TwoTower(content.branch, ...)  # uses branch(batch).target, [B, content.dim]
+        for batch in content.batches(loader):
+            loss = model(batch)
     """
     ranks = _ranks(device)
     with ranks.raise_on_all_ranks():
-        if not isinstance(settings, PlugInSettings):
-            settings = load_plug_in_settings(settings)
-        check(settings)
-        schema = settings.schema(_num_items(dlrm, settings.item))
+        settings = _checked(settings)
+    with _seeded(settings):
+        return _build(settings, num_items, ranks)
+
+
+def _checked(settings: PlugInSettings | Path | str) -> PlugInSettings:
+    """Return the settings, read and checked."""
+    if not isinstance(settings, PlugInSettings):
+        settings = load_plug_in_settings(settings)
+    check(settings)
+    return settings
+
+
+@contextmanager
+def _seeded(settings: PlugInSettings) -> Iterator[None]:
+    """Draw the same random numbers on all ranks, so that initial weights agree."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)  # the same on all ranks: initial weights agree
-        return _build(dlrm, settings, schema, ranks)
+        torch.manual_seed(settings.seed)
+        yield
 
 
-def _build(dlrm: DLRM, settings: PlugInSettings, schema: Schema, ranks: Ranks) -> DLRMOfItems:
-    """Build the result of `add_content`. A collective."""
-    content, root = settings.content, Location.of(settings.data)
+def _build(settings: PlugInSettings, num_items: int, ranks: Ranks) -> ItemContent:
+    """Build content whose projections have their start. A collective."""
+    content, root, schema = settings.content, Location.of(settings.data), settings.schema(num_items)
     store, encoders = build_content_store(settings.config, content, root, schema, ranks)
     with ranks.raise_on_all_ranks():
         bank: MemoryBank | None = None
         if content.history.mode != "full":
             sizes = schema.num_items, content.vector_dim
             bank = build_memory_bank(*sizes, ranks.device, ranks.group, content.history.bank)
-        branch = ContentBranch(encoders, content, bank, ranks.group)
-        return DLRMOfItems(dlrm, branch, settings, store, ranks)
+        branch = ContentBranch(encoders, content, bank, ranks.group).to(ranks.device)
+        items = ItemContent(branch, settings, store, ranks)
+    start_projections(branch, store, ranks)
+    branch.train()
+    return items
 
 
 def _num_items(dlrm: DLRM, item: str) -> int:

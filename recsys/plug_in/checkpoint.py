@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 from torchrec.optim.keyed import KeyedOptimizer
 
-from recsys.plug_in.model import DLRMWithContent, DLRMWithContentTrain
+from recsys.plug_in.model import new_prefixes
 
 
 def dlrm_state(
@@ -40,7 +39,7 @@ def dlrm_state(
         dcp.load(state, checkpoint_id="checkpoint_of_the_dlrm")
         load_dlrm(model, state, optimizer)
     """
-    new = _new_prefixes(model)
+    new = new_prefixes(model)
     weights = {key: value for key, value in model.state_dict().items() if not key.startswith(new)}
     state = {"model": weights}
     if optimizer is not None:
@@ -76,19 +75,6 @@ def load_dlrm(
         moments = optimizer.state_dict()
         moments["state"] = {**moments["state"], **state["optimizer"]["state"]}
         optimizer.load_state_dict(moments)
-
-
-def _new_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """Return the prefixes of all names that the DLRM alone does not have."""
-    inner = get_unwrapped_module(model) if isinstance(model, DistributedModelParallel) else model
-    new = []
-    for name, module in inner.named_modules():
-        path = f"{name}." if name else ""
-        if isinstance(module, DLRMWithContentTrain):
-            new.append(f"{path}contrastive.")
-        if isinstance(module, DLRMWithContent):
-            return (*new, f"{path}content.", f"{path}content_head.")
-    raise ValueError(f"{type(inner).__name__} holds no DLRMWithContent; give it the whole model")
 
 
 def _check_names(own: Mapping[str, Any], given: Mapping[str, Any], part: str) -> None:

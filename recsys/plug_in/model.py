@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 from torchrec.models.dlrm import DLRM
 
 from recsys.config import ContentSettings, ContrastiveSettings
@@ -114,6 +115,16 @@ class ContentHead(nn.Module):
         return logits
 
 
+def require_dlrm(model: nn.Module) -> None:
+    """Raise a ValueError unless content can be added to the model."""
+    if not isinstance(model, DLRM) or type(model).forward is not DLRM.forward:
+        raise ValueError(
+            f"content can be added to torchrec's DLRM, DLRM_DCN and DLRM_Projection; a "
+            f"{type(model).__name__} computes something of its own. For a model of your own, "
+            "recsys.plug_in.build_item_content gives the encoder of items and batches with content"
+        )
+
+
 class DLRMWithContent(nn.Module):
     """A DLRM whose interaction has K more vectors: the target's content, and the content interest.
 
@@ -171,11 +182,7 @@ class DLRMWithContent(nn.Module):
     ) -> None:
         """Take over the DLRM's children and add the two of content."""
         super().__init__()
-        if not isinstance(dlrm, DLRM) or type(dlrm).forward is not DLRM.forward:
-            raise ValueError(
-                f"content can be added to torchrec's DLRM, DLRM_DCN and DLRM_Projection; a "
-                f"{type(dlrm).__name__} computes something of its own"
-            )
+        require_dlrm(dlrm)
         features = dlrm.sparse_arch.sparse_feature_names
         if item not in features:
             raise ValueError(f"the DLRM has no sparse feature '{item}'; it has {features}")
@@ -229,3 +236,16 @@ class DLRMWithContentTrain(nn.Module):
             contrastive = self.contrastive(ranked.content, ranked.item, batch.target_items)
             loss = loss + self.weight * contrastive
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())
+
+
+def new_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Return the prefixes of all names that the DLRM alone does not have."""
+    inner = get_unwrapped_module(model) if isinstance(model, DistributedModelParallel) else model
+    new = []
+    for name, module in inner.named_modules():
+        path = f"{name}." if name else ""
+        if isinstance(module, DLRMWithContentTrain):
+            new.append(f"{path}contrastive.")
+        if isinstance(module, DLRMWithContent):
+            return (*new, f"{path}content.", f"{path}content_head.")
+    raise ValueError(f"{type(inner).__name__} holds no DLRMWithContent; give it the whole model")

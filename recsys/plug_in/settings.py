@@ -6,13 +6,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from recsys.config import Config, ContentSettings, ContrastiveSettings
+from recsys.config import Config, ContentSettings, ContrastiveSettings, OptimizerSettings
 from recsys.config.checks import validate
+from recsys.config.limits import NonNegativeFloat
 from recsys.config.parser import Parser
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.items.kind import make_kinds
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import Column, ItemColumn, Items
+
+
+@dataclass
+class ContentRates:
+    """Rates of AdamW for the new parameters, those of a recipe; your schedule scales them, too."""
+
+    learning_rate: NonNegativeFloat = OptimizerSettings.content_learning_rate
+    encoder_learning_rate: NonNegativeFloat = OptimizerSettings.encoder_learning_rate
+    weight_decay: NonNegativeFloat = OptimizerSettings.weight_decay
 
 
 @dataclass
@@ -27,6 +37,8 @@ class PlugInSettings:
     item_columns: dict[str, ItemColumn] = field(default_factory=dict)
     history: str | None = None  # a sparse feature with ids of past items, any number per row
     contrastive: ContrastiveSettings = field(default_factory=ContrastiveSettings)
+    # AdamW of the new parameters; null leaves them to your optimizer.
+    optimizer: ContentRates | None = field(default_factory=ContentRates)
     on_bad_row: Literal["error", "skip"] = "error"
     cache: str | None = None  # folder of encoded items; default ~/.cache/recsys
     seed: int = 0  # seed of the new weights, and of sampling

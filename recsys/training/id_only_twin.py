@@ -10,6 +10,7 @@ import gc
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from recsys.checkpoint.files import folders_by_age
 from recsys.checkpoint.run_folder import (
@@ -26,7 +27,7 @@ from recsys.distributed.job_lock import sole_job
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.compare import compare_runs, format_comparison, write_comparison
-from recsys.training.train import train, train_locked
+from recsys.training.train import check_best, train, train_locked
 
 logger = logging.getLogger(__name__)
 
@@ -73,14 +74,15 @@ def train_with_twin(
         ValueError: on every rank, as in `train`; there is no twin; or its folder is not the twin's.
     """
     with sole_job(run, ranks, run / LOCK):
-        _train_both(config, data, run, ranks, overwrite, resume)
+        metrics = _train_both(config, data, run, ranks, overwrite, resume)
         finish_run(run, ranks)
+    check_best(metrics, config, data, run)
 
 
 def _train_both(
     config: Config, data: str, run: Path, ranks: Ranks, overwrite: bool, resume: Resume
-) -> None:
-    """Train the run and its twin and compare them. A collective."""
+) -> dict[str, Any]:
+    """Train the run and its twin, compare them, return the run's metrics. A collective."""
     twin, folder, mark = id_only_twin(config), run / TWIN, run / TWIN_MARK
     with ranks.raise_on_all_ranks():
         if ranks.is_first and folder.exists() and not mark.exists():
@@ -88,7 +90,7 @@ def _train_both(
                 f"{folder}: was not made as the twin of {run}, and would be replaced; move it or "
                 "choose another --out"
             )
-    train_locked(config, data, run, ranks, overwrite, resume)
+    metrics = train_locked(config, data, run, ranks, overwrite, resume)
     gc.collect()  # the first model is no longer needed, and its modules refer to each other
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
@@ -103,3 +105,4 @@ def _train_both(
             write_comparison(report, run / COMPARISON)
             print_table(format_comparison(report))
             logger.info("written to %s", run / COMPARISON)
+    return metrics

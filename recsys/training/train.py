@@ -93,7 +93,7 @@ def train(
     with sole_job(run, ranks, run / LOCK):
         metrics = train_locked(config, data, run, ranks, overwrite, resume)
         finish_run(run, ranks)
-    _check_best(metrics, config, data, run)
+    check_best(metrics, config, data, run)
     return metrics
 
 
@@ -194,7 +194,7 @@ def start_fresh(job: Job) -> None:
         fill_bank(job)
 
 
-def _check_best(metrics: dict[str, Any], config: Config, data: str, run: Path) -> None:
+def check_best(metrics: dict[str, Any], config: Config, data: str, run: Path) -> None:
     """Raise a ValueError on all ranks if the best model's probabilities are of no use."""
     if softmax_settings(config.ranking) is None:  # whose scores are no probabilities
         advice = (

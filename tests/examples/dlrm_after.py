@@ -27,14 +27,14 @@ from torchrec.distributed.planner import (
     ParameterConstraints,
     Topology,
 )
-from torchrec.models.dlrm import DLRM
+from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from recsys.plug_in import DLRMWithContentTrain, add_content
+from recsys.plug_in import add_content
 
 PARTS = ("dense", "sparse", "labels")
 
@@ -139,11 +139,12 @@ def main():
     dist.init_process_group("nccl" if use_cuda else "gloo")
     torch.manual_seed(0)
 
-    dlrm = add_content(build_model(args, device), "content.yaml", device)
-    train_model = DLRMWithContentTrain(dlrm)
+    dlrm = build_model(args, device)
+    train_model = add_content(DLRMTrain(dlrm), "content.yaml", device)
     model, optimizer = shard(train_model, args, device)
+    optimizer = train_model.optimizer(optimizer)
     pipeline = TrainPipelineSparseDist(model, optimizer, device, execute_all_batches=True)
-    loaders = {stage: dlrm.batches(data_loader(args, stage)) for stage in ("train", "val")}
+    loaders = {stage: train_model.batches(data_loader(args, stage)) for stage in ("train", "val")}
 
     for epoch in range(args.epochs):
         model.train()

@@ -1,5 +1,6 @@
 """Small DLRMs as users have them, with content plugged in and without."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,15 @@ def user_batches(rank: int, count: int) -> list[Batch]:
     return list(dataset)
 
 
-def shard(train_model: Any, world_size: int) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.01)
+
+
+def shard(
+    train_model: Any,
+    world_size: int,
+    dense_optimizer: Callable[[Any], torch.optim.Optimizer] = adamw,
+) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     """A user's own DMP and optimizers: Adagrad in backward for tables, AdamW for the rest."""
     tables = train_model.model.sparse_arch.parameters()
     apply_optimizer_in_backward(RowWiseAdagrad, tables, {"lr": 0.05})
@@ -114,6 +123,6 @@ def shard(train_model: Any, world_size: int) -> tuple[DistributedModelParallel, 
     )
     dense = KeyedOptimizerWrapper(
         dict(in_backward_optimizer_filter(model.named_parameters())),
-        lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+        dense_optimizer,
     )
     return model, CombinedOptimizer([model.fused_optimizer, dense])

@@ -91,13 +91,13 @@ def train(script: str, folder: Path, *arguments: str) -> list[tuple[float, float
     return [(float(loss), float(auc)) for loss, auc in found]
 
 
-def test_the_diff_changes_three_lines_besides_imports(folder: Path) -> None:
+def test_the_diff_changes_four_lines(folder: Path) -> None:
     lines = (folder / "content.diff").read_text().splitlines()
-    changed = [line for line in lines if re.match(r"[-+](?![-+])\s*\S", line)]
-    removed = [line for line in changed if line[0] == "-" and "import" not in line]
-    added = [line for line in changed if line[0] == "+" and "import" not in line]
+    added = [line for line in lines if re.match(r"\+(?!\+)\s*\S", line)]
+    removed = [line for line in lines if re.match(r"-(?!-)\s*\S", line)]
 
-    assert len(removed) == len(added) == 3
+    assert (len(added), len(removed)) == (4, 2)
+    assert "Four lines change" in README
 
 
 def test_the_diff_of_the_readme_gives_the_script_with_content(folder: Path) -> None:

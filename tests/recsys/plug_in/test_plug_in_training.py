@@ -19,8 +19,8 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from recsys.config import SamplingSettings
 from recsys.plug_in import (
-    DLRMOfItems,
-    DLRMWithContentTrain,
+    DLRMOfItemsTrain,
+    DLRMWithContent,
     add_content,
     dlrm_state,
     load_dlrm,
@@ -50,11 +50,13 @@ def users_job(kind: str) -> tuple[DistributedModelParallel, CombinedOptimizer]:
 
 def content_job(
     kind: str, folder: Path, **changed: Any
-) -> tuple[DLRMOfItems, DistributedModelParallel, CombinedOptimizer]:
+) -> tuple[DLRMOfItemsTrain, DistributedModelParallel, Any]:
     """The same script with content."""
     torch.manual_seed(0)
-    dlrm = add_content(build_dlrm(kind), plug_in_settings(folder, **changed), CPU)
-    return dlrm, *shard(DLRMWithContentTrain(dlrm), dist.get_world_size())
+    settings = plug_in_settings(folder, **changed)
+    train_model: Any = add_content(DLRMTrain(build_dlrm(kind)), settings, CPU)
+    model, optimizer = shard(train_model, dist.get_world_size())
+    return train_model, model, train_model.optimizer(optimizer)
 
 
 def train(pipeline: Any, batches: Any) -> list[Tensor]:
@@ -125,17 +127,18 @@ def plug_content_in(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     for kind in KINDS:
         dlrm, model, optimizer = content_job(kind, folder)
         names = {"model": model, "optimizer": optimizer}
-        names["dense_optimizer"] = optimizer.optimizers[-1][1]
+        users, _ = (part for _, part in optimizer.optimizers)
+        names["dense_optimizer"] = users.optimizers[-1][1]
         exec(LOADING.replace("dlrm_checkpoint", str(folder / kind)), names)
         found[kind] = {"logits": logits_of(model, dlrm.batches(user_batches(rank, 3)))}
         found[kind]["state"] = copied(dlrm_state(model, optimizer))
-        found[kind]["bank"] = dlrm.content.branch.bank.coverage()
+        found[kind]["bank"] = dlrm.model.content.branch.bank.coverage()
         found[kind] |= train_and_take_out(rank, folder / f"{kind}-trained", dlrm, model, optimizer)
     return found
 
 
 def train_and_take_out(
-    rank: int, folder: Path, dlrm: DLRMOfItems, model: Any, optimizer: Any
+    rank: int, folder: Path, dlrm: DLRMOfItemsTrain, model: Any, optimizer: Any
 ) -> dict[str, Any]:
     before = copied(model.state_dict())
     pipeline = TrainPipelineSparseDist(model, optimizer, CPU)
@@ -145,7 +148,7 @@ def train_and_take_out(
     after = model.state_dict()
     dcp.save(dlrm_state(model, optimizer), checkpoint_id=folder)
     with torch.no_grad():
-        plain = [dlrm_logits(dlrm, batch) for batch in user_batches(rank, 3)]
+        plain = [dlrm_logits(dlrm.model, batch) for batch in user_batches(rank, 3)]
     return {
         "losses": losses,
         "moved": differences(before, copied(after)),
@@ -154,7 +157,7 @@ def train_and_take_out(
     }
 
 
-def dlrm_logits(dlrm: DLRMOfItems, batch: Batch) -> Tensor:
+def dlrm_logits(dlrm: DLRMWithContent, batch: Batch) -> Tensor:
     """Those of the DLRM inside, by its own parts alone."""
     dense, sparse = dlrm.dense_arch(batch.dense_features), dlrm.sparse_arch(batch.sparse_features)
     return dlrm.over_arch(dlrm.inter_arch(dense, sparse)).squeeze(-1)
