@@ -106,6 +106,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("Makefile", "pyproject.toml", "README.md", *sources):
         (place / name).symlink_to(PROJECT / name)
     (place / "shop.yaml").write_text(blocks("yaml")[0])
+    events = next(block for block in blocks("yaml") if "histories:" in block)
+    (place / "events.yaml").write_text(events)
     media = next(block for block in blocks("yaml") if "pictures" in block)
     (place / "media.yaml").write_text(media)
     own_model = next(block for block in blocks("python") if "class TargetProducts" in block)
@@ -130,6 +132,7 @@ def test_every_command_of_the_readme_runs(folder: Path) -> None:
 def test_every_recipe_the_readme_names_exists_and_every_recipe_is_named() -> None:
     named = set(re.findall(r"`(\w+\.yaml)`", README)) - {
         "shop.yaml",
+        "events.yaml",
         "media.yaml",
         "schema.yaml",
         "config.yaml",

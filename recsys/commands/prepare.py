@@ -31,6 +31,24 @@ def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
     source.add_argument("--history_length", type=int, default=20, help="longest history of a row")
     sources.add_subcommand("movielens", source, help=source.description)
 
+    source = Parser(description="Write a dataset of event logs, as an events.yaml describes it.")
+    source.add_argument("--config", type=Path, required=True, help="events.yaml with the settings")
+    source.add_argument("--out", type=Path, required=True, help="folder of the dataset to write")
+    source.add_argument(
+        "--source", type=Path | None, help="folder of the logs; default: that of events.yaml"
+    )
+    source.add_argument("--memory", type=str | None, help="most memory of DuckDB, such as 4GB")
+    source.add_argument(
+        "--engine",
+        type=Literal["duckdb", "spark"],
+        default="duckdb",
+        help="duckdb: this machine; spark: needs PySpark and Java 17",
+    )
+    source.add_argument(
+        "--spark_master", type=str, default="local[*]", help="address of the Spark cluster"
+    )
+    sources.add_subcommand("events", source, help=source.description)
+
     source = Parser(description="Write the maps of raw ids for columns with an exact vocabulary.")
     add_data_option(source)
     sources.add_subcommand("vocabulary", source, help=source.description)
@@ -39,10 +57,18 @@ def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
 def run(arguments: Namespace) -> None:
     """Make the dataset, or the maps."""
     chosen = arguments[arguments.subcommand]
-    if arguments.subcommand == "vocabulary":
-        _prepare_vocabulary(chosen)
-    else:
-        _prepare_movielens(chosen)
+    sources = {"events": _prepare_events, "movielens": _prepare_movielens}
+    sources.get(arguments.subcommand, _prepare_vocabulary)(chosen)
+
+
+def _prepare_events(chosen: Namespace) -> None:
+    from recsys.data.events.prepare import format_report, prepare_events
+    from recsys.distributed.log import print_table
+
+    master = chosen.spark_master if chosen.engine == "spark" else None
+    report = prepare_events(chosen.config, chosen.out, chosen.source, chosen.memory, master)
+    print_table(format_report(report))
+    logger.info("written to %s", chosen.out)
 
 
 def _prepare_movielens(chosen: Namespace) -> None:

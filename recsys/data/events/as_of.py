@@ -1,0 +1,122 @@
+"""What was known at a sample's moment: positions of cuts among sorted events.
+
+A stream is sorted by key (a user, an item) and time, and holds samples and events. Per key, the
+events before a moment are a prefix, which one binary search locates: so a history is a slice, and
+a count the difference of two positions, whatever the number of events.
+
+Shapes: N rows of a chunk, E events of them that match, S samples of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+def whole_keys(batches: Iterable[pa.RecordBatch], keys: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield chunks of sorted batches that cut no key in two."""
+    pending: list[pa.RecordBatch] = []
+    for batch in batches:
+        if not batch.num_rows:
+            continue
+        start = int(np.flatnonzero(_starts(batch, keys))[-1])
+        if start:
+            pending.append(batch.slice(0, start))
+        elif pending and _agree(pending[-1], batch, keys):
+            pending.append(batch)
+            continue
+        if pending:
+            yield pa.Table.from_batches(pending).combine_chunks()
+        pending = [batch.slice(start)]
+    if pending:
+        yield pa.Table.from_batches(pending).combine_chunks()
+
+
+def _starts(
+    batch: pa.RecordBatch | pa.Table,
+    keys: Sequence[str],
+) -> np.ndarray:  # bool [N]
+    """Mark the rows at which a key begins."""
+    starts = np.zeros(batch.num_rows, bool)
+    starts[:1] = True
+    for key in keys:
+        values = batch.column(key)
+        changes = pc.not_equal(values.slice(1), values.slice(0, batch.num_rows - 1))
+        starts[1:] |= np.asarray(changes)
+    return starts
+
+
+def key_numbers(
+    chunk: pa.Table,  # [N]
+    keys: Sequence[str],
+) -> np.ndarray:  # int64 [N]
+    """Return the number of each row's key: 0, 1, 2 ... in their order."""
+    return np.cumsum(_starts(chunk, keys)) - 1
+
+
+def _agree(left: pa.RecordBatch, right: pa.RecordBatch, keys: Sequence[str]) -> bool:
+    """Return whether the last row of one batch and the first of another have the same key."""
+    return all(left.column(key)[-1].as_py() == right.column(key)[0].as_py() for key in keys)
+
+
+class Moments:
+    """Samples and events of whole keys, sorted by key and time.
+
+    Args:
+        chunk: table with the keys and `ts`.
+        keys: its key columns, without nulls.
+        samples: bool [N], which rows are samples; the others are events.
+    """
+
+    def __init__(self, chunk: pa.Table, keys: Sequence[str], samples: np.ndarray) -> None:
+        """Rank the times."""
+        self._key = key_numbers(chunk, keys)  # [N]
+        time = chunk["ts"].to_numpy()
+        self._times = np.unique(time)
+        self._place = self._key * (len(self._times) + 1) + np.searchsorted(self._times, time)
+        self._time, self._sample_key = time[samples], self._key[samples]  # [S]
+
+    def events_before(
+        self,
+        events: np.ndarray,  # int64 [E], rows, ascending
+        delay: int,
+    ) -> np.ndarray:  # int64 [S]
+        """Return the number of events, of this and earlier keys, before each sample's cut.
+
+        The cut is `delay` microseconds before the sample; an event at the cut is not before it.
+        """
+        rank = np.searchsorted(self._times, self._time - delay)
+        place = self._sample_key * (len(self._times) + 1) + rank
+        return np.searchsorted(self._place[events], place)
+
+    def events_of_earlier_keys(
+        self,
+        events: np.ndarray,  # int64 [E]
+    ) -> np.ndarray:  # int64 [S]
+        """Return the number of events whose key comes before the sample's."""
+        return np.searchsorted(self._key[events], self._sample_key)
+
+    def window(
+        self,
+        events: np.ndarray,  # int64 [E], rows, ascending
+        delay: int,
+        within: int | None,
+    ) -> tuple[np.ndarray, np.ndarray]:  # int64 [S] each
+        """Return begin and end of each sample's events in `[cut - within, cut)` of its key."""
+        end = self.events_before(events, delay)
+        if within is None:
+            return self.events_of_earlier_keys(events), end
+        return self.events_before(events, delay + within), end
+
+
+def slices(
+    begin: np.ndarray,  # int64 [S]
+    end: np.ndarray,  # int64 [S]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places of all slices one after another, and offsets int64 [S + 1]."""
+    lengths = end - begin
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], lengths), offsets

@@ -1,0 +1,135 @@
+"""One machine as an engine: DuckDB, with stages as Parquet files until the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys.data.events.engines.base import ROWS_PER_BATCH, ROWS_PER_GROUP, BatchFunction
+from recsys.data.events.files.reader import Reader
+
+
+class DuckDBEngine:
+    """One machine: DuckDB sorts, joins and spills to disk; functions run in this process.
+
+    Args:
+        work: folder of the stages; the caller removes it.
+        memory: most memory that DuckDB takes, such as 4GB; None: 80 % of the machine's.
+
+    Raises:
+        ValueError: DuckDB cannot go on, such as on a full disk.
+    """
+
+    unnest = "unnest"
+
+    def __init__(self, work: Path, memory: str | None = None) -> None:
+        """Start an empty database in memory."""
+        work.mkdir(parents=True, exist_ok=True)
+        self.work = work
+        with self._explained():
+            self._duckdb = duckdb.connect(
+                config={
+                    "temp_directory": str(work / "spilled"),
+                    "preserve_insertion_order": False,
+                    **({} if memory is None else {"memory_limit": memory}),
+                }
+            )
+
+    def close(self) -> None:
+        """Release the memory."""
+        self._duckdb.close()
+
+    def add_files(self, name: str, readers: list[Reader]) -> None:
+        """Read the files of tables with the same columns as a stage."""
+        batches = (
+            batch for reader in readers for task in reader.tasks for batch in reader.read(task)
+        )
+        self._add_batches(name, batches, readers[0].schema)
+
+    def add(self, name: str, query: str) -> None:
+        """Make a stage of a query's result."""
+        file = self._new_file(name)
+        with self._explained():
+            self._duckdb.execute(
+                f"COPY ({query}) TO '{file}' (FORMAT parquet, COMPRESSION lz4_raw)"
+            )
+        self._add_view(name)
+
+    def view(self, name: str, query: str) -> None:
+        """Name a query, to be run wherever the name is used."""
+        with self._explained():
+            self._duckdb.execute(f"CREATE VIEW {name} AS {query}")
+
+    def add_mapped(
+        self,
+        name: str,
+        query: str,
+        by: list[str],
+        order: list[str],
+        map_batches: BatchFunction,
+        schema: pa.Schema,
+    ) -> None:
+        """Make a stage of a function over the query's result, sorted by `by` and `order`."""
+        ordered = f"SELECT * FROM ({query}) ORDER BY {', '.join([*by, *order])}"
+        self._add_batches(name, map_batches(self._batches(ordered)), schema)
+
+    def table(self, query: str) -> pa.Table:
+        """Return a small result."""
+        with self._explained():
+            return self._duckdb.sql(query).to_arrow_table()
+
+    def write(self, query: str, folder: Path, rows_per_group: int = ROWS_PER_GROUP) -> int:
+        """Write a result as a Parquet file, in its order; return the number of rows."""
+        folder.mkdir(parents=True)
+        rows, batches = 0, self._batches(query, 16 * rows_per_group)
+        first = next(batches, None)
+        if first is None:
+            return 0
+        path = folder / "part-00000.parquet"
+        with (
+            self._explained(),
+            pq.ParquetWriter(
+                path, first.schema, compression="zstd", write_page_checksum=True
+            ) as writer,
+        ):
+            for batch in chain([first], batches):
+                rows += batch.num_rows
+                writer.write_batch(batch, row_group_size=rows_per_group)
+        return rows
+
+    def _add_batches(self, name: str, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
+        file = self._new_file(name)
+        with self._explained(), pq.ParquetWriter(file, schema, compression="lz4") as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        self._add_view(name)
+
+    def _new_file(self, name: str) -> Path:
+        (self.work / name).mkdir()
+        return self.work / name / "part-00000.parquet"
+
+    def _add_view(self, name: str) -> None:
+        file = self.work / name / "part-00000.parquet"
+        self.view(name, f"SELECT * FROM read_parquet('{file}')")
+
+    def _batches(self, query: str, rows: int = ROWS_PER_BATCH) -> Iterator[pa.RecordBatch]:
+        """Yield a result in order, while DuckDB works on the rest."""
+        with self._explained():
+            yield from self._duckdb.sql(query).to_arrow_reader(rows)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Raise what disk and memory refuse as a ValueError that names the folder."""
+        try:
+            yield
+        except (duckdb.IOException, duckdb.OutOfMemoryException, OSError) as error:
+            raise ValueError(
+                f"{self.work}: cannot go on ({str(error).splitlines()[0]}); free disk space "
+                "there, or set --memory to what this machine has"
+            ) from error

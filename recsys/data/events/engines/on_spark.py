@@ -1,0 +1,149 @@
+"""Spark as an engine, local or a cluster: the same SQL, the same Arrow functions.
+
+The stages and the dataset lie in folders that the driver and all executors share. Executors need
+this package installed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from recsys.data.events.engines.base import ROWS_PER_BATCH, ROWS_PER_GROUP, BatchFunction
+from recsys.data.events.files.reader import Reader
+
+SETTINGS = {
+    "spark.sql.ansi.enabled": "true",
+    "spark.sql.ansi.doubleQuotedIdentifiers": "true",
+    "spark.sql.execution.arrow.maxRecordsPerBatch": str(ROWS_PER_BATCH),
+    "spark.ui.enabled": "false",
+    "spark.ui.showConsoleProgress": "false",
+}
+
+
+class SparkEngine:
+    """A Spark session.
+
+    Args:
+        work: folder of the stages; the caller removes it.
+        master: address such as local[2], spark://host:7077 or yarn.
+
+    Raises:
+        ValueError: PySpark is not installed, or Spark does not start.
+    """
+
+    unnest = "explode"
+
+    def __init__(self, work: Path, master: str) -> None:
+        """Start a session."""
+        try:
+            from pyspark.sql import SparkSession
+        except ImportError as error:
+            raise ValueError(
+                "--engine spark needs PySpark; install recsys-em3[spark], and Java 17"
+            ) from error
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+        builder = SparkSession.builder.master(master).appName("recsys prepare events")
+        if master.startswith("local"):
+            os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+            builder = builder.config("spark.driver.host", "127.0.0.1")
+            # As many tasks as a cluster has would spend their time in starting.
+            builder = builder.config("spark.sql.shuffle.partitions", 2 * (os.cpu_count() or 1))
+        for name, value in SETTINGS.items():
+            builder = builder.config(name, value)
+        try:
+            self._spark = builder.getOrCreate()
+        except Exception as error:
+            first = str(error).splitlines()[:1]
+            raise ValueError(
+                f"--spark_master {master}: Spark does not start {first}; is Java 17 installed?"
+            ) from error
+        self._work = work
+
+    def close(self) -> None:
+        """End the session."""
+        self._spark.stop()
+
+    def add_files(self, name: str, readers: list[Reader]) -> None:
+        """Read the files of tables with the same columns as a stage."""
+        tasks = [
+            (number, place) for number, of in enumerate(readers) for place in range(len(of.tasks))
+        ]
+
+        def read(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            for batch in batches:
+                for row in batch.to_pylist():
+                    reader = readers[row["reader"]]
+                    yield from reader.read(reader.tasks[row["task"]])
+
+        parts = min(len(tasks), 10 * self._spark.sparkContext.defaultParallelism)
+        frame = self._spark.createDataFrame(tasks, "reader int, task int").repartition(parts)
+        self._save(name, frame.mapInArrow(read, self._schema(readers[0].schema)))
+
+    def add(self, name: str, query: str) -> None:
+        """Make a stage of a query's result."""
+        self._save(name, self._spark.sql(query))
+
+    def view(self, name: str, query: str) -> None:
+        """Name a query, to be run wherever the name is used."""
+        self._spark.sql(query).createOrReplaceTempView(name)
+
+    def add_mapped(
+        self,
+        name: str,
+        query: str,
+        by: list[str],
+        order: list[str],
+        map_batches: BatchFunction,
+        schema: pa.Schema,
+    ) -> None:
+        """Make a stage of a function over the query's result, sorted by `by` and `order`."""
+        frame = self._spark.sql(query).repartition(*by).sortWithinPartitions(*by, *order)
+        self._save(name, frame.mapInArrow(map_batches, self._schema(schema)))
+
+    def table(self, query: str) -> pa.Table:
+        """Return a small result."""
+        with _explained():
+            return self._spark.sql(query).toArrow()
+
+    def write(self, query: str, folder: Path, rows_per_group: int = ROWS_PER_GROUP) -> int:
+        """Write a result as Parquet files, in its order; return the number of rows."""
+        frame = self._spark.sql(query)
+        options = {"compression": "zstd", "parquet.block.row.count.limit": str(rows_per_group)}
+        url = f"file://{folder}"
+        with _explained():
+            frame.write.options(**options).parquet(url)
+            return int(self._spark.read.parquet(url).count())
+
+    def _save(self, name: str, frame: Any) -> None:
+        folder = f"file://{self._work / name}"
+        with _explained():
+            frame.write.parquet(folder)
+            self._spark.read.parquet(folder).createOrReplaceTempView(name)
+
+    @staticmethod
+    def _schema(schema: pa.Schema) -> Any:
+        from pyspark.sql.pandas.types import from_arrow_schema
+
+        return from_arrow_schema(schema)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Raise what Spark reports as a ValueError: that of a function in an executor, or its own."""
+    from py4j.protocol import Py4JJavaError
+    from pyspark.errors import PySparkException
+
+    try:
+        yield
+    except (PySparkException, Py4JJavaError) as error:
+        own = re.findall(r"^ValueError: (.*)", str(error), re.MULTILINE)
+        own += [f"Spark cannot go on: {line}" for line in str(error).splitlines()[:1]]
+        raise ValueError(own[0]) from error

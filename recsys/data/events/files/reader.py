@@ -1,0 +1,199 @@
+"""Reads the files of a table as Arrow batches with canonical names and types.
+
+A task is a row group of a Parquet file, or a CSV file. Each is read alone, so that engines may
+read them anywhere, and every error names file and column.
+
+Shapes: N rows of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+
+from recsys.data.events.files.columns import (
+    Field,
+    canonical,
+    canonical_type,
+    column_values,
+    columns_in_files,
+    partition_array,
+)
+from recsys.data.events.files.csv_rows import check_columns, csv_batches
+from recsys.data.events.settings import Source
+from recsys.data.filesystem import Location
+from recsys.data.parquet.file import READ_ERRORS, open_parquet
+
+ROWS_PER_BATCH = 1 << 16
+ENDINGS = (".parquet", ".csv", ".csv.gz", ".tsv", ".dat")
+FILE_BITS = 36  # a row's position is its file's number, shifted by this, and its row in the file
+
+ReadTask = tuple[int, str, int, int]  # number of the file, its URL, row group (-1: all), first row
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Files of one table, read task by task; see `open_source`.
+
+    Example::
+
+        reader = open_source("events", source, fields)
+        for task in reader.tasks:
+            for batch in reader.read(task):
+                ...
+    """
+
+    name: str
+    source: Source
+    fields: list[Field]
+    schema: pa.Schema  # position, then the fields
+    tasks: list[ReadTask]
+    roots: list[str]
+
+    def read(self, task: ReadTask) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of a task.
+
+        Raises:
+            ValueError: the file cannot be read, lacks a column, or has one of another type.
+        """
+        number, url, group, first = task
+        file = Location.of(url)
+        position = (number << FILE_BITS) + first
+        parts = _partition_values(self.roots, url)
+        for batch in self._batches(file, group, parts):
+            arrays = [pa.array(np.arange(position, position + batch.num_rows))]
+            for field, wanted in zip(self.fields, list(self.schema)[1:], strict=True):
+                if field.kind == "missing":
+                    arrays.append(pa.nulls(batch.num_rows, wanted.type))
+                    continue
+                values = column_values(batch, field, parts)
+                arrays.append(canonical(values, field, self.source, wanted.type, file))
+            yield pa.record_batch(arrays, schema=self.schema)
+            position += batch.num_rows
+
+    def completed(self, types: dict[str, pa.DataType]) -> Reader:
+        """Return this reader with exactly the named columns; those it lacks are null.
+
+        Raises:
+            ValueError: a column has another type here.
+        """
+        own = {field.name: field for field in self.fields}
+        for name, kind in types.items():
+            if name in own and self.schema.field(name).type != kind:
+                raise ValueError(
+                    f"{self.tasks[0][1]}: column '{own[name].column}' has type "
+                    f"{self.schema.field(name).type}, but {kind} in another table; write one type"
+                )
+        fields = [own.get(name, Field(name, "", "missing")) for name in types]
+        schema = pa.schema([("position", pa.int64()), *types.items()])
+        return replace(self, fields=fields, schema=schema)
+
+    def _batches(
+        self, file: Location, group: int, parts: dict[str, str]
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield rows as they are in the file."""
+        columns = columns_in_files(self.fields, parts)
+        if group < 0:
+            types = {
+                field.column: wanted.type
+                for field, wanted in zip(self.fields, list(self.schema)[1:], strict=True)
+                if field.kind in ("id", "number") and field.column in columns
+            }
+            yield from csv_batches(file, self.source, columns, types)
+            return
+        with open_parquet(file) as parquet:
+            check_columns(file, parquet.schema_arrow.names, columns)
+            try:
+                if columns:
+                    yield from parquet.iter_batches(
+                        ROWS_PER_BATCH, row_groups=[group], columns=columns
+                    )
+            except READ_ERRORS as error:
+                raise ValueError(
+                    f"{file}: row group {group} cannot be read ({error}); write the file again"
+                ) from error
+
+
+def open_source(name: str, source: Source, fields: list[Field], first_file: int = 0) -> Reader:
+    """List the files of a table and decide the types of its columns by the first file.
+
+    Args:
+        name: of the table, for errors.
+        source: its files.
+        fields: columns to read.
+        first_file: number of its first file among those of all tables, for positions.
+
+    Raises:
+        ValueError: there is no file, or the first file cannot be read or lacks a column.
+    """
+    paths = [source.path] if isinstance(source.path, str) else source.path
+    roots = [Location.of(path) for path in paths]
+    files = [file for root in roots for file in _files(name, root)]
+    tasks: list[ReadTask] = []
+    for number, file in enumerate(files, first_file):
+        if not file.path.endswith(".parquet"):
+            tasks.append((number, str(file), -1, 0))
+            continue
+        first = 0
+        with open_parquet(file) as parquet:
+            for group in range(parquet.num_row_groups):
+                tasks.append((number, str(file), group, first))
+                first += parquet.metadata.row_group(group).num_rows
+    if not tasks:
+        raise ValueError(f"{files[0]}: no rows; write the {name} into it")
+    schema = _schema(source, fields, [str(root) for root in roots], files[0])
+    return Reader(name, source, fields, schema, tasks, [str(root) for root in roots])
+
+
+def _files(name: str, root: Location) -> list[Location]:
+    """Return the data files at and under a path, by name."""
+    if root.filesystem.isfile(root.path):
+        if not root.path.endswith(ENDINGS):
+            raise ValueError(f"{root}: none of {', '.join(ENDINGS)}; rename or convert it")
+        return [root]
+    if not root.exists():
+        raise ValueError(f"{root}: no such file or folder; correct the path of '{name}'")
+    files = [
+        Location(root.filesystem, path)
+        for path in sorted(root.filesystem.find(root.path))
+        if path.endswith(ENDINGS)
+        and not any(part.startswith((".", "_")) for part in path[len(root.path) :].split("/"))
+    ]
+    if not files:
+        raise ValueError(f"{root}: no .parquet or .csv files in it; correct the path of '{name}'")
+    return files
+
+
+def _partition_values(roots: list[str], url: str) -> dict[str, str]:
+    """Return the values of `key=value/` folders between a root and a file."""
+    root = max((root for root in roots if url.startswith(root)), key=len)
+    folders = url[len(root) :].split("/")[:-1]
+    return dict(part.split("=", 1) for part in folders if "=" in part)
+
+
+def _schema(source: Source, fields: list[Field], roots: list[str], file: Location) -> pa.Schema:
+    """Return the canonical types, by the values of the first file."""
+    parts = _partition_values(roots, str(file))
+    columns = columns_in_files(fields, parts)
+    if file.path.endswith(".parquet"):
+        with open_parquet(file) as parquet:
+            check_columns(file, parquet.schema_arrow.names, columns)
+            sample = parquet.schema_arrow.empty_table()
+    else:
+        batch = next(csv_batches(file, source, columns, {}), None)
+        if batch is None:
+            raise ValueError(f"{file}: no rows; write some or remove the file")
+        sample = pa.Table.from_batches([batch])
+    types = [("position", pa.int64())]
+    for field in fields:
+        if field.constant is not None:
+            kind = pa.string()
+        elif field.column in parts:
+            kind = partition_array(parts[field.column], 1).type
+        else:
+            kind = sample.schema.field(field.column).type
+        types.append((field.name, canonical_type(kind, field, file)))
+    return pa.schema(types)

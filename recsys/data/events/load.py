@@ -1,0 +1,195 @@
+"""Reads and checks an `events.yaml`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from jsonargparse import ArgumentParser
+
+from recsys.config.plain_yaml import load_plain_yaml
+from recsys.data.events.settings import EventsConfig, EventTable, Source
+from recsys.data.events.signals import IMPRESSION, event_columns, literal
+from recsys.data.events.times import duration, moment
+
+# Where a word may stand for a mapping of one key, and where for a list.
+SHORT = {
+    **{f"/{table}/*": "kind" for table in ("context", "items/columns", "users/columns")},
+    "/histories/*/parallel/*": "column",
+}
+LISTS = (
+    *("/rows", "/labels/*/action", "/histories/*/actions"),
+    *("/counts/*/of", "/counts/*/actions", "/counts/*/per"),
+)
+
+
+def load_events_config(path: Path, data: Path | None = None) -> EventsConfig:
+    """Read the settings.
+
+    Args:
+        path: an events.yaml.
+        data: folder of the relative paths in it; None: its own.
+
+    Raises:
+        ValueError: the file is missing, has an unknown key, or its parts do not fit together.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; name an events.yaml")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(EventsConfig, None)
+    try:
+        content = load_plain_yaml(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it must be a mapping with events and labels")
+        namespace = parser.instantiate(parser.parse_object(_written_out(content)))
+        config = EventsConfig(**{part.name: namespace[part.name] for part in fields(EventsConfig)})
+        for source in _sources(config):
+            _resolve(source, path.parent if data is None else data)
+        check_events_config(config)
+    except Exception as error:
+        raise ValueError(f"{path}: {error}") from error
+    return config
+
+
+def _written_out(content: Any, path: tuple[str, ...] = ()) -> Any:
+    """Return YAML with words written out where mappings or lists are expected."""
+    if isinstance(content, dict):
+        content = {name: _written_out(part, (*path, str(name))) for name, part in content.items()}
+    if isinstance(content, str):
+        here = PurePosixPath("/", *path)
+        if any(here.match(place) for place in LISTS):
+            return [content]
+        return next(({key: content} for place, key in SHORT.items() if here.match(place)), content)
+    return content
+
+
+def _sources(config: EventsConfig) -> Iterator[Source]:
+    yield from config.events.values()
+    yield from (of for of in (config.impressions, config.items, config.users) if of is not None)
+
+
+def _resolve(source: Source, folder: Path) -> None:
+    """Make relative paths absolute, in place."""
+    paths = [source.path] if isinstance(source.path, str) else source.path
+    source.path = [path if "://" in path else str((folder / path).resolve()) for path in paths]
+
+
+def check_events_config(config: EventsConfig) -> None:
+    """Raise a ValueError where settings do not fit together."""
+    for required in ("events", "labels"):
+        if not getattr(config, required):
+            raise ValueError(f"{required}: empty; name at least one")
+    if IMPRESSION in config.events:
+        raise ValueError(f"events: '{IMPRESSION}' is the action of impressions; rename the table")
+    for source in _sources(config):
+        try:
+            ZoneInfo(source.time_zone)
+        except Exception as error:
+            raise ValueError(
+                f"time_zone '{source.time_zone}' is not known; write such as Europe/Berlin"
+            ) from error
+    _check_names(config)
+    _check_columns(config)
+    _check_labels(config)
+    _check_past(config)
+    _check_split(config)
+    if config.drop.later_than is not None:
+        moment(config.drop.later_than, "UTC")
+    if config.rows is not None and config.impressions is not None:
+        raise ValueError("rows: impressions are the rows; take one of both out")
+    if config.negatives is not None:
+        if config.impressions is not None:
+            raise ValueError("negatives: impressions have negatives already; take one of both out")
+        if config.negatives.per_positive < 1:
+            raise ValueError("negatives: per_positive must be at least 1")
+
+
+def _check_names(config: EventsConfig) -> None:
+    """Require that columns of the dataset have distinct names."""
+    tables = [table.columns for table in (config.items, config.users) if table is not None]
+    groups: list[Mapping[str, Any]]
+    groups = [config.context, *tables, config.labels, config.counts, config.histories]
+    groups += [history.parallel for history in config.histories.values()]
+    names = [config.output.user, config.output.item, config.output.time]
+    names += [name for group in groups for name in group]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"'{name}' names two columns of the dataset; rename one")
+    known = {*names, config.output.user, config.output.item}
+    for name in config.vocabulary.min_count:
+        if name not in known:
+            raise ValueError(f"vocabulary: min_count of '{name}', which is no id column")
+
+
+def _check_columns(config: EventsConfig) -> None:
+    """Require that a table declares each column that something uses."""
+    rows: list[EventTable] = (
+        list(config.events.values()) if config.impressions is None else [config.impressions]
+    )
+    of_rows = {name for table in rows for name in table.columns}
+    of_events = {name for table in config.events.values() for name in table.columns}
+    wanted = dict.fromkeys(config.context, "context")
+    wanted |= {label.column: "labels" for label in config.labels.values() if label.column}
+    for name, user in wanted.items():
+        if name not in of_rows:
+            raise ValueError(f"{user}: column '{name}' is in the `columns` of no table of rows")
+    for name in event_columns(config):
+        if name not in wanted and name not in of_events:
+            raise ValueError(f"parallel: column '{name}' is in `columns` of no event or item table")
+
+
+def _check_labels(config: EventsConfig) -> None:
+    for name, label in config.labels.items():
+        if (label.action is None) == (label.column is None):
+            raise ValueError(f"labels: '{name}' needs either action or column")
+        if label.within is not None and duration(label.within) is None:
+            raise ValueError(f"labels: '{name}': within needs a duration such as 7d")
+        if label.action is not None and label.within is None and config.impressions is not None:
+            raise ValueError(f"labels: '{name}' of impressions needs within, such as 7d")
+        for action in label.action or ():
+            literal(action)
+
+
+def _check_past(config: EventsConfig) -> None:
+    """Check histories and counts."""
+    for name, history in config.histories.items():
+        duration(history.delay)
+        if history.length < 1:
+            raise ValueError(f"histories: '{name}': length is {history.length}; set at least 1")
+        for parallel, of in history.parallel.items():
+            if of.column == "action" and config.vocabulary.kind == "rows":
+                raise ValueError(f"parallel: '{parallel}': actions are no rows; leave it out")
+    ids = config.items.columns if config.items is not None else {}
+    for name, count in config.counts.items():
+        duration(count.delay), duration(count.within)
+        for key in count.of:
+            if key not in ("user", "item") and not (key in ids and ids[key].kind == "id"):
+                raise ValueError(
+                    f"counts: '{name}': of '{key}'; name user, item or an id column of the items"
+                )
+        if not count.of:
+            raise ValueError(f"counts: '{name}': of is empty; name user, item or both")
+
+
+def _check_split(config: EventsConfig) -> None:
+    split = config.split
+    if split.by == "windows":
+        if not 1 <= split.windows <= 8:
+            raise ValueError(f"split: windows is {split.windows}; set 1 to 8")
+        return
+    if not 2 <= len(split.at) <= (2 if split.by == "user" else 3):
+        raise ValueError(
+            f"split: at has {len(split.at)} values; write the two at which train and valid end"
+        )
+    if split.by == "dates":
+        cuts: list[float] = [moment(str(day), "UTC") for day in split.at]
+    else:
+        if not all(isinstance(share, float | int) and 0 < share <= 1 for share in split.at):
+            raise ValueError(f"split: at is {split.at}; write shares between 0 and 1")
+        cuts = [float(share) for share in split.at]
+    if any(late <= early for early, late in pairwise(cuts)):
+        raise ValueError(f"split: at is {split.at}; write it in ascending order")

@@ -1,0 +1,1 @@
+"""Writes datasets of complete samples."""

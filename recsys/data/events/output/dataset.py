@@ -1,0 +1,127 @@
+"""Writes datasets of the stage `complete`: splits, items, vocabularies and `schema.yaml`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys.data.events.engines.base import Engine
+from recsys.data.events.output.schema_file import schema_text
+from recsys.data.events.output.vocabularies import write_vocabularies
+from recsys.data.events.settings import EventsConfig
+from recsys.data.events.signals import quoted
+from recsys.data.events.snapshots import FOREVER
+from recsys.data.events.splits import SPLITS
+from recsys.data.events.times import MICROS
+from recsys.data.item_parts import COLD_BELOW
+
+ITEMS_PER_GROUP = 1024  # small, since a row may hold pictures
+
+
+def write_dataset(
+    engine: Engine,
+    config: EventsConfig,
+    conditions: dict[str, str],
+    root: Path,
+    dataset: str,
+    lists: dict[str, pa.DataType],
+) -> dict[str, dict[str, Any]]:
+    """Write a dataset; `schema.yaml` is its last file.
+
+    Args:
+        engine: has the stages `complete`, `signals` and, if there are items, `item_snapshots`.
+        config: the settings.
+        conditions: SQL of each split.
+        root: folder of the datasets.
+        dataset: name of its folder there; empty: the root itself.
+        lists: types of the histories and the lists beside them, by name.
+
+    Returns:
+        Figures of each split; see `_figures`.
+
+    Raises:
+        ValueError: a split has no rows.
+    """
+    folder = root / dataset
+    columns = output_columns(config)
+    selected = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in columns.items())
+    for split in SPLITS:
+        rows = engine.write(
+            f"SELECT {selected} FROM complete WHERE {conditions[split]} "
+            "ORDER BY ts, uid, iid, position",
+            folder / split,
+        )
+        if not rows:
+            raise ValueError(
+                f"split: {split}{dataset and f' of {dataset}'} has no rows; choose other cuts than "
+                f"{config.split.at} by {config.split.by}"
+            )
+    train = conditions["train"]
+    _write_item_counts(engine, config, train, folder)
+    if config.items is not None:
+        _write_items(engine, config, folder / "items")
+    sizes = write_vocabularies(engine, config, train, folder)
+    (folder / "schema.yaml").write_text(schema_text(config, sizes, lists))
+    return {split: _figures(engine, config, train, conditions[split]) for split in SPLITS}
+
+
+def output_columns(config: EventsConfig) -> dict[str, str]:
+    """Return SQL of each column of a split, by its name."""
+    output, unit = config.output, MICROS[config.output.time_unit]
+    columns = {output.user: "uid", output.item: "iid"}
+    for name, history in config.histories.items():
+        columns |= {each: quoted(f"h_{each}") for each in (name, *history.parallel)}
+    for name, feature in config.features.items():
+        own = quoted(f"c_{name}")
+        columns[name] = f"CAST({own} AS FLOAT)" if feature.kind == "dense" else own
+    columns |= {name: f"CAST({quoted(f'n_{name}')} AS FLOAT)" for name in config.counts}
+    columns |= {name: f"CAST({quoted(f'l_{name}')} AS FLOAT)" for name in config.labels}
+    columns[output.time] = f"CAST((ts - ts % {unit}) / {unit} AS BIGINT)"
+    return columns
+
+
+def _write_item_counts(engine: Engine, config: EventsConfig, train: str, folder: Path) -> None:
+    """Write the number of training rows of each item that has any."""
+    counts = engine.table(
+        f"SELECT iid AS {quoted(config.output.item)}, count(*) AS train_rows FROM complete "
+        f"WHERE {train} GROUP BY iid ORDER BY iid"
+    )
+    pq.write_table(counts, folder / "item_counts.parquet")
+
+
+def _write_items(engine: Engine, config: EventsConfig, folder: Path) -> None:
+    """Write the last snapshot of each item."""
+    assert config.items is not None
+    content = "".join(f", {quoted(f't_{name}')} AS {quoted(name)}" for name in config.items.content)
+    engine.write(
+        f"SELECT id AS {quoted(config.output.item)}{content} FROM item_snapshots "
+        f"WHERE valid_until = {FOREVER} ORDER BY id",
+        folder,
+        ITEMS_PER_GROUP,
+    )
+
+
+def _figures(engine: Engine, config: EventsConfig, train: str, split: str) -> dict[str, Any]:
+    """Return rows, positive (share by the first label), users, and shares of new and cold ones.
+
+    new_users: rows by users without a training row; cold, unseen: rows whose item has few and no
+    training rows.
+    """
+    label = quoted(f"l_{next(iter(config.labels))}")
+    users = f"SELECT uid, count(*) AS n FROM complete WHERE {train} GROUP BY uid"
+    items = f"SELECT iid, count(*) AS n FROM complete WHERE {train} GROUP BY iid"
+    table = engine.table(
+        f"SELECT count(*) AS rows, avg({label}) AS positive, count(DISTINCT s.uid) AS users, "
+        "avg(CASE WHEN u.n IS NULL THEN 1.0 ELSE 0.0 END) AS new_users, "
+        f"avg(CASE WHEN coalesce(i.n, 0) < {COLD_BELOW} THEN 1.0 ELSE 0.0 END) AS cold, "
+        "avg(CASE WHEN i.n IS NULL THEN 1.0 ELSE 0.0 END) AS unseen "
+        f"FROM (SELECT * FROM complete WHERE {split}) s "
+        f"LEFT JOIN ({users}) u ON s.uid = u.uid LEFT JOIN ({items}) i ON s.iid = i.iid"
+    )
+    row = table.to_pylist()[0]
+    return {
+        name: value if name in ("rows", "users") else float(value) for name, value in row.items()
+    }

@@ -1,0 +1,57 @@
+"""Writes `schema.yaml` of a dataset made of events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import yaml
+
+from recsys.data.events.output.vocabularies import action_lists
+from recsys.data.events.settings import EventsConfig
+
+
+def schema_text(config: EventsConfig, sizes: dict[str, int], lists: dict[str, pa.DataType]) -> str:
+    """Return the text of `schema.yaml`.
+
+    The first history is the sequence. Other histories, and lists of ids beside any, are bags; lists
+    of numbers beside other histories are in the files only.
+
+    Args:
+        config: the settings.
+        sizes: rows of each id table.
+        lists: types of the histories and the lists beside them, by name.
+    """
+    output = config.output
+    columns = {name: _id(config, "id", sizes[name]) for name in (output.user, output.item)}
+    for place, (name, history) in enumerate(config.histories.items()):
+        numbers = [
+            each for each in history.parallel if pa.types.is_floating(lists[each].value_type)
+        ]
+        if place:
+            columns[name] = _id(config, "ids", sizes[name])
+        else:
+            columns[name] = {"kind": "sequence", "shares": output.item, "parallel": numbers}
+        for each in history.parallel:
+            if each in action_lists(config):
+                columns[each] = _id(config, "ids", sizes[each])
+            elif each not in numbers:
+                columns[each] = {"kind": "ids", "shares": history.parallel[each].column}
+    for name, feature in config.features.items():
+        is_id = feature.kind != "dense"
+        columns[name] = _id(config, feature.kind, sizes[name]) if is_id else {"kind": "dense"}
+    columns |= {name: {"kind": "dense"} for name in config.counts}
+    columns |= {name: {"kind": "label"} for name in config.labels}
+    schema: dict[str, Any] = {"target_item": output.item, "group": output.user, "columns": columns}
+    if config.items is not None:
+        content = {name: {"kind": kind} for name, kind in config.items.content.items()}
+        schema["items"] = {"id": output.item, "columns": content}
+    return yaml.safe_dump(schema, sort_keys=False, default_flow_style=None)
+
+
+def _id(config: EventsConfig, kind: str, size: int) -> dict[str, Any]:
+    """Return a column of ids with a table of its own."""
+    column: dict[str, Any] = {"kind": kind, "num_embeddings": size}
+    if config.vocabulary.kind == "exact":
+        column["vocabulary"] = {"kind": "exact"}
+    return column

@@ -1,0 +1,76 @@
+"""Writes the maps of raw ids to rows, of ids that occur often enough up to the end of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from embeddings.vocabulary.fixed import ExactVocabulary
+from recsys.data.events.engines.base import Engine
+from recsys.data.events.settings import EventsConfig
+from recsys.data.events.signals import quoted
+from recsys.data.filesystem import Location
+from recsys.data.schema import vocabulary_file
+
+
+def action_lists(config: EventsConfig) -> list[str]:
+    """Return the lists of actions beside histories; each has a table of its own."""
+    return [
+        parallel
+        for history in config.histories.values()
+        for parallel, of in history.parallel.items()
+        if of.column == "action"
+    ]
+
+
+def write_vocabularies(
+    engine: Engine, config: EventsConfig, train: str, folder: Path
+) -> dict[str, int]:
+    """Write the map of each id table unless ids are rows; return the rows that each table needs.
+
+    Histories but the first have tables of their own, with the items' map.
+    """
+    sizes = {}
+    item = config.output.item
+    others = list(config.histories)[1:]
+    if config.vocabulary.kind == "rows":
+        for name, values in _values(engine, config, "1 = 1").items():
+            largest = engine.table(f"SELECT max(id) AS id FROM ({values})")["id"][0].as_py()
+            sizes[name] = 1 if largest is None else largest + 1
+        return sizes | dict.fromkeys(others, sizes[item])
+    (folder / "vocabulary").mkdir()
+    for name, values in _values(engine, config, train).items():
+        least = config.vocabulary.min_count.get(name, 1)
+        query = (
+            f"SELECT id FROM ({values}) WHERE id IS NOT NULL GROUP BY id HAVING count(*) >= {least}"
+        )
+        if name == item and config.items is not None:
+            query = f"{query} UNION SELECT id FROM item_snapshots"
+        ids = engine.table(f"SELECT id FROM ({query}) ORDER BY id")["id"]
+        vocabulary = ExactVocabulary(max(2, len(ids) + 1))
+        vocabulary.extend([ids])
+        for table in (name, *others) if name == item else (name,):
+            vocabulary.save(vocabulary_file(Location.of(folder), table).path)
+            sizes[table] = vocabulary.num_embeddings
+    return sizes
+
+
+def _values(engine: Engine, config: EventsConfig, train: str) -> dict[str, str]:
+    """Return SQL of the values (id) that count for each table."""
+    until = f"ts <= (SELECT max(ts) FROM complete WHERE {train})"
+    tables = {
+        config.output.user: f"SELECT uid AS id FROM signals WHERE {until}",
+        config.output.item: f"SELECT iid AS id FROM signals WHERE {until}",
+    }
+    if config.vocabulary.kind == "rows":
+        if config.items is not None:
+            tables[config.output.item] += " UNION ALL SELECT id FROM item_snapshots"
+        tables[config.output.item] += " UNION ALL SELECT iid AS id FROM complete"
+    for name, feature in config.features.items():
+        column = quoted(f"c_{name}")
+        if feature.kind == "id":
+            tables[name] = f"SELECT {column} AS id FROM complete WHERE {train}"
+        elif feature.kind == "ids":
+            tables[name] = f"SELECT {engine.unnest}({column}) AS id FROM complete WHERE {train}"
+    for name in action_lists(config):
+        tables[name] = f"SELECT action AS id FROM signals WHERE {until}"
+    return tables

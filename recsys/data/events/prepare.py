@@ -1,0 +1,131 @@
+"""`recsys prepare events`: from logs to datasets, in stages that an engine runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from recsys.data.events.engines.base import Engine
+from recsys.data.events.engines.on_duckdb import DuckDBEngine
+from recsys.data.events.engines.on_spark import SparkEngine
+from recsys.data.events.load import load_events_config
+from recsys.data.events.negatives import add_negatives
+from recsys.data.events.output.dataset import write_dataset
+from recsys.data.events.past import add_past
+from recsys.data.events.rows import make_rows
+from recsys.data.events.settings import EventsConfig
+from recsys.data.events.signals import Dropped, read_signals
+from recsys.data.events.snapshots import add_features, read_snapshots
+from recsys.data.events.splits import Conditions, split_conditions
+from recsys.data.filesystem import whole_folder
+
+
+def prepare_events(
+    config: Path,
+    out: Path,
+    source: Path | None = None,
+    memory: str | None = None,
+    spark_master: str | None = None,
+) -> dict[str, Any]:
+    """Write the dataset that `config` describes; it appears complete or not at all.
+
+    Args:
+        config: an `events.yaml`; see `settings`.
+        out: folder to write; must not exist or be empty. With rolling windows it holds the datasets
+            `window-1`, `window-2` ...
+        source: folder of the relative paths in `config`; None: its own.
+        memory: most memory that DuckDB takes, such as 4GB.
+        spark_master: address of a Spark cluster, or such as local[2], to run on instead of DuckDB.
+
+    Returns:
+        The report, which is also in `report.json`: events read, rows left out by reason, and
+        figures of each split.
+
+    Raises:
+        ValueError: a setting, file, column or value cannot be used, or a split would be empty.
+
+    Example::
+
+        print(format_report(prepare_events(Path("events.yaml"), Path("data/shop"))))
+    """
+    settings = load_events_config(config, source)
+    out = Path(out).absolute()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out}: exists already; remove it or name another output folder")
+    with whole_folder(out) as partial:
+        work = partial / "stages"
+        engine = (
+            DuckDBEngine(work, memory) if spark_master is None else SparkEngine(work, spark_master)
+        )
+        try:
+            report = write_datasets(engine, settings, make_samples(engine, settings), partial)
+        finally:
+            engine.close()
+            shutil.rmtree(work, ignore_errors=True)
+        (partial / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The stage `complete`: all samples, with all their columns.
+
+    datasets: SQL conditions of each split of each dataset.
+    lists: types of the histories and the lists beside them, by name.
+    """
+
+    datasets: Conditions
+    lists: dict[str, pa.DataType]
+    dropped: Dropped
+
+
+def make_samples(engine: Engine, config: EventsConfig) -> Samples:
+    """Run the stages up to `complete`."""
+    types, dropped = read_signals(engine, config)
+    reasons = dict(dropped.reasons)
+    if config.items is not None:
+        reasons |= read_snapshots(engine, "item", config.items, types["iid"])
+    if config.users is not None:
+        reasons |= read_snapshots(engine, "user", config.users, types["uid"])
+    reasons |= make_rows(engine, config, types)
+    datasets = split_conditions(engine, config.split)
+    source = "rows"
+    if config.negatives is not None:
+        reasons |= add_negatives(engine, config)
+        source = "drawn"
+    reasons |= add_features(engine, config, source)
+    return Samples(datasets, add_past(engine, config, types), Dropped(dropped.read, reasons))
+
+
+def write_datasets(
+    engine: Engine, config: EventsConfig, samples: Samples, folder: Path
+) -> dict[str, Any]:
+    """Write the datasets into a folder and return the report."""
+    splits: dict[str, Any] = {}
+    for dataset, conditions in samples.datasets.items():
+        figures = write_dataset(engine, config, conditions, folder, dataset, samples.lists)
+        splits |= {str(Path(dataset, split)): of for split, of in figures.items()}
+    dropped = samples.dropped
+    return {"events": dropped.read, "left_out": dropped.reasons, "splits": splits}
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """Return the report of `prepare_events` as text."""
+    lines = [f"{report['events']:,} events and impressions read"]
+    lines += [f"left out: {count:,} {reason}" for reason, count in report["left_out"].items()]
+    width = max(map(len, report["splits"])) + 1
+    lines.append(
+        f"{'split':<{width}}{'rows':>12}{'positive':>10}{'users':>11}{'new users':>11}"
+        f"{'cold':>8}{'unseen':>8}"
+    )
+    for name, split in report["splits"].items():
+        lines.append(
+            f"{name:<{width}}{split['rows']:>12,}{split['positive']:>10.2%}{split['users']:>11,}"
+            f"{split['new_users']:>11.1%}{split['cold']:>8.1%}{split['unseen']:>8.1%}"
+        )
+    return "\n".join(lines)

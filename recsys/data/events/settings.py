@@ -1,0 +1,178 @@
+"""Settings of `recsys prepare events`: the content of its `events.yaml`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+TimeUnit = Literal["s", "ms", "us"]
+FeatureKind = Literal["id", "ids", "dense"]
+SplitBy = Literal["time", "dates", "user", "windows"]
+
+
+@dataclass
+class Source:
+    """Files of one table, and where their time stands."""
+
+    # Parquet or CSV: a file, a folder (with `key=value/` parts, if any), a URL, or a list of them.
+    path: str | list[str]
+    time_unit: TimeUnit = "s"  # of integers
+    time_zone: str = "UTC"  # of timestamps and ISO strings that have none
+    header: list[str] | None = None  # names of the columns of text files that have no line of them
+    delimiter: str | None = None  # of text files; None: tab in .tsv, else comma
+
+
+@dataclass
+class EventTable(Source):
+    """Actions of users on items, or impressions."""
+
+    user: str = "user"
+    item: str = "item"
+    time: str = "time"
+    action: str | None = None  # a column; None: every row's action is the table's name
+    request: str | None = None  # a column; where impressions have it, too, both must agree
+    columns: list[str] = field(default_factory=list)  # further ones, for labels, context, lists
+
+
+@dataclass
+class Feature:
+    """A column that samples have."""
+
+    kind: FeatureKind
+    # Stands for null. None: a sample without a value is dropped, and an id is that of no row.
+    fill: float | int | str | None = None
+
+
+@dataclass
+class Snapshots(Source):
+    """A table with one row per id, or several of which the latest at a sample's time is valid."""
+
+    id: str = "id"
+    valid_from: str | None = None  # a time column; None: one row per id, valid at all times
+    columns: dict[str, Feature] = field(default_factory=dict)  # features of samples
+
+
+@dataclass
+class ItemTable(Snapshots):
+    """The items; their last snapshot becomes `items/` of the dataset."""
+
+    content: dict[str, Literal["text", "image", "feature", "category", "other"]] = field(
+        default_factory=dict
+    )
+
+
+@dataclass
+class Label:
+    """What is to be predicted: an action, or a number of the row."""
+
+    action: list[str] | None = None  # 1 where the user did one of these on the item
+    # Time after the row in which the action counts. An action belongs to the user's last row with
+    # that item. None: the row's own action decides.
+    within: str | None = None
+    column: str | None = None
+    at_least: float | None = None  # 1 from here on; None: the column holds 0 and 1
+
+
+@dataclass
+class Negatives:
+    """Items drawn for each row whose first label is 1: never one that the user ever took."""
+
+    per_positive: int = 1
+    by: Literal["uniform", "popularity"] = "uniform"
+    seed: int = 0
+
+
+@dataclass
+class Parallel:
+    """A list beside a history, with one value per event."""
+
+    column: str  # of the events or items; or age (log10(1 + days) / 2), or action
+    at_least: float | None = None  # 1 from here on, else 0
+    scale: float = 1.0  # the values are divided by it
+    fill: float = 0.0  # stands for null; ids that are null are unknown
+
+
+@dataclass
+class History:
+    """The user's last events before a sample."""
+
+    actions: list[str] | None = None  # None: all but impressions
+    length: int = 50
+    delay: str = "0s"  # events later than the sample's time minus this are not known yet
+    parallel: dict[str, Parallel] = field(default_factory=dict)
+
+
+@dataclass
+class Count:
+    """Number of earlier events with the sample's user, item or both; or a rate of two numbers."""
+
+    of: list[str]  # user, item, or id columns of the items
+    actions: list[str] | None = None  # None: all but impressions
+    per: list[str] | None = None  # divides by the number of these; 0 where there is none
+    within: str = "all"
+    delay: str = "0s"
+
+
+@dataclass
+class Split:
+    """Which samples are train, valid and test."""
+
+    by: SplitBy = "time"
+    # time, user: quantiles at which train, valid (and test) end; dates: when valid, test (and
+    # nothing) begin.
+    at: list[float | str] = field(default_factory=lambda: [0.8, 0.9])
+    windows: int = 5  # of windows: the last tenths of time, each tested by a dataset of its own
+
+
+@dataclass
+class Drop:
+    """Events that are left out."""
+
+    duplicates: bool = True  # same user, item, time, action and request: the first stays
+    later_than: str | None = None  # an ISO time; None: now
+    max_events_per_user: int | None = None  # users with more are left out: robots
+
+
+@dataclass
+class Vocabulary:
+    """How ids become rows."""
+
+    kind: Literal["exact", "rows"] = "exact"  # rows: they are rows already
+    # By column: occurrences until the last training sample that an id needs for a row of its own.
+    min_count: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Output:
+    """Names of the columns that every dataset has."""
+
+    user: str = "user"
+    item: str = "item"
+    time: str = "time"
+    time_unit: TimeUnit = "us"
+
+
+@dataclass
+class EventsConfig:
+    """From logs to samples; see the page of this folder."""
+
+    events: dict[str, EventTable]
+    labels: dict[str, Label]
+    impressions: EventTable | None = None
+    items: ItemTable | None = None
+    users: Snapshots | None = None
+    rows: list[str] | None = None  # actions that are samples, where there are no impressions
+    context: dict[str, Feature] = field(default_factory=dict)  # columns of the row itself
+    negatives: Negatives | None = None
+    histories: dict[str, History] = field(default_factory=dict)
+    counts: dict[str, Count] = field(default_factory=dict)
+    split: Split = field(default_factory=Split)
+    drop: Drop = field(default_factory=Drop)
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    output: Output = field(default_factory=Output)
+
+    @property
+    def features(self) -> dict[str, Feature]:
+        """Return the features of samples, by name: of the row, the items and the users."""
+        tables = [table.columns for table in (self.items, self.users) if table is not None]
+        return {name: of for columns in (self.context, *tables) for name, of in columns.items()}

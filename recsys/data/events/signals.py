@@ -1,0 +1,151 @@
+"""Reads events and impressions as one stage, `signals`, and leaves out what cannot be used."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from recsys.data.events.engines.base import Engine
+from recsys.data.events.files.columns import Field
+from recsys.data.events.files.reader import Reader, open_source
+from recsys.data.events.settings import EventsConfig, EventTable
+from recsys.data.events.times import moment
+
+IMPRESSION = "impression"  # the action of impressions
+KINDS = {"id": "id", "ids": "ids", "dense": "number"}  # of features, as fields
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Rows of a table that were read, and how many of them were left out, by reason."""
+
+    read: int
+    reasons: dict[str, int]
+
+
+def quoted(name: str) -> str:
+    """Return a name as SQL writes it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """Return a text as SQL writes it."""
+    if "'" in text or "\\" in text:
+        raise ValueError(f"action {text!r}: quotes and backslashes cannot be in it; rename it")
+    return f"'{text}'"
+
+
+def filled(column: str, fill: float | int | str | None, name: str) -> str:
+    """Return SQL of a column with its nulls filled, under a name."""
+    if fill is not None:
+        column = f"coalesce({column}, {literal(fill) if isinstance(fill, str) else fill})"
+    return f"{column} AS {quoted(name)}"
+
+
+def event_columns(config: EventsConfig) -> dict[str, str]:
+    """Return the columns of events that something uses, with the kinds of their fields."""
+    items = config.items.columns if config.items else {}
+    used = [label.column for label in config.labels.values() if label.column is not None]
+    for history in config.histories.values():
+        used += [part.column for part in history.parallel.values()]
+    kinds = {name: KINDS[feature.kind] for name, feature in config.context.items()}
+    for name in used:
+        if name not in ("age", "action") and name not in items:
+            kinds.setdefault(name, "number")
+    return kinds
+
+
+def read_signals(engine: Engine, config: EventsConfig) -> tuple[dict[str, pa.DataType], Dropped]:
+    """Make the stage `signals`: events, and impressions as events of that action.
+
+    Returns:
+        The type of each column, and what was left out.
+
+    Raises:
+        ValueError: a file or column cannot be used, tables do not agree in a type, or no row is
+            left.
+    """
+    tables = dict(config.events)
+    if config.impressions is not None:
+        tables[IMPRESSION] = config.impressions
+    columns = event_columns(config)
+    by_request = config.impressions is not None and config.impressions.request is not None
+    readers: list[Reader] = []
+    types: dict[str, pa.DataType] = {}
+    for name, table in tables.items():
+        first_file = readers[-1].tasks[-1][0] + 1 if readers else 0
+        fields = _fields(name, table, columns, by_request)
+        readers.append(open_source(name, table, fields, first_file))
+        for field in list(readers[-1].schema)[1:]:
+            types.setdefault(field.name, field.type)
+    engine.add_files("signals_read", [reader.completed(types) for reader in readers])
+    return types, _clean(engine, config, by_request)
+
+
+def _fields(name: str, table: EventTable, columns: dict[str, str], by_request: bool) -> list[Field]:
+    fields = [
+        Field("uid", table.user, "id"),
+        Field("iid", table.item, "id"),
+        Field("ts", table.time, "time"),
+    ]
+    if table.action is None or name == IMPRESSION:
+        fields.append(Field("action", "", "text", constant=name))
+    else:
+        fields.append(Field("action", table.action, "text"))
+    if by_request and table.request is not None:
+        fields.append(Field("request", table.request, "id"))
+    kept = [column for column in table.columns if column in columns]
+    return [*fields, *(Field(f"c_{column}", column, columns[column]) for column in kept)]
+
+
+def _clean(engine: Engine, config: EventsConfig, by_request: bool) -> Dropped:
+    """Make the stage `signals` of `signals_read`."""
+    drop = config.drop
+    latest = time.time_ns() // 1000 if drop.later_than is None else moment(drop.later_than, "UTC")
+    problems = {
+        "no user": "uid IS NULL",
+        "no item": "iid IS NULL",
+        "no time": "ts IS NULL",
+        "no action": "action IS NULL",
+        "in the future": f"ts > {latest}",
+    }
+    cases = " ".join(f"WHEN {test} THEN '{name}'" for name, test in problems.items())
+    counted = engine.table(
+        f"SELECT CASE {cases} ELSE '' END AS reason, count(*) AS n FROM signals_read GROUP BY 1"
+    )
+    reasons = dict(zip(counted["reason"].to_pylist(), counted["n"].to_pylist(), strict=True))
+    read, usable = sum(reasons.values()), reasons.pop("", 0)
+    query = (
+        f"SELECT * FROM signals_read WHERE {' AND '.join(f'NOT ({p})' for p in problems.values())}"
+    )
+    if drop.duplicates:
+        key = "uid, iid, ts, action" + (", request" if by_request else "")
+        query = _first_of(query, key)
+    engine.add("signals_once", query)
+    left = _rows(engine, "signals_once")
+    reasons["duplicate"] = usable - left
+    if drop.max_events_per_user is None:
+        engine.view("signals", "SELECT * FROM signals_once")
+    else:
+        busy = (
+            "SELECT uid AS busy FROM signals_once GROUP BY uid "
+            f"HAVING count(*) > {drop.max_events_per_user}"
+        )
+        query = f"SELECT s.* FROM signals_once s LEFT JOIN ({busy}) ON uid = busy"
+        engine.add("signals", f"{query} WHERE busy IS NULL")
+    reasons["user with too many events"] = left - _rows(engine, "signals")
+    if not _rows(engine, "signals"):
+        raise ValueError(f"events: none of the {read} rows can be used; {reasons} were left out")
+    return Dropped(read, {name: count for name, count in reasons.items() if count})
+
+
+def _first_of(query: str, key: str) -> str:
+    """Return SQL that keeps the first row of each key."""
+    numbered = f"SELECT *, row_number() OVER (PARTITION BY {key} ORDER BY position) AS nth"
+    return f"SELECT * FROM ({numbered} FROM ({query})) WHERE nth = 1"
+
+
+def _rows(engine: Engine, stage: str) -> int:
+    return int(engine.table(f"SELECT count(*) AS n FROM {stage}")["n"][0].as_py())

@@ -1,0 +1,119 @@
+"""Tables of items and users, and their columns as they were at a sample's or an event's time."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from recsys.data.events.engines.base import Engine
+from recsys.data.events.files.columns import Field
+from recsys.data.events.files.reader import open_source
+from recsys.data.events.rows import count_nulls, is_needed
+from recsys.data.events.settings import EventsConfig, ItemTable, Snapshots
+from recsys.data.events.signals import KINDS, filled, quoted
+
+FOREVER = 2**62
+
+
+def read_snapshots(
+    engine: Engine, name: str, table: Snapshots, kind: pa.DataType
+) -> dict[str, int]:
+    """Make the stage `NAME_snapshots`: id, valid_from, valid_until, features and content.
+
+    Args:
+        engine: makes it.
+        name: item or user.
+        table: its settings.
+        kind: type of the ids of events.
+
+    Returns:
+        The number of rows left out, by reason.
+
+    Raises:
+        ValueError: a file or column cannot be used, or an id has several rows at one time.
+    """
+    fields = [Field("id", table.id, "id")]
+    if table.valid_from is not None:
+        fields.append(Field("valid_from", table.valid_from, "time"))
+    fields += [Field(f"f_{name}", name, KINDS[of.kind]) for name, of in table.columns.items()]
+    if isinstance(table, ItemTable):
+        fields += [Field(f"t_{name}", name, "any") for name in table.content]
+    reader = open_source(name, table, fields)
+    if (own := reader.schema.field("id").type) != kind:
+        raise ValueError(
+            f"{reader.tasks[0][1]}: column '{table.id}' has type {own}, but {kind} in the events; "
+            "write one type"
+        )
+    engine.add_files(f"{name}_read", [reader])
+    begin = str(-FOREVER) if table.valid_from is None else "valid_from"
+    end = f"lead({begin}) OVER (PARTITION BY id ORDER BY {begin})"
+    others = ", ".join(quoted(field.name) for field in fields if field.name != "valid_from")
+    usable = f"id IS NOT NULL AND {begin} IS NOT NULL"
+    engine.add(
+        f"{name}_snapshots",
+        f"SELECT {others}, {begin} AS valid_from, coalesce({end}, {FOREVER}) AS valid_until "
+        f"FROM {name}_read WHERE {usable}",
+    )
+    _check_unique(engine, name, table, reader.tasks[0][1])
+    dropped = engine.table(f"SELECT count(*) AS n FROM {name}_read WHERE NOT ({usable})")
+    count = dropped["n"][0].as_py()
+    return {f"{name} without id or time": count} if count else {}
+
+
+def _check_unique(engine: Engine, name: str, table: Snapshots, file: str) -> None:
+    """Raise a ValueError if an id has several rows at one time."""
+    twice = engine.table(
+        f"SELECT min(id) AS id FROM (SELECT id FROM {name}_snapshots "
+        "GROUP BY id, valid_from HAVING count(*) > 1)"
+    )["id"][0].as_py()
+    if twice is not None:
+        raise ValueError(
+            f"{file}: column '{table.id}' has {twice} several times"
+            + (" at one time" if table.valid_from else "; keep one row, or set valid_from")
+        )
+
+
+def with_columns(source: str, table: str, key: str, columns: dict[str, str], of: Snapshots) -> str:
+    """Return SQL that adds columns of the snapshot that was valid at each row's time.
+
+    Args:
+        source: SQL with `key` and `ts`.
+        table: name of the stage without `_snapshots`.
+        key: column that holds the ids.
+        columns: new name of each column.
+        of: the table's settings, for values that stand for null.
+    """
+    names = ", ".join(
+        filled(f"t.{quoted(f'f_{name}')}", of.columns[name].fill, new)
+        for name, new in columns.items()
+    )
+    return (
+        f"SELECT s.*, {names} FROM ({source}) s LEFT JOIN {table}_snapshots t ON s.{key} = t.id "
+        "AND s.ts >= t.valid_from AND s.ts < t.valid_until"
+    )
+
+
+def add_features(engine: Engine, config: EventsConfig, source: str) -> dict[str, int]:
+    """Make the stage `samples` of `source`, with the features of items and users.
+
+    Returns:
+        The number of samples left out, by reason.
+    """
+    query = f"SELECT * FROM {source}"
+    needed: dict[str, str] = {}
+    for table, name, key in ((config.items, "item", "iid"), (config.users, "user", "uid")):
+        if table is None or not table.columns:
+            continue
+        columns = {column: f"c_{column}" for column in table.columns}
+        query = with_columns(query, name, key, columns, table)
+        needed |= {
+            f"no value in '{column}'": f"c_{column}"
+            for column, feature in table.columns.items()
+            if is_needed(config, feature.kind)
+        }
+    if not needed:
+        engine.view("samples", query)
+        return {}
+    engine.add("enriched", query)
+    kept = " AND ".join(f"{quoted(column)} IS NOT NULL" for column in needed.values())
+    engine.view("samples", f"SELECT * FROM enriched WHERE {kept}")
+    return count_nulls(engine, "enriched", needed)

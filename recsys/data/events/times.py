@@ -1,0 +1,133 @@
+"""Times of any form as microseconds since 1970 in UTC, and durations such as `7d`.
+
+Shapes: N values.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from zoneinfo import ZoneInfo
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+MICROS = {"us": 1, "ms": 1_000, "s": 1_000_000}
+DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
+# Beyond these the unit is wrong.
+EARLIEST, LATEST = -(2**51), 2**53
+HAS_ZONE = r"(Z|z|[+-]\d\d:?\d\d)$"
+
+
+def duration(text: str) -> int | None:
+    """Return microseconds of a text such as `90s`, `30m`, `1h`, `7d` or `2w`; None of `all`.
+
+    Raises:
+        ValueError: the text has another form.
+    """
+    if text == "all":
+        return None
+    match = re.fullmatch(r"(\d+)([smhdw])", text)
+    if match is None:
+        raise ValueError(f"duration {text!r}: write a number and s, m, h, d or w, such as 7d")
+    return int(match[1]) * DURATIONS[match[2]] * MICROS["s"]
+
+
+def moment(text: str, zone: str) -> int:
+    """Return microseconds of an ISO date or time; without an offset it is in `zone`.
+
+    Raises:
+        ValueError: the text is no ISO date or time, or the zone is not known.
+    """
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError(f"time {text!r}: write an ISO date or time, 2026-11-01T12:00") from error
+    if time.tzinfo is None:
+        time = time.replace(tzinfo=ZoneInfo(zone))
+    return round(time.timestamp()) * MICROS["s"] + time.microsecond
+
+
+def to_micros(
+    values: pa.Array,  # [N]
+    unit: str,
+    zone: str,
+) -> pa.Array:  # int64 [N], null where the value is null
+    """Convert integers, timestamps, dates and ISO strings.
+
+    Raises:
+        ValueError: another type, a text of another form, or a time no log can have.
+    """
+    kind = values.type
+    if pa.types.is_integer(kind):
+        micros = _scaled(values, MICROS[unit])
+    elif pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        micros = _instants(values, zone)
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        micros = _parsed(values, zone)
+    elif pa.types.is_null(kind):
+        return pa.nulls(len(values), pa.int64())
+    else:
+        raise ValueError(f"type {kind} is no time; write integers, timestamps or ISO strings")
+    wrong = pc.or_(pc.less(micros, EARLIEST), pc.greater(micros, LATEST))
+    if pc.any(wrong).as_py():
+        row = pc.index(wrong, True).as_py()
+        raise ValueError(
+            f"row {row}: {values[row].as_py()} lies outside the years 1898 to 2255 where time_unit "
+            f"is {unit}; set time_unit to s, ms or us"
+        )
+    return micros
+
+
+def _scaled(values: pa.Array, factor: int) -> pa.Array:
+    """Multiply, with clipping just beyond the limits of `to_micros` instead of overflow."""
+    limit = LATEST // factor + 1
+    try:
+        values = values.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{error}; write integers that fit a signed 64-bit integer") from error
+    values = pc.min_element_wise(values, limit, skip_nulls=False)
+    return pc.multiply(pc.max_element_wise(values, -limit, skip_nulls=False), factor)
+
+
+def _instants(values: pa.Array, zone: str) -> pa.Array:
+    """Return timestamps as microseconds; those without a zone are in `zone`."""
+    if values.type == pa.timestamp("us", "UTC"):
+        return values.cast(pa.int64())
+    if getattr(values.type, "tz", None) is None:
+        # A time that the clock shows twice is the first; one that it skips is the moment after.
+        plain = values.cast(pa.timestamp("us"), safe=False)
+        values = pc.assume_timezone(plain, zone, ambiguous="earliest", nonexistent="latest")
+    return values.cast(pa.timestamp("us", "UTC"), safe=False).cast(pa.int64())
+
+
+def _parsed(values: pa.Array, zone: str) -> pa.Array:
+    """Return ISO strings as microseconds."""
+    zoned = pc.match_substring_regex(values, HAS_ZONE).fill_null(False)
+    parts = []
+    try:
+        for mask, kind in (
+            (zoned, pa.timestamp("us", "UTC")),
+            (pc.invert(zoned), pa.timestamp("us")),
+        ):
+            chosen = pc.if_else(mask, values, None)
+            parts.append(_instants(chosen.cast(kind), zone))
+    except pa.ArrowInvalid as error:
+        row = _first_unparsed(values)
+        raise ValueError(
+            f"row {row}: '{values[row].as_py()}' is no ISO time; write such as "
+            "2026-11-01T12:00:00+01:00, or integers"
+        ) from error
+    return pc.coalesce(*parts)
+
+
+def _first_unparsed(values: pa.Array) -> int:
+    """Return the place of the first string that is no ISO time."""
+    for row, text in enumerate(values.to_pylist()):
+        try:
+            if text is not None:
+                zoned = re.search(HAS_ZONE, text)
+                pa.scalar(text).cast(pa.timestamp("us", "UTC" if zoned else None))
+        except pa.ArrowInvalid:
+            return row
+    raise AssertionError("every value can be parsed alone")

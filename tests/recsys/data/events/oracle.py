@@ -1,0 +1,230 @@
+"""What `recsys prepare events` must write, by loops over lists of plain Python.
+
+A signal is a dictionary with uid, iid, ts (microseconds), action, request and columns; the order of
+the list is that of the files. A snapshot has id, valid_from and columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from recsys.data.events.settings import EventsConfig, History, Parallel, Snapshots
+from recsys.data.events.times import duration
+
+Row = dict[str, Any]
+FOREVER = 2**62
+
+
+def usable(config: EventsConfig, signals: list[Row], now: int) -> list[Row]:
+    kept, seen = [], set()
+    for place, signal in enumerate(signals):
+        required = [signal[name] for name in ("uid", "iid", "ts", "action")]
+        by_request = config.impressions is not None and config.impressions.request is not None
+        key = (*required, signal["request"] if by_request else None)
+        if None in required or signal["ts"] > now or (config.drop.duplicates and key in seen):
+            continue
+        seen.add(key)
+        kept.append({**signal, "place": place})
+    cap = config.drop.max_events_per_user or math.inf
+    events = Counter(signal["uid"] for signal in kept)
+    return [signal for signal in kept if events[signal["uid"]] <= cap]
+
+
+def snapshot(table: list[Row], key: Any, ts: int) -> Row:
+    valid = [row for row in table if row["id"] == key and row["valid_from"] <= ts]
+    return max(valid, key=lambda row: row["valid_from"]) if valid else {}
+
+
+def labelled(config: EventsConfig, signals: list[Row]) -> list[Row]:
+    chosen = ["impression"] if config.impressions else config.rows
+    candidates = [
+        one
+        for one in signals
+        if (one["action"] in chosen if chosen else one["action"] != "impression")
+    ]
+    pair = ["uid", "iid"] + (
+        ["request"] if config.impressions and config.impressions.request else []
+    )
+    rows = []
+    for row in candidates:
+        labels: Row = {}
+        for name, label in config.labels.items():
+            if label.column:
+                value = row.get(label.column)
+                if value is not None and label.at_least is not None:
+                    value = float(value >= label.at_least)
+                labels[name] = value
+            elif label.within is None:
+                labels[name] = float(row["action"] in label.action)
+            else:
+                labels[name] = float(
+                    any(
+                        event["action"] in label.action
+                        and all(event[part] == row[part] is not None for part in pair)
+                        and 0 <= event["ts"] - row["ts"] <= duration(label.within)
+                        # It belongs to the last row before it.
+                        and not any(
+                            all(other[part] == row[part] for part in pair)
+                            and row["ts"] < other["ts"] <= event["ts"]
+                            for other in candidates
+                        )
+                        for event in signals
+                    )
+                )
+        context = {
+            name: row.get(name) if row.get(name) is not None else of.fill
+            for name, of in config.context.items()
+        }
+        needed = [context[name] for name, of in config.context.items() if of.kind == "dense"]
+        if None not in [*labels.values(), *needed]:
+            rows.append({**row, "labels": labels, "context": context})
+    return rows
+
+
+def split_of(config: EventsConfig, rows: list[Row]) -> dict[str, list[str | None]]:
+    """By dataset, the split of each row."""
+    if not rows:
+        return {"": []}
+    times = np.array([row["ts"] for row in rows])
+    split = config.split
+    if split.by == "user":
+        names: list[str | None] = []
+        for row in rows:
+            own = [other["ts"] for other in rows if other["uid"] == row["uid"]]
+            older = sum(ts < row["ts"] for ts in own)
+            ends = [older <= share * (len(own) - 1) for share in split.at]
+            names.append("train" if ends[0] else "valid" if ends[1] else "test")
+        return {"": names}
+    if split.by == "windows":
+        first = 10 - split.windows
+        cuts = {
+            f"window-{n}": [(first + n + k) / 10 for k in (-2, -1, 0)]
+            for n in range(1, split.windows + 1)
+        }
+    else:
+        cuts = {"": [*split.at, 1.0]}
+    datasets = {}
+    for name, shares in cuts.items():
+        ends = np.quantile(times, shares, method="lower")
+        datasets[name] = [
+            next((s for s, end in zip(("train", "valid", "test"), ends) if ts <= end), None)
+            for ts in times
+        ]
+    return datasets
+
+
+def past(events: list[Row], row: Row, of: Any, actions: list[str] | None) -> list[Row]:
+    cut = row["ts"] - (duration(of.delay) or 0)
+    within = duration(getattr(of, "within", "all"))
+    return [
+        event
+        for event in events
+        if (event["action"] in actions if actions else event["action"] != "impression")
+        and event["ts"] < cut
+        and (within is None or event["ts"] >= cut - within)
+    ]
+
+
+def history(events: list[Row], row: Row, of: History, items: list[Row]) -> Row:
+    own = [event for event in past(events, row, of, of.actions) if event["uid"] == row["uid"]]
+    own = sorted(own, key=lambda e: (e["ts"], e["iid"], e["place"]))[-of.length :]
+    values = {"": [event["iid"] for event in own]}
+    for name, parallel in of.parallel.items():
+        values[name] = [value(parallel, event, row, items) for event in own]
+    return values
+
+
+def value(of: Parallel, event: Row, row: Row, items: list[Row]) -> Any:
+    if of.column == "age":
+        days = (row["ts"] - event["ts"]) / 86_400_000_000
+        return float(np.float32(np.log10(1 + days) / 2))
+    if of.column == "action":
+        return event["action"]
+    if of.column == "brand":
+        return snapshot(items, event["iid"], event["ts"]).get("brand") or ""
+    number = event.get(of.column)
+    number = of.fill if number is None else number
+    if of.at_least is not None:
+        return float(number >= of.at_least)
+    return float(np.float32(number) / np.float32(of.scale))
+
+
+def features(table: Snapshots | None, rows: list[Row], key: Any, ts: int) -> Row:
+    if table is None:
+        return {}
+    valid = snapshot(rows, key, ts)
+    return {
+        name: valid.get(name) if valid.get(name) is not None else of.fill
+        for name, of in table.columns.items()
+    }
+
+
+def count(config: EventsConfig, events: list[Row], row: Row, of: Any, items: list[Row]) -> float:
+    def key(where: Row) -> list[Any]:
+        brand = snapshot(items, where["iid"], where["ts"]).get("brand")
+        return [{"user": where["uid"], "item": where["iid"], "brand": brand}[k] for k in of.of]
+
+    same = [event for event in events if key(event) == key(row) and None not in key(row)]
+    number = len(past(same, row, of, of.actions))
+    if of.per is None:
+        return float(number)
+    base = len(past(same, row, of, of.per))
+    return float(np.float32(number / base)) if base else 0.0
+
+
+def datasets(
+    config: EventsConfig,
+    signals: list[Row],
+    items: list[Row],
+    users: list[Row],
+    now: int,
+) -> dict[str, dict[str, list[Row]]]:
+    """By dataset and split, the rows in order."""
+    events = usable(config, signals, now)
+    rows = labelled(config, events)
+    splits = split_of(config, rows)
+    result: dict[str, dict[str, list[Row]]] = {}
+    for dataset, names in splits.items():
+        result[dataset] = {"train": [], "valid": [], "test": []}
+        for row, split in zip(rows, names, strict=True):
+            if split is not None:
+                row["splits"] = [*row.get("splits", []), (dataset, split)]
+    for row in sorted(rows, key=lambda r: (r["ts"], r["uid"], r["iid"], r["place"])):
+        of_item = features(config.items, items, row["iid"], row["ts"])
+        of_user = features(config.users, users, row["uid"], row["ts"])
+        if "cost" in of_item and of_item["cost"] is None:
+            continue
+        sample = {"user": row["uid"], "item": row["iid"]}
+        for name, of in config.histories.items():
+            lists = history(events, row, of, items)
+            sample |= {part or name: values for part, values in lists.items()}
+        sample |= {**row["context"], **of_item, **of_user}
+        for name, of_count in config.counts.items():
+            sample[name] = count(config, events, row, of_count, items)
+        sample |= {**row["labels"], "time": row["ts"]}
+        for dataset, split in row.get("splits", []):
+            result[dataset][split].append(sample)
+    return result
+
+
+def vocabulary(
+    config: EventsConfig,
+    signals: list[Row],
+    items: list[Row],
+    train: list[Row],
+    now: int,
+) -> dict[str, list[Any]]:
+    """The ids of users and items, in order."""
+    until = max(row["time"] for row in train)
+    known = [signal for signal in usable(config, signals, now) if signal["ts"] <= until]
+    ids = {}
+    for name, column in (("user", "uid"), ("item", "iid")):
+        counts = Counter(signal[column] for signal in known)
+        least = config.vocabulary.min_count.get(name, 1)
+        kept = {one for one, number in counts.items() if number >= least}
+        ids[name] = sorted(kept | ({row["id"] for row in items} if name == "item" else set()))
+    return ids

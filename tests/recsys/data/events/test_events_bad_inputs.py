@@ -1,0 +1,185 @@
+"""Inputs that cannot be used: an error names the file, the column and the fix; nothing is left."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from recsys.data.events.prepare import prepare_events
+
+Config = dict[str, Any]
+START = 1_790_000_000
+
+
+def write_log(file: Path, **columns: pa.Array) -> None:
+    rows = 40
+    table: dict[str, pa.Array] = {
+        "user": pa.array([f"u{row % 4}" for row in range(rows)]),
+        "item": pa.array([row % 7 for row in range(rows)]),
+        "time": pa.array([START + row for row in range(rows)]),
+        "type": pa.array(["view", "buy"] * (rows // 2)),
+        "price": pa.array([1.5] * rows),
+        **columns,
+    }
+    pq.write_table(pa.table(table), file)
+
+
+def write_inputs(folder: Path) -> Config:
+    """A log, items, and settings that can be used."""
+    write_log(folder / "log.parquet")
+    items = {"id": list(range(7)), "brand": ["x"] * 7, "cost": [1.0] * 7}
+    pq.write_table(pa.table(items), folder / "items.parquet")
+    return {
+        "events": {"log": {"path": "log.parquet", "action": "type", "columns": ["price"]}},
+        "items": {"path": "items.parquet", "columns": {"brand": "id", "cost": "dense"}},
+        "labels": {"bought": {"action": "buy"}},
+        "histories": {"viewed": {"actions": "view", "parallel": {"viewed_price": "price"}}},
+    }
+
+
+def prepare(folder: Path, config: Config) -> Config:
+    (folder / "events.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return prepare_events(folder / "events.yaml", folder / "data")
+
+
+@dataclass
+class Bad:
+    """A change that spoils the inputs, and what the error must name."""
+
+    name: str
+    spoil: Callable[[Path, Config], object]
+    named: tuple[str, ...]
+
+
+def change(*keys: str, value: Any) -> Callable[[Path, Config], object]:
+    """Set one setting."""
+
+    def spoil(folder: Path, config: Config) -> None:
+        for key in keys[:-1]:
+            config = config.setdefault(key, {})
+        config[keys[-1]] = value
+
+    return spoil
+
+
+def column(name: str, values: list[Any], kind: pa.DataType | None = None) -> Any:
+    return lambda folder, config: write_log(
+        folder / "log.parquet", **{name: pa.array(values * (40 // len(values)), kind)}
+    )
+
+
+def text(file: str, content: str, key: str = "log") -> Any:
+    def spoil(folder: Path, config: Config) -> None:
+        (folder / file).write_text(content)
+        config["events"][key]["path"] = file
+
+    return spoil
+
+
+BAD = [
+    Bad("no file", change("events", "log", "path", value="absent.parquet"), ("absent.parquet",)),
+    Bad("other ending", text("log.txt", "user"), ("log.txt", ".csv")),
+    Bad("not Parquet", text("broken.parquet", "PAR1 no PAR1"), ("broken.parquet",)),
+    Bad("empty CSV", text("log.csv", ""), ("log.csv", "empty")),
+    Bad("CSV without a column", text("log.csv", "user,item,type\na,1,buy\n"), ("log.csv", "time")),
+    Bad(
+        "CSV with a broken row",
+        text("log.csv", "user,item,time,type,price\na,1,1790000000,buy,2\nb,2,1790000000\n"),
+        ("log.csv", "#3"),
+    ),
+    Bad("no such column", change("events", "log", "user", value="customer"), ("customer", "log.p")),
+    Bad("float ids", column("item", [1.5]), ("log.parquet", "'item'", "integer or string")),
+    Bad("float time", column("time", [1.5]), ("log.parquet", "'time'", "ISO")),
+    Bad("words as time", column("time", ["yesterday"]), ("log.parquet", "'time'", "yesterday")),
+    Bad("wrong unit", column("time", [START * 1000]), ("log.parquet", "'time'", "time_unit")),
+    Bad("text as number", column("price", ["dear"]), ("log.parquet", "'price'", "number")),
+    Bad(
+        "items of another type",
+        lambda folder, config: pq.write_table(
+            pa.table({"id": ["a"], "brand": ["x"], "cost": [1.0]}), folder / "items.parquet"
+        ),
+        ("items.parquet", "'id'", "int64"),
+    ),
+    Bad(
+        "an item twice",
+        lambda folder, config: pq.write_table(
+            pa.table({"id": [3, 3], "brand": ["x", "y"], "cost": [1.0, 1.0]}),
+            folder / "items.parquet",
+        ),
+        ("items.parquet", "'id'", "3", "valid_from"),
+    ),
+    Bad("all in the future", change("drop", "later_than", value="2001-01-01"), ("in the future",)),
+    Bad(
+        "no time zone", change("events", "log", "time_zone", value="Mars/X"), ("time_zone", "Mars")
+    ),
+    Bad("duration", change("histories", "viewed", "delay", value="1 hour"), ("1 hour", "7d")),
+    Bad("unknown key", change("histories", "viewed", "lenght", value=3), ("lenght",)),
+    Bad("undeclared column", change("labels", "dear", value={"column": "rating"}), ("rating",)),
+    Bad("label given as 1.5", change("labels", "dear", value={"column": "price"}), ("dear", "1.5")),
+    Bad("a name twice", change("context", value={"viewed": "dense"}), ("viewed",)),
+    Bad("unknown action", change("rows", value=["order"]), ("order",)),
+    Bad("empty split", change("split", value={"at": [0.99, 0.995]}), ("split", "valid")),
+    Bad("cuts in disorder", change("split", value={"at": [0.9, 0.8]}), ("split", "ascending")),
+]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.name)
+def test_an_error_names_what_is_wrong_and_nothing_is_written(bad: Bad, tmp_path: Path) -> None:
+    config = write_inputs(tmp_path)
+    bad.spoil(tmp_path, config)
+    with pytest.raises(ValueError, match=r"\w") as raised:
+        prepare(tmp_path, config)
+    assert [name for name in bad.named if name not in str(raised.value)] == []
+    assert len(str(raised.value).splitlines()) <= 3
+    assert [path.name for path in tmp_path.iterdir() if "data" in path.name] == []
+
+
+def test_the_inputs_that_are_spoiled_can_be_used(tmp_path: Path) -> None:
+    assert prepare(tmp_path, write_inputs(tmp_path))["splits"]["train"]["rows"] == 32
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    config = write_inputs(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        (tmp_path / "events.yaml").write_text(yaml.safe_dump(config))
+        with pytest.raises(ValueError, match="data"):
+            prepare_events(tmp_path / "events.yaml", tmp_path / "data")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir() if "data" in path.name] == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import recsys.data.events.output.dataset as dataset
+from recsys.data.events.prepare import prepare_events
+dataset.write_vocabularies = lambda *words: os.kill(os.getpid(), signal.SIGKILL)
+prepare_events(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_killed_it_leaves_nothing_that_looks_whole_and_completes_when_run_again(
+    tmp_path: Path,
+) -> None:
+    config = write_inputs(tmp_path)
+    (tmp_path / "events.yaml").write_text(yaml.safe_dump(config))
+    words = [sys.executable, "-c", KILLED, str(tmp_path / "events.yaml"), str(tmp_path / "data")]
+    assert subprocess.run(words, timeout=120, check=False).returncode == -signal.SIGKILL
+    assert not (tmp_path / "data").exists()
+    assert list(tmp_path.rglob("schema.yaml")) == []
+    prepare(tmp_path, config)
+    assert (tmp_path / "data" / "schema.yaml").is_file()

@@ -1,0 +1,212 @@
+"""Datasets made of events against loops in plain Python, on logs that hypothesis makes."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import strategies as st
+
+from recsys.data.events.engines.base import Engine
+from recsys.data.events.engines.on_duckdb import DuckDBEngine
+from recsys.data.events.load import load_events_config
+from recsys.data.events.prepare import make_samples, write_datasets
+from recsys.data.events.settings import EventsConfig
+from tests.recsys.data.events import logs, oracle
+from tests.recsys.data.events.logs import NOW, Row
+
+ONCE = settings(
+    max_examples=4,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    phases=[Phase.generate],  # without shrinking, which costs minutes
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+LATEST = datetime.fromtimestamp(NOW / 1e6, UTC).isoformat()
+COMMON: Row = {
+    "drop": {"later_than": LATEST},
+    "split": {"at": [0.5, 0.75]},
+    "items": {"columns": {"brand": {"kind": "id"}, "cost": {"kind": "dense"}}},
+    "users": {"columns": {"country": {"kind": "id", "fill": "none"}}},
+    "histories": {
+        "viewed": {
+            "actions": "view",
+            "length": 3,
+            "parallel": {
+                "viewed_age": "age",
+                "viewed_brand": "brand",
+                "viewed_price": {"column": "price", "scale": 5, "fill": -1},
+            },
+        },
+        "all_past": {
+            "length": 50,
+            "delay": "2h",
+            "parallel": {
+                "past_action": "action",
+                "past_dear": {"column": "price", "at_least": 3},
+            },
+        },
+    },
+    "counts": {
+        "user_day": {"of": "user", "within": "1d"},
+        "user_rate": {"of": "user", "actions": "buy", "per": "view", "delay": "1h"},
+        "item_views": {"of": "item", "actions": "view", "within": "5h", "delay": "1h"},
+        "brand_rate": {"of": ["user", "brand"], "actions": "buy", "per": "view"},
+    },
+    "vocabulary": {"min_count": {"user": 2, "item": 3}},
+}
+CASES: dict[str, Row] = {
+    "impressions": {
+        "labels": {
+            "bought": {"action": "buy", "within": "2h"},
+            "acted": {"action": ["buy", "view"], "within": "1d"},
+        },
+        "context": {"day": "dense"},
+        "drop": {"later_than": LATEST, "max_events_per_user": 35},
+    },
+    "ratings": {
+        "labels": {
+            "liked": {"column": "price", "at_least": 4},
+            "bought": {"action": "buy"},
+        },
+        "split": {"by": "user", "at": [0.5, 0.75]},
+        "drop": {"later_than": LATEST, "duplicates": False},
+    },
+    "views": {
+        "labels": {"bought": {"action": "buy", "within": "6h"}},
+        "rows": "view",
+        "context": {"price": {"kind": "dense", "fill": 2}},
+        "split": {"by": "windows", "windows": 2},
+    },
+}
+
+
+@pytest.fixture(scope="module", params=["duckdb", "spark"])
+def engine_name(request: pytest.FixtureRequest) -> str:
+    if request.param == "spark" and importlib.util.find_spec("pyspark") is None:
+        pytest.skip("PySpark is not installed: pip install -e .[spark]")
+    if request.param == "spark" and shutil.which("java") is None:
+        pytest.skip("no Java, which Spark needs")
+    return str(request.param)
+
+
+def open_engine(name: str, work: Path) -> Engine:
+    if name == "duckdb":
+        return DuckDBEngine(work)
+    from recsys.data.events.engines.on_spark import SparkEngine
+
+    return SparkEngine(work, "local[2]")
+
+
+@pytest.mark.parametrize("case", CASES)
+@ONCE
+@given(data=st.data())
+def test_a_dataset_is_what_loops_over_the_log_give(
+    engine_name: str, case: str, data: st.DataObject
+) -> None:
+    wanted_impressions = case == "impressions"
+    events = data.draw(logs.signals(["view", "view", "buy", "share"]))
+    shown = data.draw(logs.signals(["impression"], 60)) if wanted_impressions else []
+    items = data.draw(logs.snapshots(st.integers(0, 5)))
+    users = data.draw(logs.snapshots(logs.users))
+    form = data.draw(st.sampled_from(logs.FORMS))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = write_case(folder, case, form, events, shown, items, users)
+        check(engine_name, folder, config, [*events, *shown], items, users)
+
+
+def write_case(
+    folder: Path,
+    case: str,
+    form: str,
+    events: list[Row],
+    shown: list[Row],
+    items: list[Row],
+    users: list[Row],
+) -> EventsConfig:
+    """Write the files and return the settings; rows get the day of their file."""
+    for table in (events, shown):
+        for number, part in enumerate(logs.parts(table, 2)):
+            for row in part:
+                row["day"] = number
+    log = logs.write_events(folder, "log", events, form)
+    content: Row = {**COMMON, **CASES[case]}
+    content["events"] = {"log": {**log, "action": "type", "request": "request"}}
+    if shown:
+        table = logs.write_events(folder, "shown", shown, "us", files=1)
+        content["impressions"] = {**table, "request": "request"}
+        for row in shown:
+            row["day"] = 0
+    content["items"] = {
+        **logs.write_snapshots(folder, "items", items, pa.int64()),
+        **COMMON["items"],
+        "content": {"title": "text"},
+    }
+    content["users"] = {
+        **logs.write_snapshots(folder, "users", users, pa.string()),
+        **COMMON["users"],
+    }
+    (folder / "events.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return load_events_config(folder / "events.yaml")
+
+
+def check(
+    engine_name: str,
+    folder: Path,
+    config: EventsConfig,
+    signals: list[Row],
+    items: list[Row],
+    users: list[Row],
+) -> None:
+    for signal in signals:
+        signal["price"] = None if signal["price"] != signal["price"] else signal["price"]
+    for row in users:
+        row["country"] = row["brand"]
+    expected = oracle.datasets(config, signals, items, users, NOW)
+    assume(all(rows for dataset in expected.values() for rows in dataset.values()))
+    engine = open_engine(engine_name, folder / "stages")
+    try:
+        report = write_datasets(engine, config, make_samples(engine, config), folder / "out")
+    finally:
+        engine.close()
+    for dataset, of in expected.items():
+        out = folder / "out" / dataset
+        for split, rows in of.items():
+            assert differences(read_rows(out / split), rows) == []
+            assert report["splits"][str(Path(dataset, split))]["rows"] == len(rows)
+        ids = oracle.vocabulary(config, signals, items, of["train"], NOW)
+        for name, values in ids.items():
+            table = pq.read_table(out / "vocabulary" / f"{name}.parquet")
+            assert table["id"].to_pylist() == values
+
+
+def differences(written: list[Row], expected: list[Row]) -> list[Any]:
+    """Where rows differ, with both values: shorter to read than both lists."""
+    if len(written) != len(expected):
+        return [len(written), len(expected)]
+    return [
+        (place, name, left.get(name), right.get(name))
+        for place, (left, right) in enumerate(zip(written, expected, strict=True))
+        for name in left.keys() | right.keys()
+        if left.get(name) != right.get(name)
+    ]
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    return list(pa.concat_tables(map(pq.read_table, files(folder))).to_pylist())
+
+
+def files(folder: Path) -> Iterator[Path]:
+    yield from sorted(folder.glob("*.parquet"))
