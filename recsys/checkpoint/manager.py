@@ -32,6 +32,7 @@ from recsys.checkpoint.files import (
     publish_folder,
     read_manifest,
 )
+from recsys.checkpoint.item_content import encode_changed_items, item_content_digest
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.reader import SafeFileSystemReader, readable_failure
 from recsys.checkpoint.run_schema import check_schema_of_checkpoint, run_schema_digest
@@ -67,7 +68,7 @@ class Checkpoints:
     def __init__(self, job: Job, run: Path, data: str) -> None:
         """Hash the frozen weights and start the writer's thread."""
         self.job, self.data, self.folder = job, data, run / "checkpoints"
-        self.frozen = frozen_digest(job)
+        self.frozen, self.items = frozen_digest(job), item_content_digest(job)
         self._damaged: list[Path] = []
         # Writing overlaps with steps, so its collectives must not mix with those of the steps.
         self._ranks = job.ranks.apart()
@@ -160,6 +161,7 @@ class Checkpoints:
             "data": self.data,
             "schema": run_schema_digest(self.folder.parent),
             "frozen_weights": self.frozen,
+            "items": self.items,
             "plan": self.job.plan,
         }
         future = self._writer.submit(self._write, state, folder, manifest)
@@ -213,6 +215,7 @@ class Checkpoints:
             if folder.name == BEST:
                 progress.validations += 1  # the one that chose this model
                 logger.warning("%s has no state of the optimizers, which begin anew", folder)
+            encode_changed_items(self.job, self.folder.parent, manifest)
             return progress
         if faults:
             raise ValueError(
@@ -294,4 +297,5 @@ def load_best(job: Job, run: Path) -> dict[str, Any]:
                 f"{folder}: the checkpoint does not fit the model of {run}/config.yaml: {error}"
             ) from error
     finish_loading_bank(job)
+    encode_changed_items(job, run, manifest)
     return manifest

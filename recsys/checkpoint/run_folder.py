@@ -11,6 +11,7 @@ from typing import Any, cast
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.files import BEST, folders_to_continue
+from recsys.checkpoint.item_content import FOLDER, keep_item_content
 from recsys.checkpoint.run_schema import agree_on_id_types, write_run_schema
 from recsys.config import Resume, save_config
 from recsys.content.encoders.base import Encoder
@@ -137,7 +138,7 @@ def _empty(run: Path) -> None:
     if (run / "checkpoints").exists():
         (run / "checkpoints").rename(run / REPLACED)
     twin = [TWIN] if (run / TWIN_MARK).exists() else []
-    for part in (REPLACED, "tensorboard", "vocabulary", *twin):
+    for part in (REPLACED, "tensorboard", "vocabulary", FOLDER, *twin):
         shutil.rmtree(run / part, ignore_errors=True)
     results = (run / COMPARISON, run / TWIN_MARK, run / JOB)
     for file in [*results, *run.glob("scores_*.parquet")]:
@@ -200,4 +201,5 @@ def describe_run(run: Path, job: Job, data: str) -> None:
             save_config(job.config, run / "config.yaml")
             (run / "plan.txt").write_text(f"{job.plan}\n\n{job.parameters}\n")
             write_identities(encoder_identities(job), run)
+            keep_item_content(run, job)
             (run / "data.txt").write_text(f"{data}\n")

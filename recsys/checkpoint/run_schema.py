@@ -100,9 +100,9 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
     if trained is None:
         if ranks.is_first:
             logger.warning(
-                "%s: no such file, as the run was started by an earlier version: whether %s/%s is "
-                "the schema it was trained on could not be checked", run / FILE, root, FILE
-            )  # fmt: skip
+                f"{run / FILE}: no such file, as an earlier version started the run: whether "
+                f"{root}/{FILE} and the items are those it was trained on could not be checked"
+            )
         return load_schema(root)
     data = load_schema(root, with_vocabularies=False)
     differences = list(_differences(trained, data, goes_on))

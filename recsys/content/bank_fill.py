@@ -1,4 +1,4 @@
-"""Fills the memory bank with the encoded vector of every item.
+"""Fills the memory bank with the encoded vectors of items.
 
 Shapes: U items.
 """
@@ -23,27 +23,30 @@ def encode_into_bank(
     store: ContentStore,
     ranks: Ranks,
     between: Callable[[], None] | None = None,
+    ids: np.ndarray | None = None,  # [U]
 ) -> None:
-    """Encode every item, without dropout, and write its vector to the bank. A collective.
+    """Encode items, without dropout, and write their vectors to the bank. A collective.
 
     Args:
         content: the content branch, which must have a bank.
         store: content of the items.
         ranks: the ranks; each encodes its share.
         between: called, on every rank, before each write.
+        ids: the items, the same on every rank; default all that the files have.
     """
     assert content.bank is not None
     was_training = content.training
     content.eval()
-    share = np.array_split(np.sort(store.items.ids), ranks.world_size)[ranks.rank]
+    items = np.sort(store.items.ids) if ids is None else ids
+    share = np.array_split(items, ranks.world_size)[ranks.rank]
     # All ranks make the same number of calls, as each is a collective.
-    longest = -(-len(store.items.ids) // ranks.world_size)
-    for ids in np.array_split(share, -(-longest // ITEMS_PER_CALL)):
+    longest = -(-len(items) // ranks.world_size)
+    for call in np.array_split(share, -(-longest // ITEMS_PER_CALL)):
         vectors = torch.zeros(0, content.bank.dim, device=ranks.device)
-        if len(ids):
-            inputs = {name: part.to(ranks.device) for name, part in store.gather(ids).items()}
+        if len(call):
+            inputs = {name: part.to(ranks.device) for name, part in store.gather(call).items()}
             vectors = content.encode(inputs)
         if between is not None:
             between()
-        content.bank.update(torch.from_numpy(ids).to(ranks.device), vectors, content.step)
+        content.bank.update(torch.from_numpy(call).to(ranks.device), vectors, content.step)
     content.train(was_training)

@@ -29,17 +29,15 @@ from recsys.content.cache.identity import encoder_key, write_about
 from recsys.content.cache.parts import Parts
 from recsys.content.cache.progress import FillProgress
 from recsys.content.cache.reuse import (
-    HASH_TYPE,
-    HASHES,
     EarlierCache,
     caches_of,
     find_in,
-    row_hashes,
 )
 from recsys.content.encoders.base import CacheReport, Encoder
 from recsys.data.filesystem import whole_folder
 from recsys.data.items.content_store import ContentStore, digest_of
 from recsys.data.items.ragged_array import RaggedArray, RowWriter
+from recsys.data.items.row_hashes import HASHES
 from recsys.distributed.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -125,16 +123,13 @@ class _Fill:
         self.folder = store.cache / f"frozen-{name}-{digest_of(self.content, self.key)}"
         self.parts = Parts(store.cache / f".{self.folder.name}.parts")
         self.rows = np.flatnonzero(self.source.lengths > 0)
-        self.hashes = np.zeros(len(self.source), HASH_TYPE)
+        self.hashes = store.hashes[name]
         self.encoded = 0
 
     def run(self) -> None:
         """Encode all missing items and write the cache. A collective."""
         ranks = self.ranks
         self.encoder.to(ranks.device).eval()
-        with ranks.raise_on_all_ranks():
-            mine = row_hashes(self.source, np.array_split(self.rows, ranks.world_size)[ranks.rank])
-        self.hashes[self.rows] = np.concatenate(ranks.gather(mine))
         mark = self._mark_machine()
         marks = [other for other in ranks.gather(mark) if other is not None]
         try:

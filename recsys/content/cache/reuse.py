@@ -3,12 +3,11 @@
 A cache is named by all of its content, so a few changed items of a catalogue give it another name;
 but only the changed items need the encoder. Each cache keeps a hash per item for this.
 
-Shapes: n rows to hash or to reuse, N rows of the new cache.
+Shapes: n rows to reuse, N rows of the new cache.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,26 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from recsys.data.items.ragged_array import RaggedArray
+from recsys.data.items.row_hashes import HASHES
 
-HASHES = "hashes.npy"
 ABOUT = "about.json"
-HASH_TYPE = "S16"  # empty for an item without content
-ROWS_PER_READ = 256
-
-
-def row_hashes(
-    array: RaggedArray,
-    rows: np.ndarray,  # [n]
-) -> np.ndarray:  # [n]
-    """Return a hash of the content of each row."""
-    hashes = np.zeros(len(rows), HASH_TYPE)
-    for start in range(0, len(rows), ROWS_PER_READ):
-        chunk = rows[start : start + ROWS_PER_READ]
-        values, mask = array.gather(chunk)
-        for place, (content, known) in enumerate(zip(values, mask, strict=True)):
-            digest = hashlib.blake2b(content[known].tobytes(), digest_size=16).digest()
-            hashes[start + place] = digest
-    return hashes
 
 
 @dataclass

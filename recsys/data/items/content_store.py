@@ -7,7 +7,7 @@ and resized to uint8 pixels, stored features are copied; the frozen part of an e
 replace them by its outputs (`recsys.content.cache.fill`). An item without text or image has no
 entry, which batches carry as a mask.
 
-Shapes: U unique items.
+Shapes: U unique items, N items with a row.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from embeddings.vocabulary.fixed import mix64
 from recsys.config import ModalitySettings
 from recsys.data.batch import ContentInput
 from recsys.data.filesystem import home_expanded, whole_folder
@@ -26,6 +27,7 @@ from recsys.data.items.item_column import ItemColumnReader
 from recsys.data.items.item_table import ItemTable, digest_of
 from recsys.data.items.kind import ModalityKind, make_kinds
 from recsys.data.items.ragged_array import RaggedArray
+from recsys.data.items.row_hashes import stored_hashes
 from recsys.data.schema_columns import Items
 
 SKIPPED = "skipped.json"  # beside an array: the rows left out of it because they are unusable
@@ -74,6 +76,7 @@ class ContentStore:
             kind.check_column(ItemColumnReader(items, kind.modality.column))
         self.arrays: dict[str, RaggedArray] = {}
         self.folders: dict[str, Path] = {}
+        self.hashes: dict[str, np.ndarray] = {}  # of each row's content, before any encoder
         order = np.argsort(items.ids)
         self._ids, self._rows = items.ids[order], items.rows[order]
 
@@ -93,6 +96,7 @@ class ContentStore:
         folder = self.cache / f"{type(kind).__name__.lower()}-{key}"
         publish(folder, lambda path: self._write(path, kind, column))
         self._read_skipped(folder)
+        self.hashes[name] = stored_hashes(folder)
         self.use(name, folder)
         assert len(self.arrays[name]) == self.items.num_rows
 
@@ -112,6 +116,14 @@ class ContentStore:
         for name, array in self.arrays.items():
             content[name] = self.kinds[name].as_input(*array.gather(rows))
         return content
+
+    def item_hashes(self) -> tuple[np.ndarray, np.ndarray]:  # int64 [N], uint64 [N]
+        """Return the ids of all items, rising, and a hash of the content of each."""
+        hashes = np.zeros(len(self._ids), np.uint64)
+        for of_modality in self.hashes.values():
+            for half in of_modality[self._rows].view(np.uint64).reshape(-1, 2).T:
+                hashes = mix64(hashes ^ half)
+        return self._ids, hashes
 
     def _write(self, folder: Path, kind: ModalityKind, column: ItemColumnReader) -> None:
         """Write the array and, beside it, the skipped rows."""

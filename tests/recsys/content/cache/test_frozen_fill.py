@@ -16,8 +16,8 @@ import torch
 from recsys.content.cache import fill as frozen_cache
 from recsys.content.cache.fill import cache_frozen_outputs
 from recsys.content.cache.progress import FillProgress
-from recsys.content.cache.reuse import row_hashes
 from recsys.data.batch import ContentInput
+from recsys.data.items.row_hashes import row_hashes
 from recsys.distributed.log import configure_logging
 from recsys.distributed.ranks import Ranks, joined_ranks
 from tests.datasets import write_dataset

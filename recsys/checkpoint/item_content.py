@@ -1,0 +1,98 @@
+"""Items that were edited after training: their vectors in the memory bank are encoded again.
+
+A model reads an item to rank from the items' files, but one in a history from the memory bank,
+which a checkpoint holds. So that both are of the same content, a run keeps a hash of each item's
+content (`RUN/item_content/DIGEST.npy`, named by a hash of them all, which each checkpoint has). At
+every load the items whose hash differs are encoded into the bank by the loaded model.
+
+Shapes: N items with a row in the files.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recsys.build import Job
+from recsys.content.bank_fill import encode_into_bank
+from recsys.data.filesystem import whole_file
+from recsys.data.items.item_table import digest_of
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "item_content"
+TYPE = np.dtype([("item", "<i8"), ("content", "<u8")])
+
+
+def item_content_digest(job: Job) -> str | None:
+    """Return a hash of the content of all items; None for a model without memory bank."""
+    return None if (content := _content(job)) is None else digest_of(content.tobytes())
+
+
+def keep_item_content(run: Path, job: Job) -> None:
+    """Keep the hashes of the job's items in the run's folder."""
+    content = _content(job)
+    if content is None or (path := _file(run, digest_of(content.tobytes()))).exists():
+        return
+    path.parent.mkdir(exist_ok=True)
+    with whole_file(path) as partial, partial.open("wb") as file:
+        np.save(file, content)
+
+
+def encode_changed_items(job: Job, run: Path, manifest: dict[str, Any]) -> int:
+    """Encode the items that differ from those of a loaded checkpoint. A collective.
+
+    Items whose row is gone have no content any more; so have they where they are ranked.
+
+    Returns:
+        How many were encoded.
+
+    Raises:
+        ValueError: on every rank: ranks read other items.
+    """
+    items, now, ranks = _content(job), item_content_digest(job), job.ranks
+    if len(set(ranks.gather(now))) > 1:
+        raise ValueError(f"{job.root}/items: the ranks read different items; give them one dataset")
+    stored = manifest.get("items", now)  # an earlier version kept no hashes: taken as unchanged
+    if items is None or now == stored:
+        return 0
+    with ranks.raise_on_all_ranks():
+        ids, words = _changed(items, _file(run, stored))
+    assert job.em3.content is not None and job.store is not None
+    encode_into_bank(job.em3.content, job.store, ranks, ids=ids)
+    if ranks.is_first:
+        logger.info("%s/items: %s; encoded into the memory bank again", job.root, words)
+    return len(ids)
+
+
+def _content(job: Job) -> np.ndarray | None:  # TYPE [N], by item
+    if job.store is None or job.em3.content is None or job.em3.content.bank is None:
+        return None
+    items, hashes = job.store.item_hashes()
+    content = np.empty(len(items), TYPE)
+    content["item"], content["content"] = items, hashes
+    return content
+
+
+def _file(run: Path, digest: str) -> Path:
+    return run / FOLDER / f"{digest}.npy"
+
+
+def _changed(now: np.ndarray, file: Path) -> tuple[np.ndarray, str]:
+    """Return the ids of items that differ from those in a file, rising, and words about them."""
+    before = np.load(file, allow_pickle=False) if file.is_file() else np.zeros(0, TYPE)
+    if digest_of(before.tobytes()) != file.stem:
+        words = f"{file} is missing or damaged, so all {len(now):,} items are taken as changed"
+        return now["item"].copy(), words
+    place = np.searchsorted(before["item"], now["item"]).clip(max=len(before) - 1)
+    known = before["item"][place] == now["item"]
+    edited = known & (before["content"][place] != now["content"])
+    gone = np.setdiff1d(before["item"], now["item"], assume_unique=True)
+    words = (
+        f"since the checkpoint was written {edited.sum():,} of {len(now):,} items were edited, "
+        f"{(~known).sum():,} are new and {len(gone):,} are gone"
+    )
+    return np.sort(np.concatenate([now["item"][edited | ~known], gone])), words
