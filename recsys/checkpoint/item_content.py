@@ -57,7 +57,7 @@ def encode_changed_items(job: Job, run: Path, manifest: dict[str, Any]) -> int:
     if len(set(ranks.gather(now))) > 1:
         raise ValueError(f"{job.root}/items: the ranks read different items; give them one dataset")
     stored = manifest.get("items", now)  # an earlier version kept no hashes: taken as unchanged
-    if items is None or now == stored:
+    if items is None or stored is None or now == stored:
         return 0
     with ranks.raise_on_all_ranks():
         ids, words = _changed(items, _file(run, stored))
