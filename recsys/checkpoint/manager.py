@@ -288,6 +288,7 @@ def load_best(job: Job, run: Path) -> dict[str, Any]:
                 raise ValueError(
                     f"{len(differing)} tensors are in one only, such as {differing[0]}"
                 )
+            check_config(manifest["config"], job.config, str(folder))
             check_equal(
                 "frozen weights", manifest["frozen_weights"], frozen_digest(job), str(folder)
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from recsys.build import Job, build_job
 from recsys.checkpoint import item_content
 from recsys.checkpoint.manager import Checkpoints
+from recsys.distributed.log import configure_logging
 from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.evaluation.predict import load_run
 from recsys.training.train import train
@@ -70,18 +70,17 @@ def encoded(job: Job) -> Tensor:  # [4, D]
 
 
 def test_changed_items_are_encoded_into_the_bank_by_the_loaded_model_and_counted(
-    folder: Path, run: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with joined_ranks("cpu") as ranks:
         before = bank_of(load_run(run, None, ranks, "cpu"))
-        assert "new" not in caplog.text
-        with caplog.at_level(logging.INFO):
-            job = load_run(run, str(folder / "edited"), ranks, "cpu")
+        configure_logging()
+        job = load_run(run, str(folder / "edited"), ranks, "cpu")
         now, expected = bank_of(job), encoded(job)
     torch.testing.assert_close(now[CHANGED], expected)
     assert ((before[CHANGED] - expected).abs().amax(dim=1) > 1e-3).all()
     assert torch.equal(now[UNCHANGED], before[UNCHANGED])
-    assert "2 of 29 items were edited, 1 are new and 1 are gone" in caplog.text
+    assert "2 of 29 items were edited, 1 are new and 1 are gone" in capfd.readouterr().out
 
 
 def restored(folder: Path, data: str, run: Path, ranks: Ranks) -> Job:
@@ -118,14 +117,16 @@ def test_items_in_another_order_are_not_changed(
 
 
 def test_where_the_hashes_are_lost_all_items_are_encoded(
-    folder: Path, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(run, tmp_path / "run")
     (file,) = (tmp_path / "run" / "item_content").iterdir()
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with joined_ranks("cpu") as ranks, caplog.at_level(logging.INFO):
+    configure_logging()
+    with joined_ranks("cpu") as ranks:
         job = load_run(tmp_path / "run", str(folder / "edited"), ranks, "cpu")
         torch.testing.assert_close(bank_of(job)[CHANGED[2:]], encoded(job)[2:])
-    assert str(file) in caplog.text and "29" in caplog.text
+    logged = capfd.readouterr().out
+    assert str(file) in logged and "all 29 items" in logged

@@ -6,7 +6,8 @@ import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,12 +19,13 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.checkpoint import run_schema
-from recsys.checkpoint.run_schema import load_run_schema, schema_of_data
+from recsys.checkpoint.run_schema import agree_on_id_types, load_run_schema, schema_of_data
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema
-from recsys.distributed.ranks import joined_ranks
+from recsys.data.schema_columns import IdType
+from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.evaluation.predict import evaluate, load_run, predict
 from recsys.model.tables import pooled_features
 from recsys.training.train import train
@@ -253,6 +255,17 @@ def test_ids_of_another_type_than_in_training_are_refused(
     schema = schema_of_data(run, Location.of(data), ranks_of(0, 1))
     with pytest.raises(ValueError, match=rf"test/part-0.parquet: column '{column}'.*(int|string)"):
         ParquetRows.of_split(Location.of(data), "test", schema)
+
+
+def test_ranks_that_read_ids_of_two_types_agree_that_neither_goes_on(trained: Schema) -> None:
+    schema = copy.deepcopy(trained)
+    other = {"genres": IdType("string", "part-1.csv")}
+    ranks = SimpleNamespace(gather=lambda mine: [mine, other])
+    with pytest.raises(ValueError, match=r"part-1\.csv: has string ids of 'genres'.* integer"):
+        agree_on_id_types(schema, cast(Ranks, ranks))
+    del schema.id_types["genres"]
+    agree_on_id_types(schema, cast(Ranks, ranks))
+    assert schema.id_types["genres"].name == "string"
 
 
 def test_a_file_to_predict_with_ids_of_another_type_is_refused(
