@@ -285,13 +285,10 @@ def load_best(job: Job, run: Path) -> dict[str, Any]:
         state = model_state(job, stored)
         try:
             if differing := sorted(stored.keys() ^ state.keys()):
-                raise ValueError(
-                    f"{len(differing)} tensors are in one only, such as {differing[0]}"
-                )
+                raise ValueError(f"{len(differing)} tensors, as {differing[0]}, are in one only")
             check_config(manifest["config"], job.config, str(folder))
-            check_equal(
-                "frozen weights", manifest["frozen_weights"], frozen_digest(job), str(folder)
-            )
+            frozen = manifest["frozen_weights"]
+            check_equal("frozen weights", frozen, frozen_digest(job), str(folder))
             dcp.load(state, storage_reader=reader)
         except (CheckpointException, RuntimeError, KeyError, ValueError) as error:
             raise ValueError(
