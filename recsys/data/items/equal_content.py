@@ -9,8 +9,10 @@ import hashlib
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
-from recsys.data.batch import ContentInput
+if TYPE_CHECKING:
+    from recsys.data.batch import ContentInput
 
 MOST = 0.5  # share of the items from which on equal content is reported
 
