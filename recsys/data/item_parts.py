@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import torch
-import torch.distributed as dist
 
 from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.row_source import RowSource
-from recsys.distributed.ranks import Ranks
+
+if TYPE_CHECKING:
+    from recsys.distributed.ranks import Ranks
 
 COLD_BELOW = 5  # an item with fewer training rows is cold
 PARTS = ("all", "warm", "cold", "unseen")
@@ -82,6 +83,9 @@ class ItemCounts:
         Counts are added in blocks of ids, so that no rank holds those of all items.
         """
         items, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        import torch
+        import torch.distributed as dist
+
         occupied = torch.zeros(-(-num_items // BLOCK), dtype=torch.uint8)
         occupied[torch.from_numpy(self.items // BLOCK)] = 1
         dist.all_reduce(occupied, op=dist.ReduceOp.MAX, group=ranks.group)
