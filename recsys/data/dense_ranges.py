@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.schema import Schema
-from recsys.distributed.ranks import Ranks
+
+if TYPE_CHECKING:
+    from recsys.distributed.ranks import Ranks
 
 LARGEST = 1000.0  # absolute value from which on a dense column is reported as unscaled
 
