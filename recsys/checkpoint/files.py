@@ -7,19 +7,16 @@ it is renamed. A folder without that file, or whose files differ from it, is not
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 import zlib
 from pathlib import Path
 from typing import Any
 
+from recsys.checkpoint.manifest import write_manifest
 from recsys.data.filesystem import replace_folder
 
-MANIFEST = "checkpoint.json"
 BEST = "best"
-FORMAT = 1
 _READ_BYTES = 16 * 2**20
 _STEP = re.compile(r"step-[0-9]+")
 
@@ -65,30 +62,8 @@ def describe_files(files: list[Path]) -> dict[str, list[int]]:
 
 def publish_folder(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:
     """Give a written folder its manifest and its final name; an older folder there is removed."""
-    path = partial / MANIFEST
-    with path.open("w") as file:
-        json.dump({"format": FORMAT, **manifest}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_manifest(partial, manifest)
     replace_folder(partial, folder)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the folder's manifest.
-
-    Raises:
-        ValueError: it is missing, damaged or of another format.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder}: no {MANIFEST}, so it is no whole checkpoint") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{path}: not of format {FORMAT}; use the version that wrote it")
-    return manifest
 
 
 def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: int = 1) -> None:

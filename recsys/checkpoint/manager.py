@@ -30,9 +30,9 @@ from recsys.checkpoint.files import (
     folders_to_continue,
     prune,
     publish_folder,
-    read_manifest,
 )
 from recsys.checkpoint.item_content import encode_changed_items, item_content_digest
+from recsys.checkpoint.manifest import read_manifest
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.reader import SafeFileSystemReader, readable_failure
 from recsys.checkpoint.run_schema import check_schema_of_checkpoint, run_schema_digest

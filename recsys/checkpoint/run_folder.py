@@ -145,6 +145,24 @@ def _empty(run: Path) -> None:
         file.unlink(missing_ok=True)
 
 
+def read_item_counts(run: Path, num_items: int) -> ItemCounts:
+    """Read the number of training rows of each item, which `begin_run` stored.
+
+    Raises:
+        ValueError: the file is missing or damaged, or of other items.
+    """
+    file = run / ITEM_COUNTS
+    try:
+        stored = ItemCounts.load(file)
+        items, counts = stored.items, stored.counts
+        is_counts = items.dtype.kind == counts.dtype.kind == "i" and items.shape == counts.shape
+    except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); train anew") from error
+    if not is_counts or (len(items) and not 0 <= items.min() <= items.max() < num_items):
+        raise ValueError(f"{file}: is not of the {num_items:,} items of the schema; train anew")
+    return stored
+
+
 def keep_vocabularies(run: Path, job: Job) -> None:
     """Store the maps of raw ids that the run is trained with."""
     for table in job.schema.tables_with("exact"):

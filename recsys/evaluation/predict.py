@@ -18,12 +18,11 @@ import torch
 
 from recsys.build import Job, build_job
 from recsys.checkpoint.manager import load_best
-from recsys.checkpoint.run_folder import ITEM_COUNTS, check_encoders, check_vocabularies
+from recsys.checkpoint.run_folder import check_encoders, check_vocabularies, read_item_counts
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.config import load_config
 from recsys.data.filesystem import Location, whole_file, write_whole
 from recsys.data.interactions import Interactions
-from recsys.data.item_parts import ItemCounts
 from recsys.data.parquet.file import READ_ERRORS, open_parquet
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds, format_unknown
@@ -72,12 +71,14 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
     The scores of its rows are written to `RUN/scores_SPLIT.parquet`.
     """
     job = load_run(run, data, ranks, device)
+    with ranks.raise_on_all_ranks():
+        counts = read_item_counts(run, job.schema.num_items)
     with Watchdog(ranks, job.config.stall_timeout) as watchdog:
         lockstep = Lockstep(ranks, job.config.checkpoint, watchdog)
         report = evaluate_split(
             job,
             split,
-            ItemCounts.load(run / ITEM_COUNTS),
+            counts,
             lockstep,
             searches=True,
             scores_to=scores_file(run, split),

@@ -18,7 +18,6 @@ from recsys.checkpoint.files import BEST
 from recsys.checkpoint.manager import Checkpoints, load_best
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_folder import (
-    ITEM_COUNTS,
     LOCK,
     SKIPPED_ROWS,
     Resume,
@@ -28,13 +27,13 @@ from recsys.checkpoint.run_folder import (
     describe_run,
     find_start,
     finish_run,
+    read_item_counts,
 )
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.config import Config, softmax_settings
 from recsys.content.projection_start import start_projections
 from recsys.data.filesystem import Location, write_whole
 from recsys.data.interactions import Interactions
-from recsys.data.item_parts import ItemCounts
 from recsys.diagnostics.profile.step_profile import StepProfile
 from recsys.distributed.job_lock import sole_job
 from recsys.distributed.lockstep import Lockstep, TrainingStopped
@@ -137,7 +136,7 @@ def open_run(job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep) 
     if progress is None:
         begin_run(run, job, *check_data(job))
     describe_run(run, job, data)
-    item_counts = ItemCounts.load(run / ITEM_COUNTS)
+    item_counts = read_item_counts(run, job.schema.num_items)
     if job.preparation.negatives is not None:
         job.preparation.negatives.use_counts(item_counts.dense(job.schema.num_items))
     if job.ranks.is_first:

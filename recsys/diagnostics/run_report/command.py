@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from recsys.build import Job
-from recsys.checkpoint.run_folder import ITEM_COUNTS
+from recsys.checkpoint.run_folder import read_item_counts
 from recsys.config.ranking import softmax_settings
 from recsys.data.filesystem import write_whole
-from recsys.data.item_parts import PARTS, ItemCounts
+from recsys.data.item_parts import PARTS
 from recsys.data.items.item_table import ItemTable
 from recsys.diagnostics.run_report.embedding_maps import embedding_maps
 from recsys.diagnostics.run_report.fusion_attention import fusion_attention, recorded_attention
@@ -106,7 +106,7 @@ def _scored_rows(job: Job, run: Path) -> tuple[ScoredRows, np.ndarray]:  # int64
         scored["labels"][:, 0].numpy(),
         scored["logits"][:, 0].numpy(),
         scored["groups"].numpy(),
-        ItemCounts.load(run / ITEM_COUNTS).of(items),
+        read_item_counts(run, job.schema.num_items).of(items),
     )
     return rows, items
 
@@ -129,7 +129,7 @@ def item_sections(
         category: the column that colours the maps, if any.
         with_examples: whether to show items with names and pictures.
     """
-    item_counts = ItemCounts.load(run / ITEM_COUNTS).dense(job.schema.num_items)
+    item_counts = read_item_counts(run, job.schema.num_items).dense(job.schema.num_items)
     items = frequent_items(job, item_counts, ITEMS)
     branch = job.em3.content
     num_modalities = len(branch.encoders) if branch is not None else 0
