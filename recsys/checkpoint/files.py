@@ -13,8 +13,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from recsys.checkpoint.manifest import write_manifest
+from recsys.checkpoint.manifest import read_manifest, write_manifest
 from recsys.data.filesystem import replace_folder
+from recsys.distributed.ranks import Ranks
 
 BEST = "best"
 _READ_BYTES = 16 * 2**20
@@ -80,6 +81,18 @@ def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: in
             raise ValueError(f"{file}: {file.stat().st_size} bytes instead of {size}")
         if checksum(file) != expected:
             raise ValueError(f"{file}: its content has changed since it was written")
+
+
+def checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Read a manifest and check the files against it, a share on each rank. A collective.
+
+    Raises:
+        ValueError: on every rank: the manifest or a file is missing or damaged.
+    """
+    with ranks.raise_on_all_ranks():
+        manifest = read_manifest(folder)
+        check_files(folder, manifest, ranks.rank, ranks.world_size)
+    return manifest
 
 
 def prune(newest: Path, keep: int) -> None:

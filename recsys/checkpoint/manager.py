@@ -23,7 +23,7 @@ from recsys.build import Job
 from recsys.checkpoint.compatibility import check_config, check_equal, check_training_data
 from recsys.checkpoint.files import (
     BEST,
-    check_files,
+    checked_manifest,
     describe_files,
     folder_of_step,
     folders_by_age,
@@ -31,8 +31,8 @@ from recsys.checkpoint.files import (
     prune,
     publish_folder,
 )
+from recsys.checkpoint.finite import require_finite
 from recsys.checkpoint.item_content import encode_changed_items, item_content_digest
-from recsys.checkpoint.manifest import read_manifest
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.reader import SafeFileSystemReader, readable_failure
 from recsys.checkpoint.run_schema import check_schema_of_checkpoint, run_schema_digest
@@ -47,7 +47,6 @@ from recsys.checkpoint.state import (
 from recsys.config import to_plain
 from recsys.data.filesystem import recover_folder
 from recsys.data.parquet.order import Stage
-from recsys.distributed.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +80,13 @@ class Checkpoints:
         """Save the whole state; returns once later steps cannot change what is written.
 
         Raises:
-            ValueError: with `wait`, or after some failures in a row: it could not be written.
+            ValueError: a value is not finite; with `wait`, or after some failures in a row: it
+                could not be written.
         """
         self.wait()
         folder = folder_of_step(self.folder, progress.steps)
         state = TrainingState(self.job).state_dict()
+        self.require_finite(progress, state)
         if self._asynchronous(state) and not wait:
             self._start(copy_of(state, self.job), folder, progress)
         else:
@@ -96,11 +97,22 @@ class Checkpoints:
         """Save the model as the best so far.
 
         Raises:
-            ValueError: it could not be written.
+            ValueError: a value is not finite, or it could not be written.
         """
         self.wait()
-        self._start(model_state(self.job), self.folder / BEST, progress)
+        state = model_state(self.job)
+        self.require_finite(progress, state)
+        self._start(state, self.folder / BEST, progress)
         self.wait(strict=True)
+
+    def require_finite(self, progress: Progress, state: State | None = None) -> None:
+        """Check a state before it is saved or named good; default the model's. A collective.
+
+        Raises:
+            ValueError: on every rank, if a weight or moment is not finite on any.
+        """
+        state = model_state(self.job) if state is None else state
+        require_finite(self.job, state, progress.steps, lambda: self.last_good)
 
     def wait(self, strict: bool = False) -> None:
         """Wait for the write in progress.
@@ -202,7 +214,7 @@ class Checkpoints:
         ranks, faults = self.job.ranks, []
         for folder in ranks.gather(folders_to_continue(self.folder))[0]:
             try:
-                manifest = _checked_manifest(folder, ranks)
+                manifest = checked_manifest(folder, ranks)
             except (ValueError, OSError, RuntimeError) as error:
                 faults.append(str(error))
                 self._damaged.append(folder)
@@ -253,14 +265,6 @@ class Checkpoints:
         return progress
 
 
-def _checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """Read a manifest and check the files against it, a share on each rank. A collective."""
-    with ranks.raise_on_all_ranks():
-        manifest = read_manifest(folder)
-        check_files(folder, manifest, ranks.rank, ranks.world_size)
-    return manifest
-
-
 @torch.no_grad()
 def load_best(job: Job, run: Path) -> dict[str, Any]:
     """Load `RUN/checkpoints/best` into the model and the bank, in place. A collective.
@@ -277,7 +281,7 @@ def load_best(job: Job, run: Path) -> dict[str, Any]:
     with ranks.raise_on_all_ranks():
         if not folder.is_dir():
             raise ValueError(f"{folder}: no checkpoint; train with `--out {run}` first")
-    manifest = _checked_manifest(folder, ranks)
+    manifest = checked_manifest(folder, ranks)
     check_schema_of_checkpoint(folder, manifest, ranks)
     with ranks.raise_on_all_ranks():
         reader = SafeFileSystemReader(folder)

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from recsys.checkpoint.reader import SafeFileSystemReader
 from recsys.data.filesystem import whole_file
+from recsys.data.output_file import check_output
 
 BLOCK_BYTES = 2**25
 # Names in the two collections of recsys.model.em3.EM3.
@@ -54,14 +55,13 @@ def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> d
 
     Raises:
         ValueError: `folder` is no checkpoint, has no such table, or its files are missing or cut
-            short; or `out` is a folder.
+            short; or `out` cannot be written, or is part of a run or dataset.
 
     Example::
 
         export_tables(Path("runs/shop/checkpoints/best"), Path("product.parquet"), ["product"])
     """
-    if out.is_dir():
-        raise ValueError(f"{out}: is a folder; name a file, such as {out / 'tables.parquet'}")
+    check_output(out)
     stored = stored_tables(folder)
     names = list(dict.fromkeys(tables or sorted(stored)))
     for name in names:

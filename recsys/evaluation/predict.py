@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from recsys.checkpoint.run_schema import schema_of_data
 from recsys.config import load_config
 from recsys.data.filesystem import Location, whole_file, write_whole
 from recsys.data.interactions import Interactions
+from recsys.data.output_file import check_output
 from recsys.data.parquet.file import READ_ERRORS, open_parquet
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds, format_unknown
@@ -69,8 +71,12 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
     """Evaluate a split, print and write `RUN/evaluation_SPLIT.json`. A collective.
 
     The scores of its rows are written to `RUN/scores_SPLIT.parquet`.
+
+    Raises:
+        ValueError: the result could not be stored; it is printed before.
     """
     job = load_run(run, data, ranks, device)
+    can_store = ranks.gather(_can_store(run))[0]
     with ranks.raise_on_all_ranks():
         counts = read_item_counts(run, job.schema.num_items)
     with Watchdog(ranks, job.config.stall_timeout) as watchdog:
@@ -81,12 +87,25 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
             counts,
             lockstep,
             searches=True,
-            scores_to=scores_file(run, split),
+            scores_to=scores_file(run, split) if can_store else None,
         )
-    if ranks.is_first:
-        write_whole(run / f"evaluation_{split}.json", json.dumps(report, indent=2) + "\n")
-        print_table(f"{split}\n{format_evaluation(report, job.config)}")
+    file = run / f"evaluation_{split}.json"
+    with ranks.raise_on_all_ranks():
+        if ranks.is_first:
+            print_table(f"{split}\n{format_evaluation(report, job.config)}")
+            if not can_store:
+                raise ValueError(f"{file}: {run} cannot be written to; the result is printed only")
+            write_whole(file, json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _can_store(folder: Path) -> bool:
+    """Return whether a file can be made in the folder: not on a read-only file system."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def predict(
@@ -105,9 +124,12 @@ def predict(
         device: device of the model: cpu, cuda or auto.
 
     Raises:
-        ValueError: an input cannot be read, or already has a column of predictions; or another job
-            writes the same file.
+        ValueError: an input cannot be read, or already has a column of predictions; `out` is an
+            input, would be one, or cannot be written; or another job writes the same file.
     """
+    with ranks.raise_on_all_ranks():
+        given = [Location.of(name) for name in inputs]
+        check_output(out, [*given, *(file for each in given for file in each.files(".parquet"))])
     with sole_job(out, ranks, out.with_name(f".{out.name}.lock")):
         _predict(run, inputs, out, data, ranks, device)
 

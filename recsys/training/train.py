@@ -34,6 +34,7 @@ from recsys.config import Config, softmax_settings
 from recsys.content.projection_start import start_projections
 from recsys.data.filesystem import Location, write_whole
 from recsys.data.interactions import Interactions
+from recsys.data.output_file import check_run_folder
 from recsys.diagnostics.profile.step_profile import StepProfile
 from recsys.distributed.job_lock import sole_job
 from recsys.distributed.lockstep import Lockstep, TrainingStopped
@@ -101,6 +102,8 @@ def train_locked(
 ) -> dict[str, Any]:
     """Train as `train` does, in a folder that this job has locked. A collective."""
     make_metrics(config.metrics)  # invalid settings are reported before any work is done
+    with ranks.raise_on_all_ranks():
+        check_run_folder(run, data)
     goes_on = find_start(run, resume, overwrite, ranks)
     with (
         Watchdog(ranks, config.stall_timeout) as watchdog,

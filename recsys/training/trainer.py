@@ -165,6 +165,7 @@ class Trainer:
     def _validate_weights(self) -> None:
         """Validate the weights in place. A collective."""
         job, progress = self.job, self.progress
+        self.checkpoints.require_finite(progress)
         content = content_settings(job.config)
         if content is not None and content.history.refresh_bank_every_epoch:
             fill_bank(job, self.lockstep)

@@ -10,6 +10,7 @@ from recsys.data.filesystem import Location, write_whole
 from recsys.data.item_parts import count_items
 from recsys.data.items.item_images import check_first_image
 from recsys.data.items.item_table import ItemTable
+from recsys.data.output_file import check_output
 from recsys.data.parquet.bad_rows import OnBadRow
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
@@ -32,9 +33,12 @@ def explain_data(
     """Read a dataset, print its summary, and write the numbers to `json_file`.
 
     Raises:
-        ValueError: the dataset cannot be read; or, after the summary is printed and unless
-            `on_bad_row` is skip, there is a row at which training would fail, with its message.
+        ValueError: the dataset cannot be read, or `json_file` cannot be written; or, after the
+            summary is printed and unless `on_bad_row` is skip, there is a row at which training
+            would fail, with its message.
     """
+    if json_file is not None:
+        check_output(json_file)
     found = summarize_dataset(data)
     findings = find(found)
     print_table(format_dataset(found, findings))

@@ -9,6 +9,7 @@ from pathlib import Path
 from embeddings.device_figures import FigureOverrides
 from recsys.config import Config
 from recsys.data.filesystem import write_whole
+from recsys.data.output_file import check_output
 from recsys.diagnostics.plan.description import Description, describe
 from recsys.diagnostics.plan.report import format_description
 from recsys.diagnostics.plan.this_machine import find_cluster
@@ -30,8 +31,11 @@ def describe_run(
     """Describe a run, print the description, and write the numbers to `json_file`.
 
     Raises:
-        ValueError: the cluster is invalid, or the configuration does not match the data.
+        ValueError: the cluster is invalid, `json_file` cannot be written, or the configuration does
+            not match the data.
     """
+    if json_file is not None:
+        check_output(json_file)
     cluster = find_cluster(device, nodes, gpus_per_node, figures, config.precision)
     found = describe(config, data, cluster, parse_rows(rows))
     print_table(format_description(found))

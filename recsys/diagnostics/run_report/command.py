@@ -18,6 +18,7 @@ from recsys.config.ranking import softmax_settings
 from recsys.data.filesystem import write_whole
 from recsys.data.item_parts import PARTS
 from recsys.data.items.item_table import ItemTable
+from recsys.data.output_file import check_output
 from recsys.diagnostics.run_report.embedding_maps import embedding_maps
 from recsys.diagnostics.run_report.fusion_attention import fusion_attention, recorded_attention
 from recsys.diagnostics.run_report.item_columns import item_table
@@ -70,12 +71,13 @@ def report_run(
         The file written.
 
     Raises:
-        ValueError: the folder holds no finished run, `out` is a folder, or column `colour_by` is
-            missing from the items' files or is neither of texts nor of integers.
+        ValueError: the folder holds no finished run, `out` cannot be written or is part of a run or
+            dataset, or column `colour_by` is missing from the items' files or is neither of texts
+            nor of integers.
     """
     out = out or run / "report.html"
-    if out.is_dir():
-        raise ValueError(f"{out}: is a folder; name a file, such as {out / 'report.html'}")
+    with ranks.raise_on_all_ranks():
+        check_output(out)
     job = load_run(run, data, ranks, device)
     with ranks.raise_on_all_ranks():
         table = item_table(job)

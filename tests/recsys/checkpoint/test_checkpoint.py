@@ -1,6 +1,7 @@
 """What the best model's checkpoint holds; that it is whole, or refused, or still the old one."""
 
 import contextlib
+import errno
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -11,19 +12,23 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from embeddings.table_state import table_weights
 from recsys.build import Job, build_job
 from recsys.checkpoint.files import folder_of_step, folders_by_age, prune
 from recsys.checkpoint.manager import Checkpoints, load_best
 from recsys.checkpoint.progress import Progress
+from recsys.checkpoint.state import TrainingState
 from recsys.config import load_config
 from recsys.distributed.log import configure_logging
 from recsys.distributed.ranks import Ranks, joined_ranks
-from recsys.evaluation.predict import load_run
+from recsys.evaluation.predict import evaluate, load_run, predict
 from recsys.training.train import train
 from tests.datasets import write_dataset
+from tests.ranks import run_on_ranks
 from tests.recsys.command_runs import TINY
+from tests.recsys.em3_runs import ranks_of
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +194,90 @@ def test_folders_are_ordered_by_their_step_however_many_digits_it_has(tmp_path: 
     prune(folder_of_step(tmp_path, 10**8), keep=1)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"step-100000000", "step-1000000000", "step-of-mine"}
+
+
+def test_a_result_that_cannot_be_stored_is_printed_first(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("predict.tempfile.TemporaryFile", "evaluate.write_scores", "predict.write_whole"):
+        monkeypatch.setattr(f"recsys.evaluation.{name}", read_only, raising=False)
+    configure_logging()
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=r"evaluation_valid\.json"):
+        evaluate(run, None, "valid", ranks, "cpu")
+    assert "logloss" in capfd.readouterr().out
+
+
+def test_predictions_are_not_written_into_the_rows_that_are_read(folder: Path, run: Path) -> None:
+    test = folder / "data" / "test"
+    before = {file: file.read_bytes() for file in test.iterdir()}
+    for out in (test / "predictions.parquet", next(iter(before))):
+        with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=out.name):
+            predict(run, [str(test)], out, None, ranks, "cpu")
+    assert {file: file.read_bytes() for file in test.iterdir()} == before
+
+
+def poison(job: Job, name: str) -> None:
+    """Make one value of the state not finite, on the last rank alone. A collective."""
+    state = TrainingState(job).state_dict()
+    value = next(value for key, value in state.items() if name in key)
+    piece = value.local_shards()[-1].tensor if isinstance(value, ShardedTensor) else value
+    if job.ranks.rank == job.ranks.world_size - 1:
+        piece.detach().view(-1)[-1] = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("embeddings.item.weight", r"table 'item'.*first 29\b"),
+        ("ranking.mlp", r"ranking\.mlp\S+"),
+        ("optimizer.tables.", r"optimizer\.tables\.\S+"),
+        ("bank", "bank"),
+    ],
+)
+def test_a_state_that_is_not_finite_is_not_saved_over_a_good_one(
+    folder: Path, tmp_path: Path, name: str, words: str
+) -> None:
+    with joined_ranks("cpu") as ranks:
+        job = job_of(folder, ranks)
+        checkpoints = Checkpoints(job, tmp_path, "data")
+        checkpoints.save(Progress(steps=1), wait=True)
+        checkpoints.save_best(Progress(steps=1))
+        poison(job, name)
+        good = r"after step 2.*checkpoints/step-00000001"
+        with pytest.raises(ValueError, match=f"{words}.*{good}"):
+            checkpoints.save(Progress(steps=2))
+        if not name.startswith("optimizer"):
+            for naming in (checkpoints.save_best, checkpoints.require_finite):
+                with pytest.raises(ValueError, match=f"{words}.*{good}"):
+                    naming(Progress(steps=2))
+        checkpoints.close()
+        assert load_best(job, tmp_path)["step"] == 1
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["best", "step-00000001"]
+
+
+def save_poisoned(rank: int, world_size: int, folder: Path) -> str:
+    """The last rank alone has a row that is not finite; the error that this rank sees."""
+    words = ("--content", "none", "--embedding.sharding", "row_wise")
+    job = build_job(tiny(folder, *words), str(folder / "data"), ranks_of(rank, world_size))
+    checkpoints = Checkpoints(job, folder / "poisoned", "data")
+    poison(job, "embeddings.item.weight")
+    try:
+        checkpoints.save(Progress(steps=1), wait=True)
+    except ValueError as error:
+        return str(error)
+    finally:
+        checkpoints.close()
+    return ""
+
+
+def test_a_row_that_is_not_finite_on_one_rank_ends_all_of_them(folder: Path) -> None:
+    errors = run_on_ranks(save_poisoned, 2, folder)
+    assert all("table 'item'" in error and "first 29" in error for error in errors)
+    assert not (folder / "poisoned" / "checkpoints").exists()
 
 
 def test_a_full_disk_ends_the_job_only_when_it_stays_full(

@@ -1,0 +1,73 @@
+"""Checks the file that a command is to write, before the command does any work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from recsys.data.filesystem import Location
+
+# Files of a run or a dataset that later commands read.
+_KEPT = (
+    "config.yaml",
+    "data.txt",
+    "encoders.json",
+    "item_counts.npy",
+    "metrics.json",
+    "plan.txt",
+    "schema.yaml",
+    "skipped_rows.json",
+)
+_READ = ("train", "valid", "test", "items", "vocabulary")  # folders of a dataset
+
+
+def check_output(out: Path, inputs: Iterable[Location] = ()) -> None:
+    """Refuse a file that cannot be written, or whose writing changes what a command reads.
+
+    Args:
+        out: the file to write.
+        inputs: files that the command reads, and folders whose files it reads.
+
+    Raises:
+        ValueError: `out` is a folder or its folder cannot be written to; it is one of the inputs
+            or lies in one; it would be read as part of a dataset; or it belongs to a run.
+    """
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder; name a file, such as {out / 'result'}")
+    target = out.resolve()
+    for given in inputs:
+        if given.is_local and Path(given.path).resolve() in (target, target.parent):
+            raise ValueError(f"{out}: is or lies in the input {given}; name a file elsewhere")
+    dataset = target.parent.parent
+    if target.parent.name in _READ and (dataset / "schema.yaml").exists():
+        raise ValueError(f"{out}: would be read as part of {dataset}; name a file elsewhere")
+    if target.exists() and (target.name in _KEPT or target.match("scores_*.parquet")):
+        raise ValueError(f"{out}: is part of a run or dataset; name another file")
+    check_writable(target.parent)
+
+
+def check_run_folder(run: Path, data: str) -> None:
+    """Refuse a run's folder whose files would replace those of its dataset, or be read with them.
+
+    Raises:
+        ValueError: the folder is the dataset itself, or one of the folders in it that are read.
+    """
+    root, folder = Location.of(data), run.resolve()
+    read = [Path(root.path, *part).resolve() for part in [(), *((name,) for name in _READ)]]
+    if root.is_local and folder in read:
+        raise ValueError(f"{run}: is part of the dataset {data}; choose another --out")
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written to, or made.
+
+    Raises:
+        ValueError: names the first folder that exists above it.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, so no folder can be made in it")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: cannot be written to; name a file elsewhere")
