@@ -80,8 +80,7 @@ class Checkpoints:
         """Save the whole state; returns once later steps cannot change what is written.
 
         Raises:
-            ValueError: a value is not finite; with `wait`, or after some failures in a row: it
-                could not be written.
+            ValueError: a value is not finite; with `wait` or after some failures, a failed write.
         """
         self.wait()
         folder = folder_of_step(self.folder, progress.steps)

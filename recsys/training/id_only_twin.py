@@ -23,6 +23,7 @@ from recsys.checkpoint.run_folder import (
 )
 from recsys.config import Config
 from recsys.config.checks import validate
+from recsys.data.output_file import check_run_folder
 from recsys.distributed.job_lock import sole_job
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
@@ -73,6 +74,8 @@ def train_with_twin(
         TrainingStopped: the job was asked to end; its state is saved.
         ValueError: on every rank, as in `train`; there is no twin; or its folder is not the twin's.
     """
+    with ranks.raise_on_all_ranks():
+        check_run_folder(run, data)
     with sole_job(run, ranks, run / LOCK):
         metrics = _train_both(config, data, run, ranks, overwrite, resume)
         finish_run(run, ranks)

@@ -90,6 +90,8 @@ def train(
             another job writes the folder; or the best model's log loss is absurd, after everything
             is written.
     """
+    with ranks.raise_on_all_ranks():
+        check_run_folder(run, data)
     with sole_job(run, ranks, run / LOCK):
         metrics = train_locked(config, data, run, ranks, overwrite, resume)
         finish_run(run, ranks)
@@ -102,8 +104,6 @@ def train_locked(
 ) -> dict[str, Any]:
     """Train as `train` does, in a folder that this job has locked. A collective."""
     make_metrics(config.metrics)  # invalid settings are reported before any work is done
-    with ranks.raise_on_all_ranks():
-        check_run_folder(run, data)
     goes_on = find_start(run, resume, overwrite, ranks)
     with (
         Watchdog(ranks, config.stall_timeout) as watchdog,
