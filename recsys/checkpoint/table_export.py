@@ -26,9 +26,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from recsys.checkpoint.output_file import check_output
 from recsys.checkpoint.reader import SafeFileSystemReader
 from recsys.data.filesystem import whole_file
-from recsys.data.output_file import check_output
 
 BLOCK_BYTES = 2**25
 # Names in the two collections of recsys.model.em3.EM3.

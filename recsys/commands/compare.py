@@ -30,7 +30,7 @@ def add_arguments(parser: Parser, words: Sequence[str]) -> None:
 
 def run(arguments: Namespace) -> None:
     """Print the comparison."""
-    from recsys.data.output_file import check_output
+    from recsys.checkpoint.output_file import check_output
     from recsys.distributed.log import print_table
     from recsys.evaluation.compare import compare_runs, format_comparison, write_comparison
 

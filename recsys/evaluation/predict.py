@@ -19,12 +19,12 @@ import torch
 
 from recsys.build import Job, build_job
 from recsys.checkpoint.manager import load_best
+from recsys.checkpoint.output_file import check_output
 from recsys.checkpoint.run_folder import check_encoders, check_vocabularies, read_item_counts
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.config import load_config
 from recsys.data.filesystem import Location, whole_file, write_whole
 from recsys.data.interactions import Interactions
-from recsys.data.output_file import check_output
 from recsys.data.parquet.file import READ_ERRORS, open_parquet
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds, format_unknown

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recsys.checkpoint.files import folders_by_age
+from recsys.checkpoint.output_file import check_run_folder
 from recsys.checkpoint.run_folder import (
     COMPARISON,
     LOCK,
@@ -23,7 +24,6 @@ from recsys.checkpoint.run_folder import (
 )
 from recsys.config import Config
 from recsys.config.checks import validate
-from recsys.data.output_file import check_run_folder
 from recsys.distributed.job_lock import sole_job
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks

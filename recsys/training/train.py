@@ -16,6 +16,7 @@ from typing import Any
 from recsys.build import Job, build_job, check_columns
 from recsys.checkpoint.files import BEST
 from recsys.checkpoint.manager import Checkpoints, load_best
+from recsys.checkpoint.output_file import check_run_folder
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_folder import (
     LOCK,
@@ -34,7 +35,6 @@ from recsys.config import Config, softmax_settings
 from recsys.content.projection_start import start_projections
 from recsys.data.filesystem import Location, write_whole
 from recsys.data.interactions import Interactions
-from recsys.data.output_file import check_run_folder
 from recsys.diagnostics.profile.step_profile import StepProfile
 from recsys.distributed.job_lock import sole_job
 from recsys.distributed.lockstep import Lockstep, TrainingStopped

@@ -6,11 +6,11 @@ import json
 import logging
 from pathlib import Path
 
+from recsys.checkpoint.output_file import check_output
 from recsys.data.filesystem import Location, write_whole
 from recsys.data.item_parts import count_items
 from recsys.data.items.item_images import check_first_image
 from recsys.data.items.item_table import ItemTable
-from recsys.data.output_file import check_output
 from recsys.data.parquet.bad_rows import OnBadRow
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema

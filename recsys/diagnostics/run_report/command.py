@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from recsys.build import Job
+from recsys.checkpoint.output_file import check_output
 from recsys.checkpoint.run_folder import read_item_counts
 from recsys.config.ranking import softmax_settings
 from recsys.data.filesystem import write_whole
 from recsys.data.item_parts import PARTS
 from recsys.data.items.item_table import ItemTable
-from recsys.data.output_file import check_output
 from recsys.diagnostics.run_report.embedding_maps import embedding_maps
 from recsys.diagnostics.run_report.fusion_attention import fusion_attention, recorded_attention
 from recsys.diagnostics.run_report.item_columns import item_table

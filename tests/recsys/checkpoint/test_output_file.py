@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from recsys.checkpoint.output_file import check_output, check_run_folder
 from recsys.data.filesystem import Location
-from recsys.data.output_file import check_output, check_run_folder
 
 
 @pytest.fixture
