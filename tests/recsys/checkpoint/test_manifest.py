@@ -16,13 +16,12 @@ from hypothesis import strategies as some
 from recsys.build import Job, build_job
 from recsys.checkpoint.compatibility import check_config
 from recsys.checkpoint.files import folder_of_step, folders_by_age
-from recsys.checkpoint.manager import Checkpoints
+from recsys.checkpoint.manager import Checkpoints, logger
 from recsys.checkpoint.manifest import read_manifest
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_folder import read_item_counts
 from recsys.config import to_plain
 from recsys.data.parquet.order import Stage
-from recsys.distributed.log import configure_logging
 from recsys.distributed.ranks import joined_ranks
 from tests.datasets import write_dataset
 from tests.recsys.checkpoint.stopped_runs import config_of
@@ -122,13 +121,13 @@ def test_a_manifest_with_an_entry_missing_or_of_another_type_is_damaged(
 
 @pytest.mark.parametrize("name", ["no files", "no progress", "deep nesting"])
 def test_a_damaged_manifest_is_named_in_one_warning_and_the_checkpoint_before_used(
-    job: Job, saved: Path, tmp_path: Path, capfd: Any, name: str
+    job: Job, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    configure_logging()
+    warnings: list[str] = []
+    monkeypatch.setattr(logger, "warning", lambda text, *words: warnings.append(text % words))
     run = shutil.copytree(saved, tmp_path / "run")
     damage(manifest_of(run), name)
     assert restored(job, run) == BEFORE
-    warnings = [line for line in capfd.readouterr().out.splitlines() if "damaged" in line]
     assert len(warnings) == 1 and str(manifest_of(run)) in warnings[0]
 
 
