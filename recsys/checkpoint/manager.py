@@ -99,8 +99,7 @@ class Checkpoints:
             ValueError: a value is not finite, or it could not be written.
         """
         self.wait()
-        state = model_state(self.job)
-        self.require_finite(progress, state)
+        self.require_finite(progress, state := model_state(self.job))
         self._start(state, self.folder / BEST, progress)
         self.wait(strict=True)
 
@@ -110,7 +109,7 @@ class Checkpoints:
         Raises:
             ValueError: on every rank, if a weight or moment is not finite on any.
         """
-        state = model_state(self.job) if state is None else state
+        state = state or model_state(self.job)
         require_finite(self.job, state, progress.steps, lambda: self.last_good)
 
     def wait(self, strict: bool = False) -> None:
@@ -266,9 +265,7 @@ class Checkpoints:
 
 @torch.no_grad()
 def load_best(job: Job, run: Path) -> dict[str, Any]:
-    """Load `RUN/checkpoints/best` into the model and the bank, in place. A collective.
-
-    Returns the checkpoint's manifest.
+    """Load `RUN/checkpoints/best` in place and return its manifest. A collective.
 
     Raises:
         ValueError: there is none, it is damaged, or it is of another model.
