@@ -105,7 +105,9 @@ class DuckDBEngine:
 
     def _add_batches(self, name: str, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
         file = self._new_file(name)
-        with self._explained(), pq.ParquetWriter(file, schema, compression="lz4") as writer:
+        # Read once, and soon: neither small nor searched.
+        options = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
+        with self._explained(), pq.ParquetWriter(file, schema, **options) as writer:
             for batch in batches:
                 writer.write_batch(batch)
         self._add_view(name)

@@ -65,7 +65,7 @@ def write_dataset(
         _write_items(engine, config, folder / "items")
     sizes = write_vocabularies(engine, config, train, folder)
     (folder / "schema.yaml").write_text(schema_text(config, sizes, lists))
-    return {split: _figures(engine, config, train, conditions[split]) for split in SPLITS}
+    return _figures(engine, config, conditions)
 
 
 def output_columns(config: EventsConfig) -> dict[str, str]:
@@ -104,24 +104,32 @@ def _write_items(engine: Engine, config: EventsConfig, folder: Path) -> None:
     )
 
 
-def _figures(engine: Engine, config: EventsConfig, train: str, split: str) -> dict[str, Any]:
+def _figures(
+    engine: Engine, config: EventsConfig, conditions: dict[str, str]
+) -> dict[str, dict[str, Any]]:
     """Return rows, positive (share by the first label), users, and shares of new and cold ones.
 
     new_users: rows by users without a training row; cold, unseen: rows whose item has few and no
     training rows.
     """
     label = quoted(f"l_{next(iter(config.labels))}")
-    users = f"SELECT uid, count(*) AS n FROM complete WHERE {train} GROUP BY uid"
-    items = f"SELECT iid, count(*) AS n FROM complete WHERE {train} GROUP BY iid"
+    users = f"SELECT uid, count(*) AS n FROM complete WHERE {conditions['train']} GROUP BY uid"
+    items = f"SELECT iid, count(*) AS n FROM complete WHERE {conditions['train']} GROUP BY iid"
+    cases = " ".join(f"WHEN {condition} THEN '{name}'" for name, condition in conditions.items())
     table = engine.table(
-        f"SELECT count(*) AS rows, avg({label}) AS positive, count(DISTINCT s.uid) AS users, "
+        f"SELECT split, count(*) AS rows, avg({label}) AS positive, "
+        "count(DISTINCT s.uid) AS users, "
         "avg(CASE WHEN u.n IS NULL THEN 1.0 ELSE 0.0 END) AS new_users, "
         f"avg(CASE WHEN coalesce(i.n, 0) < {COLD_BELOW} THEN 1.0 ELSE 0.0 END) AS cold, "
         "avg(CASE WHEN i.n IS NULL THEN 1.0 ELSE 0.0 END) AS unseen "
-        f"FROM (SELECT * FROM complete WHERE {split}) s "
-        f"LEFT JOIN ({users}) u ON s.uid = u.uid LEFT JOIN ({items}) i ON s.iid = i.iid"
+        f"FROM (SELECT *, CASE {cases} END AS split FROM complete) s "
+        f"LEFT JOIN ({users}) u ON s.uid = u.uid LEFT JOIN ({items}) i ON s.iid = i.iid "
+        "WHERE split IS NOT NULL GROUP BY split"
     )
-    row = table.to_pylist()[0]
     return {
-        name: value if name in ("rows", "users") else float(value) for name, value in row.items()
+        row.pop("split"): {
+            name: value if name in ("rows", "users") else float(value)
+            for name, value in row.items()
+        }
+        for row in sorted(table.to_pylist(), key=lambda row: SPLITS.index(row["split"]))
     }
