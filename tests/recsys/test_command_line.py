@@ -118,7 +118,7 @@ def test_predict_writes_the_whole_file_or_none(folder: Path, tmp_path: Path, fai
     inputs = [tmp_path / "first.parquet", tmp_path / "second.parquet"]
     line = fails("predict", "--run", folder / "run", "--out", out, "--input", *inputs)
     assert "second.parquet" in line and "columns differ" in line
-    assert not list(out.parent.iterdir())
+    assert list(tmp_path.glob("out/*")) == []
 
 
 def test_predicting_into_a_column_that_exists_is_refused(
