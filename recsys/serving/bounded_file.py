@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.data.schema import Schema
@@ -20,7 +21,7 @@ def save_bounded(folder: Path, table: str, vocabulary: BoundedVocabulary) -> Non
     path = _file(folder, table)
     path.parent.mkdir(parents=True, exist_ok=True)
     pieces = {
-        name: state if isinstance(state, Tensor) else state.local_tensor()
+        name: state.local_tensor() if isinstance(state, ShardedTensor) else state
         for name, state in vocabulary.state_dict().items()
     }
     save_file({name: piece.contiguous() for name, piece in pieces.items()}, path)
