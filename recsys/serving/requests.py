@@ -74,6 +74,8 @@ class RequestReader:
         Raises:
             ValueError: names the column with a missing, unknown or unusable value.
         """
+        if not isinstance(user, Mapping):
+            raise ValueError(f"user: is {type(user).__name__}; give a value for each column")
         item = self.schema.target_item
         given = candidates if isinstance(candidates, Mapping) else {item: candidates}
         target = self._rows_of(item, _listed(given, item, "candidates"), "candidates").rows
@@ -104,6 +106,8 @@ class RequestReader:
         self, history: Values | Sequence[Any]
     ) -> tuple[np.ndarray, np.ndarray]:  # int64 [L], float32 [L, P]
         name, lists = self.schema.history, self.schema.parallel
+        if not isinstance(history, Mapping):
+            history = _listed({"items": history}, "items", "history")
         if name is None:
             if len(history):
                 raise ValueError("history: the model was trained without a history; give none")
@@ -141,10 +145,10 @@ class RequestReader:
         """Return values in the type in which training reads their column."""
         try:
             array = pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            if pa.types.is_null(array.type) or _is_list_of_null(array.type):
+                array = array.cast(self._type_of(name))
+        except (pa.ArrowException, TypeError, OverflowError) as error:
             raise ValueError(f"{place}: column '{name}': {error}") from error
-        if pa.types.is_null(array.type) or _is_list_of_null(array.type):
-            array = array.cast(self._type_of(name))
         check_type(self.schema, name, array.type, place)
 
         def refuse(
@@ -184,8 +188,7 @@ def _listed(given: Values, name: str, place: str) -> Sequence[Any]:
     if name not in given:
         raise ValueError(f"{place}: lacks '{name}'")
     values = given[name]
-    if isinstance(values, np.ndarray):
-        values = values.tolist()
+    values = values.tolist() if isinstance(values, np.ndarray) else values
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
         raise ValueError(f"{place}: '{name}' is no list; give one value for each")
     return values

@@ -109,3 +109,17 @@ def test_what_is_wrong_is_named(user: Any, history: Any, candidates: Any, named:
 def test_a_missing_column_is_named() -> None:
     with pytest.raises(ValueError, match="user: lacks 'age'"):
         reader()({name: value for name, value in USER.items() if name != "age"}, (), ["ann"])
+
+
+@pytest.mark.parametrize("value", [None, 7, float("nan"), np.int8(1), np.array(1), b"x"])
+@pytest.mark.parametrize("part", ["user", "history"])
+def test_a_part_of_another_kind_is_refused_by_name(part: str, value: Any) -> None:
+    request: dict[str, Any] = {"user": {}, "history": [], "candidates": ["ann"]}
+    with pytest.raises(ValueError, match=part):
+        reader()(**(request | {part: value}))
+
+
+@pytest.mark.parametrize("value", [[], np.datetime64("2020-01-01")])
+def test_a_candidate_that_is_no_id_is_refused_by_name(value: Any) -> None:
+    with pytest.raises(ValueError, match="item"):
+        reader()({}, [], [value])
