@@ -212,11 +212,6 @@ def _check_module(module: nn.Module, tables: Sequence[TableConfig], device: torc
                 f"table '{table.name}': weight_decay {table.weight_decay} needs CUDA, the fused "
                 "kernels on CPU ignore it; set it to 0"
             )
-        if device.type == "cuda" and table.embedding_dim % 4 != 0:
-            raise ValueError(
-                f"table '{table.name}': embedding_dim {table.embedding_dim} is not a multiple of "
-                "4, which the kernels on CUDA need; change embedding_dim"
-            )
 
 
 def table_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -87,10 +87,10 @@ class TableConfig:
                     f"table '{self.name}': {field_name} is {value!r}; set a finite number of at "
                     "least 0"
                 )
-        if self.sharding == "column_wise" and self.embedding_dim % 4 != 0:
+        if self.embedding_dim % 4 != 0:
             raise ValueError(
-                f"table '{self.name}': column_wise sharding needs an embedding_dim that is a "
-                f"multiple of 4, not {self.embedding_dim}; change embedding_dim or sharding"
+                f"table '{self.name}': embedding_dim is {self.embedding_dim}, and FBGEMM's kernels "
+                "take multiples of 4; round it up (embedding.dim, or embedding_dim of the table)"
             )
         if self.weight_decay > 0 and self.optimizer in ("sgd", "adagrad"):
             raise ValueError(

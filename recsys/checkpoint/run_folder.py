@@ -40,11 +40,14 @@ def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool
 
     Raises:
         ValueError: on every rank, if the folder holds a run and `resume` is never, or holds none
-            and `resume` is must; or it holds the model of a finished run without a checkpoint.
+            and `resume` is must; or it holds the model of a finished run without a checkpoint, or
+            a dataset.
     """
     checkpoints = run / "checkpoints"
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
+            if (run / "train").exists():  # its schema.yaml would be overwritten
+                raise ValueError(f"{run}: holds a dataset; choose another --out")
             for folder in [checkpoints / BEST, *_half_renamed(checkpoints)]:
                 recover_folder(folder)
     # Folders on the network appear with delay, so what rank 0 sees counts; but a node that came

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from recsys.config.limits import Dropout, NonNegativeInt, PositiveInt, refuse_options
+from recsys.config.limits import Dropout, NonNegativeInt, Pixels, PositiveInt, Width, refuse_options
 from recsys.config.named_parts import find_part
 
 LORA_INITS = ("gaussian", "orthogonal", "olora", "pissa")
@@ -71,7 +71,7 @@ class ModalitySettings:
     pooled output, which dual encoders such as CLIP put in a space shared by texts and images."""
     max_length: PositiveInt = 32
     """Text tokens per item."""
-    image_size: PositiveInt = 224
+    image_size: Pixels = 224
     """Height and width of images, in pixels."""
     max_images: PositiveInt = 1
     """Images, or frames, per item: the first `max_images` of a list."""
@@ -177,7 +177,7 @@ class ContentSettings:
 
     modalities: dict[str, ModalitySettings]
     """Sources of content, by a name of yours."""
-    dim: PositiveInt = 32
+    dim: Width = 32
     """Width of the content vectors."""
     fusion: FusionSettings = field(default_factory=FusionSettings)
     history: HistorySettings = field(default_factory=HistorySettings)
@@ -197,6 +197,12 @@ class ContentSettings:
             raise ValueError(
                 f"{name}.modalities is empty: name at least one modality, or set `content: none`"
             )
+        for modality in self.modalities:
+            if not isinstance(modality, str) or not modality.isidentifier():
+                raise ValueError(
+                    f"{name}.modalities: {modality!r} is no name; use letters, digits and _, and "
+                    "begin with a letter"
+                )
         heads, rank = self.fusion.num_heads, self.history.lora_rank
         if self.fusion.name == "qformer" and self.dim % heads:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recsys.config.limits import Dropout, NonNegativeFloat, PositiveInt
+from recsys.config.limits import Dropout, NonNegativeFloat, Width
 
 Sharding = Literal["auto", "row_wise", "table_wise", "column_wise"]
 TableOptimizer = Literal["rowwise_adagrad", "adagrad", "adam", "sgd"]
@@ -30,7 +30,7 @@ class InitFromSettings:
 class TableSettings:
     """Settings of one ID table that differ from `EmbeddingSettings`; None keeps the default."""
 
-    embedding_dim: PositiveInt | None = None
+    embedding_dim: Width | None = None
     """Width of the vectors; pooled tables only, as sequence tables share `embedding.dim`."""
     sharding: Sharding | None = None
     """Division of the table over the ranks."""
@@ -63,7 +63,7 @@ class CommunicationSettings:
 class EmbeddingSettings:
     """ID tables: one per `id` or `ids` column of the schema."""
 
-    dim: PositiveInt = 32
+    dim: Width = 32
     """Width of the vectors."""
     sharding: Sharding = "auto"
     """Division of the tables over the ranks; auto: the planner chooses."""

@@ -16,6 +16,25 @@ from jsonargparse import typing
 
 PositiveInt = Annotated[int, typing.PositiveInt]
 NonNegativeInt = Annotated[int, typing.NonNegativeInt]
+# Larger ones are slips of the hand, and end in an allocator's error or in hours of building.
+Width = Annotated[
+    int,
+    typing.restricted_number_type(
+        "Width", int, [(">", 0), ("<=", 2**20)], docstring=f">0 and <= {2**20}"
+    ),
+]
+NumLayers = Annotated[
+    int,
+    typing.restricted_number_type(
+        "NumLayers", int, [(">=", 0), ("<=", 1000)], docstring=">= 0 and <= 1000"
+    ),
+]
+Pixels = Annotated[
+    int,
+    typing.restricted_number_type(
+        "Pixels", int, [(">", 0), ("<=", 8192)], docstring=">0 and <= 8192"
+    ),
+]
 UnitInterval = Annotated[float, typing.OpenUnitInterval]
 
 

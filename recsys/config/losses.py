@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from recsys.config.limits import NonNegativeFloat, PositiveInt
+from recsys.config.limits import NonNegativeFloat, PositiveInt, Width
 
 
 @dataclass
@@ -16,7 +16,7 @@ class ContrastiveSettings:
     """Weight of the loss; 0 turns it off."""
     variant: Literal["in_batch", "published"] = "in_batch"
     """Negatives: all items of the batch, or `num_negatives` sampled ones as published."""
-    dim: PositiveInt = 32
+    dim: Width = 32
     """Width of the space in which content and ID vectors are compared."""
     temperature: float = 0.1
     """Divisor of the cosines; the initial value if it is learned."""

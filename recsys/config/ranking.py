@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
 
-from recsys.config.limits import Dropout, NonNegativeFloat, PositiveInt, refuse_options
+from recsys.config.limits import Dropout, NonNegativeFloat, PositiveInt, Width, refuse_options
 from recsys.config.named_parts import find_part
 from recsys.config.parser import meant
 
@@ -52,7 +52,7 @@ class RankingSettings:
     """One of recsys.ranking.RANKING_MODELS, or a class of your own as `package.module:Class`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of a class of your own that has no `Settings`."""
-    mlp_units: list[PositiveInt] = field(default_factory=lambda: [128, 64])
+    mlp_units: list[Width] = field(default_factory=lambda: [128, 64])
     """Units of the model's last hidden layers."""
     dropout: Dropout = 0.3
     """Dropout after each of these layers."""

@@ -32,12 +32,12 @@ Ids are rows of tables, unless a column has a `vocabulary`, which maps raw ids t
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import pyarrow as pa
 
 from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary
-from recsys.config.parser import Parser
+from recsys.config.parser import Parser, problem_of_keys
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.filesystem import Location
 from recsys.data.schema_columns import (
@@ -169,7 +169,10 @@ def parse_schema(content: Any, place: str) -> Schema:
     try:
         if not isinstance(content, dict):
             raise ValueError("it must be a mapping with target_item, group and columns")
-        namespace = parser.instantiate(parser.parse_object(_without_empty(content)))
+        parts = _without_empty(content)
+        if problem := problem_of_keys(get_type_hints(Schema), parts, ""):
+            raise ValueError(problem)
+        namespace = parser.instantiate(parser.parse_object(parts))
     except Exception as error:
         raise ValueError(f"{place}: {error}") from error
     schema = Schema(**{part.name: namespace[part.name] for part in fields(Schema) if part.init})
@@ -204,11 +207,9 @@ def load_vocabularies(schema: Schema, root: Location) -> None:
         vocabulary = ExactVocabulary.load(file.path, schema.limit(table), file.arrow)
         schema.vocabularies[table] = vocabulary
     for table in schema.tables_with("hash"):
-        settings = schema.vocabulary_of(table)
-        assert settings is not None
-        schema.vocabularies[table] = HashVocabulary(
-            schema.limit(table), settings.num_hashes, settings.seed
-        )
+        of = schema.vocabulary_of(table)
+        assert of is not None
+        schema.vocabularies[table] = HashVocabulary(schema.limit(table), of.num_hashes, of.seed)
 
 
 def _validate(schema: Schema, path: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recsys.config.limits import NonNegativeInt, PositiveFloat, PositiveInt
+from recsys.config.limits import NumLayers, PositiveFloat, PositiveInt, Width
 from recsys.config.ranking import RankingSettings, RetrievalSettings
 
 
@@ -24,9 +24,9 @@ class HeadSettings(RankingSettings):
 class CrossSettings(RankingSettings):
     """Settings of a low-rank cross network (DCN-v2)."""
 
-    cross_layers: NonNegativeInt = 2
+    cross_layers: NumLayers = 2
     """Layers of the cross network."""
-    cross_rank: PositiveInt = 32
+    cross_rank: Width = 32
     """Rank of the weights of the cross layers."""
 
 
@@ -34,7 +34,7 @@ class CrossSettings(RankingSettings):
 class DenseSettings(RankingSettings):
     """Settings of models that map the dense features to a vector."""
 
-    dense_units: list[PositiveInt] = field(default_factory=lambda: [64])
+    dense_units: list[Width] = field(default_factory=lambda: [64])
     """Units of the hidden layers of the MLP over the dense features."""
 
 
@@ -51,7 +51,7 @@ class NumbersSettings(RankingSettings):
 class AttendedSettings(NumbersSettings):
     """Settings of `AttendedFeatures`."""
 
-    attention_units: list[PositiveInt] = field(default_factory=lambda: [64, 16])
+    attention_units: list[Width] = field(default_factory=lambda: [64, 16])
     """Units of the hidden layers of target attention's MLP."""
 
 
@@ -124,7 +124,7 @@ class TwoTowerSettings(RetrievalSettings):
     name: str = "two_tower"
     query_features: list[str] = field(default_factory=list)
     """Columns of the user besides the group's column; columns of the item do not belong here."""
-    tower_dim: PositiveInt = 32
+    tower_dim: Width = 32
     """Width of a tower's vector."""
     temperature: PositiveFloat = 0.1
     """Divisor of the dot products of the vectors, which have length one."""

@@ -185,7 +185,6 @@ def test_a_table_that_is_configured_but_not_in_the_model_is_refused() -> None:
     [
         ({"optimizer": "adam"}, "cpu", "optimizer 'adam' needs CUDA"),
         ({"weight_decay": 0.1}, "cpu", "weight_decay 0.1 needs CUDA"),
-        ({"embedding_dim": 6}, "cuda", "embedding_dim 6 is not a multiple of 4"),
     ],
 )
 def test_what_the_kernels_of_a_device_cannot_do_is_refused(

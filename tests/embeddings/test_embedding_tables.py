@@ -27,7 +27,7 @@ def table(name: str = "item", **changes: Any) -> TableConfig:
         ({"optimizer": "lion"}, "optimizer is 'lion'; choose one of rowwise_adagrad"),
         ({"learning_rate": -0.1}, "learning_rate is -0.1"),
         ({"init_std": float("nan")}, "init_std is nan"),
-        ({"sharding": "column_wise", "embedding_dim": 6}, "multiple of 4, not 6"),
+        ({"embedding_dim": 6}, "table 'item': embedding_dim is 6"),
         ({"optimizer": "sgd", "weight_decay": 0.1}, "weight_decay 0.1 with optimizer 'sgd'"),
     ],
 )

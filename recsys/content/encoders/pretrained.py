@@ -83,7 +83,7 @@ class PretrainedEncoder:
         package = name.removeprefix("package:")
         try:
             spec = importlib.util.find_spec(package)
-        except (ModuleNotFoundError, ValueError):  # a missing parent, an empty name
+        except (ImportError, ValueError):  # a missing parent, a relative or empty name
             spec = None
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(

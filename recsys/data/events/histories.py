@@ -78,7 +78,7 @@ class AddPast:
         """Return the events of a history [E], and begin and end of each sample's among them."""
         events = events_with(chunk, of.actions)
         begin, end = moments.window(events, duration(of.delay) or 0, None)
-        return events, np.maximum(begin, end - of.length), end
+        return events, np.maximum(begin, end - min(of.length, len(chunk))), end
 
     def _lists(
         self,

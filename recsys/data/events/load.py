@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, get_type_hints
 from zoneinfo import ZoneInfo
 
 from jsonargparse import ArgumentParser
 
+from recsys.config.parser import problem_of_keys
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.events.settings import EventsConfig, EventTable, Source
 from recsys.data.events.signals import IMPRESSION, event_columns, literal
@@ -45,7 +47,10 @@ def load_events_config(path: Path, data: Path | None = None) -> EventsConfig:
         content = load_plain_yaml(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("it must be a mapping with events and labels")
-        namespace = parser.instantiate(parser.parse_object(_written_out(content)))
+        content = _written_out(content)
+        if problem := problem_of_keys(get_type_hints(EventsConfig), content, ""):
+            raise ValueError(problem)
+        namespace = parser.instantiate(parser.parse_object(content))
         config = EventsConfig(**{part.name: namespace[part.name] for part in fields(EventsConfig)})
         for source in _sources(config):
             _resolve(source, path.parent if data is None else data)
@@ -86,6 +91,8 @@ def check_events_config(config: EventsConfig) -> None:
     if IMPRESSION in config.events:
         raise ValueError(f"events: '{IMPRESSION}' is the action of impressions; rename the table")
     for source in _sources(config):
+        if not source.path:
+            raise ValueError("path: empty; name at least one file or folder")
         try:
             ZoneInfo(source.time_zone)
         except Exception as error:
@@ -117,6 +124,8 @@ def _check_names(config: EventsConfig) -> None:
     names = [config.output.user, config.output.item, config.output.time]
     names += [name for group in groups for name in group]
     for name in names:
+        if not name:
+            raise ValueError("a column of the dataset has an empty name; name it")
         if names.count(name) > 1:
             raise ValueError(f"'{name}' names two columns of the dataset; rename one")
     known = {*names, config.output.user, config.output.item}
@@ -150,6 +159,8 @@ def _check_labels(config: EventsConfig) -> None:
             raise ValueError(f"labels: '{name}': within needs a duration such as 7d")
         if label.action is not None and label.within is None and config.impressions is not None:
             raise ValueError(f"labels: '{name}' of impressions needs within, such as 7d")
+        if label.at_least is not None and not math.isfinite(label.at_least):
+            raise ValueError(f"labels: '{name}': at_least is {label.at_least}; set a finite number")
         for action in label.action or ():
             literal(action)
 
@@ -161,6 +172,11 @@ def _check_past(config: EventsConfig) -> None:
         if history.length < 1:
             raise ValueError(f"histories: '{name}': length is {history.length}; set at least 1")
         for parallel, of in history.parallel.items():
+            numbers = (of.scale, of.fill, 0.0 if of.at_least is None else of.at_least)
+            if not of.scale or not all(map(math.isfinite, numbers)):
+                raise ValueError(
+                    f"parallel: '{parallel}': scale, fill and at_least are finite, and scale not 0"
+                )
             if of.column == "action" and config.vocabulary.kind == "rows":
                 raise ValueError(f"parallel: '{parallel}': actions are no rows; leave it out")
     ids = config.items.columns if config.items is not None else {}

@@ -147,5 +147,5 @@ def require_column(items: Items, kind: ModalityKind) -> None:
     if column is None or column.kind != kind.column_kind:
         raise ValueError(
             f"{kind.where}: schema.yaml has no item column '{name}' of kind {kind.column_kind}; it "
-            f"has {items.columns}"
+            f"has {', '.join(f'{name} ({one.kind})' for name, one in items.columns.items())}"
         )

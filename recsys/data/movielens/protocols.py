@@ -87,7 +87,7 @@ def history_ranges(
     new_moment[1:] |= timestamp[1:] != timestamp[:-1]
     user_begin = np.maximum.accumulate(np.where(new_user, position, 0))
     end = np.maximum.accumulate(np.where(new_moment, position, 0))
-    return np.maximum(user_begin, end - length), end
+    return np.maximum(user_begin, end - min(length, len(user))), end
 
 
 def split_ratings(ratings: Ratings, protocol: SplitProtocol) -> dict[str, Splits]:

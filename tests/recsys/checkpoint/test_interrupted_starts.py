@@ -215,6 +215,12 @@ def test_a_restart_goes_on_with_the_run_it_has_begun_by_whatever_launcher(
         assert find_start(tmp_path / "run", "auto", True, ranks)
 
 
+def test_a_dataset_is_not_taken_for_the_folder_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match="holds a dataset"):
+        find_start(tmp_path, "auto", True, ranks)
+
+
 def refused_at_each(action: Callable[[], object], named: Path) -> Callable[[str], None]:
     """Tries another job like this one at every third change, which must be refused with who is at
     work."""

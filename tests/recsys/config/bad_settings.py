@@ -92,6 +92,13 @@ SCHEMAS = {
         lambda data: (data / "schema.yaml").unlink(), ["DATA/schema.yaml: no such file"]
     ),
     "schema that is no YAML": BadInput(schema_of(b"columns: [a"), ["DATA/schema.yaml: "]),
+    "number of rows that is a fraction": BadInput(
+        schema("num_embeddings: 10", "num_embeddings: 10.5"),
+        ["DATA/schema.yaml: columns.user.num_embeddings is 10.5; it must be an integer"],
+    ),
+    "kind that does not exist": BadInput(
+        schema("kind: dense", "kind: densee"), ["DATA/schema.yaml: columns.price.kind is densee"]
+    ),
     "schema that is no text": BadInput(schema_of(b"\xff\xfe\x00\xd8"), ["DATA/schema.yaml: "]),
     "schema that would run a command": BadInput(
         schema_of(b"!!python/object/apply:os.system ['touch it_ran']"),
@@ -185,6 +192,19 @@ SETTINGS = {
     "negative dropout": ("--ranking.dropout=-0.1", "ranking.dropout is -0.1; it must be >= 0"),
     "heads that do not divide": ("--content.dim=15", "content.dim 15 is not divisible by"),
     "layer of no units": ("--ranking.mlp_units=[16,0]", "ranking.mlp_units[1] is 0; it must be >0"),
+    "width that the kernels cannot do": ("--embedding.dim=7", "embedding_dim is 7"),
+    "modality with a dot": ("--content.modalities={a.b: {kind: feature, column: clip}}", "'a.b'"),
+    "modality of a number": ("--content.modalities={1: {kind: feature, column: clip}}", "1 is"),
+    "pixels of a slip": (
+        "--content.modalities={p: {kind: image, column: poster, image_size: 10000000}}",
+        "image_size is 10000000",
+    ),
+    "package outside": (
+        "--content.modalities={t: {kind: text, column: text, encoder: 'package:../x'}}",
+        "'../x'",
+    ),
+    "width of a slip": ("--contrastive.dim=1000000000000", "contrastive.dim is 1000000000000"),
+    "layers of a slip": ("--ranking.cross_layers=1000000", "ranking.cross_layers is 1000000"),
     "table of no width": ("--embedding.tables.item.embedding_dim=0", "embedding.tables.item"),
     "negative rate of one table": (
         "--embedding.tables.item.learning_rate=-1",

@@ -23,7 +23,7 @@ class DuckDBEngine:
         memory: most memory that DuckDB takes, such as 4GB; None: 80 % of the machine's.
 
     Raises:
-        ValueError: DuckDB cannot go on, such as on a full disk.
+        ValueError: DuckDB cannot go on, such as on a full disk, or `memory` is no size.
     """
 
     unnest = "unnest"
@@ -37,9 +37,14 @@ class DuckDBEngine:
                 config={
                     "temp_directory": str(work / "spilled"),
                     "preserve_insertion_order": False,
-                    **({} if memory is None else {"memory_limit": memory}),
                 }
             )
+        if memory is not None:
+            try:
+                self._duckdb.execute("SET memory_limit = ?", [memory])
+            except duckdb.Error as error:
+                cause = str(error).splitlines()[0]
+                raise ValueError(f"--memory is {memory} ({cause}); write such as 4GB") from error
 
     def close(self) -> None:
         """Release the memory."""

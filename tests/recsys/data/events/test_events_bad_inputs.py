@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from recsys.data.events.engines.on_duckdb import DuckDBEngine
 from recsys.data.events.prepare import prepare_events
 
 Config = dict[str, Any]
@@ -125,6 +126,23 @@ BAD = [
     ),
     Bad("duration", change("histories", "viewed", "delay", value="1 hour"), ("1 hour", "7d")),
     Bad("unknown key", change("histories", "viewed", "lenght", value=3), ("lenght",)),
+    Bad(
+        "unknown key of a table",
+        change("events", "log", "pth", value="x"),
+        ("events.log.pth", "path?"),
+    ),
+    Bad("no path", change("events", "log", "path", value=[]), ("path",)),
+    Bad(
+        "label from no number on",
+        change("labels", "dear", value={"column": "price", "at_least": float("nan")}),
+        ("dear", "at_least"),
+    ),
+    Bad(
+        "division by zero",
+        change("histories", "viewed", "parallel", "p", value={"column": "price", "scale": 0}),
+        ("'p'", "scale"),
+    ),
+    Bad("column of no name", change("output", value={"user": ""}), ("empty name",)),
     Bad("undeclared column", change("labels", "dear", value={"column": "rating"}), ("rating",)),
     Bad("label given as 1.5", change("labels", "dear", value={"column": "price"}), ("dear", "1.5")),
     Bad("a name twice", change("context", value={"viewed": "dense"}), ("viewed",)),
@@ -166,6 +184,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import recsys.data.events.output.dataset as dataset
+from recsys.data.events.engines.on_duckdb import DuckDBEngine
 from recsys.data.events.prepare import prepare_events
 dataset.write_vocabularies = lambda *words: os.kill(os.getpid(), signal.SIGKILL)
 prepare_events(Path(sys.argv[1]), Path(sys.argv[2]))
@@ -183,3 +202,15 @@ def test_killed_it_leaves_nothing_that_looks_whole_and_completes_when_run_again(
     assert list(tmp_path.rglob("schema.yaml")) == []
     prepare(tmp_path, config)
     assert (tmp_path / "data" / "schema.yaml").is_file()
+
+
+@pytest.mark.parametrize("memory", ["lots", "1GB'; select 1; --"])
+def test_a_memory_that_is_no_size_is_named(memory: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--memory is"):
+        DuckDBEngine(tmp_path / "work", memory)
+
+
+def test_a_history_may_be_longer_than_any_integer(tmp_path: Path) -> None:
+    config = write_inputs(tmp_path)
+    config["histories"]["viewed"]["length"] = 10**30
+    prepare(tmp_path, config)

@@ -32,6 +32,11 @@ def test_a_history_keeps_the_latest_ratings() -> None:
     assert end.tolist() == [0, 1, 2, 3]
 
 
+def test_a_history_may_be_longer_than_any_integer() -> None:
+    begin, _ = history_ranges(np.zeros(4, int), np.array([1, 2, 3, 4]), length=10**30)
+    assert begin.tolist() == [0] * 4
+
+
 def test_the_split_never_cuts_a_moment_in_two() -> None:
     # Places 0.8 * 19 and 0.9 * 19, rounded down, are 15 and 17: the moments 1 and 3.
     timestamp = np.array([3, 4, 2, 3] + [1] * 16)
