@@ -198,10 +198,10 @@ class ContentSettings:
                 f"{name}.modalities is empty: name at least one modality, or set `content: none`"
             )
         for modality in self.modalities:
-            if not isinstance(modality, str) or not modality.isidentifier():
+            if not isinstance(modality, str) or not modality or "." in modality:
                 raise ValueError(
-                    f"{name}.modalities: {modality!r} is no name; use letters, digits and _, and "
-                    "begin with a letter"
+                    f"{name}.modalities: {modality!r} is no name; use text without a dot, as it is "
+                    "part of the names of parameters"
                 )
         heads, rank = self.fusion.num_heads, self.history.lora_rank
         if self.fusion.name == "qformer" and self.dim % heads:

@@ -39,6 +39,9 @@ class ContentBranch(nn.Module):
         bank: memory bank of width `settings.vector_dim`; None for history mode `full`.
         group: the ranks that share items if `settings.dedup` is global; default: all.
 
+    Raises:
+        ValueError: a modality has the name of an attribute of torch.nn.ModuleDict.
+
     Example::
 
         import torch
@@ -66,6 +69,12 @@ class ContentBranch(nn.Module):
     ) -> None:
         """Build projections, fusion and history map around the encoders and the bank."""
         super().__init__()
+        for name in encoders:
+            if hasattr(nn.ModuleDict(), name):  # modules are its attributes
+                raise ValueError(
+                    f"content.modalities.{name}: this name is an attribute of torch.nn.ModuleDict; "
+                    f"rename it, for instance to {name}_content"
+                )
         self.encoders = nn.ModuleDict(encoders)
         self.projections = nn.ModuleDict(
             {

@@ -220,3 +220,12 @@ def test_the_history_is_read_once_and_only_when_it_is_asked_for(mode: Mode) -> N
     history, modalities = vectors.read_history()
     assert vectors.read_history() == (history, modalities)
     assert len(mapped) == 1 and history is mapped[0]
+
+
+@pytest.mark.parametrize("name", ["items", "type", "training"])
+def test_a_modality_named_as_an_attribute_of_modules_is_refused(name: str) -> None:
+    settings = ContentSettings({name: ModalitySettings("feature", "clip")}, dim=4)
+    with pytest.raises(ValueError, match=rf"content\.modalities\.{name}"):
+        ContentBranch(
+            {name: StoredFeatures(6)}, settings, MemoryBank(9, settings.vector_dim, "cpu")
+        )
