@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.files import BEST, folders_to_continue
@@ -163,6 +165,8 @@ def read_item_counts(run: Path, num_items: int) -> ItemCounts:
         raise ValueError(f"{file}: cannot be read ({error}); train anew") from error
     if not is_counts or (len(items) and not 0 <= items.min() <= items.max() < num_items):
         raise ValueError(f"{file}: is not of the {num_items:,} items of the schema; train anew")
+    if (np.diff(items) <= 0).any() or (counts < 0).any():
+        raise ValueError(f"{file}: damaged (items do not rise, or a count is negative); train anew")
     return stored
 
 

@@ -54,7 +54,9 @@ def load_run_schema(run: Path, with_vocabularies: bool = True) -> Schema | None:
         types = {table: IdType(of["type"], str(path)) for table, of in content["raw_ids"].items()}
         schema = parse_schema(content["schema"], str(path))
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged ({error!r}); bring it back, or train anew") from error
+        raise ValueError(
+            f"{path}: damaged ({' '.join(str(error).split())}); bring it back, or train anew"
+        ) from error
     schema.id_types.update(types)
     if with_vocabularies:
         load_vocabularies(schema, Location.of(run))

@@ -49,13 +49,15 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Hash the files of a folder and write its manifest."""
+    """Hash the files of a folder and write its manifest, with a hash of its own."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest.files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
         for path in files
     }
-    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+    content = asdict(manifest)
+    content["sha256"] = _own_digest(content)
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read_manifest(folder: Path, verify: bool = True) -> Manifest:
@@ -72,14 +74,14 @@ def read_manifest(folder: Path, verify: bool = True) -> Manifest:
     if not path.is_file():
         raise ValueError(f"{folder}: no package ({MANIFEST} is missing); make one by recsys export")
     try:
-        manifest = Manifest(**json.loads(path.read_bytes()))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged ({error}); export the run again") from error
-    if manifest.format != FORMAT:
-        raise ValueError(
-            f"{path}: format {manifest.format}, but this version reads {FORMAT}; export the run "
-            "again"
-        )
+        content = json.loads(path.read_bytes())
+        if (number := content.get("format")) != FORMAT:
+            raise ValueError(f"format {number}, but this version reads {FORMAT}")
+        if content.pop("sha256", None) != _own_digest(content):
+            raise ValueError("its content differs from its hash")
+        manifest = Manifest(**content)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}; export the run again") from error
     for difference in _differences(folder, manifest, verify):
         raise ValueError(f"{difference}; export the run again, or copy the package again")
     return manifest
@@ -94,6 +96,10 @@ def _differences(folder: Path, manifest: Manifest, verify: bool) -> Iterator[str
             yield f"{path}: {path.stat().st_size:,} bytes instead of {of_file['bytes']:,}"
         elif verify and _digest(path) != of_file["sha256"]:
             yield f"{path}: its content differs from the manifest"
+
+
+def _own_digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

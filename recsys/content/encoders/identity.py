@@ -76,9 +76,16 @@ def check_identities(identities: dict[str, EncoderIdentity], run: Path) -> None:
     file = run / FILE
     if not file.is_file():
         raise ValueError(f"{file}: no such file; it says which encoders the run was trained with")
-    trained = json.loads(file.read_text())
     for name, identity in identities.items():
-        before = EncoderIdentity(**trained[name])
+        try:
+            before = EncoderIdentity(**json.loads(file.read_text())[name])
+            if not (isinstance(before.weights, str) and isinstance(before.preparation, str)):
+                raise TypeError("a hash is no text")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{file}: the identity of content.modalities.{name} is missing or damaged ({error}"
+                "); bring the file back, or train anew"
+            ) from error
         differing = [
             part for part in ("weights", "preparation")
             if getattr(before, part) != getattr(identity, part)

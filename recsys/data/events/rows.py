@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import pyarrow as pa
 
 from recsys.data.events.engines.base import Engine
 from recsys.data.events.settings import EventsConfig, Label
 from recsys.data.events.signals import IMPRESSION, filled, literal, quoted
 from recsys.data.events.times import duration
+
+logger = logging.getLogger(__name__)
 
 
 def actions_in(actions: list[str] | None) -> str:
@@ -28,8 +32,10 @@ def make_rows(
         The number of rows left out, by reason.
 
     Raises:
-        ValueError: there are no rows, or a given label is neither 0 nor 1.
+        ValueError: there are no rows, a given label is neither 0 nor 1, or no event has a label's
+            action.
     """
+    _check_actions(engine, config)
     chosen = [IMPRESSION] if config.impressions is not None else config.rows
     engine.view("candidates", f"SELECT * FROM signals WHERE {actions_in(chosen)}")
     attributed = {
@@ -135,6 +141,21 @@ def _attributed(engine: Engine, labels: dict[str, Label], by_request: bool) -> s
         f"ON {joined} AND s.ts = m.moment",
     )
     return "attributed"
+
+
+def _check_actions(engine: Engine, config: EventsConfig) -> None:
+    """Raise a ValueError for a label of an action that no event has; warn of other such actions."""
+    found = set(engine.table("SELECT DISTINCT action FROM signals")["action"].to_pylist())
+    named = {f"labels.{name}": label.action for name, label in config.labels.items()}
+    used = {f"histories.{name}": of.actions for name, of in config.histories.items()}
+    used |= {f"counts.{name}": of.actions for name, of in config.counts.items()}
+    used |= {f"counts.{name}.per": of.per for name, of in config.counts.items()}
+    for name, actions in (named | used).items():
+        if absent := sorted(set(actions or ()) - found):
+            words = f"{name}: no event has the action {absent}; the log has {sorted(found)[:20]}"
+            if name in named:
+                raise ValueError(f"{words}; correct the name, or leave the label out")
+            logger.warning(words)
 
 
 def _check_given_labels(engine: Engine, config: EventsConfig) -> None:

@@ -150,7 +150,10 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from places(part, (*path, key))
 
 
-@pytest.mark.parametrize("change", ["longer", "floats", "three", "cut", "missing"])
+COUNT_DAMAGES = ("longer", "floats", "three", "falling", "below zero", "cut", "missing")
+
+
+@pytest.mark.parametrize("change", COUNT_DAMAGES)
 def test_counts_of_items_that_are_not_those_of_the_run_are_refused(
     tmp_path: Path, change: str
 ) -> None:
@@ -162,7 +165,14 @@ def test_counts_of_items_that_are_not_those_of_the_run_are_refused(
     elif change == "cut":
         file.write_bytes(file.read_bytes()[:100])
     else:
-        np.save(file, {"longer": np.arange(31), "floats": counts / 2}.get(change, np.ones((3, 2))))
+        damaged = {
+            "longer": np.arange(31),
+            "floats": counts / 2,
+            "three": np.ones((3, 2), int),
+            "falling": np.array([[9, 4], [1, 1]]),
+            "below zero": np.array([[4, 9], [1, -1]]),
+        }
+        np.save(file, damaged[change])
     with pytest.raises(ValueError, match=r"item_counts\.npy"):
         read_item_counts(tmp_path, 30)
 

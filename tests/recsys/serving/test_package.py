@@ -54,6 +54,18 @@ def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path, text: str) -> Non
         read_manifest(tmp_path / "package")
 
 
+@pytest.mark.parametrize(
+    "change", [{"labels": ["bought"]}, {"dense": 7}, {"more": 1}, {"sha256": 1}]
+)
+def test_an_edited_manifest_is_refused_by_name(tmp_path: Path, change: dict[str, object]) -> None:
+    write_package(tmp_path / "package")
+    path = tmp_path / "package" / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    with pytest.raises(ValueError, match=f"{path}.*hash"):
+        read_manifest(tmp_path / "package")
+
+
 def test_a_package_of_another_format_is_refused(tmp_path: Path) -> None:
     write_package(tmp_path / "package")
     path = tmp_path / "package" / MANIFEST

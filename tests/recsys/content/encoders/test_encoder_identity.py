@@ -17,7 +17,12 @@ import torch
 from recsys.config import Config, ContentSettings, LoraSettings, ModalitySettings
 from recsys.content.encoders import build as encoders
 from recsys.content.encoders.build import Encoder
-from recsys.content.encoders.identity import FILE, tokenizer_digest
+from recsys.content.encoders.identity import (
+    FILE,
+    EncoderIdentity,
+    check_identities,
+    tokenizer_digest,
+)
 from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
 from recsys.data.items.kind import make_kind
 from recsys.distributed.ranks import joined_ranks
@@ -168,3 +173,13 @@ def test_a_run_without_its_record_of_encoders_is_refused(tmp_path: Path) -> None
         (run / FILE).unlink()
         with pytest.raises(ValueError, match=r"encoders.json: no such file; it says which"):
             load_run(run, None, ranks, "cpu")
+
+
+NUMBER = '{"text": {"name": "x", "weights": 7, "revision": null}}'
+
+
+@pytest.mark.parametrize("record", ["", "{", "[]", "{}", '{"text": null}', NUMBER])
+def test_a_damaged_record_of_encoders_is_refused(tmp_path: Path, record: str) -> None:
+    (tmp_path / FILE).write_text(record)
+    with pytest.raises(ValueError, match=rf"{FILE}.*content\.modalities\.text"):
+        check_identities({"text": EncoderIdentity("x", None, "abc")}, tmp_path)

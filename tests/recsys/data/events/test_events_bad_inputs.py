@@ -89,6 +89,7 @@ def text(file: str, content: str, key: str = "log") -> Any:
 
 
 BAD = [
+    Bad("absent action", change("labels", "bought", "action", value="by"), ("labels.bought", "by")),
     Bad("no file", change("events", "log", "path", value="absent.parquet"), ("absent.parquet",)),
     Bad("other ending", text("log.txt", "user"), ("log.txt", ".csv")),
     Bad("not Parquet", text("broken.parquet", "PAR1 no PAR1"), ("broken.parquet",)),
