@@ -81,6 +81,8 @@ def _check(manifest: Any) -> None:
             raise ValueError(f"'files' has an entry '{name}': {entry}")
     if ".metadata" not in manifest["files"]:
         raise ValueError("'files' lacks .metadata")
+    if not isinstance(manifest.get("items"), str | None):
+        raise ValueError(f"'items' is {manifest['items']!r}, no hash")
     Progress.from_json(manifest["progress"])
 
 

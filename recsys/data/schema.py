@@ -281,9 +281,9 @@ def _validate_vocabulary(schema: Schema, name: str, column: Column, where: str) 
         is_set = getattr(settings, part.name) != part.default
         if part.name not in ["kind", *VOCABULARY_SETTINGS[settings.kind]] and is_set:
             raise ValueError(f"{where}: a vocabulary of kind {settings.kind} has no {part.name}")
-    for setting in ("num_hashes", "admit_after"):
-        if getattr(settings, setting) < 1:
-            raise ValueError(f"{where}: {setting} is {getattr(settings, setting)}; set at least 1")
+    for setting, most in (("num_hashes", 64), ("admit_after", 2**31)):
+        if not 1 <= (value := getattr(settings, setting)) <= most:
+            raise ValueError(f"{where}: {setting} is {value}; set 1 to {most}")
     if not 0 <= settings.seed < 2**63:
         raise ValueError(f"{where}: seed is {settings.seed}; set one from 0 to {2**63 - 1}")
     if not settings.half_life > 0:

@@ -134,11 +134,10 @@ class RequestReader:
         array = self._column(name, values, place)
         lengths = list_lengths(array) if is_list(array.type) else np.ones(len(array), np.int64)
         flat = array.flatten() if is_list(array.type) else array
-        rows = flat.to_numpy(zero_copy_only=False)
+        rows = np.array(flat.to_numpy(zero_copy_only=False))  # a copy, as torch needs to write it
         vocabulary = self.bounded.get(self.schema.table_of(name))
         if vocabulary is not None:
-            ids = torch.from_numpy(rows.copy())
-            rows = vocabulary.rows_of(ids, step=0, training=False).numpy()
+            rows = vocabulary.rows_of(torch.from_numpy(rows), step=0, training=False).numpy()
         return TableRows(rows, lengths)
 
     def _column(self, name: str, values: Sequence[Any], place: str) -> pa.Array:

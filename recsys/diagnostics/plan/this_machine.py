@@ -45,8 +45,8 @@ def find_cluster(
     if ranks_per_node is None:
         ranks_per_node = torch.cuda.device_count() if device == "cuda" else 1
     for name, number in (("nodes", nodes), ("gpus_per_node", ranks_per_node)):
-        if number < 1:
-            raise ValueError(f"{name} is {number}; give at least 1")
+        if not 1 <= number <= 10_000:
+            raise ValueError(f"{name} is {number}; give 1 to 10000")
     found = DEVICES.get(device) or _measured(device, ranks_per_node, precision)
     return Cluster(nodes, ranks_per_node, (figures or FigureOverrides()).applied(found))
 

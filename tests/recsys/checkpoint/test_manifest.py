@@ -98,6 +98,7 @@ DAMAGES: dict[str, Any] = {
     "config empty": {"config": {}},
     "no ranks": {"world_size": 0},
     "data a number": {"data": 7},
+    "items a number": {"items": 7},
     "another format": {"format": 9},
 }
 

@@ -143,7 +143,8 @@ def test_a_vocabulary_belongs_to_a_table_and_all_columns_that_share_it(tmp_path:
     [
         ("10", "{kind: learned}", "learned"),
         ("10", "{kind: hash, buckets: 3}", "buckets"),
-        ("10", "{kind: hash, num_hashes: 0}", "column 'user': num_hashes is 0; set at least 1"),
+        ("10", "{kind: hash, num_hashes: 0}", "column 'user': num_hashes is 0"),
+        ("10", "{kind: hash, num_hashes: 65}", "column 'user': num_hashes is 65"),
         ("10", "{kind: exact, seed: 1}", "a vocabulary of kind exact has no seed"),
         ("10", "{kind: hash, admit_after: 2}", "a vocabulary of kind hash has no admit_after"),
         ("10", "{kind: bounded, num_hashes: 2}", "kind bounded has no num_hashes"),

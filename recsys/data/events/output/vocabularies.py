@@ -34,7 +34,13 @@ def write_vocabularies(
     others = list(config.histories)[1:]
     if config.vocabulary.kind == "rows":
         for name, values in _values(engine, config, "1 = 1").items():
-            largest = engine.table(f"SELECT max(id) AS id FROM ({values})")["id"][0].as_py()
+            query = f"SELECT min(id) AS least, max(id) AS largest FROM ({values})"
+            least, largest = (column[0].as_py() for column in engine.table(query).columns)
+            if isinstance(largest, str) or (least is not None and least < 0):
+                raise ValueError(
+                    f"vocabulary: kind is rows, but '{name}' has the id {least!r}; write rows from "
+                    "0, or choose kind exact"
+                )
             sizes[name] = 1 if largest is None else largest + 1
         return sizes | dict.fromkeys(others, sizes[item])
     (folder / "vocabulary").mkdir()

@@ -89,6 +89,9 @@ def text(file: str, content: str, key: str = "log") -> Any:
 
 
 BAD = [
+    Bad(
+        "texts as rows", change("vocabulary", value={"kind": "rows"}), ("vocabulary", "user", "u0")
+    ),
     Bad("absent action", change("labels", "bought", "action", value="by"), ("labels.bought", "by")),
     Bad("no file", change("events", "log", "path", value="absent.parquet"), ("absent.parquet",)),
     Bad("other ending", text("log.txt", "user"), ("log.txt", ".csv")),

@@ -106,7 +106,8 @@ def test_what_else_does_not_fit_is_named(folder: Path) -> None:
     [
         (["--device", "h1000"], "device 'h1000' is unknown; choose one of"),
         (["--device", "cuda"], "no GPU is usable here; name the one that is meant"),
-        (["--device", "h100", "--nodes", "0"], "nodes is 0; give at least 1"),
+        (["--device", "h100", "--nodes", "0"], "nodes is 0"),
+        (["--device", "h100", "--nodes", "1000000000"], "nodes is 1000000000"),
         (["--device", "h100", "--rows", "shoes=5"], "rows: 'shoes' has no table; the tables are"),
         (["--device", "h100", "--rows", "item"], "rows: 'item' is not TABLE=NUMBER"),
         (["--device", "h100", "--figures.fp32_flops", "0"], "figures.fp32_flops is 0"),
