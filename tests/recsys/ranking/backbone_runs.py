@@ -30,7 +30,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "deepfm": {},
     "sim": {"search_top_k": 2},
     "mmoe": {"num_experts": 2},
-    "two_tower": {},
+    "two_tower": {"temperature": 1.0},  # unsure enough to pass the check of the log loss
     "two_tower in_batch": {"loss": "in_batch_softmax", "all_ranks": True},
     "two_tower sampled": {"loss": "sampled_softmax", "num_negatives": 7, "all_ranks": True},
 }
