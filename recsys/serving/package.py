@@ -22,7 +22,7 @@ REQUEST = "request.json"
 
 @dataclass
 class Manifest:
-    """What a package holds.
+    """Contents of a package.
 
     labels: names of the outputs. pooled, dense, parallel: columns in the order of the graph.
     tables: layout of each table's file, by table; content: layouts of the files `target` and

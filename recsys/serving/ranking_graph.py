@@ -49,7 +49,7 @@ class RankingInputs:
 
 @dataclass
 class CandidateBatch:
-    """What ranking models read of a `Batch`, for the candidates of one user."""
+    """Stand-in for a `Batch`: the fields that ranking models read, for candidates of one user."""
 
     dense_features: Tensor  # [N, F]
     history_values: Tensor  # [N * L, P]

@@ -10,7 +10,7 @@ D dimension, K any width. Flat tensors [N * L] hold one row of L places after th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class SharedHistory:
     num_items: int
     device: torch.device
     places: Tensor | None = None
+    _highest: list[Tensor] = field(default_factory=list, repr=False)  # results of `highest`
 
     @property
     def longest(self) -> int:
@@ -121,10 +122,20 @@ class SharedHistory:
         order = self.longest - 1 - by_row.flip(1).argsort(dim=1, descending=True, stable=True)
         kept = order.narrow(1, 0, torch.sym_min(self.longest, count)).sort(dim=1).values
         first = torch.arange(self.num_rows, device=self.device).unsqueeze(1) * self.longest
-        return (kept + first).reshape(-1)
+        self._highest.append((kept + first).reshape(-1))
+        return self._highest[-1]
 
     def select(self, places: Tensor) -> SharedHistory:
-        """Return the history of some flat places, equally many of each row."""
+        """Return the history of the flat places that `highest` has returned.
+
+        Raises:
+            ValueError: other places, of which rows may have different numbers.
+        """
+        if not any(places is each for each in self._highest):
+            raise ValueError(
+                "the model selects history items by their values, so rows keep different numbers "
+                "of them, which a package cannot hold; select by JaggedHistory.highest alone"
+            )
         items = self.index[places].reshape(self.num_rows, -1)
         return SharedHistory(self.num_rows, self.num_items, self.device, items)
 

@@ -1,4 +1,4 @@
-"""What was known at a sample's moment: positions of cuts among sorted events.
+"""Finds what was known at a sample's moment: positions of cuts among sorted events.
 
 A stream is sorted by key (a user, an item) and time, and holds samples and events. Per key, the
 events before a moment are a prefix, which one binary search locates: so a history is a slice, and

@@ -63,7 +63,7 @@ class ItemTable(Snapshots):
 
 @dataclass
 class Label:
-    """What is to be predicted: an action, or a number of the row."""
+    """Value to predict: an action, or a number of the row."""
 
     action: list[str] | None = None  # 1 where the user did one of these on the item
     # Time after the row in which the action counts. An action belongs to the user's last row with
@@ -135,7 +135,7 @@ class Drop:
 
 @dataclass
 class Vocabulary:
-    """How ids become rows."""
+    """Mapping of ids to rows."""
 
     kind: Literal["exact", "rows"] = "exact"  # rows: they are rows already
     # By column: occurrences until the last training sample that an id needs for a row of its own.

@@ -13,7 +13,14 @@ from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.ranking.vectors import IDVectors, TowerVectors
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_graph
-from tests.recsys.ranking.ranking_inputs import CONTENT, CONTENT_DIM, ID_DIM, NUM_DENSE, inputs
+from tests.recsys.ranking.ranking_inputs import (
+    CONTENT,
+    CONTENT_DIM,
+    DIMENSIONS,
+    ID_DIM,
+    NUM_DENSE,
+    inputs,
+)
 from tests.recsys.ranking.test_backbones import by_backbone, by_content, model_of
 
 WIDTH = CONTENT_DIM * (1 + len(CONTENT.modalities))
@@ -130,6 +137,16 @@ class ReadsValues(nn.Module):
 
     def forward(self, ids: IDVectors, content: Any, batch: Any) -> Tensor:
         return ids.target[: int(ids.target.sum() > 0)].sum(dim=1, keepdim=True)
+
+
+def test_a_search_by_category_is_refused_as_its_rows_differ_in_length() -> None:
+    categories = torch.tensor([0, 1, 0, 1, 2], dtype=torch.int32)
+    dimensions = replace(DIMENSIONS, item_categories=categories)
+    settings: dict[str, Any] = {"search": "category", "category": "kind"}
+    graph = RankingGraph(model_of("sim", None, dimensions, **settings))
+
+    with pytest.raises(ValueError, match=r"ranking\.name 'sim' .*highest"):
+        export_graph(graph, request(2, 2), "sim")
 
 
 def test_a_model_that_torch_export_refuses_is_named() -> None:

@@ -1,4 +1,4 @@
-"""What an engine does with the stages of a transformation.
+"""Interface of the engines that run the stages of a transformation.
 
 The SQL of the stages is the part that DuckDB and Spark share: joins, GROUP BY, window functions,
 names in double quotes. Sorted partitions go through Arrow functions, in this process or in those
