@@ -18,6 +18,7 @@ Row = dict[str, Any]
 HOUR = 3_600_000_000
 START = 1_793_440_000_000_000 // HOUR * HOUR  # around a change of summer time in Berlin
 NOW = START + 1000 * HOUR
+EARLIEST = START - 24 * HOUR
 
 USERS = ["ann", "bob", "cy", "däwn"]
 HOURS = [START + hour * HOUR for hour in range(30)]
@@ -26,7 +27,7 @@ prices = st.sampled_from([None, 0.5, 3.0, 4.0, float("nan")])
 
 
 def signals(actions: list[str], largest: int = 90) -> st.SearchStrategy[list[Row]]:
-    """Events with ties in time, duplicates, and rows that cannot be used."""
+    """Events with ties in time, duplicates, and rows that cannot be used; every action occurs."""
     row = st.fixed_dictionaries(
         {
             "uid": st.sampled_from([*4 * USERS, None]),
@@ -37,7 +38,12 @@ def signals(actions: list[str], largest: int = 90) -> st.SearchStrategy[list[Row
             "price": prices,
         }
     )
-    return st.lists(row, min_size=largest // 2, max_size=largest)
+    first = [
+        {"uid": "ann", "iid": 0, "ts": EARLIEST, "action": action, "request": "r1", "price": None}
+        for action in dict.fromkeys(actions)
+    ]
+    rows = st.lists(row, min_size=largest // 2, max_size=largest)
+    return rows.map(lambda drawn: [*(dict(row) for row in first), *drawn])
 
 
 def snapshots(ids: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Row]]:

@@ -31,7 +31,7 @@ def config(delay: str) -> Row:
 
 @pytest.mark.parametrize("delay", ["0s", "3h"])
 @settings(
-    max_examples=2,
+    max_examples=6,
     deadline=None,
     database=None,
     derandomize=True,
