@@ -41,11 +41,11 @@ from recsys.config.parser import Parser, problem_of_keys
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.filesystem import Location
 from recsys.data.schema_columns import (
-    VOCABULARY_SETTINGS,
     Column,
     IdType,
     Items,
     VocabularySettings,
+    check_vocabulary,
     id_type,
 )
 
@@ -254,7 +254,7 @@ def _validate_column(schema: Schema, name: str, column: Column, path: str) -> No
     if column.num_embeddings is not None and column.num_embeddings < 1:
         raise ValueError(f"{where}: num_embeddings is {column.num_embeddings}; it must be positive")
     if column.vocabulary is not None:
-        _validate_vocabulary(schema, name, column, where)
+        check_vocabulary(column, where, is_target=name == schema.target_item)
     if column.kind == "sequence" and column.shares != schema.target_item:
         raise ValueError(
             f"{where}: a sequence holds past target items; write `shares: {schema.target_item}`"
@@ -268,33 +268,3 @@ def _validate_column(schema: Schema, name: str, column: Column, path: str) -> No
                 f"{where} of kind {column.kind} is pooled and cannot share the table of the target "
                 "item, which is not; give it num_embeddings"
             )
-
-
-def _validate_vocabulary(schema: Schema, name: str, column: Column, where: str) -> None:
-    settings = column.vocabulary
-    assert settings is not None
-    if column.num_embeddings is None:
-        raise ValueError(
-            f"{where} shares '{column.shares}' and its vocabulary; give the vocabulary there"
-        )
-    for part in fields(settings):
-        is_set = getattr(settings, part.name) != part.default
-        if part.name not in ["kind", *VOCABULARY_SETTINGS[settings.kind]] and is_set:
-            raise ValueError(f"{where}: a vocabulary of kind {settings.kind} has no {part.name}")
-    for setting, most in (("num_hashes", 64), ("admit_after", 2**31)):
-        if not 1 <= (value := getattr(settings, setting)) <= most:
-            raise ValueError(f"{where}: {setting} is {value}; set 1 to {most}")
-    if not 0 <= settings.seed < 2**63:
-        raise ValueError(f"{where}: seed is {settings.seed}; set one from 0 to {2**63 - 1}")
-    if not settings.half_life > 0:
-        raise ValueError(f"{where}: half_life is {settings.half_life}; set a positive number")
-    if settings.kind != "hash" and column.num_embeddings < 2:
-        raise ValueError(
-            f"{where}: num_embeddings is 1, but the last row is that of unknown ids; set at least 2"
-        )
-    if name == schema.target_item and (settings.kind == "bounded" or settings.num_hashes > 1):
-        given = "several hashes" if settings.kind == "hash" else "a bounded vocabulary"
-        raise ValueError(
-            f"{where} is the target item, whose content is kept by row: it cannot have {given}; "
-            "choose kind exact, or hash with num_hashes 1"
-        )

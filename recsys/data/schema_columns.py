@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import pyarrow as pa
@@ -73,3 +73,43 @@ def id_type(kind: pa.DataType) -> Literal["integer", "string"]:
     """Return what raw ids of an Arrow type are; `is_id_type` has checked it."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return "integer" if pa.types.is_integer(kind) else "string"
+
+
+def check_vocabulary(column: Column, where: str, is_target: bool) -> None:
+    """Check the vocabulary of a column.
+
+    Args:
+        column: has a vocabulary.
+        where: file and column, for messages.
+        is_target: the column is the target item.
+
+    Raises:
+        ValueError: names a setting that is out of range or does not fit the column.
+    """
+    settings = column.vocabulary
+    assert settings is not None
+    if column.num_embeddings is None:
+        raise ValueError(
+            f"{where} shares '{column.shares}' and its vocabulary; give the vocabulary there"
+        )
+    for part in fields(settings):
+        is_set = getattr(settings, part.name) != part.default
+        if part.name not in ["kind", *VOCABULARY_SETTINGS[settings.kind]] and is_set:
+            raise ValueError(f"{where}: a vocabulary of kind {settings.kind} has no {part.name}")
+    for setting, most in (("num_hashes", 64), ("admit_after", 2**31)):
+        if not 1 <= (value := getattr(settings, setting)) <= most:
+            raise ValueError(f"{where}: {setting} is {value}; set 1 to {most}")
+    if not 0 <= settings.seed < 2**63:
+        raise ValueError(f"{where}: seed is {settings.seed}; set one from 0 to {2**63 - 1}")
+    if not settings.half_life > 0:
+        raise ValueError(f"{where}: half_life is {settings.half_life}; set a positive number")
+    if settings.kind != "hash" and column.num_embeddings < 2:
+        raise ValueError(
+            f"{where}: num_embeddings is 1, but the last row is that of unknown ids; set at least 2"
+        )
+    if is_target and (settings.kind == "bounded" or settings.num_hashes > 1):
+        given = "several hashes" if settings.kind == "hash" else "a bounded vocabulary"
+        raise ValueError(
+            f"{where} is the target item, whose content is kept by row: it cannot have {given}; "
+            "choose kind exact, or hash with num_hashes 1"
+        )
