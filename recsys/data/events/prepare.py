@@ -15,7 +15,7 @@ from recsys.data.events.engines.on_duckdb import DuckDBEngine
 from recsys.data.events.engines.on_spark import SparkEngine
 from recsys.data.events.load import load_events_config
 from recsys.data.events.negatives import add_negatives
-from recsys.data.events.output.dataset import write_dataset
+from recsys.data.events.output.dataset import write_dataset, write_items
 from recsys.data.events.past import add_past
 from recsys.data.events.rows import make_rows
 from recsys.data.events.settings import EventsConfig
@@ -54,20 +54,41 @@ def prepare_events(
         print(format_report(prepare_events(Path("events.yaml"), Path("data/shop"))))
     """
     settings = load_events_config(config, source)
+    with whole_folder(unused_folder(out)) as partial:
+        return run_stages(settings, partial, memory, spark_master)
+
+
+def unused_folder(out: Path) -> Path:
+    """Return the absolute path of a folder to write.
+
+    Raises:
+        ValueError: it exists and is not an empty folder.
+    """
     out = Path(out).absolute()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out}: exists already; remove it or name another output folder")
-    with whole_folder(out) as partial:
-        work = partial / "stages"
-        engine = (
-            DuckDBEngine(work, memory) if spark_master is None else SparkEngine(work, spark_master)
-        )
-        try:
-            report = write_datasets(engine, settings, make_samples(engine, settings), partial)
-        finally:
-            engine.close()
-            shutil.rmtree(work, ignore_errors=True)
-        (partial / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    return out
+
+
+def run_stages(
+    config: EventsConfig,
+    folder: Path,
+    memory: str | None = None,
+    spark_master: str | None = None,
+) -> dict[str, Any]:
+    """Write the datasets and `report.json` into a folder, and return the report.
+
+    Raises:
+        ValueError: a file, column or value cannot be used, or a split would be empty.
+    """
+    work = folder / "stages"
+    engine = DuckDBEngine(work, memory) if spark_master is None else SparkEngine(work, spark_master)
+    try:
+        report = write_datasets(engine, config, make_samples(engine, config), folder)
+    finally:
+        engine.close()
+        shutil.rmtree(work, ignore_errors=True)
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -107,7 +128,10 @@ def write_datasets(
 ) -> dict[str, Any]:
     """Write the datasets into a folder and return the report."""
     splits: dict[str, Any] = {}
+    items = None
     for dataset, conditions in samples.datasets.items():
+        if config.items is not None:
+            items = write_items(engine, config, folder / dataset / "items", items)
         figures = write_dataset(engine, config, conditions, folder, dataset, samples.lists)
         splits |= {str(Path(dataset, split)): of for split, of in figures.items()}
     dropped = samples.dropped
@@ -118,12 +142,17 @@ def format_report(report: dict[str, Any]) -> str:
     """Return the report of `prepare_events` as text."""
     lines = [f"{report['events']:,} events and impressions read"]
     lines += [f"left out: {count:,} {reason}" for reason, count in report["left_out"].items()]
-    width = max(map(len, report["splits"])) + 1
-    lines.append(
-        f"{'split':<{width}}{'rows':>12}{'positive':>10}{'users':>11}{'new users':>11}"
+    return "\n".join([*lines, format_splits(report["splits"], "positive")])
+
+
+def format_splits(splits: dict[str, dict[str, Any]], positive: str) -> str:
+    """Return the figures of splits as a table; `positive` heads the share of positive rows."""
+    width = max(map(len, splits)) + 1
+    lines = [
+        f"{'split':<{width}}{'rows':>12}{positive:>10}{'users':>11}{'new users':>11}"
         f"{'cold':>8}{'unseen':>8}"
-    )
-    for name, split in report["splits"].items():
+    ]
+    for name, split in splits.items():
         lines.append(
             f"{name:<{width}}{split['rows']:>12,}{split['positive']:>10.2%}{split['users']:>11,}"
             f"{split['new_users']:>11.1%}{split['cold']:>8.1%}{split['unseen']:>8.1%}"

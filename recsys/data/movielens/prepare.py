@@ -1,62 +1,34 @@
-"""MovieLens ratings turned into dataset folders, by the protocols of `protocols`.
+"""`recsys prepare movielens`: MovieLens ratings turned into dataset folders.
 
-A rating of 4 or more is a like. A row has, for each item of its history, whether it was liked, its
-stars (as a share of 5) and how long ago it was rated (log10(1 + days) / 2). A folder has the
-splits, the items and the schema; a protocol with several datasets makes a folder of such folders,
-which share their items on disk.
-
-Shapes: R rows of a split.
+The archive is read and checked by `source`; the samples are made of it by `recsys prepare events`
+with the settings in `events.yaml` beside this file. A rating of 4 or more is a like. A row has, for
+each item of its history, whether it was liked, its stars (as a share of 5) and how long ago it was
+rated (log10(1 + days) / 2). The history holds the user's last ratings with a strictly smaller
+timestamp.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from recsys.data.events.load import load_events_config
+from recsys.data.events.prepare import format_splits, run_stages, unused_folder
+from recsys.data.events.settings import EventsConfig, SplitBy
 from recsys.data.filesystem import whole_folder
-from recsys.data.item_parts import COLD_BELOW
-from recsys.data.movielens.protocols import (
-    Ratings,
-    SplitProtocol,
-    Splits,
-    liked,
-    sorted_ratings,
-    split_ratings,
-)
 from recsys.data.movielens.source import read_movielens
 
-ROWS_PER_GROUP = 8192  # small enough that several ranks share a split evenly
-ROWS_PER_CHUNK = 16 * ROWS_PER_GROUP  # impressions whose histories are in memory at once
-ITEMS_PER_GROUP = 1024  # smaller, since a row may hold a poster
+EVENTS = Path(__file__).parent / "events.yaml"
+ITEMS_PER_GROUP = 1024  # small, since a row may hold a poster
 
-MOST_STARS = 5
-SECONDS_PER_DAY = 86_400
-PARALLEL = ("history_liked", "history_stars", "history_days")
-
-SCHEMA = """\
-target_item: item
-group: user
-columns:
-  user: {{kind: id, num_embeddings: {num_users}}}
-  item: {{kind: id, num_embeddings: {num_items}}}
-  history: {{kind: sequence, shares: item, parallel: [{parallel}]}}
-  liked: {{kind: label}}
-items:
-  id: item
-  columns:
-    text: {{kind: text}}
-    title: {{kind: text}}
-    genres: {{kind: text}}
-"""
-POSTER_LINE = "    poster: {kind: image}\n"
+SplitProtocol = Literal["global", "user", "rolling"]
+PROTOCOLS: dict[str, SplitBy] = {"global": "time", "user": "user", "rolling": "windows"}
 
 
 def prepare_movielens(
@@ -74,11 +46,12 @@ def prepare_movielens(
         out: folder to write; must not exist or be empty. With `rolling` it holds the datasets
             `window-1` to `window-5`, with the same items, hard-linked where the disk allows it.
         history_length: longest history of a row.
-        split: `global`, one split in time for all users; `user`, each user's ratings split in
-            time; `rolling`, the global split at five origins. See `protocols`.
+        split: `global`, all ratings split at the quantiles 0.8 and 0.9 of time; `user`, each
+            user's ratings split in time, so that users need 7 ratings or more; `rolling`, the
+            global split at five origins, a tenth of the ratings apart.
 
     Returns:
-        Per split (`window-1/train` ... for `rolling`): rows, liked (share), users,
+        Per split (`window-1/train` ... for `rolling`): rows, positive (share of likes), users,
         new_users (share of rows by users without a training row), cold and unseen (share of rows
         whose item has few and no training rows of the same dataset).
 
@@ -92,129 +65,50 @@ def prepare_movielens(
     """
     if history_length < 1:
         raise ValueError(f"history_length is {history_length}; it must be at least 1")
-    out = Path(out).absolute()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out}: exists already; remove it or name another output folder")
-    movies, table = read_movielens(source)
-    ratings = sorted_ratings(table, history_length)
-    datasets = split_ratings(ratings, split)
+    if split not in PROTOCOLS:
+        raise ValueError(f"split is {split!r}; choose one of {', '.join(PROTOCOLS)}")
+    out = unused_folder(out)
+    movies, ratings = read_movielens(source)
     with whole_folder(out) as partial:
-        _write_datasets(partial, ratings, datasets, movies)
-    return {
-        str(Path(dataset, name)): figures
-        for dataset, splits in datasets.items()
-        for name, figures in _summary(ratings, splits, movies.num_rows).items()
-    }
+        tables = partial / "source"
+        tables.mkdir()
+        _write_tables(tables, movies, ratings)
+        config = _config(tables, history_length, split, "poster" in movies.column_names)
+        report = run_stages(config, partial)
+        shutil.rmtree(tables)
+    splits: dict[str, dict[str, Any]] = report["splits"]
+    return splits
 
 
 def format_summary(summary: dict[str, dict[str, Any]]) -> str:
     """Return the summary of `prepare_movielens` as a plain text table."""
-    width = max(map(len, summary)) + 1
-    lines = [
-        f"{'split':<{width}}{'rows':>12}{'liked':>9}{'users':>9}{'new users':>11}"
-        f"{'cold':>8}{'unseen':>8}"
-    ]
-    for name, split in summary.items():
-        lines.append(
-            f"{name:<{width}}{split['rows']:>12,}{split['liked']:>9.2%}{split['users']:>9,}"
-            f"{split['new_users']:>11.1%}{split['cold']:>8.1%}{split['unseen']:>8.1%}"
-        )
-    return "\n".join(lines)
+    return format_splits(summary, "liked")
 
 
-def _write_datasets(
-    folder: Path, ratings: Ratings, datasets: dict[str, Splits], movies: pa.Table
-) -> None:
-    """Write schema, splits and items of each dataset; later ones link to the first items."""
-    schema = SCHEMA.format(
-        num_users=int(ratings.user[-1]) + 1,
-        num_items=movies.num_rows,
-        parallel=", ".join(PARALLEL),
-    )
-    schema += POSTER_LINE if "poster" in movies.column_names else ""
-    items = None
-    for dataset, splits in datasets.items():
-        (folder / dataset).mkdir(exist_ok=True)
-        (folder / dataset / "schema.yaml").write_text(schema)
-        for name, rows in splits.items():
-            _write_split(folder / dataset / name, ratings, rows)
-        if items is None:
-            items = _write_items(folder / dataset / "items", movies)
-        else:
-            _link(items, folder / dataset / "items" / items.name)
+def _config(folder: Path, history_length: int, split: SplitProtocol, posters: bool) -> EventsConfig:
+    """Return the settings of `events.yaml` for these tables and options."""
+    config = load_events_config(EVENTS, folder)
+    assert config.items is not None
+    config.histories["history"].length = history_length
+    config.split.by = PROTOCOLS[split]
+    if posters:
+        config.items.content["poster"] = "image"
+    return config
 
 
-def _link(file: Path, target: Path) -> None:
-    """Hard-link the file, or copy it where the file system has no hard links."""
-    target.parent.mkdir()
-    try:
-        target.hardlink_to(file)
-    except OSError:
-        shutil.copyfile(file, target)
-
-
-def _write_split(
-    folder: Path,
-    ratings: Ratings,
-    rows: np.ndarray,  # [R], int64
-) -> None:
-    """Write the impressions of some ratings, ordered by time."""
-    rows = rows[np.lexsort((ratings.item[rows], ratings.user[rows], ratings.timestamp[rows]))]
-    chunks = (rows[at : at + ROWS_PER_CHUNK] for at in range(0, len(rows), ROWS_PER_CHUNK))
-    _write_file(folder, (_impressions(ratings, chunk) for chunk in chunks), ROWS_PER_GROUP)
-
-
-def _write_file(folder: Path, tables: Iterator[pa.Table], rows_per_group: int) -> Path:
-    """Write tables one after another into the only file of a new folder."""
-    folder.mkdir()
-    path = folder / "part-00000.parquet"
-    first = next(tables)
-    with pq.ParquetWriter(
-        path, first.schema, compression="zstd", write_page_checksum=True
-    ) as writer:
-        for table in chain([first], tables):
-            writer.write_table(table, row_group_size=rows_per_group)
-    return path
-
-
-def _impressions(
-    ratings: Ratings,
-    rows: np.ndarray,  # [R], int64
-) -> pa.Table:
-    """Return the rows of some ratings with their histories."""
-    begin = ratings.history_begin[rows]
-    lengths = ratings.history_end[rows] - begin
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    # Histories lie one after another: place p of history n is rating begin[n] + p - offsets[n].
-    past = np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], lengths)
-    ago = np.repeat(ratings.timestamp[rows], lengths) - ratings.timestamp[past]
-    lists = pa.array(offsets, pa.int32())
-    stars = ratings.stars[past]
-    parallel = (
-        liked(stars),
-        stars / MOST_STARS,
-        # A day is 0.15, a hundred days are 1: the order of magnitude of an age matters.
-        (np.log10(1 + ago / SECONDS_PER_DAY) / 2).astype(np.float32),
-    )
-    return pa.table(
+def _write_tables(folder: Path, movies: pa.Table, ratings: pa.Table) -> None:
+    """Write ratings and movies with the rows of users and movies as ids."""
+    table = pa.table(
         {
-            "user": pa.array(ratings.user[rows], pa.int64()),
-            "item": pa.array(ratings.item[rows], pa.int64()),
-            "history": pa.ListArray.from_arrays(lists, pa.array(ratings.item[past], pa.int64())),
-            **{
-                name: pa.ListArray.from_arrays(lists, pa.array(values))
-                for name, values in zip(PARALLEL, parallel, strict=True)
-            },
-            "liked": pa.array(liked(ratings.stars[rows])),
-            "timestamp": pa.array(ratings.timestamp[rows]),
+            "user": np.unique(ratings["userId"].to_numpy(), return_inverse=True)[1],
+            "item": ratings["item"],
+            "rating": ratings["rating"],
+            "timestamp": ratings["timestamp"],
         }
     )
-
-
-def _write_items(folder: Path, movies: pa.Table) -> Path:
-    """Write the items' file."""
+    pq.write_table(table, folder / "ratings.parquet", compression="lz4")
     columns = {
-        "item": pa.array(np.arange(movies.num_rows), pa.int64()),
+        "item": pa.array(np.arange(movies.num_rows)),
         "movie_id": movies["movieId"],
         "title": movies["title"],
         "genres": _genres(movies),
@@ -222,11 +116,7 @@ def _write_items(folder: Path, movies: pa.Table) -> Path:
     }
     if "poster" in movies.column_names:
         columns["poster"] = movies["poster"]
-    table = pa.table(columns)
-    schema = pa.schema([(n, pa.binary() if n == "poster" else table[n].type) for n in columns])
-    starts = range(0, table.num_rows, ITEMS_PER_GROUP)
-    groups = (table.slice(at, ITEMS_PER_GROUP).cast(schema) for at in starts)
-    return _write_file(folder, groups, ITEMS_PER_GROUP)
+    pq.write_table(pa.table(columns), folder / "movies.parquet", ITEMS_PER_GROUP, compression="lz4")
 
 
 def _genres(movies: pa.Table) -> pa.ChunkedArray:
@@ -246,22 +136,3 @@ def _text(movies: pa.Table) -> pa.ChunkedArray:
         *parts, pa.scalar(" | ", pa.large_string()), null_handling="skip"
     ).cast(pa.string())
     return pc.if_else(pc.equal(text, ""), None, text)
-
-
-def _summary(ratings: Ratings, splits: Splits, num_items: int) -> dict[str, dict[str, Any]]:
-    """Compute the figures of each split."""
-    train = splits["train"]
-    item_counts = np.bincount(ratings.item[train], minlength=num_items)
-    user_counts = np.bincount(ratings.user[train], minlength=int(ratings.user[-1]) + 1)
-    summary = {}
-    for name, rows in splits.items():
-        counts = item_counts[ratings.item[rows]]
-        summary[name] = {
-            "rows": len(rows),
-            "liked": float(liked(ratings.stars[rows]).mean(dtype=np.float64)),
-            "users": len(np.unique(ratings.user[rows])),
-            "new_users": float((user_counts[ratings.user[rows]] == 0).mean()),
-            "cold": float((counts < COLD_BELOW).mean()),
-            "unseen": float((counts == 0).mean()),
-        }
-    return summary

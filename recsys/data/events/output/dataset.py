@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +56,25 @@ def write_dataset(
             folder / split,
         )
         if not rows:
-            raise ValueError(
-                f"split: {split}{dataset and f' of {dataset}'} has no rows; choose other cuts than "
-                f"{config.split.at} by {config.split.by}"
-            )
+            raise ValueError(_no_rows(config, f"{split}{dataset and f' of {dataset}'}"))
     train = conditions["train"]
     _write_item_counts(engine, config, train, folder)
-    if config.items is not None:
-        _write_items(engine, config, folder / "items")
     sizes = write_vocabularies(engine, config, train, folder)
     (folder / "schema.yaml").write_text(schema_text(config, sizes, lists))
     return _figures(engine, config, conditions)
+
+
+def _no_rows(config: EventsConfig, split: str) -> str:
+    """Return the message for a split without rows."""
+    time = f"'{config.output.time}'"
+    fixes = {
+        "user": f"give users with 7 rows or more at distinct {time}, or split by time",
+        "windows": f"give rows at more distinct {time}, or fewer windows",
+        "time": f"give rows at more distinct {time}, or choose other quantiles",
+        "dates": f"choose dates between the first and the last {time}",
+    }
+    at = "" if config.split.by == "windows" else f" at {config.split.at}"
+    return f"split: {split} has no rows by {config.split.by}{at}; {fixes[config.split.by]}"
 
 
 def output_columns(config: EventsConfig) -> dict[str, str]:
@@ -92,9 +101,20 @@ def _write_item_counts(engine: Engine, config: EventsConfig, train: str, folder:
     pq.write_table(counts, folder / "item_counts.parquet")
 
 
-def _write_items(engine: Engine, config: EventsConfig, folder: Path) -> None:
-    """Write the last snapshot of each item."""
+def write_items(engine: Engine, config: EventsConfig, folder: Path, same: Path | None) -> Path:
+    """Write the last snapshot of each item into a new folder, and return the folder.
+
+    Args:
+        engine: has the stage `item_snapshots`.
+        config: the settings.
+        folder: to write.
+        same: a folder of the same items, whose files are hard-linked; copied where the file system
+            has no hard links.
+    """
     assert config.items is not None
+    if same is not None:
+        shutil.copytree(same, folder, copy_function=_link)
+        return folder
     content = "".join(f", {quoted(f't_{name}')} AS {quoted(name)}" for name in config.items.content)
     engine.write(
         f"SELECT id AS {quoted(config.output.item)}{content} FROM item_snapshots "
@@ -102,6 +122,14 @@ def _write_items(engine: Engine, config: EventsConfig, folder: Path) -> None:
         folder,
         ITEMS_PER_GROUP,
     )
+    return folder
+
+
+def _link(file: str, target: str) -> None:
+    try:
+        Path(target).hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, target)
 
 
 def _figures(

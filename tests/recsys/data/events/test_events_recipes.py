@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from recsys.data.events.prepare import prepare_events
 from recsys.data.filesystem import Location
-from recsys.data.movielens.prepare import prepare_movielens
-from recsys.data.movielens.source import read_movielens
 from recsys.data.schema import load_schema
-from tests.recsys.data.movielens.movielens_sources import tied_ratings, write_source
 
 RECIPES = Path(__file__).parents[4] / "recsys" / "recipes" / "events"
 ROWS = range(60)
@@ -100,40 +95,3 @@ def test_a_recipe_reads_the_format_of_its_data_set(name: str, tmp_path: Path) ->
     assert rows + report["left_out"].get("no item left to draw", 0) == len(ROWS) + drawn
     assert 0 < report["splits"]["train"]["positive"] < 1
     load_schema(Location.of(tmp_path / "out"))
-
-
-@pytest.mark.parametrize(
-    ("split", "by"), [("global", "time"), ("user", "user"), ("rolling", "windows")]
-)
-def test_movielens_through_events_is_what_its_adapter_writes(
-    split: str, by: str, tmp_path: Path
-) -> None:
-    source = tmp_path / "source"
-    write_source(source, *tied_ratings(0))
-    prepare_movielens(source, tmp_path / "adapter", 7, split)
-    movies, ratings = read_movielens(source)
-    table = pa.table(
-        {
-            "userId": np.unique(ratings["userId"], return_inverse=True)[1],
-            "movieId": ratings["item"],
-            "rating": ratings["rating"],
-            "timestamp": ratings["timestamp"],
-        }
-    )
-    pq.write_table(table, tmp_path / "ratings.parquet")
-    pq.write_table(pa.table({"movieId": np.arange(movies.num_rows)}), tmp_path / "movies.parquet")
-    content = yaml.safe_load((RECIPES / "movielens.yaml").read_text())
-    content["events"]["rating"]["path"] = "ratings.parquet"
-    content["items"] = {"path": "movies.parquet", "id": "movieId"}
-    content["histories"]["history"]["length"] = 7
-    content["split"], content["drop"] = {"by": by}, {"duplicates": False}
-    content["vocabulary"] = {"kind": "rows"}
-    content["output"] = {"time": "timestamp", "time_unit": "s"}
-    (tmp_path / "events.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    prepare_events(tmp_path / "events.yaml", tmp_path / "events")
-    for name in ("train", "valid", "test"):
-        files = list((tmp_path / "adapter").rglob(f"{name}/*.parquet"))
-        assert len(files) == (5 if split == "rolling" else 1)
-        for file in files:
-            other = tmp_path / "events" / file.relative_to(tmp_path / "adapter")
-            assert pq.read_table(other).equals(pq.read_table(file))

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-import recsys.data.movielens.prepare as movielens
-from recsys.data.movielens.prepare import format_summary, prepare_movielens
+import recsys.data.events.prepare as prepare
+from recsys.data.movielens.prepare import SplitProtocol, format_summary, prepare_movielens
 from recsys.data.movielens.source import SAMPLE
 from tests.datasets import png
 from tests.recsys.data.movielens.movielens_sources import (
@@ -63,20 +63,25 @@ def brute_force_history(
     }
 
 
-@pytest.mark.parametrize("length", [1, 3, 20])
+@pytest.mark.parametrize(
+    ("length", "protocol"), [(1, "global"), (3, "global"), (20, "global"), (3, "user")]
+)
 def test_every_row_and_history_equals_brute_force_when_most_timestamps_are_ties(
-    tmp_path: Path, length: int
+    tmp_path: Path, length: int, protocol: SplitProtocol
 ) -> None:
     ratings, movies = tied_ratings(seed=length)
     out = tmp_path / "out"
-    prepare_movielens(write_source(tmp_path / "source", ratings, movies), out, length)
-    times = np.array([timestamp for *_, timestamp in ratings])
-    first, second = np.quantile(times, [0.8, 0.9], method="lower")
-    bounds = {"train": (-1, first), "valid": (first, second), "test": (second, 10**9)}
+    prepare_movielens(write_source(tmp_path / "source", ratings, movies), out, length, protocol)
     users = sorted({user for user, *_ in ratings})
-    for split, (after, until) in bounds.items():
+    cuts = {}
+    for user in users:
+        times = [row[3] for row in ratings if protocol == "global" or row[0] == user]
+        first, second = np.quantile(times, [0.8, 0.9], method="lower")
+        cuts[user] = {"train": (-1, first), "valid": (first, second), "test": (second, 10**9)}
+    for split in ("train", "valid", "test"):
         expected = []
         for user, movie, rating, timestamp in ratings:
+            after, until = cuts[user][split]
             if after < timestamp <= until:
                 past = brute_force_history(ratings, user, timestamp, length)
                 expected.append(
@@ -98,7 +103,7 @@ def test_the_sample_has_the_figures_of_the_protocol(
 ) -> None:
     out, summary = sample
     assert [summary[name]["rows"] for name in ("train", "valid", "test")] == [80669, 10083, 10084]
-    liked = [round(100 * summary[name]["liked"], 2) for name in ("train", "valid", "test")]
+    liked = [round(100 * summary[name]["positive"], 2) for name in ("train", "valid", "test")]
     assert liked == [48.66, 51.54, 40.94]
     test = summary["test"]
     assert test["users"] == 74
@@ -140,18 +145,6 @@ def test_a_split_has_row_groups_small_enough_to_share(
     metadata = pq.ParquetFile(sample[0] / "train" / "part-00000.parquet").metadata
     sizes = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
     assert sizes == [8192] * 9 + [80669 - 9 * 8192]
-
-
-def test_chunks_of_any_size_give_the_same_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ratings, movies = tied_ratings(seed=0)
-    source = write_source(tmp_path / "source", ratings, movies)
-    prepare_movielens(source, tmp_path / "whole")
-    monkeypatch.setattr(movielens, "ROWS_PER_CHUNK", 7)
-    prepare_movielens(source, tmp_path / "chunked")
-    for split in ("train", "valid", "test"):
-        assert read_split(tmp_path / "chunked", split) == read_split(tmp_path / "whole", split)
 
 
 def test_columns_have_the_types_of_the_dataset_format(
@@ -196,7 +189,10 @@ def test_the_schema_of_the_sample_names_its_columns_and_table_sizes(
         },
         "items": {
             "id": "item",
-            "columns": {name: {"kind": "text"} for name in ("text", "title", "genres")},
+            "columns": {
+                "movie_id": {"kind": "other"},
+                **{name: {"kind": "text"} for name in ("title", "genres", "text")},
+            },
         },
     }
 
@@ -244,8 +240,7 @@ def test_plots_join_the_text_and_posters_keep_their_bytes_and_nulls(
     assert items["poster"].to_pylist() == [POSTER, None, None]
     assert items["poster"].type == pa.binary()
     schema = yaml.safe_load((tmp_path / "out" / "schema.yaml").read_text())
-    texts = {name: {"kind": "text"} for name in ("text", "title", "genres")}
-    assert schema["items"]["columns"] == {**texts, "poster": {"kind": "image"}}
+    assert schema["items"]["columns"]["poster"] == {"kind": "image"}
 
 
 def test_the_summary_is_a_table_with_one_line_per_split(
@@ -375,10 +370,10 @@ def test_a_history_length_below_one_is_refused(source: Path, tmp_path: Path) -> 
 def test_nothing_is_left_when_writing_fails_half_way(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(folder: Path, movies: pa.Table) -> None:
+    def fail(*arguments: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(movielens, "_write_items", fail)
+    monkeypatch.setattr(prepare, "write_items", fail)
     with pytest.raises(OSError, match="disk full"):
         prepare_movielens(source, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"source"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-import recsys.data.movielens.prepare as movielens
+import recsys.data.events.output.dataset as dataset
 from recsys.cli import main
 from recsys.data.movielens.prepare import format_summary, prepare_movielens
 from recsys.data.movielens.source import SAMPLE
@@ -45,14 +46,48 @@ def column(table: pa.Table, name: str) -> np.ndarray:
     return table[name].to_numpy()
 
 
+def digest(files: list[Path]) -> str:
+    """Return a digest of the values in all columns of some files."""
+    values = hashlib.sha256()
+    for file in sorted(files):
+        table = pq.read_table(file)
+        for name in sorted(table.column_names):
+            values.update(f"{name} {table[name].type}".encode())
+            column = table[name]
+            if pa.types.is_list(column.type):
+                values.update(pc.list_value_length(column).to_numpy().tobytes())
+                column = pc.list_flatten(column)
+            is_text = pa.types.is_string(column.type)
+            values.update(str(column.to_pylist()).encode() if is_text else column.to_numpy())
+    return values.hexdigest()
+
+
 def files_in(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+# Of what the adapter of version 0.1, with code of its own for splits and histories, wrote.
+DIGESTS = {
+    "rolling": "d3e3c5a1963b6dda294b6787589bacdda27387e26ce59c24c7917cc2245b610d",
+    "user": "006c883ad5e8a6a4eda8c19d78b6b7f7ae38bed7345e89ae0030692d9c20e7c0",
+}
+
+
+@pytest.mark.parametrize("split", DIGESTS)
+def test_datasets_of_the_sample_never_change(
+    rolling: Prepared, by_user: Prepared, split: str
+) -> None:
+    out = {"rolling": rolling, "user": by_user}[split][0]
+    files = [file for name in (*SPLITS, "items") for file in out.rglob(f"{name}/*.parquet")]
+    assert digest(files) == DIGESTS[split]
+
+
 def test_the_last_window_is_the_global_split_to_the_byte(rolling: Prepared, tmp_path: Path) -> None:
     summary = prepare_movielens(None, tmp_path / "global")
-    assert files_in(rolling[0] / "window-5") == files_in(tmp_path / "global")
+    files = files_in(tmp_path / "global")
+    del files["report.json"]  # that of all windows is above them
+    assert files_in(rolling[0] / "window-5") == files
     assert {name: rolling[1][f"window-5/{name}"] for name in SPLITS} == summary
 
 
@@ -161,14 +196,14 @@ def test_items_are_copied_where_links_are_not_possible(
 def test_no_window_appears_when_the_last_cannot_be_written(
     tied_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = movielens._link
+    write = dataset._link
 
-    def fail_at_the_last(file: Path, target: Path) -> None:
-        if "window-5" in target.parts:
+    def fail_at_the_last(file: str, target: str) -> None:
+        if "window-5" in target:
             raise OSError("disk full")
         write(file, target)
 
-    monkeypatch.setattr(movielens, "_link", fail_at_the_last)
+    monkeypatch.setattr(dataset, "_link", fail_at_the_last)
     with pytest.raises(OSError, match="disk full"):
         prepare_movielens(tied_source, tmp_path / "out", split="rolling")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
