@@ -32,7 +32,7 @@ def build_em3(
     encoders: dict[str, Encoder],
     bank: MemoryBank | None,
     device: str = "meta",
-    item_categories: Tensor | None = None,  # int32 [num_items]
+    item_categories: Tensor | None = None,  # int32 [num_items, C]
     process_group: dist.ProcessGroup | None = None,
 ) -> EM3:
     """Build the model, with its tables on `device` (meta: allocated when sharded).

@@ -20,8 +20,8 @@ class InputDimensions:
     pooled_names, dense_names, parallel_names: the columns of each kind, in the same order.
     group: the column of the user for whom items are ranked.
     has_history: whether the schema has a sequence of past items.
-    item_categories: category of every item, int32 [num_items], -1 for none; set if a model searches
-        by category.
+    item_categories: up to C categories of every item, int32 [num_items, C], -1 for none; set if a
+        model searches by category.
     process_group: the ranks that train the model together; None for a single rank.
     """
 
@@ -52,7 +52,7 @@ class InputDimensions:
             schema: columns of the dataset.
             pooled_features: columns looked up in pooled tables, in order.
             table_dims: embedding dimension of each table.
-            item_categories: int32 [num_items], or None.
+            item_categories: int32 [num_items, C], or None.
             process_group: the ranks that train the model together; None for a single rank.
         """
         return InputDimensions(

@@ -1,6 +1,8 @@
-"""Loads the category of every item from a column of the items' Parquet files.
+"""Loads the categories of every item from a column of the items' Parquet files.
 
 SIM's search by category reads it.
+
+Shapes: n rows of a chunk, C categories of the item that has most.
 """
 
 from __future__ import annotations
@@ -14,16 +16,19 @@ from recsys.config import RankingSettings
 from recsys.data.filesystem import Location
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.bad_rows import OnBadRow
+from recsys.data.parquet.values import is_list, list_lengths
 from recsys.data.schema import Schema
 from recsys.ranking.settings import SimSettings
+
+MOST_CATEGORIES = 16  # of an item: each pair of two items' categories is compared
 
 
 def load_item_categories(
     settings: RankingSettings, root: Location, schema: Schema, on_bad_row: OnBadRow
-) -> Tensor | None:  # int32 [num_items]
-    """Return a number for the category of each item, or None if no model searches by category.
+) -> Tensor | None:  # int32 [num_items, C]
+    """Return numbers for the categories of each item, or None if no model searches by category.
 
-    An item without a category has -1.
+    An item with fewer than C categories has -1 for the others.
 
     Args:
         settings: settings of the ranking model.
@@ -33,7 +38,7 @@ def load_item_categories(
 
     Raises:
         ValueError: `ranking.search` is category, but `ranking.category` names no column of that
-            kind, or no item has a category.
+            kind, an item has more than 16 categories, or no item has any.
     """
     if not isinstance(settings, SimSettings) or settings.search != "category":
         return None
@@ -46,21 +51,43 @@ def load_item_categories(
             f"kind category; schema.yaml has {known}"
         )
     items = ItemTable(root, schema, on_bad_row)
-    values = pa.chunked_array([_checked(*chunk, name) for chunk in items.chunks(name)])
-    codes = values.combine_chunks().dictionary_encode().indices.fill_null(-1)
-    numbers = codes.to_numpy(zero_copy_only=False)
-    categories = np.full(schema.num_items, -1, np.int32)
+    lists = [_lists(*chunk, name) for chunk in items.chunks(name)]
+    lengths = np.concatenate([lengths for lengths, _ in lists])
+    values = pa.chunked_array([values for _, values in lists]).combine_chunks()
+    codes = values.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    numbers = np.full((items.num_rows, max(1, int(lengths.max()))), -1, np.int32)
+    numbers[np.arange(numbers.shape[1]) < lengths[:, None]] = codes
+    categories = np.full((schema.num_items, numbers.shape[1]), -1, np.int32)
     categories[items.ids] = numbers[items.rows]
     if categories.max() < 0:
         raise ValueError(f"{items.folder}: column '{name}' is null in every row")
     return torch.from_numpy(categories)
 
 
-def _checked(file: Location, row: int, values: pa.Array, name: str) -> pa.Array:
-    is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
-    if not is_text and not pa.types.is_integer(values.type):
+def _lists(
+    file: Location, row: int, values: pa.Array, name: str
+) -> tuple[np.ndarray, pa.Array]:  # int64 [n], all categories
+    """Return the number of categories of each row, and the categories of all rows.
+
+    Raises:
+        ValueError: the column has another type, or a row has too many categories.
+    """
+    several = is_list(values.type)
+    kind = values.type.value_type if several else values.type
+    if not (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)
+    ):
         raise ValueError(
             f"{file}: column '{name}' of kind category has type {values.type}, expected integer or "
-            "string; write one category per item"
+            "string, or a list of them"
         )
-    return values
+    if not several:
+        return np.ones(len(values), np.int64), values
+    lengths = list_lengths(values).astype(np.int64)
+    if (bad := lengths > MOST_CATEGORIES).any():
+        place = int(bad.argmax())
+        raise ValueError(
+            f"{file}: column '{name}', row {row + place}: {lengths[place]} categories; write "
+            f"at most {MOST_CATEGORIES} per item"
+        )
+    return lengths, values.flatten()

@@ -118,14 +118,15 @@ class Sim(RowFeatures):
         return history.highest(scores, self.top_k)
 
     def _in_category(self, batch: Batch, history: JaggedHistory) -> Tensor:  # [K]
-        """Return the latest positions whose item has the target's category.
+        """Return the latest positions whose item shares a category with the target.
 
         A row whose target has no category has no such position.
         """
         assert self.categories is not None
-        of_items = self.categories[batch.history_items][history.index]
-        of_targets = self.categories[batch.target_items][history.rows]
-        same = ((of_items == of_targets) & (of_targets >= 0)).nonzero().squeeze(1)
+        of_items = self.categories[batch.history_items][history.index].unsqueeze(2)  # [N, C, 1]
+        of_targets = self.categories[batch.target_items][history.rows].unsqueeze(1)  # [N, 1, C]
+        shared = (of_items == of_targets) & (of_targets >= 0)  # [N, C, C]
+        same = shared.flatten(1).any(dim=1).nonzero().squeeze(1)
         # `highest` takes the later of equal scores.
         latest = history.select(same).highest(torch.zeros_like(same), self.top_k)
         return same[latest]

@@ -14,13 +14,14 @@ from jsonargparse import ArgumentParser
 
 from recsys.config.parser import problem_of_keys
 from recsys.config.plain_yaml import load_plain_yaml
-from recsys.data.events.settings import EventsConfig, EventTable, Source
+from recsys.data.events.settings import EventsConfig, EventTable, ItemTable, Source
 from recsys.data.events.signals import IMPRESSION, event_columns, literal
 from recsys.data.events.times import duration, moment
 
 # Where a word may stand for a mapping of one key, and where for a list.
 SHORT = {
     **{f"/{table}/*": "kind" for table in ("context", "items/columns", "users/columns")},
+    "/items/content/*": "kind",
     "/histories/*/parallel/*": "column",
 }
 LISTS = (
@@ -54,6 +55,8 @@ def load_events_config(path: Path, data: Path | None = None) -> EventsConfig:
         config = EventsConfig(**{part.name: namespace[part.name] for part in fields(EventsConfig)})
         for source in _sources(config):
             _resolve(source, path.parent if data is None else data)
+        if config.items is not None:
+            _resolve_pictures(config.items, path.parent if data is None else data)
         check_events_config(config)
     except Exception as error:
         raise ValueError(f"{path}: {error}") from error
@@ -81,6 +84,25 @@ def _resolve(source: Source, folder: Path) -> None:
     """Make relative paths absolute, in place."""
     paths = [source.path] if isinstance(source.path, str) else source.path
     source.path = [path if "://" in path else str((folder / path).resolve()) for path in paths]
+
+
+def _resolve_pictures(items: ItemTable, folder: Path) -> None:
+    """Make folders of pictures absolute, in place.
+
+    Raises:
+        ValueError: other content than images has files.
+    """
+    for name, content in items.content.items():
+        if content.path_column is None:
+            if content.folder is not None:
+                raise ValueError(f"items.content.{name}: folder without path_column; set both")
+            continue
+        if content.kind != "image":
+            raise ValueError(
+                f"items.content.{name}: path_column is of kind image, not {content.kind}; remove it"
+            )
+        if "://" not in (content.folder or ""):
+            content.folder = str((folder / (content.folder or "")).resolve())
 
 
 def check_events_config(config: EventsConfig) -> None:

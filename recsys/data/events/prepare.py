@@ -16,6 +16,7 @@ from recsys.data.events.engines.on_spark import SparkEngine
 from recsys.data.events.load import load_events_config
 from recsys.data.events.negatives import add_negatives
 from recsys.data.events.output.dataset import write_dataset, write_items
+from recsys.data.events.output.pictures import check_pictures
 from recsys.data.events.past import add_past
 from recsys.data.events.rows import make_rows
 from recsys.data.events.settings import EventsConfig
@@ -111,6 +112,7 @@ def make_samples(engine: Engine, config: EventsConfig) -> Samples:
     reasons = dict(dropped.reasons)
     if config.items is not None:
         reasons |= read_snapshots(engine, "item", config.items, types["iid"])
+        check_pictures(engine, config.items)
     if config.users is not None:
         reasons |= read_snapshots(engine, "user", config.users, types["uid"])
     reasons |= make_rows(engine, config, types)

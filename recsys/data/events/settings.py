@@ -53,12 +53,20 @@ class Snapshots(Source):
 
 
 @dataclass
+class Content:
+    """A column of the dataset's items."""
+
+    kind: Literal["text", "image", "feature", "category", "other"]
+    # Of kind image: a column with names of files, whose bytes become the content.
+    path_column: str | None = None
+    folder: str | None = None  # of these files, or a URL; None: that of other relative paths
+
+
+@dataclass
 class ItemTable(Snapshots):
     """The items; their last snapshot becomes `items/` of the dataset."""
 
-    content: dict[str, Literal["text", "image", "feature", "category", "other"]] = field(
-        default_factory=dict
-    )
+    content: dict[str, Content] = field(default_factory=dict)
 
 
 @dataclass

@@ -36,7 +36,9 @@ def read_snapshots(
         fields.append(Field("valid_from", table.valid_from, "time"))
     fields += [Field(f"f_{name}", name, KINDS[of.kind]) for name, of in table.columns.items()]
     if isinstance(table, ItemTable):
-        fields += [Field(f"t_{name}", name, "any") for name in table.content]
+        for column, content in table.content.items():
+            form = "any" if content.path_column is None else "text"
+            fields.append(Field(f"t_{column}", content.path_column or column, form))
     reader = open_source(name, table, fields)
     if (own := reader.schema.field("id").type) != kind:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Stored features of items, `list<float>` or `list<list<float>>`, as tokens of one width.
+"""Stored features of items (a number, a list or a list of lists) as tokens of one width.
 
 Shapes: n rows of a chunk, T tokens of them, W values of a token.
 """
@@ -15,7 +15,8 @@ from recsys.data.parquet.values import is_list, list_lengths
 def feature_tokens(chunk: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
     """Split a chunk of features into tokens.
 
-    A list of floats is one token, a list of lists as many as it holds; null and empty have none.
+    A number, such as a price, is one token of width 1, a list of floats one token, and a list of
+    lists as many as it holds; null and empty have none.
 
     Returns:
         number of tokens of each row [n], and all tokens [T] as lists of floats.
@@ -24,11 +25,16 @@ def feature_tokens(chunk: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
         ValueError: the column has another type; `where` names file and column.
     """
     kind = chunk.type
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        values = chunk.drop_null().cast(pa.float64(), safe=False)
+        return np.asarray(chunk.is_valid(), np.int64), pa.FixedSizeListArray.from_arrays(values, 1)
     is_nested = is_list(kind) and is_list(kind.value_type)
     value = kind.value_type if is_list(kind) else kind
     value = value.value_type if is_nested else value
     if not is_list(kind) or not pa.types.is_floating(value):
-        raise ValueError(f"{where} has type {kind}, expected list<float> or list<list<float>>")
+        raise ValueError(
+            f"{where} has type {kind}, expected a number, list<float> or list<list<float>>"
+        )
     lengths = list_lengths(chunk)
     if is_nested:
         return lengths, chunk.flatten()

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from recsys.data.events.load import load_events_config
 from recsys.data.events.prepare import format_splits, run_stages, unused_folder
-from recsys.data.events.settings import EventsConfig, SplitBy
+from recsys.data.events.settings import Content, EventsConfig, SplitBy
 from recsys.data.filesystem import whole_folder
 from recsys.data.movielens.source import read_movielens
 
@@ -92,7 +92,7 @@ def _config(folder: Path, history_length: int, split: SplitProtocol, posters: bo
     config.histories["history"].length = history_length
     config.split.by = PROTOCOLS[split]
     if posters:
-        config.items.content["poster"] = "image"
+        config.items.content["poster"] = Content("image")
     return config
 
 

@@ -140,7 +140,7 @@ class ReadsValues(nn.Module):
 
 
 def test_a_search_by_category_is_refused_as_its_rows_differ_in_length() -> None:
-    categories = torch.tensor([0, 1, 0, 1, 2], dtype=torch.int32)
+    categories = torch.tensor([[0], [1], [0], [1], [2]], dtype=torch.int32)
     dimensions = replace(DIMENSIONS, item_categories=categories)
     settings: dict[str, Any] = {"search": "category", "category": "kind"}
     graph = RankingGraph(model_of("sim", None, dimensions, **settings))

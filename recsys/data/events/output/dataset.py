@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.data.events.engines.base import Engine
+from recsys.data.events.output.pictures import add_pictures
 from recsys.data.events.output.schema_file import schema_text
 from recsys.data.events.output.vocabularies import write_vocabularies
 from recsys.data.events.settings import EventsConfig
@@ -122,6 +123,7 @@ def write_items(engine: Engine, config: EventsConfig, folder: Path, same: Path |
         folder,
         ITEMS_PER_GROUP,
     )
+    add_pictures(folder, config.items, config.output.item)
     return folder
 
 

@@ -44,7 +44,7 @@ def schema_text(config: EventsConfig, sizes: dict[str, int], lists: dict[str, pa
     columns |= {name: {"kind": "label"} for name in config.labels}
     schema: dict[str, Any] = {"target_item": output.item, "group": output.user, "columns": columns}
     if config.items is not None:
-        content = {name: {"kind": kind} for name, kind in config.items.content.items()}
+        content = {name: {"kind": of.kind} for name, of in config.items.content.items()}
         schema["items"] = {"id": output.item, "columns": content}
     return yaml.safe_dump(schema, sort_keys=False, default_flow_style=None)
 

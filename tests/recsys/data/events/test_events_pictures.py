@@ -1,0 +1,102 @@
+"""Pictures that the item table names by path become bytes in the items of the dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from recsys.data.events.output import pictures
+from recsys.data.events.prepare import prepare_events
+from recsys.data.filesystem import Location
+from recsys.data.schema import load_schema
+from tests.datasets import png
+
+PICTURES = [png(np.random.default_rng(seed)) for seed in range(5)]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> dict[str, Any]:
+    """Five items, of which the third has no picture, in `shop/`, pictures in `shop/pictures/`."""
+    folder = tmp_path / "shop"
+    (folder / "pictures" / "small").mkdir(parents=True)
+    paths: list[str | None] = [f"small/{item}.png" for item in range(5)]
+    for path, picture in zip(paths, PICTURES, strict=True):
+        (folder / "pictures" / str(path)).write_bytes(picture)
+    paths[2] = None
+    pq.write_table(pa.table({"id": range(5), "file": paths}), folder / "items.parquet")
+    log = {
+        "user": [f"u{row % 3}" for row in range(30)],
+        "item": [row % 5 for row in range(30)],
+        "time": [1_790_000_000 + row for row in range(30)],
+    }
+    pq.write_table(pa.table(log), folder / "log.parquet")
+    content = {"kind": "image", "path_column": "file", "folder": "pictures"}
+    return {
+        "events": {"view": {"path": "log.parquet"}},
+        "labels": {"viewed": {"action": "view"}},
+        "items": {"path": "items.parquet", "content": {"photo": content}},
+    }
+
+
+def prepare(folder: Path, config: dict[str, Any]) -> Path:
+    (folder / "shop" / "events.yaml").write_text(yaml.safe_dump(config))
+    prepare_events(folder / "shop" / "events.yaml", folder / "data")
+    return folder / "data"
+
+
+def test_files_become_bytes_in_the_order_of_items(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "PICTURES_PER_GROUP", 2)
+    data = prepare(tmp_path, config)
+    items = pq.read_table(data / "items").to_pydict()
+    assert items == {"item": list(range(5)), "photo": [*PICTURES[:2], None, *PICTURES[3:]]}
+    schema = load_schema(Location.of(data))
+    assert schema.items is not None
+    assert schema.items.columns["photo"].kind == "image"
+
+
+def test_a_folder_may_be_a_url(config: dict[str, Any], tmp_path: Path) -> None:
+    bucket = fsspec.filesystem("memory")
+    for item, picture in enumerate(PICTURES):
+        bucket.pipe_file(f"/photos/small/{item}.png", picture)
+    config["items"]["content"]["photo"]["folder"] = "memory://photos"
+    items = pq.read_table(prepare(tmp_path, config) / "items")
+    assert items["photo"].to_pylist() == [*PICTURES[:2], None, *PICTURES[3:]]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda shop: (shop / "pictures/small/4.png").unlink(), ["4.png", "item 4", "'file'"]),
+        (lambda shop: (shop / "pictures/small/0.png").unlink(), ["0.png", "item 0", "'file'"]),
+        (lambda shop: (shop / "pictures/small/0.png").write_text("no"), ["0.png", "item 0"]),
+    ],
+)
+def test_a_missing_file_and_other_content_are_refused(
+    config: dict[str, Any], tmp_path: Path, spoil: Any, named: list[str]
+) -> None:
+    spoil(tmp_path / "shop")
+    with pytest.raises(ValueError) as caught:
+        prepare(tmp_path, config)
+    for word in named:
+        assert word in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["shop"]
+
+
+@pytest.mark.parametrize(
+    "content", [{"kind": "text", "path_column": "file"}, {"kind": "image", "folder": "pictures"}]
+)
+def test_files_are_of_images_and_need_a_column(
+    config: dict[str, Any], tmp_path: Path, content: dict[str, str]
+) -> None:
+    config["items"]["content"] = {"photo": content}
+    with pytest.raises(ValueError, match=r"items\.content\.photo"):
+        prepare(tmp_path, config)
