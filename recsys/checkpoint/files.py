@@ -7,15 +7,18 @@ it is renamed. A folder without that file, or whose files differ from it, is not
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import zlib
 from pathlib import Path
 from typing import Any
 
-from recsys.checkpoint.manifest import read_manifest, write_manifest
+from recsys.checkpoint.manifest import FORMAT, read_manifest, write_manifest
 from recsys.data.filesystem import replace_folder
 from recsys.distributed.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 BEST = "best"
 _READ_BYTES = 16 * 2**20
@@ -92,6 +95,12 @@ def checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:
     with ranks.raise_on_all_ranks():
         manifest = read_manifest(folder)
         check_files(folder, manifest, ranks.rank, ranks.world_size)
+    if manifest["format"] < FORMAT and ranks.is_first:
+        logger.warning(
+            "%s: written by an earlier version, whose manifest has no checksum of its own: that "
+            "its numbers are unchanged could not be checked",
+            folder,
+        )
     return manifest
 
 

@@ -33,9 +33,9 @@ from recsys.checkpoint.files import (
 )
 from recsys.checkpoint.finite import require_finite
 from recsys.checkpoint.item_content import encode_changed_items, item_content_digest
+from recsys.checkpoint.kept_files import check_kept_files, kept_digests
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.reader import SafeFileSystemReader, readable_failure
-from recsys.checkpoint.run_schema import check_schema_of_checkpoint, run_schema_digest
 from recsys.checkpoint.state import (
     TrainingState,
     copy_of,
@@ -169,7 +169,6 @@ class Checkpoints:
             "world_size": self.job.ranks.world_size,
             "config": to_plain(self.job.config),
             "data": self.data,
-            "schema": run_schema_digest(self.folder.parent),
             "frozen_weights": self.frozen,
             "items": self.items,
             "plan": self.job.plan,
@@ -194,7 +193,8 @@ class Checkpoints:
             described = {name: entry for part in ranks.gather(mine) for name, entry in part.items()}
             with ranks.raise_on_all_ranks():
                 if ranks.is_first:
-                    publish_folder(partial, folder, {**manifest, "files": described})
+                    manifest |= {"kept": kept_digests(folder.parents[1]), "files": described}
+                    publish_folder(partial, folder, manifest)
                     if folder.name != BEST:
                         prune(folder, self.job.config.checkpoint.keep)
         except Exception:
@@ -238,7 +238,7 @@ class Checkpoints:
         check_config(manifest["config"], self.job.config, str(folder))
         check_training_data(manifest["data"], self.data, str(folder))
         check_equal("frozen weights", manifest["frozen_weights"], self.frozen, str(folder))
-        check_schema_of_checkpoint(folder, manifest, self.job.ranks)
+        check_kept_files(folder, manifest, self.job.ranks)
 
     @torch.no_grad()
     def _load(self, folder: Path) -> None:
@@ -278,7 +278,7 @@ def load_best(job: Job, run: Path) -> dict[str, Any]:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no checkpoint; train with `--out {run}` first")
     manifest = checked_manifest(folder, ranks)
-    check_schema_of_checkpoint(folder, manifest, ranks)
+    check_kept_files(folder, manifest, ranks)
     with ranks.raise_on_all_ranks():
         reader = SafeFileSystemReader(folder)
         stored = reader.read_metadata().state_dict_metadata

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recsys.checkpoint.progress import Progress
+from recsys.data.filesystem import regular_file
 
 MANIFEST = "checkpoint.json"
 FORMAT = 2  # 1: without checksum of the manifest
@@ -43,13 +44,36 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(regular_file(path).read_text())
         _check(manifest)
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: no {MANIFEST}, so it is no whole checkpoint") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
     return manifest
+
+
+def model_of(run: Path) -> str | None:
+    """Return the checksum of the manifest of a run's best model, which no other model has.
+
+    None where the run keeps no such checkpoint any more.
+
+    Raises:
+        ValueError: the manifest is damaged.
+    """
+    folder = run / "checkpoints" / "best"
+    if not (folder / MANIFEST).exists():
+        return None
+    return f"{_checksum(read_manifest(folder)):08x}"
+
+
+def best_step(run: Path) -> int:
+    """Return the step of a run's best model.
+
+    Raises:
+        ValueError: its manifest is missing or damaged.
+    """
+    return int(read_manifest(run / "checkpoints" / "best")["step"])
 
 
 def _check(manifest: Any) -> None:

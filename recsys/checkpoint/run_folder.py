@@ -14,11 +14,20 @@ from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.files import BEST, folders_to_continue
 from recsys.checkpoint.item_content import FOLDER, keep_item_content
+from recsys.checkpoint.kept_files import file_digest
+from recsys.checkpoint.manifest import model_of
 from recsys.checkpoint.run_schema import agree_on_id_types, write_run_schema
 from recsys.config import Resume, save_config
 from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.identity import EncoderIdentity, check_identities, write_identities
-from recsys.data.filesystem import Location, recover_folder, write_whole
+from recsys.data.filesystem import (
+    Location,
+    read_json,
+    recover_folder,
+    regular_file,
+    whole_file,
+    write_whole,
+)
 from recsys.data.item_parts import ItemCounts
 from recsys.data.schema import vocabulary_file
 from recsys.distributed.job import JobName, restarts
@@ -27,7 +36,8 @@ from recsys.distributed.ranks import Ranks
 ITEM_COUNTS = "item_counts.npy"
 SKIPPED_ROWS = "skipped_rows.json"
 LOCK = ".lock"  # held by the job that writes the folder
-JOB = ".job.json"  # the job that began the run, and whether it has ended well
+METRICS = "metrics.json"
+JOB = ".job.json"  # the job that began the run, and with what results it has ended well
 REPLACED = ".checkpoints.replaced"
 COMPARISON = "comparison.json"
 TWIN = "id_only"  # folder of the ID-only twin's run
@@ -55,7 +65,7 @@ def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool
     # Folders on the network appear with delay, so what rank 0 sees counts; but a node that came
     # back reports no restarts.
     restarted = any(ranks.gather(was_restarted(run)))
-    finished, folders = (run / "metrics.json").exists(), folders_to_continue(checkpoints)
+    finished, folders = (run / METRICS).exists(), folders_to_continue(checkpoints)
     is_only_best = [folder.name for folder in folders] == [BEST]
     exists = bool(folders) and not (finished and is_only_best)
     finished, exists = ranks.gather((finished, exists))[0]
@@ -86,7 +96,7 @@ def was_restarted(run: Path) -> bool:
     if now == JobName():  # a launcher that counts but gives no name
         return elastic or slurm
     try:
-        stored = json.loads((run / JOB).read_text())
+        stored = json.loads(regular_file(run / JOB).read_text())
         begun_by, finished = JobName(stored["torchrun"], stored["slurm"]), bool(stored["finished"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -97,15 +107,36 @@ def was_restarted(run: Path) -> bool:
     return slurm and now.slurm == begun_by.slurm
 
 
-def _write_job(run: Path, name: JobName, finished: bool) -> None:
-    write_whole(run / JOB, json.dumps({**asdict(name), "finished": finished}) + "\n")
+def _write_job(run: Path, finished: bool, **results: str | None) -> None:
+    content = {**asdict(JobName.of_environment()), "finished": finished, **results}
+    write_whole(run / JOB, json.dumps(content) + "\n")
 
 
 def finish_run(run: Path, ranks: Ranks) -> None:
     """Note that the job has ended well, so that another of its name is no restart of it."""
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
-            _write_job(run, JobName.of_environment(), finished=True)
+            _write_job(run, finished=True, **_results(run))
+
+
+def check_metrics(run: Path) -> None:
+    """Refuse metrics that are not those of the best model that the run has now.
+
+    A run of an earlier version does not know; then nothing is compared.
+
+    Raises:
+        ValueError: training has gone on since, or the file was edited or is of another run.
+    """
+    stored, now = read_json(run / JOB) if (run / JOB).exists() else {}, _results(run)
+    if not isinstance(stored, dict) or any(stored.get(key, now[key]) != now[key] for key in now):
+        raise ValueError(
+            f"{run}/metrics.json: not what training wrote when it ended, or {run}/checkpoints/best "
+            "has changed since; let the training that goes on end, or bring the file back"
+        )
+
+
+def _results(run: Path) -> dict[str, str | None]:
+    return {"metrics": file_digest(run / METRICS), "model": model_of(run)}
 
 
 def begin_run(
@@ -125,9 +156,9 @@ def begin_run(
             return
         _empty(run)
         run.mkdir(parents=True, exist_ok=True)
-        _write_job(run, JobName.of_environment(), finished=False)
+        _write_job(run, finished=False)
         item_counts.save(run / ITEM_COUNTS)
-        (run / SKIPPED_ROWS).write_text(json.dumps(skipped_rows, indent=1) + "\n")
+        write_whole(run / SKIPPED_ROWS, json.dumps(skipped_rows, indent=1) + "\n")
         keep_vocabularies(run, job)
         write_run_schema(run, job.schema)
 
@@ -138,7 +169,7 @@ def _empty(run: Path) -> None:
     Without `metrics.json` no model without checkpoints counts as a finished run, and checkpoints
     vanish all at once.
     """
-    (run / "metrics.json").unlink(missing_ok=True)
+    (run / METRICS).unlink(missing_ok=True)
     shutil.rmtree(run / REPLACED, ignore_errors=True)
     if (run / "checkpoints").exists():
         (run / "checkpoints").rename(run / REPLACED)
@@ -158,7 +189,7 @@ def read_item_counts(run: Path, num_items: int) -> ItemCounts:
     """
     file = run / ITEM_COUNTS
     try:
-        stored = ItemCounts.load(file)
+        stored = ItemCounts.load(regular_file(file))
         items, counts = stored.items, stored.counts
         is_counts = items.dtype.kind == counts.dtype.kind == "i" and items.shape == counts.shape
     except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
@@ -223,8 +254,9 @@ def describe_run(run: Path, job: Job, data: str) -> None:
     """Write `config.yaml`, `plan.txt`, `encoders.json` and the data's location. A collective."""
     with job.ranks.raise_on_all_ranks():
         if job.ranks.is_first:
-            save_config(job.config, run / "config.yaml")
-            (run / "plan.txt").write_text(f"{job.plan}\n\n{job.parameters}\n")
+            with whole_file(run / "config.yaml") as partial:
+                save_config(job.config, partial)
+            write_whole(run / "plan.txt", f"{job.plan}\n\n{job.parameters}\n")
             write_identities(encoder_identities(job), run)
             keep_item_content(run, job)
-            (run / "data.txt").write_text(f"{data}\n")
+            write_whole(run / "data.txt", f"{data}\n")

@@ -18,7 +18,7 @@ import yaml
 from embeddings.vocabulary.fixed import ExactVocabulary, integer_ids
 from recsys.checkpoint.compatibility import check_equal, flattened
 from recsys.config.plain_yaml import load_plain_yaml
-from recsys.data.filesystem import Location
+from recsys.data.filesystem import Location, write_whole
 from recsys.data.items.item_table import digest_of
 from recsys.data.schema import Schema, load_schema, load_vocabularies, parse_schema
 from recsys.data.schema_columns import VOCABULARY_SETTINGS, Column, IdType
@@ -33,7 +33,7 @@ HEAD = "# The columns this run was trained on, in the order in which its model r
 def write_run_schema(run: Path, schema: Schema) -> None:
     """Write the schema that a run is trained on, with the types of its raw ids."""
     content = {"schema": _plain(schema), "raw_ids": _raw_ids(schema)}
-    (run / FILE).write_text(HEAD + yaml.safe_dump(content, sort_keys=False))
+    write_whole(run / FILE, HEAD + yaml.safe_dump(content, sort_keys=False))
 
 
 def load_run_schema(run: Path, with_vocabularies: bool = True) -> Schema | None:
@@ -64,23 +64,6 @@ def load_run_schema(run: Path, with_vocabularies: bool = True) -> Schema | None:
         for table in schema.tables_with("exact"):
             check_equal(f"vocabulary/{table}.parquet", stored[table], now[table], str(path))
     return schema
-
-
-def run_schema_digest(run: Path) -> str | None:
-    """Return a hash of the schema that a run keeps; None if it keeps none."""
-    path = run / FILE
-    return digest_of(path.read_bytes()) if path.is_file() else None
-
-
-def check_schema_of_checkpoint(folder: Path, manifest: dict[str, Any], ranks: Ranks) -> None:
-    """Refuse a checkpoint that was written with another schema than the run keeps. A collective.
-
-    Raises:
-        ValueError: on every rank: the run's schema was edited, or the checkpoint is of another run.
-    """
-    run = folder.parents[1]
-    with ranks.raise_on_all_ranks():
-        check_equal(str(run / FILE), manifest.get("schema"), run_schema_digest(run), str(folder))
 
 
 def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = False) -> Schema:

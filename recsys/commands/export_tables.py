@@ -27,9 +27,13 @@ def run(arguments: Namespace) -> None:
     """Write the tables."""
     require_finished(arguments.run)
     require_working_installation()
+    from recsys.checkpoint.files import BEST, check_files
+    from recsys.checkpoint.manifest import read_manifest
     from recsys.checkpoint.table_export import export_tables
 
-    counts = export_tables(arguments.run / "checkpoints" / "best", arguments.out, arguments.table)
+    best = arguments.run / "checkpoints" / BEST
+    check_files(best, read_manifest(best))
+    counts = export_tables(best, arguments.out, arguments.table)
     for name, rows in counts.items():
         logger.info("table %s: %s rows", name, f"{rows:,}")
     logger.info("written to %s", arguments.out)

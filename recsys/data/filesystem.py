@@ -5,6 +5,7 @@ pyarrow reads Parquet through the same filesystem object, so no file is copied f
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
@@ -68,7 +69,13 @@ class Location:
         return bool(self.filesystem.exists(self.path))
 
     def read_bytes(self) -> bytes:
-        """Read the whole file."""
+        """Read the whole file.
+
+        Raises:
+            ValueError: it is a folder, a pipe or a device.
+        """
+        if self.is_local:
+            regular_file(Path(self.path))
         return bytes(self.filesystem.cat_file(self.path))
 
     def read_end(self, num_bytes: int) -> bytes:
@@ -103,6 +110,29 @@ class Location:
                     f"in it to {self} or remove it"
                 )
         return found
+
+
+def regular_file(path: Path) -> Path:
+    """Return the path of a file to open, unless opening or reading it could last for ever.
+
+    Raises:
+        ValueError: it is a folder, a pipe, a socket or a device.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: a folder, a pipe or a device instead of a file; replace it")
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: it is missing, no file, or not JSON; names it.
+    """
+    try:
+        return json.loads(regular_file(path).read_text(encoding="utf-8"))
+    except (OSError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: no readable JSON ({error}); bring the file back") from error
 
 
 def home_expanded(path: str) -> Path:

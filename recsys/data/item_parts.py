@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from recsys.data.filesystem import whole_file
 from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.row_source import RowSource
 
@@ -62,7 +63,8 @@ class ItemCounts:
 
     def save(self, path: Path) -> None:
         """Write the counts."""
-        np.save(path, np.stack([self.items, self.counts]))
+        with whole_file(path) as partial, partial.open("wb") as file:
+            np.save(file, np.stack([self.items, self.counts]))
 
     def of(self, items: np.ndarray) -> np.ndarray:  # int64 [N] -> int64 [N]
         """Return the number of training rows of each item."""

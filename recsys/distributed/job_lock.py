@@ -116,6 +116,7 @@ class _JobLock:
                         f"{self.target}: in use by {owner or 'another job'}; wait for it, end it, "
                         f"or choose another --out (if it is gone for good, remove {self.file})"
                     )
+            self.owner_file.unlink(missing_ok=True)
             self.owner_file.write_text(json.dumps(asdict(own)) + "\n")
         except OSError as error:
             self.release()

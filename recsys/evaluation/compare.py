@@ -27,6 +27,7 @@ from recsys.evaluation.bootstrap import (
 from recsys.evaluation.few_users import LEAST_USERS, MARK_NOTE, marked
 from recsys.evaluation.scores import (
     SplitScores,
+    check_model,
     check_same_rows,
     read_scores,
     scores_file,
@@ -86,6 +87,7 @@ def _scores_of(run: Path, split: str) -> SplitScores:
             f"{run}: holds no scores of the {split} split ({path.name}); write them with `recsys "
             f"evaluate --run {run} --split {split}`"
         )
+    check_model(path, run)
     return read_scores(path)
 
 

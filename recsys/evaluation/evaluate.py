@@ -205,12 +205,14 @@ def evaluate_split(
     lockstep: Lockstep | None = None,
     searches: bool = False,
     scores_to: Path | None = None,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """Compute the metrics of a split: all items, and cold, warm and unseen ones. A collective.
 
     With several labels, the metrics of the first are at the top level and those of each are under
     `labels`. With `searches`, a retrieval model also encodes and searches the whole catalogue; the
-    metrics are under `retrieval`. The rows' scores are written to the file `scores_to`.
+    metrics are under `retrieval`. The rows' scores are written to the file `scores_to`, with the
+    name of their `model`.
 
     Raises:
         TrainingStopped: `lockstep` reports that the job is to end.
@@ -225,7 +227,7 @@ def evaluate_split(
             scores = split_scores(job, scored, item_counts)
             report = _scores_report(scores, make_metrics(job.config.metrics))
             if scores_to is not None:
-                write_scores(scores, scores_to)
+                write_scores(scores, scores_to, model)
     report = job.ranks.from_first(report)
     if "queries" in scored:
         report["retrieval"] = retrieval_report(job, scored, item_counts, lockstep)

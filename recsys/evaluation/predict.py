@@ -19,11 +19,12 @@ import torch
 
 from recsys.build import Job, build_job
 from recsys.checkpoint.manager import load_best
+from recsys.checkpoint.manifest import model_of
 from recsys.checkpoint.output_file import check_output
 from recsys.checkpoint.run_folder import check_encoders, check_vocabularies, read_item_counts
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.config import load_config
-from recsys.data.filesystem import Location, whole_file, write_whole
+from recsys.data.filesystem import Location, regular_file, whole_file, write_whole
 from recsys.data.interactions import Interactions
 from recsys.data.parquet.file import READ_ERRORS, open_parquet
 from recsys.data.parquet.rows import ParquetRows
@@ -58,7 +59,7 @@ def load_run(
         if not (run / "metrics.json").is_file():
             raise ValueError(f"{run}: holds no finished run (metrics.json); train it first")
         config = load_config(run / "config.yaml", ["--device", device, *changed])
-        data = data or (run / "data.txt").read_text().strip()
+        data = data or regular_file(run / "data.txt").read_text().strip()
         schema = schema_of_data(run, Location.of(data), ranks)
     job = build_job(config, data, ranks, schema)
     check_vocabularies(run, job)
@@ -75,6 +76,8 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
     Raises:
         ValueError: the result could not be stored; it is printed before.
     """
+    with ranks.raise_on_all_ranks():
+        model = model_of(run)  # before it is loaded, lest it be replaced meanwhile
     job = load_run(run, data, ranks, device)
     can_store = ranks.gather(_can_store(run))[0]
     with ranks.raise_on_all_ranks():
@@ -88,6 +91,7 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
             lockstep,
             searches=True,
             scores_to=scores_file(run, split) if can_store else None,
+            model=model,
         )
     file = run / f"evaluation_{split}.json"
     with ranks.raise_on_all_ranks():

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recsys.checkpoint.manifest import model_of
 from recsys.data.filesystem import Location, whole_file
 from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
 
@@ -32,6 +33,7 @@ class SplitScores:
     label_names: tuple[str, ...]  # [C]
 
 
+MODEL = "model"  # key of the file's metadata
 INTEGERS = {
     "row": "positions",
     "group": "groups",
@@ -45,18 +47,24 @@ def scores_file(run: Path, split: str) -> Path:
     return run / f"scores_{split}.parquet"
 
 
-def write_scores(scores: SplitScores, path: Path) -> None:
+def write_scores(scores: SplitScores, path: Path, model: str | None = None) -> None:
     """Write scores as Parquet; the file appears whole or not at all.
 
     Columns are `row`, `group`, `item` and `training_impressions`, and `label_NAME` and
     `logit_NAME` for each label.
+
+    Args:
+        scores: of the rows of a split.
+        path: the file.
+        model: identifies the model, as `model_of` its run.
     """
     columns = {column: getattr(scores, name) for column, name in INTEGERS.items()}
     for index, name in enumerate(scores.label_names):
         columns[f"label_{name}"] = scores.labels[:, index]
         columns[f"logit_{name}"] = scores.logits[:, index]
     with whole_file(path) as partial:
-        pq.write_table(pa.table(columns), partial, write_page_checksum=True)
+        table = pa.table(columns).replace_schema_metadata({MODEL: model} if model else None)
+        pq.write_table(table, partial, write_page_checksum=True)
 
 
 def read_scores(path: Path) -> SplitScores:
@@ -83,6 +91,22 @@ def read_scores(path: Path) -> SplitScores:
         for kind in ("label", "logit")
     )
     return SplitScores(**integers, labels=labels, logits=logits, label_names=names)
+
+
+def check_model(path: Path, run: Path) -> None:
+    """Check that scores are of the best model that their run has now.
+
+    Raises:
+        ValueError: they are of another: training went on since, or the file is of another run.
+    """
+    with open_parquet(Location.of(str(path))) as parquet:
+        stored = (parquet.schema_arrow.metadata or {}).get(MODEL.encode())
+    now = model_of(run)
+    if stored is not None and now is not None and stored.decode() != now:
+        raise ValueError(
+            f"{path}: holds scores of another model than {run}/checkpoints/best has now; write "
+            f"them anew with `recsys evaluate --run {run}`"
+        )
 
 
 def with_labels(scores: SplitScores, names: tuple[str, ...], where: str) -> SplitScores:

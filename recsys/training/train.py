@@ -16,6 +16,7 @@ from typing import Any
 from recsys.build import Job, build_job, check_columns
 from recsys.checkpoint.files import BEST
 from recsys.checkpoint.manager import Checkpoints, load_best
+from recsys.checkpoint.manifest import model_of
 from recsys.checkpoint.output_file import check_run_folder
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_folder import (
@@ -33,7 +34,7 @@ from recsys.checkpoint.run_folder import (
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.config import Config, softmax_settings
 from recsys.content.projection_start import start_projections
-from recsys.data.filesystem import Location, write_whole
+from recsys.data.filesystem import Location, read_json, write_whole
 from recsys.data.interactions import Interactions
 from recsys.diagnostics.profile.step_profile import StepProfile
 from recsys.distributed.job_lock import sole_job
@@ -215,6 +216,8 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
             f"{run}/checkpoints/best: is of step {best['step']}, but the best of this run is of "
             f"step {progress.best_step}; train on with more epochs, or anew with --overwrite true"
         )
+    with job.ranks.raise_on_all_ranks():
+        model = model_of(run)
     metrics: dict[str, Any] = {
         "valid": progress.best,
         "test": evaluate_split(
@@ -224,6 +227,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
             trainer.lockstep,
             searches=True,
             scores_to=scores_file(run, "test"),
+            model=model,
         ),
         "train": {
             "samples_per_second": progress.samples / progress.seconds,
@@ -236,7 +240,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         "versions": versions(),
     }
     if job.config.on_bad_row == "skip":
-        metrics["skipped_rows"] = json.loads((run / SKIPPED_ROWS).read_text())
+        metrics["skipped_rows"] = read_json(run / SKIPPED_ROWS)
     with job.ranks.raise_on_all_ranks():  # no rank leaves before the result is written
         if job.ranks.is_first:
             write_whole(run / "metrics.json", json.dumps(metrics, indent=2) + "\n")

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from recsys.data.filesystem import write_whole
 from recsys.data.items.item_table import digest_of
 
 FILE = "encoders.json"
@@ -60,7 +61,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def write_identities(identities: dict[str, EncoderIdentity], run: Path) -> None:
     """Write the identities of a run's encoders, by modality, to its folder."""
     plain = {name: asdict(identity) for name, identity in identities.items()}
-    (run / FILE).write_text(json.dumps(plain, indent=1) + "\n")
+    write_whole(run / FILE, json.dumps(plain, indent=1) + "\n")
 
 
 def check_identities(identities: dict[str, EncoderIdentity], run: Path) -> None:

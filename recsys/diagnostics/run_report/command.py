@@ -5,7 +5,6 @@ Shapes: N rows of the test split.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from recsys.build import Job
+from recsys.checkpoint.manifest import best_step
 from recsys.checkpoint.output_file import check_output
-from recsys.checkpoint.run_folder import read_item_counts
+from recsys.checkpoint.run_folder import check_metrics, read_item_counts
 from recsys.config.ranking import softmax_settings
-from recsys.data.filesystem import write_whole
+from recsys.data.filesystem import read_json, write_whole
 from recsys.data.item_parts import PARTS
 from recsys.data.items.item_table import ItemTable
 from recsys.diagnostics.run_report.embedding_maps import embedding_maps
@@ -82,20 +82,39 @@ def report_run(
     with ranks.raise_on_all_ranks():
         table = item_table(job)
         category = category_column(table, colour_by)
+        results, settings = _of_metrics(run, job)
     rows, test_items = _scored_rows(job, run)
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
-            metrics = json.loads((run / "metrics.json").read_text())
             sections = [
-                summary(metrics, softmax_settings(job.config.ranking) is None),
-                learning_curves(run, job.config.best_model_by),
+                results,
+                learning_curves(run, job.config.best_model_by, best_step(run)),
                 item_popularity(rows, SPLIT),
                 *item_sections(job, run, test_items, table, category),
-                _settings(run, metrics),
+                settings,
             ]
             write_whole(out, html_page(f"Run {run.resolve().name}", sections))
             logger.info("report written to %s", out)
     return out
+
+
+def _of_metrics(run: Path, job: Job) -> tuple[Section, Section]:
+    """Return the sections on the test metrics and on the configuration.
+
+    Raises:
+        ValueError: `metrics.json` is damaged, or of another model than the run has now.
+    """
+    file = run / "metrics.json"
+    metrics = read_json(file)
+    check_metrics(run)
+    try:
+        results = summary(metrics, softmax_settings(job.config.ranking) is None)
+        settings = _settings(run, metrics)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: not as `recsys train` writes it ({error!r}); bring it back, or train on"
+        ) from error
+    return results, settings
 
 
 def _scored_rows(job: Job, run: Path) -> tuple[ScoredRows, np.ndarray]:  # int64 [N]

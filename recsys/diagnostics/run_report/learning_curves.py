@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recsys.config import BestModelBy
+from recsys.data.filesystem import regular_file
 from recsys.diagnostics.run_report.page import BLUE, GREY, ORANGE, Section, drawn, new_figure
 from recsys.evaluation.model_selection import (
     METRICS,
@@ -21,15 +22,21 @@ Curve = tuple[list[int], list[float]]  # steps and values
 LOSS_COLOURS = {"ranking": BLUE, "contrastive": ORANGE, "loss": GREY}
 METRIC_COLOURS = {"auc": BLUE, "gauc": ORANGE}
 MARKED_POINTS = 30
+ROUNDING = 1e-6  # of events, which are float32
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
     """Return every scalar of the run by tag, such as `train/loss` and `valid/auc`, by step.
 
     Empty if TensorBoard is not among the run's trackers.
+
+    Raises:
+        ValueError: an event file is a pipe or a device.
     """
     if not (run / "tensorboard").is_dir():
         return {}
+    for file in (run / "tensorboard").glob("*tfevents*"):
+        regular_file(file)
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     curves = {}
     for tag in events.Tags()["scalars"]:
@@ -52,8 +59,15 @@ def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Cur
     return list(known), list(known.values())
 
 
-def learning_curves(run: Path, best_model_by: BestModelBy) -> Section:
-    """Return the section; curves that the run has not written are left out."""
+def learning_curves(run: Path, best_model_by: BestModelBy, best_step: int | None = None) -> Section:
+    """Return the section; curves that the run has not written are left out.
+
+    Args:
+        run: folder of the run.
+        best_model_by: the metric that chose the best model.
+        best_step: the step of the best model, to notice events that are not all of this run's;
+            default: as the events have it.
+    """
     curves = read_curves(run)
     plots = {
         title: {name: curves[tag + name] for name in colours if tag + name in curves}
@@ -78,17 +92,28 @@ def learning_curves(run: Path, best_model_by: BestModelBy) -> Section:
     steps, scores = selection_curve(curves, best_model_by)
     words = []
     if steps:
-        best = steps[scores.index(max(scores))]
+        best = steps[scores.index(max(scores))] if best_step is None else best_step
         all_axes[-1].axvline(best, color=GREY, linestyle="--", label="best model")
-        words = [
-            f"The {selection_words(best_model_by)} of validation is highest after step {best:,}: "
-            f"{max(scores):.4f}. The model of that step is the one that this page shows; the last "
-            f"validation, after step {steps[-1]:,}, has {scores[-1]:.4f}."
-        ]
+        words = [_best_in_words(best, steps, scores, selection_words(best_model_by))]
     for axes in all_axes:
         axes.legend()
     caption = "Losses of training, and AUC and GAUC of the validation split, by step."
     return Section("Learning curves", words, [drawn("learning-curves", figure, caption)])
+
+
+def _best_in_words(best: int, steps: list[int], scores: list[float], name: str) -> str:
+    """Return a sentence on the best model, or that the events do not fit it."""
+    of_best = dict(zip(steps, scores)).get(best, float("-inf"))
+    if of_best < max(scores) - ROUNDING:
+        return (
+            f"The model that this page shows is of step {best:,}, but by these events the {name} "
+            "of another step is higher: event files are damaged, missing or of another run."
+        )
+    return (
+        f"The {name} of validation is highest after step {best:,}: {of_best:.4f}. The model of "
+        "that step is the one that this page shows; the last validation, after step "
+        f"{steps[-1]:,}, has {scores[-1]:.4f}."
+    )
 
 
 def _draw(axes: Axes, curves: dict[str, Curve]) -> None:

@@ -218,6 +218,9 @@ def test_the_best_model_is_that_of_the_first_highest_point_of_what_chose_it(tmp_
     assert "highest after step 20: 0.7500" in learning_curves(tmp_path, "auc").words[0]
     assert "mean of AUC and GAUC" in learning_curves(tmp_path, "auc_and_gauc").words[0]
     assert "highest after step 40: 0.6875" in learning_curves(tmp_path, "auc_and_gauc").words[0]
+    assert "highest after step 30: 0.7500" in learning_curves(tmp_path, "auc", 30).words[0]
+    for step in (40, 50):  # the run's own model is of a step that these events do not name best
+        assert "highest" not in learning_curves(tmp_path, "auc", step).words[0]
 
 
 def test_findings_are_about_what_is_defined() -> None:
