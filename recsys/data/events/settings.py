@@ -20,6 +20,21 @@ class Source:
     time_zone: str = "UTC"  # of timestamps and ISO strings that have none
     header: list[str] | None = None  # names of the columns of text files that have no line of them
     delimiter: str | None = None  # of text files; None: tab in .tsv, else comma
+    in_quotes: bool = True  # of text files: values may stand in double quotes
+    # Of times as texts that are not ISO: as strptime has it, such as "%d/%m/%Y %H:%M".
+    time_format: str | None = None
+
+
+@dataclass
+class Several:
+    """Items of a row whose item column holds a list of them, or a text such as `N1-1 N2-0`."""
+
+    between: str = " "  # of texts: what stands between items
+    column: str | None = None  # new column with the number after each item; None: there is none
+    separator: str = "-"  # what stands between an item and its number
+
+
+Value = int | float | str
 
 
 @dataclass
@@ -32,6 +47,8 @@ class EventTable(Source):
     action: str | None = None  # a column; None: every row's action is the table's name
     request: str | None = None  # a column; where impressions have it, too, both must agree
     columns: list[str] = field(default_factory=list)  # further ones, for labels, context, lists
+    several: Several | None = None  # the item column holds several; each becomes a row
+    where: dict[str, Value | list[Value]] = field(default_factory=dict)  # rows to read, by column
 
 
 @dataclass

@@ -49,11 +49,12 @@ def read_snapshots(
     begin = str(-FOREVER) if table.valid_from is None else "valid_from"
     end = f"lead({begin}) OVER (PARTITION BY id ORDER BY {begin})"
     others = ", ".join(quoted(field.name) for field in fields if field.name != "valid_from")
+    names = ", ".join(quoted(field.name) for field in fields)
     usable = f"id IS NOT NULL AND {begin} IS NOT NULL"
     engine.add(
         f"{name}_snapshots",
         f"SELECT {others}, {begin} AS valid_from, coalesce({end}, {FOREVER}) AS valid_until "
-        f"FROM {name}_read WHERE {usable}",
+        f"FROM (SELECT DISTINCT {names} FROM {name}_read WHERE {usable})",
     )
     _check_unique(engine, name, table, reader.tasks[0][1])
     dropped = engine.table(f"SELECT count(*) AS n FROM {name}_read WHERE NOT ({usable})")

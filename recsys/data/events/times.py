@@ -52,8 +52,9 @@ def to_micros(
     values: pa.Array,  # [N]
     unit: str,
     zone: str,
+    form: str | None = None,
 ) -> pa.Array:  # int64 [N], null where the value is null
-    """Convert integers, timestamps, dates and ISO strings.
+    """Convert integers, timestamps, dates, ISO strings, and strings of another form.
 
     Raises:
         ValueError: another type, a text of another form, or a time no log can have.
@@ -64,7 +65,7 @@ def to_micros(
     elif pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         micros = _instants(values, zone)
     elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        micros = _parsed(values, zone)
+        micros = _parsed(values, zone) if form is None else _parsed_by(values, zone, form)
     elif pa.types.is_null(kind):
         return pa.nulls(len(values), pa.int64())
     else:
@@ -119,6 +120,16 @@ def _parsed(values: pa.Array, zone: str) -> pa.Array:
             "2026-11-01T12:00:00+01:00, or integers"
         ) from error
     return pc.coalesce(*parts)
+
+
+def _parsed_by(values: pa.Array, zone: str, form: str) -> pa.Array:
+    """Return strings of a form of strptime as microseconds."""
+    times = pc.strptime(values, form, "us", error_is_null=True)
+    wrong = pc.and_(pc.is_null(times), pc.is_valid(values))
+    if pc.any(wrong).as_py():
+        row = pc.index(wrong, True).as_py()
+        raise ValueError(f"row {row}: '{values[row].as_py()}' is no time of the form '{form}'")
+    return _instants(times.cast(pa.timestamp("us")), zone)
 
 
 def _first_unparsed(values: pa.Array) -> int:

@@ -96,7 +96,7 @@ def canonical(
         values = values.dictionary_decode()
     try:
         if field.kind == "time":
-            return to_micros(values, source.time_unit, source.time_zone)
+            return to_micros(values, source.time_unit, source.time_zone, source.time_format)
         if field.kind == "number" and values.type != kind:
             canonical_type(values.type, field, file)
             values = values.cast(kind, safe=False)

@@ -18,7 +18,7 @@ def csv_batches(
 ) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a text file; an error names column and row."""
     delimiter = source.delimiter or ("\t" if ".tsv" in file.path else ",")
-    parse = pa_csv.ParseOptions(delimiter=delimiter)
+    parse = pa_csv.ParseOptions(delimiter=delimiter, quote_char='"' if source.in_quotes else False)
     try:
         with file.arrow.open_input_stream(file.path) as stream:
             names = source.header or _csv_header(stream.read(1 << 16), delimiter)

@@ -23,7 +23,8 @@ from recsys.data.events.files.columns import (
     partition_array,
 )
 from recsys.data.events.files.csv_rows import check_columns, csv_batches
-from recsys.data.events.settings import Source
+from recsys.data.events.files.narrow import columns_to_add, narrowed
+from recsys.data.events.settings import EventTable, Source
 from recsys.data.filesystem import Location
 from recsys.data.parquet.file import READ_ERRORS, open_parquet
 
@@ -59,12 +60,12 @@ class Reader:
         Raises:
             ValueError: the file cannot be read, lacks a column, or has one of another type.
         """
-        number, url, group, first = task
+        number, url, group, row = task
         file = Location.of(url)
-        position = (number << FILE_BITS) + first
         parts = _partition_values(self.roots, url)
-        for batch in self._batches(file, group, parts):
-            arrays = [pa.array(np.arange(position, position + batch.num_rows))]
+        for whole in self._batches(file, group, parts):
+            batch, positions = _narrowed(whole, self.source, file, row)
+            arrays = [pa.array((number << FILE_BITS) + positions)]
             for field, wanted in zip(self.fields, list(self.schema)[1:], strict=True):
                 if field.kind == "missing":
                     arrays.append(pa.nulls(batch.num_rows, wanted.type))
@@ -72,7 +73,7 @@ class Reader:
                 values = column_values(batch, field, parts)
                 arrays.append(canonical(values, field, self.source, wanted.type, file))
             yield pa.record_batch(arrays, schema=self.schema)
-            position += batch.num_rows
+            row += whole.num_rows
 
     def completed(self, types: dict[str, pa.DataType]) -> Reader:
         """Return this reader with exactly the named columns; those it lacks are null.
@@ -95,13 +96,15 @@ class Reader:
         self, file: Location, group: int, parts: dict[str, str]
     ) -> Iterator[pa.RecordBatch]:
         """Yield rows as they are in the file."""
-        columns = columns_in_files(self.fields, parts)
+        columns = _columns_to_read(self.source, self.fields, parts)
         if group < 0:
             types = {
                 field.column: wanted.type
                 for field, wanted in zip(self.fields, list(self.schema)[1:], strict=True)
                 if field.kind in ("id", "number") and field.column in columns
             }
+            if isinstance(self.source, EventTable) and self.source.several is not None:
+                del types[self.source.item]  # split first
             yield from csv_batches(file, self.source, columns, types)
             return
         with open_parquet(file) as parquet:
@@ -174,10 +177,29 @@ def _partition_values(roots: list[str], url: str) -> dict[str, str]:
     return dict(part.split("=", 1) for part in folders if "=" in part)
 
 
+def _columns_to_read(source: Source, fields: list[Field], parts: dict[str, str]) -> list[str]:
+    """Return the columns of the files that fields and settings need."""
+    columns = columns_in_files(fields, parts)
+    if isinstance(source, EventTable):
+        added = columns_to_add(source)
+        columns += [name for name in source.where if name not in columns]
+        columns = [name for name in columns if name not in added]
+    return columns
+
+
+def _narrowed(
+    batch: pa.RecordBatch, source: Source, file: Location, row: int
+) -> tuple[pa.RecordBatch, np.ndarray]:
+    """Return the rows to read of a batch that begins with this row of a file; see `narrowed`."""
+    if isinstance(source, EventTable):
+        return narrowed(batch, source, file, row)
+    return batch, np.arange(row, row + batch.num_rows)
+
+
 def _schema(source: Source, fields: list[Field], roots: list[str], file: Location) -> pa.Schema:
     """Return the canonical types, by the values of the first file."""
     parts = _partition_values(roots, str(file))
-    columns = columns_in_files(fields, parts)
+    columns = _columns_to_read(source, fields, parts)
     if file.path.endswith(".parquet"):
         with open_parquet(file) as parquet:
             check_columns(file, parquet.schema_arrow.names, columns)
@@ -187,6 +209,11 @@ def _schema(source: Source, fields: list[Field], roots: list[str], file: Locatio
         if batch is None:
             raise ValueError(f"{file}: no rows; write some or remove the file")
         sample = pa.Table.from_batches([batch])
+    if isinstance(source, EventTable) and source.several is not None:
+        rows = sample.to_batches() or [
+            pa.record_batch([pa.array([], of.type) for of in sample.schema], schema=sample.schema)
+        ]
+        sample = pa.Table.from_batches([_narrowed(rows[0], replace(source, where={}), file, 0)[0]])
     types = [("position", pa.int64())]
     for field in fields:
         if field.constant is not None:

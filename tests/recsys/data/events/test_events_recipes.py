@@ -55,6 +55,26 @@ def yambda(folder: Path) -> None:
     pq.write_table(pa.table(columns), folder / "flat" / "50m" / "listens.parquet")
 
 
+def mind(folder: Path) -> None:
+    """Rows of three shown items, of which one is clicked; news that both parts have."""
+    for place, part in enumerate(("MINDsmall_train", "MINDsmall_dev")):
+        (folder / part).mkdir()
+        half = ROWS[place * 30 : place * 30 + 30]
+        (folder / part / "behaviors.tsv").write_text(
+            "".join(
+                f"{n}\tU{n % 5}\t11/{11 + n // 12}/2019 {n % 12 + 1}:05:58 {'PA'[n % 2]}M"
+                f"\tN3 N4\tN{n % 4}-1 N{n % 4 + 1}-0 N{n % 4 + 2}-0\n"
+                for n in half
+            )
+        )
+        (folder / part / "news.tsv").write_text(
+            "".join(
+                f'N{n}\tsports\tgolf\tThe "best{n}\tAn abstract\thttps://x/y.html\t[]\t[]\n'
+                for n in range(7)
+            )
+        )
+
+
 FORMATS: dict[str, Callable[[Path], None]] = {
     "movielens": movielens,
     "movielens_dat": text(
@@ -70,6 +90,7 @@ FORMATS: dict[str, Callable[[Path], None]] = {
         "user,item,timestamp",
         lambda n: f"{n % 6 + 1},{n * n % 31 + 1},{1583378629552 + 7000 * n}",
     ),
+    "mind": mind,
     "kuairec": text(
         "data/big_matrix.csv",
         "user_id,video_id,play_duration,video_duration,time,timestamp,date,watch_ratio",
@@ -91,7 +112,7 @@ def test_a_recipe_reads_the_format_of_its_data_set(name: str, tmp_path: Path) ->
     FORMATS[name](tmp_path)
     report = prepare_events(RECIPES / f"{name}.yaml", tmp_path / "out", tmp_path)
     rows = sum(split["rows"] for split in report["splits"].values())
-    drawn = 4 * len(ROWS) if name == "microlens" else 0
-    assert rows + report["left_out"].get("no item left to draw", 0) == len(ROWS) + drawn
+    more = {"microlens": 4, "mind": 2}.get(name, 0) * len(ROWS)  # drawn, or shown
+    assert rows + report["left_out"].get("no item left to draw", 0) == len(ROWS) + more
     assert 0 < report["splits"]["train"]["positive"] < 1
     load_schema(Location.of(tmp_path / "out"))

@@ -1,0 +1,119 @@
+"""Rows with several items become a row for each, and `where` chooses rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from recsys.data.events.files.narrow import narrowed
+from recsys.data.events.prepare import prepare_events
+from recsys.data.events.settings import EventTable, Several
+from recsys.data.events.times import to_micros
+from recsys.data.filesystem import Location
+
+FILE = Location.of("log.tsv")
+
+
+def table(**settings: Any) -> EventTable:
+    return EventTable(path="log.tsv", item="shown", **settings)
+
+
+def rows(batch: pa.RecordBatch, of: EventTable, first_row: int = 0) -> list[tuple[int, Any]]:
+    result, positions = narrowed(batch, of, FILE, first_row)
+    return list(zip(positions.tolist(), result.to_pylist(), strict=True))
+
+
+def test_each_item_of_a_text_becomes_a_row_with_its_number() -> None:
+    batch = pa.record_batch(
+        {"user": ["a", "b", "c", "d"], "shown": [" N-1-1 N2-0", "", None, "7-2.5"]}
+    )
+    split = rows(batch, table(several=Several(column="clicked")), first_row=10)
+    assert split == [
+        (10 << 12, {"user": "a", "shown": "N-1", "clicked": 1.0}),
+        (10 << 12 | 1, {"user": "a", "shown": "N2", "clicked": 0.0}),
+        (11 << 12, {"user": "b", "shown": None, "clicked": None}),
+        (12 << 12, {"user": "c", "shown": None, "clicked": None}),
+        (13 << 12, {"user": "d", "shown": "7", "clicked": 2.5}),
+    ]
+
+
+def test_each_item_of_a_list_becomes_a_row() -> None:
+    batch = pa.record_batch({"user": [1, 2, 3], "shown": [[5, 6], None, [7]]})
+    users = [(row["user"], row["shown"]) for _, row in rows(batch, table(several=Several()))]
+    assert users == [(1, 5), (1, 6), (2, None), (3, 7)]
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ({"kind": "x"}, [0, 2]),
+        ({"kind": ["x", "y"], "number": 1}, [0, 1]),
+        ({"number": [2.0]}, [2]),
+        ({"number": 9}, []),
+    ],
+)
+def test_where_chooses_rows_of_all_its_columns(where: Any, expected: list[int]) -> None:
+    batch = pa.record_batch({"kind": ["x", "y", "x", None], "number": [1, 1, 2, 1]})
+    assert [position for position, _ in rows(batch, table(where=where))] == expected
+
+
+@pytest.mark.parametrize(
+    ("shown", "settings", "words"),
+    [
+        (["a-1 b"], {"several": Several(column="clicked")}, ["'shown'", "row 0", "'b'"]),
+        (["a-1 b-x"], {"several": Several(column="clicked")}, ["'shown'", "x"]),
+        ([3], {"several": Several()}, ["'shown'", "int64"]),
+        ([" ".join("a" * 4097)], {"several": Several()}, ["'shown'", "4096"]),
+        ([3], {"where": {"shown": "many"}}, ["'shown'", "int64", "many"]),
+    ],
+)
+def test_other_values_are_refused_by_file_and_column(
+    shown: list[Any], settings: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        narrowed(pa.record_batch({"shown": shown}), table(**settings), FILE)
+    for word in ["log.tsv", *words]:
+        assert word in str(caught.value)
+
+
+def test_times_of_another_form_are_read_in_their_zone_and_others_named() -> None:
+    form = "%m/%d/%Y %I:%M:%S %p"
+    times = pa.array(["11/9/2019 9:05:58 PM", None])
+    expected = [1_573_329_958_000_000, None]  # 20:05:58 in UTC
+    assert to_micros(times, "s", "Europe/Berlin", form).to_pylist() == expected
+    with pytest.raises(ValueError, match=r"row 1: '2019-11-09' .*%I"):
+        to_micros(pa.array(["11/9/2019 9:05:58 PM", "2019-11-09"]), "s", "UTC", form)
+
+
+def test_rows_of_lists_of_integers_make_the_samples_of_rows_of_one_item(tmp_path: Path) -> None:
+    users, times = [n % 4 for n in range(40)], [1_790_000_000 + n for n in range(40)]
+    lists = [[n % 7, 7 + n % 3] for n in range(40)]
+    wide = pa.table({"user": users, "time": times, "item": lists})
+    flat = pa.table(
+        {
+            "user": [user for user in users for _ in range(2)],
+            "time": [time for time in times for _ in range(2)],
+            "item": [item for items in lists for item in items],
+        }
+    )
+    tables = {}
+    for name, log in {"wide": wide, "flat": flat}.items():
+        pq.write_table(log, tmp_path / f"{name}.parquet", row_group_size=9)
+        content = {
+            "events": {"view": {"path": f"{name}.parquet"}},
+            "labels": {"viewed": {"action": "view"}},
+            "histories": {"past": {"length": 5}},
+        }
+        if name == "wide":
+            content["events"]["view"]["several"] = {}
+        (tmp_path / "events.yaml").write_text(yaml.safe_dump(content))
+        prepare_events(tmp_path / "events.yaml", tmp_path / f"out_{name}")
+        tables[name] = [
+            pq.read_table(tmp_path / f"out_{name}" / part) for part in ("train", "test")
+        ]
+    assert tables["wide"] == tables["flat"]
