@@ -173,7 +173,11 @@ def _differences(trained: Schema, data: Schema, goes_on: bool) -> Iterator[str]:
 def _columns(schema: Schema) -> dict[str, dict[str, Any]]:
     """Return the attributes of each column, and of each list beside a sequence, by its name."""
     found = {f"column '{name}'": _attributes(column) for name, column in schema.columns.items()}
-    return found | {f"list '{name}'": {"beside": schema.history} for name in schema.parallel}
+    return found | {
+        f"list '{name}'": {"beside": history.name}
+        for history in schema.histories
+        for name in (*history.numbers, *history.ids)
+    }
 
 
 def _attributes(column: Column) -> dict[str, Any]:

@@ -58,6 +58,9 @@ class RankingSettings:
     """Dropout after each of these layers."""
     label_weights: dict[str, NonNegativeFloat] = field(default_factory=dict)
     """Weights of the labels' losses, by column; default 1."""
+    further_histories: Literal["attention", "mean"] = "attention"
+    """Encoder of each sequence after the first into one vector: the target attention of DIN, or the
+    mean of its events."""
 
     def check(self, name: str) -> None:
         """Refuse `options` for a built-in model."""
@@ -68,6 +71,9 @@ class RankingSettings:
 class RetrievalSettings(RankingSettings):
     """Settings of models that compare vectors of users and items, for retrieval."""
 
+    further_histories: Literal["mean"] = "mean"
+    """Encoder of each sequence after the first into one vector; attention would show the user's
+    vector the item."""
     loss: Literal["pointwise", "in_batch_softmax", "sampled_softmax"] = "pointwise"
     """pointwise: cross-entropy of the labels; else cross-entropy of the target item against the
     items of the batch or against sampled items."""

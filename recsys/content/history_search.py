@@ -69,10 +69,10 @@ def _sequences(
     history: Tensor,  # [U] or [K]
     lengths: Tensor | None,  # [B]
 ) -> KeyedJaggedTensor:
-    """Return the ids of target and history as sequence features.
+    """Return the sequence features with other ids of the history.
 
     Args:
-        batch: has the target's ids and the keys.
+        batch: has the other features.
         history: ids of the history.
         lengths: by row; None if the ids are unique.
     """
@@ -81,8 +81,10 @@ def _sequences(
         # Unique ids belong to no row, but a KeyedJaggedTensor requires one: the first.
         lengths = torch.zeros_like(targets)
         lengths[0] = len(history)
+    features, size = batch.sequence_features, 2 * len(targets)
+    others = features.values()[sum(features.length_per_key()[:2]) :], features.lengths()[size:]
     return KeyedJaggedTensor.from_lengths_sync(
-        keys=batch.sequence_features.keys(),
-        values=torch.cat([targets, history]),
-        lengths=torch.cat([torch.ones_like(targets), lengths]).int(),
+        keys=features.keys(),
+        values=torch.cat([targets, history, others[0]]),
+        lengths=torch.cat([torch.ones_like(targets), lengths, others[1]]).int(),
     )

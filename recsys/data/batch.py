@@ -65,12 +65,36 @@ class ItemExchange:
 
 
 @dataclass
+class FurtherHistory:
+    """The events of a sequence after the first one, without their ids.
+
+    lengths: int64 [B], summing to N.
+    values: float32 [N, P], the lists of floats beside it.
+    longest: maximum of `lengths`.
+    """
+
+    lengths: Tensor
+    values: Tensor
+    longest: int
+
+    def map(self, function: Callable[[Tensor], Any]) -> FurtherHistory:
+        """Return a copy with `function` applied to both tensors."""
+        return FurtherHistory(function(self.lengths), function(self.values), self.longest)
+
+    def jagged(self) -> JaggedHistory:
+        """Return the histories over N events, one for each place."""
+        index = torch.arange(len(self.values), device=self.lengths.device)
+        return JaggedHistory.of(index, self.lengths, len(index), self.longest)
+
+
+@dataclass
 class Batch(Pipelineable):
     """Impressions of one step on one rank, with the content of their items.
 
     sparse_features: ids of the pooled tables; None when there are none.
     sequence_features: ids of the target item (length 1 each) and of the history: either the unique
-        ones, `history_items`, whose lengths by row have no meaning, or all of them.
+        ones, `history_items`, whose lengths by row have no meaning, or all of them; then all ids of
+        the further histories and of the lists of ids beside histories.
     history_items: unique items of the histories [U]; `history_index` [N] points into them.
     history_lengths: int64 [B], summing to N; `longest_history` is their maximum.
         `history_values` float32 [N, P] holds the parallel lists.
@@ -89,6 +113,7 @@ class Batch(Pipelineable):
     row_positions: position of each row in its files [B], -1 for a padding row.
     extra: float32 [B, X], the columns of kind extra in schema order, NaN where a row has no value;
         None if there are no such columns or no labels.
+    further: the histories after the first one, in schema order.
     negative_items: items sampled as negatives of retrieval [K], also a feature of
         `sequence_features`; `negative_log_q` [K] and `target_log_q` [B] are the log-probabilities
         with which they and the ranked items are sampled.
@@ -131,6 +156,7 @@ class Batch(Pipelineable):
     bank_writes: BankRoute | None = None
     exchange: ItemExchange | None = None
     extra: Tensor | None = None
+    further: list[FurtherHistory] = field(default_factory=list)
     negative_items: Tensor | None = None
     negative_log_q: Tensor | None = None
     target_log_q: Tensor | None = None
@@ -142,6 +168,8 @@ class Batch(Pipelineable):
             value = getattr(self, item.name)
             if item.name == "content":
                 changed["content"] = {name: part.map(function) for name, part in value.items()}
+            elif item.name == "further":
+                changed["further"] = [part.map(function) for part in value]
             elif isinstance(value, ItemExchange):
                 changed[item.name] = replace(value, rows=function(value.rows))
             elif isinstance(value, BankRoute):

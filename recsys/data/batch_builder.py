@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from recsys.data.batch import Batch
+from recsys.data.batch import Batch, FurtherHistory
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.unique_items import UniqueItems
 from recsys.data.parquet.columns import RowColumns
-from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
+from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION, num_rows_of_id
 from recsys.data.schema import Schema
+from recsys.data.schema_columns import HistoryColumns
 
 
 def keyed_jagged(
@@ -92,7 +93,7 @@ class BatchBuilder:
             if self.with_labels
             else torch.zeros(num_rows, len(schema.of_kind("label"))),
             sequence_features=self._sequences(
-                target,
+                rows,
                 history_items if self.index_dedup else history,
                 None if self.index_dedup else history_lengths,
             ),
@@ -110,7 +111,14 @@ class BatchBuilder:
             content=self.store.gather(content_items) if self.store is not None else {},
             longest_history=int(history_lengths.max(initial=0)),
             extra=_columns(rows, extra) if extra else None,
+            further=[self._further(rows, of) for of in schema.histories[1:]],
         )
+
+    def _further(self, rows: RowColumns, history: HistoryColumns) -> FurtherHistory:
+        """Return the lengths and the lists of floats of a history after the first."""
+        lengths = rows.lengths(history.name) // num_rows_of_id(self.schema, history.name)
+        values = _stacked([rows.values(name) for name in history.numbers], int(lengths.sum()))
+        return FurtherHistory(torch.from_numpy(lengths), values, int(lengths.max(initial=0)))
 
     def _pooled(self, rows: RowColumns) -> KeyedJaggedTensor | None:
         """Return the ids of the pooled features; None without any."""
@@ -124,20 +132,23 @@ class BatchBuilder:
 
     def _sequences(
         self,
-        target: np.ndarray,  # [B]
-        history: np.ndarray,  # [U] or [N]
+        rows: RowColumns,
+        history: np.ndarray,  # [U] or [N], of the first history
         lengths: np.ndarray | None,  # [B]
     ) -> KeyedJaggedTensor:
-        """Return the ids of target and history; `lengths` is None where ids are unique."""
-        ones = np.ones(len(target), np.int64)
-        if not self.schema.history:
-            return keyed_jagged([self.schema.target_item], [target], [ones])
+        """Return the ids of target and events; `lengths` is None where `history` is unique."""
         if lengths is None:
             # Unique ids belong to no row; a KeyedJaggedTensor needs every id in one: the first.
-            lengths = np.zeros(len(target), np.int64)
+            lengths = np.zeros(rows.num_rows, np.int64)
             lengths[0] = len(history)
-        names = [self.schema.target_item, self.schema.history]
-        return keyed_jagged(names, [target, history], [ones, lengths])
+        names = [self.schema.target_item, *self.schema.event_columns]
+        of_first = {self.schema.history: (history, lengths)}
+        of_first[self.schema.target_item] = (
+            rows.numbers[self.schema.target_item],
+            rows.lengths(self.schema.target_item),
+        )
+        parts = [of_first.get(name) or (rows.values(name), rows.lengths(name)) for name in names]
+        return keyed_jagged(names, [ids for ids, _ in parts], [of for _, of in parts])
 
 
 def _columns(

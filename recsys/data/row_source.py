@@ -249,11 +249,12 @@ class RowSource(ABC):
 
 def columns_to_read(schema: Schema, with_labels: bool) -> list[str]:
     """Return the columns of the rows; without labels, columns that only losses need are omitted."""
-    return [
+    columns = [
         name
         for name, column in schema.columns.items()
         if with_labels or column.kind not in ("label", "extra")
-    ] + schema.parallel
+    ]
+    return columns + [name for history in schema.histories for name in history.numbers]
 
 
 def open_rows(

@@ -9,7 +9,9 @@ that the schema does not name may be in the files and are not read.
     columns:
       user:    {kind: id, num_embeddings: 610}
       item:    {kind: id, num_embeddings: 9742}
-      history: {kind: sequence, shares: item, parallel: [history_liked]}
+      history: {kind: sequence, shares: item, parallel: [history_liked, history_genre]}
+      history_genre: {kind: ids, num_embeddings: 20}    # beside the items of the history
+      bought:  {kind: sequence, shares: item}           # a further history
       genres:  {kind: ids, num_embeddings: 20}
       price:   {kind: dense}
       liked:   {kind: label}
@@ -42,10 +44,13 @@ from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.filesystem import Location
 from recsys.data.schema_columns import (
     Column,
+    HistoryColumns,
     IdType,
     Items,
     VocabularySettings,
+    check_histories,
     check_vocabulary,
+    histories_of,
     id_type,
 )
 
@@ -70,9 +75,19 @@ class Schema:
         return [name for name, column in self.columns.items() if column.kind == kind]
 
     @property
+    def histories(self) -> list[HistoryColumns]:
+        """The sequences of past events; backbones and content read the items of the first."""
+        return histories_of(self.columns)
+
+    @property
     def history(self) -> str | None:
-        """Name of the sequence of past items, if there is one."""
+        """Name of the first sequence, which holds past target items, if there is one."""
         return next(iter(self.of_kind("sequence")), None)
+
+    @property
+    def event_columns(self) -> list[str]:
+        """Names of the sequences, and of the lists of ids beside them."""
+        return [name for of in self.histories for name in (of.name, *of.ids)]
 
     @property
     def num_items(self) -> int:
@@ -105,8 +120,8 @@ class Schema:
 
     @property
     def parallel(self) -> list[str]:
-        """Names of the lists beside the history."""
-        return self.columns[self.history].parallel if self.history else []
+        """Names of the lists of floats beside the first sequence."""
+        return self.histories[0].numbers if self.history else []
 
     def require_id_type(self, name: str, kind: pa.DataType, place: str, table: str) -> None:
         """Require raw ids of the type that the other files and columns of their table have.
@@ -221,19 +236,9 @@ def _validate(schema: Schema, path: str) -> None:
         raise ValueError(f"{path}: target_item '{schema.target_item}' needs its own num_embeddings")
     if not schema.of_kind("label"):
         raise ValueError(f"{path}: no column of kind label; name what is to be predicted")
-    if len(schema.of_kind("sequence")) > 1:
-        raise ValueError(
-            f"{path}: columns {schema.of_kind('sequence')} are all of kind sequence; one is the "
-            "history of the sequence models, give the others kind ids"
-        )
-    for name in schema.parallel:
-        if name in schema.columns or schema.parallel.count(name) > 1:
-            raise ValueError(
-                f"{path}: parallel list '{name}' is named twice; a list beside a sequence is no "
-                "column of its own"
-            )
     for name, column in schema.columns.items():
         _validate_column(schema, name, column, path)
+    check_histories(schema.columns, schema.target_item, path)
     for name, content in schema.items.columns.items() if schema.items else ():
         if content.file is not None and content.kind != "feature":
             raise ValueError(f"{path}: item column '{name}': a file is of kind feature")
@@ -255,16 +260,7 @@ def _validate_column(schema: Schema, name: str, column: Column, path: str) -> No
         raise ValueError(f"{where}: num_embeddings is {column.num_embeddings}; it must be positive")
     if column.vocabulary is not None:
         check_vocabulary(column, where, is_target=name == schema.target_item)
-    if column.kind == "sequence" and column.shares != schema.target_item:
-        raise ValueError(
-            f"{where}: a sequence holds past target items; write `shares: {schema.target_item}`"
-        )
     if column.shares is not None:
         other = schema.columns.get(column.shares)
         if other is None or other.num_embeddings is None:
             raise ValueError(f"{where} shares '{column.shares}', which has no table of its own")
-        if column.kind != "sequence" and column.shares == schema.target_item:
-            raise ValueError(
-                f"{where} of kind {column.kind} is pooled and cannot share the table of the target "
-                "item, which is not; give it num_embeddings"
-            )

@@ -37,8 +37,65 @@ class Column:
     kind: Literal["id", "ids", "sequence", "dense", "label", "extra"]
     num_embeddings: int | None = None  # rows of its table: ids lie in [0, num_embeddings)
     shares: str | None = None  # column whose table is used instead of an own one
-    parallel: list[str] = field(default_factory=list)  # float lists beside a sequence
+    # Lists beside a sequence: of ids if they are columns of kind ids, else of floats.
+    parallel: list[str] = field(default_factory=list)
     vocabulary: VocabularySettings | None = None  # ids are raw; None: they are rows
+
+
+@dataclass(frozen=True)
+class HistoryColumns:
+    """A sequence of past events and the lists beside it.
+
+    numbers: lists of floats. ids: lists of ids, whose vectors are added to those of the events.
+    """
+
+    name: str
+    numbers: list[str]
+    ids: list[str]
+
+
+def histories_of(columns: dict[str, Column]) -> list[HistoryColumns]:
+    """Return the sequences in the order of the schema; a list that is a column has ids."""
+    return [
+        HistoryColumns(
+            name,
+            [each for each in column.parallel if each not in columns],
+            [each for each in column.parallel if each in columns],
+        )
+        for name, column in columns.items()
+        if column.kind == "sequence"
+    ]
+
+
+def check_histories(columns: dict[str, Column], target_item: str, path: str) -> None:
+    """Check the sequences, the lists beside them, and which columns share their tables.
+
+    Raises:
+        ValueError: names the column.
+    """
+    histories = histories_of(columns)
+    lists = [name for of in histories for name in (*of.numbers, *of.ids)]
+    for name in lists:
+        if lists.count(name) > 1:
+            raise ValueError(f"{path}: parallel list '{name}' is named twice; name it once")
+        if name in columns and (columns[name].kind != "ids" or name == target_item):
+            raise ValueError(
+                f"{path}: column '{name}' of kind {columns[name].kind} is named beside a sequence; "
+                "a list of ids beside it is of kind ids, and one of floats is no column of its own"
+            )
+    if histories and columns[histories[0].name].shares != target_item:
+        raise ValueError(
+            f"{path}: column '{histories[0].name}': the first sequence holds past target items; "
+            f"write `shares: {target_item}`"
+        )
+    events = {target_item, *(name for of in histories for name in (of.name, *of.ids))}
+    for name, column in columns.items():
+        if column.shares in columns and (name in events) != (column.shares in events):
+            raise ValueError(
+                f"{path}: column '{name}' cannot share the table of '{column.shares}': the vectors "
+                "of the target item, of sequences and of lists beside them are kept one by one, "
+                "those of other columns are summed; give it num_embeddings"
+            )
 
 
 @dataclass

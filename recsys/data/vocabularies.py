@@ -52,7 +52,8 @@ class BoundedVocabularies:
         self.features: dict[str, list[str]] = {}
         self.by_table: dict[str, BoundedVocabulary] = {}
         for table in schema.tables_with("bounded"):
-            features = [name for name in pooled_features if schema.table_of(name) == table]
+            looked_up = [*pooled_features, *schema.event_columns]
+            features = [name for name in looked_up if schema.table_of(name) == table]
             settings = schema.vocabulary_of(table)
             assert settings is not None
             if features:
@@ -73,8 +74,7 @@ class BoundedVocabularies:
             training: admit and evict ids, and reset rows that change hands.
         """
         for table, vocabulary in self.by_table.items():
-            assert batch.sparse_features is not None
-            places = [_Ids.of(batch, batch.sparse_features, name) for name in self.features[table]]
+            places = [_ids_of(batch, name) for name in self.features[table]]
             rows = vocabulary.rows_of(
                 torch.cat([ids.values[ids.counts] for ids in places]), step, training
             )
@@ -114,6 +114,14 @@ class _Ids:
         lengths = features.lengths().view(len(features.keys()), -1)[index]  # [B]
         counts = torch.repeat_interleave(batch.row_positions >= 0, lengths)
         return _Ids(features.values()[first:last], counts)
+
+
+def _ids_of(batch: Batch, name: str) -> _Ids:
+    """Return the ids of a feature, pooled or of events."""
+    pooled, features = batch.sparse_features, batch.sequence_features
+    if pooled is not None and name in pooled.keys():  # noqa: SIM118 - it is no dict
+        features = pooled
+    return _Ids.of(batch, features, name)
 
 
 class UnknownIds:

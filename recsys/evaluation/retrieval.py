@@ -26,6 +26,7 @@ from recsys.data.item_parts import ItemCounts, item_parts
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import empty_table, padding_rows
+from recsys.data.row_source import columns_to_read
 from recsys.distributed.lockstep import Lockstep
 from recsys.evaluation.forward_pass import forward_pass
 from recsys.evaluation.metrics import format_report
@@ -71,8 +72,7 @@ def _batches_of_items(
 ) -> Iterator[Batch]:
     """Yield impressions without a user, one per item, in equally many batches on every rank."""
     build: BatchBuilder = job.batch_builder(with_labels=False)
-    columns = [name for name, column in job.schema.columns.items() if column.kind != "label"]
-    rows = padding_rows(empty_table(job.schema, columns + job.schema.parallel), 1)
+    rows = padding_rows(empty_table(job.schema, columns_to_read(job.schema, with_labels=False)), 1)
     nobody = RowColumns.of(rows)
     longest = _longest_share(job, num_items)
     ids = np.resize(share if len(share) else np.zeros(1, np.int64), longest)

@@ -15,14 +15,17 @@ from recsys.config import Config, content_settings, softmax_settings
 from recsys.content.branch import ContentBranch
 from recsys.content.encoders.base import Encoder
 from recsys.data.negatives import negatives_feature
+from recsys.data.parquet.values import num_rows_of_id
 from recsys.data.schema import Schema
 from recsys.model.auxiliary import build_auxiliary
-from recsys.model.em3 import EM3, Losses, ReadIDs
+from recsys.model.em3 import EM3, Losses
 from recsys.model.losses import ContentIDContrastive, RankingLoss
+from recsys.model.read_ids import ReadIDs, RowsOfIds
 from recsys.model.retrieval_loss import RetrievalLoss
 from recsys.model.tables import id_dropouts, pooled_features
 from recsys.ranking.build import build_ranking
 from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.layers.further_histories import FurtherHistories
 
 
 def build_em3(
@@ -56,21 +59,52 @@ def build_em3(
     # Built before content and ranking: the order decides which random numbers each part gets.
     losses = _build_losses(config, schema, dims[schema.target_item])
     negatives = negatives_feature(softmax_settings(config.ranking), schema.target_item)
+    read_ids = ReadIDs(
+        pooled,
+        schema.target_item,
+        schema.history,
+        config.embedding.index_dedup,
+        negatives,
+        id_dropouts(config, schema),
+        *_rows_of_ids(config, schema),
+    )
     return EM3(
         embedding_bags=build_embedding_bag_collection(tables, device),
         embeddings=embeddings,
         content=ContentBranch(encoders, content, bank) if content is not None else None,
-        read_ids=ReadIDs(
-            pooled,
-            schema.target_item,
-            schema.history,
-            config.embedding.index_dedup,
-            negatives,
-            id_dropouts(config, schema),
-        ),
+        read_ids=read_ids,
         ranking=build_ranking(config.ranking, dimensions, content),
         losses=losses,
+        further_histories=_build_further_histories(config, schema, dimensions.id_dim),
     )
+
+
+def _rows_of_ids(config: Config, schema: Schema) -> tuple[RowsOfIds, list[RowsOfIds]]:
+    """Return the lists of ids beside the first history, and the columns of each further one.
+
+    Raises:
+        ValueError: histories with lists of ids beside them are to be shortened.
+    """
+    content = content_settings(config)
+    columns: list[RowsOfIds] = [
+        {name: num_rows_of_id(schema, name) for name in (history.name, *history.ids)}
+        for history in schema.histories
+    ]
+    if not columns:
+        return {}, []
+    beside = {name: rows for name, rows in columns[0].items() if name != schema.history}
+    if beside and content is not None and content.history.top_k:
+        raise ValueError(
+            f"content.history.top_k is {content.history.top_k}, but '{schema.history}' has lists "
+            f"of ids beside it ({list(beside)}), which the search cannot shorten; set top_k to 0"
+        )
+    return beside, columns[1:]
+
+
+def _build_further_histories(config: Config, schema: Schema, dim: int) -> FurtherHistories | None:
+    """Return the encoders of the sequences after the first one; None if there are none."""
+    num_parallel = [len(history.numbers) for history in schema.histories[1:]]
+    return FurtherHistories(config.ranking, dim, num_parallel) if num_parallel else None
 
 
 def _build_losses(config: Config, schema: Schema, id_dim: int) -> Losses:

@@ -10,10 +10,6 @@ Shapes: B batch, C labels, D dimension, F pooled features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
@@ -22,81 +18,10 @@ from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.model.auxiliary import AuxiliaryInputs, AuxiliaryLosses
 from recsys.model.losses import ContentIDContrastive, RankingLoss
+from recsys.model.read_ids import ReadIDs
 from recsys.model.retrieval_loss import RetrievalLoss
+from recsys.ranking.layers.further_histories import FurtherHistories
 from recsys.ranking.vectors import IDVectors, MemberLogits, TowerVectors
-
-
-class IDDropout(nn.Module):
-    """Dropout of whole ID vectors: in training each is zero with probability p, without scaling.
-
-    New ids have a vector that was never trained and is nearly zero. A model that never saw such
-    vectors trusts them; a model that did uses history and content instead.
-
-    Example::
-
-        IDDropout(0.5)(torch.ones(2, 3))  # rows of zeros and of ones
-    """
-
-    def __init__(self, p: float) -> None:
-        """Keep the probability that a vector is zero."""
-        super().__init__()
-        self.p = p
-
-    def forward(self, vectors: Tensor) -> Tensor:  # [B, D] -> [B, D]
-        """Return the vectors, some of them zero in training."""
-        if not self.training or not self.p:
-            return vectors
-        is_kept = torch.rand(len(vectors), 1, device=vectors.device) >= self.p
-        return vectors * is_kept.to(vectors.dtype)
-
-    def extra_repr(self) -> str:
-        """Return the probability, for `print`."""
-        return f"p={self.p}"
-
-
-class ReadIDs(nn.Module):
-    """Lookup results -> `IDVectors`, read by key in the order of the configuration.
-
-    Args:
-        pooled_features, target, history, negatives: names of the features looked up.
-        history_is_unique: see `IDVectors`.
-        dropout: probability p of `IDDropout` by pooled feature; 0 for features not named.
-    """
-
-    def __init__(
-        self,
-        pooled_features: list[str],
-        target: str,
-        history: str | None,
-        history_is_unique: bool = True,
-        negatives: str | None = None,
-        dropout: Mapping[str, float] | None = None,
-    ) -> None:
-        """Keep the names of the features and create their dropouts."""
-        super().__init__()
-        dropout = dropout or {}
-        self.pooled_dropouts = nn.ModuleList(
-            IDDropout(dropout.get(name, 0.0)) for name in pooled_features
-        )
-        self.pooled_features, self.target, self.history = pooled_features, target, history
-        self.history_is_unique, self.negatives = history_is_unique, negatives
-
-    def forward(self, pooled: Any, sequences: Any) -> IDVectors:
-        """Return the looked-up vectors as `IDVectors`.
-
-        Args:
-            pooled: KeyedTensor with F vectors [B, D] per row; None without pooled features.
-            sequences: JaggedTensor per feature, of target, history and negatives.
-        """
-        by_name = pooled.to_dict() if self.pooled_features else {}
-        target = sequences[self.target].values()
-        history = sequences[self.history].values() if self.history else target[:0]
-        pooled_vectors = [
-            dropout(by_name[name])
-            for name, dropout in zip(self.pooled_features, self.pooled_dropouts)
-        ]
-        negatives = sequences[self.negatives].values() if self.negatives else None
-        return IDVectors(pooled_vectors, target, history, self.history_is_unique, negatives)
 
 
 class Losses(nn.Module):
@@ -193,6 +118,7 @@ class EM3(nn.Module):
         ranking: a module of `recsys.ranking`; it returns logits, the logits of each member of an
             ensemble, or the vectors of a retrieval model.
         losses: sum of the losses.
+        further_histories: encodes the sequences after the first one; None if there are none.
 
     Example::
 
@@ -216,6 +142,7 @@ class EM3(nn.Module):
         read_ids: ReadIDs,
         ranking: nn.Module,
         losses: Losses,
+        further_histories: FurtherHistories | None = None,
     ) -> None:
         """Keep the parts of the model."""
         super().__init__()
@@ -223,6 +150,7 @@ class EM3(nn.Module):
         self.embeddings = embeddings
         self.content = content
         self.read_ids = read_ids
+        self.further_histories = further_histories
         self.ranking = ranking
         self.losses = losses
 
@@ -235,7 +163,9 @@ class EM3(nn.Module):
         # Runs before the looked-up vectors are read, so that it overlaps with their communication,
         # and in the backward with that of their gradients.
         content = self.content(batch) if self.content is not None else None
-        ids = self.read_ids(pooled, sequences)
+        ids = self.read_ids(pooled, sequences, batch)
+        if self.further_histories is not None:
+            ids = self.further_histories(ids, batch)
         scored = self.ranking(ids, content, batch)
         loss, parts, logits = self.losses(scored, ids, content, batch)
         return loss, (parts, logits, batch)

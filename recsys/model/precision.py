@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from recsys.content.wrap import wrap
 from recsys.data.batch import ContentInput
 from recsys.model.em3 import EM3
-from recsys.ranking.vectors import MemberLogits, TowerVectors
+from recsys.ranking.vectors import IDVectors, MemberLogits, TowerVectors
 
 
 class InBfloat16(nn.Module):
@@ -44,6 +44,8 @@ def dense_parts(em3: EM3) -> dict[str, nn.Module]:
         parts |= {f"content.encoders.{name}": part for name, part in content.encoders.items()}
         parts |= {f"content.projections.{name}": part for name, part in content.projections.items()}
         parts |= {"content.fusion": content.fusion, "content.history_map": content.history_map}
+    if em3.further_histories is not None:
+        parts["further_histories"] = em3.further_histories
     return parts | {"ranking": em3.ranking}
 
 
@@ -64,8 +66,8 @@ def use_bfloat16(em3: EM3, device: torch.device) -> None:
 
 
 def _in_float32(
-    output: Tensor | ContentInput | MemberLogits | TowerVectors,
-) -> Tensor | ContentInput | MemberLogits | TowerVectors:
+    output: Tensor | ContentInput | IDVectors | MemberLogits | TowerVectors,
+) -> Tensor | ContentInput | IDVectors | MemberLogits | TowerVectors:
     if isinstance(output, ContentInput):
         return ContentInput(output.values.float(), output.mask)
     return output.float()

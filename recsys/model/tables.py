@@ -14,7 +14,7 @@ def pooled_features(config: Config, schema: Schema) -> list[str]:
         name
         for name, column in schema.columns.items()
         if column.kind in ("id", "ids")
-        and name != schema.target_item
+        and name not in (schema.target_item, *schema.event_columns)
         and schema.table_of(name) not in config.embedding.skip
     ]
 
@@ -23,14 +23,15 @@ def id_dropouts(config: Config, schema: Schema) -> dict[str, float]:
     """Return the dropout of each pooled feature's vectors, as its table sets it.
 
     Raises:
-        ValueError: the table of the target item has one.
+        ValueError: the table of the target item or of events has one.
     """
     tables = config.embedding.tables
-    if tables.get(schema.target_item, TableSettings()).id_dropout:
-        raise ValueError(
-            f"embedding.tables.{schema.target_item}.id_dropout: '{schema.target_item}' is the "
-            "target item; only pooled tables, such as the user's, have an id_dropout"
-        )
+    for name in (schema.target_item, *schema.event_columns):
+        if tables.get(name, TableSettings()).id_dropout:
+            raise ValueError(
+                f"embedding.tables.{name}.id_dropout: '{name}' is the target item, a sequence or "
+                "beside one; only pooled tables, such as the user's, have an id_dropout"
+            )
     return {
         name: tables.get(schema.table_of(name), TableSettings()).id_dropout
         for name in pooled_features(config, schema)
@@ -40,7 +41,7 @@ def id_dropouts(config: Config, schema: Schema) -> dict[str, float]:
 def table_configs(
     config: Config, schema: Schema, list_lengths: dict[str, float] | None = None
 ) -> list[TableConfig]:
-    """Return one table per `id` or `ids` column that does not share another's.
+    """Return one table per column of ids that does not share another's.
 
     Args:
         config: configuration of the run.
@@ -52,15 +53,18 @@ def table_configs(
     """
     settings = config.embedding
     pooled = pooled_features(config, schema)
-    sequence = [schema.target_item] + ([schema.history] if schema.history else [])
+    sequence = [schema.target_item, *schema.event_columns]
     negatives = negatives_feature(softmax_settings(config.ranking), schema.target_item)
     tables = list(dict.fromkeys(schema.table_of(name) for name in [*pooled, *sequence]))
     for name in settings.tables:
         if name not in tables:
             raise ValueError(f"embedding.tables.{name}: the tables are {tables}; name one of them")
     for name in settings.skip:
-        if name == schema.target_item or schema.columns.get(name) is None:
-            raise ValueError(f"embedding.skip: '{name}' is the target item or not in schema.yaml")
+        if name in sequence or schema.columns.get(name) is None:
+            raise ValueError(
+                f"embedding.skip: '{name}' is the target item, a sequence, a list beside one, or "
+                "not in schema.yaml; name an id column whose vectors are summed"
+            )
     return [
         _table_config(
             config,
@@ -87,7 +91,7 @@ def _table_config(
         num_embeddings=schema.limit(name),
         embedding_dim=own.embedding_dim or defaults.dim,
         features=features,
-        pooling="none" if name == schema.target_item else "sum",
+        pooling="none" if name in (schema.target_item, *schema.event_columns) else "sum",
         sharding=own.sharding or defaults.sharding,
         optimizer=own.optimizer or defaults.optimizer,
         learning_rate=defaults.learning_rate if own.learning_rate is None else own.learning_rate,

@@ -14,10 +14,12 @@ from recsys.data.schema import Schema
 class InputDimensions:
     """Widths and names of a ranking model's inputs.
 
-    pooled_dims: D of each pooled feature; id_dim: D of target and history items.
+    pooled_dims: D of each pooled feature, then of each further history; id_dim: D of target and
+        history items.
     num_dense: number of dense features; num_parallel: number of lists parallel to the history;
     num_labels: number of logits.
     pooled_names, dense_names, parallel_names: the columns of each kind, in the same order.
+    further_histories: the last of `pooled_names`: the sequences after the first one.
     group: the column of the user for whom items are ranked.
     has_history: whether the schema has a sequence of past items.
     item_categories: up to C categories of every item, int32 [num_items, C], -1 for none; set if a
@@ -33,6 +35,7 @@ class InputDimensions:
     pooled_names: tuple[str, ...] = ()
     dense_names: tuple[str, ...] = ()
     parallel_names: tuple[str, ...] = ()
+    further_histories: tuple[str, ...] = ()
     group: str = ""
     has_history: bool = True
     item_categories: Tensor | None = None
@@ -55,15 +58,18 @@ class InputDimensions:
             item_categories: int32 [num_items, C], or None.
             process_group: the ranks that train the model together; None for a single rank.
         """
+        further = tuple(history.name for history in schema.histories[1:])
+        pooled = (*pooled_features, *further)
         return InputDimensions(
-            pooled_dims=[table_dims[schema.table_of(name)] for name in pooled_features],
+            pooled_dims=[table_dims[schema.table_of(name)] for name in pooled],
             id_dim=table_dims[schema.target_item],
             num_dense=len(schema.of_kind("dense")),
             num_parallel=len(schema.parallel),
             num_labels=len(schema.of_kind("label")),
-            pooled_names=tuple(pooled_features),
+            pooled_names=pooled,
             dense_names=tuple(schema.of_kind("dense")),
             parallel_names=tuple(schema.parallel),
+            further_histories=further,
             group=schema.group,
             has_history=schema.history is not None,
             item_categories=item_categories,

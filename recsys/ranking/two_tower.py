@@ -1,9 +1,9 @@
 """Two towers: a query vector and an item vector whose dot product is the logit, for retrieval.
 
 The query tower reads the features of the user (the group's column, `ranking.query_features`, the
-pooled history of ids and of content); the item tower reads the features that every item of the
-catalogue has: its ID vector and its content. So content also serves candidate generation. Both
-vectors have length one; the query is divided by `ranking.temperature`.
+pooled history of ids and of content, further histories); the item tower reads the features that
+every item of the catalogue has: its ID vector and its content. So content also serves candidate
+generation. Both vectors have length one; the query is divided by `ranking.temperature`.
 
 Ranking models read content similarities as features; here they are a part of the dot product. The
 mean cosine of an item to the history's items equals the dot product of its direction with the mean
@@ -177,7 +177,7 @@ def _query_columns(
                 f"ranking.query_features: '{name}' is no pooled or dense column of the model; "
                 f"these are {known}"
             )
-    wanted = {dimensions.group, *settings.query_features}
+    wanted = {dimensions.group, *settings.query_features, *dimensions.further_histories}
     pooled = [place for place, name in enumerate(dimensions.pooled_names) if name in wanted]
     dense = [place for place, name in enumerate(dimensions.dense_names) if name in wanted]
     if not pooled and not dense and not dimensions.has_history:

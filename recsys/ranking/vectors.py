@@ -6,7 +6,7 @@ M modalities, S sampled negatives, C labels, K members of an ensemble.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -21,6 +21,8 @@ class IDVectors:
     history: [U, D], vectors of the batch's `history_items`; if `history_is_unique` is False,
         [N, D], one vector per history item.
     negatives: [S, D], vectors of the sampled negatives; None if none are sampled.
+    further: one [events, D] per further history, in the order of `Batch.further`. Ranking models
+        need not read it: `FurtherHistories` has encoded each into the last of `pooled`.
     """
 
     pooled: list[Tensor]
@@ -28,6 +30,11 @@ class IDVectors:
     history: Tensor
     history_is_unique: bool = True
     negatives: Tensor | None = None
+    further: list[Tensor] = field(default_factory=list)
+
+    def float(self) -> IDVectors:
+        """Return the same vectors, the pooled ones in float32 as the others are."""
+        return replace(self, pooled=[vectors.float() for vectors in self.pooled])
 
 
 @dataclass

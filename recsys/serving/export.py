@@ -62,6 +62,7 @@ def export_run(
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it, or name another folder")
     job = load_run(run, data, ranks, "cpu", ["--compile", "false"])
+    _require_one_history(job)
     job.model.eval()
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(out) as partial:
@@ -90,6 +91,16 @@ def export_run(
         (partial / REQUEST).write_text(json.dumps(_example(job, manifest), indent=1) + "\n")
         write_manifest(partial, manifest)
     return manifest
+
+
+def _require_one_history(job: Job) -> None:
+    """Refuse histories that a package cannot hold yet."""
+    columns = [name for name in job.schema.event_columns if name != job.schema.history]
+    if columns:
+        raise ValueError(
+            f"{job.root}/schema.yaml: columns {columns} are further sequences or lists of ids "
+            "beside one, which a package cannot hold; export a run trained without them"
+        )
 
 
 def _top_k(job: Job) -> int:

@@ -140,7 +140,7 @@ def test_communication_costs_nothing_on_one_rank_and_grows_with_ranks(tmp_path: 
     assert sent[1] == 0
     # By hand, of row-wise tables: ids go to one rank of two and lengths to the other; of the two
     # pooled features each rank has a part of every row of the other's batch.
-    ids = 8 * (sum(counts.pooled_ids.values()) + counts.looked_up) / 2 + 4 * 4 * counts.rows
+    ids = 8 * (sum(counts.ids.values()) + counts.looked_up) / 2 + 4 * 4 * counts.rows
     vectors = 2 * 4 * 16 * (2 * counts.rows + counts.looked_up / 2)
     kept = (8 + 4 * 17) * (counts.encoded + counts.unique_history) / 2
     assert sent[2] == pytest.approx(ids + vectors + kept + 4 * sizes.dense_parameters)

@@ -10,6 +10,7 @@ Shapes: R rows, N values of a column, H rows per id.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -88,14 +89,14 @@ def empty_table(schema: Schema, names: list[str]) -> pa.Table:
     for name in names:
         is_list_column, is_integer = _expected(schema, name)
         value = pa.int64() if is_integer else pa.float32()
-        is_list_column |= _num_rows_of_id(schema, name) > 1
+        is_list_column |= num_rows_of_id(schema, name) > 1
         kinds.append((name, pa.list_(value) if is_list_column else value))
     if schema.vocabulary_of(schema.group) is not None:
         kinds.append((RAW_GROUP, pa.int64()))
     return pa.schema([*kinds, (ROW_POSITION, pa.int64())]).empty_table()
 
 
-def _num_rows_of_id(schema: Schema, name: str) -> int:
+def num_rows_of_id(schema: Schema, name: str) -> int:
     """Return the number of table rows that each id of a column has."""
     vocabulary = schema.vocabulary_of(name)
     return 1 if vocabulary is None else vocabulary.num_hashes
@@ -240,7 +241,7 @@ def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportCol
     note_values(null, "null", "null; fill it or leave it out")
     note_values(too_large, "id beyond int64", "an id that does not fit int64; renumber it")
     vocabulary = schema.vocabularies.get(schema.table_of(name))
-    num_rows = _num_rows_of_id(schema, name)
+    num_rows = num_rows_of_id(schema, name)
     if len(values) * num_rows > MAX_LIST_VALUES:
         reason = f"more than {MAX_LIST_VALUES:,} rows of ids in a row group"
         note(name, np.ones(len(array), bool), reason, lambda row: f"{reason}; write smaller ones")
@@ -274,21 +275,28 @@ def _raw_groups(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _check_parallel(table: pa.Table, schema: Schema, note: ReportColumn) -> None:
-    """Note rows with a parallel list of another length than the history."""
-    history = schema.history
-    if history is None:
-        return
-    lengths = list_lengths(table[history])
-    for name in schema.parallel:
-        note(
-            name,
-            list_lengths(table[name]) != lengths,
-            f"list of another length than '{history}'",
-            lambda row: (
-                f"the list has another length than '{history}' ({lengths[row]} items); "
-                "write one value per item"
-            ),
-        )
+    """Note rows with a parallel list of another length than its history."""
+    for history in schema.histories:
+        lengths = _num_ids(table, history.name, schema)
+        for name in (*history.numbers, *history.ids):
+            note(
+                name,
+                _num_ids(table, name, schema) != lengths,
+                f"list of another length than '{history.name}'",
+                partial(_length_message, history.name, lengths),
+            )
+
+
+def _length_message(history: str, lengths: np.ndarray, row: int) -> str:
+    return (
+        f"the list has another length than '{history}' ({lengths[row]} items); "
+        "write one value per item"
+    )
+
+
+def _num_ids(table: pa.Table, name: str, schema: Schema) -> np.ndarray:  # [R]
+    """Return the lengths of the lists as they were written, before ids became rows."""
+    return list_lengths(table[name]) // num_rows_of_id(schema, name)
 
 
 def _cast(array: pa.Array, value_type: pa.DataType, as_list: bool) -> pa.Array:

@@ -54,9 +54,9 @@ class BatchCounts:
     """Counts of one step, or the mean of several."""
 
     rows: float  # B
-    pooled_ids: dict[str, float]  # by feature
-    unique_pooled_ids: dict[str, float]
-    looked_up: float  # rows of the item table, for targets and histories
+    ids: dict[str, float]  # by feature, of pooled tables, further histories and lists beside any
+    unique_ids: dict[str, float]
+    looked_up: float  # rows of the item table, for targets and the first history
     unique_looked_up: float  # different ones of these, which get a gradient
     history: float  # N
     unique_history: float  # U
@@ -70,13 +70,22 @@ class BatchCounts:
     def of(batch: Batch) -> BatchCounts:
         """Return the counts of a batch in the form that the model gets."""
         encoded = len(batch.content_items)
-        looked_up = batch.sequence_features.values()
+        features = batch.sequence_features
+        last = len(features.keys()) - (batch.negative_items is not None)
+        others = features.keys()[2:last]  # after target and history
+        looked_up = features.values()
+        by_feature = {name: features[name].values() for name in others}
+        if others:
+            own = sorted(set(features.keys()) - set(others))
+            looked_up = torch.cat([features[name].values() for name in own])
         trained = encoded if batch.with_gradient is None else min(batch.with_gradient, encoded)
-        pooled = {} if batch.sparse_features is None else batch.sparse_features.to_dict()
+        if batch.sparse_features is not None:
+            pooled = batch.sparse_features.to_dict()
+            by_feature |= {name: ids.values() for name, ids in pooled.items()}
         return BatchCounts(
             rows=batch.batch_size,
-            pooled_ids={name: ids.values().numel() for name, ids in pooled.items()},
-            unique_pooled_ids={name: len(ids.values().unique()) for name, ids in pooled.items()},
+            ids={name: ids.numel() for name, ids in by_feature.items()},
+            unique_ids={name: len(ids.unique()) for name, ids in by_feature.items()},
             looked_up=looked_up.numel(),
             unique_looked_up=len(looked_up.unique()),
             history=len(batch.history_index),
@@ -89,6 +98,15 @@ class BatchCounts:
                 name: ModalityCounts.of(part.mask.sum(dim=1))
                 for name, part in batch.content.items()
             },
+        )
+
+    def lookups(self, features: Sequence[str]) -> tuple[float, float]:
+        """Return the rows that features look up in their table, and the different ones of these."""
+        others = [name for name in features if name in self.ids]
+        has_target = len(others) < len(features)
+        return (
+            sum(self.ids[name] for name in others) + self.looked_up * has_target,
+            sum(self.unique_ids[name] for name in others) + self.unique_looked_up * has_target,
         )
 
     @staticmethod

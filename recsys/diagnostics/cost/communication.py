@@ -64,15 +64,9 @@ def _features(table: TableMemory) -> int:
     return len(table.table.features)
 
 
-def _looked_up(table: TableMemory, counts: BatchCounts) -> float:
-    if table.table.pooling == "none":
-        return counts.looked_up
-    return sum(counts.pooled_ids[name] for name in table.table.features)
-
-
 def _ids(table: TableMemory, counts: BatchCounts, world_size: int) -> float:
     others = (world_size - 1) / world_size
-    values = ID * _looked_up(table, counts) * table.column_shards * others
+    values = ID * counts.lookups(table.table.features)[0] * table.column_shards * others
     lengths = LENGTH * counts.rows * _features(table)
     if table.sharding == "row_wise":
         return values + lengths * (world_size - 1)
@@ -85,7 +79,7 @@ def _vectors(table: TableMemory, counts: BatchCounts, world_size: int) -> float:
     """Return how many numbers a rank sends in one direction."""
     dim, others = table.table.embedding_dim, (world_size - 1) / world_size
     if table.table.pooling == "none":
-        return dim * counts.looked_up * others
+        return dim * counts.lookups(table.table.features)[0] * others
     pooled = dim * counts.rows * _features(table)
     if table.sharding == "row_wise":
         return pooled * (world_size - 1)

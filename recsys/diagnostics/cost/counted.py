@@ -18,7 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.diagnostics.cost.work import FLOAT, PartCost, Work, moved, times
+from recsys.ranking.layers.further_histories import FurtherHistories
 from recsys.ranking.vectors import IDVectors
 
 aten = torch.ops.aten
@@ -168,6 +169,7 @@ def count_ranking(
     content: ContentSettings | None,
     batch: Batch,
     history_is_unique: bool = True,
+    further_histories: FurtherHistories | None = None,
 ) -> list[PartCost]:
     """Count forward and backward of one row of `batch`, by child of the ranking model.
 
@@ -176,21 +178,34 @@ def count_ranking(
     Args:
         ranking: ranking model with real weights.
         pooled_dims: dimension of each pooled ID vector, in the order of the features.
-        id_dim: dimension of the ID vectors of target and history.
+        id_dim: dimension of the ID vectors of target and events.
         content: settings of the content branch; None without one.
         batch: batch on the CPU; its content is not read.
         history_is_unique: whether `IDVectors` has one history vector per unique item.
+        further_histories: encodes the histories after the first one; counted as a part of its own.
     """
-    ranking = deepcopy(ranking).cpu().train()  # keeps gradients off the real model
     ids = _random_ids(pooled_dims, id_dim, batch, history_is_unique)
     of_content = None if content is None else _random_content(content, batch)
+    parts = []
+    if further_histories is not None:
+        parts += _count(further_histories, "further histories, {}", batch, ids)
+        more = [torch.randn(batch.batch_size, id_dim, requires_grad=True) for _ in batch.further]
+        ids = replace(ids, pooled=[*ids.pooled, *more])
+    return parts + _count(ranking, "ranking, {}", batch, ids, of_content)
+
+
+def _count(
+    module: nn.Module, name_of: str, batch: Batch, *inputs: IDVectors | ContentVectors | None
+) -> list[PartCost]:
+    """Count a module that reads `inputs` and a batch, by child."""
+    module = deepcopy(module).cpu().train()  # keeps gradients off the real model
     numbers: Counter[str] = Counter()
-    for name, child in ranking.named_children():
+    for name, child in module.named_children():
         child.register_forward_hook(partial(_add_numbers, numbers, name))
     with torch.compiler.set_stance("force_eager"), WorkCounter() as counter:
-        scored = ranking(ids, of_content, batch)
-        forward, whole = _by_child(counter, ranking), counter.work()
-        (scored if isinstance(scored, Tensor) else scored.logits).sum().backward()
+        output = module(*inputs, batch)
+        forward, whole = _by_child(counter, module), counter.work()
+        _sum_of(output).backward()
         backward = counter.work() + times(whole, -1)
     parts = []
     for name, work in forward.items():
@@ -198,8 +213,15 @@ def count_ranking(
         share, moves = work.flops / max(whole.flops, 1), moved(numbers[name])
         if work.flops or moves.bytes:
             both = work + moves, times(backward, share) + times(moves, 2)
-            parts.append(PartCost(f"ranking, {name.replace('_', ' ')}", "ranking", *both))
+            parts.append(PartCost(name_of.format(name.replace("_", " ")), "ranking", *both))
     return [part.scaled(1 / batch.batch_size) for part in parts]
+
+
+def _sum_of(output: Any) -> Tensor:
+    """Return the sum of what a module computed, as a scalar with gradient."""
+    if isinstance(output, IDVectors):
+        return torch.cat(output.pooled, dim=1).sum()
+    return (output if isinstance(output, Tensor) else output.logits).sum()
 
 
 def _random_ids(
@@ -209,7 +231,8 @@ def _random_ids(
     sizes = [(rows, dim) for dim in pooled_dims] + [(rows, id_dim)]
     sizes += [(len(batch.history_items) if history_is_unique else places, id_dim)]
     *pooled, target, history = (torch.randn(size, requires_grad=True) for size in sizes)
-    return IDVectors(pooled, target, history, history_is_unique)
+    further = [torch.randn(len(of.values), id_dim, requires_grad=True) for of in batch.further]
+    return IDVectors(pooled, target, history, history_is_unique, further=further)
 
 
 def _random_content(content: ContentSettings, batch: Batch) -> ContentVectors:

@@ -54,12 +54,8 @@ def lookup(sizes: ModelSizes, counts: BatchCounts) -> PartCost:
     forward, backward = Work(), Work()
     for memory in sizes.tables:
         table, dim = memory.table, memory.table.embedding_dim
-        if table.pooling == "none":
-            read, outputs, touched = counts.looked_up, counts.looked_up, counts.unique_looked_up
-        else:
-            read = sum(counts.pooled_ids[name] for name in table.features)
-            touched = sum(counts.unique_pooled_ids[name] for name in table.features)
-            outputs = counts.rows * len(table.features)
+        read, touched = counts.lookups(table.features)
+        outputs = read if table.pooling == "none" else counts.rows * len(table.features)
         forward += moved((read + outputs) * dim)
         backward += moved((outputs + 2 * touched) * dim)
         backward += Work(bytes=2 * touched * memory.state_bytes_per_row)

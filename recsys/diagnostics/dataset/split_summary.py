@@ -30,7 +30,7 @@ class SplitSummary:
     item_counts: int64 [num_items], rows by target item.
     keys: counts of ids by column (raw ids if training assigns their rows), of groups, of pairs of
         group and item, and of whole rows.
-    target_in_history: rows whose history holds their own target.
+    target_in_history: rows with a history that holds their own target.
     bad_rows: rows that training cannot use, by file, column and reason.
     """
 
@@ -96,8 +96,7 @@ def _add_rows(found: SplitSummary, schema: Schema, columns: RowColumns) -> None:
             _add_ids(found, schema, name, columns)
     items, times = np.unique(columns.numbers[schema.target_item], return_counts=True)
     found.item_counts[items] += times
-    if schema.history:
-        found.target_in_history += _rows_with_target(schema, schema.history, columns)
+    found.target_in_history += _rows_with_target(schema, columns)
     group = RAW_GROUP if RAW_GROUP in columns.numbers else schema.group
     groups = hash_numbers(columns.numbers[group])
     targets = hash_numbers(columns.numbers[schema.target_item])
@@ -126,11 +125,15 @@ def _add_ids(found: SplitSummary, schema: Schema, name: str, columns: RowColumns
         found.lists.setdefault(name, Lengths()).add(columns.lengths(name) // num_hashes)
 
 
-def _rows_with_target(schema: Schema, history: str, columns: RowColumns) -> int:
-    lengths, values = columns.lengths(history), columns.values(history)
-    rows = np.repeat(np.arange(columns.num_rows), lengths)
-    hits = values == columns.numbers[schema.target_item][rows]
-    return len(np.unique(rows[hits]))
+def _rows_with_target(schema: Schema, columns: RowColumns) -> int:
+    """Count the rows with their target in any history that has the target item's table."""
+    has_target = np.zeros(columns.num_rows, bool)
+    for history in schema.of_kind("sequence"):
+        if schema.table_of(history) == schema.target_item:
+            rows = np.repeat(np.arange(columns.num_rows), columns.lengths(history))
+            hits = columns.values(history) == columns.numbers[schema.target_item][rows]
+            has_target[rows[hits]] = True
+    return int(has_target.sum())
 
 
 def _hashes_of_rows(columns: RowColumns) -> np.ndarray:  # uint64 [R]

@@ -26,6 +26,7 @@ DENSE_PARTS = (
     ("content.fusion.", "fusion"),
     ("content.history_map.", "history map"),
     ("content.", "content, other"),
+    ("further_histories.", "further histories"),
     ("ranking.", "ranking"),
     ("losses.", "losses"),
 )

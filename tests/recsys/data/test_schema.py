@@ -71,10 +71,11 @@ def test_a_missing_schema_is_named(tmp_path: Path) -> None:
         ("  liked: {kind: label}\n", "", "no column of kind label"),
         (
             "  liked:",
-            "  more: {kind: sequence, shares: item}\n  liked:",
-            r"\['history', 'more'\] are all of kind sequence",
+            "  more: {kind: sequence, shares: user}\n  liked:",
+            "'more'.*'user'",
         ),
-        ("shares: item", "shares: film", "column 'history': a sequence holds past target items"),
+        ("shares: item,", "num_embeddings: 30,", "'history'.*`shares: item`"),
+        ("shares: item", "shares: film", "'history' shares 'film'"),
         ("shares: item,", "", "column 'history' needs either num_embeddings or shares"),
         (
             "kind: id, num_embeddings: 10",
@@ -94,7 +95,7 @@ def test_a_missing_schema_is_named(tmp_path: Path) -> None:
         (
             "kind: id, num_embeddings: 10",
             "kind: id, shares: item",
-            "column 'user' of kind id is pooled and cannot share the table of the target item",
+            "column 'user' cannot share the table of 'item'",
         ),
         ("kind: id, num_embeddings: 30", "kind: id, shares: user", "'item' needs its own"),
         ("num_embeddings: 10", "num_embeddings: 0", "column 'user': num_embeddings is 0"),
@@ -105,7 +106,15 @@ def test_a_missing_schema_is_named(tmp_path: Path) -> None:
         ),
         ("num_embeddings: 10", "num_embeddings: 10, parallel: [x]", "'user': only a sequence has"),
         ("kind: label", "kind: label, num_embeddings: 2", "'liked' of kind label takes no further"),
-        ("[history_liked]", "[liked]", "parallel list 'liked' is named twice"),
+        ("[history_liked]", "[liked]", "'liked' of kind label"),
+        ("[history_liked]", "[user]", "'user' of kind id"),
+        (
+            "  liked:",
+            "  shop: {kind: ids, num_embeddings: 3}\n"
+            "  a: {kind: sequence, shares: item, parallel: [shop]}\n"
+            "  b: {kind: sequence, shares: item, parallel: [shop]}\n  liked:",
+            "'shop' is named twice",
+        ),
         ("[history_liked]", "[gap, gap]", "parallel list 'gap' is named twice"),
         (VALID, "a: [b", "schema.yaml: "),
         (VALID, "", "must be a mapping"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from recsys.config import Config, EmbeddingSettings, TableSettings
 from recsys.data.filesystem import Location
 from recsys.data.schema import Schema, load_schema
-from recsys.model.em3 import ReadIDs
+from recsys.model.read_ids import ReadIDs
 from recsys.model.tables import id_dropouts
 from tests.datasets import write_dataset
 
@@ -46,8 +47,9 @@ def test_only_its_vectors_are_left_out_and_only_in_training() -> None:
     vectors = {name: torch.ones(100, 2) for name in ("user", "place", "item", "history")}
     pooled = SimpleNamespace(to_dict=lambda: vectors)
     sequences = {name: SimpleNamespace(values=lambda name=name: vectors[name]) for name in vectors}
-    ids = read(pooled, sequences)
+    batch: Any = None  # read for lists beside the history alone
+    ids = read(pooled, sequences, batch)
     assert 20 < int((ids.pooled[0] == 0).all(dim=1).sum()) < 80
     for whole in (ids.pooled[1], ids.target, ids.history):
         assert torch.equal(whole, torch.ones(100, 2))
-    assert torch.equal(read.eval()(pooled, sequences).pooled[0], vectors["user"])
+    assert torch.equal(read.eval()(pooled, sequences, batch).pooled[0], vectors["user"])

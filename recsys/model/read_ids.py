@@ -1,0 +1,117 @@
+"""Reads the vectors that the sharded collections looked up, in the order of the configuration.
+
+Shapes: B batch, D dimension, F pooled features, N events of a history in the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recsys.data.batch import Batch
+from recsys.ranking.vectors import IDVectors
+
+# Columns that are looked up one vector per id, and the number of table rows of each of their ids.
+RowsOfIds = Mapping[str, int]
+
+
+class IDDropout(nn.Module):
+    """Dropout of whole ID vectors: in training each is zero with probability p, without scaling.
+
+    New ids have a vector that was never trained and is nearly zero. A model that never saw such
+    vectors trusts them; a model that did uses history and content instead.
+
+    Example::
+
+        IDDropout(0.5)(torch.ones(2, 3))  # rows of zeros and of ones
+    """
+
+    def __init__(self, p: float) -> None:
+        """Keep the probability that a vector is zero."""
+        super().__init__()
+        self.p = p
+
+    def forward(self, vectors: Tensor) -> Tensor:  # [B, D] -> [B, D]
+        """Return the vectors, some of them zero in training."""
+        if not self.training or not self.p:
+            return vectors
+        is_kept = torch.rand(len(vectors), 1, device=vectors.device) >= self.p
+        return vectors * is_kept.to(vectors.dtype)
+
+    def extra_repr(self) -> str:
+        """Return the probability, for `print`."""
+        return f"p={self.p}"
+
+
+class ReadIDs(nn.Module):
+    """Lookup results -> `IDVectors`, read by key in the order of the configuration.
+
+    Args:
+        pooled_features, target, history, negatives: names of the features looked up.
+        history_is_unique: see `IDVectors`.
+        dropout: probability p of `IDDropout` by pooled feature; 0 for features not named.
+        beside: lists of ids beside the history, whose vectors are added to those of its items.
+        further: each further history with the lists of ids beside it.
+    """
+
+    def __init__(
+        self,
+        pooled_features: list[str],
+        target: str,
+        history: str | None,
+        history_is_unique: bool = True,
+        negatives: str | None = None,
+        dropout: Mapping[str, float] | None = None,
+        beside: RowsOfIds | None = None,
+        further: Sequence[RowsOfIds] = (),
+    ) -> None:
+        """Keep the names of the features and create their dropouts."""
+        super().__init__()
+        dropout = dropout or {}
+        self.pooled_dropouts = nn.ModuleList(
+            IDDropout(dropout.get(name, 0.0)) for name in pooled_features
+        )
+        self.pooled_features, self.target, self.history = pooled_features, target, history
+        self.history_is_unique, self.negatives = history_is_unique, negatives
+        self.beside, self.further = beside or {}, further
+
+    def forward(self, pooled: Any, sequences: Any, batch: Batch) -> IDVectors:
+        """Return the looked-up vectors as `IDVectors`.
+
+        Args:
+            pooled: KeyedTensor with F vectors [B, D] per row; None without pooled features.
+            sequences: JaggedTensor per feature, of target, events and negatives.
+            batch: the batch, with the places of the history's items.
+        """
+        by_name = pooled.to_dict() if self.pooled_features else {}
+        target = sequences[self.target].values()
+        history = sequences[self.history].values() if self.history else target[:0]
+        pooled_vectors = [
+            dropout(by_name[name])
+            for name, dropout in zip(self.pooled_features, self.pooled_dropouts)
+        ]
+        if self.beside:
+            items = batch.jagged_history().gather(history) if self.history_is_unique else history
+            history = items + _added_up(sequences, self.beside)
+        return IDVectors(
+            pooled_vectors,
+            target,
+            history,
+            self.history_is_unique and not self.beside,
+            sequences[self.negatives].values() if self.negatives else None,
+            [_added_up(sequences, columns) for columns in self.further],
+        )
+
+
+def _added_up(sequences: Any, columns: RowsOfIds) -> Tensor:  # [N, D]
+    """Return the sum of the vectors that each event has in the columns."""
+    vectors = [
+        sequences[name].values().unflatten(0, (-1, num_rows)).sum(dim=1)
+        if num_rows > 1
+        else sequences[name].values()
+        for name, num_rows in columns.items()
+    ]
+    return sum(vectors[1:], vectors[0])

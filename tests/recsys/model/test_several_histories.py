@@ -1,0 +1,208 @@
+"""Histories after the first one: looked up, encoded, and read by every backbone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from recsys.config import Config, EmbeddingSettings, TableSettings, ranking_settings
+from recsys.data.batch import Batch
+from recsys.data.batch_builder import BatchBuilder
+from recsys.data.filesystem import Location
+from recsys.data.parquet.rows import ParquetRows
+from recsys.data.schema import load_schema
+from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
+from recsys.model.build import build_em3
+from recsys.model.em3 import EM3
+from recsys.model.tables import id_dropouts, pooled_features, table_configs
+from recsys.ranking import RANKING_MODELS
+from recsys.ranking.vectors import IDVectors
+from tests.ranks import run_on_ranks
+from tests.recsys.command_runs import assert_same_metrics
+from tests.recsys.em3_runs import STEPS, Run, em3_config, train_configs, whole_table
+from tests.recsys.ranking.backbone_runs import Ran, backbone_config, run_backbones
+from tests.several_histories import ONE, write_several_histories
+
+BOUGHT = ONE + "  bought: {kind: sequence, shares: item, parallel: [bought_price]}\n"
+ROWS = 24
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_several_histories(tmp_path_factory.mktemp("several") / "data")
+
+
+def config_of(name: str, index_dedup: bool = True, **ranking: Any) -> Config:
+    embedding = EmbeddingSettings(dim=8, index_dedup=index_dedup, init_std=0.5)
+    settings = ranking_settings(name, mlp_units=[8], dropout=0.0, **ranking)
+    return Config(content="none", embedding=embedding, ranking=settings)
+
+
+def unsharded(data: Path, config: Config) -> tuple[EM3, Batch]:
+    """The model with its tables, and a batch with rows of the bounded table."""
+    root = Location.of(data)
+    schema = load_schema(root)
+    torch.manual_seed(0)
+    em3 = build_em3(config, schema, table_configs(config, schema), {}, None, "cpu")
+    pooled = pooled_features(config, schema)
+    build = BatchBuilder(schema, pooled, index_dedup=config.embedding.index_dedup)
+    batch = build(next(ParquetRows.of_split(root, "train", schema).read(0, ROWS)))
+    BoundedVocabularies(schema, pooled).map_batch(batch, 0, training=True)
+    return em3, batch
+
+
+def encoded(em3: EM3, batch: Batch) -> IDVectors:
+    """The vectors that the ranking model gets."""
+    seen: list[IDVectors] = []
+    handle = em3.ranking.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    em3(batch)
+    handle.remove()
+    return seen[0]
+
+
+def weight(em3: EM3, table: str) -> Tensor:
+    holder = em3.embeddings.embeddings[table]
+    assert isinstance(holder.weight, Tensor)
+    return holder.weight
+
+
+@pytest.mark.parametrize("index_dedup", [True, False])
+def test_an_event_has_the_vector_of_its_item_plus_those_beside_it(
+    data: Path, index_dedup: bool
+) -> None:
+    em3, batch = unsharded(data, config_of("din", index_dedup))
+    features, ids = batch.sequence_features, encoded(em3, batch)
+
+    def shops(name: str) -> Tensor:
+        return weight(em3, "history_shop")[features[name].values()].view(-1, 2, 8).sum(dim=1)
+
+    items = weight(em3, "item")
+    history = items[batch.history_items[batch.history_index]] + shops("history_shop")
+    bought = items[features["bought"].values()] + shops("bought_shop")
+    searched = weight(em3, "searched")[features["searched"].values()]
+    assert len(bought) > ROWS / 2 and len(searched) > ROWS / 2
+    assert not ids.history_is_unique
+    torch.testing.assert_close([ids.history, *ids.further], [history, bought, searched])
+    torch.testing.assert_close(ids.target, items[batch.target_items])
+
+
+def test_a_further_history_is_encoded_as_plain_attention_encodes_it(data: Path) -> None:
+    em3, batch = unsharded(data, config_of("dlrm"))
+    ids, further = encoded(em3, batch), em3.further_histories
+    assert further is not None
+    encoder, history = further.encoders[0], batch.further[0]
+    start = 0
+    for row, length in enumerate(history.lengths.tolist()):
+        places = slice(start, start + length)
+        start += length
+        lists = history.values[places] @ encoder.parallel_map.weight.T  # type: ignore[union-attr]
+        events = ids.further[0][places] + lists
+        target = ids.target[row].expand_as(events)
+        inputs = torch.cat([events, target, events - target, events * target], dim=1)
+        weights = encoder.score(inputs).softmax(dim=0)  # type: ignore[operator]
+        expected = (weights * events).sum(dim=0)
+        torch.testing.assert_close(ids.pooled[-2][row], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(RANKING_MODELS))
+def test_every_backbone_reads_the_further_histories(data: Path, name: str) -> None:
+    em3, batch = unsharded(data, config_of(name))
+    loss, (_, logits, _) = em3(batch)
+    loss.backward()
+    assert torch.isfinite(logits).all()
+    assert em3.further_histories is not None
+    for part, parameter in em3.further_histories.named_parameters():
+        if not part.endswith("score.4.bias"):  # cancelled by the softmax
+            assert parameter.grad is not None and parameter.grad.any(), part
+    for table in ("item", "history_shop", "searched"):
+        gradient = weight(em3, table).grad
+        assert gradient is not None and torch.isfinite(gradient).all() and gradient.any(), table
+
+
+@pytest.mark.parametrize("encoder", ["attention", "mean"])
+def test_an_empty_further_history_equals_the_model_without_it(tmp_path: Path, encoder: Any) -> None:
+    config = config_of("din", further_histories=encoder)
+    empty = write_several_histories(tmp_path / "empty", BOUGHT, is_empty=True)
+    large, batch = unsharded(empty, config)
+    small, without = unsharded(write_several_histories(tmp_path / "one", ONE), config)
+    weights = {
+        name: value
+        for name, value in large.state_dict().items()
+        if not name.startswith("further_histories.")
+    }
+    first = weights["ranking.mlp.0.weight"]  # columns: dense, pooled, then the further history
+    begin = batch.dense_features.shape[1] + sum(len(of[0]) for of in encoded(large, batch).pooled)
+    weights["ranking.mlp.0.weight"] = torch.cat([first[:, : begin - 8], first[:, begin:]], dim=1)
+    small.load_state_dict(weights)
+    (loss, (_, logits, _)), (expected, (_, wanted, _)) = large(batch), small(without)
+    torch.testing.assert_close((loss, logits), (expected, wanted), atol=1e-6, rtol=1e-6)
+
+
+def test_a_mean_does_not_depend_on_the_target(data: Path) -> None:
+    em3, batch = unsharded(data, config_of("two_tower"))
+    ids = encoded(em3, batch)
+    other = replace(ids, target=ids.target.flip(0), pooled=ids.pooled[:-2])
+    assert em3.further_histories is not None
+    torch.testing.assert_close(em3.further_histories(other, batch).pooled, ids.pooled)
+
+
+def runs_of(
+    rank: int, world_size: int, folder: Path, backbones: list[Any]
+) -> tuple[dict[Any, Run], dict[Any, Ran]]:
+    """Some steps of the small EM3, and runs that stop and go on."""
+    settings: dict[str, Any] = {"attention_units": [8], "mlp_units": [8], "dropout": 0.0}
+    ranking = ranking_settings("mmoe", num_experts=2, **settings)
+    steps = train_configs(rank, world_size, folder, {"mmoe": em3_config(folder, ranking=ranking)})
+    return steps, run_backbones(rank, world_size, folder, backbones)
+
+
+def test_two_ranks_train_as_one_and_runs_go_on_where_they_stopped(data: Path) -> None:
+    cases = [("din", "none"), ("two_tower", "concat")]
+    ranks = run_on_ranks(runs_of, 2, data.parent, cases)
+    ((alone, _),) = run_on_ranks(runs_of, 1, data.parent, [])
+    both, one = [steps["mmoe"] for steps, _ in ranks], alone["mmoe"]
+    for step in range(STEPS):
+        torch.testing.assert_close(torch.cat([run.logits[step] for run in both]), one.logits[step])
+    assert any(name.startswith("further_histories.") for name in one.dense)
+    torch.testing.assert_close(both[0].dense, one.dense, atol=1e-5, rtol=1e-4)
+    for table in ("item", "searched", "history_shop", "user"):
+        pieces = whole_table(both, STEPS, table), whole_table([one], STEPS, table)
+        torch.testing.assert_close(*pieces, atol=1e-5, rtol=1e-4)
+    for _, backbones in ranks:
+        for ran in backbones.values():
+            assert ran.steps == 6
+            assert_same_metrics(ran.stopped, ran.straight)
+            assert_same_metrics(ran.evaluated, ran.stopped)
+
+
+def test_unknown_ids_of_events_are_counted(data: Path) -> None:
+    _, batch = unsharded(data, config_of("din"))
+    unknown = UnknownIds(load_schema(Location.of(data)))
+    unknown.add(batch)
+    ids, limit = batch.sequence_features["searched"].values(), 9
+    assert unknown.totals()["searched"] == {
+        "ids": len(ids),
+        "unknown": int((ids == limit - 1).sum()),
+    }
+    assert 0 < unknown.totals()["searched"]["unknown"] < len(ids)
+
+
+def test_settings_that_would_be_left_out_are_refused(data: Path) -> None:
+    schema, config = load_schema(Location.of(data)), config_of("din")
+    with pytest.raises(ValueError, match=r"embedding.skip.*'bought_shop'"):
+        skip = replace(config.embedding, skip=["bought_shop"])
+        table_configs(replace(config, embedding=skip), schema)
+    with pytest.raises(ValueError, match=r"searched.id_dropout"):
+        tables = {"searched": TableSettings(id_dropout=0.5)}
+        id_dropouts(replace(config, embedding=replace(config.embedding, tables=tables)), schema)
+    with pytest.raises(ValueError, match=r"content.history.top_k.*history_shop"):
+        content = backbone_config(data.parent, "din", "concat")
+        assert not isinstance(content.content, str)
+        history = replace(content.content.history, top_k=2)
+        searching = replace(content, content=replace(content.content, history=history))
+        build_em3(searching, schema, table_configs(config, schema), {}, None, "cpu")
