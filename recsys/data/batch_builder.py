@@ -20,7 +20,7 @@ from recsys.data.batch import Batch, FurtherHistory
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.unique_items import UniqueItems
 from recsys.data.parquet.columns import RowColumns
-from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION, num_rows_of_id
+from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import HistoryColumns
 
@@ -116,7 +116,7 @@ class BatchBuilder:
 
     def _further(self, rows: RowColumns, history: HistoryColumns) -> FurtherHistory:
         """Return the lengths and the lists of floats of a history after the first."""
-        lengths = rows.lengths(history.name) // num_rows_of_id(self.schema, history.name)
+        lengths = rows.lengths(history.name) // self.schema.rows_per_id(history.name)
         values = _stacked([rows.values(name) for name in history.numbers], int(lengths.sum()))
         return FurtherHistory(torch.from_numpy(lengths), values, int(lengths.max(initial=0)))
 

@@ -110,6 +110,11 @@ class Schema:
         """Return the settings that map raw ids of column `name` to rows; None if ids are rows."""
         return self.columns[self.table_of(name)].vocabulary if name in self.columns else None
 
+    def rows_per_id(self, name: str) -> int:
+        """Return the number of table rows that each id of column `name` has."""
+        vocabulary = self.vocabulary_of(name)
+        return 1 if vocabulary is None else vocabulary.num_hashes
+
     def tables_with(self, kind: Literal["exact", "hash", "bounded"]) -> list[str]:
         """Return the tables that have a vocabulary of that kind."""
         return [

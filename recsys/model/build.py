@@ -15,7 +15,6 @@ from recsys.config import Config, content_settings, softmax_settings
 from recsys.content.branch import ContentBranch
 from recsys.content.encoders.base import Encoder
 from recsys.data.negatives import negatives_feature
-from recsys.data.parquet.values import num_rows_of_id
 from recsys.data.schema import Schema
 from recsys.model.auxiliary import build_auxiliary
 from recsys.model.em3 import EM3, Losses
@@ -87,7 +86,7 @@ def _rows_of_ids(config: Config, schema: Schema) -> tuple[RowsOfIds, list[RowsOf
     """
     content = content_settings(config)
     columns: list[RowsOfIds] = [
-        {name: num_rows_of_id(schema, name) for name in (history.name, *history.ids)}
+        {name: schema.rows_per_id(name) for name in (history.name, *history.ids)}
         for history in schema.histories
     ]
     if not columns:

@@ -89,17 +89,11 @@ def empty_table(schema: Schema, names: list[str]) -> pa.Table:
     for name in names:
         is_list_column, is_integer = _expected(schema, name)
         value = pa.int64() if is_integer else pa.float32()
-        is_list_column |= num_rows_of_id(schema, name) > 1
+        is_list_column |= schema.rows_per_id(name) > 1
         kinds.append((name, pa.list_(value) if is_list_column else value))
     if schema.vocabulary_of(schema.group) is not None:
         kinds.append((RAW_GROUP, pa.int64()))
     return pa.schema([*kinds, (ROW_POSITION, pa.int64())]).empty_table()
-
-
-def num_rows_of_id(schema: Schema, name: str) -> int:
-    """Return the number of table rows that each id of a column has."""
-    vocabulary = schema.vocabulary_of(name)
-    return 1 if vocabulary is None else vocabulary.num_hashes
 
 
 def padding_rows(like: pa.Table, num_rows: int) -> pa.Table:
@@ -241,7 +235,7 @@ def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportCol
     note_values(null, "null", "null; fill it or leave it out")
     note_values(too_large, "id beyond int64", "an id that does not fit int64; renumber it")
     vocabulary = schema.vocabularies.get(schema.table_of(name))
-    num_rows = num_rows_of_id(schema, name)
+    num_rows = schema.rows_per_id(name)
     if len(values) * num_rows > MAX_LIST_VALUES:
         reason = f"more than {MAX_LIST_VALUES:,} rows of ids in a row group"
         note(name, np.ones(len(array), bool), reason, lambda row: f"{reason}; write smaller ones")
@@ -296,7 +290,7 @@ def _length_message(history: str, lengths: np.ndarray, row: int) -> str:
 
 def _num_ids(table: pa.Table, name: str, schema: Schema) -> np.ndarray:  # [R]
     """Return the lengths of the lists as they were written, before ids became rows."""
-    return list_lengths(table[name]) // num_rows_of_id(schema, name)
+    return list_lengths(table[name]) // schema.rows_per_id(name)
 
 
 def _cast(array: pa.Array, value_type: pa.DataType, as_list: bool) -> pa.Array:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from recsys.config import RankingSettings
@@ -33,7 +34,7 @@ class MeanOfEvents(HistoryAttention):
         parallel: Tensor,  # [N, P]
     ) -> Tensor:  # [N]
         """Return zeros."""
-        return history.spread(target[:, :1] * 0).squeeze(1)
+        return torch.zeros_like(history.rows, dtype=items.dtype)
 
 
 class FurtherHistories(nn.Module):

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from recsys.data.jagged_history import JaggedHistory
+from recsys.ranking.layers.further_histories import MeanOfEvents
 from recsys.ranking.layers.target_attention import DotAttention, HistoryAttention, TargetAttention
 
 DIM, NUM_PARALLEL, NUM_ITEMS = 4, 2, 4
 LENGTHS = torch.tensor([2, 0, 3, 1])
 INDEX = torch.tensor([3, 0, 3, 3, 1, 0])  # item 2 is in no history
 HISTORY = JaggedHistory.of(INDEX, LENGTHS, NUM_ITEMS)
-KINDS = ["DIN", "dot"]
+KINDS = ["DIN", "dot", "mean"]
 
 
 def inputs(num_parallel: int = NUM_PARALLEL) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,12 +33,14 @@ def attention_of(kind: str, num_parallel: int = NUM_PARALLEL) -> HistoryAttentio
     torch.manual_seed(1)
     if kind == "DIN":
         return TargetAttention(DIM, num_parallel, [6, 3])
-    return DotAttention(DIM, num_parallel)
+    return DotAttention(DIM, num_parallel) if kind == "dot" else MeanOfEvents(DIM, num_parallel)
 
 
 def score_of(attention: HistoryAttention, item: Tensor, target: Tensor) -> Tensor:
     if isinstance(attention, TargetAttention):
         return attention.score(torch.cat([item, target, item - target, item * target]))[0]
+    if isinstance(attention, MeanOfEvents):
+        return 0 * target.sum()
     assert isinstance(attention, DotAttention)
     return attention.query(target) @ item / math.sqrt(DIM)
 
@@ -69,7 +72,9 @@ def test_attention_equals_a_loop_over_unpadded_histories(kind: str, num_parallel
     assert output.shape == (len(LENGTHS), DIM)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
     factor = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
-    gradients = torch.autograd.grad((output * factor).sum(), variables)
+    gradients = torch.autograd.grad(
+        (output * factor).sum(), variables, allow_unused=True, materialize_grads=True
+    )
     wanted = torch.autograd.grad((expected * factor).sum(), variables)
     torch.testing.assert_close(gradients, wanted, atol=1e-5, rtol=1e-4)
 
