@@ -5,7 +5,7 @@ Shapes: N rows, U items with training rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +53,21 @@ class ItemCounts:
     counts: np.ndarray  # int64 [U]
 
     @classmethod
+    def of_rows(cls, items: np.ndarray) -> ItemCounts:  # int64 [N]
+        """Count how often each item occurs."""
+        return cls(*np.unique(items, return_counts=True))
+
+    @classmethod
+    def sum_of(cls, parts: Sequence[ItemCounts]) -> ItemCounts:
+        """Add counts up."""
+        items = np.concatenate([np.zeros(0, np.int64), *(part.items for part in parts)])
+        counts = np.concatenate([np.zeros(0, np.int64), *(part.counts for part in parts)])
+        order = np.argsort(items)
+        items, counts = items[order], counts[order]
+        begin = np.flatnonzero(np.append(True, items[1:] != items[:-1])[: len(items)])
+        return cls(items[begin], np.add.reduceat(counts, begin) if len(items) else counts)
+
+    @classmethod
     def load(cls, path: Path) -> ItemCounts:
         """Open counts that `save` wrote; they stay in the file until they are looked up."""
         stored = np.load(path, mmap_mode="r")
@@ -72,12 +87,6 @@ class ItemCounts:
             return np.zeros(len(items), np.int64)
         place = np.searchsorted(self.items, items).clip(max=len(self.items) - 1)
         return np.where(self.items[place] == items, self.counts[place], 0)
-
-    def dense(self, num_items: int) -> np.ndarray:  # int64 [num_items]
-        """Return the counts of all items."""
-        counts = np.zeros(num_items, np.int64)
-        counts[self.items] = self.counts
-        return counts
 
     def sum_of_ranks(self, num_items: int, ranks: Ranks) -> ItemCounts:
         """Return the sums over all ranks on rank 0, and nothing on the others. A collective.
@@ -103,6 +112,27 @@ class ItemCounts:
         return ItemCounts(np.concatenate(items), np.concatenate(counts))
 
 
+class ItemCounter:
+    """Counts items that come in chunks; memory grows with the different ones alone."""
+
+    def __init__(self) -> None:
+        """Start without items."""
+        self._merged = ItemCounts.sum_of([])
+        self._waiting: list[ItemCounts] = []
+
+    def add(self, items: np.ndarray) -> None:  # int64 [N]
+        """Count items."""
+        self._waiting.append(ItemCounts.of_rows(items))
+        if sum(len(of.items) for of in self._waiting) > max(len(self._merged.items), LEAST_MERGED):
+            self.total()
+
+    def total(self) -> ItemCounts:
+        """Return the counts so far."""
+        if self._waiting:
+            self._merged, self._waiting = ItemCounts.sum_of([self._merged, *self._waiting]), []
+        return self._merged
+
+
 def count_items(
     rows: RowSource,
     rank: int,
@@ -114,23 +144,10 @@ def count_items(
     All columns are read, so that an unusable value ends the job before its first step. `also` is
     called with each chunk of rows.
     """
-    merged = ItemCounts(np.zeros(0, np.int64), np.zeros(0, np.int64))
-    waiting: list[ItemCounts] = []
+    counter = ItemCounter()
     for table in rows.read(*rows.share(rank, world_size)):
         if also is not None:
             also(table)
         known = table[ROW_POSITION].to_numpy() >= 0
-        items = table[rows.schema.target_item].to_numpy()[known]
-        waiting.append(ItemCounts(*np.unique(items, return_counts=True)))
-        if sum(len(of.items) for of in waiting) > max(len(merged.items), LEAST_MERGED):
-            merged, waiting = _merged([merged, *waiting]), []
-    return _merged([merged, *waiting])
-
-
-def _merged(parts: list[ItemCounts]) -> ItemCounts:
-    items = np.concatenate([part.items for part in parts])
-    counts = np.concatenate([part.counts for part in parts])
-    order = np.argsort(items)
-    items, counts = items[order], counts[order]
-    begin = np.flatnonzero(np.append(True, items[1:] != items[:-1])[: len(items)])
-    return ItemCounts(items[begin], np.add.reduceat(counts, begin) if len(items) else counts)
+        counter.add(table[rows.schema.target_item].to_numpy()[known])
+    return counter.total()

@@ -38,12 +38,12 @@ QUERIES_PER_BLOCK = 256
 TIE = 1e-12
 
 
-def catalogue_of(job: Job) -> np.ndarray:  # int64 [items]
+def catalogue_of(job: Job) -> np.ndarray | range:  # int64 [items]
     """Return the ids to search: items with a row in `items/*.parquet`, or all ids without files."""
     if job.store is not None:
         return np.sort(job.store.items.ids)
     if job.schema.items is None:
-        return np.arange(job.schema.num_items)
+        return range(job.schema.num_items)
     return np.sort(ItemTable(job.root, job.schema, job.config.on_bad_row).ids)
 
 
@@ -57,7 +57,8 @@ def catalogue_vectors(job: Job, lockstep: Lockstep) -> tuple[Tensor, Tensor]:
     ranks = job.ranks
     with ranks.raise_on_all_ranks():
         items = catalogue_of(job)
-    share = np.array_split(items, ranks.world_size)[ranks.rank]
+    first, end = (part * len(items) // ranks.world_size for part in (ranks.rank, ranks.rank + 1))
+    share = np.asarray(items[first:end])
     batches = _batches_of_items(job, share, len(items))
     total = -(-_longest_share(job, len(items)) // job.config.batch_size)
     outputs = forward_pass(job, batches, lockstep, place="catalogue batch", total=total)

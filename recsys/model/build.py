@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch.distributed as dist
-from torch import Tensor
 
 from embeddings import (
     MemoryBank,
@@ -24,6 +23,7 @@ from recsys.model.retrieval_loss import RetrievalLoss
 from recsys.model.tables import id_dropouts, pooled_features
 from recsys.ranking.build import build_ranking
 from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.item_categories import ItemCategories
 from recsys.ranking.layers.further_histories import FurtherHistories
 
 
@@ -34,7 +34,7 @@ def build_em3(
     encoders: dict[str, Encoder],
     bank: MemoryBank | None,
     device: str = "meta",
-    item_categories: Tensor | None = None,  # int32 [num_items, C]
+    item_categories: ItemCategories | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> EM3:
     """Build the model, with its tables on `device` (meta: allocated when sharded).

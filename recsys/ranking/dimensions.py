@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from torch import Tensor
 
 from recsys.data.schema import Schema
+from recsys.ranking.item_categories import ItemCategories
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,7 @@ class InputDimensions:
     further_histories: the last of `pooled_names`: the sequences after the first one.
     group: the column of the user for whom items are ranked.
     has_history: whether the schema has a sequence of past items.
-    item_categories: up to C categories of every item, int32 [num_items, C], -1 for none; set if a
-        model searches by category.
+    item_categories: categories of items; set if a model searches by category.
     process_group: the ranks that train the model together; None for a single rank.
     """
 
@@ -38,7 +37,7 @@ class InputDimensions:
     further_histories: tuple[str, ...] = ()
     group: str = ""
     has_history: bool = True
-    item_categories: Tensor | None = None
+    item_categories: ItemCategories | None = None
     process_group: dist.ProcessGroup | None = None
 
     @staticmethod
@@ -46,7 +45,7 @@ class InputDimensions:
         schema: Schema,
         pooled_features: list[str],
         table_dims: dict[str, int],
-        item_categories: Tensor | None = None,
+        item_categories: ItemCategories | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> InputDimensions:
         """Return the dimensions of a dataset whose tables have the given widths.
@@ -55,7 +54,7 @@ class InputDimensions:
             schema: columns of the dataset.
             pooled_features: columns looked up in pooled tables, in order.
             table_dims: embedding dimension of each table.
-            item_categories: int32 [num_items, C], or None.
+            item_categories: categories of items, or None.
             process_group: the ranks that train the model together; None for a single rank.
         """
         further = tuple(history.name for history in schema.histories[1:])

@@ -1,8 +1,8 @@
-"""Loads the categories of every item from a column of the items' Parquet files.
+"""Loads the categories of items from a column of their Parquet files.
 
 SIM's search by category reads it.
 
-Shapes: n rows of a chunk, C categories of the item that has most.
+Shapes: n rows of a chunk, I items with a category, C categories of the item that has most, N ids.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recsys.config import RankingSettings
 from recsys.data.filesystem import Location
@@ -23,12 +23,39 @@ from recsys.ranking.settings import SimSettings
 MOST_CATEGORIES = 16  # of an item: each pair of two items' categories is compared
 
 
+class ItemCategories(nn.Module):
+    """Looks up the categories of items. Items without any take no memory.
+
+    Example::
+
+        categories = ItemCategories(torch.tensor([2, 9]), torch.tensor([[1, 3], [0, -1]]))
+        categories(torch.tensor([9, 4]))  # [[0, -1], [-1, -1]]
+    """
+
+    items: Tensor
+    categories: Tensor
+
+    def __init__(
+        self,
+        items: Tensor,  # int64 [I], ascending
+        categories: Tensor,  # [I, C]
+    ) -> None:
+        """Keep the categories outside of the model's state."""
+        super().__init__()
+        self.register_buffer("items", items, persistent=False)
+        self.register_buffer("categories", categories, persistent=False)
+
+    def forward(self, items: Tensor) -> Tensor:  # [N] -> [N, C]
+        """Return numbers for the categories of each item, -1 for the ones it has less than C."""
+        place = torch.searchsorted(self.items, items).clamp(max=len(self.items) - 1)
+        is_known = (self.items[place] == items).unsqueeze(1)
+        return torch.where(is_known, self.categories[place], -1)
+
+
 def load_item_categories(
     settings: RankingSettings, root: Location, schema: Schema, on_bad_row: OnBadRow
-) -> Tensor | None:  # int32 [num_items, C]
-    """Return numbers for the categories of each item, or None if no model searches by category.
-
-    An item with fewer than C categories has -1 for the others.
+) -> ItemCategories | None:
+    """Return the categories of items, or None if no model searches by category.
 
     Args:
         settings: settings of the ranking model.
@@ -57,11 +84,12 @@ def load_item_categories(
     codes = values.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
     numbers = np.full((items.num_rows, max(1, int(lengths.max()))), -1, np.int32)
     numbers[np.arange(numbers.shape[1]) < lengths[:, None]] = codes
-    categories = np.full((schema.num_items, numbers.shape[1]), -1, np.int32)
-    categories[items.ids] = numbers[items.rows]
-    if categories.max() < 0:
+    has_any = (numbers[items.rows] >= 0).any(axis=1)
+    if not has_any.any():
         raise ValueError(f"{items.folder}: column '{name}' is null in every row")
-    return torch.from_numpy(categories)
+    ids, rows = items.ids[has_any].astype(np.int64), items.rows[has_any]
+    order = ids.argsort()
+    return ItemCategories(torch.from_numpy(ids[order]), torch.from_numpy(numbers[rows[order]]))
 
 
 def _lists(

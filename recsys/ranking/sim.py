@@ -42,7 +42,6 @@ class Sim(RowFeatures):
     """
 
     Settings = SimSettings
-    categories: Tensor | None
 
     def __init__(
         self,
@@ -66,8 +65,7 @@ class Sim(RowFeatures):
         interest = AgedAttention(dimensions.id_dim, dimensions.num_parallel, settings.search_heads)
         super().__init__(settings, dimensions.id_dim, dimensions, content)
         self.interest, self.top_k = interest, settings.search_top_k
-        categories = dimensions.item_categories if settings.search == "category" else None
-        self.register_buffer("categories", categories, persistent=False)
+        self.categories = dimensions.item_categories if settings.search == "category" else None
         self.mlp = ranking_head(self.feature_dim, settings, dimensions.num_labels)
 
     def forward(
@@ -123,8 +121,8 @@ class Sim(RowFeatures):
         A row whose target has no category has no such position.
         """
         assert self.categories is not None
-        of_items = self.categories[batch.history_items][history.index].unsqueeze(2)  # [N, C, 1]
-        of_targets = self.categories[batch.target_items][history.rows].unsqueeze(1)  # [N, 1, C]
+        of_items = self.categories(batch.history_items)[history.index].unsqueeze(2)  # [N, C, 1]
+        of_targets = self.categories(batch.target_items)[history.rows].unsqueeze(1)  # [N, 1, C]
         shared = (of_items == of_targets) & (of_targets >= 0)  # [N, C, C]
         same = shared.flatten(1).any(dim=1).nonzero().squeeze(1)
         # `highest` takes the later of equal scores.

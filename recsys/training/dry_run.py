@@ -17,7 +17,6 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from recsys.build import Job, build_job, check_columns
@@ -107,8 +106,6 @@ def format_dry_run(found: DryRun) -> str:
 def _start(job: Job) -> None:
     """Do the start-up work of a run, except the work that grows with the catalogue."""
     load_pretrained_tables(job)
-    if job.preparation.negatives is not None:
-        job.preparation.negatives.use_counts(np.ones(job.schema.num_items, np.int64))
     if job.em3.content is not None and job.store is not None:
         start_projections(job.em3.content, job.store, job.ranks)
 

@@ -142,7 +142,7 @@ def open_run(job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep) 
     describe_run(run, job, data)
     item_counts = read_item_counts(run, job.schema.num_items)
     if job.preparation.negatives is not None:
-        job.preparation.negatives.use_counts(item_counts.dense(job.schema.num_items))
+        job.preparation.negatives.use_counts(item_counts)
     if job.ranks.is_first:
         print_table(f"{job.plan}\n\n{job.parameters}\n")
     reporter = Reporter(job, run, progress or Progress())

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from recsys.data.filesystem import Location
-from recsys.data.item_parts import item_parts
+from recsys.data.item_parts import ItemCounts, item_parts
 from recsys.data.schema import Schema, load_schema
 from recsys.diagnostics.dataset.item_summary import ItemSummary, summarize_items
 from recsys.diagnostics.dataset.key_counts import KeyCounts
@@ -62,7 +62,8 @@ class DatasetSummary:
     def shares_of_rows(self, split: str) -> dict[str, float]:
         """Return shares of a split's rows: cold and unseen items, repeats, known groups, ..."""
         found, train = self.splits[split], self.splits["train"]
-        counts, of = found.item_counts, item_parts(train.item_counts)
+        items, counts = found.item_counts.items, found.item_counts.counts
+        of = item_parts(train.item_counts.of(items))
         rows = max(int(counts.sum()), 1)
         shares = {
             **{part: float(counts[of[part]].sum() / rows) for part in ("cold", "unseen")},
@@ -72,34 +73,28 @@ class DatasetSummary:
             "of_top_items": share_of_most_frequent(counts),
         }
         if self.items is not None:
-            shares["without_item_row"] = float(counts[~self._has_item_row()].sum() / rows)
+            without_row = ~np.isin(items, self.items.ids)
+            shares["without_item_row"] = float(counts[without_row].sum() / rows)
         if split != "train" and counts.any():
             groups = found.keys[GROUPS], train.keys.get(GROUPS, KeyCounts())
             shares["of_known_groups"] = groups[0].share_of_total_in(groups[1]) or 0.0
         return shares
 
-    def _has_item_row(self) -> np.ndarray:  # bool [num_items]
-        assert self.items is not None
-        known = np.zeros(self.schema.num_items, bool)
-        known[self.items.ids] = True
-        return known
-
     def items_without_rows(self) -> int:
         """Count the items with content that occur in no impression."""
         assert self.items is not None
-        counts = sum(split.item_counts for split in self.splits.values())
-        return int((self._has_item_row() & (counts == 0)).sum())
+        counts = ItemCounts.sum_of([split.item_counts for split in self.splits.values()])
+        return int((counts.of(self.items.ids) == 0).sum())
 
 
 def share_of_most_frequent(
-    counts: np.ndarray,  # int64 [num_items], rows of each item
+    counts: np.ndarray,  # int64 [U], rows of each item that has any
     share: float = 0.01,
 ) -> float:
     """Return the share of all rows that belong to the most frequent `share` of the items."""
-    occurring = np.sort(counts[counts > 0])[::-1]
-    if not len(occurring):
+    if not len(counts):
         return 0.0
-    return float(occurring[: max(1, round(share * len(occurring)))].sum() / occurring.sum())
+    return float(np.sort(counts)[::-1][: max(1, round(share * len(counts)))].sum() / counts.sum())
 
 
 def summarize_dataset(data: str) -> DatasetSummary:

@@ -50,7 +50,7 @@ def _splits(found: DatasetSummary) -> str:
     for label in found.schema.of_kind("label"):
         add(f"rate of label {label}", lambda split: f"{split.numbers[label].mean:.2%}")  # noqa: B023
     add("groups", lambda split: _distinct(split.keys[GROUPS]))
-    add("target items", lambda split: f"{int((split.item_counts > 0).sum()):,}")
+    add("target items", lambda split: f"{len(split.item_counts.items):,}")
     shares = {split.split: found.shares_of_rows(split.split) for split in splits}
     for key, name in SHARES.items():
         if any(key in of_split for of_split in shares.values()):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from recsys.data.filesystem import Location
+from recsys.data.item_parts import ItemCounter, ItemCounts
 from recsys.data.parquet.bad_rows import by_reason
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.rows import ParquetRows
@@ -27,7 +28,7 @@ from recsys.diagnostics.dataset.time_columns import time_ranges
 class SplitSummary:
     """Contents of a split.
 
-    item_counts: int64 [num_items], rows by target item.
+    items: counts rows by target item.
     keys: counts of ids by column (raw ids if training assigns their rows), of groups, of pairs of
         group and item, and of whole rows.
     target_in_history: rows with a history that holds their own target.
@@ -39,7 +40,7 @@ class SplitSummary:
     files: int
     row_groups: int
     bytes: int
-    item_counts: np.ndarray
+    items: ItemCounter = field(default_factory=ItemCounter)
     usable_rows: int = 0
     numbers: dict[str, Range] = field(default_factory=dict)  # labels and dense columns
     ids: dict[str, IdRange] = field(default_factory=dict)
@@ -48,6 +49,11 @@ class SplitSummary:
     times: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     target_in_history: int = 0
     bad_rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def item_counts(self) -> ItemCounts:
+        """Return the number of rows of each target item."""
+        return self.items.total()
 
     @property
     def num_bad_rows(self) -> int:
@@ -72,7 +78,6 @@ def summarize_split(root: Location, split: str, schema: Schema) -> SplitSummary:
         files=len({str(group.file) for group in rows.row_groups}),
         row_groups=len(rows.row_groups),
         bytes=sum(group.num_bytes for group in rows.row_groups),
-        item_counts=np.zeros(schema.num_items, np.int64),
     )
     for table in rows.read(0, rows.num_rows):
         columns = RowColumns.of(table)
@@ -94,8 +99,7 @@ def _add_rows(found: SplitSummary, schema: Schema, columns: RowColumns) -> None:
             found.numbers.setdefault(name, Range()).add(numbers[~np.isnan(numbers)])
         else:
             _add_ids(found, schema, name, columns)
-    items, times = np.unique(columns.numbers[schema.target_item], return_counts=True)
-    found.item_counts[items] += times
+    found.items.add(columns.numbers[schema.target_item])
     found.target_in_history += _rows_with_target(schema, columns)
     group = RAW_GROUP if RAW_GROUP in columns.numbers else schema.group
     groups = hash_numbers(columns.numbers[group])

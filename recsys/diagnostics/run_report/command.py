@@ -150,7 +150,7 @@ def item_sections(
         category: the column that colours the maps, if any.
         with_examples: whether to show items with names and pictures.
     """
-    item_counts = read_item_counts(run, job.schema.num_items).dense(job.schema.num_items)
+    item_counts = read_item_counts(run, job.schema.num_items)
     items = frequent_items(job, item_counts, ITEMS)
     branch = job.em3.content
     num_modalities = len(branch.encoders) if branch is not None else 0
@@ -161,9 +161,9 @@ def item_sections(
     known = None
     if table is not None and category is not None:
         known = Categories(category, categories(table, category, of_maps.items))
-    sections = [embedding_maps(of_maps, item_counts, known)]
+    sections = [embedding_maps(of_maps, item_counts.of(of_maps.items), known)]
     if with_examples:
-        candidates = np.flatnonzero(item_counts) if job.store is None else job.store.items.ids
+        candidates = item_counts.items if job.store is None else job.store.items.ids
         examples = example_items(item_counts, test_items, candidates)
         sections += [nearest_items(job, run, vectors, examples, item_counts, table, category)]
     return [*sections, fusion_attention(branch, layers)]

@@ -48,14 +48,14 @@ def pair_cosines(
 
 def embedding_maps(
     vectors: ItemVectors,
-    item_counts: np.ndarray,  # int64 [num_items]
+    item_counts: np.ndarray,  # int64 [I]
     categories: Categories | None = None,
 ) -> Section:
     """Return the section; words name the kinds of vectors that the model lacks.
 
     Args:
         vectors: vectors of the items of the maps.
-        item_counts: training impressions of all items.
+        item_counts: training impressions of these items.
         categories: categories of these items, which colour the maps; None: colours by training
             impressions.
     """
@@ -63,7 +63,7 @@ def embedding_maps(
         return Section(TITLE, ["Too few items have training impressions for a map."])
     before, after = _kinds(vectors)
     words, tables = _ties(vectors)
-    paint, notes = by_count(item_counts[vectors.items]), {}
+    paint, notes = by_count(item_counts), {}
     if categories is not None and categories.are_enough:
         paint = by_category(categories)
         shares = {

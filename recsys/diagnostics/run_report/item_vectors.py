@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recsys.build import Job
 from recsys.checkpoint.table_export import stored_tables
+from recsys.data.item_parts import ItemCounts
 
 ITEMS_PER_CALL = 256
 
@@ -38,14 +39,14 @@ class ItemVectors:
 
 def frequent_items(
     job: Job,
-    item_counts: np.ndarray,  # int64 [num_items]
+    item_counts: ItemCounts,
     most: int,
 ) -> np.ndarray:  # int64 [I]
     """Return the `most` most frequent items in training (with content, if the model has it)."""
-    items = np.flatnonzero(item_counts)
+    items = item_counts.items
     if job.store is not None:
         items = np.intersect1d(items, job.store.items.ids)
-    return items[np.argsort(-item_counts[items], kind="stable")][:most]
+    return items[np.argsort(-item_counts.of(items), kind="stable")][:most]
 
 
 @torch.no_grad()

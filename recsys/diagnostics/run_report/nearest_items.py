@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from recsys.build import Job
+from recsys.data.item_parts import ItemCounts
 from recsys.data.items.item_table import ItemTable
 from recsys.diagnostics.run_report.item_columns import column_values
 from recsys.diagnostics.run_report.item_descriptions import category_text, item_names, item_pictures
@@ -35,7 +36,7 @@ class Examples:
 
 
 def example_items(
-    item_counts: np.ndarray,  # int64 [num_items]
+    item_counts: ItemCounts,
     test_items: np.ndarray,  # int64 [N]
     candidates: np.ndarray,  # int64 [I]
 ) -> Examples:
@@ -45,20 +46,20 @@ def example_items(
     the total. Unseen items are sorted by their number of rows in the test split, highest first.
 
     Args:
-        item_counts: training impressions of all items.
+        item_counts: training impressions.
         test_items: items of the rows of the test split.
         candidates: items that can be shown.
     """
     candidates = np.sort(candidates)
-    counts = item_counts[candidates]
+    counts = item_counts.of(candidates)
     by_count = np.argsort(-counts, kind="stable")
     seen = candidates[by_count[: int((counts > 0).sum())]]
     frequent, others = seen[:OF_EACH_KIND], seen[OF_EACH_KIND:]
-    middle = int(np.searchsorted(item_counts[seen].cumsum(), counts.sum() / 2)) - OF_EACH_KIND
+    middle = int(np.searchsorted(item_counts.of(seen).cumsum(), counts.sum() / 2)) - OF_EACH_KIND
     middle = max(0, min(middle, len(others) - OF_EACH_KIND))
-    tested = np.bincount(test_items, minlength=len(item_counts))
     unseen = candidates[counts == 0]
-    unseen = unseen[np.argsort(-tested[unseen], kind="stable")]
+    tested = ItemCounts.of_rows(test_items).of(unseen)
+    unseen = unseen[np.argsort(-tested, kind="stable")]
     return Examples(frequent, others[middle : middle + OF_EACH_KIND], unseen[:OF_EACH_KIND])
 
 
@@ -67,7 +68,7 @@ def nearest_items(
     run: Path,
     pool: ItemVectors,
     examples: Examples,
-    item_counts: np.ndarray,  # int64 [num_items]
+    item_counts: ItemCounts,
     table: ItemTable | None,
     category: str | None,
 ) -> Section:
@@ -78,7 +79,7 @@ def nearest_items(
         run: folder of the run, whose checkpoint has the ID vectors of the examples.
         pool: vectors of the items, all seen in training, that can be neighbours.
         examples: the items shown.
-        item_counts: training impressions of all items.
+        item_counts: training impressions.
         table: the items' files; if None, items are named by their row in the ID table.
         category: the column of categories that the cards show, if any.
     """
@@ -89,13 +90,13 @@ def nearest_items(
     found = _neighbours(pool, item_vectors(job, run, shown))
     card = _cards_of(np.union1d(shown, found.items), item_counts, table, category)
     cards = []
-    for place, item in enumerate(shown.tolist()):
+    for place, (item, count) in enumerate(zip(shown.tolist(), item_counts.of(shown).tolist())):
         rows = [
             (f"nearest by {kind} vector", [card(*pair) for pair in found.of(kind, place)])
             for kind in found.by_kind
-            if kind != "ID" or item_counts[item]
+            if kind != "ID" or count
         ]
-        if not item_counts[item]:
+        if not count:
             rows.append(("The ID vector is untrained: the item is in no row of training.", []))
         cards.append(Cards(card(item, None), rows))
     return Section(TITLE, [_words(len(pool.items), len(unseen) > 0)], cards=cards)
@@ -147,20 +148,21 @@ def _neighbours(pool: ItemVectors, examples: ItemVectors) -> _Neighbours:
 
 def _cards_of(
     items: np.ndarray,  # int64 [I]
-    item_counts: np.ndarray,  # int64 [num_items]
+    item_counts: ItemCounts,
     table: ItemTable | None,
     category: str | None,
 ) -> Callable[[int, float | None], Card]:
     """Return a function that makes the card of one of these items; each item is read once."""
     names = dict(zip(items.tolist(), item_names(table, items)))
     pictures = dict(zip(items.tolist(), item_pictures(table, items)))
+    counts = dict(zip(items.tolist(), item_counts.of(items).tolist()))
     kinds: dict[int, str] = {}
     if table is not None and category is not None:
         values = column_values(table, category, items)
         kinds = {item: category_text(value) for item, value in zip(items.tolist(), values)}
 
     def card(item: int, cosine: float | None) -> Card:
-        count = int(item_counts[item])
+        count = counts[item]
         lines = [f"cosine {cosine:.3f}"] if cosine is not None else []
         lines += [kinds[item]] if kinds.get(item) else []
         lines.append(f"{count:,} impression{'' if count == 1 else 's'}")

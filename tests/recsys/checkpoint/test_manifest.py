@@ -160,7 +160,7 @@ def test_counts_of_items_that_are_not_those_of_the_run_are_refused(
 ) -> None:
     file, counts = tmp_path / "item_counts.npy", np.arange(30)
     np.save(file, counts)
-    assert read_item_counts(tmp_path, 30).dense(30).tolist() == counts.tolist()
+    assert read_item_counts(tmp_path, 30).of(np.arange(30)).tolist() == counts.tolist()
     if change == "missing":
         file.unlink()
     elif change == "cut":

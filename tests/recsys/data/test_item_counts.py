@@ -58,6 +58,6 @@ def test_counts_are_stored_and_looked_up(tmp_path: Path) -> None:
     for file in ("counts.npy", "dense.npy"):
         counts = ItemCounts.load(tmp_path / file)
         assert counts.of(asked).tolist() == [0, 1, 1, 0, 3, 0]
-        assert counts.dense(6).tolist() == dense.tolist()
+        assert counts.of(np.arange(6)).tolist() == dense.tolist()
     nothing = ItemCounts(np.zeros(0, np.int64), np.zeros(0, np.int64))
     assert nothing.of(asked).tolist() == [0] * 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,13 @@ import pytest
 import torch
 
 from recsys.config import RetrievalSettings
+from recsys.data.item_parts import ItemCounts
 from recsys.data.negatives import NegativeSampler
 from tests.recsys.content.item_batches import batch_of_items
 
 NUM_ITEMS, TARGETS = 5, [4, 1, 1]
 HISTORIES = [[0, 2], [], [2]]
-COUNTS = np.array([10, 40, 0, 30, 20])
+COUNTS = ItemCounts(np.array([0, 1, 3, 4]), np.array([10, 40, 30, 20]))
 
 
 def sampler(**settings: Any) -> NegativeSampler:
@@ -45,13 +47,13 @@ def test_items_are_drawn_as_often_as_q_says(kind: str) -> None:
     many = sampler(loss="sampled_softmax", num_negatives=20_000, negative_sampling=kind)
     batch = many(batch_of_items(TARGETS, HISTORIES), (0, 0, 0), training=True)
     assert batch.negative_items is not None and batch.negative_log_q is not None
-    q = many.log_q.exp()
+    q = many.log_q(torch.arange(NUM_ITEMS)).exp()
     assert float(q.sum()) == pytest.approx(1)
     share = batch.negative_items.bincount(minlength=NUM_ITEMS) / 20_000
     assert share.tolist() == pytest.approx(q.tolist(), abs=0.02)
-    assert torch.equal(batch.negative_log_q, many.log_q[batch.negative_items])
+    assert torch.equal(batch.negative_log_q, many.log_q(batch.negative_items))
     assert batch.target_log_q is not None
-    assert torch.equal(batch.target_log_q, many.log_q[TARGETS])
+    assert torch.equal(batch.target_log_q, many.log_q(torch.tensor(TARGETS)))
     if kind == "uniform":
         assert q.tolist() == pytest.approx([0.2] * 5)
     else:  # item 1 is the most frequent, then 3, 4, 0, 2: log((n + 2) / (n + 1)) / log 6
@@ -92,3 +94,61 @@ def test_outside_training_nothing_is_drawn() -> None:
     batch = made(batch_of_items(TARGETS, HISTORIES), (0, 0, 0), training=False)
     assert batch.negative_items is not None and len(batch.negative_items) == 0
     assert batch.sequence_features["negatives of item"].values().numel() == 0
+
+
+def dense_log_q(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [I] -> [I], [I]
+    """Log Q of all items in the batch, and under Zipf's law, whose order is the second's."""
+    order = np.argsort(-counts, kind="stable")
+    zipf = np.empty(len(counts))
+    zipf[order] = np.log(np.log1p(1 / np.arange(1, len(counts) + 1)) / np.log(len(counts) + 1))
+    return np.log(counts.clip(min=1) / counts.sum()), zipf
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_counts_of_the_items_that_have_rows_give_what_counts_of_all_items_give(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(4, size=200) * rng.integers(2, size=200)  # many ties, most of them at 0
+    counts[rng.integers(200)] = 9
+    items = np.flatnonzero(counts)
+    in_batch, zipf = (
+        NegativeSampler(RetrievalSettings(loss=loss, num_negatives=500), 200, "item")
+        for loss in ("in_batch_softmax", "sampled_softmax")
+    )
+    for made, expected in zip((in_batch, zipf), dense_log_q(counts)):
+        made.use_counts(ItemCounts(items, counts[items]))
+        assert torch.equal(made.log_q(torch.arange(200)), torch.from_numpy(expected).float())
+    batch = zipf(batch_of_items(TARGETS), (seed, 0, 0), training=True)
+    places = np.exp(np.random.default_rng((seed, 0, 0)).random(500) * np.log(201)).astype(int) - 1
+    assert batch.negative_items is not None
+    assert batch.negative_items.tolist() == np.argsort(-counts, kind="stable")[places].tolist()
+
+
+def test_before_any_counts_all_items_are_equal() -> None:
+    for loss, expected in (("in_batch_softmax", 1 / 5), ("sampled_softmax", np.log(2) / np.log(6))):
+        made = NegativeSampler(RetrievalSettings(loss=loss), NUM_ITEMS, "item")
+        assert float(made.log_q(torch.tensor([0])).exp()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("loss", ["in_batch_softmax", "sampled_softmax"])
+@pytest.mark.parametrize("kind", ["uniform", "log_uniform"])
+def test_memory_does_not_grow_with_the_table(loss: str, kind: str) -> None:
+    num_items = 1 << 40  # counts of all would take 8 TiB
+    items = np.random.default_rng(0).choice(num_items // 1000, 1000, replace=False) * 1000
+    counts = ItemCounts(np.sort(items), np.arange(1000, 2000))
+    tracemalloc.start()
+    try:
+        settings = RetrievalSettings(loss=loss, negative_sampling=kind, num_negatives=1000)
+        made = NegativeSampler(settings, num_items, "item")
+        made.use_counts(counts)
+        targets = [*counts.items[:50].tolist(), num_items - 1]
+        batch = made(batch_of_items(targets), (0, 0, 0), training=True)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert batch.target_log_q is not None and bool((batch.target_log_q < 0).all())
+    if loss == "sampled_softmax":
+        assert batch.negative_items is not None
+        drawn = batch.negative_items.numpy()
+        assert drawn.min() >= 0 and drawn.max() < num_items
+        share = np.isin(drawn, counts.items).mean()  # of Zipf's law, ln 1001 / ln 2^40
+        assert share == pytest.approx(0 if kind == "uniform" else 0.249, abs=0.05)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -82,7 +83,7 @@ def test_rows_of_all_chunks_stand_in_one_order_and_are_counted(tmp_path: Path) -
     assert [rows.share(rank, 2) for rank in range(2)] == [(0, 4), (4, 9)]
     tables = pa.concat_tables(rows.read(2, 7))
     assert tables["item"].to_pylist() == [2, 3, 4, 5, 6]
-    assert count_items(rows, 1, 2).dense(10).tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1, 0]
+    assert count_items(rows, 1, 2).of(np.arange(10)).tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1, 0]
     assert rows.describe_range(tables["item"].to_numpy()) == "chunk-0 row 2 and chunk-2 row 1"
 
 

@@ -17,7 +17,7 @@ from recsys.data.batch import Batch
 from recsys.data.filesystem import Location
 from recsys.data.jagged_history import JaggedHistory
 from recsys.data.schema import load_schema
-from recsys.ranking.item_categories import load_item_categories
+from recsys.ranking.item_categories import ItemCategories, load_item_categories
 from recsys.ranking.layers.aged_attention import AgedAttention, age_of
 from recsys.ranking.layers.history_numbers import num_history_numbers
 from recsys.ranking.sim import Sim, SimSettings
@@ -70,8 +70,9 @@ def test_with_content_the_highest_cosines_of_content_and_modalities_are_found() 
 
 def test_by_category_the_latest_items_of_the_target_s_category_are_found() -> None:
     ids, _, batch = inputs(LENGTHS)
-    #                           items 0 to 9, of which 3 has none; targets 0, 3 and 9
-    categories = torch.tensor([0, 0, 1, -1, 1, 1, 0, 1, 1, 1], dtype=torch.int32).unsqueeze(1)
+    # Items 0 to 9, of which 3 has none; targets 0, 3 and 9.
+    numbers = torch.tensor([0, 0, 1, 1, 1, 0, 1, 1, 1]).unsqueeze(1)
+    categories = ItemCategories(torch.tensor([0, 1, 2, 4, 5, 6, 7, 8, 9]), numbers)
     batch = replace(batch, target_items=torch.tensor([0, 3, 9]))
     dimensions = replace(DIMENSIONS, item_categories=categories)
     model = Sim(replace(SETTINGS, search="category"), dimensions, None)
@@ -85,7 +86,8 @@ def test_an_item_with_several_categories_shares_one_of_them() -> None:
     ids, _, batch = inputs(LENGTHS)
     random = np.random.default_rng(0)
     sets = [set(random.choice(4, random.integers(0, 4), replace=False).tolist()) for _ in range(10)]
-    categories = torch.tensor([[*one, *[-1] * (3 - len(one))] for one in sets], dtype=torch.int32)
+    numbers = torch.tensor([[*one, *[-1] * (3 - len(one))] for one in sets])
+    categories = ItemCategories(torch.arange(10), numbers)
     model = Sim(
         replace(SETTINGS, search="category", search_top_k=10),
         replace(DIMENSIONS, item_categories=categories),
@@ -161,15 +163,19 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def load(root: Path, **settings: Any) -> Tensor | None:
+def load(root: Path, **settings: Any) -> ItemCategories | None:
     location = Location.of(root)
+    schema = load_schema(location)
+    schema.columns["item"].num_embeddings = 1 << 40  # of all these ids 29 have a category
     ranking = replace(SETTINGS, search="category", **settings)
-    return load_item_categories(ranking, location, load_schema(location), "error")
+    return load_item_categories(ranking, location, schema, "error")
 
 
 def test_categories_come_from_a_column_of_the_items(root: Path) -> None:
-    categories = load(root, category="kind")
-    assert categories is not None and categories[4].tolist() == [-1]
+    found = load(root, category="kind")
+    assert found is not None
+    categories = found(torch.tensor([*range(30), 30, (1 << 40) - 1]))
+    assert categories[[4, 30, 31]].tolist() == [[-1], [-1], [-1]]
     for item in (0, 1, 2, 7, 29):
         same = (categories[:, 0] == categories[item, 0]).nonzero().flatten().tolist()
         assert same == [other for other in range(item % 3, 30, 3) if other != 4]
@@ -184,8 +190,10 @@ def test_categories_may_be_lists(root: Path, kind: pa.DataType) -> None:
     column = pa.array([lists[item] for item in items["item"].to_pylist()], kind)
     place = items.column_names.index("kind")
     pq.write_table(items.set_column(place, "kind", column), file, row_group_size=7)
-    categories = load(root, category="kind")
-    assert categories is not None and categories.shape == (30, 2)
+    found = load(root, category="kind")
+    assert found is not None
+    categories = found(torch.arange(30))
+    assert categories.shape == (30, 2)
     names = {f"kind {n}": int(categories[item, 0]) for n, item in ((0, 6), (1, 1), (2, 2))}
     names["all"] = int(categories[2, 1])
     for item, words in enumerate(lists):

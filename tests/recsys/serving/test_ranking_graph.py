@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
+from recsys.ranking.item_categories import ItemCategories
 from recsys.ranking.vectors import IDVectors, TowerVectors
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_graph
 from tests.recsys.ranking.ranking_inputs import (
@@ -140,7 +141,7 @@ class ReadsValues(nn.Module):
 
 
 def test_a_search_by_category_is_refused_as_its_rows_differ_in_length() -> None:
-    categories = torch.tensor([[0], [1], [0], [1], [2]], dtype=torch.int32)
+    categories = ItemCategories(torch.arange(5), torch.tensor([[0], [1], [0], [1], [2]]))
     dimensions = replace(DIMENSIONS, item_categories=categories)
     settings: dict[str, Any] = {"search": "category", "category": "kind"}
     graph = RankingGraph(model_of("sim", None, dimensions, **settings))

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from recsys.data.filesystem import Location
+from recsys.data.item_parts import ItemCounts
 from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import load_schema
 from recsys.diagnostics.run_report.embedding_maps import embedding_maps
@@ -143,9 +144,9 @@ def test_pictures_are_jpegs_of_at_most_96_pixels_in_height(tmp_path: Path) -> No
 def test_examples_are_frequent_middling_and_unseen_items_chosen_without_chance() -> None:
     # Frequent first these are items 2, 6, 1, 5, 7, 3, 8 and 9. The first three have 14 of all 30
     # impressions, and the fourth, item 5, makes it half.
-    counts = np.array([0, 4, 5, 3, 0, 4, 5, 4, 3, 2, 0])
+    counts = ItemCounts(np.array([1, 2, 3, 5, 6, 7, 8, 9]), np.array([4, 5, 3, 4, 5, 4, 3, 2]))
     test_items = np.array([10, 4, 10, 2, 2, 2])
-    candidates = np.random.default_rng(0).permutation(len(counts))
+    candidates = np.random.default_rng(0).permutation(11)
 
     chosen = example_items(counts, test_items, candidates)
 
@@ -155,7 +156,9 @@ def test_examples_are_frequent_middling_and_unseen_items_chosen_without_chance()
 
 
 def test_of_few_items_none_is_an_example_twice() -> None:
-    chosen = example_items(np.array([4, 1, 2]), np.array([0]), np.arange(3))
+    chosen = example_items(
+        ItemCounts(np.arange(3), np.array([4, 1, 2])), np.array([0]), np.arange(3)
+    )
 
     assert (chosen.frequent.tolist(), chosen.middling.tolist()) == ([0, 2], [1])
     assert chosen.unseen.tolist() == []
