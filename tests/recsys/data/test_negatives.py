@@ -111,7 +111,11 @@ def test_counts_of_the_items_that_have_rows_give_what_counts_of_all_items_give(s
     counts[rng.integers(200)] = 9
     items = np.flatnonzero(counts)
     in_batch, zipf = (
-        NegativeSampler(RetrievalSettings(loss=loss, num_negatives=500), 200, "item")
+        NegativeSampler(
+            RetrievalSettings(loss=loss, negative_sampling="log_uniform", num_negatives=500),
+            200,
+            "item",
+        )
         for loss in ("in_batch_softmax", "sampled_softmax")
     )
     for made, expected in zip((in_batch, zipf), dense_log_q(counts)):
@@ -125,7 +129,8 @@ def test_counts_of_the_items_that_have_rows_give_what_counts_of_all_items_give(s
 
 def test_before_any_counts_all_items_are_equal() -> None:
     for loss, expected in (("in_batch_softmax", 1 / 5), ("sampled_softmax", np.log(2) / np.log(6))):
-        made = NegativeSampler(RetrievalSettings(loss=loss), NUM_ITEMS, "item")
+        settings = RetrievalSettings(loss=loss, negative_sampling="log_uniform")
+        made = NegativeSampler(settings, NUM_ITEMS, "item")
         assert float(made.log_q(torch.tensor([0])).exp()) == pytest.approx(expected)
 
 

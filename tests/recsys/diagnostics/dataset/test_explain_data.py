@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import tracemalloc
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,11 @@ import pytest
 
 from recsys.cli import main
 from recsys.diagnostics.dataset.command import explain_data
-from recsys.diagnostics.dataset.dataset_summary import share_of_most_frequent, summarize_dataset
+from recsys.diagnostics.dataset.dataset_summary import (
+    share_of_most_frequent,
+    summarize_dataset,
+    to_json,
+)
 from recsys.diagnostics.dataset.findings import find
 from recsys.diagnostics.dataset.split_summary import GROUPS, PAIRS, ROWS
 from tests.datasets import item_rows, png, write_dataset, write_parquet
@@ -91,6 +98,30 @@ def test_shares_of_rows_that_training_knows_nothing_of(data: Path) -> None:
     assert shares["cold"] == pytest.approx((of_test < 5).mean())
     assert shares["of_known_groups"] == pytest.approx(test["user"].isin(train["user"]).mean())
     assert shares["without_item_row"] == 0.0
+
+
+def test_tables_of_any_size_are_summarized_alike_and_in_the_same_memory(
+    data: Path, tmp_path: Path
+) -> None:
+    """A bit for each of 2^40 ids would take 128 GiB."""
+    found = []
+    for rows in (1 << 7, 1 << 20, 1 << 40):
+        root = shutil.copytree(data, tmp_path / str(rows))
+        schema = (data / "schema.yaml").read_text()
+        written = re.sub(r"num_embeddings: \d+", f"num_embeddings: {rows}", schema)
+        (root / "schema.yaml").write_text(written)
+        tracemalloc.start()
+        try:
+            summary = summarize_dataset(str(root))
+            values = to_json(summary, [])
+            assert tracemalloc.get_traced_memory()[1] < 1 << 25
+        finally:
+            tracemalloc.stop()
+        uses = values.pop("tables").values()
+        assert all(use["unused_share"] == 1 - use["ids"] / rows for use in uses)
+        del values["data"]
+        found.append(values)
+    assert found[0] == found[1] == found[2]
 
 
 def test_content_of_the_items(data: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
@@ -72,6 +73,17 @@ def test_bars_of_few_users_have_the_interval_of_a_bootstrap_of_users() -> None:
         assert 0 < low < rows.metrics(np.full(len(rows.labels), True))[metric] < high < 1
         assert 0.05 < high - low < 0.3
     assert item_popularity.metric_interval(rows_of_users(1), "gauc") is None
+
+
+def test_bars_of_few_users_are_drawn_with_their_interval(figures: dict[str, Figure]) -> None:
+    item_popularity.item_popularity(rows_of_users(40), "test")
+    (axes,) = figures["quality-by-popularity"].axes
+    drawn = [each for each in axes.containers if isinstance(each, ErrorbarContainer)]
+    assert len(drawn) == 2  # of AUC and of GAUC
+    for bars in drawn:
+        (lines,) = bars.lines[2]
+        ((low, high),) = [ends[:, 1] for ends in lines.get_segments() if len(ends)]  # of one bar
+        assert 0.5 < low < high < 1
 
 
 def test_rows_without_both_labels_have_no_empty_plot(figures: dict[str, Figure]) -> None:
