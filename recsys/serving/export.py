@@ -62,7 +62,6 @@ def export_run(
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it, or name another folder")
     job = load_run(run, data, ranks, "cpu", ["--compile", "false"])
-    _require_one_history(job)
     job.model.eval()
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(out) as partial:
@@ -91,16 +90,6 @@ def export_run(
         (partial / REQUEST).write_text(json.dumps(_example(job, manifest), indent=1) + "\n")
         write_manifest(partial, manifest)
     return manifest
-
-
-def _require_one_history(job: Job) -> None:
-    """Refuse histories that a package cannot hold yet."""
-    columns = [name for name in job.schema.event_columns if name != job.schema.history]
-    if columns:
-        raise ValueError(
-            f"{job.root}/schema.yaml: columns {columns} are further sequences or lists of ids "
-            "beside one, which a package cannot hold; export a run trained without them"
-        )
 
 
 def _top_k(job: Job) -> int:
@@ -174,7 +163,9 @@ def _graph_of(job: Job, manifest: Manifest) -> torch.export.ExportedProgram:
         None if branch is None else branch.history_map,
         0 if branch is None else branch.dim,
         _top_k(job),
+        job.em3.further_histories,
     )
+    further = job.schema.histories[1:]
     ids = torch.zeros(1, dtype=torch.int64)
     shapes = RankingInputs(
         pooled,
@@ -187,6 +178,8 @@ def _graph_of(job: Job, manifest: Manifest) -> torch.export.ExportedProgram:
         content,
         content,
         content if manifest.searches else content[:, :0],
+        [item] * len(further),
+        [torch.zeros(1, len(history.numbers)) for history in further],
     )
     return export_graph(graph, shapes, manifest.ranking)
 
@@ -198,7 +191,8 @@ def _example(job: Job, manifest: Manifest) -> dict[str, Any]:
         return {"user": {}, "history": {}, "candidates": []}
     with open_parquet(files[0]) as parquet:
         names = [*manifest.pooled, *manifest.dense]
-        history = [manifest.history, *manifest.parallel] if manifest.history else []
+        lists = [[of.name, *of.numbers, *of.ids] for of in job.schema.histories]
+        history = [name for names in lists for name in names]
         columns = [*names, *history, manifest.target_item]
         row = next(parquet.iter_batches(1, columns=columns)).to_pylist()[0]
     return {

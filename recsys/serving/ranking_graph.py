@@ -9,7 +9,9 @@ Shapes: N candidates, L history items, D dimension of ID vectors, E width of con
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,8 @@ class RankingInputs:
     pooled: one [N, D_table] per pooled feature; dense: [N, F]; target: [N, D]; history: [L, D];
     parallel: [L, P]; target_items: int64 [N]; history_items: int64 [L]; target_content: [N, E] and
     history_content: [L, E], E = 0 without content; target_in_bank: [N, E], the memory bank's vector
-    of each candidate, by which long histories are searched; [N, 0] if they are not.
+    of each candidate, by which long histories are searched; [N, 0] if they are not. further: one
+    [K, D] per further history, of K events of its own; further_parallel: one [K, P] each.
     """
 
     pooled: list[Tensor]
@@ -41,10 +44,25 @@ class RankingInputs:
     target_content: Tensor
     history_content: Tensor
     target_in_bank: Tensor
+    further: list[Tensor] = field(default_factory=list)
+    further_parallel: list[Tensor] = field(default_factory=list)
 
     def arguments(self) -> tuple[object, ...]:
-        """Return the inputs as the graph's arguments."""
-        return tuple(vars(self).values())
+        """Return the inputs as the graph's arguments; the last two if there are such histories."""
+        arguments = tuple(vars(self).values())
+        return arguments if self.further else arguments[:-2]
+
+
+@dataclass
+class SharedEvents:
+    """Stand-in for a `FurtherHistory`: its events are those of every candidate."""
+
+    values: Tensor  # [N * K, P]
+    history: SharedHistory
+
+    def jagged(self) -> SharedHistory:
+        """Return the history that all candidates share."""
+        return self.history
 
 
 @dataclass
@@ -56,6 +74,7 @@ class CandidateBatch:
     history_items: Tensor  # [L]
     target_items: Tensor  # [N]
     history: SharedHistory
+    further: list[SharedEvents]
 
     def jagged_history(self) -> SharedHistory:
         """Return the history that all candidates share."""
@@ -75,6 +94,7 @@ class RankingGraph(nn.Module):
         history_map: the map of the history's content vectors; None without content.
         content_dim: width of a content vector; 0 without content.
         top_k: history items kept by a search for the target's content; 0: all.
+        further_histories: encodes the histories after the first one.
     """
 
     def __init__(
@@ -83,9 +103,11 @@ class RankingGraph(nn.Module):
         history_map: nn.Module | None = None,
         content_dim: int = 0,
         top_k: int = 0,
+        further_histories: nn.Module | None = None,
     ) -> None:
         """Keep the modules, in evaluation mode."""
         super().__init__()
+        self.further_histories = further_histories
         self.ranking, self.history_map = ranking, history_map
         self.content_dim, self.top_k = content_dim, top_k
         self.eval()
@@ -102,6 +124,8 @@ class RankingGraph(nn.Module):
         target_content: Tensor,
         history_content: Tensor,
         target_in_bank: Tensor,
+        further: Sequence[Tensor] = (),
+        further_parallel: Sequence[Tensor] = (),
     ) -> Tensor:  # [N, C]
         """Return the logits of the candidates; see `RankingInputs`."""
         shared = SharedHistory(target.shape[0], history.shape[0], target.device)
@@ -110,8 +134,14 @@ class RankingGraph(nn.Module):
             queries, items = F.normalize(target_in_bank), F.normalize(history_content)
             kept = shared.highest(shared.dot(queries, items), self.top_k)
             shared, values = shared.select(kept), values[kept]
-        batch = CandidateBatch(dense, values, history_items, target_items, shared)
-        ids = IDVectors(pooled, target, history)
+        events = [
+            _shared_events(target, events, parallel)
+            for events, parallel in zip(further, further_parallel, strict=True)
+        ]
+        batch = CandidateBatch(dense, values, history_items, target_items, shared, events)
+        ids = IDVectors(pooled, target, history, further=list(further))
+        if self.further_histories is not None:
+            ids = self.further_histories(ids, batch)
         content = self._content(target_content, history_content)
         scored = self.ranking(ids, content, batch)
         return (scored if isinstance(scored, Tensor) else scored.logits).float()
@@ -129,10 +159,19 @@ class RankingGraph(nn.Module):
         return ContentVectors(target[:, :dim], mapped, modalities[0], modalities[1])
 
 
-# Candidates and history items of the calls in which an exported graph must equal the model: none,
-# one, and more than a search keeps.
-CHECKED_SIZES = ((2, 3), (1, 1), (3, 0), (1, 0), (4, 70))
-TRACED_SIZE = (5, 7)
+def _shared_events(
+    target: Tensor,  # [N, D]
+    events: Tensor,  # [K, D]
+    parallel: Tensor,  # [K, P]
+) -> SharedEvents:
+    shared = SharedHistory(target.shape[0], events.shape[0], target.device)
+    return SharedEvents(shared.gather(parallel), shared)
+
+
+# Candidates, history items and events of further histories in the calls in which an exported graph
+# must equal the model: none, one, and more than a search keeps.
+CHECKED_SIZES = ((2, 3, 4), (1, 1, 0), (3, 0, 2), (1, 0, 1), (4, 70, 70))
+TRACED_SIZE = (5, 7, 3)
 TOLERANCE = 1e-5
 
 
@@ -149,7 +188,9 @@ def export_graph(graph: RankingGraph, shapes: RankingInputs, name: str) -> Expor
     """
     traced = _random_like(shapes, *TRACED_SIZE)
     sizes = {0: torch.export.Dim.AUTO}
-    axes = ([sizes] * len(traced.pooled), *[sizes] * (len(traced.arguments()) - 1))
+    axes = tuple(
+        [sizes] * len(part) if isinstance(part, list) else sizes for part in traced.arguments()
+    )
     try:
         with torch.no_grad():
             program = torch.export.export(
@@ -169,8 +210,10 @@ def export_graph(graph: RankingGraph, shapes: RankingInputs, name: str) -> Expor
     return program
 
 
-def _random_like(shapes: RankingInputs, num_rows: int, num_items: int) -> RankingInputs:
-    """Return random inputs with the widths of `shapes`, for N candidates and L history items."""
+def _random_like(
+    shapes: RankingInputs, num_rows: int, num_items: int, num_events: int
+) -> RankingInputs:
+    """Return random inputs with the widths of `shapes`; each further history has an event more."""
     generator = torch.Generator().manual_seed(0)
 
     def random(like: Tensor, length: int) -> Tensor:
@@ -179,9 +222,12 @@ def _random_like(shapes: RankingInputs, num_rows: int, num_items: int) -> Rankin
         return torch.randn(length, like.shape[1], generator=generator)
 
     of_history = ("history", "parallel", "history_items", "history_content")
-    inputs = {
-        name: random(like, num_items if name in of_history else num_rows)
-        for name, like in vars(shapes).items()
-        if name != "pooled"
+    inputs: dict[str, Any] = {
+        name: [random(like, num_rows) for like in of]
+        if name == "pooled"
+        else [random(like, num_events + place) for place, like in enumerate(of)]
+        if isinstance(of, list)
+        else random(of, num_items if name in of_history else num_rows)
+        for name, of in vars(shapes).items()
     }
-    return RankingInputs([random(like, num_rows) for like in shapes.pooled], **inputs)
+    return RankingInputs(**inputs)

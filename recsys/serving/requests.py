@@ -3,7 +3,8 @@
 Every column passes the functions that read it from Parquet (`recsys.data.parquet.values`), so that
 types, raw ids, unknown ids and errors are those of training.
 
-Shapes: N candidates, L history items, P parallel lists, R rows of a column (1 or N), K table rows.
+Shapes: N candidates, L events of a history, P parallel lists, R rows of a column (1 or N),
+K table rows.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from embeddings.vocabulary.bounded import BoundedVocabulary
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.data.parquet.values import check_type, is_list, list_lengths, usable_column
 from recsys.data.schema import Schema
+from recsys.data.schema_columns import HistoryColumns
 
 Values = Mapping[str, Any]
 
@@ -36,18 +38,29 @@ class TableRows:
 
 
 @dataclass(frozen=True)
+class HistoryRows:
+    """A history of a request.
+
+    ids: table rows of its events, and of each list of ids beside it, by column: int64 [L], or
+    several for each event where its table has several rows per id; numbers: float32 [L, P].
+    """
+
+    ids: dict[str, np.ndarray]
+    numbers: np.ndarray
+
+
+@dataclass(frozen=True)
 class RequestRows:
     """A request in the numbers of the model.
 
     pooled: by column, of 1 or N values; dense: float32 [1 or N] by column; target: int64 [N];
-    history: int64 [L]; parallel: float32 [L, P].
+    histories: in the order of the schema.
     """
 
     pooled: dict[str, TableRows]
     dense: dict[str, np.ndarray]
     target: np.ndarray
-    history: np.ndarray
-    parallel: np.ndarray
+    histories: list[HistoryRows]
 
 
 class RequestReader:
@@ -93,41 +106,51 @@ class RequestReader:
                 )
             return values, "candidates"
 
-        past, parallel = self._history(history)
+        histories = self._histories(history)
         return RequestRows(
             {name: self._rows_of(name, *values_of(name)) for name in self.pooled},
             {name: self._column(name, *values_of(name)).to_numpy(False) for name in self.dense},
             target,
-            past,
-            parallel,
+            histories,
         )
 
-    def _history(
-        self, history: Values | Sequence[Any]
-    ) -> tuple[np.ndarray, np.ndarray]:  # int64 [L], float32 [L, P]
-        name, lists = self.schema.history, self.schema.parallel
+    def _histories(self, history: Values | Sequence[Any]) -> list[HistoryRows]:
+        histories = self.schema.histories
         if not isinstance(history, Mapping):
             history = _listed({"items": history}, "items", "history")
-        if name is None:
-            if len(history):
-                raise ValueError("history: the model was trained without a history; give none")
-            return np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
         if not len(history):
-            history = {each: [] for each in [name, *lists]}
-        given = history if isinstance(history, Mapping) else {name: history}
+            lists = [[of.name, *of.numbers, *of.ids] for of in histories]
+            history = {name: [] for names in lists for name in names}
+        elif not histories:
+            raise ValueError("history: the model was trained without a history; give none")
+        given = history if isinstance(history, Mapping) else {histories[0].name: history}
         given = {each: [] if values is None else values for each, values in given.items()}
-        rows = self._rows_of(name, [_listed(given, name, "history")], "history").rows
-        columns = []
-        for each in lists:
-            values = _listed(given, each, "history")
-            if len(values) != len(given[name]):
+        return [self._history(of, given) for of in histories]
+
+    def _history(self, history: HistoryColumns, given: Values) -> HistoryRows:
+        name = history.name
+        length = len(_listed(given, name, "history"))
+
+        def list_of(column: str) -> list[Sequence[Any]]:
+            """Return the values beside the events, as the one list of a column."""
+            values = _listed(given, column, "history")
+            if len(values) != length:
                 raise ValueError(
-                    f"history: '{each}' has {len(values)} values for {len(given[name])} items of "
-                    f"'{name}'"
+                    f"history: '{column}' has {len(values)} values for {length} items of '{name}'"
                 )
-            columns.append(self._column(each, [values], "history").flatten().to_numpy(False))
-        parallel = np.stack(columns, axis=1) if columns else np.zeros((len(rows), 0), np.float32)
-        return rows, parallel
+            return [values]
+
+        numbers = [
+            self._column(each, list_of(each), "history").flatten().to_numpy(False)
+            for each in history.numbers
+        ]
+        return HistoryRows(
+            {
+                each: self._rows_of(each, list_of(each), "history").rows
+                for each in (name, *history.ids)
+            },
+            np.stack(numbers, axis=1) if numbers else np.zeros((length, 0), np.float32),
+        )
 
     def _rows_of(self, name: str, values: Sequence[Any], place: str) -> TableRows:
         """Return the table rows of ids, or of lists of ids."""

@@ -21,7 +21,7 @@ from recsys.checkpoint.run_schema import load_run_schema
 from recsys.serving.bounded_file import load_bounded
 from recsys.serving.package import GRAPH, Manifest, read_manifest
 from recsys.serving.ranking_graph import RankingInputs
-from recsys.serving.requests import RequestReader, RequestRows, TableRows
+from recsys.serving.requests import HistoryRows, RequestReader, RequestRows, TableRows
 from recsys.serving.vector_file import VectorFile, VectorFileShape
 
 
@@ -92,7 +92,8 @@ class Scorer:
 
         Args:
             user: values of the columns besides the ranked item, history and labels.
-            history: the user's items, oldest first; with parallel lists, each list by its column.
+            history: the user's items, oldest first; with parallel lists or several histories,
+                each list by its column.
             candidates: ids of the items to rank; or lists by column, for columns that differ
                 between candidates.
 
@@ -112,23 +113,38 @@ class Scorer:
     def _inputs(self, rows: RequestRows) -> RankingInputs:
         num_rows, manifest = len(rows.target), self.manifest
         items = self._tables[manifest.target_item]
+        first = HistoryRows({}, np.zeros((0, 0), np.float32))
+        history, past = torch.zeros(0, items.shape.dim), np.zeros(0, np.int64)
+        if rows.histories:
+            first = rows.histories[0]
+            history, past = self._events(first), next(iter(first.ids.values()))
         empty = torch.zeros(num_rows, 0)
-        target, past = empty, torch.zeros(len(rows.history), 0)
+        of_target, of_past = empty, torch.zeros(len(past), 0)
         if self._content:
-            target = self._content["target"].rows(rows.target)
-            past = self._content["history"].rows(rows.history)
+            of_target = self._content["target"].rows(rows.target)
+            of_past = self._content["history"].rows(past)
         return RankingInputs(
             [self._pooled(name, rows.pooled[name], num_rows) for name in manifest.pooled],
             self._dense(rows.dense, num_rows),
             items.rows(rows.target),
-            items.rows(rows.history),
-            torch.from_numpy(rows.parallel),
+            history,
+            torch.from_numpy(first.numbers),
             torch.from_numpy(rows.target),
-            torch.from_numpy(rows.history),
-            target,
-            past,
+            torch.from_numpy(past),
+            of_target,
+            of_past,
             self._content["history"].rows(rows.target) if manifest.searches else empty,
+            [self._events(of) for of in rows.histories[1:]],
+            [torch.from_numpy(of.numbers) for of in rows.histories[1:]],
         )
+
+    def _events(self, history: HistoryRows) -> Tensor:  # [L, D]
+        """Return the sum of the vectors that each event has in the columns of a history."""
+        total = torch.zeros(())
+        for name, ids in history.ids.items():
+            vectors = self._tables[self.schema.table_of(name)].rows(ids)
+            total = total + vectors.view(-1, self.schema.rows_per_id(name), vectors.shape[1]).sum(1)
+        return total
 
     def _pooled(self, name: str, of_column: TableRows, num_rows: int) -> Tensor:  # [N, D]
         """Return the sum of the vectors of each value, for every candidate."""
@@ -143,9 +159,15 @@ class Scorer:
         return torch.from_numpy(matrix)
 
     def _warm_up(self) -> None:
-        """Score the first item without a history."""
+        """Score the first item without histories."""
         one = np.zeros(1, np.int64)
-        parallel = np.zeros((0, len(self.manifest.parallel)), np.float32)
+        histories = [
+            HistoryRows(
+                dict.fromkeys((of.name, *of.ids), one[:0]),
+                np.zeros((0, len(of.numbers)), np.float32),
+            )
+            for of in self.schema.histories
+        ]
         pooled = {name: TableRows(one, one + 1) for name in self.manifest.pooled}
         dense = {name: np.zeros(1, np.float32) for name in self.manifest.dense}
-        self._score(RequestRows(pooled, dense, one, one[:0], parallel))
+        self._score(RequestRows(pooled, dense, one, histories))

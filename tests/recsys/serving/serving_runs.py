@@ -19,6 +19,7 @@ from tests.datasets import write_dataset
 from tests.recsys.em3_runs import em3_config
 
 USER_COLUMNS = ("user", "genres", "price")
+HISTORY_COLUMNS = ("history", "history_liked")
 
 
 def exported(folder: Path, config: Config, tables: Any = "fp32") -> tuple[Path, np.ndarray]:
@@ -36,12 +37,12 @@ def exported(folder: Path, config: Config, tables: Any = "fp32") -> tuple[Path, 
     return package, np.stack([labels[name].to_numpy() for name in names], axis=1)
 
 
-def requests(data: Path) -> Iterator[dict[str, Any]]:
+def requests(data: Path, history: tuple[str, ...] = HISTORY_COLUMNS) -> Iterator[dict[str, Any]]:
     """The test rows, each as a request for its one item."""
     for row in pq.read_table(data / "test").to_pylist():
         yield {
             "user": {name: row[name] for name in USER_COLUMNS},
-            "history": {"history": row["history"], "history_liked": row["history_liked"]},
+            "history": {name: row[name] for name in history},
             "candidates": [row["item"]],
         }
 

@@ -46,8 +46,8 @@ def test_ids_lists_and_numbers_become_rows_of_tables() -> None:
     rows: RequestRows = reader()(USER, HISTORY, ["eve", "joe"])
 
     assert rows.target.tolist() == [2, 3]  # an unknown id has the last row
-    assert rows.history.tolist() == [0, 2]
-    assert rows.parallel.tolist() == [[1.0], [0.0]]
+    assert rows.histories[0].ids["seen"].tolist() == [0, 2]
+    assert rows.histories[0].numbers.tolist() == [[1.0], [0.0]]
     assert rows.pooled["user"].rows.tolist() == [3]
     assert (rows.pooled["tags"].rows.tolist(), rows.pooled["tags"].lengths.tolist()) == (
         [1, 2],
@@ -65,7 +65,7 @@ def test_a_column_may_differ_between_candidates() -> None:
 
     assert rows.dense["age"].tolist() == [1.0, 2.0]
     assert rows.pooled["tags"].lengths.tolist() == [0, 1]
-    assert len(rows.history) == 0 and rows.parallel.shape == (0, 1)
+    assert len(rows.histories[0].ids["seen"]) == 0 and rows.histories[0].numbers.shape == (0, 1)
 
 
 def test_lists_without_an_id_are_empty() -> None:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from recsys.data.events.engines.base import Engine
 from recsys.data.events.output.pictures import add_pictures
 from recsys.data.events.output.schema_file import schema_text
-from recsys.data.events.output.vocabularies import write_vocabularies
+from recsys.data.events.output.vocabularies import id_lists, write_vocabularies
 from recsys.data.events.settings import EventsConfig
 from recsys.data.events.signals import quoted
 from recsys.data.events.snapshots import FOREVER
@@ -60,7 +60,7 @@ def write_dataset(
             raise ValueError(_no_rows(config, f"{split}{dataset and f' of {dataset}'}"))
     train = conditions["train"]
     _write_item_counts(engine, config, train, folder)
-    sizes = write_vocabularies(engine, config, train, folder)
+    sizes = write_vocabularies(engine, config, train, folder, id_lists(config, lists))
     (folder / "schema.yaml").write_text(schema_text(config, sizes, lists))
     return _figures(engine, config, conditions)
 

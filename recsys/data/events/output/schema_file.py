@@ -7,15 +7,14 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from recsys.data.events.output.vocabularies import action_lists
+from recsys.data.events.output.vocabularies import id_lists
 from recsys.data.events.settings import EventsConfig
 
 
 def schema_text(config: EventsConfig, sizes: dict[str, int], lists: dict[str, pa.DataType]) -> str:
     """Return the text of `schema.yaml`.
 
-    The first history is the sequence. Other histories, and lists of ids beside any, are bags; lists
-    of numbers beside other histories are in the files only.
+    Histories are sequences of items; lists of ids beside them have tables of their own.
 
     Args:
         config: the settings.
@@ -24,19 +23,11 @@ def schema_text(config: EventsConfig, sizes: dict[str, int], lists: dict[str, pa
     """
     output = config.output
     columns = {name: _id(config, "id", sizes[name]) for name in (output.user, output.item)}
-    for place, (name, history) in enumerate(config.histories.items()):
-        numbers = [
-            each for each in history.parallel if pa.types.is_floating(lists[each].value_type)
-        ]
-        if place:
-            columns[name] = _id(config, "ids", sizes[name])
-        else:
-            columns[name] = {"kind": "sequence", "shares": output.item, "parallel": numbers}
-        for each in history.parallel:
-            if each in action_lists(config):
-                columns[each] = _id(config, "ids", sizes[each])
-            elif each not in numbers:
-                columns[each] = {"kind": "ids", "shares": history.parallel[each].column}
+    for name, history in config.histories.items():
+        parallel = list(history.parallel)
+        columns[name] = {"kind": "sequence", "shares": output.item, "parallel": parallel}
+    for name in id_lists(config, lists):
+        columns[name] = _id(config, "ids", sizes[name])
     for name, feature in config.features.items():
         is_id = feature.kind != "dense"
         columns[name] = _id(config, feature.kind, sizes[name]) if is_id else {"kind": "dense"}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.data.events.engines.base import Engine
 from recsys.data.events.settings import EventsConfig
@@ -12,28 +14,34 @@ from recsys.data.filesystem import Location
 from recsys.data.schema import vocabulary_file
 
 
-def action_lists(config: EventsConfig) -> list[str]:
-    """Return the lists of actions beside histories; each has a table of its own."""
-    return [
-        parallel
+def id_lists(config: EventsConfig, lists: dict[str, pa.DataType]) -> dict[str, str]:
+    """Return the lists of ids beside histories, each with the column that it lists.
+
+    Args:
+        config: the settings.
+        lists: types of the histories and the lists beside them, by name.
+    """
+    return {
+        parallel: of.column
         for history in config.histories.values()
         for parallel, of in history.parallel.items()
-        if of.column == "action"
-    ]
+        if not pa.types.is_floating(lists[parallel].value_type)
+    }
 
 
 def write_vocabularies(
-    engine: Engine, config: EventsConfig, train: str, folder: Path
+    engine: Engine, config: EventsConfig, train: str, folder: Path, lists: dict[str, str]
 ) -> dict[str, int]:
     """Write the map of each id table unless ids are rows; return the rows that each table needs.
 
-    Histories but the first have tables of their own, with the items' map.
+    Lists of ids beside histories (see `id_lists`) have tables of their own, with the map of their
+    column.
     """
     sizes = {}
     item = config.output.item
-    others = list(config.histories)[1:]
+    actions = [name for name, column in lists.items() if column == "action"]
     if config.vocabulary.kind == "rows":
-        for name, values in _values(engine, config, "1 = 1").items():
+        for name, values in _values(engine, config, "1 = 1", actions).items():
             query = f"SELECT min(id) AS least, max(id) AS largest FROM ({values})"
             least, largest = (column[0].as_py() for column in engine.table(query).columns)
             if isinstance(largest, str) or (least is not None and least < 0):
@@ -41,10 +49,11 @@ def write_vocabularies(
                     f"vocabulary: kind is rows, but '{name}' has the id {least!r}; write rows from "
                     "0, or choose kind exact"
                 )
-            sizes[name] = 1 if largest is None else largest + 1
-        return sizes | dict.fromkeys(others, sizes[item])
+            for table in _tables_of(name, lists):
+                sizes[table] = 1 if largest is None else largest + 1
+        return sizes
     (folder / "vocabulary").mkdir()
-    for name, values in _values(engine, config, train).items():
+    for name, values in _values(engine, config, train, actions).items():
         least = config.vocabulary.min_count.get(name, 1)
         query = (
             f"SELECT id FROM ({values}) WHERE id IS NOT NULL GROUP BY id HAVING count(*) >= {least}"
@@ -54,14 +63,19 @@ def write_vocabularies(
         ids = engine.table(f"SELECT id FROM ({query}) ORDER BY id")["id"]
         vocabulary = ExactVocabulary(max(2, len(ids) + 1))
         vocabulary.extend([ids])
-        for table in (name, *others) if name == item else (name,):
+        for table in _tables_of(name, lists):
             vocabulary.save(vocabulary_file(Location.of(folder), table).path)
             sizes[table] = vocabulary.num_embeddings
     return sizes
 
 
-def _values(engine: Engine, config: EventsConfig, train: str) -> dict[str, str]:
-    """Return SQL of the values (id) that count for each table."""
+def _tables_of(column: str, lists: dict[str, str]) -> list[str]:
+    """Return the tables with the ids of a column: its own, and those of lists of it."""
+    return [column, *(name for name, of in lists.items() if of == column)]
+
+
+def _values(engine: Engine, config: EventsConfig, train: str, actions: list[str]) -> dict[str, str]:
+    """Return SQL of the values (id) that count for each column, and for each list of actions."""
     until = f"ts <= (SELECT max(ts) FROM complete WHERE {train})"
     tables = {
         config.output.user: f"SELECT uid AS id FROM signals WHERE {until}",
@@ -77,6 +91,6 @@ def _values(engine: Engine, config: EventsConfig, train: str) -> dict[str, str]:
             tables[name] = f"SELECT {column} AS id FROM complete WHERE {train}"
         elif feature.kind == "ids":
             tables[name] = f"SELECT {engine.unnest}({column}) AS id FROM complete WHERE {train}"
-    for name in action_lists(config):
+    for name in actions:
         tables[name] = f"SELECT action AS id FROM signals WHERE {until}"
     return tables
