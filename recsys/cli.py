@@ -44,6 +44,8 @@ def _run(words: Sequence[str]) -> int:
     from recsys.config.parser import Parser, meant
     from recsys.distributed.log import configure_logging
 
+    if broken := next((word for word in words if "\0" in word), None):
+        raise ValueError(f"{broken!r} has a NUL character, which no name or value may have")
     name = words[0] if words else ""
     if name and not name.startswith("-") and name not in COMMANDS:
         sys.stderr.write(f"error: recsys has no command '{name}'{meant(name, COMMANDS)}\n")

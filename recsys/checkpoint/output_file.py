@@ -8,17 +8,23 @@ from pathlib import Path
 
 from recsys.data.filesystem import Location
 
-# Files of a run or a dataset that later commands read.
+# Files of a run, a dataset or a package that later commands read.
 _KEPT = (
+    ".job.json",
+    ".lock",
     "config.yaml",
     "data.txt",
     "encoders.json",
+    "graph.pt2",
     "item_counts.npy",
+    "manifest.json",
     "metrics.json",
     "plan.txt",
+    "request.json",
     "schema.yaml",
     "skipped_rows.json",
 )
+_OF_RUN = ("checkpoints", "item_content", "tensorboard", "vocabulary")  # folders of a run
 _READ = ("train", "valid", "test", "items", "vocabulary")  # folders of a dataset
 
 
@@ -42,6 +48,11 @@ def check_output(out: Path, inputs: Iterable[Location] = ()) -> None:
     dataset = target.parent.parent
     if target.parent.name in _READ and (dataset / "schema.yaml").exists():
         raise ValueError(f"{out}: would be read as part of {dataset}; name a file elsewhere")
+    for folder in target.parents:
+        if folder.name in _OF_RUN and (folder.parent / "config.yaml").exists():
+            raise ValueError(
+                f"{out}: lies in {folder}, which is part of a run; name a file elsewhere"
+            )
     if target.exists() and (target.name in _KEPT or target.match("scores_*.parquet")):
         raise ValueError(f"{out}: is part of a run or dataset; name another file")
     check_writable(target.parent)

@@ -10,7 +10,7 @@ import itertools
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -22,6 +22,7 @@ from recsys.config.plain_yaml import MODE, RefusedYaml, read_plain
 
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 WORDS |= {list: "a list", dict: "a mapping"}
+_WORDS_BY_NAME = {kind.__name__: words for kind, words in WORDS.items()}
 LONGEST = 300  # characters of a value in a message
 
 
@@ -45,7 +46,7 @@ class Parser(ArgumentParser):
         """End with exit code 2 and the error in words, or raise it."""
         known = {action.dest: Any for action in self._actions} | self.settings
         found = (problem_of_keys(known, given, "") for given in self.given)
-        message = next(filter(None, found), None) or message
+        message = next(filter(None, found), None) or self._incomplete(message) or message
         if not self.exit_on_error:
             super().error(message, ex)
         sys.stderr.write(f"error: {self._in_words(message)}\n")
@@ -62,6 +63,12 @@ class Parser(ArgumentParser):
             return super().instantiate(*arguments, **named)
         except TypeError as error:
             self.error(str(error), error)
+
+    def _incomplete(self, message: str) -> str | None:
+        """Return which mapping lacks a setting without a default, if the error is of one."""
+        if "the following arguments are required" not in message:
+            return None
+        return next(filter(None, (missing_key(self.settings, of, "") for of in self.given)), None)
 
     def _name(self) -> str:
         """Return the command with its part, such as `recsys prepare movielens`."""
@@ -81,8 +88,14 @@ class Parser(ArgumentParser):
         if found := re.fullmatch(wrong, message, re.DOTALL):
             literal = re.fullmatch(r"typing\.Literal\[(.*)\]", found[2])
             name = found[2].removeprefix("<class '").removesuffix("'>")
-            words = {kind.__name__: words for kind, words in WORDS.items()}.get(name, name)
-            wanted = f"one of {literal[1]}" if literal else words
+            wanted = f"one of {literal[1]}" if literal else _WORDS_BY_NAME.get(name, name)
+            return f"{found[1]} is {short(found[3])}; it must be {wanted}"
+        union = r'Parser key "([^"]+)":\s+Does not validate.*Subtypes: \[([^\n]*)\]\n.*value: (.*)'
+        if found := re.fullmatch(union, message, re.DOTALL):
+            kinds = re.findall(r"Literal\[(.*?)\]|<class '(.*?)'>", found[2])
+            wanted = " or ".join(
+                literal or _WORDS_BY_NAME.get(name, name) for literal, name in kinds
+            )
             return f"{found[1]} is {short(found[3])}; it must be {wanted}"
         return message
 
@@ -141,6 +154,31 @@ def problem_of_value(hint: Any, value: Any, name: str) -> str | None:
     if hint is not kind and _is_of(hint, value):
         return None
     return f"{name} is {short(value)}; it must be {in_words(hint)}"
+
+
+def missing_key(hints: dict[str, Any], given: dict[str, Any], name: str) -> str | None:
+    """Return which mapping of settings lacks one that has no default, None if none does.
+
+    Args:
+        hints: the type of each setting, by key.
+        given: the settings, as read from YAML.
+        name: of the mapping in full; empty for the whole configuration.
+    """
+    for key, value in given.items():
+        hint, full = hints.get(str(key).removesuffix("+")), f"{name}.{key}".lstrip(".")
+        kind = _dataclass_in(hint)
+        parts = {full: value}
+        if get_origin(hint) is dict and isinstance(value, dict):
+            parts = {f"{full}.{part}": settings for part, settings in value.items()}
+        for part, settings in parts.items():
+            if kind is None or not isinstance(settings, dict):
+                continue
+            for of in fields(kind):
+                if of.default is of.default_factory is MISSING and of.name not in settings:
+                    return f"{part} has no {of.name}; add it"
+            if found := missing_key(get_type_hints(kind, include_extras=True), settings, part):
+                return found
+    return None
 
 
 def _is_of(hint: Any, value: Any) -> bool:

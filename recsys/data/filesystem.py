@@ -35,11 +35,18 @@ class Location:
 
     @staticmethod
     def of(url: object) -> Location:
-        """Make a location from a local path or a URL."""
+        """Make a location from a local path or a URL.
+
+        Raises:
+            ValueError: the URL is of no kind that can be opened here.
+        """
         if "://" not in str(url):  # a name of its own, whatever `::` and `:` mean to fsspec
             local = fsspec.implementations.local.LocalFileSystem()
             return Location(local, os.path.abspath(os.path.expanduser(str(url))).rstrip("/"))
-        filesystem, path = fsspec.core.url_to_fs(str(url))
+        try:
+            filesystem, path = fsspec.core.url_to_fs(str(url))
+        except (ImportError, ValueError, OSError) as error:
+            raise ValueError(f"{url}: cannot be opened ({error})") from error
         return Location(filesystem, path.rstrip("/"))
 
     @property

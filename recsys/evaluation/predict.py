@@ -77,6 +77,7 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
         ValueError: the result could not be stored; it is printed before.
     """
     with ranks.raise_on_all_ranks():
+        scores = scores_file(run, split)
         model = model_of(run)  # before it is loaded, lest it be replaced meanwhile
     job = load_run(run, data, ranks, device)
     can_store = ranks.gather(_can_store(run))[0]
@@ -90,7 +91,7 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
             counts,
             lockstep,
             searches=True,
-            scores_to=scores_file(run, split) if can_store else None,
+            scores_to=scores if can_store else None,
             model=model,
         )
     file = run / f"evaluation_{split}.json"

@@ -43,7 +43,13 @@ INTEGERS = {
 
 
 def scores_file(run: Path, split: str) -> Path:
-    """Return the file in which a run keeps the scores of a split."""
+    """Return the file in which a run keeps the scores of a split.
+
+    Raises:
+        ValueError: the split is no name of a folder.
+    """
+    if not split or Path(split).name != split:
+        raise ValueError(f"--split '{split}': not the name of a split, such as test")
     return run / f"scores_{split}.parquet"
 
 

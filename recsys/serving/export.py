@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from recsys.build import Job
+from recsys.checkpoint.output_file import check_output
 from recsys.checkpoint.run_folder import keep_vocabularies
 from recsys.checkpoint.run_schema import write_run_schema
 from recsys.checkpoint.table_export import stored_tables
@@ -61,6 +62,7 @@ def export_run(
         raise ValueError("export runs in one process; start it without torchrun")
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it, or name another folder")
+    check_output(out)
     job = load_run(run, data, ranks, "cpu", ["--compile", "false"])
     job.model.eval()
     out.parent.mkdir(parents=True, exist_ok=True)

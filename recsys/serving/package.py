@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,25 @@ def read_manifest(folder: Path, verify: bool = True) -> Manifest:
         if content.pop("sha256", None) != _own_digest(content):
             raise ValueError("its content differs from its hash")
         manifest = Manifest(**content)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        differences = list(_differences(folder, manifest, verify))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}; export the run again") from error
-    for difference in _differences(folder, manifest, verify):
+    for difference in differences:
         raise ValueError(f"{difference}; export the run again, or copy the package again")
     return manifest
+
+
+def differing_versions(manifest: Manifest) -> list[str]:
+    """Describe each library of which the package was written with another minor version."""
+    found = []
+    for name, written in manifest.versions.items():
+        try:
+            now = version(name)
+        except PackageNotFoundError:
+            now = "not installed"
+        if written.split(".")[:2] != now.split(".")[:2]:
+            found.append(f"{name} {written} (here: {now})")
+    return found
 
 
 def _differences(folder: Path, manifest: Manifest, verify: bool) -> Iterator[str]:

@@ -8,6 +8,7 @@ Shapes: N candidates, L history items, D dimension, C labels.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,14 @@ from torch import Tensor, nn
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.checkpoint.run_schema import load_run_schema
 from recsys.serving.bounded_file import load_bounded
-from recsys.serving.package import GRAPH, Manifest, read_manifest
+from recsys.serving.package import GRAPH, Manifest, differing_versions, read_manifest
 from recsys.serving.ranking_graph import RankingInputs
 from recsys.serving.requests import HistoryRows, RequestReader, RequestRows, TableRows
 from recsys.serving.vector_file import VectorFile, VectorFileShape
+
+logger = logging.getLogger(__name__)
+
+LONGEST = 300  # characters of another library's error in a message
 
 
 class Scorer:
@@ -73,13 +78,29 @@ class Scorer:
             verify: compare the hash of every file; else only their sizes.
 
         Raises:
-            ValueError: the folder is no package, or a file of it differs; it is named.
+            ValueError: the folder is no package, a file of it differs (it is named), or the files
+                do not fit together.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         folder = Path(package)
-        scorer = Scorer(folder, read_manifest(folder, verify))
-        scorer._warm_up()
+        manifest = read_manifest(folder, verify)
+        try:
+            if others := differing_versions(manifest):
+                logger.warning(
+                    "%s: written with %s, so scores may differ; export the run again with the "
+                    "versions that serve it",
+                    folder,
+                    ", ".join(others),
+                )
+            scorer = Scorer(folder, manifest)
+            scorer._warm_up()
+        except Exception as error:  # damaged graphs raise errors of any class
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST]
+            raise ValueError(
+                f"{folder}: its files do not fit together or are damaged ({reason}); export the "
+                "run again"
+            ) from error
         return scorer
 
     def score(

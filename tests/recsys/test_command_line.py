@@ -103,8 +103,11 @@ def test_a_missing_dataset_file_or_run_is_named(folder: Path, tmp_path: Path, fa
     assert f"{missing}/schema.yaml: no such file" in fails(*train_words(missing, tmp_path / "run"))
     assert f"{missing}: holds no finished run" in fails("evaluate", "--run", missing)
     assert f"{run}/checkpoints" not in fails("evaluate", "--run", run, "--split", "holdout")
+    assert "'valid/'" in fails("evaluate", "--run", run, "--split", "valid/")
     words = ["predict", "--run", run, "--out", out, "--input"]
     assert f"{missing}: no such Parquet file" in fails(*words, missing)
+    assert "nodrive://rows" in fails(*words, "nodrive://rows")
+    assert "a\\x00b" in fails(*words, "a\0b")
     assert not out.exists()
 
 

@@ -19,6 +19,8 @@ def data(tmp_path: Path) -> Path:
         "run/metrics.json",
         "run/scores_test.parquet",
         "run/comparison.json",
+        "run/.job.json",
+        "run/checkpoints/best/.metadata",
         "other/rows.parquet",
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +40,10 @@ REFUSED = (
     "run/config.yaml",
     "run/metrics.json",
     "run/scores_test.parquet",
+    "run/.job.json",
+    "run/checkpoints/best/.metadata",
+    "run/checkpoints/best/tables.parquet",
+    "run/tensorboard/report.html",
     "other/rows.parquet",
     "link.parquet",
     "other/rows.parquet/predictions.parquet",

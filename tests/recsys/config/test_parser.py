@@ -72,6 +72,9 @@ def test_the_command_line_overrides_the_recipe_in_any_order(
         (["--checkpoint.every_steps", "x"], "checkpoint.every_steps is x"),
         (["--tracker", "3", "--resume", "sometimes"], "resume is sometimes"),
         (["--overwrite", "maybe"], "overwrite is maybe"),
+        (["--compare", "x"], "compare is x; .*'id_only'"),
+        (["--config", "{content: {modalities: {title: {kind: text}}}}"], "title has no column"),
+        (["--config", "{auxiliary: {teacher: {weight: 1.0}}}"], "auxiliary.teacher has no loss"),
     ],
 )
 def test_what_is_wrong_is_named_in_a_line(

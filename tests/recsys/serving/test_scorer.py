@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ import pytest
 from recsys.distributed.ranks import joined_ranks
 from recsys.serving import Scorer
 from recsys.serving.export import export_run
+from recsys.serving.package import GRAPH, MANIFEST, read_manifest, write_manifest
 from tests.recsys.serving.serving_runs import exported, requests, small_config
 
 ALONE = """
@@ -110,3 +115,38 @@ def test_no_candidates_give_no_scores(run: tuple[Path, Path, np.ndarray], scorer
 def test_a_package_that_exists_is_not_replaced(run: tuple[Path, Path, np.ndarray]) -> None:
     with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=str(run[1])):
         export_run(run[0] / "run", run[1], "fp32", ranks)
+
+
+@pytest.mark.parametrize("change", [{"pooled": ["gone"]}, {"tables": {}}, {"labels": 7}])
+def test_files_that_do_not_fit_together_are_refused_by_name(
+    run: tuple[Path, Path, np.ndarray], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    package = Path(shutil.copytree(run[1], tmp_path / "package"))
+    (package / MANIFEST).unlink()
+    write_manifest(package, replace(read_manifest(run[1], verify=False), **change))
+    with pytest.raises(ValueError, match=str(package)):
+        Scorer.load(package)
+
+
+def test_a_damaged_graph_of_the_same_size_is_refused_by_name(
+    run: tuple[Path, Path, np.ndarray], tmp_path: Path
+) -> None:
+    package = Path(shutil.copytree(run[1], tmp_path / "package"))
+    graph = package / GRAPH
+    graph.write_bytes(b"\1" * graph.stat().st_size)
+    with pytest.raises(ValueError, match=str(package)):
+        Scorer.load(package, verify=False)
+
+
+def test_other_versions_than_those_of_the_export_are_named(
+    run: tuple[Path, Path, np.ndarray], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    package = Path(shutil.copytree(run[1], tmp_path / "package"))
+    Scorer.load(package)
+    assert not caplog.messages
+    (package / MANIFEST).unlink()
+    manifest = read_manifest(run[1])
+    write_manifest(package, replace(manifest, versions=manifest.versions | {"torch": "1.13.1"}))
+    Scorer.load(package)
+    (line,) = caplog.messages
+    assert "torch 1.13.1" in line and version("torch") in line
