@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from recsys.data.filesystem import Location
+from recsys.data.filesystem import Location, regular_file
 
 # Files of a run, a dataset or a package that later commands read.
 _KEPT = (
@@ -36,12 +36,13 @@ def check_output(out: Path, inputs: Iterable[Location] = ()) -> None:
         inputs: files that the command reads, and folders whose files it reads.
 
     Raises:
-        ValueError: `out` is a folder or its folder cannot be written to; it is one of the inputs
-            or lies in one; it would be read as part of a dataset; or it belongs to a run.
+        ValueError: `out` is a folder, a pipe or a device, or its folder cannot be written to; it is
+            one of the inputs or lies in one; it would be read as part of a dataset; or it belongs
+            to a run.
     """
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file, such as {out / 'result'}")
-    target = out.resolve()
+    target = regular_file(out).resolve()
     for given in inputs:
         if given.is_local and Path(given.path).resolve() in (target, target.parent):
             raise ValueError(f"{out}: is or lies in the input {given}; name a file elsewhere")

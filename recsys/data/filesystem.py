@@ -120,7 +120,9 @@ class Location:
 
 
 def regular_file(path: Path) -> Path:
-    """Return the path of a file to open, unless opening or reading it could last for ever.
+    """Return the path of a file to read or replace, which must be one if it exists.
+
+    Opening a pipe may last for ever, and root can replace a device by a file.
 
     Raises:
         ValueError: it is a folder, a pipe, a socket or a device.
@@ -164,11 +166,15 @@ def whole_file(path: Path) -> Iterator[Path]:
     killed. The folder must exist. The temporary path is absolute, since pyarrow takes a relative
     one with a colon for a URL.
 
+    Raises:
+        ValueError: `path` is a folder, a pipe or a device, which the new file would replace.
+
     Example::
 
         with whole_file(folder / "scores.parquet") as partial:
             pq.write_table(table, partial)
     """
+    regular_file(path)
     partial = path.absolute().with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         yield partial

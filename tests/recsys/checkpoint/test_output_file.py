@@ -1,11 +1,12 @@
 """No command writes over what it reads, nor beside it where it would be read next time."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from recsys.checkpoint.output_file import check_output, check_run_folder
-from recsys.data.filesystem import Location
+from recsys.data.filesystem import Location, write_whole
 
 
 @pytest.fixture
@@ -71,3 +72,14 @@ def test_a_run_is_not_put_where_its_files_would_be_data(data: Path, run: str) ->
         check_run_folder(data.parent / run, str(data))
     check_run_folder(data.parent / "run", str(data))
     check_run_folder(data / "runs", str(data))
+
+
+def test_a_pipe_or_device_is_neither_written_nor_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe"):
+        check_output(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe"):
+        write_whole(tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(ValueError, match="/dev/null"):  # only checked, never written
+        check_output(Path("/dev/null"))
