@@ -135,6 +135,7 @@ def test_every_recipe_the_readme_names_exists_and_every_recipe_is_named() -> Non
         "events.yaml",
         "media.yaml",
         "schema.yaml",
+        "transforms.yaml",
         "config.yaml",
         "content.yaml",
     }

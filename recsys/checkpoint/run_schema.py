@@ -17,11 +17,13 @@ import yaml
 
 from embeddings.vocabulary.fixed import ExactVocabulary, integer_ids
 from recsys.checkpoint.compatibility import check_equal, flattened
+from recsys.config.parser import short
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.filesystem import Location, write_whole
 from recsys.data.items.item_table import digest_of
 from recsys.data.schema import Schema, load_schema, load_vocabularies, parse_schema
 from recsys.data.schema_columns import VOCABULARY_SETTINGS, Column, IdType
+from recsys.data.transforms.chain import set_chain
 from recsys.distributed.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -90,6 +92,10 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
             )
         return load_schema(root)
     data = load_schema(root, with_vocabularies=False)
+    for name, chain in data.transforms.items():
+        own = trained.transforms.get(name)
+        if chain.unfitted is not None and own is not None and own.is_fit_of(chain):
+            set_chain(data.columns[name], own)  # data without fitted values takes those of the run
     differences = list(_differences(trained, data, goes_on))
     if differences:
         raise ValueError(
@@ -125,7 +131,7 @@ def agree_on_id_types(schema: Schema, ranks: Ranks) -> None:
 def _plain(schema: Schema) -> dict[str, Any]:
     """Return a schema as `schema.yaml` would have it, with every default that may matter."""
     content = _without_empty(asdict(schema))
-    for unwritten in ("vocabularies", "id_types"):
+    for unwritten in ("vocabularies", "id_types", "transforms"):
         content.pop(unwritten, None)
     for column in content["columns"].values():
         if "vocabulary" in column:
@@ -181,7 +187,7 @@ def _columns(schema: Schema) -> dict[str, dict[str, Any]]:
 
 
 def _attributes(column: Column) -> dict[str, Any]:
-    attributes = flattened(asdict(column))
+    attributes = flattened(asdict(column) | {"transform": dict(enumerate(column.transform))})
     attributes.pop("parallel", None)
     return attributes
 
@@ -190,4 +196,4 @@ def _changes(what: str, before: dict[str, Any], now: dict[str, Any]) -> Iterator
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             thing = f"{what} {name}".rstrip()
-            yield f"{thing} (run: {before.get(name)}, data: {now.get(name)})"
+            yield f"{thing} (run: {short(before.get(name))}, data: {short(now.get(name))})"

@@ -53,12 +53,20 @@ def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
     add_data_option(source)
     sources.add_subcommand("vocabulary", source, help=source.description)
 
+    source = Parser(description="Fit the transforms of columns on the training rows.")
+    add_data_option(source)
+    sources.add_subcommand("transforms", source, help=source.description)
+
 
 def run(arguments: Namespace) -> None:
-    """Make the dataset, or the maps."""
-    chosen = arguments[arguments.subcommand]
-    sources = {"events": _prepare_events, "movielens": _prepare_movielens}
-    sources.get(arguments.subcommand, _prepare_vocabulary)(chosen)
+    """Make the dataset, or what `schema.yaml` needs."""
+    sources = {
+        "events": _prepare_events,
+        "movielens": _prepare_movielens,
+        "vocabulary": _prepare_vocabulary,
+        "transforms": _prepare_transforms,
+    }
+    sources[arguments.subcommand](arguments[arguments.subcommand])
 
 
 def _prepare_events(chosen: Namespace) -> None:
@@ -85,3 +93,10 @@ def _prepare_vocabulary(chosen: Namespace) -> None:
     from recsys.distributed.log import print_table
 
     print_table(format_prepared(prepare_vocabularies(chosen.data)))
+
+
+def _prepare_transforms(chosen: Namespace) -> None:
+    from recsys.data.transforms.prepare import format_fitted, prepare_transforms
+    from recsys.distributed.log import print_table
+
+    print_table(format_fitted(prepare_transforms(chosen.data)))

@@ -17,6 +17,7 @@ from recsys.data.filesystem import Location
 from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
 from recsys.data.parquet.values import is_list
 from recsys.data.schema import Schema, load_schema, vocabulary_file
+from recsys.data.transforms.columns import read_columns
 
 SPLITS = ("train", "valid", "test")
 
@@ -80,23 +81,26 @@ def _raw_ids(
         places.append(("items", schema.items.id))
     for folder, name in places:
         for file in (root / folder).files(".parquet"):
-            for chunk in _chunks(file, name):
+            for chunk in _chunks(file, name, None if folder == "items" else schema):
                 _check_type(file, name, chunk.type, vocabulary)
                 yield chunk.drop_null()
 
 
-def _chunks(file: Location, name: str) -> Iterator[pa.Array]:
-    """Yield the values of a column; lists are flattened."""
+def _chunks(file: Location, name: str, schema: Schema | None) -> Iterator[pa.Array]:
+    """Yield the values of a column, one of the schema or else of the file; lists are flattened."""
+    columns = [name] if schema is None else schema.file_columns([name])
     with open_parquet(file) as parquet:
-        column_type(parquet, file, name)
+        for each in columns:
+            column_type(parquet, file, each)
         for index in range(parquet.num_row_groups):
             try:
-                column = parquet.read_row_group(index, columns=[name])[name]
+                table = parquet.read_row_group(index, columns=columns)
             except READ_ERRORS as error:
                 raise ValueError(
                     f"{file}: row group {index} cannot be read ({error}); write the file again"
                 ) from error
-            for chunk in column.chunks:
+            read = table if schema is None else read_columns(table, schema, [name], str(file))
+            for chunk in read[name].chunks:
                 yield chunk.flatten() if is_list(chunk.type) else chunk
 
 

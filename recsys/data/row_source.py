@@ -36,13 +36,9 @@ from recsys.data.chunk import Chunk as Chunk
 from recsys.data.chunk import fingerprint_of
 from recsys.data.filesystem import Location
 from recsys.data.parquet.bad_rows import BadRows, OnBadRow
-from recsys.data.parquet.values import (
-    check_type,
-    empty_table,
-    padding_rows,
-    usable_table,
-)
+from recsys.data.parquet.values import empty_table, padding_rows, usable_table
 from recsys.data.schema import Schema
+from recsys.data.transforms.columns import check_types, read_columns
 
 if TYPE_CHECKING:
     from recsys.distributed.ranks import Ranks
@@ -88,7 +84,8 @@ class RowSource(ABC):
         """Keep the chunks and locate the first row of each."""
         self.schema, self.chunks = schema, chunks
         self.bad_rows = BadRows(on_bad_row)
-        self.columns = columns_to_read(schema, with_labels)
+        self.names = columns_to_read(schema, with_labels)  # columns of the schema
+        self.columns = schema.file_columns(self.names)  # from which they are read
         # Place of each chunk's first row among all of the split.
         self._first_positions = [0, *accumulate(chunk.num_rows for chunk in chunks)]
         self.num_rows = self._first_positions.pop()
@@ -109,7 +106,8 @@ class RowSource(ABC):
                         f"{chunk.place}: column '{name}' is missing; the rows have "
                         f"{table.column_names}"
                     )
-                check_type(self.schema, name, table[name].type, chunk.place)
+            kinds = dict(zip(table.column_names, table.schema.types, strict=True))
+            check_types(self.schema, self.names, kinds.__getitem__, chunk.place)
             if table.num_rows != chunk.num_rows:
                 raise ValueError(
                     f"{chunk.place}: {table.num_rows} rows instead of the {chunk.num_rows} of "
@@ -128,10 +126,14 @@ class RowSource(ABC):
         def report(
             column: str, bad: np.ndarray, reason: str, message: Callable[[int], str]
         ) -> None:
-            self.bad_rows.add(chunk.place, column, chunk.first_row, bad, reason, message)
+            after = "after its transform: " if column in self.schema.transforms else ""
+            self.bad_rows.add(
+                chunk.place, column, chunk.first_row, bad, reason, lambda row: after + message(row)
+            )
 
         positions = np.arange(chunk.num_rows) + self._first_positions[number]
-        return usable_table(table.select(self.columns), self.schema, positions, report)
+        columns = read_columns(table, self.schema, self.names, chunk.place)
+        return usable_table(columns, self.schema, positions, report)
 
     def describe_range(self, positions: np.ndarray) -> str:
         """Return the places of the first and last of some rows [n] as text for messages."""
@@ -237,7 +239,7 @@ class RowSource(ABC):
 
     def padding(self, num_rows: int) -> pa.Table:
         """Return rows that count nowhere, in the types of those that are read."""
-        return padding_rows(empty_table(self.schema, self.columns), num_rows)
+        return padding_rows(empty_table(self.schema, self.names), num_rows)
 
     def _ordered(self, shuffle_seed: tuple[int, int] | None) -> Sequence[int]:
         """Return the numbers of the chunks in their global order."""

@@ -29,10 +29,15 @@ Ids are rows of tables, unless a column has a `vocabulary`, which maps raw ids t
       user:    {kind: id, num_embeddings: 1000, vocabulary: {kind: bounded, admit_after: 2}}
       item:    {kind: id, num_embeddings: 9743, vocabulary: {kind: exact}}
       query:   {kind: ids, num_embeddings: 5000, vocabulary: {kind: hash, num_hashes: 2}}
+
+Features may be made of other columns by steps (`recsys.data.transforms.steps`):
+
+      spent:   {kind: dense, column: price, transform: [{fill: 0}, log1p, standardize]}
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
@@ -53,6 +58,8 @@ from recsys.data.schema_columns import (
     histories_of,
     id_type,
 )
+from recsys.data.transforms import fitted_file
+from recsys.data.transforms.chain import Chain, chains_of, file_columns
 
 
 @dataclass
@@ -69,6 +76,8 @@ class Schema:
     )
     # By table with a vocabulary: the type of its raw ids, once a file with them was opened.
     id_types: dict[str, IdType] = field(default_factory=dict, init=False)
+    # By column that is transformed.
+    transforms: dict[str, Chain] = field(default_factory=dict, init=False)
 
     def of_kind(self, kind: str) -> list[str]:
         """Return the names of the columns of one kind, in the order of the schema."""
@@ -128,6 +137,10 @@ class Schema:
         """Names of the lists of floats beside the first sequence."""
         return self.histories[0].numbers if self.history else []
 
+    def file_columns(self, names: Iterable[str]) -> list[str]:
+        """Return the columns of the files from which some columns are read, each once."""
+        return file_columns(names, self.transforms)
+
     def require_id_type(self, name: str, kind: pa.DataType, place: str, table: str) -> None:
         """Require raw ids of the type that the other files and columns of their table have.
 
@@ -155,15 +168,29 @@ def vocabulary_file(root: Location, table: str) -> Location:
 
 
 def load_schema(root: Location, with_vocabularies: bool = True) -> Schema:
-    """Read and check `schema.yaml` of the dataset at `root`, and its vocabularies.
+    """Read and check `schema.yaml` of the dataset at `root`, with what was prepared for it.
 
     Args:
         root: the dataset.
-        with_vocabularies: False leaves out the maps, which may not be prepared yet.
+        with_vocabularies: False leaves out the maps of ids, and takes transforms whose fitted
+            values are missing: they may not be prepared yet.
 
     Raises:
         ValueError: the file is missing, has an unknown key, or its parts do not fit together; a
-            map is missing or does not fit its table.
+            map or a fitted value is missing or does not fit its column.
+    """
+    schema = read_schema(root)
+    fitted_file.load_fitted(schema.transforms, schema.columns, root, required=with_vocabularies)
+    if with_vocabularies:
+        load_vocabularies(schema, root)
+    return schema
+
+
+def read_schema(root: Location) -> Schema:
+    """Read and check `schema.yaml` alone.
+
+    Raises:
+        ValueError: the file is missing, has an unknown key, or its parts do not fit together.
     """
     path = root / "schema.yaml"
     if not path.exists():
@@ -172,10 +199,7 @@ def load_schema(root: Location, with_vocabularies: bool = True) -> Schema:
         content = load_plain_yaml(path.read_bytes())
     except Exception as error:
         raise ValueError(f"{path}: {error}") from error
-    schema = parse_schema(content, str(path))
-    if with_vocabularies:
-        load_vocabularies(schema, root)
-    return schema
+    return parse_schema(content, str(path))
 
 
 def parse_schema(content: Any, place: str) -> Schema:
@@ -207,7 +231,7 @@ def _without_empty(content: Any) -> Any:
     return {
         key: _without_empty(part)
         for key, part in content.items()
-        if part is not None or key not in ("columns", "parallel")
+        if part is not None or key not in ("columns", "parallel", "transform")
     }
 
 
@@ -244,6 +268,7 @@ def _validate(schema: Schema, path: str) -> None:
     for name, column in schema.columns.items():
         _validate_column(schema, name, column, path)
     check_histories(schema.columns, schema.target_item, path)
+    schema.transforms = chains_of(schema.columns, schema.target_item, path)
     for name, content in schema.items.columns.items() if schema.items else ():
         if content.file is not None and content.kind != "feature":
             raise ValueError(f"{path}: item column '{name}': a file is of kind feature")

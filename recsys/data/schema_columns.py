@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -40,6 +40,8 @@ class Column:
     # Lists beside a sequence: of ids if they are columns of kind ids, else of floats.
     parallel: list[str] = field(default_factory=list)
     vocabulary: VocabularySettings | None = None  # ids are raw; None: they are rows
+    column: str | list[str] | None = None  # read and transformed; default: the one of its name
+    transform: list[Any] = field(default_factory=list)  # steps, see recsys.data.transforms.steps
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from decimal import Decimal
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def export_run(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         torch.export.save(_graph_of(job, manifest), partial / GRAPH)
-        (partial / REQUEST).write_text(json.dumps(_example(job, manifest), indent=1) + "\n")
+        (partial / REQUEST).write_text(_example(job, manifest) + "\n")
         write_manifest(partial, manifest)
     return manifest
 
@@ -186,19 +187,25 @@ def _graph_of(job: Job, manifest: Manifest) -> torch.export.ExportedProgram:
     return export_graph(graph, shapes, manifest.ranking)
 
 
-def _example(job: Job, manifest: Manifest) -> dict[str, Any]:
-    """Return a row of the test data as a request; without such a file, an empty request."""
+def _in_json(value: Any) -> Any:
+    """Return a time or a decimal number as JSON has it."""
+    return float(value) if isinstance(value, Decimal) else str(value)
+
+
+def _example(job: Job, manifest: Manifest) -> str:
+    """Return a row of the test data as a request in JSON; without such a file, an empty request."""
     files = (job.root / "test").files(".parquet")
     if not files:
-        return {"user": {}, "history": {}, "candidates": []}
+        return json.dumps({"user": {}, "history": {}, "candidates": []})
     with open_parquet(files[0]) as parquet:
-        names = [*manifest.pooled, *manifest.dense]
+        names = job.schema.file_columns([*manifest.pooled, *manifest.dense])
         lists = [[of.name, *of.numbers, *of.ids] for of in job.schema.histories]
-        history = [name for names in lists for name in names]
-        columns = [*names, *history, manifest.target_item]
+        history = job.schema.file_columns([name for names in lists for name in names])
+        columns = list(dict.fromkeys([*names, *history, manifest.target_item]))
         row = next(parquet.iter_batches(1, columns=columns)).to_pylist()[0]
-    return {
+    request = {
         "user": {name: row[name] for name in names},
         "history": {name: row[name] for name in history},
         "candidates": [row[manifest.target_item]],
     }
+    return json.dumps(request, indent=1, default=_in_json)

@@ -1,7 +1,8 @@
 """Requests: values of a user, a history and candidates -> rows of tables, as training reads them.
 
-Every column passes the functions that read it from Parquet (`recsys.data.parquet.values`), so that
-types, raw ids, unknown ids and errors are those of training.
+Every column passes the functions that read it from Parquet (`recsys.data.transforms.columns`,
+`recsys.data.parquet.values`), so that transforms, types, raw ids, unknown ids and errors are those
+of training.
 
 Shapes: N candidates, L events of a history, P parallel lists, R rows of a column (1 or N),
 K table rows.
@@ -19,9 +20,10 @@ import torch
 
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from embeddings.vocabulary.fixed import ExactVocabulary
-from recsys.data.parquet.values import check_type, is_list, list_lengths, usable_column
+from recsys.data.parquet.values import is_list, list_lengths, usable_column
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import HistoryColumns
+from recsys.data.transforms.columns import check_types, read_columns
 
 Values = Mapping[str, Any]
 
@@ -91,25 +93,36 @@ class RequestReader:
             raise ValueError(f"user: is {type(user).__name__}; give a value for each column")
         item = self.schema.target_item
         given = candidates if isinstance(candidates, Mapping) else {item: candidates}
-        target = self._rows_of(item, _listed(given, item, "candidates"), "candidates").rows
+        ids = {item: _listed(given, item, "candidates")}
+        target = self._rows_of(item, ids, "candidates").rows
 
-        def values_of(name: str) -> tuple[Sequence[Any], str]:
+        def values_of(name: str) -> Sequence[Any]:
             """Return the N values of the candidates, or the one of the user."""
             if name not in given:
                 if name not in user:
                     raise ValueError(f"user: lacks '{name}'; give it to the user or the candidates")
-                return [user[name]], "user"
+                return [user[name]]
             values = _listed(given, name, "candidates")
             if len(values) != len(target):
                 raise ValueError(
                     f"candidates: '{name}' has {len(values)} values for {len(target)} candidates"
                 )
-            return values, "candidates"
+            return values
+
+        def read_from(name: str) -> tuple[dict[str, Sequence[Any]], str]:
+            """Return the values that a column is made of, equally many of each, and their place."""
+            columns = {each: values_of(each) for each in self.schema.file_columns([name])}
+            if not columns.keys() & given.keys():
+                return columns, "user"
+            return {
+                each: values if each in given else [*values] * len(target)
+                for each, values in columns.items()
+            }, "candidates"
 
         histories = self._histories(history)
         return RequestRows(
-            {name: self._rows_of(name, *values_of(name)) for name in self.pooled},
-            {name: self._column(name, *values_of(name)).to_numpy(False) for name in self.dense},
+            {name: self._rows_of(name, *read_from(name)) for name in self.pooled},
+            {name: self._column(name, *read_from(name)).to_numpy(False) for name in self.dense},
             target,
             histories,
         )
@@ -120,7 +133,8 @@ class RequestReader:
             history = _listed({"items": history}, "items", "history")
         if not len(history):
             lists = [[of.name, *of.numbers, *of.ids] for of in histories]
-            history = {name: [] for names in lists for name in names}
+            names = self.schema.file_columns([name for names in lists for name in names])
+            history = {name: [] for name in names}
         elif not histories:
             raise ValueError("history: the model was trained without a history; give none")
         given = history if isinstance(history, Mapping) else {histories[0].name: history}
@@ -131,28 +145,31 @@ class RequestReader:
         name = history.name
         length = len(_listed(given, name, "history"))
 
-        def list_of(column: str) -> list[Sequence[Any]]:
-            """Return the values beside the events, as the one list of a column."""
-            values = _listed(given, column, "history")
-            if len(values) != length:
-                raise ValueError(
-                    f"history: '{column}' has {len(values)} values for {length} items of '{name}'"
-                )
-            return [values]
+        def lists_of(column: str) -> dict[str, list[Sequence[Any]]]:
+            """Return the values beside the events that a column is made of, each as one list."""
+            found = {}
+            for each in self.schema.file_columns([column]):
+                found[each] = [_listed(given, each, "history")]
+                if len(found[each][0]) != length:
+                    raise ValueError(
+                        f"history: '{each}' has {len(found[each][0])} values for {length} items of "
+                        f"'{name}'"
+                    )
+            return found
 
         numbers = [
-            self._column(each, list_of(each), "history").flatten().to_numpy(False)
+            self._column(each, lists_of(each), "history").flatten().to_numpy(False)
             for each in history.numbers
         ]
         return HistoryRows(
             {
-                each: self._rows_of(each, list_of(each), "history").rows
+                each: self._rows_of(each, lists_of(each), "history").rows
                 for each in (name, *history.ids)
             },
             np.stack(numbers, axis=1) if numbers else np.zeros((length, 0), np.float32),
         )
 
-    def _rows_of(self, name: str, values: Sequence[Any], place: str) -> TableRows:
+    def _rows_of(self, name: str, values: Mapping[str, Sequence[Any]], place: str) -> TableRows:
         """Return the table rows of ids, or of lists of ids."""
         array = self._column(name, values, place)
         lengths = list_lengths(array) if is_list(array.type) else np.ones(len(array), np.int64)
@@ -163,15 +180,11 @@ class RequestReader:
             rows = vocabulary.rows_of(torch.from_numpy(rows), step=0, training=False).numpy()
         return TableRows(rows, lengths)
 
-    def _column(self, name: str, values: Sequence[Any], place: str) -> pa.Array:
-        """Return values in the type in which training reads their column."""
-        try:
-            array = pa.array(values)
-            if pa.types.is_null(array.type) or _is_list_of_null(array.type):
-                array = array.cast(self._type_of(name))
-        except (pa.ArrowException, TypeError, OverflowError) as error:
-            raise ValueError(f"{place}: column '{name}': {error}") from error
-        check_type(self.schema, name, array.type, place)
+    def _column(self, name: str, values: Mapping[str, Sequence[Any]], place: str) -> pa.Array:
+        """Return a column as training reads it, made of the values of columns."""
+        arrays = {each: self._array(each, of, place, name) for each, of in values.items()}
+        check_types(self.schema, [name], lambda each: arrays[each].type, place)
+        table = read_columns(pa.table(arrays), self.schema, [name], place)
 
         def refuse(
             column: str, rows: np.ndarray, reason: str, message: Callable[[int], str]
@@ -181,10 +194,25 @@ class RequestReader:
                 number = int(rows.argmax())
                 raise ValueError(f"{place}: column '{column}', value {number}: {message(number)}")
 
-        return usable_column(pa.table({name: array}), name, self.schema, refuse)
+        return usable_column(table, name, self.schema, refuse)
 
-    def _type_of(self, name: str) -> pa.DataType:
+    def _array(self, name: str, values: Sequence[Any], place: str, made: str) -> pa.Array:
+        """Return the values of a column, of which column `made` is made, as an array."""
+        try:
+            array = pa.array(values)
+            kind = array.type
+            if pa.types.is_null(kind) or _is_list_of_null(kind):
+                wanted = self._type_of(name, made)
+                array = array if kind == wanted else array.cast(wanted)
+        except (pa.ArrowException, TypeError, OverflowError) as error:
+            raise ValueError(f"{place}: column '{name}': {error}") from error
+        return array
+
+    def _type_of(self, name: str, made: str) -> pa.DataType:
         """Return the type of a column of which only nulls or empty lists are given."""
+        if made in self.schema.transforms:  # steps take nulls of no type
+            is_list_column = self.schema.columns[made].kind == "ids"
+            return pa.list_(pa.null()) if is_list_column else pa.null()
         column = self.schema.columns.get(name)
         if column is None:  # a parallel list
             return pa.list_(pa.float32())

@@ -112,7 +112,7 @@ class Scorer:
         """Return the probability of each label for each candidate, as `recsys predict` does.
 
         Args:
-            user: values of the columns besides the ranked item, history and labels.
+            user: values of the files' columns besides the ranked item, history and labels.
             history: the user's items, oldest first; with parallel lists or several histories,
                 each list by its column.
             candidates: ids of the items to rank; or lists by column, for columns that differ

@@ -94,11 +94,12 @@ def mean_list_lengths(root: Location, schema: Schema) -> dict[str, float]:
                 for index in range(metadata.num_columns)
             }
             groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+            read = {name: schema.file_columns([name])[0] for name in lists}
             return {
-                name: sum(group.column(leaves[name]).num_values for group in groups)
+                name: sum(group.column(leaves[column]).num_values for group in groups)
                 / metadata.num_rows
-                for name in lists
-                if name in leaves and metadata.num_rows
+                for name, column in read.items()
+                if column in leaves and metadata.num_rows
             }
     except (IndexError, ValueError):
         return {}

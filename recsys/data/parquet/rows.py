@@ -15,9 +15,9 @@ from recsys.data.chunk import Chunk
 from recsys.data.filesystem import Location
 from recsys.data.parquet.bad_rows import OnBadRow
 from recsys.data.parquet.file import READ_ERRORS, column_type, footer_digest, open_parquet
-from recsys.data.parquet.values import check_type
 from recsys.data.row_source import RowSource, columns_to_read
 from recsys.data.schema import Schema
+from recsys.data.transforms.columns import check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,8 @@ class ParquetRows(RowSource):
         on_bad_row: OnBadRow = "error",
     ) -> None:
         """List the row groups of the files and check the types of their columns."""
-        columns = columns_to_read(schema, with_labels)
-        groups = [group for file in files for group in _row_groups(file, schema, columns)]
+        names = columns_to_read(schema, with_labels)
+        groups = [group for file in files for group in _row_groups(file, schema, names)]
         super().__init__(schema, groups, with_labels, on_bad_row)
 
     @staticmethod
@@ -122,12 +122,11 @@ def split_rows(root: Location, split: str, schema: Schema) -> ParquetRows:
     return ParquetRows.of_split(root, split, schema)
 
 
-def _row_groups(file: Location, schema: Schema, columns: list[str]) -> Iterator[RowGroup]:
+def _row_groups(file: Location, schema: Schema, names: list[str]) -> Iterator[RowGroup]:
     """Yield the row groups of a file after checking its columns."""
     with open_parquet(file) as parquet:
         metadata, digest = parquet.metadata, footer_digest(file, parquet)
-        for name in columns:
-            check_type(schema, name, column_type(parquet, file, name), str(file))
+        check_types(schema, names, lambda name: column_type(parquet, file, name), str(file))
     if metadata.num_rows == 0:
         raise ValueError(f"{file}: the file has no rows; remove it or write it again")
     first_row = 0

@@ -1,0 +1,265 @@
+"""Chains of steps: what `column` and `transform` of a column in `schema.yaml` say.
+
+    log_price:   {kind: dense, column: price, transform: [{fill: 0}, log1p, standardize]}
+    city_device: {kind: id, num_embeddings: 5000, column: [city, device], transform: [cross], ...}
+
+A column is made of the columns that it names, by default of the one with its own name in the files.
+A name means the file's column, unless another column of the schema with that name is transformed,
+too: then its result.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from typing import Any, get_type_hints
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recsys.config.parser import meant, problem_of_keys, short
+from recsys.data.schema_columns import Column
+from recsys.data.transforms.fit import Fit
+from recsys.data.transforms.steps import STEPS
+
+KINDS = ("id", "ids", "dense")
+INPUTS = (*KINDS, "sequence")  # kinds that may be the source of another column
+
+
+@dataclass(frozen=True)
+class Call:
+    """One step of a chain with all of its settings."""
+
+    name: str
+    settings: dict[str, Any]
+
+    @staticmethod
+    def of(given: Any) -> Call:
+        """Read a step as `schema.yaml` has it: its name, or a mapping of its name to settings.
+
+        Raises:
+            ValueError: the step or a setting is unknown, missing or out of range.
+        """
+        given = {given: {}} if isinstance(given, str) else given
+        if not isinstance(given, dict) or len(given) != 1:
+            raise ValueError(f"{short(given)} is no step; write a name, or {{name: settings}}")
+        [(name, settings)] = given.items()
+        if name not in STEPS:
+            raise ValueError(f"'{name}' is no step, but {list(STEPS)}{meant(str(name), STEPS)}")
+        function = STEPS[name].apply
+        known = dict(list(inspect.signature(function).parameters.items())[1:])
+        hints = {each: get_type_hints(function)[each] for each in known}
+        if not isinstance(settings, dict):
+            settings = dict(zip(list(known)[:1] or ["settings"], [settings], strict=True))
+        missing = [each for each in known if each not in settings]
+        needed = [each for each in missing if known[each].default is inspect.Parameter.empty]
+        problem = problem_of_keys(hints, settings, name) or _unusable(settings)
+        if problem or needed:
+            raise ValueError(problem or f"{name} needs {needed[0]}")
+        call = Call(name, settings | {each: known[each].default for each in missing})
+        call([pa.nulls(0), pa.nulls(0)])  # the function checks its settings
+        return call
+
+    @property
+    def is_fitted(self) -> bool:
+        """Return whether all settings are known."""
+        return all(self.settings[each] is not None for each in self.fitted_settings)
+
+    @property
+    def fitted_settings(self) -> tuple[str, ...]:
+        """Settings that a fit computes; none where boundaries are given without quantiles."""
+        return () if self.settings.get("quantiles", 0) is None else STEPS[self.name].fitted
+
+    @property
+    def without_fit(self) -> Call:
+        """Return the step without what was fitted."""
+        return Call(self.name, self.settings | dict.fromkeys(self.fitted_settings))
+
+    @property
+    def num_ids(self) -> int | None:
+        """Number of ids that the step gives, if that is known."""
+        count = STEPS[self.name].num_ids
+        return None if count is None else count(**self.settings)
+
+    def start_fit(self) -> Fit:
+        """Return what computes the missing settings."""
+        fit = STEPS[self.name].fit
+        assert fit is not None
+        return fit(**self.settings)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the step as `schema.yaml` would have it."""
+        return {self.name: {name: of for name, of in self.settings.items() if of is not None}}
+
+    def __call__(self, columns: list[pa.Array]) -> list[pa.Array]:
+        """Apply the step to values of each column, or of all together."""
+        step = STEPS[self.name]
+        if not self.is_fitted and any(map(len, columns)):
+            raise ValueError("is not fitted yet; run `recsys prepare transforms --data DATA`")
+        if step.joins:
+            return [step.apply(columns, **self.settings)]
+        return [step.apply(values, **self.settings) for values in columns]
+
+
+def _unusable(settings: dict[str, Any]) -> str | None:
+    """Return a message about a setting that is not a number."""
+    for name, value in settings.items():
+        parts = value if isinstance(value, list) else [value]
+        if any(isinstance(part, float) and np.isnan(part) for part in parts):
+            return f"{name} is {short(value)}; NaN is no number"
+    return None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Columns from which a column is made, and the steps."""
+
+    sources: tuple[str, ...]
+    steps: tuple[Call, ...]
+
+    @property
+    def unfitted(self) -> int | None:
+        """Number of the first step that is not fitted; None if all are."""
+        return next((i for i, step in enumerate(self.steps) if not step.is_fitted), None)
+
+    @property
+    def without_fit(self) -> Chain:
+        """Return the chain without what was fitted."""
+        return Chain(self.sources, tuple(step.without_fit for step in self.steps))
+
+    def fitted(self, number: int, settings: dict[str, Any]) -> Chain:
+        """Return the chain with fitted settings of step `number`."""
+        steps = list(self.steps)
+        steps[number] = Call(steps[number].name, steps[number].settings | settings)
+        return Chain(self.sources, tuple(steps))
+
+    def is_fit_of(self, chain: Chain) -> bool:
+        """Return whether this is a fitted `chain`, which may be fitted in part or not at all."""
+        return self.unfitted is None and chain == Chain(
+            self.sources,
+            tuple(
+                step if own.is_fitted else step.without_fit
+                for step, own in zip(self.steps, chain.steps, strict=False)
+            ),
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """Return the chain as `schema.yaml` would have it."""
+        return {"column": list(self.sources), "transform": [step.plain() for step in self.steps]}
+
+    def __call__(self, columns: list[pa.Array]) -> pa.Array:
+        """Apply all steps to values of the sources, which they leave as one column.
+
+        Raises:
+            ValueError: names the step that does not take values of this type, or is not fitted.
+        """
+        columns = [_read(values) for values in columns]
+        for step in self.steps:
+            try:
+                columns = step(columns)
+            except (ValueError, pa.ArrowException) as error:  # also those of Arrow
+                raise ValueError(f"step {step.name} {error}") from error
+        [values] = columns
+        return values
+
+
+def _read(values: pa.Array) -> pa.Array:
+    """Return values of a file in few types: floats as float32 holds them, NaN as null."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_floating(values.type) or pa.types.is_decimal(values.type):
+        values = values.cast(pa.float32(), safe=False).cast(pa.float64())
+        return pc.if_else(pc.is_nan(values), pa.scalar(None, pa.float64()), values)
+    return values
+
+
+def chain_of(name: str, column: Column) -> Chain:
+    """Return the chain of a column that has one.
+
+    Raises:
+        ValueError: a step is unusable, or does not fit the number of columns.
+    """
+    sources = column.column if isinstance(column.column, list) else [column.column or name]
+    steps = []
+    for number, given in enumerate(column.transform):
+        try:
+            steps.append(Call.of(given))
+        except ValueError as error:
+            raise ValueError(f"transform, step {number + 1}: {error}") from error
+    joins = [number for number, step in enumerate(steps) if STEPS[step.name].joins]
+    if len(sources) != 1 and len(joins) != 1:
+        raise ValueError(f"reads {len(sources)} columns; name one, or join them by one step cross")
+    if len(sources) == 1 and joins:
+        raise ValueError(f"cross joins several columns; write `column: [{sources[0]}, ANOTHER]`")
+    if any(STEPS[step.name].fit is not None for step in steps[: joins[0] if joins else 0]):
+        raise ValueError("a step before cross is fitted; make a column of its own with that step")
+    size = steps[-1].num_ids if steps else None
+    if column.vocabulary is None and (column.num_embeddings or size or 0) < (size or 0):
+        raise ValueError(
+            f"num_embeddings is {column.num_embeddings}, but {steps[-1].name} gives {size} ids; "
+            f"set it to {size}"
+        )
+    return Chain(tuple(sources), tuple(steps))
+
+
+def chains_of(columns: Mapping[str, Column], target_item: str, path: str) -> dict[str, Chain]:
+    """Return the chains of a schema's columns, which then have them in full, with all defaults.
+
+    Raises:
+        ValueError: names file and column: a chain is unusable, or several read each other.
+    """
+    found: dict[str, Chain] = {}
+    for name, column in columns.items():
+        if column.column is None and not column.transform:
+            continue
+        where = f"{path}: column '{name}'"
+        if column.kind not in KINDS or name == target_item:
+            what = "the target item" if name == target_item else f"of kind {column.kind}"
+            raise ValueError(f"{where} is {what}; only features of kinds {KINDS} are transformed")
+        try:
+            found[name] = chain_of(name, column)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        for source in found[name].sources:
+            if source in columns and columns[source].kind not in INPUTS:
+                raise ValueError(
+                    f"{where} reads '{source}', which is of kind {columns[source].kind} and is not "
+                    "known when a model is asked; name another column"
+                )
+    try:
+        TopologicalSorter({name: set(results_read(name, found)) for name in found}).prepare()
+    except CycleError as error:
+        names = " -> ".join(reversed(error.args[1]))
+        raise ValueError(f"{path}: columns read each other: {names}; end the circle") from error
+    for name, chain in found.items():
+        set_chain(columns[name], chain)
+    return found
+
+
+def set_chain(column: Column, chain: Chain) -> None:
+    """Write a chain into its column, as `schema.yaml` would have it."""
+    plain = chain.plain()
+    column.column, column.transform = plain["column"], plain["transform"]
+
+
+def results_read(name: str, chains: Mapping[str, Chain]) -> Iterator[str]:
+    """Yield the sources of a transformed column that are results of other chains."""
+    for source in chains[name].sources:
+        if source != name and source in chains:
+            yield source
+
+
+def file_columns(names: Iterable[str], chains: Mapping[str, Chain]) -> list[str]:
+    """Return the columns of the files from which some columns are read, each once."""
+    found: dict[str, None] = {}
+    for name in names:
+        if name not in chains:
+            found[name] = None
+            continue
+        results = list(results_read(name, chains))
+        found |= dict.fromkeys(source for source in chains[name].sources if source not in results)
+        found |= dict.fromkeys(file_columns(results, chains))
+    return list(found)

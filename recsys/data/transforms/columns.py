@@ -1,0 +1,98 @@
+"""Columns of a schema from the columns of a file or request: the one place that transforms rows.
+
+Training, evaluation, prediction, `explain-data`, `prepare vocabulary` and the scorer of a package
+all read rows through `read_columns`, so that none can differ from the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from embeddings.vocabulary.fixed import is_id_type
+from recsys.data.parquet.values import check_type, is_list, list_lengths, one_chunk
+from recsys.data.schema import Schema
+from recsys.data.transforms.chain import Chain
+
+
+def read_columns(table: pa.Table, schema: Schema, names: Sequence[str], place: str) -> pa.Table:
+    """Return columns of a schema, transformed where it says so.
+
+    Args:
+        table: has the columns `schema.file_columns(names)`.
+        schema: meaning of the columns.
+        names: the columns to return.
+        place: file or part of a request, for messages.
+
+    Raises:
+        ValueError: names column and step: it does not take values of this type, or is not fitted.
+    """
+    if not any(name in schema.transforms for name in names):
+        return table.select(names)
+    rows = TransformedRows(table, schema, place)
+    return pa.table([rows.column(name) for name in names], names=list(names))
+
+
+class TransformedRows:
+    """Columns of a schema, each made when it is needed; see `read_columns`."""
+
+    def __init__(self, table: pa.Table, schema: Schema, place: str) -> None:
+        """Keep the rows."""
+        self.table, self.chains, self.place = table, schema.transforms, place
+        self._made: dict[str, pa.Array] = {}
+
+    def column(self, name: str) -> pa.Array:
+        """Return a column, transformed if it has a chain."""
+        if name not in self.chains:
+            return one_chunk(self.table[name])
+        if name not in self._made:
+            self._made[name] = self._apply(self.chains[name], name)
+        return self._made[name]
+
+    def before_step(self, name: str, number: int) -> pa.Array:
+        """Return a column as it is before one step of its chain, one without a cross before it."""
+        chain = self.chains[name]
+        return self._apply(Chain(chain.sources, chain.steps[:number]), name)
+
+    def _apply(self, chain: Chain, name: str) -> pa.Array:
+        """Apply a chain; in lists, to their values."""
+        columns = [
+            one_chunk(self.table[source]) if source == name else self.column(source)
+            for source in chain.sources
+        ]
+        try:
+            if len(columns) > 1 or not is_list(columns[0].type):
+                return chain(columns)
+            offsets = np.concatenate([[0], np.cumsum(list_lengths(columns[0]), dtype=np.int64)])
+            return pa.LargeListArray.from_arrays(offsets, chain([columns[0].flatten()]))
+        except ValueError as error:
+            raise ValueError(f"{self.place}: column '{name}': {error}") from error
+
+
+def check_types(
+    schema: Schema, names: Iterable[str], kind_of: Callable[[str], pa.DataType], place: str
+) -> None:
+    """Check the types of a file's columns against the schema.
+
+    Args:
+        schema: meaning of the columns.
+        names: the columns to check.
+        kind_of: returns the type of a column of the file.
+        place: the file or part of a request, for messages.
+
+    Raises:
+        ValueError: a column cannot be read, transformed or used by the model.
+    """
+    for name in names:
+        if name not in schema.transforms:
+            check_type(schema, name, kind_of(name), place)
+            continue
+        kinds = {source: kind_of(source) for source in schema.file_columns([name])}
+        empty = pa.table({source: pa.array([], kind) for source, kind in kinds.items()})
+        check_type(schema, name, read_columns(empty, schema, [name], place)[name].type, place)
+        for source, kind in kinds.items():
+            kind = kind.value_type if is_list(kind) else kind
+            if is_id_type(kind):
+                schema.require_id_type(source, kind, place, source)

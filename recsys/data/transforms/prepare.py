@@ -1,0 +1,101 @@
+"""Runs `recsys prepare transforms`: fits the steps of a dataset's columns on its training rows.
+
+A pass over train/ fits one step of each column; a step after a fitted one needs a further pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import pyarrow as pa
+
+from recsys.config.parser import short
+from recsys.data.filesystem import Location
+from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
+from recsys.data.parquet.values import is_list
+from recsys.data.schema import Schema, read_schema
+from recsys.data.transforms.chain import Chain, results_read
+from recsys.data.transforms.columns import TransformedRows, check_types
+from recsys.data.transforms.fitted_file import write_fitted
+
+
+def prepare_transforms(data: str) -> dict[str, Chain]:
+    """Fit the transforms of the dataset at `data`, write its `transforms.yaml` and return them.
+
+    Raises:
+        ValueError: no transform needs fitted values, a file cannot be read, or a column has no
+            finite value. Nothing is written then.
+    """
+    root = Location.of(data)
+    schema = read_schema(root)
+    unfitted = _unfitted(schema)
+    if not unfitted:
+        raise ValueError(f"{root}/schema.yaml: no transform needs fitted values; nothing to do")
+    while unfitted:
+        ready = {name: number for name, number in unfitted.items() if not _waits(schema, name)}
+        _fit(root, schema, ready)
+        unfitted = _unfitted(schema)
+    write_fitted(schema.transforms, root)
+    return schema.transforms
+
+
+def format_fitted(chains: dict[str, Chain]) -> str:
+    """Return a line for each fitted step."""
+    lines = []
+    for name, chain in chains.items():
+        for step, bare in zip(chain.steps, chain.without_fit.steps, strict=True):
+            if step != bare:
+                parts = [f"{each} {short(step.settings[each])}" for each in step.fitted_settings]
+                lines.append(f"{name}: {step.name}: {', '.join(parts)}")
+    return "\n".join(lines)
+
+
+def _unfitted(schema: Schema) -> dict[str, int]:
+    """Return, by column, the number of the first step that is not fitted."""
+    numbers = {name: chain.unfitted for name, chain in schema.transforms.items()}
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
+def _waits(schema: Schema, name: str) -> bool:
+    """Return whether a column reads one that is not fitted."""
+    chains = schema.transforms
+    return any(
+        chains[source].unfitted is not None or _waits(schema, source)
+        for source in results_read(name, chains)
+    )
+
+
+def _fit(root: Location, schema: Schema, steps: Mapping[str, int]) -> None:
+    """Fit one step of some columns."""
+    chains = schema.transforms
+    fits = {name: chains[name].steps[number].start_fit() for name, number in steps.items()}
+    for rows in _rows(root, schema, list(steps)):
+        for name, number in steps.items():
+            values = rows.before_step(name, number)
+            values = values.flatten() if is_list(values.type) else values
+            numbers = values.cast(pa.float64(), safe=False).drop_null()
+            fits[name].add(numbers.to_numpy(zero_copy_only=False))
+    for name, number in steps.items():
+        if not fits[name].num_values:
+            raise ValueError(f"{root / 'train'}: column '{name}' has no finite value to fit")
+        chains[name] = chains[name].fitted(number, fits[name].result())
+
+
+def _rows(root: Location, schema: Schema, names: Sequence[str]) -> Iterator[TransformedRows]:
+    """Yield the training rows, a row group at a time, with what some columns are made of."""
+    files = (root / "train").files(".parquet")
+    if not files:
+        raise ValueError(f"{root / 'train'}: no *.parquet files; transforms are fitted on them")
+    columns = schema.file_columns(names)
+    for file in files:
+        with open_parquet(file) as parquet:
+            kinds = {column: column_type(parquet, file, column) for column in columns}
+            check_types(schema, names, kinds.__getitem__, str(file))
+            for index in range(parquet.num_row_groups):
+                try:
+                    table = parquet.read_row_group(index, columns=columns)
+                except READ_ERRORS as error:
+                    raise ValueError(
+                        f"{file}: row group {index} cannot be read ({error}); write the file again"
+                    ) from error
+                yield TransformedRows(table, schema, str(file))

@@ -1,0 +1,217 @@
+"""The steps of a column's `transform`: one function each, and its name in `STEPS`.
+
+A step maps the values of a column, an Arrow array of any length, to as many others; what a row gets
+depends on that row alone. Null stays null, except in `fill`. The keyword arguments of the function
+are the settings of the step, checked by their type hints when `schema.yaml` is read, and by the
+function itself, which is then called with no values. The first one may be written alone: `fill: 0`.
+A step with a fit has settings that `recsys prepare transforms` computes; see
+`recsys.data.transforms.fit`.
+
+Shapes: N values, S columns to cross.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embeddings.vocabulary.fixed import HashVocabulary, is_id_type
+from recsys.data.transforms.fit import Fit, Moments, Quantiles
+
+SEPARATOR = "\x1f"  # between crossed values: the ASCII unit separator, which no text has
+ZONED_TEXT = r"[T ].*(Z|[+-]\d\d(:?\d\d)?)$"
+Unit = Literal["s", "ms", "us"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step.
+
+    apply: maps values [N] and settings to values [N]; or a list of S columns, if `joins` is set.
+    num_ids: maps settings to the number of ids that the step gives, if that is known.
+    fit: computes settings from the values of all training rows; None for a step without a fit.
+    fitted: the settings that it computes.
+    """
+
+    apply: Callable[..., pa.Array]
+    num_ids: Callable[..., int] | None = None
+    joins: bool = False
+    fit: Callable[..., Fit] | None = None
+    fitted: tuple[str, ...] = ()
+
+
+def fill(values: pa.Array, value: int | float | str) -> pa.Array:
+    """Replace null and NaN by `value`, which has the type of the column."""
+    filler = pa.scalar(value)
+    if pa.types.is_null(values.type):
+        return values.cast(filler.type).fill_null(filler)
+    if isinstance(value, str) == _is_number(values.type):  # times are filled by text, too
+        raise ValueError(f"value {value!r} is none of type {values.type}")
+    try:
+        return values.fill_null(filler.cast(values.type))
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"value {value!r} does not fit type {values.type}") from error
+
+
+def clip(values: pa.Array, low: float | None = None, high: float | None = None) -> pa.Array:
+    """Replace values below `low` by `low` and those above `high` by `high`."""
+    if low is None and high is None:
+        raise ValueError("needs low or high")
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"low is {low}, above high, {high}; swap them")
+    values = _numbers(values)
+    if low is not None:
+        values = pc.max_element_wise(values, low, skip_nulls=False)
+    return values if high is None else pc.min_element_wise(values, high, skip_nulls=False)
+
+
+def log1p(values: pa.Array) -> pa.Array:
+    """Return log(1 + x), null where x is -1 or less."""
+    values = _numbers(values)
+    return pc.if_else(pc.greater(values, -1.0), pc.log1p(values), pa.scalar(None, pa.float64()))
+
+
+def standardize(values: pa.Array, mean: float | None = None, std: float | None = None) -> pa.Array:
+    """Subtract the mean of the training rows and divide by their deviation, unless that is 0."""
+    if (mean is None) != (std is None) or (std is not None and std < 0):
+        raise ValueError(f"mean is {mean} and std is {std}; give both or none, and std from 0 on")
+    return pc.divide(pc.subtract(_numbers(values), mean or 0.0), std or 1.0)
+
+
+def bucketize(
+    values: pa.Array, boundaries: list[float] | None = None, quantiles: int | None = None
+) -> pa.Array:
+    """Return how many boundaries are at or below each value: a bucket from 0 on."""
+    if boundaries is None and quantiles is None:
+        raise ValueError("needs boundaries, or a number of quantiles to fit them")
+    if quantiles is not None and not 2 <= quantiles <= 100_000:
+        raise ValueError(f"quantiles is {quantiles}; set 2 to 100000")
+    places = np.array(boundaries or [], np.float64)
+    if not (np.diff(places) > 0).all():
+        raise ValueError(f"boundaries are {boundaries}; sort them, each once")
+    values = _numbers(values)
+    buckets = np.searchsorted(places, values.fill_null(0).to_numpy(False), side="right")
+    return _with_nulls(buckets, values)
+
+
+def hash_ids(values: pa.Array, buckets: int, seed: int = 0) -> pa.Array:
+    """Return one of `buckets` ids for each integer or string, by a stable hash."""
+    vocabulary = HashVocabulary(buckets, seed=seed)
+    if pa.types.is_null(values.type):
+        return values.cast(pa.int64())
+    if not is_id_type(values.type):
+        raise ValueError(f"takes integers or strings, not {values.type}")
+    rows = np.zeros(len(values), np.int64)
+    rows[values.is_valid().to_numpy(False)] = vocabulary.rows_of(values.drop_null())[:, 0]
+    return _with_nulls(rows, values)
+
+
+def cross(columns: Sequence[pa.Array]) -> pa.Array:
+    """Return one string for each combination of values, null where one of them is."""
+    for values in columns:
+        if not (is_id_type(values.type) or pa.types.is_boolean(values.type) or _is_empty(values)):
+            raise ValueError(f"takes integers and strings, not {values.type}; bucketize it first")
+    texts = [values.cast(pa.large_string()) for values in columns]
+    return pc.binary_join_element_wise(*texts, pa.scalar(SEPARATOR, pa.large_string()))
+
+
+def lower(values: pa.Array) -> pa.Array:
+    """Return strings in lower case."""
+    if not _is_text(values.type) and not pa.types.is_null(values.type):
+        raise ValueError(f"takes strings, not {values.type}")
+    return pc.utf8_lower(values.cast(pa.large_string()))
+
+
+def hour(values: pa.Array, zone: str = "UTC", unit: Unit = "s") -> pa.Array:
+    """Return the hour of a time in a zone, from 0 to 23."""
+    return pc.hour(_moments(values, zone, unit))
+
+
+def weekday(values: pa.Array, zone: str = "UTC", unit: Unit = "s") -> pa.Array:
+    """Return the day of the week of a time or date, from 0, Monday, to 6."""
+    return pc.day_of_week(_moments(values, zone, unit))
+
+
+def day_of_year(values: pa.Array, zone: str = "UTC", unit: Unit = "s") -> pa.Array:
+    """Return the day of the year of a time or date, from 0 to 365."""
+    return pc.subtract(pc.day_of_year(_moments(values, zone, unit)), 1)
+
+
+def _buckets(boundaries: list[float] | None, quantiles: int | None) -> int:
+    return quantiles or len(boundaries or []) + 1
+
+
+STEPS: dict[str, Step] = {
+    "fill": Step(fill),
+    "clip": Step(clip),
+    "log1p": Step(log1p),
+    "standardize": Step(standardize, fit=Moments, fitted=("mean", "std")),
+    "bucketize": Step(bucketize, _buckets, fit=Quantiles, fitted=("boundaries",)),
+    "hash": Step(hash_ids, lambda buckets, seed: buckets),
+    "cross": Step(cross, joins=True),
+    "lower": Step(lower),
+    "hour": Step(hour, lambda zone, unit: 24),
+    "weekday": Step(weekday, lambda zone, unit: 7),
+    "day_of_year": Step(day_of_year, lambda zone, unit: 366),
+}
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return is_id_type(kind) and not pa.types.is_integer(kind)
+
+
+def _is_empty(values: pa.Array) -> bool:
+    """Return whether the values have no type, as those of which only nulls are known."""
+    return pa.types.is_null(values.type)
+
+
+def _numbers(values: pa.Array) -> pa.Array:
+    """Return numbers as float64."""
+    if not _is_number(values.type) and not _is_empty(values):
+        raise ValueError(f"takes numbers, not {values.type}")
+    return values.cast(pa.float64(), safe=False)
+
+
+def _with_nulls(numbers: np.ndarray, values: pa.Array) -> pa.Array:
+    """Return integers [N] that are null where the values are."""
+    return pa.array(numbers.astype(np.int64), mask=values.is_null().to_numpy(False))
+
+
+def _moments(values: pa.Array, zone: str, unit: Unit) -> pa.Array:
+    """Return times in a zone. Integers and times without a zone are UTC; a date is as it stands."""
+    kind = values.type
+    try:
+        pc.assume_timezone(pa.array([0], pa.timestamp("us")), zone)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"zone '{zone}' is unknown; name one such as Europe/Berlin") from error
+    if pa.types.is_date(kind):
+        return values.cast(pa.timestamp("ms"))
+    if pa.types.is_integer(kind) or pa.types.is_null(kind):
+        values = values.cast(pa.int64()).cast(pa.timestamp(unit))
+    elif _is_text(kind):
+        values = _parsed(values.cast(pa.string()))
+    elif not pa.types.is_timestamp(kind):
+        raise ValueError(f"takes times, not {kind}")
+    if values.type.tz is None:
+        values = pc.assume_timezone(values, "UTC")
+    return values.cast(pa.timestamp(values.type.unit, zone))
+
+
+def _parsed(texts: pa.Array) -> pa.Array:
+    """Return times in ISO 8601, those without a zone in UTC."""
+    is_zoned, none = pc.match_substring_regex(texts, ZONED_TEXT), pa.scalar(None, pa.string())
+    try:
+        zoned = pc.if_else(is_zoned, texts, none).cast(pa.timestamp("us", "UTC"))
+        others = pc.if_else(is_zoned, none, texts).cast(pa.timestamp("us"))
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"takes times; {error}") from error
+    return pc.coalesce(zoned, pc.assume_timezone(others, "UTC"))

@@ -1,0 +1,215 @@
+"""Each step against values worked out by hand, and what no step takes."""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+
+from embeddings import HashVocabulary
+from recsys.data.schema import Schema
+from recsys.data.schema_columns import Column
+from recsys.data.transforms.chain import chains_of
+from recsys.data.transforms.columns import read_columns
+from recsys.data.transforms.fit import Quantiles
+from recsys.data.transforms.steps import STEPS
+
+NOON = datetime(2026, 11, 1, 12, tzinfo=UTC)  # a Sunday
+EVENING = 1_798_758_000  # 2026-12-31 23:00 UTC, already 2027 in Berlin, a Friday
+
+
+def schema_with(**columns: dict[str, Any]) -> Schema:
+    """The checks of a whole schema.yaml would take a tenth of a second."""
+    of = {name: Column(**column) for name, column in columns.items()}
+    schema = Schema("item", "user", of | {"liked": Column("label")})
+    schema.transforms = chains_of(schema.columns, "item", "data/schema.yaml")
+    return schema
+
+
+def result(values: pa.Array | dict[str, Any], *steps: Any, **column: Any) -> list[Any]:
+    """What the steps make of the values of column `x`, or of several."""
+    table = pa.table(values if isinstance(values, dict) else {"x": values})
+    schema = schema_with(x={"kind": "ids", "num_embeddings": 10**6, "transform": [*steps]} | column)
+    return read_columns(table, schema, ["x"], "part-0.parquet")["x"].to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("values", "steps", "expected"),
+    [
+        ([1.0, None, math.nan], [{"fill": 7}], [1.0, 7.0, 7.0]),
+        (["a", None], [{"fill": "none"}], ["a", "none"]),
+        ([None, None], [{"fill": "none"}], ["none", "none"]),
+        ([3, None], [{"fill": {"value": 0}}], [3, 0]),
+        ([-5.0, 2.0, math.inf, None], [{"clip": {"low": 0, "high": 9}}], [0.0, 2.0, 9.0, None]),
+        ([-5, 2], [{"clip": {"high": 1}}], [-5.0, 1.0]),
+        ([0, -1, -2, None, math.inf], ["log1p"], [0.0, None, None, None, math.inf]),
+        ([1, 4, None], [{"standardize": {"mean": 2, "std": 4}}], [-0.25, 0.5, None]),
+        ([5, 6], [{"standardize": {"mean": 5, "std": 0}}], [0.0, 1.0]),
+        ([-1, 0, 0.5, 1, math.inf, None], [{"bucketize": [0, 1]}], [0, 1, 1, 2, 2, None]),
+        ([3], [{"bucketize": []}], [0]),
+        (["Köln", None, "A"], ["lower"], ["köln", None, "a"]),
+        ([NOON, None], ["hour"], [12, None]),
+        ([NOON.replace(tzinfo=None)], [{"hour": "Europe/Berlin"}], [13]),
+        ([EVENING], [{"hour": {"zone": "Europe/Berlin"}}], [0]),
+        ([EVENING * 1000], [{"weekday": {"zone": "Europe/Berlin", "unit": "ms"}}], [4]),
+        ([EVENING], ["weekday"], [3]),
+        ([EVENING], ["day_of_year"], [364]),
+        ([EVENING], [{"day_of_year": "Europe/Berlin"}], [0]),
+        ([date(2026, 11, 1)], [{"weekday": "America/New_York"}], [6]),
+        (["2026-11-01", "2026-11-01T12:30:00", None], ["hour"], [0, 12, None]),
+        (["2026-11-01 12:00:00+02:00", "2026-11-01T12:00:00Z"], ["hour"], [10, 12]),
+    ],
+)
+def test_a_step_does_what_its_name_says(
+    values: list[Any], steps: list[Any], expected: list[Any]
+) -> None:
+    assert result(pa.array(values), *steps) == expected
+
+
+def test_steps_follow_each_other_and_reach_into_lists() -> None:
+    steps = [{"fill": 0}, "log1p", {"clip": {"high": 1}}]
+    expected = [[0.0, pytest.approx(math.log1p(0.5)), 1.0], [], [0.0]]
+    assert result(pa.array([[0.0, 0.5, 90.0], None, [None]]), *steps) == expected
+
+
+def test_strings_and_integers_are_hashed_as_the_vocabularies_hash_them() -> None:
+    for ids in (pa.array(["a", "b"]), pa.array([7, 8]), pa.array(["a", "b"]).dictionary_encode()):
+        rows = HashVocabulary(50, seed=3).rows_of(ids)[:, 0].tolist()
+        assert result(ids, {"hash": {"buckets": 50, "seed": 3}}) == rows
+    assert result(pa.array([None, "a"]), {"hash": 1}) == [None, 0]
+
+
+def test_a_cross_is_one_value_per_combination() -> None:
+    columns = {"city": ["A", "B", "A", None], "device": pa.array([1, 1, 12, 1], pa.int8())}
+    column = {"column": ["city", "device"]}
+    assert result(columns, "cross", **column) == ["A\x1f1", "B\x1f1", "A\x1f12", None]
+    assert result(columns, "cross", "lower", **column)[0] == "a\x1f1"
+
+
+def test_numbers_are_read_as_float32_so_that_every_width_gives_the_same() -> None:
+    for kind in (pa.float32(), pa.float64()):
+        assert result(pa.array([0.1], kind), {"bucketize": [0.1]}) == [1]
+
+
+def test_a_column_reads_the_result_of_another_but_itself_from_the_file() -> None:
+    schema = schema_with(
+        price={"kind": "dense", "transform": [{"fill": 3}]},
+        bucket={
+            "kind": "id",
+            "num_embeddings": 2,
+            "column": "price",
+            "transform": [{"bucketize": [3]}],
+        },
+        both={
+            "kind": "id",
+            "num_embeddings": 9,
+            "column": ["bucket", "city"],
+            "transform": ["cross"],
+            "vocabulary": {"kind": "hash"},
+        },
+        renamed={"kind": "dense", "column": "cost"},
+    )
+    table = pa.table({"price": [None, 1.0], "city": ["A", "B"], "cost": [1, 2]})
+    assert schema.file_columns(["both", "renamed", "user"]) == ["city", "price", "cost", "user"]
+    read = read_columns(table, schema, ["both", "price", "renamed"], "")
+    assert read.to_pydict() == {
+        "both": ["1\x1fA", "0\x1fB"],
+        "price": [3.0, 1.0],
+        "renamed": [1, 2],
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "steps", "named"),
+    [
+        (["a"], ["log1p"], "x'.*log1p.*string"),
+        ([1.5], ["lower"], "x'.*lower.*double"),
+        ([1.5], [{"hash": 5}], "x'.*hash.*double"),
+        ([1.5], ["hour"], "x'.*hour.*double"),
+        (["tea"], ["hour"], "x'.*hour.*tea"),
+        ([1], [{"fill": "a"}], "x'.*fill.*'a'.*int64"),
+        (["a"], [{"fill": 1}], "x'.*fill.*1.*string"),
+        ([1], [{"fill": 0.5}], "x'.*fill.*0.5.*int64"),
+        ([1], ["standardize"], "x'.*standardize.*recsys prepare transforms"),
+    ],
+)
+def test_a_step_on_a_wrong_type_is_named(values: list[Any], steps: list[Any], named: str) -> None:
+    with pytest.raises(ValueError, match=f"part-0.parquet: column '{named}"):
+        result(pa.array(values), *steps)
+
+
+@pytest.mark.parametrize(
+    ("column", "named"),
+    [
+        ({"transform": ["logp"]}, "'logp'.*log1p"),
+        ({"transform": [{"clip": {"lov": 1}}]}, "clip.lov.*low"),
+        ({"transform": [{"clip": {"low": 2, "high": 1}}]}, "step 1: .*low is 2"),
+        ({"transform": [{"clip": {"low": math.nan}}]}, "low is nan"),
+        ({"transform": ["clip"]}, "low or high"),
+        ({"transform": ["fill"]}, "fill needs value"),
+        ({"transform": [{"lower": 3}]}, "lower"),
+        ({"transform": [{"fill": 1, "clip": 2}]}, "fill.*clip"),
+        ({"transform": [7]}, "7 is no step"),
+        ({"transform": [{"bucketize": [2, 1]}]}, "boundaries are .2.*, 1"),
+        ({"transform": [{"bucketize": [1, 1]}]}, "boundaries are .1.*, 1"),
+        ({"transform": ["bucketize"]}, "boundaries, or .*quantiles"),
+        ({"transform": [{"bucketize": {"quantiles": 1}}]}, "quantiles is 1"),
+        ({"transform": [{"bucketize": ["a"]}]}, "bucketize.boundaries"),
+        ({"transform": [{"standardize": {"mean": 1}}]}, "mean is 1"),
+        ({"transform": [{"hash": 0}]}, "0"),
+        ({"transform": [{"hour": "Europe/Berlim"}]}, "Europe/Berlim"),
+        ({"transform": [{"hour": {"unit": "h"}}]}, "hour.unit is h"),
+        ({"transform": ["hour"], "num_embeddings": 12}, "num_embeddings is 12.*24"),
+        ({"transform": [{"bucketize": {"quantiles": 20}}], "num_embeddings": 19}, "19.*20"),
+        ({"transform": ["cross"]}, "cross"),
+        ({"column": ["a", "b"]}, "2 columns"),
+        ({"column": ["a", "b"], "transform": ["log1p"]}, "2 columns"),
+        ({"column": ["a", "b"], "transform": ["standardize", "cross"]}, "before cross"),
+        ({"column": "liked"}, "'liked', which is of kind label"),
+        ({"kind": "label", "num_embeddings": None, "transform": ["log1p"]}, "kind label"),
+        ({"column": "y"}, "x -> y -> x|y -> x -> y"),
+    ],
+)
+def test_what_a_schema_cannot_mean_is_named_before_any_row_is_read(
+    column: dict[str, Any], named: str
+) -> None:
+    y = {"kind": "id", "num_embeddings": 30, "column": "x"}
+    with pytest.raises(ValueError, match=rf"^data/schema.yaml: (?s:.)*{named}"):
+        schema_with(x={"kind": "id", "num_embeddings": 30} | column, y=y)
+
+
+@pytest.mark.parametrize("name", ["item", "history"])
+def test_the_target_item_and_histories_are_not_transformed(name: str) -> None:
+    columns = {
+        "item": {"kind": "id", "num_embeddings": 3},
+        "history": {"kind": "sequence", "shares": "item"},
+    }
+    columns[name]["transform"] = [{"hash": 3}]
+    with pytest.raises(ValueError, match=f"column '{name}'"):
+        schema_with(**columns)
+
+
+def test_the_page_has_every_step_and_its_example_is_a_schema() -> None:
+    page = (Path(__file__).parents[4] / "recsys/data/README.md").read_text()
+    page = page.partition("## Transforms")[2]
+    example = yaml.safe_load(page.partition("```yaml")[2].partition("```")[0])["columns"]
+    for column in example.values():
+        column.pop("vocabulary", None)
+    assert list(schema_with(**example).transforms) == list(example)
+    assert [name for name in STEPS if not re.search(rf"`{{?{name}\b", page)] == []
+
+
+def test_quantiles_of_many_values_are_those_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recsys.data.transforms.fit.SAMPLED", 20_000)
+    values, fit = np.random.default_rng(0).permutation(100_000) / 1e5, Quantiles(quantiles=4)
+    for part in np.array_split(values, 7):
+        fit.add(part)
+    assert len(fit.values) == 20_000
+    np.testing.assert_allclose(fit.result()["boundaries"], [0.25, 0.5, 0.75], atol=0.01)

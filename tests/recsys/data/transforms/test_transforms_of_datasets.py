@@ -1,0 +1,166 @@
+"""Fitted values belong to the dataset and to the runs that were trained with them."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from recsys.checkpoint.run_schema import load_run_schema, schema_of_data, write_run_schema
+from recsys.config import Config
+from recsys.data.filesystem import Location
+from recsys.data.parquet.rows import ParquetRows
+from recsys.data.schema import Schema, load_schema
+from recsys.data.transforms.prepare import format_fitted, prepare_transforms
+from recsys.diagnostics.dataset.split_summary import summarize_split
+from recsys.distributed.ranks import joined_ranks
+from recsys.training.train import train
+
+COLUMNS = """\
+target_item: item
+group: user
+columns:
+  user:   {kind: id, num_embeddings: 3}
+  item:   {kind: id, num_embeddings: 3}
+  price:  {kind: dense, transform: [{fill: 0}, log1p, standardize]}
+  bucket: {kind: id, num_embeddings: 4, column: cost, transform: [{bucketize: {quantiles: 4}}]}
+  liked:  {kind: label}
+"""
+RANKS: Any = SimpleNamespace(is_first=True)
+
+
+def write(folder: Path, text: str = COLUMNS, **replaced: Any) -> Location:
+    columns = {"price": [1.0, 3.0, None, 7.0], "cost": [1, 2, 3, 4]}
+    rows = {name: [0, 1, 2, 0] for name in ("user", "item")} | columns | {"liked": [0, 1, 0, 1]}
+    for split in ("train", "valid", "test"):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(rows | replaced), folder / split / "part-0.parquet")
+    (folder / "schema.yaml").write_text(text)
+    return Location.of(folder)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fitted")
+    write(folder / "data")
+    prepare_transforms(str(folder / "data"))
+    return folder / "data"
+
+
+@pytest.fixture
+def data(fitted: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(fitted, tmp_path / "data"))
+
+
+def run_of(schema: Schema, folder: Path) -> Path:
+    folder.mkdir()
+    write_run_schema(folder, schema)
+    return folder
+
+
+def test_training_asks_for_the_command_that_fits_before_anything_is_written(tmp_path: Path) -> None:
+    root = write(tmp_path / "data")
+    command = f"(?s)'price', 'bucket'.*recsys prepare transforms --data {root}"
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=command):
+        train(Config(), str(root), tmp_path / "run", ranks)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_fitted_values_are_stored_beside_the_schema_and_shown(data: Path) -> None:
+    stored = yaml.safe_load((data / "transforms.yaml").read_text())
+    assert stored["bucket"]["transform"] == [
+        {"bucketize": {"boundaries": [1.75, 2.5, 3.25], "quantiles": 4}}
+    ]
+    chains = load_schema(Location.of(data)).transforms
+    assert "bucket: bucketize: boundaries [1.75, 2.5, 3.25]" in format_fitted(chains)
+    assert chains["price"].steps[2].settings["mean"] == pytest.approx(1.5 * math.log(2))
+
+
+def test_explain_data_sees_the_transformed_columns(data: Path) -> None:
+    found = summarize_split(Location.of(data), "train", load_schema(Location.of(data)))
+    assert found.numbers["price"].summary()["mean"] == pytest.approx(0, abs=1e-6)
+    assert found.keys["bucket"].distinct == 4
+
+
+def test_a_change_of_the_schema_asks_for_another_fit(data: Path) -> None:
+    for old, new in [("fill: 0", "fill: 1"), ("column: cost", "column: price")]:
+        (data / "schema.yaml").write_text(COLUMNS.replace(old, new))
+        with pytest.raises(ValueError, match=r"transforms.yaml.*recsys prepare transforms"):
+            load_schema(Location.of(data))
+    assert prepare_transforms(str(data))["bucket"].sources == ("price",)
+    load_schema(Location.of(data))
+
+
+@pytest.mark.parametrize("text", ["[", "[1]", "price: 3", "price: {column: [price], steps: 1}"])
+def test_a_damaged_file_is_named(data: Path, text: str) -> None:
+    (data / "transforms.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"transforms.yaml: damaged"):
+        load_schema(Location.of(data))
+
+
+def test_a_run_keeps_its_fitted_values_and_refuses_others_by_name(
+    data: Path, tmp_path: Path
+) -> None:
+    schema = load_schema(Location.of(data))
+    run = run_of(schema, tmp_path / "run")
+    kept = load_run_schema(run)
+    assert kept is not None and kept.transforms == schema.transforms
+    assert schema_of_data(run, Location.of(data), RANKS, goes_on=True).transforms == kept.transforms
+
+    write(data, cost=[1, 2, 3, 40])
+    prepare_transforms(str(data))
+    with pytest.raises(ValueError, match=r"column 'bucket' transform.0.bucketize.boundaries \(run"):
+        schema_of_data(run, Location.of(data), RANKS)
+
+
+def test_data_without_fitted_values_takes_those_of_the_run(data: Path, tmp_path: Path) -> None:
+    schema = load_schema(Location.of(data))
+    run = run_of(schema, tmp_path / "run")
+    (data / "transforms.yaml").unlink()
+    assert schema_of_data(run, Location.of(data), RANKS).transforms == schema.transforms
+
+    (data / "schema.yaml").write_text(COLUMNS.replace("fill: 0", "fill: 1"))
+    with pytest.raises(
+        ValueError, match=r"column 'price' transform.0.fill.value \(run: 0, data: 1"
+    ):
+        schema_of_data(run, Location.of(data), RANKS)
+
+
+def test_what_a_step_has_made_of_a_bad_row_is_named_with_file_and_row(data: Path) -> None:
+    write(data, price=[1.0, 2.0, -1.5, 0.0])
+    root = Location.of(data)
+    rows = ParquetRows.of_split(root, "train", load_schema(root))
+    with pytest.raises(ValueError, match=r"train/part-0.parquet: column 'price', row 2: .*null"):
+        rows.read_chunk(0)
+
+
+def test_integers_and_strings_of_one_column_are_refused(tmp_path: Path) -> None:
+    text = COLUMNS.replace("{fill: 0}, log1p, standardize", "{hash: 9}")
+    root = write(tmp_path, text.replace("quantiles: 4", "boundaries: [2]"))
+    schema = load_schema(root)
+    table = pq.read_table(tmp_path / "test" / "part-0.parquet")
+    for split, kind in (("test", pa.int64()), ("valid", pa.string())):
+        values = table.set_column(2, "price", pa.array([1, 2, 3, 4]).cast(kind))
+        pq.write_table(values, tmp_path / split / "part-0.parquet")
+    ParquetRows.of_split(root, "test", schema)
+    with pytest.raises(ValueError, match=r"valid/part-0.parquet: column 'price' has string ids"):
+        ParquetRows.of_split(root, "valid", schema)
+
+
+def test_a_dataset_without_steps_to_fit_has_nothing_to_prepare(tmp_path: Path) -> None:
+    root = write(
+        tmp_path,
+        COLUMNS.replace("standardize", "{clip: {low: 0}}").replace(
+            "quantiles: 4", "boundaries: [1]"
+        ),
+    )
+    with pytest.raises(ValueError, match=r"schema.yaml: no transform"):
+        prepare_transforms(str(root))
+    load_schema(root)
