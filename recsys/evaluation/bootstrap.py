@@ -6,7 +6,8 @@ hard users add to either metric. The interval is the one of the resampled differ
 the choice of users, not of initial weights: for the latter, give runs of several seeds.
 Percentile intervals of a cluster bootstrap: Efron and Tibshirani, An Introduction to the
 Bootstrap, 1993, chapter 13; Field and Welsh, Bootstrapping Clustered Data, 2007. They are too
-narrow where users are few, and are widened for it (`recsys.evaluation.few_users`).
+narrow where users are few or few of them differ much, and are widened for it
+(`recsys.evaluation.few_users`).
 
 scipy.stats.bootstrap does not serve here: where a resample leaves a metric undefined (few users
 have cold items) its interval is NaN, and it would sort the rows of every resample again. Here rows
@@ -23,14 +24,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from recsys.data.item_parts import PARTS, item_parts
-from recsys.evaluation.few_users import LEAST_USERS, effective_users, interval_stretch
+from recsys.evaluation.few_users import LEAST_USERS, effective_users, interval_ends
 from recsys.evaluation.metrics import grouped_auc
 from recsys.evaluation.ranked_pairs import RankedPairs, ratio
 from recsys.evaluation.scores import SplitScores, check_same_rows
 
 METRICS = ("auc", "gauc")
-PERCENTILES = (2.5, 97.5)
-QUANTILE = 1.96  # of a normal distribution, at the same level
 CELLS = 1 << 20  # elements of the largest matrices: resamples times rows or users
 
 # How often each user was drawn, float64 [U, S] -> the metric in each resample, NaN where the rows
@@ -116,19 +115,15 @@ def _interval(
 ) -> Interval | None:
     """Return the measure of all users and its interval; None if the measure is undefined.
 
-    Each end is the percentile over resamples or, if farther, that of a normal distribution with
-    their standard deviation, stretched. A difference of two metrics is between -1 and 1.
+    A difference of two metrics is between -1 and 1.
     """
     value = float(measure(np.ones((of_users.shape[1], 1)))[0])
     if np.isnan(value):
         return None
     drawn = np.concatenate([measure(counts) for counts in draws])
-    low, high = np.nanpercentile(drawn, PERCENTILES) - value
-    stretch = interval_stretch(min(map(effective_users, of_users)))
-    normal = QUANTILE * np.nanstd(drawn)
-    ends = value + stretch * np.array([min(low, -normal), max(high, normal)])
-    low, high = np.clip(ends, -1, 1)
-    return Interval(value, float(low), float(high))
+    deviations = drawn[~np.isnan(drawn)] - value
+    low, high = interval_ends(deviations, min(map(effective_users, of_users)))
+    return Interval(value, max(-1.0, value + low), min(1.0, value + high))
 
 
 def pooled_metric(

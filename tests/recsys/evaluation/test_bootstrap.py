@@ -16,7 +16,6 @@ from recsys.evaluation.bootstrap import (
     pooled_metric,
     resamples,
 )
-from recsys.evaluation.few_users import effective_users, interval_stretch
 from recsys.evaluation.metrics import evaluation_report, ranking_metrics
 from recsys.evaluation.scores import SplitScores
 
@@ -72,7 +71,9 @@ def metric_of_duplicated_rows(
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("metric", METRICS)
-def test_value_and_interval_are_those_of_really_duplicated_rows(metric: str, part: str) -> None:
+def test_value_and_resamples_are_those_of_really_duplicated_rows(
+    metric: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two windows that share users, two seeds against three, the second label."""
     windows = [random_scores(0, 160, 8), random_scores(1, 120, 8, first_user=4)]
     first = [[rescored(window, seed) for window in windows] for seed in (2, 3)]
@@ -87,16 +88,20 @@ def test_value_and_interval_are_those_of_really_duplicated_rows(metric: str, par
         )
         return float(higher - lower)
 
+    seen: list[np.ndarray] = []
+
+    def ends(deviations: np.ndarray, users: float) -> tuple[float, float]:
+        seen.append(deviations)
+        return -users, 0.125
+
+    monkeypatch.setattr(recsys.evaluation.bootstrap, "interval_ends", ends)
     found = paired_difference(first, second, metric, part, samples=40, seed=7, label=1)
     (drawn,) = resamples(len(users), 40, 40, np.random.default_rng(7))
     differences = np.array([difference(counts) for counts in drawn.T])
     value = difference(np.ones(len(users)))
-    low, high = np.percentile(differences, [2.5, 97.5]) - value
-    ends = min(low, -1.96 * differences.std()), max(high, 1.96 * differences.std())
     assert found is not None and found.value == pytest.approx(value, abs=1e-12)
-    # Both ends are stretched alike, more for fewer users.
-    stretch = (np.array([found.low, found.high]) - value) / ends
-    assert stretch[0] == pytest.approx(stretch[1], abs=1e-9) and 1.05 < stretch[0] < 2
+    np.testing.assert_allclose(seen, [differences - value], atol=1e-12)
+    assert (found.low, found.high) == (-1, found.value + 0.125)  # a difference is at least -1
 
 
 def test_every_user_is_drawn_with_replacement_and_as_many_as_there_are() -> None:
@@ -181,19 +186,12 @@ def test_models_that_are_alike_are_told_apart_in_at_most_one_of_twenty_data_sets
     assert apart <= 26  # 15 expected at most, with a standard deviation of 4
 
 
-def test_a_large_difference_is_seen_with_ten_users_and_hundreds_change_the_percentiles_little() -> (
-    None
-):
+def test_a_large_difference_is_seen_with_ten_users() -> None:
     scores = random_scores(0, 400, 10)
     found = paired_difference(
         [[rescored(scores, 1, 0.2)]], [[rescored(scores, 2, 2.5)]], "gauc", "all"
     )
     assert found is not None and found.excludes_zero
-    assert interval_stretch(300) < 1.01 < 1.05 < interval_stretch(30) < 1.1
-    assert interval_stretch(effective_users(np.ones(5))) == pytest.approx(
-        2.7764 / 1.96 * 1.118, 1e-3
-    )
-    assert effective_users(np.array([10, 0, 0, 10])) == 2
 
 
 def test_the_interval_is_that_of_users_not_of_rows() -> None:
