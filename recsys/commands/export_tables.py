@@ -27,12 +27,16 @@ def run(arguments: Namespace) -> None:
     """Write the tables."""
     require_finished(arguments.run)
     require_working_installation()
+    from recsys.checkpoint.compatibility import check_config
     from recsys.checkpoint.files import BEST, check_files
     from recsys.checkpoint.manifest import read_manifest
     from recsys.checkpoint.table_export import export_tables
+    from recsys.config import load_config
 
     best = arguments.run / "checkpoints" / BEST
-    check_files(best, read_manifest(best))
+    manifest = read_manifest(best)
+    check_files(best, manifest)
+    check_config(manifest["config"], load_config(arguments.run / "config.yaml"), str(best))
     counts = export_tables(best, arguments.out, arguments.table)
     for name, rows in counts.items():
         logger.info("table %s: %s rows", name, f"{rows:,}")

@@ -18,7 +18,7 @@ from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings
 
 from recsys.config.checks import validate
 from recsys.config.parser import Parser, config_first
-from recsys.config.plain_yaml import load_plain_yaml
+from recsys.config.plain_yaml import RefusedYaml, load_plain_yaml
 from recsys.config.ranking import DEFAULT_MODEL, check_keys, own_keys, settings_class
 from recsys.config.run import CONFIG_NAMES, Config
 
@@ -133,7 +133,10 @@ def _load(recipe: str) -> Any:
     """Read a recipe: a file, or YAML on the command line itself."""
     try:
         is_file = os.path.isfile(recipe)
-        return load_plain_yaml(Path(recipe).read_bytes() if is_file else recipe.encode())
+        found = load_plain_yaml(Path(recipe).read_bytes() if is_file else recipe.encode())
+        if isinstance(found, dict) and "config" in found:  # the parser would read that file, too
+            raise RefusedYaml("config is no setting; give several --config")
+        return found
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config {recipe}: {error}") from error
 

@@ -151,7 +151,8 @@ def problem_of_value(hint: Any, value: Any, name: str) -> str | None:
         if get_origin(hint) is dict:
             return problem_of_keys(dict.fromkeys(map(str, value), kind), value, name)
         return problem_of_keys(get_type_hints(kind, include_extras=True), value, name)
-    if hint is not kind and _is_of(hint, value):
+    is_null = value is None and hint is not Any and NoneType not in get_args(hint)
+    if hint is not kind and not is_null and _is_of(hint, value):
         return None
     return f"{name} is {short(value)}; it must be {in_words(hint)}"
 

@@ -149,6 +149,9 @@ def test_scores_and_metrics_must_be_of_the_best_model(run: Path) -> None:
         compare_runs([run, run.parent / "other"], "test")
     with pytest.raises(ValueError, match=r"checkpoints/best"):
         check_metrics(run)
+    out = run.parent / "tables.parquet"
+    assert main(["export-tables", "--run", str(run), "--out", str(out)]) == 1
+    assert not out.exists()
 
 
 def test_damaged_tables_are_not_exported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
