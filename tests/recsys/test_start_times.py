@@ -44,6 +44,7 @@ def test_help_and_errors_of_arguments_and_files_import_no_slow_package(tmp_path:
         f"evaluate --run {none}": 1,
         f"prepare movielens --source {none} --out {none}/data": 1,
         f"prepare vocabulary --data {none}": 1,
+        f"prepare transforms --data {none}": 1,
         f"explain-data {none}": 1,
         f"compare --runs {none} {none}": 1,
     }

@@ -17,6 +17,8 @@ from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.events.settings import EventsConfig, EventTable, ItemTable, Source
 from recsys.data.events.signals import IMPRESSION, event_columns, literal
 from recsys.data.events.times import duration, moment
+from recsys.data.schema_columns import Column, check_vocabulary
+from recsys.data.transforms.chain import chains_of, file_columns
 
 # Where a word may stand for a mapping of one key, and where for a list.
 SHORT = {
@@ -122,6 +124,7 @@ def check_events_config(config: EventsConfig) -> None:
                 f"time_zone '{source.time_zone}' is not known; write such as Europe/Berlin"
             ) from error
     _check_names(config)
+    _check_transforms(config)
     _check_columns(config)
     _check_labels(config)
     _check_past(config)
@@ -137,14 +140,19 @@ def check_events_config(config: EventsConfig) -> None:
             raise ValueError("negatives: per_positive must be at least 1")
 
 
-def _check_names(config: EventsConfig) -> None:
-    """Require that columns of the dataset have distinct names."""
+def _names(config: EventsConfig) -> list[str]:
+    """Return the names of the dataset's columns."""
     tables = [table.columns for table in (config.items, config.users) if table is not None]
     groups: list[Mapping[str, Any]]
     groups = [config.context, *tables, config.labels, config.counts, config.histories]
     groups += [history.parallel for history in config.histories.values()]
     names = [config.output.user, config.output.item, config.output.time]
-    names += [name for group in groups for name in group]
+    return names + [name for group in groups for name in group]
+
+
+def _check_names(config: EventsConfig) -> None:
+    """Require that columns of the dataset have distinct names."""
+    names = _names(config)
     for name in names:
         if not name:
             raise ValueError("a column of the dataset has an empty name; name it")
@@ -154,6 +162,29 @@ def _check_names(config: EventsConfig) -> None:
     for name in config.vocabulary.min_count:
         if name not in known:
             raise ValueError(f"vocabulary: min_count of '{name}', which is no id column")
+
+
+def _check_transforms(config: EventsConfig) -> None:
+    """Check what `schema.yaml` will say of columns that are made of others."""
+    names = _names(config)
+    for name, column in config.transforms.items():
+        where = f"transforms: '{name}'"
+        if name in names and name not in config.features:
+            raise ValueError(f"{where} names a column that is no feature; rename it")
+        if column.kind != "dense" and (column.num_embeddings or 0) < 1:
+            raise ValueError(f"{where}: num_embeddings is {column.num_embeddings}; set its rows")
+        if column.vocabulary is not None:
+            check_vocabulary(column, where, is_target=False)
+            if column.vocabulary.kind == "exact":
+                raise ValueError(f"{where}: a vocabulary of kind exact is of ids alone; use hash")
+    columns = {name: Column("label") for name in config.labels} | config.transforms
+    chains = chains_of(columns, config.output.item, "transforms")
+    if len(chains) < len(config.transforms):
+        without = next(name for name in config.transforms if name not in chains)
+        raise ValueError(f"transforms: '{without}' has neither column nor transform; add one")
+    for name in file_columns(chains, chains):
+        if name not in names:
+            raise ValueError(f"transforms: the dataset has no column '{name}', but {names}")
 
 
 def _check_columns(config: EventsConfig) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from recsys.data.schema_columns import Column
+
 TimeUnit = Literal["s", "ms", "us"]
 FeatureKind = Literal["id", "ids", "dense"]
 SplitBy = Literal["time", "dates", "user", "windows"]
@@ -192,6 +194,8 @@ class EventsConfig:
     histories: dict[str, History] = field(default_factory=dict)
     counts: dict[str, Count] = field(default_factory=dict)
     split: Split = field(default_factory=Split)
+    # Columns of `schema.yaml` that are made of others, or take the place of a feature.
+    transforms: dict[str, Column] = field(default_factory=dict)
     drop: Drop = field(default_factory=Drop)
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     output: Output = field(default_factory=Output)

@@ -27,10 +27,18 @@ def prepare_transforms(data: str) -> dict[str, Chain]:
             finite value. Nothing is written then.
     """
     root = Location.of(data)
+    chains = fit_transforms(root)
+    if not chains:
+        raise ValueError(f"{root}/schema.yaml: no transform needs fitted values; nothing to do")
+    return chains
+
+
+def fit_transforms(root: Location) -> dict[str, Chain]:
+    """Do `prepare_transforms`, and nothing where no transform needs fitted values."""
     schema = read_schema(root)
     unfitted = _unfitted(schema)
     if not unfitted:
-        raise ValueError(f"{root}/schema.yaml: no transform needs fitted values; nothing to do")
+        return {}
     while unfitted:
         ready = {name: number for name, number in unfitted.items() if not _waits(schema, name)}
         _fit(root, schema, ready)

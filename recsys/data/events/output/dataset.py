@@ -18,7 +18,9 @@ from recsys.data.events.signals import quoted
 from recsys.data.events.snapshots import FOREVER
 from recsys.data.events.splits import SPLITS
 from recsys.data.events.times import MICROS
+from recsys.data.filesystem import Location
 from recsys.data.item_parts import COLD_BELOW
+from recsys.data.transforms.prepare import fit_transforms
 
 ITEMS_PER_GROUP = 1024  # small, since a row may hold pictures
 
@@ -31,7 +33,7 @@ def write_dataset(
     dataset: str,
     lists: dict[str, pa.DataType],
 ) -> dict[str, dict[str, Any]]:
-    """Write a dataset; `schema.yaml` is its last file.
+    """Write a dataset; `schema.yaml` and what is fitted for it come last.
 
     Args:
         engine: has the stages `complete`, `signals` and, if there are items, `item_snapshots`.
@@ -45,7 +47,7 @@ def write_dataset(
         Figures of each split; see `_figures`.
 
     Raises:
-        ValueError: a split has no rows.
+        ValueError: a split has no rows, or a transform does not take the values of its column.
     """
     folder = root / dataset
     columns = output_columns(config)
@@ -62,6 +64,7 @@ def write_dataset(
     _write_item_counts(engine, config, train, folder)
     sizes = write_vocabularies(engine, config, train, folder, id_lists(config, lists))
     (folder / "schema.yaml").write_text(schema_text(config, sizes, lists))
+    fit_transforms(Location.of(folder))
     return _figures(engine, config, conditions)
 
 

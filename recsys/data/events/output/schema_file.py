@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import yaml
 
 from recsys.data.events.output.vocabularies import id_lists
 from recsys.data.events.settings import EventsConfig
+from recsys.data.schema_columns import Column
 
 
 def schema_text(config: EventsConfig, sizes: dict[str, int], lists: dict[str, pa.DataType]) -> str:
@@ -33,11 +35,17 @@ def schema_text(config: EventsConfig, sizes: dict[str, int], lists: dict[str, pa
         columns[name] = _id(config, feature.kind, sizes[name]) if is_id else {"kind": "dense"}
     columns |= {name: {"kind": "dense"} for name in config.counts}
     columns |= {name: {"kind": "label"} for name in config.labels}
+    columns |= {name: _plain(column) for name, column in config.transforms.items()}
     schema: dict[str, Any] = {"target_item": output.item, "group": output.user, "columns": columns}
     if config.items is not None:
         content = {name: {"kind": of.kind} for name, of in config.items.content.items()}
         schema["items"] = {"id": output.item, "columns": content}
     return yaml.safe_dump(schema, sort_keys=False, default_flow_style=None)
+
+
+def _plain(column: Column) -> dict[str, Any]:
+    """Return a column as `schema.yaml` has it."""
+    return {name: of for name, of in asdict(column).items() if of not in (None, [])}
 
 
 def _id(config: EventsConfig, kind: str, size: int) -> dict[str, Any]:

@@ -1,0 +1,92 @@
+"""Transforms in events.yaml go to schema.yaml, fitted; what they cannot mean ends the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from recsys.data.events.load import load_events_config
+from recsys.data.events.prepare import prepare_events
+from recsys.data.filesystem import Location
+from recsys.data.parquet.rows import ParquetRows
+from recsys.data.schema import load_schema
+
+START, ROWS = 1_790_000_000, 60
+TRANSFORMS: dict[str, Any] = {
+    "price": {"kind": "dense", "transform": ["log1p", "standardize"]},
+    "shop_hour": {
+        "kind": "id",
+        "num_embeddings": 50,
+        "column": ["shop", "hour"],
+        "transform": ["cross"],
+        "vocabulary": {"kind": "hash"},
+    },
+    "hour": {
+        "kind": "id",
+        "num_embeddings": 24,
+        "column": "time",
+        "transform": [{"hour": {"unit": "us"}}],
+    },
+}
+
+
+def write(folder: Path, transforms: dict[str, Any]) -> Path:
+    log = {
+        "user": [number % 6 for number in range(ROWS)],
+        "item": [number % 7 for number in range(ROWS)],
+        "time": [START + 3600 * number for number in range(ROWS)],
+        "price": [float(number) for number in range(ROWS)],
+        "shop": ["north", "south"] * (ROWS // 2),
+    }
+    pq.write_table(pa.table(log), folder / "log.parquet")
+    content = {
+        "events": {"buy": {"path": "log.parquet", "columns": ["price", "shop"]}},
+        "context": {"price": "dense", "shop": "id"},
+        "labels": {"bought": {"action": "buy"}},
+        "transforms": transforms,
+    }
+    (folder / "events.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder / "events.yaml"
+
+
+def test_a_dataset_has_its_transforms_fitted(tmp_path: Path) -> None:
+    prepare_events(write(tmp_path, TRANSFORMS), tmp_path / "out")
+    root = Location.of(tmp_path / "out")
+    schema = load_schema(root)
+    rows = ParquetRows.of_split(root, "train", schema)
+    [table] = rows.read(0, rows.num_rows)
+    prices = np.log1p(pq.read_table(tmp_path / "out" / "train")["price"].to_numpy())
+    expected = (prices - prices.mean()) / prices.std()
+    np.testing.assert_allclose(table["price"], expected, rtol=1e-5, atol=1e-5)
+    first = START // 3600
+    assert table["hour"].to_pylist() == [(first + row) % 24 for row in range(len(table))]
+    assert len(set(table["shop_hour"].to_pylist())) > 15
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("hour", {"column": "tim"}, "'tim'"),
+        ("hour", {"num_embeddings": 12}, "'hour'.*12.*24"),
+        ("hour", {"num_embeddings": None}, "'hour': num_embeddings"),
+        ("hour", {"transform": ["our"]}, "'hour'.*'our'.*hour"),
+        ("shop_hour", {"vocabulary": {"kind": "exact"}}, "'shop_hour'.*exact"),
+        ("hour", {"vocabulary": {"kind": "hash", "num_hashes": 0}}, "'hour'.*num_hashes is 0"),
+        ("hour", {"column": "bought"}, "'hour' reads 'bought'"),
+        ("bought", {"kind": "dense", "transform": ["log1p"]}, "'bought'"),
+        ("other", {"kind": "dense"}, "'other'.*transform"),
+        ("price", {"transforms": ["log1p"]}, "price.transforms.*transform"),
+    ],
+)
+def test_what_they_cannot_mean_is_named_before_a_log_is_read(
+    tmp_path: Path, name: str, change: dict[str, Any], named: str
+) -> None:
+    transforms = {**TRANSFORMS, name: TRANSFORMS.get(name, {}) | change}
+    with pytest.raises(ValueError, match=rf"events.yaml: .*{named}"):
+        load_events_config(write(tmp_path, transforms))
