@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recsys.build import Job
 from recsys.config import Config
 from recsys.data.parquet.order import Stage
-from recsys.data.vocabularies import UnknownIds
+
+if TYPE_CHECKING:  # manifests are read without torch
+    from recsys.build import Job
+    from recsys.data.vocabularies import UnknownIds
 
 
 @dataclass
