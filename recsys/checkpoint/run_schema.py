@@ -78,7 +78,7 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
         root: the dataset.
         ranks: the ranks; the first one logs.
         goes_on: training goes on, so a column that the run does not know is refused, too;
-            otherwise it is not read.
+            otherwise it is not read, and rows are weighed by the data's column of weights, if any.
 
     Raises:
         ValueError: names each column, list and attribute that differs.
@@ -96,6 +96,8 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
         own = trained.transforms.get(name)
         if chain.unfitted is not None and own is not None and own.is_fit_of(chain):
             set_chain(data.columns[name], own)  # data without fitted values takes those of the run
+    if not goes_on:
+        _take_weights(trained, data)
     differences = list(_differences(trained, data, goes_on))
     if differences:
         raise ValueError(
@@ -110,6 +112,15 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
     trained.items = data.items  # read by the names in the configuration
     load_vocabularies(trained, root)
     return trained
+
+
+def _take_weights(trained: Schema, data: Schema) -> None:
+    """Take from the data what no prediction reads: weights, and which labels may be null."""
+    columns = {name: of for name, of in trained.columns.items() if of.kind != "weight"}
+    for name, column in columns.items():
+        column.nullable = name in data.columns and data.columns[name].nullable
+    own = {name: data.columns[name] for name in data.of_kind("weight")}
+    trained.columns = own | columns  # a feature that the data takes for a weight is refused
 
 
 def agree_on_id_types(schema: Schema, ranks: Ranks) -> None:
@@ -143,7 +154,8 @@ def _plain(schema: Schema) -> dict[str, Any]:
 def _without_empty(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return {key: _without_empty(part) for key, part in value.items() if part not in (None, [], {})}
+    of_parts = {key: _without_empty(part) for key, part in value.items()}
+    return {key: of for key, of in of_parts.items() if of not in (None, [], {}) and of is not False}
 
 
 def _raw_ids(schema: Schema) -> dict[str, dict[str, Any]]:
@@ -189,6 +201,8 @@ def _columns(schema: Schema) -> dict[str, dict[str, Any]]:
 def _attributes(column: Column) -> dict[str, Any]:
     attributes = flattened(asdict(column) | {"transform": dict(enumerate(column.transform))})
     attributes.pop("parallel", None)
+    if column.kind == "label":
+        attributes["loss"] = column.loss or "bce"
     return attributes
 
 

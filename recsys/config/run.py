@@ -12,7 +12,7 @@ from recsys.config.losses import AuxiliarySettings, ContrastiveSettings
 from recsys.config.optimizer import OptimizerSettings
 from recsys.config.ranking import RankingSettings, ranking_settings
 
-BestModelBy = Literal["auc", "gauc", "auc_and_gauc", "recall", "ndcg"]
+BestModelBy = Literal["auc", "gauc", "auc_and_gauc", "recall", "ndcg", "rmse", "mae"]
 LogLevel = Literal["auto", "debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 Resume = Literal["auto", "never", "must"]
@@ -86,7 +86,8 @@ class Config:
     """Validations in each epoch."""
     best_model_by: BestModelBy = "auc"
     """Validation metric that chooses the best model; auc_and_gauc is the mean of both; recall and
-    ndcg, of retrieval models, are recall@10 and ndcg@10 of a search of all items."""
+    ndcg, of retrieval models, are recall@10 and ndcg@10 of a search of all items; rmse and mae, of
+    which the lowest is best, of a first label that is a number."""
     patience: PositiveInt = 2
     """Validations without a better model before training ends."""
     seed: Seed = 0

@@ -1,8 +1,8 @@
 """Prepares batches between the loader and the pipeline, in the training process.
 
-It maps raw ids of bounded vocabularies to rows, shortens long histories by search, and selects the
-items that this rank encodes. All ranks prepare the same number of batches together, since most
-steps need data of the other ranks or of the memory bank.
+It maps raw ids of bounded vocabularies to rows, shortens long histories by search, selects the
+items that this rank encodes, and scales the rows' weights. All ranks prepare the same number of
+batches together, since most steps need data of the other ranks or of the memory bank.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 import torch.distributed as dist
 
 from embeddings import MemoryBank
@@ -115,14 +116,38 @@ class BatchPreparation:
         if self.bank is not None:
             writes = prepared.content_items if training else None
             routes = self.bank.routes(prepared.read_items, writes)
+        with_weights = self._weights(prepared) if training else None
 
         def finish() -> Batch:
             read, write = routes() if routes is not None else (None, None)
-            ready = prepared
+            ready = prepared if with_weights is None else with_weights()
             if read is not None or write is not None:
-                ready = replace(prepared, bank_reads=read, bank_writes=write)
+                ready = replace(ready, bank_reads=read, bank_writes=write)
             # The loader pins before this; unpinned new tensors would be copied synchronously.
             is_new = ready is not batch and batch.target_items.is_pinned()
             return ready.pin_memory() if is_new else ready
 
         return finish
+
+    def _weights(self, batch: Batch) -> Callable[[], Batch] | None:
+        """Sum the weights of all ranks' rows, by which the function returned scales. A collective.
+
+        Every loss is the mean over the rows of a rank, and gradients are averaged over ranks: with
+        weights of mean 1 both together are the weighted mean over the rows of all ranks.
+        """
+        if batch.weights is None and batch.label_weights is None:
+            return None
+        columns = torch.cat([batch.row_weights.unsqueeze(1), batch.loss_weights], dim=1).double()
+        totals = columns.sum(dim=0)
+        work = dist.all_reduce(totals, group=self.group, async_op=True)
+        num_rows = batch.batch_size * dist.get_world_size(self.group)
+
+        def scaled() -> Batch:
+            if work is not None:
+                work.wait()
+            means = totals / num_rows
+            weights = (columns / means.where(means > 0, torch.inf)).float()
+            of_labels = None if batch.label_weights is None else weights[:, 1:].contiguous()
+            return replace(batch, weights=weights[:, 0].contiguous(), label_weights=of_labels)
+
+        return scaled

@@ -7,7 +7,7 @@ needs to send them ahead of the step.
 
 Shapes: B batch, N history items of the whole batch, U unique history items, E items to encode,
 S items whose vectors are read from the bank, T tokens, F dense features, P parallel lists,
-X columns of kind extra, K sampled negatives.
+X columns of kind extra, K sampled negatives, C labels.
 """
 
 from __future__ import annotations
@@ -111,6 +111,10 @@ class Batch(Pipelineable):
     exchange: how item vectors travel from the ranks that own them to those that need them; None
         if each rank encodes its own.
     row_positions: position of each row in its files [B], -1 for a padding row.
+    weights: the column of kind weight [B], 0 for a padding row; in training `BatchPreparation`
+        scales it to a mean of 1 over the rows of all ranks, padding included. None without one.
+    label_weights: of each row in the loss of each label [B, C], likewise, 0 where a label is null
+        (NaN in `labels`); None if no label is nullable.
     extra: float32 [B, X], the columns of kind extra in schema order, NaN where a row has no value;
         None if there are no such columns or no labels.
     further: the histories after the first one, in schema order.
@@ -155,6 +159,8 @@ class Batch(Pipelineable):
     bank_reads: BankRoute | None = None
     bank_writes: BankRoute | None = None
     exchange: ItemExchange | None = None
+    weights: Tensor | None = None
+    label_weights: Tensor | None = None
     extra: Tensor | None = None
     further: list[FurtherHistory] = field(default_factory=list)
     negative_items: Tensor | None = None
@@ -208,8 +214,13 @@ class Batch(Pipelineable):
 
     @property
     def row_weights(self) -> Tensor:
-        """Weight of each row in the losses: 1, or 0 for a padding row; float32 [B]."""
-        return (self.row_positions >= 0).float()
+        """Weight of each row in the mean of a loss, 0 for a padding row; float32 [B]."""
+        return (self.row_positions >= 0).float() if self.weights is None else self.weights
+
+    @property
+    def loss_weights(self) -> Tensor:
+        """Weight of each row in the mean of each label's loss; float32 [B, C] or [B, 1]."""
+        return self.row_weights.unsqueeze(1) if self.label_weights is None else self.label_weights
 
     @property
     def batch_size(self) -> int:

@@ -86,7 +86,8 @@ class BatchBuilder:
         content_items, encoded_index = self.unique_items(encoded)
         group = RAW_GROUP if RAW_GROUP in rows.numbers else schema.group
         extra = schema.of_kind("extra") if self.with_labels else []
-        return Batch(
+        weight = schema.weight if self.with_labels else None
+        batch = Batch(
             dense_features=_columns(rows, schema.of_kind("dense")),
             sparse_features=self._pooled(rows),
             labels=_columns(rows, schema.of_kind("label"))
@@ -110,9 +111,14 @@ class BatchBuilder:
             bank_items=torch.zeros(0, dtype=torch.int64),
             content=self.store.gather(content_items) if self.store is not None else {},
             longest_history=int(history_lengths.max(initial=0)),
+            weights=torch.from_numpy(rows.numbers[weight]) if weight else None,
             extra=_columns(rows, extra) if extra else None,
             further=[self._further(rows, of) for of in schema.histories[1:]],
         )
+        if self.with_labels and any(column.nullable for column in schema.columns.values()):
+            known = ~batch.labels.isnan()
+            batch.label_weights = batch.row_weights.unsqueeze(1) * known
+        return batch
 
     def _further(self, rows: RowColumns, history: HistoryColumns) -> FurtherHistory:
         """Return the lengths and the lists of floats of a history after the first."""

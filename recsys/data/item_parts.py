@@ -18,6 +18,7 @@ from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.row_source import RowSource
 
 if TYPE_CHECKING:
+    from recsys.data.schema import Schema
     from recsys.distributed.ranks import Ranks
 
 COLD_BELOW = 5  # an item with fewer training rows is cold
@@ -133,13 +134,22 @@ class ItemCounter:
         return self._merged
 
 
+def rows_that_count(
+    table: pa.Table,  # R rows
+    schema: Schema,
+) -> np.ndarray:  # bool [R]
+    """Return which rows are no padding and have a weight above 0."""
+    known = table[ROW_POSITION].to_numpy() >= 0
+    return known if schema.weight is None else known & (table[schema.weight].to_numpy() > 0)
+
+
 def count_items(
     rows: RowSource,
     rank: int,
     world_size: int,
     also: Callable[[pa.Table], None] | None = None,
 ) -> ItemCounts:
-    """Count how often each item is the target in a rank's share.
+    """Count how often each item is the target in a rank's share, rows of weight 0 left out.
 
     All columns are read, so that an unusable value ends the job before its first step. `also` is
     called with each chunk of rows.
@@ -148,6 +158,6 @@ def count_items(
     for table in rows.read(*rows.share(rank, world_size)):
         if also is not None:
             also(table)
-        known = table[ROW_POSITION].to_numpy() >= 0
+        known = rows_that_count(table, rows.schema)
         counter.add(table[rows.schema.target_item].to_numpy()[known])
     return counter.total()

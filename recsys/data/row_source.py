@@ -254,7 +254,7 @@ def columns_to_read(schema: Schema, with_labels: bool) -> list[str]:
     columns = [
         name
         for name, column in schema.columns.items()
-        if with_labels or column.kind not in ("label", "extra")
+        if with_labels or column.kind not in ("label", "extra", "weight")
     ]
     return columns + [name for history in schema.histories for name in history.numbers]
 

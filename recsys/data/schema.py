@@ -14,8 +14,11 @@ that the schema does not name may be in the files and are not read.
       bought:  {kind: sequence, shares: item}           # a further history
       genres:  {kind: ids, num_embeddings: 20}
       price:   {kind: dense}
-      liked:   {kind: label}
+      liked:   {kind: label}    # 0 or 1
+      rating:  {kind: label, loss: mse}       # a number
+      shared:  {kind: label, nullable: true}  # not known in rows with null
       teacher: {kind: extra}    # a float that auxiliary losses may ask for, never a feature
+      times:   {kind: weight}   # of the row in losses and metrics, 0 or more
     items:
       id: item
       columns:
@@ -53,10 +56,11 @@ from recsys.data.schema_columns import (
     IdType,
     Items,
     VocabularySettings,
+    check_column,
     check_histories,
-    check_vocabulary,
     histories_of,
     id_type,
+    label_problem,
 )
 from recsys.data.transforms import fitted_file
 from recsys.data.transforms.chain import Chain, chains_of, file_columns
@@ -97,6 +101,16 @@ class Schema:
     def event_columns(self) -> list[str]:
         """Names of the sequences, and of the lists of ids beside them."""
         return [name for of in self.histories for name in (of.name, *of.ids)]
+
+    @property
+    def weight(self) -> str | None:
+        """Name of the column with the rows' weights, if there is one."""
+        return next(iter(self.of_kind("weight")), None)
+
+    @property
+    def label_losses(self) -> tuple[str, ...]:
+        """Loss of each label, in the order of the schema: bce, mse, huber or poisson."""
+        return tuple(self.columns[name].loss or "bce" for name in self.of_kind("label"))
 
     @property
     def num_items(self) -> int:
@@ -263,10 +277,10 @@ def _validate(schema: Schema, path: str) -> None:
             raise ValueError(f"{path}: {role} '{name}' must be a column of kind id")
     if schema.columns[schema.target_item].num_embeddings is None:
         raise ValueError(f"{path}: target_item '{schema.target_item}' needs its own num_embeddings")
-    if not schema.of_kind("label"):
-        raise ValueError(f"{path}: no column of kind label; name what is to be predicted")
+    if problem := label_problem(schema.columns):
+        raise ValueError(f"{path}: {problem}")
     for name, column in schema.columns.items():
-        _validate_column(schema, name, column, path)
+        check_column(schema.columns, name, column, f"{path}: column '{name}'", schema.target_item)
     check_histories(schema.columns, schema.target_item, path)
     schema.transforms = chains_of(schema.columns, schema.target_item, path)
     for name, content in schema.items.columns.items() if schema.items else ():
@@ -274,23 +288,3 @@ def _validate(schema: Schema, path: str) -> None:
             raise ValueError(f"{path}: item column '{name}': a file is of kind feature")
         if content.ids is not None and content.file is None:
             raise ValueError(f"{path}: item column '{name}': ids are those of a file; name it, too")
-
-
-def _validate_column(schema: Schema, name: str, column: Column, path: str) -> None:
-    where = f"{path}: column '{name}'"
-    if column.kind in ("dense", "label", "extra"):
-        if column.num_embeddings or column.shares or column.parallel or column.vocabulary:
-            raise ValueError(f"{where} of kind {column.kind} takes no further key")
-        return
-    if column.parallel and column.kind != "sequence":
-        raise ValueError(f"{where}: only a sequence has parallel lists")
-    if (column.num_embeddings is None) == (column.shares is None):
-        raise ValueError(f"{where} needs either num_embeddings or shares")
-    if column.num_embeddings is not None and column.num_embeddings < 1:
-        raise ValueError(f"{where}: num_embeddings is {column.num_embeddings}; it must be positive")
-    if column.vocabulary is not None:
-        check_vocabulary(column, where, is_target=name == schema.target_item)
-    if column.shares is not None:
-        other = schema.columns.get(column.shares)
-        if other is None or other.num_embeddings is None:
-            raise ValueError(f"{where} shares '{column.shares}', which has no table of its own")

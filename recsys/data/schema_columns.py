@@ -33,8 +33,8 @@ VOCABULARY_SETTINGS: dict[str, list[str]] = {
 class Column:
     """One column of the impressions."""
 
-    # extra: a float for auxiliary losses only, null where a row has none.
-    kind: Literal["id", "ids", "sequence", "dense", "label", "extra"]
+    # extra: a float for auxiliary losses only, null where a row has none; weight: of the row.
+    kind: Literal["id", "ids", "sequence", "dense", "label", "extra", "weight"]
     num_embeddings: int | None = None  # rows of its table: ids lie in [0, num_embeddings)
     shares: str | None = None  # column whose table is used instead of an own one
     # Lists beside a sequence: of ids if they are columns of kind ids, else of floats.
@@ -42,6 +42,9 @@ class Column:
     vocabulary: VocabularySettings | None = None  # ids are raw; None: they are rows
     column: str | list[str] | None = None  # read and transformed; default: the one of its name
     transform: list[Any] = field(default_factory=list)  # steps, see recsys.data.transforms.steps
+    nullable: bool = False  # of a label beside others: null where it is not known
+    # Of a label: bce (default, of 0 or 1), or of a number mse, huber or poisson (of counts).
+    loss: Literal["bce", "mse", "huber", "poisson"] | None = None
 
 
 @dataclass(frozen=True)
@@ -172,3 +175,55 @@ def check_vocabulary(column: Column, where: str, is_target: bool) -> None:
             f"{where} is the target item, whose content is kept by row: it cannot have {given}; "
             "choose kind exact, or hash with num_hashes 1"
         )
+
+
+def check_column(
+    columns: dict[str, Column], name: str, column: Column, where: str, target_item: str
+) -> None:
+    """Check the keys of one column.
+
+    Args:
+        columns: all columns, by name.
+        name: of the column to check.
+        column: that column.
+        where: file and column, for messages.
+        target_item: name of the ranked item's column.
+
+    Raises:
+        ValueError: a key does not fit the kind, or is missing.
+    """
+    if column.kind in ("dense", "label", "extra", "weight"):
+        if column.num_embeddings or column.shares or column.parallel or column.vocabulary:
+            raise ValueError(f"{where} of kind {column.kind} takes no further key")
+        return
+    if column.parallel and column.kind != "sequence":
+        raise ValueError(f"{where}: only a sequence has parallel lists")
+    if (column.num_embeddings is None) == (column.shares is None):
+        raise ValueError(f"{where} needs either num_embeddings or shares")
+    if column.num_embeddings is not None and column.num_embeddings < 1:
+        raise ValueError(f"{where}: num_embeddings is {column.num_embeddings}; it must be positive")
+    if column.vocabulary is not None:
+        check_vocabulary(column, where, is_target=name == target_item)
+    if column.shares is not None:
+        other = columns.get(column.shares)
+        if other is None or other.num_embeddings is None:
+            raise ValueError(f"{where} shares '{column.shares}', which has no table of its own")
+
+
+def label_problem(columns: dict[str, Column]) -> str | None:
+    """Return what is wrong with the keys of labels and weights, or None."""
+    labels = [name for name, column in columns.items() if column.kind == "label"]
+    weights = [name for name, column in columns.items() if column.kind == "weight"]
+    if not labels:
+        return "no column of kind label; name what is to be predicted"
+    if len(weights) > 1:
+        return (
+            f"columns {weights} are all of kind weight, but a row has one weight; write their "
+            "product as one column"
+        )
+    for name, column in columns.items():
+        if column.loss and column.kind != "label":
+            return f"column '{name}': only a label has a loss; remove it"
+        if column.nullable and (column.kind != "label" or len(labels) < 2):
+            return f"column '{name}': only a label beside others is nullable; drop rows without it"
+    return None

@@ -18,23 +18,17 @@ Shapes: N rows of a window, U users of all windows, S resamples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from recsys.data.item_parts import PARTS, item_parts
 from recsys.evaluation.few_users import LEAST_USERS, effective_users, interval_ends
-from recsys.evaluation.metrics import grouped_auc
-from recsys.evaluation.ranked_pairs import RankedPairs, ratio
+from recsys.evaluation.measures import Measure, defining_users, measure_of, rows_of_users
 from recsys.evaluation.scores import SplitScores, check_same_rows
 
-METRICS = ("auc", "gauc")
+LARGEST = {"auc": 1.0, "gauc": 1.0, "rmse": np.inf, "mae": np.inf}  # differences
 CELLS = 1 << 20  # elements of the largest matrices: resamples times rows or users
-
-# How often each user was drawn, float64 [U, S] -> the metric in each resample, NaN where the rows
-# drawn do not define it, float64 [S].
-Measure = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -66,8 +60,8 @@ def paired_difference(
         first: runs of the first configuration: for each seed, the scores of each window (the test
             splits of a rolling split; one window for any other split). Seeds are averaged.
         second: runs of the second configuration, on the same windows; any number of seeds.
-        metric: gauc or auc. GAUC is pooled over windows: each user of a window is weighted by the
-            user's rows in it; AUC is the mean over windows, weighted by rows.
+        metric: gauc or auc, or of a label that is a number rmse or mae. All but AUC, a mean over
+            windows weighted by rows, are pooled over windows, GAUC with users weighted by rows.
         part: all, warm, cold or unseen, as in `recsys.data.item_parts`.
         samples: number of resamples. A user in several windows is drawn with the rows of all.
         seed: seed of the resamples, the same for all metrics and parts.
@@ -92,15 +86,15 @@ def paired_difference(
     windows = _check_windows(first, second)
     users = np.unique(np.concatenate([window.groups for window in windows]))
     before, after = (
-        _mean_measure([_measure(run, users, metric, part, label) for run in side])
+        _mean_measure([measure_of(run, users, metric, part, label) for run in side])
         for side in (first, second)
     )
-    of_users = _user_rows(windows, users, metric, part, label)
-    if _num_users(of_users) < LEAST_USERS:
+    of_users = rows_of_users(windows, users, metric, part, label)
+    if defining_users(of_users) < LEAST_USERS:
         return None
     cells = max(len(users), *(len(window.groups) for window in windows))
     draws = resamples(len(users), samples, max(1, CELLS // cells), np.random.default_rng(seed))
-    return _interval(lambda drawn: after(drawn) - before(drawn), of_users, draws)
+    return _interval(lambda drawn: after(drawn) - before(drawn), of_users, draws, LARGEST[metric])
 
 
 def _mean_measure(measures: Sequence[Measure]) -> Measure:
@@ -112,10 +106,11 @@ def _interval(
     measure: Measure,
     of_users: np.ndarray,  # [2, U]
     draws: Iterator[np.ndarray],
+    limit: float,
 ) -> Interval | None:
     """Return the measure of all users and its interval; None if the measure is undefined.
 
-    A difference of two metrics is between -1 and 1.
+    No end is beyond `limit`, the largest difference.
     """
     value = float(measure(np.ones((of_users.shape[1], 1)))[0])
     if np.isnan(value):
@@ -123,7 +118,7 @@ def _interval(
     drawn = np.concatenate([measure(counts) for counts in draws])
     deviations = drawn[~np.isnan(drawn)] - value
     low, high = interval_ends(deviations, min(map(effective_users, of_users)))
-    return Interval(value, max(-1.0, value + low), min(1.0, value + high))
+    return Interval(value, max(-limit, value + low), min(limit, value + high))
 
 
 def pooled_metric(
@@ -144,7 +139,7 @@ def pooled_metric(
         ValueError: the metric or part is unknown.
     """
     users = np.unique(np.concatenate([window.groups for window in windows]))
-    value = float(_measure(windows, users, metric, part, label)(np.ones((len(users), 1)))[0])
+    value = float(measure_of(windows, users, metric, part, label)(np.ones((len(users), 1)))[0])
     return None if np.isnan(value) else value
 
 
@@ -178,99 +173,3 @@ def _check_windows(
             for number, (expected, found) in enumerate(zip(windows, run, strict=True)):
                 check_same_rows(expected, found, f"window {number}: seed 0 of first and {where}")
     return windows
-
-
-def _rows(scores: SplitScores, part: str) -> np.ndarray:  # bool [N]
-    """Return which rows belong to a part of the items."""
-    if part not in PARTS:
-        raise ValueError(f"part '{part}' is none of {PARTS}")
-    return item_parts(scores.counts)[part]
-
-
-def _measure(
-    windows: Sequence[SplitScores],
-    users: np.ndarray,  # [U], users of all windows, ascending
-    metric: str,
-    part: str,
-    label: int,
-) -> Measure:
-    """Return the metric of one run as a function of how often each user is drawn."""
-    if metric not in METRICS:
-        raise ValueError(f"metric '{metric}' is none of {METRICS}")
-    of_windows = []
-    for scores in windows:
-        rows = _rows(scores, part)
-        positive, logit = scores.labels[rows, label] == 1, scores.logits[rows, label]
-        of_windows.append((positive, logit, np.searchsorted(users, scores.groups[rows])))
-    if metric == "gauc":
-        return _grouped(of_windows, len(users))
-    return _mean_over_windows([RankedPairs.of(*window) for window in of_windows])
-
-
-def metric_users(windows: Sequence[SplitScores], metric: str, part: str, label: int = 0) -> int:
-    """Count the users that define a metric, in any window.
-
-    For GAUC these are users with both labels; for AUC, which compares positives with negatives,
-    users with a positive or users with a negative, whichever are fewer.
-    """
-    users = np.unique(np.concatenate([window.groups for window in windows]))
-    return _num_users(_user_rows(windows, users, metric, part, label))
-
-
-def _num_users(of_users: np.ndarray) -> int:  # [2, U]
-    return int((of_users > 0).sum(axis=1).min())
-
-
-def _user_rows(
-    windows: Sequence[SplitScores],
-    users: np.ndarray,  # [U], ascending
-    metric: str,
-    part: str,
-    label: int,
-) -> np.ndarray:  # int64 [2, U]
-    """Count each user's positive and negative rows; for GAUC twice the rows that it weighs."""
-    found = np.zeros((2, len(users)), np.int64)
-    for scores in windows:
-        rows = _rows(scores, part)
-        positive, user = (
-            scores.labels[rows, label] == 1,
-            np.searchsorted(users, scores.groups[rows]),
-        )
-        if metric == "gauc":
-            both, _, of_user = grouped_auc(positive, user, user)
-            found[:, both] += of_user
-        else:
-            for kind, chosen in enumerate((positive, ~positive)):
-                found[kind] += np.bincount(user[chosen], minlength=len(users))
-    return found
-
-
-def _grouped(
-    windows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], num_users: int
-) -> Measure:
-    """Return GAUC as a measure: both its sums are linear in how often each user was drawn."""
-    gains, rows = np.zeros(num_users), np.zeros(num_users)
-    for positive, logit, user in windows:
-        found, auc, of_user = grouped_auc(positive, logit, user)
-        gains[found] += of_user * auc
-        rows[found] += of_user
-
-    def measure(drawn: np.ndarray) -> np.ndarray:  # [U, S] -> [S]
-        return ratio(gains @ drawn, rows @ drawn)
-
-    return measure
-
-
-def _mean_over_windows(windows: Sequence[RankedPairs]) -> Measure:
-    """Return AUC as a measure: the mean over windows that define it, weighted by rows."""
-
-    def measure(drawn: np.ndarray) -> np.ndarray:  # [U, S] -> [S]
-        total, rows = np.zeros(drawn.shape[1]), np.zeros(drawn.shape[1])
-        for window in windows:
-            auc, of_window = window.auc(drawn)
-            defined = ~np.isnan(auc)
-            total[defined] += (auc * of_window)[defined]
-            rows[defined] += of_window[defined]
-        return ratio(total, rows)
-
-    return measure

@@ -17,14 +17,9 @@ import numpy as np
 from embeddings.plan_text import align_columns
 from recsys.data.filesystem import write_whole
 from recsys.data.item_parts import PARTS, item_parts
-from recsys.evaluation.bootstrap import (
-    METRICS,
-    Interval,
-    metric_users,
-    paired_difference,
-    pooled_metric,
-)
+from recsys.evaluation.bootstrap import Interval, paired_difference, pooled_metric
 from recsys.evaluation.few_users import LEAST_USERS, MARK_NOTE, marked
+from recsys.evaluation.measures import METRICS, metric_users, metrics_of
 from recsys.evaluation.scores import (
     SplitScores,
     check_model,
@@ -38,7 +33,9 @@ SAMPLES = 2000
 
 
 def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
-    """Compute AUC and GAUC of each run by part of the items, and differences to the first run.
+    """Compute metrics of each run by part of the items, and differences to the first run.
+
+    They are AUC and GAUC, or RMSE and MAE of a label that is a number.
 
     Args:
         runs: two or more run folders with scores of the same rows; of several labels the first is
@@ -46,10 +43,10 @@ def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
         split: the split whose scores are compared.
 
     Returns:
-        `split`, `label`, `users`, `samples` of the bootstrap, `rows` by part, `metric_users` that
-        define a metric, by part and metric, and `runs`: for each run its name (`run`) and by part
-        and metric its value and, except for the first run, `difference`: value, low, high and
-        excludes_zero; None where it is not defined.
+        `split`, `label`, `metrics`, `users`, `samples` of the bootstrap, `rows` by part,
+        `metric_users` that define a metric, by part and metric, and `runs`: for each run its name
+        (`run`) and by part and metric its value and, except for the first run, `difference`: value,
+        low, high and excludes_zero; None where it is not defined.
 
     Raises:
         ValueError: fewer than two runs, or a run has no scores of the split or scores of different
@@ -63,14 +60,16 @@ def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
     scores[1:] = [with_labels(other, first.label_names, str(run)) for run, other in others]
     for run, other in zip(runs[1:], scores[1:], strict=True):
         check_same_rows(first, other, f"{runs[0]} and {run}")
+    metrics = metrics_of(first.loss_of(0))
     return {
         "split": split,
         "label": first.label_names[0],
+        "metrics": list(metrics),
         "users": len(np.unique(first.groups)),
         "samples": SAMPLES,
         "rows": {part: int(rows.sum()) for part, rows in item_parts(first.counts).items()},
         "metric_users": {
-            part: {metric: metric_users([first], metric, part) for metric in METRICS}
+            part: {metric: metric_users([first], metric, part) for metric in metrics}
             for part in PARTS
         },
         "runs": [
@@ -93,12 +92,13 @@ def _scores_of(run: Path, split: str) -> SplitScores:
 
 def _compared(first: SplitScores, other: SplitScores, is_first: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    metrics = metrics_of(first.loss_of(0))
     for part in PARTS:
-        found[part] = {metric: pooled_metric([other], metric, part) for metric in METRICS}
+        found[part] = {metric: pooled_metric([other], metric, part) for metric in metrics}
         if not is_first:
             found[part]["difference"] = {
                 metric: _difference(paired_difference([[first]], [[other]], metric, part, SAMPLES))
-                for metric in METRICS
+                for metric in metrics
             }
     return found
 
@@ -113,12 +113,13 @@ def format_comparison(report: dict[str, Any]) -> str:
     """Format the result of `compare_runs` as a plain text table; undefined values are `-`."""
     first = report["runs"][0]["run"]
     head = f"{report['split']}, {report['rows']['all']:,} rows of {report['users']:,} users"
-    columns = [column for name in METRICS for column in (name, "difference", "95 % interval")]
+    names = report.get("metrics", METRICS)
+    columns = [column for name in names for column in (name, "difference", "95 % interval")]
     rows = [("items", *columns, "rows", "run")]
     for part in PARTS:
         users = report["metric_users"][part]
         for run in report["runs"]:
-            cells = [cell for name in METRICS for cell in _cells(run[part], name, users[name])]
+            cells = [cell for name in names for cell in _cells(run[part], name, users[name])]
             rows.append((part, *cells, f"{report['rows'][part]:,}", run["run"]))
     return (
         f"{head}\n{align_columns(rows)}\n"

@@ -28,14 +28,21 @@ from recsys.distributed.gather import gather_rows, gather_rows_to_first
 from recsys.distributed.lockstep import Lockstep
 from recsys.evaluation.forward_pass import forward_pass
 from recsys.evaluation.further_metrics import Metric, make_metrics
-from recsys.evaluation.metrics import ORDER_METRICS, SHOWN, evaluation_report, format_report
+from recsys.evaluation.metrics import (
+    ORDER_METRICS,
+    SHOWN,
+    SHOWN_OF_NUMBERS,
+    evaluation_report,
+    format_report,
+)
 from recsys.evaluation.retrieval import format_retrieval, retrieval_report
 from recsys.evaluation.scores import SplitScores, write_scores
 from recsys.evaluation.validation_check import ValidationLabels, check_validation
 
 logger = logging.getLogger(__name__)
 
-QUERY_COLUMNS = ("queries", "query_targets", "query_items")  # every rank searches for them
+# Every rank searches for them.
+QUERY_COLUMNS = ("queries", "query_targets", "query_items", "query_weights")
 
 
 def check_data(job: Job) -> tuple[ItemCounts, dict[str, Any]]:
@@ -62,6 +69,11 @@ def check_data(job: Job) -> tuple[ItemCounts, dict[str, Any]]:
         with ranks.raise_on_all_ranks():
             rows = job.rows(split)
             counts[split] = count_items(rows, ranks.rank, ranks.world_size, also.get(split))
+        if job.schema.weight and not sum(ranks.gather(int(counts[split].counts.sum()))):
+            raise ValueError(
+                f"{job.root}/{split}: column '{job.schema.weight}' is 0 in all rows; write weights "
+                "above 0, or remove it from schema.yaml"
+            )
         if is_skip:
             skipped[split] = rows.skipped(ranks, split)
     check_validation(job, labels)
@@ -127,9 +139,10 @@ def score(
             positive.
 
     Returns:
-        `positions` [N], `logits` [N, C], `labels` [N, C], `groups` [N] and `items` [N] (targets).
-        With `with_queries`, if the model makes queries: `queries` [Q, D], and the vectors and ids
-        to retrieve, `query_targets` [Q, D] and `query_items` [Q], on every rank.
+        `positions` [N], `logits` [N, C], `labels` [N, C], `groups` [N] and `items` [N] (targets),
+        and `weights` [N] if there are any. With `with_queries`, if the model makes queries:
+        `queries` [Q, D], the vectors and ids to retrieve, `query_targets` [Q, D] and `query_items`
+        [Q], and `query_weights` [Q] if there are any, on every rank.
 
     Raises:
         TrainingStopped: `lockstep` reports that the job is to end.
@@ -169,17 +182,21 @@ def _columns(
         "groups": batch.groups,
         "items": batch.target_items,
     }
+    if batch.weights is not None:
+        columns["weights"] = batch.weights
     return {name: column[known] for name, column in columns.items()}
 
 
 def _queries(batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the query columns of real rows whose first label is positive."""
-    wanted = (batch.row_positions >= 0) & (batch.labels[:, 0] > 0)
+    """Return the query columns of rows that count and whose first label is positive."""
+    wanted = (batch.row_weights > 0) & (batch.labels[:, 0] > 0)
     columns = {
         "queries": vectors["query"],
         "query_targets": vectors["item"],
         "query_items": batch.target_items,
     }
+    if batch.weights is not None:
+        columns["query_weights"] = batch.weights
     return {name: column[wanted] for name, column in columns.items()}
 
 
@@ -192,10 +209,11 @@ def split_scores(job: Job, scored: dict[str, Tensor], item_counts: ItemCounts) -
         item_counts: training rows of each item.
     """
     order = np.argsort(scored["positions"].numpy())
-    names = ("positions", "groups", "items", "labels", "logits")
-    columns = {name: scored[name].numpy()[order] for name in names}
+    names = ("positions", "groups", "items", "labels", "logits", "weights")
+    columns = {name: scored[name].numpy()[order] for name in names if name in scored}
     labels = tuple(job.schema.of_kind("label"))
-    return SplitScores(**columns, counts=item_counts.of(columns["items"]), label_names=labels)
+    counts, losses = item_counts.of(columns["items"]), job.schema.label_losses
+    return SplitScores(**columns, counts=counts, label_names=labels, losses=losses)
 
 
 def evaluate_split(
@@ -239,22 +257,25 @@ def evaluate_split(
 
 def _scores_report(scores: SplitScores, more: Mapping[str, Metric]) -> dict[str, Any]:
     """Compute the metrics of the first label, and those of each if there are several."""
-    reports = {
-        label: evaluation_report(
-            scores.labels[:, index], scores.logits[:, index], scores.groups, scores.counts, more
-        )
-        for index, label in enumerate(scores.label_names)
-    }
+    reports = {}
+    for index, label in enumerate(scores.label_names):
+        of = scores.counted(index)
+        columns = of.labels[:, index], of.logits[:, index], of.groups, of.counts
+        reports[label] = evaluation_report(*columns, more, of.weights, of.loss_of(index))
     first = next(iter(reports.values()))
     return dict(first) if len(reports) == 1 else {**first, "labels": reports}
 
 
 def format_evaluation(report: dict[str, Any], config: Config) -> str:
     """Format the result of `evaluate_split` as text tables, one for each label."""
-    names = shown_metrics(config)
     of_labels = {f"label {name}": part for name, part in report.get("labels", {}).items()}
     texts = [
-        format_report(part, config.metrics, names, title)
+        format_report(
+            part,
+            [name for name in config.metrics if name in part],
+            shown_metrics(config, part),
+            title,
+        )
         for title, part in (of_labels or {"items": report}).items()
     ]
     if "retrieval" in report:
@@ -262,6 +283,8 @@ def format_evaluation(report: dict[str, Any], config: Config) -> str:
     return "\n".join(texts)
 
 
-def shown_metrics(config: Config) -> tuple[str, ...]:
+def shown_metrics(config: Config, report: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the metrics to show: a softmax loss orders items and makes no probabilities."""
+    if "rmse" in report:
+        return SHOWN_OF_NUMBERS
     return SHOWN if softmax_settings(config.ranking) is None else ORDER_METRICS

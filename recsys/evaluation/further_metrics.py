@@ -24,7 +24,18 @@ from recsys.data.item_parts import PARTS
 METRICS = {"precision_at_k": "recsys.evaluation.further_metrics:PrecisionAtK"}
 # Names that every report uses already.
 RESERVED = {"auc", "gauc", "logloss", "ne", "calibration", "num_samples", *PARTS}
-RESERVED |= {"num_users", "gauc_users", "labels", "retrieval", "ids"}
+RESERVED |= {
+    "rmse",
+    "mae",
+    "nrmse",
+    "deviance",
+    "num_users",
+    "gauc_users",
+    "sum_of_weights",
+    "labels",
+    "retrieval",
+    "ids",
+}
 
 
 @runtime_checkable
@@ -32,7 +43,9 @@ class Metric(Protocol):
     """Computes one number from scored rows; made with the `options` of its settings.
 
     A class of your own has this method; rank 0 calls it with the rows of all ranks, so it must not
-    be a collective.
+    be a collective. Rows of weight 0 are left out; the other weights are not passed on. It is
+    called for labels of 0 and 1; a class with `regression = True` is called instead for labels that
+    are numbers, with predictions as scores.
 
     Example::
 
@@ -73,6 +86,11 @@ def make_metrics(settings: Mapping[str, MetricSettings]) -> dict[str, Metric]:
         )
         for name, entry in settings.items()
     }
+
+
+def fits_loss(metric: Metric, loss: str) -> bool:
+    """Return whether a metric is one of labels with this loss."""
+    return bool(getattr(metric, "regression", False)) == (loss != "bce")
 
 
 def call_metric(

@@ -1,12 +1,13 @@
 """Computes ranking quality and calibration exactly, in float64.
 
-AUC and GAUC count pairs in integers, so ties count exactly half at any number of rows; the
-streaming metrics of torchmetrics bin or sum in float32, which is why they are not used here. Rows
+AUC and GAUC count pairs in integers (`recsys.evaluation.auc`), so ties count exactly half at any
+number of rows; the streaming metrics of torchmetrics bin or sum in float32, which is why they are
+not used here. Rows
 of all ranks are gathered first: a mean of per-rank AUCs is not the AUC.
 GAUC: Zhu et al., Optimized Cost per Click in Taobao Display Advertising, 2017. Normalised entropy:
 He et al., Practical Lessons from Predicting Clicks on Ads at Facebook, 2014.
 
-Shapes: N rows, G groups.
+Shapes: N rows.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recsys.data.item_parts import PARTS, item_parts
+from recsys.evaluation.auc import sorted_auc
 from recsys.evaluation.few_users import MARK_NOTE, marked
-from recsys.evaluation.further_metrics import Metric, call_metric
+from recsys.evaluation.further_metrics import Metric, call_metric, fits_loss
+from recsys.evaluation.regression import RegressionRows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,15 +29,19 @@ if TYPE_CHECKING:
     Array = np.ndarray | Tensor
 ORDER_METRICS = ("auc", "gauc")  # of the order of scores alone
 SHOWN = (*ORDER_METRICS, "logloss", "ne")  # metrics that tables show
+SHOWN_OF_NUMBERS = ("rmse", "mae", "nrmse")  # of labels that are numbers
 
 
-def ranking_metrics(labels: Array, logits: Array, groups: Array) -> dict[str, Any]:
+def ranking_metrics(
+    labels: Array, logits: Array, groups: Array, weights: Array | None = None
+) -> dict[str, Any]:
     """Compute the metrics of N rows.
 
     Args:
         labels: [N], 0 or 1.
         logits: [N], finite.
         groups: int [N], the user of each row.
+        weights: [N], above 0; a weight of 2 is a row that is there twice. None: 1 each.
 
     Returns:
         auc: probability that a positive is above a negative; a tie counts half.
@@ -43,6 +50,7 @@ def ranking_metrics(labels: Array, logits: Array, groups: Array) -> dict[str, An
         ne: normalised entropy, logloss over the entropy of the share of positives.
         calibration: mean prediction over share of positives.
         num_samples: N.
+        sum_of_weights: of the rows, if they are weighed.
         num_users: users with rows.
         gauc_users: users with both labels.
         A metric that the rows do not define (one class only, no rows) is None.
@@ -55,7 +63,7 @@ def ranking_metrics(labels: Array, logits: Array, groups: Array) -> dict[str, An
         ranking_metrics(np.array([1, 0, 1]), np.array([2.0, 0.5, 0.5]), np.array([7, 7, 7]))["auc"]
         # 0.75
     """
-    return RankedRows(labels, logits, groups).metrics()
+    return RankedRows(labels, logits, groups, weights).metrics()
 
 
 class RankedRows:
@@ -65,20 +73,25 @@ class RankedRows:
         labels: [N], 0 or 1.
         logits: [N], finite.
         groups: int [N], the user of each row.
+        weights: [N], above 0; None: 1 each.
 
     Raises:
         ValueError: a label is not 0 or 1, or a logit is not finite.
     """
 
-    def __init__(self, labels: Array, logits: Array, groups: Array) -> None:
+    def __init__(
+        self, labels: Array, logits: Array, groups: Array, weights: Array | None = None
+    ) -> None:
         """Check the values, sort the rows and compute each row's loss and prediction."""
         label, logit = _numpy(labels).astype(np.float64), _numpy(logits).astype(np.float64)
         self.group = _numpy(groups)
+        self.weight = None if weights is None else _numpy(weights).astype(np.float64)
         assert label.ndim == 1 and label.shape == logit.shape == self.group.shape
         _check_values(label, logit)
         self.label, self.logit, self.positive = label, logit, label == 1
         self.by_score = np.argsort(logit)
         self.by_group = self.by_score[np.argsort(self.group[self.by_score], kind="stable")]
+        self.scores = logit
         self.loss = np.logaddexp(0, logit) - label * logit
         self.prediction = np.exp(-np.logaddexp(0, -logit))
 
@@ -91,22 +104,41 @@ class RankedRows:
         if rows is not None:
             by_score, by_group = by_score[rows[by_score]], by_group[rows[by_group]]
         one_group = np.zeros(len(by_score), np.int64)
-        _, auc, _ = sorted_auc(self.positive[by_score], self.logit[by_score], one_group)
+        weights = self._weights(by_score)
+        _, auc, _ = sorted_auc(self.positive[by_score], self.logit[by_score], one_group, weights)
         of_groups = self.positive[by_group], self.logit[by_group], self.group[by_group]
-        _, user_auc, user_rows = sorted_auc(*of_groups)
+        _, user_auc, user_rows = sorted_auc(*of_groups, self._weights(by_group))
         metrics: dict[str, Any] = {
             "auc": float(auc[0]) if len(auc) else None,
             "gauc": float(np.average(user_auc, weights=user_rows)) if len(user_auc) else None,
         }
         chosen = slice(None) if rows is None else rows
         columns = self.label[chosen], self.loss[chosen], self.prediction[chosen]
-        users = self.group[by_group]
-        counts = {
+        users, weights = self.group[by_group], self._weights(chosen)
+        counts: dict[str, Any] = {
             "num_samples": len(users),
             "num_users": int((users[1:] != users[:-1]).sum()) + (len(users) > 0),
             "gauc_users": len(user_auc),
         }
-        return metrics | _probability_metrics(*columns) | counts
+        if weights is not None:
+            counts["sum_of_weights"] = float(weights.sum())
+        return metrics | _probability_metrics(*columns, weights) | counts
+
+    def _weights(self, rows: np.ndarray | slice) -> np.ndarray | None:
+        return None if self.weight is None else self.weight[rows]
+
+
+def rows_of_loss(
+    labels: np.ndarray,
+    logits: np.ndarray,
+    groups: np.ndarray,
+    weights: np.ndarray | None = None,
+    loss: str = "bce",
+) -> RankedRows | RegressionRows:
+    """Return the rows [N] of a label with their metrics, by its loss."""
+    if loss == "bce":
+        return RankedRows(labels, logits, groups, weights)
+    return RegressionRows(labels, logits, groups, weights, loss)
 
 
 def evaluation_report(
@@ -115,26 +147,35 @@ def evaluation_report(
     groups: Array,
     item_counts: Array,
     more: Mapping[str, Metric] | None = None,
+    weights: Array | None = None,
+    loss: str = "bce",
 ) -> dict[str, Any]:
-    """Compute `ranking_metrics` of all rows, and nested those of warm, cold and unseen items.
+    """Compute the metrics of all rows, and nested those of warm, cold and unseen items.
+
+    They are `ranking_metrics`, or for a label that is a number those of `RegressionRows`.
 
     Args:
-        labels: [N], 0 or 1.
+        labels: [N], 0 or 1, or numbers.
         logits: [N], finite.
         groups: int [N], the user of each row.
         item_counts: int [N], training rows of the item of each row, see `item_parts`.
-        more: further metrics by their names in the report.
+        more: further metrics by their names in the report, which do not weigh rows.
+        weights: [N], above 0; None: 1 each.
+        loss: of the label.
 
     Raises:
         ValueError: as `ranking_metrics` does, or one of `more` fails.
     """
     columns = [_numpy(values) for values in (labels, logits, groups, item_counts)]
     assert columns[3].shape == columns[0].shape
-    ranked, reports = RankedRows(labels, logits, groups), {}
+    of_weights = None if weights is None else _numpy(weights)
+    ranked, reports = rows_of_loss(columns[0], columns[1], columns[2], of_weights, loss), {}
+    columns[1] = ranked.scores
+    more = {name: metric for name, metric in (more or {}).items() if fits_loss(metric, loss)}
     for part, rows in item_parts(columns[3]).items():
         reports[part] = ranked.metrics(rows) | {
             name: call_metric(name, metric, *(column[rows] for column in columns))
-            for name, metric in (more or {}).items()
+            for name, metric in more.items()
         }
     return reports.pop("all") | reports
 
@@ -207,67 +248,21 @@ def _check_values(
         )
 
 
-def grouped_auc(
-    positive: np.ndarray,  # bool [N]
-    score: np.ndarray,  # [N]
-    group: np.ndarray,  # [N]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [G], float64 [G], int64 [G]
-    """Compute the AUC within each group that has both labels.
-
-    Twice the number of pairs won, per positive, is 2 · (negatives below) + (negatives equal).
-
-    Args:
-        positive: whether the label of each row is 1.
-        score: score of each row; higher ranks first.
-        group: group of each row.
-
-    Returns:
-        The groups with both labels, ascending, and the AUC and the number of rows of each.
-    """
-    order = np.lexsort((score, group))
-    return sorted_auc(positive[order], score[order], group[order])
-
-
-def sorted_auc(
-    positive: np.ndarray,  # bool [N]
-    score: np.ndarray,  # [N]
-    group: np.ndarray,  # [N]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [G], float64 [G], int64 [G]
-    """Compute `grouped_auc` of rows in the order of their groups, and in each of their scores."""
-    if len(score) == 0:
-        return group, np.zeros(0), np.zeros(0, dtype=np.int64)
-    new_group = np.append(True, group[1:] != group[:-1])
-    new_tie = np.append(True, score[1:] != score[:-1]) | new_group
-    group_begin, tie_begin = np.flatnonzero(new_group), np.flatnonzero(new_tie)
-
-    tie_positives = np.add.reduceat(positive, tie_begin, dtype=np.int64)
-    tie_negatives = np.diff(np.append(tie_begin, len(score))) - tie_positives
-    negatives_before = np.cumsum(tie_negatives) - tie_negatives
-    first_tie = np.searchsorted(tie_begin, group_begin)
-    ties_in_group = np.diff(np.append(first_tie, len(tie_begin)))
-    negatives_below = negatives_before - np.repeat(negatives_before[first_tie], ties_in_group)
-    wins = np.add.reduceat(tie_positives * (2 * negatives_below + tie_negatives), first_tie)
-
-    rows = np.diff(np.append(group_begin, len(score)))
-    positives = np.add.reduceat(tie_positives, first_tie)
-    pairs = positives * (rows - positives)
-    both = pairs > 0
-    return group[group_begin][both], wins[both] / (2 * pairs[both]), rows[both]
-
-
 def _probability_metrics(
     label: np.ndarray,  # [N]
     loss: np.ndarray,  # [N]
     prediction: np.ndarray,  # [N]
+    weight: np.ndarray | None,  # [N]
 ) -> dict[str, float | None]:
     if len(label) == 0:
         return {"logloss": None, "ne": None, "calibration": None}
-    logloss = float(np.mean(loss))
-    share = float(label.mean())
+    logloss, share, predicted = (
+        float(np.average(values, weights=weight)) for values in (loss, label, prediction)
+    )
     if share == 0:
         return {"logloss": logloss, "ne": None, "calibration": None}
-    calibration = float(np.mean(prediction)) / share
-    if share == 1:
+    calibration = predicted / share
+    if label.all():  # a mean with weights may differ from 1 by rounding
         return {"logloss": logloss, "ne": None, "calibration": calibration}
     entropy = -(share * np.log(share) + (1 - share) * np.log(1 - share))
     return {"logloss": logloss, "ne": float(logloss / entropy), "calibration": calibration}

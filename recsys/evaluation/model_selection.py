@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from recsys.config import BestModelBy
+from recsys.evaluation.regression import ERRORS
 
 RETRIEVAL_DEPTH = 10  # of the recall and NDCG that choose a model
 METRICS: dict[BestModelBy, tuple[str, ...]] = {
@@ -21,6 +22,8 @@ METRICS: dict[BestModelBy, tuple[str, ...]] = {
     "auc_and_gauc": ("auc", "gauc"),
     "recall": (f"recall@{RETRIEVAL_DEPTH}",),
     "ndcg": (f"ndcg@{RETRIEVAL_DEPTH}",),
+    "rmse": ("rmse",),
+    "mae": ("mae",),
 }
 
 
@@ -32,6 +35,8 @@ def needs_search(best_model_by: BestModelBy) -> bool:
 def selection_score(report: Mapping[str, Any], best_model_by: BestModelBy) -> float | None:
     """Return the mean of the metrics that choose the best model; None where one is undefined.
 
+    The highest score is best: that of an error is negative.
+
     Args:
         report: validation metrics by name; those of a search under `retrieval`.
         best_model_by: the setting of that name.
@@ -42,7 +47,9 @@ def selection_score(report: Mapping[str, Any], best_model_by: BestModelBy) -> fl
     """
     names, values = METRICS[best_model_by], {**report.get("retrieval", {}), **report}
     known = [values[name] for name in names if values.get(name) is not None]
-    return fmean(known) if len(known) == len(names) else None
+    if len(known) != len(names):
+        return None
+    return -fmean(known) if best_model_by in ERRORS else fmean(known)
 
 
 def selection_words(best_model_by: BestModelBy) -> str:
@@ -85,4 +92,25 @@ def check_log_loss(report: Mapping[str, Any], where: str, advice: str) -> None:
                 f"{where}: the log loss{of} of the best model is {loss:.4g}, above "
                 f"{ABSURD_LOG_LOSS:.4g}, twice that of predicting one half for every row: the "
                 f"model is of no use; {advice}"
+            )
+
+
+# An RMSE above this times that of always predicting the mean is absurd.
+ABSURD_NRMSE = 2.0
+
+
+def check_rmse(report: Mapping[str, Any], where: str, advice: str) -> None:
+    """Check that a model's predictions of numbers are of use; arguments as for `check_log_loss`.
+
+    Raises:
+        ValueError: the RMSE of a label is above `ABSURD_NRMSE` times that of predicting the mean.
+    """
+    for label, of_label in (report.get("labels") or {"": report}).items():
+        ratio = of_label.get("nrmse")
+        if ratio is not None and not ratio <= ABSURD_NRMSE:
+            of = f" of label '{label}'" if label else ""
+            raise ValueError(
+                f"{where}: the RMSE{of} of the best model is {of_label['rmse']:.4g}, {ratio:.4g} "
+                f"times that of always predicting the mean, above {ABSURD_NRMSE:g}: the model "
+                f"is of no use; scale the label to about 1, train for longer, or {advice}"
             )

@@ -36,6 +36,7 @@ from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import evaluate_split, format_evaluation, score
 from recsys.evaluation.scores import scores_file
+from recsys.model.label_losses import predictions
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +117,9 @@ def _can_store(folder: Path) -> bool:
 def predict(
     run: Path, inputs: list[str], out: Path, data: str | None, ranks: Ranks, device: str
 ) -> None:
-    """Write the input rows, in their order, with one probability per label. A collective.
+    """Write the input rows, in their order, with one prediction per label. A collective.
 
+    It is a probability, or for a label that is a number (its `loss` in schema.yaml) the number.
     A row that was skipped (the run's `on_bad_row` is skip) has null.
 
     Args:
@@ -163,12 +165,12 @@ def _predict(
         logger.info(line)
     if job.config.on_bad_row == "skip":
         rows.skipped(ranks, "input")
-    probabilities = torch.full((rows.num_rows, scored["logits"].shape[1]), torch.nan)
-    probabilities[scored["positions"]] = scored["logits"].sigmoid()
+    values = torch.full((rows.num_rows, scored["logits"].shape[1]), torch.nan)
+    values[scored["positions"]] = predictions(scored["logits"], job.schema.label_losses)
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             names = [f"prediction_{label}" for label in job.schema.of_kind("label")]
-            _write(files, names, probabilities.numpy(), out)
+            _write(files, names, values.numpy(), out)
     logger.info("%s predictions written to %s", f"{rows.num_rows:,}", out)
 
 

@@ -121,7 +121,7 @@ def search_places(
     return places[0], places[1]
 
 
-def retrieval_metrics(above: Tensor, tied: Tensor) -> dict[str, Any]:
+def retrieval_metrics(above: Tensor, tied: Tensor, weights: Tensor | None = None) -> dict[str, Any]:
     """Compute Recall@K and NDCG@K, one relevant item per impression.
 
     recall@K: share of impressions whose item is in the top K. ndcg@K: mean of 1 / log2(2 + place),
@@ -131,6 +131,7 @@ def retrieval_metrics(above: Tensor, tied: Tensor) -> dict[str, Any]:
     Args:
         above: int [R], the other items with a higher score.
         tied: int [R], the other items with the same score.
+        weights: float [R], of the impressions in the means; None: 1 each.
     """
     metrics: dict[str, Any] = {}
     above, rows, is_alone = above.long(), tied.long() + 1, tied == 0
@@ -143,9 +144,15 @@ def retrieval_metrics(above: Tensor, tied: Tensor) -> dict[str, Any]:
         single = torch.where(above < depth, gains[above.clamp(max=depth - 1)], 0)
         known = len(above) > 0
         recall, ndcg = (end - first) / rows.double(), torch.where(is_alone, single, gain)
-        metrics[f"recall@{depth}"] = float(recall.mean()) if known else None
-        metrics[f"ndcg@{depth}"] = float(ndcg.mean()) if known else None
+        metrics[f"recall@{depth}"] = _mean(recall, weights) if known else None
+        metrics[f"ndcg@{depth}"] = _mean(ndcg, weights) if known else None
     return metrics | {"num_samples": len(above)}
+
+
+def _mean(values: Tensor, weights: Tensor | None) -> float:  # [R], [R]
+    if weights is None:
+        return float(values.mean())
+    return float(values @ weights.double() / weights.double().sum())
 
 
 def retrieval_report(
@@ -157,7 +164,8 @@ def retrieval_report(
 
     Args:
         job: a job with a two-tower model.
-        scored: `queries` [R, D], `query_targets` [R, D] and `query_items` [R] of the impressions.
+        scored: `queries` [R, D], `query_targets` [R, D], `query_items` [R] and, if there are
+            any, `query_weights` [R] of the impressions.
         item_counts: training rows of each item.
         lockstep: keeps the ranks on the same batch.
     """
@@ -171,8 +179,9 @@ def retrieval_report(
         job.ranks.group,
     )
     counts = item_counts.of(scored["query_items"].numpy())
+    columns = [above, tied, *([scored["query_weights"]] if "query_weights" in scored else [])]
     reports = {
-        part: retrieval_metrics(above[torch.from_numpy(rows)], tied[torch.from_numpy(rows)])
+        part: retrieval_metrics(*(of_rows[torch.from_numpy(rows)] for of_rows in columns))
         for part, rows in item_parts(counts).items()
     }
     catalogue = {"catalogue": sum(job.ranks.gather(len(items)))}

@@ -28,12 +28,35 @@ class SplitScores:
     groups: np.ndarray  # int64 [N], its user
     items: np.ndarray  # int64 [N]
     counts: np.ndarray  # int64 [N], training rows of its item
-    labels: np.ndarray  # float32 [N, C]
+    labels: np.ndarray  # float32 [N, C], NaN where not known
     logits: np.ndarray  # float32 [N, C]
     label_names: tuple[str, ...]  # [C]
+    weights: np.ndarray | None = None  # float32 [N]; None: 1 each
+    losses: tuple[str, ...] = ()  # [C] of the labels; empty: bce each
+
+    def loss_of(self, label: int) -> str:
+        """Return the loss of a label."""
+        return self.losses[label] if self.losses else "bce"
+
+    def counted(self, label: int) -> SplitScores:
+        """Return the rows that count for a label: it is known, and their weight is above 0."""
+        rows = ~np.isnan(self.labels[:, label])
+        if self.weights is not None:
+            rows &= self.weights > 0
+        return self if rows.all() else self.take(rows)
+
+    def take(
+        self,
+        rows: np.ndarray,  # bool [N]
+    ) -> SplitScores:
+        """Return some rows."""
+        names = ("positions", "groups", "items", "counts", "labels", "logits")
+        chosen = {name: getattr(self, name)[rows] for name in names}
+        weights = None if self.weights is None else self.weights[rows]
+        return replace(self, **chosen, weights=weights)
 
 
-MODEL = "model"  # key of the file's metadata
+MODEL, LOSSES = "model", "losses"  # keys of the file's metadata
 INTEGERS = {
     "row": "positions",
     "group": "groups",
@@ -56,8 +79,8 @@ def scores_file(run: Path, split: str) -> Path:
 def write_scores(scores: SplitScores, path: Path, model: str | None = None) -> None:
     """Write scores as Parquet; the file appears whole or not at all.
 
-    Columns are `row`, `group`, `item` and `training_impressions`, and `label_NAME` and
-    `logit_NAME` for each label.
+    Columns are `row`, `group`, `item` and `training_impressions`, `label_NAME` and `logit_NAME` for
+    each label, and `weight` if rows are weighed.
 
     Args:
         scores: of the rows of a split.
@@ -68,8 +91,12 @@ def write_scores(scores: SplitScores, path: Path, model: str | None = None) -> N
     for index, name in enumerate(scores.label_names):
         columns[f"label_{name}"] = scores.labels[:, index]
         columns[f"logit_{name}"] = scores.logits[:, index]
+    if scores.weights is not None:
+        columns["weight"] = scores.weights
     with whole_file(path) as partial:
-        table = pa.table(columns).replace_schema_metadata({MODEL: model} if model else None)
+        metadata = {MODEL: model, LOSSES: ",".join(scores.losses)}
+        known = {name: value for name, value in metadata.items() if value}
+        table = pa.table(columns).replace_schema_metadata(known or None)
         pq.write_table(table, partial, write_page_checksum=True)
 
 
@@ -96,7 +123,16 @@ def read_scores(path: Path) -> SplitScores:
         np.stack([table[f"{kind}_{name}"].to_numpy() for name in names], axis=1)
         for kind in ("label", "logit")
     )
-    return SplitScores(**integers, labels=labels, logits=logits, label_names=names)
+    weights = table["weight"].to_numpy() if "weight" in columns else None
+    stored = (table.schema.metadata or {}).get(LOSSES.encode())
+    return SplitScores(
+        **integers,
+        labels=labels,
+        logits=logits,
+        label_names=names,
+        weights=weights,
+        losses=tuple(stored.decode().split(",")) if stored else (),
+    )
 
 
 def check_model(path: Path, run: Path) -> None:
@@ -125,7 +161,8 @@ def with_labels(scores: SplitScores, names: tuple[str, ...], where: str) -> Spli
         raise ValueError(f"{where}: has labels {list(scores.label_names)}, not {missing}")
     order = [scores.label_names.index(name) for name in names]
     labels, logits = scores.labels[:, order], scores.logits[:, order]
-    return replace(scores, labels=labels, logits=logits, label_names=names)
+    losses = tuple(scores.loss_of(index) for index in order)
+    return replace(scores, labels=labels, logits=logits, label_names=names, losses=losses)
 
 
 def check_same_rows(first: SplitScores, second: SplitScores, where: str) -> None:
@@ -137,13 +174,21 @@ def check_same_rows(first: SplitScores, second: SplitScores, where: str) -> None
         where: names both in the error message.
 
     Raises:
-        ValueError: positions, groups, labels or item counts differ; the message names which.
+        ValueError: positions, groups, labels, weights or item counts differ; the message says
+            which.
     """
-    for name in ("positions", "groups", "labels", "counts"):
-        one, other = getattr(first, name), getattr(second, name)
+    kinds = [[of.loss_of(index) for index in range(len(of.label_names))] for of in (first, second)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{where}: losses of the labels differ ({kinds[0]} and {kinds[1]})")
+    for name in ("positions", "groups", "labels", "counts", "weights"):
+        one, other = (
+            np.ones(len(of.positions)) if getattr(of, name) is None else getattr(of, name)
+            for of in (first, second)
+        )
         if one.shape != other.shape:
             raise ValueError(f"{where}: {name} differ, of shape {one.shape} and {other.shape}")
-        differs = (one != other).reshape(len(one), -1).any(axis=1)
+        is_same = (one == other) | ((one != one) & (other != other))  # NaN: a label not known
+        differs = ~is_same.reshape(len(one), -1).all(axis=1)
         if differs.any():
             row = int(differs.argmax())
             raise ValueError(

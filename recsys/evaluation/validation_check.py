@@ -13,7 +13,8 @@ import pyarrow as pa
 import torch
 
 from recsys.build import Job
-from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
+from recsys.data.item_parts import rows_that_count
+from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.schema import Schema
 from recsys.distributed.gather import gather_rows
 from recsys.distributed.ranks import Ranks
@@ -30,15 +31,17 @@ class ValidationLabels:
 
     def __init__(self, schema: Schema) -> None:
         """Start without rows."""
-        self.label, self.group = schema.of_kind("label")[0], schema.group
+        self.schema, self.label = schema, schema.of_kind("label")[0]
         self.rows = np.zeros(2, np.int64)  # with label 0 and 1
         self.users = [np.zeros(0, np.int64)] * 2  # with a row of label 0 and of 1
 
     def add(self, table: pa.Table) -> None:
-        """Count the rows of a chunk; padding rows are left out."""
-        known = table[ROW_POSITION].to_numpy() >= 0
-        positive = table[self.label].to_numpy()[known] == 1
-        group = RAW_GROUP if RAW_GROUP in table.column_names else self.group
+        """Count the rows of a chunk; others than those that count and are known are left out."""
+        known = rows_that_count(table, self.schema)
+        labels = table[self.label].to_numpy()
+        known &= ~np.isnan(labels)
+        positive = labels[known] == 1
+        group = RAW_GROUP if RAW_GROUP in table.column_names else self.schema.group
         users = table[group].to_numpy()[known]
         for value, rows in enumerate((~positive, positive)):
             self.rows[value] += rows.sum()
@@ -74,7 +77,9 @@ def check_validation(job: Job, labels: ValidationLabels) -> None:
     negatives, positives, has_both = labels.totals(job.ranks)
     by, label = job.config.best_model_by, f"column '{labels.label}'"
     cause = None
-    if positives == 0:
+    if job.schema.label_losses[0] != "bce":
+        cause = None if negatives + positives else f"{label} is known in no row"
+    elif positives == 0:
         cause = f"{label} has no row with label 1"
     elif needs_search(by):
         with job.ranks.raise_on_all_ranks():

@@ -43,7 +43,8 @@ class AuxiliaryInputs:
 
     logits: [B, C], of the ranking model.
     ids, content: the vectors that were ranked; `content.read_history` is a collective.
-    batch: with `labels` [B, C], `row_weights` [B] (0 for a padding row) and all other columns.
+    batch: with `labels` [B, C] (NaN where not known), `row_weights` [B] (0 for a padding row), as
+        label by label `loss_weights` [B, C] or [B, 1], and all other columns.
     columns: [B] of each extra column that the loss lists, NaN where a row has no value.
     """
 
@@ -169,6 +170,11 @@ def build_auxiliary(
             raise ValueError(
                 f"{where}: column '{unknown[0]}' is not of kind extra in schema.yaml, which has "
                 f"{extra}; add it there"
+            )
+        if isinstance(loss, Distillation) and schema.label_losses[loss.label] != "bce":
+            raise ValueError(
+                f"{where}.options.label is {loss.label}, which has loss "
+                f"{schema.label_losses[loss.label]}; a distillation needs a label of 0 and 1"
             )
         losses[name] = loss
     weights = {name: own.weight for name, own in settings.items()}

@@ -43,13 +43,10 @@ def build_em3(
     `process_group` has the ranks that train the model together, None for a single rank.
 
     Raises:
-        ValueError: unknown parts, or label weights for labels that do not exist.
+        ValueError: unknown parts, or settings that do not fit the labels.
     """
     content = content_settings(config)
-    labels = schema.of_kind("label")
-    unknown = sorted(set(config.ranking.label_weights) - set(labels))
-    if unknown:
-        raise ValueError(f"ranking.label_weights: no label {unknown}; the labels are {labels}")
+    _check_labels(config, schema)
     dims = {table.name: table.embedding_dim for table in tables}
     pooled = pooled_features(config, schema)
     dimensions = InputDimensions.of(schema, pooled, dims, item_categories, process_group)
@@ -76,6 +73,28 @@ def build_em3(
         losses=losses,
         further_histories=_build_further_histories(config, schema, dimensions.id_dim),
     )
+
+
+def _check_labels(config: Config, schema: Schema) -> None:
+    """Raise a ValueError for settings that do not fit the labels."""
+    labels = dict(zip(schema.of_kind("label"), schema.label_losses, strict=True))
+    if unknown := sorted(set(config.ranking.label_weights) - set(labels)):
+        raise ValueError(
+            f"ranking.label_weights: no label {unknown}; the labels are {list(labels)}"
+        )
+    numbers = [name for name, loss in labels.items() if loss != "bce"]
+    if numbers and softmax_settings(config.ranking) is not None:
+        raise ValueError(
+            f"ranking.loss is a softmax over items, which label '{numbers[0]}' with loss "
+            f"{labels[numbers[0]]} cannot choose; set ranking.loss to pointwise"
+        )
+    first, by = next(iter(labels)), config.best_model_by
+    if (first in numbers) != (by in ("rmse", "mae")):
+        fitting = "rmse or mae" if first in numbers else "auc, gauc or auc_and_gauc"
+        raise ValueError(
+            f"best_model_by is {by}, which the first label, '{first}' with loss {labels[first]}, "
+            f"does not define; set best_model_by to {fitting}"
+        )
 
 
 def _rows_of_ids(config: Config, schema: Schema) -> tuple[RowsOfIds, list[RowsOfIds]]:
@@ -115,7 +134,7 @@ def _build_losses(config: Config, schema: Schema, id_dim: int) -> Losses:
     labels, softmax = schema.of_kind("label"), softmax_settings(config.ranking)
     weights = [config.ranking.label_weights.get(label, 1.0) for label in labels]
     return Losses(
-        RankingLoss(weights),
+        RankingLoss(weights, schema.label_losses),
         contrastive,
         config.contrastive.weight,
         RetrievalLoss(softmax, weights) if softmax is not None else None,

@@ -96,7 +96,7 @@ class Losses(nn.Module):
             ranking = self.retrieval(scored, batch)
         else:
             each = scored.members if isinstance(scored, MemberLogits) else logits
-            ranking = self.ranking(each, batch.labels, batch.row_weights)
+            ranking = self.ranking(each, batch.labels, batch.loss_weights)
         if self.contrastive is None:
             return ranking, {"loss": ranking}
         assert content is not None

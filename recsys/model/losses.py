@@ -1,4 +1,4 @@
-"""Losses: weighted binary cross-entropy for ranking, and Content-ID-Contrastive.
+"""Losses: the weighted losses of the labels for ranking, and Content-ID-Contrastive.
 
 Content-ID-Contrastive (CIC, EM3, arXiv 2404.06078) pulls an item's content vector and its row of
 the sharded ID table together, so that content determines the vectors of items with few impressions.
@@ -10,6 +10,7 @@ Shapes: B batch, G batch of all ranks, D dimension, K negatives, C labels, E mem
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,13 +20,14 @@ from torch.nn import functional as F
 
 from recsys.config import ContrastiveSettings
 from recsys.distributed.gather import gather_rows_with_gradient
+from recsys.model.label_losses import label_losses
 
 
 class RankingLoss(nn.Module):
-    """Sum over labels of weight times the mean binary cross-entropy with logits.
+    """Sum over labels of weight times the mean loss: by default binary cross-entropy with logits.
 
     Padding rows (row weight 0) stay in the mean's divisor, so that every impression of an epoch has
-    the same weight on any rank.
+    the same weight on any rank. A label that is not known is NaN and has weight 0.
 
     Example::
 
@@ -34,22 +36,23 @@ class RankingLoss(nn.Module):
 
     weights: Tensor
 
-    def __init__(self, label_weights: list[float]) -> None:
-        """Keep the weight of each label."""
+    def __init__(self, label_weights: list[float], losses: Sequence[str] = ()) -> None:
+        """Keep the weight of each label, and its loss (`recsys.model.label_losses`)."""
         super().__init__()
+        self.losses = tuple(losses) or ("bce",) * len(label_weights)
         self.register_buffer("weights", torch.tensor(label_weights), persistent=False)
 
     def forward(
         self,
         logits: Tensor,  # [B, C], or [E, B, C] for the mean over members
         labels: Tensor,  # [B, C]
-        row_weights: Tensor | None = None,  # [B], 0 for a padding row
+        row_weights: Tensor | None = None,  # [B], or [B, C] by label; 0 for a padding row
     ) -> Tensor:  # []
         """Return the loss of a batch."""
-        labels = labels.expand_as(logits)
-        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        labels = labels.nan_to_num().expand_as(logits)
+        losses = label_losses(logits, labels, self.losses)
         if row_weights is not None:
-            losses = losses * row_weights[:, None]
+            losses = losses * (row_weights if row_weights.dim() == 2 else row_weights[:, None])
         return (losses.flatten(end_dim=-2).mean(0) * self.weights).sum()
 
 

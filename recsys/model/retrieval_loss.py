@@ -67,7 +67,7 @@ class RetrievalLoss(nn.Module):
             scores = (query @ vectors.T - log_q).masked_fill(is_no_negative, -torch.inf)
             every = torch.cat([positive.unsqueeze(1), scores], dim=1)
             losses.append(every.logsumexp(dim=1) - positive)
-        counts = batch.labels * batch.row_weights.unsqueeze(1)  # [B, C]
+        counts = batch.labels.nan_to_num() * batch.loss_weights  # [B, C]
         # The mean is over all rows, so that each positive has the same weight on any rank.
         return ((torch.stack(losses, dim=1) * counts).mean(0) * self.weights).sum()
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.checkpoint.run_schema import load_run_schema
+from recsys.model.label_losses import predictions
 from recsys.serving.bounded_file import load_bounded
 from recsys.serving.package import GRAPH, Manifest, differing_versions, read_manifest
 from recsys.serving.ranking_graph import RankingInputs
@@ -109,7 +110,7 @@ class Scorer:
         history: Mapping[str, Sequence[Any]] | Sequence[Any] = (),
         candidates: Mapping[str, Sequence[Any]] | Sequence[Any] = (),
     ) -> np.ndarray:  # float32 [N, C]
-        """Return the probability of each label for each candidate, as `recsys predict` does.
+        """Return the prediction of each label for each candidate, as `recsys predict` does.
 
         Args:
             user: values of the files' columns besides the ranked item, history and labels.
@@ -129,7 +130,7 @@ class Scorer:
         if not len(rows.target):
             return np.zeros((0, len(self.labels)), np.float32)
         logits = self._graph(*self._inputs(rows).arguments())
-        return logits.sigmoid().numpy()
+        return predictions(logits, self.schema.label_losses).numpy()
 
     def _inputs(self, rows: RequestRows) -> RankingInputs:
         num_rows, manifest = len(rows.target), self.manifest

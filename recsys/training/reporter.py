@@ -22,7 +22,7 @@ from recsys.training.trackers import Tracker, make_trackers
 
 logger = logging.getLogger(__name__)
 
-NOT_TRACKED = ("calibration", "num_samples", "num_users", "gauc_users")
+NOT_TRACKED = ("calibration", "num_samples", "num_users", "gauc_users", "sum_of_weights")
 
 
 class Reporter:

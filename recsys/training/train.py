@@ -44,7 +44,7 @@ from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import check_data, evaluate_split, fill_bank, format_evaluation
 from recsys.evaluation.further_metrics import make_metrics
-from recsys.evaluation.model_selection import check_log_loss
+from recsys.evaluation.model_selection import check_log_loss, check_rmse
 from recsys.evaluation.scores import scores_file
 from recsys.training.loss_watch import LossWatch
 from recsys.training.pretrained_tables import load_pretrained_tables
@@ -198,13 +198,14 @@ def start_fresh(job: Job) -> None:
 
 
 def check_best(metrics: dict[str, Any], config: Config, data: str, run: Path) -> None:
-    """Raise a ValueError on all ranks if the best model's probabilities are of no use."""
+    """Raise a ValueError on all ranks if the best model's predictions are of no use."""
     if softmax_settings(config.ranking) is None:  # whose scores are no probabilities
         advice = (
             "look at the warnings on columns and modalities at the start (`recsys explain-data "
             f"{data}`), or lower the learning rates. Checkpoints and metrics.json are kept"
         )
         check_log_loss(metrics["valid"], f"{run}, validation", advice)
+        check_rmse(metrics["valid"], f"{run}, validation", advice)
 
 
 def _finish(trainer: Trainer) -> dict[str, Any]:

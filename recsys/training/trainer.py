@@ -178,7 +178,7 @@ class Trainer:
         if score is None:
             cause = f"the {selection_words(job.config.best_model_by)} is not defined there"
             raise ValueError(undefined_selection(job, cause))
-        if score > progress.best_score:
+        if progress.best_step < 0 or score > progress.best_score:
             progress.best_step, progress.best_score, progress.best = progress.steps, score, report
             progress.validations_without_gain = 0
             self.checkpoints.save_best(progress)

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary, integer_ids, is_id_type
+from recsys.data.parquet.numbers import bad_numbers, note_rows_without_label
 from recsys.data.schema import Schema
 
 ROW_POSITION = "__row_position"  # position of a row in the split, files in order of name
@@ -127,6 +128,7 @@ def usable_table(
         arrays.append(_raw_groups(table[schema.group]))
     usable = pa.table([*arrays, positions], schema=empty_table(schema, table.column_names).schema)
     _check_parallel(usable, schema, note)
+    note_rows_without_label(usable, schema, note)
     if not bad.any():
         return usable
     with_padding = pa.concat_tables([usable, padding_rows(usable, 1)])
@@ -155,7 +157,8 @@ def usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn
         rows = _rows_of_values(array, bad)
         note(name, rows, reason, lambda row: message(numbers[bad.argmax()]))
 
-    if values.null_count:
+    column = schema.columns.get(name)
+    if values.null_count and not (column and column.nullable):
         note_values(values.is_null().to_numpy(False), "null", lambda value: null)
     if is_integer:
         limit, owner = schema.limit(name), schema.table_of(name)
@@ -169,19 +172,9 @@ def usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn
                 ),
             )
         return _cast(array, pa.int64(), is_list_column)
-    is_finite = np.isfinite(numbers)
-    if not is_finite.all():
-        note_values(
-            ~is_finite,
-            "not finite",
-            lambda value: f"value {value}; write a finite number that fits float32",
-        )
-    if name in schema.of_kind("label"):
-        note_values(
-            is_finite & (numbers != 0) & (numbers != 1),
-            "label other than 0 and 1",
-            lambda value: f"value {value}; a label is 0 or 1",
-        )
+    for bad, reason, message in bad_numbers(numbers, column):
+        if bad.any():
+            note_values(bad, reason, message)
     return array
 
 

@@ -99,13 +99,15 @@ def _of_split(found: DatasetSummary, split: SplitSummary) -> Iterator[Finding]:
 
 def _labels_and_numbers(found: DatasetSummary, split: SplitSummary) -> Iterator[Finding]:
     for label in found.schema.of_kind("label"):
-        rate = split.numbers[label].mean
-        if rate in (0.0, 1.0):
+        values = split.numbers[label]
+        rate = values.mean
+        is_binary = found.schema.columns[label].loss in (None, "bce")
+        if values.least >= values.greatest:
             yield Finding(
-                f"label '{label}' is {rate:.0f} in all {split.split} rows",
-                "there is nothing to tell apart; write rows of both kinds",
+                f"label '{label}' is {rate:.4g} in all {split.split} rows",
+                "there is nothing to tell apart; write rows of other labels, too",
             )
-        elif min(rate, 1 - rate) < FEW:
+        elif is_binary and min(rate, 1 - rate) < FEW:
             yield Finding(
                 f"label '{label}' is 1 in {rate:.4%} of the {split.split} rows",
                 "keep a share of the others, and calibrate what is predicted",

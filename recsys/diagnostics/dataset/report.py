@@ -48,7 +48,14 @@ def _splits(found: DatasetSummary) -> str:
     rows.append(("rows that cannot be used", *(f"{split.num_bad_rows:,}" for split in splits)))
     rows.append(("files", *(f"{split.files:,}" for split in splits)))
     for label in found.schema.of_kind("label"):
-        add(f"rate of label {label}", lambda split: f"{split.numbers[label].mean:.2%}")  # noqa: B023
+        is_rate = found.schema.columns[label].loss in (None, "bce")
+        name, style = ("rate", ".2%") if is_rate else ("mean", ".4g")
+        add(f"{name} of label {label}", lambda split: f"{split.numbers[label].mean:{style}}")  # noqa: B023
+        if found.schema.columns[label].nullable:
+            add(
+                f"rows without label {label}",
+                lambda split: f"{split.usable_rows - split.numbers[label].count:,}",  # noqa: B023
+            )
     add("groups", lambda split: _distinct(split.keys[GROUPS]))
     add("target items", lambda split: f"{len(split.item_counts.items):,}")
     shares = {split.split: found.shares_of_rows(split.split) for split in splits}

@@ -94,7 +94,7 @@ def summarize_split(root: Location, split: str, schema: Schema) -> SplitSummary:
 def _add_rows(found: SplitSummary, schema: Schema, columns: RowColumns) -> None:
     found.usable_rows += columns.num_rows
     for name, column in schema.columns.items():
-        if column.kind in ("label", "dense", "extra"):
+        if column.kind in ("label", "dense", "extra", "weight"):
             numbers = columns.numbers[name]
             found.numbers.setdefault(name, Range()).add(numbers[~np.isnan(numbers)])
         else:

@@ -32,7 +32,7 @@ from recsys.diagnostics.run_report.page import Section, Table, html_page
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
-from recsys.evaluation.evaluate import score, split_interactions
+from recsys.evaluation.evaluate import score, split_interactions, split_scores
 from recsys.evaluation.metrics import marked_cell
 from recsys.evaluation.predict import load_run
 
@@ -122,14 +122,10 @@ def _scored_rows(job: Job, run: Path) -> tuple[ScoredRows, np.ndarray]:  # int64
     interactions = split_interactions(job, SPLIT)
     with Watchdog(job.ranks, job.config.stall_timeout) as watchdog:
         scored = score(job, interactions, Lockstep(job.ranks, job.config.checkpoint, watchdog))
-    items = scored["items"].numpy()
-    rows = ScoredRows(
-        scored["labels"][:, 0].numpy(),
-        scored["logits"][:, 0].numpy(),
-        scored["groups"].numpy(),
-        read_item_counts(run, job.schema.num_items).of(items),
-    )
-    return rows, items
+    counts = read_item_counts(run, job.schema.num_items)
+    scores = split_scores(job, scored, counts).counted(0)
+    columns = scores.labels[:, 0], scores.logits[:, 0], scores.groups, scores.counts
+    return ScoredRows(*columns, scores.weights, scores.loss_of(0)), scores.items
 
 
 def item_sections(
@@ -177,11 +173,9 @@ def summary(metrics: dict[str, Any], has_probabilities: bool) -> Section:
         has_probabilities: whether the scores are probabilities, which a softmax loss does not make.
     """
     test = metrics[SPLIT]
-    names = {"auc": "AUC", "gauc": "GAUC"}
-    if has_probabilities:
-        names |= PROBABILITY_METRICS
     tables = []
     for label, report in test.get("labels", {"items": test}).items():
+        names = _names(report, has_probabilities)
         rows = [
             (part, *(marked_cell(of, name, "–") for name in names), f"{of['num_samples']:,}")
             for part, of in _parts(report).items()
@@ -189,7 +183,23 @@ def summary(metrics: dict[str, Any], has_probabilities: bool) -> Section:
         tables.append(Table((label, *names.values(), "rows"), rows))
     undefined = {} if has_probabilities else dict.fromkeys(PROBABILITY_METRICS)
     known = {part: of | undefined for part, of in _parts(test).items()}
-    return Section("Test metrics", findings(known), tables=tables)
+    words = findings(known) if "auc" in test else _findings_of_numbers(test)
+    return Section("Test metrics", words, tables=tables)
+
+
+def _names(report: dict[str, Any], has_probabilities: bool) -> dict[str, str]:
+    """Return the metrics of a label's table, with their names there."""
+    if "auc" not in report:
+        return {name: name.upper() for name in ("rmse", "mae", "nrmse")}
+    return {"auc": "AUC", "gauc": "GAUC"} | (PROBABILITY_METRICS if has_probabilities else {})
+
+
+def _findings_of_numbers(report: dict[str, Any]) -> list[str]:
+    if report["nrmse"] is None:
+        return []
+    gain = 100 * (1 - report["nrmse"])
+    verb = "is better" if gain > 0 else "is worse"
+    return [f"RMSE {verb} by {abs(gain):.1f} % than that of always predicting the mean."]
 
 
 def _parts(report: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -22,10 +22,17 @@ from recsys.diagnostics.run_report.page import (
     new_figure,
 )
 from recsys.evaluation.bootstrap import paired_difference
-from recsys.evaluation.metrics import RankedRows, marked_cell
+from recsys.evaluation.metrics import RankedRows, marked_cell, rows_of_loss
+from recsys.evaluation.regression import RegressionRows
 from recsys.evaluation.scores import SplitScores
 
 BUCKETS = (0, 1, 5, 20, 100)  # least training impressions of each bucket
+NAMES = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss"}
+NAMES_OF_NUMBERS = {"rmse": "RMSE", "mae": "MAE"}
+UNTRAINED = (
+    "An item without training impressions has an ID vector that was never trained: what is known "
+    "of it comes from its content, its other features and the user alone."
+)
 MOST_USERS = 1000  # of a bar with an interval: that of more users is too narrow to be seen
 
 
@@ -37,6 +44,8 @@ class ScoredRows:
     logits: np.ndarray  # [N]
     groups: np.ndarray  # [N]
     counts: np.ndarray  # int64 [N], training impressions of the row's item
+    weights: np.ndarray | None = None  # [N], above 0; None: 1 each
+    loss: str = "bce"  # of the label
 
     def chosen(
         self,
@@ -44,19 +53,24 @@ class ScoredRows:
     ) -> ScoredRows:
         """Return the chosen rows."""
         return ScoredRows(
-            self.labels[rows], self.logits[rows], self.groups[rows], self.counts[rows]
+            self.labels[rows],
+            self.logits[rows],
+            self.groups[rows],
+            self.counts[rows],
+            None if self.weights is None else self.weights[rows],
+            self.loss,
         )
 
     def metrics(
         self,
         rows: np.ndarray,  # bool [N]
     ) -> dict[str, Any]:
-        """Return `ranking_metrics` of the chosen rows."""
+        """Return the metrics of the chosen rows, as `evaluation_report` has them."""
         return self._ranked.metrics(rows)
 
     @cached_property
-    def _ranked(self) -> RankedRows:
-        return RankedRows(self.labels, self.logits, self.groups)
+    def _ranked(self) -> RankedRows | RegressionRows:
+        return rows_of_loss(self.labels, self.logits, self.groups, self.weights, self.loss)
 
 
 @dataclass(frozen=True)
@@ -122,22 +136,22 @@ def auc_error(auc: float, positives: int, negatives: int) -> float:
 def item_popularity(rows: ScoredRows, split: str) -> Section:
     """Return the section with both figures and the table."""
     buckets = metrics_by_count(rows, BUCKETS)
+    names = NAMES if rows.loss == "bce" else NAMES_OF_NUMBERS
     table = Table(
-        ("training impressions", "AUC", "GAUC", "log loss", "rows"),
+        ("training impressions", *names.values(), "rows"),
         [
             (
                 name,
-                *(marked_cell(of, metric, "–") for metric in ("auc", "gauc", "logloss")),
+                *(marked_cell(of, metric, "–") for metric in names),
                 f"{of['num_samples']:,}",
             )
             for name, of in buckets.items()
         ],
     )
+    if rows.loss != "bce":
+        return Section("Quality by item popularity", [UNTRAINED], [], [table])
     curve = metrics_by_count(rows, doubling_edges(int(rows.counts.max(initial=1))))
-    words = [
-        "An item without training impressions has an ID vector that was never trained: what is "
-        "known of it comes from its content, its other features and the user alone."
-    ]
+    words = [UNTRAINED]
     drawings = []
     if any(of["auc"] is not None for of in curve.values()):
         drawings = [_bars(rows, buckets, split), _curve(curve, split)]
@@ -163,6 +177,7 @@ def metric_interval(rows: ScoredRows, metric: str) -> tuple[float, float] | None
         labels=rows.labels[:, None],
         logits=rows.logits[:, None],
         label_names=("label",),
+        weights=rows.weights,
     )
     chance = replace(scored, logits=np.zeros_like(scored.logits))
     found = paired_difference([[chance]], [[scored]], metric, "all")

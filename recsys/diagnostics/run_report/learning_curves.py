@@ -20,7 +20,7 @@ from recsys.evaluation.model_selection import (
 
 Curve = tuple[list[int], list[float]]  # steps and values
 LOSS_COLOURS = {"ranking": BLUE, "contrastive": ORANGE, "loss": GREY}
-METRIC_COLOURS = {"auc": BLUE, "gauc": ORANGE}
+METRIC_COLOURS = {"auc": BLUE, "gauc": ORANGE, "rmse": BLUE, "mae": ORANGE}
 MARKED_POINTS = 30
 ROUNDING = 1e-6  # of events, which are float32
 
@@ -47,6 +47,8 @@ def read_curves(run: Path) -> dict[str, Curve]:
 
 def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Curve:
     """Return the score that chose the best model, by step; the first maximum is the best model.
+
+    That of an error is negative (`selection_score`).
 
     Empty if the run has not written it.
     """
@@ -87,7 +89,7 @@ def learning_curves(run: Path, best_model_by: BestModelBy, best_step: int | None
         _draw(axes, of_title)
         axes.set(title=title, xlabel="step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if title == "validation":
+        if title == "validation" and "auc" in of_title:
             _end_at_one(axes)
     steps, scores = selection_curve(curves, best_model_by)
     words = []
@@ -97,7 +99,7 @@ def learning_curves(run: Path, best_model_by: BestModelBy, best_step: int | None
         words = [_best_in_words(best, steps, scores, selection_words(best_model_by))]
     for axes in all_axes:
         axes.legend()
-    caption = "Losses of training, and AUC and GAUC of the validation split, by step."
+    caption = "Losses of training, and metrics of the validation split, by step."
     return Section("Learning curves", words, [drawn("learning-curves", figure, caption)])
 
 
@@ -107,12 +109,12 @@ def _best_in_words(best: int, steps: list[int], scores: list[float], name: str) 
     if of_best < max(scores) - ROUNDING:
         return (
             f"The model that this page shows is of step {best:,}, but by these events the {name} "
-            "of another step is higher: event files are damaged, missing or of another run."
+            "of another step is better: event files are damaged, missing or of another run."
         )
     return (
-        f"The {name} of validation is highest after step {best:,}: {of_best:.4f}. The model of "
+        f"The {name} of validation is best after step {best:,}: {abs(of_best):.4f}. The model of "
         "that step is the one that this page shows; the last validation, after step "
-        f"{steps[-1]:,}, has {scores[-1]:.4f}."
+        f"{steps[-1]:,}, has {abs(scores[-1]):.4f}."
     )
 
 

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 
 import recsys.evaluation.bootstrap
-from recsys.data.item_parts import item_parts
+from recsys.data.item_parts import PARTS, item_parts
 from recsys.evaluation.bootstrap import (
-    PARTS,
     Interval,
-    metric_users,
     paired_difference,
     pooled_metric,
     resamples,
 )
+from recsys.evaluation.measures import metric_users
 from recsys.evaluation.metrics import evaluation_report, ranking_metrics
 from recsys.evaluation.scores import SplitScores
 

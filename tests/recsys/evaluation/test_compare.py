@@ -13,8 +13,10 @@ import pytest
 
 from recsys.cli import main
 from recsys.config import load_config
-from recsys.evaluation.bootstrap import METRICS, PARTS, paired_difference
+from recsys.data.item_parts import PARTS
+from recsys.evaluation.bootstrap import paired_difference
 from recsys.evaluation.compare import compare_runs, format_comparison
+from recsys.evaluation.measures import METRICS
 from recsys.evaluation.metrics import evaluation_report
 from recsys.evaluation.scores import SplitScores, read_scores, write_scores
 from tests.datasets import write_dataset

@@ -96,6 +96,28 @@ def assert_same_gradients(one: Tensor, other: Tensor, inputs: list[Tensor]) -> N
         torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_a_label_that_is_not_known_equals_one_of_weight_0() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 2, generator=generator, requires_grad=True)
+    labels = torch.tensor([[1.0, 0.0], [0.0, math.nan], [1.0, math.nan], [math.nan, 1.0]])
+    known = (~labels.isnan()).float()
+    loss = RankingLoss([1.0, 0.5])
+    expected = loss(logits, torch.where(known == 0, 1.0, labels), known)
+    actual = loss(logits, labels, known)
+    assert ((gradients_of(loss(logits, labels, known), [logits])[0] != 0) == (known == 1)).all()
+    assert_same_gradients(actual, expected, [logits])
+
+
+def test_weights_weigh_rows_and_a_row_of_weight_0_is_no_negative() -> None:
+    loss, weights = contrastive(), torch.tensor([2.0, 1, 0, 3, 0, 0])
+    content, ids = sides()
+    used = weights.nonzero()[:, 0]
+    rows = in_batch_rows(loss, content[used], ids[used], ITEMS[used], 0.1)
+    expected = (torch.stack(rows) * weights[used]).sum() / weights.sum()
+    actual = loss(content, ids, ITEMS, weights / weights.mean())
+    assert_same_gradients(actual, expected, [content, ids, *loss.parameters()])
+
+
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
 def test_published_equals_the_formula_in_loss_and_gradients_of_both_sides(
     temperature: float, monkeypatch: pytest.MonkeyPatch

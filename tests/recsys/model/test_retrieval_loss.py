@@ -100,6 +100,21 @@ def test_labels_are_weighted_and_each_has_its_own_query() -> None:
     torch.testing.assert_close(actual, one(vectors, made) + 3 * other)
 
 
+def test_integer_weights_are_repeated_rows_against_drawn_items() -> None:
+    made, vectors, times = batch(), towers(), torch.tensor([2, 1, 1, 3, 0, 0])
+    rows = torch.arange(len(ITEMS)).repeat_interleave(times)
+    assert made.target_log_q is not None
+    repeated = replace(
+        made,
+        **{name: getattr(made, name)[rows] for name in ("labels", "target_items", "row_positions")},
+        target_log_q=made.target_log_q[rows],
+    )
+    weighted = replace(made, weights=times / times.float().mean())
+    of_rows = replace(vectors, query=vectors.query[rows], item=vectors.item[rows])
+    loss = loss_of("sampled_softmax")
+    torch.testing.assert_close(loss(vectors, weighted), loss(of_rows, repeated))
+
+
 def test_a_batch_without_positives_has_no_loss() -> None:
     made = replace(batch(), labels=torch.zeros(len(ITEMS), 1))
     for name in ("in_batch_softmax", "sampled_softmax"):
