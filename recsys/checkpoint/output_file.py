@@ -42,9 +42,9 @@ def check_output(out: Path, inputs: Iterable[Location] = ()) -> None:
     """
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file, such as {out / 'result'}")
-    target = regular_file(out).resolve()
+    target = _real(regular_file(out))
     for given in inputs:
-        if given.is_local and Path(given.path).resolve() in (target, target.parent):
+        if given.is_local and _real(given.path) in (target, target.parent):
             raise ValueError(f"{out}: is or lies in the input {given}; name a file elsewhere")
     dataset = target.parent.parent
     if target.parent.name in _READ and (dataset / "schema.yaml").exists():
@@ -59,14 +59,19 @@ def check_output(out: Path, inputs: Iterable[Location] = ()) -> None:
     check_writable(target.parent)
 
 
+def _real(path: Path | str) -> Path:
+    """Return the path without links; a link that leads to itself stays."""
+    return Path(os.path.realpath(path))
+
+
 def check_run_folder(run: Path, data: str) -> None:
     """Refuse a run's folder whose files would replace those of its dataset, or be read with them.
 
     Raises:
         ValueError: the folder is the dataset itself, or one of the folders in it that are read.
     """
-    root, folder = Location.of(data), run.resolve()
-    read = [Path(root.path, *part).resolve() for part in [(), *((name,) for name in _READ)]]
+    root, folder = Location.of(data), _real(run)
+    read = [_real(Path(root.path, *part)) for part in [(), *((name,) for name in _READ)]]
     if root.is_local and folder in read:
         raise ValueError(f"{run}: is part of the dataset {data}; choose another --out")
 

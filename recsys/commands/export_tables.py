@@ -32,8 +32,10 @@ def run(arguments: Namespace) -> None:
     from recsys.checkpoint.manifest import read_manifest
     from recsys.checkpoint.table_export import export_tables
     from recsys.config import load_config
+    from recsys.data.filesystem import recover_folder
 
     best = arguments.run / "checkpoints" / BEST
+    recover_folder(best)
     manifest = read_manifest(best)
     check_files(best, manifest)
     check_config(manifest["config"], load_config(arguments.run / "config.yaml"), str(best))

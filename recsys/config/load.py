@@ -85,12 +85,13 @@ def config_of_plain(plain: dict[str, Any]) -> Config:
     Raises:
         ValueError: an unknown key or a wrong type, named.
     """
-    words = ["--ranking.name", plain.get("ranking", {}).get("name", DEFAULT_MODEL)]
+    section = plain.get("ranking")
+    name = section.get("name", DEFAULT_MODEL) if isinstance(section, dict) else DEFAULT_MODEL
     parser = Parser(exit_on_error=False)
-    add_config_arguments(parser, words)
+    add_config_arguments(parser, ["--ranking.name", str(name)])
     parser.given.append(plain)
     try:
-        return config_from(parser.instantiate(parser.parse_object(_settled(plain, words[1]))))
+        return config_from(parser.instantiate(parser.parse_object(_settled(plain, name))))
     except Exception as error:
         raise ValueError(f"configuration: {error}") from error
 

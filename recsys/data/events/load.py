@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from itertools import pairwise
@@ -85,7 +86,7 @@ def _sources(config: EventsConfig) -> Iterator[Source]:
 def _resolve(source: Source, folder: Path) -> None:
     """Make relative paths absolute, in place."""
     paths = [source.path] if isinstance(source.path, str) else source.path
-    source.path = [path if "://" in path else str((folder / path).resolve()) for path in paths]
+    source.path = [path if "://" in path else os.path.realpath(folder / path) for path in paths]
 
 
 def _resolve_pictures(items: ItemTable, folder: Path) -> None:
@@ -104,7 +105,7 @@ def _resolve_pictures(items: ItemTable, folder: Path) -> None:
                 f"items.content.{name}: path_column is of kind image, not {content.kind}; remove it"
             )
         if "://" not in (content.folder or ""):
-            content.folder = str((folder / (content.folder or "")).resolve())
+            content.folder = os.path.realpath(folder / (content.folder or ""))
 
 
 def check_events_config(config: EventsConfig) -> None:

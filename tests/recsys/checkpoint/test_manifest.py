@@ -253,3 +253,10 @@ def test_whatever_changes_in_the_configuration_of_a_manifest_it_fits_or_is_refus
         return
     with contextlib.suppress(ValueError):
         check_config(stored, job.config, "checkpoint")
+
+
+@pytest.mark.parametrize("section", [None, [], "din_dcn", {"name": None}, {"name": ["din"]}])
+def test_a_ranking_section_of_another_kind_is_refused_by_name(job: Job, section: Any) -> None:
+    stored = {**to_plain(job.config), "ranking": section}
+    with pytest.raises(ValueError, match="ranking"):
+        check_config(stored, job.config, "checkpoint")
