@@ -113,14 +113,15 @@ class Job:
 
     def batch_builder(self, with_labels: bool = True) -> BatchBuilder:
         """Return the builder of batches for this model."""
-        content = self.em3.content
+        content, settings = self.em3.content, content_settings(self.config)
         return BatchBuilder(
             self.schema,
             pooled_features(self.config, self.schema),
-            None if chooses_items(content_settings(self.config)) else self.store,
+            None if chooses_items(settings) else self.store,
             encode_history=content is not None and content.encodes_history,
             index_dedup=self.config.embedding.index_dedup,
             with_labels=with_labels,
+            content_histories=[] if settings is None else settings.history.columns,
         )
 
 

@@ -46,6 +46,8 @@ class PlainSource:
             raise ValueError(
                 "the plain twin encodes stored features; give content.modalities of kind feature"
             )
+        if others := [name for name in self.schema.event_columns if name != self.schema.history]:
+            raise ValueError(f"the plain twin reads one history alone; leave out {others}")
         if ranks.device.type != "cpu":
             raise ValueError("the plain twin runs on CPU; set device to cpu")
         if (content.fusion.name, content.fusion.preset) != ("qformer", "modern"):

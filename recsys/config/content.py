@@ -142,8 +142,8 @@ class HistorySettings:
     sorted_cosines: NonNegativeInt = 0
     """Number of highest cosines used as features, sorted (LEMUR); 0: none."""
     top_k: NonNegativeInt = 0
-    """Keep only the top-k items of each history by cosine similarity to the target's content, prior
-    to any other use of the history (MUSE); 0: all."""
+    """Keep only the top-k items of each row's first history by cosine similarity to the target's
+    content, prior to any other use of the history (MUSE); 0: all."""
     bank: Literal["auto", "sharded", "replicated"] = "auto"
     """sharded: each rank keeps a block of the rows of the bank; replicated: each keeps all rows, so
     that reads need no communication; auto: replicated up to 256 MiB and 16 ranks."""
@@ -151,6 +151,8 @@ class HistorySettings:
     """Use vectors that any rank computes in a step in the histories of all ranks in that step."""
     refresh_bank_every_epoch: bool = False
     """Encode all items again before each validation."""
+    columns: list[str] = field(default_factory=list)
+    """Sequences after the first, of target items, whose items' content is read as well."""
 
 
 @dataclass
@@ -212,6 +214,11 @@ class ContentSettings:
         if self.history.mode == "bank_lora" and not 0 < rank <= self.dim:
             raise ValueError(
                 f"{name}.history.lora_rank is {rank}; it must lie in [1, {name}.dim = {self.dim}]"
+            )
+        if self.history.columns and self.history.top_k:
+            raise ValueError(
+                f"{name}.history.top_k is {self.history.top_k}, which shortens the first history "
+                f"alone, but {name}.history.columns is {self.history.columns}; set top_k to 0"
             )
         if self.history.mode != "full":
             return

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from torchrec.streamable import Pipelineable
 
 from embeddings import BankRoute
 from recsys.data.jagged_history import JaggedHistory
+
+Content = TypeVar("Content")
 
 
 @dataclass
@@ -71,15 +73,25 @@ class FurtherHistory:
     lengths: int64 [B], summing to N.
     values: float32 [N, P], the lists of floats beside it.
     longest: maximum of `lengths`.
+    content_index: int64 [N], places of its items in `Batch.history_items` if their content is read;
+        else empty.
     """
 
     lengths: Tensor
     values: Tensor
     longest: int
+    content_index: Tensor
 
     def map(self, function: Callable[[Tensor], Any]) -> FurtherHistory:
-        """Return a copy with `function` applied to both tensors."""
-        return FurtherHistory(function(self.lengths), function(self.values), self.longest)
+        """Return a copy with `function` applied to its tensors."""
+        tensors = map(function, (self.lengths, self.values, self.content_index))
+        lengths, values, content_index = tensors
+        return FurtherHistory(lengths, values, self.longest, content_index)
+
+    def content_of(self, content: Content, num_items: int) -> tuple[Content, JaggedHistory]:
+        """Return the content vectors of a batch, and the history as an index into its U items."""
+        index = self.content_index
+        return content, JaggedHistory.of(index, self.lengths, num_items, self.longest)
 
     def jagged(self) -> JaggedHistory:
         """Return the histories over N events, one for each place."""
@@ -95,7 +107,8 @@ class Batch(Pipelineable):
     sequence_features: ids of the target item (length 1 each) and of the history: either the unique
         ones, `history_items`, whose lengths by row have no meaning, or all of them; then all ids of
         the further histories and of the lists of ids beside histories.
-    history_items: unique items of the histories [U]; `history_index` [N] points into them.
+    history_items: unique items of the histories whose content is read [U]; `history_index` [N], of
+        the first history, points into them.
     history_lengths: int64 [B], summing to N; `longest_history` is their maximum.
         `history_values` float32 [N, P] holds the parallel lists.
     content_items: unique items that this rank encodes [E]; `content` holds their content.

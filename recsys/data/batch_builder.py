@@ -52,6 +52,7 @@ class BatchBuilder:
         encode_history: encode the history items as well, instead of reading them from the bank.
         index_dedup: look up each history item once in the ID table, too.
         with_labels: False for files to predict, which need not have labels.
+        content_histories: further histories whose items' content is read, too.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class BatchBuilder:
         encode_history: bool = False,
         index_dedup: bool = True,
         with_labels: bool = True,
+        content_histories: Sequence[str] = (),
     ) -> None:
         """Keep the arguments and prepare the search for unique items."""
         self.schema = schema
@@ -70,6 +72,7 @@ class BatchBuilder:
         self.encode_history = encode_history
         self.index_dedup = index_dedup
         self.with_labels = with_labels
+        self.content_histories = content_histories
         self.unique_items = UniqueItems(schema.num_items)
 
     def __call__(self, rows: RowColumns | pa.Table) -> Batch:
@@ -81,7 +84,10 @@ class BatchBuilder:
         history, history_lengths = np.zeros(0, np.int64), np.zeros(num_rows, np.int64)
         if schema.history:
             history, history_lengths = rows.values(schema.history), rows.lengths(schema.history)
-        history_items, history_index = self.unique_items(history)
+        with_content = [history, *(rows.values(name) for name in self.content_histories)]
+        history_items, index = self.unique_items(np.concatenate(with_content))
+        history_index, *others = np.split(index, np.cumsum([len(of) for of in with_content[:-1]]))
+        content_index = dict(zip(self.content_histories, others, strict=True))
         encoded = np.concatenate([target, history_items]) if self.encode_history else target
         content_items, encoded_index = self.unique_items(encoded)
         group = RAW_GROUP if RAW_GROUP in rows.numbers else schema.group
@@ -113,18 +119,22 @@ class BatchBuilder:
             longest_history=int(history_lengths.max(initial=0)),
             weights=torch.from_numpy(rows.numbers[weight]) if weight else None,
             extra=_columns(rows, extra) if extra else None,
-            further=[self._further(rows, of) for of in schema.histories[1:]],
+            further=[self._further(rows, of, content_index) for of in schema.histories[1:]],
         )
         if self.with_labels and any(column.nullable for column in schema.columns.values()):
             known = ~batch.labels.isnan()
             batch.label_weights = batch.row_weights.unsqueeze(1) * known
         return batch
 
-    def _further(self, rows: RowColumns, history: HistoryColumns) -> FurtherHistory:
-        """Return the lengths and the lists of floats of a history after the first."""
+    def _further(
+        self, rows: RowColumns, history: HistoryColumns, content_index: dict[str, np.ndarray]
+    ) -> FurtherHistory:
+        """Return a history after the first, without its ids."""
         lengths = rows.lengths(history.name) // self.schema.rows_per_id(history.name)
         values = _stacked([rows.values(name) for name in history.numbers], int(lengths.sum()))
-        return FurtherHistory(torch.from_numpy(lengths), values, int(lengths.max(initial=0)))
+        index = content_index.get(history.name, np.zeros(0, np.int64))
+        longest = int(lengths.max(initial=0))
+        return FurtherHistory(torch.from_numpy(lengths), values, longest, torch.from_numpy(index))
 
     def _pooled(self, rows: RowColumns) -> KeyedJaggedTensor | None:
         """Return the ids of the pooled features; None without any."""

@@ -49,7 +49,8 @@ def build_em3(
     _check_labels(config, schema)
     dims = {table.name: table.embedding_dim for table in tables}
     pooled = pooled_features(config, schema)
-    dimensions = InputDimensions.of(schema, pooled, dims, item_categories, process_group)
+    further, widths = _build_further_histories(config, schema, dims[schema.target_item])
+    dimensions = InputDimensions.of(schema, pooled, dims, item_categories, process_group, widths)
     embeddings = build_embedding_collection(tables, device)
     assert embeddings is not None
     # Built before content and ranking: the order decides which random numbers each part gets.
@@ -71,7 +72,7 @@ def build_em3(
         read_ids=read_ids,
         ranking=build_ranking(config.ranking, dimensions, content),
         losses=losses,
-        further_histories=_build_further_histories(config, schema, dimensions.id_dim),
+        further_histories=further,
     )
 
 
@@ -119,10 +120,27 @@ def _rows_of_ids(config: Config, schema: Schema) -> tuple[RowsOfIds, list[RowsOf
     return beside, columns[1:]
 
 
-def _build_further_histories(config: Config, schema: Schema, dim: int) -> FurtherHistories | None:
-    """Return the encoders of the sequences after the first one; None if there are none."""
-    num_parallel = [len(history.numbers) for history in schema.histories[1:]]
-    return FurtherHistories(config.ranking, dim, num_parallel) if num_parallel else None
+def _build_further_histories(
+    config: Config, schema: Schema, dim: int
+) -> tuple[FurtherHistories | None, dict[str, int]]:
+    """Return the encoders of the sequences after the first one, if any, and their widths.
+
+    Raises:
+        ValueError: content is to be read of another column than one of these, or of other items.
+    """
+    content, further = content_settings(config), schema.histories[1:]
+    known = [of.name for of in further if schema.table_of(of.name) == schema.target_item]
+    columns = [] if content is None else content.history.columns
+    for name in columns:
+        if name not in known or columns.count(name) > 1:
+            raise ValueError(
+                f"content.history.columns: '{name}' is named twice or is no further sequence of "
+                f"items of '{schema.target_item}'; these are {known}"
+            )
+    if not further:
+        return None, {}
+    histories = FurtherHistories(config.ranking, dim, further, content)
+    return histories, histories.widths
 
 
 def _build_losses(config: Config, schema: Schema, id_dim: int) -> Losses:

@@ -165,7 +165,7 @@ class EM3(nn.Module):
         content = self.content(batch) if self.content is not None else None
         ids = self.read_ids(pooled, sequences, batch)
         if self.further_histories is not None:
-            ids = self.further_histories(ids, batch)
+            ids = self.further_histories(ids, content, batch)
         scored = self.ranking(ids, content, batch)
         loss, parts, logits = self.losses(scored, ids, content, batch)
         return loss, (parts, logits, batch)

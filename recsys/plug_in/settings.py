@@ -97,6 +97,11 @@ def check(settings: PlugInSettings) -> None:
         ValueError: names the settings that conflict.
     """
     validate(settings.config)
+    if columns := settings.content.history.columns:
+        raise ValueError(
+            f"content.history.columns is {columns}, but the plug-in reads the content of one "
+            "history; leave it out"
+        )
     if settings.history == settings.item:
         raise ValueError(
             f"item and history are both '{settings.item}'; name two sparse features, or no history"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch.distributed as dist
 
@@ -14,12 +16,12 @@ from recsys.ranking.item_categories import ItemCategories
 class InputDimensions:
     """Widths and names of a ranking model's inputs.
 
-    pooled_dims: D of each pooled feature, then of each further history; id_dim: D of target and
-        history items.
+    pooled_dims: D of each pooled feature, then of each vector of further histories; id_dim: D of
+        target and history items.
     num_dense: number of dense features; num_parallel: number of lists parallel to the history;
     num_labels: number of logits.
     pooled_names, dense_names, parallel_names: the columns of each kind, in the same order.
-    further_histories: the last of `pooled_names`: the sequences after the first one.
+    further_histories: the last of `pooled_names`: the vectors of sequences after the first one.
     group: the column of the user for whom items are ranked.
     has_history: whether the schema has a sequence of past items.
     item_categories: categories of items; set if a model searches by category.
@@ -47,6 +49,7 @@ class InputDimensions:
         table_dims: dict[str, int],
         item_categories: ItemCategories | None = None,
         process_group: dist.ProcessGroup | None = None,
+        further: Mapping[str, int] = MappingProxyType({}),
     ) -> InputDimensions:
         """Return the dimensions of a dataset whose tables have the given widths.
 
@@ -56,19 +59,19 @@ class InputDimensions:
             table_dims: embedding dimension of each table.
             item_categories: categories of items, or None.
             process_group: the ranks that train the model together; None for a single rank.
+            further: width of each vector of further histories, by name.
         """
-        further = tuple(history.name for history in schema.histories[1:])
-        pooled = (*pooled_features, *further)
+        pooled_dims = [table_dims[schema.table_of(name)] for name in pooled_features]
         return InputDimensions(
-            pooled_dims=[table_dims[schema.table_of(name)] for name in pooled],
+            pooled_dims=[*pooled_dims, *further.values()],
             id_dim=table_dims[schema.target_item],
             num_dense=len(schema.of_kind("dense")),
             num_parallel=len(schema.parallel),
             num_labels=len(schema.of_kind("label")),
-            pooled_names=pooled,
+            pooled_names=(*pooled_features, *further),
             dense_names=tuple(schema.of_kind("dense")),
             parallel_names=tuple(schema.parallel),
-            further_histories=further,
+            further_histories=tuple(further),
             group=schema.group,
             has_history=schema.history is not None,
             item_categories=item_categories,

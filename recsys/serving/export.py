@@ -70,8 +70,7 @@ def export_run(
     with whole_folder(out) as partial:
         write_run_schema(partial, job.schema)
         keep_vocabularies(partial, job)
-        bounded = job.vocabularies.by_table
-        for table, vocabulary in bounded.items():
+        for table, vocabulary in job.vocabularies.by_table.items():
             save_bounded(partial, table, vocabulary)
         manifest = Manifest(
             run=str(run),
@@ -85,7 +84,8 @@ def export_run(
             tables=_write_tables(run / "checkpoints" / "best", partial / "tables", tables),
             content=_write_content(job, partial / "content", tables),
             searches=_top_k(job) > 0,
-            bounded=list(bounded),
+            bounded=list(job.vocabularies.by_table),
+            content_histories=list(job.batch_builder().content_histories),
             versions={name: version(name) for name in PACKAGES},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
@@ -183,6 +183,7 @@ def _graph_of(job: Job, manifest: Manifest) -> torch.export.ExportedProgram:
         content if manifest.searches else content[:, :0],
         [item] * len(further),
         [torch.zeros(1, len(history.numbers)) for history in further],
+        [content if of.name in manifest.content_histories else content[:, :0] for of in further],
     )
     return export_graph(graph, shapes, manifest.ranking)
 

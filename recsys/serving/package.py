@@ -28,7 +28,8 @@ class Manifest:
     labels: names of the outputs. pooled, dense, parallel: columns in the order of the graph.
     tables: layout of each table's file, by table; content: layouts of the files `target` and
     `history`, none without content. searches: the graph also reads the candidates' vectors in the
-    memory bank. bounded: tables whose map of raw ids was learned in training.
+    memory bank. bounded: tables whose map of raw ids was learned in training. content_histories:
+    further histories whose content is read.
     """
 
     run: str
@@ -45,6 +46,7 @@ class Manifest:
     bounded: list[str]
     versions: dict[str, str]
     created: str
+    content_histories: list[str] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # bytes and sha256 by name
     format: int = FORMAT
 

@@ -31,7 +31,8 @@ class RankingInputs:
     parallel: [L, P]; target_items: int64 [N]; history_items: int64 [L]; target_content: [N, E] and
     history_content: [L, E], E = 0 without content; target_in_bank: [N, E], the memory bank's vector
     of each candidate, by which long histories are searched; [N, 0] if they are not. further: one
-    [K, D] per further history, of K events of its own; further_parallel: one [K, P] each.
+    [K, D] per further history, of K events of its own; further_parallel: one [K, P] each;
+    further_content: one [K, E] each, [K, 0] if its content is not read.
     """
 
     pooled: list[Tensor]
@@ -46,11 +47,12 @@ class RankingInputs:
     target_in_bank: Tensor
     further: list[Tensor] = field(default_factory=list)
     further_parallel: list[Tensor] = field(default_factory=list)
+    further_content: list[Tensor] = field(default_factory=list)
 
     def arguments(self) -> tuple[object, ...]:
-        """Return the inputs as the graph's arguments; the last two if there are such histories."""
+        """Return the inputs as the graph's arguments; the last three with such histories."""
         arguments = tuple(vars(self).values())
-        return arguments if self.further else arguments[:-2]
+        return arguments if self.further else arguments[:-3]
 
 
 @dataclass
@@ -59,10 +61,18 @@ class SharedEvents:
 
     values: Tensor  # [N * K, P]
     history: SharedHistory
+    content: ContentVectors | None  # of the candidates and these events
 
     def jagged(self) -> SharedHistory:
         """Return the history that all candidates share."""
         return self.history
+
+    def content_of(
+        self, content: ContentVectors, num_items: int
+    ) -> tuple[ContentVectors | None, SharedHistory]:
+        """Return the content vectors of these events, in place of those of the batch."""
+        del content, num_items
+        return self.content, self.history
 
 
 @dataclass
@@ -126,6 +136,7 @@ class RankingGraph(nn.Module):
         target_in_bank: Tensor,
         further: Sequence[Tensor] = (),
         further_parallel: Sequence[Tensor] = (),
+        further_content: Sequence[Tensor] = (),
     ) -> Tensor:  # [N, C]
         """Return the logits of the candidates; see `RankingInputs`."""
         shared = SharedHistory(target.shape[0], history.shape[0], target.device)
@@ -135,14 +146,14 @@ class RankingGraph(nn.Module):
             kept = shared.highest(shared.dot(queries, items), self.top_k)
             shared, values = shared.select(kept), values[kept]
         events = [
-            _shared_events(target, events, parallel)
-            for events, parallel in zip(further, further_parallel, strict=True)
+            self._shared_events(target_content, *parts)
+            for parts in zip(further_parallel, further_content, strict=True)
         ]
         batch = CandidateBatch(dense, values, history_items, target_items, shared, events)
         ids = IDVectors(pooled, target, history, further=list(further))
-        if self.further_histories is not None:
-            ids = self.further_histories(ids, batch)
         content = self._content(target_content, history_content)
+        if self.further_histories is not None:
+            ids = self.further_histories(ids, content, batch)
         scored = self.ranking(ids, content, batch)
         return (scored if isinstance(scored, Tensor) else scored.logits).float()
 
@@ -158,14 +169,15 @@ class RankingGraph(nn.Module):
         mapped = self.history_map(history[:, :dim])
         return ContentVectors(target[:, :dim], mapped, modalities[0], modalities[1])
 
-
-def _shared_events(
-    target: Tensor,  # [N, D]
-    events: Tensor,  # [K, D]
-    parallel: Tensor,  # [K, P]
-) -> SharedEvents:
-    shared = SharedHistory(target.shape[0], events.shape[0], target.device)
-    return SharedEvents(shared.gather(parallel), shared)
+    def _shared_events(
+        self,
+        target: Tensor,  # [N, E]
+        parallel: Tensor,  # [K, P]
+        content: Tensor,  # [K, E] or [K, 0]
+    ) -> SharedEvents:
+        shared = SharedHistory(target.shape[0], parallel.shape[0], parallel.device)
+        of_content = self._content(target, content) if content.shape[1] else None
+        return SharedEvents(shared.gather(parallel), shared, of_content)
 
 
 # Candidates, history items and events of further histories in the calls in which an exported graph

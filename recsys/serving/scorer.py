@@ -158,7 +158,15 @@ class Scorer:
             self._content["history"].rows(rows.target) if manifest.searches else empty,
             [self._events(of) for of in rows.histories[1:]],
             [torch.from_numpy(of.numbers) for of in rows.histories[1:]],
+            [self._content_of(of) for of in rows.histories[1:]],
         )
+
+    def _content_of(self, history: HistoryRows) -> Tensor:  # [L, E]
+        """Return the content vectors of a further history; E = 0 if they are not read."""
+        name, ids = next(iter(history.ids.items()))
+        if name in self.manifest.content_histories:
+            return self._content["history"].rows(ids)
+        return torch.zeros(len(history.numbers), 0)
 
     def _events(self, history: HistoryRows) -> Tensor:  # [L, D]
         """Return the sum of the vectors that each event has in the columns of a history."""

@@ -188,8 +188,9 @@ def count_ranking(
     of_content = None if content is None else _random_content(content, batch)
     parts = []
     if further_histories is not None:
-        parts += _count(further_histories, "further histories, {}", batch, ids)
-        more = [torch.randn(batch.batch_size, id_dim, requires_grad=True) for _ in batch.further]
+        parts += _count(further_histories, "further histories, {}", batch, ids, of_content)
+        widths = further_histories.widths.values()
+        more = [torch.randn(batch.batch_size, width, requires_grad=True) for width in widths]
         ids = replace(ids, pooled=[*ids.pooled, *more])
     return parts + _count(ranking, "ranking, {}", batch, ids, of_content)
 

@@ -50,6 +50,7 @@ def sample_batches(meta_model: MetaModel) -> BatchSample:
         pooled_features(config, schema),
         encode_history=content is not None and content.history.mode == "full",
         index_dedup=config.embedding.index_dedup,
+        content_histories=[] if content is None else content.history.columns,
     )
     number = SAMPLED_BATCHES
     if content is not None and content.dedup == "global":

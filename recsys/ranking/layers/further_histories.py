@@ -15,9 +15,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from recsys.config import RankingSettings
+from recsys.config import ContentSettings, RankingSettings
+from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
+from recsys.data.schema_columns import HistoryColumns
+from recsys.ranking.layers.content_interest import ContentInterest
 from recsys.ranking.layers.target_attention import HistoryAttention, TargetAttention
 from recsys.ranking.settings import AttendedSettings
 from recsys.ranking.vectors import IDVectors
@@ -38,36 +41,73 @@ class MeanOfEvents(HistoryAttention):
 
 
 class FurtherHistories(nn.Module):
-    """`IDVectors` -> the same with one vector per further history behind the pooled ones.
+    """`IDVectors` -> the same with the vectors of further histories behind the pooled ones.
+
+    A history of `content.history.columns` has a second vector: the interest in its items' content
+    with the similarities to the target, or the mean of their content.
 
     Args:
         settings: `further_histories`, and `attention_units` of models that have them.
         dim: D.
-        num_parallel: P of each further history.
+        histories: the histories, with the lists of floats beside them.
+        content: settings of the content branch; None for the ID-only twin.
+
+    Attributes:
+        widths: width of each vector, by the history's name or `content of` its name, in order.
 
     Example::
 
-        FurtherHistories(RankingSettings(), 16, [1])  # purchases with their prices
+        owned = HistoryColumns("owned", numbers=["owned_price"], ids=[])
+        FurtherHistories(RankingSettings(), 16, [owned], None).widths  # {"owned": 16}
     """
 
-    def __init__(self, settings: RankingSettings, dim: int, num_parallel: list[int]) -> None:
-        """Build an encoder for each history."""
+    def __init__(
+        self,
+        settings: RankingSettings,
+        dim: int,
+        histories: list[HistoryColumns],
+        content: ContentSettings | None,
+    ) -> None:
+        """Build an encoder for each history, and those of content."""
         super().__init__()
         attended = settings if isinstance(settings, AttendedSettings) else AttendedSettings()
         is_mean = settings.further_histories == "mean"
         self.encoders = nn.ModuleList(
-            MeanOfEvents(dim, number)
+            MeanOfEvents(dim, len(of.numbers))
             if is_mean
-            else TargetAttention(dim, number, attended.attention_units)
-            for number in num_parallel
+            else TargetAttention(dim, len(of.numbers), attended.attention_units)
+            for of in histories
         )
+        self.widths = {of.name: dim for of in histories}
+        self.content_places: list[int] = []
+        self.content_encoders = nn.ModuleList()
+        for place, of in enumerate(histories):
+            if content is not None and of.name in content.history.columns:
+                interest = ContentInterest.of(content, len(of.numbers))
+                mean = MeanOfEvents(content.dim, len(of.numbers))
+                self.content_places.append(place)
+                self.content_encoders.append(mean if is_mean else interest)
+                width = content.dim if is_mean else interest.output_dim
+                self.widths[f"content of {of.name}"] = width
 
-    def forward(self, ids: IDVectors, batch: Batch) -> IDVectors:
-        """Return the vectors with those of the further histories, each [B, D]."""
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> IDVectors:
+        """Return the vectors with those of the further histories, each [B, width].
+
+        A collective if content of further histories is read.
+        """
         encoded = [
             encode(ids.target, events, history.jagged(), history.values)
             for encode, events, history in zip(
                 self.encoders, ids.further, batch.further, strict=True
             )
         ]
+        for place, encode in zip(self.content_places, self.content_encoders):
+            assert content is not None
+            history = batch.further[place]
+            vectors, jagged = history.content_of(content, batch.history_items.shape[0])
+            if isinstance(encode, MeanOfEvents):
+                items = vectors.read_history()[0]
+                encoded.append(encode(vectors.target, items, jagged, history.values))
+            else:
+                encoded.append(encode(vectors, jagged, history.values))
         return replace(ids, pooled=[*ids.pooled, *encoded])

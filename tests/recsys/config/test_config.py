@@ -128,6 +128,7 @@ def test_unknown_and_wrong_overrides_are_named(words: list[str]) -> None:
             "--ranking={name: two_tower, temperature: 0}",
             "ranking.temperature is 0.0; it must be > 0",
         ),
+        ("--content.history={top_k: 2, columns: [bought]}", r"top_k is 2.*columns.*'bought'"),
         ("--ranking.loss=in_batch_softmax", "ranking.loss is no setting of 'din_dcn'"),
         ("--ranking.search_top_k=20", "ranking.search_top_k is no setting of 'din_dcn'"),
         ("--ranking.options={depth: 3}", "ranking.options are for a class of your own"),

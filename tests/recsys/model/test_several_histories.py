@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys.config import Config, EmbeddingSettings, TableSettings, ranking_settings
+from recsys.config import (
+    Config,
+    ContentSettings,
+    EmbeddingSettings,
+    TableSettings,
+    ranking_settings,
+)
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.filesystem import Location
@@ -148,7 +154,7 @@ def test_a_mean_does_not_depend_on_the_target(data: Path) -> None:
     ids = encoded(em3, batch)
     other = replace(ids, target=ids.target.flip(0), pooled=ids.pooled[:-2])
     assert em3.further_histories is not None
-    torch.testing.assert_close(em3.further_histories(other, batch).pooled, ids.pooled)
+    torch.testing.assert_close(em3.further_histories(other, None, batch).pooled, ids.pooled)
 
 
 def runs_of(
@@ -157,13 +163,16 @@ def runs_of(
     """Some steps of the small EM3, and runs that stop and go on."""
     settings: dict[str, Any] = {"attention_units": [8], "mlp_units": [8], "dropout": 0.0}
     ranking = ranking_settings("mmoe", num_experts=2, **settings)
-    steps = train_configs(rank, world_size, folder, {"mmoe": em3_config(folder, ranking=ranking)})
+    config = em3_config(folder, ranking=ranking)
+    assert isinstance(config.content, ContentSettings)
+    history = replace(config.content.history, columns=["bought"])
+    config = replace(config, content=replace(config.content, history=history))
+    steps = train_configs(rank, world_size, folder, {"mmoe": config})
     return steps, run_backbones(rank, world_size, folder, backbones)
 
 
 def test_two_ranks_train_as_one_and_runs_go_on_where_they_stopped(data: Path) -> None:
-    cases = [("din", "none"), ("two_tower", "none")]
-    ranks = run_on_ranks(runs_of, 2, data.parent, cases)
+    ranks = run_on_ranks(runs_of, 2, data.parent, [("din", "none")])
     ((alone, _),) = run_on_ranks(runs_of, 1, data.parent, [])
     both, one = [steps["mmoe"] for steps, _ in ranks], alone["mmoe"]
     for step in range(STEPS):
@@ -175,7 +184,7 @@ def test_two_ranks_train_as_one_and_runs_go_on_where_they_stopped(data: Path) ->
         }
         gradients = {name: both[0].gradients[step][name] for name in wanted}
         torch.testing.assert_close(gradients, wanted, atol=1e-5, rtol=1e-4)
-    assert any(name.startswith("further_histories.") for name in wanted)
+    assert any(name.startswith("further_histories.content_encoders.") for name in wanted)
     for table in ("item", "searched", "history_shop", "user"):
         pieces = whole_table(both, STEPS, table), whole_table([one], STEPS, table)
         torch.testing.assert_close(*pieces, atol=1e-5, rtol=1e-4)
@@ -184,6 +193,21 @@ def test_two_ranks_train_as_one_and_runs_go_on_where_they_stopped(data: Path) ->
             assert ran.steps == 6
             assert_same_metrics(ran.stopped, ran.straight)
             assert_same_metrics(ran.evaluated, ran.stopped)
+
+
+def test_items_of_further_histories_are_among_those_whose_content_is_read(data: Path) -> None:
+    root = Location.of(data)
+    schema = load_schema(root)
+    rows = next(ParquetRows.of_split(root, "train", schema).read(0, ROWS))
+    batch = BatchBuilder(schema, [], content_histories=["bought"])(rows)
+    alone = BatchBuilder(schema, [])(rows)
+    bought = batch.sequence_features["bought"].values()
+    assert batch.history_items[batch.further[0].content_index].equal(bought)
+    assert len(batch.history_items) > len(alone.history_items)
+    for each in (batch, alone):
+        viewed = [item for items in rows["history"].to_pylist() for item in items or ()]
+        assert each.history_items[each.history_index].tolist() == viewed
+    assert not len(batch.further[1].content_index)
 
 
 def test_unknown_ids_of_events_are_counted(data: Path) -> None:
@@ -212,3 +236,7 @@ def test_settings_that_would_be_left_out_are_refused(data: Path) -> None:
         history = replace(content.content.history, top_k=2)
         searching = replace(content, content=replace(content.content, history=history))
         build_em3(searching, schema, table_configs(config, schema), {}, None, "cpu")
+    with pytest.raises(ValueError, match=r"content.history.columns: 'searched'"):
+        history = replace(content.content.history, columns=["searched"])
+        reading = replace(content, content=replace(content.content, history=history))
+        build_em3(reading, schema, table_configs(config, schema), {}, None, "cpu")

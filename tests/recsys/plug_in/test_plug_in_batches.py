@@ -67,6 +67,7 @@ def gathered(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     short = plug_in_settings(folder).content
     short = replace(short, history=replace(short.history, top_k=1))
     searched = next(iter(plugged_in(folder, content=short).batches(source)))
+    further = replace(short, history=replace(short.history, top_k=0, columns=["bought"]))
     return {
         "kept": [
             ours.dense_features is theirs.dense_features
@@ -84,6 +85,7 @@ def gathered(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         "no_items": message_of(lambda: plugged_in(folder / "nowhere")),
         "no_feature": message_of(lambda: plugged_in(folder, item="product", item_column="item")),
         "twice": message_of(lambda: plugged_in(folder, history="item")),
+        "further": message_of(lambda: plugged_in(folder, content=further)),
         "longest": searched.longest_history,
         "filled": dlrm.content.branch.bank.coverage(),
         "unread": without_history(folder, source),
@@ -139,6 +141,7 @@ def test_every_rank_ends_with_the_cause_that_one_has_met(found: Any) -> None:
         assert "no *.parquet files" in rank["no_items"]
         assert "no sparse feature 'product'; it has" in rank["no_feature"]
         assert "item and history are both 'item'" in rank["twice"]
+        assert "content.history.columns" in rank["further"]
 
 
 def test_the_bank_is_filled_before_the_first_batch_if_it_is_read(found: Any) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from recsys.config import ContentSettings
 from recsys.serving import Scorer
 from tests.recsys.ranking.backbone_runs import Content, backbone_config
 from tests.recsys.serving.serving_runs import HISTORY_COLUMNS, exported, requests
@@ -17,11 +19,20 @@ COLUMNS = (*HISTORY_COLUMNS, "history_shop", *FURTHER)
 
 
 @pytest.mark.parametrize(
-    ("backbone", "content"), [("din", "concat"), ("dlrm", "none"), ("two_tower", "none")]
+    ("backbone", "content"),
+    [
+        ("din", "concat"),
+        pytest.param("dlrm", "none", marks=pytest.mark.long),
+        pytest.param("two_tower", "none", marks=pytest.mark.long),
+    ],
 )
 def test_scores_equal_those_of_predict(tmp_path: Path, backbone: str, content: Content) -> None:
     data = write_several_histories(tmp_path / "data")
-    package, predicted = exported(tmp_path, backbone_config(tmp_path, backbone, content))
+    config = backbone_config(tmp_path, backbone, content)
+    if isinstance(config.content, ContentSettings):
+        history = replace(config.content.history, columns=["bought"])
+        config = replace(config, content=replace(config.content, history=history))
+    package, predicted = exported(tmp_path, config)
     scorer = Scorer.load(package)
 
     scores = [scorer.score(**request) for request in requests(data, COLUMNS)]
