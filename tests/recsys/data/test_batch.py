@@ -13,7 +13,7 @@ from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings import BankRoute
-from recsys.data.batch import Batch, ContentInput, ItemExchange
+from recsys.data.batch import Batch, ContentInput, FurtherHistory, ItemExchange
 
 
 def keyed(key: str) -> KeyedJaggedTensor:
@@ -33,7 +33,7 @@ def a_batch() -> Batch:
     tensors = {
         item.name: torch.arange(2.0)
         for item in fields(Batch)
-        if item.name not in (*jagged, *others, *routes, "labels", "content")
+        if item.name not in (*jagged, *others, *routes, "labels", "content", "further")
     }
     content = {
         "text": ContentInput(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)),
@@ -45,6 +45,7 @@ def a_batch() -> Batch:
         **others,  # type: ignore[arg-type]
         labels=torch.zeros(2, 1),
         content=content,
+        further=[FurtherHistory(torch.tensor([1, 1]), torch.zeros(2, 1), longest=1)],
         **routes,
     )
 
@@ -59,6 +60,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for part in value.values():
             yield from tensors_in(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from tensors_in(part)
     elif dataclasses.is_dataclass(value):
         for item in fields(value):
             yield from tensors_in(getattr(value, item.name))
@@ -71,7 +75,7 @@ def test_a_batch_has_all_that_a_torchrec_batch_has() -> None:
 def test_to_moves_every_tensor() -> None:
     batch = a_batch()
     moved = batch.to(torch.device("meta"))
-    assert len(list(tensors_in(moved))) == len(list(tensors_in(batch))) == 30
+    assert len(list(tensors_in(moved))) == len(list(tensors_in(batch))) == 34
     assert {tensor.device.type for tensor in tensors_in(moved)} == {"meta"}
     assert {tensor.device.type for tensor in tensors_in(batch)} == {"cpu"}
 

@@ -148,6 +148,9 @@ def reference(row: Row, schema: Schema) -> Row | None:
         else:
             value = row[schema.transforms[name].sources[0]]
             value = list(value or ()) if name == "words" else value
+            value = (
+                float(np.float32(value)) if isinstance(value, float) else value
+            )  # as columns are
         for step in steps:
             if step.name == "cross":
                 continue
