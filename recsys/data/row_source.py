@@ -35,7 +35,7 @@ from recsys.config.named_parts import make_part
 from recsys.data.chunk import Chunk as Chunk
 from recsys.data.chunk import fingerprint_of
 from recsys.data.filesystem import Location
-from recsys.data.parquet.bad_rows import BadRows, OnBadRow
+from recsys.data.parquet.bad_rows import BadRows, OnBadRow, no_row_left
 from recsys.data.parquet.values import empty_table, padding_rows, usable_table
 from recsys.data.schema import Schema
 from recsys.data.transforms.columns import check_types, read_columns
@@ -162,10 +162,7 @@ class RowSource(ABC):
         """
         summary = self.bad_rows.summary(ranks, what)
         if summary["rows"] == self.num_rows:
-            raise ValueError(
-                f"{self.chunks[0].place}: none of the {self.num_rows} rows of {what} can be "
-                "used; fix the data, or the schema"
-            )
+            raise no_row_left(self.num_rows, what, summary["found"])
         return summary
 
     def share(self, rank: int, world_size: int) -> tuple[int, int]:

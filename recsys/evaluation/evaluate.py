@@ -224,21 +224,25 @@ def evaluate_split(
     searches: bool = False,
     scores_to: Path | None = None,
     model: str | None = None,
+    shows_skipped: bool = False,
 ) -> dict[str, Any]:
     """Compute the metrics of a split: all items, and cold, warm and unseen ones. A collective.
 
     With several labels, the metrics of the first are at the top level and those of each are under
     `labels`. With `searches`, a retrieval model also encodes and searches the whole catalogue; the
     metrics are under `retrieval`. The rows' scores are written to the file `scores_to`, with the
-    name of their `model`.
+    name of their `model`. With `shows_skipped`, skipped rows are logged, and one must be left.
 
     Raises:
         TrainingStopped: `lockstep` reports that the job is to end.
+        ValueError: on every rank: no row is left.
     """
     interactions = split_interactions(job, split)
     unknown = UnknownIds(job.schema)
     lockstep = lockstep or Lockstep(job.ranks)
     scored = score(job, interactions, lockstep, unknown, searches)
+    if shows_skipped:
+        interactions.rows.skipped(job.ranks, split)
     report: dict[str, Any] = {}
     with job.ranks.raise_on_all_ranks():
         if job.ranks.is_first:

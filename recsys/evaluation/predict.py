@@ -75,7 +75,7 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
     The scores of its rows are written to `RUN/scores_SPLIT.parquet`.
 
     Raises:
-        ValueError: the result could not be stored; it is printed before.
+        ValueError: no row can be used, or the result could not be stored; it is printed before.
     """
     with ranks.raise_on_all_ranks():
         scores = scores_file(run, split)
@@ -94,6 +94,7 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
             searches=True,
             scores_to=scores if can_store else None,
             model=model,
+            shows_skipped=True,
         )
     file = run / f"evaluation_{split}.json"
     with ranks.raise_on_all_ranks():

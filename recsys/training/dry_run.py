@@ -1,8 +1,9 @@
 """`recsys train --dry-run`: everything is built and takes one step, and no run is written.
 
-Errors that only appear when a step runs (memory, collectives, shapes, a loss that is not finite)
-appear in a minute. Caches of item content are filled as in training and kept for it; the memory
-bank is not filled, so the histories of this one step see only the vectors just computed.
+All rows are read and checked as before training; errors that only appear when a step runs (memory,
+collectives, shapes, a loss that is not finite) follow in a minute. Caches of item content are
+filled as in training and kept for it; the memory bank is not filled, so the histories of this one
+step see only the vectors just computed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
-from recsys.evaluation.evaluate import split_interactions
+from recsys.evaluation.evaluate import check_data, split_interactions
 from recsys.evaluation.forward_pass import forward_pass
 from recsys.training.pretrained_tables import load_pretrained_tables
 from recsys.training.train import training_interactions
@@ -68,6 +69,7 @@ def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
         check_columns(config, data, ranks)
         job = build_job(config, data, ranks)
         interactions = training_interactions(job)
+        check_data(job)
         if ranks.is_first:
             print_table(f"{job.plan}\n\n{job.parameters}\n")
         _start(job)

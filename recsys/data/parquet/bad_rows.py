@@ -115,15 +115,25 @@ def by_reason(found: dict[Place, tuple[int, int]]) -> tuple[int, list[dict[str, 
 def format_skipped(what: str, rows: int, entries: list[dict[str, Any]]) -> str:
     """Return the report as lines of text."""
     lines = [f"skipped {_rows(rows)} of {what}:"]
-    for entry in entries[:LINES]:
-        column = f" column '{entry['column']}'" if entry["column"] else ""
-        lines.append(
-            f"  {entry['file']}{column}: {entry['reason']} "
-            f"({_rows(entry['rows'])}, first: row {entry['first_row']})"
-        )
+    lines += [f"  {_entry(entry)}" for entry in entries[:LINES]]
     if len(entries) > LINES:
         lines.append(f"  and {len(entries) - LINES:,} more")
     return "\n".join(lines)
+
+
+def no_row_left(rows: int, what: str, entries: list[dict[str, Any]]) -> ValueError:
+    """Return the error to raise where every row of `what` was skipped, with the first reasons."""
+    return ValueError(
+        f"none of the {_rows(rows)} of {what} can be used; fix the data, or the schema: "
+        + ", ".join(map(_entry, entries[:2]))
+    )
+
+
+def _entry(entry: dict[str, Any]) -> str:
+    """Return an entry of `by_reason` in words."""
+    column = f" column '{entry['column']}'" if entry["column"] else ""
+    rows = f"{_rows(entry['rows'])}, first: row {entry['first_row']}"
+    return f"{entry['file']}{column}: {entry['reason']} ({rows})"
 
 
 def _rows(number: int) -> str:

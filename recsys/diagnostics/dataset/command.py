@@ -11,7 +11,7 @@ from recsys.data.filesystem import Location, write_whole
 from recsys.data.item_parts import count_items
 from recsys.data.items.item_images import check_first_image
 from recsys.data.items.item_table import ItemTable
-from recsys.data.parquet.bad_rows import OnBadRow
+from recsys.data.parquet.bad_rows import OnBadRow, no_row_left
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
 from recsys.diagnostics.dataset.dataset_summary import (
@@ -34,8 +34,8 @@ def explain_data(
 
     Raises:
         ValueError: the dataset cannot be read, or `json_file` cannot be written; or, after the
-            summary is printed and unless `on_bad_row` is skip, there is a row at which training
-            would fail, with its message.
+            summary is printed, there is a row at which training would fail, with its message, or,
+            if `on_bad_row` is skip, a split without a row that can be used.
     """
     if json_file is not None:
         check_output(json_file)
@@ -47,6 +47,9 @@ def explain_data(
         logger.info("written to %s", json_file)
     if found.has_bad_rows and on_bad_row == "error":
         _raise_first(data)
+    for split in found.splits.values():
+        if not split.usable_rows:
+            raise no_row_left(split.rows, split.split, split.bad_rows)
     return found
 
 

@@ -90,6 +90,40 @@ def test_a_step_that_goes_wrong_ends_with_the_rows(folder: Path, tmp_path: Path)
     assert re.search(r"part-\d\.parquet row \d+; look at these rows", str(raised.value))
 
 
+def fill(folder: Path, column: str, value: float) -> None:
+    """Write one value into all rows of a split."""
+    for file in folder.glob("*.parquet"):
+        table = pq.read_table(file)
+        values = pa.array([value] * table.num_rows, pa.float32())
+        table = table.set_column(table.schema.get_field_index(column), column, values)
+        pq.write_table(table, file)
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_a_split_whose_rows_are_all_skipped_ends_it(
+    split: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_dataset(tmp_path / "data")
+    fill(data / split, "price", float("nan"))
+    words = train_words(data, tmp_path / "run", "--content", "none", "--on_bad_row", "skip")
+    assert main([*words, "--dry-run"]) == 1
+    error = capsys.readouterr().err
+    rows = {"train": 60, "valid": 24, "test": 20}[split]
+    assert f"{rows} rows of {split}" in error and "'price'" in error
+
+    assert main(["explain-data", str(data), "--on_bad_row", "skip"]) == 1
+    assert f"{rows} rows of {split}" in capsys.readouterr().err
+
+
+def test_validation_labels_are_checked_as_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_dataset(tmp_path / "data")
+    fill(data / "valid", "liked", 1.0)
+    assert main([*train_words(data, tmp_path / "run", "--content", "none"), "--dry-run"]) == 1
+    assert "best_model_by" in capsys.readouterr().err
+
+
 def test_a_run_needs_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = train_words(folder / "data", folder / "run")
     place = words.index("--out")

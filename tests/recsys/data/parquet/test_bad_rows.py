@@ -20,7 +20,7 @@ from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.schema import load_schema
 from recsys.distributed.log import configure_logging
 from recsys.distributed.ranks import Ranks, joined_ranks
-from recsys.evaluation.predict import predict
+from recsys.evaluation.predict import evaluate, predict
 from recsys.training.train import train
 from tests.datasets import write_dataset, write_parquet
 from tests.ranks import run_on_ranks
@@ -143,7 +143,7 @@ def test_no_usable_row_at_all_is_an_error(dataset: Path, alone: Ranks) -> None:
     file = write_four(dataset, price=[NAN] * 4)
     rows = skipping(dataset)
     read_all(rows)
-    with pytest.raises(ValueError, match=f"{file}: none of the 4 rows of train can be used"):
+    with pytest.raises(ValueError, match=f"4 rows of train.*{file} column 'price': not finite"):
         rows.skipped(alone, "train")
 
 
@@ -186,6 +186,10 @@ def test_a_run_trains_on_the_other_rows_and_says_what_it_skipped(
     predict(run, [str(data / "valid")], out, None, alone, "cpu")
     predictions = pq.read_table(out)["prediction_liked"].to_pylist()
     assert [prediction is None for prediction in predictions] == [False] * 24 + [True]
+
+    replace_column("price", pa.array([NAN] * 23, pa.float32()), "test/part-0.parquet", data)
+    with pytest.raises(ValueError, match=r"23 rows of test.*part-0\.parquet column 'price'"):
+        evaluate(run, None, "test", alone, "cpu")
 
 
 def batches_of_rank(rank: int, world_size: int, data: Path) -> tuple[list[int], list[int], Any]:
