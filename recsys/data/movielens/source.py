@@ -11,6 +11,7 @@ Shapes: N rows of a file.
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Iterable, Sequence
 from io import BytesIO
@@ -35,6 +36,7 @@ RATINGS = {
 MOVIES = {"movieId": pa.int64(), "title": pa.string(), "genres": pa.string()}
 PLOTS = {"movieId": pa.int64(), "plot": pa.large_string()}
 POSTERS = {"movieId": pa.int64(), "poster": pa.large_binary()}  # together they may pass 2 GiB
+END_OF_TIME = 2**32  # seconds: the year 2106; later times are of another unit
 
 
 def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
@@ -60,13 +62,28 @@ def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
     stars = ratings["rating"].to_numpy()
     outside = "{} is outside [0, 5]; scale the ratings to five stars"
     _refuse(ratings_path, ratings, "rating", ~((stars >= 0) & (stars <= 5)), outside)
+    _check_times(ratings_path, ratings)
     movie, known = ratings["movieId"].to_numpy(), movies["movieId"].to_numpy()
     item = np.searchsorted(known, movie).clip(max=len(known) - 1)
     unknown = f"movie {{}} is not in {movies_path.name}; add it there or remove its ratings"
     _refuse(ratings_path, ratings, "movieId", known[item] != movie, unknown)
-    if source is not None and (contents := folder / "items.parquet").exists():
+    if source is not None and os.path.lexists(contents := folder / "items.parquet"):
         movies = _add_contents(movies, contents)
     return movies, ratings.append_column("item", pa.array(item))
+
+
+def _check_times(path: Path, ratings: pa.Table) -> None:
+    """Refuse timestamps of another unit than seconds, and ratings that the file has twice."""
+    timestamp = ratings["timestamp"].to_numpy()
+    wrong = (timestamp < 0) | (timestamp >= END_OF_TIME)
+    unit = "{} is no time in seconds since 1970; convert it (milliseconds are divided by 1000)"
+    _refuse(path, ratings, "timestamp", wrong, unit)
+    keys = [ratings[name].to_numpy() for name in ("movieId", "timestamp", "userId")]
+    order = np.lexsort(keys)  # stable: the first of equal rows stays first
+    is_repeated = np.zeros(len(order), dtype=bool)
+    is_repeated[order[1:]] = np.all([np.diff(key[order]) == 0 for key in keys], axis=0)
+    reason = "user {} has rated this movie at this time before; keep one of the rows"
+    _refuse(path, ratings, "userId", is_repeated, reason)
 
 
 def _add_contents(movies: pa.Table, path: Path) -> pa.Table:
@@ -110,6 +127,8 @@ def _read_csv(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
     """Read a CSV file with a header."""
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         names = next(csv.reader(file), [])
+    if any("\0" in name or "\ufffd" in name for name in names):
+        raise ValueError(f"{path}: its header is no text in UTF-8; unpack it, or save it as UTF-8")
     if names:  # Arrow says that a file is empty
         _require_columns(path, names, types)
     return _parse(path, path, names, types, pa_csv.ParseOptions())
@@ -151,13 +170,15 @@ def _parse(
 
 
 def _require_columns(path: Path, names: Sequence[str], types: Iterable[str]) -> None:
-    """Refuse a file without one of the columns."""
+    """Refuse a file without one of the columns, or with two of its name."""
     for name in types:
         if name not in names:
             raise ValueError(
                 f"{path}: column '{name}' does not exist; its columns are {', '.join(names)}; add "
                 "it, or fetch the file again"
             )
+        if names.count(name) > 1:
+            raise ValueError(f"{path}: column '{name}' occurs {names.count(name)} times; keep one")
 
 
 def _read_parquet(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
@@ -165,8 +186,15 @@ def _read_parquet(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
     _require_columns(path, pq.read_schema(path).names, types)
     table = pq.read_table(path, columns=list(types)).select(list(types))
     for position, (name, kind) in enumerate(types.items()):
-        if pa.types.is_large_binary(kind) and pa.types.is_string(table[name].type):
+        own = table[name].type
+        if pa.types.is_large_binary(kind) and (
+            pa.types.is_string(own) or pa.types.is_large_string(own)
+        ):
             raise pa.ArrowInvalid(f"column '{name}' is text; write the bytes of images, not paths")
+        if pa.types.is_boolean(own) or (
+            pa.types.is_large_string(kind) and pa.types.is_primitive(own)
+        ):
+            raise pa.ArrowInvalid(f"column '{name}' has type {own}, expected {kind}")
         try:
             table = table.set_column(position, name, table[name].cast(kind))
         except pa.ArrowException as error:

@@ -267,7 +267,13 @@ def replace_line(path: Path, number: int, line: str) -> None:
         ("ratings.csv", 5, "7,1,50,1", ["'rating'", "row 5", "50.0", "[0, 5]"]),
         ("ratings.csv", 6, "7,2,4.0,1", ["'movieId'", "row 6", "movie 2", "movies.csv", "add it"]),
         ("ratings.csv", 6, "7,2,4.0", ["Row #6", "Expected 4 columns, got 3"]),
+        ("ratings.csv", 4, "7,1,4.0,1600000000000", ["'timestamp'", "row 4", "milliseconds"]),
+        ("ratings.csv", 4, "7,1,4.0,-1", ["'timestamp'", "row 4", "-1", "seconds"]),
+        ("ratings.csv", 5, "7,1,3.0,2", ["'userId'", "row 5", "user 7", "keep one"]),
         ("ratings.csv", 1, "userId,movieId,stars,timestamp", ["'rating'", "does not exist"]),
+        ("ratings.csv", 1, "userId,rating,rating,timestamp", ["'movieId'", "does not exist"]),
+        ("ratings.csv", 1, "userId,movieId,rating,timestamp,rating", ["'rating'", "2 times"]),
+        ("ratings.csv", 1, "u\0s\0e\0r\0I\0d\0", ["UTF-8"]),
         ("ratings.csv", 1, "userId,movieId,rating,time", ["'timestamp'", "movieId, rating, time"]),
         ("movies.csv", 1, "movieId,name,genres", ["'title'", "does not exist"]),
         ("movies.csv", 3, "1,Twin,Drama", ["'movieId'", "row 3", "movie 1", "second time"]),
@@ -335,6 +341,8 @@ def test_a_missing_or_an_empty_file_is_named(source: Path, tmp_path: Path, file:
         ({"movieId": [1], "poster": [3.5]}, ["'poster'", "cast"]),
         ({"movieId": [1], "poster": ["posters/1.jpg"]}, ["'poster'", "bytes"]),
         ({"movieId": [1], "poster": [b"posters/1.jpg"]}, ["'poster'", "posters/1.jpg"]),
+        ({"movieId": [1, 5], "plot": [3, 4]}, ["'plot'", "int64"]),
+        ({"movieId": [True, False], "plot": ["a", "b"]}, ["'movieId'", "bool"]),
     ],
 )
 def test_bad_plots_and_posters_are_named_by_column_and_row(
@@ -349,6 +357,10 @@ def test_bad_plots_and_posters_are_named_by_column_and_row(
 
 def test_items_that_are_not_parquet_are_refused(source: Path, tmp_path: Path) -> None:
     (source / "items.parquet").write_text("movieId,plot\n")
+    with pytest.raises(ValueError, match=r"items\.parquet: .*write it again"):
+        prepare_movielens(source, tmp_path / "out")
+    (source / "items.parquet").unlink()
+    (source / "items.parquet").symlink_to(source / "gone.parquet")
     with pytest.raises(ValueError, match=r"items\.parquet: .*write it again"):
         prepare_movielens(source, tmp_path / "out")
 

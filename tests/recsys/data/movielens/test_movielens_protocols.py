@@ -84,9 +84,6 @@ def test_seven_ratings_of_a_user_are_enough_for_all_splits(tmp_path: Path) -> No
     assert [len(rows) for rows in splits.values()] == [5, 1, 1]
 
 
-MOVIE = [(1, "Heat (1995)", "Drama")]
-
-
 @pytest.mark.parametrize(
     ("split", "times", "words"),
     [
@@ -101,8 +98,9 @@ MOVIE = [(1, "Heat (1995)", "Drama")]
 def test_a_split_without_rows_is_refused_with_the_fix(
     tmp_path: Path, split: SplitProtocol, times: list[int], words: list[str]
 ) -> None:
-    ratings: list[Rating] = [(1, 1, 4.0, time) for time in times]
-    source = write_source(tmp_path / "source", ratings, MOVIE)
+    ratings: list[Rating] = [(1, movie, 4.0, time) for movie, time in enumerate(times)]
+    movies = [(movie, "Heat (1995)", "Drama") for movie in range(len(ratings))]
+    source = write_source(tmp_path / "source", ratings, movies)
     with pytest.raises(ValueError) as caught:
         prepare_movielens(source, tmp_path / "out", split=split)
     for word in words:
