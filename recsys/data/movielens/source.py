@@ -187,13 +187,11 @@ def _read_parquet(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
     table = pq.read_table(path, columns=list(types)).select(list(types))
     for position, (name, kind) in enumerate(types.items()):
         own = table[name].type
-        if pa.types.is_large_binary(kind) and (
-            pa.types.is_string(own) or pa.types.is_large_string(own)
-        ):
+        is_text = pa.types.is_string(own) or pa.types.is_large_string(own)
+        if pa.types.is_large_binary(kind) and is_text:
             raise pa.ArrowInvalid(f"column '{name}' is text; write the bytes of images, not paths")
-        if pa.types.is_boolean(own) or (
-            pa.types.is_large_string(kind) and pa.types.is_primitive(own)
-        ):
+        is_number = pa.types.is_primitive(own)
+        if pa.types.is_boolean(own) or (pa.types.is_large_string(kind) and is_number):
             raise pa.ArrowInvalid(f"column '{name}' has type {own}, expected {kind}")
         try:
             table = table.set_column(position, name, table[name].cast(kind))
