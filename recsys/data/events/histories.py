@@ -114,7 +114,14 @@ class AddPast:
         numbers = values.fill_null(of.fill).to_numpy(zero_copy_only=False).astype(np.float32)
         if of.at_least is not None:
             return pa.array((numbers >= of.at_least).astype(np.float32))
-        return pa.array(numbers / np.float32(of.scale))
+        with np.errstate(over="ignore"):
+            scaled = numbers / np.float32(of.scale)
+        if not np.isfinite(scaled).all():
+            raise ValueError(
+                f"parallel: '{name.removeprefix('h_')}': a value divided by scale {of.scale} is no "
+                "finite float32; set a larger scale"
+            )
+        return pa.array(scaled)
 
 
 def events_with(chunk: pa.Table, actions: list[str] | None) -> np.ndarray:  # int64 [E]

@@ -11,15 +11,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any, get_type_hints
 from zoneinfo import ZoneInfo
 
+import numpy as np
 from jsonargparse import ArgumentParser
 
-from recsys.config.parser import problem_of_keys
+from recsys.config.parser import problem_of_keys, short
 from recsys.config.plain_yaml import load_plain_yaml
+from recsys.data.events.files.columns import LARGEST
 from recsys.data.events.settings import EventsConfig, EventTable, ItemTable, Source
 from recsys.data.events.signals import IMPRESSION, event_columns, literal
 from recsys.data.events.times import duration, moment
 from recsys.data.schema_columns import Column, check_vocabulary
 from recsys.data.transforms.chain import chains_of, file_columns
+
+LONGEST_NAME = 200  # bytes of a column's name, which may be that of a file, too
 
 # Where a word may stand for a mapping of one key, and where for a list.
 SHORT = {
@@ -69,7 +73,10 @@ def load_events_config(path: Path, data: Path | None = None) -> EventsConfig:
 def _written_out(content: Any, path: tuple[str, ...] = ()) -> Any:
     """Return YAML with words written out where mappings or lists are expected."""
     if isinstance(content, dict):
-        content = {name: _written_out(part, (*path, str(name))) for name, part in content.items()}
+        content = {
+            name: _written_out(part, (*path, str(name).replace("/", "_") or "_"))
+            for name, part in content.items()
+        }
     if isinstance(content, str):
         here = PurePosixPath("/", *path)
         if any(here.match(place) for place in LISTS):
@@ -118,6 +125,8 @@ def check_events_config(config: EventsConfig) -> None:
     for source in _sources(config):
         if not source.path:
             raise ValueError("path: empty; name at least one file or folder")
+        if source.delimiter is not None and len(source.delimiter.encode()) != 1:
+            raise ValueError(f"delimiter {source.delimiter!r}: write one ASCII character")
         try:
             ZoneInfo(source.time_zone)
         except Exception as error:
@@ -137,8 +146,9 @@ def check_events_config(config: EventsConfig) -> None:
     if config.negatives is not None:
         if config.impressions is not None:
             raise ValueError("negatives: impressions have negatives already; take one of both out")
-        if config.negatives.per_positive < 1:
-            raise ValueError("negatives: per_positive must be at least 1")
+        for name, least, most in (("per_positive", 1, 10_000), ("seed", 0, 2**43 - 1)):
+            if not least <= (value := getattr(config.negatives, name)) <= most:
+                raise ValueError(f"negatives: {name} is {value}; set {least} to {most}")
 
 
 def _names(config: EventsConfig) -> list[str]:
@@ -157,12 +167,19 @@ def _check_names(config: EventsConfig) -> None:
     for name in names:
         if not name:
             raise ValueError("a column of the dataset has an empty name; name it")
+        if "/" in name or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+            raise ValueError(
+                f"{short(repr(name))} names a column of the dataset, and maybe a file; write up to "
+                f"{LONGEST_NAME} bytes of printable characters without /"
+            )
         if names.count(name) > 1:
             raise ValueError(f"'{name}' names two columns of the dataset; rename one")
     known = {*names, config.output.user, config.output.item}
     for name in config.vocabulary.min_count:
         if name not in known:
             raise ValueError(f"vocabulary: min_count of '{name}', which is no id column")
+        if (count := config.vocabulary.min_count[name]) < 1:
+            raise ValueError(f"vocabulary: min_count of '{name}' is {count}; set at least 1")
 
 
 def _check_transforms(config: EventsConfig) -> None:
@@ -190,6 +207,9 @@ def _check_transforms(config: EventsConfig) -> None:
 
 def _check_columns(config: EventsConfig) -> None:
     """Require that a table declares each column that something uses."""
+    for source, events in config.events.items():
+        if twice := [name for name in events.columns if events.columns.count(name) > 1]:
+            raise ValueError(f"events: columns of '{source}' name '{twice[0]}' twice; remove one")
     rows: list[EventTable] = (
         list(config.events.values()) if config.impressions is None else [config.impressions]
     )
@@ -222,20 +242,22 @@ def _check_labels(config: EventsConfig) -> None:
 def _check_past(config: EventsConfig) -> None:
     """Check histories and counts."""
     for name, history in config.histories.items():
-        duration(history.delay)
+        _check_delay(f"histories: '{name}'", history.delay)
         if history.length < 1:
             raise ValueError(f"histories: '{name}': length is {history.length}; set at least 1")
         for parallel, of in history.parallel.items():
             numbers = (of.scale, of.fill, 0.0 if of.at_least is None else of.at_least)
-            if not of.scale or not all(map(math.isfinite, numbers)):
+            if not np.float32(of.scale) or not all(abs(number) <= LARGEST for number in numbers):
                 raise ValueError(
-                    f"parallel: '{parallel}': scale, fill and at_least are finite, and scale not 0"
+                    f"parallel: '{parallel}': scale, fill and at_least are finite in float32, and "
+                    "scale not 0"
                 )
             if of.column == "action" and config.vocabulary.kind == "rows":
                 raise ValueError(f"parallel: '{parallel}': actions are no rows; leave it out")
     ids = config.items.columns if config.items is not None else {}
     for name, count in config.counts.items():
-        duration(count.delay), duration(count.within)
+        _check_delay(f"counts: '{name}'", count.delay)
+        duration(count.within)
         for key in count.of:
             if key not in ("user", "item") and not (key in ids and ids[key].kind == "id"):
                 raise ValueError(
@@ -243,6 +265,12 @@ def _check_past(config: EventsConfig) -> None:
                 )
         if not count.of:
             raise ValueError(f"counts: '{name}': of is empty; name user, item or both")
+
+
+def _check_delay(where: str, delay: str) -> None:
+    """Require a duration."""
+    if duration(delay) is None:
+        raise ValueError(f"{where}: delay is {delay}; write a duration such as 1h")
 
 
 def _check_split(config: EventsConfig) -> None:

@@ -32,7 +32,7 @@ def make_rows(
         The number of rows left out, by reason.
 
     Raises:
-        ValueError: there are no rows, a given label is neither 0 nor 1, or no event has a label's
+        ValueError: no row is left, a given label is neither 0 nor 1, or no event has a label's
             action.
     """
     _check_actions(engine, config)
@@ -69,6 +69,8 @@ def make_rows(
     kept = " AND ".join(f"{quoted(column)} IS NOT NULL" for column in needed.values())
     make = engine.add if older else engine.view
     make("rows", f"SELECT *{older} FROM labelled WHERE {kept}")
+    if not engine.table("SELECT count(*) AS n FROM rows")["n"][0].as_py():
+        raise ValueError(f"rows: none is left; {reasons} were left out; correct these columns")
     return reasons
 
 

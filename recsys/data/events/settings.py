@@ -59,7 +59,7 @@ class Feature:
 
     kind: FeatureKind
     # Stands for null. None: a sample without a value is dropped, and an id is that of no row.
-    fill: float | int | str | None = None
+    fill: int | float | str | None = None
 
 
 @dataclass

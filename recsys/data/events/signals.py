@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from recsys.data.events.engines.base import Engine
-from recsys.data.events.files.columns import Field
+from recsys.data.events.files.columns import LARGEST, Field
 from recsys.data.events.files.reader import Reader, open_source
-from recsys.data.events.settings import EventsConfig, EventTable
+from recsys.data.events.settings import EventsConfig, EventTable, Feature
 from recsys.data.events.times import moment
 
 IMPRESSION = "impression"  # the action of impressions
@@ -35,6 +35,22 @@ def literal(text: str) -> str:
     if "'" in text or "\\" in text:
         raise ValueError(f"action {text!r}: quotes and backslashes cannot be in it; rename it")
     return f"'{text}'"
+
+
+def settle_fill(name: str, feature: Feature, kind: pa.DataType) -> None:
+    """Give the value that stands for a feature's nulls the type of its column, in place.
+
+    Raises:
+        ValueError: it is no value of that type.
+    """
+    fill = feature.fill
+    if fill is None:
+        return
+    if kind == pa.string() and isinstance(fill, int):  # YAML reads 7 as an integer
+        fill = feature.fill = str(fill)
+    wanted = {pa.string(): str, pa.int64(): int, pa.float64(): (int, float)}.get(kind, ())
+    if not isinstance(fill, wanted) or (feature.kind == "dense" and not abs(fill) <= LARGEST):  # type: ignore[arg-type]
+        raise ValueError(f"'{name}': fill is {fill!r}, but the column has type {kind}; correct it")
 
 
 def filled(column: str, fill: float | int | str | None, name: str) -> str:
@@ -80,6 +96,8 @@ def read_signals(engine: Engine, config: EventsConfig) -> tuple[dict[str, pa.Dat
         readers.append(open_source(name, table, fields, first_file))
         for field in list(readers[-1].schema)[1:]:
             types.setdefault(field.name, field.type)
+    for name, feature in config.context.items():
+        settle_fill(name, feature, types[f"c_{name}"])
     engine.add_files("signals_read", [reader.completed(types) for reader in readers])
     return types, _clean(engine, config, by_request)
 

@@ -8,8 +8,9 @@ from recsys.data.events.engines.base import Engine
 from recsys.data.events.files.columns import Field
 from recsys.data.events.files.reader import open_source
 from recsys.data.events.rows import count_nulls, is_needed
-from recsys.data.events.settings import EventsConfig, ItemTable, Snapshots
-from recsys.data.events.signals import KINDS, filled, quoted
+from recsys.data.events.settings import Content, EventsConfig, ItemTable, Snapshots
+from recsys.data.events.signals import KINDS, filled, quoted, settle_fill
+from recsys.data.parquet.values import is_list
 
 FOREVER = 2**62
 
@@ -45,6 +46,11 @@ def read_snapshots(
             f"{reader.tasks[0][1]}: column '{table.id}' has type {own}, but {kind} in the events; "
             "write one type"
         )
+    for column, feature in table.columns.items():
+        settle_fill(column, feature, reader.schema.field(f"f_{column}").type)
+    if isinstance(table, ItemTable):
+        for column, content in table.content.items():
+            _check_content(reader.tasks[0][1], column, content, reader.schema.field(f"t_{column}"))
     engine.add_files(f"{name}_read", [reader])
     begin = str(-FOREVER) if table.valid_from is None else "valid_from"
     end = f"lead({begin}) OVER (PARTITION BY id ORDER BY {begin})"
@@ -60,6 +66,19 @@ def read_snapshots(
     dropped = engine.table(f"SELECT count(*) AS n FROM {name}_read WHERE NOT ({usable})")
     count = dropped["n"][0].as_py()
     return {f"{name} without id or time": count} if count else {}
+
+
+def _check_content(file: str, name: str, content: Content, field: pa.Field) -> None:
+    """Raise a ValueError for texts or images of a type that no dataset has."""
+    own = field.type
+    value = own.value_type if is_list(own) else own
+    fits = {
+        "text": pa.types.is_string(own) or pa.types.is_large_string(own),
+        "image": pa.types.is_binary(value) or pa.types.is_large_binary(value),
+    }
+    if content.path_column is None and not fits.get(content.kind, True):
+        wanted = {"text": "string", "image": "binary, or path_column"}[content.kind]
+        raise ValueError(f"{file}: column '{name}' has type {own}, expected {wanted}; write it so")
 
 
 def _check_unique(engine: Engine, name: str, table: Snapshots, file: str) -> None:

@@ -23,14 +23,17 @@ def duration(text: str) -> int | None:
     """Return microseconds of a text such as `90s`, `30m`, `1h`, `7d` or `2w`; None of `all`.
 
     Raises:
-        ValueError: the text has another form.
+        ValueError: the text has another form, or the time is longer than any log.
     """
     if text == "all":
         return None
     match = re.fullmatch(r"(\d+)([smhdw])", text)
     if match is None:
         raise ValueError(f"duration {text!r}: write a number and s, m, h, d or w, such as 7d")
-    return int(match[1]) * DURATIONS[match[2]] * MICROS["s"]
+    micros = int(match[1]) * DURATIONS[match[2]] * MICROS["s"]
+    if micros > LATEST:
+        raise ValueError(f"duration {text!r}: longer than any log; set a shorter one")
+    return micros
 
 
 def moment(text: str, zone: str) -> int:

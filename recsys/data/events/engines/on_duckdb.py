@@ -132,7 +132,7 @@ class DuckDBEngine:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Raise what disk and memory refuse as a ValueError that names the folder."""
+        """Raise DuckDB's errors as ValueErrors; what disk and memory refuse names the folder."""
         try:
             yield
         except (duckdb.IOException, duckdb.OutOfMemoryException, OSError) as error:
@@ -140,3 +140,5 @@ class DuckDBEngine:
                 f"{self.work}: cannot go on ({str(error).splitlines()[0]}); free disk space "
                 "there, or set --memory to what this machine has"
             ) from error
+        except duckdb.Error as error:  # such as values that SQL cannot convert
+            raise ValueError(f"DuckDB cannot go on: {str(error).splitlines()[0]}") from error

@@ -16,6 +16,8 @@ from recsys.data.events.settings import Source
 from recsys.data.events.times import to_micros
 from recsys.data.filesystem import Location
 
+LARGEST = float(np.finfo(np.float32).max)
+
 
 @dataclass(frozen=True)
 class Field:
@@ -80,7 +82,7 @@ def column_values(batch: pa.RecordBatch, field: Field, parts: dict[str, str]) ->
 
 def partition_array(text: str, length: int) -> pa.Array:
     """Return the value of a `key=value/` folder for each row; digits are integers."""
-    value: str | int = int(text) if re.fullmatch(r"-?\d+", text) else text
+    value: str | int = int(text) if re.fullmatch(r"-?\d{1,18}", text) else text
     return pa.array([value]).take(pa.array(np.zeros(length, np.int8)))
 
 
@@ -97,16 +99,33 @@ def canonical(
     try:
         if field.kind == "time":
             return to_micros(values, source.time_unit, source.time_zone, source.time_format)
-        if field.kind == "number" and values.type != kind:
+        if field.kind == "number":
             canonical_type(values.type, field, file)
-            values = values.cast(kind, safe=False)
+            values = values.cast(kind, safe=False) if values.type != kind else values
         is_null = pa.types.is_null(values.type)
         if field.kind == "id" and not is_null and _id_type(values.type, "") != kind:
             raise ValueError(f"type {values.type}, but {kind} in the first file; write one type")
-        if field.kind == "number":  # what is not finite is no value
-            return pc.if_else(pc.is_finite(values), values, None)
-        return values if values.type == kind else values.cast(kind)
+        values = values if values.type == kind else values.cast(kind)
+        values.validate(full=True)  # texts are UTF-8
+        return _number(values) if field.kind == "number" else _without_null_ids(values, field)
     except (ValueError, pa.ArrowException) as error:
         if str(error).startswith(str(file)):
             raise
         raise ValueError(f"{file}: column '{field.column}': {error}") from error
+
+
+def _number(values: pa.Array) -> pa.Array:
+    """Return numbers with null for NaN; refuse those that are infinite in float32."""
+    values = pc.if_else(pc.is_nan(values), None, values)
+    large = pc.greater(pc.abs(values), LARGEST)
+    if pc.any(large).as_py():
+        value = values[pc.index(large, True).as_py()].as_py()
+        raise ValueError(f"the value {value} is no finite float32; correct it, or write null")
+    return values
+
+
+def _without_null_ids(values: pa.Array, field: Field) -> pa.Array:
+    """Return the values; refuse a null inside a list of ids."""
+    if field.kind == "ids" and values.flatten().null_count:
+        raise ValueError("null inside a list of ids; fill it or leave it out")
+    return values

@@ -48,8 +48,10 @@ def _csv_header(start: bytes, delimiter: str) -> list[str]:
 
 
 def check_columns(file: Location, names: list[str], wanted: list[str]) -> None:
-    """Raise a ValueError for a column that a file lacks."""
+    """Raise a ValueError for a column that a file lacks, or has twice."""
     for name in wanted:
+        if names.count(name) > 1:
+            raise ValueError(f"{file}: column '{name}' occurs {names.count(name)} times; keep one")
         if name not in names:
             raise ValueError(
                 f"{file}: column '{name}' is missing; the file has {names}. Write it or correct "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +153,78 @@ BAD = [
     Bad("a name twice", change("context", value={"viewed": "dense"}), ("viewed",)),
     Bad("unknown action", change("rows", value=["order"]), ("order",)),
     Bad("empty split", change("split", value={"at": [0.99, 0.995]}), ("split", "valid")),
+    Bad("infinite price", column("price", [1.5, float("inf")]), ("log.parquet", "'price'", "inf")),
+    Bad("price beyond float32", column("price", [1e300]), ("log.parquet", "'price'", "1e+300")),
+    Bad(
+        "no price at all",
+        lambda folder, config: (
+            change("context", "price", value="dense")(folder, config),
+            column("price", [float("nan")])(folder, config),
+        ),
+        ("rows", "'price'", "40"),
+    ),
+    Bad(
+        "texts that are not UTF-8",
+        lambda folder, config: write_log(
+            folder / "log.parquet", user=pa.array([b"\xff"] * 40).view(pa.string())
+        ),
+        ("log.parquet", "'user'", "UTF8"),
+    ),
+    Bad(
+        "a column twice",
+        lambda folder, config: pq.write_table(
+            pa.Table.from_arrays([pa.array([1])] * 5, ["user", "item", "time", "type", "item"]),
+            folder / "log.parquet",
+        ),
+        ("log.parquet", "'item'", "2 times"),
+    ),
+    Bad(
+        "a column of the settings twice",
+        change("events", "log", "columns", value=["price", "price"]),
+        ("'log'", "'price'"),
+    ),
+    Bad(
+        "null inside a list of ids",
+        lambda folder, config: (
+            change("items", "columns", "brand", value="ids")(folder, config),
+            pq.write_table(
+                pa.table({"id": [3], "brand": [["x", None]], "cost": [1.0]}),
+                folder / "items.parquet",
+            ),
+        ),
+        ("items.parquet", "'brand'", "null"),
+    ),
+    *(
+        Bad(
+            f"{fill!r} for nulls of {name}",
+            change("items", "columns", name, value={"kind": kind, "fill": fill}),
+            (f"'{name}'", "fill"),
+        )
+        for name, kind, fill in (
+            ("cost", "dense", float("nan")),
+            ("cost", "dense", 1e300),
+            ("cost", "dense", "dear"),
+            ("brand", "id", 1.5),
+        )
+    ),
+    Bad(
+        "numbers as texts of items",
+        change("items", "content", value={"cost": "text"}),
+        ("items.parquet", "'cost'", "string"),
+    ),
+    Bad(
+        "a list too large for float32",
+        change("histories", "viewed", "parallel", "p", value={"column": "price", "scale": 1e-39}),
+        ("'p'", "scale"),
+    ),
+    Bad("endless delay", change("histories", "viewed", "delay", value="all"), ("viewed", "all")),
+    Bad("delay of ages", change("histories", "viewed", "delay", value="9" * 20 + "d"), ("999d",)),
+    Bad(
+        "too many negatives", change("negatives", value={"per_positive": 10**9}), ("per_positive",)
+    ),
+    Bad("a seed too large", change("negatives", value={"seed": 2**70}), ("seed", str(2**70))),
+    Bad("a name that is a path", change("output", value={"user": "a/b"}), ("a/b",)),
+    Bad("an unknown protocol", change("events", "log", "path", value="foo://x"), ("foo://x",)),
     Bad("cuts in disorder", change("split", value={"at": [0.9, 0.8]}), ("split", "ascending")),
 ]
 
@@ -212,6 +285,27 @@ def test_killed_it_leaves_nothing_that_looks_whole_and_completes_when_run_again(
 def test_a_memory_that_is_no_size_is_named(memory: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--memory is"):
         DuckDBEngine(tmp_path / "work", memory)
+
+
+def test_an_id_that_stands_for_null_has_the_type_of_its_column(tmp_path: Path) -> None:
+    config = write_inputs(tmp_path)
+    for brands, fill in (([None, 3], 7), ([None, "x"], "7")):
+        items = {"id": [0, 1], "brand": brands, "cost": [1.0, 1.0]}
+        pq.write_table(pa.table(items), tmp_path / "items.parquet")
+        config["items"]["columns"]["brand"] = {"kind": "id", "fill": fill}
+        assert prepare(tmp_path, config)["splits"]["train"]["rows"]
+        train = pq.read_table(tmp_path / "data" / "train")
+        assert set(train["brand"].to_pylist()) == {fill, brands[1]}
+        shutil.rmtree(tmp_path / "data")
+
+
+def test_a_price_that_is_not_a_number_is_none(tmp_path: Path) -> None:
+    config = write_inputs(tmp_path)
+    config["context"] = {"price": {"kind": "dense", "fill": -1}}
+    column("price", [float("nan"), 1.5])(tmp_path, config)
+    prepare(tmp_path, config)
+    train = pq.read_table(tmp_path / "data" / "train")
+    assert set(train["price"].to_pylist()) == {-1.0, 1.5}
 
 
 def test_a_history_may_be_longer_than_any_integer(tmp_path: Path) -> None:
