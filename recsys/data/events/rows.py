@@ -69,9 +69,14 @@ def make_rows(
     kept = " AND ".join(f"{quoted(column)} IS NOT NULL" for column in needed.values())
     make = engine.add if older else engine.view
     make("rows", f"SELECT *{older} FROM labelled WHERE {kept}")
+    _require_some(engine, reasons)
+    return reasons
+
+
+def _require_some(engine: Engine, reasons: dict[str, int]) -> None:
+    """Raise a ValueError if no row is left."""
     if not engine.table("SELECT count(*) AS n FROM rows")["n"][0].as_py():
         raise ValueError(f"rows: none is left; {reasons} were left out; correct these columns")
-    return reasons
 
 
 def is_needed(config: EventsConfig, kind: str) -> bool:

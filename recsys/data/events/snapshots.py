@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from recsys.data.events.engines.base import Engine
 from recsys.data.events.files.columns import Field
-from recsys.data.events.files.reader import open_source
+from recsys.data.events.files.reader import Reader, open_source
 from recsys.data.events.rows import count_nulls, is_needed
 from recsys.data.events.settings import Content, EventsConfig, ItemTable, Snapshots
 from recsys.data.events.signals import KINDS, filled, quoted, settle_fill
@@ -46,11 +46,7 @@ def read_snapshots(
             f"{reader.tasks[0][1]}: column '{table.id}' has type {own}, but {kind} in the events; "
             "write one type"
         )
-    for column, feature in table.columns.items():
-        settle_fill(column, feature, reader.schema.field(f"f_{column}").type)
-    if isinstance(table, ItemTable):
-        for column, content in table.content.items():
-            _check_content(reader.tasks[0][1], column, content, reader.schema.field(f"t_{column}"))
+    _settle_columns(table, reader)
     engine.add_files(f"{name}_read", [reader])
     begin = str(-FOREVER) if table.valid_from is None else "valid_from"
     end = f"lead({begin}) OVER (PARTITION BY id ORDER BY {begin})"
@@ -66,6 +62,15 @@ def read_snapshots(
     dropped = engine.table(f"SELECT count(*) AS n FROM {name}_read WHERE NOT ({usable})")
     count = dropped["n"][0].as_py()
     return {f"{name} without id or time": count} if count else {}
+
+
+def _settle_columns(table: Snapshots, reader: Reader) -> None:
+    """Check fills and content by the types of the columns, and give fills these types."""
+    for column, feature in table.columns.items():
+        settle_fill(column, feature, reader.schema.field(f"f_{column}").type)
+    if isinstance(table, ItemTable):
+        for column, content in table.content.items():
+            _check_content(reader.tasks[0][1], column, content, reader.schema.field(f"t_{column}"))
 
 
 def _check_content(file: str, name: str, content: Content, field: pa.Field) -> None:
