@@ -47,7 +47,7 @@ def add_config_arguments(
     parser.set_defaults({"ranking.name": name})
     parser.settings = get_type_hints(Config, include_extras=True)
     parser.settings["ranking"] = settings_class(name)
-    parser.given = [_given(*option, parser.settings) for option in _options(words)]
+    parser.given = [_settled(_given(*of, parser.settings), name) for of in _options(words)]
 
 
 def config_from(namespace: Namespace) -> Config:
@@ -89,9 +89,10 @@ def config_of_plain(plain: dict[str, Any]) -> Config:
     name = section.get("name", DEFAULT_MODEL) if isinstance(section, dict) else DEFAULT_MODEL
     parser = Parser(exit_on_error=False)
     add_config_arguments(parser, ["--ranking.name", str(name)])
+    plain = _settled(plain, name)
     parser.given.append(plain)
     try:
-        return config_from(parser.instantiate(parser.parse_object(_settled(plain, name))))
+        return config_from(parser.instantiate(parser.parse_object(plain)))
     except Exception as error:
         raise ValueError(f"configuration: {error}") from error
 

@@ -44,7 +44,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with exit code 2 and the error in words, or raise it."""
-        known = {action.dest: Any for action in self._actions} | self.settings
+        known = self._known()
         found = (problem_of_keys(known, given, "") for given in self.given)
         message = next(filter(None, found), None) or self._incomplete(message) or message
         if not self.exit_on_error:
@@ -55,7 +55,23 @@ class Parser(ArgumentParser):
     def parse_args(self, args: Sequence[str], *arguments: Any, **named: Any) -> Any:  # type: ignore[override]
         """Parse the words of a command line; options override recipes wherever these stand."""
         words = config_first(args) if self.settings else args
+        self._check_keys()
         return super().parse_args(words, *arguments, **named)
+
+    def parse_object(self, *arguments: Any, **named: Any) -> Any:
+        """Parse settings in mappings."""
+        self._check_keys()
+        return super().parse_object(*arguments, **named)
+
+    def _known(self) -> dict[str, Any]:
+        """Return the types of all settings, and of the options beside them."""
+        return {action.dest: Any for action in self._actions} | self.settings
+
+    def _check_keys(self) -> None:
+        """Refuse unknown keys and nulls, which jsonargparse leaves out where they hold nothing."""
+        for given in self.given:
+            if problem := problem_of_keys(self._known(), given, "", with_values=False):
+                self.error(problem)
 
     def instantiate(self, *arguments: Any, **named: Any) -> Any:
         """Make the settings; a mapping of another type shows only here."""
@@ -118,25 +134,36 @@ def config_first(words: Sequence[str]) -> list[str]:
     return [*moved, *others]
 
 
-def problem_of_keys(hints: dict[str, Any], given: dict[str, Any], name: str) -> str | None:
+def problem_of(kind: type, given: dict[str, Any]) -> str | None:
+    """Return what is wrong in a file with the settings of a dataclass, None if nothing is."""
+    missing = missing_key({"it": kind}, {"it": given}, "")
+    return problem_of_value(kind, given, "") or (missing and missing.removeprefix("it."))
+
+
+def problem_of_keys(
+    hints: dict[str, Any], given: dict[str, Any], name: str, with_values: bool = True
+) -> str | None:
     """Return what is wrong in a mapping of settings, None if nothing is.
 
     Args:
         hints: the type of each setting, by key.
         given: the settings, as read from YAML.
         name: of the mapping in full; empty for the whole configuration.
+        with_values: False looks for unknown keys and nulls alone, which takes no time.
     """
     for key, value in given.items():
         key = str(key)
         hint = hints.get(key.removesuffix("+"))
         full = f"{name}.{key}".lstrip(".")
-        found = problem_of_value(hint, value, full) if hint else f"{full} is no setting"
+        found = (
+            problem_of_value(hint, value, full, with_values) if hint else f"{full} is no setting"
+        )
         if found is not None:
             return found if hint else f"{found}{meant(key, hints)}"
     return None
 
 
-def problem_of_value(hint: Any, value: Any, name: str) -> str | None:
+def problem_of_value(hint: Any, value: Any, name: str, with_values: bool = True) -> str | None:
     """Return what is wrong with the value of a setting of this type, None if nothing is."""
     kind = _dataclass_in(hint)
     if hint is not str and isinstance(value, str):
@@ -146,13 +173,13 @@ def problem_of_value(hint: Any, value: Any, name: str) -> str | None:
             return f"{name}: {short(value)}: {error}"
         except (yaml.YAMLError, UnicodeDecodeError):
             inside = value
-        value = inside if kind is not None and isinstance(inside, dict) else value
+        is_inside = inside is None or (kind is not None and isinstance(inside, dict))
+        value = inside if is_inside else value
+    if value is None and not _allows_null(hint):
+        return f"{name} is empty; it must be {in_words(hint)}, or be left out"
     if kind is not None and isinstance(value, dict):
-        if get_origin(hint) is dict:
-            return problem_of_keys(dict.fromkeys(map(str, value), kind), value, name)
-        return problem_of_keys(get_type_hints(kind, include_extras=True), value, name)
-    is_null = value is None and hint is not Any and NoneType not in get_args(hint)
-    if hint is not kind and not is_null and _is_of(hint, value):
+        return problem_of_keys(_hints_in(hint, kind, value), value, name, with_values)
+    if not with_values or (hint is not kind and _is_of(hint, value)):
         return None
     return f"{name} is {short(value)}; it must be {in_words(hint)}"
 
@@ -180,6 +207,20 @@ def missing_key(hints: dict[str, Any], given: dict[str, Any], name: str) -> str 
             if found := missing_key(get_type_hints(kind, include_extras=True), settings, part):
                 return found
     return None
+
+
+def _hints_in(hint: Any, kind: type, value: dict[str, Any]) -> dict[str, Any]:
+    """Return the types of the settings in a mapping: by name, or one type for any name."""
+    if get_origin(hint) is dict:
+        return dict.fromkeys(map(str, value), kind)
+    return get_type_hints(kind, include_extras=True)
+
+
+def _allows_null(hint: Any) -> bool:
+    """Return whether a setting of this type may be null."""
+    if get_origin(hint) in (Union, UnionType, Annotated):
+        return any(map(_allows_null, get_args(hint)))
+    return hint in (Any, NoneType, None)
 
 
 def _is_of(hint: Any, value: Any) -> bool:

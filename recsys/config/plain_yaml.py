@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
+TEXT = "tag:yaml.org,2002:str"
 MODE = "plain_yaml"  # of parsers that read values by `_load_value`
 
 
@@ -25,7 +26,8 @@ def load_plain_yaml(text: bytes) -> Any:
     """Read lists, mappings, text and numbers.
 
     Raises:
-        yaml.YAMLError: the text is not YAML, or has an alias, a class path or a duplicate key.
+        yaml.YAMLError: the text is not YAML, or has an alias, a class path, or a key that is
+            duplicate or no text.
 
     Example::
 
@@ -61,7 +63,7 @@ set_loader(MODE, _load_value, (yaml.MarkedYAMLError, yaml.reader.ReaderError))
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Loader that refuses aliases, class paths and duplicate keys."""
+    """Loader that refuses aliases, class paths, and keys that are duplicate or no text."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Refuse an alias."""
@@ -72,13 +74,20 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Refuse a class path or a duplicate key."""
+        """Refuse a class path, a duplicate key, or one that is no text, such as `no`."""
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
+            line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
-                continue
-            name, line = (key.tag, key.value), key.start_mark.line + 1
+                raise RefusedYaml(f"line {line}: a key that is no text; write a name")
+            name = (key.tag, key.value)
+            if key.tag != TEXT:
+                kind = key.tag.rsplit(":", 1)[-1]
+                raise RefusedYaml(
+                    f"line {line}: key {key.value} is read as {kind}; write it in quotes: "
+                    f"'{key.value}'"
+                )
             if key.value == "class_path":
                 raise RefusedYaml(
                     f"line {line}: key 'class_path' names code, which is never loaded; remove it"

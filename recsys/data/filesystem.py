@@ -19,6 +19,9 @@ import fsspec
 import fsspec.implementations.local
 from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
 
+ALIKE = {".parquet": (".parquet", ".parq", ".pq")}  # other spellings of an ending
+NESTED = 4  # folders in which files are looked for that would be left out
+
 
 @dataclass(frozen=True)
 class Location:
@@ -95,7 +98,8 @@ class Location:
         As in Spark and Arrow, names that start with a dot or an underscore are not data.
 
         Raises:
-            ValueError: an entry with this ending is no file; skipping it would lose rows silently.
+            ValueError: an entry with this ending is no file, a folder holds such files, or a file
+                has the ending in another spelling; to skip them would lose rows silently.
         """
         if self.filesystem.isfile(self.path):
             return [self]
@@ -105,18 +109,26 @@ class Location:
             str(entry["name"]).rsplit("/", 1)[-1]
             for entry in self.filesystem.ls(self.path, detail=True)
         ]
-        found = [
-            self / name
-            for name in sorted(names)
-            if name.endswith(ending) and not name.startswith((".", "_"))
-        ]
-        for file in found:  # a link to a file counts as a file
-            if not self.filesystem.isfile(file.path):
-                raise ValueError(
-                    f"{file}: not a file, but a folder, a broken link or the like; move the files "
-                    f"in it to {self} or remove it"
-                )
-        return found
+        entries = [self / name for name in sorted(names) if not name.startswith((".", "_"))]
+        for entry in entries:
+            self._refuse_left_out(entry, ending)
+        return [entry for entry in entries if entry.path.endswith(ending)]
+
+    def _refuse_left_out(self, entry: Location, ending: str) -> None:
+        """Raise a ValueError for an entry that is no data file, though its name or content is."""
+        name, is_file = entry.path.rsplit("/", 1)[-1], self.filesystem.isfile(entry.path)
+        if (
+            is_file
+            and name.lower().endswith(ALIKE.get(ending, ending))
+            and name[-len(ending) :] != ending
+        ):
+            raise ValueError(f"{entry}: would be left out; rename it to end with {ending}")
+        inside = [] if is_file else self.filesystem.find(entry.path, maxdepth=NESTED)
+        if not is_file and (name.endswith(ending) or any(each.endswith(ending) for each in inside)):
+            raise ValueError(  # a link to a file counts as a file
+                f"{entry}: not a file, but a folder, a broken link or the like; move the files "
+                f"in it to {self} or remove it"
+            )
 
 
 def regular_file(path: Path) -> Path:
@@ -200,9 +212,17 @@ def whole_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
 
     Raises:
         OSError: the folder exists by now, and `may_exist` is false.
+        ValueError: no folder can be made in this place.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    partial.mkdir(parents=True)
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path}: is a broken link; remove it or name another folder")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be made ({error.strerror}); name another folder"
+        ) from error
     try:
         yield partial
         try:

@@ -42,12 +42,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary
-from recsys.config.parser import Parser, problem_of_keys
+from recsys.config.parser import Parser, problem_of
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.filesystem import Location
 from recsys.data.schema_columns import (
@@ -228,7 +228,7 @@ def parse_schema(content: Any, place: str) -> Schema:
         if not isinstance(content, dict):
             raise ValueError("it must be a mapping with target_item, group and columns")
         parts = _without_empty(content)
-        if problem := problem_of_keys(get_type_hints(Schema), parts, ""):
+        if problem := problem_of(Schema, parts):
             raise ValueError(problem)
         namespace = parser.instantiate(parser.parse_object(parts))
     except Exception as error:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+MOST_ROWS = 2**48  # of a table: more than any cluster holds
+
 
 @dataclass
 class VocabularySettings:
@@ -200,8 +202,10 @@ def check_column(
         raise ValueError(f"{where}: only a sequence has parallel lists")
     if (column.num_embeddings is None) == (column.shares is None):
         raise ValueError(f"{where} needs either num_embeddings or shares")
-    if column.num_embeddings is not None and column.num_embeddings < 1:
-        raise ValueError(f"{where}: num_embeddings is {column.num_embeddings}; it must be positive")
+    if column.num_embeddings is not None and not 1 <= column.num_embeddings <= MOST_ROWS:
+        raise ValueError(
+            f"{where}: num_embeddings is {column.num_embeddings}; set 1 to {MOST_ROWS}"
+        )
     if column.vocabulary is not None:
         check_vocabulary(column, where, is_target=name == target_item)
     if column.shares is not None:

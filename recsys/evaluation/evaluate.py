@@ -23,6 +23,7 @@ from recsys.data.batch import Batch
 from recsys.data.dense_ranges import DenseRanges
 from recsys.data.interactions import Interactions, loader
 from recsys.data.item_parts import ItemCounts, count_items
+from recsys.data.row_source import RowSource
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.distributed.gather import gather_rows, gather_rows_to_first
 from recsys.distributed.lockstep import Lockstep
@@ -200,6 +201,17 @@ def _queries(batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: column[wanted] for name, column in columns.items()}
 
 
+def require_finite(scored: dict[str, Tensor], rows: RowSource) -> None:
+    """Raise a ValueError that names the rows whose logits are not finite."""
+    bad = ~torch.isfinite(scored["logits"]).all(dim=1)
+    if bad.any():
+        raise ValueError(
+            f"the logits of {int(bad.sum()):,} rows are not finite, between "
+            f"{rows.describe_range(scored['positions'][bad].numpy())}; look at the scale of their "
+            "dense columns and features"
+        )
+
+
 def split_scores(job: Job, scored: dict[str, Tensor], item_counts: ItemCounts) -> SplitScores:
     """Sort the result of `score` by the rows' positions in the split.
 
@@ -235,7 +247,7 @@ def evaluate_split(
 
     Raises:
         TrainingStopped: `lockstep` reports that the job is to end.
-        ValueError: on every rank: no row is left.
+        ValueError: on every rank: no row is left, or a logit is not finite.
     """
     interactions = split_interactions(job, split)
     unknown = UnknownIds(job.schema)
@@ -246,6 +258,7 @@ def evaluate_split(
     report: dict[str, Any] = {}
     with job.ranks.raise_on_all_ranks():
         if job.ranks.is_first:
+            require_finite(scored, interactions.rows)
             scores = split_scores(job, scored, item_counts)
             report = _scores_report(scores, make_metrics(job.config.metrics))
             if scores_to is not None:

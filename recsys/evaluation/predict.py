@@ -34,7 +34,7 @@ from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
-from recsys.evaluation.evaluate import evaluate_split, format_evaluation, score
+from recsys.evaluation.evaluate import evaluate_split, format_evaluation, require_finite, score
 from recsys.evaluation.scores import scores_file
 from recsys.model.label_losses import predictions
 
@@ -166,6 +166,9 @@ def _predict(
         logger.info(line)
     if job.config.on_bad_row == "skip":
         rows.skipped(ranks, "input")
+    with ranks.raise_on_all_ranks():
+        if ranks.is_first:
+            require_finite(scored, rows)
     values = torch.full((rows.num_rows, scored["logits"].shape[1]), torch.nan)
     values[scored["positions"]] = predictions(scored["logits"], job.schema.label_losses)
     with ranks.raise_on_all_ranks():

@@ -130,6 +130,10 @@ class Scorer:
         if not len(rows.target):
             return np.zeros((0, len(self.labels)), np.float32)
         logits = self._graph(*self._inputs(rows).arguments())
+        if not torch.isfinite(logits).all():
+            raise ValueError(
+                "the logits are not finite; look at the scale of the numbers of user and candidates"
+            )
         return predictions(logits, self.schema.label_losses).numpy()
 
     def _inputs(self, rows: RequestRows) -> RankingInputs:

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Any, get_type_hints
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import numpy as np
 from jsonargparse import ArgumentParser
 
-from recsys.config.parser import problem_of_keys, short
+from recsys.config.parser import problem_of, short
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.events.files.columns import LARGEST
 from recsys.data.events.settings import EventsConfig, EventTable, ItemTable, Source
@@ -56,7 +56,7 @@ def load_events_config(path: Path, data: Path | None = None) -> EventsConfig:
         if not isinstance(content, dict):
             raise ValueError("it must be a mapping with events and labels")
         content = _written_out(content)
-        if problem := problem_of_keys(get_type_hints(EventsConfig), content, ""):
+        if problem := problem_of(EventsConfig, content):
             raise ValueError(problem)
         namespace = parser.instantiate(parser.parse_object(content))
         config = EventsConfig(**{part.name: namespace[part.name] for part in fields(EventsConfig)})

@@ -228,7 +228,11 @@ def _next_chunk(
         ) from error
     if batch is None:
         return None
-    values = batch.column(name)
+    return plain_values(batch.column(name))
+
+
+def plain_values(values: pa.Array) -> pa.Array:
+    """Return values in a type without dictionary or views."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     plain = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}

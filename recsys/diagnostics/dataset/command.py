@@ -9,7 +9,6 @@ from pathlib import Path
 from recsys.checkpoint.output_file import check_output
 from recsys.data.filesystem import Location, write_whole
 from recsys.data.item_parts import count_items
-from recsys.data.items.item_images import check_first_image
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.bad_rows import OnBadRow, no_row_left
 from recsys.data.parquet.rows import ParquetRows
@@ -46,22 +45,21 @@ def explain_data(
         write_whole(json_file, json.dumps(to_json(found, findings), indent=2) + "\n")
         logger.info("written to %s", json_file)
     if found.has_bad_rows and on_bad_row == "error":
-        _raise_first(data)
+        _raise_first(data, found)
     for split in found.splits.values():
         if not split.usable_rows:
             raise no_row_left(split.rows, split.split, split.bad_rows)
     return found
 
 
-def _raise_first(data: str) -> None:
+def _raise_first(data: str, found: DatasetSummary) -> None:
     """Raise the error that training would raise, reading in the same order."""
     root = Location.of(data)
     schema = load_schema(root)
     if schema.items is not None:
-        items = ItemTable(root, schema)
-        for name, column in schema.items.columns.items():
-            if column.kind == "image":
-                chunks = items.chunks(name)
-                check_first_image((chunk, f"{file}: column '{name}'") for file, _, chunk in chunks)
+        ItemTable(root, schema)
+        for column in found.items.columns.values() if found.items is not None else ():
+            if column.problem:
+                raise ValueError(column.problem)
     for split in SPLITS:
         count_items(ParquetRows.of_split(root, split, schema), 0, 1)

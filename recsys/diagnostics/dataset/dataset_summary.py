@@ -55,7 +55,7 @@ class DatasetSummary:
     def has_bad_rows(self) -> bool:
         """Return whether any split or the items have rows that training cannot use."""
         of_items = self.items is not None and (
-            bool(self.items.bad_rows) or any(each.broken for each in self.items.columns.values())
+            bool(self.items.bad_rows) or any(each.problem for each in self.items.columns.values())
         )
         return of_items or any(split.bad_rows for split in self.splits.values())
 
@@ -78,6 +78,8 @@ class DatasetSummary:
         if split != "train" and counts.any():
             groups = found.keys[GROUPS], train.keys.get(GROUPS, KeyCounts())
             shares["of_known_groups"] = groups[0].share_of_total_in(groups[1]) or 0.0
+            rows_of_train = train.keys.get(ROWS, KeyCounts())
+            shares["in_train"] = found.keys[ROWS].share_of_total_in(rows_of_train) or 0.0
         return shares
 
     def items_without_rows(self) -> int:

@@ -77,6 +77,11 @@ def _of_split(found: DatasetSummary, split: SplitSummary) -> Iterator[Finding]:
             f"{shares['repeated_rows']:.1%} of the {split.split} rows are exact repeats of others",
             "remove them unless they are events of their own",
         )
+    if split.split != "train" and shares["in_train"] > FEW:
+        yield Finding(
+            f"{shares['in_train']:.1%} of the {split.split} rows are exact copies of training rows",
+            "leave them out of one of the splits, or metrics are of what training has seen",
+        )
     if shares["target_in_history"] > MANY:
         yield Finding(
             f"{shares['target_in_history']:.1%} of the {split.split} rows have their own target "
@@ -172,6 +177,8 @@ def _items(found: DatasetSummary) -> Iterator[Finding]:
                 f"{column.broken:,} of {opened:,} images of '{name}' that were opened are none",
                 "write them again as JPEG, PNG or WebP, or null, or set on_bad_row: skip",
             )
+        elif column.problem:
+            yield Finding(column.problem, "correct it, or set on_bad_row: skip")
         yield from _equal_content(name, column, found.items.rows)
         if len(column.widths) > 1:
             yield Finding(

@@ -7,6 +7,7 @@ footers, and a few images are opened.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
@@ -19,13 +20,13 @@ from PIL import Image
 from recsys.data.filesystem import Location
 from recsys.data.items.equal_content import share_of_most_common, shared_beginning
 from recsys.data.items.feature_file import FeatureFile
-from recsys.data.items.images import FORMATS
-from recsys.data.items.item_features import feature_tokens
+from recsys.data.items.images import FORMATS, decode_image
+from recsys.data.items.item_features import feature_tokens, usable_features
 from recsys.data.items.item_images import check_first_image
-from recsys.data.items.item_table import ItemTable
+from recsys.data.items.item_table import ItemTable, plain_values
 from recsys.data.parquet.bad_rows import by_reason
 from recsys.data.parquet.file import open_parquet
-from recsys.data.parquet.values import is_list, list_lengths
+from recsys.data.parquet.values import list_lengths
 from recsys.data.schema import Schema
 from recsys.diagnostics.dataset.numbers import Lengths
 from recsys.diagnostics.dataset.time_columns import footer_statistics
@@ -43,6 +44,7 @@ class ColumnSummary:
     widths: number of feature vectors by width.
     formats, sizes: number of opened images by format and by size.
     broken: images that could not be opened.
+    problem: the first content at which training would fail, in words.
     values: number of different categories.
     most_common_share: share of the most frequent content among a sample of the items that have it.
     shared_beginning: number of characters with which most texts of the sample begin alike.
@@ -55,6 +57,7 @@ class ColumnSummary:
     formats: Counter[str] = field(default_factory=Counter)
     sizes: Counter[str] = field(default_factory=Counter)
     broken: int = 0
+    problem: str = ""
     values: int | None = None
     most_common_share: float = 0.0
     shared_beginning: int = 0
@@ -102,7 +105,11 @@ def _summarize_file(file: Location, num_items: int) -> ColumnSummary:
     found.widths[features.width] = features.num_rows
     sample: list[bytes] = []
     for first, values in features.pieces():
-        lengths = (~np.isnan(values).all(axis=2)).sum(axis=1)
+        there = ~np.isnan(values).all(axis=2)
+        lengths = there.sum(axis=1)
+        bad = (there & ~np.isfinite(values).all(axis=2)).any(axis=1)
+        if bad.any() and not found.problem:
+            found.problem = f"{file}: row {first + bad.argmax()} has a value that is not finite"
         found.lengths.add(lengths[lengths > 0])
         rows = _sampled(first, len(values), features.num_rows)
         sample += [values[row].tobytes() for row in rows if lengths[row]]
@@ -119,7 +126,7 @@ def _summarize(items: ItemTable, name: str, kind: str) -> ColumnSummary:
     categories: set[Any] = set()
     sample: list[Any] = []
     first_row = 0
-    for file, _, chunk in items.chunks(name):
+    for file, row, chunk in items.chunks(name):
         if kind in ("text", "feature"):
             rows = _sampled(first_row, len(chunk), items.num_rows)
             sample += filter(None, chunk.take(pa.array(rows)).to_pylist())
@@ -127,7 +134,7 @@ def _summarize(items: ItemTable, name: str, kind: str) -> ColumnSummary:
         if kind == "text":
             _add_texts(found, chunk, f"{file}: column '{name}'")
         elif kind == "feature":
-            _add_features(found, chunk, f"{file}: column '{name}'")
+            _add_features(found, chunk, f"{file}: column '{name}'", row)
         else:
             found.missing = (found.missing or 0) + chunk.null_count
             if kind == "category":
@@ -154,12 +161,20 @@ def _add_texts(found: ColumnSummary, chunk: pa.Array, where: str) -> None:
     found.lengths.add(lengths[lengths > 0])
 
 
-def _add_features(found: ColumnSummary, chunk: pa.Array, where: str) -> None:
+def _add_features(found: ColumnSummary, chunk: pa.Array, where: str, first_row: int) -> None:
     lengths, tokens = feature_tokens(chunk, where)
+
+    def note(bad: np.ndarray, reason: str, message: Callable[[int], str]) -> None:
+        if bad.any() and not found.problem:
+            row = int(bad.argmax())
+            found.problem = f"{where}, row {first_row + row}: {message(row)}"
+
     found.missing = (found.missing or 0) + int((lengths == 0).sum())
     found.lengths.add(lengths[lengths > 0])
     widths, times = np.unique(list_lengths(tokens), return_counts=True)
     found.widths.update(dict(zip(widths.tolist(), times.tolist())))
+    if found.widths:
+        usable_features(lengths, tokens, next(iter(found.widths)), note)
 
 
 def _summarize_images(items: ItemTable, name: str, found: ColumnSummary) -> None:
@@ -174,19 +189,28 @@ def _summarize_images(items: ItemTable, name: str, found: ColumnSummary) -> None
                     found.missing += of_group.null_count
             batch = next(parquet.iter_batches(per_file, columns=[name]), None)
         if batch is not None:
-            check_first_image([(batch.column(0), f"{file}: column '{name}'")], decodes=False)
-            _open_images(found, batch.column(0))
-            contents = batch.column(0).drop_null().slice(0, IMAGES_OPENED).to_pylist()
+            chunk, where = plain_values(batch.column(0)), f"{file}: column '{name}'"
+            check_first_image([(chunk, where)], decodes=False)
+            _open_images(found, chunk, where)
+            contents = chunk.drop_null().slice(0, IMAGES_OPENED).to_pylist()
             sample += [hash(tuple(content)) for content in contents if content]
     found.most_common_share = share_of_most_common(sample)
 
 
-def _open_images(found: ColumnSummary, chunk: pa.Array) -> None:
-    values = chunk.flatten() if is_list(chunk.type) else chunk
-    for encoded in values.drop_null().slice(0, IMAGES_OPENED).to_pylist():
-        try:
+def _open_images(found: ColumnSummary, chunk: pa.Array, where: str) -> None:
+    """Decode the first images, as training does."""
+    opened = 0
+    for row, content in enumerate(chunk.to_pylist()):
+        for encoded in content if isinstance(content, list) else [content]:
+            if encoded is None or opened == IMAGES_OPENED:
+                continue
+            opened += 1
+            try:
+                decode_image(encoded, 1, f"{where}, row {row}")
+            except ValueError as error:
+                found.broken += 1
+                found.problem = found.problem or str(error)
+                continue
             with Image.open(BytesIO(encoded), formats=FORMATS) as image:
                 found.formats[str(image.format)] += 1
                 found.sizes[f"{image.width} x {image.height}"] += 1
-        except (OSError, ValueError, TypeError, Image.DecompressionBombError):
-            found.broken += 1

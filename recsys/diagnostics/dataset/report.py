@@ -22,6 +22,7 @@ SHARES = {
     "without_item_row": "rows of items without a row in items/",
     "repeated_pairs": "repeats of group and item",
     "repeated_rows": "exact repeats of rows",
+    "in_train": "exact copies of training rows",
     "target_in_history": "rows with their target in their history",
 }
 

@@ -77,6 +77,12 @@ def test_the_command_line_overrides_the_recipe_in_any_order(
         (["--config", "{content: {modalities: null}}"], "content.modalities is None"),
         (["--config", "{config: /etc/hostname}"], "config is no setting"),
         (["--config", "{auxiliary: {teacher: {weight: 1.0}}}"], "auxiliary.teacher has no loss"),
+        (["--config", "{optimiser: {}}"], "optimiser is no setting; did you mean optimizer"),
+        (["--config", "{content: {sampling: {rate: {}}}}"], "content.sampling.rate is no setting"),
+        (["--config", "{epochs: }"], "epochs is empty; it must be an integer"),
+        (["--config", "{content: {fusion: }}"], "content.fusion is empty"),
+        (["--config", "{metrics: }"], "metrics is empty"),
+        (["--config", "{batch_size: 8, no: 3}"], "line 1: key no is read as bool"),
     ],
 )
 def test_what_is_wrong_is_named_in_a_line(

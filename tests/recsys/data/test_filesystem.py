@@ -32,6 +32,30 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
+@pytest.mark.parametrize(
+    "name", ["A.PARQUET", "a.parq", "day=1/a.parquet", "day=1/hour=2/a.parquet"]
+)
+def test_files_that_would_be_left_out_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "train" / "notes").mkdir(parents=True)
+    for other in ("part-0.parquet", "_SUCCESS", ".x.parquet.crc", "read.me"):
+        (tmp_path / "train" / other).write_text("")
+    folder = Location.of(tmp_path / "train")
+    assert [str(file) for file in folder.files(".parquet")] == [f"{folder}/part-0.parquet"]
+    (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "train" / name).write_text("")
+    with pytest.raises(ValueError, match=name.split("/")[0]):
+        folder.files(".parquet")
+
+
+def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name in ("broken", "loop"):
+        (tmp_path / name).symlink_to(tmp_path / ("loop" if name == "loop" else "gone"))
+    for path in (tmp_path / "file" / "new", tmp_path / "broken", tmp_path / "loop"):
+        with pytest.raises(ValueError, match=str(path)), whole_folder(path):
+            pytest.fail("there is no folder to write to")
+
+
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "new") as partial:
         (partial / "part").write_text("1")

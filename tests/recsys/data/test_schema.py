@@ -118,7 +118,12 @@ def test_a_missing_schema_is_named(tmp_path: Path) -> None:
         ("[history_liked]", "[gap, gap]", "parallel list 'gap' is named twice"),
         (VALID, "a: [b", "schema.yaml: "),
         (VALID, "", "must be a mapping"),
-        (VALID, "target_item: item\ngroup: user\ncolumns:\n", "required: columns"),
+        (VALID, "target_item: item\ngroup: user\ncolumns:\n", "has no columns"),
+        ("kind: label", "", "columns.liked has no kind"),
+        ("group: user", "group: user\nitems: {columns: {}}", "items has no id"),
+        ("group: user", "", "has no group"),
+        ("  liked:", "  no:", "line .: key no is read as bool"),
+        ("num_embeddings: 10", f"num_embeddings: {2**70}", f"'user': num_embeddings is {2**70}"),
         ("group: user", "group: user\nitems: {id: item, columns: {t: {kind: video}}}", "video"),
     ],
 )

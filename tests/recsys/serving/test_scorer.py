@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.predict import predict
 from recsys.serving import Scorer
 from recsys.serving.export import export_run
 from recsys.serving.package import GRAPH, MANIFEST, read_manifest, write_manifest
@@ -104,6 +107,22 @@ def test_smaller_tables_change_scores_little(
     scores = [small.score(**request) for request in requests(run[0] / "data")]
 
     np.testing.assert_allclose(np.concatenate(scores), run[2], rtol=0, atol=error)
+
+
+def test_a_number_that_no_model_can_take_is_refused_by_all(
+    run: tuple[Path, Path, np.ndarray], scorer: Scorer, tmp_path: Path
+) -> None:
+    request = next(requests(run[0] / "data"))
+    with pytest.raises(ValueError, match="'price', value 0: value inf"):
+        scorer.score(**request | {"user": request["user"] | {"price": 1e300}})
+    with pytest.raises(ValueError, match="not finite"):
+        scorer.score(**request | {"user": request["user"] | {"price": 3e38}})
+    table = pq.read_table(run[0] / "data" / "test")
+    price = pa.array([0.5, 3e38, *[0.5] * (table.num_rows - 2)], pa.float32())
+    place, file = table.schema.get_field_index("price"), tmp_path / "far.parquet"
+    pq.write_table(table.set_column(place, "price", price), file)
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=f"not finite.*{file} row 1"):
+        predict(run[0] / "run", [str(file)], tmp_path / "out.parquet", None, ranks, "cpu")
 
 
 def test_no_candidates_give_no_scores(run: tuple[Path, Path, np.ndarray], scorer: Scorer) -> None:

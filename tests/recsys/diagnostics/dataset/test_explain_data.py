@@ -200,6 +200,21 @@ def test_repeated_rows_are_found(tmp_path: Path) -> None:
     assert "20.0% of the test rows are exact repeats" in findings(data)
 
 
+def test_rows_of_training_in_another_split_are_found(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    assert "copies of training rows" not in findings(data)
+    shutil.copy(data / "train" / "part-0.parquet", data / "valid" / "part-1.parquet")
+    assert f"{30 / 54:.1%} of the valid rows are exact copies of training rows" in findings(data)
+
+
+def test_more_items_than_memory_take_no_memory(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    shares = summarize_dataset(str(data)).shares_of_rows("test")
+    schema = (data / "schema.yaml").read_text()
+    (data / "schema.yaml").write_text(schema.replace("embeddings: 30", f"embeddings: {2**40}"))
+    assert summarize_dataset(str(data)).shares_of_rows("test") == shares
+
+
 def test_times_are_read_off_the_footers(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data")
     for number, split in enumerate(SPLITS):
