@@ -74,7 +74,7 @@ def test_the_command_line_overrides_the_recipe_in_any_order(
         (["--overwrite", "maybe"], "overwrite is maybe"),
         (["--compare", "x"], "compare is x; .*'id_only'"),
         (["--config", "{content: {modalities: {title: {kind: text}}}}"], "title has no column"),
-        (["--config", "{content: {modalities: null}}"], "content.modalities is None"),
+        (["--config", "{content: {modalities: null}}"], "content.modalities is empty"),
         (["--config", "{config: /etc/hostname}"], "config is no setting"),
         (["--config", "{auxiliary: {teacher: {weight: 1.0}}}"], "auxiliary.teacher has no loss"),
         (["--config", "{optimiser: {}}"], "optimiser is no setting; did you mean optimizer"),
