@@ -23,11 +23,10 @@ from recsys.data.batch import Batch
 from recsys.data.dense_ranges import DenseRanges
 from recsys.data.interactions import Interactions, loader
 from recsys.data.item_parts import ItemCounts, count_items
-from recsys.data.row_source import RowSource
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.distributed.gather import gather_rows, gather_rows_to_first
 from recsys.distributed.lockstep import Lockstep
-from recsys.evaluation.forward_pass import forward_pass
+from recsys.evaluation.forward_pass import forward_pass, require_finite
 from recsys.evaluation.further_metrics import Metric, make_metrics
 from recsys.evaluation.metrics import (
     ORDER_METRICS,
@@ -199,17 +198,6 @@ def _queries(batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
     if batch.weights is not None:
         columns["query_weights"] = batch.weights
     return {name: column[wanted] for name, column in columns.items()}
-
-
-def require_finite(scored: dict[str, Tensor], rows: RowSource) -> None:
-    """Raise a ValueError that names the rows whose logits are not finite."""
-    bad = ~torch.isfinite(scored["logits"]).all(dim=1)
-    if bad.any():
-        raise ValueError(
-            f"the logits of {int(bad.sum()):,} rows are not finite, between "
-            f"{rows.describe_range(scored['positions'][bad].numpy())}; look at the scale of their "
-            "dense columns and features"
-        )
 
 
 def split_scores(job: Job, scored: dict[str, Tensor], item_counts: ItemCounts) -> SplitScores:

@@ -1,6 +1,6 @@
 """Runs the model over batches without training, for scoring, retrieval and the dry run.
 
-Shapes: B batch, C labels.
+Shapes: B batch, C labels, N rows.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from recsys.build import Job
 from recsys.data.batch import Batch
+from recsys.data.row_source import RowSource
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.log import progress_bar
@@ -49,3 +51,17 @@ def forward_pass(
             yield output
             bar.update()
             lockstep.watchdog.mark(f"{place} {number}")
+
+
+def require_finite(
+    scored: dict[str, Tensor],  # `positions` [N], `logits` [N, C]
+    rows: RowSource,
+) -> None:
+    """Raise a ValueError that names the rows whose logits are not finite."""
+    bad = ~torch.isfinite(scored["logits"]).all(dim=1)
+    if bad.any():
+        raise ValueError(
+            f"the logits of {int(bad.sum()):,} rows are not finite, between "
+            f"{rows.describe_range(scored['positions'][bad].numpy())}; look at the scale of their "
+            "dense columns and features"
+        )

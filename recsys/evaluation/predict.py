@@ -34,7 +34,8 @@ from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
-from recsys.evaluation.evaluate import evaluate_split, format_evaluation, require_finite, score
+from recsys.evaluation.evaluate import evaluate_split, format_evaluation, score
+from recsys.evaluation.forward_pass import require_finite
 from recsys.evaluation.scores import scores_file
 from recsys.model.label_losses import predictions
 
