@@ -54,7 +54,8 @@ def check_output(out: Path, inputs: Iterable[Location] = ()) -> None:
             raise ValueError(
                 f"{out}: lies in {folder}, which is part of a run; name a file elsewhere"
             )
-    if target.exists() and (target.name in _KEPT or target.match("scores_*.parquet")):
+    is_kept = target.exists() or target.name.startswith(".")  # a lock is made anew
+    if is_kept and (target.name in _KEPT or target.match("scores_*.parquet")):
         raise ValueError(f"{out}: is part of a run or dataset; name another file")
     check_writable(target.parent)
 

@@ -104,7 +104,7 @@ def read_scores(path: Path) -> SplitScores:
     """Read scores that `write_scores` wrote.
 
     Raises:
-        ValueError: the file is missing or cannot be read, or a column is missing.
+        ValueError: the file is missing or cannot be read, or a column is missing or damaged.
     """
     file = Location.of(str(path))
     with open_parquet(file) as parquet:
@@ -118,6 +118,8 @@ def read_scores(path: Path) -> SplitScores:
             table = parquet.read()
         except READ_ERRORS as error:
             raise ValueError(f"{file}: cannot be read ({error}); write it again") from error
+    for name in [*INTEGERS, *(f"{kind}_{label}" for kind in ("label", "logit") for label in names)]:
+        _check_values(table, name, file)
     integers = {name: table[column].to_numpy() for column, name in INTEGERS.items()}
     labels, logits = (
         np.stack([table[f"{kind}_{name}"].to_numpy() for name in names], axis=1)
@@ -133,6 +135,22 @@ def read_scores(path: Path) -> SplitScores:
         weights=weights,
         losses=tuple(stored.decode().split(",")) if stored else (),
     )
+
+
+def _check_values(table: pa.Table, name: str, file: Location) -> None:
+    """Check a column of scores.
+
+    Raises:
+        ValueError: it has no rows, another type, a null, or a logit that is not finite.
+    """
+    column = table[name]
+    is_of_type = pa.types.is_integer if name in INTEGERS else pa.types.is_floating
+    is_whole = len(column) > 0 and is_of_type(column.type) and not column.null_count
+    if not is_whole or (name.startswith("logit_") and not np.isfinite(column.to_numpy()).all()):
+        raise ValueError(
+            f"{file}: column '{name}' has no rows, another type ({column.type}), nulls or values "
+            "that are not finite; write the file again with `recsys evaluate`"
+        )
 
 
 def check_model(path: Path, run: Path) -> None:

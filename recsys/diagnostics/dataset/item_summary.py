@@ -25,7 +25,7 @@ from recsys.data.items.item_features import feature_tokens, usable_features
 from recsys.data.items.item_images import check_first_image
 from recsys.data.items.item_table import ItemTable, plain_values
 from recsys.data.parquet.bad_rows import by_reason
-from recsys.data.parquet.file import open_parquet
+from recsys.data.parquet.file import column_type, open_parquet
 from recsys.data.parquet.values import list_lengths
 from recsys.data.schema import Schema
 from recsys.diagnostics.dataset.numbers import Lengths
@@ -127,15 +127,15 @@ def _summarize(items: ItemTable, name: str, kind: str) -> ColumnSummary:
     sample: list[Any] = []
     first_row = 0
     for file, row, chunk in items.chunks(name):
+        if kind == "text":
+            _add_texts(found, chunk, f"{file}: column '{name}'")
         if kind in ("text", "feature"):
             rows = _sampled(first_row, len(chunk), items.num_rows)
             sample += filter(None, chunk.take(pa.array(rows)).to_pylist())
         first_row += len(chunk)
-        if kind == "text":
-            _add_texts(found, chunk, f"{file}: column '{name}'")
-        elif kind == "feature":
+        if kind == "feature":
             _add_features(found, chunk, f"{file}: column '{name}'", row)
-        else:
+        elif kind != "text":
             found.missing = (found.missing or 0) + chunk.null_count
             if kind == "category":
                 categories.update(chunk.unique().drop_null().to_pylist())
@@ -156,6 +156,10 @@ def _sampled(first_row: int, num_rows: int, all_rows: int) -> np.ndarray:
 def _add_texts(found: ColumnSummary, chunk: pa.Array, where: str) -> None:
     if not (pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type)):
         raise ValueError(f"{where} has type {chunk.type}, expected string")
+    try:
+        chunk.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{where}: not UTF-8 ({error}); write it in UTF-8") from error
     lengths = pc.fill_null(pc.utf8_length(chunk), 0).to_numpy(zero_copy_only=False)
     found.missing = (found.missing or 0) + int((lengths == 0).sum())
     found.lengths.add(lengths[lengths > 0])
@@ -182,6 +186,7 @@ def _summarize_images(items: ItemTable, name: str, found: ColumnSummary) -> None
     sample: list[int] = []
     for file in items.files:
         with open_parquet(file, streaming=True) as parquet:
+            column_type(parquet, file, name)
             for of_group in footer_statistics(parquet.metadata, name):
                 if of_group is None or not of_group.has_null_count:  # such as columns of lists
                     found.missing = None

@@ -42,6 +42,7 @@ REFUSED = (
     "run/metrics.json",
     "run/scores_test.parquet",
     "run/.job.json",
+    "run/.lock",
     "run/checkpoints/best/.metadata",
     "run/checkpoints/best/tables.parquet",
     "run/tensorboard/report.html",

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from recsys.cli import main
@@ -228,3 +230,20 @@ def test_make_train_passes_the_comparison_on() -> None:
             ["make", "-n", "train", *words], cwd=ROOT, capture_output=True, text=True, check=True
         )
         assert made.stdout.count("--compare id_only") == count
+
+
+@pytest.mark.parametrize(
+    "values",
+    [["0.5"] * ROWS, [[0.5]] * ROWS, [None] * ROWS, [float("nan")] * ROWS, []],
+    ids=["text", "lists", "nulls", "not finite", "no rows"],
+)
+def test_scores_that_are_no_numbers_are_refused_by_column(
+    runs: tuple[Path, Path], values: list[Any]
+) -> None:
+    file = runs[1] / "scores_test.parquet"
+    table = pq.read_table(file).slice(0, len(values))
+    place = table.column_names.index("logit_liked")
+    kind = None if values and isinstance(values[0], str | list) else pa.float32()
+    pq.write_table(table.set_column(place, "logit_liked", pa.array(values, kind)), file)
+    with pytest.raises(ValueError, match=r"strong/scores_test\.parquet: column '(logit|row)"):
+        compare_runs(runs, "test")

@@ -329,3 +329,16 @@ def test_features_in_a_file_are_told_like_columns(tmp_path: Path) -> None:
     assert audio.most_common_share == pytest.approx(28 / 29)
     assert audio.missing == 1 and audio.widths == {5: 30}
     assert audio.lengths.summary()["mean"] == pytest.approx((28 * 2 + 1) / 29)
+
+
+def test_an_item_column_that_is_missing_or_no_text_is_named(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    file = data / "items" / "part-0.parquet"
+    items = pq.read_table(file)
+    pq.write_table(items.drop_columns(["poster"]), file)
+    with pytest.raises(ValueError, match=r"part-0\.parquet: column 'poster'"):
+        summarize_dataset(str(data))
+    raw = pa.array([b"\xff"] * len(items)).view(pa.string())
+    pq.write_table(items.set_column(items.column_names.index("text"), "text", raw), file)
+    with pytest.raises(ValueError, match=r"part-0\.parquet: column 'text'.*UTF-8"):
+        summarize_dataset(str(data))
