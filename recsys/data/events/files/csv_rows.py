@@ -1,4 +1,7 @@
-"""Reads CSV files batch by batch; an error names column and row."""
+"""Reads CSV files batch by batch; an error names column and row.
+
+Ids are read as texts first: as numbers, `007` and `7` would be one id.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +9,87 @@ import re
 from collections.abc import Iterator
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from recsys.data.events.settings import Source
 from recsys.data.filesystem import Location
 from recsys.data.parquet.file import READ_ERRORS
 
+INTEGER = "^(0|-?[1-9][0-9]*)$"
+
 
 def csv_batches(
     file: Location, source: Source, columns: list[str], types: dict[str, pa.DataType]
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a text file; an error names column and row."""
+    """Yield the rows of a text file; an error names column and row.
+
+    Args:
+        file: to read.
+        source: how it is written.
+        columns: to read.
+        types: of columns whose type is known; integers are those of ids.
+
+    Raises:
+        ValueError: the file cannot be read, lacks a column, or has a value of another type.
+    """
     delimiter = source.delimiter or ("\t" if ".tsv" in file.path else ",")
     parse = pa_csv.ParseOptions(delimiter=delimiter, quote_char='"' if source.in_quotes else False)
     try:
         with file.arrow.open_input_stream(file.path) as stream:
             names = source.header or _csv_header(stream.read(1 << 16), delimiter)
         check_columns(file, names, columns)
+        ids = [name for name, kind in types.items() if pa.types.is_integer(kind)]
         convert = pa_csv.ConvertOptions(
-            include_columns=columns, column_types=types, strings_can_be_null=True
+            include_columns=columns,
+            column_types=types | dict.fromkeys(ids, pa.string()),
+            strings_can_be_null=True,
         )
         # One thread: with several, Arrow does not report the row of a bad value.
         read = pa_csv.ReadOptions(use_threads=False, block_size=1 << 22, column_names=source.header)
         with file.arrow.open_input_stream(file.path) as stream:
-            yield from pa_csv.open_csv(
+            for batch in pa_csv.open_csv(
                 stream, read_options=read, parse_options=parse, convert_options=convert
-            )
+            ):
+                yield _with_integers(batch, ids)
     except READ_ERRORS as error:
         place = re.match(r"In CSV column #(\d+): (.*)", str(error), re.DOTALL)
         where = f"column '{names[int(place[1])]}': {place[2]}" if place else str(error)
         raise ValueError(f"{file}: {where}; correct the file") from error
+
+
+def id_type(texts: pa.Array) -> pa.DataType:
+    """Return the type of ids: int64 where each is written as integers are, else string.
+
+    float64 stands for numbers that are no integers, which are no ids.
+    """
+    if not len(texts.drop_null()):
+        return pa.null()
+    try:
+        if pc.all(pc.match_substring_regex(texts, INTEGER)).as_py():
+            texts.cast(pa.int64())
+            return pa.int64()
+        if not pc.any(pc.match_substring_regex(texts, "^[+-]?0[0-9]")).as_py():
+            return texts.cast(pa.float64()).type
+    except pa.ArrowInvalid:
+        pass
+    return pa.string()
+
+
+def _with_integers(batch: pa.RecordBatch, ids: list[str]) -> pa.RecordBatch:
+    """Return a batch with some columns of texts as integers."""
+    for name in ids:
+        texts = batch.column(name)
+        wrong = pc.invert(pc.match_substring_regex(texts, INTEGER)).fill_null(False)
+        if pc.any(wrong).as_py():
+            value = texts.filter(wrong)[0].as_py()
+            raise pa.ArrowInvalid(
+                f"column '{name}': the id '{value}' is not written as an integer, but those before "
+                "are; write Parquet with a column of strings, or ids of one form"
+            )
+        place = batch.schema.get_field_index(name)
+        batch = batch.set_column(place, name, texts.cast(pa.int64()))
+    return batch
 
 
 def _csv_header(start: bytes, delimiter: str) -> list[str]:

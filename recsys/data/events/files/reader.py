@@ -22,7 +22,7 @@ from recsys.data.events.files.columns import (
     columns_in_files,
     partition_array,
 )
-from recsys.data.events.files.csv_rows import check_columns, csv_batches
+from recsys.data.events.files.csv_rows import check_columns, csv_batches, id_type
 from recsys.data.events.files.narrow import columns_to_add, narrowed
 from recsys.data.events.settings import EventTable, Source
 from recsys.data.filesystem import Location
@@ -205,7 +205,9 @@ def _schema(source: Source, fields: list[Field], roots: list[str], file: Locatio
             check_columns(file, parquet.schema_arrow.names, columns)
             sample = parquet.schema_arrow.empty_table()
     else:
-        batch = next(csv_batches(file, source, columns, {}), None)
+        ids = [field.column for field in fields if field.kind == "id" and field.column in columns]
+        texts = dict.fromkeys(ids, pa.string())
+        batch = next(csv_batches(file, source, columns, texts), None)
         if batch is None:
             raise ValueError(f"{file}: no rows; write some or remove the file")
         sample = pa.Table.from_batches([batch])
@@ -222,5 +224,7 @@ def _schema(source: Source, fields: list[Field], roots: list[str], file: Locatio
             kind = partition_array(parts[field.column], 1).type
         else:
             kind = sample.schema.field(field.column).type
+            if field.kind == "id" and not file.path.endswith(".parquet"):
+                kind = id_type(sample[field.column].combine_chunks())
         types.append((field.name, canonical_type(kind, field, file)))
     return pa.schema(types)

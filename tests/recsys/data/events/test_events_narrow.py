@@ -117,3 +117,36 @@ def test_rows_of_lists_of_integers_make_the_samples_of_rows_of_one_item(tmp_path
             pq.read_table(tmp_path / f"out_{name}" / part) for part in ("train", "test")
         ]
     assert tables["wide"] == tables["flat"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "kind"),
+    [
+        (["7", "0", "-3"], pa.int64()),
+        (["007", "7", "12"], pa.string()),
+        (["0x7", "7", "8"], pa.string()),
+        (["12345678901234567890", "7", "8"], pa.string()),
+    ],
+)
+def test_ids_of_text_files_are_integers_only_where_no_two_of_them_become_one(
+    tmp_path: Path, ids: list[str], kind: pa.DataType
+) -> None:
+    lines = [f"{ids[n % 3]},{n % 4},{1_790_000_000 + n}" for n in range(40)]
+    (tmp_path / "log.csv").write_text("\n".join(["item,user,time", *lines]))
+    content = {"events": {"view": {"path": "log.csv"}}, "labels": {"viewed": {"action": "view"}}}
+    (tmp_path / "events.yaml").write_text(yaml.safe_dump(content))
+    prepare_events(tmp_path / "events.yaml", tmp_path / "out")
+    items = pq.read_table(tmp_path / "out" / "train")["item"]
+    assert items.type == kind
+    assert {str(item) for item in items.to_pylist()} == set(ids)
+
+
+@pytest.mark.parametrize("value", ["007", "7.5", "x"])
+def test_a_later_id_of_another_form_is_named(tmp_path: Path, value: str) -> None:
+    (tmp_path / "a.csv").write_text("item,user,time\n7,1,1790000000\n")
+    (tmp_path / "b.csv").write_text(f"item,user,time\n{value},1,1790000000\n")
+    path = ["a.csv", "b.csv"]
+    content = {"events": {"view": {"path": path}}, "labels": {"viewed": {"action": "view"}}}
+    (tmp_path / "events.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=f"b.csv.*'item'.*'{value}'"):
+        prepare_events(tmp_path / "events.yaml", tmp_path / "out")
