@@ -137,7 +137,7 @@ def benchmark(*args: str, **options: Any) -> AppDef:
     """Measure: `python -m benchmarks.NAME` on every rank; the name is the first of `args`."""
     if not args or args[0].startswith("-"):
         raise ValueError(
-            "name a benchmark first after `--`: benchmark ... -- throughput --out FOLDER"
+            "no benchmark is named; name one after `--`: benchmark -- throughput --out FOLDER"
         )
     return _job("benchmark", f"benchmarks.{args[0]}", *args[1:], **options)
 
@@ -145,8 +145,8 @@ def benchmark(*args: str, **options: Any) -> AppDef:
 def _check_counts(nproc: int, nnodes: int, gpu: int, max_retries: int) -> None:
     if nproc < 1 or nnodes < 1 or max_retries < 0:
         raise ValueError(
-            f"--nproc {nproc} --nnodes {nnodes} --max_retries {max_retries}: the first two must be "
-            "at least 1, the last at least 0"
+            f"--nproc {nproc} --nnodes {nnodes} --max_retries {max_retries}; set at least 1, 1 "
+            "and 0"
         )
     if 0 < gpu < nproc:
         raise ValueError(

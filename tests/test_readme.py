@@ -174,6 +174,16 @@ def test_links_lead_to_files_and_headings_that_exist(page: str) -> None:
             assert anchor in slugs, target
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_figures_of_quality_are_those_of_the_results_that_a_page_links(page: str) -> None:
+    """Outside of blocks of code, which show what commands print."""
+    text = re.sub(r"^```.*?^```", "", (PROJECT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]*results/\w+\.md)\)", text)
+    known = "".join(((PROJECT / page).parent / link).read_text() for link in links)
+    figures = re.findall(r"(?<![\w.])0?(\.\d{4})(?![\w.])", text)
+    assert [figure for figure in figures if f"0{figure}" not in known] == []
+
+
 @pytest.mark.parametrize(
     ("heading", "results"), [("What it wins", "quality.md"), ("What it costs", "compare.md")]
 )

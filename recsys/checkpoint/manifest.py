@@ -47,7 +47,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(regular_file(path).read_text())
         _check(manifest)
     except FileNotFoundError as error:
-        raise ValueError(f"{folder}: no {MANIFEST}, so it is no whole checkpoint") from error
+        raise ValueError(
+            f"{folder}: no {MANIFEST}, so it is no whole checkpoint; use another"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
     return manifest

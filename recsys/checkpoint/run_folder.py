@@ -72,9 +72,13 @@ def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool
     if restarted:
         return exists
     if resume == "must" and overwrite:
-        raise ValueError("--resume must goes on with a run and --overwrite true replaces it")
+        raise ValueError(
+            "--resume must continues a run and --overwrite true replaces it; give one of them"
+        )
     if resume == "must" and not exists:
-        raise ValueError(f"{run}: no checkpoint to go on from, but --resume is must")
+        raise ValueError(
+            f"{run}: no checkpoint, but --resume is must; choose auto, or correct --out"
+        )
     if overwrite:
         return False
     if (finished or exists) and (resume == "never" or not exists):  # or only its model is left

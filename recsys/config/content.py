@@ -197,7 +197,7 @@ class ContentSettings:
         """Check widths, and that mode full uses nothing that needs the memory bank."""
         if not self.modalities:
             raise ValueError(
-                f"{name}.modalities is empty: name at least one modality, or set `content: none`"
+                f"{name}.modalities is empty; name at least one modality, or set `content: none`"
             )
         for modality in self.modalities:
             if not isinstance(modality, str) or not modality or "." in modality:
@@ -208,8 +208,8 @@ class ContentSettings:
         heads, rank = self.fusion.num_heads, self.history.lora_rank
         if self.fusion.name == "qformer" and self.dim % heads:
             raise ValueError(
-                f"{name}.dim {self.dim} is not divisible by {name}.fusion.num_heads {heads}; "
-                "choose a multiple"
+                f"{name}.dim is {self.dim}; it must be a multiple of {name}.fusion.num_heads, "
+                f"which is {heads}"
             )
         if self.history.mode == "bank_lora" and not 0 < rank <= self.dim:
             raise ValueError(

@@ -8,6 +8,7 @@ applies it to any settings: parsed, built in Python, or replaced.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -20,7 +21,7 @@ NonNegativeInt = Annotated[int, typing.NonNegativeInt]
 Width = Annotated[
     int,
     typing.restricted_number_type(
-        "Width", int, [(">", 0), ("<=", 2**20)], docstring=f">0 and <= {2**20}"
+        "Width", int, [(">", 0), ("<=", 2**20)], docstring=f"> 0 and <= {2**20}"
     ),
 ]
 NumLayers = Annotated[
@@ -32,7 +33,7 @@ NumLayers = Annotated[
 Pixels = Annotated[
     int,
     typing.restricted_number_type(
-        "Pixels", int, [(">", 0), ("<=", 8192)], docstring=">0 and <= 8192"
+        "Pixels", int, [(">", 0), ("<=", 8192)], docstring="> 0 and <= 8192"
     ),
 ]
 UnitInterval = Annotated[float, typing.OpenUnitInterval]
@@ -85,6 +86,7 @@ def check_settings(value: Any, name: str = "", hint: Any = None) -> None:
                 limit(value)
             except ValueError as error:
                 words = str(limit.__doc__).rpartition(" restricted to be ")[2]
+                words = re.sub(r"([<>]=?)(?=\d)", r"\1 ", words)
                 raise ValueError(f"{name} is {value}; it must be {words}") from error
 
 

@@ -68,14 +68,15 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         config = load_config("recsys/recipes/tiny.yaml", ["--content", "none"])
     """
     if not Path(path).is_file():
-        raise ValueError(f"config {path}: no such file")
+        raise ValueError(f"config {path}: no such file; correct the path of the recipe")
     words = ["--config", str(path), *overrides]
     try:
-        parser = Parser(exit_on_error=False)
+        parser = Parser(exit_on_error=False, prog="the configuration")
         add_config_arguments(parser, words)
         namespace = parser.instantiate(parser.parse_args(words))
     except Exception as error:
-        raise ValueError(f"config {path}: {error}") from error
+        place = f"config {path}: "
+        raise ValueError(f"{place}{str(error).removeprefix(place)}") from error
     return config_from(namespace)
 
 

@@ -48,7 +48,8 @@ class Parser(ArgumentParser):
         found = (problem_of_keys(known, given, "") for given in self.given)
         message = next(filter(None, found), None) or self._incomplete(message) or message
         if not self.exit_on_error:
-            super().error(message, ex)
+            unknown = message.startswith("unrecognized arguments: ")
+            super().error(self._in_words(message) if unknown else message, ex)
         sys.stderr.write(f"error: {self._in_words(message)}\n")
         self.exit(2)
 
@@ -159,7 +160,7 @@ def problem_of_keys(
             problem_of_value(hint, value, full, with_values) if hint else f"{full} is no setting"
         )
         if found is not None:
-            return found if hint else f"{found}{meant(key, hints)}"
+            return found if hint else f"{found}{meant(key, hints) or '; remove it'}"
     return None
 
 
@@ -229,7 +230,7 @@ def _is_of(hint: Any, value: Any) -> bool:
     parser.add_argument("--value", type=hint)
     try:
         parser.parse_object({"value": value})
-    except Exception:  # the types of settings may raise any error
+    except Exception:  # types of settings may raise any error
         return False
     return True
 

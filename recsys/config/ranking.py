@@ -152,7 +152,8 @@ def check_keys(keys: Iterable[str], name: str) -> None:
         part = key.split(".")[0].removesuffix("+")
         if part not in known:
             raise ValueError(
-                f"ranking.{key} is no setting of '{name}', which has {known}{meant(part, known)}"
+                f"ranking.{key} is no setting of '{name}'{meant(part, known) or '; remove it'} "
+                f"(its settings: {known})"
             )
 
 

@@ -45,7 +45,8 @@ def prepare_vocabularies(data: str) -> list[PreparedVocabulary]:
     tables = schema.tables_with("exact")
     if not tables:
         raise ValueError(
-            f"{root}/schema.yaml: no column has a vocabulary of kind exact; nothing is to be made"
+            f"{root}/schema.yaml: no column has a vocabulary of kind exact; set it for a column of "
+            "raw ids"
         )
     extended = [_extended(root, schema, table) for table in tables]
     for prepared, vocabulary in extended:

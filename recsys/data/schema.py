@@ -208,7 +208,7 @@ def read_schema(root: Location) -> Schema:
     """
     path = root / "schema.yaml"
     if not path.exists():
-        raise ValueError(f"{path}: no such file; a dataset folder needs a schema.yaml")
+        raise ValueError(f"{path}: no such file; write it, or correct the path of the dataset")
     try:
         content = load_plain_yaml(path.read_bytes())
     except Exception as error:
@@ -273,8 +273,10 @@ def load_vocabularies(schema: Schema, root: Location) -> None:
 def _validate(schema: Schema, path: str) -> None:
     for role in ("target_item", "group"):
         name = getattr(schema, role)
-        if name not in schema.columns or schema.columns[name].kind != "id":
-            raise ValueError(f"{path}: {role} '{name}' must be a column of kind id")
+        if name not in (ids := schema.of_kind("id")):
+            raise ValueError(
+                f"{path}: {role} is '{name}', which is no column of kind id; name one of {ids}"
+            )
     if schema.columns[schema.target_item].num_embeddings is None:
         raise ValueError(f"{path}: target_item '{schema.target_item}' needs its own num_embeddings")
     if problem := label_problem(schema.columns):
@@ -285,6 +287,6 @@ def _validate(schema: Schema, path: str) -> None:
     schema.transforms = chains_of(schema.columns, schema.target_item, path)
     for name, content in schema.items.columns.items() if schema.items else ():
         if content.file is not None and content.kind != "feature":
-            raise ValueError(f"{path}: item column '{name}': a file is of kind feature")
+            raise ValueError(f"{path}: item column '{name}': only a feature has a file; remove it")
         if content.ids is not None and content.file is None:
             raise ValueError(f"{path}: item column '{name}': ids are those of a file; name it, too")

@@ -159,7 +159,9 @@ def check_vocabulary(column: Column, where: str, is_target: bool) -> None:
     for part in fields(settings):
         is_set = getattr(settings, part.name) != part.default
         if part.name not in ["kind", *VOCABULARY_SETTINGS[settings.kind]] and is_set:
-            raise ValueError(f"{where}: a vocabulary of kind {settings.kind} has no {part.name}")
+            raise ValueError(
+                f"{where}: a vocabulary of kind {settings.kind} has no {part.name}; remove it"
+            )
     for setting, most in (("num_hashes", 64), ("admit_after", 2**31)):
         if not 1 <= (value := getattr(settings, setting)) <= most:
             raise ValueError(f"{where}: {setting} is {value}; set 1 to {most}")

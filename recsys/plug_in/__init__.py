@@ -3,6 +3,9 @@
 Three lines of the loop change besides an import: the model (`add_content`), the optimizer
 (`.optimizer`) and the batches (`.batches`). `recsys.plug_in.model` is the model; the other modules
 have its settings, items, batches and optimizer, and load and save checkpoints of the DLRM alone.
+
+In the examples `dlrm`, `loader` and `device` are yours: a torchrec DLRM with 30 items, its
+batches, and the device of this rank; `content.yaml` names a dataset and a modality.
 """
 
 from recsys.plug_in.build import (

@@ -37,8 +37,17 @@ class ItemContent:
     """Content of items for any model: the branch that encodes it, and batches that carry it.
 
     Attributes:
-        branch: an `nn.Module`; called with a batch, it returns its content vectors.
+        branch: an `nn.Module`; called with a batch, it returns its content vectors [B, D].
         store: the items' content by modality.
+
+    Example::
+
+        from recsys.plug_in import ItemContent, build_item_content
+
+        content: ItemContent = build_item_content("content.yaml", 30, device)
+        batch = next(iter(content.batches(loader)))
+        target = content.branch(batch).target  # [B, D]
+        assert target.shape == (len(batch.labels), 16)
     """
 
     def __init__(
@@ -83,7 +92,15 @@ class ItemContent:
 
 
 class DLRMOfItems(DLRMWithContent):
-    """A `DLRMWithContent` with its items, so that it can make its batches. See `add_content`."""
+    """A `DLRMWithContent` with its items, so that it can make its batches. See `add_content`.
+
+    Example::
+
+        from recsys.plug_in import DLRMOfItems, add_content
+
+        model: DLRMOfItems = add_content(dlrm, "content.yaml", device)
+        logits = model(next(iter(model.batches(loader))))  # [B, 1]
+    """
 
     def __init__(self, dlrm: DLRM, items: ItemContent, settings: PlugInSettings) -> None:
         """Build the model around the branch of the items."""
@@ -96,7 +113,18 @@ class DLRMOfItems(DLRMWithContent):
 
 
 class DLRMOfItemsTrain(DLRMWithContentTrain):
-    """A `DLRMWithContentTrain` with its items and its optimizer. See `add_content`."""
+    """A `DLRMWithContentTrain` with its items and its optimizer. See `add_content`.
+
+    Example::
+
+        from torchrec.models.dlrm import DLRMTrain
+
+        from recsys.plug_in import DLRMOfItemsTrain, add_content
+
+        train_model: DLRMOfItemsTrain = add_content(DLRMTrain(dlrm), "content.yaml", device)
+        batch = next(iter(train_model.eval().batches(loader)))
+        loss, (_, logits, labels) = train_model(batch)  # logits and labels [B]
+    """
 
     def __init__(self, model: DLRMOfItems, rates: ContentRates | None) -> None:
         """Build the losses; without rates, the new parameters are left to the user's optimizer."""
@@ -160,16 +188,15 @@ def add_content(
     Example::
 
         import torch
-        from torchrec.models.dlrm import DLRM, DLRMTrain
+        from torchrec.models.dlrm import DLRMTrain
+        from torchrec.optim.keyed import KeyedOptimizerWrapper
 
         from recsys.plug_in import add_content
 
-        device = torch.device("cuda", local_rank)
-        dlrm = DLRM(tables, 13, [512, 128], [512, 1], device)
         train_model = add_content(DLRMTrain(dlrm), "content.yaml", device)
-        # shard train_model, build an optimizer; then
-        optimizer = train_model.optimizer(optimizer)
-        loader = train_model.batches(loader)
+        own = KeyedOptimizerWrapper(dict(train_model.named_parameters()), torch.optim.Adagrad)
+        optimizer = train_model.optimizer(own)  # of the sharded model, if you shard it
+        loss, _ = train_model(next(iter(train_model.batches(loader))))
     """
     ranks = _ranks(device)
     dlrm = model.model if isinstance(model, DLRMTrain) else model
@@ -199,10 +226,11 @@ def build_item_content(
 
     Example::
 
-        content = build_item_content("content.yaml", num_items, device)
-        model = TwoTower(content.branch, ...)  # uses branch(batch).target, [B, content.dim]
+        from recsys.plug_in import build_item_content
+
+        content = build_item_content("content.yaml", num_items=30, device=device)
         for batch in content.batches(loader):
-            loss = model(batch)
+            target = content.branch(batch).target  # [B, D], for a model of your own
     """
     ranks = _ranks(device)
     with ranks.raise_on_all_ranks():

@@ -35,9 +35,12 @@ def dlrm_state(
 
     Example::
 
-        state = dlrm_state(model, optimizer)
-        dcp.load(state, checkpoint_id="checkpoint_of_the_dlrm")
-        load_dlrm(model, state, optimizer)
+        from recsys.plug_in import add_content, dlrm_state, load_dlrm
+
+        model = add_content(dlrm, "content.yaml", device)
+        state = dlrm_state(model)  # torch.distributed.checkpoint.load(state, ...) fills it
+        assert state["model"].keys() == dlrm.state_dict().keys()
+        load_dlrm(model, state)
     """
     new = new_prefixes(model)
     weights = {key: value for key, value in model.state_dict().items() if not key.startswith(new)}
@@ -65,6 +68,13 @@ def load_dlrm(
 
     Raises:
         ValueError: the state is not that of this DLRM, with the first name that differs.
+
+    Example::
+
+        from recsys.plug_in import add_content, load_dlrm
+
+        model = add_content(dlrm, "content.yaml", device)
+        load_dlrm(model, {"model": dlrm.state_dict()})
     """
     own = dlrm_state(model, optimizer)
     _check_names(own["model"], state["model"], "model")

@@ -213,6 +213,14 @@ class DLRMWithContentTrain(nn.Module):
 
     The loss is DLRMTrain's and, if `contrastive.weight` is above 0, that weight times the
     Content-ID-Contrastive loss between the target's content and its row of the item table.
+
+    Example::
+
+        from recsys.plug_in import DLRMWithContentTrain, add_content
+
+        model = add_content(dlrm, "content.yaml", device)
+        train_model = DLRMWithContentTrain(model)
+        loss, (_, logits, labels) = train_model(next(iter(model.batches(loader))))
     """
 
     def __init__(self, model: DLRMWithContent) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 from recsys.config import Config, ContentSettings, ContrastiveSettings, OptimizerSettings
 from recsys.config.checks import validate
 from recsys.config.limits import NonNegativeFloat
-from recsys.config.parser import Parser
+from recsys.config.parser import Parser, problem_of_keys
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.items.kind import make_kinds
 from recsys.data.schema import Schema
@@ -18,7 +18,14 @@ from recsys.data.schema_columns import Column, ItemColumn, Items
 
 @dataclass
 class ContentRates:
-    """Rates of AdamW for the new parameters, those of a recipe; your schedule scales them, too."""
+    """Rates of AdamW for the new parameters, those of a recipe; your schedule scales them, too.
+
+    Example::
+
+        from recsys.plug_in import ContentRates
+
+        rates = ContentRates(learning_rate=0.001, weight_decay=0.0)
+    """
 
     learning_rate: NonNegativeFloat = OptimizerSettings.content_learning_rate
     encoder_learning_rate: NonNegativeFloat = OptimizerSettings.encoder_learning_rate
@@ -27,7 +34,17 @@ class ContentRates:
 
 @dataclass
 class PlugInSettings:
-    """Content of the items of a DLRM."""
+    """Content of the items of a DLRM.
+
+    Example::
+
+        from recsys.config import ContentSettings, ModalitySettings
+        from recsys.plug_in import PlugInSettings
+
+        content = ContentSettings({"clip": ModalitySettings("feature", "clip")}, dim=16)
+        settings = PlugInSettings(data="shop", item="item", content=content)
+        assert settings.schema(num_items=30).target_item == "item"
+    """
 
     data: str  # folder or URL with items/*.parquet, one row per item
     item: str  # the sparse feature with the id of the ranked item, one id per row
@@ -77,6 +94,13 @@ def load_plug_in_settings(path: Path | str) -> PlugInSettings:
 
     Raises:
         ValueError: a missing file, an unknown key, a wrong type, or conflicting settings, named.
+
+    Example::
+
+        from recsys.plug_in import load_plug_in_settings
+
+        settings = load_plug_in_settings("content.yaml")
+        assert settings.item == "item" and settings.optimizer is not None
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; write the settings of the content there")
@@ -84,6 +108,9 @@ def load_plug_in_settings(path: Path | str) -> PlugInSettings:
     parser.add_class_arguments(PlugInSettings, None)
     try:
         values = load_plain_yaml(Path(path).read_bytes())
+        hints = get_type_hints(PlugInSettings, include_extras=True)
+        if isinstance(values, dict) and (problem := problem_of_keys(hints, values, "")):
+            raise ValueError(problem)
         namespace = parser.instantiate(parser.parse_object(values))
     except Exception as error:
         raise ValueError(f"{path}: {error}") from error

@@ -8,4 +8,6 @@ Example::
     scorer.score({"user": 7}, [3, 12], candidates=[41, 42])  # [2, number of labels]
 """
 
-from recsys.serving.scorer import Scorer as Scorer
+from recsys.serving.scorer import Scorer
+
+__all__ = ["Scorer"]

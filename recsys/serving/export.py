@@ -38,7 +38,7 @@ from recsys.serving.vector_file import StoredType, VectorFileShape, write_vector
 
 logger = logging.getLogger(__name__)
 
-BLOCK_BYTES = 2**25  # of a table that are in memory at a time
+BLOCK_BYTES = 2**25  # bytes of a table that are in memory at a time
 ITEMS_PER_CALL = 256
 PACKAGES = ("torch", "torchrec", "recsys-em3")
 

@@ -1,6 +1,6 @@
 """A package: the files that answer requests, listed with their sizes and hashes in a manifest.
 
-`manifest.json` says what the package is of; `schema.yaml` and `vocabulary/` have the columns of the
+`manifest.json` describes the package; `schema.yaml` and `vocabulary/` have the columns of the
 run; `graph.pt2` is the ranking model by torch.export; `tables/*.vectors` are the ID tables and
 `content/*.vectors` the content vectors of the items; `request.json` is an example.
 """

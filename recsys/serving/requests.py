@@ -90,7 +90,7 @@ class RequestReader:
             ValueError: names the column with a missing, unknown or unusable value.
         """
         if not isinstance(user, Mapping):
-            raise ValueError(f"user: is {type(user).__name__}; give a value for each column")
+            raise ValueError(f"user: is {type(user).__name__}; give a mapping of column to value")
         item = self.schema.target_item
         given = candidates if isinstance(candidates, Mapping) else {item: candidates}
         ids = {item: _listed(given, item, "candidates")}
@@ -105,7 +105,8 @@ class RequestReader:
             values = _listed(given, name, "candidates")
             if len(values) != len(target):
                 raise ValueError(
-                    f"candidates: '{name}' has {len(values)} values for {len(target)} candidates"
+                    f"candidates: '{name}' has {len(values)} values for {len(target)} candidates; "
+                    "give one for each"
                 )
             return values
 
@@ -153,7 +154,7 @@ class RequestReader:
                 if len(found[each][0]) != length:
                     raise ValueError(
                         f"history: '{each}' has {len(found[each][0])} values for {length} items of "
-                        f"'{name}'"
+                        f"'{name}'; give one for each"
                     )
             return found
 
@@ -236,7 +237,7 @@ def _listed(given: Values, name: str, place: str) -> Sequence[Any]:
         ValueError: it is missing, or no list.
     """
     if name not in given:
-        raise ValueError(f"{place}: lacks '{name}'")
+        raise ValueError(f"{place}: lacks '{name}'; give a list")
     values = given[name]
     values = values.tolist() if isinstance(values, np.ndarray) else values
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):

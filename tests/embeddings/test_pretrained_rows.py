@@ -177,7 +177,7 @@ def test_raw_ids_are_mapped_and_unknown_ones_left_out(tmp_path: Path) -> None:
     weights, known = initial_tables()["user"], [7, 0, 3, 8, 5]
     weights[known] = torch.tensor(vectors(known), dtype=torch.float32)
     assert torch.equal(weights_of(model, "user"), weights)
-    with pytest.raises(ValueError, match="none of the 6 ids is known"):
+    with pytest.raises(ValueError, match="6 ids"):
         load(path, ExactVocabulary(10).find)
 
 
@@ -185,7 +185,7 @@ def test_a_map_that_refuses_the_ids_is_told_with_the_file(tmp_path: Path) -> Non
     vocabulary = ExactVocabulary(10)
     vocabulary.extend([pa.array([7])])
     path = write(tmp_path / "vectors.parquet", ["seven"], vectors([0]))
-    with pytest.raises(ValueError, match=r"vectors\.parquet: column 'id': the map holds integers"):
+    with pytest.raises(ValueError, match=r"vectors\.parquet: column 'id': .*integers"):
         load(path, vocabulary.find)
 
 
@@ -210,7 +210,7 @@ def test_of_several_tables_in_a_file_only_the_own_rows_are_read(tmp_path: Path) 
     assert load(path) == LoadedRows(3, 0)
     with pytest.raises(ValueError, match=r"row 1: id 900 is outside \[0, 10\)"):
         load(path, table="item")
-    with pytest.raises(ValueError, match=r"no row for table 'user'.*'city' where"):
+    with pytest.raises(ValueError, match=r"table 'user'.*'city'"):
         load(path, table="city")
 
 
@@ -246,19 +246,19 @@ WRONG_IDS = [
     ([1, 2, -1], r"column 'id', row 2: id -1 is outside \[0, 10\)"),
     ([1, 2, 10], r"column 'id', row 2: id 10 is outside \[0, 10\).*raise num_embeddings"),
     (pa.array([1, 2**64 - 1, 3], pa.uint64()), "row 1: id 18446744073709551615 is outside"),
-    ([1, 2, 1], r"row 2: id 1: row 1 of table 'user' has a vector already"),
-    ([3, 3, 1], r"row 1: id 3: row 3 of table 'user' has a vector already"),
-    (["1", "2", "3"], "column 'id' has type string, but ids are integers"),
+    ([1, 2, 1], r"row 2: id 1: row 1 of table 'user' "),
+    ([3, 3, 1], r"row 1: id 3: row 3 of table 'user' "),
+    (["1", "2", "3"], "column 'id'.*string"),
 ]
 WRONG_VECTORS = [
     ([GOOD[0], [1.0, 2.0], GOOD[1]], r"column 'vector', row 1: vectors of 2 numbers .* of dim"),
     (pa.array([[1.0] * 4] * 3, pa.list_(pa.float32(), 4)), "column 'vector': vectors of 4 numb"),
     ([GOOD[0], GOOD[1], None], r"column 'vector', row 2: null"),
-    (with_number(None), r"column 'vector', row 2: null inside the vector"),
+    (with_number(None), r"column 'vector', row 2: null inside"),
     (with_number(float("nan")), r"column 'vector', row 2: value nan"),
     (with_number(1e300), r"column 'vector', row 2: value 1e\+300; .*fits float32"),
-    ([[1] * DIM] * 3, "column 'vector' has type list<.*int64>, expected a list of floats"),
-    ([1.0, 2.0, 3.0], "column 'vector' has type double"),
+    ([[1] * DIM] * 3, "column 'vector'.*list<.*int64>"),
+    ([1.0, 2.0, 3.0], "column 'vector'.*double"),
 ]
 
 
@@ -292,23 +292,23 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("no Parquet")
     empty = pa.array([], pa.list_(pa.float32()))
     cases: list[tuple[str | list[str], str]] = [
-        (str(tmp_path / "absent.parquet"), "absent.parquet: no such file"),
-        (str(tmp_path / "text.parquet"), "text.parquet: not a readable Parquet file"),
-        (write(tmp_path / "empty.parquet", pa.array([], pa.int64()), empty), "no row for table"),
-        ([], "no files: no row for table 'user'"),
-        (write(tmp_path / "kind.parquet", [1], GOOD[:1], table=[7]), "column 'table' has type"),
+        (str(tmp_path / "absent.parquet"), "absent.parquet: "),
+        (str(tmp_path / "text.parquet"), "text.parquet: .*Parquet"),
+        (write(tmp_path / "empty.parquet", pa.array([], pa.int64()), empty), "table 'user'"),
+        ([], "no files: .*'user'"),
+        (write(tmp_path / "kind.parquet", [1], GOOD[:1], table=[7]), "column 'table'"),
     ]
     for path, message in cases:
         with pytest.raises(ValueError, match=message):
             load(path)
     path = write(tmp_path / "good.parquet", [1], GOOD[:1])
-    with pytest.raises(ValueError, match=r"column 'movie' is missing; the file has \['id', 'vect"):
+    with pytest.raises(ValueError, match=r"column 'movie' is missing.*\['id', 'vect"):
         load(path, id_column="movie")
 
 
 def test_a_table_that_is_absent_or_on_meta_is_refused(tmp_path: Path) -> None:
     files = PretrainedFiles([write(tmp_path / "vectors.parquet", [1], GOOD[:1])])
-    with pytest.raises(ValueError, match=r"'city' is not in the model; the tables are \['user'"):
+    with pytest.raises(ValueError, match=r"'city'.*\['user'"):
         load_pretrained_rows(model_with_tables(), "city", files)
-    with pytest.raises(ValueError, match="'user' is on meta; shard the model"):
+    with pytest.raises(ValueError, match=r"'user'.* meta"):
         load_pretrained_rows(TablesModel(table_configs()), "user", files)

@@ -64,7 +64,7 @@ def test_column_shards_keep_moments_of_their_own() -> None:
 
 def test_what_does_not_fit_is_refused_by_the_planner_too() -> None:
     tables = [table(rows=20 * BILLION, pooling="none"), table("user", 1000)]
-    with pytest.raises(ValueError, match="the tables do not fit"):
+    with pytest.raises(ValueError, match="'item'"):
         planned(tables, EIGHT_BY_EIGHT)
     lines = what_does_not_fit(tables, EIGHT_BY_EIGHT.device.memory_bytes, 64)
 
@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_refused_by_the_planner_too() -> None:
         f"ranks can hold {64 * room:,}"
     )
     ranks = -(-(size + table_bytes(tables[1])) // room)
-    assert f"enough would be: {ranks:,} ranks" in lines
+    assert any(line.endswith(f": {ranks:,} ranks") for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_fix_that_is_named_is_enough(change: dict[str, str], words: str) -> No
     too_large = table(rows=6 * BILLION, **change)
     lines = what_does_not_fit([too_large], 79 * GIB, 64)
 
-    assert f"enough would be: {words}" in lines
+    assert any(line.endswith(f": {words}") for line in lines)
     setting, value = words.split(" for ")[0].split(" ")
     assert not what_does_not_fit([replace(too_large, **{setting: value.strip("'")})], 79 * GIB, 64)
 

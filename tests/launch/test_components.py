@@ -69,7 +69,7 @@ def test_a_benchmark_is_named_first_and_runs_as_a_module() -> None:
     assert job.roles[0].args[-1].endswith(" -m -- benchmarks.throughput --out 'my run'")
     assert " --nproc_per_node 1 " in component("benchmark", "--", "ladder").roles[0].args[-1]
     for arguments in ((), ("--", "--out", "my run")):
-        with pytest.raises(ValueError, match="name a benchmark first"):
+        with pytest.raises(ValueError, match=r"benchmark .*--out"):
             component("benchmark", *arguments)
 
 
@@ -167,7 +167,7 @@ def test_several_nodes_meet_at_the_port_of_the_first() -> None:
 
 
 def test_more_ranks_than_gpus_are_refused_with_the_fix() -> None:
-    with pytest.raises(ValueError, match="give --nproc 2 or --gpu 4"):
+    with pytest.raises(ValueError, match=r"--nproc 4 .*--gpu 2"):
         component("train", "--nproc", "4", "--gpu", "2")
     with pytest.raises(ValueError, match="--nproc 0"):
         component("train", "--nproc", "0")

@@ -231,7 +231,7 @@ def test_development_packages_stay_when_the_project_changes(
 
 def test_a_folder_that_is_no_environment_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(install.InstallError, match="is no virtual environment"):
+    with pytest.raises(install.InstallError, match="--venv"):
         install.make_environment(tmp_path, start_over=True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

@@ -1,6 +1,7 @@
 """The `Example::` of each public class and function runs as it stands, and ends without an error.
 
-Public are the names in `__all__` of the packages below, and the parts that users derive from.
+Public are the names in `__all__` of every package, and the parts that users derive from. An example
+of the plug-in has what its reader has: a DLRM, a loader, a device, and settings beside a dataset.
 """
 
 import inspect
@@ -15,13 +16,31 @@ import torch
 
 from recsys.distributed.ranks import joined_ranks
 from recsys.model.auxiliary import Distillation
-from recsys.plug_in import DLRMWithContent
 from recsys.plug_in.added_columns import AddedColumns
+from recsys.serving import Scorer
+from tests.datasets import write_dataset
+from tests.recsys.plug_in.plug_in_runs import build_dlrm, user_batches
 
-PACKAGES = ("recsys", "recsys.optimizer", "embeddings")
-PARTS = [AddedColumns, Distillation, DLRMWithContent] + [
+PROJECT = Path(__file__).parents[2]
+PACKAGES = (
+    *("embeddings", "embeddings.memory_bank", "recsys", "recsys.content.encoders.build"),
+    *("recsys.optimizer", "recsys.plug_in", "recsys.serving"),
+)
+NAMED = {
     getattr(package, name) for package in map(import_module, PACKAGES) for name in package.__all__
-]
+}
+# The scorer's example runs in `serving`, where there is a package.
+PARTS = sorted({AddedColumns, Distillation, *NAMED} - {Scorer}, key=lambda part: part.__name__)
+SETTINGS = """\
+data: shop
+item: item
+history: viewed
+cache: cache
+content:
+  dim: 16
+  modalities: {clip: {kind: feature, column: clip}}
+  fusion: {num_heads: 2}
+"""
 
 
 def example_of(part: Any) -> str:
@@ -31,14 +50,41 @@ def example_of(part: Any) -> str:
     return textwrap.dedent(found.group(1))
 
 
+def run_example(part: Any, names: dict[str, Any]) -> None:
+    """Runs the example of a class or function, which must import it."""
+    exec(example_of(part), names)
+    assert part.__name__ in names, "an example imports what it shows"
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dataset and the settings of a plug-in."""
+    folder = tmp_path_factory.mktemp("examples")
+    write_dataset(folder / "shop", {})
+    (folder / "content.yaml").write_text(SETTINGS)
+    return folder
+
+
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
 def test_the_example_in_the_docstring_runs(
-    part: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: Any, shop: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names: dict[str, Any] = {}
-    monkeypatch.chdir(tmp_path)
+    if part.__module__.startswith("recsys.plug_in"):
+        dlrm, device = build_dlrm("dlrm", "cpu"), torch.device("cpu")
+        names = {"dlrm": dlrm, "loader": user_batches(0, 2), "device": device}
+    monkeypatch.chdir(shop)
 
     with joined_ranks("cpu"), torch.random.fork_rng():
-        exec(example_of(part), names)
+        run_example(part, names)
 
-    assert part.__name__ in names, "an example imports what it shows"
+
+def test_every_package_with_public_names_is_read_here() -> None:
+    files = [
+        file
+        for folder in ("recsys", "embeddings", "launch", "benchmarks")
+        for file in (PROJECT / folder).rglob("*.py")
+        if re.search("^__all__ =", file.read_text(), re.M)
+    ]
+    names = [".".join(file.relative_to(PROJECT).with_suffix("").parts) for file in files]
+    assert {name.removesuffix(".__init__") for name in names} == set(PACKAGES)

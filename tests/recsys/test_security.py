@@ -68,7 +68,7 @@ def test_pickled_weights_are_refused(encoder: Path, trace: Path) -> None:
     torch.save({"weight": Payload(trace)}, encoder / "pytorch_model.bin")
     PretrainedEncoder(str(encoder), None, "text").load_model()  # safetensors lie beside it
     (encoder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="from safetensors only, as a pickle may run code"):
+    with pytest.raises(ValueError, match="safetensors only"):
         PretrainedEncoder(str(encoder), None, "text").load_model()
     assert not trace.exists()
 
@@ -77,7 +77,7 @@ def test_pickled_adapters_are_refused(encoder: Path, trace: Path) -> None:
     torch.save({"weight": Payload(trace)}, encoder / "adapter_model.bin")
     settings = {"peft_type": "LORA", "base_model_name_or_path": str(encoder)}
     (encoder / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="it is a peft adapter; merge it into its base model"):
+    with pytest.raises(ValueError, match="peft adapter"):
         PretrainedEncoder(str(encoder), None, "text").load_model()
     assert not trace.exists()
 
@@ -90,7 +90,7 @@ def test_code_of_an_encoder_is_not_run_even_by_someone_who_would_agree(
     (encoder / "code.py").write_text(f"open({str(trace)!r}, 'w')\n")
     auto_map = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
     change(encoder / "config.json", model_type="own", auto_map=auto_map)
-    with pytest.raises(ValueError, match="needs code from its repository, which is never run"):
+    with pytest.raises(ValueError, match="its repository"):
         pretrained = PretrainedEncoder(str(encoder), None, "text")
         pretrained.load_model() if part == "model" else pretrained.tokenizer
     assert not trace.exists()
@@ -109,7 +109,7 @@ def test_a_cache_with_pickled_objects_is_refused(tmp_path: Path, trace: Path) ->
     for name in ("offsets.npy", "values.npy"):
         good = (tmp_path / name).read_bytes()
         np.save(tmp_path / name, objects, allow_pickle=True)
-        with pytest.raises(ValueError, match=f"{tmp_path}: damaged .*; remove it"):
+        with pytest.raises(ValueError, match=f"{tmp_path}: damaged"):
             RaggedArray(tmp_path)
         (tmp_path / name).write_bytes(good)
     assert RaggedArray(tmp_path).lengths.tolist() == [1]
@@ -121,7 +121,7 @@ def test_a_schema_with_python_objects_is_refused(tmp_path: Path, trace: Path) ->
     yaml.unsafe_load(text)
     trace.rmdir()  # it would have run
     (tmp_path / "schema.yaml").write_text(text)
-    with pytest.raises(ValueError, match="could not determine a constructor for the tag"):
+    with pytest.raises(ValueError, match="the tag"):
         load_schema(Location.of(tmp_path))
     assert not trace.exists()
 
@@ -135,10 +135,10 @@ def test_a_class_that_a_schema_or_a_configuration_names_is_not_imported(
     schema = data / "schema.yaml"
     named = "{class_path: module_of_a_stranger.Column}"
     schema.write_text(schema.read_text().replace("{kind: dense}", named))
-    with pytest.raises(ValueError, match="'class_path' names code, which is never loaded"):
+    with pytest.raises(ValueError, match="'class_path' "):
         load_schema(Location.of(data))
     (tmp_path / "config.yaml").write_text(f"embedding: {named}")
-    with pytest.raises(ValueError, match="'class_path' names code, which is never loaded"):
+    with pytest.raises(ValueError, match="'class_path' "):
         load_config(tmp_path / "config.yaml")
     assert not trace.exists()
 
@@ -165,7 +165,7 @@ def test_an_image_in_postscript_is_not_interpreted(monkeypatch: pytest.MonkeyPat
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     interpreter: list[object] = []
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", interpreter.append)
-    with pytest.raises(ValueError, match="of no known format"):
+    with pytest.raises(ValueError, match="known format"):
         decode_image(program, 8)
     assert not interpreter
 

@@ -51,6 +51,19 @@ class Encoder(nn.Module):
         identity: origin of its weights; None if it has none.
         rewritten: names of frozen parameters that differ from the loaded ones.
         notes: sentences for the user.
+
+    Example::
+
+        from recsys.content.encoders.build import Encoder
+        from recsys.data.batch import ContentInput
+
+        class Doubled(Encoder):
+            def __init__(self):
+                super().__init__()
+                self.output_dim, self.caches = 4, False
+
+            def forward(self, content):  # values [U, T, 4]
+                return ContentInput(2 * content.values, content.mask)
     """
 
     output_dim: int

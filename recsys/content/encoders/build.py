@@ -29,6 +29,16 @@ def encoder_of(kind: ModalityKind, entry_shape: tuple[int, ...] = ()) -> Encoder
 
     Raises:
         ValueError: the encoder cannot be loaded, does not fit its settings, or is no `Encoder`.
+
+    Example::
+
+        from recsys.config import ModalitySettings
+        from recsys.content.encoders.build import encoder_of
+        from recsys.data.items.kind import make_kind
+
+        modality = ModalitySettings("text", "title", encoder="random:bert")
+        encoder = encoder_of(make_kind("content.modalities.title", modality))
+        assert encoder.identity is not None
     """
     encoder = kind.encoder(entry_shape)
     if not isinstance(encoder, Encoder):
@@ -51,6 +61,14 @@ def build_encoder(name: str, modality: ModalitySettings, feature_dim: int | None
 
     Raises:
         ValueError: the encoder cannot be loaded, or does not fit its settings.
+
+    Example::
+
+        from recsys.config import ModalitySettings
+        from recsys.content.encoders.build import build_encoder
+
+        encoder = build_encoder("clip", ModalitySettings("feature", "clip"), feature_dim=6)
+        assert encoder.output_dim == 6
     """
     kind = make_kind(f"content.modalities.{name}", modality)
     encoder = kind.encoder(kind.entry_shape if feature_dim is None else (feature_dim,))

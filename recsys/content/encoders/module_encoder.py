@@ -16,7 +16,14 @@ from recsys.data.items.images import ImagePreparation
 
 
 class StoredFeatures(Encoder):
-    """Encoder of stored features, which are tokens already: [U, 1, D] -> [U, 1, D]."""
+    """Encoder of stored features, which are tokens already: [U, 1, D] -> [U, 1, D].
+
+    Example::
+
+        from recsys.content.encoders.build import StoredFeatures
+
+        assert StoredFeatures(output_dim=6).frozen_dim == 6
+    """
 
     def __init__(self, output_dim: int) -> None:
         """Keep the width D of the features."""
@@ -34,6 +41,16 @@ class ModuleEncoder(Encoder):
 
     Raises:
         ValueError: the module's output has another shape.
+
+    Example::
+
+        from torch import nn
+
+        from recsys.content.encoders.build import ModuleEncoder
+
+        module = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
+        encoder = ModuleEncoder(module, trained=True, image_size=8)
+        assert encoder.output_dim == 5
     """
 
     def __init__(self, module: nn.Module, trained: bool, image_size: int) -> None:

@@ -1,9 +1,7 @@
 """TransformerEncoder: any `transformers` text or vision model, frozen, with adapters or trained.
 
-Adapters (LoRA) are in some of its layers. All layers below the lowest of them are frozen and
-give an item the same hidden states at every step, which may be cached (`recsys.content.cache`),
-if the model can be cut there (`layer_split`). If not, all layers run in every step, and a note
-reports it.
+The layers below the lowest adapter (LoRA) are frozen, so that their outputs may be cached
+(`recsys.content.cache`) if the model can be cut there (`layer_split`); a note reports if not.
 
 Shapes: U unique items, T tokens, D width of the encoder.
 """
@@ -37,9 +35,7 @@ class Recomputed(nn.Module):
 
 
 class TransformerEncoder(Encoder):
-    """A transformers model, run from the lowest layer that trains.
-
-    `TextTransformer` and `ImageTransformer` define its inputs and tokens.
+    """A transformers model; `TextTransformer` and `ImageTransformer` define inputs and tokens.
 
     Args:
         model: it returns `last_hidden_state` for `input_ids` or `pixel_values`.
@@ -51,6 +47,14 @@ class TransformerEncoder(Encoder):
     Raises:
         ValueError: the model cannot be run, some layers or targets of LoRA do not exist, or the
             inputs are larger than it can read.
+
+    Example::
+
+        from recsys.config import ModalitySettings
+        from recsys.content.encoders.build import TransformerEncoder, build_encoder
+
+        encoder = build_encoder("a", ModalitySettings("text", "a", encoder="random:bert"))
+        assert isinstance(encoder, TransformerEncoder)
     """
 
     is_text: bool

@@ -45,7 +45,7 @@ class Image(ModalityKind):
         """Raise a ValueError unless the settings name either an encoder or a module."""
         if bool(self.modality.encoder) == bool(self.modality.module):
             raise ValueError(
-                f"{self.where}: an image needs either `encoder` or `module`, and not both"
+                f"{self.where}: kind image needs one of `encoder` and `module`; set exactly one"
             )
 
     def check_column(self, column: ItemColumnReader) -> None:

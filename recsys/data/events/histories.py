@@ -20,7 +20,7 @@ from recsys.data.events.settings import Count, History, Parallel
 from recsys.data.events.signals import IMPRESSION
 from recsys.data.events.times import MICROS, duration
 
-SAMPLES_AT_ONCE = 1 << 16  # whose histories are in memory
+SAMPLES_AT_ONCE = 1 << 16  # samples whose histories are in memory at a time
 DAY = 86_400 * MICROS["s"]
 
 

@@ -60,7 +60,7 @@ def load_events_config(path: Path, data: Path | None = None) -> EventsConfig:
             raise ValueError(problem)
         namespace = parser.instantiate(parser.parse_object(content))
         config = EventsConfig(**{part.name: namespace[part.name] for part in fields(EventsConfig)})
-        for source in _sources(config):
+        for _, source in _sources(config):
             _resolve(source, path.parent if data is None else data)
         if config.items is not None:
             _resolve_pictures(config.items, path.parent if data is None else data)
@@ -85,9 +85,12 @@ def _written_out(content: Any, path: tuple[str, ...] = ()) -> Any:
     return content
 
 
-def _sources(config: EventsConfig) -> Iterator[Source]:
-    yield from config.events.values()
-    yield from (of for of in (config.impressions, config.items, config.users) if of is not None)
+def _sources(config: EventsConfig) -> Iterator[tuple[str, Source]]:
+    """Yield each table with the name of its setting."""
+    yield from ((f"events.{name}", table) for name, table in config.events.items())
+    for name in ("impressions", "items", "users"):
+        if (table := getattr(config, name)) is not None:
+            yield name, table
 
 
 def _resolve(source: Source, folder: Path) -> None:
@@ -119,10 +122,12 @@ def check_events_config(config: EventsConfig) -> None:
     """Raise a ValueError where settings do not fit together."""
     for required in ("events", "labels"):
         if not getattr(config, required):
-            raise ValueError(f"{required}: empty; name at least one")
+            raise ValueError(f"{required} is empty; name at least one")
     if IMPRESSION in config.events:
-        raise ValueError(f"events: '{IMPRESSION}' is the action of impressions; rename the table")
-    for source in _sources(config):
+        raise ValueError(
+            f"events: '{IMPRESSION}' is the name of the action of impressions; rename the table"
+        )
+    for name, source in _sources(config):
         if not source.path:
             raise ValueError("path: empty; name at least one file or folder")
         if source.delimiter is not None and len(source.delimiter.encode()) != 1:
@@ -131,7 +136,7 @@ def check_events_config(config: EventsConfig) -> None:
             ZoneInfo(source.time_zone)
         except Exception as error:
             raise ValueError(
-                f"time_zone '{source.time_zone}' is not known; write such as Europe/Berlin"
+                f"{name}.time_zone '{source.time_zone}' is unknown; write such as Europe/Berlin"
             ) from error
     _check_names(config)
     _check_transforms(config)
@@ -142,7 +147,7 @@ def check_events_config(config: EventsConfig) -> None:
     if config.drop.later_than is not None:
         moment(config.drop.later_than, "UTC")
     if config.rows is not None and config.impressions is not None:
-        raise ValueError("rows: impressions are the rows; take one of both out")
+        raise ValueError("rows: impressions are the rows already; remove rows or impressions")
     if config.negatives is not None:
         if config.impressions is not None:
             raise ValueError("negatives: impressions have negatives already; take one of both out")
@@ -219,20 +224,27 @@ def _check_columns(config: EventsConfig) -> None:
     wanted |= {label.column: "labels" for label in config.labels.values() if label.column}
     for name, user in wanted.items():
         if name not in of_rows:
-            raise ValueError(f"{user}: column '{name}' is in the `columns` of no table of rows")
+            raise ValueError(
+                f"{user}: column '{name}' is not in the `columns` of a table of rows; add it there"
+            )
     for name in event_columns(config):
         if name not in wanted and name not in of_events:
-            raise ValueError(f"parallel: column '{name}' is in `columns` of no event or item table")
+            raise ValueError(
+                f"parallel: column '{name}' is not in the `columns` of an event or item table; add "
+                "it there"
+            )
 
 
 def _check_labels(config: EventsConfig) -> None:
     for name, label in config.labels.items():
         if (label.action is None) == (label.column is None):
-            raise ValueError(f"labels: '{name}' needs either action or column")
+            raise ValueError(f"labels: '{name}' needs one of action and column; set exactly one")
         if label.within is not None and duration(label.within) is None:
-            raise ValueError(f"labels: '{name}': within needs a duration such as 7d")
+            raise ValueError(
+                f"labels: '{name}': within is {label.within}; set a duration such as 7d"
+            )
         if label.action is not None and label.within is None and config.impressions is not None:
-            raise ValueError(f"labels: '{name}' of impressions needs within, such as 7d")
+            raise ValueError(f"labels: '{name}' of impressions has no within; set one such as 7d")
         if label.at_least is not None and not math.isfinite(label.at_least):
             raise ValueError(f"labels: '{name}': at_least is {label.at_least}; set a finite number")
         for action in label.action or ():
@@ -253,7 +265,9 @@ def _check_past(config: EventsConfig) -> None:
                     "scale not 0"
                 )
             if of.column == "action" and config.vocabulary.kind == "rows":
-                raise ValueError(f"parallel: '{parallel}': actions are no rows; leave it out")
+                raise ValueError(
+                    f"parallel: '{parallel}': actions cannot be rows of a table; leave it out"
+                )
     ids = config.items.columns if config.items is not None else {}
     for name, count in config.counts.items():
         _check_delay(f"counts: '{name}'", count.delay)
@@ -261,7 +275,7 @@ def _check_past(config: EventsConfig) -> None:
         for key in count.of:
             if key not in ("user", "item") and not (key in ids and ids[key].kind == "id"):
                 raise ValueError(
-                    f"counts: '{name}': of '{key}'; name user, item or an id column of the items"
+                    f"counts: '{name}': of has '{key}'; name user, item or an id column of items"
                 )
         if not count.of:
             raise ValueError(f"counts: '{name}': of is empty; name user, item or both")

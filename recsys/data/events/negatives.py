@@ -19,7 +19,7 @@ from recsys.data.events.engines.base import Engine
 from recsys.data.events.settings import EventsConfig, Negatives
 from recsys.data.events.signals import quoted
 
-ATTEMPTS = 64  # after which a draw of a user who took nearly everything is given up
+ATTEMPTS = 64  # attempts per draw, as a user may have taken nearly everything
 
 
 @dataclass(frozen=True)

@@ -14,26 +14,26 @@ SplitBy = Literal["time", "dates", "user", "windows"]
 
 @dataclass
 class Source:
-    """Files of one table, and where their time stands."""
+    """Files of one table, and the form of their times."""
 
     # Parquet or CSV: a file, a folder (with `key=value/` parts, if any), a URL, or a list of them.
     path: str | list[str]
-    time_unit: TimeUnit = "s"  # of integers
-    time_zone: str = "UTC"  # of timestamps and ISO strings that have none
-    header: list[str] | None = None  # names of the columns of text files that have no line of them
-    delimiter: str | None = None  # of text files; None: tab in .tsv, else comma
-    in_quotes: bool = True  # of text files: values may stand in double quotes
-    # Of times as texts that are not ISO: as strptime has it, such as "%d/%m/%Y %H:%M".
+    time_unit: TimeUnit = "s"  # unit of times that are integers
+    time_zone: str = "UTC"  # zone of timestamps and ISO strings without one
+    header: list[str] | None = None  # column names, for text files without a header line
+    delimiter: str | None = None  # in text files; None: tab in .tsv, else comma
+    in_quotes: bool = True  # in text files, values may be in double quotes
+    # Form of times that are text but not ISO, for strptime, such as "%d/%m/%Y %H:%M".
     time_format: str | None = None
 
 
 @dataclass
 class Several:
-    """Items of a row whose item column holds a list of them, or a text such as `N1-1 N2-0`."""
+    """How to split an item column that holds a list of items, or a text such as `N1-1 N2-0`."""
 
-    between: str = " "  # of texts: what stands between items
-    column: str | None = None  # new column with the number after each item; None: there is none
-    separator: str = "-"  # what stands between an item and its number
+    between: str = " "  # text between two items
+    column: str | None = None  # new column for the number after each item; None: no numbers
+    separator: str = "-"  # text between an item and its number
 
 
 Value = int | float | str
@@ -48,9 +48,9 @@ class EventTable(Source):
     time: str = "time"
     action: str | None = None  # a column; None: every row's action is the table's name
     request: str | None = None  # a column; where impressions have it, too, both must agree
-    columns: list[str] = field(default_factory=list)  # further ones, for labels, context, lists
-    several: Several | None = None  # the item column holds several; each becomes a row
-    where: dict[str, Value | list[Value]] = field(default_factory=dict)  # rows to read, by column
+    columns: list[str] = field(default_factory=list)  # of labels, context and lists
+    several: Several | None = None  # makes a row of each item, if a row holds several
+    where: dict[str, Value | list[Value]] = field(default_factory=dict)  # values of rows to read
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Snapshots(Source):
 
     id: str = "id"
     valid_from: str | None = None  # a time column; None: one row per id, valid at all times
-    columns: dict[str, Feature] = field(default_factory=dict)  # features of samples
+    columns: dict[str, Feature] = field(default_factory=dict)  # become features of samples
 
 
 @dataclass
@@ -76,9 +76,9 @@ class Content:
     """A column of the dataset's items."""
 
     kind: Literal["text", "image", "feature", "category", "other"]
-    # Of kind image: a column with names of files, whose bytes become the content.
+    # For kind image: the column of file names; the files' bytes become the content.
     path_column: str | None = None
-    folder: str | None = None  # of these files, or a URL; None: that of other relative paths
+    folder: str | None = None  # their folder or URL; None: the folder of all relative paths
 
 
 @dataclass
@@ -92,17 +92,17 @@ class ItemTable(Snapshots):
 class Label:
     """Value to predict: an action, or a number of the row."""
 
-    action: list[str] | None = None  # 1 where the user did one of these on the item
+    action: list[str] | None = None  # the label is 1 if the user did one of these on the item
     # Time after the row in which the action counts. An action belongs to the user's last row with
     # that item. None: the row's own action decides.
     within: str | None = None
     column: str | None = None
-    at_least: float | None = None  # 1 from here on; None: the column holds 0 and 1
+    at_least: float | None = None  # label 1 from this value on; None: the column holds 0 and 1
 
 
 @dataclass
 class Negatives:
-    """Items drawn for each row whose first label is 1: never one that the user ever took."""
+    """Items drawn for each row whose first label is 1; never an item that the user took."""
 
     per_positive: int = 1
     by: Literal["uniform", "popularity"] = "uniform"
@@ -113,10 +113,10 @@ class Negatives:
 class Parallel:
     """A list beside a history, with one value per event."""
 
-    column: str  # of the events or items; or age (log10(1 + days) / 2), or action
-    at_least: float | None = None  # 1 from here on, else 0
-    scale: float = 1.0  # the values are divided by it
-    fill: float = 0.0  # stands for null; ids that are null are unknown
+    column: str  # a column of events or items; or age (log10(1 + days) / 2), or action
+    at_least: float | None = None  # values become 1 from this one on, else 0
+    scale: float = 1.0  # divisor of the values
+    fill: float = 0.0  # value instead of null; null ids are unknown
 
 
 @dataclass
@@ -125,7 +125,7 @@ class History:
 
     actions: list[str] | None = None  # None: all but impressions
     length: int = 50
-    delay: str = "0s"  # events later than the sample's time minus this are not known yet
+    delay: str = "0s"  # time until an event is known; younger events are left out
     parallel: dict[str, Parallel] = field(default_factory=dict)
 
 
@@ -135,7 +135,7 @@ class Count:
 
     of: list[str]  # user, item, or id columns of the items
     actions: list[str] | None = None  # None: all but impressions
-    per: list[str] | None = None  # divides by the number of these; 0 where there is none
+    per: list[str] | None = None  # divide by the number of these actions; 0 if there are none
     within: str = "all"
     delay: str = "0s"
 
@@ -148,24 +148,24 @@ class Split:
     # time, user: quantiles at which train, valid (and test) end; dates: when valid, test (and
     # nothing) begin.
     at: list[float | str] = field(default_factory=lambda: [0.8, 0.9])
-    windows: int = 5  # of windows: the last tenths of time, each tested by a dataset of its own
+    windows: int = 5  # datasets by windows, each tested on one of the last tenths of time
 
 
 @dataclass
 class Drop:
     """Events that are left out."""
 
-    duplicates: bool = True  # same user, item, time, action and request: the first stays
+    duplicates: bool = True  # keep the first of equal user, item, time, action and request
     later_than: str | None = None  # an ISO time; None: now
-    max_events_per_user: int | None = None  # users with more are left out: robots
+    max_events_per_user: int | None = None  # leave out users with more events, such as robots
 
 
 @dataclass
 class Vocabulary:
     """Mapping of ids to rows."""
 
-    kind: Literal["exact", "rows"] = "exact"  # rows: they are rows already
-    # By column: occurrences until the last training sample that an id needs for a row of its own.
+    kind: Literal["exact", "rows"] = "exact"  # rows: ids are rows of tables already
+    # By column: occurrences, up to the last training sample, for which an id gets its own row.
     min_count: dict[str, int] = field(default_factory=dict)
 
 
@@ -181,15 +181,15 @@ class Output:
 
 @dataclass
 class EventsConfig:
-    """From logs to samples; see the page of this folder."""
+    """All settings of `recsys prepare events`; see the page of `recsys/data`."""
 
     events: dict[str, EventTable]
     labels: dict[str, Label]
     impressions: EventTable | None = None
     items: ItemTable | None = None
     users: Snapshots | None = None
-    rows: list[str] | None = None  # actions that are samples, where there are no impressions
-    context: dict[str, Feature] = field(default_factory=dict)  # columns of the row itself
+    rows: list[str] | None = None  # actions that become samples, without impressions
+    context: dict[str, Feature] = field(default_factory=dict)  # columns of the sample's own row
     negatives: Negatives | None = None
     histories: dict[str, History] = field(default_factory=dict)
     counts: dict[str, Count] = field(default_factory=dict)

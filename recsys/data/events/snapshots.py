@@ -94,8 +94,8 @@ def _check_unique(engine: Engine, name: str, table: Snapshots, file: str) -> Non
     )["id"][0].as_py()
     if twice is not None:
         raise ValueError(
-            f"{file}: column '{table.id}' has {twice} several times"
-            + (" at one time" if table.valid_from else "; keep one row, or set valid_from")
+            f"{file}: column '{table.id}': {twice} has several rows"
+            + (" of one time; keep one" if table.valid_from else "; keep one, or set valid_from")
         )
 
 

@@ -45,7 +45,7 @@ def moment(text: str, zone: str) -> int:
     try:
         time = datetime.fromisoformat(text)
     except ValueError as error:
-        raise ValueError(f"time {text!r}: write an ISO date or time, 2026-11-01T12:00") from error
+        raise ValueError(f"'{text}' is no ISO time; write such as 2026-11-01T12:00") from error
     if time.tzinfo is None:
         time = time.replace(tzinfo=ZoneInfo(zone))
     return round(time.timestamp()) * MICROS["s"] + time.microsecond

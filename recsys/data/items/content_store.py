@@ -145,7 +145,8 @@ def require_column(items: Items, kind: ModalityKind) -> None:
     name = kind.modality.column
     column = items.columns.get(name)
     if column is None or column.kind != kind.column_kind:
+        known = ", ".join(f"{name} ({one.kind})" for name, one in items.columns.items())
         raise ValueError(
-            f"{kind.where}: schema.yaml has no item column '{name}' of kind {kind.column_kind}; it "
-            f"has {', '.join(f'{name} ({one.kind})' for name, one in items.columns.items())}"
+            f"{kind.where}: schema.yaml has no item column '{name}' of kind {kind.column_kind}; "
+            f"name one of {known}"
         )

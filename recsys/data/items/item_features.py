@@ -33,7 +33,8 @@ def feature_tokens(chunk: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
     value = value.value_type if is_nested else value
     if not is_list(kind) or not pa.types.is_floating(value):
         raise ValueError(
-            f"{where} has type {kind}, expected a number, list<float> or list<list<float>>"
+            f"{where} has type {kind}, expected a number, list<float> or list<list<float>>; "
+            "write one of them"
         )
     lengths = list_lengths(chunk)
     if is_nested:

@@ -102,7 +102,9 @@ def num_images(chunk: pa.Array, where: str) -> np.ndarray:  # [n]
     kind = chunk.type
     image = kind.value_type if is_list(kind) else kind
     if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
-        raise ValueError(f"{where} has type {kind}, expected binary or list<binary>")
+        raise ValueError(
+            f"{where} has type {kind}, expected binary or list<binary>; write the bytes of images"
+        )
     if is_list(kind):
         return list_lengths(chunk)
     return chunk.is_valid().to_numpy(zero_copy_only=False).astype(np.int64)

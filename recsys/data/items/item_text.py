@@ -21,7 +21,7 @@ def texts_of(chunk: pa.Array, where: str, report: Report) -> list[str | None]:
         ValueError: the column has another type; `where` names file and column.
     """
     if not (pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type)):
-        raise ValueError(f"{where} has type {chunk.type}, expected string")
+        raise ValueError(f"{where} has type {chunk.type}, expected string; write it with that type")
     try:
         return chunk.to_pylist()
     except UnicodeDecodeError:

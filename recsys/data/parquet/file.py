@@ -35,7 +35,7 @@ def open_parquet(file: Location, streaming: bool = False) -> Iterator[pq.Parquet
     """
     try:
         if not file.exists():
-            raise ValueError(f"{file}: no such file")
+            raise ValueError(f"{file}: no such file; correct the path")
         parquet = pq.ParquetFile(
             file.path,
             filesystem=file.arrow,
@@ -75,7 +75,7 @@ def column_type(parquet: pq.ParquetFile, file: Location, name: str) -> pa.DataTy
             "of schema.yaml"
         )
     if names.count(name) > 1:
-        raise ValueError(f"{file}: column '{name}' is there {names.count(name)} times; keep one")
+        raise ValueError(f"{file}: column '{name}' occurs {names.count(name)} times; keep one")
     return parquet.schema_arrow.field(name).type
 
 

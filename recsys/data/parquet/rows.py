@@ -68,7 +68,7 @@ class ParquetRows(RowSource):
         folder = root / split
         files = folder.files(".parquet")
         if not files:
-            raise ValueError(f"{folder}: no *.parquet files; a dataset needs this split")
+            raise ValueError(f"{folder}: no *.parquet files; write the rows of this split there")
         return ParquetRows(files, schema, on_bad_row=on_bad_row)
 
     @property

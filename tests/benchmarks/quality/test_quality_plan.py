@@ -91,7 +91,7 @@ def test_windows_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 
     assert list(windows(str(tmp_path))) == ["window-1", "window-2", "window-10"]
     assert windows(str(tmp_path / "window-2")) == {"window-2": str(tmp_path / "window-2")}
-    with pytest.raises(ValueError, match=r"neither a schema.yaml nor folders window-1"):
+    with pytest.raises(ValueError, match=r"schema\.yaml.* window-1"):
         windows(str(tmp_path / "window-3"))
 
 
@@ -99,24 +99,24 @@ def test_what_is_wrong_is_said_before_anything_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, out = str(write_windows(tmp_path / "data")), tmp_path / "runs"
-    with pytest.raises(ValueError, match=r"--grid small is unknown; choose one of .'parts'"):
+    with pytest.raises(ValueError, match=r"--grid small.*'parts'"):
         quality(data, out, grid="small")
-    with pytest.raises(ValueError, match=r"\['CIC'\] are not in grid text; choose of .'ID only'"):
+    with pytest.raises(ValueError, match=r"\['CIC'\].* grid text.*'ID only'"):
         chosen_cells("text", ["CIC"])
-    with pytest.raises(ValueError, match="both must be at least 1"):
+    with pytest.raises(ValueError, match="--seeds 0"):
         quality(data, out, seeds=0)
     use_small_grid(monkeypatch)
-    with pytest.raises(ValueError, match="no configuration has a seed that is finished"):
+    with pytest.raises(ValueError, match="--train false"):
         quality(data, out, grid="small", recipe=TINY, train=False)
     same = Cell("same", "", {"epochs": 1}, "recipe")
     monkeypatch.setitem(GRIDS, "same", [Cell("recipe", "", {}), same])
-    with pytest.raises(ValueError, match="'same' changes nothing of 'recipe' with this recipe"):
+    with pytest.raises(ValueError, match=r"'same'.*'recipe'"):
         quality(data, out, grid="same", recipe=TINY)
     monkeypatch.setitem(GRIDS, "wrong", [Cell("typo", "", {"rankin.dropout": 1})])
     with pytest.raises(ValueError, match=r"'typo': config .*rankin.dropout"):
         quality(data, out, grid="wrong", recipe=TINY)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="use --nproc 1"):
+    with pytest.raises(ValueError, match="--nproc 1"):
         quality(data, out)
     assert not out.exists()
 

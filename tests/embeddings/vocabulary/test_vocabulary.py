@@ -109,7 +109,7 @@ def test_slices_and_chunks_mean_their_own_ids() -> None:
 
 def test_ids_that_do_not_fit_are_refused_with_the_rows_they_need() -> None:
     vocabulary = vocabulary_of([1, 2], num_embeddings=4)
-    with pytest.raises(ValueError, match=r"5 ids do not fit.* 4,.*set it to at least 6"):
+    with pytest.raises(ValueError, match=r"5 ids.* 4,.* 6"):
         vocabulary.extend([array([3, 4]), array([5])])
     assert vocabulary.rows_of(array([1, 2, 3])).tolist() == [0, 1, 3]
     assert vocabulary.extend([array([3])]) == 1
@@ -121,10 +121,10 @@ def test_ids_that_do_not_fit_are_refused_with_the_rows_they_need() -> None:
         (pa.array([1, None]), "id number 1 is null"),
         (pa.array([None, "a"]), "id number 0 is null"),
         (pa.DictionaryArray.from_arrays(pa.array([0, 1]), pa.array([7, None])), "1 is null"),
-        (pa.array([1.0]), "ids of type double; ids are integers or strings"),
-        (pa.array([True]), "ids of type bool"),
-        (pa.array([2**63], pa.uint64()), "does not fit a signed 64-bit integer"),
-        (pa.array(["1"]), "the map holds integers, these ids are large_string"),
+        (pa.array([1.0]), "type double"),
+        (pa.array([True]), "type bool"),
+        (pa.array([2**63], pa.uint64()), "64-bit"),
+        (pa.array(["1"]), "integers.*large_string"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -134,18 +134,18 @@ def test_ids_of_another_kind_are_refused(ids: pa.Array, message: str) -> None:
 
 
 def test_a_table_without_room_for_known_and_unknown_ids_is_refused() -> None:
-    with pytest.raises(ValueError, match="num_embeddings is 1; set at least 2"):
+    with pytest.raises(ValueError, match="num_embeddings is 1"):
         ExactVocabulary(1)
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"id": [5, 6], "row": [0, 2]}, "its rows are not 0, 1, 2"),
-        ({"id": [5, 5], "row": [0, 1]}, "an id has several rows"),
+        ({"id": [5, 6], "row": [0, 2]}, "0, 1, 2"),
+        ({"id": [5, 5], "row": [0, 1]}, "several rows"),
         ({"id": [5, None], "row": [0, 1]}, "id number 1 is null"),
-        ({"id": [5, 6, 7], "row": [2, 1, 0]}, "3 ids do not fit"),
-        ({"id": [5]}, "not a readable vocabulary"),
+        ({"id": [5, 6, 7], "row": [2, 1, 0]}, "3 ids"),
+        ({"id": [5]}, "vocabulary"),
     ],
 )
 def test_a_file_that_is_no_map_is_named(
@@ -153,7 +153,7 @@ def test_a_file_that_is_no_map_is_named(
 ) -> None:
     file = str(tmp_path / "item.parquet")
     pq.write_table(pa.table(columns), file)
-    with pytest.raises(ValueError, match=rf"item\.parquet: {message}"):
+    with pytest.raises(ValueError, match=rf"item\.parquet: .*{message}"):
         ExactVocabulary.load(file, num_embeddings=3)
 
 
@@ -163,7 +163,7 @@ def test_strings_with_one_fingerprint_are_never_taken_for_each_other(
     monkeypatch.setattr(vocabulary_module, "_keys", lambda plain: np.full(len(plain), 42))
     vocabulary = vocabulary_of(["ann"])
     assert vocabulary.rows_of(array(["ann", "bob"])).tolist() == [0, 999]
-    with pytest.raises(ValueError, match="ids 'ann' and 'bob' have one fingerprint"):
+    with pytest.raises(ValueError, match="'ann' and 'bob'"):
         vocabulary.extend([array(["bob"])])
 
 
@@ -216,5 +216,5 @@ def test_another_seed_gives_other_rows() -> None:
 
 @pytest.mark.parametrize(("num_embeddings", "num_hashes"), [(0, 1), (1, 0)])
 def test_hash_sizes_out_of_range_are_refused(num_embeddings: int, num_hashes: int) -> None:
-    with pytest.raises(ValueError, match="is 0; set at least 1"):
+    with pytest.raises(ValueError, match=r"num_(embeddings|hashes) is 0"):
         HashVocabulary(num_embeddings, num_hashes)

@@ -100,7 +100,7 @@ def test_the_checkpoint_of_another_model_is_refused(
 ) -> None:
     with (
         joined_ranks("cpu") as ranks,
-        pytest.raises(ValueError, match="does not fit the model of"),
+        pytest.raises(ValueError, match=r"best: .*config\.yaml"),
     ):
         load_best(job_of(folder, ranks, *words), run)
 
@@ -131,7 +131,7 @@ def test_a_failure_while_writing_keeps_the_old_checkpoint(
             weight += 1  # type: ignore[operator]
         with monkeypatch.context() as patch:
             patch.setattr(dcp, "save", half_written)
-            with pytest.raises(ValueError, match=r"best: .* could not be written \(No space left"):
+            with pytest.raises(ValueError, match=r"best: .*\(No space"):
                 save_best(job, tmp_path)
         load_best(job, tmp_path)
         assert torch.equal(weight, saved)  # type: ignore[arg-type]
@@ -292,11 +292,11 @@ def test_a_full_disk_ends_the_job_only_when_it_stays_full(
             checkpoints.save(Progress(steps=2))
             checkpoints.wait()
             told = capfd.readouterr().out
-            assert "step-00000002: the checkpoint could not be written (No space left" in told
-            assert f"the last good checkpoint is {tmp_path}/checkpoints/step-00000001" in told
+            assert "step-00000002: " in told and "(No space" in told
+            assert f" {tmp_path}/checkpoints/step-00000001" in told
             checkpoints.save(Progress(steps=3))
             checkpoints.save(Progress(steps=4))
-            with pytest.raises(ValueError, match=r"step-00000004: .* could not be written"):
+            with pytest.raises(ValueError, match=r"step-00000004: "):
                 checkpoints.wait()
         checkpoints.save(Progress(steps=5), wait=True)
         checkpoints.close()
@@ -335,10 +335,10 @@ def test_a_disk_that_runs_full_keeps_the_last_checkpoint_and_its_room(
             file.truncate(filler.stat().st_size - 40_000)
         checkpoints.save(Progress(steps=2))
         checkpoints.wait()
-        assert "No space left on device" in capfd.readouterr().out
+        assert "No space" in capfd.readouterr().out
         folders = small_disk / "checkpoints"
         assert [path.name for path in folders.iterdir()] == ["step-00000001"]
-        with pytest.raises(ValueError, match=r"step-00000003: the checkpoint could not be written"):
+        with pytest.raises(ValueError, match=r"step-00000003: "):
             checkpoints.save(Progress(steps=3), wait=True)
         progress = Checkpoints(job, small_disk, "data").restore()
         assert progress is not None and progress.steps == 1
@@ -352,6 +352,6 @@ def test_a_folder_without_finished_run_is_refused(folder: Path, tmp_path: Path) 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"epochs": 1}))
     with (
         joined_ranks("cpu") as ranks,
-        pytest.raises(ValueError, match=r"holds no finished run \(metrics.json\)"),
+        pytest.raises(ValueError, match=r"metrics\.json"),
     ):
         load_run(tmp_path, None, ranks, "cpu")

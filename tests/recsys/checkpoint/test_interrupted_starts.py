@@ -75,7 +75,7 @@ def start(folder: Path, run: Path, **arguments: Any) -> bool:
             raise TrainingStopped
 
         patch.setattr(Trainer, "train", stop)
-        with pytest.raises(TrainingStopped, match="asked to end after step"):
+        with pytest.raises(TrainingStopped, match="after step"):
             run_training(folder, run, **arguments)
     return True
 
@@ -217,7 +217,7 @@ def test_a_restart_goes_on_with_the_run_it_has_begun_by_whatever_launcher(
 
 def test_a_dataset_is_not_taken_for_the_folder_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
-    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match="holds a dataset"):
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=f"{tmp_path}: .*dataset"):
         find_start(tmp_path, "auto", True, ranks)
 
 
@@ -231,7 +231,7 @@ def refused_at_each(action: Callable[[], object], named: Path) -> Callable[[str]
             return  # the other job would have collectives of its own
         tried.append(change)
         if len(tried) % 3 == 1:
-            with pytest.raises(ValueError, match=f"{named}: in use by process {os.getpid()} on "):
+            with pytest.raises(ValueError, match=f"{named}: .*process {os.getpid()} on "):
                 action()
 
     return at_change

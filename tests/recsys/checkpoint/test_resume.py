@@ -43,9 +43,7 @@ def test_sigterm_loses_no_step_and_the_same_command_goes_on(
 ) -> None:
     with monkeypatch.context() as patch:
         first = StepsSeen(patch, stop_after)
-        with pytest.raises(
-            TrainingStopped, match=r"the state is in .*/checkpoints/step-0+\d+, and"
-        ):
+        with pytest.raises(TrainingStopped, match=r"/checkpoints/step-0+\d+"):
             run_training(folder, tmp_path / "run")
     with monkeypatch.context() as patch:
         second = StepsSeen(patch)
@@ -128,7 +126,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
         file.write_bytes(content[: len(content) // 2])
     run_training(folder, tmp_path / "run")
     told = capfd.readouterr().out
-    assert f"checkpoint {newest} is damaged and left out: {file}" in told
+    assert f"checkpoint {newest} is damaged" in told and str(file) in told
     assert f"from {before}" in told
     assert_same_end(tmp_path / "run", whole)
 
@@ -138,7 +136,7 @@ def test_where_every_checkpoint_is_damaged_nothing_starts_from_the_beginning(
 ) -> None:
     for checkpoint in damaged(tmp_path / "run", whole):
         (checkpoint / "__0_0.distcp").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no checkpoint is whole .*--overwrite true"):
+    with pytest.raises(ValueError, match=r"checkpoints: .*--overwrite true"):
         run_training(folder, tmp_path / "run")
 
 
@@ -148,27 +146,27 @@ def test_where_every_checkpoint_is_damaged_nothing_starts_from_the_beginning(
         (["--embedding.dim", "8"], r"embedding.dim \(checkpoint: 16, now: 8\)"),
         (["--seed", "4"], r"seed \(checkpoint: 0, now: 4\)"),
         (["--content", "none"], r"content.dim"),
-        (["--contrastive.weight", "0"], r"contrastive.weight \(to or from 0\)"),
+        (["--contrastive.weight", "0"], r"contrastive.weight \(.*0\)"),
         (["--embedding.optimizer", "sgd"], r"embedding.optimizer"),
     ],
 )
 def test_a_configuration_that_cannot_go_on_is_refused_with_what_differs(
     folder: Path, whole: Path, words: list[str], named: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"these settings differ: .*{named}.*choose another --out"):
+    with pytest.raises(ValueError, match=f"{named}.*--out"):
         run_training(folder, whole, *words)
 
 
 def test_other_training_data_are_refused(folder: Path, whole: Path, tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", {"train": 61, "valid": 24, "test": 20})
-    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match="the training data changed"):
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match="training data"):
         train(config_of(folder), str(tmp_path / "data"), whole, ranks)
 
 
 def test_resume_never_and_must_do_what_they_say(folder: Path, whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds a run already; choose another --out or pass --ov"):
+    with pytest.raises(ValueError, match=r"--out .*--overwrite true"):
         run_training(folder, whole, resume="never")
-    with pytest.raises(ValueError, match="no checkpoint to go on from, but --resume is must"):
+    with pytest.raises(ValueError, match="--resume is must"):
         run_training(folder, tmp_path / "new", resume="must")
 
 
@@ -190,8 +188,8 @@ def test_a_loss_that_is_not_finite_ends_the_job_and_is_in_no_checkpoint(
         return before(watch, number, loss * float("nan") if number == 6 else loss, positions)
 
     monkeypatch.setattr(LossWatch, "step", step)
-    told = r"the loss is nan at step 6 on rank 0, on [78] impressions between \S+/train/part-"
-    with pytest.raises(ValueError, match=told + r".*The last good checkpoint is \S+/step-00000003"):
+    told = r"is nan .*step 6 .*rank 0, .* [78] .*/train/part-"
+    with pytest.raises(ValueError, match=told + r".*/step-00000003"):
         run_training(folder, tmp_path / "run")
     assert [path.name for path in folders_by_age(tmp_path / "run" / "checkpoints")] == [
         "step-00000003"
@@ -247,7 +245,7 @@ def test_skipped_rows_are_counted_in_the_metrics_and_trained_on_by_nobody(
     assert rows == {"items": 0, "train": 2, "valid": 0, "test": 2}
     assert metrics["test"]["num_samples"] == 18
     told = capfd.readouterr().out
-    assert "skipped 2 rows of train" in told and "column 'price'" in told and "row 3" in told
+    assert "skipped 2 rows" in told and "column 'price'" in told and "row 3" in told
 
 
 def two_runs(rank: int, world_size: int, folder: Path) -> None:

@@ -148,7 +148,7 @@ def test_training_goes_on_with_columns_in_another_order(
         more = copy.deepcopy(SCHEMA)
         more["columns"]["shipping"] = {"kind": "dense"}
         write_schema(data, more)
-        with pytest.raises(ValueError, match="column 'shipping' is in the data's"):
+        with pytest.raises(ValueError, match="column 'shipping'"):
             train(config, str(data), longer, ranks)
 
 
@@ -261,7 +261,7 @@ def test_ranks_that_read_ids_of_two_types_agree_that_neither_goes_on(trained: Sc
     schema = copy.deepcopy(trained)
     other = {"genres": IdType("string", "part-1.csv")}
     ranks = SimpleNamespace(gather=lambda mine: [mine, other])
-    with pytest.raises(ValueError, match=r"part-1\.csv: has string ids of 'genres'.* integer"):
+    with pytest.raises(ValueError, match=r"part-1\.csv: .*string.*'genres'.* integer"):
         agree_on_id_types(schema, cast(Ranks, ranks))
     del schema.id_types["genres"]
     agree_on_id_types(schema, cast(Ranks, ranks))

@@ -85,16 +85,14 @@ def nothing(_: Path) -> None:
 
 
 FOLDER = ("--content.modalities.text.encoder", "DATA/encoder")
-LOAD = ["content.modalities.text: ", "'DATA/encoder' cannot be loaded: "]
+LOAD = ["content.modalities.text: ", "'DATA/encoder' "]
 
 SCHEMAS = {
-    "no schema": BadInput(
-        lambda data: (data / "schema.yaml").unlink(), ["DATA/schema.yaml: no such file"]
-    ),
+    "no schema": BadInput(lambda data: (data / "schema.yaml").unlink(), ["DATA/schema.yaml: "]),
     "schema that is no YAML": BadInput(schema_of(b"columns: [a"), ["DATA/schema.yaml: "]),
     "number of rows that is a fraction": BadInput(
         schema("num_embeddings: 10", "num_embeddings: 10.5"),
-        ["DATA/schema.yaml: columns.user.num_embeddings is 10.5; it must be an integer"],
+        ["DATA/schema.yaml: columns.user.num_embeddings is 10.5"],
     ),
     "kind that does not exist": BadInput(
         schema("kind: dense", "kind: densee"), ["DATA/schema.yaml: columns.price.kind is densee"]
@@ -107,7 +105,7 @@ SCHEMAS = {
     "schema that grows": BadInput(schema_of(bomb_of_aliases()), ["DATA/schema.yaml: "]),
     "schema that names a class": BadInput(
         schema("kind: dense", "class_path: os.path"),
-        ["DATA/schema.yaml: ", "'class_path' names code, which is never loaded"],
+        ["DATA/schema.yaml: ", "'class_path'"],
     ),
     "column twice in the schema": BadInput(
         schema("  price:", "  user: {kind: dense}\n  price:"),
@@ -128,16 +126,10 @@ SCHEMAS = {
 }
 
 ENCODERS = {
-    "no such folder": BadInput(nothing, ["encoder folder 'DATA/encoder' has no config"], FOLDER),
-    "weights as a pickle": BadInput(
-        encoder(pickled_weights), [*LOAD, "read from safetensors only, as a pickle may run"], FOLDER
-    ),
-    "code of its own": BadInput(
-        encoder(code_of_its_own), [*LOAD, "needs code from its repository, which is never"], FOLDER
-    ),
-    "adapter without its model": BadInput(
-        encoder(adapter), [*LOAD, "it is a peft adapter; merge it into its base model"], FOLDER
-    ),
+    "no such folder": BadInput(nothing, ["encoder folder 'DATA/encoder'"], FOLDER),
+    "weights as a pickle": BadInput(encoder(pickled_weights), [*LOAD, "safetensors only"], FOLDER),
+    "code of its own": BadInput(encoder(code_of_its_own), [*LOAD, "its repository"], FOLDER),
+    "adapter without its model": BadInput(encoder(adapter), [*LOAD, "peft adapter"], FOLDER),
     "truncated weights": BadInput(
         encoder(lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 99)),
         LOAD,
@@ -154,17 +146,15 @@ ENCODERS = {
         LOAD,
         FOLDER,
     ),
-    "no tokenizer": BadInput(
-        encoder(without_tokenizer), ["tokenizer of 'DATA/encoder' has no vocabulary"], FOLDER
-    ),
+    "no tokenizer": BadInput(encoder(without_tokenizer), ["tokenizer of 'DATA/encoder' "], FOLDER),
     "longer texts than the encoder reads": BadInput(
         nothing,
-        ["max_length is 9999; the encoder reads at most 512 tokens"],
+        ["max_length is 9999"],
         ("--content.modalities.text.max_length", "9999"),
     ),
     "images of another size": BadInput(
         nothing,
-        ["image_size is 48; the encoder wants 32"],
+        ["image_size is 48"],
         (
             "--content.modalities",
             "{p: {kind: image, column: poster, encoder: 'random:vit', image_size: 48}}",
@@ -172,12 +162,12 @@ ENCODERS = {
     ),
     "more layers to adapt than there are": BadInput(
         nothing,
-        ["top_layers is 4; the encoder has 3 layers"],
+        ["top_layers is 4"],
         ("--content.modalities.text.lora.top_layers", "4"),
     ),
     "column that the items do not have": BadInput(
         nothing,
-        ["content.modalities.text: schema.yaml has no item column 'titel' of kind text"],
+        ["content.modalities.text: ", "item column 'titel'"],
         ("--content.modalities.text.column", "titel"),
     ),
 }
@@ -185,13 +175,13 @@ ENCODERS = {
 SETTINGS = {
     "unknown setting": ("--epoch=3", "epoch"),
     "text instead of a number": ("--epochs=many", "epochs"),
-    "no batch": ("--batch_size=0", "batch_size is 0; it must be >0"),
+    "no batch": ("--batch_size=0", "batch_size is 0"),
     "NaN as learning rate": ("--optimizer.learning_rate=.nan", "optimizer.learning_rate is nan"),
     "infinite learning rate": ("--embedding.learning_rate=.inf", "learning_rate is inf"),
     "NaN as temperature": ("--contrastive.temperature=.nan", "contrastive.temperature is nan"),
-    "negative dropout": ("--ranking.dropout=-0.1", "ranking.dropout is -0.1; it must be >= 0"),
-    "heads that do not divide": ("--content.dim=15", "content.dim 15 is not divisible by"),
-    "layer of no units": ("--ranking.mlp_units=[16,0]", "ranking.mlp_units[1] is 0; it must be >0"),
+    "negative dropout": ("--ranking.dropout=-0.1", "ranking.dropout is -0.1"),
+    "heads that do not divide": ("--content.dim=15", "content.dim is 15"),
+    "layer of no units": ("--ranking.mlp_units=[16,0]", "ranking.mlp_units[1] is 0"),
     "width that the kernels cannot do": ("--embedding.dim=7", "embedding_dim is 7"),
     "modality with a dot": ("--content.modalities={a.b: {kind: feature, column: clip}}", "'a.b'"),
     "modality of a number": ("--content.modalities={1: {kind: feature, column: clip}}", "1 is"),

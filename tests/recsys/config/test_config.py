@@ -61,7 +61,7 @@ def test_an_overridden_configuration_survives_saving(tmp_path: Path) -> None:
 
 
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"config {tmp_path}/none.yaml: no such file"):
+    with pytest.raises(ValueError, match=rf"config {tmp_path}/none.yaml"):
         load_config(tmp_path / "none.yaml")
 
 
@@ -95,8 +95,8 @@ def test_unknown_and_wrong_overrides_are_named(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--batch_size=0", "batch_size is 0; it must be >0"),
-        ("--epochs=0", "epochs is 0; it must be >0"),
+        ("--batch_size=0", "batch_size is 0.*> 0"),
+        ("--epochs=0", "epochs is 0.*> 0"),
         ("--validations_per_epoch=0", "validations_per_epoch is 0"),
         ("--patience=0", "patience is 0"),
         ("--seed=-1", "seed is -1"),
@@ -110,48 +110,48 @@ def test_unknown_and_wrong_overrides_are_named(words: list[str]) -> None:
         ("--optimizer.learning_rate=-1", "optimizer.learning_rate is -1.0"),
         ("--optimizer.encoder_learning_rate=-1", "optimizer.encoder_learning_rate is -1.0"),
         ("--optimizer.warmup_steps=-1", "optimizer.warmup_steps is -1"),
-        ("--ranking.dropout=1", "ranking.dropout is 1.0; it must be >= 0 and < 1"),
-        ("--ranking.mlp_units=[8,0]", r"ranking.mlp_units\[1\] is 0; it must be >0"),
+        ("--ranking.dropout=1", "ranking.dropout is 1.0.*>= 0 .*< 1"),
+        ("--ranking.mlp_units=[8,0]", r"ranking.mlp_units\[1\] is 0.*> 0"),
         ("--ranking={name: dlrm, dense_units: [0]}", r"ranking.dense_units\[0\] is 0"),
         ("--ranking={name: mmoe, num_experts: 0}", "ranking.num_experts is 0"),
         ("--ranking.ensemble_members=0", "ranking.ensemble_members is 0"),
         (
             "--ranking={name: dlrm, ensemble_members: 2}",
-            r"ranking.ensemble_members is no setting of 'dlrm', which has \['name', .*dense_units",
+            r"ranking.ensemble_members .*'dlrm'.*\['name', .*dense_units",
         ),
         (
             "--ranking={name: two_tower, standardize_numbers: true}",
-            "ranking.standardize_numbers is no setting of 'two_tower', which has .*'tower_dim'",
+            "ranking.standardize_numbers .*'two_tower'.*'tower_dim'",
         ),
         ("--ranking={name: sim, search_top_k: 0}", "ranking.search_top_k is 0"),
         (
             "--ranking={name: two_tower, temperature: 0}",
-            "ranking.temperature is 0.0; it must be > 0",
+            "ranking.temperature is 0.0.*> 0",
         ),
         ("--content.history={top_k: 2, columns: [bought]}", r"top_k is 2.*columns.*'bought'"),
         ("--ranking.loss=in_batch_softmax", "ranking.loss is no setting of 'din_dcn'"),
         ("--ranking.search_top_k=20", "ranking.search_top_k is no setting of 'din_dcn'"),
         ("--ranking.options={depth: 3}", "ranking.options are for a class of your own"),
         ("--contrastive.weight=-1", "contrastive.weight is -1.0"),
-        ("--contrastive.temperature=0", "contrastive.temperature is 0.0; it must be > 0"),
+        ("--contrastive.temperature=0", "contrastive.temperature is 0.0.*> 0"),
         ("--contrastive.dim=0", "contrastive.dim is 0"),
         ("--contrastive.num_negatives=0", "contrastive.num_negatives is 0"),
         ("--content.dim=0", "content.dim is 0"),
-        ("--content.dim=15", "content.dim 15 is not divisible by content.fusion.num_heads 2"),
+        ("--content.dim=15", "content.dim is 15.* content.fusion.num_heads.* 2"),
         ("--content.fusion.num_queries=0", "content.fusion.num_queries is 0"),
         ("--content.fusion.dropout=-0.1", "content.fusion.dropout is -0.1"),
         (
             "--content.history.lora_rank=17",
-            r"lora_rank is 17; it must lie in \[1, content.dim = 16",
+            r"lora_rank is 17.*\[1, content.dim = 16",
         ),
         ("--content.modalities={}", "content.modalities is empty"),
-        ("--content.modalities.text.module=a:b", "text: a text takes no `module`"),
+        ("--content.modalities.text.module=a:b", "text: .*`module`"),
         ("--content.modalities.text.lora.rank=0", "content.modalities.text.lora.rank is 0"),
         ("--content.modalities.text.lora.top_layers=0", "text.lora.top_layers is 0"),
         ("--content.modalities.text.lora.dropout=1", "text.lora.dropout is 1.0"),
         (
             "--content.modalities.text.max_length=0",
-            "content.modalities.text.max_length is 0; it must be >0",
+            "content.modalities.text.max_length is 0.*> 0",
         ),
     ],
 )
@@ -163,13 +163,13 @@ def test_values_that_cannot_work_are_named(words: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("modality", "message"),
     [
-        ({"kind": "text"}, "a text needs an `encoder`"),
-        ({"kind": "image"}, "an image needs either `encoder` or `module`, and not both"),
-        ({"kind": "image", "encoder": "a", "module": "b:c"}, "and not both"),
-        ({"kind": "image", "module": "b:c", "training": "lora"}, "LoRA needs a transformers"),
-        ({"kind": "feature", "encoder": "a"}, "a stored feature takes no encoder"),
-        ({"kind": "feature", "module": "a:b"}, "a stored feature takes no encoder"),
-        ({"kind": "feature", "training": "full"}, "a stored feature is `training: frozen`"),
+        ({"kind": "text"}, "`encoder`"),
+        ({"kind": "image"}, "`encoder` and `module`"),
+        ({"kind": "image", "encoder": "a", "module": "b:c"}, "`encoder` and `module`"),
+        ({"kind": "image", "module": "b:c", "training": "lora"}, "LoRA .*`encoder`"),
+        ({"kind": "feature", "encoder": "a"}, "feature .*encoder"),
+        ({"kind": "feature", "module": "a:b"}, "feature .*encoder"),
+        ({"kind": "feature", "training": "full"}, "`training: frozen`"),
     ],
 )
 def test_a_modality_whose_parts_exclude_each_other_is_named(
@@ -185,7 +185,7 @@ def test_a_modality_whose_parts_exclude_each_other_is_named(
 def test_sampled_negatives_want_a_memory_bank() -> None:
     words = ["--ranking.name=two_tower", "--ranking.loss=sampled_softmax"]
     assert load_config(TINY, words).ranking.loss == "sampled_softmax"
-    with pytest.raises(ValueError, match="reads the content of its negatives from the memory bank"):
+    with pytest.raises(ValueError, match=r"sampled_softmax .*content.history.mode full"):
         load_config(TINY, [*words, "--content.history.mode=full"])
 
 

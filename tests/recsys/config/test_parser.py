@@ -60,15 +60,15 @@ def test_the_command_line_overrides_the_recipe_in_any_order(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--batchsize", "3"], "--batchsize; did you mean --batch_size"),
-        (["--content.dims", "3"], "content.dims is no setting; did you mean dim"),
+        (["--batchsize", "3"], "--batchsize; .* --batch_size"),
+        (["--content.dims", "3"], "content.dims .* dim"),
         (["--embedding.tables", "{a: {shardin: x}}"], r"tables.a.shardin .* mean sharding"),
         (["--ranking.mlp_unit", "3"], "mlp_unit .* mean mlp_units"),
         (["--config", "{optimiser: {name: sgd}}"], "optimiser .* mean optimizer"),
         (["--content.modalities.text.max_length", "x"], "modalities.text.max_length is x"),
         (["--config", "{optimizer: 3}"], "optimizer is 3"),
         (["--optimizer", "[1]"], r"optimizer is \[1\]"),
-        (["--content", "nonne"], "content is nonne"),
+        (["--content", "nonne"], "content .*nonne"),
         (["--checkpoint.every_steps", "x"], "checkpoint.every_steps is x"),
         (["--tracker", "3", "--resume", "sometimes"], "resume is sometimes"),
         (["--overwrite", "maybe"], "overwrite is maybe"),

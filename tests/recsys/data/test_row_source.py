@@ -100,10 +100,10 @@ def test_a_shuffled_window_holds_its_chunks_in_the_order_of_the_epoch(tmp_path: 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("parket", {}, r"source\.name 'parket' is unknown; choose one of \['parquet'\]"),
-        ("parquet", {"files": 1}, r"source\.name 'parquet' cannot be made .*'files'"),
+        ("parket", {}, r"source\.name 'parket' is unknown; .*\['parquet'\]"),
+        ("parquet", {"files": 1}, r"source\.name 'parquet' .*'files'"),
         ("pathlib:Path", {}, r"source\.name 'pathlib:Path' "),
-        (f"{__name__}:Counted", {"sizes": []}, "Counted: a split without rows"),
+        (f"{__name__}:Counted", {"sizes": []}, "Counted: .*rows"),
     ],
 )
 def test_a_source_that_cannot_be_is_refused(
@@ -114,7 +114,7 @@ def test_a_source_that_cannot_be_is_refused(
 
 
 def test_what_a_source_reads_is_checked_as_files_are(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="chunk-0: 4 rows instead of the 3 of chunk 0"):
+    with pytest.raises(ValueError, match=r"chunk-0: 4 rows .*3 "):
         list(opened(tmp_path, sizes=[3], more=1).read(0, 3))
     with pytest.raises(ValueError, match=r"chunk-1: column 'item', row 2: id 30 is outside"):
         list(opened(tmp_path, sizes=[28, 5]).read(0, 33))

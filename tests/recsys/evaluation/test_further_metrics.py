@@ -84,10 +84,10 @@ def test_a_report_has_each_metric_of_all_rows_and_of_each_part() -> None:
 @pytest.mark.parametrize(
     ("name", "metric", "options", "told"),
     [
-        ("auc", "precision_at_k", {}, "metrics.auc: every report has 'auc' already"),
-        ("p", "precision_at_k", {"k": 0}, "k is 0; it must be at least 1"),
-        ("p", "precision_at_k", {"top": 3}, "metrics.p.metric 'precision_at_k' cannot be made"),
-        ("p", "recall", {}, "metrics.p.metric 'recall' is unknown; choose one of"),
+        ("auc", "precision_at_k", {}, "metrics.auc: .*'auc' already"),
+        ("p", "precision_at_k", {"k": 0}, "k is 0"),
+        ("p", "precision_at_k", {"top": 3}, "metrics.p.metric 'precision_at_k' .*top"),
+        ("p", "recall", {}, "metrics.p.metric 'recall' is unknown"),
     ],
 )
 def test_a_wrong_setting_is_named(
@@ -97,7 +97,9 @@ def test_a_wrong_setting_is_named(
         make_metrics({name: MetricSettings(metric, options)})
 
 
-@pytest.mark.parametrize(("value", "told"), [(np.nan, "p: is nan on 1 rows"), ("x", "p: failed")])
+@pytest.mark.parametrize(
+    ("value", "told"), [(np.nan, "metrics.p: .*nan .*1 rows"), ("x", "metrics.p: failed")]
+)
 def test_a_metric_that_gives_no_number_is_named(value: Any, told: str) -> None:
     row = np.zeros(1)
     with pytest.raises(ValueError, match=told):

@@ -119,13 +119,13 @@ def test_what_the_rows_do_not_define_is_none_and_writes_as_null(
 
 
 def test_a_label_that_is_neither_zero_nor_one_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"label of row 1 is 0\.5; a label must be 0 or 1"):
+    with pytest.raises(ValueError, match=r"row 1 is 0\.5"):
         ranking_metrics(np.array([1, 0.5]), np.zeros(2), np.zeros(2, int))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_logit_that_is_not_finite_is_refused(value: float) -> None:
-    with pytest.raises(ValueError, match=r"logit of row 2 is (nan|inf) .*diverged"):
+    with pytest.raises(ValueError, match=r"row 2 is (nan|inf) "):
         ranking_metrics(np.array([1, 0, 1]), np.array([0, 0, value]), np.zeros(3, int))
 
 
@@ -191,7 +191,7 @@ def test_metrics_of_rows_split_unevenly_over_two_ranks_equal_those_of_all_rows(c
 
 
 def gather_unlike_rows(rank: int, world_size: int) -> Any:
-    with pytest.raises(ValueError, match="cannot be joined") as caught:
+    with pytest.raises(ValueError, match=r"\[2, 3\]|\(2, 3\)") as caught:
         gather_rows(torch.zeros(2, 3) if rank == 0 else torch.zeros(2, 4))
     return str(caught.value)
 

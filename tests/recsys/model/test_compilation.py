@@ -113,7 +113,7 @@ def test_without_a_compiler_a_job_is_refused_before_it_starts(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inductor_config.cpp, "cxx", (None, "no-such-compiler"))
-    told = "compile is true, but torch.compile does not work for cpu .*install a C.. compiler"
+    told = "compile is .* cpu .*no-such-compiler"
     with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=told):
         build_job(em3_config(folder, compile=True), str(folder / "data"), ranks)
 

@@ -138,7 +138,7 @@ def test_what_is_neither_tensor_nor_number_is_refused() -> None:
     settings = OptimizerSettings(name=f"{__name__}:Odd", options={"rate_share": 1.0})
     optimizer = build_dense_optimizer(model, GROUPS, settings)[1]
     take_steps(optimizer, model, 1)
-    with pytest.raises(ValueError, match=r"keeps a str as 'name' of parameter '0\.weight'"):
+    with pytest.raises(ValueError, match=r"str .*'name' of parameter '0\.weight'"):
         state_tensors(optimizer, names_of(model))
 
 
@@ -146,8 +146,8 @@ def test_what_is_neither_tensor_nor_number_is_refused() -> None:
     ("settings", "message"),
     [
         (OptimizerSettings(name="adamv"), r"optimizer\.name 'adamv' is unknown.*'adafactor'"),
-        (OptimizerSettings(options={"momentum": 1}), "cannot be made .*momentum"),
-        (OptimizerSettings(options={"lr": 1}), r"optimizer\.options\.lr: each group"),
+        (OptimizerSettings(options={"momentum": 1}), r"optimizer\.name .*momentum"),
+        (OptimizerSettings(options={"lr": 1}), r"optimizer\.options\.lr: "),
         (OptimizerSettings(name="torch.nn:Linear"), r"optimizer\.name 'torch\.nn:Linear'"),
     ],
 )

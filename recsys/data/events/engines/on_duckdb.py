@@ -43,8 +43,7 @@ class DuckDBEngine:
             try:
                 self._duckdb.execute("SET memory_limit = ?", [memory])
             except duckdb.Error as error:
-                cause = str(error).splitlines()[0]
-                raise ValueError(f"--memory is {memory} ({cause}); write such as 4GB") from error
+                raise ValueError(f"--memory is {memory}; write a size such as 4GB") from error
 
     def close(self) -> None:
         """Release the memory."""

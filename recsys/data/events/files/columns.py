@@ -50,14 +50,14 @@ def canonical_type(kind: pa.DataType, field: Field, file: Location) -> pa.DataTy
         return pa.string()
     if field.kind == "ids":
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-            raise ValueError(f"{where}, expected a list of ids; write it so or set kind id")
+            raise ValueError(f"{where}, expected a list of ids; write lists, or set kind id")
         return pa.list_(_id_type(kind.value_type, where))
     if field.kind == "id":
         return _id_type(kind, where)
     if field.kind == "number":
         number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
         if not (number or pa.types.is_boolean(kind) or pa.types.is_decimal(kind)):
-            raise ValueError(f"{where}, expected a number; write it so or set kind id")
+            raise ValueError(f"{where}, expected a number; write numbers, or set kind id")
         return pa.float64()
     return kind
 
@@ -68,7 +68,7 @@ def _id_type(kind: pa.DataType, where: str) -> pa.DataType:
         return pa.int64()
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
         return pa.string()
-    raise ValueError(f"{where}, expected integer or string ids; write it so")
+    raise ValueError(f"{where}, expected integer or string; write ids of these types")
 
 
 def column_values(batch: pa.RecordBatch, field: Field, parts: dict[str, str]) -> pa.Array:

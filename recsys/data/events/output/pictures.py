@@ -16,7 +16,7 @@ from recsys.data.events.snapshots import FOREVER
 from recsys.data.filesystem import Location, whole_file
 from recsys.data.items.item_images import check_first_image
 
-PICTURES_PER_GROUP = 128  # in memory at once
+PICTURES_PER_GROUP = 128  # pictures in memory at once
 READERS = 16  # at once: a picture from a URL is mostly waited for
 
 

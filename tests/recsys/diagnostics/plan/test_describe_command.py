@@ -87,9 +87,9 @@ def test_what_does_not_fit_is_said_by_table_with_what_would(
     assert command(folder, *memory, "--rows", "item=50000000", "--content", "none") == 0
 
     printed = capsys.readouterr().out
-    assert "does not fit\n  table 'item' (50,000,000 x 16, rowwise_adagrad, auto) takes" in printed
-    assert "enough would be: 5 ranks" in printed
-    assert "enough would be: num_embeddings 12," in printed
+    assert "\n  table 'item' (50,000,000 x 16, rowwise_adagrad, auto) " in printed
+    assert ": 5 ranks" in printed
+    assert ": num_embeddings 12," in printed
 
 
 def test_what_else_does_not_fit_is_named(folder: Path) -> None:
@@ -98,20 +98,23 @@ def test_what_else_does_not_fit_is_named(folder: Path) -> None:
     found = describe(config, str(folder / "data"), Cluster(1, 1, small), {"item": 100_000})
 
     assert found.memory.bank == 100_000 * (3 * 16 + 1) * 4
-    assert "most is the memory bank" in format_description(found)
+    assert "memory bank" in format_description(found)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--device", "h1000"], "device 'h1000' is unknown; choose one of"),
-        (["--device", "cuda"], "no GPU is usable here; name the one that is meant"),
+        (["--device", "h1000"], "device 'h1000' is unknown"),
+        (["--device", "cuda"], "device is cuda"),
         (["--device", "h100", "--nodes", "0"], "nodes is 0"),
         (["--device", "h100", "--nodes", "1000000000"], "nodes is 1000000000"),
-        (["--device", "h100", "--rows", "shoes=5"], "rows: 'shoes' has no table; the tables are"),
+        (["--device", "h100", "--rows", "shoes=5"], "rows: 'shoes'"),
         (["--device", "h100", "--rows", "item"], "rows: 'item' is not TABLE=NUMBER"),
         (["--device", "h100", "--figures.fp32_flops", "0"], "figures.fp32_flops is 0"),
-        (["--device", "h100", "--content.modalities.text.column", "nothing"], "has no item column"),
+        (
+            ["--device", "h100", "--content.modalities.text.column", "nothing"],
+            "item column 'nothing'",
+        ),
     ],
 )
 def test_mistakes_are_named(
@@ -126,8 +129,8 @@ def test_mistakes_are_named(
 def test_this_machine_is_measured(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(folder, "--device", "cpu", "--gpus-per-node", "2") == 0
     printed = capsys.readouterr().out
-    assert "2 ranks (1 x 2) on cpu of this machine" in printed
-    assert "320 of 320 training rows and 100 of 100 items" in printed
+    assert "2 ranks (1 x 2) on cpu" in printed
+    assert "320 of 320 training rows" in printed
 
 
 def test_sampled_items_and_short_histories_count_as_they_will_be(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The step profile of a small EM3 on two ranks, whose parts are slowed by known times."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -198,7 +199,7 @@ def test_rank_0_tells_of_all_ranks(runs: list[Run], report: Any, folder: Path) -
     assert report["seconds"]["step_without_profiler"]["min"] > sum(SLOW.values())
     assert runs[1].said == [] and runs[1].written == {}
     [table] = runs[0].said
-    assert table.startswith("profile of 3 steps, median and range over 2 ranks\npart of a step")
+    assert re.match(r"profile .*3 steps.* 2 ranks\n", table)
     encoders = report["parts"]["encoders"]["median"]
     assert f"\nencoders               {1e3 * encoders:.2f}" in table
     assert runs[0].written["profile_seconds/encoders"] == encoders

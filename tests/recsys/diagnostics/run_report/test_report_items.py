@@ -121,7 +121,7 @@ def test_integers_are_categories_and_zero_is_one(tmp_path: Path) -> None:
 
 
 def test_a_column_chosen_without_items_is_refused() -> None:
-    with pytest.raises(ValueError, match="--colour_by brand: the dataset has no items"):
+    with pytest.raises(ValueError, match="--colour_by brand: "):
         category_column(None, "brand")
 
 

