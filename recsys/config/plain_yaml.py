@@ -82,6 +82,8 @@ class _PlainLoader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise RefusedYaml(f"line {line}: a key that is no text; write a name")
             name = (key.tag, key.value)
+            if key.tag != TEXT and not key.value:  # such as the text `?`, which may be a value
+                raise yaml.MarkedYAMLError(problem="a key is missing", problem_mark=key.start_mark)
             if key.tag != TEXT:
                 kind = key.tag.rsplit(":", 1)[-1]
                 raise RefusedYaml(

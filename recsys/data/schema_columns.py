@@ -203,7 +203,7 @@ def check_column(
     if column.parallel and column.kind != "sequence":
         raise ValueError(f"{where}: only a sequence has parallel lists")
     if (column.num_embeddings is None) == (column.shares is None):
-        raise ValueError(f"{where} needs either num_embeddings or shares")
+        raise ValueError(f"{where} needs either num_embeddings or shares; set one")
     if column.num_embeddings is not None and not 1 <= column.num_embeddings <= MOST_ROWS:
         raise ValueError(
             f"{where}: num_embeddings is {column.num_embeddings}; set 1 to {MOST_ROWS}"
@@ -213,7 +213,10 @@ def check_column(
     if column.shares is not None:
         other = columns.get(column.shares)
         if other is None or other.num_embeddings is None:
-            raise ValueError(f"{where} shares '{column.shares}', which has no table of its own")
+            raise ValueError(
+                f"{where} shares '{column.shares}', which has no table of its own; name a column "
+                "with num_embeddings"
+            )
 
 
 def label_problem(columns: dict[str, Column]) -> str | None:

@@ -29,10 +29,10 @@ def duration(text: str) -> int | None:
         return None
     match = re.fullmatch(r"(\d+)([smhdw])", text)
     if match is None:
-        raise ValueError(f"duration {text!r}: write a number and s, m, h, d or w, such as 7d")
+        raise ValueError(f"'{text}' is no duration; write a number and s, m, h, d or w, such as 7d")
     micros = int(match[1]) * DURATIONS[match[2]] * MICROS["s"]
     if micros > LATEST:
-        raise ValueError(f"duration {text!r}: longer than any log; set a shorter one")
+        raise ValueError(f"'{text}' is longer than any log; set a shorter duration")
     return micros
 
 

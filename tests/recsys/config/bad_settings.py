@@ -119,8 +119,8 @@ SCHEMAS = {
         ["DATA/schema.yaml: ", "num_embeddings"],
     ),
     "items table larger than any memory": BadInput(
-        schema("num_embeddings: 30", f"num_embeddings: {10**15}"),
-        ["memory bank: 1,000,000,000,000,000 items"],
+        schema("num_embeddings: 30", f"num_embeddings: {10**14}"),
+        ["memory bank: 100,000,000,000,000 items"],
         (),
     ),
 }

@@ -68,7 +68,7 @@ class SwappedFeatures(EM3):
         pooled = self.embedding_bags(batch.sparse_features)
         keys = [1, 0]
         sequences = self.embeddings(batch.sequence_features.permute(keys).permute(keys))
-        ids = self.read_ids(pooled, sequences)
+        ids = self.read_ids(pooled, sequences, batch)
         content = self.content(batch) if self.content is not None else None
         logits = self.ranking(ids, content, batch)
         loss, parts, logits = self.losses(logits, ids, content, batch)

@@ -140,7 +140,7 @@ def test_every_rank_ends_with_the_cause_that_one_has_met(found: Any) -> None:
         assert "'user2'; they have ['item', 'viewed', 'user']" in rank["absent"]
         assert "no *.parquet files" in rank["no_items"]
         assert "no sparse feature 'product'; it has" in rank["no_feature"]
-        assert "item and history are both 'item'" in rank["twice"]
+        assert "history are both 'item'" in rank["twice"]
         assert "content.history.columns" in rank["further"]
 
 

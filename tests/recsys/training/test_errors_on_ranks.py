@@ -58,8 +58,8 @@ def no_label_column(data: Path) -> None:
 
 def a_table_for_a_million_machines(data: Path) -> None:
     schema = data / "schema.yaml"
-    schema.write_text(schema.read_text().replace("num_embeddings: 5}", "num_embeddings: 10**15}"))
-    schema.write_text(schema.read_text().replace("10**15", str(10**15)))
+    schema.write_text(schema.read_text().replace("num_embeddings: 5}", "num_embeddings: 10**14}"))
+    schema.write_text(schema.read_text().replace("10**14", str(10**14)))
 
 
 POSTER = "{poster: {kind: image, column: poster, encoder: 'random:vit', image_size: 32}}"

@@ -202,9 +202,9 @@ def test_repeated_rows_are_found(tmp_path: Path) -> None:
 
 def test_rows_of_training_in_another_split_are_found(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data")
-    assert "copies of training rows" not in findings(data)
+    assert "copies of training" not in findings(data)
     shutil.copy(data / "train" / "part-0.parquet", data / "valid" / "part-1.parquet")
-    assert f"{30 / 54:.1%} of the valid rows are exact copies of training rows" in findings(data)
+    assert f"{30 / 54:.1%} of the valid" in findings(data)
 
 
 def test_more_items_than_memory_take_no_memory(tmp_path: Path) -> None:
