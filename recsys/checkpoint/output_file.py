@@ -49,11 +49,8 @@ def check_output(out: Path, inputs: Iterable[Location] = ()) -> None:
     dataset = target.parent.parent
     if target.parent.name in _READ and (dataset / "schema.yaml").exists():
         raise ValueError(f"{out}: would be read as part of {dataset}; name a file elsewhere")
-    for folder in target.parents:
-        if folder.name in _OF_RUN and (folder.parent / "config.yaml").exists():
-            raise ValueError(
-                f"{out}: lies in {folder}, which is part of a run; name a file elsewhere"
-            )
+    if (part := _part_of_run(target.parent)) is not None:
+        raise ValueError(f"{out}: lies in {part}, which is part of a run; name a file elsewhere")
     is_kept = target.exists() or target.name.startswith(".")  # a lock is made anew
     if is_kept and (target.name in _KEPT or target.match("scores_*.parquet")):
         raise ValueError(f"{out}: is part of a run or dataset; name another file")
@@ -65,13 +62,24 @@ def _real(path: Path | str) -> Path:
     return Path(os.path.realpath(path))
 
 
+def _part_of_run(folder: Path) -> Path | None:
+    """Return the folder of a run that this folder is or lies in; None if there is none."""
+    for part in (folder, *folder.parents):
+        if part.name in _OF_RUN and (part.parent / ".job.json").exists():
+            return part
+    return None
+
+
 def check_run_folder(run: Path, data: str) -> None:
     """Refuse a run's folder whose files would replace those of its dataset, or be read with them.
 
     Raises:
-        ValueError: the folder is the dataset itself, or one of the folders in it that are read.
+        ValueError: the folder is the dataset itself, one of the folders in it that are read, or
+            lies in one of another run's.
     """
     root, folder = Location.of(data), _real(run)
+    if (part := _part_of_run(folder)) is not None:
+        raise ValueError(f"{run}: lies in {part}, which is part of a run; choose another --out")
     read = [_real(Path(root.path, *part)) for part in [(), *((name,) for name in _READ)]]
     if root.is_local and folder in read:
         raise ValueError(f"{run}: is part of the dataset {data}; choose another --out")

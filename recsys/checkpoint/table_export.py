@@ -143,6 +143,20 @@ class StoredTable:
         return piece
 
 
+def require_model_alone(folder: Path) -> None:
+    """Refuse the checkpoint of a step in place of the best model.
+
+    Raises:
+        ValueError: it holds the state of an optimizer.
+    """
+    names = SafeFileSystemReader(folder).read_metadata().state_dict_metadata
+    if any(name.startswith("optimizer.") for name in names):
+        raise ValueError(
+            f"{folder}: the state of a step, not that of the best model; bring the folder back, or "
+            "train again"
+        )
+
+
 def stored_tables(folder: Path) -> dict[str, StoredTable]:
     """Return the tables of a checkpoint by name."""
     if not (folder / ".metadata").is_file():

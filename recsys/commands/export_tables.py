@@ -30,7 +30,7 @@ def run(arguments: Namespace) -> None:
     from recsys.checkpoint.compatibility import check_config
     from recsys.checkpoint.files import BEST, check_files
     from recsys.checkpoint.manifest import read_manifest
-    from recsys.checkpoint.table_export import export_tables
+    from recsys.checkpoint.table_export import export_tables, require_model_alone
     from recsys.config import load_config
     from recsys.data.filesystem import recover_folder
 
@@ -38,6 +38,7 @@ def run(arguments: Namespace) -> None:
     recover_folder(best)
     manifest = read_manifest(best)
     check_files(best, manifest)
+    require_model_alone(best)
     check_config(manifest["config"], load_config(arguments.run / "config.yaml"), str(best))
     counts = export_tables(best, arguments.out, arguments.table)
     for name, rows in counts.items():

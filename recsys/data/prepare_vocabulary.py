@@ -80,15 +80,26 @@ def _raw_ids(
     places = [(split, name) for split in SPLITS for name in columns]
     if schema.items is not None and table == schema.target_item:
         places.append(("items", schema.items.id))
+    if not any((root / split).files(".parquet") for split in SPLITS):
+        raise ValueError(f"{root}: no *.parquet files in {', '.join(SPLITS)}; write the rows first")
     for folder, name in places:
+        is_of_rows = folder != "items"
+        takes_lists = is_of_rows and schema.columns[name].kind in ("ids", "sequence")
         for file in (root / folder).files(".parquet"):
-            for chunk in _chunks(file, name, None if folder == "items" else schema):
-                _check_type(file, name, chunk.type, vocabulary)
-                yield chunk.drop_null()
+            for chunk in _chunks(file, name, schema if is_of_rows else None):
+                if is_list(chunk.type) != takes_lists:
+                    wanted = "a list of ids" if takes_lists else "one id per row"
+                    raise ValueError(
+                        f"{file}: column '{name}' has type {chunk.type}, expected {wanted}; write "
+                        "it so, or change its kind in schema.yaml"
+                    )
+                ids = chunk.flatten() if takes_lists else chunk
+                _check_type(file, name, ids.type, vocabulary)
+                yield ids.drop_null()
 
 
 def _chunks(file: Location, name: str, schema: Schema | None) -> Iterator[pa.Array]:
-    """Yield the values of a column, one of the schema or else of the file; lists are flattened."""
+    """Yield the values of a column, one of the schema or else of the file."""
     columns = [name] if schema is None else schema.file_columns([name])
     with open_parquet(file) as parquet:
         for each in columns:
@@ -101,8 +112,7 @@ def _chunks(file: Location, name: str, schema: Schema | None) -> Iterator[pa.Arr
                     f"{file}: row group {index} cannot be read ({error}); write the file again"
                 ) from error
             read = table if schema is None else read_columns(table, schema, [name], str(file))
-            for chunk in read[name].chunks:
-                yield chunk.flatten() if is_list(chunk.type) else chunk
+            yield from read[name].chunks
 
 
 def _check_type(file: Location, name: str, kind: pa.DataType, vocabulary: ExactVocabulary) -> None:

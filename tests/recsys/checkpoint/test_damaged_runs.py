@@ -154,6 +154,19 @@ def test_scores_and_metrics_must_be_of_the_best_model(run: Path) -> None:
     assert not out.exists()
 
 
+def test_tables_of_a_step_are_not_exported_as_those_of_the_best_model(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = run / "checkpoints" / "best"
+    step = max(best.parent.glob("step-*"))
+    shutil.rmtree(best)
+    step.rename(best)
+    out = run.parent / "tables.parquet"
+    assert main(["export-tables", "--run", str(run), "--out", str(out)]) == 1
+    assert str(best) in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_damaged_tables_are_not_exported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (shard,) = (run / "checkpoints" / "best").glob("*.distcp")
     content = bytearray(shard.read_bytes())

@@ -67,12 +67,18 @@ def test_any_other_file_may_be_written(data: Path, out: str) -> None:
     check_output(data.parent / out, [Location.of(data / "test"), Location.of("memory://rows")])
 
 
-@pytest.mark.parametrize("run", ["data", "data/train", "test"])
+@pytest.mark.parametrize("run", ["data", "data/train", "test", "run/checkpoints/best"])
 def test_a_run_is_not_put_where_its_files_would_be_data(data: Path, run: str) -> None:
     with pytest.raises(ValueError, match=run):
         check_run_folder(data.parent / run, str(data))
     check_run_folder(data.parent / "run", str(data))
     check_run_folder(data / "runs", str(data))
+
+
+def test_a_project_may_call_the_folder_of_its_runs_checkpoints(data: Path) -> None:
+    (data.parent / "config.yaml").touch()
+    check_run_folder(data.parent / "checkpoints" / "run", str(data))
+    check_output(data.parent / "checkpoints" / "tables.parquet")
 
 
 def test_a_pipe_or_device_is_neither_written_nor_replaced(tmp_path: Path) -> None:

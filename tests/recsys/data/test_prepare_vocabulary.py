@@ -109,6 +109,30 @@ def test_ids_of_another_type_are_named(
     assert not (data / "vocabulary").exists()
 
 
+@pytest.mark.parametrize("name", ["user", "words"])
+def test_lists_in_place_of_ids_and_ids_in_place_of_lists_are_named(
+    tmp_path: Path, name: str
+) -> None:
+    data = write_raw_dataset(tmp_path / "data")
+    file = next((data / "train").glob("*.parquet"))
+    table = pq.read_table(file)
+    values = table[name].to_pylist()
+    other = [[value] for value in values] if name == "user" else ["a" for _ in values]
+    place = table.column_names.index(name)
+    pq.write_table(table.set_column(place, name, pa.array(other)), file)
+    with pytest.raises(ValueError, match=f"{file.name}: column '{name}'"):
+        prepare_vocabularies(str(data))
+
+
+def test_a_dataset_without_rows_gets_no_empty_map(tmp_path: Path) -> None:
+    data = write_raw_dataset(tmp_path / "data")
+    for file in data.glob("*/*.parquet"):
+        file.unlink()
+    with pytest.raises(ValueError, match="train, valid, test"):
+        prepare_vocabularies(str(data))
+    assert not (data / "vocabulary").exists()
+
+
 def test_without_an_exact_vocabulary_there_is_nothing_to_prepare(tmp_path: Path) -> None:
     data = write_raw_dataset(tmp_path / "data", user=HASH, item=HASH, words=HASH)
     with pytest.raises(ValueError, match=r"schema.yaml: .*kind exact"):
