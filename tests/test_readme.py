@@ -26,6 +26,8 @@ PROJECT = Path(__file__).parent.parent
 PAGES = (
     "README.md",
     "recsys/data/README.md",
+    "recsys/data/events/README.md",
+    "recsys/data/transforms/README.md",
     "recsys/diagnostics/README.md",
     "recsys/config/README.md",
     "recsys/content/README.md",
