@@ -47,6 +47,7 @@ class Scorer:
 
         scorer = Scorer.load("package")
         user = {"user": 7, "genres": [1, 2], "price": 0.5}
+        user |= {"city": "Rom", "when": "2026-11-26T12:00:00"}
         history = {"history": [3, 12], "history_liked": [1.0, 0.0]}
         scores = scorer.score(user, history, candidates=[4, 5, 6])
         assert scores.shape == (3, len(scorer.labels))
