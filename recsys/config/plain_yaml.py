@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import get_loader, set_loader
 
 TEXT = "tag:yaml.org,2002:str"
+LARGEST = 4 * 2**20  # bytes of a text; a larger one would be parsed for many seconds
 MODE = "plain_yaml"  # of parsers that read values by `_load_value`
 
 
@@ -26,13 +27,15 @@ def load_plain_yaml(text: bytes) -> Any:
     """Read lists, mappings, text and numbers.
 
     Raises:
-        yaml.YAMLError: the text is not YAML, or has an alias, a class path, or a key that is
-            duplicate or no text.
+        yaml.YAMLError: the text is not YAML, is larger than 4 MiB, or has an alias, a class path,
+            or a key that is duplicate or no text.
 
     Example::
 
         load_plain_yaml(b"target_item: item")  # {"target_item": "item"}
     """
+    if len(text) > LARGEST:
+        raise RefusedYaml(f"{len(text):,} bytes of YAML; write at most {LARGEST:,}")
     try:
         return yaml.load(text, _PlainLoader)
     except RecursionError as error:

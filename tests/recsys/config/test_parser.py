@@ -11,6 +11,7 @@ from recsys.cli import main
 from recsys.commands import train
 from recsys.config import load_config
 from recsys.config.parser import Parser
+from recsys.config.plain_yaml import RefusedYaml, load_plain_yaml
 from tests.recsys.command_runs import TINY
 
 ALIASES = "a: &a [x, x]\nb: &b [*a, *a]\n"
@@ -116,3 +117,8 @@ def test_help_has_a_line_for_each_command(capsys: pytest.CaptureFixture[str]) ->
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split()[:1] == ["train"] and len(line.split()) > 4 for line in lines)
+
+
+def test_a_text_that_would_take_long_to_parse_is_refused() -> None:
+    with pytest.raises(RefusedYaml, match="4,194,304"):
+        load_plain_yaml(b"a: " + b"x" * 4 * 2**20)
