@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from embeddings.vocabulary.fixed import ExactVocabulary, is_id_type
 from recsys.data.filesystem import Location
-from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
+from recsys.data.parquet.file import column_type, open_parquet, read_row_group
 from recsys.data.parquet.values import is_list
 from recsys.data.schema import Schema, load_schema, vocabulary_file
 from recsys.data.transforms.columns import read_columns
@@ -105,12 +105,7 @@ def _chunks(file: Location, name: str, schema: Schema | None) -> Iterator[pa.Arr
         for each in columns:
             column_type(parquet, file, each)
         for index in range(parquet.num_row_groups):
-            try:
-                table = parquet.read_row_group(index, columns=columns)
-            except READ_ERRORS as error:
-                raise ValueError(
-                    f"{file}: row group {index} cannot be read ({error}); write the file again"
-                ) from error
+            table = read_row_group(parquet, file, index, columns)
             read = table if schema is None else read_columns(table, schema, [name], str(file))
             yield from read[name].chunks
 

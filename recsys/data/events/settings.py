@@ -29,7 +29,7 @@ class Source:
 
 @dataclass
 class Several:
-    """How to split an item column that holds a list of items, or a text such as `N1-1 N2-0`."""
+    """Form of an item column that holds several items: lists, or texts such as `N1-1 N2-0`."""
 
     between: str = " "  # text between two items
     column: str | None = None  # new column for the number after each item; None: no numbers

@@ -49,6 +49,22 @@ def open_parquet(file: Location, streaming: bool = False) -> Iterator[pq.Parquet
         yield parquet
 
 
+def read_row_group(
+    parquet: pq.ParquetFile, file: Location, index: int, columns: list[str]
+) -> pa.Table:
+    """Read columns of a row group.
+
+    Raises:
+        ValueError: it is damaged; names file and row group.
+    """
+    try:
+        return parquet.read_row_group(index, columns=columns)
+    except READ_ERRORS as error:
+        raise ValueError(
+            f"{file}: row group {index} cannot be read ({error}); write the file again"
+        ) from error
+
+
 def footer_digest(file: Location, parquet: pq.ParquetFile) -> str:
     """Return a hash of a file's footer, in which nearly any change of its content shows.
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from recsys.config.parser import short
 from recsys.data.filesystem import Location
-from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
+from recsys.data.parquet.file import column_type, open_parquet, read_row_group
 from recsys.data.parquet.values import is_list
 from recsys.data.schema import Schema, read_schema
 from recsys.data.transforms.chain import Chain, results_read
@@ -100,10 +100,5 @@ def _rows(root: Location, schema: Schema, names: Sequence[str]) -> Iterator[Tran
             kinds = {column: column_type(parquet, file, column) for column in columns}
             check_types(schema, names, kinds.__getitem__, str(file))
             for index in range(parquet.num_row_groups):
-                try:
-                    table = parquet.read_row_group(index, columns=columns)
-                except READ_ERRORS as error:
-                    raise ValueError(
-                        f"{file}: row group {index} cannot be read ({error}); write the file again"
-                    ) from error
+                table = read_row_group(parquet, file, index, columns)
                 yield TransformedRows(table, schema, str(file))

@@ -51,7 +51,7 @@ def csv_batches(
             for batch in pa_csv.open_csv(
                 stream, read_options=read, parse_options=parse, convert_options=convert
             ):
-                yield _with_integers(batch, ids)
+                yield with_integers(batch, ids)
     except READ_ERRORS as error:
         place = re.match(r"In CSV column #(\d+): (.*)", str(error), re.DOTALL)
         where = f"column '{names[int(place[1])]}': {place[2]}" if place else str(error)
@@ -76,8 +76,12 @@ def id_type(texts: pa.Array) -> pa.DataType:
     return pa.string()
 
 
-def _with_integers(batch: pa.RecordBatch, ids: list[str]) -> pa.RecordBatch:
-    """Return a batch with some columns of texts as integers."""
+def with_integers(batch: pa.RecordBatch, ids: list[str]) -> pa.RecordBatch:
+    """Return a batch with some columns of texts as integers.
+
+    Raises:
+        pyarrow.ArrowInvalid: a text is not written as an integer.
+    """
     for name in ids:
         texts = batch.column(name)
         wrong = pc.invert(pc.match_substring_regex(texts, INTEGER)).fill_null(False)

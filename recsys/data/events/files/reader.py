@@ -22,7 +22,7 @@ from recsys.data.events.files.columns import (
     columns_in_files,
     partition_array,
 )
-from recsys.data.events.files.csv_rows import check_columns, csv_batches, id_type
+from recsys.data.events.files.csv_rows import check_columns, csv_batches, id_type, with_integers
 from recsys.data.events.files.narrow import columns_to_add, narrowed
 from recsys.data.events.settings import EventTable, Source
 from recsys.data.filesystem import Location
@@ -65,6 +65,7 @@ class Reader:
         parts = _partition_values(self.roots, url)
         for whole in self._batches(file, group, parts):
             batch, positions = _narrowed(whole, self.source, file, row)
+            batch = self._with_split_ids(batch, file)
             arrays = [pa.array((number << FILE_BITS) + positions)]
             for field, wanted in zip(self.fields, list(self.schema)[1:], strict=True):
                 if field.kind == "missing":
@@ -74,6 +75,19 @@ class Reader:
                 arrays.append(canonical(values, field, self.source, wanted.type, file))
             yield pa.record_batch(arrays, schema=self.schema)
             row += whole.num_rows
+
+    def _with_split_ids(self, batch: pa.RecordBatch, file: Location) -> pa.RecordBatch:
+        """Return the rows with ids split from texts as integers, if the file's ids are integers."""
+        if not isinstance(self.source, EventTable) or self.source.several is None:
+            return batch
+        name = self.source.item
+        ids = [self.schema.field(of.name).type for of in self.fields if of.column == name]
+        if not pa.types.is_string(batch.column(name).type) or pa.int64() not in ids:
+            return batch
+        try:
+            return with_integers(batch, [name])
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{file}: {error}") from error
 
     def completed(self, types: dict[str, pa.DataType]) -> Reader:
         """Return this reader with exactly the named columns; those it lacks are null.

@@ -141,6 +141,29 @@ def test_ids_of_text_files_are_integers_only_where_no_two_of_them_become_one(
     assert {str(item) for item in items.to_pylist()} == set(ids)
 
 
+@pytest.mark.parametrize(("letter", "kind"), [("", pa.int64()), ("N", pa.string())])
+def test_ids_split_from_texts_have_the_type_of_ids_alone(
+    tmp_path: Path, letter: str, kind: pa.DataType
+) -> None:
+    lines = [
+        f"{letter}{n % 5}-1 {letter}{n % 3}-0\t{n % 4}\t{1_790_000_000 + n}" for n in range(40)
+    ]
+    (tmp_path / "log.tsv").write_text("\n".join(["item\tuser\ttime", *lines]))
+    (tmp_path / "items.csv").write_text(
+        "\n".join(["id,name", *(f"{letter}{item},x" for item in range(5))])
+    )
+    content = {
+        "events": {"view": {"path": "log.tsv", "several": {"column": "seen"}, "columns": ["seen"]}},
+        "items": {"path": "items.csv", "content": {"name": "text"}},
+        "labels": {"seen_at_all": {"column": "seen"}},
+    }
+    (tmp_path / "events.yaml").write_text(yaml.safe_dump(content))
+    prepare_events(tmp_path / "events.yaml", tmp_path / "out")
+    items = pq.read_table(tmp_path / "out" / "train")["item"]
+    assert items.type == kind
+    assert {str(item) for item in items.to_pylist()} == {f"{letter}{n}" for n in range(5)}
+
+
 @pytest.mark.parametrize("value", ["007", "7.5", "x"])
 def test_a_later_id_of_another_form_is_named(tmp_path: Path, value: str) -> None:
     (tmp_path / "a.csv").write_text("item,user,time\n7,1,1790000000\n")
