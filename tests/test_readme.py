@@ -39,6 +39,7 @@ PAGES = (
     "recsys/checkpoint/README.md",
     "recsys/evaluation/README.md",
     "recsys/serving/README.md",
+    "recsys/serving/retrieval/README.md",
 )
 FRONT_PAGE = (PROJECT / "README.md").read_text()
 README = "\n".join((PROJECT / page).read_text() for page in PAGES)

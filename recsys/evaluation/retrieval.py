@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
@@ -43,7 +44,8 @@ def catalogue_of(job: Job) -> np.ndarray | range:  # int64 [items]
     if job.store is not None:
         return np.sort(job.store.items.ids)
     if job.schema.items is None:
-        return range(job.schema.num_items)
+        known = job.schema.vocabularies.get(job.schema.target_item)
+        return range(len(known) if isinstance(known, ExactVocabulary) else job.schema.num_items)
     return np.sort(ItemTable(job.root, job.schema, job.config.on_bad_row).ids)
 
 

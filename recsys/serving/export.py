@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recsys.build import Job
 from recsys.checkpoint.output_file import check_output
@@ -34,6 +35,7 @@ from recsys.model.tables import pooled_features
 from recsys.serving.bounded_file import save_bounded
 from recsys.serving.package import GRAPH, REQUEST, Manifest, write_manifest
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_graph
+from recsys.serving.requests import request_columns
 from recsys.serving.vector_file import StoredType, VectorFileShape, write_vectors
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,18 @@ def export_run(
         ValueError: there are several ranks, the folder exists, the run is not finished, or its
             model cannot be exported.
     """
+    job = load_for_export(run, out, ranks, data)
+    columns = pooled_features(job.config, job.schema), job.schema.of_kind("dense")
+    with whole_folder(out) as partial:
+        return write_package(run, job, partial, tables, PackagedModel(job.em3.ranking, *columns))
+
+
+def load_for_export(run: Path, out: Path, ranks: Ranks, data: str | None) -> Job:
+    """Load the best model of a run on this process; make the folder that `out` is to stand in.
+
+    Raises:
+        ValueError: there are several ranks, the folder exists, or the run is not finished.
+    """
     if ranks.world_size > 1:
         raise ValueError("export runs in one process; start it without torchrun")
     if out.exists():
@@ -67,46 +81,76 @@ def export_run(
     job = load_run(run, data, ranks, "cpu", ["--compile", "false"])
     job.model.eval()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_folder(out) as partial:
-        write_run_schema(partial, job.schema)
-        keep_vocabularies(partial, job)
-        for table, vocabulary in job.vocabularies.by_table.items():
-            save_bounded(partial, table, vocabulary)
-        manifest = Manifest(
-            run=str(run),
-            ranking=job.config.ranking.name,
-            labels=job.schema.of_kind("label"),
-            pooled=pooled_features(job.config, job.schema),
-            dense=job.schema.of_kind("dense"),
-            parallel=list(job.schema.parallel),
-            target_item=job.schema.target_item,
-            history=job.schema.history,
-            tables=_write_tables(run / "checkpoints" / "best", partial / "tables", tables),
-            content=_write_content(job, partial / "content", tables),
-            searches=_top_k(job) > 0,
-            bounded=list(job.vocabularies.by_table),
-            content_histories=list(job.batch_builder().content_histories),
-            versions={name: version(name) for name in PACKAGES},
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        torch.export.save(_graph_of(job, manifest), partial / GRAPH)
-        (partial / REQUEST).write_text(_example(job, manifest) + "\n")
-        write_manifest(partial, manifest)
+    return job
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """What a package computes.
+
+    ranking: the ranking model, or a part of it. pooled, dense: the columns that it reads.
+    reads_targets: it reads the content of ranked items.
+    """
+
+    ranking: nn.Module
+    pooled: list[str]
+    dense: list[str]
+    reads_targets: bool = True
+
+
+def write_package(
+    run: Path, job: Job, folder: Path, tables: StoredType, model: PackagedModel
+) -> Manifest:
+    """Write a package into an empty folder.
+
+    Raises:
+        ValueError: the model cannot be exported.
+    """
+    schema = job.schema
+    write_run_schema(folder, schema)
+    keep_vocabularies(folder, job)
+    for table, vocabulary in job.vocabularies.by_table.items():
+        save_bounded(folder, table, vocabulary)
+    read = [*model.pooled, schema.target_item, *schema.event_columns]
+    names = {schema.table_of(name) for name in read}
+    manifest = Manifest(
+        run=str(run),
+        ranking=job.config.ranking.name,
+        labels=schema.of_kind("label"),
+        pooled=model.pooled,
+        dense=model.dense,
+        parallel=list(schema.parallel),
+        target_item=schema.target_item,
+        history=schema.history,
+        tables=_write_tables(run / "checkpoints" / "best", folder / "tables", tables, names),
+        content=_write_content(job, folder / "content", tables, model.reads_targets),
+        searches=top_k(job) > 0,
+        bounded=list(job.vocabularies.by_table),
+        content_histories=list(job.batch_builder().content_histories),
+        versions={name: version(name) for name in PACKAGES},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    torch.export.save(_graph_of(job, manifest, model.ranking), folder / GRAPH)
+    (folder / REQUEST).write_text(_example(job, manifest) + "\n")
+    write_manifest(folder, manifest)
     return manifest
 
 
-def _top_k(job: Job) -> int:
+def top_k(job: Job) -> int:
+    """Return the number of history items that a search for the target's content keeps; 0: all."""
     content = content_settings(job.config)
     return 0 if content is None else content.history.top_k
 
 
 def _write_tables(
-    checkpoint: Path, folder: Path, stored_as: StoredType
+    checkpoint: Path, folder: Path, stored_as: StoredType, names: set[str]
 ) -> dict[str, dict[str, Any]]:
-    """Write each ID table of a checkpoint, a block of rows at a time; return the layouts."""
+    """Write ID tables of a checkpoint, a block of rows at a time; return the layouts."""
     folder.mkdir()
     layouts = {}
     for name, table in stored_tables(checkpoint).items():
+        if name not in names:
+            continue
         shape = VectorFileShape(table.num_rows, table.dim, stored_as)
         height = max(1, BLOCK_BYTES // (4 * table.dim))
         blocks = (
@@ -118,18 +162,21 @@ def _write_tables(
     return layouts
 
 
-def _write_content(job: Job, folder: Path, tables: StoredType) -> dict[str, dict[str, Any]]:
-    """Write the content vectors of all items, as targets and as history items."""
+def _write_content(
+    job: Job, folder: Path, tables: StoredType, of_targets: bool
+) -> dict[str, dict[str, Any]]:
+    """Write the content vectors of all items, as targets (if these are read) and in histories."""
     branch, store = job.em3.content, job.store
     if branch is None:
         return {}
     assert store is not None
     folder.mkdir()
     num_items, bank = job.schema.num_items, branch.bank
-    encode = _encoder(branch, store)
+    encode = content_encoder(branch, store)
     width = encode(np.zeros(1, np.int64)).shape[1]
     shape = VectorFileShape(num_items, width, "fp32" if tables == "fp32" else "fp16")
-    write_vectors(folder / "target.vectors", shape, _blocks(num_items, encode))
+    if of_targets:
+        write_vectors(folder / "target.vectors", shape, _blocks(num_items, encode))
 
     def in_bank(ids: np.ndarray) -> Tensor:  # [U, E]
         """Read vectors of history items."""
@@ -138,7 +185,8 @@ def _write_content(job: Job, folder: Path, tables: StoredType) -> dict[str, dict
 
     of_history = encode if bank is None else in_bank
     write_vectors(folder / "history.vectors", shape, _blocks(num_items, of_history))
-    return {"target": shape.as_plain(), "history": shape.as_plain()}
+    kinds = ("target", "history") if of_targets else ("history",)
+    return {kind: shape.as_plain() for kind in kinds}
 
 
 def _blocks(num_items: int, vectors_of: Callable[[np.ndarray], Tensor]) -> Iterator[Tensor]:
@@ -146,7 +194,9 @@ def _blocks(num_items: int, vectors_of: Callable[[np.ndarray], Tensor]) -> Itera
         yield vectors_of(np.arange(start, min(start + ITEMS_PER_CALL, num_items)))
 
 
-def _encoder(branch: ContentBranch, store: ContentStore) -> Callable[[np.ndarray], Tensor]:
+def content_encoder(branch: ContentBranch, store: ContentStore) -> Callable[[np.ndarray], Tensor]:
+    """Return a function of items' ids that encodes their content, as the memory bank keeps it."""
+
     @torch.no_grad()
     def encode(ids: np.ndarray) -> Tensor:  # [U, E]
         """Encode items as the model encodes ranked items; one without content has none."""
@@ -155,17 +205,17 @@ def _encoder(branch: ContentBranch, store: ContentStore) -> Callable[[np.ndarray
     return encode
 
 
-def _graph_of(job: Job, manifest: Manifest) -> torch.export.ExportedProgram:
-    """Export the ranking model with the history map."""
+def _graph_of(job: Job, manifest: Manifest, ranking: nn.Module) -> torch.export.ExportedProgram:
+    """Export the ranking model, or a part of it, with the history map."""
     branch, dims = job.em3.content, {name: of["dim"] for name, of in manifest.tables.items()}
     pooled = [torch.zeros(1, dims[job.schema.table_of(name)]) for name in manifest.pooled]
     item = torch.zeros(1, dims[manifest.target_item])
-    content = torch.zeros(1, manifest.content["target"]["dim"] if manifest.content else 0)
+    content = torch.zeros(1, manifest.content["history"]["dim"] if manifest.content else 0)
     graph = RankingGraph(
-        job.em3.ranking,
+        ranking,
         None if branch is None else branch.history_map,
         0 if branch is None else branch.dim,
-        _top_k(job),
+        top_k(job),
         job.em3.further_histories,
     )
     further = job.schema.histories[1:]
@@ -199,9 +249,7 @@ def _example(job: Job, manifest: Manifest) -> str:
     if not files:
         return json.dumps({"user": {}, "history": {}, "candidates": []})
     with open_parquet(files[0]) as parquet:
-        names = job.schema.file_columns([*manifest.pooled, *manifest.dense])
-        lists = [[of.name, *of.numbers, *of.ids] for of in job.schema.histories]
-        history = job.schema.file_columns([name for names in lists for name in names])
+        names, history = request_columns(job.schema, manifest.pooled, manifest.dense)
         columns = list(dict.fromkeys([*names, *history, manifest.target_item]))
         row = next(parquet.iter_batches(1, columns=columns)).to_pylist()[0]
     request = {

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -51,7 +51,17 @@ class Manifest:
     format: int = FORMAT
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+class Listed(Protocol):
+    """A manifest: a dataclass with the files of a folder."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    files: dict[str, dict[str, Any]]
+
+
+M = TypeVar("M", bound=Listed)
+
+
+def write_manifest(folder: Path, manifest: Listed) -> None:
     """Hash the files of a folder and write its manifest, with a hash of its own."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest.files = {
@@ -73,16 +83,32 @@ def read_manifest(folder: Path, verify: bool = True) -> Manifest:
     Raises:
         ValueError: the folder is no package, of another format, or a file differs; it is named.
     """
+    return read_manifest_of(folder, Manifest, "package", "recsys export", verify)
+
+
+def read_manifest_of(folder: Path, kind: type[M], what: str, command: str, verify: bool) -> M:
+    """Read a manifest of one kind and check the files of its folder.
+
+    Args:
+        folder: the folder.
+        kind: dataclass of the manifest.
+        what: the folder in words, for messages.
+        command: what makes such a folder.
+        verify: read every file and compare its hash; else only sizes are compared.
+
+    Raises:
+        ValueError: the folder is none of that kind, of another format, or a file differs.
+    """
     path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{folder}: no package ({MANIFEST} is missing); make one by recsys export")
+        raise ValueError(f"{folder}: no {what} ({MANIFEST} is missing); make one by {command}")
     try:
         content = json.loads(path.read_bytes())
         if (number := content.get("format")) != FORMAT:
             raise ValueError(f"format {number}, but this version reads {FORMAT}")
         if content.pop("sha256", None) != _own_digest(content):
             raise ValueError("its content differs from its hash")
-        manifest = Manifest(**content)
+        manifest = kind(**content)
         differences = list(_differences(folder, manifest, verify))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}; export the run again") from error
@@ -104,7 +130,7 @@ def differing_versions(manifest: Manifest) -> list[str]:
     return found
 
 
-def _differences(folder: Path, manifest: Manifest, verify: bool) -> Iterator[str]:
+def _differences(folder: Path, manifest: Listed, verify: bool) -> Iterator[str]:
     for name, of_file in manifest.files.items():
         path = folder / name
         if not path.is_file():

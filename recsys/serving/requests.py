@@ -28,6 +28,20 @@ from recsys.data.transforms.columns import check_types, read_columns
 Values = Mapping[str, Any]
 
 
+def request_columns(
+    schema: Schema, pooled: Sequence[str], dense: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Return the columns of the files that a request gives of the user, and of the history.
+
+    Args:
+        schema: columns of the run.
+        pooled: columns of the pooled tables that the model reads.
+        dense: dense columns that it reads.
+    """
+    lists = [name for of in schema.histories for name in (of.name, *of.numbers, *of.ids)]
+    return schema.file_columns([*pooled, *dense]), schema.file_columns(lists)
+
+
 @dataclass(frozen=True)
 class TableRows:
     """Rows of a table for each value of a column.
@@ -72,14 +86,19 @@ class RequestReader:
         schema: columns of the run, with its vocabularies.
         pooled: columns of the pooled tables that the model reads.
         bounded: maps of raw ids that were learned in training, by table.
+        dense: dense columns that the model reads; default: all.
     """
 
     def __init__(
-        self, schema: Schema, pooled: Sequence[str], bounded: Mapping[str, BoundedVocabulary]
+        self,
+        schema: Schema,
+        pooled: Sequence[str],
+        bounded: Mapping[str, BoundedVocabulary],
+        dense: Sequence[str] | None = None,
     ) -> None:
         """Keep the arguments."""
         self.schema, self.pooled, self.bounded = schema, pooled, bounded
-        self.dense = schema.of_kind("dense")
+        self.dense = schema.of_kind("dense") if dense is None else dense
 
     def __call__(
         self, user: Values, history: Values | Sequence[Any], candidates: Values | Sequence[Any]
@@ -133,9 +152,7 @@ class RequestReader:
         if not isinstance(history, Mapping):
             history = _listed({"items": history}, "items", "history")
         if not len(history):
-            lists = [[of.name, *of.numbers, *of.ids] for of in histories]
-            names = self.schema.file_columns([name for names in lists for name in names])
-            history = {name: [] for name in names}
+            history = {name: [] for name in request_columns(self.schema, [], [])[1]}
         elif not histories:
             raise ValueError("history: the model was trained without a history; give none")
         given = history if isinstance(history, Mapping) else {histories[0].name: history}

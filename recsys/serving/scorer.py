@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class Scorer:
             table: load_bounded(folder, table, schema) for table in manifest.bounded
         }
         self.schema = schema
-        self._read = RequestReader(schema, manifest.pooled, bounded)
+        self._read = RequestReader(schema, manifest.pooled, bounded, manifest.dense)
         self._tables = {
             name: VectorFile(folder / "tables" / f"{name}.vectors", VectorFileShape(**shape))
             for name, shape in manifest.tables.items()
@@ -75,8 +75,8 @@ class Scorer:
         program = torch.export.load(folder / GRAPH)
         self._graph: nn.Module = program.module(check_guards=False)
 
-    @staticmethod
-    def load(package: str | Path, num_threads: int | None = None, verify: bool = True) -> Scorer:
+    @classmethod
+    def load(cls, package: str | Path, num_threads: int | None = None, verify: bool = True) -> Self:
         """Load a package and score once, so that the first request is as fast as the next.
 
         Args:
@@ -100,7 +100,7 @@ class Scorer:
                     folder,
                     ", ".join(others),
                 )
-            scorer = Scorer(folder, manifest)
+            scorer = cls(folder, manifest)
             scorer._warm_up()
         except Exception as error:  # damaged graphs raise errors of any class
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST]
@@ -130,17 +130,21 @@ class Scorer:
         """
         return self._score(self._read(user, history, candidates))
 
-    @torch.inference_mode()
     def _score(self, rows: RequestRows) -> np.ndarray:
-        """Look the vectors up and run the graph."""
+        """Return the predictions of a request."""
         if not len(rows.target):
             return np.zeros((0, len(self.labels)), np.float32)
-        logits = self._graph(*self._inputs(rows).arguments())
-        if not torch.isfinite(logits).all():
+        return predictions(self._run(rows), self.schema.label_losses).numpy()
+
+    @torch.inference_mode()
+    def _run(self, rows: RequestRows) -> Tensor:
+        """Look the vectors up and run the graph."""
+        outputs = self._graph(*self._inputs(rows).arguments())
+        if not torch.isfinite(outputs).all():
             raise ValueError(
                 "the logits are not finite; look at the scale of the numbers of user and candidates"
             )
-        return predictions(logits, self.schema.label_losses).numpy()
+        return outputs
 
     def _inputs(self, rows: RequestRows) -> RankingInputs:
         num_rows, manifest = len(rows.target), self.manifest
@@ -153,8 +157,10 @@ class Scorer:
         empty = torch.zeros(num_rows, 0)
         of_target, of_past = empty, torch.zeros(len(past), 0)
         if self._content:
-            of_target = self._content["target"].rows(rows.target)
             of_past = self._content["history"].rows(past)
+            of_target = torch.zeros(num_rows, of_past.shape[1])
+        if "target" in self._content:  # else the model does not read it
+            of_target = self._content["target"].rows(rows.target)
         return RankingInputs(
             [self._pooled(name, rows.pooled[name], num_rows) for name in manifest.pooled],
             self._dense(rows.dense, num_rows),
@@ -210,4 +216,4 @@ class Scorer:
         ]
         pooled = {name: TableRows(one, one + 1) for name in self.manifest.pooled}
         dense = {name: np.zeros(1, np.float32) for name in self.manifest.dense}
-        self._score(RequestRows(pooled, dense, one, histories))
+        self._run(RequestRows(pooled, dense, one, histories))

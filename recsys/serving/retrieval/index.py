@@ -1,0 +1,104 @@
+"""FAISS indexes of item vectors, searched by dot product.
+
+FAISS (`pip install faiss-cpu`, or this project's extra `retrieve`) is imported when it is needed.
+
+Shapes: I items, V width, Q queries, K results.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+IndexKind = Literal["flat", "ivf", "hnsw"]
+
+HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 128, 128
+IVF_CLUSTERS, IVF_PROBED = 4.0, 1 / 16  # times the root of I; share of the clusters
+IVF_TRAINED_ON = 64  # vectors per cluster
+
+
+def require_faiss() -> Any:
+    """Import FAISS.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise ValueError(
+            f"FAISS cannot be imported ({error}); run `pip install faiss-cpu`, or install this "
+            "project with its extra [retrieve]"
+        ) from error
+    return faiss
+
+
+def build_index(
+    vectors: np.ndarray,  # float32 [I, V]
+    kind: IndexKind,
+) -> Any:
+    """Build an index of vectors by dot product.
+
+    Args:
+        vectors: of the items, in the order of their positions.
+        kind: flat compares all; ivf those in the nearest of some clusters; hnsw follows a graph of
+            neighbours.
+
+    Raises:
+        ValueError: FAISS is not installed.
+    """
+    faiss = require_faiss()
+    num_items, dim = vectors.shape
+    if kind == "flat":
+        index = faiss.IndexFlatIP(dim)
+    elif kind == "hnsw":
+        index = faiss.IndexHNSWFlat(dim, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction, index.hnsw.efSearch = HNSW_BUILD, HNSW_SEARCH
+    else:
+        clusters = max(1, min(int(IVF_CLUSTERS * math.sqrt(num_items)), num_items))
+        index = faiss.IndexIVFFlat(
+            faiss.IndexFlatIP(dim), dim, clusters, faiss.METRIC_INNER_PRODUCT
+        )
+        index.cp.min_points_per_centroid = 1
+        chosen = np.random.default_rng(0).permutation(num_items)[: clusters * IVF_TRAINED_ON]
+        index.train(vectors[np.sort(chosen)])
+        index.nprobe = math.ceil(clusters * IVF_PROBED)
+    index.add(vectors)
+    return index
+
+
+def write_index(index: Any, path: Path) -> None:
+    """Write an index to a file."""
+    require_faiss().write_index(index, str(path))
+
+
+def read_index(path: Path) -> Any:
+    """Read an index from a file that `write_index` wrote.
+
+    Raises:
+        ValueError: FAISS is not installed, or cannot read the file.
+    """
+    faiss = require_faiss()
+    try:
+        return faiss.read_index(str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path}: cannot be read by FAISS ({error}); export it again") from error
+
+
+def search_index(
+    index: Any,
+    queries: np.ndarray,  # float32 [Q, V]
+    count: int,
+) -> tuple[np.ndarray, np.ndarray]:  # float32 [Q, K], int64 [Q, K]
+    """Return the highest dot products of each query and the positions of the items, best first.
+
+    K is `count`, or I if it is less. A graph or clusters may yield fewer: their positions are -1.
+    """
+    depth = None
+    if hasattr(index, "hnsw"):
+        depth = require_faiss().SearchParametersHNSW(efSearch=max(HNSW_SEARCH, count))
+    queries = np.ascontiguousarray(queries, np.float32)
+    return index.search(queries, min(count, index.ntotal), params=depth)

@@ -1,0 +1,133 @@
+"""Retrieves items for the requests of files: rows of Parquet files, or JSON.
+
+Shapes: V width of a vector.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys.checkpoint.output_file import check_output
+from recsys.data.filesystem import Location, whole_file
+from recsys.data.parquet.file import column_type, open_parquet
+from recsys.serving.retrieval.retriever import NothingToSearchBy, Retrieved, Retriever
+
+logger = logging.getLogger(__name__)
+
+REQUESTS_PER_BLOCK = 1024
+
+Request = tuple[str, dict[str, Any]]  # its place, for messages; `user` and `history`
+
+
+def retrieve_files(
+    retriever: Retriever, inputs: Sequence[str], count: int, out: Path | None = None
+) -> int:
+    """Retrieve items for each request, in their order; return the number of requests.
+
+    Args:
+        retriever: of any folder of vectors.
+        inputs: Parquet files with a request in each row, or folders of them; or JSON files with one
+            request (`user` and `history`) or a list of them.
+        count: most items of a request.
+        out: Parquet file with columns `items` and `scores`; None prints a line of JSON for each
+            request. A request of which no history item has a content vector gets an empty list.
+
+    Raises:
+        ValueError: an input cannot be read, or a request lacks a column or has a wrong value.
+    """
+    requests = itertools.chain.from_iterable(_requests(name, retriever) for name in inputs)
+    if out is None:
+        total = 0
+        for block in _retrieved(retriever, requests, count):
+            total += len(block)
+            for of in block:
+                print(json.dumps({"items": of.items, "scores": of.scores.tolist()}))
+        return total
+    check_output(out, [Location.of(name) for name in inputs])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    types = {"items": pa.list_(retriever.ids.type), "scores": pa.list_(pa.float32())}
+    total = 0
+    with whole_file(out) as partial, pq.ParquetWriter(partial, pa.schema(types)) as writer:
+        for block in _retrieved(retriever, requests, count):
+            total += len(block)
+            columns = {"items": [of.items for of in block], "scores": [of.scores for of in block]}
+            writer.write_table(pa.table(columns, pa.schema(types)))
+    return total
+
+
+def _retrieved(
+    retriever: Retriever, requests: Iterator[Request], count: int
+) -> Iterator[list[Retrieved]]:
+    """Yield the results of blocks of requests."""
+    nothing = Retrieved([], np.zeros(0, np.float32))
+    without = 0
+    while block := list(itertools.islice(requests, REQUESTS_PER_BLOCK)):
+        queries: list[np.ndarray | None] = []  # [V] each
+        for place, request in block:
+            try:
+                queries.append(retriever.query(request["user"], request["history"]))
+            except NothingToSearchBy:
+                queries.append(None)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
+        known = [query for query in queries if query is not None]
+        found = iter(retriever.search(np.stack(known), count) if known else [])
+        without += len(block) - len(known)
+        yield [nothing if query is None else next(found) for query in queries]
+    if without:
+        logger.warning(
+            "%s requests have no history item with a content vector; their lists are empty",
+            f"{without:,}",
+        )
+
+
+def _requests(name: str, retriever: Retriever) -> Iterator[Request]:
+    """Yield the requests of an input.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if name.endswith(".json"):
+        yield from _of_json(Location.of(name))
+        return
+    files = Location.of(name).files(".parquet")
+    if not files:
+        raise ValueError(f"{name}: no such file, nor a folder with *.parquet files")
+    user, history = retriever.columns
+    columns = list(dict.fromkeys([*user, *history]))
+    for file in files:
+        with open_parquet(file) as parquet:
+            for column in columns:
+                column_type(parquet, file, column)
+            number = 0
+            for batch in parquet.iter_batches(REQUESTS_PER_BLOCK, columns=columns):
+                for row in batch.to_pylist():
+                    parts = ({each: row[each] for each in names} for names in (user, history))
+                    yield f"{file} row {number}", dict(zip(("user", "history"), parts))
+                    number += 1
+
+
+def _of_json(file: Location) -> Iterator[Request]:
+    """Yield the requests of a JSON file.
+
+    Raises:
+        ValueError: it is no JSON, or has no requests.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: no readable JSON ({error})") from error
+    for number, request in enumerate(content if isinstance(content, list) else [content]):
+        place = f"{file} request {number}"
+        if not isinstance(request, dict):
+            raise ValueError(f"{place}: is no object; give one with `user` and `history`")
+        yield place, {"user": request.get("user", {}), "history": request.get("history", [])}

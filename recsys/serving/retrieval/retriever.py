@@ -1,0 +1,235 @@
+"""Retriever: the items that suit a user best among all, from a folder of item vectors.
+
+Shapes: K results, Q queries, V width of a vector, C labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from recsys.serving.package import read_manifest_of
+from recsys.serving.retrieval.index import read_index, search_index
+from recsys.serving.retrieval.user_tower import UserTower
+from recsys.serving.retrieval.vectors_folder import (
+    INDEX,
+    ITEMS,
+    QUERIES,
+    VECTORS,
+    VectorsManifest,
+    unit,
+)
+from recsys.serving.scorer import Scorer
+
+Values = Mapping[str, Any]
+History = Mapping[str, Sequence[Any]] | Sequence[Any]
+
+
+class NothingToSearchBy(ValueError):
+    """No item of a history has a vector, and the query is made of these."""
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """Items of one request, best first, and their scores.
+
+    items: raw ids [K]; scores: float32 [K] dot products, or [K, C] predictions of a ranking model.
+    """
+
+    items: list[Any]
+    scores: np.ndarray
+
+
+class Retriever:
+    """Retrieves items for a user, from what `recsys export-vectors --index` wrote.
+
+    With the vectors of an item tower, the query is the user tower's. With content vectors, it is
+    the mean of the unit vectors of the history's items, and scores are dot products with unit
+    vectors. Several threads may call it at once.
+
+    Args:
+        folder: the folder.
+        manifest: its manifest.
+
+    Example::
+
+        from recsys.serving.retrieval import Retriever
+
+        retriever = Retriever.load("vectors")
+        history = {"history": [3, 12], "history_liked": [1.0, 0.0]}
+        retriever.retrieve({"user": 7, "price": 0.5}, history, count=10).items  # 10 raw ids
+    """
+
+    def __init__(self, folder: Path, manifest: VectorsManifest) -> None:
+        """Load the ids, the index and the user tower; see `load`."""
+        self.folder, self.manifest = folder, manifest
+        self.ids = pq.read_table(folder / ITEMS)["id"].combine_chunks()
+        self.vectors = np.load(folder / VECTORS, mmap_mode="r")
+        self._index = read_index(folder / INDEX)
+        self._history = manifest.history or manifest.target_item
+        self.tower: UserTower | None = None
+        if manifest.vectors == "item_tower":
+            self.tower = UserTower.load(folder / QUERIES, verify=False)  # verified with the folder
+
+    @staticmethod
+    def load(folder: str | Path, verify: bool = True) -> Retriever:
+        """Load a folder of vectors.
+
+        Args:
+            folder: what `recsys export-vectors` wrote.
+            verify: compare the hash of every file; else only their sizes.
+
+        Raises:
+            ValueError: the folder is none, a file of it differs (it is named), it has no index, or
+                FAISS is not installed.
+        """
+        folder = Path(folder)
+        what, command = "folder of item vectors", "recsys export-vectors"
+        manifest = read_manifest_of(folder, VectorsManifest, what, command, verify)
+        if manifest.index is None:
+            raise ValueError(f"{folder}: has no index; export the vectors with --index hnsw")
+        return Retriever(folder, manifest)
+
+    def retrieve(
+        self, user: Values, history: History = (), count: int = 100, exclude: Sequence[Any] = ()
+    ) -> Retrieved:
+        """Return the `count` best items for a user, or fewer if the index yields fewer.
+
+        Args:
+            user: values of the columns that the user tower reads; content vectors need none.
+            history: the user's items, oldest first; with parallel lists: each list by its column.
+            count: most items to return, K.
+            exclude: raw ids not to return, such as items that the user knows.
+
+        Raises:
+            ValueError: names the column with a missing or unusable value; or no item of the history
+                has a content vector.
+        """
+        return self.search(self.query(user, history)[np.newaxis], count, [exclude])[0]
+
+    @property
+    def columns(self) -> tuple[list[str], list[str]]:
+        """Columns of the files that a request gives: of the user, and of the history."""
+        if self.tower is not None:
+            return self.tower.columns
+        return [], [self._history]
+
+    def query(self, user: Values, history: History = ()) -> np.ndarray:  # float32 [V]
+        """Return the vector by which a user's items are searched; see `retrieve`."""
+        if self.tower is not None:
+            return self.tower.query(user, history)
+        return self._mean_of(history)
+
+    def search(
+        self,
+        queries: np.ndarray,  # float32 [Q, V]
+        count: int,
+        exclude: Iterable[Sequence[Any]] | None = None,
+    ) -> list[Retrieved]:
+        """Return the best items of each query; `exclude` has a list of raw ids for each."""
+        if count < 1:
+            raise ValueError(f"count is {count}; ask for at least one item")
+        excluded = [set(each) for each in exclude or [()] * len(queries)]
+        most = count + max(map(len, excluded), default=0)
+        scores, places = search_index(self._index, queries, most)
+        return [
+            self._named(*of_query, without, count)
+            for of_query, without in zip(zip(scores, places), excluded, strict=True)
+        ]
+
+    def _named(
+        self,
+        scores: np.ndarray,
+        places: np.ndarray,
+        without: set[Any],
+        count: int,
+    ) -> Retrieved:
+        """Return the results of one query by raw id."""
+        known = places >= 0
+        ids = self.ids.take(pa.array(places[known])).to_pylist()
+        kept = [place for place, each in enumerate(ids) if each not in without][:count]
+        return Retrieved([ids[place] for place in kept], scores[known][kept])
+
+    def _mean_of(self, history: History) -> np.ndarray:  # float32 [V]
+        """Return the mean of the unit content vectors of a history's items."""
+        name = self._history
+        items = history.get(name, ()) if isinstance(history, Mapping) else history
+        try:
+            given = pa.array(items if items is not None else (), self.ids.type)
+        except (pa.ArrowException, TypeError, OverflowError) as error:
+            raise ValueError(f"history: column '{name}': {error}") from error
+        places = pc.index_in(given, self.ids).drop_null().to_numpy()
+        if not len(places):
+            raise NothingToSearchBy(
+                f"history: no item of '{name}' has a vector in {self.folder}, and content vectors "
+                "are searched by those of the history; give items that it has"
+            )
+        return unit(self.vectors[places]).mean(axis=0)
+
+
+class TwoStage:
+    """Retrieves candidates by an index and ranks them by a package, in one call.
+
+    Args:
+        retriever: of any run.
+        scorer: of any run on the same items.
+        item_columns: returns columns that differ between candidates and that the ranking model
+            reads, each a list, for a list of raw ids; None if it reads none.
+
+    Example::
+
+        from recsys.serving import Scorer
+        from recsys.serving.retrieval import Retriever, TwoStage
+
+        both = TwoStage(Retriever.load("vectors"), Scorer.load("package"))
+        user = {"user": 7, "genres": [1, 2], "price": 0.5}
+        user |= {"city": "Rom", "when": "2026-11-26T12:00:00"}
+        history = {"history": [3, 12], "history_liked": [1.0, 0.0]}
+        both.rank(user, history, count=10, candidates=20).items  # 10 raw ids
+    """
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        scorer: Scorer,
+        item_columns: Callable[[list[Any]], Mapping[str, Sequence[Any]]] | None = None,
+    ) -> None:
+        """Keep both stages."""
+        self.retriever, self.scorer, self.item_columns = retriever, scorer, item_columns
+
+    def rank(
+        self,
+        user: Values,
+        history: History = (),
+        count: int = 10,
+        candidates: int = 500,
+        label: int = 0,
+        exclude: Sequence[Any] = (),
+    ) -> Retrieved:
+        """Return the best of the candidates by the ranking model's prediction of a label.
+
+        Args:
+            user: values of the columns that either model reads.
+            history: the user's items, oldest first; with parallel lists: each list by its column.
+            count: most items to return.
+            candidates: items to retrieve and rank.
+            label: number of the label to sort by, in the order of `scorer.labels`.
+            exclude: raw ids not to return.
+
+        Raises:
+            ValueError: names the column with a missing or unusable value.
+        """
+        items = self.retriever.retrieve(user, history, candidates, exclude).items
+        columns: dict[str, Sequence[Any]] = {self.retriever.manifest.target_item: items}
+        if self.item_columns is not None:
+            columns |= self.item_columns(items)
+        scores = self.scorer.score(user, history, columns)
+        best = np.argsort(-scores[:, label], kind="stable")[:count]
+        return Retrieved([items[place] for place in best], scores[best])

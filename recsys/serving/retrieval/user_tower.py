@@ -1,0 +1,118 @@
+"""The user's tower of a two-tower run, as a package of its own: requests -> query vectors.
+
+The package has the form of any other (`recsys.serving.package`); its graph returns a vector in
+place of logits, and it has only the tables and columns that this vector depends on.
+
+Shapes: N rows, V width of tower vectors, F dense features of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from recsys.build import Job
+from recsys.content.vectors import ContentVectors
+from recsys.model.tables import pooled_features
+from recsys.ranking.two_tower import TwoTower
+from recsys.ranking.vectors import IDVectors
+from recsys.serving.export import PackagedModel, top_k, write_package
+from recsys.serving.package import Manifest
+from recsys.serving.ranking_graph import CandidateBatch
+from recsys.serving.requests import request_columns
+from recsys.serving.scorer import Scorer
+
+
+class QueryVectors(nn.Module):
+    """Query vectors of the first label, from the columns that a two-tower model reads of a user.
+
+    Args:
+        towers: the model.
+        num_pooled: pooled vectors that the model is given.
+        num_dense: F.
+    """
+
+    places: Tensor
+
+    def __init__(self, towers: TwoTower, num_pooled: int, num_dense: int) -> None:
+        """Keep the model, and the places of the query's columns among its own."""
+        super().__init__()
+        self.towers, self.num_pooled, self.num_dense = towers, num_pooled, num_dense
+        self.register_buffer("places", torch.tensor(towers.dense, dtype=torch.int64), False)
+
+    def forward(
+        self, ids: IDVectors, content: ContentVectors | None, batch: CandidateBatch
+    ) -> Tensor:  # [N, V]
+        """Return the query of each row; ranked items and their content may be any."""
+        given = dict(zip(self.towers.pooled, ids.pooled, strict=True))
+        unread = batch.dense_features.new_zeros(0)
+        pooled = [given.get(place, unread) for place in range(self.num_pooled)]
+        dense = batch.dense_features.new_zeros(ids.target.shape[0], self.num_dense)
+        dense = dense.index_copy(1, self.places, batch.dense_features)
+        rows = replace(batch, dense_features=dense)
+        return self.towers(replace(ids, pooled=pooled), content, rows).query[:, 0]
+
+
+def write_user_tower(run: Path, job: Job, folder: Path) -> Manifest:
+    """Write the package of a run's user tower into an empty folder.
+
+    Raises:
+        ValueError: the model is no two_tower, or its queries depend on the ranked item.
+    """
+    towers, further = job.em3.ranking, job.em3.further_histories
+    if not isinstance(towers, TwoTower):
+        raise ValueError(
+            f"{run}: ranking.name is '{job.config.ranking.name}', which has no item tower; give a "
+            "run of two_tower, or --vectors content"
+        )
+    if top_k(job):
+        raise ValueError(
+            f"{run}: content.history.top_k is {top_k(job)}, which chooses history items by the "
+            "ranked item, so that queries differ between items; train with top_k 0"
+        )
+    pooled, dense = pooled_features(job.config, job.schema), job.schema.of_kind("dense")
+    num_pooled = len(pooled) + (0 if further is None else len(further.widths))
+    model = PackagedModel(
+        QueryVectors(towers, num_pooled, len(dense)),
+        [pooled[place] for place in towers.pooled if place < len(pooled)],
+        [dense[place] for place in towers.dense],
+        reads_targets=False,
+    )
+    return write_package(run, job, folder, "fp32", model)
+
+
+class UserTower(Scorer):
+    """Computes query vectors from the package of a user tower.
+
+    Several threads may call `query` at once.
+
+    Example::
+
+        from recsys.serving.retrieval.user_tower import UserTower
+
+        tower = UserTower.load("vectors/queries")
+        history = {"history": [3, 12], "history_liked": [1.0, 0.0]}
+        tower.query({"user": 7, "price": 0.5}, history)  # [V]
+    """
+
+    @property
+    def columns(self) -> tuple[list[str], list[str]]:
+        """Columns of the files that a query reads: of the user, and of the history."""
+        return request_columns(self.schema, self.manifest.pooled, self.manifest.dense)
+
+    def query(
+        self, user: Mapping[str, Any], history: Mapping[str, Sequence[Any]] | Sequence[Any] = ()
+    ) -> np.ndarray:  # float32 [V]
+        """Return the query of a user, whose dot product with an item's vector ranks the item.
+
+        Raises:
+            ValueError: names the column with a missing, unknown or unusable value.
+        """
+        rows = replace(self._read(user, history, []), target=np.zeros(1, np.int64))
+        return self._run(rows).numpy()[0]

@@ -1,0 +1,133 @@
+"""A folder of item vectors: what `recsys export-vectors` writes and `recsys retrieve` reads.
+
+`vectors.npy` has the vectors, `items.parquet` the raw id (`id`) and table row (`row`) of each, in
+the same order; `index.faiss` is the index, whose positions are these places; `queries/` is the
+package of the user tower; `manifest.json` lists the files with their sizes and hashes.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys.build import Job
+from recsys.data.filesystem import whole_folder
+from recsys.distributed.ranks import Ranks
+from recsys.ranking.two_tower import TwoTower
+from recsys.serving.export import PACKAGES, load_for_export
+from recsys.serving.package import FORMAT, write_manifest
+from recsys.serving.retrieval.index import IndexKind, build_index, require_faiss, write_index
+from recsys.serving.retrieval.item_vectors import ItemVectors, VectorKind, item_vectors
+from recsys.serving.retrieval.user_tower import write_user_tower
+
+logger = logging.getLogger(__name__)
+
+VECTORS, ITEMS, INDEX, QUERIES = "vectors.npy", "items.parquet", "index.faiss", "queries"
+
+
+@dataclass
+class VectorsManifest:
+    """Contents of a folder of item vectors.
+
+    ranking: the model's name. vectors: content or item_tower. num_items, dim: size of the vectors.
+    target_item, history: columns of the schema. index: kind of the index; None without one.
+    normalized: vectors in the index have length one, so that it compares cosines.
+    """
+
+    run: str
+    ranking: str
+    vectors: VectorKind
+    num_items: int
+    dim: int
+    target_item: str
+    history: str | None
+    index: IndexKind | None
+    normalized: bool
+    versions: dict[str, str]
+    created: str
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # bytes and sha256 by name
+    format: int = FORMAT
+
+
+def export_vectors(
+    run: Path,
+    out: Path,
+    kind: VectorKind | None,
+    index: IndexKind | None,
+    ranks: Ranks,
+    data: str | None = None,
+) -> VectorsManifest:
+    """Write the vectors of all items of a run's best model; they appear whole or not at all.
+
+    Args:
+        run: folder of the finished run.
+        out: a folder that does not exist.
+        kind: content: of any model with content; item_tower: of two_tower, with its user tower;
+            None: item_tower of two_tower, else content.
+        index: also build an index of this kind.
+        ranks: this process alone.
+        data: dataset whose items are exported; default the dataset of the run.
+
+    Raises:
+        ValueError: there are several ranks, the folder exists, the run is not finished or has no
+            such vectors, or FAISS is not installed.
+    """
+    if index is not None:
+        require_faiss()
+    job = load_for_export(run, out, ranks, data)
+    if kind is None:
+        kind = "item_tower" if isinstance(job.em3.ranking, TwoTower) else "content"
+    with whole_folder(out) as partial:
+        if kind == "item_tower":
+            (partial / QUERIES).mkdir()
+            write_user_tower(run, job, partial / QUERIES)
+        of_items = item_vectors(job, kind)
+        manifest = _describe(run, job, kind, index, of_items)
+        _write(partial, of_items, manifest)
+        write_manifest(partial, manifest)
+    return manifest
+
+
+def _describe(
+    run: Path, job: Job, kind: VectorKind, index: IndexKind | None, of_items: ItemVectors
+) -> VectorsManifest:
+    num_items, dim = of_items.vectors.shape
+    return VectorsManifest(
+        run=str(run),
+        ranking=job.config.ranking.name,
+        vectors=kind,
+        num_items=num_items,
+        dim=dim,
+        target_item=job.schema.target_item,
+        history=job.schema.history,
+        index=index,
+        normalized=kind == "content",
+        versions={name: version(name) for name in PACKAGES}
+        | ({"faiss": require_faiss().__version__} if index else {}),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _write(folder: Path, of_items: ItemVectors, manifest: VectorsManifest) -> None:
+    np.save(folder / VECTORS, of_items.vectors)
+    pq.write_table(pa.table({"id": of_items.ids, "row": of_items.rows}), folder / ITEMS)
+    if manifest.index is not None:
+        vectors = of_items.vectors
+        write_index(
+            build_index(unit(vectors) if manifest.normalized else vectors, manifest.index),
+            folder / INDEX,
+        )
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:  # [N, V] -> [N, V]
+    """Return the vectors with length one; a vector of zeros stays."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)

@@ -1,0 +1,210 @@
+"""Items that an index yields are those that the evaluation ranks highest, by raw id."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from embeddings import ExactVocabulary
+from recsys.cli import main
+from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.predict import load_run
+from recsys.evaluation.retrieval import catalogue_of
+from recsys.serving import Scorer
+from recsys.serving.export import export_run
+from recsys.serving.retrieval import Retriever, TwoStage
+from recsys.serving.retrieval.index import build_index, search_index
+from recsys.serving.retrieval.vectors_folder import INDEX, VECTORS, export_vectors, unit
+from tests.recsys.serving.retrieval.retrieval_runs import NUM_ITEMS, liked_rows, train_towers
+
+pytest.importorskip("faiss")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset, its run, and the folder of its item vectors."""
+    folder = tmp_path_factory.mktemp("retrieval")
+    metrics = train_towers(folder)
+    (folder / "metrics.json").write_text(json.dumps(metrics["test"]["retrieval"]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def retriever(folder: Path) -> Retriever:
+    return Retriever.load(folder / "vectors")
+
+
+@pytest.fixture(scope="module")
+def by_content(folder: Path) -> Retriever:
+    with joined_ranks("cpu") as ranks:
+        export_vectors(folder / "run", folder / "content", "content", "ivf", ranks)
+    return Retriever.load(folder / "content")
+
+
+def test_recall_of_a_flat_index_is_that_of_the_evaluation(
+    folder: Path, retriever: Retriever
+) -> None:
+    expected = json.loads((folder / "metrics.json").read_text())
+    rows = list(liked_rows(folder))
+    ranked = [(retriever.retrieve(user, history, 100).items, item) for user, history, item in rows]
+
+    assert expected["num_samples"] == len(rows)
+    assert 0 < expected["recall@10"] < expected["recall@100"] < 1
+    for depth in (10, 50, 100):
+        recall = np.mean([item in items[:depth] for items, item in ranked])
+        assert recall == expected[f"recall@{depth}"]
+
+
+def test_ids_are_those_of_the_items_files(folder: Path, retriever: Retriever) -> None:
+    user, history, _ = next(liked_rows(folder))
+
+    found = retriever.retrieve(user, history, count=1000)
+
+    items = pq.read_table(folder / "data" / "items")["item"].to_pylist()
+    assert sorted(found.items) == sorted(items) and len(items) == NUM_ITEMS - 1
+    assert (np.diff(found.scores) <= 0).all()
+    best = found.items[:3]
+    assert retriever.retrieve(user, history, 5, exclude=best).items == found.items[3:8]
+
+
+@pytest.mark.long
+def test_candidates_are_ranked_by_the_scores_of_a_package(
+    folder: Path, retriever: Retriever
+) -> None:
+    with joined_ranks("cpu") as ranks:
+        export_run(folder / "run", folder / "package", "fp32", ranks)
+    scorer = Scorer.load(folder / "package")
+    user, history, _ = next(liked_rows(folder))
+    of_all = user | {"genres": [1]}
+    candidates = retriever.retrieve(user, history, 20)
+
+    # The same model in both stages: dot products become probabilities in the same order.
+    ranked = TwoStage(retriever, scorer).rank(of_all, history, count=5, candidates=20)
+    assert ranked.items == candidates.items[:5]
+    expected = torch.from_numpy(candidates.scores[:5]).sigmoid()
+    np.testing.assert_allclose(ranked.scores[:, 0], expected, rtol=0, atol=1e-6)
+
+
+def test_candidates_are_ranked_with_columns_of_their_own(
+    folder: Path, retriever: Retriever
+) -> None:
+    class Reversed:
+        def score(self, user: Any, history: Any, candidates: Mapping[str, Sequence[Any]]) -> Any:
+            return np.asarray(candidates["place"], np.float32)[:, np.newaxis]
+
+    user, history, _ = next(liked_rows(folder))
+    candidates = retriever.retrieve(user, history, 20)
+    both = TwoStage(retriever, Reversed(), lambda items: {"place": range(len(items))})  # type: ignore[arg-type]
+    assert both.rank(user, history, 5, 20).items == candidates.items[::-1][:5]
+
+
+def test_content_vectors_are_those_of_the_bank(folder: Path, by_content: Retriever) -> None:
+    with joined_ranks("cpu") as ranks:
+        job = load_run(folder / "run", None, ranks, "cpu")
+    vocabulary, branch = job.schema.vocabularies["item"], job.em3.content
+    assert branch is not None and branch.bank is not None
+    rows = vocabulary.rows_of(by_content.ids)
+    bank = branch.bank.lookup(torch.from_numpy(rows))[0][:, : branch.dim].numpy()
+
+    np.testing.assert_allclose(by_content.vectors, bank, rtol=1e-4, atol=1e-5)
+    assert len(np.unique(bank, axis=0)) > NUM_ITEMS / 2
+
+
+def test_content_is_searched_by_the_mean_of_the_history(by_content: Retriever) -> None:
+    ids = by_content.ids.to_pylist()
+    vectors = torch.nn.functional.normalize(torch.from_numpy(by_content.vectors.copy()), dim=1)
+    past = [ids[7], "never seen", ids[9]]
+    query = (vectors[7] + vectors[9]) / 2
+
+    np.testing.assert_allclose(by_content.query({}, past), query, rtol=0, atol=1e-6)
+    found = by_content.retrieve({}, {"history": past}, 3)
+    np.testing.assert_allclose(
+        found.scores, [vectors[ids.index(item)] @ query for item in found.items], atol=1e-6
+    )
+    with pytest.raises(ValueError, match="history"):
+        by_content.retrieve({}, ["never seen"])
+
+
+def test_requests_of_files_are_answered_in_their_order(
+    folder: Path, retriever: Retriever, by_content: Retriever, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, queries = folder / "found.parquet", folder / "vectors" / "queries" / "request.json"
+    words = ["--package", str(folder / "vectors"), "--top_k", "4", "--log_level", "warning"]
+    assert (
+        main(["retrieve", *words, "--input", str(folder / "data" / "test"), "--out", str(out)]) == 0
+    )
+    found = pq.read_table(out)
+    rows = pq.read_table(folder / "data" / "test").to_pylist()
+    assert (
+        found.num_rows == len(rows) and found.schema.field("items").type.value_type == pa.string()
+    )
+    for place in (0, len(rows) - 1):
+        history = {name: rows[place][name] for name in ("history", "history_liked")}
+        alone = retriever.retrieve(rows[place], history, 4)
+        assert found["items"][place].as_py() == alone.items
+
+    capsys.readouterr()
+    assert main(["retrieve", *words, "--input", str(queries)]) == 0
+    assert json.loads(capsys.readouterr().out)["items"] == found["items"][0].as_py()
+
+    words[1] = str(folder / "content")  # some rows have no history
+    assert (
+        main(["retrieve", *words, "--input", str(folder / "data" / "test"), "--out", str(out)]) == 0
+    )
+    lengths = [len(items) for items in pq.read_table(out)["items"].to_pylist()]
+    assert lengths == [4 if row["history"] else 0 for row in rows]
+
+
+@pytest.mark.parametrize("name", [VECTORS, INDEX, "queries/graph.pt2"])
+def test_a_file_that_differs_is_refused_by_name(folder: Path, tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(folder / "vectors", tmp_path / "vectors"))
+    file = copy / name
+    file.write_bytes(file.read_bytes()[::-1])
+    with pytest.raises(ValueError, match=str(file)):
+        Retriever.load(copy)
+
+
+def test_what_a_run_does_not_have_is_refused_and_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = folder / "none"
+    with joined_ranks("cpu") as ranks:
+        with pytest.raises(ValueError, match=str(folder / "vectors")):
+            export_vectors(folder / "run", folder / "vectors", None, None, ranks)
+        monkeypatch.setitem(sys.modules, "faiss", None)
+        with pytest.raises(ValueError, match=r"faiss-cpu.*retrieve"):
+            export_vectors(folder / "run", out, None, "hnsw", ranks)
+    assert not out.exists() and not list(folder.glob(".none*"))
+
+
+def test_rows_of_a_vocabulary_without_an_id_are_no_items() -> None:
+    known = ExactVocabulary(9)
+    known.extend([pa.array(["a", "b"])])
+    schema = SimpleNamespace(target_item="item", vocabularies={"item": known}, items=None)
+    job: Any = SimpleNamespace(store=None, schema=schema)
+    assert list(catalogue_of(job)) == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_approximate_indexes_find_nearly_all_that_a_flat_one_finds(kind: Any) -> None:
+    generator = np.random.default_rng(0)
+    centres = generator.standard_normal((30, 16))
+    near = centres[generator.integers(30, size=3000)] + 0.3 * generator.standard_normal((3000, 16))
+    vectors = unit(near.astype(np.float32))
+    exact = search_index(build_index(vectors, "flat"), vectors[:100], 10)[1]
+
+    found = search_index(build_index(vectors, kind), vectors[:100], 10)[1]
+
+    shared = [len(np.intersect1d(*pair)) for pair in zip(exact, found, strict=True)]
+    assert np.mean(shared) / 10 > 0.95
