@@ -31,22 +31,7 @@ def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
     source.add_argument("--history_length", type=int, default=20, help="longest history of a row")
     sources.add_subcommand("movielens", source, help=source.description)
 
-    source = Parser(description="Write a dataset of event logs, as an events.yaml describes it.")
-    source.add_argument("--config", type=Path, required=True, help="events.yaml with the settings")
-    source.add_argument("--out", type=Path, required=True, help="folder of the dataset to write")
-    source.add_argument(
-        "--source", type=Path | None, help="folder of the logs; default: that of events.yaml"
-    )
-    source.add_argument("--memory", type=str | None, help="most memory of DuckDB, such as 4GB")
-    source.add_argument(
-        "--engine",
-        type=Literal["duckdb", "spark"],
-        default="duckdb",
-        help="duckdb: this machine; spark: needs PySpark and Java 17",
-    )
-    source.add_argument(
-        "--spark_master", type=str, default="local[*]", help="address of the Spark cluster"
-    )
+    source = _events()
     sources.add_subcommand("events", source, help=source.description)
 
     source = Parser(description="Write the maps of raw ids for columns with an exact vocabulary.")
@@ -56,6 +41,37 @@ def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
     source = Parser(description="Fit the transforms of columns on the training rows.")
     add_data_option(source)
     sources.add_subcommand("transforms", source, help=source.description)
+
+
+def _events() -> Parser:
+    """Return the options of `prepare events`."""
+    source = Parser(description="Write a dataset of event logs, as an events.yaml describes it.")
+    source.add_argument("--config", type=Path, required=True, help="events.yaml with the settings")
+    source.add_argument("--out", type=Path, required=True, help="folder of the dataset to write")
+    source.add_argument(
+        "--source", type=Path | None, help="folder of the logs; default: that of events.yaml"
+    )
+    source.add_argument(
+        "--memory",
+        type=str | None,
+        help="most memory of DuckDB, such as 4GB; default: 80 % of the machine's",
+    )
+    source.add_argument(
+        "--threads", type=int | None, help="threads of DuckDB; default: the cores there are"
+    )
+    source.add_argument(
+        "--temp", type=Path | None, help="folder for temporary files; default: the output's"
+    )
+    source.add_argument(
+        "--engine",
+        type=Literal["duckdb", "spark"],
+        default="duckdb",
+        help="duckdb: this machine; spark: needs PySpark and Java 17",
+    )
+    source.add_argument(
+        "--spark_master", type=str, default="local[*]", help="address of the Spark cluster"
+    )
+    return source
 
 
 def run(arguments: Namespace) -> None:
@@ -74,7 +90,15 @@ def _prepare_events(chosen: Namespace) -> None:
     from recsys.distributed.log import print_table
 
     master = chosen.spark_master if chosen.engine == "spark" else None
-    report = prepare_events(chosen.config, chosen.out, chosen.source, chosen.memory, master)
+    report = prepare_events(
+        chosen.config,
+        chosen.out,
+        chosen.source,
+        chosen.memory,
+        master,
+        chosen.threads,
+        chosen.temp,
+    )
     print_table(format_report(report))
     logger.info("written to %s", chosen.out)
 

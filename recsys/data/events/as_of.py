@@ -111,13 +111,3 @@ class Moments:
         if within is None:
             return self.events_of_earlier_keys(events), end
         return self.events_before(events, delay + within), end
-
-
-def slices(
-    begin: np.ndarray,  # int64 [S]
-    end: np.ndarray,  # int64 [S]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the places of all slices one after another, and offsets int64 [S + 1]."""
-    lengths = end - begin
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], lengths), offsets

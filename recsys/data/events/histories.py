@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys.data.events.as_of import Moments, slices, whole_keys
+from recsys.data.events.as_of import Moments, whole_keys
+from recsys.data.events.history_values import AGE, HistoryFiles, begin_of, length_of, lists_of
 from recsys.data.events.settings import Count, History, Parallel
 from recsys.data.events.signals import IMPRESSION
-from recsys.data.events.times import MICROS, duration
+from recsys.data.events.times import duration
 
 SAMPLES_AT_ONCE = 1 << 16  # samples whose histories are in memory at a time
-DAY = 86_400 * MICROS["s"]
 
 
 @dataclass(frozen=True)
@@ -30,38 +30,46 @@ class AddPast:
 
     keys: columns that events and samples share.
     histories, counts: what to add.
+    lists: types of the histories and the lists beside them, by name.
     schema: of the result; its first columns are those of samples.
+    files: take the values of histories, of which samples then have slices; None: samples have
+        lists.
     """
 
     keys: list[str]
     histories: dict[str, History]
     counts: dict[str, Count]
+    lists: dict[str, pa.DataType]
     schema: pa.Schema
+    files: HistoryFiles | None = None
 
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Yield the samples of each chunk."""
         for chunk in whole_keys(batches, self.keys):
-            yield from self._of_chunk(chunk)
+            is_sample = chunk["is_sample"].to_numpy() == 1
+            if is_sample.any():
+                yield from self._of_chunk(chunk, is_sample)
 
-    def _of_chunk(self, chunk: pa.Table) -> Iterator[pa.RecordBatch]:
-        is_sample = chunk["is_sample"].to_numpy() == 1
-        if not is_sample.any():
-            return
+    def _of_chunk(self, chunk: pa.Table, is_sample: np.ndarray) -> Iterator[pa.RecordBatch]:
         rows = np.flatnonzero(is_sample)
         moments = Moments(chunk, self.keys, is_sample)
-        numbers = {f"n_{name}": self._count(chunk, moments, of) for name, of in self.counts.items()}
-        ranges = {name: self._range(chunk, moments, of) for name, of in self.histories.items()}
+        added = {f"n_{name}": self._count(chunk, moments, of) for name, of in self.counts.items()}
+        values: dict[str, dict[str, pa.Array]] = {}
+        for name, of in self.histories.items():
+            events, begin, end = self._range(chunk, moments, of)
+            values[name] = self._values(chunk, name, events)
+            first = 0 if self.files is None else self.files.append(name, values[name])
+            added |= {begin_of(name): begin + first, length_of(name): end - begin}
         for first in range(0, len(rows), SAMPLES_AT_ONCE):
             here = slice(first, first + SAMPLES_AT_ONCE)
-            columns = {name: pa.array(values[here]) for name, values in numbers.items()}
-            for name, (events, begin, end) in ranges.items():
-                columns |= self._lists(chunk, name, rows[here], events, begin[here], end[here])
-            sample = chunk.take(pa.array(rows[here]))
-            arrays = [
-                columns[field.name] if field.name in columns else _one(sample[field.name])
-                for field in self.schema
-            ]
-            yield pa.record_batch(arrays, schema=self.schema)
+            samples = chunk.take(pa.array(rows[here]))
+            columns = {name: _one(samples[name]) for name in samples.schema.names}
+            columns |= {name: pa.array(of[here]) for name, of in added.items()}
+            if self.files is None:
+                for name, of in self.histories.items():
+                    made = lists_of(columns, name, of, values[name])
+                    columns |= {f"h_{column}": lists for column, lists in made.items()}
+            yield pa.record_batch([columns[name] for name in self.schema.names], schema=self.schema)
 
     def _count(self, chunk: pa.Table, moments: Moments, of: Count) -> np.ndarray:  # float64 [S]
         """Return a count or rate for each sample."""
@@ -80,48 +88,44 @@ class AddPast:
         begin, end = moments.window(events, duration(of.delay) or 0, None)
         return events, np.maximum(begin, end - min(of.length, len(chunk))), end
 
-    def _lists(
+    def _values(
         self,
         chunk: pa.Table,
         name: str,
-        rows: np.ndarray,  # int64 [S]
         events: np.ndarray,  # int64 [E]
-        begin: np.ndarray,  # int64 [S]
-        end: np.ndarray,  # int64 [S]
-    ) -> dict[str, pa.Array]:
-        """Return a history's lists, by column."""
-        places, offsets = slices(begin, end)
-        past, lists = events[places], pa.array(offsets, pa.int32())
-        time = chunk["ts"].to_numpy()
-        ago = np.repeat(time[rows], np.diff(offsets)) - time[past]
-        columns = {f"h_{name}": _one(chunk["iid"].take(pa.array(past)))}
-        for parallel, of in self.histories[name].parallel.items():
-            columns[f"h_{parallel}"] = self._values(chunk, f"h_{parallel}", of, past, ago)
-        return {name: pa.ListArray.from_arrays(lists, of) for name, of in columns.items()}
+    ) -> dict[str, pa.Array]:  # [E] each
+        """Return the values of a history and beside it, by column."""
+        past = chunk.take(pa.array(events))
+        columns = {name: _one(past["iid"])}
+        for beside, of in self.histories[name].parallel.items():
+            if of.column == AGE:
+                columns[beside] = _one(past["ts"])
+            else:
+                columns[beside] = _beside(past, beside, of, self.lists[beside].value_type)
+        return columns
 
-    def _values(
-        self, chunk: pa.Table, name: str, of: Parallel, past: np.ndarray, ago: np.ndarray
-    ) -> pa.Array:
-        """Return the values beside a history, those of all samples one after another."""
-        if of.column == "age":
-            # A day is 0.15, a hundred days are 1: the order of magnitude of an age matters.
-            return pa.array((np.log10(1 + ago / DAY) / 2).astype(np.float32))
-        source = "action" if of.column == "action" else f"e_{of.column}"
-        values = _one(chunk[source].take(pa.array(past)))
-        kind = self.schema.field(name).type.value_type
-        if not pa.types.is_floating(kind):  # ids that no vocabulary knows stand for null
-            return values.fill_null("" if pa.types.is_string(kind) else -1).cast(kind)
-        numbers = values.fill_null(of.fill).to_numpy(zero_copy_only=False).astype(np.float32)
-        if of.at_least is not None:
-            return pa.array((numbers >= of.at_least).astype(np.float32))
-        with np.errstate(over="ignore"):
-            scaled = numbers / np.float32(of.scale)
-        if not np.isfinite(scaled).all():
-            raise ValueError(
-                f"parallel: '{name.removeprefix('h_')}': a value divided by scale {of.scale} is no "
-                "finite float32; set a larger scale"
-            )
-        return pa.array(scaled)
+
+def _beside(
+    past: pa.Table,  # [E]
+    name: str,
+    of: Parallel,
+    kind: pa.DataType,
+) -> pa.Array:  # [E]
+    """Return the values of a column beside a history."""
+    values = _one(past["action" if of.column == "action" else f"e_{of.column}"])
+    if not pa.types.is_floating(kind):  # ids that no vocabulary knows stand for null
+        return values.fill_null("" if pa.types.is_string(kind) else -1).cast(kind)
+    numbers = values.fill_null(of.fill).to_numpy(zero_copy_only=False).astype(np.float32)
+    if of.at_least is not None:
+        return pa.array((numbers >= of.at_least).astype(np.float32))
+    with np.errstate(over="ignore"):
+        scaled = numbers / np.float32(of.scale)
+    if not np.isfinite(scaled).all():
+        raise ValueError(
+            f"parallel: '{name}': a value divided by scale {of.scale} is no finite float32; set a "
+            "larger scale"
+        )
+    return pa.array(scaled)
 
 
 def events_with(chunk: pa.Table, actions: list[str] | None) -> np.ndarray:  # int64 [E]

@@ -6,6 +6,7 @@ import pyarrow as pa
 
 from recsys.data.events.engines.base import Engine
 from recsys.data.events.histories import AddPast
+from recsys.data.events.history_values import HistoryFiles, slice_columns
 from recsys.data.events.settings import Count, EventsConfig, History
 from recsys.data.events.signals import quoted
 from recsys.data.events.snapshots import with_columns
@@ -14,14 +15,18 @@ KEYS = {"user": "uid", "item": "iid"}
 
 
 def add_past(
-    engine: Engine, config: EventsConfig, types: dict[str, pa.DataType]
+    engine: Engine,
+    config: EventsConfig,
+    types: dict[str, pa.DataType],
+    files: HistoryFiles | None,
 ) -> dict[str, pa.DataType]:
-    """Make the stage `complete`: the stage `samples` with counts and histories.
+    """Make the stage `complete`: the stage `samples` with counts, and histories or their slices.
 
     Args:
         engine: has the stages `signals` and `samples`.
         config: the settings.
         types: of the columns of `signals`.
+        files: take the values of histories; None: `complete` has lists.
 
     Returns:
         The types of the histories and the lists beside them, by name.
@@ -42,8 +47,12 @@ def add_past(
     lists: dict[str, pa.DataType] = {}
     for name, history in config.histories.items():
         lists |= _list_types(name, history, types)
-    added += [(f"h_{name}", kind) for name, kind in lists.items()]
-    add = AddPast(["uid"], config.histories, of_user, pa.schema([*passed, *added]))
+    if files is None:
+        added += [(f"h_{name}", kind) for name, kind in lists.items()]
+    else:
+        added += [(name, pa.int64()) for name in slice_columns(config.histories)]
+    schema = pa.schema([*passed, *added])
+    add = AddPast(["uid"], config.histories, of_user, lists, schema, files)
     _map(engine, "complete", samples, add, passed.names)
     return lists
 
@@ -97,7 +106,7 @@ def _add_counts(
         f"FROM {samples} UNION ALL SELECT {names}, ts, position, action, 0 AS is_sample "
         f"FROM past_events) WHERE {known}"
     )
-    add = AddPast(keys, {}, counts, schema)
+    add = AddPast(keys, {}, counts, {}, schema)
     engine.add_mapped(f"counts_{number}", query, keys, ["ts", "position"], add, schema)
     added = ", ".join(f"coalesce(c.{quoted(f'n_{n}')}, 0) AS {quoted(f'n_{n}')}" for n in counts)
     engine.add(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pyarrow as pa
 from recsys.data.events.engines.base import Engine
 from recsys.data.events.engines.on_duckdb import DuckDBEngine
 from recsys.data.events.engines.on_spark import SparkEngine
+from recsys.data.events.history_values import HistoryFiles
 from recsys.data.events.load import load_events_config
 from recsys.data.events.negatives import add_negatives
 from recsys.data.events.output.dataset import write_dataset, write_items
@@ -32,6 +35,8 @@ def prepare_events(
     source: Path | None = None,
     memory: str | None = None,
     spark_master: str | None = None,
+    threads: int | None = None,
+    temp: Path | None = None,
 ) -> dict[str, Any]:
     """Write the dataset that `config` describes; it appears complete or not at all.
 
@@ -40,8 +45,13 @@ def prepare_events(
         out: folder to write; must not exist or be empty. With rolling windows it holds the datasets
             `window-1`, `window-2` ...
         source: folder of the relative paths in `config`; None: its own.
-        memory: most memory that DuckDB takes, such as 4GB.
+        memory: most memory that DuckDB takes, such as 4GB; None: 80 % of the machine's. Python
+            takes up to 2 GB more.
         spark_master: address of a Spark cluster, or such as local[2], to run on instead of DuckDB.
+        threads: threads of DuckDB, and files written at a time; None: the cores that this process
+            may use.
+        temp: folder for the stages and what does not fit into memory, a few times the size of the
+            logs; None: in `out`.
 
     Returns:
         The report, which is also in `report.json`: events read, rows left out by reason, and
@@ -56,7 +66,7 @@ def prepare_events(
     """
     settings = load_events_config(config, source)
     with whole_folder(unused_folder(out)) as partial:
-        return run_stages(settings, partial, memory, spark_master)
+        return run_stages(settings, partial, memory, spark_master, threads, temp)
 
 
 def unused_folder(out: Path) -> Path:
@@ -76,21 +86,34 @@ def run_stages(
     folder: Path,
     memory: str | None = None,
     spark_master: str | None = None,
+    threads: int | None = None,
+    temp: Path | None = None,
 ) -> dict[str, Any]:
     """Write the datasets and `report.json` into a folder, and return the report.
 
     Raises:
         ValueError: a file, column or value cannot be used, or a split would be empty.
     """
-    work = folder / "stages"
-    engine = DuckDBEngine(work, memory) if spark_master is None else SparkEngine(work, spark_master)
+    work = folder / "stages" if temp is None else _folder_in(temp)
     try:
-        report = write_datasets(engine, config, make_samples(engine, config), folder)
+        engine = (
+            DuckDBEngine(work, memory, threads)
+            if spark_master is None
+            else SparkEngine(work, spark_master)
+        )
+        with closing(engine):
+            report = write_datasets(engine, config, make_samples(engine, config), folder)
     finally:
-        engine.close()
         shutil.rmtree(work, ignore_errors=True)
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _folder_in(temp: Path) -> Path:
+    """Return a new folder for the stages."""
+    if not temp.is_dir():
+        raise ValueError(f"--temp {temp}: no such folder; make it, or name another")
+    return Path(tempfile.mkdtemp(prefix="prepare-events-", dir=temp))
 
 
 @dataclass(frozen=True)
@@ -99,10 +122,12 @@ class Samples:
 
     datasets: SQL conditions of each split of each dataset.
     lists: types of the histories and the lists beside them, by name.
+    files: values of the histories, if samples have slices of these instead of lists.
     """
 
     datasets: Conditions
     lists: dict[str, pa.DataType]
+    files: HistoryFiles | None
     dropped: Dropped
 
 
@@ -122,7 +147,9 @@ def make_samples(engine: Engine, config: EventsConfig) -> Samples:
         reasons |= add_negatives(engine, config)
         source = "drawn"
     reasons |= add_features(engine, config, source)
-    return Samples(datasets, add_past(engine, config, types), Dropped(dropped.read, reasons))
+    files = None if engine.own_files is None else HistoryFiles(engine.own_files, config.histories)
+    lists = add_past(engine, config, types, files)
+    return Samples(datasets, lists, files, Dropped(dropped.read, reasons))
 
 
 def write_datasets(
@@ -134,7 +161,9 @@ def write_datasets(
     for dataset, conditions in samples.datasets.items():
         if config.items is not None:
             items = write_items(engine, config, folder / dataset / "items", items)
-        figures = write_dataset(engine, config, conditions, folder, dataset, samples.lists)
+        figures = write_dataset(
+            engine, config, conditions, folder, dataset, samples.lists, samples.files
+        )
         splits |= {str(Path(dataset, split)): of for split, of in figures.items()}
     dropped = samples.dropped
     return {"events": dropped.read, "left_out": dropped.reasons, "splits": splits}

@@ -19,6 +19,8 @@ from recsys.data.events.files.reader import Reader
 ROWS_PER_BATCH = 1 << 17
 ROWS_PER_GROUP = 8192  # small enough that several ranks share a split evenly
 
+# Adds columns to rows, and chooses them.
+Complete = Callable[[pa.RecordBatch], pa.RecordBatch]
 # Maps the batches of a partition, in order, to other batches.
 BatchFunction = Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]
 
@@ -27,9 +29,11 @@ class Engine(Protocol):
     """Runs the stages of a transformation. Stages are tables, and SQL refers to them by name.
 
     unnest: name of the SQL function that makes a row of each value of a list.
+    own_files: folder for files of functions, if all of them run in this process, one after another.
     """
 
     unnest: str
+    own_files: Path | None
 
     def add_files(self, name: str, readers: list[Reader]) -> None:
         """Read the files of tables with the same columns as a stage."""
@@ -57,5 +61,22 @@ class Engine(Protocol):
     def table(self, query: str) -> pa.Table:
         """Return a small result."""
 
-    def write(self, query: str, folder: Path, rows_per_group: int = ROWS_PER_GROUP) -> int:
-        """Write a result as Parquet files, in its order; return the number of rows."""
+    def close(self) -> None:
+        """Release what the engine holds."""
+
+    def write(
+        self,
+        query: str,
+        folder: Path,
+        rows_per_group: int = ROWS_PER_GROUP,
+        complete: Complete | None = None,
+    ) -> int:
+        """Write a result as Parquet files, in its order; return the number of rows.
+
+        Args:
+            query: the rows.
+            folder: to write.
+            rows_per_group: rows of a row group.
+            complete: makes the rows that are written, if the engine has `own_files`; may run in
+                several threads.
+        """

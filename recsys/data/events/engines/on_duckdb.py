@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recsys.data.events.engines.base import ROWS_PER_BATCH, ROWS_PER_GROUP, BatchFunction
+from recsys.data.events.engines.base import ROWS_PER_BATCH, ROWS_PER_GROUP, BatchFunction, Complete
+from recsys.data.events.engines.parquet_parts import write_parts
 from recsys.data.events.files.reader import Reader
 
 
@@ -21,22 +22,30 @@ class DuckDBEngine:
     Args:
         work: folder of the stages; the caller removes it.
         memory: most memory that DuckDB takes, such as 4GB; None: 80 % of the machine's.
+        threads: threads of DuckDB, and files written at a time; None: the cores that this process
+            may use.
 
     Raises:
-        ValueError: DuckDB cannot go on, such as on a full disk, or `memory` is no size.
+        ValueError: DuckDB cannot go on, such as on a full disk, `memory` is no size, or `threads`
+            is below 1.
     """
 
     unnest = "unnest"
 
-    def __init__(self, work: Path, memory: str | None = None) -> None:
+    def __init__(self, work: Path, memory: str | None = None, threads: int | None = None) -> None:
         """Start an empty database in memory."""
+        if threads is not None and threads < 1:
+            raise ValueError(f"--threads is {threads}; set at least 1")
         work.mkdir(parents=True, exist_ok=True)
         self.work = work
+        self.own_files: Path | None = work / "values"
+        self._threads = threads or len(os.sched_getaffinity(0))
         with self._explained():
             self._duckdb = duckdb.connect(
                 config={
                     "temp_directory": str(work / "spilled"),
                     "preserve_insertion_order": False,
+                    "threads": self._threads,
                 }
             )
         if memory is not None:
@@ -88,24 +97,17 @@ class DuckDBEngine:
         with self._explained():
             return self._duckdb.sql(query).to_arrow_table()
 
-    def write(self, query: str, folder: Path, rows_per_group: int = ROWS_PER_GROUP) -> int:
-        """Write a result as a Parquet file, in its order; return the number of rows."""
-        folder.mkdir(parents=True)
-        rows, batches = 0, self._batches(query, 16 * rows_per_group)
-        first = next(batches, None)
-        if first is None:
-            return 0
-        path = folder / "part-00000.parquet"
-        with (
-            self._explained(),
-            pq.ParquetWriter(
-                path, first.schema, compression="zstd", write_page_checksum=True
-            ) as writer,
-        ):
-            for batch in chain([first], batches):
-                rows += batch.num_rows
-                writer.write_batch(batch, row_group_size=rows_per_group)
-        return rows
+    def write(
+        self,
+        query: str,
+        folder: Path,
+        rows_per_group: int = ROWS_PER_GROUP,
+        complete: Complete | None = None,
+    ) -> int:
+        """Write a result as Parquet files, in its order; return the number of rows."""
+        batches = self._batches(query, 16 * rows_per_group)
+        with self._explained():
+            return write_parts(batches, folder, rows_per_group, self._threads, complete)
 
     def _add_batches(self, name: str, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
         file = self._new_file(name)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from recsys.data.events.engines.base import ROWS_PER_BATCH, ROWS_PER_GROUP, BatchFunction
+from recsys.data.events.engines.base import ROWS_PER_BATCH, ROWS_PER_GROUP, BatchFunction, Complete
 from recsys.data.events.files.reader import Reader
 
 SETTINGS = {
@@ -40,6 +40,7 @@ class SparkEngine:
     """
 
     unnest = "explode"
+    own_files: Path | None = None  # functions run in executors
 
     def __init__(self, work: Path, master: str) -> None:
         """Start a session."""
@@ -113,8 +114,15 @@ class SparkEngine:
         with _explained():
             return self._spark.sql(query).toArrow()
 
-    def write(self, query: str, folder: Path, rows_per_group: int = ROWS_PER_GROUP) -> int:
+    def write(
+        self,
+        query: str,
+        folder: Path,
+        rows_per_group: int = ROWS_PER_GROUP,
+        complete: Complete | None = None,
+    ) -> int:
         """Write a result as Parquet files, in its order; return the number of rows."""
+        assert complete is None, "without own_files"
         frame = self._spark.sql(query)
         options = {"compression": "zstd", "parquet.block.row.count.limit": str(rows_per_group)}
         url = f"file://{folder}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.data.events.engines.base import Engine
+from recsys.data.events.history_values import MOMENT, HistoryFiles, slice_columns
 from recsys.data.events.output.pictures import add_pictures
 from recsys.data.events.output.schema_file import schema_text
 from recsys.data.events.output.vocabularies import id_lists, write_vocabularies
@@ -32,6 +34,7 @@ def write_dataset(
     root: Path,
     dataset: str,
     lists: dict[str, pa.DataType],
+    files: HistoryFiles | None,
 ) -> dict[str, dict[str, Any]]:
     """Write a dataset; `schema.yaml` and what is fitted for it come last.
 
@@ -42,6 +45,7 @@ def write_dataset(
         root: folder of the datasets.
         dataset: name of its folder there; empty: the root itself.
         lists: types of the histories and the lists beside them, by name.
+        files: values of the histories, if `complete` has slices of these instead of lists.
 
     Returns:
         Figures of each split; see `_figures`.
@@ -50,22 +54,42 @@ def write_dataset(
         ValueError: a split has no rows, or a transform does not take the values of its column.
     """
     folder = root / dataset
-    columns = output_columns(config)
-    selected = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in columns.items())
-    for split in SPLITS:
-        rows = engine.write(
-            f"SELECT {selected} FROM complete WHERE {conditions[split]} "
-            "ORDER BY ts, uid, iid, position",
-            folder / split,
-        )
-        if not rows:
-            raise ValueError(_no_rows(config, f"{split}{dataset and f' of {dataset}'}"))
+    _write_splits(engine, config, conditions, folder, lists, files)
     train = conditions["train"]
     _write_item_counts(engine, config, train, folder)
     sizes = write_vocabularies(engine, config, train, folder, id_lists(config, lists))
     (folder / "schema.yaml").write_text(schema_text(config, sizes, lists))
     fit_transforms(Location.of(folder))
     return _figures(engine, config, conditions)
+
+
+def _write_splits(
+    engine: Engine,
+    config: EventsConfig,
+    conditions: dict[str, str],
+    folder: Path,
+    lists: dict[str, pa.DataType],
+    files: HistoryFiles | None,
+) -> None:
+    """Write the rows of all splits, in the order of time."""
+    columns = output_columns(config)
+    read, complete = columns, None
+    if files is not None:
+        read = {name: sql for name, sql in columns.items() if name not in lists}
+        read |= {name: quoted(name) for name in slice_columns(config.histories)}
+        read[MOMENT] = "ts"
+        complete = partial(files.with_lists, columns=list(columns))
+    selected = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in read.items())
+    for split in SPLITS:
+        rows = engine.write(
+            f"SELECT {selected} FROM complete WHERE {conditions[split]} "
+            "ORDER BY ts, uid, iid, position",
+            folder / split,
+            complete=complete,
+        )
+        if not rows:
+            of_window = f" of {folder.name}" if config.split.by == "windows" else ""
+            raise ValueError(_no_rows(config, split + of_window))
 
 
 def _no_rows(config: EventsConfig, split: str) -> str:

@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from recsys.data.events.engines.on_duckdb import DuckDBEngine
-from recsys.data.events.prepare import prepare_events
+from recsys.data.events.prepare import prepare_events, run_stages
+from recsys.data.events.settings import EventsConfig
 
 Config = dict[str, Any]
 START = 1_790_000_000
@@ -262,7 +263,8 @@ import os, signal, sys
 from pathlib import Path
 import recsys.data.events.output.dataset as dataset
 from recsys.data.events.engines.on_duckdb import DuckDBEngine
-from recsys.data.events.prepare import prepare_events
+from recsys.data.events.prepare import prepare_events, run_stages
+from recsys.data.events.settings import EventsConfig
 dataset.write_vocabularies = lambda *words: os.kill(os.getpid(), signal.SIGKILL)
 prepare_events(Path(sys.argv[1]), Path(sys.argv[2]))
 """
@@ -312,3 +314,10 @@ def test_a_history_may_be_longer_than_any_integer(tmp_path: Path) -> None:
     config = write_inputs(tmp_path)
     config["histories"]["viewed"]["length"] = 10**30
     prepare(tmp_path, config)
+
+
+def test_threads_and_the_folder_of_temporary_files_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--threads is 0"):
+        DuckDBEngine(tmp_path / "work", threads=0)
+    with pytest.raises(ValueError, match="nowhere"):
+        run_stages(EventsConfig({}, {}), tmp_path, temp=tmp_path / "nowhere")

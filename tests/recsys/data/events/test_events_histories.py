@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 import yaml
 
 from recsys.config import Config, EmbeddingSettings, ranking_settings
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.events.prepare import prepare_events
+from recsys.data.events import prepare
+from recsys.data.events.engines.on_duckdb import DuckDBEngine
+from recsys.data.events.splits import SPLITS
 from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema, load_schema
@@ -44,7 +48,9 @@ MEANING = {
 }
 
 
-def prepared(folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("log")
     random = np.random.default_rng(0)
     log = {
         "visitor": [f"v{number}" for number in random.integers(0, 9, NUM_EVENTS)],
@@ -58,7 +64,7 @@ def prepared(folder: Path) -> Path:
     pq.write_table(pa.table({"sku": range(NUM_ITEMS), "brand": brands}), folder / "skus.parquet")
     meaning = yaml.safe_dump(MEANING, sort_keys=False).replace("path: ", f"path: {folder}/")
     (folder / "events.yaml").write_text(meaning)
-    prepare_events(folder / "events.yaml", folder / "data")
+    prepare.prepare_events(folder / "events.yaml", folder / "data")
     return folder / "data"
 
 
@@ -81,8 +87,8 @@ def losses_of(schema: Schema, root: Location) -> list[float]:
     return losses
 
 
-def test_a_model_trains_on_several_histories_of_a_log(tmp_path: Path) -> None:
-    root = Location.of(prepared(tmp_path))
+def test_a_model_trains_on_several_histories_of_a_log(prepared: Path) -> None:
+    root = Location.of(prepared)
     schema = load_schema(root)
 
     viewed, past = schema.histories
@@ -94,3 +100,21 @@ def test_a_model_trains_on_several_histories_of_a_log(tmp_path: Path) -> None:
     assert known["viewed_brand"] == known["brand"] == ["brand 0", "brand 1", "brand 2"]
     losses = losses_of(schema, root)
     assert losses[-1] < losses[0]
+
+
+def test_samples_with_lists_and_with_slices_of_files_become_the_same_rows(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ListsInStages(DuckDBEngine):
+        """Has no files of its own, like Spark."""
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.own_files = None
+
+    monkeypatch.setattr(prepare, "DuckDBEngine", ListsInStages)
+    other = prepared.parent / "lists"
+    prepare.prepare_events(prepared.parent / "events.yaml", other)
+
+    for split in SPLITS:
+        assert pq.read_table(other / split).equals(pq.read_table(prepared / split))

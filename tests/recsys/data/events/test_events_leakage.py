@@ -6,12 +6,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from recsys.data.events.engines.on_duckdb import DuckDBEngine
+from recsys.data.events.history_values import MOMENT
 from recsys.data.events.load import load_events_config
 from recsys.data.events.prepare import make_samples
 from tests.recsys.data.events import logs
@@ -62,8 +64,13 @@ def samples(log: list[Row], delay: str) -> dict[Any, Row]:
         (folder / "events.yaml").write_text(yaml.safe_dump(content))
         engine = DuckDBEngine(folder / "stages")
         try:
-            make_samples(engine, load_events_config(folder / "events.yaml"))
-            rows = engine.table("SELECT * FROM complete").drop("position").to_pylist()
+            made = make_samples(engine, load_events_config(folder / "events.yaml"))
+            assert made.files is not None
+            table = engine.table(f'SELECT *, ts AS "{MOMENT}" FROM complete').drop("position")
+            names = [name for name in table.schema.names if "/" not in name]
+            batches = table.combine_chunks().to_batches()
+            parts = [made.files.with_lists(batch, [*names, *made.lists]) for batch in batches]
+            rows = pa.Table.from_batches(parts).to_pylist()
         finally:
             engine.close()
     return {tuple(row[key] for key in ("uid", "iid", "ts", "l_bought")): row for row in rows}
