@@ -158,18 +158,25 @@ def variant_record(variant: Variant) -> dict[str, Any]:
     return {**about, "configuration": to_plain(variant.config())}
 
 
-def _page(result: Result, about: dict[str, Any], notes: str) -> str:
+def measured_on(about: dict[str, Any]) -> str:
+    """Return the sentence of a page that names machine, versions, commit and date."""
     hardware = about["machine"]
     gpus = f", {', '.join(hardware['gpus'])}" if hardware["gpus"] else ""
     packages = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     changed = " with uncommitted changes" if about["uncommitted_changes"] else ""
+    return (
+        f"{hardware['processor']}, {hardware['cores']} cores, {hardware['memory_gb']} GB{gpus}; "
+        f"{packages}; commit {about['commit']}{changed}; {about['date']}."
+    )
+
+
+def _page(result: Result, about: dict[str, Any], notes: str) -> str:
     lines = [
         f"# {result.title}",
         "",
         f"`{about['command']}`",
         "",
-        f"{hardware['processor']}, {hardware['cores']} cores, {hardware['memory_gb']} GB{gpus}; "
-        f"{packages}; commit {about['commit']}{changed}; {about['date']}.",
+        measured_on(about),
         "",
         markdown_table(result.columns, result.rows),
         *(f"\n{sentence}" for sentence in result.reading),

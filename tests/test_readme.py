@@ -41,6 +41,7 @@ PAGES = (
     "recsys/serving/README.md",
     "recsys/serving/retrieval/README.md",
 )
+LONGEST_LINE = 110  # of code that a page shows on a screen of 1280 pixels, without scrolling
 FRONT_PAGE = (PROJECT / "README.md").read_text()
 README = "\n".join((PROJECT / page).read_text() for page in PAGES)
 PROGRAMS = Path(sys.executable).parent
@@ -74,11 +75,28 @@ EXCHANGED = (
 )
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    """The code blocks of a language; without one, they show what commands print."""
+    fences = re.findall(r"^```(.*?)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [block for fence, block in fences if fence == language]
 
 
-def run(command: list[str] | str, folder: Path) -> None:
+def lines_not_in(output: str, block: str) -> list[str]:
+    """The lines of a block that no line of an output equals; `...` stands for any text."""
+    lines = {" ".join(line.split()) for line in output.splitlines()}
+    patterns = {
+        line: re.escape(" ".join(line.split())).replace(r"\.\.\.", ".*")
+        for line in block.splitlines()
+    }
+    return [
+        line
+        for line, pattern in patterns.items()
+        if not any(re.fullmatch(pattern, each) for each in lines)
+    ]
+
+
+def run(command: list[str] | str, folder: Path) -> str:
+    """Runs a command without an error and returns what it printed."""
     environment = {
         "PATH": f"{PROGRAMS}:{os.environ['PATH']}",
         "PYTHONPATH": str(PROJECT),
@@ -99,6 +117,7 @@ def run(command: list[str] | str, folder: Path) -> None:
             timeout=HANG_SECONDS,
         )
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +141,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_command_of_the_readme_runs(folder: Path) -> None:
     for script in blocks("python"):
         run([sys.executable, "-c", script], folder)
-    commands = [line for block in blocks("bash") for line in block.splitlines() if line]
+    text = "\n".join(blocks("bash")).replace("\\\n", "")
+    commands = [" ".join(line.split()) for line in text.splitlines() if line]
     assert len(commands) > 12
+    printed = {}
     for command in commands:
         for pattern, replacement in EXCHANGED:
             command = re.sub(pattern, replacement, command)
-        run(command, folder)
+        printed[command] = run(command, folder)
+    plan = next(text for command, text in printed.items() if "describe" in command)
+    assert lines_not_in(plan, next(block for block in blocks("") if "fits:" in block)) == []
     assert (folder / "predictions.parquet").is_file()
     assert (folder / "runs" / "movielens_sample" / "metrics.json").is_file()
 
@@ -162,6 +185,19 @@ def test_every_page_is_read_here() -> None:
 
 def test_the_front_page_is_short() -> None:
     assert len(FRONT_PAGE.splitlines()) <= 250
+
+
+def test_a_figure_that_no_command_printed_is_seen() -> None:
+    printed = "all  0.8752  0.7720\nfits: 37.6 GiB per rank are left"
+    assert lines_not_in(printed, "all 0.8752   0.7720\n...\nfits: ...\n") == []
+    assert lines_not_in(printed, "all 0.8752   0.7721\n") == ["all 0.8752   0.7721"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_of_code_fit_a_screen(page: str) -> None:
+    code = re.findall(r"^```.*?^```", (PROJECT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines = [line for block in code for line in block.splitlines()]
+    assert [line for line in lines if len(line) > LONGEST_LINE] == []
 
 
 @pytest.mark.parametrize("page", PAGES)

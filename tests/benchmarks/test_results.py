@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.printed import HEAD, with_section
 from benchmarks.results import ROOT, provenance, without_places
 
 
@@ -32,3 +34,11 @@ def test_the_command_is_the_one_that_runs_the_benchmark_again(
 ) -> None:
     monkeypatch.setattr(sys, "argv", [str(file), "--quick"])
     assert provenance()["command"] == command
+
+
+def test_a_command_recorded_again_replaces_its_section() -> None:
+    page = with_section(HEAD, ["make", "train"], "step 1\nall 0.5\n")
+    page = with_section(page, ["recsys", "doctor"], "fine  \n")
+    page = with_section(page, ["make", "train"], "all 0.6\n")
+    assert re.findall("^## (.*)$", page, re.M) == ["`recsys doctor`", "`make train`"]
+    assert "fine\n" in page and "all 0.6\n" in page and "0.5" not in page

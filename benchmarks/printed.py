@@ -1,0 +1,53 @@
+"""Record what a command prints, for the pages that show its output.
+
+    python -m benchmarks.printed make train COMPARE=id_only
+    python -m benchmarks.printed recsys describe --config shop.yaml ...
+
+The command runs in the current folder. The end of its output, with machine, versions, commit and
+date, replaces the section of that command in `benchmarks/results/printed.md`.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.results import RESULTS, measured_on, provenance, without_places
+
+LAST_LINES = 60
+HEAD = """# Output of commands that pages show
+
+Each section is the end of what one command printed, written by
+`python -m benchmarks.printed COMMAND`.
+"""
+
+
+def record(command: list[str], page: Path) -> int:
+    """Run the command, print its output, and write its end into the page.
+
+    Returns:
+        Exit code of the command; unless it is 0, the page stays as it is.
+    """
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, end="")
+    if done.returncode == 0:
+        text = page.read_text() if page.exists() else HEAD
+        page.write_text(with_section(text, command, done.stdout))
+    return done.returncode
+
+
+def with_section(page: str, command: list[str], output: str) -> str:
+    """Return the page with the section of a command replaced, or added at its end."""
+    head, *sections = re.split(r"^(?=## )", page, flags=re.MULTILINE)
+    title = f"## `{' '.join(command)}`"
+    lines = without_places(output).rstrip().splitlines()[-LAST_LINES:]
+    block = "\n".join(line.rstrip() for line in lines)
+    section = f"{title}\n\n{measured_on(provenance())}\n\n```\n{block}\n```\n\n"
+    others = [each for each in sections if each.splitlines()[0] != title]
+    return (head.rstrip() + "\n\n" + "".join([*others, section])).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(record(sys.argv[1:], RESULTS / "printed.md"))
