@@ -1,11 +1,11 @@
 """The large ID tables: configuration, sharding, optimizers and the memory bank.
 
-This package knows TorchRec and nothing of models. Shapes in its docstrings: B batch, L history,
+This package depends on TorchRec and on no model. Shapes in its docstrings: B batch, L history,
 N ids, D dimension, F features, U unique items, W ranks. The order of use is that of every TorchRec
 script: tables on meta, model, optimizer in backward, plan, DistributedModelParallel, dense
 optimizer.
 
-The public names load on first use: the maps of ids, which need no torch, come without it.
+The public names are imported on first use, so that the maps of ids load without torch.
 """
 
 from importlib import import_module

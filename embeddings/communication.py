@@ -1,8 +1,8 @@
 """The types in which looked-up vectors travel between ranks, and their gradients back.
 
-Half of the bits halve the bytes sent, at the cost of rounding each value once (DLRM with quantised
-collectives, Yang et al. 2020). FBGEMM's codecs do the conversion, through TorchRec's registry of
-codecs by collective. Ids and the tables themselves keep their types.
+A 16-bit type halves the bytes sent and rounds each value once (DLRM with quantised
+collectives, Yang et al. 2020). FBGEMM's codecs convert, through TorchRec's registry of codecs by
+collective. Ids and the tables themselves keep their types.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def communication_codecs(
     bf16 for ``backward``. With a single rank nothing is rounded.
 
     TorchRec's own ``get_qcomm_codecs_registry`` is not used: on CPU it replaces bf16 by fp16 with
-    nothing but a warning, though both work over gloo.
+    only a warning, though both work over gloo.
 
     Args:
         forward: type of the vectors.

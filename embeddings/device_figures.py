@@ -1,8 +1,8 @@
 """Public figures of devices: memory, arithmetic and links.
 
-The figures are those of the makers' data sheets, per device: dense (not sparse) FLOP/s, bytes per
+The figures come from the makers' data sheets, per device: dense (not sparse) FLOP/s, bytes per
 second in one direction, and memory as the driver reports it, rounded down. Real rates are lower, so
-times that follow from them are bounds.
+times computed from them are lower bounds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class DeviceFigures:
 
 @dataclass
 class FigureOverrides:
-    """Figures of a device that differ from the data sheet; None keeps it."""
+    """Figures that replace those of the data sheet; None keeps the data sheet's."""
 
     memory_bytes: float | None = None
     """Memory for tables in bytes, for instance 4e10."""

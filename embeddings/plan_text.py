@@ -1,4 +1,4 @@
-"""A sharding plan as text: where each table's shards live."""
+"""A sharding plan as text: the rank of each shard of each table."""
 
 from __future__ import annotations
 

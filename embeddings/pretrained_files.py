@@ -1,8 +1,9 @@
 """Parquet files of pretrained vectors, streamed and checked.
 
-Anything that would put a wrong number into a table is an error with file, column and row before it
-gets there. The scanner of pyarrow.dataset is not used: it loses the position of filtered rows in
-their file, and it holds a row group whole (of 122 MiB: 417 MiB of memory, here 178).
+Anything that would put a wrong number into a table is an error with file, column and row, raised
+before the table changes. The scanner of pyarrow.dataset is not used: it loses the position of
+filtered rows in their file, and it holds whole row groups (417 MiB of memory for one of 122 MiB;
+this module needs 178 MiB).
 Shapes: N rows of one block of a file, D dimension.
 """
 
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
 BLOCK_BYTES = 2**24  # vectors decoded at a time
-READ_BYTES = 2**20  # read at a time; else it is a whole row group, and that may be the file
+READ_BYTES = 2**20  # read at a time, as a row group may be a whole file
 TABLE_COLUMN = "table"
 
 # Ids as stored in a file -> rows of the table, int64 [N]; -1 leaves an id out.
@@ -27,8 +28,8 @@ RowsOfIds = Callable[[pa.Array], np.ndarray]
 class PretrainedFiles:
     """Parquet files with one vector per id, each id once in all files together.
 
-    The id column holds integers, the vector column lists of floats. From files that have a column
-    ``table``, as an export of several tables has, only the rows of one table are read; row groups
+    The id column holds integers, the vector column lists of floats. If a file has a column
+    ``table``, like an export of several tables, only the rows of one table are read; row groups
     of other tables are skipped by their statistics.
 
     Example::
@@ -60,12 +61,12 @@ class PretrainedBlock:
         return _error(self.file, self.id_column, self.positions[index], fault)
 
     def rows(self, rows_of_ids: RowsOfIds | None) -> np.ndarray:
-        """Return the rows of the ids, int64 [N]: from ``rows_of_ids``, or else the ids themselves.
+        """Return the rows of the ids, int64 [N]: from ``rows_of_ids``, or the ids themselves.
 
-        Unsigned ids beyond the range of int64 come out negative.
+        Unsigned ids beyond the range of int64 become negative.
 
         Raises:
-            ValueError: the function refuses the ids, or without one they are no integers.
+            ValueError: the function refuses the ids, or without a function they are not integers.
         """
         if rows_of_ids is not None:
             try:
@@ -81,7 +82,7 @@ class PretrainedBlock:
 
 
 def read_pretrained(files: PretrainedFiles, table: str, dim: int) -> Iterator[PretrainedBlock]:
-    """Yield the rows for ``table`` in all files, block by block.
+    """Yield the rows of ``table`` from all files, block by block.
 
     Raises:
         ValueError: a file that is missing or not Parquet, a column that is missing or of another

@@ -1,8 +1,8 @@
 """Load pretrained vectors from Parquet into the shards of a table, by id.
 
 Every rank that holds a shard streams the files and keeps the rows of its shards: no rank ever has
-the whole table, and between ranks only the counts travel. Rows that no file names keep their
-initial weights. Shapes: N rows of one block of a file, D dimension.
+the whole table, and ranks exchange only counts. Rows that no file names keep their initial weights.
+Shapes: N rows of one block of a file, D dimension.
 """
 
 from dataclasses import dataclass
@@ -42,8 +42,7 @@ def load_pretrained_rows(
     """Write vectors into a table of ``model``, before its first step. A collective.
 
     Args:
-        model: its collections sharded by DistributedModelParallel under any plan, or whole and
-            not on meta.
+        model: sharded by DistributedModelParallel under any plan, or unsharded and not on meta.
         table: name of the table.
         files: the files to read.
         rows_of_ids: maps ids of the files to rows; default: an id is its row.
@@ -52,7 +51,8 @@ def load_pretrained_rows(
     Raises:
         ValueError: on every rank, if on any rank the table is missing, a file cannot be used (see
             :func:`~embeddings.pretrained_files.read_pretrained`), an id is outside the table, two
-            ids name one row, or there is no row at all. Earlier blocks are then written already.
+            ids name one row, or the files hold no row for the table. Blocks before the error
+            are already written.
 
     Example::
 
@@ -74,7 +74,7 @@ def load_pretrained_rows(
         table_rows = _TableRows.of(model, table)
         if table_rows.pieces:
             loaded = _load(table_rows, files, rows_of_ids)
-    except Exception as raised:  # whatever it is, the other ranks wait for a word
+    except Exception as raised:  # of any type: the other ranks wait for the outcome
         error = raised
     return _agree(loaded, error, process_group)
 
@@ -174,7 +174,7 @@ class _TableRows:
         Args:
             block: the ids, for the error.
             rows: int64 [N].
-            known: bool [N], False where an id is left out.
+            known: bool [N], False if an id is left out.
         """
         outside = known & ((rows < 0) | (rows >= self.num_embeddings))
         if outside.any():

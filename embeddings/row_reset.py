@@ -1,7 +1,7 @@
-"""Reset rows of a sharded table to their initial weights when they pass to another id.
+"""Reset rows of a sharded table to their initial weights when another id takes them over.
 
-A row that a :class:`~embeddings.vocabulary.bounded.BoundedVocabulary` took from one id for another
-must not give the new id the weights and the optimizer state of the old one.
+A :class:`~embeddings.vocabulary.bounded.BoundedVocabulary` gives the row of a rare id to a new one,
+which must not inherit the weights and the optimizer state of the old id.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,14 +28,15 @@ class _Shard:
 class RowReset:
     """Sets rows to initial weights and zeroes their optimizer state.
 
-    A row gets the weights that a table on CPU starts with. Only the first block of
-    ``INITIALIZATION_BLOCK_ROWS`` is drawn and kept; later rows reuse it, block after block.
-    They are the same on every rank and under every plan: a row's columns may be on several ranks.
+    A row gets the initial weights of a table on CPU. Only the first block of
+    ``INITIALIZATION_BLOCK_ROWS`` rows is drawn and kept; later rows reuse it, block after block.
+    The weights are the same on every rank and under every plan, as a row's columns may be on
+    several ranks.
 
     Args:
         model: sharded under any plan.
         tables: the tables that may be reset.
-        seed: the seed given to ``torch.manual_seed`` before the tables were made.
+        seed: the seed given to ``torch.manual_seed`` before the tables were built.
 
     Example::
 
@@ -67,8 +68,8 @@ class RowReset:
     def __call__(self, table: str, rows: Tensor) -> None:
         """Reset ``rows``, int64 [N] and the same on all ranks, of ``table``; not a collective.
 
-        On CUDA the work is put on the default stream, where steps run, whatever stream is current:
-        a pipeline fetches its batches, and so maps their ids, on another.
+        On CUDA the work is queued on the default stream, where steps run, and not on the current
+        one: a pipeline fetches its batches, and so maps their ids, on another stream.
         """
         for shard in self._shards[table]:
             inside = rows[(rows >= shard.row) & (rows < shard.row + len(shard.weight))]

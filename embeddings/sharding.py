@@ -1,8 +1,8 @@
 """Plan which rank holds each piece of each table.
 
-TorchRec's planner is given the memory of this machine and the settings of each
-:class:`~embeddings.tables.TableConfig`. It runs on rank 0; the plan, or the reason why there is
-none, is broadcast, so that a job that cannot fit ends on every rank instead of hanging.
+TorchRec's planner gets the memory of this machine and the settings of each
+:class:`~embeddings.tables.TableConfig`. It runs on rank 0, which broadcasts the plan or the reason
+of its failure, so that a job that cannot fit ends on every rank instead of hanging.
 """
 
 import os
@@ -42,7 +42,7 @@ from embeddings.tables import TableConfig, check_tables
 # would instead count every dense parameter six times, a frozen encoder's included.
 RESERVED_SHARE = 0.15
 
-# The planner cuts no columns narrower than this on its own: every shard looks up all ids.
+# The planner makes no column shards narrower than this: every shard looks up all ids.
 MIN_COLUMNS = 32
 
 
@@ -62,7 +62,7 @@ def machine_topology(
     Args:
         world_size: ranks in all.
         local_world_size: ranks on this machine.
-        device: where this rank computes; its type decides which memory holds the tables.
+        device: device of this rank; its type decides which memory holds the tables.
         device_memory_bytes: GPU memory per rank, instead of the detected one.
         host_memory_bytes: host memory per rank, instead of the detected one.
 
@@ -112,15 +112,15 @@ def plan_sharding(
     """Plan on rank 0 how ``module``'s tables are sharded. A collective: all ranks get the plan.
 
     Args:
-        module: the whole model, its collections on meta and
-            :func:`~embeddings.table_optimizers.fuse_table_optimizers` already called.
+        module: the whole model, with collections on meta, after
+            :func:`~embeddings.table_optimizers.fuse_table_optimizers`.
         tables: the configuration of every table in ``module``.
         process_group: the ranks to shard over; the default group if there is one, else one rank.
-        device: where the ranks compute.
+        device: device type of the ranks.
         batch_size: rows per rank and step, for the planner's estimate of time and memory.
         topology: default :func:`machine_topology`; without a process group, of any cluster.
-        module_sharders: those that DistributedModelParallel will be given; default
-            :func:`sharders` without arguments. The planner uses their communication types.
+        module_sharders: sharders that DistributedModelParallel will use, whose communication types
+            the planner needs; default :func:`sharders` without arguments.
 
     Raises:
         ValueError: no plan is possible; the same on every rank, with the planner's reason.
@@ -135,13 +135,13 @@ def plan_sharding(
         plan = plan_sharding(model, tables)  # for DistributedModelParallel, with sharders()
     """
     process_group, rank, world_size = _place_in(process_group)
-    message: list[Any] = [None, None]  # the plan, or why there is none
+    message: list[Any] = [None, None]  # the plan, or the reason of the failure
     cause: Exception | None = None
     if rank == 0:
         try:
             where, cuts = torch.device(device), module_sharders or sharders()
             message[0] = _plan(module, tables, world_size, where, batch_size, topology, cuts)
-        except Exception as error:  # whatever it is, the other ranks wait for a word
+        except Exception as error:  # of any type: the other ranks wait for the outcome
             cause = error
             message[1] = str(error) if type(error) is ValueError else f"planning failed: {error!r}"
     if process_group is not None:
@@ -249,7 +249,7 @@ def _constraints(table: TableConfig, world_size: int) -> ParameterConstraints:
             world_size,
             MIN_COLUMNS if table.sharding == "auto" else 1,
         ),
-        # At least one: an estimate of no load at all would let the planner put it anywhere.
+        # At least 1: with an estimated load of 0 the planner would put the table anywhere.
         pooling_factors=[max(table.ids_per_row.get(name, 1.0), 1.0) for name in table.features],
     )
 

@@ -1,7 +1,7 @@
 """A simulated cluster: the planner's view of devices that this machine does not have.
 
-TorchRec's planner needs sizes of memory, not devices, so tables for thousands of GPUs can be
-planned on a laptop. Times that follow from the devices' public figures are bounds.
+TorchRec's planner needs memory sizes, not devices, so tables for thousands of GPUs can be
+planned on a laptop. Times computed from the devices' public figures are lower bounds.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Cluster:
         return self.nodes * self.ranks_per_node
 
     def topology(self) -> Topology:
-        """Describe the cluster for the planner, with the same reserve as on real machines."""
+        """Describe the cluster for the planner, with the memory reserve of real machines."""
         device = self.device
         is_cpu = device.kind == "cpu"
         return machine_topology(
@@ -53,7 +53,7 @@ class Cluster:
         )
 
     def seconds_to_send(self, bytes_sent: float, spread: bool = True) -> float:
-        """Return the least time in which each rank sends ``bytes_sent`` bytes to others.
+        """Return the least seconds in which each rank sends ``bytes_sent`` bytes to others.
 
         Args:
             bytes_sent: bytes that each rank sends.

@@ -1,8 +1,8 @@
 """Lookup of tables without pooling as bags of one id each, on CPU.
 
-The numbers are the same, but FBGEMM's CPU kernels for bags update 10,000 rows (of 100,000 x 32, one
-thread, row-wise Adagrad) in 15 to 20 ms, those without pooling in 25 to 31. On CUDA nothing is
-changed. The lookups print as `SingleIdBags`.
+The results are the same, but FBGEMM's CPU kernels for bags update 10,000 rows (of 100,000 x 32, one
+thread, row-wise Adagrad) in 15 to 20 ms, and its kernels without pooling in 25 to 31 ms. On CUDA
+nothing changes. The lookups print as `SingleIdBags`.
 
 Shapes: T features, B batch, N ids of all features, D dimension.
 """
@@ -25,13 +25,13 @@ class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
 
     Example::
 
-        SingleIdBags.take_over(lookup)  # one with PoolingMode.NONE
+        SingleIdBags.take_over(lookup)  # a lookup with PoolingMode.NONE
         vectors = lookup(indices, offsets)
     """
 
     @staticmethod
     def take_over(lookup: SplitTableBatchedEmbeddingBagsCodegen) -> None:
-        """Make a lookup one of this class, in place: its weights and their names stay."""
+        """Change the class of a lookup to this one, in place; its weights keep their names."""
         assert lookup.pooling_mode == PoolingMode.NONE, lookup.pooling_mode
         assert len(set(lookup.feature_dims.tolist())) == 1, lookup.feature_dims
         lookup.pooling_mode = PoolingMode.SUM

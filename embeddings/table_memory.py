@@ -1,7 +1,7 @@
 """Bytes of a table's weights and optimizer state, on each rank of a plan, and how to make it fit.
 
-Weights and moments are float32. The state of a fused optimizer: row-wise Adagrad one moment per row
-of each shard, Adagrad one per weight, Adam two, SGD and frozen tables none.
+Weights and moments are float32. Row-wise Adagrad keeps one moment per row of each shard, Adagrad
+one per weight, Adam two per weight, SGD and frozen tables none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class TableShard:
 
 @dataclass(frozen=True)
 class TableMemory:
-    """A table as a plan cuts it.
+    """The shards of a table in a plan.
 
     Example::
 
@@ -43,7 +43,7 @@ class TableMemory:
 
     @property
     def column_shards(self) -> int:
-        """Number of pieces that a row is cut into."""
+        """Number of pieces of a row."""
         widest = max(shard.columns for shard in self.shards)
         return -(-self.table.embedding_dim // widest)
 
@@ -63,7 +63,7 @@ class TableMemory:
         return self.state_bytes / self.table.num_embeddings
 
     def on_rank(self, rank: int) -> tuple[int, int]:
-        """Return (bytes of weights, bytes of optimizer state)."""
+        """Return (bytes of weights, bytes of optimizer state) on a rank."""
         here = [shard for shard in self.shards if shard.rank == rank]
         weights = FLOAT * sum(shard.rows * shard.columns for shard in here)
         return weights, sum(state_bytes(self.table, s.rows, s.columns) for s in here)
@@ -78,13 +78,13 @@ def state_bytes(table: TableConfig, rows: int, columns: int) -> int:
 
 
 def table_bytes(table: TableConfig) -> int:
-    """Return the bytes of weights and optimizer state of an uncut table."""
+    """Return the bytes of weights and optimizer state of an unsharded table."""
     rows, dim = table.num_embeddings, table.embedding_dim
     return FLOAT * rows * dim + state_bytes(table, rows, dim)
 
 
 def table_memory(table: TableConfig, plan: ShardingPlan) -> TableMemory:
-    """Describe how a plan cuts a table."""
+    """Describe how a plan shards a table."""
     for module_plan in plan.plan.values():
         assert isinstance(module_plan, EmbeddingModuleShardingPlan)
         if table.name in module_plan:
@@ -106,7 +106,7 @@ def what_does_not_fit(
 
     Args:
         tables: the tables of a model.
-        bytes_per_rank: memory of a rank, of which the planner reserves a share for everything else.
+        bytes_per_rank: memory of a rank; the planner reserves a share of it for everything else.
         world_size: number of ranks.
     """
     room = int(bytes_per_rank * (1 - RESERVED_SHARE))
@@ -127,7 +127,7 @@ def what_does_not_fit(
 
 
 def _most_pieces(table: TableConfig, world_size: int) -> int:
-    """Return the number of ranks that a table can be spread over."""
+    """Return the largest number of ranks over which a table can be sharded."""
     if table.sharding == "table_wise":
         return 1
     if table.sharding == "column_wise":
@@ -164,7 +164,7 @@ def _fixes(tables: Sequence[TableConfig], room: int, world_size: int) -> list[st
 def _if_fits(
     tables: Sequence[TableConfig], changed: TableConfig, room: int, world_size: int
 ) -> list[str]:
-    """Describe the change in words if it makes all tables fit, else return an empty list."""
+    """Describe the change if it makes all tables fit, else return an empty list."""
     after = [changed if table.name == changed.name else table for table in tables]
     if not _fit(after, room, world_size):
         return []

@@ -1,7 +1,7 @@
-"""Fused optimizers: each table is updated inside the backward pass, at a rate of its own.
+"""Fused optimizers: each table is updated inside the backward pass, at its own learning rate.
 
-All other trainable parameters belong to the dense optimizer. Mixing the two up trains silently
-wrong, so a table without a fused optimizer is an error wherever it is detected.
+All other trainable parameters belong to the dense optimizer. A table under the wrong optimizer
+would train wrongly without an error, so a table without a fused optimizer is an error.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from embeddings.tables import TableConfig
 
 
 def fuse_table_optimizers(module: nn.Module, tables: Sequence[TableConfig]) -> None:
-    """Give every table of the unsharded ``module`` its optimizer in backward; before planning.
+    """Give every table of the unsharded ``module`` its optimizer in backward; call before planning.
 
     Raises:
         ValueError: a table is in the model or in the configuration only.
@@ -52,6 +52,6 @@ def _table_optimizer(table: TableConfig) -> tuple[type[torch.optim.Optimizer], d
     arguments["weight_decay"] = table.weight_decay
     if table.optimizer == "adam":
         return torch.optim.Adam, arguments
-    # Without a mode the fused kernel takes the weight decay and ignores it.
+    # Without a mode the fused kernel ignores the weight decay.
     arguments["weight_decay_mode"] = WeightDecayMode.L2
     return RowWiseAdagrad, arguments

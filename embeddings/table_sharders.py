@@ -1,8 +1,8 @@
-"""TorchRec's sharders, with two changes that every table of this product relies on.
+"""TorchRec's sharders with two changes, on which every table of this product relies.
 
-No table is ever data-parallel, and pooled tables may be row-wise on CPU. Shards get their weights
-here: those of the unsharded module unless it is on meta, else their own rectangle of the table's
-initial weights, so that a model starts equal under every plan and on every number of ranks.
+No table is ever data-parallel, and pooled tables may be row-wise on CPU. These sharders also set
+the weights of shards: to those of the unsharded module, or, if that is on meta, to their rectangle
+of the table's initial weights, so that a model starts equal under every plan and number of ranks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +36,7 @@ ShardedCollection = TypeVar(
 class BagSharder(EmbeddingBagCollectionSharder):
     """Shards pooled tables: row-wise on CPU too, never data-parallel.
 
-    A data-parallel table would silently be updated by the dense optimizer instead of its fused one.
+    The dense optimizer, not the fused one, would silently update a data-parallel table.
     """
 
     def sharding_types(self, compute_device_type: str) -> list[str]:

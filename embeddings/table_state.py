@@ -3,12 +3,12 @@
 torch.distributed.checkpoint saves these from any number of ranks and loads them, in place, under
 another plan on another number of ranks. TorchRec's own tensors do not allow it for two reasons:
 
-- A stored shard is read whole before a part of it is taken, so a resume would need the memory of
-  another shard. Shards are therefore cut into blocks of rows.
+- A stored shard is read whole before a part of it is used, so a resume would need the memory of
+  another shard. Shards are therefore split into blocks of rows.
 - Under column-wise sharding `rowwise_adagrad` keeps a moment of each row per column shard, in a
   tensor whose size depends on the plan. Here each range of columns has an entry of its own. A plan
-  with other ranges gets their mean, weighted by the columns shared: from column shards to whole
-  rows that is exactly the moment the uncut table would have; the other way it is approximate.
+  with other ranges gets their mean, weighted by the shared columns. From column shards to whole
+  rows this is exactly the moment of the unsharded table; in the other direction it is approximate.
 
 Shapes: R rows, D dimension.
 """
@@ -31,7 +31,7 @@ from torch.distributed.remote_device import _remote_device
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 BLOCK_BYTES = 64 * 2**20
-MAX_BLOCKS = 64  # per shard: checks inside torch are quadratic in the number of blocks
+MAX_BLOCKS = 64  # of a shard: checks inside torch are quadratic in their number
 
 State = dict[str, Tensor | ShardedTensor]
 
@@ -88,7 +88,7 @@ def _placed(tensor: ShardedTensor) -> list[tuple[ShardMetadata, Tensor | None]]:
 
 
 def in_blocks(tensor: ShardedTensor, group: dist.ProcessGroup | None = None) -> ShardedTensor:
-    """Return the same tensor, sharing its memory, cut into blocks of rows."""
+    """Return the same tensor, with shared memory, split into blocks of rows."""
     size, dtype = tensor.metadata().size, tensor.metadata().tensor_properties.dtype
     return sharded_in_blocks(_placed(tensor), size, dtype, group)
 
@@ -150,7 +150,7 @@ class TableOptimizerState:
         self.group = group
         self.weights = table_weights(model)
         self.local: dict[_Moment, ShardedTensor] = {}
-        # A rank without a shard of a table does not know its moments, but has to take part.
+        # A rank without a shard of a table does not know its moments, but must join the collective.
         for key, values in model.fused_optimizer.state_dict()["state"].items():
             for name, value in values.items():
                 row_wise = len(value.metadata().size) == 1
@@ -249,7 +249,7 @@ class TableOptimizerState:
     ) -> State:
         """Return empty tensors [R] for stored column ranges; `finish_loading` combines them.
 
-        Each rank reads them for its own rows, which are all rows where columns are cut.
+        Each rank reads them for its own rows, which are all rows under column-wise sharding.
         """
         local = self._local_by_offsets(moment)
         state: State = {}

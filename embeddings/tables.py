@@ -1,9 +1,9 @@
 """Embedding tables from configuration.
 
-A :class:`TableConfig` describes one table: its size, the features that share it,
-how its rows are pooled, how it is cut over ranks and how it is trained. The two builders turn a
-list of them into TorchRec's ``EmbeddingBagCollection`` (pooled) and ``EmbeddingCollection``
-(sequences), on the meta device by default, so that no rank ever allocates a whole table.
+A :class:`TableConfig` describes one table: its size, the features that share it, its pooling,
+sharding and optimizer. The two builders turn a list of them into TorchRec's
+``EmbeddingBagCollection`` (pooled) and ``EmbeddingCollection`` (sequences), on the meta device by
+default, so that no rank ever allocates a whole table.
 Initial weights depend on the seed, the table and the row alone, never on the sharding plan.
 """
 
@@ -31,7 +31,7 @@ class TableConfig:
 
     ``rowwise_adagrad`` keeps one moment per row. Under ``column_wise`` sharding each column
     shard keeps its own moment of each row, so its updates differ slightly from those of an
-    uncut table; every other optimizer gives the same updates under every sharding.
+    unsharded table; every other optimizer gives the same updates under every sharding.
 
     Weight decay acts on the rows in the batch: an L2 term in the gradient (``rowwise_adagrad``)
     or decoupled (``adam``). The fused kernels of ``adagrad`` and ``sgd``, and all of them on CPU,
@@ -65,7 +65,7 @@ class TableConfig:
     weight_decay: float = 0.0
     eps: float = 1e-8  # added to the root of the second moment
     init_std: float = 0.01  # standard deviation of the normal initial weights
-    frozen: bool = False  # never updated, no optimizer state; the training settings do nothing
+    frozen: bool = False  # never updated, no optimizer state; training settings are ignored
     # Mean ids per row of a feature, for the planner's estimate of the load; default 1.
     ids_per_row: dict[str, float] = field(default_factory=dict)
 
@@ -95,7 +95,7 @@ class TableConfig:
         if self.weight_decay > 0 and self.optimizer in ("sgd", "adagrad"):
             raise ValueError(
                 f"table '{self.name}': weight_decay {self.weight_decay} with optimizer "
-                f"'{self.optimizer}', whose fused kernel knows none; set weight_decay to 0 or "
+                f"'{self.optimizer}', whose fused kernel has none; set weight_decay to 0 or "
                 "optimizer to 'rowwise_adagrad'"
             )
 
@@ -138,10 +138,10 @@ class TableConfig:
 class NormalInitializer:
     """Writes a table's initial weights, or any rectangle of them, from the seed alone.
 
-    Rows are drawn in blocks of a fixed height, each from a generator of its own that is seeded
-    with ``torch.initial_seed()``, the table's name and the block's first row. A shard thus gets
-    exactly the numbers that the uncut table has in its place; drawing from the ranks' equal global
-    generators would give every shard the same numbers instead.
+    Rows are drawn in blocks of a fixed height, each from its own generator, which is seeded
+    with ``torch.initial_seed()``, the table's name and the block's first row. So a shard gets
+    exactly the numbers of its rectangle of the unsharded table; the global generators, which are
+    equal on all ranks, would give every shard the same numbers.
     """
 
     def __init__(self, table: TableConfig) -> None:
@@ -194,7 +194,7 @@ def check_tables(tables: Sequence[TableConfig]) -> None:
     """Check the constraints between several tables.
 
     Raises:
-        ValueError: two tables have one name, a feature is on two tables, or the tables without
+        ValueError: two tables have the same name, a feature is on two tables, or the tables without
             pooling differ in dimension.
 
     Example::
@@ -216,7 +216,7 @@ def check_tables(tables: Sequence[TableConfig]) -> None:
             if feature in table_of_feature:
                 raise ValueError(
                     f"feature '{feature}' is on tables '{table_of_feature[feature]}' and "
-                    f"'{table.name}'; leave it on one, or give the data a second feature"
+                    f"'{table.name}'; leave it on one table, or add a second feature to the data"
                 )
             table_of_feature[feature] = table.name
     unpooled = [table for table in tables if table.pooling == "none"]
@@ -225,7 +225,7 @@ def check_tables(tables: Sequence[TableConfig]) -> None:
             raise ValueError(
                 f"table '{table.name}' has embedding_dim {table.embedding_dim} and table "
                 f"'{unpooled[0].name}' {unpooled[0].embedding_dim}; tables with pooling 'none' "
-                "share one collection and must have one dimension"
+                "share one collection; set one embedding_dim for all of them"
             )
 
 

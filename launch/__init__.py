@@ -1,5 +1,5 @@
-"""Getting a job onto machines: installation, and components for torchx schedulers.
+"""Installation, and torchx components that run jobs on one machine, Slurm or Kubernetes.
 
-`install.py` makes the environment before anything is installed, so it uses the standard library
-only; `components.py` is read by torchx, which runs it on a laptop, Slurm or Kubernetes alike.
+`install.py` runs before anything is installed, so it uses the standard library only; torchx reads
+`components.py`.
 """

@@ -6,13 +6,13 @@ Slurm, Kubernetes and others. Everything after `--` goes to the command unchange
     torchx run -s local_cwd launch/components.py:train --nproc 2 -- \
         --config recsys/recipes/movielens_sample.yaml --data DATA --out RUN
 
-Every node runs torchrun with the same words; the ranks meet at the first node. What differs from
-node to node, such as its number of cores, is found out there by a line of shell before torchrun.
+Every node runs torchrun with the same arguments; the ranks meet at the first node. A line of shell
+before torchrun determines what differs between nodes, such as the number of cores.
 
-torchx builds the command line of a component from its signature and docstring and knows only
+torchx builds the command line of a component from its signature and docstring and supports only
 `Optional`, `Dict` and `List` as compound types
 (https://pytorch.org/torchx/latest/components/overview.html). All components have the options of
-`_job`: `_component` copies them, so that each is written and explained once.
+`_job`: `_component` copies them, so that each option is defined and explained once.
 """
 
 import inspect
@@ -44,17 +44,17 @@ def _job(  # noqa: D417 - components copy the arguments, without the name of the
 ) -> AppDef:
     """Run `python -m ARGS` on nnodes × nproc ranks.
 
-    The only place that knows torchx's own component: upstream renames `dist.ddp` to
+    Only this function uses torchx's own component, since upstream renames `dist.ddp` to
     `dist.torchrun`.
 
     Args:
         args: arguments of the command, after `--`
-        nproc: ranks per node, on GPU nodes one per GPU; need not be the number that trained the
+        nproc: ranks per node, on GPU nodes one per GPU; may differ from the number that trained the
             model
-        nnodes: nodes
-        cpu: processor cores to ask for per node; -1 leaves that to the scheduler
-        gpu: GPUs to ask for per node
-        memMB: memory to ask for per node, in MB; -1 leaves that to the scheduler
+        nnodes: number of nodes
+        cpu: processor cores to request per node; -1 leaves that to the scheduler
+        gpu: GPUs to request per node
+        memMB: memory to request per node, in MB; -1 leaves that to the scheduler
         max_retries: how often torchrun restarts all ranks after one failed, and the scheduler the
             job after torchrun failed or a node was lost (local_cwd: torchrun alone)
         rdzv_port: port of the first node where the nodes meet; jobs that share that node need
@@ -93,7 +93,7 @@ def _job(  # noqa: D417 - components copy the arguments, without the name of the
 
 
 def _component(**defaults: Any) -> Callable[[Callable[..., AppDef]], Callable[..., AppDef]]:
-    """Give a component the signature and the explanations of `_job`, with defaults of its own."""
+    """Give a component the signature and option texts of `_job`, with its own defaults."""
 
     def with_options(component: Callable[..., AppDef]) -> Callable[..., AppDef]:
         own = {"name": f"recsys-{component.__name__}", **defaults}
@@ -156,25 +156,27 @@ def _check_counts(nproc: int, nnodes: int, gpu: int, max_retries: int) -> None:
 
 
 def _torchrun_environment(nnodes: int, max_retries: int) -> Dict[str, str]:
-    """Options of torchrun that torchx's component does not pass on."""
-    # The same as --max-restarts; torchx tells its retries to the scheduler only.
+    """Return options of torchrun, as variables, that torchx's component does not pass on."""
+    # The same as --max-restarts; torchx passes its retries to the scheduler only.
     options = {"PET_MAX_RESTARTS": str(max_retries)}
     if nnodes > 1:
-        # The store that torchrun lends to the ranks is announced to the nodes of the first start
-        # alone: one that comes back waits for it in vain, and then all nodes end. With this, rank
-        # 0 makes a new store in each start.
+        # torchrun announces the store that it lends to the ranks only to the nodes of the first
+        # # start: a node that returns waits for it in vain, and then all nodes end. With this
+        # # variable, rank 0 creates a new store in each start.
         options["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return options
 
 
 def _node_setup(nproc: int, cpu: int, env: Dict[str, str]) -> str:
-    """Shell code that each node runs before torchrun.
+    """Return the shell code that each node runs before torchrun.
 
-    It finds the torchrun of the environment torchx runs in: torchx calls it by name, so that
-    without an activated environment it would be missing or another's. Inside a container the
-    folder does not exist, and the image's own is found. It sets variables whose value has a comma,
-    where Slurm's `--export=NAME=VALUE,...` would end it. And it shares the node's cores, or those
-    asked for, among the ranks; the number of threads that is set already wins.
+    - It puts the folder of this Python on PATH: torchx calls torchrun by name, so without an
+      activated environment torchrun would be missing or another one. Inside a container the folder
+      does not exist, and the image's torchrun is used.
+    - It sets variables whose value has a comma, which would end the value in Slurm's
+      `--export=NAME=VALUE,...`.
+    - It divides the node's cores, or the requested ones, among the ranks, unless the number of
+      threads is already set.
     """
     cores = str(cpu) if cpu > 0 else "$(nproc)"
     lines = [

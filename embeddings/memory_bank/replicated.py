@@ -1,7 +1,7 @@
-"""A memory bank that every rank holds whole, for item sets that fit: reads cost no communication.
+"""A memory bank with all rows on every rank, for item sets that fit: reads need no communication.
 
-A step reads far more vectors than it writes: the items of all histories against the items to rank.
-Where each rank has all rows, only written rows travel. The rows are the same on every rank at
+A step reads far more vectors (the items of all histories) than it writes (the ranked items).
+If each rank has all rows, only written rows are sent. The rows are the same on every rank at
 any time, and the same as those of a :class:`~embeddings.memory_bank.sharded.MemoryBank`; a
 checkpoint of either loads into the other.
 
@@ -20,15 +20,15 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from embeddings.memory_bank.routes import BankRoute, Routes
 from embeddings.memory_bank.sharded import MemoryBank
 
-# A replica may be this large. With more ranks than MAX_REPLICAS, the rows that all of them write
-# exceed the rows that one of them reads.
+# Largest replica. With more ranks than MAX_REPLICAS, all ranks together write more rows than one
+# # rank reads.
 MAX_REPLICA_BYTES = 256 * 2**20
 MAX_REPLICAS = 16
 
 
 @dataclass(frozen=True)
 class _Write:
-    """An all-gather of written vectors in progress; `sent` must live until it has ended."""
+    """An all-gather of written vectors in progress; `sent` must exist until it has ended."""
 
     work: Any
     sent: Tensor  # [P, D + 1]
@@ -37,13 +37,13 @@ class _Write:
 
 
 class ReplicatedMemoryBank(MemoryBank):
-    """A memory bank that every rank holds whole; `lookup` is no collective.
+    """A memory bank with all rows on every rank; `lookup` is not a collective.
 
-    The interface is that of :class:`~embeddings.memory_bank.sharded.MemoryBank`. Rows written by
-    `update` travel until rows are read again.
+    The interface is that of :class:`~embeddings.memory_bank.sharded.MemoryBank`. `update` sends
+    rows asynchronously; the next read waits for them.
 
-    In its routes, `rows` are the ids that all ranks write, each once; `order` holds the places of
-    their vectors among the gathered ones; each rank sends `wanted_counts` rows.
+    In its routes, `rows` are the ids that all ranks write, each once; `order` holds the positions
+    of their vectors among the gathered ones; each rank sends `wanted_counts` rows.
 
     Example::
 
@@ -67,7 +67,7 @@ class ReplicatedMemoryBank(MemoryBank):
         reads: Tensor,  # [U]
         writes: Tensor | None = None,  # [U]
     ) -> Callable[[], Routes]:
-        """Begin to settle the route of `writes`; reads need none. A collective, as the result."""
+        """Begin to compute the route of `writes`; reads need none. A collective, like the result."""
         if writes is None:
             return lambda: (None, None)
         finish = self._write_route(writes)
@@ -76,7 +76,7 @@ class ReplicatedMemoryBank(MemoryBank):
     def _write_route(self, ids: Tensor) -> Callable[[], BankRoute]:
         """Begin to send these ids [U] to all ranks; the result finishes. Both are collectives."""
         ids = self._checked(ids).cpu()
-        # Up to `_capacity` ids travel with their count, so that one message is mostly enough.
+        # Up to `_capacity` ids are sent with their count, so that one message is usually enough.
         message = _padded(torch.cat([torch.tensor([len(ids)]), ids]), 1 + self._capacity)
         arrived = torch.empty(self.world_size * len(message), dtype=torch.int64)
         work = dist.all_gather_into_tensor(arrived, message, group=self._group, async_op=True)
@@ -153,7 +153,7 @@ def _padded(
 def _last_of_each(
     ids: Tensor,  # [N]
 ) -> tuple[Tensor, Tensor]:  # [U], [U]
-    """Return the distinct ids without -1, rising, and the last place of each.
+    """Return the distinct ids without -1, ascending, and the last position of each.
 
     The result is the same on all ranks and devices.
     """
@@ -171,7 +171,7 @@ def is_replicated(num_items: int, dim: int, world_size: int, placement: str) -> 
         num_items: rows of the bank.
         dim: dimension of a vector, D.
         world_size: number of ranks, W.
-        placement: `sharded`, `replicated`, or `auto`: replicated where that is small and the ranks
+        placement: `sharded`, `replicated`, or `auto`: replicated if the bank is small and the ranks
             are few.
 
     Example::

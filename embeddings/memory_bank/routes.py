@@ -1,4 +1,4 @@
-"""Routes of memory bank rows between ranks: settled from ids alone, ahead of the vectors.
+"""Routes of memory bank rows between ranks, computed from ids alone before the vectors exist.
 
 Shapes: U ids, W ranks.
 """
@@ -13,19 +13,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BankRoute:
-    """The route of the rows of some ids, from the ranks that hold them to the rank that asks.
+    """The route of the rows of some ids, from the ranks that hold them to the requesting rank.
 
     order: int64 [U], the order that sorts the ids by the rank that holds them; `wanted_counts` of
         them are on each rank.
-    rows: int64, rows of this rank's block that the other ranks ask for, those for rank 0 first;
-        `asked_counts` by each rank.
+    rows: int64, rows of this rank's block that the ranks request, those for rank 0 first;
+        `asked_counts` for each rank.
 
     Example::
 
         import torch
         from embeddings import BankRoute
 
-        # On one rank: rows 7 and 9, asked for and held by that rank.
+        # On one rank: rows 7 and 9, requested and held by that rank.
         BankRoute(torch.tensor([0, 1]), [2], torch.tensor([7, 9]), [2])
     """
 
@@ -41,7 +41,7 @@ Routes = tuple[BankRoute | None, BankRoute | None]  # to read, to write
 def exchange_routes(
     wanted: Sequence[Tensor], block_size: int, group: dist.ProcessGroup | None
 ) -> Callable[[], list[BankRoute]]:
-    """Begin to settle a route for each of several lists of ids [U], on the host.
+    """Begin to compute a route for each of several lists of ids [U], on the host.
 
     Call the result to finish. Both are collectives. Rank r holds the rows from r * `block_size` on.
     """

@@ -1,9 +1,9 @@
-"""A store of one content vector per item, cut over the ranks in blocks of rows.
+"""A store of one content vector per item, split over the ranks in blocks of rows.
 
-Each step writes the vectors that it just computed; user histories read from here instead of
-running the encoder again (the memory bank of LEMUR, arXiv 2511.10962). The route of each row is
-known as soon as the ids are: a `BankRoute` settles it for a whole batch ahead of its step, so
-that the step itself sends vectors and nothing else.
+Each step writes the vectors that it has computed; user histories read from the bank instead of
+running the encoder again (the memory bank of LEMUR, arXiv 2511.10962). The route of each row
+follows from the ids: a `BankRoute` is computed for a whole batch before its step, so that the
+step itself sends vectors and nothing else.
 
 Shapes: U ids, D dimension, W ranks.
 """
@@ -27,19 +27,19 @@ from embeddings.memory_bank.routes import BankRoute, Routes, exchange_routes
 class MemoryBank:
     """Vectors of items by id, each with the step that wrote it.
 
-    Not an ``nn.Module``, on purpose: as a submodule it would be traced by
-    TrainPipelineSparseDist, its buffers would be handed to DistributedDataParallel, and its rows
-    would enter the model's ``state_dict`` as weights. Any module may hold one as an attribute;
-    it moves nowhere by ``module.to`` and is checkpointed by its own ``state_dict``.
+    It is no ``nn.Module``, on purpose: TrainPipelineSparseDist would trace a submodule,
+    DistributedDataParallel would broadcast its buffers, and its rows would enter the model's
+    ``state_dict`` as weights. Any module may hold a bank as an attribute; ``module.to`` does not
+    move it, and it is checkpointed by its own ``state_dict``.
 
     With a process group every method is a collective: all ranks call it together, each with its
-    own ids, also with none. Without one the bank is a plain tensor of this process.
+    own ids, or with none. Without a group the bank is a plain tensor of this process.
 
     Args:
         num_items: ids run from 0 to num_items - 1.
         dim: size of a vector, D.
         device: device of the rows; lookups and updates take tensors of this device.
-        process_group: the ranks to cut the rows over.
+        process_group: the ranks over which the rows are split.
 
     Example::
 
@@ -103,10 +103,10 @@ class MemoryBank:
         reads: Tensor,  # [U]
         writes: Tensor | None = None,  # [U]
     ) -> Callable[[], Routes]:
-        """Begin to settle routes for ids [U] to read and for ids [U] to write.
+        """Begin to compute routes for ids [U] to read and for ids [U] to write.
 
-        Call the result to get them, on the host; None where no route is needed. Both calls are
-        collectives; work between them need not wait for other ranks.
+        Call the result to get them, on the host; None if no route is needed. Both calls are
+        collectives; work between them does not wait for other ranks.
 
         Raises:
             ValueError: an id is outside the bank.
@@ -143,8 +143,8 @@ class MemoryBank:
             route: the route of these ids, on the device of the rows; None: computed now.
 
         Returns:
-            vectors [U, D], zero where never written, and the step of the last write [U] int64,
-            -1 where never written; it is rounded to float32.
+            vectors [U, D], zero if never written, and the step of the last write [U] int64,
+            -1 if never written; the step is rounded to float32.
 
         Raises:
             ValueError: an id is outside the bank.
@@ -167,7 +167,7 @@ class MemoryBank:
     ) -> None:
         """Write vectors by id.
 
-        Where an id is written several times in one call, the last one of the highest rank stays.
+        If an id is written several times in one call, the last vector of the highest rank is kept.
 
         Args:
             item_ids: [U] integer ids.
@@ -223,7 +223,7 @@ class MemoryBank:
         return self._written_count_and_steps()[0] / self.num_items
 
     def mean_age(self, step: int) -> float:
-        """Average the steps since the last write over the items ever written; nan if none was."""
+        """Return the mean number of steps since the last writes of written items; nan for none."""
         count, steps = self._written_count_and_steps()
         return step - steps / count if count else float("nan")
 
@@ -267,10 +267,10 @@ class MemoryBank:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Tensor | ShardedTensor]) -> None:
-        """Load the rows of another bank's ``state_dict``, whole or cut over the same ranks.
+        """Load the rows of another bank's ``state_dict``, whole or split over the same ranks.
 
         Raises:
-            ValueError: the sizes differ, or the rows are cut over another number of ranks (load
+            ValueError: the sizes differ, or the rows are split over another number of ranks (load
                 such a state through torch.distributed.checkpoint).
         """
         pool = state_dict["pool"]
@@ -287,7 +287,7 @@ class MemoryBank:
             for piece in pool.local_shards():
                 if piece.metadata.shard_offsets != [start, 0] or piece.tensor.shape != rows.shape:
                     raise ValueError(
-                        "memory bank: the state is cut over another number of ranks; load it "
+                        "memory bank: the state is split over another number of ranks; load it "
                         "through torch.distributed.checkpoint into this bank's state_dict()"
                     )
                 rows.copy_(piece.tensor)

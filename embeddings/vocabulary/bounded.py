@@ -1,10 +1,10 @@
-"""Map raw ids to rows of a table, with ids that come and go while training.
+"""Map raw ids to rows of a table while ids appear and disappear during training.
 
-A table of fixed size serves an endless stream of ids: an id gets a row once it was seen often
-enough, and when all rows are taken, the least used row is given to the new id. The rows are cut
-into sets of about a hundred; an id belongs to one set by hash and competes for the rows of that set
-alone (:mod:`embeddings.vocabulary.row_sets`). Each rank serves some of the sets, so that every rank
-sees the same map, and another number of ranks would give the same one.
+A table of fixed size serves an endless stream of ids: an id gets a row when it was seen often
+enough, and when all rows are taken, the new id takes the least used row. The rows are split
+into sets of about a hundred; a hash assigns each id to one set, in which it competes for rows
+(:mod:`embeddings.vocabulary.row_sets`). Each rank serves some of the sets, so the map is the same
+on every rank and for every number of ranks.
 
 Shapes: N ids, U distinct ids, S sets, R rows per set.
 """
@@ -26,7 +26,7 @@ from embeddings.vocabulary.fixed import check_num_embeddings, mix64
 from embeddings.vocabulary.row_sets import RowSets
 
 MAX_ROWS_PER_SET = 128
-# TrainPipelineSparseDist fetches the batch of step s before the step s - 2 has run.
+# TrainPipelineSparseDist fetches the batch of step s before step s - 2 has run.
 PIPELINED_STEPS = 2
 
 
@@ -42,26 +42,26 @@ class VocabularyCounts:
 
 
 class BoundedVocabulary:
-    """A map of at most ``num_embeddings - 1`` raw ids that learns them while training.
+    """A map of at most ``num_embeddings - 1`` raw ids, learned during training.
 
-    Ids without a row have the row ``unknown_row``, the last of the table. When a set of rows is
-    full, a new id takes the row with the smallest count of uses, halved every ``half_life`` steps;
-    among equals, the least recently used.
+    Ids without a row of their own map to ``unknown_row``, the last row of the table. When a set of
+    rows is full, a new id takes the row with the smallest count of uses, which is halved every
+    ``half_life`` steps; among equals, the least recently used.
 
-    A pipeline maps batches ahead of their step, so an id may lose its row to one in a later batch
-    while its own batch has yet to run. Rows used in the last ``protect_steps`` steps are therefore
-    never given away, and the weights of a row in :meth:`take_evicted_rows` may be reset at once:
-    every batch that knew the row under its old id has run.
+    A pipeline maps batches ahead of their step, so an id could lose its row to an id of a later
+    batch before its own batch has run. Rows used in the last ``protect_steps`` steps are therefore
+    never reassigned, and the weights of a row in :meth:`take_evicted_rows` may be reset at once:
+    every batch that used the row for its old id has run.
 
-    With a process group every method but the properties is a collective: all ranks call it
-    together, each with its own ids, also with none.
+    With a process group every method except the properties is a collective: all ranks call it
+    together, each with its own ids, or with none.
 
     Args:
         num_embeddings: rows of the table. Up to one in 64 is left unused, as sets are equal.
-        admit_after: an id gets a row once it was seen this often while training. Waiting ids are
-            forgotten after about as many other ids have come as the table has rows.
-        half_life: in steps; ``float("inf")`` for plain counts.
-        protect_steps: at least the batches that a pipeline maps ahead.
+        admit_after: occurrences in training after which an id gets a row. A waiting id is forgotten
+            after about as many other new ids as the table has rows.
+        half_life: steps in which a count of uses halves; ``float("inf")`` for plain counts.
+        protect_steps: at least the number of batches that a pipeline maps ahead.
         process_group: the ranks that train the table.
 
     Raises:
@@ -109,7 +109,7 @@ class BoundedVocabulary:
 
     @property
     def unknown_row(self) -> int:
-        """Row of ids that have none of their own."""
+        """Row of ids without a row of their own."""
         return self.num_embeddings - 1
 
     def _set_of(
@@ -124,7 +124,7 @@ class BoundedVocabulary:
         Args:
             ids: int64 [N], raw.
             step: the training step that uses the rows, the same on all ranks.
-            training: ids are counted, admitted and evicted; else nothing changes.
+            training: whether to count, admit and evict ids; else the map does not change.
 
         Returns:
             int64 [N], on the device of ``ids``.
@@ -187,7 +187,7 @@ class BoundedVocabulary:
         """Send each rank the next ``sizes[rank]`` values. A collective.
 
         Returns:
-            The values that the ranks sent here, and how many each sent.
+            The values that the ranks sent to this rank, and their number by rank.
         """
         received = torch.empty(self._world_size, dtype=torch.int64)
         dist.all_to_all_single(received, torch.tensor(sizes), group=self._group)
@@ -197,9 +197,9 @@ class BoundedVocabulary:
         return result, received_sizes
 
     def take_evicted_rows(self) -> Tensor:
-        """Return the rows given to other ids since the last call, the same on all ranks: int64 [N].
+        """Return the rows reassigned since the last call, the same on all ranks: int64 [N].
 
-        Their weights and optimizer state are those of the old ids; reset them before the step
+        Their weights and optimizer state still belong to the old ids; reset them before the step
         passed to the last :meth:`rows_of`.
         """
         rows = torch.cat([torch.zeros(0, dtype=torch.int64), *self._evicted])
@@ -215,7 +215,7 @@ class BoundedVocabulary:
         return VocabularyCounts(*totals.tolist())
 
     def state_dict(self) -> dict[str, Tensor | ShardedTensor]:
-        """Return the map, the use of its rows and the ids that wait: [S, R] each, sharing memory.
+        """Return the map, the use of its rows and the waiting ids: [S, R] each, with shared memory.
 
         torch.distributed.checkpoint saves them from any number of ranks and loads them, in
         place, on any other; the map then continues unchanged.

@@ -1,11 +1,10 @@
 """Map raw ids, any 64-bit integers or strings, to rows of an embedding table.
 
-Three classes, for three kinds of ids. :class:`ExactVocabulary` is a map made once from all data:
-every id has a row of its own. :class:`HashVocabulary` needs no data: an id gets several rows by
-several hash functions, so that two ids hardly ever share all of them (the hashing trick with
-several functions, arXiv 1709.03933). :class:`~embeddings.vocabulary.bounded.BoundedVocabulary`
-learns its ids while training. Where an id can be unknown, it gets the table's last row, which no
-known id has.
+There are three classes. :class:`ExactVocabulary` is a map built once from all data: every id has
+its own row. :class:`HashVocabulary` needs no data: an id gets several rows by several hash
+functions, so that two ids hardly ever share all of them (the hashing trick with several functions,
+arXiv 1709.03933). :class:`~embeddings.vocabulary.bounded.BoundedVocabulary` learns its ids during
+training. Unknown ids get the table's last row, which no known id has.
 
 Shapes: N ids, K hash functions.
 """
@@ -95,11 +94,11 @@ def integer_ids(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 
 class ExactVocabulary:
-    """A map from raw ids to rows, made from data, kept as Parquet, and only ever extended.
+    """A map from raw ids to rows, built from data, stored as Parquet, and only ever extended.
 
-    Rows count up from 0 in the order in which ids came; ids that come later never move earlier
-    ones, so that a table trained with the map fits every extension of it. Ids that the map does
-    not know have the row ``unknown_row``, the last of the table.
+    Rows count up from 0 in the order in which ids were added; later ids never move earlier
+    ones, so a table trained with the map fits every extension of it. Unknown ids map to
+    ``unknown_row``, the last row of the table.
 
     Args:
         num_embeddings: rows of the table; it holds ``num_embeddings - 1`` ids.
@@ -126,7 +125,7 @@ class ExactVocabulary:
 
     @property
     def unknown_row(self) -> int:
-        """Row of ids that the map does not know."""
+        """Row of unknown ids."""
         return self.num_embeddings - 1
 
     def __len__(self) -> int:
@@ -134,7 +133,7 @@ class ExactVocabulary:
         return len(self.ids)
 
     def extend(self, chunks: Iterable[pa.Array | pa.ChunkedArray]) -> int:
-        """Add the new ids behind the known ones and return how many they are.
+        """Add the new ids after the known ones and return their number.
 
         Args:
             chunks: raw ids, repeated or not, read one chunk at a time.
@@ -182,7 +181,7 @@ class ExactVocabulary:
             raise ValueError(f"the map holds {own}, these ids are {kind}; write them with one type")
 
     def find(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """Return the rows of raw ids: int64 [N], -1 where the map does not know one.
+        """Return the rows of raw ids: int64 [N], -1 for unknown ids.
 
         Raises:
             ValueError: an id is null or not of the map's type.
@@ -192,7 +191,7 @@ class ExactVocabulary:
             return np.full(len(ids), -1)
         self.check_type(ids.type)
         keys = _keys(ids)
-        distinct, inverse = np.unique(keys, return_inverse=True)  # in order: five times as fast
+        distinct, inverse = np.unique(keys, return_inverse=True)  # five times as fast
         place = np.searchsorted(self._ordered_keys, distinct)[inverse]
         place[place == len(self)] = 0
         known = self._ordered_keys[place] == keys
@@ -202,7 +201,7 @@ class ExactVocabulary:
         return np.where(known, rows, -1)
 
     def rows_of(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """Return the rows of raw ids: int64 [N], ``unknown_row`` where the map does not know one.
+        """Return the rows of raw ids: int64 [N], ``unknown_row`` for unknown ids.
 
         Raises:
             ValueError: an id is null or not of the map's type.

@@ -1,8 +1,8 @@
-"""Sets of rows: look up the row of an id, give it one, and evict the least used.
+"""Sets of rows: look up the row of an id, assign one, and evict the least used.
 
-A set is a group of rows that ids share by hash, as in set-associative caches. Sets are small enough
-to be searched by comparison and scanned for their least used row, so they need no other structure
-than a few arrays by row, which are also the state in a checkpoint.
+A set is a group of rows; a hash assigns each id to a set, as in set-associative caches. Sets are
+small enough to search by comparison and to scan for their least used row, so a few arrays by
+row suffice, which are also the state in a checkpoint.
 
 Shapes: S sets on this rank, R rows per set, N ids, each once.
 """
@@ -15,15 +15,15 @@ BLOCK = 4096  # ids compared with their sets at once: a few megabytes
 
 
 class RowSets:
-    """The ids in some sets of rows, with the count and the last step of their use.
+    """The ids in some sets of rows, with their counts of uses and the step of the last use.
 
-    Rows of a set are filled from the first on and never emptied, so its free rows come last.
+    Rows of a set are filled in order and never emptied, so its free rows come last.
 
     Args:
         num_sets: S.
         rows_per_set: R.
-        admit_after: an id gets a row once it was seen this often.
-        half_life: steps in which the use of a row, as it counts for eviction, fades to half.
+        admit_after: occurrences after which an id gets a row.
+        half_life: steps in which the count of uses that decides on eviction halves.
         protect_steps: rows used in the last ``protect_steps`` steps are not evicted.
     """
 
@@ -41,26 +41,26 @@ class RowSets:
         shape = (num_sets, rows_per_set)
         self.ids = np.zeros(shape, np.int64)
         self.last_used = np.full(shape, -1, np.int64)  # step; -1 where a row is free
-        self.scores = np.zeros(shape, np.float64)  # faded count of uses, as of `last_used`
-        # Ids not yet seen often enough wait in slots given by hash; a new id overwrites.
+        self.scores = np.zeros(shape, np.float64)  # halved count of uses, as of `last_used`
+        # Ids not yet seen often enough wait in slots chosen by hash; a new id overwrites the slot.
         waiting = shape if admit_after > 1 else (num_sets, 0)
         self.waiting_ids = np.zeros(waiting, np.int64)
         self.waiting_counts = np.zeros(waiting, np.int64)
 
     def find(self, sets: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Return the row of each id in its set, -1 where it has none: int64 [N]."""
+        """Return the row of each id in its set, -1 for ids without a row: int64 [N]."""
         rows = np.empty(len(ids), np.int64)
         for start in range(0, len(ids), BLOCK):
             part = slice(start, start + BLOCK)
             rows[part] = (self.ids[sets[part]] == ids[part, None]).argmax(axis=1)
-        # argmax gives 0 where nothing is equal, and a free row holds id 0: both mean no row.
+        # argmax gives 0 if nothing is equal, and a free row holds id 0: both mean no row.
         known = (self.ids[sets, rows] == ids) & (self.last_used[sets, rows] >= 0)
         return np.where(known, rows, -1)
 
     def use(
         self, sets: np.ndarray, ids: np.ndarray, counts: np.ndarray, step: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Count a step's use of ids and give rows to the ids that need one.
+        """Count a step's uses of ids and assign rows to the ids that are due for one.
 
         Args:
             sets: int64 [N], the set of each id.
@@ -69,8 +69,8 @@ class RowSets:
             step: not smaller than in any earlier call.
 
         Returns:
-            rows: of each id in its set, -1 where it has none, int64 [N].
-            admitted: whether an id got its row now, bool [N].
+            rows: row of each id in its set, -1 without one, int64 [N].
+            admitted: whether an id got its row in this call, bool [N].
             evicted: whether its row was taken from another id, bool [N].
         """
         rows = self.find(sets, ids)
@@ -93,15 +93,15 @@ class RowSets:
     def _give_rows(
         self, sets: np.ndarray, seen: np.ndarray, step: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Assign rows to ids without one; the most often seen ids first where rows are short.
+        """Assign rows to ids without one; the most often seen ids first if rows are scarce.
 
         Args:
             sets: int64 [N], the set of each asking id.
-            seen: int64 [N], how often each was seen.
+            seen: int64 [N], occurrences of each.
             step: the current step.
 
         Returns:
-            Places of the ids that get a row, and these rows; int64, at most [N].
+            Positions of the ids that get a row, and these rows; int64, at most [N].
         """
         order = np.lexsort((-seen, sets))
         asked, first, numbers = np.unique(sets[order], return_index=True, return_counts=True)
@@ -112,7 +112,7 @@ class RowSets:
         return order[has_row], rows[line[has_row], turn[has_row]]
 
     def _by_use(self, sets: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows [N, R] of sets [N] in the order of giving, and how many may be given.
+        """Return the rows [N, R] of sets [N] in the order of assignment, and how many are free to take.
 
         Free rows come first, then the less used; among equals, the less recently used.
         """
@@ -144,7 +144,7 @@ class RowSets:
         ids: np.ndarray,  # [N]
         counts: np.ndarray,  # [N]
     ) -> np.ndarray:  # [N]
-        """Return how often ids without a row were seen, now included, and store it."""
+        """Return the occurrences of ids without a row, this call included, and store them."""
         if self.admit_after == 1:
             return counts
         slots = self._slots(sets, ids)
