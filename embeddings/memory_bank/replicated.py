@@ -67,7 +67,7 @@ class ReplicatedMemoryBank(MemoryBank):
         reads: Tensor,  # [U]
         writes: Tensor | None = None,  # [U]
     ) -> Callable[[], Routes]:
-        """Begin to compute the route of `writes`; reads need none. A collective, like the result."""
+        """Begin to compute the route of `writes`; reads need none. Both calls are collectives."""
         if writes is None:
             return lambda: (None, None)
         finish = self._write_route(writes)

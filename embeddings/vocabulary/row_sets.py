@@ -112,7 +112,7 @@ class RowSets:
         return order[has_row], rows[line[has_row], turn[has_row]]
 
     def _by_use(self, sets: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows [N, R] of sets [N] in the order of assignment, and how many are free to take.
+        """Return the rows [N, R] of sets [N] in order of assignment, and how many are available.
 
         Free rows come first, then the less used; among equals, the less recently used.
         """

@@ -7,8 +7,8 @@ from typing import Any
 
 from recsys.config import Config, config_of_plain, to_plain
 
-# Settings that may change between a checkpoint and the run that continues it: how long and how fast
-# it trains, how work is laid out and what is reported. All others define the stored tensors.
+# Settings that may change between a checkpoint and the run that continues it: length and speed of
+# # training, distribution of the work, reports. All others define the stored tensors.
 CHANGEABLE = (
     "epochs",
     "validations_per_epoch",
@@ -98,12 +98,12 @@ def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
 
 
 def check_training_data(stored: str, now: str, where: str) -> None:
-    """Refuse to continue on other rows; fingerprints are those of `RowSource.fingerprint`.
+    """Refuse to continue on other rows; `RowSource.fingerprint` makes the fingerprints.
 
-    An earlier version stored the hash of the rows' order alone, which is then compared alone.
+    An earlier version stored only the hash of the rows' order; then only that is compared.
 
     Raises:
-        ValueError: the rows are others.
+        ValueError: the rows differ.
     """
     now = now if "-" in stored else now.split("-")[0]
     check_equal("the training data", stored, now, where)

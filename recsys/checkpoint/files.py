@@ -1,8 +1,9 @@
-"""Checkpoints as folders: each exists whole or not at all, and damage is detected and named.
+"""Checkpoints as folders: each is complete or absent, and damage is detected and named.
 
-`RUN/checkpoints` holds `step-00000123`, the last few, and `best`. A folder is written under
-another name, its files are synced, their sizes and checksums go into `checkpoint.json`, and then
-it is renamed. A folder without that file, or whose files differ from it, is not loaded.
+`RUN/checkpoints` holds the last few folders such as `step-00000123`, and `best`. A folder is
+written under another name, its files are synced, their sizes and checksums go into
+`checkpoint.json`, and then it is renamed. A folder without that file, or whose files differ from
+it, is not loaded.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ def step_of_folder(folder: Path) -> int:
 
 
 def folders_to_continue(checkpoints: Path) -> list[Path]:
-    """Return the folders a run may go on from, in that order; the best model if it is alone.
+    """Return the folders from which a run may continue, the first choice first.
 
-    Its folder lacks the state of the optimizers, so any other is better, however old.
+    The best model is one only if it is alone: it lacks the state of the optimizers, so any
+    other folder is better, however old.
     """
     best = checkpoints / BEST
     return folders_by_age(checkpoints) or ([best] if best.exists() else [])
@@ -65,13 +67,13 @@ def describe_files(files: list[Path]) -> dict[str, list[int]]:
 
 
 def publish_folder(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:
-    """Give a written folder its manifest and its final name; an older folder there is removed."""
+    """Give a written folder its manifest and final name; an older one is removed."""
     write_manifest(partial, manifest)
     replace_folder(partial, folder)
 
 
 def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: int = 1) -> None:
-    """Compare the files with the manifest; several ranks check a part each.
+    """Compare the files with the manifest; each of several ranks checks a part.
 
     Raises:
         ValueError: a file is missing, too short or changed; names the first one.
@@ -87,7 +89,7 @@ def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: in
 
 
 def checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """Read a manifest and check the files against it, a share on each rank. A collective.
+    """Read a manifest and check the files against it, each rank a share. A collective.
 
     Raises:
         ValueError: on every rank: the manifest or a file is missing or damaged.

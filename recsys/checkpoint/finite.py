@@ -1,4 +1,4 @@
-"""Finds values of a state that are not finite, before they are saved over good ones."""
+"""Find values of a state that are not finite, before they are saved over good ones."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def require_finite(job: Job, state: State, step: int, last_good: Callable[[], Pa
     """Check every weight and moment of a state. A collective.
 
     Args:
-        job: the job whose state it is.
-        state: the state.
-        step: the steps after which it is.
-        last_good: returns the checkpoint to go back to.
+        job: the job.
+        state: the state of the job.
+        step: number of steps after which the job has this state.
+        last_good: returns the last good checkpoint.
 
     Raises:
-        ValueError: on every rank: a value is not finite on any; names its parameter or table.
+        ValueError: on every rank, if a value is not finite on any; names its parameter or table.
     """
     with job.ranks.raise_on_all_ranks():
         fault = describe_not_finite(state, {name for name, _ in job.em3.named_parameters()})
@@ -36,10 +36,10 @@ def require_finite(job: Job, state: State, step: int, last_good: Callable[[], Pa
 
 @torch.no_grad()
 def describe_not_finite(state: State, parameters: Collection[str]) -> str | None:
-    """Return words about the first weight or moment on this rank that is not finite, or None.
+    """Describe the first weight or moment on this rank that is not finite; None if all are.
 
     Buffers of the model are left out, since a mask may hold infinities. A sum is one pass over
-    memory without a copy; only where it is not finite are the values looked at one by one.
+    memory without a copy; single values are examined only if it is not finite.
 
     Args:
         state: the state to save.

@@ -1,9 +1,9 @@
-"""Items that were edited after training: their vectors in the memory bank are encoded again.
+"""Encode items again, into the memory bank, that were edited after training.
 
-A model reads an item to rank from the items' files, but one in a history from the memory bank,
-which a checkpoint holds. So that both are of the same content, a run keeps a hash of each item's
-content (`RUN/item_content/DIGEST.npy`, named by a hash of them all, which each checkpoint has). At
-every load the items whose hash differs are encoded into the bank by the loaded model.
+A model reads a ranked item from the items' files, but an item of a history from the memory bank,
+which is part of a checkpoint. So that both have the same content, a run keeps a hash of each item's
+content (`RUN/item_content/DIGEST.npy`, named by a hash of all hashes, which each checkpoint has).
+At every load, the loaded model encodes the items whose hash differs into the bank.
 
 Shapes: N items with a row in the files.
 """
@@ -45,10 +45,10 @@ def keep_item_content(run: Path, job: Job) -> None:
 def encode_changed_items(job: Job, run: Path, manifest: dict[str, Any]) -> int:
     """Encode the items that differ from those of a loaded checkpoint. A collective.
 
-    Items whose row is gone have no content any more; so have they where they are ranked.
+    Items whose row was removed lose their content, in histories and when they are ranked.
 
     Returns:
-        How many were encoded.
+        Number of encoded items.
 
     Raises:
         ValueError: on every rank: ranks read other items.
@@ -56,7 +56,7 @@ def encode_changed_items(job: Job, run: Path, manifest: dict[str, Any]) -> int:
     items, now, ranks = _content(job), item_content_digest(job), job.ranks
     if len(set(ranks.gather(now))) > 1:
         raise ValueError(f"{job.root}/items: the ranks read different items; give them one dataset")
-    stored = manifest.get("items", now)  # an earlier version kept no hashes: taken as unchanged
+    stored = manifest.get("items", now)  # an earlier version kept no hashes: assumed unchanged
     if items is None or stored is None or now == stored:
         return 0
     with ranks.raise_on_all_ranks():
@@ -82,7 +82,7 @@ def _file(run: Path, digest: str) -> Path:
 
 
 def _changed(now: np.ndarray, file: Path) -> tuple[np.ndarray, str]:
-    """Return the ids of items that differ from those in a file, rising, and words about them."""
+    """Return the ids of items that differ from those in a file, ascending, and a description."""
     before = np.load(file, allow_pickle=False) if file.is_file() else np.zeros(0, TYPE)
     if digest_of(before.tobytes()) != file.stem:
         words = f"{file} is missing or damaged, so all {len(now):,} items are taken as changed"

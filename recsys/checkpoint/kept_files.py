@@ -1,7 +1,7 @@
-"""Files of a run that its model is read with: each checkpoint has their hashes.
+"""Files of a run that its model depends on: each checkpoint has their hashes.
 
-They decide what columns mean, which row an id looks up and which items are cold. So a file that was
-edited, or is of another run, would change results without a word.
+They define the meaning of columns, the row of each id, and which items are cold. So a file that was
+edited, or belongs to another run, would change results silently.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def kept_digests(run: Path) -> dict[str, str]:
 
 
 def check_kept_files(folder: Path, manifest: dict[str, Any], ranks: Ranks) -> None:
-    """Refuse a checkpoint whose run's files are not those it was written with. A collective.
+    """Refuse a checkpoint if the run's files have changed since it was written. A collective.
 
     Raises:
-        ValueError: on every rank: a file is missing or was edited, or the checkpoint is of another
-            run.
+        ValueError: on every rank: a file is missing or was edited, or the checkpoint belongs to
+            another run.
     """
     with ranks.raise_on_all_ranks():
         if not ranks.is_first:

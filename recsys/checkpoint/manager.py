@@ -1,7 +1,7 @@
 """Checkpoints of a run by torch.distributed.checkpoint: asynchronous, atomic, resharding.
 
 `RUN/checkpoints/step-N` is the whole state after N steps, `best` the model of the best validation.
-Shards are loaded into whatever plan and number of ranks reads them.
+Shards can be loaded under any plan and number of ranks.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from recsys.data.parquet.order import Stage
 
 logger = logging.getLogger(__name__)
 
-# A copy for asynchronous writing may take this share of the memory that is free.
+# Largest share of the free memory for a copy to write asynchronously.
 COPY_SHARE = 0.5
-MAX_FAILURES = 3  # checkpoints in a row that could not be written before the job ends
+MAX_FAILURES = 3  # failed writes in a row that end the job
 
 
 class Checkpoints:
@@ -77,7 +77,7 @@ class Checkpoints:
         self._copies: bool | None = None  # whether writing is asynchronous
 
     def save(self, progress: Progress, wait: bool = False) -> None:
-        """Save the whole state; returns once later steps cannot change what is written.
+        """Save the whole state; return when later steps can no longer change what is written.
 
         Raises:
             ValueError: a value is not finite; with `wait` or after some failures, a failed write.
@@ -104,7 +104,7 @@ class Checkpoints:
         self.wait(strict=True)
 
     def require_finite(self, progress: Progress, state: State | None = None) -> None:
-        """Check a state before it is saved or named good; default the model's. A collective.
+        """Check a state, by default the model's, before it is saved or called good. A collective.
 
         Raises:
             ValueError: on every rank, if a weight or moment is not finite on any.
@@ -140,7 +140,7 @@ class Checkpoints:
 
     @property
     def last_good(self) -> Path | None:
-        """The checkpoint the run would continue from now; waits for one that is being written."""
+        """Checkpoint from which the run would continue now; waits for a write in progress."""
         if self._pending is not None:
             wait([self._pending[0]])
         whole = (path for path in folders_by_age(self.folder) if path not in self._damaged)
@@ -203,11 +203,10 @@ class Checkpoints:
             raise
 
     def restore(self) -> Progress | None:
-        """Load the newest whole checkpoint, in place; None if there is none. A collective.
+        """Load the newest complete checkpoint, in place; None without checkpoints. A collective.
 
         Raises:
-            ValueError: it is of another model or data, or there are checkpoints and all are
-                damaged.
+            ValueError: it belongs to another model or data, or all checkpoints are damaged.
         """
         ranks, faults = self.job.ranks, []
         for folder in ranks.gather(folders_to_continue(self.folder))[0]:
@@ -223,7 +222,7 @@ class Checkpoints:
             self._load(folder)
             progress = self._continued(manifest)
             if folder.name == BEST:
-                progress.validations += 1  # the one that chose this model
+                progress.validations += 1  # the validation that chose this model
                 logger.warning("%s has no state of the optimizers, which begin anew", folder)
             encode_changed_items(self.job, self.folder.parent, manifest)
             return progress
@@ -268,7 +267,7 @@ def load_best(job: Job, run: Path) -> dict[str, Any]:
     """Load `RUN/checkpoints/best` in place and return its manifest. A collective.
 
     Raises:
-        ValueError: there is none, it is damaged, or it is of another model.
+        ValueError: it is missing, damaged, or belongs to another model.
     """
     folder, ranks = run / "checkpoints" / BEST, job.ranks
     with ranks.raise_on_all_ranks():

@@ -1,6 +1,6 @@
-"""The manifest of a checkpoint: the state it holds, and the size and checksum of each of its files.
+"""The manifest of a checkpoint: a description of its state, and size and checksum of each file.
 
-It has a checksum of its own, so that a number that changed in it is damage like any other.
+It has a checksum of its own, so that a changed number in it is detected as damage.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def model_of(run: Path) -> str | None:
-    """Return the checksum of the manifest of a run's best model, which no other model has.
+    """Return the checksum of the manifest of a run's best model, which identifies the model.
 
-    None where the run keeps no such checkpoint any more.
+    None if the run no longer keeps that checkpoint.
 
     Raises:
         ValueError: the manifest is damaged.
@@ -79,11 +79,11 @@ def best_step(run: Path) -> int:
 
 
 def _check(manifest: Any) -> None:
-    """Check a manifest as read.
+    """Check a manifest after reading.
 
     Raises:
-        ValueError: it is of another format, differs from its checksum, or an entry is missing or
-            of another type.
+        ValueError: it has another format, differs from its checksum, or an entry is missing or
+            has a wrong type.
     """
     number = manifest.get("format") if isinstance(manifest, dict) else None
     if number not in (1, FORMAT):

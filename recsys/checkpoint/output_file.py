@@ -1,4 +1,4 @@
-"""Checks the file that a command is to write, before the command does any work."""
+"""Check the output file of a command before the command does any work."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _READ = ("train", "valid", "test", "items", "vocabulary")  # folders of a datase
 
 
 def check_output(out: Path, inputs: Iterable[Location] = ()) -> None:
-    """Refuse a file that cannot be written, or whose writing changes what a command reads.
+    """Refuse an output file that cannot be written, or that would change what a command reads.
 
     Args:
         out: the file to write.
@@ -51,14 +51,14 @@ def check_output(out: Path, inputs: Iterable[Location] = ()) -> None:
         raise ValueError(f"{out}: would be read as part of {dataset}; name a file elsewhere")
     if (part := _part_of_run(target.parent)) is not None:
         raise ValueError(f"{out}: lies in {part}, which is part of a run; name a file elsewhere")
-    is_kept = target.exists() or target.name.startswith(".")  # a lock is made anew
+    is_kept = target.exists() or target.name.startswith(".")  # locks are recreated
     if is_kept and (target.name in _KEPT or target.match("scores_*.parquet")):
         raise ValueError(f"{out}: is part of a run or dataset; name another file")
     check_writable(target.parent)
 
 
 def _real(path: Path | str) -> Path:
-    """Return the path without links; a link that leads to itself stays."""
+    """Return the path with links resolved; a link that leads to itself is kept."""
     return Path(os.path.realpath(path))
 
 
@@ -71,11 +71,11 @@ def _part_of_run(folder: Path) -> Path | None:
 
 
 def check_run_folder(run: Path, data: str) -> None:
-    """Refuse a run's folder whose files would replace those of its dataset, or be read with them.
+    """Refuse a run's folder whose files would replace files of its dataset, or be read as data.
 
     Raises:
-        ValueError: the folder is the dataset itself, one of the folders in it that are read, or
-            lies in one of another run's.
+        ValueError: the folder is the dataset itself, one of its folders that are read, or is inside
+            a folder of another run.
     """
     root, folder = Location.of(data), _real(run)
     if (part := _part_of_run(folder)) is not None:
@@ -86,7 +86,7 @@ def check_run_folder(run: Path, data: str) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written to, or made.
+    """Refuse a folder that cannot be created or written to.
 
     Raises:
         ValueError: names the first folder that exists above it.

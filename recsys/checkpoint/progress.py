@@ -1,4 +1,4 @@
-"""Progress of a run: all counters of its training loop, in a form that a checkpoint can hold."""
+"""Progress of a run: all counters of its training loop, in a form that a checkpoint can store."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Progress:
     """Counters of the training loop."""
 
     steps: int = 0  # batches: updates of the ID tables
-    dense_steps: int = 0  # updates of all other parameters, fewer where gradients are accumulated
+    dense_steps: int = 0  # updates of all other parameters, fewer if gradients are accumulated
     samples: int = 0  # over all ranks
     seconds: float = 0.0  # in training steps, validation excluded
-    # Position in the data: the epoch, the part of it read by other numbers of ranks, and the number
-    # of batches each rank has trained on since.
+    # Position in the data: the epoch, the part of it that other numbers of ranks have read, and the
+    # # number of batches that each rank has trained on since.
     epoch: int = 0
     stages: list[Stage] = field(default_factory=list)
     batches: int = 0
@@ -31,8 +31,8 @@ class Progress:
     best_score: float = -1.0  # by the metric `best_model_by`
     best: dict[str, Any] = field(default_factory=dict)
     validations_without_gain: int = 0
-    # Counts of training so far: by column, ids looked up and unknown ones; by table with a bounded
-    # vocabulary, ids that got and that lost a row.
+    # Counts of training so far: by column, looked-up and unknown ids; by table with a bounded
+    # # vocabulary, ids that got and ids that lost a row.
     ids: dict[str, dict[str, int]] = field(default_factory=dict)
     vocabularies: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -46,7 +46,7 @@ class Progress:
         return self.epoch >= config.epochs or self.validations_without_gain >= config.patience
 
     def continued_by(self, before: Stage, world_size: int, batch_size: int) -> None:
-        """Continue with another number of ranks or batch size than the stage before."""
+        """Continue with another number of ranks or another batch size than before."""
         if (before.world_size, before.batch_size) != (world_size, batch_size) and self.batches:
             self.stages.append(Stage(before.world_size, before.batch_size, self.batches))
             self.batches = 0

@@ -1,8 +1,8 @@
 """Read checkpoints of torch.distributed.checkpoint without running code that they contain.
 
-Its tensors are read with `weights_only`, but its `.metadata` is a pickle, and entries that are not
-tensors would be unpickled without restriction. Here the metadata goes through an unpickler that
-accepts only the classes of that format, and such entries are an error: our checkpoints have none.
+torch reads tensors with `weights_only`, but `.metadata` is a pickle, and entries that are not
+tensors would be unpickled without restriction. This reader unpickles only classes of the format in
+the metadata, and refuses entries that are not tensors, which our checkpoints do not have.
 """
 
 from __future__ import annotations

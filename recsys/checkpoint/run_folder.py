@@ -1,4 +1,4 @@
-"""A run's folder: decides whether a job starts it, continues it or must leave it alone."""
+"""A run's folder: decide whether a job starts it, continues it or must leave it alone."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ TWIN_MARK = ".has_id_only"  # marks the folder TWIN as this run's own, not an in
 def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool:
     """Return whether training continues from a checkpoint in the folder. A collective.
 
-    A job that began the run and was restarted by torch elastic or a scheduler continues even with
-    `overwrite`, which was meant for its first start.
+    If torch elastic or a scheduler restarts the job that began the run, it continues even with
+    `overwrite`, which applies to the first start.
 
     Raises:
         ValueError: on every rank, if the folder holds a run and `resume` is never, or holds none
@@ -62,8 +62,8 @@ def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool
                 raise ValueError(f"{run}: holds a dataset; choose another --out")
             for folder in [checkpoints / BEST, *_half_renamed(checkpoints)]:
                 recover_folder(folder)
-    # Folders on the network appear with delay, so what rank 0 sees counts; but a node that came
-    # back reports no restarts.
+    # Folders on the network appear with delay, so rank 0 decides; but a node that returned reports
+    # # no restarts.
     restarted = any(ranks.gather(was_restarted(run)))
     finished, folders = (run / METRICS).exists(), folders_to_continue(checkpoints)
     is_only_best = [folder.name for folder in folders] == [BEST]
@@ -117,19 +117,19 @@ def _write_job(run: Path, finished: bool, **results: str | None) -> None:
 
 
 def finish_run(run: Path, ranks: Ranks) -> None:
-    """Note that the job has ended well, so that another of its name is no restart of it."""
+    """Record that the job ended without an error: a later job of its name is not its restart."""
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             _write_job(run, finished=True, **_results(run))
 
 
 def check_metrics(run: Path) -> None:
-    """Refuse metrics that are not those of the best model that the run has now.
+    """Refuse metrics of another model than the run's present best model.
 
-    A run of an earlier version does not know; then nothing is compared.
+    A run of an earlier version has no record; then nothing is compared.
 
     Raises:
-        ValueError: training has gone on since, or the file was edited or is of another run.
+        ValueError: training has continued since, or the file was edited or belongs to another run.
     """
     stored, now = read_json(run / JOB) if (run / JOB).exists() else {}, _results(run)
     if not isinstance(stored, dict) or any(stored.get(key, now[key]) != now[key] for key in now):
@@ -149,7 +149,7 @@ def begin_run(
     item_counts: ItemCounts,  # of all ranks, on rank 0
     skipped_rows: dict[str, Any],
 ) -> None:
-    """Empty the folder of an earlier run and store what this run needs unchanged. A collective.
+    """Empty the folder of an earlier run and store the fixed files of this run. A collective.
 
     Raises:
         ValueError: on every rank: raw ids of a table are integers in one place, strings in another.
@@ -168,10 +168,10 @@ def begin_run(
 
 
 def _empty(run: Path) -> None:
-    """Remove an earlier run. A job killed at any point leaves a folder that can be begun anew.
+    """Remove an earlier run in an order that lets a job, killed at any point, begin again.
 
-    Without `metrics.json` no model without checkpoints counts as a finished run, and checkpoints
-    vanish all at once.
+    `metrics.json` goes first, so that a model without checkpoints does not count as a finished
+    run; checkpoints disappear all at once.
     """
     (run / METRICS).unlink(missing_ok=True)
     shutil.rmtree(run / REPLACED, ignore_errors=True)
@@ -189,7 +189,7 @@ def read_item_counts(run: Path, num_items: int) -> ItemCounts:
     """Read the number of training rows of each item, which `begin_run` stored.
 
     Raises:
-        ValueError: the file is missing or damaged, or of other items.
+        ValueError: the file is missing, damaged, or of other items.
     """
     file = run / ITEM_COUNTS
     try:
@@ -206,7 +206,7 @@ def read_item_counts(run: Path, num_items: int) -> ItemCounts:
 
 
 def keep_vocabularies(run: Path, job: Job) -> None:
-    """Store the maps of raw ids that the run is trained with."""
+    """Store the maps of raw ids that the run uses."""
     for table in job.schema.tables_with("exact"):
         file = vocabulary_file(Location.of(run), table)
         Path(file.path).parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +214,7 @@ def keep_vocabularies(run: Path, job: Job) -> None:
 
 
 def check_vocabularies(run: Path, job: Job) -> None:
-    """Refuse data whose maps give ids other rows than the run was trained with. A collective.
+    """Refuse data whose maps give ids other rows than those of training. A collective.
 
     Raises:
         ValueError: on every rank; names the column.

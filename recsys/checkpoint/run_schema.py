@@ -1,8 +1,8 @@
 """The schema that a run was trained on: kept in its folder, compared with that of other data.
 
-`RUN/schema.yaml` has each column with all that decides what its values mean to the model, and the
-type of raw ids. A run reads columns by name, in the order of this file, so their order in a
-dataset's `schema.yaml` does not matter; whatever changes their meaning is refused by name.
+`RUN/schema.yaml` has each column with every attribute that affects the meaning of its values, and
+the type of raw ids. A run reads columns by name, in the order of this file, so their order in a
+dataset's `schema.yaml` does not matter; a change of their meaning is refused by name.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def load_run_schema(run: Path, with_vocabularies: bool = True) -> Schema | None:
 
     Args:
         run: folder of the run.
-        with_vocabularies: also load its exact maps of raw ids, and make its hashes.
+        with_vocabularies: also load its exact maps of raw ids, and build its hashes.
 
     Raises:
-        ValueError: the file is damaged, or a map is not the one that the run was trained with.
+        ValueError: the file is damaged, or a map is not the one of training.
     """
     path = run / FILE
     if not path.is_file():
@@ -77,8 +77,8 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
         run: folder of the run.
         root: the dataset.
         ranks: the ranks; the first one logs.
-        goes_on: training goes on, so a column that the run does not know is refused, too;
-            otherwise it is not read, and rows are weighed by the data's column of weights, if any.
+        goes_on: whether training continues; then a column that the run does not know is refused.
+            Otherwise it is ignored, and the data's column of weights, if any, weighs the rows.
 
     Raises:
         ValueError: names each column, list and attribute that differs.
@@ -115,19 +115,19 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
 
 
 def _take_weights(trained: Schema, data: Schema) -> None:
-    """Take from the data what no prediction reads: weights, and which labels may be null."""
+    """Take from the data what no prediction uses: weights, and which labels may be null."""
     columns = {name: of for name, of in trained.columns.items() if of.kind != "weight"}
     for name, column in columns.items():
         column.nullable = name in data.columns and data.columns[name].nullable
     own = {name: data.columns[name] for name in data.of_kind("weight")}
-    trained.columns = own | columns  # a feature that the data takes for a weight is refused
+    trained.columns = own | columns  # a feature that is a weight in the data is refused
 
 
 def agree_on_id_types(schema: Schema, ranks: Ranks) -> None:
-    """Give every rank the types of raw ids that any has read. A collective.
+    """Share the types of raw ids that any rank has read among all ranks. A collective.
 
     Raises:
-        ValueError: on every rank: some read integers and others strings.
+        ValueError: on every rank: some ranks read integers and others strings.
     """
     for of_rank in ranks.gather(schema.id_types):
         for table, found in of_rank.items():
@@ -140,7 +140,7 @@ def agree_on_id_types(schema: Schema, ranks: Ranks) -> None:
 
 
 def _plain(schema: Schema) -> dict[str, Any]:
-    """Return a schema as `schema.yaml` would have it, with every default that may matter."""
+    """Return a schema as the content of `schema.yaml`, with every default that may matter."""
     content = _without_empty(asdict(schema))
     for unwritten in ("vocabularies", "id_types", "transforms"):
         content.pop(unwritten, None)
@@ -171,7 +171,7 @@ def _raw_ids(schema: Schema) -> dict[str, dict[str, Any]]:
 
 
 def _differences(trained: Schema, data: Schema, goes_on: bool) -> Iterator[str]:
-    """Yield each difference that changes what the model of a run reads, in words."""
+    """Describe each difference that changes what the model of a run reads."""
     for role in ("target_item", "group"):
         yield from _changes(role, {"": getattr(trained, role)}, {"": getattr(data, role)})
     if trained.items is not None and data.items is not None:

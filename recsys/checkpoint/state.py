@@ -1,10 +1,10 @@
 """The state in a checkpoint, as named tensors that share their memory with the job.
 
-`model.*` are the weights that train or that training changes: tables, dense weights, adapters,
-normalisation statistics. The frozen weights of encoders are not stored; the manifest has a hash of
-them beside the configuration, which names their source. `bank` is the memory bank,
-`vocabulary.*` the maps of raw ids that learn while training, `optimizer.*` the state of fused and
-dense optimizers and the averaged weights, `random.RANK.*` each rank's generators.
+`model.*` are the weights that training changes: tables, dense weights, adapters, normalisation
+statistics. The frozen weights of encoders are not stored; the manifest has their hash and the
+configuration, which names their source. `bank` is the memory bank, `vocabulary.*` the maps of raw
+ids that training learns, `optimizer.*` the state of fused and dense optimizers and the averaged
+weights, `random.RANK.*` each rank's generators.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from recsys.build import Job
 from recsys.content.encoders.base import Encoder
 from recsys.optimizer import make_room, numbers_loaded, state_tensors
 
-# Buffers of `recsys.content.projection` that earlier checkpoints lack; they then change nothing.
+# Buffers of `recsys.content.projection` that earlier checkpoints lack; their defaults are neutral.
 _ADDED = re.compile(r"model\.content\.projections\.[^.]+\.(shift|scale)")
 
 
 def model_state(job: Job, stored_names: Collection[str] | None = None) -> State:
     """Return weights and memory bank: the state that evaluation and prediction need.
 
-    With the names in a checkpoint, buffers that earlier versions did not have are left out if they
-    are not among them.
+    With the names in a checkpoint, buffers that earlier versions did not have, and the checkpoint
+    lacks, are left out.
     """
     stored = _is_stored(job)
     state: State = {
@@ -61,7 +61,7 @@ def finish_loading_bank(job: Job) -> None:
 
 @dataclass
 class _Stored:
-    """Decides by name whether an entry of the model's state belongs into a checkpoint."""
+    """Decides by name whether a checkpoint stores an entry of the model's state."""
 
     trained: set[str]
     frozen: set[str]

@@ -1,9 +1,9 @@
 """Export the ID tables of a checkpoint as one Parquet file, without building the model.
 
-A checkpoint holds each table in pieces, cut by rows or columns as on the ranks that trained it.
-torch.load would read whole pieces, and on one rank a piece is the table. So only the header of a
-piece is loaded, which gives the offset of its numbers in the file; then a block of rows is read
-at a time. Memory is a few blocks, however large the table.
+A checkpoint holds each table in pieces, split by rows or columns as on the ranks that trained it.
+torch.load would read whole pieces, and a piece may be the whole table. So only the header of a
+piece is loaded, which gives the offset of its numbers in the file; then one block of rows is read
+at a time. The memory needed is that of a few blocks, however large the table.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> d
     """Write tables of a checkpoint to one Parquet file, one row per row of a table.
 
     Columns: ``table`` (its name), ``row`` (int64, the id that looks it up) and ``vector``,
-    ``fixed_size_list<float32, D>``, or ``list<float32>`` where tables differ in dimension D.
+    ``fixed_size_list<float32, D>``, or ``list<float32>`` if tables differ in dimension D.
     Every row group belongs to one table, so that readers skip the others.
 
     Args:
-        folder: a torch.distributed.checkpoint of a model, such as `RUN/checkpoints/best`; of any
+        folder: a torch.distributed.checkpoint of a model, such as `RUN/checkpoints/best`, with any
             sharding and number of ranks.
-        out: the file to write; it appears whole or not at all.
+        out: the file to write; it appears complete or not at all.
         tables: names of the tables; default all.
 
     Returns:

@@ -1,16 +1,16 @@
 """The commands of `recsys`: a module each, imported when its command runs.
 
 A module has `add_arguments(parser, words)`, which adds the options to the command's parser, and
-`run(arguments)`. Neither it nor what it imports at its top may import torch, so that help and
-errors of arguments come at once: `run` imports what it needs after the arguments are checked.
+`run(arguments)`. Neither the module nor its top-level imports may import torch, so that help and
+errors of arguments appear at once: `run` imports torch after the arguments are checked.
 """
 
-# By name: the module in this package, and the line of the command in `recsys --help`.
+# By name: the module in this package, and the command's line in `recsys --help`.
 COMMANDS = {
     "doctor": ("doctor", "Print versions, devices and memory, and the fix of each problem."),
     "prepare": ("prepare", "Make a dataset from a known source, or the maps of its ids."),
-    "explain-data": ("explain_data", "Print what is in a dataset and what to fix before training."),
-    "describe": ("describe", "Print what a run would be on any cluster: sizes, plan, time."),
+    "explain-data": ("explain_data", "Describe a dataset, and what to fix in it before training."),
+    "describe": ("describe", "Plan a run on any cluster: sizes, memory, sharding, time."),
     "cache": ("cache", "Fill the caches of item content that a model trains with."),
     "train": ("train", "Train a model from a recipe, whose settings are options, too."),
     "evaluate": ("evaluate", "Compute the metrics of a finished run on a split."),

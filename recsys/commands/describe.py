@@ -22,8 +22,7 @@ def add_arguments(parser: Parser, words: Sequence[str]) -> None:
         "--device",
         type=str,
         default="auto",
-        help="a100, h100, h200 or b200, which this machine need not have; auto, cpu or cuda: as "
-        "this machine",
+        help="a100, h100, h200 or b200, present or not; auto, cpu or cuda: as this machine",
     )
     parser.add_argument("--nodes", type=int, default=1, help="machines")
     parser.add_argument(

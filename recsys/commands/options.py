@@ -40,7 +40,7 @@ def add_run_options(parser: Parser) -> None:
 def require_schema(data: str) -> None:
     """Refuse a dataset without a valid schema before torch is imported.
 
-    The ranks of a job read it together later, so that all of them end with its error.
+    The ranks of a job later read it together, so that all of them end with its error.
 
     Raises:
         ValueError: `schema.yaml` is missing or invalid.

@@ -18,7 +18,7 @@ from recsys.doctor import require_working_installation
 
 
 def add_arguments(parser: Parser, words: Sequence[str]) -> None:
-    """Add the settings of a run, the dataset and what to do with the run's folder."""
+    """Add the settings of a run, the dataset, and the options of the run's folder."""
     add_config_arguments(parser, words)
     add_data_option(parser)
     parser.add_argument("--out", type=Path | None, help="folder of the run to write")

@@ -10,10 +10,10 @@ from recsys.config.run import Config, content_settings
 
 
 def validate(config: Config) -> None:
-    """Check every setting alone, then those that exclude each other.
+    """Check every setting by itself, then settings that exclude each other.
 
     Raises:
-        ValueError: names the settings that conflict, and the limit or a fitting value.
+        ValueError: names the conflicting settings, and the limit or a valid value.
     """
     check_settings(config)
     if config.best_model_by in ("recall", "ndcg") and not isinstance(

@@ -68,7 +68,7 @@ class ModalitySettings:
     lora: LoraSettings = field(default_factory=LoraSettings)
     pooling: Literal["mean", "cls", "last", "none", "projected"] = "mean"
     """Pooling of the last hidden states into tokens for the fusion. projected: the model's own
-    pooled output, which dual encoders such as CLIP put in a space shared by texts and images."""
+    pooled output, which dual encoders such as CLIP map into one space for texts and images."""
     max_length: PositiveInt = 32
     """Text tokens per item."""
     image_size: Pixels = 224
@@ -85,7 +85,7 @@ class ModalitySettings:
     """Arguments of a class of your own."""
 
     def check(self, name: str) -> None:
-        """Check the settings of the kind, and that trained parts exist."""
+        """Check the settings of the kind, and that the parts to train exist."""
         make_kind = find_part(f"{name}.kind", "recsys.data.items.kind:make_kind", {})
         make_kind(name, self)  # checks the settings of its kind
         if self.module and self.training == "lora":
@@ -152,7 +152,7 @@ class HistorySettings:
     refresh_bank_every_epoch: bool = False
     """Encode all items again before each validation."""
     columns: list[str] = field(default_factory=list)
-    """Sequences after the first, of target items, whose items' content is read as well."""
+    """Further sequences of target items whose items' content is read, besides the first."""
 
 
 @dataclass
@@ -178,7 +178,7 @@ class ContentSettings:
     """The content branch; `content: none` instead gives the ID-only twin."""
 
     modalities: dict[str, ModalitySettings]
-    """Sources of content, by a name of yours."""
+    """Sources of content, by names that you choose."""
     dim: Width = 32
     """Width of the content vectors."""
     fusion: FusionSettings = field(default_factory=FusionSettings)

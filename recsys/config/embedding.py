@@ -41,7 +41,7 @@ class TableSettings:
     weight_decay: NonNegativeFloat | None = None
     """Weight decay of the table."""
     id_dropout: Dropout = 0.0
-    """Share of a training batch's rows whose vector is dropped, so that the model learns to do
+    """Share of a training batch's rows whose vector is dropped, so that the model learns to rank
     without it, as it must for new ids; pooled tables only."""
     frozen: bool = False
     """Keep the initial weights, such as those of `init_from`."""
@@ -51,7 +51,7 @@ class TableSettings:
 
 @dataclass
 class CommunicationSettings:
-    """Types in which looked-up vectors travel between ranks, and their gradients back."""
+    """Types in which ranks send looked-up vectors to each other, and gradients back."""
 
     forward: WireType = "fp32"
     """Type of the vectors."""

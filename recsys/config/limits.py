@@ -17,7 +17,7 @@ from jsonargparse import typing
 
 PositiveInt = Annotated[int, typing.PositiveInt]
 NonNegativeInt = Annotated[int, typing.NonNegativeInt]
-# Larger ones are slips of the hand, and end in an allocator's error or in hours of building.
+# Larger values are typing errors, which end in an allocator's error or in hours of building.
 Width = Annotated[
     int,
     typing.restricted_number_type(
@@ -45,7 +45,7 @@ def _float(name: str, *limits: tuple[str, float]) -> Any:
     return typing.restricted_number_type(name, float, list(limits), docstring=words)
 
 
-# numpy takes no negative seed; what is added by rank and step must fit the 64 bits of torch's.
+# numpy takes no negative seed; seed plus rank and step must fit the 64 bits of torch's seeds.
 Seed = Annotated[
     int,
     typing.restricted_number_type(

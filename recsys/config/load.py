@@ -31,7 +31,7 @@ def add_config_arguments(
     """Add `--config FILE` and every setting of `Config` as `--name.of.setting`.
 
     Args:
-        parser: of a command.
+        parser: parser of a command.
         words: the command line, whose recipe or `--ranking.name` chooses the ranking model, and so
             the settings under `ranking`.
         skip: settings that the command adds by itself.
@@ -118,7 +118,7 @@ def _recipe_action(name: str) -> type[ActionConfigFile]:
     """Return the action of `--config` for a ranking model of this name."""
 
     class Recipe(ActionConfigFile):
-        """Reads a recipe as plain data, with the model's own keys alone under `ranking`."""
+        """Reads a recipe as plain data, and keeps only the model's own keys under `ranking`."""
 
         def __call__(
             self, parser: Any, cfg: Any, values: Any, option_string: str | None = None
@@ -145,7 +145,7 @@ def _load(recipe: str) -> Any:
 
 
 def _settled(recipe: Any, name: str) -> Any:
-    """Return a recipe whose `ranking` has the keys of this ranking model alone."""
+    """Return a recipe whose `ranking` has only keys of this ranking model."""
     section = recipe.get("ranking") if isinstance(recipe, dict) else None
     return recipe | {"ranking": own_keys(section, name)} if isinstance(section, dict) else recipe
 

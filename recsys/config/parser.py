@@ -1,7 +1,7 @@
 """The parser of commands and settings: plain data, and errors that name setting, value and fix.
 
-jsonargparse describes a wrong value by the types that it tried. Here a value that was refused is
-looked up again in the dataclasses of settings, and described by its full name and what it may be.
+jsonargparse describes a wrong value by the types that it tried. This parser looks up a refused
+value in the dataclasses of settings, and describes it by its full name and its allowed values.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ LONGEST = 300  # characters of a value in a message
 class Parser(ArgumentParser):
     """Parser that reads values as plain data and takes no abbreviations.
 
-    An abbreviated option would change its meaning when a setting with that beginning is added.
+    An abbreviated option would change its meaning when a setting with the same prefix is added.
 
     Attributes:
-        settings: the dataclass of each setting at the top, or its type.
-        given: mappings of settings that were given, to find the one that is wrong.
+        settings: the dataclass or type of each setting at the top level.
+        given: mappings of settings as given, in which a wrong one is looked up.
     """
 
     def __init__(self, **arguments: Any) -> None:
-        """Make a parser with these arguments of `jsonargparse.ArgumentParser`."""
+        """Build a parser with these arguments of `jsonargparse.ArgumentParser`."""
         super().__init__(**{"allow_abbrev": False, "parser_mode": MODE, **arguments})
         self.settings: dict[str, Any] = {}
         self.given: list[dict[str, Any]] = []
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with exit code 2 and the error in words, or raise it."""
+        """Print the error and end with exit code 2, or raise it."""
         known = self._known()
         found = (problem_of_keys(known, given, "") for given in self.given)
         message = next(filter(None, found), None) or self._incomplete(message) or message
@@ -69,30 +69,30 @@ class Parser(ArgumentParser):
         return {action.dest: Any for action in self._actions} | self.settings
 
     def _check_keys(self) -> None:
-        """Refuse unknown keys and nulls, which jsonargparse leaves out where they hold nothing."""
+        """Refuse unknown keys and nulls, which jsonargparse ignores if they are empty."""
         for given in self.given:
             if problem := problem_of_keys(self._known(), given, "", with_values=False):
                 self.error(problem)
 
     def instantiate(self, *arguments: Any, **named: Any) -> Any:
-        """Make the settings; a mapping of another type shows only here."""
+        """Build the settings; a mapping of a wrong type is detected only here."""
         try:
             return super().instantiate(*arguments, **named)
         except TypeError as error:
             self.error(str(error), error)
 
     def _incomplete(self, message: str) -> str | None:
-        """Return which mapping lacks a setting without a default, if the error is of one."""
+        """Return the mapping that lacks a required setting, if the error is about one."""
         if "the following arguments are required" not in message:
             return None
         return next(filter(None, (missing_key(self.settings, of, "") for of in self.given)), None)
 
     def _name(self) -> str:
-        """Return the command with its part, such as `recsys prepare movielens`."""
+        """Return the command with its subcommand, such as `recsys prepare movielens`."""
         return self.prog.replace(" [options]", "")
 
     def _in_words(self, message: str) -> str:
-        """Return an error of jsonargparse on options in the words of this program."""
+        """Translate an error of jsonargparse about options into the terms of this program."""
         if found := re.match(r"unrecognized arguments: (--[^ =]+)", message):
             options = [name for name in self._option_string_actions if name.startswith("--")]
             return f"{self._name()} has no option {found[1]}{meant(found[1], options)}"
@@ -118,7 +118,7 @@ class Parser(ArgumentParser):
 
 
 def config_first(words: Sequence[str]) -> list[str]:
-    """Return a command line with its recipes in front of the options, which so override them.
+    """Return a command line with its recipes before the options, which then override them.
 
     Example::
 
@@ -149,8 +149,8 @@ def problem_of_keys(
     Args:
         hints: the type of each setting, by key.
         given: the settings, as read from YAML.
-        name: of the mapping in full; empty for the whole configuration.
-        with_values: False looks for unknown keys and nulls alone, which takes no time.
+        name: full name of the mapping; empty for the whole configuration.
+        with_values: False checks for unknown keys and nulls only, which is fast.
     """
     for key, value in given.items():
         key = str(key)
@@ -186,7 +186,7 @@ def problem_of_value(hint: Any, value: Any, name: str, with_values: bool = True)
 
 
 def missing_key(hints: dict[str, Any], given: dict[str, Any], name: str) -> str | None:
-    """Return which mapping of settings lacks one that has no default, None if none does.
+    """Return the mapping that lacks a required setting, None if none does.
 
     Args:
         hints: the type of each setting, by key.
@@ -225,7 +225,7 @@ def _allows_null(hint: Any) -> bool:
 
 
 def _is_of(hint: Any, value: Any) -> bool:
-    """Return whether the parser takes a value for this type."""
+    """Return whether the parser accepts a value for this type."""
     parser = ArgumentParser(exit_on_error=False, parser_mode=MODE)
     parser.add_argument("--value", type=hint)
     try:
@@ -236,12 +236,12 @@ def _is_of(hint: Any, value: Any) -> bool:
 
 
 def meant(name: str, known: Iterable[str]) -> str:
-    """Return the question whether a similar name was meant; empty if none is similar."""
+    """Return a question that suggests a similar name; empty if none is similar."""
     return "".join(f"; did you mean {near}?" for near in get_close_matches(name, list(known), n=1))
 
 
 def in_words(hint: Any) -> str:
-    """Return what a value of this type may be."""
+    """Describe the allowed values of a type."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         return f"one of {', '.join(map(str, parts))}" if len(parts) > 1 else str(parts[0])

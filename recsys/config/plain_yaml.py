@@ -1,8 +1,8 @@
 """YAML that stays data, for schemas and configurations from other people.
 
 The argument parser would import the module of any `class_path`, a few lines of aliases can expand
-beyond any memory, and one value of a duplicate key would be lost. So every text that is read as
-YAML passes this check: files, values on the command line, and files that either of them names.
+to more than any memory, and a duplicate key would lose a value. So this module checks every text
+that is read as YAML: files, values on the command line, and files that either of them names.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def load_plain_yaml(text: bytes) -> Any:
 
     Raises:
         yaml.YAMLError: the text is not YAML, is larger than 4 MiB, or has an alias, a class path,
-            or a key that is duplicate or no text.
+            or a key that is duplicate or not text.
 
-    Example::
+            Example::
 
         load_plain_yaml(b"target_item: item")  # {"target_item": "item"}
     """
@@ -53,7 +53,7 @@ def read_plain(text: str) -> Any:
 
 
 def _load_value(text: str) -> Any:
-    """Read a value as jsonargparse does, once it is known to be plain."""
+    """Check that a value is plain, then read it as jsonargparse does."""
     try:
         yaml.compose(text, _PlainLoader)
     except RecursionError as error:
@@ -61,12 +61,12 @@ def _load_value(text: str) -> Any:
     return get_loader("yaml")(text)
 
 
-# Text that is no YAML at all is taken as text; what is refused is an error.
+# Text that is not YAML stays text; refused YAML is an error.
 set_loader(MODE, _load_value, (yaml.MarkedYAMLError, yaml.reader.ReaderError))
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Loader that refuses aliases, class paths, and keys that are duplicate or no text."""
+    """Loader that refuses aliases, class paths, and keys that are duplicate or not text."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Refuse an alias."""
@@ -77,7 +77,7 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Refuse a class path, a duplicate key, or one that is no text, such as `no`."""
+        """Refuse a class path, a duplicate key, or a key that is not text, such as `no`."""
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:

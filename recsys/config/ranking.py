@@ -72,8 +72,8 @@ class RetrievalSettings(RankingSettings):
     """Settings of models that compare vectors of users and items, for retrieval."""
 
     further_histories: Literal["mean"] = "mean"
-    """Encoder of each sequence after the first into one vector; attention would show the user's
-    vector the item."""
+    """Encoder of each sequence after the first into one vector. With attention, the user's vector
+    would depend on the item."""
     loss: Literal["pointwise", "in_batch_softmax", "sampled_softmax"] = "pointwise"
     """pointwise: cross-entropy of the labels; else cross-entropy of the target item against the
     items of the batch or against sampled items."""
@@ -89,7 +89,7 @@ class RetrievalSettings(RankingSettings):
 
 
 def softmax_settings(ranking: RankingSettings) -> RetrievalSettings | None:
-    """Return the settings of a softmax loss, or None if labels have losses of their own."""
+    """Return the settings of a softmax loss, or None if each label has a loss of its own."""
     if isinstance(ranking, RetrievalSettings) and ranking.loss != "pointwise":
         return ranking
     return None
@@ -165,7 +165,7 @@ def own_keys(section: dict[str, Any], name: str) -> dict[str, Any]:
 
     Args:
         section: `ranking` of the recipe.
-        name: of the run's model.
+        name: name of the run's model.
 
     Raises:
         ValueError: a key belongs neither to the model nor to that of the recipe.

@@ -65,9 +65,9 @@ class Config:
     contrastive: ContrastiveSettings = field(default_factory=ContrastiveSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     auxiliary: dict[str, AuxiliarySettings] = field(default_factory=dict)
-    """Further losses, by a name of yours."""
+    """Further losses, by names that you choose."""
     metrics: dict[str, MetricSettings] = field(default_factory=dict)
-    """Further metrics, by a name of yours."""
+    """Further metrics, by names that you choose."""
     source: SourceSettings = field(default_factory=SourceSettings)
     batch_size: PositiveInt = 256
     """Impressions per rank and step."""
@@ -85,9 +85,9 @@ class Config:
     validations_per_epoch: PositiveInt = 1
     """Validations in each epoch."""
     best_model_by: BestModelBy = "auc"
-    """Validation metric that chooses the best model; auc_and_gauc is the mean of both; recall and
-    ndcg, of retrieval models, are recall@10 and ndcg@10 of a search of all items; rmse and mae, of
-    which the lowest is best, of a first label that is a number."""
+    """Validation metric that chooses the best model. auc_and_gauc: the mean of both; recall, ndcg:
+    recall@10 and ndcg@10 of retrieval models, by a search of all items; rmse, mae: if the first
+    label is a number, and the lowest is best."""
     patience: PositiveInt = 2
     """Validations without a better model before training ends."""
     seed: Seed = 0
@@ -113,12 +113,12 @@ class Config:
     log_format: LogFormat = "text"
     """Plain lines, or one JSON object per line."""
     profile_steps: NonNegativeInt = 0
-    """Number of early steps that are timed part by part, into RUN/profile.json."""
+    """Number of early steps whose parts are timed, with the result in RUN/profile.json."""
     stall_timeout: NonNegativeFloat = 300.0
-    """Seconds without progress after which a rank is named and the job ends; 0: never."""
+    """Seconds without progress after which the job ends and names the rank; 0: never."""
 
     def __post_init__(self) -> None:
-        """Make a list of a single tracker."""
+        """Turn a single tracker into a list."""
         if isinstance(self.tracker, str):
             self.tracker = [self.tracker]
 

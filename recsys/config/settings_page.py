@@ -1,4 +1,4 @@
-"""Writes the reference of all settings, SETTINGS.md, from the dataclasses of this folder.
+"""Write the reference of all settings, SETTINGS.md, from the dataclasses of this folder.
 
 `python -m recsys.config.settings_page` writes the page; with `--check` it only compares, and ends
 with status 1 if the page differs from the code. A setting's sentence is its attribute docstring,
@@ -68,10 +68,10 @@ def _table(settings: type, rows: list[Field[Any]]) -> str:
         if each.description
     }
     hints = get_type_hints(settings)
-    lines = ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    lines = ["| setting | meaning, with type and default |", "|---|---|"]
     for row in rows:
         kind = ", ".join(_choices(hints[row.name])) or f"`{row.type}`"
-        cells = [f"`{row.name}`", kind, _default(row), sentences[row.name]]
+        cells = [f"`{row.name}`", f"{sentences[row.name]}<br>{kind}; {_default(row)}"]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -85,8 +85,8 @@ def _choices(hint: Any) -> list[str]:
 
 def _default(row: Field[Any]) -> str:
     if row.default is not MISSING:
-        return f"`{row.default}`"
-    return "required" if row.default_factory is MISSING else f"`{row.default_factory()}`"
+        return f"default `{row.default}`"
+    return "required" if row.default_factory is MISSING else f"default `{row.default_factory()}`"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Builds the optimizer of the dense parameters: one of torch.optim, or a class of the user's."""
+"""Build the optimizer of the dense parameters: one of torch.optim, or a user's class."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def build_dense_optimizer(
 
     Args:
         model: a DistributedModelParallel, or any module for training without sharding.
-        groups: the first group with a matching prefix takes a parameter. Frozen parameters are
+        groups: a parameter belongs to the first group with a matching prefix. Frozen parameters are
             left out.
-        settings: `name` and `options` of the optimizer, AdamW by default. A class of the user's
+        settings: `name` and `options` of the optimizer, AdamW by default. A user's class
             (`package.module:Class`) is a torch.optim.Optimizer; it is called with the parameter
             groups, each with `lr` and `weight_decay`, and with the options.
 
     Returns:
         The optimizer to step, and the dense one inside it for schedules and checkpoints. Each of
-        its parameter groups carries its DenseGroup's ``name``.
+        its parameter groups has the ``name`` of its DenseGroup.
 
     Raises:
-        ValueError: a table would be in the dense optimizer, a parameter fits no group, there is
-            no dense parameter to train, or the optimizer cannot be made.
+        ValueError: a table would be in the dense optimizer, a parameter fits no group, no dense
+            parameter is trainable, or the optimizer cannot be built.
 
     Example::
 
@@ -70,7 +70,7 @@ def build_dense_optimizer(
 
 
 def _make(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> Optimizer:
-    """Make the optimizer of the groups."""
+    """Build the optimizer of the groups."""
     for name in _SETTINGS_OF_GROUPS:
         if name in settings.options:
             raise ValueError(
@@ -85,15 +85,15 @@ def _make(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> Optimize
 def count_state(settings: OptimizerSettings, sizes: Mapping[str, torch.Size]) -> dict[str, int]:
     """Count the elements that the optimizer and the moving average keep, by parameter.
 
-    One step is taken on parameters of these sizes: on the meta device, or on zeros on the host
-    where an optimizer (Adafactor) reads values.
+    It takes one step on parameters of these sizes: on the meta device, or, for an optimizer that
+    reads values (Adafactor), on zeros on the host.
 
     Args:
-        settings: of the optimizer.
-        sizes: of the parameters, by name.
+        settings: settings of the optimizer.
+        sizes: sizes of the parameters, by name.
 
     Raises:
-        ValueError: the optimizer cannot be made.
+        ValueError: the optimizer cannot be built.
     """
     unfused = replace(settings, options={**settings.options, "fused": False})
     settings = unfused if settings.name in _FUSED else settings

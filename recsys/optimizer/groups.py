@@ -30,7 +30,7 @@ class DenseGroup:
     """
 
     name: str
-    prefixes: list[str]  # of names in the unwrapped model; [""] matches all parameters
+    prefixes: list[str]  # of parameter names in the unwrapped model; [""] matches all
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     betas: tuple[float, float] | None = None  # of Adam and AdamW; None: the optimizer's default
@@ -79,8 +79,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return torch.optim's parameter groups, each with the names of its parameters as `names`.
 
-    The first group with a matching prefix takes a parameter. A DenseGroup with weight decay makes
-    two parameter groups, with and without it.
+    A parameter belongs to the first group with a matching prefix. A DenseGroup with weight decay
+    becomes two parameter groups, with and without it.
 
     Raises:
         ValueError: a parameter fits no group.

@@ -1,7 +1,7 @@
 """Learning rates over the steps: linear warm-up, then constant, cosine, linear, or your own.
 
-Each schedule is a share of the configured rate, a function of the number of dense updates alone: a
-run resumed from a checkpoint has the same rates as an uninterrupted one, for any schedule.
+Each schedule is a share of the configured rate that depends on the number of dense updates alone: a
+run resumed from a checkpoint has the same rates as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class LearningRateShare:
     """Share of the configured learning rates after a number of dense updates.
 
     Args:
-        settings: `schedule` names a function of this module, or one of the user's as
+        settings: `schedule` names a function of this module, or a user's function as
             `package.module:function`. It is called with the number of updates since warm-up ended,
             `decay_steps` and the `schedule_options` by name, and returns the share of the rate.
 
     Raises:
-        ValueError: there is no such function, or it refuses the options.
+        ValueError: the function does not exist, or it refuses the options.
 
     Example::
 

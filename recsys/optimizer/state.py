@@ -1,7 +1,7 @@
 """State of a dense optimizer as named tensors, for checkpoints.
 
 Any torch.optim.Optimizer works: AdamW's moments, Adafactor's rows and columns, the momentum of
-SGD or none. A Python number in the state becomes a tensor with a mark in its name.
+SGD or no state. A Python number in the state becomes a tensor with a marked name.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def state_tensors(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> di
     A parameter without an update so far has no state.
 
     Args:
-        optimizer: of the parameters.
-        names: of its parameters.
+        optimizer: the optimizer.
+        names: name of each of its parameters.
 
     Raises:
-        ValueError: the optimizer keeps a value that is neither a tensor nor a number.
+    ValueError: the optimizer keeps a value that is neither a tensor nor a number.
     """
     state = {}
     for parameter in _parameters(optimizer):
@@ -66,8 +66,8 @@ def make_room(
     before its first step.
 
     Args:
-        optimizer: its state is replaced.
-        names: of its parameters.
+        optimizer: the optimizer whose state is replaced.
+        names: name of each of its parameters.
         stored: size and type of each tensor in the checkpoint, by the names of `state_tensors`.
 
     Returns:
@@ -88,7 +88,7 @@ def make_room(
 
 
 def numbers_loaded(optimizer: Optimizer) -> None:
-    """Turn the marked tensors into Python numbers, once they are loaded."""
+    """Turn the marked tensors into Python numbers after a load."""
     for parameter in _parameters(optimizer):
         state: dict[str, Any] = optimizer.state.get(parameter, {})
         for mark, (kind, _) in _NUMBERS.items():

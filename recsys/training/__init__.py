@@ -1,1 +1,1 @@
-"""Training: begins or continues a run, takes its steps, and reports them."""
+"""Training: begin or continue a run, take its steps, and report them."""

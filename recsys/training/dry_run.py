@@ -1,9 +1,9 @@
-"""`recsys train --dry-run`: everything is built and takes one step, and no run is written.
+"""`recsys train --dry-run`: build everything, take one step, and write no run.
 
-All rows are read and checked as before training; errors that only appear when a step runs (memory,
-collectives, shapes, a loss that is not finite) follow in a minute. Caches of item content are
-filled as in training and kept for it; the memory bank is not filled, so the histories of this one
-step see only the vectors just computed.
+All rows are read and checked as before training. Errors that appear only when a step runs (memory,
+collectives, shapes, a loss that is not finite) then appear within a minute. Caches of item content
+are filled as in training and kept for it. The memory bank is not filled, so the histories of this
+step read only the vectors that the step computes.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
 
 
 def format_dry_run(found: DryRun) -> str:
-    """Describe the dry run in words."""
+    """Describe the dry run as text."""
     losses = ", ".join(f"{name} {value:.4f}" for name, value in found.losses.items())
     ranks = f"{found.world_size} rank{'s' if found.world_size > 1 else ''}"
     peak = max(found.peak_bytes) / 2**30
@@ -106,7 +106,7 @@ def format_dry_run(found: DryRun) -> str:
 
 
 def _start(job: Job) -> None:
-    """Do the start-up work of a run, except the work that grows with the catalogue."""
+    """Do the start-up work of a run, except work that grows with the number of items."""
     load_pretrained_tables(job)
     if job.em3.content is not None and job.store is not None:
         start_projections(job.em3.content, job.store, job.ranks)

@@ -1,7 +1,7 @@
-"""`recsys train --compare id_only`: measures the gain from content, against the model without it.
+"""`recsys train --compare id_only`: measure the gain from content against the model without it.
 
 The twin is trained after the run, by the same ranks on the same data, in a folder inside the run's.
-It continues where it stopped as the run does, and is removed when the run begins anew.
+It continues where it stopped, as the run does, and is removed when the run is overwritten.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def id_only_twin(config: Config) -> Config:
     """Return the same configuration without content and without the loss that needs it.
 
     Raises:
-        ValueError: it has no content already, or is not valid without.
+        ValueError: the configuration has no content, or is not valid without it.
     """
     if config.content == "none":
         raise ValueError(
@@ -72,7 +72,7 @@ def train_with_twin(
 
     Raises:
         TrainingStopped: the job was asked to end; its state is saved.
-        ValueError: on every rank, as in `train`; there is no twin; or its folder is not the twin's.
+        ValueError: on every rank: as in `train`; the run has no twin; its folder is not a twin's.
     """
     with ranks.raise_on_all_ranks():
         check_run_folder(run, data)
@@ -99,7 +99,7 @@ def _train_both(
         if ranks.is_first:
             mark.touch()
     logger.info("training the ID-only twin in %s", folder)
-    # A best model without a checkpoint to continue from is no obstacle here: the folder is ours.
+    # A best model without a checkpoint to continue from may be replaced: the folder is the twin's.
     anew = ranks.gather(not folders_by_age(folder / "checkpoints"))[0]
     train(twin, data, folder, ranks, overwrite=anew)
     with ranks.raise_on_all_ranks():

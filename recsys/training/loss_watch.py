@@ -16,10 +16,10 @@ class LossWatch:
     """Checks the loss of every step; on a GPU some steps later, so that no step waits for it.
 
     Args:
-        ranks: the ranks; this one's losses are checked here.
+        ranks: the ranks; only the losses of this rank are checked.
         rows: the training rows, to name those of a bad batch.
         every: on a GPU, steps between two checks.
-        last_good: returns the checkpoint to go back to.
+        last_good: returns the last good checkpoint.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class LossWatch:
         loss: Tensor,  # []
         row_positions: Tensor,  # [B]
     ) -> Exception | None:
-        """Note the loss of a step; return an error if a loss not yet checked is not finite."""
+        """Record the loss of a step; return an error if an unchecked loss is not finite."""
         self._unchecked.append((step, loss, row_positions))
         return self.check() if len(self._unchecked) >= self.every else None
 
     def check(self) -> Exception | None:
-        """Check the losses noted so far; return an error if one is not finite."""
+        """Check the losses recorded so far; return an error if one is not finite."""
         unchecked, self._unchecked = self._unchecked, []
         if not unchecked or bool(torch.stack([loss for _, loss, _ in unchecked]).isfinite().all()):
             return None

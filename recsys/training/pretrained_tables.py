@@ -21,7 +21,7 @@ def load_pretrained_tables(job: Job) -> None:
     """Write the vectors of every `init_from` into its table. A collective.
 
     Raises:
-        ValueError: there is no such file, or its content does not fit the table.
+        ValueError: the file does not exist, or its content does not fit the table.
     """
     for name, settings in job.config.embedding.tables.items():
         if (source := settings.init_from) is None:
@@ -38,7 +38,7 @@ def load_pretrained_tables(job: Job) -> None:
 def _files_of(
     schema: Schema, name: str, source: InitFromSettings
 ) -> tuple[PretrainedFiles, RowsOfIds | None]:
-    """Return a table's files, and the map from their ids to rows; None where ids are rows."""
+    """Return a table's files, and the map from their ids to rows; None if ids are rows."""
     where = f"embedding.tables.{name}.init_from"
     location = Location.of(source.path)
     paths = [file.path for file in location.files(".parquet")]

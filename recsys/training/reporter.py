@@ -33,11 +33,11 @@ class Reporter:
         run: the run's folder.
         progress: the point where the run starts or continues.
 
-    Making it is a collective, so that a tracker that cannot be made ends all ranks.
+    Building it is a collective, so that a tracker that fails at its start ends all ranks.
     """
 
     def __init__(self, job: Job, run: Path, progress: Progress) -> None:
-        """Make the trackers and the bar. A collective."""
+        """Build the trackers and the bar. A collective."""
         self.job, self.active = job, job.ranks.is_first
         self.every = job.config.log_every_steps
         self.trackers: list[Tracker] = []
@@ -92,7 +92,7 @@ class Reporter:
         return values
 
     def write(self, values: dict[str, float], step: int) -> None:
-        """Give metrics to every tracker; a tracker that fails does not end training."""
+        """Pass metrics to every tracker; a tracker that fails does not end training."""
         for tracker in self.trackers:
             with self._warning_of(tracker):
                 tracker.log(values, step)
@@ -105,7 +105,7 @@ class Reporter:
             logger.warning("%s failed, training goes on: %s", type(tracker).__name__, error)
 
     def evaluation(self, split: str, step: int, report: dict[str, Any]) -> None:
-        """Give the trackers the metrics of a split that are numbers, and those of each label."""
+        """Pass the numeric metrics of a split, and those of each label, to the trackers."""
         for label, of_label in report.get("labels", {}).items():
             self.evaluation(f"{split}/{label}", step, of_label)
         found = report.get("retrieval", {})

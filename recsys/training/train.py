@@ -1,4 +1,4 @@
-"""Training: how a run begins or continues, and what it leaves behind; the loop is in `trainer`.
+"""Training: begin or continue a run, and write its results; the loop is in `trainer`.
 
 A run's folder holds `config.yaml` (resolved), `plan.txt`, `checkpoints/`, TensorBoard events, the
 scores of the test split's rows (`scores_test.parquet`) and, written last, `metrics.json`. The same
@@ -82,14 +82,15 @@ def train(
         data: dataset, a folder or URL.
         run: folder of the run; if it holds a checkpoint, training continues from it.
         ranks: the ranks of the job.
-        overwrite: start anew instead, and replace the content of the folder.
-        resume: auto; never: refuse a folder with a run; must: refuse one without.
+        overwrite: start a new run instead, and replace the content of the folder.
+        resume: auto: continue if the folder has a run; never: refuse such a folder; must: refuse
+            any other.
 
     Raises:
         TrainingStopped: the job was asked to end; its state is saved.
-        ValueError: on every rank, if data, configuration, plan or checkpoint is invalid on any, or
-            another job writes the folder; or the best model's log loss is absurd, after everything
-            is written.
+        ValueError: on every rank, if data, configuration, plan or checkpoint is invalid on any, if
+            another job writes the folder, or, after everything is written, if the best model's
+            predictions are useless.
     """
     with ranks.raise_on_all_ranks():
         check_run_folder(run, data)
@@ -177,7 +178,7 @@ def open_run(job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep) 
 
 
 def training_interactions(job: Job) -> Interactions:
-    """Build this rank's share of the training rows. A collective."""
+    """Return this rank's share of the training rows. A collective."""
     config, ranks = job.config, job.ranks
     with ranks.raise_on_all_ranks():
         rows = job.rows("train")
@@ -198,7 +199,7 @@ def start_fresh(job: Job) -> None:
 
 
 def check_best(metrics: dict[str, Any], config: Config, data: str, run: Path) -> None:
-    """Raise a ValueError on all ranks if the best model's predictions are of no use."""
+    """Raise a ValueError on all ranks if the best model's predictions are useless."""
     if softmax_settings(config.ranking) is None:  # whose scores are no probabilities
         advice = (
             "look at the warnings on columns and modalities at the start (`recsys explain-data "

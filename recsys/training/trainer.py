@@ -1,4 +1,4 @@
-"""The training loop: steps, validations with early stopping, checkpoints where they are due."""
+"""The training loop: steps, validations with early stopping, checkpoints when they are due."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Trainer:
-    """A job in training, with all parts besides the model that its loop works with."""
+    """A job in training, with all parts of its loop besides the model."""
 
     job: Job
     run: Path
@@ -68,8 +68,8 @@ class Trainer:
     def train_epoch(self) -> None:
         """Train for the rest of an epoch, or until patience ends. A collective.
 
-        An epoch has parts that end with a validation, and within them stretches that end where a
-        checkpoint is written: all ranks agree before on the end of a stretch.
+        An epoch has parts, each of which ends with a validation, and parts have stretches, each of
+        which ends with a checkpoint: all ranks agree on the end of a stretch in advance.
         """
         job, progress, lockstep, config = self.job, self.progress, self.lockstep, self.job.config
         self.interactions.begin(progress.epoch, progress.stages, progress.batches)
@@ -89,7 +89,7 @@ class Trainer:
                         lockstep.note(self.loss_watch.step(progress.steps, loss, positions))
                         self.reporter.step(progress, losses)  # logs every `log_every_steps`
                         if lockstep.stop or lockstep.save:
-                            lockstep.end_stretch()  # the pipeline finishes what it has taken
+                            lockstep.end_stretch()  # the pipeline ends its fetched batches
                         lockstep.watchdog.mark(f"step {progress.steps}")
                         self.profile.step()
                 lockstep.note(self.loss_watch.check())
@@ -148,8 +148,8 @@ class Trainer:
     def _checkpoint_is_due(self, first_step: int, end_of_part: int) -> bool:
         """Return whether a checkpoint has become due by steps since a stretch began.
 
-        One is due before the first validation, too: a run that has a best model alone would lose
-        the state of its optimizers when it is killed.
+        One is due before the first validation, too: a killed run with only a best model would lose
+        the state of its optimizers.
         """
         every, progress = self.job.config.checkpoint.every_steps, self.progress
         if progress.best_step < 0 and progress.batches >= end_of_part:
@@ -187,9 +187,9 @@ class Trainer:
 
 
 def require_pipelined(model: nn.Module) -> None:
-    """Check, after a first step, that every sharded module sends its ids ahead of their step.
+    """Check, after a first step, that every sharded module sends its ids before their step.
 
-    TorchRec only logs a warning if one does not, and training is then as slow as without pipeline.
+    If one does not, TorchRec only logs a warning, and training is as slow as without a pipeline.
 
     Raises:
         RuntimeError: a sharded module is not pipelined.

@@ -1,4 +1,4 @@
-"""Trackers record a run's settings and metrics for people who follow it: the setting `tracker`.
+"""Trackers, which record a run's settings and metrics: the setting `tracker`.
 
 A tracker of your own is a class with the methods of `Tracker`, named `package.module:Class`.
 """
@@ -20,13 +20,13 @@ TRACKERS = {
 
 @runtime_checkable
 class Tracker(Protocol):
-    r"""Records one run; rank 0 alone makes it.
+    r"""Records one run; only rank 0 builds it.
 
-    It is made with these arguments:
-        run: the run's folder, for files of the tracker's own.
+    It is called with these arguments:
+        run: the run's folder, in which the tracker may write files.
         settings: settings of the run, by full name (`optimizer.learning_rate`).
-        first_step: the step from which the run continues; 0 for a new one. Records of later steps
-            are from a job that ended before its checkpoint.
+        first_step: the step from which the run continues; 0 for a new run. Existing records of
+            later steps come from a job that ended before its checkpoint.
 
     Example::
 
@@ -51,10 +51,10 @@ class Tracker(Protocol):
 def make_trackers(
     names: Sequence[str], run: Path, settings: dict[str, Any], first_step: int
 ) -> list[Tracker]:
-    """Make the trackers that the setting `tracker` names.
+    """Build the trackers that the setting `tracker` names.
 
     Raises:
-        ValueError: there is no such tracker, or its client is not installed.
+        ValueError: a tracker is unknown, or its client is not installed.
     """
     return [
         make_part("tracker", name, TRACKERS, Tracker, run, settings, first_step)  # type: ignore[type-abstract]
