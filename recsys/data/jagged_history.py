@@ -90,6 +90,19 @@ class JaggedHistory:
         position = torch.arange(len(scores), device=scores.device) - self.offsets[self.rows]
         return order[position < count].sort().values
 
+    def latest(
+        self,
+        wanted: Tensor,  # bool [N]
+        count: int,
+    ) -> Tensor:  # [P], places in ascending order
+        """Return the `count` latest wanted places of each row; all of a row with fewer."""
+        places = wanted.nonzero().squeeze(1)
+        return places[self.select(places).highest(torch.zeros_like(places), count)]
+
+    def ones_like(self, values: Tensor) -> Tensor:
+        """Return 1 for each place: [N], of the type of `values`."""
+        return torch.ones_like(values)
+
     @cached_property
     def ages(self) -> Tensor:
         """Number of newer (that is, later) items of the same row: int64 [N]."""

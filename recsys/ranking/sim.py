@@ -124,10 +124,7 @@ class Sim(RowFeatures):
         of_items = self.categories(batch.history_items)[history.index].unsqueeze(2)  # [N, C, 1]
         of_targets = self.categories(batch.target_items)[history.rows].unsqueeze(1)  # [N, 1, C]
         shared = (of_items == of_targets) & (of_targets >= 0)  # [N, C, C]
-        same = shared.flatten(1).any(dim=1).nonzero().squeeze(1)
-        # `highest` takes the later of equal scores.
-        latest = history.select(same).highest(torch.zeros_like(same), self.top_k)
-        return same[latest]
+        return history.latest(shared.flatten(1).any(dim=1), self.top_k)
 
     def _ages(self, batch: Batch, history: JaggedHistory) -> Tensor:  # [N]
         if self.gap_column is not None:

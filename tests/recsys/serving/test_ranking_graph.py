@@ -14,6 +14,7 @@ from recsys.content.vectors import ContentVectors
 from recsys.ranking.item_categories import ItemCategories
 from recsys.ranking.vectors import IDVectors, TowerVectors
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_graph
+from recsys.serving.shared_history import SharedHistory
 from tests.recsys.ranking.ranking_inputs import (
     CONTENT,
     CONTENT_DIM,
@@ -140,14 +141,43 @@ class ReadsValues(nn.Module):
         return ids.target[: int(ids.target.sum() > 0)].sum(dim=1, keepdim=True)
 
 
-def test_a_search_by_category_is_refused_as_its_rows_differ_in_length() -> None:
-    categories = ItemCategories(torch.arange(5), torch.tensor([[0], [1], [0], [1], [2]]))
-    dimensions = replace(DIMENSIONS, item_categories=categories)
-    settings: dict[str, Any] = {"search": "category", "category": "kind"}
-    graph = RankingGraph(model_of("sim", None, dimensions, **settings))
+SIMILARITIES = replace(CONTENT, history=replace(CONTENT.history, simtier_bins=4, sorted_cosines=3))
 
-    with pytest.raises(ValueError, match=r"ranking\.name 'sim' .*highest"):
-        export_graph(graph, request(2, 2), "sim")
+
+def sim_by_category(content: ContentSettings | None) -> RankingGraph:
+    # Candidates 0 to 3 share a category with 3, 2, 1 and 0 of six history items; 2 are kept.
+    kinds = torch.tensor([[0], [1], [2], [-1], [0], [1], [0]])
+    categories = ItemCategories(torch.arange(7), kinds)
+    dimensions = replace(DIMENSIONS, item_categories=categories)
+    settings: dict[str, Any] = {"search": "category", "category": "kind", "search_top_k": 2}
+    history_map = None if content is None else nn.Linear(CONTENT_DIM, CONTENT_DIM, bias=False)
+    dim = 0 if content is None else CONTENT_DIM
+    return RankingGraph(model_of("sim", content, dimensions, **settings), history_map, dim)
+
+
+@pytest.mark.parametrize("content", [None, SIMILARITIES], ids=["id_only", "content"])
+@pytest.mark.parametrize("exports", [False, pytest.param(True, marks=pytest.mark.long)])
+@torch.no_grad()
+def test_a_search_by_category_keeps_other_numbers_of_items_for_each_candidate(
+    content: ContentSettings | None, exports: bool
+) -> None:
+    graph = module = sim_by_category(content)
+    if exports:
+        module = export_graph(graph, request(2, 2), "sim").module(check_guards=False)
+
+    for num_rows, items in [(4, [4, 0, 1, 2, 6, 5]), (1, [1]), (2, [])]:
+        given = replace(
+            request(num_rows, len(items)), history_items=torch.tensor(items, dtype=torch.int64)
+        )
+        expected = graph.ranking(*tiled(given, graph.history_map))
+        scores = module(*given.arguments())
+        torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_places_of_the_model_s_own_choice_are_refused() -> None:
+    history = SharedHistory(num_rows=2, num_items=3, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="highest"):
+        history.select(torch.tensor([0, 4]))
 
 
 def test_a_model_that_torch_export_refuses_is_named() -> None:
