@@ -18,7 +18,11 @@ COMMANDS = {
     "report": ("report", "Write an HTML page on a finished run."),
     "compare": ("compare", "Compare runs, and test which differences are significant."),
     "export": ("export", "Write a run as a package that answers requests on its own."),
-    "export-vectors": ("export_vectors", "Write the item vectors of a run, and an index of them."),
-    "retrieve": ("retrieve", "Find the best items of a user by an index of item vectors."),
+    "export-vectors": (
+        "retrieval.export_vectors",
+        "Write item vectors of a run, with an index.",
+    ),
+    "retrieve": ("retrieval.retrieve", "Find the best items of a user by an index of vectors."),
+    "semantic-ids": ("retrieval.semantic_ids", "Give items a few codes that similar items share."),
     "export-tables": ("export_tables", "Write the ID tables of a run to one Parquet file."),
 }

@@ -49,8 +49,10 @@ def _named(value: Any) -> Any:
     return None if value is None else f"item {value}"
 
 
-def train_towers(folder: Path) -> dict[str, Any]:
-    """Trains `folder/run` on `folder/data`, exports its vectors; returns the run's metrics."""
+def train_towers(folder: Path) -> Path:
+    """Trains `folder/run` on `folder/data` and exports its vectors; returns `folder`."""
+    if (folder / "vectors").exists():
+        return folder
     write_named_items(folder / "data")
     config = backbone_config(folder, "two_tower in_batch", "concat", batch_size=9, epochs=1)
     # Narrow towers give some items one vector, and ties have no order that could be compared.
@@ -61,9 +63,9 @@ def train_towers(folder: Path) -> dict[str, Any]:
     content = replace(config.content, history=history)
     config = replace(config, ranking=ranking, content=content)
     with joined_ranks("cpu") as ranks:
-        metrics = train(config, str(folder / "data"), folder / "run", ranks)
+        train(config, str(folder / "data"), folder / "run", ranks)
         export_vectors(folder / "run", folder / "vectors", None, "flat", ranks)
-    return metrics
+    return folder
 
 
 def liked_rows(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:

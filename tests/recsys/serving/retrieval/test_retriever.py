@@ -26,18 +26,14 @@ from recsys.serving.export import export_run
 from recsys.serving.retrieval import Retriever, TwoStage
 from recsys.serving.retrieval.index import build_index, search_index
 from recsys.serving.retrieval.vectors_folder import INDEX, VECTORS, export_vectors, unit
-from tests.recsys.serving.retrieval.retrieval_runs import NUM_ITEMS, liked_rows, train_towers
+from tests.recsys.serving.retrieval.retrieval_runs import NUM_ITEMS, liked_rows
 
 pytest.importorskip("faiss")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset, its run, and the folder of its item vectors."""
-    folder = tmp_path_factory.mktemp("retrieval")
-    metrics = train_towers(folder)
-    (folder / "metrics.json").write_text(json.dumps(metrics["test"]["retrieval"]))
-    return folder
+def folder(towers: Path) -> Path:
+    return towers
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +51,8 @@ def by_content(folder: Path) -> Retriever:
 def test_recall_of_a_flat_index_is_that_of_the_evaluation(
     folder: Path, retriever: Retriever
 ) -> None:
-    expected = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "run" / "metrics.json").read_text())
+    expected = metrics["test"]["retrieval"]
     rows = list(liked_rows(folder))
     ranked = [(retriever.retrieve(user, history, 100).items, item) for user, history, item in rows]
 

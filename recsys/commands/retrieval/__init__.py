@@ -1,0 +1,1 @@
+"""Commands on item vectors: export, retrieval and semantic ids."""

@@ -1,0 +1,60 @@
+"""Runs `recsys semantic-ids`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
+
+from recsys.commands.options import add_log_options, require_finished
+from recsys.doctor import require_working_installation
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Add the run, the folder, and the size of the codebooks."""
+    parser.add_argument("--run", type=Path, required=True, help="finished run with content")
+    parser.add_argument("--out", type=Path, required=True, help="a folder to make")
+    parser.add_argument("--levels", type=PositiveInt, default=3, help="codes of each item")
+    parser.add_argument("--codes", type=PositiveInt, default=256, help="codes of each level")
+    parser.add_argument(
+        "--codebooks",
+        type=Path | None,
+        help="folder that this command wrote for the same run: its items keep their ids, others "
+        "get theirs by its codebooks",
+    )
+    parser.add_argument(
+        "--dataset",
+        type=Path | None,
+        help="also write the dataset with a column semantic_ids to this folder",
+    )
+    parser.add_argument("--data", type=str | None, help="dataset; default: the run's own")
+    add_log_options(parser)
+
+
+def run(arguments: Namespace) -> None:
+    """Write the ids and print the collision report."""
+    require_finished(arguments.run)
+    require_working_installation()
+    from recsys.distributed.log import print_table
+    from recsys.distributed.ranks import joined_ranks
+    from recsys.serving.retrieval.semantic_folder import export_semantic_ids
+    from recsys.serving.retrieval.semantic_ids import format_collisions
+
+    with joined_ranks("cpu") as ranks:
+        report = export_semantic_ids(
+            arguments.run,
+            arguments.out,
+            arguments.levels,
+            arguments.codes,
+            ranks,
+            arguments.data,
+            arguments.codebooks,
+            arguments.dataset,
+        )
+    print_table(format_collisions(report))
+    logger.info("written to %s", arguments.out)

@@ -1,0 +1,144 @@
+"""A folder of semantic ids: what `recsys semantic-ids` writes.
+
+`items.parquet` has the raw id of each item and its semantic ids as a list, `codebooks.npy` the
+centres of each level, `collisions.json` the report, `manifest.json` the files with their hashes.
+
+Shapes: I items, L levels, C codes of a level, D content dimension.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys.build import Job
+from recsys.checkpoint.manifest import model_of
+from recsys.data.filesystem import whole_folder
+from recsys.distributed.ranks import Ranks
+from recsys.serving.export import PACKAGES, load_for_export
+from recsys.serving.package import FORMAT, read_manifest_of, write_manifest
+from recsys.serving.retrieval.item_vectors import ItemVectors, item_vectors
+from recsys.serving.retrieval.semantic_dataset import write_dataset_with
+from recsys.serving.retrieval.semantic_ids import Codebooks, collision_report
+
+ITEMS, CODEBOOKS, COLLISIONS = "items.parquet", "codebooks.npy", "collisions.json"
+COLUMN = "semantic_ids"
+
+
+@dataclass
+class SemanticManifest:
+    """Contents of a folder of semantic ids.
+
+    model: hash of the model whose content vectors were clustered. levels, codes, dim: L, C and D.
+    """
+
+    run: str
+    model: str | None
+    target_item: str
+    num_items: int
+    levels: int
+    codes: int
+    dim: int
+    versions: dict[str, str]
+    created: str
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # bytes and sha256 by name
+    format: int = FORMAT
+
+
+def export_semantic_ids(
+    run: Path,
+    out: Path,
+    levels: int,
+    codes: int,
+    ranks: Ranks,
+    data: str | None = None,
+    codebooks: Path | None = None,
+    dataset: Path | None = None,
+) -> dict[str, Any]:
+    """Write the semantic ids of all items of a run; return the collision report.
+
+    Args:
+        run: folder of a finished run with content.
+        out: a folder that does not exist; it appears whole or not at all.
+        levels: codes of each item, L.
+        codes: codes of each level, C.
+        ranks: this process alone.
+        data: dataset whose items get ids; default the dataset of the run.
+        codebooks: an earlier folder of the same run, whose codebooks are used, so that its items
+            keep their ids; `levels` and `codes` are then those of its codebooks.
+        dataset: also write the dataset with a column of its ranked items' ids, to this folder.
+
+    Raises:
+        ValueError: a folder exists, the run has no content or fewer items than codes, the codebooks
+            are of another model, or FAISS is not installed.
+    """
+    if dataset is not None and dataset.exists():
+        raise ValueError(f"{dataset}: exists already; remove it, or name another folder")
+    model = model_of(run)
+    known = None if codebooks is None else load_codebooks(codebooks, model)
+    job = load_for_export(run, out, ranks, data)
+    of_items = item_vectors(job, "content")
+    books = known or Codebooks.fit(of_items.vectors, levels, codes)
+    with whole_folder(out) as partial:
+        report = _write(partial, job, of_items, books)
+        levels, codes, dim = books.centres.shape
+        manifest = SemanticManifest(
+            run=str(run),
+            model=model,
+            target_item=job.schema.target_item,
+            num_items=len(of_items.ids),
+            levels=levels,
+            codes=codes,
+            dim=dim,
+            versions={name: version(name) for name in PACKAGES},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        write_manifest(partial, manifest)
+        if dataset is not None:
+            ids = pq.read_table(partial / ITEMS)
+            write_dataset_with(job.root, job.schema, ids, COLUMN, books.num_ids, dataset)
+    return report
+
+
+def _write(folder: Path, job: Job, of_items: ItemVectors, books: Codebooks) -> dict[str, Any]:
+    """Write ids, codebooks and the collision report, which is returned."""
+    ids = books.ids_of(of_items.vectors)
+    columns = {job.schema.target_item: of_items.ids, COLUMN: pa.array(list(ids))}
+    pq.write_table(pa.table(columns), folder / ITEMS)
+    np.save(folder / CODEBOOKS, books.centres)
+    num_codes = books.centres.shape[1]
+    report = collision_report(ids % num_codes, of_items.ids.to_pylist(), num_codes)
+    (folder / COLLISIONS).write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def load_codebooks(folder: Path, model: str | None = None) -> Codebooks:
+    """Load the codebooks of a folder of semantic ids, to give later items their codes.
+
+    Args:
+        folder: what `recsys semantic-ids` wrote.
+        model: hash of the model that encodes these items; None: not compared.
+
+    Raises:
+        ValueError: the folder is none, a file of it differs, or its codes are of another model.
+
+    Example::
+
+        load_codebooks(Path("semantic")).ids_of(vectors)  # int64 [items, levels]
+    """
+    what, command = "folder of semantic ids", "recsys semantic-ids"
+    manifest = read_manifest_of(folder, SemanticManifest, what, command, verify=True)
+    if model is not None and manifest.model != model:
+        raise ValueError(
+            f"{folder}: its codebooks are of the model of {manifest.run}, whose content vectors "
+            "another model does not share; name that run, or leave --codebooks out for new ids"
+        )
+    return Codebooks(np.load(folder / CODEBOOKS))

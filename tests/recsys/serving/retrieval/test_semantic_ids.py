@@ -1,0 +1,121 @@
+"""Similar items share codes, which stay when items are added, and any model takes them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from recsys.checkpoint.table_export import stored_tables
+from recsys.cli import main
+from recsys.distributed.ranks import joined_ranks
+from recsys.serving.retrieval.semantic_folder import export_semantic_ids, load_codebooks
+from recsys.serving.retrieval.semantic_ids import Codebooks, collision_report
+from recsys.serving.retrieval.vectors_folder import unit
+from recsys.training.train import train
+from tests.recsys.ranking.backbone_runs import backbone_config
+
+pytest.importorskip("faiss")
+
+
+def test_codes_are_the_nearest_centres_of_what_earlier_levels_leave() -> None:
+    centres = np.array([[[1, 0], [0, 1]], [[0.2, 0], [0, -0.2]]], np.float32)
+    vectors = np.array([[1, 0.01], [5, 1.2], [0.3, 4], [-0.1, 1]], np.float32)
+
+    codes = Codebooks(centres).codes_of(vectors)
+
+    rest = unit(vectors)
+    for level in range(2):
+        distances = np.linalg.norm(rest[:, None] - centres[level][None], axis=2)
+        assert codes[:, level].tolist() == distances.argmin(axis=1).tolist()
+        rest = rest - centres[level][codes[:, level]]
+    assert Codebooks(centres).ids_of(vectors).tolist() == (codes + np.array([0, 2])).tolist()
+    assert len(np.unique(codes, axis=0)) > 2
+
+
+def test_each_level_leaves_less_of_the_vectors() -> None:
+    vectors = np.random.default_rng(0).standard_normal((400, 6)).astype(np.float32)
+    books = Codebooks.fit(vectors, levels=3, codes=8)
+
+    rest, left = unit(vectors), [1.0]
+    for level, codes in enumerate(books.codes_of(vectors).T):
+        rest = rest - books.centres[level][codes]
+        left.append(float((rest**2).sum(axis=1).mean()))
+    assert left[1] < 0.6 and left[2] < 0.8 * left[1] and left[3] < 0.8 * left[2]
+    assert books.codes_of(vectors[7:8]).tolist() == books.codes_of(vectors)[7:8].tolist()
+    with pytest.raises(ValueError, match="--codes is 401"):
+        Codebooks.fit(vectors, levels=1, codes=401)
+
+
+def test_the_report_counts_items_that_share_all_codes() -> None:
+    codes = np.array([[0, 1], [0, 1], [0, 2], [3, 1], [0, 1], [3, 1]])
+
+    report = collision_report(codes, ["a", "b", "c", "d", "e", "f"], num_codes=4)
+
+    assert (report["items"], report["distinct"], report["colliding"]) == (6, 3, 5)
+    assert (report["largest"], report["largest_items"]) == (3, ["a", "b", "e"])
+    assert [level["used"] for level in report["levels"]] == [2, 2]
+    share = np.array([4, 2]) / 6
+    assert report["levels"][0]["perplexity"] == pytest.approx(np.exp(-share @ np.log(share)))
+
+
+@pytest.fixture(scope="module")
+def semantic(towers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder `ids` of the run's items, and the dataset with them."""
+    folder = tmp_path_factory.mktemp("semantic")
+    words = ["--run", str(towers / "run"), "--out", str(folder / "ids"), "--levels", "2"]
+    words += ["--codes", "5", "--dataset", str(folder / "data"), "--log_level", "warning"]
+    assert main(["semantic-ids", *words]) == 0
+    return folder
+
+
+def test_any_model_takes_them_as_sparse_features(towers: Path, semantic: Path) -> None:
+    ids = pq.read_table(semantic / "ids" / "items.parquet")
+    of_item = dict(zip(ids["item"].to_pylist(), ids["semantic_ids"].to_pylist(), strict=True))
+    rows = pq.read_table(semantic / "data" / "train")
+    assert rows["semantic_ids"].to_pylist() == [
+        of_item.get(item, []) for item in rows["item"].to_pylist()
+    ]
+    assert {len(each) for each in of_item.values()} == {2}
+    assert rows.drop_columns("semantic_ids").equals(pq.read_table(towers / "data" / "train"))
+
+    with joined_ranks("cpu") as ranks:
+        config = backbone_config(semantic, "dlrm", "none", epochs=1)
+        train(config, str(semantic / "data"), semantic / "run", ranks)
+
+    table = stored_tables(semantic / "run" / "checkpoints" / "best")["semantic_ids"]
+    assert table.num_rows == 10
+    report = json.loads((semantic / "ids" / "collisions.json").read_text())
+    codes = np.unique(np.array(list(of_item.values())), axis=0)
+    assert report["distinct"] == len(codes) <= 25 and report["items"] == len(of_item)
+
+
+def test_items_added_later_leave_the_codes_of_others(towers: Path, semantic: Path) -> None:
+    later = Path(shutil.copytree(towers / "data", semantic / "later"))
+    file = later / "items" / "part-0.parquet"
+    rows = pq.read_table(file)
+    new = rows.slice(0, 1).set_column(0, "item", pa.array(["item 3"]))
+    pq.write_table(pa.concat_tables([new, rows]), file)
+
+    with joined_ranks("cpu") as ranks:
+        folder, run = semantic / "with_new", towers / "run"
+        export_semantic_ids(run, folder, 3, 256, ranks, str(later), semantic / "ids")
+
+    before, now = (
+        dict(zip(*pq.read_table(place / "items.parquet").to_pydict().values(), strict=True))
+        for place in (semantic / "ids", folder)
+    )
+    assert len(now) == len(before) + 1
+    assert {item: now[item] for item in before} == before
+    assert now["item 3"] == now[rows["item"][0].as_py()]  # equal content
+    assert np.array_equal(load_codebooks(folder).centres, load_codebooks(semantic / "ids").centres)
+
+
+def test_codebooks_of_another_model_are_refused(semantic: Path) -> None:
+    with pytest.raises(ValueError, match=str(semantic / "ids")):
+        load_codebooks(semantic / "ids", "another model")
