@@ -1,0 +1,1 @@
+"""Speed and recall of indexes of item vectors."""
