@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,9 @@ def lines(header: str, row: Callable[[int], str]) -> str:
 def text(name: str, header: str, row: Callable[[int], str]) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(lines(header, row))
+        opened = gzip.open if name.endswith(".gz") else open
+        with opened(folder / name, "wt") as file:
+            file.write(lines(header, row))
 
     return write
 
@@ -81,7 +84,7 @@ FORMATS: dict[str, Callable[[Path], None]] = {
         "ratings.dat", "", lambda n: f"{n % 5 + 1}::{n % 7 + 1}::{n % 5 + 1}::{978300760 + 97 * n}"
     ),
     "amazon_reviews": text(
-        "All_Beauty.csv",
+        "All_Beauty.csv.gz",
         "user_id,parent_asin,rating,timestamp",
         lambda n: f"AGKHLEW2SOWHNMFQ{n % 4},B00YQ6X8E{n % 3},{n % 5 + 1}.0,{1588687728923 + n}",
     ),
@@ -93,10 +96,10 @@ FORMATS: dict[str, Callable[[Path], None]] = {
     "mind": mind,
     "kuairec": text(
         "data/big_matrix.csv",
-        "user_id,video_id,play_duration,video_duration,time,timestamp,date,watch_ratio",
+        "user_id,video_id,play_duration,video_duration,time,date,timestamp,watch_ratio",
         lambda n: (
-            f"{n % 3},{n % 8},13838,{10867 + n},2020-07-05 00:{n:02}:23.438,"
-            f"{1593878903.438 + 60 * n},20200705,{n % 7 / 2}"
+            f"{n % 3},{n % 8},13838,{10867 + n},2020-07-05 00:{n:02}:23{('.438', '.4', '')[n % 3]},"
+            f"20200705,{1593878903.438 + 60 * n},{n % 7 / 2}"
         ),
     ),
     "yambda": yambda,
