@@ -19,21 +19,20 @@ import pyarrow as pa
 from recsys.data.events.engines.base import ROWS_PER_BATCH, ROWS_PER_GROUP, BatchFunction, Complete
 from recsys.data.events.files.reader import Reader
 
+AT_START = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false"}
 SETTINGS = {
     "spark.sql.ansi.enabled": "true",
     "spark.sql.ansi.doubleQuotedIdentifiers": "true",
     "spark.sql.execution.arrow.maxRecordsPerBatch": str(ROWS_PER_BATCH),
-    "spark.ui.enabled": "false",
-    "spark.ui.showConsoleProgress": "false",
 }
 
 
 class SparkEngine:
-    """A Spark session.
+    """A Spark session of its own, in the application that runs already or a new one.
 
     Args:
         work: folder of the stages; the caller removes it.
-        master: address such as local[2], spark://host:7077 or yarn.
+        master: address such as local[2], spark://host:7077 or yarn, of a new application.
 
     Raises:
         ValueError: PySpark is not installed, or Spark does not start.
@@ -50,27 +49,21 @@ class SparkEngine:
             raise ValueError(
                 "--engine spark needs PySpark; install recsys-em3[spark], and Java 17"
             ) from error
-        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-        builder = SparkSession.builder.master(master).appName("recsys prepare events")
-        if master.startswith("local"):
-            os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-            builder = builder.config("spark.driver.host", "127.0.0.1")
-            # As many tasks as a cluster has would spend their time in starting.
-            builder = builder.config("spark.sql.shuffle.partitions", 2 * (os.cpu_count() or 1))
+        running = SparkSession.getActiveSession()
+        self._started = None if running is not None else _start(SparkSession.builder, master)
+        self._spark = (running or self._started).newSession()
         for name, value in SETTINGS.items():
-            builder = builder.config(name, value)
-        try:
-            self._spark = builder.getOrCreate()
-        except Exception as error:
-            first = str(error).splitlines()[:1]
-            raise ValueError(
-                f"--spark_master {master}: Spark does not start {first}; is Java 17 installed?"
-            ) from error
+            self._spark.conf.set(name, value)
+        if self._spark.sparkContext.master.startswith("local"):
+            # As many tasks as a cluster has would spend their time in starting.
+            tasks = self._spark.sparkContext.defaultParallelism
+            self._spark.conf.set("spark.sql.shuffle.partitions", tasks)
         self._work = work
 
     def close(self) -> None:
-        """End the session."""
-        self._spark.stop()
+        """End the application if this engine started it."""
+        if self._started is not None:
+            self._started.stop()
 
     def add_files(self, name: str, readers: list[Reader]) -> None:
         """Read the files of tables with the same columns as a stage."""
@@ -134,13 +127,33 @@ class SparkEngine:
         folder = f"file://{self._work / name}"
         with _explained():
             frame.write.parquet(folder)
-            self._spark.read.parquet(folder).createOrReplaceTempView(name)
+            self._spark.read.schema(frame.schema).parquet(folder).createOrReplaceTempView(name)
 
     @staticmethod
     def _schema(schema: pa.Schema) -> Any:
         from pyspark.sql.pandas.types import from_arrow_schema
 
         return from_arrow_schema(schema)
+
+
+def _start(builder: Any, master: str) -> Any:
+    """Return a session of a new application.
+
+    Raises:
+        ValueError: Spark does not start.
+    """
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    builder = builder.master(master).appName("recsys prepare events")
+    if master.startswith("local"):
+        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+        builder = builder.config("spark.driver.host", "127.0.0.1")
+    try:
+        return builder.config(map=AT_START).getOrCreate()
+    except Exception as error:
+        first = str(error).splitlines()[:1]
+        raise ValueError(
+            f"--spark_master {master}: Spark does not start {first}; is Java 17 installed?"
+        ) from error
 
 
 @contextmanager

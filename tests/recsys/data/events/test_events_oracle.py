@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -92,29 +90,28 @@ CASES: dict[str, Row] = {
 }
 
 
-@pytest.fixture(scope="module", params=["duckdb", "spark"])
-def engine_name(request: pytest.FixtureRequest) -> str:
-    if request.param == "spark" and importlib.util.find_spec("pyspark") is None:
-        pytest.skip("PySpark is not installed: pip install -e .[spark]")
-    if request.param == "spark" and shutil.which("java") is None:
-        pytest.skip("no Java, which Spark needs")
-    return str(request.param)
-
-
-def open_engine(name: str, work: Path) -> Engine:
-    if name == "duckdb":
-        return DuckDBEngine(work)
-    from recsys.data.events.engines.on_spark import SparkEngine
-
-    return SparkEngine(work, "local[2]")
+OpenEngine = Callable[[Path], Engine]
 
 
 @pytest.mark.parametrize("case", CASES)
 @ONCE
 @given(data=st.data())
-def test_a_dataset_is_what_loops_over_the_log_give(
-    engine_name: str, case: str, data: st.DataObject
+def test_a_dataset_is_what_loops_over_the_log_give(case: str, data: st.DataObject) -> None:
+    compare(DuckDBEngine, case, data)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES)
+@settings(ONCE, max_examples=2)
+@given(data=st.data())
+def test_on_spark_a_dataset_is_what_loops_over_the_log_give(
+    open_spark: OpenEngine, case: str, data: st.DataObject
 ) -> None:
+    compare(open_spark, case, data)
+
+
+def compare(open_engine: OpenEngine, case: str, data: st.DataObject) -> None:
+    """Make a log and its dataset, and compare that with the loops."""
     wanted_impressions = case == "impressions"
     events = data.draw(logs.signals(["view", "view", "buy", "share"]))
     shown = data.draw(logs.signals(["impression"], 60)) if wanted_impressions else []
@@ -124,7 +121,7 @@ def test_a_dataset_is_what_loops_over_the_log_give(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = write_case(folder, case, form, events, shown, items, users)
-        check(engine_name, folder, config, [*events, *shown], items, users)
+        check(open_engine, folder, config, [*events, *shown], items, users)
 
 
 def write_case(
@@ -163,7 +160,7 @@ def write_case(
 
 
 def check(
-    engine_name: str,
+    open_engine: OpenEngine,
     folder: Path,
     config: EventsConfig,
     signals: list[Row],
@@ -176,7 +173,7 @@ def check(
         row["country"] = row["brand"]
     expected = oracle.datasets(config, signals, items, users, NOW)
     assume(all(rows for dataset in expected.values() for rows in dataset.values()))
-    engine = open_engine(engine_name, folder / "stages")
+    engine = open_engine(folder / "stages")
     try:
         report = write_datasets(engine, config, make_samples(engine, config), folder / "out")
     finally:
