@@ -50,8 +50,9 @@ class SparkEngine:
                 "--engine spark needs PySpark; install recsys-em3[spark], and Java 17"
             ) from error
         running = SparkSession.getActiveSession()
-        self._started = None if running is not None else _start(SparkSession.builder, master)
-        self._spark = (running or self._started).newSession()
+        session: Any = running or _start(SparkSession.builder, master)
+        self._started = session if running is None else None
+        self._spark = session.newSession()
         for name, value in SETTINGS.items():
             self._spark.conf.set(name, value)
         if self._spark.sparkContext.master.startswith("local"):

@@ -11,7 +11,7 @@ import pytest
 
 from recsys.data.events.engines.base import Engine
 
-# A log of a test has a hundred rows: compiling its queries would take five times as long as they do.
+# A log of a test has a hundred rows: compiling its queries takes several times as long as they do.
 SMALL = (
     '--driver-java-options "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC" '
     "--conf spark.sql.codegen.wholeStage=false --conf spark.sql.codegen.factoryMode=NO_CODEGEN "
