@@ -82,6 +82,15 @@ def _check_names(config: EventsConfig) -> None:
             )
         if names.count(name) > 1:
             raise ValueError(f"'{name}' names two columns of the dataset; rename one")
+    every = dict.fromkeys([*names, *event_columns(config)])
+    every |= dict.fromkeys(config.items.content if config.items is not None else ())
+    alike: dict[str, str] = {}
+    for name in every:
+        if (other := alike.setdefault(name.lower(), name)) != name:
+            raise ValueError(
+                f"'{other}' and '{name}' differ in capitals alone, which SQL does not tell apart; "
+                "rename one"
+            )
     known = {*names, config.output.user, config.output.item}
     for name in config.vocabulary.min_count:
         if name not in known:
@@ -130,6 +139,13 @@ def _check_columns(config: EventsConfig) -> None:
             raise ValueError(
                 f"{user}: column '{name}' is not in the `columns` of a table of rows; add it there"
             )
+    listed = {of.column for each in config.histories.values() for of in each.parallel.values()}
+    own = {"age", "action", *(config.items.columns if config.items is not None else ())}
+    if several := sorted(listed & own & of_events):
+        raise ValueError(
+            f"parallel: '{several[0]}' is a column of events, and of items or made for each event; "
+            "rename it in the file, or leave it out of `columns`"
+        )
     for name in event_columns(config):
         if name not in wanted and name not in of_events:
             raise ValueError(

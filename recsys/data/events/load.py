@@ -13,6 +13,7 @@ from recsys.config.parser import problem_of
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.events.checks import check_events_config, sources
 from recsys.data.events.settings import EventsConfig, ItemTable, Source
+from recsys.data.filesystem import home_expanded
 
 # Where a word may stand for a mapping of one key, and where for a list.
 SHORT = {
@@ -66,18 +67,27 @@ def _written_out(content: Any, path: tuple[str, ...] = ()) -> Any:
             name: _written_out(part, (*path, str(name).replace("/", "_") or "_"))
             for name, part in content.items()
         }
+    here = PurePosixPath("/", *path)
+    if isinstance(content, int | str | list) and any(map(here.match, LISTS)):
+        return [_text(part) for part in (content if isinstance(content, list) else [content])]
     if isinstance(content, str):
-        here = PurePosixPath("/", *path)
-        if any(here.match(place) for place in LISTS):
-            return [content]
         return next(({key: content} for place, key in SHORT.items() if here.match(place)), content)
     return content
+
+
+def _text(action: Any) -> Any:
+    """Return an action that YAML reads as a number or a truth value as logs have it."""
+    if isinstance(action, bool):
+        return str(action).lower()
+    return str(action) if isinstance(action, int) else action
 
 
 def _resolve(source: Source, folder: Path) -> None:
     """Make relative paths absolute, in place."""
     paths = [source.path] if isinstance(source.path, str) else source.path
-    source.path = [path if "://" in path else os.path.realpath(folder / path) for path in paths]
+    source.path = [
+        path if "://" in path else os.path.realpath(folder / home_expanded(path)) for path in paths
+    ]
 
 
 def _resolve_pictures(items: ItemTable, folder: Path) -> None:

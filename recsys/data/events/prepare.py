@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from contextlib import closing
@@ -73,9 +74,11 @@ def unused_folder(out: Path) -> Path:
     """Return the absolute path of a folder to write.
 
     Raises:
-        ValueError: it exists and is not an empty folder.
+        ValueError: it exists and is not an empty folder, or is a URL.
     """
-    out = Path(out).absolute()
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(out)):  # a Path has one slash left
+        raise ValueError(f"--out {out}: a URL; name a local folder, and copy that to the URL")
+    out = out.resolve() if out.is_dir() else out.absolute()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out}: exists already; remove it or name another output folder")
     return out

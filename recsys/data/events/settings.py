@@ -36,7 +36,7 @@ class Several:
     separator: str = "-"  # text between an item and its number
 
 
-Value = int | float | str
+Value = bool | int | float | str
 
 
 @dataclass

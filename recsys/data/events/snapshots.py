@@ -38,7 +38,8 @@ def read_snapshots(
     fields += [Field(f"f_{name}", name, KINDS[of.kind]) for name, of in table.columns.items()]
     if isinstance(table, ItemTable):
         for column, content in table.content.items():
-            form = "any" if content.path_column is None else "text"
+            form = "words" if content.kind == "text" else "any"
+            form = form if content.path_column is None else "text"
             fields.append(Field(f"t_{column}", content.path_column or column, form))
     reader = open_source(name, table, fields)
     if (own := reader.schema.field("id").type) != kind:

@@ -16,7 +16,7 @@ MICROS = {"us": 1, "ms": 1_000, "s": 1_000_000}
 DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 # Beyond these the unit is wrong.
 EARLIEST, LATEST = -(2**51), 2**53
-HAS_ZONE = r"(Z|z|[+-]\d\d:?\d\d)$"
+HAS_ZONE = r"(Z|z|:[0-9.]+[+-]\d\d(:?\d\d)?)$"
 
 
 def duration(text: str) -> int | None:
@@ -99,9 +99,12 @@ def _instants(values: pa.Array, zone: str) -> pa.Array:
     if values.type == pa.timestamp("us", "UTC"):
         return values.cast(pa.int64())
     if getattr(values.type, "tz", None) is None:
-        # A time that the clock shows twice is the first; one that it skips is the moment after.
+        # A time that the clock shows twice is the first. One that it skips tells of another zone.
         plain = values.cast(pa.timestamp("us"), safe=False)
-        values = pc.assume_timezone(plain, zone, ambiguous="earliest", nonexistent="latest")
+        try:
+            values = pc.assume_timezone(plain, zone, ambiguous="earliest", nonexistent="raise")
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{str(error).splitlines()[0]}; correct time_zone") from error
     return values.cast(pa.timestamp("us", "UTC"), safe=False).cast(pa.int64())
 
 

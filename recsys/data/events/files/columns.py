@@ -5,7 +5,7 @@ Shapes: N rows of a batch.
 
 from __future__ import annotations
 
-import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,15 +15,21 @@ import pyarrow.compute as pc
 from recsys.data.events.settings import Source
 from recsys.data.events.times import to_micros
 from recsys.data.filesystem import Location
+from recsys.data.parquet.values import is_list
 
 LARGEST = float(np.finfo(np.float32).max)
+
+# Arrow has views, but functions for few of them.
+PLAIN = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
+Parts = dict[str, str | None]  # values of the `key=value/` folders of a file
 
 
 @dataclass(frozen=True)
 class Field:
     """A column to read.
 
-    kind: id (integer or string), time, text, number, ids (list of ids), any, or missing (null).
+    kind: id (integer or string), time, text, number, ids (list of ids), any, words (any that text
+        files have as text), or missing (null).
     constant: value of all rows, instead of a column.
     """
 
@@ -33,7 +39,15 @@ class Field:
     constant: str | None = None
 
 
-def columns_in_files(fields: list[Field], parts: dict[str, str]) -> list[str]:
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether a column of this type holds texts."""
+    return any(
+        test(kind)
+        for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    )
+
+
+def columns_in_files(fields: list[Field], parts: Parts) -> list[str]:
     """Return the columns that files hold, each once."""
     names = {of.column: None for of in fields if of.constant is None and of.kind != "missing"}
     return [name for name in names if name not in parts]
@@ -44,18 +58,21 @@ def canonical_type(kind: pa.DataType, field: Field, file: Location) -> pa.DataTy
     where = f"{file}: column '{field.column}' has type {kind}"
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
+    kind = PLAIN.get(kind, kind)
     if field.kind == "time":
         return pa.int64()
     if field.kind == "text":
         return pa.string()
     if field.kind == "ids":
-        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        if pa.types.is_null(kind):
+            return kind
+        if not is_list(kind):
             raise ValueError(f"{where}, expected a list of ids; write lists, or set kind id")
         return pa.list_(_id_type(kind.value_type, where))
     if field.kind == "id":
         return _id_type(kind, where)
     if field.kind == "number":
-        number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
         if not (number or pa.types.is_boolean(kind) or pa.types.is_decimal(kind)):
             raise ValueError(f"{where}, expected a number; write numbers, or set kind id")
         return pa.float64()
@@ -66,24 +83,27 @@ def _id_type(kind: pa.DataType, where: str) -> pa.DataType:
     """Return int64 or string."""
     if pa.types.is_integer(kind):
         return pa.int64()
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
+    if is_text(kind) or pa.types.is_null(kind):
         return pa.string()
     raise ValueError(f"{where}, expected integer or string; write ids of these types")
 
 
-def column_values(batch: pa.RecordBatch, field: Field, parts: dict[str, str]) -> pa.Array:
-    """Return a field's values as they are in the file."""
-    if field.constant is not None:
-        return pa.array([field.constant]).take(pa.array(np.zeros(batch.num_rows, np.int8)))
-    if field.column in parts:
-        return partition_array(parts[field.column], batch.num_rows)
-    return batch.column(field.column)
+def without_views(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return a batch whose texts and bytes are no views of others."""
+    return pa.record_batch(
+        [values.cast(PLAIN.get(values.type, values.type)) for values in batch.columns],
+        names=batch.schema.names,
+    )
 
 
-def partition_array(text: str, length: int) -> pa.Array:
-    """Return the value of a `key=value/` folder for each row; digits are integers."""
-    value: str | int = int(text) if re.fullmatch(r"-?\d{1,18}", text) else text
-    return pa.array([value]).take(pa.array(np.zeros(length, np.int8)))
+def column_values(batch: pa.RecordBatch, field: Field, parts: Parts, kind: pa.DataType) -> pa.Array:
+    """Return a field's values as they are in the file or its folders; `kind` is its own type."""
+    if field.constant is None and field.column not in parts:
+        return batch.column(field.column)
+    value = pa.array([parts[field.column] if field.constant is None else field.constant])
+    with suppress(pa.ArrowInvalid):  # the names of folders are texts; times in ISO form stay so
+        value = value.cast(kind)
+    return value.take(pa.array(np.zeros(batch.num_rows, np.int8)))
 
 
 def canonical(
@@ -102,8 +122,9 @@ def canonical(
         if field.kind == "number":
             canonical_type(values.type, field, file)
             values = values.cast(kind, safe=False) if values.type != kind else values
-        is_null = pa.types.is_null(values.type)
-        if field.kind == "id" and not is_null and _id_type(values.type, "") != kind:
+        own = values.type.value_type if is_list(values.type) else values.type
+        is_id = field.kind in ("id", "ids") and not pa.types.is_null(own)
+        if is_id and canonical_type(values.type, field, file) != kind:
             raise ValueError(f"type {values.type}, but {kind} in the first file; write one type")
         values = values if values.type == kind else values.cast(kind)
         values.validate(full=True)  # texts are UTF-8
@@ -125,7 +146,9 @@ def _number(values: pa.Array) -> pa.Array:
 
 
 def _without_null_ids(values: pa.Array, field: Field) -> pa.Array:
-    """Return the values; refuse a null inside a list of ids."""
+    """Return the values, an empty text as null; refuse a null inside a list of ids."""
+    if field.kind == "id" and pa.types.is_string(values.type):
+        return pc.if_else(pc.equal(values, ""), None, values)
     if field.kind == "ids" and values.flatten().null_count:
         raise ValueError("null inside a list of ids; fill it or leave it out")
     return values

@@ -17,6 +17,8 @@ from recsys.data.filesystem import Location
 from recsys.data.parquet.file import READ_ERRORS
 
 INTEGER = "^(0|-?[1-9][0-9]*)$"
+# Arrow's own list has NA and more, which may be ids: a country, the initials of a user.
+NULLS = ["", "NULL", "null", "NaN", "nan", "\\N"]
 
 
 def csv_batches(
@@ -44,6 +46,7 @@ def csv_batches(
             include_columns=columns,
             column_types=types | dict.fromkeys(ids, pa.string()),
             strings_can_be_null=True,
+            null_values=NULLS,
         )
         # One thread: with several, Arrow does not report the row of a bad value.
         read = pa_csv.ReadOptions(use_threads=False, block_size=1 << 22, column_names=source.header)

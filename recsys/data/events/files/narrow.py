@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recsys.data.events.files.columns import is_text
 from recsys.data.events.settings import EventTable, Several
 from recsys.data.filesystem import Location
 from recsys.data.parquet.values import is_list, list_lengths
@@ -42,6 +43,8 @@ def narrowed(
     for name, values in table.where.items():
         values = values if isinstance(values, list) else [values]
         column = batch.column(name)
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
         try:
             chosen = pc.is_in(column, pa.array(values).cast(column.type))
         except (pa.ArrowException, TypeError) as error:
@@ -62,7 +65,7 @@ def _split(
     where = f"{file}: column '{item}'"
     if pa.types.is_null(lists.type):
         lists = lists.cast(pa.string())
-    if pa.types.is_string(lists.type) or pa.types.is_large_string(lists.type):
+    if is_text(lists.type):
         texts = pc.utf8_trim_whitespace(lists)
         texts = pc.if_else(pc.equal(texts, ""), None, texts)
         lists = pc.split_pattern(texts, several.between)

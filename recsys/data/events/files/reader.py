@@ -16,20 +16,23 @@ import pyarrow as pa
 
 from recsys.data.events.files.columns import (
     Field,
+    Parts,
     canonical,
     canonical_type,
     column_values,
     columns_in_files,
-    partition_array,
+    without_views,
 )
 from recsys.data.events.files.csv_rows import check_columns, csv_batches, id_type, with_integers
+from recsys.data.events.files.listing import data_files, partition_values
 from recsys.data.events.files.narrow import columns_to_add, narrowed
 from recsys.data.events.settings import EventTable, Source
 from recsys.data.filesystem import Location
 from recsys.data.parquet.file import READ_ERRORS, open_parquet
 
 ROWS_PER_BATCH = 1 << 16
-ENDINGS = (".parquet", ".csv", ".csv.gz", ".tsv", ".dat")
+TEXTS = ("id", "text", "words")  # kinds that are texts in text files
+TYPED = (*TEXTS, "number")
 FILE_BITS = 36  # a row's position is its file's number, shifted by this, and its row in the file
 
 ReadTask = tuple[int, str, int, int]  # number of the file, its URL, row group (-1: all), first row
@@ -62,7 +65,7 @@ class Reader:
         """
         number, url, group, row = task
         file = Location.of(url)
-        parts = _partition_values(self.roots, url)
+        parts = partition_values(self.roots, url)
         for whole in self._batches(file, group, parts):
             batch, positions = _narrowed(whole, self.source, file, row)
             batch = self._with_split_ids(batch, file)
@@ -71,7 +74,7 @@ class Reader:
                 if field.kind == "missing":
                     arrays.append(pa.nulls(batch.num_rows, wanted.type))
                     continue
-                values = column_values(batch, field, parts)
+                values = column_values(batch, field, parts, wanted.type)
                 arrays.append(canonical(values, field, self.source, wanted.type, file))
             yield pa.record_batch(arrays, schema=self.schema)
             row += whole.num_rows
@@ -106,16 +109,14 @@ class Reader:
         schema = pa.schema([("position", pa.int64()), *types.items()])
         return replace(self, fields=fields, schema=schema)
 
-    def _batches(
-        self, file: Location, group: int, parts: dict[str, str]
-    ) -> Iterator[pa.RecordBatch]:
+    def _batches(self, file: Location, group: int, parts: Parts) -> Iterator[pa.RecordBatch]:
         """Yield rows as they are in the file."""
         columns = _columns_to_read(self.source, self.fields, parts)
         if group < 0:
             types = {
                 field.column: wanted.type
                 for field, wanted in zip(self.fields, list(self.schema)[1:], strict=True)
-                if field.kind in ("id", "number") and field.column in columns
+                if field.kind in TYPED and field.column in columns
             }
             if isinstance(self.source, EventTable) and self.source.several is not None:
                 del types[self.source.item]  # split first
@@ -125,9 +126,10 @@ class Reader:
             check_columns(file, parquet.schema_arrow.names, columns)
             try:
                 if columns:
-                    yield from parquet.iter_batches(
+                    batches = parquet.iter_batches(
                         ROWS_PER_BATCH, row_groups=[group], columns=columns
                     )
+                    yield from map(without_views, batches)
             except READ_ERRORS as error:
                 raise ValueError(
                     f"{file}: row group {group} cannot be read ({error}); write the file again"
@@ -148,8 +150,11 @@ def open_source(name: str, source: Source, fields: list[Field], first_file: int 
     """
     paths = [source.path] if isinstance(source.path, str) else source.path
     roots = [Location.of(path) for path in paths]
-    files = [file for root in roots for file in _files(name, root)]
+    files = [file for root in roots for file in data_files(name, root)]
+    if twice := [file for place, file in enumerate(files) if file in files[:place]]:
+        raise ValueError(f"{twice[0]}: twice in the path of '{name}'; name it once")
     tasks: list[ReadTask] = []
+    empty = []
     for number, file in enumerate(files, first_file):
         if not file.path.endswith(".parquet"):
             tasks.append((number, str(file), -1, 0))
@@ -159,39 +164,16 @@ def open_source(name: str, source: Source, fields: list[Field], first_file: int 
             for group in range(parquet.num_row_groups):
                 tasks.append((number, str(file), group, first))
                 first += parquet.metadata.row_group(group).num_rows
+        if not first:
+            empty.append(file)
     if not tasks:
         raise ValueError(f"{files[0]}: no rows; write the {name} into it")
-    schema = _schema(source, fields, [str(root) for root in roots], files[0])
+    files = [*(file for file in files if file not in empty), *empty]
+    schema = _schema(source, fields, [str(root) for root in roots], files)
     return Reader(name, source, fields, schema, tasks, [str(root) for root in roots])
 
 
-def _files(name: str, root: Location) -> list[Location]:
-    """Return the data files at and under a path, by name."""
-    if root.filesystem.isfile(root.path):
-        if not root.path.endswith(ENDINGS):
-            raise ValueError(f"{root}: none of {', '.join(ENDINGS)}; rename or convert it")
-        return [root]
-    if not root.exists():
-        raise ValueError(f"{root}: no such file or folder; correct the path of '{name}'")
-    files = [
-        Location(root.filesystem, path)
-        for path in sorted(root.filesystem.find(root.path))
-        if path.endswith(ENDINGS)
-        and not any(part.startswith((".", "_")) for part in path[len(root.path) :].split("/"))
-    ]
-    if not files:
-        raise ValueError(f"{root}: no .parquet or .csv files in it; correct the path of '{name}'")
-    return files
-
-
-def _partition_values(roots: list[str], url: str) -> dict[str, str]:
-    """Return the values of `key=value/` folders between a root and a file."""
-    root = max((root for root in roots if url.startswith(root)), key=len)
-    folders = url[len(root) :].split("/")[:-1]
-    return dict(part.split("=", 1) for part in folders if "=" in part)
-
-
-def _columns_to_read(source: Source, fields: list[Field], parts: dict[str, str]) -> list[str]:
+def _columns_to_read(source: Source, fields: list[Field], parts: Parts) -> list[str]:
     """Return the columns of the files that fields and settings need."""
     columns = columns_in_files(fields, parts)
     if isinstance(source, EventTable):
@@ -210,35 +192,58 @@ def _narrowed(
     return batch, np.arange(row, row + batch.num_rows)
 
 
-def _schema(source: Source, fields: list[Field], roots: list[str], file: Location) -> pa.Schema:
-    """Return the canonical types, by the values of the first file."""
-    parts = _partition_values(roots, str(file))
+def _schema(
+    source: Source, fields: list[Field], roots: list[str], files: list[Location]
+) -> pa.Schema:
+    """Return the canonical types: of each column, by the first file that has a value of it."""
+    found: dict[str, pa.DataType] = {}
+    for file in files:
+        for name, kind in _types(source, fields, roots, file).items():
+            if name not in found or pa.types.is_null(found[name]):
+                found[name] = kind
+        if found and not any(map(pa.types.is_null, found.values())):
+            break
+    if not found:
+        raise ValueError(f"{files[0]}: no rows; write some or remove the file")
+    every = [partition_values(roots, str(file)) for file in files]
+    for field in fields:
+        texts = [parts[field.column] for parts in every if parts.get(field.column) is not None]
+        if texts and field.kind in ("id", "any"):
+            is_number = id_type(pa.array(texts)) == pa.int64()
+            found[field.name] = pa.int64() if is_number else pa.string()
+    types = {field.name: canonical_type(found[field.name], field, files[0]) for field in fields}
+    return pa.schema([("position", pa.int64()), *types.items()])
+
+
+def _types(
+    source: Source, fields: list[Field], roots: list[str], file: Location
+) -> dict[str, pa.DataType]:
+    """Return the types of fields in one file; none if it is a text file without rows."""
+    parts = partition_values(roots, str(file))
     columns = _columns_to_read(source, fields, parts)
     if file.path.endswith(".parquet"):
         with open_parquet(file) as parquet:
             check_columns(file, parquet.schema_arrow.names, columns)
             sample = parquet.schema_arrow.empty_table()
     else:
-        ids = [field.column for field in fields if field.kind == "id" and field.column in columns]
-        texts = dict.fromkeys(ids, pa.string())
-        batch = next(csv_batches(file, source, columns, texts), None)
+        texts = [of.column for of in fields if of.kind in TEXTS and of.column in columns]
+        batch = next(csv_batches(file, source, columns, dict.fromkeys(texts, pa.string())), None)
         if batch is None:
-            raise ValueError(f"{file}: no rows; write some or remove the file")
+            return {}
         sample = pa.Table.from_batches([batch])
     if isinstance(source, EventTable) and source.several is not None:
         rows = sample.to_batches() or [
             pa.record_batch([pa.array([], of.type) for of in sample.schema], schema=sample.schema)
         ]
         sample = pa.Table.from_batches([_narrowed(rows[0], replace(source, where={}), file, 0)[0]])
-    types = [("position", pa.int64())]
+    types = {}
     for field in fields:
-        if field.constant is not None:
-            kind = pa.string()
-        elif field.column in parts:
-            kind = partition_array(parts[field.column], 1).type
-        else:
-            kind = sample.schema.field(field.column).type
-            if field.kind == "id" and not file.path.endswith(".parquet"):
-                kind = id_type(sample[field.column].combine_chunks())
-        types.append((field.name, canonical_type(kind, field, file)))
-    return pa.schema(types)
+        if field.constant is not None or field.column in parts:
+            types[field.name] = pa.float64() if field.kind == "number" else pa.string()
+            continue
+        kind = sample.schema.field(field.column).type
+        if field.kind == "id" and not file.path.endswith(".parquet"):
+            kind = id_type(sample[field.column].combine_chunks())
+        types[field.name] = kind
+        canonical_type(kind, field, file)
+    return types

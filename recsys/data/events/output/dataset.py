@@ -82,8 +82,8 @@ def _write_splits(
     selected = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in read.items())
     for split in SPLITS:
         rows = engine.write(
-            f"SELECT {selected} FROM complete WHERE {conditions[split]} "
-            "ORDER BY ts, uid, iid, position",
+            f"SELECT {selected} FROM complete c WHERE {conditions[split]} "
+            "ORDER BY c.ts, c.uid, c.iid, c.position",
             folder / split,
             complete=complete,
         )
@@ -123,8 +123,8 @@ def output_columns(config: EventsConfig) -> dict[str, str]:
 def _write_item_counts(engine: Engine, config: EventsConfig, train: str, folder: Path) -> None:
     """Write the number of training rows of each item that has any."""
     counts = engine.table(
-        f"SELECT iid AS {quoted(config.output.item)}, count(*) AS train_rows FROM complete "
-        f"WHERE {train} GROUP BY iid ORDER BY iid"
+        f"SELECT iid AS {quoted(config.output.item)}, count(*) AS train_rows FROM complete c "
+        f"WHERE {train} GROUP BY c.iid ORDER BY c.iid"
     )
     pq.write_table(counts, folder / "item_counts.parquet")
 
@@ -145,8 +145,8 @@ def write_items(engine: Engine, config: EventsConfig, folder: Path, same: Path |
         return folder
     content = "".join(f", {quoted(f't_{name}')} AS {quoted(name)}" for name in config.items.content)
     engine.write(
-        f"SELECT id AS {quoted(config.output.item)}{content} FROM item_snapshots "
-        f"WHERE valid_until = {FOREVER} ORDER BY id",
+        f"SELECT id AS {quoted(config.output.item)}{content} FROM item_snapshots s "
+        f"WHERE valid_until = {FOREVER} ORDER BY s.id",
         folder,
         ITEMS_PER_GROUP,
     )
