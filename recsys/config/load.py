@@ -18,7 +18,7 @@ from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings
 
 from recsys.config.checks import validate
 from recsys.config.parser import Parser, config_first
-from recsys.config.plain_yaml import RefusedYaml, load_plain_yaml
+from recsys.config.plain_yaml import RefusedYaml, load_plain_yaml, recipe_file
 from recsys.config.ranking import DEFAULT_MODEL, check_keys, own_keys, settings_class
 from recsys.config.run import CONFIG_NAMES, Config
 
@@ -67,7 +67,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
         config = load_config("recsys/recipes/tiny.yaml", ["--content", "none"])
     """
-    if not Path(path).is_file():
+    if not recipe_file(path).is_file():
         raise ValueError(f"config {path}: no such file; correct the path of the recipe")
     words = ["--config", str(path), *overrides]
     try:
@@ -135,8 +135,8 @@ def _recipe_action(name: str) -> type[ActionConfigFile]:
 def _load(recipe: str) -> Any:
     """Read a recipe: a file, or YAML on the command line itself."""
     try:
-        is_file = os.path.isfile(recipe)
-        found = load_plain_yaml(Path(recipe).read_bytes() if is_file else recipe.encode())
+        file = recipe_file(recipe)
+        found = load_plain_yaml(file.read_bytes() if os.path.isfile(file) else recipe.encode())
         if isinstance(found, dict) and "config" in found:  # the parser would read that file, too
             raise RefusedYaml("config is no setting; give several --config")
         return found

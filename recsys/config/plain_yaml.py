@@ -103,3 +103,11 @@ class _PlainLoader(yaml.SafeLoader):
                 )
             lines[name] = line
         return node
+
+
+def recipe_file(path: str | Path) -> Path:
+    """Return a file's path; one of the installed recipes where `recsys/recipes/...` is no file."""
+    installed = Path(__file__).parents[2] / path
+    if str(path).startswith("recsys/recipes/") and not Path(path).exists() and installed.exists():
+        return installed
+    return Path(path)

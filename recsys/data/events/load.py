@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from recsys.config.parser import problem_of
-from recsys.config.plain_yaml import load_plain_yaml
+from recsys.config.plain_yaml import load_plain_yaml, recipe_file
 from recsys.data.events.checks import check_events_config, sources
 from recsys.data.events.settings import EventsConfig, ItemTable, Source
 from recsys.data.filesystem import home_expanded
@@ -37,6 +37,7 @@ def load_events_config(path: Path, data: Path | None = None) -> EventsConfig:
     Raises:
         ValueError: the file is missing, has an unknown key, or its parts do not fit together.
     """
+    path = recipe_file(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; name an events.yaml")
     parser = ArgumentParser(exit_on_error=False)

@@ -60,6 +60,19 @@ def test_an_overridden_configuration_survives_saving(tmp_path: Path) -> None:
     assert load_config(tmp_path / "config.yaml") == config
 
 
+def test_installed_recipes_are_found_from_any_folder_by_the_name_on_the_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "recsys/recipes/id_only.yaml"
+    expected = load_config(name)
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name) == expected
+    own = tmp_path / name
+    own.parent.mkdir(parents=True)
+    own.write_text("epochs: 77\n")
+    assert load_config(name).epochs == 77
+
+
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"config {tmp_path}/none.yaml"):
         load_config(tmp_path / "none.yaml")

@@ -27,6 +27,7 @@ TRANSFORMS: dict[str, Any] = {
         "transform": ["cross"],
         "vocabulary": {"kind": "hash"},
     },
+    "weight": {"kind": "dense", "transform": ["standardize"]},
     "hour": {
         "kind": "id",
         "num_embeddings": 24,
@@ -45,8 +46,11 @@ def write(folder: Path, transforms: dict[str, Any]) -> Path:
         "shop": ["north", "south"] * (ROWS // 2),
     }
     pq.write_table(pa.table(log), folder / "log.parquet")
+    weights = {"id": range(7), "weight": [float(item) for item in range(7)]}
+    pq.write_table(pa.table(weights), folder / "items.parquet")
     content = {
         "events": {"buy": {"path": "log.parquet", "columns": ["price", "shop"]}},
+        "items": {"path": "items.parquet", "columns": {"weight": "dense"}},
         "context": {"price": "dense", "shop": "id"},
         "labels": {"bought": {"action": "buy"}},
         "transforms": transforms,
@@ -64,6 +68,9 @@ def test_a_dataset_has_its_transforms_fitted(tmp_path: Path) -> None:
     prices = np.log1p(pq.read_table(tmp_path / "out" / "train")["price"].to_numpy())
     expected = (prices - prices.mean()) / prices.std()
     np.testing.assert_allclose(table["price"], expected, rtol=1e-5, atol=1e-5)
+    weights = pq.read_table(tmp_path / "out" / "train")["weight"].to_numpy()
+    expected = (weights - weights.mean()) / weights.std()
+    np.testing.assert_allclose(table["weight"], expected, rtol=1e-5, atol=1e-5)
     first = START // 3600
     assert table["hour"].to_pylist() == [(first + row) % 24 for row in range(len(table))]
     assert len(set(table["shop_hour"].to_pylist())) > 15
