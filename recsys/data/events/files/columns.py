@@ -64,11 +64,9 @@ def canonical_type(kind: pa.DataType, field: Field, file: Location) -> pa.DataTy
     if field.kind == "text":
         return pa.string()
     if field.kind == "ids":
-        if pa.types.is_null(kind):
-            return kind
-        if not is_list(kind):
+        if not (is_list(kind) or pa.types.is_null(kind)):
             raise ValueError(f"{where}, expected a list of ids; write lists, or set kind id")
-        return pa.list_(_id_type(kind.value_type, where))
+        return pa.list_(_id_type(kind.value_type if is_list(kind) else kind, where))
     if field.kind == "id":
         return _id_type(kind, where)
     if field.kind == "number":

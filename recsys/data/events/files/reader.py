@@ -8,6 +8,7 @@ Shapes: N rows of a batch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -151,25 +152,28 @@ def open_source(name: str, source: Source, fields: list[Field], first_file: int 
     paths = [source.path] if isinstance(source.path, str) else source.path
     roots = [Location.of(path) for path in paths]
     files = [file for root in roots for file in data_files(name, root)]
-    if twice := [file for place, file in enumerate(files) if file in files[:place]]:
-        raise ValueError(f"{twice[0]}: twice in the path of '{name}'; name it once")
+    urls = Counter(map(str, files))
+    if len(urls) < len(files):
+        raise ValueError(
+            f"{max(urls, key=urls.__getitem__)}: twice in the path of '{name}'; name it once"
+        )
     tasks: list[ReadTask] = []
-    empty = []
+    filled: list[Location] = []
+    empty: list[Location] = []
     for number, file in enumerate(files, first_file):
         if not file.path.endswith(".parquet"):
             tasks.append((number, str(file), -1, 0))
+            filled.append(file)
             continue
         first = 0
         with open_parquet(file) as parquet:
             for group in range(parquet.num_row_groups):
                 tasks.append((number, str(file), group, first))
                 first += parquet.metadata.row_group(group).num_rows
-        if not first:
-            empty.append(file)
+        (filled if first else empty).append(file)
     if not tasks:
         raise ValueError(f"{files[0]}: no rows; write the {name} into it")
-    files = [*(file for file in files if file not in empty), *empty]
-    schema = _schema(source, fields, [str(root) for root in roots], files)
+    schema = _schema(source, fields, [str(root) for root in roots], [*filled, *empty])
     return Reader(name, source, fields, schema, tasks, [str(root) for root in roots])
 
 
