@@ -4,19 +4,22 @@ PYTHON ?= python3
 INSTALL_FLAGS ?=
 NPROC ?= 2
 COMPARE ?=
+PORT ?= 8080
 
 VENV := .venv
 INSTALL := $(PYTHON) launch/install.py --venv $(VENV) $(INSTALL_FLAGS)
 DATA := data/movielens_sample
 RUN := runs/movielens_sample
 CONFIG := recsys/recipes/movielens_sample.yaml
+PACKAGE := packages/movielens_sample
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train test test-long lint
+.PHONY: help install install-dev train serve test test-long lint
 
 help:
 	@echo 'make install   virtual environment in $(VENV) with the matching torch, torchrec and fbgemm'
 	@echo 'make train     train on the bundled MovieLens sample over $(NPROC) ranks; leaves $(RUN)'
+	@echo 'make serve     export that run and answer requests from it on PORT, $(PORT)'
 	@echo 'make test      run the tests'
 	@echo 'make test-long run what takes minutes: README commands, resharding, lost nodes, killed ranks'
 	@echo 'make lint      check style, format, types and imports between rooms'
@@ -40,6 +43,14 @@ train: install $(DATA)/schema.yaml
 	$(VENV)/bin/torchx run -s local_cwd launch/components.py:train --nproc $(NPROC) -- \
 		--config $(CONFIG) --data $(DATA) --out $(RUN) --overwrite true \
 		$(if $(COMPARE),--compare $(COMPARE))
+
+# --dev has the packages of the server.
+$(PACKAGE)/manifest.json: $(RUN)/metrics.json | install-dev
+	rm -rf $(PACKAGE)
+	$(VENV)/bin/recsys export --run $(RUN) --out $(PACKAGE)
+
+serve: install-dev $(PACKAGE)/manifest.json
+	$(VENV)/bin/recsys serve $(PACKAGE) --port $(PORT)
 
 test: install-dev
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile

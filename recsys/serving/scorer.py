@@ -62,7 +62,7 @@ class Scorer:
             table: load_bounded(folder, table, schema) for table in manifest.bounded
         }
         self.schema = schema
-        self._read = RequestReader(schema, manifest.pooled, bounded, manifest.dense)
+        self.read = RequestReader(schema, manifest.pooled, bounded, manifest.dense)
         self._tables = {
             name: VectorFile(folder / "tables" / f"{name}.vectors", VectorFileShape(**shape))
             for name, shape in manifest.tables.items()
@@ -128,10 +128,14 @@ class Scorer:
         Raises:
             ValueError: names the column with a missing, unknown or unusable value.
         """
-        return self._score(self._read(user, history, candidates))
+        return self.score_rows(self.read(user, history, candidates))
 
-    def _score(self, rows: RequestRows) -> np.ndarray:
-        """Return the predictions of a request."""
+    def score_rows(self, rows: RequestRows) -> np.ndarray:  # float32 [N, C]
+        """Return the predictions for a request that was read by `read`.
+
+        Raises:
+            ValueError: numbers are so large that predictions are not finite.
+        """
         if not len(rows.target):
             return np.zeros((0, len(self.labels)), np.float32)
         return predictions(self._run(rows), self.schema.label_losses).numpy()

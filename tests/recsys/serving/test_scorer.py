@@ -22,7 +22,7 @@ from recsys.evaluation.predict import predict
 from recsys.serving import Scorer
 from recsys.serving.export import export_run
 from recsys.serving.package import GRAPH, MANIFEST, read_manifest, write_manifest
-from tests.recsys.serving.serving_runs import exported, requests, small_config
+from tests.recsys.serving.serving_runs import requests
 from tests.recsys.test_docstring_examples import run_example
 
 ALONE = """
@@ -41,10 +41,9 @@ print(json.dumps(Scorer.load(sys.argv[1]).score(**request).tolist()))
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, np.ndarray]:
+def run(package_run: tuple[Path, Path, np.ndarray]) -> tuple[Path, Path, np.ndarray]:
     """The folder of dataset and run, the package, and the predictions of the test rows."""
-    folder = tmp_path_factory.mktemp("served")
-    return folder, *exported(folder, small_config(folder))
+    return package_run
 
 
 @pytest.fixture(scope="module")

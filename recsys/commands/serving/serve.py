@@ -1,0 +1,62 @@
+"""Runs `recsys serve`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from recsys.commands.options import add_log_options
+from recsys.config.server import Limits, ServerSettings, default_threads
+from recsys.doctor import require_working_installation
+
+TOKEN = "RECSYS_TOKEN"
+
+
+def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Add the package, the ports and the limits."""
+    add = parser.add_argument
+    add("package", type=Path, help="package that `recsys export` wrote, or a link to one")
+    add("--name", type=str | None, help="name of the model; default: that of the folder")
+    add("--host", type=str, default="0.0.0.0", help="address to listen on")
+    add("--port", type=int, default=8080, help="port of HTTP; 0: a free one")
+    add("--grpc_port", type=int, default=8081, help="port of gRPC; 0: a free one")
+    add("--workers", type=int, default=1, help="processes that answer requests")
+    add("--threads", type=int | None, help="threads of each; default: together all cores")
+    add("--verify", type=bool, default=True, help="compare the hashes of the files first")
+    add("--token", type=str | None, help=f"bearer token of requests; default: that of {TOKEN}")
+    add("--grace", type=int, default=30, help="seconds that open requests have at the end")
+    limits = Limits()
+    for of in fields(Limits):
+        value = getattr(limits, of.name)
+        add(f"--{of.name}", type=int, default=value, help=of.metadata["help"])
+    add_log_options(parser)
+
+
+def run(arguments: Namespace) -> None:
+    """Serve until the process is asked to end."""
+    from recsys.serving.server.start import require_installation, serve
+
+    require_installation()
+    require_working_installation()
+    package: Path = arguments.package
+    limits = Limits(**{of.name: arguments[of.name] for of in fields(Limits)})
+    settings = ServerSettings(
+        package=str(package),
+        name=arguments.name or package.absolute().name,
+        host=arguments.host,
+        port=arguments.port,
+        grpc_port=arguments.grpc_port,
+        workers=arguments.workers,
+        threads=arguments.threads or default_threads(arguments.workers),
+        limits=limits,
+        verify=arguments.verify,
+        token=arguments.token if arguments.token is not None else os.environ.get(TOKEN),
+        grace=arguments.grace,
+        log_level=arguments.log_level,
+        log_format=arguments.log_format,
+    )
+    serve(settings)

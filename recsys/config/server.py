@@ -1,0 +1,68 @@
+"""Settings of `recsys serve`, which every worker process gets."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from recsys.config.run import LogFormat, LogLevel
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Largest sizes of a request; a larger one is refused."""
+
+    max_body: int = field(default=4 * 2**20, metadata={"help": "bytes of a request"})
+    max_candidates: int = field(default=10_000, metadata={"help": "candidates of a request"})
+    max_history: int = field(default=10_000, metadata={"help": "events of each history"})
+    max_values: int = field(default=1_000, metadata={"help": "values of any other list"})
+    max_text: int = field(default=1_024, metadata={"help": "characters of a string"})
+    max_waiting: int = field(
+        default=64,
+        metadata={"help": "requests that wait in a worker; one more is answered by 503 at once"},
+    )
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How a package is served."""
+
+    package: str
+    name: str
+    """name of the model in the protocol"""
+    host: str
+    port: int
+    grpc_port: int
+    workers: int
+    threads: int
+    limits: Limits
+    verify: bool
+    """compare the hash of every file of a package with its manifest before it is served"""
+    token: str | None = field(default=None, repr=False)
+    grace: int = 30
+    """seconds that open requests have when the server is asked to end"""
+    log_level: LogLevel = "auto"
+    log_format: LogFormat = "text"
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ValueError: names the setting that is out of range.
+        """
+        lowest = {"port": 0, "grpc_port": 0, "workers": 1, "threads": 1, "grace": 0}
+        for name, least in lowest.items():
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"--{name}: is {value}; give at least {least}")
+        for name, value in vars(self.limits).items():
+            if value < 1:
+                raise ValueError(f"--{name}: is {value}; give at least 1")
+        if self.token is not None and (not self.token.isascii() or not self.token.isprintable()):
+            raise ValueError("--token: has characters that no header may have; use ASCII")
+        if self.token == "":
+            raise ValueError("--token: is empty; give a token, or leave the option out")
+
+
+def default_threads(workers: int) -> int:
+    """Return the threads of a worker that together use every core."""
+    return max(1, len(os.sched_getaffinity(0)) // max(1, workers))

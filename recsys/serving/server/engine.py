@@ -1,0 +1,113 @@
+"""Scores requests, one at a time in each worker, and refuses those that cannot be scored.
+
+Shapes: N candidates, C labels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from recsys.config.server import ServerSettings
+from recsys.serving.server import metrics
+from recsys.serving.server.columns import RankedUser
+from recsys.serving.server.refusals import NotServed, Overloaded, Refusal, Unauthorized
+from recsys.serving.server.served import POLL_SECONDS, CurrentPackage, Served
+
+
+class Engine:
+    """A worker's package with its queue of requests.
+
+    A request is scored by one thread, of which torch uses `threads`; more requests at once come
+    from more workers.
+    """
+
+    def __init__(self, settings: ServerSettings, verify: bool) -> None:
+        """Load the package.
+
+        Raises:
+            ValueError: it cannot be loaded.
+        """
+        self.settings = settings
+        torch.set_num_threads(settings.threads)
+        self._current = CurrentPackage(Path(settings.package), settings.verify, verify)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="scorer")
+        self._waiting = 0
+        metrics.WORKERS.labels(self.served.version).set(1)
+
+    @property
+    def served(self) -> Served:
+        """The package to use for a whole request."""
+        return self._current.served
+
+    def require_token(self, header: str) -> None:
+        """Require the bearer token, if one is set.
+
+        Raises:
+            Unauthorized: the header has another one or none.
+        """
+        token = self.settings.token
+        if token is None:
+            return
+        if not hmac.compare_digest(header.encode(), f"Bearer {token}".encode()):
+            raise Unauthorized("authorization: the bearer token is missing or wrong")
+
+    def require_model(self, name: str, version: str | None) -> Served:
+        """Return the package to use for a request to a model.
+
+        Raises:
+            NotServed: the model or this version of it is not served.
+        """
+        served = self.served
+        if name != self.settings.name:
+            raise NotServed(f"model '{name[:99]}': not served; '{self.settings.name}' is")
+        if version and version != served.version:
+            raise NotServed(f"version '{version[:99]}': not served; '{served.version}' is")
+        return served
+
+    async def score(self, served: Served, request: RankedUser) -> np.ndarray:  # float32 [N, C]
+        """Return the predictions of a request.
+
+        Raises:
+            Overloaded: too many requests wait.
+            Refusal: names the column that is missing, unknown, too large or unusable.
+        """
+        if self._waiting >= self.settings.limits.max_waiting:
+            raise Overloaded(f"{self._waiting} requests wait already; send it again later")
+        served.columns.check(request, self.settings.limits)
+        self._waiting += 1
+        metrics.WAITING.inc()
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._thread, self._score, served, request)
+        except ValueError as error:
+            raise Refusal(str(error)) from error
+        finally:
+            self._waiting -= 1
+            metrics.WAITING.dec()
+
+    @staticmethod
+    def _score(served: Served, request: RankedUser) -> np.ndarray:  # float32 [N, C]
+        scorer = served.scorer
+        rows = scorer.read(request.user, request.history, request.candidates)
+        metrics.CANDIDATES.observe(len(rows.target))
+        for column, count in scorer.read.unknown_ids(rows).items():
+            metrics.UNKNOWN_IDS.labels(column).inc(count)
+        return scorer.score_rows(rows)
+
+    async def watch(self) -> None:
+        """Load each new package, for ever."""
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            if self._current.is_outdated():
+                before = self.served.version
+                if await asyncio.to_thread(self._current.reload):
+                    metrics.WORKERS.labels(before).set(0)
+                    metrics.WORKERS.labels(self.served.version).set(1)
+                else:
+                    metrics.RELOAD_FAILURES.inc()

@@ -1,0 +1,164 @@
+"""The methods of gRPC: Open Inference Protocol v2, described by `open_inference.proto`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message_factory import GetMessageClass
+from grpc.aio import ServicerContext
+from grpc_tools import protoc
+
+from recsys.serving.server.engine import Engine
+from recsys.serving.server.http_app import INTERNAL, model_metadata
+from recsys.serving.server.protocol.infer import wanted_outputs
+from recsys.serving.server.protocol.tensors import Tensor
+from recsys.serving.server.refusals import Refusal
+from recsys.serving.server.request_log import ID_HEADER, RequestLog
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL = Path(__file__).with_name("open_inference.proto")
+SERVICE = "inference.GRPCInferenceService"
+OPEN = ("ServerLive", "ServerReady")  # probes send no token
+Method = Callable[[Any, str], Awaitable[dict[str, Any]]]
+
+
+def grpc_server(engine: Engine, address: str) -> grpc.aio.Server:
+    """Return a server that is not started yet.
+
+    Args:
+        engine: answers the requests.
+        address: host and port.
+    """
+    limit = engine.settings.limits.max_body
+    options = [("grpc.max_receive_message_length", limit), ("grpc.so_reuseport", 1)]
+    server = grpc.aio.server(options=options)
+    server.add_generic_rpc_handlers((_handlers(InferenceService(engine)),))
+    server.add_insecure_port(address)
+    return server
+
+
+def _handlers(service: InferenceService) -> grpc.GenericRpcHandler:
+    """Return the handlers of the protocol's methods, read from its description."""
+    with TemporaryDirectory() as folder:
+        out = Path(folder, "descriptors")
+        words = [f"-I{PROTOCOL.parent}", f"--descriptor_set_out={out}", PROTOCOL.name]
+        code = protoc.main(["protoc", *words])
+        assert code == 0, PROTOCOL
+        files = FileDescriptorSet.FromString(out.read_bytes()).file
+    pool = DescriptorPool()
+    for file in files:
+        pool.Add(file)
+    handlers = {}
+    for method in pool.FindServiceByName(SERVICE).methods:
+        handlers[method.name] = grpc.unary_unary_rpc_method_handler(
+            service.answer_of(method.name, GetMessageClass(method.output_type)),
+            request_deserializer=GetMessageClass(method.input_type).FromString,
+            response_serializer=GetMessageClass(method.output_type).SerializeToString,
+        )
+    return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+
+class InferenceService:
+    """The answers of the methods: each takes a message and the request's id, and returns fields."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Keep what answers the requests."""
+        self._engine = engine
+        self._methods: dict[str, Method] = {
+            "ServerLive": self._live,
+            "ServerReady": self._ready,
+            "ServerMetadata": self._server,
+            "ModelReady": self._model_ready,
+            "ModelMetadata": self._model,
+            "ModelInfer": self._infer,
+        }
+
+    def answer_of(self, name: str, response: Any) -> Callable[[Any, ServicerContext], Any]:
+        """Return a method with token, request id, codes of errors, log line and metrics.
+
+        Args:
+            name: the method.
+            response: class of its response.
+        """
+        method = self._methods[name]
+
+        async def answer(message: Any, context: ServicerContext) -> Any:
+            """Answer one request."""
+            metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
+            log, code = RequestLog(f"grpc {name}", metadata.get(ID_HEADER, "")), "OK"
+            context.set_trailing_metadata(((ID_HEADER, log.id),))
+            try:
+                if name not in OPEN:
+                    self._engine.require_token(metadata.get("authorization", ""))
+                return response(**await method(message, log.id))
+            except Refusal as error:
+                code, problem = error.code, str(error)
+            except Exception:
+                logger.exception("request %s failed", log.id)
+                code, problem = "INTERNAL", INTERNAL
+            finally:
+                log.end(code)
+            return await context.abort(grpc.StatusCode[code], problem)
+
+        return answer
+
+    async def _live(self, message: Any, request_id: str) -> dict[str, Any]:
+        return {"live": True}
+
+    async def _ready(self, message: Any, request_id: str) -> dict[str, Any]:
+        return {"ready": True}
+
+    async def _server(self, message: Any, request_id: str) -> dict[str, Any]:
+        return {"name": "recsys", "version": version("recsys-em3")}
+
+    async def _model_ready(self, message: Any, request_id: str) -> dict[str, Any]:
+        self._engine.require_model(message.name, message.version)
+        return {"ready": True}
+
+    async def _model(self, message: Any, request_id: str) -> dict[str, Any]:
+        served = self._engine.require_model(message.name, message.version)
+        return model_metadata(message.name, served)
+
+    async def _infer(self, message: Any, request_id: str) -> dict[str, Any]:
+        served = self._engine.require_model(message.model_name, message.model_version)
+        labels = served.scorer.labels
+        wanted = wanted_outputs([output.name for output in message.outputs], labels)
+        scores = await self._engine.score(served, served.columns.request_of(_tensors(message)))
+        columns = [scores[:, labels.index(label)].astype("<f4").tobytes() for label in wanted]
+        about = {"datatype": "FP32", "shape": [len(scores)]}
+        return {
+            "model_name": message.model_name,
+            "model_version": served.version,
+            "id": message.id or request_id,
+            "outputs": [{"name": label} | about for label in wanted],
+            "raw_output_contents": columns,
+        }
+
+
+def _tensors(message: Any) -> list[Tensor]:
+    """Return the inputs of a request.
+
+    Raises:
+        Refusal: they do not fit their types and shapes.
+    """
+    raw = message.raw_input_contents
+    if raw and len(raw) != len(message.inputs):
+        raise Refusal(f"raw_input_contents: {len(raw)} for {len(message.inputs)} inputs")
+    tensors = []
+    for number, given in enumerate(message.inputs):
+        about = given.name, given.datatype, list(given.shape)
+        if raw:
+            tensors.append(Tensor.of_raw(*about, raw[number]))
+        else:
+            lists = [list(values) for _, values in given.contents.ListFields()]
+            tensors.append(Tensor.of_values(*about, lists[0] if lists else []))
+    return tensors

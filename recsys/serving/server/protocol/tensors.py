@@ -1,0 +1,124 @@
+"""Tensors of the Open Inference Protocol: JSON or raw bytes <-> numbers and strings.
+
+Shapes: any; the values of a tensor are flat, in row-major order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from recsys.serving.server.refusals import Refusal
+
+BYTES = "BYTES"
+TYPES = {
+    "BOOL": "?",
+    "INT8": "<i1",
+    "INT16": "<i2",
+    "INT32": "<i4",
+    "INT64": "<i8",
+    "UINT8": "<u1",
+    "UINT16": "<u2",
+    "UINT32": "<u4",
+    "UINT64": "<u8",
+    "FP16": "<f2",
+    "FP32": "<f4",
+    "FP64": "<f8",
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A named tensor of a request."""
+
+    name: str
+    shape: tuple[int, ...]
+    values: list[Any]  # flat
+
+    @staticmethod
+    def of_values(name: str, datatype: str, shape: Sequence[int], data: Any) -> Tensor:
+        """Read a tensor of which the values are given, flat or nested as the shape.
+
+        Raises:
+            Refusal: a value is not of the type, or they do not fit the shape.
+        """
+        count = _count(name, datatype, shape)
+        values = list(_flat(data, len(shape)))
+        if len(values) != count:
+            raise Refusal(f"input '{name}': has {len(values)} values for shape {list(shape)}")
+        if datatype == BYTES:
+            return Tensor(name, tuple(shape), [_text(name, value) for value in values])
+        wanted = {"B": (bool,), "I": (int,), "U": (int,), "F": (int, float)}[datatype[0]]
+        for value in values:
+            if type(value) not in wanted:
+                raise Refusal(
+                    f"input '{name}': a value of type {type(value).__name__} in {datatype}"
+                )
+        try:
+            numbers = np.array(values, TYPES[datatype])
+        except OverflowError as error:
+            raise Refusal(f"input '{name}': a value is out of range of {datatype}") from error
+        return Tensor(name, tuple(shape), numbers.tolist())
+
+    @staticmethod
+    def of_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> Tensor:
+        """Read a tensor of which the bytes are given.
+
+        Raises:
+            Refusal: they do not fit type and shape.
+        """
+        count = _count(name, datatype, shape)
+        if datatype == BYTES:
+            values = [_text(name, text) for text in _strings(name, raw)]
+            size = len(values)
+        else:
+            kind = np.dtype(TYPES[datatype])
+            size, rest = divmod(len(raw), kind.itemsize)
+            values = [] if rest else np.frombuffer(raw, kind).tolist()
+            size = -1 if rest else size
+        if size != count:
+            raise Refusal(f"input '{name}': {len(raw)} bytes do not fit {datatype} {list(shape)}")
+        return Tensor(name, tuple(shape), values)
+
+
+def _count(name: str, datatype: str, shape: Sequence[int]) -> int:
+    """Return the number of values of a tensor."""
+    if datatype != BYTES and datatype not in TYPES:
+        raise Refusal(f"input '{name}': datatype '{datatype}' is none of {[*TYPES, BYTES]}")
+    if not 1 <= len(shape) <= 2 or min(shape) < 0:
+        raise Refusal(f"input '{name}': shape {list(shape)[:9]}; give one or two sizes")
+    return math.prod(shape)
+
+
+def _flat(data: Any, depth: int) -> Iterator[Any]:
+    """Yield the values of lists that are nested at most `depth` times."""
+    for value in data:
+        if isinstance(value, list) and depth > 1:
+            yield from _flat(value, depth - 1)
+        else:
+            yield value
+
+
+def _text(name: str, value: Any) -> str:
+    try:
+        text = value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise Refusal(f"input '{name}': a string is not UTF-8") from error
+    if not isinstance(text, str):
+        raise Refusal(f"input '{name}': a value of type {type(value).__name__} in BYTES")
+    return text
+
+
+def _strings(name: str, raw: bytes) -> Iterator[bytes]:
+    """Yield strings, each after its length in four bytes."""
+    place = 0
+    while place < len(raw):
+        start = place + 4
+        place = start + int.from_bytes(raw[place:start], "little")
+        if place > len(raw) or start > len(raw):
+            raise Refusal(f"input '{name}': its bytes end within a string")
+        yield raw[start:place]

@@ -1,0 +1,40 @@
+"""Refusals: what is wrong with a request, with its status in HTTP and in gRPC."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+
+class Refusal(Exception):
+    """A request that is not answered; its text is sent to the client."""
+
+    status = HTTPStatus.BAD_REQUEST
+    code = "INVALID_ARGUMENT"  # of gRPC
+
+
+class Unauthorized(Refusal):
+    """The bearer token is missing or wrong."""
+
+    status = HTTPStatus.UNAUTHORIZED
+    code = "UNAUTHENTICATED"
+
+
+class NotServed(Refusal):
+    """The model, or this version of it, is not served here."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "NOT_FOUND"
+
+
+class TooLarge(Refusal):
+    """The body is larger than the limit."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    code = "RESOURCE_EXHAUSTED"
+
+
+class Overloaded(Refusal):
+    """Too many requests wait already."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "UNAVAILABLE"

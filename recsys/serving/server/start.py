@@ -1,0 +1,128 @@
+"""Starts the workers of a server and ends them.
+
+All workers listen on the same ports, and the operating system gives each connection to one of them.
+They map the same files, so that tables are in memory once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import socket
+import tempfile
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import requires
+from importlib.util import find_spec
+from pathlib import Path
+
+from recsys.config.server import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+NEEDED = ("fastapi", "grpc_tools", "prometheus_client", "uvicorn")
+KEEP_ALIVE_SECONDS = 65  # of an idle connection: longer than load balancers keep theirs
+HEALTH_SECONDS = 60  # without an answer of a worker, after which it is replaced
+
+
+def require_installation() -> None:
+    """Require the packages of the server.
+
+    Raises:
+        ValueError: some are not installed; names the command that installs them.
+    """
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        names = " ".join(
+            f"'{line.split(';')[0].strip()}'"
+            for line in requires("recsys-em3") or ()
+            if re.search("extra == .serve", line)
+        )
+        raise ValueError(
+            f"recsys serve needs the extra `serve` ({', '.join(missing)} is missing); install it: "
+            f"pip install {names}"
+        )
+
+
+def serve(settings: ServerSettings) -> None:
+    """Serve a package until SIGTERM or SIGINT.
+
+    Raises:
+        ValueError: a port is taken, or the package cannot be loaded.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="recsys-serve-") as folder,
+        _bound("port", settings.host, settings.port) as http,
+        _reserved("grpc_port", settings.host, settings.grpc_port) as grpc,
+    ):
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # before prometheus_client is imported
+        ports = http.getsockname()[1], grpc.getsockname()[1]
+        _run(replace(settings, port=ports[0], grpc_port=ports[1]), http)
+
+
+def _run(settings: ServerSettings, http: socket.socket) -> None:
+    """Run the only worker in this process, or several under a supervisor."""
+    import uvicorn
+    from uvicorn.config import STARTUP_FAILURE
+    from uvicorn.supervisors import Multiprocess
+
+    from recsys.serving.package import read_manifest
+    from recsys.serving.server.worker import worker_app
+
+    logger.info(
+        "%s as model '%s': HTTP on %s:%s, gRPC on %s:%s",
+        *(settings.package, settings.name),
+        *(settings.host, settings.port, settings.host, settings.grpc_port),
+    )
+    config = uvicorn.Config(
+        partial(worker_app, settings),
+        factory=True,
+        workers=settings.workers,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=settings.grace,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_worker_healthcheck=HEALTH_SECONDS,
+    )
+    # uvicorn raises the signal once more when it has ended, which would end this process before us.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    if settings.workers == 1:
+        uvicorn.Server(config).run([http])
+        return
+    read_manifest(Path(settings.package), settings.verify)  # once for all workers
+    supervisor = Multiprocess(config, [http])
+    supervisor.run()
+    if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
+        raise ValueError("a worker did not start; its error is above")
+
+
+def _bound(name: str, host: str, port: int, is_shared: bool = False) -> socket.socket:
+    """Return a socket with an address.
+
+    Raises:
+        ValueError: the address is taken, or none of this machine.
+    """
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_shared:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        bound.bind((host, port))
+    except (OSError, OverflowError) as error:
+        bound.close()
+        raise ValueError(f"--{name} {port} on --host {host}: {error}; give another") from error
+    return bound
+
+
+def _reserved(name: str, host: str, port: int) -> socket.socket:
+    """Return a socket that keeps an address, on which the workers' own sockets may listen.
+
+    Raises:
+        ValueError: the address is taken, or none of this machine.
+    """
+    with _bound(name, host, port) as alone:  # another server could share the port of a shared one
+        port = alone.getsockname()[1]
+    return _bound(name, host, port, is_shared=True)

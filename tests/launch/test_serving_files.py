@@ -1,0 +1,82 @@
+"""The image and the manifest by which a package is served, read by parsers: nothing runs them."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dockerfile_parse import DockerfileParser
+from jsonargparse import Namespace
+
+from recsys.commands.serving import serve
+from recsys.config.parser import Parser
+from recsys.config.server import ServerSettings
+from recsys.serving.server.gate import OPEN
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "launch" / "serving"
+
+
+def parsed(words: list[str]) -> Namespace:
+    """The words as `recsys serve` reads them."""
+    parser = Parser(exit_on_error=False)
+    serve.add_arguments(parser, words)
+    return parser.parse_args(words)
+
+
+@pytest.fixture(scope="module")
+def image() -> list[dict[str, Any]]:
+    return DockerfileParser(str(FOLDER / "Dockerfile"), cache_content=True).structure
+
+
+@pytest.fixture(scope="module")
+def container() -> dict[str, Any]:
+    manifest = yaml.safe_load((FOLDER / "inference_service.yaml").read_text())
+    assert (manifest["apiVersion"], manifest["kind"]) == (
+        "serving.kserve.io/v1beta1",
+        "InferenceService",
+    )
+    assert manifest["spec"]["predictor"]["terminationGracePeriodSeconds"] > ServerSettings.grace
+    (container,) = manifest["spec"]["predictor"]["containers"]
+    return container
+
+
+def words_of(image: list[dict[str, Any]], instruction: str) -> list[str]:
+    return [of["value"] for of in image if of["instruction"] == instruction]
+
+
+def test_the_image_copies_what_there_is_and_installs_the_extra(image: list[dict[str, Any]]) -> None:
+    copied = [name for value in words_of(image, "COPY") for name in value.split()[:-1]]
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {project["readme"], *project["license-files"]} <= set(copied)
+    (run,) = words_of(image, "RUN")
+    needed = project["optional-dependencies"]["serve"]
+    assert [line for line in needed if f'"{line}"' not in run] == []
+
+
+def test_the_image_serves_without_rights_what_kserve_mounts(image: list[dict[str, Any]]) -> None:
+    assert words_of(image, "USER") == ["1000"]
+    (entry,), (command,) = words_of(image, "ENTRYPOINT"), words_of(image, "CMD")
+    assert json.loads(entry) == ["recsys", "serve"]
+    arguments = parsed(json.loads(command))
+    assert str(arguments.package) == "/mnt/models"
+    assert words_of(image, "EXPOSE") == [f"{arguments.port} {arguments.grpc_port}"]
+
+
+def test_the_manifest_starts_the_server_with_its_own_ports_and_probes(
+    container: dict[str, Any],
+) -> None:
+    arguments = parsed(container["args"])
+    assert (str(arguments.package), arguments.name) == ("/mnt/models", "shop")
+    assert [of["containerPort"] for of in container["ports"]] == [arguments.port]
+    for probe in (container["readinessProbe"], container["livenessProbe"]):
+        assert probe["httpGet"]["port"] == arguments.port
+        assert probe["httpGet"]["path"] in OPEN
+    assert arguments.workers * arguments.threads == int(container["resources"]["limits"]["cpu"])
+    names = {of["name"] for of in container["env"]}
+    assert names == {"STORAGE_URI", serve.TOKEN}

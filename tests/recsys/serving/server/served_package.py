@@ -1,0 +1,99 @@
+"""A server in a process of its own, and plain HTTP calls of it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.ranks import HANG_SECONDS
+
+ROOT = Path(__file__).parents[4]
+TOKEN = "of the tests"
+
+
+class Answer(NamedTuple):
+    """Status, headers in lower case, and body of a response."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def content(self) -> Any:
+        """The body's JSON."""
+        return json.loads(self.body)
+
+
+class ServedPackage:
+    """Starts `recsys serve` on free ports and waits until it is ready."""
+
+    def __init__(self, package: Path, log: Path, *options: str) -> None:
+        self.log = log
+        words = [sys.executable, "-W", "ignore", "-m", "recsys.cli", "serve", str(package)]
+        words += ["--name", "shop", "--host", "127.0.0.1", "--port", "0", "--grpc_port", "0"]
+        words += ["--threads", "1", "--log_format", "json", *options]
+        environment = {**os.environ, "RECSYS_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+            )
+        try:
+            self._wait()
+        except BaseException:
+            self.process.kill()
+            raise
+
+    def _wait(self) -> None:
+        ports = self.wait_for(r"HTTP on [\d.]+:(\d+), gRPC on [\d.]+:(\d+)")
+        self.port, self.grpc_port = int(ports[1]), int(ports[2])
+        self.wait_for(r"ready, version")
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """Wait until the log has a line."""
+        deadline = time.monotonic() + HANG_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if match := re.search(pattern, self.log.read_text()):
+                return match
+            time.sleep(0.05)
+        pytest.fail(f"the log has no {pattern}: {self.log.read_text()[-3000:]}")
+
+    def call(
+        self, path: str, body: Any = None, method: str | None = None, **headers: str
+    ) -> Answer:
+        """Send one request; anything but bytes is sent as JSON."""
+        given = {"authorization": f"Bearer {TOKEN}"}
+        given |= {name.replace("_", "-"): value for name, value in headers.items()}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG_SECONDS)
+        try:
+            content = body if body is None or isinstance(body, bytes) else json.dumps(body)
+            method = method or ("GET" if body is None else "POST")
+            connection.request(method, path, content, given)
+            response = connection.getresponse()
+            names = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, names, response.read())
+        finally:
+            connection.close()
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's values."""
+        lines = self.call("/metrics").body.decode().splitlines()
+        values = [line.split() for line in lines if re.match(name + r"[{ ]", line)]
+        return sum(float(value[-1]) for value in values)
+
+    def end(self) -> int:
+        """End the server as Kubernetes does; returns the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(HANG_SECONDS)
+        finally:
+            self.process.kill()

@@ -1,0 +1,353 @@
+"""One server answers real clients, refuses bad requests in words, and exchanges its package."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from recsys.serving import Scorer
+from recsys.serving.package import MANIFEST, digest_of, read_manifest, write_manifest
+from tests.recsys.serving.server.served_package import TOKEN, Answer, ServedPackage
+from tests.recsys.serving.serving_runs import requests
+
+MODEL, RANK, INFER = "/v2/models/shop", "/v1/rank", "/v2/models/shop/infer"
+BEARER = {"authorization": f"Bearer {TOKEN}"}
+OPTIONS = ("--max_candidates", "40", "--max_text", "30", "--max_body", "9000")
+
+
+@pytest.fixture(scope="module")
+def server(
+    package_run: tuple[Path, Path, np.ndarray], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServedPackage]:
+    """A server of a link to the package, with a token and small limits."""
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "package").symlink_to(package_run[1])
+    server = ServedPackage(folder / "package", folder / "log", *OPTIONS)
+    yield server
+    assert server.end() == 0
+
+
+@pytest.fixture(scope="module")
+def scorer(package_run: tuple[Path, Path, np.ndarray]) -> Scorer:
+    return Scorer.load(package_run[1])
+
+
+@pytest.fixture(scope="module")
+def request_of_user(package_run: tuple[Path, Path, np.ndarray]) -> dict[str, Any]:
+    """A request for a user with a history."""
+    given = next(of for of in requests(package_run[0] / "data") if of["history"]["history"])
+    given["user"] |= {"when": str(given["user"]["when"])}
+    return given | {"candidates": list(range(30))}
+
+
+def tensors(client: Any, request: dict[str, Any], **options: Any) -> list[Any]:
+    """The inputs of a request for a client of Triton."""
+    columns = {name: np.atleast_1d(value) for name, value in request["user"].items()}
+    columns |= {name: np.asarray(value) for name, value in request["history"].items()}
+    columns["item"] = np.asarray(request["candidates"])
+    inputs = []
+    for name, values in columns.items():
+        values = values.astype(object) if values.dtype.kind == "U" else values
+        inputs.append(client.InferInput(name, values.shape, np_to_triton_dtype(values.dtype)))
+        inputs[-1].set_data_from_numpy(values, **options)
+    return inputs
+
+
+def by_json(server: ServedPackage, request: dict[str, Any]) -> np.ndarray:
+    inputs = [
+        {
+            "name": of.name(),
+            "shape": of.shape(),
+            "datatype": of.datatype(),
+            "data": of._get_tensor()["data"],
+        }
+        for of in tensors(tritonclient.http, request, binary_data=False)
+    ]
+    return np.array(server.call(INFER, {"inputs": inputs}).content["outputs"][0]["data"])
+
+
+def by_http(server: ServedPackage, request: dict[str, Any]) -> np.ndarray:
+    client = tritonclient.http.InferenceServerClient(f"127.0.0.1:{server.port}")
+    inputs = tensors(tritonclient.http, request)
+    return client.infer("shop", inputs, headers={**BEARER}).as_numpy("liked")  # it adds some
+
+
+def by_grpc(server: ServedPackage, request: dict[str, Any]) -> np.ndarray:
+    client = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+    inputs = tensors(tritonclient.grpc, request)
+    return client.infer("shop", inputs, headers=BEARER).as_numpy("liked")
+
+
+def by_curl(server: ServedPackage, request: dict[str, Any]) -> np.ndarray:
+    url = f"http://127.0.0.1:{server.port}{RANK}"
+    words = ["curl", "-s", url, "-H", f"authorization: {BEARER['authorization']}", "-d", "@-"]
+    done = subprocess.run(words, input=json.dumps(request), capture_output=True, text=True)
+    answer = json.loads(done.stdout)
+    assert answer["scores"]["liked"] == sorted(answer["scores"]["liked"], reverse=True)
+    places = np.argsort([request["candidates"].index(item) for item in answer["items"]])
+    return np.array(answer["scores"]["liked"])[places]
+
+
+@pytest.mark.parametrize("by", [by_json, by_http, by_grpc, by_curl])
+def test_each_client_gets_the_scores_of_the_scorer(
+    server: ServedPackage,
+    scorer: Scorer,
+    request_of_user: dict[str, Any],
+    by: Callable[[ServedPackage, dict[str, Any]], np.ndarray],
+) -> None:
+    expected = scorer.score(**request_of_user)[:, 0]
+
+    np.testing.assert_allclose(by(server, request_of_user), expected, rtol=0, atol=1e-6)
+
+
+def test_the_first_of_all_items_are_ranked(
+    server: ServedPackage, scorer: Scorer, request_of_user: dict[str, Any]
+) -> None:
+    scores = scorer.score(**request_of_user)[:, 0]
+
+    answer = server.call(RANK, request_of_user | {"candidates": "all", "top_k": 3}).content
+
+    assert answer["items"] == np.argsort(-scores)[:3].tolist()
+    assert answer["model_version"] == digest_of(scorer.manifest)[:12]
+
+
+def test_columns_may_differ_between_candidates(
+    server: ServedPackage, scorer: Scorer, request_of_user: dict[str, Any]
+) -> None:
+    user = {
+        name: of for name, of in request_of_user["user"].items() if name not in ("genres", "price")
+    }
+    genres, prices = [[1, 2], [3, 0], [4, 4]], [0.1, 0.5, 0.9]
+    differing = {"item": [7, 8, 9], "genres": genres, "price": prices}
+    expected = scorer.score(user, request_of_user["history"], differing)[:, 0]
+    given = {"user": user | {"genres": genres, "price": prices}, "candidates": [7, 8, 9]}
+
+    scores = by_grpc(server, request_of_user | given)
+
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)
+
+
+def test_clients_read_the_metadata(server: ServedPackage) -> None:
+    rest = tritonclient.http.InferenceServerClient(f"127.0.0.1:{server.port}")
+    grpc = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+
+    assert rest.is_server_live() and rest.is_server_ready()
+    assert grpc.is_server_live() and grpc.is_server_ready()
+    metadata = rest.get_model_metadata("shop", headers=BEARER)
+    assert metadata["outputs"] == [{"name": "liked", "datatype": "FP32", "shape": [-1]}]
+    types = {of["name"]: of["datatype"] for of in metadata["inputs"]}
+    assert (types["item"], types["city"], types["price"]) == ("INT64", "BYTES", "FP32")
+    assert {
+        of.name: of.datatype for of in grpc.get_model_metadata("shop", headers=BEARER).inputs
+    } == types
+    version = metadata["versions"][0]
+    assert rest.is_model_ready("shop", version, headers=BEARER)
+    assert grpc.is_model_ready("shop", version, headers=BEARER)
+    assert not rest.is_model_ready("shop", "1", headers=BEARER)
+    assert rest.get_server_metadata(headers=BEARER)["name"] == "recsys"
+
+
+def test_the_description_has_the_columns_of_the_package(server: ServedPackage) -> None:
+    document = server.call("/openapi.json").content
+
+    rank = document["components"]["schemas"]["RankRequest"]["properties"]
+    assert sorted(rank["user"]["required"]) == ["city", "genres", "price", "user", "when"]
+    user = rank["user"]["properties"]["user"]
+    assert (user["type"], user["minimum"], user["maximum"]) == ("integer", 0, 9)
+    assert rank["history"]["properties"]["history"]["items"]["maximum"] == 29
+    infer = document["paths"]["/v2/models/{name}/infer"]["post"]
+    assert infer["parameters"][0]["schema"] == {"const": "shop"}
+
+
+def tensor(name: str, datatype: str, shape: list[int], data: Any) -> dict[str, Any]:
+    return {"name": name, "datatype": datatype, "shape": shape, "data": data}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "named"),
+    [
+        (RANK, b"{", 400, "JSON"),
+        (RANK, b"[" * 8000, 400, "recursion"),
+        (RANK, b"\xff\xfe", 400, "JSON"),
+        (RANK, {"user": {}}, 400, "candidates"),
+        (RANK, {"user": {}, "candidates": [{"a": 1}]}, 400, "candidates"),
+        (RANK, {"user": {}, "candidates": [1], "limit": 3}, 400, "limit"),
+        (RANK, {"user": {"shop": 1}, "candidates": [1]}, 400, "shop"),
+        (RANK, {"user": {}, "candidates": [1]}, 400, "lacks 'price'"),
+        (RANK, {"user": {}, "candidates": list(range(41))}, 400, "41 .* 40"),
+        (RANK, {"user": {"city": "x" * 31}, "candidates": [1]}, 400, "city.* 31 .* 30"),
+        (RANK, {"user": {}, "candidates": [1], "top_k": 0}, 400, "top_k"),
+        (RANK, {"user": {}, "candidates": [1], "by": "bought"}, 400, "bought"),
+        (RANK, b" " * 9001, 413, "9000"),
+        (INFER, {"inputs": []}, 400, "item"),
+        (INFER, {"inputs": [tensor("item", "INT64", [2], [1])]}, 400, "item.*1 .*2"),
+        (INFER, {"inputs": [tensor("item", "INT64", [1], [1.5])]}, 400, "item.*float"),
+        (INFER, {"inputs": [tensor("item", "INT8", [1], [300])]}, 400, "item.*INT8"),
+        (INFER, {"inputs": [tensor("item", "INT65", [1], [1])]}, 400, "INT65"),
+        (INFER, {"inputs": [tensor("item", "INT64", [1], [99])]}, 400, "item.* 99 "),
+        (INFER, {"inputs": [tensor("item", "INT64", [-1], [])]}, 400, "item.*-1"),
+        (INFER, {"inputs": [tensor("item", "INT64", [1], [1])] * 2}, 400, "item.*twice"),
+        (INFER, {"inputs": [], "outputs": [{"name": "bought"}]}, 400, "bought"),
+        ("/v2/models/other/infer", {"inputs": []}, 404, "other"),
+        (f"{MODEL}/versions/7/infer", {"inputs": []}, 404, "7"),
+        ("/v2/models", None, 404, "Not Found"),
+        ("/v1/rank", None, 405, "Not Allowed"),
+    ],
+)
+def test_a_bad_request_is_refused_with_what_is_wrong(
+    server: ServedPackage, path: str, body: Any, status: int, named: str
+) -> None:
+    answer: Answer = server.call(path, body)
+
+    assert answer.status == status, answer.body
+    assert list(answer.content) == ["error"]
+    assert re.search(named, answer.content["error"]), answer.content
+
+
+def test_errors_of_grpc_have_the_codes_of_the_protocol(
+    server: ServedPackage, request_of_user: dict[str, Any]
+) -> None:
+    client = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+    inputs = tensors(tritonclient.grpc, request_of_user)
+    for model, given, headers, code in [
+        ("other", inputs, BEARER, "NOT_FOUND"),
+        ("shop", inputs[:-1], BEARER, "INVALID_ARGUMENT"),
+        ("shop", inputs, {}, "UNAUTHENTICATED"),
+        ("shop", inputs, {"authorization": "Bearer else"}, "UNAUTHENTICATED"),
+    ]:
+        with pytest.raises(InferenceServerException) as error:
+            client.infer(model, given, headers=headers)
+        assert error.value.status() == f"StatusCode.{code}"
+
+
+def test_bytes_that_do_not_fit_their_tensors_are_refused(server: ServedPackage) -> None:
+    described = {"name": "city", "datatype": "BYTES", "shape": [1]}
+    for size, sent in [(8, b"\x09\0\0\0Rome"), (9, b"\x04\0\0\0Rome"), (6, b"\x02\0\0\0\xff\xff")]:
+        head = json.dumps({"inputs": [described | {"parameters": {"binary_data_size": size}}]})
+        length = {"Inference_Header_Content_Length": str(len(head))}
+        answer = server.call(INFER, head.encode() + sent, **length)
+        assert answer.status == 400 and "city" in answer.content["error"], answer
+    assert server.call(INFER, b"{}", Inference_Header_Content_Length="3").status == 400
+
+
+def test_requests_without_the_token_are_refused_but_for_probes(server: ServedPackage) -> None:
+    assert server.call("/v2/health/ready", authorization="").status == 200
+    for path, body in [(RANK, {}), (MODEL, None), ("/metrics", None), ("/openapi.json", None)]:
+        answer = server.call(path, body, authorization="Bearer else")
+        assert (answer.status, list(answer.content)) == (401, ["error"])
+
+
+def test_a_request_keeps_its_id_in_response_and_log(
+    server: ServedPackage, request_of_user: dict[str, Any]
+) -> None:
+    answer = server.call(RANK, request_of_user, x_request_id="my-request.1")
+    other = server.call(RANK, request_of_user, x_request_id="two words")
+
+    assert answer.headers["x-request-id"] == answer.content["id"] == "my-request.1"
+    assert other.headers["x-request-id"] not in ("", "two words")
+    server.wait_for("my-request.1")
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    (line,) = [line for line in lines if line.get("request") == "my-request.1"]
+    assert (line["route"], line["status"]) == ("POST /v1/rank", "200")
+
+
+def test_metrics_count_requests_and_candidates(
+    server: ServedPackage, request_of_user: dict[str, Any]
+) -> None:
+    names = ("recsys_request_seconds_count", "recsys_request_candidates_sum")
+    before = [server.metric(name) for name in names]
+
+    server.call(RANK, request_of_user)
+
+    after = [server.metric(name) for name in names]
+    assert after[0] - before[0] >= 2 and after[1] - before[1] == 30
+    assert server.metric("recsys_package_workers") == 1
+
+
+def changed_package(package: Path, out: Path) -> Path:
+    """A package with other vectors of items, so that its scores differ."""
+    shutil.copytree(package, out)
+    table = out / "tables" / "item.vectors"
+    vectors = np.frombuffer(table.read_bytes(), np.float32)
+    table.write_bytes((2 * vectors + 0.5).astype(np.float32).tobytes())
+    (out / MANIFEST).unlink()
+    write_manifest(out, replace(read_manifest(package), created="tomorrow"))
+    return out
+
+
+def link(server_link: Path, package: Path) -> None:
+    """Exchange a link at once."""
+    new = server_link.with_name("new")
+    new.symlink_to(package)
+    os.replace(new, server_link)
+
+
+def test_a_package_is_exchanged_without_a_failed_or_a_mixed_response(
+    server: ServedPackage,
+    scorer: Scorer,
+    request_of_user: dict[str, Any],
+    package_run: tuple[Path, Path, np.ndarray],
+    tmp_path: Path,
+) -> None:
+    first, place = package_run[1], server.log.parent / "package"
+    second = changed_package(first, tmp_path / "second")
+    scorers = {digest_of(of.manifest)[:12]: of for of in (scorer, Scorer.load(second))}
+    expected = {version: of.score(**request_of_user)[:, 0] for version, of in scorers.items()}
+    answers: list[Answer] = []
+    enough = threading.Event()
+
+    def send() -> None:
+        while not enough.wait(0.02):
+            answers.append(server.call(RANK, request_of_user))
+
+    threads = [threading.Thread(target=send) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for version, package in reversed(list(zip(scorers, (first, second)))):
+            link(place, package)
+            server.wait_for(f"serving version {version}")
+    finally:
+        enough.set()
+        for thread in threads:
+            thread.join()
+
+    assert {answer.status for answer in answers} == {200}
+    assert {answer.content["model_version"] for answer in answers} == set(scorers)
+    for content in (answer.content for answer in answers):
+        scores = expected[content["model_version"]][content["items"]]
+        np.testing.assert_allclose(content["scores"]["liked"], scores, rtol=0, atol=1e-6)
+
+
+def test_a_damaged_package_is_not_served(
+    server: ServedPackage,
+    request_of_user: dict[str, Any],
+    package_run: tuple[Path, Path, np.ndarray],
+    tmp_path: Path,
+) -> None:
+    place, before = server.log.parent / "package", server.call(RANK, request_of_user).content
+    damaged = changed_package(package_run[1], tmp_path / "damaged")
+    table = damaged / "tables" / "item.vectors"
+    table.write_bytes(table.read_bytes()[::-1])
+
+    link(place, damaged)
+
+    server.wait_for(str(table))
+    after = server.call(RANK, request_of_user).content
+    assert (after["model_version"], after["scores"]) == (before["model_version"], before["scores"])
+    assert server.metric("recsys_reload_failures_total") >= 1
+    link(place, package_run[1])

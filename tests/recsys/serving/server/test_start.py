@@ -1,0 +1,65 @@
+"""What is refused before a server starts."""
+
+from __future__ import annotations
+
+import socket
+import tomllib
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+
+from recsys.cli import main
+from recsys.serving.server import start
+
+ROOT = Path(__file__).parents[4]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--port", "-1"], "--port: is -1"),
+        (["--workers", "0"], "--workers: is 0"),
+        (["--max_history", "0"], "--max_history: is 0"),
+        (["--token", ""], "--token"),
+        (["--token", "naïve"], "--token"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(
+    words: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "package", *words]) == 1
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["port", "grpc_port"])
+def test_a_port_that_is_taken_is_named(
+    option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    words = ["serve", "package", "--host", "127.0.0.1", "--port", "0", "--grpc_port", "0"]
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+
+        assert main([*words, f"--{option}", port]) == 1
+
+    assert f"--{option} {port}" in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_named_with_its_installation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    group = lines["optional-dependencies"]["serve"]
+    monkeypatch.setattr(start, "requires", lambda _: [f'{of}; extra == "serve"' for of in group])
+    monkeypatch.setattr(start, "NEEDED", ("fastapi", "server_that_is_absent"))
+
+    assert main(["serve", "package"]) == 1
+
+    error = capsys.readouterr().err
+    assert "server_that_is_absent" in error and "fastapi is" not in error
+    assert [line for line in group if f"'{line}'" not in error] == []
+    assert requires("recsys-em3") is not None
