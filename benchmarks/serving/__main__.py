@@ -1,0 +1,139 @@
+"""Latency of a package: the exported graph, the scorer, HTTP and gRPC; and a server under load.
+
+    python -m benchmarks.serving --package packages/movielens
+    python -m benchmarks.serving --package packages/movielens --load_seconds 300
+
+One user with a history, and candidates to rank; one thread scores. The four ways take turns within
+each round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse import auto_cli
+from matplotlib.figure import Figure
+
+from benchmarks.results import RESULTS, Result, write_result
+from benchmarks.serving.load import load
+from benchmarks.serving.server import served
+from benchmarks.serving.ways import HTTPClient, graph_call, grpc_client, request_for
+from recsys.serving import Scorer
+
+GRAPH, SCORER, REST, GRPC = "exported graph", "scorer", "HTTP, JSON", "gRPC"
+MOST_TIMES_THE_GRAPH, MOST_MILLISECONDS_OF_HTTP, MOST_TIMES_THE_MEDIAN = 1.3, 3.0, 5.0
+
+
+def latencies(
+    ways: dict[str, Callable[[], object]], rounds: int
+) -> dict[str, np.ndarray]:  # milliseconds, a value per round
+    """Time each way once per round, after a tenth of the rounds to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(-max(1, rounds // 10), rounds):
+        for name, call in ways.items():
+            start = time.perf_counter()
+            call()
+            if number >= 0:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def serving(
+    package: Path,
+    history: int = 200,
+    candidates: int = 500,
+    rounds: int = 500,
+    load_seconds: float = 0,
+    share: float = 0.7,
+    swap_every: float = 20,
+    results: Path = RESULTS,
+) -> None:
+    """Measure the latencies in turns, then the load, and write table and plot.
+
+    Args:
+        package: a package of `recsys export`.
+        history: items of the user's histories.
+        candidates: items to rank.
+        rounds: requests of each way.
+        load_seconds: length of the load; 0: none.
+        share: rate of the load as a share of the rate of HTTP, one request after the other.
+        swap_every: seconds between exchanges of the package under load.
+        results: folder to write to.
+    """
+    scorer = Scorer.load(package, num_threads=1)
+    request = request_for(package, scorer, history, candidates)
+    with served(package) as (_, port, grpc_port):
+        ways = {
+            GRAPH: graph_call(scorer, request),
+            SCORER: lambda: scorer.score(**request),
+            REST: HTTPClient(port, request),
+            GRPC: grpc_client(grpc_port, scorer, request),
+        }
+        times = latencies(ways, rounds)
+    seen = None
+    if load_seconds:
+        rate = share * 1e3 / float(np.mean(times[REST]))
+        seen = load(package, request, load_seconds, rate, swap_every)
+    write_result(_result(scorer, request, times, seen), results)
+
+
+def _result(
+    scorer: Scorer,
+    request: dict[str, Any],
+    times: dict[str, np.ndarray],
+    seen: dict[str, Any] | None,
+) -> Result:
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for name, values in times.items():
+            axes.plot(np.sort(values), np.linspace(0, 100, len(values)), label=name)
+        axes.set(xlabel="milliseconds", ylabel="% of requests below", xscale="log")
+        axes.legend()
+
+    p50 = {name: float(np.median(values)) for name, values in times.items()}
+    p99 = {name: float(np.percentile(values, 99)) for name, values in times.items()}
+    history = request["history"].get(scorer.schema.history, ())
+    about = f"{scorer.manifest.ranking}, {len(history)} history items"
+    reading = [
+        f"{about}, {len(request['candidates'])} candidates, one thread. The scorer takes "
+        f"{p50[SCORER] / p50[GRAPH]:.2f} times the graph (bar {MOST_TIMES_THE_GRAPH}); HTTP adds "
+        f"{p50[REST] - p50[SCORER]:.2f} ms (bar {MOST_MILLISECONDS_OF_HTTP})."
+    ]
+    if seen:
+        reading.append(_reading_of_load(seen))
+    return Result(
+        name="serving",
+        title="Latency of a package: one user, one thread",
+        records=[
+            {
+                "way": name,
+                "p50": p50[name],
+                "p99": p99[name],
+                "load": seen if name == REST else None,
+            }
+            for name in times
+        ],
+        columns=["way", "p50, ms", "p99, ms"],
+        rows=[[name, f"{p50[name]:.2f}", f"{p99[name]:.2f}"] for name in times],
+        reading=reading,
+        draw=draw,
+    )
+
+
+def _reading_of_load(seen: dict[str, Any]) -> str:
+    before, after = seen["resident_mb"]
+    return (
+        f"{seen['rate']:.1f} requests per second at random times for {seen['seconds']:.0f} s: "
+        f"{seen['requests']:,} requests, failed: {seen['failed'] or 'none'}; p50 {seen['p50']:.1f} "
+        f"ms, p99 {seen['p99']:.1f} ms, {seen['p99'] / seen['p50']:.1f} times p50 (bar "
+        f"{MOST_TIMES_THE_MEDIAN}); {len(seen['versions'])} versions of the package answered; "
+        f"{before} MB resident before, {after} MB after."
+    )
+
+
+if __name__ == "__main__":
+    auto_cli(serving, as_positional=False)
