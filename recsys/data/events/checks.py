@@ -172,6 +172,10 @@ def _check_labels(config: EventsConfig) -> None:
 
 def _check_past(config: EventsConfig) -> None:
     """Check histories and counts."""
+    chosen = [of.actions for of in config.histories.values()]
+    chosen += [actions for of in config.counts.values() for actions in (of.actions, of.per)]
+    for action in (action for actions in chosen for action in actions or ()):
+        literal(action)
     for name, history in config.histories.items():
         _check_delay(f"histories: '{name}'", history.delay)
         if history.length < 1:

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from recsys.data.events.as_of import Moments, whole_keys
 from recsys.data.events.history_values import AGE, HistoryFiles, begin_of, length_of, lists_of
 from recsys.data.events.settings import Count, History, Parallel
-from recsys.data.events.signals import IMPRESSION
 from recsys.data.events.times import duration
 
+SETS = "/sets"
 SAMPLES_AT_ONCE = 1 << 16  # samples whose histories are in memory at a time
 
 
@@ -43,10 +42,21 @@ class AddPast:
     schema: pa.Schema
     files: HistoryFiles | None = None
 
+    @property
+    def sets(self) -> list[list[str] | None]:
+        """Return the sets of actions of histories and counts, each once.
+
+        An event's column `SETS` has a bit for each that has its action, and is 0 for samples.
+        """
+        chosen = [of.actions for of in self.histories.values()]
+        chosen += [of.actions for of in self.counts.values()]
+        chosen += [of.per for of in self.counts.values() if of.per is not None]
+        return [actions for place, actions in enumerate(chosen) if actions not in chosen[:place]]
+
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Yield the samples of each chunk."""
         for chunk in whole_keys(batches, self.keys):
-            is_sample = chunk["is_sample"].to_numpy() == 1
+            is_sample = chunk[SETS].to_numpy() == 0
             if is_sample.any():
                 yield from self._of_chunk(chunk, is_sample)
 
@@ -74,17 +84,21 @@ class AddPast:
     def _count(self, chunk: pa.Table, moments: Moments, of: Count) -> np.ndarray:  # float64 [S]
         """Return a count or rate for each sample."""
         window = duration(of.delay) or 0, duration(of.within)
-        begin, end = moments.window(events_with(chunk, of.actions), *window)
+        begin, end = moments.window(self._events(chunk, of.actions), *window)
         if of.per is None:
             return (end - begin).astype(np.float64)
-        base_begin, base_end = moments.window(events_with(chunk, of.per), *window)
+        base_begin, base_end = moments.window(self._events(chunk, of.per), *window)
         return (end - begin) / np.maximum(base_end - base_begin, 1) * (base_end > base_begin)
+
+    def _events(self, chunk: pa.Table, actions: list[str] | None) -> np.ndarray:  # int64 [E]
+        """Return the rows of events with one of some actions; None: any but impressions."""
+        return np.flatnonzero(chunk[SETS].to_numpy() >> self.sets.index(actions) & 1)
 
     def _range(
         self, chunk: pa.Table, moments: Moments, of: History
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the events of a history [E], and begin and end of each sample's among them."""
-        events = events_with(chunk, of.actions)
+        events = self._events(chunk, of.actions)
         begin, end = moments.window(events, duration(of.delay) or 0, None)
         return events, np.maximum(begin, end - min(of.length, len(chunk))), end
 
@@ -126,14 +140,6 @@ def _beside(
             "larger scale"
         )
     return pa.array(scaled)
-
-
-def events_with(chunk: pa.Table, actions: list[str] | None) -> np.ndarray:  # int64 [E]
-    """Return the rows of events with one of some actions; None: any but impressions."""
-    wanted = pa.array([IMPRESSION] if actions is None else actions)
-    chosen = np.asarray(pc.is_in(chunk["action"], wanted))
-    chosen = ~chosen if actions is None else chosen
-    return np.flatnonzero(chosen & (chunk["is_sample"].to_numpy() == 0))
 
 
 def _one(column: pa.ChunkedArray) -> pa.Array:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pyarrow as pa
 
 from recsys.data.events.engines.base import Engine
-from recsys.data.events.histories import AddPast
+from recsys.data.events.histories import SETS, AddPast
 from recsys.data.events.history_values import HistoryFiles, slice_columns
+from recsys.data.events.rows import actions_in
 from recsys.data.events.settings import Count, EventsConfig, History
 from recsys.data.events.signals import quoted
 from recsys.data.events.snapshots import with_columns
@@ -101,12 +102,13 @@ def _add_counts(
     own = [KEYS.get(name) or f"{quoted(f'c_{name}')} AS {quoted(f'e_{name}')}" for name in of]
     known = " AND ".join(f"{quoted(key)} IS NOT NULL" for key in keys)
     names = ", ".join(map(quoted, keys))
-    query = (
-        f"SELECT * FROM (SELECT {', '.join(own)}, ts, position, NULL AS action, 1 AS is_sample "
-        f"FROM {samples} UNION ALL SELECT {names}, ts, position, action, 0 AS is_sample "
-        f"FROM past_events) WHERE {known}"
-    )
     add = AddPast(keys, {}, counts, {}, schema)
+    sets, chosen = _sets_of(add)
+    query = (
+        f"SELECT * FROM (SELECT {', '.join(own)}, ts, position, 0 AS {quoted(SETS)} "
+        f"FROM {samples} UNION ALL SELECT {names}, ts, position, {sets} FROM past_events "
+        f"WHERE {chosen}) WHERE {known}"
+    )
     engine.add_mapped(f"counts_{number}", query, keys, ["ts", "position"], add, schema)
     added = ", ".join(f"coalesce(c.{quoted(f'n_{n}')}, 0) AS {quoted(f'n_{n}')}" for n in counts)
     engine.add(
@@ -146,6 +148,10 @@ def _map(
     events = engine.table("SELECT * FROM past_events LIMIT 0").schema.names
     own = [name for name in passed if name not in shared]
     past = [name for name in events if name not in shared]
+    parallel = [part.column for of in add.histories.values() for part in of.parallel.values()]
+    if "action" not in parallel:
+        past.remove("action")
+    sets, chosen = _sets_of(add)
     of_sample = ", ".join(
         [*shared, *map(quoted, own), *(f"NULL AS {quoted(name)}" for name in past)]
     )
@@ -153,7 +159,16 @@ def _map(
         [*shared, *(f"NULL AS {quoted(name)}" for name in own), *map(quoted, past)]
     )
     query = (
-        f"SELECT {of_sample}, 1 AS is_sample FROM {samples} UNION ALL "
-        f"SELECT {of_event}, 0 AS is_sample FROM past_events"
+        f"SELECT {of_sample}, 0 AS {quoted(SETS)} FROM {samples} UNION ALL "
+        f"SELECT {of_event}, {sets} FROM past_events WHERE {chosen}"
     )
     engine.add_mapped(stage, query, ["uid"], ["ts", "iid", "position"], add, add.schema)
+
+
+def _sets_of(add: AddPast) -> tuple[str, str]:
+    """Return SQL of the column `SETS` of events, and the condition that it is not 0."""
+    tests = [actions_in(actions) for actions in add.sets]
+    if not tests:
+        return "0", "1 = 0"
+    bits = (f"CASE WHEN {test} THEN {1 << bit} ELSE 0 END" for bit, test in enumerate(tests))
+    return " + ".join(bits), " OR ".join(f"({test})" for test in tests)

@@ -120,10 +120,13 @@ def _attributed(engine: Engine, labels: dict[str, Label], by_request: bool) -> s
     """
     key = "uid, iid, request" if by_request else "uid, iid"
     wanted = sorted({action for label in labels.values() for action in label.action or ()})
+    columns = key.split(", ")
+    acted = f"FROM signals WHERE {actions_in(wanted)}"
+    same = " AND ".join(f"c.{column} = a.{column}" for column in columns)
     touches = (
-        f"SELECT {key}, ts, ts AS moment, '' AS action, 0 AS later FROM candidates UNION ALL "
-        f"SELECT {key}, ts, NULL AS moment, action, 1 AS later FROM signals "
-        f"WHERE {actions_in(wanted)}"
+        f"SELECT {', '.join(f'c.{column}' for column in columns)}, ts, ts AS moment, '' AS action, "
+        f"0 AS later FROM candidates c JOIN (SELECT DISTINCT {key} {acted}) a ON {same} UNION ALL "
+        f"SELECT {key}, ts, NULL AS moment, action, 1 AS later {acted}"
     )
     last = (
         f"SELECT {key}, ts, action, later, max(moment) OVER (PARTITION BY {key} "
@@ -141,7 +144,7 @@ def _attributed(engine: Engine, labels: dict[str, Label], by_request: bool) -> s
         f"WHERE later = 1 AND moment IS NOT NULL GROUP BY {key}, moment"
     )
     names = ", ".join(f"m.{quoted(f'l_{name}')}" for name in labels)
-    joined = " AND ".join(f"s.{column} = m.{column}" for column in key.split(", "))
+    joined = " AND ".join(f"s.{column} = m.{column}" for column in columns)
     engine.add(
         "attributed",
         f"SELECT s.*, {names} FROM candidates s LEFT JOIN ({matches}) m "

@@ -135,15 +135,18 @@ def _clean(engine: Engine, config: EventsConfig, by_request: bool) -> Dropped:
     )
     reasons = dict(zip(counted["reason"].to_pylist(), counted["n"].to_pylist(), strict=True))
     read, usable = sum(reasons.values()), reasons.pop("", 0)
-    query = (
-        f"SELECT * FROM signals_read WHERE {' AND '.join(f'NOT ({p})' for p in problems.values())}"
-    )
+    conditions = " AND ".join(f"NOT ({problem})" for problem in problems.values())
+    engine.view("usable", f"SELECT * FROM signals_read WHERE {conditions}")
+    left = usable
     if drop.duplicates:
-        key = "uid, iid, ts, action" + (", request" if by_request else "")
-        query = _first_of(query, key)
-    engine.add("signals_once", query)
-    left = _rows(engine, "signals_once")
-    reasons["duplicate"] = usable - left
+        left -= reasons.setdefault("duplicate", _find_copies(engine, by_request))
+        engine.view(
+            "signals_once",
+            "SELECT u.* FROM usable u LEFT JOIN copies c ON u.position = c.position "
+            "WHERE c.position IS NULL",
+        )
+    else:
+        engine.view("signals_once", "SELECT * FROM usable")
     if drop.max_events_per_user is None:
         engine.view("signals", "SELECT * FROM signals_once")
     else:
@@ -159,10 +162,23 @@ def _clean(engine: Engine, config: EventsConfig, by_request: bool) -> Dropped:
     return Dropped(read, {name: count for name, count in reasons.items() if count})
 
 
-def _first_of(query: str, key: str) -> str:
-    """Return SQL that keeps the first row of each key."""
-    numbered = f"SELECT *, row_number() OVER (PARTITION BY {key} ORDER BY position) AS nth"
-    return f"SELECT * FROM ({numbered} FROM ({query})) WHERE nth = 1"
+def _find_copies(engine: Engine, by_request: bool) -> int:
+    """Make the stage `copies`: positions of rows whose key an earlier row has; return their number.
+
+    Only rows whose hash is not the only one are compared, which are few.
+    """
+    key = "uid, iid, ts, action" + (", request" if by_request else "")
+    hashed = f"{engine.hash}({key})"
+    engine.add(
+        "hashes",
+        f"SELECT h FROM (SELECT {hashed} AS h FROM usable) GROUP BY h HAVING count(*) > 1",
+    )
+    engine.add(
+        "copies",
+        f"SELECT position FROM (SELECT position, row_number() OVER (PARTITION BY {key} "
+        f"ORDER BY position) AS nth FROM usable JOIN hashes ON {hashed} = h) WHERE nth > 1",
+    )
+    return _rows(engine, "copies")
 
 
 def _rows(engine: Engine, stage: str) -> int:

@@ -29,10 +29,12 @@ class Engine(Protocol):
     """Runs the stages of a transformation. Stages are tables, and SQL refers to them by name.
 
     unnest: name of the SQL function that makes a row of each value of a list.
+    hash: name of the SQL function that hashes several values to 64 bits.
     own_files: folder for files of functions, if all of them run in this process, one after another.
     """
 
     unnest: str
+    hash: str
     own_files: Path | None
 
     def add_files(self, name: str, readers: list[Reader]) -> None:

@@ -30,7 +30,7 @@ class DuckDBEngine:
             is below 1.
     """
 
-    unnest = "unnest"
+    unnest, hash = "unnest", "hash"
 
     def __init__(self, work: Path, memory: str | None = None, threads: int | None = None) -> None:
         """Start an empty database in memory."""
@@ -111,8 +111,8 @@ class DuckDBEngine:
 
     def _add_batches(self, name: str, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
         file = self._new_file(name)
-        # Read once, and soon: neither small nor searched.
-        options = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
+        # Read soon, and not searched; by the limits in the statistics DuckDB sorts narrow keys.
+        options = {"compression": "lz4", "use_dictionary": False}
         with self._explained(), pq.ParquetWriter(file, schema, **options) as writer:
             for batch in batches:
                 writer.write_batch(batch)

@@ -38,7 +38,7 @@ class SparkEngine:
         ValueError: PySpark is not installed, or Spark does not start.
     """
 
-    unnest = "explode"
+    unnest, hash = "explode", "xxhash64"
     own_files: Path | None = None  # functions run in executors
 
     def __init__(self, work: Path, master: str) -> None:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,7 +16,8 @@ from recsys.data.events.engines.base import Complete
 from recsys.data.parquet.values import is_list
 
 BYTES_PER_PART = 32 << 20  # of rows before they are completed
-FLOATS_TO_COMPARE = 1 << 16
+VALUES_TO_COMPARE = 1 << 16
+REPEATED = 16  # times a value occurs on average, from which on a dictionary of values pays
 
 
 def write_parts(
@@ -69,22 +71,32 @@ def _write_part(part: pa.Table, path: Path, rows_per_group: int, complete: Compl
     if complete is not None:
         groups = map(complete, groups)
     group = next(groups)
-    options = {"compression": "zstd", "use_dictionary": _repeating(group)}
-    with pq.ParquetWriter(path, group.schema, write_page_checksum=True, **options) as writer:
+    with pq.ParquetWriter(
+        path,
+        group.schema,
+        compression="zstd",
+        write_page_checksum=True,
+        **_encodings(group),
+    ) as writer:
         writer.write_batch(group, row_group_size=rows_per_group)
         for group in groups:
             writer.write_batch(group, row_group_size=rows_per_group)
 
 
-def _repeating(rows: pa.RecordBatch) -> list[str]:
-    """Return the columns for which a dictionary pays: all but floats that hardly repeat."""
-    names = []
+def _encodings(rows: pa.RecordBatch) -> dict[str, Any]:
+    """Return settings of a writer: numbers that hardly repeat are split into streams of bytes.
+
+    That takes half the time of a dictionary of such values, and less space.
+    """
+    dictionary, streams = [], {}
     for name, column in zip(rows.schema.names, rows.columns, strict=True):
         path, values = name, column
         if is_list(column.type):
             path, values = f"{name}.list.element", column.flatten()
-        some = values.slice(0, FLOATS_TO_COMPARE)
-        is_float = pa.types.is_floating(values.type)
-        if not (is_float and 2 * pc.count_distinct(some).as_py() > len(some)):
-            names.append(path)
-    return names
+        some = values.slice(0, VALUES_TO_COMPARE)
+        is_number = pa.types.is_int64(values.type) or pa.types.is_float32(values.type)
+        if is_number and REPEATED * pc.count_distinct(some).as_py() > len(some):
+            streams[path] = "BYTE_STREAM_SPLIT"
+        else:
+            dictionary.append(path)
+    return {"use_dictionary": dictionary, "column_encoding": streams or None}
