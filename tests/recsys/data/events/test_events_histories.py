@@ -102,17 +102,20 @@ def test_a_model_trains_on_several_histories_of_a_log(prepared: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_samples_with_lists_and_with_slices_of_files_become_the_same_rows(
+def test_an_engine_without_files_of_its_own_and_with_equal_hashes_writes_the_same_rows(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class ListsInStages(DuckDBEngine):
-        """Has no files of its own, like Spark."""
+    class OtherEngine(DuckDBEngine):
+        """Has lists in stages, like Spark, and compares all rows for duplicates."""
+
+        hash = "same"
 
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             self.own_files = None
+            self._duckdb.execute("CREATE MACRO same(a, b, c, d) AS 0")
 
-    monkeypatch.setattr(prepare, "DuckDBEngine", ListsInStages)
+    monkeypatch.setattr(prepare, "DuckDBEngine", OtherEngine)
     other = prepared.parent / "lists"
     prepare.prepare_events(prepared.parent / "events.yaml", other)
 
