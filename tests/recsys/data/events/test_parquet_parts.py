@@ -21,7 +21,7 @@ def test_rows_of_several_files_are_completed_and_in_order(
 ) -> None:
     monkeypatch.setattr(parquet_parts, "BYTES_PER_PART", 1000)
     numbers, same = np.arange(1000), np.zeros(1000, np.float32)
-    table = pa.table({"number": numbers, "noise": np.sqrt(numbers), "same": same})
+    table = pa.table({"number": numbers, "noise": np.sqrt(numbers, dtype=np.float32), "same": same})
 
     batches = table.to_batches(max_chunksize=70)
     rows = parquet_parts.write_parts(batches, tmp_path / "split", 50, 3, doubled)
