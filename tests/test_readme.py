@@ -52,7 +52,7 @@ EXCHANGED = (
     (r"^\.venv/bin/python -m pytest -n 2 .*$", f"{sys.executable} -m pytest --version"),
     (r"^\.venv/bin/", f"{PROGRAMS}/"),
     (r"movielens_sample\.yaml", "tiny.yaml"),
-    (r"^recsys serve (.*)$", r"timeout 120 recsys serve \1 >serve.log 2>&1 &"),
+    (r"^recsys serve (.*)$", r"timeout 300 recsys serve \1 >serve.log 2>&1 &"),
     (
         r"^python -m benchmarks\.loader (.*)$",
         # Its bars are for real sizes, so that its exit code tells nothing here.

@@ -37,7 +37,7 @@ class Served:
         Raises:
             ValueError: the folder is no package, or a file of it differs.
         """
-        folder = folder.resolve(strict=False)  # of a link, which may be exchanged meanwhile
+        folder = folder.resolve()  # of a link, which may be exchanged meanwhile
         scorer = Scorer.load(folder, verify=verify)
         example = json.loads((folder / REQUEST).read_text())
         return Served(scorer, Columns(scorer, example), digest_of(scorer.manifest)[:12])
