@@ -1,4 +1,4 @@
-"""Builds a job from configuration and data, in the usual order of TorchRec.
+"""Build a job from configuration and data, in the usual order of TorchRec.
 
 Tables on meta, model, optimizer in backward, plan, DistributedModelParallel, dense optimizer,
 pipeline: `build_job` is that list, one line each.
@@ -207,7 +207,7 @@ def _bounded_vocabularies(
     model: DistributedModelParallel,
     tables: list[TableConfig],
 ) -> BoundedVocabularies:
-    """Return the maps that learn ids while training, and reset rows that change hands."""
+    """Return the maps that learn ids in training, and reset reassigned rows."""
     bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
     reset = RowReset(model, bounded, config.seed)
     return BoundedVocabularies(schema, pooled_features(config, schema), ranks.group, reset)

@@ -1,9 +1,9 @@
 """Checks that torch, torchrec and FBGEMM fit together, and names the command that fixes a mismatch.
 
-The three are built for each other version by version; a mismatch shows as "undefined symbol" or a
-missing operator somewhere inside an import, which does not help a user. Every job runs the check
-before it uses them, and `recsys doctor` prints it with the machine's devices and memory. Heavy
-packages are imported on demand, so that this module works where they do not.
+Each version of the three is built for one version of the others; a mismatch appears as "undefined
+symbol" or a missing operator inside an import, which does not help a user. Every job runs the check
+first, and `recsys doctor` prints it with the machine's devices and memory. Heavy packages are
+imported on demand, so that this module works even if they do not.
 """
 
 import ctypes
@@ -144,7 +144,7 @@ def _package_problems() -> list[Problem]:
 
 
 def _fbgemm_problems() -> list[Problem]:
-    """Detect both distributions of FBGEMM at once, or the CUDA one without a driver."""
+    """Detect both distributions of FBGEMM together, or the CUDA one without a driver."""
     found = _installed_fbgemm()
     if len(found) == 2:
         what = f"{FBGEMM_CUDA} and {FBGEMM_CPU} are both installed and overwrite each other's files"
@@ -213,7 +213,7 @@ def _import(name: str) -> Any:
 
 
 def install_command(force: bool = False) -> str:
-    """Return the shell command that installs the tested triple, as this machine needs it.
+    """Return the shell command that installs the tested triple for this machine.
 
     Args:
         force: reinstall packages that are present, because their files may be broken.

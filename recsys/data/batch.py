@@ -73,8 +73,8 @@ class FurtherHistory:
     lengths: int64 [B], summing to N.
     values: float32 [N, P], the lists of floats beside it.
     longest: maximum of `lengths`.
-    content_index: int64 [N], places of its items in `Batch.history_items` if their content is read;
-        else empty.
+    content_index: int64 [N], positions of its items in `Batch.history_items` if their content is
+        read; else empty.
     """
 
     lengths: Tensor
@@ -121,8 +121,8 @@ class Batch(Pipelineable):
     bank_items: ranked items whose vectors are read from the bank instead of encoded [S].
     bank_reads: route of the bank's rows to this rank, for `read_items`; `bank_writes` the route of
         the rows of `content_items` to the bank. None: computed in the step.
-    exchange: how item vectors travel from the ranks that own them to those that need them; None
-        if each rank encodes its own.
+    exchange: routes of item vectors from the ranks that own them to the ranks that need them;
+        None if each rank encodes its own items.
     row_positions: position of each row in its files [B], -1 for a padding row.
     weights: the column of kind weight [B], 0 for a padding row; in training `BatchPreparation`
         scales it to a mean of 1 over the rows of all ranks, padding included. None without one.

@@ -13,8 +13,8 @@ class Chunk:
 
     place: file, URL or name of the chunk, for messages and the fingerprint.
     first_row: number of its first row at that place.
-    num_bytes: size by which windows are cut; 0 if unknown.
-    digest: hash by which a change of its content shows; empty if unknown.
+    num_bytes: size, which limits windows; 0 if unknown.
+    digest: hash that changes with the content; empty if unknown.
     """
 
     place: str
@@ -29,10 +29,10 @@ class Chunk:
 
 
 def fingerprint_of(chunks: Sequence[Chunk]) -> str:
-    """Return a hash of all that decides the order of the rows, and one of their content.
+    """Return a hash of everything that determines the order of the rows, and one of their content.
 
-    A dash stands between them. Content that leaves the digests of the chunks as they are is not
-    seen (for Parquet see `footer_digest`). Where no chunk has a digest the second hash is missing.
+    A dash separates them. A change that leaves the digests of the chunks as they are is not
+    detected (for Parquet see `footer_digest`). Without any digest, the second hash is missing.
     """
     names = [chunk.place.rsplit("/", 1)[-1] for chunk in chunks]
     sizes = [(chunk.num_rows, chunk.num_bytes) for chunk in chunks]

@@ -1,4 +1,4 @@
-"""Ranges of the dense columns: unscaled numbers drown all other inputs of a model."""
+"""Ranges of the dense columns: unscaled numbers dominate all other inputs of a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LARGEST = 1000.0  # absolute value from which on a dense column is reported as u
 
 
 class DenseRanges:
-    """Least and greatest value of each dense column, as its rows are read."""
+    """Smallest and largest value of each dense column, collected while rows are read."""
 
     def __init__(self, schema: Schema) -> None:
         """Start without rows."""
@@ -26,7 +26,7 @@ class DenseRanges:
         self.greatest = dict.fromkeys(self.least, -np.inf)
 
     def add(self, table: pa.Table) -> None:
-        """Include rows; those that only pad are left out."""
+        """Include rows; padding rows are left out."""
         is_row = table[ROW_POSITION].to_numpy() >= 0
         for column in self.least:
             values = table[column].to_numpy()[is_row]
@@ -48,7 +48,7 @@ class DenseRanges:
 
 
 def dense_finding(column: str, least: float, greatest: float) -> tuple[str, str] | None:
-    """Return what is wrong with a column of this range and how to fix it; None if nothing is."""
+    """Return the problem of a column of this range and its fix; None without a problem."""
     if least == greatest:
         what = f"dense column '{column}' is {least:g} in all training rows"
         return what, "it is no help; take it out of schema.yaml"

@@ -20,7 +20,7 @@ import fsspec.implementations.local
 from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
 
 ALIKE = {".parquet": (".parquet", ".parq", ".pq")}  # other spellings of an ending
-NESTED = 4  # folders in which files are looked for that would be left out
+NESTED = 4  # levels of folders that are searched for files that would be left out
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Location:
         """Make a location from a local path or a URL.
 
         Raises:
-            ValueError: the URL is of no kind that can be opened here.
+            ValueError: no installed filesystem opens a URL of this kind.
         """
-        if "://" not in str(url):  # a name of its own, whatever `::` and `:` mean to fsspec
+        if "://" not in str(url):  # a local name, even with `::` or `:`, which fsspec interprets
             local = fsspec.implementations.local.LocalFileSystem()
             return Location(local, os.path.abspath(os.path.expanduser(str(url))).rstrip("/"))
         try:
@@ -75,7 +75,7 @@ class Location:
         return str(self.filesystem.unstrip_protocol(self.path))
 
     def exists(self) -> bool:
-        """Return whether there is a file or folder at this path."""
+        """Return whether a file or folder exists at this path."""
         return bool(self.filesystem.exists(self.path))
 
     def read_bytes(self) -> bytes:
@@ -115,7 +115,7 @@ class Location:
         return [entry for entry in entries if entry.path.endswith(ending)]
 
     def _refuse_left_out(self, entry: Location, ending: str) -> None:
-        """Raise a ValueError for an entry that is no data file, though its name or content is."""
+        """Raise a ValueError for an entry that looks like data but would not be read."""
         name, is_file = entry.path.rsplit("/", 1)[-1], self.filesystem.isfile(entry.path)
         if (
             is_file
@@ -132,9 +132,9 @@ class Location:
 
 
 def regular_file(path: Path) -> Path:
-    """Return the path of a file to read or replace, which must be one if it exists.
+    """Return the path of a file to read or replace; if it exists, it must be a regular file.
 
-    Opening a pipe may last for ever, and root can replace a device by a file.
+    Opening a pipe may block for ever, and root can replace a device by a file.
 
     Raises:
         ValueError: it is a folder, a pipe, a socket or a device.
@@ -164,7 +164,7 @@ def home_expanded(path: str) -> Path:
     """
     try:
         return Path(path).expanduser()
-    except RuntimeError as error:  # such as a container's user without HOME and without an entry
+    except RuntimeError as error:  # such as a container's user without HOME and passwd entry
         raise ValueError(
             f"{path}: no home folder is known ({error}); set HOME, or name the folder in full"
         ) from error
@@ -174,9 +174,9 @@ def home_expanded(path: str) -> Path:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, renamed to `path` when the block succeeds.
 
-    At any moment `path` holds the whole old file or the whole new one, also for a job that was
-    killed. The folder must exist. The temporary path is absolute, since pyarrow takes a relative
-    one with a colon for a URL.
+    At any moment `path` holds the whole old file or the whole new one, even if the job is
+    killed. The folder must exist. The temporary path is absolute, since pyarrow reads a relative
+    path with a colon as a URL.
 
     Raises:
         ValueError: `path` is a folder, a pipe or a device, which the new file would replace.
@@ -211,8 +211,8 @@ def whole_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
         may_exist: if another process has created an equal folder meanwhile, keep that one.
 
     Raises:
-        OSError: the folder exists by now, and `may_exist` is false.
-        ValueError: no folder can be made in this place.
+        OSError: the folder exists meanwhile, and `may_exist` is false.
+        ValueError: the folder cannot be created.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     if path.is_symlink() and not path.exists():

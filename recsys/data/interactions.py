@@ -1,8 +1,8 @@
 """Impressions -> the batches of one rank, built ahead of the trainer.
 
 All ranks get the same number of batches of the same sizes, as collectives require: row-wise tables
-refuse unequal sizes, and a missing batch hangs the job. Where rows do not divide by ranks, a rank
-with one row fewer adds a padding row, which has no weight in losses and counts in no metric.
+refuse unequal sizes, and a missing batch hangs the job. If the number of ranks does not divide the
+rows, a rank with one row fewer adds a padding row, which has no weight in losses and metrics.
 
 Shapes: R rows of a window.
 """
@@ -27,7 +27,7 @@ AHEAD = 2  # batches in progress per building thread
 
 @dataclass(frozen=True)
 class WindowPart:
-    """Rows of a batch: places `[low, high)` of one slice of the share."""
+    """Rows of a batch: positions `[low, high)` of one slice of the share."""
 
     number: int  # number of the slice in the share
     low: int
@@ -55,8 +55,8 @@ class Interactions:
 
     Args:
         rows: the split.
-        build: makes a `Batch` of a table.
-        batch_size: most impressions per batch.
+        build: turns a table into a `Batch`.
+        batch_size: largest number of impressions per batch.
         rank, world_size: select the share.
         seed: shuffles, differently in each epoch; None keeps the order of the files.
 
@@ -97,7 +97,7 @@ class Interactions:
         self.num_batches = num_batches_of(self.share.num_rows, self.batch_size)
 
     def batches_until(self, part: int, parts: int) -> int:
-        """Return how many batches of this share lie in the first `part` of `parts` of an epoch."""
+        """Return the number of batches of this share in the first `part` of `parts` of an epoch."""
         left = self.rows.num_rows - self.share.rows_done
         if part == parts or not left:
             return self.num_batches
@@ -132,7 +132,7 @@ class Interactions:
         """Yield the rows that each batch takes from each slice, and its number of padding rows."""
         done = rows_before(self.first_batch, self.share.num_rows, self.num_batches)
         slices = self.share.slices
-        number = first = 0  # the next row's slice, and the place of its first row
+        number = first = 0  # the next row's slice, and the position of its first row
         while number < len(slices) and first + len(slices[number]) <= done:
             first += len(slices[number])
             number += 1

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COLD_BELOW = 5  # an item with fewer training rows is cold
 PARTS = ("all", "warm", "cold", "unseen")
 BLOCK = 1 << 24  # ids that ranks add up at once: 128 MiB of counts
-LEAST_MERGED = 1 << 20  # counted items that wait to be merged, at least
+LEAST_MERGED = 1 << 20  # least number of counted items that are merged at once
 
 
 def item_parts(
@@ -114,7 +114,7 @@ class ItemCounts:
 
 
 class ItemCounter:
-    """Counts items that come in chunks; memory grows with the different ones alone."""
+    """Counts items chunk by chunk; memory grows with the number of distinct items."""
 
     def __init__(self) -> None:
         """Start without items."""
@@ -138,7 +138,7 @@ def rows_that_count(
     table: pa.Table,  # R rows
     schema: Schema,
 ) -> np.ndarray:  # bool [R]
-    """Return which rows are no padding and have a weight above 0."""
+    """Return a mask of the rows that are not padding and have a weight above 0."""
     known = table[ROW_POSITION].to_numpy() >= 0
     return known if schema.weight is None else known & (table[schema.weight].to_numpy() > 0)
 

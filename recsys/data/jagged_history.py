@@ -26,9 +26,9 @@ from torch.nn import functional as F
 
 @dataclass
 class JaggedHistory:
-    """Histories of a batch; the letters are those of the module.
+    """Histories of a batch; see the module for the letters of shapes.
 
-    index: int64 [N], the unique item at each place, one row of the batch after the other.
+    index: int64 [N], the unique item at each position, one row of the batch after the other.
     lengths: int64 [B].
     longest: maximum of `lengths`, at least 1.
     num_items: U.
@@ -55,7 +55,7 @@ class JaggedHistory:
         num_items: int,
         longest: int | None = None,
     ) -> JaggedHistory:
-        """Make a history; without `longest` it is computed, which synchronises with a GPU."""
+        """Build a history; `longest` is computed if absent, which synchronises with a GPU."""
         offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths)
         batch = torch.arange(len(lengths), device=lengths.device)
         rows = torch.repeat_interleave(batch, lengths, output_size=len(index))
@@ -63,7 +63,7 @@ class JaggedHistory:
         return JaggedHistory(index, lengths, offsets, rows, max(longest, 1), num_items)
 
     def unindexed(self) -> JaggedHistory:
-        """Return the same histories over N items, one for each place."""
+        """Return the same histories over N items, one for each position."""
         index = torch.arange(len(self.index), device=self.index.device)
         return replace(self, index=index, num_items=len(index))
 
@@ -71,7 +71,7 @@ class JaggedHistory:
         self,
         places: Tensor,  # [P], ascending
     ) -> JaggedHistory:
-        """Return the histories of some of their places, over the same unique items."""
+        """Return the histories reduced to some positions, over the same unique items."""
         lengths = torch.bincount(self.rows[places], minlength=len(self.lengths))
         return JaggedHistory.of(self.index[places], lengths, self.num_items, self.longest)
 
@@ -80,9 +80,9 @@ class JaggedHistory:
         scores: Tensor,  # [N]
         count: int,
     ) -> Tensor:  # [P], places in ascending order
-        """Return the places of the `count` highest scores of each row; all of a shorter row.
+        """Return the positions of the `count` highest scores of each row; all of a shorter row.
 
-        Ties are broken in favour of the later place.
+        Of equal scores, the later position wins.
         """
         last = len(scores) - 1
         order = last - scores.flip(0).argsort(descending=True, stable=True)

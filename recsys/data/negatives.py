@@ -6,7 +6,7 @@ negatives an item's share of the training rows, for sampled ones that of the dra
 feature of the item table, so that their vectors are looked up with those of target and history;
 their content comes from the memory bank.
 
-Frequencies are kept of items with training rows alone, so that memory does not grow with the table.
+Only frequencies of items with training rows are kept, so memory does not grow with the table.
 
 Shapes: B batch, S sampled negatives, U items with training rows, N any items.
 """
@@ -79,7 +79,7 @@ class NegativeSampler:
         return self.settings.negative_sampling == "uniform"
 
     def _place_of(self, items: np.ndarray) -> np.ndarray:  # int64 [N] -> int64 [N]
-        """Return the place of each item by frequency; equal items are in the order of ids."""
+        """Return the rank of each item by frequency; equally frequent items are ordered by id."""
         counted, num_counted = self._counts.items, len(self._places)
         below = np.searchsorted(counted, items)
         place = num_counted + items - below
@@ -88,7 +88,7 @@ class NegativeSampler:
         return place
 
     def _item_at(self, place: np.ndarray) -> np.ndarray:  # int64 [N] -> int64 [N]
-        """Return the item at each place by frequency."""
+        """Return the item at each rank by frequency."""
         other = place - len(self._places)
         items = other + np.searchsorted(self._others_below, other, side="right")
         items[other < 0] = self._most_frequent[place[other < 0]]

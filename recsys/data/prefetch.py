@@ -1,7 +1,7 @@
-"""Work done ahead of its use by threads of this process, in order and within bounds.
+"""Run jobs ahead of the use of their results, in threads, in order and within bounds.
 
 Decoding and gathering happen in pyarrow and numpy, which release the interpreter lock, so threads
-are enough: they share the rows of a window and pass a batch on without a copy. Worker processes
+suffice: they share the rows of a window and pass a batch on without a copy. Worker processes
 would each decode all rows and send every batch through shared memory.
 """
 
@@ -27,10 +27,10 @@ class Result(Protocol[T_co]):
 
 
 class Later(Generic[T]):
-    """A job that runs once, in the thread that asks for its result."""
+    """A job that runs once, in the thread that requests its result."""
 
     def __init__(self, job: Callable[[], T]) -> None:
-        """Keep the job until its result is asked for."""
+        """Keep the job until its result is requested."""
         self._job: Callable[[], T] | None = job
         self._result: T
 
@@ -46,13 +46,13 @@ class Submit(Protocol):
     """Accepts a job: `Later`, or the `submit` of a pool of threads."""
 
     def __call__(self, job: Callable[[], T], /) -> Result[T]:
-        """Accept a job and return its result to come."""
+        """Accept a job and return its future result."""
         ...
 
 
 @contextmanager
 def threads(count: int, name: str) -> Generator[ThreadPoolExecutor]:
-    """Open a pool of threads; on exit drop jobs not begun and wait for the others."""
+    """Open a pool of threads; on exit, drop jobs that have not begun and wait for the others."""
     pool = ThreadPoolExecutor(count, name, *_on_device())
     try:
         yield pool
@@ -68,7 +68,7 @@ def _on_device() -> tuple[Callable[[int], None], tuple[int]] | tuple[()]:
 
 
 def in_order(jobs: Iterable[Callable[[], T]], submit: Submit, ahead: int) -> Generator[T]:
-    """Yield the results of the jobs in order; run `ahead` more jobs beside the one waited for.
+    """Yield the results of the jobs in order; run up to `ahead` further jobs meanwhile.
 
     An error in a job is raised in place of its result.
     """

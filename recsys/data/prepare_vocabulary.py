@@ -1,8 +1,8 @@
-"""Maps of raw ids to rows, made once from a whole dataset before any training.
+"""Build the maps of raw ids to rows, once, from a whole dataset before any training.
 
 Every column of `schema.yaml` with `vocabulary: {kind: exact}` gets `vocabulary/COLUMN.parquet` with
-the ids of all splits and, for the target item, of the items. When data was added and a map is made
-again, it keeps its rows and appends the new ids, so that models trained before stay valid.
+the ids of all splits and, for the target item, of the items. A map that is built again, after data
+was added, keeps its rows and appends the new ids, so that earlier models stay valid.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class PreparedVocabulary:
-    """Result of making or extending the map of one column."""
+    """Result of building or extending the map of one column."""
 
     table: str
     file: Location
@@ -34,11 +34,11 @@ class PreparedVocabulary:
 
 
 def prepare_vocabularies(data: str) -> list[PreparedVocabulary]:
-    """Make or extend the maps of the dataset at `data`.
+    """Build or extend the maps of the dataset at `data`.
 
     Raises:
-        ValueError: no column has a vocabulary of kind exact, a file cannot be read, ids are not of
-            one type, or a table has too few rows for its ids. Maps written before stay as they are.
+        ValueError: no column has a vocabulary of kind exact, a file cannot be read, ids have
+            different types, or a table has too few rows for its ids. Existing maps do not change.
     """
     root = Location.of(data)
     schema = load_schema(root, with_vocabularies=False)
@@ -111,7 +111,7 @@ def _chunks(file: Location, name: str, schema: Schema | None) -> Iterator[pa.Arr
 
 
 def _check_type(file: Location, name: str, kind: pa.DataType, vocabulary: ExactVocabulary) -> None:
-    """Check that ids have a type that a vocabulary takes, the same in all files."""
+    """Check that ids have a type that a vocabulary accepts, the same in all files."""
     try:
         if not is_id_type(kind):
             raise ValueError(f"type {kind}, expected integer or string; write it so")

@@ -1,12 +1,12 @@
 """Rows of a split as chunks that are counted, checked and read in shares.
 
-Chunks are the unit of reading: row groups of Parquet files, or units that a source of your own
-defines. They are put in one global order (shuffled by seed and epoch when training); a rank's
+Chunks are the unit of reading: row groups of Parquet files, or units that your own source
+defines. They have one global order (shuffled by seed and epoch in training); a rank's
 share is a contiguous range of that order, so that every row belongs to exactly one rank, each rank
 reads only the chunks it needs, and shares differ by at most one row.
 
-A source of your own is a class in one file and a line of YAML. It counts the rows of each
-chunk, and reads one; all else is done here, including the check of every value:
+Your own source is a class in one file and a line of YAML. It counts the rows of each chunk
+and reads a chunk; this module does the rest, including the check of every value:
 
     class CsvRows(RowSource):
         def __init__(self, root: Location, split: str, schema: Schema, sep: str = ",") -> None:
@@ -46,15 +46,15 @@ if TYPE_CHECKING:
 SOURCES = {"parquet": "recsys.data.parquet.rows:split_rows"}
 
 # Limits of a window, the rows that a rank shuffles together in memory: a number of rows, or of
-# bytes where histories are long, but at least one chunk. For Parquet the size is that of encoded
-# pages, the only one known before reading; ids take about five times as much in memory.
+# # bytes if histories are long, but at least one chunk. For Parquet this is the size of encoded
+# # pages, the only size known before reading; ids need about five times as much memory.
 SHUFFLE_ROWS = 262_144
 SHUFFLE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
 class Window:
-    """Places `[start, stop)` of the epoch's order of chunks; its rows are shuffled together."""
+    """Positions `[start, stop)` of the epoch's order; their rows are shuffled together."""
 
     start: int
     stop: int
@@ -86,7 +86,7 @@ class RowSource(ABC):
         self.bad_rows = BadRows(on_bad_row)
         self.names = columns_to_read(schema, with_labels)  # columns of the schema
         self.columns = schema.file_columns(self.names)  # from which they are read
-        # Place of each chunk's first row among all of the split.
+        # Position of each chunk's first row in the split.
         self._first_positions = [0, *accumulate(chunk.num_rows for chunk in chunks)]
         self.num_rows = self._first_positions.pop()
         if not self.num_rows:
@@ -136,14 +136,14 @@ class RowSource(ABC):
         return usable_table(columns, self.schema, positions, report)
 
     def describe_range(self, positions: np.ndarray) -> str:
-        """Return the places of the first and last of some rows [n] as text for messages."""
+        """Describe the positions of the first and last of some rows [n] for messages."""
         if not len(positions):
             return "no rows"
         ends = [self._place(int(position)) for position in (positions.min(), positions.max())]
         return " and ".join(f"{place} row {row}" for place, row in ends)
 
     def _place(self, position: int) -> tuple[str, int]:
-        """Return the place of a row of the split, and its number there."""
+        """Return the chunk's place of a row of the split, and the row's number in it."""
         number = bisect_right(self._first_positions, position) - 1
         chunk = self.chunks[number]
         return chunk.place, chunk.first_row + position - self._first_positions[number]
@@ -166,7 +166,7 @@ class RowSource(ABC):
         return summary
 
     def share(self, rank: int, world_size: int) -> tuple[int, int]:
-        """Return first and last-plus-one place of a rank's rows in the global order."""
+        """Return the positions `(start, stop)` of a rank's rows in the global order."""
         return (
             self.num_rows * rank // world_size,
             self.num_rows * (rank + 1) // world_size,
@@ -175,7 +175,7 @@ class RowSource(ABC):
     def windows(
         self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
     ) -> list[Window]:
-        """Cut the places `[start, stop)` at chunks into windows that are shuffled together.
+        """Split the positions `[start, stop)` at chunks into windows that are shuffled together.
 
         A window ends with the chunk that reaches `SHUFFLE_ROWS`, or before the one that exceeds
         `SHUFFLE_BYTES`. `shuffle_seed` (seed, epoch) permutes the chunks, the same on
@@ -227,7 +227,7 @@ class RowSource(ABC):
     def read(
         self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
     ) -> Iterator[pa.Table]:
-        """Yield the rows at places `[start, stop)` in their order, one table per window."""
+        """Yield the rows at positions `[start, stop)` in their order, one table per window."""
         for window in self.windows(start, stop, shuffle_seed):
             table = self.read_window(window, shuffle_seed)
             if shuffle_seed is not None:
@@ -235,7 +235,7 @@ class RowSource(ABC):
             yield table.combine_chunks()
 
     def padding(self, num_rows: int) -> pa.Table:
-        """Return rows that count nowhere, in the types of those that are read."""
+        """Return padding rows, in the types of the rows that are read."""
         return padding_rows(empty_table(self.schema, self.names), num_rows)
 
     def _ordered(self, shuffle_seed: tuple[int, int] | None) -> Sequence[int]:
@@ -266,7 +266,7 @@ def open_rows(
     """Return the rows of a split, from the source that the settings name.
 
     Raises:
-        ValueError: the source cannot be made, or cannot read the split.
+        ValueError: the source cannot be built, or cannot read the split.
     """
     rows: RowSource = make_part(
         "source.name",

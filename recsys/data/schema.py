@@ -1,8 +1,8 @@
 """A dataset's `schema.yaml`: the meaning of its Parquet columns.
 
 A dataset is a folder with `schema.yaml`, `train/ valid/ test/*.parquet` (one row per impression)
-and `items/*.parquet` (one row per item), readable from a local path or any fsspec URL. Columns
-that the schema does not name may be in the files and are not read.
+and `items/*.parquet` (one row per item), at a local path or any fsspec URL. Columns of the files
+that the schema does not name are ignored.
 
     target_item: item           # the id column that is ranked
     group: user                 # the id column whose AUC is averaged in GAUC
@@ -74,11 +74,11 @@ class Schema:
     group: str
     columns: dict[str, Column]
     items: Items | None = None
-    # By table: exact maps and hashes, whose rows are known without training.
+    # By table: exact maps and hashes, which exist before training.
     vocabularies: dict[str, ExactVocabulary | HashVocabulary] = field(
         default_factory=dict, init=False
     )
-    # By table with a vocabulary: the type of its raw ids, once a file with them was opened.
+    # By table with a vocabulary: the type of its raw ids, set when a file with them is opened.
     id_types: dict[str, IdType] = field(default_factory=dict, init=False)
     # By column that is transformed.
     transforms: dict[str, Chain] = field(default_factory=dict, init=False)
@@ -120,11 +120,11 @@ class Schema:
         return num_embeddings
 
     def table_of(self, name: str) -> str:
-        """Return the column whose table `name` looks up."""
+        """Return the column that owns the table of `name`."""
         return self.columns[name].shares or name
 
     def limit(self, name: str) -> int:
-        """Return the number of rows of the table that column `name` looks up."""
+        """Return the number of rows of the table of column `name`."""
         num_embeddings = self.columns[self.table_of(name)].num_embeddings
         assert num_embeddings is not None
         return num_embeddings
@@ -156,7 +156,7 @@ class Schema:
         return file_columns(names, self.transforms)
 
     def require_id_type(self, name: str, kind: pa.DataType, place: str, table: str) -> None:
-        """Require raw ids of the type that the other files and columns of their table have.
+        """Require raw ids of the same type as in the other files and columns of their table.
 
         Args:
             name: the column of the ids.
@@ -182,12 +182,12 @@ def vocabulary_file(root: Location, table: str) -> Location:
 
 
 def load_schema(root: Location, with_vocabularies: bool = True) -> Schema:
-    """Read and check `schema.yaml` of the dataset at `root`, with what was prepared for it.
+    """Read and check `schema.yaml` of the dataset at `root`, its vocabularies and transforms.
 
     Args:
         root: the dataset.
-        with_vocabularies: False leaves out the maps of ids, and takes transforms whose fitted
-            values are missing: they may not be prepared yet.
+        with_vocabularies: False leaves out the maps of ids, and accepts transforms without fitted
+            values, which may not be prepared yet.
 
     Raises:
         ValueError: the file is missing, has an unknown key, or its parts do not fit together; a
@@ -250,7 +250,7 @@ def _without_empty(content: Any) -> Any:
 
 
 def load_vocabularies(schema: Schema, root: Location) -> None:
-    """Load the schema's exact maps from the folder `root`, and make its hashes.
+    """Load the schema's exact maps from the folder `root`, and build its hashes.
 
     Raises:
         ValueError: a map is missing or does not fit its table.

@@ -1,4 +1,4 @@
-"""Columns of a dataset as `schema.yaml` describes them, and what else is known of raw ids."""
+"""Columns of a dataset as `schema.yaml` describes them, and the types of raw ids."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-MOST_ROWS = 2**48  # of a table: more than any cluster holds
+MOST_ROWS = 2**48  # rows of a table: more than any cluster holds
 
 
 @dataclass
@@ -17,10 +17,10 @@ class VocabularySettings:
     # exact: by the map that `recsys prepare vocabulary` wrote; hash: by hash functions; bounded: by
     # a map that learns ids while training.
     kind: Literal["exact", "hash", "bounded"]
-    num_hashes: int = 1  # of hash: rows that are summed per id
-    seed: int = 0  # of hash
-    admit_after: int = 1  # of bounded: times an id is seen before it gets a row
-    half_life: float = 10_000.0  # of bounded: steps after which the weight of a use is halved
+    num_hashes: int = 1  # hash: rows that are summed per id
+    seed: int = 0  # hash: seed of the functions
+    admit_after: int = 1  # bounded: occurrences before an id gets a row
+    half_life: float = 10_000.0  # bounded: steps after which the weight of a use is halved
 
 
 # Settings that each kind of vocabulary has.
@@ -35,17 +35,17 @@ VOCABULARY_SETTINGS: dict[str, list[str]] = {
 class Column:
     """One column of the impressions."""
 
-    # extra: a float for auxiliary losses only, null where a row has none; weight: of the row.
+    # extra: a float for auxiliary losses only, null if a row has none; weight: the row's weight.
     kind: Literal["id", "ids", "sequence", "dense", "label", "extra", "weight"]
     num_embeddings: int | None = None  # rows of its table: ids lie in [0, num_embeddings)
-    shares: str | None = None  # column whose table is used instead of an own one
-    # Lists beside a sequence: of ids if they are columns of kind ids, else of floats.
+    shares: str | None = None  # column whose table this one shares
+    # Lists parallel to a sequence: ids if they are columns of kind ids, else floats.
     parallel: list[str] = field(default_factory=list)
     vocabulary: VocabularySettings | None = None  # ids are raw; None: they are rows
-    column: str | list[str] | None = None  # read and transformed; default: the one of its name
+    column: str | list[str] | None = None  # columns to transform; default: the column of this name
     transform: list[Any] = field(default_factory=list)  # steps, see recsys.data.transforms.steps
-    nullable: bool = False  # of a label beside others: null where it is not known
-    # Of a label: bce (default, of 0 or 1), or of a number mse, huber or poisson (of counts).
+    nullable: bool = False  # label besides others: null if unknown
+    # Label: bce (default, 0 or 1), mse or huber (a number), or poisson (a count).
     loss: Literal["bce", "mse", "huber", "poisson"] | None = None
 
 
@@ -130,11 +130,11 @@ class IdType:
     """Type of the raw ids of a table; 7 and "7" are two ids."""
 
     name: Literal["integer", "string"]
-    place: str  # the file that was read first, for messages
+    place: str  # the file read first, for messages
 
 
 def id_type(kind: pa.DataType) -> Literal["integer", "string"]:
-    """Return what raw ids of an Arrow type are; `is_id_type` has checked it."""
+    """Return the kind of raw ids of an Arrow type, which `is_id_type` accepts."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return "integer" if pa.types.is_integer(kind) else "string"
 
@@ -143,9 +143,9 @@ def check_vocabulary(column: Column, where: str, is_target: bool) -> None:
     """Check the vocabulary of a column.
 
     Args:
-        column: has a vocabulary.
+        column: a column with a vocabulary.
         where: file and column, for messages.
-        is_target: the column is the target item.
+        is_target: whether the column is the target item.
 
     Raises:
         ValueError: names a setting that is out of range or does not fit the column.
@@ -188,7 +188,7 @@ def check_column(
 
     Args:
         columns: all columns, by name.
-        name: of the column to check.
+        name: name of the column to check.
         column: that column.
         where: file and column, for messages.
         target_item: name of the ranked item's column.
@@ -220,7 +220,7 @@ def check_column(
 
 
 def label_problem(columns: dict[str, Column]) -> str | None:
-    """Return what is wrong with the keys of labels and weights, or None."""
+    """Return the problem of the keys of labels and weights, or None."""
     labels = [name for name, column in columns.items() if column.kind == "label"]
     weights = [name for name, column in columns.items() if column.kind == "weight"]
     if not labels:

@@ -1,7 +1,7 @@
 """Ids of a batch before it enters the pipeline: bounded maps, and counts of unknown ids.
 
-Exact maps and hashes were applied when the rows were read, in any process. A bounded map changes
-with every batch and is shared by all ranks, so its ids stay raw in the batch until the main process
+Exact maps and hashes are applied when rows are read, in any thread. A bounded map changes
+with every batch and is shared by all ranks, so its ids stay raw in the batch until the main thread
 maps them, in the order of the steps.
 
 Shapes: B batch, N ids of one feature.
@@ -32,7 +32,7 @@ class BoundedVocabularies:
         schema: meaning of the columns.
         pooled_features: columns that the model looks up in pooled tables.
         group: the ranks; None for this process alone.
-        reset: resets the weights and optimizer state of rows that change hands.
+        reset: resets the weights and optimizer state of reassigned rows.
 
     Example::
 
@@ -47,7 +47,7 @@ class BoundedVocabularies:
         group: dist.ProcessGroup | None = None,
         reset: ResetRows | None = None,
     ) -> None:
-        """Make one vocabulary per bounded table that the model looks up."""
+        """Build one vocabulary per bounded table that the model looks up."""
         self.reset = reset
         self.features: dict[str, list[str]] = {}
         self.by_table: dict[str, BoundedVocabulary] = {}
@@ -71,7 +71,7 @@ class BoundedVocabularies:
         Args:
             batch: on the host, not yet in a pipeline.
             step: the training step that the batch is for.
-            training: admit and evict ids, and reset rows that change hands.
+            training: whether to admit and evict ids, and to reset reassigned rows.
         """
         for table, vocabulary in self.by_table.items():
             places = [_ids_of(batch, name) for name in self.features[table]]
@@ -125,7 +125,7 @@ def _ids_of(batch: Batch, name: str) -> _Ids:
 
 
 class UnknownIds:
-    """Counts the ids of a pass over data that have the row of unknown ids.
+    """Counts the ids of a pass over data that map to the row of unknown ids.
 
     Args:
         schema: meaning of the columns; those without an exact or bounded vocabulary do not count.
@@ -177,7 +177,7 @@ class UnknownIds:
 
 
 def format_unknown(what: str, totals: dict[str, dict[str, int]]) -> str | None:
-    """Return a line about the unknown ids of a split; None where no column can have any."""
+    """Return a line about the unknown ids of a split; None if no column can have any."""
     if not totals:
         return None
     parts = [

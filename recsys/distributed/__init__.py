@@ -1,5 +1,5 @@
-"""Ranks of a job: joins them, keeps them in step, and ends them together.
+"""Ranks of a job: join them, keep them in step, and end them together.
 
-This package knows TorchRec's pipeline and process groups, and nothing of datasets or models.
+This package depends on TorchRec's pipeline and process groups, not on datasets or models.
 Shapes in its docstrings: N rows of one rank, D dimension.
 """

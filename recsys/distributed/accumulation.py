@@ -1,12 +1,12 @@
 """Gradient accumulation: one update of the dense parameters for several batches.
 
-A batch that would not fit into memory is split into a group of smaller batches here. The dense
-optimizer gets the mean gradient of a group at its end, and only then are dense gradients averaged
-over ranks. ID tables cannot wait: the fused kernels update them in every backward, so the second
-batch of a group reads tables that the first has already updated. Each batch's loss is divided by
-the size of its group. A table under SGD thus moves as far as with one batch of the group's size,
-except that it moves between the batches too; a table under Adagrad sees several small gradients
-instead of one large gradient.
+A batch that would not fit into memory is split into a group of smaller batches. At the end of a
+group, dense gradients are averaged over ranks, and the dense optimizer gets the group's mean
+gradient. ID tables cannot wait: the fused kernels update them in every backward pass, so the second
+batch of a group reads tables that the first one has updated. Each batch's loss is divided by the
+size of its group. So a table under SGD gets the same sum of updates as from one batch of the
+group's size, except that it changes between the batches; a table under Adagrad sees several small
+gradients instead of one large gradient.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ class DenseUpdate:
 class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
     """TorchRec's pipeline, which steps the optimizer once for each group of training batches.
 
-    With groups of one batch it is `TrainPipelineSparseDist` to the bit. TorchRec's own
-    `GradientAccumulationWrapper` is not used: it leaves the loss undivided, and where batches end
-    within a group it steps with gradients that no collective has averaged, after which the ranks'
+    With groups of one batch it equals `TrainPipelineSparseDist` to the bit. TorchRec's own
+    `GradientAccumulationWrapper` is not used: it does not divide the loss, and if batches end
+    within a group, it steps with gradients that no collective has averaged, so that the ranks'
     replicas differ.
 
     Args:
@@ -108,14 +108,14 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
         self._optimizer = cast(Any, _OncePerGroup(update, self))
         self.accumulate_steps = accumulate_steps
         self.has_stepped = False  # whether the last batch was the end of a group
-        self._left: int | None = None  # training batches still to come; None: not known
+        self._left: int | None = None  # remaining training batches; None: not known
         self._group_size, self._position = accumulate_steps, 0
         self._has_synchronized = False
 
     def begin(self, num_batches: int) -> None:
-        """Set how many training batches follow, so that the last group may be smaller.
+        """Set the number of following training batches, so that the last group may be smaller.
 
-        Fewer may come if they end with a group.
+        Fewer batches may follow if they end with a group.
 
         Raises:
             RuntimeError: a group is not complete, and its gradients would be lost.
@@ -129,7 +129,7 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
 
     @property
     def is_within_group(self) -> bool:
-        """Whether gradients wait for more batches; the state must not be saved then."""
+        """Whether a group is incomplete; the state must not be saved then."""
         return self._position > 0
 
     @property
@@ -143,7 +143,7 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
         return self._position + 1 == self._group_size
 
     def outputs(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Yield the output of each batch, once its step is done; batches are taken ahead of it.
+        """Yield the output of each batch after its step; batches are fetched ahead of their step.
 
         A collective: all ranks process the same number of batches.
         """

@@ -21,7 +21,7 @@ def gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None = None) 
 
     Args:
         tensor: [N] or [N, D], the rows of this rank; N may be 0.
-        process_group: None is the default group; without one, there is only this process.
+        process_group: None is the default group; without a default group, only this process.
 
     Returns:
         [sum of N] or [sum of N, D], on the device of `tensor`, detached.
@@ -35,7 +35,7 @@ def gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None = None) 
 def gather_rows_to_first(tensor: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
     """Return the rows of all ranks on rank 0, and none on the others. A collective.
 
-    As `gather_rows` otherwise: with the memory of all rows on one rank alone.
+    Otherwise like `gather_rows`, but only one rank needs the memory of all rows.
     """
     return _gathered(tensor, process_group, to_all=False)
 

@@ -1,7 +1,8 @@
-"""Heartbeats that the ranks of a job publish while it runs, and the findings drawn from them.
+"""Heartbeats that the ranks of a job publish while it runs, and findings from them.
 
-Each rank publishes a `Heartbeat` about once a second (`recsys.distributed.watchdog`): that it
-lives, how far its main thread is, and where. The beats of all ranks show whom the others wait for.
+Each rank publishes a `Heartbeat` about once a second (`recsys.distributed.watchdog`) with the
+progress and the source line of its main thread. The heartbeats of all ranks show which rank the
+others wait for.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ OWN_SOURCE = tuple(str(Path(__file__).parents[2] / part) for part in ("recsys", 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The state of a rank, as published by itself."""
+    """The state of a rank, published by that rank."""
 
     number: int
     ended: bool
-    stalled_for: float  # seconds without progress where progress is expected
+    stalled_for: float  # seconds without progress while progress is expected
     collectives: int  # number begun so far
     marks: int
     after: str  # the last mark
@@ -40,7 +41,7 @@ class Heartbeat:
         return cls(**json.loads(text))
 
     def __str__(self) -> str:
-        """Describe the last state in words."""
+        """Describe the last state as text."""
         how = "ended" if self.ended else "last seen"
         return f"{how} after '{self.after}', in {self.place}"
 

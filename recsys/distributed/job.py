@@ -1,7 +1,7 @@
-"""Which job this process belongs to, as its launcher names it over restarts.
+"""Names of this process's job, which its launcher keeps over restarts.
 
-torchrun and Slurm restart the ranks of a job in new processes; whether a folder was begun by this
-job or by an earlier one cannot be seen from the processes, only from these names.
+torchrun and Slurm restart the ranks of a job in new processes. Only these names show whether
+this job or an earlier one began a folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import psutil
 
 @dataclass(frozen=True)
 class JobName:
-    """Names of a job by the launchers above this process; empty where there is none."""
+    """Names that the launchers of this process give to its job; empty without a launcher."""
 
     torchrun: str = ""
     slurm: str = ""
@@ -24,7 +24,7 @@ class JobName:
     def of_environment() -> JobName:
         """Return the names of the job that this process belongs to."""
         run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
-        if run_id == "none":  # the agent, which starts every attempt, is all that they share
+        if run_id == "none":  # attempts share nothing but the agent, which starts them
             agent = psutil.Process().parent()
             run_id = f"{socket.gethostname()}:{agent.pid}:{agent.create_time()}" if agent else ""
         return JobName(run_id, os.environ.get("SLURM_JOB_ID", ""))
@@ -35,5 +35,5 @@ class JobName:
 
 
 def restarts(launcher: str) -> int:
-    """Return how often `TORCHELASTIC` or `SLURM` has restarted this job, as far as it counts."""
+    """Return how often `TORCHELASTIC` or `SLURM` says it has restarted this job."""
     return int(os.environ.get(f"{launcher}_RESTART_COUNT") or 0)

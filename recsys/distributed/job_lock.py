@@ -1,8 +1,8 @@
-"""One job at a time on a folder or file that it writes: a lock that ends with its owner.
+"""A lock on a folder or file, so that one job at a time writes it; it ends with its owner.
 
-The lock is one of the kernel (`flock`), so that no crash leaves it behind. On network file systems
-it holds between hosts as far as their locks do; the server frees the lock of a host that is lost.
-A file beside the lock says who holds it.
+It is a lock of the kernel (`flock`), so no crash leaves it behind. On network file systems it works
+between hosts if their locks do; the server frees the lock of a lost host. A file beside the lock
+describes its owner.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from filelock import FileLock, Timeout
 from recsys.distributed.job import JobName
 from recsys.distributed.ranks import Ranks
 
-# A job that was killed may take this long to vanish: its children hold its files, or the server
-# of a network file system has yet to notice.
+# Seconds that a killed job may need to disappear: its children hold its files, or the server of a
+# # network file system has not noticed yet.
 PATIENCE_SECONDS = 120.0
 ATTEMPT_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The job that holds a lock, by its rank 0."""
+    """The job that holds a lock, described by its rank 0."""
 
     job: str  # empty: no launcher has named it
     host: str
     pid: int
-    started: float  # creation time of the process, as pids are used again
+    started: float  # creation time of the process, as pids are reused
     since: str
 
     @staticmethod
     def of_this_process() -> Owner:
-        """Return the owner that this process is."""
+        """Describe this process as an owner."""
         return Owner(
             str(JobName.of_environment()),
             socket.gethostname(),
@@ -51,7 +51,7 @@ class Owner:
         )
 
     def is_ending(self, own: Owner) -> bool:
-        """Return whether it is gone, or an earlier attempt of this job that is on its way out."""
+        """Return whether the owner has ended, or is an ending earlier attempt of this job."""
         if self.host != own.host:  # where its processes cannot be seen
             return bool(self.job) and self.job == own.job
         try:
@@ -71,10 +71,10 @@ class Owner:
 def sole_job(target: Path, ranks: Ranks, lock_file: Path) -> Iterator[None]:
     """Let no other job write `target` inside the block. A collective; rank 0 holds the lock.
 
-    Folders that it makes for the lock are removed if nothing else is in them at the end.
+    Folders created for the lock are removed at the end if they are empty.
 
     Args:
-        target: what is written, for messages.
+        target: the written file or folder, for messages.
         ranks: the ranks of this job.
         lock_file: the file to lock, inside or beside `target`.
 
@@ -123,14 +123,14 @@ class _JobLock:
             raise ValueError(f"{self.target}: cannot be locked for writing ({error})") from error
 
     def release(self) -> None:
-        """Free the lock if it is held, and remove what was made for it."""
+        """Free the lock if it is held, and remove the files and folders made for it."""
         try:
             if self.lock.is_locked:
                 self.owner_file.unlink(missing_ok=True)
-                self.file.unlink(missing_ok=True)  # one who waits for it sees that it is gone
+                self.file.unlink(missing_ok=True)  # waiting jobs then see that it is gone
         finally:
             self.lock.release()
-        with suppress(OSError):  # what else is in them stays
+        with suppress(OSError):  # folders with other files stay
             for folder in self.new_folders:
                 folder.rmdir()
 
@@ -144,5 +144,5 @@ class _JobLock:
     def _owner(self) -> Owner | None:
         try:
             return Owner(**json.loads(self.owner_file.read_text()))
-        except (OSError, ValueError, TypeError):  # it has just begun or ended
+        except (OSError, ValueError, TypeError):  # the owner has just begun or ended
             return None

@@ -1,8 +1,8 @@
-"""Keep the ranks of a loop in step: all act on an event of any rank before the same batch.
+"""Keep the ranks of a loop in step: all react to an event of any rank before the same batch.
 
-Before each batch one small collective reports whether any rank met an error, was asked to end
-(SIGTERM, as schedulers and torchrun send it before they kill; SIGINT, as Ctrl-C does) or is due for
-a checkpoint.
+Before each batch one small collective reports whether a rank met an error, was asked to end
+(by SIGTERM, which schedulers and torchrun send before they kill, or SIGINT, which Ctrl-C sends), or
+is due for a checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from recsys.distributed.watchdog import Watchdog
 B = TypeVar("B")  # a batch; this package does not use its content
 
 
-# A launcher may pass on a Ctrl-C that this process has got as well; later ones are of the user.
+# Seconds in which a second SIGINT is the launcher's copy of the first; later ones are the user's.
 ECHO_SECONDS = 1.0
 
 
@@ -50,14 +50,14 @@ class _Asked(Generic[B]):
 
 
 class Lockstep:
-    """Agrees with the other ranks before each batch; the one place where ranks agree on batches.
+    """Agrees with the other ranks before each batch; no other code agrees on batches.
 
-    Within `with Lockstep(...)`, SIGTERM and SIGINT end this process before its first batch, as
-    nothing is lost; from then on they set `stop` on all ranks. A second Ctrl-C ends it at once.
+    Within `with Lockstep(...)`, SIGTERM and SIGINT end this process before its first batch, when
+    nothing can be lost; later they set `stop` on all ranks. A second Ctrl-C ends it at once.
 
     Args:
         ranks: the ranks of the job.
-        settings: when checkpoints are due; None: never.
+        settings: decide when checkpoints are due; None: never.
         watchdog: the watchdog of the job.
     """
 
@@ -78,7 +78,7 @@ class Lockstep:
         self._interrupted_at: float | None = None  # the first Ctrl-C
         self._saved_at = time.monotonic()
         self._handlers: dict[int, Any] = {}
-        self._ahead: _Asked[Any] | None = None  # taken from the source for the next step
+        self._ahead: _Asked[Any] | None = None  # batch fetched for the next step
 
     def __enter__(self) -> Lockstep:
         """Handle SIGTERM and SIGINT from now on."""
@@ -93,7 +93,7 @@ class Lockstep:
             signal.signal(number, handler)
 
     def _end(self, number: int, frame: FrameType | None) -> None:
-        """Note that this process was asked to end, or end it.
+        """Record that this process was asked to end, or end it.
 
         Raises:
             KeyboardInterrupt: with the signal's number; before the first batch.
@@ -107,7 +107,7 @@ class Lockstep:
         self._terminated = True
         if number == signal.SIGINT and self._interrupted_at is None:
             self._interrupted_at = now
-            if self.ranks.is_first:  # a stream may be in use by the code that was interrupted
+            if self.ranks.is_first:  # the interrupted code may hold the stream
                 os.write(2, b"\nending after this step, with its state saved; again: at once\n")
 
     def note(self, error: Exception | None) -> None:
@@ -115,7 +115,7 @@ class Lockstep:
         self._error = self._error or error
 
     def saved(self) -> None:
-        """Count the time to the next checkpoint from now."""
+        """Restart the time to the next checkpoint."""
         self.save, self._saved_at = False, time.monotonic()
         if self._ahead is not None:  # it may report the checkpoint just saved as due
             self._ahead.work.wait()
@@ -124,15 +124,15 @@ class Lockstep:
     def training_batches(self, source: Iterator[B], count: int, group: int = 1) -> Iterator[B]:
         """Yield the batches of a stretch of training, up to `end_stretch`. A collective.
 
-        A pipeline takes batches ahead of its steps. At the end of a stretch it runs the batches it
-        has taken, so nothing is in flight when the state is saved. The ranks agree on a batch
-        during the step before it, so that no rank waits here.
+        A pipeline fetches batches ahead of its steps. At the end of a stretch it runs the fetched
+        batches, so nothing is in flight when the state is saved. The ranks agree on a batch
+        during the step before it, so that no rank waits.
 
         Args:
-            source: the batches; those that a stretch leaves stay for the next.
+            source: the batches; those that a stretch does not use remain for the next.
             count: the largest number of batches.
-            group: batches whose gradients are accumulated, which no state contains: a stretch
-                ends with whole groups, of which the last of `count` may be smaller.
+            group: number of batches whose gradients are accumulated. No state contains these
+                gradients, so a stretch ends with a whole group; the last of `count` may be smaller.
         """
         self._is_ending, self._has_begun = False, True
         for number in range(count):
@@ -160,11 +160,11 @@ class Lockstep:
             yield batch
 
     def settle(self) -> None:
-        """Raise on all ranks the error that any of them met since the last batch. A collective."""
+        """Raise on all ranks an error that any of them met since the last batch. A collective."""
         self._answer(self._ask(iter(())))
 
     def raise_if_stopped(self) -> None:
-        """Raise if the job was asked to end; for work that can be done again.
+        """Raise if the job was asked to end; for work that can be repeated.
 
         Raises:
             TrainingStopped: the job was asked to end.

@@ -1,7 +1,7 @@
 """The ranks of a job: join them, and end them together.
 
-A job started alone is a job of one rank; under torchrun or torchx the environment names the
-others. An error that only one rank sees (a bad row in its share, a full disk) is reported to all,
+A job started alone has one rank; under torchrun or torchx the environment describes the ranks.
+An error that only one rank sees (a bad row in its share, a full disk) is reported to all,
 so that every rank ends with the cause instead of waiting in a collective.
 """
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from recsys.distributed.host_memory import keep_freed_memory
 from recsys.distributed.rendezvous import attempt_store
 
-TIMEOUT = timedelta(minutes=30)  # one rank may encode items for long while others wait
+TIMEOUT = timedelta(minutes=30)  # one rank may encode items for a long time while others wait
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Ranks:
 
 @contextmanager
 def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
-    """Join the process group that the environment names, or make one of this process alone."""
+    """Join the process group of the environment, or create one for this process alone."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda and not torch.cuda.is_available():

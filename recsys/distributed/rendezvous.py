@@ -2,9 +2,9 @@
 
 torchrun keeps one store for all restarts of a job, and nothing distinguishes the attempts: gloo and
 NCCL then read addresses of ranks that have ended and wait for them in vain
-(https://github.com/pytorch/pytorch/issues/135712; the count of restarts differs between nodes, so
-it cannot serve as a name). Here rank 0 of each attempt gives it a random name that the other ranks
-of the same attempt confirm, and all keys are stored under it.
+(https://github.com/pytorch/pytorch/issues/135712; the number of restarts differs between nodes, so
+it cannot serve as a name). So rank 0 of each attempt chooses a random name, which the other ranks
+of the attempt confirm, and all keys are stored under that name.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def attempt_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
 def name_attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
     """Agree on a name with all ranks running now, although the store has keys of earlier attempts.
 
-    Every rank writes a random word of its own. Rank 0 answers each word with its own, the name,
-    until all have confirmed it. No rank reads the answer to an old word; it is replaced once a
+    Every rank writes a random word. Rank 0 answers each word with its own, which is the name, until
+    all have confirmed it. No rank reads the answer to an old word; an answer is replaced when a
     running rank writes its word.
     """
     word, deadline = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()

@@ -1,8 +1,9 @@
 """End a job whose ranks wait for one that is stopped, lost or stuck, and name that rank.
 
-Ranks of a training job wait for each other in every step, so one that stands still makes all stand
-still, and nothing shows which one. Here each rank publishes once a second, over a connection of its
-own to the job's store, that it lives, how far its main thread is and where. Two findings end it:
+Ranks of a training job wait for each other in every step, so one rank that hangs stops all, and
+nothing shows which one it is. Each rank publishes a heartbeat once a second, over its own
+connection to the job's store, with the progress and the source line of its main thread. Two
+findings end the job:
 
 - silent: a rank has published nothing for `timeout` seconds; its process is stopped or its machine
   gone.
@@ -39,7 +40,7 @@ from recsys.distributed.heartbeat import (
 from recsys.distributed.ranks import Ranks
 
 FINDING = "finding"  # key in the store: the finding that ends the job
-WATCHED = 8  # how many other ranks each rank watches, unless a machine has more
+WATCHED = 8  # number of other ranks that each rank watches, unless a machine has more
 
 
 class Watchdog:
@@ -109,19 +110,19 @@ class Watchdog:
         self._backends.clear()
 
     def mark(self, place: str) -> None:
-        """Note the progress of the main thread; cheap enough for several calls a step."""
+        """Record progress of the main thread; cheap enough for several calls a step."""
         self._marks += 1
         self._after = place
 
     @contextmanager
     def armed(self) -> Iterator[None]:
-        """Expect steps of all ranks inside."""
+        """Expect steps of all ranks inside the block."""
         with self._set_armed(True):
             yield
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Allow a rank to take any time inside; for an interruption of an armed section."""
+        """Allow a rank to take any time inside the block, which interrupts an armed section."""
         with self._set_armed(False):
             yield
 

@@ -6,12 +6,12 @@ hard users add to either metric. The interval is the one of the resampled differ
 the choice of users, not of initial weights: for the latter, give runs of several seeds.
 Percentile intervals of a cluster bootstrap: Efron and Tibshirani, An Introduction to the
 Bootstrap, 1993, chapter 13; Field and Welsh, Bootstrapping Clustered Data, 2007. They are too
-narrow where users are few or few of them differ much, and are widened for it
+narrow if users are few or few of them differ much, and are then widened
 (`recsys.evaluation.few_users`).
 
-scipy.stats.bootstrap does not serve here: where a resample leaves a metric undefined (few users
-have cold items) its interval is NaN, and it would sort the rows of every resample again. Here rows
-are sorted once, and a resample only counts how often each user was drawn.
+scipy.stats.bootstrap is not used: if a resample leaves a metric undefined (few users have cold
+items), its interval is NaN, and it would sort the rows of every resample again. This module sorts
+rows once, and a resample only counts how often each user was drawn.
 
 Shapes: N rows of a window, U users of all windows, S resamples.
 """
@@ -54,14 +54,15 @@ def paired_difference(
     seed: int = 0,
     label: int = 0,
 ) -> Interval | None:
-    """Return by how much `second` exceeds `first` in a metric, by a paired bootstrap of users.
+    """Return the difference of `second` from `first` in a metric, by a paired bootstrap of users.
 
     Args:
         first: runs of the first configuration: for each seed, the scores of each window (the test
             splits of a rolling split; one window for any other split). Seeds are averaged.
         second: runs of the second configuration, on the same windows; any number of seeds.
-        metric: gauc or auc, or of a label that is a number rmse or mae. All but AUC, a mean over
-            windows weighted by rows, are pooled over windows, GAUC with users weighted by rows.
+        metric: gauc or auc, or, for a label that is a number, rmse or mae. AUC is the mean over
+            windows, weighted by rows; the others are pooled over windows, GAUC with users weighted
+            by rows.
         part: all, warm, cold or unseen, as in `recsys.data.item_parts`.
         samples: number of resamples. A user in several windows is drawn with the rows of all.
         seed: seed of the resamples, the same for all metrics and parts.

@@ -1,15 +1,16 @@
-"""Widens the intervals of few users, and marks figures that rest on a handful of them.
+"""Widen the intervals of few users, and mark figures that rest on a handful of them.
 
-The percentiles of a bootstrap over U users are narrow by sqrt((U - 1) / U), and take a spread for
-known that U users only estimate: with 5 users they exclude 0 for 17 % of pairs of models that are
-alike, not 5 %. Stretched by both factors of Student's interval they exclude it for about 5 %:
-Hesterberg, What Teachers Should Know about the Bootstrap, The American Statistician 69, 2015. Users
-of unlike weight count as fewer users of equal weight: Kish, Survey Sampling, 1965.
+Percentile intervals of a bootstrap over U users are too narrow by sqrt((U - 1) / U), and treat as
+known a variance that U users only estimate: with 5 users they exclude 0 for 17 % of pairs of models
+that are equally good, not for 5 %. Widened by both factors of Student's interval they exclude it
+for about 5 %: Hesterberg, What Teachers Should Know about the Bootstrap, The American Statistician
+69, 2015.
+Users of unequal weight count as fewer users of equal weight: Kish, Survey Sampling, 1965.
 
-Where a few users gain much and many lose little, the mean is skewed, and such an interval of 10
-users excludes 0 for 8 % to 15 % of such pairs. The longer side is widened by the transformation of
-Hall, On the Removal of Skewness by Transformation, Journal of the Royal Statistical Society B 54,
-1992: it then does for 6 % to 12 %, and with 20 users for 5 % to 8 %.
+If a few users gain much and many lose little, the mean is skewed, and such an interval of 10
+users excludes 0 for 8 % to 15 % of such pairs. So the longer side is widened by the transformation
+of Hall, On the Removal of Skewness by Transformation, Journal of the Royal Statistical Society B
+54, 1992. Then the share is 6 % to 12 %, and 5 % to 8 % with 20 users.
 
 Shapes: U users, S resamples.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import numpy as np
 
-LEAST_USERS = 5  # fewer have no interval, and their figures are marked
+LEAST_USERS = 5  # with fewer there is no interval, and figures are marked
 MARK_NOTE = f"Figures in parentheses rest on fewer than {LEAST_USERS} users."
 CONFIDENCE = 0.95
 PERCENTILES = (2.5, 97.5)
@@ -27,7 +28,7 @@ PERCENTILES = (2.5, 97.5)
 def effective_users(
     weights: np.ndarray,  # [U]
 ) -> float:
-    """Return how many users of equal weight vary as much as users of these weights.
+    """Return the number of users of equal weight that vary as much as users of these weights.
 
     Example::
 
@@ -38,7 +39,7 @@ def effective_users(
 
 
 def interval_stretch(users: float) -> float:
-    """Return the factor from a percentile interval of a bootstrap to one that holds its level.
+    """Return the factor that widens a percentile interval of a bootstrap to its nominal level.
 
     Args:
         users: effective number of users; below 2 the factor is that of 2.
@@ -79,7 +80,7 @@ def interval_ends(
 
 
 def _skewness(deviations: np.ndarray, users: float) -> float:
-    """Return the skewness of the resamples, smaller the more of it can be chance."""
+    """Return the skewness of the resamples, reduced by the share that chance can explain."""
     centred = deviations - deviations.mean()
     variance = (centred**2).mean()
     if variance == 0:

@@ -40,7 +40,7 @@ class _Rows:
 
     @property
     def positive(self) -> np.ndarray:  # bool [N]
-        """Which labels are 1."""
+        """Mask of the labels that are 1."""
         return self.label == 1
 
 
@@ -117,7 +117,7 @@ def rows_of_users(
     part: str,
     label: int,
 ) -> np.ndarray:  # float64 [2, U]
-    """Sum each user's positive and negative rows; twice all that GAUC or an error weighs."""
+    """Sum each user's positive and negative rows; for GAUC and errors, twice all counted rows."""
     found = np.zeros((2, len(users)))
     for of in _rows_of(windows, users, part, label):
         if metric == "gauc":

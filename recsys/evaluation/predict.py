@@ -80,7 +80,7 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
     """
     with ranks.raise_on_all_ranks():
         scores = scores_file(run, split)
-        model = model_of(run)  # before it is loaded, lest it be replaced meanwhile
+        model = model_of(run)  # read before loading, as training may replace the model
     job = load_run(run, data, ranks, device)
     can_store = ranks.gather(_can_store(run))[0]
     with ranks.raise_on_all_ranks():
@@ -108,7 +108,7 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
 
 
 def _can_store(folder: Path) -> bool:
-    """Return whether a file can be made in the folder: not on a read-only file system."""
+    """Return whether a file can be created in the folder, which a read-only one refuses."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True

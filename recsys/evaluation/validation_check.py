@@ -1,4 +1,4 @@
-"""Finds before the first step that the validation split cannot choose the best model.
+"""Check, before the first step, that the validation split can choose the best model.
 
 AUC needs rows of both labels, GAUC a user with rows of both, and recall and NDCG a positive row and
 a catalogue of more items than the depth.
@@ -36,7 +36,7 @@ class ValidationLabels:
         self.users = [np.zeros(0, np.int64)] * 2  # with a row of label 0 and of 1
 
     def add(self, table: pa.Table) -> None:
-        """Count the rows of a chunk; others than those that count and are known are left out."""
+        """Count the rows of a chunk; rows that do not count or have no label are left out."""
         known = rows_that_count(table, self.schema)
         labels = table[self.label].to_numpy()
         known &= ~np.isnan(labels)
@@ -72,7 +72,7 @@ def check_validation(job: Job, labels: ValidationLabels) -> None:
         labels: of this rank's share of the split.
 
     Raises:
-        ValueError: on every rank: it does not.
+        ValueError: on every rank, if it does not.
     """
     negatives, positives, has_both = labels.totals(job.ranks)
     by, label = job.config.best_model_by, f"column '{labels.label}'"

@@ -1,4 +1,4 @@
-"""Content for an existing DLRM and its training loop, or for a model of one's own.
+"""Content for an existing DLRM and its training loop, or for a user's own model.
 
 Three lines of the loop change besides an import: the model (`add_content`), the optimizer
 (`.optimizer`) and the batches (`.batches`). `recsys.plug_in.model` is the model; the other modules

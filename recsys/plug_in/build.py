@@ -76,11 +76,11 @@ class ItemContent:
     ) -> ContentBatches:
         """Return the batches of a dataset or data loader with content, for use in its place.
 
-        Call it after whatever else wraps the loader. Iterate once the model is sharded; each pass
-        is a collective.
+        Call it after all other wrappers of the loader. Iterate after the model is sharded; each
+        pass is a collective.
 
         Args:
-            source: of `torchrec.datasets.utils.Batch`, or of objects with its attributes.
+            source: batches `torchrec.datasets.utils.Batch`, or objects with its attributes.
             require_ready: called before a pass in training.
 
         Raises:
@@ -179,8 +179,8 @@ def add_content(
 
     Args:
         model: DLRM, DLRM_DCN or DLRM_Projection, not yet sharded, or the DLRMTrain of one.
-        settings: or the YAML file with them.
-        device: of this rank.
+        settings: the settings, or a YAML file with them.
+        device: device of this rank.
 
     Raises:
         ValueError: if settings, items or model are invalid on any rank; raised on all.
@@ -217,9 +217,9 @@ def build_item_content(
     """Build the content of items for a model of any kind. A collective.
 
     Args:
-        settings: or the YAML file with them; `contrastive` and `optimizer` are not used.
-        num_items: rows of the model's item table, which the items' ids are.
-        device: of this rank.
+        settings: the settings, or a YAML file with them; `contrastive` and `optimizer` are ignored.
+        num_items: rows of the model's item table; item ids are these rows.
+        device: device of this rank.
 
     Raises:
         ValueError: if settings or items are invalid on any rank; raised on all.
@@ -256,7 +256,7 @@ def _seeded(settings: PlugInSettings) -> Iterator[None]:
 
 
 def _build(settings: PlugInSettings, num_items: int, ranks: Ranks) -> ItemContent:
-    """Build content whose projections have their start. A collective."""
+    """Build content and initialise its projections. A collective."""
     content, root, schema = settings.content, Location.of(settings.data), settings.schema(num_items)
     store, encoders = build_content_store(settings.config, content, root, schema, ranks)
     with ranks.raise_on_all_ranks():
@@ -272,7 +272,7 @@ def _build(settings: PlugInSettings, num_items: int, ranks: Ranks) -> ItemConten
 
 
 def _num_items(dlrm: DLRM, item: str) -> int:
-    """Return the number of rows of the table that the ranked item is looked up in."""
+    """Return the number of rows of the ranked item's table."""
     tables = dlrm.sparse_arch.embedding_bag_collection.embedding_bag_configs()
     for table in tables:
         if item in table.feature_names:

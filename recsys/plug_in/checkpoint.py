@@ -27,8 +27,8 @@ def dlrm_state(
 
     Args:
         model: DistributedModelParallel of DLRMWithContentTrain or DLRMWithContent, or one of these.
-        optimizer: of all its parameters; to be loaded, it must have state (`init_state`). None
-            leaves it out.
+        optimizer: optimizer of all its parameters; to load it, it must have state (`init_state`).
+            None leaves it out.
 
     Raises:
         ValueError: the model contains no DLRM with content.

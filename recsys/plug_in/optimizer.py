@@ -1,7 +1,7 @@
 """The optimizer of the new parameters, AdamW, beside the user's of all others.
 
-Content trains at rates of its own: a rate that suits a DLRM, such as the 15.0 of plain SGD in
-TorchRec's example, destroys an encoder in a step.
+Content has its own learning rates: a rate that suits a DLRM, such as 15.0 for plain SGD in
+TorchRec's example, destroys an encoder in one step.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def with_content_optimizer(
     """Take the new parameters out of an optimizer, and combine it with an AdamW for them.
 
     Args:
-        optimizer: the user's, of dense parameters or of all.
+        optimizer: the user's optimizer, of dense parameters or of all.
         model: DLRMWithContentTrain or DLRMWithContent.
-        rates: of AdamW.
+        rates: learning rates and weight decay of AdamW.
 
     Raises:
         ValueError: the optimizer is no KeyedOptimizer.

@@ -1,11 +1,11 @@
 """Content of all items, read, tokenised and decoded once, served to batches by item id.
 
 Each modality becomes a `RaggedArray` in a cache folder named by a hash of its inputs (the items'
-content and the modality's settings), so that it is made once per machine and never stale. A
-modality kind makes the entries (`recsys.data.items.kind`): text is tokenised, images are decoded
-and resized to uint8 pixels, stored features are copied; the frozen part of an encoder may then
-replace them by its outputs (`recsys.content.cache.fill`). An item without text or image has no
-entry, which batches carry as a mask.
+content and the modality's settings), so that it is built once per machine and never stale. A
+modality kind creates the entries (`recsys.data.items.kind`): text is tokenised, images are decoded
+and resized to uint8 pixels, stored features are copied; the outputs of an encoder's frozen part may
+then replace them (`recsys.content.cache.fill`). An item without text or image has no entry; the
+batch's mask shows this.
 
 Shapes: U unique items, N items with a row.
 """
@@ -43,7 +43,7 @@ def default_cache() -> Path:
 
 
 def publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """Make `folder` by `write(temporary folder)`: it exists whole or not at all."""
+    """Create `folder` by `write(temporary folder)`; it exists complete or not at all."""
     if folder.exists():
         return
     with whole_folder(folder, may_exist=True) as partial:
@@ -81,7 +81,7 @@ class ContentStore:
         self._ids, self._rows = items.ids[order], items.rows[order]
 
     def build(self, name: str) -> None:
-        """Make the array of one modality, or take it from the cache.
+        """Build the array of one modality, or open it from the cache.
 
         Raises:
             ValueError: a text, image or feature is unusable, with file and row (unless the items'
@@ -118,7 +118,7 @@ class ContentStore:
         return content
 
     def item_hashes(self) -> tuple[np.ndarray, np.ndarray]:  # int64 [N], uint64 [N]
-        """Return the ids of all items, rising, and a hash of the content of each."""
+        """Return the ids of all items, ascending, and a hash of the content of each."""
         hashes = np.zeros(len(self._ids), np.uint64)
         for of_modality in self.hashes.values():
             for half in of_modality[self._rows].view(np.uint64).reshape(-1, 2).T:
@@ -135,13 +135,13 @@ class ContentStore:
         )
 
     def _read_skipped(self, folder: Path) -> None:
-        """Add the rows that were skipped when the array was made to the items' bad rows."""
+        """Add the rows that were skipped when the array was built to the items' bad rows."""
         for *place, rows, first in json.loads((folder / SKIPPED).read_text()):
             self.items.bad_rows.found[tuple(place)] = (rows, first)
 
 
 def require_column(items: Items, kind: ModalityKind) -> None:
-    """Raise a ValueError where the items have no column of the kind that a modality reads."""
+    """Raise a ValueError if the items have no column of the kind that a modality reads."""
     name = kind.modality.column
     column = items.columns.get(name)
     if column is None or column.kind != kind.column_kind:

@@ -1,4 +1,4 @@
-"""Finds content that is equal for most items, which distinguishes none of them.
+"""Detect content that is equal for most items and so cannot distinguish them.
 
 Shapes: U unique items, T entries of the longest of them.
 """

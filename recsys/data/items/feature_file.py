@@ -1,7 +1,7 @@
 """Stored features in a NumPy file, [items, W] or [items, T, W], beside the items' Parquet files.
 
-Files of any size and place are read in pieces, front to back. A token that is NaN throughout is
-missing: this is how an item has fewer tokens than others, or none.
+Files of any size, local or at a URL, are read in pieces, front to back. A token of NaN alone is
+missing, so an item can have fewer tokens than others, or none.
 
 Shapes: n rows of a piece, R rows of the file, T tokens of a row, W values of a token.
 """
@@ -35,7 +35,7 @@ class FeatureFile:
         file: its location.
 
     Raises:
-        ValueError: it is no such file; names its properties and the expected ones.
+        ValueError: it is not such a file; names its properties and the expected ones.
 
     Example::
 
@@ -117,7 +117,7 @@ def write_rows(
     num_rows: int,
     report: ReportRows,
 ) -> int:
-    """Make the `RaggedArray` of a feature file and return its number of tokens.
+    """Write the `RaggedArray` of a feature file and return its number of tokens.
 
     Raises:
         ValueError: raised by `report` for a row with a value that is not finite.

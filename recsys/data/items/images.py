@@ -1,7 +1,7 @@
 """Encoded images -> square pixels, for any mode and shape; other bytes are refused.
 
-Only formats whose decoders do nothing but read pixels are tried (PostScript, for one, would be
-run by an interpreter), and an image's size is checked before it is decoded.
+Only formats whose decoders merely read pixels are accepted (PostScript, for example, needs an
+interpreter that runs it), and an image's size is checked before it is decoded.
 
 Shapes: S side of the square.
 """
@@ -26,7 +26,7 @@ class ImagePreparation:
     """Treatment of an image before its encoder; the default is that of ImageNet encoders.
 
     Attributes:
-        mean, std: of red, green and blue on the scale 0 to 1, by which pixels are normalised.
+        mean, std: statistics of red, green and blue, on the scale 0 to 1, that normalise pixels.
         resampling: Pillow's number of a filter (2 bilinear, 3 bicubic).
         keeps_aspect: crop the centre square; else squeeze the whole image into a square.
         share: visible share of that square's side, or of both sides.
@@ -100,7 +100,7 @@ def open_image(encoded: bytes) -> Image.Image:
 
 
 def _cause_and_fix(error: Exception, encoded: bytes) -> tuple[str, str]:
-    """Return the cause of a decoding error and its fix, in words for users."""
+    """Return the cause of a decoding error and its fix, as text for users."""
     if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
         return str(error), "scale it down"
     # Pillow's own message names an object in memory.

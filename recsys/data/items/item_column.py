@@ -40,14 +40,14 @@ class ItemColumnReader:
             yield chunk, f"{file}: column '{self.name}'", report
 
     def feature_file(self) -> tuple[FeatureFile, np.ndarray | None] | None:
-        """Return the .npy file in the column's place and the ids of its rows; None without one."""
+        """Return the .npy file that replaces the column, and its rows' ids; None without one."""
         if self.settings.file is None:
             return None
         features, ids = FeatureFile(self.table.root / self.settings.file), self.settings.ids
         return features, None if ids is None else read_ids(self.table.root / ids, features.num_rows)
 
     def places_of(self, features: FeatureFile, ids: np.ndarray | None) -> np.ndarray:  # [R]
-        """Return the item's row that each row of a feature file belongs to, -1 for none.
+        """Return the item's row for each row of a feature file, -1 for none.
 
         Raises:
             ValueError: the file has no ids, and its number of rows is not that of the items.
@@ -69,7 +69,7 @@ class ItemColumnReader:
         reason: str,
     ) -> None:
         """Report bad rows of the feature file, for `write_rows`."""
-        message = f"{reason}; write NaN throughout for a token or an item that is not there"
+        message = f"{reason}; write NaN throughout for a missing token or item"
         file = self.table.root / str(self.settings.file)
         self.table.bad_rows.add(file, self.name, first_row, bad, reason, lambda row: message)
 

@@ -15,8 +15,8 @@ from recsys.data.parquet.values import is_list, list_lengths
 def feature_tokens(chunk: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
     """Split a chunk of features into tokens.
 
-    A number, such as a price, is one token of width 1, a list of floats one token, and a list of
-    lists as many as it holds; null and empty have none.
+    A number, such as a price, is one token of width 1, a list of floats is one token, a list of
+    lists has one token per inner list; null and empty have none.
 
     Returns:
         number of tokens of each row [n], and all tokens [T] as lists of floats.

@@ -29,8 +29,8 @@ def decoded_images(
     Args:
         chunk: encoded images, one or a list of them per row; null is none.
         size: side of the square, S.
-        chosen: maps a row's number of images to the places of those to take, in order.
-        preparation: of the encoder.
+        chosen: maps a row's number of images to the positions of those to use, in order.
+        preparation: preparation of images for the encoder.
         where: file and column, for messages.
         report: reports rows with an unreadable image.
 
@@ -68,7 +68,7 @@ def decoded_images(
 
 
 def check_first_image(chunks: Iterable[tuple[pa.Array, str]], decodes: bool = True) -> None:
-    """Decode the first image of a column, so that other content is found before long work.
+    """Decode the first image of a column, so that wrong content ends the job before long work.
 
     Args:
         chunks: values of the column, each with file and column for messages.

@@ -21,7 +21,7 @@ from recsys.data.parquet.bad_rows import BadRows, OnBadRow
 from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
 from recsys.data.schema import Schema
 
-ROWS_PER_CHUNK = 256  # items held in memory at once, as encoded images of all would not fit
+ROWS_PER_CHUNK = 256  # items in memory at once, as the encoded images of all items would not fit
 
 Chunk = tuple[Location, int, pa.Array]  # file, first row in the file, values
 
@@ -39,8 +39,8 @@ class ItemTable:
 
     Attributes:
         ids: int64 [N], of the usable items.
-        rows: int64 [N], their places among the rows of all files.
-        num_rows: of all files, R.
+        rows: int64 [N], their positions among the rows of all files.
+        num_rows: number of rows of all files, R.
         bad_rows: rows that were invalid and skipped.
 
     Raises:
@@ -113,7 +113,7 @@ class ItemTable:
         chunk: pa.Array,  # [n]
         found: np.ndarray,  # [n], row in the target item's table
     ) -> np.ndarray:  # at most [n]
-        """Report null and unknown ids; return the places of the others in the chunk."""
+        """Report null and unknown ids; return the positions of the others in the chunk."""
         name, limit, target = self.items.id, self.schema.num_items, self.schema.target_item
         null = chunk.is_null().to_numpy(zero_copy_only=False)
         outside = ~null & ((found < 0) | (found >= limit))
@@ -186,7 +186,7 @@ class ItemTable:
                     )
 
     def places_of(self, ids: np.ndarray, file: Location) -> np.ndarray:  # [n] -> [n]
-        """Return the row among all files of each id, as the items' files have it; -1 for none.
+        """Return the row of each id among the rows of all item files; -1 for none.
 
         Args:
             ids: integers or strings.
@@ -218,7 +218,7 @@ class ItemTable:
 def _next_chunk(
     batches: Iterator[pa.RecordBatch], file: Location, name: str, row: int
 ) -> pa.Array | None:
-    """Return the next values, of a type without dictionary or views; None at the end."""
+    """Return the next values, in a type without dictionary or views; None at the end."""
     try:
         batch = next(batches, None)
     except READ_ERRORS as error:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from recsys.data.parquet.bad_rows import Report
 
-CHARACTERS_PER_TOKEN = 16  # read at first per token; words of all languages have fewer
+CHARACTERS_PER_TOKEN = 16  # read first, per token; words of all languages have fewer
 
 
 def texts_of(chunk: pa.Array, where: str, report: Report) -> list[str | None]:
@@ -50,8 +50,8 @@ def tokenize(
 
     With `fills` exactly `max_length`, padding included, for encoders that read it.
 
-    A tokenizer truncates only after making all tokens, which takes a second and a quarter of a
-    gigabyte for a text of a megabyte. So a text is cut first, far behind its last needed token.
+    A tokenizer truncates only after it has made all tokens, which takes a second and a quarter of a
+    gigabyte for a text of a megabyte. So a text is cut first, far after its last needed token.
     """
     limit = CHARACTERS_PER_TOKEN * max_length
     known = [text for text in texts if text]
@@ -71,10 +71,10 @@ def tokenize(
 
 
 def tokenizer_state(tokenizer: Any) -> Any:
-    """Return everything that decides how a text is cut: vocabulary, normalisation, merges."""
+    """Return everything that determines how a text is split: vocabulary, normalisation, merges."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return repr(tokenizer), sorted(tokenizer.get_vocab().items())
     state = json.loads(backend.to_str())
-    # The backend remembers the arguments of the last call; they are no part of its state.
+    # The backend stores the arguments of the last call, which are not part of its state.
     return json.dumps({**state, "truncation": None, "padding": None})

@@ -1,9 +1,9 @@
-"""Modality kinds: how one kind of item content is read, kept on disk and encoded.
+"""Modality kinds, each of which reads, stores and encodes one kind of item content.
 
 `content.modalities.NAME.kind` names a kind of the package, or a class of your own as
 `package.module:Class`: a subclass of `ModalityKind` with two or three class attributes and five
 methods, `check`, `key`, `entries`, `as_input` and `encoder`, of which only `entries` and `encoder`
-have no default. The README shows one in full.
+have no default. `recsys/content/README.md` has a complete one.
 
 Shapes: n rows of a chunk, U unique items, T entries of the longest of them.
 """
@@ -47,8 +47,8 @@ class ModalityKind:
 
     Attributes:
         column_kind: kind of the item columns in schema.yaml that it reads.
-        entry_shape, dtype: of one entry of an item's row in the cache.
-        notes: sentences for the user, once its encoder is known.
+        entry_shape, dtype: shape and type of one entry of an item's row in the cache.
+        notes: sentences for the user, set when the encoder is built.
     """
 
     column_kind: str
@@ -62,24 +62,24 @@ class ModalityKind:
         self.check()
 
     def __reduce__(self) -> Any:
-        """Pickle the settings alone: another process makes the kind and its tokenizer anew."""
+        """Pickle only the settings: another process rebuilds the kind and its tokenizer."""
         return make_kind, (self.where, self.modality)
 
     def check(self) -> None:
-        """Raise a ValueError that names settings which do not fit this kind."""
+        """Raise a ValueError that names settings that do not fit this kind."""
         if self.modality.max_images > 1:
             raise ValueError(
                 f"{self.where}: max_images is of kind image, not {self.modality.kind}; remove it"
             )
 
     def check_column(self, column: ItemColumnReader) -> None:
-        """Raise a ValueError if the column's first content shows that it is of another kind.
+        """Raise a ValueError if the column's first content is of another kind.
 
-        It is called before any content is prepared, which may take long.
+        It is called before all content is prepared, which may take long.
         """
 
     def key(self) -> Any:
-        """Return, in printable form, all that decides the entries beside the column's content."""
+        """Return, in printable form, all that entries depend on besides the column's content."""
         return self.modality.options or None
 
     def entries(
@@ -113,7 +113,7 @@ class ModalityKind:
         """Return the encoder, a `recsys.content.encoders.base.Encoder`.
 
         Args:
-            entry_shape: of the cached entries.
+            entry_shape: shape of the cached entries.
 
         Raises:
             ValueError: it cannot be loaded, or does not fit its settings.
@@ -132,7 +132,7 @@ class ModalityKind:
         return self.entries(chunk, where, lambda bad, reason, message: None)[0]
 
     def write(self, column: ItemColumnReader, folder: Path) -> int:
-        """Make the `RaggedArray` of a column and return its number of entries."""
+        """Write the `RaggedArray` of a column and return its number of entries."""
         with closing(RaggedWriter(folder, self.entry_shape, self.dtype)) as writer:
             for chunk, where, report in column.chunks():
                 writer.add(*self.entries(chunk, where, report))

@@ -1,9 +1,9 @@
-"""Rows of varying length kept as one flat memory-mapped array plus offsets.
+"""Rows of varying length, stored as one flat memory-mapped array plus offsets.
 
 Item content is stored on disk in this form: token ids, pixels, features or hidden states. Ranks and
-threads of one machine share its pages, and a batch is gathered by one index. Pages that were read
-count as memory of the process until they are released, which happens whenever about
-`RESIDENT_BYTES` of a larger file may have been mapped; the system's page cache still has them then.
+threads of one machine share its pages, and one index operation gathers a batch. Pages that were
+read count as memory of the process until they are released, which happens whenever about
+`RESIDENT_BYTES` of a larger file may be mapped; the system's page cache still has them then.
 
 Shapes: N rows of the array, n rows written at once, U rows gathered, T entries of the longest.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 RESIDENT_BYTES = 2**30
-MAPPED_AROUND = 2**16  # bytes that the kernel maps around a page that is read
+MAPPED_AROUND = 2**16  # bytes that the kernel maps around each page read
 
 
 class RaggedArray:
@@ -44,12 +44,12 @@ class RaggedArray:
         if not fits:
             raise ValueError(f"{folder}: damaged (its files differ); remove it, it is made again")
         self.folder = folder
-        # Slices of a memmap are slow to make; those of a plain array are not.
+        # Slices of a memmap are slow to create; slices of a plain array are not.
         self._plain = np.asarray(self.values)
         self._mapped = 0  # upper bound in bytes
 
     def __reduce__(self) -> tuple[Callable[[Path], RaggedArray], tuple[Path]]:
-        """Pickle the folder alone: another process opens the files anew."""
+        """Pickle only the folder: another process opens the files again."""
         return RaggedArray, (self.folder,)
 
     def __len__(self) -> int:
@@ -67,7 +67,7 @@ class RaggedArray:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return padded rows (values [U, T, ...], mask bool [U, T]); T is at least 1.
 
-        A row of -1 stands for an item that is not in the array: it has no entry.
+        Row -1 stands for an item that the array lacks: it has no entry.
         """
         starts = self.offsets[rows]
         lengths = np.where(rows >= 0, self.offsets[rows + 1] - starts, 0)
@@ -89,10 +89,10 @@ class RaggedArray:
 
 
 class RaggedWriter:
-    """Writes a `RaggedArray` whose rows come one chunk after the other, holding one in memory.
+    """Writes a `RaggedArray` chunk by chunk, with one chunk in memory.
 
-    It uses write calls, not mapped pages: nothing of it counts as memory of the process, and a full
-    disk is an error instead of a signal that kills.
+    It uses write calls, not mapped pages: the file does not count as memory of the process, and a
+    full disk raises an error instead of a signal that kills.
 
     Example::
 
@@ -143,7 +143,7 @@ class RaggedWriter:
 
 
 class RowWriter(RaggedWriter):
-    """Writes a `RaggedArray` of known lengths whose rows come in any order.
+    """Writes a `RaggedArray` of known lengths, with rows in any order.
 
     Example::
 

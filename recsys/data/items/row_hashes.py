@@ -1,7 +1,7 @@
-"""Hashes of the content of single items, kept beside the array of a modality.
+"""Hashes of the content of single items, stored beside the array of a modality.
 
-An edited catalogue is a new array; the hashes show which of its items are new (frozen caches and
-memory banks encode these alone).
+After an edit of the items, the array is a new one; the hashes show which items changed, so that
+frozen caches and memory banks encode only these.
 
 Shapes: N rows of an array, n rows to hash.
 """
@@ -37,7 +37,7 @@ def row_hashes(
 
 
 def stored_hashes(folder: Path) -> np.ndarray:  # [N], memory-mapped
-    """Return the hashes of all rows of the array in `folder`, made at the first call."""
+    """Return the hashes of all rows of the array in `folder`, computed at the first call."""
     path = folder / HASHES
     if not path.exists():
         array = RaggedArray(folder)

@@ -1,4 +1,4 @@
-"""Distinct items of a batch and the place of each id among them, without sorting the ids.
+"""Distinct items of a batch and the position of each id among them, without sorting the ids.
 
 Shapes: n ids, U distinct ones.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-# Scanning a table of all items is faster than hashing while it has at most MOST_MARKS entries in
-# all, and MARKS_PER_ID per id.
+# Scanning a table of all items is faster than hashing if it has at most MOST_MARKS entries, and at
+# # most MARKS_PER_ID per id.
 MOST_MARKS, MARKS_PER_ID = 1 << 22, 256
 
 
@@ -29,7 +29,7 @@ class UniqueItems:
     def __init__(self, num_items: int) -> None:
         """Keep the bound; tables of marks are made on demand, one per thread."""
         self.num_items = num_items
-        self._spare: list[_Marks] = []  # as many as were in use at the same time
+        self._spare: list[_Marks] = []  # as many as threads have used at the same time
 
     def __call__(
         self,

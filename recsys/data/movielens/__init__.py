@@ -1,1 +1,1 @@
-"""Writes MovieLens in the dataset format; the bundled sample lies beside the code."""
+"""MovieLens as a dataset; the bundled sample is in the folder `sample`."""

@@ -1,10 +1,9 @@
 """`recsys prepare movielens`: MovieLens ratings turned into dataset folders.
 
-The archive is read and checked by `source`; the samples are made of it by `recsys prepare events`
-with the settings in `events.yaml` beside this file. A rating of 4 or more is a like. A row has, for
-each item of its history, whether it was liked, its stars (as a share of 5) and how long ago it was
-rated (log10(1 + days) / 2). The history holds the user's last ratings with a strictly smaller
-timestamp.
+`source` reads and checks the archive; `recsys prepare events` turns it into samples, with the
+settings in `events.yaml` in this folder. A rating of 4 or more is a like. For each item of its
+history, a row has whether the user liked it, its stars (as a share of 5) and its age
+(log10(1 + days) / 2). The history holds the user's last ratings with a strictly smaller timestamp.
 """
 
 from __future__ import annotations

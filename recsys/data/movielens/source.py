@@ -1,9 +1,9 @@
 """Files of a MovieLens archive, read and checked, before any protocol is applied.
 
-Sources are the GroupLens archives (https://grouplens.org/datasets/movielens/), unpacked, with their
-files `.csv` or, in MovieLens 1M and 10M, `.dat`; and the bundled ml-latest-small (its terms:
-`sample/README.txt`). Every error names the file, the column
-and the row as an editor counts it, because people edit these files.
+Sources are the unpacked GroupLens archives (https://grouplens.org/datasets/movielens/), with files
+`.csv` or, in MovieLens 1M and 10M, `.dat`; and the bundled ml-latest-small (its terms:
+`sample/README.txt`). Every error names the file, the column and the row as an editor counts it,
+because people edit these files.
 
 Shapes: N rows of a file.
 """
@@ -36,7 +36,7 @@ RATINGS = {
 MOVIES = {"movieId": pa.int64(), "title": pa.string(), "genres": pa.string()}
 PLOTS = {"movieId": pa.int64(), "plot": pa.large_string()}
 POSTERS = {"movieId": pa.int64(), "poster": pa.large_binary()}  # together they may pass 2 GiB
-END_OF_TIME = 2**32  # seconds: the year 2106; later times are of another unit
+END_OF_TIME = 2**32  # seconds: the year 2106; later times have another unit
 
 
 def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
@@ -73,7 +73,7 @@ def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
 
 
 def _check_times(path: Path, ratings: pa.Table) -> None:
-    """Refuse timestamps of another unit than seconds, and ratings that the file has twice."""
+    """Refuse timestamps in another unit than seconds, and repeated ratings."""
     timestamp = ratings["timestamp"].to_numpy()
     wrong = (timestamp < 0) | (timestamp >= END_OF_TIME)
     unit = "{} is no time in seconds since 1970; convert it (milliseconds are divided by 1000)"
@@ -141,7 +141,7 @@ def _read_dat(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
         content.decode()
     except UnicodeDecodeError:
         content = content.decode("latin-1").encode()
-    # Arrow takes one character between fields: one that no title has.
+    # Arrow accepts one character as separator: this one occurs in no title.
     content = content.replace(b"::", b"\x1f")
     options = pa_csv.ParseOptions(delimiter="\x1f", quote_char=False)
     return _parse(path, BytesIO(content), list(types), types, options)

@@ -2,7 +2,7 @@
 
 A row is bad if one of its values is unusable (null, NaN, an id outside its table, lists of
 unequal length, bytes that are no image) or if its row group cannot be read. A defect of a whole
-file (no footer, a missing column, another type) is always an error, as the number of lost rows
+file (no footer, a missing column, a wrong type) is always an error, since the number of lost rows
 would be unknown.
 
 Shapes: n rows of the part of a file that is read at once.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from recsys.distributed.ranks import Ranks
 
 OnBadRow = Literal["error", "skip"]
-LINES = 20  # of the report; the metrics hold all entries
+LINES = 20  # of the report; `metrics.json` has all entries
 
 # The reader of a part of a file passes: mask of its bad rows, their common reason, and a function
 # from a row to its message.
@@ -102,7 +102,7 @@ def by_reason(found: dict[Place, tuple[int, int]]) -> tuple[int, list[dict[str, 
     """Return the number of bad rows, and an entry by file, column and reason."""
     merged: dict[tuple[str, str, str], tuple[int, int]] = {}
     for (file, column, _, reason), (rows, first) in sorted(found.items()):
-        # Parts come in order, so the first row of the first part is kept.
+        # Parts are in order, so the first row of the first part is kept.
         total, earliest = merged.get((file, column, reason), (0, first))
         merged[file, column, reason] = (total + rows, earliest)
     entries = [
@@ -122,7 +122,7 @@ def format_skipped(what: str, rows: int, entries: list[dict[str, Any]]) -> str:
 
 
 def no_row_left(rows: int, what: str, entries: list[dict[str, Any]]) -> ValueError:
-    """Return the error to raise where every row of `what` was skipped, with the first reasons."""
+    """Return the error to raise if every row of `what` was skipped, with the first reasons."""
     return ValueError(
         f"none of the {_rows(rows)} of {what} can be used; fix the data, or the schema: "
         + ", ".join(map(_entry, entries[:2]))
@@ -130,12 +130,12 @@ def no_row_left(rows: int, what: str, entries: list[dict[str, Any]]) -> ValueErr
 
 
 def _entry(entry: dict[str, Any]) -> str:
-    """Return an entry of `by_reason` in words."""
+    """Format an entry of `by_reason`."""
     column = f" column '{entry['column']}'" if entry["column"] else ""
     rows = f"{_rows(entry['rows'])}, first: row {entry['first_row']}"
     return f"{entry['file']}{column}: {entry['reason']} ({rows})"
 
 
 def _rows(number: int) -> str:
-    """Return a number of rows in words."""
+    """Format a number of rows."""
     return f"{number:,} row{'' if number == 1 else 's'}"

@@ -21,8 +21,8 @@ from recsys.data.parquet.values import is_list, list_lengths, one_chunk
 class ListColumns:
     """Columns whose lists are equally long in each row, such as those beside a history.
 
-    offsets: int64 [R + 1], the begin of each row's values.
-    values: [N] of each column.
+    offsets: int64 [R + 1], position of each row's first value.
+    values: [N], the values of each column.
     """
 
     offsets: np.ndarray
@@ -60,8 +60,8 @@ class ListColumns:
 class RowColumns:
     """R impressions.
 
-    numbers: [R] of each column that has one value per row.
-    lists: the other columns, those of equal lengths together.
+    numbers: [R], the values of each column with one value per row.
+    lists: the other columns, grouped by equal lengths.
 
     Example::
 
@@ -119,7 +119,7 @@ class RowColumns:
         """Return the rows of all parts, one after the other."""
         if len(parts) == 1:
             return parts[0]
-        # Columns that are equally long in one part may differ in another, so each stands alone.
+        # Columns with equal lengths in one part may differ in another, so each has its own offsets.
         alone = [part._lists_alone() for part in parts]
         return RowColumns(
             {

@@ -1,7 +1,7 @@
-"""Opens Parquet files and reads columns of them; every error names the file.
+"""Open Parquet files and read their columns; every error names the file.
 
-Pages are checked against their checksums where the writer stored them (Spark does, pyarrow with
-`write_page_checksum=True`). Without them a flipped bit inside a page may pass as another value.
+Pages are checked against their checksums if the writer stored them (Spark does, pyarrow with
+`write_page_checksum=True`). Without checksums, a flipped bit may appear as another value.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def open_parquet(file: Location, streaming: bool = False) -> Iterator[pq.Parquet
 
     Args:
         file: its location.
-        streaming: read pages as they are needed, since a column of images may exceed the memory;
-            else whole columns at once, which takes fewer requests.
+        streaming: whether to read pages on demand, since a column of images may exceed the memory;
+            else whole columns are read at once, with fewer requests.
 
     Raises:
         ValueError: there is no such file, or its footer cannot be read.
@@ -66,12 +66,12 @@ def read_row_group(
 
 
 def footer_digest(file: Location, parquet: pq.ParquetFile) -> str:
-    """Return a hash of a file's footer, in which nearly any change of its content shows.
+    """Return a hash of a file's footer, which changes with nearly any change of the content.
 
-    The footer has, of each column of each row group, number, encodings and sizes of the values,
-    place of their pages and, where the writer stores them (pyarrow and Spark do), smallest and
-    largest value and number of nulls. A change that leaves all of these as they are, such as two
-    values of a row group that change places, shows where the encoded pages differ in size.
+    For each column of each row group, the footer has number, encodings and sizes of the values, the
+    position of their pages and, if the writer stores them (pyarrow and Spark do), smallest and
+    largest value and number of nulls. A change that preserves all of these, such as two swapped
+    values of a row group, is detected only if the encoded pages differ in size.
     """
     end_of_file = 8  # length of the footer and the magic number
     footer = file.read_end(parquet.metadata.serialized_size + end_of_file)
@@ -98,7 +98,7 @@ def column_type(parquet: pq.ParquetFile, file: Location, name: str) -> pa.DataTy
 def mean_list_lengths(root: Location, schema: Schema) -> dict[str, float]:
     """Return the mean ids per row of each list column, from the footer of the first training file.
 
-    Empty if there is no readable file: the error is then reported when its rows are read.
+    Empty without a readable file; reading its rows later reports the error.
     """
     lists = [name for name, column in schema.columns.items() if column.kind in ("ids", "sequence")]
     try:

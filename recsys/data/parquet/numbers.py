@@ -1,4 +1,4 @@
-"""Finds unusable numbers: labels other than 0 and 1, weights below 0, values that are not finite.
+"""Detect unusable numbers: labels other than 0 and 1, weights below 0, values not finite.
 
 Shapes: N values of a column.
 """
@@ -50,7 +50,7 @@ def note_rows_without_label(
     schema: Schema,
     note: Callable[[str, np.ndarray, str, Callable[[int], str]], None],
 ) -> None:
-    """Note the rows all of whose labels are null."""
+    """Note the rows in which all labels are null."""
     labels = [name for name in schema.of_kind("label") if name in table.column_names]
     if labels and all(schema.columns[name].nullable for name in labels):
         unknown = np.logical_and.reduce([table[name].is_null().to_numpy() for name in labels])

@@ -1,9 +1,9 @@
 """Order of an epoch's rows on each rank, also after a restart with another number of ranks.
 
-An epoch visits every row once. Its order is decided by the seed, the epoch and the number of ranks
-alone, so that a position in it is a few numbers. When an epoch is continued by another number of
-ranks (or with another batch size), the rows that the earlier ranks have left are laid end to end
-and dealt anew: no row is read twice and none is left out.
+An epoch visits every row once. Its order depends only on the seed, the epoch and the number of
+ranks, so that a few numbers describe a position in it. When another number of ranks (or another
+batch size) continues an epoch, the rows that the earlier ranks have not read are concatenated and
+distributed again: no row is read twice and none is left out.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Slice:
 
 
 def deal(slices: Sequence[Slice], world_size: int) -> list[list[Slice]]:
-    """Cut the rows into one contiguous share per rank; lengths differ by at most one row."""
+    """Split the rows into one contiguous share per rank; lengths differ by at most one row."""
     num_rows = sum(map(len, slices))
     cuts = [num_rows * rank // world_size for rank in range(world_size + 1)]
     return [between(slices, low, high) for low, high in pairwise(cuts)]
 
 
 def between(slices: Sequence[Slice], low: int, high: int) -> list[Slice]:
-    """Return the rows at places `[low, high)` of the slices laid end to end."""
+    """Return the rows at positions `[low, high)` of the concatenated slices."""
     found, place = [], 0
     for piece in slices:
         first, last = max(low - place, 0), min(high - place, len(piece))
@@ -70,7 +70,7 @@ class EpochShare:
     """Rows of an epoch that one rank reads."""
 
     slices: list[Slice]
-    num_rows: int  # of the largest share of all ranks, to which the others are padded
+    num_rows: int  # rows of the largest share of all ranks, to which the others are padded
     rows_done: int  # rows read by all ranks of earlier stages
 
     @staticmethod
@@ -81,7 +81,7 @@ class EpochShare:
         world_size: int,
         shuffle_seed: tuple[int, int] | None,
     ) -> EpochShare:
-        """Return the share of `rank` in the rows that the `stages` have left."""
+        """Return the share of `rank` in the rows that the `stages` have not read."""
         rest: list[Slice] | None = None
         for stage in stages:
             shares = _shares(rows, rest, stage.world_size, shuffle_seed)
@@ -97,7 +97,7 @@ def _shares(
     world_size: int,
     shuffle_seed: tuple[int, int] | None,
 ) -> list[list[Slice]]:
-    """Return the shares of all ranks in the rest, or in an epoch, each with windows of its own."""
+    """Return the shares of all ranks in the remaining rows or the epoch, each in own windows."""
     if rest is not None:
         return deal(rest, world_size)
     return [

@@ -22,9 +22,9 @@ from recsys.data.transforms.columns import check_types
 
 @dataclass(frozen=True, kw_only=True)
 class RowGroup(Chunk):
-    """One row group of one file; its size is that of its pages, encoded but not compressed.
+    """One row group of one file; its size is that of its encoded, uncompressed pages.
 
-    Its digest is that of the file's footer.
+    Its digest is the digest of the file's footer.
     """
 
     file: Location

@@ -98,7 +98,7 @@ def empty_table(schema: Schema, names: list[str]) -> pa.Table:
 
 
 def padding_rows(like: pa.Table, num_rows: int) -> pa.Table:
-    """Return rows that take part in a step and count nowhere: zeros, empty lists, position -1."""
+    """Return rows without effect on losses and metrics: zeros, empty lists, position -1."""
     columns = {}
     for field in like.schema:
         value: Any = [] if is_list(field.type) else -1 if field.name == ROW_POSITION else 0
@@ -112,7 +112,7 @@ def usable_table(
     """Return the columns of a chunk in canonical types, with padding rows in place of bad ones.
 
     Args:
-        table: as read.
+        table: the chunk as read.
         schema: meaning of its columns.
         positions: int64 [R], positions of its rows in the split.
         report: receives the bad rows of each column; a row counts for its first bad column.
@@ -143,7 +143,7 @@ def usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn
         return _rows_of_raw_ids(array, name, schema, note)
     if name in schema.of_kind("extra"):
         return _extra_column(array, name, note)
-    # Ids are checked in the type of the file, since a cast makes large unsigned ones negative.
+    # Ids are checked in the file's type, since a cast makes large unsigned ids negative.
     own_type = array.type.value_type if is_list_column else array.type
     array = _cast(array, own_type if is_integer else pa.float32(), is_list_column)
     values = array.flatten() if is_list_column else array
@@ -198,7 +198,7 @@ def _rows_of_values(array: pa.Array, values: np.ndarray) -> np.ndarray:
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    """Return a column as one array, without a copy if it is one already."""
+    """Return a column as one array, without a copy if it has one chunk."""
     if column.num_chunks == 1:
         return column.chunk(0)
     array = column.combine_chunks()

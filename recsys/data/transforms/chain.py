@@ -1,11 +1,11 @@
-"""Chains of steps: what `column` and `transform` of a column in `schema.yaml` say.
+"""Chains of steps, from `column` and `transform` of a column in `schema.yaml`.
 
     log_price:   {kind: dense, column: price, transform: [{fill: 0}, log1p, standardize]}
     city_device: {kind: id, num_embeddings: 5000, column: [city, device], transform: [cross], ...}
 
-A column is made of the columns that it names, by default of the one with its own name in the files.
-A name means the file's column, unless another column of the schema with that name is transformed,
-too: then its result.
+A chain reads the columns that `column` names, by default the file's column with its own name.
+A name means the file's column, unless another column of the schema with that name is transformed;
+then it means the result of that transform.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Call:
 
     @staticmethod
     def of(given: Any) -> Call:
-        """Read a step as `schema.yaml` has it: its name, or a mapping of its name to settings.
+        """Read a step in the form of `schema.yaml`: its name, or a mapping of its name to settings.
 
         Raises:
             ValueError: the step or a setting is unknown, missing or out of range.
@@ -70,12 +70,12 @@ class Call:
 
     @property
     def fitted_settings(self) -> tuple[str, ...]:
-        """Settings that a fit computes; none where boundaries are given without quantiles."""
+        """Settings that a fit computes; none if boundaries are given without quantiles."""
         return () if self.settings.get("quantiles", 0) is None else STEPS[self.name].fitted
 
     @property
     def without_fit(self) -> Call:
-        """Return the step without what was fitted."""
+        """Return the step without fitted settings."""
         return Call(self.name, self.settings | dict.fromkeys(self.fitted_settings))
 
     @property
@@ -85,17 +85,17 @@ class Call:
         return None if count is None else count(**self.settings)
 
     def start_fit(self) -> Fit:
-        """Return what computes the missing settings."""
+        """Return the object that computes the missing settings."""
         fit = STEPS[self.name].fit
         assert fit is not None
         return fit(**self.settings)
 
     def plain(self) -> dict[str, Any]:
-        """Return the step as `schema.yaml` would have it."""
+        """Return the step in the form of `schema.yaml`."""
         return {self.name: {name: of for name, of in self.settings.items() if of is not None}}
 
     def __call__(self, columns: list[pa.Array]) -> list[pa.Array]:
-        """Apply the step to values of each column, or of all together."""
+        """Apply the step to the values of each column, or of all columns together."""
         step = STEPS[self.name]
         if not self.is_fitted and any(map(len, columns)):
             raise ValueError("is not fitted yet; run `recsys prepare transforms --data DATA`")
@@ -115,7 +115,7 @@ def _unusable(settings: dict[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Chain:
-    """Columns from which a column is made, and the steps."""
+    """Source columns of a transformed column, and the steps."""
 
     sources: tuple[str, ...]
     steps: tuple[Call, ...]
@@ -127,7 +127,7 @@ class Chain:
 
     @property
     def without_fit(self) -> Chain:
-        """Return the chain without what was fitted."""
+        """Return the chain without fitted settings."""
         return Chain(self.sources, tuple(step.without_fit for step in self.steps))
 
     def fitted(self, number: int, settings: dict[str, Any]) -> Chain:
@@ -147,14 +147,14 @@ class Chain:
         )
 
     def plain(self) -> dict[str, Any]:
-        """Return the chain as `schema.yaml` would have it."""
+        """Return the chain in the form of `schema.yaml`."""
         return {"column": list(self.sources), "transform": [step.plain() for step in self.steps]}
 
     def __call__(self, columns: list[pa.Array]) -> pa.Array:
-        """Apply all steps to values of the sources, which they leave as one column.
+        """Apply all steps to the values of the sources, and return one column.
 
         Raises:
-            ValueError: names the step that does not take values of this type, or is not fitted.
+            ValueError: names the step that does not accept values of this type, or is not fitted.
         """
         columns = [_read(values) for values in columns]
         for step in self.steps:
@@ -167,7 +167,7 @@ class Chain:
 
 
 def _read(values: pa.Array) -> pa.Array:
-    """Return values of a file in few types: floats as float32 holds them, NaN as null."""
+    """Return values of a file in few types: floats rounded to float32, NaN as null."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if pa.types.is_floating(values.type) or pa.types.is_decimal(values.type):
@@ -206,7 +206,7 @@ def chain_of(name: str, column: Column) -> Chain:
 
 
 def chains_of(columns: Mapping[str, Column], target_item: str, path: str) -> dict[str, Chain]:
-    """Return the chains of a schema's columns, which then have them in full, with all defaults.
+    """Return the chains of a schema's columns, and write them there with all defaults.
 
     Raises:
         ValueError: names file and column: a chain is unusable, or several read each other.
@@ -240,7 +240,7 @@ def chains_of(columns: Mapping[str, Column], target_item: str, path: str) -> dic
 
 
 def set_chain(column: Column, chain: Chain) -> None:
-    """Write a chain into its column, as `schema.yaml` would have it."""
+    """Write a chain into its column, in the form of `schema.yaml`."""
     plain = chain.plain()
     column.column, column.transform = plain["column"], plain["transform"]
 

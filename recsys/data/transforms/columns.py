@@ -1,4 +1,4 @@
-"""Columns of a schema from the columns of a file or request: the one place that transforms rows.
+"""Compute the columns of a schema from those of a file or request; no other module does.
 
 Training, evaluation, prediction, `explain-data`, `prepare vocabulary` and the scorer of a package
 all read rows through `read_columns`, so that none can differ from the others.
@@ -18,16 +18,16 @@ from recsys.data.transforms.chain import Chain
 
 
 def read_columns(table: pa.Table, schema: Schema, names: Sequence[str], place: str) -> pa.Table:
-    """Return columns of a schema, transformed where it says so.
+    """Return columns of a schema, with its transforms applied.
 
     Args:
-        table: has the columns `schema.file_columns(names)`.
+        table: rows with the columns `schema.file_columns(names)`.
         schema: meaning of the columns.
         names: the columns to return.
         place: file or part of a request, for messages.
 
     Raises:
-        ValueError: names column and step: it does not take values of this type, or is not fitted.
+        ValueError: names column and step: it refuses values of this type, or is not fitted.
     """
     if not any(name in schema.transforms for name in names):
         return table.select(names)
@@ -36,7 +36,7 @@ def read_columns(table: pa.Table, schema: Schema, names: Sequence[str], place: s
 
 
 class TransformedRows:
-    """Columns of a schema, each made when it is needed; see `read_columns`."""
+    """Columns of a schema, each computed on demand; see `read_columns`."""
 
     def __init__(self, table: pa.Table, schema: Schema, place: str) -> None:
         """Keep the rows."""
@@ -52,12 +52,12 @@ class TransformedRows:
         return self._made[name]
 
     def before_step(self, name: str, number: int) -> pa.Array:
-        """Return a column as it is before one step of its chain, one without a cross before it."""
+        """Return a column before one step of its chain, which follows no cross."""
         chain = self.chains[name]
         return self._apply(Chain(chain.sources, chain.steps[:number]), name)
 
     def _apply(self, chain: Chain, name: str) -> pa.Array:
-        """Apply a chain; in lists, to their values."""
+        """Apply a chain to values, or to the values of lists."""
         columns = [
             one_chunk(self.table[source]) if source == name else self.column(source)
             for source in chain.sources

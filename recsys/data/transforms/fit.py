@@ -1,6 +1,6 @@
-"""Settings of steps that are computed from the values of all training rows, in one stream.
+"""Compute settings of steps from the values of all training rows, in one pass.
 
-Only finite values count. The result depends on the values and their order alone.
+Only finite values count. The result depends only on the values and their order.
 
 Shapes: N values of a part of the rows.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 from embeddings.vocabulary.fixed import mix64
 
-SAMPLED = 1 << 22  # values of which quantiles are exact; of more, so many are drawn
+SAMPLED = 1 << 22  # largest number of values with exact quantiles; also the size of a sample
 
 
 class Fit(ABC):
@@ -24,7 +24,7 @@ class Fit(ABC):
     Subclasses take the other settings of the step as keyword arguments.
     """
 
-    num_values = 0  # seen so far
+    num_values = 0  # number of values so far
 
     def add(
         self,
@@ -42,7 +42,7 @@ class Fit(ABC):
 
     @abstractmethod
     def result(self) -> dict[str, Any]:
-        """Return the fitted settings as plain values; some value was seen."""
+        """Return the fitted settings as plain values; at least one value was added."""
 
 
 class Moments(Fit):
@@ -67,8 +67,8 @@ class Moments(Fit):
 class Quantiles(Fit):
     """Boundaries of `quantiles` buckets with nearly equal numbers of values.
 
-    Of more than `SAMPLED` values those with the smallest hashes of their numbers are kept: a sample
-    that is drawn without replacement, and is the same in every run.
+    Of more than `SAMPLED` values, those with the smallest hashes of their positions are kept: a
+    sample without replacement, the same in every run.
     """
 
     def __init__(self, quantiles: int, **settings: Any) -> None:

@@ -1,6 +1,6 @@
 """`transforms.yaml` of a dataset: its transformed columns with all values fitted on train/.
 
-The file repeats the chains that were fitted, so that values of another chain are never used.
+The file repeats the fitted chains, so that values of another chain are never used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HEAD = "# Written by `recsys prepare transforms`: fitted on the rows in train/.\
 
 
 def write_fitted(chains: Mapping[str, Chain], root: Location) -> Location:
-    """Write the chains of a dataset, which appear whole or not at all, and return the file."""
+    """Write the chains of a dataset to a file, complete or not at all, and return the file."""
     file, partial = root / FILE, root / f".{FILE}.partial"
     content = {name: chain.plain() for name, chain in chains.items()}
     text = HEAD + yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
@@ -34,10 +34,10 @@ def load_fitted(
     """Put the fitted values of the dataset at `root` into the chains of its schema.
 
     Args:
-        chains: by column; those with fitted values replace the others.
-        columns: of the schema, whose `transform` is set likewise.
+        chains: chains by column; fitted chains replace them.
+        columns: columns of the schema, whose `transform` is set likewise.
         root: the dataset.
-        required: values must not be missing.
+        required: whether missing values are an error.
 
     Raises:
         ValueError: the file is missing though required, damaged, or of other chains.

@@ -1,4 +1,4 @@
-"""Runs `recsys prepare transforms`: fits the steps of a dataset's columns on its training rows.
+"""`recsys prepare transforms`: fit the steps of a dataset's columns on its training rows.
 
 A pass over train/ fits one step of each column; a step after a fitted one needs a further pass.
 """
@@ -24,7 +24,7 @@ def prepare_transforms(data: str) -> dict[str, Chain]:
 
     Raises:
         ValueError: no transform needs fitted values, a file cannot be read, or a column has no
-            finite value. Nothing is written then.
+            finite value. Then nothing is written.
     """
     root = Location.of(data)
     chains = fit_transforms(root)
@@ -34,7 +34,7 @@ def prepare_transforms(data: str) -> dict[str, Chain]:
 
 
 def fit_transforms(root: Location) -> dict[str, Chain]:
-    """Do `prepare_transforms`, and nothing where no transform needs fitted values."""
+    """Do `prepare_transforms`; do nothing if no transform needs fitted values."""
     schema = read_schema(root)
     unfitted = _unfitted(schema)
     if not unfitted:
@@ -65,7 +65,7 @@ def _unfitted(schema: Schema) -> dict[str, int]:
 
 
 def _waits(schema: Schema, name: str) -> bool:
-    """Return whether a column reads one that is not fitted."""
+    """Return whether a column reads another that is not fitted."""
     chains = schema.transforms
     return any(
         chains[source].unfitted is not None or _waits(schema, source)
@@ -90,7 +90,7 @@ def _fit(root: Location, schema: Schema, steps: Mapping[str, int]) -> None:
 
 
 def _rows(root: Location, schema: Schema, names: Sequence[str]) -> Iterator[TransformedRows]:
-    """Yield the training rows, a row group at a time, with what some columns are made of."""
+    """Yield the training rows, one row group at a time, with the sources of some columns."""
     files = (root / "train").files(".parquet")
     if not files:
         raise ValueError(f"{root / 'train'}: no *.parquet files; transforms are fitted on them")

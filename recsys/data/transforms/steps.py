@@ -1,10 +1,10 @@
 """The steps of a column's `transform`: one function each, and its name in `STEPS`.
 
-A step maps the values of a column, an Arrow array of any length, to as many others; what a row gets
-depends on that row alone. Null stays null, except in `fill`. The keyword arguments of the function
-are the settings of the step, checked by their type hints when `schema.yaml` is read, and by the
-function itself, which is then called with no values. The first one may be written alone: `fill: 0`.
-A step with a fit has settings that `recsys prepare transforms` computes; see
+A step maps the values of a column, an Arrow array of any length, to the same number of values; the
+result of a row depends on that row alone. Null stays null, except in `fill`. The keyword arguments
+of the function are the settings of the step. When `schema.yaml` is read, their type hints check
+them, and so does the function, which is then called without values. The first setting may be
+written alone: `fill: 0`. A step with a fit has settings that `recsys prepare transforms` computes; see
 `recsys.data.transforms.fit`.
 
 Shapes: N values, S columns to cross.
@@ -86,7 +86,7 @@ def standardize(values: pa.Array, mean: float | None = None, std: float | None =
 def bucketize(
     values: pa.Array, boundaries: list[float] | None = None, quantiles: int | None = None
 ) -> pa.Array:
-    """Return how many boundaries are at or below each value: a bucket from 0 on."""
+    """Return the number of boundaries at or below each value, a bucket counted from 0."""
     if boundaries is None and quantiles is None:
         raise ValueError("needs boundaries, or a number of quantiles to fit them")
     if quantiles is not None and not 2 <= quantiles <= 100_000:
@@ -170,7 +170,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_empty(values: pa.Array) -> bool:
-    """Return whether the values have no type, as those of which only nulls are known."""
+    """Return whether the values have no type, because all of them are null."""
     return pa.types.is_null(values.type)
 
 
@@ -182,12 +182,12 @@ def _numbers(values: pa.Array) -> pa.Array:
 
 
 def _with_nulls(numbers: np.ndarray, values: pa.Array) -> pa.Array:
-    """Return integers [N] that are null where the values are."""
+    """Return integers [N] that are null if the values are."""
     return pa.array(numbers.astype(np.int64), mask=values.is_null().to_numpy(False))
 
 
 def _moments(values: pa.Array, zone: str, unit: Unit) -> pa.Array:
-    """Return times in a zone. Integers and times without a zone are UTC; a date is as it stands."""
+    """Return times in a zone. Integers and times without a zone are UTC; a date does not change."""
     kind = values.type
     try:
         pc.assume_timezone(pa.array([0], pa.timestamp("us")), zone)
