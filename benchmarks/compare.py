@@ -39,7 +39,7 @@ def compare(
 
     Args:
         out: folder for the dataset and the encoded items.
-        only: names of variants to leave the others out.
+        only: names of the variants to measure; default: all.
         overrides: words of `recsys train` for all variants, e.g. '["--batch_size", "256"]'.
         effort: rounds, steps and other limits of the measurement.
         quick: tiny sizes, whose figures mean nothing.

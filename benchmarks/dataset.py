@@ -1,4 +1,4 @@
-"""Synthetic datasets in the product's format, for measuring speed: sizes as set, labels random.
+"""Synthetic datasets in the product's format for measuring speed: given sizes, random labels.
 
 Items are drawn log-uniformly (Zipf's law with exponent 1): the item of rank r has a chance of about
 1 / (r ln I), as in real logs, so that few items fill most histories. Ids get their popularity ranks

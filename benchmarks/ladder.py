@@ -2,10 +2,10 @@
 
     python -m benchmarks.ladder --out FOLDER --setting A
 
-Each row is measured in turns with the row it changes, so that its speed-up is of one run; the
-speed-up over the first row is the product of those in between. The sentence of each row is made
-from the profiles of both. Writes `ladder_SETTING.jsonl`, `.md` and `.png` into `--results`; notes
-written by hand go into `ladder_SETTING_notes.md` there, which the page ends with.
+Each row is measured in turns with the row it changes, so that its speed-up comes from one run; the
+speed-up over the first row is the product of the speed-ups in between. The sentence of each row is
+computed from the profiles of both. Writes `ladder_SETTING.jsonl`, `.md` and `.png` into
+`--results`; hand-written notes in `ladder_SETTING_notes.md` there end the page.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rows of the ladders: each names the row it changes and makes one change to it."""
+"""The rows of the ladders: each row names another row and makes one change to it."""
 
 from __future__ import annotations
 

@@ -84,10 +84,10 @@ class Measured:
 
 
 class Step:
-    """Stands for a training step: matrix products that keep one core busy for `seconds`."""
+    """Stand-in for a training step: matrix products that keep one core busy for `seconds`."""
 
     def __init__(self, seconds: float) -> None:
-        """Make the matrix to multiply."""
+        """Create the matrix to multiply."""
         self.seconds = seconds
         self.matrix = torch.rand(256, 256)
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.start_times
 
-Each command runs in a process of its own; what is measured is the time of its processor cores, user
-and system, which other programs on the machine change less than the time on the clock.
+Each command runs in its own process. The measure is processor time, user and system, on which other
+programs of the machine have less influence than on wall-clock time.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ class TableConfig:
     def _check_names(self) -> None:
         if not self.name or "." in self.name:
             raise ValueError(
-                f"table '{self.name}': a table's name may be neither empty nor contain a dot, "
+                f"table '{self.name}': a table's name must not be empty or contain a dot, "
                 "since it is part of a parameter's name; rename the table"
             )
         if hasattr(nn.ModuleDict(), self.name):

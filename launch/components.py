@@ -143,11 +143,10 @@ def benchmark(*args: str, **options: Any) -> AppDef:
 
 
 def _check_counts(nproc: int, nnodes: int, gpu: int, max_retries: int) -> None:
-    if nproc < 1 or nnodes < 1 or max_retries < 0:
-        raise ValueError(
-            f"--nproc {nproc} --nnodes {nnodes} --max_retries {max_retries}; set at least 1, 1 "
-            "and 0"
-        )
+    counts = {"nproc": (nproc, 1), "nnodes": (nnodes, 1), "max_retries": (max_retries, 0)}
+    for name, (value, least) in counts.items():
+        if value < least:
+            raise ValueError(f"--{name} {value}; set at least {least}")
     if 0 < gpu < nproc:
         raise ValueError(
             f"--nproc {nproc} is more than --gpu {gpu}: each rank needs a GPU of its own; "

@@ -2,7 +2,7 @@
 
 It shares no code with the product. Pooled features are `nn.EmbeddingBag`s, histories are padded to
 the longest, the content of every history item is encoded again with gradient, and attention is
-computed over the padded items. It uses what plain PyTorch does well: sparse gradients of
+computed over the padded items. It uses the strengths of plain PyTorch: sparse gradients of
 tables, packed projections and fused attention of `nn.TransformerEncoderLayer`, one fused AdamW, no
 loop over rows, and batches that are loaded and padded before the clock starts.
 

@@ -48,8 +48,8 @@ class Training:
     folder: folder of the run.
     data: dataset.
     recipe: the recipe that the overrides change.
-    title: description of the run, in words.
-    leaves: files of the folder besides `metrics.json`; if one is missing, the run is made anew.
+    title: description of the run.
+    leaves: files of the folder besides `metrics.json`; if one is missing, the run is repeated.
     """
 
     folder: Path

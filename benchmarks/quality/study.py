@@ -52,7 +52,7 @@ class CellResult:
         return {seed: value for seed, value in zip(seeds, values) if value is not None}
 
     def users(self, column: str) -> int:
-        """Return how many users define a column of `COLUMNS`."""
+        """Return the number of users that define a column of `COLUMNS`."""
         return metric_users(self.scores[0], *COLUMNS[column])
 
     def median(self, column: str) -> float | None:

@@ -73,7 +73,9 @@ class _PlainLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             alias = self.peek_event()
             line = alias.start_mark.line + 1
-            raise RefusedYaml(f"line {line}: alias *{alias.anchor}; write its content instead")
+            raise RefusedYaml(
+                f"line {line}: YAML alias *{alias.anchor} is refused; write its content instead"
+            )
         return super().compose_node(parent, index)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:

@@ -224,7 +224,7 @@ def label_problem(columns: dict[str, Column]) -> str | None:
     labels = [name for name, column in columns.items() if column.kind == "label"]
     weights = [name for name, column in columns.items() if column.kind == "weight"]
     if not labels:
-        return "no column of kind label; name what is to be predicted"
+        return "no column of kind label; declare the column to predict as one"
     if len(weights) > 1:
         return (
             f"columns {weights} are all of kind weight, but a row has one weight; write their "

@@ -1,1 +1,1 @@
-"""Diagnoses a training before, while and after it runs: dataset, plan, cost, profile, report."""
+"""Diagnose a training before, during and after its run: dataset, plan, cost, profile, report."""

@@ -65,8 +65,8 @@ class AddedColumns(nn.Module):
             or hasattr(module, "_orig_mod")
         ):
             raise ValueError(
-                f"{type(module).__name__} has no linear layer to which content could be added; "
-                "give the DLRM as its class makes it, and compile it afterwards"
+                f"{type(module).__name__} has no linear layer that content could be added to; "
+                "give a DLRM as torchrec builds it, and compile it afterwards"
             )
         first.__class__ = WidenedLinear  # the same object, so that its names stay
         self._first = (

@@ -1,11 +1,11 @@
 """The steps of a column's `transform`: one function each, and its name in `STEPS`.
 
 A step maps the values of a column, an Arrow array of any length, to the same number of values; the
-result of a row depends on that row alone. Null stays null, except in `fill`. The keyword arguments
+result of a row depends on it alone. Null stays null, except in `fill`. The keyword arguments
 of the function are the settings of the step. When `schema.yaml` is read, their type hints check
 them, and so does the function, which is then called without values. The first setting may be
-written alone: `fill: 0`. A step with a fit has settings that `recsys prepare transforms` computes; see
-`recsys.data.transforms.fit`.
+written alone: `fill: 0`. A step with a fit has settings that `recsys prepare transforms` computes;
+see `recsys.data.transforms.fit`.
 
 Shapes: N values, S columns to cross.
 """

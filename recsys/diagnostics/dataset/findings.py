@@ -63,7 +63,7 @@ def _times(found: DatasetSummary) -> Iterator[Finding]:
                 yield Finding(
                     f"{before} goes on until {in_words(last)} by column '{column}', but {after} "
                     f"begins at {in_words(first)}",
-                    "split by time, or metrics are of what training has seen the future of",
+                    "split by time; else training has seen the future of these rows",
                 )
 
 
@@ -75,30 +75,30 @@ def _of_split(found: DatasetSummary, split: SplitSummary) -> Iterator[Finding]:
     if shares["repeated_rows"] > FEW:
         yield Finding(
             f"{shares['repeated_rows']:.1%} of the {split.split} rows are exact repeats of others",
-            "remove them unless they are events of their own",
+            "remove them, unless each is a separate event",
         )
     if split.split != "train" and shares["in_train"] > FEW:
         yield Finding(
             f"{shares['in_train']:.1%} of the {split.split} rows are exact copies of training rows",
-            "leave them out of one of the splits, or metrics are of what training has seen",
+            "remove them from one split; else metrics measure rows that training has seen",
         )
     if shares["target_in_history"] > MANY:
         yield Finding(
             f"{shares['target_in_history']:.1%} of the {split.split} rows have their own target "
             "in their history",
-            "where items are not taken repeatedly, the row's own event has slipped into it",
+            "remove the row's own event from its history, unless users take an item repeatedly",
         )
     if shares.get("without_item_row", 0.0) > FEW:
         yield Finding(
             f"{shares['without_item_row']:.1%} of the {split.split} rows are of items without a "
             "row in items/",
-            "write one row per item; without it they have no content",
+            "write one row per item; without a row an item has no content",
         )
     if split.split != "train" and shares["unseen"] > MANY:
         yield Finding(
             f"{shares['unseen']:.1%} of the {split.split} rows are of items that no training row "
             f"has, {shares['cold']:.1%} of items with fewer than five",
-            "ids know nothing of them: train with content, and look at GAUC of unseen items",
+            "their id vectors are untrained: train with content, and look at GAUC of unseen items",
         )
 
 
@@ -110,12 +110,12 @@ def _labels_and_numbers(found: DatasetSummary, split: SplitSummary) -> Iterator[
         if values.least >= values.greatest:
             yield Finding(
                 f"label '{label}' is {rate:.4g} in all {split.split} rows",
-                "there is nothing to tell apart; write rows of other labels, too",
+                "a model cannot learn from one value; write rows with other labels, too",
             )
         elif is_binary and min(rate, 1 - rate) < FEW:
             yield Finding(
                 f"label '{label}' is 1 in {rate:.4%} of the {split.split} rows",
-                "keep a share of the others, and calibrate what is predicted",
+                "keep only a share of the frequent label's rows, and calibrate predictions",
             )
     for column in found.schema.of_kind("dense") if split.split == "train" else []:
         values = split.numbers[column]
@@ -132,8 +132,8 @@ def _new_groups(found: DatasetSummary) -> Iterator[Finding]:
             yield Finding(
                 f"{1 - known:.1%} of the {split} rows have a '{group}' without a training row "
                 f"({groups:,} different ones in all)",
-                "a row of their own cannot have been trained: let the model learn to do without, "
-                f"embedding.tables.{group}.id_dropout 0.5",
+                "their vectors are untrained: drop some vectors in training, so that the model "
+                f"works without them, embedding.tables.{group}.id_dropout 0.5",
             )
 
 
@@ -148,8 +148,8 @@ def _tables(found: DatasetSummary) -> Iterator[Finding]:
         if use.vocabulary == "bounded" and use.ids > use.rows:
             yield Finding(
                 f"table '{name}' has {use.rows:,} rows for {about}{use.ids:,} ids, so that the "
-                "least used ones lose theirs",
-                "raise num_embeddings or admit_after, if rare ids matter or do not",
+                "least used ids lose their rows",
+                "raise num_embeddings if rare ids matter, else raise admit_after",
             )
     for split in found.splits.values():
         for name, ids in split.ids.items():
@@ -169,12 +169,12 @@ def _items(found: DatasetSummary) -> Iterator[Finding]:
         if (missing := column.missing_share(rows)) is not None and missing > MANY:
             yield Finding(
                 f"{missing:.1%} of the items have no '{name}'",
-                "they are masked there; another modality should cover them",
+                "the model masks them; cover them by another modality",
             )
         if column.broken:
             opened = column.broken + sum(column.formats.values())
             yield Finding(
-                f"{column.broken:,} of {opened:,} images of '{name}' that were opened are none",
+                f"{column.broken:,} of {opened:,} opened values of '{name}' are no images",
                 "write them again as JPEG, PNG or WebP, or null, or set on_bad_row: skip",
             )
         elif column.problem:
@@ -191,10 +191,10 @@ def _equal_content(name: str, column: ColumnSummary, rows: int) -> Iterator[Find
     if is_mostly_equal(column.most_common_share, rows):
         yield Finding(
             f"{column.most_common_share:.1%} of the sampled items with a '{name}' have the same",
-            "it does not distinguish them: write what differs, or use no modality of this column",
+            "write content that differs between items, or use no modality of this column",
         )
     elif column.shared_beginning >= LONG_BEGINNING:
         yield Finding(
             f"most texts of '{name}' begin with the same {column.shared_beginning:,} characters",
-            "a text encoder may read no further: remove them, or raise the modality's max_length",
+            "a text encoder may read only these: remove them, or raise the modality's max_length",
         )

@@ -44,7 +44,7 @@ class ColumnSummary:
     widths: number of feature vectors by width.
     formats, sizes: number of opened images by format and by size.
     broken: images that could not be opened.
-    problem: the first content at which training would fail, in words.
+    problem: description of the first content at which training would fail.
     values: number of different categories.
     most_common_share: share of the most frequent content among a sample of the items that have it.
     shared_beginning: number of characters with which most texts of the sample begin alike.
@@ -148,7 +148,7 @@ def _summarize(items: ItemTable, name: str, kind: str) -> ColumnSummary:
 
 
 def _sampled(first_row: int, num_rows: int, all_rows: int) -> np.ndarray:
-    """Return which rows of a chunk are in an evenly spaced sample of the items."""
+    """Return the rows of a chunk that belong to an evenly spaced sample of the items."""
     sample = np.linspace(0, all_rows - 1, min(all_rows, SAMPLED_ITEMS)).astype(int) - first_row
     return sample[(sample >= 0) & (sample < num_rows)]
 

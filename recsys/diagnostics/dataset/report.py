@@ -34,7 +34,7 @@ def format_dataset(found: DatasetSummary, findings: Sequence[Finding]) -> str:
         lines = [f"warning: {finding.what}; fix: {finding.fix}" for finding in findings]
         blocks.append("\n".join(lines))
     else:
-        blocks.append("nothing to warn of")
+        blocks.append("no warnings")
     return "\n\n".join(block for block in blocks if block)
 
 

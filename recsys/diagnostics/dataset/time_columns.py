@@ -1,7 +1,7 @@
-"""Reads the time range of impressions from the files' footers, where a column has times.
+"""Read the time range of impressions from the files' footers, if a column has times.
 
 A column has times if its type is a timestamp or date, or if it is an integer with a usual name. The
-schema need not name it: training does not read it, but if splits overlap in time, the test split
+schema need not name it. Training does not read it, but if splits overlap in time, the test split
 has rows from the period of training.
 """
 

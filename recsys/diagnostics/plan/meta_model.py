@@ -33,12 +33,12 @@ NO_LIMIT = 2**60
 
 @dataclass(frozen=True)
 class MetaModel:
-    """All that a run would build.
+    """Everything that a run would build.
 
     frozen_layers: for each encoder with cached outputs, the number of parameters that run only
         before training.
-    problems: why the tables do not fit, and how to make them fit; the plan is then the one of
-        devices with unlimited memory.
+    problems: reasons why the tables do not fit, with fixes; the plan is then that of devices with
+        unlimited memory.
     """
 
     config: Config

@@ -1,4 +1,4 @@
-"""Computes the least time of a step's parts on given devices, and what bounds each.
+"""Compute the least time of a step's parts on given devices, and the bottleneck of each.
 
 Arithmetic runs at the rate of matrix products, memory traffic at the bandwidth of the device's
 memory, collectives at that of the links within and between nodes. Parts do not overlap here; on

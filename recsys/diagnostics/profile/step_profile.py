@@ -102,7 +102,7 @@ class StepProfile:
             self._stop()
 
     def _say_why_fewer(self) -> None:
-        """Say, once, why a loop that has ended had too few steps to profile all that were asked."""
+        """Print, once, why an ended loop had fewer steps than were to be profiled."""
         if self._has_said_why or not self.ranks.is_first:
             return
         self._has_said_why = True

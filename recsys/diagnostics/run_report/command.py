@@ -102,7 +102,7 @@ def _of_metrics(run: Path, job: Job) -> tuple[Section, Section]:
     """Return the sections on the test metrics and on the configuration.
 
     Raises:
-        ValueError: `metrics.json` is damaged, or of another model than the run has now.
+        ValueError: `metrics.json` is damaged, or belongs to another model than the run has now.
     """
     file = run / "metrics.json"
     metrics = read_json(file)
@@ -166,7 +166,7 @@ def item_sections(
 
 
 def summary(metrics: dict[str, Any], has_probabilities: bool) -> Section:
-    """Return the test metrics of `metrics.json` as a table per label, with findings in words.
+    """Return the test metrics of `metrics.json` as a table per label, with findings as sentences.
 
     Args:
         metrics: content of `metrics.json`.

@@ -1,4 +1,4 @@
-"""Draws ID and content vectors in the plane, and measures how close the contrastive loss got them.
+"""Draw ID and content vectors in the plane, and measure how close the contrastive loss brings them.
 
 Shapes: I items, D dimension.
 """

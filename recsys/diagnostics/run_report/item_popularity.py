@@ -30,8 +30,8 @@ BUCKETS = (0, 1, 5, 20, 100)  # least training impressions of each bucket
 NAMES = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss"}
 NAMES_OF_NUMBERS = {"rmse": "RMSE", "mae": "MAE"}
 UNTRAINED = (
-    "An item without training impressions has an ID vector that was never trained: what is known "
-    "of it comes from its content, its other features and the user alone."
+    "An item without training impressions has an untrained ID vector: the model knows it only by "
+    "its content, its other features and the user."
 )
 MOST_USERS = 1000  # of a bar with an interval: that of more users is too narrow to be seen
 
