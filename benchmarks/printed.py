@@ -16,7 +16,8 @@ from pathlib import Path
 
 from benchmarks.results import RESULTS, measured_on, provenance, without_places
 
-LAST_LINES = 60
+LAST_LINES = 90
+LABEL = r"^\w+/\d+ \[\d+\]:"  # torchx puts it before each line of a rank
 HEAD = """# Output of commands that pages show
 
 Each section is the end of what one command printed, written by
@@ -42,8 +43,8 @@ def with_section(page: str, command: list[str], output: str) -> str:
     """Return the page with the section of a command replaced, or added at its end."""
     head, *sections = re.split(r"^(?=## )", page, flags=re.MULTILINE)
     title = f"## `{' '.join(command)}`"
-    lines = without_places(output).rstrip().splitlines()[-LAST_LINES:]
-    block = "\n".join(line.rstrip() for line in lines)
+    lines = re.sub(LABEL, "", without_places(output), flags=re.MULTILINE).rstrip().splitlines()
+    block = "\n".join(line.rstrip() for line in lines[-LAST_LINES:])
     section = f"{title}\n\n{measured_on(provenance())}\n\n```\n{block}\n```\n\n"
     others = [each for each in sections if each.splitlines()[0] != title]
     return (head.rstrip() + "\n\n" + "".join([*others, section])).rstrip() + "\n"

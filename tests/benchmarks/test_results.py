@@ -39,6 +39,6 @@ def test_the_command_is_the_one_that_runs_the_benchmark_again(
 def test_a_command_recorded_again_replaces_its_section() -> None:
     page = with_section(HEAD, ["make", "train"], "step 1\nall 0.5\n")
     page = with_section(page, ["recsys", "doctor"], "fine  \n")
-    page = with_section(page, ["make", "train"], "all 0.6\n")
+    page = with_section(page, ["make", "train"], "train/0 [0]:all 0.6\n")
     assert re.findall("^## (.*)$", page, re.M) == ["`recsys doctor`", "`make train`"]
-    assert "fine\n" in page and "all 0.6\n" in page and "0.5" not in page
+    assert "\nfine\n" in page and "\nall 0.6\n" in page and "0.5" not in page
