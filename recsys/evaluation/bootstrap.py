@@ -60,9 +60,8 @@ def paired_difference(
         first: runs of the first configuration: for each seed, the scores of each window (the test
             splits of a rolling split; one window for any other split). Seeds are averaged.
         second: runs of the second configuration, on the same windows; any number of seeds.
-        metric: gauc or auc, or, for a label that is a number, rmse or mae. AUC is the mean over
-            windows, weighted by rows; the others are pooled over windows, GAUC with users weighted
-            by rows.
+        metric: gauc or auc; rmse or mae of a label that is a number. AUC is the mean over windows,
+            weighted by rows; the others are pooled, GAUC with users weighted by rows.
         part: all, warm, cold or unseen, as in `recsys.data.item_parts`.
         samples: number of resamples. A user in several windows is drawn with the rows of all.
         seed: seed of the resamples, the same for all metrics and parts.
