@@ -31,7 +31,8 @@ def record(command: list[str], page: Path) -> int:
     Returns:
         Exit code of the command; unless it is 0, the page stays as it is.
     """
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    # torchx prints the lines of ranks on standard error.
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout, end="")
     if done.returncode == 0:
         text = page.read_text() if page.exists() else HEAD
@@ -45,9 +46,9 @@ def with_section(page: str, command: list[str], output: str) -> str:
     title = f"## `{' '.join(command)}`"
     lines = re.sub(LABEL, "", without_places(output), flags=re.MULTILINE).rstrip().splitlines()
     block = "\n".join(line.rstrip() for line in lines[-LAST_LINES:])
-    section = f"{title}\n\n{measured_on(provenance())}\n\n```\n{block}\n```\n\n"
+    section = f"{title}\n\n{measured_on(provenance())}\n\n```\n{block}\n```"
     others = [each for each in sections if each.splitlines()[0] != title]
-    return (head.rstrip() + "\n\n" + "".join([*others, section])).rstrip() + "\n"
+    return "\n\n".join(each.rstrip() for each in [head, *others, section]) + "\n"
 
 
 if __name__ == "__main__":

@@ -38,15 +38,15 @@ def page(sections: dict[str, list[tuple[Case, str]]]) -> str:
     """Returns the page of these texts."""
     lines = [HEAD]
     for title, rows in sections.items():
-        lines += [f"## {title}\n", "| mistake | error |", "|---|---|"]
-        lines += [f"| {cell(case.done)} | {cell(text)} |" for case, text in rows]
+        lines.append(f"## {title}\n")
+        lines += [f"- {case.done}\n  > {quoted(text)}" for case, text in rows]
         lines.append("")
     return "\n".join(lines)
 
 
-def cell(text: str) -> str:
-    """Returns a text as the cell of a table."""
-    return text.replace("|", "\\|").replace("\n", "<br>")
+def quoted(text: str) -> str:
+    """Returns a text on one line, its own lines apart, and `*` as it is."""
+    return text.replace("*", "\\*").replace("\n", "<br>")
 
 
 if __name__ == "__main__":

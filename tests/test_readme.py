@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 
 from recsys.config import load_config
+from recsys.distributed.heartbeat import Heartbeat, silent_ranks, stalled_ranks
+from recsys.evaluation.few_users import interval_stretch
 from tests.ranks import HANG_SECONDS
 from tests.recsys.command_runs import run_recsys
 
@@ -42,6 +44,7 @@ PAGES = (
     "recsys/serving/server/README.md",
     "recsys/serving/retrieval/README.md",
 )
+PRINTED = (PROJECT / "benchmarks" / "results" / "printed.md").read_text()
 LONGEST_LINE = 110  # of code that a page shows on a screen of 1280 pixels, without scrolling
 FRONT_PAGE = (PROJECT / "README.md").read_text()
 README = "\n".join((PROJECT / page).read_text() for page in PAGES)
@@ -189,6 +192,16 @@ def test_the_front_page_is_short() -> None:
     assert len(FRONT_PAGE.splitlines()) <= 250
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_output_on_a_page_is_what_a_recorded_command_printed(page: str) -> None:
+    """Blocks without a language show output, unless they show a class."""
+    shown = [block for block in blocks("", (PROJECT / page).read_text()) if "class " not in block]
+    beats = [Heartbeat(1, False, 10.0, 9 - rank, 5, "step 57", "") for rank in (0, 1)]
+    behind, silent = stalled_ranks(dict(enumerate(beats)), 300), silent_ranks({1: beats[1]}, 300)
+    known = f"{PRINTED}\nrank 0: {silent}\nrank 0: {behind}"
+    assert [line for block in shown for line in lines_not_in(known, block)] == []
+
+
 def test_a_figure_that_no_command_printed_is_seen() -> None:
     printed = "all  0.8752  0.7720\nfits: 37.6 GiB per rank are left"
     assert lines_not_in(printed, "all 0.8752   0.7720\n...\nfits: ...\n") == []
@@ -216,13 +229,15 @@ def test_links_lead_to_files_and_headings_that_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_figures_of_quality_are_those_of_the_results_that_a_page_links(page: str) -> None:
-    """Outside of blocks of code, which show what commands print."""
+def test_figures_in_the_text_of_a_page_are_those_of_the_results_that_it_links(page: str) -> None:
+    """Or of a formula; numbers of two and more decimals, but no arXiv's nor (versions)."""
     text = re.sub(r"^```.*?^```", "", (PROJECT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
     links = re.findall(r"\]\(([^)\s]*results/\w+\.md)\)", text)
     known = "".join(((PROJECT / page).parent / link).read_text() for link in links)
-    figures = re.findall(r"(?<![\w.])0?(\.\d{4})(?![\w.])", text)
-    assert [figure for figure in figures if f"0{figure}" not in known] == []
+    text = re.sub(r"\(\d+\.\d+\)", "", text)
+    known += "".join(f" {interval_stretch(users):.2f}" for users in (5, 20, 300))
+    figures = re.findall(r"(?<![\w./-])(?!\d{4}\.\d{5})\d*(\.\d{2,})(?![\w.])", text)
+    assert [figure for figure in figures if figure not in known] == []
 
 
 @pytest.mark.parametrize(

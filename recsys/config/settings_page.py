@@ -29,13 +29,13 @@ generated from the docstrings of `recsys/config`: change them and run
 
 
 def settings_page() -> str:
-    """Return the page: one table for the run, one per component, one per ranking model."""
+    """Return the page: one list for the run, one per component, one per ranking model."""
     sections = [HEAD, *_sections("", Config)]
     base = {each.name for each in fields(RankingSettings)}
     for name in RANKING_MODELS:
         own = [each for each in fields(settings_class(name)) if each.name not in base]
         if own:
-            sections.append(f"## ranking, name: {name}\n\n{_table(settings_class(name), own)}")
+            sections.append(f"## ranking, name: {name}\n\n{_list(settings_class(name), own)}")
     return "\n".join(sections)
 
 
@@ -45,7 +45,7 @@ def _sections(path: str, settings: type) -> Iterator[str]:
     inner = {each.name: _dataclass_in(hints[each.name]) for each in fields(settings)}
     plain = [each for each in fields(settings) if inner[each.name] is None]
     summary = docstring_parser.parse_from_object(settings).short_description
-    yield f"## {path or 'Run'}\n\n{summary}\n\n{_table(settings, plain)}"
+    yield f"## {path or 'Run'}\n\n{summary}\n\n{_list(settings, plain)}"
     for name, kind in inner.items():
         if kind is not None:
             named = ".NAME" if get_args(hints[name])[:1] == (str,) else ""
@@ -60,7 +60,7 @@ def _dataclass_in(hint: Any) -> type | None:
     return next((kind for each in get_args(hint) if (kind := _dataclass_in(each))), None)
 
 
-def _table(settings: type, rows: list[Field[Any]]) -> str:
+def _list(settings: type, rows: list[Field[Any]]) -> str:
     sentences = {
         each.arg_name: " ".join((each.description or "").split())
         for base in reversed(settings.__mro__[:-1])
@@ -68,11 +68,10 @@ def _table(settings: type, rows: list[Field[Any]]) -> str:
         if each.description
     }
     hints = get_type_hints(settings)
-    lines = ["| setting | meaning, with type and default |", "|---|---|"]
+    lines = []
     for row in rows:
         kind = ", ".join(_choices(hints[row.name])) or f"`{row.type}`"
-        cells = [f"`{row.name}`", f"{sentences[row.name]}<br>{kind}; {_default(row)}"]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append(f"- `{row.name}` ({kind}; {_default(row)}): {sentences[row.name]}")
     return "\n".join(lines) + "\n"
 
 

@@ -86,7 +86,7 @@ def load_for_export(run: Path, out: Path, ranks: Ranks, data: str | None) -> Job
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """What a package computes.
+    """Computations of a package.
 
     ranking: the ranking model, or a part of it. pooled, dense: the columns that it reads.
     reads_targets: it reads the content of ranked items.
