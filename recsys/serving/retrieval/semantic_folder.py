@@ -43,7 +43,6 @@ class SemanticManifest:
     run: str
     model: str | None
     target_item: str
-    num_items: int
     levels: int
     codes: int
     dim: int
@@ -89,23 +88,25 @@ def export_semantic_ids(
     books = known or Codebooks.fit(of_items.vectors, levels, codes)
     with whole_folder(out) as partial:
         report = _write(partial, job, of_items, books)
-        levels, codes, dim = books.centres.shape
-        manifest = SemanticManifest(
-            run=str(run),
-            model=model,
-            target_item=job.schema.target_item,
-            num_items=len(of_items.ids),
-            levels=levels,
-            codes=codes,
-            dim=dim,
-            versions={name: version(name) for name in PACKAGES},
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        write_manifest(partial, manifest)
+        write_manifest(partial, _describe(run, model, job, books))
         if dataset is not None:
             ids = pq.read_table(partial / ITEMS)
             write_dataset_with(job.root, job.schema, ids, COLUMN, books.num_ids, dataset)
     return report
+
+
+def _describe(run: Path, model: str | None, job: Job, books: Codebooks) -> SemanticManifest:
+    levels, codes, dim = books.centres.shape
+    return SemanticManifest(
+        run=str(run),
+        model=model,
+        target_item=job.schema.target_item,
+        levels=levels,
+        codes=codes,
+        dim=dim,
+        versions={name: version(name) for name in PACKAGES},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
 def _write(folder: Path, job: Job, of_items: ItemVectors, books: Codebooks) -> dict[str, Any]:
