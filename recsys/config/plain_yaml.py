@@ -74,7 +74,7 @@ class _PlainLoader(yaml.SafeLoader):
             alias = self.peek_event()
             line = alias.start_mark.line + 1
             raise RefusedYaml(
-                f"line {line}: YAML alias *{alias.anchor} is refused; write its content instead"
+                f"line {line}: alias *{alias.anchor} is refused; write its content instead"
             )
         return super().compose_node(parent, index)
 
