@@ -30,6 +30,12 @@ MAX_ROWS_PER_SET = 128
 PIPELINED_STEPS = 2
 
 
+def rows_of_sets(num_embeddings: int) -> tuple[int, int]:
+    """Return the number of sets of a table, and the rows of each."""
+    num_sets = -(-(num_embeddings - 1) // MAX_ROWS_PER_SET)
+    return num_sets, (num_embeddings - 1) // num_sets
+
+
 @dataclass(frozen=True)
 class VocabularyCounts:
     """Counts of events in a bounded vocabulary, over all ranks."""
@@ -95,8 +101,7 @@ class BoundedVocabulary:
                 raise ValueError(f"{name} is {value}; set at least {lowest}")
         if not half_life > 0:
             raise ValueError(f"half_life is {half_life}; set a positive number of steps")
-        self.num_sets = -(-(num_embeddings - 1) // MAX_ROWS_PER_SET)
-        self.rows_per_set = (num_embeddings - 1) // self.num_sets
+        self.num_sets, self.rows_per_set = rows_of_sets(num_embeddings)
         self._group = process_group
         self._world_size = 1 if process_group is None else dist.get_world_size(process_group)
         self._rank = 0 if process_group is None else dist.get_rank(process_group)

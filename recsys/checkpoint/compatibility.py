@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from typing import Any
 
@@ -66,6 +67,19 @@ def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
     return {} if value is None or value is False or value == [] else {prefix: value}
 
 
+def differing_settings(stored: Config, config: Config) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, stored and present value of each setting that differs and is not changeable."""
+    before, now = flattened(to_plain(stored)), flattened(to_plain(config))
+    for name in sorted(before.keys() | now.keys()):
+        values = before.get(name), now.get(name)
+        if values[0] == values[1]:
+            continue
+        # Without the loss its head is not in the model.
+        is_of_head = name == "contrastive.weight" and 0 in values
+        if is_of_head or not any(fnmatch(name, pattern) for pattern in CHANGEABLE):
+            yield name, *values
+
+
 def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
     """Refuse to continue from a checkpoint of another model.
 
@@ -79,16 +93,10 @@ def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
     Raises:
         ValueError: names every setting that differs and must not.
     """
-    before, now = flattened(to_plain(config_of_plain(stored))), flattened(to_plain(config))
     differing = [
-        f"{name} (checkpoint: {before.get(name)}, now: {now.get(name)})"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-        and not any(fnmatch(name, pattern) for pattern in CHANGEABLE)
+        f"{name} (checkpoint: {before}, now: {now})"
+        for name, before, now in differing_settings(config_of_plain(stored), config)
     ]
-    # Without the loss its head is not in the model.
-    if (before["contrastive.weight"] > 0) != (now["contrastive.weight"] > 0):
-        differing.append("contrastive.weight (to or from 0)")
     if differing:
         raise ValueError(
             f"{where}: written with another configuration; these settings differ: "

@@ -11,6 +11,7 @@ Shapes: N items with a row in the files.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "item_content"
 TYPE = np.dtype([("item", "<i8"), ("content", "<u8")])
+NewRows = Callable[[np.ndarray], np.ndarray]
 
 
 def item_content_digest(job: Job) -> str | None:
@@ -42,10 +44,19 @@ def keep_item_content(run: Path, job: Job) -> None:
         np.save(file, content)
 
 
-def encode_changed_items(job: Job, run: Path, manifest: dict[str, Any]) -> int:
+def encode_changed_items(
+    job: Job, run: Path, manifest: dict[str, Any], new_rows: NewRows | None = None
+) -> int:
     """Encode the items that differ from those of a loaded checkpoint. A collective.
 
     Items whose row was removed lose their content, in histories and when they are ranked.
+
+    Args:
+        job: the job, with the checkpoint's weights and bank.
+        run: folder of the checkpoint's run.
+        manifest: of the checkpoint.
+        new_rows: maps the ids that items had in that run to those that they have now, -1 where they
+            have none; default: they are the same.
 
     Returns:
         Number of encoded items.
@@ -57,10 +68,12 @@ def encode_changed_items(job: Job, run: Path, manifest: dict[str, Any]) -> int:
     if len(set(ranks.gather(now))) > 1:
         raise ValueError(f"{job.root}/items: the ranks read different items; give them one dataset")
     stored = manifest.get("items", now)  # an earlier version kept no hashes: assumed unchanged
-    if items is None or stored is None or now == stored:
+    if items is None or stored is None or (now == stored and new_rows is None):
         return 0
     with ranks.raise_on_all_ranks():
-        ids, words = _changed(items, _file(run, stored))
+        ids, words = _changed(items, _file(run, stored), new_rows)
+    if not len(ids):  # they only have other rows
+        return 0
     assert job.em3.content is not None and job.store is not None
     encode_into_bank(job.em3.content, job.store, ranks, ids=ids)
     if ranks.is_first:
@@ -81,12 +94,15 @@ def _file(run: Path, digest: str) -> Path:
     return run / FOLDER / f"{digest}.npy"
 
 
-def _changed(now: np.ndarray, file: Path) -> tuple[np.ndarray, str]:
+def _changed(now: np.ndarray, file: Path, new_rows: NewRows | None) -> tuple[np.ndarray, str]:
     """Return the ids of items that differ from those in a file, ascending, and a description."""
     before = np.load(file, allow_pickle=False) if file.is_file() else np.zeros(0, TYPE)
     if digest_of(before.tobytes()) != file.stem:
         words = f"{file} is missing or damaged, so all {len(now):,} items are taken as changed"
         return now["item"].copy(), words
+    if new_rows is not None:
+        before["item"] = new_rows(before["item"])
+        before = np.sort(before[before["item"] >= 0], order="item")
     place = np.searchsorted(before["item"], now["item"]).clip(max=len(before) - 1)
     known = before["item"][place] == now["item"]
     edited = known & (before["content"][place] != now["content"])

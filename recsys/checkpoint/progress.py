@@ -21,8 +21,12 @@ class Progress:
     dense_steps: int = 0  # updates of all other parameters, fewer if gradients are accumulated
     samples: int = 0  # over all ranks
     seconds: float = 0.0  # in training steps, validation excluded
+    # Steps of the runs that a warm start took over: bank vectors and bounded vocabularies have
+    # their ages from the first of them on; fused optimizers count only what their state has seen.
+    steps_before: int = 0
+    table_steps_before: int = 0
     # Position in the data: the epoch, the part of it that other numbers of ranks have read, and the
-    # # number of batches that each rank has trained on since.
+    # number of batches that each rank has trained on since.
     epoch: int = 0
     stages: list[Stage] = field(default_factory=list)
     batches: int = 0
@@ -35,6 +39,16 @@ class Progress:
     # # vocabulary, ids that got and ids that lost a row.
     ids: dict[str, dict[str, int]] = field(default_factory=dict)
     vocabularies: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def age(self) -> int:
+        """Number of steps since the first run began from which this one was warm-started."""
+        return self.steps_before + self.steps
+
+    @property
+    def table_steps(self) -> int:
+        """Number of steps that the state of the fused optimizers has seen."""
+        return self.table_steps_before + self.steps
 
     def begin_next_epoch(self) -> None:
         """Start the next epoch at its first batch."""

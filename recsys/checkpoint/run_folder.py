@@ -40,6 +40,7 @@ METRICS = "metrics.json"
 JOB = ".job.json"  # the job that began the run, and with what results it has ended well
 REPLACED = ".checkpoints.replaced"
 COMPARISON = "comparison.json"
+WARM_START = "warm_start.json"  # the run it was begun from, and what differed
 TWIN = "id_only"  # folder of the ID-only twin's run
 TWIN_MARK = ".has_id_only"  # marks the folder TWIN as this run's own, not an independent run
 
@@ -180,7 +181,7 @@ def _empty(run: Path) -> None:
     twin = [TWIN] if (run / TWIN_MARK).exists() else []
     for part in (REPLACED, "tensorboard", "vocabulary", FOLDER, *twin):
         shutil.rmtree(run / part, ignore_errors=True)
-    results = (run / COMPARISON, run / TWIN_MARK, run / JOB)
+    results = (run / COMPARISON, run / TWIN_MARK, run / JOB, run / WARM_START)
     for file in [*results, *run.glob("scores_*.parquet")]:
         file.unlink(missing_ok=True)
 

@@ -173,22 +173,22 @@ def _raw_ids(schema: Schema) -> dict[str, dict[str, Any]]:
 def _differences(trained: Schema, data: Schema, goes_on: bool) -> Iterator[str]:
     """Describe each difference that changes what the model of a run reads."""
     for role in ("target_item", "group"):
-        yield from _changes(role, {"": getattr(trained, role)}, {"": getattr(data, role)})
+        yield from changes(role, {"": getattr(trained, role)}, {"": getattr(data, role)})
     if trained.items is not None and data.items is not None:
-        yield from _changes("items", {"id": trained.items.id}, {"id": data.items.id})
+        yield from changes("items", {"id": trained.items.id}, {"id": data.items.id})
         for name in trained.items.columns.keys() & data.items.columns.keys():
             kinds = trained.items.columns[name].kind, data.items.columns[name].kind
-            yield from _changes(f"item column '{name}'", {"kind": kinds[0]}, {"kind": kinds[1]})
-    before, now = _columns(trained), _columns(data)
+            yield from changes(f"item column '{name}'", {"kind": kinds[0]}, {"kind": kinds[1]})
+    before, now = described_columns(trained), described_columns(data)
     for name in [*before, *(now.keys() - before.keys() if goes_on else ())]:
         if name not in before or name not in now:
             owner = "run" if name in before else "data"
             yield f"{name} is in the {owner}'s schema only"
         else:
-            yield from _changes(name, before[name], now[name])
+            yield from changes(name, before[name], now[name])
 
 
-def _columns(schema: Schema) -> dict[str, dict[str, Any]]:
+def described_columns(schema: Schema) -> dict[str, dict[str, Any]]:
     """Return the attributes of each column, and of each list beside a sequence, by its name."""
     found = {f"column '{name}'": _attributes(column) for name, column in schema.columns.items()}
     return found | {
@@ -206,7 +206,8 @@ def _attributes(column: Column) -> dict[str, Any]:
     return attributes
 
 
-def _changes(what: str, before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+def changes(what: str, before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Yield each attribute that differs, in words."""
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             thing = f"{what} {name}".rstrip()

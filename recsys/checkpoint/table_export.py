@@ -1,9 +1,7 @@
 """Export the ID tables of a checkpoint as one Parquet file, without building the model.
 
-A checkpoint holds each table in pieces, split by rows or columns as on the ranks that trained it.
-torch.load would read whole pieces, and a piece may be the whole table. So only the header of a
-piece is loaded, which gives the offset of its numbers in the file; then one block of rows is read
-at a time. The memory needed is that of a few blocks, however large the table.
+A block of rows is read at a time (`recsys.checkpoint.stored_tensor`): memory is a few blocks,
+however large the table.
 """
 
 from __future__ import annotations
@@ -16,18 +14,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from recsys.checkpoint.output_file import check_output
 from recsys.checkpoint.reader import SafeFileSystemReader
+from recsys.checkpoint.stored_tensor import StoredTensor
 from recsys.data.filesystem import whole_file
 
 BLOCK_BYTES = 2**25
@@ -75,72 +66,29 @@ def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> d
 
 
 @dataclass(frozen=True)
-class StoredTable:
+class StoredTable(StoredTensor):
     """A table in a checkpoint, readable by ranges of its rows."""
 
-    reader: SafeFileSystemReader
-    metadata: Metadata
-    key: str  # name in the checkpoint
     name: str
-
-    @property
-    def _tensor(self) -> TensorStorageMetadata:
-        tensor = self.metadata.state_dict_metadata[self.key]
-        assert isinstance(tensor, TensorStorageMetadata), self.key
-        return tensor
 
     @property
     def num_rows(self) -> int:
         """Number of rows."""
-        return self._tensor.size[0]
+        return self.size[0]
 
     @property
     def dim(self) -> int:
         """Dimension D of the vectors."""
-        return self._tensor.size[1]
+        return self.size[1]
+
+    @property
+    def title(self) -> str:
+        """Words for the table in messages."""
+        return f"table '{self.name}'"
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Read the rows `[start, stop)` as float32 [stop - start, D].
-
-        Raises:
-            ValueError: a file of the checkpoint is missing, cut short, or not a checkpoint file.
-        """
-        wanted = ChunkStorageMetadata(
-            offsets=torch.Size([start, 0]), sizes=torch.Size([stop - start, self.dim])
-        )
-        result = torch.full((stop - start, self.dim), torch.nan)
-        num_read = 0
-        for item in create_read_items_for_chunk_list(self.key, self._tensor, [wanted]):
-            piece = self._read(item)
-            (row, column), (height, width) = item.dest_offsets, item.lengths
-            result[row : row + height, column : column + width] = piece
-            num_read += piece.numel()
-        assert num_read == result.numel(), f"{self.key}: pieces do not cover the table"
-        return result
-
-    def _read(self, item: ReadItem) -> Tensor:
-        """Read rows of one stored piece with all its columns: [rows, columns]."""
-        place = self.metadata.storage_data[item.storage_index]
-        assert not place.transform_descriptors, "checkpoints are written without compression"
-        path = Path(self.reader.path, place.relative_path)
-        (row, _), (height, width) = item.storage_offsets, item.lengths
-        try:
-            with path.open("rb") as file:
-                header = torch.load(
-                    self.reader._slice_file(file, place), map_location="meta", weights_only=True
-                )
-                assert header.is_contiguous() and header.shape[1] == width, place
-                begin = place.offset + header.untyped_storage()._checkpoint_offset
-                piece = torch.empty(height, width, dtype=header.dtype)
-                file.seek(begin + row * width * header.itemsize)
-                if file.readinto(piece.view(torch.uint8).numpy().data) != piece.nbytes:
-                    raise EOFError("the file ends early")
-        except (OSError, EOFError, RuntimeError) as error:
-            raise ValueError(
-                f"{path}: table '{self.name}' cannot be read ({error}); copy the checkpoint again "
-                "or export another one"
-            ) from error
-        return piece
+        """Read the rows `[start, stop)` as float32 [stop - start, D], as `StoredTensor.rows`."""
+        return super().rows(start, stop).float()
 
 
 def require_model_alone(folder: Path) -> None:
@@ -155,6 +103,12 @@ def require_model_alone(folder: Path) -> None:
             f"{folder}: the state of a step, not that of the best model; bring the folder back, or "
             "train again"
         )
+
+
+def table_of_key(key: str) -> str | None:
+    """Return the table whose weight, or a tensor beside it, has this name in a checkpoint."""
+    found = _TABLE_KEY.match(key)
+    return None if found is None else found[1]
 
 
 def stored_tables(folder: Path) -> dict[str, StoredTable]:

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import Namespace
 
@@ -15,6 +15,9 @@ from recsys.commands.options import add_data_option, require_schema
 from recsys.config import Config, Resume, add_config_arguments, config_from
 from recsys.config.parser import Parser
 from recsys.doctor import require_working_installation
+
+if TYPE_CHECKING:
+    from recsys.checkpoint.warm_start.request import WarmStart
 
 
 def add_arguments(parser: Parser, words: Sequence[str]) -> None:
@@ -39,6 +42,37 @@ def add_arguments(parser: Parser, words: Sequence[str]) -> None:
         help="auto: go on from the run's last checkpoint if there is one; never; must",
     )
     parser.add_argument("--overwrite", type=bool, default=False, help="replace an earlier run")
+    _add_warm_start(parser)
+
+
+def _add_warm_start(parser: Parser) -> None:
+    """Add the run whose state a new run begins with, and what of it is taken over."""
+    parser.add_argument(
+        "--warm-start", type=Path | None, help="begin with the state of this run, on other data"
+    )
+    parser.add_argument(
+        "--warm-start.checkpoint",
+        dest="warm_start_checkpoint",
+        type=Literal["best", "last"],
+        default="best",
+        help="its best model or its last checkpoint",
+    )
+    for name, words in (("only", "that alone are taken over"), ("skip", "that begin anew")):
+        parser.add_argument(
+            f"--warm-start.{name}",
+            dest=f"warm_start_{name}",
+            type=str,
+            nargs="+",
+            default=[],
+            help=f"patterns of parameters {words}, such as 'content.*'",
+        )
+    parser.add_argument(
+        "--warm-start.optimizer",
+        dest="warm_start_optimizer",
+        type=bool,
+        default=True,
+        help="take over the state of the optimizers, too",
+    )
 
 
 def run(arguments: Namespace) -> int:
@@ -46,6 +80,8 @@ def run(arguments: Namespace) -> int:
     config = config_from(arguments)
     if not arguments.dry_run and arguments.out is None:
         raise ValueError("train needs --out, the folder of the run to write (or --dry-run)")
+    if arguments.warm_start is not None and (arguments.dry_run or arguments.compare):
+        raise ValueError("--warm-start begins a run: leave out --dry-run and --compare")
     require_schema(arguments.data)
     require_working_installation()
     from recsys.distributed.lockstep import TrainingStopped
@@ -72,5 +108,26 @@ def _train(config: Config, arguments: Namespace) -> None:
             for each in configs:
                 dry_run(each, arguments.data, ranks)
             return
-        start = train if arguments.compare is None else train_with_twin
-        start(config, arguments.data, arguments.out, ranks, arguments.overwrite, arguments.resume)
+        of_run = config, arguments.data, arguments.out, ranks, arguments.overwrite, arguments.resume
+        if arguments.compare is None:
+            train(*of_run, _warm_start(arguments))
+        else:
+            train_with_twin(*of_run)
+
+
+def _warm_start(arguments: Namespace) -> WarmStart | None:
+    """Return what `--warm-start` asks for; None without it."""
+    from recsys.checkpoint.warm_start.request import WarmStart
+
+    asked = WarmStart(
+        arguments.warm_start or Path(),
+        arguments.warm_start_checkpoint,
+        tuple(arguments.warm_start_only),
+        tuple(arguments.warm_start_skip),
+        arguments.warm_start_optimizer,
+    )
+    if arguments.warm_start is not None:
+        return asked
+    if asked != WarmStart(Path()):
+        raise ValueError("--warm-start.* say what is taken of a run; add --warm-start RUN")
+    return None

@@ -11,6 +11,7 @@ Shapes: S sampled items, E width of the encoder, D content dimension, K componen
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -37,16 +38,29 @@ LARGEST_SIZE = 10.0  # root mean square from which on the outputs of an encoder 
 
 
 @torch.no_grad()
-def start_projections(branch: ContentBranch, store: ContentStore, ranks: Ranks) -> None:
+def start_projections(
+    branch: ContentBranch,
+    store: ContentStore,
+    ranks: Ranks,
+    modalities: Collection[str] | None = None,
+) -> None:
     """Set weights and biases from a sample of the items, equal on all ranks. A collective.
 
     Logs a warning for each modality whose content is equal for most of the sampled items.
+
+    Args:
+        branch: its projections are set.
+        store: content of the items.
+        ranks: the ranks; each encodes its share.
+        modalities: names of the modalities whose projections are set; default: all.
     """
     ids = np.sort(store.items.ids)
     sample = ids[np.linspace(0, len(ids) - 1, min(len(ids), SAMPLED_ITEMS)).astype(int)]
     share = np.array_split(sample, ranks.world_size)[ranks.rank]
     branch.eval()
     for name, encoder in branch.encoders.items():
+        if modalities is not None and name not in modalities:
+            continue
         projection = branch.projections[name]
         assert isinstance(encoder, Encoder) and isinstance(projection, Projection)
         outputs, digests = _mean_outputs(encoder, name, share, store, ranks)

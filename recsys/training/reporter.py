@@ -88,7 +88,7 @@ class Reporter:
         bank = self.job.em3.content.bank if self.job.em3.content is not None else None
         if bank is not None:
             values["bank_coverage"] = bank.coverage()
-            values["bank_age"] = bank.mean_age(progress.steps)
+            values["bank_age"] = bank.mean_age(progress.age)
         return values
 
     def write(self, values: dict[str, float], step: int) -> None:

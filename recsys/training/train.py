@@ -32,10 +32,13 @@ from recsys.checkpoint.run_folder import (
     read_item_counts,
 )
 from recsys.checkpoint.run_schema import schema_of_data
+from recsys.checkpoint.warm_start.plan import plan_warm_start
+from recsys.checkpoint.warm_start.request import WarmStart
 from recsys.config import Config, softmax_settings
 from recsys.content.projection_start import start_projections
 from recsys.data.filesystem import Location, read_json, write_whole
 from recsys.data.interactions import Interactions
+from recsys.data.schema import Schema
 from recsys.diagnostics.profile.step_profile import StepProfile
 from recsys.distributed.job_lock import sole_job
 from recsys.distributed.lockstep import Lockstep, TrainingStopped
@@ -50,6 +53,12 @@ from recsys.training.loss_watch import LossWatch
 from recsys.training.pretrained_tables import load_pretrained_tables
 from recsys.training.reporter import Reporter
 from recsys.training.trainer import Trainer
+from recsys.training.warm_start import (
+    OpenedWarmStart,
+    check_begun_from,
+    open_warm_start,
+    start_warm,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +83,7 @@ def train(
     ranks: Ranks,
     overwrite: bool = False,
     resume: Resume = "auto",
+    warm_start: WarmStart | None = None,
 ) -> dict[str, Any]:
     """Train, keep the best model, and return the content of `metrics.json`. A collective.
 
@@ -85,6 +95,7 @@ def train(
         overwrite: start a new run instead, and replace the content of the folder.
         resume: auto: continue if the folder has a run; never: refuse such a folder; must: refuse
             any other.
+        warm_start: a run whose state a new run begins with; one that goes on was begun so.
 
     Raises:
         TrainingStopped: the job was asked to end; its state is saved.
@@ -95,14 +106,20 @@ def train(
     with ranks.raise_on_all_ranks():
         check_run_folder(run, data)
     with sole_job(run, ranks, run / LOCK):
-        metrics = train_locked(config, data, run, ranks, overwrite, resume)
+        metrics = train_locked(config, data, run, ranks, overwrite, resume, warm_start)
         finish_run(run, ranks)
     check_best(metrics, config, data, run)
     return metrics
 
 
 def train_locked(
-    config: Config, data: str, run: Path, ranks: Ranks, overwrite: bool, resume: Resume
+    config: Config,
+    data: str,
+    run: Path,
+    ranks: Ranks,
+    overwrite: bool,
+    resume: Resume,
+    warm_start: WarmStart | None = None,
 ) -> dict[str, Any]:
     """Train as `train` does, in a folder that this job has locked. A collective."""
     make_metrics(config.metrics)  # invalid settings are reported before any work is done
@@ -111,11 +128,18 @@ def train_locked(
         Watchdog(ranks, config.stall_timeout) as watchdog,
         Lockstep(ranks, config.checkpoint, watchdog) as lockstep,
     ):
-        with ranks.raise_on_all_ranks():
-            schema = schema_of_data(run, Location.of(data), ranks, goes_on) if goes_on else None
+        warm = None
+        if goes_on:
+            with ranks.raise_on_all_ranks():
+                check_begun_from(run, warm_start)
+                schema: Schema | None = schema_of_data(run, Location.of(data), ranks, goes_on)
+        elif warm_start is not None:
+            warm, schema = open_warm_start(warm_start, data, run, ranks)
+        else:
+            schema = None
         check_columns(config, data, ranks, schema)  # before items are encoded
         job = build_job(config, data, ranks, schema)
-        trainer = open_run(job, run, data, goes_on, lockstep)
+        trainer = open_run(job, run, data, goes_on, lockstep, warm)
         try:
             trainer.train()
             return _finish(trainer)
@@ -129,7 +153,14 @@ def train_locked(
             trainer.checkpoints.close()
 
 
-def open_run(job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep) -> Trainer:
+def open_run(
+    job: Job,
+    run: Path,
+    data: str,
+    goes_on: bool,
+    lockstep: Lockstep,
+    warm: OpenedWarmStart | None = None,
+) -> Trainer:
     """Begin the run, or restore the job's state where the run stopped. A collective."""
     interactions = training_interactions(job)
     checkpoints = Checkpoints(job, run, interactions.rows.fingerprint())
@@ -139,6 +170,7 @@ def open_run(job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep) 
         check_encoders(run, job)
         progress = checkpoints.restore()
     if progress is None:
+        plan = None if warm is None else plan_warm_start(job, *warm)  # before a word is written
         begin_run(run, job, *check_data(job))
     describe_run(run, job, data)
     item_counts = read_item_counts(run, job.schema.num_items)
@@ -148,8 +180,7 @@ def open_run(job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep) 
         print_table(f"{job.plan}\n\n{job.parameters}\n")
     reporter = Reporter(job, run, progress or Progress())
     if progress is None:
-        start_fresh(job)
-        progress = Progress()
+        progress = start_fresh(job) if plan is None else start_warm(job, run, plan)
     else:
         logger.info("going on after step %d from %s", progress.steps, checkpoints.last_good or BEST)
     return Trainer(
@@ -158,12 +189,7 @@ def open_run(job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep) 
         interactions=interactions,
         checkpoints=checkpoints,
         lockstep=lockstep,
-        loss_watch=LossWatch(
-            job.ranks,
-            interactions.rows,
-            job.config.log_every_steps,
-            lambda: checkpoints.last_good,
-        ),
+        loss_watch=_loss_watch(job, interactions, checkpoints),
         profile=StepProfile(
             job.em3,
             job.ranks,
@@ -175,6 +201,11 @@ def open_run(job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep) 
         progress=progress,
         item_counts=item_counts,
     )
+
+
+def _loss_watch(job: Job, interactions: Interactions, checkpoints: Checkpoints) -> LossWatch:
+    every = job.config.log_every_steps
+    return LossWatch(job.ranks, interactions.rows, every, lambda: checkpoints.last_good)
 
 
 def training_interactions(job: Job) -> Interactions:
@@ -190,12 +221,13 @@ def training_interactions(job: Job) -> Interactions:
     return interactions
 
 
-def start_fresh(job: Job) -> None:
+def start_fresh(job: Job) -> Progress:
     """Initialise a new run: pretrained tables, projections, the first bank. A collective."""
     load_pretrained_tables(job)
     if job.em3.content is not None and job.store is not None:
         start_projections(job.em3.content, job.store, job.ranks)
         fill_bank(job)
+    return Progress()
 
 
 def check_best(metrics: dict[str, Any], config: Config, data: str, run: Path) -> None:

@@ -115,7 +115,7 @@ class Trainer:
         job, progress = self.job, self.progress
         job.model.train()
         start = time.perf_counter() - progress.seconds
-        prepared = job.preparation(batches, unknown, progress.steps, training=True)
+        prepared = job.preparation(batches, unknown, progress.age, training=True)
         for losses, _, batch in job.pipeline.outputs(prepared):
             if progress.steps == 0:
                 require_pipelined(job.model)

@@ -1,0 +1,251 @@
+"""Decides about every tensor of a new run: taken from the other run, or begun anew, or refused.
+
+`plan_warm_start` changes nothing; `WarmStartPlan.apply` fills the job.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from recsys.build import Job
+from recsys.checkpoint.reader import readable_failure
+from recsys.checkpoint.state import TrainingState
+from recsys.checkpoint.table_export import table_of_key
+from recsys.checkpoint.warm_start.differences import Differences
+from recsys.checkpoint.warm_start.load import move_rows, move_sets, size_of
+from recsys.checkpoint.warm_start.optimizers import choose_optimizer_state
+from recsys.checkpoint.warm_start.row_maps import RowMap, row_map
+from recsys.checkpoint.warm_start.settings import compare_encoders, compare_settings
+from recsys.checkpoint.warm_start.source import Source, Stored
+
+logger = logging.getLogger(__name__)
+
+MODEL = "model."
+MOST_SHAPES = 8  # in a message
+# Parts whose weights make the vectors in the memory bank.
+ENCODING = ("content.encoders.", "content.projections.", "content.fusion.")
+
+
+@dataclass
+class WarmStartPlan:
+    """What a new run takes over from another one.
+
+    Attributes:
+        source: the other run.
+        differences: what differs, and by what rule it is reconciled.
+        taken: the tensors, by name in the checkpoints, each with the checkpoint it comes from.
+        maps: rows of tables that are not the same, by table.
+        items: rows of the items; None if the memory bank is filled anew.
+    """
+
+    source: Source
+    differences: Differences
+    taken: dict[str, Stored] = field(default_factory=dict)
+    maps: dict[str, RowMap] = field(default_factory=dict)
+    items: RowMap | None = None
+
+    def takes(self, parameter: str) -> bool:
+        """Return whether a weight or buffer of the model is taken over."""
+        return f"{MODEL}{parameter}" in self.taken
+
+    @property
+    def takes_table_state(self) -> bool:
+        """Return whether the state of any fused optimizer is taken over."""
+        return any(name.startswith("optimizer.tables.") for name in self.taken)
+
+    @torch.no_grad()
+    def apply(self, job: Job) -> None:
+        """Fill the job with what is taken over; the rest stays. A collective."""
+        training, entries = TrainingState(job), _entries(self.taken)
+        state = training.state_dict(entries)
+        moved = {name: self._map_of(name) for name in self.taken}
+        ranks = job.ranks
+        for stored in dict.fromkeys(self.taken.values()):
+            whole = {
+                name: state[name]
+                for name, of in self.taken.items()
+                if of is stored and moved[name] is None
+            }
+            if not whole:
+                continue
+            with ranks.raise_on_all_ranks(), readable_failure():
+                dcp.load(whole, storage_reader=stored.reader, process_group=ranks.group)
+        with ranks.raise_on_all_ranks():
+            for name, rows in moved.items():
+                if rows is not None:
+                    move = move_sets if name.startswith("vocabulary.") else move_rows
+                    move(state[name], self.taken[name].tensor(name), rows)
+        training.finish_loading()
+
+    def _map_of(self, name: str) -> RowMap | None:
+        """Return the rows of a tensor whose rows move; None if they are the same."""
+        rows = self.items if name == "bank" else self.maps.get(_table_of(name) or "")
+        return None if rows is None or rows.is_identity else rows
+
+
+def _entries(taken: dict[str, Stored]) -> dict[str, Any]:
+    return {name: stored.entries[name] for name, stored in taken.items()}
+
+
+def _table_of(name: str) -> str | None:
+    """Return the table that a tensor belongs to."""
+    if name.startswith("vocabulary."):
+        return name.split(".")[1]
+    return table_of_key(name.replace("optimizer.tables.", MODEL, 1))
+
+
+def plan_warm_start(job: Job, source: Source, differences: Differences) -> WarmStartPlan:
+    """Compare the job with another run, and decide what it takes over. A collective.
+
+    Args:
+        job: the new run, not yet trained.
+        source: the other run.
+        differences: those of the columns; gets the others.
+
+    Raises:
+        ValueError: on every rank: something cannot be reconciled; lists it all, with the fix.
+    """
+    plan = WarmStartPlan(source, differences)
+    own = TrainingState(job).state_dict()
+    with job.ranks.raise_on_all_ranks():
+        compare_settings(source, job, differences)
+        _check_patterns(plan, own)
+    shapes: dict[str, str] = {}
+    for name in _shared_weights(plan, own):
+        table = table_of_key(name)
+        rows = row_map(table, source, job, differences) if table is not None else None
+        stored, tensor = source.model.entries[name], own[name]
+        if table is not None and rows is not None:
+            plan.maps[table] = rows
+        first = 0 if table is None else 1  # the rows of a table may differ
+        if tuple(stored.size)[first:] != size_of(tensor)[first:]:
+            shapes[name.removeprefix(MODEL)] = f"{list(stored.size)} -> {list(size_of(tensor))}"
+        plan.taken[name] = source.model
+    _refuse_shapes(shapes, differences)
+    with job.ranks.raise_on_all_ranks():
+        _choose_vocabularies(plan, own)
+        is_same = compare_encoders(source, job, plan.takes, differences)
+    _choose_bank(plan, job, own, is_same)
+    with job.ranks.raise_on_all_ranks():
+        choose_optimizer_state(plan.source, job, own, plan.taken, differences)
+        differences.check(source.model.folder)
+    return plan
+
+
+def _refuse_shapes(shapes: dict[str, str], differences: Differences) -> None:
+    """Refuse weights whose shapes do not fit, with the patterns that leave them out."""
+    if shapes:
+        listed = [f"{name} {words}" for name, words in shapes.items()][:MOST_SHAPES]
+        more = len(shapes) - len(listed)
+        patterns = dict.fromkeys(
+            f"'*.{table}.*'"
+            if (table := table_of_key(MODEL + name))
+            else f"'{'.'.join(name.split('.')[:2])}*'"
+            for name in shapes
+        )
+        differences.refuse(
+            "shapes that do not fit",
+            ", ".join(listed) + (f" and {more:,} more" if more else ""),
+            f"set back what they depend on, or --warm-start.skip {' '.join(patterns)}",
+        )
+
+
+def _check_patterns(plan: WarmStartPlan, own: Iterable[str]) -> None:
+    """Refuse patterns that match no parameter, which are mistakes."""
+    names = {*own, *plan.source.model.entries}
+    parameters = [name.removeprefix(MODEL) for name in names if name.startswith(MODEL)]
+    for pattern in plan.source.request.unmatched(parameters):
+        example = min(parameters)
+        plan.differences.refuse(
+            f"'{pattern}'",
+            "no parameter of either run has such a name",
+            f"correct the pattern of --warm-start.only or skip; one of the names is {example}",
+        )
+
+
+def _shared_weights(plan: WarmStartPlan, own: Iterable[str]) -> list[str]:
+    """Return the weights that both runs have and that are asked for; list the others."""
+    source, names = plan.source, {name for name in own if name.startswith(MODEL)}
+    stored = {name for name in source.model.entries if name.startswith(MODEL)}
+    skipped = {name for name in names & stored if not source.request.takes(name[len(MODEL) :])}
+    for part, what, rule in (
+        (names - stored, "not in the run", "added, with initial values"),
+        (stored - names, "not in this model", "dropped"),
+        (skipped, "not asked for", "initial values"),
+    ):
+        for group, count in _grouped(part).items():
+            plan.differences.add(group, f"{what} ({count:,} tensor{'s' * (count > 1)})", rule)
+    taken = sorted((names & stored) - skipped)
+    if not taken:
+        plan.differences.refuse(
+            "the model", "no parameter is taken over", "name others in --warm-start.only or skip"
+        )
+    return taken
+
+
+def _grouped(names: set[str]) -> dict[str, int]:
+    """Count names by their first parts."""
+    counts: dict[str, int] = {}
+    for name in sorted(names):
+        parts = name.removeprefix(MODEL).split(".")
+        group = ".".join(parts[:3]) + (".*" if len(parts) > 3 else "")
+        counts[group] = counts.get(group, 0) + 1
+    return counts
+
+
+def _choose_vocabularies(plan: WarmStartPlan, own: Iterable[str]) -> None:
+    """Take the bounded vocabularies of the tables that are taken over."""
+    tables = {table_of_key(name) for name in plan.taken}
+    names = [name for name in own if name.startswith("vocabulary.")]
+    for table in dict.fromkeys(name.split(".")[1] for name in names):
+        of_table = [name for name in names if name.split(".")[1] == table]
+        if table not in tables:
+            plan.differences.add(
+                f"vocabulary of '{table}'", "its table is not taken over", "begins empty"
+            )
+            continue
+        rows = plan.maps.get(table)
+        for name in of_table:
+            waits = name.split(".")[-1].startswith("waiting")
+            if name not in plan.source.model.entries:  # only ids that wait may be missing
+                continue
+            if waits and rows is not None and not rows.is_identity:
+                plan.differences.add(
+                    f"vocabulary of '{table}'", f"{name.split('.')[-1]} of other sets", "anew"
+                )
+                continue
+            plan.taken[name] = plan.source.model
+
+
+def _choose_bank(plan: WarmStartPlan, job: Job, own: dict[str, Any], is_same: bool) -> None:
+    """Take the vectors of the memory bank if the encoders that made them are. A collective."""
+    stored = plan.source.model.entries
+    if "bank" not in own:
+        return
+    item, differences = job.schema.target_item, plan.differences
+    encoding = {name for name in {*own, *stored} if name.startswith(_PREFIXES)}
+    if "bank" not in stored:
+        why = "not in the run"
+    elif stored["bank"].size[1] != size_of(own["bank"])[1]:
+        why = f"vectors of {stored['bank'].size[1] - 1} numbers before"
+    elif not is_same or not all(name in plan.taken for name in encoding):
+        why = "its vectors are of other encoders"
+    else:
+        rows = plan.maps.get(item)
+        if rows is None:  # the table is not taken over, but its raw ids are the same
+            unlisted = Differences()
+            rows = row_map(item, plan.source, job, unlisted)
+        if rows is not None:
+            plan.items, plan.taken["bank"] = rows, plan.source.model
+            return
+        why = "the items have other rows"
+    differences.add("memory bank", why, "all items are encoded")
+
+
+_PREFIXES = tuple(f"{MODEL}{part}" for part in ENCODING)

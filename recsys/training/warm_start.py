@@ -1,0 +1,120 @@
+"""A new run that begins with the state of another one: `recsys train --warm-start RUN`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+from embeddings.table_state import set_table_steps
+from recsys.build import Job
+from recsys.checkpoint.item_content import encode_changed_items
+from recsys.checkpoint.progress import Progress
+from recsys.checkpoint.run_folder import WARM_START
+from recsys.checkpoint.warm_start.differences import Differences
+from recsys.checkpoint.warm_start.plan import WarmStartPlan
+from recsys.checkpoint.warm_start.request import WarmStart
+from recsys.checkpoint.warm_start.schemas import reconciled_schema
+from recsys.checkpoint.warm_start.source import Source, open_source
+from recsys.content.projection_start import start_projections
+from recsys.data.filesystem import Location, read_json, write_whole
+from recsys.data.schema import Schema
+from recsys.distributed.log import print_table
+from recsys.distributed.ranks import Ranks
+from recsys.evaluation.evaluate import fill_bank
+from recsys.training.pretrained_tables import load_pretrained_tables
+
+logger = logging.getLogger(__name__)
+
+OpenedWarmStart = tuple[Source, Differences]
+
+
+def open_warm_start(
+    request: WarmStart, data: str, run: Path, ranks: Ranks
+) -> tuple[OpenedWarmStart, Schema]:
+    """Open the run to start from, and the schema of the data as its model reads it. A collective.
+
+    Raises:
+        ValueError: on every rank: the run has no such checkpoint, or a column means something else.
+    """
+    source, differences = open_source(request, run, ranks), Differences()
+    with ranks.raise_on_all_ranks():
+        schema = reconciled_schema(source, Location.of(data), differences)
+    return (source, differences), schema
+
+
+def start_warm(job: Job, run: Path, plan: WarmStartPlan) -> Progress:
+    """Begin a run with what its plan takes over; the rest as in any new run. A collective.
+
+    Raises:
+        ValueError: on every rank: a file of the checkpoint cannot be read.
+    """
+    source = plan.source
+    load_pretrained_tables(job)  # rows that the other run has are replaced by its own
+    plan.apply(job)
+    progress = Progress(
+        steps_before=source.model.progress.age,
+        table_steps_before=source.optimizer.progress.table_steps
+        if source.optimizer is not None and plan.takes_table_state
+        else 0,
+    )
+    job.set_step(progress.age, progress.dense_steps)
+    set_table_steps(job.model, progress.table_steps)
+    content = job.em3.content
+    if content is not None and job.store is not None:
+        new = [name for name in content.projections if not plan.takes(_weight_of(name))]
+        if new:
+            start_projections(content, job.store, job.ranks, new)
+        if plan.items is None:
+            fill_bank(job)
+        else:
+            new_rows = None if plan.items.is_identity else plan.items.new_rows
+            encode_changed_items(job, source.request.run, source.model.manifest, new_rows)
+    _describe(run, job.ranks, plan)
+    return progress
+
+
+def _weight_of(modality: str) -> str:
+    return f"content.projections.{modality}.weight"
+
+
+def check_begun_from(run: Path, request: WarmStart | None) -> None:
+    """Refuse to go on with a run that was not begun from the run that is asked for.
+
+    Raises:
+        ValueError: names both.
+    """
+    if request is None:
+        return
+    file = run / WARM_START
+    stored = read_json(file)["request"] if file.exists() else None
+    if stored != _plain(request):
+        raise ValueError(
+            f"{file}: this run was begun {f'with {stored}' if stored else 'without --warm-start'}, "
+            f"not with {_plain(request)}; leave --warm-start as it was, or choose another --out"
+        )
+
+
+def _plain(request: WarmStart) -> dict[str, object]:
+    plain: dict[str, object] = json.loads(json.dumps(asdict(request), default=str))
+    return plain | {"run": str(request.run.resolve())}
+
+
+def _describe(run: Path, ranks: Ranks, plan: WarmStartPlan) -> None:
+    """Print and keep what was taken over and what differed. A collective."""
+    model = plan.source.model
+    with ranks.raise_on_all_ranks():
+        if ranks.is_first:
+            content = {
+                "request": _plain(plan.source.request),
+                "checkpoint": model.folder.name,
+                "step": model.manifest["step"],
+                "tensors": len(plan.taken),
+                "differences": [asdict(each) for each in plan.differences.reconciled],
+            }
+            write_whole(run / WARM_START, json.dumps(content, indent=1) + "\n")
+            print_table(
+                f"warm start from {model.folder}, step {model.manifest['step']:,}: "
+                f"{len(plan.taken):,} tensors\n{plan.differences}\n"
+            )

@@ -1,0 +1,88 @@
+"""A run begins from one of another number of ranks and plan, and each of its shards fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from recsys.checkpoint.state import TrainingState
+from recsys.evaluation.predict import load_run
+from tests.ranks import run_on_ranks
+from tests.recsys.checkpoint.warm_start.warm_runs import (
+    WITHOUT_CONTENT,
+    begin,
+    begun,
+    changed,
+    grow,
+    ids_of,
+    logits,
+    state_of,
+    write_ids,
+)
+from tests.recsys.em3_runs import ranks_of
+
+Pieces = dict[str, list[tuple[list[int], Tensor]]]
+
+
+def begin_on_rank(
+    rank: int, world_size: int, folder: Path, data: Path, out: Path, words: list[str]
+) -> tuple[bool, Pieces]:
+    """Whether it predicts as the other run does here, and the shards after a start on new data."""
+    ranks = ranks_of(rank, world_size)
+    expected = logits(load_run(folder / "run", None, ranks, "cpu", words))
+    same = begin(folder, out / "same", ranks, *words)
+    assert same.words == "nothing differs"
+    is_equal = torch.equal(logits(same.job), expected)
+    job = begin(folder, out / "new", ranks, *words, data=data, checkpoint="last").job
+    state = TrainingState(job).state_dict()
+    sharded = {name: of for name, of in state.items() if isinstance(of, ShardedTensor)}
+    pieces: Pieces = {
+        name: [(list(of.metadata.shard_offsets), of.tensor) for of in value.local_shards()]
+        for name, value in sharded.items()
+    }
+    return is_equal, pieces
+
+
+def assembled(pieces: list[Pieces], expected: Tensor, name: str) -> Tensor:
+    """A sharded tensor of all ranks."""
+    result = torch.full_like(expected, 77)
+    for offsets, tensor in (piece for of_rank in pieces for piece in of_rank[name]):
+        at = zip(offsets, tensor.shape, strict=True)
+        result[tuple(slice(first, first + size) for first, size in at)] = tensor
+    return result
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size", "sharding"),
+    [
+        ("multimodal", 2, "row_wise"),
+        pytest.param("plain", 2, "column_wise", marks=pytest.mark.long),
+        pytest.param("plain", 3, "row_wise", marks=pytest.mark.long),
+        pytest.param("multimodal", 3, "table_wise", marks=pytest.mark.long),
+    ],
+)
+def test_every_number_of_ranks_and_plan_gets_the_same_rows(
+    kind: str, world_size: int, sharding: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(kind)
+    before = ids_of(folder / "data")
+    data = write_ids(changed(folder, tmp_path, grow), [901, *reversed(before), 902])
+    words: list[str] = WITHOUT_CONTENT if kind == "plain" else []
+    with begun(folder, tmp_path / "one", *words, data=data, checkpoint="last") as new:
+        expected = state_of(new.job)
+    on_ranks: list[Any] = [*words, "--embedding.sharding", sharding]
+    results = run_on_ranks(begin_on_rank, world_size, folder, data, tmp_path, on_ranks)
+    assert all(is_equal for is_equal, _ in results)
+    pieces = [of_rank for _, of_rank in results]
+    names = [name for name in pieces[0] if name in expected]
+    kinds = {name.split(".")[0] for name in names}
+    assert kinds >= {"model", "vocabulary", "optimizer"} - (
+        {"optimizer"} if sharding == "column_wise" else set()
+    )
+    for name in names:
+        assert torch.equal(assembled(pieces, expected[name], name), expected[name]), name

@@ -1,0 +1,328 @@
+"""Columns, tables and settings that differ: each by its rule, or refused by name. Nothing is built.
+
+The rows of tables are compared through `row_map`, which reads the run's maps of raw ids.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from embeddings.vocabulary.bounded import rows_of_sets
+from embeddings.vocabulary.fixed import mix64
+from recsys.build import Job
+from recsys.checkpoint.warm_start.differences import Differences
+from recsys.checkpoint.warm_start.request import WarmStart
+from recsys.checkpoint.warm_start.row_maps import RowMap, row_map
+from recsys.checkpoint.warm_start.schemas import reconciled_schema
+from recsys.checkpoint.warm_start.settings import compare_settings
+from recsys.checkpoint.warm_start.source import Source, open_source
+from recsys.config import ranking_settings
+from recsys.data.filesystem import Location
+from recsys.data.schema import Schema
+from recsys.distributed.ranks import Ranks, joined_ranks
+from tests.recsys.checkpoint.warm_start.warm_runs import (
+    WITHOUT_CONTENT,
+    Change,
+    changed,
+    config_of,
+    ids_of,
+    write_ids,
+)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run that was opened to start from."""
+
+    folder: Path
+    source: Source
+    ranks: Ranks
+
+    def schema(self, data: Path) -> tuple[Schema, str]:
+        """The reconciled schema and the differences of columns."""
+        differences = Differences()
+        return reconciled_schema(self.source, Location.of(data), differences), str(differences)
+
+    def rows(self, data: Path, table: str) -> tuple[RowMap | None, Differences]:
+        """The map of a table and its differences alone."""
+        job = SimpleNamespace(schema=self.schema(data)[0], ranks=self.ranks)
+        differences = Differences()
+        return row_map(table, self.source, cast(Job, job), differences), differences
+
+
+@pytest.fixture(scope="module")
+def opened(plain: Path) -> Iterator[Opened]:
+    with joined_ranks("cpu") as ranks:
+        source = open_source(WarmStart(plain / "run"), plain / "out", ranks)
+        yield Opened(plain, source, ranks)
+
+
+def column(name: str, **attributes: Any) -> Change:
+    """Sets attributes of a column, None removes one."""
+
+    def change(schema: dict[str, Any]) -> None:
+        of = schema["columns"].setdefault(name, {})
+        of |= attributes
+        for key in [key for key, value in of.items() if value is None]:
+            del of[key]
+
+    return change
+
+
+def without(name: str) -> Change:
+    return lambda schema: schema["columns"].pop(name)
+
+
+def test_the_same_data_differs_in_nothing(opened: Opened) -> None:
+    schema, words = opened.schema(opened.folder / "data")
+    assert words == "nothing differs"
+    for table in ("user", "item", "genres", "shop"):
+        rows, differences = opened.rows(opened.folder / "data", table)
+        assert rows is not None and rows.is_identity and not differences.reconciled
+    assert list(schema.columns) == list(opened.source.schema.columns)
+
+
+def test_columns_labels_and_lists_are_read_in_the_order_of_the_run(
+    opened: Opened, tmp_path: Path
+) -> None:
+    def turn(schema: dict[str, Any]) -> None:
+        schema["columns"] = dict(reversed(schema["columns"].items()))
+        schema["columns"]["history"]["parallel"].reverse()
+
+    schema, words = opened.schema(changed(opened.folder, tmp_path, turn))
+    assert words == "nothing differs"
+    assert list(schema.columns) == list(opened.source.schema.columns)
+    assert schema.columns["history"].parallel == ["history_liked", "history_age"]
+
+
+BOUNDED = {"kind": "bounded", "admit_after": 2, "half_life": 50.0}
+LISTED: list[tuple[Change, str]] = [
+    (column("weekday", kind="dense"), r"column 'weekday' .*  added"),
+    (without("price"), r"column 'price' .*  dropped"),
+    (without("shop"), r"column 'shop' .*  dropped"),
+    (column("history", parallel=["history_age"]), r"list 'history_liked' .*dropped"),
+    (lambda schema: schema.update(group="shop"), r"group .*run: user, data: shop"),
+    (column("bought", loss="mse"), r"'bought' +loss .*bce.*mse"),
+    (column("bought", nullable=True), r"column 'bought' +nullable was None, is True"),
+    (column("user", vocabulary=BOUNDED | {"admit_after": 3}), r"'user' .*admit_after was 2, is 3"),
+    (column("user", vocabulary=BOUNDED | {"half_life": 9.0}), r"half_life was 50\.0, is 9\.0"),
+]
+REFUSED: list[tuple[Change, str]] = [
+    (column("shop", kind="ids"), r"'shop': kind .*id.*ids"),
+    (column("friends", shares=None, num_embeddings=9), r"column 'friends': shares was user"),
+    (column("price", kind="extra"), r"'price': kind .*dense.*extra"),
+    (column("price", column="age"), r"column 'price': .*column"),
+    (column("scaled", transform=["log1p"]), r"column 'scaled': .*transform"),
+    (lambda schema: schema.update(target_item="shop"), r"target_item|first sequence"),
+]
+
+
+@pytest.mark.parametrize(("change", "line"), LISTED)
+def test_a_column_that_differs_is_listed_with_its_rule(
+    opened: Opened, tmp_path: Path, change: Change, line: str
+) -> None:
+    _, words = opened.schema(changed(opened.folder, tmp_path, change))
+    assert re.search(line, words), words
+    assert len(words.splitlines()) == 2
+
+
+@pytest.mark.parametrize(("change", "line"), REFUSED)
+def test_a_column_that_means_something_else_is_refused(
+    opened: Opened, tmp_path: Path, change: Change, line: str
+) -> None:
+    data = changed(opened.folder, tmp_path, change)
+    (data / "transforms.yaml").unlink()  # values that are not fitted are those of the run
+    with pytest.raises(ValueError, match=line):
+        opened.schema(data)
+
+
+def test_fitted_values_are_those_of_the_run(opened: Opened, tmp_path: Path) -> None:
+    data = changed(opened.folder, tmp_path, lambda _: None)
+    file = data / "transforms.yaml"
+    own = opened.source.schema.transforms["scaled"]
+    mean = own.steps[0].settings["mean"]
+    file.write_text(file.read_text().replace(str(mean), "7.5"))
+    schema, words = opened.schema(data)
+    assert schema.transforms["scaled"] == own
+    assert re.search(r"'scaled' .*transform.*  fit of", words)
+    file.unlink()
+    assert opened.schema(data)[0].transforms["scaled"] == own
+
+
+def test_raw_ids_have_the_type_that_they_had_in_the_run(opened: Opened) -> None:
+    schema, _ = opened.schema(opened.folder / "data")
+    assert {name: of.name for name, of in schema.id_types.items()} == {
+        "user": "string",
+        "item": "integer",
+        "genres": "integer",
+    }
+
+
+# Rows of tables
+
+
+def test_a_table_whose_ids_are_rows_grows_at_its_end(opened: Opened, tmp_path: Path) -> None:
+    data = changed(opened.folder, tmp_path, column("shop", num_embeddings=8))
+    rows, differences = opened.rows(data, "shop")
+    assert rows is not None
+    assert rows.find(0, 8).tolist() == [0, 1, 2, 3, 4, -1, -1, -1]
+    assert rows.find(3, 6).tolist() == [3, 4, -1]
+    assert re.search(r"'shop' .*from 5 to 8 rows +3 rows with initial", str(differences))
+
+
+def renumbered(ids: list[int]) -> list[int]:
+    """Other numbers, two ids gone and two new ones."""
+    return [901, *reversed(ids[2:]), 902]
+
+
+def extended(ids: list[int]) -> list[int]:
+    return [*ids, 903]
+
+
+@pytest.mark.parametrize(
+    ("change", "size"),
+    [(list, 40), (list, 31), (extended, 40), (extended, 55), (renumbered, 40), (renumbered, 31)],
+)
+def test_rows_of_an_exact_map_follow_the_raw_ids(
+    opened: Opened, tmp_path: Path, change: Any, size: int
+) -> None:
+    before = ids_of(opened.folder / "data")
+    now = change(before)
+    data = changed(opened.folder, tmp_path, column("item", num_embeddings=size))
+    rows, differences = opened.rows(write_ids(data, now), "item")
+    assert rows is not None
+    known = {raw: row for row, raw in enumerate(before)}
+    expected = [known.get(raw, -1) for raw in now] + [-1] * (size - 1 - len(now)) + [39]
+    assert rows.find(0, size).tolist() == expected
+    assert rows.find(5, size - 3).tolist() == expected[5:-3]
+    assert rows.new_rows(np.arange(30)).tolist() == [
+        now.index(raw) if raw in now else -1 for raw in before
+    ]
+    if rows.is_identity:
+        assert size == 40 and now == before and not differences.reconciled
+    else:
+        assert f"{len(set(now) - set(before))} are new" in str(differences)
+        assert f"{len(set(before) - set(now))} are gone" in str(differences)
+
+
+@pytest.mark.parametrize("size", [40, 400])
+def test_ids_of_a_bounded_vocabulary_go_to_the_sets_of_the_new_size(
+    opened: Opened, tmp_path: Path, size: int
+) -> None:
+    data = changed(opened.folder, tmp_path, column("user", num_embeddings=size))
+    rows, differences = opened.rows(data, "user")
+    assert rows is not None
+    ids, used = (
+        opened.source.model.tensor(f"vocabulary.user.{name}").rows(0, 1).flatten().numpy()
+        for name in ("ids", "last_used")
+    )
+    known = np.flatnonzero(used >= 0)
+    assert len(known) > 4
+    found = rows.find(0, size)
+    assert sorted(found[found >= 0]) == [*known, 11]  # the last row is that of unknown ids
+    assert found[size - 1] == 11
+    num_sets, per_set = rows_of_sets(size)
+    places = np.flatnonzero(found[:-1] >= 0)
+    sets = (mix64(ids[found[places]]) % np.uint64(num_sets)).astype(int)
+    assert (places // per_set == sets).all()
+    parts = [rows.find(start, min(start + 33, size)) for start in range(0, size, 33)]
+    assert np.concatenate(parts).tolist() == found.tolist()
+    assert re.search(rf"{len(known)} ids keep .*, 0 have no", str(differences))
+
+
+def test_the_least_used_ids_have_no_room_in_a_smaller_bounded_table(
+    opened: Opened, tmp_path: Path
+) -> None:
+    data = changed(opened.folder, tmp_path, column("user", num_embeddings=4))
+    rows, differences = opened.rows(data, "user")
+    assert rows is not None
+    used, scores = (
+        opened.source.model.tensor(f"vocabulary.user.{name}").rows(0, 1).flatten().numpy()
+        for name in ("last_used", "scores")
+    )
+    worth = np.where(used >= 0, np.log2(np.maximum(scores, 1e-9)) + used / 50.0, -np.inf)
+    order = np.lexsort((np.arange(11), -used, -worth))
+    assert rows.find(0, 4).tolist() == [*order[:3], 11]
+    assert f"{(used >= 0).sum() - 3} have no room" in str(differences)
+
+
+@pytest.mark.parametrize(
+    ("table", "change", "line"),
+    [
+        ("shop", column("shop", num_embeddings=4), r"'shop': had 5 rows, num_embeddings is 4"),
+        ("shop", column("shop", vocabulary={"kind": "hash"}), r"'shop': .*rows.*kind hash"),
+        ("shop", column("shop", vocabulary=BOUNDED), r"'shop': .*rows.*kind bounded"),
+        ("user", column("user", vocabulary=None), r"'user': .*kind bounded.*rows"),
+        ("user", column("user", vocabulary={"kind": "hash"}), r"'user': .*kind bounded.*hash"),
+        ("genres", column("genres", num_embeddings=60), r"'genres': .*50.*60"),
+        (
+            "genres",
+            column("genres", vocabulary={"kind": "hash", "num_hashes": 3, "seed": 1}),
+            r"'genres': .*\(50, 2, 1\).*\(50, 3, 1\)",
+        ),
+        (
+            "genres",
+            column("genres", vocabulary={"kind": "hash", "num_hashes": 2, "seed": 4}),
+            r"'genres': .*\(50, 2, 1\).*\(50, 2, 4\)",
+        ),
+    ],
+)
+def test_a_table_whose_rows_are_of_other_ids_is_refused_with_the_pattern_to_skip_it(
+    opened: Opened, tmp_path: Path, table: str, change: Change, line: str
+) -> None:
+    rows, differences = opened.rows(changed(opened.folder, tmp_path, change), table)
+    assert rows is None
+    with pytest.raises(ValueError, match=line) as refused:
+        differences.check("RUN")
+    assert f"--warm-start.skip '*.{table}.weight'" in str(refused.value)
+
+
+@pytest.mark.parametrize("ids", [["a", "b"], [1001, 1002]])
+def test_an_exact_map_without_an_id_of_the_run_is_refused(
+    opened: Opened, tmp_path: Path, ids: list[Any]
+) -> None:
+    data = write_ids(changed(opened.folder, tmp_path, lambda _: None), ids)
+    rows, differences = opened.rows(data, "item")
+    assert rows is None
+    with pytest.raises(ValueError, match="'item': "):
+        differences.check("RUN")
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (["--optimizer.learning_rate", "1", "--epochs", "9"], []),
+        (["--seed", "3"], ["setting seed"]),
+        (["--best_model_by", "gauc"], ["setting best_model_by"]),
+        (["--embedding.init_std", "0.5"], ["setting embedding.init_std"]),
+    ],
+)
+def test_a_setting_that_means_more_than_how_long_to_train_is_listed(
+    opened: Opened, words: list[str], lines: list[str]
+) -> None:
+    job = SimpleNamespace(
+        config=config_of(opened.folder, *WITHOUT_CONTENT, "--epochs", "2", *words)
+    )
+    differences = Differences()
+    compare_settings(opened.source, cast(Job, job), differences)
+    assert [each.part for each in differences.reconciled] == lines
+
+
+def test_weights_of_another_ranking_model_are_refused(opened: Opened) -> None:
+    config = config_of(opened.folder, *WITHOUT_CONTENT)
+    config.ranking = ranking_settings("dlrm")
+    differences = Differences()
+    compare_settings(opened.source, cast(Job, SimpleNamespace(config=config)), differences)
+    with pytest.raises(ValueError, match=r"ranking\.name: .*dlrm.*skip 'ranking"):
+        differences.check("RUN")

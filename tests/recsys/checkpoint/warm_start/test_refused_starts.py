@@ -1,0 +1,138 @@
+"""What a run refuses to begin from, with the fix; and that it begins with the fix."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.recsys.checkpoint.warm_start.warm_runs import (
+    WITHOUT_CONTENT,
+    assert_equal,
+    begun,
+    best_of,
+    changed,
+    state_of,
+    stored_state,
+)
+
+FAULTS = [
+    r"embeddings\.item\.weight \[40, 16\] -> \[40, 8\]",
+    r"ranking\.\S+ \[\d+.*\] -> \[.* and \d+ more",
+    r"--warm-start\.skip .*'\*\.item\.\*' .*'ranking\.mlp\*'",
+    r"'item': rowwise_adagrad before, adagrad now; .*optimizer false",
+    r"dense optimizer: adamw.*sgd.*optimizer false",
+    r"'rankin\.\*': no parameter",
+    r"'ranking\.none': no parameter",
+    r"'shop': had 5 rows, num_embeddings is 4",
+]
+
+
+@pytest.fixture(scope="module")
+def refusal(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The error of a start in which nothing fits."""
+    folder = tmp_path_factory.mktemp("refusal")
+    data = changed(plain, folder, lambda schema: schema["columns"]["shop"].update(num_embeddings=4))
+    words = ["--embedding.dim", "8", "--embedding.optimizer", "adagrad", "--optimizer.name", "sgd"]
+    asked = {"only": ("*", "ranking.none"), "skip": ("rankin.*",)}
+    with (
+        pytest.raises(ValueError, match="cannot start") as refused,
+        begun(plain, folder / "new", *WITHOUT_CONTENT, *words, data=data, **asked),
+    ):
+        pass
+    assert not (folder / "new").exists()
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_does_not_fit_is_refused_with_the_fix_before_anything_is_written(
+    refusal: str, fault: str
+) -> None:
+    assert re.search(fault, refusal), refusal
+
+
+def test_a_start_without_any_parameter_is_refused(plain: Path, tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match=r"--warm-start\.only or skip"),
+        begun(plain, tmp_path / "new", *WITHOUT_CONTENT, skip=("*",)),
+    ):
+        pass
+
+
+def test_with_the_fixes_it_starts(plain: Path, tmp_path: Path) -> None:
+    words = ["--embedding.optimizer", "adagrad", "--ranking.mlp_units", "[8]"]
+    asked: dict[str, Any] = {"skip": ("ranking.*",), "optimizer": False}
+    with begun(plain, tmp_path / "new", *WITHOUT_CONTENT, *words, **asked) as new:
+        assert re.search(r"ranking\.mlp\S+ +not asked for", new.words)
+        assert re.search(r"setting ranking\.mlp_units", new.words)
+
+
+def test_a_table_that_is_frozen_now_keeps_its_weights_alone(plain: Path, tmp_path: Path) -> None:
+    words = ["--embedding.tables", "{item: {frozen: true}}"]
+    with begun(plain, tmp_path / "new", *WITHOUT_CONTENT, *words) as new:
+        assert re.search("'item' +rowwise_adagrad before, none now +begins anew", new.words)
+        assert_equal(state_of(new.job), stored_state(best_of(plain)), "item")
+
+
+def other_encoder(run: Path) -> None:
+    stored = json.loads((run / "encoders.json").read_text())
+    stored["text"]["weights"] = "0" * 32
+    (run / "encoders.json").write_text(json.dumps(stored))
+
+
+def test_other_frozen_weights_are_refused(multimodal: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(multimodal / "run", run)
+    other_encoder(run)
+    with (
+        pytest.raises(ValueError, match=r"content\.modalities\.text.*skip 'content\.\*\.text"),
+        begun(multimodal, tmp_path / "new", run=run),
+    ):
+        pass
+    with begun(multimodal, tmp_path / "new", run=run, skip=("content.*.text.*",)) as new:
+        assert re.search(r"memory bank +.*encoders +all items", new.words)
+
+
+def without_best(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints" / "best")
+
+
+def damaged(run: Path) -> None:
+    (file,) = (run / "checkpoints" / "best").glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (shutil.rmtree, "no best checkpoint"),
+        (without_best, r"no best checkpoint; give --warm-start\.checkpoint last"),
+        (damaged, r"\.distcp"),
+        (lambda run: (run / "schema.yaml").write_text("x: 1"), r"schema\.yaml"),
+        (lambda run: (run / "vocabulary" / "item.parquet").unlink(), r"item\.parquet"),
+    ],
+)
+def test_a_run_that_cannot_be_started_from_is_refused(
+    plain: Path, tmp_path: Path, change: Callable[[Path], object], line: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(plain / "run", run)
+    change(run)
+    with (
+        pytest.raises(ValueError, match=line),
+        begun(plain, tmp_path / "new", *WITHOUT_CONTENT, run=run),
+    ):
+        pass
+
+
+def test_a_run_is_not_started_from_itself(plain: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="--out"),
+        begun(plain, plain / "run", *WITHOUT_CONTENT),
+    ):
+        pass
