@@ -16,7 +16,7 @@ from recsys.checkpoint.files import BEST, folders_to_continue
 from recsys.checkpoint.item_content import FOLDER, keep_item_content
 from recsys.checkpoint.kept_files import file_digest
 from recsys.checkpoint.manifest import model_of
-from recsys.checkpoint.run_schema import agree_on_id_types, write_run_schema
+from recsys.checkpoint.run_schema import WARM_START, agree_on_id_types, write_run_schema
 from recsys.config import Resume, save_config
 from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.identity import EncoderIdentity, check_identities, write_identities
@@ -40,7 +40,6 @@ METRICS = "metrics.json"
 JOB = ".job.json"  # the job that began the run, and with what results it has ended well
 REPLACED = ".checkpoints.replaced"
 COMPARISON = "comparison.json"
-WARM_START = "warm_start.json"  # the run it was begun from, and what differed
 TWIN = "id_only"  # folder of the ID-only twin's run
 TWIN_MARK = ".has_id_only"  # marks the folder TWIN as this run's own, not an independent run
 

@@ -29,6 +29,7 @@ from recsys.distributed.ranks import Ranks
 logger = logging.getLogger(__name__)
 
 FILE = "schema.yaml"
+WARM_START = "warm_start.json"  # the run that a run was begun from, and what differed
 HEAD = "# The columns this run was trained on, in the order in which its model reads them.\n"
 
 
@@ -92,9 +93,11 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
             )
         return load_schema(root)
     data = load_schema(root, with_vocabularies=False)
+    keeps_fits = (run / WARM_START).is_file()  # they are those of the run that it was begun from
     for name, chain in data.transforms.items():
         own = trained.transforms.get(name)
-        if chain.unfitted is not None and own is not None and own.is_fit_of(chain):
+        replaced = chain.without_fit if keeps_fits else chain
+        if replaced.unfitted is not None and own is not None and own.is_fit_of(replaced):
             set_chain(data.columns[name], own)  # data without fitted values takes those of the run
     if not goes_on:
         _take_weights(trained, data)

@@ -11,7 +11,7 @@ from embeddings.table_state import set_table_steps
 from recsys.build import Job
 from recsys.checkpoint.item_content import encode_changed_items
 from recsys.checkpoint.progress import Progress
-from recsys.checkpoint.run_folder import WARM_START
+from recsys.checkpoint.run_schema import WARM_START
 from recsys.checkpoint.warm_start.differences import Differences
 from recsys.checkpoint.warm_start.plan import WarmStartPlan
 from recsys.checkpoint.warm_start.request import WarmStart

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ def test_a_warm_started_run_that_was_stopped_ends_with_the_same_bits(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_ids(changed(plain, tmp_path, grow), [901, *reversed(ids_of(plain / "data"))])
+    fitted = data / "transforms.yaml"  # fitted anew, which is not read
+    fitted.write_text(re.sub(r"mean: [^,}]+", "mean: 7.5", fitted.read_text()))
+    assert "7.5" in fitted.read_text()
     request = WarmStart(plain / "run")
 
     def run(name: str, **asked: Any) -> Path:
