@@ -37,6 +37,7 @@ def test_requests_that_are_open_are_answered_when_the_server_ends(
     with ThreadPoolExecutor(OPEN) as threads:
         answers = [threads.submit(server.call, RANK, request) for _ in range(OPEN)]
         while server.metric("recsys_waiting_requests") < OPEN:
+            assert not answers[0].done()
             time.sleep(0.01)
 
         assert server.end() == 0
