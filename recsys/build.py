@@ -36,7 +36,7 @@ from recsys.distributed.ranks import Ranks
 from recsys.model.build import build_em3
 from recsys.model.compilation import compile_dense_parts
 from recsys.model.em3 import EM3
-from recsys.model.precision import use_bfloat16
+from recsys.model.precision import dense_parts, use_bfloat16
 from recsys.model.tables import pooled_features, table_configs
 from recsys.optimizer import (
     AveragedWeights,
@@ -195,7 +195,7 @@ def check_columns(config: Config, data: str, ranks: Ranks, schema: Schema | None
 def _cast_and_compile(em3: EM3, config: Config, device: torch.device) -> None:
     """Wrap the dense parts according to `precision` and `compile`."""
     if config.precision == "bf16":
-        use_bfloat16(em3, device)
+        use_bfloat16(dense_parts(em3).values(), device)
     if config.compile:
         compile_dense_parts(em3, device)
 

@@ -116,6 +116,8 @@ class ExactVocabulary:
         vocabulary.rows_of(pa.array(["eve", "joe"]))  # [2, 3]; 3 is unknown_row
     """
 
+    is_limited = True  # to the ids that have rows of their own
+
     def __init__(self, num_embeddings: int) -> None:
         """Start with an empty map."""
         self.num_embeddings = check_num_embeddings(num_embeddings)
@@ -146,7 +148,7 @@ class ExactVocabulary:
         try:
             for chunk in chunks:
                 self._add(_plain_ids(chunk))
-            if len(self) > self.unknown_row:
+            if self.is_limited and len(self) > self.unknown_row:
                 raise ValueError(
                     f"{len(self)} ids do not fit: num_embeddings is {self.num_embeddings}, and "
                     f"the last row is that of unknown ids; set it to at least {len(self) + 1}"

@@ -25,5 +25,6 @@ COMMANDS = {
     ),
     "retrieve": ("retrieval.retrieve", "Find the best items of a user by an index of vectors."),
     "semantic-ids": ("retrieval.semantic_ids", "Give items a few codes that similar items share."),
+    "package": ("serving.package", "Add items to a package, or compare files with their hashes."),
     "export-tables": ("export_tables", "Write the ID tables of a run to one Parquet file."),
 }

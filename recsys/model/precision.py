@@ -13,11 +13,13 @@ otherwise get none. The frozen layers of encoders stay in float32, cached or not
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from recsys.content.branch import ContentBranch
 from recsys.content.wrap import wrap
 from recsys.data.batch import ContentInput
 from recsys.model.em3 import EM3
@@ -40,17 +42,22 @@ def dense_parts(em3: EM3) -> dict[str, nn.Module]:
     """Return the parts that compute in the chosen precision, by name in the model."""
     parts: dict[str, nn.Module] = {}
     if em3.content is not None:
-        content = em3.content
-        parts |= {f"content.encoders.{name}": part for name, part in content.encoders.items()}
-        parts |= {f"content.projections.{name}": part for name, part in content.projections.items()}
-        parts |= {"content.fusion": content.fusion, "content.history_map": content.history_map}
+        parts |= {f"content.{name}": part for name, part in content_parts(em3.content).items()}
     if em3.further_histories is not None:
         parts["further_histories"] = em3.further_histories
     return parts | {"ranking": em3.ranking}
 
 
-def use_bfloat16(em3: EM3, device: torch.device) -> None:
-    """Make the dense parts compute in bfloat16, permanently.
+def content_parts(content: ContentBranch) -> dict[str, nn.Module]:
+    """Return the parts of a content branch that compute in the chosen precision, by name in it."""
+    parts: dict[str, nn.Module] = {}
+    parts |= {f"encoders.{name}": part for name, part in content.encoders.items()}
+    parts |= {f"projections.{name}": part for name, part in content.projections.items()}
+    return parts | {"fusion": content.fusion, "history_map": content.history_map}
+
+
+def use_bfloat16(parts: Iterable[nn.Module], device: torch.device) -> None:
+    """Make parts compute in bfloat16, permanently.
 
     Raises:
         ValueError: the GPU has no bfloat16.
@@ -60,7 +67,7 @@ def use_bfloat16(em3: EM3, device: torch.device) -> None:
             f"precision is bf16, which {torch.cuda.get_device_name(device)} does not compute in "
             "(compute capability 8.0 and later do); set precision to fp32"
         )
-    for part in dense_parts(em3).values():
+    for part in parts:
         wrap(part, InBfloat16)
         part.device_type = device.type  # type: ignore[assignment]
 

@@ -33,6 +33,7 @@ from recsys.distributed.ranks import Ranks
 from recsys.evaluation.predict import load_run
 from recsys.model.tables import pooled_features
 from recsys.serving.bounded_file import save_bounded
+from recsys.serving.new_items.item_encoder import write_item_encoder
 from recsys.serving.package import GRAPH, REQUEST, Manifest, write_manifest
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_graph
 from recsys.serving.requests import request_columns
@@ -127,6 +128,7 @@ def write_package(
         searches=top_k(job) > 0,
         bounded=list(job.vocabularies.by_table),
         content_histories=list(job.batch_builder().content_histories),
+        entry_shapes=write_item_encoder(folder, job),
         versions={name: version(name) for name in PACKAGES},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

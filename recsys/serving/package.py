@@ -2,20 +2,25 @@
 
 `manifest.json` describes the package; `schema.yaml` and `vocabulary/` have the columns of the
 run; `graph.pt2` is the ranking model by torch.export; `tables/*.vectors` are the ID tables and
-`content/*.vectors` the content vectors of the items; `request.json` is an example.
+`content/*.vectors` the content vectors of the items; `request.json` is an example. `items/` has
+what encodes further items, and `added/` those that were added.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
-FORMAT = 1
+from recsys.data.filesystem import whole_file
+from recsys.serving.integrity import Verify, describe, differences
+
+FORMAT = 2
 MANIFEST = "manifest.json"
 GRAPH = "graph.pt2"
 REQUEST = "request.json"
@@ -29,7 +34,8 @@ class Manifest:
     tables: layout of each table's file, by table; content: layouts of the files `target` and
     `history`, none without content. searches: the graph also reads the candidates' vectors in the
     memory bank. bounded: tables whose map of raw ids was learned in training. content_histories:
-    further histories whose content is read.
+    further histories whose content is read. entry_shapes: shape of an item's entries by modality,
+    for what encodes items. added: number and layout of the items added, if there are any.
     """
 
     run: str
@@ -47,6 +53,8 @@ class Manifest:
     versions: dict[str, str]
     created: str
     content_histories: list[str] = field(default_factory=list)
+    entry_shapes: dict[str, list[int]] = field(default_factory=dict)
+    added: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # bytes and sha256 by name
     format: int = FORMAT
 
@@ -64,21 +72,32 @@ M = TypeVar("M", bound=Listed)
 def write_manifest(folder: Path, manifest: Listed) -> None:
     """Hash the files of a folder and write its manifest, with a hash of its own."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest.files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
-        for path in files
-    }
+    manifest.files = described(folder, files)
+    replace_manifest(folder, manifest)
+
+
+def described(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Return sizes and hashes of files by their names in the folder, for a manifest."""
+    return {str(path.relative_to(folder)): describe(path) for path in files}
+
+
+def replace_manifest(folder: Path, manifest: Listed) -> None:
+    """Write the manifest of a folder, by one rename, with a hash of its own."""
     content = asdict(manifest)
     content["sha256"] = _own_digest(content)
-    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+    with whole_file(folder / MANIFEST) as partial, partial.open("w") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def read_manifest(folder: Path, verify: bool = True) -> Manifest:
+def read_manifest(folder: Path, verify: Verify = True) -> Manifest:
     """Read a package's manifest and check its files.
 
     Args:
         folder: the package.
-        verify: read every file and compare its hash; else only sizes are compared.
+        verify: read every file and compare its hashes; False: compare sizes alone; sample: also the
+            hashes of some blocks of each file.
 
     Raises:
         ValueError: the folder is no package, of another format, or a file differs; it is named.
@@ -86,7 +105,7 @@ def read_manifest(folder: Path, verify: bool = True) -> Manifest:
     return read_manifest_of(folder, Manifest, "package", "recsys export", verify)
 
 
-def read_manifest_of(folder: Path, kind: type[M], what: str, command: str, verify: bool) -> M:
+def read_manifest_of(folder: Path, kind: type[M], what: str, command: str, verify: Verify) -> M:
     """Read a manifest of one kind and check the files of its folder.
 
     Args:
@@ -94,7 +113,7 @@ def read_manifest_of(folder: Path, kind: type[M], what: str, command: str, verif
         kind: dataclass of the manifest.
         what: the folder in words, for messages.
         command: what makes such a folder.
-        verify: read every file and compare its hash; else only sizes are compared.
+        verify: as for `read_manifest`.
 
     Raises:
         ValueError: the folder is none of that kind, of another format, or a file differs.
@@ -109,10 +128,10 @@ def read_manifest_of(folder: Path, kind: type[M], what: str, command: str, verif
         if content.pop("sha256", None) != _own_digest(content):
             raise ValueError("its content differs from its hash")
         manifest = kind(**content)
-        differences = list(_differences(folder, manifest, verify))
+        found = list(differences(folder, manifest.files, verify))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}; export the run again") from error
-    for difference in differences:
+    for difference in found:
         raise ValueError(f"{difference}; export the run again, or copy the package again")
     return manifest
 
@@ -135,21 +154,5 @@ def differing_versions(manifest: Manifest) -> list[str]:
     return found
 
 
-def _differences(folder: Path, manifest: Listed, verify: bool) -> Iterator[str]:
-    for name, of_file in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            yield f"{path}: no such file"
-        elif path.stat().st_size != of_file["bytes"]:
-            yield f"{path}: {path.stat().st_size:,} bytes instead of {of_file['bytes']:,}"
-        elif verify and _digest(path) != of_file["sha256"]:
-            yield f"{path}: its content differs from the manifest"
-
-
 def _own_digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

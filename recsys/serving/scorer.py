@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.checkpoint.run_schema import load_run_schema
 from recsys.model.label_losses import predictions
 from recsys.serving.bounded_file import load_bounded
+from recsys.serving.integrity import BackgroundCheck
+from recsys.serving.new_items.added_items import AddedItems, grow_vocabulary
 from recsys.serving.package import GRAPH, Manifest, differing_versions, read_manifest
 from recsys.serving.ranking_graph import RankingInputs
 from recsys.serving.requests import HistoryRows, RequestReader, RequestRows, TableRows
@@ -58,6 +60,8 @@ class Scorer:
         self.manifest, self.labels = manifest, tuple(manifest.labels)
         schema = load_run_schema(folder)
         assert schema is not None
+        self._added = AddedItems.open(folder, manifest.added)
+        grow_vocabulary(schema, [self._added.ids])
         bounded: dict[str, BoundedVocabulary] = {
             table: load_bounded(folder, table, schema) for table in manifest.bounded
         }
@@ -74,15 +78,23 @@ class Scorer:
         # Guards of the export refuse sizes 0 and 1, for which the exported graph was checked.
         program = torch.export.load(folder / GRAPH)
         self._graph: nn.Module = program.module(check_guards=False)
+        self.check: BackgroundCheck | None = None
 
     @classmethod
-    def load(cls, package: str | Path, num_threads: int | None = None, verify: bool = True) -> Self:
+    def load(
+        cls,
+        package: str | Path,
+        num_threads: int | None = None,
+        verify: bool | Literal["later"] = True,
+    ) -> Self:
         """Load a package and score once, so that the first request is as fast as the next.
 
         Args:
             package: folder that `recsys export` wrote.
             num_threads: threads of one request, for the whole process; default: torch's.
-            verify: compare the hash of every file; else only their sizes.
+            verify: read every file and compare its hashes; False: compare sizes alone; later: also
+                the hashes of some blocks of each file, and of the others in a thread, after which
+                a difference ends all answers with its error.
 
         Raises:
             ValueError: the folder is no package, a file of it differs (it is named), or the files
@@ -91,7 +103,7 @@ class Scorer:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         folder = Path(package)
-        manifest = read_manifest(folder, verify)
+        manifest = read_manifest(folder, "sample" if verify == "later" else verify)
         try:
             if others := differing_versions(manifest):
                 logger.warning(
@@ -108,6 +120,8 @@ class Scorer:
                 f"{folder}: its files do not fit together or are damaged ({reason}); export the "
                 "run again"
             ) from error
+        if verify == "later":
+            scorer.check = BackgroundCheck(folder, manifest.files)
         return scorer
 
     def score(
@@ -126,7 +140,8 @@ class Scorer:
                 between candidates.
 
         Raises:
-            ValueError: names the column with a missing, unknown or unusable value.
+            ValueError: names the column with a missing, unknown or unusable value; or a file of
+                the package that was seen to differ from its hash.
         """
         return self.score_rows(self.read(user, history, candidates))
 
@@ -143,6 +158,8 @@ class Scorer:
     @torch.inference_mode()
     def _run(self, rows: RequestRows) -> Tensor:
         """Look the vectors up and run the graph."""
+        if self.check is not None and self.check.difference is not None:
+            raise ValueError(f"{self.check.difference}; export the run again")
         outputs = self._graph(*self._inputs(rows).arguments())
         if not torch.isfinite(outputs).all():
             raise ValueError(
@@ -152,53 +169,65 @@ class Scorer:
 
     def _inputs(self, rows: RequestRows) -> RankingInputs:
         num_rows, manifest = len(rows.target), self.manifest
-        items = self._tables[manifest.target_item]
+        width = self._tables[manifest.target_item].shape.dim
         first = HistoryRows({}, np.zeros((0, 0), np.float32))
-        history, past = torch.zeros(0, items.shape.dim), np.zeros(0, np.int64)
+        history, past = torch.zeros(0, width), np.zeros(0, np.int64)
         if rows.histories:
             first = rows.histories[0]
             history, past = self._events(first), next(iter(first.ids.values()))
         empty = torch.zeros(num_rows, 0)
         of_target, of_past = empty, torch.zeros(len(past), 0)
         if self._content:
-            of_past = self._content["history"].rows(past)
+            of_past = self._content_of_items("history", past)
             of_target = torch.zeros(num_rows, of_past.shape[1])
         if "target" in self._content:  # else the model does not read it
-            of_target = self._content["target"].rows(rows.target)
+            of_target = self._content_of_items("target", rows.target)
         return RankingInputs(
             [self._pooled(name, rows.pooled[name], num_rows) for name in manifest.pooled],
             self._dense(rows.dense, num_rows),
-            items.rows(rows.target),
+            self._vectors(manifest.target_item, rows.target),
             history,
             torch.from_numpy(first.numbers),
             torch.from_numpy(rows.target),
             torch.from_numpy(past),
             of_target,
             of_past,
-            self._content["history"].rows(rows.target) if manifest.searches else empty,
+            self._content_of_items("history", rows.target) if manifest.searches else empty,
             [self._events(of) for of in rows.histories[1:]],
             [torch.from_numpy(of.numbers) for of in rows.histories[1:]],
             [self._content_of(of) for of in rows.histories[1:]],
         )
 
+    def _vectors(self, table: str, rows: np.ndarray) -> Tensor:  # [N] -> [N, D]
+        """Return rows of a table; items beyond it, which have content alone, have the last one."""
+        file = self._tables[table]
+        return file.rows(np.minimum(rows, file.shape.num_rows - 1))
+
+    def _content_of_items(self, part: str, items: np.ndarray) -> Tensor:  # [N] -> [N, E]
+        """Return content vectors, of added items those that came with them."""
+        file = self._content[part]
+        vectors = file.rows(np.minimum(items, file.shape.num_rows - 1))
+        self._added.replace_in(vectors, items)
+        return vectors
+
     def _content_of(self, history: HistoryRows) -> Tensor:  # [L, E]
         """Return the content vectors of a further history; E = 0 if they are not read."""
         name, ids = next(iter(history.ids.items()))
         if name in self.manifest.content_histories:
-            return self._content["history"].rows(ids)
+            return self._content_of_items("history", ids)
         return torch.zeros(len(history.numbers), 0)
 
     def _events(self, history: HistoryRows) -> Tensor:  # [L, D]
         """Return the sum of the vectors that each event has in the columns of a history."""
         total = torch.zeros(())
         for name, ids in history.ids.items():
-            vectors = self._tables[self.schema.table_of(name)].rows(ids)
+            vectors = self._vectors(self.schema.table_of(name), ids)
             total = total + vectors.view(-1, self.schema.rows_per_id(name), vectors.shape[1]).sum(1)
         return total
 
     def _pooled(self, name: str, of_column: TableRows, num_rows: int) -> Tensor:  # [N, D]
         """Return the sum of the vectors of each value, for every candidate."""
-        vectors = self._tables[self.schema.table_of(name)].rows(of_column.rows)
+        vectors = self._vectors(self.schema.table_of(name), of_column.rows)
         lengths = torch.from_numpy(np.asarray(of_column.lengths, np.int64))
         sums = torch.segment_reduce(vectors, "sum", lengths=lengths, initial=0.0)
         return sums if len(sums) == num_rows else sums.expand(num_rows, -1)

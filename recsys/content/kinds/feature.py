@@ -57,7 +57,12 @@ class Feature(ModalityKind):
         return writer.num_entries
 
     def _width(self, column: ItemColumnReader) -> int:
-        """Return the width of the first feature; the most frequent one if bad rows are skipped."""
+        """Return the width of features: if not known, that of the first.
+
+        It is the most frequent one if bad rows are skipped.
+        """
+        if self.entry_shape:
+            return self.entry_shape[0]
         for chunk, where, _ in column.chunks():
             widths = list_lengths(feature_tokens(chunk, where)[1])
             if len(widths):

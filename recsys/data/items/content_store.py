@@ -57,6 +57,7 @@ class ContentStore:
         items: the items' files.
         modalities: settings by modality name.
         cache: folder for the arrays.
+        may_be_empty: take modalities of which no item has any content.
 
     Example::
 
@@ -66,11 +67,16 @@ class ContentStore:
     """
 
     def __init__(
-        self, items: ItemTable, modalities: Mapping[str, ModalitySettings], cache: Path
+        self,
+        items: ItemTable,
+        modalities: Mapping[str, ModalitySettings],
+        cache: Path,
+        may_be_empty: bool = False,
     ) -> None:
         """Make the modality kinds and check that their columns exist."""
         assert items.schema.items is not None
         self.items, self.kinds, self.cache = items, make_kinds(modalities), cache
+        self.may_be_empty = may_be_empty
         for kind in self.kinds.values():
             require_column(items.items, kind)
             kind.check_column(ItemColumnReader(items, kind.modality.column))
@@ -127,7 +133,7 @@ class ContentStore:
 
     def _write(self, folder: Path, kind: ModalityKind, column: ItemColumnReader) -> None:
         """Write the array and, beside it, the skipped rows."""
-        if not kind.write(column, folder):
+        if not kind.write(column, folder) and not self.may_be_empty:
             raise column.empty()
         skipped = self.items.bad_rows.of_column(column.name)
         (folder / SKIPPED).write_text(

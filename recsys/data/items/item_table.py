@@ -37,6 +37,13 @@ def digest_of(*parts: Any) -> str:
 class ItemTable:
     """Parquet files of the items: one row per item, ids checked.
 
+    Args:
+        root: the dataset, in which files of features are named.
+        schema: its columns.
+        on_bad_row: raise or skip on an invalid row.
+        folder: folder of the files, or one file; default `items` of the dataset.
+        num_items: limit of the rows that ids have; default that of the target item's table.
+
     Attributes:
         ids: int64 [N], of the usable items.
         rows: int64 [N], their positions among the rows of all files.
@@ -48,7 +55,14 @@ class ItemTable:
             lies outside the target item's table, unless `on_bad_row` is skip.
     """
 
-    def __init__(self, root: Location, schema: Schema, on_bad_row: OnBadRow = "error") -> None:
+    def __init__(
+        self,
+        root: Location,
+        schema: Schema,
+        on_bad_row: OnBadRow = "error",
+        folder: Location | None = None,
+        num_items: int | None = None,
+    ) -> None:
         """List the files and read their ids."""
         if schema.items is None:
             raise ValueError(
@@ -56,7 +70,8 @@ class ItemTable:
                 "them or set `content: none`"
             )
         self.root, self.schema, self.items = root, schema, schema.items
-        self.folder = root / "items"
+        self.folder = folder or root / "items"
+        self.num_items = num_items or schema.num_items
         self.files = self.folder.files(".parquet")
         if not self.files:
             raise ValueError(f"{self.folder}: no *.parquet files; write one row per item there")
@@ -114,7 +129,7 @@ class ItemTable:
         found: np.ndarray,  # [n], row in the target item's table
     ) -> np.ndarray:  # at most [n]
         """Report null and unknown ids; return the positions of the others in the chunk."""
-        name, limit, target = self.items.id, self.schema.num_items, self.schema.target_item
+        name, limit, target = self.items.id, self.num_items, self.schema.target_item
         null = chunk.is_null().to_numpy(zero_copy_only=False)
         outside = ~null & ((found < 0) | (found >= limit))
         self.bad_rows.add(

@@ -141,4 +141,4 @@ def test_a_gpu_without_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(ValueError, match=r"precision is bf16, .*Tesla T4"):
-        use_bfloat16(nn.Module(), torch.device("cuda"))  # type: ignore[arg-type]
+        use_bfloat16([nn.Module()], torch.device("cuda"))

@@ -43,7 +43,7 @@ def test_a_file_that_differs_is_refused_by_name(tmp_path: Path, name: str, chang
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"format": 1}', "[" * 100_000, '{"format": 99}']
+    "text", ["", "{", "[]", "null", '{"format": 2}', "[" * 100_000, '{"format": 99}']
 )
 def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path, text: str) -> None:
     write_package(tmp_path / "package")
@@ -69,9 +69,9 @@ def test_an_edited_manifest_is_refused_by_name(tmp_path: Path, change: dict[str,
 def test_a_package_of_another_format_is_refused(tmp_path: Path) -> None:
     write_package(tmp_path / "package")
     path = tmp_path / "package" / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
 
-    with pytest.raises(ValueError, match="format 2"):
+    with pytest.raises(ValueError, match="format 1"):
         read_manifest(tmp_path / "package")
 
 

@@ -1,0 +1,133 @@
+"""Items that were added to a package since its export, or changed: a folder per addition.
+
+`added/NUMBER/` holds all of them, not the last ones alone: `index.npy`, their content vectors, and
+the raw ids that the exact map of the run does not have. The manifest names the folder, so that an
+addition is there for all readers at once, or not at all.
+
+Shapes: K items added, N looked up, E width of content vectors.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from embeddings.vocabulary.fixed import ExactVocabulary
+from recsys.data.filesystem import whole_folder
+from recsys.data.schema import Schema
+from recsys.serving.new_items.content_index import INDEX_TYPE, lookup, merged
+from recsys.serving.new_items.vocabulary import GrowingVocabulary
+from recsys.serving.vector_file import VectorFile, VectorFileShape, write_vectors
+
+FOLDER = "added"
+INDEX, VECTORS, IDS = "index.npy", "content.vectors", "ids.parquet"
+
+
+@dataclass(frozen=True)
+class AddedItems:
+    """Index and content vectors of items that a package got after its export.
+
+    Args:
+        number: how many additions there were.
+        index: INDEX_TYPE [K], by item.
+        ids: raw ids that the run does not know, in the order of their rows.
+        vectors: float32 [K, E] by place in the index; None if K = 0.
+    """
+
+    number: int
+    index: np.ndarray
+    ids: pa.Array
+    vectors: VectorFile | None
+
+    @staticmethod
+    def open(package: Path, added: dict[str, Any]) -> AddedItems:
+        """Open the items that a manifest names; none if it names none."""
+        if not added:
+            return AddedItems(0, np.zeros(0, INDEX_TYPE), pa.array([], pa.int64()), None)
+        folder = package / FOLDER / str(added["number"])
+        index = np.load(folder / INDEX, allow_pickle=False)
+        ids = pq.read_table(folder / IDS)["id"].combine_chunks()
+        shape = VectorFileShape(**added["shape"])
+        return AddedItems(added["number"], index, ids, VectorFile(folder / VECTORS, shape))
+
+    def replace_in(self, vectors: Tensor, items: np.ndarray) -> None:  # [N, E], [N]
+        """Put the vectors of added items in the place of those that were exported."""
+        if self.vectors is None:
+            return
+        place, is_added = lookup(self.index, items)
+        if is_added.any():
+            vectors[torch.from_numpy(is_added)] = self.vectors.rows(place[is_added])
+
+    def merged_with(
+        self,
+        index: np.ndarray,  # INDEX_TYPE
+        vectors: Tensor,  # [len(index), E]
+    ) -> tuple[np.ndarray, Tensor]:
+        """Return index and vectors of these items and of further ones, which replace equal ones."""
+        both = merged(self.index, index)
+        result = torch.empty(len(both), vectors.shape[1])
+        place, is_before = lookup(self.index, both["item"])
+        if self.vectors is not None:
+            result[torch.from_numpy(is_before)] = self.vectors.rows(place[is_before])
+        place, is_new = lookup(index, both["item"])
+        result[torch.from_numpy(is_new)] = vectors[torch.from_numpy(place[is_new])]
+        return both, result
+
+    def write_next(
+        self,
+        package: Path,
+        index: np.ndarray,  # INDEX_TYPE [K]
+        vectors: Tensor,  # [K, E]
+        ids: pa.Array,
+        shape: VectorFileShape,
+    ) -> dict[str, Any]:
+        """Write the folder of the next addition and return what a manifest names it by.
+
+        Folders that an interrupted addition left are removed. The one before the present one goes
+        only now, so that a process that has just read its manifest still opens its files.
+        """
+        root, number = package / FOLDER, self.number + 1
+        for path in root.glob("*") if root.is_dir() else ():
+            if path.name != str(self.number):
+                shutil.rmtree(path)
+        for path in root.glob(".*"):
+            shutil.rmtree(path)
+        with whole_folder(root / str(number)) as partial:
+            np.save(partial / INDEX, index)
+            pq.write_table(pa.table({"id": ids}), partial / IDS)
+            write_vectors(partial / VECTORS, shape, [vectors])
+            for path in partial.iterdir():
+                _flush(path)
+            _flush(partial)
+        _flush(root)
+        return {"number": number, "shape": shape.as_plain()}
+
+
+def grow_vocabulary(schema: Schema, ids: list[pa.Array]) -> GrowingVocabulary | None:
+    """Give the schema a map of items with further ids; None if it has no exact map.
+
+    Raises:
+        ValueError: an id is of another type.
+    """
+    known = schema.vocabularies.get(schema.target_item)
+    if not isinstance(known, ExactVocabulary):
+        return None
+    vocabulary = GrowingVocabulary(known, ids)
+    schema.vocabularies[schema.target_item] = vocabulary
+    return vocabulary
+
+
+def _flush(path: Path) -> None:
+    """Write a file or folder to the disk, safe from a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

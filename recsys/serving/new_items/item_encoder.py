@@ -1,0 +1,143 @@
+"""What encodes items in a package: settings, trained weights, and identities of the encoders.
+
+Trained weights (adapters, projections, fusion) are in the package. Frozen weights, tokenizers and
+the preparation of images are those of the encoders that the run names; the package has their
+hashes, and other ones are refused.
+
+Shapes: K items to encode, E width of content vectors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from embeddings import MemoryBank
+from recsys.build import Job
+from recsys.checkpoint.run_folder import encoder_identities
+from recsys.checkpoint.state import model_state
+from recsys.config import Config, content_settings, load_config, save_config
+from recsys.content.branch import ContentBranch
+from recsys.content.encoders.base import Encoder
+from recsys.content.encoders.build import encoder_of
+from recsys.content.encoders.identity import check_identities, write_identities
+from recsys.data.items.content_store import ContentStore
+from recsys.data.items.item_table import ItemTable
+from recsys.model.precision import content_parts, use_bfloat16
+from recsys.ranking.settings import SimSettings
+from recsys.serving.new_items.content_index import content_index
+
+FOLDER = "items"  # of the package
+CONFIG, WEIGHTS, INDEX = "config.yaml", "weights.safetensors", "index.npy"
+PREFIX = "model.content."  # of the branch's weights in the state of a model
+ITEMS_PER_CALL = 256
+
+EntryShapes = dict[str, list[int]]
+
+
+def write_item_encoder(package: Path, job: Job) -> EntryShapes:
+    """Write what `ItemEncoder` reads, and the index of the items that the package has.
+
+    Returns:
+        by modality, the shape of an item's entries; empty without content.
+    """
+    if job.em3.content is None or job.store is None:
+        return {}
+    folder = package / FOLDER
+    folder.mkdir()
+    save_config(job.config, folder / CONFIG)
+    write_identities(encoder_identities(job), folder)
+    weights = {
+        name.removeprefix(PREFIX): cast(Tensor, value).detach().clone()
+        for name, value in model_state(job).items()
+        if name.startswith(PREFIX)
+    }
+    save_file(weights, folder / WEIGHTS)
+    np.save(folder / INDEX, content_index(job.store))
+    shapes = {}
+    for name, encoder in job.em3.content.encoders.items():
+        # A cache holds the outputs of frozen layers in place of the entries.
+        is_cached = cast(Encoder, encoder).is_cached
+        of_entries = job.store.arrays[name].values.shape[1:]
+        shapes[name] = list(job.store.kinds[name].entry_shape if is_cached else of_entries)
+    return shapes
+
+
+class ItemEncoder:
+    """Encodes items as the run of a package does.
+
+    Args:
+        package: the folder.
+        shapes: shape of an item's entries, by modality.
+
+    Raises:
+        ValueError: the ranking model keeps more of the items than their content.
+    """
+
+    def __init__(self, package: Path, shapes: EntryShapes) -> None:
+        """Read the settings."""
+        self.folder, self.shapes = package / FOLDER, shapes
+        self.config: Config = load_config(self.folder / CONFIG, ["--device", "cpu"])
+        content = content_settings(self.config)
+        assert content is not None
+        self.content = content
+        ranking = self.config.ranking
+        if isinstance(ranking, SimSettings) and ranking.search == "category":
+            raise ValueError(
+                f"{package}: ranking.search is category, and the graph has the categories of the "
+                "items; put the item into `items/` and export the run again"
+            )
+
+    def read(self, items: ItemTable, cache: Path) -> ContentStore:
+        """Tokenise texts, decode images and read features of items.
+
+        Args:
+            items: their files.
+            cache: a folder for the arrays.
+
+        Raises:
+            ValueError: a value cannot be used; names file, column and row.
+        """
+        store = ContentStore(items, self.content.modalities, cache, may_be_empty=True)
+        for name, kind in store.kinds.items():
+            kind.entry_shape = tuple(self.shapes[name])
+            store.build(name)
+            found = list(store.arrays[name].values.shape[1:])
+            if found != self.shapes[name]:
+                raise ValueError(
+                    f"{items.folder}: column '{kind.modality.column}' has entries of {found} "
+                    f"values, the model reads {self.shapes[name]}; write them as for training"
+                )
+        return store
+
+    @torch.no_grad()
+    def encode(self, store: ContentStore, ids: np.ndarray) -> Tensor:  # [K] -> [K, E]
+        """Return the content vectors of items.
+
+        Raises:
+            ValueError: an encoder cannot be loaded, or is not that of the run.
+        """
+        branch = self._branch(store)
+        calls = [ids[at : at + ITEMS_PER_CALL] for at in range(0, len(ids), ITEMS_PER_CALL)]
+        return torch.cat([branch.encode(store.gather(call)) for call in calls])
+
+    def _branch(self, store: ContentStore) -> ContentBranch:
+        """Build the content branch with the weights of the run."""
+        encoders = {
+            name: encoder_of(kind, tuple(self.shapes[name])) for name, kind in store.kinds.items()
+        }
+        identities = {name: encoder.identity for name, encoder in encoders.items()}
+        check_identities({name: of for name, of in identities.items() if of}, self.folder)
+        mode, width = self.content.history.mode, self.content.vector_dim
+        bank = None if mode == "full" else MemoryBank(1, width, "cpu")  # no history is read
+        branch = ContentBranch(encoders, self.content, bank)
+        if self.config.precision == "bf16":
+            use_bfloat16(content_parts(branch).values(), torch.device("cpu"))
+        result = branch.load_state_dict(load_file(self.folder / WEIGHTS), strict=False)
+        assert not result.unexpected_keys, result
+        return branch.eval()

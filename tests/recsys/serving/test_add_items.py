@@ -1,0 +1,338 @@
+"""Items added to a package score as `recsys predict` with them in `items/`, all or none."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from recsys.config import ModalitySettings
+from recsys.data.prepare_vocabulary import prepare_vocabularies
+from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.predict import predict
+from recsys.serving import Scorer, export
+from recsys.serving.new_items import added_items
+from recsys.serving.new_items.add import AddedCounts, add_items
+from recsys.serving.new_items.added_items import AddedItems
+from recsys.serving.new_items.item_encoder import ItemEncoder
+from recsys.serving.package import read_manifest, write_manifest
+from tests.datasets import item_rows, png, write_dataset
+from tests.recsys.serving.serving_runs import exported, requests, small_config
+
+NEW = [100, 101, 102]  # rows 30, 31, 32 of the table; row 33 is that of unknown ids
+EDITED, SAME = 5, 7
+FULL = 33  # ids that the table holds
+WIDTH = 16 * 4  # content vector and mean token of three modalities
+PICTURE = png(np.random.default_rng(3))
+
+
+def config_of(folder: Path, fusion: str) -> Any:
+    config = small_config(folder)
+    poster = ModalitySettings("image", "poster", encoder="random:vit", image_size=32)
+    content = replace(config.content, modalities=config.content.modalities | {"poster": poster})
+    return replace(config, content=replace(content, fusion=replace(content.fusion, name=fusion)))
+
+
+def dataset(folder: Path) -> Path:
+    """The small dataset with raw ids of items: a table with rows for three more."""
+    data = write_dataset(folder / "data")
+    schema = data / "schema.yaml"
+    of_item = f"num_embeddings: {FULL + 1}, vocabulary: {{kind: exact}}"
+    schema.write_text(schema.read_text().replace("num_embeddings: 30", of_item))
+    prepare_vocabularies(str(data))
+    return data
+
+
+def new_items(data: Path, ids: list[int]) -> pa.Table:
+    """Items of these ids with content of their own; the last has neither text nor poster."""
+    table = item_rows(len(ids), np.random.default_rng(7)).drop_columns(["item"])
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    columns["text"] = ["a green car", *columns["text"][1:-1], None]
+    columns["poster"][-1] = None
+    like = pq.read_table(data / "items").schema
+    return pa.table({"item": ids, **columns}, schema=like)
+
+
+def edited_items(data: Path) -> pa.Table:
+    """One item with another text, and one as it is."""
+    table = pq.read_table(data / "items").to_pylist()
+    rows = {row["item"]: row for row in table}
+    edited = rows[EDITED] | {"text": "another house"}
+    return pa.Table.from_pylist([edited, rows[SAME]], pq.read_table(data / "items").schema)
+
+
+def run_in(folder: Path, fusion: str) -> Path:
+    """Data, run, package, and a file of items: three are new, one is edited, one is as it was."""
+    data = dataset(folder)
+    exported(folder, config_of(folder, fusion))
+    (folder / "new").mkdir()
+    items = pa.concat_tables([new_items(data, NEW), edited_items(data)])
+    pq.write_table(items, folder / "new" / "items.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_in(tmp_path_factory.mktemp("added"), "qformer")
+
+
+@pytest.fixture
+def package(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run / "package_fp32", tmp_path / "package"))
+
+
+def impressions(run: Path) -> pa.Table:
+    """The test rows with new and edited items, ranked and in histories."""
+    table = pq.read_table(run / "data" / "test")
+    ids = itertools.cycle([*NEW, EDITED, SAME])
+    rows = table.to_pylist()
+    for row, item in zip(rows, ids):
+        row["item"] = item
+        row["history"], row["history_liked"] = [*NEW, EDITED, 3], [1.0, 0.0, 1.0, 0.0, 1.0]
+    return pa.Table.from_pylist(rows, table.schema)
+
+
+def predictions(run: Path, folder: Path) -> np.ndarray:
+    """What `predict` makes of the impressions with the items in `items/`."""
+    data = Path(shutil.copytree(run / "data", folder / "data"))
+    kept = [row for row in pq.read_table(data / "items").to_pylist() if row["item"] != EDITED]
+    like = pq.read_table(data / "items").schema
+    pq.write_table(pa.Table.from_pylist(kept, like), data / "items" / "part-0.parquet")
+    added = pq.read_table(run / "new" / "items.parquet").slice(0, len(NEW) + 1)
+    pq.write_table(added, data / "items" / "part-1.parquet")
+    prepare_vocabularies(str(data))
+    pq.write_table(impressions(run), folder / "input.parquet")
+    out = folder / "out.parquet"
+    with joined_ranks("cpu") as ranks:
+        predict(run / "run", [str(folder / "input.parquet")], out, str(data), ranks, "cpu")
+    return pq.read_table(out)["prediction_liked"].to_numpy()
+
+
+def scores(package: Path, run: Path) -> np.ndarray:
+    scorer, folder = Scorer.load(package), package.parent / "asked"
+    (folder / "test").mkdir(parents=True, exist_ok=True)
+    pq.write_table(impressions(run), folder / "test" / "part-0.parquet")
+    return np.concatenate([scorer.score(**request)[:, 0] for request in requests(folder)])
+
+
+@pytest.mark.parametrize("fusion", ["qformer", "concat"])
+def test_added_items_score_as_predict_with_them_in_items(
+    request: pytest.FixtureRequest, tmp_path: Path, fusion: str
+) -> None:
+    is_shared = fusion == "qformer"
+    run = request.getfixturevalue("run") if is_shared else run_in(tmp_path / "run", fusion)
+    package = Path(shutil.copytree(run / "package_fp32", tmp_path / "package"))
+
+    counts = add_items(package, str(run / "new" / "items.parquet"))
+
+    assert counts == AddedCounts(new=3, changed=1, unchanged=1, without_row=0)
+    np.testing.assert_allclose(scores(package, run), predictions(run, tmp_path), rtol=0, atol=1e-6)
+    again = add_items(package, str(run / "new" / "items.parquet"))
+    assert again == AddedCounts(new=0, changed=0, unchanged=5, without_row=0)
+
+
+def test_added_one_after_the_other_they_score_as_added_together(
+    run: Path, package: Path, tmp_path: Path
+) -> None:
+    items = pq.read_table(run / "new" / "items.parquet")
+    for part in (items.slice(0, 2), items.slice(2)):
+        pq.write_table(part, tmp_path / "part.parquet")
+        add_items(package, str(tmp_path / "part.parquet"))
+    one_by_one = scores(package, run)
+
+    together = Path(shutil.copytree(run / "package_fp32", tmp_path / "together"))
+    add_items(together, str(run / "new" / "items.parquet"))
+    np.testing.assert_allclose(one_by_one, scores(together, run), rtol=0, atol=1e-6)
+
+
+def test_an_item_beyond_the_table_has_its_content_and_the_id_of_unknown_items(
+    run: Path, package: Path, tmp_path: Path
+) -> None:
+    table = package / "tables" / "item.vectors"
+    rows = np.fromfile(table, np.uint8).reshape(FULL + 1, -1)
+    rows[FULL - 1] = rows[FULL]  # the last item within the table has the vector of unknown ids
+    rows.tofile(table)
+    manifest = read_manifest(package, verify=False)
+    (package / "manifest.json").unlink()
+    write_manifest(package, manifest)
+    items = new_items(run / "data", [*NEW, 103])
+    twins = pa.concat_tables([items.slice(0, 2), items.slice(1, 1), items.slice(1, 1)])
+    twins = twins.set_column(0, "item", pa.array([*NEW, 103]))  # 102 and 103 are of one content
+    pq.write_table(twins, tmp_path / "twins.parquet")
+
+    counts = add_items(package, str(tmp_path / "twins.parquet"))
+
+    assert counts == AddedCounts(new=4, changed=0, unchanged=0, without_row=1)
+    request = next(requests(run / "data"))
+    scorer, history = Scorer.load(package), {"history_liked": [1.0, 0.0]}
+    inside = scorer.score(request["user"], history | {"history": [102, 3]}, [102, 4, 101])
+    beyond = scorer.score(request["user"], history | {"history": [103, 3]}, [103, 4, 101])
+    unknown = scorer.score(request["user"], history | {"history": [999, 3]}, [999, 4, 101])
+    np.testing.assert_array_equal(inside, beyond)
+    assert not np.allclose(beyond, unknown)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: no cleanup runs after it."""
+
+
+def kill_at(patch: pytest.MonkeyPatch, number: int) -> list[str]:
+    """Ends the process at the call of this number that writes after encoding; lists the calls."""
+    calls: list[str] = []
+    encode, encoded = ItemEncoder.encode, []
+
+    def noted(*arguments: Any) -> torch.Tensor:
+        encoded.append(True)
+        return encode(*arguments)
+
+    patch.setattr(ItemEncoder, "encode", noted)
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            calls.extend([name] if encoded else [])
+            if len(calls) == number:
+                patch.setattr(shutil, "rmtree", lambda *ignored, **also: None)
+                patch.setattr(Path, "unlink", lambda *ignored, **also: None)
+                raise Killed
+            return function(*arguments, **named)
+
+        return call
+
+    for owner, name in (
+        (np, "save"),
+        (pq, "write_table"),
+        (added_items, "write_vectors"),
+        (Path, "rename"),
+        (Path, "replace"),
+        (os, "fsync"),
+    ):
+        patch.setattr(owner, name, counted(name, getattr(owner, name)))
+    return calls
+
+
+@pytest.fixture
+def without_encoders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Content vectors of no meaning, which take no time; folders that are left are in tmp_path."""
+    monkeypatch.setattr(ItemEncoder, "encode", lambda self, store, ids: torch.rand(len(ids), WIDTH))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+def test_a_killed_process_leaves_the_package_whole_and_the_next_addition_works(
+    run: Path, package: Path, tmp_path: Path, without_encoders: None
+) -> None:
+    parts = pq.read_table(run / "new" / "items.parquet"), tmp_path / "part.parquet"
+    pq.write_table(parts[0].slice(0, 1), parts[1])
+    add_items(package, str(parts[1]))
+    pq.write_table(parts[0].slice(1), parts[1])
+    before = read_manifest(package)
+    for number in itertools.count(1):
+        with pytest.MonkeyPatch.context() as patch:
+            calls = kill_at(patch, number)
+            with suppress(Killed):
+                add_items(package, str(parts[1]))
+                break
+        assert read_manifest(package) == before, calls
+        assert list(AddedItems.open(package, before.added).ids) == [pa.scalar(NEW[0])]
+
+    assert {"save", "write_table", "write_vectors", "rename", "replace", "fsync"} <= {*calls}
+    manifest = read_manifest(package)
+    added = AddedItems.open(package, manifest.added)
+    assert added.ids.to_pylist() == NEW and len(added.index) == len(NEW) + 1
+    assert {path.name for path in (package / "added").iterdir()} == {"1", "2"}
+    Scorer.load(package)
+
+
+def test_processes_that_add_at_once_lose_nothing(
+    run: Path, package: Path, tmp_path: Path, without_encoders: None
+) -> None:
+    items, threads = pq.read_table(run / "new" / "items.parquet"), []
+    for place in range(len(NEW)):
+        file = tmp_path / f"{place}.parquet"
+        pq.write_table(items.slice(place, 1), file)
+        threads.append(threading.Thread(target=add_items, args=(package, str(file))))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert sorted(AddedItems.open(package, read_manifest(package).added).ids.to_pylist()) == NEW
+
+
+@pytest.mark.parametrize("part", ["added/1/content.vectors", "items/weights.safetensors"])
+def test_a_damaged_file_of_items_is_refused_by_name(
+    run: Path, package: Path, without_encoders: None, part: str
+) -> None:
+    items = str(run / "new" / "items.parquet")
+    add_items(package, items)
+    content = bytearray((package / part).read_bytes())
+    content[-1] ^= 1
+    (package / part).write_bytes(content)
+
+    with pytest.raises(ValueError, match=str(package / part)):
+        Scorer.load(package)
+    with pytest.raises(ValueError, match=str(package / part)):
+        add_items(package, items)
+
+
+def test_a_killed_export_leaves_no_package(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: Any) -> None:
+        monkeypatch.setattr(shutil, "rmtree", lambda *ignored, **also: None)
+        raise Killed
+
+    monkeypatch.setattr(export, "export_graph", killed)
+    out = tmp_path / "package"
+    with joined_ranks("cpu") as ranks, pytest.raises(Killed):
+        export.export_run(run / "run", out, "fp32", ranks, str(run / "data"))
+
+    assert not out.exists() and [path.name for path in tmp_path.glob(".package.*.partial/items")]
+    with pytest.raises(ValueError, match=str(out)):
+        Scorer.load(out)
+
+
+def listed(package: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in package.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("item", [100, None, 102], "'item', row 1"),
+        ("item", [100, 101, 100], "'item', row 2"),
+        ("poster", [PICTURE, None, b"no image"], "'poster', row 2"),
+        ("clip", [None, [0.5, 0.5], None], "'clip', row 1"),
+        ("text", [1, 2, 3], "'text'"),
+        ("item", ["a", "b", "c"], "'item'"),
+        ("clip", None, "'clip'"),
+    ],
+)
+def test_bad_rows_are_refused_by_file_column_and_row_and_nothing_is_written(
+    run: Path, package: Path, tmp_path: Path, column: str, values: Any, message: str
+) -> None:
+    items, file = new_items(run / "data", NEW), tmp_path / "bad.parquet"
+    place = items.schema.get_field_index(column)
+    kind = None if column in ("text", "item") else items.schema.field(column).type
+    items = items.drop_columns([column])
+    if values is not None:
+        items = items.add_column(place, column, pa.array(values, kind))
+    pq.write_table(items, file)
+    before = listed(package)
+
+    with pytest.raises(ValueError, match=f"{file}.*{message}"):
+        add_items(package, str(file))
+
+    assert {name: of for name, of in listed(package).items() if ".lock" not in name} == before
