@@ -18,19 +18,22 @@ from recsys.distributed.ranks import joined_ranks
 from recsys.model.auxiliary import Distillation
 from recsys.plug_in.added_columns import AddedColumns
 from recsys.serving import Scorer
+from recsys.serving.retrieval import Retrieved, Retriever, TwoStage
 from tests.datasets import write_dataset
 from tests.recsys.plug_in.plug_in_runs import build_dlrm, user_batches
 
 PROJECT = Path(__file__).parents[2]
 PACKAGES = (
     *("embeddings", "embeddings.memory_bank", "recsys", "recsys.content.encoders.build"),
-    *("recsys.optimizer", "recsys.plug_in", "recsys.serving"),
+    *("recsys.optimizer", "recsys.plug_in", "recsys.serving", "recsys.serving.retrieval"),
 )
 NAMED = {
     getattr(package, name) for package in map(import_module, PACKAGES) for name in package.__all__
 }
-# The scorer's example runs in `serving`, where there is a package.
-PARTS = sorted({AddedColumns, Distillation, *NAMED} - {Scorer}, key=lambda part: part.__name__)
+# The scorer's example runs in `serving`, where there is a package; the tests of retrieval make the
+# calls of its examples on folders of their own.
+SERVED = {Scorer, Retrieved, Retriever, TwoStage}
+PARTS = sorted({AddedColumns, Distillation, *NAMED} - SERVED, key=lambda part: part.__name__)
 SETTINGS = """\
 data: shop
 item: item
