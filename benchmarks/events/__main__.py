@@ -68,20 +68,48 @@ def benchmark(
         print("Polars is not installed and left out; pip install polars")
     limits = {OURS: memory, SQL: peer_memory}
     _require_equal(out / "small", names, (small, users, items), limits)
-    records: list[dict[str, Any]] = []
+    records, failed = [], []
     for number in sizes:
-        folder = out / f"{number}"
-        _write(folder, (number, users, items))
-        for name in names if number <= peers_up_to else [OURS]:
-            took = measured(_words(name, folder, limits))
-            lists = _list_values(folder / "data")
-            records.append({"job": name, "events": number, "list_values": lists, **asdict(took)})
-            print(records[-1], flush=True)
-            shutil.rmtree(folder / "data")
-        shutil.rmtree(folder)
+        done, not_done = _measure(
+            out / f"{number}",
+            (number, users, items),
+            names if number <= peers_up_to else [OURS],
+            limits,
+        )
+        records += done
+        failed += not_done
     verdicts = _verdicts(records)
-    write_result(_result(records, verdicts, limits), results)
+    result = _result(records, verdicts, limits)
+    result.reading += failed
+    write_result(result, results)
     return all(verdicts.values())
+
+
+def _measure(
+    folder: Path, size: tuple[int, int, int], names: list[str], limits: dict[str, str]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return a record of each program on a log, and sentences on those that failed.
+
+    Raises:
+        RuntimeError: `recsys` itself failed.
+    """
+    records: list[dict[str, Any]] = []
+    failed: list[str] = []
+    _write(folder, size)
+    for name in names:
+        try:
+            took = measured(_words(name, folder, limits))
+        except RuntimeError as error:
+            if name == OURS:
+                raise
+            failed.append(f"{name} did not finish {size[0]:,} events: {error}.")
+        else:
+            lists = _list_values(folder / "data")
+            records.append({"job": name, "events": size[0], "list_values": lists, **asdict(took)})
+            print(records[-1], flush=True)
+        shutil.rmtree(folder / "data", ignore_errors=True)
+    shutil.rmtree(folder)
+    return records, failed
 
 
 def _write(folder: Path, size: tuple[int, int, int]) -> None:
