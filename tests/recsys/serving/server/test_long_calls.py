@@ -1,18 +1,23 @@
-"""Servers that end while they answer, and that are called by their own description."""
+"""Servers that end, lose a worker, and are called by their own description."""
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
+from tests.ranks import HANG_SECONDS
 from tests.recsys.serving.server.served_package import TOKEN, ServedPackage
 from tests.recsys.serving.serving_runs import requests
 
@@ -26,6 +31,14 @@ def request_of_user(package_run: tuple[Path, Path, np.ndarray]) -> dict[str, Any
     request = next(requests(package_run[0] / "data"))
     request["user"] |= {"when": str(request["user"]["when"])}
     return request
+
+
+@pytest.fixture
+def server(package_run: tuple[Path, Path, np.ndarray], tmp_path: Path) -> Iterator[ServedPackage]:
+    """A server of two workers."""
+    server = ServedPackage(package_run[1], tmp_path / "log", "--workers", "2")
+    yield server
+    server.end()
 
 
 @pytest.mark.long
@@ -44,6 +57,28 @@ def test_requests_that_are_open_are_answered_when_the_server_ends(
 
     contents = [answer.result().content for answer in answers]
     assert [len(content["items"]) for content in contents] == [MANY] * OPEN
+
+
+@pytest.mark.long
+def test_a_worker_that_is_killed_is_replaced_and_the_others_answer(
+    server: ServedPackage, request_of_user: dict[str, Any]
+) -> None:
+    while server.metric("recsys_package_workers") < 2:
+        time.sleep(0.1)
+    workers = [
+        each
+        for each in psutil.Process(server.process.pid).children()
+        if "spawn_main" in " ".join(each.cmdline())
+    ]
+    assert len(workers) == 2
+
+    os.kill(workers[0].pid, signal.SIGKILL)
+    workers[0].wait(HANG_SECONDS)
+
+    assert server.call(RANK, request_of_user).status == 200
+    server.wait_for(r"(?s)(ready, version.*){3}")
+    assert server.metric("recsys_package_workers") == 2
+    assert {server.call(RANK, request_of_user).status for _ in range(20)} == {200}
 
 
 @pytest.mark.long
