@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Literal
 
 from recsys.config.run import LogFormat, LogLevel
 
@@ -36,8 +37,9 @@ class ServerSettings:
     workers: int
     threads: int
     limits: Limits
-    verify: bool
-    """compare the hash of every file of a package with its manifest before it is served"""
+    verify: bool | Literal["later"]
+    """compare the hash of every file of a package with its manifest before it is served; later: of
+    some blocks of each, and of the others while it is served"""
     token: str | None = field(default=None, repr=False)
     grace: int = 30
     """seconds that open requests have when the server is asked to end"""

@@ -17,7 +17,7 @@ from recsys.config.server import ServerSettings
 from recsys.serving.server import metrics
 from recsys.serving.server.columns import RankedUser
 from recsys.serving.server.refusals import NotServed, Overloaded, Refusal, Unauthorized
-from recsys.serving.server.served import POLL_SECONDS, CurrentPackage, Served
+from recsys.serving.server.served import POLL_SECONDS, CurrentPackage, Served, Verify
 
 
 class Engine:
@@ -27,7 +27,7 @@ class Engine:
     from more workers.
     """
 
-    def __init__(self, settings: ServerSettings, verify: bool) -> None:
+    def __init__(self, settings: ServerSettings, verify: Verify) -> None:
         """Load the package.
 
         Raises:
@@ -62,12 +62,14 @@ class Engine:
 
         Raises:
             NotServed: the model or this version of it is not served.
+            Damaged: a file of the package differs from its hash.
         """
         served = self.served
         if name != self.settings.name:
             raise NotServed(f"model '{name[:99]}': not served; '{self.settings.name}' is")
         if version and version != served.version:
             raise NotServed(f"version '{version[:99]}': not served; '{served.version}' is")
+        served.require_whole()
         return served
 
     async def score(self, served: Served, request: RankedUser) -> np.ndarray:  # float32 [N, C]
@@ -75,10 +77,12 @@ class Engine:
 
         Raises:
             Overloaded: too many requests wait.
+            Damaged: a file of the package differs from its hash.
             Refusal: names the column that is missing, unknown, too large or unusable.
         """
         if self._waiting >= self.settings.limits.max_waiting:
             raise Overloaded(f"{self._waiting} requests wait already; send it again later")
+        served.require_whole()
         served.columns.check(request, self.settings.limits)
         self._waiting += 1
         metrics.WAITING.inc()

@@ -115,6 +115,7 @@ class InferenceService:
         return {"live": True}
 
     async def _ready(self, message: Any, request_id: str) -> dict[str, Any]:
+        self._engine.served.require_whole()
         return {"ready": True}
 
     async def _server(self, message: Any, request_id: str) -> dict[str, Any]:

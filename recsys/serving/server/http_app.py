@@ -120,6 +120,7 @@ class Routes:
 
     async def ready(self) -> dict[str, bool]:
         """Return that the server has its package: it answers nothing before."""
+        self._engine.served.require_whole()
         return {"ready": True}
 
     async def metrics(self) -> Response:

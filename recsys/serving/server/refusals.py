@@ -33,6 +33,13 @@ class TooLarge(Refusal):
     code = "RESOURCE_EXHAUSTED"
 
 
+class Damaged(Refusal):
+    """A file of the package differs from its hash."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "UNAVAILABLE"
+
+
 class Overloaded(Refusal):
     """Too many requests wait already."""
 

@@ -11,12 +11,16 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from recsys.serving.package import MANIFEST, REQUEST, digest_of
 from recsys.serving.scorer import Scorer
 from recsys.serving.server.columns import Columns
+from recsys.serving.server.refusals import Damaged
 
 logger = logging.getLogger(__name__)
+
+Verify = bool | Literal["later"]
 
 POLL_SECONDS = 1.0
 LONGEST_PAUSE = 60.0  # seconds between attempts to load a package that cannot be loaded
@@ -31,8 +35,8 @@ class Served:
     version: str
 
     @staticmethod
-    def load(folder: Path, verify: bool) -> Served:
-        """Load a package.
+    def load(folder: Path, verify: Verify) -> Served:
+        """Load a package, its files verified as by `Scorer.load`.
 
         Raises:
             ValueError: the folder is no package, or a file of it differs.
@@ -42,20 +46,30 @@ class Served:
         example = json.loads((folder / REQUEST).read_text())
         return Served(scorer, Columns(scorer, example), digest_of(scorer.manifest)[:12])
 
+    def require_whole(self) -> None:
+        """Require that no file was seen to differ since the package was loaded.
+
+        Raises:
+            Damaged: names the file that differs.
+        """
+        check = self.scorer.check
+        if check is not None and check.difference is not None:
+            raise Damaged(f"{check.difference}; nothing is answered until the package is replaced")
+
 
 class CurrentPackage:
     """Holds the package that is served, and loads the next one when the manifest is exchanged.
 
     Args:
         folder: the package, or a link to it.
-        verify: compare the hash of every file of a package that replaces the first one.
+        verify: how to compare the files of a package that replaces the first one with their hashes.
         first_verify: the same for the first one.
 
     Raises:
         ValueError: the folder is no package, or a file of it differs.
     """
 
-    def __init__(self, folder: Path, verify: bool, first_verify: bool) -> None:
+    def __init__(self, folder: Path, verify: Verify, first_verify: Verify) -> None:
         """Load the package."""
         self._folder, self._verify = folder, verify
         self._signature = self._read_signature()

@@ -92,7 +92,7 @@ def _run(settings: ServerSettings, http: socket.socket) -> None:
     if settings.workers == 1:
         uvicorn.Server(config).run([http])
         return
-    read_manifest(Path(settings.package), settings.verify)  # once for all workers
+    read_manifest(Path(settings.package), settings.verify is True)  # once for all workers
     supervisor = Multiprocess(config, [http])
     supervisor.run()
     if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):

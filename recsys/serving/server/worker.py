@@ -32,7 +32,8 @@ def worker_app(settings: ServerSettings) -> Gate:
     of_http.handlers, of_http.propagate = logging.getLogger("recsys").handlers, False
     is_one = settings.workers == 1
     try:
-        engine = Engine(settings, verify=settings.verify and is_one)
+        verified = settings.verify is True and not is_one  # by the process that began this one
+        engine = Engine(settings, verify=False if verified else settings.verify)
     except ValueError as error:
         if is_one:
             raise
