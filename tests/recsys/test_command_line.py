@@ -59,6 +59,7 @@ def test_train_evaluate_and_predict_work_in_one_process(
     assert pq.read_table(out).num_rows == 20
 
 
+@pytest.mark.long
 def test_torchrun_evaluates_with_dashes_before_the_module(folder: Path) -> None:
     done = torchrun(2, "evaluate", "--run", str(folder / "run"), "--split", "valid")
     assert done.returncode == 0, done.stderr

@@ -138,6 +138,7 @@ def test_a_run_that_another_process_trains_is_waited_for(tmp_path: Path) -> None
     assert (run.folder / "log.txt").read_text() == ""
 
 
+@pytest.mark.long
 def test_torchx_trains_a_cell_whose_scores_are_then_read_and_not_made_again(
     tmp_path: Path,
 ) -> None:

@@ -114,6 +114,7 @@ def test_both_scripts_train_on_random_batches(folder: Path, script: str) -> None
     assert second < first and 0 < auc < 1
 
 
+@pytest.mark.long
 def test_the_script_with_content_trains_on_criteos_files(folder: Path) -> None:
     (first, auc), (second, _) = train("dlrm.py", folder, "--criteo", "criteo")
 

@@ -128,7 +128,7 @@ def scores(package: Path, run: Path) -> np.ndarray:
     return np.concatenate([scorer.score(**request)[:, 0] for request in requests(folder)])
 
 
-@pytest.mark.parametrize("fusion", ["qformer", "concat"])
+@pytest.mark.parametrize("fusion", ["qformer", pytest.param("concat", marks=pytest.mark.long)])
 def test_added_items_score_as_predict_with_them_in_items(
     request: pytest.FixtureRequest, tmp_path: Path, fusion: str
 ) -> None:
