@@ -144,8 +144,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.long
 def test_every_command_of_the_readme_runs(folder: Path) -> None:
-    for script in blocks("python"):
-        run([sys.executable, "-c", script], folder)
+    scripts = blocks("python")
+    for script in scripts:
+        if "packages/" not in script:  # else it reads what a command writes
+            run([sys.executable, "-c", script], folder)
     text = "\n".join(blocks("bash")).replace("\\\n", "")
     commands = [" ".join(line.split()) for line in text.splitlines() if line]
     assert len(commands) > 12
@@ -154,6 +156,9 @@ def test_every_command_of_the_readme_runs(folder: Path) -> None:
         for pattern, replacement in EXCHANGED:
             command = re.sub(pattern, replacement, command)
         printed[command] = run(command, folder)
+    for script in scripts:
+        if "packages/" in script:
+            run([sys.executable, "-c", script], folder)
     plan = next(text for command, text in printed.items() if "describe" in command)
     assert lines_not_in(plan, next(block for block in blocks("") if "fits:" in block)) == []
     assert (folder / "predictions.parquet").is_file()

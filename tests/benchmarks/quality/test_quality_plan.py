@@ -21,6 +21,7 @@ from tests.ranks import HANG_SECONDS
 from tests.recsys.command_runs import TINY, torchx
 
 
+@pytest.mark.long
 def test_every_cell_changes_its_baseline_which_is_in_the_same_grids() -> None:
     named = {cell.name: cell.settings for cell in GRIDS["full"]}
     assert len(named) == len(GRIDS["full"])

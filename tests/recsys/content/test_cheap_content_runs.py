@@ -53,6 +53,7 @@ def trained(rank: int, world_size: int, data: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.long
 def test_two_ranks_train_each_and_one_rank_evaluates_to_the_same(data: Path) -> None:
     first, second = run_on_ranks(trained, 2, data)
     assert first.keys() == second.keys() == RECIPES.keys()

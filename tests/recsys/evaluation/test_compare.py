@@ -157,6 +157,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("compare") / "data", NUM_ROWS)
 
 
+@pytest.mark.long
 def test_the_twin_is_trained_after_the_run_goes_on_with_it_and_begins_anew_with_it(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,6 +192,7 @@ def test_the_twin_is_trained_after_the_run_goes_on_with_it_and_begins_anew_with_
     assert not twin.exists() and not (run / "comparison.json").exists()
 
 
+@pytest.mark.long
 def test_two_ranks_train_run_and_twin(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = run_recsys(*train_words(data, run, "--compare", "id_only"), ranks=2)

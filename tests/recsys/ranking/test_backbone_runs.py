@@ -51,6 +51,7 @@ def test_every_backbone_of_the_package_is_run() -> None:
     assert {backbone.split()[0] for backbone in BACKBONES} == set(RANKING_MODELS)
 
 
+@pytest.mark.long
 def test_each_backbone_trains_checkpoints_resumes_and_evaluates_on_two_ranks(
     folder: Path,
 ) -> None:

@@ -144,6 +144,7 @@ def test_added_items_score_as_predict_with_them_in_items(
     assert again == AddedCounts(new=0, changed=0, unchanged=5, without_row=0)
 
 
+@pytest.mark.long
 def test_added_one_after_the_other_they_score_as_added_together(
     run: Path, package: Path, tmp_path: Path
 ) -> None:

@@ -21,9 +21,9 @@ COLUMNS = (*HISTORY_COLUMNS, "history_shop", *FURTHER)
 @pytest.mark.parametrize(
     ("backbone", "content"),
     [
-        ("din", "concat"),
+        pytest.param("din", "concat", marks=pytest.mark.long),
         pytest.param("dlrm", "none", marks=pytest.mark.long),
-        pytest.param("two_tower", "none", marks=pytest.mark.long),
+        ("two_tower", "none"),
     ],
 )
 def test_scores_equal_those_of_predict(tmp_path: Path, backbone: str, content: Content) -> None:

@@ -128,7 +128,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.long), 2])
 def runs(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, dict[str, Any]]]:
     """What each rank of a run has."""
     return run_on_ranks(measured, request.param, folder)
