@@ -57,7 +57,7 @@ test: install-dev
 
 test-long: install-dev
 	$(VENV)/bin/python -m pytest -m long -n 2 --dist loadfile
-	$(VENV)/bin/python -m tests.recsys.checkpoint.kill_ranks --kills 20
+	$(VENV)/bin/python -m tests.recsys.checkpoint.kill_ranks --kills 8
 
 lint: install-dev
 	$(VENV)/bin/python -m ruff check .
