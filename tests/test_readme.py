@@ -159,7 +159,9 @@ def test_every_command_of_the_readme_runs(folder: Path) -> None:
     for script in scripts:
         if "packages/" in script:
             run([sys.executable, "-c", script], folder)
-    plan = next(text for command, text in printed.items() if "describe" in command)
+    plan = next(
+        text for command, text in printed.items() if re.match("recsys describe.* --nodes", command)
+    )
     assert lines_not_in(plan, next(block for block in blocks("") if "fits:" in block)) == []
     assert (folder / "predictions.parquet").is_file()
     assert (folder / "runs" / "movielens_sample" / "metrics.json").is_file()
