@@ -74,6 +74,7 @@ def test_throughput_splits_a_step_into_parts_with_rooflines(setting: Any, tmp_pa
     assert costs["fusion"]["backward"]["products"] == 2 * costs["fusion"]["forward"]["products"]
 
 
+@pytest.mark.long
 def test_ladder_multiplies_speed_ups_and_reads_profiles(tmp_path: Path) -> None:
     only = ["items encoded once"]
     rungs = ladder(tmp_path / "out", "A", only, quick=True, here=True, results=tmp_path)
@@ -122,6 +123,7 @@ def test_each_row_of_a_ladder_makes_one_change_to_the_row_it_names(setting: str)
         assert len(settings) + len(changed) == 1, row.name
 
 
+@pytest.mark.long
 def test_scaling_compares_each_point_with_the_first(tmp_path: Path) -> None:
     curves = ["history", "unique items, full"]
     scaling(tmp_path / "out", curves, quick=True, here=True, results=tmp_path)

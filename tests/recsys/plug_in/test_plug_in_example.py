@@ -107,9 +107,8 @@ def test_the_diff_of_the_readme_gives_the_script_with_content(folder: Path) -> N
     assert (folder / "content.yaml").read_text() == (EXAMPLES / "content.yaml").read_text()
 
 
-@pytest.mark.parametrize(
-    "script", [pytest.param("dlrm_before.py", marks=pytest.mark.long), "dlrm.py"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("script", ["dlrm_before.py", "dlrm.py"])
 def test_both_scripts_train_on_random_batches(folder: Path, script: str) -> None:
     (first, auc), (second, _) = train(script, folder)
 
