@@ -22,7 +22,7 @@ TABLES = (*SPLITS, "item_counts.parquet", "vocabulary/user.parquet", "vocabulary
 
 @dataclass(frozen=True)
 class Measured:
-    """What a program took.
+    """Time and memory of a program.
 
     seconds: wall clock.
     processor: seconds of processor time, user and system.

@@ -26,7 +26,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How a package is served."""
+    """Settings of a server: package, addresses, workers and limits."""
 
     package: str
     name: str

@@ -34,7 +34,7 @@ ENCODING = ("content.encoders.", "content.projections.", "content.fusion.")
 
 @dataclass
 class WarmStartPlan:
-    """What a new run takes over from another one.
+    """Tensors and rows that a new run takes over from another one.
 
     Attributes:
         source: the other run.

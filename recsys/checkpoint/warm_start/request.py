@@ -1,4 +1,4 @@
-"""What a warm start is asked to take over."""
+"""Request of a warm start: the run, its checkpoint, and the parts to take over."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Source:
-    """What a warm start takes over from.
+    """The opened run that a warm start takes over from.
 
     Attributes:
         request: what is asked for.

@@ -14,13 +14,19 @@ from recsys.doctor import require_working_installation
 
 logger = logging.getLogger(__name__)
 
+LEVELS, CODES = 3, 256
+
 
 def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
     """Add the run, the folder, and the size of the codebooks."""
     parser.add_argument("--run", type=Path, required=True, help="finished run with content")
     parser.add_argument("--out", type=Path, required=True, help="a folder to make")
-    parser.add_argument("--levels", type=PositiveInt, default=3, help="codes of each item")
-    parser.add_argument("--codes", type=PositiveInt, default=256, help="codes of each level")
+    parser.add_argument(
+        "--levels", type=PositiveInt | None, help=f"codes of each item; default: {LEVELS}"
+    )
+    parser.add_argument(
+        "--codes", type=PositiveInt | None, help=f"codes of each level; default: {CODES}"
+    )
     parser.add_argument(
         "--codebooks",
         type=Path | None,
@@ -38,6 +44,11 @@ def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
 
 def run(arguments: Namespace) -> None:
     """Write the ids and print the collision report."""
+    if arguments.codebooks is not None and (arguments.levels or arguments.codes):
+        raise ValueError(
+            f"--levels and --codes: both are those of --codebooks {arguments.codebooks}; leave "
+            "them out, or leave --codebooks out for new ids"
+        )
     require_finished(arguments.run)
     require_working_installation()
     from recsys.distributed.log import print_table
@@ -49,8 +60,8 @@ def run(arguments: Namespace) -> None:
         report = export_semantic_ids(
             arguments.run,
             arguments.out,
-            arguments.levels,
-            arguments.codes,
+            arguments.levels or LEVELS,
+            arguments.codes or CODES,
             ranks,
             arguments.data,
             arguments.codebooks,

@@ -1,4 +1,4 @@
-"""What encodes items in a package: settings, trained weights, and identities of the encoders.
+"""Encoder of items in a package: settings, trained weights, and identities of the encoders.
 
 Trained weights (adapters, projections, fusion) are in the package. Frozen weights, tokenizers and
 the preparation of images are those of the encoders that the run names; the package has their
@@ -139,5 +139,6 @@ class ItemEncoder:
         if self.config.precision == "bf16":
             use_bfloat16(content_parts(branch).values(), torch.device("cpu"))
         result = branch.load_state_dict(load_file(self.folder / WEIGHTS), strict=False)
-        assert not result.unexpected_keys, result
+        trained = {name for name, value in branch.named_parameters() if value.requires_grad}
+        assert not result.unexpected_keys and not trained & set(result.missing_keys), result
         return branch.eval()

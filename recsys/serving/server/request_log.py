@@ -1,4 +1,4 @@
-"""What is kept of each request: its id, a line of the log, and its seconds in the metrics."""
+"""Record of each request: its id, a line of the log, and its seconds in the metrics."""
 
 from __future__ import annotations
 

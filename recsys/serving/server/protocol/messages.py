@@ -93,7 +93,7 @@ class InferResponse(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """What is wrong."""
+    """Response to a request that is refused: what is wrong with it."""
 
     error: str
 

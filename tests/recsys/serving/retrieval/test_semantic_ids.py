@@ -119,3 +119,13 @@ def test_items_added_later_leave_the_codes_of_others(towers: Path, semantic: Pat
 def test_codebooks_of_another_model_are_refused(semantic: Path) -> None:
     with pytest.raises(ValueError, match=str(semantic / "ids")):
         load_codebooks(semantic / "ids", "another model")
+
+
+def test_sizes_beside_codebooks_which_have_their_own_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["semantic-ids", "--run", str(tmp_path), "--out", str(tmp_path / "ids")]
+
+    assert main([*words, "--codebooks", "semantic", "--levels", "4"]) == 1
+
+    assert "--codebooks semantic" in capsys.readouterr().err
