@@ -38,7 +38,6 @@ class Engine:
         self._current = CurrentPackage(Path(settings.package), settings.verify, verify)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scorer")
         self._waiting = 0
-        metrics.WORKERS.labels(self.served.version).set(1)
 
     @property
     def served(self) -> Served:
@@ -104,6 +103,10 @@ class Engine:
             metrics.UNKNOWN_IDS.labels(column).inc(count)
         return scorer.score_rows(rows)
 
+    def count_worker(self) -> None:
+        """Count this worker in the metrics, once it answers."""
+        metrics.WORKERS.labels(self.served.version).set(1)
+
     async def watch(self) -> None:
         """Load each new package, for ever."""
         while True:
@@ -112,6 +115,6 @@ class Engine:
                 before = self.served.version
                 if await asyncio.to_thread(self._current.reload):
                     metrics.WORKERS.labels(before).set(0)
-                    metrics.WORKERS.labels(self.served.version).set(1)
+                    self.count_worker()
                 else:
                     metrics.RELOAD_FAILURES.inc()

@@ -46,6 +46,7 @@ def worker_app(settings: ServerSettings) -> Gate:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         server = grpc_server(engine, f"{host}:{settings.grpc_port}")
         await server.start()
+        engine.count_worker()
         watch = asyncio.create_task(engine.watch())
         logger.info("ready, version %s", engine.served.version)
         yield

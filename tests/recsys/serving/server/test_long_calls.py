@@ -63,8 +63,8 @@ def test_requests_that_are_open_are_answered_when_the_server_ends(
 def test_a_worker_that_is_killed_is_replaced_and_the_others_answer(
     server: ServedPackage, request_of_user: dict[str, Any]
 ) -> None:
-    while server.metric("recsys_package_workers") < 2:
-        time.sleep(0.1)
+    server.wait_for(r"(?s)(ready, version.*){2}")
+    assert server.metric("recsys_package_workers") == 2
     workers = [
         each
         for each in psutil.Process(server.process.pid).children()
