@@ -26,8 +26,7 @@ import torch.distributed as dist
 HANG_SECONDS = 600.0
 # After one rank has failed, the others get this long to fail or return by themselves.
 GRACE_SECONDS = 10.0
-# Ranks that train import the last two, which takes each a second.
-PRELOADED = ["pytest", "recsys.training.train", "pandas", "torch.utils.tensorboard"]
+PRELOADED = ["tests.preloaded"]
 
 
 def run_on_ranks(

@@ -93,6 +93,8 @@ def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
     Raises:
         ValueError: names every setting that differs and must not.
     """
+    if stored == to_plain(config):
+        return
     differing = [
         f"{name} (checkpoint: {before}, now: {now})"
         for name, before, now in differing_settings(config_of_plain(stored), config)
