@@ -71,6 +71,7 @@ class Job:
     preparation: BatchPreparation
     plan: str  # text table
     parameters: str  # text table: parameter, optimizer, learning rate
+    train_folder: str = "train"  # of the dataset, with the rows to train on
 
     @property
     def dense_optimizer(self) -> Optimizer:
@@ -108,8 +109,8 @@ class Job:
         Raises:
             ValueError: they cannot be read.
         """
-        config = self.config
-        return open_rows(config.source, self.root, split, self.schema, config.on_bad_row)
+        config, folder = self.config, self.train_folder if split == "train" else split
+        return open_rows(config.source, self.root, folder, self.schema, config.on_bad_row)
 
     def batch_builder(self, with_labels: bool = True) -> BatchBuilder:
         """Return the builder of batches for this model."""
@@ -125,8 +126,21 @@ class Job:
         )
 
 
-def build_job(config: Config, data: str, ranks: Ranks, schema: Schema | None = None) -> Job:
+def build_job(
+    config: Config,
+    data: str,
+    ranks: Ranks,
+    schema: Schema | None = None,
+    train_folder: str = "train",
+) -> Job:
     """Build all parts of a run, by default with the dataset's own schema. A collective.
+
+    Args:
+        config: every setting.
+        data: the dataset.
+        ranks: the ranks of the job.
+        schema: the columns as the model reads them.
+        train_folder: folder of the dataset with the training rows, a partition in a continual run.
 
     Raises:
         ValueError: if data, configuration or plan is invalid on any rank; raised on all.
@@ -137,7 +151,7 @@ def build_job(config: Config, data: str, ranks: Ranks, schema: Schema | None = N
         validate(config)
         root = Location.of(data)
         schema = schema or load_schema(root)
-        tables = table_configs(config, schema, mean_list_lengths(root, schema))
+        tables = table_configs(config, schema, mean_list_lengths(root, schema, train_folder))
     store, encoders, bank = build_content(config, root, schema, ranks)
     with ranks.raise_on_all_ranks():
         categories = load_item_categories(config.ranking, root, schema, config.on_bad_row)
@@ -173,6 +187,7 @@ def build_job(config: Config, data: str, ranks: Ranks, schema: Schema | None = N
         BatchPreparation(config, store, bank, vocabularies, ranks.group, sampler),
         plan=format_plan(plan, tables),
         parameters=describe_optimizers(model, tables, dense),
+        train_folder=train_folder,
     )
 
 

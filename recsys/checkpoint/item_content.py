@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,19 @@ logger = logging.getLogger(__name__)
 FOLDER = "item_content"
 TYPE = np.dtype([("item", "<i8"), ("content", "<u8")])
 NewRows = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class ChangedItems:
+    """Items whose content differs from that at a checkpoint.
+
+    ids: int64, ascending: those that are edited, new or gone. known: items of both.
+    """
+
+    ids: np.ndarray
+    edited: int
+    known: int
+    words: str
 
 
 def item_content_digest(job: Job) -> str | None:
@@ -71,14 +85,28 @@ def encode_changed_items(
     if items is None or stored is None or (now == stored and new_rows is None):
         return 0
     with ranks.raise_on_all_ranks():
-        ids, words = _changed(items, _file(run, stored), new_rows)
-    if not len(ids):  # they only have other rows
+        changed = _changed(items, _file(run, stored), new_rows)
+    if not len(changed.ids):  # they only have other rows
         return 0
     assert job.em3.content is not None and job.store is not None
-    encode_into_bank(job.em3.content, job.store, ranks, ids=ids)
+    encode_into_bank(job.em3.content, job.store, ranks, ids=changed.ids)
     if ranks.is_first:
-        logger.info("%s/items: %s; encoded into the memory bank again", job.root, words)
-    return len(ids)
+        logger.info("%s/items: %s; encoded into the memory bank again", job.root, changed.words)
+    return len(changed.ids)
+
+
+def changed_items(
+    job: Job, run: Path, manifest: dict[str, Any], new_rows: NewRows | None = None
+) -> ChangedItems | None:
+    """Compare the items with those at a checkpoint; None if nothing is known or differs.
+
+    Arguments are those of `encode_changed_items`. Not a collective.
+    """
+    items, now = _content(job), item_content_digest(job)
+    stored = manifest.get("items", now)
+    if items is None or stored is None or (now == stored and new_rows is None):
+        return None
+    return _changed(items, _file(run, stored), new_rows)
 
 
 def _content(job: Job) -> np.ndarray | None:  # TYPE [N], by item
@@ -94,12 +122,12 @@ def _file(run: Path, digest: str) -> Path:
     return run / FOLDER / f"{digest}.npy"
 
 
-def _changed(now: np.ndarray, file: Path, new_rows: NewRows | None) -> tuple[np.ndarray, str]:
-    """Return the ids of items that differ from those in a file, ascending, and a description."""
+def _changed(now: np.ndarray, file: Path, new_rows: NewRows | None) -> ChangedItems:
+    """Return the items that differ from those in a file."""
     before = np.load(file, allow_pickle=False) if file.is_file() else np.zeros(0, TYPE)
     if digest_of(before.tobytes()) != file.stem:
         words = f"{file} is missing or damaged, so all {len(now):,} items are taken as changed"
-        return now["item"].copy(), words
+        return ChangedItems(now["item"].copy(), 0, 0, words)
     if new_rows is not None:
         before["item"] = new_rows(before["item"])
         before = np.sort(before[before["item"] >= 0], order="item")
@@ -111,4 +139,5 @@ def _changed(now: np.ndarray, file: Path, new_rows: NewRows | None) -> tuple[np.
         f"since the checkpoint was written {edited.sum():,} of {len(now):,} items were edited, "
         f"{(~known).sum():,} are new and {len(gone):,} are gone"
     )
-    return np.sort(np.concatenate([now["item"][edited | ~known], gone])), words
+    ids = np.sort(np.concatenate([now["item"][edited | ~known], gone]))
+    return ChangedItems(ids, int(edited.sum()), int(known.sum()), words)

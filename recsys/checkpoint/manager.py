@@ -47,11 +47,11 @@ from recsys.checkpoint.state import (
 from recsys.config import to_plain
 from recsys.data.filesystem import recover_folder
 from recsys.data.parquet.order import Stage
+from recsys.distributed.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-# Largest share of the free memory for a copy to write asynchronously.
-COPY_SHARE = 0.5
+COPY_SHARE = 0.5  # largest share of the free memory for a copy to write asynchronously
 MAX_FAILURES = 3  # failed writes in a row that end the job
 
 
@@ -62,15 +62,16 @@ class Checkpoints:
         job: the job whose state is saved and restored.
         run: the run's folder.
         data: fingerprint of the training rows.
+        writers: the ranks with a group for the writer's thread alone; default: a new one.
     """
 
-    def __init__(self, job: Job, run: Path, data: str) -> None:
+    def __init__(self, job: Job, run: Path, data: str, writers: Ranks | None = None) -> None:
         """Hash the frozen weights and start the writer's thread."""
         self.job, self.data, self.folder = job, data, run / "checkpoints"
         self.frozen, self.items = frozen_digest(job), item_content_digest(job)
         self._damaged: list[Path] = []
         # Writing overlaps with steps, so its collectives must not mix with those of the steps.
-        self._ranks = job.ranks.apart()
+        self._ranks = writers or job.ranks.apart()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Future[None], Path] | None = None
         self._failures = 0
@@ -169,6 +170,7 @@ class Checkpoints:
             "world_size": self.job.ranks.world_size,
             "config": to_plain(self.job.config),
             "data": self.data,
+            "rows": self.job.train_folder,
             "frozen_weights": self.frozen,
             "items": self.items,
             "plan": self.job.plan,

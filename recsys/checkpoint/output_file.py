@@ -13,18 +13,21 @@ _KEPT = (
     ".job.json",
     ".lock",
     "config.yaml",
+    "continual.json",
     "data.txt",
     "encoders.json",
     "graph.pt2",
     "item_counts.npy",
     "manifest.json",
     "metrics.json",
+    "metrics.jsonl",
     "plan.txt",
     "request.json",
     "schema.yaml",
     "skipped_rows.json",
 )
 _OF_RUN = ("checkpoints", "item_content", "tensorboard", "vocabulary")  # folders of a run
+_OF_CONTINUAL = ("partitions", "scores", "tensorboard")  # folders of a continual run
 _READ = ("train", "valid", "test", "items", "vocabulary")  # folders of a dataset
 
 
@@ -66,6 +69,8 @@ def _part_of_run(folder: Path) -> Path | None:
     """Return the folder of a run that this folder is or lies in; None if there is none."""
     for part in (folder, *folder.parents):
         if part.name in _OF_RUN and (part.parent / ".job.json").exists():
+            return part
+        if part.name in _OF_CONTINUAL and (part.parent / "continual.json").exists():
             return part
     return None
 

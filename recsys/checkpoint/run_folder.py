@@ -16,6 +16,7 @@ from recsys.checkpoint.files import BEST, folders_to_continue
 from recsys.checkpoint.item_content import FOLDER, keep_item_content
 from recsys.checkpoint.kept_files import file_digest
 from recsys.checkpoint.manifest import model_of
+from recsys.checkpoint.partitions.state import STATE
 from recsys.checkpoint.run_schema import WARM_START, agree_on_id_types, write_run_schema
 from recsys.config import Resume, save_config
 from recsys.content.encoders.base import Encoder
@@ -58,10 +59,11 @@ def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool
     checkpoints = run / "checkpoints"
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
+            if (run / STATE).exists():
+                raise ValueError(f"{run}: holds a continual run; choose another --out")
             if (run / "train").exists():  # its schema.yaml would be overwritten
                 raise ValueError(f"{run}: holds a dataset; choose another --out")
-            for folder in [checkpoints / BEST, *_half_renamed(checkpoints)]:
-                recover_folder(folder)
+            recover_checkpoints(run)
     # Folders on the network appear with delay, so rank 0 decides; but a node that returned reports
     # # no restarts.
     restarted = any(ranks.gather(was_restarted(run)))
@@ -88,9 +90,13 @@ def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool
     return exists
 
 
-def _half_renamed(checkpoints: Path) -> list[Path]:
+def recover_checkpoints(run: Path) -> None:
+    """Restore the folders that a killed job was replacing."""
+    checkpoints = run / "checkpoints"
     names = [path.name for path in checkpoints.glob(".step-*.old")]
-    return [checkpoints / name.removeprefix(".").removesuffix(".old") for name in names]
+    names = [name.removeprefix(".").removesuffix(".old") for name in names]
+    for name in [BEST, *names]:
+        recover_folder(checkpoints / name)
 
 
 def was_restarted(run: Path) -> bool:

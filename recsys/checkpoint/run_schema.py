@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 FILE = "schema.yaml"
 WARM_START = "warm_start.json"  # the run that a run was begun from, and what differed
+PARTITION = "partition.json"  # of a partition of a continual run, which has its own maps of ids
 HEAD = "# The columns this run was trained on, in the order in which its model reads them.\n"
 
 
@@ -113,7 +114,7 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
             "%s/%s: columns that the run does not know are not read: %s", root, FILE, further
         )
     trained.items = data.items  # read by the names in the configuration
-    load_vocabularies(trained, root)
+    load_vocabularies(trained, Location.of(run) if (run / PARTITION).is_file() else root)
     return trained
 
 

@@ -13,6 +13,10 @@ COMMANDS = {
     "describe": ("describe", "Plan a run on any cluster: sizes, memory, sharding, time."),
     "cache": ("cache", "Fill the caches of item content that a model trains with."),
     "train": ("train", "Train a model from a recipe, whose settings are options, too."),
+    "continual": (
+        "continual",
+        "Train on one partition after another, each scored before it is trained on.",
+    ),
     "evaluate": ("evaluate", "Compute the metrics of a finished run on a split."),
     "predict": ("predict", "Add the predictions of a run to Parquet files of impressions."),
     "report": ("report", "Write an HTML page on a finished run."),

@@ -31,12 +31,13 @@ def add_arguments(parser: Parser, words: Sequence[str]) -> None:
 def run(arguments: Namespace) -> None:
     """Print the comparison."""
     from recsys.checkpoint.output_file import check_output
+    from recsys.checkpoint.partitions.state import newest_run
     from recsys.distributed.log import print_table
     from recsys.evaluation.compare import compare_runs, format_comparison, write_comparison
 
     if arguments.out is not None:
         check_output(arguments.out)
-    report = compare_runs(arguments.runs, arguments.split)
+    report = compare_runs([newest_run(run) for run in arguments.runs], arguments.split)
     print_table(format_comparison(report))
     if arguments.out is not None:
         write_comparison(report, arguments.out)

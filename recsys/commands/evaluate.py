@@ -19,7 +19,7 @@ def add_arguments(parser: Parser, words: Sequence[str]) -> None:
 
 def run(arguments: Namespace) -> None:
     """Evaluate the run. A collective."""
-    require_finished(arguments.run)
+    arguments.run = require_finished(arguments.run)
     require_working_installation()
     from recsys.distributed.ranks import joined_ranks
     from recsys.evaluation.predict import evaluate

@@ -31,7 +31,7 @@ def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
 
 def run(arguments: Namespace) -> None:
     """Write the package."""
-    require_finished(arguments.run)
+    arguments.run = require_finished(arguments.run)
     require_working_installation()
     from recsys.distributed.ranks import joined_ranks
     from recsys.serving.export import export_run

@@ -25,7 +25,7 @@ def add_arguments(parser: Parser, words: Sequence[str]) -> None:
 
 def run(arguments: Namespace) -> None:
     """Write the tables."""
-    require_finished(arguments.run)
+    arguments.run = require_finished(arguments.run)
     require_working_installation()
     from recsys.checkpoint.compatibility import check_config
     from recsys.checkpoint.files import BEST, check_files

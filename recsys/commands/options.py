@@ -52,11 +52,15 @@ def require_schema(data: str) -> None:
         load_schema(Location.of(data), with_vocabularies=False)
 
 
-def require_finished(run: Path) -> None:
-    """Refuse a folder without a finished run.
+def require_finished(run: Path) -> Path:
+    """Refuse a folder without a finished run; of a continual one, return its newest partition's.
 
     Raises:
         ValueError: the folder holds none.
     """
+    from recsys.checkpoint.partitions.state import newest_run
+
+    run = newest_run(run)
     if not (run / "metrics.json").is_file():
         raise ValueError(f"{run}: holds no finished run (metrics.json); train it first")
+    return run

@@ -25,7 +25,8 @@ def add_arguments(parser: Parser, words: Sequence[str]) -> None:
 
 def run(arguments: Namespace) -> None:
     """Write the page. A collective."""
-    require_finished(arguments.run)
+    out = arguments.out or arguments.run / "report.html"
+    arguments.run = require_finished(arguments.run)
     require_working_installation()
     from recsys.diagnostics.run_report.command import report_run
     from recsys.distributed.ranks import joined_ranks
@@ -34,7 +35,7 @@ def run(arguments: Namespace) -> None:
         report_run(
             arguments.run,
             arguments.data,
-            arguments.out,
+            out,
             ranks,
             arguments.device,
             arguments.colour_by,

@@ -117,10 +117,11 @@ def _train(config: Config, arguments: Namespace) -> None:
 
 def _warm_start(arguments: Namespace) -> WarmStart | None:
     """Return what `--warm-start` asks for; None without it."""
+    from recsys.checkpoint.partitions.state import newest_run
     from recsys.checkpoint.warm_start.request import WarmStart
 
     asked = WarmStart(
-        arguments.warm_start or Path(),
+        Path() if arguments.warm_start is None else newest_run(arguments.warm_start),
         arguments.warm_start_checkpoint,
         tuple(arguments.warm_start_only),
         tuple(arguments.warm_start_skip),

@@ -6,6 +6,7 @@ from recsys.config.content import HistorySettings as HistorySettings
 from recsys.config.content import LoraSettings as LoraSettings
 from recsys.config.content import ModalitySettings as ModalitySettings
 from recsys.config.content import SamplingSettings as SamplingSettings
+from recsys.config.continual import ContinualSettings as ContinualSettings
 from recsys.config.embedding import CommunicationSettings as CommunicationSettings
 from recsys.config.embedding import EmbeddingSettings as EmbeddingSettings
 from recsys.config.embedding import InitFromSettings as InitFromSettings

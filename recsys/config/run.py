@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from recsys.config.content import ContentSettings
+from recsys.config.continual import ContinualSettings
 from recsys.config.embedding import EmbeddingSettings
 from recsys.config.limits import NonNegativeFloat, NonNegativeInt, PositiveInt, Seconds, Seed
 from recsys.config.losses import AuxiliarySettings, ContrastiveSettings
@@ -96,6 +97,7 @@ class Config:
     """error: the first unusable row ends the run; skip: such rows are left out, counted and
     reported."""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    continual: ContinualSettings = field(default_factory=ContinualSettings)
     num_workers: NonNegativeInt = 1
     """Threads per rank that build batches ahead of the training, beside one that reads ahead; 0:
     the training thread reads and builds each batch on demand."""

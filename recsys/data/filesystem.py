@@ -95,7 +95,8 @@ class Location:
     def files(self, ending: str) -> list[Location]:
         """Return the files with this ending in the folder, by name; this file if it is one.
 
-        As in Spark and Arrow, names that start with a dot or an underscore are not data.
+        As in Spark and Arrow, names that start with a dot or an underscore are not data, and the
+        files of folders such as `date=2026-11-01` (Hive partitions) are those of the folder.
 
         Raises:
             ValueError: an entry with this ending is no file, a folder holds such files, or a file
@@ -110,9 +111,24 @@ class Location:
             for entry in self.filesystem.ls(self.path, detail=True)
         ]
         entries = [self / name for name in sorted(names) if not name.startswith((".", "_"))]
+        inside: list[Location] = []
+        partitions = [entry for entry in entries if self._is_partition(entry)]
         for entry in entries:
-            self._refuse_left_out(entry, ending)
-        return [entry for entry in entries if entry.path.endswith(ending)]
+            if entry in partitions:
+                inside += entry.files(ending)
+            else:
+                self._refuse_left_out(entry, ending)
+        found = [entry for entry in entries if entry.path.endswith(ending)]
+        if found and inside:
+            raise ValueError(
+                f"{inside[0]}: lies in a partition, and {found[0]} beside the partitions; move it "
+                "into one"
+            )
+        return found or inside
+
+    def _is_partition(self, entry: Location) -> bool:
+        name = entry.path.rsplit("/", 1)[-1]
+        return is_partition(name) and bool(self.filesystem.isdir(entry.path))
 
     def _refuse_left_out(self, entry: Location, ending: str) -> None:
         """Raise a ValueError for an entry that looks like data but would not be read."""
@@ -129,6 +145,12 @@ class Location:
                 f"{entry}: not a file, but a folder, a broken link or the like; move the files "
                 f"in it to {self} or remove it"
             )
+
+
+def is_partition(name: str) -> bool:
+    """Return whether a folder's name is that of a Hive partition, such as `date=2026-11-01`."""
+    key, sign, value = name.partition("=")
+    return bool(key and sign and value)
 
 
 def regular_file(path: Path) -> Path:

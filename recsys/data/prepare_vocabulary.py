@@ -7,7 +7,7 @@ was added, keeps its rows and appends the new ids, so that earlier models stay v
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -54,6 +54,36 @@ def prepare_vocabularies(data: str) -> list[PreparedVocabulary]:
     return [prepared for prepared, _ in extended]
 
 
+def new_ids(
+    root: Location, schema: Schema, split: str | None, known: Mapping[str, ExactVocabulary]
+) -> dict[str, pa.Array]:
+    """Return, by table, the ids of a split and of the items that its map does not have yet.
+
+    Args:
+        root: the dataset.
+        schema: its columns, without vocabularies.
+        split: folder of the rows; None: the items alone.
+        known: the maps, by table; they do not change.
+
+    Raises:
+        ValueError: a file cannot be read, ids have different types, or a table has too few rows.
+    """
+    splits, found = [] if split is None else [split], {}
+    for table in schema.tables_with("exact"):
+        extended = ExactVocabulary(schema.limit(table))
+        if table in known:
+            extended.extend([known[table].ids])
+        before = len(extended)
+        try:
+            extended.extend(_raw_ids(root, schema, table, extended, splits))
+        except ValueError as error:
+            raise ValueError(
+                f"vocabulary of column '{table}' in {root}/schema.yaml: {error}"
+            ) from error
+        found[table] = extended.ids.slice(before)
+    return found
+
+
 def _extended(
     root: Location, schema: Schema, table: str
 ) -> tuple[PreparedVocabulary, ExactVocabulary]:
@@ -72,16 +102,20 @@ def _extended(
 
 
 def _raw_ids(
-    root: Location, schema: Schema, table: str, vocabulary: ExactVocabulary
+    root: Location,
+    schema: Schema,
+    table: str,
+    vocabulary: ExactVocabulary,
+    splits: Sequence[str] = SPLITS,
 ) -> Iterator[pa.Array]:
     """Yield all ids of a table, one row group of one column at a time, without nulls."""
     columns = [name for name in schema.columns if schema.vocabulary_of(name) is not None]
     columns = [name for name in columns if schema.table_of(name) == table]
-    places = [(split, name) for split in SPLITS for name in columns]
+    places = [(split, name) for split in splits for name in columns]
     if schema.items is not None and table == schema.target_item:
         places.append(("items", schema.items.id))
-    if not any((root / split).files(".parquet") for split in SPLITS):
-        raise ValueError(f"{root}: no *.parquet files in {', '.join(SPLITS)}; write the rows first")
+    if splits and not any((root / split).files(".parquet") for split in splits):
+        raise ValueError(f"{root}: no *.parquet files in {', '.join(splits)}; write the rows first")
     for folder, name in places:
         is_of_rows = folder != "items"
         takes_lists = is_of_rows and schema.columns[name].kind in ("ids", "sequence")

@@ -272,6 +272,11 @@ def load_vocabularies(schema: Schema, root: Location) -> None:
             )
         vocabulary = ExactVocabulary.load(file.path, schema.limit(table), file.arrow)
         schema.vocabularies[table] = vocabulary
+    build_hashes(schema)
+
+
+def build_hashes(schema: Schema) -> None:
+    """Build the vocabularies that need no file."""
     for table in schema.tables_with("hash"):
         of = schema.vocabulary_of(table)
         assert of is not None

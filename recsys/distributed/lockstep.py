@@ -92,6 +92,10 @@ class Lockstep:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
+    def listen(self) -> None:
+        """From now on keep requests to end, also before the first batch, until `settle`."""
+        self._has_begun = True
+
     def _end(self, number: int, frame: FrameType | None) -> None:
         """Record that this process was asked to end, or end it.
 

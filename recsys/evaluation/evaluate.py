@@ -6,7 +6,7 @@ Shapes: N rows of a split, B batch, C labels, Q rows with a query, D dimension.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 QUERY_COLUMNS = ("queries", "query_targets", "query_items", "query_weights")
 
 
-def check_data(job: Job) -> tuple[ItemCounts, dict[str, Any]]:
+def check_data(job: Job, splits: Sequence[str] = SPLITS) -> tuple[ItemCounts, dict[str, Any]]:
     """Read all splits once, so that a bad value shows before the first step. A collective.
 
     Logs a warning for each dense column that is constant or unscaled in the training rows.
@@ -65,7 +65,7 @@ def check_data(job: Job) -> tuple[ItemCounts, dict[str, Any]]:
         skipped["items"] = job.store.items.bad_rows.summary(ranks, "items")
     labels, dense = ValidationLabels(job.schema), DenseRanges(job.schema)
     also = {"train": dense.add, "valid": labels.add}
-    for split in SPLITS:
+    for split in splits:
         with ranks.raise_on_all_ranks():
             rows = job.rows(split)
             counts[split] = count_items(rows, ranks.rank, ranks.world_size, also.get(split))
@@ -76,7 +76,8 @@ def check_data(job: Job) -> tuple[ItemCounts, dict[str, Any]]:
             )
         if is_skip:
             skipped[split] = rows.skipped(ranks, split)
-    check_validation(job, labels)
+    if "valid" in splits:
+        check_validation(job, labels)
     for finding in dense.findings(ranks):
         logger.warning("%s; fix: %s", *finding)
     return counts["train"].sum_of_ranks(job.schema.num_items, ranks), skipped
@@ -248,7 +249,7 @@ def evaluate_split(
         if job.ranks.is_first:
             require_finite(scored, interactions.rows)
             scores = split_scores(job, scored, item_counts)
-            report = _scores_report(scores, make_metrics(job.config.metrics))
+            report = scores_report(scores, make_metrics(job.config.metrics))
             if scores_to is not None:
                 write_scores(scores, scores_to, model)
     report = job.ranks.from_first(report)
@@ -260,7 +261,7 @@ def evaluate_split(
     return {**report, "ids": ids} if ids else report
 
 
-def _scores_report(scores: SplitScores, more: Mapping[str, Metric]) -> dict[str, Any]:
+def scores_report(scores: SplitScores, more: Mapping[str, Metric]) -> dict[str, Any]:
     """Compute the metrics of the first label, and those of each if there are several."""
     reports = {}
     for index, label in enumerate(scores.label_names):

@@ -21,6 +21,7 @@ from recsys.build import Job, build_job
 from recsys.checkpoint.manager import load_best
 from recsys.checkpoint.manifest import model_of
 from recsys.checkpoint.output_file import check_output
+from recsys.checkpoint.partitions.items import add_new_items
 from recsys.checkpoint.run_folder import check_encoders, check_vocabularies, read_item_counts
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.config import load_config
@@ -63,7 +64,8 @@ def load_run(
         config = load_config(run / "config.yaml", ["--device", device, *changed])
         data = data or regular_file(run / "data.txt").read_text().strip()
         schema = schema_of_data(run, Location.of(data), ranks)
-    job = build_job(config, data, ranks, schema)
+        train_folder = add_new_items(run, schema, Location.of(data))
+    job = build_job(config, data, ranks, schema, train_folder)
     check_vocabularies(run, job)
     check_encoders(run, job)
     load_best(job, run)

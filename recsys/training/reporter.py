@@ -32,20 +32,25 @@ class Reporter:
         job: the job in training; trackers, bar and tables are those of rank 0.
         run: the run's folder.
         progress: the point where the run starts or continues.
+        counts_all_steps: count the steps of the runs before, too, of which this one is a part.
 
     Building it is a collective, so that a tracker that fails at its start ends all ranks.
     """
 
-    def __init__(self, job: Job, run: Path, progress: Progress) -> None:
+    def __init__(
+        self, job: Job, run: Path, progress: Progress, counts_all_steps: bool = False
+    ) -> None:
         """Build the trackers and the bar. A collective."""
         self.job, self.active = job, job.ranks.is_first
+        self.steps_before = progress.steps_before if counts_all_steps else 0
         self.every = job.config.log_every_steps
         self.trackers: list[Tracker] = []
         with job.ranks.raise_on_all_ranks():
             if self.active:
                 settings = flattened(to_plain(job.config))
                 names = job.config.tracker
-                self.trackers = make_trackers(names, run, settings, progress.steps)
+                first_step = self.steps_before + progress.steps
+                self.trackers = make_trackers(names, run, settings, first_step)
         self.bar = progress_bar(0, "", shown=False)
 
     def begin(self, num_batches: int, progress: Progress) -> None:
@@ -95,7 +100,7 @@ class Reporter:
         """Pass metrics to every tracker; a tracker that fails does not end training."""
         for tracker in self.trackers:
             with self._warning_of(tracker):
-                tracker.log(values, step)
+                tracker.log(values, self.steps_before + step)
 
     @contextmanager
     def _warning_of(self, tracker: Tracker) -> Iterator[None]:

@@ -39,7 +39,6 @@ from recsys.content.projection_start import start_projections
 from recsys.data.filesystem import Location, read_json, write_whole
 from recsys.data.interactions import Interactions
 from recsys.data.schema import Schema
-from recsys.diagnostics.profile.step_profile import StepProfile
 from recsys.distributed.job_lock import sole_job
 from recsys.distributed.lockstep import Lockstep, TrainingStopped
 from recsys.distributed.log import print_table
@@ -49,7 +48,6 @@ from recsys.evaluation.evaluate import check_data, evaluate_split, fill_bank, fo
 from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.model_selection import check_log_loss, check_rmse
 from recsys.evaluation.scores import scores_file
-from recsys.training.loss_watch import LossWatch
 from recsys.training.pretrained_tables import load_pretrained_tables
 from recsys.training.reporter import Reporter
 from recsys.training.trainer import Trainer
@@ -183,39 +181,20 @@ def open_run(
         progress = start_fresh(job) if plan is None else start_warm(job, run, plan)
     else:
         logger.info("going on after step %d from %s", progress.steps, checkpoints.last_good or BEST)
-    return Trainer(
-        job=job,
-        run=run,
-        interactions=interactions,
-        checkpoints=checkpoints,
-        lockstep=lockstep,
-        loss_watch=_loss_watch(job, interactions, checkpoints),
-        profile=StepProfile(
-            job.em3,
-            job.ranks,
-            job.config.profile_steps,
-            run,
-            write=lambda values: reporter.write(values, progress.steps),
-        ),
-        reporter=reporter,
-        progress=progress,
-        item_counts=item_counts,
+    return Trainer.of(
+        job, run, interactions, checkpoints, lockstep, reporter, progress, item_counts
     )
 
 
-def _loss_watch(job: Job, interactions: Interactions, checkpoints: Checkpoints) -> LossWatch:
-    every = job.config.log_every_steps
-    return LossWatch(job.ranks, interactions.rows, every, lambda: checkpoints.last_good)
-
-
-def training_interactions(job: Job) -> Interactions:
+def training_interactions(job: Job, is_shuffled: bool = True) -> Interactions:
     """Return this rank's share of the training rows. A collective."""
     config, ranks = job.config, job.ranks
     with ranks.raise_on_all_ranks():
         rows = job.rows("train")
         build = job.batch_builder()
+        seed = config.seed if is_shuffled else None
         interactions = Interactions(
-            rows, build, config.batch_size, ranks.rank, ranks.world_size, config.seed
+            rows, build, config.batch_size, ranks.rank, ranks.world_size, seed
         )
         job.plan_epochs(interactions.num_batches)
     return interactions

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from torch import Tensor, nn
 from torchrec.distributed.train_pipeline.runtime_forwards import BaseForward
@@ -46,6 +47,29 @@ class Trainer:
     reporter: Reporter
     progress: Progress
     item_counts: ItemCounts  # training impressions
+
+    @classmethod
+    def of(
+        cls,
+        job: Job,
+        run: Path,
+        interactions: Interactions,
+        checkpoints: Checkpoints,
+        lockstep: Lockstep,
+        reporter: Reporter,
+        progress: Progress,
+        item_counts: ItemCounts,
+    ) -> Self:
+        """Return a trainer with its watch of losses and its profile of the first steps."""
+        every, steps = job.config.log_every_steps, job.config.profile_steps
+        watch = LossWatch(job.ranks, interactions.rows, every, lambda: checkpoints.last_good)
+
+        def write(values: dict[str, float]) -> None:
+            reporter.write(values, progress.steps)
+
+        profile = StepProfile(job.em3, job.ranks, steps, run, write=write)
+        parts = interactions, checkpoints, lockstep, watch, profile, reporter, progress
+        return cls(job, run, *parts, item_counts)
 
     def train(self) -> None:
         """Train until epochs or patience end. A collective.
@@ -151,10 +175,13 @@ class Trainer:
         One is due before the first validation, too: a killed run with only a best model would lose
         the state of its optimizers.
         """
-        every, progress = self.job.config.checkpoint.every_steps, self.progress
-        if progress.best_step < 0 and progress.batches >= end_of_part:
+        if self.progress.best_step < 0 and self.progress.batches >= end_of_part:
             return True
-        return every is not None and progress.steps // every > first_step // every
+        return self._is_due_by_steps(first_step)
+
+    def _is_due_by_steps(self, first_step: int) -> bool:
+        every = self.job.config.checkpoint.every_steps
+        return every is not None and self.progress.steps // every > first_step // every
 
     def _validate(self) -> None:
         """Validate, with averaged weights if kept, and keep the best model. A collective."""

@@ -31,21 +31,34 @@ OpenedWarmStart = tuple[Source, Differences]
 
 
 def open_warm_start(
-    request: WarmStart, data: str, run: Path, ranks: Ranks
+    request: WarmStart, data: str, run: Path, ranks: Ranks, with_vocabularies: bool = True
 ) -> tuple[OpenedWarmStart, Schema]:
     """Open the run to start from, and the schema of the data as its model reads it. A collective.
+
+    Without vocabularies, the caller gives the schema its maps of raw ids.
 
     Raises:
         ValueError: on every rank: the run has no such checkpoint, or a column means something else.
     """
     source, differences = open_source(request, run, ranks), Differences()
     with ranks.raise_on_all_ranks():
-        schema = reconciled_schema(source, Location.of(data), differences)
+        schema = reconciled_schema(source, Location.of(data), differences, with_vocabularies)
     return (source, differences), schema
 
 
 def start_warm(job: Job, run: Path, plan: WarmStartPlan) -> Progress:
     """Begin a run with what its plan takes over; the rest as in any new run. A collective.
+
+    Raises:
+        ValueError: on every rank: a file of the checkpoint cannot be read.
+    """
+    progress = take_over(job, plan)
+    describe_start(run, job.ranks, plan)
+    return progress
+
+
+def take_over(job: Job, plan: WarmStartPlan) -> Progress:
+    """Fill the job with what its plan takes over; write nothing. A collective.
 
     Raises:
         ValueError: on every rank: a file of the checkpoint cannot be read.
@@ -71,7 +84,6 @@ def start_warm(job: Job, run: Path, plan: WarmStartPlan) -> Progress:
         else:
             new_rows = None if plan.items.is_identity else plan.items.new_rows
             encode_changed_items(job, source.request.run, source.model.manifest, new_rows)
-    _describe(run, job.ranks, plan)
     return progress
 
 
@@ -101,7 +113,7 @@ def _plain(request: WarmStart) -> dict[str, object]:
     return plain | {"run": str(request.run.resolve())}
 
 
-def _describe(run: Path, ranks: Ranks, plan: WarmStartPlan) -> None:
+def describe_start(run: Path, ranks: Ranks, plan: WarmStartPlan) -> None:
     """Print and keep what was taken over and what differed. A collective."""
     model = plan.source.model
     with ranks.raise_on_all_ranks():

@@ -21,13 +21,16 @@ _OF_ROWS = ("num_embeddings", "vocabulary.kind", "vocabulary.num_hashes", "vocab
 _FREE = ("vocabulary.admit_after", "vocabulary.half_life", "loss", "nullable")
 
 
-def reconciled_schema(source: Source, root: Location, differences: Differences) -> Schema:
+def reconciled_schema(
+    source: Source, root: Location, differences: Differences, with_vocabularies: bool = True
+) -> Schema:
     """Load a dataset's schema for a model that starts from a run.
 
     Args:
         source: the run.
         root: the dataset.
         differences: gets what differs, reconciled or not.
+        with_vocabularies: also load the dataset's maps of raw ids.
 
     Raises:
         ValueError: the dataset's schema is invalid.
@@ -49,7 +52,8 @@ def reconciled_schema(source: Source, root: Location, differences: Differences) 
         if data.vocabulary_of(table) is not None:
             data.id_types[table] = IdType(known_type.name, place)
     differences.check(source.model.folder)
-    load_vocabularies(data, root)
+    if with_vocabularies:
+        load_vocabularies(data, root)
     return data
 
 

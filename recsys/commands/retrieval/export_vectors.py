@@ -36,7 +36,7 @@ def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
 
 def run(arguments: Namespace) -> None:
     """Write the vectors."""
-    require_finished(arguments.run)
+    arguments.run = require_finished(arguments.run)
     require_working_installation()
     from recsys.distributed.ranks import joined_ranks
     from recsys.serving.retrieval.vectors_folder import export_vectors

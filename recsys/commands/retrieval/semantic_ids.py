@@ -49,7 +49,7 @@ def run(arguments: Namespace) -> None:
             f"--levels and --codes: both are those of --codebooks {arguments.codebooks}; leave "
             "them out, or leave --codebooks out for new ids"
         )
-    require_finished(arguments.run)
+    arguments.run = require_finished(arguments.run)
     require_working_installation()
     from recsys.distributed.log import print_table
     from recsys.distributed.ranks import joined_ranks

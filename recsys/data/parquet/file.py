@@ -95,14 +95,14 @@ def column_type(parquet: pq.ParquetFile, file: Location, name: str) -> pa.DataTy
     return parquet.schema_arrow.field(name).type
 
 
-def mean_list_lengths(root: Location, schema: Schema) -> dict[str, float]:
+def mean_list_lengths(root: Location, schema: Schema, folder: str = "train") -> dict[str, float]:
     """Return the mean ids per row of each list column, from the footer of the first training file.
 
-    Empty without a readable file; reading its rows later reports the error.
+    Empty without a readable file in the folder; reading its rows later reports the error.
     """
     lists = [name for name, column in schema.columns.items() if column.kind in ("ids", "sequence")]
     try:
-        file = (root / "train").files(".parquet")[0]
+        file = (root / folder).files(".parquet")[0]
         with open_parquet(file) as parquet:
             metadata = parquet.metadata
             leaves = {

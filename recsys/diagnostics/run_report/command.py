@@ -14,7 +14,9 @@ import numpy as np
 from recsys.build import Job
 from recsys.checkpoint.manifest import best_step
 from recsys.checkpoint.output_file import check_output
+from recsys.checkpoint.partitions.state import ContinualFolder
 from recsys.checkpoint.run_folder import check_metrics, read_item_counts
+from recsys.checkpoint.run_schema import PARTITION
 from recsys.config.ranking import softmax_settings
 from recsys.data.filesystem import read_json, write_whole
 from recsys.data.item_parts import PARTS
@@ -29,12 +31,14 @@ from recsys.diagnostics.run_report.learning_curves import learning_curves
 from recsys.diagnostics.run_report.map_colours import Categories
 from recsys.diagnostics.run_report.nearest_items import example_items, nearest_items
 from recsys.diagnostics.run_report.page import Section, Table, html_page
+from recsys.diagnostics.run_report.prequential import prequential
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import score, split_interactions, split_scores
 from recsys.evaluation.metrics import marked_cell
 from recsys.evaluation.predict import load_run
+from recsys.evaluation.scores import SplitScores, read_scores
 
 logger = logging.getLogger(__name__)
 
@@ -83,17 +87,19 @@ def report_run(
         table = item_table(job)
         category = category_column(table, colour_by)
         results, settings = _of_metrics(run, job)
-    rows, test_items = _scored_rows(job, run)
+    is_partition = (run / PARTITION).is_file()
+    split, rows, test_items = _of_partition(run) if is_partition else _scored_rows(job, run)
+    recorded = run.parents[1] if is_partition else run
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             sections = [
                 results,
-                learning_curves(run, job.config.best_model_by, best_step(run)),
-                item_popularity(rows, SPLIT),
+                learning_curves(recorded, job.config.best_model_by, best_step(run)),
+                *([] if rows is None else [item_popularity(rows, split)]),
                 *item_sections(job, run, test_items, table, category),
                 settings,
             ]
-            write_whole(out, html_page(f"Run {run.resolve().name}", sections))
+            write_whole(out, html_page(f"Run {recorded.resolve().name}", sections))
             logger.info("report written to %s", out)
     return out
 
@@ -108,7 +114,10 @@ def _of_metrics(run: Path, job: Job) -> tuple[Section, Section]:
     metrics = read_json(file)
     check_metrics(run)
     try:
-        results = summary(metrics, softmax_settings(job.config.ranking) is None)
+        if (run / PARTITION).is_file():
+            results = prequential(run.parents[1])
+        else:
+            results = summary(metrics, softmax_settings(job.config.ranking) is None)
         settings = _settings(run, metrics)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
@@ -117,15 +126,31 @@ def _of_metrics(run: Path, job: Job) -> tuple[Section, Section]:
     return results, settings
 
 
-def _scored_rows(job: Job, run: Path) -> tuple[ScoredRows, np.ndarray]:  # int64 [N]
+def _of_partition(run: Path) -> tuple[str, ScoredRows | None, np.ndarray]:  # int64 [N]
+    """Return the rows of a partition as they were scored, and their items; none of the first."""
+    name = read_json(run / PARTITION)["name"]
+    file = ContinualFolder(run.parents[1]).scores_of(name)
+    if not file.exists():
+        return name, None, np.zeros(0, np.int64)
+    scores = read_scores(file)
+    return name, _rows_of(scores), scores.counted(0).items
+
+
+def _rows_of(scores: SplitScores) -> ScoredRows:
+    """Return the rows that count for the first label."""
+    of = scores.counted(0)
+    columns = of.labels[:, 0], of.logits[:, 0], of.groups, of.counts
+    return ScoredRows(*columns, of.weights, of.loss_of(0))
+
+
+def _scored_rows(job: Job, run: Path) -> tuple[str, ScoredRows, np.ndarray]:  # int64 [N]
     """Return the test rows of all ranks (first label), and their items. A collective."""
     interactions = split_interactions(job, SPLIT)
     with Watchdog(job.ranks, job.config.stall_timeout) as watchdog:
         scored = score(job, interactions, Lockstep(job.ranks, job.config.checkpoint, watchdog))
     counts = read_item_counts(run, job.schema.num_items)
-    scores = split_scores(job, scored, counts).counted(0)
-    columns = scores.labels[:, 0], scores.logits[:, 0], scores.groups, scores.counts
-    return ScoredRows(*columns, scores.weights, scores.loss_of(0)), scores.items
+    scores = split_scores(job, scored, counts)
+    return SPLIT, _rows_of(scores), scores.counted(0).items
 
 
 def item_sections(

@@ -47,6 +47,19 @@ def test_files_that_would_be_left_out_are_refused(tmp_path: Path, name: str) -> 
         folder.files(".parquet")
 
 
+def test_files_of_hive_partitions_are_those_of_the_folder(tmp_path: Path) -> None:
+    names = ["day=1/hour=9/a.parquet", "day=2/hour=1/a.parquet", "day=2/hour=1/b.parquet"]
+    for name in [*names, "day=2/_SUCCESS", "day=2/.x.parquet"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    folder = Location.of(tmp_path)
+    assert [str(file) for file in folder.files(".parquet")] == [f"{folder}/{n}" for n in names]
+    (tmp_path / "day=2" / "hour=1" / "more").mkdir()
+    (tmp_path / "day=2" / "hour=1" / "more" / "c.parquet").write_text("")
+    with pytest.raises(ValueError, match="hour=1/more"):
+        folder.files(".parquet")
+
+
 def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for name in ("broken", "loop"):

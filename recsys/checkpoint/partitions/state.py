@@ -1,0 +1,159 @@
+"""State of a continual run: which partitions are trained, and which one is begun.
+
+`RUN/continual.json` is written whole. A job that goes on needs nothing else: the partition that is
+begun has its scores if `RUN/scores` has them, and goes on from its last checkpoint if it has one.
+Read without torch, as commands look for the newest model first.
+
+    RUN/continual.json           what is trained
+    RUN/metrics.jsonl            a line for each scored partition
+    RUN/scores/NAME.parquet      the scores of its rows, made before it was trained on
+    RUN/partitions/NAME          a run, warm-started from that of the partition before
+    RUN/tensorboard              losses and metrics of all partitions
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recsys.data.filesystem import read_json, write_whole
+
+STATE = "continual.json"
+METRICS_LINES = "metrics.jsonl"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A partition as it was read.
+
+    Args:
+        name: its folder below `train/`, such as `date=2026-11-01`.
+        rows: number of its rows.
+        fingerprint: hashes of their order and content (`RowSource.fingerprint`).
+    """
+
+    name: str
+    rows: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a continual run has done.
+
+    Args:
+        trained: partitions that it has trained on, in order.
+        begun: the next one, if its scoring or training has begun.
+        warm_start: the run that the first partition's began from, if any.
+    """
+
+    trained: tuple[Trained, ...] = ()
+    begun: Trained | None = None
+    warm_start: str | None = None
+
+    @property
+    def last(self) -> Trained | None:
+        """The last partition that is trained."""
+        return self.trained[-1] if self.trained else None
+
+
+@dataclass(frozen=True)
+class ContinualFolder:
+    """Folder of a continual run.
+
+    Args:
+        path: `RUN`.
+
+    Example::
+
+        folder = ContinualFolder(Path("runs/shop"))
+        folder.read().last  # the newest partition
+    """
+
+    path: Path
+    partitions: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Name the folder of the partitions' runs."""
+        object.__setattr__(self, "partitions", self.path / "partitions")
+
+    def run_of(self, name: str) -> Path:
+        """Return the folder of a partition's run."""
+        return self.partitions / file_name(name)
+
+    def scores_of(self, name: str) -> Path:
+        """Return the file with the scores of a partition's rows."""
+        return self.path / "scores" / f"{file_name(name)}.parquet"
+
+    def read(self) -> RunState:
+        """Read the state; an empty one if there is none.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        file = self.path / STATE
+        if not file.exists():
+            return RunState()
+        stored = read_json(file)
+        try:
+            if stored["format"] != FORMAT:
+                raise ValueError(f"format {stored['format']}, not {FORMAT}")
+            begun = stored["begun"]
+            return RunState(
+                tuple(Trained(**each) for each in stored["trained"]),
+                None if begun is None else Trained(**begun),
+                stored["warm_start"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}: damaged ({error!r}); bring it back") from error
+
+    def write(self, state: RunState) -> None:
+        """Replace the state."""
+        content = {"format": FORMAT, **asdict(state)}
+        write_whole(self.path / STATE, json.dumps(content, indent=1) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of `metrics.jsonl`, one for each scored partition.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        file = self.path / METRICS_LINES
+        if not file.exists():
+            return []
+        try:
+            return [json.loads(line) for line in file.read_text().splitlines()]
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file}: damaged ({error}); bring it back") from error
+
+    def add_metrics(self, line: dict[str, Any]) -> bool:
+        """Add the line of a partition; return False if it has one already."""
+        lines = self.metrics()
+        if any(each["partition"] == line["partition"] for each in lines):
+            return False
+        text = "".join(json.dumps(each) + "\n" for each in [*lines, line])
+        write_whole(self.path / METRICS_LINES, text)
+        return True
+
+
+def file_name(name: str) -> str:
+    """Return a partition's name as that of a file: levels are joined by commas."""
+    return name.replace("/", ",")
+
+
+def newest_run(run: Path) -> Path:
+    """Return the run of the newest trained partition of a continual run; any other run as it is.
+
+    Raises:
+        ValueError: no partition is trained yet, or the state is damaged.
+    """
+    if not (run / STATE).exists():
+        return run
+    folder = ContinualFolder(run)
+    last = folder.read().last
+    if last is None:
+        raise ValueError(f"{run}: has trained on no partition yet; let `recsys continual` go on")
+    return folder.run_of(last.name)

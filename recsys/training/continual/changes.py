@@ -1,0 +1,121 @@
+"""Compares a partition's columns, settings and items with those of the partitions before.
+
+Tables, maps of raw ids and the catalogue may grow from partition to partition; what the model reads
+may not change its meaning within a run.
+"""
+
+from __future__ import annotations
+
+from embeddings.vocabulary.fixed import ExactVocabulary
+from recsys.build import Job
+from recsys.checkpoint.compatibility import differing_settings
+from recsys.checkpoint.item_content import changed_items
+from recsys.checkpoint.warm_start.differences import Differences
+from recsys.checkpoint.warm_start.plan import WarmStartPlan
+from recsys.checkpoint.warm_start.source import Source
+from recsys.config import Config
+from recsys.data.filesystem import Location
+from recsys.data.prepare_vocabulary import new_ids
+from recsys.data.schema import Schema, build_hashes, load_schema, vocabulary_file
+from recsys.data.transforms import fitted_file
+from recsys.distributed.ranks import Ranks
+from recsys.training.continual.partitions import Partition
+
+# Rules of a warm start by which a column is read as before.
+AS_BEFORE = ("as in the data", "fit of the run")
+
+
+def require_unchanged(
+    source: Source, differences: Differences, config: Config, root: Location
+) -> None:
+    """Refuse columns or settings that a warm start would reconcile, but that redefine the model.
+
+    Args:
+        source: the run of the partition before.
+        differences: those of the columns.
+        config: present settings.
+        root: the dataset.
+
+    Raises:
+        ValueError: names all that differ.
+    """
+    listed = [each for each in differences.reconciled if each.rule not in AS_BEFORE]
+    found = [f"{each.part}: {each.what}" for each in listed]
+    for name, before, now in differing_settings(source.config, config):
+        found.append(f"{name} was {before}, is {now}")
+    if found:
+        raise ValueError(
+            f"{root}/schema.yaml or settings: differ from those of {source.request.run}: "
+            f"{'; '.join(found)}. Set them back, or begin another run from it: --out NEW "
+            f"--warm-start {source.request.run.parents[1]}"
+        )
+
+
+def new_schema(
+    root: Location,
+    partition: Partition,
+    known: tuple[Schema, Schema] | None,
+    ranks: Ranks,
+) -> Schema:
+    """Return the columns with maps of raw ids that have those of the partition. A collective.
+
+    Args:
+        root: the dataset.
+        partition: its next partition.
+        known: the columns without maps, and those of the run before with its maps; None: a new run,
+            whose first maps are the dataset's, if it has any.
+        ranks: the ranks; the first one reads.
+
+    Raises:
+        ValueError: on every rank: the dataset cannot be read, or a table has too few rows.
+    """
+    with ranks.raise_on_all_ranks():
+        schema, maps = _read(root) if known is None else (known[0], _maps(known[1]))
+        new = new_ids(root, schema, partition.folder, maps) if ranks.is_first else {}
+    new = ranks.from_first(new)
+    with ranks.raise_on_all_ranks():
+        for table in schema.tables_with("exact"):
+            vocabulary = ExactVocabulary(schema.limit(table))
+            parts = [maps[table].ids] if table in maps else []
+            vocabulary.extend([*parts, new[table]])
+            schema.vocabularies[table] = vocabulary
+        build_hashes(schema)
+    return schema
+
+
+def _read(root: Location) -> tuple[Schema, dict[str, ExactVocabulary]]:
+    schema = load_schema(root, with_vocabularies=False)
+    fitted_file.load_fitted(schema.transforms, schema.columns, root, required=True)
+    maps = {}
+    for table in schema.tables_with("exact"):
+        if (file := vocabulary_file(root, table)).exists():
+            maps[table] = ExactVocabulary.load(file.path, schema.limit(table), file.arrow)
+    return schema, maps
+
+
+def _maps(schema: Schema) -> dict[str, ExactVocabulary]:
+    found = schema.vocabularies.items()
+    return {table: of for table, of in found if isinstance(of, ExactVocabulary)}
+
+
+def check_items(job: Job, plan: WarmStartPlan) -> None:
+    """Refuse items whose ids seem to mean other items than before. A collective.
+
+    So it is if a large share of the known items has other content at once.
+
+    Raises:
+        ValueError: on every rank; gives the share, and the setting that allows it.
+    """
+    if plan.items is None:
+        return
+    source, allowed = plan.source, job.config.continual.edited_items
+    new_rows = None if plan.items.is_identity else plan.items.new_rows
+    with job.ranks.raise_on_all_ranks():
+        changed = changed_items(job, source.request.run, source.model.manifest, new_rows)
+        if changed is not None and changed.edited > allowed * changed.known:
+            raise ValueError(
+                f"{job.root}/items: {changed.edited:,} of {changed.known:,} known items have other "
+                f"content than in {source.request.run}, a larger share than {allowed:g}: their ids "
+                "seem to mean other items now; bring the ids back, or set --continual.edited_items "
+                "1 if the texts or pictures were revised"
+            )

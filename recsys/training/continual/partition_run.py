@@ -1,0 +1,279 @@
+"""Trains on one partition: a run of its own that begins with the state of the one before.
+
+It is stopped, killed and continued as any run. Before its first step the partition is scored
+(`scoring`), and nothing is written before all of its rows have been read without a fault.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from recsys.build import Job, build_job
+from recsys.checkpoint.files import folders_by_age
+from recsys.checkpoint.manager import Checkpoints
+from recsys.checkpoint.manifest import model_of
+from recsys.checkpoint.partitions.state import ContinualFolder, RunState, Trained
+from recsys.checkpoint.progress import Progress
+from recsys.checkpoint.run_folder import (
+    begin_run,
+    check_encoders,
+    describe_run,
+    read_item_counts,
+    recover_checkpoints,
+)
+from recsys.checkpoint.run_schema import PARTITION, schema_of_data
+from recsys.checkpoint.warm_start.plan import WarmStartPlan, plan_warm_start
+from recsys.checkpoint.warm_start.request import WarmStart
+from recsys.config import Config
+from recsys.data.filesystem import Location, write_whole
+from recsys.data.interactions import Interactions
+from recsys.data.item_parts import ItemCounts
+from recsys.data.schema import Schema
+from recsys.distributed.lockstep import Lockstep
+from recsys.distributed.log import print_table
+from recsys.distributed.ranks import Ranks
+from recsys.evaluation.evaluate import check_data
+from recsys.evaluation.scores import read_scores, write_scores
+from recsys.training.continual.changes import check_items, new_schema, require_unchanged
+from recsys.training.continual.clock import Clock
+from recsys.training.continual.partition_trainer import (
+    PartitionTrainer,
+    config_of_partition,
+    finish,
+)
+from recsys.training.continual.partitions import Partition
+from recsys.training.continual.scoring import (
+    count_scored,
+    format_lines,
+    record_metrics,
+    reseed,
+    score_partition,
+    track,
+)
+from recsys.training.reporter import Reporter
+from recsys.training.train import start_fresh, training_interactions
+from recsys.training.trainer import Trainer
+from recsys.training.warm_start import (
+    OpenedWarmStart,
+    describe_start,
+    open_warm_start,
+    take_over,
+)
+
+
+@dataclass(frozen=True)
+class ContinualRun:
+    """What the runs of all partitions share.
+
+    Args:
+        config: every setting.
+        data: the dataset.
+        folder: the continual run's.
+        ranks: the ranks of the job.
+        lockstep: keeps them on the same batch, and learns of requests to end.
+        writers: the ranks with a group for checkpoints.
+        warm_start: the run that the first partition's begins from, if any.
+        clock: measures the phases of a partition.
+    """
+
+    config: Config
+    data: str
+    folder: ContinualFolder
+    ranks: Ranks
+    lockstep: Lockstep
+    writers: Ranks
+    warm_start: WarmStart | None = None
+    clock: Clock = field(default_factory=Clock)
+
+    def before(self, state: RunState) -> tuple[str, WarmStart | None]:
+        """Return the partition trained on last, and what the next run begins from."""
+        if (last := state.last) is None:
+            return "", self.warm_start
+        return last.name, WarmStart(self.folder.run_of(last.name), checkpoint="last")
+
+
+def train_partition(continual: ContinualRun, partition: Partition, state: RunState) -> Trained:
+    """Score a partition and train on it, or go on with that. A collective.
+
+    Raises:
+        TrainingStopped: the job was asked to end; its state is saved.
+        ValueError: on every rank: a row cannot be used, or data or settings are not those that the
+            partitions before were trained with.
+    """
+    run, ranks = continual.folder.run_of(partition.name), continual.ranks
+    continual.clock.start()
+    _, request = continual.before(state)
+    config = config_of_partition(continual.config, request is None)
+    with ranks.raise_on_all_ranks():
+        if ranks.is_first:
+            recover_checkpoints(run)
+    goes_on = ranks.from_first(bool(folders_by_age(run / "checkpoints")))
+    schema, warm = _schema(continual, partition, state, config, goes_on)
+    continual.clock.lap("read")
+    job = build_job(config, continual.data, ranks, schema, partition.folder)
+    continual.clock.lap("build")
+    trainer, line = open_partition(continual, partition, state, job, goes_on, warm)
+    try:
+        if line is not None:
+            track(trainer.reporter, line)
+        continual.clock.lap("begin")
+        trainer.train()
+        continual.clock.lap("train")
+        finish(trainer, partition)
+    finally:
+        trainer.reporter.close()
+        trainer.checkpoints.close()
+    continual.clock.lap("finish")
+    return _as_read(partition, trainer.interactions)
+
+
+def _schema(
+    continual: ContinualRun, partition: Partition, state: RunState, config: Config, goes_on: bool
+) -> tuple[Schema, OpenedWarmStart | None]:
+    """Return the columns with their maps of ids, and the run to begin from. A collective."""
+    run, ranks, root = (
+        continual.folder.run_of(partition.name),
+        continual.ranks,
+        Location.of(continual.data),
+    )
+    if goes_on:
+        with ranks.raise_on_all_ranks():
+            return schema_of_data(run, root, ranks, goes_on), None
+    _, request = continual.before(state)
+    if request is None:
+        return new_schema(root, partition, None, ranks), None
+    warm, schema = open_warm_start(request, continual.data, run, ranks, with_vocabularies=False)
+    if state.last is not None:
+        with ranks.raise_on_all_ranks():
+            require_unchanged(*warm, config, root)
+    return new_schema(root, partition, (schema, warm[0].schema), ranks), warm
+
+
+def open_partition(
+    continual: ContinualRun,
+    partition: Partition,
+    state: RunState,
+    job: Job,
+    goes_on: bool,
+    warm: OpenedWarmStart | None,
+) -> tuple[Trainer, dict[str, Any] | None]:
+    """Score the partition and begin its run, or restore the state it has. A collective.
+
+    Returns:
+        the trainer, and the new line of metrics, on rank 0 if there is one.
+    """
+    folder, ranks = continual.folder, continual.ranks
+    run = folder.run_of(partition.name)
+    interactions = training_interactions(job, job.config.continual.order == "shuffled")
+    now = _as_read(partition, interactions)
+    with ranks.raise_on_all_ranks():
+        _refuse_changed(folder, state, now, goes_on)
+    checkpoints = Checkpoints(job, run, now.fingerprint, continual.writers)
+    if goes_on:
+        check_encoders(run, job)
+        progress = checkpoints.restore()
+        assert progress is not None  # a checkpoint was seen
+    else:
+        progress = _start(continual, now, state, job, warm)
+    line = _record(continual, partition, state)
+    item_counts = read_item_counts(run, job.schema.num_items)
+    if job.preparation.negatives is not None:
+        job.preparation.negatives.use_counts(item_counts)
+    reporter = Reporter(job, folder.path, progress, counts_all_steps=True)
+    parts = interactions, checkpoints, continual.lockstep, reporter, progress, item_counts
+    return PartitionTrainer.of(job, run, *parts), line
+
+
+def _as_read(partition: Partition, interactions: Interactions) -> Trained:
+    rows = interactions.rows
+    return Trained(partition.name, rows.num_rows, rows.fingerprint())
+
+
+def _refuse_changed(folder: ContinualFolder, state: RunState, now: Trained, goes_on: bool) -> None:
+    """Refuse a partition that has changed since it was begun.
+
+    Raises:
+        ValueError: it has other rows than those that were scored or trained on.
+    """
+    begun = state.begun
+    if begun is None or begun == now or not (goes_on or folder.scores_of(now.name).exists()):
+        return
+    raise ValueError(
+        f"train/{now.name}: has changed since it was scored (then {begun.rows:,} rows, now "
+        f"{now.rows:,}; {begun.fingerprint} and {now.fingerprint}); bring it back, or walk anew to "
+        "another --out"
+    )
+
+
+def _start(
+    continual: ContinualRun, now: Trained, state: RunState, job: Job, warm: OpenedWarmStart | None
+) -> Progress:
+    """Begin the run of a partition, whose rows are scored if a model can. A collective."""
+    folder, ranks, plan = continual.folder, continual.ranks, None
+    run, (before, _) = folder.run_of(now.name), continual.before(state)
+    begun, skipped = replace(state, begun=now), dict[str, Any]()
+    if warm is None:
+        counts, skipped = check_data(job, ("train",))
+        progress = start_fresh(job)
+    else:
+        plan = plan_warm_start(job, *warm)
+        check_items(job, plan)
+        progress = take_over(job, plan)
+        known = _counts_before(plan, before, job)
+        continual.clock.lap("warm start")
+        _write_scores(continual, begun, job, known, model_of(plan.source.request.run))
+        with ranks.raise_on_all_ranks():
+            scored = count_scored(read_scores(folder.scores_of(now.name)))
+            counts = ItemCounts.sum_of([known, scored])
+        continual.clock.lap("score")
+    with ranks.raise_on_all_ranks():
+        if ranks.is_first:
+            folder.write(begun)
+    reseed(job, progress.age)
+    begin_run(run, job, counts, skipped)
+    describe_run(run, job, continual.data)
+    if plan is not None:
+        describe_start(run, ranks, plan)
+    with ranks.raise_on_all_ranks():
+        if ranks.is_first:
+            write_whole(run / PARTITION, json.dumps({"name": now.name}) + "\n")
+    return progress
+
+
+def _write_scores(
+    continual: ContinualRun, begun: RunState, job: Job, known: ItemCounts, model: str | None
+) -> None:
+    """Score the partition that is begun, unless its scores are written. A collective."""
+    folder, ranks = continual.folder, continual.ranks
+    assert begun.begun is not None
+    file = folder.scores_of(begun.begun.name)
+    if ranks.from_first(file.exists()):
+        return
+    scores = score_partition(job, known, continual.lockstep)
+    with ranks.raise_on_all_ranks():
+        if scores is not None:
+            folder.write(begun)  # before the scores, so that they are known to be of these rows
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_scores(scores, file, model)
+
+
+def _counts_before(plan: WarmStartPlan, before: str, job: Job) -> ItemCounts:
+    """Return the training rows of each item before; those of another run's walk begin anew."""
+    if not before:
+        return ItemCounts.sum_of([])
+    return read_item_counts(plan.source.request.run, job.schema.num_items)
+
+
+def _record(
+    continual: ContinualRun, partition: Partition, state: RunState
+) -> dict[str, Any] | None:
+    """Write and print the metrics of the partition, once; return them on rank 0. A collective."""
+    folder, ranks, line = continual.folder, continual.ranks, None
+    with ranks.raise_on_all_ranks():
+        if ranks.is_first and folder.scores_of(partition.name).exists():
+            line = record_metrics(continual.config, folder, partition, continual.before(state)[0])
+            if line is not None:
+                print_table(format_lines(continual.config, [line]))
+    return line

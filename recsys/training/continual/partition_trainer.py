@@ -1,0 +1,62 @@
+"""The training loop of a partition, its settings, and what its run has at the end."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+
+from recsys.checkpoint.run_folder import METRICS, finish_run
+from recsys.config import Config, content_settings
+from recsys.data.filesystem import write_whole
+from recsys.evaluation.evaluate import fill_bank
+from recsys.training.continual.partitions import Partition
+from recsys.training.train import versions
+from recsys.training.trainer import Trainer
+
+
+class PartitionTrainer(Trainer):
+    """Trains without validation: the next partition's scores tell how good the model is."""
+
+    def _checkpoint_is_due(self, first_step: int, end_of_part: int) -> bool:
+        return self._is_due_by_steps(first_step)
+
+    def _validate(self) -> None:
+        """Fill the bank anew at the end of a pass, if asked. A collective."""
+        content = content_settings(self.job.config)
+        if content is not None and content.history.refresh_bank_every_epoch:
+            fill_bank(self.job, self.lockstep)
+
+
+def config_of_partition(config: Config, is_first: bool) -> Config:
+    """Return the settings of a partition's run; learning rates warm up once."""
+    warmup = config.optimizer.warmup_steps if is_first else 0
+    return replace(
+        config,
+        epochs=config.continual.passes,
+        validations_per_epoch=1,
+        optimizer=replace(config.optimizer, warmup_steps=warmup),
+    )
+
+
+def finish(trainer: Trainer, partition: Partition) -> None:
+    """Keep the model, with averaged weights if there are any, and describe it. A collective."""
+    job, progress, averages = trainer.job, trainer.progress, trainer.job.averages
+    with averages.in_place() if averages is not None else nullcontext():
+        trainer.checkpoints.save_best(progress)
+    metrics = {
+        "partition": partition.name,
+        "train": {
+            "samples_per_second": progress.samples / progress.seconds,
+            "seconds": progress.seconds,
+            "steps": progress.steps,
+            **({"ids": progress.ids} if progress.ids else {}),
+            **({"vocabularies": progress.vocabularies} if progress.vocabularies else {}),
+        },
+        "world_size": job.ranks.world_size,
+        "versions": versions(),
+    }
+    with job.ranks.raise_on_all_ranks():
+        if job.ranks.is_first:
+            write_whole(trainer.run / METRICS, json.dumps(metrics, indent=2) + "\n")
+    finish_run(trainer.run, job.ranks)

@@ -1,0 +1,140 @@
+"""Chooses the partition to train on next, and refuses what would break the order of time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from recsys.checkpoint.partitions.state import RunState
+from recsys.data.filesystem import Location
+from recsys.training.continual.partitions import (
+    SUCCESS,
+    Key,
+    Partition,
+    has_success,
+    key_of,
+    seconds_quiet,
+    unfinished_file,
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Partitions to walk.
+
+    Args:
+        first: value of the first, such as `2026-11-01` or `2026-11-01/05`; None: from the start.
+        last: value of the last; one of fewer levels takes all partitions in it.
+    """
+
+    first: str | None = None
+    last: str | None = None
+
+    def begins_after(self, key: Key) -> bool:
+        """Return whether a partition is before the span."""
+        bound = () if self.first is None else key_of(self.first)
+        return key[: len(bound)] < bound
+
+    def ends_before(self, key: Key) -> bool:
+        """Return whether a partition is behind the span."""
+        if self.last is None:
+            return False
+        bound = key_of(self.last)
+        return key[: len(bound)] > bound
+
+    def is_over(self, partitions: Sequence[Partition], state: RunState) -> bool:
+        """Return whether no further partition can come into the span."""
+        if self.last is None or state.last is None:
+            return False
+        bound, newest = key_of(self.last), key_of(state.last.name)
+        is_last = len(newest) == len(bound) and newest >= bound
+        return is_last or any(self.ends_before(each.key) for each in partitions)
+
+
+def next_partition(
+    where: object, partitions: Sequence[Partition], state: RunState, span: Span
+) -> Partition | None:
+    """Return the partition to train on now; None if all of the span are trained.
+
+    Args:
+        where: folder of the partitions, for messages.
+        partitions: those of the dataset, in order.
+        state: what the run has done.
+        span: those to walk.
+
+    Raises:
+        ValueError: a partition that is not trained lies before one that is, or the span would leave
+            one out, which could never be trained on.
+    """
+    done = {each.name for each in state.trained}
+    waiting = [each for each in partitions if each.name not in done]
+    newest = state.begun or state.last
+    if newest is None:
+        waiting = [each for each in waiting if not span.begins_after(each.key)]
+    else:
+        oldest = key_of((state.trained or (newest,))[0].name)
+        for each in waiting:
+            if oldest < each.key < key_of(newest.name):
+                raise ValueError(
+                    f"{where}/{each.name}: is older than {newest.name}, which is trained on "
+                    "already; move its rows to the next partition or remove it, or walk anew to "
+                    "another --out"
+                )
+        waiting = [each for each in waiting if each.key >= key_of(newest.name)]
+    waiting = [each for each in waiting if not span.ends_before(each.key)]
+    if newest is not None and waiting and span.begins_after(waiting[0].key):
+        raise ValueError(
+            f"--from {span.first}: would leave out {waiting[0].name}, which could then never be "
+            f"trained on; leave out --from, since the run goes on after {newest.name}"
+        )
+    return waiting[0] if waiting else None
+
+
+def check_whole(root: Location, partition: Partition, partitions: Sequence[Partition]) -> None:
+    """Refuse a partition that is being written.
+
+    Raises:
+        ValueError: it has a file that is, or lacks the _SUCCESS that others have.
+    """
+    folder = root / partition.folder
+    if (name := unfinished_file(root, partition)) is not None:
+        raise ValueError(
+            f"{folder}/{name}: the partition is being written; wait until it is whole, or remove "
+            "the file"
+        )
+    if has_success(root, partition):
+        return
+    if (marked := next((each for each in partitions if has_success(root, each)), None)) is not None:
+        raise ValueError(
+            f"{folder}: has no {SUCCESS}, as {marked.name} has: it is not whole; wait for it, or "
+            f"write {folder}/{SUCCESS}"
+        )
+
+
+def awaited(root: Location, partition: Partition, quiet_seconds: float | None) -> str | None:
+    """Return what a partition that arrives still needs to count as whole; None if it is.
+
+    Args:
+        root: the dataset.
+        partition: the next partition.
+        quiet_seconds: seconds without a change after which it counts as whole without _SUCCESS.
+    """
+    if has_success(root, partition):
+        return None
+    if quiet_seconds is None:
+        return f"{root / partition.folder}/{SUCCESS} (or set --continual.quiet_seconds)"
+    is_written = unfinished_file(root, partition) is not None
+    if is_written or seconds_quiet(root, partition) < quiet_seconds:
+        return f"{quiet_seconds:g} seconds without a change of {root / partition.folder}"
+    return None
+
+
+def require_rows(root: Location, partition: Partition) -> None:
+    """Refuse a partition without files.
+
+    Raises:
+        ValueError: names its folder.
+    """
+    folder = root / partition.folder
+    if not folder.files(".parquet"):
+        raise ValueError(f"{folder}: has no *.parquet files; write its rows, or remove the folder")

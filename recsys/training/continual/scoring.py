@@ -1,0 +1,114 @@
+"""Scores a partition before it is trained on, and records the metrics (prequential evaluation).
+
+The model is that of the partitions before; ids that are new in this one have the rows that a warm
+start gives them. The metrics are computed from the file of scores, which appears whole: a job that
+was killed meanwhile neither scores a row again nor writes a line twice.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from embeddings.plan_text import align_columns
+from recsys.build import Job
+from recsys.checkpoint.partitions.state import ContinualFolder
+from recsys.config import Config
+from recsys.data.item_parts import PARTS, ItemCounts
+from recsys.data.vocabularies import UnknownIds, format_unknown
+from recsys.distributed.lockstep import Lockstep
+from recsys.evaluation.evaluate import (
+    score,
+    scores_report,
+    shown_metrics,
+    split_interactions,
+    split_scores,
+)
+from recsys.evaluation.forward_pass import require_finite
+from recsys.evaluation.further_metrics import make_metrics
+from recsys.evaluation.scores import SplitScores, read_scores
+from recsys.training.continual.partitions import Partition
+from recsys.training.reporter import Reporter
+
+logger = logging.getLogger(__name__)
+
+
+def score_partition(job: Job, item_counts: ItemCounts, lockstep: Lockstep) -> SplitScores | None:
+    """Return the scores of the job's training rows on rank 0, None on the others. A collective.
+
+    Args:
+        job: the job of a partition, with the model of the partitions before.
+        item_counts: training rows of each item in the partitions before.
+        lockstep: keeps the ranks on the same batch.
+
+    Raises:
+        TrainingStopped: the job was asked to end.
+        ValueError: on every rank: a row cannot be used, or a logit is not finite.
+    """
+    ranks = job.ranks
+    interactions, unknown = split_interactions(job, "train"), UnknownIds(job.schema)
+    averages = job.averages
+    with averages.in_place() if averages is not None else nullcontext():
+        scored = score(job, interactions, lockstep, unknown)
+    if job.config.on_bad_row == "skip":
+        interactions.rows.skipped(ranks, job.train_folder)
+    scores = None
+    with ranks.raise_on_all_ranks():
+        if ranks.is_first:
+            require_finite(scored, interactions.rows)
+            scores = split_scores(job, scored, item_counts)
+    line = format_unknown(job.train_folder, unknown.totals(ranks.group))
+    if line is not None:
+        logger.info(line)
+    return scores
+
+
+def record_metrics(
+    config: Config, folder: ContinualFolder, partition: Partition, before: str
+) -> dict[str, Any] | None:
+    """Add the partition's line to `metrics.jsonl`; return it, None if it was there. On rank 0.
+
+    Raises:
+        ValueError: the scores cannot be read.
+    """
+    scores = read_scores(folder.scores_of(partition.name))
+    report = scores_report(scores, make_metrics(config.metrics))
+    line = {"partition": partition.name, "model_of": before, "rows": len(scores.positions)}
+    return {**line, **report} if folder.add_metrics({**line, **report}) else None
+
+
+def track(reporter: Reporter, line: dict[str, Any]) -> None:
+    """Pass a partition's metrics to the trackers: of all items, and of each part of them."""
+    reporter.evaluation("prequential", 0, {**line, "rows": None})
+    for part in PARTS[1:]:
+        reporter.evaluation(f"prequential/{part}", 0, line[part])
+
+
+def count_scored(scores: SplitScores) -> ItemCounts:
+    """Count the rows of each item, those of weight 0 left out."""
+    items = scores.items if scores.weights is None else scores.items[scores.weights > 0]
+    return ItemCounts.of_rows(items.astype(np.int64))
+
+
+def format_lines(config: Config, lines: list[dict[str, Any]]) -> str:
+    """Return lines of `metrics.jsonl` as a table."""
+    if not lines:
+        return ""
+    names = [name for name in shown_metrics(config, lines[-1]) if name in lines[-1]]
+    parts = [f"{part} {names[0] if len(names) < 2 else names[1]}" for part in ("cold", "unseen")]
+    rows = [["partition", "rows", *names, *parts]]
+    for line in lines:
+        values = [line.get(name) for name in names]
+        values += [line[part.split()[0]].get(part.split()[1]) for part in parts]
+        cells = ["-" if value is None else f"{value:.4f}" for value in values]
+        rows.append([line["partition"], f"{line['rows']:,}", *cells])
+    return align_columns(rows)
+
+
+def reseed(job: Job, age: int) -> None:
+    """Give dropout and negatives other numbers in each partition, the same at every start."""
+    torch.manual_seed(job.config.seed + 1 + job.ranks.rank + 1000003 * age)

@@ -1,0 +1,272 @@
+"""Walks the partitions of a dataset in order: `recsys continual`.
+
+One process per rank goes from partition to partition; the model of each is built anew and takes
+over the state of the one before, so that a job that was killed anywhere goes on with the same bits.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from recsys.checkpoint.output_file import check_run_folder
+from recsys.checkpoint.partitions.state import STATE, ContinualFolder, RunState, file_name
+from recsys.checkpoint.run_folder import LOCK
+from recsys.checkpoint.warm_start.request import WarmStart
+from recsys.config import Config
+from recsys.data.filesystem import Location
+from recsys.data.row_source import open_rows
+from recsys.data.schema import load_schema
+from recsys.distributed.job_lock import sole_job
+from recsys.distributed.lockstep import Lockstep
+from recsys.distributed.log import print_table
+from recsys.distributed.ranks import Ranks
+from recsys.distributed.watchdog import Watchdog
+from recsys.evaluation.further_metrics import make_metrics
+from recsys.training.continual.partition_run import ContinualRun, train_partition
+from recsys.training.continual.partitions import Partition, list_partitions
+from recsys.training.continual.queue import (
+    Span,
+    awaited,
+    check_whole,
+    next_partition,
+    require_rows,
+)
+from recsys.training.continual.scoring import format_lines
+
+logger = logging.getLogger(__name__)
+
+SECONDS = "seconds.jsonl"  # in the run's folder
+LOOK_SECONDS = 0.2  # from one exchange of requests to end to the next
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a continual run is asked for.
+
+    Args:
+        span: the partitions to walk.
+        follow: wait for further partitions, until the job is asked to end.
+        warm_start: the run that the first partition's begins from.
+    """
+
+    span: Span = field(default_factory=Span)
+    follow: bool = False
+    warm_start: WarmStart | None = None
+
+
+def train_continually(
+    config: Config, data: str, run: Path, ranks: Ranks, request: Request
+) -> RunState:
+    """Score and train on one partition after another; return what is trained. A collective.
+
+    Args:
+        config: every setting.
+        data: dataset whose `train/` has partitions, a folder or URL.
+        run: folder of the continual run; if it holds one, it goes on.
+        ranks: the ranks of the job.
+        request: which partitions, and whether to wait for more.
+
+    Raises:
+        TrainingStopped: the job was asked to end; its state is saved.
+        ValueError: on every rank: data or settings are invalid, a partition is not whole, has
+            changed or would break the order, or another job writes the folder.
+    """
+    make_metrics(config.metrics)
+    folder = ContinualFolder(run)
+    with ranks.raise_on_all_ranks():
+        check_run_folder(run, data)
+        _check_folder(folder, request)
+    with ExitStack() as stack:
+        stack.enter_context(sole_job(run, ranks, run / LOCK))
+        watchdog = stack.enter_context(Watchdog(ranks, config.stall_timeout))
+        lockstep = stack.enter_context(Lockstep(ranks, config.checkpoint, watchdog))
+        parts = config, data, folder, ranks, lockstep, ranks.apart(), request.warm_start
+        return _walk(ContinualRun(*parts), request)
+
+
+def _check_folder(folder: ContinualFolder, request: Request) -> None:
+    """Refuse a folder with a run of another kind, or one that began from another run."""
+    path = folder.path
+    if (path / "checkpoints").exists() or (path / "train").exists():
+        raise ValueError(
+            f"{path}: holds a run of `recsys train` or a dataset; choose another --out (to begin "
+            f"with its state: --warm-start {path})"
+        )
+    state, asked = folder.read(), _asked(request)
+    if (path / STATE).exists() and asked is not None and asked != state.warm_start:
+        begun = f"from {state.warm_start}" if state.warm_start else "without --warm-start"
+        raise ValueError(
+            f"{path}: was begun {begun}, not from {asked}; leave --warm-start as it was, or choose "
+            "another --out"
+        )
+
+
+def _asked(request: Request) -> str | None:
+    return None if request.warm_start is None else str(request.warm_start.run.resolve())
+
+
+def _walk(continual: ContinualRun, request: Request) -> RunState:
+    """Go from partition to partition. A collective."""
+    folder, ranks = continual.folder, continual.ranks
+    with ranks.raise_on_all_ranks():
+        state = folder.read() if ranks.is_first else RunState()
+        if ranks.is_first:
+            state = replace(state, warm_start=state.warm_start or _asked(request))
+            _check_trained(continual, state)
+    state = ranks.from_first(state)
+    begun = len(state.trained)
+    if request.follow:
+        continual.lockstep.listen()
+    while (partition := _next(continual, request, state)) is not None:
+        trained = train_partition(continual, partition, state)
+        state = replace(state, trained=(*state.trained, trained), begun=None)
+        with ranks.raise_on_all_ranks():
+            if ranks.is_first:
+                folder.write(state)
+                _prune(folder, state, continual.config.continual.keep)
+                continual.clock.append(folder.path / SECONDS, partition.name, trained.rows)
+        rows = f"{trained.rows:,}"
+        logger.info("trained on %s: %s rows in %s", partition.name, rows, continual.clock)
+        gc.collect()  # the model of this partition, before the next is built
+    if ranks.is_first:
+        _summarize(continual, len(state.trained) - begun)
+    return state
+
+
+def _summarize(continual: ContinualRun, count: int) -> None:
+    """Print the metrics of all partitions, or that none was new."""
+    if not count:
+        logger.info("%s: no new partition to train on", continual.data)
+        return
+    print_table(format_lines(continual.config, continual.folder.metrics()))
+    logger.info("written to %s", continual.folder.path)
+
+
+def _check_trained(continual: ContinualRun, state: RunState) -> None:
+    """Refuse partitions whose rows changed after they were trained on; those removed are ignored.
+
+    Raises:
+        ValueError: names the partition.
+    """
+    config, root = continual.config, Location.of(continual.data)
+    schema = load_schema(root, with_vocabularies=False)
+    for trained in state.trained:
+        partition = Partition(trained.name)
+        if not (root / partition.folder).exists():
+            continue
+        rows = open_rows(config.source, root, partition.folder, schema)
+        if rows.fingerprint() != trained.fingerprint:
+            raise ValueError(
+                f"{root}/{partition.folder}: has changed since it was trained on (then "
+                f"{trained.rows:,} rows, now {rows.num_rows:,}; {trained.fingerprint} and "
+                f"{rows.fingerprint()}); bring it back, put new rows into a later partition, or "
+                "walk anew to another --out"
+            )
+
+
+def _next(continual: ContinualRun, request: Request, state: RunState) -> Partition | None:
+    """Return the next partition that is whole; wait for it if asked. A collective."""
+    said = ""
+    while True:
+        partition, waits_for = _look(continual, request, state)
+        if waits_for is None:
+            return partition
+        if waits_for != said:
+            logger.info("waiting for %s", waits_for)
+            said = waits_for
+        _pause(continual.lockstep, continual.config.continual.poll_seconds)
+
+
+def _look(
+    continual: ContinualRun, request: Request, state: RunState
+) -> tuple[Partition | None, str | None]:
+    """Return the next partition, or what is waited for. A collective."""
+    ranks, root = continual.ranks, Location.of(continual.data)
+    found: tuple[Partition | None, str | None] = None, None
+    with ranks.raise_on_all_ranks():
+        if ranks.is_first:
+            found = _found(root, continual, request, state)
+    found = ranks.from_first(found)
+    return found
+
+
+def _found(
+    root: Location, continual: ContinualRun, request: Request, state: RunState
+) -> tuple[Partition | None, str | None]:
+    root.filesystem.invalidate_cache()
+    partitions, train, span = list_partitions(root), root / "train", request.span
+    partition = next_partition(train, partitions, state, span)
+    _check_begun(continual.folder, state, partition)
+    if partition is None:
+        if request.follow and not span.is_over(partitions, state):
+            return None, f"a further partition of {train}"
+        if state.last is None:
+            raise ValueError(_nothing(train, partitions, span))
+        return None, None
+    if request.follow:
+        quiet = continual.config.continual.quiet_seconds
+        if (waits_for := awaited(root, partition, quiet)) is not None:
+            return partition, waits_for
+    else:
+        check_whole(root, partition, partitions)
+    require_rows(root, partition)
+    return partition, None
+
+
+def _nothing(train: Location, partitions: list[Partition], span: Span) -> str:
+    """Return the message that there is nothing to train on."""
+    if not partitions:
+        return f"{train}: has no partition; write the rows to folders such as date=2026-11-01 in it"
+    bounds = [
+        f"--{name} {value}" for name, value in (("from", span.first), ("until", span.last)) if value
+    ]
+    names = f"{partitions[0].name} to {partitions[-1].name}"
+    return f"{' '.join(bounds)}: no partition of {train}, which has {names}; set other bounds"
+
+
+def _check_begun(folder: ContinualFolder, state: RunState, partition: Partition | None) -> None:
+    """Refuse to leave out a partition whose rows are scored.
+
+    Raises:
+        ValueError: its folder is gone.
+    """
+    begun = state.begun
+    if begun is None or (partition is not None and partition.name == begun.name):
+        return
+    if partition is not None and folder.scores_of(begun.name).exists():
+        raise ValueError(
+            f"train/{begun.name}: was scored but not trained on to its end, and is gone; bring it "
+            "back, or walk anew to another --out"
+        )
+
+
+def _pause(lockstep: Lockstep, seconds: float) -> None:
+    """Wait, unless the job is asked to end. A collective.
+
+    Raises:
+        TrainingStopped: the job was asked to end.
+    """
+    lockstep.listen()
+    end = time.monotonic() + seconds
+    while True:
+        lockstep.settle()
+        lockstep.raise_if_stopped()
+        # All ranks wait for rank 0 in the exchange, so that they leave after the same one.
+        left = lockstep.ranks.from_first(end - time.monotonic())
+        if left <= 0:
+            return
+        time.sleep(min(LOOK_SECONDS, left))
+
+
+def _prune(folder: ContinualFolder, state: RunState, keep: int) -> None:
+    """Remove the runs of all but the last partitions, and what killed jobs have left."""
+    kept = {file_name(each.name) for each in state.trained[-keep:]}
+    for run in folder.partitions.iterdir():
+        if run.name not in kept:
+            shutil.rmtree(run, ignore_errors=True)

@@ -1,0 +1,182 @@
+"""Kills the ranks of a continual run again and again, and compares its end with a walk in peace.
+
+`python -m tests.recsys.training.continual.kill_walks --kills 20` walks four partitions, with new
+items and ids in each, twice on two ranks: in peace, and with so many kills at random moments. A
+kill takes one rank (SIGKILL), and the other a little later, as a launcher does. Models, optimizer
+state, vocabularies, bank, scores and metrics must be equal to the last bit, every row trained on
+once per pass, and every partition scored once. It says in which phase each kill came.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import tempfile
+import time
+from collections import Counter
+from math import ceil
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from recsys.checkpoint.files import folders_by_age
+from recsys.checkpoint.partitions.state import ContinualFolder
+from recsys.training.loss_watch import LossWatch
+from tests.ranks import HANG_SECONDS, forking_server
+from tests.recsys.command_runs import ROOT, TINY, rank_environment, run_rank
+from tests.recsys.training.continual.walk_runs import (
+    NAMES,
+    ROWS,
+    WORDS,
+    assert_same_end,
+    write_walk,
+)
+
+PASSES = 2
+STEPS = [PASSES * ceil(ceil(rows / 2) / 8) for rows in ROWS]  # of each partition, on two ranks
+
+
+def words_of(data: Path, place: Path) -> list[str]:
+    words = ["continual", "--config", str(TINY), "--data", str(data), "--out", str(place / "run")]
+    words += [*WORDS, "--cache", str(data.parent / "cache"), "--checkpoint.every_steps", "2"]
+    return [*words, "--continual.passes", str(PASSES), "--continual.keep", "2"]
+
+
+def start(data: Path, place: Path, port: int) -> list[BaseProcess]:
+    """Two ranks of the walk."""
+    processes = []
+    for rank in range(2):
+        env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", **rank_environment(rank, 2, port)}
+        arguments = (words_of(data, place), env, place, rank)
+        processes.append(forking_server().Process(target=traced_rank, args=arguments, daemon=True))
+    for process in processes:
+        process.start()
+    return processes
+
+
+def traced_rank(words: list[str], env: dict[str, str], place: Path, rank: int) -> None:
+    """A rank that notes every step it makes."""
+    step_before = LossWatch.step
+
+    def step(watch: Any, number: int, loss: Any, positions: Any) -> Any:
+        name = watch.rows.chunks[0].place.split("/")[-2]
+        with (place / f"steps-{rank}.jsonl").open("a") as file:
+            file.write(json.dumps([name, number, float(loss), positions.tolist()]) + "\n")
+        return step_before(watch, number, loss, positions)
+
+    LossWatch.step = step  # type: ignore[method-assign]
+    run_rank(words, env, ROOT, place / f"output-{rank}")
+
+
+def walk(data: Path, place: Path, kills: int, rng: random.Random, longest: float) -> Counter[str]:
+    """Walk with at most so many kills, each some seconds after a start; return their phases."""
+    place.mkdir()
+    phases = Counter[str]()
+    while True:
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        processes = start(data, place, store.port)
+        is_killed = phases.total() < kills
+        if is_killed and not ends_within(processes, rng.uniform(0.0, longest)):
+            kill(processes, rng)
+            phases[phase_of(place / "run")] += 1
+            continue
+        for process in processes:
+            process.join(HANG_SECONDS)
+        codes = [process.exitcode for process in processes]
+        if codes != [0, 0]:
+            raise SystemExit(f"{codes}: {(place / 'output-0.err').read_text()[-8000:]}")
+        return phases
+
+
+def kill(processes: list[BaseProcess], rng: random.Random) -> None:
+    """Kill one rank, and the other a little later."""
+    first = rng.randrange(2)
+    for process in (processes[first], processes[1 - first]):
+        os.kill(process.pid or 0, signal.SIGKILL)
+        time.sleep(rng.uniform(0.0, 0.3))
+    for process in processes:
+        process.join()
+
+
+def ends_within(processes: list[BaseProcess], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not any(process.is_alive() for process in processes):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def phase_of(run: Path) -> str:
+    """What a killed walk was doing, by what it has left."""
+    folder = ContinualFolder(run)
+    state = folder.read()
+    if len(state.trained) == len(NAMES):
+        return "after the last partition"
+    name = NAMES[len(state.trained)]
+    checkpoints = folders_by_age(folder.run_of(name) / "checkpoints")
+    if (folder.run_of(name) / "metrics.json").exists():
+        return "before a partition is marked as trained"
+    if checkpoints:
+        return f"between steps of {name}"
+    if folder.scores_of(name).exists():
+        return "after scores, before a checkpoint"
+    return "before scores, while vocabularies, bank and tables grow"
+
+
+def check_steps(place: Path) -> int:
+    """Every row once per pass, in the steps that led to the result; returns the steps made."""
+    made, counts = 0, {name: Counter[int]() for name in NAMES}
+    for rank in range(2):
+        kept: dict[tuple[str, int], Any] = {}
+        for line in (place / f"steps-{rank}.jsonl").read_text().splitlines():
+            name, number, loss, positions = json.loads(line)
+            again = kept.setdefault((name, number), [loss, positions])
+            assert again == [loss, positions], f"rank {rank}, {name} step {number} differs"
+            made += 1
+        expected = {(name, n + 1) for name, steps in zip(NAMES, STEPS) for n in range(steps)}
+        assert set(kept) == expected
+        for (name, _), (_, positions) in kept.items():
+            counts[name].update(position for position in positions if position >= 0)
+    for name, rows in zip(NAMES, ROWS):
+        assert counts[name] == dict.fromkeys(range(rows), PASSES), name
+    return made
+
+
+def survive(folder: Path, kills: int, seed: int) -> str:
+    """Walk in peace, and as often with kills as it takes; compare, and say what was seen."""
+    data, rng = write_walk(folder / "data"), random.Random(seed)
+    begin = time.monotonic()
+    walk(data, folder / "peaceful", 0, rng, 0.0)
+    seconds, phases = time.monotonic() - begin, Counter[str]()
+    steps, compared, walks = check_steps(folder / "peaceful"), 0, 0
+    made = 0
+    while phases.total() < kills:
+        killed = folder / f"killed-{walks}"
+        phases += walk(data, killed, kills - phases.total(), rng, 0.5 * seconds)
+        made += check_steps(killed)
+        compared += assert_same_end(folder / "peaceful" / "run", killed / "run")
+        walks += 1
+    listed = "\n".join(f"  {count} {phase}" for phase, count in sorted(phases.items()))
+    return (
+        f"{kills} kills in {walks} walks, {made} steps made for {steps * walks}; {compared} "
+        f"tensors, scores and metrics equal to the last bit; every row once per pass\n{listed}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        print(survive(Path(name), arguments.kills, arguments.seed), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Walks that wait for partitions, and walks of several ranks that are killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from recsys.checkpoint.partitions.state import ContinualFolder
+from recsys.cli import main
+from tests.recsys.command_runs import TINY, run_recsys
+from tests.recsys.training.continual.kill_walks import survive
+from tests.recsys.training.continual.walk_runs import (
+    NAMES,
+    WITHOUT_CONTENT,
+    WORDS,
+    lines_of,
+    write_partition,
+    write_walk,
+)
+
+
+def words_of(folder: Path, *more: str) -> list[str]:
+    words = ["continual", "--config", str(TINY), "--data", str(folder / "data")]
+    return [*words, "--out", str(folder / "run"), *WORDS, *WITHOUT_CONTENT, *more]
+
+
+def names_of(run: Path) -> list[str]:
+    return [each.name for each in ContinualFolder(run).read().trained]
+
+
+def wait_for(run: Path, count: int) -> None:
+    while len(names_of(run)) < count:
+        time.sleep(0.05)
+
+
+def test_a_walk_follows_partitions_until_it_is_asked_to_end(tmp_path: Path) -> None:
+    write_walk(tmp_path / "data", 1)
+    run = tmp_path / "run"
+    seen: list[list[str]] = []
+
+    def write() -> None:
+        wait_for(run, 1)
+        place = write_partition(tmp_path / "data", 1, is_whole=False)
+        time.sleep(0.5)
+        seen.append(names_of(run))
+        (place / "_SUCCESS").touch()
+        wait_for(run, 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    assert main(words_of(tmp_path, "--follow", "--continual.poll_seconds", "0.1")) == 0
+    writer.join()
+    assert seen == [NAMES[:1]]  # it has waited for the mark
+    assert names_of(run) == NAMES[:2]
+    # With a last partition it ends by itself.
+    assert main(words_of(tmp_path, "--follow", "--until", "2026-11-09")) == 0
+
+
+@pytest.mark.long
+def test_a_walk_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    write_walk(tmp_path / "data", 3)
+    done = run_recsys(*words_of(tmp_path, "--until", "2026-11-09"), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert main(words_of(tmp_path)) == 0
+    assert names_of(tmp_path / "run") == NAMES[:3]
+    shutil.rmtree(tmp_path / "data" / "train" / NAMES[0])  # rows that are no longer needed
+    write_partition(tmp_path / "data", 3)
+    (tmp_path / "data" / "train" / NAMES[3] / "part-0.parquet").write_bytes(b"PAR1")
+    done = run_recsys(*words_of(tmp_path), ranks=2)
+    assert done.returncode == 1 and done.stderr.count("part-0.parquet") == 2
+    write_partition(tmp_path / "data", 3)
+    done = run_recsys(*words_of(tmp_path), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert [line["partition"] for line in lines_of(tmp_path / "run")] == NAMES[1:]
+
+
+@pytest.mark.long
+def test_a_walk_survives_kills_with_the_same_bits(tmp_path: Path) -> None:
+    words = survive(tmp_path, kills=3, seed=1)
+    assert "equal to the last bit" in words

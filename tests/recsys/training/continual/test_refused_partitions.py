@@ -1,0 +1,186 @@
+"""Partitions that cannot be trained on end the walk with the fix, and leave the run as it was."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from recsys.cli import main
+from tests.recsys.training.continual.walk_runs import (
+    NAMES,
+    WITHOUT_CONTENT,
+    change_labels,
+    files_of,
+    walk,
+    write_partition,
+    write_walk,
+)
+
+NEXT = NAMES[2]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has walked two partitions, with the third one beside it."""
+    folder = tmp_path_factory.mktemp("two")
+    write_walk(folder / "data", 2)
+    walk(folder, folder / "run", *WITHOUT_CONTENT)
+    write_partition(folder / "data", 2)
+    return folder
+
+
+def without_mark(data: Path) -> None:
+    (data / "train" / NEXT / "_SUCCESS").unlink()
+
+
+def being_written(data: Path) -> None:
+    (data / "train" / NEXT / "part-2.parquet.tmp").touch()
+
+
+def cut_short(data: Path) -> None:
+    file = data / "train" / NEXT / "part-1.parquet"
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def without_files(data: Path) -> None:
+    for file in (data / "train" / NEXT).glob("*.parquet"):
+        file.unlink()
+
+
+def without_rows(data: Path) -> None:
+    file = data / "train" / NEXT / "part-1.parquet"
+    pq.write_table(pq.read_table(file).slice(0, 0), file)
+
+
+def late(data: Path) -> None:
+    shutil.copytree(data / "train" / NEXT, data / "train" / "date=2026-11-08T23")
+
+
+def rewritten(data: Path) -> None:
+    change_labels(data / "train" / NAMES[0])
+    file = data / "train" / NAMES[0] / "part-0.parquet"
+    pq.write_table(pq.read_table(file).slice(1), file)
+
+
+def bad_label(data: Path) -> None:
+    file = data / "train" / NEXT / "part-1.parquet"
+    table = pq.read_table(file)
+    labels = pa.array([7.0, *table["liked"].to_pylist()[1:]], pa.float32())
+    index = table.column_names.index("liked")
+    pq.write_table(table.set_column(index, "liked", labels), file)
+
+
+def other_type(data: Path) -> None:
+    file = data / "train" / NEXT / "part-0.parquet"
+    table = pq.read_table(file)
+    index = table.column_names.index("price")
+    pq.write_table(table.set_column(index, "price", table["price"].cast(pa.string())), file)
+
+
+def other_ids(data: Path) -> None:
+    file = data / "train" / NEXT / "part-0.parquet"
+    table = pq.read_table(file)
+    index = table.column_names.index("item")
+    pq.write_table(table.set_column(index, "item", table["item"].cast(pa.string())), file)
+
+
+def schema(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def write(data: Path) -> None:
+        content = yaml.safe_load((data / "schema.yaml").read_text())
+        change(content["columns"])
+        (data / "schema.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+    return write
+
+
+FAULTS = [
+    (without_mark, rf"{NEXT}: has no _SUCCESS"),
+    (being_written, r"part-2\.parquet\.tmp: the partition is being written"),
+    (cut_short, r"part-1\.parquet"),
+    (without_files, rf"{NEXT}: has no \*\.parquet files"),
+    (without_rows, r"part-1\.parquet: the file has no rows"),
+    (late, r"date=2026-11-08T23: is older than date=2026-11-09"),
+    (rewritten, rf"{NAMES[0]}: has changed .*then 40 rows, now 39"),
+    (bad_label, r"part-1\.parquet.*'liked'.*7"),
+    (other_type, r"part-0\.parquet: column 'price'"),
+    (other_ids, r"part-0\.parquet: column 'item'"),
+    (schema(lambda of: of.pop("price")), r"'price'.*--warm-start"),
+    (schema(lambda of: of["price"].update(kind="extra")), r"'price': kind"),
+    (schema(lambda of: of["item"].update(num_embeddings=20)), r"'item'.*num_embeddings is 20"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), FAULTS)
+def test_a_partition_that_cannot_be_used_leaves_the_run_as_it_was(
+    two: Path, tmp_path: Path, change: Callable[[Path], None], message: str
+) -> None:
+    shutil.copytree(two / "data", tmp_path / "data")
+    change(tmp_path / "data")
+    before = files_of(two / "run")
+    with pytest.raises(ValueError, match=message):
+        walk(two, two / "run", *WITHOUT_CONTENT, data=tmp_path / "data")
+    assert files_of(two / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("words", "asked", "message"),
+    [
+        (["--ranking.mlp_units", "[8]"], {}, r"ranking\.mlp_units was .*--warm-start"),
+        (["--continual.order", "time"], {}, r"continual\.order was shuffled, is time"),
+        ([], {"first": "2026-11-30"}, r"--from 2026-11-30: would leave out date=2026-11-10"),
+    ],
+)
+def test_another_model_or_a_gap_is_refused(
+    two: Path, words: list[str], asked: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        walk(two, two / "run", *WITHOUT_CONTENT, *words, **asked)
+
+
+def test_items_whose_ids_mean_others_are_refused_and_edited_ones_counted(
+    walked: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(walked / "data", tmp_path / "data")
+    shutil.copytree(walked / "cache", tmp_path / "cache")
+    walk(tmp_path, tmp_path / "run", last="2026-11-08")
+    file = tmp_path / "data" / "items" / "part-0.parquet"
+    items = pq.read_table(file)
+    texts = pa.array([f"other {number}" for number in range(items.num_rows)])
+    pq.write_table(items.set_column(1, "text", texts), file)
+    words = ("--continual.edited_items", "0.1")
+    with pytest.raises(ValueError, match=r"items: 14 of 30 known items .*0\.1"):
+        walk(tmp_path, tmp_path / "run", *words)
+    assert len(walk(tmp_path, tmp_path / "run", last="2026-11-09").trained) == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [({"first": "2027"}, "--from 2027: no partition"), ({"last": "2025"}, "--until 2025: no part")],
+)
+def test_a_new_run_needs_a_partition(
+    two: Path, tmp_path: Path, asked: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        walk(two, tmp_path / "run", *WITHOUT_CONTENT, **asked)
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_of_other_runs_are_refused(
+    two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", str(two / "data"), "--out", str(two / "run")]
+    assert main(["train", "--content", "none", *words]) == 1
+    assert "holds a continual run" in capsys.readouterr().err
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds a run of `recsys train`"):
+        walk(two, tmp_path / "run", *WITHOUT_CONTENT)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "continual.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"continual\.json: damaged"):
+        walk(two, tmp_path / "new", *WITHOUT_CONTENT)

@@ -1,0 +1,182 @@
+"""A walk over partitions: what it leaves, that scores come first, and that it goes on exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from recsys.checkpoint.files import folders_by_age
+from recsys.checkpoint.output_file import check_output
+from recsys.checkpoint.partitions.state import ContinualFolder
+from recsys.cli import main
+from recsys.distributed.lockstep import TrainingStopped
+from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.evaluate import score, split_interactions
+from recsys.evaluation.predict import load_run
+from recsys.evaluation.scores import read_scores
+from recsys.training.continual.partition_trainer import PartitionTrainer
+from recsys.training.loss_watch import LossWatch
+from tests.recsys.training.continual.walk_runs import (
+    NAMES,
+    ROWS,
+    WITHOUT_CONTENT,
+    assert_same_end,
+    change_labels,
+    files_of,
+    lines_of,
+    walk,
+    write_walk,
+)
+
+
+def test_each_partition_but_the_first_is_scored_once(walked: Path) -> None:
+    lines = lines_of(walked / "run")
+    assert [line["partition"] for line in lines] == NAMES[1:]
+    assert [line["model_of"] for line in lines] == NAMES[:-1]
+    for line, rows in zip(lines, ROWS[1:], strict=True):
+        assert line["rows"] == rows and 0 < line["auc"] < 1 and line["unseen"]["num_samples"] > 0
+        scores = read_scores(ContinualFolder(walked / "run").scores_of(line["partition"]))
+        assert scores.positions.tolist() == list(range(rows))
+
+
+def test_cold_items_are_those_of_all_partitions_before(walked: Path) -> None:
+    folder = ContinualFolder(walked / "run")
+    before = [pq.read_table(walked / "data" / "train" / name)["item"] for name in NAMES[:3]]
+    counts = Counter(pa.chunked_array([c for of in before for c in of.chunks]).to_pylist())
+    items = pq.read_table(walked / "data" / "train" / NAMES[3])["item"].to_pylist()
+    assert read_scores(folder.scores_of(NAMES[3])).counts.tolist() == [counts[i] for i in items]
+
+
+def test_the_last_partitions_are_kept_each_with_its_name_in_its_checkpoint(walked: Path) -> None:
+    folder = ContinualFolder(walked / "run")
+    assert sorted(run.name for run in folder.partitions.iterdir()) == NAMES[2:]
+    for name in NAMES[2:]:
+        (last, *_) = folders_by_age(folder.run_of(name) / "checkpoints")
+        assert json.loads((last / "checkpoint.json").read_text())["rows"] == f"train/{name}"
+
+
+def test_trackers_have_one_record_of_all_partitions(walked: Path) -> None:
+    events = EventAccumulator(str(walked / "run" / "tensorboard"), {"scalars": 0}).Reload()
+    steps = np.cumsum([-(-rows // 8) for rows in ROWS])
+    for tag, of in (("prequential/auc", steps[:-1]), ("train/loss", steps)):
+        assert [event.step for event in events.Scalars(tag)] == of.tolist()
+    assert "prequential/unseen/auc" in events.Tags()["scalars"]
+
+
+def test_scores_are_those_of_the_model_before(walked: Path) -> None:
+    """Of rows without ids that are new in the partition."""
+    folder = ContinualFolder(walked / "run")
+    file = folder.run_of(NAMES[2]) / "vocabulary" / "item.parquet"
+    known = set(pq.read_table(file)["id"].to_pylist())
+    rows = pq.read_table(walked / "data" / "train" / NAMES[3])
+    old = [
+        known.issuperset([item, *(history or [])])
+        for item, history in zip(rows["item"].to_pylist(), rows["history"].to_pylist(), strict=True)
+    ]
+    assert 5 < sum(old) < len(old)
+    with joined_ranks("cpu") as ranks:
+        job = load_run(folder.run_of(NAMES[2]), None, ranks, "cpu")
+        job.train_folder = f"train/{NAMES[3]}"
+        scored = score(job, split_interactions(job, "train"))
+    expected = scored["logits"][np.argsort(scored["positions"].numpy())][old]
+    found = torch.from_numpy(read_scores(folder.scores_of(NAMES[3])).logits)[old]
+    assert torch.equal(found, expected)
+
+
+def test_scores_do_not_depend_on_labels_and_are_whole_before_any_row_is_trained_on(
+    walked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last partition is poisoned: its labels are turned around."""
+    shutil.copytree(walked / "data", tmp_path / "data")
+    shutil.copytree(walked / "cache", tmp_path / "cache")
+    change_labels(tmp_path / "data" / "train" / NAMES[3])
+    walk(tmp_path, tmp_path / "run", last="2026-11-10")
+    file = ContinualFolder(tmp_path / "run").scores_of(NAMES[3])
+    trained_with: list[bytes] = []
+    before = PartitionTrainer.train
+
+    def train(trainer: PartitionTrainer) -> None:
+        trained_with.append(file.read_bytes())
+        before(trainer)
+
+    monkeypatch.setattr(PartitionTrainer, "train", train)
+    walk(tmp_path, tmp_path / "run")
+    assert trained_with == [file.read_bytes()]  # whole before the first step, and left alone
+    poisoned = read_scores(file)
+    clean = read_scores(ContinualFolder(walked / "run").scores_of(NAMES[3]))
+    assert np.array_equal(poisoned.logits, clean.logits)
+    assert np.array_equal(poisoned.labels, 1 - clean.labels)
+
+
+def test_a_walk_in_pieces_is_the_walk_at_once(walked: Path, tmp_path: Path) -> None:
+    walk(walked, tmp_path / "run", last="2026-11-09")
+    walk(walked, tmp_path / "run", first="2026-11-10", last="2026-11-10")
+    walk(walked, tmp_path / "run")
+    assert assert_same_end(walked / "run", tmp_path / "run") > 50
+    before = files_of(tmp_path / "run")
+    walk(walked, tmp_path / "run")  # nothing is new
+    assert files_of(tmp_path / "run") == before
+
+
+def test_items_and_ids_may_arrive_with_their_partitions(walked: Path, tmp_path: Path) -> None:
+    words = ("--continual.order", "time", "--continual.passes", "2")
+    for number in range(3):
+        write_walk(tmp_path / "data", number + 1)
+        walk(tmp_path, tmp_path / "run", *WITHOUT_CONTENT, *words)
+    assert [line["rows"] for line in lines_of(tmp_path / "run")] == ROWS[1:3]
+    (last, *_) = folders_by_age(ContinualFolder(tmp_path / "run").run_of(NAMES[2]) / "checkpoints")
+    progress = json.loads((last / "checkpoint.json").read_text())["progress"]
+    assert (progress["steps"], progress["steps_before"], progress["epoch"]) == (12, 20, 2)
+
+
+@pytest.mark.parametrize("step", [3, 8, pytest.param(17, marks=pytest.mark.long)])
+def test_a_walk_that_was_stopped_goes_on_with_the_same_bits(
+    walked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    with monkeypatch.context() as stopping:
+        stop_after(stopping, step)
+        with pytest.raises(TrainingStopped):
+            walk(walked, tmp_path / "run")
+    state = ContinualFolder(tmp_path / "run").read()
+    assert state.begun is not None and len(state.trained) == {3: 0, 8: 1, 17: 3}[step]
+    walk(walked, tmp_path / "run")
+    assert_same_end(walked / "run", tmp_path / "run")
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Ask this process to end after so many steps."""
+    made, before = [], LossWatch.step
+
+    def step(watch: LossWatch, *arguments: Any) -> Any:
+        made.append(0)
+        if len(made) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before(watch, *arguments)
+
+    monkeypatch.setattr(LossWatch, "step", step)
+
+
+def test_commands_on_a_continual_run_take_its_last_partition(
+    walked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = str(walked / "run"), walked / "data" / "train"
+    out = tmp_path / "predictions.parquet"
+    assert main(["predict", "--run", run, "--input", str(data / NAMES[0]), "--out", str(out)]) == 0
+    assert pq.read_table(out).num_rows == ROWS[0]
+    tables = str(tmp_path / "tables.parquet")
+    assert main(["export-tables", "--run", run, "--out", tables]) == 0
+    assert main(["export", "--run", run, "--out", str(tmp_path / "package")]) == 0
+    with pytest.raises(ValueError, match="part of a run"):
+        check_output(walked / "run" / "partitions" / "predictions.parquet")

@@ -1,0 +1,151 @@
+"""A small dataset in partitions with growing vocabularies and items, and walks over it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+import yaml
+
+from recsys.checkpoint.files import folders_by_age
+from recsys.checkpoint.partitions.state import ContinualFolder, RunState
+from recsys.config import Config, load_config
+from recsys.distributed.ranks import joined_ranks
+from recsys.training.continual.queue import Span
+from recsys.training.continual.walk import Request, train_continually
+from tests.datasets import impressions, item_rows, write_parquet
+from tests.recsys.checkpoint.kill_ranks import tensors
+from tests.recsys.command_runs import TINY
+
+NAMES = [f"date=2026-11-{day:02}" for day in range(8, 12)]
+ROWS = [40, 33, 46, 37]  # numbers that no number of ranks divides
+ITEMS = [14, 18, 22, 30]  # of the catalogue when a partition is written
+SCHEMA: dict[str, Any] = {
+    "target_item": "item",
+    "group": "user",
+    "columns": {
+        "user": {
+            "kind": "id",
+            "num_embeddings": 12,
+            "vocabulary": {"kind": "bounded", "admit_after": 2, "half_life": 50.0},
+        },
+        "item": {"kind": "id", "num_embeddings": 40, "vocabulary": {"kind": "exact"}},
+        "history": {"kind": "sequence", "shares": "item", "parallel": ["history_liked"]},
+        "genres": {
+            "kind": "ids",
+            "num_embeddings": 50,
+            "vocabulary": {"kind": "hash", "num_hashes": 2, "seed": 1},
+        },
+        "price": {"kind": "dense"},
+        "liked": {"kind": "label"},
+    },
+    "items": {"id": "item", "columns": {"text": {"kind": "text"}}},
+}
+WORDS = ["--device", "cpu", "--batch_size", "8", "--embedding.skip", "[]"]
+WITHOUT_CONTENT = ["--content", "none", "--contrastive.weight", "0"]
+
+
+def write_walk(folder: Path, count: int = len(NAMES)) -> Path:
+    """Write the first partitions, each with the items that are new in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "schema.yaml").write_text(yaml.safe_dump(SCHEMA, sort_keys=False))
+    for number in range(count):
+        write_partition(folder, number)
+    return folder
+
+
+def write_partition(folder: Path, number: int, is_whole: bool = True) -> Path:
+    """Write a partition in two files, and a file of items."""
+    known = ITEMS[number - 1] if number else 0
+    items = item_rows(max(ITEMS), np.random.default_rng(100))
+    ids = items["item"].to_numpy()
+    new = items.filter((ids >= known) & (ids < ITEMS[number])).select(["item", "text"])
+    write_parquet(folder / "items" / f"part-{number}.parquet", new)
+    table = impressions(ROWS[number], 10, ITEMS[number], np.random.default_rng(number))
+    place = folder / "train" / NAMES[number]
+    for part, rows in enumerate((table.slice(0, 20), table.slice(20))):
+        write_parquet(place / f"part-{part}.parquet", rows, row_group_size=11)
+    if is_whole:
+        (place / "_SUCCESS").touch()
+    return place
+
+
+def config_of(folder: Path, *words: str) -> Config:
+    return load_config(TINY, ["--cache", str(folder / "cache"), *WORDS, *words])
+
+
+def walk(
+    folder: Path,
+    run: Path,
+    *words: str,
+    data: Path | None = None,
+    first: str | None = None,
+    last: str | None = None,
+    **asked: Any,
+) -> RunState:
+    """Walk `folder`/data on one rank."""
+    with joined_ranks("cpu") as ranks:
+        request = Request(Span(first, last), **asked)
+        place = str(data or folder / "data")
+        return train_continually(config_of(folder, *words), place, run, ranks, request)
+
+
+def copy_walk(folder: Path, out: Path, run: str = "run") -> Path:
+    """A copy of the data and of a continual run, which may be changed."""
+    shutil.copytree(folder / "data", out / "data")
+    shutil.copytree(folder / run, out / run)
+    return out
+
+
+def change_labels(place: Path) -> None:
+    """Turn the labels of a partition around."""
+    for file in sorted(place.glob("*.parquet")):
+        table = pq.read_table(file)
+        turned = pc.subtract(pa.scalar(1.0, pa.float32()), table["liked"])
+        index = table.column_names.index("liked")
+        pq.write_table(table.set_column(index, "liked", turned), file, row_group_size=11)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, but those that only last as long as a job."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not file.name.startswith(".lock")
+    }
+
+
+def assert_same_end(one: Path, two: Path) -> int:
+    """The same bits in models, checkpoints, scores and metrics; returns the tensors compared."""
+    folders, compared = (ContinualFolder(one), ContinualFolder(two)), 0
+    states = [folder.read() for folder in folders]
+    assert states[0] == states[1] and states[0].begun is None
+    assert (one / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()
+    assert files_of(one / "scores") == files_of(two / "scores")
+    names = [sorted(run.name for run in folder.partitions.iterdir()) for folder in folders]
+    assert names[0] == names[1]
+    for name in names[0]:
+        runs = [folder.partitions / name for folder in folders]
+        for kept in ("schema.yaml", "item_counts.npy", "vocabulary/item.parquet"):
+            contents = [(run / kept).read_bytes() for run in runs]
+            assert contents[0] == contents[1], kept
+        checkpoints = [folders_by_age(run / "checkpoints")[0].name for run in runs]
+        assert checkpoints[0] == checkpoints[1]
+        for each in ("best", checkpoints[0]):
+            first, second = (tensors(run / "checkpoints" / each) for run in runs)
+            assert first.keys() == second.keys()
+            for key, value in first.items():
+                assert torch.equal(value, second[key]), f"{name} {each}: {key}"
+            compared += len(first)
+    return compared
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
