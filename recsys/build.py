@@ -127,20 +127,9 @@ class Job:
 
 
 def build_job(
-    config: Config,
-    data: str,
-    ranks: Ranks,
-    schema: Schema | None = None,
-    train_folder: str = "train",
+    config: Config, data: str, ranks: Ranks, schema: Schema | None = None, rows: str = "train"
 ) -> Job:
     """Build all parts of a run, by default with the dataset's own schema. A collective.
-
-    Args:
-        config: every setting.
-        data: the dataset.
-        ranks: the ranks of the job.
-        schema: the columns as the model reads them.
-        train_folder: folder of the dataset with the training rows, a partition in a continual run.
 
     Raises:
         ValueError: if data, configuration or plan is invalid on any rank; raised on all.
@@ -151,7 +140,7 @@ def build_job(
         validate(config)
         root = Location.of(data)
         schema = schema or load_schema(root)
-        tables = table_configs(config, schema, mean_list_lengths(root, schema, train_folder))
+        tables = table_configs(config, schema, mean_list_lengths(root, schema, rows))
     store, encoders, bank = build_content(config, root, schema, ranks)
     with ranks.raise_on_all_ranks():
         categories = load_item_categories(config.ranking, root, schema, config.on_bad_row)
@@ -167,8 +156,6 @@ def build_job(
     schedule = build_schedule(dense, config.optimizer)
     averages = build_averages(model, config.optimizer)
     vocabularies = _bounded_vocabularies(config, schema, ranks, model, tables)
-    softmax = softmax_settings(config.ranking)
-    sampler = NegativeSampler(softmax, schema.num_items, schema.target_item) if softmax else None
     update = DenseUpdate(optimizer, dense, config.optimizer.clip_norm, averages)
     pipeline = AccumulatingPipeline(model, update, ranks.device, config.accumulate_steps)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
@@ -184,10 +171,10 @@ def build_job(
         update,
         pipeline,
         vocabularies,
-        BatchPreparation(config, store, bank, vocabularies, ranks.group, sampler),
+        BatchPreparation(config, store, bank, vocabularies, ranks.group, _sampler(config, schema)),
         plan=format_plan(plan, tables),
         parameters=describe_optimizers(model, tables, dense),
-        train_folder=train_folder,
+        train_folder=rows,
     )
 
 
@@ -205,6 +192,12 @@ def check_columns(config: Config, data: str, ranks: Ranks, schema: Schema | None
             for split in SPLITS:
                 rows = open_rows(config.source, root, split, schema, config.on_bad_row)
                 next(rows.read_chunks([0]))
+
+
+def _sampler(config: Config, schema: Schema) -> NegativeSampler | None:
+    """Return the sampler of the negatives of a softmax loss."""
+    softmax = softmax_settings(config.ranking)
+    return NegativeSampler(softmax, schema.num_items, schema.target_item) if softmax else None
 
 
 def _cast_and_compile(em3: EM3, config: Config, device: torch.device) -> None:

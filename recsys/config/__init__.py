@@ -6,7 +6,6 @@ from recsys.config.content import HistorySettings as HistorySettings
 from recsys.config.content import LoraSettings as LoraSettings
 from recsys.config.content import ModalitySettings as ModalitySettings
 from recsys.config.content import SamplingSettings as SamplingSettings
-from recsys.config.continual import ContinualSettings as ContinualSettings
 from recsys.config.embedding import CommunicationSettings as CommunicationSettings
 from recsys.config.embedding import EmbeddingSettings as EmbeddingSettings
 from recsys.config.embedding import InitFromSettings as InitFromSettings
@@ -28,6 +27,7 @@ from recsys.config.run import CONFIG_NAMES as CONFIG_NAMES
 from recsys.config.run import BestModelBy as BestModelBy
 from recsys.config.run import CheckpointSettings as CheckpointSettings
 from recsys.config.run import Config as Config
+from recsys.config.run import ContinualSettings as ContinualSettings
 from recsys.config.run import LogFormat as LogFormat
 from recsys.config.run import LogLevel as LogLevel
 from recsys.config.run import MetricSettings as MetricSettings

@@ -55,7 +55,7 @@ Seed = Annotated[
 NonNegativeFloat = Annotated[float, _float("FiniteNonNegative", (">=", 0), ("<", math.inf))]
 PositiveFloat = Annotated[float, _float("FinitePositive", (">", 0), ("<", math.inf))]
 Seconds = Annotated[float, _float("FiniteSeconds", (">=", 1), ("<", math.inf))]
-Share = Annotated[float, _float("Share", (">=", 0), ("<=", 1))]
+Share = Annotated[float, typing.ClosedUnitInterval]
 Dropout = Annotated[float, _float("Dropout", (">=", 0), ("<", 1))]
 
 

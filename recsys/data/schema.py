@@ -51,6 +51,7 @@ import pyarrow as pa
 from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary
 from recsys.config.parser import Parser, problem_of
 from recsys.config.plain_yaml import load_plain_yaml
+from recsys.config.remembered import remembered
 from recsys.data.filesystem import Location
 from recsys.data.schema_columns import (
     Column,
@@ -224,6 +225,7 @@ def _schema_of(text: bytes, place: str) -> Schema:
     return parse_schema(content, place)
 
 
+@remembered
 def parse_schema(content: Any, place: str) -> Schema:
     """Return the schema of plain values, as `schema.yaml` has them; `place` names their file.
 

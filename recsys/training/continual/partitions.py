@@ -42,9 +42,21 @@ class Partition:
         return key_of(self.name)
 
 
-def key_of(text: str) -> Key:
-    """Return the place in the order: of a name, or of a bound such as `2026-11-01/05`."""
-    return tuple(_key_of_value(level.partition("=")[2] or level) for level in text.split("/"))
+def key_of(name: str) -> Key:
+    """Return the place of a partition in the order."""
+    return tuple(_key_of_value(level.partition("=")[2]) for level in name.split("/"))
+
+
+def key_of_bound(bound: str, like: Key) -> Key:
+    """Return the place of a bound such as `2026-11-01/05` among values like those of a partition.
+
+    Digits are text where the partition's value is: the year 2027 lies behind 2026-11-01.
+    """
+    keys = []
+    for level, (kind, *_) in zip(bound.split("/"), like):
+        value = level.partition("=")[2] or level
+        keys.append((1, 0, unquote(value)) if kind else _key_of_value(value))
+    return tuple(keys)
 
 
 def _key_of_value(value: str) -> tuple[int, int, str]:

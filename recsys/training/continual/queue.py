@@ -13,6 +13,7 @@ from recsys.training.continual.partitions import (
     Partition,
     has_success,
     key_of,
+    key_of_bound,
     seconds_quiet,
     unfinished_file,
 )
@@ -32,21 +33,24 @@ class Span:
 
     def begins_after(self, key: Key) -> bool:
         """Return whether a partition is before the span."""
-        bound = () if self.first is None else key_of(self.first)
+        if self.first is None:
+            return False
+        bound = key_of_bound(self.first, key)
         return key[: len(bound)] < bound
 
     def ends_before(self, key: Key) -> bool:
         """Return whether a partition is behind the span."""
         if self.last is None:
             return False
-        bound = key_of(self.last)
+        bound = key_of_bound(self.last, key)
         return key[: len(bound)] > bound
 
     def is_over(self, partitions: Sequence[Partition], state: RunState) -> bool:
         """Return whether no further partition can come into the span."""
         if self.last is None or state.last is None:
             return False
-        bound, newest = key_of(self.last), key_of(state.last.name)
+        newest = key_of(state.last.name)
+        bound = key_of_bound(self.last, newest)
         is_last = len(newest) == len(bound) and newest >= bound
         return is_last or any(self.ends_before(each.key) for each in partitions)
 

@@ -121,6 +121,7 @@ def _walk(continual: ContinualRun, request: Request) -> RunState:
             _check_trained(continual, state)
     state = ranks.from_first(state)
     begun = len(state.trained)
+    gc.freeze()  # what is there now stays, so that looking for a partition's model takes no time
     if request.follow:
         continual.lockstep.listen()
     while (partition := _next(continual, request, state)) is not None:

@@ -1,0 +1,47 @@
+"""Parse equal settings once.
+
+jsonargparse takes tenths of a second for the settings of a run. A continual run reads the same ones
+for every partition.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+KEPT = 8  # results of a function
+
+
+def remembered(parse: Callable[P, T]) -> Callable[P, T]:
+    """Return a function that keeps its last results, and returns copies of them.
+
+    Args:
+        parse: a function of plain values, without effects; an error is not kept.
+
+    Example::
+
+        @remembered
+        def parse(content: Any, place: str) -> Settings: ...
+    """
+    results: dict[str, T] = {}
+
+    @wraps(parse)
+    def wrapped(*arguments: P.args, **named: P.kwargs) -> T:
+        key = json.dumps([arguments, named], default=_with_type)
+        if key not in results:
+            result = parse(*arguments, **named)
+            if len(results) >= KEPT:
+                del results[next(iter(results))]
+            results[key] = result
+        return copy.deepcopy(results[key])
+
+    return wrapped
+
+
+def _with_type(value: Any) -> str:
+    return f"{type(value).__name__}:{value!r}"
