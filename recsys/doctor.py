@@ -61,16 +61,19 @@ def check_installation() -> list[Problem]:
         for problem in check_installation():
             print(problem.what, problem.fix, sep="\n")
     """
-    return _package_problems() or _import_problems()
+    return _package_problems() or _import_problems(("torch", "fbgemm_gpu", "torchrec"))
 
 
-def require_working_installation() -> None:
+def require_working_installation(imports_torchrec: bool = True) -> None:
     """End a job before it starts if the installed packages do not work.
+
+    A job without sharded tables leaves torchrec out, whose import takes seconds.
 
     Raises:
         InstallationError: a package is missing or broken; names each problem and its fix.
     """
-    _refuse(check_installation())
+    names = ("torch", "fbgemm_gpu", "torchrec")[: 3 if imports_torchrec else 2]
+    _refuse(_package_problems() or _import_problems(names))
 
 
 def require_matching_packages() -> None:
@@ -175,10 +178,9 @@ def _triple_problems() -> list[Problem]:
     return [Problem(what, install_command())]
 
 
-def _import_problems() -> list[Problem]:
-    """Detect packages of the right versions that fail to import or to compute."""
-    # torch first: the others load its libraries.
-    for name in ("torch", "fbgemm_gpu", "torchrec"):
+def _import_problems(names: tuple[str, ...]) -> list[Problem]:
+    """Detect packages, torch first, that have the right versions but fail to import or compute."""
+    for name in names:
         try:
             _import(name)
         except Exception as error:  # a broken shared library may raise any error

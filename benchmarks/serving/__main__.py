@@ -9,8 +9,6 @@ each round.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
 from benchmarks.results import RESULTS, Result, write_result
+from benchmarks.serving.latency import latencies
 from benchmarks.serving.load import load
 from benchmarks.serving.server import served
 from benchmarks.serving.ways import HTTPClient, graph_call, grpc_client, request_for
@@ -26,20 +25,6 @@ from recsys.serving import Scorer
 
 GRAPH, SCORER, REST, GRPC = "exported graph", "scorer", "HTTP, JSON", "gRPC"
 MOST_TIMES_THE_GRAPH, MOST_MILLISECONDS_OF_HTTP, MOST_TIMES_THE_MEDIAN = 1.3, 3.0, 5.0
-
-
-def latencies(
-    ways: dict[str, Callable[[], object]], rounds: int
-) -> dict[str, np.ndarray]:  # milliseconds, a value per round
-    """Time each way once per round, after a tenth of the rounds to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(-max(1, rounds // 10), rounds):
-        for name, call in ways.items():
-            start = time.perf_counter()
-            call()
-            if number >= 0:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: np.array(values) for name, values in times.items()}
 
 
 def serving(

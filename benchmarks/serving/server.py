@@ -17,7 +17,9 @@ START_SECONDS = 120
 
 
 @contextmanager
-def served(package: Path) -> Iterator[tuple[int, int, int]]:
+def served(
+    package: Path, verify: str = "false", workers: int = 1
+) -> Iterator[tuple[int, int, int]]:
     """Start a server of one thread; yield its process id and the ports of HTTP and gRPC."""
     ports = []
     for _ in range(2):
@@ -26,7 +28,8 @@ def served(package: Path) -> Iterator[tuple[int, int, int]]:
             ports.append(free.getsockname()[1])
     words = [sys.executable, "-m", "recsys.cli", "serve", str(package), "--name", "package"]
     words += ["--host", "127.0.0.1", "--port", str(ports[0]), "--grpc_port", str(ports[1])]
-    words += ["--threads", "1", "--log_level", "warning", "--verify", "false"]
+    words += ["--threads", "1", "--log_level", "warning", "--verify", verify]
+    words += ["--workers", str(workers)]
     process = subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         deadline = time.monotonic() + START_SECONDS

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,10 @@ from recsys.content.history_map import HistoryMap
 from recsys.content.item_exchange import exchange_vectors
 from recsys.content.projection import Projection
 from recsys.content.vectors import ContentVectors
-from recsys.data.batch import Batch, ContentInput
+from recsys.data.items.content_input import ContentInput
+
+if TYPE_CHECKING:  # torchrec takes seconds to import, and encoding items does not need it
+    from recsys.data.batch import Batch
 
 
 class ContentBranch(nn.Module):

@@ -13,13 +13,15 @@ D width of a vector.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_to_all_single
 
-from recsys.data.batch import Batch, ItemExchange
+if TYPE_CHECKING:  # torchrec takes seconds to import, and encoding items does not need it
+    from recsys.data.batch import Batch, ItemExchange
 
 
 def assign_to_owners(batch: Batch, group: dist.ProcessGroup) -> Batch:
@@ -28,6 +30,8 @@ def assign_to_owners(batch: Batch, group: dist.ProcessGroup) -> Batch:
     Its `content_items` are the unique items that this rank owns and that any rank needs; its
     `exchange` describes how their vectors reach those ranks.
     """
+    from recsys.data.batch import ItemExchange
+
     world_size = dist.get_world_size(group)
     owner = batch.content_items % world_size
     order = owner.argsort(stable=True)  # [R], by owner: vectors arrive in this order

@@ -22,34 +22,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from embeddings import BankRoute
+from recsys.data.items.content_input import ContentInput as ContentInput
 from recsys.data.jagged_history import JaggedHistory
 
 Content = TypeVar("Content")
-
-
-@dataclass
-class ContentInput:
-    """Content of one modality for the unique items.
-
-    values: token ids int64 [U, T], pixels uint8 [U, 3, H, W] or features float32 [U, T, D].
-    mask: bool [U, T], False for padding; [U, 1] for pixels. It has no True for an item without this
-        modality.
-    """
-
-    values: Tensor
-    mask: Tensor
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> ContentInput:
-        """Return a copy with both tensors on `device`."""
-        return self.map(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
-
-    def map(self, function: Callable[[Tensor], Any]) -> ContentInput:
-        """Return a copy with `function` applied to both tensors."""
-        return ContentInput(function(self.values), function(self.mask))
-
-    def __getitem__(self, items: slice) -> ContentInput:
-        """Return the content of a slice of the items."""
-        return ContentInput(self.values[items], self.mask[items])
 
 
 @dataclass

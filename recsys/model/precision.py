@@ -14,16 +14,18 @@ otherwise get none. The frozen layers of encoders stay in float32, cached or not
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from recsys.content.branch import ContentBranch
 from recsys.content.wrap import wrap
-from recsys.data.batch import ContentInput
-from recsys.model.em3 import EM3
+from recsys.data.items.content_input import ContentInput
 from recsys.ranking.vectors import IDVectors, MemberLogits, TowerVectors
+
+if TYPE_CHECKING:  # torchrec takes seconds to import, and encoding items does not need it
+    from recsys.model.em3 import EM3
 
 
 class InBfloat16(nn.Module):

@@ -33,7 +33,7 @@ from recsys.distributed.ranks import Ranks
 from recsys.evaluation.predict import load_run
 from recsys.model.tables import pooled_features
 from recsys.serving.bounded_file import save_bounded
-from recsys.serving.new_items.item_encoder import write_item_encoder
+from recsys.serving.new_items.written_encoder import write_item_encoder
 from recsys.serving.package import GRAPH, REQUEST, Manifest, write_manifest
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_graph
 from recsys.serving.requests import request_columns

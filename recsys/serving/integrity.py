@@ -28,6 +28,31 @@ Verify = bool | Literal["sample"]  # all blocks, none, or some of each file
 Files = Mapping[str, dict[str, Any]]  # by name: bytes, and sha256 of each block in hexadecimals
 
 
+class VerifiedFiles:
+    """Files of which all blocks were compared with their hashes, as they were on the disk before.
+
+    A file is known by device, inode, size, times and hashes, so that one that was written or
+    exchanged since is compared again. A package to which items are added has the other files still.
+
+    Args:
+        before: those of the package before this one.
+    """
+
+    def __init__(self, before: VerifiedFiles | None = None) -> None:
+        """Begin with no files of this package."""
+        self._before = set() if before is None else before.found
+        self.found: set[tuple[Any, ...]] = set()
+
+    def known(self, path: Path, digests: list[str]) -> tuple[bool, tuple[Any, ...]]:
+        """Return whether a file was compared before, and what it is known by."""
+        now = path.stat()
+        times = now.st_mtime_ns, now.st_ctime_ns
+        identity = now.st_dev, now.st_ino, now.st_size, *times, *digests
+        if identity in self._before:
+            self.found.add(identity)
+        return identity in self.found, identity
+
+
 def describe(path: Path) -> dict[str, Any]:
     """Return size and hashes of a file."""
     size = path.stat().st_size
@@ -36,7 +61,9 @@ def describe(path: Path) -> dict[str, Any]:
         return {"bytes": size, "sha256": list(threads.map(lambda at: _digest(path, at), blocks))}
 
 
-def differences(folder: Path, files: Files, verify: Verify = True) -> Iterator[str]:
+def differences(
+    folder: Path, files: Files, verify: Verify = True, verified: VerifiedFiles | None = None
+) -> Iterator[str]:
     """Yield a description of each file that is missing or differs.
 
     Args:
@@ -44,7 +71,9 @@ def differences(folder: Path, files: Files, verify: Verify = True) -> Iterator[s
         files: of its manifest.
         verify: compare the hashes of all blocks; False: sizes alone; sample: those of
             `SAMPLED_BLOCKS` blocks of each file, among them the first and the last.
+        verified: files that need not be read again; those that are read whole are added.
     """
+    verified = VerifiedFiles() if verified is None else verified
     for name, of_file in files.items():
         path, size = folder / name, of_file["bytes"]
         if not path.is_file():
@@ -53,8 +82,14 @@ def differences(folder: Path, files: Files, verify: Verify = True) -> Iterator[s
             yield f"{path}: {path.stat().st_size:,} bytes instead of {size:,}"
         elif len(of_file["sha256"]) != _num_blocks(size):
             yield f"{path}: the manifest has {len(of_file['sha256'])} hashes for {size:,} bytes"
-        elif verify and not _equal(path, of_file["sha256"], verify):
-            yield f"{path}: its content differs from the manifest"
+        elif verify:
+            is_known, identity = verified.known(path, of_file["sha256"])
+            if is_known:
+                continue
+            if not _equal(path, of_file["sha256"], verify):
+                yield f"{path}: its content differs from the manifest"
+            elif verify is True:
+                verified.found.add(identity)
 
 
 def _equal(path: Path, digests: list[str], verify: Verify) -> bool:
@@ -85,10 +120,10 @@ class BackgroundCheck:
         difference: description of the first file that differs; None as long as none does.
     """
 
-    def __init__(self, folder: Path, files: Files) -> None:
+    def __init__(self, folder: Path, files: Files, verified: VerifiedFiles | None = None) -> None:
         """Start the thread."""
         self.difference: str | None = None
-        self._folder, self._files = folder, files
+        self._folder, self._files, self._verified = folder, files, verified
         self._thread = threading.Thread(target=self._run, name="package check", daemon=True)
         self._thread.start()
 
@@ -98,7 +133,9 @@ class BackgroundCheck:
 
     def _run(self) -> None:
         try:
-            self.difference = next(differences(self._folder, self._files), None)
+            self.difference = next(
+                differences(self._folder, self._files, True, self._verified), None
+            )
         except OSError as error:
             self.difference = f"{self._folder}: {error}"
         if self.difference is not None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from recsys.data.filesystem import whole_file
-from recsys.serving.integrity import Verify, describe, differences
+from recsys.serving.integrity import VerifiedFiles, Verify, describe, differences
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -69,9 +69,18 @@ class Listed(Protocol):
 M = TypeVar("M", bound=Listed)
 
 
-def write_manifest(folder: Path, manifest: Listed) -> None:
-    """Hash the files of a folder and write its manifest, with a hash of its own."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def write_manifest(folder: Path, manifest: Listed, leave_out: str | None = None) -> None:
+    """Hash the files of a folder and write its manifest, with a hash of its own.
+
+    Args:
+        folder: the folder.
+        manifest: its manifest, without files.
+        leave_out: a folder in it with a manifest of its own, which may change.
+    """
+    inner = None if leave_out is None else folder / leave_out
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and inner not in path.parents
+    )
     manifest.files = described(folder, files)
     replace_manifest(folder, manifest)
 
@@ -91,21 +100,31 @@ def replace_manifest(folder: Path, manifest: Listed) -> None:
         os.fsync(file.fileno())
 
 
-def read_manifest(folder: Path, verify: Verify = True) -> Manifest:
+def read_manifest(
+    folder: Path, verify: Verify = True, verified: VerifiedFiles | None = None
+) -> Manifest:
     """Read a package's manifest and check its files.
 
     Args:
         folder: the package.
         verify: read every file and compare its hashes; False: compare sizes alone; sample: also the
             hashes of some blocks of each file.
+        verified: files that need not be read again; those that are read whole are added.
 
     Raises:
         ValueError: the folder is no package, of another format, or a file differs; it is named.
     """
-    return read_manifest_of(folder, Manifest, "package", "recsys export", verify)
+    return read_manifest_of(folder, Manifest, "package", "recsys export", verify, verified)
 
 
-def read_manifest_of(folder: Path, kind: type[M], what: str, command: str, verify: Verify) -> M:
+def read_manifest_of(
+    folder: Path,
+    kind: type[M],
+    what: str,
+    command: str,
+    verify: Verify,
+    verified: VerifiedFiles | None = None,
+) -> M:
     """Read a manifest of one kind and check the files of its folder.
 
     Args:
@@ -114,6 +133,7 @@ def read_manifest_of(folder: Path, kind: type[M], what: str, command: str, verif
         what: the folder in words, for messages.
         command: what makes such a folder.
         verify: as for `read_manifest`.
+        verified: as for `read_manifest`.
 
     Raises:
         ValueError: the folder is none of that kind, of another format, or a file differs.
@@ -128,7 +148,7 @@ def read_manifest_of(folder: Path, kind: type[M], what: str, command: str, verif
         if content.pop("sha256", None) != _own_digest(content):
             raise ValueError("its content differs from its hash")
         manifest = kind(**content)
-        found = list(differences(folder, manifest.files, verify))
+        found = list(differences(folder, manifest.files, verify, verified))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}; export the run again") from error
     for difference in found:

@@ -21,7 +21,7 @@ from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.checkpoint.run_schema import load_run_schema
 from recsys.model.label_losses import predictions
 from recsys.serving.bounded_file import load_bounded
-from recsys.serving.integrity import BackgroundCheck
+from recsys.serving.integrity import BackgroundCheck, VerifiedFiles
 from recsys.serving.new_items.added_items import AddedItems, grow_vocabulary
 from recsys.serving.package import GRAPH, Manifest, differing_versions, read_manifest
 from recsys.serving.ranking_graph import RankingInputs
@@ -42,6 +42,7 @@ class Scorer:
     Args:
         folder: the package.
         manifest: its manifest.
+        before: a package whose graph is taken over if this one has an equal file.
 
     Example::
 
@@ -55,7 +56,7 @@ class Scorer:
         assert scores.shape == (3, len(scorer.labels))
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, before: Scorer | None = None) -> None:
         """Map the files and load the graph; see `load`."""
         self.manifest, self.labels = manifest, tuple(manifest.labels)
         schema = load_run_schema(folder)
@@ -75,9 +76,8 @@ class Scorer:
             name: VectorFile(folder / "content" / f"{name}.vectors", VectorFileShape(**shape))
             for name, shape in manifest.content.items()
         }
-        # Guards of the export refuse sizes 0 and 1, for which the exported graph was checked.
-        program = torch.export.load(folder / GRAPH)
-        self._graph: nn.Module = program.module(check_guards=False)
+        self._graph = self._load_graph(folder, before)
+        self.verified = VerifiedFiles()
         self.check: BackgroundCheck | None = None
 
     @classmethod
@@ -86,6 +86,8 @@ class Scorer:
         package: str | Path,
         num_threads: int | None = None,
         verify: bool | Literal["later"] = True,
+        before: Scorer | None = None,
+        verified: VerifiedFiles | None = None,
     ) -> Self:
         """Load a package and score once, so that the first request is as fast as the next.
 
@@ -95,6 +97,8 @@ class Scorer:
             verify: read every file and compare its hashes; False: compare sizes alone; later: also
                 the hashes of some blocks of each file, and of the others in a thread, after which
                 a difference ends all answers with its error.
+            before: the package that this one replaces; what both have equal is not loaded again.
+            verified: files whose hashes were compared before; default: by `before`.
 
         Raises:
             ValueError: the folder is no package, a file of it differs (it is named), or the files
@@ -103,7 +107,10 @@ class Scorer:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         folder = Path(package)
-        manifest = read_manifest(folder, "sample" if verify == "later" else verify)
+        if verified is None and before is not None:
+            verified = before.verified
+        verified = VerifiedFiles(verified)
+        manifest = read_manifest(folder, "sample" if verify == "later" else verify, verified)
         try:
             if others := differing_versions(manifest):
                 logger.warning(
@@ -112,7 +119,7 @@ class Scorer:
                     folder,
                     ", ".join(others),
                 )
-            scorer = cls(folder, manifest)
+            scorer = cls(folder, manifest, before)
             scorer._warm_up()
         except Exception as error:  # damaged graphs raise errors of any class
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST]
@@ -120,9 +127,18 @@ class Scorer:
                 f"{folder}: its files do not fit together or are damaged ({reason}); export the "
                 "run again"
             ) from error
+        scorer.verified = verified
         if verify == "later":
-            scorer.check = BackgroundCheck(folder, manifest.files)
+            scorer.check = BackgroundCheck(folder, manifest.files, verified)
         return scorer
+
+    def _load_graph(self, folder: Path, before: Scorer | None) -> nn.Module:
+        """Load the graph, or take over that of another package if the files are equal."""
+        if before is not None and before.manifest.files.get(GRAPH) == self.manifest.files[GRAPH]:
+            return before._graph
+        program = torch.export.load(folder / GRAPH)
+        # Guards of the export refuse sizes 0 and 1, for which the exported graph was checked.
+        return program.module(check_guards=False)
 
     def score(
         self,

@@ -47,7 +47,7 @@ def run(arguments: Namespace) -> None:
     from recsys.serving.server.start import require_installation, serve
 
     require_installation()
-    require_working_installation()
+    require_working_installation(imports_torchrec=False)
     package: Path = arguments.package
     limits = Limits(**{of.name: arguments[of.name] for of in fields(Limits)})
     settings = ServerSettings(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from recsys.content.encoders.frozen_groups import run_in_groups
 from recsys.content.encoders.identity import EncoderIdentity
-from recsys.data.batch import ContentInput
+from recsys.data.items.content_input import ContentInput
 from recsys.data.items.images import ImagePreparation
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recsys.data.batch import ContentInput
+from recsys.data.items.content_input import ContentInput
 
 ITEMS_PER_GROUP = 32
 # Small multiples of 8; after these 48, 64, 96, 128 ...

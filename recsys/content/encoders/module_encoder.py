@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from recsys.content.encoders.base import Encoder, normalize_pixels
-from recsys.data.batch import ContentInput
+from recsys.data.items.content_input import ContentInput
 from recsys.data.items.images import ImagePreparation
 
 

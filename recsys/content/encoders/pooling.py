@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from recsys.data.batch import ContentInput
+from recsys.data.items.content_input import ContentInput
 
 Pooling = Literal["mean", "cls", "last", "none", "projected"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from recsys.content.encoders.base import Encoder
-from recsys.data.batch import ContentInput
+from recsys.data.items.content_input import ContentInput
 
 
 class SeveralImages(Encoder):

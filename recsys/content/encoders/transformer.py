@@ -22,7 +22,7 @@ from recsys.content.encoders.layer_split import LayerSplit, find_layers, find_sp
 from recsys.content.encoders.pooling import pool
 from recsys.content.encoders.pretrained import PretrainedEncoder
 from recsys.content.wrap import wrap
-from recsys.data.batch import ContentInput
+from recsys.data.items.content_input import ContentInput
 from recsys.data.items.images import ImagePreparation
 
 

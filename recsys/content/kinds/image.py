@@ -24,7 +24,7 @@ from recsys.data.parquet.bad_rows import Report
 if TYPE_CHECKING:
     from recsys.content.encoders.base import Encoder
     from recsys.content.encoders.pretrained import PretrainedEncoder
-    from recsys.data.batch import ContentInput
+    from recsys.data.items.content_input import ContentInput
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ import numpy as np
 
 from embeddings.vocabulary.fixed import mix64
 from recsys.config import ModalitySettings
-from recsys.data.batch import ContentInput
 from recsys.data.filesystem import home_expanded, whole_folder
+from recsys.data.items.content_input import ContentInput
 from recsys.data.items.item_column import ItemColumnReader
 from recsys.data.items.item_table import ItemTable, digest_of
 from recsys.data.items.kind import ModalityKind, make_kinds

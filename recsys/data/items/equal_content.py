@@ -12,7 +12,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from recsys.data.batch import ContentInput
+    from recsys.data.items.content_input import ContentInput
 
 MOST = 0.5  # share of the items from which on equal content is reported
 

@@ -28,7 +28,7 @@ from recsys.data.parquet.bad_rows import Report
 if TYPE_CHECKING:  # the check of settings does without torch
     from torch import nn
 
-    from recsys.data.batch import ContentInput
+    from recsys.data.items.content_input import ContentInput
 
 MODALITY_KINDS = {
     "text": "recsys.content.kinds.text:Text",
@@ -105,7 +105,7 @@ class ModalityKind:
         """Return padded rows in the form that the encoder takes."""
         import torch
 
-        from recsys.data.batch import ContentInput
+        from recsys.data.items.content_input import ContentInput
 
         return ContentInput(torch.from_numpy(values), torch.from_numpy(mask))
 

@@ -10,62 +10,27 @@ Shapes: K items to encode, E width of content vectors.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from embeddings import MemoryBank
-from recsys.build import Job
-from recsys.checkpoint.run_folder import encoder_identities
-from recsys.checkpoint.state import model_state
-from recsys.config import Config, content_settings, load_config, save_config
+from recsys.config import Config, content_settings, load_config
 from recsys.content.branch import ContentBranch
-from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.build import encoder_of
-from recsys.content.encoders.identity import check_identities, write_identities
+from recsys.content.encoders.identity import check_identities
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.model.precision import content_parts, use_bfloat16
 from recsys.ranking.settings import SimSettings
-from recsys.serving.new_items.content_index import content_index
 
 FOLDER = "items"  # of the package
 CONFIG, WEIGHTS, INDEX = "config.yaml", "weights.safetensors", "index.npy"
-PREFIX = "model.content."  # of the branch's weights in the state of a model
 ITEMS_PER_CALL = 256
 
 EntryShapes = dict[str, list[int]]
-
-
-def write_item_encoder(package: Path, job: Job) -> EntryShapes:
-    """Write what `ItemEncoder` reads, and the index of the items that the package has.
-
-    Returns:
-        by modality, the shape of an item's entries; empty without content.
-    """
-    if job.em3.content is None or job.store is None:
-        return {}
-    folder = package / FOLDER
-    folder.mkdir()
-    save_config(job.config, folder / CONFIG)
-    write_identities(encoder_identities(job), folder)
-    weights = {
-        name.removeprefix(PREFIX): cast(Tensor, value).detach().clone()
-        for name, value in model_state(job).items()
-        if name.startswith(PREFIX)
-    }
-    save_file(weights, folder / WEIGHTS)
-    np.save(folder / INDEX, content_index(job.store))
-    shapes = {}
-    for name, encoder in job.em3.content.encoders.items():
-        # A cache holds the outputs of frozen layers in place of the entries.
-        is_cached = cast(Encoder, encoder).is_cached
-        of_entries = job.store.arrays[name].values.shape[1:]
-        shapes[name] = list(job.store.kinds[name].entry_shape if is_cached else of_entries)
-    return shapes
 
 
 class ItemEncoder:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recsys.serving.package import read_manifest_of
+from recsys.serving.package import GRAPH, read_manifest_of
 from recsys.serving.retrieval.index import read_index, search_index
 from recsys.serving.retrieval.user_tower import UserTower
 from recsys.serving.retrieval.vectors_folder import (
@@ -57,6 +57,7 @@ class Retriever:
     Args:
         folder: the folder.
         manifest: its manifest.
+        verify: compare the hashes of the user tower's package.
 
     Example::
 
@@ -67,7 +68,7 @@ class Retriever:
         retriever.retrieve({"user": 7, "price": 0.5}, history, count=10).items  # 10 raw ids
     """
 
-    def __init__(self, folder: Path, manifest: VectorsManifest) -> None:
+    def __init__(self, folder: Path, manifest: VectorsManifest, verify: bool) -> None:
         """Load the ids, the index and the user tower; see `load`."""
         self.folder, self.manifest = folder, manifest
         self.ids = pq.read_table(folder / ITEMS)["id"].combine_chunks()
@@ -76,7 +77,12 @@ class Retriever:
         self._history = manifest.history or manifest.target_item
         self.tower: UserTower | None = None
         if manifest.vectors == "item_tower":
-            self.tower = UserTower.load(folder / QUERIES, verify=False)  # verified with the folder
+            self.tower = UserTower.load(folder / QUERIES, verify=verify)
+            if self.tower.manifest.files[GRAPH] != manifest.tower:
+                raise ValueError(
+                    f"{folder / QUERIES / GRAPH}: is not the tower of these vectors; export the "
+                    "vectors again"
+                )
 
     @staticmethod
     def load(folder: str | Path, verify: bool = True) -> Retriever:
@@ -95,7 +101,7 @@ class Retriever:
         manifest = read_manifest_of(folder, VectorsManifest, what, command, verify)
         if manifest.index is None:
             raise ValueError(f"{folder}: has no index; export the vectors with --index hnsw")
-        return Retriever(folder, manifest)
+        return Retriever(folder, manifest, verify)
 
     def retrieve(
         self, user: Values, history: History = (), count: int = 100, exclude: Sequence[Any] = ()

@@ -1,14 +1,15 @@
 """A folder of item vectors: what `recsys export-vectors` writes and `recsys retrieve` reads.
 
 `vectors.npy` has the vectors, `items.parquet` the raw id (`id`) and table row (`row`) of each, in
-the same order; `index.faiss` is the index, whose positions are these places; `queries/` is the
-package of the user tower; `manifest.json` lists the files with their sizes and hashes.
+the same order; `index.faiss` is the index, whose positions are these places; `manifest.json` lists
+the files with their sizes and hashes. `queries/` is the package of the user tower, with a manifest
+of its own, as items may be added to it.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ from recsys.data.filesystem import whole_folder
 from recsys.distributed.ranks import Ranks
 from recsys.ranking.two_tower import TwoTower
 from recsys.serving.export import PACKAGES, load_for_export
-from recsys.serving.package import FORMAT, write_manifest
+from recsys.serving.package import FORMAT, GRAPH, write_manifest
 from recsys.serving.retrieval.index import IndexKind, build_index, require_faiss, write_index
 from recsys.serving.retrieval.item_vectors import ItemVectors, VectorKind, item_vectors
 from recsys.serving.retrieval.user_tower import write_user_tower
@@ -39,7 +40,8 @@ class VectorsManifest:
 
     ranking: the model's name. vectors: content or item_tower. num_items, dim: size of the vectors.
     target_item, history: columns of the schema. index: kind of the index; None without one.
-    normalized: vectors in the index have length one, so that it compares cosines.
+    normalized: vectors in the index have length one, so that it compares cosines. tower: size and
+    hashes of the user tower's graph; empty without one.
     """
 
     run: str
@@ -53,6 +55,7 @@ class VectorsManifest:
     normalized: bool
     versions: dict[str, str]
     created: str
+    tower: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # bytes and sha256 by name
     format: int = FORMAT
 
@@ -85,14 +88,15 @@ def export_vectors(
     job = load_for_export(run, out, ranks, data)
     if kind is None:
         kind = "item_tower" if isinstance(job.em3.ranking, TwoTower) else "content"
+    tower: dict[str, Any] = {}
     with whole_folder(out) as partial:
         if kind == "item_tower":
             (partial / QUERIES).mkdir()
-            write_user_tower(run, job, partial / QUERIES)
+            tower = write_user_tower(run, job, partial / QUERIES).files[GRAPH]
         of_items = item_vectors(job, kind)
-        manifest = _describe(run, job, kind, index, of_items)
+        manifest = replace(_describe(run, job, kind, index, of_items), tower=tower)
         _write(partial, of_items, manifest)
-        write_manifest(partial, manifest)
+        write_manifest(partial, manifest, leave_out=QUERIES)
     return manifest
 
 

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from recsys.config.server import ServerSettings
+from recsys.serving.integrity import VerifiedFiles
 from recsys.serving.server import metrics
 from recsys.serving.server.columns import RankedUser
 from recsys.serving.server.refusals import NotServed, Overloaded, Refusal, Unauthorized
-from recsys.serving.server.served import POLL_SECONDS, CurrentPackage, Served, Verify
+from recsys.serving.server.served import POLL_SECONDS, CurrentPackage, Served
 
 
 class Engine:
@@ -27,15 +28,15 @@ class Engine:
     from more workers.
     """
 
-    def __init__(self, settings: ServerSettings, verify: Verify) -> None:
-        """Load the package.
+    def __init__(self, settings: ServerSettings, verified: VerifiedFiles | None = None) -> None:
+        """Load the package, of which another process may have compared files with their hashes.
 
         Raises:
             ValueError: it cannot be loaded.
         """
         self.settings = settings
         torch.set_num_threads(settings.threads)
-        self._current = CurrentPackage(Path(settings.package), settings.verify, verify)
+        self._current = CurrentPackage(Path(settings.package), settings.verify, verified)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scorer")
         self._waiting = 0
 

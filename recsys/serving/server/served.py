@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from recsys.serving.integrity import VerifiedFiles
 from recsys.serving.package import MANIFEST, REQUEST, digest_of
 from recsys.serving.scorer import Scorer
 from recsys.serving.server.columns import Columns
@@ -22,8 +26,9 @@ logger = logging.getLogger(__name__)
 
 Verify = bool | Literal["later"]
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.25
 LONGEST_PAUSE = 60.0  # seconds between attempts to load a package that cannot be loaded
+TURN_SECONDS = 1e-4  # of a thread while a package is loaded; Python's own turns take 5 ms
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,19 @@ class Served:
     version: str
 
     @staticmethod
-    def load(folder: Path, verify: Verify) -> Served:
-        """Load a package, its files verified as by `Scorer.load`.
+    def load(
+        folder: Path,
+        verify: Verify,
+        before: Scorer | None = None,
+        verified: VerifiedFiles | None = None,
+    ) -> Served:
+        """Load a package as `Scorer.load` does.
 
         Raises:
             ValueError: the folder is no package, or a file of it differs.
         """
         folder = folder.resolve()  # of a link, which may be exchanged meanwhile
-        scorer = Scorer.load(folder, verify=verify)
+        scorer = Scorer.load(folder, verify=verify, before=before, verified=verified)
         example = json.loads((folder / REQUEST).read_text())
         return Served(scorer, Columns(scorer, example), digest_of(scorer.manifest)[:12])
 
@@ -62,18 +72,18 @@ class CurrentPackage:
 
     Args:
         folder: the package, or a link to it.
-        verify: how to compare the files of a package that replaces the first one with their hashes.
-        first_verify: the same for the first one.
+        verify: how to compare files with their hashes.
+        verified: files that another process has compared.
 
     Raises:
         ValueError: the folder is no package, or a file of it differs.
     """
 
-    def __init__(self, folder: Path, verify: Verify, first_verify: Verify) -> None:
+    def __init__(self, folder: Path, verify: Verify, verified: VerifiedFiles | None = None) -> None:
         """Load the package."""
         self._folder, self._verify = folder, verify
         self._signature = self._read_signature()
-        self.served = Served.load(folder, first_verify)
+        self.served = Served.load(folder, verify, verified=verified)
         self.failures, self._next = 0, 0.0
 
     def _read_signature(self) -> tuple[int, ...] | None:
@@ -92,7 +102,8 @@ class CurrentPackage:
         """Load the package of the folder and serve it; keep the old one if that fails."""
         signature = self._read_signature()
         try:
-            self.served = Served.load(self._folder, self._verify)
+            with _short_turns():
+                self.served = Served.load(self._folder, self._verify, self.served.scorer)
         except (ValueError, OSError) as error:
             self.failures += 1
             self._next = time.monotonic() + min(2.0**self.failures, LONGEST_PAUSE)
@@ -103,3 +114,17 @@ class CurrentPackage:
         self._signature, self.failures, self._next = signature, 0, 0.0
         logger.info("serving version %s", self.served.version)
         return True
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    """Let threads take short turns: a request waits for a turn of the loading thread at each step.
+
+    A graph has hundreds of steps, at each of which another thread may run.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(TURN_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)

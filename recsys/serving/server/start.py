@@ -68,6 +68,7 @@ def _run(settings: ServerSettings, http: socket.socket) -> None:
     from uvicorn.config import STARTUP_FAILURE
     from uvicorn.supervisors import Multiprocess
 
+    from recsys.serving.integrity import VerifiedFiles
     from recsys.serving.package import read_manifest
     from recsys.serving.server.worker import worker_app
 
@@ -76,8 +77,9 @@ def _run(settings: ServerSettings, http: socket.socket) -> None:
         *(settings.package, settings.name),
         *(settings.host, settings.port, settings.host, settings.grpc_port),
     )
+    verified = VerifiedFiles()
     config = uvicorn.Config(
-        partial(worker_app, settings),
+        partial(worker_app, settings, verified),
         factory=True,
         workers=settings.workers,
         log_config=None,
@@ -92,7 +94,7 @@ def _run(settings: ServerSettings, http: socket.socket) -> None:
     if settings.workers == 1:
         uvicorn.Server(config).run([http])
         return
-    read_manifest(Path(settings.package), settings.verify is True)  # once for all workers
+    read_manifest(Path(settings.package), settings.verify is True, verified)  # for all workers
     supervisor = Multiprocess(config, [http])
     supervisor.run()
     if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):

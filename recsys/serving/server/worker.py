@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -12,6 +13,7 @@ from uvicorn.config import STARTUP_FAILURE
 
 from recsys.config.server import ServerSettings
 from recsys.distributed.log import configure_logging
+from recsys.serving.integrity import VerifiedFiles
 from recsys.serving.server.engine import Engine
 from recsys.serving.server.gate import Gate
 from recsys.serving.server.grpc_service import grpc_server
@@ -20,8 +22,12 @@ from recsys.serving.server.http_app import http_app
 logger = logging.getLogger(__name__)
 
 
-def worker_app(settings: ServerSettings) -> Gate:
+def worker_app(settings: ServerSettings, verified: VerifiedFiles | None = None) -> Gate:
     """Load the package and return the application, which also answers gRPC while it runs.
+
+    Args:
+        settings: those of the server.
+        verified: files that the process which began this one has compared with their hashes.
 
     Raises:
         ValueError: the package cannot be loaded by the only worker; one of several ends its
@@ -32,8 +38,7 @@ def worker_app(settings: ServerSettings) -> Gate:
     of_http.handlers, of_http.propagate = logging.getLogger("recsys").handlers, False
     is_one = settings.workers == 1
     try:
-        verified = settings.verify is True and not is_one  # by the process that began this one
-        engine = Engine(settings, verify=False if verified else settings.verify)
+        engine = Engine(settings, verified)
     except ValueError as error:
         if is_one:
             raise
@@ -46,6 +51,7 @@ def worker_app(settings: ServerSettings) -> Gate:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         server = grpc_server(engine, f"{host}:{settings.grpc_port}")
         await server.start()
+        gc.freeze()  # a search for garbage among all modules would stop requests for 0.2 s
         engine.count_worker()
         watch = asyncio.create_task(engine.watch())
         logger.info("ready, version %s", engine.served.version)

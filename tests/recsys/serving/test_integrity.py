@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from recsys.serving import integrity
-from recsys.serving.integrity import BackgroundCheck, describe, differences
+from recsys.serving.integrity import BackgroundCheck, VerifiedFiles, describe, differences
 
 BLOCKS = 40
 
@@ -75,3 +75,31 @@ def test_a_file_that_is_gone_while_it_is_compared_is_a_difference(
     check = BackgroundCheck(tmp_path, files)
     check.join()
     assert check.difference is not None and "item" in check.difference
+
+
+def test_files_that_were_compared_are_read_again_only_if_they_changed(
+    tmp_path: Path, files: integrity.Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, digest = list[str](), integrity._digest
+
+    def noted(path: Path, block: int) -> str:
+        read.append(path.name)
+        return digest(path, block)
+
+    monkeypatch.setattr(integrity, "_digest", noted)
+    first = VerifiedFiles()
+    assert list(differences(tmp_path, files, "sample", first)) == []
+    assert list(differences(tmp_path, files, True, first)) == []  # a sample is no whole check
+    assert read.count("item") == integrity.SAMPLED_BLOCKS + BLOCKS
+
+    (tmp_path / "copy").write_bytes((tmp_path / "user").read_bytes())
+    (tmp_path / "copy").replace(tmp_path / "user")
+    read.clear()
+    second = VerifiedFiles(first)
+    assert list(differences(tmp_path, files, True, second)) == []
+    assert set(read) == {"user"} and first.found != second.found
+
+    content = bytearray((tmp_path / "item").read_bytes())
+    content[1234] ^= 4
+    (tmp_path / "item").write_bytes(content)
+    assert len(list(differences(tmp_path, files, True, VerifiedFiles(second)))) == 1

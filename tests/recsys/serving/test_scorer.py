@@ -157,6 +157,24 @@ def test_a_damaged_graph_of_the_same_size_is_refused_by_name(
         Scorer.load(package, verify=False)
 
 
+def test_a_package_takes_over_the_equal_graph_of_the_one_before(
+    run: tuple[Path, Path, np.ndarray], scorer: Scorer, tmp_path: Path
+) -> None:
+    package = Path(shutil.copytree(run[1], tmp_path / "package"))
+    table = package / "tables" / "item.vectors"
+    table.write_bytes((2 * np.fromfile(table, np.float32)).tobytes())
+    (package / MANIFEST).unlink()
+    write_manifest(package, read_manifest(run[1], verify=False))
+    request = next(requests(run[0] / "data"))
+
+    following = Scorer.load(package, before=scorer)
+
+    assert following._graph is scorer._graph
+    scores = following.score(**request)
+    np.testing.assert_array_equal(scores, Scorer.load(package).score(**request))
+    assert not np.array_equal(scores, scorer.score(**request))
+
+
 def test_other_versions_than_those_of_the_export_are_named(
     run: tuple[Path, Path, np.ndarray], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -23,6 +23,8 @@ from recsys.evaluation.predict import load_run
 from recsys.evaluation.retrieval import catalogue_of
 from recsys.serving import Scorer
 from recsys.serving.export import export_run
+from recsys.serving.new_items.add import add_items
+from recsys.serving.package import GRAPH, MANIFEST, read_manifest, write_manifest
 from recsys.serving.retrieval import Retriever, TwoStage
 from recsys.serving.retrieval.index import build_index, search_index
 from recsys.serving.retrieval.vectors_folder import INDEX, VECTORS, export_vectors, unit
@@ -169,6 +171,38 @@ def test_a_file_that_differs_is_refused_by_name(folder: Path, tmp_path: Path, na
     file = copy / name
     file.write_bytes(file.read_bytes()[::-1])
     with pytest.raises(ValueError, match=str(file)):
+        Retriever.load(copy)
+
+
+def test_items_added_to_the_user_tower_are_in_the_histories_of_queries(
+    folder: Path, retriever: Retriever, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(folder / "vectors", tmp_path / "vectors"))
+    items = pq.read_table(folder / "data" / "items")
+    known = dict(zip(items["item"].to_pylist(), items["text"].to_pylist()))
+    texts = [f"another {text}" if text else text for text in known.values()]
+    place = items.column_names.index("text")
+    edited = items.set_column(place, "text", pa.array(texts, items.schema.field("text").type))
+    pq.write_table(edited, tmp_path / "items.parquet")
+
+    assert add_items(copy / "queries", str(tmp_path / "items.parquet")).changed > 0
+
+    user, history, _ = next(of for of in liked_rows(folder) if of[1]["history"])
+    query = Retriever.load(copy).query(user, history)
+    assert not np.array_equal(query, retriever.query(user, history))
+
+
+def test_the_tower_of_other_vectors_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder / "vectors", tmp_path / "vectors"))
+    tower = copy / "queries"
+    manifest = read_manifest(tower)
+    (tower / MANIFEST).unlink()
+    program = torch.export.load(tower / GRAPH)
+    next(iter(program.state_dict.values())).data.add_(1)
+    torch.export.save(program, tower / GRAPH)
+    write_manifest(tower, manifest)
+
+    with pytest.raises(ValueError, match=str(tower / GRAPH)):
         Retriever.load(copy)
 
 

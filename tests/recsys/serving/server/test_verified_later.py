@@ -25,7 +25,7 @@ def test_a_damage_that_is_seen_later_makes_the_server_not_ready(
 ) -> None:
     package = str(package_run[1])
     settings = ServerSettings(package, "shop", "", 0, 0, 1, 1, Limits(), verify="later")
-    engine = Engine(settings, verify="later")
+    engine = Engine(settings)
     check = engine.served.scorer.check
     assert check is not None
     check.join()

@@ -1,0 +1,135 @@
+"""What smaller tables cost: AUC of packages of the same runs in fp32, fp16, int8 and int4.
+
+    python -m benchmarks.serving.accuracy --runs '[runs/movielens]' --out packages/accuracy
+
+Every test row of a run's data is scored by the package as a request. Beside the AUC is the largest
+difference of a package in fp32 from `recsys predict`. Exits with 1 if fp16 or int8 lose more than
+they may, or fp32 differs. Packages that exist are used as they are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jsonargparse import auto_cli
+from matplotlib.figure import Figure
+
+from benchmarks.results import RESULTS, Result, write_result
+from recsys.data.filesystem import Location
+from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.auc import grouped_auc
+from recsys.evaluation.predict import predict
+from recsys.serving import Scorer
+from recsys.serving.export import export_run
+from recsys.serving.requests import request_columns
+from recsys.serving.vector_file import StoredType
+
+MOST_LOST = {"fp16": 0.0005, "int8": 0.001}
+MOST_DIFFERENT = 1e-6  # of fp32 from `recsys predict`
+TYPES: tuple[StoredType, ...] = get_args(StoredType)
+
+
+def accuracy(runs: list[Path], out: Path, rows: int = 0, results: Path = RESULTS) -> bool:
+    """Export and score every run; return whether the bars are met.
+
+    Args:
+        runs: folders of finished runs.
+        out: folder of the packages and predictions.
+        rows: test rows to score; 0: all.
+        results: folder for the figures.
+    """
+    records = [_measure(run, out / run.name, rows) for run in runs]
+    write_result(_result(records), results)
+    return all(record["passes"] for record in records)
+
+
+def _measure(run: Path, out: Path, rows: int) -> dict[str, Any]:
+    """Return the AUC of a run by type of its tables, and how far fp32 is from `recsys predict`."""
+    test = (Location.of((run / "data.txt").read_text().strip()) / "test").files(".parquet")
+    with joined_ranks("cpu") as ranks:
+        if not (predicted := out / "predictions.parquet").exists():
+            out.mkdir(parents=True, exist_ok=True)
+            predict(run, [str(file) for file in test], predicted, None, ranks, "cpu")
+        for stored_as in TYPES:
+            if not (out / stored_as).exists():
+                export_run(run, out / stored_as, stored_as, ranks)
+    table = pq.read_table(predicted).slice(0, rows or None)
+    aucs, megabytes = {}, {}
+    for stored_as in TYPES:
+        scorer = Scorer.load(out / stored_as, num_threads=1)
+        label = scorer.labels[0]
+        scores = np.array([scorer.score(**each)[0, 0] for each in _requests(scorer, table)])
+        if stored_as == "fp32":
+            expected = table[f"prediction_{label}"].to_numpy()
+            difference, ranking = float(np.abs(scores - expected).max()), scorer.manifest.ranking
+        positive = table[label].to_numpy() > 0.5
+        aucs[stored_as] = float(grouped_auc(positive, scores, np.zeros(len(scores)))[1][0])
+        files = scorer.manifest.files.values()
+        megabytes[stored_as] = sum(of["bytes"] for of in files) / 1e6
+    lost = {name: aucs["fp32"] - aucs[name] for name in TYPES}
+    is_near = all(lost[name] <= most for name, most in MOST_LOST.items())
+    return {
+        "benchmark": "package_accuracy",
+        "run": run.name,
+        "ranking": ranking,
+        "rows": table.num_rows,
+        "auc": aucs,
+        "lost": lost,
+        "megabytes": megabytes,
+        "difference": difference,
+        "passes": is_near and difference <= MOST_DIFFERENT,
+    }
+
+
+def _requests(scorer: Scorer, table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Yield the rows, each as a request for its one item."""
+    manifest, schema = scorer.manifest, scorer.schema
+    user, history = request_columns(schema, manifest.pooled, manifest.dense)
+    columns = list(dict.fromkeys([*user, *history, schema.target_item]))
+    for batch in table.select(columns).to_batches(1024):
+        for row in batch.to_pylist():
+            yield {
+                "user": {name: row[name] for name in user},
+                "history": {name: row[name] for name in history},
+                "candidates": [row[schema.target_item]],
+            }
+
+
+def _result(records: list[dict[str, Any]]) -> Result:
+    columns = ["run", "fp32 - predict", "AUC fp32", *(f"lost by {of}" for of in TYPES[1:]), ""]
+    rows = [
+        [
+            f"{record['run']} ({record['ranking']})",
+            f"{record['difference']:.1e}",
+            f"{record['auc']['fp32']:.5f}",
+            *(f"{record['lost'][name]:+.5f}" for name in TYPES[1:]),
+            "pass" if record["passes"] else "FAIL",
+        ]
+        for record in records
+    ]
+    bars = ", ".join(f"{name} {most:g}" for name, most in MOST_LOST.items())
+    reading = [
+        f"{records[0]['rows']:,} test rows, each scored as a request. A package may lose: {bars}; "
+        f"in fp32 it differs from `recsys predict` by at most {MOST_DIFFERENT:g}."
+    ]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for record in records:
+            sizes = [record["megabytes"][name] for name in TYPES]
+            axes.plot(sizes, [record["lost"][name] for name in TYPES], "o-", label=record["run"])
+        axes.set(xlabel="MB of the package", ylabel="AUC lost", xscale="log")
+        axes.legend()
+
+    title = "AUC of packages by the type of their tables"
+    return Result("package_accuracy", title, records, columns, rows, draw, reading)
+
+
+if __name__ == "__main__":
+    sys.exit(0 if auto_cli(accuracy, as_positional=False) else 1)
