@@ -40,6 +40,7 @@ PAGES = (
     "launch/README.md",
     "recsys/checkpoint/README.md",
     "recsys/evaluation/README.md",
+    "recsys/training/continual/README.md",
     "recsys/serving/README.md",
     "recsys/serving/server/README.md",
     "recsys/serving/retrieval/README.md",

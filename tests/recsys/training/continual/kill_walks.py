@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import signal
 import tempfile
 import time
 from collections import Counter
@@ -26,6 +25,7 @@ import torch.distributed as dist
 
 from recsys.checkpoint.files import folders_by_age
 from recsys.checkpoint.partitions.state import ContinualFolder
+from recsys.training.continual import walk as walk_module
 from recsys.training.loss_watch import LossWatch
 from tests.ranks import HANG_SECONDS, forking_server
 from tests.recsys.command_runs import ROOT, TINY, rank_environment, run_rank
@@ -38,6 +38,7 @@ from tests.recsys.training.continual.walk_runs import (
 )
 
 PASSES = 2
+READY = "ready"  # the file that a walk makes when it begins
 STEPS = [PASSES * ceil(ceil(rows / 2) / 8) for rows in ROWS]  # of each partition, on two ranks
 
 
@@ -60,8 +61,8 @@ def start(data: Path, place: Path, port: int) -> list[BaseProcess]:
 
 
 def traced_rank(words: list[str], env: dict[str, str], place: Path, rank: int) -> None:
-    """A rank that notes every step it makes."""
-    step_before = LossWatch.step
+    """A rank that notes every step it makes, and when its walk begins."""
+    step_before, list_before = LossWatch.step, walk_module.list_partitions
 
     def step(watch: Any, number: int, loss: Any, positions: Any) -> Any:
         name = watch.rows.chunks[0].place.split("/")[-2]
@@ -69,7 +70,12 @@ def traced_rank(words: list[str], env: dict[str, str], place: Path, rank: int) -
             file.write(json.dumps([name, number, float(loss), positions.tolist()]) + "\n")
         return step_before(watch, number, loss, positions)
 
+    def list_partitions(root: Any) -> Any:
+        (place / READY).touch()
+        return list_before(root)
+
     LossWatch.step = step  # type: ignore[method-assign]
+    walk_module.list_partitions = list_partitions
     run_rank(words, env, ROOT, place / f"output-{rank}")
 
 
@@ -78,10 +84,11 @@ def walk(data: Path, place: Path, kills: int, rng: random.Random, longest: float
     place.mkdir()
     phases = Counter[str]()
     while True:
+        (place / READY).unlink(missing_ok=True)
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         processes = start(data, place, store.port)
         is_killed = phases.total() < kills
-        if is_killed and not ends_within(processes, rng.uniform(0.0, longest)):
+        if is_killed and not ends_within(processes, place / READY, rng.uniform(0.0, longest)):
             kill(processes, rng)
             phases[phase_of(place / "run")] += 1
             continue
@@ -97,15 +104,18 @@ def kill(processes: list[BaseProcess], rng: random.Random) -> None:
     """Kill one rank, and the other a little later."""
     first = rng.randrange(2)
     for process in (processes[first], processes[1 - first]):
-        os.kill(process.pid or 0, signal.SIGKILL)
+        process.kill()  # SIGKILL; it may have ended, as the other is gone
         time.sleep(rng.uniform(0.0, 0.3))
     for process in processes:
         process.join()
 
 
-def ends_within(processes: list[BaseProcess], seconds: float) -> bool:
-    end = time.monotonic() + seconds
+def ends_within(processes: list[BaseProcess], ready: Path, seconds: float) -> bool:
+    """Whether the ranks end within so many seconds after their walk has begun."""
+    end = time.monotonic() + HANG_SECONDS
     while time.monotonic() < end:
+        if ready.exists():
+            end = min(end, time.monotonic() + seconds)
         if not any(process.is_alive() for process in processes):
             return True
         time.sleep(0.01)
@@ -124,6 +134,8 @@ def phase_of(run: Path) -> str:
         return "before a partition is marked as trained"
     if checkpoints:
         return f"between steps of {name}"
+    if name == NAMES[0]:
+        return "in the first partition, before a checkpoint"
     if folder.scores_of(name).exists():
         return "after scores, before a checkpoint"
     return "before scores, while vocabularies, bank and tables grow"
@@ -151,14 +163,14 @@ def check_steps(place: Path) -> int:
 def survive(folder: Path, kills: int, seed: int) -> str:
     """Walk in peace, and as often with kills as it takes; compare, and say what was seen."""
     data, rng = write_walk(folder / "data"), random.Random(seed)
-    begin = time.monotonic()
     walk(data, folder / "peaceful", 0, rng, 0.0)
-    seconds, phases = time.monotonic() - begin, Counter[str]()
+    begin = (folder / "peaceful" / "run" / "scores" / f"{NAMES[1]}.parquet").stat().st_mtime
+    seconds, phases = time.time() - begin, Counter[str]()  # of three partitions
     steps, compared, walks = check_steps(folder / "peaceful"), 0, 0
     made = 0
     while phases.total() < kills:
         killed = folder / f"killed-{walks}"
-        phases += walk(data, killed, kills - phases.total(), rng, 0.5 * seconds)
+        phases += walk(data, killed, kills - phases.total(), rng, 0.7 * seconds)
         made += check_steps(killed)
         compared += assert_same_end(folder / "peaceful" / "run", killed / "run")
         walks += 1

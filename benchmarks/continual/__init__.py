@@ -1,0 +1,1 @@
+"""Continual training: its quality beside other ways on one log, and the time of a partition."""

@@ -1,0 +1,185 @@
+"""Continual training beside other ways to keep a model up to date, and the time of a partition.
+
+    python -m benchmarks.continual --out runs/bench
+
+The MovieLens log lies in 20 partitions in the order of time. Four ways score each before they have
+seen it: the continual run, a model trained from scratch on all before, the continual run's model
+frozen after the first half, and a continual run without content. Then partitions of a larger
+synthetic dataset are timed, from arrival to checkpoint, beside a plain epoch over the same rows.
+Writes `continual.jsonl`, `.md` and `.png` into `--results`; exits with 1 if a requirement is not
+met. Finished runs in `--out` are read, not trained again.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import auto_cli
+from matplotlib.figure import Figure
+
+from benchmarks.continual.arrival import Arrival, measure_arrival
+from benchmarks.continual.log import rows_before, write_log
+from benchmarks.continual.ways import (
+    CONTINUAL,
+    FROZEN,
+    ID_ONLY,
+    RETRAINED,
+    WAYS,
+    Scores,
+    frozen_at,
+    retrain,
+    scores_of_walk,
+    walk_all,
+)
+from benchmarks.results import RESULTS, Result, require_own_folder, write_result
+from recsys.evaluation.bootstrap import paired_difference, pooled_metric
+
+RECIPE = Path(__file__).parents[1] / "settings" / "continual.yaml"
+LEAST_DIFFERENCE, MOST_ROWS, MOST_TIME = -0.003, 0.15, 1.15
+COLUMNS = (("gauc", "all"), ("gauc", "cold"), ("gauc", "unseen"), ("auc", "all"))
+QUICK = ("--content.modalities", '{text: {kind: text, column: text, encoder: "random:bert"}}')
+QUICK_ROWS, QUICK_PARTITIONS = 4000, 4
+
+
+def benchmark(
+    out: Path,
+    partitions: int = 20,
+    source: Path | None = None,
+    retrained_from: int = 2,
+    epochs: int = 2,
+    arrival_rows: int = 131_072,
+    jobs: int = 2,
+    quick: bool = False,
+    results: Path = RESULTS,
+) -> bool:
+    """Measure, and return whether the requirements are met.
+
+    Args:
+        out: folder for datasets and runs.
+        partitions: number of partitions of the log.
+        source: MovieLens; default: the bundled sample.
+        retrained_from: number of the first partition before which a model is trained from scratch.
+        epochs: epochs of such a model, of which the best is taken.
+        arrival_rows: rows of a partition whose time is measured.
+        jobs: trainings side by side, one thread each.
+        quick: try small sizes.
+        results: folder for the figures.
+    """
+    require_own_folder(quick, results)
+    words: tuple[str, ...] = QUICK if quick else ()
+    rows = QUICK_ROWS if quick else None
+    partitions = QUICK_PARTITIONS if quick else partitions
+    names = write_log(out, partitions, source, rows)
+    arrival = measure_arrival(out, 2048 if quick else arrival_rows)
+    walk_all(RECIPE, out, names, words)
+    walked = scores_of_walk(out / "runs" / "continual", names)
+    asked = (*words, "--epochs", str(epochs))
+    retrained, rows_retrained = retrain(RECIPE, out, names, retrained_from - 1, asked, jobs)
+    found = {
+        CONTINUAL: walked,
+        RETRAINED: retrained,
+        FROZEN: frozen_at(out / "runs" / "half", names, walked),
+        ID_ONLY: scores_of_walk(out / "runs" / "id_only", names),
+    }
+    trained = {
+        CONTINUAL: rows_before(out, names, partitions - 1),
+        RETRAINED: rows_retrained,
+        FROZEN: rows_before(out, names, partitions // 2),
+        ID_ONLY: rows_before(out, names, partitions - 1),
+    }
+    verdicts = _verdicts(found, trained, names, arrival)
+    write_result(_result(found, trained, names, arrival, verdicts), results)
+    return all(verdicts.values())
+
+
+def _second_half(found: dict[str, Scores], names: list[str]) -> list[str]:
+    return [name for name in names[len(names) // 2 :] if all(name in of for of in found.values())]
+
+
+def _verdicts(
+    found: dict[str, Scores], trained: dict[str, int], names: list[str], arrival: Arrival
+) -> dict[str, bool]:
+    """Return each requirement, with what was measured, and whether it is met."""
+    common = [name for name in names if name in found[CONTINUAL] and name in found[RETRAINED]]
+    sides = [[[found[way][name] for name in common]] for way in (RETRAINED, CONTINUAL)]
+    gauc = [pooled_metric(side[0], "gauc", "all") or 0.0 for side in sides]
+    interval = paired_difference(*sides, "gauc", "all")
+    words = "" if interval is None else f" [{interval.low:+.4f}, {interval.high:+.4f}]"
+    share = trained[CONTINUAL] / trained[RETRAINED]
+    times = arrival.total / arrival.plain
+    return {
+        f"the continual model's pooled GAUC is {gauc[1] - gauc[0]:+.4f}{words} beside that of the "
+        f"retrained one ({gauc[1]:.4f} and {gauc[0]:.4f}), at least {LEAST_DIFFERENCE}": (
+            gauc[1] - gauc[0] >= LEAST_DIFFERENCE
+        ),
+        f"it trained on {share:.1%} of the rows that retraining did, of {MOST_ROWS:.0%} at most": (
+            share <= MOST_ROWS
+        ),
+        f"from arrival to checkpoint {arrival.total:.1f} s for {arrival.rows:,} rows, "
+        f"{times:.2f} times the {arrival.plain:.1f} s of a plain epoch, of {MOST_TIME} at most": (
+            times <= MOST_TIME
+        ),
+    }
+
+
+def _result(
+    found: dict[str, Scores],
+    trained: dict[str, int],
+    names: list[str],
+    arrival: Arrival,
+    verdicts: dict[str, bool],
+) -> Result:
+    half = _second_half(found, names)
+    records: list[dict[str, Any]] = []
+    for way in WAYS:
+        pooled = {
+            f"{metric} {part}": pooled_metric([found[way][name] for name in half], metric, part)
+            for metric, part in COLUMNS
+        }
+        curve = {
+            name: pooled_metric([scores], "gauc", "all") for name, scores in found[way].items()
+        }
+        records.append(
+            {"benchmark": "continual", "way": way, **pooled, "rows": trained[way], "gauc": curve}
+        )
+    columns = ["way", "GAUC", "GAUC cold", "GAUC unseen", "AUC", "rows trained on"]
+    rows = [(record["way"], *_cells(record), f"{record['rows']:,}") for record in records]
+    reading = [
+        f"Requirement {'met' if met else 'NOT MET'}: {words}." for words, met in verdicts.items()
+    ]
+    reading.append(
+        f"Metrics are pooled over the last {len(half)} of {len(names)} partitions, which all ways "
+        "scored before they had seen them; the first requirement pools all partitions that both "
+        "ways scored. The retrained model's epoch is the best on the partition that it scores."
+    )
+    phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in arrival.phases.items())
+    reading.append(
+        f"Seconds of a partition of {arrival.rows:,} rows by phase: {phases}; in a plain epoch its "
+        f"steps take {arrival.plain:.2f}."
+    )
+    records.append({"benchmark": "continual", "way": "arrival", **arrival.phases})
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for way in WAYS:
+            axes.plot(
+                [names.index(name) + 1 for name in found[way]],
+                [pooled_metric([scores], "gauc", "all") for scores in found[way].values()],
+                label=way,
+                marker=".",
+            )
+        axes.set(xlabel="partition, scored before it is trained on", ylabel="GAUC")
+        axes.legend()
+
+    return Result("continual", "Continual training", records, columns, rows, draw, reading)
+
+
+def _cells(record: dict[str, Any]) -> list[str]:
+    values = [record[f"{metric} {part}"] for metric, part in COLUMNS]
+    return ["-" if value is None else f"{value:.4f}" for value in values]
+
+
+if __name__ == "__main__":
+    sys.exit(0 if auto_cli(benchmark, as_positional=False) else 1)
