@@ -4,25 +4,14 @@ A :class:`~embeddings.vocabulary.bounded.BoundedVocabulary` gives the row of a r
 which must not inherit the weights and the optimizer state of the old id.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embeddings.table_state import table_weights
+from embeddings.table_shards import TableShard, local_shards
 from embeddings.tables import INITIALIZATION_BLOCK_ROWS, NormalInitializer, TableConfig
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """A rectangle of a table on this rank."""
-
-    weight: Tensor  # [rows, columns], the memory of the model
-    states: list[Tensor]  # state of the fused optimizer, [rows] or [rows, columns]
-    row: int  # offsets in the table
-    column: int
 
 
 class RowReset:
@@ -59,8 +48,8 @@ class RowReset:
     ) -> None:
         """Draw the initial weights of each table and collect its shards on this rank."""
         self._fresh = {table.name: _fresh_rows(table, seed) for table in tables}
-        self._shards: dict[str, list[_Shard]] = {table.name: [] for table in tables}
-        for name, shard in _local_shards(model):
+        self._shards: dict[str, list[TableShard]] = {table.name: [] for table in tables}
+        for name, shard in local_shards(model):
             if name in self._shards:
                 self._shards[name].append(shard)
 
@@ -72,11 +61,10 @@ class RowReset:
         one: a pipeline fetches its batches, and so maps their ids, on another stream.
         """
         for shard in self._shards[table]:
-            inside = rows[(rows >= shard.row) & (rows < shard.row + len(shard.weight))]
+            inside = rows[shard.contains(rows)]
             if not len(inside):
                 continue
-            columns = slice(shard.column, shard.column + shard.weight.shape[1])
-            fresh = self._fresh[table][inside % INITIALIZATION_BLOCK_ROWS, columns]
+            fresh = self._fresh[table][inside % INITIALIZATION_BLOCK_ROWS, shard.columns]
             device = shard.weight.device
             on_cuda = device.type == "cuda"
             with torch.cuda.stream(torch.cuda.default_stream(device) if on_cuda else None):
@@ -94,15 +82,3 @@ def _fresh_rows(table: TableConfig, seed: int) -> Tensor:
         torch.manual_seed(seed)
         NormalInitializer(table).fill(fresh)
     return fresh
-
-
-def _local_shards(model: DistributedModelParallel) -> Iterator[tuple[str, _Shard]]:
-    """Yield every table's name with each of its shards on this rank."""
-    states = model.fused_optimizer.state_dict()["state"]
-    for key, weight in table_weights(model).items():
-        kept = [state.local_shards() for state in states.get(key, {}).values()]
-        for index, shard in enumerate(weight.local_shards()):
-            row, column = shard.metadata.shard_offsets
-            own = [shards[index].tensor for shards in kept]
-            by_row = [state for state in own if len(state) == len(shard.tensor)]
-            yield key.split(".")[-2], _Shard(shard.tensor.detach(), by_row, row, column)

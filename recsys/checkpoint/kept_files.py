@@ -14,7 +14,7 @@ from recsys.checkpoint.compatibility import check_equal
 from recsys.distributed.ranks import Ranks
 
 SCHEMA = "schema.yaml"
-KEPT = (SCHEMA, "item_counts.npy", "vocabulary/*.parquet")
+KEPT = (SCHEMA, "item_counts.npy", "item_counts_before.npy", "vocabulary/*.parquet")
 
 
 def kept_digests(run: Path) -> dict[str, str]:

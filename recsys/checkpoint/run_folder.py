@@ -35,6 +35,7 @@ from recsys.distributed.job import JobName, restarts
 from recsys.distributed.ranks import Ranks
 
 ITEM_COUNTS = "item_counts.npy"
+ITEM_COUNTS_BEFORE = "item_counts_before.npy"  # of the runs that a warm start took over from
 SKIPPED_ROWS = "skipped_rows.json"
 LOCK = ".lock"  # held by the job that writes the folder
 METRICS = "metrics.json"
@@ -191,13 +192,18 @@ def _empty(run: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def read_item_counts(run: Path, num_items: int) -> ItemCounts:
+def read_item_counts(run: Path, num_items: int, name: str = ITEM_COUNTS) -> ItemCounts:
     """Read the number of training rows of each item, which `begin_run` stored.
+
+    Args:
+        run: the run's folder.
+        num_items: rows of the item table.
+        name: the file in it.
 
     Raises:
         ValueError: the file is missing, damaged, or of other items.
     """
-    file = run / ITEM_COUNTS
+    file = run / name
     try:
         stored = ItemCounts.load(regular_file(file))
         items, counts = stored.items, stored.counts

@@ -9,6 +9,7 @@ from recsys.config.limits import Dropout, NonNegativeFloat, Width
 
 Sharding = Literal["auto", "row_wise", "table_wise", "column_wise"]
 TableOptimizer = Literal["rowwise_adagrad", "adagrad", "adam", "sgd"]
+NewRows = Literal["random", "mean", "content"]
 WireType = Literal["fp32", "fp16", "bf16"]
 
 
@@ -47,6 +48,10 @@ class TableSettings:
     """Keep the initial weights, such as those of `init_from`."""
     init_from: InitFromSettings | None = None
     """Pretrained initial vectors."""
+    new_rows: NewRows = "random"
+    """Values of rows that no training step has updated, at a warm start and in every validation.
+    random: their initial weights; mean: the mean of the trained rows; content: for items, made of
+    their content by a ridge regression over the trained rows of warm items, else the mean."""
 
 
 @dataclass

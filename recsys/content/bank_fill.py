@@ -1,6 +1,6 @@
-"""Fills the memory bank with the encoded vectors of items.
+"""Encodes items outside of training steps, to fill the memory bank or to return their vectors.
 
-Shapes: U items.
+Shapes: U items, E width of a vector as the bank keeps it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from recsys.content.branch import ContentBranch
 from recsys.data.items.content_store import ContentStore
@@ -50,3 +51,27 @@ def encode_into_bank(
             between()
         content.bank.update(torch.from_numpy(call).to(ranks.device), vectors, content.step)
     content.train(was_training)
+
+
+@torch.no_grad()
+def item_vectors(
+    content: ContentBranch,
+    store: ContentStore,
+    ranks: Ranks,
+    ids: np.ndarray,  # [U]
+) -> Tensor:  # [U, E], on the host
+    """Return the vectors of this rank's items, from the bank if there is one, else encoded.
+
+    A collective: every rank asks for items of its own, or for none.
+    """
+    if content.bank is not None:
+        return content.bank.lookup(torch.from_numpy(ids).to(ranks.device))[0].cpu()
+    was_training = content.training
+    content.eval()
+    vectors = [torch.zeros(0, content.dim)]
+    for start in range(0, len(ids), ITEMS_PER_CALL):
+        inputs = store.gather(ids[start : start + ITEMS_PER_CALL])
+        on_device = {name: part.to(ranks.device) for name, part in inputs.items()}
+        vectors.append(content.encode(on_device).float().cpu())
+    content.train(was_training)
+    return torch.cat(vectors)

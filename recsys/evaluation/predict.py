@@ -20,6 +20,7 @@ import torch
 from recsys.build import Job, build_job
 from recsys.checkpoint.manager import load_best
 from recsys.checkpoint.manifest import model_of
+from recsys.checkpoint.new_rows.fill import fill_rows_of_later_items
 from recsys.checkpoint.output_file import check_output
 from recsys.checkpoint.partitions.items import add_new_items
 from recsys.checkpoint.run_folder import check_encoders, check_vocabularies, read_item_counts
@@ -69,6 +70,7 @@ def load_run(
     check_vocabularies(run, job)
     check_encoders(run, job)
     load_best(job, run)
+    fill_rows_of_later_items(job, run)
     return job
 
 

@@ -6,6 +6,7 @@ from embeddings import TableConfig
 from recsys.config import Config, TableSettings, softmax_settings
 from recsys.data.negatives import negatives_feature
 from recsys.data.schema import Schema
+from recsys.model.new_rows import new_rows_rules
 
 
 def pooled_features(config: Config, schema: Schema) -> list[str]:
@@ -65,6 +66,7 @@ def table_configs(
                 f"embedding.skip: '{name}' is the target item, a sequence, a list beside one, or "
                 "not in schema.yaml; name an id column whose vectors are summed"
             )
+    new_rows_rules(config, schema)
     return [
         _table_config(
             config,

@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 
 def id_only_twin(config: Config) -> Config:
-    """Return the same configuration without content and without the loss that needs it.
+    """Return the same configuration without content and without the parts that need it.
+
+    New rows that the run makes of content get what that rule gives without it: the mean.
 
     Raises:
         ValueError: the configuration has no content, or is not valid without it.
@@ -44,7 +46,16 @@ def id_only_twin(config: Config) -> Config:
             "--compare id_only: the run has no content (content: none), so it is its own ID-only "
             "twin; leave --compare out or configure content"
         )
-    twin = replace(config, content="none", contrastive=replace(config.contrastive, weight=0.0))
+    tables = {
+        name: replace(table, new_rows="mean") if table.new_rows == "content" else table
+        for name, table in config.embedding.tables.items()
+    }
+    twin = replace(
+        config,
+        content="none",
+        contrastive=replace(config.contrastive, weight=0.0),
+        embedding=replace(config.embedding, tables=tables),
+    )
     validate(twin)
     return twin
 

@@ -17,6 +17,7 @@ from recsys.build import Job, build_job, check_columns
 from recsys.checkpoint.files import BEST
 from recsys.checkpoint.manager import Checkpoints, load_best
 from recsys.checkpoint.manifest import model_of
+from recsys.checkpoint.new_rows.fill import require_table_state
 from recsys.checkpoint.output_file import check_run_folder
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_folder import (
@@ -167,6 +168,8 @@ def open_run(
         check_vocabularies(run, job)
         check_encoders(run, job)
         progress = checkpoints.restore()
+        if progress is not None:
+            require_table_state(job, checkpoints.last_good)
     if progress is None:
         plan = None if warm is None else plan_warm_start(job, *warm)  # before a word is written
         begin_run(run, job, *check_data(job))

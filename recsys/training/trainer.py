@@ -16,6 +16,7 @@ from torchrec.distributed.types import ShardedModule
 
 from recsys.build import Job
 from recsys.checkpoint.manager import Checkpoints
+from recsys.checkpoint.new_rows.fill import refill_new_rows
 from recsys.checkpoint.progress import Progress
 from recsys.config import content_settings
 from recsys.data.batch import Batch
@@ -196,6 +197,7 @@ class Trainer:
         content = content_settings(job.config)
         if content is not None and content.history.refresh_bank_every_epoch:
             fill_bank(job, self.lockstep)
+        refill_new_rows(job, self.run)
         searches = needs_search(job.config.best_model_by)
         report = evaluate_split(job, "valid", self.item_counts, self.lockstep, searches)
         if (line := format_unknown("train", progress.ids)) is not None:

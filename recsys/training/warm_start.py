@@ -10,6 +10,8 @@ from pathlib import Path
 from embeddings.table_state import set_table_steps
 from recsys.build import Job
 from recsys.checkpoint.item_content import encode_changed_items
+from recsys.checkpoint.new_rows.fill import fill_new_rows
+from recsys.checkpoint.new_rows.trained_counts import counts_before, keep_counts_before
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_schema import WARM_START
 from recsys.checkpoint.warm_start.differences import Differences
@@ -53,6 +55,7 @@ def start_warm(job: Job, run: Path, plan: WarmStartPlan) -> Progress:
         ValueError: on every rank: a file of the checkpoint cannot be read.
     """
     progress = take_over(job, plan)
+    keep_counts_before(run, job, plan)
     describe_start(run, job.ranks, plan)
     return progress
 
@@ -84,6 +87,8 @@ def take_over(job: Job, plan: WarmStartPlan) -> Progress:
         else:
             new_rows = None if plan.items.is_identity else plan.items.new_rows
             encode_changed_items(job, source.request.run, source.model.manifest, new_rows)
+    for table, filled in fill_new_rows(job, counts_before(job, plan)).items():
+        plan.differences.add(f"table '{table}'", f"new_rows: {filled.rule}", str(filled))
     return progress
 
 

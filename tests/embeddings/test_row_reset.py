@@ -14,6 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 import embeddings.row_reset as row_reset_module
 from embeddings import fuse_table_optimizers, plan_sharding, sharders
 from embeddings.row_reset import RowReset
+from embeddings.table_shards import TableShard
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.optimizer import DenseGroup, build_dense_optimizer
 from tests.embeddings.tables_model import SEED, TablesModel, initial_tables, jagged, table_configs
@@ -137,8 +138,8 @@ def test_rows_beyond_the_first_block_take_turns_with_its_weights(
 ) -> None:
     monkeypatch.setattr(row_reset_module, "INITIALIZATION_BLOCK_ROWS", 4)
     weight, initial = torch.zeros(10, 8), initial_tables()["user"]
-    shard = row_reset_module._Shard(weight, [], row=0, column=0)
-    monkeypatch.setattr(row_reset_module, "_local_shards", lambda model: [("user", shard)])
+    shard = TableShard(weight, [], row=0, column=0)
+    monkeypatch.setattr(row_reset_module, "local_shards", lambda model: [("user", shard)])
     reset = RowReset(nn.Module(), table_configs()[:1], seed=SEED)  # type: ignore[arg-type]
     state = torch.random.get_rng_state()
     reset("user", torch.tensor([1, 9]))

@@ -23,6 +23,7 @@ from recsys.checkpoint.warm_start.optimizers import choose_optimizer_state
 from recsys.checkpoint.warm_start.row_maps import RowMap, row_map
 from recsys.checkpoint.warm_start.settings import compare_encoders, compare_settings
 from recsys.checkpoint.warm_start.source import Source, Stored
+from recsys.model.new_rows import new_rows_rules
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,12 @@ class WarmStartPlan:
     def takes_table_state(self) -> bool:
         """Return whether the state of any fused optimizer is taken over."""
         return any(name.startswith("optimizer.tables.") for name in self.taken)
+
+    @property
+    def tables_with_state(self) -> set[str]:
+        """Return the tables of which optimizer state is taken over."""
+        names = (name for name in self.taken if name.startswith("optimizer.tables."))
+        return {table for name in names if (table := _table_of(name)) is not None}
 
     @torch.no_grad()
     def apply(self, job: Job) -> None:
@@ -134,8 +141,23 @@ def plan_warm_start(job: Job, source: Source, differences: Differences) -> WarmS
     _choose_bank(plan, job, own, is_same)
     with job.ranks.raise_on_all_ranks():
         choose_optimizer_state(plan.source, job, own, plan.taken, differences)
+        _refuse_rules_without_state(plan, job)
         differences.check(source.model.folder)
     return plan
+
+
+def _refuse_rules_without_state(plan: WarmStartPlan, job: Job) -> None:
+    """Refuse rules for new rows of a table that is taken over without its optimizer state."""
+    with_state = plan.tables_with_state
+    taken = {table_of_key(name) for name in plan.taken if name.startswith(MODEL)}
+    for table, rule in new_rows_rules(job.config, job.schema).items():
+        if table in taken and table not in with_state:
+            plan.differences.refuse(
+                f"embedding.tables.{table}.new_rows",
+                f"{rule} applies to rows whose moments are zero, and the table's optimizer state "
+                "begins anew",
+                "take that state over, or set random",
+            )
 
 
 def _refuse_shapes(shapes: dict[str, str], differences: Differences) -> None:

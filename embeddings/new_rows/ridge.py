@@ -1,0 +1,138 @@
+r"""Ridge regression over the rows of all ranks, its penalty chosen by leave-one-out.
+
+For pairs of a vector x and a row y, centred by their means, the map W minimises
+
+    sum ||y - x W||^2 + penalty * ||W||^2,    W = (X'X + penalty I)^-1 X'Y
+
+Its error on a pair that it was fitted without follows from the fit with it, e / (1 - h), where h is
+the pair's diagonal entry of X (X'X + penalty I)^-1 X' + 1/n (Allen's PRESS; Golub, Heath and Wahba
+1979). So every penalty is judged by all pairs, without a split that would depend on the ranks. The
+largest penalty is infinite: the mean of the rows, whatever the vector.
+
+Shapes: N pairs of this rank, n pairs of all ranks, E width of a vector, D width of a row, P
+penalties.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BLOCK_ROWS = 2**16
+# Penalties as multiples of the mean eigenvalue of X'X, the largest first, so that among equal
+# errors the simpler map is chosen.
+MULTIPLES = (float("inf"), *(10.0**power for power in range(4, -7, -1)))
+NO_VARIANCE = 1e-12  # a variance below this share of the mean square is that of rounding
+
+
+@dataclass(frozen=True)
+class RidgeMap:
+    """A linear map from vectors to rows, in float64.
+
+    x_mean: [E], y_mean: [D], weights: [E, D].
+    penalty: the chosen one; infinite for the mean of the rows.
+    num_pairs: n.
+    error: mean squared error per number of a pair left out; that of the mean is `mean_error`.
+    """
+
+    x_mean: Tensor
+    y_mean: Tensor
+    weights: Tensor
+    penalty: float
+    num_pairs: int
+    error: float
+    mean_error: float
+
+    def __call__(self, x: Tensor) -> Tensor:  # [N, E] -> [N, D]
+        """Return the rows of some vectors, float64."""
+        return (x.double() - self.x_mean) @ self.weights + self.y_mean
+
+
+def fit_ridge(
+    x: Tensor,  # [N, E]
+    y: Tensor,  # [N, D]
+    group: dist.ProcessGroup | None = None,
+) -> RidgeMap | None:
+    """Fit the map to the pairs of all ranks; None without any pair. A collective.
+
+    Sums over pairs are those of float64, so that other numbers of ranks agree to rounding; all
+    ranks return the map of the first one.
+
+    Example::
+
+        import torch
+        from embeddings.new_rows.ridge import fit_ridge
+
+        x = torch.randn(100, 3)
+        fitted = fit_ridge(x, x @ torch.ones(3, 2))
+        fitted(torch.eye(3))  # close to ones(3, 2)
+    """
+    counts = _summed(torch.tensor(float(len(x)), dtype=torch.float64), group)
+    num_pairs = int(counts)
+    if not num_pairs:
+        return None
+    x_mean = _summed(x.double().sum(dim=0), group) / num_pairs
+    y_mean = _summed(y.double().sum(dim=0), group) / num_pairs
+    gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    moment = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64)
+    for a, b in _centred(x, y, x_mean, y_mean):
+        gram += a.T @ a
+        moment += a.T @ b
+    gram, moment = _summed(gram, group), _summed(moment, group)
+    values, vectors = torch.linalg.eigh(gram)
+    values = values.clamp(min=0)
+    scale = float(values.mean())
+    is_constant = scale <= NO_VARIANCE * num_pairs * float(x_mean.square().mean())
+    multiples = MULTIPLES[:1] if is_constant or num_pairs < 2 else MULTIPLES
+    penalties = torch.tensor(multiples, dtype=torch.float64) * scale
+    if len(penalties) == 1:
+        penalties[0] = float("inf")
+    shrink = 1 / (values.unsqueeze(1) + penalties)  # [E, P]
+    turned = vectors.T @ moment  # [E, D]
+    errors = torch.zeros(len(penalties), dtype=torch.float64)
+    for a, b in _centred(x, y, x_mean, y_mean):
+        errors += _left_out_errors(a @ vectors, b, turned, shrink, num_pairs)
+    errors = _summed(errors, group) / (num_pairs * y.shape[1])
+    best = int(errors.argmin())
+    weights = vectors @ (shrink[:, best, None] * turned)
+    if group is not None:
+        dist.broadcast(weights, group_src=0, group=group)
+    penalty = float(penalties[best])
+    return RidgeMap(
+        x_mean, y_mean, weights, penalty, num_pairs, float(errors[best]), float(errors[0])
+    )
+
+
+def _left_out_errors(
+    x: Tensor,  # [N, E], in the basis of eigenvectors
+    y: Tensor,  # [N, D]
+    turned: Tensor,  # [E, D]
+    shrink: Tensor,  # [E, P]
+    num_pairs: int,
+) -> Tensor:  # [P]
+    """Return the sums of squared errors of pairs left out, by penalty."""
+    leverage = x.square() @ shrink + 1 / num_pairs  # [N, P]
+    factor = 1 / (1 - leverage).clamp(min=1e-9)
+    errors = [
+        ((y - x @ (each.unsqueeze(1) * turned)) * factor[:, index, None]).square().sum()
+        for index, each in enumerate(shrink.T)
+    ]
+    return torch.stack(errors)
+
+
+def _centred(
+    x: Tensor, y: Tensor, x_mean: Tensor, y_mean: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield blocks of centred pairs in float64."""
+    for start in range(0, len(x), BLOCK_ROWS):
+        part = slice(start, start + BLOCK_ROWS)
+        yield x[part].double() - x_mean, y[part].double() - y_mean
+
+
+def _summed(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the sum over the ranks. A collective."""
+    if group is not None:
+        dist.all_reduce(value, group=group)
+    return value

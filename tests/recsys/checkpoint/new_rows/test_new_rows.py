@@ -1,0 +1,186 @@
+"""Rows that no step has updated get the values of their rule, under every plan alike."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from torch import Tensor
+
+from embeddings.new_rows.ridge import fit_ridge
+from recsys.checkpoint.new_rows import fill
+from recsys.checkpoint.new_rows.trained_counts import trained_counts
+from recsys.data.item_parts import ItemCounts
+from tests.ranks import run_on_ranks
+from tests.recsys.checkpoint.schema_runs import rewrite
+from tests.recsys.checkpoint.warm_start.warm_runs import (
+    WITHOUT_CONTENT,
+    assert_equal,
+    begin,
+    begun,
+    best_of,
+    changed,
+    ids_of,
+    state_of,
+    stored_state,
+    write_ids,
+)
+from tests.recsys.em3_runs import ranks_of
+
+NEW, WITHOUT_ITEM = 901, 902  # raw ids that the data has and the run has not
+WARM_FROM = 2  # training rows, since the items of the tests have few
+
+
+def rule(name: str, *words: str) -> list[str]:
+    return ["--embedding.tables", f"{{item: {{new_rows: {name}}}}}", *words]
+
+
+def with_new_items(folder: Path, out: Path) -> tuple[Path, list[int]]:
+    """The run's data with two more ids at other places, one of them with content."""
+    now = [NEW, *reversed(ids_of(folder / "data")), WITHOUT_ITEM]
+
+    def add(items: pa.Table) -> pa.Table:
+        again = items.slice(0, 1)
+        place = items.column_names.index("item")
+        return pa.concat_tables(
+            [items, again.set_column(place, "item", pa.array([NEW], pa.int64()))]
+        )
+
+    data = changed(folder, out, lambda schema: schema["columns"]["item"].update(num_embeddings=55))
+    files = sorted((data / "items").glob("*.parquet"))
+    assert len(files) == 1
+    rewrite(data / "items", add)
+    return write_ids(data, now), now
+
+
+def moments_of(state: dict[str, Tensor]) -> Tensor:
+    """The moments of the rows of the items' table."""
+    (name,) = (each for each in state if re.match(r"optimizer\.tables.*\.item\.weight", each))
+    return state[name]
+
+
+@pytest.fixture
+def low_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fill, "COLD_BELOW", WARM_FROM)
+
+
+def test_new_items_get_the_row_that_the_regression_gives_their_content(
+    multimodal: Path, tmp_path: Path, low_limit: None
+) -> None:
+    data, now = with_new_items(multimodal, tmp_path)
+    before = stored_state(best_of(multimodal))["item"]
+    with begun(multimodal, tmp_path / "new", *rule("content"), data=data) as new:
+        state, words = state_of(new.job), new.words
+    table, bank = state["item"], state["bank"][:, :-1]
+    trained = moments_of(state) > 0
+    has_item = torch.tensor([row < len(now) and now[row] != WITHOUT_ITEM for row in range(55)])
+    counts = torch.from_numpy(trained_counts(tmp_path / "new", 55).of(torch.arange(55).numpy()))
+    learned = trained & has_item & (counts >= WARM_FROM)
+    assert 4 < learned.sum() < trained.sum() < has_item.sum()
+    fitted = fit_ridge(bank[learned], table[learned])
+    assert fitted is not None
+    made = has_item & ~trained
+    assert made[0]
+    torch.testing.assert_close(table[made], fitted(bank[made]).float(), rtol=1e-6, atol=1e-7)
+    mean = table[trained].double().mean(dim=0).float()
+    others = ~has_item & ~trained
+    assert others[[54, now.index(WITHOUT_ITEM)]].all()
+    torch.testing.assert_close(table[others], mean.expand(int(others.sum()), -1))
+    old = {raw: row for row, raw in enumerate(ids_of(multimodal / "data"))}
+    for row in trained.nonzero().flatten().tolist():
+        assert torch.equal(table[row], before[old[now[row]]])
+    assert re.search(
+        rf"new_rows: content +{int(made.sum())} made .* {int(learned.sum())} rows", words
+    )
+    stored = json.loads((tmp_path / "new" / "warm_start.json").read_text())
+    assert stored["differences"][-1]["what"] == "new_rows: content"
+
+
+def test_without_warm_items_and_by_the_rule_mean_new_rows_have_the_mean(
+    multimodal: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fill, "COLD_BELOW", 1000)
+    with begun(multimodal, tmp_path / "one", *rule("content")) as new:
+        state = state_of(new.job)
+        assert "as no trained item has 1000 training rows" in new.words
+    tables = "{item: {new_rows: mean}, shop: {new_rows: mean}}"
+    data = changed(
+        plain, tmp_path, lambda schema: schema["columns"]["shop"].update(num_embeddings=9)
+    )
+    words = [*WITHOUT_CONTENT, "--embedding.tables", tables]
+    with begun(plain, tmp_path / "two", *words, data=data) as new:
+        of_plain = state_of(new.job)
+        assert len(re.findall("new_rows: mean", new.words)) == 2
+    for each in (state, of_plain):
+        trained = moments_of(each) > 0
+        assert not trained.all()
+        mean = each["item"][trained].double().mean(dim=0).float()
+        torch.testing.assert_close(each["item"][~trained], mean.expand(int((~trained).sum()), -1))
+    shops = of_plain["shop"]
+    torch.testing.assert_close(shops[5:], shops[:5].mean(dim=0).expand(4, -1))
+    assert_equal({"shop": shops[:5]}, {"shop": stored_state(best_of(plain))["shop"]}, "shop")
+
+
+def begin_on_rank(
+    rank: int, world_size: int, folder: Path, data: Path, out: Path, words: list[str]
+) -> list[tuple[list[int], Tensor]]:
+    fill.COLD_BELOW = WARM_FROM  # of this process
+    job = begin(folder, out, ranks_of(rank, world_size), *words, data=data).job
+    table = job.model.state_dict()["embeddings.embeddings.item.weight"]
+    return [(list(of.metadata.shard_offsets), of.tensor.detach()) for of in table.local_shards()]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sharding"),
+    [
+        (2, "row_wise"),
+        pytest.param(2, "column_wise", marks=pytest.mark.long),
+        pytest.param(3, "table_wise", marks=pytest.mark.long),
+    ],
+)
+def test_ranks_and_plans_get_the_same_rows(
+    multimodal: Path, tmp_path: Path, low_limit: None, world_size: int, sharding: str
+) -> None:
+    data, _ = with_new_items(multimodal, tmp_path)
+    with begun(multimodal, tmp_path / "one", *rule("content"), data=data) as new:
+        expected = state_of(new.job)["item"]
+    words = rule("content", "--embedding.sharding", sharding)
+    if sharding == "column_wise":  # moments of whole rows become those of each range of columns
+        words += ["--embedding.dim", "16"]
+    results = run_on_ranks(begin_on_rank, world_size, multimodal, data, tmp_path / "many", words)
+    found = torch.full_like(expected, torch.nan)
+    for (row, column), piece in (each for of_rank in results for each in of_rank):
+        found[row : row + len(piece), column : column + piece.shape[1]] = piece
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_table_without_its_optimizer_state_is_refused(multimodal: Path, tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match=r"tables\.item\.new_rows: content .*set random"),
+        begun(multimodal, tmp_path / "new", *rule("content"), optimizer=False),
+    ):
+        pass
+
+
+def test_counts_of_the_runs_before_are_kept_by_the_rows_of_the_new_one(
+    multimodal: Path, tmp_path: Path
+) -> None:
+    data, now = with_new_items(multimodal, tmp_path)
+    ids = ids_of(multimodal / "data")
+    ItemCounts.of_rows(torch.tensor([3, 3, 5]).numpy()).save(tmp_path / "own.npy")
+    with begun(multimodal, tmp_path / "new", data=data):
+        pass
+    before = ItemCounts.load(multimodal / "run" / "item_counts.npy")
+    kept = ItemCounts.load(tmp_path / "new" / "item_counts_before.npy")
+    assert dict(zip(kept.items.tolist(), kept.counts.tolist(), strict=True)) == {
+        now.index(ids[item]): count
+        for item, count in zip(before.items.tolist(), before.counts.tolist(), strict=True)
+    }
+    (tmp_path / "own.npy").rename(tmp_path / "new" / "item_counts.npy")
+    total = trained_counts(tmp_path / "new", 55)
+    assert total.counts.sum() == before.counts.sum() + 3
+    assert total.of(torch.tensor([3]).numpy())[0] == kept.of(torch.tensor([3]).numpy())[0] + 2
