@@ -11,13 +11,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv
 from torchrec.optim.keyed import CombinedOptimizer
 
-from embeddings import TableConfig, format_plan, fuse_table_optimizers, plan_sharding, sharders
+from embeddings import (
+    MemoryBank,
+    TableConfig,
+    format_plan,
+    fuse_table_optimizers,
+    plan_sharding,
+    sharders,
+)
 from embeddings.row_reset import RowReset
 from recsys.config import Config, content_settings, softmax_settings
 from recsys.config.checks import validate
@@ -118,7 +126,7 @@ class Job:
         return BatchBuilder(
             self.schema,
             pooled_features(self.config, self.schema),
-            None if chooses_items(settings) else self.store,
+            None if chooses_items(settings, self.schema.has_bounded_items) else self.store,
             encode_history=content is not None and content.encodes_history,
             index_dedup=self.config.embedding.index_dedup,
             with_labels=with_labels,
@@ -155,7 +163,7 @@ def build_job(
     optimizer, dense = build_dense_optimizer(model, dense_groups(config), config.optimizer)
     schedule = build_schedule(dense, config.optimizer)
     averages = build_averages(model, config.optimizer)
-    vocabularies = _bounded_vocabularies(config, schema, ranks, model, tables)
+    vocabularies = _bounded_vocabularies(config, schema, ranks, model, tables, bank)
     update = DenseUpdate(optimizer, dense, config.optimizer.clip_norm, averages)
     pipeline = AccumulatingPipeline(model, update, ranks.device, config.accumulate_steps)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
@@ -214,8 +222,19 @@ def _bounded_vocabularies(
     ranks: Ranks,
     model: DistributedModelParallel,
     tables: list[TableConfig],
+    bank: MemoryBank | None,
 ) -> BoundedVocabularies:
-    """Return the maps that learn ids in training, and reset reassigned rows."""
+    """Return the maps that learn ids in training; they reset reassigned rows with their content."""
     bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
-    reset = RowReset(model, bounded, config.seed)
-    return BoundedVocabularies(schema, pooled_features(config, schema), ranks.group, reset)
+    reset_row = RowReset(model, bounded, config.seed)
+
+    def reset(table: str, rows: Tensor) -> None:
+        """Reset rows as `RowReset` does, and the vectors of items."""
+        reset_row(table, rows)
+        if table == schema.target_item and bank is not None:
+            is_cuda = ranks.device.type == "cuda"  # steps write on the default stream
+            with torch.cuda.stream(torch.cuda.default_stream(ranks.device) if is_cuda else None):
+                bank.forget(rows)
+
+    features, dedup = pooled_features(config, schema), config.embedding.index_dedup
+    return BoundedVocabularies(schema, features, ranks.group, reset, dedup)

@@ -252,8 +252,8 @@ SECTIONS: dict[str, list[Case]] = {
         ),
         changed_schema(
             "num_embeddings: 30",
-            "num_embeddings: 30, vocabulary: {kind: bounded}",
-            *("item", "bounded"),
+            "num_embeddings: 30, vocabulary: {kind: hash, num_hashes: 2}",
+            *("item", "hashes"),
         ),
         of_dataset(
             "`kind: exact` without its map",

@@ -201,6 +201,14 @@ class MemoryBank:
         dist.all_to_all_single(received, values[route.order], *splits, group=self._group)
         self._rows[route.rows] = received
 
+    @torch.no_grad()
+    def forget(self, item_ids: Tensor) -> None:
+        """Zero vectors as if never written, of ids [U] equal on all ranks; not a collective."""
+        self._finish_write()
+        places = item_ids - (self._first if self._rows is self._block else 0)
+        inside = (places >= 0) & (places < len(self._rows))
+        self._rows[places[inside].to(self.device)] = 0
+
     def _checked(
         self,
         item_ids: Tensor,  # [U]
@@ -253,14 +261,10 @@ class MemoryBank:
         rows = self._block
         if self._group is None:
             return {"pool": rows}
-        start = self._first
         pieces = []
         if len(rows) > 0:
-            metadata = ShardMetadata(
-                shard_offsets=[start, 0],
-                shard_sizes=list(rows.shape),
-                placement=f"rank:{dist.get_rank()}/{rows.device}",
-            )
+            placement = f"rank:{dist.get_rank()}/{rows.device}"
+            metadata = ShardMetadata([self._first, 0], list(rows.shape), placement)
             pieces.append(Shard(tensor=rows, metadata=metadata))
         size = (self.num_items, self.dim + 1)
         return {"pool": init_from_local_shards(pieces, *size, process_group=self._group)}
@@ -281,8 +285,7 @@ class MemoryBank:
                 f"{[self.num_items, self.dim + 1]}; build the bank with the checkpoint's sizes"
             )
         self._finish_write()
-        rows = self._block
-        start = self._first
+        rows, start = self._block, self._first
         if isinstance(pool, ShardedTensor):
             for piece in pool.local_shards():
                 if piece.metadata.shard_offsets != [start, 0] or piece.tensor.shape != rows.shape:

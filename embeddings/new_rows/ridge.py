@@ -24,6 +24,7 @@ BLOCK_ROWS = 2**16
 # Penalties as multiples of the mean eigenvalue of X'X, the largest first, so that among equal
 # errors the simpler map is chosen.
 MULTIPLES = (float("inf"), *(10.0**power for power in range(4, -7, -1)))
+TIE = 1e-9  # relative difference of errors that are equal to rounding, as those of two pairs are
 NO_VARIANCE = 1e-12  # a variance below this share of the mean square is that of rounding
 
 
@@ -75,34 +76,44 @@ def fit_ridge(
         return None
     x_mean = _summed(x.double().sum(dim=0), group) / num_pairs
     y_mean = _summed(y.double().sum(dim=0), group) / num_pairs
+    values, vectors, turned = _eigen(x, y, x_mean, y_mean, group)
+    penalties = _penalties(values, x_mean, num_pairs)
+    shrink = 1 / (values.unsqueeze(1) + penalties)  # [E, P]
+    errors = torch.zeros(len(penalties), dtype=torch.float64)
+    for a, b in _centred(x, y, x_mean, y_mean):
+        errors += _left_out_errors(a @ vectors, b, turned, shrink, num_pairs)
+    errors = _summed(errors, group) / (num_pairs * y.shape[1])
+    best = int((errors <= errors.min() * (1 + TIE)).nonzero()[0])
+    weights = vectors @ (shrink[:, best, None] * turned)
+    if group is not None:
+        dist.broadcast(weights, group_src=0, group=group)
+    penalty, error, of_mean = (float(each) for each in (penalties[best], errors[best], errors[0]))
+    return RidgeMap(x_mean, y_mean, weights, penalty, num_pairs, error, of_mean)
+
+
+def _eigen(
+    x: Tensor, y: Tensor, x_mean: Tensor, y_mean: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:  # [E], [E, E], [E, D]
+    """Return eigenvalues and eigenvectors of X'X, and X'Y in their basis. A collective."""
     gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     moment = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64)
     for a, b in _centred(x, y, x_mean, y_mean):
         gram += a.T @ a
         moment += a.T @ b
-    gram, moment = _summed(gram, group), _summed(moment, group)
-    values, vectors = torch.linalg.eigh(gram)
-    values = values.clamp(min=0)
+    values, vectors = torch.linalg.eigh(_summed(gram, group))
+    return values.clamp(min=0), vectors, vectors.T @ _summed(moment, group)
+
+
+def _penalties(values: Tensor, x_mean: Tensor, num_pairs: int) -> Tensor:  # [E], [E] -> [P]
+    """Return the penalties to try: the infinite one alone if the vectors are all but equal.
+
+    Of two pairs either one left out leaves a single row, which is the mean whatever the penalty.
+    """
     scale = float(values.mean())
     is_constant = scale <= NO_VARIANCE * num_pairs * float(x_mean.square().mean())
-    multiples = MULTIPLES[:1] if is_constant or num_pairs < 2 else MULTIPLES
-    penalties = torch.tensor(multiples, dtype=torch.float64) * scale
-    if len(penalties) == 1:
-        penalties[0] = float("inf")
-    shrink = 1 / (values.unsqueeze(1) + penalties)  # [E, P]
-    turned = vectors.T @ moment  # [E, D]
-    errors = torch.zeros(len(penalties), dtype=torch.float64)
-    for a, b in _centred(x, y, x_mean, y_mean):
-        errors += _left_out_errors(a @ vectors, b, turned, shrink, num_pairs)
-    errors = _summed(errors, group) / (num_pairs * y.shape[1])
-    best = int(errors.argmin())
-    weights = vectors @ (shrink[:, best, None] * turned)
-    if group is not None:
-        dist.broadcast(weights, group_src=0, group=group)
-    penalty = float(penalties[best])
-    return RidgeMap(
-        x_mean, y_mean, weights, penalty, num_pairs, float(errors[best]), float(errors[0])
-    )
+    if is_constant or num_pairs < 3:
+        return torch.full((1,), torch.inf, dtype=torch.float64)
+    return torch.tensor(MULTIPLES, dtype=torch.float64) * scale
 
 
 def _left_out_errors(

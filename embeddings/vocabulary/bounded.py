@@ -28,6 +28,7 @@ from embeddings.vocabulary.row_sets import RowSets
 MAX_ROWS_PER_SET = 128
 # TrainPipelineSparseDist fetches the batch of step s before step s - 2 has run.
 PIPELINED_STEPS = 2
+Pairs = tuple[np.ndarray, np.ndarray]
 
 
 def rows_of_sets(num_embeddings: int) -> tuple[int, int]:
@@ -111,6 +112,9 @@ class BoundedVocabulary:
         self._sets = RowSets(own_sets, self.rows_per_set, admit_after, half_life, protect_steps)
         self._evicted: list[Tensor] = []
         self._counts = np.zeros(4, np.int64)  # lookups, unknown, admitted, evicted
+        # Ids [A] that got a row in the last call in training, and these rows [A]; of this rank's
+        # sets, so that exactly one rank has each.
+        self.admitted: Pairs = (np.zeros(0, np.int64), np.zeros(0, np.int64))
 
     @property
     def unknown_row(self) -> int:
@@ -146,6 +150,17 @@ class BoundedVocabulary:
         self._counts[:2] += [len(ids), counts[rows == self.unknown_row].sum()]
         return torch.from_numpy(rows[inverse]).to(ids.device)
 
+    def find(self, ids: Tensor) -> Tensor:
+        """Return the row of each id, -1 where it has none of its own; not counted. A collective.
+
+        Args:
+            ids: int64 [N], raw.
+        """
+        before = self._counts.copy()
+        rows = self.rows_of(ids, step=0, training=False)
+        self._counts = before
+        return rows.where(rows != self.unknown_row, -1)
+
     def _serve(
         self, ids: np.ndarray, counts: np.ndarray, step: int, training: bool
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -157,6 +172,8 @@ class BoundedVocabulary:
         else:
             rows, evicted = self._sets.find(sets, ids), np.zeros(len(ids), bool)
         of_table = (sets + self._first_set) * self.rows_per_set + rows
+        if training:
+            self.admitted = ids[admitted], of_table[admitted]
         return np.where(rows < 0, self.unknown_row, of_table), of_table[evicted]
 
     def _ask(

@@ -89,7 +89,8 @@ def encode_changed_items(
     if not len(changed.ids):  # they only have other rows
         return 0
     assert job.em3.content is not None and job.store is not None
-    encode_into_bank(job.em3.content, job.store, ranks, ids=changed.ids)
+    find = job.vocabularies.find_items
+    encode_into_bank(job.em3.content, job.store, ranks, ids=changed.ids, find=find)
     if ranks.is_first:
         logger.info("%s/items: %s; encoded into the memory bank again", job.root, changed.words)
     return len(changed.ids)

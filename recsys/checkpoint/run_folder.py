@@ -192,12 +192,12 @@ def _empty(run: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def read_item_counts(run: Path, num_items: int, name: str = ITEM_COUNTS) -> ItemCounts:
+def read_item_counts(run: Path, num_items: int | None, name: str = ITEM_COUNTS) -> ItemCounts:
     """Read the number of training rows of each item, which `begin_run` stored.
 
     Args:
         run: the run's folder.
-        num_items: rows of the item table.
+        num_items: bound of the items, as `Schema.item_id_limit`.
         name: the file in it.
 
     Raises:
@@ -210,8 +210,10 @@ def read_item_counts(run: Path, num_items: int, name: str = ITEM_COUNTS) -> Item
         is_counts = items.dtype.kind == counts.dtype.kind == "i" and items.shape == counts.shape
     except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); train anew") from error
-    if not is_counts or (len(items) and not 0 <= items.min() <= items.max() < num_items):
-        raise ValueError(f"{file}: is not of the {num_items:,} items of the schema; train anew")
+    is_limited = num_items is not None and len(items) > 0
+    if not is_counts or (is_limited and not 0 <= items.min() <= items.max() < num_items):
+        of = "raw ids of items" if num_items is None else f"the {num_items:,} items of the schema"
+        raise ValueError(f"{file}: is not of {of}; train anew")
     if (np.diff(items) <= 0).any() or (counts < 0).any():
         raise ValueError(f"{file}: damaged (items do not rise, or a count is negative); train anew")
     return stored

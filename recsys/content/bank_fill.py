@@ -25,6 +25,7 @@ def encode_into_bank(
     ranks: Ranks,
     between: Callable[[], None] | None = None,
     ids: np.ndarray | None = None,  # [U]
+    find: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Encode items, without dropout, and write their vectors to the bank. A collective.
 
@@ -34,6 +35,8 @@ def encode_into_bank(
         ranks: the ranks; each encodes its share.
         between: called, on every rank, before each write.
         ids: the items, the same on every rank; default all that the files have.
+        find: a collective that returns the rows of items in the bank, -1 for those without one,
+            which are left out; default: items are rows.
     """
     assert content.bank is not None
     was_training = content.training
@@ -43,13 +46,17 @@ def encode_into_bank(
     # All ranks make the same number of calls, as each is a collective.
     longest = -(-len(items) // ranks.world_size)
     for call in np.array_split(share, -(-longest // ITEMS_PER_CALL)):
+        rows = torch.from_numpy(call)
+        if find is not None:
+            rows = find(rows)
+            call, rows = call[rows.numpy() >= 0], rows[rows >= 0]
         vectors = torch.zeros(0, content.bank.dim, device=ranks.device)
         if len(call):
             inputs = {name: part.to(ranks.device) for name, part in store.gather(call).items()}
             vectors = content.encode(inputs)
         if between is not None:
             between()
-        content.bank.update(torch.from_numpy(call).to(ranks.device), vectors, content.step)
+        content.bank.update(rows.to(ranks.device), vectors, content.step)
     content.train(was_training)
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from embeddings import MemoryBank
 from embeddings.memory_bank.routes import Routes
+from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.config import Config, ContentSettings
 from recsys.content.history_search import shorten_histories
 from recsys.content.item_exchange import assign_to_owners
@@ -25,9 +27,28 @@ from recsys.data.negatives import NegativeSampler
 from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
 
 
-def chooses_items(content: ContentSettings | None) -> bool:
+def chooses_items(content: ContentSettings | None, has_bounded_items: bool = False) -> bool:
     """Return whether this module selects items, so that the loader cannot read their content."""
-    return content is not None and (content.dedup == "global" or content.sampling.backward < 1)
+    return content is not None and (
+        content.dedup == "global" or content.sampling.backward < 1 or has_bounded_items
+    )
+
+
+def with_bank_rows(batch: Batch, vocabulary: BoundedVocabulary) -> Batch:
+    """Return a batch of raw items with their rows in the memory bank. A collective.
+
+    Items that got their row in this step are encoded in it, too, wherever they occur, without
+    gradient: the bank knows nothing of them yet, and histories read it.
+    """
+    ids, rows = vocabulary.admitted
+    is_further = ~np.isin(ids, batch.content_items.numpy())
+    found = vocabulary.find(batch.content_items)
+    return replace(
+        batch,
+        content_items=torch.cat([batch.content_items, torch.from_numpy(ids[is_further])]),
+        bank_rows=torch.cat([found, torch.from_numpy(rows[is_further])]),
+        with_gradient=len(found),
+    )
 
 
 @dataclass
@@ -90,7 +111,8 @@ class BatchPreparation:
         )
 
     def _with_items(self, batch: Batch, step: int, training: bool) -> Batch:
-        if self.content is None or not chooses_items(self.content):
+        items = self.vocabularies.items
+        if self.content is None or not chooses_items(self.content, items is not None):
             return batch
         assert self.store is not None
         if self.content.dedup == "global":
@@ -99,6 +121,8 @@ class BatchPreparation:
         sampling = self.content.sampling
         if training and sampling.backward < 1:
             batch = sample_items(batch, sampling, self._draw(step))
+        if training and items is not None and self.bank is not None:
+            batch = with_bank_rows(batch, items)
         return replace(batch, content=self.store.gather(batch.content_items.numpy()))
 
     def _with_negatives(self, batch: Batch, step: int, training: bool) -> Batch:
@@ -114,7 +138,7 @@ class BatchPreparation:
         """Exchange the routes of bank rows ahead, so that the step sends vectors only."""
         routes: Callable[[], Routes] | None = None
         if self.bank is not None:
-            writes = prepared.content_items if training else None
+            writes = prepared.written_items if training else None
             routes = self.bank.routes(prepared.read_items, writes)
         with_weights = self._weights(prepared) if training else None
 

@@ -130,17 +130,23 @@ class ContentBranch(nn.Module):
         if self.training and self.same_step:
             # Written before the lookup: vectors just computed on any rank replace stale ones in
             # the histories of all ranks in the same step (LEMUR, 2511.10962).
-            self.bank.update(batch.content_items, fresh, self.step, batch.bank_writes)
+            self._write(self.bank, fresh, batch)
         read = self._reading(self.bank, batch)
         if self.training and not self.same_step:
             read()
-            self.bank.update(batch.content_items, fresh, self.step, batch.bank_writes)
+            self._write(self.bank, fresh, batch)
         self.step += self.training
         if batch.with_gradient is not None:  # on all ranks or on none, as reading is a collective
             fresh = torch.cat([fresh, read()[0]])
         items = self._at_their_ranks(fresh, batch)
         negatives = None if batch.negative_items is None else read()[2]
         return self._vectors(items, lambda: read()[1], negatives, batch)
+
+    def _write(self, bank: MemoryBank, fresh: Tensor, batch: Batch) -> None:
+        """Write the vectors [E, D + M * D] of items with a row to the bank. A collective."""
+        if batch.bank_rows is not None:
+            fresh = fresh[batch.bank_rows >= 0]
+        bank.update(batch.written_items, fresh, self.step, batch.bank_writes)
 
     def _encode_items(self, batch: Batch) -> Tensor:
         """Encode this rank's items, the first of them with gradient; [E, D + M * D]."""

@@ -76,7 +76,7 @@ def _sequences(
         history: ids of the history.
         lengths: by row; None if the ids are unique.
     """
-    targets = batch.target_items
+    targets = batch.target_items  # rows
     if lengths is None:
         # Unique ids belong to no row, but a KeyedJaggedTensor requires one: the first.
         lengths = torch.zeros_like(targets)

@@ -88,8 +88,12 @@ class Batch(Pipelineable):
     history_lengths: int64 [B], summing to N; `longest_history` is their maximum.
         `history_values` float32 [N, P] holds the parallel lists.
     content_items: unique items that this rank encodes [E]; `content` holds their content.
+    bank_rows: with a bounded vocabulary of items, of which `content_items` are raw ids: their rows
+        in the memory bank [E], -1 for items without a row; None: the items are rows.
     target_index: [B], row of each target item in the local item vectors
         (`ContentBranch.item_vectors`).
+    target_items: [B], rows of the ranked items; with a bounded vocabulary, `item_keys` [B] are
+        their raw ids and `has_row` [B] is False for those that share the row of unknown ids.
     history_content_index: [U], rows of the history items in the same vectors if they are encoded
         too; else empty.
     with_gradient: the first `with_gradient` of `content_items` are encoded with gradient; None
@@ -152,6 +156,9 @@ class Batch(Pipelineable):
     label_weights: Tensor | None = None
     extra: Tensor | None = None
     further: list[FurtherHistory] = field(default_factory=list)
+    bank_rows: Tensor | None = None
+    item_keys: Tensor | None = None
+    has_row: Tensor | None = None
     negative_items: Tensor | None = None
     negative_log_q: Tensor | None = None
     target_log_q: Tensor | None = None
@@ -200,6 +207,23 @@ class Batch(Pipelineable):
         """Items whose vectors are read from the bank [S + U + K]: ranked, history, negatives."""
         items = [self.bank_items, self.history_items]
         return torch.cat(items if self.negative_items is None else [*items, self.negative_items])
+
+    @property
+    def counted_items(self) -> Tensor:
+        """Ranked items as their training rows are counted [B]: raw ids if those were not rows."""
+        return self.target_items if self.item_keys is None else self.item_keys
+
+    @property
+    def written_items(self) -> Tensor:
+        """Rows of the memory bank to which vectors of `content_items` are written [at most E]."""
+        if self.bank_rows is None:
+            return self.content_items
+        return self.bank_rows[self.bank_rows >= 0]
+
+    @property
+    def linked_weights(self) -> Tensor:
+        """Weight of each row in losses of an item's own ID vector [B]: 0 if it has none."""
+        return self.row_weights if self.has_row is None else self.row_weights * self.has_row
 
     @property
     def row_weights(self) -> Tensor:

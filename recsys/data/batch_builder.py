@@ -24,6 +24,8 @@ from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import HistoryColumns
 
+ANY_ID = 2**63  # bound of raw ids
+
 
 def keyed_jagged(
     names: list[str],
@@ -73,7 +75,7 @@ class BatchBuilder:
         self.index_dedup = index_dedup
         self.with_labels = with_labels
         self.content_histories = content_histories
-        self.unique_items = UniqueItems(schema.num_items)
+        self.unique_items = UniqueItems(schema.item_id_limit or ANY_ID)
 
     def __call__(self, rows: RowColumns | pa.Table) -> Batch:
         """Return the batch of these rows: it keeps `RowColumns`, and copies a table."""

@@ -89,11 +89,14 @@ class ItemCounts:
         place = np.searchsorted(self.items, items).clip(max=len(self.items) - 1)
         return np.where(self.items[place] == items, self.counts[place], 0)
 
-    def sum_of_ranks(self, num_items: int, ranks: Ranks) -> ItemCounts:
+    def sum_of_ranks(self, num_items: int | None, ranks: Ranks) -> ItemCounts:
         """Return the sums over all ranks on rank 0, and nothing on the others. A collective.
 
-        Counts are added in blocks of ids, so that no rank holds those of all items.
+        Counts are added in blocks of ids, so that no rank holds those of all items. Raw ids have no
+        bound `num_items` and lie too far apart for blocks: rank 0 gets the counts of each rank.
         """
+        if num_items is None:
+            return self._sum_of_raw(ranks)
         items, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         import torch
         import torch.distributed as dist
@@ -111,6 +114,16 @@ class ItemCounts:
                 items.append(found + start)
                 counts.append(block[found])
         return ItemCounts(np.concatenate(items), np.concatenate(counts))
+
+    def _sum_of_raw(self, ranks: Ranks) -> ItemCounts:
+        """Return the sums over all ranks on rank 0, and nothing on the others. A collective."""
+        import torch
+
+        from recsys.distributed.gather import gather_rows_to_first
+
+        mine = torch.from_numpy(np.stack([self.items, self.counts], axis=1))
+        items, counts = gather_rows_to_first(mine, ranks.group).numpy().T
+        return ItemCounts.sum_of([ItemCounts(items, counts)] if ranks.is_first else [])
 
 
 class ItemCounter:

@@ -96,7 +96,7 @@ class NegativeSampler:
 
     def __call__(self, batch: Batch, draw: tuple[int, int, int], training: bool) -> Batch:
         """Return a batch, on the host, with log Q and, in training, this draw's negatives."""
-        log_q = self.log_q(batch.target_items)
+        log_q = self.log_q(batch.counted_items)
         if self.feature is None:
             return replace(batch, target_log_q=log_q)
         items = torch.from_numpy(self._draw(draw) if training else np.zeros(0, np.int64))

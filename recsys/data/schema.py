@@ -118,9 +118,17 @@ class Schema:
     @property
     def num_items(self) -> int:
         """Number of rows of the target item's table."""
-        num_embeddings = self.columns[self.target_item].num_embeddings
-        assert num_embeddings is not None
-        return num_embeddings
+        return self.limit(self.target_item)
+
+    @property
+    def has_bounded_items(self) -> bool:
+        """Whether training learns the rows of items, so that counts and content know raw ids."""
+        return self.target_item in self.tables_with("bounded")
+
+    @property
+    def item_id_limit(self) -> int | None:
+        """Bound of the ids that counts and content know items by; None: any 64-bit integers."""
+        return None if self.has_bounded_items else self.num_items
 
     def table_of(self, name: str) -> str:
         """Return the column that owns the table of `name`."""

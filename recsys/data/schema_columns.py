@@ -173,11 +173,10 @@ def check_vocabulary(column: Column, where: str, is_target: bool) -> None:
         raise ValueError(
             f"{where}: num_embeddings is 1, but the last row is that of unknown ids; set at least 2"
         )
-    if is_target and (settings.kind == "bounded" or settings.num_hashes > 1):
-        given = "several hashes" if settings.kind == "hash" else "a bounded vocabulary"
+    if is_target and settings.num_hashes > 1:
         raise ValueError(
-            f"{where} is the target item, whose content is kept by row: it cannot have {given}; "
-            "choose kind exact, or hash with num_hashes 1"
+            f"{where} is the target item, whose content is kept by row: it cannot have several "
+            "hashes; choose kind exact or bounded, or hash with num_hashes 1"
         )
 
 

@@ -10,7 +10,7 @@ Shapes: B batch, N ids of one feature.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -18,11 +18,14 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.table_state import State
-from embeddings.vocabulary.bounded import BoundedVocabulary, VocabularyCounts
+from embeddings.vocabulary.bounded import PIPELINED_STEPS, BoundedVocabulary, VocabularyCounts
 from recsys.data.batch import Batch
 from recsys.data.schema import Schema
 
 ResetRows = Callable[[str, Tensor], None]  # table, rows
+# Batches that are mapped ahead of their step: those that a pipeline fetches, and one that waits in
+# `recsys.content.batch_preparation`.
+MAPPED_AHEAD = PIPELINED_STEPS + 1
 
 
 class BoundedVocabularies:
@@ -33,6 +36,7 @@ class BoundedVocabularies:
         pooled_features: columns that the model looks up in pooled tables.
         group: the ranks; None for this process alone.
         reset: resets the weights and optimizer state of reassigned rows.
+        index_dedup: whether the first history is looked up once per distinct item.
 
     Example::
 
@@ -46,13 +50,15 @@ class BoundedVocabularies:
         pooled_features: Sequence[str],
         group: dist.ProcessGroup | None = None,
         reset: ResetRows | None = None,
+        index_dedup: bool = True,
     ) -> None:
         """Build one vocabulary per bounded table that the model looks up."""
-        self.reset = reset
+        self.reset, self.index_dedup = reset, index_dedup
+        self.target, self.history = schema.target_item, schema.history
         self.features: dict[str, list[str]] = {}
         self.by_table: dict[str, BoundedVocabulary] = {}
         for table in schema.tables_with("bounded"):
-            looked_up = [*pooled_features, *schema.event_columns]
+            looked_up = [*pooled_features, schema.target_item, *schema.event_columns]
             features = [name for name in looked_up if schema.table_of(name) == table]
             settings = schema.vocabulary_of(table)
             assert settings is not None
@@ -62,8 +68,19 @@ class BoundedVocabularies:
                     schema.limit(table),
                     settings.admit_after,
                     settings.half_life,
+                    MAPPED_AHEAD,
                     process_group=group,
                 )
+
+    @property
+    def items(self) -> BoundedVocabulary | None:
+        """The vocabulary of the ranked items, if training learns their rows."""
+        return self.by_table.get(self.target)
+
+    @property
+    def find_items(self) -> Callable[[Tensor], Tensor] | None:
+        """Return the function from items to rows of the memory bank, -1 without; None: the same."""
+        return None if self.items is None else self.items.find
 
     def map_batch(self, batch: Batch, step: int, training: bool) -> None:
         """Replace raw ids by rows, in the batch's own memory; call it once per batch.
@@ -74,17 +91,33 @@ class BoundedVocabularies:
             training: whether to admit and evict ids, and to reset reassigned rows.
         """
         for table, vocabulary in self.by_table.items():
-            places = [_ids_of(batch, name) for name in self.features[table]]
-            rows = vocabulary.rows_of(
-                torch.cat([ids.values[ids.counts] for ids in places]), step, training
-            )
+            places = [self._ids_of(batch, name, training) for name in self.features[table]]
+            raw = [ids.raw() for ids in places]
+            rows = vocabulary.rows_of(torch.cat(raw), step, training)
             evicted = vocabulary.take_evicted_rows()
             if self.reset is not None and len(evicted):
                 self.reset(table, evicted)
-            parts = rows.split([int(ids.counts.sum()) for ids in places])
-            for ids, part in zip(places, parts, strict=True):
-                ids.values.fill_(vocabulary.unknown_row)  # for padding rows
-                ids.values[ids.counts] = part
+            for ids, part in zip(places, rows.split([len(of) for of in raw]), strict=True):
+                ids.put(part, vocabulary.unknown_row)
+            if table == self.target:
+                batch.item_keys = batch.target_items
+                batch.target_items = batch.sequence_features.values()[: batch.batch_size].clone()
+                batch.has_row = batch.target_items != vocabulary.unknown_row
+
+    def _ids_of(self, batch: Batch, name: str, training: bool) -> _Ids | _HistoryIds:
+        """Return the ids of a feature, pooled or of events.
+
+        Without training the items of padding rows are mapped, too: a catalogue is encoded in them.
+        """
+        pooled, features = batch.sparse_features, batch.sequence_features
+        if pooled is not None and name in pooled.keys():  # noqa: SIM118 - it is no dict
+            features = pooled
+        ids = _Ids.of(batch, features, name)
+        if name == self.history and self.features.get(self.target):
+            return _HistoryIds(batch, ids.values, self.index_dedup)
+        if name == self.target and not training:
+            return replace(ids, counts=torch.ones_like(ids.counts))
+        return ids
 
     def counts(self) -> dict[str, VocabularyCounts]:
         """Return the counts of events in each vocabulary since the last call, over all ranks."""
@@ -115,13 +148,43 @@ class _Ids:
         counts = torch.repeat_interleave(batch.row_positions >= 0, lengths)
         return _Ids(features.values()[first:last], counts)
 
+    def raw(self) -> Tensor:
+        """Return the ids that count."""
+        return self.values[self.counts]
 
-def _ids_of(batch: Batch, name: str) -> _Ids:
-    """Return the ids of a feature, pooled or of events."""
-    pooled, features = batch.sparse_features, batch.sequence_features
-    if pooled is not None and name in pooled.keys():  # noqa: SIM118 - it is no dict
-        features = pooled
-    return _Ids.of(batch, features, name)
+    def put(self, rows: Tensor, unknown_row: int) -> None:
+        """Write the rows of these ids, and that of unknown ids for padding rows."""
+        self.values.fill_(unknown_row)
+        self.values[self.counts] = rows
+
+
+@dataclass(frozen=True)
+class _HistoryIds:
+    """Items of the histories whose content is read; padding rows have none.
+
+    A batch has each once, but every occurrence is a use: on several ranks an item would else count
+    as often as there are ranks that have it.
+    """
+
+    batch: Batch
+    values: Tensor  # of the first history's feature, the batch's memory
+    is_unique: bool  # the feature holds each item once
+
+    @property
+    def _index(self) -> Tensor:
+        further = [of.content_index for of in self.batch.further]
+        return torch.cat([self.batch.history_index, *further])
+
+    def raw(self) -> Tensor:
+        """Return the item of every event."""
+        return self.batch.history_items[self._index]
+
+    def put(self, rows: Tensor, unknown_row: int) -> None:
+        """Write the rows of these ids."""
+        unique = torch.full_like(self.batch.history_items, unknown_row)
+        unique[self._index] = rows
+        self.batch.history_items = unique
+        self.values.copy_(unique if self.is_unique else unique[self.batch.history_index])
 
 
 class UnknownIds:

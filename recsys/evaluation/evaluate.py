@@ -80,11 +80,11 @@ def check_data(job: Job, splits: Sequence[str] = SPLITS) -> tuple[ItemCounts, di
         check_validation(job, labels)
     for finding in dense.findings(ranks):
         logger.warning("%s; fix: %s", *finding)
-    return counts["train"].sum_of_ranks(job.schema.num_items, ranks), skipped
+    return counts["train"].sum_of_ranks(job.schema.item_id_limit, ranks), skipped
 
 
 def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
-    """Encode every item and write its vector to the memory bank. A collective.
+    """Encode every item that has a row and write its vector to the memory bank. A collective.
 
     Raises:
         TrainingStopped: `lockstep` reports that the job is to end.
@@ -100,7 +100,8 @@ def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
             lockstep.settle()
             lockstep.raise_if_stopped()
 
-    encode_into_bank(content, store, job.ranks, stop_if_asked)
+    find = job.vocabularies.find_items
+    encode_into_bank(content, store, job.ranks, stop_if_asked, find=find)
 
 
 def split_interactions(job: Job, split: str) -> Interactions:
@@ -181,7 +182,7 @@ def _columns(
         "logits": logits.float(),
         "labels": batch.labels,
         "groups": batch.groups,
-        "items": batch.target_items,
+        "items": batch.counted_items,
     }
     if batch.weights is not None:
         columns["weights"] = batch.weights
@@ -194,7 +195,7 @@ def _queries(batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
     columns = {
         "queries": vectors["query"],
         "query_targets": vectors["item"],
-        "query_items": batch.target_items,
+        "query_items": batch.counted_items,
     }
     if batch.weights is not None:
         columns["query_weights"] = batch.weights

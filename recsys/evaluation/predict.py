@@ -88,7 +88,7 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
     job = load_run(run, data, ranks, device)
     can_store = ranks.gather(_can_store(run))[0]
     with ranks.raise_on_all_ranks():
-        counts = read_item_counts(run, job.schema.num_items)
+        counts = read_item_counts(run, job.schema.item_id_limit)
     with Watchdog(ranks, job.config.stall_timeout) as watchdog:
         lockstep = Lockstep(ranks, job.config.checkpoint, watchdog)
         report = evaluate_split(

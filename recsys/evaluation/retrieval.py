@@ -44,6 +44,11 @@ def catalogue_of(job: Job) -> np.ndarray | range:  # int64 [items]
     if job.store is not None:
         return np.sort(job.store.items.ids)
     if job.schema.items is None:
+        if job.schema.has_bounded_items:
+            raise ValueError(
+                f"{job.root}/schema.yaml: a search needs the ids of all items, which a bounded "
+                f"vocabulary of '{job.schema.target_item}' does not keep; add `items`"
+            )
         known = job.schema.vocabularies.get(job.schema.target_item)
         return range(len(known) if isinstance(known, ExactVocabulary) else job.schema.num_items)
     return np.sort(ItemTable(job.root, job.schema, job.config.on_bad_row).ids)

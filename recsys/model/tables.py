@@ -6,6 +6,7 @@ from embeddings import TableConfig
 from recsys.config import Config, TableSettings, softmax_settings
 from recsys.data.negatives import negatives_feature
 from recsys.data.schema import Schema
+from recsys.model.bounded_items import check_bounded_items
 from recsys.model.new_rows import new_rows_rules
 
 
@@ -67,6 +68,7 @@ def table_configs(
                 "not in schema.yaml; name an id column whose vectors are summed"
             )
     new_rows_rules(config, schema)
+    check_bounded_items(config, schema)
     return [
         _table_config(
             config,

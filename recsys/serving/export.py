@@ -80,6 +80,11 @@ def load_for_export(run: Path, out: Path, ranks: Ranks, data: str | None) -> Job
         raise ValueError(f"{out}: exists already; remove it, or name another folder")
     check_output(out)
     job = load_run(run, data, ranks, "cpu", ["--compile", "false"])
+    if job.schema.has_bounded_items:
+        raise ValueError(
+            f"{run}: '{job.schema.target_item}' has a vocabulary of kind bounded, but a package "
+            "has content by row alone; score with `recsys predict`, or train with kind exact"
+        )
     job.model.eval()
     out.parent.mkdir(parents=True, exist_ok=True)
     return job

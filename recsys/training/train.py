@@ -174,7 +174,7 @@ def open_run(
         plan = None if warm is None else plan_warm_start(job, *warm)  # before a word is written
         begin_run(run, job, *check_data(job))
     describe_run(run, job, data)
-    item_counts = read_item_counts(run, job.schema.num_items)
+    item_counts = read_item_counts(run, job.schema.item_id_limit)
     if job.preparation.negatives is not None:
         job.preparation.negatives.use_counts(item_counts)
     if job.ranks.is_first:

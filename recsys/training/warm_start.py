@@ -85,7 +85,8 @@ def take_over(job: Job, plan: WarmStartPlan) -> Progress:
         if plan.items is None:
             fill_bank(job)
         else:
-            new_rows = None if plan.items.is_identity else plan.items.new_rows
+            is_same = plan.items.is_identity or job.schema.has_bounded_items  # known by raw id
+            new_rows = None if is_same else plan.items.new_rows
             encode_changed_items(job, source.request.run, source.model.manifest, new_rows)
     for table, filled in fill_new_rows(job, counts_before(job, plan)).items():
         plan.differences.add(f"table '{table}'", f"new_rows: {filled.rule}", str(filled))

@@ -96,7 +96,7 @@ def refill_new_rows(job: Job, run: Path) -> None:
     if not new_rows_rules(job.config, job.schema):
         return
     with job.ranks.raise_on_all_ranks():
-        counts = trained_counts(run, job.schema.num_items)
+        counts = trained_counts(run, job.schema.item_id_limit)
     for table, filled in fill_new_rows(job, counts).items():
         logger.info("table '%s': rows without training: %s", table, filled)
 
@@ -132,7 +132,7 @@ def fill_rows_of_later_items(job: Job, run: Path) -> None:
     with job.ranks.raise_on_all_ranks():
         file = vocabulary_file(Location.of(run), item)
         of_run = len(ExactVocabulary.load(file.path, known.num_embeddings))
-        counts = trained_counts(run, job.schema.num_items)
+        counts = trained_counts(run, job.schema.item_id_limit)
     if of_run == len(known):
         return
     rows = TableRows(job.model, item, job.ranks.group, lambda a, b: np.arange(a, b) < of_run)

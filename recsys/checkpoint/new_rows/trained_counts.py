@@ -15,7 +15,7 @@ from recsys.checkpoint.warm_start.plan import WarmStartPlan
 from recsys.data.item_parts import ItemCounts
 
 
-def trained_counts(run: Path, num_items: int) -> ItemCounts:
+def trained_counts(run: Path, num_items: int | None) -> ItemCounts:
     """Return the training rows of each item, in a run and before it.
 
     Raises:
@@ -37,8 +37,8 @@ def counts_before(job: Job, plan: WarmStartPlan) -> ItemCounts:
         rows = plan.maps.get(job.schema.target_item)
         if rows is None:
             return ItemCounts.sum_of([])
-        counts = trained_counts(source.request.run, source.schema.num_items)
-        if rows.is_identity:
+        counts = trained_counts(source.request.run, source.schema.item_id_limit)
+        if rows.is_identity or job.schema.has_bounded_items:  # counted by raw id
             return counts
         items = rows.new_rows(counts.items)
         return ItemCounts.sum_of([ItemCounts(items[items >= 0], counts.counts[items >= 0])])

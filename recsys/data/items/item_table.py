@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embeddings.vocabulary.fixed import ExactVocabulary, is_id_type
+from embeddings.vocabulary.fixed import ExactVocabulary, integer_ids, is_id_type
 from recsys.data.filesystem import Location
 from recsys.data.parquet.bad_rows import BadRows, OnBadRow
 from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
@@ -45,7 +45,8 @@ class ItemTable:
         num_items: limit of the rows that ids have; default that of the target item's table.
 
     Attributes:
-        ids: int64 [N], of the usable items.
+        ids: int64 [N], of the usable items: rows of the target item's table, or raw ids as integers
+            if its vocabulary is bounded.
         rows: int64 [N], their positions among the rows of all files.
         num_rows: number of rows of all files, R.
         bad_rows: rows that were invalid and skipped.
@@ -100,7 +101,10 @@ class ItemTable:
         file: Location,
         chunk: pa.Array,  # [n]
     ) -> np.ndarray:  # [n], int64
-        """Return each id's row in the target item's table; any row for null, -1 if unknown."""
+        """Return each id's row in the target item's table; any row for null, -1 if unknown.
+
+        Ids of a bounded vocabulary stay raw: content is kept whether or not they have a row.
+        """
         name, target = self.items.id, self.schema.target_item
         is_raw = self.schema.vocabulary_of(target) is not None
         if not (is_id_type(chunk.type) if is_raw else pa.types.is_integer(chunk.type)):
@@ -112,8 +116,13 @@ class ItemTable:
             # Keep the type of the file, since a cast makes large unsigned ids negative.
             return chunk.fill_null(0).to_numpy(zero_copy_only=False)
         self.schema.require_id_type(name, chunk.type, str(file), target)
-        vocabulary = self.schema.vocabularies[target]
-        find = vocabulary.find if isinstance(vocabulary, ExactVocabulary) else vocabulary.rows_of
+        vocabulary = self.schema.vocabularies.get(target)
+        if vocabulary is None:
+            find = integer_ids
+        elif isinstance(vocabulary, ExactVocabulary):
+            find = vocabulary.find
+        else:
+            find = vocabulary.rows_of
         rows = np.zeros(len(chunk), np.int64)
         try:
             rows[chunk.is_valid().to_numpy(zero_copy_only=False)] = find(chunk.drop_null()).ravel()
@@ -132,6 +141,8 @@ class ItemTable:
         name, limit, target = self.items.id, self.num_items, self.schema.target_item
         null = chunk.is_null().to_numpy(zero_copy_only=False)
         outside = ~null & ((found < 0) | (found >= limit))
+        if self.schema.has_bounded_items:
+            outside[:] = False
         self.bad_rows.add(
             file, name, first_row, null, "null", lambda row: "null; every item needs an id"
         )
@@ -173,7 +184,7 @@ class ItemTable:
         vocabulary = self.schema.vocabulary_of(self.schema.target_item)
         if vocabulary is None:
             return f"item {ids[row]} has a row already; keep one row per item"
-        if vocabulary.kind == "exact":
+        if vocabulary.kind != "hash":
             return "this item has a row already; keep one row per item"
         return (
             "another item has this item's hash, and content is kept by hash; choose a vocabulary "

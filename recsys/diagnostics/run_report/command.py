@@ -148,7 +148,7 @@ def _scored_rows(job: Job, run: Path) -> tuple[str, ScoredRows, np.ndarray]:  # 
     interactions = split_interactions(job, SPLIT)
     with Watchdog(job.ranks, job.config.stall_timeout) as watchdog:
         scored = score(job, interactions, Lockstep(job.ranks, job.config.checkpoint, watchdog))
-    counts = read_item_counts(run, job.schema.num_items)
+    counts = read_item_counts(run, job.schema.item_id_limit)
     scores = split_scores(job, scored, counts)
     return SPLIT, _rows_of(scores), scores.counted(0).items
 
@@ -171,7 +171,7 @@ def item_sections(
         category: the column that colours the maps, if any.
         with_examples: whether to show items with names and pictures.
     """
-    item_counts = read_item_counts(run, job.schema.num_items)
+    item_counts = read_item_counts(run, job.schema.item_id_limit)
     items = frequent_items(job, item_counts, ITEMS)
     branch = job.em3.content
     num_modalities = len(branch.encoders) if branch is not None else 0

@@ -59,7 +59,7 @@ def item_vectors(job: Job, run: Path, items: np.ndarray) -> ItemVectors:
         items: int64 [I], items that have content if the model has a content branch.
     """
     table = stored_tables(run / "checkpoints" / "best")[job.schema.target_item]
-    ids = torch.cat([table.rows(row, row + 1) for row in items.tolist()])
+    ids = torch.cat([table.rows(row, row + 1) for row in _rows_of(job, items).tolist()])
     branch, store = job.em3.content, job.store
     if branch is None or store is None:
         return ItemVectors(items, ids)
@@ -75,3 +75,12 @@ def item_vectors(job: Job, run: Path, items: np.ndarray) -> ItemVectors:
     device = job.ranks.device
     sides = loss.id_map(ids.to(device)).cpu(), loss.content_map(content.to(device)).cpu()
     return ItemVectors(items, ids, content, sides)
+
+
+def _rows_of(job: Job, items: np.ndarray) -> Tensor:  # int64 [I]
+    """Return the rows of items in their table, that of unknown ids for those without one."""
+    ids, find = torch.from_numpy(items), job.vocabularies.find_items
+    if find is None:
+        return ids
+    rows = find(ids)
+    return rows.where(rows >= 0, job.schema.num_items - 1)

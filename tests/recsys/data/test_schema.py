@@ -163,7 +163,6 @@ def test_a_vocabulary_belongs_to_a_table_and_all_columns_that_share_it(tmp_path:
         ("10", "{kind: hash, admit_after: 2}", "kind hash .* admit_after"),
         ("10", "{kind: bounded, num_hashes: 2}", "kind bounded .* num_hashes"),
         ("10", "{kind: bounded, half_life: 0}", "half_life is 0.0"),
-        ("30", "{kind: bounded}", "'item' .* bounded vocabulary"),
         ("30", "{kind: hash, num_hashes: 2}", "'item' .* several hashes"),
         ("1}", "{kind: exact}", "column 'genre': num_embeddings is 1"),
     ],
