@@ -61,9 +61,11 @@ from recsys.data.schema_columns import (
     VocabularySettings,
     check_column,
     check_histories,
+    check_items,
     histories_of,
     id_type,
     label_problem,
+    without_empty,
 )
 from recsys.data.transforms import fitted_file
 from recsys.data.transforms.chain import Chain, chains_of, file_columns
@@ -151,11 +153,8 @@ class Schema:
 
     def tables_with(self, kind: Literal["exact", "hash", "bounded"]) -> list[str]:
         """Return the tables that have a vocabulary of that kind."""
-        return [
-            name
-            for name, column in self.columns.items()
-            if column.vocabulary is not None and column.vocabulary.kind == kind
-        ]
+        columns = self.columns.items()
+        return [name for name, of in columns if of.vocabulary and of.vocabulary.kind == kind]
 
     @property
     def parallel(self) -> list[str]:
@@ -245,7 +244,7 @@ def parse_schema(content: Any, place: str) -> Schema:
     try:
         if not isinstance(content, dict):
             raise ValueError("it must be a mapping with target_item, group and columns")
-        parts = _without_empty(content)
+        parts = without_empty(content)
         if problem := problem_of(Schema, parts):
             raise ValueError(problem)
         namespace = parser.instantiate(parser.parse_object(parts))
@@ -254,17 +253,6 @@ def parse_schema(content: Any, place: str) -> Schema:
     schema = Schema(**{part.name: namespace[part.name] for part in fields(Schema) if part.init})
     _validate(schema, place)
     return schema
-
-
-def _without_empty(content: Any) -> Any:
-    """Return `content` without empty `columns` and `parallel` keys, which YAML reads as null."""
-    if not isinstance(content, dict):
-        return content
-    return {
-        key: _without_empty(part)
-        for key, part in content.items()
-        if part is not None or key not in ("columns", "parallel", "transform")
-    }
 
 
 def load_vocabularies(schema: Schema, root: Location) -> None:
@@ -308,8 +296,5 @@ def _validate(schema: Schema, path: str) -> None:
         check_column(schema.columns, name, column, f"{path}: column '{name}'", schema.target_item)
     check_histories(schema.columns, schema.target_item, path)
     schema.transforms = chains_of(schema.columns, schema.target_item, path)
-    for name, content in schema.items.columns.items() if schema.items else ():
-        if content.file is not None and content.kind != "feature":
-            raise ValueError(f"{path}: item column '{name}': only a feature has a file; remove it")
-        if content.ids is not None and content.file is None:
-            raise ValueError(f"{path}: item column '{name}': ids are those of a file; name it, too")
+    if schema.items is not None:
+        check_items(schema.items, path)

@@ -125,6 +125,30 @@ class Items:
     columns: dict[str, ItemColumn] = field(default_factory=dict)
 
 
+def check_items(items: Items, path: str) -> None:
+    """Check the columns of the items.
+
+    Raises:
+        ValueError: names the column.
+    """
+    for name, content in items.columns.items():
+        if content.file is not None and content.kind != "feature":
+            raise ValueError(f"{path}: item column '{name}': only a feature has a file; remove it")
+        if content.ids is not None and content.file is None:
+            raise ValueError(f"{path}: item column '{name}': ids are those of a file; name it, too")
+
+
+def without_empty(content: Any) -> Any:
+    """Return `content` without empty `columns` and `parallel` keys, which YAML reads as null."""
+    if not isinstance(content, dict):
+        return content
+    return {
+        key: without_empty(part)
+        for key, part in content.items()
+        if part is not None or key not in ("columns", "parallel", "transform")
+    }
+
+
 @dataclass(frozen=True)
 class IdType:
     """Type of the raw ids of a table; 7 and "7" are two ids."""

@@ -178,7 +178,7 @@ def open_partition(
     else:
         progress = _start(continual, now, state, job, warm)
     line = _record(continual, partition, state)
-    item_counts = read_item_counts(run, job.schema.num_items)
+    item_counts = read_item_counts(run, job.schema.item_id_limit)
     if job.preparation.negatives is not None:
         job.preparation.negatives.use_counts(item_counts)
     reporter = Reporter(job, folder.path, progress, counts_all_steps=True)
@@ -263,7 +263,7 @@ def _counts_before(plan: WarmStartPlan, before: str, job: Job) -> ItemCounts:
     """Return the training rows of each item before; those of another run's walk begin anew."""
     if not before:
         return ItemCounts.sum_of([])
-    return read_item_counts(plan.source.request.run, job.schema.num_items)
+    return read_item_counts(plan.source.request.run, job.schema.item_id_limit)
 
 
 def _record(
