@@ -62,6 +62,6 @@ test-long: install-dev
 lint: install-dev
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
-	$(VENV)/bin/python -m mypy
+	$(VENV)/bin/python -m mypy --num-workers 2
 	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/python -m recsys.config.settings_page --check

@@ -22,6 +22,7 @@ from recsys.distributed.heartbeat import Heartbeat, silent_ranks, stalled_ranks
 from recsys.evaluation.few_users import interval_stretch
 from tests.ranks import HANG_SECONDS
 from tests.recsys.command_runs import run_recsys
+from tests.warm_python import warm_environment
 
 PROJECT = Path(__file__).parent.parent
 # In the order in which a reader meets them: later commands use what earlier ones wrote.
@@ -49,12 +50,11 @@ PRINTED = (PROJECT / "benchmarks" / "results" / "printed.md").read_text()
 LONGEST_LINE = 110  # of code that a page shows on a screen of 1280 pixels, without scrolling
 FRONT_PAGE = (PROJECT / "README.md").read_text()
 README = "\n".join((PROJECT / page).read_text() for page in PAGES)
-PROGRAMS = Path(sys.executable).parent
 EXCHANGED = (
     (r"^make (\w.*)$", r"make -n \1"),
     (r"^python3 launch/install\.py --dev$", f"{sys.executable} launch/install.py --help"),
     (r"^\.venv/bin/python -m pytest -n 2 .*$", f"{sys.executable} -m pytest --version"),
-    (r"^\.venv/bin/", f"{PROGRAMS}/"),
+    (r"^\.venv/bin/", ""),
     (r"movielens_sample\.yaml", "tiny.yaml"),
     (r"^recsys serve (.*)$", r"timeout 300 recsys serve \1 >serve.log 2>&1 &"),
     (
@@ -104,7 +104,7 @@ def lines_not_in(output: str, block: str) -> list[str]:
 def run(command: list[str] | str, folder: Path) -> str:
     """Runs a command without an error and returns what it printed."""
     environment = {
-        "PATH": f"{PROGRAMS}:{os.environ['PATH']}",
+        **warm_environment(),
         "PYTHONPATH": str(PROJECT),
         "XDG_CACHE_HOME": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
@@ -148,7 +148,7 @@ def test_every_command_of_the_readme_runs(folder: Path) -> None:
     scripts = blocks("python")
     for script in scripts:
         if "packages/" not in script:  # else it reads what a command writes
-            run([sys.executable, "-c", script], folder)
+            run(["python", "-c", script], folder)
     text = "\n".join(blocks("bash")).replace("\\\n", "")
     commands = [" ".join(line.split()) for line in text.splitlines() if line]
     assert len(commands) > 12
@@ -159,7 +159,7 @@ def test_every_command_of_the_readme_runs(folder: Path) -> None:
         printed[command] = run(command, folder)
     for script in scripts:
         if "packages/" in script:
-            run([sys.executable, "-c", script], folder)
+            run(["python", "-c", script], folder)
     plan = next(
         text for command, text in printed.items() if re.match("recsys describe.* --nodes", command)
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from benchmarks.timing.steps import Variant
 from recsys.diagnostics.cost.roofline import Anchor
 from tests.benchmarks.variants import quick_variant
 from tests.ranks import HANG_SECONDS
+from tests.warm_python import warm_environment
 
 
 def measurement(seconds: list[list[float]], rows: int = 100) -> Measurement:
@@ -78,11 +78,10 @@ def test_a_rank_that_fails_ends_the_benchmark_with_its_cause(tmp_path: Path) -> 
 
 @pytest.mark.long
 def test_under_torchrun_all_variants_use_its_ranks(tmp_path: Path) -> None:
-    torchrun = Path(sys.executable).parent / "torchrun"
-    command = [str(torchrun), "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "--"]
     command += ["benchmarks.throughput", "--out", str(tmp_path), "--quick", "true"]
     command += ["--results", str(tmp_path)]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, **warm_environment(), "GLOO_SOCKET_IFNAME": "lo"}
     root = Path(__file__).parents[2]
     subprocess.run(command, cwd=root, env=environment, check=True, timeout=HANG_SECONDS)
     (record,) = map(json.loads, (tmp_path / "throughput_a.jsonl").read_text().splitlines())

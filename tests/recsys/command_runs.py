@@ -5,6 +5,7 @@ has imported the libraries: each rank that torchrun starts spends some seconds o
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from recsys.cli import main
 from tests.datasets import write_dataset
 from tests.ranks import HANG_SECONDS, forking_server
+from tests.warm_python import warm_environment
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "recsys" / "recipes" / "tiny.yaml"
@@ -43,23 +45,32 @@ def train_words(data: Path, out: Path, *more: str) -> list[str]:
     return [*words, *more]
 
 
-def program(name: str, *words: str) -> dict[str, Any]:
-    """Arguments of `subprocess` for a program of this environment, in the root of the project."""
+def program(name: str, *words: str, is_warm: bool = False) -> dict[str, Any]:
+    """Arguments of `subprocess` for a program of this environment, in the root of the project.
+
+    Args:
+        name: the program.
+        words: its arguments.
+        is_warm: start its ranks, too, in an interpreter that has the libraries imported.
+    """
     folder = Path(sys.executable).parent
     env = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+        **(warm_environment() if is_warm else {}),
     }
-    return {"args": [str(folder / name), *words], "cwd": ROOT, "env": env, "text": True}
+    place = shutil.which(name, path=env["PATH"])
+    return {"args": [place, *words], "cwd": ROOT, "env": env, "text": True}
 
 
 def run_program(
-    name: str, *words: str, seconds: float = HANG_SECONDS
+    name: str, *words: str, seconds: float = HANG_SECONDS, is_warm: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program of this environment, in the root of the project."""
-    return subprocess.run(**program(name, *words), capture_output=True, timeout=seconds)
+    """Run a program of this environment, in the root of the project; see `program`."""
+    given = program(name, *words, is_warm=is_warm)
+    return subprocess.run(**given, capture_output=True, timeout=seconds)
 
 
 def run_recsys(
@@ -124,13 +135,16 @@ def torchrun(
 ) -> subprocess.CompletedProcess[str]:
     """`recsys` on some ranks; `--` keeps torchrun from reading `--run` as its `--run-path`."""
     ranks = ["--standalone", "--nproc-per-node", str(world_size)]
-    return run_program("torchrun", *ranks, "-m", "--", "recsys.cli", *words, seconds=seconds)
+    words = (*ranks, "-m", "--", "recsys.cli", *words)
+    return run_program("torchrun", *words, seconds=seconds, is_warm=True)
 
 
-def torchx(component: str, nproc: int, *words: str) -> subprocess.CompletedProcess[str]:
-    """`torchx run` of one of the project's components on this machine."""
+def torchx(
+    component: str, nproc: int, *words: str, is_warm: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """`torchx run` of one of the project's components on this machine; see `program`."""
     job = ["-s", "local_cwd", f"launch/components.py:{component}", "--nproc", str(nproc)]
-    return run_program("torchx", "run", *job, "--", *words)
+    return run_program("torchx", "run", *job, "--", *words, is_warm=is_warm)
 
 
 def assert_same_metrics(report: dict[str, Any], expected: dict[str, Any]) -> None:

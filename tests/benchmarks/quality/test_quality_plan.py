@@ -147,7 +147,7 @@ def test_torchx_trains_a_cell_whose_scores_are_then_read_and_not_made_again(
     words = ["quality", "--data", str(data), "--out", str(tmp_path / "runs"), "--seeds", "1"]
     words += ["--only", "[ID only]", "--recipe", str(TINY), "--results", str(results)]
 
-    done = torchx("benchmark", 1, *words)
+    done = torchx("benchmark", 1, *words, is_warm=True)
 
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = (tmp_path / "runs" / "data").iterdir()

@@ -48,7 +48,7 @@ def train(folder: Path, name: str, plan: Plan) -> Path:
     hook = f"TRACE={place},PYTHONPATH={Path(__file__).parent / 'fault_hook'}:{ROOT}"
     job = ["-s", "local_cwd", "launch/components.py:train", "--nproc", "2", "--env", hook]
     retries = ["--max_retries", str(len(plan) + 1)]
-    done = run_program("torchx", "run", *job, *retries, "--", *words, seconds=900)
+    done = run_program("torchx", "run", *job, *retries, "--", *words, seconds=900, is_warm=True)
     (place / "log.txt").write_text(done.stdout + done.stderr)
     if done.returncode:
         raise SystemExit(f"the job ended with {done.returncode}:\n{done.stderr[-8000:]}")

@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,13 @@ from torchrec.datasets.criteo import (
 
 from tests.datasets import write_parquet
 from tests.ranks import HANG_SECONDS
+from tests.warm_python import warm_environment
 
 PROJECT = Path(__file__).parents[3]
 EXAMPLES = PROJECT / "tests" / "examples"
 README = (PROJECT / "recsys" / "plug_in" / "README.md").read_text()
 CRITEO_ROWS = 200
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "2"]
 SHORT = ["--epochs", "2", "--batches", "4"]
 
 
@@ -77,6 +77,7 @@ def train(script: str, folder: Path, *arguments: str) -> list[tuple[float, float
         cwd=folder,
         env={
             **os.environ,
+            **warm_environment(),
             "PYTHONPATH": str(PROJECT),
             "XDG_CACHE_HOME": str(folder / "cache"),
             "OMP_NUM_THREADS": "1",

@@ -61,4 +61,7 @@ def watch_steps(loss_watch: Any) -> None:
 
 
 if os.environ.get("TRACE"):
-    sys.meta_path.insert(0, _Finder())
+    if WATCHED in sys.modules:  # where the interpreter had it imported before
+        watch_steps(sys.modules[WATCHED].LossWatch)
+    else:
+        sys.meta_path.insert(0, _Finder())
