@@ -40,8 +40,6 @@ Features may be made of other columns by steps (`recsys.data.transforms.steps`):
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -219,17 +217,11 @@ def read_schema(root: Location) -> Schema:
     path = root / "schema.yaml"
     if not path.exists():
         raise ValueError(f"{path}: no such file; write it, or correct the path of the dataset")
-    return copy.deepcopy(_schema_of(path.read_bytes(), str(path)))
-
-
-@functools.lru_cache(maxsize=8)
-def _schema_of(text: bytes, place: str) -> Schema:
-    """Do `read_schema` for a file's text, once for all parts of a job that read it."""
     try:
-        content = load_plain_yaml(text)
+        content = load_plain_yaml(path.read_bytes())
     except Exception as error:
-        raise ValueError(f"{place}: {error}") from error
-    return parse_schema(content, place)
+        raise ValueError(f"{path}: {error}") from error
+    return parse_schema(content, str(path))
 
 
 @remembered
