@@ -17,6 +17,7 @@ from tests.recsys.training.continual.walk_runs import (
     WITHOUT_CONTENT,
     change_labels,
     files_of,
+    rewound,
     walk,
     write_partition,
     write_walk,
@@ -143,20 +144,17 @@ def test_another_model_or_a_gap_is_refused(
         walk(two, two / "run", *WITHOUT_CONTENT, *words, **asked)
 
 
-def test_items_whose_ids_mean_others_are_refused_and_edited_ones_counted(
+def test_items_whose_ids_mean_others_are_refused_and_edited_ones_encoded(
     walked: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(walked / "data", tmp_path / "data")
-    shutil.copytree(walked / "cache", tmp_path / "cache")
-    walk(tmp_path, tmp_path / "run", last="2026-11-08")
+    rewound(walked, tmp_path)
     file = tmp_path / "data" / "items" / "part-0.parquet"
     items = pq.read_table(file)
     texts = pa.array([f"other {number}" for number in range(items.num_rows)])
     pq.write_table(items.set_column(1, "text", texts), file)
-    words = ("--continual.edited_items", "0.1")
     with pytest.raises(ValueError, match=r"items: 14 of 30 known items .*0\.1"):
-        walk(tmp_path, tmp_path / "run", *words)
-    assert len(walk(tmp_path, tmp_path / "run", last="2026-11-09").trained) == 2
+        walk(tmp_path, tmp_path / "run", "--continual.edited_items", "0.1")
+    assert len(walk(tmp_path, tmp_path / "run").trained) == 4
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -28,14 +27,17 @@ from recsys.evaluation.predict import load_run
 from recsys.evaluation.scores import read_scores
 from recsys.training.continual.partition_trainer import PartitionTrainer
 from recsys.training.loss_watch import LossWatch
+from tests.recsys.command_runs import TINY
 from tests.recsys.training.continual.walk_runs import (
     NAMES,
     ROWS,
     WITHOUT_CONTENT,
+    WORDS,
     assert_same_end,
     change_labels,
     files_of,
     lines_of,
+    rewound,
     walk,
     write_walk,
 )
@@ -90,11 +92,8 @@ def test_scores_do_not_depend_on_labels_and_are_whole_before_any_row_is_trained_
     walked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last partition is poisoned: its labels are turned around."""
-    shutil.copytree(walked / "data", tmp_path / "data")
-    shutil.copytree(walked / "cache", tmp_path / "cache")
+    file = rewound(walked, tmp_path).scores_of(NAMES[3])
     change_labels(tmp_path / "data" / "train" / NAMES[3])
-    walk(tmp_path, tmp_path / "run", last="2026-11-10")
-    file = ContinualFolder(tmp_path / "run").scores_of(NAMES[3])
     trained_with: list[bytes] = []
     before = PartitionTrainer.train
 
@@ -111,6 +110,7 @@ def test_scores_do_not_depend_on_labels_and_are_whole_before_any_row_is_trained_
     assert np.array_equal(poisoned.labels, 1 - clean.labels)
 
 
+@pytest.mark.long
 def test_a_walk_in_pieces_is_the_walk_at_once(walked: Path, tmp_path: Path) -> None:
     walk(walked, tmp_path / "run", last="2026-11-09")
     walk(walked, tmp_path / "run", first="2026-11-10", last="2026-11-10")
@@ -123,25 +123,39 @@ def test_a_walk_in_pieces_is_the_walk_at_once(walked: Path, tmp_path: Path) -> N
 
 def test_items_and_ids_may_arrive_with_their_partitions(walked: Path, tmp_path: Path) -> None:
     words = ("--continual.order", "time", "--continual.passes", "2")
-    for number in range(3):
+    for number in range(2):
         write_walk(tmp_path / "data", number + 1)
         walk(tmp_path, tmp_path / "run", *WITHOUT_CONTENT, *words)
-    assert [line["rows"] for line in lines_of(tmp_path / "run")] == ROWS[1:3]
-    (last, *_) = folders_by_age(ContinualFolder(tmp_path / "run").run_of(NAMES[2]) / "checkpoints")
+    assert [line["rows"] for line in lines_of(tmp_path / "run")] == ROWS[1:2]
+    (last, *_) = folders_by_age(ContinualFolder(tmp_path / "run").run_of(NAMES[1]) / "checkpoints")
     progress = json.loads((last / "checkpoint.json").read_text())["progress"]
-    assert (progress["steps"], progress["steps_before"], progress["epoch"]) == (12, 20, 2)
+    assert (progress["steps"], progress["steps_before"], progress["epoch"]) == (10, 10, 2)
 
 
-@pytest.mark.parametrize("step", [3, 8, pytest.param(17, marks=pytest.mark.long)])
 def test_a_walk_that_was_stopped_goes_on_with_the_same_bits(
+    walked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = rewound(walked, tmp_path)
+    with monkeypatch.context() as stopping:
+        stop_after(stopping, 2)
+        with pytest.raises(TrainingStopped):
+            walk(tmp_path, tmp_path / "run")
+    state = folder.read()
+    assert state.begun is not None and state.begun.name == NAMES[3]
+    walk(tmp_path, tmp_path / "run")
+    assert assert_same_end(walked / "run", tmp_path / "run") > 50
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("step", [3, 8])
+def test_a_walk_that_was_stopped_sooner_goes_on_with_the_same_bits(
     walked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     with monkeypatch.context() as stopping:
         stop_after(stopping, step)
         with pytest.raises(TrainingStopped):
             walk(walked, tmp_path / "run")
-    state = ContinualFolder(tmp_path / "run").read()
-    assert state.begun is not None and len(state.trained) == {3: 0, 8: 1, 17: 3}[step]
+    assert len(ContinualFolder(tmp_path / "run").read().trained) == {3: 0, 8: 1}[step]
     walk(walked, tmp_path / "run")
     assert_same_end(walked / "run", tmp_path / "run")
 
@@ -159,15 +173,28 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(LossWatch, "step", step)
 
 
-def test_commands_on_a_continual_run_take_its_last_partition(
-    walked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, data = str(walked / "run"), walked / "data" / "train"
+def test_predictions_are_of_the_last_partition(walked: Path, tmp_path: Path) -> None:
+    run, inputs = str(walked / "run"), str(walked / "data" / "train" / NAMES[0])
     out = tmp_path / "predictions.parquet"
-    assert main(["predict", "--run", run, "--input", str(data / NAMES[0]), "--out", str(out)]) == 0
+    assert main(["predict", "--run", run, "--input", inputs, "--out", str(out)]) == 0
     assert pq.read_table(out).num_rows == ROWS[0]
-    tables = str(tmp_path / "tables.parquet")
-    assert main(["export-tables", "--run", run, "--out", tables]) == 0
-    assert main(["export", "--run", run, "--out", str(tmp_path / "package")]) == 0
     with pytest.raises(ValueError, match="part of a run"):
         check_output(walked / "run" / "partitions" / "predictions.parquet")
+
+
+@pytest.mark.long
+def test_commands_on_a_continual_run_take_its_last_partition(walked: Path, tmp_path: Path) -> None:
+    run = str(walked / "run")
+    tables, page = str(tmp_path / "tables.parquet"), tmp_path / "report.html"
+    assert main(["export-tables", "--run", run, "--out", tables]) == 0
+    assert main(["export", "--run", run, "--out", str(tmp_path / "package")]) == 0
+    assert main(["report", "--run", run, "--out", str(page)]) == 0
+    text = page.read_text()
+    assert all(name in text for name in NAMES[1:]) and "Run run" in text
+    words = ["--data", str(walked / "data"), "--out", str(tmp_path / "run")]
+    words += ["--cache", str(walked / "cache"), "--config", str(TINY), *WORDS]
+    begun = ["continual", *words, "--from", "2026-11-11", "--warm-start", run]
+    assert main(begun) == 0
+    (line,) = lines_of(tmp_path / "run")
+    assert line["partition"] == NAMES[3] and line["model_of"] == ""
+    assert main([*begun[:-1], str(walked / "data")]) == 1  # begun from another run

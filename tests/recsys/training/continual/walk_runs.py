@@ -97,11 +97,17 @@ def walk(
         return train_continually(config_of(folder, *words), place, run, ranks, request)
 
 
-def copy_walk(folder: Path, out: Path, run: str = "run") -> Path:
-    """A copy of the data and of a continual run, which may be changed."""
-    shutil.copytree(folder / "data", out / "data")
-    shutil.copytree(folder / run, out / run)
-    return out
+def rewound(walked: Path, out: Path) -> ContinualFolder:
+    """A copy of data, cache and walk in `out`, as before the last partition."""
+    for name in ("data", "cache", "run"):
+        shutil.copytree(walked / name, out / name)
+    folder = ContinualFolder(out / "run")
+    folder.write(RunState(folder.read().trained[:-1]))
+    shutil.rmtree(folder.run_of(NAMES[-1]))
+    folder.scores_of(NAMES[-1]).unlink()
+    lines = (folder.path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder.path / "metrics.jsonl").write_text("".join(lines[:-1]))
+    return folder
 
 
 def change_labels(place: Path) -> None:
