@@ -26,6 +26,9 @@ def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
         help="type of the ID tables; content vectors are in fp32 with fp32, else in fp16",
     )
     parser.add_argument("--data", type=str | None, help="dataset; default: the run's own")
+    parser.add_argument(
+        "--compile", type=bool, default=False, help="compile the graph for this kind of processor"
+    )
     add_log_options(parser)
 
 
@@ -37,6 +40,9 @@ def run(arguments: Namespace) -> None:
     from recsys.serving.export import export_run
 
     with joined_ranks("cpu") as ranks:
-        manifest = export_run(arguments.run, arguments.out, arguments.tables, ranks, arguments.data)
+        manifest = export_run(
+            *(arguments.run, arguments.out, arguments.tables, ranks, arguments.data),
+            compiles=arguments.compile,
+        )
     size = sum(of_file["bytes"] for of_file in manifest.files.values())
     logger.info("%s: %s files, %.1f MB", arguments.out, len(manifest.files), size / 1e6)

@@ -33,6 +33,7 @@ from recsys.distributed.ranks import Ranks
 from recsys.evaluation.predict import load_run
 from recsys.model.tables import pooled_features
 from recsys.serving.bounded_file import save_bounded
+from recsys.serving.compiled_graph import COMPILED, compile_graph, require_compiler
 from recsys.serving.new_items.written_encoder import write_item_encoder
 from recsys.serving.package import GRAPH, REQUEST, Manifest, write_manifest
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_graph
@@ -47,7 +48,12 @@ PACKAGES = ("torch", "torchrec", "recsys-em3")
 
 
 def export_run(
-    run: Path, out: Path, tables: StoredType, ranks: Ranks, data: str | None = None
+    run: Path,
+    out: Path,
+    tables: StoredType,
+    ranks: Ranks,
+    data: str | None = None,
+    compiles: bool = False,
 ) -> Manifest:
     """Write the best model of a run as a package; it appears whole or not at all.
 
@@ -57,15 +63,19 @@ def export_run(
         tables: stored type of ID tables; content vectors are in fp32, or else in fp16.
         ranks: this process alone.
         data: dataset whose items are ranked; default the dataset of the run.
+        compiles: also compile the graph to machine code.
 
     Raises:
-        ValueError: there are several ranks, the folder exists, the run is not finished, or its
-            model cannot be exported.
+        ValueError: there are several ranks, the folder exists, the run is not finished, its model
+            cannot be exported or compiled, or no C++ compiler is installed.
     """
+    if compiles:
+        require_compiler()
     job = load_for_export(run, out, ranks, data)
     columns = pooled_features(job.config, job.schema), job.schema.of_kind("dense")
     with whole_folder(out) as partial:
-        return write_package(run, job, partial, tables, PackagedModel(job.em3.ranking, *columns))
+        model = PackagedModel(job.em3.ranking, *columns, compiles=compiles)
+        return write_package(run, job, partial, tables, model)
 
 
 def load_for_export(run: Path, out: Path, ranks: Ranks, data: str | None) -> Job:
@@ -95,13 +105,14 @@ class PackagedModel:
     """Computations of a package.
 
     ranking: the ranking model, or a part of it. pooled, dense: the columns that it reads.
-    reads_targets: it reads the content of ranked items.
+    reads_targets: it reads the content of ranked items. compiles: write its machine code, too.
     """
 
     ranking: nn.Module
     pooled: list[str]
     dense: list[str]
     reads_targets: bool = True
+    compiles: bool = False
 
 
 def write_package(
@@ -137,7 +148,10 @@ def write_package(
         versions={name: version(name) for name in PACKAGES},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    torch.export.save(_graph_of(job, manifest, model.ranking), folder / GRAPH)
+    program = _graph_of(job, manifest, model.ranking)
+    torch.export.save(program, folder / GRAPH)
+    if model.compiles:
+        manifest.compiled = compile_graph(program, folder / COMPILED)
     (folder / REQUEST).write_text(_example(job, manifest) + "\n")
     write_manifest(folder, manifest)
     return manifest

@@ -1,9 +1,10 @@
 """A package: the files that answer requests, listed with their sizes and hashes in a manifest.
 
 `manifest.json` describes the package; `schema.yaml` and `vocabulary/` have the columns of the
-run; `graph.pt2` is the ranking model by torch.export; `tables/*.vectors` are the ID tables and
-`content/*.vectors` the content vectors of the items; `request.json` is an example. `items/` has
-what encodes further items, and `added/` those that were added.
+run; `graph.pt2` is the ranking model by torch.export, and `compiled.pt2` its machine code, if it
+was compiled; `tables/*.vectors` are the ID tables and `content/*.vectors` the content vectors of
+the items; `request.json` is an example. `items/` has what encodes further items, and `added/` those
+that were added.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Manifest:
     `history`, none without content. searches: the graph also reads the candidates' vectors in the
     memory bank. bounded: tables whose map of raw ids was learned in training. content_histories:
     further histories whose content is read. entry_shapes: shape of an item's entries by modality,
-    for what encodes items. added: number and layout of the items added, if there are any.
+    for what encodes items. compiled: what the machine code needs,
+    if there is some. added: number and layout of the items added, if there are any.
     """
 
     run: str
@@ -54,6 +56,7 @@ class Manifest:
     created: str
     content_histories: list[str] = field(default_factory=list)
     entry_shapes: dict[str, list[int]] = field(default_factory=dict)
+    compiled: dict[str, str] = field(default_factory=dict)
     added: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # bytes and sha256 by name
     format: int = FORMAT

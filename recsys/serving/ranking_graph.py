@@ -198,7 +198,7 @@ def export_graph(graph: RankingGraph, shapes: RankingInputs, name: str) -> Expor
     Raises:
         ValueError: torch.export refuses the model, or the graph gives other numbers.
     """
-    traced = _random_like(shapes, *TRACED_SIZE)
+    traced = random_like(shapes, *TRACED_SIZE)
     sizes = {0: torch.export.Dim.AUTO}
     axes = tuple(
         [sizes] * len(part) if isinstance(part, list) else sizes for part in traced.arguments()
@@ -210,7 +210,7 @@ def export_graph(graph: RankingGraph, shapes: RankingInputs, name: str) -> Expor
             )
             module = program.module(check_guards=False)
             for size in CHECKED_SIZES:
-                given = _random_like(shapes, *size).arguments()
+                given = random_like(shapes, *size).arguments()
                 torch.testing.assert_close(
                     module(*given), graph(*given), rtol=TOLERANCE, atol=TOLERANCE
                 )
@@ -222,7 +222,7 @@ def export_graph(graph: RankingGraph, shapes: RankingInputs, name: str) -> Expor
     return program
 
 
-def _random_like(
+def random_like(
     shapes: RankingInputs, num_rows: int, num_items: int, num_events: int
 ) -> RankingInputs:
     """Return random inputs with the widths of `shapes`; each further history has an event more."""

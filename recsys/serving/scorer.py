@@ -15,15 +15,16 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.checkpoint.run_schema import load_run_schema
 from recsys.model.label_losses import predictions
 from recsys.serving.bounded_file import load_bounded
+from recsys.serving.compiled_graph import Graph, graph_file, load_graph
 from recsys.serving.integrity import BackgroundCheck, VerifiedFiles
 from recsys.serving.new_items.added_items import AddedItems, grow_vocabulary
-from recsys.serving.package import GRAPH, Manifest, differing_versions, read_manifest
+from recsys.serving.package import Manifest, differing_versions, read_manifest
 from recsys.serving.ranking_graph import RankingInputs
 from recsys.serving.requests import HistoryRows, RequestReader, RequestRows, TableRows
 from recsys.serving.vector_file import VectorFile, VectorFileShape
@@ -76,7 +77,8 @@ class Scorer:
             name: VectorFile(folder / "content" / f"{name}.vectors", VectorFileShape(**shape))
             for name, shape in manifest.content.items()
         }
-        self._graph = self._load_graph(folder, before)
+        self.graph_file = graph_file(folder, manifest)
+        self._graph: Graph = self._graph_of(folder, before)
         self.verified = VerifiedFiles()
         self.check: BackgroundCheck | None = None
 
@@ -132,13 +134,12 @@ class Scorer:
             scorer.check = BackgroundCheck(folder, manifest.files, verified)
         return scorer
 
-    def _load_graph(self, folder: Path, before: Scorer | None) -> nn.Module:
+    def _graph_of(self, folder: Path, before: Scorer | None) -> Graph:
         """Load the graph, or take over that of another package if the files are equal."""
-        if before is not None and before.manifest.files.get(GRAPH) == self.manifest.files[GRAPH]:
+        file = self.manifest.files[self.graph_file]
+        if before is not None and before.manifest.files[before.graph_file] == file:
             return before._graph
-        program = torch.export.load(folder / GRAPH)
-        # Guards of the export refuse sizes 0 and 1, for which the exported graph was checked.
-        return program.module(check_guards=False)
+        return load_graph(folder / self.graph_file)
 
     def score(
         self,

@@ -1,0 +1,120 @@
+"""The graph of a package as machine code, which AOTInductor makes of it with a C++ compiler.
+
+The code has the vector instructions of the processor that compiled it, and calls the torch it was
+compiled for. Elsewhere the exported graph runs in its place, with a warning. Compiled code reads
+its inputs by their address, so they must be contiguous.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from recsys.serving.package import GRAPH, Manifest
+from recsys.serving.ranking_graph import CHECKED_SIZES, TOLERANCE, RankingInputs, random_like
+
+logger = logging.getLogger(__name__)
+
+COMPILED = "compiled.pt2"
+Graph = Callable[..., Tensor]
+
+
+def require_compiler() -> None:
+    """Require the C++ compiler that AOTInductor calls.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ValueError(
+            f"--compile needs the C++ compiler '{compiler}', which is not found; install it (apt "
+            "install g++), name another by the variable CXX, or leave --compile out"
+        )
+
+
+def compile_graph(program: ExportedProgram, path: Path) -> dict[str, str]:
+    """Compile an exported graph, compare both, and return what the code needs, for a manifest.
+
+    Args:
+        program: the graph.
+        path: file to write.
+
+    Raises:
+        ValueError: the graph cannot be compiled, or the code gives other numbers.
+    """
+    try:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        compiled, graph = _loaded(path), program.module(check_guards=False)
+        assert program.example_inputs is not None
+        shapes = RankingInputs(*program.example_inputs[0])
+        with torch.inference_mode():
+            for size in CHECKED_SIZES:
+                given = random_like(shapes, *size).arguments()
+                torch.testing.assert_close(
+                    compiled(*given), graph(*given), rtol=TOLERANCE, atol=TOLERANCE
+                )
+    except Exception as error:  # AOTInductor raises errors of many types
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"--compile: AOTInductor cannot compile this model ({type(error).__name__}: {reason}); "
+            "leave --compile out"
+        ) from error
+    return _here()
+
+
+def graph_file(folder: Path, manifest: Manifest) -> str:
+    """Return the file of the graph that runs here: the compiled one where it can."""
+    if not manifest.compiled:
+        return GRAPH
+    if manifest.compiled == _here():
+        return COMPILED
+    wanted, here = (", ".join(of.values()) for of in (manifest.compiled, _here()))
+    logger.warning(
+        "%s: compiled for %s, but this is %s, so the graph runs uncompiled; export the run here",
+        *(folder, wanted, here),
+    )
+    return GRAPH
+
+
+def load_graph(path: Path) -> Graph:
+    """Load an exported or a compiled graph."""
+    if path.name == COMPILED:
+        return _loaded(path)
+    # Guards of the export refuse sizes 0 and 1, for which the exported graph was checked.
+    return torch.export.load(path).module(check_guards=False)
+
+
+def _here() -> dict[str, str]:
+    """Return what compiled code depends on."""
+    return {
+        "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": version("torch"),
+    }
+
+
+def _loaded(path: Path) -> Graph:
+    run = torch._inductor.aoti_load_package(str(path))
+
+    def call(*arguments: Tensor | list[Tensor]) -> Tensor:
+        """Run the code on contiguous copies of inputs that are not."""
+        return run(
+            *(
+                [part.contiguous() for part in given]
+                if isinstance(given, list)
+                else given.contiguous()
+                for given in arguments
+            )
+        )
+
+    return call
