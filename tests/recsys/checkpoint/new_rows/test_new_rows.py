@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -63,6 +64,19 @@ def moments_of(state: dict[str, Tensor]) -> Tensor:
     return state[name]
 
 
+def counts_before(folder: Path, run: Path, now: list[int]) -> np.ndarray:
+    """The counts that a new run keeps of the run before, by its own rows."""
+    ids, total = ids_of(folder / "data"), ItemCounts.load(folder / "run" / "item_counts.npy")
+    kept = ItemCounts.load(run / "item_counts_before.npy")
+    assert dict(zip(kept.items.tolist(), kept.counts.tolist(), strict=True)) == {
+        now.index(ids[item]): count
+        for item, count in zip(total.items.tolist(), total.counts.tolist(), strict=True)
+    }
+    ItemCounts.of_rows(kept.items[:2]).save(run / "item_counts.npy")  # of the new run itself
+    assert trained_counts(run, 55).counts.tolist() == [*(kept.counts[:2] + 1), *kept.counts[2:]]
+    return kept.of(np.arange(55))
+
+
 @pytest.fixture
 def low_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fill, "COLD_BELOW", WARM_FROM)
@@ -78,8 +92,7 @@ def test_new_items_get_the_row_that_the_regression_gives_their_content(
     table, bank = state["item"], state["bank"][:, :-1]
     trained = moments_of(state) > 0
     has_item = torch.tensor([row < len(now) and now[row] != WITHOUT_ITEM for row in range(55)])
-    before_start = ItemCounts.load(tmp_path / "new" / "item_counts_before.npy")
-    counts = torch.from_numpy(before_start.of(torch.arange(55).numpy()))
+    counts = torch.from_numpy(counts_before(multimodal, tmp_path / "new", now))
     learned = trained & has_item & (counts >= WARM_FROM)
     assert 4 < learned.sum() < trained.sum() < has_item.sum()
     fitted = fit_ridge(bank[learned], table[learned])
@@ -138,7 +151,7 @@ def begin_on_rank(
 @pytest.mark.parametrize(
     ("world_size", "sharding"),
     [
-        (2, "row_wise"),
+        pytest.param(2, "row_wise", marks=pytest.mark.long),
         pytest.param(2, "column_wise", marks=pytest.mark.long),
         pytest.param(3, "table_wise", marks=pytest.mark.long),
     ],
@@ -165,23 +178,3 @@ def test_a_table_without_its_optimizer_state_is_refused(multimodal: Path, tmp_pa
         begun(multimodal, tmp_path / "new", *rule("content"), optimizer=False),
     ):
         pass
-
-
-def test_counts_of_the_runs_before_are_kept_by_the_rows_of_the_new_one(
-    multimodal: Path, tmp_path: Path
-) -> None:
-    data, now = with_new_items(multimodal, tmp_path)
-    ids = ids_of(multimodal / "data")
-    ItemCounts.of_rows(torch.tensor([3, 3, 5]).numpy()).save(tmp_path / "own.npy")
-    with begun(multimodal, tmp_path / "new", data=data):
-        pass
-    before = ItemCounts.load(multimodal / "run" / "item_counts.npy")
-    kept = ItemCounts.load(tmp_path / "new" / "item_counts_before.npy")
-    assert dict(zip(kept.items.tolist(), kept.counts.tolist(), strict=True)) == {
-        now.index(ids[item]): count
-        for item, count in zip(before.items.tolist(), before.counts.tolist(), strict=True)
-    }
-    (tmp_path / "own.npy").rename(tmp_path / "new" / "item_counts.npy")
-    total = trained_counts(tmp_path / "new", 55)
-    assert total.counts.sum() == before.counts.sum() + 3
-    assert total.of(torch.tensor([3]).numpy())[0] == kept.of(torch.tensor([3]).numpy())[0] + 2
