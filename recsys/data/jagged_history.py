@@ -62,6 +62,15 @@ class JaggedHistory:
         longest = int(lengths.max()) if longest is None else longest
         return JaggedHistory(index, lengths, offsets, rows, max(longest, 1), num_items)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether all rows have the same history, as in `recsys.serving`: here, rows differ."""
+        return False
+
+    def of_one_row(self, values: Tensor) -> Tensor:
+        """Map [N, K] of a shared history to its places in one row; here, no history is shared."""
+        raise TypeError("rows have histories of their own")
+
     def unindexed(self) -> JaggedHistory:
         """Return the same histories over N items, one for each position."""
         index = torch.arange(len(self.index), device=self.index.device)

@@ -75,6 +75,15 @@ class SharedHistory:
         """Repeat [L] for each row: [N * L]."""
         return values.unsqueeze(0).expand(self.num_rows, -1).reshape(-1)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether all rows have the same places: a selection differs between rows."""
+        return self.places is None
+
+    def of_one_row(self, values: Tensor) -> Tensor:
+        """Map [N * L, K], of which all rows have the same values, to those of a row: [L, K]."""
+        return values.view(self.num_rows, self.longest, values.shape[1])[0]
+
     def unindexed(self) -> SharedHistory:
         """Return itself: items and places are the same."""
         return self

@@ -4,7 +4,8 @@ Parallel lists of the history (liked flags, time gaps) are mapped and added to t
 belong to, so that attention can tell a liked item from a disliked one. The two classes
 differ in the score: `TargetAttention` computes it by an MLP, as DIN does, and `DotAttention` by the
 scaled dot product, which costs a thousandth and suits content vectors, whose directions have a
-meaning.
+meaning. When a package ranks candidates for one user, all rows share the history, and what depends
+on it alone is computed once.
 
 Nothing is padded, and terms that depend on an item alone are computed once per unique item. The
 first layer of DIN's MLP is linear in (h, t, h - t, h * t), so with its weight split into four parts
@@ -81,6 +82,9 @@ class TargetAttention(HistoryAttention):
         """Return the MLP's score of each history item for its row's target."""
         first = self.score[0]
         assert isinstance(first, nn.Linear)
+        if history.is_shared and not torch.is_autocast_enabled(target.device.type):
+            hidden = self._hidden_of_shared(target, items, history.of_one_row(parallel))
+            return self.score[1:](hidden).squeeze(1)
         of_item, of_target, of_difference, of_product = first.weight.chunk(4, dim=1)  # [H, D]
         of_item, of_target = of_item + of_difference, of_target - of_difference
         of_items = items @ of_item.T  # [U, H]
@@ -96,6 +100,28 @@ class TargetAttention(HistoryAttention):
         hidden.addmm_(products, of_product.T.to(dtype))
         hidden += history.spread(torch.addmm(first.bias, target, of_target.T).to(dtype))
         return self.score[1:](hidden).squeeze(1)
+
+    def _hidden_of_shared(
+        self,
+        target: Tensor,  # [B, D]
+        items: Tensor,  # [U, D]
+        parallel: Tensor,  # [U, P]
+    ) -> Tensor:  # [B * U, H]
+        """Return the first layer where all rows have the same history, by one product.
+
+        For an item h of the history, the layer is linear in the target t: it is
+        (W1 + W3) h + b + (W2 - W3 + W4 diag(h)) t. These matrices of all items are computed once.
+        """
+        first = self.score[0]
+        assert isinstance(first, nn.Linear)
+        of_item, of_target, of_difference, of_product = first.weight.chunk(4, dim=1)  # [H, D]
+        if self.parallel_map is not None:
+            items = items + self.parallel_map(parallel)
+        constant = torch.addmm(first.bias, items, (of_item + of_difference).T)  # [U, H]
+        factors = items.T.unsqueeze(2) * of_product.T.unsqueeze(1)  # [D, U, H]
+        factors = factors + (of_target - of_difference).T.unsqueeze(1)
+        hidden = torch.addmm(constant.view(1, -1), target, factors.flatten(1))  # [B, U * H]
+        return hidden.view(-1, constant.shape[1])
 
 
 class DotAttention(HistoryAttention):
