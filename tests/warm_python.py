@@ -35,6 +35,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {
     "python": "",
+    "recsys": " -m recsys.cli",
     "torchrun": " -m torch.distributed.run",
     "torchx": " -c 'import sys; from torchx.cli.main import main; main(sys.argv[1:])'",
 }
@@ -172,8 +173,8 @@ def run(words: list[str]) -> None:
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     atexit._clear()  # what was registered by the server
-    warnings.resetwarnings()
-    multiprocessing.spawn.set_executable(os.environ.get("PYTHON_EXEC", sys.executable))
+    sys.executable = os.environ.get("PYTHON_EXEC", sys.executable)
+    multiprocessing.spawn.set_executable(sys.executable)
     while words[0].startswith("-") and words[0] not in ("-m", "-c"):
         option = words.pop(0)
         value = words.pop(0) if option in ("-W", "-X") else ""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Iterator
+from multiprocessing import spawn
 from pathlib import Path
 
 import pytest
@@ -48,9 +50,18 @@ def test_an_effort_without_steps_is_refused() -> None:
         Effort(warm_up=0)
 
 
+@pytest.fixture
+def spawning_warm() -> Iterator[None]:
+    """Processes that multiprocessing spawns have the libraries imported."""
+    usual = spawn.get_executable()
+    spawn.set_executable(warm_environment()["PYTHON_EXEC"])
+    yield
+    spawn.set_executable(usual)
+
+
 @pytest.mark.long
 def test_variants_on_one_and_two_ranks_take_turns_in_processes_of_their_own(
-    tmp_path: Path,
+    tmp_path: Path, spawning_warm: None
 ) -> None:
     one = quick_variant(tmp_path)
     variants = [one, one.changed("two", ranks=2), one.changed("apart", ranks=2, apart=True)]
