@@ -71,7 +71,7 @@ class Checkpoints:
         self.frozen, self.items = frozen_digest(job), item_content_digest(job)
         self._damaged: list[Path] = []
         # Writing overlaps with steps, so its collectives must not mix with those of the steps.
-        self._ranks = writers or job.ranks.apart()
+        self._ranks, self._has_own_group = writers or job.ranks.apart(), writers is None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Future[None], Path] | None = None
         self._failures = 0
@@ -122,8 +122,7 @@ class Checkpoints:
         if self._pending is None:
             return
         (future, folder), self._pending = self._pending, None
-        error = future.exception()
-        if error is None:
+        if (error := future.exception()) is None:
             self._failures = 0
             return
         self._failures += 1
@@ -135,9 +134,11 @@ class Checkpoints:
             logger.warning("%s. Training goes on; the last good checkpoint is %s", text, last_good)
 
     def close(self) -> None:
-        """Wait for the last write and end the writer."""
+        """Wait for the last write, and end the writer with its group."""
         self.wait()
         self._writer.shutdown()
+        if self._has_own_group:
+            dist.destroy_process_group(self._ranks.own_group)
 
     @property
     def last_good(self) -> Path | None:
@@ -154,12 +155,11 @@ class Checkpoints:
             sizes = torch.tensor([num_bytes(state), -psutil.virtual_memory().available])
             dist.all_reduce(sizes, op=dist.ReduceOp.MAX, group=ranks.group)
             needed, free = int(sizes[0]) * ranks.local_world_size, -int(sizes[1])
-            fits = needed <= COPY_SHARE * free
-            self._copies = fits if setting == "auto" else setting == "true"
-            kind = "asynchronous" if self._copies else "synchronous"
+            self._copies = needed <= COPY_SHARE * free if setting == "auto" else setting == "true"
             logger.info(
-                f"checkpoints: {num_bytes(state) / 2**20:,.1f} MB on rank 0, {kind} (setting "
-                f"{setting}; a copy takes {needed / 2**30:.1f} GB of {free / 2**30:.1f} GB free)"
+                f"checkpoints: {num_bytes(state) / 2**20:,.1f} MB on rank 0, {'a' * self._copies}"
+                f"synchronous (setting {setting}; a copy takes {needed / 2**30:.1f} GB of "
+                f"{free / 2**30:.1f} GB free)"
             )
         return self._copies
 

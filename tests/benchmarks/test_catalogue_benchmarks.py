@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.churn import QUICK, churn, growth_of, raw_ids, write_partition
-from benchmarks.new_rows import RULES, Protocol, _result
+from benchmarks.continual.new_rows import RULES, Protocol, _result
 from benchmarks.results import write_result
 from recsys.data.filesystem import Location
 from recsys.data.items.item_table import ItemTable

@@ -59,10 +59,10 @@ def test_sigterm_loses_no_step_and_the_same_command_goes_on(
 def test_a_map_that_learns_ids_goes_on_with_the_rows_it_has_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = write_dataset(tmp_path / "data")
+    data = write_dataset(tmp_path / "data", num_users=20)
     schema = data / "schema.yaml"
     bounded = "num_embeddings: 6, vocabulary: {kind: bounded, admit_after: 2}"
-    schema.write_text(schema.read_text().replace("num_embeddings: 10", bounded))
+    schema.write_text(schema.read_text().replace("num_embeddings: 20", bounded))
     config = config_of(tmp_path, "--content", "none", "--embedding.skip", "[]")
     metrics = []
     for name, stop_after in (("whole", None), ("stopped", 6), ("stopped", None)):

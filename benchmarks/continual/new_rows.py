@@ -1,6 +1,6 @@
 """First values of new items' rows, random, mean and made of content: which ranks new items best.
 
-    python -m benchmarks.new_rows --out runs/bench
+    python -m benchmarks.continual.new_rows --out runs/bench
 
 The MovieLens log lies in partitions in the order of time. By two protocols each rule of
 `embedding.tables.item.new_rows` ranks rows of a partition before it has seen them: a continual run,
@@ -29,7 +29,7 @@ from benchmarks.results import RESULTS, Result, require_own_folder, write_result
 from recsys.evaluation.bootstrap import paired_difference, pooled_metric
 from recsys.evaluation.scores import SplitScores, read_scores, scores_file
 
-RECIPE = Path(__file__).parent / "settings" / "continual.yaml"
+RECIPE = Path(__file__).parents[1] / "settings" / "continual.yaml"
 RULES = ("random", "mean", "content")
 TABLES = "{{user: {{embedding_dim: 8, id_dropout: 0.3}}, item: {{new_rows: {rule}}}}}"
 METRICS = [(metric, part) for part in ("all", "cold", "unseen") for metric in ("auc", "gauc")]
