@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from embeddings import TableConfig
 from launch import components
 from recsys.checkpoint.manifest import read_manifest as read_checkpoint
 from recsys.checkpoint.output_file import check_output, check_run_folder
+from recsys.checkpoint.partitions.state import RunState, Trained
 from recsys.checkpoint.run_folder import find_start
 from recsys.commands.options import require_finished
 from recsys.config import ContentSettings, MetricSettings, load_config
@@ -38,6 +39,8 @@ from recsys.plug_in.optimizer import with_content_optimizer
 from recsys.plug_in.settings import check, load_plug_in_settings
 from recsys.serving.package import read_manifest
 from recsys.serving.vector_file import VectorFileShape
+from recsys.training.continual.partitions import list_partitions
+from recsys.training.continual.queue import Span, check_whole, next_partition, require_rows
 from recsys.training.trackers import make_trackers
 from tests.datasets import write_dataset
 from tests.recsys.command_runs import TINY
@@ -169,6 +172,30 @@ def package(done: str, change: Callable[[Path], object], *names: str) -> Case:
 def with_format(package: Path) -> None:
     content = json.loads((package / MANIFEST).read_text())
     (package / MANIFEST).write_text(json.dumps(content | {"format": 99}))
+
+
+def partitions(
+    done: str,
+    files: Sequence[str],
+    *names: str,
+    trained: Sequence[str] = (),
+    span: Span | None = None,
+) -> Case:
+    """Files of a dataset in partitions, some of which are trained on."""
+
+    def call(folder: Path) -> None:
+        for name in files:
+            (folder / "data" / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "data" / "train" / name).write_text("")
+        root = Location.of(folder / "data")
+        state = RunState(tuple(Trained(name, 1, "") for name in trained))
+        found = list_partitions(root)
+        chosen = next_partition(root / "train", found, state, span or Span())
+        assert chosen is not None
+        check_whole(root, chosen, found)
+        require_rows(root, chosen)
+
+    return Case(done, call, names)
 
 
 def plug_in(done: str, text: str, *names: str) -> Case:
@@ -444,5 +471,27 @@ SECTIONS: dict[str, list[Case]] = {
             ("--nproc 4", "--gpu 2"),
         ),
         Case("no ranks", lambda folder: components.train(nproc=0), ("--nproc 0",)),
+    ],
+    "Partitions": [
+        partitions(
+            "a partition that comes too late",
+            ["day=1/a.parquet", "day=2/a.parquet", "day=3/a.parquet"],
+            "day=2",
+            "day=3",
+            trained=["day=1", "day=3"],
+        ),
+        partitions(
+            "`--from 3` where day 2 is not trained on",
+            ["day=1/a.parquet", "day=2/a.parquet", "day=3/a.parquet"],
+            "--from 3",
+            "day=2",
+            trained=["day=1"],
+            span=Span("3"),
+        ),
+        partitions("a file that is being written", ["day=1/a.parquet.tmp"], "a.parquet.tmp"),
+        partitions("no mark", ["day=1/a.parquet", "day=2/_SUCCESS"], "day=1", "_SUCCESS", "day=2"),
+        partitions("no files", ["day=1/_SUCCESS"], "day=1", "*.parquet"),
+        partitions("rows beside partitions", ["a.parquet", "day=1/a.parquet"], "train/a.parquet"),
+        partitions("one level more", ["day=1/a.parquet", "day=2/hour=1/a.parquet"], "hour=1"),
     ],
 }

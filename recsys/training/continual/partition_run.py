@@ -224,9 +224,11 @@ def _start(
         known = _counts_before(plan, before, job)
         continual.clock.lap("warm start")
         _write_scores(continual, begun, job, known, model_of(plan.source.request.run))
+        counts = known
         with ranks.raise_on_all_ranks():
-            scored = count_scored(read_scores(folder.scores_of(now.name)))
-            counts = ItemCounts.sum_of([known, scored])
+            if ranks.is_first:
+                scored = count_scored(read_scores(folder.scores_of(now.name)))
+                counts = ItemCounts.sum_of([known, scored])
         continual.clock.lap("score")
     with ranks.raise_on_all_ranks():
         if ranks.is_first:

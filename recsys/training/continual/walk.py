@@ -121,6 +121,8 @@ def _walk(continual: ContinualRun, request: Request) -> RunState:
             _check_trained(continual, state)
     state = ranks.from_first(state)
     begun = len(state.trained)
+    if ranks.is_first:
+        _name_unused(continual.config)
     gc.freeze()  # what is there now stays, so that looking for a partition's model takes no time
     if request.follow:
         continual.lockstep.listen()
@@ -138,6 +140,19 @@ def _walk(continual: ContinualRun, request: Request) -> RunState:
     if ranks.is_first:
         _summarize(continual, len(state.trained) - begun)
     return state
+
+
+def _name_unused(config: Config) -> None:
+    """Log the settings of a recipe that concern validation, which a continual run has not."""
+    names = ("epochs", "patience", "validations_per_epoch", "best_model_by")
+    default = Config()
+    set_ones = [name for name in names if getattr(config, name) != getattr(default, name)]
+    if set_ones:
+        logger.info(
+            "not used: %s; a partition has continual.passes, and the next one's scores in place of "
+            "validation",
+            ", ".join(set_ones),
+        )
 
 
 def _summarize(continual: ContinualRun, count: int) -> None:
