@@ -45,7 +45,10 @@ def main() -> None:
         pid = int(answers.readline())
         for number in FORWARDED:
             signal.signal(number, lambda number, _: os.kill(pid, number))
-        status = int(answers.readline())
+        answer = answers.readline()
+    if not answer:
+        sys.exit("the server of warm_python.py is gone")
+    status = int(answer)
     if os.WIFSIGNALED(status):
         if os.WTERMSIG(status) in FORWARDED:
             signal.signal(os.WTERMSIG(status), signal.SIG_DFL)

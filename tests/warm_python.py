@@ -13,6 +13,7 @@ Tests of what starts programs, such as `make train`, use Python itself.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import fcntl
 import functools
 import json
@@ -40,6 +41,7 @@ PROGRAMS = {
     "torchx": " -c 'import sys; from torchx.cli.main import main; main(sys.argv[1:])'",
 }
 MOST_FILES, LONGEST_REQUEST = 200, 1 << 20
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 START_SECONDS = 600.0
 
 
@@ -131,6 +133,7 @@ class Server:
 
 def become(request: dict[str, Any], files: list[int]) -> None:
     """Be the program that is asked for, in the process that was forked for it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # ends with the server
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     high = [fcntl.fcntl(file, fcntl.F_DUPFD, 10 * MOST_FILES) for file in files]
