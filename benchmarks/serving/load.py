@@ -21,9 +21,10 @@ from typing import Any
 import aiohttp
 import numpy as np
 import psutil
+import torch
 
 from benchmarks.serving.server import served
-from recsys.serving.package import MANIFEST, read_manifest, write_manifest
+from recsys.serving.package import GRAPH, MANIFEST, read_manifest, write_manifest
 
 
 def load(
@@ -32,7 +33,7 @@ def load(
     """Send requests to a server whose package is exchanged; return what was seen.
 
     Args:
-        package: the package; a copy with another version takes turns with it.
+        package: the package; a copy with another graph takes turns with it.
         request: the request.
         seconds: how long.
         rate: requests per second on average, at random times.
@@ -40,10 +41,7 @@ def load(
     """
     with tempfile.TemporaryDirectory(dir=package.parent) as folder:
         link, copy = Path(folder, "package"), Path(folder, "copy")
-        shutil.copytree(package, copy, copy_function=os.link)
-        manifest = read_manifest(copy, verify=False)
-        (copy / MANIFEST).unlink()
-        write_manifest(copy, replace(manifest, created=f"{manifest.created}, again"))
+        _write_another(package, copy)
         link.symlink_to(package.absolute())
         with served(link) as (pid, port, _):
             process = psutil.Process(pid)
@@ -54,6 +52,18 @@ def load(
                 "rate": rate,
                 "resident_mb": [round(of / 1e6) for of in (before, process.memory_info().rss)],
             }
+
+
+def _write_another(package: Path, copy: Path) -> None:
+    """Write a package with a graph of other weights, which a server must load anew."""
+    shutil.copytree(package, copy, copy_function=os.link)
+    manifest, program = read_manifest(copy, verify=False), torch.export.load(copy / GRAPH)
+    for path in (copy / MANIFEST, copy / GRAPH):
+        path.unlink()  # the link, not the file of the other package
+    with torch.no_grad():
+        next(weight for weight in program.state_dict.values() if weight.is_floating_point()).mul_(2)
+    torch.export.save(program, copy / GRAPH)
+    write_manifest(copy, replace(manifest, created=f"{manifest.created}, again"))
 
 
 async def _open_load(

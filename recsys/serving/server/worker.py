@@ -33,6 +33,7 @@ def worker_app(settings: ServerSettings, verified: VerifiedFiles | None = None) 
         ValueError: the package cannot be loaded by the only worker; one of several ends its
             process with the exit code by which the others are ended, too.
     """
+    gc.disable()  # until it answers; the search for garbage takes a fifth of the start
     configure_logging(0, settings.log_level, settings.log_format)
     of_http = logging.getLogger("uvicorn")
     of_http.handlers, of_http.propagate = logging.getLogger("recsys").handlers, False
@@ -52,6 +53,7 @@ def worker_app(settings: ServerSettings, verified: VerifiedFiles | None = None) 
         server = grpc_server(engine, f"{host}:{settings.grpc_port}")
         await server.start()
         gc.freeze()  # a search for garbage among all modules would stop requests for 0.2 s
+        gc.enable()
         engine.count_worker()
         watch = asyncio.create_task(engine.watch())
         logger.info("ready, version %s", engine.served.version)
