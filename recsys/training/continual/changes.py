@@ -109,7 +109,8 @@ def check_items(job: Job, plan: WarmStartPlan) -> None:
     if plan.items is None:
         return
     source, allowed = plan.source, job.config.continual.edited_items
-    new_rows = None if plan.items.is_identity else plan.items.new_rows
+    is_same = plan.items.is_identity or job.schema.has_bounded_items  # known by raw id
+    new_rows = None if is_same else plan.items.new_rows
     with job.ranks.raise_on_all_ranks():
         changed = changed_items(job, source.request.run, source.model.manifest, new_rows)
         if changed is not None and changed.edited > allowed * changed.known:

@@ -14,6 +14,7 @@ from recsys.build import Job, build_job
 from recsys.checkpoint.files import folders_by_age
 from recsys.checkpoint.manager import Checkpoints
 from recsys.checkpoint.manifest import model_of
+from recsys.checkpoint.new_rows.trained_counts import counts_before
 from recsys.checkpoint.partitions.state import ContinualFolder, RunState, Trained
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_folder import (
@@ -24,7 +25,7 @@ from recsys.checkpoint.run_folder import (
     recover_checkpoints,
 )
 from recsys.checkpoint.run_schema import PARTITION, schema_of_data
-from recsys.checkpoint.warm_start.plan import WarmStartPlan, plan_warm_start
+from recsys.checkpoint.warm_start.plan import plan_warm_start
 from recsys.checkpoint.warm_start.request import WarmStart
 from recsys.config import Config
 from recsys.data.filesystem import Location, write_whole
@@ -212,7 +213,7 @@ def _start(
 ) -> Progress:
     """Begin the run of a partition, whose rows are scored if a model can. A collective."""
     folder, ranks, plan = continual.folder, continual.ranks, None
-    run, (before, _) = folder.run_of(now.name), continual.before(state)
+    run = folder.run_of(now.name)
     begun, skipped = replace(state, begun=now), dict[str, Any]()
     if warm is None:
         counts, skipped = check_data(job, ("train",))
@@ -221,7 +222,7 @@ def _start(
         plan = plan_warm_start(job, *warm)
         check_items(job, plan)
         progress = take_over(job, plan)
-        known = _counts_before(plan, before, job)
+        known = counts_before(job, plan)
         continual.clock.lap("warm start")
         _write_scores(continual, begun, job, known, model_of(plan.source.request.run))
         counts = known
@@ -259,13 +260,6 @@ def _write_scores(
             folder.write(begun)  # before the scores, so that they are known to be of these rows
             file.parent.mkdir(parents=True, exist_ok=True)
             write_scores(scores, file, model)
-
-
-def _counts_before(plan: WarmStartPlan, before: str, job: Job) -> ItemCounts:
-    """Return the training rows of each item before; those of another run's walk begin anew."""
-    if not before:
-        return ItemCounts.sum_of([])
-    return read_item_counts(plan.source.request.run, job.schema.item_id_limit)
 
 
 def _record(
