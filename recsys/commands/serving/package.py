@@ -31,10 +31,22 @@ def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
     action.add_argument("package", type=Path, help="folder that `recsys export` wrote")
     actions.add_subcommand("verify", action, help=action.description)
 
+    action = Parser(description="Write what differs between two packages into one file.")
+    action.add_argument("base", type=Path, help="the older package, which the receiver has")
+    action.add_argument("new", type=Path, help="the newer package")
+    action.add_argument("--out", type=Path, required=True, help="file to write")
+    actions.add_subcommand("delta", action, help=action.description)
+
+    action = Parser(description="Make the newer package of the older one and a delta.")
+    action.add_argument("package", type=Path, help="the older package")
+    action.add_argument("--delta", type=Path, required=True, help="what `package delta` wrote")
+    action.add_argument("--out", type=Path, required=True, help="folder of the newer package")
+    actions.add_subcommand("apply", action, help=action.description)
+
 
 def run(arguments: Namespace) -> None:
     """Change or check a package."""
-    actions = {"add-items": _add_items, "verify": _verify}
+    actions = {"add-items": _add_items, "verify": _verify, "delta": _delta, "apply": _apply}
     actions[arguments.subcommand](arguments[arguments.subcommand])
 
 
@@ -54,3 +66,19 @@ def _verify(chosen: Namespace) -> None:
 
     manifest = read_manifest(chosen.package)
     logger.info("%s: %s files are whole", chosen.package, len(manifest.files))
+
+
+def _delta(chosen: Namespace) -> None:
+    from recsys.checkpoint.output_file import check_output
+    from recsys.data.filesystem import Location
+    from recsys.serving.delta.write import write_delta
+
+    check_output(chosen.out, [Location.of(each) for each in (chosen.base, chosen.new)])
+    logger.info("%s: %s", chosen.out, write_delta(chosen.base, chosen.new, chosen.out))
+
+
+def _apply(chosen: Namespace) -> None:
+    from recsys.serving.delta.apply import apply_delta
+
+    manifest = apply_delta(chosen.package, chosen.delta, chosen.out)
+    logger.info("%s: %s files are whole", chosen.out, len(manifest.files))

@@ -1,0 +1,208 @@
+"""A delta and the older package make the newer package, equal to the last bit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from recsys.serving import Scorer
+from recsys.serving.delta.apply import apply_delta
+from recsys.serving.delta.content import bytes_of_rows
+from recsys.serving.delta.write import write_delta
+from recsys.serving.new_items.added_items import AddedItems
+from recsys.serving.new_items.content_index import INDEX_TYPE
+from recsys.serving.package import MANIFEST, REQUEST, Manifest, read_manifest, write_manifest
+from recsys.serving.vector_file import VectorFileShape
+
+TABLE, CONTENT = "tables/item.vectors", "content/history.vectors"
+Edit = Callable[[Path, Manifest], Manifest]
+
+
+def edited(package: Path, folder: Path, edit: Edit) -> Path:
+    """Copy a package and change it."""
+    shutil.copytree(package, folder)
+    manifest = edit(folder, read_manifest(folder))
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, manifest)
+    return folder
+
+
+def trained(folder: Path, manifest: Manifest) -> Manifest:
+    """Change two rows of a table, add one to the content vectors, and write another request."""
+    row_bytes = bytes_of_rows(manifest)
+    content = bytearray((folder / TABLE).read_bytes())
+    for row in (3, 7):
+        content[row * row_bytes[TABLE]] ^= 1
+    (folder / TABLE).write_bytes(content)
+    with (folder / CONTENT).open("ab") as file:
+        file.write(bytes(row_bytes[CONTENT]))
+    (folder / REQUEST).write_text("{}")
+    grown = dict(manifest.content["history"])
+    grown["num_rows"] += 1
+    return replace(manifest, content=manifest.content | {"history": grown})
+
+
+def further(folder: Path, manifest: Manifest) -> Manifest:
+    """Change the last row of a table."""
+    content = bytearray((folder / TABLE).read_bytes())
+    content[-1] ^= 1
+    (folder / TABLE).write_bytes(content)
+    return manifest
+
+
+def with_two_items(folder: Path, manifest: Manifest) -> Manifest:
+    """Add two items as `add-items` does."""
+    index = np.zeros(2, INDEX_TYPE)
+    index["item"] = [100, 101]
+    shape = replace(VectorFileShape(**manifest.content["history"]), num_rows=2)
+    vectors, ids = torch.zeros(2, shape.dim), pa.array([100, 101])
+    added = AddedItems.open(folder, manifest.added).write_next(folder, index, vectors, ids, shape)
+    return replace(manifest, added=added)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    names = [MANIFEST, *read_manifest(folder).files]
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.fixture
+def package(package_run: tuple[Path, Path, np.ndarray]) -> Path:
+    return package_run[1]
+
+
+@pytest.fixture
+def newer(package: Path, tmp_path: Path) -> Path:
+    return edited(package, tmp_path / "newer", trained)
+
+
+@pytest.fixture
+def delta(package: Path, newer: Path, tmp_path: Path) -> Path:
+    write_delta(package, newer, tmp_path / "delta")
+    return tmp_path / "delta"
+
+
+def test_a_delta_holds_changed_and_added_rows_and_other_files(
+    package: Path, newer: Path, tmp_path: Path
+) -> None:
+    counts = write_delta(package, newer, tmp_path / "delta")
+
+    assert counts.rows == {TABLE: 2, CONTENT: 1}
+    assert counts.whole == [REQUEST]
+    with zipfile.ZipFile(tmp_path / "delta") as archive:
+        with archive.open(f"rows/{TABLE}") as rows:
+            assert np.load(rows).tolist() == [3, 7]
+        row_bytes = bytes_of_rows(read_manifest(newer))[TABLE]
+        assert len(archive.read(f"data/{TABLE}")) == 2 * row_bytes
+
+
+def test_the_older_package_and_a_delta_make_the_newer_one(
+    package: Path, newer: Path, delta: Path, tmp_path: Path
+) -> None:
+    before = files_of(package)
+
+    apply_delta(package, delta, tmp_path / "made")
+
+    assert files_of(tmp_path / "made") == files_of(newer)
+    assert files_of(package) == before
+
+
+def test_deltas_one_after_another_make_the_last_package(
+    package: Path, newer: Path, delta: Path, tmp_path: Path
+) -> None:
+    newest = edited(newer, tmp_path / "newest", further)
+    assert write_delta(newer, newest, tmp_path / "second").rows == {TABLE: 1}
+
+    apply_delta(package, delta, tmp_path / "made")
+    apply_delta(tmp_path / "made", tmp_path / "second", tmp_path / "last")
+
+    assert files_of(tmp_path / "last") == files_of(newest)
+
+
+def test_a_table_of_fewer_rows_is_cut(package: Path, newer: Path, tmp_path: Path) -> None:
+    assert write_delta(newer, package, tmp_path / "back").rows == {TABLE: 2, CONTENT: 0}
+    apply_delta(newer, tmp_path / "back", tmp_path / "made")
+    assert files_of(tmp_path / "made") == files_of(package)
+
+
+def test_a_table_of_another_width_is_taken_whole(package: Path, tmp_path: Path) -> None:
+    def widened(folder: Path, manifest: Manifest) -> Manifest:
+        shape = VectorFileShape(**manifest.tables["item"])
+        wide = replace(shape, dim=2 * shape.dim)
+        (folder / TABLE).write_bytes(bytes(wide.num_rows * wide.row_bytes))
+        return replace(manifest, tables=manifest.tables | {"item": wide.as_plain()})
+
+    other = edited(package, tmp_path / "other", widened)
+    assert write_delta(package, other, tmp_path / "delta").whole == [TABLE]
+    apply_delta(package, tmp_path / "delta", tmp_path / "made")
+    assert files_of(tmp_path / "made") == files_of(other)
+
+
+def test_a_package_that_was_made_answers(package: Path, tmp_path: Path) -> None:
+    newer = edited(package, tmp_path / "newer", further)
+    write_delta(package, newer, tmp_path / "delta")
+    apply_delta(package, tmp_path / "delta", tmp_path / "made")
+
+    made, written = (Scorer.load(each) for each in (tmp_path / "made", newer))
+    request = json.loads((package / REQUEST).read_text())
+    np.testing.assert_array_equal(made.score(**request), written.score(**request))
+
+
+def test_another_older_package_is_refused_by_the_file_that_differs(
+    newer: Path, delta: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"{CONTENT}.*{delta}"):
+        apply_delta(newer, delta, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("place", [100, 0.5, -30])
+def test_a_damaged_delta_is_refused_and_nothing_is_written(
+    package: Path, delta: Path, tmp_path: Path, place: float
+) -> None:
+    content = bytearray(delta.read_bytes())
+    at = int(place * len(content)) if place == 0.5 else int(place)
+    content[at] ^= 255
+    delta.write_bytes(content)
+    with pytest.raises(ValueError, match=str(delta)):
+        apply_delta(package, delta, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_damaged_older_package_is_refused(package: Path, delta: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(package, damaged)
+    content = bytearray((damaged / TABLE).read_bytes())
+    content[0] ^= 1
+    (damaged / TABLE).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{TABLE}.*{damaged}"):
+        apply_delta(damaged, delta, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_folder_that_exists_and_a_missing_delta_are_refused(
+    package: Path, newer: Path, delta: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=str(newer)):
+        apply_delta(package, delta, newer)
+    with pytest.raises(ValueError, match="none"):
+        apply_delta(package, tmp_path / "none", tmp_path / "made")
+
+
+def test_items_that_were_added_to_the_older_package_alone_are_counted(
+    package: Path, newer: Path, delta: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    serving = edited(package, tmp_path / "serving", with_two_items)
+    with caplog.at_level(logging.WARNING):
+        apply_delta(serving, delta, tmp_path / "made")
+    assert f"{serving}: 2 items" in caplog.text
+    assert files_of(tmp_path / "made") == files_of(newer)
