@@ -4,9 +4,10 @@
 
 One process trains on 50 partitions, each warm-started from the one before. A partition ranks as
 many items as the others, a tenth of which are new, and the item files grow. The items' table, with
-a bounded vocabulary, has rows for a third of all items: in the end most have been evicted. What is
-measured is resident memory after each partition. It is flat if the mean of the last fifth of the
-partitions is at most 5 % above that of the second fifth; the first one loads code and fills caches.
+a bounded vocabulary, has rows for a third of all items: in the end most have been evicted. A use
+counts half after about a partition, so that items of earlier days give way. What is measured is
+resident memory after each partition. It is flat if the mean of the last fifth of the partitions is
+at most 5 % above that of the second fifth; the first one loads code and fills caches.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ target_item: item
 group: user
 columns:
   user:    {{kind: id, num_embeddings: {users}}}
-  item:    {{kind: id, num_embeddings: {rows}, vocabulary: {{kind: bounded}}}}
+  item:    {{kind: id, num_embeddings: {rows}, vocabulary: {{kind: bounded, half_life: 100}}}}
   history: {{kind: sequence, shares: item}}
   liked:   {{kind: label}}
 items:
