@@ -222,7 +222,9 @@ def test_what_a_run_does_not_have_is_refused_and_leaves_nothing(
 def test_rows_of_a_vocabulary_without_an_id_are_no_items() -> None:
     known = ExactVocabulary(9)
     known.extend([pa.array(["a", "b"])])
-    schema = SimpleNamespace(target_item="item", vocabularies={"item": known}, items=None)
+    schema = SimpleNamespace(
+        target_item="item", vocabularies={"item": known}, items=None, has_bounded_items=False
+    )
     job: Any = SimpleNamespace(store=None, schema=schema)
     assert list(catalogue_of(job)) == [0, 1]
 
