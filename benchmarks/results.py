@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PLACES = ("--out", "--results", "--data", "--cache", "--recipe", "--search", "--package")
+PLACES = ("--out", "--results", "--data", "--cache", "--recipe", "--search", "--package", "--runs")
 PIXELS = (1280, 720)
 DPI = 100
 
@@ -107,9 +107,9 @@ def without_places(text: str) -> str:
     """
     words = [part for word in sys.argv for part in word.split("=", 1)]
     for option, value in itertools.pairwise(words):
-        folder = value.rstrip("/")
-        if option in PLACES and folder.startswith("/"):
-            text = text.replace(folder, option.removeprefix("--").upper())
+        for folder in value.strip("[]").split(",") if option in PLACES else ():
+            if (folder := folder.strip("'\" ").rstrip("/")).startswith("/"):
+                text = text.replace(folder, option.removeprefix("--").upper())
     return text.replace(f"{ROOT}/", "")
 
 

@@ -82,6 +82,7 @@ def _result(
     p50 = {name: float(np.median(values)) for name, values in times.items()}
     p99 = {name: float(np.percentile(values, 99)) for name, values in times.items()}
     history = request["history"].get(scorer.schema.history, ())
+    compiled = bool(scorer.manifest.compiled)
     about = f"{scorer.manifest.ranking}, {len(history)} history items"
     reading = [
         f"{about}, {len(request['candidates'])} candidates, one thread. The scorer takes "
@@ -91,8 +92,8 @@ def _result(
     if seen:
         reading.append(_reading_of_load(seen))
     return Result(
-        name="serving",
-        title="Latency of a package: one user, one thread",
+        name="serving_compiled" if compiled else "serving",
+        title=f"Latency of a {'compiled ' * compiled}package: one user, one thread",
         records=[
             {
                 "way": name,

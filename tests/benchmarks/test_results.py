@@ -20,6 +20,8 @@ def test_folders_of_the_command_and_of_the_clone_are_named_not_told(
     assert without_places(text) == "benchmarks/settings/a.yaml OUT/data --out OUT mine"
     monkeypatch.setattr(sys, "argv", ["scaling.py", "--out=/disk/bench", "--data", "/"])
     assert without_places("a/b /disk/bench/data") == "a/b OUT/data"
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--runs", "[/disk/one,/disk/two/]"])
+    assert without_places("--runs [/disk/one,/disk/two/]") == "--runs [RUNS,RUNS/]"
 
 
 @pytest.mark.parametrize(
