@@ -1,4 +1,4 @@
-"""What smaller tables cost: AUC of packages of the same runs in fp32, fp16, int8 and int4.
+"""Measures the AUC of packages of the same runs in fp32, fp16, int8 and int4.
 
     python -m benchmarks.serving.accuracy --runs '[runs/movielens]' --out packages/accuracy
 

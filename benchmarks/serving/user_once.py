@@ -1,4 +1,4 @@
-"""How much faster a user is scored once for all candidates than as a batch that repeats the user.
+"""Measures a user computed once for all candidates, beside a batch that repeats the user.
 
     python -m benchmarks.serving.user_once
 

@@ -7,10 +7,9 @@ for every partition.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,7 +31,7 @@ def remembered(parse: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(parse)
     def wrapped(*arguments: P.args, **named: P.kwargs) -> T:
-        key = json.dumps([arguments, named], default=_with_type)
+        key = repr((arguments, named))  # tells the key 1 from "1", and true from 1
         if key not in results:
             result = parse(*arguments, **named)
             if len(results) >= KEPT:
@@ -41,7 +40,3 @@ def remembered(parse: Callable[P, T]) -> Callable[P, T]:
         return copy.deepcopy(results[key])
 
     return wrapped
-
-
-def _with_type(value: Any) -> str:
-    return f"{type(value).__name__}:{value!r}"

@@ -36,8 +36,8 @@ class Manifest:
     `history`, none without content. searches: the graph also reads the candidates' vectors in the
     memory bank. bounded: tables whose map of raw ids was learned in training. content_histories:
     further histories whose content is read. entry_shapes: shape of an item's entries by modality,
-    for what encodes items. compiled: what the machine code needs,
-    if there is some. added: number and layout of the items added, if there are any.
+    for what encodes items. compiled: what the machine code needs, if there is some. added: number
+    and layout of the items added, if there are any.
     """
 
     run: str

@@ -223,6 +223,21 @@ def check_best(metrics: dict[str, Any], config: Config, data: str, run: Path) ->
         check_rmse(metrics["valid"], f"{run}, validation", advice)
 
 
+def training_figures(job: Job, progress: Progress) -> dict[str, Any]:
+    """Return what `metrics.json` says of the training itself."""
+    return {
+        "train": {
+            "samples_per_second": progress.samples / progress.seconds,
+            "seconds": progress.seconds,
+            "steps": progress.steps,
+            **({"ids": progress.ids} if progress.ids else {}),
+            **({"vocabularies": progress.vocabularies} if progress.vocabularies else {}),
+        },
+        "world_size": job.ranks.world_size,
+        "versions": versions(),
+    }
+
+
 def _finish(trainer: Trainer) -> dict[str, Any]:
     """Test the best model and write `metrics.json`. A collective."""
     job, run, progress = trainer.job, trainer.run, trainer.progress
@@ -245,15 +260,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
             scores_to=scores_file(run, "test"),
             model=model,
         ),
-        "train": {
-            "samples_per_second": progress.samples / progress.seconds,
-            "seconds": progress.seconds,
-            "steps": progress.steps,
-            **({"ids": progress.ids} if progress.ids else {}),
-            **({"vocabularies": progress.vocabularies} if progress.vocabularies else {}),
-        },
-        "world_size": job.ranks.world_size,
-        "versions": versions(),
+        **training_figures(job, progress),
     }
     if job.config.on_bad_row == "skip":
         metrics["skipped_rows"] = read_json(run / SKIPPED_ROWS)

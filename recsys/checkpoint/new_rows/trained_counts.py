@@ -1,4 +1,4 @@
-"""How often each item was ranked in training, in a run and in the runs it was started from.
+"""Counts each item's training rows, in a run and in the runs it was started from.
 
 A run counts its own training rows (`item_counts.npy`), which decide what is cold in its reports. An
 item that was trained well before a warm start need not occur again, so the sums of the runs before

@@ -42,7 +42,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class RunState:
-    """What a continual run has done.
+    """Progress of a continual run.
 
     Args:
         trained: partitions that it has trained on, in order.

@@ -14,7 +14,7 @@ ROWS, DATA, FILES = "rows/", "data/", "files/"  # prefixes of names in the archi
 
 @dataclass(frozen=True)
 class Description:
-    """How each file of the newer package comes about.
+    """Origin of each file of the newer package.
 
     base: hashes by block of the files of the older package that are needed, by name.
     kept: names of files that are equal in both packages.

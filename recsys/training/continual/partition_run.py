@@ -66,7 +66,7 @@ from recsys.training.warm_start import (
 
 @dataclass(frozen=True)
 class ContinualRun:
-    """What the runs of all partitions share.
+    """Settings, folders and ranks that the runs of all partitions share.
 
     Args:
         config: every setting.

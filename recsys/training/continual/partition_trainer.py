@@ -11,7 +11,7 @@ from recsys.config import Config, content_settings
 from recsys.data.filesystem import write_whole
 from recsys.evaluation.evaluate import fill_bank
 from recsys.training.continual.partitions import Partition
-from recsys.training.train import versions
+from recsys.training.train import training_figures
 from recsys.training.trainer import Trainer
 
 
@@ -44,18 +44,7 @@ def finish(trainer: Trainer, partition: Partition) -> None:
     job, progress, averages = trainer.job, trainer.progress, trainer.job.averages
     with averages.in_place() if averages is not None else nullcontext():
         trainer.checkpoints.save_best(progress)
-    metrics = {
-        "partition": partition.name,
-        "train": {
-            "samples_per_second": progress.samples / progress.seconds,
-            "seconds": progress.seconds,
-            "steps": progress.steps,
-            **({"ids": progress.ids} if progress.ids else {}),
-            **({"vocabularies": progress.vocabularies} if progress.vocabularies else {}),
-        },
-        "world_size": job.ranks.world_size,
-        "versions": versions(),
-    }
+    metrics = {"partition": partition.name, **training_figures(job, progress)}
     with job.ranks.raise_on_all_ranks():
         if job.ranks.is_first:
             write_whole(trainer.run / METRICS, json.dumps(metrics, indent=2) + "\n")

@@ -47,7 +47,7 @@ LOOK_SECONDS = 0.2  # from one exchange of requests to end to the next
 
 @dataclass(frozen=True)
 class Request:
-    """What a continual run is asked for.
+    """Partitions to walk, and the run to begin from.
 
     Args:
         span: the partitions to walk.
