@@ -22,6 +22,7 @@ from torchrec.models.dlrm import (
 from torchrec.modules.crossnet import LowRankCrossNet
 
 from recsys.plug_in.added_columns import AddedColumns, no_columns
+from recsys.ranking.layers.dot_interaction import dot_interaction, pair_places
 
 
 class WidenedInteraction(nn.Module):
@@ -34,22 +35,23 @@ class DotProducts(WidenedInteraction):
     """DLRM: the dot products of each content vector with dense, sparse and other content vectors.
 
     The pairs are those of the original for F + K features; its own output has the pairs without
-    content.
+    content, which are selected by one index here (see `recsys.ranking.layers.dot_interaction`).
     """
 
-    left: Tensor
-    right: Tensor
+    known: Tensor
+    places: Tensor
 
     def __init__(self, original: InteractionArch, num_vectors: int) -> None:
         """Select the pairs that include a content vector."""
         super().__init__()
         self._original = (original,)
+        self.is_torchrecs = type(original).forward is InteractionArch.forward
         known = original.F + 1
         pairs = torch.triu_indices(known + num_vectors, known + num_vectors, offset=1)
-        pairs = pairs[:, pairs[1] >= known]
-        self.register_buffer("left", pairs[0], persistent=False)
-        self.register_buffer("right", pairs[1] - known, persistent=False)
-        self.num_columns = pairs.shape[1]
+        left, right = pairs[:, pairs[1] >= known]
+        self.register_buffer("known", pair_places(known), persistent=False)
+        self.register_buffer("places", left * num_vectors + right - known, persistent=False)
+        self.num_columns = len(left)
 
     def forward(
         self,
@@ -60,7 +62,10 @@ class DotProducts(WidenedInteraction):
         """Return the original's output, and the new dot products."""
         everything = torch.cat([dense.unsqueeze(1), sparse, vectors], dim=1)  # [B, 1 + F + K, D]
         products = everything @ vectors.transpose(1, 2)  # [B, 1 + F + K, K]
-        return self._original[0](dense, sparse), products[:, self.left, self.right]
+        added = products.flatten(1).index_select(1, self.places)
+        if self.is_torchrecs:
+            return dot_interaction(dense, sparse, self.known), added
+        return self._original[0](dense, sparse), added  # a subclass of the user's
 
 
 class CrossNet(WidenedInteraction):

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torchrec.models.dlrm import DenseArch, InteractionArch, InteractionDCNArch, OverArch
+from torchrec.models.dlrm import DenseArch, InteractionDCNArch, OverArch
 from torchrec.modules.crossnet import LowRankCrossNet
 
 from recsys.config import ContentSettings
@@ -24,6 +24,7 @@ from recsys.content.dropout import Dropout
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.layers.dot_interaction import DotInteraction
 from recsys.ranking.layers.fields import Fields
 from recsys.ranking.settings import DlrmDcnSettings, DlrmSettings
 from recsys.ranking.vectors import IDVectors
@@ -72,7 +73,7 @@ class Dlrm(nn.Module):
             dim: D.
             settings: settings of the model, read by subclasses.
         """
-        return InteractionArch(num_fields), dim + math.comb(num_fields + 1, 2)
+        return DotInteraction(num_fields), dim + math.comb(num_fields + 1, 2)
 
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
