@@ -30,8 +30,7 @@ PACKAGES = (
 NAMED = {
     getattr(package, name) for package in map(import_module, PACKAGES) for name in package.__all__
 }
-# The scorer's example runs in `serving`, where there is a package; the tests of retrieval make the
-# calls of its examples on folders of their own.
+# The tests of these run their examples, in folders that have a package or vectors.
 SERVED = {Scorer, Retrieved, Retriever, TwoStage}
 PARTS = sorted({AddedColumns, Distillation, *NAMED} - SERVED, key=lambda part: part.__name__)
 SETTINGS = """\

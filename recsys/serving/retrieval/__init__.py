@@ -5,7 +5,7 @@ Example::
     from recsys.serving.retrieval import Retriever
 
     retriever = Retriever.load("vectors")
-    retriever.retrieve({"user": 7}, [3, 12], count=100).items  # raw ids, best first
+    retriever.retrieve({"user": 7}, ["item 3"], count=100).items  # raw ids, best first
 """
 
 from recsys.serving.retrieval.retriever import Retrieved, Retriever, TwoStage

@@ -41,6 +41,15 @@ class Retrieved:
     """Items of one request, best first, and their scores.
 
     items: raw ids [K]; scores: float32 [K] dot products, or [K, C] predictions of a ranking model.
+
+    Example::
+
+        from recsys.serving.retrieval import Retrieved, Retriever
+
+        history = {"history": ["item 3", "item 12"], "history_liked": [1.0, 0.0]}
+        retriever = Retriever.load("vectors")
+        retrieved: Retrieved = retriever.retrieve({"user": 7, "price": 0.5}, history, count=10)
+        dict(zip(retrieved.items, retrieved.scores))  # dot product by raw id
     """
 
     items: list[Any]
@@ -64,7 +73,7 @@ class Retriever:
         from recsys.serving.retrieval import Retriever
 
         retriever = Retriever.load("vectors")
-        history = {"history": [3, 12], "history_liked": [1.0, 0.0]}
+        history = {"history": ["item 3", "item 12"], "history_liked": [1.0, 0.0]}
         retriever.retrieve({"user": 7, "price": 0.5}, history, count=10).items  # 10 raw ids
     """
 
@@ -197,7 +206,7 @@ class TwoStage:
         both = TwoStage(Retriever.load("vectors"), Scorer.load("package"))
         user = {"user": 7, "genres": [1, 2], "price": 0.5}
         user |= {"city": "Rom", "when": "2026-11-26T12:00:00"}
-        history = {"history": [3, 12], "history_liked": [1.0, 0.0]}
+        history = {"history": ["item 3", "item 12"], "history_liked": [1.0, 0.0]}
         both.rank(user, history, count=10, candidates=20).items  # 10 raw ids
     """
 

@@ -25,10 +25,11 @@ from recsys.serving import Scorer
 from recsys.serving.export import export_run
 from recsys.serving.new_items.add import add_items
 from recsys.serving.package import GRAPH, MANIFEST, read_manifest, write_manifest
-from recsys.serving.retrieval import Retriever, TwoStage
+from recsys.serving.retrieval import Retrieved, Retriever, TwoStage
 from recsys.serving.retrieval.index import build_index, search_index
 from recsys.serving.retrieval.vectors_folder import INDEX, VECTORS, export_vectors, unit
 from tests.recsys.serving.retrieval.retrieval_runs import NUM_ITEMS, liked_rows
+from tests.recsys.test_docstring_examples import run_example
 
 pytest.importorskip("faiss")
 
@@ -77,9 +78,17 @@ def test_ids_are_those_of_the_items_files(folder: Path, retriever: Retriever) ->
     assert retriever.retrieve(user, history, 5, exclude=best).items == found.items[3:8]
 
 
+@pytest.mark.parametrize("part", [Retrieved, Retriever])
+def test_the_example_in_the_docstring_runs(
+    folder: Path, part: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    run_example(part, {})
+
+
 @pytest.mark.long
 def test_candidates_are_ranked_by_the_scores_of_a_package(
-    folder: Path, retriever: Retriever
+    folder: Path, retriever: Retriever, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with joined_ranks("cpu") as ranks:
         export_run(folder / "run", folder / "package", "fp32", ranks)
@@ -93,6 +102,9 @@ def test_candidates_are_ranked_by_the_scores_of_a_package(
     assert ranked.items == candidates.items[:5]
     expected = torch.from_numpy(candidates.scores[:5]).sigmoid()
     np.testing.assert_allclose(ranked.scores[:, 0], expected, rtol=0, atol=1e-6)
+
+    monkeypatch.chdir(folder)
+    run_example(TwoStage, {})  # of its docstring
 
 
 def test_candidates_are_ranked_with_columns_of_their_own(
