@@ -120,13 +120,19 @@ class Job:
         config, folder = self.config, self.train_folder if split == "train" else split
         return open_rows(config.source, self.root, folder, self.schema, config.on_bad_row)
 
-    def batch_builder(self, with_labels: bool = True) -> BatchBuilder:
-        """Return the builder of batches for this model."""
+    def batch_builder(self, with_labels: bool = True, with_content: bool = True) -> BatchBuilder:
+        """Return the builder of batches for this model.
+
+        Args:
+            with_labels: False for files to predict.
+            with_content: False if a pass without training encodes each item once.
+        """
         content, settings = self.em3.content, content_settings(self.config)
+        chosen_later = chooses_items(settings, self.schema.has_bounded_items)
         return BatchBuilder(
             self.schema,
             pooled_features(self.config, self.schema),
-            None if chooses_items(settings, self.schema.has_bounded_items) else self.store,
+            self.store if with_content and not chosen_later else None,
             encode_history=content is not None and content.encodes_history,
             index_dedup=self.config.embedding.index_dedup,
             with_labels=with_labels,

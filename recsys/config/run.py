@@ -68,6 +68,10 @@ class ContinualSettings:
 
     passes: PositiveInt = 1
     """Passes over the rows of a partition, in place of `epochs`."""
+    first_passes: list[PositiveInt] = field(default_factory=list)
+    """Passes over the first partitions of a run without --warm-start, a number for each, as its
+    model has seen few rows; `passes` after them: [4, 2] is 4 over the first and 2 over the second.
+    """
     order: Literal["shuffled", "time"] = "shuffled"
     """Order of a partition's rows: shuffled by the seed, or that of its files, which are then to
     be written in the order of time; each rank takes a stretch of them."""
@@ -78,6 +82,11 @@ class ContinualSettings:
     so many seconds; default: only _SUCCESS counts."""
     poll_seconds: PositiveFloat = 10.0
     """With --follow: seconds from one look for a new partition to the next."""
+    packages: str | None = None
+    """Folder that gets a package of each partition's model and, from the second on, a delta from
+    the one before (NAME and NAME.delta); the last `keep` packages and all deltas are kept."""
+    package_tables: Literal["fp32", "fp16", "int8", "int4"] = "fp32"
+    """Type of the ID tables in packages."""
     edited_items: Share = 0.5
     """Largest share of the known items whose content may change from one partition to the next;
     above it ids are taken to have changed their meaning, which is an error."""

@@ -77,7 +77,12 @@ class BatchPreparation:
         self.content = content if isinstance(content, ContentSettings) else None
 
     def __call__(
-        self, batches: Iterator[Batch], unknown: UnknownIds, first_step: int, training: bool
+        self,
+        batches: Iterator[Batch],
+        unknown: UnknownIds,
+        first_step: int,
+        training: bool,
+        with_content: bool = True,
     ) -> Iterator[Batch]:
         """Yield prepared batches for the pipeline. A collective.
 
@@ -86,12 +91,15 @@ class BatchPreparation:
             unknown: counts ids that have no row of their own.
             first_step: the training step of the first batch.
             training: whether bounded vocabularies admit ids and items are sampled.
+            with_content: False if the items that this module selects get their vectors later, from
+                `ScoredItems`.
         """
         waiting: Callable[[], Batch] | None = None
         for step, batch in enumerate(batches, first_step):
             self.vocabularies.map_batch(batch, step, training)
             unknown.add(batch)
-            prepared = self._with_items(self._with_histories(batch), step, training)
+            prepared = self._with_histories(batch)
+            prepared = self._with_items(prepared, step, training, with_content)
             prepared = self._with_negatives(prepared, step, training)
             finish = self._with_routes(batch, prepared, training)
             # Works one batch ahead, so that no rank waits here for the others.
@@ -110,7 +118,7 @@ class BatchPreparation:
             batch, self.bank, self.content.history.top_k, self.config.embedding.index_dedup
         )
 
-    def _with_items(self, batch: Batch, step: int, training: bool) -> Batch:
+    def _with_items(self, batch: Batch, step: int, training: bool, with_content: bool) -> Batch:
         items = self.vocabularies.items
         if self.content is None or not chooses_items(self.content, items is not None):
             return batch
@@ -123,6 +131,8 @@ class BatchPreparation:
             batch = sample_items(batch, sampling, self._draw(step))
         if training and items is not None and self.bank is not None:
             batch = with_bank_rows(batch, items)
+        if not with_content:
+            return batch
         return replace(batch, content=self.store.gather(batch.content_items.numpy()))
 
     def _with_negatives(self, batch: Batch, step: int, training: bool) -> Batch:

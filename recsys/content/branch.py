@@ -150,6 +150,8 @@ class ContentBranch(nn.Module):
 
     def _encode_items(self, batch: Batch) -> Tensor:
         """Encode this rank's items, the first of them with gradient; [E, D + M * D]."""
+        if batch.content_vectors is not None:
+            return batch.content_vectors
         count = batch.with_gradient
         if count is None or count >= len(batch.content_items):
             return self.encode(batch.content)

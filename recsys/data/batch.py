@@ -87,7 +87,8 @@ class Batch(Pipelineable):
         the first history, points into them.
     history_lengths: int64 [B], summing to N; `longest_history` is their maximum.
         `history_values` float32 [N, P] holds the parallel lists.
-    content_items: unique items that this rank encodes [E]; `content` holds their content.
+    content_items: unique items that this rank encodes [E]; `content` holds their content, or
+        `content_vectors` [E, V] their vectors if they are known, as in a pass without training.
     bank_rows: with a bounded vocabulary of items, of which `content_items` are raw ids: their rows
         in the memory bank [E], -1 for items without a row; None: the items are rows.
     target_index: [B], row of each target item in the local item vectors
@@ -147,6 +148,7 @@ class Batch(Pipelineable):
     history_content_index: Tensor  # [U] or [0]
     bank_items: Tensor  # [S]
     content: dict[str, ContentInput] = field(default_factory=dict)
+    content_vectors: Tensor | None = None
     longest_history: int = 0
     with_gradient: int | None = None
     bank_reads: BankRoute | None = None

@@ -26,7 +26,7 @@ from recsys.data.item_parts import ItemCounts, count_items
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.distributed.gather import gather_rows, gather_rows_to_first
 from recsys.distributed.lockstep import Lockstep
-from recsys.evaluation.forward_pass import forward_pass, require_finite
+from recsys.evaluation.forward_pass import forward_pass, require_finite, rows_per_batch
 from recsys.evaluation.further_metrics import Metric, make_metrics
 from recsys.evaluation.metrics import (
     ORDER_METRICS,
@@ -113,8 +113,8 @@ def split_interactions(job: Job, split: str) -> Interactions:
     with job.ranks.raise_on_all_ranks():
         return Interactions(
             job.rows(split),
-            job.batch_builder(),
-            job.config.batch_size,
+            job.batch_builder(with_content=False),
+            rows_per_batch(job.config),
             job.ranks.rank,
             job.ranks.world_size,
         )

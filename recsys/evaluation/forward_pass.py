@@ -1,5 +1,8 @@
 """Runs the model over batches without training, for scoring, retrieval and the dry run.
 
+The weights do not change meanwhile: each item is encoded once in a pass (`ScoredItems`), the losses
+are not computed, and a batch has more rows than in training, as no gradient is kept.
+
 Shapes: B batch, C labels, N rows.
 """
 
@@ -12,11 +15,21 @@ import torch
 from torch import Tensor
 
 from recsys.build import Job
+from recsys.config import Config
+from recsys.content.cache.scored_items import ScoredItems
 from recsys.data.batch import Batch
 from recsys.data.row_source import RowSource
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.log import progress_bar
+
+MOST_ROWS = 4  # times those of a training batch
+ENOUGH_ROWS = 2048  # more rows make no difference
+
+
+def rows_per_batch(config: Config) -> int:
+    """Return the rows of a batch that is scored, never less than those of a training batch."""
+    return max(config.batch_size, min(MOST_ROWS * config.batch_size, ENOUGH_ROWS))
 
 
 def forward_pass(
@@ -26,8 +39,9 @@ def forward_pass(
     unknown: UnknownIds | None = None,
     place: str = "scored batch",
     total: int | None = None,
+    encodes_once: bool = True,
 ) -> Iterator[tuple[dict[str, Any], Tensor, Batch]]:
-    """Yield (losses and vectors by name, logits [B, C], batch) of each batch. A collective.
+    """Yield (vectors of a retrieval model, logits [B, C], batch) of each batch. A collective.
 
     Args:
         job: the job; its model is put into evaluation mode. Callers disable gradients themselves.
@@ -36,17 +50,22 @@ def forward_pass(
         unknown: counts ids that have no row of their own.
         place: what the watchdog calls a batch in its messages.
         total: number of batches, for a progress bar; None: no bar.
+        encodes_once: encode each item once; False: in each batch, whose content the source reads.
 
     Raises:
         TrainingStopped: `lockstep` reports that the job is to end.
     """
     job.model.eval()
+    unknown = unknown or UnknownIds(job.schema)
     batches = job.preparation(
-        lockstep.batches(source), unknown or UnknownIds(job.schema), first_step=0, training=False
+        lockstep.batches(source), unknown, 0, training=False, with_content=not encodes_once
     )
+    content, store = job.em3.content, job.store
+    if encodes_once and content is not None and store is not None:
+        batches = ScoredItems(content, store, job.ranks.device)(batches)
     shown = job.ranks.is_first and total is not None
     bar = progress_bar(total or 0, f"{place}es", shown, leave=False)
-    with bar, lockstep.watchdog.armed():
+    with bar, lockstep.watchdog.armed(), job.em3.losses.left_out():
         for number, output in enumerate(job.pipeline.outputs(batches), 1):
             yield output
             bar.update()

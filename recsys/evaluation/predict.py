@@ -37,7 +37,7 @@ from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import evaluate_split, format_evaluation, score
-from recsys.evaluation.forward_pass import require_finite
+from recsys.evaluation.forward_pass import require_finite, rows_per_batch
 from recsys.evaluation.scores import scores_file
 from recsys.model.label_losses import predictions
 
@@ -157,8 +157,8 @@ def _predict(
         rows = ParquetRows(files, job.schema, False, job.config.on_bad_row)
         interactions = Interactions(
             rows,
-            job.batch_builder(with_labels=False),
-            job.config.batch_size,
+            job.batch_builder(with_labels=False, with_content=False),
+            rows_per_batch(job.config),
             ranks.rank,
             ranks.world_size,
         )

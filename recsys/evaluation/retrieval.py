@@ -79,7 +79,7 @@ def _batches_of_items(
     num_items: int,
 ) -> Iterator[Batch]:
     """Yield impressions without a user, one per item, in equally many batches on every rank."""
-    build: BatchBuilder = job.batch_builder(with_labels=False)
+    build: BatchBuilder = job.batch_builder(with_labels=False, with_content=False)
     rows = padding_rows(empty_table(job.schema, columns_to_read(job.schema, with_labels=False)), 1)
     nobody = RowColumns.of(rows)
     longest = _longest_share(job, num_items)

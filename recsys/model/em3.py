@@ -10,6 +10,9 @@ Shapes: B batch, C labels, D dimension, F pooled features.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
@@ -47,6 +50,16 @@ class Losses(nn.Module):
         super().__init__()
         self.ranking, self.contrastive, self.weight = ranking, contrastive, weight
         self.retrieval, self.auxiliary = retrieval, auxiliary
+        self._computes = True
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Compute no losses meanwhile: a pass without training uses the logits alone."""
+        self._computes = False
+        try:
+            yield
+        finally:
+            self._computes = True
 
     def forward(
         self,
@@ -56,6 +69,8 @@ class Losses(nn.Module):
         batch: Batch,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Return the loss to minimise [], its parts without gradient, and the logits [B, C].
+
+        Within `left_out` the loss is 0, without parts.
 
         When a retrieval model is not training, the parts include its vectors: `query` [B, D] for
         the first label and `item` [B, D].
@@ -70,7 +85,9 @@ class Losses(nn.Module):
             ValueError: the loss is a softmax over items and the model returns no tower vectors.
         """
         logits = scored if isinstance(scored, Tensor) else scored.logits
-        loss, parts = self._parts(scored, logits, ids, content, batch)
+        loss, parts = logits.new_zeros(()), dict[str, Tensor]()
+        if self._computes:
+            loss, parts = self._parts(scored, logits, ids, content, batch)
         if self.auxiliary is not None and self.training:
             more, of_auxiliary = self.auxiliary(AuxiliaryInputs(logits, ids, content, batch))
             parts = {"loss": loss + more, "ranking": loss} | parts | of_auxiliary

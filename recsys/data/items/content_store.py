@@ -116,12 +116,18 @@ class ContentStore:
         item_ids: np.ndarray,  # [U]
     ) -> dict[str, ContentInput]:
         """Return the content of unique items, by modality; an unknown item has none."""
-        place = np.searchsorted(self._ids, item_ids).clip(max=len(self._ids) - 1)
-        rows = np.where(self._ids[place] == item_ids, self._rows[place], -1)
-        content = {}
+        rows, content = self.rows_of(item_ids), {}
         for name, array in self.arrays.items():
             content[name] = self.kinds[name].as_input(*array.gather(rows))
         return content
+
+    def rows_of(
+        self,
+        item_ids: np.ndarray,  # [U]
+    ) -> np.ndarray:  # int64 [U]
+        """Return the rows of items in the arrays, -1 for an unknown item."""
+        place = np.searchsorted(self._ids, item_ids).clip(max=len(self._ids) - 1)
+        return np.where(self._ids[place] == item_ids, self._rows[place], -1)
 
     def item_hashes(self) -> tuple[np.ndarray, np.ndarray]:  # int64 [N], uint64 [N]
         """Return the ids of all items, ascending, and a hash of the content of each."""

@@ -105,8 +105,7 @@ def train_partition(continual: ContinualRun, partition: Partition, state: RunSta
     """
     run, ranks = continual.folder.run_of(partition.name), continual.ranks
     continual.clock.start()
-    _, request = continual.before(state)
-    config = config_of_partition(continual.config, request is None)
+    config = config_of_partition(continual.config, state)
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             recover_checkpoints(run)

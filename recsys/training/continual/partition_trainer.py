@@ -6,8 +6,9 @@ import json
 from contextlib import nullcontext
 from dataclasses import replace
 
+from recsys.checkpoint.partitions.state import RunState
 from recsys.checkpoint.run_folder import METRICS, finish_run
-from recsys.config import Config, content_settings
+from recsys.config import Config, ContinualSettings, content_settings
 from recsys.data.filesystem import write_whole
 from recsys.evaluation.evaluate import fill_bank
 from recsys.training.continual.partitions import Partition
@@ -28,12 +29,33 @@ class PartitionTrainer(Trainer):
             fill_bank(self.job, self.lockstep)
 
 
-def config_of_partition(config: Config, is_first: bool) -> Config:
-    """Return the settings of a partition's run; learning rates warm up once."""
-    warmup = config.optimizer.warmup_steps if is_first else 0
+def passes_over(settings: ContinualSettings, number: int, from_nothing: bool) -> int:
+    """Return the passes over the rows of a partition.
+
+    A model that begins from nothing has made few steps in its first partitions, and gains from
+    seeing their rows again, while later passes over rows that it has seen make it fit them too
+    closely. A run that begins with another one's model has these steps behind it.
+
+    Args:
+        settings: of the continual run.
+        number: of the partition among those of the run, from 0.
+        from_nothing: the run was begun without another one's model.
+
+    Example::
+
+        passes_over(ContinualSettings(first_passes=[4, 2]), number=1, from_nothing=True)  # 2
+    """
+    first = settings.first_passes if from_nothing else []
+    return first[number] if number < len(first) else settings.passes
+
+
+def config_of_partition(config: Config, state: RunState) -> Config:
+    """Return the settings of the next partition's run; learning rates warm up once."""
+    number, from_nothing = len(state.trained), state.warm_start is None
+    warmup = config.optimizer.warmup_steps if number == 0 and from_nothing else 0
     return replace(
         config,
-        epochs=config.continual.passes,
+        epochs=passes_over(config.continual, number, from_nothing),
         validations_per_epoch=1,
         optimizer=replace(config.optimizer, warmup_steps=warmup),
     )

@@ -28,6 +28,7 @@ from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.further_metrics import make_metrics
+from recsys.training.continual.packages import check_packages, export_newest
 from recsys.training.continual.partition_run import ContinualRun, train_partition
 from recsys.training.continual.partitions import Partition, list_partitions
 from recsys.training.continual.queue import (
@@ -99,11 +100,13 @@ def _check_folder(folder: ContinualFolder, request: Request) -> None:
             f"with its state: --warm-start {path})"
         )
     state, asked = folder.read(), _asked(request)
-    if (path / STATE).exists() and asked is not None and asked != state.warm_start:
-        begun = f"from {state.warm_start}" if state.warm_start else "without --warm-start"
+    must_match = asked is not None or not state.trained  # the first partition begins from it
+    if (path / STATE).exists() and must_match and asked != state.warm_start:
+        names = state.warm_start, asked
+        begun, now = (f"with --warm-start {of}" if of else "without --warm-start" for of in names)
         raise ValueError(
-            f"{path}: was begun {begun}, not from {asked}; leave --warm-start as it was, or choose "
-            "another --out"
+            f"{path}: was begun {begun}, and now goes on {now}; leave --warm-start as it was, or "
+            "choose another --out"
         )
 
 
@@ -119,6 +122,7 @@ def _walk(continual: ContinualRun, request: Request) -> RunState:
         if ranks.is_first:
             state = replace(state, warm_start=state.warm_start or _asked(request))
             _check_trained(continual, state)
+            export_newest(continual.config.continual, folder, state)  # if a job was killed in it
     state = ranks.from_first(state)
     begun = len(state.trained)
     if ranks.is_first:
@@ -133,6 +137,9 @@ def _walk(continual: ContinualRun, request: Request) -> RunState:
             if ranks.is_first:
                 folder.write(state)
                 _prune(folder, state, continual.config.continual.keep)
+                if continual.config.continual.packages is not None:
+                    export_newest(continual.config.continual, folder, state)
+                    continual.clock.lap("export")
                 continual.clock.append(folder.path / SECONDS, partition.name, trained.rows)
         rows = f"{trained.rows:,}"
         logger.info("trained on %s: %s rows in %s", partition.name, rows, continual.clock)
@@ -172,6 +179,7 @@ def _check_trained(continual: ContinualRun, state: RunState) -> None:
     """
     config, root = continual.config, Location.of(continual.data)
     schema = load_schema(root, with_vocabularies=False)
+    check_packages(config.continual, schema, continual.folder.path)
     for trained in state.trained:
         partition = Partition(trained.name)
         if not (root / partition.folder).exists():

@@ -8,12 +8,13 @@ import pytest
 from recsys.config import load_config
 from recsys.distributed.lockstep import TrainingStopped
 from recsys.distributed.ranks import joined_ranks
-from recsys.evaluation.predict import evaluate
+from recsys.evaluation.predict import evaluate, load_run
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.checkpoint.stopped_runs import StepsSeen, assert_same_end
 from tests.recsys.command_runs import NUM_ROWS, TINY, assert_same_metrics
+from tests.recsys.content.cache.scored_slowly import assert_scored_alike
 from tests.recsys.em3_runs import ranks_of
 
 RECIPES = {
@@ -44,13 +45,13 @@ def config_of(data: Path, recipe: str, *more: str) -> Any:
 
 
 def trained(rank: int, world_size: int, data: Path) -> dict[str, Any]:
-    """Test metrics of each recipe."""
-    return {
-        recipe: train(
-            config_of(data, recipe), str(data), data.parent / recipe, ranks_of(rank, world_size)
-        )["test"]
-        for recipe in RECIPES
-    }
+    """Test metrics of each recipe; scores are those of the slow way."""
+    ranks, metrics = ranks_of(rank, world_size), {}
+    for recipe in RECIPES:
+        run = data.parent / recipe
+        metrics[recipe] = train(config_of(data, recipe), str(data), run, ranks)["test"]
+        assert_scored_alike(load_run(run, None, ranks, "cpu"), "test")
+    return metrics
 
 
 @pytest.mark.long

@@ -20,14 +20,16 @@ from recsys.checkpoint.files import folders_by_age
 from recsys.checkpoint.output_file import check_output
 from recsys.checkpoint.partitions.state import ContinualFolder
 from recsys.cli import main
+from recsys.config import ContinualSettings
 from recsys.distributed.lockstep import TrainingStopped
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.evaluate import score, split_interactions
 from recsys.evaluation.predict import load_run
 from recsys.evaluation.scores import read_scores
-from recsys.training.continual.partition_trainer import PartitionTrainer
+from recsys.training.continual.partition_trainer import PartitionTrainer, passes_over
 from recsys.training.loss_watch import LossWatch
 from tests.recsys.command_runs import TINY
+from tests.recsys.content.cache.scored_slowly import assert_scored_alike
 from tests.recsys.training.continual.walk_runs import (
     NAMES,
     ROWS,
@@ -83,6 +85,7 @@ def test_scores_are_those_of_the_model_before(walked: Path) -> None:
         job = load_run(folder.run_of(NAMES[2]), None, ranks, "cpu")
         job.train_folder = f"train/{NAMES[3]}"
         scored = score(job, split_interactions(job, "train"))
+        assert_scored_alike(job, "train")
     expected = scored["logits"][np.argsort(scored["positions"].numpy())]
     found = torch.from_numpy(read_scores(folder.scores_of(NAMES[3])).logits)
     assert torch.equal(found, expected)
@@ -144,6 +147,33 @@ def test_a_walk_that_was_stopped_goes_on_with_the_same_bits(
     assert state.begun is not None and state.begun.name == NAMES[3]
     walk(tmp_path, tmp_path / "run")
     assert assert_same_end(walked / "run", tmp_path / "run") > 50
+
+
+def test_first_passes_are_over_the_first_partitions_of_a_model_that_starts_from_nothing() -> None:
+    settings = ContinualSettings(passes=2, first_passes=[5, 3])
+    assert [passes_over(settings, number, True) for number in range(4)] == [5, 3, 2, 2]
+    assert [passes_over(settings, number, False) for number in range(2)] == [2, 2]
+
+
+def test_a_walk_that_was_stopped_in_a_further_pass_goes_on_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_walk(tmp_path / "data", 2)
+    words = (*WITHOUT_CONTENT, "--continual.first_passes", "[3]", "--batch_size", "4")
+    walk(tmp_path, tmp_path / "peaceful", *words)
+    folder = ContinualFolder(tmp_path / "run")
+    with monkeypatch.context() as stopping:
+        stop_after(stopping, 22)  # in the last of three passes of ten steps
+        with pytest.raises(TrainingStopped):
+            walk(tmp_path, tmp_path / "run", *words)
+    (last, *_) = folders_by_age(folder.run_of(NAMES[0]) / "checkpoints")
+    progress = json.loads((last / "checkpoint.json").read_text())["progress"]
+    assert progress["epoch"] == 2 and 0 < progress["batches"] < 10
+    walk(tmp_path, tmp_path / "run", *words)
+    assert assert_same_end(tmp_path / "peaceful", tmp_path / "run") > 50
+    (last, *_) = folders_by_age(folder.run_of(NAMES[1]) / "checkpoints")
+    progress = json.loads((last / "checkpoint.json").read_text())["progress"]
+    assert (progress["steps"], progress["steps_before"]) == (9, 30)
 
 
 @pytest.mark.long

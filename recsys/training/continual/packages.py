@@ -1,0 +1,102 @@
+"""Packages of a continual run: a whole one of each partition's model, and a delta to the next.
+
+A serving process takes a new day's model over by the delta, or by the link `newest`. A package is
+written by a process of its own (`recsys export`), as that works on one rank, and ranks of a job
+cannot leave their group. Every step can be repeated, so that a job that was killed completes what
+it has begun.
+
+    PACKAGES/NAME          a package
+    PACKAGES/NAME.delta    what makes it of the package before
+    PACKAGES/newest        a link to the newest package, exchanged at once
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from recsys.checkpoint.partitions.state import ContinualFolder, RunState, file_name
+from recsys.config import ContinualSettings
+from recsys.data.schema import Schema
+from recsys.serving.delta.write import write_delta
+
+logger = logging.getLogger(__name__)
+
+NEWEST = "newest"
+# Variables of these prefixes make a process a rank of a job.
+OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+
+
+def check_packages(settings: ContinualSettings, schema: Schema, run: Path) -> None:
+    """Refuse to export what has no package, before any training.
+
+    Raises:
+        ValueError: items have a bounded vocabulary, or the folder is that of the run.
+    """
+    if settings.packages is None:
+        return
+    if schema.has_bounded_items:
+        raise ValueError(
+            f"continual.packages is set, but '{schema.target_item}' has a vocabulary of kind "
+            "bounded, which a package cannot have; leave it unset, or use kind exact"
+        )
+    if Path(settings.packages).resolve().is_relative_to(run.resolve()):
+        raise ValueError(f"continual.packages {settings.packages}: lies in {run}; name another")
+
+
+def export_newest(settings: ContinualSettings, folder: ContinualFolder, state: RunState) -> None:
+    """Write the package of the partition trained on last, unless it is there. On rank 0.
+
+    Args:
+        settings: the folder of packages, and how many are kept.
+        folder: the continual run's.
+        state: partitions that it has trained on.
+
+    Raises:
+        ValueError: the export failed; says why.
+    """
+    if settings.packages is None or state.last is None:
+        return
+    names = [file_name(each.name) for each in state.trained]
+    packages = Path(settings.packages)
+    package = packages / names[-1]
+    if not package.exists():
+        _export(folder.run_of(state.last.name), package, settings.package_tables)
+    before = packages / names[-2] if len(names) > 1 else None
+    delta = packages / f"{names[-1]}.delta"
+    if before is not None and before.exists() and not delta.exists():
+        logger.info("%s: %s", delta, write_delta(before, package, delta))
+    link = packages / f".{NEWEST}.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(names[-1])
+    link.replace(packages / NEWEST)
+    for name in names[: -settings.keep]:
+        shutil.rmtree(packages / name, ignore_errors=True)
+
+
+def _export(run: Path, package: Path, tables: str) -> None:
+    """Run `recsys export` in a process that is no rank.
+
+    Raises:
+        ValueError: it failed; has the last line of its output.
+    """
+    package.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "recsys.cli", "export", "--run", str(run)]
+    command += ["--out", str(package), "--tables", tables]
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(OF_RANKS)
+    }
+    done = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        start_new_session=True,  # Ctrl-C ends the walk, once the package is whole
+    )
+    if done.returncode:
+        cause = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise ValueError(f"{package}: export of {run} failed: {cause}")
