@@ -23,7 +23,7 @@ from tests.datasets import write_dataset
 class AddsBankItems(BatchPreparation):
     """Stands for the settings that choose items, which need several ranks."""
 
-    def _with_items(self, batch: Batch, step: int, training: bool) -> Batch:
+    def _with_items(self, batch: Batch, step: int, *_: bool) -> Batch:
         return replace(batch, bank_items=torch.tensor([step]))
 
 
