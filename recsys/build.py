@@ -41,6 +41,7 @@ from recsys.data.schema import Schema, load_schema
 from recsys.data.vocabularies import BoundedVocabularies
 from recsys.distributed.accumulation import AccumulatingPipeline, DenseUpdate
 from recsys.distributed.ranks import Ranks
+from recsys.kernels import choose_kernels
 from recsys.model.build import build_em3
 from recsys.model.compilation import compile_dense_parts
 from recsys.model.em3 import EM3
@@ -215,7 +216,8 @@ def _sampler(config: Config, schema: Schema) -> NegativeSampler | None:
 
 
 def _cast_and_compile(em3: EM3, config: Config, device: torch.device) -> None:
-    """Wrap the dense parts according to `precision` and `compile`."""
+    """Wrap the dense parts according to `precision` and `compile`, and choose the kernels."""
+    choose_kernels(config.kernels)
     if config.precision == "bf16":
         use_bfloat16(dense_parts(em3).values(), device)
     if config.compile:

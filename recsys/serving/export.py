@@ -89,7 +89,7 @@ def load_for_export(run: Path, out: Path, ranks: Ranks, data: str | None) -> Job
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it, or name another folder")
     check_output(out)
-    job = load_run(run, data, ranks, "cpu", ["--compile", "false"])
+    job = load_run(run, data, ranks, "cpu", ["--compile", "false", "--kernels", "torch"])
     if job.schema.has_bounded_items:
         raise ValueError(
             f"{run}: '{job.schema.target_item}' has a vocabulary of kind bounded, but a package "

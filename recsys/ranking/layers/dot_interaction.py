@@ -9,6 +9,9 @@ Upstream could do the same: register `triu_indices[0] * (F + 1) + triu_indices[1
 and replace `interactions[:, triu_indices[0], triu_indices[1]]` by
 `interactions.flatten(1).index_select(1, places)`.
 
+`DotInteraction` computes by a kernel where `recsys.kernels` has one, which equals this reference to
+rounding.
+
 Shapes: B batch, F sparse features, D dimension, I = F * (F + 1) / 2 pairs.
 """
 
@@ -17,6 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torchrec.models.dlrm import InteractionArch
+
+from recsys.kernels import has_native, native_dot_interaction
 
 
 def dot_interaction(
@@ -43,7 +48,7 @@ def pair_places(num_vectors: int) -> Tensor:
 
 
 class DotInteraction(InteractionArch):
-    """Replacement for TorchRec's `InteractionArch`: the same outputs, without parameters.
+    """Replacement for TorchRec's `InteractionArch`, without parameters as that.
 
     Args:
         num_sparse_features: F.
@@ -62,4 +67,6 @@ class DotInteraction(InteractionArch):
         sparse_features: Tensor,  # [B, F, D]
     ) -> Tensor:  # [B, D + I]
         """Return the dense vector, and the dot products of all pairs of vectors."""
+        if has_native(dense_features, sparse_features):
+            return native_dot_interaction(dense_features, sparse_features)
         return dot_interaction(dense_features, sparse_features, self.places)

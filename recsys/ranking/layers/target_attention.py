@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys.data.jagged_history import JaggedHistory
+from recsys.kernels import ScoreWeights, has_native, native_target_attention
 
 
 class HistoryAttention(nn.Module):
@@ -71,6 +72,26 @@ class TargetAttention(HistoryAttention):
             layers += [nn.Linear(width, unit), nn.ReLU(inplace=True)]
             width = unit
         self.score = nn.Sequential(*layers, nn.Linear(width, 1))
+
+    def forward(
+        self,
+        target: Tensor,  # [B, D]
+        items: Tensor,  # [U, D]
+        history: JaggedHistory,
+        parallel: Tensor,  # [N, P]
+    ) -> Tensor:  # [B, D]
+        """Return the interest of each row, by a kernel where there is one for these inputs."""
+        weights = ScoreWeights.of(self.score)
+        if weights is None or history.is_shared or not isinstance(history, JaggedHistory):
+            return super().forward(target, items, history, parallel)
+        if parallel.requires_grad or not has_native(target, items, weights.first):
+            return super().forward(target, items, history, parallel)
+        lists = self.parallel_map
+        of_lists = target.new_empty(target.shape[1], 0) if lists is None else lists.weight
+        listed = parallel[:, : of_lists.shape[1]]
+        return native_target_attention(
+            target, items, history.index, history.offsets, listed, of_lists, weights
+        )
 
     def scores(
         self,

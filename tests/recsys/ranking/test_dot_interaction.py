@@ -1,4 +1,4 @@
-"""The dot interaction gives TorchRec's outputs and gradients to the last bit."""
+"""Without kernels, the dot interaction gives TorchRec's outputs and gradients to the last bit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.models.dlrm import InteractionArch
 
+from recsys.kernels.choice import _Chosen
 from recsys.plug_in.interactions import DotProducts
 from recsys.ranking.layers.dot_interaction import DotInteraction
 
@@ -23,7 +24,10 @@ def outputs_and_gradients(module: nn.Module, num_fields: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("num_fields", [1, 4, 26])
-def test_outputs_and_gradients_are_torchrecs_to_the_last_bit(num_fields: int) -> None:
+def test_outputs_and_gradients_are_torchrecs_to_the_last_bit(
+    monkeypatch: pytest.MonkeyPatch, num_fields: int
+) -> None:
+    monkeypatch.setattr(_Chosen, "kernels", "torch")
     ours = outputs_and_gradients(DotInteraction(num_fields), num_fields)
     torchrecs = outputs_and_gradients(InteractionArch(num_fields), num_fields)
     assert all(torch.equal(*pair) for pair in zip(ours, torchrecs, strict=True))

@@ -1,0 +1,17 @@
+"""Native kernels of single operations, and the choice between them and PyTorch.
+
+Each kernel is an operator of torch.library with a fake kernel and a backward, so that
+`torch.compile` sees it. The slow reference is the layer that calls it.
+"""
+
+from recsys.kernels.choice import choose_kernels, has_native
+from recsys.kernels.dot_interaction import native_dot_interaction
+from recsys.kernels.target_attention import ScoreWeights, native_target_attention
+
+__all__ = [
+    "ScoreWeights",
+    "choose_kernels",
+    "has_native",
+    "native_dot_interaction",
+    "native_target_attention",
+]

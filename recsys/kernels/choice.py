@@ -1,0 +1,86 @@
+"""Choose between the native kernels and the PyTorch reference: the setting `kernels`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from recsys.kernels.compiler import CompileError, load_kernels
+
+logger = logging.getLogger(__name__)
+
+Kernels = Literal["auto", "torch", "native"]
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class _Chosen:
+    """The choice of this process."""
+
+    kernels: Kernels = "auto"
+    are_loaded: bool | None = None  # None: not tried yet
+
+
+def choose_kernels(kernels: Kernels) -> None:
+    """Set the kernels of this process; models read it at each call.
+
+    Args:
+        kernels: auto: native kernels where they can be compiled, at the first use; torch: the
+            PyTorch reference; native: native kernels, compiled now.
+
+    Raises:
+        ValueError: native kernels cannot be compiled.
+
+    Example::
+
+        from recsys.kernels import choose_kernels
+
+        choose_kernels("torch")  # the reference from here on
+        choose_kernels("auto")
+    """
+    _Chosen.kernels = kernels
+    if kernels == "native" and not _Chosen.are_loaded:
+        try:
+            load_kernels()
+        except CompileError as error:
+            raise ValueError(
+                f"kernels is native, but {error}; install a C++ compiler (Debian: g++; another one "
+                "is named by the environment variable CXX), or set kernels to auto or torch"
+            ) from error
+        _Chosen.are_loaded = True
+
+
+def has_native(*tensors: Tensor) -> bool:
+    """Return whether native kernels compute these inputs: float32 or bfloat16 on CPU.
+
+    Loads the kernels at the first call, where the setting permits. A graph that torch.export writes
+    has the reference, so that a package loads where no compiler is.
+
+    Example::
+
+        import torch
+        from recsys.kernels import has_native
+
+        has_native(torch.zeros(2, dtype=torch.float64))  # False
+    """
+    if _Chosen.kernels == "torch" or torch.compiler.is_exporting():
+        return False
+    fits = all(part.device.type == "cpu" and part.dtype in DTYPES for part in tensors)
+    return fits and _are_loaded()
+
+
+@torch.compiler.assume_constant_result
+def _are_loaded() -> bool:
+    """Load the kernels at the first call; warn in one line if that is not possible."""
+    if _Chosen.are_loaded is None:
+        try:
+            load_kernels()
+            _Chosen.are_loaded = True
+        except CompileError as error:
+            logger.warning(
+                "native kernels are not used, PyTorch computes in their place: %s", error
+            )
+            _Chosen.are_loaded = False
+    return _Chosen.are_loaded

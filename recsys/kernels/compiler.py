@@ -1,0 +1,119 @@
+"""Compile the C++ kernels once, at first use, and load them in every later process.
+
+The shared library is in the folder of torch's extensions (`TORCH_EXTENSIONS_DIR`, by default
+`~/.cache/torch_extensions`), under a hash of the sources, the flags, torch's version and the
+processor's features: `-march=native` code of one machine may not run on another that shares the
+folder. Processes that start at once wait at a file lock for the one that compiles. The compiler is
+called directly, since `torch.utils.cpp_extension.load` needs ninja; paths of headers and libraries
+are those of that module. The sources include headers of torch's stable ABI alone, which take a few
+seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "cpp"
+TIME_LIMIT = 180.0  # seconds to compile, and to wait for a process that compiles
+# No -ffast-math: sums keep the order in which they are written, so that results are equal to the
+# last bit in every run and for any number of threads.
+FLAGS = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-w"]
+FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+
+
+class CompileError(Exception):
+    """Says in a line why the kernels could not be compiled or loaded."""
+
+
+def load_kernels() -> None:
+    """Register the C++ kernels with torch, and compile them first unless a build exists.
+
+    Raises:
+        CompileError: no compiler is found, it fails, or it exceeds the time limit.
+    """
+    library = _folder() / "kernels.so"
+    try:
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(library.parent / "lock", timeout=TIME_LIMIT):
+                if not library.exists():
+                    _compile(library)
+        torch.ops.load_library(str(library))
+    except Timeout as error:
+        raise CompileError(f"another process holds {error.lock_file}") from error
+    except OSError as error:  # also from dlopen
+        raise CompileError(_first_line(str(error))) from error
+
+
+def _folder() -> Path:
+    """Return the folder of the build for these sources, this torch and this processor."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
+    parts = [torch.__version__, platform.machine(), _processor(), *FLAGS]
+    parts += [path.read_text() for path in sorted(SOURCES.iterdir())]
+    return root / f"recsys_kernels_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+
+
+def _processor() -> str:
+    """Return the features of the processor that `-march=native` compiles for."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("cpu family", "flags", "Features", "model\t", "vendor_id")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def _compile(library: Path) -> None:
+    """Compile into a temporary file, which then takes the library's name."""
+    # Imported here, as it imports setuptools, which a process with a build does not need.
+    from torch.utils import cpp_extension
+
+    compiler = cpp_extension.get_cxx_compiler()
+    includes = [f"-I{path}" for path in cpp_extension.include_paths("cpu")]
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths("cpu")]
+    sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        built = Path(folder) / library.name
+        command = [
+            *shlex.split(compiler),
+            *FLAGS,
+            *includes,
+            *sources,
+            "-o",
+            str(built),
+            *libraries,
+        ]
+        command += ["-ltorch_cpu", "-lc10"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
+        except subprocess.TimeoutExpired as error:
+            raise CompileError(f"{compiler} took more than {TIME_LIMIT:.0f} s") from error
+        except OSError as error:
+            raise CompileError(f"C++ compiler '{compiler}' not found") from error
+        if done.returncode:
+            raise CompileError(f"{compiler} failed: {_first_line(done.stderr)}")
+        built.replace(library)
+    logger.info(
+        "kernels compiled with %s in %.1f s: %s", compiler, time.monotonic() - start, library
+    )
+
+
+def _first_line(text: str) -> str:
+    """Return the first line that names an error, or else the first line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line), lines[0] if lines else "no message")

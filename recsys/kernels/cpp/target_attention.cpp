@@ -1,0 +1,188 @@
+// Operators recsys::target_attention and its backward; see attention.h for mathematics and letters.
+#include "attention_backward.h"
+
+namespace recsys {
+namespace {
+
+Sizes sizes_of(const Tensor& target, const Tensor& items, const Tensor& index,
+               const Tensor& parallel, const Tensor& first, const Tensor& second) {
+  Sizes s{target.size(0), items.size(0),  index.size(0),    target.size(1), first.size(0),
+          second.size(0), parallel.size(1), 0, 0, 0};
+  s.d = padded(s.D), s.h = row_stride(s.H), s.g = row_stride(s.G);
+  return s;
+}
+
+int64_t longest_row(const Sizes& s, const int64_t* offsets) {
+  int64_t longest = 0;
+  for (int64_t row = 0; row < s.B; ++row)
+    longest = std::max(longest, offsets[row + 1] - offsets[row]);
+  return longest;
+}
+
+void check(const Sizes& s, const int64_t* index, const int64_t* offsets) {
+  bool in_range = offsets[0] == 0 && offsets[s.B] == s.N;
+  for (int64_t row = 0; row < s.B; ++row) in_range &= offsets[row] <= offsets[row + 1];
+  for (int64_t n = 0; n < s.N; ++n) in_range &= 0 <= index[n] && index[n] < s.U;
+  STD_TORCH_CHECK(in_range, "index or offsets of the history are out of range");
+}
+
+// scores [T] -> weights [T], and their sum of vectors, added to out [D]
+void softmax_and_sum(const Sizes& s, const float* scores, const float* vectors, int64_t count,
+                     float* weights, float* out) {
+  float highest = scores[0], total = 0;
+  for (int64_t t = 1; t < count; ++t) highest = std::max(highest, scores[t]);
+  for (int64_t t = 0; t < count; ++t) total += weights[t] = std::exp(scores[t] - highest);
+  for (int64_t t = 0; t < count; ++t) {
+    weights[t] /= total;
+    for (int64_t k = 0; k < s.D; ++k) out[k] += weights[t] * vectors[t * s.d + k];
+  }
+}
+
+struct Contiguous {
+  Tensor target, items, index, offsets, parallel, lists, first, first_bias, second, second_bias,
+      last;
+
+  Inputs inputs() const {
+    return {floats(target),    floats(items),      floats(parallel), floats(lists),
+            integers(index),   integers(offsets),  floats(first),    floats(first_bias),
+            floats(second),    floats(second_bias), floats(last)};
+  }
+};
+
+Contiguous contiguous(const Tensor& target, const Tensor& items, const Tensor& index,
+                      const Tensor& offsets, const Tensor& parallel, const Tensor& lists,
+                      const Tensor& first, const Tensor& first_bias, const Tensor& second,
+                      const Tensor& second_bias, const Tensor& last) {
+  const auto of = [](const Tensor& tensor) { return torch::stable::contiguous(tensor); };
+  return {of(target), of(items), of(index), of(offsets), of(parallel), of(lists), of(first),
+          of(first_bias), of(second), of(second_bias), of(last)};
+}
+
+// -> interest [B, D] and weights [N]
+std::tuple<Tensor, Tensor> target_attention(
+    const Tensor& target, const Tensor& items, const Tensor& index, const Tensor& offsets,
+    const Tensor& parallel, const Tensor& lists, const Tensor& first, const Tensor& first_bias,
+    const Tensor& second, const Tensor& second_bias, const Tensor& last, const Tensor&) {
+  const Contiguous all = contiguous(target, items, index, offsets, parallel, lists, first,
+                                    first_bias, second, second_bias, last);
+  const Sizes s = sizes_of(target, items, index, parallel, first, second);
+  const Inputs in = all.inputs();
+  check(s, in.index, in.offsets);
+  const int64_t longest = longest_row(s, in.offsets);
+  const Weights weights(s, in, false);
+  const std::vector<int64_t> bounds = group_bounds(s, in.offsets);
+  Tensor out = torch::stable::new_zeros(all.target, {s.B, s.D});
+  Tensor shares = torch::stable::new_empty(all.target, {s.N});
+  float *to = mutable_floats(out), *share = mutable_floats(shares);
+  torch::stable::parallel_for(0, bounds.size() - 1, 1, [&](int64_t group, int64_t last_group) {
+    Forward forward(s, in, weights, longest);
+    for_chunks(in.offsets, bounds[group], bounds[last_group], [&](const Chunk& chunk) {
+      forward.compute(chunk);
+      for (int64_t row = chunk.first_row; row < chunk.last_row; ++row) {
+        const int64_t at = in.offsets[row] - chunk.first_item;
+        const int64_t count = in.offsets[row + 1] - in.offsets[row];
+        if (count)
+          softmax_and_sum(s, forward.scores + at, forward.vectors + at * s.d, count,
+                          share + in.offsets[row], to + row * s.D);
+      }
+    });
+  });
+  return {out, shares};
+}
+
+// Sums the gradients of places [N, D] by unique item, in the order of places, into [U, D].
+void sum_by_item(const Sizes& s, const int64_t* index, const float* of_places, float* of_items) {
+  std::vector<int64_t> starts(s.U + 1), places(s.N);
+  for (int64_t n = 0; n < s.N; ++n) ++starts[index[n] + 1];
+  for (int64_t item = 0; item < s.U; ++item) starts[item + 1] += starts[item];
+  std::vector<int64_t> next(starts.begin(), starts.end() - 1);
+  for (int64_t n = 0; n < s.N; ++n) places[next[index[n]]++] = n;
+  torch::stable::parallel_for(0, s.U, 256, [&](int64_t first, int64_t last) {
+    for (int64_t item = first; item < last; ++item) {
+      float* to = of_items + item * s.D;
+      std::memset(to, 0, s.D * sizeof(float));
+      for (int64_t at = starts[item]; at < starts[item + 1]; ++at) {
+        const float* from = of_places + places[at] * s.D;
+        for (int64_t k = 0; k < s.D; ++k) to[k] += from[k];
+      }
+    }
+  });
+}
+
+// Writes a sum in the layout of `Weights` [rows, stride] as [columns, rows] with a row distance.
+void write_transposed(const float* from, int64_t rows, int64_t stride, int64_t columns, float* to,
+                      int64_t distance) {
+  for (int64_t column = 0; column < columns; ++column)
+    for (int64_t row = 0; row < rows; ++row) to[column * distance + row] = from[row * stride + column];
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Gradients of lists [D, P], first [H, 4 D], its bias [H], second [G, H], its bias [G], last [1, G].
+Gradients weight_gradients(const Sizes& s, const Tensor& like, const Sums& sums, Tensor of_target,
+                           Tensor of_items) {
+  const auto empty = [&](int64_t rows, int64_t columns) {
+    return torch::stable::new_empty(like, {rows, columns});
+  };
+  Tensor lists = empty(s.D, s.P), first = empty(s.H, 4 * s.D), second = empty(s.G, s.H),
+         last = empty(1, s.G), first_bias = torch::stable::new_empty(like, {s.H}),
+         second_bias = torch::stable::new_empty(like, {s.G});
+  write_transposed(sums.lists, s.P, s.d, s.D, mutable_floats(lists), s.P);
+  float* of_first = mutable_floats(first);
+  write_transposed(sums.of_items, s.D, s.h, s.H, of_first, 4 * s.D);
+  write_transposed(sums.of_target, s.D, s.h, s.H, of_first + s.D, 4 * s.D);
+  write_transposed(sums.of_products, s.D, s.h, s.H, of_first + 3 * s.D, 4 * s.D);
+  for (int64_t unit = 0; unit < s.H; ++unit) {
+    float* row = of_first + unit * 4 * s.D;
+    for (int64_t k = 0; k < s.D; ++k) row[2 * s.D + k] = row[k] - row[s.D + k];
+  }
+  for (int64_t unit = 0; unit < s.G; ++unit)
+    std::memcpy(mutable_floats(second) + unit * s.H, sums.second + unit * s.h,
+                s.H * sizeof(float));
+  std::memcpy(mutable_floats(first_bias), sums.first_bias, s.H * sizeof(float));
+  std::memcpy(mutable_floats(second_bias), sums.second_bias, s.G * sizeof(float));
+  std::memcpy(mutable_floats(last), sums.last, s.G * sizeof(float));
+  return {of_target, of_items, lists, first, first_bias, second, second_bias, last};
+}
+
+Gradients target_attention_backward(
+    const Tensor& gradient_, const Tensor& shares, const Tensor& target, const Tensor& items,
+    const Tensor& index, const Tensor& offsets, const Tensor& parallel, const Tensor& lists,
+    const Tensor& first, const Tensor& first_bias, const Tensor& second, const Tensor& second_bias,
+    const Tensor& last) {
+  const Tensor gradient = torch::stable::contiguous(gradient_);
+  const Contiguous all = contiguous(target, items, index, offsets, parallel, lists, first,
+                                    first_bias, second, second_bias, last);
+  const Sizes s = sizes_of(target, items, index, parallel, first, second);
+  const Inputs in = all.inputs();
+  const int64_t longest = longest_row(s, in.offsets);
+  const Weights weights(s, in, true);
+  const std::vector<int64_t> bounds = group_bounds(s, in.offsets);
+  Tensor of_target = torch::stable::new_empty(all.target, {s.B, s.D});
+  Tensor of_items = torch::stable::new_empty(all.items, {s.U, s.D});
+  Tensor of_places = torch::stable::new_empty(all.items, {s.N, s.D});
+  const float *of_out = floats(gradient), *share = floats(shares);
+  float *for_target = mutable_floats(of_target), *for_places = mutable_floats(of_places);
+  const int64_t groups = bounds.size() - 1;
+  std::vector<std::unique_ptr<Sums>> sums(groups);
+  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      sums[group] = std::make_unique<Sums>(s);
+      Backward backward(s, in, weights, longest, *sums[group]);
+      for_chunks(in.offsets, bounds[group], bounds[group + 1], [&](const Chunk& chunk) {
+        backward.compute(chunk, of_out, share, for_target, for_places);
+      });
+    }
+  });
+  for (int64_t group = 1; group < groups; ++group) sums[0]->add(*sums[group]);
+  sum_by_item(s, in.index, for_places, mutable_floats(of_items));
+  return weight_gradients(s, all.target, *sums[0], of_target, of_items);
+}
+
+}  // namespace
+}  // namespace recsys
+
+STABLE_TORCH_LIBRARY_IMPL(recsys, CPU, library) {
+  library.impl("target_attention", TORCH_BOX(&recsys::target_attention));
+  library.impl("target_attention_backward", TORCH_BOX(&recsys::target_attention_backward));
+}

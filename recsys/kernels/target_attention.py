@@ -1,0 +1,138 @@
+"""Operator `recsys::target_attention`: the target attention of DIN over jagged histories.
+
+The C++ kernel takes rows of the batch in chunks whose intermediate results stay in cache, from the
+gathered items to the weighted sum; its backward computes them again instead of storing [N, H]. The
+first layer of the score is one matrix per row, M_b = (W1 + W3) + W4 diag(t). Sums over rows are
+taken in groups that depend on the batch alone, and those over the places of an item in their
+order: results are equal to the last bit in every run and for any number of threads.
+
+Shapes: B batch, U unique items, N history items of the batch, D dimension, P parallel lists, H and
+G units of the two hidden layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+MAX_UNITS = 512
+_INPUTS = (
+    "Tensor target, Tensor items, Tensor index, Tensor offsets, Tensor parallel, Tensor lists, "
+    "Tensor first, Tensor first_bias, Tensor second, Tensor second_bias, Tensor last"
+)
+torch.library.define(
+    "recsys::target_attention", f"({_INPUTS}, Tensor last_bias) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "recsys::target_attention_backward",
+    f"(Tensor gradient, Tensor shares, {_INPUTS}) -> ({', '.join(['Tensor'] * 8)})",
+)
+
+
+class ScoreWeights(NamedTuple):
+    """Weights of the MLP that scores an item, as `torch.nn.Linear` has them.
+
+    first: [H, 4 * D], of (item, target, difference, product); second: [G, H]; last: [1, G].
+
+    Example::
+
+        from torch import nn
+        from recsys.kernels import ScoreWeights
+
+        ScoreWeights.of(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 1)))  # None
+    """
+
+    first: Tensor
+    first_bias: Tensor
+    second: Tensor
+    second_bias: Tensor
+    last: Tensor
+    last_bias: Tensor
+
+    @staticmethod
+    def of(score: nn.Sequential) -> ScoreWeights | None:
+        """Return the weights of Linear, ReLU, Linear, ReLU, Linear; None for another depth."""
+        linear = [layer for layer in score if isinstance(layer, nn.Linear)]
+        if len(linear) != 3 or linear[0].out_features > MAX_UNITS:
+            return None
+        first, second, last = linear
+        return ScoreWeights(
+            first.weight, first.bias, second.weight, second.bias, last.weight, last.bias
+        )
+
+
+def native_target_attention(
+    target: Tensor,  # [B, D]
+    items: Tensor,  # [U, D]
+    index: Tensor,  # int64 [N]
+    offsets: Tensor,  # int64 [B + 1]
+    parallel: Tensor,  # [N, P]
+    lists: Tensor,  # [D, P]
+    score: ScoreWeights,
+) -> Tensor:  # [B, D]
+    """Return the interest of each row in its history, in float32, by a kernel.
+
+    Args:
+        target: vectors of the ranked items.
+        items: vectors of the unique history items.
+        index: the item at each place, one row after the other.
+        offsets: places of a row are `offsets[b]` to `offsets[b + 1]`.
+        parallel: numbers beside each place, which get no gradient.
+        lists: map of these numbers to vectors, which are added to the items.
+        score: weights of the MLP.
+
+    Example::
+
+        import torch
+        from torch import nn
+        from recsys.kernels import ScoreWeights, has_native, native_target_attention
+
+        mlp = nn.Sequential(
+            nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1)
+        )
+        target, items = torch.rand(2, 4), torch.rand(3, 4)
+        index, offsets = torch.tensor([0, 2, 0]), torch.tensor([0, 2, 3])
+        nothing = torch.zeros(3, 0), torch.zeros(4, 0)
+        if has_native(target, items):
+            score = ScoreWeights.of(mlp)
+            native_target_attention(target, items, index, offsets, *nothing, score)  # [2, 4]
+    """
+    interest: Tensor = torch.ops.recsys.target_attention(
+        target.float(), items.float(), index, offsets, parallel.float(), lists, *score
+    )[0]
+    return interest
+
+
+@torch.library.register_fake("recsys::target_attention")
+def _fake(target: Tensor, items: Tensor, index: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    del items, rest
+    return target.new_empty(target.shape), target.new_empty(index.shape)
+
+
+@torch.library.register_fake("recsys::target_attention_backward")
+def _fake_backward(gradient: Tensor, shares: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    del gradient, shares
+    target, items, _, _, _, *weights = inputs
+    return tuple(part.new_empty(part.shape) for part in (target, items, *weights))
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    *read, last_bias = inputs
+    ctx.save_for_backward(output[1], last_bias, *read)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, gradient: Tensor, of_shares: Tensor) -> tuple[Tensor | None, ...]:
+    del of_shares
+    shares, last_bias, *inputs = ctx.saved_tensors
+    of_target, of_items, *of_weights = torch.ops.recsys.target_attention_backward(
+        gradient, shares, *inputs
+    )
+    # A softmax does not change if all its scores do: the gradient of the last bias is zero.
+    of_last_bias = torch.zeros_like(last_bias)
+    return (of_target, of_items, None, None, None, *of_weights, of_last_bias)
+
+
+torch.library.register_autograd("recsys::target_attention", _backward, setup_context=_save)

@@ -1,0 +1,74 @@
+"""Kernels are compiled once, and where that is not possible PyTorch computes, with one warning."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from recsys.kernels import choose_kernels, has_native
+from recsys.kernels.choice import _Chosen
+
+LOAD = """
+import logging, torch
+logging.basicConfig(level=logging.INFO)
+from recsys.kernels import choose_kernels
+choose_kernels("native")
+from recsys.kernels import native_dot_interaction
+print(native_dot_interaction(torch.ones(1, 2), torch.ones(1, 2, 2)).tolist())
+"""
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a process that has loaded nothing, on a machine without builds."""
+    monkeypatch.setattr(_Chosen, "kernels", "auto")
+    monkeypatch.setattr(_Chosen, "are_loaded", None)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "cause"), [("/nonexistent/g++", "/nonexistent/g++"), ("false", "false failed")]
+)
+@pytest.mark.usefixtures("nothing_loaded")
+def test_without_a_compiler_pytorch_computes_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, compiler: str, cause: str
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    assert not has_native(torch.zeros(1))
+    assert not has_native(torch.zeros(1))  # without a second line
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert cause in warning and "\n" not in warning
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_native_without_a_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent/g++")
+    with pytest.raises(ValueError, match=r"kernels is native.*/nonexistent/g\+\+.*CXX.*auto"):
+        choose_kernels("native")
+
+
+def test_other_types_and_the_setting_torch_are_left_to_pytorch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not has_native(torch.zeros(1, dtype=torch.float64))
+    monkeypatch.setattr(_Chosen, "kernels", "torch")
+    assert not has_native(torch.zeros(1))
+
+
+@pytest.mark.long
+def test_of_processes_that_start_at_once_one_compiles(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    command = [sys.executable, "-c", LOAD]
+    ranks = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [rank.communicate(timeout=300) for rank in ranks]
+    assert [out for out, _ in outputs] == ["[[1.0, 1.0, 2.0, 2.0, 2.0]]\n"] * 2
+    assert sum("kernels compiled" in log for _, log in outputs) == 1
