@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from recsys.config import ContinualSettings
 from recsys.data.movielens.prepare import prepare_movielens
+from recsys.training.continual.partition_trainer import passes_over
 
 HISTORY = 50
 
@@ -64,9 +66,14 @@ def view_before(folder: Path, names: list[str], number: int) -> Path:
     return view
 
 
-def rows_before(folder: Path, names: list[str], number: int) -> int:
-    """Return the number of rows of the partitions before one."""
-    return sum(pq.read_table(folder / "data" / "train" / name).num_rows for name in names[:number])
+def rows_trained(folder: Path, names: list[str], number: int, first_passes: list[int]) -> int:
+    """Return the rows that a walk trains on in the first partitions, once for each pass."""
+    settings = ContinualSettings(first_passes=first_passes)
+    return sum(
+        passes_over(settings, place, from_nothing=True)
+        * pq.read_metadata(folder / "data" / "train" / name / "part-0.parquet").num_rows
+        for place, name in enumerate(names[:number])
+    )
 
 
 def days_of(folder: Path, name: str) -> float:

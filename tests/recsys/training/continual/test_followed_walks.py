@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from recsys.checkpoint.partitions.state import ContinualFolder
 from recsys.cli import main
-from tests.recsys.command_runs import TINY, run_recsys
+from tests.ranks import HANG_SECONDS
+from tests.recsys.command_runs import TINY, program, run_recsys
 from tests.recsys.training.continual.kill_walks import survive
 from tests.recsys.training.continual.walk_runs import (
     NAMES,
@@ -61,6 +64,40 @@ def test_a_walk_follows_partitions_until_it_is_asked_to_end(tmp_path: Path) -> N
     assert names_of(run) == NAMES[:2]
     # With a last partition it ends by itself.
     assert main(words_of(tmp_path, "--follow", "--until", "2026-11-09")) == 0
+
+
+@pytest.mark.long
+def test_ranks_of_torchrun_follow_partitions_and_end_on_its_sigterm(tmp_path: Path) -> None:
+    """SIGTERM comes once between partitions, and once while one is trained on."""
+    write_walk(tmp_path / "data", 1)
+    run = tmp_path / "run"
+    words = words_of(tmp_path, "--follow", "--continual.poll_seconds", "0.1")
+    words = ["--standalone", "--nproc-per-node", "2", "-m", "--", "recsys.cli", *words]
+    for number in (1, 2):
+        with (tmp_path / "log").open("w") as log:
+            followed = subprocess.Popen(
+                **program("torchrun", *words, is_warm=True), stdout=log, stderr=log
+            )
+            wait_until(lambda: "waiting for" in (tmp_path / "log").read_text(), followed)
+            write_partition(tmp_path / "data", number)
+            scores = ContinualFolder(run).scores_of(NAMES[number])
+            wait_until(scores.exists, followed)
+            if number == 1:
+                wait_until(lambda: len(names_of(run)) == 2, followed)
+            followed.send_signal(signal.SIGTERM)
+            followed.wait(HANG_SECONDS)
+        assert "the same command goes on from it" in (tmp_path / "log").read_text()
+        assert names_of(run)[:2] == NAMES[:2]
+    assert main([*words_of(tmp_path), "--until", "2026-11-10"]) == 0
+    assert names_of(run) == NAMES[:3]
+    assert [line["partition"] for line in lines_of(run)] == NAMES[1:3]
+
+
+def wait_until(happens: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + HANG_SECONDS
+    while not happens():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
 
 
 @pytest.mark.long
