@@ -71,7 +71,7 @@ def rows_trained(folder: Path, names: list[str], number: int, first_passes: list
     settings = ContinualSettings(first_passes=first_passes)
     return sum(
         passes_over(settings, place, from_nothing=True)
-        * pq.read_metadata(folder / "data" / "train" / name / "part-0.parquet").num_rows
+        * pq.read_table(folder / "data" / "train" / name).num_rows
         for place, name in enumerate(names[:number])
     )
 
