@@ -217,7 +217,7 @@ def _sampler(config: Config, schema: Schema) -> NegativeSampler | None:
 
 def _cast_and_compile(em3: EM3, config: Config, device: torch.device) -> None:
     """Wrap the dense parts according to `precision` and `compile`, and choose the kernels."""
-    choose_kernels(config.kernels)
+    choose_kernels(config.kernels, device.type)
     if config.precision == "bf16":
         use_bfloat16(dense_parts(em3).values(), device)
     if config.compile:

@@ -119,9 +119,9 @@ class Config:
     compile: bool = False
     """Compile the dense parts with torch.compile; on CPU it needs a C++ compiler."""
     kernels: Literal["auto", "torch", "native"] = "auto"
-    """Target attention and dot products of DLRM by kernels of this package; auto: where they can be
-    compiled (on CPU by a C++ compiler, once per machine), else by PyTorch; torch: by PyTorch;
-    native: by kernels, or an error."""
+    """Target attention and dot products of DLRM by kernels of this package. auto: on CPU where a
+    C++ compiler is, once per machine, else by PyTorch; torch: by PyTorch; native: by kernels, on
+    CUDA those in Triton, or an error."""
     epochs: PositiveInt = 10
     """Largest number of passes over the training rows; early stopping may end sooner."""
     validations_per_epoch: PositiveInt = 1

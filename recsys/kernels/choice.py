@@ -20,18 +20,20 @@ class _Chosen:
     """The choice of this process."""
 
     kernels: Kernels = "auto"
-    are_loaded: bool | None = None  # None: not tried yet
+    are_loaded: bool | None = None  # those for CPU; None: not tried yet
+    cuda_loaded: bool = False
 
 
-def choose_kernels(kernels: Kernels) -> None:
+def choose_kernels(kernels: Kernels, device: str = "cpu") -> None:
     """Set the kernels of this process; models read it at each call.
 
     Args:
         kernels: auto: native kernels where they can be compiled, at the first use; torch: the
-            PyTorch reference; native: native kernels, compiled now.
+            PyTorch reference; native: native kernels, loaded now.
+        device: cpu or cuda, whose kernels `native` loads.
 
     Raises:
-        ValueError: native kernels cannot be compiled.
+        ValueError: native kernels cannot be compiled, or triton is missing.
 
     Example::
 
@@ -41,7 +43,11 @@ def choose_kernels(kernels: Kernels) -> None:
         choose_kernels("auto")
     """
     _Chosen.kernels = kernels
-    if kernels == "native" and not _Chosen.are_loaded:
+    if kernels != "native":
+        return
+    if device == "cuda":
+        _load_for_cuda()
+    elif not _Chosen.are_loaded:
         try:
             load_kernels()
         except CompileError as error:
@@ -53,10 +59,11 @@ def choose_kernels(kernels: Kernels) -> None:
 
 
 def has_native(*tensors: Tensor) -> bool:
-    """Return whether native kernels compute these inputs: float32 or bfloat16 on CPU.
+    """Return whether native kernels compute these inputs: float32 or bfloat16, of one device.
 
-    Loads the kernels at the first call, where the setting permits. A graph that torch.export writes
-    has the reference, so that a package loads where no compiler is.
+    Loads the kernels for CPU at the first call, where the setting permits. Those for CUDA are used
+    by `native` alone, as they have been measured on no GPU. A graph that torch.export writes has
+    the reference, so that a package loads where no compiler is.
 
     Example::
 
@@ -67,8 +74,12 @@ def has_native(*tensors: Tensor) -> bool:
     """
     if _Chosen.kernels == "torch" or torch.compiler.is_exporting():
         return False
-    fits = all(part.device.type == "cpu" and part.dtype in DTYPES for part in tensors)
-    return fits and _are_loaded()
+    if any(part.dtype not in DTYPES for part in tensors):
+        return False
+    devices = {part.device.type for part in tensors}
+    if devices == {"cuda"}:
+        return _Chosen.kernels == "native" and _Chosen.cuda_loaded
+    return devices == {"cpu"} and _are_loaded()
 
 
 @torch.compiler.assume_constant_result
@@ -84,3 +95,27 @@ def _are_loaded() -> bool:
             )
             _Chosen.are_loaded = False
     return _Chosen.are_loaded
+
+
+def _load_for_cuda() -> None:
+    """Register the Triton kernels for CUDA.
+
+    Raises:
+        ValueError: triton is not installed.
+    """
+    if _Chosen.cuda_loaded:
+        return
+    try:
+        from recsys.kernels import triton_attention, triton_dot_interaction
+    except ImportError as error:
+        raise ValueError(
+            f"kernels is native, but triton cannot be imported ({error}); install it, or set "
+            "kernels to auto or torch"
+        ) from error
+    for module, name in (
+        (triton_dot_interaction, "dot_interaction"),
+        (triton_attention, "target_attention"),
+    ):
+        for operator in (name, f"{name}_backward"):
+            torch.library.impl(f"recsys::{operator}", "cuda")(getattr(module, operator))
+    _Chosen.cuda_loaded = True

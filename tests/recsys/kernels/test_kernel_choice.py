@@ -51,6 +51,14 @@ def test_native_without_a_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         choose_kernels("native")
 
 
+def test_native_for_cuda_without_triton_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Chosen, "kernels", "auto")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "recsys.kernels.triton_attention", raising=False)
+    with pytest.raises(ValueError, match=r"kernels is native.*triton.*auto"):
+        choose_kernels("native", "cuda")
+
+
 def test_other_types_and_the_setting_torch_are_left_to_pytorch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

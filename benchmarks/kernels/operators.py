@@ -1,0 +1,148 @@
+"""Each kernel beside its PyTorch reference, forward and backward, at several sizes.
+
+    python -m benchmarks.kernels.operators
+
+Both take turns in one process of one thread; a ratio is the median over rounds of the ratio within
+a round. Writes `kernels.jsonl`, `.md` and `.png` into `--results`.
+
+Shapes: B rows, L history, D dimension, F sparse features.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from benchmarks.results import RESULTS, Result, require_own_folder, write_result
+from recsys.data.jagged_history import JaggedHistory
+from recsys.distributed.host_memory import keep_freed_memory
+from recsys.kernels import choose_kernels
+from recsys.ranking.layers.dot_interaction import DotInteraction
+from recsys.ranking.layers.target_attention import TargetAttention
+
+NUM_ITEMS = 100_000
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of one row of the table: of target attention if `units` are given."""
+
+    rows: int
+    dim: int
+    history: int = 0
+    units: tuple[int, ...] = ()
+    fields: int = 26
+
+    @property
+    def name(self) -> str:
+        """Name in the table."""
+        if not self.units:
+            return f"dot interaction, {self.rows} x {self.fields + 1} x {self.dim}"
+        return f"attention {list(self.units)}, {self.rows} x {self.history} x {self.dim}"
+
+
+SIZES = [
+    Size(8192, 16),
+    Size(8192, 64),
+    Size(512, 16),
+    Size(512, 64, 50, (64, 16)),
+    Size(8192, 16, 50, (256, 64)),
+    Size(8192, 16, 20, (256, 64)),
+    Size(8192, 16, 5, (256, 64)),
+    Size(8192, 64, 5, (64, 16)),
+    Size(8192, 64, 2, (64, 16)),
+]
+QUICK_SIZES = [Size(8, 4, fields=3), Size(8, 4, 3, (6, 3))]
+
+
+def pass_of(size: Size) -> Callable[[], None]:
+    """Return a forward and backward pass on random inputs of a size."""
+    torch.manual_seed(0)
+    target = torch.randn(size.rows, size.dim, requires_grad=True)
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    if size.units:
+        module = TargetAttention(size.dim, 1, list(size.units))
+        places = size.rows * size.history
+        drawn = torch.exp(torch.rand(places) * torch.log(torch.tensor(float(NUM_ITEMS)))).long()
+        unique, index = drawn.unique(return_inverse=True)
+        history = JaggedHistory.of(index, torch.full((size.rows,), size.history), len(unique))
+        items = torch.randn(len(unique), size.dim, requires_grad=True)
+        inputs = (target, items, history, torch.rand(places, 1).round())
+    else:
+        module = DotInteraction(size.fields)
+        inputs = (target, torch.randn(size.rows, size.fields, size.dim, requires_grad=True))
+    factor: Tensor = torch.randn(module(*inputs).shape)
+
+    def run() -> None:
+        """Compute outputs and all gradients."""
+        module.zero_grad()
+        for part in inputs[:2]:
+            part.grad = None
+        module(*inputs).backward(factor)
+
+    return run
+
+
+def operators(rounds: int = 7, quick: bool = False, results: Path = RESULTS) -> None:
+    """Measure each size by turns.
+
+    Args:
+        rounds: number of rounds.
+        quick: tiny sizes, whose figures mean nothing.
+        results: folder for the figures.
+    """
+    require_own_folder(quick, results)
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    choose_kernels("native")
+    records = []
+    for size in QUICK_SIZES if quick else SIZES:
+        run = pass_of(size)
+        times: dict[str, list[float]] = {"torch": [], "native": []}
+        for number in range(rounds + 1):  # the first warms up
+            for kind, seconds in times.items():
+                choose_kernels(kind)  # type: ignore[arg-type]
+                begin = time.perf_counter()
+                run()
+                if number:
+                    seconds.append(time.perf_counter() - begin)
+        ratios = [before / after for before, after in zip(times["torch"], times["native"])]
+        milliseconds = {kind: 1e3 * median(seconds) for kind, seconds in times.items()}
+        records.append({"benchmark": "kernels", "size": size.name, **milliseconds, "x": ratios})
+    write_result(_result(records), results)
+
+
+def _result(records: list[dict[str, Any]]) -> Result:
+    columns = ["forward and backward", "PyTorch, ms", "kernel, ms", "x (lowest to highest)"]
+    rows = [
+        [
+            record["size"],
+            f"{record['torch']:.1f}",
+            f"{record['native']:.1f}",
+            f"{median(record['x']):.2f} ({min(record['x']):.2f} to {max(record['x']):.2f})",
+        ]
+        for record in records
+    ]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        names = [record["size"] for record in records][::-1]
+        bars = axes.barh(names, [median(record["x"]) for record in records][::-1])
+        axes.bar_label(bars, fmt=" %.2f")
+        axes.set_xlabel("times as fast as PyTorch")
+
+    return Result("kernels", "Kernels beside their references", records, columns, rows, draw)
+
+
+if __name__ == "__main__":
+    auto_cli(operators, as_positional=False)

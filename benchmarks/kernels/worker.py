@@ -1,0 +1,46 @@
+"""Steps of one variant in a clone of its own: answers requests on standard input.
+
+Started as a file with `PYTHONPATH=CLONE`, so that the code of an earlier commit is measured in the
+same run as that of this one. A line `run N` is answered by the seconds of N steps, `peak` by the
+bytes of the peak of resident memory, both in JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.dup2(2, 1)  # what libraries print does not mix with the answers
+sys.path.remove(str(Path(__file__).parent))
+
+import torch  # noqa: E402
+
+from benchmarks.timing.ranks import RankSteps, silence_advice_to_library_developers  # noqa: E402
+from benchmarks.timing.steps import Variant  # noqa: E402
+from recsys.distributed.ranks import joined_ranks  # noqa: E402
+
+
+def serve(answers: int, variant: Variant, threads: int) -> None:
+    """Build the variant and answer until the input ends.
+
+    Args:
+        answers: file descriptor to write answers to.
+        variant: the steps to run.
+        threads: threads of the process.
+    """
+    silence_advice_to_library_developers()
+    torch.set_num_threads(threads)
+    with joined_ranks("cpu") as ranks, os.fdopen(answers, "w") as out:
+        steps = RankSteps(variant, ranks)
+        for line in sys.stdin:
+            word, *count = line.split()
+            answer = steps.run(int(count[0])) if word == "run" else steps.report().peak_bytes
+            print(json.dumps(answer), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    fields = json.loads(sys.argv[2])
+    fields["overrides"] = tuple(fields["overrides"])
+    serve(int(sys.argv[1]), Variant(**fields), int(sys.argv[3]))

@@ -1,0 +1,110 @@
+"""The dot interaction on CUDA, in Triton: one program per row of the batch.
+
+Not measured on a GPU yet; tests compare it with the reference in Triton's interpreter. Imported
+only where triton is installed.
+
+Shapes: B batch, F sparse features, V = F + 1 vectors, D dimension, I = F * (F + 1) / 2 pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SMALLEST = 16  # rows and columns of a `tl.dot`
+
+
+@triton.jit
+def _load_vectors(dense, sparse, row, V, D, V_PADDED: tl.constexpr, D_PADDED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load a row's vectors [V_PADDED, D_PADDED], the dense one first."""
+    v = tl.arange(0, V_PADDED)[:, None]
+    d = tl.arange(0, D_PADDED)[None, :]
+    of_dense = tl.load(dense + row * D + d + v * 0, mask=(v == 0) & (d < D), other=0.0)
+    place = row * (V - 1) * D + (v - 1) * D + d
+    return of_dense + tl.load(sparse + place, mask=(v > 0) & (v < V) & (d < D), other=0.0)
+
+
+@triton.jit
+def _forward(dense, sparse, out, V, D, width, V_PADDED: tl.constexpr, D_PADDED: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    vectors = _load_vectors(dense, sparse, row, V, D, V_PADDED, D_PADDED)
+    products = tl.dot(vectors, tl.trans(vectors), input_precision="ieee")
+    i = tl.arange(0, V_PADDED)[:, None]
+    j = tl.arange(0, V_PADDED)[None, :]
+    pair = i * V - i * (i + 1) // 2 + j - i - 1
+    tl.store(out + row * width + D + pair, products, mask=(i < j) & (j < V))
+    d = tl.arange(0, D_PADDED)
+    tl.store(out + row * width + d, tl.load(dense + row * D + d, mask=d < D), mask=d < D)
+
+
+@triton.jit
+def _backward(  # type: ignore[no-untyped-def]
+    gradient,
+    dense,
+    sparse,
+    to_dense,
+    to_sparse,
+    V,
+    D,
+    width,
+    V_PADDED: tl.constexpr,
+    D_PADDED: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    vectors = _load_vectors(dense, sparse, row, V, D, V_PADDED, D_PADDED)
+    i = tl.arange(0, V_PADDED)[:, None]
+    j = tl.arange(0, V_PADDED)[None, :]
+    low, high = tl.minimum(i, j), tl.maximum(i, j)
+    pair = low * V - low * (low + 1) // 2 + high - low - 1
+    mask = (low < high) & (high < V)
+    of_pairs = tl.load(gradient + row * width + D + pair, mask=mask, other=0.0)
+    results = tl.dot(of_pairs, vectors, input_precision="ieee")
+    v = tl.arange(0, V_PADDED)[:, None]
+    d = tl.arange(0, D_PADDED)[None, :]
+    is_dense = (v == 0) & (d < D)
+    own = tl.load(gradient + row * width + d + v * 0, mask=is_dense, other=0.0)
+    tl.store(to_dense + row * D + d + v * 0, results + own, mask=is_dense)
+    place = row * (V - 1) * D + (v - 1) * D + d
+    tl.store(to_sparse + place, results, mask=(v > 0) & (v < V) & (d < D))
+
+
+def _sizes(dense: Tensor, sparse: Tensor) -> dict[str, Any]:
+    vectors, dim = sparse.shape[1] + 1, dense.shape[1]
+    return {
+        "V": vectors,
+        "D": dim,
+        "width": dim + vectors * (vectors - 1) // 2,
+        "V_PADDED": max(SMALLEST, triton.next_power_of_2(vectors)),
+        "D_PADDED": max(SMALLEST, triton.next_power_of_2(dim)),
+    }
+
+
+def dot_interaction(
+    dense: Tensor,  # [B, D]
+    sparse: Tensor,  # [B, F, D]
+) -> Tensor:  # [B, D + I]
+    """Return the dense vector and the dot products of the pairs (i, j), i < j."""
+    dense, sparse, sizes = dense.contiguous(), sparse.contiguous(), _sizes(dense, sparse)
+    out = dense.new_empty(len(dense), sizes["width"])
+    if len(dense):
+        _forward[(len(dense),)](dense, sparse, out, **sizes)
+    return out
+
+
+def dot_interaction_backward(
+    gradient: Tensor,  # [B, D + I]
+    dense: Tensor,  # [B, D]
+    sparse: Tensor,  # [B, F, D]
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of dense [B, D] and sparse [B, F, D]."""
+    gradient, dense, sparse = gradient.contiguous(), dense.contiguous(), sparse.contiguous()
+    to_dense, to_sparse = torch.empty_like(dense), torch.empty_like(sparse)
+    if len(dense):
+        _backward[(len(dense),)](
+            gradient, dense, sparse, to_dense, to_sparse, **_sizes(dense, sparse)
+        )
+    return to_dense, to_sparse

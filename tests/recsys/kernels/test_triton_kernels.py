@@ -1,0 +1,78 @@
+"""Triton kernels equal PyTorch, in Triton's interpreter: no GPU is needed, but triton is.
+
+pip install triton
+TRITON_INTERPRET=1 python -m pytest tests/recsys/kernels/test_triton_kernels.py
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from recsys.data.jagged_history import JaggedHistory
+from recsys.kernels.choice import _Chosen
+from recsys.ranking.layers.dot_interaction import DotInteraction
+from recsys.ranking.layers.target_attention import TargetAttention
+
+pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("TRITON_INTERPRET is not 1: there is no GPU", allow_module_level=True)
+
+from recsys.kernels import triton_attention, triton_dot_interaction
+
+
+@pytest.fixture(autouse=True)
+def reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Chosen, "kernels", "torch")
+    torch.manual_seed(0)
+
+
+def assert_like(found: Tensor, expected: Tensor) -> None:
+    scale = float(expected.detach().abs().max())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 + 1e-5 * scale)
+
+
+@pytest.mark.parametrize(("num_fields", "dim"), [(1, 8), (4, 3), (26, 16), (20, 40)])
+def test_dot_interaction_equals_the_reference(num_fields: int, dim: int) -> None:
+    dense = torch.randn(3, dim, requires_grad=True)
+    sparse = torch.randn(3, num_fields, dim, requires_grad=True)
+    output = DotInteraction(num_fields)(dense, sparse)
+    factor = torch.randn(output.shape)
+    expected = torch.autograd.grad(output, [dense, sparse], factor)
+    inputs = dense.detach(), sparse.detach()
+    assert_like(triton_dot_interaction.dot_interaction(*inputs), output)
+    found = triton_dot_interaction.dot_interaction_backward(factor, *inputs)
+    for pair in zip(found, expected, strict=True):
+        assert_like(*pair)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "dim", "units", "num_parallel"),
+    [([2, 0, 3], 4, [6, 3], 2), ([20, 1], 16, [64, 16], 1), ([0, 5], 10, [70, 20], 0)],
+)
+def test_attention_equals_the_reference(
+    lengths: list[int], dim: int, units: list[int], num_parallel: int
+) -> None:
+    attention, places = TargetAttention(dim, num_parallel, units), sum(lengths)
+    target = torch.randn(len(lengths), dim, requires_grad=True)
+    items = torch.randn(7, dim, requires_grad=True)
+    history = JaggedHistory.of(torch.randint(7, (places,)), torch.tensor(lengths), 7)
+    parallel = torch.rand(places, num_parallel)
+    output = attention(target, items, history, parallel)
+    factor = torch.randn(output.shape)
+    score = [part for layer in attention.score[::2] for part in (layer.weight, layer.bias)]
+    lists = [] if attention.parallel_map is None else [attention.parallel_map.weight]
+    expected = torch.autograd.grad(output, [target, items, *lists, *score], factor)
+    inputs = [target, items, history.index, history.offsets, parallel]
+    inputs += [*(lists or [torch.zeros(dim, 0)]), *score]
+    inputs = [part.detach() for part in inputs]
+    found, shares = triton_attention.target_attention(*inputs)
+    assert_like(found, output)
+    gradients = list(triton_attention.target_attention_backward(factor, shares, *inputs[:-1]))
+    if not lists:
+        assert gradients.pop(2).shape == (dim, 0)
+    for pair in zip(gradients, expected[:-1], strict=True):
+        assert_like(*pair)
