@@ -76,7 +76,7 @@ def backbones(
         raise ValueError(f"--only: {unknown} are unknown; choose of {list(BACKBONES)}")
     runs = {
         (name, content): [
-            QualityRun(f"{name} {content}", seed, [*_settings(name), *overrides])
+            QualityRun(f"{name} {content}", seed, [*settings_of(name), *overrides])
             for seed in range(seeds)
         ]
         for name in names
@@ -92,7 +92,8 @@ def backbones(
     print(page)
 
 
-def _settings(name: str) -> list[str]:
+def settings_of(name: str) -> list[str]:
+    """Return the settings of a row of the table on the command line."""
     model = name.split(",")[0]
     has = set(keys_of(model))
     extras = [f"--ranking.{key}={off}" for key, off in NO_EXTRAS.items() if key in has]

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.results import RESULTS, Result, write_result
 from benchmarks.serving.latency import latencies
-from benchmarks.serving.load import load
+from benchmarks.serving.load import NEAR, load
 from benchmarks.serving.server import served
 from benchmarks.serving.ways import HTTPClient, graph_call, grpc_client, request_for
 from recsys.serving import Scorer
@@ -63,7 +63,7 @@ def serving(
     if load_seconds:
         rate = share * 1e3 / float(np.mean(times[REST]))
         seen = load(package, request, load_seconds, rate, swap_every)
-    write_result(_result(scorer, request, times, seen), results)
+    write_result(_result(scorer, request, times, seen, swap_every), results)
 
 
 def _result(
@@ -71,6 +71,7 @@ def _result(
     request: dict[str, Any],
     times: dict[str, np.ndarray],
     seen: dict[str, Any] | None,
+    swap_every: float,
 ) -> Result:
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -90,7 +91,7 @@ def _result(
         f"{p50[REST] - p50[SCORER]:.2f} ms (bar {MOST_MILLISECONDS_OF_HTTP})."
     ]
     if seen:
-        reading.append(_reading_of_load(seen))
+        reading.append(_reading_of_load(seen, swap_every))
     return Result(
         name="serving_compiled" if compiled else "serving",
         title=f"Latency of a {'compiled ' * compiled}package: one user, one thread",
@@ -110,14 +111,21 @@ def _result(
     )
 
 
-def _reading_of_load(seen: dict[str, Any]) -> str:
-    before, after = seen["resident_mb"]
+def _reading_of_load(seen: dict[str, Any], swap_every: float) -> str:
+    near = seen["p99_near_exchanges"]
+    apart = "" if near is None else f" ({near:.1f} within {NEAR:g} s of an exchange)"
+    megabytes = [resident for _, resident in seen["resident_mb"]]
+    later = [resident for at, resident in seen["resident_mb"] if at > swap_every + NEAR]
+    growth = f"{later[0]:.0f} MB after the first exchange, " if later else ""
+    mixed = sum(number - 1 for number in seen["different_scores"].values())
     return (
-        f"{seen['rate']:.1f} requests per second at random times for {seen['seconds']:.0f} s: "
-        f"{seen['requests']:,} requests, failed: {seen['failed'] or 'none'}; p50 {seen['p50']:.1f} "
-        f"ms, p99 {seen['p99']:.1f} ms, {seen['p99'] / seen['p50']:.1f} times p50 (bar "
-        f"{MOST_TIMES_THE_MEDIAN}); {len(seen['versions'])} versions of the package answered; "
-        f"{before} MB resident before, {after} MB after."
+        f"{seen['rate']:.1f} requests per second at random times for {seen['seconds']:.0f} s, an "
+        f"exchange every {swap_every:g} s: {seen['requests']:,} requests, failed: "
+        f"{seen['failed'] or 'none'}; p50 {seen['p50']:.1f} ms, p99 {seen['p99']:.1f} ms{apart}, "
+        f"{seen['p99'] / seen['p50']:.1f} times p50 (bar {MOST_TIMES_THE_MEDIAN}); "
+        f"{len(seen['versions'])} versions of the package answered, {mixed or 'no'} answers with "
+        f"scores of neither. Resident memory: {megabytes[0]:.0f} MB before requests, {growth}"
+        f"{megabytes[-1]:.0f} MB at the end, at most {max(megabytes):.0f} MB."
     )
 
 

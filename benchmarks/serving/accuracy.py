@@ -1,10 +1,13 @@
 """Measures the AUC of packages of the same runs in fp32, fp16, int8 and int4.
 
+    python -m benchmarks.serving.accuracy --data DATA --out packages/accuracy
     python -m benchmarks.serving.accuracy --runs '[runs/movielens]' --out packages/accuracy
 
-Every test row of a run's data is scored by the package as a request. Beside the AUC is the largest
-difference of a package in fp32 from `recsys predict`. Exits with 1 if fp16 or int8 lose more than
-they may, or fp32 differs. Packages that exist are used as they are.
+With `--data`, every backbone is trained for an epoch without content, with concatenated content and
+with the Fusion-Q-Former, by the recipe of `benchmarks.continual`. Every test row of a run's data is
+scored by the package as a request. Beside the AUC is the largest difference of a package in fp32
+from `recsys predict`. Exits with 1 if fp16 or int8 lose more than they may, or fp32 differs. Runs
+and packages that exist are used as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +23,11 @@ import pyarrow.parquet as pq
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
+from benchmarks.backbones import settings_of
+from benchmarks.continual.ways import WITHOUT_CONTENT
+from benchmarks.quality.runs import QualityRun, train_all
 from benchmarks.results import RESULTS, Result, write_result
+from recsys.config.ranking import RANKING_MODELS
 from recsys.data.filesystem import Location
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.auc import grouped_auc
@@ -30,23 +37,52 @@ from recsys.serving.export import export_run
 from recsys.serving.requests import request_columns
 from recsys.serving.vector_file import StoredType
 
+RECIPE = Path(__file__).parents[1] / "settings" / "continual.yaml"
+CONTENTS = {
+    "ids": WITHOUT_CONTENT,
+    "concat": ("--content.fusion", "{name: concat}"),
+    "qformer": (),
+}
 MOST_LOST = {"fp16": 0.0005, "int8": 0.001}
 MOST_DIFFERENT = 1e-6  # of fp32 from `recsys predict`
 TYPES: tuple[StoredType, ...] = get_args(StoredType)
 
 
-def accuracy(runs: list[Path], out: Path, rows: int = 0, results: Path = RESULTS) -> bool:
+def accuracy(
+    out: Path,
+    runs: list[Path] | None = None,
+    data: str | None = None,
+    rows: int = 0,
+    only: list[str] | None = None,
+    jobs: int = 1,
+    results: Path = RESULTS,
+) -> bool:
     """Export and score every run; return whether the bars are met.
 
     Args:
+        out: folder of the packages and predictions, and of the runs that are trained.
         runs: folders of finished runs.
-        out: folder of the packages and predictions.
+        data: dataset to train every backbone on; default: none is trained.
         rows: test rows to score; 0: all.
+        only: backbones to train; default: all.
+        jobs: trainings side by side, one thread each.
         results: folder for the figures.
     """
-    records = [_measure(run, out / run.name, rows) for run in runs]
+    trained = [] if data is None else _train(data, out / "runs", only or list(RANKING_MODELS), jobs)
+    records = [_measure(run, out / run.name, rows) for run in [*(runs or []), *trained]]
     write_result(_result(records), results)
     return all(record["passes"] for record in records)
+
+
+def _train(data: str, out: Path, backbones: list[str], jobs: int) -> list[Path]:
+    """Train backbones with each kind of content; return the folders of the runs."""
+    runs = [
+        QualityRun(f"{name} {content}", 0, [*settings_of(name), *words, "--epochs", "1"])
+        for name in backbones
+        for content, words in CONTENTS.items()
+    ]
+    train_all(runs, data, out, RECIPE, jobs)
+    return [run.folder(out) for run in runs]
 
 
 def _measure(run: Path, out: Path, rows: int) -> dict[str, Any]:

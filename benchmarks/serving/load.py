@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
 import shutil
 import tempfile
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import aiohttp
 import numpy as np
@@ -24,7 +24,79 @@ import psutil
 import torch
 
 from benchmarks.serving.server import served
+from recsys.serving.compiled_graph import COMPILED, compile_graph
 from recsys.serving.package import GRAPH, MANIFEST, read_manifest, write_manifest
+
+FIRST_OF_WEIGHTS = "/data/weights/weight_"
+SCALE = 1.01  # of the other package's weights
+NEAR = 3.0  # seconds after an exchange in which requests are counted apart, too
+RESIDENT_EVERY = 2.0  # seconds
+
+
+@dataclass
+class Load:
+    """Requests to a server, its memory, and the exchanges of its package.
+
+    link: what the server serves, which is exchanged every `swap_every` seconds. taken: time at
+    which a request was due and milliseconds to its answer. scores: by version, the different
+    scores that answers had. resident: seconds and megabytes.
+    """
+
+    process: psutil.Process
+    url: str
+    body: str
+    link: Path
+    swap_every: float
+    taken: list[tuple[float, float]] = field(default_factory=list)
+    failed: Counter[str] = field(default_factory=Counter)
+    scores: dict[str, Counter[str]] = field(default_factory=dict)
+    resident: list[tuple[float, float]] = field(default_factory=list)
+    start: float = 0.0
+
+    def _now(self) -> float:
+        return time.perf_counter() - self.start
+
+    async def run(self, times: list[float]) -> None:
+        """Send requests at some times, in seconds."""
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            self.start = time.perf_counter()
+            others = [asyncio.create_task(of) for of in (self._exchange(), self._watch())]
+            tasks = []
+            for due in times:
+                await asyncio.sleep(max(0.0, due - self._now()))
+                tasks.append(asyncio.create_task(self._send(session, due)))
+            await asyncio.gather(*tasks)
+            for other in others:
+                other.cancel()
+
+    async def _send(self, session: aiohttp.ClientSession, due: float) -> None:
+        """Send a request and note its milliseconds since it was due."""
+        try:
+            async with session.post(self.url, data=self.body) as response:
+                content = await response.read()
+        except (aiohttp.ClientError, OSError) as error:
+            self.failed[type(error).__name__] += 1
+            return
+        self.taken.append((due, (self._now() - due) * 1e3))
+        if response.status != 200:
+            self.failed[str(response.status)] += 1
+            return
+        answer = json.loads(content)
+        scores = json.dumps([answer["items"], answer["scores"]])
+        self.scores.setdefault(answer["model_version"], Counter())[scores] += 1
+
+    async def _exchange(self) -> None:
+        """Exchange the package for ever."""
+        for package in itertools.cycle([self.link.with_name("copy"), self.link.resolve()]):
+            await asyncio.sleep(self.swap_every)
+            (new := self.link.with_name("new")).symlink_to(package)
+            new.replace(self.link)
+
+    async def _watch(self) -> None:
+        """Note the resident memory for ever."""
+        while True:
+            self.resident.append((self._now(), self.process.memory_info().rss / 1e6))
+            await asyncio.sleep(RESIDENT_EVERY)
 
 
 def load(
@@ -33,80 +105,62 @@ def load(
     """Send requests to a server whose package is exchanged; return what was seen.
 
     Args:
-        package: the package; a copy with another graph takes turns with it.
+        package: the package; a copy of other weights takes turns with it.
         request: the request.
         seconds: how long.
         rate: requests per second on average, at random times.
         swap_every: seconds between exchanges.
     """
+    times = np.cumsum(np.random.default_rng(0).exponential(1 / rate, int(seconds * rate)))
     with tempfile.TemporaryDirectory(dir=package.parent) as folder:
         link, copy = Path(folder, "package"), Path(folder, "copy")
         _write_another(package, copy)
         link.symlink_to(package.absolute())
-        with served(link) as (pid, port, _):
-            process = psutil.Process(pid)
-            before = process.memory_info().rss
-            seen = asyncio.run(_open_load(port, request, seconds, rate, link, swap_every))
-            return {
-                **seen,
-                "rate": rate,
-                "resident_mb": [round(of / 1e6) for of in (before, process.memory_info().rss)],
-            }
+        with served(link, verify="true") as (pid, port, _):
+            url = f"http://127.0.0.1:{port}/v1/rank"
+            sent = Load(psutil.Process(pid), url, json.dumps(request), link, swap_every)
+            asyncio.run(sent.run(times.tolist()))
+    due, taken = np.array(sent.taken).T
+    is_near = (due > swap_every) & (due % swap_every < NEAR)
+    return {
+        "seconds": seconds,
+        "rate": rate,
+        "requests": len(times),
+        "failed": dict(sent.failed),
+        "versions": {version: of.total() for version, of in sent.scores.items()},
+        "different_scores": {version: len(of) for version, of in sent.scores.items()},
+        "p50": float(np.percentile(taken, 50)),
+        "p99": float(np.percentile(taken, 99)),
+        "p99_near_exchanges": float(np.percentile(taken[is_near], 99)) if is_near.any() else None,
+        "p99_elsewhere": float(np.percentile(taken[~is_near], 99)),
+        "resident_mb": [[round(at, 1), round(of, 1)] for at, of in sent.resident],
+    }
 
 
 def _write_another(package: Path, copy: Path) -> None:
-    """Write a package with a graph of other weights, which a server must load anew."""
-    shutil.copytree(package, copy, copy_function=os.link)
-    manifest, program = read_manifest(copy, verify=False), torch.export.load(copy / GRAPH)
-    for path in (copy / MANIFEST, copy / GRAPH):
-        path.unlink()  # the link, not the file of the other package
-    with torch.no_grad():
-        next(weight for weight in program.state_dict.values() if weight.is_floating_point()).mul_(2)
-    torch.export.save(program, copy / GRAPH)
+    """Write a package with other weights and other vectors of items, as a run that trained on."""
+    shutil.copytree(package, copy)
+    manifest = read_manifest(copy, verify=False)
+    for name in (MANIFEST, GRAPH):
+        (copy / name).unlink()
+    _scale_weights(package / GRAPH, copy / GRAPH)
+    if manifest.compiled:
+        (copy / COMPILED).unlink()
+        compile_graph(torch.export.load(copy / GRAPH), copy / COMPILED)
+    table = copy / "tables" / f"{manifest.target_item}.vectors"
+    if manifest.tables[manifest.target_item]["stored_as"] == "fp32":
+        table.write_bytes((np.fromfile(table, np.float32) * np.float32(SCALE)).tobytes())
     write_manifest(copy, replace(manifest, created=f"{manifest.created}, again"))
 
 
-async def _open_load(
-    port: int, request: dict[str, Any], seconds: float, rate: float, link: Path, swap_every: float
-) -> dict[str, Any]:
-    """Send requests at times that do not wait for answers."""
-    times = np.cumsum(np.random.default_rng(0).exponential(1 / rate, int(seconds * rate)))
-    body, url = json.dumps(request), f"http://127.0.0.1:{port}/v1/rank"
-    taken, failed, versions = list[float](), Counter[str](), Counter[str]()
-    start = time.perf_counter()
+def _scale_weights(graph: Path, out: Path) -> None:
+    """Write a graph with other weights.
 
-    async def send(session: aiohttp.ClientSession, due: float) -> None:
-        """Send a request and note its milliseconds since it was due."""
-        try:
-            async with session.post(url, data=body) as response:
-                answer = await response.json()
-            taken.append((time.perf_counter() - start - due) * 1e3)
-            versions[answer.get("model_version", f"status {response.status}")] += 1
-            if response.status != 200:
-                failed[str(response.status)] += 1
-        except (aiohttp.ClientError, OSError) as error:
-            failed[type(error).__name__] += 1
-
-    async def exchange() -> None:
-        """Exchange the package for ever."""
-        packages = itertools.cycle([link.with_name("copy"), link.resolve()])
-        for package in packages:
-            await asyncio.sleep(swap_every)
-            (new := link.with_name("new")).symlink_to(package)
-            new.replace(link)
-
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        exchanging, tasks = asyncio.create_task(exchange()), []
-        for due in times.tolist():
-            await asyncio.sleep(max(0.0, start + due - time.perf_counter()))
-            tasks.append(asyncio.create_task(send(session, due)))
-        await asyncio.gather(*tasks)
-        exchanging.cancel()
-    return {
-        "seconds": seconds,
-        "requests": len(times),
-        "failed": dict(failed),
-        "versions": dict(versions),
-        "p50": float(np.percentile(taken, 50)),
-        "p99": float(np.percentile(taken, 99)),
-    }
+    To save a loaded program again changes more: what is known of the layout of results.
+    """
+    with ZipFile(graph) as old, ZipFile(out, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if FIRST_OF_WEIGHTS in name and len(content) > np.float32().nbytes:
+                content = (np.frombuffer(content, np.float32) * np.float32(SCALE)).tobytes()
+            new.writestr(name, content)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from recsys.serving.exported_graph import ExportedGraph
 from recsys.serving.package import GRAPH, Manifest
 from recsys.serving.ranking_graph import CHECKED_SIZES, TOLERANCE, RankingInputs, random_like
 
@@ -86,12 +87,14 @@ def graph_file(folder: Path, manifest: Manifest) -> str:
     return GRAPH
 
 
-def load_graph(path: Path) -> Graph:
-    """Load an exported or a compiled graph."""
-    if path.name == COMPILED:
-        return _loaded(path)
-    # Guards of the export refuse sizes 0 and 1, for which the exported graph was checked.
-    return torch.export.load(path).module(check_guards=False)
+def load_graph(path: Path, before: Graph | None = None) -> Graph:
+    """Load an exported or a compiled graph.
+
+    Args:
+        path: the file.
+        before: a graph whose operations are taken over if those of an exported graph are equal.
+    """
+    return _loaded(path) if path.name == COMPILED else ExportedGraph.load(path, before)
 
 
 def _here() -> dict[str, str]:

@@ -43,7 +43,7 @@ class Scorer:
     Args:
         folder: the package.
         manifest: its manifest.
-        before: a package whose graph is taken over if this one has an equal file.
+        before: a package whose graph is taken over, whole or but for its weights, if it is equal.
 
     Example::
 
@@ -139,7 +139,7 @@ class Scorer:
         file = self.manifest.files[self.graph_file]
         if before is not None and before.manifest.files[before.graph_file] == file:
             return before._graph
-        return load_graph(folder / self.graph_file)
+        return load_graph(folder / self.graph_file, None if before is None else before._graph)
 
     def score(
         self,

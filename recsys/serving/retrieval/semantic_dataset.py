@@ -51,9 +51,11 @@ def write_dataset_with(
                 _link(entry, partial / entry.name)
         (partial / "schema.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
         for split in SPLITS:
-            for file in (root / split).files(".parquet"):
-                (partial / split).mkdir(exist_ok=True)
-                _write_file(file, partial / split / Path(file.path).name, schema, ids, column)
+            folder = root / split
+            for file in folder.files(".parquet"):  # partitions have files of equal names
+                written = partial / split / Path(file.path).relative_to(folder.path)
+                written.parent.mkdir(parents=True, exist_ok=True)
+                _write_file(file, written, schema, ids, column)
 
 
 def _link(source: str | Path, target: str | Path) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from recsys.serving.server import metrics
 from recsys.serving.server.columns import RankedUser
 from recsys.serving.server.refusals import NotServed, Overloaded, Refusal, Unauthorized
 from recsys.serving.server.served import POLL_SECONDS, CurrentPackage, Served
+
+LOWEST_PRIORITY = 19  # of Linux, which has priorities by thread
 
 
 class Engine:
@@ -38,6 +42,8 @@ class Engine:
         torch.set_num_threads(settings.threads)
         self._current = CurrentPackage(Path(settings.package), settings.verify, verified)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scorer")
+        # A thread of its own: without privileges its priority cannot be raised again.
+        self._loader = ThreadPoolExecutor(1, "loader", _lower_priority)
         self._waiting = 0
 
     @property
@@ -113,9 +119,14 @@ class Engine:
         while True:
             await asyncio.sleep(POLL_SECONDS)
             if self._current.is_outdated():
-                before = self.served.version
-                if await asyncio.to_thread(self._current.reload):
+                before, loop = self.served.version, asyncio.get_running_loop()
+                if await loop.run_in_executor(self._loader, self._current.reload):
                     metrics.WORKERS.labels(before).set(0)
                     self.count_worker()
                 else:
                     metrics.RELOAD_FAILURES.inc()
+
+
+def _lower_priority() -> None:
+    """Let the other threads, which answer requests, run before this one where cores are few."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)

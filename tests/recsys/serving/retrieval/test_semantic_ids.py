@@ -13,11 +13,15 @@ import pytest
 
 from recsys.checkpoint.table_export import stored_tables
 from recsys.cli import main
+from recsys.data.filesystem import Location
+from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
+from recsys.serving.retrieval.semantic_dataset import write_dataset_with
 from recsys.serving.retrieval.semantic_folder import export_semantic_ids, load_codebooks
 from recsys.serving.retrieval.semantic_ids import Codebooks, collision_report
 from recsys.serving.retrieval.vectors_folder import unit
 from recsys.training.train import train
+from tests.datasets import write_dataset
 from tests.recsys.ranking.backbone_runs import backbone_config
 
 pytest.importorskip("faiss")
@@ -93,6 +97,24 @@ def test_any_model_takes_them_as_sparse_features(towers: Path, semantic: Path) -
     report = json.loads((semantic / "ids" / "collisions.json").read_text())
     codes = np.unique(np.array(list(of_item.values())), axis=0)
     assert report["distinct"] == len(codes) <= 25 and report["items"] == len(of_item)
+
+
+def test_files_of_partitions_stay_apart(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", {"train": 8, "valid": 4, "test": 4})
+    rows = pq.read_table(data / "train")
+    shutil.rmtree(data / "train")
+    for day in range(2):
+        folder = data / "train" / f"day={day}"
+        folder.mkdir(parents=True)
+        pq.write_table(rows.slice(4 * day, 4), folder / "part-0.parquet")
+    root = Location.of(str(data))
+    ids = pa.table({"item": list(range(30)), "codes": [[item % 5] for item in range(30)]})
+
+    write_dataset_with(root, load_schema(root), ids, "codes", 5, tmp_path / "coded")
+
+    files = [tmp_path / "coded" / "train" / f"day={day}" / "part-0.parquet" for day in range(2)]
+    written = pa.concat_tables([pq.ParquetFile(file).read() for file in files])
+    assert written["codes"].to_pylist() == [[item % 5] for item in rows["item"].to_pylist()]
 
 
 def test_items_added_later_leave_the_codes_of_others(towers: Path, semantic: Path) -> None:

@@ -1,0 +1,111 @@
+"""The exported graph of a package, apart from its weights.
+
+A run that trains on is exported with equal operations and other weights. To deserialise operations
+takes a second of Python, in which requests wait for the interpreter; to read weights, milliseconds.
+So a server that exchanges packages keeps the operations, which take weights as arguments, and
+exchanges the weights. The file is a PT2 archive, a ZIP file with a record for each weight
+(https://docs.pytorch.org/docs/stable/export/pt2_archive.html).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from zipfile import ZipFile
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+WEIGHTS = "/data/weights/"
+CONFIG = "model_weights_config.json"  # names of the weights and their records
+NO_OPERATIONS = ("/.data/", "/data/sample_inputs/", f"{WEIGHTS}weight_")
+
+
+class ExportedGraph:
+    """A graph that runs.
+
+    Args:
+        operations: the graph; its first arguments are the state, its others the inputs.
+        state: weights and constants by name, in the order of the arguments.
+        digest: hash of all that the file has besides weights and examples.
+    """
+
+    def __init__(self, operations: nn.Module, state: dict[str, Tensor], digest: str) -> None:
+        """Keep the arguments."""
+        self.operations, self.digest = operations, digest
+        self._state = state
+
+    def __call__(self, *arguments: Tensor | list[Tensor]) -> Tensor:
+        """Run the graph on its inputs."""
+        inputs: list[Tensor] = []
+        for given in arguments:
+            inputs.extend(given) if isinstance(given, list) else inputs.append(given)
+        outputs: tuple[Tensor, ...] = self.operations(*self._state.values(), *inputs)
+        return outputs[0]
+
+    @staticmethod
+    def load(path: Path, before: object = None) -> ExportedGraph:
+        """Load a graph.
+
+        Args:
+            path: the file.
+            before: a graph whose operations are taken over if those of the file are equal.
+        """
+        with ZipFile(path) as archive:
+            digest = _digest_of_operations(archive)
+            if isinstance(before, ExportedGraph) and before.digest == digest:
+                return before.with_weights(archive)
+        program = torch.export.load(path)
+        return ExportedGraph(program.graph_module, _state_of(program), digest)
+
+    def with_weights(self, archive: ZipFile) -> ExportedGraph:
+        """Return a graph of the same operations with the weights of a file."""
+        root = _root_of(archive)
+        records = json.loads(archive.read(f"{root}{WEIGHTS}{CONFIG}"))["config"]
+        state = dict(self._state)
+        for name, record in records.items():
+            content = bytearray(archive.read(f"{root}{WEIGHTS}{record['path_name']}"))
+            state[name] = _like(state[name], content)
+        return ExportedGraph(self.operations, state, self.digest)
+
+
+def _state_of(program: ExportedProgram) -> dict[str, Tensor]:
+    """Return what the graph takes besides inputs."""
+    known: Mapping[str, Tensor] = {**program.constants, **program.state_dict}
+    kinds = [spec.kind for spec in program.graph_signature.input_specs]
+    specs = program.graph_signature.input_specs
+    state = {}
+    for place, spec in enumerate(specs):
+        if spec.kind is InputKind.USER_INPUT:
+            assert all(kind is InputKind.USER_INPUT for kind in kinds[place:]), kinds
+            break
+        assert spec.target is not None
+        state[spec.target] = known[spec.target].detach()
+    return state
+
+
+def _like(old: Tensor, content: bytearray) -> Tensor:
+    """Return a tensor of the type and layout of another with other content."""
+    if not old.numel():
+        return old
+    flat = torch.frombuffer(content, dtype=old.dtype)
+    return flat.as_strided(old.shape, old.stride(), old.storage_offset()).clone()
+
+
+def _root_of(archive: ZipFile) -> str:
+    """Return the folder that all records of an archive are in, named as the file first was."""
+    return archive.namelist()[0].split("/")[0]
+
+
+def _digest_of_operations(archive: ZipFile) -> str:
+    """Return the hash of all records that describe operations, constants and names of weights."""
+    root, digest = _root_of(archive), hashlib.sha256()
+    for name in sorted(archive.namelist()):
+        if not (record := name.removeprefix(root)).startswith(NO_OPERATIONS):
+            digest.update(f"{record} {archive.getinfo(name).file_size} ".encode())
+            digest.update(archive.read(name))
+    return digest.hexdigest()
