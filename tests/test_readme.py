@@ -36,6 +36,7 @@ PAGES = (
     "recsys/content/README.md",
     "recsys/ranking/README.md",
     "recsys/training/README.md",
+    "recsys/search/README.md",
     "recsys/plug_in/README.md",
     "benchmarks/README.md",
     "launch/README.md",
@@ -138,6 +139,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "events.yaml").write_text(events)
     media = next(block for block in blocks("yaml") if "pictures" in block)
     (place / "media.yaml").write_text(media)
+    space = next(block for block in blocks("yaml") if "sets:" in block)
+    (place / "space.yaml").write_text(space)
     own_model = next(block for block in blocks("python") if "class TargetProducts" in block)
     (place / "my_ranking.py").write_text(own_model)
     return place
@@ -175,6 +178,9 @@ def test_every_recipe_the_readme_names_exists_and_every_recipe_is_named() -> Non
         "media.yaml",
         "schema.yaml",
         "transforms.yaml",
+        "space.yaml",
+        "best.yaml",
+        "recipe.yaml",
         "config.yaml",
         "content.yaml",
     }

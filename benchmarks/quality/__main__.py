@@ -4,8 +4,7 @@
 
 Trains the cells of a grid (`benchmarks.quality.grid`) with several seeds, on a dataset or on all
 windows of a rolling split, and writes a Markdown table, JSON lines and one HTML page with figures.
-Finished runs are not trained again, so the same command continues where it was stopped. With
-`--search FILE` it ranks sets of settings by validation instead (`benchmarks.quality.search`).
+Finished runs are not trained again, so the same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from benchmarks.quality.items import sections_on_items
 from benchmarks.quality.page import Study, write_study
 from benchmarks.quality.plan import Plan, finished, in_order, plan_runs, windows
 from benchmarks.quality.runs import RECIPE, finish
-from benchmarks.quality.search import ranked, read_candidates, write_search
 from benchmarks.quality.study import against_peers, effects, read_results
 from benchmarks.results import RESULTS, provenance
 from benchmarks.timing.ranks import is_launched
@@ -32,7 +30,6 @@ def quality(
     seeds: int = 3,
     grid: str = "parts",
     only: list[str] | None = None,
-    search: Path | None = None,
     jobs: int = 1,
     cache: Path | None = None,
     recipe: Path = RECIPE,
@@ -49,13 +46,11 @@ def quality(
         out: folder of the runs.
         seeds: runs per cell and dataset.
         grid: parts, history, text or full.
-        only: cells of the grid, or sets of the search, by name; default: all.
-        search: file of sets of settings to rank by validation, instead of a grid.
+        only: cells of the grid by name; default: all.
         jobs: how many runs train side by side, one thread each.
         cache: folder of encoded items; default: the usual one.
         recipe: the recipe that cells change.
-        results: files to write, without their ending; default: benchmarks/results/quality, or
-            quality_search.
+        results: files to write, without their ending; default: benchmarks/results/quality.
         train: false trains nothing and writes the results of the finished runs, even if incomplete.
         page: write the HTML page, too.
         examples: show items with names and pictures, which are then in the page.
@@ -70,22 +65,16 @@ def quality(
     if is_launched():
         raise ValueError("quality starts its runs itself; use --nproc 1, and --jobs for more")
     datasets = windows(data)
-    if search is not None:
-        named = read_candidates(search, only)
-        plan = _trained(plan_runs(named, datasets, out, recipe, seeds), jobs, cache, train)
-        files = results or RESULTS / "quality_search"
-        write_search(ranked(named, plan), list(datasets), provenance(), files)
-    else:
-        cells = chosen_cells(grid, only)
-        settings = {cell.name: cell.settings for cell in cells}
-        plan = plan_runs(settings, datasets, out, recipe, seeds)
-        _require_effects(cells, plan)
-        found = read_results(cells, _trained(plan, jobs, cache, train))
-        files = results or RESULTS / "quality"
-        items = sections_on_items(found, examples) if page else []
-        about = provenance()
-        study = Study(found, effects(found), against_peers(found), items, list(datasets), about)
-        write_study(study, files, with_page=page)
+    cells = chosen_cells(grid, only)
+    settings = {cell.name: cell.settings for cell in cells}
+    plan = plan_runs(settings, datasets, out, recipe, seeds)
+    _require_effects(cells, plan)
+    found = read_results(cells, _trained(plan, jobs, cache, train))
+    files = results or RESULTS / "quality"
+    items = sections_on_items(found, examples) if page else []
+    about = provenance()
+    study = Study(found, effects(found), against_peers(found), items, list(datasets), about)
+    write_study(study, files, with_page=page)
     print(files.with_name(f"{files.name}.md").read_text())
 
 

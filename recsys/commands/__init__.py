@@ -17,6 +17,7 @@ COMMANDS = {
         "continual",
         "Train on one partition after another, each scored before it is trained on.",
     ),
+    "search": ("search", "Search settings: trials by Optuna, judged and pruned by validation."),
     "evaluate": ("evaluate", "Compute the metrics of a finished run on a split."),
     "predict": ("predict", "Add the predictions of a run to Parquet files of impressions."),
     "report": ("report", "Write an HTML page on a finished run."),

@@ -1,0 +1,126 @@
+"""Runs `recsys search`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
+
+from recsys.commands.options import require_schema
+from recsys.config import add_config_arguments, config_from
+from recsys.config.parser import Parser
+from recsys.distributed.log import print_table
+from recsys.doctor import require_working_installation
+
+if TYPE_CHECKING:
+    from recsys.search.search import Search
+
+SHOWN = 10  # best trials
+
+
+def add_arguments(parser: Parser, words: Sequence[str]) -> None:
+    """Add the settings of the recipe, the space, and the numbers of trials and jobs."""
+    add_config_arguments(parser, words)
+    parser.add_argument(
+        "--data",
+        type=str,
+        nargs="+",
+        required=True,
+        help="datasets: folders or URLs; a trial's value is the mean over them",
+    )
+    parser.add_argument(
+        "--space", type=Path, required=True, help="YAML file of settings and their values"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the search")
+    parser.add_argument(
+        "--trials",
+        type=PositiveInt,
+        required=True,
+        help="number of trials, those of earlier commands on the folder included",
+    )
+    parser.add_argument("--jobs", type=PositiveInt, default=1, help="trials side by side")
+    parser.add_argument(
+        "--seeds", type=PositiveInt, default=1, help="runs of each trial and dataset"
+    )
+    parser.add_argument("--nproc", type=PositiveInt, default=1, help="ranks of each run")
+    parser.add_argument(
+        "--sampler",
+        type=Literal["tpe", "random", "grid"],
+        default="tpe",
+        help="rule that proposes values: tpe learns from earlier trials, grid tries all",
+    )
+    parser.add_argument(
+        "--prune",
+        type=bool,
+        default=True,
+        help="stop trials that are worse than the median of others at the same validation",
+    )
+    parser.add_argument(
+        "--keep_checkpoints",
+        type=Literal["best", "all"],
+        default="best",
+        help="trials whose checkpoints are kept",
+    )
+
+
+def run(arguments: Namespace) -> int:
+    """Search, and print the best trials; return the exit code.
+
+    Raises:
+        ValueError: recipe, space or data are invalid, or Optuna is not installed.
+    """
+    config = config_from(arguments)
+    for data in arguments.data:
+        require_schema(data)
+    require_working_installation()
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "search: Optuna is not installed; run `pip install 'recsys-em3[search]'`"
+        ) from error
+    from recsys.search.search import Request, Search
+    from recsys.search.space import read_space
+    from recsys.search.trial_runs import SearchStopped
+
+    request = Request(
+        arguments.trials,
+        arguments.jobs,
+        arguments.seeds,
+        arguments.nproc,
+        arguments.sampler,
+        arguments.prune,
+        arguments.keep_checkpoints,
+    )
+    space = read_space(arguments.space)
+    search = Search(config, space, arguments.data, arguments.out, request)
+    try:
+        search.run()
+    except SearchStopped:
+        sys.stderr.write(f"asked to end; the same command goes on with {arguments.out}\n")
+        return 128 + signal.SIGTERM
+    _show(search)
+    return 0
+
+
+def _show(search: Search) -> None:
+    """Print the best trials, and the command that trains with the best configuration."""
+    from embeddings.plan_text import align_columns
+    from recsys.evaluation.model_selection import selection_words
+    from recsys.search.search import BEST
+
+    best = search.ranking()[:SHOWN]
+    names = [parameter.name for parameter in search.space]
+    rows = [["trial", selection_words(search.config.best_model_by), *names]]
+    for trial in best:
+        values = [str(trial.params[name]) for name in names]
+        rows.append([str(trial.number), f"{trial.values[0]:.4f}", *values])
+    print_table(align_columns(rows))
+    if best:
+        command = f"recsys train --config {search.out / BEST} --data {search.data[0]}"
+        print_table(f"\n{command} --out RUN")

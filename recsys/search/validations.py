@@ -1,0 +1,48 @@
+"""The validations of a run in training, one line each, by which a search judges its trial.
+
+`ValidationLines` is a tracker of the run that writes `RUN/validations.jsonl`; the search reads the
+file while the run trains.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+TRACKER = "recsys.search.validations:ValidationLines"
+FILE = "validations.jsonl"
+PREFIX = "valid/"
+
+
+class ValidationLines:
+    """Writes the metrics of each validation and its step. See `recsys.training.trackers.Tracker`.
+
+    Lines of steps after the one from which a run goes on are dropped: it will make them again.
+    """
+
+    def __init__(self, run: Path, settings: dict[str, Any], first_step: int) -> None:
+        """Open the file."""
+        kept = [line for line in read_lines(run) if line["step"] <= first_step]
+        path = run / FILE
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+        self._file = path.open("a")
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Write the metrics of all labels together, if these are of a validation."""
+        found = {name.removeprefix(PREFIX): value for name, value in values.items()}
+        if found and not any("/" in name for name in found):  # of one label, or of another split
+            self._file.write(f"{json.dumps({'step': step, 'metrics': found})}\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_lines(run: Path) -> list[dict[str, Any]]:
+    """Read the validations so far, each once: a run that goes on may repeat its last one."""
+    path = run / FILE
+    text = path.read_text() if path.exists() else ""
+    whole = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return list({line["step"]: line for line in whole}.values())

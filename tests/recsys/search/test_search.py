@@ -1,0 +1,269 @@
+"""Trials are neither lost nor repeated, and what they try does not depend on interruptions."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from optuna.trial import TrialState
+
+from recsys.config import Config, load_config
+from recsys.search.search import BEST, Request, Search
+from recsys.search.space import Parameter, read_space
+from recsys.search.trial_runs import SearchStopped, TrialRuns
+from recsys.search.validations import ValidationLines, read_lines
+from tests.datasets import write_dataset
+from tests.recsys.search import fake_training
+
+PROJECT = Path(__file__).parents[3]
+TINY = PROJECT / "recsys" / "recipes" / "tiny.yaml"
+SPACE = "optimizer.learning_rate: {low: 1.0e-4, high: 0.08}\n"
+
+
+def parts(folder: Path, space: str = SPACE) -> tuple[Config, list[Parameter]]:
+    """The recipe and the space of a search; its dataset is written."""
+    if not (folder / "data").exists():
+        write_dataset(folder / "data")
+    (folder / "space.yaml").write_text(space)
+    return load_config(TINY, ["--content", "none"]), read_space(folder / "space.yaml")
+
+
+def search_in(folder: Path, trials: int, space: str = SPACE, **asked: Any) -> Search:
+    """A search with the fake training on the dataset in `folder`."""
+    config, read = parts(folder, space)
+    data = [str(folder / "data")]
+    return Search(config, read, data, folder / "search", Request(trials, **asked))
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_fake_training(monkeypatch.setattr)
+
+
+def use_fake_training(setattr: Any = setattr) -> None:
+    def command(runs: TrialRuns, folder: Path, data: str, seed: int) -> list[str]:
+        return [sys.executable, fake_training.__file__, "train", "--out", str(folder)]
+
+    setattr(TrialRuns, "_command", command)
+
+
+def tried(search: Search) -> list[tuple[int, str, dict[str, Any], list[float] | None]]:
+    return [
+        (trial.number, trial.state.name, trial.params, trial.values)
+        for trial in search.study.trials()
+    ]
+
+
+def starts(search: Search) -> list[int]:
+    """How often the training of each trial was started."""
+    files = sorted((search.out / "trials").glob("*/run-0/starts.txt"))
+    return [len(file.read_text().splitlines()) for file in files]
+
+
+def test_the_best_of_the_trials_is_written_as_a_configuration(tmp_path: Path) -> None:
+    search = search_in(tmp_path, 4, prunes=False)
+    best = search.run()[0]
+
+    rates = [trial.params["optimizer.learning_rate"] for trial in search.study.trials()]
+    assert best.params == {"optimizer.learning_rate": min(rates)} and len(set(rates)) == 4
+    expected = load_config(TINY, ["--content", "none"])
+    expected.optimizer.learning_rate = min(rates)
+    assert load_config(tmp_path / "search" / BEST) == expected
+    assert starts(search) == [1, 1, 1, 1]
+
+
+def test_a_longer_search_goes_on_with_the_same_trials(tmp_path: Path) -> None:
+    (tmp_path / "two").mkdir()
+    whole, split = search_in(tmp_path, 5), tmp_path / "two"
+    whole.run()
+    for trials in (2, 3, 5):
+        later = search_in(split, trials)
+        later.run()
+
+    assert tried(later) == tried(whole) and starts(later) == [1] * 5
+
+
+def _hold_and_search(folder: str) -> None:
+    """Run a search that waits in its second trial, in a process of its own."""
+    use_fake_training()
+    search_in(Path(folder), 4).run()
+
+
+def test_a_killed_search_loses_and_repeats_no_trial(tmp_path: Path) -> None:
+    for name in ("killed", "whole"):
+        (tmp_path / name).mkdir()
+    whole, killed = search_in(tmp_path / "whole", 4), tmp_path / "killed"
+    whole.run()
+    write_dataset(killed / "data")
+    (killed / "search").mkdir()
+    (killed / "search" / "hold-1").touch()
+
+    process = multiprocessing.get_context("spawn").Process(
+        target=_hold_and_search, args=(str(killed),)
+    )
+    process.start()
+    waited_for(killed / "search" / "trials" / "0001" / "run-0" / "starts.txt")
+    (orphan,) = psutil.Process(process.pid).children()
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    orphan.kill()
+    orphan.wait()
+    (killed / "search" / "hold-1").unlink()
+
+    goes_on = search_in(killed, 4)
+    states = [trial.state for trial in goes_on.study.trials()]
+    assert states == [TrialState.COMPLETE, TrialState.RUNNING]
+    goes_on.run()
+    assert tried(goes_on) == tried(whole)
+    assert starts(goes_on) == [1, 2, 1, 1]  # the second goes on in the folder that it has
+
+
+def waited_for(file: Path) -> None:
+    """Wait until a file exists."""
+    deadline = time.monotonic() + 240
+    while not file.exists():
+        assert time.monotonic() < deadline, f"{file} does not appear"
+        time.sleep(0.02)
+
+
+def test_a_search_that_is_asked_to_end_ends_its_training_and_goes_on_later(tmp_path: Path) -> None:
+    search = search_in(tmp_path, 2)
+    (tmp_path / "search" / "hold-0").touch()
+    begun = tmp_path / "search" / "trials" / "0000" / "run-0" / "starts.txt"
+
+    def ask(*_: Any) -> None:
+        waited_for(begun)
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGALRM, ask)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    with pytest.raises(SearchStopped):
+        search.run()
+    signal.signal(signal.SIGALRM, before)
+    assert not [one for one in psutil.Process().children() if "--out" in one.cmdline()]
+
+    (tmp_path / "search" / "hold-0").unlink()
+    search_in(tmp_path, 2).run()
+    assert starts(search) == [2, 1]
+
+
+def test_two_jobs_share_the_trials(tmp_path: Path) -> None:
+    search = search_in(tmp_path, 6, jobs=2, prunes=False)
+    search.run()
+    assert [state for _, state, *_ in tried(search)] == ["COMPLETE"] * 6
+    assert starts(search) == [1] * 6
+
+
+def test_trials_worse_than_the_median_are_pruned(tmp_path: Path) -> None:
+    search = search_in(tmp_path, 9)
+    search.run()
+
+    states = [trial.state for trial in search.study.trials()]
+    assert states[:5] == [TrialState.COMPLETE] * 5  # a median needs five
+    for trial in search.study.trials(TrialState.PRUNED):
+        others = [other for other in search.ranking() if other.number < trial.number]
+        at_last = [other.intermediate_values[trial.last_step or 0] for other in others]
+        assert max(trial.intermediate_values.values()) < sorted(at_last)[len(at_last) // 2]
+    assert TrialState.PRUNED in states
+
+
+def test_a_grid_is_tried_as_a_whole_and_no_further(tmp_path: Path) -> None:
+    space = "optimizer.learning_rate: {choices: [0.01, 0.02, 0.03]}\n"
+    search = search_in(tmp_path, 9, space, sampler="grid")
+    search.run()
+
+    rates = [params["optimizer.learning_rate"] for _, _, params, _ in tried(search)]
+    assert rates == ["0.01", "0.02", "0.03"]
+
+
+def test_equal_values_are_trained_once(tmp_path: Path) -> None:
+    search = search_in(tmp_path, 3, "optimizer.learning_rate: {choices: [0.01]}\n")
+    search.run()
+    assert [values for *_, values in tried(search)] == [tried(search)[0][3]] * 3
+    assert starts(search) == [1]
+
+
+def test_a_trial_that_fails_is_recorded_and_others_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    space = "optimizer.learning_rate: {choices: [0.01, 0.095, 0.02]}\n"
+    search = search_in(tmp_path, 3, space, sampler="grid")
+    search.run()
+
+    assert [state for _, state, *_ in tried(search)] == ["COMPLETE", "FAIL", "COMPLETE"]
+    log = tmp_path / "search" / "trials" / "0001" / "log.txt"
+    assert any(str(log) in line for line in caplog.messages)
+    assert "not finite" in log.read_text()
+
+
+def test_a_search_whose_first_trials_all_fail_ends(tmp_path: Path) -> None:
+    search = search_in(tmp_path, 9, "optimizer.learning_rate: {low: 0.091, high: 0.099}\n")
+    with pytest.raises(ValueError, match=r"first 3 trials failed.*log\.txt"):
+        search.run()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"space": "optimizer.learning_rate: {low: 1.0e-4, high: 0.07}\n"}, "0.08.*0.07"),
+        ({"seeds": 2}, "--seeds: 1, now 2"),
+        ({"sampler": "random"}, "--sampler: tpe, now random"),
+    ],
+)
+def test_another_search_in_the_folder_is_refused(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    search_in(tmp_path, 1)
+    with pytest.raises(ValueError, match=named):
+        search_in(tmp_path, 1, **change)
+
+
+def test_changed_settings_and_data_are_refused(tmp_path: Path) -> None:
+    search_in(tmp_path, 1)
+    _, space = parts(tmp_path)
+    other = load_config(TINY, ["--content", "none", "--epochs", "7"])
+    data = [str(tmp_path / "data")]
+    with pytest.raises(ValueError, match="epochs: 1, now 7"):
+        Search(other, space, data, tmp_path / "search", Request(1))
+
+    write_dataset(tmp_path / "data", seed=1)
+    with pytest.raises(ValueError, match=f"content of {tmp_path / 'data'}"):
+        search_in(tmp_path, 1)
+
+
+def test_an_invalid_space_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'ranking.cross_rank' -1"):
+        search_in(tmp_path, 1, "ranking.cross_rank: {low: -1, high: 3}\n")
+    assert not (tmp_path / "search").exists()
+
+
+def run_lines(folder: Path, first_step: int, steps: Sequence[int]) -> list[int]:
+    tracker = ValidationLines(folder, {}, first_step)
+    for step in steps:
+        tracker.log({"train/loss": 0.5}, step)
+        tracker.log({"valid/auc": 0.5 + step / 100, "valid/recall_at_10": 0.1}, step)
+        tracker.log({"valid/liked/auc": 0.1}, step)
+    tracker.close()
+    return [line["step"] for line in read_lines(folder)]
+
+
+def test_validations_are_lines_and_those_that_are_made_again_appear_once(tmp_path: Path) -> None:
+    assert run_lines(tmp_path, 0, [10, 20, 30]) == [10, 20, 30]
+    assert read_lines(tmp_path)[0] == {
+        "step": 10,
+        "metrics": {"auc": 0.6, "recall_at_10": 0.1},
+    }
+    assert run_lines(tmp_path, 20, [20, 30]) == [10, 20, 30]
+    with (tmp_path / "validations.jsonl").open("a") as file:
+        file.write('{"step": 40, "met')
+    assert [line["step"] for line in read_lines(tmp_path)] == [10, 20, 30]
