@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import ROOT
+from recsys.distributed.job import environment_of_no_rank
 
 RECIPE = ROOT / "recsys" / "recipes" / "movielens_multimodal.yaml"
-# torchrun sets these for each rank; the runs started here must not read them.
-OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
 
 @dataclass(frozen=True)
@@ -122,14 +120,11 @@ def _train(training: Training, cache: Path | None) -> None:
         if training.is_finished:
             return
         print(f"training {training.title}, seed {training.seed}, in {folder}", flush=True)
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(OF_TORCHRUN)
-        }
         done = subprocess.run(
             _command(training, cache),
             stdout=output,
             stderr=output,
-            env=environment | {"OMP_NUM_THREADS": "1"},
+            env=environment_of_no_rank() | {"OMP_NUM_THREADS": "1"},
         )
     if done.returncode:
         raise RuntimeError(f"training {folder.name} failed; see {log}")

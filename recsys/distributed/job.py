@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 import psutil
 
+# Variables of these prefixes make a process a rank of torchrun's job.
+OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+
 
 @dataclass(frozen=True)
 class JobName:
@@ -37,3 +40,8 @@ class JobName:
 def restarts(launcher: str) -> int:
     """Return how often `TORCHELASTIC` or `SLURM` says it has restarted this job."""
     return int(os.environ.get(f"{launcher}_RESTART_COUNT") or 0)
+
+
+def environment_of_no_rank() -> dict[str, str]:
+    """Return this process's environment for a process that is no rank of its job."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(OF_RANKS)}

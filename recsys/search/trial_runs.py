@@ -7,7 +7,6 @@ interrupted goes on from its last checkpoint, and a finished one is read.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,14 +20,13 @@ from statistics import fmean
 from optuna.trial import TrialState
 
 from recsys.config import Config, load_config
+from recsys.distributed.job import environment_of_no_rank
 from recsys.evaluation.model_selection import selection_score
 from recsys.search.space import Parameter, words_of
 from recsys.search.study import Claim
 from recsys.search.validations import TRACKER, read_lines
 
 POLL_SECONDS = 0.2
-# torchrun sets these for each rank; the trainings started here must not read them.
-OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
 
 class SearchStopped(Exception):
@@ -114,9 +112,7 @@ class TrialRuns:
         """
         if (folder / "metrics.json").exists():
             return True
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(OF_TORCHRUN)
-        }
+        environment = environment_of_no_rank()
         if self.threads is not None:
             environment.setdefault("OMP_NUM_THREADS", str(self.threads))
         process = subprocess.Popen(command, stdout=claim.log, stderr=claim.log, env=environment)

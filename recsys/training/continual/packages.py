@@ -13,7 +13,6 @@ it has begun.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -22,13 +21,12 @@ from pathlib import Path
 from recsys.checkpoint.partitions.state import ContinualFolder, RunState, file_name
 from recsys.config import ContinualSettings
 from recsys.data.schema import Schema
+from recsys.distributed.job import environment_of_no_rank
 from recsys.serving.delta.write import write_delta
 
 logger = logging.getLogger(__name__)
 
 NEWEST = "newest"
-# Variables of these prefixes make a process a rank of a job.
-OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
 
 def check_packages(settings: ContinualSettings, schema: Schema, run: Path) -> None:
@@ -87,12 +85,9 @@ def _export(run: Path, package: Path, tables: str) -> None:
     package.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "recsys.cli", "export", "--run", str(run)]
     command += ["--out", str(package), "--tables", tables]
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(OF_RANKS)
-    }
     done = subprocess.run(
         command,
-        env=environment,
+        env=environment_of_no_rank(),
         capture_output=True,
         text=True,
         start_new_session=True,  # Ctrl-C ends the walk, once the package is whole
