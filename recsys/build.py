@@ -40,6 +40,7 @@ from recsys.data.row_source import RowSource, open_rows
 from recsys.data.schema import Schema, load_schema
 from recsys.data.vocabularies import BoundedVocabularies
 from recsys.distributed.accumulation import AccumulatingPipeline, DenseUpdate
+from recsys.distributed.data_parallel import DataParallelWrapper
 from recsys.distributed.ranks import Ranks
 from recsys.kernels import choose_kernels
 from recsys.model.build import build_em3
@@ -166,7 +167,10 @@ def build_job(
     cuts = sharders(types.forward, types.backward)
     plan = plan_sharding(em3, tables, ranks.group, ranks.device, config.batch_size, None, cuts)
     env = ShardingEnv.from_process_group(ranks.group)
-    model = DistributedModelParallel(em3, env, ranks.device, plan, cuts)
+    wrapper = DataParallelWrapper()
+    model = DistributedModelParallel(
+        em3, env, ranks.device, plan, cuts, data_parallel_wrapper=wrapper
+    )
     optimizer, dense = build_dense_optimizer(model, dense_groups(config), config.optimizer)
     schedule = build_schedule(dense, config.optimizer)
     averages = build_averages(model, config.optimizer)

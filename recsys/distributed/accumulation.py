@@ -17,12 +17,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineContext
 from torchrec.optim.keyed import CombinedOptimizer
 
+from recsys.distributed.ids_exchange import exchange_ids
 from recsys.optimizer import AveragedWeights, gradient_norm
 
 
@@ -172,6 +175,18 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
             self._left = None if self._left is None else self._left - 1
         return output
 
+    def wait_sparse_data_dist(self, context: TrainPipelineContext) -> None:
+        """Send the ids of the next batch once their numbers are known. A collective."""
+        with (
+            record_function(f"## wait_sparse_data_dist {context.index} ##"),
+            self._stream_context(self._data_dist_stream),
+        ):
+            for names, request in context.fused_splits_awaitables:
+                for name, awaitable in zip(names, exchange_ids(request), strict=True):
+                    context.input_dist_tensors_requests[name] = awaitable
+        context.input_dist_splits_requests.clear()
+        context.fused_splits_awaitables.clear()
+
     def _forward(self, batch: Any) -> tuple[Tensor, Any]:
         with self._synchronization():
             return cast(tuple[Tensor, Any], self._model(batch))
@@ -187,8 +202,7 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
             self._has_synchronized = self._has_synchronized or self._model.training
             return nullcontext()
         wrapped = self._model._dmp_wrapped_module
-        assert isinstance(wrapped, DistributedDataParallel), type(wrapped)
-        return wrapped.no_sync()
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
 
     def _backward(
         self,

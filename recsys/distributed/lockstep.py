@@ -1,8 +1,11 @@
 """Keep the ranks of a loop in step: all react to an event of any rank before the same batch.
 
-Before each batch one small collective reports whether a rank met an error, was asked to end
-(by SIGTERM, which schedulers and torchrun send before they kill, or SIGINT, which Ctrl-C sends), or
-is due for a checkpoint.
+A small collective reports whether a rank met an error, was asked to end (by SIGTERM, which
+schedulers and torchrun send before they kill, or SIGINT, which Ctrl-C sends), or is due for a
+checkpoint. In training it runs about every `SECONDS_BETWEEN` seconds (`recsys.distributed.turns`),
+since a collective per batch costs a noticeable share of a short step. A rank that cannot read a
+batch between two of them trains on its last one again, so that no other rank waits for it: the job
+ends with its error, and nothing that these steps change is saved. A job of one rank sends nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from recsys.config import CheckpointSettings
 from recsys.distributed.ranks import Ranks
+from recsys.distributed.turns import Turns
 from recsys.distributed.watchdog import Watchdog
 
 B = TypeVar("B")  # a batch; this package does not use its content
@@ -39,14 +43,14 @@ class TrainingStopped(Exception):
 class _Asked(Generic[B]):
     """A batch, and the flags that the ranks exchange before it is used.
 
-    flags: int32 [4], the maximum over all ranks once `work` is done: an error, no batch left, asked
-    to end, a checkpoint due.
+    flags: int32 [5], the maximum over all ranks once `work` is done: an error, no batch left, asked
+    to end, a checkpoint due, milliseconds per batch. None: they are exchanged with a later batch.
     """
 
     batch: B | None
     error: Exception | None  # error of this rank
-    flags: Tensor
-    work: Any
+    flags: Tensor | None
+    work: Any = None
 
 
 class Lockstep:
@@ -79,6 +83,10 @@ class Lockstep:
         self._saved_at = time.monotonic()
         self._handlers: dict[int, Any] = {}
         self._ahead: _Asked[Any] | None = None  # batch fetched for the next step
+        self._turns = Turns(alone=ranks.world_size == 1)
+        self._failed_at = 0  # number of the batch before which `_error` was met
+        self._has_failed = False  # whether this rank cannot read its next batches
+        self._last: Any = None  # the last batch, in place of these
 
     def __enter__(self) -> Lockstep:
         """Handle SIGTERM and SIGINT from now on."""
@@ -115,15 +123,16 @@ class Lockstep:
                 os.write(2, b"\nending after this step, with its state saved; again: at once\n")
 
     def note(self, error: Exception | None) -> None:
-        """Keep an error of this rank, which all ranks raise before the next batch."""
-        self._error = self._error or error
+        """Keep an error of this rank, which all ranks raise when they next exchange flags."""
+        if error is not None and self._error is None:
+            self._error, self._failed_at = error, self._turns.number
 
     def saved(self) -> None:
         """Restart the time to the next checkpoint."""
         self.save, self._saved_at = False, time.monotonic()
-        if self._ahead is not None:  # it may report the checkpoint just saved as due
-            self._ahead.work.wait()
-            self._ahead.flags[-1] = 0
+        if self._ahead is not None and self._ahead.flags is not None:
+            self._wait(self._ahead)  # it may report the checkpoint just saved as due
+            self._ahead.flags[3] = 0
 
     def training_batches(self, source: Iterator[B], count: int, group: int = 1) -> Iterator[B]:
         """Yield the batches of a stretch of training, up to `end_stretch`. A collective.
@@ -133,20 +142,26 @@ class Lockstep:
         during the step before it, so that no rank waits.
 
         Args:
-            source: the batches; those that a stretch does not use remain for the next.
+            source: the batches, of equal number on all ranks; those that a stretch does not use
+                remain for the next.
             count: the largest number of batches.
             group: number of batches whose gradients are accumulated. No state contains these
                 gradients, so a stretch ends with a whole group; the last of `count` may be smaller.
         """
         self._is_ending, self._has_begun = False, True
+        self._turns.begin()
         for number in range(count):
             if self._is_ending and number % group == 0:
                 return
-            asked = self._ahead or self._ask(source)
-            self._ahead = self._ask(source) if number + 1 < count else None
+            asked = self._ahead or self._ask(source, self._turns.take())
+            self._ahead = None
+            if number + 1 < count:
+                self._ahead = self._ask(source, self._turns.take(), asked.error)
             batch = self._answer(asked)
             if batch is None:
                 return
+            if self.ranks.world_size > 1:
+                self._last = batch
             yield batch
 
     def end_stretch(self) -> None:
@@ -176,30 +191,52 @@ class Lockstep:
         if self.stop:
             raise TrainingStopped("asked to end")
 
-    def _ask(self, source: Iterator[B]) -> _Asked[B]:
-        """Take a batch and begin to send this rank's flags to the others. A collective."""
+    def _ask(
+        self, source: Iterator[B], exchange: bool = True, pending: Exception | None = None
+    ) -> _Asked[B]:
+        """Take a batch and begin to send this rank's flags to the others. A collective.
+
+        Args:
+            source: the batches.
+            exchange: whether flags are sent with this batch; equal on all ranks.
+            pending: error of the batch before, which is not answered yet.
+        """
         batch: B | None = None
-        error = self._error
+        error = self._error or pending
         try:
             batch = next(source, None)
         except Exception as raised:
-            error = error or raised
+            error, self._has_failed = error or raised, True
+        if not exchange:
+            return _Asked(batch, error, None)
         is_due = (
             self._seconds is not None
             and self.ranks.is_first
             and time.monotonic() - self._saved_at >= self._seconds
         )
-        states = [error is not None, batch is None, self._terminated, is_due]
+        states = [error is not None, batch is None, self._terminated, is_due, self._turns.pace()]
         flags = torch.tensor(states, dtype=torch.int32)
+        if self.ranks.world_size == 1:
+            return _Asked(batch, error, flags)
         work = dist.all_reduce(flags, dist.ReduceOp.MAX, self.ranks.group, async_op=True)
         return _Asked(batch, error, flags, work)
 
     def _answer(self, asked: _Asked[B]) -> B | None:
         """Return the batch, once the flags of all ranks are known. A collective."""
-        asked.work.wait()
-        failed, ended, stop, save = asked.flags.tolist()
+        if asked.flags is None:
+            self.note(asked.error)
+            return self._last if self._has_failed and asked.batch is None else asked.batch
+        self._wait(asked)
+        failed, ended, stop, save, pace = asked.flags.tolist()
         if failed:
-            self.ranks.raise_first(asked.error)
+            self.note(asked.error)
+            self.ranks.raise_first(asked.error, self._failed_at)
+        self._turns.set_pace(pace)
         self.stop |= bool(stop)
         self.save |= bool(save)
         return None if ended else asked.batch
+
+    def _wait(self, asked: _Asked[Any]) -> None:
+        """Wait for the flags of the other ranks."""
+        if asked.work is not None:
+            asked.work.wait()

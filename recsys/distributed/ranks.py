@@ -85,19 +85,25 @@ class Ranks:
             error = raised
         self.raise_first(error)
 
-    def raise_first(self, error: Exception | None) -> None:
-        """Report an error on any rank to all ranks; each raises it. A collective."""
+    def raise_first(self, error: Exception | None, moment: int = 0) -> None:
+        """Report an error on any rank to all ranks; each raises it. A collective.
+
+        Args:
+            error: error of this rank, if any.
+            moment: order of the errors: of several ranks' errors all raise the earliest, except
+                that a rank raises its own one of the same moment.
+        """
         failed = torch.tensor([error is not None], dtype=torch.int32)
         dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self.group)
         if not failed.item():
             return
-        mine = None if error is None else (isinstance(error, ValueError), str(error) or repr(error))
-        failures = self.gather(mine)
+        mine: tuple[int, bool, str] | None = None
         if error is not None:
+            mine = moment, isinstance(error, ValueError), str(error) or repr(error)
+        failures = [(rank, one) for rank, one in enumerate(self.gather(mine)) if one is not None]
+        rank, (earliest, is_value_error, message) = min(failures, key=lambda of: of[1][0])
+        if error is not None and moment == earliest:
             raise error
-        rank, (is_value_error, message) = next(
-            (rank, failure) for rank, failure in enumerate(failures) if failure is not None
-        )
         raise (ValueError if is_value_error else RuntimeError)(f"rank {rank}: {message}")
 
 

@@ -5,7 +5,7 @@ once per item instead of once per step. All ranks share the work; ranks that see
 on one machine or several, share its files. The output of each encoder call is saved when it is
 done (`parts`), so interrupted work continues where it stopped; then the parts are merged
 into a folder named by a hash of the content, of the frozen weights and of the split, so that
-it is never stale.
+it is never stale. Items of equal content are encoded once and share one output (`distinct`).
 
 Shapes: N rows of the store, n rows of a call, D width of the frozen part's output.
 """
@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recsys.content.cache.identity import encoder_key, write_about
+from recsys.content.cache.distinct import DistinctRows
+from recsys.content.cache.identity import cache_folder, encoder_key, write_about
 from recsys.content.cache.parts import Parts
 from recsys.content.cache.progress import FillProgress
 from recsys.content.cache.reuse import (
@@ -35,8 +36,8 @@ from recsys.content.cache.reuse import (
 )
 from recsys.content.encoders.base import CacheReport, Encoder
 from recsys.data.filesystem import whole_folder
-from recsys.data.items.content_store import ContentStore, digest_of
-from recsys.data.items.ragged_array import RaggedArray, RowWriter
+from recsys.data.items.content_store import ContentStore
+from recsys.data.items.ragged_array import RaggedArray, RowWriter, share_rows
 from recsys.data.items.row_hashes import HASHES
 from recsys.distributed.ranks import Ranks
 
@@ -119,11 +120,10 @@ class _Fill:
         self.kind = store.kinds[name]
         self.source, self.content = store.arrays[name], store.folders[name].name
         self.key = encoder_key(encoder)
-        self.cache = store.cache
-        self.folder = store.cache / f"frozen-{name}-{digest_of(self.content, self.key)}"
+        self.cache, self.hashes = store.cache, store.hashes[name]
+        self.distinct = DistinctRows.of(self.hashes)
+        self.folder = cache_folder(self.cache, name, self.content, self.key, self.distinct.repeat)
         self.parts = Parts(store.cache / f".{self.folder.name}.parts")
-        self.rows = np.flatnonzero(self.source.lengths > 0)
-        self.hashes = store.hashes[name]
         self.encoded = 0
 
     def run(self) -> None:
@@ -182,20 +182,20 @@ class _Fill:
         with self.ranks.raise_on_all_ranks():
             if self.ranks.rank == sharers[0]:
                 names = caches_of(self.cache, self.key)
-                earlier = find_in(self.cache, names, self.hashes)
+                earlier = find_in(self.cache, names, self.hashes, self.distinct.first)
                 calls = self._calls(earlier)
                 todo = self._not_done(calls)
         names, todo = self.ranks.gather((names, todo))[sharers[0]]
         assert names is not None and todo is not None
         with self.ranks.raise_on_all_ranks():
-            earlier = find_in(self.cache, names, self.hashes)
+            earlier = find_in(self.cache, names, self.hashes, self.distinct.first)
             calls = self._calls(earlier)
         return _Plan(earlier, calls, todo)
 
     def _calls(self, earlier: list[EarlierCache]) -> list[np.ndarray]:
-        """Group the rows that no earlier cache has by length; each group [n] is one call."""
+        """Group the contents that no earlier cache has by length; each group [n] is one call."""
         missing = np.zeros(len(self.source), bool)
-        missing[self.rows] = True
+        missing[self.distinct.first] = True
         for cache in earlier:
             missing[cache.rows] = False
         rows = np.flatnonzero(missing)
@@ -237,11 +237,12 @@ class _Fill:
 
     def _announcement(self, plan: _Plan, total: int) -> str:
         earlier = sum(len(cache.rows) for cache in plan.earlier)
-        kept = len(self.rows) - earlier - total
+        kept = len(self.distinct.first) - earlier - total
         known = [f"{kept:,} were done before"] if kept else []
         known += [f"{earlier:,} are in an earlier cache"] if earlier else []
+        items = self.distinct.describe(total)
         return (
-            f"encoding '{self.name}' of {total:,} items once, into {self.folder}"
+            f"encoding '{self.name}' of {items} once, into {self.folder}"
             f"{''.join(f'; {text}' for text in known)}"
         )
 
@@ -258,15 +259,18 @@ class _Fill:
     def _put_together(self, plan: _Plan) -> None:
         """Write the cache from earlier caches and parts; it appears whole or not at all."""
         with whole_folder(self.folder) as temporary:
-            lengths = np.zeros(len(self.source), np.int64)
+            places = self.distinct.places
+            lengths = np.zeros(places.max(initial=-1) + 1, np.int64)
             for cache in plan.earlier:
-                lengths[cache.rows] = RaggedArray(cache.folder).lengths[cache.places]
+                lengths[places[cache.rows]] = RaggedArray(cache.folder).lengths[cache.places]
             for call in plan.calls:
-                lengths[call] = self.parts.read_lengths(self._name_of(call))
+                lengths[places[call]] = self.parts.read_lengths(self._name_of(call))
             shape = (self.encoder.frozen_dim,)
             with closing(RowWriter(temporary, lengths, shape, "float32")) as writer:
                 for rows, values in self._outputs(plan):
-                    writer.write(rows, values)
+                    writer.write(places[rows], values)
+            if self.distinct.repeat:
+                share_rows(temporary, places)
             np.save(temporary / HASHES, self.hashes)
             write_about(
                 temporary,
@@ -274,7 +278,7 @@ class _Fill:
                 self.content,
                 self.encoder,
                 self.kind.modality,
-                items=len(self.rows),
+                items=self.distinct.num_rows,
                 tokens=int(lengths.sum()),
                 width=self.encoder.frozen_dim,
             )

@@ -24,6 +24,25 @@ def encoder_key(encoder: Encoder) -> str:
     return digest_of(weights, encoder.frozen_settings(), shapes)
 
 
+def cache_folder(cache: Path, name: str, content: str, key: str, shares: bool) -> Path:
+    """Return the folder of an encoder's cache.
+
+    An array of shared rows has another name than one without, since earlier versions, which may use
+    the same folder, cannot read it. A cache that they have filled is used as it is.
+
+    Args:
+        cache: folder of all caches.
+        name: the modality.
+        content: name of the folder with the encoder's input.
+        key: result of `encoder_key`.
+        shares: whether items of equal content share an output.
+    """
+    apart = cache / f"frozen-{name}-{digest_of(content, key)}"
+    if not shares or apart.exists():
+        return apart
+    return cache / f"frozen-{name}-{digest_of(content, key, 'shared')}"
+
+
 def write_about(
     folder: Path, key: str, content: str, encoder: Encoder, modality: ModalitySettings, **more: Any
 ) -> None:

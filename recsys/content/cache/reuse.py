@@ -50,10 +50,10 @@ def find_in(
     cache: Path,
     names: list[str],
     hashes: np.ndarray,  # [N]
+    missing: np.ndarray,  # [n]
 ) -> list[EarlierCache]:
-    """Return which rows of the new cache earlier ones hold; each row at most once."""
+    """Return which of the missing rows earlier caches hold; each row at most once."""
     found = []
-    missing = np.flatnonzero(hashes != b"")
     for name in names:
         known = np.load(cache / name / HASHES, allow_pickle=False)
         order = np.argsort(known, kind="stable")

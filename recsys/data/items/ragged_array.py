@@ -5,7 +5,11 @@ threads of one machine share its pages, and one index operation gathers a batch.
 read count as memory of the process until they are released, which happens whenever about
 `RESIDENT_BYTES` of a larger file may be mapped; the system's page cache still has them then.
 
-Shapes: N rows of the array, n rows written at once, U rows gathered, T entries of the longest.
+Rows of equal content may share their entries: beside the entries of S distinct rows lies then the
+number of the distinct row of each of the N rows.
+
+Shapes: N rows of the array, S distinct rows, n rows written at once, U rows gathered, T entries of
+the longest.
 """
 
 from __future__ import annotations
@@ -22,12 +26,14 @@ from numpy.lib import format as npy
 
 RESIDENT_BYTES = 2**30
 MAPPED_AROUND = 2**16  # bytes that the kernel maps around each page read
+SHARED = "distinct.npy"  # number of the distinct row of each row; -1 for a row without entries
 
 
 class RaggedArray:
     """N rows; row n holds `lengths[n]` entries of one shape and type.
 
-    On disk: `values.npy` [sum of lengths, ...] and `offsets.npy` [N + 1].
+    On disk: `values.npy` [sum of lengths, ...] and `offsets.npy` [N + 1], or, of rows that share
+    their entries, `offsets.npy` [S + 1] and `distinct.npy` [N] (`share_rows`).
 
     Raises:
         ValueError: the files are damaged.
@@ -39,6 +45,11 @@ class RaggedArray:
             self.values = np.load(folder / "values.npy", "r", allow_pickle=False)
             self.offsets = np.load(folder / "offsets.npy", allow_pickle=False)
             fits = self.offsets.dtype == np.int64 and self.offsets[-1] <= len(self.values)
+            self.distinct: np.ndarray | None = None
+            if (folder / SHARED).exists():
+                self.distinct = np.load(folder / SHARED, allow_pickle=False)
+                fits &= self.distinct.dtype == np.int64
+                fits &= int(self.distinct.max(initial=-1)) < len(self.offsets) - 1
         except (OSError, ValueError, EOFError, IndexError, TypeError) as error:
             raise ValueError(f"{folder}: damaged ({error}); remove it, it is made again") from error
         if not fits:
@@ -54,12 +65,15 @@ class RaggedArray:
 
     def __len__(self) -> int:
         """Return the number of rows, N."""
-        return len(self.offsets) - 1
+        return len(self.offsets) - 1 if self.distinct is None else len(self.distinct)
 
     @property
     def lengths(self) -> np.ndarray:
         """Number of entries of each row, [N]."""
-        return np.diff(self.offsets)
+        lengths = np.diff(self.offsets)
+        if self.distinct is None:
+            return lengths
+        return np.where(self.distinct >= 0, lengths[self.distinct], 0)
 
     def gather(
         self,
@@ -69,6 +83,8 @@ class RaggedArray:
 
         Row -1 stands for an item that the array lacks: it has no entry.
         """
+        if self.distinct is not None:
+            rows = np.where(rows >= 0, self.distinct[rows], -1)
         starts = self.offsets[rows]
         lengths = np.where(rows >= 0, self.offsets[rows + 1] - starts, 0)
         positions = np.arange(max(int(lengths.max(initial=0)), 1))
@@ -179,3 +195,19 @@ class RowWriter(RaggedWriter):
             self._file.write(np.ascontiguousarray(entries, self.dtype).data)
             place += len(entries)
         assert place == len(values)
+
+
+def share_rows(
+    folder: Path,
+    distinct: np.ndarray,  # [N], in [-1, S)
+) -> None:
+    """Turn the array of S distinct rows in `folder` into one of N rows that share their entries.
+
+    Args:
+        folder: a closed array; it is not in use yet.
+        distinct: number of the distinct row of each row; -1 for a row without entries.
+    """
+    with open(folder / SHARED, "wb") as file:
+        np.save(file, distinct.astype(np.int64))
+        file.flush()
+        os.fsync(file.fileno())

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from recsys.config import CheckpointSettings
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import joined_ranks
+from recsys.distributed.turns import FIRST_BATCHES
 from tests.ranks import run_on_ranks
 from tests.recsys.em3_runs import ranks_of
 
@@ -31,6 +33,60 @@ def test_a_stretch_ends_with_the_group_under_way_and_no_batch_is_lost(
     group: int, expected: list[list[int]]
 ) -> None:
     assert run_on_ranks(stretches, 2, group) == [expected, expected]
+
+
+def seldom_exchanged(rank: int, world_size: int) -> dict[str, Any]:
+    """Steps of 50 ms of a fake clock, so that ten batches pass between two exchanges."""
+    clock = SimpleNamespace(now=0.0)
+    found: dict[str, Any] = {"exchanges": 0}
+    all_reduce = dist.all_reduce
+
+    def source(event: Any = None) -> Iterator[int]:
+        for number in range(60):
+            clock.now += 0.05
+            if (rank, number) == (1, 30) and event is not None:
+                event()
+            yield number
+
+    def fail() -> None:
+        raise ValueError("row 7 cannot be read")
+
+    def counted(*args: Any, **named: Any) -> Any:
+        found["exchanges"] += 1
+        return all_reduce(*args, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        fake = SimpleNamespace(monotonic=lambda: clock.now)
+        patch.setattr("recsys.distributed.turns.time", fake)
+        patch.setattr("recsys.distributed.lockstep.time", fake)
+        patch.setattr(dist, "all_reduce", counted)
+        lockstep = Lockstep(ranks_of(rank, world_size))
+        found["batches"] = list(lockstep.training_batches(source(), 60))
+        found["exchanges of 60"] = found["exchanges"]
+        with Lockstep(ranks_of(rank, world_size)) as lockstep:
+            stops = source(lambda: signal.raise_signal(signal.SIGTERM))
+            found["stops"] = [lockstep.stop for _ in lockstep.training_batches(stops, 60)]
+        lockstep, found["before"] = Lockstep(ranks_of(rank, world_size)), []
+        try:
+            for batch in lockstep.training_batches(source(fail), 60):
+                found["before"].append(batch)
+        except ValueError as error:
+            found["error"] = str(error)
+    return found
+
+
+def test_between_exchanges_a_rank_that_fails_or_is_asked_to_end_keeps_no_other_waiting() -> None:
+    first, second = run_on_ranks(seldom_exchanged, 2)
+    for found in (first, second):
+        assert found["batches"] == list(range(60))
+        assert found["exchanges of 60"] == FIRST_BATCHES + 2 + 5
+        assert found["stops"] == first["stops"]
+        assert 31 <= found["stops"].index(True) <= 31 + 11
+    assert len(first["before"]) == len(second["before"]) <= 30 + 11
+    assert first["before"] == list(range(len(first["before"])))
+    assert second["before"][30:] == [29] * (len(second["before"]) - 30)  # its last batch again
+    assert second["error"] == "row 7 cannot be read"
+    assert first["error"] == "rank 1: row 7 cannot be read"
 
 
 def batches_of_unequal_ranks(rank: int, world_size: int) -> list[int]:

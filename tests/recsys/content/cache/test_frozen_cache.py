@@ -18,6 +18,7 @@ from recsys.content.encoders.build import Encoder, ModuleEncoder
 from recsys.data.batch import ContentInput
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.ragged_array import RaggedWriter
+from recsys.data.items.row_hashes import stored_hashes
 from recsys.distributed.ranks import Ranks, joined_ranks
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
@@ -157,6 +158,7 @@ def test_a_text_of_one_token_does_not_pass_for_a_pooled_one_nor_the_reverse(
     with closing(RaggedWriter(folder, (), "int64")) as writer:
         writer.add(lengths, np.arange(lengths.sum()) + 5)
     store.use("text", folder)
+    store.hashes["text"] = stored_hashes(folder)
     encoder = encoder_of("text", modality)
     expected = outputs(store, "text", encoder)
     cache_frozen_outputs(store, "text", encoder, ranks)

@@ -148,6 +148,38 @@ def test_a_damaged_earlier_cache_is_not_used(dataset: Path, ranks: Ranks) -> Non
     assert_same_outputs(outputs(store, "text", encoder), expected)
 
 
+@pytest.fixture
+def repeats(dataset: Path) -> Path:
+    """Three items have the text of another one, which leaves three texts fewer to encode."""
+    table = pq.read_table(dataset / "items" / "part-0.parquet")
+    texts = dict(zip(table["item"].to_pylist(), table["text"].to_pylist()))
+    known = [item for item in sorted(texts) if texts[item]]
+    change_texts(dataset, dict.fromkeys(known[2:5], texts[known[0]]))
+    return dataset
+
+
+def test_equal_texts_are_encoded_once_and_share_their_output(repeats: Path, ranks: Ranks) -> None:
+    with pytest.raises(Interrupted):
+        fill(repeats, ranks, fail_at=1)  # two texts are done
+    store, encoder, watched = fill(repeats, ranks)
+    assert watched.items == WITH_TEXT - 3 - 2
+    assert_same_outputs(outputs(store, "text", encoder), expected_outputs(repeats))
+    array = store.arrays["text"]
+    assert (len(array), int((array.lengths > 0).sum())) == (NUM_ITEMS, WITH_TEXT)
+    assert len(array.values) < array.lengths.sum()
+    assert_nothing_else_is_left(repeats)
+    assert fill(repeats, ranks)[2].items == 0
+
+
+def test_a_cache_of_shared_outputs_serves_later_catalogues(repeats: Path, ranks: Ranks) -> None:
+    fill(repeats, ranks)
+    change_texts(repeats, {2: "a blue house"})
+    expected = expected_outputs(repeats)
+    store, encoder, watched = fill(repeats, ranks)
+    assert watched.items == 1
+    assert_same_outputs(outputs(store, "text", encoder), expected)
+
+
 def test_the_folder_says_what_it_holds(dataset: Path, ranks: Ranks) -> None:
     store = fill(dataset, ranks)[0]
     about = json.loads((store.folders["text"] / "about.json").read_text())

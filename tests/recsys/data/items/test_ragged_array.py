@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from recsys.data.items import ragged_array
-from recsys.data.items.ragged_array import RaggedArray, RaggedWriter, RowWriter
+from recsys.data.items.ragged_array import RaggedArray, RaggedWriter, RowWriter, share_rows
 
 
 def write(folder: Path, rows: list[list[int]]) -> RaggedArray:
@@ -34,6 +34,19 @@ def test_an_unknown_row_has_no_entry_and_zero_values(tmp_path: Path) -> None:
     values, mask = write(tmp_path, [[8], [9, 9]]).gather(np.array([-1, 0]))
     assert values.tolist() == [[0], [8]]
     assert mask.tolist() == [[False], [True]]
+
+
+def test_rows_may_share_their_entries(tmp_path: Path) -> None:
+    write(tmp_path, [[8], [9, 9]])
+    share_rows(tmp_path, np.array([1, -1, 0, 1]))
+    array = RaggedArray(tmp_path)
+    assert (len(array), array.lengths.tolist()) == (4, [2, 0, 1, 2])
+    values, mask = array.gather(np.array([3, 2, 1, -1]))
+    assert values.tolist() == [[9, 9], [8, 0], [0, 0], [0, 0]]
+    assert mask.tolist() == [[True, True], [True, False], [False, False], [False, False]]
+    share_rows(tmp_path, np.array([2]))
+    with pytest.raises(ValueError, match="damaged"):
+        RaggedArray(tmp_path)
 
 
 def test_no_rows_and_only_empty_rows_have_width_one(tmp_path: Path) -> None:

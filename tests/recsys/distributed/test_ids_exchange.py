@@ -1,0 +1,64 @@
+"""The ids of several collections in one collective, against TorchRec's own exchange."""
+
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torchrec.distributed.embedding_sharding import (
+    EmbeddingShardingContext,
+    FusedKJTListSplitsAwaitable,
+    KJTListSplitsAwaitable,
+)
+from torchrec.distributed.train_pipeline.runtime_forwards import KJTAllToAllForward
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recsys.distributed.ids_exchange import exchange_ids
+from tests.ranks import run_on_ranks
+
+
+def ids_of(rank: int, names: list[str], dtype: torch.dtype) -> KeyedJaggedTensor:
+    """Two rows; the second rank has more ids, and of the first feature none in its first row."""
+    lengths = torch.tensor([[1, 0, 2, 1], [0, 3, 1, 4]][rank], dtype=dtype)
+    values = torch.arange(int(lengths.sum())) + 100 * rank
+    return KeyedJaggedTensor(names, values, lengths=lengths)
+
+
+def received(rank: int, world_size: int) -> dict[str, Any]:
+    """By way of sending: what arrives of two collections, and the collectives it takes."""
+    group = dist.group.WORLD
+    assert group is not None
+    found: dict[str, Any] = {}
+    for way in ("torchrec", "here"):
+        requests = []
+        for names, splits, dtype in [
+            (["user", "shop"], [1, 1], torch.int64),
+            (["item", "tags"], [2, 0], torch.int32),
+        ]:
+            meta: Any = KJTAllToAllForward(group, splits)(ids_of(rank, names, dtype))
+            requests.append(KJTListSplitsAwaitable([meta], _context()))
+        contexts = [request.ctx for request in requests]
+        request = FusedKJTListSplitsAwaitable(requests, contexts, group)
+        with patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as sent:
+            lists = request.wait() if way == "torchrec" else exchange_ids(request)
+            arrived = [one for awaitable in lists for one in awaitable.wait()]
+        found[way] = [
+            (kjt.keys(), kjt.values().tolist(), kjt.lengths().tolist(), kjt.lengths().dtype)
+            for kjt in arrived
+        ]
+        found[f"{way}, sizes"] = [context.sharding_contexts[0] for context in contexts]
+        found[f"{way}, collectives"] = sent.call_count
+    return found
+
+
+def _context() -> Any:
+    context: Any = type("Context", (), {})()
+    context.sharding_contexts = [EmbeddingShardingContext()]
+    return context
+
+
+def test_one_collective_brings_the_same_ids_as_torchrec() -> None:
+    for found in run_on_ranks(received, 2):
+        assert found["here"] == found["torchrec"]
+        assert found["here, sizes"] == found["torchrec, sizes"]
+        assert (found["torchrec, collectives"], found["here, collectives"]) == (4, 1)
