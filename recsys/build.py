@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import ShardingEnv
+from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer
 
 from embeddings import (
@@ -166,11 +166,7 @@ def build_job(
     types = config.embedding.communication
     cuts = sharders(types.forward, types.backward)
     plan = plan_sharding(em3, tables, ranks.group, ranks.device, config.batch_size, None, cuts)
-    env = ShardingEnv.from_process_group(ranks.group)
-    wrapper = DataParallelWrapper()
-    model = DistributedModelParallel(
-        em3, env, ranks.device, plan, cuts, data_parallel_wrapper=wrapper
-    )
+    model = _distributed(em3, ranks, plan, cuts)
     optimizer, dense = build_dense_optimizer(model, dense_groups(config), config.optimizer)
     schedule = build_schedule(dense, config.optimizer)
     averages = build_averages(model, config.optimizer)
@@ -194,6 +190,17 @@ def build_job(
         plan=format_plan(plan, tables),
         parameters=describe_optimizers(model, tables, dense),
         train_folder=rows,
+    )
+
+
+def _distributed(
+    em3: EM3, ranks: Ranks, plan: ShardingPlan, cuts: list[ModuleSharder[nn.Module]]
+) -> DistributedModelParallel:
+    """Shard the tables and make the dense parts data-parallel. A collective."""
+    env = ShardingEnv.from_process_group(ranks.group)
+    wrapper = DataParallelWrapper()
+    return DistributedModelParallel(
+        em3, env, ranks.device, plan, cuts, data_parallel_wrapper=wrapper
     )
 
 

@@ -31,6 +31,7 @@ from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.evaluate import fill_bank
 from recsys.model.tables import table_configs
+from recsys.training.garbage import collected_seldom
 from recsys.training.loss_watch import LossWatch
 from recsys.training.train import training_interactions
 from recsys.training.trainer import require_pipelined
@@ -119,6 +120,10 @@ class ProductSteps:
 
     def step(self) -> None:
         """Run one training step. A collective."""
+        with collected_seldom():
+            self._step()
+
+    def _step(self) -> None:
         job = self.job
         losses, _, batch = cast(Any, job.pipeline.progress(self.batches))
         if self.num_steps == 0:

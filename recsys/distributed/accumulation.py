@@ -25,7 +25,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineContext
 from torchrec.optim.keyed import CombinedOptimizer
 
-from recsys.distributed.ids_exchange import exchange_ids
+from recsys.distributed.ids_exchange import exchange_ids, keep_ids
 from recsys.optimizer import AveragedWeights, gradient_norm
 
 
@@ -174,6 +174,12 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
             self._position = (self._position + 1) % self._group_size
             self._left = None if self._left is None else self._left - 1
         return output
+
+    def _pipeline_model(self, *arguments: Any, **named: Any) -> None:
+        """Trace the model; see `TrainPipelineSparseDist`. A collective."""
+        super()._pipeline_model(*arguments, **named)
+        if self._model._env.world_size == 1:
+            keep_ids(self._pipelined_modules)
 
     def wait_sparse_data_dist(self, context: TrainPipelineContext) -> None:
         """Send the ids of the next batch once their numbers are known. A collective."""

@@ -4,27 +4,29 @@ TorchRec exchanges the sizes of all collections together, but then sends the len
 of each collection apart: two collections, four collectives, for some 50 KB. Over gloo each costs a
 round trip and wakes a thread that competes with the step, whatever its bytes. Here one collective
 carries all of them; every rank gets the same tensors as from TorchRec's. On GPUs, where the
-exchange runs beside the step, TorchRec's own is used.
+exchange runs beside the step, TorchRec's own is used. A job of one rank sends nothing at all.
 
 Shapes: W ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torchrec.distributed.dist_data import KJTAllToAllTensorsAwaitable, _get_recat
+from torch import Tensor, nn
+from torchrec.distributed.dist_data import KJTAllToAll, KJTAllToAllTensorsAwaitable, _get_recat
 from torchrec.distributed.embedding_sharding import (
     FusedKJTListSplitsAwaitable,
     KJTListAwaitable,
     KJTSplitsAllToAllMeta,
     _set_sharding_context_intra_a2a,
 )
+from torchrec.distributed.types import NoWait
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -91,6 +93,34 @@ class _Part(KJTAllToAllTensorsAwaitable):
         self._input_tensors: list[Tensor] = meta.input_tensors
         self._output_tensors: list[Tensor] = []
         self._awaitables: list[dist.Work] = []
+
+
+def keep_ids(modules: Iterable[nn.Module]) -> None:
+    """Let the collections of a job of one rank hand over their ids without a collective.
+
+    Args:
+        modules: sharded collections whose exchanges TorchRec's pipeline has replaced by its own.
+    """
+    for module in modules:
+        for child in module.modules():
+            for input_dist in getattr(child, "_input_dists", ()):
+                if isinstance(getattr(input_dist, "_dist", None), KJTAllToAll):
+                    input_dist._dist.forward = _kept
+
+
+def _kept(ids: KeyedJaggedTensor) -> NoWait[_Kept]:
+    return NoWait(_Kept(ids))
+
+
+class _Kept(KJTAllToAllTensorsAwaitable):
+    """The ids of one sharding of a collection on the only rank."""
+
+    def __init__(self, ids: KeyedJaggedTensor) -> None:
+        """Keep the ids, and the sizes that the output exchange asks for."""
+        super(KJTAllToAllTensorsAwaitable, self).__init__()
+        self._workers, self._input, self._recat = 1, ids, None
+        self._input_splits = self._output_splits = {"values": [ids.values().numel()]}
+        self._stride_per_rank = [ids.stride()]
 
 
 class _Exchange:

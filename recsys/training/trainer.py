@@ -28,6 +28,7 @@ from recsys.distributed.lockstep import Lockstep, TrainingStopped
 from recsys.evaluation.evaluate import evaluate_split, fill_bank
 from recsys.evaluation.model_selection import needs_search, selection_score, selection_words
 from recsys.evaluation.validation_check import undefined_selection
+from recsys.training.garbage import collected_seldom
 from recsys.training.loss_watch import LossWatch
 from recsys.training.reporter import Reporter
 
@@ -83,8 +84,9 @@ class Trainer:
         if self.progress.is_finished(self.job.config):
             return
         try:
-            while not self.progress.is_finished(self.job.config):
-                self.train_epoch()
+            with collected_seldom():
+                while not self.progress.is_finished(self.job.config):
+                    self.train_epoch()
         except TrainingStopped:
             self.checkpoints.save(self.progress, wait=True)
             raise
