@@ -10,7 +10,11 @@ Shapes: U unique history items, D content dimension.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recsys.config import HistorySettings
 
@@ -27,6 +31,7 @@ class HistoryMap(nn.Module):
         super().__init__()
         self.map = nn.Linear(dim, dim, bias=False)
         nn.init.eye_(self.map.weight)
+        self.scaling: float | None = None  # alpha / r of the adapter, if there is one
         self.map.requires_grad_(settings.mode in ("bank_dense", "full"))
         if settings.mode == "bank_lora":
             from peft import LoraConfig, inject_adapter_in_model
@@ -37,7 +42,14 @@ class HistoryMap(nn.Module):
                 target_modules=["map"],
             )
             inject_adapter_in_model(lora, self)
+            self.scaling = settings.lora_alpha / settings.lora_rank
 
     def forward(self, vectors: Tensor) -> Tensor:  # [U, D] -> [U, D]
         """Return the mapped vectors."""
-        return self.map(vectors)
+        if self.scaling is None:
+            return self.map(vectors)
+        # peft's own forward does the same in more and smaller steps.
+        layer: Any = self.map
+        low = F.linear(vectors, layer.lora_A["default"].weight)
+        mapped = F.linear(vectors, layer.base_layer.weight)
+        return torch.addmm(mapped, low, layer.lora_B["default"].weight.T, alpha=self.scaling)

@@ -9,7 +9,8 @@ A model is wrapped in one order, from the inside out:
 1. `layer_split.AtCut`: the frozen layers below the cut of an encoder, as it is built;
 2. peft's adapters, which replace linear maps inside the trained layers;
 3. `transformer.Recomputed`: trained layers, with `activation_checkpointing`;
-4. `recsys.model.precision.InBfloat16`: encoders, projections, fusion, history map, ranking model;
+4. `recsys.model.precision.InBfloat16`: encoders, projections, fusion, ranking model, and the
+   history map, which on CPU gets `InFloat32`;
 5. `recsys.model.compilation.Compiled`: fusion, trained layers, stacks of the ranking model;
 6. `DistributedModelParallel`, around the whole model.
 """

@@ -5,6 +5,10 @@ history map and the ranking model in bfloat16. Each of these parts has float32 i
 so that lookups, memory bank, losses and metrics never see another type. Autocast keeps weights,
 gradients and optimizer state in float32, and bfloat16 needs no loss scaling.
 
+On CPU the history map stays in float32: it reads far more rows than any other part, and casting
+them there and back takes longer than its narrow product. CPUs without instructions for bfloat16
+compute its products more slowly than those of float32, which a warning says.
+
 The parts themselves are wrapped (`recsys.content.wrap`), not the calls of the model, so that
 training, evaluation, prediction and filling of the bank compute alike. Wrapping also limits
 autocast's cache of cast weights to one part: a weight that was first cast without gradient would
@@ -13,6 +17,8 @@ otherwise get none. The frozen layers of encoders stay in float32, cached or not
 
 from __future__ import annotations
 
+import logging
+import platform
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from recsys.content.branch import ContentBranch
+from recsys.content.history_map import HistoryMap
 from recsys.content.wrap import wrap
 from recsys.data.items.content_input import ContentInput
 from recsys.ranking.vectors import IDVectors, MemberLogits, TowerVectors
 
 if TYPE_CHECKING:  # torchrec takes seconds to import, and encoding items does not need it
     from recsys.model.em3 import EM3
+
+
+logger = logging.getLogger(__name__)
 
 
 class InBfloat16(nn.Module):
@@ -38,6 +48,17 @@ class InBfloat16(nn.Module):
         with torch.autocast(self.device_type, torch.bfloat16):
             output = super().forward(*arguments, **named)
         return _in_float32(output)
+
+
+class InFloat32(nn.Module):
+    """Wrapper of a part that computes in float32, also where another part in bfloat16 calls it."""
+
+    device_type: str
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """Run the part without autocast."""
+        with torch.autocast(self.device_type, enabled=False):
+            return super().forward(*arguments, **named)
 
 
 def dense_parts(em3: EM3) -> dict[str, nn.Module]:
@@ -69,9 +90,22 @@ def use_bfloat16(parts: Iterable[nn.Module], device: torch.device) -> None:
             f"precision is bf16, which {torch.cuda.get_device_name(device)} does not compute in "
             "(compute capability 8.0 and later do); set precision to fp32"
         )
+    is_cpu = device.type == "cpu"
+    if is_cpu and not cpu_computes_bfloat16():
+        logger.warning(
+            "precision is bf16, but this CPU has no instructions for bfloat16 (avx512_bf16 or "
+            "amx_bf16 on x86): steps are slower than with fp32; set precision to fp32"
+        )
     for part in parts:
-        wrap(part, InBfloat16)
+        wrap(part, InFloat32 if is_cpu and isinstance(part, HistoryMap) else InBfloat16)
         part.device_type = device.type  # type: ignore[assignment]
+
+
+def cpu_computes_bfloat16() -> bool:
+    """Return whether this CPU has instructions for products of bfloat16."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _in_float32(

@@ -1,5 +1,6 @@
 """bfloat16 in the dense parts: close to float32, and nothing around them sees another type."""
 
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from recsys.build import Job, build_job
+from recsys.config import HistorySettings
+from recsys.content.fusion import ConcatFusion
+from recsys.content.history_map import HistoryMap
 from recsys.evaluation.evaluate import fill_bank
-from recsys.model.precision import use_bfloat16
+from recsys.model.precision import InBfloat16, use_bfloat16
 from recsys.training.trainer import require_pipelined
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
@@ -24,7 +28,7 @@ from tests.recsys.em3_runs import (
 
 # Relative error of what passes some ten matrix products, each rounded by up to 2 ** -9.
 CLOSE = 0.03
-INNER_LINEARS = ("content.encoders", "content.fusion", "content.history_map", "ranking.mlp")
+INNER_LINEARS = ("content.encoders", "content.fusion", "ranking.mlp")
 
 
 class TypesSeen:
@@ -142,3 +146,22 @@ def test_a_gpu_without_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(ValueError, match=r"precision is bf16, .*Tesla T4"):
         use_bfloat16([nn.Module()], torch.device("cuda"))
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_a_cpu_without_instructions_for_bfloat16_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has_instructions: bool
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_instructions)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    use_bfloat16([], torch.device("cpu"))
+    assert ("avx512_bf16" in caplog.text) is not has_instructions
+
+
+def test_on_cpu_the_history_map_stays_in_float32() -> None:
+    history_map, fusion = HistoryMap(4, HistorySettings(lora_rank=2)), ConcatFusion(4, 2)
+    use_bfloat16([history_map, fusion], torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):  # the ranking model reads histories within its own
+        assert history_map(torch.randn(3, 4)).dtype == torch.float32
+    assert isinstance(fusion, InBfloat16)
