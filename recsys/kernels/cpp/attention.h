@@ -203,6 +203,7 @@ class Forward {
     for (int64_t t = 0; t < chunk.num_items; ++t) {
       const int64_t n = chunk.first_item + t;
       float* to = vectors + t * s.d;
+      if (t + kAhead < chunk.num_items) prefetch(in.items + in.index[n + kAhead] * s.D, s.D);
       std::memcpy(to, in.items + in.index[n] * s.D, s.D * sizeof(float));
       for (int64_t list = 0; list < s.P; ++list) {
         const Vec value = splat(in.parallel[n * s.P + list]);

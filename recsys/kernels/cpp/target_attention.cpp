@@ -103,6 +103,7 @@ void sum_by_item(const Sizes& s, const int64_t* index, const float* of_places, f
       std::memset(to, 0, s.D * sizeof(float));
       for (int64_t at = starts[item]; at < starts[item + 1]; ++at) {
         const float* from = of_places + places[at] * s.D;
+        if (at + kAhead < s.N) prefetch(of_places + places[at + kAhead] * s.D, s.D);
         for (int64_t k = 0; k < s.D; ++k) to[k] += from[k];
       }
     }

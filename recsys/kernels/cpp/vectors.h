@@ -79,6 +79,13 @@ class Floats {
   std::unique_ptr<float[], Free> data_;
 };
 
+// Rows ahead of the one that is read whose memory is asked for, where rows are in random order.
+constexpr int64_t kAhead = 6;
+
+inline void prefetch(const float* row, int64_t width) {
+  for (int64_t k = 0; k < width; k += 16) __builtin_prefetch(row + k);
+}
+
 enum class After { kNothing, kRelu, kGate };
 
 // out[r, :] = after(init[r, :] + sum over k of a[r * row_step + k * k_step] * b[k, :]).
