@@ -42,8 +42,9 @@ class JointSelfAttention(nn.Module):
     ) -> Tensor:  # [U, num_outputs, D]
         """Return the attended values of the first `num_outputs` tokens."""
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not for each of the maps
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))  # once, not for each of the maps
         query = self.query(x[:, :num_outputs]).unflatten(-1, heads)  # [U, num_outputs, H, D / H]
         key, value = self.key(x).unflatten(-1, heads), self.value(x).unflatten(-1, heads)
         if x.device.type == "cpu" and x.shape[1] <= FEW_TOKENS:
