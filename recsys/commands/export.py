@@ -27,7 +27,10 @@ def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
     )
     parser.add_argument("--data", type=str | None, help="dataset; default: the run's own")
     parser.add_argument(
-        "--compile", type=bool, default=False, help="compile the graph for this kind of processor"
+        "--compile",
+        type=bool | Literal["auto"],
+        default="auto",
+        help="compile the graph for this kind of processor; auto: if there is a C++ compiler",
     )
     add_log_options(parser)
 

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,21 +27,43 @@ from recsys.serving.ranking_graph import CHECKED_SIZES, TOLERANCE, RankingInputs
 logger = logging.getLogger(__name__)
 
 COMPILED = "compiled.pt2"
+Compiles = bool | Literal["auto"]
 Graph = Callable[..., Tensor]
 
 
-def require_compiler() -> None:
-    """Require the C++ compiler that AOTInductor calls.
+def is_compiled(wanted: Compiles) -> bool:
+    """Return whether a graph is to be compiled; `auto`: if there is a C++ compiler.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: it must be compiled, and the compiler that AOTInductor calls is not installed.
     """
     compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
+    if wanted is False or shutil.which(compiler) is not None:
+        return wanted is not False
+    if wanted is True:
         raise ValueError(
             f"--compile needs the C++ compiler '{compiler}', which is not found; install it (apt "
-            "install g++), name another by the variable CXX, or leave --compile out"
+            "install g++), name another by the variable CXX, or set --compile auto"
         )
+    logger.info("the graph is not compiled, as the C++ compiler '%s' is not found", compiler)
+    return False
+
+
+def compile_if_possible(program: ExportedProgram, path: Path, wanted: Compiles) -> dict[str, str]:
+    """Compile a graph as `compile_graph` does; with `auto`, warn and go without if that fails.
+
+    Raises:
+        ValueError: the graph must be compiled, and cannot be.
+    """
+    logger.info("compiling the graph takes a minute; --compile false leaves it out")
+    try:
+        return compile_graph(program, path)
+    except ValueError as error:
+        if wanted is True:
+            raise
+        logger.warning("%s", error)
+        path.unlink(missing_ok=True)
+        return {}
 
 
 def compile_graph(program: ExportedProgram, path: Path) -> dict[str, str]:
@@ -68,7 +91,7 @@ def compile_graph(program: ExportedProgram, path: Path) -> dict[str, str]:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"--compile: AOTInductor cannot compile this model ({type(error).__name__}: {reason}); "
-            "leave --compile out"
+            "set --compile false"
         ) from error
     return _here()
 

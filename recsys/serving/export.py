@@ -33,7 +33,12 @@ from recsys.distributed.ranks import Ranks
 from recsys.evaluation.predict import load_run
 from recsys.model.tables import pooled_features
 from recsys.serving.bounded_file import save_bounded
-from recsys.serving.compiled_graph import COMPILED, compile_graph, require_compiler
+from recsys.serving.compiled_graph import (
+    COMPILED,
+    Compiles,
+    compile_if_possible,
+    is_compiled,
+)
 from recsys.serving.new_items.written_encoder import write_item_encoder
 from recsys.serving.package import GRAPH, REQUEST, Manifest, write_manifest
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_graph
@@ -53,7 +58,7 @@ def export_run(
     tables: StoredType,
     ranks: Ranks,
     data: str | None = None,
-    compiles: bool = False,
+    compiles: Compiles = False,
 ) -> Manifest:
     """Write the best model of a run as a package; it appears whole or not at all.
 
@@ -63,14 +68,13 @@ def export_run(
         tables: stored type of ID tables; content vectors are in fp32, or else in fp16.
         ranks: this process alone.
         data: dataset whose items are ranked; default the dataset of the run.
-        compiles: also compile the graph to machine code.
+        compiles: also compile the graph to machine code; auto: if that is possible here.
 
     Raises:
         ValueError: there are several ranks, the folder exists, the run is not finished, its model
             cannot be exported or compiled, or no C++ compiler is installed.
     """
-    if compiles:
-        require_compiler()
+    compiles = compiles if is_compiled(compiles) else False
     job = load_for_export(run, out, ranks, data)
     columns = pooled_features(job.config, job.schema), job.schema.of_kind("dense")
     with whole_folder(out) as partial:
@@ -105,14 +109,15 @@ class PackagedModel:
     """Computations of a package.
 
     ranking: the ranking model, or a part of it. pooled, dense: the columns that it reads.
-    reads_targets: it reads the content of ranked items. compiles: write its machine code, too.
+    reads_targets: it reads the content of ranked items. compiles: write its machine code, too;
+    auto: if the compiler succeeds.
     """
 
     ranking: nn.Module
     pooled: list[str]
     dense: list[str]
     reads_targets: bool = True
-    compiles: bool = False
+    compiles: Compiles = False
 
 
 def write_package(
@@ -151,7 +156,7 @@ def write_package(
     program = _graph_of(job, manifest, model.ranking)
     torch.export.save(program, folder / GRAPH)
     if model.compiles:
-        manifest.compiled = compile_graph(program, folder / COMPILED)
+        manifest.compiled = compile_if_possible(program, folder / COMPILED, model.compiles)
     (folder / REQUEST).write_text(_example(job, manifest) + "\n")
     write_manifest(folder, manifest)
     return manifest

@@ -11,7 +11,12 @@ import pytest
 
 from recsys.distributed.ranks import joined_ranks
 from recsys.serving import Scorer, compiled_graph
-from recsys.serving.compiled_graph import COMPILED, graph_file
+from recsys.serving.compiled_graph import (
+    COMPILED,
+    compile_if_possible,
+    graph_file,
+    is_compiled,
+)
 from recsys.serving.export import export_run
 from recsys.serving.package import GRAPH
 from tests.recsys.serving.serving_runs import requests
@@ -58,6 +63,22 @@ def test_without_a_compiler_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not is_compiled("auto") and not is_compiled(False)
     with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=r"no-such-compiler.*CXX"):
         export_run(tmp_path / "run", tmp_path / "out", "fp32", ranks, compiles=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_graph_that_cannot_be_compiled_runs_as_it_is_unless_it_must(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(program: Any, path: Path) -> dict[str, str]:
+        path.write_text("half")
+        raise ValueError("an operation named sort")
+
+    monkeypatch.setattr(compiled_graph, "compile_graph", fail)
+    program: Any = None
+    assert compile_if_possible(program, tmp_path / COMPILED, "auto") == {}
+    assert "named sort" in caplog.text and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="named sort"):
+        compile_if_possible(program, tmp_path / COMPILED, True)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.serving.__main__ import GRAPH, GRPC, REST, SCORER, serving
+from benchmarks.serving.users_together import users_together
 
 
 @pytest.mark.long
@@ -29,5 +30,17 @@ def test_each_way_and_the_load_are_measured(
     assert all(0 < way["p50"] <= way["p99"] for way in ways)
     (load,) = (way["load"] for way in ways if way["load"])
     assert load["failed"] == {} and len(load["versions"]) == 2
+    assert set(load["different_scores"].values()) == {1}  # none of a mixture of both packages
+    assert load["resident_mb"][0][1] > 0
     assert sum(load["versions"].values()) == load["requests"] > 0
     assert "10 candidates" in (tmp_path / "serving.md").read_text()
+
+
+@pytest.mark.long
+def test_requests_in_one_call_are_measured_beside_one_call_each(tmp_path: Path) -> None:
+    users_together(users=2, rounds=1, sizes=((2, 3),), results=tmp_path)
+
+    lines = (tmp_path / "users_together.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [of["backbone"] for of in records] == ["din_dcn", "two_tower"]
+    assert all(of["one_by_one"] > 0 and of["together"] > 0 for of in records)
