@@ -18,6 +18,7 @@ CHANGEABLE = (
     "accumulate_steps",
     "precision",
     "compile",
+    "kernels",
     "num_workers",
     "device",
     "cache",
