@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.results import RESULTS, Result, write_result
 from benchmarks.serving.latency import latencies
-from benchmarks.serving.load import NEAR, load
+from benchmarks.serving.load import NEAR, load, ratio_of_constant_times
 from benchmarks.serving.server import served
 from benchmarks.serving.ways import HTTPClient, graph_call, grpc_client, request_for
 from recsys.serving import Scorer
@@ -63,6 +63,7 @@ def serving(
     if load_seconds:
         rate = share * 1e3 / float(np.mean(times[REST]))
         seen = load(package, request, load_seconds, rate, swap_every)
+        seen["constant"] = ratio_of_constant_times(load_seconds, rate, share)
     write_result(_result(scorer, request, times, seen, swap_every), results)
 
 
@@ -122,7 +123,8 @@ def _reading_of_load(seen: dict[str, Any], swap_every: float) -> str:
         f"{seen['rate']:.1f} requests per second at random times for {seen['seconds']:.0f} s, an "
         f"exchange every {swap_every:g} s: {seen['requests']:,} requests, failed: "
         f"{seen['failed'] or 'none'}; p50 {seen['p50']:.1f} ms, p99 {seen['p99']:.1f} ms{apart}, "
-        f"{seen['p99'] / seen['p50']:.1f} times p50 (bar {MOST_TIMES_THE_MEDIAN}); "
+        f"{seen['p99'] / seen['p50']:.1f} times p50 (bar {MOST_TIMES_THE_MEDIAN}; "
+        f"{seen['constant']:.1f} if each request took the same time, of waiting alone); "
         f"{len(seen['versions'])} versions of the package answered, {mixed or 'no'} answers with "
         f"scores of neither. Resident memory: {megabytes[0]:.0f} MB before requests, {growth}"
         f"{megabytes[-1]:.0f} MB at the end, at most {max(megabytes):.0f} MB."

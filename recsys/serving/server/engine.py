@@ -22,7 +22,9 @@ from recsys.serving.server.columns import RankedUser
 from recsys.serving.server.refusals import NotServed, Overloaded, Refusal, Unauthorized
 from recsys.serving.server.served import POLL_SECONDS, CurrentPackage, Served
 
-LOWEST_PRIORITY = 19  # of Linux, which has priorities by thread
+# Of Linux, which has priorities by thread: a third of the share of the others. The lowest would
+# leave the interpreter's lock, which requests wait for, with a thread that other processes hold up.
+LOADER_NICENESS = 5
 
 
 class Engine:
@@ -129,4 +131,4 @@ class Engine:
 
 def _lower_priority() -> None:
     """Let the other threads, which answer requests, run before this one where cores are few."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADER_NICENESS)

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from benchmarks.serving.__main__ import GRAPH, GRPC, REST, SCORER, serving
+from benchmarks.serving.load import ratio_of_constant_times
 from benchmarks.serving.users_together import users_together
+
+
+def test_waiting_alone_makes_p99_several_times_p50() -> None:
+    """The mean of many arrivals is that of M/D/1, however fast a request is."""
+    ratios = [ratio_of_constant_times(100_000, rate, share=0.7) for rate in (1, 10)]
+
+    assert ratios == pytest.approx([4.3, 4.3], abs=0.2)
+    assert ratio_of_constant_times(100_000, 1, share=0.01) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.long
