@@ -157,9 +157,9 @@ def _result(
     reading.append(
         f"Metrics are pooled over the last {len(half)} of {len(names)} partitions, which all ways "
         "scored before they had seen them; the first requirement pools all partitions that both "
-        "ways scored. The retrained model's epoch is the best on the partition that it scores. Walks "
-        f"pass {FIRST_PASSES} times over their first partitions, as chosen on rows of these alone, and "
-        "once over each later one."
+        "ways scored. The retrained model's epoch is the best on the partition that it scores. "
+        f"Walks pass {FIRST_PASSES} times over their first partitions, as chosen on rows of these "
+        "alone, and once over each later one."
     )
     phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in arrival.phases.items())
     reading.append(

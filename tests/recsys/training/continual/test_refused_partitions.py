@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from recsys.checkpoint.partitions.state import ContinualFolder, RunState
 from recsys.cli import main
 from tests.recsys.training.continual.walk_runs import (
     NAMES,
@@ -127,6 +128,15 @@ def test_a_partition_that_cannot_be_used_leaves_the_run_as_it_was(
     with pytest.raises(ValueError, match=message):
         walk(two, two / "run", *WITHOUT_CONTENT, data=tmp_path / "data")
     assert files_of(two / "run") == before
+
+
+def test_the_first_partition_begins_with_the_run_that_it_was_begun_from(tmp_path: Path) -> None:
+    write_walk(tmp_path / "data", 1)
+    folder = ContinualFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.write(RunState(warm_start="runs/shop"))  # killed before its first checkpoint
+    with pytest.raises(ValueError, match=r"--warm-start runs/shop, and .* without --warm-start"):
+        walk(tmp_path, tmp_path / "run", *WITHOUT_CONTENT)
 
 
 @pytest.mark.parametrize(
