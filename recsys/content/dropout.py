@@ -22,5 +22,6 @@ class Dropout(nn.Dropout):
         """Return the input with some elements zero in training."""
         if not self.training or self.p in (0, 1) or input.device.type != "cpu":
             return super().forward(input)
-        is_kept = torch.rand(input.shape) >= self.p
-        return input * (is_kept.to(input.dtype) / (1 - self.p))
+        # In place: of the mask's few operations each would else write a tensor of its own.
+        factors = torch.rand(input.shape).ge_(self.p).div_(1 - self.p)
+        return input * factors.to(input.dtype)

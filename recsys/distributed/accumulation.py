@@ -33,7 +33,7 @@ class DenseUpdate:
     """One update of the dense parameters: clip the gradient, step, update the averaged weights.
 
     Args:
-        optimizer: the optimizer of all parameters; its step does nothing for fused parameters.
+        optimizer: the optimizer of all parameters; `zero_grad` sets the rates of the fused ones.
         dense: the optimizer of the dense parameters inside it.
         clip_norm: the largest norm of their gradient; None: no clipping.
         averages: averages of their weights, or None.
@@ -56,7 +56,7 @@ class DenseUpdate:
         if self.clip_norm is not None:
             parameters = [p for group in self.dense.param_groups for p in group["params"]]
             self._norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-        self.optimizer.step()
+        self.dense.step()  # a step of fused optimizers only sets their rates once more
         if self.averages is not None:
             self.averages.update()
 
