@@ -111,21 +111,15 @@ def target_attention_backward(
             rows_of_group=rows_of_group,
             **sizes,
         )
-    for_items, for_products, for_second, for_second_bias, for_last = (
-        part.sum(dim=0) for part in sums
-    )
+    for_items, for_products, *of_others = (part.sum(dim=0) for part in sums)
     for_rows = for_constants.T @ target  # [H, D], of W2 - W3
     for_first = torch.cat([for_items.T, for_rows, for_items.T - for_rows, for_products.T], dim=1)
-    return (
-        for_target + for_constants @ of_target.T,
-        _sum_by_item(for_places, index, len(items)),
-        for_places.T @ parallel,
-        for_first,
-        for_constants.sum(dim=0),
-        for_second.T.contiguous(),
-        for_second_bias,
-        for_last.unsqueeze(0),
-    )
+    of_lists = for_places.T @ parallel
+    for_items = _sum_by_item(for_places, index, len(items))
+    for_second, for_second_bias, for_last = of_others
+    gradients = [for_target + for_constants @ of_target.T, for_items, of_lists, for_first]
+    gradients += [for_constants.sum(dim=0), for_second.T.contiguous(), for_second_bias]
+    return (*gradients, for_last.unsqueeze(0))
 
 
 def _sum_by_item(of_places: Tensor, index: Tensor, num_items: int) -> Tensor:

@@ -1,130 +1,35 @@
 """Triton kernels of target attention: forward per row, and backward per group of rows.
 
-The mathematics is that of `cpp/attention.h`: M_b = W_h + W_p diag(t), in blocks of H columns, and
-everything recomputed in the backward. Weights stand transposed, inputs first. Imported only where
-triton is installed.
+The layers are those of `triton_attention_layers`; the backward computes them again. Imported only
+where triton is installed. Arguments stand several on a line: a kernel has dozens.
 
 Shapes: B rows, N history items, D dimension, P parallel lists, H and G units, T items of a block.
 Sizes in capitals with _P are padded to powers of two.
 """
+# fmt: off
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def load_vectors(
-    items, index, parallel, lists, first, end, D, P, T: tl.constexpr, D_P: tl.constexpr
-):  # type: ignore[no-untyped-def]
-    """Return the vectors [T, D_P] of places first to first + T, with their lists' vectors added."""
-    n = first + tl.arange(0, T)
-    d = tl.arange(0, D_P)
-    inside = n < end
-    item = tl.load(index + n, mask=inside, other=0)
-    mask = inside[:, None] & (d < D)[None, :]
-    vectors = tl.load(items + item[:, None] * D + d[None, :], mask=mask, other=0.0)
-    for p in range(P):
-        value = tl.load(parallel + n * P + p, mask=inside, other=0.0)
-        vectors += value[:, None] * tl.load(lists + p * D + d, mask=d < D, other=0.0)[None, :]
-    return vectors
-
-
-@triton.jit
-def load_block(weight, start, D, H, D_P: tl.constexpr, H_T: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return columns start to start + H_T of a weight [D, H]."""
-    d = tl.arange(0, D_P)[:, None]
-    h = start + tl.arange(0, H_T)[None, :]
-    return tl.load(weight + d * H + h, mask=(d < D) & (h < H), other=0.0)
-
-
-@triton.jit
-def first_layer(  # type: ignore[no-untyped-def]
-    vectors,
-    target,
-    of_items,
-    of_products,
-    of_target,
-    bias,
-    start,
-    D,
-    H,
-    D_P: tl.constexpr,
-    H_T: tl.constexpr,
-):
-    """Return units start to start + H_T of the first layer [T, H_T], and the matrix [D_P, H_T]."""
-    h = start + tl.arange(0, H_T)
-    matrix = load_block(of_items, start, D, H, D_P, H_T)
-    matrix += target[:, None] * load_block(of_products, start, D, H, D_P, H_T)
-    constant = tl.sum(target[:, None] * load_block(of_target, start, D, H, D_P, H_T), axis=0)
-    constant += tl.load(bias + h, mask=h < H, other=0.0)
-    hidden = tl.dot(vectors, matrix, input_precision="ieee") + constant[None, :]
-    return tl.maximum(hidden, 0.0), matrix
-
-
-@triton.jit
-def second_layer(  # type: ignore[no-untyped-def]
-    vectors,
-    target,
-    of_items,
-    of_products,
-    of_target,
-    bias,
-    second,
-    second_bias,
-    D,
-    H,
-    G,
-    T: tl.constexpr,
-    D_P: tl.constexpr,
-    H_T: tl.constexpr,
-    G_P: tl.constexpr,
-):
-    """Return the units of the second layer [T, G_P]; `second` is [H, G]."""
-    g = tl.arange(0, G_P)
-    units = tl.zeros([T, G_P], tl.float32)
-    for start in range(0, H, H_T):
-        hidden, _ = first_layer(
-            vectors, target, of_items, of_products, of_target, bias, start, D, H, D_P, H_T
-        )
-        h = (start + tl.arange(0, H_T))[:, None]
-        weight = tl.load(second + h * G + g[None, :], mask=(h < H) & (g < G)[None, :], other=0.0)
-        units += tl.dot(hidden, weight, input_precision="ieee")
-    return tl.maximum(units + tl.load(second_bias + g, mask=g < G, other=0.0)[None, :], 0.0)
+from recsys.kernels.triton_attention_layers import (
+    first_layer,
+    load_block,
+    load_vectors,
+    second_layer,
+)
 
 
 @triton.jit
 def forward(  # type: ignore[no-untyped-def]
-    targets,
-    items,
-    index,
-    offsets,
-    parallel,
-    lists,
-    of_items,
-    of_products,
-    of_target,
-    bias,
-    second,
-    second_bias,
-    last,
-    out,
-    shares,
-    D,
-    H,
-    G,
-    P,
-    T: tl.constexpr,
-    D_P: tl.constexpr,
-    H_T: tl.constexpr,
-    G_P: tl.constexpr,
+    targets, items, index, offsets, parallel, lists, of_items, of_products, of_target, bias,
+    second, second_bias, last, out, shares, D, H, G, P,
+    T: tl.constexpr, D_P: tl.constexpr, H_T: tl.constexpr, G_P: tl.constexpr,
 ):
     """Write a row's interest, and the share of each of its places."""
     row = tl.program_id(0)
-    d = tl.arange(0, D_P)
-    g = tl.arange(0, G_P)
-    t = tl.arange(0, T)
+    d, g, t = tl.arange(0, D_P), tl.arange(0, G_P), tl.arange(0, T)
     begin, end = tl.load(offsets + row), tl.load(offsets + row + 1)
     target = tl.load(targets + row * D + d, mask=d < D, other=0.0)
     of_units = tl.load(last + g, mask=g < G, other=0.0)
@@ -134,21 +39,8 @@ def forward(  # type: ignore[no-untyped-def]
     for first in range(begin, end, T):
         vectors = load_vectors(items, index, parallel, lists, first, end, D, P, T, D_P)
         units = second_layer(
-            vectors,
-            target,
-            of_items,
-            of_products,
-            of_target,
-            bias,
-            second,
-            second_bias,
-            D,
-            H,
-            G,
-            T,
-            D_P,
-            H_T,
-            G_P,
+            vectors, target, of_items, of_products, of_target, bias, second, second_bias,
+            D, H, G, T, D_P, H_T, G_P,
         )
         inside = first + t < end
         scores = tl.where(inside, tl.sum(units * of_units[None, :], axis=1), float("-inf"))
@@ -177,18 +69,8 @@ def add_to(pointer, value, mask):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def mean_gradient(  # type: ignore[no-untyped-def]
-    items,
-    index,
-    parallel,
-    lists,
-    shares,
-    of_out,
-    begin,
-    end,
-    D,
-    P,
-    T: tl.constexpr,
-    D_P: tl.constexpr,
+    items, index, parallel, lists, shares, of_out, begin, end, D, P,
+    T: tl.constexpr, D_P: tl.constexpr,
 ):
     """Return the mean, by share, of the dot products of a row's vectors with the gradient."""
     mean = tl.zeros([], tl.float32)
@@ -201,108 +83,91 @@ def mean_gradient(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def block_backward(  # type: ignore[no-untyped-def]
+    vectors, target, of_second, of_vectors, of_row, of_items, of_products, of_target, bias, second,
+    for_items, for_products, for_constant, for_second, D, H, G,
+    D_P: tl.constexpr, H_T: tl.constexpr, G_P: tl.constexpr,
+):
+    """Add the gradients of both layers' weights; return those of vectors and of the target."""
+    d, g = tl.arange(0, D_P), tl.arange(0, G_P)
+    for start in range(0, H, H_T):
+        hidden, matrix = first_layer(
+            vectors, target, of_items, of_products, of_target, bias, start, D, H, D_P, H_T
+        )
+        h = start + tl.arange(0, H_T)
+        place = h[:, None] * G + g[None, :]
+        inside = (h < H)[:, None] & (g < G)[None, :]
+        weight = tl.load(second + place, mask=inside, other=0.0)
+        of_weight = tl.dot(tl.trans(hidden), of_second, input_precision="ieee")
+        add_to(for_second + place, of_weight, inside)
+        of_hidden = tl.dot(of_second, tl.trans(weight), input_precision="ieee")
+        of_hidden = tl.where(hidden > 0, of_hidden, 0.0)
+        of_vectors += tl.dot(of_hidden, tl.trans(matrix), input_precision="ieee")
+        of_matrix = tl.dot(tl.trans(vectors), of_hidden, input_precision="ieee")
+        place = d[:, None] * H + h[None, :]
+        inside = (d < D)[:, None] & (h < H)[None, :]
+        add_to(for_items + place, of_matrix, inside)
+        add_to(for_products + place, target[:, None] * of_matrix, inside)
+        of_row += tl.sum(of_matrix * load_block(of_products, start, D, H, D_P, H_T), axis=1)
+        add_to(for_constant + h, tl.sum(of_hidden, axis=0), h < H)
+    return of_vectors, of_row
+
+
+@triton.jit
+def row_backward(  # type: ignore[no-untyped-def]
+    row, begin, end, gradient, shares, targets, items, index, parallel, lists,
+    of_items, of_products, of_target, bias, second, second_bias, last, for_target, for_places,
+    for_items, for_products, for_constants, for_second, for_second_bias, for_last, D, H, G, P,
+    T: tl.constexpr, D_P: tl.constexpr, H_T: tl.constexpr, G_P: tl.constexpr,
+):
+    """Write the gradients of a row's target and places, and add those of the weights."""
+    d, g = tl.arange(0, D_P), tl.arange(0, G_P)
+    target = tl.load(targets + row * D + d, mask=d < D, other=0.0)
+    of_out = tl.load(gradient + row * D + d, mask=d < D, other=0.0)
+    of_units = tl.load(last + g, mask=g < G, other=0.0)
+    mean = mean_gradient(items, index, parallel, lists, shares, of_out, begin, end, D, P, T, D_P)
+    of_row = tl.zeros([D_P], tl.float32)
+    for first in range(begin, end, T):
+        vectors = load_vectors(items, index, parallel, lists, first, end, D, P, T, D_P)
+        n = first + tl.arange(0, T)
+        share = tl.load(shares + n, mask=n < end, other=0.0)
+        of_score = share * (tl.sum(vectors * of_out[None, :], axis=1) - mean)
+        units = second_layer(
+            vectors, target, of_items, of_products, of_target, bias, second, second_bias,
+            D, H, G, T, D_P, H_T, G_P,
+        )
+        add_to(for_last + g, tl.sum(of_score[:, None] * units, axis=0), g < G)
+        of_second = tl.where(units > 0, of_score[:, None] * of_units[None, :], 0.0)
+        add_to(for_second_bias + g, tl.sum(of_second, axis=0), g < G)
+        of_vectors, of_row = block_backward(
+            vectors, target, of_second, share[:, None] * of_out[None, :], of_row,
+            of_items, of_products, of_target, bias, second,
+            for_items, for_products, for_constants + row * H, for_second, D, H, G, D_P, H_T, G_P,
+        )
+        place = n[:, None] * D + d[None, :]
+        tl.store(for_places + place, of_vectors, mask=(n < end)[:, None] & (d < D)[None, :])
+    tl.store(for_target + row * D + d, of_row, mask=d < D)
+
+
+@triton.jit
 def backward(  # type: ignore[no-untyped-def]
-    gradient,
-    shares,
-    targets,
-    items,
-    index,
-    offsets,
-    parallel,
-    lists,
-    of_items,
-    of_products,
-    of_target,
-    bias,
-    second,
-    second_bias,
-    last,
-    for_target,
-    for_places,
-    for_items,
-    for_products,
-    for_constants,
-    for_second,
-    for_second_bias,
-    for_last,
-    B,
-    D,
-    H,
-    G,
-    P,
-    rows_of_group,
-    T: tl.constexpr,
-    D_P: tl.constexpr,
-    H_T: tl.constexpr,
-    G_P: tl.constexpr,
+    gradient, shares, targets, items, index, offsets, parallel, lists,
+    of_items, of_products, of_target, bias, second, second_bias, last, for_target, for_places,
+    for_items, for_products, for_constants, for_second, for_second_bias, for_last,
+    B, D, H, G, P, rows_of_group,
+    T: tl.constexpr, D_P: tl.constexpr, H_T: tl.constexpr, G_P: tl.constexpr,
 ):
     """Sum the gradients of weights over a group of rows, in a part of memory of its own.
 
     `for_constants` [B, H] gets the gradient of each row's constant; `for_second` is [group, H, G].
     """
     group = tl.program_id(0)
-    d = tl.arange(0, D_P)
-    g = tl.arange(0, G_P)
-    for_items += group * D * H
-    for_products += group * D * H
-    for_second += group * H * G
-    of_units = tl.load(last + g, mask=g < G, other=0.0)
     for row in range(group * rows_of_group, tl.minimum((group + 1) * rows_of_group, B)):
-        begin, end = tl.load(offsets + row), tl.load(offsets + row + 1)
-        target = tl.load(targets + row * D + d, mask=d < D, other=0.0)
-        of_out = tl.load(gradient + row * D + d, mask=d < D, other=0.0)
-        mean = mean_gradient(
-            items, index, parallel, lists, shares, of_out, begin, end, D, P, T, D_P
+        row_backward(
+            row, tl.load(offsets + row), tl.load(offsets + row + 1),
+            gradient, shares, targets, items, index, parallel, lists,
+            of_items, of_products, of_target, bias, second, second_bias, last,
+            for_target, for_places, for_items + group * D * H, for_products + group * D * H,
+            for_constants, for_second + group * H * G, for_second_bias + group * G,
+            for_last + group * G, D, H, G, P, T, D_P, H_T, G_P,
         )
-        of_row = tl.zeros([D_P], tl.float32)
-        for first in range(begin, end, T):
-            vectors = load_vectors(items, index, parallel, lists, first, end, D, P, T, D_P)
-            n = first + tl.arange(0, T)
-            share = tl.load(shares + n, mask=n < end, other=0.0)
-            of_score = share * (tl.sum(vectors * of_out[None, :], axis=1) - mean)
-            units = second_layer(
-                vectors,
-                target,
-                of_items,
-                of_products,
-                of_target,
-                bias,
-                second,
-                second_bias,
-                D,
-                H,
-                G,
-                T,
-                D_P,
-                H_T,
-                G_P,
-            )
-            in_g = g < G
-            of_last = tl.sum(of_score[:, None] * units, axis=0)
-            add_to(for_last + group * G + g, of_last, in_g)
-            of_second = tl.where(units > 0, of_score[:, None] * of_units[None, :], 0.0)
-            add_to(for_second_bias + group * G + g, tl.sum(of_second, axis=0), in_g)
-            of_vectors = share[:, None] * of_out[None, :]
-            for start in range(0, H, H_T):
-                hidden, matrix = first_layer(
-                    vectors, target, of_items, of_products, of_target, bias, start, D, H, D_P, H_T
-                )
-                h = start + tl.arange(0, H_T)
-                place = h[:, None] * G + g[None, :]
-                in_second = (h < H)[:, None] & in_g[None, :]
-                weight = tl.load(second + place, mask=in_second, other=0.0)
-                of_weight = tl.dot(tl.trans(hidden), of_second, input_precision="ieee")
-                add_to(for_second + place, of_weight, in_second)
-                of_hidden = tl.dot(of_second, tl.trans(weight), input_precision="ieee")
-                of_hidden = tl.where(hidden > 0, of_hidden, 0.0)
-                of_vectors += tl.dot(of_hidden, tl.trans(matrix), input_precision="ieee")
-                of_matrix = tl.dot(tl.trans(vectors), of_hidden, input_precision="ieee")
-                place = d[:, None] * H + h[None, :]
-                in_first = (d < D)[:, None] & (h < H)[None, :]
-                add_to(for_items + place, of_matrix, in_first)
-                add_to(for_products + place, target[:, None] * of_matrix, in_first)
-                of_row += tl.sum(of_matrix * load_block(of_products, start, D, H, D_P, H_T), axis=1)
-                add_to(for_constants + row * H + h, tl.sum(of_hidden, axis=0), h < H)
-            place = n[:, None] * D + d[None, :]
-            tl.store(for_places + place, of_vectors, mask=(n < end)[:, None] & (d < D)[None, :])
-        tl.store(for_target + row * D + d, of_row, mask=d < D)

@@ -2,9 +2,10 @@
 
 DLRM (Naumov et al. 2019, arXiv 1906.00091) takes the dot products of all pairs of vectors,
 DLRM-DCNv2, the MLPerf model, puts a low-rank cross network (Wang et al. 2020, arXiv 2008.13535) in
-their place. The ID-only twin computes exactly what `torchrec.models.dlrm.DLRM` or `DLRM_DCN` would
-from the same vectors, and `dense_arch`, `inter_arch` and `over_arch` have the names of its
-parameters. Content adds two vectors to the interaction and its similarities to the top.
+their place. The ID-only twin computes what `torchrec.models.dlrm.DLRM` or `DLRM_DCN` would from the
+same vectors (DLRM to the last bit with `kernels: torch`), and `dense_arch`, `inter_arch` and
+`over_arch` have the names of its parameters. Content adds two vectors to the interaction and its
+similarities to the top.
 
 Shapes: B batch, D dimension, F fields, S similarities, C labels.
 """
