@@ -34,6 +34,7 @@ PAGES = (
     "recsys/diagnostics/README.md",
     "recsys/config/README.md",
     "recsys/content/README.md",
+    "recsys/kernels/README.md",
     "recsys/ranking/README.md",
     "recsys/training/README.md",
     "recsys/search/README.md",
