@@ -130,11 +130,11 @@ class _Exchange:
         """Begin to send. A collective."""
         self.parts = parts
         ranks = range(parts[0]._workers)
-        tensors = [tensor for part in parts for tensor in part._input_tensors]
-        sent = [sizes for part in parts for sizes in part._input_splits_list]
-        self.sizes = [sizes for part in parts for sizes in part._output_splits_list]
+        # All travels in units of 4 bytes: numbers of 8 bytes are two of them.
+        tensors = [t.view(torch.int32) for part in parts for t in part._input_tensors]
+        sent, self.sizes = _units(parts, sent=True), _units(parts, sent=False)
         pieces = [tensor.split(sizes) for tensor, sizes in zip(tensors, sent, strict=True)]
-        send = torch.cat([of_tensor[rank].long() for rank in ranks for of_tensor in pieces])
+        send = torch.cat([of_tensor[rank] for rank in ranks for of_tensor in pieces])
         received = [sum(sizes[rank] for sizes in self.sizes) for rank in ranks]
         self.buffer = send.new_empty(sum(received))
         counts = [sum(sizes[rank] for sizes in sent) for rank in ranks]
@@ -154,5 +154,18 @@ class _Exchange:
         columns = iter(zip(*rows, strict=True))
         for part in self.parts:
             part._output_tensors = [
-                torch.cat(next(columns)).to(tensor.dtype) for tensor in part._input_tensors
+                torch.cat(next(columns)).view(tensor.dtype) for tensor in part._input_tensors
             ]
+
+
+def _units(parts: Sequence[_Part], sent: bool) -> list[list[int]]:
+    """Return how many units of each tensor go to each rank, or come from it."""
+    return [
+        [size * tensor.itemsize // 4 for size in sizes]
+        for part in parts
+        for tensor, sizes in zip(
+            part._input_tensors,
+            part._input_splits_list if sent else part._output_splits_list,
+            strict=True,
+        )
+    ]
