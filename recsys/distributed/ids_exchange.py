@@ -131,7 +131,9 @@ class _Exchange:
         self.parts = parts
         ranks = range(parts[0]._workers)
         # All travels in units of 4 bytes: numbers of 8 bytes are two of them.
-        tensors = [t.view(torch.int32) for part in parts for t in part._input_tensors]
+        # Flattened by `cat`, as an expanded length of one row has a stride that no view accepts.
+        given = [torch.cat([tensor]) for part in parts for tensor in part._input_tensors]
+        tensors = [tensor.view(torch.int32) for tensor in given]
         sent, self.sizes = _units(parts, sent=True), _units(parts, sent=False)
         pieces = [tensor.split(sizes) for tensor, sizes in zip(tensors, sent, strict=True)]
         send = torch.cat([of_tensor[rank] for rank in ranks for of_tensor in pieces])
