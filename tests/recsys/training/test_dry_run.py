@@ -44,7 +44,7 @@ def test_one_step_on_each_rank_and_nothing_written(
     assert files_of(folder) == before
     printed = capsys.readouterr().out
     assert "dry run: " in printed and " 8 rows on 1 rank" in printed
-    assert "8 validation rows" in printed
+    assert "32 validation rows" in printed
 
 
 def test_the_log_is_json_where_that_is_asked(
@@ -62,7 +62,7 @@ def test_two_ranks_make_one_step_of_both(folder: Path) -> None:
 
     assert done.returncode == 0, done.stderr
     assert " 16 rows on 2 ranks" in done.stdout
-    assert "16 validation rows" in done.stdout
+    assert "32 validation rows" in done.stdout
     assert not (folder / "run").exists()
 
 
