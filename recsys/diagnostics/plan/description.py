@@ -44,7 +44,7 @@ class Description:
     costs: FLOPs and bytes of a step on one rank, by part.
     sent: bytes that a rank sends to others in a step, by kind.
     frozen_layers: number of parameters that run only before training, by modality.
-    cached_bytes: bytes of item content cached on disk, by modality.
+    cached_bytes: bytes of item content cached on disk, by modality, if no two items share theirs.
     unknown: parts whose FLOPs are not counted.
     """
 
@@ -170,7 +170,7 @@ def _memory(
 
 
 def _cached_bytes(meta_model: MetaModel) -> dict[str, int]:
-    """Return the bytes of the frozen layers' float32 outputs for all items, by modality."""
+    """Return the bytes of the frozen layers' float32 outputs of distinct items, by modality."""
     items, content = meta_model.items, meta_model.em3.content
     if items is None or content is None:
         return {}

@@ -49,7 +49,7 @@ def test_each_modality_is_told_with_its_folder_and_found_by_the_next(
     assert main(words) == 0
     output = capsys.readouterr().out
     where = re.escape(str(tmp_path / "cache"))
-    encoded = r"; 28 encoded in \d+\.\d s, [\d,]+ items/s\n"
+    encoded = r"; 25 encoded in \d+\.\d s, [\d,]+ items/s\n"
     assert re.search(rf"\ntext: 28 items, [\d,]+ bytes in {where}/frozen-text-\w+{encoded}", output)
     assert re.search(rf"\nposter: 29 items, [\d,]+ bytes in {where}/frozen-poster-\w+;", output)
     assert re.search(rf"\ntrained: 29 items, .* in {where}/image-\w+; ", output)
