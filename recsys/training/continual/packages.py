@@ -85,6 +85,7 @@ def _export(run: Path, package: Path, tables: str) -> None:
     package.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "recsys.cli", "export", "--run", str(run)]
     command += ["--out", str(package), "--tables", tables]
+    command += ["--compile", "false"]  # machine code holds the weights, so each delta would too
     done = subprocess.run(
         command,
         env=environment_of_no_rank(),
