@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PLACES = ("--out", "--results", "--data", "--cache", "--recipe", "--package", "--runs")
+PLACES = ("--out", "--results", "--data", "--cache", "--recipe", "--package", "--runs", "--before")
 PIXELS = (1280, 720)
 DPI = 100
 
