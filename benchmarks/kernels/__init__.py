@@ -1,1 +1,1 @@
-"""What the kernels of `recsys.kernels` gain: in single operations, and in whole training steps."""
+"""Gain of the kernels of `recsys.kernels`: in single operations, and in whole training steps."""

@@ -18,9 +18,12 @@ from typing import Literal
 from optuna.trial import FrozenTrial, TrialState
 
 from recsys.checkpoint.compatibility import flattened
+from recsys.checkpoint.output_file import check_run_folder
 from recsys.config import Config, load_config, save_config, to_plain
 from recsys.data.filesystem import Location, whole_file
+from recsys.data.items.feature_file import FeatureFile
 from recsys.data.parquet.file import footer_digest, open_parquet
+from recsys.data.schema import load_schema
 from recsys.search.space import Parameter, check_space, words_of
 from recsys.search.study import Claim, Sampler, SearchStudy
 from recsys.search.trial_runs import SearchStopped, TrialEnd, TrialRuns
@@ -37,7 +40,7 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 @dataclass(frozen=True)
 class Request:
-    """What a search is asked for.
+    """Numbers and rules of a search.
 
     trials: number of trials, those of earlier commands on the folder included.
     jobs: trials side by side.
@@ -94,22 +97,34 @@ class Search:
             "--prune": request.prunes,
         }
         self.study = SearchStudy(out, space, request.sampler, config.seed, request.prunes)
-        self._write_recipe(about)
+        self._open(about)
 
-    def _write_recipe(self, about: dict[str, object]) -> None:
-        """Create the folder with recipe and study, both or none."""
-        recipe, is_new = self.out / RECIPE, not self.out.exists()
+    def _open(self, about: dict[str, object]) -> None:
+        """Create the folder with recipe and study, or open the study that it holds."""
+        for data in self.data:
+            check_run_folder(self.out, data)
+        is_new = not self.out.exists()
         self.out.mkdir(parents=True, exist_ok=True)
         try:
-            if not recipe.exists():
-                with whole_file(recipe) as partial:
-                    save_config(self.config, partial)
-            check_space(self.space, recipe)
-            self.study.begin(about)
+            with self.study.locked():
+                if not self.study.exists():  # a recipe without a study is of a refused search
+                    self._refuse_other_files()
+                    with whole_file(self.out / RECIPE) as partial:
+                        save_config(self.config, partial)
+                check_space(self.space, self.out / RECIPE)
+                self.study.begin(about)
         except ValueError:
             if is_new:
                 shutil.rmtree(self.out)
             raise
+
+    def _refuse_other_files(self) -> None:
+        """Raise a ValueError if the folder holds files of anything but a search."""
+        others = [path.name for path in self.out.iterdir() if path.name != RECIPE]
+        if others := sorted(name for name in others if not name.startswith(".")):
+            raise ValueError(
+                f"{self.out}: holds '{others[0]}', but no search; choose another --out"
+            )
 
     def run(self) -> list[FrozenTrial]:
         """Run trials until as many as asked have ended; return the complete ones, the best first.
@@ -120,8 +135,12 @@ class Search:
         """
         with self._stopped_by_signals(), ThreadPoolExecutor(self.request.jobs) as pool:
             workers = [pool.submit(self._work) for _ in range(self.request.jobs)]
-            for worker in workers:
-                worker.result()
+        errors = [error for worker in workers if (error := worker.exception()) is not None]
+        # A worker that fails stops the others: its error is the cause.
+        for error in sorted(errors, key=lambda error: isinstance(error, SearchStopped)):
+            raise error
+        with self.study.locked():  # a search killed between a trial's end and this may lack it
+            self._keep_best()
         return self.ranking()
 
     def ranking(self) -> list[FrozenTrial]:
@@ -164,13 +183,14 @@ class Search:
         return None
 
     def _end(self, claim: Claim, end: TrialEnd) -> None:
-        """Record a trial's end, and write the best configuration if it is this trial's.
+        """Record a trial's end, and keep the best configuration.
 
         Raises:
             ValueError: the first trials all failed.
         """
-        trial = self.study.end(claim, end.state, end.value)
-        ended, best = self.study.trials(*ENDED), self.ranking()
+        with self.study.locked():
+            trial = self.study.end(claim, end.state, end.value)
+            ended, best = self.study.trials(*ENDED), self._keep_best()
         state = f"{end.value:.4f}" if end.value is not None else trial.state.name.lower()
         logger.info(
             "trial %d: %s%s; %d of %d ended%s",
@@ -179,27 +199,25 @@ class Search:
             f" ({end.cause})" if end.cause else "",
             len(ended),
             self.request.trials,
-            f", best {best[0].values[0]:.4f} of trial {best[0].number}" if best else "",
+            f", best {best.values[0]:.4f} of trial {best.number}" if best is not None else "",
         )
-        if best and best[0].number == trial.number:
-            config = load_config(self.out / RECIPE, words_of(self.space, trial.params))
-            with whole_file(self.out / BEST) as partial:
-                save_config(config, partial)
-        self._drop_checkpoints(best[:1])
         if len(ended) >= FAILURES and all(one.state == TrialState.FAIL for one in ended):
             raise ValueError(
                 f"{self.out}: the first {len(ended)} trials failed, the last one so: {end.cause}"
             )
 
-    def _drop_checkpoints(self, best: Sequence[FrozenTrial]) -> None:
-        """Remove checkpoints of ended trials that are not the best, unless all are kept."""
-        if self.request.keeps == "all":
-            return
-        kept = {trial.number for trial in best}
-        for trial in self.study.trials(*ENDED):
-            if trial.number not in kept:
+    def _keep_best(self) -> FrozenTrial | None:
+        """Write the best configuration and drop checkpoints of other trials; call it locked."""
+        best = next(iter(self.ranking()), None)
+        if best is not None:
+            config = load_config(self.out / RECIPE, words_of(self.space, best.params))
+            with whole_file(self.out / BEST) as partial:
+                save_config(config, partial)
+        for trial in self.study.trials(*ENDED) if self.request.keeps == "best" else ():
+            if best is None or trial.number != best.number:
                 for run in self.study.trial_folder(trial.number).glob("run-*"):
                     shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        return best
 
     @contextmanager
     def _stopped_by_signals(self) -> Iterator[None]:
@@ -214,10 +232,19 @@ class Search:
 
 
 def dataset_digest(data: Location) -> str:
-    """Return a hash of a dataset's schema and of the footers of its files (see `footer_digest`)."""
+    """Return a hash of a dataset: schema, footers of Parquet files, and content of .npy files.
+
+    Changes that leave a footer as it is are not detected (see `footer_digest`).
+    """
     digest = hashlib.blake2b((data / "schema.yaml").read_bytes(), digest_size=16)
     for split in ("train", "valid", "items", "vocabulary"):
         for file in (data / split).files(".parquet"):
             with open_parquet(file) as parquet:
                 digest.update(f"{split} {footer_digest(file, parquet)}".encode())
+    items = load_schema(data, with_vocabularies=False).items
+    for column in items.columns.values() if items is not None else ():
+        if column.file is not None:
+            digest.update(FeatureFile(data / column.file).fingerprint().encode())
+        if column.ids is not None:
+            digest.update((data / column.ids).read_bytes())
     return digest.hexdigest()

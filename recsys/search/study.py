@@ -74,8 +74,12 @@ class SearchStudy:
         self.url = f"sqlite:///{(folder / DATABASE).absolute()}"
         self.pruner = optuna.pruners.MedianPruner() if prunes else optuna.pruners.NopPruner()
 
+    def exists(self) -> bool:
+        """Return whether the folder has the study."""
+        return (self.folder / DATABASE).exists()
+
     def begin(self, about: Mapping[str, Any]) -> None:
-        """Create the study, or check that it is the one in the folder.
+        """Create the study, or check that it is the one in the folder; call it locked.
 
         Args:
             about: everything that its trials have in common, as JSON values by name.
@@ -83,14 +87,12 @@ class SearchStudy:
         Raises:
             ValueError: the folder has a study of another kind; names the differences.
         """
-        with self._locked():
-            database = self.folder / DATABASE
-            if not database.exists():
-                with whole_file(database) as partial:
-                    self._create(f"sqlite:///{partial}", about)
-            self.storage = optuna.storages.RDBStorage(self.url)
-            known = self._study(0).user_attrs[ABOUT]
-            require_equal(self.folder, known, json.loads(json.dumps(about)))
+        if not self.exists():
+            with whole_file(self.folder / DATABASE) as partial:
+                self._create(f"sqlite:///{partial}", about)
+        self.storage = optuna.storages.RDBStorage(self.url)
+        known = self._study(0).user_attrs[ABOUT]
+        require_equal(self.folder, known, json.loads(json.dumps(about)))
 
     def _create(self, url: str, about: Mapping[str, Any]) -> None:
         """Create the study in a new database, with all trials of a grid."""
@@ -102,7 +104,7 @@ class SearchStudy:
 
     def claim(self, count: int) -> Claim | None:
         """Return an interrupted trial, or a new one if fewer than `count` have begun, or None."""
-        with self._locked():
+        with self.locked():
             for known in self.trials(TrialState.RUNNING):
                 log = self._lock_of(known.number)
                 if log is not None:
@@ -130,9 +132,8 @@ class SearchStudy:
         return Claim(trial, self.trial_folder(trial.number), log, reported)
 
     def end(self, claim: Claim, state: TrialState, value: float | None = None) -> FrozenTrial:
-        """Record a trial's end."""
-        with self._locked():
-            return self._study(0).tell(claim.trial.number, value, state)
+        """Record a trial's end; call it locked."""
+        return self._study(0).tell(claim.trial.number, value, state)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Return the trials in some states, in their order; default: all."""
@@ -165,8 +166,8 @@ class SearchStudy:
         return log
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Let no other process claim or end a trial inside the block."""
+    def locked(self) -> Iterator[None]:
+        """Let no other thread or process claim or end a trial inside the block."""
         with FileLock(self.folder / LOCK):
             yield
 

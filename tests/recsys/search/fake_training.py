@@ -1,7 +1,7 @@
 """Stands in for `recsys train`: makes validations of the learning rate alone, in milliseconds.
 
 `python fake_training.py train ... --out RUN --optimizer.learning_rate RATE` notes its start in
-`RUN/starts.txt`. It waits while a file `hold-TRIAL` lies beside the search's database.
+`RUN/starts.txt`. It waits while a file `hold-TRIAL` lies beside the search's folder.
 """
 
 import json
@@ -19,7 +19,7 @@ def main() -> int:
     run.mkdir(parents=True, exist_ok=True)
     with (run / "starts.txt").open("a") as starts:
         starts.write("started\n")
-    while (run.parents[2] / f"hold-{int(run.parent.name)}").exists():
+    while (run.parents[3] / f"hold-{int(run.parent.name)}").exists():
         time.sleep(0.01)
     if rate > 0.09:
         print("the loss is not finite")

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from optuna.trial import TrialState
 
 from recsys.config import Config, load_config
-from recsys.search.search import BEST, Request, Search
+from recsys.data.filesystem import Location
+from recsys.search.search import BEST, Request, Search, dataset_digest
 from recsys.search.space import Parameter, read_space
 from recsys.search.trial_runs import SearchStopped, TrialRuns
 from recsys.search.validations import ValidationLines, read_lines
@@ -103,8 +105,7 @@ def test_a_killed_search_loses_and_repeats_no_trial(tmp_path: Path) -> None:
     whole, killed = search_in(tmp_path / "whole", 4), tmp_path / "killed"
     whole.run()
     write_dataset(killed / "data")
-    (killed / "search").mkdir()
-    (killed / "search" / "hold-1").touch()
+    (killed / "hold-1").touch()
 
     process = multiprocessing.get_context("spawn").Process(
         target=_hold_and_search, args=(str(killed),)
@@ -117,7 +118,7 @@ def test_a_killed_search_loses_and_repeats_no_trial(tmp_path: Path) -> None:
     process.join()
     orphan.kill()
     orphan.wait()
-    (killed / "search" / "hold-1").unlink()
+    (killed / "hold-1").unlink()
 
     goes_on = search_in(killed, 4)
     states = [trial.state for trial in goes_on.study.trials()]
@@ -137,7 +138,7 @@ def waited_for(file: Path) -> None:
 
 def test_a_search_that_is_asked_to_end_ends_its_training_and_goes_on_later(tmp_path: Path) -> None:
     search = search_in(tmp_path, 2)
-    (tmp_path / "search" / "hold-0").touch()
+    (tmp_path / "hold-0").touch()
     begun = tmp_path / "search" / "trials" / "0000" / "run-0" / "starts.txt"
 
     def ask(*_: Any) -> None:
@@ -151,7 +152,7 @@ def test_a_search_that_is_asked_to_end_ends_its_training_and_goes_on_later(tmp_p
     signal.signal(signal.SIGALRM, before)
     assert not [one for one in psutil.Process().children() if "--out" in one.cmdline()]
 
-    (tmp_path / "search" / "hold-0").unlink()
+    (tmp_path / "hold-0").unlink()
     search_in(tmp_path, 2).run()
     assert starts(search) == [2, 1]
 
@@ -206,9 +207,11 @@ def test_a_trial_that_fails_is_recorded_and_others_go_on(
     assert "not finite" in log.read_text()
 
 
-def test_a_search_whose_first_trials_all_fail_ends(tmp_path: Path) -> None:
-    search = search_in(tmp_path, 9, "optimizer.learning_rate: {low: 0.091, high: 0.099}\n")
-    with pytest.raises(ValueError, match=r"first 3 trials failed.*log\.txt"):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_search_whose_first_trials_all_fail_ends(tmp_path: Path, jobs: int) -> None:
+    space = "optimizer.learning_rate: {low: 0.091, high: 0.099}\n"
+    search = search_in(tmp_path, 9, space, jobs=jobs)
+    with pytest.raises(ValueError, match=r"first [34] trials .*log\.txt"):
         search.run()
 
 
@@ -245,6 +248,51 @@ def test_an_invalid_space_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'ranking.cross_rank' -1"):
         search_in(tmp_path, 1, "ranking.cross_rank: {low: -1, high: 3}\n")
     assert not (tmp_path / "search").exists()
+
+
+def test_the_recipe_of_a_refused_search_is_not_that_of_the_next(tmp_path: Path) -> None:
+    (tmp_path / "search").mkdir()
+    with pytest.raises(ValueError, match=r"'ranking.cross_rank' -1"):
+        search_in(tmp_path, 1, "ranking.cross_rank: {low: -1, high: 3}\n")
+
+    _, space = parts(tmp_path)
+    other = load_config(TINY, ["--content", "none", "--epochs", "7"])
+    Search(other, space, [str(tmp_path / "data")], tmp_path / "search", Request(1))
+    assert load_config(tmp_path / "search" / "recipe.yaml") == other
+
+
+def test_a_search_killed_after_a_trial_has_ended_still_writes_the_best(tmp_path: Path) -> None:
+    search = search_in(tmp_path, 2)
+    search.run()
+    best = tmp_path / "search" / BEST
+    expected = best.read_text()
+    best.write_text("stale")
+
+    search_in(tmp_path, 2).run()
+    assert best.read_text() == expected
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+    config, space = parts(tmp_path)
+    data, other = tmp_path / "data", tmp_path / "notes"
+    other.mkdir()
+    (other / "plan.md").touch()
+    for out, named in ((data, "data: is part of"), (other, "notes: holds 'plan.md'")):
+        before = sorted(path.name for path in out.iterdir())
+        with pytest.raises(ValueError, match=named):
+            Search(config, space, [str(data)], out, Request(1))
+        assert before == sorted(path.name for path in out.iterdir() if path.name != ".lock")
+
+
+def test_a_changed_file_of_features_is_another_dataset(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    schema = data / "schema.yaml"
+    schema.write_text(f"{schema.read_text()}    sound: {{kind: feature, file: sound.npy}}\n")
+    digests = []
+    for value in (0.0, 1.0):
+        np.save(data / "sound.npy", np.full((30, 2), value, np.float32))
+        digests.append(dataset_digest(Location.of(data)))
+    assert digests[0] != digests[1]
 
 
 def run_lines(folder: Path, first_step: int, steps: Sequence[int]) -> list[int]:
