@@ -101,7 +101,7 @@ def block_backward(  # type: ignore[no-untyped-def]
         of_weight = tl.dot(tl.trans(hidden), of_second, input_precision="ieee")
         add_to(for_second + place, of_weight, inside)
         of_hidden = tl.dot(of_second, tl.trans(weight), input_precision="ieee")
-        of_hidden = tl.where(hidden > 0, of_hidden, 0.0)
+        of_hidden = tl.where(hidden <= 0, 0.0, of_hidden)
         of_vectors += tl.dot(of_hidden, tl.trans(matrix), input_precision="ieee")
         of_matrix = tl.dot(tl.trans(vectors), of_hidden, input_precision="ieee")
         place = d[:, None] * H + h[None, :]
@@ -137,7 +137,7 @@ def row_backward(  # type: ignore[no-untyped-def]
             D, H, G, T, D_P, H_T, G_P,
         )
         add_to(for_last + g, tl.sum(of_score[:, None] * units, axis=0), g < G)
-        of_second = tl.where(units > 0, of_score[:, None] * of_units[None, :], 0.0)
+        of_second = tl.where(units <= 0, 0.0, of_score[:, None] * of_units[None, :])
         add_to(for_second_bias + g, tl.sum(of_second, axis=0), g < G)
         of_vectors, of_row = block_backward(
             vectors, target, of_second, share[:, None] * of_out[None, :], of_row,

@@ -39,6 +39,12 @@ def load_block(weight, start, D, H, D_P: tl.constexpr, H_T: tl.constexpr):  # ty
 
 
 @triton.jit
+def relu(units):  # type: ignore[no-untyped-def]
+    """Return the units, 0 where they are negative. As in PyTorch NaN stays NaN."""
+    return tl.where(units <= 0, 0.0, units)
+
+
+@triton.jit
 def first_layer(  # type: ignore[no-untyped-def]
     vectors,
     target,
@@ -59,7 +65,7 @@ def first_layer(  # type: ignore[no-untyped-def]
     constant = tl.sum(target[:, None] * load_block(of_target, start, D, H, D_P, H_T), axis=0)
     constant += tl.load(bias + h, mask=h < H, other=0.0)
     hidden = tl.dot(vectors, matrix, input_precision="ieee") + constant[None, :]
-    return tl.maximum(hidden, 0.0), matrix
+    return relu(hidden), matrix
 
 
 @triton.jit
@@ -90,4 +96,4 @@ def second_layer(  # type: ignore[no-untyped-def]
         h = (start + tl.arange(0, H_T))[:, None]
         weight = tl.load(second + h * G + g[None, :], mask=(h < H) & (g < G)[None, :], other=0.0)
         units += tl.dot(hidden, weight, input_precision="ieee")
-    return tl.maximum(units + tl.load(second_bias + g, mask=g < G, other=0.0)[None, :], 0.0)
+    return relu(units + tl.load(second_bias + g, mask=g < G, other=0.0)[None, :])

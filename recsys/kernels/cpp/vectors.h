@@ -34,9 +34,10 @@ inline void store(float* to, Vec vector) { std::memcpy(to, &vector, sizeof vecto
 
 inline Vec splat(float value) { return Vec{} + value; }
 
-// Returns value where gate > 0, else 0: ReLU with value = gate, and its gradient.
+// Returns value where gate > 0 or is NaN, else 0: ReLU with value = gate, and its gradient. As in
+// PyTorch NaN stays NaN, so that a model that diverges is seen in its loss.
 inline Vec where_positive(Vec gate, Vec value) {
-  const Mask mask = gate > Vec{};
+  const Mask mask = ~(gate <= Vec{});
   Mask bits;
   std::memcpy(&bits, &value, sizeof bits);
   bits &= mask;

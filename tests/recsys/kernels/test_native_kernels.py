@@ -83,6 +83,20 @@ def test_attention_equals_the_reference(monkeypatch: pytest.MonkeyPatch, case: s
     assert not native["score.4.bias"].any()  # shifts all of a softmax
 
 
+@pytest.mark.parametrize("name", ["score.0.weight", "score.2.bias", "target", "items"])
+def test_what_is_not_a_number_stays_one_as_in_the_reference(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    attention, inputs = attention_case([2, 0, 20], 4, [6, 3], 1, 4)
+    tensors = {"target": inputs[0], "items": inputs[1], **dict(attention.named_parameters())}
+    tensors[name].data.view(-1)[-1] = float("nan")
+    native = output_and_gradients(attention, inputs)
+    reference = by_reference(monkeypatch, lambda: output_and_gradients(attention, inputs))
+    assert reference["output"].isnan().any()
+    for part in ("output", "target", "items", "score.0.weight"):
+        assert torch.equal(native[part].isnan(), reference[part].isnan()), part
+
+
 def test_a_hidden_unit_more_or_less_is_left_to_the_reference() -> None:
     attention = TargetAttention(4, 0, [6])
     _, (target, items, history, _) = attention_case([2, 1], 4, [6, 3], 0, 4)
