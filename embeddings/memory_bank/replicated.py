@@ -107,7 +107,7 @@ class ReplicatedMemoryBank(MemoryBank):
         ids = self._checked(item_ids)
         self._finish_write()
         rows = self._rows.index_select(0, ids)
-        return rows[:, : self.dim].contiguous(), rows[:, self.dim].long() - 1
+        return rows[:, : self.dim], rows[:, self.dim].long() - 1
 
     def _write(self, item_ids: Tensor, values: Tensor, route: BankRoute | None) -> None:
         """Begin to send rows [U, D + 1] to all ranks. A collective."""

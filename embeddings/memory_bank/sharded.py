@@ -159,7 +159,7 @@ class MemoryBank:
             splits = route.wanted_counts, route.asked_counts
             dist.all_to_all_single(received, sent, *splits, group=self._group)
             rows = torch.empty_like(received).index_copy_(0, route.order, received)
-        return rows[:, : self.dim].contiguous(), rows[:, self.dim].long() - 1
+        return rows[:, : self.dim], rows[:, self.dim].long() - 1
 
     @torch.no_grad()
     def update(

@@ -27,7 +27,7 @@ from recsys.content.fusion import build_fusion
 from recsys.content.history_map import HistoryMap
 from recsys.content.item_exchange import exchange_vectors
 from recsys.content.projection import Projection
-from recsys.content.vectors import ContentVectors
+from recsys.content.vectors import ContentVectors, StoredHistory
 from recsys.data.items.content_input import ContentInput
 
 if TYPE_CHECKING:  # torchrec takes seconds to import, and encoding items does not need it
@@ -126,7 +126,7 @@ class ContentBranch(nn.Module):
         if self.bank is None:
             items = self._at_their_ranks(fresh, batch)
             encoded = items.index_select(0, batch.history_content_index)
-            return self._vectors(items, lambda: encoded, None, batch)
+            return self._vectors(items, lambda: encoded, None, batch, is_stored=False)
         if self.training and self.same_step:
             # Written before the lookup: vectors just computed on any rank replace stale ones in
             # the histories of all ranks in the same step (LEMUR, 2511.10962).
@@ -140,7 +140,7 @@ class ContentBranch(nn.Module):
             fresh = torch.cat([fresh, read()[0]])
         items = self._at_their_ranks(fresh, batch)
         negatives = None if batch.negative_items is None else read()[2]
-        return self._vectors(items, lambda: read()[1], negatives, batch)
+        return self._vectors(items, lambda: read()[1], negatives, batch, is_stored=True)
 
     def _write(self, bank: MemoryBank, fresh: Tensor, batch: Batch) -> None:
         """Write the vectors [E, D + M * D] of items with a row to the bank. A collective."""
@@ -177,6 +177,7 @@ class ContentBranch(nn.Module):
         history: Callable[[], Tensor],
         negatives: Tensor | None,  # [S, D + M * D]
         batch: Batch,
+        is_stored: bool,
     ) -> ContentVectors:
         target, target_modalities = self._split(items)
         negative, negative_modalities = (
@@ -195,6 +196,7 @@ class ContentBranch(nn.Module):
             negative,
             negative_modalities,
             read_history,
+            (lambda: StoredHistory(history(), self.history_map.matrix())) if is_stored else None,
         )
 
     def _at_their_ranks(

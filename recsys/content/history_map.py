@@ -53,3 +53,11 @@ class HistoryMap(nn.Module):
         low = F.linear(vectors, layer.lora_A["default"].weight)
         mapped = F.linear(vectors, layer.base_layer.weight)
         return torch.addmm(mapped, low, layer.lora_B["default"].weight.T, alpha=self.scaling)
+
+    def matrix(self) -> Tensor:  # [D, D]
+        """Return the map as one matrix: `forward` of a vector v is matrix @ v."""
+        if self.scaling is None:
+            return self.map.weight
+        layer: Any = self.map
+        low, high = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
+        return torch.addmm(layer.base_layer.weight, high, low, alpha=self.scaling)

@@ -8,10 +8,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 ReadHistory = Callable[[], tuple[Tensor, Tensor]]
+
+
+class StoredHistory(NamedTuple):
+    """Vectors of history items as the memory bank has them, before the history map.
+
+    rows: [U, D + M * D], without gradient: content vectors, then the modalities' mean tokens.
+    matrix: [D, D] of the history map, with gradient; a content vector v becomes matrix @ v.
+    """
+
+    rows: Tensor
+    matrix: Tensor
 
 
 @dataclass
@@ -28,6 +40,8 @@ class ContentVectors:
         negatives: [S, D], from the bank and without gradient; None if no negatives are sampled.
         negative_modalities: [S, M, D], likewise.
         read: returns `history` and `history_modalities` at the first call of `read_history`.
+        read_stored: the same vectors before the history map, for kernels that apply the map
+            elsewhere; None where they are not read from a memory bank. A collective like `read`.
     """
 
     target: Tensor
@@ -37,6 +51,7 @@ class ContentVectors:
     negatives: Tensor | None = None
     negative_modalities: Tensor | None = None
     read: InitVar[ReadHistory | None] = None
+    read_stored: Callable[[], StoredHistory] | None = None
 
     def __post_init__(
         self,

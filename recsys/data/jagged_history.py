@@ -164,7 +164,7 @@ class JaggedHistory:
 
     def maximum(self, values: Tensor, of_nothing: float) -> Tensor:
         """Return maxima of [N, K] by row: [B, K], with gradient; `of_nothing` for an empty row."""
-        return torch.segment_reduce(values, "max", lengths=self.lengths, initial=of_nothing)
+        return _Maximum.apply(values, self, of_nothing)
 
     def padded(self, values: Tensor, fill: float) -> Tensor:
         """Pad [N] to [B, longest] with `fill`."""
@@ -248,6 +248,30 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return gradient.index_select(0, ctx.history.rows), None
+
+
+class _Maximum(torch.autograd.Function):
+    """Autograd of values [N, K] -> maxima [B, K]; equal maxima of a row share their gradient.
+
+    The gradient of `torch.segment_reduce` (2.13) is shared where it is positive; a negative one
+    goes to each of the equal maxima, so that an item that a row has twice gets it twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, history: JaggedHistory, of_nothing: float) -> Tensor:
+        lengths = history.lengths
+        maxima = torch.segment_reduce(values, "max", lengths=lengths, initial=of_nothing)
+        ctx.history = history
+        ctx.save_for_backward(values, maxima)
+        return maxima
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        values, maxima = ctx.saved_tensors
+        rows = ctx.history.rows
+        highest = (values == maxima.index_select(0, rows)).to(gradient.dtype)
+        share = gradient / _row_sums(highest, ctx.history).clamp(min=1)
+        return highest * share.index_select(0, rows), None, None
 
 
 def _row_sums(values: Tensor, history: JaggedHistory) -> Tensor:

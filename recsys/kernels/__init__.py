@@ -5,6 +5,7 @@ Each kernel is an operator of torch.library with a fake kernel and a backward, s
 """
 
 from recsys.kernels.choice import choose_kernels, has_native
+from recsys.kernels.content_interest import native_content_interest
 from recsys.kernels.dot_interaction import native_dot_interaction
 from recsys.kernels.target_attention import ScoreWeights, native_target_attention
 
@@ -12,6 +13,7 @@ __all__ = [
     "ScoreWeights",
     "choose_kernels",
     "has_native",
+    "native_content_interest",
     "native_dot_interaction",
     "native_target_attention",
 ]

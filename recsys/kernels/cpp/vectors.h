@@ -45,12 +45,16 @@ inline Vec where_positive(Vec gate, Vec value) {
   return value;
 }
 
+// Adds up the lanes: the upper half to the lower one, until one is left.
 inline float sum(Vec vector) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &vector, sizeof vector);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  return lanes[0];
+  typedef float Four __attribute__((vector_size(16)));
+  Four parts[kLanes / 4];
+  std::memcpy(parts, &vector, sizeof vector);
+#pragma GCC unroll 2
+  for (int width = kLanes / 8; width > 0; width /= 2)
+#pragma GCC unroll 2
+    for (int part = 0; part < width; ++part) parts[part] += parts[part + width];
+  return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
 inline int64_t padded(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }

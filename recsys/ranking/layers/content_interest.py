@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.config import ContentSettings, HistorySettings
-from recsys.content.vectors import ContentVectors
+from recsys.content.vectors import ContentVectors, StoredHistory
 from recsys.data.jagged_history import JaggedHistory
+from recsys.kernels import has_native, native_content_interest
 from recsys.ranking.layers.target_attention import DotAttention
 
 LOWER_THAN_COSINE = -2.0
@@ -140,6 +141,9 @@ class ContentInterest(nn.Module):
         ranks.
         """
         settings = self.settings
+        if self._has_native(content, history, parallel):
+            assert content.read_stored is not None
+            return self._by_kernel(content, content.read_stored(), history, parallel)
         items, modalities = content.read_history()
         features = [self.attention(content.target, items, history, parallel)]
         if settings.similarity_features or settings.simtier_bins or settings.sorted_cosines:
@@ -153,3 +157,48 @@ class ContentInterest(nn.Module):
         if settings.sorted_cosines:
             features.append(sorted_cosines(cosine, history, settings.sorted_cosines))
         return torch.cat(features, dim=1)
+
+    def _has_native(
+        self,
+        content: ContentVectors,
+        history: JaggedHistory,
+        parallel: Tensor,  # [N, P]
+    ) -> bool:
+        """Return whether a kernel computes these features, on CPU and of items in a bank."""
+        if content.read_stored is None or parallel.requires_grad or history.is_shared:
+            return False
+        if self.settings.simtier_bins or self.settings.sorted_cosines:
+            return False
+        return content.target.device.type == "cpu" and has_native(content.target)
+
+    def _by_kernel(
+        self,
+        content: ContentVectors,
+        stored: StoredHistory,
+        history: JaggedHistory,
+        parallel: Tensor,  # [N, P]
+    ) -> Tensor:  # [B, output_dim]
+        """Return the same as the operations of `forward`, with the map applied to queries.
+
+        For a history item v with map M, a dot product q . (M v) is (M^T q) . v, and the sum of
+        weighted M v is M times that of v. Computed in float32.
+        """
+        with torch.autocast("cpu", enabled=False):
+            target, matrix = content.target.float(), stored.matrix.float()
+            query, of_lists = self.attention.query_of(target)
+            queries = [query @ matrix]
+            if self.settings.similarity_features:
+                queries.append(F.normalize(target, dim=-1) @ matrix)
+                queries += F.normalize(content.target_modalities.float(), dim=-1).unbind(dim=1)
+            listed = parallel[:, : of_lists.shape[1]].float()
+            sums, features = native_content_interest(
+                torch.stack(queries, dim=1),
+                stored.rows,
+                matrix,
+                history.index,
+                history.offsets,
+                of_lists,
+                listed,
+            )
+            interest = self.attention.interest_of(sums, matrix)
+            return torch.cat([interest, features], dim=1)

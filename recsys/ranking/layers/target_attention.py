@@ -162,9 +162,28 @@ class DotAttention(HistoryAttention):
         parallel: Tensor,  # [N, P]
     ) -> Tensor:  # [N]
         """Return the scaled dot product of each history item and its row's mapped target."""
-        query = self.query(target).float() * self.scale
+        query, of_lists = self.query_of(target)
         scores = history.dot(query, items.float())
         if self.parallel_map is not None:
-            of_parallel = history.spread(query @ self.parallel_map.weight)  # [N, P]
-            scores = scores + (of_parallel * parallel).sum(dim=1)
+            scores = scores + (history.spread(of_lists) * parallel).sum(dim=1)
         return scores
+
+    def query_of(
+        self,
+        target: Tensor,  # [B, D]
+    ) -> tuple[Tensor, Tensor]:  # [B, D], [B, P]
+        """Return the query of each row, and the factors of its parallel lists in the scores."""
+        query = self.query(target).float() * self.scale
+        if self.parallel_map is None:
+            return query, query.new_empty(len(query), 0)
+        return query, query @ self.parallel_map.weight
+
+    def interest_of(
+        self,
+        sums: Tensor,  # [B, D + P], of weighted items and parallel lists
+        matrix: Tensor,  # [D, D], the map of the items
+    ) -> Tensor:  # [B, D]
+        """Return the interest from weighted sums of items to which a map is still to be applied."""
+        if self.parallel_map is not None:
+            matrix = torch.cat([matrix, self.parallel_map.weight], dim=1)
+        return sums @ matrix.T

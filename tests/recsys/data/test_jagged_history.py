@@ -108,3 +108,11 @@ def test_an_unindexed_history_takes_each_place_as_an_item_of_its_own() -> None:
 def test_the_longest_history_need_not_be_looked_up() -> None:
     told = JaggedHistory.of(INDEX, LENGTHS, 5, longest=3)
     assert (told.longest, HISTORY.longest) == (3, 3)
+
+
+def test_equal_maxima_of_a_row_share_a_gradient_of_either_sign() -> None:
+    values = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 3.0]], requires_grad=True)
+    history = JaggedHistory.of(torch.arange(3), torch.tensor([3]), 3)
+    maxima = history.maximum(values, of_nothing=-9.0)
+    (gradient,) = torch.autograd.grad(maxima, values, torch.tensor([[-1.0, -1.0]]))
+    assert torch.equal(gradient, torch.tensor([[-0.5, 0.0], [-0.5, 0.0], [0.0, -1.0]]))
