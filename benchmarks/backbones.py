@@ -29,6 +29,8 @@ BACKBONES: dict[str, list[str]] = {
     "deepfm": [],
     "sim": ["--ranking.search_top_k", "10"],  # of histories of 20
     "mmoe": [],
+    "hstu": [],
+    "transformer": [],
     "two_tower": [],
     "two_tower, in-batch softmax": ["--ranking.loss", "in_batch_softmax"],
     "two_tower, in-batch softmax, no log Q": [

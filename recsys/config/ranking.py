@@ -25,6 +25,8 @@ RANKING_MODELS = {
     "dlrm_dcn": "recsys.ranking.dlrm:DlrmDcn",
     "deepfm": "recsys.ranking.deepfm:DeepFM",
     "sim": "recsys.ranking.sim:Sim",
+    "hstu": "recsys.ranking.hstu:Hstu",
+    "transformer": "recsys.ranking.transformer:Transformer",
     "mmoe": "recsys.ranking.mmoe:Mmoe",
     "two_tower": "recsys.ranking.two_tower:TwoTower",
 }
@@ -36,6 +38,8 @@ RANKING_SETTINGS = {
     "dlrm_dcn": "recsys.ranking.settings:DlrmDcnSettings",
     "deepfm": "recsys.ranking.settings:DeepFMSettings",
     "sim": "recsys.ranking.settings:SimSettings",
+    "hstu": "recsys.ranking.settings:HstuSettings",
+    "transformer": "recsys.ranking.settings:TransformerSettings",
     "mmoe": "recsys.ranking.settings:MmoeSettings",
     "two_tower": "recsys.ranking.settings:TwoTowerSettings",
 }

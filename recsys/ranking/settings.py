@@ -11,6 +11,8 @@ from typing import Literal
 from recsys.config.limits import NumLayers, PositiveFloat, PositiveInt, Width
 from recsys.config.ranking import RankingSettings, RetrievalSettings
 
+GapScale = Literal["linear", "log_days"]
+
 
 @dataclass
 class HeadSettings(RankingSettings):
@@ -106,6 +108,40 @@ class SimSettings(NumbersSettings, HeadSettings):
     """Item column of kind category; required if search is category."""
     time_gaps: str | None = None
     """Parallel list with the age of each item; default: the number of newer items."""
+
+
+@dataclass
+class SequenceSettings(NumbersSettings, HeadSettings):
+    """Settings of models in which the items of a history attend to each other."""
+
+    sequence_dim: Width = 32
+    """Width of the token of a history item, a multiple of the heads."""
+    sequence_layers: PositiveInt = 2
+    """Layers of attention; in the last one the target attends alone."""
+    sequence_heads: PositiveInt = 2
+    """Heads of each layer."""
+    recent_items: PositiveInt = 64
+    """Latest items of a history that attend to each other. Older ones enter the last layer as they
+    are, so that cost does not grow with the square of the history."""
+    time_gaps: str | None = None
+    """Parallel list with the age of each item; default: the order alone."""
+    gap_scale: GapScale = "linear"
+    """Scale of these ages. linear: a unit such as seconds; log_days: log10(1 + days) / 2, as
+    `recsys prepare` writes them."""
+
+
+@dataclass
+class HstuSettings(SequenceSettings):
+    """Settings of HSTU."""
+
+    name: str = "hstu"
+
+
+@dataclass
+class TransformerSettings(SequenceSettings):
+    """Settings of the causal transformer."""
+
+    name: str = "transformer"
 
 
 @dataclass

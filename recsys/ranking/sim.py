@@ -27,6 +27,7 @@ from recsys.ranking.layers.attended_features import RowFeatures
 from recsys.ranking.layers.content_interest import cosines
 from recsys.ranking.layers.history_numbers import history_numbers
 from recsys.ranking.layers.mlp import ranking_head
+from recsys.ranking.layers.sequence_times import TimeGaps
 from recsys.ranking.settings import SimSettings
 from recsys.ranking.vectors import IDVectors, MemberLogits
 
@@ -50,18 +51,8 @@ class Sim(RowFeatures):
         content: ContentSettings | None,
     ) -> None:
         """Build the attention, the features and the output head."""
-        names, gaps = dimensions.parallel_names, settings.time_gaps
-        if gaps is not None and gaps not in names:
-            raise ValueError(
-                f"ranking.time_gaps is '{gaps}'; the parallel lists of the history in schema.yaml "
-                f"are {list(names)}"
-            )
-        self.gap_column = None if gaps is None else names.index(gaps)
-        self.flag_columns = [
-            column for column in range(dimensions.num_parallel) if column != self.gap_column
-        ]
-        # The gap is used as age only: seconds and flags differ too much in scale.
-        dimensions = replace(dimensions, num_parallel=len(self.flag_columns))
+        self.gaps = TimeGaps.of(settings.time_gaps, dimensions)
+        dimensions = replace(dimensions, num_parallel=len(self.gaps.flags))
         interest = AgedAttention(dimensions.id_dim, dimensions.num_parallel, settings.search_heads)
         super().__init__(settings, dimensions.id_dim, dimensions, content)
         self.interest, self.top_k = interest, settings.search_top_k
@@ -76,7 +67,7 @@ class Sim(RowFeatures):
         id_history = history if ids.history_is_unique else history.unindexed()
         found = self.search(ids, content, batch, history, id_history)
         ages = self._ages(batch, history)[found]
-        parallel = batch.history_values[:, self.flag_columns]
+        parallel = batch.history_values[:, self.gaps.flags]
         numbers = history_numbers(history, parallel)
         history, id_history, parallel = (
             history.select(found),
@@ -127,8 +118,8 @@ class Sim(RowFeatures):
         return history.latest(shared.flatten(1).any(dim=1), self.top_k)
 
     def _ages(self, batch: Batch, history: JaggedHistory) -> Tensor:  # [N]
-        if self.gap_column is not None:
-            return age_of(batch.history_values[:, self.gap_column])
+        if self.gaps.column is not None:
+            return age_of(batch.history_values[:, self.gaps.column])
         return age_of(history.ages)
 
 

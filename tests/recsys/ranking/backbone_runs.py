@@ -30,6 +30,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "deepfm": {},
     "sim": {"search_top_k": 2},
     "mmoe": {"num_experts": 2},
+    "hstu": {"recent_items": 2},
+    "transformer": {"recent_items": 2},
     "two_tower": {"temperature": 1.0},  # unsure enough to pass the check of the log loss
     "two_tower in_batch": {"loss": "in_batch_softmax", "all_ranks": True},
     "two_tower sampled": {"loss": "sampled_softmax", "num_negatives": 7, "all_ranks": True},
@@ -44,6 +46,7 @@ SMALL: dict[str, Any] = {
     "dense_units": [8],
     "mlp_units": [8],
     "tower_dim": 8,
+    "sequence_dim": 8,
     "query_features": ["price"],
 }
 

@@ -41,6 +41,8 @@ SMALL: dict[str, Any] = {
     "mlp_units": [16, 8],
     "num_experts": 3,
     "search_top_k": 2,
+    "sequence_dim": 8,
+    "recent_items": 2,
 }
 BACKBONES = sorted(RANKING_MODELS)
 by_backbone = pytest.mark.parametrize("name", BACKBONES)

@@ -1,0 +1,204 @@
+"""The base of models in which the items of a history attend to each other.
+
+A token joins what is known of one event: the item's ID vector, its content vector and the lists
+beside the history, such as liked flags and stars. The target is a token without these lists, the
+last of its sequence. Attention is causal, so that no event depends on the target: the states of a
+history are computed once for all candidates of a user, and each candidate attends to them alone
+(the M-FALCON algorithm of HSTU, arXiv 2402.17152).
+
+The last layer computes the target's state alone. In the layers below, the latest
+`ranking.recent_items` of each history attend to each other, and the target to them; older items
+enter the last layer as they are. Cost is linear in the length of a history.
+
+Shapes: B batch, T tokens of all histories, S sequences, L longest sequence, D width of a token,
+U unique items, P parallel lists, C labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from recsys.config import ContentSettings
+from recsys.content.vectors import ContentVectors
+from recsys.data.batch import Batch
+from recsys.data.jagged_history import JaggedHistory
+from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.layers.attended_features import RowFeatures
+from recsys.ranking.layers.history_numbers import history_numbers
+from recsys.ranking.layers.mlp import ranking_head
+from recsys.ranking.layers.sequence_times import TimeGaps
+from recsys.ranking.layers.sequences import Sequences, sequences_of
+from recsys.ranking.settings import SequenceSettings
+from recsys.ranking.vectors import IDVectors, MemberLogits
+
+
+@dataclass
+class Events:
+    """Times of the tokens that a layer reads.
+
+    sequences: the histories over T tokens.
+    places: int64 [T], the number of newer tokens, at most `ranking.recent_items`.
+    ages: float32 [T, 1], or None if no list has them.
+    """
+
+    sequences: Sequences
+    places: Tensor
+    ages: Tensor | None
+
+
+class SequenceLayer(nn.Module):
+    """A layer of attention; subclasses compute states of events and of targets."""
+
+    def history(self, states: Tensor, events: Events) -> tuple[Tensor, Tensor]:
+        """Return new states of the events [T, D], and what targets read of the old ones [T, K]."""
+        raise TypeError(f"{type(self).__name__} defines no attention among events")
+
+    def read(self, states: Tensor) -> Tensor:
+        """Return what targets read of the states of events: [T, D] -> [T, K]."""
+        raise TypeError(f"{type(self).__name__} defines nothing that targets read")
+
+    def target(self, target: Tensor, read: Tensor, events: Events) -> Tensor:
+        """Return new states of the targets [B, D], from theirs and `read` [T, K]."""
+        raise TypeError(f"{type(self).__name__} defines no attention of targets")
+
+
+class EventTokens(nn.Module):
+    """ID vectors, content vectors and lists beside the history -> tokens of events and targets."""
+
+    def __init__(self, dim: int, id_dim: int, content_dim: int, num_lists: int) -> None:
+        """Create a linear map of each part; a width of 0 leaves a part out."""
+        super().__init__()
+        self.id_map = nn.Linear(id_dim, dim, bias=False)
+        self.content_map = nn.Linear(content_dim, dim, bias=False) if content_dim else None
+        self.list_map = nn.Linear(num_lists, dim, bias=False) if num_lists else None
+        self.of_event, self.of_target = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
+
+    def forward(
+        self,
+        ids: IDVectors,
+        content: ContentVectors | None,
+        batch: Batch,
+        sequences: Sequences,
+        lists: Tensor,  # [T, P]
+    ) -> tuple[Tensor, Tensor]:  # [T, D], [B, D]
+        """Return the tokens of events and targets.
+
+        A collective with content, which reads the history's vectors.
+        """
+        history = batch.jagged_history()
+        items, target = self.id_map(ids.history), self.id_map(ids.target) + self.of_target
+        if self.content_map is not None:
+            assert content is not None
+            target = target + self.content_map(content.target)
+            of_content = self.content_map(content.read_history()[0])
+            if ids.history_is_unique:  # one sum for each unique item, in place of one per event
+                items = items + of_content
+            else:
+                items = sequences.tokens(items, sequences.history)
+                items = items + sequences.tokens(of_content, history)
+                history = sequences.history
+        elif not ids.history_is_unique:
+            history = sequences.history
+        tokens = sequences.tokens(items, history) + self.of_event
+        return (tokens if self.list_map is None else tokens + self.list_map(lists)), target
+
+
+class SequenceModel(RowFeatures):
+    """ID vectors, content vectors and dense features -> one logit per label.
+
+    Args:
+        settings: of the sequence, of the numbers and of the head.
+        dimensions: widths and names of the inputs.
+        content: settings of the content branch; None for the ID-only twin.
+        layer: kind of layer, made of the settings and whether ages are known.
+
+    Raises:
+        ValueError: `ranking.time_gaps` names no parallel list, or the heads do not divide
+            `ranking.sequence_dim`.
+    """
+
+    def __init__(
+        self,
+        settings: SequenceSettings,
+        dimensions: InputDimensions,
+        content: ContentSettings | None,
+        layer: type[SequenceLayer],
+    ) -> None:
+        """Build tokens, layers, features and the output head."""
+        dim, heads = settings.sequence_dim, settings.sequence_heads
+        if dim % heads:
+            raise ValueError(
+                f"ranking.sequence_heads is {heads}, which does not divide ranking.sequence_dim "
+                f"({dim}); change one of them"
+            )
+        gaps = TimeGaps.of(settings.time_gaps, dimensions, settings.gap_scale)
+        dimensions = replace(dimensions, num_parallel=len(gaps.flags))
+        super().__init__(settings, dim, dimensions, content)
+        self.gaps, self.recent_items = gaps, settings.recent_items
+        content_dim = 0 if content is None else content.dim
+        self.tokens = EventTokens(dim, dimensions.id_dim, content_dim, dimensions.num_parallel)
+        has_ages = gaps.column is not None
+        self.layers = nn.ModuleList(
+            layer(settings, has_ages) for _ in range(settings.sequence_layers)
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.mlp = ranking_head(self.feature_dim, settings, dimensions.num_labels)
+
+    def forward(
+        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
+    ) -> Tensor | MemberLogits:  # [B, C]
+        """Return the logits of a batch, or the logits of each member of an ensemble in training."""
+        history: JaggedHistory = batch.jagged_history()
+        values, parallel = batch.history_values, batch.history_values[:, self.gaps.flags]
+        sequences = sequences_of(history)
+        ages = self.gaps.ages(values)
+        ages = None if ages is None else sequences.own(ages)
+        events = Events(sequences, sequences.ages().clamp(max=self.recent_items), ages)
+        lists = sequences.own(parallel)
+        tokens, target = self.tokens(ids, content, batch, sequences, lists)
+        interest = self.encoded(tokens.float(), target.float(), events)
+        numbers = history_numbers(history, parallel)
+        return self.mlp(self.features(ids, content, batch, interest, numbers, history, parallel))
+
+    def encoded(
+        self,
+        tokens: Tensor,  # [T, D]
+        target: Tensor,  # [B, D]
+        events: Events,
+    ) -> Tensor:  # [B, D]
+        """Return the state of each target after the last layer."""
+        tokens, target = self.positioned(tokens, target, events)
+        *lower, last = (cast(SequenceLayer, layer) for layer in self.layers)
+        if lower:
+            recent, states = self._recent(events, tokens)
+            for layer in lower:
+                states, read = layer.history(states, recent)
+                target = layer.target(target, read, recent)
+            tokens = events.sequences.put_latest(tokens, states, recent.sequences)
+        target = last.target(target, last.read(tokens), events)
+        return self.norm(target)
+
+    def positioned(
+        self,
+        tokens: Tensor,  # [T, D]
+        target: Tensor,  # [B, D]
+        events: Events,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the tokens with what the model adds for their places and ages; here, nothing."""
+        return tokens, target
+
+    def _recent(
+        self,
+        events: Events,
+        tokens: Tensor,  # [T, D]
+    ) -> tuple[Events, Tensor]:
+        """Return the latest events of each sequence, and their tokens."""
+        whole = events.sequences
+        latest = whole.latest(self.recent_items)
+        places = whole.take_latest(events.places.unsqueeze(1), latest).squeeze(1)
+        ages = None if events.ages is None else whole.take_latest(events.ages, latest)
+        return Events(latest, places, ages), whole.take_latest(tokens, latest)

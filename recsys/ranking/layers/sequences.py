@@ -1,0 +1,191 @@
+"""Histories as sequences of tokens: flat for linear maps, padded for attention among a row's items.
+
+A layer of self-attention needs both forms. Its linear maps run over the T tokens that exist; only
+attention itself pads, since every token meets others of its row. In training each row has a history
+of its own (`JaggedHistory`). The graph of a package has one history for all candidates
+(`recsys.serving.shared_history`): there it is one sequence, computed once however many candidates
+are ranked.
+
+Shapes: S sequences (B rows, or 1 shared by all rows), T tokens of all sequences, L longest
+sequence, U unique items, N history items of the batch (T, or B * L if the history is shared),
+P parallel lists, K any width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from recsys.data.jagged_history import JaggedHistory
+
+
+class Sequences(Protocol):
+    """What the layers of a sequence model need of the histories of a batch.
+
+    history: the histories over T tokens: rows attend to tokens by its `dot`, `weighted_sum`, `sum`
+        and `spread`.
+    """
+
+    history: JaggedHistory
+
+    def tokens(self, items: Tensor, history: JaggedHistory) -> Tensor:
+        """Map [U, K] -> [T, K] by the index of `history`."""
+
+    def own(self, values: Tensor) -> Tensor:
+        """Map values of the places of all rows [N, K] to those of the tokens: [T, K]."""
+
+    def ages(self) -> Tensor:
+        """Return the number of newer tokens of the same sequence: int64 [T]."""
+
+    def padded(self, tokens: Tensor) -> Tensor:
+        """Map [T, K] -> [S, L, K]; places behind the last token of a sequence are zero."""
+
+    def flat(self, padded: Tensor) -> Tensor:
+        """Map [S, L, K] -> [T, K]: the inverse of `padded`."""
+
+    def latest(self, count: int) -> Sequences:
+        """Return the sequences of the `count` latest tokens of each; all of a shorter one."""
+
+    def take_latest(self, tokens: Tensor, latest: Sequences) -> Tensor:
+        """Map tokens [T, K] to those of `latest`, which `self.latest` has returned."""
+
+    def put_latest(self, tokens: Tensor, of_latest: Tensor, latest: Sequences) -> Tensor:
+        """Return tokens [T, K] with those of `latest` replaced."""
+
+
+def sequences_of(history: Any) -> Sequences:
+    """Return the sequences of a `JaggedHistory`, or of the history that candidates share.
+
+    Example::
+
+        history = JaggedHistory.of(torch.tensor([0, 1, 0]), torch.tensor([2, 1]), num_items=2)
+        sequences_of(history).padded(torch.ones(3, 4)).shape  # [2, 2, 4]
+    """
+    if isinstance(history, JaggedHistory):
+        return JaggedSequences(history.unindexed())
+    return EqualSequences.of(history)
+
+
+@dataclass
+class JaggedSequences:
+    """Sequences of different lengths, one per row.
+
+    places: int64, the tokens that `latest` has chosen, in the sequences that it was called on;
+        None: all.
+    """
+
+    history: JaggedHistory
+    places: Tensor | None = None
+
+    def tokens(self, items: Tensor, history: JaggedHistory) -> Tensor:
+        """Map [U, K] -> [T, K] by the index of `history`."""
+        return history.gather(items)
+
+    def own(self, values: Tensor) -> Tensor:
+        """Return the values [T, K]: each place is a token."""
+        return values
+
+    def ages(self) -> Tensor:
+        """Return the number of newer tokens of the same row: int64 [T]."""
+        return self.history.ages
+
+    def padded(self, tokens: Tensor) -> Tensor:
+        """Map [T, K] -> [B, L, K]."""
+        return torch.ops.fbgemm.jagged_to_padded_dense(
+            tokens, [self.history.offsets], [self.history.longest], 0.0
+        )
+
+    def flat(self, padded: Tensor) -> Tensor:
+        """Map [B, L, K] -> [T, K]."""
+        offsets, total = [self.history.offsets], len(self.history.index)
+        return torch.ops.fbgemm.dense_to_jagged(padded, offsets, total)[0]
+
+    def latest(self, count: int) -> JaggedSequences:
+        """Return the sequences of the `count` latest tokens of each row."""
+        if self.history.longest <= count:
+            return JaggedSequences(self.history)
+        places = (self.history.ages < count).nonzero().squeeze(1)
+        history = self.history.select(places).unindexed()
+        return JaggedSequences(replace(history, longest=count), places)
+
+    def take_latest(self, tokens: Tensor, latest: Sequences) -> Tensor:
+        """Map tokens [T, K] to those of `latest`."""
+        assert isinstance(latest, JaggedSequences)
+        return tokens if latest.places is None else tokens.index_select(0, latest.places)
+
+    def put_latest(self, tokens: Tensor, of_latest: Tensor, latest: Sequences) -> Tensor:
+        """Return tokens [T, K] with those of `latest` replaced."""
+        assert isinstance(latest, JaggedSequences)
+        if latest.places is None:
+            return of_latest
+        return tokens.index_copy(0, latest.places, of_latest.to(tokens.dtype))
+
+
+@dataclass
+class EqualSequences:
+    """Sequences of one length: one that all candidates share, or one of each after a search.
+
+    history: a `SharedHistory` over the tokens.
+    source: the `SharedHistory` of the batch.
+    count: S.
+    """
+
+    history: Any
+    source: Any
+    count: int
+
+    @staticmethod
+    def of(history: Any) -> EqualSequences:
+        """Return the sequences of a `SharedHistory`."""
+        if history.is_shared:
+            return EqualSequences(history, history, 1)
+        rows, longest = history.num_rows, history.longest
+        places = torch.arange(rows * longest, device=history.device).view(rows, longest)
+        over_tokens = replace(history, num_items=rows * longest, places=places)
+        return EqualSequences(over_tokens, history, rows)
+
+    def tokens(self, items: Tensor, history: Any) -> Tensor:
+        """Return [U, K] itself if it is the shared history, else the item of each place."""
+        return items if history.is_shared else history.gather(items)
+
+    def own(self, values: Tensor) -> Tensor:
+        """Map [N, K] to the values of the tokens: [T, K]."""
+        return self.source.of_one_row(values) if self.source.is_shared else values
+
+    def ages(self) -> Tensor:
+        """Return the number of newer tokens of the same sequence: int64 [T]."""
+        longest = self.history.longest
+        ages = longest - 1 - torch.arange(longest, device=self.history.device)
+        return ages.repeat(self.count)
+
+    def padded(self, tokens: Tensor) -> Tensor:
+        """View [T, K] as [S, L, K]."""
+        return tokens.reshape(self.count, self.history.longest, tokens.shape[1])
+
+    def flat(self, padded: Tensor) -> Tensor:
+        """View [S, L, K] as [T, K]."""
+        return padded.reshape(self.count * self.history.longest, padded.shape[2])
+
+    def latest(self, count: int) -> EqualSequences:
+        """Return the sequences of the `count` latest tokens of each."""
+        kept = torch.sym_min(self.history.longest, count)
+        places = None
+        if not self.history.is_shared:
+            places = torch.arange(self.count * kept, device=self.history.device)
+            places = places.view(self.count, kept)
+        history = replace(self.history, num_items=self.count * kept, places=places)
+        return EqualSequences(history, self.source, self.count)
+
+    def take_latest(self, tokens: Tensor, latest: Sequences) -> Tensor:
+        """Map tokens [T, K] to those of `latest`."""
+        older = self.history.longest - latest.history.longest
+        return self.padded(tokens)[:, older:].reshape(-1, tokens.shape[1])
+
+    def put_latest(self, tokens: Tensor, of_latest: Tensor, latest: Sequences) -> Tensor:
+        """Return tokens [T, K] with those of `latest` replaced."""
+        older = self.history.longest - latest.history.longest
+        parts = [self.padded(tokens)[:, :older], latest.padded(of_latest)]
+        return self.flat(torch.cat(parts, dim=1))

@@ -1,0 +1,142 @@
+"""A causal transformer over the history, with the target as its last token.
+
+As in SASRec (Kang and McAuley 2018, arXiv 1808.09781) items attend to earlier ones, and as in BST
+(Chen et al. 2019, arXiv 1905.06874) the target is a token and embeddings of place and age are added
+to each. Norms stand before attention and feed-forward (pre-norm). The attention among items is
+`scaled_dot_product_attention`: sequences begin at the first place, so that its causal mask alone
+keeps tokens from the padding behind them.
+
+Shapes: B batch, T tokens of all histories, S sequences, L longest sequence, D width, H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recsys.config import ContentSettings
+from recsys.data.jagged_history import JaggedHistory
+from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.layers.aged_attention import NUM_AGES
+from recsys.ranking.layers.sequence_features import Events, SequenceLayer, SequenceModel
+from recsys.ranking.layers.sequence_times import doubling_buckets
+from recsys.ranking.settings import TransformerSettings
+
+WIDENING = 4  # of the feed-forward layer, as in BST
+
+
+class TransformerLayer(SequenceLayer):
+    """A layer of attention and feed-forward.
+
+    Args:
+        settings: widths and heads.
+        has_ages: whether the ages of events are known; their embeddings are in the tokens.
+    """
+
+    def __init__(self, settings: TransformerSettings, has_ages: bool) -> None:
+        """Create the maps and norms."""
+        super().__init__()
+        del has_ages
+        dim, self.heads = settings.sequence_dim, settings.sequence_heads
+        self.norm, self.hidden_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.kvq = nn.Linear(dim, 3 * dim, bias=False)
+        self.output = nn.Linear(dim, dim)
+        self.hidden = nn.Sequential(
+            nn.Linear(dim, WIDENING * dim), nn.ReLU(), nn.Linear(WIDENING * dim, dim)
+        )
+
+    def read(self, states: Tensor) -> Tensor:  # [T, D] -> [T, 2 * D]
+        """Return K and V of events."""
+        return F.linear(self.norm(states), self.kvq.weight[: 2 * states.shape[1]])
+
+    def history(
+        self,
+        states: Tensor,  # [T, D]
+        events: Events,
+    ) -> tuple[Tensor, Tensor]:  # [T, D], [T, 2 * D]
+        """Return new states of the events, and K and V of the old ones."""
+        kvq, dim = self.kvq(self.norm(states)), states.shape[1]
+        padded = events.sequences.padded(kvq.float())  # [S, L, 3 * D]
+        keys, values, queries = padded.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        attended = events.sequences.flat(attended.transpose(1, 2).flatten(2))
+        return self._fed_forward(states, attended), kvq[:, : 2 * dim]
+
+    def target(
+        self,
+        target: Tensor,  # [B, D]
+        read: Tensor,  # [T, 2 * D]
+        events: Events,
+    ) -> Tensor:  # [B, D]
+        """Return new states of the targets."""
+        parts = self.kvq(self.norm(target)).float().chunk(3 * self.heads, dim=1)
+        of_events = read.float().chunk(2 * self.heads, dim=1)
+        attended = [
+            _attended(
+                events.sequences.history,
+                *(parts[place].contiguous() for place in range(head, 3 * self.heads, self.heads)),
+                *(of_events[place].contiguous() for place in (head, head + self.heads)),
+            )
+            for head in range(self.heads)
+        ]
+        return self._fed_forward(target, torch.cat(attended, dim=1))
+
+    def _fed_forward(self, states: Tensor, attended: Tensor) -> Tensor:
+        states = states + self.output(attended)
+        return states + self.hidden(self.hidden_norm(states))
+
+
+def _attended(
+    history: JaggedHistory,
+    key: Tensor,  # [B, D]
+    value: Tensor,  # [B, D]
+    query: Tensor,  # [B, D]
+    keys: Tensor,  # [T, D]
+    values: Tensor,  # [T, D]
+) -> Tensor:  # [B, D]
+    """Return softmax attention of each target to its history and itself, in one head."""
+    query = query * query.shape[1] ** -0.5
+    own = (query * key).sum(dim=1, keepdim=True)  # [B, 1]
+    scores = history.dot(query, keys).unsqueeze(1)
+    with torch.no_grad():  # any number may be subtracted from all scores of a row
+        highest = torch.maximum(own, history.maximum(scores, -torch.inf))
+    weights = torch.exp(scores - history.spread(highest))
+    of_target = torch.exp(own - highest)
+    total = history.sum(weights) + of_target
+    summed = history.weighted_sum(weights.squeeze(1), values)
+    return (summed + of_target * value) / total
+
+
+class Transformer(SequenceModel):
+    """ID vectors, content vectors and dense features -> one logit per label."""
+
+    Settings = TransformerSettings
+
+    def __init__(
+        self,
+        settings: TransformerSettings,
+        dimensions: InputDimensions,
+        content: ContentSettings | None,
+    ) -> None:
+        """Build tokens with places and ages, layers, features and the output head."""
+        super().__init__(settings, dimensions, content, TransformerLayer)
+        dim, has_ages = settings.sequence_dim, self.gaps.column is not None
+        self.places = nn.Embedding(settings.recent_items + 1, dim)
+        self.ages = nn.Embedding(NUM_AGES, dim) if has_ages else None
+        for table in (self.places, self.ages):
+            if table is not None:
+                nn.init.normal_(table.weight, std=0.02)
+
+    def positioned(
+        self,
+        tokens: Tensor,  # [T, D]
+        target: Tensor,  # [B, D]
+        events: Events,
+    ) -> tuple[Tensor, Tensor]:
+        """Add the embeddings of places, counted from the latest event, and of ages."""
+        tokens = tokens + self.places(events.places)
+        if self.ages is not None:
+            assert events.ages is not None
+            tokens = tokens + self.ages(doubling_buckets(events.ages.squeeze(1)))
+        return tokens, target

@@ -1,0 +1,223 @@
+"""HSTU and the transformer equal a padded [history; target] under one mask, in plain PyTorch."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recsys.config import ContentSettings
+from recsys.data.batch import Batch
+from recsys.ranking.hstu import HstuLayer
+from recsys.ranking.layers.sequence_features import SequenceModel
+from recsys.ranking.layers.sequence_times import TimeGaps, doubling_buckets, times_between
+from recsys.ranking.transformer import Transformer, TransformerLayer
+from recsys.serving.ranking_graph import RankingGraph
+from tests.recsys.ranking.ranking_inputs import CONTENT, DIMENSIONS, inputs
+from tests.recsys.ranking.test_backbones import by_content, model_of
+from tests.recsys.serving.test_ranking_graph import request
+
+LENGTHS = torch.tensor([3, 0, 7, 1])
+SETTINGS: dict[str, Any] = {"sequence_dim": 8, "sequence_heads": 2, "sequence_layers": 3}
+WITH_AGES = replace(DIMENSIONS, num_parallel=2, parallel_names=("liked", "age"))
+by_name = pytest.mark.parametrize("name", ["hstu", "transformer"])
+
+
+def with_ages(batch: Batch, seed: int = 0) -> Batch:
+    """The batch with ages in seconds, which fall from each event to the next."""
+    generator = torch.Generator().manual_seed(seed)
+    ages = [
+        (10.0 ** (6 * torch.rand(int(length), generator=generator))).sort(descending=True).values
+        for length in batch.history_lengths
+    ]
+    values = torch.cat([batch.history_values, torch.cat(ages).unsqueeze(1)], dim=1)
+    return replace(batch, history_values=values)
+
+
+def sequence_model(name: str, content: ContentSettings | None = CONTENT, **settings: Any) -> Any:
+    """A small model with ages, of weights that are not those of a beginning."""
+    chosen = SETTINGS | {"time_gaps": "age"} | settings
+    model = model_of(name, content, WITH_AGES, **chosen)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+class Padded:
+    """[history; target] of each row, padded: the target stands behind the last event.
+
+    Shapes: B rows, L longest history and the target.
+    """
+
+    def __init__(self, model: SequenceModel, ids: Any, content: Any, batch: Batch) -> None:
+        lengths, recent = batch.history_lengths, model.recent_items
+        rows, longest = len(lengths), int(lengths.max()) + 1
+        self.places = torch.arange(longest).expand(rows, -1)  # [B, L]
+        self.lengths = lengths.unsqueeze(1)
+        self.ages = torch.zeros(rows, longest)
+        states = torch.zeros(rows, longest, 8)
+        parts, tokens = [int(length) for length in lengths], model.tokens
+        for row, (items, values) in enumerate(
+            zip(batch.history_index.split(parts), batch.history_values.split(parts))
+        ):
+            joined = torch.cat([ids.history[items], ids.target[[row]]]) @ tokens.id_map.weight.T
+            if tokens.content_map is not None:
+                of_content = torch.cat([content.read_history()[0][items], content.target[[row]]])
+                joined = joined + of_content @ tokens.content_map.weight.T
+            assert tokens.list_map is not None
+            of_events = tokens.of_event + values[:, :1] @ tokens.list_map.weight.T
+            joined = joined + torch.cat([of_events, tokens.of_target.unsqueeze(0)])
+            states[row, : len(joined)] = joined
+            self.ages[row, : len(items)] = values[:, 1]
+        self.states = states
+        self.causal = self.places.unsqueeze(2) >= self.places.unsqueeze(1)  # [B, L, L]
+        self.is_recent = (self.places >= self.lengths - recent) & (self.places <= self.lengths)
+        self.recent, self.newer = recent, (self.lengths - 1 - self.places).clamp(0, recent)
+
+    def run(self, model: SequenceModel) -> Tensor:  # [B, D]
+        """All layers over all places, one mask each, then the target's state."""
+        states = self.states
+        if isinstance(model, Transformer):
+            assert model.ages is not None
+            added = model.places(self.newer) + model.ages(doubling_buckets(self.ages))
+            is_event = self.places < self.lengths
+            states = states + added * is_event.unsqueeze(2)
+        for number, layer in enumerate(model.layers, 1):
+            is_last = number == len(model.layers)
+            read = self.places <= self.lengths if is_last else self.is_recent
+            new = self.layer(layer, states, self.causal & read.unsqueeze(1))
+            states = torch.where(read.unsqueeze(2), new, states)
+        return model.norm(states[torch.arange(len(states)), self.lengths.squeeze(1)])
+
+    def layer(self, layer: Any, states: Tensor, mask: Tensor) -> Tensor:
+        """One layer over [B, L, D], under a mask [B, L, L]."""
+        if isinstance(layer, TransformerLayer):
+            key, value, query = self.heads(layer.kvq(layer.norm(states)), 3)
+            scores = query @ key.transpose(2, 3) / math.sqrt(key.shape[3])
+            weights = scores.masked_fill(~mask.unsqueeze(1), -1e9).softmax(dim=3)
+            states = states + layer.output((weights @ value).transpose(1, 2).flatten(2))
+            return states + layer.hidden(layer.hidden_norm(states))
+        assert isinstance(layer, HstuLayer) and layer.of_times is not None
+        kvqu = F.silu(layer.kvqu(layer.norm(states)))
+        key, value, query = self.heads(kvqu[..., : 3 * 8], 3)
+        distances = (self.places.unsqueeze(2) - self.places.unsqueeze(1)).clamp(0, self.recent + 1)
+        gaps = doubling_buckets(self.ages.unsqueeze(1) - self.ages.unsqueeze(2))
+        biases = (layer.of_places[:, distances] + layer.of_times[:, gaps]).transpose(0, 1)
+        weights = F.silu(query @ key.transpose(2, 3) + biases) / self.recent
+        summed = ((weights * mask.unsqueeze(1)) @ value).transpose(1, 2).flatten(2)
+        return states + layer.output(layer.sum_norm(summed) * kvqu[..., 3 * 8 :])
+
+    def heads(self, joined: Tensor, count: int) -> tuple[Tensor, ...]:
+        """Split [B, L, count * D] into tensors [B, 2 heads, L, D / 2]."""
+        return joined.unflatten(2, (count, 2, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def interest_of(model: SequenceModel, ids: Any, content: Any, batch: Batch) -> Tensor:
+    """The target's state that the model computes."""
+    found: list[Tensor] = []
+    handle = model.norm.register_forward_hook(lambda module, given, state: found.append(state))
+    model(ids, content, batch)
+    handle.remove()
+    return found[0]
+
+
+@by_content
+@by_name
+@pytest.mark.parametrize("recent", [3, 64])
+def test_outputs_and_gradients_equal_a_padded_reference(
+    name: str, content: ContentSettings | None, recent: int
+) -> None:
+    model = sequence_model(name, content, recent_items=recent)
+    ids, vectors, batch = inputs(LENGTHS)
+    index = torch.tensor([0, 1, 2, 1, 0, 3, 4, 5, 8, 1, 10])  # items repeat
+    batch = replace(with_ages(batch), history_index=index)
+    leaves = [ids.history.requires_grad_(), ids.target.requires_grad_()]
+    leaves += [*model.tokens.parameters(), *model.layers.parameters()]
+    weights = torch.randn(4, 8)
+
+    found = interest_of(model, ids, vectors, batch)
+    expected = Padded(model, ids, vectors, batch).run(model)
+
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    gradients = [
+        torch.autograd.grad((state * weights).sum(), leaves) for state in (found, expected)
+    ]
+    for of_found, of_expected in zip(*gradients):
+        torch.testing.assert_close(of_found, of_expected, rtol=1e-4, atol=1e-4)
+
+
+@by_name
+def test_a_history_is_computed_once_for_all_candidates(name: str) -> None:
+    model = model_of(name, None)
+    sizes: list[int] = []
+
+    def note(layer: Any, states: Tensor, events: Any) -> Any:
+        sizes.append(len(states))
+        return type(layer).history(layer, states, events)
+
+    for layer in model.layers:  # type: ignore[union-attr]
+        layer.history = functools.partial(note, layer)
+    RankingGraph(model)(*request(5, 3).arguments())
+    assert sizes == [model.recent_items]  # one layer below the last, of one history
+
+
+def test_times_between_events_do_not_depend_on_the_moment_of_the_row() -> None:
+    ages = torch.tensor([[700.0, 60.0, 3.0]])
+    later = times_between(ages + 1000)
+    assert torch.equal(times_between(ages), later)
+    assert later[0].tolist() == [[0, 0, 0], [9, 0, 0], [9, 5, 0]]  # later events see earlier ones
+
+
+def test_ages_of_either_scale_are_the_same_seconds() -> None:
+    days = torch.tensor([[0.0], [1.0], [100.0]])
+    written = torch.log10(1 + days) / 2  # as `prepare events` writes an age
+    seconds, logarithms = (TimeGaps.of("age", WITH_AGES, scale) for scale in ("linear", "log_days"))
+    flags = torch.ones(3, 1)
+    torch.testing.assert_close(
+        logarithms.ages(torch.cat([flags, written], dim=1)),
+        seconds.ages(torch.cat([flags, days * 86_400], dim=1)),
+        rtol=1e-4,
+        atol=0.1,
+    )
+    assert (seconds.flags, logarithms.flags) == ([0], [0, 1])  # seconds are no flags
+
+
+def test_buckets_are_rounded_logarithms() -> None:
+    gaps = torch.cat(
+        [torch.arange(300.0), 2.0 ** torch.arange(8, 24) - 1, torch.tensor([-5, 1e30])]
+    )
+    expected = [min(int(math.log2(1 + max(gap, 0))), 31) for gap in gaps.tolist()]
+    assert doubling_buckets(gaps).tolist() == expected
+
+
+@by_name
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"time_gaps": "age"}, r"ranking.time_gaps is 'age'.*\['liked'\]"),
+        ({"sequence_heads": 3}, r"ranking.sequence_heads is 3.*sequence_dim \(8\)"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(
+    name: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        model_of(name, None, **settings)
+
+
+@by_name
+def test_mixed_precision_gives_finite_logits_and_gradients(name: str) -> None:
+    model = sequence_model(name)
+    ids, content, batch = inputs(LENGTHS)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(ids, content, with_ages(batch))
+    logits.float().sum().backward()
+    assert torch.isfinite(logits).all()
+    assert all(torch.isfinite(each.grad).all() for each in model.layers.parameters())
