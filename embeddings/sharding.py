@@ -14,12 +14,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.planner import (
-    EmbeddingShardingPlanner,
-    ParameterConstraints,
-    Topology,
-)
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
@@ -35,15 +30,13 @@ from torchrec.distributed.types import (
 )
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from embeddings.placement.constraints import check_kernels, constraints
 from embeddings.table_sharders import sharders
 from embeddings.tables import TableConfig, check_tables
 
 # Share of the memory left to the dense model, activations and batches. TorchRec's heuristic
 # would instead count every dense parameter six times, a frozen encoder's included.
 RESERVED_SHARE = 0.15
-
-# The planner makes no column shards narrower than this: every shard looks up all ids.
-MIN_COLUMNS = 32
 
 
 def machine_topology(
@@ -108,6 +101,8 @@ def plan_sharding(
     batch_size: int = 512,
     topology: Topology | None = None,
     module_sharders: list[ModuleSharder[nn.Module]] | None = None,
+    prefetch: bool = False,
+    copies: int = 1,
 ) -> ShardingPlan:
     """Plan on rank 0 how ``module``'s tables are sharded. A collective: all ranks get the plan.
 
@@ -121,6 +116,8 @@ def plan_sharding(
         topology: default :func:`machine_topology`; without a process group, of any cluster.
         module_sharders: sharders that DistributedModelParallel will use, whose communication types
             the planner needs; default :func:`sharders` without arguments.
+        prefetch: whether the pipeline fetches rows into the caches of ``uvm_caching`` tables ahead.
+        copies: copies of all tables; the plan is that of the ranks that share one.
 
     Raises:
         ValueError: no plan is possible; the same on every rank, with the planner's reason.
@@ -140,7 +137,14 @@ def plan_sharding(
     if rank == 0:
         try:
             where, cuts = torch.device(device), module_sharders or sharders()
-            message[0] = _plan(module, tables, world_size, where, batch_size, topology, cuts)
+            if topology is None:
+                topology = _topology(world_size, copies, where)
+            elif dist.is_initialized() and topology.world_size != world_size // copies:
+                raise ValueError(
+                    f"the topology has {topology.world_size} ranks and the process group "
+                    f"{world_size // copies} per copy of the tables; make them equal"
+                )
+            message[0] = _plan(module, tables, where, batch_size, topology, cuts, prefetch)
         except Exception as error:  # of any type: the other ranks wait for the outcome
             cause = error
             message[1] = str(error) if type(error) is ValueError else f"planning failed: {error!r}"
@@ -150,6 +154,17 @@ def plan_sharding(
     if message[1] is not None:
         raise ValueError(message[1]) from cause
     return cast(ShardingPlan, message[0])
+
+
+def _topology(world_size: int, copies: int, device: torch.device) -> Topology:
+    """Describe the ranks that share one copy of the tables; each node has some of each copy."""
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return machine_topology(
+        world_size // copies,
+        max(local_world_size // copies, 1),
+        device,
+        host_memory_bytes=free_host_memory() // local_world_size,
+    )
 
 
 def _place_in(group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | None, int, int]:
@@ -164,27 +179,20 @@ def _place_in(group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | None
 def _plan(
     module: nn.Module,
     tables: Sequence[TableConfig],
-    world_size: int,
     device: torch.device,
     batch_size: int,
-    topology: Topology | None,
+    topology: Topology,
     module_sharders: list[ModuleSharder[nn.Module]],
+    prefetch: bool,
 ) -> ShardingPlan:
     check_tables(tables)
     _check_module(module, tables, device)
-    if topology is None:
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        topology = machine_topology(world_size, local_world_size, device)
-    elif dist.is_initialized() and topology.world_size != world_size:
-        raise ValueError(
-            f"the topology has {topology.world_size} ranks and the process group {world_size}; "
-            "make them equal"
-        )
+    world_size = topology.world_size
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
         storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
-        constraints={table.name: _constraints(table, topology.world_size) for table in tables},
+        constraints={table.name: constraints(table, world_size, prefetch) for table in tables},
         stats=NoopEmbeddingStats(),
         debug=False,
     )
@@ -202,16 +210,7 @@ def _check_module(module: nn.Module, tables: Sequence[TableConfig], device: torc
                 f"table '{table.name}' has no fused optimizer and would train with a default; "
                 "call fuse_table_optimizers before plan_sharding"
             )
-        if device.type == "cpu" and table.optimizer == "adam" and not table.frozen:
-            raise ValueError(
-                f"table '{table.name}': the fused kernel of optimizer 'adam' needs CUDA; choose "
-                "'rowwise_adagrad', 'adagrad' or 'sgd' on CPU"
-            )
-        if device.type == "cpu" and table.weight_decay > 0 and not table.frozen:
-            raise ValueError(
-                f"table '{table.name}': weight_decay {table.weight_decay} needs CUDA, the fused "
-                "kernels on CPU ignore it; set it to 0"
-            )
+        check_kernels(table, device)
 
 
 def table_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -238,32 +237,6 @@ def parameters_of(module: nn.Module, tables: Sequence[TableConfig]) -> dict[str,
         place = "the model" if name in parameters else "the configuration"
         raise ValueError(f"table '{name}' is only in {place}; configure every table once")
     return parameters
-
-
-def _constraints(table: TableConfig, world_size: int) -> ParameterConstraints:
-    return ParameterConstraints(
-        sharding_types=None if table.sharding == "auto" else [table.sharding],
-        compute_kernels=[EmbeddingComputeKernel.FUSED.value],
-        min_partition=_column_shard_width(
-            table.embedding_dim,
-            world_size,
-            MIN_COLUMNS if table.sharding == "auto" else 1,
-        ),
-        # At least 1: with an estimated load of 0 the planner would put the table anywhere.
-        pooling_factors=[max(table.ids_per_row.get(name, 1.0), 1.0) for name in table.features],
-    )
-
-
-def _column_shard_width(dim: int, world_size: int, min_columns: int) -> int:
-    """Return the width of equal column shards, as many as possible up to one per rank.
-
-    The kernels need a multiple of 4.
-    """
-    for shards in range(world_size, 1, -1):
-        width = dim // shards
-        if dim % shards == 0 and width % 4 == 0 and width >= min_columns:
-            return width
-    return dim
 
 
 def _does_not_fit(error: PlannerError, tables: Sequence[TableConfig]) -> str:

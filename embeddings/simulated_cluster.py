@@ -40,13 +40,17 @@ class Cluster:
         """Number of ranks."""
         return self.nodes * self.ranks_per_node
 
-    def topology(self) -> Topology:
-        """Describe the cluster for the planner, with the memory reserve of real machines."""
+    def topology(self, copies: int = 1) -> Topology:
+        """Describe the cluster for the planner, with the memory reserve of real machines.
+
+        Args:
+            copies: copies of the tables; the description is of the ranks that share one.
+        """
         device = self.device
         is_cpu = device.kind == "cpu"
         return machine_topology(
-            self.world_size,
-            self.ranks_per_node,
+            self.world_size // copies,
+            max(self.ranks_per_node // copies, 1),
             torch.device(device.kind),
             device_memory_bytes=None if is_cpu else device.memory_bytes,
             host_memory_bytes=device.memory_bytes if is_cpu else device.host_memory_bytes,

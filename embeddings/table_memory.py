@@ -1,13 +1,15 @@
 """Bytes of a table's weights and optimizer state, on each rank of a plan, and how to make it fit.
 
 Weights and moments are float32. Row-wise Adagrad keeps one moment per row of each shard, Adagrad
-one per weight, Adam two per weight, SGD and frozen tables none.
+one per weight, Adam two per weight, SGD and frozen tables none. A table of kernel `uvm` lies in
+host memory, with its state; `uvm_caching` has a cache on the device beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 
@@ -15,6 +17,8 @@ from embeddings.sharding import RESERVED_SHARE
 from embeddings.tables import TableConfig
 
 FLOAT = 4  # bytes
+# FBGEMM's cache keeps an int32 per row of the table and two int64 per row of the cache.
+CACHE_INDEX_BYTES, CACHE_SLOT_BYTES = 4, 16
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,26 @@ class TableMemory:
         weights = FLOAT * sum(shard.rows * shard.columns for shard in here)
         return weights, sum(state_bytes(self.table, s.rows, s.columns) for s in here)
 
+    def on_device_of(self, rank: int) -> int:
+        """Return the bytes in the memory of a rank's device."""
+        here = [shard for shard in self.shards if shard.rank == rank]
+        return sum(device_bytes(self.table, shard.rows, shard.columns) for shard in here)
+
+    def on_host_of(self, rank: int) -> int:
+        """Return the bytes in host memory beside a rank's GPU."""
+        return 0 if self.table.kernel == "fused" else sum(self.on_rank(rank))
+
+
+def device_bytes(table: TableConfig, rows: int, columns: int) -> int:
+    """Return the bytes that a piece of a table takes of the device's memory."""
+    if table.kernel == "uvm":
+        return 0
+    weights = FLOAT * rows * columns
+    if table.kernel == "fused":
+        return weights + state_bytes(table, rows, columns)
+    share = table.cache_load_factor
+    return ceil(weights * share + rows * (CACHE_INDEX_BYTES + CACHE_SLOT_BYTES * share))
+
 
 def state_bytes(table: TableConfig, rows: int, columns: int) -> int:
     """Return the bytes that the fused optimizer keeps for a piece of a table."""
@@ -81,6 +105,11 @@ def table_bytes(table: TableConfig) -> int:
     """Return the bytes of weights and optimizer state of an unsharded table."""
     rows, dim = table.num_embeddings, table.embedding_dim
     return FLOAT * rows * dim + state_bytes(table, rows, dim)
+
+
+def _on_devices(table: TableConfig) -> int:
+    """Return the bytes that an unsharded table takes of the devices' memory."""
+    return device_bytes(table, table.num_embeddings, table.embedding_dim)
 
 
 def table_memory(table: TableConfig, plan: ShardingPlan) -> TableMemory:
@@ -100,20 +129,21 @@ def table_memory(table: TableConfig, plan: ShardingPlan) -> TableMemory:
 
 
 def what_does_not_fit(
-    tables: Sequence[TableConfig], bytes_per_rank: int, world_size: int
+    tables: Sequence[TableConfig], bytes_per_rank: int, world_size: int, host_bytes: int = 0
 ) -> list[str]:
     """List the tables that do not fit, the largest first, and changes that would make all fit.
 
     Args:
         tables: the tables of a model.
         bytes_per_rank: memory of a rank; the planner reserves a share of it for everything else.
-        world_size: number of ranks.
+        world_size: number of ranks, which share one copy of the tables.
+        host_bytes: host memory per rank that tables may take beside a GPU's; 0: none.
     """
     room = int(bytes_per_rank * (1 - RESERVED_SHARE))
-    total = sum(map(table_bytes, tables))
+    total = sum(map(_on_devices, tables))
     lines = []
-    for table in sorted(tables, key=table_bytes, reverse=True):
-        size, pieces = table_bytes(table), _most_pieces(table, world_size)
+    for table in sorted(tables, key=_on_devices, reverse=True):
+        size, pieces = _on_devices(table), _most_pieces(table, world_size)
         if size > pieces * room:
             where = "one rank" if pieces == 1 else f"{pieces:,} ranks"
             lines.append(
@@ -123,7 +153,8 @@ def what_does_not_fit(
             )
     if total > world_size * room and len(tables) > 1:
         lines.append(f"all tables take {total:,} bytes; the ranks can hold {world_size * room:,}")
-    return lines + [f"enough would be: {fix}" for fix in _fixes(tables, room, world_size)]
+    fixes = _fixes(tables, room, world_size, host_bytes)
+    return lines + [f"enough would be: {fix}" for fix in fixes]
 
 
 def _most_pieces(table: TableConfig, world_size: int) -> int:
@@ -135,27 +166,30 @@ def _most_pieces(table: TableConfig, world_size: int) -> int:
     return world_size
 
 
-def _fixes(tables: Sequence[TableConfig], room: int, world_size: int) -> list[str]:
+def _fixes(tables: Sequence[TableConfig], room: int, world_size: int, host_bytes: int) -> list[str]:
     """List changes, each of which alone makes all tables fit."""
-    largest = max(tables, key=table_bytes)
-    name, others = largest.name, sum(map(table_bytes, tables)) - table_bytes(largest)
+    largest = max(tables, key=_on_devices)
+    name, others = largest.name, sum(map(_on_devices, tables)) - _on_devices(largest)
     fixes = []
     if _fit(tables, room, world_size):
         return []
-    ranks = -(-(others + table_bytes(largest)) // room)
+    ranks = -(-(others + _on_devices(largest)) // room)
     if _fit(tables, room, ranks):
         fixes.append(f"{ranks:,} ranks")
     if largest.sharding in ("table_wise", "column_wise"):
         fixes += _if_fits(tables, replace(largest, sharding="row_wise"), room, world_size)
     if largest.optimizer in ("adam", "adagrad"):
         fixes += _if_fits(tables, replace(largest, optimizer="rowwise_adagrad"), room, world_size)
+    on_host = sum(table_bytes(t) for t in tables if t is largest or t.kernel != "fused")
+    if largest.kernel == "fused" and on_host <= world_size * host_bytes:
+        fixes += _if_fits(tables, replace(largest, kernel="uvm_caching"), room, world_size)
     left = _most_pieces(largest, world_size) * room
     left = min(left, world_size * room - others)
     for dim in range(largest.embedding_dim // 4 * 4, 0, -4):
-        if table_bytes(replace(largest, embedding_dim=dim)) <= left:
+        if _on_devices(replace(largest, embedding_dim=dim)) <= left:
             fixes.append(f"embedding_dim {dim} for table '{name}'")
             break
-    rows = left * largest.num_embeddings // table_bytes(largest)
+    rows = left * largest.num_embeddings // _on_devices(largest)
     if rows > 0:
         fixes.append(f"num_embeddings {rows:,} for table '{name}'")
     return fixes
@@ -171,13 +205,13 @@ def _if_fits(
     before = next(table for table in tables if table.name == changed.name)
     words = [
         f"{field} '{getattr(changed, field)}'"
-        for field in ("sharding", "optimizer")
+        for field in ("sharding", "optimizer", "kernel")
         if getattr(changed, field) != getattr(before, field)
     ]
     return [f"{', '.join(words)} for table '{changed.name}'"]
 
 
 def _fit(tables: Sequence[TableConfig], room: int, world_size: int) -> bool:
-    sizes = [(table_bytes(table), _most_pieces(table, world_size)) for table in tables]
+    sizes = [(_on_devices(table), _most_pieces(table, world_size)) for table in tables]
     total = sum(size for size, _ in sizes)
     return total <= world_size * room and all(size <= pieces * room for size, pieces in sizes)

@@ -11,11 +11,14 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.tensor import DTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
 )
+from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 from torchrec.distributed.types import (
     ModuleSharder,
     ParameterSharding,
@@ -126,10 +129,20 @@ def _shard_with_weights(
     for name, tensor in sharded.state_dict().items():
         initializer = initializers[name.split(".")[-2]]
         assert isinstance(initializer, NormalInitializer), (name, initializer)
-        for piece in tensor.local_shards():
-            row_offset, column_offset = piece.metadata.shard_offsets
-            initializer.fill(piece.tensor, row_offset, column_offset)
+        for piece, (row_offset, column_offset) in _local_pieces(tensor):
+            initializer.fill(piece, row_offset, column_offset)
     return sharded
+
+
+def _local_pieces(table: ShardedTensor | DTensor) -> Iterator[tuple[torch.Tensor, Sequence[int]]]:
+    """Yield the shards on this rank with their offsets; of several copies TorchRec has DTensors."""
+    if isinstance(table, ShardedTensor):
+        for shard in table.local_shards():
+            yield shard.tensor, shard.metadata.shard_offsets
+    else:
+        pieces = cast(LocalShardsWrapper, table.to_local())
+        # A rank without a shard has the offsets of none.
+        yield from zip(pieces.local_shards(), pieces.local_offsets(), strict=False)
 
 
 @contextmanager

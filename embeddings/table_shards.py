@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from embeddings.placement.current_state import local_tensors
 from embeddings.table_state import table_weights
 
 
@@ -46,9 +47,9 @@ def local_shards(model: DistributedModelParallel) -> Iterator[tuple[str, TableSh
     """Yield every table's name with each of its shards on this rank."""
     states = model.fused_optimizer.state_dict()["state"]
     for key, weight in table_weights(model).items():
-        kept = [state.local_shards() for state in states.get(key, {}).values()]
+        kept = [local_tensors(state) for state in states.get(key, {}).values()]
         for index, shard in enumerate(weight.local_shards()):
             row, column = shard.metadata.shard_offsets
-            own = [shards[index].tensor for shards in kept]
+            own = [tensors[index] for tensors in kept]
             by_row = [state for state in own if len(state) == len(shard.tensor)]
             yield key.split(".")[-2], TableShard(shard.tensor.detach(), by_row, row, column)

@@ -15,20 +15,19 @@ Shapes: R rows, D dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-    SplitTableBatchedEmbeddingBagsCodegen,
-)
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardMetadata
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
 from torch.distributed.remote_device import _remote_device
 from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from embeddings.placement.current_state import current_state, local_tensors, table_kernels
 
 BLOCK_BYTES = 64 * 2**20
 MAX_BLOCKS = 64  # of a shard: checks inside torch are quadratic in their number
@@ -111,23 +110,14 @@ def set_table_steps(model: nn.Module, step: int) -> None:
         kernel.set_optimizer_step(step)
 
 
-def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
-    """Yield the modules of FBGEMM that hold the shards of this rank.
-
-    TorchRec keeps its lookups in a plain list, which `model.modules()` does not visit.
-    """
-    for collection in model.modules():
-        for lookup in getattr(collection, "_lookups", []):
-            for module in lookup.modules():
-                if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
-                    yield module
-
-
 def table_weights(model: DistributedModelParallel) -> dict[str, ShardedTensor]:
-    """Return the tables by parameter name, each [R, D], sharing memory with the model."""
+    """Return the tables by parameter name, each [R, D], sharing memory with the model.
+
+    What is written before the next step takes effect; see `current_state`.
+    """
     return {
         name: value
-        for name, value in model.state_dict().items()
+        for name, value in current_state(model).items()
         if isinstance(value, ShardedTensor)
     }
 
@@ -149,12 +139,13 @@ class TableOptimizerState:
         """Collect the moments of all ranks. A collective."""
         self.group = group
         self.weights = table_weights(model)
-        self.local: dict[_Moment, ShardedTensor] = {}
+        self.local: dict[_Moment, list[Tensor]] = {}  # on this rank, in the order of the shards
         # A rank without a shard of a table does not know its moments, but must join the collective.
         for key, values in model.fused_optimizer.state_dict()["state"].items():
             for name, value in values.items():
-                row_wise = len(value.metadata().size) == 1
-                self.local[_Moment(key, name.rsplit(".", 1)[-1], row_wise)] = value
+                row_wise = len(value.size()) == 1
+                moment = _Moment(key, name.rsplit(".", 1)[-1], row_wise)
+                self.local[moment] = local_tensors(value)
         of_ranks: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(of_ranks, list(self.local), group=group)
         everywhere = {moment for moments in of_ranks for moment in moments}
@@ -192,11 +183,11 @@ class TableOptimizerState:
         if moment not in self.local:
             return {}
         weights = self.weights[moment.key].local_shards()
-        tensors = self.local[moment].local_shards()
-        assert [len(shard.tensor) for shard in weights] == [len(shard.tensor) for shard in tensors]
+        tensors = self.local[moment]
+        assert [len(shard.tensor) for shard in weights] == [len(tensor) for tensor in tensors]
         return {
-            tuple(weight.metadata.shard_offsets): shard.tensor
-            for weight, shard in zip(weights, tensors, strict=True)
+            tuple(weight.metadata.shard_offsets): tensor
+            for weight, tensor in zip(weights, tensors, strict=True)
         }
 
     def _row_wise(self, moment: _Moment, stored: list[str] | None) -> State:

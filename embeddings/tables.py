@@ -20,9 +20,11 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 Pooling = Literal["none", "sum", "mean"]
 Sharding = Literal["auto", "row_wise", "table_wise", "column_wise"]
 TableOptimizer = Literal["rowwise_adagrad", "adagrad", "adam", "sgd"]
+Kernel = Literal["fused", "uvm", "uvm_caching"]
 
 # Rows per draw of the initial weights. A shard that starts inside a block draws the whole block.
 INITIALIZATION_BLOCK_ROWS = 16384
+CACHE_LOAD_FACTOR = 0.2  # TorchRec's
 
 
 @dataclass
@@ -66,6 +68,11 @@ class TableConfig:
     eps: float = 1e-8  # added to the root of the second moment
     init_std: float = 0.01  # standard deviation of the normal initial weights
     frozen: bool = False  # never updated, no optimizer state; training settings are ignored
+    # Memory of the rows: the device's, the host's (CUDA), or the host's with a cache on the device.
+    kernel: Kernel = "fused"
+    cache_load_factor: float = (
+        CACHE_LOAD_FACTOR  # share of the rows that fit into the cache of uvm_caching
+    )
     # Mean ids per row of a feature, for the planner's estimate of the load; default 1.
     ids_per_row: dict[str, float] = field(default_factory=dict)
 
@@ -87,6 +94,11 @@ class TableConfig:
                     f"table '{self.name}': {field_name} is {value!r}; set a finite number of at "
                     "least 0"
                 )
+        if not 0.0 < self.cache_load_factor <= 1.0:
+            raise ValueError(
+                f"table '{self.name}': cache_load_factor is {self.cache_load_factor!r}; set a "
+                "share of the rows, > 0 and <= 1"
+            )
         if self.embedding_dim % 4 != 0:
             raise ValueError(
                 f"table '{self.name}': embedding_dim is {self.embedding_dim}, and FBGEMM's kernels "
@@ -125,8 +137,8 @@ class TableConfig:
             )
 
     def _check_choices(self) -> None:
-        choices = {"pooling": Pooling, "sharding": Sharding, "optimizer": TableOptimizer}
-        for field_name, choice in choices.items():
+        choices = [("pooling", Pooling), ("sharding", Sharding), ("optimizer", TableOptimizer)]
+        for field_name, choice in [*choices, ("kernel", Kernel)]:
             value, allowed = getattr(self, field_name), get_args(choice)
             if value not in allowed:
                 raise ValueError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.model_parallel import DistributedModelParallel, DMPCollection
 from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer
 
@@ -26,6 +26,7 @@ from embeddings import (
     plan_sharding,
     sharders,
 )
+from embeddings.placement.copies import CopiesMean, distribute_copies
 from embeddings.row_reset import RowReset
 from recsys.config import Config, content_settings, softmax_settings
 from recsys.config.checks import validate
@@ -39,13 +40,18 @@ from recsys.data.parquet.file import mean_list_lengths
 from recsys.data.row_source import RowSource, open_rows
 from recsys.data.schema import Schema, load_schema
 from recsys.data.vocabularies import BoundedVocabularies
-from recsys.distributed.accumulation import AccumulatingPipeline, DenseUpdate
+from recsys.distributed.accumulation import (
+    AccumulatingPipeline,
+    DenseUpdate,
+    PrefetchingPipeline,
+)
 from recsys.distributed.data_parallel import DataParallelWrapper
 from recsys.distributed.ranks import Ranks
 from recsys.kernels import choose_kernels
 from recsys.model.build import build_em3
 from recsys.model.compilation import compile_dense_parts
 from recsys.model.em3 import EM3
+from recsys.model.placement import check_placement
 from recsys.model.precision import dense_parts, use_bfloat16
 from recsys.model.tables import pooled_features, table_configs
 from recsys.optimizer import (
@@ -156,6 +162,7 @@ def build_job(
         validate(config)
         root = Location.of(data)
         schema = schema or load_schema(root)
+        check_placement(config, schema, ranks.device.type, ranks.world_size, ranks.local_world_size)
         tables = table_configs(config, schema, mean_list_lengths(root, schema, rows))
     store, encoders, bank = build_content(config, root, schema, ranks)
     with ranks.raise_on_all_ranks():
@@ -165,14 +172,21 @@ def build_job(
         _cast_and_compile(em3, config, ranks.device)
     types = config.embedding.communication
     cuts = sharders(types.forward, types.backward)
-    plan = plan_sharding(em3, tables, ranks.group, ranks.device, config.batch_size, None, cuts)
-    model = _distributed(em3, ranks, plan, cuts)
+    copies, prefetch = config.embedding.parallel.copies, config.embedding.prefetch
+    plan = plan_sharding(
+        em3, tables, ranks.group, ranks.device, config.batch_size, None, cuts, prefetch, copies
+    )
+    text = format_plan(plan, tables)
+    model = _distributed(em3, ranks, plan, cuts, copies)
     optimizer, dense = build_dense_optimizer(model, dense_groups(config), config.optimizer)
     schedule = build_schedule(dense, config.optimizer)
     averages = build_averages(model, config.optimizer)
     vocabularies = _bounded_vocabularies(config, schema, ranks, model, tables, bank)
     update = DenseUpdate(optimizer, dense, config.optimizer.clip_norm, averages)
-    pipeline = AccumulatingPipeline(model, update, ranks.device, config.accumulate_steps)
+    kind = PrefetchingPipeline if prefetch else AccumulatingPipeline
+    pipeline = kind(
+        model, update, ranks.device, config.accumulate_steps, _copies_mean(model, config)
+    )
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
     return Job(
         config,
@@ -187,21 +201,30 @@ def build_job(
         pipeline,
         vocabularies,
         BatchPreparation(config, store, bank, vocabularies, ranks.group, _sampler(config, schema)),
-        plan=format_plan(plan, tables),
+        plan=text,
         parameters=describe_optimizers(model, tables, dense),
         train_folder=rows,
     )
 
 
 def _distributed(
-    em3: EM3, ranks: Ranks, plan: ShardingPlan, cuts: list[ModuleSharder[nn.Module]]
+    em3: EM3, ranks: Ranks, plan: ShardingPlan, cuts: list[ModuleSharder[nn.Module]], copies: int
 ) -> DistributedModelParallel:
     """Shard the tables and make the dense parts data-parallel. A collective."""
-    env = ShardingEnv.from_process_group(ranks.group)
     wrapper = DataParallelWrapper()
+    if copies > 1:
+        return distribute_copies(em3, plan, copies, ranks.device, ranks.group, cuts, wrapper)
+    env = ShardingEnv.from_process_group(ranks.group)
     return DistributedModelParallel(
         em3, env, ranks.device, plan, cuts, data_parallel_wrapper=wrapper
     )
+
+
+def _copies_mean(model: DistributedModelParallel, config: Config) -> CopiesMean | None:
+    """Return what keeps several copies of the tables equal; None if there is one."""
+    if not isinstance(model, DMPCollection):
+        return None
+    return CopiesMean(model, config.embedding.parallel.sync_every_steps)
 
 
 def check_columns(config: Config, data: str, ranks: Ranks, schema: Schema | None = None) -> None:

@@ -7,11 +7,20 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
+from tests.ranks import require_gpus
 from tests.recsys.command_runs import TrainedRun, train_by_torchx
 
 # A busy machine takes longer for an example, and longer to make one.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The device of a test: each test that asks runs on CPU, and under `-m gpu` on GPUs."""
+    if request.param == "cuda":
+        require_gpus(1)
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from typing import Any
 from recsys.config import Config, config_of_plain, to_plain
 
 # Settings that may change between a checkpoint and the run that continues it: length and speed of
-# # training, distribution of the work, reports. All others define the stored tensors.
+# training, distribution of the work, reports. All others define the stored tensors.
 CHANGEABLE = (
     "epochs",
     "validations_per_epoch",
@@ -49,9 +49,13 @@ CHANGEABLE = (
     "optimizer.ema_decay",
     "embedding.sharding",
     "embedding.communication.*",
+    "embedding.prefetch",
+    "embedding.parallel.*",
     "embedding.learning_rate",
     "embedding.weight_decay",
     "embedding.tables.*.sharding",
+    "embedding.tables.*.kernel",
+    "embedding.tables.*.cache_load_factor",
     "embedding.tables.*.learning_rate",
     "embedding.tables.*.weight_decay",
     "embedding.tables.*.init_from.*",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+from embeddings.placement.current_state import current_state
 from embeddings.table_state import State, TableOptimizerState, copied_to_host, in_blocks
 from recsys.build import Job
 from recsys.content.encoders.base import Encoder
@@ -39,7 +40,7 @@ def model_state(job: Job, stored_names: Collection[str] | None = None) -> State:
         f"model.{name}": in_blocks(value, job.ranks.group)
         if isinstance(value, ShardedTensor)
         else value
-        for name, value in job.model.state_dict().items()
+        for name, value in current_state(job.model).items()
         if stored(name)
     }
     if job.em3.content is not None and job.em3.content.bank is not None:

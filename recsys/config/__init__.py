@@ -9,6 +9,7 @@ from recsys.config.content import SamplingSettings as SamplingSettings
 from recsys.config.embedding import CommunicationSettings as CommunicationSettings
 from recsys.config.embedding import EmbeddingSettings as EmbeddingSettings
 from recsys.config.embedding import InitFromSettings as InitFromSettings
+from recsys.config.embedding import ParallelSettings as ParallelSettings
 from recsys.config.embedding import TableSettings as TableSettings
 from recsys.config.load import add_config_arguments as add_config_arguments
 from recsys.config.load import config_from as config_from

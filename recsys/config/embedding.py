@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recsys.config.limits import Dropout, NonNegativeFloat, Width
+from recsys.config.limits import CacheShare, Dropout, NonNegativeFloat, PositiveInt, Width
 
 Sharding = Literal["auto", "row_wise", "table_wise", "column_wise"]
 TableOptimizer = Literal["rowwise_adagrad", "adagrad", "adam", "sgd"]
 NewRows = Literal["random", "mean", "content"]
+Kernel = Literal["fused", "uvm", "uvm_caching"]
 WireType = Literal["fp32", "fp16", "bf16"]
 
 
@@ -46,6 +47,12 @@ class TableSettings:
     without it, as it must for new ids; pooled tables only."""
     frozen: bool = False
     """Keep the initial weights, such as those of `init_from`."""
+    kernel: Kernel = "fused"
+    """Memory of the table's rows and their optimizer state. fused: the device's; uvm: the host's,
+    read by the GPU at each lookup; uvm_caching: the host's, with a cache of rows on the GPU. uvm
+    and uvm_caching need CUDA."""
+    cache_load_factor: CacheShare | None = None
+    """Share of the rows that fit into the cache of kernel uvm_caching; default: 0.2."""
     init_from: InitFromSettings | None = None
     """Pretrained initial vectors."""
     new_rows: NewRows = "random"
@@ -62,6 +69,17 @@ class CommunicationSettings:
     """Type of the vectors."""
     backward: WireType = "fp32"
     """Type of their gradients."""
+
+
+@dataclass
+class ParallelSettings:
+    """Several copies of the tables, each on some of the ranks (2D parallelism); needs CUDA."""
+
+    copies: PositiveInt = 1
+    """Number of copies. Lookups of a rank stay among the ranks of its copy; ranks of a node hold
+    the same part of different copies, so it must divide the ranks of a node."""
+    sync_every_steps: PositiveInt = 1
+    """Steps from one mean over the copies, of weights and optimizer state, to the next."""
 
 
 @dataclass
@@ -87,3 +105,7 @@ class EmbeddingSettings:
     index_dedup: bool = True
     """Look up each distinct history item once per batch and rank."""
     communication: CommunicationSettings = field(default_factory=CommunicationSettings)
+    prefetch: bool = False
+    """Fetch the rows of the next batch into the caches of uvm_caching tables while the current one
+    is computed; needs CUDA."""
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)

@@ -57,6 +57,7 @@ PositiveFloat = Annotated[float, _float("FinitePositive", (">", 0), ("<", math.i
 Seconds = Annotated[float, _float("FiniteSeconds", (">=", 1), ("<", math.inf))]
 Share = Annotated[float, typing.ClosedUnitInterval]
 Dropout = Annotated[float, _float("Dropout", (">=", 0), ("<", 1))]
+CacheShare = Annotated[float, _float("CacheShare", (">", 0), ("<=", 1))]
 
 
 def check_settings(value: Any, name: str = "", hint: Any = None) -> None:

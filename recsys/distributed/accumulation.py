@@ -21,10 +21,14 @@ from torch.autograd.profiler import record_function
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import (
+    PrefetchTrainPipelineSparseDist,
+    TrainPipelineSparseDist,
+)
 from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineContext
 from torchrec.optim.keyed import CombinedOptimizer
 
+from embeddings.placement.copies import CopiesMean
 from recsys.distributed.ids_exchange import exchange_ids, keep_ids
 from recsys.optimizer import AveragedWeights, gradient_norm
 
@@ -81,6 +85,7 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
         update: the update of the dense parameters at the end of each group.
         device: the model's device.
         accumulate_steps: k, the batches of a group.
+        copies: what sets several copies of the tables to their mean, or None.
 
     Example::
 
@@ -98,6 +103,7 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
         update: DenseUpdate,
         device: torch.device,
         accumulate_steps: int = 1,
+        copies: CopiesMean | None = None,
     ) -> None:
         """Set up TorchRec's pipeline with an optimizer that steps once per group."""
         super().__init__(
@@ -109,7 +115,7 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
         )
         self.update = update
         self._optimizer = cast(Any, _OncePerGroup(update, self))
-        self.accumulate_steps = accumulate_steps
+        self.accumulate_steps, self.copies = accumulate_steps, copies
         self.has_stepped = False  # whether the last batch was the end of a group
         self._left: int | None = None  # remaining training batches; None: not known
         self._group_size, self._position = accumulate_steps, 0
@@ -154,6 +160,8 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
             try:
                 output = self.progress(batches)
             except StopIteration:
+                if self.copies is not None:
+                    self.copies.settle()  # what follows saves or scores the tables
                 return
             yield output
 
@@ -173,6 +181,8 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
             self.has_stepped = self.is_last
             self._position = (self._position + 1) % self._group_size
             self._left = None if self._left is None else self._left - 1
+            if self.copies is not None:
+                self.copies.step()
         return output
 
     def _pipeline_model(self, *arguments: Any, **named: Any) -> None:
@@ -194,8 +204,10 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
         context.fused_splits_awaitables.clear()
 
     def _forward(self, batch: Any) -> tuple[Tensor, Any]:
+        """Return the loss [] that the backward gets, and the output."""
         with self._synchronization():
-            return cast(tuple[Tensor, Any], self._model(batch))
+            losses, output = self._model(batch)
+        return losses / self._group_size if self._model.training else losses, output
 
     def _synchronization(self) -> AbstractContextManager[Any]:
         """Skip the all_reduce of dense gradients for a batch that does not end a group.
@@ -210,11 +222,13 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
         wrapped = self._model._dmp_wrapped_module
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
 
-    def _backward(
-        self,
-        losses: Tensor,  # []
-    ) -> None:
-        super()._backward(losses / self._group_size)
+
+class PrefetchingPipeline(AccumulatingPipeline, PrefetchTrainPipelineSparseDist[Any, Any]):
+    """The same pipeline, which fetches rows of the next batch into the caches of `uvm_caching`.
+
+    TorchRec's stage runs between the forward and the backward of the current batch, on a stream of
+    its own. Tables without a cache are left as they are.
+    """
 
 
 class _OncePerGroup:

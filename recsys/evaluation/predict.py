@@ -40,6 +40,7 @@ from recsys.evaluation.evaluate import evaluate_split, format_evaluation, score
 from recsys.evaluation.forward_pass import require_finite, rows_per_batch
 from recsys.evaluation.scores import scores_file
 from recsys.model.label_losses import predictions
+from recsys.model.placement import placed_for_scoring
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ def load_run(
         if not (run / "metrics.json").is_file():
             raise ValueError(f"{run}: holds no finished run (metrics.json); train it first")
         config = load_config(run / "config.yaml", ["--device", device, *changed])
+        config = placed_for_scoring(config, ranks.device.type)
         data = data or regular_file(run / "data.txt").read_text().strip()
         schema = schema_of_data(run, Location.of(data), ranks)
         train_folder = add_new_items(run, schema, Location.of(data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from embeddings import TableConfig
+from embeddings.tables import CACHE_LOAD_FACTOR
 from recsys.config import Config, TableSettings, softmax_settings
 from recsys.data.negatives import negatives_feature
 from recsys.data.schema import Schema
@@ -102,5 +103,7 @@ def _table_config(
         weight_decay=defaults.weight_decay if own.weight_decay is None else own.weight_decay,
         init_std=defaults.init_std,
         frozen=own.frozen,
+        kernel=own.kernel,
+        cache_load_factor=own.cache_load_factor or CACHE_LOAD_FACTOR,
         ids_per_row={name: list_lengths[name] for name in features if name in list_lengths},
     )

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings import TableConfig, build_embedding_bag_collection, build_embedding_collection
-from embeddings.tables import Sharding, TableOptimizer
+from embeddings.tables import Kernel, Sharding, TableOptimizer
 
 DIM, SEED, STEPS, BATCH = 8, 11, 3, 4
 FEATURES = ["user", "tags", "item", "history"]
@@ -45,7 +45,10 @@ LABELS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.
 
 
 def table_configs(
-    sharding: Sharding = "auto", optimizer: TableOptimizer = "sgd", learning_rate: float = 0.1
+    sharding: Sharding = "auto",
+    optimizer: TableOptimizer = "sgd",
+    learning_rate: float = 0.1,
+    kernel: Kernel = "fused",
 ) -> list[TableConfig]:
     def table(name: str, rows: int, features: list[str], pooling: str) -> TableConfig:
         return TableConfig(
@@ -58,6 +61,7 @@ def table_configs(
             optimizer=optimizer,
             learning_rate=learning_rate,
             init_std=0.1,
+            kernel=kernel,
         )
 
     return [
@@ -67,13 +71,13 @@ def table_configs(
     ]
 
 
-def jagged(step: int, rows: slice) -> KeyedJaggedTensor:
+def jagged(step: int, rows: slice, device: torch.device | str = "cpu") -> KeyedJaggedTensor:
     """Some rows of a step's batch, as the collections take it."""
     lists = [ids for feature in FEATURES for ids in BATCHES[step][feature][rows]]
     return KeyedJaggedTensor(
         keys=FEATURES,
-        values=torch.tensor([item for ids in lists for item in ids]),
-        lengths=torch.tensor([len(ids) for ids in lists]),
+        values=torch.tensor([item for ids in lists for item in ids], device=device),
+        lengths=torch.tensor([len(ids) for ids in lists], device=device),
     )
 
 
@@ -109,23 +113,25 @@ class PlainRun:
     weights: dict[str, Tensor]
 
 
-def initial_tables() -> dict[str, Tensor]:
-    """The tables' initial weights, from unsharded collections."""
+def initial_tables(device: str = "cpu") -> dict[str, Tensor]:
+    """The tables' initial weights on that device, from unsharded collections, on the host."""
     torch.manual_seed(SEED)
-    model = TablesModel(table_configs(), device="cpu")
+    model = TablesModel(table_configs(), device=device)
     tables = {**model.bags.embedding_bags, **model.sequences.embeddings}
-    return {name: holder.weight.detach().clone() for name, holder in tables.items()}
+    return {name: holder.weight.detach().clone().cpu() for name, holder in tables.items()}
 
 
 def train_in_plain_pytorch(
-    optimizer: TableOptimizer, column_shards: int, learning_rate: float = 0.1
+    optimizer: TableOptimizer, column_shards: int, learning_rate: float = 0.1, device: str = "cpu"
 ) -> PlainRun:
-    """The whole batch on one device with ``embedding_bag`` and a hand-written update.
+    """The whole batch on the host with ``embedding_bag`` and a hand-written update.
+
+    ``device``: where the initial weights were drawn.
 
     ``column_shards``: row-wise Adagrad keeps one moment per row and column shard, which is what
     column-wise sharding does.
     """
-    tables = {name: weight.requires_grad_() for name, weight in initial_tables().items()}
+    tables = {name: weight.requires_grad_() for name, weight in initial_tables(device).items()}
     moments = {name: torch.zeros(len(weight), column_shards) for name, weight in tables.items()}
     dense = TablesModel(table_configs()).dense
     adamw = torch.optim.AdamW(dense.parameters(), lr=0.01, weight_decay=0.0)

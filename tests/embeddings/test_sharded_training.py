@@ -28,7 +28,7 @@ from tests.embeddings.tables_model import (
     train_in_plain_pytorch,
     whole_table,
 )
-from tests.ranks import run_on_ranks
+from tests.ranks import RunsByWorldSize, rank_device, run_on_ranks
 
 CASES = [
     (sharding, optimizer)
@@ -41,6 +41,7 @@ CASES = [
 class RankRun:
     """What one rank saw: its rows of the batch, its shards of the tables."""
 
+    device: str
     vectors: dict[str, Tensor]  # of the first step, [rows, D] by feature
     logits: Tensor  # [steps, rows]
     first_shards: dict[str, list[tuple[list[int], Tensor]]]  # by table: offsets and weights
@@ -53,29 +54,34 @@ def train_all_cases(rank: int, world_size: int) -> dict[tuple[str, str], RankRun
     return {case: train(rank, world_size, *case) for case in CASES}
 
 
-def train(rank: int, world_size: int, sharding: Any, optimizer: Any) -> RankRun:
+def train(
+    rank: int, world_size: int, sharding: Any, optimizer: Any, kernel: Any = "fused"
+) -> RankRun:
     torch.manual_seed(SEED)
-    tables = table_configs(sharding, optimizer)
+    device = rank_device()
+    tables = table_configs(sharding, optimizer, kernel=kernel)
     model = TablesModel(tables)
     fuse_table_optimizers(model, tables)
-    plan = plan_sharding(model, tables, batch_size=BATCH // world_size)
-    sharded = DistributedModelParallel(model, plan=plan, sharders=sharders())
+    plan = plan_sharding(model, tables, device=device, batch_size=BATCH // world_size)
+    sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders())
     combined, _ = build_dense_optimizer(sharded, [DenseGroup("all", [""], learning_rate=0.01)])
     first_shards = local_shards(sharded)
     size = BATCH // world_size
     rows = slice(rank * size, (rank + 1) * size)
+    labels = LABELS[:, rows].to(device)
     all_logits, all_vectors = [], []
     for step in range(STEPS):
-        logits, vectors = sharded(jagged(step, rows))
+        logits, vectors = sharded(jagged(step, rows, device))
         all_logits.append(logits.detach().clone())
         all_vectors.append({name: value.detach().clone() for name, value in vectors.items()})
         combined.zero_grad()
-        ((logits - LABELS[step, rows]) ** 2).mean().backward()
+        ((logits - labels[step]) ** 2).mean().backward()
         combined.step()
     dense = {
         name: value.detach().clone() for name, value in sharded.module.dense.named_parameters()
     }
     return RankRun(
+        device=device.type,
         vectors=all_vectors[0],
         logits=torch.stack(all_logits),
         first_shards=first_shards,
@@ -95,9 +101,9 @@ def ranks_of_table(plan: Any) -> dict[str, set[int]]:
 
 
 @pytest.fixture(scope="module")
-def runs() -> dict[int, list[dict[tuple[str, str], RankRun]]]:
+def runs(device: str) -> dict[int, list[dict[tuple[str, str], RankRun]]]:
     """By number of ranks: every rank's runs of every case."""
-    return {world_size: run_on_ranks(train_all_cases, world_size) for world_size in (1, 2)}
+    return RunsByWorldSize(train_all_cases, device=device)
 
 
 by_case = pytest.mark.parametrize("case", CASES, ids=["-".join(case) for case in CASES])
@@ -109,20 +115,35 @@ by_world_size = pytest.mark.parametrize("world_size", [1, 2])
 def test_logits_and_weights_equal_plain_pytorch(
     runs: dict[int, list[Any]], world_size: int, case: Any
 ) -> None:
-    sharding, optimizer = case
-    ranks: list[RankRun] = [run[case] for run in runs[world_size]]
+    assert_equal_to_plain_pytorch([run[case] for run in runs[world_size]], *case)
+
+
+def assert_equal_to_plain_pytorch(ranks: list[RankRun], sharding: str, optimizer: Any) -> None:
     # Under column-wise sharding each column shard keeps its own row-wise moment.
-    plain = train_in_plain_pytorch(optimizer, world_size if sharding == "column_wise" else 1)
+    column_shards = len(ranks) if sharding == "column_wise" else 1
+    device = ranks[0].device
+    plain = train_in_plain_pytorch(optimizer, column_shards, device=device)
+    # A GPU adds up in another order.
+    close = {"rtol": 0, "atol": 1e-6 if device == "cpu" else 1e-5}
     logits = torch.cat([run.logits for run in ranks], dim=1)
-    torch.testing.assert_close(logits, plain.logits, rtol=0, atol=1e-6)
-    start = initial_tables()
+    torch.testing.assert_close(logits, plain.logits, **close)
+    start = initial_tables(device)
     for name in ("user", "tags", "item"):
         table = whole_table([piece for run in ranks for piece in run.last_shards[name]])
-        torch.testing.assert_close(table, plain.weights[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(table, plain.weights[name], **close)
         assert not torch.allclose(table, start[name], atol=1e-3)
     for run in ranks:
         for name, value in run.dense.items():
-            torch.testing.assert_close(value, plain.weights[f"dense.{name}"], rtol=0, atol=1e-6)
+            torch.testing.assert_close(value, plain.weights[f"dense.{name}"], **close)
+
+
+@pytest.mark.gpu
+@by_world_size
+@pytest.mark.parametrize("kernel", ["uvm", "uvm_caching"])
+def test_rows_in_host_memory_equal_plain_pytorch(kernel: str, world_size: int) -> None:
+    for case in CASES:
+        ranks = run_on_ranks(train, world_size, *case, kernel, device="cuda")
+        assert_equal_to_plain_pytorch(ranks, *case)
 
 
 @by_world_size
@@ -130,7 +151,7 @@ def test_logits_and_weights_equal_plain_pytorch(
 def test_tables_start_equal_under_every_plan(
     runs: dict[int, list[Any]], world_size: int, case: Any
 ) -> None:
-    start = initial_tables()
+    start = initial_tables(runs[world_size][0][case].device)
     for name, expected in start.items():
         pieces = [piece for run in runs[world_size] for piece in run[case].first_shards[name]]
         assert torch.equal(whole_table(pieces), expected)

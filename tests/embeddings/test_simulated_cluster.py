@@ -21,6 +21,7 @@ from embeddings.simulated_cluster import Cluster
 from embeddings.table_memory import table_bytes, table_memory, what_does_not_fit
 
 BILLION = 10**9
+CPU = replace(DEVICES["h100"], kind="cpu")
 EIGHT_BY_EIGHT = Cluster(nodes=8, ranks_per_node=8, device=DEVICES["h100"])
 
 
@@ -28,11 +29,14 @@ def table(name: str = "item", rows: int = 4 * BILLION, **fields: object) -> Tabl
     return TableConfig(name, rows, 128, [f"{name}_id"], **fields)  # type: ignore[arg-type]
 
 
-def planned(tables: list[TableConfig], cluster: Cluster) -> ShardingPlan:
+def planned(tables: list[TableConfig], cluster: Cluster, copies: int = 1) -> ShardingPlan:
     collections = [build_embedding_collection(tables), build_embedding_bag_collection(tables)]
     model = nn.ModuleList(part for part in collections if part is not None)
     fuse_table_optimizers(model, tables)
-    return plan_sharding(model, tables, device=cluster.device.kind, topology=cluster.topology())
+    topology = cluster.topology(copies)
+    return plan_sharding(
+        model, tables, device=cluster.device.kind, topology=topology, copies=copies
+    )
 
 
 def test_four_billion_rows_over_64_gpus_take_the_bytes_of_a_hand_calculation() -> None:
@@ -43,6 +47,42 @@ def test_four_billion_rows_over_64_gpus_take_the_bytes_of_a_hand_calculation() -
     assert memory.state_bytes == 4 * BILLION * 4  # one moment per row
     for rank in range(64):
         assert memory.on_rank(rank) == (62_500_000 * 128 * 4, 62_500_000 * 4)
+
+
+def test_a_table_in_host_memory_takes_the_bytes_of_its_cache_on_the_device() -> None:
+    cached = table(pooling="none", kernel="uvm_caching", cache_load_factor=0.1)
+    memory = table_memory(cached, planned([cached], EIGHT_BY_EIGHT))
+
+    assert memory.kernel == "fused_uvm_caching"
+    rows = 62_500_000  # of a rank
+    # A tenth of the weights; for each row of the table 4 bytes, for each of the cache 16.
+    assert memory.on_device_of(0) == rows * 128 * 4 // 10 + 4 * rows + 16 * rows // 10
+    assert memory.on_host_of(0) == rows * (128 * 4 + 4)
+    uncached = table(pooling="none", kernel="uvm")
+    assert table_memory(uncached, planned([uncached], EIGHT_BY_EIGHT)).on_device_of(0) == 0
+
+
+def test_host_memory_is_offered_to_what_does_not_fit_on_the_devices() -> None:
+    tables = [table(rows=20 * BILLION, pooling="none")]
+    host = EIGHT_BY_EIGHT.device.host_memory_bytes
+    lines = what_does_not_fit(tables, EIGHT_BY_EIGHT.device.memory_bytes, 64, host)
+    assert "enough would be: kernel 'uvm_caching' for table 'item'" in lines
+    planned([replace(tables[0], kernel="uvm_caching")], EIGHT_BY_EIGHT)
+
+    too_little = what_does_not_fit(tables, EIGHT_BY_EIGHT.device.memory_bytes, 64, host // 4)
+    assert not any("kernel" in line for line in too_little)
+
+
+def test_the_plan_of_copies_is_that_of_the_ranks_that_share_one() -> None:
+    item = table(rows=BILLION, pooling="none")
+    memory = table_memory(item, planned([item], EIGHT_BY_EIGHT, copies=4))
+    assert {shard.rank for shard in memory.shards} == set(range(16))
+
+
+@pytest.mark.parametrize("kernel", ["uvm", "uvm_caching"])
+def test_host_memory_beside_a_gpu_is_refused_on_cpu(kernel: str) -> None:
+    with pytest.raises(ValueError, match=rf"'item': kernel '{kernel}' needs CUDA.*'fused'"):
+        planned([table(rows=10, kernel=kernel)], replace(EIGHT_BY_EIGHT, device=CPU))
 
 
 @pytest.mark.parametrize(

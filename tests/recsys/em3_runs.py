@@ -45,6 +45,7 @@ from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
 from recsys.model.tables import pooled_features, table_configs
 from recsys.ranking.din_dcn import DinDcnSettings
+from tests.ranks import rank_device
 
 STEPS, GLOBAL_BATCH = 3, 8
 TABLES = ("user", "genres", "item")
@@ -117,7 +118,7 @@ def em3_config(
 
 def ranks_of(rank: int, world_size: int) -> Ranks:
     """`Ranks` of a process that `run_on_ranks` started."""
-    return Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
+    return Ranks(rank, world_size, rank, world_size, rank_device())
 
 
 def rows_of_step(root: Location, schema: Schema, step: int, rank: int, world_size: int) -> pa.Table:
@@ -149,6 +150,7 @@ def _train(rank: int, world_size: int, folder: Path, config: Config) -> Run:
         rows = rows_of_step(job.root, job.schema, step, rank, world_size)
         loaded = iter([job.batch_builder()(rows)])
         (batch,) = job.preparation(loaded, UnknownIds(job.schema), step, training=True)
+        batch = batch.to(job.ranks.device)
         run.encoded.append(batch.content_items)
         job.optimizer.zero_grad()
         loss, (_, logits, _) = job.model(batch)
@@ -232,7 +234,7 @@ def train_unsharded(
     rank: int, world_size: int, folder: Path, cases: list[tuple[str, int]]
 ) -> dict[tuple[str, int], Run]:
     """The global batch without TorchRec's sharding, pipeline or fused optimizers, for each case
-    (table optimizer, column shards that keep their own moments)."""
+    (table optimizer, column shards that keep their own moments), on the host."""
     return {case: _train_unsharded(ranks_of(rank, world_size), folder, *case) for case in cases}
 
 
@@ -271,10 +273,11 @@ def _plain_em3(
     bank = MemoryBank(schema.num_items, content.vector_dim, "cpu")
     em3 = build_em3(config, schema, tables, encoders, bank)
     # Only now, as TorchRec draws numbers before it calls our initialisation, which draws none.
-    em3.embedding_bags = build_embedding_bag_collection(tables, "cpu")
-    embeddings = build_embedding_collection(tables, "cpu")
-    assert embeddings is not None
-    em3.embeddings = embeddings
+    # A GPU draws other numbers.
+    bags = build_embedding_bag_collection(tables, ranks.device)
+    embeddings = build_embedding_collection(tables, ranks.device)
+    assert bags is not None and embeddings is not None
+    em3.embedding_bags, em3.embeddings = bags.cpu(), embeddings.cpu()
     return em3, BatchBuilder(schema, pooled_features(config, schema), store)
 
 

@@ -22,12 +22,19 @@ BYTES_OF_TYPE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 @dataclass(frozen=True)
 class Sent:
-    """Bytes of one kind that a rank sends to others in a step; `is_ring`: by an all_reduce."""
+    """Bytes of one kind that a rank sends to others in a step.
+
+    is_ring: by an all_reduce.
+    copies: copies of the tables, if only the ranks that share one exchange these bytes.
+    stays_in_node: whether they are sent between ranks of one node only.
+    """
 
     name: str
     forward: float = 0.0
     backward: float = 0.0
     is_ring: bool = False
+    copies: int = 1
+    stays_in_node: bool = False
 
     @property
     def bytes(self) -> float:
@@ -40,17 +47,21 @@ def sent_bytes(sizes: ModelSizes, counts: BatchCounts, world_size: int) -> list[
     if world_size == 1:
         return []
     others = (world_size - 1) / world_size
-    ids = sum(_ids(table, counts, world_size) for table in sizes.tables)
-    vectors = sum(_vectors(table, counts, world_size) for table in sizes.tables)
+    copies = sizes.parallel.copies
+    ids = sum(_ids(table, counts, world_size // copies) for table in sizes.tables)
+    vectors = sum(_vectors(table, counts, world_size // copies) for table in sizes.tables)
     types = sizes.communication
     sent = [
-        Sent("ids", forward=ids),
+        Sent("ids", forward=ids, copies=copies),
         Sent(
             "ID vectors",
             forward=BYTES_OF_TYPE[types.forward] * vectors,
             backward=BYTES_OF_TYPE[types.backward] * vectors,
+            copies=copies,
         ),
     ]
+    if copies > 1:
+        sent.append(_mean_of_copies(sizes, world_size))
     if sizes.content is not None:
         sent += _of_content(sizes.content, counts, world_size)
     if sizes.num_standardized:
@@ -58,6 +69,15 @@ def sent_bytes(sizes: ModelSizes, counts: BatchCounts, world_size: int) -> list[
         sent.append(Sent("statistics", forward=statistics, is_ring=True))
     dense = 2 * others * FLOAT * sizes.dense_parameters
     return [*sent, Sent("dense gradients", backward=dense, is_ring=True)]
+
+
+def _mean_of_copies(sizes: ModelSizes, world_size: int) -> Sent:
+    """Return the mean of all copies' weights and state, an all_reduce every few steps."""
+    copies = sizes.parallel.copies
+    held = sum(table.weight_bytes + table.state_bytes for table in sizes.tables)
+    of_rank = held / (world_size // copies) / sizes.parallel.sync_every_steps
+    ring = 2 * (copies - 1) / copies * of_rank
+    return Sent("mean of the copies", backward=ring, is_ring=True, stays_in_node=True)
 
 
 def _features(table: TableMemory) -> int:

@@ -21,6 +21,7 @@ from recsys.config import (
     CommunicationSettings,
     Config,
     ModalitySettings,
+    ParallelSettings,
     content_settings,
 )
 from recsys.content.encoders.build import Encoder, StoredFeatures, TransformerEncoder
@@ -180,6 +181,7 @@ class ModelSizes:
     optimizer_state: int  # elements that the dense optimizer and the moving average keep
     content: ContentSizes | None
     communication: CommunicationSettings
+    parallel: ParallelSettings
     num_standardized: int  # features whose statistics are summed over ranks
 
     @staticmethod
@@ -214,6 +216,7 @@ class ModelSizes:
             optimizer_state=sum(count_state(config.optimizer, dense).values()),
             content=ContentSizes.of(config, em3),
             communication=config.embedding.communication,
+            parallel=config.embedding.parallel,
             num_standardized=_num_standardized(em3),
         )
 

@@ -17,19 +17,29 @@ from recsys.diagnostics.cost.step_costs import COMMUNICATION, step_costs
 from recsys.diagnostics.cost.work import PartCost
 from recsys.diagnostics.plan.batch_sample import BatchSample, sample_batches
 from recsys.diagnostics.plan.meta_model import MetaModel, build_meta_model
-from recsys.diagnostics.plan.model_parts import ModelPart, model_parts, table_bytes_by_rank
+from recsys.diagnostics.plan.model_parts import (
+    ModelPart,
+    host_table_bytes,
+    model_parts,
+    table_bytes_by_rank,
+)
 from recsys.diagnostics.plan.time_bounds import TimeBound, backward_outputs, time_bounds
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on the rank that holds the most; `activations` are a lower estimate."""
+    """Bytes on the rank that holds the most; `activations` are a lower estimate.
+
+    host_tables: tables in host memory beside the rank's GPU, not part of the total.
+    """
 
     tables: int
     dense: int
     bank: int
     activations: int
     limit: int
+    host_tables: int = 0
+    host_limit: int = 0
 
     @property
     def total(self) -> int:
@@ -111,7 +121,8 @@ def describe(
     parts = model_parts(
         meta_model.em3, meta_model.tables, meta_model.plan, cluster.world_size, config.optimizer
     )
-    table_bytes = table_bytes_by_rank(meta_model.tables, meta_model.plan, cluster.world_size)
+    sharing = cluster.world_size // config.embedding.parallel.copies
+    table_bytes = table_bytes_by_rank(meta_model.tables, meta_model.plan, sharing)
     return Description(
         cluster=cluster,
         parts=parts,
@@ -146,6 +157,8 @@ def _sizes(meta_model: MetaModel, sample: BatchSample) -> ModelSizes:
 def _unknown(config: Config, sizes: ModelSizes) -> list[str]:
     modalities = sizes.content.modalities if sizes.content is not None else []
     found = [f"encoder {modality.name}" for modality in modalities if not modality.is_known]
+    on_host = [name for name, t in config.embedding.tables.items() if t.kernel != "fused"]
+    found += [f"time of reads of table {name} from host memory" for name in on_host]
     return found + ["retrieval loss"] * (softmax_settings(config.ranking) is not None)
 
 
@@ -166,6 +179,8 @@ def _memory(
         bank=bank,
         activations=round(backward_outputs(costs)),
         limit=cluster.device.memory_bytes,
+        host_tables=host_table_bytes(meta_model.tables, meta_model.plan, len(table_bytes)),
+        host_limit=cluster.device.host_memory_bytes,
     )
 
 

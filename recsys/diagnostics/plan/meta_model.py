@@ -24,6 +24,7 @@ from recsys.data.schema import Schema, load_schema
 from recsys.diagnostics.plan.item_sample import ItemSample, sample_items
 from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
+from recsys.model.placement import check_placement
 from recsys.model.tables import table_configs
 from recsys.ranking.item_categories import load_item_categories
 
@@ -83,6 +84,8 @@ def build_meta_model(
     schema = load_schema(root)
     categories = load_item_categories(config.ranking, root, schema, config.on_bad_row)
     _resize(schema, rows or {})
+    sizes = cluster.world_size, cluster.ranks_per_node
+    check_placement(config, schema, cluster.device.kind, *sizes)
     tables = table_configs(config, schema, mean_list_lengths(root, schema))
     content = content_settings(config)
     items, encoders, frozen_layers = None, {}, {}
@@ -134,7 +137,7 @@ def _plan(
     config: Config, em3: EM3, tables: list[TableConfig], cluster: Cluster
 ) -> tuple[ShardingPlan, list[str]]:
     """Return the plan of training, or one for unlimited memory and why tables do not fit."""
-    types = config.embedding.communication
+    types, copies = config.embedding.communication, config.embedding.parallel.copies
 
     def plan_on(where: Cluster) -> ShardingPlan:
         return plan_sharding(
@@ -142,8 +145,10 @@ def _plan(
             tables,
             device=where.device.kind,
             batch_size=config.batch_size,
-            topology=where.topology(),
+            topology=where.topology(copies),
             module_sharders=sharders(types.forward, types.backward),
+            prefetch=config.embedding.prefetch,
+            copies=copies,
         )
 
     try:
@@ -151,5 +156,10 @@ def _plan(
     except ValueError as error:
         device = replace(cluster.device, memory_bytes=NO_LIMIT, host_memory_bytes=NO_LIMIT)
         plan = plan_on(replace(cluster, device=device))  # raises if memory is not the cause
-        lines = what_does_not_fit(tables, cluster.device.memory_bytes, cluster.world_size)
+        lines = what_does_not_fit(
+            tables,
+            cluster.device.memory_bytes,
+            cluster.world_size // copies,
+            cluster.device.host_memory_bytes if cluster.device.kind == "cuda" else 0,
+        )
         return plan, lines or [str(error)]

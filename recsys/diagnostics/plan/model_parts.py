@@ -67,9 +67,21 @@ def model_parts(
 def table_bytes_by_rank(
     tables: list[TableConfig], plan: ShardingPlan, world_size: int
 ) -> list[int]:
-    """Return the bytes of all tables' weights and optimizer state on each rank."""
+    """Return the bytes that all tables take of the memory of each rank's device.
+
+    Args:
+        tables: the tables of the model.
+        plan: the plan of one copy of them.
+        world_size: ranks that share a copy.
+    """
     memories = [table_memory(table, plan) for table in tables]
-    return [sum(sum(memory.on_rank(rank)) for memory in memories) for rank in range(world_size)]
+    return [sum(memory.on_device_of(rank) for memory in memories) for rank in range(world_size)]
+
+
+def host_table_bytes(tables: list[TableConfig], plan: ShardingPlan, world_size: int) -> int:
+    """Return the most bytes that tables take of host memory beside a GPU."""
+    memories = [table_memory(table, plan) for table in tables]
+    return max(sum(memory.on_host_of(rank) for memory in memories) for rank in range(world_size))
 
 
 def _table_part(memory: TableMemory) -> ModelPart:
@@ -77,6 +89,8 @@ def _table_part(memory: TableMemory) -> ModelPart:
     fullest = max(ranks, key=lambda rank: sum(memory.on_rank(rank)))
     weights, state = memory.on_rank(fullest)
     place = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks"
+    if table.kernel != "fused":
+        place += ", in host memory"
     return ModelPart(
         name=f"table {table.name}",
         parameters=table.num_embeddings * table.embedding_dim,

@@ -103,6 +103,9 @@ def _memory(found: Description) -> str:
         ("activations, at least", in_bytes(memory.activations)),
         ("total", f"{in_bytes(memory.total)} of {in_bytes(memory.limit)}"),
     ]
+    if memory.host_tables:
+        host = f"{in_bytes(memory.host_tables)} of {in_bytes(memory.host_limit)}"
+        rows.append(("tables in host memory", host))
     text = align_columns(rows)
     if len(found.table_bytes) > 1:
         text += f"\ntables: {in_bytes(least)} on the emptiest rank, {in_bytes(most)} on the fullest"

@@ -8,7 +8,7 @@ real devices some do, and all run below these rates.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from embeddings.simulated_cluster import Cluster
 from recsys.diagnostics.cost.communication import Sent
@@ -59,7 +59,10 @@ def time_bounds(
             )
         )
     for kind in sent:
-        seconds = cluster.seconds_to_send(kind.bytes, spread=not kind.is_ring)
+        where = replace(cluster, ranks_per_node=cluster.ranks_per_node // kind.copies)
+        if kind.stays_in_node:
+            where = replace(where, nodes=1)
+        seconds = where.seconds_to_send(kind.bytes, spread=not kind.is_ring)
         bounds.append(TimeBound(f"sending {kind.name}", network_seconds=seconds, seconds=seconds))
     return bounds
 

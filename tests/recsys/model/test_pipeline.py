@@ -10,12 +10,15 @@ from torchrec.distributed.train_pipeline import TrainPipelineBase
 from torchrec.distributed.types import ShardedModule
 
 from recsys.build import Job, build_job
+from recsys.config import TableSettings
 from recsys.data.batch import Batch
+from recsys.distributed.accumulation import PrefetchingPipeline
+from recsys.distributed.ranks import Ranks
 from recsys.model.em3 import EM3
 from recsys.training.trainer import require_pipelined
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.em3_runs import batches_of, em3_config, ranks_of
+from tests.recsys.em3_runs import TABLES, batches_of, em3_config, ranks_of
 
 NUM_BATCHES = 6
 
@@ -32,7 +35,7 @@ def losses_of(job: Job, pipeline: Any) -> list[float]:
         losses.append(float(parts["loss"]))
 
 
-def train_both_ways(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+def train_every_way(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     ranks, data = ranks_of(rank, world_size), str(folder / "data")
     plain = build_job(em3_config(folder), data, ranks)
     base = TrainPipelineBase(plain.model, plain.optimizer, ranks.device)
@@ -40,6 +43,7 @@ def train_both_ways(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {
         "plain": losses_of(plain, base),
         "ahead": losses_of(job, job.pipeline),
+        "prefetched": losses_of_prefetching(folder, ranks),
     }
     result["sharded"] = [
         name for name, module in job.model.named_modules() if isinstance(module, ShardedModule)
@@ -50,6 +54,33 @@ def train_both_ways(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         build_job(em3_config(folder), data, ranks)
     )
     return result
+
+
+class WithoutStreams(PrefetchingPipeline):
+    """Prefetches on CPU, where TorchRec does nothing in this stage and then fails."""
+
+    def _prefetch(self, context: Any) -> None:
+        for module in self._pipelined_modules:
+            name = module.forward._name
+            data = context.input_dist_tensors_requests.pop(name).wait()
+            of_module = context.module_contexts.pop(name)
+            module.prefetch(ctx=of_module, dist_input=data, forward_stream=None)
+            context.module_input_post_prefetch[name] = data
+            context.module_contexts_post_prefetch[name] = of_module
+
+
+def losses_of_prefetching(folder: Path, ranks: Ranks) -> list[float]:
+    """With the rows of the next batch fetched into caches, where the device has them."""
+    config = em3_config(folder)
+    if ranks.device.type == "cuda":
+        config.embedding.prefetch = True
+        config.embedding.tables = {name: TableSettings(kernel="uvm_caching") for name in TABLES}
+    job = build_job(config, str(folder / "data"), ranks)
+    if ranks.device.type == "cpu":
+        job.pipeline = WithoutStreams(job.model, job.update, ranks.device)
+    losses = losses_of(job, job.pipeline)
+    require_pipelined(job.model)
+    return losses
 
 
 def complaint(model: torch.nn.Module) -> str:
@@ -82,16 +113,16 @@ def complaint_about_an_indirect_input(job: Job) -> str:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def results(device: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("pipeline")
     write_dataset(folder / "data")
-    return run_on_ranks(train_both_ways, 2, folder)
+    return run_on_ranks(train_every_way, 2, folder, device=device)
 
 
 def test_sending_ids_ahead_gives_the_losses_of_the_plain_loop(results: Any) -> None:
     for rank in results:
         assert len(rank["plain"]) == NUM_BATCHES
-        assert rank["ahead"] == rank["plain"]
+        assert rank["ahead"] == rank["plain"] == rank["prefetched"]
         assert len(set(rank["plain"])) == NUM_BATCHES
 
 

@@ -23,6 +23,7 @@ from recsys.config import (
     EmbeddingSettings,
     ModalitySettings,
     SamplingSettings,
+    TableSettings,
     content_settings,
     ranking_settings,
 )
@@ -79,6 +80,33 @@ def test_a_laptop_plans_four_billion_rows_over_64_gpus(
     printed = capsys.readouterr().out
     assert "64 ranks (8 x 8) on h100" in printed
     assert "row_wise on 64 ranks" in printed and "\nfits: " in printed
+
+
+def test_host_memory_and_copies_of_tables_are_planned(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = ["--nodes", "8", "--gpus-per-node", "8", "--device", "h100"]
+    sizes = ["--rows", "item=4_000_000_000", "--embedding.dim", "128"]
+    item = "{item: {kernel: uvm_caching, cache_load_factor: 0.1}}"
+    assert command(folder, *cluster, *sizes, "--embedding.tables", item) == 0
+    printed = capsys.readouterr().out
+    assert "row_wise on 64 ranks, in host memory" in printed and "fused_uvm_caching" in printed
+    assert "\ntables in host memory" in printed and "\nfits: " in printed
+    assert "not counted: time of reads of table item from host memory" in printed
+
+    out = folder / "numbers" / "copies.json"
+    copies = ["--embedding.parallel.copies", "8", "--rows", "item=1_000_000_000"]
+    assert command(folder, *cluster, *copies, "--json", str(out)) == 0
+    found = json.loads(out.read_text())
+    assert len(found["table_bytes"]) == 8  # ranks that share a copy
+    (mean,) = [kind for kind in found["sent"] if kind["name"] == "mean of the copies"]
+    held = fmean(found["table_bytes"])
+    assert mean["backward"] == pytest.approx(2 * 7 / 8 * held, rel=1e-6)
+    assert "mean of the copies" in capsys.readouterr().out
+
+    on_host = EmbeddingSettings(16, tables={"item": TableSettings(kernel="uvm")})
+    with pytest.raises(ValueError, match=r"embedding\.tables\.item\.kernel is uvm, .* cpu"):
+        described(folder, em3_config(folder, embedding=on_host))
 
 
 def test_what_does_not_fit_is_said_by_table_with_what_would(

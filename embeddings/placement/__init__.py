@@ -1,0 +1,1 @@
+"""Where tables lie beyond one copy in the devices' memory: host memory, several copies."""
