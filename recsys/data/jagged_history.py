@@ -157,24 +157,28 @@ class JaggedHistory:
     def softmax(self, scores: Tensor) -> Tensor:
         """Normalise [N, K] or [N] over the items of each row."""
         columns = scores if scores.dim() == 2 else scores.unsqueeze(1)
-        softmax = torch.ops.fbgemm.jagged_softmax(columns.contiguous(), self.offsets, self.longest)[
-            0
-        ]
+        columns = columns.contiguous()
+        softmax, _ = torch.ops.fbgemm.jagged_softmax(columns, self.offsets, self.longest)
         return softmax.view(scores.shape)
 
     def maximum(self, values: Tensor, of_nothing: float) -> Tensor:
-        """Return maxima of [N, K] by row: [B, K], with gradient; `of_nothing` for an empty row."""
-        return _Maximum.apply(values, self, of_nothing)
+        """Return maxima of [N, K] by row: [B, K]; `of_nothing` for an empty row.
+
+        Equal maxima share the gradient; `torch.segment_reduce` (2.13) shares positive ones alone.
+        """
+        kept = values.detach()
+        maxima = torch.segment_reduce(kept, "max", lengths=self.lengths, initial=of_nothing)
+        if not values.requires_grad:
+            return maxima
+        highest = (kept == self.spread(maxima)).to(values.dtype)  # [N, K]
+        shares = highest / self.spread(self.sum(highest).clamp(min=1))
+        return maxima + self.sum((values - kept) * shares)  # a sum of zeros, for its gradient
 
     def padded(self, values: Tensor, fill: float) -> Tensor:
         """Pad [N] to [B, longest] with `fill`."""
         return torch.ops.fbgemm.jagged_to_padded_dense(
             values.unsqueeze(1), [self.offsets], [self.longest], padding_value=fill
         ).squeeze(-1)
-
-    def _sum_rows(self, weights: Tensor, items: Tensor) -> Tensor:
-        """Return the sum over each row of weights [N] times items[index]: [B, D]."""
-        return _bag(self.index, items, self.offsets, weights)
 
     def _sum_items(self, weights: Tensor, of_rows: Tensor) -> Tensor:
         """Return the sum over each item's places of weights [N] times of_rows[rows]: [U, D]."""
@@ -250,30 +254,6 @@ class _Sum(torch.autograd.Function):
         return gradient.index_select(0, ctx.history.rows), None
 
 
-class _Maximum(torch.autograd.Function):
-    """Autograd of values [N, K] -> maxima [B, K]; equal maxima of a row share their gradient.
-
-    The gradient of `torch.segment_reduce` (2.13) is shared where it is positive; a negative one
-    goes to each of the equal maxima, so that an item that a row has twice gets it twice.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, history: JaggedHistory, of_nothing: float) -> Tensor:
-        lengths = history.lengths
-        maxima = torch.segment_reduce(values, "max", lengths=lengths, initial=of_nothing)
-        ctx.history = history
-        ctx.save_for_backward(values, maxima)
-        return maxima
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        values, maxima = ctx.saved_tensors
-        rows = ctx.history.rows
-        highest = (values == maxima.index_select(0, rows)).to(gradient.dtype)
-        share = gradient / _row_sums(highest, ctx.history).clamp(min=1)
-        return highest * share.index_select(0, rows), None, None
-
-
 def _row_sums(values: Tensor, history: JaggedHistory) -> Tensor:
     """Sum values [N, K] by row: [B, K]."""
     places = torch.arange(len(values), device=values.device)
@@ -294,7 +274,7 @@ class _Dot(torch.autograd.Function):
         queries, items = ctx.saved_tensors
         history, (wants_queries, wants_items, _) = ctx.history, ctx.needs_input_grad
         return (
-            history._sum_rows(gradient, items) if wants_queries else None,
+            _bag(history.index, items, history.offsets, gradient) if wants_queries else None,
             history._sum_items(gradient, queries) if wants_items else None,
             None,
         )
@@ -307,7 +287,7 @@ class _WeightedSum(torch.autograd.Function):
     def forward(ctx: Any, weights: Tensor, items: Tensor, history: JaggedHistory) -> Tensor:
         ctx.history = history
         ctx.save_for_backward(weights, items)
-        return history._sum_rows(weights, items)
+        return _bag(history.index, items, history.offsets, weights)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
