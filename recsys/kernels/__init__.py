@@ -7,6 +7,7 @@ Each kernel is an operator of torch.library with a fake kernel and a backward, s
 from recsys.kernels.choice import choose_kernels, has_native
 from recsys.kernels.content_interest import native_content_interest
 from recsys.kernels.dot_interaction import native_dot_interaction
+from recsys.kernels.few_token_attention import native_few_token_attention
 from recsys.kernels.target_attention import ScoreWeights, native_target_attention
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "has_native",
     "native_content_interest",
     "native_dot_interaction",
+    "native_few_token_attention",
     "native_target_attention",
 ]

@@ -1,0 +1,101 @@
+"""Operator `recsys::few_token_attention`: attention among the few tokens of each item.
+
+`scaled_dot_product_attention` is made for long texts: for four tokens its preparation takes longer
+than the products. The C++ kernel computes one item after the other in cache and writes nothing but
+its output and the weights.
+
+Shapes: U unique items, Q queries, T tokens, D dimension, H heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+torch.library.define(
+    "recsys::few_token_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor mask, int heads, float scale) "
+    "-> (Tensor, Tensor)",
+)
+torch.library.define(
+    "recsys::few_token_attention_backward",
+    "(Tensor gradient, Tensor weights, Tensor query, Tensor key, Tensor value, int heads, "
+    "float scale) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def native_few_token_attention(
+    query: Tensor,  # [U, Q, D]
+    key: Tensor,  # [U, T, D]
+    value: Tensor,  # [U, T, D]
+    mask: Tensor,  # bool [U, T]
+    heads: int,
+    scale: float,
+) -> Tensor:  # [U, Q, D]
+    """Return multi-head attention of the queries to the tokens that the mask keeps, in float32.
+
+    Args:
+        query: mapped queries; a head has D / H consecutive numbers.
+        key: keys of the tokens.
+        value: values of the tokens.
+        mask: False for a token that is not attended to; each item has another one.
+        heads: H, which divides D.
+        scale: factor of the dot products.
+
+    Example::
+
+        import torch
+        from recsys.kernels import has_native, native_few_token_attention
+
+        tokens, mask = torch.rand(2, 3, 8), torch.ones(2, 3, dtype=torch.bool)
+        if has_native(tokens):
+            native_few_token_attention(tokens, tokens, tokens, mask, 2, 0.5)  # [2, 3, 8]
+    """
+    attended: Tensor = torch.ops.recsys.few_token_attention(
+        query.float(), key.float(), value.float(), mask, heads, scale
+    )[0]
+    return attended
+
+
+@torch.library.register_fake("recsys::few_token_attention")
+def _fake(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, heads: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    del value, mask, scale
+    return (
+        query.new_empty(query.shape),
+        query.new_empty(query.shape[0], query.shape[1], heads, key.shape[1]),
+    )
+
+
+@torch.library.register_fake("recsys::few_token_attention_backward")
+def _fake_backward(
+    gradient: Tensor,
+    weights: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    del gradient, weights, heads, scale
+    return tuple(part.new_empty(part.shape) for part in (query, key, value))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, _, ctx.heads, ctx.scale = inputs
+    ctx.save_for_backward(output[1], query, key, value)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, gradient: Tensor, of_weights: Tensor) -> tuple[Tensor | None, ...]:
+    del of_weights
+    gradients = torch.ops.recsys.few_token_attention_backward(
+        gradient, *ctx.saved_tensors, ctx.heads, ctx.scale
+    )
+    return (*gradients, None, None, None)
+
+
+torch.library.register_autograd("recsys::few_token_attention", _backward, setup_context=_save)
