@@ -7,14 +7,14 @@ COMPARE ?=
 PORT ?= 8080
 
 VENV := .venv
-INSTALL := $(PYTHON) launch/install.py --venv $(VENV) $(INSTALL_FLAGS)
+INSTALL = $(PYTHON) launch/install.py --venv $(VENV) $(INSTALL_FLAGS)
 DATA := data/movielens_sample
 RUN := runs/movielens_sample
 CONFIG := recsys/recipes/movielens_sample.yaml
 PACKAGE := packages/movielens_sample
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train serve test test-long lint
+.PHONY: help install install-dev train serve test test-long test-gpu lint
 
 help:
 	@echo 'make install   virtual environment in $(VENV) with the matching torch, torchrec and fbgemm'
@@ -22,6 +22,7 @@ help:
 	@echo 'make serve     export that run and answer requests from it on PORT, $(PORT)'
 	@echo 'make test      run the tests'
 	@echo 'make test-long run what takes minutes: README commands, resharding, lost nodes, killed ranks'
+	@echo 'make test-gpu  run what needs GPUs: ten minutes on one, more of it on two and four'
 	@echo 'make lint      check style, format, types and imports between rooms'
 	@echo ''
 	@echo 'PYTHON=python3.12                    another interpreter, 3.11 or newer'
@@ -56,8 +57,13 @@ test: install-dev
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 test-long: install-dev
-	$(VENV)/bin/python -m pytest -m long -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -m "long and not gpu" -n 2 --dist loadfile
 	$(VENV)/bin/python -m tests.recsys.checkpoint.kill_ranks --kills 8
+
+# One process: its ranks take the GPUs. -rs lists what was skipped, and why.
+test-gpu: INSTALL_FLAGS += --flavor cuda
+test-gpu: install-dev
+	$(VENV)/bin/python -m pytest -m gpu -n 0 -rs
 
 lint: install-dev
 	$(VENV)/bin/python -m ruff check .

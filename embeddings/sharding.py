@@ -6,7 +6,7 @@ of its failure, so that a job that cannot fit ends on every rank instead of hang
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -131,49 +131,67 @@ def plan_sharding(
         fuse_table_optimizers(model, tables)
         plan = plan_sharding(model, tables)  # for DistributedModelParallel, with sharders()
     """
-    process_group, rank, world_size = _place_in(process_group)
+    group, world_size = _place_in(process_group)
+
+    def plan() -> ShardingPlan:
+        where, cuts = torch.device(device), module_sharders or sharders()
+        ranks = _topology(topology, world_size, copies, where)
+        return _plan(module, tables, where, batch_size, ranks, cuts, prefetch)
+
+    return _made_on_first(plan, group)
+
+
+def _made_on_first(
+    plan: Callable[[], ShardingPlan], group: dist.ProcessGroup | None
+) -> ShardingPlan:
+    """Return what `plan` returns on rank 0, or raise what it raises there. A collective."""
     message: list[Any] = [None, None]  # the plan, or the reason of the failure
     cause: Exception | None = None
-    if rank == 0:
+    if group is None or dist.get_rank(group) == 0:
         try:
-            where, cuts = torch.device(device), module_sharders or sharders()
-            if topology is None:
-                topology = _topology(world_size, copies, where)
-            elif dist.is_initialized() and topology.world_size != world_size // copies:
-                raise ValueError(
-                    f"the topology has {topology.world_size} ranks and the process group "
-                    f"{world_size // copies} per copy of the tables; make them equal"
-                )
-            message[0] = _plan(module, tables, where, batch_size, topology, cuts, prefetch)
+            message[0] = plan()
         except Exception as error:  # of any type: the other ranks wait for the outcome
             cause = error
             message[1] = str(error) if type(error) is ValueError else f"planning failed: {error!r}"
-    if process_group is not None:
-        source = dist.get_global_rank(process_group, 0)
-        dist.broadcast_object_list(message, src=source, group=process_group)
+    if group is not None:
+        dist.broadcast_object_list(message, src=dist.get_global_rank(group, 0), group=group)
     if message[1] is not None:
         raise ValueError(message[1]) from cause
     return cast(ShardingPlan, message[0])
 
 
-def _topology(world_size: int, copies: int, device: torch.device) -> Topology:
-    """Describe the ranks that share one copy of the tables; each node has some of each copy."""
+def _topology(
+    given: Topology | None, world_size: int, copies: int, device: torch.device
+) -> Topology:
+    """Describe the ranks that share one copy of the tables; each node has some of each copy.
+
+    Raises:
+        ValueError: the given topology has another number of ranks than the job.
+    """
+    sharing = world_size // copies
+    if given is not None:
+        if dist.is_initialized() and given.world_size != sharing:
+            raise ValueError(
+                f"the topology has {given.world_size} ranks and the process group {sharing} per "
+                "copy of the tables; make them equal"
+            )
+        return given
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return machine_topology(
-        world_size // copies,
+        sharing,
         max(local_world_size // copies, 1),
         device,
         host_memory_bytes=free_host_memory() // local_world_size,
     )
 
 
-def _place_in(group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | None, int, int]:
-    """Return the group (None: the default group, if any), rank and number of ranks."""
+def _place_in(group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | None, int]:
+    """Return the group (None: the default group, if any) and its number of ranks."""
     if group is None and dist.is_initialized():
         group = dist.group.WORLD
     if group is None:
-        return None, 0, 1
-    return group, dist.get_rank(group), dist.get_world_size(group)
+        return None, 1
+    return group, dist.get_world_size(group)
 
 
 def _plan(

@@ -70,9 +70,7 @@ class TableConfig:
     frozen: bool = False  # never updated, no optimizer state; training settings are ignored
     # Memory of the rows: the device's, the host's (CUDA), or the host's with a cache on the device.
     kernel: Kernel = "fused"
-    cache_load_factor: float = (
-        CACHE_LOAD_FACTOR  # share of the rows that fit into the cache of uvm_caching
-    )
+    cache_load_factor: float = CACHE_LOAD_FACTOR  # share of the rows in the cache of uvm_caching
     # Mean ids per row of a feature, for the planner's estimate of the load; default 1.
     ids_per_row: dict[str, float] = field(default_factory=dict)
 
@@ -94,11 +92,8 @@ class TableConfig:
                     f"table '{self.name}': {field_name} is {value!r}; set a finite number of at "
                     "least 0"
                 )
-        if not 0.0 < self.cache_load_factor <= 1.0:
-            raise ValueError(
-                f"table '{self.name}': cache_load_factor is {self.cache_load_factor!r}; set a "
-                "share of the rows, > 0 and <= 1"
-            )
+        if not 0.0 < (share := self.cache_load_factor) <= 1.0:
+            raise ValueError(f"table '{self.name}': cache_load_factor is {share!r}; set (0, 1]")
         if self.embedding_dim % 4 != 0:
             raise ValueError(
                 f"table '{self.name}': embedding_dim is {self.embedding_dim}, and FBGEMM's kernels "

@@ -172,21 +172,15 @@ def build_job(
         _cast_and_compile(em3, config, ranks.device)
     types = config.embedding.communication
     cuts = sharders(types.forward, types.backward)
-    copies, prefetch = config.embedding.parallel.copies, config.embedding.prefetch
-    plan = plan_sharding(
-        em3, tables, ranks.group, ranks.device, config.batch_size, None, cuts, prefetch, copies
-    )
-    text = format_plan(plan, tables)
-    model = _distributed(em3, ranks, plan, cuts, copies)
+    plan = _plan(em3, tables, config, ranks, cuts)
+    plan_text = format_plan(plan, tables)  # before the copies of tables change its ranks
+    model = _distributed(em3, ranks, plan, cuts, config.embedding.parallel.copies)
     optimizer, dense = build_dense_optimizer(model, dense_groups(config), config.optimizer)
     schedule = build_schedule(dense, config.optimizer)
     averages = build_averages(model, config.optimizer)
     vocabularies = _bounded_vocabularies(config, schema, ranks, model, tables, bank)
     update = DenseUpdate(optimizer, dense, config.optimizer.clip_norm, averages)
-    kind = PrefetchingPipeline if prefetch else AccumulatingPipeline
-    pipeline = kind(
-        model, update, ranks.device, config.accumulate_steps, _copies_mean(model, config)
-    )
+    pipeline = _pipeline(model, update, config, ranks)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
     return Job(
         config,
@@ -201,9 +195,29 @@ def build_job(
         pipeline,
         vocabularies,
         BatchPreparation(config, store, bank, vocabularies, ranks.group, _sampler(config, schema)),
-        plan=text,
+        plan=plan_text,
         parameters=describe_optimizers(model, tables, dense),
         train_folder=rows,
+    )
+
+
+def _plan(
+    em3: EM3,
+    tables: list[TableConfig],
+    config: Config,
+    ranks: Ranks,
+    cuts: list[ModuleSharder[nn.Module]],
+) -> ShardingPlan:
+    """Plan the sharding of the tables. A collective."""
+    return plan_sharding(
+        em3,
+        tables,
+        ranks.group,
+        ranks.device,
+        config.batch_size,
+        module_sharders=cuts,
+        prefetch=config.embedding.prefetch,
+        copies=config.embedding.parallel.copies,
     )
 
 
@@ -220,11 +234,15 @@ def _distributed(
     )
 
 
-def _copies_mean(model: DistributedModelParallel, config: Config) -> CopiesMean | None:
-    """Return what keeps several copies of the tables equal; None if there is one."""
-    if not isinstance(model, DMPCollection):
-        return None
-    return CopiesMean(model, config.embedding.parallel.sync_every_steps)
+def _pipeline(
+    model: DistributedModelParallel, update: DenseUpdate, config: Config, ranks: Ranks
+) -> AccumulatingPipeline:
+    """Return the pipeline, which keeps several copies of the tables equal if there are."""
+    every, mean = config.embedding.parallel.sync_every_steps, None
+    if isinstance(model, DMPCollection):
+        mean = CopiesMean(model, every)
+    kind = PrefetchingPipeline if config.embedding.prefetch else AccumulatingPipeline
+    return kind(model, update, ranks.device, config.accumulate_steps, mean)
 
 
 def check_columns(config: Config, data: str, ranks: Ranks, schema: Schema | None = None) -> None:

@@ -41,6 +41,7 @@ PAGES = (
     "recsys/plug_in/README.md",
     "benchmarks/README.md",
     "launch/README.md",
+    "launch/gpu/README.md",
     "recsys/checkpoint/README.md",
     "recsys/evaluation/README.md",
     "recsys/training/continual/README.md",

@@ -77,7 +77,7 @@ def _mean_of_copies(sizes: ModelSizes, world_size: int) -> Sent:
     held = sum(table.weight_bytes + table.state_bytes for table in sizes.tables)
     of_rank = held / (world_size // copies) / sizes.parallel.sync_every_steps
     ring = 2 * (copies - 1) / copies * of_rank
-    return Sent("mean of the copies", backward=ring, is_ring=True, stays_in_node=True)
+    return Sent("mean of copies", backward=ring, is_ring=True, stays_in_node=True)
 
 
 def _features(table: TableMemory) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from recsys.config import FusionSettings
 from recsys.content import fusion as fusions
 from recsys.content.fusion import ConcatFusion, FusionQFormer, build_fusion
+from tests.fake_gpu import fake_gpu, on_fake_gpu
 
 NUM_ITEMS, NUM_TOKENS, DIM, NUM_HEADS, NUM_QUERIES = 3, 2, 8, 4, 2
 MODALITY = torch.arange(NUM_TOKENS)
@@ -280,3 +281,12 @@ def test_few_tokens_are_attended_to_as_many_are(
     (few, few_gradients), (many, many_gradients) = results
     torch.testing.assert_close(few, many, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(few_gradients, many_gradients, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["published", "modern"])
+def test_items_on_a_gpu_are_fused_on_that_gpu(preset: str) -> None:
+    given = [some_tokens(), all_there(), MODALITY]
+    fusion = qformer(preset).eval()
+    with fake_gpu():
+        fused = on_fake_gpu(fusion)(*on_fake_gpu(given))
+        assert fused.shape == (NUM_ITEMS, DIM) and fused.device.type == "cuda"

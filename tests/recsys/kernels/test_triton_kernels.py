@@ -1,4 +1,4 @@
-"""Triton kernels equal PyTorch, in Triton's interpreter: no GPU is needed, but triton is.
+"""Triton kernels equal PyTorch: on a GPU, or in Triton's interpreter, which needs triton alone.
 
 pip install triton
 TRITON_INTERPRET=1 python -m pytest tests/recsys/kernels/test_triton_kernels.py
@@ -13,26 +13,31 @@ import torch
 from torch import Tensor
 
 from recsys.data.jagged_history import JaggedHistory
+from recsys.kernels import choose_kernels
 from recsys.kernels.choice import _Chosen
 from recsys.ranking.layers.dot_interaction import DotInteraction
 from recsys.ranking.layers.target_attention import TargetAttention
+from tests.ranks import require_gpus
+from tests.recsys.kernels.test_native_kernels import CASES, attention_case, output_and_gradients
 
 pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("TRITON_INTERPRET is not 1: there is no GPU", allow_module_level=True)
-
 from recsys.kernels import triton_attention, triton_dot_interaction
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+pytestmark = [] if IS_INTERPRETED else [pytest.mark.gpu]
 
 
 @pytest.fixture(autouse=True)
 def reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_gpus(0 if IS_INTERPRETED else 1)
     monkeypatch.setattr(_Chosen, "kernels", "torch")
     torch.manual_seed(0)
 
 
 def assert_like(found: Tensor, expected: Tensor) -> None:
     scale = float(expected.detach().abs().max())
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 + 1e-5 * scale)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-6 + 1e-5 * scale)
 
 
 @pytest.mark.parametrize(("num_fields", "dim"), [(1, 8), (4, 3), (26, 16), (20, 40)])
@@ -42,9 +47,9 @@ def test_dot_interaction_equals_the_reference(num_fields: int, dim: int) -> None
     output = DotInteraction(num_fields)(dense, sparse)
     factor = torch.randn(output.shape)
     expected = torch.autograd.grad(output, [dense, sparse], factor)
-    inputs = dense.detach(), sparse.detach()
+    inputs = dense.detach().to(DEVICE), sparse.detach().to(DEVICE)
     assert_like(triton_dot_interaction.dot_interaction(*inputs), output)
-    found = triton_dot_interaction.dot_interaction_backward(factor, *inputs)
+    found = triton_dot_interaction.dot_interaction_backward(factor.to(DEVICE), *inputs)
     for pair in zip(found, expected, strict=True):
         assert_like(*pair)
 
@@ -68,11 +73,23 @@ def test_attention_equals_the_reference(
     expected = torch.autograd.grad(output, [target, items, *lists, *score], factor)
     inputs = [target, items, history.index, history.offsets, parallel]
     inputs += [*(lists or [torch.zeros(dim, 0)]), *score]
-    inputs = [part.detach() for part in inputs]
+    inputs = [part.detach().to(DEVICE) for part in inputs]
     found, shares = triton_attention.target_attention(*inputs)
     assert_like(found, output)
-    gradients = list(triton_attention.target_attention_backward(factor, shares, *inputs[:-1]))
+    by_kernel = triton_attention.target_attention_backward
+    gradients = list(by_kernel(factor.to(DEVICE), shares, *inputs[:-1]))
     if not lists:
         assert gradients.pop(2).shape == (dim, 0)
     for pair in zip(gradients, expected[:-1], strict=True):
         assert_like(*pair)
+
+
+def test_layers_compute_by_the_kernels_of_their_device() -> None:
+    """Forward and backward through the operators: by Triton on a GPU, in C++ on CPU."""
+    attention, inputs = attention_case(*CASES["long ones"], device=DEVICE)
+    expected = output_and_gradients(attention, inputs)
+    choose_kernels("native", DEVICE)
+    found = output_and_gradients(attention, inputs)
+    assert not found.pop("score.4.bias").any()
+    for name, value in found.items():
+        assert_like(value, expected[name].cpu())

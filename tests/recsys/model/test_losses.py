@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from recsys.config import ContrastiveSettings
 from recsys.model.losses import ContentIDContrastive, RankingLoss
+from tests.fake_gpu import fake_gpu, on_fake_gpu
 from tests.ranks import run_on_ranks
 
 CONTENT_DIM, ID_DIM, DIM = 4, 3, 5
@@ -293,3 +294,11 @@ def test_a_row_that_pads_is_neither_positive_nor_negative_of_the_contrastive_los
     torch.testing.assert_close(padded, without * (len(ITEMS) - 1) / len(ITEMS))
     for gradient in gradients_of(padded, [content, ids]):
         assert not gradient[-1].any()
+
+
+@pytest.mark.parametrize("variant", ["in_batch", "published"])
+def test_a_batch_on_a_gpu_is_compared_on_that_gpu(variant: str) -> None:
+    loss, given = contrastive(variant=variant), [*sides(), ITEMS]
+    with fake_gpu():
+        value = on_fake_gpu(loss)(*on_fake_gpu(given))
+        assert value.device.type == "cuda"
