@@ -8,7 +8,7 @@ Shapes: D dimension.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -170,8 +170,7 @@ def build_job(
         em3 = build_em3(config, schema, tables, encoders, bank, "meta", categories, ranks.group)
         fuse_table_optimizers(em3, tables)
         _cast_and_compile(em3, config, ranks.device)
-    types = config.embedding.communication
-    cuts = sharders(types.forward, types.backward)
+    cuts = sharders(*astuple(config.embedding.communication))  # forward, backward
     plan = _plan(em3, tables, config, ranks, cuts)
     plan_text = format_plan(plan, tables)  # before the copies of tables change its ranks
     model = _distributed(em3, ranks, plan, cuts, config.embedding.parallel.copies)
