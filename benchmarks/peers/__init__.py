@@ -1,0 +1,1 @@
+"""The field's own programs on the rows of our datasets."""

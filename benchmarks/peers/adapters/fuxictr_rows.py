@@ -1,0 +1,120 @@
+"""DIN, DCNv2 and FinalMLP of FuxiCTR, by its classes for long histories.
+
+Every history item has its id, its stars and its vector of content; the target has the code of a
+target in place of stars. The vectors are the principal components of all modalities.
+
+Shapes: N rows, B batch, L history length, I items, V width of content.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from fuxictr.features import FeatureMap
+from fuxictr.pytorch.torch_utils import seed_everything
+from peer_rows import PeerJob, Rows, item_vectors, principal_components
+
+LENGTH = 200
+TARGET = 11  # code of a target's stars; 0 pads, 1 to 10 are half stars
+MOST_EPOCHS, VALIDATIONS = 8, 2
+Inputs = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]
+
+
+class Batches:
+    """Batches of rows as the classes for long histories read them."""
+
+    def __init__(self, rows: Rows, content: np.ndarray, batch_size: int, shuffle: bool) -> None:
+        """Pad the histories; ids begin at 1."""
+        self.rows, self.batch_size, self.shuffle = rows, batch_size, shuffle
+        self.content = torch.from_numpy(np.concatenate([np.zeros_like(content[:1]), content]))
+        items = rows.padded(rows.history + 1, LENGTH)
+        stars = rows.padded(np.rint(rows.beside["history_stars"] * 10), LENGTH)
+        self.items = np.concatenate([items, rows.item[:, None] + 1], axis=1)
+        self.stars = np.concatenate([stars, np.full((len(rows), 1), TARGET)], axis=1)
+        self.lengths = np.minimum(np.diff(rows.offsets), LENGTH)
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Inputs]:
+        """Yield (columns of rows [B], columns of items [B * (L + 1)], mask [B, L])."""
+        order = np.random.permutation(len(self.rows)) if self.shuffle else np.arange(len(self.rows))
+        for first in range(0, len(order), self.batch_size):
+            yield self._batch(order[first : first + self.batch_size])
+
+    def _batch(self, chosen: np.ndarray) -> Inputs:
+        longest = max(int(self.lengths[chosen].max()), 1)
+        items = torch.from_numpy(self.items[chosen, -longest - 1 :]).long()
+        stars = torch.from_numpy(self.stars[chosen, -longest - 1 :]).long()
+        rows = {
+            "user": torch.from_numpy(self.rows.user[chosen]),
+            "length": torch.from_numpy(np.log1p(self.lengths[chosen])).float(),
+            "group": torch.from_numpy(self.rows.user[chosen]),
+            "label": torch.from_numpy(self.rows.label[chosen]),
+        }
+        flat = items.flatten()
+        of_items = {"item": flat, "stars": stars.flatten(), "content": self.content[flat]}
+        return rows, of_items, (items[:, :-1] > 0).float()
+
+
+def feature_map(num_users: int, num_items: int, width: int, dim: int, folder: str) -> FeatureMap:
+    """Describe the columns to FuxiCTR."""
+    features = FeatureMap("rows", folder)
+    features.labels, features.group_id, features.default_emb_dim = ["label"], "group", dim
+    ids = {"type": "categorical", "padding_idx": 0}
+    features.features = OrderedDict(
+        user={"type": "categorical", "source": "user", "vocab_size": num_users},
+        length={"type": "numeric", "source": "user"},
+        group={"type": "meta", "source": ""},
+        item={**ids, "source": "item", "vocab_size": num_items + 1},
+        stars={**ids, "source": "item", "vocab_size": TARGET + 1},
+        content={"type": "embedding", "source": "item", "pretrain_dim": width},
+    )
+    return features
+
+
+def main() -> None:
+    """Train and score."""
+    job = PeerJob.of_command_line()
+    settings = dict(job.settings)
+    name, dim = settings.pop("model"), settings["embedding_dim"]
+    batch_size = settings.pop("batch_size")
+    rows = job.read()
+    begun = time.perf_counter()
+    seed_everything(job.seed)
+    content = principal_components(item_vectors(job.rows), settings.pop("content_dim"))
+    batches = {
+        split: Batches(of, content, batch_size, split == "train") for split, of in rows.items()
+    }
+    users = max(int(of.user.max()) for of in rows.values()) + 1
+    folder = str(job.out.parent)
+    features = feature_map(users, *content.shape, dim, folder)
+    model_class = getattr(importlib.import_module(f"model_zoo.LongCTR.{name}.{name}"), name)
+    model = model_class(
+        features,
+        model_id=job.out.stem,
+        monitor={"AUC": 1, "gAUC": 1},
+        metrics=["AUC", "gAUC"],
+        early_stop_patience=3,
+        eval_steps=max(len(batches["train"]) // VALIDATIONS, 1),
+        model_root=folder,
+        optimizer="adam",
+        loss="binary_crossentropy",
+        verbose=0,
+        **settings,
+    )
+    os.makedirs(model.model_dir, exist_ok=True)
+    model.fit(batches["train"], epochs=MOST_EPOCHS, validation_data=batches["valid"])
+    job.write(begun, **{split: model.predict(batches[split]) for split in ("valid", "test")})
+    os.remove(model.checkpoint)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Reads the rows that a peer trains on, and writes its scores; needs numpy alone.
+
+Shapes: N rows of a split, H history items of a split, I items, V width of all modalities, L history
+length.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a split, and the histories of all of them one after another."""
+
+    user: np.ndarray  # int64 [N]
+    item: np.ndarray  # int64 [N]
+    label: np.ndarray  # float32 [N]
+    offsets: np.ndarray  # int64 [N + 1], of each row's history, oldest first
+    history: np.ndarray  # int64 [H]
+    beside: dict[str, np.ndarray]  # float32 [H] each: parallel lists by name
+
+    @classmethod
+    def read(cls, folder: Path, split: str) -> Rows:
+        """Read the rows of a split."""
+        with np.load(folder / f"{split}.npz") as arrays:
+            own = {name: arrays[name] for name in arrays.files}
+        names = ("user", "item", "label", "offsets", "history")
+        return cls(*(own.pop(name) for name in names), own)
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.item)
+
+    def padded(self, values: np.ndarray, length: int) -> np.ndarray:  # [H] -> [N, L]
+        """Return the last `length` values of each history, oldest first, zeros before them."""
+        place = self.offsets[1:, None] - np.arange(length, 0, -1)[None, :]
+        inside = place >= self.offsets[:-1, None]
+        return np.where(inside, values[np.maximum(place, 0)], 0) if len(values) else inside * 0
+
+
+def item_vectors(folder: Path) -> list[np.ndarray]:  # float32 [I, V] of each modality
+    """Return the vectors of items, of unit length or zero."""
+    widths = np.load(folder / "widths.npy")
+    return np.split(np.load(folder / "item_vectors.npy"), np.cumsum(widths)[:-1], axis=1)
+
+
+def principal_components(vectors: list[np.ndarray], width: int) -> np.ndarray:  # float32 [I, V]
+    """Return the first principal components of the vectors of all modalities, of variance 1."""
+    joined = np.concatenate(vectors, axis=1)
+    centred = joined - joined.mean(axis=0)
+    values, axes = np.linalg.eigh(centred.T @ centred / len(centred))
+    components = centred @ axes[:, ::-1][:, :width]
+    return (components / np.sqrt(np.maximum(values[::-1][:width], 1e-12))).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class PeerJob:
+    """A training: the folder of the rows, the settings of a trial, a seed, and its output."""
+
+    rows: Path
+    settings: dict[str, Any]
+    seed: int
+    out: Path
+
+    @classmethod
+    def of_command_line(cls) -> PeerJob:
+        """Read the JSON file that the command line names."""
+        job = json.loads(Path(sys.argv[1]).read_text())
+        return cls(Path(job["rows"]), job["settings"], job["seed"], Path(job["out"]))
+
+    def read(self) -> dict[str, Rows]:
+        """Read all splits."""
+        return {split: Rows.read(self.rows, split) for split in SPLITS}
+
+    def write(self, begun: float, **scores: np.ndarray) -> None:  # float [N] each
+        """Write the scores of splits by name, and the cost since `begun` (`time.perf_counter`)."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        cost = {"seconds": time.perf_counter() - begun, "peak": peak}
+        np.savez(self.out, **scores, **{name: np.array(value) for name, value in cost.items()})

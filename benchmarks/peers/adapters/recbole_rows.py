@@ -1,0 +1,115 @@
+"""SASRec of RecBole: the next item that a user likes, of the items that the user liked before.
+
+It learns from positive rows alone and from no label of the others, as it was published; its score
+of a row is that of the target as the next item.
+
+Shapes: N rows, B batch, L history length.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from peer_rows import PeerJob, Rows
+from recbole.config import Config
+from recbole.data.interaction import Interaction
+from recbole.model.sequential_recommender.sasrec import SASRec
+
+LENGTH = 50
+MOST_EPOCHS, PATIENCE = 40, 3
+
+
+class Items:
+    """The number of items, which is all that the model reads of a dataset."""
+
+    def __init__(self, num_items: int) -> None:
+        """Count the padding, too."""
+        self.num_items = num_items + 1
+
+    def num(self, field: str) -> int:
+        """Return the number of values of a field."""
+        del field
+        return self.num_items
+
+
+def interactions(rows: Rows) -> dict[str, np.ndarray]:
+    """Return the liked history, its length and the target of each row."""
+    kept = rows.beside["history_liked"] > 0.5
+    ends = np.concatenate([[0], np.cumsum(kept)])
+    liked = Rows(rows.user, rows.item, rows.label, ends[rows.offsets], rows.history[kept], {})
+    padded = liked.padded(liked.history + 1, LENGTH)
+    lengths = np.minimum(np.diff(liked.offsets), LENGTH)
+    # RecBole pads behind the items.
+    shift = (np.arange(LENGTH)[None, :] + (LENGTH - lengths)[:, None]) % LENGTH
+    return {
+        "item_id_list": np.take_along_axis(padded, shift, axis=1),
+        "item_length": np.maximum(lengths, 1),
+        "item_id": rows.item + 1,
+    }
+
+
+def batches(columns: dict[str, np.ndarray], order: np.ndarray, size: int) -> Any:
+    """Yield interactions in an order."""
+    for first in range(0, len(order), size):
+        chosen = order[first : first + size]
+        yield Interaction({n: torch.from_numpy(of[chosen]).long() for n, of in columns.items()})
+
+
+@torch.no_grad()
+def scores(model: SASRec, columns: dict[str, np.ndarray], size: int) -> np.ndarray:  # [N]
+    """Return the score of each row's target."""
+    model.eval()
+    order = np.arange(len(columns["item_id"]))
+    return torch.cat([model.predict(of) for of in batches(columns, order, size)]).numpy()
+
+
+def selection(rows: Rows, values: np.ndarray) -> float:
+    """Return the share of pairs of a user's rows that are in order, by which epochs are chosen."""
+    right = pairs = 0.0
+    for user in np.unique(rows.user):
+        own = rows.user == user
+        label = rows.label[own] > 0.5
+        high, low = values[own][label], values[own][~label]
+        right += float((high[:, None] > low[None, :]).sum())
+        pairs += high.size * low.size
+    return right / max(pairs, 1)
+
+
+def main() -> None:
+    """Train and score."""
+    job = PeerJob.of_command_line()
+    rows, settings = job.read(), dict(job.settings)
+    begun = time.perf_counter()
+    torch.manual_seed(job.seed)
+    random = np.random.default_rng(job.seed)
+    size, rate = settings.pop("batch_size"), settings.pop("learning_rate")
+    items = 1 + max(int(max(of.item.max(), of.history.max(initial=0))) for of in rows.values())
+    fixed = {"MAX_ITEM_LIST_LENGTH": LENGTH, "loss_type": "CE", "use_gpu": False}
+    config = Config(model="SASRec", dataset="rows", config_dict={**fixed, **settings})
+    model = SASRec(config, Items(items))
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    columns = {split: interactions(of) for split, of in rows.items()}
+    positive = np.flatnonzero(rows["train"].label > 0.5)
+    best, weights, waited = -1.0, model.state_dict(), 0
+    for _ in range(MOST_EPOCHS):
+        model.train()
+        for batch in batches(columns["train"], random.permutation(positive), size):
+            optimizer.zero_grad()
+            model.calculate_loss(batch).backward()
+            optimizer.step()
+        value = selection(rows["valid"], scores(model, columns["valid"], size))
+        waited += 1
+        if value > best:
+            best, weights, waited = value, copy.deepcopy(model.state_dict()), 0
+        if waited == PATIENCE:
+            break
+    model.load_state_dict(weights)
+    job.write(begun, **{split: scores(model, columns[split], size) for split in ("valid", "test")})
+
+
+if __name__ == "__main__":
+    main()
