@@ -112,7 +112,7 @@ PEERS = (
     Peer(
         "RecBole SASRec",
         "recbole_rows",
-        ("recbole==1.2.1", TORCH),
+        ("recbole==1.2.1", "numpy<2", "pandas<3", TORCH),
         {
             "learning_rate": _rate(3e-4, 5e-3),
             "hidden_size": CategoricalDistribution([32, 64]),

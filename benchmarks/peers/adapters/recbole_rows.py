@@ -88,7 +88,8 @@ def main() -> None:
     random = np.random.default_rng(job.seed)
     size, rate = settings.pop("batch_size"), settings.pop("learning_rate")
     items = 1 + max(int(max(of.item.max(), of.history.max(initial=0))) for of in rows.values())
-    fixed = {"MAX_ITEM_LIST_LENGTH": LENGTH, "loss_type": "CE", "use_gpu": False}
+    fixed = {"MAX_ITEM_LIST_LENGTH": LENGTH, "use_gpu": False}
+    fixed |= {"loss_type": "CE", "train_neg_sample_args": None}
     config = Config(model="SASRec", dataset="rows", config_dict={**fixed, **settings})
     model = SASRec(config, Items(items))
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
