@@ -40,8 +40,11 @@ BACKBONES: dict[str, list[str]] = {
     "two_tower, sampled softmax": ["--ranking.loss", "sampled_softmax"],
 }
 # Not every backbone has these options; without them the heads are alike.
-NO_EXTRAS = {"ensemble_members": "1", "standardize_numbers": "false"}
-CONTENTS = {"ID only": ["--content", "none"], "content": []}
+NO_EXTRAS = {"ensemble_members": "1", "standardize_numbers": "false", "opinions": "null"}
+CONTENTS = {
+    "ID only": ["--content", "none", "--embedding.tables.item.new_rows", "mean"],
+    "content": [],
+}
 PARTS = ("all", "cold", "unseen")
 RANKING = [(metric, part) for metric in ("auc", "gauc") for part in PARTS]
 RETRIEVAL = [(metric, part) for metric in ("recall@50", "ndcg@50") for part in PARTS]

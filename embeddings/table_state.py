@@ -92,6 +92,23 @@ def in_blocks(tensor: ShardedTensor, group: dist.ProcessGroup | None = None) -> 
     return sharded_in_blocks(_placed(tensor), size, dtype, group)
 
 
+def with_shards(tensor: ShardedTensor, local: Sequence[Tensor]) -> ShardedTensor:
+    """Return a tensor of the same size and shards, split into blocks of rows.
+
+    Args:
+        tensor: gives size, shards and ranks.
+        local: the new content of each of its shards on this rank, in their order.
+    """
+    offsets = [tuple(shard.metadata.shard_offsets) for shard in tensor.local_shards()]
+    by_offsets = dict(zip(offsets, local, strict=True))
+    whole = tensor.metadata()
+    placed = [
+        (shard, by_offsets.get(tuple(shard.shard_offsets))) for shard in whole.shards_metadata
+    ]
+    group = tensor._process_group
+    return sharded_in_blocks(placed, whole.size, whole.tensor_properties.dtype, group)
+
+
 def copied_to_host(tensor: ShardedTensor, group: dist.ProcessGroup | None = None) -> ShardedTensor:
     """Return a copy of the tensor in host memory, on the same ranks."""
     size, dtype = tensor.metadata().size, tensor.metadata().tensor_properties.dtype

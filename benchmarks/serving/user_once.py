@@ -40,7 +40,7 @@ from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_gra
 RECIPE = ROOT / "recsys" / "recipes" / "movielens_multimodal.yaml"
 BACKBONES = ("din", "two_tower", "din_dcn", "dlrm")
 LEAST_SPEED_UP = {"din": 3.0, "two_tower": 3.0}
-USER_DIM, NUM_PARALLEL = 8, 3
+USER_DIM, NUM_PARALLEL, NUM_ITEMS = 8, 3, 10_000
 ONCE, TILED = "user once", "user repeated"
 TOLERANCE = 1e-4
 
@@ -121,8 +121,9 @@ def models_of(name: str, recipe: Path = RECIPE) -> Models:
         config.embedding.dim,
         *(0, NUM_PARALLEL, 1),
         pooled_names=("user",),
-        parallel_names=("liked", "stars", "days"),
+        parallel_names=("history_liked", "history_stars", "history_days"),
         group="user",
+        num_items=NUM_ITEMS,
     )
     torch.manual_seed(0)
     settings: dict[str, Any] = {key: wanted[key] for key in keys}

@@ -42,4 +42,15 @@ class OptimizerSettings:
     clip_norm: PositiveFloat | None = None
     """Gradient clipping: largest norm of the gradient of all dense parameters together."""
     ema_decay: UnitInterval | None = None
-    """Evaluate and keep the exponential moving average of the dense weights with this decay."""
+    """Evaluate and keep the exponential moving average of the dense weights with this decay, which
+    it reaches after some steps."""
+    ema_tables: bool = False
+    """Average the ID tables, too: their memory once more, and a pass over all rows in each step."""
+
+    def __post_init__(self) -> None:
+        """Refuse averages of tables without those of the other weights."""
+        if self.ema_tables and self.ema_decay is None:
+            raise ValueError(
+                "optimizer.ema_tables is true, but optimizer.ema_decay is not set; give a decay, "
+                "such as 0.98"
+            )

@@ -1,18 +1,25 @@
-"""Exponential moving average of the dense weights, through torch.optim.swa_utils.
+"""Exponential moving average of the weights, through torch.optim.swa_utils.
 
-The averages replace the trained weights in validation, test and the best model. Sharded tables are
-not averaged: most of their rows do not change in a step.
+The averages replace the trained weights in validation, test and the best model. Steps make weights
+wander about a better point, and the average is closer to it. Sharded tables are averaged on request
+alone: most of their rows do not change in a step, but all are read.
+
+The decay rises to its final value, as the first averages would else keep the initial weights for
+long: after n updates it is at most (1 + n) / (10 + n).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.optim.swa_utils import AveragedModel
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from embeddings.table_state import State, table_weights, with_shards
 from recsys.config import OptimizerSettings
 from recsys.optimizer.groups import dense_parameters
 
@@ -24,7 +31,9 @@ class AveragedWeights:
 
     Args:
         parameters: trained parameters, by name.
-        decay: in [0, 1).
+        decay: in [0, 1), reached after some updates.
+        tables: sharded tables by name, in the memory of the model, whose rows on this rank are
+            averaged, too.
 
     Example::
 
@@ -38,11 +47,21 @@ class AveragedWeights:
             model.eval()  # evaluate here
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        decay: float,
+        tables: Mapping[str, ShardedTensor] | None = None,
+    ) -> None:
         """Make a copy of the parameters for the averages."""
-        self.names = list(parameters)
-        self.weights = nn.ParameterList(parameters.values())
-        self.averaged = AveragedModel(self.weights, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.names, self.tables = list(parameters), dict(tables or {})
+        shards = [
+            nn.Parameter(shard.tensor.detach(), requires_grad=False)
+            for table in self.tables.values()
+            for shard in table.local_shards()
+        ]
+        self.weights = nn.ParameterList([*parameters.values(), *shards])
+        self.averaged = AveragedModel(self.weights, multi_avg_fn=_rising_decay(decay))
 
     def update(self) -> None:
         """Update the averages with the weights after a step of the optimizer."""
@@ -72,15 +91,37 @@ class AveragedWeights:
             weight.copy_(average)
             average.copy_(kept)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> State:
         """Return averages by name and their number of updates, in the memory of this object."""
-        averages = self.averaged.module.parameters()
-        state = {name: value.detach() for name, value in zip(self.names, averages, strict=True)}
+        averages = [average.detach() for average in self.averaged.module.parameters()]
+        state: State = dict(zip(self.names, averages))
+        of_tables = iter(averages[len(self.names) :])
+        for name, table in self.tables.items():
+            local = [next(of_tables) for _ in table.local_shards()]
+            state[name] = with_shards(table, local)
         return {**state, "num_updates": self.averaged.n_averaged}
 
 
-def build_averages(model: nn.Module, settings: OptimizerSettings) -> AveragedWeights | None:
-    """Return averages of a model's dense weights; None if `optimizer.ema_decay` is not set."""
+def _rising_decay(
+    decay: float,
+) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
+    """Return the update of averages for `AveragedModel`."""
+
+    @torch.no_grad()
+    def update(averages: Sequence[Tensor], weights: Sequence[Tensor], count: Tensor | int) -> None:
+        """Move the averages towards the weights, after `count` updates."""
+        share = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
+        for average, weight in zip(averages, weights, strict=True):
+            average.lerp_(weight, share)
+
+    return update
+
+
+def build_averages(
+    model: DistributedModelParallel, settings: OptimizerSettings
+) -> AveragedWeights | None:
+    """Return averages of a model's weights; None if `optimizer.ema_decay` is not set."""
     if settings.ema_decay is None:
         return None
-    return AveragedWeights(dense_parameters(model), settings.ema_decay)
+    tables = table_weights(model) if settings.ema_tables else None
+    return AveragedWeights(dense_parameters(model), settings.ema_decay, tables)

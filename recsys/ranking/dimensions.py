@@ -24,6 +24,7 @@ class InputDimensions:
     further_histories: the last of `pooled_names`: the vectors of sequences after the first one.
     group: the column of the user for whom items are ranked.
     has_history: whether the schema has a sequence of past items.
+    num_items: rows of the target item's table; 0 if they pass from item to item (bounded).
     item_categories: categories of items; set if a model searches by category.
     process_group: the ranks that train the model together; None for a single rank.
     """
@@ -39,6 +40,7 @@ class InputDimensions:
     further_histories: tuple[str, ...] = ()
     group: str = ""
     has_history: bool = True
+    num_items: int = 0
     item_categories: ItemCategories | None = None
     process_group: dist.ProcessGroup | None = None
 
@@ -74,6 +76,7 @@ class InputDimensions:
             further_histories=tuple(further),
             group=schema.group,
             has_history=schema.history is not None,
+            num_items=0 if schema.has_bounded_items else schema.num_items,
             item_categories=item_categories,
             process_group=process_group,
         )

@@ -47,6 +47,12 @@ class NumbersSettings(RankingSettings):
     standardize_numbers: bool = False
     """Standardise dense features, numbers of the history's lists and similarities to mean 0 and
     variance 1 over the rows trained on so far."""
+    opinions: str | None = None
+    """List of numbers beside the history, such as stars, from which votes of the history's items on
+    the target are computed, by how alike users valued both; default: none."""
+    opinion_groups: PositiveInt = 512
+    """Numbers in the opinion on an item, one per group of users; the opinions of all items take 2
+    bytes each. More groups than users bring nothing."""
 
 
 @dataclass

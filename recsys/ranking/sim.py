@@ -25,7 +25,6 @@ from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.aged_attention import AgedAttention, age_of
 from recsys.ranking.layers.attended_features import RowFeatures
 from recsys.ranking.layers.content_interest import cosines
-from recsys.ranking.layers.history_numbers import history_numbers
 from recsys.ranking.layers.mlp import ranking_head
 from recsys.ranking.layers.sequence_times import TimeGaps
 from recsys.ranking.settings import SimSettings
@@ -68,7 +67,7 @@ class Sim(RowFeatures):
         found = self.search(ids, content, batch, history, id_history)
         ages = self._ages(batch, history)[found]
         parallel = batch.history_values[:, self.gaps.flags]
-        numbers = history_numbers(history, parallel)
+        numbers = self.history_numbers(history, parallel, batch)
         history, id_history, parallel = (
             history.select(found),
             id_history.select(found),

@@ -49,6 +49,7 @@ from recsys.evaluation.evaluate import check_data, evaluate_split, fill_bank, fo
 from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.model_selection import check_log_loss, check_rmse
 from recsys.evaluation.scores import scores_file
+from recsys.training.item_opinions import fill_opinions
 from recsys.training.pretrained_tables import load_pretrained_tables
 from recsys.training.reporter import Reporter
 from recsys.training.trainer import Trainer
@@ -204,11 +205,12 @@ def training_interactions(job: Job, is_shuffled: bool = True) -> Interactions:
 
 
 def start_fresh(job: Job) -> Progress:
-    """Initialise a new run: pretrained tables, projections, the first bank. A collective."""
+    """Initialise a new run: pretrained tables, projections, bank, opinions. A collective."""
     load_pretrained_tables(job)
     if job.em3.content is not None and job.store is not None:
         start_projections(job.em3.content, job.store, job.ranks)
         fill_bank(job)
+    fill_opinions(job)
     return Progress()
 
 

@@ -25,6 +25,7 @@ from recsys.data.schema import Schema
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.evaluate import fill_bank
+from recsys.training.item_opinions import fill_opinions
 from recsys.training.pretrained_tables import load_pretrained_tables
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ def take_over(job: Job, plan: WarmStartPlan) -> Progress:
             is_same = plan.items.is_identity or job.schema.has_bounded_items  # known by raw id
             new_rows = None if is_same else plan.items.new_rows
             encode_changed_items(job, source.request.run, source.model.manifest, new_rows)
+    fill_opinions(job)
     for table, filled in fill_new_rows(job, counts_before(job, plan)).items():
         plan.differences.add(f"table '{table}'", f"new_rows: {filled.rule}", str(filled))
     return progress

@@ -28,6 +28,7 @@ from recsys.model.new_rows import new_rows_rules
 logger = logging.getLogger(__name__)
 
 MODEL = "model."
+OPINIONS = ".opinion_votes.opinions"  # a row per item, as its table
 MOST_SHAPES = 8  # in a message
 # Parts whose weights make the vectors in the memory bank.
 ENCODING = ("content.encoders.", "content.projections.", "content.fusion.")
@@ -41,7 +42,7 @@ class WarmStartPlan:
         source: the other run.
         differences: what differs, and by what rule it is reconciled.
         taken: the tensors, by name in the checkpoints, each with the checkpoint it comes from.
-        maps: rows of tables that are not the same, by table.
+        maps: rows of tables that are not the same, by table; of opinions on items, by name.
         items: rows of the items; None if the memory bank is filled anew.
     """
 
@@ -92,7 +93,7 @@ class WarmStartPlan:
 
     def _map_of(self, name: str) -> RowMap | None:
         """Return the rows of a tensor whose rows move; None if they are the same."""
-        rows = self.items if name == "bank" else self.maps.get(_table_of(name) or "")
+        rows = self.items if name == "bank" else self.maps.get(_table_of(name) or name)
         return None if rows is None or rows.is_identity else rows
 
 
@@ -104,7 +105,9 @@ def _table_of(name: str) -> str | None:
     """Return the table that a tensor belongs to."""
     if name.startswith("vocabulary."):
         return name.split(".")[1]
-    return table_of_key(name.replace("optimizer.tables.", MODEL, 1))
+    for prefix in ("optimizer.tables.", "optimizer.average."):
+        name = name.replace(prefix, MODEL, 1)
+    return table_of_key(name)
 
 
 def plan_warm_start(job: Job, source: Source, differences: Differences) -> WarmStartPlan:
@@ -130,7 +133,10 @@ def plan_warm_start(job: Job, source: Source, differences: Differences) -> WarmS
         stored, tensor = source.model.entries[name], own[name]
         if table is not None and rows is not None:
             plan.maps[table] = rows
-        first = 0 if table is None else 1  # the rows of a table may differ
+        if name.endswith(OPINIONS) and job.schema.target_item in plan.maps:
+            plan.maps[name] = plan.maps[job.schema.target_item]
+        # The rows of a table may differ, and so may those of opinions where the map is known.
+        first = 1 if table is not None or name in plan.maps else 0
         if tuple(stored.size)[first:] != size_of(tensor)[first:]:
             shapes[name.removeprefix(MODEL)] = f"{list(stored.size)} -> {list(size_of(tensor))}"
         plan.taken[name] = source.model

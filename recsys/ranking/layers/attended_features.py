@@ -23,6 +23,7 @@ from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.content_interest import ContentInterest
 from recsys.ranking.layers.history_numbers import history_numbers, num_history_numbers
+from recsys.ranking.layers.opinion_votes import NUM_VOTES, OpinionVotes
 from recsys.ranking.layers.standardization import Standardization
 from recsys.ranking.layers.target_attention import TargetAttention
 from recsys.ranking.settings import AttendedSettings, NumbersSettings
@@ -36,10 +37,14 @@ class RowFeatures(nn.Module):
     Without content it is the ID-only twin: the same parts, fewer vectors.
 
     Args:
-        settings: `standardize_numbers`.
+        settings: `standardize_numbers`, `opinions` and `opinion_groups`.
         interest_dim: width of the interest in the ID history, which the model itself computes.
         dimensions: widths and names of the inputs.
         content: settings of the content branch; None for the ID-only twin.
+
+    Raises:
+        ValueError: `ranking.opinions` names no list beside the history, or items have no rows of
+            their own.
     """
 
     def __init__(
@@ -49,10 +54,14 @@ class RowFeatures(nn.Module):
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
-        """Build the content interest and the standardisation, and compute `feature_dim`."""
+        """Build the parts besides the ID interest, and compute `feature_dim`."""
         super().__init__()
         width = sum(dimensions.pooled_dims) + dimensions.id_dim + interest_dim
         numbers = dimensions.num_dense + num_history_numbers(dimensions.num_parallel)
+        self.opinion_votes: OpinionVotes | None = None
+        if settings.opinions is not None:
+            self.opinion_votes = _opinion_votes(settings, dimensions)
+            numbers += NUM_VOTES
         self.content_interest: ContentInterest | None = None
         if content is not None:
             self.content_interest = ContentInterest.of(content, dimensions.num_parallel)
@@ -63,13 +72,25 @@ class RowFeatures(nn.Module):
         if settings.standardize_numbers:
             self.standardization = Standardization(numbers, dimensions.process_group)
 
+    def history_numbers(
+        self,
+        history: JaggedHistory,
+        parallel: Tensor,  # [N, P]
+        batch: Batch,
+    ) -> Tensor:  # [B, number of them]
+        """Return `history_numbers` of the whole history, and the votes by opinions, if any."""
+        numbers = history_numbers(history, parallel)
+        if self.opinion_votes is None:
+            return numbers
+        return torch.cat([numbers, self.opinion_votes(history, batch)], dim=1)
+
     def features(
         self,
         ids: IDVectors,
         content: ContentVectors | None,
         batch: Batch,
         interest: Tensor,  # [B, interest_dim]
-        numbers: Tensor,  # [B, number of `history_numbers`]
+        numbers: Tensor,  # [B, number of `self.history_numbers`]
         history: JaggedHistory,
         parallel: Tensor,  # [K, P]
     ) -> Tensor:  # [B, W]
@@ -83,7 +104,7 @@ class RowFeatures(nn.Module):
             content: content vectors; None for the ID-only twin.
             batch: the batch that is ranked.
             interest: interest in the ID history.
-            numbers: `history_numbers` of the whole history.
+            numbers: `self.history_numbers` of the whole history.
             history: the history attended to, over `batch.history_items`.
             parallel: parallel lists of that history.
         """
@@ -106,6 +127,26 @@ class RowFeatures(nn.Module):
         widths = [part.shape[1] for part in numbers]
         joined = self.standardization(torch.cat(numbers, dim=1), batch.row_weights)
         return list(joined.split(widths, dim=1))
+
+
+def _opinion_votes(settings: NumbersSettings, dimensions: InputDimensions) -> OpinionVotes:
+    """Return the votes by the list that `ranking.opinions` names.
+
+    Raises:
+        ValueError: there is no such list, or items have no rows of their own.
+    """
+    name, names = settings.opinions, dimensions.parallel_names
+    if name not in names:
+        raise ValueError(
+            f"ranking.opinions is '{name}'; the lists of numbers beside the history in schema.yaml "
+            f"are {list(names)}"
+        )
+    if not dimensions.num_items:
+        raise ValueError(
+            f"ranking.opinions is '{name}', but rows of a bounded vocabulary pass from item to "
+            "item, and opinions would stay with the row; set ranking.opinions to null"
+        )
+    return OpinionVotes(names.index(name), dimensions.num_items, settings.opinion_groups)
 
 
 class AttendedFeatures(RowFeatures):
@@ -137,5 +178,5 @@ class AttendedFeatures(RowFeatures):
         id_history = history if ids.history_is_unique else history.unindexed()
         parallel = batch.history_values
         interest = self.interest(ids.target, ids.history, id_history, parallel)
-        numbers = history_numbers(history, parallel)
+        numbers = self.history_numbers(history, parallel, batch)
         return self.features(ids, content, batch, interest, numbers, history, parallel)

@@ -1,0 +1,123 @@
+"""Votes of the history's items on the target, by how alike users valued both (item-based CF).
+
+The opinion of an item is a vector with one number per group of users: how the group valued the item
+in a list of numbers beside the history, such as stars, each user relative to his own mean. Items
+that the same users value alike have similar opinions (adjusted cosine, Sarwar et al. 2001,
+Item-based collaborative filtering). The user's own relative values of the history's items, weighted
+by that similarity, say what he would think of the target; his level, high or low for all items,
+does not enter. Content plays no part, and training learns no parameter.
+
+Opinions are counted once from the training rows (`recsys.training.item_opinions`). A row in
+training leaves out its own user's group, so that its label is not among what it reads.
+
+Shapes: B batch, U unique history items, N history items of the batch, I items, G groups of users,
+D any width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from recsys.data.batch import Batch
+from recsys.data.jagged_history import JaggedHistory
+
+NUM_VOTES = 4
+# Values of the overall mean that a user's mean begins with, as he may have few.
+PRIOR_VALUES = 5.0
+# Added to sums of similarities and of their squares: a few weakly similar items vote for little.
+LEAST_SIMILARITY, LEAST_SQUARE = 0.3, 0.05
+
+
+class OpinionVotes(nn.Module):
+    """The opinions of all items, and the votes that they give.
+
+    Args:
+        column: the list that is valued, a column of `Batch.history_values`.
+        num_items: I.
+        num_groups: G; a user belongs to group `user % G`.
+
+    Example::
+
+        votes = OpinionVotes(column=0, num_items=100, num_groups=8)
+        votes.fill(torch.randn(100, 8), mean=0.7, deviation=0.2)
+    """
+
+    opinions: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, column: int, num_items: int, num_groups: int) -> None:
+        """Create opinions of 0, which give votes of 0."""
+        super().__init__()
+        self.column = column
+        # Half precision: opinions are means of few values, and the matrix is I * G large.
+        self.register_buffer("opinions", torch.zeros(num_items, num_groups, dtype=torch.float16))
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("deviation", torch.ones(()))
+
+    @torch.no_grad()
+    def fill(
+        self,
+        opinions: Tensor,  # [I, G]; 0 where a group has none
+        mean: float,
+        deviation: float,
+    ) -> None:
+        """Set opinions, and the mean and standard deviation of the values; 0 keeps an opinion."""
+        self.opinions.copy_(torch.where(opinions == 0, self.opinions.float(), opinions))
+        self.mean.fill_(mean)
+        self.deviation.fill_(deviation)
+
+    @torch.no_grad()
+    def forward(self, history: JaggedHistory, batch: Batch) -> Tensor:  # [B, NUM_VOTES]
+        """Return numbers of each row, all 0 for an empty history, without gradient.
+
+        They are the mean of the user's relative values weighted by positive similarities, the same
+        weighted by their squares, the sum weighted by all similarities over the root of the
+        history's length, and log(1 + sum of positive similarities).
+        """
+        values = self._relative_values(history, batch.history_values[:, self.column])
+        target = self._opinions_of(batch.target_items)  # [B, G]
+        if self.training:
+            groups = batch.groups.remainder(target.shape[1]).unsqueeze(1)
+            target = target.scatter(1, groups, 0.0)
+        items = self._opinions_of(batch.history_items)  # [U, G]
+        similarity = history.dot(_shortened(target), _shortened(items))  # [N]
+        positive = similarity.clamp(min=0)
+        square = positive.square()
+        sums = history.sum(
+            torch.stack(
+                [positive * values, positive, square * values, square, similarity * values], dim=1
+            )
+        )  # [B, 5]
+        length = history.lengths.to(values.dtype)
+        votes = [
+            sums[:, 0] / (sums[:, 1] + LEAST_SIMILARITY),
+            sums[:, 2] / (sums[:, 3] + LEAST_SQUARE),
+            sums[:, 4] / (length + 1).sqrt(),
+            torch.log1p(sums[:, 1]),
+        ]
+        return torch.stack(votes, dim=1)
+
+    def _relative_values(
+        self,
+        history: JaggedHistory,
+        values: Tensor,  # [N]
+    ) -> Tensor:  # [N]
+        """Return values minus the mean of their user, in standard deviations of all values."""
+        total = history.sum(values.unsqueeze(1)) + PRIOR_VALUES * self.mean
+        means = total / (history.lengths.to(values.dtype).unsqueeze(1) + PRIOR_VALUES)
+        return (values - history.spread(means).squeeze(1)) / self.deviation
+
+    def _opinions_of(
+        self,
+        items: Tensor,  # [D]
+    ) -> Tensor:  # [D, G]
+        """Return the opinions of items; an item that is added to a package later has none."""
+        opinions = self.opinions[items.clamp(max=len(self.opinions) - 1)].float()
+        return opinions * (items < len(self.opinions)).unsqueeze(1)
+
+
+def _shortened(opinions: Tensor) -> Tensor:
+    """Divide vectors [D, G] by sqrt(1 + length ** 2): items that few users valued stay short."""
+    return opinions * (1 + opinions.square().sum(dim=1, keepdim=True)).rsqrt()

@@ -1,0 +1,96 @@
+"""Votes by opinions: hand values, the own group left out, and what a package computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from recsys.config import ranking_settings
+from recsys.ranking.build import build_ranking
+from recsys.ranking.layers.opinion_votes import OpinionVotes
+from recsys.serving.ranking_graph import RankingGraph
+from tests.recsys.ranking.ranking_inputs import DIMENSIONS, inputs
+
+# Three items and two groups of users: 1 is valued as 0 is, 2 the other way round.
+OPINIONS = torch.tensor([[1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]])
+
+
+def votes_of(opinions: torch.Tensor, values: list[float], user: int, training: bool = False):
+    """Votes of a row with history (1, 2) and target 0, whose prior values are all 0."""
+    votes = OpinionVotes(column=0, num_items=3, num_groups=2).train(training)
+    votes.fill(opinions, mean=0.0, deviation=1.0)
+    _, _, batch = inputs(torch.tensor([2]))
+    batch = replace(
+        batch,
+        history_items=torch.tensor([1, 2]),
+        history_values=torch.tensor(values).unsqueeze(1),
+        groups=torch.tensor([user]),
+    )
+    return votes(batch.jagged_history(), batch)[0]
+
+
+def test_votes_have_their_hand_values():
+    # The mean (7 + 0) / (2 + 5 prior values) is 1; opinions have length sqrt(2), similarity +-2/3.
+    votes = votes_of(OPINIONS, [7.0, 0.0], user=0)
+    positive, relative = 2 / 3, (6.0, -1.0)
+    expected = [
+        positive * relative[0] / (positive + 0.3),
+        positive**2 * relative[0] / (positive**2 + 0.05),
+        (positive * relative[0] - positive * relative[1]) / 3**0.5,
+        torch.log1p(torch.tensor(positive)),
+    ]
+    torch.testing.assert_close(votes, torch.tensor(expected), atol=1e-3, rtol=1e-3)
+
+
+def test_a_row_in_training_leaves_out_the_group_of_its_own_user():
+    """With what its own group thinks of the target changed, training gives the same votes."""
+    others = OPINIONS.clone()
+    others[0, 3 % 2] = 2.0  # user 3 is in group 1
+    same = [votes_of(of, [1.0, 0.0], user=3, training=True) for of in (OPINIONS, others)]
+    torch.testing.assert_close(*same)
+    scored = [votes_of(of, [1.0, 0.0], user=3) for of in (OPINIONS, others)]
+    assert not torch.allclose(*scored)
+
+
+def test_without_history_or_opinions_all_votes_are_0():
+    votes = OpinionVotes(column=0, num_items=3, num_groups=2)
+    _, _, batch = inputs(torch.tensor([0, 2]))
+    batch = replace(batch, history_items=torch.tensor([1, 7]))  # 7: an item added to a package
+    assert (votes(batch.jagged_history(), batch) == 0).all()
+
+
+def test_new_opinions_replace_only_those_that_have_rows():
+    votes = OpinionVotes(column=0, num_items=3, num_groups=2)
+    votes.fill(OPINIONS, mean=0.5, deviation=1.0)
+    votes.fill(torch.tensor([[0.0, 3.0], [0.0, 0.0], [0.0, 0.0]]), mean=0.25, deviation=2.0)
+    assert votes.opinions[0].tolist() == [1.0, 3.0]
+    assert votes.opinions[2].tolist() == [-1.0, -1.0]
+
+
+@pytest.mark.parametrize("name", ["din_dcn", "sim"])
+def test_a_package_computes_the_votes_of_the_model(name: str):
+    settings = ranking_settings(name, opinions="liked", opinion_groups=4)
+    torch.manual_seed(0)
+    model = build_ranking(settings, replace(DIMENSIONS, num_items=9), None).eval()
+    model.opinion_votes.fill(torch.randn(9, 4), mean=0.5, deviation=0.5)
+    ids, _, batch = inputs(torch.tensor([3]))
+    values, targets = batch.history_values, torch.tensor([4])
+    batch = replace(batch, target_items=targets)
+    expected = model(ids, None, batch)
+    graph = RankingGraph(model)
+    none = torch.zeros(1, 0)
+    arguments = [ids.pooled, batch.dense_features, ids.target, ids.history, values, targets]
+    scored = graph(*arguments, batch.history_items, none, torch.zeros(3, 0), none)
+    torch.testing.assert_close(scored, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"num_items": 9}, "'stars'.*liked"), ({"parallel_names": ("stars",)}, "bounded")],
+)
+def test_opinions_need_a_list_and_items_with_rows_of_their_own(changes, named: str):
+    settings = ranking_settings("din", opinions="stars")
+    with pytest.raises(ValueError, match=named):
+        build_ranking(settings, replace(DIMENSIONS, **changes), None)
