@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recsys.config.limits import NumLayers, PositiveFloat, PositiveInt, Width
+from recsys.config.limits import Dropout, NumLayers, PositiveFloat, PositiveInt, Width
 from recsys.config.ranking import RankingSettings, RetrievalSettings
 
 GapScale = Literal["linear", "log_days"]
@@ -53,6 +53,9 @@ class NumbersSettings(RankingSettings):
     opinion_groups: PositiveInt = 512
     """Numbers in the opinion on an item, one per group of users; the opinions of all items take 2
     bytes each. More groups than users bring nothing."""
+    opinion_dropout: Dropout = 0.0
+    """Share of a training batch's rows whose item counts as new, without opinions, so that the
+    model learns to rank new items by the rest."""
 
 
 @dataclass

@@ -146,7 +146,12 @@ def _opinion_votes(settings: NumbersSettings, dimensions: InputDimensions) -> Op
             f"ranking.opinions is '{name}', but rows of a bounded vocabulary pass from item to "
             "item, and opinions would stay with the row; set ranking.opinions to null"
         )
-    return OpinionVotes(names.index(name), dimensions.num_items, settings.opinion_groups)
+    return OpinionVotes(
+        names.index(name),
+        dimensions.num_items,
+        settings.opinion_groups,
+        settings.opinion_dropout,
+    )
 
 
 class AttendedFeatures(RowFeatures):

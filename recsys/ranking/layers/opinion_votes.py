@@ -36,6 +36,8 @@ class OpinionVotes(nn.Module):
         column: the list that is valued, a column of `Batch.history_values`.
         num_items: I.
         num_groups: G; a user belongs to group `user % G`.
+        dropout: share of the rows in training whose target counts as new, without opinions, so
+            that the model learns to rank new items, too.
 
     Example::
 
@@ -47,10 +49,10 @@ class OpinionVotes(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, column: int, num_items: int, num_groups: int) -> None:
+    def __init__(self, column: int, num_items: int, num_groups: int, dropout: float = 0.0) -> None:
         """Create opinions of 0, which give votes of 0."""
         super().__init__()
-        self.column = column
+        self.column, self.dropout = column, dropout
         # Half precision: opinions are means of few values, and the matrix is I * G large.
         self.register_buffer("opinions", torch.zeros(num_items, num_groups, dtype=torch.float16))
         self.register_buffer("mean", torch.zeros(()))
@@ -81,6 +83,7 @@ class OpinionVotes(nn.Module):
         if self.training:
             groups = batch.groups.remainder(target.shape[1]).unsqueeze(1)
             target = target.scatter(1, groups, 0.0)
+            target = target * (torch.rand_like(target[:, :1]) >= self.dropout)
         items = self._opinions_of(batch.history_items)  # [U, G]
         similarity = history.dot(_shortened(target), _shortened(items))  # [N]
         positive = similarity.clamp(min=0)

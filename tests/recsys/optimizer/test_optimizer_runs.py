@@ -19,8 +19,9 @@ from tests.recsys.command_runs import TINY, run_recsys, train_words
 from tests.recsys.em3_runs import ranks_of
 
 WORDS = ["--batch_size", "8", "--device", "cpu", "--patience", "9", "--content", "none"]
+WORDS += ["--ranking.opinions", "history_liked", "--ranking.opinion_groups", "4"]
 SETTINGS: dict[str, dict[str, Any]] = {
-    "adafactor": {"name": "adafactor", "clip_norm": 0.5, "ema_decay": 0.9},
+    "adafactor": {"name": "adafactor", "clip_norm": 0.5, "ema_decay": 0.9, "ema_tables": True},
     "sgd": {"name": "sgd", "schedule": "cosine", "decay_steps": 12},
     "momentum": {
         "name": "sgd",
@@ -98,6 +99,9 @@ def test_a_run_goes_on_to_the_same_bits(data: Path, tmp_path: Path, name: str) -
     assert whole["test"] == parts["test"]
     averaged = "ema_decay" in SETTINGS[name]
     assert ("optimizer.average.num_updates" in state) == averaged
+    of_tables = [key for key in state if key.startswith("optimizer.average.embedding")]
+    assert bool(of_tables) == (name == "adafactor")
+    assert state["model.ranking.opinion_votes.opinions"].any()
     assert any("row_var" in key for key in state) == (name == "adafactor")
     assert any("momentum_buffer" in key for key in state) == (name == "momentum")
 

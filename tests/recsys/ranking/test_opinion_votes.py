@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from recsys.config import ranking_settings
 from recsys.ranking.build import build_ranking
@@ -17,9 +19,11 @@ from tests.recsys.ranking.ranking_inputs import DIMENSIONS, inputs
 OPINIONS = torch.tensor([[1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]])
 
 
-def votes_of(opinions: torch.Tensor, values: list[float], user: int, training: bool = False):
+def votes_of(
+    opinions: Tensor, values: list[float], user: int, training: bool = False, dropout: float = 0.0
+) -> Tensor:
     """Votes of a row with history (1, 2) and target 0, whose prior values are all 0."""
-    votes = OpinionVotes(column=0, num_items=3, num_groups=2).train(training)
+    votes = OpinionVotes(column=0, num_items=3, num_groups=2, dropout=dropout).train(training)
     votes.fill(opinions, mean=0.0, deviation=1.0)
     _, _, batch = inputs(torch.tensor([2]))
     batch = replace(
@@ -31,7 +35,7 @@ def votes_of(opinions: torch.Tensor, values: list[float], user: int, training: b
     return votes(batch.jagged_history(), batch)[0]
 
 
-def test_votes_have_their_hand_values():
+def test_votes_have_their_hand_values() -> None:
     # The mean (7 + 0) / (2 + 5 prior values) is 1; opinions have length sqrt(2), similarity +-2/3.
     votes = votes_of(OPINIONS, [7.0, 0.0], user=0)
     positive, relative = 2 / 3, (6.0, -1.0)
@@ -44,7 +48,7 @@ def test_votes_have_their_hand_values():
     torch.testing.assert_close(votes, torch.tensor(expected), atol=1e-3, rtol=1e-3)
 
 
-def test_a_row_in_training_leaves_out_the_group_of_its_own_user():
+def test_a_row_in_training_leaves_out_the_group_of_its_own_user() -> None:
     """With what its own group thinks of the target changed, training gives the same votes."""
     others = OPINIONS.clone()
     others[0, 3 % 2] = 2.0  # user 3 is in group 1
@@ -54,14 +58,19 @@ def test_a_row_in_training_leaves_out_the_group_of_its_own_user():
     assert not torch.allclose(*scored)
 
 
-def test_without_history_or_opinions_all_votes_are_0():
+def test_a_target_that_counts_as_new_in_training_gets_no_votes() -> None:
+    assert not votes_of(OPINIONS, [7.0, 0.0], user=0, training=True, dropout=1.0).any()
+    assert votes_of(OPINIONS, [7.0, 0.0], user=0, dropout=1.0).any()
+
+
+def test_without_history_or_opinions_all_votes_are_0() -> None:
     votes = OpinionVotes(column=0, num_items=3, num_groups=2)
     _, _, batch = inputs(torch.tensor([0, 2]))
     batch = replace(batch, history_items=torch.tensor([1, 7]))  # 7: an item added to a package
     assert (votes(batch.jagged_history(), batch) == 0).all()
 
 
-def test_new_opinions_replace_only_those_that_have_rows():
+def test_new_opinions_replace_only_those_that_have_rows() -> None:
     votes = OpinionVotes(column=0, num_items=3, num_groups=2)
     votes.fill(OPINIONS, mean=0.5, deviation=1.0)
     votes.fill(torch.tensor([[0.0, 3.0], [0.0, 0.0], [0.0, 0.0]]), mean=0.25, deviation=2.0)
@@ -70,7 +79,7 @@ def test_new_opinions_replace_only_those_that_have_rows():
 
 
 @pytest.mark.parametrize("name", ["din_dcn", "sim"])
-def test_a_package_computes_the_votes_of_the_model(name: str):
+def test_a_package_computes_the_votes_of_the_model(name: str) -> None:
     settings = ranking_settings(name, opinions="liked", opinion_groups=4)
     torch.manual_seed(0)
     model = build_ranking(settings, replace(DIMENSIONS, num_items=9), None).eval()
@@ -90,7 +99,9 @@ def test_a_package_computes_the_votes_of_the_model(name: str):
     ("changes", "named"),
     [({"num_items": 9}, "'stars'.*liked"), ({"parallel_names": ("stars",)}, "bounded")],
 )
-def test_opinions_need_a_list_and_items_with_rows_of_their_own(changes, named: str):
+def test_opinions_need_a_list_and_items_with_rows_of_their_own(
+    changes: dict[str, Any], named: str
+) -> None:
     settings = ranking_settings("din", opinions="stars")
     with pytest.raises(ValueError, match=named):
         build_ranking(settings, replace(DIMENSIONS, **changes), None)

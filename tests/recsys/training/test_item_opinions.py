@@ -20,7 +20,7 @@ SCHEMA = Schema(
 )
 
 
-def test_an_opinion_is_the_mean_of_a_group_of_users_relative_to_their_own_means():
+def test_an_opinion_is_the_mean_of_a_group_of_users_relative_to_their_own_means() -> None:
     """Users 1 and 3 are group 1; an item without a row in a group has the opinion 0."""
     rows = pa.table(
         {
