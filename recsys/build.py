@@ -96,7 +96,7 @@ class Job:
 
     @property
     def averages(self) -> AveragedWeights | None:
-        """Moving averages of the dense weights, if the configuration enables them."""
+        """Moving averages of the weights, if the configuration enables them."""
         return self.update.averages
 
     @property
