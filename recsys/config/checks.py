@@ -23,6 +23,7 @@ def validate(config: Config) -> None:
             f"best_model_by {config.best_model_by} needs a retrieval model, and ranking.name is "
             f"{config.ranking.name}; choose two_tower, or best_model_by auc, gauc or auc_and_gauc"
         )
+    _check_averages(config)
     content, temperature = content_settings(config), config.contrastive.temperature
     if content is None:
         return
@@ -34,4 +35,27 @@ def validate(config: Config) -> None:
         raise ValueError(
             "ranking.loss sampled_softmax reads the content of its negatives from the memory bank, "
             "which content.history.mode full has not; choose bank_lora, bank_frozen or bank_dense"
+        )
+
+
+def _check_averages(config: Config) -> None:
+    """Refuse averages of tables without a decay, or whose current rows are not in one place.
+
+    Raises:
+        ValueError: there is no decay, a table has a cache, or tables have several copies.
+    """
+    if not config.optimizer.ema_tables:
+        return
+    if config.optimizer.ema_decay is None:
+        raise ValueError(
+            "optimizer.ema_tables is true, but optimizer.ema_decay is not set; give a decay, such "
+            "as 0.98"
+        )
+    of_tables, copies = config.embedding.tables, config.embedding.parallel.copies
+    cached = [name for name, own in of_tables.items() if own.kernel == "uvm_caching"]
+    if cached or copies > 1:
+        what = f"embedding.tables.{cached[0]}.kernel is uvm_caching" if cached else ""
+        raise ValueError(
+            "optimizer.ema_tables reads tables in place in each step, but "
+            f"{what or f'embedding.parallel.copies is {copies}'}; set ema_tables to false"
         )

@@ -46,11 +46,3 @@ class OptimizerSettings:
     it reaches after some steps."""
     ema_tables: bool = False
     """Average the ID tables, too: their memory once more, and a pass over all rows in each step."""
-
-    def __post_init__(self) -> None:
-        """Refuse averages of tables without those of the other weights."""
-        if self.ema_tables and self.ema_decay is None:
-            raise ValueError(
-                "optimizer.ema_tables is true, but optimizer.ema_decay is not set; give a decay, "
-                "such as 0.98"
-            )

@@ -28,7 +28,6 @@ from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.attended_features import RowFeatures
-from recsys.ranking.layers.history_numbers import history_numbers
 from recsys.ranking.layers.mlp import ranking_head
 from recsys.ranking.layers.sequence_times import TimeGaps
 from recsys.ranking.layers.sequences import Sequences, sequences_of
@@ -161,7 +160,7 @@ class SequenceModel(RowFeatures):
         lists = sequences.own(parallel)
         tokens, target = self.tokens(ids, content, batch, sequences, lists)
         interest = self.encoded(tokens.float(), target.float(), events)
-        numbers = history_numbers(history, parallel)
+        numbers = self.history_numbers(history, parallel, batch)
         return self.mlp(self.features(ids, content, batch, interest, numbers, history, parallel))
 
     def encoded(

@@ -123,6 +123,7 @@ def test_unknown_and_wrong_overrides_are_named(words: list[str]) -> None:
         ("--optimizer.learning_rate=-1", "optimizer.learning_rate is -1.0"),
         ("--optimizer.encoder_learning_rate=-1", "optimizer.encoder_learning_rate is -1.0"),
         ("--optimizer.warmup_steps=-1", "optimizer.warmup_steps is -1"),
+        ("--optimizer.ema_tables=true", "ema_decay"),
         ("--ranking.dropout=1", "ranking.dropout is 1.0.*>= 0 .*< 1"),
         ("--ranking.mlp_units=[8,0]", r"ranking.mlp_units\[1\] is 0.*> 0"),
         ("--ranking={name: dlrm, dense_units: [0]}", r"ranking.dense_units\[0\] is 0"),
@@ -193,6 +194,13 @@ def test_a_modality_whose_parts_exclude_each_other_is_named(
     path.write_text(yaml.safe_dump({"content": content}))
     with pytest.raises(ValueError, match=rf"content.modalities.poster: .*{message}"):
         load_config(path)
+
+
+def test_tables_are_averaged_only_where_their_rows_are_in_one_place() -> None:
+    words = ["--optimizer.ema_decay=0.9", "--optimizer.ema_tables=true"]
+    assert load_config(TINY, words).optimizer.ema_tables
+    with pytest.raises(ValueError, match=r"ema_tables.*item.kernel is uvm_caching"):
+        load_config(TINY, [*words, "--embedding.tables={item: {kernel: uvm_caching}}"])
 
 
 def test_sampled_negatives_want_a_memory_bank() -> None:
