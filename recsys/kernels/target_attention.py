@@ -1,10 +1,11 @@
 """Operator `recsys::target_attention`: the target attention of DIN over jagged histories.
 
 The C++ kernel takes rows of the batch in chunks whose intermediate results stay in cache, from the
-gathered items to the weighted sum; its backward computes them again instead of storing [N, H]. The
-first layer of the score is one matrix per row, M_b = (W1 + W3) + W4 diag(t). Sums over rows are
-taken in groups that depend on the batch alone, and those over the places of an item in their
-order: results are equal to the last bit in every run and for any number of threads.
+gathered items to the weighted sum. Its backward reads the units of both layers that the forward
+kept, or computes them again where they would take more than `MAX_KEPT_BYTES`. The first layer of
+the score is one matrix per row, M_b = (W1 + W3) + W4 diag(t). Sums over rows are taken in groups
+that depend on the batch alone, and those over the places of an item in their order: results are
+equal to the last bit in every run and for any number of threads.
 
 Shapes: B batch, U unique items, N history items of the batch, D dimension, P parallel lists, H and
 G units of the two hidden layers.
@@ -18,16 +19,18 @@ import torch
 from torch import Tensor, nn
 
 MAX_UNITS = 512
+MAX_KEPT_BYTES = 16 * 2**20  # of units kept for the backward: larger blocks are not reused
 _INPUTS = (
     "Tensor target, Tensor items, Tensor index, Tensor offsets, Tensor parallel, Tensor lists, "
     "Tensor first, Tensor first_bias, Tensor second, Tensor second_bias, Tensor last"
 )
 torch.library.define(
-    "recsys::target_attention", f"({_INPUTS}, Tensor last_bias) -> (Tensor, Tensor)"
+    "recsys::target_attention",
+    f"({_INPUTS}, Tensor last_bias, bool keeps_units) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "recsys::target_attention_backward",
-    f"(Tensor gradient, Tensor shares, {_INPUTS}) -> ({', '.join(['Tensor'] * 8)})",
+    f"(Tensor gradient, Tensor shares, Tensor kept, {_INPUTS}) -> ({', '.join(['Tensor'] * 8)})",
 )
 
 
@@ -99,40 +102,46 @@ def native_target_attention(
             score = ScoreWeights.of(mlp)
             native_target_attention(target, items, index, offsets, *nothing, score)  # [2, 4]
     """
-    interest: Tensor = torch.ops.recsys.target_attention(
-        target.float(), items.float(), index, offsets, parallel.float(), lists, *score
-    )[0]
+    kept_bytes = 4 * index.shape[0] * (score.first.shape[0] + score.second.shape[0])
+    keeps_units = torch.is_grad_enabled() and kept_bytes <= MAX_KEPT_BYTES
+    inputs = (target.float(), items.float(), index, offsets, parallel.float(), lists, *score)
+    interest: Tensor = torch.ops.recsys.target_attention(*inputs, keeps_units)[0]
     return interest
 
 
 @torch.library.register_fake("recsys::target_attention")
-def _fake(target: Tensor, items: Tensor, index: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-    del items, rest
-    return target.new_empty(target.shape), target.new_empty(index.shape)
+def _fake(
+    target: Tensor, items: Tensor, index: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    del items
+    *_, first, _, second, _, _, _, keeps_units = rest
+    units = first.shape[0] + second.shape[0] if keeps_units else 0
+    shares, kept = target.new_empty(index.shape), target.new_empty(index.shape[0], units)
+    return target.new_empty(target.shape), shares, kept
 
 
 @torch.library.register_fake("recsys::target_attention_backward")
-def _fake_backward(gradient: Tensor, shares: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    del gradient, shares
+def _fake_backward(
+    gradient: Tensor, shares: Tensor, kept: Tensor, *inputs: Tensor
+) -> tuple[Tensor, ...]:
+    del gradient, shares, kept
     target, items, _, _, _, *weights = inputs
     return tuple(part.new_empty(part.shape) for part in (target, items, *weights))
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    *read, last_bias = inputs
-    ctx.save_for_backward(output[1], last_bias, *read)
-    ctx.mark_non_differentiable(output[1])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *read, last_bias, _ = inputs
+    ctx.save_for_backward(last_bias, *output[1:], *read)
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, gradient: Tensor, of_shares: Tensor) -> tuple[Tensor | None, ...]:
-    del of_shares
-    shares, last_bias, *inputs = ctx.saved_tensors
-    of_target, of_items, *of_weights = torch.ops.recsys.target_attention_backward(
-        gradient, shares, *inputs
-    )
+def _backward(ctx: Any, gradient: Tensor, *of_kept: Tensor) -> tuple[Tensor | None, ...]:
+    del of_kept
+    last_bias, *inputs = ctx.saved_tensors
+    of_target, of_items, *of_weights = torch.ops.recsys.target_attention_backward(gradient, *inputs)
     # A softmax does not change if all its scores do: the gradient of the last bias is zero.
     of_last_bias = torch.zeros_like(last_bias)
-    return (of_target, of_items, None, None, None, *of_weights, of_last_bias)
+    return (of_target, of_items, None, None, None, *of_weights, of_last_bias, None)
 
 
 torch.library.register_autograd("recsys::target_attention", _backward, setup_context=_save)

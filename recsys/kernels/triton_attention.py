@@ -55,9 +55,10 @@ def target_attention(
     second_bias: Tensor,
     last: Tensor,
     last_bias: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return the interest [B, D] and the shares [N] of places."""
-    del last_bias
+    keeps_units: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the interest [B, D], the shares [N] of places, and no units, which are not kept."""
+    del last_bias, keeps_units
     out, shares = torch.zeros_like(target), target.new_empty(len(index))
     of_items, of_products, of_target, by_unit = _weights(first, second)
     inputs = [target, items, index, offsets, parallel, lists.T, of_items, of_products, of_target]
@@ -69,12 +70,13 @@ def target_attention(
             shares,
             **_sizes(target, parallel, first, second),
         )
-    return out, shares
+    return out, shares, target.new_empty(len(index), 0)
 
 
 def target_attention_backward(
     gradient: Tensor,
     shares: Tensor,
+    kept: Tensor,
     target: Tensor,
     items: Tensor,
     index: Tensor,
@@ -88,6 +90,7 @@ def target_attention_backward(
     last: Tensor,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of target, items, lists, and the weights of the score."""
+    del kept
     sizes, rows = _sizes(target, parallel, first, second), len(target)
     dim, hidden, units = sizes["D"], sizes["H"], sizes["G"]
     rows_of_group = max(1, -(-rows // MOST_GROUPS))

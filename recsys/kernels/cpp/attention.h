@@ -179,6 +179,25 @@ class Forward {
     }
   }
 
+  // Writes the units of both layers to [N, H + G], of all places.
+  void write_units(const Chunk& chunk, float* units) const {
+    for (int64_t t = 0; t < chunk.num_items; ++t) {
+      float* to = units + (chunk.first_item + t) * (s.H + s.G);
+      std::memcpy(to, hidden + t * s.h, s.H * sizeof(float));
+      std::memcpy(to + s.H, second + t * s.g, s.G * sizeof(float));
+    }
+  }
+
+  // Fills vectors, hidden and second as `compute` does, from the units that it has written.
+  void read_units(const Chunk& chunk, const float* units) {
+    gather(chunk);
+    for (int64_t t = 0; t < chunk.num_items; ++t) {
+      const float* from = units + (chunk.first_item + t) * (s.H + s.G);
+      std::memcpy(hidden + t * s.h, from, s.H * sizeof(float));
+      std::memcpy(second + t * s.g, from + s.H, s.G * sizeof(float));
+    }
+  }
+
   // Fills pairs [count, 2 D]: the vectors of a run, and their products with the targets.
   void fill_pairs(const Chunk& chunk, int64_t row, int64_t last) {
     float* to = pairs;

@@ -1,4 +1,5 @@
-// The backward pass of target attention for a chunk of rows: everything is computed again.
+// The backward pass of target attention for a chunk of rows. It reads the units of both layers if
+// the forward kept them, and else computes them again.
 //
 // Shapes: as in attention.h.
 #pragma once
@@ -45,9 +46,12 @@ class Backward : public Forward {
 
   // Adds the gradients of weights to the sums, and writes those of targets [B, D] and, for each
   // place, of its vector [N, D].
-  void compute(const Chunk& chunk, const float* gradient, const float* weights, float* for_target,
-               float* for_vectors) {
-    Forward::compute(chunk);
+  void compute(const Chunk& chunk, const float* gradient, const float* weights, const float* units,
+               float* for_target, float* for_vectors) {
+    if (units)
+      read_units(chunk, units);
+    else
+      Forward::compute(chunk);
     second_layer(chunk, gradient, weights);
     std::memset(of_target, 0, kItemsOfChunk * s.d * sizeof(float));
     for_runs(in.offsets, chunk, [&](int64_t row, int64_t last, bool has_matrix) {

@@ -58,11 +58,12 @@ Contiguous contiguous(const Tensor& target, const Tensor& items, const Tensor& i
           of(first_bias), of(second), of(second_bias), of(last)};
 }
 
-// -> interest [B, D] and weights [N]
-std::tuple<Tensor, Tensor> target_attention(
+// -> interest [B, D], weights [N] and, if wanted, the units of both layers [N, H + G], else [N, 0]
+std::tuple<Tensor, Tensor, Tensor> target_attention(
     const Tensor& target, const Tensor& items, const Tensor& index, const Tensor& offsets,
     const Tensor& parallel, const Tensor& lists, const Tensor& first, const Tensor& first_bias,
-    const Tensor& second, const Tensor& second_bias, const Tensor& last, const Tensor&) {
+    const Tensor& second, const Tensor& second_bias, const Tensor& last, const Tensor&,
+    bool keeps_units) {
   const Contiguous all = contiguous(target, items, index, offsets, parallel, lists, first,
                                     first_bias, second, second_bias, last);
   const Sizes s = sizes_of(target, items, index, parallel, first, second);
@@ -73,11 +74,13 @@ std::tuple<Tensor, Tensor> target_attention(
   const std::vector<int64_t> bounds = group_bounds(s, in.offsets);
   Tensor out = torch::stable::new_zeros(all.target, {s.B, s.D});
   Tensor shares = torch::stable::new_empty(all.target, {s.N});
-  float *to = mutable_floats(out), *share = mutable_floats(shares);
+  Tensor kept = torch::stable::new_empty(all.target, {s.N, keeps_units ? s.H + s.G : 0});
+  float *to = mutable_floats(out), *share = mutable_floats(shares), *units = mutable_floats(kept);
   torch::stable::parallel_for(0, bounds.size() - 1, 1, [&](int64_t group, int64_t last_group) {
     Forward forward(s, in, weights, longest);
     for_chunks(in.offsets, bounds[group], bounds[last_group], [&](const Chunk& chunk) {
       forward.compute(chunk);
+      if (keeps_units) forward.write_units(chunk, units);
       for (int64_t row = chunk.first_row; row < chunk.last_row; ++row) {
         const int64_t at = in.offsets[row] - chunk.first_item;
         const int64_t count = in.offsets[row + 1] - in.offsets[row];
@@ -87,7 +90,7 @@ std::tuple<Tensor, Tensor> target_attention(
       }
     });
   });
-  return {out, shares};
+  return {out, shares, kept};
 }
 
 // Sums the gradients of places [N, D] by unique item, in the order of places, into [U, D].
@@ -147,10 +150,10 @@ Gradients weight_gradients(const Sizes& s, const Tensor& like, const Sums& sums,
 }
 
 Gradients target_attention_backward(
-    const Tensor& gradient_, const Tensor& shares, const Tensor& target, const Tensor& items,
-    const Tensor& index, const Tensor& offsets, const Tensor& parallel, const Tensor& lists,
-    const Tensor& first, const Tensor& first_bias, const Tensor& second, const Tensor& second_bias,
-    const Tensor& last) {
+    const Tensor& gradient_, const Tensor& shares, const Tensor& kept, const Tensor& target,
+    const Tensor& items, const Tensor& index, const Tensor& offsets, const Tensor& parallel,
+    const Tensor& lists, const Tensor& first, const Tensor& first_bias, const Tensor& second,
+    const Tensor& second_bias, const Tensor& last) {
   const Tensor gradient = torch::stable::contiguous(gradient_);
   const Contiguous all = contiguous(target, items, index, offsets, parallel, lists, first,
                                     first_bias, second, second_bias, last);
@@ -163,6 +166,7 @@ Gradients target_attention_backward(
   Tensor of_items = torch::stable::new_empty(all.items, {s.U, s.D});
   Tensor of_places = torch::stable::new_empty(all.items, {s.N, s.D});
   const float *of_out = floats(gradient), *share = floats(shares);
+  const float* units = kept.size(1) ? floats(kept) : nullptr;
   float *for_target = mutable_floats(of_target), *for_places = mutable_floats(of_places);
   const int64_t groups = bounds.size() - 1;
   std::vector<std::unique_ptr<Sums>> sums(groups);
@@ -171,7 +175,7 @@ Gradients target_attention_backward(
       sums[group] = std::make_unique<Sums>(s);
       Backward backward(s, in, weights, longest, *sums[group]);
       for_chunks(in.offsets, bounds[group], bounds[group + 1], [&](const Chunk& chunk) {
-        backward.compute(chunk, of_out, share, for_target, for_places);
+        backward.compute(chunk, of_out, share, units, for_target, for_places);
       });
     }
   });

@@ -74,6 +74,15 @@ def by_reference(
         return compute()
 
 
+@pytest.mark.parametrize("case", ["short and empty histories", "long ones"])
+def test_units_that_are_kept_change_nothing(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    attention, inputs = attention_case(*CASES[case])
+    kept = output_and_gradients(attention, inputs)
+    monkeypatch.setattr("recsys.kernels.target_attention.MAX_KEPT_BYTES", 0)
+    again = output_and_gradients(attention, inputs)
+    assert all(torch.equal(again[name], kept[name]) for name in kept)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_attention_equals_the_reference(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     attention, inputs = attention_case(*CASES[case])
@@ -180,7 +189,7 @@ def test_operators_keep_the_rules_of_torch_library() -> None:
     rules = ("test_schema", "test_autograd_registration", "test_faketensor")
     inputs = (target.requires_grad_(), items, history.index, history.offsets, parallel, lists)
     attend = torch.ops.recsys.target_attention.default
-    torch.library.opcheck(attend, (*inputs, *score), test_utils=rules)
+    torch.library.opcheck(attend, (*inputs, *score, True), test_utils=rules)
     dots = torch.ops.recsys.dot_interaction.default
     torch.library.opcheck(dots, (target, torch.randn(2, 3, 4)), test_utils=rules)
 
