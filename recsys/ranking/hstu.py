@@ -60,13 +60,25 @@ class HstuLayer(SequenceLayer):
     ) -> tuple[Tensor, Tensor]:  # [T, D], [T, 2 * D]
         """Return new states of the events, and K and V of the old ones."""
         kvqu, dim = F.silu(self.kvqu(self.norm(states))), states.shape[1]
-        padded = events.sequences.padded(kvqu[:, : 3 * dim].float())  # [S, L, 3 * D]
-        keys, values, queries = padded.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        scores = queries @ keys.transpose(2, 3) + self._biases(events, padded.shape[1])
-        summed = (F.silu(scores).tril() @ values).transpose(1, 2).flatten(2)  # [S, L, D]
-        return self._gated(states, events.sequences.flat(summed), kvqu[:, 3 * dim :]), kvqu[
-            :, : 2 * dim
-        ]
+        tokens = kvqu[:, : 3 * dim].float()
+        if self.of_times is not None:
+            assert events.ages is not None
+            tokens = torch.cat([tokens, events.ages], dim=1)
+        sums = events.sequences.attend(tokens, self._among_events, recomputes=True)
+        return self._gated(states, sums, kvqu[:, 3 * dim :]), kvqu[:, : 2 * dim]
+
+    def _among_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D or 3 * D + 1] -> [S, L, D]
+        """Attend to earlier events of the same sequence; a last column has their ages."""
+        width, longest = 3 * self.output.in_features, padded.shape[1]
+        vectors = padded[:, :, :width].unflatten(2, (3, self.heads, -1))
+        keys, values, queries = vectors.permute(2, 0, 3, 1, 4)
+        places = torch.arange(longest, device=padded.device)
+        biases = self.of_places[:, (places.unsqueeze(1) - places).clamp(min=0)].unsqueeze(0)
+        if self.of_times is not None:
+            buckets = times_between(padded[:, :, width])
+            biases = biases + self.of_times[:, buckets].transpose(0, 1)
+        weights = F.silu(queries @ keys.transpose(2, 3) + biases).tril()
+        return (weights @ values).transpose(1, 2).flatten(2)
 
     def target(
         self,
@@ -94,17 +106,6 @@ class HstuLayer(SequenceLayer):
     def _gated(self, states: Tensor, sums: Tensor, gates: Tensor) -> Tensor:
         """Add the normalised sums times their gates, mapped, to the states."""
         return states + self.output(self.sum_norm(sums / self.longest) * gates)
-
-    def _biases(self, events: Events, longest: int) -> Tensor:  # [S or 1, H, L, L]
-        """Return the bias of each event (last axis) for each later one (third axis)."""
-        places = torch.arange(longest, device=self.of_places.device)
-        distances = (places.unsqueeze(1) - places).clamp(min=0)
-        biases = self.of_places[:, distances].unsqueeze(0)
-        if self.of_times is None:
-            return biases
-        assert events.ages is not None
-        buckets = times_between(events.sequences.padded(events.ages).squeeze(2))
-        return biases + self.of_times[:, buckets].transpose(0, 1)
 
 
 def _heads(read: Tensor, heads: int) -> tuple[list[Tensor], list[Tensor]]:

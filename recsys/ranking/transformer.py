@@ -57,11 +57,14 @@ class TransformerLayer(SequenceLayer):
     ) -> tuple[Tensor, Tensor]:  # [T, D], [T, 2 * D]
         """Return new states of the events, and K and V of the old ones."""
         kvq, dim = self.kvq(self.norm(states)), states.shape[1]
-        padded = events.sequences.padded(kvq.float())  # [S, L, 3 * D]
+        attended = events.sequences.attend(kvq.float(), self._among_events, recomputes=False)
+        return self._fed_forward(states, attended), kvq[:, : 2 * dim]
+
+    def _among_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D] -> [S, L, D]
+        """Attend to earlier events of the same sequence."""
         keys, values, queries = padded.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-        attended = events.sequences.flat(attended.transpose(1, 2).flatten(2))
-        return self._fed_forward(states, attended), kvq[:, : 2 * dim]
+        return attended.transpose(1, 2).flatten(2)
 
     def target(
         self,

@@ -6,6 +6,10 @@ of its own (`JaggedHistory`). The graph of a package has one history for all can
 (`recsys.serving.shared_history`): there it is one sequence, computed once however many candidates
 are ranked.
 
+The numbers of attention among the items of S sequences are S * L * L. Where these are many, blocks
+of sequences of similar length pass one after the other, each padded to its own longest, and the
+backward pass computes their numbers again in place of keeping them.
+
 Shapes: S sequences (B rows, or 1 shared by all rows), T tokens of all sequences, L longest
 sequence, U unique items, N history items of the batch (T, or B * L if the history is shared),
 P parallel lists, K any width.
@@ -13,13 +17,19 @@ P parallel lists, K any width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from recsys.data.jagged_history import JaggedHistory
+
+Attention = Callable[[Tensor], Tensor]  # [S, L, K] -> [S, L, D]
+CELLS_OF_BLOCK = 2**20  # pairs of places, whose scores fit a cache
 
 
 class Sequences(Protocol):
@@ -45,6 +55,16 @@ class Sequences(Protocol):
 
     def flat(self, padded: Tensor) -> Tensor:
         """Map [S, L, K] -> [T, K]: the inverse of `padded`."""
+
+    def attend(self, tokens: Tensor, attention: Attention, recomputes: bool) -> Tensor:
+        """Map tokens [T, K] -> [T, D] by causal attention among those of each sequence.
+
+        Args:
+            tokens: keys, values, queries and whatever else `attention` reads.
+            attention: maps [S, L, K] -> [S, L, D]; what stands behind a token cannot change it.
+            recomputes: whether its numbers are computed again in the backward pass if they are
+                many; not where it keeps none.
+        """
 
     def latest(self, count: int) -> Sequences:
         """Return the sequences of the `count` latest tokens of each; all of a shorter one."""
@@ -102,6 +122,25 @@ class JaggedSequences:
         """Map [B, L, K] -> [T, K]."""
         offsets, total = [self.history.offsets], len(self.history.index)
         return torch.ops.fbgemm.dense_to_jagged(padded, offsets, total)[0]
+
+    def attend(self, tokens: Tensor, attention: Attention, recomputes: bool) -> Tensor:
+        """Map tokens [T, K] -> [T, D], in blocks of sequences of similar length."""
+        padded, lengths = self.padded(tokens), self.history.lengths
+        longest = padded.shape[1]
+        order, size = lengths.argsort(), max(CELLS_OF_BLOCK // longest**2, 1)
+        if len(order) <= size:
+            return self.flat(attention(padded))
+        blocks = []
+        for rows in order.split(size):
+            # A GPU would have to be waited for.
+            own = int(lengths[rows[-1]]) if lengths.device.type == "cpu" else longest
+            block = padded[rows, : max(own, 1)]
+            if recomputes and torch.is_grad_enabled():
+                attended = checkpoint(attention, block, use_reentrant=False)
+            else:
+                attended = attention(block)
+            blocks.append(F.pad(attended, (0, 0, 0, longest - attended.shape[1])))
+        return self.flat(torch.cat(blocks)[order.argsort()])
 
     def latest(self, count: int) -> JaggedSequences:
         """Return the sequences of the `count` latest tokens of each row."""
@@ -168,6 +207,10 @@ class EqualSequences:
     def flat(self, padded: Tensor) -> Tensor:
         """View [S, L, K] as [T, K]."""
         return padded.reshape(self.count * self.history.longest, padded.shape[2])
+
+    def attend(self, tokens: Tensor, attention: Attention, recomputes: bool) -> Tensor:
+        """Map tokens [T, K] -> [T, D], all sequences at once."""
+        return self.flat(attention(self.padded(tokens)))
 
     def latest(self, count: int) -> EqualSequences:
         """Return the sequences of the `count` latest tokens of each."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from recsys.config import ContentSettings
 from recsys.data.batch import Batch
 from recsys.ranking.hstu import HstuLayer
+from recsys.ranking.layers import sequences
 from recsys.ranking.layers.sequence_features import SequenceModel
 from recsys.ranking.layers.sequence_times import TimeGaps, doubling_buckets, times_between
 from recsys.ranking.transformer import Transformer, TransformerLayer
@@ -130,10 +131,15 @@ def interest_of(model: SequenceModel, ids: Any, content: Any, batch: Batch) -> T
 
 @by_content
 @by_name
-@pytest.mark.parametrize("recent", [3, 64])
+@pytest.mark.parametrize(("recent", "cells"), [(3, 2**20), (64, 2**20), (64, 60)])
 def test_outputs_and_gradients_equal_a_padded_reference(
-    name: str, content: ContentSettings | None, recent: int
+    name: str,
+    content: ContentSettings | None,
+    recent: int,
+    cells: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(sequences, "CELLS_OF_BLOCK", cells)  # 60: a block for each sequence
     model = sequence_model(name, content, recent_items=recent)
     ids, vectors, batch = inputs(LENGTHS)
     index = torch.tensor([0, 1, 2, 1, 0, 3, 4, 5, 8, 1, 10])  # items repeat
