@@ -70,10 +70,9 @@ def variants_of(
         sizes = {} if quick else SMALL
         sized = setting("A", quick).with_data(history=history, **sizes)
         data, words = sized.prepared(out)
-        chosen = [word for word in words if "ranking" not in word] if quick else list(words)
-        if quick:  # the quick words name settings of the default backbone
-            chosen = ["--embedding.dim", "16", "--content.dim", "16", "--contrastive.dim", "16"]
-        words = (*chosen, "--batch_size", str(batch_size), "--cache", str(out / "cache"))
+        if quick:  # without settings of the default backbone
+            words = ("--embedding.dim", "16", "--content.dim", "16", "--contrastive.dim", "16")
+        words = (*words, "--batch_size", str(batch_size), "--cache", str(out / "cache"))
         words += () if content else ("--content", "none")
         for model in models:
             ranking = ("--ranking", MODELS[model])

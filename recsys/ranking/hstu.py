@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from recsys.config import ContentSettings
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.aged_attention import NUM_AGES
-from recsys.ranking.layers.sequence_features import Events, SequenceLayer, SequenceModel
+from recsys.ranking.layers.sequence_features import Events, Read, SequenceLayer, SequenceModel
 from recsys.ranking.layers.sequence_times import doubling_buckets, times_between
 from recsys.ranking.settings import HstuSettings
 
@@ -48,24 +48,30 @@ class HstuLayer(SequenceLayer):
         if has_ages:
             self.of_times = nn.Parameter(0.02 * torch.randn(self.heads, NUM_AGES))
 
-    def read(self, states: Tensor) -> Tensor:  # [T, D] -> [T, 2 * D]
-        """Return K and V of events."""
-        width = 2 * states.shape[1]
-        return F.silu(F.linear(self.norm(states), self.kvqu.weight[:width], self.kvqu.bias[:width]))
+    def read(self, states: Tensor) -> Read:  # [T, D]
+        """Return keys and values of events."""
+        normed = self.norm(states)
+        weights, biases = self.kvqu.weight.chunk(4), self.kvqu.bias.chunk(4)
+        keys, values = (
+            F.silu(F.linear(normed, weight, bias)).float()
+            for weight, bias in zip(weights[:2], biases[:2])
+        )
+        return keys, values
 
     def history(
         self,
         states: Tensor,  # [T, D]
         events: Events,
-    ) -> tuple[Tensor, Tensor]:  # [T, D], [T, 2 * D]
-        """Return new states of the events, and K and V of the old ones."""
+    ) -> tuple[Tensor, Read]:  # [T, D]
+        """Return new states of the events, and keys and values of the old ones."""
         kvqu, dim = F.silu(self.kvqu(self.norm(states))), states.shape[1]
         tokens = kvqu[:, : 3 * dim].float()
         if self.of_times is not None:
             assert events.ages is not None
             tokens = torch.cat([tokens, events.ages], dim=1)
         sums = events.sequences.attend(tokens, self._among_events, recomputes=True)
-        return self._gated(states, sums, kvqu[:, 3 * dim :]), kvqu[:, : 2 * dim]
+        keys, values = (part.contiguous() for part in tokens[:, : 2 * dim].chunk(2, dim=1))
+        return self._gated(states, sums, kvqu[:, 3 * dim :]), (keys, values)
 
     def _among_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D or 3 * D + 1] -> [S, L, D]
         """Attend to earlier events of the same sequence; a last column has their ages."""
@@ -83,40 +89,28 @@ class HstuLayer(SequenceLayer):
     def target(
         self,
         target: Tensor,  # [B, D]
-        read: Tensor,  # [T, 2 * D]
+        read: Read,
         events: Events,
     ) -> Tensor:  # [B, D]
         """Return new states of the targets."""
-        keys, values, queries, gates = F.silu(self.kvqu(self.norm(target))).chunk(4, dim=1)
-        of_events = self.of_places[:, events.places + 1]  # [H, T]
-        of_itself = self.of_places[:, 0]
+        kvqu = F.silu(self.kvqu(self.norm(target)))
+        own_key, own_value, query, gates = kvqu.float().chunk(4, dim=1)
+        of_events, of_itself = self.of_places[:, events.places + 1], self.of_places[:, 0]
         if self.of_times is not None:
             assert events.ages is not None
             of_events = of_events + self.of_times[:, doubling_buckets(events.ages.squeeze(1))]
             of_itself = of_itself + self.of_times[:, 0]
-        history, sums = events.sequences.history, []
-        for head, (of_keys, of_values) in enumerate(zip(*_heads(read, self.heads))):
-            biases = history.gather(of_events[head].unsqueeze(1)).squeeze(1)
-            query, key, value = (_head(part, self.heads, head) for part in (queries, keys, values))
-            weights = F.silu(history.dot(query, of_keys) + biases)
-            of_target = F.silu((query * key).sum(dim=1, keepdim=True) + of_itself[head])
-            sums.append(history.weighted_sum(weights, of_values) + of_target * value)
-        return self._gated(target, torch.cat(sums, dim=1), gates)
+        keys, values = read
+        sequences = events.sequences
+        scores = sequences.dots(query, keys, self.heads) + sequences.at_places(of_events)
+        sums = sequences.sums(F.silu(scores), values)
+        own = (query * own_key).unflatten(1, (self.heads, -1)).sum(dim=2) + of_itself  # [B, H]
+        of_target = F.silu(own).unsqueeze(2) * own_value.unflatten(1, (self.heads, -1))
+        return self._gated(target, sums + of_target.flatten(1), gates)
 
     def _gated(self, states: Tensor, sums: Tensor, gates: Tensor) -> Tensor:
         """Add the normalised sums times their gates, mapped, to the states."""
         return states + self.output(self.sum_norm(sums / self.longest) * gates)
-
-
-def _heads(read: Tensor, heads: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Split K and V [T, 2 * D] into those of each head, [T, D / H]."""
-    parts = [part.contiguous() for part in read.float().chunk(2 * heads, dim=1)]
-    return parts[:heads], parts[heads:]
-
-
-def _head(vectors: Tensor, heads: int, head: int) -> Tensor:
-    """Return the part of a head, [B, D / H]."""
-    return vectors.float().chunk(heads, dim=1)[head].contiguous()
 
 
 class Hstu(SequenceModel):

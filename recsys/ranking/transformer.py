@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.config import ContentSettings
-from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.aged_attention import NUM_AGES
-from recsys.ranking.layers.sequence_features import Events, SequenceLayer, SequenceModel
+from recsys.ranking.layers.sequence_features import Events, Read, SequenceLayer, SequenceModel
 from recsys.ranking.layers.sequence_times import doubling_buckets
 from recsys.ranking.settings import TransformerSettings
 
@@ -46,19 +45,22 @@ class TransformerLayer(SequenceLayer):
             nn.Linear(dim, WIDENING * dim), nn.ReLU(), nn.Linear(WIDENING * dim, dim)
         )
 
-    def read(self, states: Tensor) -> Tensor:  # [T, D] -> [T, 2 * D]
-        """Return K and V of events."""
-        return F.linear(self.norm(states), self.kvq.weight[: 2 * states.shape[1]])
+    def read(self, states: Tensor) -> Read:  # [T, D]
+        """Return keys and values of events."""
+        normed = self.norm(states)
+        keys, values = (F.linear(normed, of).float() for of in self.kvq.weight.chunk(3)[:2])
+        return keys, values
 
     def history(
         self,
         states: Tensor,  # [T, D]
         events: Events,
-    ) -> tuple[Tensor, Tensor]:  # [T, D], [T, 2 * D]
-        """Return new states of the events, and K and V of the old ones."""
-        kvq, dim = self.kvq(self.norm(states)), states.shape[1]
-        attended = events.sequences.attend(kvq.float(), self._among_events, recomputes=False)
-        return self._fed_forward(states, attended), kvq[:, : 2 * dim]
+    ) -> tuple[Tensor, Read]:  # [T, D]
+        """Return new states of the events, and keys and values of the old ones."""
+        kvq = self.kvq(self.norm(states)).float()
+        attended = events.sequences.attend(kvq, self._among_events, recomputes=False)
+        keys, values, _ = (part.contiguous() for part in kvq.chunk(3, dim=1))
+        return self._fed_forward(states, attended), (keys, values)
 
     def _among_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D] -> [S, L, D]
         """Attend to earlier events of the same sequence."""
@@ -69,46 +71,28 @@ class TransformerLayer(SequenceLayer):
     def target(
         self,
         target: Tensor,  # [B, D]
-        read: Tensor,  # [T, 2 * D]
+        read: Read,
         events: Events,
     ) -> Tensor:  # [B, D]
-        """Return new states of the targets."""
-        parts = self.kvq(self.norm(target)).float().chunk(3 * self.heads, dim=1)
-        of_events = read.float().chunk(2 * self.heads, dim=1)
-        attended = [
-            _attended(
-                events.sequences.history,
-                *(parts[place].contiguous() for place in range(head, 3 * self.heads, self.heads)),
-                *(of_events[place].contiguous() for place in (head, head + self.heads)),
-            )
-            for head in range(self.heads)
-        ]
-        return self._fed_forward(target, torch.cat(attended, dim=1))
+        """Return new states of the targets: softmax over their history and themselves."""
+        own_key, own_value, query = self.kvq(self.norm(target)).float().chunk(3, dim=1)
+        query = query * (query.shape[1] // self.heads) ** -0.5
+        (keys, values), sequences = read, events.sequences
+        history = sequences.history
+        scores = sequences.dots(query, keys, self.heads)  # [H, T or B * T]
+        own = (query * own_key).unflatten(1, (self.heads, -1)).sum(dim=2)  # [B, H]
+        with torch.no_grad():  # any number may be subtracted from all scores of a row
+            highest = torch.maximum(own, history.maximum(scores.T.contiguous(), -torch.inf))
+        weights = torch.exp(scores - history.spread(highest).T)
+        of_target = torch.exp(own - highest)
+        total = (history.sum(weights.T.contiguous()) + of_target).unsqueeze(2)  # [B, H, 1]
+        summed = sequences.sums(weights, values).unflatten(1, (self.heads, -1))
+        summed = summed + of_target.unsqueeze(2) * own_value.unflatten(1, (self.heads, -1))
+        return self._fed_forward(target, (summed / total).flatten(1))
 
     def _fed_forward(self, states: Tensor, attended: Tensor) -> Tensor:
         states = states + self.output(attended)
         return states + self.hidden(self.hidden_norm(states))
-
-
-def _attended(
-    history: JaggedHistory,
-    key: Tensor,  # [B, D]
-    value: Tensor,  # [B, D]
-    query: Tensor,  # [B, D]
-    keys: Tensor,  # [T, D]
-    values: Tensor,  # [T, D]
-) -> Tensor:  # [B, D]
-    """Return softmax attention of each target to its history and itself, in one head."""
-    query = query * query.shape[1] ** -0.5
-    own = (query * key).sum(dim=1, keepdim=True)  # [B, 1]
-    scores = history.dot(query, keys).unsqueeze(1)
-    with torch.no_grad():  # any number may be subtracted from all scores of a row
-        highest = torch.maximum(own, history.maximum(scores, -torch.inf))
-    weights = torch.exp(scores - history.spread(highest))
-    of_target = torch.exp(own - highest)
-    total = history.sum(weights) + of_target
-    summed = history.weighted_sum(weights.squeeze(1), values)
-    return (summed + of_target * value) / total
 
 
 class Transformer(SequenceModel):

@@ -34,6 +34,8 @@ from recsys.ranking.layers.sequences import Sequences, sequences_of
 from recsys.ranking.settings import SequenceSettings
 from recsys.ranking.vectors import IDVectors, MemberLogits
 
+Read = tuple[Tensor, Tensor]  # keys and values [T, D] that targets read of events
+
 
 @dataclass
 class Events:
@@ -52,16 +54,16 @@ class Events:
 class SequenceLayer(nn.Module):
     """A layer of attention; subclasses compute states of events and of targets."""
 
-    def history(self, states: Tensor, events: Events) -> tuple[Tensor, Tensor]:
-        """Return new states of the events [T, D], and what targets read of the old ones [T, K]."""
+    def history(self, states: Tensor, events: Events) -> tuple[Tensor, Read]:
+        """Return new states of the events [T, D], and keys and values of the old ones."""
         raise TypeError(f"{type(self).__name__} defines no attention among events")
 
-    def read(self, states: Tensor) -> Tensor:
-        """Return what targets read of the states of events: [T, D] -> [T, K]."""
+    def read(self, states: Tensor) -> Read:
+        """Return keys and values of the states of events [T, D]."""
         raise TypeError(f"{type(self).__name__} defines nothing that targets read")
 
-    def target(self, target: Tensor, read: Tensor, events: Events) -> Tensor:
-        """Return new states of the targets [B, D], from theirs and `read` [T, K]."""
+    def target(self, target: Tensor, read: Read, events: Events) -> Tensor:
+        """Return new states of the targets [B, D], from theirs and what they read of events."""
         raise TypeError(f"{type(self).__name__} defines no attention of targets")
 
 
@@ -89,21 +91,20 @@ class EventTokens(nn.Module):
         A collective with content, which reads the history's vectors.
         """
         history = batch.jagged_history()
-        items, target = self.id_map(ids.history), self.id_map(ids.target) + self.of_target
+        target = self.id_map(ids.target) + self.of_target
+        # Terms of an item alone are added for each unique item, in place of each event.
+        items = self.id_map(ids.history) + self.of_event
         if self.content_map is not None:
             assert content is not None
             target = target + self.content_map(content.target)
             of_content = self.content_map(content.read_history()[0])
-            if ids.history_is_unique:  # one sum for each unique item, in place of one per event
-                items = items + of_content
-            else:
-                items = sequences.tokens(items, sequences.history)
-                items = items + sequences.tokens(of_content, history)
-                history = sequences.history
-        elif not ids.history_is_unique:
-            history = sequences.history
-        tokens = sequences.tokens(items, history) + self.of_event
-        return (tokens if self.list_map is None else tokens + self.list_map(lists)), target
+            if not ids.history_is_unique:
+                of_content = sequences.tokens(of_content, history)
+            items = items + of_content
+        tokens = sequences.tokens(items, history) if ids.history_is_unique else items
+        if self.list_map is not None:
+            tokens = torch.addmm(tokens, lists, self.list_map.weight.T)
+        return tokens, target
 
 
 class SequenceModel(RowFeatures):

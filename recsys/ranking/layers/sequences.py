@@ -11,8 +11,8 @@ of sequences of similar length pass one after the other, each padded to its own 
 backward pass computes their numbers again in place of keeping them.
 
 Shapes: S sequences (B rows, or 1 shared by all rows), T tokens of all sequences, L longest
-sequence, U unique items, N history items of the batch (T, or B * L if the history is shared),
-P parallel lists, K any width.
+sequence, U unique items, N places of all rows (T, or B * L if rows share a sequence), H heads,
+D width of all heads, K any width.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from recsys.data.jagged_history import JaggedHistory
+from recsys.ranking.layers.head_attention import head_dots, head_sums
 
 Attention = Callable[[Tensor], Tensor]  # [S, L, K] -> [S, L, D]
 CELLS_OF_BLOCK = 2**20  # pairs of places, whose scores fit a cache
@@ -35,8 +36,7 @@ CELLS_OF_BLOCK = 2**20  # pairs of places, whose scores fit a cache
 class Sequences(Protocol):
     """What the layers of a sequence model need of the histories of a batch.
 
-    history: the histories over T tokens: rows attend to tokens by its `dot`, `weighted_sum`, `sum`
-        and `spread`.
+    history: the histories over T tokens.
     """
 
     history: JaggedHistory
@@ -65,6 +65,15 @@ class Sequences(Protocol):
             recomputes: whether its numbers are computed again in the backward pass if they are
                 many; not where it keeps none.
         """
+
+    def dots(self, queries: Tensor, keys: Tensor, heads: int) -> Tensor:
+        """Return dot products [H, N] of queries [B, D] and keys [T, D] by head, at each place."""
+
+    def sums(self, weights: Tensor, values: Tensor) -> Tensor:
+        """Return sums [B, D] of values [T, D] with weights [H, N], by row and head."""
+
+    def at_places(self, of_tokens: Tensor) -> Tensor:
+        """Map [H, T] -> [H, N]: the token of each place."""
 
     def latest(self, count: int) -> Sequences:
         """Return the sequences of the `count` latest tokens of each; all of a shorter one."""
@@ -142,6 +151,18 @@ class JaggedSequences:
             blocks.append(F.pad(attended, (0, 0, 0, longest - attended.shape[1])))
         return self.flat(torch.cat(blocks)[order.argsort()])
 
+    def dots(self, queries: Tensor, keys: Tensor, heads: int) -> Tensor:
+        """Return dot products [H, T] of queries [B, D] and keys [T, D]."""
+        return head_dots(self.history, queries, keys, heads)
+
+    def sums(self, weights: Tensor, values: Tensor) -> Tensor:
+        """Return sums [B, D] of values [T, D] with weights [H, T]."""
+        return head_sums(self.history, weights, values)
+
+    def at_places(self, of_tokens: Tensor) -> Tensor:
+        """Return [H, T] itself: each token has one place."""
+        return of_tokens
+
     def latest(self, count: int) -> JaggedSequences:
         """Return the sequences of the `count` latest tokens of each row."""
         if self.history.longest <= count:
@@ -211,6 +232,20 @@ class EqualSequences:
     def attend(self, tokens: Tensor, attention: Attention, recomputes: bool) -> Tensor:
         """Map tokens [T, K] -> [T, D], all sequences at once."""
         return self.flat(attention(self.padded(tokens)))
+
+    def dots(self, queries: Tensor, keys: Tensor, heads: int) -> Tensor:
+        """Return dot products [H, N] of queries [B, D] and keys [T, D]."""
+        parts = zip(queries.chunk(heads, dim=1), keys.chunk(heads, dim=1))
+        return torch.stack([self.history.dot(query, key) for query, key in parts])
+
+    def sums(self, weights: Tensor, values: Tensor) -> Tensor:
+        """Return sums [B, D] of values [T, D] with weights [H, N]."""
+        parts = zip(weights, values.chunk(weights.shape[0], dim=1))
+        return torch.cat([self.history.weighted_sum(*part) for part in parts], dim=1)
+
+    def at_places(self, of_tokens: Tensor) -> Tensor:
+        """Map [H, T] -> [H, N]: the token of each place."""
+        return self.history.gather(of_tokens.T).T
 
     def latest(self, count: int) -> EqualSequences:
         """Return the sequences of the `count` latest tokens of each."""
