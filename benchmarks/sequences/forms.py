@@ -142,8 +142,8 @@ def usable_forms(histories: Histories) -> dict[str, str]:
 def forms(
     rows: int = 256,
     dim: int = 32,
-    longest: tuple[int, ...] = (64, 200),
-    rounds: int = 10,
+    longest: tuple[int, ...] = (64, 200, 1000),
+    rounds: int = 4,
     results: Path = RESULTS,
 ) -> None:
     """Measure each form in turns and write table and plot.
