@@ -26,7 +26,7 @@ from recsys.ranking.layers.aged_attention import AgedAttention, age_of
 from recsys.ranking.layers.attended_features import RowFeatures
 from recsys.ranking.layers.content_interest import cosines
 from recsys.ranking.layers.mlp import ranking_head
-from recsys.ranking.layers.sequence_times import TimeGaps
+from recsys.ranking.sequence.times import TimeGaps
 from recsys.ranking.settings import SimSettings
 from recsys.ranking.vectors import IDVectors, MemberLogits
 

@@ -29,8 +29,8 @@ from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.attended_features import RowFeatures
 from recsys.ranking.layers.mlp import ranking_head
-from recsys.ranking.layers.sequence_times import TimeGaps
-from recsys.ranking.layers.sequences import Sequences, sequences_of
+from recsys.ranking.sequence.sequences import Sequences, sequences_of
+from recsys.ranking.sequence.times import TimeGaps
 from recsys.ranking.settings import SequenceSettings
 from recsys.ranking.vectors import IDVectors, MemberLogits
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from recsys.data.jagged_history import JaggedHistory
-from recsys.ranking.layers.head_attention import head_dots, head_sums
+from recsys.ranking.sequence.head_attention import head_dots, head_sums
 
 Attention = Callable[[Tensor], Tensor]  # [S, L, K] -> [S, L, D]
 CELLS_OF_BLOCK = 2**20  # pairs of places, whose scores fit a cache

@@ -1,0 +1,1 @@
+"""Parts of models in which the items of a history attend to each other."""
