@@ -20,9 +20,9 @@ from recsys.ranking.sequence.model import SequenceModel
 from recsys.ranking.sequence.times import TimeGaps, doubling_buckets, times_between
 from recsys.ranking.transformer import Transformer, TransformerLayer
 from recsys.serving.ranking_graph import RankingGraph
-from tests.recsys.ranking.ranking_inputs import CONTENT, DIMENSIONS, inputs
+from tests.recsys.ranking.ranking_inputs import CONTENT, CONTENT_DIM, DIMENSIONS, inputs
 from tests.recsys.ranking.test_backbones import by_content, model_of
-from tests.recsys.serving.test_ranking_graph import request
+from tests.recsys.serving.test_ranking_graph import graph_of, request
 
 LENGTHS = torch.tensor([3, 0, 7, 1])
 SETTINGS: dict[str, Any] = {"sequence_dim": 8, "sequence_heads": 2, "sequence_layers": 3}
@@ -216,6 +216,25 @@ def test_settings_that_do_not_fit_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         model_of(name, None, **settings)
+
+
+@by_name
+@torch.no_grad()
+def test_candidates_with_searched_histories_score_together_as_one_by_one(name: str) -> None:
+    graph = graph_of(name, CONTENT)
+    searching = RankingGraph(graph.ranking, graph.history_map, CONTENT_DIM, top_k=3)
+    given = request(4, 6)
+    given = replace(given, target_in_bank=given.target_content)
+    parts = ("pooled", "dense", "target", "target_items", "target_content", "target_in_bank")
+    alone = []
+    for row in range(4):
+        of_row = {
+            part: [each[[row]] for each in of] if isinstance(of, list) else of[[row]]
+            for part, of in vars(given).items()
+            if part in parts
+        }
+        alone.append(searching(*replace(given, **of_row).arguments()))
+    torch.testing.assert_close(searching(*given.arguments()), torch.cat(alone))
 
 
 @by_name

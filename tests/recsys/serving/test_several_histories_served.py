@@ -23,6 +23,8 @@ COLUMNS = (*HISTORY_COLUMNS, "history_shop", *FURTHER)
     [
         pytest.param("din", "concat", marks=pytest.mark.long),
         pytest.param("dlrm", "none", marks=pytest.mark.long),
+        pytest.param("hstu", "qformer", marks=pytest.mark.long),
+        pytest.param("transformer", "none", marks=pytest.mark.long),
         ("two_tower", "none"),
     ],
 )
