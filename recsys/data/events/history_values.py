@@ -36,9 +36,10 @@ def length_of(history: str) -> str:
     return f"/length {history}"
 
 
-def slice_columns(histories: Iterable[str]) -> list[str]:
-    """Return the columns with the slices of histories."""
-    return [of(name) for name in histories for of in (begin_of, length_of)]
+def slice_columns(histories: Iterable[str]) -> dict[str, pa.DataType]:
+    """Return the columns with the slices of histories; narrow ones, as samples are sorted."""
+    types = {begin_of: pa.int64(), length_of: pa.int32()}
+    return {of(name): kind for name in histories for of, kind in types.items()}
 
 
 def lists_of(

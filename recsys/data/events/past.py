@@ -51,7 +51,7 @@ def add_past(
     if files is None:
         added += [(f"h_{name}", kind) for name, kind in lists.items()]
     else:
-        added += [(name, pa.int64()) for name in slice_columns(config.histories)]
+        added += slice_columns(config.histories).items()
     schema = pa.schema([*passed, *added])
     add = AddPast(["uid"], config.histories, of_user, lists, schema, files)
     _map(engine, "complete", samples, add, passed.names)
