@@ -22,6 +22,7 @@ from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from benchmarks.kernels.content import StoredContentInterest, content_inputs
 from benchmarks.results import RESULTS, Result, require_own_folder, write_result
 from recsys.data.jagged_history import JaggedHistory
 from recsys.distributed.host_memory import keep_freed_memory
@@ -34,17 +35,24 @@ NUM_ITEMS = 100_000
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of one row of the table: of target attention if `units` are given."""
+    """Sizes of one row of the table: of target attention if `units` are given.
+
+    With `modalities` they are those of content interest: 0 of them are attention alone.
+    """
 
     rows: int
     dim: int
     history: int = 0
     units: tuple[int, ...] = ()
     fields: int = 26
+    modalities: int | None = None
 
     @property
     def name(self) -> str:
         """Name in the table."""
+        if self.modalities is not None:
+            spaces = f", similarities in {1 + self.modalities} spaces" if self.modalities else ""
+            return f"content interest, {self.rows} x {self.history} x {self.dim}{spaces}"
         if not self.units:
             return f"dot interaction, {self.rows} x {self.fields + 1} x {self.dim}"
         return f"attention {list(self.units)}, {self.rows} x {self.history} x {self.dim}"
@@ -60,8 +68,10 @@ SIZES = [
     Size(8192, 16, 5, (256, 64)),
     Size(8192, 64, 5, (64, 16)),
     Size(8192, 64, 2, (64, 16)),
+    Size(512, 64, 50, modalities=0),
+    Size(512, 64, 50, modalities=2),
 ]
-QUICK_SIZES = [Size(8, 4, fields=3), Size(8, 4, 3, (6, 3))]
+QUICK_SIZES = [Size(8, 4, fields=3), Size(8, 4, 3, (6, 3)), Size(8, 4, 3, modalities=1)]
 
 
 def pass_of(size: Size) -> Callable[[], None]:
@@ -70,14 +80,13 @@ def pass_of(size: Size) -> Callable[[], None]:
     target = torch.randn(size.rows, size.dim, requires_grad=True)
     module: nn.Module
     inputs: tuple[Any, ...]
-    if size.units:
-        module = TargetAttention(size.dim, 1, list(size.units))
-        places = size.rows * size.history
-        drawn = torch.exp(torch.rand(places) * torch.log(torch.tensor(float(NUM_ITEMS)))).long()
-        unique, index = drawn.unique(return_inverse=True)
-        history = JaggedHistory.of(index, torch.full((size.rows,), size.history), len(unique))
-        items = torch.randn(len(unique), size.dim, requires_grad=True)
-        inputs = (target, items, history, torch.rand(places, 1).round())
+    if size.modalities is not None:
+        module = StoredContentInterest(size.dim, size.modalities)
+        inputs = content_inputs(size.rows, size.dim, size.modalities, _history(size))
+    elif size.units:
+        module, history = TargetAttention(size.dim, 1, list(size.units)), _history(size)
+        items = torch.randn(history.num_items, size.dim, requires_grad=True)
+        inputs = (target, items, history, torch.rand(len(history.index), 1).round())
     else:
         module = DotInteraction(size.fields)
         inputs = (target, torch.randn(size.rows, size.fields, size.dim, requires_grad=True))
@@ -91,6 +100,14 @@ def pass_of(size: Size) -> Callable[[], None]:
         module(*inputs).backward(factor)
 
     return run
+
+
+def _history(size: Size) -> JaggedHistory:
+    """Return histories of items whose frequency falls with their number."""
+    places = size.rows * size.history
+    drawn = torch.exp(torch.rand(places) * torch.log(torch.tensor(float(NUM_ITEMS)))).long()
+    unique, index = drawn.unique(return_inverse=True)
+    return JaggedHistory.of(index, torch.full((size.rows,), size.history), len(unique))
 
 
 def operators(rounds: int = 7, quick: bool = False, results: Path = RESULTS) -> None:
