@@ -69,7 +69,8 @@ class AddPast:
             events, begin, end = self._range(chunk, moments, of)
             values[name] = self._values(chunk, name, events)
             first = 0 if self.files is None else self.files.append(name, values[name])
-            added |= {begin_of(name): begin + first, length_of(name): (end - begin).astype(np.int32)}
+            added[begin_of(name)] = begin + first
+            added[length_of(name)] = (end - begin).astype(np.int32)
         for first in range(0, len(rows), SAMPLES_AT_ONCE):
             here = slice(first, first + SAMPLES_AT_ONCE)
             samples = chunk.take(pa.array(rows[here]))
