@@ -99,11 +99,7 @@ def _text(name: str, reason: str, baseline: str, training: str, top_layers: int 
     return Cell(f"text {name}", reason, settings, baseline)
 
 
-ID_ONLY = Cell(
-    "ID only",
-    "the twin without content: what ids alone can do",
-    {"content": "none", "embedding.tables.item.new_rows": "mean"},
-)
+ID_ONLY = Cell("ID only", "the twin without content: what ids alone can do", {"content": "none"})
 RECIPE = Cell("recipe", "the recipe as it stands", {}, "ID only")
 PARTS = [
     ID_ONLY,

@@ -7,6 +7,7 @@ rest. The name of the ranking model is read first, since it decides the settings
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import is_dataclass
@@ -24,6 +25,7 @@ from recsys.config.remembered import remembered
 from recsys.config.run import CONFIG_NAMES, Config
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+logger = logging.getLogger(__name__)
 
 
 def add_config_arguments(
@@ -42,7 +44,8 @@ def add_config_arguments(
     """
     words = config_first(words)
     name = _ranking_name(words)
-    parser.add_argument("--config", action=_recipe_action(name), help="A recipe (YAML).")
+    action = _recipe_action(name, _leaves_content_out(words))
+    parser.add_argument("--config", action=action, help="A recipe (YAML).")
     parser.add_class_arguments(Config, None, skip={"ranking", *skip})
     parser.add_class_arguments(settings_class(name), "ranking")
     parser.set_defaults({"ranking.name": name})
@@ -116,8 +119,8 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def _recipe_action(name: str) -> type[ActionConfigFile]:
-    """Return the action of `--config` for a ranking model of this name."""
+def _recipe_action(name: str, leaves_content_out: bool) -> type[ActionConfigFile]:
+    """Return the action of `--config` for a ranking model of this name, with content or without."""
 
     class Recipe(ActionConfigFile):
         """Reads a recipe as plain data, and keeps only the model's own keys under `ranking`."""
@@ -129,6 +132,8 @@ def _recipe_action(name: str) -> type[ActionConfigFile]:
             recipe = _settled(_load(values), name)
             if not isinstance(recipe, dict):
                 raise TypeError(f"config {values}: no such file, nor a mapping of settings")
+            if leaves_content_out:
+                recipe = _without_rows_of_content(recipe)
             self.apply_config(parser, cfg, self.dest, yaml.safe_dump(recipe, sort_keys=False))
 
     return Recipe
@@ -150,6 +155,30 @@ def _settled(recipe: Any, name: str) -> Any:
     """Return a recipe whose `ranking` has only keys of this ranking model."""
     section = recipe.get("ranking") if isinstance(recipe, dict) else None
     return recipe | {"ranking": own_keys(section, name)} if isinstance(section, dict) else recipe
+
+
+def _leaves_content_out(words: Sequence[str]) -> bool:
+    """Return whether a command line sets `--content none`."""
+    return [value for option, value in _options(words) if option == "--content"][-1:] == ["none"]
+
+
+def _without_rows_of_content(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe whose new rows are not made of content: they get the mean, with a warning."""
+    embedding = recipe.get("embedding")
+    tables = embedding.get("tables") if isinstance(embedding, dict) else None
+    if not isinstance(tables, dict):
+        return recipe
+    changed = {
+        name: own | {"new_rows": "mean"}
+        for name, own in tables.items()
+        if isinstance(own, dict) and own.get("new_rows") == "content"
+    }
+    for name in changed:
+        logger.warning(
+            f"embedding.tables.{name}.new_rows: content in the recipe, and mean here, as content "
+            "is none"
+        )
+    return recipe | {"embedding": embedding | {"tables": tables | changed}}
 
 
 def _ranking_name(words: Sequence[str]) -> str:
