@@ -166,7 +166,7 @@ def _without_rows_of_content(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe whose new rows are not made of content: they get the mean, with a warning."""
     embedding = recipe.get("embedding")
     tables = embedding.get("tables") if isinstance(embedding, dict) else None
-    if not isinstance(tables, dict):
+    if not isinstance(embedding, dict) or not isinstance(tables, dict):
         return recipe
     changed = {
         name: own | {"new_rows": "mean"}
