@@ -133,9 +133,13 @@ def plan_warm_start(job: Job, source: Source, differences: Differences) -> WarmS
         stored, tensor = source.model.entries[name], own[name]
         if table is not None and rows is not None:
             plan.maps[table] = rows
-        if name.endswith(OPINIONS) and job.schema.target_item in plan.maps:
-            plan.maps[name] = plan.maps[job.schema.target_item]
-        # The rows of a table may differ, and so may those of opinions where the map is known.
+        if name.endswith(OPINIONS):
+            if (of_items := plan.maps.get(job.schema.target_item)) is None:
+                words = "the rows of items are not taken over"
+                differences.add(name.removeprefix(MODEL), words, "counted anew")
+                continue
+            plan.maps[name] = of_items
+        # The rows of a table may differ, and so may those of opinions.
         first = 1 if table is not None or name in plan.maps else 0
         if tuple(stored.size)[first:] != size_of(tensor)[first:]:
             shapes[name.removeprefix(MODEL)] = f"{list(stored.size)} -> {list(size_of(tensor))}"

@@ -37,7 +37,10 @@ from tests.recsys.checkpoint.warm_start.warm_runs import (
     state_of,
     stored_state,
     write_ids,
+    write_run,
 )
+
+OPINIONS = ("--ranking.opinions", "history_age", "--ranking.opinion_groups", "4")
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +159,34 @@ def test_rows_follow_their_ids_and_new_ones_have_the_initial_values_of_the_new_r
         assert torch.equal(state[name][54], old[name][39])  # of unknown ids
     assert torch.equal(state["shop"], torch.cat([old["shop"], fresh["shop"][5:]]))
     _assert_users_moved(state, old, fresh)
+
+
+@pytest.fixture(scope="module")
+def with_opinions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose model has opinions on items."""
+    return write_run(tmp_path_factory.mktemp("opinions"), *WITHOUT_CONTENT, *OPINIONS)
+
+
+def test_opinions_go_with_their_items(
+    with_opinions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recsys.training.warm_start.fill_opinions", lambda job: None)
+    before = ids_of(with_opinions / "data")
+    now = [901, *reversed(before)]
+    data = write_ids(changed(with_opinions, tmp_path, grow), now)
+    words = (*WITHOUT_CONTENT, *OPINIONS)
+    old = stored_state(best_of(with_opinions))
+    (name,) = (name for name in old if name.endswith("opinions"))
+    with begun(with_opinions, tmp_path / "new", *words, data=data) as new:
+        moved = state_of(new.job)[name]
+    assert old[name].any()
+    for row, raw in enumerate(now):
+        expected = old[name][before.index(raw)] if raw in before else torch.zeros(4)
+        assert torch.equal(moved[row], expected.to(moved.dtype)), raw
+    skipped = {"skip": ["*.item.weight"], "data": data}
+    with begun(with_opinions, tmp_path / "other", *words, **skipped) as new:
+        assert not state_of(new.job)[name].any()
+        assert "opinions" in new.words and "counted anew" in new.words
 
 
 def _assert_users_moved(
