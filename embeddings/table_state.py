@@ -160,7 +160,9 @@ class TableOptimizerState:
         # A rank without a shard of a table does not know its moments, but must join the collective.
         for key, values in model.fused_optimizer.state_dict()["state"].items():
             for name, value in values.items():
-                row_wise = len(value.size()) == 1
+                # ShardedTensor.size warns in every run that it will be replaced.
+                is_sharded = isinstance(value, ShardedTensor)
+                row_wise = len(value.metadata().size if is_sharded else value.size()) == 1
                 moment = _Moment(key, name.rsplit(".", 1)[-1], row_wise)
                 self.local[moment] = local_tensors(value)
         of_ranks: list[Any] = [None] * dist.get_world_size(group)

@@ -1,18 +1,35 @@
 """What tests of several rooms share, and the order in which test files run."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
+from recsys.distributed.log import OWN_LOGGERS
+from recsys.kernels.choice import _Chosen
 from tests.ranks import require_gpus
 from tests.recsys.command_runs import TrainedRun, train_by_torchx
 
 # A busy machine takes longer for an example, and longer to make one.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+
+
+@pytest.fixture(autouse=True)
+def process_as_before() -> Iterator[None]:
+    """Jobs in the process of a test set up loggers and kernels; the next test has its own."""
+    loggers = [logging.getLogger(name) for name in OWN_LOGGERS]
+    before = [(each.handlers, each.propagate, each.level) for each in loggers]
+    kernels = _Chosen.kernels
+    yield
+    _Chosen.kernels = kernels
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
