@@ -40,7 +40,7 @@ def benchmark(
     rows: Sequence[int] = (10_000_000, 100_000_000),
     users: int = 1_000_000,
     items: int = 100_000,
-    memory: str = "1500MB",
+    memory: str = "1900MB",
     peer_memory: str = "3500MB",
     peers_up_to: int = 10_000_000,
     quick: bool = False,
