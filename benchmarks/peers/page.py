@@ -52,36 +52,8 @@ def peers_result(
     """Return the page; the first entry is compared with the others."""
     first, *others = entries
     gains = {entry.name: _gains(entry, first) for entry in others}
-    records, rows = [], []
-    for entry in entries:
-        values = {name: entry.metric(name) for name in METRICS}
-        seconds, of = median(entry.seconds), gains.get(entry.name, {})
-        ends = {
-            name: None if of[name] is None else [of[name].value, of[name].low, of[name].high]
-            for name in of
-        }
-        records.append(
-            {
-                "benchmark": "peers",
-                "program": entry.name,
-                "settings": dict(entry.settings),
-                "seeds": len(entry.scores),
-                "windows": list(windows),
-                **values,
-                "seconds": seconds,
-                "peak_gb": entry.peak,
-                "gain": ends,
-            }
-        )
-        rows.append(
-            [
-                entry.name,
-                *(f"{value:.4f}" for value in values.values()),
-                *(_cell(of.get(name)) for name in DIFFERENCES),
-                f"{seconds:.0f}",
-                "-" if entry.peak is None else f"{entry.peak:.2f}",
-            ]
-        )
+    records = [_record(entry, gains.get(entry.name, {}), windows) for entry in entries]
+    rows = [_row(record, gains.get(record["program"], {})) for record in records]
     columns = ["program", *METRICS, *(f"{first.name} gains: {name}" for name in DIFFERENCES)]
     columns += ["seconds", "peak, GB"]
     reading = [
@@ -107,6 +79,37 @@ def peers_result(
         axes.legend()
 
     return Result("peers", "The recipe beside the field", records, columns, rows, draw, reading)
+
+
+def _record(
+    entry: Entry, gains: Mapping[str, Interval | None], windows: Sequence[str]
+) -> dict[str, Any]:
+    """Return everything that is known of a program, as JSON values."""
+    return {
+        "benchmark": "peers",
+        "program": entry.name,
+        "settings": dict(entry.settings),
+        "seeds": len(entry.scores),
+        "windows": list(windows),
+        **{name: entry.metric(name) for name in METRICS},
+        "seconds": median(entry.seconds),
+        "peak_gb": entry.peak,
+        "gain": {
+            name: None if of is None else [of.value, of.low, of.high] for name, of in gains.items()
+        },
+    }
+
+
+def _row(record: Mapping[str, Any], gains: Mapping[str, Interval | None]) -> list[str]:
+    """Return the cells of a program."""
+    peak = record["peak_gb"]
+    return [
+        record["program"],
+        *(f"{record[name]:.4f}" for name in METRICS),
+        *(_cell(gains.get(name)) for name in DIFFERENCES),
+        f"{record['seconds']:.0f}",
+        "-" if peak is None else f"{peak:.2f}",
+    ]
 
 
 def _gains(entry: Entry, first: Entry) -> dict[str, Interval | None]:

@@ -8,7 +8,9 @@ Shapes: N rows of a split, H history items of a split, I items, V width of all m
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,36 +18,74 @@ import pyarrow.parquet as pq
 
 from benchmarks.retrieval.semantic_ids import frozen_vectors
 from recsys.build import build_job
-from recsys.config import load_config
+from recsys.config import Config, load_config, to_plain
 from recsys.data.events.splits import SPLITS
 from recsys.data.filesystem import Location, whole_folder
+from recsys.data.row_source import open_rows
 from recsys.data.schema import Schema, load_schema
 from recsys.distributed.ranks import joined_ranks
+from recsys.search.search import dataset_digest
 
-VECTORS, WIDTHS = "item_vectors.npy", "widths.npy"
+VECTORS, WIDTHS, ABOUT = "item_vectors.npy", "widths.npy", "about.json"
+LISTS = ("history_liked", "history_stars")  # that adapters read by name
 
 
 def write_rows(data: str, recipe: Path, out: Path, most_rows: int | None = None) -> None:
     """Write `SPLIT.npz` for each split, `item_vectors.npy` [I, V] and `widths.npy` of modalities.
 
-    The folder appears whole or not at all; one that exists is kept.
+    The folder appears whole or not at all; one that exists is kept if it is of this data.
 
     Args:
-        data: dataset with one label, and vocabularies none: ids are rows of tables.
+        data: dataset with one label, whose ids are rows of tables, as `recsys prepare movielens`
+            makes it.
         recipe: names the encoders.
         out: folder to write.
         most_rows: of each split, the first in time; None: all.
+
+    Raises:
+        ValueError: the dataset has another form, or the folder is of other data or encoders.
     """
+    config, schema = load_config(recipe, ["--device", "cpu"]), load_schema(Location.of(data))
+    _check(data, schema)
+    about = _about(data, schema, config, most_rows)
     if out.exists():
+        if json.loads((out / ABOUT).read_text()) != about:
+            raise ValueError(
+                f"{out}: holds rows of other data, encoders or sizes than {data} has now; remove "
+                "it, or choose another --out"
+            )
         return
-    schema = load_schema(Location.of(data))
     with whole_folder(out) as partial:
         for split in SPLITS:
             table = pq.read_table(Path(data) / split).slice(0, most_rows)
             np.savez(partial / f"{split}.npz", **_arrays(table, schema))
-        vectors, widths = _vectors(data, recipe)
+        vectors, widths = _vectors(data, config)
         np.save(partial / VECTORS, vectors)
         np.save(partial / WIDTHS, widths)
+        (partial / ABOUT).write_text(json.dumps(about))
+
+
+def _check(data: str, schema: Schema) -> None:
+    """Raise a ValueError unless adapters can read the dataset."""
+    with_map = [name for name, column in schema.columns.items() if column.vocabulary]
+    absent = sorted(set(LISTS) - set(schema.parallel))
+    if with_map or absent or len(schema.of_kind("label")) != 1:
+        raise ValueError(
+            f"{data}: peers need one label, ids that are rows of tables (with a vocabulary: "
+            f"{with_map}) and the lists {list(LISTS)} beside the history (absent: {absent}); make "
+            "it by `recsys prepare movielens`"
+        )
+
+
+def _about(data: str, schema: Schema, config: Config, most_rows: int | None) -> dict[str, Any]:
+    """Return what the arrays are made of."""
+    root = Location.of(data)
+    return {
+        "dataset": dataset_digest(root),
+        "test": open_rows(config.source, root, "test", schema).fingerprint(),
+        "content": to_plain(config.content),
+        "most_rows": most_rows,
+    }
 
 
 def _arrays(table: pa.Table, schema: Schema) -> dict[str, np.ndarray]:
@@ -66,10 +106,10 @@ def _arrays(table: pa.Table, schema: Schema) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _vectors(data: str, recipe: Path) -> tuple[np.ndarray, np.ndarray]:
+def _vectors(data: str, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Return the outputs of frozen encoders for all items, and the width of each modality."""
     with joined_ranks("cpu") as ranks:
-        job = build_job(load_config(recipe, ["--device", "cpu"]), data, ranks)
+        job = build_job(config, data, ranks)
         assert job.store is not None and job.em3.content is not None
         rows = np.arange(job.schema.columns[job.schema.target_item].num_embeddings)
         vectors = frozen_vectors(job, rows)

@@ -15,11 +15,19 @@ import numpy as np
 
 from benchmarks.peers.catalogue import Peer
 from benchmarks.peers.environments import python_with
+from benchmarks.peers.rows import ABOUT
 from recsys.data.item_parts import ItemCounts
 from recsys.evaluation.scores import SplitScores
 
 ADAPTERS = Path(__file__).parent / "adapters"
 GIGABYTE = 1e9
+
+
+def digest_of(peer: Peer, windows: list[Path], *further: Any) -> str:
+    """Return a digest of a peer, of the content of the rows, and of anything further."""
+    rows = [(place / ABOUT).read_text() for place in windows]
+    about = [peer.name, peer.requirements, dict(peer.fixed), rows, *further]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,7 @@ class PeerTraining:
     @property
     def file(self) -> Path:
         """The file with the scores."""
-        about = [self.peer.name, str(self.rows), dict(self.settings), self.seed]
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+        digest = digest_of(self.peer, [self.rows], dict(self.settings), self.seed)
         return self.out / "trainings" / f"{digest}.npz"
 
     def scores(self, split: str) -> SplitScores:

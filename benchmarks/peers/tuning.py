@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 
 from benchmarks.peers.catalogue import Peer
-from benchmarks.peers.trainings import PeerTraining
+from benchmarks.peers.trainings import PeerTraining, digest_of
 from recsys.evaluation.bootstrap import pooled_metric
 
 METRICS = ("auc", "gauc")
@@ -28,7 +28,8 @@ def tuned(peer: Peer, windows: list[Path], trials: int, out: Path) -> dict[str, 
         out: folder of trainings and studies.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    name = re.sub(r"\W+", "_", peer.name.lower())
+    space = {of: repr(values) for of, values in peer.space.items()}
+    name = f"{re.sub(r'[^a-z0-9]+', '_', peer.name.lower())}-{digest_of(peer, windows, space)}"
     file = out / "studies" / f"{name}.sqlite"
     file.parent.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
@@ -38,19 +39,16 @@ def tuned(peer: Peer, windows: list[Path], trials: int, out: Path) -> dict[str, 
         sampler=optuna.samplers.TPESampler(seed=0),
         load_if_exists=True,
     )
-    study.set_user_attr("windows", [window.name for window in windows])
     while len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE])) < trials:
         trial = study.ask(dict(peer.space))
-        study.tell(trial, _value(PeerTraining(peer, windows[0], trial.params, 0, out), windows))
+        trainings = [PeerTraining(peer, rows, trial.params, 0, out) for rows in windows]
+        study.tell(trial, _value(trainings))
     print(f"{peer.name}: {study.best_value:.4f} by {json.dumps(study.best_params)}", flush=True)
     return study.best_params
 
 
-def _value(training: PeerTraining, windows: list[Path]) -> float:
-    """Return the objective of settings."""
-    scores = [
-        PeerTraining(training.peer, rows, training.settings, 0, training.out).scores("valid")
-        for rows in windows
-    ]
+def _value(trainings: list[PeerTraining]) -> float:
+    """Return the objective of settings that were trained on each window."""
+    scores = [training.scores("valid") for training in trainings]
     values = [pooled_metric(scores, metric, "all") or 0.0 for metric in METRICS]
     return sum(values) / len(values)

@@ -1,1 +1,1 @@
-"""Where tables lie beyond one copy in the devices' memory: host memory, several copies."""
+"""Placement of tables in host memory and in several copies."""

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.table_state import State, table_weights, with_shards
@@ -107,12 +107,10 @@ def _rising_decay(
 ) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
     """Return the update of averages for `AveragedModel`."""
 
-    @torch.no_grad()
     def update(averages: Sequence[Tensor], weights: Sequence[Tensor], count: Tensor | int) -> None:
         """Move the averages towards the weights, after `count` updates."""
-        share = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
-        for average, weight in zip(averages, weights, strict=True):
-            average.lerp_(weight, share)
+        risen = min(decay, (1 + int(count)) / (10 + int(count)))
+        get_ema_multi_avg_fn(risen)(averages, weights, count)
 
     return update
 

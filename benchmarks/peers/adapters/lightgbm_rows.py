@@ -56,10 +56,11 @@ def _of_history(rows: Rows, vectors: np.ndarray) -> np.ndarray:
     """Return cosines to the history, and what its most similar items say of the target."""
     history = rows.padded(rows.history, LENGTH)
     inside = rows.padded(np.ones(len(rows.history)), LENGTH) > 0
-    values = rows.padded(next(iter(rows.beside.values())), LENGTH)
-    stars = rows.padded(list(rows.beside.values())[min(1, len(rows.beside) - 1)], LENGTH)
+    liked, stars = (
+        rows.padded(rows.beside[f"history_{name}"], LENGTH) for name in ("liked", "stars")
+    )
     cosines = (vectors @ vectors.T)[rows.item[:, None], history]
-    return _similarities(cosines * inside, inside, values, stars)
+    return _similarities(cosines * inside, inside, liked, stars)
 
 
 def _similarities(

@@ -108,9 +108,11 @@ class OpinionVotes(nn.Module):
         values: Tensor,  # [N]
     ) -> Tensor:  # [N]
         """Return values minus the mean of their user, in standard deviations of all values."""
-        total = history.sum(values.unsqueeze(1)) + PRIOR_VALUES * self.mean
+        # Deviations from the overall mean are summed, as sums of values lose their last digits.
+        deviations = values - self.mean
+        total = history.sum(deviations.unsqueeze(1))
         means = total / (history.lengths.to(values.dtype).unsqueeze(1) + PRIOR_VALUES)
-        return (values - history.spread(means).squeeze(1)) / self.deviation
+        return (deviations - history.spread(means).squeeze(1)) / self.deviation
 
     def _opinions_of(
         self,

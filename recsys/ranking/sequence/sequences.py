@@ -34,7 +34,7 @@ CELLS_OF_BLOCK = 2**20  # pairs of places, whose scores fit a cache
 
 
 class Sequences(Protocol):
-    """What the layers of a sequence model need of the histories of a batch.
+    """Histories of a batch, as the layers of a sequence model read them.
 
     history: the histories over T tokens.
     """

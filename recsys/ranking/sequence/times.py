@@ -43,7 +43,7 @@ def times_between(ages: Tensor) -> Tensor:  # [S, L] -> int64 [S, L, L]
 
 @dataclass(frozen=True)
 class TimeGaps:
-    """Where the ages of history items stand among the parallel lists, and in which scale.
+    """Place of the ages of history items among the parallel lists, and their scale.
 
     column: of the ages; None: there are none.
     flags: the columns that models read as numbers.
