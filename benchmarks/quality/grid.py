@@ -60,6 +60,11 @@ STORED: Settings = {
 SIMTIER: Settings = {**STORED, "content.history.simtier_bins": 20}
 
 
+NO_VOTES: Settings = {"ranking.opinions": None, "ranking.opinion_dropout": 0.0}
+NO_AVERAGES: Settings = {"optimizer.ema_decay": None, "optimizer.ema_tables": False}
+RANDOM_ROWS: Settings = {"embedding.tables.item.new_rows": "random"}
+
+
 def _qformer(preset: str) -> Settings:
     return {"content.fusion.name": "qformer", "content.fusion.preset": preset}
 
@@ -183,7 +188,7 @@ OTHERS = [
     Cell(
         "no table of users",
         "the recipe without vectors of users: a user is the history alone",
-        {"embedding.tables": {}, "embedding.skip": ["user"]},
+        {"embedding.tables": {"item": {"new_rows": "content"}}, "embedding.skip": ["user"]},
         "recipe",
     ),
     Cell(
@@ -196,6 +201,15 @@ OTHERS = [
         "no similarity features",
         "the recipe without cosines of the target to the history",
         NO_SIMILARITY,
+        "recipe",
+    ),
+    Cell("no votes", "the recipe without votes of those who rated alike", NO_VOTES, "recipe"),
+    Cell("no averages", "the recipe without averages of weights and tables", NO_AVERAGES, "recipe"),
+    Cell("random new rows", "the recipe, new items' ID rows at random", RANDOM_ROWS, "recipe"),
+    Cell(
+        "no votes, averages or made rows",
+        "the recipe without all three: a network's last weights alone",
+        {**NO_VOTES, **NO_AVERAGES, **RANDOM_ROWS},
         "recipe",
     ),
     Cell(
