@@ -4,7 +4,8 @@
     python -m benchmarks.serving --package packages/movielens --load_seconds 300
 
 One user with a history, and candidates to rank; one thread scores. The four ways take turns within
-each round.
+each round. Scorer and server are started anew several times, since two processes of the same
+program differ by milliseconds for as long as they live.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def serving(
     package: Path,
     history: int = 200,
     candidates: int = 500,
-    rounds: int = 500,
+    rounds: int = 100,
+    starts: int = 5,
     load_seconds: float = 0,
     share: float = 0.7,
     swap_every: float = 20,
@@ -43,7 +45,8 @@ def serving(
         package: a package of `recsys export`.
         history: items of the user's histories.
         candidates: items to rank.
-        rounds: requests of each way.
+        rounds: requests of each way after each start.
+        starts: how often scorer and server are started.
         load_seconds: length of the load; 0: none.
         share: rate of the load as a share of the rate of HTTP, one request after the other.
         swap_every: seconds between exchanges of the package under load.
@@ -51,6 +54,20 @@ def serving(
     """
     scorer = Scorer.load(package, num_threads=1)
     request = request_for(package, scorer, history, candidates)
+    times = [_latencies_of_start(package, request, rounds) for _ in range(starts)]
+    seen = None
+    if load_seconds:
+        rate = share * 1e3 / float(np.mean([of_start[REST] for of_start in times]))
+        seen = load(package, request, load_seconds, rate, swap_every)
+        seen["constant"] = ratio_of_constant_times(load_seconds, rate, share)
+    write_result(_result(scorer, request, times, seen, swap_every), results)
+
+
+def _latencies_of_start(
+    package: Path, request: dict[str, Any], rounds: int
+) -> dict[str, np.ndarray]:
+    """Start scorer and server, and return the milliseconds of each way and round."""
+    scorer = Scorer.load(package, num_threads=1)
     with served(package) as (_, port, grpc_port):
         ways = {
             GRAPH: graph_call(scorer, request),
@@ -58,22 +75,18 @@ def serving(
             REST: HTTPClient(port, request),
             GRPC: grpc_client(grpc_port, scorer, request),
         }
-        times = latencies(ways, rounds)
-    seen = None
-    if load_seconds:
-        rate = share * 1e3 / float(np.mean(times[REST]))
-        seen = load(package, request, load_seconds, rate, swap_every)
-        seen["constant"] = ratio_of_constant_times(load_seconds, rate, share)
-    write_result(_result(scorer, request, times, seen, swap_every), results)
+        return latencies(ways, rounds)
 
 
 def _result(
     scorer: Scorer,
     request: dict[str, Any],
-    times: dict[str, np.ndarray],
+    starts: list[dict[str, np.ndarray]],
     seen: dict[str, Any] | None,
     swap_every: float,
 ) -> Result:
+    times = {name: np.concatenate([of_start[name] for of_start in starts]) for name in starts[0]}
+
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         for name, values in times.items():
@@ -83,13 +96,17 @@ def _result(
 
     p50 = {name: float(np.median(values)) for name, values in times.items()}
     p99 = {name: float(np.percentile(values, 99)) for name, values in times.items()}
+    added = sorted(
+        float(np.median(of_start[REST]) - np.median(of_start[SCORER])) for of_start in starts
+    )
     history = request["history"].get(scorer.schema.history, ())
     compiled = bool(scorer.manifest.compiled)
     about = f"{scorer.manifest.ranking}, {len(history)} history items"
     reading = [
-        f"{about}, {len(request['candidates'])} candidates, one thread. The scorer takes "
-        f"{p50[SCORER] / p50[GRAPH]:.2f} times the graph (bar {MOST_TIMES_THE_GRAPH}); HTTP adds "
-        f"{p50[REST] - p50[SCORER]:.2f} ms (bar {MOST_MILLISECONDS_OF_HTTP})."
+        f"{about}, {len(request['candidates'])} candidates, one thread, {len(starts)} starts of "
+        f"scorer and server. The scorer takes {p50[SCORER] / p50[GRAPH]:.2f} times the graph (bar "
+        f"{MOST_TIMES_THE_GRAPH}). HTTP adds {float(np.median(added)):.2f} ms, median of starts ("
+        f"{added[0]:.2f} to {added[-1]:.2f}; bar {MOST_MILLISECONDS_OF_HTTP})."
     ]
     if seen:
         reading.append(_reading_of_load(seen, swap_every))
@@ -101,6 +118,7 @@ def _result(
                 "way": name,
                 "p50": p50[name],
                 "p99": p99[name],
+                "p50_of_starts": [float(np.median(of_start[name])) for of_start in starts],
                 "load": seen if name == REST else None,
             }
             for name in times

@@ -28,6 +28,7 @@ def test_each_way_and_the_load_are_measured(
     serving(
         package_run[1],
         *(5, 10, 3),
+        starts=2,
         load_seconds=8,
         share=0.3,
         swap_every=2.5,
@@ -37,6 +38,7 @@ def test_each_way_and_the_load_are_measured(
     ways = [json.loads(line) for line in (tmp_path / "serving.jsonl").read_text().splitlines()]
     assert [way["way"] for way in ways] == [GRAPH, SCORER, REST, GRPC]
     assert all(0 < way["p50"] <= way["p99"] for way in ways)
+    assert all(len(way["p50_of_starts"]) == 2 for way in ways)
     (load,) = (way["load"] for way in ways if way["load"])
     assert load["failed"] == {} and len(load["versions"]) == 2
     assert set(load["different_scores"].values()) == {1}  # none of a mixture of both packages
