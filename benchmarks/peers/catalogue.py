@@ -110,6 +110,20 @@ PEERS = (
         {"batch_size": 256, "units": [256, 128], "attention_units": [64]},
     ),
     Peer(
+        "EM3 as published, in plain PyTorch",
+        "em3_rows",
+        ("numpy", TORCH),
+        {
+            "learning_rate": _rate(3e-4, 5e-3),
+            "dim": CategoricalDistribution([32, 64]),
+            "queries": CategoricalDistribution([2, 5]),
+            "layers": IntDistribution(1, 2),
+            "dropout": FloatDistribution(0.0, 0.5),
+            "contrastive_weight": _rate(1e-3, 0.1),
+        },
+        {"batch_size": 256},
+    ),
+    Peer(
         "RecBole SASRec",
         "recbole_rows",
         ("recbole==1.2.1", "numpy<2", "pandas<3", TORCH),

@@ -64,6 +64,21 @@ def principal_components(vectors: list[np.ndarray], width: int) -> np.ndarray:  
     return (components / np.sqrt(np.maximum(values[::-1][:width], 1e-12))).astype(np.float32)
 
 
+def order_within_users(rows: Rows, values: np.ndarray) -> float:  # [N]
+    """Return the share of pairs of a user's rows that the values order, by which epochs are chosen.
+
+    The rows of a pair have different labels.
+    """
+    right = pairs = 0.0
+    for user in np.unique(rows.user):
+        own = rows.user == user
+        label = rows.label[own] > 0.5
+        high, low = values[own][label], values[own][~label]
+        right += float((high[:, None] > low[None, :]).sum())
+        pairs += high.size * low.size
+    return right / max(pairs, 1)
+
+
 @dataclass(frozen=True)
 class PeerJob:
     """A training: the folder of the rows, the settings of a trial, a seed, and its output."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peer_rows import PeerJob, Rows
+from peer_rows import PeerJob, Rows, order_within_users
 from recbole.config import Config
 from recbole.data.interaction import Interaction
 from recbole.model.sequential_recommender.sasrec import SASRec
@@ -67,18 +67,6 @@ def scores(model: SASRec, columns: dict[str, np.ndarray], size: int) -> np.ndarr
     return torch.cat([model.predict(of) for of in batches(columns, order, size)]).numpy()
 
 
-def selection(rows: Rows, values: np.ndarray) -> float:
-    """Return the share of pairs of a user's rows that are in order, by which epochs are chosen."""
-    right = pairs = 0.0
-    for user in np.unique(rows.user):
-        own = rows.user == user
-        label = rows.label[own] > 0.5
-        high, low = values[own][label], values[own][~label]
-        right += float((high[:, None] > low[None, :]).sum())
-        pairs += high.size * low.size
-    return right / max(pairs, 1)
-
-
 def main() -> None:
     """Train and score."""
     job = PeerJob.of_command_line()
@@ -102,7 +90,7 @@ def main() -> None:
             optimizer.zero_grad()
             model.calculate_loss(batch).backward()
             optimizer.step()
-        value = selection(rows["valid"], scores(model, columns["valid"], size))
+        value = order_within_users(rows["valid"], scores(model, columns["valid"], size))
         waited += 1
         if value > best:
             best, weights, waited = value, copy.deepcopy(model.state_dict()), 0

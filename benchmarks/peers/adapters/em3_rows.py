@@ -1,0 +1,205 @@
+"""EM3 as public implementations build it: a Q-Former over every history item, with gradient.
+
+A plain PyTorch model of our own by their description (the authors' code and MMCTR-Bench): the item
+id is one more token beside those of the modalities, queries and tokens attend to each other, and
+DIN pools the fused vectors of the history. Content-ID-Contrastive compares the target's content
+and id, with the batch as negatives. No memory bank, LoRA or similarities. Each distinct item of a
+batch is fused once, which gives the same numbers as fusing it at each place. As the other peers,
+it has the stars of the history.
+
+Shapes: N rows, B batch, L history length, I items, U distinct items of a batch, M modalities,
+Q queries, T tokens (Q + 1 + M), D dimension.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from peer_rows import PeerJob, Rows, item_vectors, order_within_users
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LENGTH = 200
+TARGET = 11  # code of a target's stars; 0 pads, 1 to 10 are half stars
+TEMPERATURE = 0.1
+MOST_EPOCHS, VALIDATIONS, PATIENCE = 8, 2, 3
+
+
+class JointAttention(nn.Module):
+    """One published layer: self-attention over queries and tokens, then LayerNorm(x + residual)."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        """Create the four linear maps."""
+        super().__init__()
+        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.dropout, self.norm = nn.Dropout(dropout), nn.LayerNorm(dim, eps=1e-5)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [U, T, D] -> [U, T, D]
+        """Return the tokens after attention among them."""
+        mixed, _ = self.attention(tokens, tokens, tokens, need_weights=False)
+        return self.norm(tokens + self.dropout(mixed))
+
+
+class EM3(nn.Module):
+    """Ids, stars and histories -> logits and the CIC loss.
+
+    Args:
+        vectors: [I, V] of each modality.
+        num_users: rows of the table of users.
+        settings: of a trial.
+    """
+
+    def __init__(
+        self, vectors: list[np.ndarray], num_users: int, settings: dict[str, float]
+    ) -> None:
+        """Create tables, fusion, attention and head."""
+        super().__init__()
+        dim, dropout = int(settings["dim"]), settings["dropout"]
+        # Row 0 pads.
+        self.vectors = [torch.from_numpy(np.pad(of, ((1, 0), (0, 0)))).float() for of in vectors]
+        self.maps = nn.ModuleList(nn.Linear(of.shape[1], dim) for of in self.vectors)
+        self.items = nn.Embedding(len(self.vectors[0]), dim, padding_idx=0)
+        self.users = nn.Embedding(num_users, dim)
+        self.stars = nn.Embedding(TARGET + 1, dim, padding_idx=0)
+        self.queries = nn.Parameter(torch.empty(int(settings["queries"]), dim))
+        nn.init.xavier_uniform_(self.queries)
+        self.layers = nn.Sequential(
+            *(JointAttention(dim, 4, dropout) for _ in range(int(settings["layers"])))
+        )
+        self.project = nn.Linear(self.queries.numel(), dim)
+        self.score = nn.Sequential(nn.Linear(8 * dim, 64), nn.PReLU(), nn.Linear(64, 1))
+        self.content, self.contrast = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.head = nn.Sequential(
+            *(nn.Linear(4 * dim + 1, 256), nn.ReLU(), nn.Dropout(dropout)),
+            *(nn.Linear(256, 128), nn.ReLU(), nn.Dropout(dropout), nn.Linear(128, 1)),
+        )
+        self.weight = settings["contrastive_weight"]
+
+    def fused(self, items: Tensor) -> Tensor:  # [U] -> [U, D]
+        """Return the fused vectors of items."""
+        modalities = [layer(of[items]) for layer, of in zip(self.maps, self.vectors)]
+        tokens = torch.stack([self.items(items), *modalities], dim=1)
+        queries = self.queries.expand(len(items), -1, -1)
+        tokens = self.layers(torch.cat([queries, tokens], dim=1))
+        return self.project(tokens[:, : len(self.queries)].flatten(1))
+
+    def forward(
+        self,
+        users: Tensor,  # [B]
+        items: Tensor,  # [B, L + 1], the target last; 0 pads
+        stars: Tensor,  # [B, L + 1]
+    ) -> tuple[Tensor, Tensor]:  # [B], []
+        """Return the logits and the weighted CIC loss."""
+        distinct, places = torch.unique(items, return_inverse=True)
+        both = torch.cat([self.fused(distinct)[places], self.stars(stars)], dim=2)
+        history, target, inside = both[:, :-1], both[:, -1], items[:, :-1] > 0
+        again = target[:, None].expand_as(history)
+        pairs = torch.cat([history, again, history - again, history * again], dim=2)
+        weights = self.score(pairs).squeeze(2).masked_fill(~inside, 0)  # [B, L], as published
+        interest = torch.einsum("bl,bld->bd", weights, history)
+        fused = target[:, : self.content.in_features]
+        content, ids = self.content(fused), self.contrast(self.items(items[:, -1]))
+        length = inside.sum(1, keepdim=True).float().log1p()
+        logits = self.head(torch.cat([self.users(users), interest, content, length], dim=1))
+        return logits.squeeze(1), self.weight * contrastive(content, ids, items[:, -1])
+
+
+def contrastive(content: Tensor, ids: Tensor, items: Tensor) -> Tensor:  # [B, D] twice, [B] -> []
+    """Return cross-entropy of each row against the batch in both directions."""
+    products = F.normalize(content) @ F.normalize(ids).T / TEMPERATURE
+    own = torch.arange(len(items))
+    same = items[:, None] == items[None, :]
+    same[own, own] = False  # equal items are no negatives of each other
+    products = products.masked_fill(same, -torch.inf)
+    return (F.cross_entropy(products, own) + F.cross_entropy(products.T, own)) / 2
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Rows as the model reads them."""
+
+    users: Tensor  # [N]
+    items: Tensor  # [N, L + 1]
+    stars: Tensor  # [N, L + 1]
+    labels: Tensor  # [N]
+
+    @classmethod
+    def of(cls, rows: Rows) -> Columns:
+        """Pad the histories; ids begin at 1."""
+        items = rows.padded(rows.history + 1, LENGTH)
+        stars = rows.padded(np.rint(rows.beside["history_stars"] * 10), LENGTH)
+        of_target = np.full((len(rows), 1), TARGET)
+        return cls(
+            torch.from_numpy(rows.user),
+            torch.from_numpy(np.concatenate([items, rows.item[:, None] + 1], axis=1)).long(),
+            torch.from_numpy(np.concatenate([stars, of_target], axis=1)).long(),
+            torch.from_numpy(rows.label).float(),
+        )
+
+    def batches(self, order: np.ndarray, size: int) -> Iterator[tuple[Tensor, ...]]:
+        """Yield users, items, stars and labels, without columns of padding alone."""
+        for first in range(0, len(order), size):
+            rows = torch.from_numpy(order[first : first + size])
+            items = self.items[rows]
+            longest = max(int((items[:, :-1] > 0).sum(1).max()), 1) + 1
+            stars = self.stars[rows, -longest:]
+            yield self.users[rows], items[:, -longest:], stars, self.labels[rows]
+
+
+@torch.no_grad()
+def scores(model: EM3, columns: Columns, size: int) -> np.ndarray:  # [N]
+    """Return the logit of each row."""
+    model.eval()
+    batches = columns.batches(np.arange(len(columns.labels)), size)
+    return torch.cat([model(users, items, stars)[0] for users, items, stars, _ in batches]).numpy()
+
+
+def parts(num_rows: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield the rows of each part of an epoch, after which the model is validated."""
+    random = np.random.default_rng(seed)
+    for _ in range(MOST_EPOCHS):
+        yield from np.array_split(random.permutation(num_rows), VALIDATIONS)
+
+
+def train(model: EM3, columns: dict[str, Columns], valid: Rows, job: PeerJob) -> None:
+    """Train, and leave the model with the weights that were best in validation."""
+    size, waited = job.settings["batch_size"], 0
+    optimizer = torch.optim.Adam(model.parameters(), lr=job.settings["learning_rate"])
+    best, weights = -1.0, copy.deepcopy(model.state_dict())
+    for part in parts(len(columns["train"].labels), job.seed):
+        model.train()
+        for users, items, stars, labels in columns["train"].batches(part, size):
+            logits, contrast = model(users, items, stars)
+            optimizer.zero_grad()
+            (F.binary_cross_entropy_with_logits(logits, labels) + contrast).backward()
+            optimizer.step()
+        value = order_within_users(valid, scores(model, columns["valid"], size))
+        waited += 1
+        if value > best:
+            best, weights, waited = value, copy.deepcopy(model.state_dict()), 0
+        if waited == PATIENCE:
+            break
+    model.load_state_dict(weights)
+
+
+def main() -> None:
+    """Train and score."""
+    job = PeerJob.of_command_line()
+    rows = job.read()
+    begun = time.perf_counter()
+    torch.manual_seed(job.seed)
+    num_users = max(int(of.user.max()) for of in rows.values()) + 1
+    model = EM3(item_vectors(job.rows), num_users, job.settings)
+    columns = {split: Columns.of(of) for split, of in rows.items()}
+    train(model, columns, rows["valid"], job)
+    size = job.settings["batch_size"]
+    job.write(begun, **{split: scores(model, columns[split], size) for split in ("valid", "test")})
+
+
+if __name__ == "__main__":
+    main()
