@@ -50,6 +50,13 @@ NO_SIMILARITY: Settings = {
 }
 CONCAT: Settings = {"content.fusion.name": "concat"}
 SHORT_TEXT: Settings = {"content.modalities.text.max_length": 24}  # training its encoder is costly
+TEXT_TOKENS: Settings = {"content.modalities.text.pooling": "none"}
+ALL_TOKENS: Settings = {
+    **{f"content.modalities.{name}.pooling": "none" for name in ("text", "title", "genres")},
+    "content.modalities.poster.module": (
+        "recsys.content.encoders.efficientnet:efficientnet_lite0_patches"
+    ),
+}
 SAMPLING: Settings = {"content.sampling.forward": 0.2, "content.sampling.backward": 0.2}
 STORED: Settings = {
     **CONCAT,
@@ -183,6 +190,18 @@ OTHERS = [
         "sampling 20 %",
         "a fifth of the items is encoded in each step, the others come from the bank (LEMUR)",
         SAMPLING,
+        "recipe",
+    ),
+    Cell(
+        "text tokens",
+        "the recipe, its queries attending to every token of the text in place of their mean",
+        TEXT_TOKENS,
+        "recipe",
+    ),
+    Cell(
+        "all tokens",
+        "the same for text, title and genres, and for the 16 places of the poster",
+        ALL_TOKENS,
         "recipe",
     ),
     Cell(

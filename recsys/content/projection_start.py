@@ -88,7 +88,7 @@ def _mean_outputs(
         content = store.gather(ids[start : start + ITEMS_PER_CALL])[name]
         digests += digests_of(content)
         encoded = encoder.encode(content.to(ranks.device))
-        parts.append(mean_token(encoded.values, encoded.mask)[encoded.mask.any(dim=1)])
+        parts.append(mean_token(encoded.values.float(), encoded.mask)[encoded.mask.any(dim=1)])
     return torch.cat(parts), digests
 
 

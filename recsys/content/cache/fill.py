@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from recsys.content.cache.distinct import DistinctRows
-from recsys.content.cache.identity import cache_folder, encoder_key, write_about
+from recsys.content.cache.identity import cache_folder, dtype_of, encoder_key, write_about
 from recsys.content.cache.parts import Parts
 from recsys.content.cache.progress import FillProgress
 from recsys.content.cache.reuse import (
@@ -266,7 +266,7 @@ class _Fill:
             for call in plan.calls:
                 lengths[places[call]] = self.parts.read_lengths(self._name_of(call))
             shape = (self.encoder.frozen_dim,)
-            with closing(RowWriter(temporary, lengths, shape, "float32")) as writer:
+            with closing(RowWriter(temporary, lengths, shape, dtype_of(self.encoder))) as writer:
                 for rows, values in self._outputs(plan):
                     writer.write(places[rows], values)
             if self.distinct.repeat:

@@ -19,9 +19,16 @@ from recsys.data.items.item_table import digest_of
 
 def encoder_key(encoder: Encoder) -> str:
     """Return a hash of frozen weights, settings and batch shapes; adapters are left out."""
-    shapes = (ITEMS_PER_GROUP, SHORT_LENGTHS, encoder.max_length)
+    shapes: tuple[Any, ...] = (ITEMS_PER_GROUP, SHORT_LENGTHS, encoder.max_length)
+    if encoder.frozen_dtype != torch.float32:
+        shapes = (*shapes, dtype_of(encoder))
     weights = weights_digest(encoder, leave_out=encoder.rewritten)
     return digest_of(weights, encoder.frozen_settings(), shapes)
+
+
+def dtype_of(encoder: Encoder) -> str:
+    """Return the name of the type in which an encoder's cache stores its outputs."""
+    return str(encoder.frozen_dtype).removeprefix("torch.")
 
 
 def cache_folder(cache: Path, name: str, content: str, key: str, shares: bool) -> Path:
@@ -65,7 +72,7 @@ def write_about(
         "pooling": modality.pooling if layers == "all" else "none",
         "encoder_key": key,
         "content": content,
-        "dtype": "float32",
+        "dtype": dtype_of(encoder),
         **more,
         "device": str(next((part.device for part in encoder.parameters()), "cpu")),
         "versions": {

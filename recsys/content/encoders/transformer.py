@@ -74,9 +74,7 @@ class TransformerEncoder(Encoder):
         self.model: Any = model
         self.config: Any = model.config
         self.projection = projection
-        self.pixels = pixels
-        self.pooling = modality.pooling
-        self.training_mode = modality.training
+        self.pixels, self.pooling, self.training_mode = pixels, modality.pooling, modality.training
         self._read_settings(modality, where)
         self._layers = find_layers(model)
         self.split: LayerSplit | None = None
@@ -87,6 +85,8 @@ class TransformerEncoder(Encoder):
         self.first_trained = below[modality.training]
         self._try_out(where)
         self.caches = modality.training == "frozen" or self.split is not None
+        if modality.training == "frozen" and modality.pooling == "none":
+            self.frozen_dtype = torch.float16
         if modality.training != "full":
             self.requires_grad_(False)
         if modality.training == "lora":

@@ -185,7 +185,7 @@ def _memory(
 
 
 def _cached_bytes(meta_model: MetaModel) -> dict[str, int]:
-    """Return the bytes of the frozen layers' float32 outputs of distinct items, by modality."""
+    """Return the bytes of the frozen layers' outputs of distinct items, by modality."""
     items, content = meta_model.items, meta_model.em3.content
     if items is None or content is None:
         return {}
@@ -193,7 +193,7 @@ def _cached_bytes(meta_model: MetaModel) -> dict[str, int]:
     for name in meta_model.frozen_layers:
         encoder: Any = content.encoders[name]
         tokens = float(meta_model.tokens(name).double().mean()) * items.num_items
-        found[name] = round(FLOAT * encoder.output_dim * tokens)
+        found[name] = round(encoder.frozen_dtype.itemsize * encoder.output_dim * tokens)
     return found
 
 

@@ -59,10 +59,10 @@ class MetaModel:
         assert content is not None and self.items is not None and self.em3.content is not None
         settings, lengths = content.modalities[modality], self.items.lengths[modality]
         encoder: Any = self.em3.content.encoders[modality]
+        if not (isinstance(encoder, TransformerEncoder) and encoder.is_text):
+            return lengths * encoder.frozen_tokens
         if encoder.is_cached and settings.training == "frozen" and settings.pooling != "none":
             return lengths.clamp(max=1)
-        if isinstance(encoder, TransformerEncoder) and not encoder.is_text:
-            return lengths * encoder.frozen_tokens
         return lengths
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -112,11 +113,15 @@ def test_other_weights_split_or_configuration_make_another_cache(
         if change == "heads":
             encoder.config.num_attention_heads = 4
         folders.append(cache_folder(store_of(dataset, "text", modality), encoder, ranks))
-    for training, pooling in (("frozen", "cls"), ("lora", "mean")):
+    for training, pooling in (("frozen", "cls"), ("frozen", "none"), ("lora", "mean")):
         modality = modality_of("text", training, pooling)
         store = store_of(dataset, "text", modality)
-        folders.append(cache_folder(store, encoder_of("text", modality), ranks))
-    assert len(set(folders)) == 5
+        encoder = encoder_of("text", modality)
+        folders.append(cache_folder(store, encoder, ranks))
+        dtype = "float16" if (training, pooling) == ("frozen", "none") else "float32"
+        about = json.loads((store.folders["text"] / "about.json").read_text())
+        assert about["dtype"] == store.arrays["text"].values.dtype == dtype
+    assert len(set(folders)) == 6
 
 
 class Brightness(nn.Module):

@@ -123,6 +123,45 @@ def test_frozen_and_forward_together_equal_the_whole_model(
     assert_tokens(output, tokens_by_item(whole_model(folders, name), name, pooling))
 
 
+@pytest.mark.parametrize("pooling", ["mean", "none"])
+@pytest.mark.parametrize("training", ["lora", "full"])
+def test_equal_texts_run_once_with_tokens_and_gradients_as_if_each_ran(
+    folders: dict[str, Path],
+    training: Training,
+    pooling: Pooling,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoder, content = encoder_of(folders, "bert", training, pooling), content_of("bert")
+    for key, parameter in encoder.named_parameters():
+        if "lora_B" in key:
+            nn.init.normal_(parameter)
+    trained = [part for part in encoder.parameters() if part.requires_grad]
+    repeated = torch.tensor([0, 1, 0, 2, 2, 3, 1, 0])
+    content = ContentInput(content.values[repeated], content.mask[repeated])
+    run, results = encoder._run_above_cut if training == "lora" else encoder._run, []
+    ran: list[int] = []
+
+    def counted(*arguments: Tensor) -> Any:
+        ran.append(len(arguments[-1]))
+        return run(*arguments)
+
+    monkeypatch.setattr(encoder, run.__name__, counted)
+    for once in (True, False):
+        if not once:
+            each = torch.arange(len(repeated))
+            monkeypatch.setattr(
+                text_transformer, "distinct_items", lambda content, each=each: (each, each)
+            )
+        ran.clear()
+        output = encoder(encoder.frozen_outputs(content) if training == "lora" else content)
+        assert sum(ran) == (4 if once else len(repeated))
+        factor = torch.randn(output.values.shape, generator=torch.Generator().manual_seed(2))
+        loss = (factor * output.values)[output.mask].sum()
+        results.append([output.values[output.mask], *torch.autograd.grad(loss, trained)])
+    for part, expected in zip(*results, strict=True):
+        torch.testing.assert_close(part, expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_full_training_gives_the_gradients_of_the_whole_model(
     folders: dict[str, Path], name: str

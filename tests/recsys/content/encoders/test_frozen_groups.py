@@ -85,8 +85,12 @@ def test_groups_give_what_one_call_gives_up_to_rounding(
     known = output.mask
     assert torch.equal(known, expected.mask[:, :longest])
     assert not expected.mask[:, longest:].any()
+    rounding = 1e-5 if encoder.frozen_dtype == torch.float32 else 1e-3
     torch.testing.assert_close(
-        output.values[known], expected.values[:, :longest][known], atol=1e-5, rtol=1e-5
+        output.values[known].float(),
+        expected.values[:, :longest][known],
+        atol=rounding,
+        rtol=rounding,
     )
     assert not output.values[~known].any()
 

@@ -211,6 +211,11 @@ def test_an_encoder_that_is_cached_leaves_the_run_and_lies_on_disk(folder: Path)
     shared = lengths.sum() / lengths[distinct.first].sum()  # items of equal text share their output
     assert shared > 1 and cached.cached_bytes["text"] == pytest.approx(values * shared, rel=0.01)
 
+    tokens = replace(content.modalities["text"], training="frozen", pooling="none")
+    modalities = {**content.modalities, "text": tokens}
+    halved = described(folder, replace(config, content=replace(content, modalities=modalities)))
+    assert halved.cached_bytes["text"] == cached.cached_bytes["text"] / 2  # all tokens, in float16
+
 
 @pytest.mark.parametrize("name", sorted(RANKING_MODELS))
 def test_flops_of_any_ranking_model_are_counted(folder: Path, name: str) -> None:

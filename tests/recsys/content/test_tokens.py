@@ -1,0 +1,175 @@
+"""All tokens of a modality in the fusion: queries read the tokens, the linear map their mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from embeddings import MemoryBank
+from recsys.config import ContentSettings, FusionSettings, ModalitySettings
+from recsys.content.branch import ContentBranch
+from recsys.content.encoders.build import Encoder, ModuleEncoder, StoredFeatures, build_encoder
+from recsys.content.encoders.efficientnet import EfficientNetFeatures, EfficientNetPatches
+from recsys.content.fusion import FusionQFormer
+from recsys.data.batch import ContentInput
+from tests.recsys.content.tiny_branch import DIM, FEATURE_DIM, MAX_TOKENS, NUM_ITEMS, content_of
+
+NUM_HEADS = 2
+ALL = torch.arange(NUM_ITEMS)  # 3 lacks text, 5 features, 0 both
+
+
+def branch_of(training: Any = "frozen") -> ContentBranch:
+    text = ModalitySettings(
+        "text", "text", "random:bert", training=training, pooling="none", max_length=MAX_TOKENS
+    )
+    settings = ContentSettings(
+        {"text": text, "clip": ModalitySettings("feature", "clip")},
+        dim=DIM,
+        fusion=FusionSettings(num_heads=NUM_HEADS, dropout=0.0),
+    )
+    torch.manual_seed(0)
+    encoders: dict[str, Encoder] = {
+        "text": build_encoder("text", text),
+        "clip": StoredFeatures(FEATURE_DIM),
+    }
+    branch = ContentBranch(encoders, settings, MemoryBank(NUM_ITEMS, settings.vector_dim, "cpu"))
+    for name, weight in branch.named_parameters():
+        if not name.startswith("encoders."):  # the start hides queries and missing modalities
+            nn.init.normal_(weight, std=0.3)
+    return branch.train()
+
+
+def attended(layer: Any, x: Tensor, num_queries: int) -> Tensor:  # [Q + T, D] -> [Q, D]
+    """Return the queries' part of a pre-norm layer, head by head."""
+    attention, normed = layer.attention, layer.attention_norm(x)
+    heads = []
+    for part in torch.arange(DIM).chunk(NUM_HEADS):
+        query, key, value = (
+            F.linear(normed, of.weight[part], of.bias[part])
+            for of in (attention.query, attention.key, attention.value)
+        )
+        scores = query[:num_queries] @ key.T / (DIM / NUM_HEADS + 1e-5) ** 0.5
+        heads.append(scores.softmax(dim=1) @ value)
+    x = x[:num_queries] + attention.output(torch.cat(heads, dim=1))
+    return x + layer.feed_forward(layer.feed_forward_norm(x))
+
+
+def by_hand(branch: ContentBranch, item: int) -> Tensor:  # [D]
+    """Fuse one item from its own tokens alone, without padding or mask."""
+    content, fusion, tokens = content_of(torch.tensor([item])), branch.fusion, []
+    assert isinstance(fusion, FusionQFormer) and fusion.linear is not None
+    for name, part in content.items():
+        values, encoder = part.values[part.mask].unsqueeze(0), branch.encoders[name]
+        if name == "text" and part.mask.any():
+            assert isinstance(encoder, nn.Module)
+            values = encoder.model(input_ids=values).last_hidden_state
+            values = values.half() if encoder.training_mode == "frozen" else values
+        width = branch.projections[name].in_features
+        tokens.append(branch.projections[name](values.reshape(-1, width).float()))
+    means = [
+        of.mean(dim=0) if len(of) else fusion.linear.missing[index]
+        for index, of in enumerate(tokens)
+    ]
+    assert fusion.modality_embedding is not None
+    named = [of + name for of, name in zip(tokens, fusion.modality_embedding.weight, strict=True)]
+    (layer,) = fusion.layers
+    queries = attended(layer, torch.cat([fusion.queries, *named]), len(fusion.queries))
+    linear = fusion.linear.output(torch.cat(means))
+    fused: Tensor = fusion.output(fusion.norm(queries).flatten()) + linear
+    return fused
+
+
+@pytest.mark.parametrize("training", ["frozen", "full"])
+def test_items_equal_those_fused_alone_in_plain_pytorch_outputs_and_gradients(
+    training: str,
+) -> None:
+    branch, plain = branch_of(training), branch_of(training)
+    vectors = branch.encode(content_of(ALL))[:, :DIM]
+    expected = torch.stack([by_hand(plain, item) for item in ALL.tolist()])
+    torch.testing.assert_close(vectors, expected, atol=2e-3, rtol=1e-3)  # tokens are float16
+
+    factor = torch.randn(NUM_ITEMS, DIM, generator=torch.Generator().manual_seed(1))
+    for result in (vectors, expected):
+        (factor * result).sum().backward()
+    wanted = {name: part.grad for name, part in plain.named_parameters()}
+    for name, parameter in branch.named_parameters():
+        if name.startswith(("fusion.", "projections.text")) or "encoder.layer" in name:
+            gradient = wanted[name]
+            assert (parameter.grad is None) == (gradient is None), name
+            if gradient is not None:
+                torch.testing.assert_close(parameter.grad, gradient, atol=5e-3, rtol=5e-3, msg=name)
+
+
+def test_padding_and_what_lies_in_it_changes_no_vector() -> None:
+    branch, content = branch_of("full"), content_of(ALL)
+    garbage = {
+        name: ContentInput(
+            part.values.where(part.mask.view(*part.mask.shape, *[1] * (part.values.dim() - 2)), 7),
+            part.mask,
+        )
+        for name, part in content.items()
+    }
+    vectors = branch.encode(content)
+    torch.testing.assert_close(branch.encode(garbage), vectors, atol=1e-5, rtol=1e-5)
+    short = torch.tensor([2, 6, 7])  # at most two tokens of text
+    trimmed = {name: part[:] for name, part in content_of(short).items()}
+    trimmed["text"] = ContentInput(trimmed["text"].values[:, :2], trimmed["text"].mask[:, :2])
+    torch.testing.assert_close(branch.encode(trimmed), vectors[short], atol=1e-5, rtol=1e-5)
+
+
+def test_the_queries_read_single_tokens_where_their_mean_says_nothing() -> None:
+    fusion = FusionQFormer(DIM, 1, num_heads=NUM_HEADS, dropout=0.0).eval()
+    nn.init.normal_(fusion.output.weight)
+    token = torch.randn(1, 1, DIM)
+    apart = torch.cat([token, -token], dim=1)  # of mean 0, as no token at all but zeros
+    mask, modality = torch.ones(1, 2, dtype=torch.bool), torch.zeros(2, dtype=torch.long)
+    assert fusion.linear is not None
+    same = [fusion.linear(tokens, mask, modality) for tokens in (apart, 0 * apart)]
+    torch.testing.assert_close(*same)
+    differ = [fusion(tokens, mask, modality) for tokens in (apart, 0 * apart)]
+    assert (differ[0] - differ[1]).abs().max() > 0.01
+
+
+class FakeNetwork(nn.Module):
+    """Features of 5 channels at each of 2 x 3 places."""
+
+    def extract_features(self, pixels: Tensor) -> Tensor:  # [U, 3, H, W] -> [U, 5, 2, 3]
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(len(pixels), 5, 2, 3, generator=generator)
+
+
+def test_the_places_of_an_image_are_tokens_whose_mean_is_its_pooled_vector() -> None:
+    pixels = torch.zeros(4, 3, 64, 96)
+    pooled, patches = (make(FakeNetwork()) for make in (EfficientNetFeatures, EfficientNetPatches))
+    assert patches(pixels).shape == (4, 6, 5)
+    torch.testing.assert_close(patches(pixels).mean(dim=1), pooled(pixels))
+    assert ModuleEncoder(patches, False, 64).frozen_tokens == 6
+
+
+def test_tokens_of_frozen_encoders_are_kept_in_half_precision_others_are_not() -> None:
+    patches = EfficientNetPatches(FakeNetwork())
+    types = {
+        (training, pooling): build_encoder(
+            "text",
+            ModalitySettings("text", "t", "random:bert", training=training, pooling=pooling),  # type: ignore[arg-type]
+        ).frozen_dtype
+        for training in ("frozen", "lora")
+        for pooling in ("mean", "none")
+    }
+    halves = [key for key, dtype in types.items() if dtype == torch.float16]
+    assert halves == [("frozen", "none")]
+    assert ModuleEncoder(patches, False, 64).frozen_dtype == torch.float16
+    assert ModuleEncoder(patches, True, 64).frozen_dtype == torch.float32
+
+
+def test_a_token_too_large_for_half_precision_is_refused() -> None:
+    large = EfficientNetPatches(FakeNetwork())
+    large.network.extract_features = lambda pixels: torch.full((len(pixels), 5, 2, 3), 7e4)  # type: ignore[assignment]
+    encoder = ModuleEncoder(large, False, 64)
+    images = ContentInput(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.ones(2, 1).bool())
+    with pytest.raises(ValueError, match=r"'ModuleEncoder'.*7e\+04.*65504"):
+        encoder.frozen_outputs(images)
