@@ -8,6 +8,7 @@ Shapes: D dimension.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 
 import torch
@@ -106,9 +107,12 @@ class Job:
         assert isinstance(model, EM3)
         return model
 
-    def set_step(self, step: int, dense_step: int) -> None:
-        """Set the step that the bank stores as age, and the rates after `dense_step` updates."""
-        set_updates(self.schedule, dense_step)
+    def set_step(self, step: int, dense_step: int, schedule: Mapping[str, float]) -> None:
+        """Set the step that the bank stores as age, and the rates after `dense_step` updates.
+
+        A schedule that follows validations continues with the state `schedule`.
+        """
+        set_updates(self.schedule, dense_step, schedule)
         if self.em3.content is not None:
             self.em3.content.step = step
 

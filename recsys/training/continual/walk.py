@@ -28,6 +28,7 @@ from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.further_metrics import make_metrics
+from recsys.optimizer import LearningRateShare
 from recsys.training.continual.packages import check_packages, export_newest
 from recsys.training.continual.partition_run import ContinualRun, train_partition
 from recsys.training.continual.partitions import Partition, list_partitions
@@ -83,6 +84,7 @@ def train_continually(
     with ranks.raise_on_all_ranks():
         check_run_folder(run, data)
         _check_folder(folder, request)
+        _check_schedule(config)
     with ExitStack() as stack:
         stack.enter_context(sole_job(run, ranks, run / LOCK))
         watchdog = stack.enter_context(Watchdog(ranks, config.stall_timeout))
@@ -107,6 +109,15 @@ def _check_folder(folder: ContinualFolder, request: Request) -> None:
         raise ValueError(
             f"{path}: was begun {begun}, and now goes on {now}; leave --warm-start as it was, or "
             "choose another --out"
+        )
+
+
+def _check_schedule(config: Config) -> None:
+    """Refuse a schedule that would wait for validations: a continual run has none."""
+    if LearningRateShare(config.optimizer).validated is not None:
+        raise ValueError(
+            f"optimizer.schedule '{config.optimizer.schedule}' follows validations, and a "
+            "continual run has none; choose constant, cosine or linear"
         )
 
 
