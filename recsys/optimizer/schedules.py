@@ -145,7 +145,7 @@ def set_updates(
         num_updates: number of updates so far.
         state: a state that `note_validation` returned; None or an empty one: no validation so far.
     """
-    follows = schedule.lr_lambdas[0].validated  # all groups have the same share
+    follows = _share_of(schedule).validated
     # Another schedule than that of the checkpoint begins anew: its state has other numbers.
     if state and follows is not None and state.keys() == follows.state_dict().keys():
         follows.load_state_dict(state)
@@ -166,9 +166,16 @@ def note_validation(schedule: LambdaLR, score: float) -> dict[str, float]:
     Returns:
         The state of the schedule, for checkpoints; empty if it does not follow validations.
     """
-    follows = schedule.lr_lambdas[0].validated  # all groups have the same share
+    follows = _share_of(schedule).validated
     if follows is None:
         return {}
     follows.validated(score)
     set_updates(schedule, schedule.last_epoch)
     return follows.state_dict()
+
+
+def _share_of(schedule: LambdaLR) -> LearningRateShare:
+    """Return the share of the learning rates, which all groups have in common."""
+    share = schedule.lr_lambdas[0]
+    assert isinstance(share, LearningRateShare)
+    return share
