@@ -30,7 +30,7 @@ COLUMNS = {
     "GAUC cold": ("gauc", "cold"),
     "GAUC unseen": ("gauc", "unseen"),
 }
-EFFECTS = ("GAUC", "GAUC cold", "GAUC unseen")
+EFFECTS = ("GAUC", "GAUC cold", "GAUC unseen", "AUC")
 
 
 @dataclass(frozen=True)
