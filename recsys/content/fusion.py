@@ -20,7 +20,12 @@ from torch.nn import functional as F
 from recsys.config import FusionSettings
 from recsys.config.named_parts import make_part
 from recsys.content.dropout import Dropout
-from recsys.kernels import has_native, native_few_token_attention
+from recsys.kernels import (
+    LayerSettings,
+    has_native,
+    native_few_token_attention,
+    native_fusion_layer,
+)
 
 FEW_TOKENS = 8
 
@@ -47,7 +52,7 @@ class JointSelfAttention(nn.Module):
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))  # once, not for each of the maps
         query, key, value = self.query(x[:, :num_outputs]), self.key(x), self.value(x)
-        if self._has_native(x):
+        if self.has_kernel(x):
             attended = native_few_token_attention(
                 query, key, value, mask, self.num_heads, self.scale
             )
@@ -65,8 +70,8 @@ class JointSelfAttention(nn.Module):
             ).transpose(1, 2)
         return self.output(attended.flatten(-2))
 
-    def _has_native(self, x: Tensor) -> bool:
-        """Return whether a kernel attends: in training, so that a package needs no compiler."""
+    def has_kernel(self, x: Tensor) -> bool:
+        """Return whether a kernel computes: in training, so that a package needs no compiler."""
         few = x.device.type == "cpu" and x.shape[1] <= FEW_TOKENS
         return few and self.training and has_native(x)
 
@@ -125,9 +130,23 @@ class ModernLayer(nn.Module):
         num_outputs: int,
     ) -> Tensor:  # [U, num_outputs, D]
         """Return the layer's outputs for the first `num_outputs` tokens."""
+        if self.attention.has_kernel(x):
+            share = self.dropout.p
+            # The numbers that both dropouts would draw, one after the other.
+            noise = torch.rand(2, x.shape[0], num_outputs, x.shape[2]) if share else x.new_empty(0)
+            attention = self.attention
+            settings = LayerSettings(num_outputs, attention.num_heads, attention.scale, share)
+            return native_fusion_layer(x, mask, noise, self.weights(), settings)
         attended = self.attention(self.attention_norm(x), mask, num_outputs)
         x = x[:, :num_outputs] + self.dropout(attended)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+    def weights(self) -> list[Tensor]:
+        """Return weight and bias of each norm and map, in the order in which they are applied."""
+        attention, feed_forward = self.attention, self.feed_forward
+        parts = [self.attention_norm, attention.query, attention.key, attention.value]
+        parts += [attention.output, self.feed_forward_norm, feed_forward[0], feed_forward[2]]
+        return [weight for part in parts for weight in (part.weight, part.bias)]
 
 
 class ConcatFusion(nn.Module):

@@ -8,14 +8,17 @@ from recsys.kernels.choice import choose_kernels, has_native
 from recsys.kernels.content_interest import native_content_interest
 from recsys.kernels.dot_interaction import native_dot_interaction
 from recsys.kernels.few_token_attention import native_few_token_attention
+from recsys.kernels.fusion_layer import LayerSettings, native_fusion_layer
 from recsys.kernels.target_attention import ScoreWeights, native_target_attention
 
 __all__ = [
+    "LayerSettings",
     "ScoreWeights",
     "choose_kernels",
     "has_native",
     "native_content_interest",
     "native_dot_interaction",
     "native_few_token_attention",
+    "native_fusion_layer",
     "native_target_attention",
 ]

@@ -123,14 +123,21 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> N
     kept = output[2:]
     ctx.save_for_backward(*kept, *inputs)
     ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # no zeros for what is kept
+    ctx.widths = [part.shape[1] for part in output[:2]]
 
 
 def _backward(
-    ctx: Any, of_sums: Tensor, of_features: Tensor, *of_kept: Tensor
+    ctx: Any, of_sums: Tensor | None, of_features: Tensor | None, *of_kept: None
 ) -> tuple[Tensor | None, ...]:
     del of_kept
+    queries = ctx.saved_tensors[3]
+    of_outputs = [
+        queries.new_zeros(queries.shape[0], width) if gradient is None else gradient
+        for gradient, width in zip((of_sums, of_features), ctx.widths)
+    ]
     of_queries, of_map, of_lists = torch.ops.recsys.content_interest_backward(
-        of_sums, of_features, *ctx.saved_tensors
+        *of_outputs, *ctx.saved_tensors
     )
     return (of_queries, None, of_map, None, None, of_lists, None)
 

@@ -133,9 +133,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     *read, last_bias, _ = inputs
     ctx.save_for_backward(last_bias, *output[1:], *read)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for what is kept, megabytes
 
 
-def _backward(ctx: Any, gradient: Tensor, *of_kept: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor, *of_kept: None) -> tuple[Tensor | None, ...]:
     del of_kept
     last_bias, *inputs = ctx.saved_tensors
     of_target, of_items, *of_weights = torch.ops.recsys.target_attention_backward(gradient, *inputs)
