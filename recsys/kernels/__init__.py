@@ -6,6 +6,7 @@ Each kernel is an operator of torch.library with a fake kernel and a backward, s
 
 from recsys.kernels.choice import choose_kernels, has_native
 from recsys.kernels.content_interest import native_content_interest
+from recsys.kernels.contrastive import native_in_batch_contrastive
 from recsys.kernels.dot_interaction import native_dot_interaction
 from recsys.kernels.few_token_attention import native_few_token_attention
 from recsys.kernels.fusion_layer import LayerSettings, native_fusion_layer
@@ -20,5 +21,6 @@ __all__ = [
     "native_dot_interaction",
     "native_few_token_attention",
     "native_fusion_layer",
+    "native_in_batch_contrastive",
     "native_target_attention",
 ]

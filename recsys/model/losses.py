@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from recsys.config import ContrastiveSettings
 from recsys.distributed.gather import gather_rows_with_gradient
+from recsys.kernels import has_native, native_in_batch_contrastive
 from recsys.model.label_losses import label_losses
 
 
@@ -152,8 +153,6 @@ class ContentIDContrastive(nn.Module):
         if settings.stop_gradient == "id":
             ids = ids.detach()
         content, ids = self.content_map(content), self.id_map(ids)
-        if settings.normalize:
-            content, ids = (F.normalize(side, dim=-1, eps=1e-5) for side in (content, ids))
         if row_weights is None:
             return self._row_losses(content, ids, items).mean()
         items = items.masked_fill(row_weights == 0, -1)
@@ -165,13 +164,20 @@ class ContentIDContrastive(nn.Module):
         ids: Tensor,  # [B, D]
         items: Tensor,  # [B]
     ) -> Tensor:  # [B]
-        settings, temperature = self.settings, self.log_temperature.exp()
+        settings = self.settings
+        gathers = settings.all_ranks and dist.is_initialized() and dist.get_world_size() > 1
+        if settings.variant == "in_batch" and not gathers and has_native(content, ids):
+            sharpness = (-self.log_temperature).exp()
+            return native_in_batch_contrastive(content, ids, items, sharpness, settings.normalize)
+        temperature = self.log_temperature.exp()
+        if settings.normalize:
+            content, ids = (F.normalize(side, dim=-1, eps=1e-5) for side in (content, ids))
         if settings.variant == "published":
             rows = len(items)
             negatives = torch.randint(rows, (rows, settings.num_negatives), device=items.device)
             return published_contrastive(content, ids, negatives, temperature)
         everyone: tuple[Any, Any, Any, int] = (content, ids, items, 0)
-        if settings.all_ranks and dist.is_initialized() and dist.get_world_size() > 1:
+        if gathers:
             # One collective carries both sides; ids of items are exact in float64.
             everyone = _gather_sides(content, ids, items)
         return in_batch_contrastive(content, ids, items, *everyone, temperature)

@@ -1,0 +1,110 @@
+"""Operator `recsys::in_batch_contrastive`: Content-ID-Contrastive of the rows of a batch.
+
+PyTorch writes ten matrices [B, B] for it: logits, masks, their softmax in both directions, and the
+gradients. The C++ kernel computes both directions from a block of logits in cache.
+
+Shapes: B batch, D dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_INPUTS = "Tensor content, Tensor ids, Tensor items, Tensor sharpness, bool normalize"
+torch.library.define(
+    "recsys::in_batch_contrastive", f"({_INPUTS}, bool keeps_logits) -> (Tensor, Tensor, Tensor)"
+)
+torch.library.define(
+    "recsys::in_batch_contrastive_backward",
+    f"(Tensor gradient, Tensor logs, Tensor kept, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+)
+
+MAX_KEPT_BYTES = 16 << 20  # of the logits; the backward computes more of them again
+
+
+def native_in_batch_contrastive(
+    content: Tensor,  # [B, D]
+    ids: Tensor,  # [B, D]
+    items: Tensor,  # int64 [B]
+    sharpness: Tensor,  # []
+    normalize: bool,
+) -> Tensor:  # [B]
+    """Return the mean of both directions' cross-entropies of each row, in float32.
+
+    Rows of the same item and padding rows, whose item is -1, are never negatives.
+
+    Args:
+        content: content vectors.
+        ids: ID embeddings of the same rows.
+        items: item of each row.
+        sharpness: factor of the dot products, 1 / temperature.
+        normalize: divide vectors by their lengths first.
+
+    Example::
+
+        import torch
+        from recsys.kernels import has_native, native_in_batch_contrastive
+
+        content, ids = torch.rand(3, 8), torch.rand(3, 8)
+        items, sharpness = torch.tensor([4, 5, 4]), torch.tensor(10.0)
+        if has_native(content, ids):
+            native_in_batch_contrastive(content, ids, items, sharpness, normalize=True)  # [3]
+    """
+    keeps_logits = torch.is_grad_enabled() and 4 * content.shape[0] ** 2 <= MAX_KEPT_BYTES
+    losses: Tensor = torch.ops.recsys.in_batch_contrastive(
+        content.float(), ids.float(), items, sharpness.float(), normalize, keeps_logits
+    )[0]
+    return losses
+
+
+@torch.library.register_fake("recsys::in_batch_contrastive")
+def _fake(
+    content: Tensor,
+    ids: Tensor,
+    items: Tensor,
+    sharpness: Tensor,
+    normalize: bool,
+    keeps_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    del ids, items, sharpness, normalize
+    batch = content.shape[0]
+    whole = (batch + 15) // 16 * 16  # `distance_of` of the C++ code
+    distance = whole + 16 if whole >= 128 else whole
+    kept = content.new_empty(batch if keeps_logits else 0, distance)
+    return content.new_empty(batch), content.new_empty(2, batch), kept
+
+
+@torch.library.register_fake("recsys::in_batch_contrastive_backward")
+def _fake_backward(
+    gradient: Tensor,
+    logs: Tensor,
+    kept: Tensor,
+    content: Tensor,
+    ids: Tensor,
+    items: Tensor,
+    sharpness: Tensor,
+    normalize: bool,
+) -> tuple[Tensor, ...]:
+    del gradient, logs, kept, items, normalize
+    return tuple(part.new_empty(part.shape) for part in (content, ids, sharpness))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *read, ctx.normalize, _ = inputs
+    ctx.save_for_backward(*output[1:], *read)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for what is kept
+
+
+def _backward(ctx: Any, gradient: Tensor, *of_kept: None) -> tuple[Tensor | None, ...]:
+    del of_kept
+    of_content, of_ids, of_sharpness = torch.ops.recsys.in_batch_contrastive_backward(
+        gradient, *ctx.saved_tensors, ctx.normalize
+    )
+    return (of_content, of_ids, None, of_sharpness, None, None)
+
+
+torch.library.register_autograd("recsys::in_batch_contrastive", _backward, setup_context=_save)
