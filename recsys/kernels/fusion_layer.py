@@ -33,6 +33,10 @@ class LayerSettings(NamedTuple):
     heads: H, which divides D.
     scale: factor of the dot products.
     dropout: probability of the dropout of both outputs.
+
+    Example::
+
+        LayerSettings(num_outputs=2, heads=4, scale=16**-0.5, dropout=0.1)
     """
 
     num_outputs: int
