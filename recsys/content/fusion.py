@@ -143,9 +143,11 @@ class ModernLayer(nn.Module):
 
     def weights(self) -> list[Tensor]:
         """Return weight and bias of each norm and map, in the order in which they are applied."""
-        attention, feed_forward = self.attention, self.feed_forward
-        parts = [self.attention_norm, attention.query, attention.key, attention.value]
-        parts += [attention.output, self.feed_forward_norm, feed_forward[0], feed_forward[2]]
+        attention, up, down = self.attention, self.feed_forward[0], self.feed_forward[2]
+        assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
+        parts: list[nn.Linear | nn.LayerNorm] = [self.attention_norm, attention.query]
+        parts += [attention.key, attention.value, attention.output]
+        parts += [self.feed_forward_norm, up, down]
         return [weight for part in parts for weight in (part.weight, part.bias)]
 
 

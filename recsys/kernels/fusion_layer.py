@@ -36,6 +36,8 @@ class LayerSettings(NamedTuple):
 
     Example::
 
+        from recsys.kernels import LayerSettings
+
         LayerSettings(num_outputs=2, heads=4, scale=16**-0.5, dropout=0.1)
     """
 
