@@ -232,6 +232,18 @@ OTHERS = [
         "recipe",
     ),
     Cell(
+        "tables reset",
+        "the recipe, all ID tables with new initial rows in each epoch (MEDA)",
+        {"embedding.reset_every_epoch": True},
+        "recipe",
+    ),
+    Cell(
+        "rates by plateau",
+        "the recipe with up to 8 epochs, whose learning rates fall where validation gains nothing",
+        {"optimizer.schedule": "plateau", "epochs": 8},
+        "recipe",
+    ),
+    Cell(
         "one MLP",
         "the recipe with one MLP in place of the ensemble",
         {"ranking.ensemble_members": 1},

@@ -84,7 +84,7 @@ def train_continually(
     with ranks.raise_on_all_ranks():
         check_run_folder(run, data)
         _check_folder(folder, request)
-        _check_schedule(config)
+        _check_settings(config)
     with ExitStack() as stack:
         stack.enter_context(sole_job(run, ranks, run / LOCK))
         watchdog = stack.enter_context(Watchdog(ranks, config.stall_timeout))
@@ -112,12 +112,21 @@ def _check_folder(folder: ContinualFolder, request: Request) -> None:
         )
 
 
-def _check_schedule(config: Config) -> None:
-    """Refuse a schedule that would wait for validations: a continual run has none."""
+def _check_settings(config: Config) -> None:
+    """Refuse settings of runs with validations and several epochs, which a continual run has not.
+
+    Raises:
+        ValueError: the schedule follows validations, or tables begin anew in each epoch.
+    """
     if LearningRateShare(config.optimizer).validated is not None:
         raise ValueError(
             f"optimizer.schedule '{config.optimizer.schedule}' follows validations, and a "
             "continual run has none; choose constant, cosine or linear"
+        )
+    if config.embedding.reset_every_epoch:
+        raise ValueError(
+            "embedding.reset_every_epoch is true, but a continual run goes on with the rows of "
+            "earlier partitions; set it to false"
         )
 
 

@@ -43,6 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "adam": {"name": "adam", "ema_decay": 0.5},
 }
+RESETS = ("adafactor",)  # with tables that begin every epoch anew
 OWN = '''\
 import torch
 
@@ -76,6 +77,7 @@ def trained(data: Path, run: Path, ranks: Ranks, name: str, epochs: int) -> dict
     recipe = data.parent / f"{run.name}-{ranks.rank}.yaml"
     settings = yaml.safe_load(TINY.read_text()) | {"optimizer": SETTINGS[name]}
     settings["validations_per_epoch"] = 2
+    settings["embedding"] = settings.get("embedding", {}) | {"reset_every_epoch": name in RESETS}
     recipe.write_text(yaml.safe_dump(settings))
     config = load_config(recipe, [*WORDS, "--epochs", str(epochs)])
     return train(config, str(data), run, ranks)
