@@ -8,7 +8,6 @@ Shapes: D dimension.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 
 import torch
@@ -107,11 +106,8 @@ class Job:
         assert isinstance(model, EM3)
         return model
 
-    def set_step(self, step: int, dense_step: int, schedule: Mapping[str, float]) -> None:
-        """Set the step that the bank stores as age, and the rates after `dense_step` updates.
-
-        A schedule that follows validations continues with the state `schedule`.
-        """
+    def set_step(self, step: int, dense_step: int, schedule: dict[str, float]) -> None:
+        """Set the bank's age, and the rates after `dense_step` updates by a schedule's state."""
         set_updates(self.schedule, dense_step, schedule)
         if self.em3.content is not None:
             self.em3.content.step = step

@@ -11,6 +11,7 @@ from recsys.checkpoint.run_folder import METRICS, finish_run
 from recsys.config import Config, ContinualSettings, content_settings
 from recsys.data.filesystem import write_whole
 from recsys.evaluation.evaluate import fill_bank
+from recsys.optimizer import LearningRateShare
 from recsys.training.continual.partitions import Partition
 from recsys.training.train import training_figures
 from recsys.training.trainer import Trainer
@@ -27,6 +28,24 @@ class PartitionTrainer(Trainer):
         content = content_settings(self.job.config)
         if content is not None and content.history.refresh_bank_every_epoch:
             fill_bank(self.job, self.lockstep)
+
+
+def check_settings(config: Config) -> None:
+    """Refuse settings of runs with validations and several epochs, which a continual run has not.
+
+    Raises:
+        ValueError: the schedule follows validations, or tables begin anew in each epoch.
+    """
+    if LearningRateShare(config.optimizer).validated is not None:
+        raise ValueError(
+            f"optimizer.schedule '{config.optimizer.schedule}' follows validations, and a "
+            "continual run has none; choose constant, cosine or linear"
+        )
+    if config.embedding.reset_every_epoch:
+        raise ValueError(
+            "embedding.reset_every_epoch is true, but a continual run goes on with the rows of "
+            "earlier partitions; set it to false"
+        )
 
 
 def passes_over(settings: ContinualSettings, number: int, from_nothing: bool) -> int:

@@ -28,9 +28,9 @@ from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.further_metrics import make_metrics
-from recsys.optimizer import LearningRateShare
 from recsys.training.continual.packages import check_packages, export_newest
 from recsys.training.continual.partition_run import ContinualRun, train_partition
+from recsys.training.continual.partition_trainer import check_settings
 from recsys.training.continual.partitions import Partition, list_partitions
 from recsys.training.continual.queue import (
     Span,
@@ -84,7 +84,7 @@ def train_continually(
     with ranks.raise_on_all_ranks():
         check_run_folder(run, data)
         _check_folder(folder, request)
-        _check_settings(config)
+        check_settings(config)
     with ExitStack() as stack:
         stack.enter_context(sole_job(run, ranks, run / LOCK))
         watchdog = stack.enter_context(Watchdog(ranks, config.stall_timeout))
@@ -109,24 +109,6 @@ def _check_folder(folder: ContinualFolder, request: Request) -> None:
         raise ValueError(
             f"{path}: was begun {begun}, and now goes on {now}; leave --warm-start as it was, or "
             "choose another --out"
-        )
-
-
-def _check_settings(config: Config) -> None:
-    """Refuse settings of runs with validations and several epochs, which a continual run has not.
-
-    Raises:
-        ValueError: the schedule follows validations, or tables begin anew in each epoch.
-    """
-    if LearningRateShare(config.optimizer).validated is not None:
-        raise ValueError(
-            f"optimizer.schedule '{config.optimizer.schedule}' follows validations, and a "
-            "continual run has none; choose constant, cosine or linear"
-        )
-    if config.embedding.reset_every_epoch:
-        raise ValueError(
-            "embedding.reset_every_epoch is true, but a continual run goes on with the rows of "
-            "earlier partitions; set it to false"
         )
 
 
