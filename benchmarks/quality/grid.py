@@ -179,6 +179,17 @@ TEXT = [
     _text("LoRA all", "adapters in all six layers", "text frozen", "lora", 6),
     _text("full", "all its weights train", "text frozen", "full"),
     Cell(
+        "text LoRA all, 5 % encoded",
+        "adapters in all six layers, which run for a twentieth of a step's items; the others take "
+        "their last outputs, and all above the encoder trains on every item",
+        {
+            **_text("", "", "", "lora", 6).settings,
+            "content.sampling.encoders": 0.05,
+            "optimizer.encoder_learning_rate": 1e-3,
+        },
+        "text frozen",
+    ),
+    Cell(
         "text LoRA top 1, sampling 20 %",
         "a fifth of the items is encoded in each step, the others come from the bank (LEMUR)",
         {**_text("", "", "", "lora", 1).settings, **SAMPLING},

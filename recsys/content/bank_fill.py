@@ -50,13 +50,17 @@ def encode_into_bank(
         if find is not None:
             rows = find(rows)
             call, rows = call[rows.numpy() >= 0], rows[rows >= 0]
-        vectors = torch.zeros(0, content.bank.dim, device=ranks.device)
+        vectors, tokens = torch.zeros(0, content.bank.dim, device=ranks.device), {}
         if len(call):
             inputs = {name: part.to(ranks.device) for name, part in store.gather(call).items()}
-            vectors = content.encode(inputs)
+            tokens = content.tokens(inputs)
+            vectors = content.fuse(tokens)
         if between is not None:
             between()
-        content.bank.update(rows.to(ranks.device), vectors, content.step)
+        rows = rows.to(ranks.device)
+        content.bank.update(rows, vectors, content.step)
+        if content.outputs is not None:
+            content.outputs.write(rows, tokens, content.step)
     content.train(was_training)
 
 

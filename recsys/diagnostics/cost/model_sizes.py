@@ -8,7 +8,7 @@ Shapes: T tokens, D dimension of the input, E dimension of the output.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -42,6 +42,7 @@ class ModalitySizes:
     fixed_tokens: tokens that the encoder gives for each item; None: as many as the item has.
     groups_by_length: items of similar length run through the encoder together.
     is_known: False where the encoder cannot be counted.
+    runs: share of the items for which the encoder runs (`content.sampling.encoders`).
     """
 
     name: str
@@ -50,6 +51,7 @@ class ModalitySizes:
     fixed_tokens: int | None = None
     groups_by_length: bool = False
     is_known: bool = True
+    runs: float = 1.0
 
     @staticmethod
     def of(
@@ -149,12 +151,18 @@ class ContentSizes:
             return [_floats(1, length, dim, requires_grad=True), mask, modality]
 
         is_full, contrastive = settings.history.mode == "full", config.contrastive
+        modalities = [
+            ModalitySizes.of(name, encoder, branch.projections[name], settings.modalities[name])
+            for name, encoder in branch.encoders.items()
+            if isinstance(encoder, Encoder)
+        ]
+        if branch.outputs is not None:
+            modalities = [
+                replace(of, runs=branch.outputs.share) if of.name in branch.outputs.encoders else of
+                for of in modalities
+            ]
         return ContentSizes(
-            modalities=[
-                ModalitySizes.of(name, encoder, branch.projections[name], settings.modalities[name])
-                for name, encoder in branch.encoders.items()
-                if isinstance(encoder, Encoder)
-            ],
+            modalities=modalities,
             fusion=item_cost(branch.fusion, tokens, range(count, count + 3))[0],
             history_map=item_cost(
                 branch.history_map, lambda n: [_floats(n, dim, requires_grad=is_full)], (1, 2, 3)
