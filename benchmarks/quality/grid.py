@@ -58,6 +58,9 @@ ALL_TOKENS: Settings = {
     ),
 }
 SAMPLING: Settings = {"content.sampling.forward": 0.2, "content.sampling.backward": 0.2}
+SAMPLED = "a fifth of the items is encoded in each step, the others come from the bank (LEMUR)"
+FEW: Settings = {"content.sampling.encoders": 0.05, "optimizer.encoder_learning_rate": 1e-3}
+NONE: Settings = {}
 STORED: Settings = {
     **CONCAT,
     **NO_SIMILARITY,
@@ -104,8 +107,10 @@ def _history(mode: str, reason: str, baseline: str, rank: int = 0) -> Cell:
     return Cell(f"history {mode} rank {rank}", reason, settings, baseline)
 
 
-def _text(name: str, reason: str, baseline: str, training: str, top_layers: int = 0) -> Cell:
-    settings: dict[str, Any] = {**SHORT_TEXT, "content.modalities.text.training": training}
+def _text(
+    name: str, reason: str, baseline: str, training: str, top_layers: int = 0, more: Settings = NONE
+) -> Cell:
+    settings: dict[str, Any] = {**SHORT_TEXT, "content.modalities.text.training": training, **more}
     if top_layers:
         settings["content.modalities.text.lora.top_layers"] = top_layers
     return Cell(f"text {name}", reason, settings, baseline)
@@ -178,31 +183,13 @@ TEXT = [
     _text("LoRA top 2", "adapters in its two highest layers", "text frozen", "lora", 2),
     _text("LoRA all", "adapters in all six layers", "text frozen", "lora", 6),
     _text("full", "all its weights train", "text frozen", "full"),
-    Cell(
-        "text LoRA all, 5 % encoded",
-        "adapters in all six layers, which run for a twentieth of a step's items; the others take "
-        "their last outputs, and all above the encoder trains on every item",
-        {
-            **_text("", "", "", "lora", 6).settings,
-            "content.sampling.encoders": 0.05,
-            "optimizer.encoder_learning_rate": 1e-3,
-        },
-        "text frozen",
+    _text(
+        "LoRA all, 5 %", "of the items: those encoded longest ago", "text frozen", "lora", 6, FEW
     ),
-    Cell(
-        "text LoRA top 1, sampling 20 %",
-        "a fifth of the items is encoded in each step, the others come from the bank (LEMUR)",
-        {**_text("", "", "", "lora", 1).settings, **SAMPLING},
-        "text LoRA top 1",
-    ),
+    _text("LoRA top 1, sampling 20 %", SAMPLED, "text LoRA top 1", "lora", 1, SAMPLING),
 ]
 OTHERS = [
-    Cell(
-        "sampling 20 %",
-        "a fifth of the items is encoded in each step, the others come from the bank (LEMUR)",
-        SAMPLING,
-        "recipe",
-    ),
+    Cell("sampling 20 %", SAMPLED, SAMPLING, "recipe"),
     Cell(
         "text tokens",
         "the recipe, its queries attending to every token of the text in place of their mean",
