@@ -9,18 +9,18 @@ from recsys.kernels.content_interest import native_content_interest
 from recsys.kernels.contrastive import native_in_batch_contrastive
 from recsys.kernels.dot_interaction import native_dot_interaction
 from recsys.kernels.few_token_attention import native_few_token_attention
-from recsys.kernels.fusion_layer import LayerSettings, native_fusion_layer
+from recsys.kernels.fusion import AttentionSettings, native_fusion
 from recsys.kernels.target_attention import ScoreWeights, native_target_attention
 
 __all__ = [
-    "LayerSettings",
+    "AttentionSettings",
     "ScoreWeights",
     "choose_kernels",
     "has_native",
     "native_content_interest",
     "native_dot_interaction",
     "native_few_token_attention",
-    "native_fusion_layer",
+    "native_fusion",
     "native_in_batch_contrastive",
     "native_target_attention",
 ]

@@ -63,7 +63,7 @@ def _folder() -> Path:
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
     parts = [torch.__version__, platform.machine(), _processor(), *FLAGS]
-    parts += [path.read_text() for path in sorted(SOURCES.iterdir())]
+    parts += [path.read_text() for path in sorted(SOURCES.rglob("*.*"))]
     return root / f"recsys_kernels_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
 
 
@@ -85,7 +85,7 @@ def _compile(library: Path) -> None:
     compiler = cpp_extension.get_cxx_compiler()
     includes = [f"-I{path}" for path in cpp_extension.include_paths("cpu")]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths("cpu")]
-    sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
+    sources = sorted(str(path) for path in SOURCES.rglob("*.cpp"))
     start = time.monotonic()
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name

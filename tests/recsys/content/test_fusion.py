@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys.config import FusionSettings
-from recsys.content import fusion as fusions
-from recsys.content.fusion import ConcatFusion, FusionQFormer, build_fusion
+from recsys.content.fusion import ConcatFusion, FusionQFormer, build_fusion, layers
 from tests.fake_gpu import fake_gpu, on_fake_gpu
 
 NUM_ITEMS, NUM_TOKENS, DIM, NUM_HEADS, NUM_QUERIES = 3, 2, 8, 4, 2
@@ -169,7 +168,9 @@ def test_modern_starts_as_the_linear_map_and_its_queries_learn_from_there() -> N
     tokens, mask = some_tokens(), torch.tensor([[True, True], [True, False], [False, False]])
     assert fusion.linear is not None
     linear = fusion.linear(tokens, mask, MODALITY)
-    assert torch.equal(fusion(tokens, mask, MODALITY), linear)
+    torch.testing.assert_close(fusion(tokens, mask, MODALITY), linear)
+    assert torch.equal(fusion.eval()(tokens, mask, MODALITY), linear)
+    fusion.train()
 
     optimizer = torch.optim.SGD(fusion.parameters(), lr=0.1)
     queries = fusion.queries.detach().clone()
@@ -269,8 +270,8 @@ def test_few_tokens_are_attended_to_as_many_are(
     preset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = []
-    for few_tokens in (fusions.FEW_TOKENS, 0):
-        monkeypatch.setattr(fusions, "FEW_TOKENS", few_tokens)
+    for few_tokens in (layers.FEW_TOKENS, 0):
+        monkeypatch.setattr(layers, "FEW_TOKENS", few_tokens)
         fusion = qformer(preset, num_layers=2).train()
         tokens = some_tokens().requires_grad_()
         mask = torch.tensor([[True, False], [True, True], [False, False]])

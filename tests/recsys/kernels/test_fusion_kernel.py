@@ -1,4 +1,4 @@
-"""The kernel of a layer of the fusion equals the layer's own operations, with all gradients."""
+"""The kernel of the Fusion-Q-Former equals the operations of its layers, with all gradients."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys.content.fusion import FusionQFormer, ModernLayer
+from recsys.content.fusion import FusionQFormer
 from recsys.kernels import has_native
 from recsys.kernels.choice import _Chosen
 
-# Items, tokens of an item, outputs of it, D, heads, dropout.
+# Items, modality of each token, queries, layers, D, heads, dropout.
 CASES = {
-    "as in a recipe, blocks of one group": (40, 4, 2, 64, 4, 0.1),
-    "several groups": (300, 4, 4, 32, 2, 0.1),
-    "no width of a vector": (5, 3, 1, 18, 3, 0.0),
-    "one item with many tokens": (1, 8, 3, 12, 1, 0.5),
-    "no items": (0, 3, 1, 8, 2, 0.1),
+    "as in a recipe": (40, [0, 1], 2, 2, 64, 4, 0.1),
+    "several groups": (300, [0, 1], 2, 2, 32, 2, 0.1),
+    "no width of a vector": (5, [0, 0, 2], 1, 1, 18, 3, 0.0),
+    "many tokens, three layers": (3, [1, 0, 1, 1, 0], 3, 3, 12, 1, 0.5),
+    "no items": (0, [0], 2, 1, 8, 2, 0.1),
 }
 
 
@@ -31,79 +31,82 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def layer_of(dim: int, heads: int, dropout: float) -> ModernLayer:
-    torch.manual_seed(0)
-    layer = ModernLayer(dim, heads, dropout)
-    for parameter in layer.parameters():  # biases start as zero, which would hide errors
-        parameter.data += 0.2 * torch.randn(parameter.shape)
-    return layer
+class Case:
+    """A fusion, and tokens of which some are missing; the last item has none."""
 
+    def __init__(
+        self,
+        items: int,
+        modality: list[int],
+        queries: int,
+        layers: int,
+        dim: int,
+        heads: int,
+        dropout: float,
+    ) -> None:
+        torch.manual_seed(0)
+        self.modality = torch.tensor(modality)
+        self.fusion = FusionQFormer(dim, max(modality) + 1, queries, layers, heads, dropout)
+        for parameter in self.fusion.parameters():  # zeros at the start would hide errors
+            parameter.data += 0.2 * torch.randn(parameter.shape)
+        self.tokens = torch.randn(items, len(modality), dim).requires_grad_()
+        self.mask = torch.rand(items, len(modality)) < 0.7
+        self.mask[-1:] = False
 
-def results(layer: ModernLayer, x: Tensor, mask: Tensor, num_outputs: int) -> dict[str, Tensor]:
-    torch.manual_seed(1)  # of dropout
-    variables = {"x": x} | dict(layer.named_parameters())
-    output = layer(x, mask, num_outputs)
-    factor = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
-    gradients = torch.autograd.grad((output * factor.to(x)).sum(), list(variables.values()))
-    return {"output": output} | dict(zip(variables, gradients))
+    def results(self) -> dict[str, Tensor]:
+        torch.manual_seed(1)  # of dropout
+        variables = {"tokens": self.tokens} | dict(self.fusion.named_parameters())
+        output = self.fusion(self.tokens, self.mask, self.modality)
+        factor = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+        gradients = torch.autograd.grad((output * factor).sum(), list(variables.values()))
+        return {"output": output} | dict(zip(variables, gradients))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_layer_equals_the_reference(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    items, tokens, num_outputs, dim, heads, dropout = CASES[case]
-    layer = layer_of(dim, heads, dropout)
-    x = torch.randn(items, tokens, dim).requires_grad_()
-    mask = torch.rand(items, tokens) < 0.7
-    mask[:, 0] = True
-    native = results(layer, x, mask, num_outputs)
+def test_fusion_equals_the_reference(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    these = Case(*CASES[case])
+    native = these.results()
     torch.set_num_threads(2)
-    again = results(layer, x, mask, num_outputs)
-    for name, value in native.items():
-        assert torch.equal(value, again[name]), name
+    for name, value in these.results().items():
+        assert torch.equal(value, native[name]), name
     monkeypatch.setattr(_Chosen, "kernels", "torch")
-    reference = results(layer, x, mask, num_outputs)
+    reference = these.results()
     for name, value in reference.items():
         size = 1e-6 if name == "output" else 1e-5
         # A number added to all keys changes no softmax: that gradient is zero, but for rounding.
-        like = reference["attention.key.weight"] if name == "attention.key.bias" else value
+        like = reference[name.replace("key.bias", "key.weight")]
         highest = max(1.0, like.abs().max().item()) if like.numel() else 1.0
         torch.testing.assert_close(native[name], value, rtol=0, atol=size * highest, msg=name)
 
 
 def test_gradients_of_the_reference_are_right() -> None:
-    layer = layer_of(4, 2, 0.0).double()
-    x, mask = torch.randn(2, 3, 4).double().requires_grad_(), torch.ones(2, 3, dtype=torch.bool)
-    mask[1, 2] = False
-    assert torch.autograd.gradcheck(lambda x: layer(x, mask, 2), (x,))
+    these = Case(2, [0, 1], 1, 2, 4, 2, 0.0)
+    fusion, tokens = these.fusion.double(), these.tokens.detach().double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: fusion(x, these.mask, these.modality), (tokens,))
 
 
 def test_nan_stays_nan() -> None:
-    layer = layer_of(8, 2, 0.0)
-    x = torch.randn(2, 3, 8)
-    x[0, 1, 2] = torch.nan
-    output = layer(x, torch.ones(2, 3, dtype=torch.bool), 2)
-    assert output[0].isnan().all() and not output[1].isnan().any()
+    these = Case(3, [0, 1], 2, 1, 8, 2, 0.0)
+    these.mask[:2] = True
+    these.tokens.data[0, 1, 2] = torch.nan
+    output = these.fusion(these.tokens, these.mask, these.modality)
+    assert output[0].isnan().all() and not output[1:].isnan().any()
 
 
 def test_bfloat16_gives_the_type_of_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    fusion = FusionQFormer(8, num_modalities=2, num_heads=2, dropout=0.0)
-    tokens, mask = torch.randn(3, 2, 8).bfloat16(), torch.ones(3, 2, dtype=torch.bool)
-
-    def fused() -> Tensor:
+    these = Case(3, [0, 1], 2, 1, 8, 2, 0.0)
+    outputs = []
+    for kernels in ("auto", "torch"):
+        monkeypatch.setattr(_Chosen, "kernels", kernels)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            output: Tensor = fusion(tokens, mask, torch.arange(2))
-        return output
-
-    native = fused()
-    monkeypatch.setattr(_Chosen, "kernels", "torch")
-    torch.testing.assert_close(native, fused(), rtol=0.02, atol=0.02)
+            outputs.append(these.fusion(these.tokens.bfloat16(), these.mask, these.modality))
+    assert outputs[0].dtype == torch.bfloat16
+    torch.testing.assert_close(*outputs, rtol=0.03, atol=0.03)
 
 
 def test_the_operator_keeps_the_rules_of_torch_library() -> None:
-    layer = layer_of(130, 2, 0.1)
-    x, mask = torch.randn(3, 4, 130, requires_grad=True), torch.ones(3, 4, dtype=torch.bool)
-    inputs = (x, mask, torch.rand(2, 3, 2, 130), layer.weights(), 2, 2, 0.5, 0.1)
+    these = Case(3, [0, 1, 1], 2, 2, 130, 2, 0.1)
+    noise, weights = torch.rand(2 * 3 * (5 + 2) * 130), these.fusion.weights()
+    inputs = (these.tokens, these.mask, these.modality, noise, weights, 2, 2, 0.5, 0.1)
     rules = ("test_schema", "test_autograd_registration", "test_faketensor")
-    operator = torch.ops.recsys.fusion_layer.default
-    torch.library.opcheck(operator, inputs, test_utils=rules)
+    torch.library.opcheck(torch.ops.recsys.fusion.default, inputs, test_utils=rules)

@@ -8,10 +8,10 @@
 // Shapes: U items, S tokens of an item, R of them with outputs, D dimension, F hidden units, H heads.
 #pragma once
 
-#include "few_tokens.h"
-#include "functions.h"
-#include "linear_map.h"
-#include "tensors.h"
+#include "../few_tokens.h"
+#include "../functions.h"
+#include "../linear_map.h"
+#include "../tensors.h"
 
 namespace recsys {
 
@@ -50,14 +50,16 @@ struct Kept {
   }
 };
 
-// The 16 weights in the order of `recsys.kernels.fusion_layer`.
+// 16 of the weights, from `w` on, in the order of `weights` of `recsys.content.fusion.layers`.
+constexpr int64_t kWeightsOfLayer = 16;
+
 struct LayerWeights {
   LayerNorm before;
   LinearMap query, key, value, output;
   LayerNorm between;
   LinearMap up, down;
 
-  LayerWeights(const LayerSizes& s, const std::vector<Tensor>& w, bool backward)
+  LayerWeights(const LayerSizes& s, const Tensor* w, bool backward)
       : before(s.D, floats(w[0]), floats(w[1])),
         query(s.D, s.D, floats(w[2]), floats(w[3]), backward),
         key(s.D, s.D, floats(w[4]), floats(w[5]), backward),

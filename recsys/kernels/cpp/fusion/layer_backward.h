@@ -1,11 +1,11 @@
 // The backward pass of a layer of the fusion, for a block of items in cache.
 //
-// Shapes: as in fusion_layer.h.
+// Shapes: as in layer.h.
 #pragma once
 
 #include <memory>
 
-#include "fusion_layer.h"
+#include "layer.h"
 
 namespace recsys {
 
@@ -34,11 +34,10 @@ struct LayerSums {
   }
 
   // Writes the gradients in the order of the weights.
-  void write(std::vector<Tensor>& to) const {
-    int64_t at = 0;
+  void write(const Tensor* to) const {
     const auto next = [&](const auto& sums) {
-      sums.write(mutable_floats(to[at]), mutable_floats(to[at + 1]));
-      at += 2;
+      sums.write(mutable_floats(to[0]), mutable_floats(to[1]));
+      to += 2;
     };
     next(before), next(query), next(key), next(value), next(output), next(between), next(up);
     next(down);

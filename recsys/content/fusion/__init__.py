@@ -1,0 +1,51 @@
+"""Fusion: the tokens of all modalities -> one content vector per item.
+
+`FusionQFormer` is EM3's Fusion-Q-Former (arXiv 2404.06078, section 3: transformers and a set of
+trainable queries with a fixed-length output); preset `published` follows the authors' public
+code exactly; preset `modern` has later improvements of transformers and starts as `ConcatFusion`,
+the baseline. All have one interface, so a configuration can switch between them by name.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from recsys.config import FusionSettings
+from recsys.config.named_parts import make_part
+from recsys.content.fusion.layers import JointSelfAttention as JointSelfAttention
+from recsys.content.fusion.qformer import ConcatFusion as ConcatFusion
+from recsys.content.fusion.qformer import FusionQFormer as FusionQFormer
+
+FUSIONS = {
+    "qformer": "recsys.content.fusion:FusionQFormer",
+    "concat": "recsys.content.fusion:ConcatFusion",
+}
+
+
+def build_fusion(settings: FusionSettings, dim: int, num_modalities: int) -> nn.Module:
+    """Return the fusion that a configuration names, constructed as Class(dim, num_modalities, ...).
+
+    A user's class, `package.module:Class`, gets `content.fusion.options` by name. Its
+    `forward(tokens, mask, modality)` has the arguments of `ConcatFusion`.
+
+    Args:
+        settings: name and options of the fusion.
+        dim: D.
+        num_modalities: M.
+
+    Raises:
+        ValueError: the name is unknown, or the class cannot be imported or constructed.
+
+    Example::
+
+        from recsys.config import FusionSettings
+        from recsys.content.fusion import build_fusion
+
+        build_fusion(FusionSettings("concat"), dim=8, num_modalities=2)
+    """
+    options = settings.options
+    if settings.name == "qformer":
+        names = ("num_queries", "num_layers", "num_heads", "dropout", "preset")
+        options = {name: getattr(settings, name) for name in names}
+    where = "content.fusion.name"
+    return make_part(where, settings.name, FUSIONS, nn.Module, dim, num_modalities, **options)  # type: ignore[type-abstract]

@@ -1,0 +1,172 @@
+"""The Fusion-Q-Former, and the linear map that it is compared with.
+
+Shapes: U unique items, T tokens of all modalities, Q queries, D dimension, H heads, M modalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recsys.content.fusion.layers import FEW_TOKENS, ModernLayer, PublishedLayer
+from recsys.kernels import AttentionSettings, has_native, native_fusion
+
+
+class ConcatFusion(nn.Module):
+    """Baseline: the mean tokens of all modalities, concatenated, through one linear map.
+
+    A trained vector replaces a modality that an item lacks.
+    """
+
+    def __init__(self, dim: int, num_modalities: int) -> None:
+        """Create the vectors of missing modalities and the linear map."""
+        super().__init__()
+        self.num_modalities = num_modalities
+        self.missing = nn.Parameter(torch.zeros(num_modalities, dim))
+        self.output = nn.Linear(num_modalities * dim, dim)
+
+    def forward(
+        self,
+        tokens: Tensor,  # [U, T, D]
+        mask: Tensor,  # [U, T]
+        modality: Tensor,  # [T]
+    ) -> Tensor:  # [U, D]
+        """Return one vector per item."""
+        member = F.one_hot(modality, self.num_modalities).T.to(tokens.dtype)  # [M, T]
+        weights = member * mask.to(tokens.dtype).unsqueeze(1)  # [U, M, T]
+        count = weights.sum(-1, keepdim=True)  # [U, M, 1]
+        mean = weights @ tokens / count.clamp(min=1)  # [U, M, D]
+        return self.output(torch.where(count > 0, mean, self.missing).flatten(1))
+
+
+class FusionQFormer(nn.Module):
+    """Trainable queries attend, jointly with the tokens, to all tokens of an item.
+
+    Missing tokens are masked as keys; with all tokens present `published` is the published
+    formula: layers over [queries; tokens], the Q outputs flattened and projected to D.
+    `modern` adds to each token an embedding of its modality, and to the projected outputs a linear
+    map of the modalities (`ConcatFusion`). The projection starts at zero, as residual branches do
+    (Fixup, arXiv 1901.09321; ReZero, arXiv 2003.04887), so that the queries learn a
+    correction to the linear map.
+
+    Args:
+        dim: D, divisible by `num_heads`.
+        num_modalities: M.
+        num_queries: Q.
+        num_layers: number of attention layers.
+        num_heads: heads of each layer.
+        dropout: dropout probability in the layers.
+        preset: `published` or `modern`.
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`, or a number is below 1.
+
+    Example::
+
+        import torch
+        from recsys import FusionQFormer
+
+        fusion = FusionQFormer(dim=8, num_modalities=2, num_heads=2)
+        tokens = torch.randn(3, 2, 8)  # [U, T, D]
+        mask = torch.tensor([[True, True], [True, False], [False, False]])
+        fusion(tokens, mask, torch.tensor([0, 1])).shape  # [3, 8]
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_modalities: int,
+        num_queries: int = 2,
+        num_layers: int = 1,
+        num_heads: int = 4,
+        dropout: float = 0.1,
+        preset: Literal["published", "modern"] = "modern",
+    ) -> None:
+        """Create the queries, the layers and the output map."""
+        super().__init__()
+        if min(num_queries, num_layers, num_heads) < 1 or dim % num_heads:
+            raise ValueError(
+                f"FusionQFormer: num_queries {num_queries}, num_layers {num_layers} and num_heads "
+                f"{num_heads} must be at least 1, and num_heads must divide dim {dim}"
+            )
+        layer: Callable[[int, int, float], nn.Module] = (
+            PublishedLayer if preset == "published" else ModernLayer
+        )
+        self.queries = nn.Parameter(torch.empty(num_queries, dim))
+        nn.init.xavier_uniform_(self.queries)
+        self.layers = nn.ModuleList(layer(dim, num_heads, dropout) for _ in range(num_layers))
+        self.output = nn.Linear(num_queries * dim, dim)
+        self.norm: nn.Module = nn.Identity()
+        self.modality_embedding: nn.Embedding | None = None
+        self.linear: ConcatFusion | None = None
+        if preset == "modern":
+            self.norm = nn.LayerNorm(dim)
+            self.modality_embedding = nn.Embedding(num_modalities, dim)
+            nn.init.normal_(self.modality_embedding.weight, std=0.02)
+            self.linear = ConcatFusion(dim, num_modalities)
+            nn.init.zeros_(self.output.weight)
+            nn.init.zeros_(self.output.bias)
+
+    def forward(
+        self,
+        tokens: Tensor,  # [U, T, D]
+        mask: Tensor,  # [U, T], False for padding
+        modality: Tensor,  # [T], index of each token's modality
+    ) -> Tensor:  # [U, D]
+        """Return one vector per item."""
+        num_items, num_queries = tokens.shape[0], self.queries.shape[0]
+        if self._has_kernel(tokens):
+            return self._by_kernel(tokens, mask, modality)
+        x = tokens
+        if self.modality_embedding is not None:
+            x = x + self.modality_embedding(modality)
+        x = torch.cat([self.queries.expand(num_items, -1, -1), x], dim=1)  # [U, Q + T, D]
+        attended = F.pad(mask, (num_queries, 0), value=True)  # queries are never masked
+        for index, layer in enumerate(self.layers, 1):
+            # Only the queries' outputs of the last layer are used.
+            is_last = index == len(self.layers)
+            x = layer(x, attended, num_queries if is_last else x.shape[1])
+        fused = self.output(self.norm(x).flatten(1))
+        return fused if self.linear is None else fused + self.linear(tokens, mask, modality)
+
+    def _has_kernel(self, tokens: Tensor) -> bool:  # [U, T, D]
+        """Return whether a kernel computes all: in training, with preset `modern`."""
+        if self.linear is None or not self.training or tokens.device.type != "cpu":
+            return False
+        few = tokens.shape[1] + self.queries.shape[0] <= FEW_TOKENS
+        return few and has_native(tokens, self.queries)
+
+    def _by_kernel(
+        self,
+        tokens: Tensor,  # [U, T, D]
+        mask: Tensor,  # [U, T]
+        modality: Tensor,  # [T]
+    ) -> Tensor:  # [U, D]
+        """Return the same as the operations of `forward`, with their random numbers."""
+        first = self.layers[0]
+        assert isinstance(first, ModernLayer)
+        attention, share = first.attention, first.dropout.p
+        settings = AttentionSettings(len(self.layers), attention.num_heads, attention.scale, share)
+        num_queries, num_tokens = self.queries.shape[0], tokens.shape[1]
+        # Two dropouts in each layer; the last one has outputs for the queries alone.
+        rows = (len(self.layers) - 1) * (num_queries + num_tokens) + num_queries
+        noise = torch.rand(2 * rows * tokens[:, 0].numel()) if share else torch.empty(0)
+        fused = native_fusion(tokens, mask, modality, noise, self.weights(), settings)
+        if torch.is_autocast_enabled("cpu"):
+            return fused.to(torch.get_autocast_dtype("cpu"))  # as its last operation would
+        return fused
+
+    def weights(self) -> list[Tensor]:
+        """Return the weights of preset `modern`, in the order in which they are applied."""
+        embedding, linear, norm = self.modality_embedding, self.linear, self.norm
+        assert embedding is not None and linear is not None and isinstance(norm, nn.LayerNorm)
+        found = [self.queries, embedding.weight]
+        for layer in self.layers:
+            assert isinstance(layer, ModernLayer)
+            found += layer.weights()
+        found += [norm.weight, norm.bias, self.output.weight, self.output.bias]
+        return [*found, linear.missing, linear.output.weight, linear.output.bias]
