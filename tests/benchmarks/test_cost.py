@@ -22,6 +22,7 @@ from recsys.diagnostics.cost.step_costs import (
     step_costs,
 )
 from recsys.diagnostics.cost.work import PartCost, Work
+from recsys.kernels import has_native
 from tests.benchmarks.variants import product_steps, quick_variant
 
 aten = torch.ops.aten
@@ -86,6 +87,23 @@ def test_products_of_matrices_are_those_that_pytorch_counts(
         parts = step_costs(sizes_of(steps), counts)
     assert sum(part.forward.products for part in parts) == pytest.approx(forward, rel=0.02)
     assert sum(part.backward.products for part in parts) == pytest.approx(backward, rel=0.02)
+
+
+@pytest.mark.parametrize("similarity", [True, False])
+def test_kernels_map_queries_and_sums_in_place_of_items(similarity: bool, tmp_path: Path) -> None:
+    if not has_native(torch.zeros(1)):
+        pytest.skip("no C++ compiler")
+    words = ("--content.history.similarity_features", str(similarity).lower())
+    with product_steps(quick_variant(tmp_path, *words)) as steps:
+        content, counts = sizes_of(steps).content, BatchCounts.of(next(steps.batches))
+    assert content is not None
+    found, product = part_of("history map", content, counts), 2 * content.dim**2
+    if similarity:  # the targets too, and the items' lengths once
+        of_rows, of_items = 3 * counts.rows, counts.unique_history
+    else:
+        of_rows, of_items = 2 * counts.rows, 0
+    assert found.forward.products == product * (of_rows + of_items)
+    assert found.backward.products == product * (2 * of_rows + of_items)
 
 
 def test_trained_layers_of_an_encoder_are_those_that_pytorch_counts(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
+from recsys.diagnostics.cost.kernel_work import kernel_counts
 from recsys.diagnostics.cost.work import FLOAT, PartCost, Work, moved, times
 from recsys.ranking.layers.further_histories import FurtherHistories
 from recsys.ranking.vectors import IDVectors
@@ -40,7 +41,7 @@ BATCHED_PRODUCTS = (aten.bmm, aten.baddbmm)
 
 
 class WorkCounter(FlopCounterMode):
-    """PyTorch's counter, which also counts in-place products and the results kept for a backward.
+    """PyTorch's counter, which also counts in-place products, kernels and results kept.
 
     Example::
 
@@ -52,7 +53,7 @@ class WorkCounter(FlopCounterMode):
     def __init__(self) -> None:
         """Register the count of matrix products."""
         products = dict.fromkeys(PRODUCTS, self._count_product)
-        super().__init__(display=False, custom_mapping=products)
+        super().__init__(display=False, custom_mapping=products | kernel_counts())
         self.results: Counter[str] = Counter()  # elements, by module
 
     def _count_product(self, *shapes: Sequence[int], out_shape: Sequence[int], **_: Any) -> int:

@@ -20,15 +20,18 @@ from embeddings.table_memory import TableMemory, table_memory
 from recsys.config import (
     CommunicationSettings,
     Config,
+    ContentSettings,
     ModalitySettings,
     ParallelSettings,
     content_settings,
 )
 from recsys.content.encoders.build import Encoder, StoredFeatures, TransformerEncoder
+from recsys.content.history_map import HistoryMap
 from recsys.data.batch import Batch, ContentInput
 from recsys.data.schema import Schema
 from recsys.diagnostics.cost.counted import ItemCost, count_ranking, item_cost
 from recsys.diagnostics.cost.work import PartCost
+from recsys.kernels import has_native
 from recsys.model.em3 import EM3
 from recsys.model.tables import pooled_features
 from recsys.optimizer import count_state, dense_parameters
@@ -128,6 +131,8 @@ class ContentSizes:
     modalities: list[ModalitySizes]
     fusion: ItemCost
     history_map: ItemCost  # a token is a history item
+    maps_of_row: int  # products of a row with the map's matrix by kernels; 0: items are mapped
+    maps_lengths: bool  # whether kernels compute the lengths of mapped items
     dim: int
     mode: str  # content.history.mode
     vector_dim: int  # numbers kept per item
@@ -167,6 +172,8 @@ class ContentSizes:
             history_map=item_cost(
                 branch.history_map, lambda n: [_floats(n, dim, requires_grad=is_full)], (1, 2, 3)
             )[0],
+            maps_of_row=_maps_of_row(settings, branch.history_map),
+            maps_lengths=settings.history.similarity_features,
             dim=dim,
             mode=settings.history.mode,
             vector_dim=settings.vector_dim,
@@ -176,6 +183,20 @@ class ContentSizes:
             contrastive_gathers=contrastive.all_ranks and contrastive.variant == "in_batch",
             exchanges=settings.dedup == "global",
         )
+
+
+def _maps_of_row(settings: ContentSettings, history_map: HistoryMap) -> int:
+    """Return how many vectors of a row kernels map in place of its history's items.
+
+    These are the query, the weighted sum and, with similarities, the target
+    (`recsys.ranking.layers.content_interest`).
+    """
+    history, weight = settings.history, next(history_map.parameters())
+    if history.mode == "full" or history.simtier_bins or history.sorted_cosines:
+        return 0
+    if weight.device.type != "cpu" or not has_native(weight):
+        return 0
+    return 2 + history.similarity_features
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,21 @@ def content_parts(content: ContentSizes, counts: BatchCounts) -> Iterator[PartCo
         read = counts.stored + counts.unique_history
         kept = (counts.encoded + read) * (content.vector_dim + 1)
         yield PartCost("memory bank", "content", moved(2 * kept))
-    yield PartCost("history map", "content", *content.history_map.on(0, counts.unique_history))
+    yield history_map(content, counts)
+
+
+def history_map(content: ContentSizes, counts: BatchCounts) -> PartCost:
+    """Count the map of unique history items or, with kernels, that of queries and sums of rows."""
+    if not content.maps_of_row:
+        items = content.history_map.on(0, counts.unique_history)
+        return PartCost("history map", "content", *items)
+    rows, dim = content.maps_of_row * counts.rows, content.dim
+    forward = linear(rows, dim, dim) + moved(2 * rows * dim + dim**2)
+    backward = times(linear(rows, dim, dim), 2) + moved(3 * rows * dim + 2 * dim**2)
+    if content.maps_lengths:
+        of_items = linear(counts.unique_history, dim, dim)
+        forward, backward = forward + of_items, backward + of_items
+    return PartCost("history map", "content", forward, backward)
 
 
 def _together(name: str, measured_as: str, costs: Sequence[tuple[Work, Work]]) -> PartCost:

@@ -8,6 +8,12 @@ from torch import Tensor, nn
 
 from recsys.diagnostics.cost.counted import WorkCounter, item_cost
 from recsys.diagnostics.cost.work import FLOAT
+from recsys.kernels import (
+    ScoreWeights,
+    has_native,
+    native_dot_interaction,
+    native_target_attention,
+)
 
 
 class Attention(nn.Module):
@@ -60,3 +66,23 @@ def test_a_share_of_the_items_has_a_backward() -> None:
 
     assert half[0] == whole[0]
     assert half[1].flops == whole[1].flops / 2
+
+
+def test_work_of_kernels_is_that_of_their_mathematics() -> None:
+    if not has_native(torch.zeros(1)):
+        pytest.skip("no C++ compiler")
+    dense, sparse = torch.randn(5, 4, requires_grad=True), torch.randn(5, 3, 4, requires_grad=True)
+    with WorkCounter() as counter:
+        native_dot_interaction(dense, sparse).sum().backward()
+    pairs, directions = 4 * 3 // 2, 3
+    assert counter.work().others == directions * 5 * pairs * 2 * 4
+
+    mlp = nn.Sequential(nn.Linear(4 * 4, 6), nn.ReLU(), nn.Linear(6, 2), nn.ReLU(), nn.Linear(2, 1))
+    target, items = torch.randn(2, 4, requires_grad=True), torch.randn(3, 4)
+    index, offsets, nothing = torch.tensor([0, 2, 0]), torch.tensor([0, 2, 3]), torch.zeros(3, 0)
+    with WorkCounter() as counter:
+        native_target_attention(
+            target, items, index, offsets, nothing, torch.zeros(4, 0), ScoreWeights.of(mlp)
+        ).sum().backward()
+    of_places, of_rows = 3 * 2 * (4 * 6 + 6 * 2 + 2 + 4), 2 * 4 * 4 * 6
+    assert counter.work().flops == directions * (of_places + of_rows)
