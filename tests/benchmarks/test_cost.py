@@ -24,6 +24,7 @@ from recsys.diagnostics.cost.step_costs import (
 from recsys.diagnostics.cost.work import PartCost, Work
 from recsys.kernels import has_native
 from tests.benchmarks.variants import product_steps, quick_variant
+from tests.recsys.em3_runs import all_texts_run
 
 aten = torch.ops.aten
 PRODUCTS = (aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm)
@@ -124,8 +125,9 @@ def test_layers_below_are_counted_where_they_are_not_cached(tmp_path: Path) -> N
         assert isinstance(encoder, Encoder)
         ids = np.arange(ITEMS_PER_GROUP)  # a whole group, so that nothing is padded
         content = store.gather(ids)
-        counts = BatchCounts.of(replace(batch, content_items=torch.tensor(ids), content=content))
-        with flop_counter() as counter:
+        of_items = replace(batch, content_items=torch.tensor(ids), content=content)
+        with all_texts_run(), flop_counter() as counter:
+            counts = BatchCounts.of(of_items)
             encoder.encode(content["title"])
         sizes = sizes_of(steps).content
     assert sizes is not None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recsys.content.encoders.text_transformer import ITEMS_PER_GROUP
+from recsys.content.encoders.text_transformer import ITEMS_PER_GROUP, distinct_items
 from recsys.data.batch import Batch
 
 
@@ -24,7 +24,7 @@ class ModalityCounts:
     tokens: number of tokens without padding.
     longest: T, the length to which all items are padded.
     grouped, grouped_pairs: number of tokens, and of pairs of tokens of one item, if items of
-        similar length are grouped and padded to the longest of their group.
+        similar length are grouped and padded to the longest of their group, equal ones once.
     """
 
     tokens: float
@@ -35,14 +35,15 @@ class ModalityCounts:
     @staticmethod
     def of(
         lengths: Tensor,  # [E], tokens of each item
+        first: Tensor | None = None,  # an item of each distinct content; None: all differ
     ) -> ModalityCounts:
         """Return the counts for items of these lengths."""
-        ordered = lengths.sort().values
-        groups = [(len(part), max(int(part[-1]), 1)) for part in ordered.split(ITEMS_PER_GROUP)]
         if not len(lengths):
             return ModalityCounts(0, 0, 0, 0)
+        ordered = (lengths if first is None else lengths[first]).sort().values
+        groups = [(len(part), max(int(part[-1]), 1)) for part in ordered.split(ITEMS_PER_GROUP)]
         return ModalityCounts(
-            tokens=int(ordered.sum()),
+            tokens=int(lengths.sum()),
             longest=int(ordered[-1]),
             grouped=sum(count * longest for count, longest in groups),
             grouped_pairs=sum(count * longest**2 for count, longest in groups),
@@ -95,7 +96,7 @@ class BatchCounts:
             stored=len(batch.bank_items),
             exchanged=sum(batch.exchange.receive_counts) if batch.exchange is not None else 0,
             modalities={
-                name: ModalityCounts.of(part.mask.sum(dim=1))
+                name: ModalityCounts.of(part.mask.sum(dim=1), distinct_items(part)[0])
                 for name, part in batch.content.items()
             },
         )

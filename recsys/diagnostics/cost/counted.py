@@ -211,12 +211,23 @@ def _count(
         backward = counter.work() + times(whole, -1)
     parts = []
     for name, work in forward.items():
-        # The counter may count a backward operation in two children: it is split by forward.
-        share, moves = work.flops / max(whole.flops, 1), moved(numbers[name])
+        moves = moved(numbers[name])
         if work.flops or moves.bytes:
-            both = work + moves, times(backward, share) + times(moves, 2)
+            both = work + moves, _share_of(backward, work, whole) + times(moves, 2)
             parts.append(PartCost(name_of.format(name.replace("_", " ")), "ranking", *both))
     return [part.scaled(1 / batch.batch_size) for part in parts]
+
+
+def _share_of(backward: Work, work: Work, whole: Work) -> Work:
+    """Return a child's part of a backward; the counter may count an operation in two children.
+
+    Products are split by those of the forward, and so are the others, such as kernels.
+    """
+    return Work(
+        products=backward.products * work.products / max(whole.products, 1),
+        others=backward.others * work.others / max(whole.others, 1),
+        outputs=backward.outputs * work.outputs / max(whole.outputs, 1),
+    )
 
 
 def _sum_of(output: Any) -> Tensor:

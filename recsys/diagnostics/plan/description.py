@@ -24,6 +24,7 @@ from recsys.diagnostics.plan.model_parts import (
     table_bytes_by_rank,
 )
 from recsys.diagnostics.plan.time_bounds import TimeBound, backward_outputs, time_bounds
+from recsys.kernels import choose_kernels
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def describe(
         cluster: the cluster, which need not exist.
         rows: numbers of rows for tables, by column, that replace those of the dataset.
 
+    Kernels of this process are those of the configuration afterwards.
+
     Raises:
         ValueError: the configuration does not match the data.
 
@@ -109,6 +112,7 @@ def describe(
         cluster = Cluster(nodes=8, ranks_per_node=8, device=DEVICES["h100"])
         describe(load_config("shop.yaml"), "shop", cluster, {"product": 4_000_000_000}).problems
     """
+    choose_kernels("torch" if config.kernels == "torch" else "auto")  # work is counted on CPU
     meta_model = build_meta_model(config, data, cluster, rows)
     sample = sample_batches(meta_model)
     sizes, counts = _sizes(meta_model, sample), sample.counts

@@ -43,6 +43,7 @@ def test_a_frozen_module_keeps_its_statistics_and_may_be_dropped(tokens: bool) -
     assert encoder.output_dim == 5
     assert output.values.shape == (NUM_IMAGES, 4 if tokens else 1, 5)
     known = content.mask[:, 0]
+    plain = plain.to(torch.float16 if tokens else torch.float32)
     torch.testing.assert_close(output.values[known].flatten(1), plain[known].flatten(1))
     assert not output.values[~known].any()
     assert torch.equal(output.mask, content.mask.expand(-1, output.values.shape[1]))

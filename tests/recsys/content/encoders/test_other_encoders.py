@@ -91,7 +91,9 @@ def test_outputs_are_those_of_the_whole_model(
     for item in (0, 2):
         there = output.values[item][output.mask[item]]
         wanted = hidden_states(model, name, item)
-        torch.testing.assert_close(there, wanted, atol=1e-4, rtol=1e-4)
+        assert there.dtype == (torch.float16 if training == "frozen" else torch.float32)
+        close = 1e-3 if training == "frozen" else 1e-4
+        torch.testing.assert_close(there.float(), wanted, atol=close, rtol=close)
     assert not output.mask[1].any()
     if training == "full":  # no parameter waits in vain for the gradient that all ranks sum
         output.values.sum().backward()

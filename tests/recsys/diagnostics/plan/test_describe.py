@@ -27,7 +27,7 @@ from recsys.ranking.din_dcn import DinDcnSettings
 from recsys.training.train import training_interactions
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.em3_runs import em3_config, ranks_of
+from tests.recsys.em3_runs import all_texts_run, em3_config, ranks_of
 
 ROWS = {"train": 640, "valid": 24, "test": 20}
 STEPS = 10  # an epoch of one rank, two of two ranks
@@ -37,7 +37,7 @@ CPU = DeviceFigures("cpu", "cpu", 2**33, 1e10, 1e11, 1e11, 1e10, 1e9)
 
 def config_of(folder: Path, sharding: Any = "row_wise", **settings: Any) -> Config:
     tables = EmbeddingSettings(32, sharding, "rowwise_adagrad")
-    config = em3_config(folder, embedding=tables, batch_size=64, **settings)
+    config = em3_config(folder, embedding=tables, batch_size=64, kernels="torch", **settings)
     if sharding == "table_wise":
         assert isinstance(config.ranking, DinDcnSettings)
         config.ranking.ensemble_members, config.ranking.standardize_numbers = 3, True
@@ -88,7 +88,7 @@ def _step(job: Job, prepared: Iterator[Batch], folder: Path) -> dict[str, float]
         loss, _ = job.model(batch)
         loss.backward()
         job.ranks.gather(None)  # gloo notes the end of one when it begins the next
-    with WorkCounter() as forward:
+    with WorkCounter() as forward, all_texts_run():
         loss, _ = job.model(batch)
     with WorkCounter() as backward:
         loss.backward()

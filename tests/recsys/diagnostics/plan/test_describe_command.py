@@ -40,7 +40,7 @@ from recsys.ranking import RANKING_MODELS
 from recsys.training.train import training_interactions
 from tests.datasets import write_dataset, write_parquet
 from tests.recsys.command_runs import TINY
-from tests.recsys.em3_runs import em3_config
+from tests.recsys.em3_runs import all_texts_run, em3_config
 
 CPU = DeviceFigures("cpu", "cpu", 2**33, 1e10, 1e11, 1e11, 1e10, 1e9)
 
@@ -220,14 +220,14 @@ def test_an_encoder_that_is_cached_leaves_the_run_and_lies_on_disk(folder: Path)
 @pytest.mark.parametrize("name", sorted(RANKING_MODELS))
 def test_flops_of_any_ranking_model_are_counted(folder: Path, name: str) -> None:
     ranking = ranking_settings(name, mlp_units=[16], dropout=0.0)
-    config = em3_config(folder, ranking=ranking, batch_size=64)
+    config = em3_config(folder, ranking=ranking, batch_size=64, kernels="torch")
     found = described(folder, config)
     with joined_ranks("cpu") as ranks:
         job = build_job(config, str(folder / "data"), ranks)
         batches = [batch for batch, _ in zip(training_interactions(job), range(5))]
         measured = []
         for batch in batches:
-            with WorkCounter() as forward:
+            with WorkCounter() as forward, all_texts_run():
                 job.model(batch)
             measured.append(forward.work().products / batch.batch_size)
     expected = sum(part.forward.products for part in found.costs) / found.counts.rows
