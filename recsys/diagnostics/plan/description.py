@@ -102,8 +102,6 @@ def describe(
         cluster: the cluster, which need not exist.
         rows: numbers of rows for tables, by column, that replace those of the dataset.
 
-    Kernels of this process are those of the configuration afterwards.
-
     Raises:
         ValueError: the configuration does not match the data.
 
@@ -112,7 +110,6 @@ def describe(
         cluster = Cluster(nodes=8, ranks_per_node=8, device=DEVICES["h100"])
         describe(load_config("shop.yaml"), "shop", cluster, {"product": 4_000_000_000}).problems
     """
-    choose_kernels("torch" if config.kernels == "torch" else "auto")  # work is counted on CPU
     meta_model = build_meta_model(config, data, cluster, rows)
     sample = sample_batches(meta_model)
     sizes, counts = _sizes(meta_model, sample), sample.counts
@@ -146,6 +143,8 @@ def describe(
 
 
 def _sizes(meta_model: MetaModel, sample: BatchSample) -> ModelSizes:
+    """Count the sizes on CPU, by the configuration's kernels, which the process then has."""
+    choose_kernels("torch" if meta_model.config.kernels == "torch" else "auto")
     lengths = [len(batch.history_index) for batch in sample.batches]
     typical = min(sample.batches, key=lambda b: abs(len(b.history_index) - fmean(lengths)))
     return ModelSizes.of(
