@@ -52,7 +52,7 @@ class RankMemory:
 class Description:
     """Everything that `recsys describe` prints.
 
-    costs: FLOPs and bytes of a step on one rank, by part.
+    costs: FLOPs and bytes of a step on one rank, by part, as if no two items had equal texts.
     sent: bytes that a rank sends to others in a step, by kind.
     frozen_layers: number of parameters that run only before training, by modality.
     cached_bytes: bytes of item content cached on disk, by modality, if no two items share theirs.

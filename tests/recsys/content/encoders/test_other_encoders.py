@@ -92,8 +92,8 @@ def test_outputs_are_those_of_the_whole_model(
         there = output.values[item][output.mask[item]]
         wanted = hidden_states(model, name, item)
         assert there.dtype == (torch.float16 if training == "frozen" else torch.float32)
-        close = 1e-3 if training == "frozen" else 1e-4
-        torch.testing.assert_close(there.float(), wanted, atol=close, rtol=close)
+        rounding = 2**-11 if training == "frozen" else 0
+        torch.testing.assert_close(there.float(), wanted, atol=1e-4, rtol=1e-4 + rounding)
     assert not output.mask[1].any()
     if training == "full":  # no parameter waits in vain for the gradient that all ranks sum
         output.values.sum().backward()

@@ -230,8 +230,11 @@ def test_flops_of_any_ranking_model_are_counted(folder: Path, name: str) -> None
             with WorkCounter() as forward, all_texts_run():
                 job.model(batch)
             measured.append(forward.work().products / batch.batch_size)
+        with WorkCounter() as shared:
+            job.model(batch)
     expected = sum(part.forward.products for part in found.costs) / found.counts.rows
     assert expected == pytest.approx(fmean(measured), rel=0.02)
+    assert shared.work().products / batch.batch_size < measured[-1]  # equal texts run once
 
 
 def test_twins_without_content_and_frozen_tables_are_described(folder: Path) -> None:
