@@ -30,6 +30,10 @@ class Cell:
     baseline: str | None = None
 
 
+def _qformer(preset: str) -> Settings:
+    return {"content.fusion.name": "qformer", "content.fusion.preset": preset}
+
+
 NO_CIC: Settings = {"contrastive.weight": 0}
 IN_BATCH: Settings = {
     "contrastive.variant": "in_batch",
@@ -50,8 +54,9 @@ NO_SIMILARITY: Settings = {
 }
 CONCAT: Settings = {"content.fusion.name": "concat"}
 SHORT_TEXT: Settings = {"content.modalities.text.max_length": 24}  # training its encoder is costly
-TEXT_TOKENS: Settings = {"content.modalities.text.pooling": "none"}
+TEXT_TOKENS: Settings = {**_qformer("modern"), "content.modalities.text.pooling": "none"}
 ALL_TOKENS: Settings = {
+    **TEXT_TOKENS,
     **{f"content.modalities.{name}.pooling": "none" for name in ("text", "title", "genres")},
     "content.modalities.poster.module": (
         "recsys.content.encoders.efficientnet:efficientnet_lite0_patches"
@@ -70,10 +75,6 @@ SIMTIER: Settings = {**STORED, "content.history.simtier_bins": 20}
 NO_VOTES: Settings = {"ranking.opinions": None, "ranking.opinion_dropout": 0.0}
 NO_AVERAGES: Settings = {"optimizer.ema_decay": None, "optimizer.ema_tables": False}
 RANDOM_ROWS: Settings = {"embedding.tables.item.new_rows": "random"}
-
-
-def _qformer(preset: str) -> Settings:
-    return {"content.fusion.name": "qformer", "content.fusion.preset": preset}
 
 
 def _with_cic(name: str, reason: str, settings: Settings, baseline: str) -> list[Cell]:
@@ -112,7 +113,12 @@ def _text(name: str, reason: str, baseline: str, training: str, top_layers: int 
 
 
 ID_ONLY = Cell("ID only", "the twin without content: what ids alone can do", {"content": "none"})
-RECIPE = Cell("recipe", "the recipe as it stands", {}, "ID only")
+RECIPE = Cell(
+    "recipe",
+    "the recipe as it stands: from ConcatFusion it differs by similarity features",
+    {},
+    "ID only",
+)
 PARTS = [
     ID_ONLY,
     Cell(
@@ -137,25 +143,20 @@ PARTS = [
         {**CONCAT, **NO_SIMILARITY},
         "stored features",
     ),
-    Cell(
-        "ConcatFusion + similarity",
-        "the same with the recipe's similarity features; from the recipe it differs by its fusion "
-        "alone",
-        {**CONCAT, **NO_CIC},
-        "ConcatFusion",
-    ),
+    RECIPE,
+    *_with_cic(RECIPE.name, RECIPE.reason, {}, "ID only")[1:],
     *_with_cic(
         "FQ-Former published",
-        "the Fusion-Q-Former as the authors published it, in place of the linear map",
+        "the Fusion-Q-Former as the authors published it, in place of the recipe's linear map",
         _qformer("published"),
-        "ConcatFusion + similarity",
+        "recipe",
     ),
     *_with_cic(
         "FQ-Former modern",
         "the Fusion-Q-Former with pre-norm, feed-forward and modality embedding, which adds to the "
         "linear map",
         _qformer("modern"),
-        "ConcatFusion + similarity",
+        "recipe",
     ),
 ]
 HISTORY = [
@@ -194,15 +195,15 @@ OTHERS = [
     ),
     Cell(
         "text tokens",
-        "the recipe, its queries attending to every token of the text in place of their mean",
+        "the Fusion-Q-Former, its queries attending to every token of the text, not to their mean",
         TEXT_TOKENS,
-        "recipe",
+        "FQ-Former modern",
     ),
     Cell(
         "all tokens",
         "the same for text, title and genres, and for the 16 places of the poster",
         ALL_TOKENS,
-        "recipe",
+        "FQ-Former modern",
     ),
     Cell(
         "no table of users",
@@ -216,12 +217,6 @@ OTHERS = [
         {"embedding.tables.user.id_dropout": 0},
         "recipe",
     ),
-    Cell(
-        "no similarity features",
-        "the recipe without cosines of the target to the history",
-        NO_SIMILARITY,
-        "recipe",
-    ),
     Cell("no votes", "the recipe without votes of those who rated alike", NO_VOTES, "recipe"),
     Cell("no averages", "the recipe without averages of weights and tables", NO_AVERAGES, "recipe"),
     Cell("random new rows", "the recipe, new items' ID rows at random", RANDOM_ROWS, "recipe"),
@@ -229,6 +224,12 @@ OTHERS = [
         "no votes, averages or made rows",
         "the recipe without all three: a network's last weights alone",
         {**NO_VOTES, **NO_AVERAGES, **RANDOM_ROWS},
+        "recipe",
+    ),
+    Cell(
+        "recipe before",
+        "the recipe of before: the Fusion-Q-Former, without votes, averages or made rows",
+        {**_qformer("modern"), **NO_VOTES, **NO_AVERAGES, **RANDOM_ROWS},
         "recipe",
     ),
     Cell(
@@ -248,10 +249,10 @@ GRIDS: dict[str, list[Cell]] = {
     "parts": PARTS,
     "history": [ID_ONLY, *HISTORY],
     "text": [ID_ONLY, *TEXT],
-    "full": [*PARTS, RECIPE, *HISTORY, *TEXT, *OTHERS],
+    "full": [*PARTS, *HISTORY, *TEXT, *OTHERS],
 }
 # Peers that the recipe is compared with directly.
-PEERS = ("stored features", "SimTier histogram", "ConcatFusion", "ConcatFusion + similarity")
+PEERS = ("stored features", "SimTier histogram", "ConcatFusion", "FQ-Former modern")
 # Cells whose items are shown: the recipe, and the effect of CIC on the vectors.
 LOOKED_AT = (RECIPE.name, "FQ-Former modern + CIC in_batch")
 # Cells whose curves are drawn, few enough to be distinguishable.
@@ -260,7 +261,7 @@ DRAWN = (
     "stored features",
     "SimTier histogram",
     "ConcatFusion",
-    "ConcatFusion + similarity",
+    "recipe",
     "FQ-Former modern",
     "FQ-Former modern + CIC in_batch",
 )
