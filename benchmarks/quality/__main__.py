@@ -14,7 +14,8 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from benchmarks.quality.grid import Cell, chosen_cells
+from benchmarks.quality.cells import Cell
+from benchmarks.quality.grid import chosen_cells
 from benchmarks.quality.items import sections_on_items
 from benchmarks.quality.page import Study, write_study
 from benchmarks.quality.plan import Plan, finished, in_order, plan_runs, windows

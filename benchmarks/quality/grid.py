@@ -7,117 +7,36 @@ all. Cells that a recipe makes equal, such as the recipe and the rank it has, sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
-Settings = Mapping[str, Any]  # by full name, such as `content.fusion.name`
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One configuration of the grid.
-
-    name: name in tables and figures.
-    reason: the purpose, in a line.
-    settings: its changes to the recipe.
-    baseline: the cell that it is compared with.
-    """
-
-    name: str
-    reason: str
-    settings: Settings = field(hash=False)
-    baseline: str | None = None
-
-
-NO_CIC: Settings = {"contrastive.weight": 0}
-IN_BATCH: Settings = {
-    "contrastive.variant": "in_batch",
-    "contrastive.weight": 0.05,
-    "contrastive.temperature": 0.1,
-}
-PUBLISHED: Settings = {
-    "contrastive.variant": "published",
-    "contrastive.weight": 0.001,
-    "contrastive.num_negatives": 16,
-    "contrastive.temperature": 0.1,
-    "contrastive.normalize": True,
-}
-NO_SIMILARITY: Settings = {
-    "content.history.similarity_features": False,
-    "content.history.simtier_bins": 0,
-    "content.history.sorted_cosines": 0,
-}
-CONCAT: Settings = {"content.fusion.name": "concat"}
-SHORT_TEXT: Settings = {"content.modalities.text.max_length": 24}  # training its encoder is costly
-TEXT_TOKENS: Settings = {"content.modalities.text.pooling": "none"}
-ALL_TOKENS: Settings = {
-    **{f"content.modalities.{name}.pooling": "none" for name in ("text", "title", "genres")},
-    "content.modalities.poster.module": (
-        "recsys.content.encoders.efficientnet:efficientnet_lite0_patches"
-    ),
-}
-SAMPLING: Settings = {"content.sampling.forward": 0.2, "content.sampling.backward": 0.2}
-SAMPLED = "a fifth of the items is encoded in each step, the others come from the bank (LEMUR)"
-FEW: Settings = {"content.sampling.encoders": 0.05, "optimizer.encoder_learning_rate": 1e-3}
-NONE: Settings = {}
-STORED: Settings = {
-    **CONCAT,
-    **NO_SIMILARITY,
-    "content.modalities.text.training": "frozen",
-    "content.history.mode": "bank_frozen",
-}
-SIMTIER: Settings = {**STORED, "content.history.simtier_bins": 20}
-
-
-NO_VOTES: Settings = {"ranking.opinions": None, "ranking.opinion_dropout": 0.0}
-NO_AVERAGES: Settings = {"optimizer.ema_decay": None, "optimizer.ema_tables": False}
-RANDOM_ROWS: Settings = {"embedding.tables.item.new_rows": "random"}
-
-
-def _qformer(preset: str) -> Settings:
-    return {"content.fusion.name": "qformer", "content.fusion.preset": preset}
-
-
-def _with_cic(name: str, reason: str, settings: Settings, baseline: str) -> list[Cell]:
-    """Return the cell without CIC, and the cells with each variant."""
-    return [
-        Cell(name, reason, {**settings, **NO_CIC}, baseline),
-        Cell(
-            f"{name} + CIC in_batch",
-            "CIC with all items of the batch as negatives, weight 0.05",
-            {**settings, **IN_BATCH},
-            name,
-        ),
-        Cell(
-            f"{name} + CIC published",
-            "CIC as the authors published it: 16 sampled negatives, weight 0.001",
-            {**settings, **PUBLISHED},
-            name,
-        ),
-    ]
-
-
-def _history(mode: str, reason: str, baseline: str, rank: int = 0) -> Cell:
-    settings: dict[str, Any] = {"content.history.mode": mode}
-    if not rank:
-        return Cell(f"history {mode}", reason, settings, baseline)
-    settings["content.history.lora_rank"] = rank
-    settings["content.history.lora_alpha"] = 2.0 * rank  # the map's scale, alpha / rank, stays
-    return Cell(f"history {mode} rank {rank}", reason, settings, baseline)
-
-
-def _text(
-    name: str, reason: str, baseline: str, training: str, top_layers: int = 0, more: Settings = NONE
-) -> Cell:
-    settings: dict[str, Any] = {**SHORT_TEXT, "content.modalities.text.training": training, **more}
-    if top_layers:
-        settings["content.modalities.text.lora.top_layers"] = top_layers
-    return Cell(f"text {name}", reason, settings, baseline)
-
+from benchmarks.quality.cells import (
+    ALL_TOKENS,
+    CONCAT,
+    FEW,
+    NO_AVERAGES,
+    NO_CIC,
+    NO_SIMILARITY,
+    NO_VOTES,
+    RANDOM_ROWS,
+    SAMPLED,
+    SAMPLING,
+    SIMTIER,
+    STORED,
+    TEXT_TOKENS,
+    Cell,
+    history,
+    qformer,
+    text,
+    with_cic,
+)
 
 ID_ONLY = Cell("ID only", "the twin without content: what ids alone can do", {"content": "none"})
-RECIPE = Cell("recipe", "the recipe as it stands", {}, "ID only")
+RECIPE = Cell(
+    "recipe",
+    "the recipe as it stands: from ConcatFusion it differs by similarity features",
+    {},
+    "ID only",
+)
 PARTS = [
     ID_ONLY,
     Cell(
@@ -128,79 +47,72 @@ PARTS = [
         {**STORED, **NO_CIC},
         "ID only",
     ),
-    *_with_cic(
+    *with_cic(
         "SimTier histogram",
         "stored features and a histogram of the target's cosines to the history: the strongest "
         "cheap baseline in the literature",
         SIMTIER,
         "stored features",
     ),
-    *_with_cic(
+    *with_cic(
         "ConcatFusion",
         "one linear map of the modalities side by side, and the recipe's trained map over the "
         "history: content as most would add it",
         {**CONCAT, **NO_SIMILARITY},
         "stored features",
     ),
-    Cell(
-        "ConcatFusion + similarity",
-        "the same with the recipe's similarity features; from the recipe it differs by its fusion "
-        "alone",
-        {**CONCAT, **NO_CIC},
-        "ConcatFusion",
-    ),
-    *_with_cic(
+    RECIPE,
+    *with_cic(RECIPE.name, RECIPE.reason, {}, "ID only")[1:],
+    *with_cic(
         "FQ-Former published",
-        "the Fusion-Q-Former as the authors published it, in place of the linear map",
-        _qformer("published"),
-        "ConcatFusion + similarity",
+        "the Fusion-Q-Former as the authors published it, in place of the recipe's linear map",
+        qformer("published"),
+        "recipe",
     ),
-    *_with_cic(
+    *with_cic(
         "FQ-Former modern",
         "the Fusion-Q-Former with pre-norm, feed-forward and modality embedding, which adds to the "
         "linear map",
-        _qformer("modern"),
-        "ConcatFusion + similarity",
+        qformer("modern"),
+        "recipe",
     ),
 ]
 HISTORY = [
-    _history("bank_frozen", "vectors of the bank, through no trained map", "ID only"),
+    history("bank_frozen", "vectors of the bank, through no trained map", "ID only"),
     *(
-        _history("bank_lora", "a low-rank map over them", "history bank_frozen", rank)
+        history("bank_lora", "a low-rank map over them", "history bank_frozen", rank)
         for rank in (2, 4, 8, 16, 32)
     ),
-    _history("bank_dense", "a dense map over them", "history bank_frozen"),
-    _history("full", "history items encoded with gradient, without a bank", "history bank_dense"),
+    history("bank_dense", "a dense map over them", "history bank_frozen"),
+    history("full", "history items encoded with gradient, without a bank", "history bank_dense"),
 ]
 TEXT = [
-    _text(
+    text(
         "frozen",
         "the text encoder as it comes; like all of these, 24 tokens of text",
         "ID only",
         "frozen",
     ),
-    _text("LoRA top 1", "adapters in its highest layer", "text frozen", "lora", 1),
-    _text("LoRA top 2", "adapters in its two highest layers", "text frozen", "lora", 2),
-    _text("LoRA all", "adapters in all six layers", "text frozen", "lora", 6),
-    _text("full", "all its weights train", "text frozen", "full"),
-    _text(
-        "LoRA all, 5 %", "of the items: those encoded longest ago", "text frozen", "lora", 6, FEW
-    ),
-    _text("LoRA top 1, sampling 20 %", SAMPLED, "text LoRA top 1", "lora", 1, SAMPLING),
+    text("LoRA top 1", "adapters in its highest layer", "text frozen", "lora", 1),
+    text("LoRA top 2", "adapters in its two highest layers", "text frozen", "lora", 2),
+    text("LoRA all", "adapters in all six layers", "text frozen", "lora", 6),
+    text("full", "all its weights train", "text frozen", "full"),
+    text("LoRA all, 5 %", "of the items: those encoded longest ago", "text frozen", "lora", 6, FEW),
+    text("LoRA top 1, sampling 20 %", SAMPLED, "text LoRA top 1", "lora", 1, SAMPLING),
 ]
 OTHERS = [
     Cell("sampling 20 %", SAMPLED, SAMPLING, "recipe"),
     Cell(
         "text tokens",
-        "the recipe, its queries attending to every token of the text in place of their mean",
+        "the Fusion-Q-Former, its queries attending to every token of the text, not to their mean",
         TEXT_TOKENS,
-        "recipe",
+        "FQ-Former modern",
     ),
     Cell(
         "all tokens",
         "the same for text, title and genres, and for the 16 places of the poster",
         ALL_TOKENS,
-        "recipe",
+        "FQ-Former modern",
     ),
     Cell(
         "no table of users",
@@ -214,12 +126,6 @@ OTHERS = [
         {"embedding.tables.user.id_dropout": 0},
         "recipe",
     ),
-    Cell(
-        "no similarity features",
-        "the recipe without cosines of the target to the history",
-        NO_SIMILARITY,
-        "recipe",
-    ),
     Cell("no votes", "the recipe without votes of those who rated alike", NO_VOTES, "recipe"),
     Cell("no averages", "the recipe without averages of weights and tables", NO_AVERAGES, "recipe"),
     Cell("random new rows", "the recipe, new items' ID rows at random", RANDOM_ROWS, "recipe"),
@@ -227,6 +133,12 @@ OTHERS = [
         "no votes, averages or made rows",
         "the recipe without all three: a network's last weights alone",
         {**NO_VOTES, **NO_AVERAGES, **RANDOM_ROWS},
+        "recipe",
+    ),
+    Cell(
+        "recipe before",
+        "the recipe of before: the Fusion-Q-Former, without votes, averages or made rows",
+        {**qformer("modern"), **NO_VOTES, **NO_AVERAGES, **RANDOM_ROWS},
         "recipe",
     ),
     Cell(
@@ -240,6 +152,21 @@ OTHERS = [
         "the recipe with up to 8 epochs, whose learning rates fall where validation gains nothing",
         {"optimizer.schedule": "plateau", "epochs": 8},
         "recipe",
+    ),
+    *with_cic(
+        "two towers",
+        "the recipe as a model of retrieval: user and item meet in one product alone",
+        {"ranking.name": "two_tower"},
+        "recipe",
+    )[:2],
+    *(
+        Cell(
+            name,
+            "the recipe with a sequence model in place of target attention",
+            {"ranking.name": name, "ranking.time_gaps": "history_days"},
+            "recipe",
+        )
+        for name in ("hstu", "transformer")
     ),
     Cell(
         "one MLP",
@@ -258,10 +185,10 @@ GRIDS: dict[str, list[Cell]] = {
     "parts": PARTS,
     "history": [ID_ONLY, *HISTORY],
     "text": [ID_ONLY, *TEXT],
-    "full": [*PARTS, RECIPE, *HISTORY, *TEXT, *OTHERS],
+    "full": [*PARTS, *HISTORY, *TEXT, *OTHERS],
 }
 # Peers that the recipe is compared with directly.
-PEERS = ("stored features", "SimTier histogram", "ConcatFusion", "ConcatFusion + similarity")
+PEERS = ("stored features", "SimTier histogram", "ConcatFusion", "FQ-Former modern")
 # Cells whose items are shown: the recipe, and the effect of CIC on the vectors.
 LOOKED_AT = (RECIPE.name, "FQ-Former modern + CIC in_batch")
 # Cells whose curves are drawn, few enough to be distinguishable.
@@ -270,7 +197,7 @@ DRAWN = (
     "stored features",
     "SimTier histogram",
     "ConcatFusion",
-    "ConcatFusion + similarity",
+    "recipe",
     "FQ-Former modern",
     "FQ-Former modern + CIC in_batch",
 )

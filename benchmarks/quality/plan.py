@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.grid import Settings
+from benchmarks.quality.cells import Settings
 from benchmarks.quality.runs import Training, command_words
 from recsys.config import load_config, to_plain
 from recsys.data.filesystem import Location

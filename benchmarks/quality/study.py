@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.grid import PEERS, RECIPE, Cell
+from benchmarks.quality.cells import Cell
+from benchmarks.quality.grid import PEERS, RECIPE
 from benchmarks.quality.plan import Plan
 from benchmarks.quality.runs import Training
 from recsys.config import BestModelBy, load_config

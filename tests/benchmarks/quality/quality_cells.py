@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks.quality.grid import GRIDS, Cell
+from benchmarks.quality.cells import Cell
+from benchmarks.quality.grid import GRIDS
 from benchmarks.quality.plan import Plan, plan_runs, windows
 from recsys.evaluation.scores import SplitScores, scores_file, write_scores
 from tests.recsys.command_runs import TINY

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks.quality.__main__ import quality
-from benchmarks.quality.grid import Cell
+from benchmarks.quality.cells import Cell
 from benchmarks.quality.items import sections_on_items
 from benchmarks.quality.page import effect_sentence
 from benchmarks.quality.plan import Plan
