@@ -16,12 +16,7 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from embeddings.pretrained_files import (
-    PretrainedBlock,
-    PretrainedFiles,
-    RowsOfIds,
-    read_pretrained,
-)
+from embeddings.pretrained_files import PretrainedBlock, PretrainedFiles, RowsOfIds, read_pretrained
 
 
 @dataclass(frozen=True)

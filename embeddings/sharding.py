@@ -24,10 +24,7 @@ from torchrec.distributed.planner.types import (
     TopologyFactory,
     TrainerConfig,
 )
-from torchrec.distributed.types import (
-    ModuleSharder,
-    ShardingPlan,
-)
+from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from embeddings.placement.constraints import check_kernels, constraints

@@ -19,12 +19,7 @@ from torchrec.distributed.embeddingbag import (
     ShardedEmbeddingBagCollection,
 )
 from torchrec.distributed.shards_wrapper import LocalShardsWrapper
-from torchrec.distributed.types import (
-    ModuleSharder,
-    ParameterSharding,
-    ShardingEnv,
-    ShardingType,
-)
+from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingEnv, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from embeddings.communication import CommunicationType, communication_codecs

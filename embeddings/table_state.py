@@ -233,10 +233,7 @@ class TableOptimizerState:
         return self._row_wise_from(moment, prefix, own, there)
 
     def _rows_of(
-        self,
-        moment: _Moment,
-        columns: tuple[int, int],
-        local: dict[tuple[int, ...], Tensor],
+        self, moment: _Moment, columns: tuple[int, int], local: dict[tuple[int, ...], Tensor]
     ) -> ShardedTensor:
         """Return the moment [R] of a range of columns of this plan."""
         weight = self.weights[moment.key].metadata()
@@ -251,11 +248,7 @@ class TableOptimizerState:
         return sharded_in_blocks(placed, weight.size[:1], torch.float32, self.group)
 
     def _row_wise_from(
-        self,
-        moment: _Moment,
-        prefix: str,
-        own: list[tuple[int, int]],
-        there: list[tuple[int, int]],
+        self, moment: _Moment, prefix: str, own: list[tuple[int, int]], there: list[tuple[int, int]]
     ) -> State:
         """Return empty tensors [R] for stored column ranges; `finish_loading` combines them.
 

@@ -40,11 +40,7 @@ from recsys.data.parquet.file import mean_list_lengths
 from recsys.data.row_source import RowSource, open_rows
 from recsys.data.schema import Schema, load_schema
 from recsys.data.vocabularies import BoundedVocabularies
-from recsys.distributed.accumulation import (
-    AccumulatingPipeline,
-    DenseUpdate,
-    PrefetchingPipeline,
-)
+from recsys.distributed.accumulation import AccumulatingPipeline, DenseUpdate, PrefetchingPipeline
 from recsys.distributed.data_parallel import DataParallelWrapper
 from recsys.distributed.ranks import Ranks
 from recsys.kernels import choose_kernels

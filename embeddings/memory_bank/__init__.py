@@ -5,18 +5,8 @@
 `build_memory_bank` chooses between the two.
 """
 
-from embeddings.memory_bank.replicated import (
-    ReplicatedMemoryBank,
-    build_memory_bank,
-    is_replicated,
-)
+from embeddings.memory_bank.replicated import ReplicatedMemoryBank, build_memory_bank, is_replicated
 from embeddings.memory_bank.routes import BankRoute
 from embeddings.memory_bank.sharded import MemoryBank
 
-__all__ = [
-    "BankRoute",
-    "MemoryBank",
-    "ReplicatedMemoryBank",
-    "build_memory_bank",
-    "is_replicated",
-]
+__all__ = ["BankRoute", "MemoryBank", "ReplicatedMemoryBank", "build_memory_bank", "is_replicated"]

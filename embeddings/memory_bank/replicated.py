@@ -140,19 +140,14 @@ class ReplicatedMemoryBank(MemoryBank):
         self.finish_loading()
 
 
-def _padded(
-    ids: Tensor,  # [U]
-    length: int,
-) -> Tensor:  # [length]
+def _padded(ids: Tensor, length: int) -> Tensor:  # [U] -> [length]
     """Return the first `length` ids, filled up with -1."""
     padded = torch.full((length,), -1)
     padded[: len(ids)] = ids[:length]
     return padded
 
 
-def _last_of_each(
-    ids: Tensor,  # [N]
-) -> tuple[Tensor, Tensor]:  # [U], [U]
+def _last_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:  # [N] -> [U], [U]
     """Return the distinct ids without -1, ascending, and the last position of each.
 
     The result is the same on all ranks and devices.

@@ -82,8 +82,7 @@ class MemoryBank:
             ) from error
 
     def _allocated(
-        self,
-        size: int,
+        self, size: int
     ) -> tuple[Tensor, Tensor]:  # rows [.., D + 1], block [size, D + 1]
         """Return the rows on this rank, and among them the block that this rank owns.
 
@@ -209,10 +208,7 @@ class MemoryBank:
         inside = (places >= 0) & (places < len(self._rows))
         self._rows[places[inside].to(self.device)] = 0
 
-    def _checked(
-        self,
-        item_ids: Tensor,  # [U]
-    ) -> Tensor:  # int64 [U]
+    def _checked(self, item_ids: Tensor) -> Tensor:  # [U] -> int64 [U]
         if item_ids.dim() != 1 or item_ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"memory bank: ids of shape {tuple(item_ids.shape)} and {item_ids.dtype}; pass "

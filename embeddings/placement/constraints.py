@@ -35,9 +35,7 @@ def constraints(table: TableConfig, world_size: int, prefetch: bool) -> Paramete
         compute_kernels=[KERNELS[table.kernel].value],
         cache_params=cache,
         min_partition=_column_shard_width(
-            table.embedding_dim,
-            world_size,
-            MIN_COLUMNS if table.sharding == "auto" else 1,
+            table.embedding_dim, world_size, MIN_COLUMNS if table.sharding == "auto" else 1
         ),
         # At least 1: with an estimated load of 0 the planner would put the table anywhere.
         pooling_factors=[max(table.ids_per_row.get(name, 1.0), 1.0) for name in table.features],

@@ -121,10 +121,7 @@ class BoundedVocabulary:
         """Row of ids without a row of their own."""
         return self.num_embeddings - 1
 
-    def _set_of(
-        self,
-        ids: np.ndarray,  # [U]
-    ) -> np.ndarray:  # int64 [U]
+    def _set_of(self, ids: np.ndarray) -> np.ndarray:  # [U] -> int64 [U]
         return (mix64(ids) % np.uint64(self.num_sets)).astype(np.int64)
 
     def rows_of(self, ids: Tensor, step: int, training: bool) -> Tensor:
@@ -248,10 +245,7 @@ class BoundedVocabulary:
             arrays |= {"waiting_ids": sets.waiting_ids, "waiting_counts": sets.waiting_counts}
         return {name: self._sharded(torch.from_numpy(array)) for name, array in arrays.items()}
 
-    def _sharded(
-        self,
-        local: Tensor,  # [sets of this rank, R]
-    ) -> Tensor | ShardedTensor:  # [S, R]
+    def _sharded(self, local: Tensor) -> Tensor | ShardedTensor:  # [sets of this rank, R] -> [S, R]
         if self._group is None:
             return local
         pieces = []

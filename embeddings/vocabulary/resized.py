@@ -26,11 +26,7 @@ class UsedRows:
 
 
 def rows_in_resized(
-    used: Iterable[UsedRows],
-    num_embeddings: int,
-    half_life: float,
-    start: int,
-    stop: int,
+    used: Iterable[UsedRows], num_embeddings: int, half_life: float, start: int, stop: int
 ) -> np.ndarray:
     """Return the old row of each row `[start, stop)` of the new table, -1 where none: int64.
 

@@ -153,11 +153,7 @@ class RowSets:
         self.waiting_counts[slots] = seen
         return seen
 
-    def _stop_waiting(
-        self,
-        sets: np.ndarray,  # [N]
-        ids: np.ndarray,  # [N]
-    ) -> None:
+    def _stop_waiting(self, sets: np.ndarray, ids: np.ndarray) -> None:  # [N], [N]
         if self.admit_after == 1:
             return
         sets, slots = self._slots(sets, ids)

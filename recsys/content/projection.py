@@ -25,16 +25,10 @@ class Projection(nn.Linear):
         self.register_buffer("shift", torch.zeros(in_features))
         self.register_buffer("scale", torch.ones(()))
 
-    def scaled(
-        self,
-        inputs: Tensor,  # [..., E]
-    ) -> Tensor:  # [..., E]
+    def scaled(self, inputs: Tensor) -> Tensor:  # [..., E] -> [..., E]
         """Return the inputs, shifted and scaled."""
         return (inputs - self.shift) * self.scale
 
-    def forward(
-        self,
-        inputs: Tensor,  # [..., E]
-    ) -> Tensor:  # [..., D]
+    def forward(self, inputs: Tensor) -> Tensor:  # [..., E] -> [..., D]
         """Return the map of the shifted and scaled inputs."""
         return super().forward(self.scaled(inputs))

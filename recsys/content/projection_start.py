@@ -113,10 +113,7 @@ def _warn_of_equal_items(modality: ModalitySettings, name: str, digests: list[by
     )
 
 
-def start_at_components(
-    projection: Projection,
-    outputs: Tensor,  # [S, E]
-) -> None:
+def start_at_components(projection: Projection, outputs: Tensor) -> None:  # [S, E]
     """Set the first rows to the principal components; further ones keep their random start.
 
     Outputs of a large scale are centred and scaled to variance 1 before.

@@ -7,10 +7,7 @@ all-reduce then cost some milliseconds per step, a third of a small one, for the
 from __future__ import annotations
 
 import torch
-from torchrec.distributed.model_parallel import (
-    DefaultDataParallelWrapper,
-    DistributedModelParallel,
-)
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv
 
 

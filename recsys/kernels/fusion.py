@@ -20,8 +20,7 @@ _INPUTS = (
 )
 torch.library.define("recsys::fusion", f"({_INPUTS}) -> (Tensor, Tensor)")
 torch.library.define(
-    "recsys::fusion_backward",
-    f"(Tensor gradient, Tensor kept, {_INPUTS}) -> (Tensor, Tensor[])",
+    "recsys::fusion_backward", f"(Tensor gradient, Tensor kept, {_INPUTS}) -> (Tensor, Tensor[])"
 )
 
 _WEIGHTS_OF_LAYER, _UP = 16, 12  # place of the map from D to the hidden units

@@ -83,10 +83,7 @@ def _sizes(dense: Tensor, sparse: Tensor) -> dict[str, Any]:
     }
 
 
-def dot_interaction(
-    dense: Tensor,  # [B, D]
-    sparse: Tensor,  # [B, F, D]
-) -> Tensor:  # [B, D + I]
+def dot_interaction(dense: Tensor, sparse: Tensor) -> Tensor:  # [B, D], [B, F, D] -> [B, D + I]
     """Return the dense vector and the dot products of the pairs (i, j), i < j."""
     dense, sparse, sizes = dense.contiguous(), sparse.contiguous(), _sizes(dense, sparse)
     out = dense.new_empty(len(dense), sizes["width"])

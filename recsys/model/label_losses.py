@@ -33,10 +33,7 @@ def label_losses(
     return torch.stack([LOSSES[loss](*columns) for loss, *columns in of_labels], dim=-1)
 
 
-def predictions(
-    logits: Tensor,  # [B, C]
-    losses: Sequence[str],  # [C]
-) -> Tensor:  # [B, C]
+def predictions(logits: Tensor, losses: Sequence[str]) -> Tensor:  # [B, C], [C] -> [B, C]
     """Return the prediction of each label: a probability (bce), a number, or an expected count.
 
     Example::

@@ -84,11 +84,7 @@ def table_configs(
 
 
 def _table_config(
-    config: Config,
-    schema: Schema,
-    name: str,
-    features: list[str],
-    list_lengths: dict[str, float],
+    config: Config, schema: Schema, name: str, features: list[str], list_lengths: dict[str, float]
 ) -> TableConfig:
     defaults, own = config.embedding, config.embedding.tables.get(name, TableSettings())
     return TableConfig(

@@ -38,10 +38,7 @@ class DeepFM(nn.Module):
     Settings = DeepFMSettings
 
     def __init__(
-        self,
-        settings: DeepFMSettings,
-        dimensions: InputDimensions,
-        content: ContentSettings | None,
+        self, settings: DeepFMSettings, dimensions: InputDimensions, content: ContentSettings | None
     ) -> None:
         """Build the fields, the MLP of dense features, both components and the output layer."""
         super().__init__()

@@ -26,10 +26,7 @@ class Din(AttendedFeatures):
     Settings = DinSettings
 
     def __init__(
-        self,
-        settings: DinSettings,
-        dimensions: InputDimensions,
-        content: ContentSettings | None,
+        self, settings: DinSettings, dimensions: InputDimensions, content: ContentSettings | None
     ) -> None:
         """Build target attention and the output head."""
         super().__init__(settings, dimensions, content)

@@ -28,10 +28,7 @@ class DinDcn(AttendedFeatures):
     Settings = DinDcnSettings
 
     def __init__(
-        self,
-        settings: DinDcnSettings,
-        dimensions: InputDimensions,
-        content: ContentSettings | None,
+        self, settings: DinDcnSettings, dimensions: InputDimensions, content: ContentSettings | None
     ) -> None:
         """Build target attention, the cross network and the output head."""
         super().__init__(settings, dimensions, content)

@@ -43,10 +43,7 @@ class Dlrm(nn.Module):
     Settings: ClassVar[type[DlrmSettings]] = DlrmSettings
 
     def __init__(
-        self,
-        settings: DlrmSettings,
-        dimensions: InputDimensions,
-        content: ContentSettings | None,
+        self, settings: DlrmSettings, dimensions: InputDimensions, content: ContentSettings | None
     ) -> None:
         """Build the fields, the MLP of dense features, the interaction and the top MLP."""
         super().__init__()

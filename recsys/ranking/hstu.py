@@ -58,11 +58,7 @@ class HstuLayer(SequenceLayer):
         )
         return keys, values
 
-    def history(
-        self,
-        states: Tensor,  # [T, D]
-        events: Events,
-    ) -> tuple[Tensor, Read]:  # [T, D]
+    def history(self, states: Tensor, events: Events) -> tuple[Tensor, Read]:  # [T, D] -> [T, D]
         """Return new states of the events, and keys and values of the old ones."""
         kvqu, dim = F.silu(self.kvqu(self.norm(states))), states.shape[1]
         tokens = kvqu[:, : 3 * dim].float()
@@ -86,12 +82,7 @@ class HstuLayer(SequenceLayer):
         weights = F.silu(queries @ keys.transpose(2, 3) + biases).tril()
         return (weights @ values).transpose(1, 2).flatten(2)
 
-    def target(
-        self,
-        target: Tensor,  # [B, D]
-        read: Read,
-        events: Events,
-    ) -> Tensor:  # [B, D]
+    def target(self, target: Tensor, read: Read, events: Events) -> Tensor:  # [B, D] -> [B, D]
         """Return new states of the targets."""
         kvqu = F.silu(self.kvqu(self.norm(target)))
         own_key, own_value, query, gates = kvqu.float().chunk(4, dim=1)
@@ -119,10 +110,7 @@ class Hstu(SequenceModel):
     Settings = HstuSettings
 
     def __init__(
-        self,
-        settings: HstuSettings,
-        dimensions: InputDimensions,
-        content: ContentSettings | None,
+        self, settings: HstuSettings, dimensions: InputDimensions, content: ContentSettings | None
     ) -> None:
         """Build tokens, layers, features and the output head."""
         super().__init__(settings, dimensions, content, HstuLayer)

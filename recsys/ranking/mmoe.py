@@ -35,10 +35,7 @@ class Mmoe(AttendedFeatures):
     Settings = MmoeSettings
 
     def __init__(
-        self,
-        settings: MmoeSettings,
-        dimensions: InputDimensions,
-        content: ContentSettings | None,
+        self, settings: MmoeSettings, dimensions: InputDimensions, content: ContentSettings | None
     ) -> None:
         """Build target attention, the experts, the gates and a tower per label."""
         super().__init__(settings, dimensions, content)

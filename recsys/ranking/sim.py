@@ -44,10 +44,7 @@ class Sim(RowFeatures):
     Settings = SimSettings
 
     def __init__(
-        self,
-        settings: SimSettings,
-        dimensions: InputDimensions,
-        content: ContentSettings | None,
+        self, settings: SimSettings, dimensions: InputDimensions, content: ContentSettings | None
     ) -> None:
         """Build the attention, the features and the output head."""
         self.gaps = TimeGaps.of(settings.time_gaps, dimensions)

@@ -51,11 +51,7 @@ class TransformerLayer(SequenceLayer):
         keys, values = (F.linear(normed, of).float() for of in self.kvq.weight.chunk(3)[:2])
         return keys, values
 
-    def history(
-        self,
-        states: Tensor,  # [T, D]
-        events: Events,
-    ) -> tuple[Tensor, Read]:  # [T, D]
+    def history(self, states: Tensor, events: Events) -> tuple[Tensor, Read]:  # [T, D] -> [T, D]
         """Return new states of the events, and keys and values of the old ones."""
         kvq = self.kvq(self.norm(states)).float()
         attended = events.sequences.attend(kvq, self._among_events, recomputes=False)
@@ -68,12 +64,7 @@ class TransformerLayer(SequenceLayer):
         attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         return attended.transpose(1, 2).flatten(2)
 
-    def target(
-        self,
-        target: Tensor,  # [B, D]
-        read: Read,
-        events: Events,
-    ) -> Tensor:  # [B, D]
+    def target(self, target: Tensor, read: Read, events: Events) -> Tensor:  # [B, D] -> [B, D]
         """Return new states of the targets: softmax over their history and themselves."""
         own_key, own_value, query = self.kvq(self.norm(target)).float().chunk(3, dim=1)
         query = query * (query.shape[1] // self.heads) ** -0.5

@@ -29,11 +29,7 @@ from recsys.content.cache.distinct import DistinctRows
 from recsys.content.cache.identity import cache_folder, dtype_of, encoder_key, write_about
 from recsys.content.cache.parts import Parts
 from recsys.content.cache.progress import FillProgress
-from recsys.content.cache.reuse import (
-    EarlierCache,
-    caches_of,
-    find_in,
-)
+from recsys.content.cache.reuse import EarlierCache, caches_of, find_in
 from recsys.content.encoders.base import CacheReport, Encoder
 from recsys.data.filesystem import whole_folder
 from recsys.data.items.content_store import ContentStore

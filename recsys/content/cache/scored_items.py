@@ -83,10 +83,7 @@ class ScoredItems:
         vectors[torch.from_numpy(new).to(self.device)] = made
         return vectors
 
-    def _encode(
-        self,
-        ids: np.ndarray,  # [E]
-    ) -> Tensor:  # [E, V]
+    def _encode(self, ids: np.ndarray) -> Tensor:  # [E] -> [E, V]
         parts = [self._kept[:0]]
         for start in range(0, len(ids), ITEMS_PER_CALL):
             content = self.store.gather(ids[start : start + ITEMS_PER_CALL])
@@ -94,11 +91,7 @@ class ScoredItems:
             parts.append(self.branch.encode(inputs))
         return torch.cat(parts)
 
-    def _keep(
-        self,
-        rows: np.ndarray,  # [E]
-        vectors: Tensor,  # [E, V]
-    ) -> None:
+    def _keep(self, rows: np.ndarray, vectors: Tensor) -> None:  # [E], [E, V]
         """Keep vectors as far as they fit."""
         most = max(1, self.most_bytes // (vectors.shape[1] * vectors.element_size()))
         kept = min(len(rows), most - self._count)

@@ -25,10 +25,7 @@ ITEMS_PER_GROUP = 32
 SHORT_LENGTHS = (8, 16, 24, 32)
 
 
-def padded_lengths(
-    lengths: Tensor,  # [U]
-    longest: int,
-) -> Tensor:  # [U]
+def padded_lengths(lengths: Tensor, longest: int) -> Tensor:  # [U] -> [U]
     """Return the length that each text is padded to, at most `longest`, the encoder's limit."""
     steps = [length for length in SHORT_LENGTHS if length < longest]
     power = 2 * SHORT_LENGTHS[-1]

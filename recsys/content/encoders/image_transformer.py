@@ -46,11 +46,7 @@ class ImageTransformer(TransformerEncoder):
         pixels = torch.arange(3 * size * size, device=device).view(1, 3, size, size)
         return pixels.to(torch.uint8), torch.ones(1, 1, dtype=torch.bool, device=device)
 
-    def _run(
-        self,
-        values: Tensor,  # uint8 [U, 3, H, W]
-        mask: Tensor,  # [U, 1]
-    ) -> Any:
+    def _run(self, values: Tensor, mask: Tensor) -> Any:  # uint8 [U, 3, H, W], [U, 1]
         return self.model(pixel_values=normalize_pixels(values, self.pixels))
 
     def _run_above_cut(self, mask: Tensor) -> Any:  # [U, T]

@@ -120,11 +120,7 @@ class LayerSplit:
             self.stops = False
         raise RuntimeError(f"{type(self.model).__name__} did not reach the layer it is cut at")
 
-    def above(
-        self,
-        hidden: Tensor,  # [U, T, D]
-        run: Callable[[], Any],
-    ) -> Any:
+    def above(self, hidden: Tensor, run: Callable[[], Any]) -> Any:  # [U, T, D]
         """Return the output of `run` when the model continues from these hidden states."""
         self.given = hidden
         try:

@@ -89,17 +89,11 @@ def _there(mask: Tensor) -> Tensor:  # [U, I] -> [U, I]
     return there
 
 
-def _images(
-    content: ContentInput,
-    there: Tensor,  # [U, I]
-) -> ContentInput:
+def _images(content: ContentInput, there: Tensor) -> ContentInput:  # [U, I]
     return ContentInput(content.values[there], content.mask[there].unsqueeze(1))
 
 
-def _by_item(
-    images: ContentInput,
-    there: Tensor,  # [U, I]
-) -> ContentInput:
+def _by_item(images: ContentInput, there: Tensor) -> ContentInput:  # [U, I]
     """Arrange tokens [N, T, D] of images as tokens [U, I * T, D] of items."""
     values = images.values.new_zeros(*there.shape, *images.values.shape[1:])
     mask = images.mask.new_zeros(*there.shape, images.mask.shape[1])

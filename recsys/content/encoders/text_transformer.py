@@ -59,11 +59,7 @@ class TextTransformer(TransformerEncoder):
             mask[0, -1] = False
         return self._ended(ids % self.config.vocab_size, mask), mask
 
-    def _ended(
-        self,
-        ids: Tensor,  # [U, T]
-        mask: Tensor,  # [U, T]
-    ) -> Tensor:  # [U, T]
+    def _ended(self, ids: Tensor, mask: Tensor) -> Tensor:  # [U, T], [U, T] -> [U, T]
         """Put the end token into the last position of each text only; CLIP pools there."""
         end = getattr(self.config, "eos_token_id", None)
         if not isinstance(end, int):
@@ -71,11 +67,7 @@ class TextTransformer(TransformerEncoder):
         ids = ids.where(ids != end, int(end == 0))
         return ids.scatter(1, last_place(mask).unsqueeze(1), end)
 
-    def _run(
-        self,
-        values: Tensor,  # [U, T]
-        mask: Tensor,  # [U, T]
-    ) -> Any:
+    def _run(self, values: Tensor, mask: Tensor) -> Any:  # [U, T], [U, T]
         # An item without text attends to its padding, or softmax over no token would give NaN; its
         # own mask still marks the result as no token.
         attended = (mask | ~mask.any(dim=1, keepdim=True)).long()

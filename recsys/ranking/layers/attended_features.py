@@ -147,10 +147,7 @@ def _opinion_votes(settings: NumbersSettings, dimensions: InputDimensions) -> Op
             "item, and opinions would stay with the row; set ranking.opinions to null"
         )
     return OpinionVotes(
-        names.index(name),
-        dimensions.num_items,
-        settings.opinion_groups,
-        settings.opinion_dropout,
+        names.index(name), dimensions.num_items, settings.opinion_groups, settings.opinion_dropout
     )
 
 

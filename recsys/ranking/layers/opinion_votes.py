@@ -102,11 +102,7 @@ class OpinionVotes(nn.Module):
         ]
         return torch.stack(votes, dim=1)
 
-    def _relative_values(
-        self,
-        history: JaggedHistory,
-        values: Tensor,  # [N]
-    ) -> Tensor:  # [N]
+    def _relative_values(self, history: JaggedHistory, values: Tensor) -> Tensor:  # [N] -> [N]
         """Return values minus the mean of their user, in standard deviations of all values."""
         # Deviations from the overall mean are summed, as sums of values lose their last digits.
         deviations = values - self.mean
@@ -114,10 +110,7 @@ class OpinionVotes(nn.Module):
         means = total / (history.lengths.to(values.dtype).unsqueeze(1) + PRIOR_VALUES)
         return (deviations - history.spread(means).squeeze(1)) / self.deviation
 
-    def _opinions_of(
-        self,
-        items: Tensor,  # [D]
-    ) -> Tensor:  # [D, G]
+    def _opinions_of(self, items: Tensor) -> Tensor:  # [D] -> [D, G]
         """Return the opinions of items; an item that is added to a package later has none."""
         opinions = self.opinions[items.clamp(max=len(self.opinions) - 1)].float()
         return opinions * (items < len(self.opinions)).unsqueeze(1)

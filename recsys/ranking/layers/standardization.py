@@ -61,11 +61,7 @@ class Standardization(nn.Module):
         return ((numbers - self.mean) * scale).clamp(-LARGEST, LARGEST)
 
     @torch.no_grad()
-    def _update(
-        self,
-        numbers: Tensor,  # [B, W]
-        row_weights: Tensor | None,  # [B]
-    ) -> None:
+    def _update(self, numbers: Tensor, row_weights: Tensor | None) -> None:  # [B, W], [B]
         """Add the rows of a step, of all ranks, to the statistics. A collective."""
         weights = numbers.new_ones(len(numbers)) if row_weights is None else row_weights
         # In double precision: squares of numbers far from 0 cancel.

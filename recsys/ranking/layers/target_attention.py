@@ -168,10 +168,7 @@ class DotAttention(HistoryAttention):
             scores = scores + (history.spread(of_lists) * parallel).sum(dim=1)
         return scores
 
-    def query_of(
-        self,
-        target: Tensor,  # [B, D]
-    ) -> tuple[Tensor, Tensor]:  # [B, D], [B, P]
+    def query_of(self, target: Tensor) -> tuple[Tensor, Tensor]:  # [B, D] -> [B, D], [B, P]
         """Return the query of each row, and the factors of its parallel lists in the scores."""
         query = self.query(target).float() * self.scale
         if self.parallel_map is None:
