@@ -27,10 +27,6 @@ def communication_codecs(
     TorchRec's own ``get_qcomm_codecs_registry`` is not used: on CPU it replaces bf16 by fp16 with
     only a warning, though both work over gloo.
 
-    Args:
-        forward: type of the vectors.
-        backward: type of their gradients.
-
     Raises:
         ValueError: an unknown type.
     """

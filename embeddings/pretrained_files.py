@@ -186,12 +186,9 @@ def _wrong_width(width: int, dim: int) -> str:
 
 
 def _bad_vector(lists: pa.Array, numbers: np.ndarray, dim: int) -> tuple[int, str] | None:
-    """Return the index of the first vector that cannot be used, and the reason.
+    """Return the index of the first of N lists that cannot be used, and the reason.
 
-    Args:
-        lists: [N] lists as stored.
-        numbers: float32 [N * D], all numbers of the lists.
-        dim: D.
+    `numbers` are all numbers of the lists, float32 [N * D].
     """
     if not pa.types.is_fixed_size_list(lists.type):
         lengths = pc.list_value_length(lists).to_numpy()

@@ -164,13 +164,7 @@ class _TableRows:
         return _TableRows(name, [piece for piece in pieces if piece.weight.numel()], *size)
 
     def check(self, block: PretrainedBlock, rows: np.ndarray, known: np.ndarray) -> None:
-        """Reject rows outside the table and rows that this rank has set before.
-
-        Args:
-            block: the ids, for the error.
-            rows: int64 [N].
-            known: bool [N], False if an id is left out.
-        """
+        """Reject rows int64 [N] outside the table, unless not known, and rows set before."""
         outside = known & ((rows < 0) | (rows >= self.num_embeddings))
         if outside.any():
             index = int(outside.argmax())

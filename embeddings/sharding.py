@@ -128,7 +128,8 @@ def plan_sharding(
         fuse_table_optimizers(model, tables)
         plan = plan_sharding(model, tables)  # for DistributedModelParallel, with sharders()
     """
-    group, world_size = _place_in(process_group)
+    group = process_group or (dist.group.WORLD if dist.is_initialized() else None)
+    world_size = 1 if group is None else dist.get_world_size(group)
 
     def plan() -> ShardingPlan:
         where, cuts = torch.device(device), module_sharders or sharders()
@@ -180,15 +181,6 @@ def _topology(
         device,
         host_memory_bytes=free_host_memory() // local_world_size,
     )
-
-
-def _place_in(group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | None, int]:
-    """Return the group (None: the default group, if any) and its number of ranks."""
-    if group is None and dist.is_initialized():
-        group = dist.group.WORLD
-    if group is None:
-        return None, 1
-    return group, dist.get_world_size(group)
 
 
 def _plan(

@@ -7,6 +7,7 @@ of the table's initial weights, so that a model starts equal under every plan an
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,7 +20,7 @@ from torchrec.distributed.embeddingbag import (
     ShardedEmbeddingBagCollection,
 )
 from torchrec.distributed.shards_wrapper import LocalShardsWrapper
-from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingEnv, ShardingType
+from torchrec.distributed.types import ModuleSharder, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from embeddings.communication import CommunicationType, communication_codecs
@@ -43,19 +44,11 @@ class BagSharder(EmbeddingBagCollectionSharder):
         return sorted(set(types) - {ShardingType.DATA_PARALLEL.value})
 
     def shard(
-        self,
-        module: EmbeddingBagCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
+        self, module: EmbeddingBagCollection, *arguments: Any, **named: Any
     ) -> ShardedEmbeddingBagCollection:
         """Shard ``module`` and give every shard its part of the table's initial weights."""
-        return _shard_with_weights(
-            module,
-            module.embedding_bag_configs(),
-            lambda: super(BagSharder, self).shard(module, params, env, device, module_fqn),
-        )
+        shard = partial(super().shard, module, *arguments, **named)
+        return _shard_with_weights(module, module.embedding_bag_configs(), shard)
 
 
 class SequenceSharder(EmbeddingCollectionSharder):
@@ -67,19 +60,11 @@ class SequenceSharder(EmbeddingCollectionSharder):
         return sorted(set(types) - {ShardingType.DATA_PARALLEL.value})
 
     def shard(
-        self,
-        module: EmbeddingCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
+        self, module: EmbeddingCollection, *arguments: Any, **named: Any
     ) -> ShardedEmbeddingCollection:
         """Shard ``module`` and give every shard its part of the table's initial weights."""
-        sharded = _shard_with_weights(
-            module,
-            module.embedding_configs(),
-            lambda: super(SequenceSharder, self).shard(module, params, env, device, module_fqn),
-        )
+        shard = partial(super().shard, module, *arguments, **named)
+        sharded = _shard_with_weights(module, module.embedding_configs(), shard)
         look_up_as_bags(sharded)
         return sharded
 
@@ -89,9 +74,7 @@ def sharders(
 ) -> list[ModuleSharder[nn.Module]]:
     """Return the sharders for the planner and for DistributedModelParallel; give both the same.
 
-    Args:
-        forward: type in which looked-up vectors travel between ranks.
-        backward: type in which their gradients travel back.
+    Looked-up vectors travel between ranks as `forward`, their gradients as `backward`.
 
     Raises:
         ValueError: an unknown type.
@@ -145,14 +128,9 @@ def _initial_weights_left_out(configs: Sequence[Any]) -> Iterator[None]:
     """Keep TorchRec from passing ``init_fn`` a shard without its offsets."""
     initializers = [config.init_fn for config in configs]
     for config in configs:
-        config.init_fn = _leave_as_it_is
+        config.init_fn = lambda weight: None
     try:
         yield
     finally:
         for config, initializer in zip(configs, initializers, strict=True):
             config.init_fn = initializer
-
-
-def _leave_as_it_is(weight: torch.Tensor) -> None:
-    """Write nothing: stands in for ``init_fn`` while TorchRec shards; weight [R, D]."""
-    del weight

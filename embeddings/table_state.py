@@ -78,12 +78,16 @@ def sharded_in_blocks(
     )
 
 
-def _placed(tensor: ShardedTensor) -> list[tuple[ShardMetadata, Tensor | None]]:
-    local = {tuple(shard.metadata.shard_offsets): shard.tensor for shard in tensor.local_shards()}
-    return [
-        (metadata, local.get(tuple(metadata.shard_offsets)))
-        for metadata in tensor.metadata().shards_metadata
-    ]
+def _placed(
+    tensor: ShardedTensor, local: Iterable[Tensor] | None = None
+) -> list[tuple[ShardMetadata, Tensor | None]]:
+    """Return all shards, each with its tensor, or that of `local`, if it is on this rank."""
+    own = tensor.local_shards()
+    offsets = [tuple(shard.metadata.shard_offsets) for shard in own]
+    tensors = [shard.tensor for shard in own] if local is None else local
+    here = dict(zip(offsets, tensors, strict=True))
+    shards = tensor.metadata().shards_metadata
+    return [(shard, here.get(tuple(shard.shard_offsets))) for shard in shards]
 
 
 def in_blocks(tensor: ShardedTensor, group: dist.ProcessGroup | None = None) -> ShardedTensor:
@@ -93,20 +97,12 @@ def in_blocks(tensor: ShardedTensor, group: dist.ProcessGroup | None = None) -> 
 
 
 def with_shards(tensor: ShardedTensor, local: Sequence[Tensor]) -> ShardedTensor:
-    """Return a tensor of the same size and shards, split into blocks of rows.
+    """Return a tensor with the shards of another, split into blocks of rows.
 
-    Args:
-        tensor: gives size, shards and ranks.
-        local: the new content of each of its shards on this rank, in their order.
+    `local` is the new content of each shard on this rank, in their order.
     """
-    offsets = [tuple(shard.metadata.shard_offsets) for shard in tensor.local_shards()]
-    by_offsets = dict(zip(offsets, local, strict=True))
-    whole = tensor.metadata()
-    placed = [
-        (shard, by_offsets.get(tuple(shard.shard_offsets))) for shard in whole.shards_metadata
-    ]
-    group = tensor._process_group
-    return sharded_in_blocks(placed, whole.size, whole.tensor_properties.dtype, group)
+    size, dtype = tensor.metadata().size, tensor.metadata().tensor_properties.dtype
+    return sharded_in_blocks(_placed(tensor, local), size, dtype, tensor._process_group)
 
 
 def copied_to_host(tensor: ShardedTensor, group: dist.ProcessGroup | None = None) -> ShardedTensor:
@@ -190,12 +186,9 @@ class TableOptimizerState:
         self._unfinished = []
 
     def _per_weight(self, moment: _Moment) -> ShardedTensor:
-        weight = self.weights[moment.key].metadata()
-        local = self._local_by_offsets(moment)
-        placed = [
-            (shard, local.get(tuple(shard.shard_offsets))) for shard in weight.shards_metadata
-        ]
-        return sharded_in_blocks(placed, weight.size, torch.float32, self.group)
+        weight = self.weights[moment.key]
+        placed = _placed(weight, self._local_by_offsets(moment).values())
+        return sharded_in_blocks(placed, weight.metadata().size, torch.float32, self.group)
 
     def _local_by_offsets(self, moment: _Moment) -> dict[tuple[int, ...], Tensor]:
         """Return this rank's tensors [rows] or [rows, columns] by the offsets of their weights."""

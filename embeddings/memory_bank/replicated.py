@@ -21,7 +21,7 @@ from embeddings.memory_bank.routes import BankRoute, Routes
 from embeddings.memory_bank.sharded import MemoryBank
 
 # Largest replica. With more ranks than MAX_REPLICAS, all ranks together write more rows than one
-# # rank reads.
+# rank reads.
 MAX_REPLICA_BYTES = 256 * 2**20
 MAX_REPLICAS = 16
 

@@ -81,9 +81,7 @@ class MemoryBank:
                 "the target item"
             ) from error
 
-    def _allocated(
-        self, size: int
-    ) -> tuple[Tensor, Tensor]:  # rows [.., D + 1], block [size, D + 1]
+    def _allocated(self, size: int) -> tuple[Tensor, Tensor]:  # [.., D + 1], [size, D + 1]
         """Return the rows on this rank, and among them the block that this rank owns.
 
         The last column: step of the last write + 1, 0 if never written. Steps beyond 2**24 are
@@ -112,14 +110,11 @@ class MemoryBank:
         """
         if self.world_size == 1:
             return lambda: (None, None)
-        if writes is None:
-            finish_one = self._routes([reads])
-            return lambda: (finish_one()[0], None)
-        finish_both = self._routes([reads, writes])
+        routes = self._routes([reads] if writes is None else [reads, writes])
 
         def finish() -> Routes:
-            read, write = finish_both()
-            return read, write
+            read, *write = routes()
+            return read, write[0] if write else None
 
         return finish
 

@@ -70,12 +70,8 @@ class TableRows:
         return totals[0] / totals[1].clamp(min=1), int(totals[1].min())
 
     @torch.no_grad()
-    def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:  # float32 [N, D], bool [N]
-        """Return rows of the table and whether they were trained, on every rank. A collective.
-
-        Args:
-            rows: int64 [N], the same on all ranks.
-        """
+    def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:  # int64 [N] -> float32 [N, D], bool [N]
+        """Return rows and whether they were trained; all ranks ask for the same. A collective."""
         values = torch.zeros(len(rows), self.dim)
         seen = torch.zeros(len(rows), dtype=torch.uint8)
         for shard, trained in zip(self.shards, self.trained, strict=True):

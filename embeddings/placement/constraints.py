@@ -20,13 +20,7 @@ KERNELS: dict[Kernel, EmbeddingComputeKernel] = {
 
 
 def constraints(table: TableConfig, world_size: int, prefetch: bool) -> ParameterConstraints:
-    """Return the constraints of one table.
-
-    Args:
-        table: the configuration of the table.
-        world_size: ranks that share one copy of the table.
-        prefetch: whether the pipeline fetches rows into the caches ahead of their step.
-    """
+    """Return the constraints of one table, for the ranks that share one copy of it."""
     cache = None
     if table.kernel == "uvm_caching":
         cache = CacheParams(load_factor=table.cache_load_factor, prefetch_pipeline=prefetch)

@@ -147,12 +147,8 @@ class BoundedVocabulary:
         self._counts[:2] += [len(ids), counts[rows == self.unknown_row].sum()]
         return torch.from_numpy(rows[inverse]).to(ids.device)
 
-    def find(self, ids: Tensor) -> Tensor:
-        """Return the row of each id, -1 where it has none of its own; not counted. A collective.
-
-        Args:
-            ids: int64 [N], raw.
-        """
+    def find(self, ids: Tensor) -> Tensor:  # int64 [N], raw -> int64 [N]
+        """Return the row of each id, -1 where it has none of its own; not counted. A collective."""
         before = self._counts.copy()
         rows = self.rows_of(ids, step=0, training=False)
         self._counts = before

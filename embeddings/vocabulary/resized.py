@@ -30,12 +30,7 @@ def rows_in_resized(
 ) -> np.ndarray:
     """Return the old row of each row `[start, stop)` of the new table, -1 where none: int64.
 
-    Args:
-        used: the rows of the old table, in ranges.
-        num_embeddings: rows of the new table.
-        half_life: of the new vocabulary, in steps.
-        start: first row of the new table.
-        stop: end of the rows of the new table.
+    `used` are the rows of the old table, in ranges; `half_life` is that of the new vocabulary.
 
     Example::
 

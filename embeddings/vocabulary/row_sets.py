@@ -93,15 +93,9 @@ class RowSets:
     def _give_rows(
         self, sets: np.ndarray, seen: np.ndarray, step: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Assign rows to ids without one; the most often seen ids first if rows are scarce.
+        """Assign rows to ids of sets [N]; those most often `seen` [N] first if rows are scarce.
 
-        Args:
-            sets: int64 [N], the set of each asking id.
-            seen: int64 [N], occurrences of each.
-            step: the current step.
-
-        Returns:
-            Positions of the ids that get a row, and these rows; int64, at most [N].
+        Returns the positions of the ids that get a row, and these rows; int64, at most [N].
         """
         order = np.lexsort((-seen, sets))
         asked, first, numbers = np.unique(sets[order], return_index=True, return_counts=True)

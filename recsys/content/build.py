@@ -24,16 +24,6 @@ def build_content_store(
 
     Texts are tokenised, images decoded, and frozen layers run, unless a cache has their outputs.
 
-    Args:
-        config: configuration of the run.
-        content: its content settings.
-        root: folder of the dataset.
-        schema: its columns.
-        ranks: the ranks that share the work.
-
-    Returns:
-        the items' content, and the encoders by modality.
-
     Raises:
         ValueError: on every rank, when one cannot use its items or encoders.
     """

@@ -22,11 +22,6 @@ from recsys.distributed.ranks import Ranks
 def fill_caches(config: Config, data: str, ranks: Ranks) -> dict[str, CacheReport | None]:
     """Fill missing caches and print a line per modality. A collective.
 
-    Args:
-        config: configuration of the run.
-        data: folder of the dataset.
-        ranks: the ranks that share the work.
-
     Returns:
         by modality, the report on the cache of its encoder's frozen part; None without a cache.
 
@@ -51,7 +46,7 @@ def fill_caches(config: Config, data: str, ranks: Ranks) -> dict[str, CacheRepor
 def _line(name: str, report: CacheReport | None, store: ContentStore) -> str:
     if report is None:
         folder, items = store.folders[name], int((store.arrays[name].lengths > 0).sum())
-        size = _size(items, _bytes_in(folder), folder)
+        size = _size(items, sum(path.stat().st_size for path in folder.iterdir()), folder)
         return f"{name}: {size}; {_why_nothing_is_encoded(name, store)}"
     size = _size(report.items, report.num_bytes, report.folder)
     if not report.encoded:
@@ -65,10 +60,6 @@ def _line(name: str, report: CacheReport | None, store: ContentStore) -> str:
 
 def _size(items: int, num_bytes: int, folder: Path) -> str:
     return f"{items:,} items, {num_bytes:,} bytes in {folder}"
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def _why_nothing_is_encoded(name: str, store: ContentStore) -> str:

@@ -21,12 +21,7 @@ from recsys.data.batch import Batch
 def sample_items(batch: Batch, settings: SamplingSettings, draw: tuple[int, int, int]) -> Batch:
     """Return a batch, on the host, that encodes a share of its items and reads the rest.
 
-    At least one item is encoded.
-
-    Args:
-        batch: a batch that encodes all its items.
-        settings: the shares.
-        draw: seed, step and rank.
+    At least one item is encoded. `draw` holds seed, step and rank.
     """
     count = len(batch.content_items)
     num_forward = math.ceil(settings.forward * count)

@@ -46,13 +46,8 @@ def start_projections(
 ) -> None:
     """Set weights and biases from a sample of the items, equal on all ranks. A collective.
 
-    Logs a warning for each modality whose content is equal for most of the sampled items.
-
-    Args:
-        branch: its projections are set.
-        store: content of the items.
-        ranks: the ranks; each encodes its share.
-        modalities: names of the modalities whose projections are set; default: all.
+    Logs a warning for each modality whose content is equal for most of the sampled items. Only the
+    projections of `modalities` are set, if they are given.
     """
     ids = np.sort(store.items.ids)
     sample = ids[np.linspace(0, len(ids) - 1, min(len(ids), SAMPLED_ITEMS)).astype(int)]
@@ -139,13 +134,8 @@ def whitening_map(
 ) -> tuple[Tensor, Tensor]:  # [K, E], [K] with K = min(dim, S, E)
     """Return weight and bias that give the leading principal components mean 0 and variance 1.
 
-    Directions in which the outputs differ by rounding alone get weights of norm 1 at most.
-
-    Args:
-        outputs: of the encoder, for a sample of items.
-        dim: largest K.
-        size: root mean square length of the outputs before they were centred, which decides what
-            is rounding.
+    Directions in which the outputs differ by rounding alone get weights of norm 1 at most. `size`,
+    the root mean square length of the outputs before they were centred, decides what is rounding.
     """
     center = outputs.mean(dim=0)
     _, singular, directions = torch.linalg.svd(outputs - center, full_matrices=False)

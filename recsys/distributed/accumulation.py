@@ -235,15 +235,12 @@ class _OncePerGroup:
     """The pipeline's view of the optimizer: zeroes gradients before a group, steps after it."""
 
     def __init__(self, update: DenseUpdate, pipeline: AccumulatingPipeline) -> None:
-        """Keep the update and the pipeline that counts batches."""
         self.update, self.pipeline = update, pipeline
 
     def zero_grad(self) -> None:
-        """Zero the gradients before the first batch of a group."""
         if self.pipeline.is_first:
             self.update.optimizer.zero_grad()
 
     def step(self) -> None:
-        """Update the parameters after the last batch of a group."""
         if self.pipeline.is_last:
             self.update.step()

@@ -105,11 +105,7 @@ def keep_ids(modules: Iterable[nn.Module]) -> None:
         for child in module.modules():
             for input_dist in getattr(child, "_input_dists", ()):
                 if isinstance(getattr(input_dist, "_dist", None), KJTAllToAll):
-                    input_dist._dist.forward = _kept
-
-
-def _kept(ids: KeyedJaggedTensor) -> NoWait[_Kept]:
-    return NoWait(_Kept(ids))
+                    input_dist._dist.forward = lambda ids: NoWait(_Kept(ids))
 
 
 class _Kept(KJTAllToAllTensorsAwaitable):

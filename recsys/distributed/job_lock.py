@@ -24,7 +24,7 @@ from recsys.distributed.job import JobName
 from recsys.distributed.ranks import Ranks
 
 # Seconds that a killed job may need to disappear: its children hold its files, or the server of a
-# # network file system has not noticed yet.
+# network file system has not noticed yet.
 PATIENCE_SECONDS = 120.0
 ATTEMPT_SECONDS = 0.2
 
@@ -72,11 +72,6 @@ def sole_job(target: Path, ranks: Ranks, lock_file: Path) -> Iterator[None]:
     """Let no other job write `target` inside the block. A collective; rank 0 holds the lock.
 
     Folders created for the lock are removed at the end if they are empty.
-
-    Args:
-        target: the written file or folder, for messages.
-        ranks: the ranks of this job.
-        lock_file: the file to lock, inside or beside `target`.
 
     Raises:
         ValueError: on every rank; another job holds it, or the file cannot be written.

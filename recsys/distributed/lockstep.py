@@ -194,12 +194,9 @@ class Lockstep:
     def _ask(
         self, source: Iterator[B], exchange: bool = True, pending: Exception | None = None
     ) -> _Asked[B]:
-        """Take a batch and begin to send this rank's flags to the others. A collective.
+        """Take a batch and, with `exchange`, begin to send this rank's flags. A collective.
 
-        Args:
-            source: the batches.
-            exchange: whether flags are sent with this batch; equal on all ranks.
-            pending: error of the batch before, which is not answered yet.
+        `pending` is the error of the batch before, which is not answered yet.
         """
         batch: B | None = None
         error = self._error or pending

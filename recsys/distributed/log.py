@@ -25,9 +25,8 @@ class _StandardOutput(logging.StreamHandler):  # type: ignore[type-arg]
     """Logs to standard output, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record to standard output."""
         try:
-            _write_line(self.format(record))
+            print_table(self.format(record))
         except Exception:
             self.handleError(record)
 
@@ -36,12 +35,10 @@ class _TextFormatter(logging.Formatter):
     """Formats INFO of rank 0 as the message alone; all else with level and rank before it."""
 
     def __init__(self, rank: int) -> None:
-        """Keep the rank to print."""
         super().__init__()
         self.rank = rank
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a record."""
         text = super().format(record)
         if record.levelno == logging.INFO and self.rank == 0:
             return text
@@ -51,24 +48,13 @@ class _TextFormatter(logging.Formatter):
 def configure_logging(
     rank: int = 0, level: LogLevel = "auto", log_format: LogFormat = "text"
 ) -> None:
-    """Send the log of this project's packages to standard output; may be called again.
-
-    Args:
-        rank: rank of this process in the job.
-        level: lowest level to log; auto is info on rank 0 and warning on the others.
-        log_format: text or JSON lines.
-    """
+    """Send the log of this project's packages to standard output; may be called again."""
     if level == "auto":
         level = "info" if rank == 0 else "warning"
-    handler = _StandardOutput()
-    if log_format == "json":
-        handler.setFormatter(
-            JsonFormatter(
-                "%(asctime)s %(levelname)s %(name)s %(message)s", static_fields={"rank": rank}
-            )
-        )
-    else:
-        handler.setFormatter(_TextFormatter(rank))
+    handler, fields = _StandardOutput(), "%(asctime)s %(levelname)s %(name)s %(message)s"
+    is_json = log_format == "json"
+    as_json = JsonFormatter(fields, static_fields={"rank": rank})
+    handler.setFormatter(as_json if is_json else _TextFormatter(rank))
     for name in OWN_LOGGERS:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
@@ -77,19 +63,17 @@ def configure_logging(
 
 def print_table(text: str) -> None:
     """Print a table for people, above a progress bar if there is one; call it on rank 0 alone."""
-    _write_line(text)
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stdout)  # whatever that is at the time
+    sys.stdout.flush()
 
 
 def progress_bar(total: int, name: str, shown: bool = True, **options: Any) -> tqdm:
     """Return a progress bar with the time left, on standard error.
 
-    Nothing is drawn where standard error is no terminal or logs are JSON lines.
-
-    Args:
-        total: number of updates to expect.
-        name: text before the bar.
-        shown: whether this rank may draw; one rank should.
-        options: further arguments of tqdm.
+    Nothing is drawn where standard error is no terminal or logs are JSON lines, or unless `shown`,
+    which one rank sets. `options` are further arguments of tqdm.
     """
     from tqdm import tqdm
 
@@ -97,11 +81,3 @@ def progress_bar(total: int, name: str, shown: bool = True, **options: Any) -> t
     is_json = any(isinstance(handler.formatter, JsonFormatter) for handler in handlers)
     is_drawn = shown and sys.stderr.isatty() and not is_json
     return tqdm(total=total, desc=name, disable=not is_drawn, dynamic_ncols=True, **options)
-
-
-def _write_line(text: str) -> None:
-    """Write to whatever `sys.stdout` is at the time."""
-    from tqdm import tqdm
-
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()

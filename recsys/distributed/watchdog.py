@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -114,17 +114,13 @@ class Watchdog:
         self._marks += 1
         self._after = place
 
-    @contextmanager
-    def armed(self) -> Iterator[None]:
+    def armed(self) -> AbstractContextManager[None]:
         """Expect steps of all ranks inside the block."""
-        with self._set_armed(True):
-            yield
+        return self._set_armed(True)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Allow a rank to take any time inside the block, which interrupts an armed section."""
-        with self._set_armed(False):
-            yield
+        return self._set_armed(False)
 
     @contextmanager
     def _set_armed(self, armed: bool) -> Iterator[None]:

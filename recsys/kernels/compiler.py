@@ -89,16 +89,8 @@ def _compile(library: Path) -> None:
     start = time.monotonic()
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
-        command = [
-            *shlex.split(compiler),
-            *FLAGS,
-            *includes,
-            *sources,
-            "-o",
-            str(built),
-            *libraries,
-        ]
-        command += ["-ltorch_cpu", "-lc10"]
+        command = [*shlex.split(compiler), *FLAGS, *includes, *sources, "-o", str(built)]
+        command += [*libraries, "-ltorch_cpu", "-lc10"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
         except subprocess.TimeoutExpired as error:

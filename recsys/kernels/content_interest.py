@@ -75,16 +75,8 @@ def native_content_interest(
 
 
 @torch.library.register_fake("recsys::content_interest")
-def _fake(
-    queries: Tensor,
-    items: Tensor,
-    map_: Tensor,
-    index: Tensor,
-    offsets: Tensor,
-    of_lists: Tensor,
-    parallel: Tensor,
-) -> tuple[Tensor, ...]:
-    del map_, offsets, of_lists
+def _fake(queries: Tensor, items: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    _, index, _, _, parallel = rest
     batch, spaces, dim = queries.shape[0], queries.shape[1] - 1, queries.shape[2]
     lists, places = parallel.shape[1], index.shape[0]
     return (
@@ -97,26 +89,9 @@ def _fake(
 
 
 @torch.library.register_fake("recsys::content_interest_backward")
-def _fake_backward(
-    of_sums: Tensor,
-    of_features: Tensor,
-    weights: Tensor,
-    cosines: Tensor,
-    inverse: Tensor,
-    queries: Tensor,
-    items: Tensor,
-    map_: Tensor,
-    index: Tensor,
-    offsets: Tensor,
-    of_lists: Tensor,
-    parallel: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    del of_sums, of_features, weights, cosines, inverse, items, index, offsets, parallel
-    return (
-        queries.new_empty(queries.shape),
-        map_.new_empty(map_.shape),
-        of_lists.new_empty(of_lists.shape),
-    )
+def _fake_backward(*inputs: Tensor) -> tuple[Tensor, ...]:
+    *_, queries, _, map_, _, _, of_lists, _ = inputs
+    return tuple(part.new_empty(part.shape) for part in (queries, map_, of_lists))
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:

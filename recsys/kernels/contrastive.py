@@ -29,19 +29,12 @@ def native_in_batch_contrastive(
     content: Tensor,  # [B, D]
     ids: Tensor,  # [B, D]
     items: Tensor,  # int64 [B]
-    sharpness: Tensor,  # []
-    normalize: bool,
+    sharpness: Tensor,  # [], factor of the dot products: 1 / temperature
+    normalize: bool,  # divides vectors by their lengths first
 ) -> Tensor:  # [B]
     """Return the mean of both directions' cross-entropies of each row, in float32.
 
     Rows of the same item and padding rows, whose item is -1, are never negatives.
-
-    Args:
-        content: content vectors.
-        ids: ID embeddings of the same rows.
-        items: item of each row.
-        sharpness: factor of the dot products, 1 / temperature.
-        normalize: divide vectors by their lengths first.
 
     Example::
 
@@ -61,15 +54,8 @@ def native_in_batch_contrastive(
 
 
 @torch.library.register_fake("recsys::in_batch_contrastive")
-def _fake(
-    content: Tensor,
-    ids: Tensor,
-    items: Tensor,
-    sharpness: Tensor,
-    normalize: bool,
-    keeps_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    del ids, items, sharpness, normalize
+def _fake(content: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, keeps_logits = rest
     batch = content.shape[0]
     whole = (batch + 15) // 16 * 16  # `distance_of` of the C++ code
     distance = whole + 16 if whole >= 128 else whole
@@ -78,17 +64,8 @@ def _fake(
 
 
 @torch.library.register_fake("recsys::in_batch_contrastive_backward")
-def _fake_backward(
-    gradient: Tensor,
-    logs: Tensor,
-    kept: Tensor,
-    content: Tensor,
-    ids: Tensor,
-    items: Tensor,
-    sharpness: Tensor,
-    normalize: bool,
-) -> tuple[Tensor, ...]:
-    del gradient, logs, kept, items, normalize
+def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
+    *_, content, ids, _, sharpness, _ = inputs
     return tuple(part.new_empty(part.shape) for part in (content, ids, sharpness))
 
 

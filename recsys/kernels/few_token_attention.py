@@ -27,22 +27,16 @@ torch.library.define(
 
 
 def native_few_token_attention(
-    query: Tensor,  # [U, Q, D]
+    query: Tensor,  # [U, Q, D], mapped; a head has D / H consecutive numbers
     key: Tensor,  # [U, T, D]
     value: Tensor,  # [U, T, D]
     mask: Tensor,  # bool [U, T]
     heads: int,
-    scale: float,
+    scale: float,  # factor of the dot products
 ) -> Tensor:  # [U, Q, D]
     """Return multi-head attention of the queries to the tokens that the mask keeps, in float32.
 
-    Args:
-        query: mapped queries; a head has D / H consecutive numbers.
-        key: keys of the tokens.
-        value: values of the tokens.
-        mask: False for a token that is not attended to; each item has another one.
-        heads: H, which divides D.
-        scale: factor of the dot products.
+    Each item has a token that the mask keeps.
 
     Example::
 
@@ -64,23 +58,13 @@ def _fake(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, heads: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     del value, mask, scale
-    return (
-        query.new_empty(query.shape),
-        query.new_empty(query.shape[0], query.shape[1], heads, key.shape[1]),
-    )
+    weights = query.new_empty(query.shape[0], query.shape[1], heads, key.shape[1])
+    return query.new_empty(query.shape), weights
 
 
 @torch.library.register_fake("recsys::few_token_attention_backward")
-def _fake_backward(
-    gradient: Tensor,
-    weights: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    heads: int,
-    scale: float,
-) -> tuple[Tensor, ...]:
-    del gradient, weights, heads, scale
+def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
+    _, _, query, key, value, *_ = inputs
     return tuple(part.new_empty(part.shape) for part in (query, key, value))
 
 

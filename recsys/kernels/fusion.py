@@ -91,17 +91,8 @@ def _distance(width: int) -> int:
 
 
 @torch.library.register_fake("recsys::fusion")
-def _fake(
-    tokens: Tensor,
-    mask: Tensor,
-    modality: Tensor,
-    noise: Tensor,
-    weights: list[Tensor],
-    layers: int,
-    heads: int,
-    *rest: Any,
-) -> tuple[Tensor, Tensor]:
-    del mask, modality, noise, rest
+def _fake(tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _, _, _, weights, layers, heads, *_ = rest
     dim, queries = tokens.shape[2], weights[0].shape[0]
     rows, kept = queries + tokens.shape[1], queries * dim
     for layer in range(layers):
@@ -113,22 +104,14 @@ def _fake(
 
 
 @torch.library.register_fake("recsys::fusion_backward")
-def _fake_backward(
-    gradient: Tensor,
-    kept: Tensor,
-    tokens: Tensor,
-    mask: Tensor,
-    modality: Tensor,
-    noise: Tensor,
-    weights: list[Tensor],
-    *rest: Any,
-) -> tuple[Tensor, list[Tensor]]:
-    del gradient, kept, mask, modality, noise, rest
+def _fake_backward(*inputs: Any) -> tuple[Tensor, list[Tensor]]:
+    _, _, tokens, _, _, _, weights, *_ = inputs
     return tokens.new_empty(tokens.shape), [weight.new_empty(weight.shape) for weight in weights]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *read, weights, ctx.layers, ctx.heads, ctx.scale, ctx.dropout = inputs
+    *read, weights = inputs[:5]
+    ctx.settings = inputs[5:]  # layers, heads, scale, dropout
     ctx.save_for_backward(output[1], *read, *weights)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for what is kept
@@ -137,19 +120,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, gradient: Tensor, of_kept: None) -> tuple[Any, ...]:
     del of_kept
     kept, tokens, mask, modality, noise, *weights = ctx.saved_tensors
-    of_tokens, of_weights = torch.ops.recsys.fusion_backward(
-        gradient,
-        kept,
-        tokens,
-        mask,
-        modality,
-        noise,
-        weights,
-        ctx.layers,
-        ctx.heads,
-        ctx.scale,
-        ctx.dropout,
-    )
+    inputs = (tokens, mask, modality, noise, weights, *ctx.settings)
+    of_tokens, of_weights = torch.ops.recsys.fusion_backward(gradient, kept, *inputs)
     return (of_tokens, None, None, None, of_weights, None, None, None, None)
 
 

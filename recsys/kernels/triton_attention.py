@@ -43,20 +43,10 @@ def _sizes(target: Tensor, parallel: Tensor, first: Tensor, second: Tensor) -> d
 
 
 def target_attention(
-    target: Tensor,
-    items: Tensor,
-    index: Tensor,
-    offsets: Tensor,
-    parallel: Tensor,
-    lists: Tensor,
-    first: Tensor,
-    first_bias: Tensor,
-    second: Tensor,
-    second_bias: Tensor,
-    last: Tensor,
-    last_bias: Tensor,
-    keeps_units: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    target: Tensor, items: Tensor, index: Tensor, offsets: Tensor, parallel: Tensor, lists: Tensor,
+    first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor, last: Tensor,
+    last_bias: Tensor, keeps_units: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the interest [B, D], the shares [N] of places, and no units, which are not kept."""
     del last_bias, keeps_units
     out, shares = torch.zeros_like(target), target.new_empty(len(index))
@@ -74,21 +64,10 @@ def target_attention(
 
 
 def target_attention_backward(
-    gradient: Tensor,
-    shares: Tensor,
-    kept: Tensor,
-    target: Tensor,
-    items: Tensor,
-    index: Tensor,
-    offsets: Tensor,
-    parallel: Tensor,
-    lists: Tensor,
-    first: Tensor,
-    first_bias: Tensor,
-    second: Tensor,
-    second_bias: Tensor,
-    last: Tensor,
-) -> tuple[Tensor, ...]:
+    gradient: Tensor, shares: Tensor, kept: Tensor, target: Tensor, items: Tensor, index: Tensor,
+    offsets: Tensor, parallel: Tensor, lists: Tensor, first: Tensor, first_bias: Tensor,
+    second: Tensor, second_bias: Tensor, last: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients of target, items, lists, and the weights of the score."""
     del kept
     sizes, rows = _sizes(target, parallel, first, second), len(target)
@@ -104,16 +83,9 @@ def target_attention_backward(
     sums += [target.new_zeros(groups, *shape) for shape in ((hidden, units), (units,), (units,))]
     if rows:
         kernels.backward[(groups,)](
-            *(part.contiguous() for part in inputs),
-            for_target,
-            for_places,
-            *sums[:2],
-            for_constants,
-            *sums[2:],
-            B=rows,
-            rows_of_group=rows_of_group,
-            **sizes,
-        )
+            *(part.contiguous() for part in inputs), for_target, for_places, *sums[:2],
+            for_constants, *sums[2:], B=rows, rows_of_group=rows_of_group, **sizes,
+        )  # fmt: skip
     for_items, for_products, *of_others = (part.sum(dim=0) for part in sums)
     for_rows = for_constants.T @ target  # [H, D], of W2 - W3
     for_first = torch.cat([for_items.T, for_rows, for_items.T - for_rows, for_products.T], dim=1)

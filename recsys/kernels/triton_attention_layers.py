@@ -46,18 +46,9 @@ def relu(units):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def first_layer(  # type: ignore[no-untyped-def]
-    vectors,
-    target,
-    of_items,
-    of_products,
-    of_target,
-    bias,
-    start,
-    D,
-    H,
-    D_P: tl.constexpr,
-    H_T: tl.constexpr,
-):
+    vectors, target, of_items, of_products, of_target, bias, start, D, H,
+    D_P: tl.constexpr, H_T: tl.constexpr,
+):  # fmt: skip
     """Return units start to start + H_T of the first layer [T, H_T], and the matrix [D_P, H_T]."""
     h = start + tl.arange(0, H_T)
     matrix = load_block(of_items, start, D, H, D_P, H_T)
@@ -70,22 +61,9 @@ def first_layer(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def second_layer(  # type: ignore[no-untyped-def]
-    vectors,
-    target,
-    of_items,
-    of_products,
-    of_target,
-    bias,
-    second,
-    second_bias,
-    D,
-    H,
-    G,
-    T: tl.constexpr,
-    D_P: tl.constexpr,
-    H_T: tl.constexpr,
-    G_P: tl.constexpr,
-):
+    vectors, target, of_items, of_products, of_target, bias, second, second_bias, D, H, G,
+    T: tl.constexpr, D_P: tl.constexpr, H_T: tl.constexpr, G_P: tl.constexpr,
+):  # fmt: skip
     """Return the units of the second layer [T, G_P]; `second` is [H, G]."""
     g = tl.arange(0, G_P)
     units = tl.zeros([T, G_P], tl.float32)

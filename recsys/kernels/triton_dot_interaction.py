@@ -43,17 +43,9 @@ def _forward(dense, sparse, out, V, D, width, V_PADDED: tl.constexpr, D_PADDED: 
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    gradient,
-    dense,
-    sparse,
-    to_dense,
-    to_sparse,
-    V,
-    D,
-    width,
-    V_PADDED: tl.constexpr,
-    D_PADDED: tl.constexpr,
-):
+    gradient, dense, sparse, to_dense, to_sparse, V, D, width,
+    V_PADDED: tl.constexpr, D_PADDED: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     vectors = _load_vectors(dense, sparse, row, V, D, V_PADDED, D_PADDED)
     i = tl.arange(0, V_PADDED)[:, None]

@@ -152,10 +152,6 @@ def build_auxiliary(
 ) -> AuxiliaryLosses | None:
     """Return the losses that `auxiliary` names; None if it names none.
 
-    Args:
-        settings: settings of each loss by its name.
-        schema: columns of the dataset.
-
     Raises:
         ValueError: a loss cannot be constructed, has a name that is in use, or lists a column that
             is not of kind extra.

@@ -13,12 +13,14 @@ layers are not compiled, or their outputs would differ from those in the cache.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchrec.models.dlrm import DenseArch, OverArch
 
 from recsys.content.encoders.base import Encoder
 from recsys.content.wrap import wrap
 from recsys.model.em3 import EM3
+
+STACKS = (nn.Sequential, DenseArch, OverArch)
 
 
 class Compiled(nn.Module):
@@ -27,7 +29,7 @@ class Compiled(nn.Module):
 
 def compiled_parts(em3: EM3) -> dict[str, nn.Module]:
     """Return the parts that `compile` compiles, by name in the model."""
-    wanted: list[nn.Module] = [part for part in em3.ranking.children() if _is_stack(part)]
+    wanted: list[nn.Module] = [part for part in em3.ranking.children() if isinstance(part, STACKS)]
     if em3.content is not None:
         wanted.append(em3.content.fusion)
         for encoder in em3.content.encoders.values():
@@ -35,10 +37,6 @@ def compiled_parts(em3: EM3) -> dict[str, nn.Module]:
             wanted += encoder.trained_parts
     chosen = {id(part) for part in wanted}
     return {name: part for name, part in em3.named_modules() if id(part) in chosen}
-
-
-def _is_stack(part: nn.Module) -> bool:
-    return isinstance(part, nn.Sequential | DenseArch | OverArch)
 
 
 def compile_dense_parts(em3: EM3, device: torch.device, backend: str = "inductor") -> None:
@@ -66,7 +64,7 @@ def require_compiler(device: torch.device) -> None:
             from torch._inductor.cpp_builder import get_cpp_compiler
 
             get_cpp_compiler()
-        torch.compile(_small)(torch.ones(8, device=device))
+        torch.compile(lambda values: values + 1)(torch.ones(8, device=device))
     except Exception as error:
         cause = next((line for line in str(error).splitlines() if line), type(error).__name__)
         raise ValueError(
@@ -74,7 +72,3 @@ def require_compiler(device: torch.device) -> None:
             f"({cause}); install a C++ compiler and Python's headers (Debian: g++ python3-dev; "
             "another compiler is named by the environment variable CXX), or set compile to false"
         ) from error
-
-
-def _small(values: Tensor) -> Tensor:  # [8] -> [8]
-    return values + 1

@@ -75,12 +75,6 @@ class Losses(nn.Module):
         When a retrieval model is not training, the parts include its vectors: `query` [B, D] for
         the first label and `item` [B, D].
 
-        Args:
-            scored: output of the ranking model: logits [B, C], members' logits or tower vectors.
-            ids: looked-up ID vectors.
-            content: content vectors; None for the ID-only twin.
-            batch: the batch, with its labels.
-
         Raises:
             ValueError: the loss is a softmax over items and the model returns no tower vectors.
         """

@@ -13,13 +13,6 @@ def check_placement(
 ) -> None:
     """Check the settings of kernels, prefetching and copies for the ranks of a job.
 
-    Args:
-        config: configuration of the run.
-        schema: columns of the dataset.
-        device: kind of the ranks' devices, cpu or cuda.
-        world_size: number of ranks.
-        ranks_per_node: ranks of each node.
-
     Raises:
         ValueError: a setting does not fit; names setting, value and fix.
     """
@@ -40,10 +33,6 @@ def placed_for_scoring(config: Config, device: str) -> Config:
 
     A run is scored on any number of ranks, so one copy of the tables is enough, and on CPU all
     memory is the host's. Scores are the same.
-
-    Args:
-        config: configuration of a finished run.
-        device: kind of the device that scores, cpu or cuda.
     """
     tables = config.embedding.tables
     if device == "cpu":

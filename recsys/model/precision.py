@@ -23,13 +23,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from recsys.content.branch import ContentBranch
 from recsys.content.history_map import HistoryMap
 from recsys.content.wrap import wrap
 from recsys.data.items.content_input import ContentInput
-from recsys.ranking.vectors import IDVectors, MemberLogits, TowerVectors
 
 if TYPE_CHECKING:  # torchrec takes seconds to import, and encoding items does not need it
     from recsys.model.em3 import EM3
@@ -47,7 +46,9 @@ class InBfloat16(nn.Module):
         """Run the part under autocast and return its output in float32."""
         with torch.autocast(self.device_type, torch.bfloat16):
             output = super().forward(*arguments, **named)
-        return _in_float32(output)
+        if isinstance(output, ContentInput):
+            return ContentInput(output.values.float(), output.mask)
+        return output.float()  # of a Tensor, or of the vectors and logits of ranking models
 
 
 class InFloat32(nn.Module):
@@ -73,8 +74,7 @@ def dense_parts(em3: EM3) -> dict[str, nn.Module]:
 
 def content_parts(content: ContentBranch) -> dict[str, nn.Module]:
     """Return the parts of a content branch that compute in the chosen precision, by name in it."""
-    parts: dict[str, nn.Module] = {}
-    parts |= {f"encoders.{name}": part for name, part in content.encoders.items()}
+    parts = {f"encoders.{name}": part for name, part in content.encoders.items()}
     parts |= {f"projections.{name}": part for name, part in content.projections.items()}
     return parts | {"fusion": content.fusion, "history_map": content.history_map}
 
@@ -106,11 +106,3 @@ def cpu_computes_bfloat16() -> bool:
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _in_float32(
-    output: Tensor | ContentInput | IDVectors | MemberLogits | TowerVectors,
-) -> Tensor | ContentInput | IDVectors | MemberLogits | TowerVectors:
-    if isinstance(output, ContentInput):
-        return ContentInput(output.values.float(), output.mask)
-    return output.float()

@@ -46,10 +46,7 @@ def table_configs(
 ) -> list[TableConfig]:
     """Return one table per column of ids that does not share another's.
 
-    Args:
-        config: configuration of the run.
-        schema: columns of the dataset.
-        list_lengths: mean number of ids per row, for columns that may have several.
+    `list_lengths` has the mean number of ids per row, for columns that may have several.
 
     Raises:
         ValueError: a setting names a column that has no table.

@@ -15,11 +15,6 @@ def build_ranking(
 ) -> nn.Module:
     """Return `Class(settings, dimensions, content)` for the class that `settings.name` names.
 
-    Args:
-        settings: the settings of the ranking model; `name` picks the class.
-        dimensions: widths and names of the model's inputs.
-        content: settings of the content branch; None for the ID-only twin.
-
     Raises:
         ValueError: the name is unknown, or a user's class cannot be imported or constructed.
     """

@@ -55,13 +55,7 @@ class InputDimensions:
     ) -> InputDimensions:
         """Return the dimensions of a dataset whose tables have the given widths.
 
-        Args:
-            schema: columns of the dataset.
-            pooled_features: columns looked up in pooled tables, in order.
-            table_dims: embedding dimension of each table.
-            item_categories: categories of items, or None.
-            process_group: the ranks that train the model together; None for a single rank.
-            further: width of each vector of further histories, by name.
+        `further` has the width of each vector of further histories, by name.
         """
         pooled_dims = [table_dims[schema.table_of(name)] for name in pooled_features]
         return InputDimensions(

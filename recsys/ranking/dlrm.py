@@ -81,9 +81,7 @@ class Dlrm(nn.Module):
         dense, sparse = fields.dense_and_sparse(self.dense_arch)
         interactions = self.inter_arch(dense, torch.stack(sparse, dim=1))
         top = self.dropout(interactions)
-        if fields.similarities.shape[
-            1
-        ]:  # else a copy of [B, pairs], the widest tensor of the model
+        if fields.similarities.shape[1]:  # else a copy of the model's widest tensor, [B, pairs]
             top = torch.cat([top, fields.similarities], dim=1)
         return self.over_arch(top)
 

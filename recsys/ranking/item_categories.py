@@ -57,12 +57,6 @@ def load_item_categories(
 ) -> ItemCategories | None:
     """Return the categories of items, or None if no model searches by category.
 
-    Args:
-        settings: settings of the ranking model.
-        root: folder of the dataset.
-        schema: its columns.
-        on_bad_row: raise or skip on an invalid row.
-
     Raises:
         ValueError: `ranking.search` is category, but `ranking.category` names no column of that
             kind, an item has more than 16 categories, or no item has any.

@@ -82,17 +82,10 @@ class Sim(RowFeatures):
         history: JaggedHistory,
         id_history: JaggedHistory,
     ) -> Tensor:  # [K]
-        """Select the history items most similar to each target (SIM's general search unit).
+        """Return the places of the history items most similar to each target, in rising order.
 
-        Args:
-            ids: looked-up ID vectors.
-            content: content vectors; None for the ID-only twin.
-            batch: the batch that is ranked.
-            history: its histories, which index `batch.history_items`.
-            id_history: its histories, which index `ids.history`.
-
-        Returns:
-            The positions of the selected items among the N history items, in rising order.
+        This is SIM's general search unit. `history` indexes `batch.history_items`, `id_history`
+        indexes `ids.history`.
         """
         if self.categories is not None:
             return self._in_category(batch, history)

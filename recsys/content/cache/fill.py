@@ -51,15 +51,6 @@ def cache_frozen_outputs(
 
     A collective: all ranks call it. The encoder's frozen layers are dropped afterwards.
 
-    Args:
-        store: content of the items; afterwards it serves the cached outputs.
-        name: the modality.
-        encoder: its encoder.
-        ranks: the ranks that share the work.
-
-    Returns:
-        folder and size of the cache, number of items encoded, seconds.
-
     Raises:
         ValueError: on every rank, if one cannot read its content.
         RuntimeError: on every rank, if one fails otherwise. Finished work is kept.

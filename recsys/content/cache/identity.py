@@ -37,12 +37,8 @@ def cache_folder(cache: Path, name: str, content: str, key: str, shares: bool) -
     An array of shared rows has another name than one without, since earlier versions, which may use
     the same folder, cannot read it. A cache that they have filled is used as it is.
 
-    Args:
-        cache: folder of all caches.
-        name: the modality.
-        content: name of the folder with the encoder's input.
-        key: result of `encoder_key`.
-        shares: whether items of equal content share an output.
+    `content` names the folder with the encoder's input; with `shares` items of equal content share
+    an output.
     """
     apart = cache / f"frozen-{name}-{digest_of(content, key)}"
     if not shares or apart.exists():
@@ -53,16 +49,7 @@ def cache_folder(cache: Path, name: str, content: str, key: str, shares: bool) -
 def write_about(
     folder: Path, key: str, content: str, encoder: Encoder, modality: ModalitySettings, **more: Any
 ) -> None:
-    """Write `about.json`, for people and for later caches of the same encoder.
-
-    Args:
-        folder: folder of the cache.
-        key: result of `encoder_key`.
-        content: name of the folder with the encoder's input.
-        encoder: the encoder.
-        modality: its settings.
-        more: further entries.
-    """
+    """Write `about.json`, for people and for later caches of the same encoder."""
     layers = encoder.frozen_layers
     identity = encoder.identity
     about = {

@@ -23,11 +23,6 @@ REWRITING = ("pissa", "olora")
 def adapted_layers(lora: LoraSettings, num_layers: int, where: str) -> range:
     """Return the indices of the layers that get adapters.
 
-    Args:
-        lora: the adapters' settings.
-        num_layers: number of layers of the encoder.
-        where: the setting, for messages.
-
     Raises:
         ValueError: the model has no such layers.
     """
@@ -49,11 +44,6 @@ def adapted_layers(lora: LoraSettings, num_layers: int, where: str) -> range:
 
 def add_lora(layers: Sequence[nn.Module], lora: LoraSettings, where: str) -> None:
     """Add adapters to each of the layers.
-
-    Args:
-        layers: layers of one type.
-        lora: the adapters' settings.
-        where: the setting, for messages.
 
     Raises:
         ValueError: a target matches no linear map, or peft rejects the settings.

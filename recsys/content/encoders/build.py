@@ -54,11 +54,6 @@ def encoder_of(kind: ModalityKind, entry_shape: tuple[int, ...] = ()) -> Encoder
 def build_encoder(name: str, modality: ModalitySettings, feature_dim: int | None = None) -> Encoder:
     """Return the encoder of one modality without its items, for inspection.
 
-    Args:
-        name: the modality, for messages.
-        modality: its settings.
-        feature_dim: width of the stored features, for kind `feature`.
-
     Raises:
         ValueError: the encoder cannot be loaded, or does not fit its settings.
 

@@ -60,7 +60,7 @@ def run_in_groups(
         for shape in shapes[lengths > 0].unique().tolist():
             for items in torch.where((shapes == shape) & (lengths > 0))[0].split(ITEMS_PER_GROUP):
                 group = _group(content, items, shape if is_text else None)
-                outputs.append((items, _first(run(group), len(items))))
+                outputs.append((items, run(group)[: len(items)]))
     return _together(outputs, content.mask, width)
 
 
@@ -78,10 +78,6 @@ def _group(
         values = pad(values, (0, length - values.shape[1]))
         mask = pad(mask, (0, length - mask.shape[1]))
     return ContentInput(values, mask)
-
-
-def _first(output: ContentInput, count: int) -> ContentInput:
-    return ContentInput(output.values[:count], output.mask[:count])
 
 
 def _together(

@@ -67,10 +67,6 @@ def write_identities(identities: dict[str, EncoderIdentity], run: Path) -> None:
 def check_identities(identities: dict[str, EncoderIdentity], run: Path) -> None:
     """Check that encoders are those that the run was trained with.
 
-    Args:
-        identities: identities of the present encoders, by modality.
-        run: folder of the run.
-
     Raises:
         ValueError: they differ; the message names the modality, the difference and both revisions.
     """

@@ -51,7 +51,6 @@ class _Reached(Exception):
     """Raised to end a run of the model at the cut."""
 
     def __init__(self, hidden: Tensor) -> None:  # [U, T, D]
-        """Keep the hidden states [U, T, D] at the cut."""
         self.hidden = hidden
 
 

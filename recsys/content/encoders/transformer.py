@@ -114,12 +114,6 @@ class TransformerEncoder(Encoder):
         tower's pooled output there (arXiv 2103.00020), SigLIP's pooled outputs lie there (arXiv
         2303.15343).
 
-        Args:
-            pretrained: the checkpoint.
-            modality: settings, as for the class.
-            where: the setting, for messages.
-            pixels: normalisation of pixels; None for texts.
-
         Raises:
             ValueError: it cannot be loaded, or does not fit its settings.
         """

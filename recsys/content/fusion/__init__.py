@@ -28,11 +28,6 @@ def build_fusion(settings: FusionSettings, dim: int, num_modalities: int) -> nn.
     A user's class, `package.module:Class`, gets `content.fusion.options` by name. Its
     `forward(tokens, mask, modality)` has the arguments of `ConcatFusion`.
 
-    Args:
-        settings: name and options of the fusion.
-        dim: D.
-        num_modalities: M.
-
     Raises:
         ValueError: the name is unknown, or the class cannot be imported or constructed.
 

@@ -90,23 +90,14 @@ class RowFeatures(nn.Module):
         content: ContentVectors | None,
         batch: Batch,
         interest: Tensor,  # [B, interest_dim]
-        numbers: Tensor,  # [B, number of `self.history_numbers`]
-        history: JaggedHistory,
+        numbers: Tensor,  # [B, ...], `self.history_numbers` of the whole history
+        history: JaggedHistory,  # the one attended to, over `batch.history_items`
         parallel: Tensor,  # [K, P]
     ) -> Tensor:  # [B, W]
         """Return all vectors and numbers of each row, concatenated.
 
         A collective with content, which reads the history's vectors, or with standardisation in
         training.
-
-        Args:
-            ids: looked-up ID vectors.
-            content: content vectors; None for the ID-only twin.
-            batch: the batch that is ranked.
-            interest: interest in the ID history.
-            numbers: `self.history_numbers` of the whole history.
-            history: the history attended to, over `batch.history_items`.
-            parallel: parallel lists of that history.
         """
         of_content, similarities = [], []
         if self.content_interest is not None:

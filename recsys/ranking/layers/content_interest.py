@@ -47,11 +47,6 @@ def similarity_features(
     is split at 0.5. The features of a space are G means, G maxima and, per list, its mean weighted
     by softmax(cosine / 0.1): the user's opinion of items similar to the target. A group without
     items, and the votes of an empty history, give 0.
-
-    Args:
-        cosine: cosines of history items to the target, one column per space.
-        history: the histories of the batch.
-        flags: parallel lists, such as liked (1) or not (0).
     """
     spaces, batch = cosine.shape[1], history.lengths.shape[0]
     flagged = flags > 0.5

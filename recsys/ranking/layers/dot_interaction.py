@@ -27,15 +27,9 @@ from recsys.kernels import has_native, native_dot_interaction
 def dot_interaction(
     dense: Tensor,  # [B, D]
     sparse: Tensor,  # [B, F, D]
-    places: Tensor,  # [I]
+    places: Tensor,  # [I], `pair_places(F + 1)`
 ) -> Tensor:  # [B, D + I]
-    """Return the dense vector, and the dot products of all pairs of dense and sparse vectors.
-
-    Args:
-        dense: vector of the dense features.
-        sparse: vectors of the sparse features.
-        places: `pair_places(F + 1)`.
-    """
+    """Return the dense vector, and the dot products of all pairs of dense and sparse vectors."""
     vectors = torch.cat([dense.unsqueeze(1), sparse], dim=1)  # [B, F + 1, D]
     products = torch.bmm(vectors, vectors.transpose(1, 2))
     return torch.cat([dense, products.flatten(1).index_select(1, places)], dim=1)

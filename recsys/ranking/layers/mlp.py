@@ -38,11 +38,7 @@ def ranking_head(
 ) -> nn.Sequential:
     """Return a `multilayer_perceptron`, or an ensemble of `settings.ensemble_members` of them.
 
-    Args:
-        width: number of input features.
-        settings: `mlp_units`, `dropout` and `ensemble_members` are read.
-        num_outputs: number of labels.
-        drops_inputs: whether dropout also acts on the inputs of the head.
+    With `drops_inputs` dropout also acts on the inputs of the head.
     """
     first = [Dropout(settings.dropout)] if drops_inputs else []
     if settings.ensemble_members == 1:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,58 +31,6 @@ from recsys.ranking.sequence.head_attention import head_dots, head_sums
 
 Attention = Callable[[Tensor], Tensor]  # [S, L, K] -> [S, L, D]
 CELLS_OF_BLOCK = 2**20  # pairs of places, whose scores fit a cache
-
-
-class Sequences(Protocol):
-    """Histories of a batch, as the layers of a sequence model read them.
-
-    history: the histories over T tokens.
-    """
-
-    history: JaggedHistory
-
-    def tokens(self, items: Tensor, history: JaggedHistory) -> Tensor:
-        """Map [U, K] -> [T, K] by the index of `history`."""
-
-    def own(self, values: Tensor) -> Tensor:
-        """Map values of the places of all rows [N, K] to those of the tokens: [T, K]."""
-
-    def ages(self) -> Tensor:
-        """Return the number of newer tokens of the same sequence: int64 [T]."""
-
-    def padded(self, tokens: Tensor) -> Tensor:
-        """Map [T, K] -> [S, L, K]; places behind the last token of a sequence are zero."""
-
-    def flat(self, padded: Tensor) -> Tensor:
-        """Map [S, L, K] -> [T, K]: the inverse of `padded`."""
-
-    def attend(self, tokens: Tensor, attention: Attention, recomputes: bool) -> Tensor:
-        """Map tokens [T, K] -> [T, D] by causal attention among those of each sequence.
-
-        Args:
-            tokens: keys, values, queries and whatever else `attention` reads.
-            attention: maps [S, L, K] -> [S, L, D]; what stands behind a token cannot change it.
-            recomputes: whether its numbers are computed again in the backward pass if they are
-                many; not where it keeps none.
-        """
-
-    def dots(self, queries: Tensor, keys: Tensor, heads: int) -> Tensor:
-        """Return dot products [H, N] of queries [B, D] and keys [T, D] by head, at each place."""
-
-    def sums(self, weights: Tensor, values: Tensor) -> Tensor:
-        """Return sums [B, D] of values [T, D] with weights [H, N], by row and head."""
-
-    def at_places(self, of_tokens: Tensor) -> Tensor:
-        """Map [H, T] -> [H, N]: the token of each place."""
-
-    def latest(self, count: int) -> Sequences:
-        """Return the sequences of the `count` latest tokens of each; all of a shorter one."""
-
-    def take_latest(self, tokens: Tensor, latest: Sequences) -> Tensor:
-        """Map tokens [T, K] to those of `latest`, which `self.latest` has returned."""
-
-    def put_latest(self, tokens: Tensor, of_latest: Tensor, latest: Sequences) -> Tensor:
-        """Return tokens [T, K] with those of `latest` replaced."""
 
 
 def sequences_of(history: Any) -> Sequences:
@@ -102,6 +50,7 @@ def sequences_of(history: Any) -> Sequences:
 class JaggedSequences:
     """Sequences of different lengths, one per row.
 
+    history: the histories over T tokens.
     places: int64, the tokens that `latest` has chosen, in the sequences that it was called on;
         None: all.
     """
@@ -110,11 +59,11 @@ class JaggedSequences:
     places: Tensor | None = None
 
     def tokens(self, items: Tensor, history: JaggedHistory) -> Tensor:
-        """Map [U, K] -> [T, K] by the index of `history`."""
+        """Map vectors of items [U, K] -> [T, K] by the index of `history`."""
         return history.gather(items)
 
     def own(self, values: Tensor) -> Tensor:
-        """Return the values [T, K]: each place is a token."""
+        """Map values of the places of all rows [N, K] -> [T, K]: here each place is a token."""
         return values
 
     def ages(self) -> Tensor:
@@ -122,7 +71,7 @@ class JaggedSequences:
         return self.history.ages
 
     def padded(self, tokens: Tensor) -> Tensor:
-        """Map [T, K] -> [B, L, K]."""
+        """Map [T, K] -> [B, L, K]; places behind the last token of a sequence are zero."""
         return torch.ops.fbgemm.jagged_to_padded_dense(
             tokens, [self.history.offsets], [self.history.longest], 0.0
         )
@@ -133,7 +82,14 @@ class JaggedSequences:
         return torch.ops.fbgemm.dense_to_jagged(padded, offsets, total)[0]
 
     def attend(self, tokens: Tensor, attention: Attention, recomputes: bool) -> Tensor:
-        """Map tokens [T, K] -> [T, D], in blocks of sequences of similar length."""
+        """Map tokens [T, K] -> [T, D] by causal attention, in blocks of similar length.
+
+        Args:
+            tokens: keys, values, queries and whatever else `attention` reads.
+            attention: maps [S, L, K] -> [S, L, D]; what stands behind a token cannot change it.
+            recomputes: whether its numbers are computed again in the backward pass if they are
+                many; not where it keeps none.
+        """
         padded, lengths = self.padded(tokens), self.history.lengths
         longest = padded.shape[1]
         order, size = lengths.argsort(), max(CELLS_OF_BLOCK // longest**2, 1)
@@ -267,3 +223,6 @@ class EqualSequences:
         older = self.history.longest - latest.history.longest
         parts = [self.padded(tokens)[:, :older], latest.padded(of_latest)]
         return self.flat(torch.cat(parts, dim=1))
+
+
+Sequences = JaggedSequences | EqualSequences
