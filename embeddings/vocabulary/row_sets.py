@@ -125,19 +125,14 @@ class RowSets:
         return scores * np.exp2((last_used - step) / self.half_life)
 
     def _slots(
-        self,
-        sets: np.ndarray,  # [N]
-        ids: np.ndarray,  # [N]
-    ) -> tuple[np.ndarray, np.ndarray]:  # [N], [N]
+        self, sets: np.ndarray, ids: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:  # [N], [N] -> [N], [N]
         hashes = mix64(mix64(ids))  # the first mix was used to choose the set
         return sets, (hashes % np.uint64(self.waiting_ids.shape[1])).astype(np.int64)
 
     def _seen(
-        self,
-        sets: np.ndarray,  # [N]
-        ids: np.ndarray,  # [N]
-        counts: np.ndarray,  # [N]
-    ) -> np.ndarray:  # [N]
+        self, sets: np.ndarray, ids: np.ndarray, counts: np.ndarray
+    ) -> np.ndarray:  # [N], [N], [N] -> [N]
         """Return the occurrences of ids without a row, this call included, and store them."""
         if self.admit_after == 1:
             return counts

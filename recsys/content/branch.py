@@ -220,10 +220,8 @@ class ContentBranch(nn.Module):
         )
 
     def _at_their_ranks(
-        self,
-        items: Tensor,  # [E, D + M * D]
-        batch: Batch,
-    ) -> Tensor:  # [R, D + M * D]
+        self, items: Tensor, batch: Batch
+    ) -> Tensor:  # [E, D + M * D] -> [R, D + M * D]
         """Return the vectors that this rank needs, of its own items or sent by their owners.
 
         A collective if items are exchanged.

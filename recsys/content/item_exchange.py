@@ -54,10 +54,8 @@ def assign_to_owners(batch: Batch, group: dist.ProcessGroup) -> Batch:
 
 
 def exchange_vectors(
-    vectors: Tensor,  # [E, D]
-    exchange: ItemExchange,
-    group: dist.ProcessGroup,
-) -> Tensor:  # [R, D]
+    vectors: Tensor, exchange: ItemExchange, group: dist.ProcessGroup
+) -> Tensor:  # [E, D] -> [R, D]
     """Return the vectors that this rank needs, from their owners, with gradient. A collective."""
     sent = vectors.index_select(0, exchange.rows)
     received = sent.new_empty(sum(exchange.receive_counts), vectors.shape[1])

@@ -21,9 +21,8 @@ torch.library.define(
 
 
 def native_dot_interaction(
-    dense: Tensor,  # [B, D]
-    sparse: Tensor,  # [B, F, D]
-) -> Tensor:  # [B, D + I]
+    dense: Tensor, sparse: Tensor
+) -> Tensor:  # [B, D], [B, F, D] -> [B, D + I]
     """Return the dense vector and the dot products of the pairs (i, j), i < j, by a kernel.
 
     The kernel computes in float32. The result has the type that PyTorch's operations give: that of

@@ -159,11 +159,8 @@ class ContentIDContrastive(nn.Module):
         return (self._row_losses(content, ids, items) * row_weights).mean()
 
     def _row_losses(
-        self,
-        content: Tensor,  # [B, D]
-        ids: Tensor,  # [B, D]
-        items: Tensor,  # [B]
-    ) -> Tensor:  # [B]
+        self, content: Tensor, ids: Tensor, items: Tensor
+    ) -> Tensor:  # [B, D], [B, D], [B] -> [B]
         settings = self.settings
         gathers = settings.all_ranks and dist.is_initialized() and dist.get_world_size() > 1
         if settings.variant == "in_batch" and not gathers and _has_kernel(content, ids):

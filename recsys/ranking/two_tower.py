@@ -109,10 +109,8 @@ class TwoTower(nn.Module):
         return F.normalize(query, dim=2)
 
     def _item(
-        self,
-        of_id: Tensor,  # [B or S, I]
-        of_content: Tensor | None,  # [B or S, E]
-    ) -> Tensor:  # [B or S, D]
+        self, of_id: Tensor, of_content: Tensor | None
+    ) -> Tensor:  # [B or S, I], [B or S, E] -> [B or S, D]
         vectors = [of_id] if of_content is None else [of_id, of_content]
         return F.normalize(self.item_tower(torch.cat(vectors, dim=1)), dim=1)
 
@@ -133,11 +131,8 @@ class Similarity(nn.Module):
         self.weights = nn.Parameter(torch.zeros(num_spaces, num_means))
 
     def query(
-        self,
-        content: ContentVectors,
-        history: JaggedHistory,
-        parallel: Tensor,  # [N, P]
-    ) -> Tensor:  # [B, (1 + M) * E]
+        self, content: ContentVectors, history: JaggedHistory, parallel: Tensor
+    ) -> Tensor:  # [N, P] -> [B, (1 + M) * E]
         """Return the weighted mean directions of the history's items.
 
         A collective, as it reads the history's content vectors.

@@ -143,9 +143,8 @@ class Encoder(nn.Module):
 
 
 def normalize_pixels(
-    pixels: Tensor,  # uint8 [U, 3, H, W]
-    preparation: ImagePreparation,
-) -> Tensor:  # float32 [U, 3, H, W]
+    pixels: Tensor, preparation: ImagePreparation
+) -> Tensor:  # uint8 [U, 3, H, W] -> float32 [U, 3, H, W]
     """Return the pixels normalised as the encoder expects."""
     mean = torch.tensor(preparation.mean, device=pixels.device).view(1, 3, 1, 1)
     std = torch.tensor(preparation.std, device=pixels.device).view(1, 3, 1, 1)

@@ -88,11 +88,8 @@ class PublishedLayer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def forward(
-        self,
-        x: Tensor,  # [U, T, D]
-        mask: Tensor,  # [U, T]
-        num_outputs: int,
-    ) -> Tensor:  # [U, num_outputs, D]
+        self, x: Tensor, mask: Tensor, num_outputs: int
+    ) -> Tensor:  # [U, T, D], [U, T] -> [U, num_outputs, D]
         """Return the layer's outputs for the first `num_outputs` tokens."""
         attended = self.attention(x, mask, num_outputs)
         return self.norm(x[:, :num_outputs] + self.dropout(attended))
@@ -112,11 +109,8 @@ class ModernLayer(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(
-        self,
-        x: Tensor,  # [U, T, D]
-        mask: Tensor,  # [U, T]
-        num_outputs: int,
-    ) -> Tensor:  # [U, num_outputs, D]
+        self, x: Tensor, mask: Tensor, num_outputs: int
+    ) -> Tensor:  # [U, T, D], [U, T] -> [U, num_outputs, D]
         """Return the layer's outputs for the first `num_outputs` tokens."""
         attended = self.attention(self.attention_norm(x), mask, num_outputs)
         x = x[:, :num_outputs] + self.dropout(attended)

@@ -141,11 +141,8 @@ class FusionQFormer(nn.Module):
         return few and has_native(tokens, self.queries)
 
     def _by_kernel(
-        self,
-        tokens: Tensor,  # [U, T, D]
-        mask: Tensor,  # [U, T]
-        modality: Tensor,  # [T]
-    ) -> Tensor:  # [U, D]
+        self, tokens: Tensor, mask: Tensor, modality: Tensor
+    ) -> Tensor:  # [U, T, D], [U, T], [T] -> [U, D]
         """Return the same as the operations of `forward`, with their random numbers."""
         first = self.layers[0]
         assert isinstance(first, ModernLayer)

@@ -61,13 +61,8 @@ class AgedAttention(nn.Module):
         return self.output(torch.cat(heads, dim=1))
 
     def _head(
-        self,
-        query: Tensor,  # [B, D]
-        items: Tensor,  # [U, D]
-        history: JaggedHistory,
-        parallel: Tensor,  # [K, P]
-        ages: Tensor,  # [K]
-    ) -> Tensor:  # [B, D]
+        self, query: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor, ages: Tensor
+    ) -> Tensor:  # [B, D], [U, D], [K, P], [K] -> [B, D]
         of_ages = query @ self.ages.weight.T  # [B, A]
         places = history.rows * NUM_AGES + ages  # in [B, A], flattened
         scores = history.dot(query, items) + of_ages.flatten().float()[places]

@@ -73,11 +73,8 @@ class RowFeatures(nn.Module):
             self.standardization = Standardization(numbers, dimensions.process_group)
 
     def history_numbers(
-        self,
-        history: JaggedHistory,
-        parallel: Tensor,  # [N, P]
-        batch: Batch,
-    ) -> Tensor:  # [B, number of them]
+        self, history: JaggedHistory, parallel: Tensor, batch: Batch
+    ) -> Tensor:  # [N, P] -> [B, number of them]
         """Return `history_numbers` of the whole history, and the votes by opinions, if any."""
         numbers = history_numbers(history, parallel)
         if self.opinion_votes is None:

@@ -24,10 +24,8 @@ LOWER_THAN_COSINE = -2.0
 
 
 def cosines(
-    target: Tensor,  # [B, D]
-    items: Tensor,  # [U, D]
-    history: JaggedHistory,
-) -> Tensor:  # [N]
+    target: Tensor, items: Tensor, history: JaggedHistory
+) -> Tensor:  # [B, D], [U, D] -> [N]
     """Return the cosine of each history item to its row's target; 0 if either vector is zero."""
     items = items.float()
     # Dividing the dot products by the items' norms costs less than normalising the items.
@@ -70,10 +68,8 @@ def num_similarity_features(num_flags: int) -> int:
 
 
 def similarity_histogram(
-    cosine: Tensor,  # [N]
-    history: JaggedHistory,
-    bins: int,
-) -> Tensor:  # [B, bins]
+    cosine: Tensor, history: JaggedHistory, bins: int
+) -> Tensor:  # [N] -> [B, bins]
     """Count the history items in `bins` equal tiers of [-1, 1] (SimTier, arXiv 2407.19467).
 
     Returns:
@@ -86,10 +82,8 @@ def similarity_histogram(
 
 
 def sorted_cosines(
-    cosine: Tensor,  # [N]
-    history: JaggedHistory,
-    count: int,
-) -> Tensor:  # [B, count]
+    cosine: Tensor, history: JaggedHistory, count: int
+) -> Tensor:  # [N] -> [B, count]
     """Return the `count` highest cosines, falling; 0 if the history is shorter.
 
     The feature is that of LEMUR (arXiv 2511.10962).
@@ -125,11 +119,8 @@ class ContentInterest(nn.Module):
         return ContentInterest(content.dim, num_modalities, num_parallel, content.history)
 
     def forward(
-        self,
-        content: ContentVectors,
-        history: JaggedHistory,
-        parallel: Tensor,  # [N, P]
-    ) -> Tensor:  # [B, output_dim]
+        self, content: ContentVectors, history: JaggedHistory, parallel: Tensor
+    ) -> Tensor:  # [N, P] -> [B, output_dim]
         """Return the interest and the similarity features of each row.
 
         A collective: the first call that reads the history's vectors may exchange them between

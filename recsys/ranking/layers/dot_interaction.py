@@ -56,10 +56,8 @@ class DotInteraction(InteractionArch):
         self.register_buffer("places", pair_places(num_sparse_features + 1), persistent=False)
 
     def forward(
-        self,
-        dense_features: Tensor,  # [B, D]
-        sparse_features: Tensor,  # [B, F, D]
-    ) -> Tensor:  # [B, D + I]
+        self, dense_features: Tensor, sparse_features: Tensor
+    ) -> Tensor:  # [B, D], [B, F, D] -> [B, D + I]
         """Return the dense vector, and the dot products of all pairs of vectors."""
         if has_native(dense_features, sparse_features):
             return native_dot_interaction(dense_features, sparse_features)

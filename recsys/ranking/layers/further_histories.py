@@ -30,12 +30,8 @@ class MeanOfEvents(HistoryAttention):
     """The mean of the events: attention with equal scores, which does not depend on the target."""
 
     def scores(
-        self,
-        target: Tensor,  # [B, D]
-        items: Tensor,  # [N, D]
-        history: JaggedHistory,
-        parallel: Tensor,  # [N, P]
-    ) -> Tensor:  # [N]
+        self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
+    ) -> Tensor:  # [B, D], [N, D], [N, P] -> [N]
         """Return zeros."""
         return torch.zeros_like(history.rows, dtype=items.dtype)
 

@@ -18,9 +18,8 @@ HALF_LIVES = (1.0, 3.0, 10.0)  # in newer items
 
 
 def history_numbers(
-    history: JaggedHistory,
-    parallel: Tensor,  # [N, P]
-) -> Tensor:  # [B, P * (1 + H) + 1]
+    history: JaggedHistory, parallel: Tensor
+) -> Tensor:  # [N, P] -> [B, P * (1 + H) + 1]
     """Return the mean of each parallel list, its means by each half-life, and log(1 + length).
 
     All are 0 for an empty history.

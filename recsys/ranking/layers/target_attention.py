@@ -74,12 +74,8 @@ class TargetAttention(HistoryAttention):
         self.score = nn.Sequential(*layers, nn.Linear(width, 1))
 
     def forward(
-        self,
-        target: Tensor,  # [B, D]
-        items: Tensor,  # [U, D]
-        history: JaggedHistory,
-        parallel: Tensor,  # [N, P]
-    ) -> Tensor:  # [B, D]
+        self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
+    ) -> Tensor:  # [B, D], [U, D], [N, P] -> [B, D]
         """Return the interest of each row, by a kernel where there is one for these inputs."""
         weights = ScoreWeights.of(self.score)
         if weights is None or history.is_shared or not isinstance(history, JaggedHistory):
@@ -94,12 +90,8 @@ class TargetAttention(HistoryAttention):
         )
 
     def scores(
-        self,
-        target: Tensor,  # [B, D]
-        items: Tensor,  # [U, D]
-        history: JaggedHistory,
-        parallel: Tensor,  # [N, P]
-    ) -> Tensor:  # [N]
+        self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
+    ) -> Tensor:  # [B, D], [U, D], [N, P] -> [N]
         """Return the MLP's score of each history item for its row's target."""
         first = self.score[0]
         assert isinstance(first, nn.Linear)
@@ -155,12 +147,8 @@ class DotAttention(HistoryAttention):
         self.scale = dim**-0.5
 
     def scores(
-        self,
-        target: Tensor,  # [B, D]
-        items: Tensor,  # [U, D]
-        history: JaggedHistory,
-        parallel: Tensor,  # [N, P]
-    ) -> Tensor:  # [N]
+        self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
+    ) -> Tensor:  # [B, D], [U, D], [N, P] -> [N]
         """Return the scaled dot product of each history item and its row's mapped target."""
         query, of_lists = self.query_of(target)
         scores = history.dot(query, items.float())

@@ -165,11 +165,8 @@ class SequenceModel(RowFeatures):
         return self.mlp(self.features(ids, content, batch, interest, numbers, history, parallel))
 
     def encoded(
-        self,
-        tokens: Tensor,  # [T, D]
-        target: Tensor,  # [B, D]
-        events: Events,
-    ) -> Tensor:  # [B, D]
+        self, tokens: Tensor, target: Tensor, events: Events
+    ) -> Tensor:  # [T, D], [B, D] -> [B, D]
         """Return the state of each target after the last layer."""
         tokens, target = self.positioned(tokens, target, events)
         *lower, last = (cast(SequenceLayer, layer) for layer in self.layers)
