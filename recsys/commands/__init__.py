@@ -24,10 +24,7 @@ COMMANDS = {
     "compare": ("compare", "Compare runs, and test which differences are significant."),
     "serve": ("serving.serve", "Answer requests from a package over HTTP and gRPC."),
     "export": ("export", "Write a run as a package that answers requests on its own."),
-    "export-vectors": (
-        "retrieval.export_vectors",
-        "Write item vectors of a run, with an index.",
-    ),
+    "export-vectors": ("retrieval.export_vectors", "Write item vectors of a run, with an index."),
     "retrieve": ("retrieval.retrieve", "Find the best items of a user by an index of vectors."),
     "semantic-ids": ("retrieval.semantic_ids", "Give items a few codes that similar items share."),
     "package": ("serving.package", "Add items to a package, or compare files with their hashes."),

@@ -91,13 +91,7 @@ def _prepare_events(chosen: Namespace) -> None:
 
     master = chosen.spark_master if chosen.engine == "spark" else None
     report = prepare_events(
-        chosen.config,
-        chosen.out,
-        chosen.source,
-        chosen.memory,
-        master,
-        chosen.threads,
-        chosen.temp,
+        chosen.config, chosen.out, chosen.source, chosen.memory, master, chosen.threads, chosen.temp
     )
     print_table(format_report(report))
     logger.info("written to %s", chosen.out)

@@ -32,11 +32,4 @@ def run(arguments: Namespace) -> None:
     from recsys.distributed.ranks import joined_ranks
 
     with joined_ranks(arguments.device) as ranks:
-        report_run(
-            arguments.run,
-            arguments.data,
-            out,
-            ranks,
-            arguments.device,
-            arguments.colour_by,
-        )
+        report_run(arguments.run, arguments.data, out, ranks, arguments.device, arguments.colour_by)

@@ -171,10 +171,7 @@ def score(
     }
 
 
-def _columns(
-    batch: Batch,
-    logits: Tensor,  # [B, C]
-) -> dict[str, Tensor]:
+def _columns(batch: Batch, logits: Tensor) -> dict[str, Tensor]:  # logits: [B, C]
     """Return the score columns of real (non-padding) rows."""
     known = batch.row_positions >= 0
     columns = {

@@ -25,9 +25,7 @@ CONFIDENCE = 0.95
 PERCENTILES = (2.5, 97.5)
 
 
-def effective_users(
-    weights: np.ndarray,  # [U]
-) -> float:
+def effective_users(weights: np.ndarray) -> float:  # weights: [U]
     """Return the number of users of equal weight that vary as much as users of these weights.
 
     Example::
@@ -55,10 +53,7 @@ def interval_stretch(users: float) -> float:
     return float(stdtrit(users - 1, upper) / ndtri(upper) * np.sqrt(users / (users - 1)))
 
 
-def interval_ends(
-    deviations: np.ndarray,  # [S]
-    users: float,
-) -> tuple[float, float]:
+def interval_ends(deviations: np.ndarray, users: float) -> tuple[float, float]:  # deviations: [S]
     """Return how far a 95 % interval reaches below and above a value, from a bootstrap of users.
 
     Each end is the farthest of three: the stretched percentile, Student's, and Student's corrected

@@ -103,9 +103,7 @@ def metric_users(windows: Sequence[SplitScores], metric: str, part: str, label: 
     return defining_users(rows_of_users(windows, users, metric, part, label))
 
 
-def defining_users(
-    of_users: np.ndarray,  # [2, U]
-) -> int:
+def defining_users(of_users: np.ndarray) -> int:  # of_users: [2, U]
     """Return the least number of users with rows, of `rows_of_users`."""
     return int((of_users > 0).sum(axis=1).min())
 

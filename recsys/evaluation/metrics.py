@@ -2,8 +2,7 @@
 
 AUC and GAUC count pairs in integers (`recsys.evaluation.auc`), so ties count exactly half at any
 number of rows; the streaming metrics of torchmetrics bin or sum in float32, which is why they are
-not used here. Rows
-of all ranks are gathered first: a mean of per-rank AUCs is not the AUC.
+not used here. Rows of all ranks are gathered first: a mean of per-rank AUCs is not the AUC.
 GAUC: Zhu et al., Optimized Cost per Click in Taobao Display Advertising, 2017. Normalised entropy:
 He et al., Practical Lessons from Predicting Clicks on Ads at Facebook, 2014.
 
@@ -13,7 +12,7 @@ Shapes: N rows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,47 +22,9 @@ from recsys.evaluation.few_users import MARK_NOTE, marked
 from recsys.evaluation.further_metrics import Metric, call_metric, fits_loss
 from recsys.evaluation.regression import RegressionRows
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    Array = np.ndarray | Tensor
 ORDER_METRICS = ("auc", "gauc")  # of the order of scores alone
 SHOWN = (*ORDER_METRICS, "logloss", "ne")  # metrics that tables show
 SHOWN_OF_NUMBERS = ("rmse", "mae", "nrmse")  # of labels that are numbers
-
-
-def ranking_metrics(
-    labels: Array, logits: Array, groups: Array, weights: Array | None = None
-) -> dict[str, Any]:
-    """Compute the metrics of N rows.
-
-    Args:
-        labels: [N], 0 or 1.
-        logits: [N], finite.
-        groups: int [N], the user of each row.
-        weights: [N], above 0; a weight of 2 is a row that is there twice. None: 1 each.
-
-    Returns:
-        auc: probability that a positive is above a negative; a tie counts half.
-        gauc: AUC within each user, weighted by the user's rows; users with both labels only.
-        logloss: mean binary cross-entropy.
-        ne: normalised entropy, logloss over the entropy of the share of positives.
-        calibration: mean prediction over share of positives.
-        num_samples: N.
-        sum_of_weights: of the rows, if they are weighed.
-        num_users: users with rows.
-        gauc_users: users with both labels.
-        A metric that the rows do not define (one class only, no rows) is None.
-
-    Raises:
-        ValueError: a label is not 0 or 1, or a logit is not finite.
-
-    Example::
-
-        ranking_metrics(np.array([1, 0, 1]), np.array([2.0, 0.5, 0.5]), np.array([7, 7, 7]))["auc"]
-        # 0.75
-    """
-    return RankedRows(labels, logits, groups, weights).metrics()
 
 
 class RankedRows:
@@ -73,19 +34,27 @@ class RankedRows:
         labels: [N], 0 or 1.
         logits: [N], finite.
         groups: int [N], the user of each row.
-        weights: [N], above 0; None: 1 each.
+        weights: [N], above 0; a weight of 2 is a row that is there twice. None: 1 each.
 
     Raises:
         ValueError: a label is not 0 or 1, or a logit is not finite.
+
+    Example::
+
+        labels, logits = np.array([1, 0, 1]), np.array([2.0, 0.5, 0.5])
+        RankedRows(labels, logits, np.array([7, 7, 7])).metrics()["auc"]  # 0.75
     """
 
     def __init__(
-        self, labels: Array, logits: Array, groups: Array, weights: Array | None = None
+        self,
+        labels: np.ndarray,
+        logits: np.ndarray,
+        groups: np.ndarray,
+        weights: np.ndarray | None = None,
     ) -> None:
         """Check the values, sort the rows and compute each row's loss and prediction."""
-        label, logit = _numpy(labels).astype(np.float64), _numpy(logits).astype(np.float64)
-        self.group = _numpy(groups)
-        self.weight = None if weights is None else _numpy(weights).astype(np.float64)
+        label, logit, self.group = labels.astype(np.float64), logits.astype(np.float64), groups
+        self.weight = None if weights is None else weights.astype(np.float64)
         assert label.ndim == 1 and label.shape == logit.shape == self.group.shape
         _check_values(label, logit)
         self.label, self.logit, self.positive = label, logit, label == 1
@@ -95,11 +64,21 @@ class RankedRows:
         self.loss = np.logaddexp(0, logit) - label * logit
         self.prediction = np.exp(-np.logaddexp(0, -logit))
 
-    def metrics(
-        self,
-        rows: np.ndarray | None = None,  # bool [N]
-    ) -> dict[str, Any]:
-        """Compute the metrics of `ranking_metrics` for some rows, by default for all."""
+    def metrics(self, rows: np.ndarray | None = None) -> dict[str, Any]:  # rows: bool [N]
+        """Compute the metrics of some rows, by default of all.
+
+        Returns:
+            auc: probability that a positive is above a negative; a tie counts half.
+            gauc: AUC within each user, weighted by the user's rows; users with both labels only.
+            logloss: mean binary cross-entropy.
+            ne: normalised entropy, logloss over the entropy of the share of positives.
+            calibration: mean prediction over share of positives.
+            num_samples: number of rows.
+            sum_of_weights: of the rows, if they are weighed.
+            num_users: users with rows.
+            gauc_users: users with both labels.
+            A metric that the rows do not define (one class only, no rows) is None.
+        """
         by_score, by_group = self.by_score, self.by_group
         if rows is not None:
             by_score, by_group = by_score[rows[by_score]], by_group[rows[by_group]]
@@ -142,17 +121,17 @@ def rows_of_loss(
 
 
 def evaluation_report(
-    labels: Array,
-    logits: Array,
-    groups: Array,
-    item_counts: Array,
+    labels: np.ndarray,
+    logits: np.ndarray,
+    groups: np.ndarray,
+    item_counts: np.ndarray,
     more: Mapping[str, Metric] | None = None,
-    weights: Array | None = None,
+    weights: np.ndarray | None = None,
     loss: str = "bce",
 ) -> dict[str, Any]:
     """Compute the metrics of all rows, and nested those of warm, cold and unseen items.
 
-    They are `ranking_metrics`, or for a label that is a number those of `RegressionRows`.
+    They are those of `RankedRows`, or for a label that is a number of `RegressionRows`.
 
     Args:
         labels: [N], 0 or 1, or numbers.
@@ -164,15 +143,13 @@ def evaluation_report(
         loss: of the label.
 
     Raises:
-        ValueError: as `ranking_metrics` does, or one of `more` fails.
+        ValueError: as `RankedRows` does, or one of `more` fails.
     """
-    columns = [_numpy(values) for values in (labels, logits, groups, item_counts)]
-    assert columns[3].shape == columns[0].shape
-    of_weights = None if weights is None else _numpy(weights)
-    ranked, reports = rows_of_loss(columns[0], columns[1], columns[2], of_weights, loss), {}
-    columns[1] = ranked.scores
+    assert item_counts.shape == labels.shape
+    ranked, reports = rows_of_loss(labels, logits, groups, weights, loss), {}
+    columns = labels, ranked.scores, groups, item_counts
     more = {name: metric for name, metric in (more or {}).items() if fits_loss(metric, loss)}
-    for part, rows in item_parts(columns[3]).items():
+    for part, rows in item_parts(item_counts).items():
         reports[part] = ranked.metrics(rows) | {
             name: call_metric(name, metric, *(column[rows] for column in columns))
             for name, metric in more.items()
@@ -214,7 +191,7 @@ def marked_cell(metrics: Mapping[str, Any], name: str, undefined: str = "-") -> 
     """Format a metric for a table; in parentheses if a handful of users define it.
 
     Args:
-        metrics: those of a part, such as `ranking_metrics`.
+        metrics: those of a part, such as `RankedRows.metrics`.
         name: the metric.
         undefined: text for None.
     """
@@ -222,18 +199,7 @@ def marked_cell(metrics: Mapping[str, Any], name: str, undefined: str = "-") -> 
     return undefined if metrics[name] is None else marked(f"{metrics[name]:.4f}", users)
 
 
-def _numpy(values: Array) -> np.ndarray:  # the same shape
-    if isinstance(values, np.ndarray):
-        return values
-    values = values.detach().cpu()
-    # numpy has no bfloat16
-    return values.double().numpy() if values.is_floating_point() else values.numpy()
-
-
-def _check_values(
-    label: np.ndarray,  # [N]
-    logit: np.ndarray,  # [N]
-) -> None:
+def _check_values(label: np.ndarray, logit: np.ndarray) -> None:  # label: [N], logit: [N]
     """Raise ValueError if a label is not 0 or 1, or a logit is not finite."""
     wrong = (label != 0) & (label != 1)
     if wrong.any():

@@ -12,10 +12,7 @@ import numpy as np
 ERRORS = ("rmse", "mae")  # lower is better
 
 
-def predicted(
-    logits: np.ndarray,  # [N]
-    loss: str,
-) -> np.ndarray:  # float64 [N]
+def predicted(logits: np.ndarray, loss: str) -> np.ndarray:  # [N] -> float64 [N]
     """Return the predictions of a label with loss mse, huber or poisson."""
     with np.errstate(over="ignore"):
         return np.exp(logits.astype(np.float64)) if loss == "poisson" else logits.astype(np.float64)
@@ -54,10 +51,7 @@ class RegressionRows:
                 "rows are not finite): the model has diverged; lower the learning rates"
             )
 
-    def metrics(
-        self,
-        rows: np.ndarray | None = None,  # bool [N]
-    ) -> dict[str, Any]:
+    def metrics(self, rows: np.ndarray | None = None) -> dict[str, Any]:  # rows: bool [N]
         """Compute the metrics of some rows, by default of all; None where they define none.
 
         Returns:
@@ -65,7 +59,7 @@ class RegressionRows:
             nrmse: rmse over that of always predicting the mean, the labels' standard deviation.
             calibration, deviance: of counts: mean prediction over mean label, and mean Poisson
                 deviance.
-            num_samples, num_users, sum_of_weights: as in `ranking_metrics`.
+            num_samples, num_users, sum_of_weights: as in `RankedRows`.
         """
         chosen = slice(None) if rows is None else rows
         label, value, group = self.label[chosen], self.scores[chosen], self.group[chosen]

@@ -45,10 +45,7 @@ class SplitScores:
             rows &= self.weights > 0
         return self if rows.all() else self.take(rows)
 
-    def take(
-        self,
-        rows: np.ndarray,  # bool [N]
-    ) -> SplitScores:
+    def take(self, rows: np.ndarray) -> SplitScores:  # rows: bool [N]
         """Return some rows."""
         names = ("positions", "groups", "items", "counts", "labels", "logits")
         chosen = {name: getattr(self, name)[rows] for name in names}

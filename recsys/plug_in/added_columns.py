@@ -24,10 +24,7 @@ class WidenedLinear(nn.Linear):
 
     extra: Tensor | None = None
 
-    def forward(
-        self,
-        x: Tensor,  # [B, X]
-    ) -> Tensor:  # [B, O]
+    def forward(self, x: Tensor) -> Tensor:  # [B, X] -> [B, O]
         """Return the layer's output plus `extra`."""
         output = super().forward(x)
         return output if self.extra is None else output + self.extra
@@ -76,10 +73,7 @@ class AddedColumns(nn.Module):
         nn.init.zeros_(self.map.weight)
 
     @contextmanager
-    def added(
-        self,
-        columns: Tensor,  # [B, Z]
-    ) -> Iterator[None]:
+    def added(self, columns: Tensor) -> Iterator[None]:  # columns: [B, Z]
         """Add `columns` to the module's input inside the block."""
         self._first[0].extra = self.map(columns)
         try:
@@ -113,8 +107,6 @@ class WidenedModule(nn.Module):
         return output
 
 
-def no_columns(
-    rows: Tensor,  # [B, ...]
-) -> Tensor:  # [B, 0]
+def no_columns(rows: Tensor) -> Tensor:  # [B, ...] -> [B, 0]
     """Return a tensor without columns for these rows."""
     return torch.zeros(len(rows), 0, device=rows.device)

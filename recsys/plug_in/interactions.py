@@ -14,11 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchrec.models.dlrm import (
-    InteractionArch,
-    InteractionDCNArch,
-    InteractionProjectionArch,
-)
+from torchrec.models.dlrm import InteractionArch, InteractionDCNArch, InteractionProjectionArch
 from torchrec.modules.crossnet import LowRankCrossNet
 
 from recsys.plug_in.added_columns import AddedColumns, no_columns

@@ -43,12 +43,7 @@ def run(arguments: Namespace) -> None:
 
     with joined_ranks("cpu") as ranks:
         manifest = export_vectors(
-            arguments.run,
-            arguments.out,
-            arguments.vectors,
-            arguments.index,
-            ranks,
-            arguments.data,
+            arguments.run, arguments.out, arguments.vectors, arguments.index, ranks, arguments.data
         )
     size = f"{manifest.num_items:,} x {manifest.dim}"
     index = "no index" if manifest.index is None else f"index {manifest.index}"

@@ -74,11 +74,9 @@ class BatchCounts:
         features = batch.sequence_features
         last = len(features.keys()) - (batch.negative_items is not None)
         others = features.keys()[2:last]  # after target and history
-        looked_up = features.values()
         by_feature = {name: features[name].values() for name in others}
-        if others:
-            own = sorted(set(features.keys()) - set(others))
-            looked_up = torch.cat([features[name].values() for name in own])
+        own = [name for name in features.keys() if name not in others]  # noqa: SIM118
+        looked_up = torch.cat([features[name].values() for name in own])
         trained = encoded if batch.with_gradient is None else min(batch.with_gradient, encoded)
         if batch.sparse_features is not None:
             pooled = batch.sparse_features.to_dict()
@@ -127,10 +125,7 @@ def _mean(values: Sequence[Any]) -> Any:
     return fmean(values)
 
 
-def lengths_like(
-    sample: Tensor,  # [S]
-    count: int,
-) -> Tensor:  # [count]
+def lengths_like(sample: Tensor, count: int) -> Tensor:  # [S] -> [count]
     """Return `count` lengths with the distribution of a sample, by its quantiles."""
     places = (torch.arange(count) + 0.5) / max(count, 1) * len(sample)
     return sample.sort().values[places.long().clamp(max=len(sample) - 1)]

@@ -80,14 +80,10 @@ def _mean_of_copies(sizes: ModelSizes, world_size: int) -> Sent:
     return Sent("mean of copies", backward=ring, is_ring=True, stays_in_node=True)
 
 
-def _features(table: TableMemory) -> int:
-    return len(table.table.features)
-
-
 def _ids(table: TableMemory, counts: BatchCounts, world_size: int) -> float:
     others = (world_size - 1) / world_size
     values = ID * counts.lookups(table.table.features)[0] * table.column_shards * others
-    lengths = LENGTH * counts.rows * _features(table)
+    lengths = LENGTH * counts.rows * len(table.table.features)
     if table.sharding == "row_wise":
         return values + lengths * (world_size - 1)
     if table.sharding == "table_row_wise":
@@ -100,7 +96,7 @@ def _vectors(table: TableMemory, counts: BatchCounts, world_size: int) -> float:
     dim, others = table.table.embedding_dim, (world_size - 1) / world_size
     if table.table.pooling == "none":
         return dim * counts.lookups(table.table.features)[0] * others
-    pooled = dim * counts.rows * _features(table)
+    pooled = dim * counts.rows * len(table.table.features)
     if table.sharding == "row_wise":
         return pooled * (world_size - 1)
     if table.sharding == "table_row_wise":

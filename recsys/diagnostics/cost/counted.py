@@ -201,9 +201,14 @@ def _count(
 ) -> list[PartCost]:
     """Count a module that reads `inputs` and a batch, by child."""
     module = deepcopy(module).cpu().train()  # keeps gradients off the real model
-    numbers: Counter[str] = Counter()
+    numbers: Counter[str] = Counter()  # in inputs, weights and outputs, by child
+
+    def add_numbers(name: str, child: nn.Module, inputs: Any, output: Any) -> None:
+        values = [*_tensors(inputs), *_tensors(output), *child.parameters()]
+        numbers[name] += sum(value.numel() for value in values if value.is_floating_point())
+
     for name, child in module.named_children():
-        child.register_forward_hook(partial(_add_numbers, numbers, name))
+        child.register_forward_hook(partial(add_numbers, name))
     with torch.compiler.set_stance("force_eager"), WorkCounter() as counter:
         output = module(*inputs, batch)
         forward, whole = _by_child(counter, module), counter.work()
@@ -261,19 +266,9 @@ def _random_content(content: ContentSettings, batch: Batch) -> ContentVectors:
 
 def _by_child(counter: WorkCounter, module: nn.Module) -> dict[str, Work]:
     """Return the work counted so far by child; `other`: work outside of all children."""
-    found = {
-        name: counter.work(f"{type(module).__name__}.{name}") for name, _ in module.named_children()
-    }
-    counted = sum(found.values(), Work())
-    return found | {"other": counter.work() + times(counted, -1)}
-
-
-def _add_numbers(
-    numbers: Counter[str], name: str, module: nn.Module, inputs: Any, output: Any
-) -> None:
-    """Add up the sizes of a call's inputs, weights and outputs."""
-    values = [*_tensors(inputs), *_tensors(output), *module.parameters()]
-    numbers[name] += sum(value.numel() for value in values if value.is_floating_point())
+    parent, names = type(module).__name__, [name for name, _ in module.named_children()]
+    found = {name: counter.work(f"{parent}.{name}") for name in names}
+    return found | {"other": counter.work() + times(sum(found.values(), Work()), -1)}
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

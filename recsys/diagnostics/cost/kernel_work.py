@@ -24,32 +24,22 @@ def _target_attention(target: Sequence[int], *shapes: Any, **_: Any) -> int:
     return int(2 * places * of_place + 4 * rows * dim * hidden)
 
 
-def _target_attention_backward(
-    gradient: Any, shares: Any, kept: Any, *shapes: Any, **_: Any
-) -> int:
-    """Count the gradients of both factors of each product."""
-    del gradient, shares, kept
-    return 2 * _target_attention(*shapes)
-
-
-def _dot_interaction(dense: Sequence[int], sparse: Sequence[int], **_: Any) -> int:
+def _dot_interaction(_dense: Any, sparse: Sequence[int], **_: Any) -> int:
     """Count the dot products of all pairs of vectors."""
-    del dense
     rows, features, dim = sparse
     return rows * features * (features + 1) * dim
 
 
-def _dot_interaction_backward(gradient: Any, *shapes: Any, **_: Any) -> int:
-    del gradient
-    return 2 * _dot_interaction(*shapes)
-
-
 def kernel_counts() -> dict[Any, Callable[..., int]]:
-    """Return the function that counts each kernel's FLOPs, for `FlopCounterMode`."""
+    """Return the function that counts each kernel's FLOPs, for `FlopCounterMode`.
+
+    A backward computes the gradients of both factors of each product; the forward's inputs follow
+    its gradient and what the forward kept.
+    """
     ops = torch.ops.recsys
     return {
         ops.target_attention: _target_attention,
-        ops.target_attention_backward: _target_attention_backward,
+        ops.target_attention_backward: lambda *shapes, **_: 2 * _target_attention(*shapes[3:]),
         ops.dot_interaction: _dot_interaction,
-        ops.dot_interaction_backward: _dot_interaction_backward,
+        ops.dot_interaction_backward: lambda *shapes, **_: 2 * _dot_interaction(*shapes[1:]),
     }

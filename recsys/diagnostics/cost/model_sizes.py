@@ -8,7 +8,7 @@ Shapes: T tokens, D dimension of the input, E dimension of the output.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -35,7 +35,6 @@ from recsys.kernels import has_native
 from recsys.model.em3 import EM3
 from recsys.model.tables import pooled_features
 from recsys.optimizer import count_state, dense_parameters
-from recsys.ranking.layers.attended_features import RowFeatures
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class ModalitySizes:
 
     @staticmethod
     def of(
-        name: str, encoder: Encoder, projection: nn.Module, settings: ModalitySettings
+        name: str, encoder: Encoder, projection: nn.Module, settings: ModalitySettings, runs: float
     ) -> ModalitySizes:
         """Count the layers of an encoder that run in a step, and the projection."""
         trains = any(weight.requires_grad for weight in encoder.parameters() if weight.numel())
@@ -66,7 +65,7 @@ class ModalitySizes:
         of_projection, _ = item_cost(
             projection, lambda n: [_floats(1, n, width, requires_grad=trains)], (1, 2, 3)
         )
-        known = partial(ModalitySizes, name, of_projection)
+        known = partial(ModalitySizes, name, of_projection, runs=runs)
         # A frozen encoder with cached outputs runs once per item, before training.
         if isinstance(encoder, StoredFeatures) or (encoder.is_cached and not trains):
             return known()
@@ -156,18 +155,16 @@ class ContentSizes:
             return [_floats(1, length, dim, requires_grad=True), mask, modality]
 
         is_full, contrastive = settings.history.mode == "full", config.contrastive
-        modalities = [
-            ModalitySizes.of(name, encoder, branch.projections[name], settings.modalities[name])
-            for name, encoder in branch.encoders.items()
-            if isinstance(encoder, Encoder)
-        ]
-        if branch.outputs is not None:
-            modalities = [
-                replace(of, runs=branch.outputs.share) if of.name in branch.outputs.encoders else of
-                for of in modalities
-            ]
+        outputs, kinds = branch.outputs, settings.modalities
+        shares = {} if outputs is None else dict.fromkeys(outputs.encoders, outputs.share)
         return ContentSizes(
-            modalities=modalities,
+            modalities=[
+                ModalitySizes.of(
+                    name, encoder, branch.projections[name], kinds[name], shares.get(name, 1.0)
+                )
+                for name, encoder in branch.encoders.items()
+                if isinstance(encoder, Encoder)
+            ],
             fusion=item_cost(branch.fusion, tokens, range(count, count + 3))[0],
             history_map=item_cost(
                 branch.history_map, lambda n: [_floats(n, dim, requires_grad=is_full)], (1, 2, 3)
@@ -229,6 +226,7 @@ class ModelSizes:
         dims = {table.name: table.embedding_dim for table in tables}
         id_dim = dims[schema.table_of(schema.target_item)]
         dense = {name: part.shape for name, part in dense_parameters(em3).items()}
+        standardization = getattr(em3.ranking, "standardization", None)
         return ModelSizes(
             tables=[table_memory(table, plan) for table in tables],
             id_dim=id_dim,
@@ -246,11 +244,5 @@ class ModelSizes:
             content=ContentSizes.of(config, em3),
             communication=config.embedding.communication,
             parallel=config.embedding.parallel,
-            num_standardized=_num_standardized(em3),
+            num_standardized=0 if standardization is None else standardization.mean.numel(),
         )
-
-
-def _num_standardized(em3: EM3) -> int:
-    if not isinstance(em3.ranking, RowFeatures) or em3.ranking.standardization is None:
-        return 0
-    return em3.ranking.standardization.mean.numel()

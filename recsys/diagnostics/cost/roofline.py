@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from statistics import median
 
 import torch
@@ -59,15 +59,9 @@ def wait_for_device() -> None:
 
 def typical(anchors: list[Anchor]) -> Anchor:
     """Return the median of each rate."""
-    return Anchor(
-        median(anchor.flops_per_second for anchor in anchors),
-        median(anchor.bytes_per_second for anchor in anchors),
-    )
+    return Anchor(*map(median, zip(*map(astuple, anchors))))
 
 
 def best(anchors: list[Anchor]) -> Anchor:
     """Return the maximum of each rate."""
-    return Anchor(
-        max(anchor.flops_per_second for anchor in anchors),
-        max(anchor.bytes_per_second for anchor in anchors),
-    )
+    return Anchor(*map(max, zip(*map(astuple, anchors))))

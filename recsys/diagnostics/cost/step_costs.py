@@ -16,7 +16,6 @@ from recsys.diagnostics.cost.roofline import Anchor
 from recsys.diagnostics.cost.work import FLOAT, PartCost, Work, linear, moved, times
 
 COMMUNICATION = "communication"
-DIRECTIONS = ("forward", "backward")
 
 
 def step_costs(sizes: ModelSizes, counts: BatchCounts, world_size: int = 1) -> list[PartCost]:
@@ -33,10 +32,9 @@ def step_costs(sizes: ModelSizes, counts: BatchCounts, world_size: int = 1) -> l
     update = Work(others=2 * weights + 5 * state, bytes=FLOAT * (3 * weights + 2 * state))
     parts.append(PartCost("optimizer", "optimizer", update))
     if sent := sent_bytes(sizes, counts, world_size):
-        forward, backward = (sum(getattr(s, name) for s in sent) for name in DIRECTIONS)
-        parts.append(
-            PartCost(COMMUNICATION, COMMUNICATION, Work(bytes=forward), Work(bytes=backward))
-        )
+        forward = Work(bytes=sum(kind.forward for kind in sent))
+        backward = Work(bytes=sum(kind.backward for kind in sent))
+        parts.append(PartCost(COMMUNICATION, COMMUNICATION, forward, backward))
     return parts
 
 

@@ -89,11 +89,11 @@ class DatasetSummary:
         return int((counts.of(self.items.ids) == 0).sum())
 
 
-def share_of_most_frequent(
-    counts: np.ndarray,  # int64 [U], rows of each item that has any
-    share: float = 0.01,
-) -> float:
-    """Return the share of all rows that belong to the most frequent `share` of the items."""
+def share_of_most_frequent(counts: np.ndarray, share: float = 0.01) -> float:
+    """Return the share of all rows that belong to the most frequent `share` of the items.
+
+    `counts` are the rows of each item that has any, int64 [U].
+    """
     if not len(counts):
         return 0.0
     return float(np.sort(counts)[::-1][: max(1, round(share * len(counts)))].sum() / counts.sum())
@@ -123,22 +123,18 @@ def _table_uses(schema: Schema, splits: dict[str, SplitSummary]) -> dict[str, Ta
         features = [
             name
             for name, other in schema.columns.items()
-            if other.kind in ID_KINDS and schema.table_of(name) == table
+            if other.kind in ("id", "ids", "sequence") and schema.table_of(name) == table
         ]
         together = KeyCounts()
         for split in splits.values():
-            for name in features:
-                if name in split.keys:
-                    together.halve_to(split.keys[name].halvings)  # samples must be equally sparse
-                    together.add(split.keys[name].keys)
+            for keys in (split.keys[name] for name in features if name in split.keys):
+                together.halve_to(keys.halvings)  # samples must be equally sparse
+                together.add(keys.keys)
         vocabulary = column.vocabulary.kind if column.vocabulary is not None else None
         uses[table] = TableUse(
             column.num_embeddings, together.distinct, together.is_exact, vocabulary
         )
     return uses
-
-
-ID_KINDS = ("id", "ids", "sequence")
 
 
 def to_json(found: DatasetSummary, findings: list[Any]) -> dict[str, Any]:

@@ -37,10 +37,7 @@ class KeyCounts:
         self.counts = np.zeros(0, np.int64)
         self.total = 0  # keys added
 
-    def add(
-        self,
-        keys: np.ndarray,  # uint64 [N]
-    ) -> None:
+    def add(self, keys: np.ndarray) -> None:  # keys: uint64 [N]
         """Count keys."""
         self.total += len(keys)
         found, times = np.unique(keys[_begins_with_zeros(keys, self.halvings)], return_counts=True)
@@ -84,18 +81,13 @@ class KeyCounts:
         return float(counts[np.isin(self.keys[kept], other.keys)].sum() / counts.sum())
 
 
-def _begins_with_zeros(
-    keys: np.ndarray,  # uint64 [N]
-    bits: int,
-) -> np.ndarray:  # bool [N]
+def _begins_with_zeros(keys: np.ndarray, bits: int) -> np.ndarray:  # uint64 [N] -> bool [N]
     if bits == 0:
         return np.ones(len(keys), bool)
     return keys >> np.uint64(64 - bits) == 0
 
 
-def hash_numbers(
-    values: np.ndarray,  # [N]
-) -> np.ndarray:  # uint64 [N]
+def hash_numbers(values: np.ndarray) -> np.ndarray:  # [N] -> uint64 [N]
     """Hash integers or floats by their bits."""
     if values.dtype.kind == "f":
         values = values.astype(np.float64).view(np.int64)

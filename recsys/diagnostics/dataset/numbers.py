@@ -20,10 +20,7 @@ class Lengths:
 
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
 
-    def add(
-        self,
-        lengths: np.ndarray,  # int [N]
-    ) -> None:
+    def add(self, lengths: np.ndarray) -> None:  # lengths: int [N]
         """Count lengths."""
         counts = np.bincount(lengths.astype(np.int64).clip(max=LONGEST))
         size = max(len(counts), len(self.histogram))
@@ -67,10 +64,7 @@ class Range:
     total: float = 0.0
     squares: float = 0.0
 
-    def add(
-        self,
-        values: np.ndarray,  # [N], finite
-    ) -> None:
+    def add(self, values: np.ndarray) -> None:  # values: [N], finite
         """Include numbers."""
         if not len(values):
             return
@@ -108,11 +102,7 @@ class IdRange:
     count: int = 0
     unknown: int = 0  # ids that are not in the vocabulary
 
-    def add(
-        self,
-        ids: np.ndarray,  # int64 [N]
-        unknown_row: int | None,
-    ) -> None:
+    def add(self, ids: np.ndarray, unknown_row: int | None) -> None:  # ids: int64 [N]
         """Include ids; those equal to `unknown_row` count as unknown."""
         if not len(ids):
             return

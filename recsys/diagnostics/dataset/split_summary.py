@@ -7,7 +7,9 @@ Shapes: R rows of a table read at once, N keys.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,10 +44,11 @@ class SplitSummary:
     bytes: int
     items: ItemCounter = field(default_factory=ItemCounter)
     usable_rows: int = 0
-    numbers: dict[str, Range] = field(default_factory=dict)  # labels and dense columns
-    ids: dict[str, IdRange] = field(default_factory=dict)
-    lists: dict[str, Lengths] = field(default_factory=dict)
-    keys: dict[str, KeyCounts] = field(default_factory=dict)
+    # Of labels and dense columns.
+    numbers: dict[str, Range] = field(default_factory=partial(defaultdict, Range))
+    ids: dict[str, IdRange] = field(default_factory=partial(defaultdict, IdRange))
+    lists: dict[str, Lengths] = field(default_factory=partial(defaultdict, Lengths))
+    keys: dict[str, KeyCounts] = field(default_factory=partial(defaultdict, KeyCounts))
     times: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     target_in_history: int = 0
     bad_rows: list[dict[str, Any]] = field(default_factory=list)
@@ -96,7 +99,7 @@ def _add_rows(found: SplitSummary, schema: Schema, columns: RowColumns) -> None:
     for name, column in schema.columns.items():
         if column.kind in ("label", "dense", "extra", "weight"):
             numbers = columns.numbers[name]
-            found.numbers.setdefault(name, Range()).add(numbers[~np.isnan(numbers)])
+            found.numbers[name].add(numbers[~np.isnan(numbers)])
         else:
             _add_ids(found, schema, name, columns)
     found.items.add(columns.numbers[schema.target_item])
@@ -104,17 +107,9 @@ def _add_rows(found: SplitSummary, schema: Schema, columns: RowColumns) -> None:
     group = RAW_GROUP if RAW_GROUP in columns.numbers else schema.group
     groups = hash_numbers(columns.numbers[group])
     targets = hash_numbers(columns.numbers[schema.target_item])
-    _add_keys(found, GROUPS, groups)
-    _add_keys(found, PAIRS, join_hashes(groups, targets))
-    _add_keys(found, ROWS, _hashes_of_rows(columns))
-
-
-def _add_keys(
-    found: SplitSummary,
-    name: str,
-    keys: np.ndarray,  # uint64 [N]
-) -> None:
-    found.keys.setdefault(name, KeyCounts()).add(keys)
+    found.keys[GROUPS].add(groups)
+    found.keys[PAIRS].add(join_hashes(groups, targets))
+    found.keys[ROWS].add(_hashes_of_rows(columns))
 
 
 def _add_ids(found: SplitSummary, schema: Schema, name: str, columns: RowColumns) -> None:
@@ -122,11 +117,11 @@ def _add_ids(found: SplitSummary, schema: Schema, name: str, columns: RowColumns
     vocabulary = schema.vocabulary_of(name)
     has_unknown = vocabulary is not None and vocabulary.kind == "exact"
     unknown_row = schema.limit(name) - 1 if has_unknown else None
-    found.ids.setdefault(name, IdRange()).add(ids, unknown_row)
-    _add_keys(found, name, hash_numbers(ids))
+    found.ids[name].add(ids, unknown_row)
+    found.keys[name].add(hash_numbers(ids))
     if schema.columns[name].kind != "id":
         num_hashes = 1 if vocabulary is None else vocabulary.num_hashes
-        found.lists.setdefault(name, Lengths()).add(columns.lengths(name) // num_hashes)
+        found.lists[name].add(columns.lengths(name) // num_hashes)
 
 
 def _rows_with_target(schema: Schema, columns: RowColumns) -> int:

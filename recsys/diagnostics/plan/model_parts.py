@@ -7,6 +7,7 @@ DistributedDataParallel keeps a second copy of the dense gradients, in the bucke
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -67,13 +68,7 @@ def model_parts(
 def table_bytes_by_rank(
     tables: list[TableConfig], plan: ShardingPlan, world_size: int
 ) -> list[int]:
-    """Return the bytes that all tables take of the memory of each rank's device.
-
-    Args:
-        tables: the tables of the model.
-        plan: the plan of one copy of them.
-        world_size: ranks that share a copy.
-    """
+    """Return the bytes of all tables on each rank's device, of `world_size` that share a copy."""
     memories = [table_memory(table, plan) for table in tables]
     return [sum(memory.on_device_of(rank) for memory in memories) for rank in range(world_size)]
 
@@ -106,13 +101,13 @@ def _dense_parts(em3: EM3, world_size: int, optimizer: OptimizerSettings) -> Ite
     trained = dense_parameters(em3)
     kept = count_state(optimizer, {name: part.shape for name, part in trained.items()})
     of_tables = {id(parameter) for _, parameter in table_parameters(em3)}
-    sizes: dict[tuple[str, bool], int] = {}
-    state: dict[tuple[str, bool], int] = {}
+    sizes: Counter[tuple[str, bool]] = Counter()
+    state: Counter[tuple[str, bool]] = Counter()
     for name, parameter in em3.named_parameters():
         if id(parameter) not in of_tables:
             key = part_of(name), name in trained
-            sizes[key] = sizes.get(key, 0) + parameter.numel()
-            state[key] = state.get(key, 0) + kept.get(name, 0)
+            sizes[key] += parameter.numel()
+            state[key] += kept.get(name, 0)
     copies = 1 if world_size == 1 else 2
     for (name, is_trained), size in sizes.items():
         yield ModelPart(

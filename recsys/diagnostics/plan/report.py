@@ -61,27 +61,13 @@ def _cluster(found: Description) -> str:
 
 
 def _parts(found: Description) -> str:
-    header = (
-        "part",
-        "parameters",
-        "trained by",
-        "where",
-        "weights per rank",
-        "gradients",
-        "optimizer state",
-    )
-    rows = [
-        (
-            part.name,
-            f"{part.parameters:,}",
-            part.trained_by,
-            part.where,
-            in_bytes(part.weight_bytes),
-            in_bytes(part.gradient_bytes),
-            in_bytes(part.state_bytes),
-        )
-        for part in found.parts
-    ]
+    sized = "weights per rank", "gradients", "optimizer state"
+    header = ("part", "parameters", "trained by", "where", *sized)
+    rows = []
+    for part in found.parts:
+        sizes = map(in_bytes, (part.weight_bytes, part.gradient_bytes, part.state_bytes))
+        name = part.name, f"{part.parameters:,}", part.trained_by, part.where
+        rows.append((*name, *sizes))
     total = f"{sum(part.parameters for part in found.parts):,}"
     text = align_columns([header, *rows, ("total", total, "", "", "", "", "")])
     for name, count in found.frozen_layers.items():
@@ -128,20 +114,12 @@ def _work(found: Description) -> str:
     header = ("FLOPs per sample", "forward", "backward", "bytes forward", "bytes backward")
     lines: list[Sequence[str]] = [header]
     for part in found.costs:
-        lines.append(
-            (
-                part.name,
-                _rounded(part.forward.flops / rows),
-                _rounded(part.backward.flops / rows),
-                in_bytes(part.forward.bytes / rows),
-                in_bytes(part.backward.bytes / rows),
-            )
-        )
-    totals = [
-        _rounded(sum(getattr(part, way).flops for part in found.costs) / rows)
-        for way in ("forward", "backward")
-    ]
-    lines.append(("total", *totals, "", ""))
+        both = part.forward, part.backward
+        flops = [_rounded(work.flops / rows) for work in both]
+        lines.append([part.name, *flops, *(in_bytes(work.bytes / rows) for work in both)])
+    forward = sum(part.forward.flops for part in found.costs)
+    backward = sum(part.backward.flops for part in found.costs)
+    lines.append(("total", _rounded(forward / rows), _rounded(backward / rows), "", ""))
     text = align_columns(lines)
     counts = found.counts
     text += (
@@ -165,17 +143,11 @@ def _sent(found: Description) -> str:
 def _bounds(found: Description) -> str:
     header = ("at least, ms per step", "arithmetic", "memory", "network", "bound by", "share")
     whole = max(found.step_seconds, 1e-12)
-    rows = [
-        (
-            bound.name,
-            _milliseconds(bound.arithmetic_seconds),
-            _milliseconds(bound.memory_seconds),
-            _milliseconds(bound.network_seconds),
-            bound.bound_by,
-            f"{bound.seconds / whole:.0%}",
-        )
-        for bound in found.bounds
-    ]
+    rows = []
+    for bound in found.bounds:
+        seconds = bound.arithmetic_seconds, bound.memory_seconds, bound.network_seconds
+        share = f"{bound.seconds / whole:.0%}"
+        rows.append((bound.name, *map(_milliseconds, seconds), bound.bound_by, share))
     longest = max(found.bounds, key=lambda bound: bound.seconds)
     rate = found.counts.rows * found.cluster.world_size / whole
     return (

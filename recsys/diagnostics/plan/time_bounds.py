@@ -50,14 +50,9 @@ def time_bounds(
     bounds = []
     for part in costs:
         both = part.forward + part.backward
-        bounds.append(
-            TimeBound(
-                part.name,
-                arithmetic_seconds=both.flops / anchor.flops_per_second,
-                memory_seconds=both.bytes / anchor.bytes_per_second,
-                seconds=part.roofline(anchor),
-            )
-        )
+        arithmetic, memory = both.flops / flops, both.bytes / device.memory_bandwidth
+        seconds = part.roofline(anchor)
+        bounds.append(TimeBound(part.name, arithmetic, memory, seconds=seconds))
     for kind in sent:
         where = replace(cluster, ranks_per_node=cluster.ranks_per_node // kind.copies)
         if kind.stays_in_node:

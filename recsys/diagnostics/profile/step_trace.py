@@ -151,9 +151,7 @@ def _part_of(name: str) -> str | None:
     return next((part for begin, part in PIPELINE_RANGES.items() if name.startswith(begin)), None)
 
 
-def _launches(
-    events: list[dict[str, Any]],
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def _launches(events: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yield the launching call and the kernel or copy of each launch on a device."""
     calls: dict[int, dict[str, Any]] = {}
     kernels: dict[int, list[dict[str, Any]]] = defaultdict(list)

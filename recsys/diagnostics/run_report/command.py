@@ -25,7 +25,7 @@ from recsys.diagnostics.run_report.embedding_maps import embedding_maps
 from recsys.diagnostics.run_report.fusion_attention import fusion_attention, recorded_attention
 from recsys.diagnostics.run_report.item_columns import item_table
 from recsys.diagnostics.run_report.item_descriptions import categories, category_column
-from recsys.diagnostics.run_report.item_popularity import ScoredRows, item_popularity
+from recsys.diagnostics.run_report.item_popularity import item_popularity
 from recsys.diagnostics.run_report.item_vectors import frequent_items, item_vectors
 from recsys.diagnostics.run_report.learning_curves import learning_curves
 from recsys.diagnostics.run_report.map_colours import Categories
@@ -88,7 +88,8 @@ def report_run(
         category = category_column(table, colour_by)
         results, settings = _of_metrics(run, job)
     is_partition = (run / PARTITION).is_file()
-    split, rows, test_items = _of_partition(run) if is_partition else _scored_rows(job, run)
+    split, rows = _of_partition(run) if is_partition else (SPLIT, _scored_rows(job, run))
+    test_items = np.zeros(0, np.int64) if rows is None else rows.items
     recorded = run.parents[1] if is_partition else run
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
@@ -126,31 +127,20 @@ def _of_metrics(run: Path, job: Job) -> tuple[Section, Section]:
     return results, settings
 
 
-def _of_partition(run: Path) -> tuple[str, ScoredRows | None, np.ndarray]:  # int64 [N]
-    """Return the rows of a partition as they were scored, and their items; none of the first."""
+def _of_partition(run: Path) -> tuple[str, SplitScores | None]:
+    """Return the name of a partition and its rows as they were scored; None of the first."""
     name = read_json(run / PARTITION)["name"]
     file = ContinualFolder(run.parents[1]).scores_of(name)
-    if not file.exists():
-        return name, None, np.zeros(0, np.int64)
-    scores = read_scores(file)
-    return name, _rows_of(scores), scores.counted(0).items
+    return name, read_scores(file).counted(0) if file.exists() else None
 
 
-def _rows_of(scores: SplitScores) -> ScoredRows:
-    """Return the rows that count for the first label."""
-    of = scores.counted(0)
-    columns = of.labels[:, 0], of.logits[:, 0], of.groups, of.counts
-    return ScoredRows(*columns, of.weights, of.loss_of(0))
-
-
-def _scored_rows(job: Job, run: Path) -> tuple[str, ScoredRows, np.ndarray]:  # int64 [N]
-    """Return the test rows of all ranks (first label), and their items. A collective."""
+def _scored_rows(job: Job, run: Path) -> SplitScores:
+    """Return the test rows of all ranks that count for the first label. A collective."""
     interactions = split_interactions(job, SPLIT)
     with Watchdog(job.ranks, job.config.stall_timeout) as watchdog:
         scored = score(job, interactions, Lockstep(job.ranks, job.config.checkpoint, watchdog))
     counts = read_item_counts(run, job.schema.item_id_limit)
-    scores = split_scores(job, scored, counts)
-    return SPLIT, _rows_of(scores), scores.counted(0).items
+    return split_scores(job, scored, counts).counted(0)
 
 
 def item_sections(
@@ -208,7 +198,7 @@ def summary(metrics: dict[str, Any], has_probabilities: bool) -> Section:
         tables.append(Table((label, *names.values(), "rows"), rows))
     undefined = {} if has_probabilities else dict.fromkeys(PROBABILITY_METRICS)
     known = {part: of | undefined for part, of in _parts(test).items()}
-    words = findings(known) if "auc" in test else _findings_of_numbers(test)
+    words = findings(known) if "auc" in test else _compared_with_mean("RMSE", test["nrmse"])
     return Section("Test metrics", words, tables=tables)
 
 
@@ -219,12 +209,12 @@ def _names(report: dict[str, Any], has_probabilities: bool) -> dict[str, str]:
     return {"auc": "AUC", "gauc": "GAUC"} | (PROBABILITY_METRICS if has_probabilities else {})
 
 
-def _findings_of_numbers(report: dict[str, Any]) -> list[str]:
-    if report["nrmse"] is None:
+def _compared_with_mean(name: str, ratio: float | None) -> list[str]:
+    if ratio is None:
         return []
-    gain = 100 * (1 - report["nrmse"])
+    gain = 100 * (1 - ratio)
     verb = "is better" if gain > 0 else "is worse"
-    return [f"RMSE {verb} by {abs(gain):.1f} % than that of always predicting the mean."]
+    return [f"{name} {verb} by {abs(gain):.1f} % than that of always predicting the mean."]
 
 
 def _parts(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -234,14 +224,8 @@ def _parts(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def findings(of_part: dict[str, dict[str, Any]]) -> list[str]:
     """Return findings from the test metrics of all, warm, cold and unseen items as sentences."""
-    found = []
     every, warm, unseen = of_part["all"], of_part["warm"], of_part["unseen"]
-    if every["ne"] is not None:
-        gain = 100 * (1 - every["ne"])
-        verb = "is better" if gain > 0 else "is worse"
-        found.append(
-            f"Log loss {verb} by {abs(gain):.1f} % than that of always predicting the mean."
-        )
+    found = _compared_with_mean("Log loss", every["ne"])
     if warm["gauc"] is not None and unseen["gauc"] is not None:
         found.append(
             f"Within a user, items never seen in training are ranked with a GAUC of "

@@ -56,15 +56,15 @@ def embedding_maps(
     Args:
         vectors: vectors of the items of the maps.
         item_counts: training impressions of these items.
-        categories: categories of these items, which colour the maps; None: colours by training
-            impressions.
+        categories: of these items, which colour the maps; None: colours by impressions.
     """
     if len(vectors.items) < 3:
         return Section(TITLE, ["Too few items have training impressions for a map."])
     before, after = _kinds(vectors)
     words, tables = _ties(vectors)
     paint, notes = by_count(item_counts), {}
-    if categories is not None and categories.are_enough:
+    # A share needs two items to compare.
+    if categories and sum(value is not None for value in categories.values) > 1:
         paint = by_category(categories)
         shares = {
             kind: same_category_share(of, categories.values)
@@ -76,7 +76,9 @@ def embedding_maps(
             for kind, share in shares.items()
         }
         words.append(_on_neighbours(shares, chance, categories.column))
-        tables.append(_table_of_neighbours(shares, chance, categories.column))
+        rows = [(kind, _percent(share, 1)) for kind, share in {**shares, "chance": chance}.items()]
+        head = f"{NEIGHBOURS} nearest items by", f"same {categories.column}"
+        tables.append(Table(head, rows))
     drawings = [_map("embeddings", before, paint, notes)]
     if after:
         drawings.append(_map("contrastive-embeddings", after, paint, notes))
@@ -123,11 +125,6 @@ def _on_neighbours(shares: dict[str, float], chance: float, column: str) -> str:
         f"the same {column} for {best}{most}; of items drawn at random {_percent(chance)} would. "
         "Where an item has several, the first counts."
     )
-
-
-def _table_of_neighbours(shares: dict[str, float], chance: float, column: str) -> Table:
-    rows = [(kind, _percent(share, 1)) for kind, share in (shares | {"chance": chance}).items()]
-    return Table((f"{NEIGHBOURS} nearest items by", f"same {column}"), rows)
 
 
 def _percent(share: float, decimals: int = 0) -> str:

@@ -122,8 +122,15 @@ def fusion_attention(branch: ContentBranch | None, layers: list[MeanAttention]) 
     """Return the section on recorded attention; only words for a model without queries."""
     if branch is None:
         return Section(TITLE, ["The model has no content branch, so nothing is fused."])
+    if isinstance(branch.fusion, ConcatFusion):
+        reason = (
+            "ConcatFusion has no queries: it puts the mean tokens of all modalities side by side "
+            "through one linear map, so that there is no attention to show."
+        )
+        return Section(TITLE, [reason])
     if not layers:
-        return Section(TITLE, [_why_none(branch.fusion)])
+        name = type(branch.fusion).__name__
+        return Section(TITLE, [f"{name} is no Fusion-Q-Former: it has no queries to show."])
     modalities = list(branch.encoders)
     drawings = [
         _heat_map(index, len(layers), layer, modalities) for index, layer in enumerate(layers)
@@ -135,15 +142,6 @@ def fusion_attention(branch: ContentBranch | None, layers: list[MeanAttention]) 
     if isinstance(branch.fusion, FusionQFormer) and branch.fusion.linear is not None:
         words.append("What the queries say is added to a linear map of all modalities.")
     return Section(TITLE, words, drawings)
-
-
-def _why_none(fusion: nn.Module) -> str:
-    if isinstance(fusion, ConcatFusion):
-        return (
-            "ConcatFusion has no queries: it puts the mean tokens of all modalities side by side "
-            "through one linear map, so that there is no attention to show."
-        )
-    return f"{type(fusion).__name__} is no Fusion-Q-Former: it has no queries to show."
 
 
 def _heat_map(index: int, count: int, layer: MeanAttention, modalities: list[str]) -> Drawing:

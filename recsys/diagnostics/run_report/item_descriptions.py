@@ -17,12 +17,7 @@ from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.values import is_list
 from recsys.diagnostics.run_report.item_columns import column_types, column_values
 
-CATEGORY_COLUMNS = (
-    "genres",
-    "genre",
-    "category",
-    "categories",
-)  # the first that exists is the default
+CATEGORY_COLUMNS = ("genres", "genre", "category", "categories")  # default: the first there is
 NAME_COLUMNS = ("title", "name")
 MOST_CHARACTERS = 60
 PICTURE_SIZE = (160, 96)  # at most, in pixels: width and height
@@ -91,10 +86,7 @@ def category_text(value: Any) -> str:
     return _beginning(", ".join(str(part) for part in values if part is not None))
 
 
-def item_names(
-    table: ItemTable | None,
-    items: np.ndarray,  # int64 [I]
-) -> list[str]:  # [I]
+def item_names(table: ItemTable | None, items: np.ndarray) -> list[str]:  # int64 [I] -> [I]
     """Return each item's title or name, else the beginning of its text, else its id."""
     if table is None:
         return [f"item {item}" for item in items.tolist()]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,43 +33,6 @@ UNTRAINED = (
     "its content, its other features and the user."
 )
 MOST_USERS = 1000  # of a bar with an interval: that of more users is too narrow to be seen
-
-
-@dataclass(frozen=True)
-class ScoredRows:
-    """Rows of a split, with one label."""
-
-    labels: np.ndarray  # [N]
-    logits: np.ndarray  # [N]
-    groups: np.ndarray  # [N]
-    counts: np.ndarray  # int64 [N], training impressions of the row's item
-    weights: np.ndarray | None = None  # [N], above 0; None: 1 each
-    loss: str = "bce"  # of the label
-
-    def chosen(
-        self,
-        rows: np.ndarray,  # bool [N]
-    ) -> ScoredRows:
-        """Return the chosen rows."""
-        return ScoredRows(
-            self.labels[rows],
-            self.logits[rows],
-            self.groups[rows],
-            self.counts[rows],
-            None if self.weights is None else self.weights[rows],
-            self.loss,
-        )
-
-    def metrics(
-        self,
-        rows: np.ndarray,  # bool [N]
-    ) -> dict[str, Any]:
-        """Return the metrics of the chosen rows, as `evaluation_report` has them."""
-        return self._ranked.metrics(rows)
-
-    @cached_property
-    def _ranked(self) -> RankedRows | RegressionRows:
-        return rows_of_loss(self.labels, self.logits, self.groups, self.weights, self.loss)
 
 
 @dataclass(frozen=True)
@@ -103,20 +65,19 @@ def doubling_edges(most: int) -> list[int]:
     return [0, *(2**power for power in range(most.bit_length()))]
 
 
-def metrics_by_count(rows: ScoredRows, edges: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Return `ranking_metrics` and `positives` of the rows of each range of counts.
+def metrics_by_count(
+    rows: RankedRows | RegressionRows,
+    counts: np.ndarray,  # int64 [N], training impressions of the row's item
+    edges: Sequence[int],
+) -> dict[str, dict[str, Any]]:
+    """Return the metrics and `positives` of each range of counts by its name, also without rows.
 
-    Args:
-        rows: rows of one split.
-        edges: the least count of each range, ascending; the last range has no end.
-
-    Returns:
-        Metrics by name of the range, including ranges without rows.
+    `edges` are the least counts of the ranges, ascending; the last range has no end.
     """
     found = {}
     for of_counts in count_ranges(edges):
-        inside = of_counts.holds(rows.counts)
-        found[of_counts.name] = rows.metrics(inside) | {"positives": int(rows.labels[inside].sum())}
+        inside = of_counts.holds(counts)
+        found[of_counts.name] = rows.metrics(inside) | {"positives": int(rows.label[inside].sum())}
     return found
 
 
@@ -133,34 +94,33 @@ def auc_error(auc: float, positives: int, negatives: int) -> float:
     return float(np.sqrt(spread / (positives * negatives)))
 
 
-def item_popularity(rows: ScoredRows, split: str) -> Section:
-    """Return the section with both figures and the table."""
-    buckets = metrics_by_count(rows, BUCKETS)
-    names = NAMES if rows.loss == "bce" else NAMES_OF_NUMBERS
+def item_popularity(scores: SplitScores, split: str) -> Section:
+    """Return the section with both figures and the table, of rows that count for label 0."""
+    loss, columns = scores.loss_of(0), (scores.labels[:, 0], scores.logits[:, 0], scores.groups)
+    rows = rows_of_loss(*columns, scores.weights, loss)
+    buckets = metrics_by_count(rows, scores.counts, BUCKETS)
+    names = NAMES if loss == "bce" else NAMES_OF_NUMBERS
     table = Table(
         ("training impressions", *names.values(), "rows"),
         [
-            (
-                name,
-                *(marked_cell(of, metric, "–") for metric in names),
-                f"{of['num_samples']:,}",
-            )
+            (name, *(marked_cell(of, metric, "–") for metric in names), f"{of['num_samples']:,}")
             for name, of in buckets.items()
         ],
     )
-    if rows.loss != "bce":
+    if loss != "bce":
         return Section("Quality by item popularity", [UNTRAINED], [], [table])
-    curve = metrics_by_count(rows, doubling_edges(int(rows.counts.max(initial=1))))
+    edges = doubling_edges(int(scores.counts.max(initial=1)))
+    curve = metrics_by_count(rows, scores.counts, edges)
     words = [UNTRAINED]
     drawings = []
     if any(of["auc"] is not None for of in curve.values()):
-        drawings = [_bars(rows, buckets, split), _curve(curve, split)]
+        drawings = [_bars(scores, buckets, split), _curve(curve, split)]
     else:
         words.append("No figure: the items of each range have rows of one label only.")
     return Section("Quality by item popularity", words, drawings, [table])
 
 
-def metric_interval(rows: ScoredRows, metric: str) -> tuple[float, float] | None:
+def metric_interval(scores: SplitScores, metric: str) -> tuple[float, float] | None:
     """Return the 95 % interval of AUC or GAUC over the choice of users.
 
     It is the interval of the difference from equal scores for all rows, whose AUC is 0.5.
@@ -168,29 +128,18 @@ def metric_interval(rows: ScoredRows, metric: str) -> tuple[float, float] | None
     Returns:
         Both ends; None where too few users define the metric (`paired_difference`).
     """
-    number = np.arange(len(rows.labels))
-    scored = SplitScores(
-        positions=number,
-        groups=rows.groups,
-        items=number,
-        counts=rows.counts,
-        labels=rows.labels[:, None],
-        logits=rows.logits[:, None],
-        label_names=("label",),
-        weights=rows.weights,
-    )
-    chance = replace(scored, logits=np.zeros_like(scored.logits))
-    found = paired_difference([[chance]], [[scored]], metric, "all")
+    chance = replace(scores, logits=np.zeros_like(scores.logits))
+    found = paired_difference([[chance]], [[scores]], metric, "all")
     if found is None:
         return None
     return max(0.0, 0.5 + found.low), min(1.0, 0.5 + found.high)
 
 
-def _errors(rows: ScoredRows, metric: str, heights: Sequence[float]) -> np.ndarray:  # [2, buckets]
-    """Return how far intervals reach below and above the bars; NaN for no interval."""
+def _errors(scores: SplitScores, metric: str, heights: Sequence[float]) -> np.ndarray:
+    """Return how far intervals reach below and above the bars [2, buckets]; NaN: no interval."""
     errors = np.full((2, len(heights)), np.nan)
     for bucket, of_counts in enumerate(count_ranges(BUCKETS)):
-        inside = rows.chosen(of_counts.holds(rows.counts))
+        inside = scores.take(of_counts.holds(scores.counts))
         if np.isnan(heights[bucket]) or len(np.unique(inside.groups)) > MOST_USERS:
             continue
         if (interval := metric_interval(inside, metric)) is not None:
@@ -199,12 +148,12 @@ def _errors(rows: ScoredRows, metric: str, heights: Sequence[float]) -> np.ndarr
     return errors
 
 
-def _bars(rows: ScoredRows, buckets: dict[str, dict[str, Any]], split: str) -> Drawing:
+def _bars(scores: SplitScores, buckets: dict[str, dict[str, Any]], split: str) -> Drawing:
     figure, (axes,) = new_figure(1)
     places = np.arange(len(buckets))
     for shift, name, colour in ((-0.2, "auc", BLUE), (0.2, "gauc", ORANGE)):
         heights = [of[name] if of[name] is not None else np.nan for of in buckets.values()]
-        errors = _errors(rows, name, heights)
+        errors = _errors(scores, name, heights)
         axes.bar(places + shift, heights, 0.38, color=colour, label=name.upper())
         axes.errorbar(places + shift, heights, errors, fmt="none", ecolor="black", capsize=4)
         for place, height in zip(places + shift, heights):

@@ -30,18 +30,15 @@ class ItemVectors:
 
     def first(self, count: int) -> ItemVectors:
         """Return the vectors of the first `count` items."""
-        contrastive = self.contrastive
-        if contrastive is not None:
-            contrastive = contrastive[0][:count], contrastive[1][:count]
+        contrastive = self.contrastive and (
+            self.contrastive[0][:count],
+            self.contrastive[1][:count],
+        )
         content = None if self.content is None else self.content[:count]
         return ItemVectors(self.items[:count], self.ids[:count], content, contrastive)
 
 
-def frequent_items(
-    job: Job,
-    item_counts: ItemCounts,
-    most: int,
-) -> np.ndarray:  # int64 [I]
+def frequent_items(job: Job, item_counts: ItemCounts, most: int) -> np.ndarray:  # int64 [I]
     """Return the `most` most frequent items in training (with content, if the model has it)."""
     items = item_counts.items
     if job.store is not None:
@@ -64,15 +61,14 @@ def item_vectors(job: Job, run: Path, items: np.ndarray) -> ItemVectors:
     if branch is None or store is None:
         return ItemVectors(items, ids)
     branch.eval()
-    parts = []
+    device, parts = job.ranks.device, []
     for some in np.split(items, range(ITEMS_PER_CALL, len(items), ITEMS_PER_CALL)):
-        inputs = {name: part.to(job.ranks.device) for name, part in store.gather(some).items()}
+        inputs = {name: part.to(device) for name, part in store.gather(some).items()}
         parts.append(branch.encode(inputs)[:, : branch.dim].float().cpu())
     content = torch.cat(parts)
     loss = job.em3.losses.contrastive
     if loss is None:
         return ItemVectors(items, ids, content)
-    device = job.ranks.device
     sides = loss.id_map(ids.to(device)).cpu(), loss.content_map(content.to(device)).cpu()
     return ItemVectors(items, ids, content, sides)
 

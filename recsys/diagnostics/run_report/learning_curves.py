@@ -48,9 +48,7 @@ def read_curves(run: Path) -> dict[str, Curve]:
 def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Curve:
     """Return the score that chose the best model, by step; the first maximum is the best model.
 
-    That of an error is negative (`selection_score`).
-
-    Empty if the run has not written it.
+    That of an error is negative (`selection_score`). Empty if the run has not written it.
     """
     of_steps: dict[int, dict[str, float]] = {}
     for name in METRICS[best_model_by]:
@@ -71,14 +69,13 @@ def learning_curves(run: Path, best_model_by: BestModelBy, best_step: int | None
             default: as the events have it.
     """
     curves = read_curves(run)
-    plots = {
-        title: {name: curves[tag + name] for name in colours if tag + name in curves}
-        for title, tag, colours in (
-            ("training loss", "train/", LOSS_COLOURS),
-            ("validation", "valid/", METRIC_COLOURS),
-        )
-    }
-    plots = {title: of_title for title, of_title in plots.items() if of_title}
+    plots = {}
+    for title, tag, colours in (
+        ("training loss", "train/", LOSS_COLOURS),
+        ("validation", "valid/", METRIC_COLOURS),
+    ):
+        if known := {name: curves[tag + name] for name in colours if tag + name in curves}:
+            plots[title] = known
     if not plots:
         return Section(
             "Learning curves",
@@ -90,7 +87,7 @@ def learning_curves(run: Path, best_model_by: BestModelBy, best_step: int | None
         axes.set(title=title, xlabel="step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if title == "validation" and "auc" in of_title:
-            _end_at_one(axes)
+            axes.set_ylim(top=min(1.0, axes.get_ylim()[1]))
     steps, scores = selection_curve(curves, best_model_by)
     words = []
     if steps:
@@ -124,8 +121,3 @@ def _draw(axes: Axes, curves: dict[str, Curve]) -> None:
         marker = "o" if len(steps) <= MARKED_POINTS else ""
         colour = {**LOSS_COLOURS, **METRIC_COLOURS}[name]
         axes.plot(steps, values, label=name, color=colour, marker=marker)
-
-
-def _end_at_one(axes: Axes) -> None:
-    """Limit an axis of metrics to 1."""
-    axes.set_ylim(top=min(1.0, axes.get_ylim()[1]))

@@ -14,21 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Okabe and Ito, Color Universal Design, 2008: distinguishable for people with any colour vision.
-PALETTE = (
-    "#0072b2",
-    "#e69f00",
-    "#009e73",
-    "#cc79a7",
-    "#d55e00",
-    "#56b4e9",
-    "#f0e442",
-    "#000000",
-)
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442", "#000000")
 OTHER = "#c9ccd1"
 
-Paint = Callable[
-    [Figure, list[Axes], list[np.ndarray]], None
-]  # figure, plots, points [I, 2] of each
+# Of a figure, its plots and the points [I, 2] of each.
+Paint = Callable[[Figure, list[Axes], list[np.ndarray]], None]
 
 
 @dataclass(frozen=True)
@@ -38,15 +28,8 @@ class Categories:
     column: str
     values: Sequence[str | None]  # [I]
 
-    @property
-    def are_enough(self) -> bool:
-        """Return whether at least two items have a category, so that items can be compared."""
-        return sum(value is not None for value in self.values) > 1
 
-
-def by_count(
-    counts: np.ndarray,  # int64 [I], above 0
-) -> Paint:
+def by_count(counts: np.ndarray) -> Paint:  # counts: int64 [I], above 0
     """Return a function that colours points by training impressions."""
     logarithms = np.log10(counts)
 

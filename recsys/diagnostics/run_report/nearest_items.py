@@ -88,51 +88,38 @@ def nearest_items(
     unseen = examples.unseen if pool.content is not None else examples.unseen[:0]
     shown = np.concatenate([examples.frequent, examples.middling, unseen])
     found = _neighbours(pool, item_vectors(job, run, shown))
-    card = _cards_of(np.union1d(shown, found.items), item_counts, table, category)
+    items = np.unique(np.concatenate([shown, *(near.ravel() for near, _ in found.values())]))
+    card = _cards_of(items, item_counts, table, category)
     cards = []
     for place, (item, count) in enumerate(zip(shown.tolist(), item_counts.of(shown).tolist())):
         rows = [
-            (f"nearest by {kind} vector", [card(*pair) for pair in found.of(kind, place)])
-            for kind in found.by_kind
+            (
+                f"nearest by {kind} vector",
+                [*map(card, near[place].tolist(), cosines[place].tolist())],
+            )
+            for kind, (near, cosines) in found.items()
             if kind != "ID" or count
         ]
         if not count:
             rows.append(("The ID vector is untrained: the item is in no row of training.", []))
         cards.append(Cards(card(item, None), rows))
-    return Section(TITLE, [_words(len(pool.items), len(unseen) > 0)], cards=cards)
-
-
-def _words(pool_size: int, has_unseen: bool) -> str:
     words = (
         "Frequent items first, then items of middling popularity: the more frequent ones have half "
         "of all training impressions. "
     )
-    if has_unseen:
+    if len(unseen):
         words += "Last are those unseen in training that the test split ranks most often. "
-    return words + (
-        f"Neighbours are nearest by cosine among the {pool_size:,} items seen most in training; "
-        "impressions are those of training."
+    words += (
+        f"Neighbours are nearest by cosine among the {len(pool.items):,} items seen most in "
+        "training; impressions are those of training."
     )
+    return Section(TITLE, [words], cards=cards)
 
 
-@dataclass(frozen=True)
-class _Neighbours:
-    """Cosines and items nearest to each example, by kind of vector."""
-
-    by_kind: dict[str, tuple[Tensor, np.ndarray]]  # [E, K] each
-
-    @property
-    def items(self) -> np.ndarray:  # int64 [different items]
-        """Return all neighbours, ascending."""
-        return np.unique(np.concatenate([items.ravel() for _, items in self.by_kind.values()]))
-
-    def of(self, kind: str, place: int) -> list[tuple[int, float]]:
-        """Return the neighbours of the example at index `place` with cosines, nearest first."""
-        cosines, items = self.by_kind[kind]
-        return list(zip(items[place].tolist(), cosines[place].tolist()))
-
-
-def _neighbours(pool: ItemVectors, examples: ItemVectors) -> _Neighbours:
+def _neighbours(
+    pool: ItemVectors, examples: ItemVectors
+) -> dict[str, tuple[np.ndarray, Tensor]]:  # [E, K] each
+    """Return the items nearest to each example, nearest first, and cosines, by kind of vector."""
     place_of = {item: place for place, item in enumerate(pool.items.tolist())}
     own = np.array([place_of.get(item, -1) for item in examples.items.tolist()])
     by_kind = {}
@@ -142,8 +129,8 @@ def _neighbours(pool: ItemVectors, examples: ItemVectors) -> _Neighbours:
     ):
         if queries is not None and vectors is not None:
             cosines, places = nearest(queries, vectors, own, SHOWN)
-            by_kind[kind] = cosines, pool.items[places.numpy()]
-    return _Neighbours(by_kind)
+            by_kind[kind] = pool.items[places.numpy()], cosines
+    return by_kind
 
 
 def _cards_of(

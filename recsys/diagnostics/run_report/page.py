@@ -29,7 +29,6 @@ _DRAWING: dict[Any, Any] = {  # matplotlib settings; Any, since matplotlib types
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
-_TEMPLATE = "page.html.j2"  # beside this file
 
 
 @dataclass(frozen=True)
@@ -115,4 +114,4 @@ def html_page(title: str, sections: Sequence[Section]) -> str:
         keep_trailing_newline=True,
     )
     pages.filters["base64"] = lambda data: base64.b64encode(data).decode()
-    return pages.get_template(_TEMPLATE).render(title=title, sections=sections)
+    return pages.get_template("page.html.j2").render(title=title, sections=sections)

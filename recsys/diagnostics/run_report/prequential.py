@@ -23,11 +23,7 @@ COLOURS = dict(zip(PARTS, (BLUE, GREY, ORANGE, "#7a4f9a")))
 
 
 def prequential(run: Path) -> Section:
-    """Return the section on a continual run, one row and one point per partition.
-
-    Args:
-        run: folder of the continual run.
-    """
+    """Return the section on the continual run in a folder, a row and a point per partition."""
     lines = ContinualFolder(run).metrics()
     if not lines:
         return Section("Partitions", ["One partition is trained on, and none was scored before."])
@@ -43,29 +39,20 @@ def prequential(run: Path) -> Section:
         axes.legend()
     caption = "Metrics of each partition by the model that was trained on all before it."
     head = ("partition", *names.values(), "GAUC cold", "GAUC unseen", "rows")
-    rows = [_row(line, list(names)) for line in lines]
+    rows = []
+    for line in lines:
+        of_parts = [_of(line, part).get("gauc") for part in ("cold", "unseen")]
+        cells = [number(value) for value in (*map(line.get, names), *of_parts)]
+        rows.append([line["partition"], *cells, f"{line['rows']:,}"])
     words = [
         f"{len(lines)} partitions were scored before they were trained on; the model of this page "
         f"is trained up to {ContinualFolder(run).read().trained[-1].name}."
     ]
     return Section(
-        "Partitions",
-        words,
-        [drawn("prequential", figure, caption)],
-        tables=[Table(head, rows)],
+        "Partitions", words, [drawn("prequential", figure, caption)], tables=[Table(head, rows)]
     )
 
 
 def _of(line: dict[str, Any], part: str) -> dict[str, Any]:
     found: dict[str, Any] = line if part == "all" else line[part]
     return found
-
-
-def _row(line: dict[str, Any], names: list[str]) -> tuple[str, ...]:
-    parts = [number(_of(line, part).get("gauc")) for part in ("cold", "unseen")]
-    return (
-        line["partition"],
-        *(number(line.get(name)) for name in names),
-        *parts,
-        f"{line['rows']:,}",
-    )

@@ -20,7 +20,7 @@ from benchmarks.quality.plan import Plan
 from benchmarks.quality.runs import Training
 from benchmarks.quality.study import CellResult, Effect, against_peers, read_results
 from recsys.evaluation.bootstrap import Interval
-from recsys.evaluation.metrics import ranking_metrics
+from recsys.evaluation.metrics import RankedRows
 from recsys.evaluation.scores import SplitScores, read_scores, scores_file
 from tests.benchmarks.quality.quality_cells import (
     CELLS,
@@ -75,7 +75,7 @@ def test_a_metric_is_the_median_over_seeds_of_all_windows_together(
             labels = np.concatenate([part.labels[:, 0] for part in parts])
             logits = np.concatenate([part.logits[:, 0] for part in parts])
             users = np.concatenate([part.groups + NUM_USERS * at for at, part in enumerate(parts)])
-            expected.append(ranking_metrics(labels, logits, users)["gauc"])
+            expected.append(RankedRows(labels, logits, users).metrics()["gauc"])
         assert record["by_seed"]["GAUC"] == pytest.approx({"0": expected[0], "1": expected[1]})
         assert record["median"]["GAUC"] == pytest.approx(median(expected))
         assert record["seeds"] == [0, 1]

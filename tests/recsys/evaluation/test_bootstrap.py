@@ -15,7 +15,7 @@ from recsys.evaluation.bootstrap import (
     resamples,
 )
 from recsys.evaluation.measures import metric_users
-from recsys.evaluation.metrics import evaluation_report, ranking_metrics
+from recsys.evaluation.metrics import RankedRows, evaluation_report
 from recsys.evaluation.scores import SplitScores
 
 METRICS = ["auc", "gauc"]
@@ -63,8 +63,8 @@ def metric_of_duplicated_rows(
         tables.append([np.concatenate(parts) for parts in (labels, logits, names)])
     if metric == "gauc":
         together = [np.concatenate(parts) for parts in zip(*tables, strict=True)]
-        return ranking_metrics(*together)["gauc"]
-    found = [ranking_metrics(*table)["auc"] for table in tables]
+        return RankedRows(*together).metrics()["gauc"]
+    found = [RankedRows(*table).metrics()["auc"] for table in tables]
     return np.average(found, weights=[len(table[0]) for table in tables])
 
 

@@ -21,7 +21,6 @@ from recsys.diagnostics.run_report.embedding_maps import (
 )
 from recsys.diagnostics.run_report.item_popularity import (
     BUCKETS,
-    ScoredRows,
     auc_error,
     metrics_by_count,
 )
@@ -32,6 +31,7 @@ from recsys.diagnostics.run_report.learning_curves import (
     selection_curve,
 )
 from recsys.diagnostics.run_report.page import Card, Cards, Section, Table, html_page
+from recsys.evaluation.metrics import RankedRows
 from tests.html_pages import Page, browser_dom
 from tests.recsys.command_runs import TrainedRun
 
@@ -186,9 +186,9 @@ def test_rows_are_put_into_ranges_by_the_count_of_their_item() -> None:
     counts = np.array([0, 0, 1, 4, 5, 19, 20, 99, 100, 5000])
     labels = np.array([1, 0, 1, 0, 0, 1, 1, 1, 1, 0])
     logits = np.array([2.0, 1, 0, 1, 1, 1, 3, 4, 5, 6])
-    rows = ScoredRows(labels, logits, np.zeros(10, int), counts)
+    rows = RankedRows(labels, logits, np.zeros(10, int))
 
-    found = metrics_by_count(rows, BUCKETS)
+    found = metrics_by_count(rows, counts, BUCKETS)
 
     assert list(found) == ["0", "1–4", "5–19", "20–99", "100+"]
     assert [of["auc"] for of in found.values()] == [1.0, 0.0, 0.5, None, 0.0]

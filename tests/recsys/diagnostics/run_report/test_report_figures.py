@@ -12,8 +12,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from recsys.diagnostics.run_report import item_popularity, learning_curves
 from recsys.diagnostics.run_report.command import summary
-from recsys.diagnostics.run_report.item_popularity import ScoredRows
 from recsys.diagnostics.run_report.page import Drawing
+from recsys.evaluation.metrics import RankedRows
+from recsys.evaluation.scores import SplitScores
 
 
 @pytest.fixture
@@ -56,12 +57,13 @@ def test_plots_of_metrics_end_at_one(tmp_path: Path, figures: dict[str, Figure])
         assert [axes.get_ylim()[1] for axes in figure.axes] == [1.0]
 
 
-def rows_of_users(number: int) -> ScoredRows:
+def rows_of_users(number: int) -> SplitScores:
     """Three positives and three negatives of each user, on items of 30 impressions."""
     rng = np.random.default_rng(0)
     users, labels = np.repeat(np.arange(number), 6), np.tile([0, 1, 0, 1, 0, 1], number)
     logits = labels + rng.normal(size=len(labels))
-    return ScoredRows(labels, logits, users, np.full(len(labels), 30))
+    rows, columns = np.arange(len(labels)), (labels[:, None], logits[:, None])
+    return SplitScores(rows, users, rows, np.full(len(labels), 30), *columns, ("liked",))
 
 
 def test_bars_of_few_users_have_the_interval_of_a_bootstrap_of_users() -> None:
@@ -70,7 +72,8 @@ def test_bars_of_few_users_have_the_interval_of_a_bootstrap_of_users() -> None:
         interval = item_popularity.metric_interval(rows, metric)
         assert interval is not None
         low, high = interval
-        assert 0 < low < rows.metrics(np.full(len(rows.labels), True))[metric] < high < 1
+        whole = RankedRows(rows.labels[:, 0], rows.logits[:, 0], rows.groups).metrics()
+        assert 0 < low < whole[metric] < high < 1
         assert 0.05 < high - low < 0.3
     assert item_popularity.metric_interval(rows_of_users(1), "gauc") is None
 
@@ -88,7 +91,7 @@ def test_bars_of_few_users_are_drawn_with_their_interval(figures: dict[str, Figu
 
 def test_rows_without_both_labels_have_no_empty_plot(figures: dict[str, Figure]) -> None:
     rows = rows_of_users(8)
-    section = item_popularity.item_popularity(replace(rows, labels=np.ones(48)), "test")
+    section = item_popularity.item_popularity(replace(rows, labels=np.ones((48, 1))), "test")
     assert section.drawings == [] and figures == {}
     assert any("one label" in text for text in section.words)
 
