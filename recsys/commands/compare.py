@@ -16,15 +16,11 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: Parser, words: Sequence[str]) -> None:
     """Add the runs and the split."""
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="finished runs; the others are compared to the first",
-    )
-    parser.add_argument("--split", type=str, default="test", help="train, valid or test")
-    parser.add_argument("--out", type=Path | None, help="JSON file to write the numbers to")
+    add = parser.add_argument
+    text = "finished runs; the others are compared to the first"
+    add("--runs", type=Path, nargs="+", required=True, help=text)
+    add("--split", type=str, default="test", help="train, valid or test")
+    add("--out", type=Path | None, help="JSON file to write the numbers to")
     add_log_options(parser)
 
 

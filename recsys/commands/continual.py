@@ -20,22 +20,14 @@ def add_arguments(parser: Parser, words: Sequence[str]) -> None:
     """Add the settings of a run, the dataset, and the partitions to walk."""
     add_config_arguments(parser, words)
     add_data_option(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the continual run")
-    parser.add_argument(
-        "--from",
-        dest="first",
-        type=str | None,
-        help="value of the first partition, such as 2026-11-01 or 2026-11-01/05",
-    )
-    parser.add_argument("--until", dest="last", type=str | None, help="value of the last partition")
-    parser.add_argument(
-        "--follow",
-        action="store_true",
-        help="wait for the next partition (its _SUCCESS, or continual.quiet_seconds) until SIGTERM",
-    )
-    parser.add_argument(
-        "--warm-start", type=Path | None, help="begin the first partition with this run's state"
-    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the continual run")
+    text = "value of the first partition, such as 2026-11-01 or 2026-11-01/05"
+    add("--from", dest="first", type=str | None, help=text)
+    add("--until", dest="last", type=str | None, help="value of the last partition")
+    text = "wait for the next partition (its _SUCCESS, or continual.quiet_seconds) until SIGTERM"
+    add("--follow", action="store_true", help=text)
+    add("--warm-start", type=Path | None, help="begin the first partition with this run's state")
 
 
 def run(arguments: Namespace) -> int:

@@ -18,27 +18,16 @@ def add_arguments(parser: Parser, words: Sequence[str]) -> None:
     """Add the settings of a run, and the cluster."""
     add_config_arguments(parser, words, skip=frozenset({"device"}))
     add_data_option(parser)
-    parser.add_argument(
-        "--device",
-        type=str,
-        default="auto",
-        help="a100, h100, h200 or b200, present or not; auto, cpu or cuda: as this machine",
-    )
-    parser.add_argument("--nodes", type=int, default=1, help="machines")
-    parser.add_argument(
-        "--gpus-per-node",
-        type=int | None,
-        help="ranks of each machine; default: the GPUs of this machine, or 1",
-    )
-    parser.add_argument(
-        "--rows",
-        type=str,
-        nargs="+",
-        default=[],
-        help="TABLE=NUMBER: other numbers of rows than in schema.yaml",
-    )
+    add = parser.add_argument
+    text = "a100, h100, h200 or b200, present or not; auto, cpu or cuda: as this machine"
+    add("--device", type=str, default="auto", help=text)
+    add("--nodes", type=int, default=1, help="machines")
+    text = "ranks of each machine; default: the GPUs of this machine, or 1"
+    add("--gpus-per-node", type=int | None, help=text)
+    text = "TABLE=NUMBER: other numbers of rows than in schema.yaml"
+    add("--rows", type=str, nargs="+", default=[], help=text)
     parser.add_class_arguments(FigureOverrides, "figures")
-    parser.add_argument("--json", type=Path | None, help="file to write the numbers to")
+    add("--json", type=Path | None, help="file to write the numbers to")
 
 
 def run(arguments: Namespace) -> None:

@@ -14,14 +14,11 @@ from recsys.config.parser import Parser
 
 def add_arguments(parser: Parser, words: Sequence[str]) -> None:
     """Add the dataset and the options."""
-    parser.add_argument("data", type=str, help="dataset: folder or URL")
-    parser.add_argument(
-        "--on_bad_row",
-        type=Literal["error", "skip"],
-        default="error",
-        help="as in training: error ends with the first row that cannot be used",
-    )
-    parser.add_argument("--json", type=Path | None, help="file to write the numbers to")
+    add = parser.add_argument
+    add("data", type=str, help="dataset: folder or URL")
+    text = "as in training: error ends with the first row that cannot be used"
+    add("--on_bad_row", type=Literal["error", "skip"], default="error", help=text)
+    add("--json", type=Path | None, help="file to write the numbers to")
     add_log_options(parser)
 
 

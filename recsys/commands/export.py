@@ -17,21 +17,14 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
     """Add the run, the package and the type of its tables."""
-    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
-    parser.add_argument("--out", type=Path, required=True, help="package: a folder to make")
-    parser.add_argument(
-        "--tables",
-        type=Literal["fp32", "fp16", "int8", "int4"],
-        default="fp32",
-        help="type of the ID tables; content vectors are in fp32 with fp32, else in fp16",
-    )
-    parser.add_argument("--data", type=str | None, help="dataset; default: the run's own")
-    parser.add_argument(
-        "--compile",
-        type=bool | Literal["auto"],
-        default="auto",
-        help="compile the graph for this kind of processor; auto: if there is a C++ compiler",
-    )
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="folder of a finished run")
+    add("--out", type=Path, required=True, help="package: a folder to make")
+    text = "type of the ID tables; content vectors are in fp32 with fp32, else in fp16"
+    add("--tables", type=Literal["fp32", "fp16", "int8", "int4"], default="fp32", help=text)
+    add("--data", type=str | None, help="dataset; default: the run's own")
+    text = "compile the graph for this kind of processor; auto: if there is a C++ compiler"
+    add("--compile", type=bool | Literal["auto"], default="auto", help=text)
     add_log_options(parser)
 
 

@@ -13,12 +13,8 @@ from recsys.config.parser import Parser
 
 def add_log_options(parser: ArgumentParser) -> None:
     """Add the options of the log to a command without the settings of a run."""
-    parser.add_argument(
-        "--log_level",
-        type=LogLevel,
-        default="auto",
-        help="lowest level to log; auto: info on rank 0, warning on the others",
-    )
+    text = "lowest level to log; auto: info on rank 0, warning on the others"
+    parser.add_argument("--log_level", type=LogLevel, default="auto", help=text)
     parser.add_argument(
         "--log_format", type=LogFormat, default="text", help="text, or json: an object per line"
     )

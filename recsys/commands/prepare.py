@@ -46,31 +46,17 @@ def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
 def _events() -> Parser:
     """Return the options of `prepare events`."""
     source = Parser(description="Write a dataset of event logs, as an events.yaml describes it.")
-    source.add_argument("--config", type=Path, required=True, help="events.yaml with the settings")
-    source.add_argument("--out", type=Path, required=True, help="folder of the dataset to write")
-    source.add_argument(
-        "--source", type=Path | None, help="folder of the logs; default: that of events.yaml"
-    )
-    source.add_argument(
-        "--memory",
-        type=str | None,
-        help="most memory of DuckDB, such as 4GB; default: 80 % of the machine's",
-    )
-    source.add_argument(
-        "--threads", type=int | None, help="threads of DuckDB; default: the cores there are"
-    )
-    source.add_argument(
-        "--temp", type=Path | None, help="folder for temporary files; default: the output's"
-    )
-    source.add_argument(
-        "--engine",
-        type=Literal["duckdb", "spark"],
-        default="duckdb",
-        help="duckdb: this machine; spark: needs PySpark and Java 17",
-    )
-    source.add_argument(
-        "--spark_master", type=str, default="local[*]", help="address of the Spark cluster"
-    )
+    add = source.add_argument
+    add("--config", type=Path, required=True, help="events.yaml with the settings")
+    add("--out", type=Path, required=True, help="folder of the dataset to write")
+    add("--source", type=Path | None, help="folder of the logs; default: that of events.yaml")
+    text = "most memory of DuckDB, such as 4GB; default: 80 % of the machine's"
+    add("--memory", type=str | None, help=text)
+    add("--threads", type=int | None, help="threads of DuckDB; default: the cores there are")
+    add("--temp", type=Path | None, help="folder for temporary files; default: the output's")
+    text = "duckdb: this machine; spark: needs PySpark and Java 17"
+    add("--engine", type=Literal["duckdb", "spark"], default="duckdb", help=text)
+    add("--spark_master", type=str, default="local[*]", help="address of the Spark cluster")
     return source
 
 

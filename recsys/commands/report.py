@@ -16,11 +16,8 @@ def add_arguments(parser: Parser, words: Sequence[str]) -> None:
     """Add the run and the page."""
     add_run_options(parser)
     parser.add_argument("--out", type=Path | None, help="file; default: RUN/report.html")
-    parser.add_argument(
-        "--colour_by",
-        type=str | None,
-        help="column of the items' files that colours the maps; default: genres or category",
-    )
+    text = "column of the items' files that colours the maps; default: genres or category"
+    parser.add_argument("--colour_by", type=str | None, help=text)
 
 
 def run(arguments: Namespace) -> None:

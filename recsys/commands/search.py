@@ -26,46 +26,22 @@ SHOWN = 10  # best trials
 def add_arguments(parser: Parser, words: Sequence[str]) -> None:
     """Add the settings of the recipe, the space, and the numbers of trials and jobs."""
     add_config_arguments(parser, words)
-    parser.add_argument(
-        "--data",
-        type=str,
-        nargs="+",
-        required=True,
-        help="datasets: folders or URLs; a trial's value is the mean over them",
-    )
-    parser.add_argument(
-        "--space", type=Path, required=True, help="YAML file of settings and their values"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the search")
-    parser.add_argument(
-        "--trials",
-        type=PositiveInt,
-        required=True,
-        help="number of trials, those of earlier commands on the folder included",
-    )
-    parser.add_argument("--jobs", type=PositiveInt, default=1, help="trials side by side")
-    parser.add_argument(
-        "--seeds", type=PositiveInt, default=1, help="runs of each trial and dataset"
-    )
-    parser.add_argument("--nproc", type=PositiveInt, default=1, help="ranks of each run")
-    parser.add_argument(
-        "--sampler",
-        type=Literal["tpe", "random", "grid"],
-        default="tpe",
-        help="rule that proposes values: tpe learns from earlier trials, grid tries all",
-    )
-    parser.add_argument(
-        "--prune",
-        type=bool,
-        default=True,
-        help="stop trials that are worse than the median of others at the same validation",
-    )
-    parser.add_argument(
-        "--keep_checkpoints",
-        type=Literal["best", "all"],
-        default="best",
-        help="trials whose checkpoints are kept",
-    )
+    add = parser.add_argument
+    text = "datasets: folders or URLs; a trial's value is the mean over them"
+    add("--data", type=str, nargs="+", required=True, help=text)
+    add("--space", type=Path, required=True, help="YAML file of settings and their values")
+    add("--out", type=Path, required=True, help="folder of the search")
+    text = "number of trials, those of earlier commands on the folder included"
+    add("--trials", type=PositiveInt, required=True, help=text)
+    add("--jobs", type=PositiveInt, default=1, help="trials side by side")
+    add("--seeds", type=PositiveInt, default=1, help="runs of each trial and dataset")
+    add("--nproc", type=PositiveInt, default=1, help="ranks of each run")
+    text = "rule that proposes values: tpe learns from earlier trials, grid tries all"
+    add("--sampler", type=Literal["tpe", "random", "grid"], default="tpe", help=text)
+    text = "stop trials that are worse than the median of others at the same validation"
+    add("--prune", type=bool, default=True, help=text)
+    text = "trials whose checkpoints are kept"
+    add("--keep_checkpoints", type=Literal["best", "all"], default="best", help=text)
 
 
 def run(arguments: Namespace) -> int:

@@ -24,33 +24,23 @@ def add_arguments(parser: Parser, words: Sequence[str]) -> None:
     """Add the settings of a run, the dataset, and the options of the run's folder."""
     add_config_arguments(parser, words)
     add_data_option(parser)
-    parser.add_argument("--out", type=Path | None, help="folder of the run to write")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="build all and take one step; no --out is needed, and none is written",
-    )
-    parser.add_argument(
-        "--compare",
-        type=Literal["id_only"] | None,
-        help="id_only: train the same model without content, too, and compare both",
-    )
-    parser.add_argument(
-        "--resume",
-        type=Resume,
-        default="auto",
-        help="auto: go on from the run's last checkpoint if there is one; never; must",
-    )
-    parser.add_argument("--overwrite", type=bool, default=False, help="replace an earlier run")
+    add = parser.add_argument
+    add("--out", type=Path | None, help="folder of the run to write")
+    text = "build all and take one step; no --out is needed, and none is written"
+    add("--dry-run", action="store_true", help=text)
+    text = "id_only: train the same model without content, too, and compare both"
+    add("--compare", type=Literal["id_only"] | None, help=text)
+    text = "auto: go on from the run's last checkpoint if there is one; never; must"
+    add("--resume", type=Resume, default="auto", help=text)
+    add("--overwrite", type=bool, default=False, help="replace an earlier run")
     _add_warm_start(parser)
 
 
 def _add_warm_start(parser: Parser) -> None:
     """Add the run whose state a new run begins with, and what of it is taken over."""
-    parser.add_argument(
-        "--warm-start", type=Path | None, help="begin with the state of this run, on other data"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--warm-start", type=Path | None, help="begin with the state of this run, on other data")
+    add(
         "--warm-start.checkpoint",
         dest="warm_start_checkpoint",
         type=Literal["best", "last"],
@@ -58,7 +48,7 @@ def _add_warm_start(parser: Parser) -> None:
         help="its best model or its last checkpoint",
     )
     for name, words in (("only", "that alone are taken over"), ("skip", "that begin anew")):
-        parser.add_argument(
+        add(
             f"--warm-start.{name}",
             dest=f"warm_start_{name}",
             type=str,
@@ -66,13 +56,8 @@ def _add_warm_start(parser: Parser) -> None:
             default=[],
             help=f"patterns of parameters {words}, such as 'content.*'",
         )
-    parser.add_argument(
-        "--warm-start.optimizer",
-        dest="warm_start_optimizer",
-        type=bool,
-        default=True,
-        help="take over the state of the optimizers, too",
-    )
+    text = "take over the state of the optimizers, too"
+    add("--warm-start.optimizer", dest="warm_start_optimizer", type=bool, default=True, help=text)
 
 
 def run(arguments: Namespace) -> int:

@@ -17,20 +17,18 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
     """Add the run, the folder, the kind of vectors and of index."""
-    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
-    parser.add_argument("--out", type=Path, required=True, help="a folder to make")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="folder of a finished run")
+    add("--out", type=Path, required=True, help="a folder to make")
+    add(
         "--vectors",
         type=Literal["content", "item_tower"] | None,
         help="content: of any model with content; item_tower: of two_tower, with its user tower; "
         "default: item_tower of two_tower, else content",
     )
-    parser.add_argument(
-        "--index",
-        type=Literal["flat", "ivf", "hnsw"] | None,
-        help="also build a FAISS index: flat (exact), ivf or hnsw; needs the extra `retrieve`",
-    )
-    parser.add_argument("--data", type=str | None, help="dataset; default: the run's own")
+    text = "also build a FAISS index: flat (exact), ivf or hnsw; needs the extra `retrieve`"
+    add("--index", type=Literal["flat", "ivf", "hnsw"] | None, help=text)
+    add("--data", type=str | None, help="dataset; default: the run's own")
     add_log_options(parser)
 
 

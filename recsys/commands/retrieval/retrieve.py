@@ -16,20 +16,12 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
     """Add the folder of vectors, the requests and the output."""
-    parser.add_argument(
-        "--package", type=Path, required=True, help="folder of export-vectors, with an index"
-    )
-    parser.add_argument(
-        "--input",
-        type=str,
-        nargs="+",
-        required=True,
-        help="Parquet files with a request in each row, or folders of them; or .json files",
-    )
-    parser.add_argument(
-        "--out", type=Path | None, help="Parquet file to write; default: a JSON line per request"
-    )
-    parser.add_argument("--top_k", type=PositiveInt, default=100, help="items of each request")
+    add = parser.add_argument
+    add("--package", type=Path, required=True, help="folder of export-vectors, with an index")
+    text = "Parquet files with a request in each row, or folders of them; or .json files"
+    add("--input", type=str, nargs="+", required=True, help=text)
+    add("--out", type=Path | None, help="Parquet file to write; default: a JSON line per request")
+    add("--top_k", type=PositiveInt, default=100, help="items of each request")
     add_log_options(parser)
 
 

@@ -19,26 +19,20 @@ LEVELS, CODES = 3, 256
 
 def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
     """Add the run, the folder, and the size of the codebooks."""
-    parser.add_argument("--run", type=Path, required=True, help="finished run with content")
-    parser.add_argument("--out", type=Path, required=True, help="a folder to make")
-    parser.add_argument(
-        "--levels", type=PositiveInt | None, help=f"codes of each item; default: {LEVELS}"
-    )
-    parser.add_argument(
-        "--codes", type=PositiveInt | None, help=f"codes of each level; default: {CODES}"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="finished run with content")
+    add("--out", type=Path, required=True, help="a folder to make")
+    add("--levels", type=PositiveInt | None, help=f"codes of each item; default: {LEVELS}")
+    add("--codes", type=PositiveInt | None, help=f"codes of each level; default: {CODES}")
+    add(
         "--codebooks",
         type=Path | None,
         help="folder that this command wrote for the same run: its items keep their ids, others "
         "get theirs by its codebooks",
     )
-    parser.add_argument(
-        "--dataset",
-        type=Path | None,
-        help="also write the dataset with a column semantic_ids to this folder",
-    )
-    parser.add_argument("--data", type=str | None, help="dataset; default: the run's own")
+    text = "also write the dataset with a column semantic_ids to this folder"
+    add("--dataset", type=Path | None, help=text)
+    add("--data", type=str | None, help="dataset; default: the run's own")
     add_log_options(parser)
 
 

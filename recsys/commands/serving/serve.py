@@ -28,12 +28,8 @@ def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
     add("--grpc_port", type=int, default=8081, help="port of gRPC; 0: a free one")
     add("--workers", type=int, default=1, help="processes that answer requests")
     add("--threads", type=int | None, help="threads of each; default: together all cores")
-    add(
-        "--verify",
-        type=bool | Literal["later"],
-        default=True,
-        help="compare the hashes of the files first; later: of some blocks, the rest while serving",
-    )
+    text = "compare the hashes of the files first; later: of some blocks, the rest while serving"
+    add("--verify", type=bool | Literal["later"], default=True, help=text)
     add("--token", type=str | None, help=f"bearer token of requests; default: that of {TOKEN}")
     add("--grace", type=int, default=30, help="seconds that open requests have at the end")
     limits = Limits()
