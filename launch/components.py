@@ -160,8 +160,8 @@ def _torchrun_environment(nnodes: int, max_retries: int) -> Dict[str, str]:
     options = {"PET_MAX_RESTARTS": str(max_retries)}
     if nnodes > 1:
         # torchrun announces the store that it lends to the ranks only to the nodes of the first
-        # # start: a node that returns waits for it in vain, and then all nodes end. With this
-        # # variable, rank 0 creates a new store in each start.
+        # start: a node that returns waits for it in vain, and then all nodes end. With this
+        # variable, rank 0 creates a new store in each start.
         options["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return options
 

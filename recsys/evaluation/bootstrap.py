@@ -124,16 +124,7 @@ def _interval(
 def pooled_metric(
     windows: Sequence[SplitScores], metric: str, part: str, label: int = 0
 ) -> float | None:
-    """Compute the metric of a run, pooled over its windows as in `paired_difference`.
-
-    Args:
-        windows: scores of each window.
-        metric: gauc or auc.
-        part: all, warm, cold or unseen.
-        label: index of the label.
-
-    Returns:
-        The metric; None where the rows do not define it.
+    """Compute the metric of a run, over its windows as in `paired_difference`; None if undefined.
 
     Raises:
         ValueError: the metric or part is unknown.

@@ -100,8 +100,7 @@ def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
             lockstep.settle()
             lockstep.raise_if_stopped()
 
-    find = job.vocabularies.find_items
-    encode_into_bank(content, store, job.ranks, stop_if_asked, find=find)
+    encode_into_bank(content, store, job.ranks, stop_if_asked, find=job.vocabularies.find_items)
 
 
 def split_interactions(job: Job, split: str) -> Interactions:
@@ -130,15 +129,9 @@ def score(
 ) -> dict[str, Tensor]:
     """Score the rows of all ranks and return them on rank 0, none on the others. A collective.
 
-    Rows that only pad are left out; random states are restored.
-
-    Args:
-        job: the job whose model scores.
-        interactions: this rank's share of the rows.
-        lockstep: keeps the ranks on the same batch; default a new one.
-        unknown: counts the ids that have no row of their own.
-        with_queries: also return the queries of a retrieval model, for rows whose first label is
-            positive.
+    Rows that only pad are left out; random states are restored. `unknown` counts the ids that have
+    no row of their own. With `with_queries`, a retrieval model's queries are returned, too, for
+    rows whose first label is positive.
 
     Returns:
         `positions` [N], `logits` [N, C], `labels` [N, C], `groups` [N] and `items` [N] (targets),
@@ -180,10 +173,9 @@ def _columns(batch: Batch, logits: Tensor) -> dict[str, Tensor]:  # logits: [B, 
         "labels": batch.labels,
         "groups": batch.groups,
         "items": batch.counted_items,
+        "weights": batch.weights,
     }
-    if batch.weights is not None:
-        columns["weights"] = batch.weights
-    return {name: column[known] for name, column in columns.items()}
+    return {name: column[known] for name, column in columns.items() if column is not None}
 
 
 def _queries(batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -193,20 +185,13 @@ def _queries(batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
         "queries": vectors["query"],
         "query_targets": vectors["item"],
         "query_items": batch.counted_items,
+        "query_weights": batch.weights,
     }
-    if batch.weights is not None:
-        columns["query_weights"] = batch.weights
-    return {name: column[wanted] for name, column in columns.items()}
+    return {name: column[wanted] for name, column in columns.items() if column is not None}
 
 
 def split_scores(job: Job, scored: dict[str, Tensor], item_counts: ItemCounts) -> SplitScores:
-    """Sort the result of `score` by the rows' positions in the split.
-
-    Args:
-        job: the job whose schema names the labels.
-        scored: the rows of all ranks.
-        item_counts: training rows of each item.
-    """
+    """Sort the result of `score`, of all ranks, by the rows' positions in the split."""
     order = np.argsort(scored["positions"].numpy())
     names = ("positions", "groups", "items", "labels", "logits", "weights")
     columns = {name: scored[name].numpy()[order] for name in names if name in scored}
@@ -273,15 +258,10 @@ def scores_report(scores: SplitScores, more: Mapping[str, Metric]) -> dict[str, 
 def format_evaluation(report: dict[str, Any], config: Config) -> str:
     """Format the result of `evaluate_split` as text tables, one for each label."""
     of_labels = {f"label {name}": part for name, part in report.get("labels", {}).items()}
-    texts = [
-        format_report(
-            part,
-            [name for name in config.metrics if name in part],
-            shown_metrics(config, part),
-            title,
-        )
-        for title, part in (of_labels or {"items": report}).items()
-    ]
+    texts = []
+    for title, part in (of_labels or {"items": report}).items():
+        more = [name for name in config.metrics if name in part]
+        texts.append(format_report(part, more, shown_metrics(config, part), title))
     if "retrieval" in report:
         texts.append(format_retrieval(report["retrieval"]))
     return "\n".join(texts)

@@ -94,11 +94,9 @@ def _unskewed(quantile: float, skewness: float) -> float:
 
 
 def marked(figure: str, num_users: int | None) -> str:
-    """Put a figure in parentheses if fewer than `LEAST_USERS` users define it.
+    """Put a figure in parentheses if fewer than `LEAST_USERS` users define it; a dash stays.
 
-    Args:
-        figure: a number as text, or a dash where it is not defined.
-        num_users: None if it is not known, as for reports of earlier versions.
+    `num_users` is None if it is not known, as for reports of earlier versions.
     """
     few = num_users is not None and num_users < LEAST_USERS and figure not in ("-", "–")
     return f"({figure})" if few else figure

@@ -24,18 +24,8 @@ from recsys.data.item_parts import PARTS
 METRICS = {"precision_at_k": "recsys.evaluation.further_metrics:PrecisionAtK"}
 # Names that every report uses already.
 RESERVED = {"auc", "gauc", "logloss", "ne", "calibration", "num_samples", *PARTS}
-RESERVED |= {
-    "rmse",
-    "mae",
-    "nrmse",
-    "deviance",
-    "num_users",
-    "gauc_users",
-    "sum_of_weights",
-    "labels",
-    "retrieval",
-    "ids",
-}
+RESERVED |= {"rmse", "mae", "nrmse", "deviance", "num_users", "gauc_users", "sum_of_weights"}
+RESERVED |= {"labels", "retrieval", "ids"}
 
 
 @runtime_checkable
@@ -169,9 +159,7 @@ class PrecisionAtK:
 
         rows = np.diff(np.append(tie_begin, len(label)))
         places_before = tie_begin - user_begin[user_of_tie]
-        share_in = (
-            np.clip(self.k - places_before, 0, rows) / rows
-        )  # expected share of a tie's rows within K
+        share_in = np.clip(self.k - places_before, 0, rows) / rows  # expected, of a tie's rows
         hits = np.add.reduceat(label, tie_begin) * share_in
         user_rows = np.diff(np.append(user_begin, len(label)))
         precision = np.bincount(user_of_tie, hits) / np.minimum(user_rows, self.k)

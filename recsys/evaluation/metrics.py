@@ -188,13 +188,7 @@ def format_report(
 
 
 def marked_cell(metrics: Mapping[str, Any], name: str, undefined: str = "-") -> str:
-    """Format a metric for a table; in parentheses if a handful of users define it.
-
-    Args:
-        metrics: those of a part, such as `RankedRows.metrics`.
-        name: the metric.
-        undefined: text for None.
-    """
+    """Format a metric for a table; in parentheses if a handful of users define it."""
     users = metrics.get("gauc_users" if name == "gauc" else "num_users")
     return undefined if metrics[name] is None else marked(f"{metrics[name]:.4f}", users)
 

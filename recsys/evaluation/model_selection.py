@@ -74,15 +74,11 @@ ABSURD_LOG_LOSS = 2 * math.log(2)
 
 
 def check_log_loss(report: Mapping[str, Any], where: str, advice: str) -> None:
-    """Check that a model's probabilities are of use.
-
-    Args:
-        report: metrics of a split, those of each label under `labels` if there are several.
-        where: the split of which run, for the message.
-        advice: the fix.
+    """Check that a model's probabilities are of use, by the metrics of a split.
 
     Raises:
-        ValueError: the log loss of a label is not finite, or above `ABSURD_LOG_LOSS`.
+        ValueError: the log loss of a label is not finite, or above `ABSURD_LOG_LOSS`; the message
+            names the split (`where`) and the fix (`advice`).
     """
     for label, of_label in (report.get("labels") or {"": report}).items():
         loss = of_label.get("logloss")

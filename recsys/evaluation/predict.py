@@ -50,12 +50,7 @@ def load_run(
 ) -> Job:
     """Load the best model of a run, with `data` or its training data. A collective.
 
-    Args:
-        run: folder of the finished run.
-        data: dataset; None for the run's own.
-        ranks: the ranks of the job.
-        device: device of the model.
-        changed: further settings that differ from the run's, as on the command line.
+    `changed` are settings that differ from the run's, as on the command line.
 
     Raises:
         ValueError: the folder holds no finished run, or the data has another schema.
@@ -93,13 +88,14 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
         counts = read_item_counts(run, job.schema.item_id_limit)
     with Watchdog(ranks, job.config.stall_timeout) as watchdog:
         lockstep = Lockstep(ranks, job.config.checkpoint, watchdog)
+        to = scores if can_store else None
         report = evaluate_split(
             job,
             split,
             counts,
             lockstep,
             searches=True,
-            scores_to=scores if can_store else None,
+            scores_to=to,
             model=model,
             shows_skipped=True,
         )
@@ -168,8 +164,7 @@ def _predict(
         unknown = UnknownIds(job.schema)
         lockstep = Lockstep(ranks, job.config.checkpoint, watchdog)
         scored = score(job, interactions, lockstep, unknown)
-    line = format_unknown("input", unknown.totals(ranks.group))
-    if line is not None:
+    if (line := format_unknown("input", unknown.totals(ranks.group))) is not None:
         logger.info(line)
     if job.config.on_bad_row == "skip":
         rows.skipped(ranks, "input")
@@ -207,10 +202,9 @@ def _write(
             with open_parquet(file) as parquet:
                 for index in range(parquet.num_row_groups):
                     table = _read(parquet, index, file)
-                    table = _with_columns(
-                        table, names, values[place : place + table.num_rows], str(file)
-                    )
-                    place += table.num_rows
+                    end = place + table.num_rows
+                    table = _with_columns(table, names, values[place:end], str(file))
+                    place = end
                     if writer is None:
                         writer = pq.ParquetWriter(partial, table.schema, write_page_checksum=True)
                     if table.schema != writer.schema:

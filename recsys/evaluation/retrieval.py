@@ -167,24 +167,12 @@ def retrieval_report(
 ) -> dict[str, Any]:
     """Compute `retrieval_metrics` of all rows, and nested those of warm, cold and unseen items.
 
-    A collective.
-
-    Args:
-        job: a job with a two-tower model.
-        scored: `queries` [R, D], `query_targets` [R, D], `query_items` [R] and, if there are
-            any, `query_weights` [R] of the impressions.
-        item_counts: training rows of each item.
-        lockstep: keeps the ranks on the same batch.
+    A collective. `scored` has `queries` [R, D], `query_targets` [R, D], `query_items` [R] and, if
+    there are any, `query_weights` [R] of the impressions.
     """
     items, vectors = catalogue_vectors(job, lockstep)
-    above, tied = search_places(
-        scored["queries"],
-        scored["query_targets"],
-        scored["query_items"],
-        items,
-        vectors,
-        job.ranks.group,
-    )
+    queries = [scored[name] for name in ("queries", "query_targets", "query_items")]
+    above, tied = search_places(*queries, items, vectors, job.ranks.group)
     counts = item_counts.of(scored["query_items"].numpy())
     columns = [above, tied, *([scored["query_weights"]] if "query_weights" in scored else [])]
     reports = {

@@ -77,12 +77,8 @@ def write_scores(scores: SplitScores, path: Path, model: str | None = None) -> N
     """Write scores as Parquet; the file appears whole or not at all.
 
     Columns are `row`, `group`, `item` and `training_impressions`, `label_NAME` and `logit_NAME` for
-    each label, and `weight` if rows are weighed.
-
-    Args:
-        scores: of the rows of a split.
-        path: the file.
-        model: identifies the model, as `model_of` its run.
+    each label, and `weight` if rows are weighed. `model` identifies the model, as `model_of` its
+    run.
     """
     columns = {column: getattr(scores, name) for column, name in INTEGERS.items()}
     for index, name in enumerate(scores.label_names):
@@ -181,16 +177,10 @@ def with_labels(scores: SplitScores, names: tuple[str, ...], where: str) -> Spli
 
 
 def check_same_rows(first: SplitScores, second: SplitScores, where: str) -> None:
-    """Check that both scores are of the same rows.
-
-    Args:
-        first: scores.
-        second: scores to compare with them.
-        where: names both in the error message.
+    """Check that both scores are of the same rows; `where` names both in the error message.
 
     Raises:
-        ValueError: positions, groups, labels, weights or item counts differ; the message says
-            which.
+        ValueError: positions, groups, labels, weights or item counts differ; it says which.
     """
     kinds = [[of.loss_of(index) for index in range(len(of.label_names))] for of in (first, second)]
     if kinds[0] != kinds[1]:

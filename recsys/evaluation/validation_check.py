@@ -67,10 +67,6 @@ class ValidationLabels:
 def check_validation(job: Job, labels: ValidationLabels) -> None:
     """Check that the validation split defines what chooses the best model. A collective.
 
-    Args:
-        job: names the metric (`best_model_by`) and the catalogue.
-        labels: of this rank's share of the split.
-
     Raises:
         ValueError: on every rank, if it does not.
     """

@@ -66,9 +66,7 @@ class AddedColumns(nn.Module):
                 "give a DLRM as torchrec builds it, and compile it afterwards"
             )
         first.__class__ = WidenedLinear  # the same object, so that its names stay
-        self._first = (
-            cast(WidenedLinear, first),
-        )  # in a tuple, so that it is no child of this module
+        self._first = (cast(WidenedLinear, first),)  # a tuple, so that it is no child of this one
         self.map = nn.Linear(width, first.out_features, bias=False)
         nn.init.zeros_(self.map.weight)
 

@@ -228,12 +228,11 @@ class DLRMWithContentTrain(nn.Module):
         super().__init__()
         self.model = model
         self.loss_fn = nn.BCEWithLogitsLoss()
-        settings = model.contrastive
-        self.weight = settings.weight
+        self.weight = model.contrastive.weight
         self.contrastive: ContentIDContrastive | None = None
         if self.weight > 0:
-            content_dim, id_dim = model.content.dim, model.content.target_map.out_features
-            self.contrastive = ContentIDContrastive(content_dim, id_dim, settings)
+            dims = model.content.dim, model.content.target_map.out_features
+            self.contrastive = ContentIDContrastive(*dims, model.contrastive)
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Return the loss for the pipeline, and detached loss, logits and labels."""

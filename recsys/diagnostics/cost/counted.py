@@ -176,14 +176,10 @@ def count_ranking(
 
     A collective where the model standardizes numbers over several ranks.
 
-    Args:
-        ranking: ranking model with real weights.
-        pooled_dims: dimension of each pooled ID vector, in the order of the features.
-        id_dim: dimension of the ID vectors of target and events.
-        content: settings of the content branch; None without one.
-        batch: batch on the CPU; its content is not read.
-        history_is_unique: whether `IDVectors` has one history vector per unique item.
-        further_histories: encodes the histories after the first one; counted as a part of its own.
+    The model has real weights, and the batch is on the CPU; its content is not read. `pooled_dims`
+    are the dimensions of the pooled ID vectors, `id_dim` that of target and events. With
+    `history_is_unique`, `IDVectors` has one history vector per unique item. `further_histories`,
+    which encode the histories after the first one, count as a part of their own.
     """
     ids = _random_ids(pooled_dims, id_dim, batch, history_is_unique)
     of_content = None if content is None else _random_content(content, batch)

@@ -57,7 +57,11 @@ class ModalitySizes:
 
     @staticmethod
     def of(
-        name: str, encoder: Encoder, projection: nn.Module, settings: ModalitySettings, runs: float
+        name: str,
+        encoder: Encoder,
+        projection: nn.Module,
+        settings: ModalitySettings,
+        runs: float = 1.0,
     ) -> ModalitySizes:
         """Count the layers of an encoder that run in a step, and the projection."""
         trains = any(weight.requires_grad for weight in encoder.parameters() if weight.numel())

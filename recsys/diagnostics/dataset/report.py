@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 from embeddings.plan_text import align_columns
@@ -30,11 +31,8 @@ SHARES = {
 def format_dataset(found: DatasetSummary, findings: Sequence[Finding]) -> str:
     """Return all tables, the findings last."""
     blocks = [str(found.root), _splits(found), _columns(found), _tables(found), _items(found)]
-    if findings:
-        lines = [f"warning: {finding.what}; fix: {finding.fix}" for finding in findings]
-        blocks.append("\n".join(lines))
-    else:
-        blocks.append("no warnings")
+    lines = [f"warning: {finding.what}; fix: {finding.fix}" for finding in findings]
+    blocks.append("\n".join(lines or ["no warnings"]))
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -83,10 +81,10 @@ def _percent(share: float | None) -> str:
 
 def _columns(found: DatasetSummary) -> str:
     """Return the tables of lists and dense columns."""
-    blocks = []
     lists: list[Sequence[str]] = [("lengths of lists", "split", "mean", *QUANTILES, "max", "empty")]
     numbers: list[Sequence[str]] = [("numbers", "split", "min", "mean", "max", "deviation")]
-    for split, name in _of_splits(found):
+    columns = [name for name, of in found.schema.columns.items() if of.kind != "label"]
+    for name, split in product(columns, found.splits.values()):
         if name in split.lists:
             of_list = split.lists[name].summary()
             quantiles = [f"{of_list[q]:,}" for q in (*QUANTILES, "max")]
@@ -96,17 +94,7 @@ def _columns(found: DatasetSummary) -> str:
             of = split.numbers[name].summary()
             cells = [f"{of[key]:.4g}" for key in ("min", "mean", "max", "deviation")]
             numbers.append((name, split.split, *cells))
-    for rows in (lists, numbers):
-        if len(rows) > 1:
-            blocks.append(align_columns(rows))
-    return "\n\n".join(blocks)
-
-
-def _of_splits(found: DatasetSummary) -> list[tuple[SplitSummary, str]]:
-    """Return each column except labels, of each split."""
-    kinds = {name: column.kind for name, column in found.schema.columns.items()}
-    names = [name for name, kind in kinds.items() if kind != "label"]
-    return [(split, name) for name in names for split in found.splits.values()]
+    return "\n\n".join(align_columns(rows) for rows in (lists, numbers) if len(rows) > 1)
 
 
 def _tables(found: DatasetSummary) -> str:

@@ -147,14 +147,8 @@ def _sizes(meta_model: MetaModel, sample: BatchSample) -> ModelSizes:
     choose_kernels("torch" if meta_model.config.kernels == "torch" else "auto")
     lengths = [len(batch.history_index) for batch in sample.batches]
     typical = min(sample.batches, key=lambda b: abs(len(b.history_index) - fmean(lengths)))
-    return ModelSizes.of(
-        meta_model.config,
-        meta_model.schema,
-        meta_model.em3,
-        meta_model.tables,
-        meta_model.plan,
-        typical,
-    )
+    model = meta_model.em3, meta_model.tables, meta_model.plan
+    return ModelSizes.of(meta_model.config, meta_model.schema, *model, typical)
 
 
 def _unknown(config: Config, sizes: ModelSizes) -> list[str]:

@@ -71,11 +71,7 @@ def build_meta_model(
 ) -> MetaModel:
     """Read the schema and a few items, build the model and plan its sharding.
 
-    Args:
-        config: configuration of the run.
-        data: dataset, a folder or URL.
-        cluster: the cluster that the run is planned for.
-        rows: numbers of rows for tables, by column, that replace those of the dataset.
+    `rows` are numbers of rows for tables, by column, that replace those of the dataset.
 
     Raises:
         ValueError: the configuration does not match the data.

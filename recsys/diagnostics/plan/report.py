@@ -66,8 +66,7 @@ def _parts(found: Description) -> str:
     rows = []
     for part in found.parts:
         sizes = map(in_bytes, (part.weight_bytes, part.gradient_bytes, part.state_bytes))
-        name = part.name, f"{part.parameters:,}", part.trained_by, part.where
-        rows.append((*name, *sizes))
+        rows.append((part.name, f"{part.parameters:,}", part.trained_by, part.where, *sizes))
     total = f"{sum(part.parameters for part in found.parts):,}"
     text = align_columns([header, *rows, ("total", total, "", "", "", "", "")])
     for name, count in found.frozen_layers.items():

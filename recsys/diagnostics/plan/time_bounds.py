@@ -38,11 +38,7 @@ def time_bounds(
 ) -> list[TimeBound]:
     """Return the bounds of the parts on a rank, then the bounds of its collectives.
 
-    Args:
-        costs: FLOPs and bytes of the parts of a step on one rank.
-        sent: bytes that a rank sends, by kind.
-        cluster: the cluster whose devices and links set the rates.
-        precision: precision of the dense parts: fp32 or bf16.
+    `precision` is that of the dense parts: fp32 or bf16.
     """
     device = cluster.device
     flops = device.bf16_flops if precision == "bf16" else device.fp32_flops

@@ -97,12 +97,8 @@ def _with_work(
     Gloo works in threads of its own, so calls and events are matched by order and shape.
     """
     calls = [event for event in events if event["name"] in OPERATIONS]
-    works = [
-        e
-        for e in events
-        if e["name"].startswith(("gloo:", "nccl:")) and e["cat"] == "user_annotation"
-    ]
-    works.sort(key=lambda event: event["ts"])
+    works = [e for e in events if e["name"].startswith(("gloo:", "nccl:"))]
+    works = sorted((e for e in works if e["cat"] == "user_annotation"), key=lambda e: e["ts"])
     for call in sorted(calls, key=lambda event: event["ts"]):
         later = [work for work in works if work["ts"] >= call["ts"]]
         shapes = _shapes(call)

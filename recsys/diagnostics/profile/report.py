@@ -61,24 +61,13 @@ def _collectives(ranks: list[list[StepTrace]]) -> list[dict[str, Any]]:
     found = {(part, c.kind) for steps in ranks for s in steps for part, c in s.collectives}
     rows = []
     for part, kind in sorted(found, key=lambda key: (PARTS.index(key[0]), key[1])):
-        calls = [
-            [c for step in steps for p, c in step.collectives if (p, c.kind) == (part, kind)]
-            for steps in ranks
-        ]
-        numbers = [len(steps) for steps in ranks]
-        rows.append(
-            {
-                "part": part,
-                "kind": kind,
-                "calls": _over_ranks(len(c) / n for c, n in zip(calls, numbers)),
-                "bytes_sent": _over_ranks(
-                    sum(call.bytes_sent for call in c) / n for c, n in zip(calls, numbers)
-                ),
-                "seconds": _over_ranks(
-                    sum(call.seconds for call in c) / n for c, n in zip(calls, numbers)
-                ),
-            }
-        )
+        of_ranks = []
+        for steps in ranks:
+            calls = [c for s in steps for p, c in s.collectives if (p, c.kind) == (part, kind)]
+            sums = len(calls), sum(c.bytes_sent for c in calls), sum(c.seconds for c in calls)
+            of_ranks.append([number / len(steps) for number in sums])
+        per_step = dict(zip(("calls", "bytes_sent", "seconds"), map(_over_ranks, zip(*of_ranks))))
+        rows.append({"part": part, "kind": kind, **per_step})
     return rows
 
 

@@ -112,7 +112,10 @@ def read_steps(events: list[dict[str, Any]], rank: int, world_size: int) -> list
         return []
     thread = steps[0]["tid"]
     ranges = [e for e in annotations if e["tid"] == thread and _part_of(e["name"]) is not None]
-    timelines = [Timeline(step, [e for e in ranges if _is_inside(e, step)]) for step in steps]
+    timelines = []
+    for step in steps:
+        inside = [e for e in ranges if step["ts"] <= e["ts"] and _end(e) <= _end(step)]
+        timelines.append(Timeline(step, inside))
     traces = [StepTrace(timeline.seconds()) for timeline in timelines]
     begins = [step["ts"] for step in steps]
 
@@ -139,10 +142,6 @@ def read_steps(events: list[dict[str, Any]], rank: int, world_size: int) -> list
 
 def _end(event: dict[str, Any]) -> float:
     return event["ts"] + event["dur"]
-
-
-def _is_inside(event: dict[str, Any], step: dict[str, Any]) -> bool:
-    return step["ts"] <= event["ts"] and _end(event) <= _end(step)
 
 
 def _part_of(name: str) -> str | None:

@@ -62,17 +62,11 @@ def report_run(
 ) -> Path:
     """Write the page of a run, by default `RUN/report.html`. A collective.
 
-    Args:
-        run: folder of the finished run.
-        data: dataset of the run; default the one it was trained on.
-        out: the HTML file to write; it appears whole or not at all.
-        ranks: ranks that score the test split.
-        device: device that scores the test split.
-        colour_by: column of the items' files whose categories colour the maps; default: one named
-            genres, genre, category or categories, else maps are coloured by training impressions.
+    The categories in column `colour_by` of the items' files colour the maps; default: one named
+    genres, genre, category or categories, else maps are coloured by training impressions.
 
     Returns:
-        The file written.
+        The file written, which appears whole or not at all.
 
     Raises:
         ValueError: the folder holds no finished run, `out` cannot be written or is part of a run or
@@ -151,15 +145,10 @@ def item_sections(
     category: str | None,
     with_examples: bool = True,
 ) -> list[Section]:
-    """Return the sections on the vectors of items; each item is encoded once.
+    """Return the sections on the vectors of items of a job from `load_run`; each is encoded once.
 
-    Args:
-        job: the job that `load_run` returns.
-        run: folder of the run.
-        test_items: items of the rows of the test split.
-        table: the items' files, if any.
-        category: the column that colours the maps, if any.
-        with_examples: whether to show items with names and pictures.
+    `category` is the column of `table` that colours the maps; `with_examples` shows items with
+    names and pictures.
     """
     item_counts = read_item_counts(run, job.schema.item_id_limit)
     items = frequent_items(job, item_counts, ITEMS)
@@ -183,9 +172,7 @@ def item_sections(
 def summary(metrics: dict[str, Any], has_probabilities: bool) -> Section:
     """Return the test metrics of `metrics.json` as a table per label, with findings as sentences.
 
-    Args:
-        metrics: content of `metrics.json`.
-        has_probabilities: whether the scores are probabilities, which a softmax loss does not make.
+    A softmax loss makes no probabilities (`has_probabilities`).
     """
     test = metrics[SPLIT]
     tables = []

@@ -53,10 +53,7 @@ def embedding_maps(
 ) -> Section:
     """Return the section; words name the kinds of vectors that the model lacks.
 
-    Args:
-        vectors: vectors of the items of the maps.
-        item_counts: training impressions of these items.
-        categories: of these items, which colour the maps; None: colours by impressions.
+    The categories of the items colour the maps; None: their training impressions do.
     """
     if len(vectors.items) < 3:
         return Section(TITLE, ["Too few items have training impressions for a map."])

@@ -62,11 +62,8 @@ def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Cur
 def learning_curves(run: Path, best_model_by: BestModelBy, best_step: int | None = None) -> Section:
     """Return the section; curves that the run has not written are left out.
 
-    Args:
-        run: folder of the run.
-        best_model_by: the metric that chose the best model.
-        best_step: the step of the best model, to notice events that are not all of this run's;
-            default: as the events have it.
+    `best_step` is that of the best model, to notice events that are not all of this run's; default:
+    as the events have it.
     """
     curves = read_curves(run)
     plots = {}

@@ -44,11 +44,6 @@ def example_items(
 
     Middling items are those at which the cumulated impressions of more frequent items reach half of
     the total. Unseen items are sorted by their number of rows in the test split, highest first.
-
-    Args:
-        item_counts: training impressions.
-        test_items: items of the rows of the test split.
-        candidates: items that can be shown.
     """
     candidates = np.sort(candidates)
     counts = item_counts.of(candidates)
@@ -72,16 +67,11 @@ def nearest_items(
     table: ItemTable | None,
     category: str | None,
 ) -> Section:
-    """Return the section with the examples and their nearest items.
+    """Return the section with the examples and their nearest items of `pool`.
 
-    Args:
-        job: the job whose model encodes the examples.
-        run: folder of the run, whose checkpoint has the ID vectors of the examples.
-        pool: vectors of the items, all seen in training, that can be neighbours.
-        examples: the items shown.
-        item_counts: training impressions.
-        table: the items' files; if None, items are named by their row in the ID table.
-        category: the column of categories that the cards show, if any.
+    The model of the job encodes the examples; the run's checkpoint has their ID vectors. Without a
+    table of the items' files, items are named by their row in the ID table. Cards show the column
+    `category`, if any.
     """
     if len(pool.items) < 2:
         return Section(TITLE, ["Too few items have training impressions for neighbours."])
