@@ -39,13 +39,6 @@ def run(arguments: Namespace) -> None:
     require_working_installation()
     from recsys.diagnostics.plan.command import describe_run
 
-    describe_run(
-        config,
-        arguments.data,
-        device,
-        arguments.nodes,
-        arguments.gpus_per_node,
-        arguments.rows,
-        arguments.figures,
-        arguments.json,
-    )
+    cluster = device, arguments.nodes, arguments.gpus_per_node
+    changed = arguments.rows, arguments.figures
+    describe_run(config, arguments.data, *cluster, *changed, arguments.json)

@@ -64,15 +64,8 @@ def run(arguments: Namespace) -> int:
     from recsys.search.space import read_space
     from recsys.search.trial_runs import SearchStopped
 
-    request = Request(
-        arguments.trials,
-        arguments.jobs,
-        arguments.seeds,
-        arguments.nproc,
-        arguments.sampler,
-        arguments.prune,
-        arguments.keep_checkpoints,
-    )
+    numbers = arguments.trials, arguments.jobs, arguments.seeds, arguments.nproc
+    request = Request(*numbers, arguments.sampler, arguments.prune, arguments.keep_checkpoints)
     space = read_space(arguments.space)
     search = Search(config, space, arguments.data, arguments.out, request)
     try:

@@ -88,14 +88,13 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
         counts = read_item_counts(run, job.schema.item_id_limit)
     with Watchdog(ranks, job.config.stall_timeout) as watchdog:
         lockstep = Lockstep(ranks, job.config.checkpoint, watchdog)
-        to = scores if can_store else None
         report = evaluate_split(
             job,
             split,
             counts,
             lockstep,
             searches=True,
-            scores_to=to,
+            scores_to=scores if can_store else None,
             model=model,
             shows_skipped=True,
         )

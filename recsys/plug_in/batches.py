@@ -8,7 +8,7 @@ Shapes: B batch, N ids of a feature.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -142,13 +142,9 @@ class ContentBatches(Iterable[Batch]):
         if bank is not None and is_read and bank.coverage() == 0:
             encode_into_bank(self.branch, store, self.ranks)
 
-    def _built(self) -> Generator[Batch]:
-        """Yield the batches of this rank; a thread builds them ahead of the steps."""
+    def _agreed(self) -> Iterator[Batch]:
+        """Yield batches, which a thread builds ahead, until any rank has no more. A collective."""
         with threads(1, "content") as builder:
             jobs = (partial(self.items, batch) for batch in self.source)
-            yield from in_order(jobs, builder.submit, AHEAD)
-
-    def _agreed(self) -> Iterator[Batch]:
-        """Yield batches until any rank has no more. A collective."""
-        with closing(self._built()) as source:
-            yield from Lockstep(self.ranks).batches(source)
+            with closing(in_order(jobs, builder.submit, AHEAD)) as source:
+                yield from Lockstep(self.ranks).batches(source)

@@ -107,9 +107,8 @@ class CrossNet(WidenedInteraction):
             low = F.linear(x, net.V_kernels[layer])  # [B, R]
             low = low + F.linear(x_added, added.V_kernels[layer])
             x = first * (F.linear(low, net.W_kernels[layer]) + net.bias[layer]) + x
-            x_added = (
-                first_added * (F.linear(low, added.W_kernels[layer]) + added.bias[layer]) + x_added
-            )
+            crossed = F.linear(low, added.W_kernels[layer]) + added.bias[layer]
+            x_added = first_added * crossed + x_added
         return x, x_added
 
 

@@ -51,15 +51,8 @@ def run(arguments: Namespace) -> None:
     from recsys.serving.retrieval.semantic_ids import format_collisions
 
     with joined_ranks("cpu") as ranks:
-        report = export_semantic_ids(
-            arguments.run,
-            arguments.out,
-            arguments.levels or LEVELS,
-            arguments.codes or CODES,
-            ranks,
-            arguments.data,
-            arguments.codebooks,
-            arguments.dataset,
-        )
+        sizes = arguments.levels or LEVELS, arguments.codes or CODES
+        folders = arguments.data, arguments.codebooks, arguments.dataset
+        report = export_semantic_ids(arguments.run, arguments.out, *sizes, ranks, *folders)
     print_table(format_collisions(report))
     logger.info("written to %s", arguments.out)

@@ -35,11 +35,9 @@ class KeyCounts:
         self.halvings = 0  # number of leading zero bits of the keys kept
         self.keys = np.zeros(0, np.uint64)  # ascending
         self.counts = np.zeros(0, np.int64)
-        self.total = 0  # keys added
 
     def add(self, keys: np.ndarray) -> None:  # keys: uint64 [N]
         """Count keys."""
-        self.total += len(keys)
         found, times = np.unique(keys[_begins_with_zeros(keys, self.halvings)], return_counts=True)
         both = np.concatenate([self.keys, found])
         self.keys, places = np.unique(both, return_inverse=True)

@@ -32,11 +32,6 @@ class Lengths:
         """Return the number of lengths."""
         return int(self.histogram.sum())
 
-    @property
-    def empty_share(self) -> float:
-        """Return the share of lengths that are 0."""
-        return float(self.histogram[0] / max(self.count, 1))
-
     def quantile(self, share: float) -> int:
         """Return the smallest length that at least this share of the lengths do not exceed."""
         return int(np.searchsorted(self.histogram.cumsum(), share * self.count))
@@ -50,7 +45,7 @@ class Lengths:
             "mean": float(values @ self.histogram / self.count),
             **{name: self.quantile(share) for name, share in QUANTILES.items()},
             "max": int(values[self.histogram > 0].max()),
-            "empty_share": self.empty_share,
+            "empty_share": float(self.histogram[0] / self.count),
         }
 
 
@@ -80,17 +75,13 @@ class Range:
         """Return the mean; 0 without numbers."""
         return self.total / max(self.count, 1)
 
-    @property
-    def deviation(self) -> float:
-        """Return the standard deviation of the population; 0 without numbers."""
-        return max(self.squares / max(self.count, 1) - self.mean**2, 0.0) ** 0.5
-
     def summary(self) -> dict[str, Any]:
-        """Return min, max, mean and deviation by name; {} without numbers."""
+        """Return min, max, mean and deviation of the population by name; {} without numbers."""
         if not self.count:
             return {}
+        deviation = max(self.squares / self.count - self.mean**2, 0.0) ** 0.5
         found = {"min": self.least, "max": self.greatest, "mean": self.mean}
-        return {**found, "deviation": self.deviation}
+        return {**found, "deviation": deviation}
 
 
 @dataclass

@@ -44,7 +44,8 @@ def _splits(found: DatasetSummary) -> str:
         rows.append((name, *(value(split) if split.usable_rows else "-" for split in splits)))
 
     rows.append(("rows", *(f"{split.rows:,}" for split in splits)))
-    rows.append(("rows that cannot be used", *(f"{split.num_bad_rows:,}" for split in splits)))
+    bad_rows = [sum(entry["rows"] for entry in split.bad_rows) for split in splits]
+    rows.append(("rows that cannot be used", *(f"{number:,}" for number in bad_rows)))
     rows.append(("files", *(f"{split.files:,}" for split in splits)))
     for label in found.schema.of_kind("label"):
         is_rate = found.schema.columns[label].loss in (None, "bce")

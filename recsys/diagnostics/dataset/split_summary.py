@@ -58,11 +58,6 @@ class SplitSummary:
         """Return the number of rows of each target item."""
         return self.items.total()
 
-    @property
-    def num_bad_rows(self) -> int:
-        """Return the number of rows that training cannot use."""
-        return sum(entry["rows"] for entry in self.bad_rows)
-
 
 GROUPS, PAIRS, ROWS = "groups", "group and item", "rows"
 
