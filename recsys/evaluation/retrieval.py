@@ -171,9 +171,9 @@ def retrieval_report(
     there are any, `query_weights` [R] of the impressions.
     """
     items, vectors = catalogue_vectors(job, lockstep)
-    queries = [scored[name] for name in ("queries", "query_targets", "query_items")]
-    above, tied = search_places(*queries, items, vectors, job.ranks.group)
-    counts = item_counts.of(scored["query_items"].numpy())
+    queries, targets, wanted = scored["queries"], scored["query_targets"], scored["query_items"]
+    above, tied = search_places(queries, targets, wanted, items, vectors, job.ranks.group)
+    counts = item_counts.of(wanted.numpy())
     columns = [above, tied, *([scored["query_weights"]] if "query_weights" in scored else [])]
     reports = {
         part: retrieval_metrics(*(of_rows[torch.from_numpy(rows)] for of_rows in columns))
