@@ -17,7 +17,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,7 +71,7 @@ def enlarged(package: Path, out: Path, column: str, gigabytes: float) -> int:
             yield block[: num_rows - start]
 
     write_vectors(path, shape, blocks())
-    manifest.tables[column] = shape.as_plain()
+    manifest.tables[column] = asdict(shape)
     write_manifest(out, manifest)
     return num_rows
 

@@ -15,8 +15,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from recsys.checkpoint.manifest import FORMAT, read_manifest, write_manifest
-from recsys.data.filesystem import replace_folder
+from recsys.checkpoint.manifest import FORMAT, read_manifest
 from recsys.distributed.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -59,17 +58,6 @@ def checksum(file: Path) -> int:
         while block := stream.read(_READ_BYTES):
             value = zlib.crc32(block, value)
     return value
-
-
-def describe_files(files: list[Path]) -> dict[str, list[int]]:
-    """Return size and checksum by file name."""
-    return {file.name: [file.stat().st_size, checksum(file)] for file in files}
-
-
-def publish_folder(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:
-    """Give a written folder its manifest and final name; an older one is removed."""
-    write_manifest(partial, manifest)
-    replace_folder(partial, folder)
 
 
 def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: int = 1) -> None:

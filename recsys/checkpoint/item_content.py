@@ -78,15 +78,12 @@ def encode_changed_items(
     Raises:
         ValueError: on every rank: ranks read other items.
     """
-    items, now, ranks = _content(job), item_content_digest(job), job.ranks
-    if len(set(ranks.gather(now))) > 1:
+    ranks = job.ranks
+    if len(set(ranks.gather(item_content_digest(job)))) > 1:
         raise ValueError(f"{job.root}/items: the ranks read different items; give them one dataset")
-    stored = manifest.get("items", now)  # an earlier version kept no hashes: assumed unchanged
-    if items is None or stored is None or (now == stored and new_rows is None):
-        return 0
     with ranks.raise_on_all_ranks():
-        changed = _changed(items, _file(run, stored), new_rows)
-    if not len(changed.ids):  # they only have other rows
+        changed = changed_items(job, run, manifest, new_rows)
+    if changed is None or not len(changed.ids):  # the same, or only in other rows
         return 0
     assert job.em3.content is not None and job.store is not None
     find = job.vocabularies.find_items
@@ -103,9 +100,11 @@ def changed_items(
 
     Arguments are those of `encode_changed_items`. Not a collective.
     """
-    items, now = _content(job), item_content_digest(job)
-    stored = manifest.get("items", now)
-    if items is None or stored is None or (now == stored and new_rows is None):
+    if (items := _content(job)) is None:
+        return None
+    now = digest_of(items.tobytes())
+    stored = manifest.get("items", now)  # an earlier version kept no hashes: assumed unchanged
+    if stored is None or (now == stored and new_rows is None):
         return None
     return _changed(items, _file(run, stored), new_rows)
 

@@ -24,16 +24,16 @@ from recsys.checkpoint.compatibility import check_config, check_equal, check_tra
 from recsys.checkpoint.files import (
     BEST,
     checked_manifest,
-    describe_files,
+    checksum,
     folder_of_step,
     folders_by_age,
     folders_to_continue,
     prune,
-    publish_folder,
 )
 from recsys.checkpoint.finite import require_finite
 from recsys.checkpoint.item_content import encode_changed_items, item_content_digest
 from recsys.checkpoint.kept_files import check_kept_files, kept_digests
+from recsys.checkpoint.manifest import write_manifest
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.reader import SafeFileSystemReader, readable_failure
 from recsys.checkpoint.state import (
@@ -45,7 +45,7 @@ from recsys.checkpoint.state import (
     num_bytes,
 )
 from recsys.config import to_plain
-from recsys.data.filesystem import recover_folder
+from recsys.data.filesystem import recover_folder, replace_folder
 from recsys.data.parquet.order import Stage
 from recsys.distributed.ranks import Ranks
 
@@ -175,8 +175,7 @@ class Checkpoints:
             "items": self.items,
             "plan": self.job.plan,
         }
-        future = self._writer.submit(self._write, state, folder, manifest)
-        self._pending = (future, folder)
+        self._pending = self._writer.submit(self._write, state, folder, manifest), folder
 
     def _write(self, state: State, folder: Path, manifest: dict[str, Any]) -> None:
         """Write a checkpoint, in the writer's thread on every rank. A collective."""
@@ -191,12 +190,14 @@ class Checkpoints:
                 dcp.save(state, storage_writer=writer, process_group=ranks.group)
             with ranks.raise_on_all_ranks():
                 files = sorted(partial.glob(f"__{ranks.rank}_*"))
-                mine = describe_files([*files, partial / ".metadata"] if ranks.is_first else files)
+                files += [partial / ".metadata"] if ranks.is_first else []
+                mine = {file.name: [file.stat().st_size, checksum(file)] for file in files}
             described = {name: entry for part in ranks.gather(mine) for name, entry in part.items()}
             with ranks.raise_on_all_ranks():
                 if ranks.is_first:
                     manifest |= {"kept": kept_digests(folder.parents[1]), "files": described}
-                    publish_folder(partial, folder, manifest)
+                    write_manifest(partial, manifest)
+                    replace_folder(partial, folder)
                     if folder.name != BEST:
                         prune(folder, self.job.config.checkpoint.keep)
         except Exception:
@@ -220,7 +221,10 @@ class Checkpoints:
                 if ranks.is_first:
                     logger.warning("checkpoint %s is damaged and left out: %s", folder, error)
                 continue
-            self._check(folder, manifest)
+            check_config(manifest["config"], self.job.config, str(folder))
+            check_training_data(manifest["data"], self.data, str(folder))
+            check_equal("frozen weights", manifest["frozen_weights"], self.frozen, str(folder))
+            check_kept_files(folder, manifest, ranks)
             self._load(folder)
             progress = self._continued(manifest)
             if folder.name == BEST:
@@ -234,12 +238,6 @@ class Checkpoints:
                 "start anew with --overwrite true"
             )
         return None
-
-    def _check(self, folder: Path, manifest: dict[str, Any]) -> None:
-        check_config(manifest["config"], self.job.config, str(folder))
-        check_training_data(manifest["data"], self.data, str(folder))
-        check_equal("frozen weights", manifest["frozen_weights"], self.frozen, str(folder))
-        check_kept_files(folder, manifest, self.job.ranks)
 
     @torch.no_grad()
     def _load(self, folder: Path) -> None:

@@ -38,7 +38,7 @@ class Progress:
     # State of a learning-rate schedule that follows validations.
     schedule: dict[str, float] = field(default_factory=dict)
     # Counts of training so far: by column, looked-up and unknown ids; by table with a bounded
-    # # vocabulary, ids that got and ids that lost a row.
+    # vocabulary, ids that got and ids that lost a row.
     ids: dict[str, dict[str, int]] = field(default_factory=dict)
     vocabularies: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -70,14 +70,8 @@ class Progress:
     def count_ids(self, job: Job, unknown: UnknownIds) -> None:
         """Add the counts of raw ids since the last call. A collective."""
         _add(self.ids, unknown.totals(job.ranks.group))
-        counts = job.vocabularies.counts()
-        _add(
-            self.vocabularies,
-            {
-                table: {"admitted": count.admitted, "evicted": count.evicted}
-                for table, count in counts.items()
-            },
-        )
+        for table, of in job.vocabularies.counts().items():
+            _add(self.vocabularies, {table: {"admitted": of.admitted, "evicted": of.evicted}})
 
     def to_json(self) -> dict[str, Any]:
         """Return the counters as plain values."""
@@ -120,10 +114,9 @@ def _is_counter(name: str, value: Any) -> bool:
 
 
 def _is_stage(value: Any) -> bool:
-    names = Stage.__dataclass_fields__
     return (
         isinstance(value, dict)
-        and value.keys() == names.keys()
+        and value.keys() == Stage.__dataclass_fields__.keys()
         and all(type(count) is int and count > 0 for count in value.values())
     )
 

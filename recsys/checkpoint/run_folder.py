@@ -66,7 +66,7 @@ def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool
                 raise ValueError(f"{run}: holds a dataset; choose another --out")
             recover_checkpoints(run)
     # Folders on the network appear with delay, so rank 0 decides; but a node that returned reports
-    # # no restarts.
+    # no restarts.
     restarted = any(ranks.gather(was_restarted(run)))
     finished, folders = (run / METRICS).exists(), folders_to_continue(checkpoints)
     is_only_best = [folder.name for folder in folders] == [BEST]

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -71,38 +70,18 @@ def _banks(job: Job) -> dict[str, MemoryBank]:
     return banks
 
 
-@dataclass
-class _Stored:
-    """Decides by name whether a checkpoint stores an entry of the model's state."""
-
-    trained: set[str]
-    frozen: set[str]
-    frozen_encoders: tuple[str, ...]
-
-    def __call__(self, name: str) -> bool:
-        return name in self.trained or not (
-            name in self.frozen or name.startswith(self.frozen_encoders)
-        )
-
-
-def _is_stored(job: Job) -> _Stored:
+def _is_stored(job: Job) -> Callable[[str], bool]:
+    """Return whether a checkpoint stores an entry of the model's state, by its name."""
     parameters = list(job.em3.named_parameters())
-    content = job.em3.content
-    encoders = (
-        [(name, cast(Encoder, part)) for name, part in content.encoders.items()] if content else []
-    )
-    return _Stored(
-        trained={name for name, value in parameters if value.requires_grad}
-        | {
-            f"content.encoders.{name}.{weight}"
-            for name, encoder in encoders
-            for weight in encoder.rewritten
-        },
-        frozen={name for name, value in parameters if not value.requires_grad},
-        frozen_encoders=tuple(
-            f"content.encoders.{name}." for name, encoder in encoders if encoder.caches
-        ),
-    )
+    trained = {name for name, value in parameters if value.requires_grad}
+    frozen = {name for name, value in parameters} - trained
+    frozen_encoders: list[str] = []
+    for name, part in job.em3.content.encoders.items() if job.em3.content else ():
+        prefix, encoder = f"content.encoders.{name}.", cast(Encoder, part)
+        trained |= {f"{prefix}{weight}" for weight in encoder.rewritten}
+        frozen_encoders += [prefix] if encoder.caches else []
+    left_out = tuple(frozen_encoders)
+    return lambda name: name in trained or not (name in frozen or name.startswith(left_out))
 
 
 def frozen_digest(job: Job) -> str:

@@ -90,6 +90,12 @@ class StoredTable(StoredTensor):
         """Read the rows `[start, stop)` as float32 [stop - start, D], as `StoredTensor.rows`."""
         return super().rows(start, stop).float()
 
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the first row and the vectors [rows, D] of each block, in the order of rows."""
+        height = max(1, BLOCK_BYTES // (4 * self.dim))
+        for start in range(0, self.num_rows, height):
+            yield start, self.rows(start, min(start + height, self.num_rows))
+
 
 def require_model_alone(folder: Path) -> None:
     """Refuse the checkpoint of a step in place of the best model.
@@ -137,15 +143,8 @@ def _write(tables: list[StoredTable], path: Path) -> None:
         path, schema, use_dictionary=["table"], write_statistics=["table", "row"]
     ) as writer:
         for table in tables:
-            for start, block in _blocks(table):
+            for start, block in table.blocks():
                 writer.write_table(_arrow_rows(table.name, start, block, schema))
-
-
-def _blocks(table: StoredTable) -> Iterator[tuple[int, Tensor]]:
-    """Yield the first row and the vectors [rows, D] of each block, in the order of rows."""
-    height = max(1, BLOCK_BYTES // (4 * table.dim))
-    for start in range(0, table.num_rows, height):
-        yield start, table.rows(start, min(start + height, table.num_rows))
 
 
 def _arrow_rows(

@@ -281,3 +281,11 @@ def recover_folder(path: Path) -> None:
 def _set_aside(path: Path) -> Path:
     """Return the name that an old folder has while it is being replaced."""
     return path.with_name(f".{path.name}.old")
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Make a hard link to a file, or a copy where the file system has no links."""
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)

@@ -10,8 +10,9 @@ long: after n updates it is at most (1 + n) / (10 + n).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class AveragedWeights:
             for shard in table.local_shards()
         ]
         self.weights = nn.ParameterList([*parameters.values(), *shards])
-        self.averaged = AveragedModel(self.weights, multi_avg_fn=_rising_decay(decay))
+        self.averaged = AveragedModel(self.weights, multi_avg_fn=partial(_move, decay))
 
     def update(self) -> None:
         """Update the averages with the weights after a step of the optimizer."""
@@ -109,17 +110,12 @@ class AveragedWeights:
         return {**state, "num_updates": self.averaged.n_averaged}
 
 
-def _rising_decay(
-    decay: float,
-) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """Return the update of averages for `AveragedModel`."""
-
-    def update(averages: Sequence[Tensor], weights: Sequence[Tensor], count: Tensor | int) -> None:
-        """Move the averages towards the weights, after `count` updates."""
-        risen = min(decay, (1 + int(count)) / (10 + int(count)))
-        get_ema_multi_avg_fn(risen)(averages, weights, count)
-
-    return update
+def _move(
+    decay: float, averages: Sequence[Tensor], weights: Sequence[Tensor], count: Tensor | int
+) -> None:
+    """Move the averages towards the weights, after `count` updates."""
+    risen = min(decay, (1 + int(count)) / (10 + int(count)))
+    get_ema_multi_avg_fn(risen)(averages, weights, count)
 
 
 def build_averages(

@@ -24,7 +24,6 @@ OPTIMIZERS = {
 }
 # One kernel over all parameters: on CPU the default is a Python loop over small operations.
 _FUSED = ("adamw", "adam", "sgd")
-_SETTINGS_OF_GROUPS = ("lr", "weight_decay")
 
 
 def build_dense_optimizer(
@@ -71,7 +70,7 @@ def build_dense_optimizer(
 
 def _make(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> Optimizer:
     """Build the optimizer of the groups."""
-    for name in _SETTINGS_OF_GROUPS:
+    for name in ("lr", "weight_decay"):
         if name in settings.options:
             raise ValueError(
                 f"optimizer.options.{name}: each group of parameters has its own; set "
@@ -124,9 +123,7 @@ def _state_after_a_step(
     }
 
 
-def gradient_norm(
-    optimizer: Optimizer,
-) -> Tensor:  # []
+def gradient_norm(optimizer: Optimizer) -> Tensor:  # []
     """Return the norm of the gradients of all parameters together."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

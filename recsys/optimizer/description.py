@@ -33,8 +33,7 @@ def describe_optimizers(model: nn.Module, tables: Sequence[TableConfig], dense: 
         # A schedule may already have lowered "lr"; the configured rate is "initial_lr".
         rate, decay = f"{group.get('initial_lr', group['lr']):g}", f"{group['weight_decay']:g}"
         rows.append((group["name"], len(group["params"]), size, kind, rate, decay))
-    frozen = _frozen_parameters(model)
-    if frozen:
+    if frozen := _frozen_parameters(model):
         size = sum(parameter.numel() for parameter in frozen)
         rows.append(("frozen", len(frozen), size, "none", "-", "-"))
     rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows), "", "", ""))

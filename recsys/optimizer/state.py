@@ -31,13 +31,11 @@ def state_tensors(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> di
         names: name of each of its parameters.
 
     Raises:
-    ValueError: the optimizer keeps a value that is neither a tensor nor a number.
+        ValueError: the optimizer keeps a value that is neither a tensor nor a number.
     """
     state = {}
     for parameter in _parameters(optimizer):
-        for key, value in (
-            optimizer.state[parameter].items() if parameter in optimizer.state else ()
-        ):
+        for key, value in optimizer.state.get(parameter, {}).items():
             if value is None:  # SGD without momentum
                 continue
             name = f"{names[parameter]}.{key}"

@@ -8,10 +8,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass
 from decimal import Decimal
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +31,7 @@ from recsys.distributed.ranks import Ranks
 from recsys.evaluation.predict import load_run
 from recsys.model.tables import pooled_features
 from recsys.serving.bounded_file import save_bounded
-from recsys.serving.compiled_graph import (
-    COMPILED,
-    Compiles,
-    compile_if_possible,
-    is_compiled,
-)
+from recsys.serving.compiled_graph import COMPILED, Compiles, compile_if_possible, is_compiled
 from recsys.serving.new_items.written_encoder import write_item_encoder
 from recsys.serving.package import GRAPH, REQUEST, Manifest, write_manifest
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_graph
@@ -47,9 +40,7 @@ from recsys.serving.vector_file import StoredType, VectorFileShape, write_vector
 
 logger = logging.getLogger(__name__)
 
-BLOCK_BYTES = 2**25  # bytes of a table that are in memory at a time
 ITEMS_PER_CALL = 256
-PACKAGES = ("torch", "torchrec", "recsys-em3")
 
 
 def export_run(
@@ -150,8 +141,6 @@ def write_package(
         bounded=list(job.vocabularies.by_table),
         content_histories=list(job.batch_builder().content_histories),
         entry_shapes=write_item_encoder(folder, job),
-        versions={name: version(name) for name in PACKAGES},
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     program = _graph_of(job, manifest, model.ranking)
     torch.export.save(program, folder / GRAPH)
@@ -178,13 +167,9 @@ def _write_tables(
         if name not in names:
             continue
         shape = VectorFileShape(table.num_rows, table.dim, stored_as)
-        height = max(1, BLOCK_BYTES // (4 * table.dim))
-        blocks = (
-            table.rows(start, min(start + height, table.num_rows))
-            for start in range(0, table.num_rows, height)
-        )
+        blocks = (rows for _, rows in table.blocks())
         write_vectors(folder / f"{name}.vectors", shape, blocks)
-        layouts[name] = shape.as_plain()
+        layouts[name] = asdict(shape)
     return layouts
 
 
@@ -205,14 +190,13 @@ def _write_content(
         write_vectors(folder / "target.vectors", shape, _blocks(num_items, encode))
 
     def in_bank(ids: np.ndarray) -> Tensor:  # [U, E]
-        """Read vectors of history items."""
         assert bank is not None
         return bank.lookup(torch.from_numpy(ids))[0]
 
     of_history = encode if bank is None else in_bank
     write_vectors(folder / "history.vectors", shape, _blocks(num_items, of_history))
     kinds = ("target", "history") if of_targets else ("history",)
-    return {kind: shape.as_plain() for kind in kinds}
+    return {kind: asdict(shape) for kind in kinds}
 
 
 def _blocks(num_items: int, vectors_of: Callable[[np.ndarray], Tensor]) -> Iterator[Tensor]:
@@ -225,7 +209,6 @@ def content_encoder(branch: ContentBranch, store: ContentStore) -> Callable[[np.
 
     @torch.no_grad()
     def encode(ids: np.ndarray) -> Tensor:  # [U, E]
-        """Encode items as the model encodes ranked items; one without content has none."""
         return branch.encode(store.gather(ids))
 
     return encode
@@ -264,11 +247,6 @@ def _graph_of(job: Job, manifest: Manifest, ranking: nn.Module) -> torch.export.
     return export_graph(graph, shapes, manifest.ranking)
 
 
-def _in_json(value: Any) -> Any:
-    """Return a time or a decimal number as JSON has it."""
-    return float(value) if isinstance(value, Decimal) else str(value)
-
-
 def _example(job: Job, manifest: Manifest) -> str:
     """Return a row of the test data as a request in JSON; without such a file, an empty request."""
     files = (job.root / "test").files(".parquet")
@@ -283,4 +261,8 @@ def _example(job: Job, manifest: Manifest) -> str:
         "history": {name: row[name] for name in history},
         "candidates": [row[manifest.target_item]],
     }
-    return json.dumps(request, indent=1, default=_in_json)
+    return json.dumps(
+        request,
+        indent=1,  # times become text, decimal numbers become floats
+        default=lambda value: float(value) if isinstance(value, Decimal) else str(value),
+    )

@@ -76,16 +76,11 @@ class ExportedGraph:
 def _state_of(program: ExportedProgram) -> dict[str, Tensor]:
     """Return what the graph takes besides inputs."""
     known: Mapping[str, Tensor] = {**program.constants, **program.state_dict}
-    kinds = [spec.kind for spec in program.graph_signature.input_specs]
     specs = program.graph_signature.input_specs
-    state = {}
-    for place, spec in enumerate(specs):
-        if spec.kind is InputKind.USER_INPUT:
-            assert all(kind is InputKind.USER_INPUT for kind in kinds[place:]), kinds
-            break
-        assert spec.target is not None
-        state[spec.target] = known[spec.target].detach()
-    return state
+    are_inputs = [spec.kind is InputKind.USER_INPUT for spec in specs]
+    assert are_inputs == sorted(are_inputs), specs  # behind the state
+    names = [str(spec.target) for spec in specs[: len(specs) - sum(are_inputs)]]
+    return {name: known[name].detach() for name in names}
 
 
 def _like(old: Tensor, content: bytearray) -> Tensor:

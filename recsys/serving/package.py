@@ -14,9 +14,10 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from recsys.data.filesystem import whole_file
 from recsys.serving.integrity import VerifiedFiles, Verify, describe, differences
@@ -25,10 +26,21 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 GRAPH = "graph.pt2"
 REQUEST = "request.json"
+PACKAGES = ("torch", "torchrec", "recsys-em3")
+
+
+@dataclass(kw_only=True)
+class Listed:
+    """A manifest: what wrote the files of a folder and when; bytes and sha256 of each by name."""
+
+    versions: dict[str, str] = field(default_factory=lambda: {of: version(of) for of in PACKAGES})
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    format: int = FORMAT
 
 
 @dataclass
-class Manifest:
+class Manifest(Listed):
     """Contents of a package.
 
     labels: names of the outputs. pooled, dense, parallel: columns in the order of the graph.
@@ -52,21 +64,10 @@ class Manifest:
     content: dict[str, dict[str, Any]]
     searches: bool
     bounded: list[str]
-    versions: dict[str, str]
-    created: str
     content_histories: list[str] = field(default_factory=list)
     entry_shapes: dict[str, list[int]] = field(default_factory=dict)
     compiled: dict[str, str] = field(default_factory=dict)
     added: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # bytes and sha256 by name
-    format: int = FORMAT
-
-
-class Listed(Protocol):
-    """A manifest: a dataclass with the files of a folder."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-    files: dict[str, dict[str, Any]]
 
 
 M = TypeVar("M", bound=Listed)
@@ -75,10 +76,7 @@ M = TypeVar("M", bound=Listed)
 def write_manifest(folder: Path, manifest: Listed, leave_out: str | None = None) -> None:
     """Hash the files of a folder and write its manifest, with a hash of its own.
 
-    Args:
-        folder: the folder.
-        manifest: its manifest, without files.
-        leave_out: a folder in it with a manifest of its own, which may change.
+    `leave_out` is a folder in it with a manifest of its own, which may change.
     """
     inner = None if leave_out is None else folder / leave_out
     files = sorted(
@@ -128,18 +126,9 @@ def read_manifest_of(
     verify: Verify,
     verified: VerifiedFiles | None = None,
 ) -> M:
-    """Read a manifest of one kind and check the files of its folder.
+    """Read a manifest of one kind and check the files of its folder, as `read_manifest` does.
 
-    Args:
-        folder: the folder.
-        kind: dataclass of the manifest.
-        what: the folder in words, for messages.
-        command: what makes such a folder.
-        verify: as for `read_manifest`.
-        verified: as for `read_manifest`.
-
-    Raises:
-        ValueError: the folder is none of that kind, of another format, or a file differs.
+    Messages call the folder `what` and name the `command` that makes one.
     """
     path = folder / MANIFEST
     if not path.is_file():

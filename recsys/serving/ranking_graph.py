@@ -9,7 +9,7 @@ Shapes: N candidates, L history items, D dimension of ID vectors, E width of con
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -208,18 +208,22 @@ def export_graph(graph: RankingGraph, shapes: RankingInputs, name: str) -> Expor
             program = torch.export.export(
                 graph, traced.arguments(), dynamic_shapes=axes, strict=False
             )
-            module = program.module(check_guards=False)
-            for size in CHECKED_SIZES:
-                given = random_like(shapes, *size).arguments()
-                torch.testing.assert_close(
-                    module(*given), graph(*given), rtol=TOLERANCE, atol=TOLERANCE
-                )
+            compare_graphs(program.module(check_guards=False), graph, shapes)
     except Exception as error:  # torch.export raises errors of many types
         raise ValueError(
             f"ranking.name '{name}' cannot be exported: {type(error).__name__}: {error}; replace "
             "the operation that torch.export names, or whose shape depends on values"
         ) from error
     return program
+
+
+def compare_graphs(
+    graph: Callable[..., Tensor], wanted: Callable[..., Tensor], shapes: RankingInputs
+) -> None:
+    """Require equal outputs of two graphs for any numbers of rows, by an AssertionError."""
+    for size in CHECKED_SIZES:
+        given = random_like(shapes, *size).arguments()
+        torch.testing.assert_close(graph(*given), wanted(*given), rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def random_like(

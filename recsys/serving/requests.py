@@ -115,8 +115,7 @@ class RequestReader:
         ids = {item: _listed(given, item, "candidates")}
         target = self._rows_of(item, ids, "candidates").rows
 
-        def values_of(name: str) -> Sequence[Any]:
-            """Return the N values of the candidates, or the one of the user."""
+        def values_of(name: str) -> Sequence[Any]:  # N of the candidates, or one of the user
             if name not in given:
                 if name not in user:
                     raise ValueError(f"user: lacks '{name}'; give it to the user or the candidates")
@@ -130,7 +129,6 @@ class RequestReader:
             return values
 
         def read_from(name: str) -> tuple[dict[str, Sequence[Any]], str]:
-            """Return the values that a column is made of, equally many of each, and their place."""
             columns = {each: values_of(each) for each in self.schema.file_columns([name])}
             if not columns.keys() & given.keys():
                 return columns, "user"
@@ -196,7 +194,6 @@ class RequestReader:
         length = len(_listed(given, name, "history"))
 
         def lists_of(column: str) -> dict[str, list[Sequence[Any]]]:
-            """Return the values beside the events that a column is made of, each as one list."""
             found = {}
             for each in self.schema.file_columns([column]):
                 found[each] = [_listed(given, each, "history")]
@@ -239,7 +236,6 @@ class RequestReader:
         def refuse(
             column: str, rows: np.ndarray, reason: str, message: Callable[[int], str]
         ) -> None:
-            """Raise for the first bad row."""
             if rows.any():
                 number = int(rows.argmax())
                 raise ValueError(f"{place}: column '{column}', value {number}: {message(number)}")
@@ -251,7 +247,7 @@ class RequestReader:
         try:
             array = pa.array(values)
             kind = array.type
-            if pa.types.is_null(kind) or _is_list_of_null(kind):
+            if pa.types.is_null(kind) or (is_list(kind) and pa.types.is_null(kind.value_type)):
                 wanted = self._type_of(name, made)
                 array = array if kind == wanted else array.cast(wanted)
         except (pa.ArrowException, TypeError, OverflowError) as error:
@@ -273,10 +269,6 @@ class RequestReader:
             value = pa.string() if known is not None and known.name == "string" else pa.int64()
             value = vocabulary.ids.type if isinstance(vocabulary, ExactVocabulary) else value
         return pa.list_(value) if column.kind in ("ids", "sequence") else value
-
-
-def _is_list_of_null(kind: pa.DataType) -> bool:
-    return is_list(kind) and pa.types.is_null(kind.value_type)
 
 
 def _listed(given: Values, name: str, place: str) -> Sequence[Any]:

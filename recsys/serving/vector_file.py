@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import fbgemm_gpu  # noqa: F401 - registers torch.ops.fbgemm
 import numpy as np
@@ -49,10 +49,6 @@ class VectorFileShape:
         """Bytes of one row: int8 has a scale and an offset in fp32, int4 in fp16."""
         sizes = {"fp32": 4 * self.dim, "fp16": 2 * self.dim, "int8": self.dim + 8}
         return sizes.get(self.stored_as, self.dim // 2 + 4)
-
-    def as_plain(self) -> dict[str, Any]:
-        """Return the fields for a manifest."""
-        return asdict(self)
 
     def packed(self, vectors: Tensor) -> Tensor:
         """Return float32 [N, D] in the stored form, uint8 [N, row_bytes]."""

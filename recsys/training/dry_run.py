@@ -72,7 +72,9 @@ def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
         check_data(job)
         if ranks.is_first:
             print_table(f"{job.plan}\n\n{job.parameters}\n")
-        _start(job)
+        load_pretrained_tables(job)  # of the start of a run all that does not grow with the items
+        if job.em3.content is not None and job.store is not None:
+            start_projections(job.em3.content, job.store, job.ranks)
         build_seconds = time.perf_counter() - begin
         with watchdog.armed():
             losses, batch, step_seconds = _train_step(job, interactions, lockstep)
@@ -103,13 +105,6 @@ def format_dry_run(found: DryRun) -> str:
         f"scored in {found.evaluation_seconds:.2f} s; building took {found.build_seconds:.1f} s, "
         f"the peak of memory is {peak:.2f} GiB on a rank. Nothing was written but caches of items"
     )
-
-
-def _start(job: Job) -> None:
-    """Do the start-up work of a run, except work that grows with the number of items."""
-    load_pretrained_tables(job)
-    if job.em3.content is not None and job.store is not None:
-        start_projections(job.em3.content, job.store, job.ranks)
 
 
 def _train_step(

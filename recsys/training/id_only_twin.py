@@ -14,14 +14,7 @@ from typing import Any
 
 from recsys.checkpoint.files import folders_by_age
 from recsys.checkpoint.output_file import check_run_folder
-from recsys.checkpoint.run_folder import (
-    COMPARISON,
-    LOCK,
-    TWIN,
-    TWIN_MARK,
-    Resume,
-    finish_run,
-)
+from recsys.checkpoint.run_folder import COMPARISON, LOCK, TWIN, TWIN_MARK, Resume, finish_run
 from recsys.config import Config
 from recsys.config.checks import validate
 from recsys.distributed.job_lock import sole_job

@@ -74,12 +74,8 @@ class Reporter:
             left = (self.num_batches - progress.batches) * progress.seconds / progress.steps
             logger.info(
                 "epoch %d step %d/%d %s %s samples/s, %s left",
-                progress.epoch + 1,
-                progress.batches,
-                self.num_batches,
-                text,
-                f"{rate:,.0f}",
-                tqdm.format_interval(left),
+                *(progress.epoch + 1, progress.batches, self.num_batches),
+                *(text, f"{rate:,.0f}", tqdm.format_interval(left)),
             )
         if is_last:
             self.bar.close()  # its last state stays on the screen

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,8 @@ def versions() -> dict[str, str]:
     """Return the installed versions of packages that results depend on."""
     found = {}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -129,15 +128,14 @@ def train_locked(
         Watchdog(ranks, config.stall_timeout) as watchdog,
         Lockstep(ranks, config.checkpoint, watchdog) as lockstep,
     ):
-        warm = None
+        warm: OpenedWarmStart | None = None
+        schema: Schema | None = None
         if goes_on:
             with ranks.raise_on_all_ranks():
                 check_begun_from(run, warm_start)
-                schema: Schema | None = schema_of_data(run, Location.of(data), ranks, goes_on)
+                schema = schema_of_data(run, Location.of(data), ranks, goes_on)
         elif warm_start is not None:
             warm, schema = open_warm_start(warm_start, data, run, ranks)
-        else:
-            schema = None
         check_columns(config, data, ranks, schema)  # before items are encoded
         job = build_job(config, data, ranks, schema)
         trainer = open_run(job, run, data, goes_on, lockstep, warm)
@@ -155,12 +153,7 @@ def train_locked(
 
 
 def open_run(
-    job: Job,
-    run: Path,
-    data: str,
-    goes_on: bool,
-    lockstep: Lockstep,
-    warm: OpenedWarmStart | None = None,
+    job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep, warm: OpenedWarmStart | None
 ) -> Trainer:
     """Begin the run, or restore the job's state where the run stopped. A collective."""
     interactions = training_interactions(job)
@@ -187,9 +180,7 @@ def open_run(
         progress = start_fresh(job) if plan is None else start_warm(job, run, plan)
     else:
         logger.info("going on after step %d from %s", progress.steps, checkpoints.last_good or BEST)
-    return Trainer.of(
-        job, run, interactions, checkpoints, lockstep, reporter, progress, item_counts
-    )
+    return Trainer(job, run, interactions, checkpoints, lockstep, reporter, progress, item_counts)
 
 
 def training_interactions(job: Job, is_shuffled: bool = True) -> Interactions:
@@ -253,19 +244,10 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         )
     with job.ranks.raise_on_all_ranks():
         model = model_of(run)
-    metrics: dict[str, Any] = {
-        "valid": progress.best,
-        "test": evaluate_split(
-            job,
-            "test",
-            trainer.item_counts,
-            trainer.lockstep,
-            searches=True,
-            scores_to=scores_file(run, "test"),
-            model=model,
-        ),
-        **training_figures(job, progress),
-    }
+    given = trainer.item_counts, trainer.lockstep
+    file = scores_file(run, "test")
+    test = evaluate_split(job, "test", *given, searches=True, scores_to=file, model=model)
+    metrics = {"valid": progress.best, "test": test, **training_figures(job, progress)}
     if job.config.on_bad_row == "skip":
         metrics["skipped_rows"] = read_json(run / SKIPPED_ROWS)
     with job.ranks.raise_on_all_ranks():  # no rank leaves before the result is written

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from torch import Tensor, nn
 from torchrec.distributed.train_pipeline.runtime_forwards import BaseForward
@@ -46,34 +45,20 @@ class Trainer:
     interactions: Interactions
     checkpoints: Checkpoints
     lockstep: Lockstep
-    loss_watch: LossWatch
-    profile: StepProfile
     reporter: Reporter
     progress: Progress
     item_counts: ItemCounts  # training impressions
 
-    @classmethod
-    def of(
-        cls,
-        job: Job,
-        run: Path,
-        interactions: Interactions,
-        checkpoints: Checkpoints,
-        lockstep: Lockstep,
-        reporter: Reporter,
-        progress: Progress,
-        item_counts: ItemCounts,
-    ) -> Self:
-        """Return a trainer with its watch of losses and its profile of the first steps."""
-        every, steps = job.config.log_every_steps, job.config.profile_steps
-        watch = LossWatch(job.ranks, interactions.rows, every, lambda: checkpoints.last_good)
-
-        def write(values: dict[str, float]) -> None:
-            reporter.write(values, progress.steps)
-
-        profile = StepProfile(job.em3, job.ranks, steps, run, write=write)
-        parts = interactions, checkpoints, lockstep, watch, profile, reporter, progress
-        return cls(job, run, *parts, item_counts)
+    def __post_init__(self) -> None:
+        """Add the watch of losses and the profile of the first steps."""
+        ranks, rows, config = self.job.ranks, self.interactions.rows, self.job.config
+        self.loss_watch = LossWatch(
+            ranks, rows, config.log_every_steps, lambda: self.checkpoints.last_good
+        )
+        parts = self.job.em3, ranks, config.profile_steps, self.run
+        self.profile = StepProfile(
+            *parts, write=lambda values: self.reporter.write(values, self.progress.steps)
+        )
 
     def train(self) -> None:
         """Train until epochs or patience end. A collective.

@@ -73,15 +73,15 @@ def take_over(job: Job, plan: WarmStartPlan) -> Progress:
     progress = Progress(
         steps_before=source.model.progress.age,
         table_steps_before=source.optimizer.progress.table_steps
-        if source.optimizer is not None and plan.takes_table_state
+        if source.optimizer is not None and plan.tables_with_state
         else 0,
     )
     job.set_step(progress.age, progress.dense_steps, progress.schedule)
     set_table_steps(job.model, progress.table_steps)
     content = job.em3.content
     if content is not None and job.store is not None:
-        new = [name for name in content.projections if not plan.takes(_weight_of(name))]
-        if new:
+        weights = {name: f"content.projections.{name}.weight" for name in content.projections}
+        if new := [name for name, weight in weights.items() if not plan.takes(weight)]:
             start_projections(content, job.store, job.ranks, new)
         if plan.items is None:
             fill_bank(job)
@@ -93,10 +93,6 @@ def take_over(job: Job, plan: WarmStartPlan) -> Progress:
     for table, filled in fill_new_rows(job, counts_before(job, plan)).items():
         plan.differences.add(f"table '{table}'", f"new_rows: {filled.rule}", str(filled))
     return progress
-
-
-def _weight_of(modality: str) -> str:
-    return f"content.projections.{modality}.weight"
 
 
 def check_begun_from(run: Path, request: WarmStart | None) -> None:

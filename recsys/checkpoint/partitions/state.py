@@ -14,7 +14,7 @@ Read without torch, as commands look for the newest model first.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +74,11 @@ class ContinualFolder:
     """
 
     path: Path
-    partitions: Path = field(init=False)
 
-    def __post_init__(self) -> None:
-        """Name the folder of the partitions' runs."""
-        object.__setattr__(self, "partitions", self.path / "partitions")
+    @property
+    def partitions(self) -> Path:
+        """Folder of the partitions' runs."""
+        return self.path / "partitions"
 
     def run_of(self, name: str) -> Path:
         """Return the folder of a partition's run."""

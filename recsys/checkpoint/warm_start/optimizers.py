@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from recsys.build import Job
 from recsys.checkpoint.table_export import table_of_key
@@ -20,7 +19,7 @@ DENSE, TABLES, AVERAGE = "optimizer.dense.", "optimizer.tables.", "optimizer.ave
 def choose_optimizer_state(
     source: Source,
     job: Job,
-    own: dict[str, Any],
+    own: Iterable[str],
     taken: dict[str, Stored],
     differences: Differences,
 ) -> None:
@@ -29,7 +28,7 @@ def choose_optimizer_state(
     Args:
         source: the other run.
         job: the new run.
-        own: names and tensors of the new run's state, before its first step.
+        own: names in the new run's state, before its first step.
         taken: what is taken over, with its checkpoint; gets the state.
         differences: gets what differs.
     """
@@ -43,20 +42,18 @@ def choose_optimizer_state(
         what = f"the run keeps that of step {step:,}, not of the model's step {of_model:,}"
         differences.add("optimizer state", what, f"of step {step:,}")
     weights = [name.removeprefix("model.") for name in taken if name.startswith("model.")]
-    _choose_tables(source, stored, job, weights, own, taken, differences)
-    _choose_dense(source, stored, job, weights, taken, differences)
-    _choose_averages(source, stored, job, own, taken, differences)
+    names = list(_of_tables(source, stored, job, weights, differences))
+    names += _of_dense(source, stored, job, weights, differences)
+    if job.averages is not None:
+        averages = [name for name in own if name.startswith(AVERAGE)]
+        names += _averages(source, stored, averages, weights, differences)
+    taken |= dict.fromkeys(names, stored)
 
 
-def _choose_tables(
-    source: Source,
-    stored: Stored,
-    job: Job,
-    weights: list[str],
-    own: Iterable[str],
-    taken: dict[str, Stored],
-    differences: Differences,
-) -> None:
+def _of_tables(
+    source: Source, stored: Stored, job: Job, weights: list[str], differences: Differences
+) -> Iterator[str]:
+    """Yield the state of fused optimizers to take."""
     before = _table_optimizers(source.config, source.schema)
     now = _table_optimizers(job.config, job.schema)
     bounded = job.schema.tables_with("bounded")
@@ -65,7 +62,6 @@ def _choose_tables(
         table = table_of_key(f"model.{weight}")
         if table is None:
             continue
-        names = [name for name in stored.entries if name.startswith(f"{TABLES}{weight}.")]
         part, what = f"optimizer state of '{table}'", f"{before[table]} before, {now[table]} now"
         if "none" in (before[table], now[table]) and before[table] != now[table]:
             differences.add(part, what, "begins anew")
@@ -74,7 +70,7 @@ def _choose_tables(
         elif table in bounded and is_of_other_step:
             differences.add(part, "its rows have had other ids since", "begins anew")
         else:
-            taken |= dict.fromkeys(names, stored)
+            yield from (of for of in stored.entries if of.startswith(f"{TABLES}{weight}."))
 
 
 def _table_optimizers(config: Config, schema: Schema) -> dict[str, str]:
@@ -85,14 +81,10 @@ def _table_optimizers(config: Config, schema: Schema) -> dict[str, str]:
     }
 
 
-def _choose_dense(
-    source: Source,
-    stored: Stored,
-    job: Job,
-    weights: list[str],
-    taken: dict[str, Stored],
-    differences: Differences,
-) -> None:
+def _of_dense(
+    source: Source, stored: Stored, job: Job, weights: list[str], differences: Differences
+) -> Iterator[str]:
+    """Yield the state of the dense optimizer to take."""
     settings = source.config.optimizer, job.config.optimizer
     kinds = [(of.name, of.options) for of in settings]
     if kinds[0] != kinds[1]:
@@ -103,29 +95,21 @@ def _choose_dense(
     for name in stored.entries:
         parameter = name.removeprefix(DENSE).rsplit(".", 1)[0]
         if name.startswith(DENSE) and parameter in trained and parameter in weights:
-            taken[name] = stored
+            yield name
 
 
-def _choose_averages(
-    source: Source,
-    stored: Stored,
-    job: Job,
-    own: Iterable[str],
-    taken: dict[str, Stored],
-    differences: Differences,
-) -> None:
-    """Take moving averages, all or none: they have one count of updates."""
-    if job.averages is None:
-        return
-    names = [name for name in own if name.startswith(AVERAGE)]
+def _averages(
+    source: Source, stored: Stored, names: list[str], weights: list[str], differences: Differences
+) -> list[str]:
+    """Return the moving averages to take, all or none: they have one count of updates."""
     parameters = [name.removeprefix(AVERAGE) for name in names if not name.endswith("num_updates")]
     if stored is not source.model:
         why = "the best model has averages for its weights"
     elif not all(name in stored.entries for name in names):
         why = "not in the run"
-    elif not all(f"model.{name}" in taken for name in parameters):
+    elif not set(parameters) <= set(weights):
         why = "not all of its weights are taken over"
     else:
-        taken |= dict.fromkeys(names, stored)
-        return
+        return names
     differences.add("averaged weights", why, "begin at the weights")
+    return []

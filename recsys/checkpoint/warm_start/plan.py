@@ -31,7 +31,7 @@ MODEL = "model."
 OPINIONS = ".opinion_votes.opinions"  # a row per item, as its table
 MOST_SHAPES = 8  # in a message
 # Parts whose weights make the vectors in the memory bank.
-ENCODING = ("content.encoders.", "content.projections.", "content.fusion.")
+ENCODING = ("model.content.encoders.", "model.content.projections.", "model.content.fusion.")
 
 
 @dataclass
@@ -57,11 +57,6 @@ class WarmStartPlan:
         return f"{MODEL}{parameter}" in self.taken
 
     @property
-    def takes_table_state(self) -> bool:
-        """Return whether the state of any fused optimizer is taken over."""
-        return any(name.startswith("optimizer.tables.") for name in self.taken)
-
-    @property
     def tables_with_state(self) -> set[str]:
         """Return the tables of which optimizer state is taken over."""
         names = (name for name in self.taken if name.startswith("optimizer.tables."))
@@ -70,8 +65,8 @@ class WarmStartPlan:
     @torch.no_grad()
     def apply(self, job: Job) -> None:
         """Fill the job with what is taken over; the rest stays. A collective."""
-        training, entries = TrainingState(job), _entries(self.taken)
-        state = training.state_dict(entries)
+        training = TrainingState(job)
+        state = training.state_dict({name: of.entries[name] for name, of in self.taken.items()})
         moved = {name: self._map_of(name) for name in self.taken}
         ranks = job.ranks
         for stored in dict.fromkeys(self.taken.values()):
@@ -95,10 +90,6 @@ class WarmStartPlan:
         """Return the rows of a tensor whose rows move; None if they are the same."""
         rows = self.items if name == "bank" else self.maps.get(_table_of(name) or name)
         return None if rows is None or rows.is_identity else rows
-
-
-def _entries(taken: dict[str, Stored]) -> dict[str, Any]:
-    return {name: stored.entries[name] for name, stored in taken.items()}
 
 
 def _table_of(name: str) -> str | None:
@@ -236,23 +227,18 @@ def _choose_vocabularies(plan: WarmStartPlan, own: Iterable[str]) -> None:
     tables = {table_of_key(name) for name in plan.taken}
     names = [name for name in own if name.startswith("vocabulary.")]
     for table in dict.fromkeys(name.split(".")[1] for name in names):
-        of_table = [name for name in names if name.split(".")[1] == table]
+        part, rows = f"vocabulary of '{table}'", plan.maps.get(table)
         if table not in tables:
-            plan.differences.add(
-                f"vocabulary of '{table}'", "its table is not taken over", "begins empty"
-            )
+            plan.differences.add(part, "its table is not taken over", "begins empty")
             continue
-        rows = plan.maps.get(table)
-        for name in of_table:
-            waits = name.split(".")[-1].startswith("waiting")
+        for name in [name for name in names if name.split(".")[1] == table]:
+            entry = name.split(".")[-1]
             if name not in plan.source.model.entries:  # only ids that wait may be missing
                 continue
-            if waits and rows is not None and not rows.is_identity:
-                plan.differences.add(
-                    f"vocabulary of '{table}'", f"{name.split('.')[-1]} of other sets", "anew"
-                )
-                continue
-            plan.taken[name] = plan.source.model
+            if entry.startswith("waiting") and rows is not None and not rows.is_identity:
+                plan.differences.add(part, f"{entry} of other sets", "anew")
+            else:
+                plan.taken[name] = plan.source.model
 
 
 def _choose_bank(plan: WarmStartPlan, job: Job, own: dict[str, Any], is_same: bool) -> None:
@@ -261,7 +247,7 @@ def _choose_bank(plan: WarmStartPlan, job: Job, own: dict[str, Any], is_same: bo
     if "bank" not in own:
         return
     item, differences = job.schema.target_item, plan.differences
-    encoding = {name for name in {*own, *stored} if name.startswith(_PREFIXES)}
+    encoding = {name for name in {*own, *stored} if name.startswith(ENCODING)}
     if "bank" not in stored:
         why = "not in the run"
     elif stored["bank"].size[1] != size_of(own["bank"])[1]:
@@ -273,13 +259,9 @@ def _choose_bank(plan: WarmStartPlan, job: Job, own: dict[str, Any], is_same: bo
     else:
         rows = plan.maps.get(item)
         if rows is None:  # the table is not taken over, but its raw ids are the same
-            unlisted = Differences()
-            rows = row_map(item, plan.source, job, unlisted)
+            rows = row_map(item, plan.source, job, Differences())
         if rows is not None:
             plan.items, plan.taken["bank"] = rows, plan.source.model
             return
         why = "the items have other rows"
     differences.add("memory bank", why, "all items are encoded")
-
-
-_PREFIXES = tuple(f"{MODEL}{part}" for part in ENCODING)

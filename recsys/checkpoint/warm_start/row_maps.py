@@ -19,7 +19,6 @@ from embeddings.vocabulary.resized import UsedRows, rows_in_resized
 from recsys.build import Job
 from recsys.checkpoint.warm_start.differences import Differences
 from recsys.checkpoint.warm_start.source import Source
-from recsys.distributed.ranks import Ranks
 
 SETS_PER_READ = 2**16
 OldRows = Callable[[int, int], np.ndarray]
@@ -87,7 +86,7 @@ def row_map(table: str, source: Source, job: Job, differences: Differences) -> R
         assert isinstance(old, ExactVocabulary) and isinstance(new, ExactVocabulary)
         return _exact(part, old, new, leave_out, differences)
     if of_data.kind == "bounded":
-        return _bounded(part, table, source, rows, of_data.half_life, job.ranks, differences)
+        return _bounded(table, source, job, of_data.half_life, differences)
     assert of_run is not None
     hashes = [(old_rows, of_run.num_hashes, of_run.seed), (rows, of_data.num_hashes, of_data.seed)]
     if hashes[0] != hashes[1]:
@@ -135,11 +134,7 @@ def _plain(
 
 
 def _exact(
-    part: str,
-    old: ExactVocabulary,
-    new: ExactVocabulary,
-    leave_out: str,
-    differences: Differences,
+    part: str, old: ExactVocabulary, new: ExactVocabulary, leave_out: str, differences: Differences
 ) -> RowMap | None:
     """Map a table by raw id; the row of unknown ids goes to that of the new table."""
     try:
@@ -179,16 +174,10 @@ def _exact(
 
 
 def _bounded(
-    part: str,
-    table: str,
-    source: Source,
-    rows: int,
-    half_life: float,
-    ranks: Ranks,
-    differences: Differences,
+    table: str, source: Source, job: Job, half_life: float, differences: Differences
 ) -> RowMap:
     """Map a table whose ids were learned while training. A collective."""
-    old_rows = source.schema.limit(table)
+    old_rows, rows, ranks = source.schema.limit(table), job.schema.limit(table), job.ranks
     if rows == old_rows:
         return RowMap.of(True, rows, _same)
 
@@ -204,7 +193,7 @@ def _bounded(
         known = sum(int((used.last_used >= 0).sum()) for used in _used(source, table))
     kept = sum(ranks.gather(own)) - 1  # without the row of unknown ids
     differences.add(
-        part,
+        f"table '{table}'",
         f"{old_rows:,} rows and {known:,} ids before, {rows:,} rows now",
         f"{kept:,} ids keep their rows at another place, {known - kept:,} have no room",
     )

@@ -20,14 +20,12 @@ def compare_settings(source: Source, job: Job, differences: Differences) -> None
 
     Weights of another ranking model mean something else, even where they have names in common.
     """
-    request = source.request
-    contents = content_settings(source.config), content_settings(job.config)
-    is_one_without_content = None in contents
+    is_one_without_content = None in map(content_settings, (source.config, job.config))
     for name, before, now in differing_settings(source.config, job.config):
         if name.startswith("content.") and is_one_without_content:
             continue
         what = f"was {short(before)}, is {short(now)}"
-        if name == "ranking.name" and request.takes("ranking."):
+        if name == "ranking.name" and source.request.takes("ranking."):
             differences.refuse(name, what, "set it back, or --warm-start.skip 'ranking.*'")
         else:
             differences.add(f"setting {name}", what, short(now))
@@ -61,7 +59,7 @@ def compare_encoders(
         except ValueError as error:
             is_same = False
             prefixes = f"content.encoders.{name}.", f"content.projections.{name}."
-            if any(takes(each) for each in _weights(job) if each.startswith(prefixes)):
+            if any(takes(each) for each in job.model.state_dict() if each.startswith(prefixes)):
                 fix = f"or --warm-start.skip 'content.*.{name}.*'"
                 differences.refuse(f"content.modalities.{name}", str(error), fix)
     digests = source.model.manifest["frozen_weights"], frozen_digest(job)
@@ -72,7 +70,3 @@ def compare_encoders(
             "bring the run's encoders back, or train anew",
         )
     return is_same
-
-
-def _weights(job: Job) -> list[str]:
-    return list(job.model.state_dict())

@@ -11,9 +11,17 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from recsys.data.filesystem import whole_folder
-from recsys.serving.delta.content import DATA, DESCRIPTION, FILES, FORMAT, ROWS, Description
-from recsys.serving.delta.write import BLOCK_BYTES, rows_of
+from recsys.data.filesystem import link_or_copy, whole_folder
+from recsys.serving.delta.write import (
+    BLOCK_BYTES,
+    DATA,
+    DESCRIPTION,
+    FILES,
+    FORMAT,
+    ROWS,
+    Description,
+    rows_of,
+)
 from recsys.serving.new_items.added_items import AddedItems
 from recsys.serving.package import MANIFEST, Manifest, read_manifest
 
@@ -59,7 +67,7 @@ def _write_files(
     manifest = archive.read(MANIFEST)
     (folder / MANIFEST).write_bytes(manifest)
     for name in description.kept:
-        _link(base / name, _made(folder, name))
+        link_or_copy(base / name, _made(folder, name))
     for name in description.whole:
         with archive.open(FILES + name) as source, _made(folder, name).open("wb") as file:
             shutil.copyfileobj(source, file, BLOCK_BYTES)
@@ -112,13 +120,6 @@ def _made(folder: Path, name: str) -> Path:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def _link(file: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(file)
-    except OSError:
-        shutil.copyfile(file, target)
 
 
 def _patch(archive: zipfile.ZipFile, name: str, path: Path, row_bytes: int) -> None:

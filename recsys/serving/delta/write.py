@@ -14,17 +14,30 @@ from pathlib import Path
 import numpy as np
 
 from recsys.data.filesystem import whole_file
-from recsys.serving.delta.content import (
-    DATA,
-    DESCRIPTION,
-    FILES,
-    ROWS,
-    Description,
-    bytes_of_rows,
-)
 from recsys.serving.package import MANIFEST, Manifest, read_manifest
+from recsys.serving.vector_file import VectorFileShape
 
+FORMAT = 1
+DESCRIPTION = "delta.json"
+ROWS, DATA, FILES = "rows/", "data/", "files/"  # prefixes of names in the archive
 BLOCK_BYTES = 2**24
+
+
+@dataclass(frozen=True)
+class Description:
+    """Origin of each file of the newer package, which is the delta's `delta.json`.
+
+    base: hashes by block of the files of the older package that are needed, by name.
+    kept: names of files that are equal in both packages.
+    patched: bytes of a row, by name of the files of which some rows differ.
+    whole: names of files that the delta has whole.
+    """
+
+    base: dict[str, list[str]]
+    kept: list[str]
+    patched: dict[str, int]
+    whole: list[str]
+    format: int = FORMAT
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,13 @@ def write_delta(base: Path, new: Path, out: Path) -> DeltaCounts:
     return DeltaCounts(rows, description.whole, out.stat().st_size, total)
 
 
+def bytes_of_rows(manifest: Manifest) -> dict[str, int]:
+    """Return the bytes of a row of each file of vectors, by its name in the package."""
+    shapes = {f"tables/{name}.vectors": shape for name, shape in manifest.tables.items()}
+    shapes |= {f"content/{name}.vectors": shape for name, shape in manifest.content.items()}
+    return {name: VectorFileShape(**shape).row_bytes for name, shape in shapes.items()}
+
+
 def _compare(before: Manifest, after: Manifest) -> Description:
     """Decide how each file comes about, by hashes and layouts."""
     old, new = bytes_of_rows(before), bytes_of_rows(after)
@@ -111,8 +131,7 @@ def _blocks(
     at_once = max(1, BLOCK_BYTES // row_bytes)
     for first in range(0, len(after), at_once):
         block = np.asarray(after[first : first + at_once])
-        known = before[first : first + at_once]
-        known = known[: len(block)]
+        known = before[first : first + len(block)]
         differs = np.ones(len(block), bool)
         differs[: len(known)] = (known != block[: len(known)]).any(axis=1)
         yield first, differs, block

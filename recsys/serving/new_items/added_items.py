@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ class AddedItems:
                 _flush(path)
             _flush(partial)
         _flush(root)
-        return {"number": number, "shape": shape.as_plain()}
+        return {"number": number, "shape": asdict(shape)}
 
 
 def grow_vocabulary(schema: Schema, ids: list[pa.Array]) -> GrowingVocabulary | None:

@@ -140,7 +140,19 @@ class Retriever:
         """Return the vector by which a user's items are searched; see `retrieve`."""
         if self.tower is not None:
             return self.tower.query(user, history)
-        return self._mean_of(history)
+        name = self._history
+        items = history.get(name, ()) if isinstance(history, Mapping) else history
+        try:
+            given = pa.array(items if items is not None else (), self.ids.type)
+        except (pa.ArrowException, TypeError, OverflowError) as error:
+            raise ValueError(f"history: column '{name}': {error}") from error
+        places = pc.index_in(given, self.ids).drop_null().to_numpy()
+        if not len(places):
+            raise NothingToSearchBy(
+                f"history: no item of '{name}' has a vector in {self.folder}, and content vectors "
+                "are searched by those of the history; give items that it has"
+            )
+        return unit(self.vectors[places]).mean(axis=0)
 
     def search(
         self,
@@ -160,33 +172,13 @@ class Retriever:
         ]
 
     def _named(
-        self,
-        scores: np.ndarray,
-        places: np.ndarray,
-        without: set[Any],
-        count: int,
+        self, scores: np.ndarray, places: np.ndarray, without: set[Any], count: int
     ) -> Retrieved:
         """Return the results of one query by raw id."""
         known = places >= 0
         ids = self.ids.take(pa.array(places[known])).to_pylist()
         kept = [place for place, each in enumerate(ids) if each not in without][:count]
         return Retrieved([ids[place] for place in kept], scores[known][kept])
-
-    def _mean_of(self, history: History) -> np.ndarray:  # float32 [V]
-        """Return the mean of the unit content vectors of a history's items."""
-        name = self._history
-        items = history.get(name, ()) if isinstance(history, Mapping) else history
-        try:
-            given = pa.array(items if items is not None else (), self.ids.type)
-        except (pa.ArrowException, TypeError, OverflowError) as error:
-            raise ValueError(f"history: column '{name}': {error}") from error
-        places = pc.index_in(given, self.ids).drop_null().to_numpy()
-        if not len(places):
-            raise NothingToSearchBy(
-                f"history: no item of '{name}' has a vector in {self.folder}, and content vectors "
-                "are searched by those of the history; give items that it has"
-            )
-        return unit(self.vectors[places]).mean(axis=0)
 
 
 class TwoStage:

@@ -5,7 +5,6 @@ Files that do not change are hard links where the file system has them, else cop
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import yaml
 
 from recsys.build import SPLITS
 from recsys.config.plain_yaml import load_plain_yaml
-from recsys.data.filesystem import Location, whole_folder
+from recsys.data.filesystem import Location, link_or_copy, whole_folder
 from recsys.data.parquet.file import open_parquet
 from recsys.data.schema import Schema
 
@@ -46,9 +45,9 @@ def write_dataset_with(
     with whole_folder(out) as partial:
         for entry in sorted(Path(root.path).iterdir()):
             if entry.is_dir() and entry.name not in SPLITS:
-                shutil.copytree(entry, partial / entry.name, copy_function=_link)
+                shutil.copytree(entry, partial / entry.name, copy_function=link_or_copy)
             elif entry.is_file() and entry.name != "schema.yaml":
-                _link(entry, partial / entry.name)
+                link_or_copy(entry, partial / entry.name)
         (partial / "schema.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
         for split in SPLITS:
             folder = root / split
@@ -56,13 +55,6 @@ def write_dataset_with(
                 written = partial / split / Path(file.path).relative_to(folder.path)
                 written.parent.mkdir(parents=True, exist_ok=True)
                 _write_file(file, written, schema, ids, column)
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _write_file(file: Location, out: Path, schema: Schema, ids: pa.Table, column: str) -> None:

@@ -9,9 +9,7 @@ Shapes: I items, L levels, C codes of a level, D content dimension.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,8 @@ from recsys.build import Job
 from recsys.checkpoint.manifest import model_of
 from recsys.data.filesystem import whole_folder
 from recsys.distributed.ranks import Ranks
-from recsys.serving.export import PACKAGES, load_for_export
-from recsys.serving.package import FORMAT, read_manifest_of, write_manifest
+from recsys.serving.export import load_for_export
+from recsys.serving.package import Listed, read_manifest_of, write_manifest
 from recsys.serving.retrieval.item_vectors import ItemVectors, item_vectors
 from recsys.serving.retrieval.semantic_dataset import write_dataset_with
 from recsys.serving.retrieval.semantic_ids import Codebooks, collision_report
@@ -34,7 +32,7 @@ COLUMN = "semantic_ids"
 
 
 @dataclass
-class SemanticManifest:
+class SemanticManifest(Listed):
     """Contents of a folder of semantic ids.
 
     model: hash of the model whose content vectors were clustered. levels, codes, dim: L, C and D.
@@ -46,10 +44,6 @@ class SemanticManifest:
     levels: int
     codes: int
     dim: int
-    versions: dict[str, str]
-    created: str
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # bytes and sha256 by name
-    format: int = FORMAT
 
 
 def export_semantic_ids(
@@ -88,25 +82,14 @@ def export_semantic_ids(
     books = known or Codebooks.fit(of_items.vectors, levels, codes)
     with whole_folder(out) as partial:
         report = _write(partial, job, of_items, books)
-        write_manifest(partial, _describe(run, model, job, books))
+        of_books = books.centres.shape  # L, C, D
+        write_manifest(
+            partial, SemanticManifest(str(run), model, job.schema.target_item, *of_books)
+        )
         if dataset is not None:
             ids = pq.read_table(partial / ITEMS)
             write_dataset_with(job.root, job.schema, ids, COLUMN, books.num_ids, dataset)
     return report
-
-
-def _describe(run: Path, model: str | None, job: Job, books: Codebooks) -> SemanticManifest:
-    levels, codes, dim = books.centres.shape
-    return SemanticManifest(
-        run=str(run),
-        model=model,
-        target_item=job.schema.target_item,
-        levels=levels,
-        codes=codes,
-        dim=dim,
-        versions={name: version(name) for name in PACKAGES},
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
 
 
 def _write(folder: Path, job: Job, of_items: ItemVectors, books: Codebooks) -> dict[str, Any]:

@@ -9,9 +9,7 @@ of its own, as items may be added to it.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recsys.build import Job
 from recsys.data.filesystem import whole_folder
 from recsys.distributed.ranks import Ranks
 from recsys.ranking.two_tower import TwoTower
-from recsys.serving.export import PACKAGES, load_for_export
-from recsys.serving.package import FORMAT, GRAPH, write_manifest
+from recsys.serving.export import load_for_export
+from recsys.serving.package import GRAPH, Listed, write_manifest
 from recsys.serving.retrieval.index import IndexKind, build_index, require_faiss, write_index
 from recsys.serving.retrieval.item_vectors import ItemVectors, VectorKind, item_vectors
 from recsys.serving.retrieval.user_tower import write_user_tower
@@ -35,7 +32,7 @@ VECTORS, ITEMS, INDEX, QUERIES = "vectors.npy", "items.parquet", "index.faiss", 
 
 
 @dataclass
-class VectorsManifest:
+class VectorsManifest(Listed):
     """Contents of a folder of item vectors.
 
     ranking: the model's name. vectors: content or item_tower. num_items, dim: size of the vectors.
@@ -53,11 +50,7 @@ class VectorsManifest:
     history: str | None
     index: IndexKind | None
     normalized: bool
-    versions: dict[str, str]
-    created: str
     tower: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # bytes and sha256 by name
-    format: int = FORMAT
 
 
 def export_vectors(
@@ -94,30 +87,24 @@ def export_vectors(
             (partial / QUERIES).mkdir()
             tower = write_user_tower(run, job, partial / QUERIES).files[GRAPH]
         of_items = item_vectors(job, kind)
-        manifest = replace(_describe(run, job, kind, index, of_items), tower=tower)
+        num_items, dim = of_items.vectors.shape
+        manifest = VectorsManifest(
+            run=str(run),
+            ranking=job.config.ranking.name,
+            vectors=kind,
+            num_items=num_items,
+            dim=dim,
+            target_item=job.schema.target_item,
+            history=job.schema.history,
+            index=index,
+            normalized=kind == "content",
+            tower=tower,
+        )
+        if index is not None:
+            manifest.versions["faiss"] = require_faiss().__version__
         _write(partial, of_items, manifest)
         write_manifest(partial, manifest, leave_out=QUERIES)
     return manifest
-
-
-def _describe(
-    run: Path, job: Job, kind: VectorKind, index: IndexKind | None, of_items: ItemVectors
-) -> VectorsManifest:
-    num_items, dim = of_items.vectors.shape
-    return VectorsManifest(
-        run=str(run),
-        ranking=job.config.ranking.name,
-        vectors=kind,
-        num_items=num_items,
-        dim=dim,
-        target_item=job.schema.target_item,
-        history=job.schema.history,
-        index=index,
-        normalized=kind == "content",
-        versions={name: version(name) for name in PACKAGES}
-        | ({"faiss": require_faiss().__version__} if index else {}),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
 
 
 def _write(folder: Path, of_items: ItemVectors, manifest: VectorsManifest) -> None:

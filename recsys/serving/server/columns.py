@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.config.server import Limits
+from recsys.serving.requests import request_columns
 from recsys.serving.scorer import Scorer
 from recsys.serving.server.protocol.tensors import Tensor
 from recsys.serving.server.refusals import Refusal
@@ -39,9 +40,7 @@ class Columns:
         """List the columns."""
         schema, manifest = scorer.schema, scorer.manifest
         self.schema, self.item = schema, schema.target_item
-        self.user = schema.file_columns([*manifest.pooled, *manifest.dense])
-        lists = [[of.name, *of.numbers, *of.ids] for of in schema.histories]
-        self.history = schema.file_columns([name for names in lists for name in names])
+        self.user, self.history = request_columns(schema, manifest.pooled, manifest.dense)
         self.example = {**example.get("user", {}), **example.get("history", {})}
         self.example[self.item] = next(iter(example.get("candidates", ())), None)
         of_ids = [name for name in manifest.pooled if schema.columns[name].kind == "ids"]
@@ -91,23 +90,16 @@ class Columns:
         user, candidates = dict[str, Any](), {self.item: items}
         for name, tensor in named.items():
             self._require(name, self.user, "inputs")
-            shape, count = tensor.shape, len(items)
+            shape, values = tensor.shape, tensor.values
             if name in self.lists:
-                if len(shape) == 1 or shape[0] == 1:
-                    user[name] = tensor.values
-                elif shape[0] == count:
-                    width, values = shape[1], tensor.values
-                    candidates[name] = [
-                        values[row * width : (row + 1) * width] for row in range(count)
-                    ]
-                else:
-                    raise Refusal(f"input '{name}': shape {list(shape)} for {count} candidates")
-            elif len(tensor.values) == 1:
-                user[name] = tensor.values[0]
-            elif len(tensor.values) == count:
-                candidates[name] = tensor.values
+                rows, width = shape if len(shape) == 2 else (1, *shape)
+                values = [values[row * width : (row + 1) * width] for row in range(rows)]
+            if len(values) == 1:
+                user[name] = values[0]
+            elif len(values) == len(items):
+                candidates[name] = values
             else:
-                raise Refusal(f"input '{name}': shape {list(shape)} for {count} candidates")
+                raise Refusal(f"input '{name}': shape {list(shape)} for {len(items)} candidates")
         return RankedUser(user, history, candidates)
 
     def check(self, request: RankedUser, limits: Limits) -> None:
@@ -116,12 +108,9 @@ class Columns:
         Raises:
             Refusal: names the column, its size and the limit.
         """
-        item, history = self.item, request.history
-        candidates = (
-            request.candidates
-            if isinstance(request.candidates, Mapping)
-            else {item: request.candidates}
-        )
+        item, history, candidates = self.item, request.history, request.candidates
+        if not isinstance(candidates, Mapping):
+            candidates = {item: candidates}
         events = history if isinstance(history, Mapping) else {"items": history}
         for name, value in request.user.items():
             self._require(name, self.user, "user")

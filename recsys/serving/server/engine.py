@@ -59,10 +59,9 @@ class Engine:
         Raises:
             Unauthorized: the header has another one or none.
         """
-        token = self.settings.token
-        if token is None:
-            return
-        if not hmac.compare_digest(header.encode(), f"Bearer {token}".encode()):
+        if (token := self.settings.token) is not None and not hmac.compare_digest(
+            header.encode(), f"Bearer {token}".encode()
+        ):
             raise Unauthorized("authorization: the bearer token is missing or wrong")
 
     def require_model(self, name: str, version: str | None) -> Served:

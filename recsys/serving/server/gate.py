@@ -55,8 +55,8 @@ class Gate:
                 self._engine.require_token(headers.get("authorization", ""))
             await self._app(scope, receive, send_with_id)
         except Unauthorized as error:
-            response = JSONResponse({"error": str(error)}, error.status)
-            response.headers["www-authenticate"] = "Bearer"
+            asked = {"www-authenticate": "Bearer"}
+            response = JSONResponse({"error": str(error)}, error.status, asked)
             await response(scope, receive, send_with_id)
         except Exception:
             logger.exception("request %s failed", log.id)

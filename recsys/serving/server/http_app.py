@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from importlib.metadata import version
 from typing import Any
@@ -99,10 +99,8 @@ def http_app(engine: Engine, lifespan: Lifespan) -> FastAPI:
 
 def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    response = JSONResponse({"error": str(error)}, error.status)
-    if error.status == 503:
-        response.headers["retry-after"] = "1"
-    return response
+    headers = {"retry-after": "1"} if error.status == 503 else None
+    return JSONResponse({"error": str(error)}, error.status, headers)
 
 
 def _http_error(request: Request, error: Exception) -> Response:
@@ -193,8 +191,7 @@ class Routes:
             TooLarge: it is larger.
         """
         limit, chunks, size = self._engine.settings.limits.max_body, [], 0
-        stream: AsyncIterator[bytes] = request.stream()
-        async for chunk in stream:
+        async for chunk in request.stream():
             size += len(chunk)
             if size > limit:
                 raise TooLarge(f"the body has more than {limit} bytes, the limit")

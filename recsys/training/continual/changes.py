@@ -52,10 +52,7 @@ def require_unchanged(
 
 
 def new_schema(
-    root: Location,
-    partition: Partition,
-    known: tuple[Schema, Schema] | None,
-    ranks: Ranks,
+    root: Location, partition: Partition, known: tuple[Schema, Schema] | None, ranks: Ranks
 ) -> Schema:
     """Return the columns with maps of raw ids that have those of the partition. A collective.
 

@@ -56,12 +56,7 @@ from recsys.training.continual.scoring import (
 from recsys.training.reporter import Reporter
 from recsys.training.train import start_fresh, training_interactions
 from recsys.training.trainer import Trainer
-from recsys.training.warm_start import (
-    OpenedWarmStart,
-    describe_start,
-    open_warm_start,
-    take_over,
-)
+from recsys.training.warm_start import OpenedWarmStart, describe_start, open_warm_start, take_over
 
 
 @dataclass(frozen=True)
@@ -133,11 +128,8 @@ def _schema(
     continual: ContinualRun, partition: Partition, state: RunState, config: Config, goes_on: bool
 ) -> tuple[Schema, OpenedWarmStart | None]:
     """Return the columns with their maps of ids, and the run to begin from. A collective."""
-    run, ranks, root = (
-        continual.folder.run_of(partition.name),
-        continual.ranks,
-        Location.of(continual.data),
-    )
+    run, ranks = continual.folder.run_of(partition.name), continual.ranks
+    root = Location.of(continual.data)
     if goes_on:
         with ranks.raise_on_all_ranks():
             return schema_of_data(run, root, ranks, goes_on), None
@@ -183,7 +175,7 @@ def open_partition(
         job.preparation.negatives.use_counts(item_counts)
     reporter = Reporter(job, folder.path, progress, counts_all_steps=True)
     parts = interactions, checkpoints, continual.lockstep, reporter, progress, item_counts
-    return PartitionTrainer.of(job, run, *parts), line
+    return PartitionTrainer(job, run, *parts), line
 
 
 def _as_read(partition: Partition, interactions: Interactions) -> Trained:

@@ -33,16 +33,12 @@ class Span:
 
     def begins_after(self, key: Key) -> bool:
         """Return whether a partition is before the span."""
-        if self.first is None:
-            return False
-        bound = key_of_bound(self.first, key)
+        bound = () if self.first is None else key_of_bound(self.first, key)
         return key[: len(bound)] < bound
 
     def ends_before(self, key: Key) -> bool:
         """Return whether a partition is behind the span."""
-        if self.last is None:
-            return False
-        bound = key_of_bound(self.last, key)
+        bound = () if self.last is None else key_of_bound(self.last, key)
         return key[: len(bound)] > bound
 
     def is_over(self, partitions: Sequence[Partition], state: RunState) -> bool:

@@ -32,13 +32,7 @@ from recsys.training.continual.packages import check_packages, export_newest
 from recsys.training.continual.partition_run import ContinualRun, train_partition
 from recsys.training.continual.partition_trainer import check_settings
 from recsys.training.continual.partitions import Partition, list_partitions
-from recsys.training.continual.queue import (
-    Span,
-    awaited,
-    check_whole,
-    next_partition,
-    require_rows,
-)
+from recsys.training.continual.queue import Span, awaited, check_whole, next_partition, require_rows
 from recsys.training.continual.scoring import format_lines
 
 logger = logging.getLogger(__name__)
@@ -198,9 +192,13 @@ def _check_trained(continual: ContinualRun, state: RunState) -> None:
 
 def _next(continual: ContinualRun, request: Request, state: RunState) -> Partition | None:
     """Return the next partition that is whole; wait for it if asked. A collective."""
-    said = ""
+    said, ranks = "", continual.ranks
     while True:
-        partition, waits_for = _look(continual, request, state)
+        found: tuple[Partition | None, str | None] = None, None
+        with ranks.raise_on_all_ranks():
+            if ranks.is_first:
+                found = _found(continual, request, state)
+        partition, waits_for = ranks.from_first(found)
         if waits_for is None:
             return partition
         if waits_for != said:
@@ -209,22 +207,11 @@ def _next(continual: ContinualRun, request: Request, state: RunState) -> Partiti
         _pause(continual.lockstep, continual.config.continual.poll_seconds)
 
 
-def _look(
+def _found(
     continual: ContinualRun, request: Request, state: RunState
 ) -> tuple[Partition | None, str | None]:
-    """Return the next partition, or what is waited for. A collective."""
-    ranks, root = continual.ranks, Location.of(continual.data)
-    found: tuple[Partition | None, str | None] = None, None
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first:
-            found = _found(root, continual, request, state)
-    found = ranks.from_first(found)
-    return found
-
-
-def _found(
-    root: Location, continual: ContinualRun, request: Request, state: RunState
-) -> tuple[Partition | None, str | None]:
+    """Return the next partition, or what is waited for."""
+    root = Location.of(continual.data)
     root.filesystem.invalidate_cache()
     partitions, train, span = list_partitions(root), root / "train", request.span
     partition = next_partition(train, partitions, state, span)

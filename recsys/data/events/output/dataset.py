@@ -20,7 +20,7 @@ from recsys.data.events.signals import quoted
 from recsys.data.events.snapshots import FOREVER
 from recsys.data.events.splits import SPLITS
 from recsys.data.events.times import MICROS
-from recsys.data.filesystem import Location
+from recsys.data.filesystem import Location, link_or_copy
 from recsys.data.item_parts import COLD_BELOW
 from recsys.data.transforms.prepare import fit_transforms
 
@@ -141,7 +141,7 @@ def write_items(engine: Engine, config: EventsConfig, folder: Path, same: Path |
     """
     assert config.items is not None
     if same is not None:
-        shutil.copytree(same, folder, copy_function=_link)
+        shutil.copytree(same, folder, copy_function=link_or_copy)
         return folder
     content = "".join(f", {quoted(f't_{name}')} AS {quoted(name)}" for name in config.items.content)
     engine.write(
@@ -152,13 +152,6 @@ def write_items(engine: Engine, config: EventsConfig, folder: Path, same: Path |
     )
     add_pictures(folder, config.items, config.output.item)
     return folder
-
-
-def _link(file: str, target: str) -> None:
-    try:
-        Path(target).hardlink_to(file)
-    except OSError:
-        shutil.copyfile(file, target)
 
 
 def _figures(

@@ -7,7 +7,7 @@ import logging
 import shutil
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,7 @@ import torch
 
 from recsys.serving import Scorer
 from recsys.serving.delta.apply import apply_delta
-from recsys.serving.delta.content import bytes_of_rows
-from recsys.serving.delta.write import write_delta
+from recsys.serving.delta.write import bytes_of_rows, write_delta
 from recsys.serving.new_items.added_items import AddedItems
 from recsys.serving.new_items.content_index import INDEX_TYPE
 from recsys.serving.package import MANIFEST, REQUEST, Manifest, read_manifest, write_manifest
@@ -139,7 +138,7 @@ def test_a_table_of_another_width_is_taken_whole(package: Path, tmp_path: Path) 
         shape = VectorFileShape(**manifest.tables["item"])
         wide = replace(shape, dim=2 * shape.dim)
         (folder / TABLE).write_bytes(bytes(wide.num_rows * wide.row_bytes))
-        return replace(manifest, tables=manifest.tables | {"item": wide.as_plain()})
+        return replace(manifest, tables=manifest.tables | {"item": asdict(wide)})
 
     other = edited(package, tmp_path / "other", widened)
     assert write_delta(package, other, tmp_path / "delta").whole == [TABLE]
