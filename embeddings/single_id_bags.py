@@ -16,8 +16,10 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
+
+from embeddings.placement.current_state import table_kernels
 
 
 class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
@@ -59,8 +61,6 @@ class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
 
 def look_up_as_bags(collection: ShardedEmbeddingCollection) -> None:
     """Change the CPU lookups of a sharded collection in place."""
-    lookups: list[nn.Module] = collection._lookups
-    for lookup in lookups:
-        for module in lookup.modules():
-            if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen) and module.use_cpu:
-                SingleIdBags.take_over(module)
+    for lookup in table_kernels(collection):
+        if lookup.use_cpu:
+            SingleIdBags.take_over(lookup)

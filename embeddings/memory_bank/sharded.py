@@ -62,10 +62,8 @@ class MemoryBank:
         for name, value in [("num_items", num_items), ("dim", dim)]:
             if value < 1:
                 raise ValueError(f"memory bank: {name} is {value}; set at least 1")
-        self.num_items = num_items
-        self.dim = dim
-        self.device = torch.device(device)
-        self.group = process_group
+        self.num_items, self.dim = num_items, dim
+        self.device, self.group = torch.device(device), process_group
         world_size = 1 if process_group is None else dist.get_world_size(process_group)
         self._rank = 0 if process_group is None else dist.get_rank(process_group)
         self.world_size = world_size

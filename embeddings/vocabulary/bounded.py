@@ -94,10 +94,8 @@ class BoundedVocabulary:
     ) -> None:
         """Check the arguments and allocate the sets of this rank."""
         self.num_embeddings = check_num_embeddings(num_embeddings)
-        for name, value, lowest in [
-            ("admit_after", admit_after, 1),
-            ("protect_steps", protect_steps, 0),
-        ]:
+        limits = ("admit_after", admit_after, 1), ("protect_steps", protect_steps, 0)
+        for name, value, lowest in limits:
             if value < lowest:
                 raise ValueError(f"{name} is {value}; set at least {lowest}")
         if not half_life > 0:

@@ -97,14 +97,8 @@ def _warn_of_equal_items(modality: ModalitySettings, name: str, digests: list[by
         words = f"the same first {modality.max_length} tokens (max_length)"
         fix = f"raise content.modalities.{name}.max_length, or {fix}"
     logger.warning(
-        "modality '%s' (column '%s'): %s of %s sampled items have %s, which does not distinguish "
-        "them; %s",
-        name,
-        modality.column,
-        f"{round(share * len(digests)):,}",
-        f"{len(digests):,}",
-        words,
-        fix,
+        f"modality '{name}' (column '{modality.column}'): {round(share * len(digests)):,} of "
+        f"{len(digests):,} sampled items have {words}, which does not distinguish them; {fix}"
     )
 
 

@@ -129,7 +129,7 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
         Raises:
             RuntimeError: a group is not complete, and its gradients would be lost.
         """
-        if self.is_within_group:
+        if not self.is_first:
             raise RuntimeError(
                 f"{self._position} of {self._group_size} batches are accumulated; a dense step "
                 "must end them before anything else begins"
@@ -137,13 +137,8 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
         self._left = num_batches
 
     @property
-    def is_within_group(self) -> bool:
-        """Whether a group is incomplete; the state must not be saved then."""
-        return self._position > 0
-
-    @property
     def is_first(self) -> bool:
-        """Whether the current batch is the first of its group."""
+        """Whether the current batch is the first of its group; only then the state may be saved."""
         return self._position == 0
 
     @property

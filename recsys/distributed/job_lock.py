@@ -130,11 +130,9 @@ class _JobLock:
                 folder.rmdir()
 
     def _is_free(self) -> bool:
-        try:
+        with suppress(Timeout):
             self.lock.acquire(timeout=ATTEMPT_SECONDS)
-        except Timeout:
-            return False
-        return True
+        return self.lock.is_locked
 
     def _owner(self) -> Owner | None:
         try:

@@ -80,10 +80,6 @@ class Watchdog:
         self.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        """Stop watching."""
-        self.stop()
-
     def start(self) -> None:
         """Begin to watch. A collective."""
         if not self.timeout or self.ranks.world_size == 1:
@@ -100,7 +96,7 @@ class Watchdog:
             thread.start()
             self._threads.append(thread)
 
-    def stop(self) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stop watching and publish that this rank has ended, so that others expect no beats."""
         self._stopping.set()
         for thread in self._threads:

@@ -259,16 +259,10 @@ class _Fill:
             if self.distinct.repeat:
                 share_rows(temporary, places)
             np.save(temporary / HASHES, self.hashes)
-            write_about(
-                temporary,
-                self.key,
-                self.content,
-                self.encoder,
-                self.kind.modality,
-                items=self.distinct.num_rows,
-                tokens=int(lengths.sum()),
-                width=self.encoder.frozen_dim,
-            )
+            tokens, width = int(lengths.sum()), self.encoder.frozen_dim
+            counts = {"items": self.distinct.num_rows, "tokens": tokens, "width": width}
+            about = self.key, self.content, self.encoder, self.kind.modality
+            write_about(temporary, *about, **counts)
 
     def _outputs(self, plan: _Plan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield rows [n] and their concatenated tokens [sum of lengths, D], for the whole cache."""

@@ -48,8 +48,7 @@ class Text(ModalityKind):
 
     def key(self) -> Any:
         """Return the settings and the tokenizer state that determine the token ids."""
-        tokenizer = self.pretrained.tokenizer
-        state = tokenizer_state(tokenizer)
+        state = tokenizer_state(self.pretrained.tokenizer)
         return self.modality.max_length, state, self.pretrained.fills_texts
 
     def entries(

@@ -177,14 +177,8 @@ class ContentInterest(nn.Module):
                 queries.append(F.normalize(target, dim=-1) @ matrix)
                 queries += F.normalize(content.target_modalities.float(), dim=-1).unbind(dim=1)
             listed = parallel[:, : of_lists.shape[1]].float()
-            sums, features = native_content_interest(
-                torch.stack(queries, dim=1),
-                stored.rows,
-                matrix,
-                history.index,
-                history.offsets,
-                of_lists,
-                listed,
-            )
+            items = stored.rows, matrix, history.index, history.offsets
+            stacked = torch.stack(queries, dim=1)
+            sums, features = native_content_interest(stacked, *items, of_lists, listed)
             interest = self.attention.interest_of(sums, matrix)
             return torch.cat([interest, features], dim=1)

@@ -84,11 +84,8 @@ class EnsembleHead(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for count in units:
-            layers += [
-                EnsembleLinear(width, count, members, signs=not layers),
-                nn.ReLU(),
-                Dropout(dropout),
-            ]
+            linear = EnsembleLinear(width, count, members, signs=not layers)
+            layers += [linear, nn.ReLU(), Dropout(dropout)]
             width = count
         self.members = members
         self.layers = nn.Sequential(*layers, MemberLinear(width, num_outputs, members))

@@ -10,7 +10,9 @@ Shapes: B batch, N events of a history in the whole batch, D dimension, P parall
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +70,9 @@ class FurtherHistories(nn.Module):
         super().__init__()
         attended = settings if isinstance(settings, AttendedSettings) else AttendedSettings()
         is_mean = settings.further_histories == "mean"
-        self.encoders = nn.ModuleList(
-            MeanOfEvents(dim, len(of.numbers))
-            if is_mean
-            else TargetAttention(dim, len(of.numbers), attended.attention_units)
-            for of in histories
-        )
+        attention = partial(TargetAttention, units=attended.attention_units)
+        kind: Callable[[int, int], HistoryAttention] = MeanOfEvents if is_mean else attention
+        self.encoders = nn.ModuleList(kind(dim, len(of.numbers)) for of in histories)
         self.widths = {of.name: dim for of in histories}
         self.content_places: list[int] = []
         self.content_encoders = nn.ModuleList()

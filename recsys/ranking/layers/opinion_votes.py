@@ -88,11 +88,8 @@ class OpinionVotes(nn.Module):
         similarity = history.dot(_shortened(target), _shortened(items))  # [N]
         positive = similarity.clamp(min=0)
         square = positive.square()
-        sums = history.sum(
-            torch.stack(
-                [positive * values, positive, square * values, square, similarity * values], dim=1
-            )
-        )  # [B, 5]
+        weighted = [positive * values, positive, square * values, square, similarity * values]
+        sums = history.sum(torch.stack(weighted, dim=1))  # [B, 5]
         length = history.lengths.to(values.dtype)
         votes = [
             sums[:, 0] / (sums[:, 1] + LEAST_SIMILARITY),
