@@ -157,13 +157,10 @@ class EM3(nn.Module):
     ) -> None:
         """Keep the parts of the model."""
         super().__init__()
-        self.embedding_bags = embedding_bags
-        self.embeddings = embeddings
-        self.content = content
-        self.read_ids = read_ids
+        self.embedding_bags, self.embeddings = embedding_bags, embeddings
+        self.content, self.read_ids = content, read_ids
         self.further_histories = further_histories
-        self.ranking = ranking
-        self.losses = losses
+        self.ranking, self.losses = ranking, losses
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor, Batch]]:
         """Return the loss [], and its parts, the logits [B, C] and the batch. A collective."""

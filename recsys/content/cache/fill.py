@@ -262,7 +262,7 @@ class _Fill:
             tokens, width = int(lengths.sum()), self.encoder.frozen_dim
             counts = {"items": self.distinct.num_rows, "tokens": tokens, "width": width}
             about = self.key, self.content, self.encoder, self.kind.modality
-            write_about(temporary, *about, **counts)
+            write_about(temporary, *about, counts)
 
     def _outputs(self, plan: _Plan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield rows [n] and their concatenated tokens [sum of lengths, D], for the whole cache."""

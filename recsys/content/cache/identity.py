@@ -47,11 +47,15 @@ def cache_folder(cache: Path, name: str, content: str, key: str, shares: bool) -
 
 
 def write_about(
-    folder: Path, key: str, content: str, encoder: Encoder, modality: ModalitySettings, **more: Any
+    folder: Path,
+    key: str,
+    content: str,
+    encoder: Encoder,
+    modality: ModalitySettings,
+    counts: dict[str, int],
 ) -> None:
     """Write `about.json`, for people and for later caches of the same encoder."""
-    layers = encoder.frozen_layers
-    identity = encoder.identity
+    layers, identity = encoder.frozen_layers, encoder.identity
     about = {
         "encoder": modality.encoder or modality.module,
         "revision": modality.revision if identity is None else identity.revision,
@@ -60,7 +64,7 @@ def write_about(
         "encoder_key": key,
         "content": content,
         "dtype": dtype_of(encoder),
-        **more,
+        **counts,
         "device": str(next((part.device for part in encoder.parameters()), "cpu")),
         "versions": {
             "recsys-em3": importlib.metadata.version("recsys-em3"),

@@ -27,9 +27,7 @@ class ImageTransformer(TransformerEncoder):
     def _read_settings(self, modality: ModalitySettings, where: str) -> None:
         self.pixels = self.pixels or ImagePreparation()
         self.image_size = modality.image_size
-
-    def _what_it_reads(self) -> str:
-        return f"images of {self.image_size} pixels"
+        self.inputs = f"images of {self.image_size} pixels"
 
     def _refusal(self, error: Exception, where: str) -> str:
         size = getattr(self.config, "image_size", None)

@@ -22,7 +22,7 @@ ITEMS_PER_GROUP = 32  # of similar length, run through the trained layers togeth
 class TextTransformer(TransformerEncoder):
     """Text model, or text tower of a dual encoder: ids [U, T] -> tokens [U, T or 1, D]."""
 
-    is_text = True
+    is_text, inputs = True, "texts"
     tower_name, projection_name = "text_model", "text_projection"
 
     def _read_settings(self, modality: ModalitySettings, where: str) -> None:
@@ -45,9 +45,6 @@ class TextTransformer(TransformerEncoder):
                 f"{where}.max_length is {self.max_length}; an encoder of SigLIP type reads texts "
                 f"filled up to {limit} tokens, set {limit}"
             )
-
-    def _what_it_reads(self) -> str:
-        return "texts"
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         """Return two texts [2, T] and their mask; one is shorter if the model reads no padding."""

@@ -58,6 +58,7 @@ class TransformerEncoder(Encoder):
     """
 
     is_text: bool
+    inputs: str  # what the model reads, for messages
     tower_name: str  # the part of a dual encoder that reads this input
     projection_name: str  # the map of its pooled output to the space of both parts
 
@@ -183,7 +184,7 @@ class TransformerEncoder(Encoder):
         if self.pooling == "projected":
             fix = "choose another pooling than projected"
         model, cause = type(self.model).__name__, f"{type(error).__name__}: {error}"
-        return f"{where}.encoder: {model} cannot be run on {self._what_it_reads()} ({cause}); {fix}"
+        return f"{where}.encoder: {model} cannot be run on {self.inputs} ({cause}); {fix}"
 
     def _freeze_what_has_no_effect(self, tokens: Tensor) -> None:  # [U, T, D]
         """Freeze weights that no loss reaches (mask tokens, norms of outputs that are not read)."""
@@ -269,9 +270,6 @@ class TransformerEncoder(Encoder):
 
     def _read_settings(self, modality: ModalitySettings, where: str) -> None:
         """Read and check the settings of texts or images alone."""
-
-    def _what_it_reads(self) -> str:
-        raise NotImplementedError
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         """Return a sample input and its mask."""
