@@ -24,7 +24,6 @@ from recsys.config.ranking import RankingSettings as RankingSettings
 from recsys.config.ranking import RetrievalSettings as RetrievalSettings
 from recsys.config.ranking import ranking_settings as ranking_settings
 from recsys.config.ranking import softmax_settings as softmax_settings
-from recsys.config.run import CONFIG_NAMES as CONFIG_NAMES
 from recsys.config.run import BestModelBy as BestModelBy
 from recsys.config.run import CheckpointSettings as CheckpointSettings
 from recsys.config.run import Config as Config
@@ -34,5 +33,4 @@ from recsys.config.run import LogLevel as LogLevel
 from recsys.config.run import MetricSettings as MetricSettings
 from recsys.config.run import Resume as Resume
 from recsys.config.run import SourceSettings as SourceSettings
-from recsys.config.run import Tracker as Tracker
 from recsys.config.run import content_settings as content_settings

@@ -40,11 +40,7 @@ def validate(config: Config) -> None:
 
 
 def _check_averages(config: Config) -> None:
-    """Refuse averages of tables without a decay, or whose current rows are not in one place.
-
-    Raises:
-        ValueError: there is no decay, a table has a cache, or tables have several copies.
-    """
+    """Refuse averages of tables without a decay, or whose current rows are not in one place."""
     if not config.optimizer.ema_tables:
         return
     if config.optimizer.ema_decay is None:
@@ -63,11 +59,7 @@ def _check_averages(config: Config) -> None:
 
 
 def _check_reset(config: Config) -> None:
-    """Refuse tables that begin anew in each epoch, but with pretrained rows in the first.
-
-    Raises:
-        ValueError: a trained table has such rows.
-    """
+    """Refuse tables that begin anew in each epoch, but with pretrained rows in the first."""
     for name, own in config.embedding.tables.items():
         if config.embedding.reset_every_epoch and own.init_from is not None and not own.frozen:
             raise ValueError(

@@ -17,47 +17,29 @@ from jsonargparse import typing
 
 PositiveInt = Annotated[int, typing.PositiveInt]
 NonNegativeInt = Annotated[int, typing.NonNegativeInt]
-# Larger values are typing errors, which end in an allocator's error or in hours of building.
-Width = Annotated[
-    int,
-    typing.restricted_number_type(
-        "Width", int, [(">", 0), ("<=", 2**20)], docstring=f"> 0 and <= {2**20}"
-    ),
-]
-NumLayers = Annotated[
-    int,
-    typing.restricted_number_type(
-        "NumLayers", int, [(">=", 0), ("<=", 1000)], docstring=">= 0 and <= 1000"
-    ),
-]
-Pixels = Annotated[
-    int,
-    typing.restricted_number_type(
-        "Pixels", int, [(">", 0), ("<=", 8192)], docstring="> 0 and <= 8192"
-    ),
-]
 UnitInterval = Annotated[float, typing.OpenUnitInterval]
 
 
-def _float(name: str, *limits: tuple[str, float]) -> Any:
-    """Return a type of float whose description is used in messages."""
-    words = " and ".join(f"{sign} {limit:g}" for sign, limit in limits)
-    return typing.restricted_number_type(name, float, list(limits), docstring=words)
+def _limited(name: str, kind: type, *limits: tuple[str, float]) -> Any:
+    """Return a type of number whose description is used in messages."""
+    words = " and ".join(f"{sign} {limit}" for sign, limit in limits)
+    return typing.restricted_number_type(name, kind, list(limits), docstring=words)
 
 
+# Larger values are typing errors, which end in an allocator's error or in hours of building.
+Width = Annotated[int, _limited("Width", int, (">", 0), ("<=", 2**20))]
+NumLayers = Annotated[int, _limited("NumLayers", int, (">=", 0), ("<=", 1000))]
+Pixels = Annotated[int, _limited("Pixels", int, (">", 0), ("<=", 8192))]
 # numpy takes no negative seed; seed plus rank and step must fit the 64 bits of torch's seeds.
-Seed = Annotated[
-    int,
-    typing.restricted_number_type(
-        "Seed", int, [(">=", 0), ("<", 2**63)], docstring=f">= 0 and < {2**63}"
-    ),
+Seed = Annotated[int, _limited("Seed", int, (">=", 0), ("<", 2**63))]
+NonNegativeFloat = Annotated[
+    float, _limited("FiniteNonNegative", float, (">=", 0), ("<", math.inf))
 ]
-NonNegativeFloat = Annotated[float, _float("FiniteNonNegative", (">=", 0), ("<", math.inf))]
-PositiveFloat = Annotated[float, _float("FinitePositive", (">", 0), ("<", math.inf))]
-Seconds = Annotated[float, _float("FiniteSeconds", (">=", 1), ("<", math.inf))]
+PositiveFloat = Annotated[float, _limited("FinitePositive", float, (">", 0), ("<", math.inf))]
+Seconds = Annotated[float, _limited("FiniteSeconds", float, (">=", 1), ("<", math.inf))]
 Share = Annotated[float, typing.ClosedUnitInterval]
-Dropout = Annotated[float, _float("Dropout", (">=", 0), ("<", 1))]
-CacheShare = Annotated[float, _float("CacheShare", (">", 0), ("<=", 1))]
+Dropout = Annotated[float, _limited("Dropout", float, (">=", 0), ("<", 1))]
+CacheShare = Annotated[float, _limited("CacheShare", float, (">", 0), ("<=", 1))]
 
 
 def check_settings(value: Any, name: str = "", hint: Any = None) -> None:

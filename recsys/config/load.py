@@ -44,7 +44,8 @@ def add_config_arguments(
     """
     words = config_first(words)
     name = _ranking_name(words)
-    action = _recipe_action(name, _leaves_content_out(words))
+    contents = [value for option, value in _options(words) if option == "--content"]
+    action = _recipe_action(name, leaves_content_out=contents[-1:] == ["none"])
     parser.add_argument("--config", action=action, help="A recipe (YAML).")
     parser.add_class_arguments(Config, None, skip={"ranking", *skip})
     parser.add_class_arguments(settings_class(name), "ranking")
@@ -157,11 +158,6 @@ def _settled(recipe: Any, name: str) -> Any:
     return recipe | {"ranking": own_keys(section, name)} if isinstance(section, dict) else recipe
 
 
-def _leaves_content_out(words: Sequence[str]) -> bool:
-    """Return whether a command line sets `--content none`."""
-    return [value for option, value in _options(words) if option == "--content"][-1:] == ["none"]
-
-
 def _without_rows_of_content(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe whose new rows are not made of content: they get the mean, with a warning."""
     embedding = recipe.get("embedding")
@@ -182,11 +178,7 @@ def _without_rows_of_content(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ranking_name(words: Sequence[str]) -> str:
-    """Return the name of the ranking model that a command line chooses; the last one counts.
-
-    Raises:
-        ValueError: a key under `--ranking` is no setting of that model.
-    """
+    """Return the ranking model's name in a command line, the last one; check its other keys."""
     name, keys = DEFAULT_MODEL, list[str]()
     for option, value in _options(words):
         section: Any = None

@@ -15,11 +15,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 # Paths in configurations of earlier versions.
-MOVED = {
-    "recsys.content.pretrained:efficientnet_lite0": (
-        "recsys.content.encoders.pretrained:efficientnet_lite0"
-    ),
-}
+PRETRAINED = "pretrained:efficientnet_lite0"
+MOVED = {f"recsys.content.{PRETRAINED}": f"recsys.content.encoders.{PRETRAINED}"}
 
 
 def find_part(setting: str, name: str, built_in: Mapping[str, str]) -> Any:
@@ -62,15 +59,7 @@ def make_part(
     *arguments: Any,
     **named: Any,
 ) -> T:
-    """Import the class or function that a setting names, call it, and check its result.
-
-    Args:
-        setting: full name of the setting, for messages.
-        name: a key of `built_in`, or `package.module:Class`.
-        built_in: import paths of the parts of this kind, by name.
-        kind: the type that the part must have.
-        *arguments: positional arguments of the class or function.
-        **named: named arguments of the class or function.
+    """Import the class or function that a setting names (`find_part`), call it, check its result.
 
     Raises:
         ValueError: the part cannot be imported or made, or is not a `kind`.

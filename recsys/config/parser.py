@@ -45,8 +45,10 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error and end with exit code 2, or raise it."""
         known = self._known()
-        found = (problem_of_keys(known, given, "") for given in self.given)
-        message = next(filter(None, found), None) or self._incomplete(message) or message
+        found = [problem_of_keys(known, given, "") for given in self.given]
+        if "the following arguments are required" in message:
+            found += [missing_key(self.settings, given, "") for given in self.given]
+        message = next(filter(None, found), message)
         if not self.exit_on_error:
             unknown = message.startswith("unrecognized arguments: ")
             super().error(self._in_words(message) if unknown else message, ex)
@@ -80,12 +82,6 @@ class Parser(ArgumentParser):
             return super().instantiate(*arguments, **named)
         except TypeError as error:
             self.error(str(error), error)
-
-    def _incomplete(self, message: str) -> str | None:
-        """Return the mapping that lacks a required setting, if the error is about one."""
-        if "the following arguments are required" not in message:
-            return None
-        return next(filter(None, (missing_key(self.settings, of, "") for of in self.given)), None)
 
     def _name(self) -> str:
         """Return the command with its subcommand, such as `recsys prepare movielens`."""
@@ -166,7 +162,7 @@ def problem_of_keys(
 
 def problem_of_value(hint: Any, value: Any, name: str, with_values: bool = True) -> str | None:
     """Return what is wrong with the value of a setting of this type, None if nothing is."""
-    kind = _dataclass_in(hint)
+    kind = dataclass_in(hint)
     if hint is not str and isinstance(value, str):
         try:
             inside = read_plain(value)
@@ -179,23 +175,20 @@ def problem_of_value(hint: Any, value: Any, name: str, with_values: bool = True)
     if value is None and not _allows_null(hint):
         return f"{name} is empty; it must be {in_words(hint)}, or be left out"
     if kind is not None and isinstance(value, dict):
-        return problem_of_keys(_hints_in(hint, kind, value), value, name, with_values)
+        hints = get_type_hints(kind, include_extras=True)
+        if get_origin(hint) is dict:  # one type for settings of any name
+            hints = dict.fromkeys(map(str, value), kind)
+        return problem_of_keys(hints, value, name, with_values)
     if not with_values or (hint is not kind and _is_of(hint, value)):
         return None
     return f"{name} is {short(value)}; it must be {in_words(hint)}"
 
 
 def missing_key(hints: dict[str, Any], given: dict[str, Any], name: str) -> str | None:
-    """Return the mapping that lacks a required setting, None if none does.
-
-    Args:
-        hints: the type of each setting, by key.
-        given: the settings, as read from YAML.
-        name: of the mapping in full; empty for the whole configuration.
-    """
+    """Return the mapping that lacks a required setting, or None; see `problem_of_keys`."""
     for key, value in given.items():
         hint, full = hints.get(str(key).removesuffix("+")), f"{name}.{key}".lstrip(".")
-        kind = _dataclass_in(hint)
+        kind = dataclass_in(hint)
         parts = {full: value}
         if get_origin(hint) is dict and isinstance(value, dict):
             parts = {f"{full}.{part}": settings for part, settings in value.items()}
@@ -210,15 +203,7 @@ def missing_key(hints: dict[str, Any], given: dict[str, Any], name: str) -> str 
     return None
 
 
-def _hints_in(hint: Any, kind: type, value: dict[str, Any]) -> dict[str, Any]:
-    """Return the types of the settings in a mapping: by name, or one type for any name."""
-    if get_origin(hint) is dict:
-        return dict.fromkeys(map(str, value), kind)
-    return get_type_hints(kind, include_extras=True)
-
-
 def _allows_null(hint: Any) -> bool:
-    """Return whether a setting of this type may be null."""
     if get_origin(hint) in (Union, UnionType, Annotated):
         return any(map(_allows_null, get_args(hint)))
     return hint in (Any, NoneType, None)
@@ -260,8 +245,8 @@ def short(value: Any) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
-def _dataclass_in(hint: Any) -> type | None:
+def dataclass_in(hint: Any) -> type | None:
     """Return the dataclass that a type is, may be (union) or has as values (dict), or None."""
     if isinstance(hint, type) and is_dataclass(hint):
         return hint
-    return next((kind for each in get_args(hint) if (kind := _dataclass_in(each))), None)
+    return next((kind for each in get_args(hint) if (kind := dataclass_in(each))), None)

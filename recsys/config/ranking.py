@@ -30,18 +30,10 @@ RANKING_MODELS = {
     "mmoe": "recsys.ranking.mmoe:Mmoe",
     "two_tower": "recsys.ranking.two_tower:TwoTower",
 }
-# The same dataclasses as the models' attributes `Settings`, found without importing torch.
+# The attribute `Settings` of each of these models, such as DinSettings, without importing torch.
 RANKING_SETTINGS = {
-    "din_dcn": "recsys.ranking.settings:DinDcnSettings",
-    "din": "recsys.ranking.settings:DinSettings",
-    "dlrm": "recsys.ranking.settings:DlrmSettings",
-    "dlrm_dcn": "recsys.ranking.settings:DlrmDcnSettings",
-    "deepfm": "recsys.ranking.settings:DeepFMSettings",
-    "sim": "recsys.ranking.settings:SimSettings",
-    "hstu": "recsys.ranking.settings:HstuSettings",
-    "transformer": "recsys.ranking.settings:TransformerSettings",
-    "mmoe": "recsys.ranking.settings:MmoeSettings",
-    "two_tower": "recsys.ranking.settings:TwoTowerSettings",
+    name: f"recsys.ranking.settings:{path.partition(':')[2]}Settings"
+    for name, path in RANKING_MODELS.items()
 }
 DEFAULT_MODEL = "din_dcn"
 # Keys of four models; runs of earlier versions have them all, as one dataclass served every model.
@@ -166,10 +158,6 @@ def own_keys(section: dict[str, Any], name: str) -> dict[str, Any]:
 
     Keys of another model are dropped with a warning if the recipe is for that model and the command
     line chooses this one; and silently if a run of an earlier version wrote the keys of all models.
-
-    Args:
-        section: `ranking` of the recipe.
-        name: name of the run's model.
 
     Raises:
         ValueError: a key belongs neither to the model nor to that of the recipe.

@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import docstring_parser
 
+from recsys.config.parser import dataclass_in
 from recsys.config.ranking import RANKING_MODELS, RankingSettings, settings_class
 from recsys.config.run import Config
 
@@ -42,7 +43,7 @@ def settings_page() -> str:
 def _sections(path: str, settings: type) -> Iterator[str]:
     """Yield the section of a dataclass, then those of the dataclasses that its fields hold."""
     hints = get_type_hints(settings)
-    inner = {each.name: _dataclass_in(hints[each.name]) for each in fields(settings)}
+    inner = {each.name: dataclass_in(hints[each.name]) for each in fields(settings)}
     plain = [each for each in fields(settings) if inner[each.name] is None]
     summary = docstring_parser.parse_from_object(settings).short_description
     yield f"## {path or 'Run'}\n\n{summary}\n\n{_list(settings, plain)}"
@@ -50,14 +51,6 @@ def _sections(path: str, settings: type) -> Iterator[str]:
         if kind is not None:
             named = ".NAME" if get_args(hints[name])[:1] == (str,) else ""
             yield from _sections(f"{path}.{name}{named}".removeprefix("."), kind)
-
-
-def _dataclass_in(hint: Any) -> type | None:
-    """Return the dataclass that a type is, may be (union) or has as values (dict), or None."""
-    if is_dataclass(hint):
-        assert isinstance(hint, type)
-        return hint
-    return next((kind for each in get_args(hint) if (kind := _dataclass_in(each))), None)
 
 
 def _list(settings: type, rows: list[Field[Any]]) -> str:

@@ -60,14 +60,13 @@ class FurtherHistory:
 
     def map(self, function: Callable[[Tensor], Any]) -> FurtherHistory:
         """Return a copy with `function` applied to its tensors."""
-        tensors = map(function, (self.lengths, self.values, self.content_index))
-        lengths, values, content_index = tensors
-        return FurtherHistory(lengths, values, self.longest, content_index)
+        lengths, values, index = map(function, (self.lengths, self.values, self.content_index))
+        return FurtherHistory(lengths, values, self.longest, index)
 
     def content_of(self, content: Content, num_items: int) -> tuple[Content, JaggedHistory]:
         """Return the content vectors of a batch, and the history as an index into its U items."""
-        index = self.content_index
-        return content, JaggedHistory.of(index, self.lengths, num_items, self.longest)
+        of_items = JaggedHistory.of(self.content_index, self.lengths, num_items, self.longest)
+        return content, of_items
 
     def jagged(self) -> JaggedHistory:
         """Return the histories over N events, one for each place."""
@@ -198,10 +197,7 @@ class Batch(Pipelineable):
     def jagged_history(self) -> JaggedHistory:
         """Return the histories as an index into `history_items`."""
         return JaggedHistory.of(
-            self.history_index,
-            self.history_lengths,
-            len(self.history_items),
-            self.longest_history,
+            self.history_index, self.history_lengths, len(self.history_items), self.longest_history
         )
 
     @property

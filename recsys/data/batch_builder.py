@@ -24,8 +24,6 @@ from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import HistoryColumns
 
-ANY_ID = 2**63  # bound of raw ids
-
 
 def keyed_jagged(
     names: list[str],
@@ -75,7 +73,7 @@ class BatchBuilder:
         self.index_dedup = index_dedup
         self.with_labels = with_labels
         self.content_histories = content_histories
-        self.unique_items = UniqueItems(schema.item_id_limit or ANY_ID)
+        self.unique_items = UniqueItems(schema.item_id_limit or 2**63)  # raw ids have no limit
 
     def __call__(self, rows: RowColumns | pa.Table) -> Batch:
         """Return the batch of these rows: it keeps `RowColumns`, and copies a table."""
@@ -143,44 +141,30 @@ class BatchBuilder:
         names = self.pooled_features
         if not names:
             return None
-        values = [
-            rows.numbers[name] if name in rows.numbers else rows.values(name) for name in names
-        ]
-        return keyed_jagged(names, values, [rows.lengths(name) for name in names])
+        return keyed_jagged(names, *zip(*((rows.values(of), rows.lengths(of)) for of in names)))
 
     def _sequences(
-        self,
-        rows: RowColumns,
-        history: np.ndarray,  # [U] or [N], of the first history
-        lengths: np.ndarray | None,  # [B]
-    ) -> KeyedJaggedTensor:
+        self, rows: RowColumns, history: np.ndarray, lengths: np.ndarray | None
+    ) -> KeyedJaggedTensor:  # history [U] or [N], lengths [B]
         """Return the ids of target and events; `lengths` is None where `history` is unique."""
         if lengths is None:
             # Unique ids belong to no row; a KeyedJaggedTensor needs every id in one: the first.
             lengths = np.zeros(rows.num_rows, np.int64)
             lengths[0] = len(history)
         names = [self.schema.target_item, *self.schema.event_columns]
-        of_first = {self.schema.history: (history, lengths)}
-        of_first[self.schema.target_item] = (
-            rows.numbers[self.schema.target_item],
-            rows.lengths(self.schema.target_item),
-        )
-        parts = [of_first.get(name) or (rows.values(name), rows.lengths(name)) for name in names]
-        return keyed_jagged(names, [ids for ids, _ in parts], [of for _, of in parts])
+        parts = {name: (rows.values(name), rows.lengths(name)) for name in names}
+        if self.schema.history:
+            parts[self.schema.history] = history, lengths
+        return keyed_jagged(names, *zip(*parts.values()))
 
 
-def _columns(
-    rows: RowColumns,
-    names: list[str],
-) -> Tensor:  # [B, C]
-    """Stack the named columns of the rows."""
+def _columns(rows: RowColumns, names: list[str]) -> Tensor:  # [B, C]
     return _stacked([rows.numbers[name] for name in names], rows.num_rows)
 
 
 def _stacked(
-    arrays: list[np.ndarray],  # C of [length]
-    length: int,
-) -> Tensor:  # [length, C]
+    arrays: list[np.ndarray], length: int
+) -> Tensor:  # arrays C of [length] -> [length, C]
     """Stack columns of `length` values as a float32 matrix."""
     if len(arrays) == 1:
         return torch.from_numpy(arrays[0]).unsqueeze(1)

@@ -23,10 +23,6 @@ class Chunk:
     num_bytes: int = 0
     digest: str = ""
 
-    def bytes_in(self, low: int, high: int) -> int:
-        """Return the size of rows `[low, high)`, assuming equally large rows."""
-        return self.num_bytes * (high - low) // self.num_rows
-
 
 def fingerprint_of(chunks: Sequence[Chunk]) -> str:
     """Return a hash of everything that determines the order of the rows, and one of their content.

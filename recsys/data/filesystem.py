@@ -88,10 +88,6 @@ class Location:
             regular_file(Path(self.path))
         return bytes(self.filesystem.cat_file(self.path))
 
-    def read_end(self, num_bytes: int) -> bytes:
-        """Read the last bytes of the file."""
-        return bytes(self.filesystem.cat_file(self.path, start=-num_bytes))
-
     def files(self, ending: str) -> list[Location]:
         """Return the files with this ending in the folder, by name; this file if it is one.
 
@@ -106,15 +102,12 @@ class Location:
             return [self]
         if not self.filesystem.isdir(self.path):
             return []
-        names = [
-            str(entry["name"]).rsplit("/", 1)[-1]
-            for entry in self.filesystem.ls(self.path, detail=True)
-        ]
+        names = [path.rsplit("/", 1)[-1] for path in self.filesystem.ls(self.path, detail=False)]
         entries = [self / name for name in sorted(names) if not name.startswith((".", "_"))]
         inside: list[Location] = []
-        partitions = [entry for entry in entries if self._is_partition(entry)]
         for entry in entries:
-            if entry in partitions:
+            name = entry.path.rsplit("/", 1)[-1]
+            if is_partition(name) and self.filesystem.isdir(entry.path):
                 inside += entry.files(ending)
             else:
                 self._refuse_left_out(entry, ending)
@@ -126,18 +119,11 @@ class Location:
             )
         return found or inside
 
-    def _is_partition(self, entry: Location) -> bool:
-        name = entry.path.rsplit("/", 1)[-1]
-        return is_partition(name) and bool(self.filesystem.isdir(entry.path))
-
     def _refuse_left_out(self, entry: Location, ending: str) -> None:
         """Raise a ValueError for an entry that looks like data but would not be read."""
         name, is_file = entry.path.rsplit("/", 1)[-1], self.filesystem.isfile(entry.path)
-        if (
-            is_file
-            and name.lower().endswith(ALIKE.get(ending, ending))
-            and name[-len(ending) :] != ending
-        ):
+        is_alike = name.lower().endswith(ALIKE.get(ending, ending))
+        if is_file and is_alike and not name.endswith(ending):
             raise ValueError(f"{entry}: would be left out; rename it to end with {ending}")
         inside = [] if is_file else self.filesystem.find(entry.path, maxdepth=NESTED)
         if not is_file and (name.endswith(ending) or any(each.endswith(ending) for each in inside)):

@@ -33,21 +33,8 @@ class WindowPart:
     low: int
     high: int
 
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return self.high - self.low
 
-
-@dataclass(frozen=True)
-class WindowRows:
-    """A window that was read, and the order of its rows."""
-
-    columns: RowColumns
-    order: np.ndarray  # [R]
-
-    def take(self, low: int, high: int) -> RowColumns:
-        """Return the rows at places `[low, high)` of the order."""
-        return self.columns.take(self.order[low:high])
+WindowRows = tuple[RowColumns, np.ndarray]  # a window that was read, and the order of its rows [R]
 
 
 class Interactions:
@@ -154,13 +141,16 @@ class Interactions:
         """Read one window and compute the order of its rows."""
         window = self.share.slices[number].window
         table = self.rows.read_window(window, self.shuffle_seed)
-        return WindowRows(RowColumns.of(table), self.rows.row_order(window, self.shuffle_seed))
+        return RowColumns.of(table), self.rows.row_order(window, self.shuffle_seed)
 
     def _build(
         self, sources: Sequence[tuple[Result[WindowRows], WindowPart]], padding: int
     ) -> Batch:
         """Build one batch from its parts of windows and padding rows."""
-        rows = [window.result().take(part.low, part.high) for window, part in sources]
+        rows = []
+        for window, part in sources:
+            columns, order = window.result()
+            rows.append(columns.take(order[part.low : part.high]))
         if padding:
             rows.append(RowColumns.of(self.rows.padding(padding)).take(np.arange(padding)))
         return self.build(RowColumns.concat(rows))
@@ -171,12 +161,8 @@ def loader(interactions: Interactions, num_workers: int, pin_memory: bool) -> Ge
 
     One thread reads the window after the one in use, `num_workers` threads build batches ahead;
     with 0 the calling thread does both on demand. An error is raised in place of the batch it
-    concerns. Close the generator when stopping early, so that its threads end.
-
-    Args:
-        interactions: the share, and the batch to begin with.
-        num_workers: threads that build batches.
-        pin_memory: put batches in page-locked memory, from which a GPU copies asynchronously.
+    concerns. Close the generator when stopping early, so that its threads end. `pin_memory` puts
+    batches in page-locked memory, from which a GPU copies asynchronously.
     """
     if not num_workers:
         yield from _batches(interactions, Later, Later, 0, pin_memory)

@@ -27,9 +27,7 @@ BLOCK = 1 << 24  # ids that ranks add up at once: 128 MiB of counts
 LEAST_MERGED = 1 << 20  # least number of counted items that are merged at once
 
 
-def item_parts(
-    item_counts: np.ndarray,  # [N], int
-) -> dict[str, np.ndarray]:  # [N], bool each
+def item_parts(item_counts: np.ndarray) -> dict[str, np.ndarray]:  # [N], int -> [N], bool each
     """Return the rows of each of `PARTS` by the number of training rows of their item.
 
     `unseen`: none; `cold`: fewer than `COLD_BELOW`, unseen ones included; `warm`: all others;
@@ -95,12 +93,16 @@ class ItemCounts:
         Counts are added in blocks of ids, so that no rank holds those of all items. Raw ids have no
         bound `num_items` and lie too far apart for blocks: rank 0 gets the counts of each rank.
         """
-        if num_items is None:
-            return self._sum_of_raw(ranks)
-        items, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         import torch
         import torch.distributed as dist
 
+        from recsys.distributed.gather import gather_rows_to_first
+
+        if num_items is None:
+            mine = torch.from_numpy(np.stack([self.items, self.counts], axis=1))
+            gathered = ItemCounts(*gather_rows_to_first(mine, ranks.group).numpy().T)
+            return ItemCounts.sum_of([gathered] if ranks.is_first else [])
+        items, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         occupied = torch.zeros(-(-num_items // BLOCK), dtype=torch.uint8)
         occupied[torch.from_numpy(self.items // BLOCK)] = 1
         dist.all_reduce(occupied, op=dist.ReduceOp.MAX, group=ranks.group)
@@ -114,16 +116,6 @@ class ItemCounts:
                 items.append(found + start)
                 counts.append(block[found])
         return ItemCounts(np.concatenate(items), np.concatenate(counts))
-
-    def _sum_of_raw(self, ranks: Ranks) -> ItemCounts:
-        """Return the sums over all ranks on rank 0, and nothing on the others. A collective."""
-        import torch
-
-        from recsys.distributed.gather import gather_rows_to_first
-
-        mine = torch.from_numpy(np.stack([self.items, self.counts], axis=1))
-        items, counts = gather_rows_to_first(mine, ranks.group).numpy().T
-        return ItemCounts.sum_of([ItemCounts(items, counts)] if ranks.is_first else [])
 
 
 class ItemCounter:
@@ -147,20 +139,14 @@ class ItemCounter:
         return self._merged
 
 
-def rows_that_count(
-    table: pa.Table,  # R rows
-    schema: Schema,
-) -> np.ndarray:  # bool [R]
+def rows_that_count(table: pa.Table, schema: Schema) -> np.ndarray:  # table R rows -> bool [R]
     """Return a mask of the rows that are not padding and have a weight above 0."""
     known = table[ROW_POSITION].to_numpy() >= 0
     return known if schema.weight is None else known & (table[schema.weight].to_numpy() > 0)
 
 
 def count_items(
-    rows: RowSource,
-    rank: int,
-    world_size: int,
-    also: Callable[[pa.Table], None] | None = None,
+    rows: RowSource, rank: int, world_size: int, also: Callable[[pa.Table], None] | None = None
 ) -> ItemCounts:
     """Count how often each item is the target in a rank's share, rows of weight 0 left out.
 

@@ -50,11 +50,8 @@ class JaggedHistory:
 
     @staticmethod
     def of(
-        index: Tensor,  # [N]
-        lengths: Tensor,  # [B]
-        num_items: int,
-        longest: int | None = None,
-    ) -> JaggedHistory:
+        index: Tensor, lengths: Tensor, num_items: int, longest: int | None = None
+    ) -> JaggedHistory:  # index [N], lengths [B]
         """Build a history; `longest` is computed if absent, which synchronises with a GPU."""
         offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths)
         batch = torch.arange(len(lengths), device=lengths.device)
@@ -76,19 +73,14 @@ class JaggedHistory:
         index = torch.arange(len(self.index), device=self.index.device)
         return replace(self, index=index, num_items=len(index))
 
-    def select(
-        self,
-        places: Tensor,  # [P], ascending
-    ) -> JaggedHistory:
+    def select(self, places: Tensor) -> JaggedHistory:  # [P], ascending
         """Return the histories reduced to some positions, over the same unique items."""
         lengths = torch.bincount(self.rows[places], minlength=len(self.lengths))
         return JaggedHistory.of(self.index[places], lengths, self.num_items, self.longest)
 
     def highest(
-        self,
-        scores: Tensor,  # [N]
-        count: int,
-    ) -> Tensor:  # [P], places in ascending order
+        self, scores: Tensor, count: int
+    ) -> Tensor:  # scores [N] -> [P], places in ascending order
         """Return the positions of the `count` highest scores of each row; all of a shorter row.
 
         Of equal scores, the later position wins.
@@ -100,10 +92,8 @@ class JaggedHistory:
         return order[position < count].sort().values
 
     def latest(
-        self,
-        wanted: Tensor,  # bool [N]
-        count: int,
-    ) -> Tensor:  # [P], places in ascending order
+        self, wanted: Tensor, count: int
+    ) -> Tensor:  # wanted bool [N] -> [P], places in ascending order
         """Return the `count` latest wanted places of each row; all of a row with fewer."""
         places = wanted.nonzero().squeeze(1)
         return places[self.select(places).highest(torch.zeros_like(places), count)]
@@ -138,19 +128,11 @@ class JaggedHistory:
         """Sum [N, K] over the items of each row: [B, K], with gradient."""
         return _Sum.apply(values, self)
 
-    def dot(
-        self,
-        queries: Tensor,  # [B, D]
-        items: Tensor,  # [U, D]
-    ) -> Tensor:  # [N]
+    def dot(self, queries: Tensor, items: Tensor) -> Tensor:  # [B, D], [U, D] -> [N]
         """Return the dot product of each history item and its row's query, with both gradients."""
         return _Dot.apply(queries, items, self)
 
-    def weighted_sum(
-        self,
-        weights: Tensor,  # [N]
-        items: Tensor,  # [U, D]
-    ) -> Tensor:  # [B, D]
+    def weighted_sum(self, weights: Tensor, items: Tensor) -> Tensor:  # [N], [U, D] -> [B, D]
         """Return the weighted sum of the items of each row, with both gradients."""
         return _WeightedSum.apply(weights, items, self)
 

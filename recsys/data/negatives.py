@@ -108,10 +108,7 @@ class NegativeSampler:
             sequence_features=_with_feature(batch.sequence_features, self.feature, items),
         )
 
-    def _draw(
-        self,
-        draw: tuple[int, int, int],
-    ) -> np.ndarray:  # [S], int64
+    def _draw(self, draw: tuple[int, int, int]) -> np.ndarray:  # [S], int64
         """Sample items with the seed `draw`."""
         random, count = np.random.default_rng(draw), self.settings.num_negatives
         if self._is_uniform:
@@ -122,10 +119,8 @@ class NegativeSampler:
 
 
 def _with_feature(
-    features: KeyedJaggedTensor,
-    name: str,
-    values: torch.Tensor,  # [S]
-) -> KeyedJaggedTensor:
+    features: KeyedJaggedTensor, name: str, values: torch.Tensor
+) -> KeyedJaggedTensor:  # values [S]
     """Return the features with one more, `name`, of the ids `values`."""
     # Negatives belong to no row; a KeyedJaggedTensor needs every id in one: the first.
     lengths = torch.zeros(features.stride(), dtype=features.lengths().dtype)

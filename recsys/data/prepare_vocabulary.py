@@ -59,11 +59,7 @@ def new_ids(
 ) -> dict[str, pa.Array]:
     """Return, by table, the ids of a split and of the items that its map does not have yet.
 
-    Args:
-        root: the dataset.
-        schema: its columns, without vocabularies.
-        split: folder of the rows; None: the items alone.
-        known: the maps, by table; they do not change.
+    `split` None stands for the items alone. The maps in `known` do not change.
 
     Raises:
         ValueError: a file cannot be read, ids have different types, or a table has too few rows.

@@ -167,10 +167,7 @@ class RowSource(ABC):
 
     def share(self, rank: int, world_size: int) -> tuple[int, int]:
         """Return the positions `(start, stop)` of a rank's rows in the global order."""
-        return (
-            self.num_rows * rank // world_size,
-            self.num_rows * (rank + 1) // world_size,
-        )
+        return (self.num_rows * rank // world_size, self.num_rows * (rank + 1) // world_size)
 
     def windows(
         self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
@@ -186,7 +183,7 @@ class RowSource(ABC):
         for number in self._ordered(shuffle_seed):
             chunk = self.chunks[number]
             low, high = max(start - place, 0), min(stop - place, chunk.num_rows)
-            more = chunk.bytes_in(low, high) if low < high else 0
+            more = chunk.num_bytes * (high - low) // chunk.num_rows if low < high else 0
             if num_bytes and more and num_bytes + more > SHUFFLE_BYTES:
                 found.append(Window(start, place))
                 start, num_bytes = place, 0
@@ -239,7 +236,6 @@ class RowSource(ABC):
         return padding_rows(empty_table(self.schema, self.names), num_rows)
 
     def _ordered(self, shuffle_seed: tuple[int, int] | None) -> Sequence[int]:
-        """Return the numbers of the chunks in their global order."""
         if shuffle_seed is None:
             return range(len(self.chunks))
         order = np.random.default_rng(shuffle_seed).permutation(len(self.chunks))

@@ -166,12 +166,6 @@ class Schema:
     def require_id_type(self, name: str, kind: pa.DataType, place: str, table: str) -> None:
         """Require raw ids of the same type as in the other files and columns of their table.
 
-        Args:
-            name: the column of the ids.
-            kind: their Arrow type.
-            place: their file, for messages.
-            table: the column that owns their table.
-
         Raises:
             ValueError: some are integers and others are strings.
         """

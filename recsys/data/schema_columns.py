@@ -164,12 +164,7 @@ def id_type(kind: pa.DataType) -> Literal["integer", "string"]:
 
 
 def check_vocabulary(column: Column, where: str, is_target: bool) -> None:
-    """Check the vocabulary of a column.
-
-    Args:
-        column: a column with a vocabulary.
-        where: file and column, for messages.
-        is_target: whether the column is the target item.
+    """Check the vocabulary of a column that has one; `where` names file and column.
 
     Raises:
         ValueError: names a setting that is out of range or does not fit the column.
@@ -207,14 +202,7 @@ def check_vocabulary(column: Column, where: str, is_target: bool) -> None:
 def check_column(
     columns: dict[str, Column], name: str, column: Column, where: str, target_item: str
 ) -> None:
-    """Check the keys of one column.
-
-    Args:
-        columns: all columns, by name.
-        name: name of the column to check.
-        column: that column.
-        where: file and column, for messages.
-        target_item: name of the ranked item's column.
+    """Check the keys of one column; `where` names it and its file.
 
     Raises:
         ValueError: a key does not fit the kind, or is missing.

@@ -180,7 +180,6 @@ class _HistoryIds:
         return self.batch.history_items[self._index]
 
     def put(self, rows: Tensor, unknown_row: int) -> None:
-        """Write the rows of these ids."""
         unique = torch.full_like(self.batch.history_items, unknown_row)
         unique[self._index] = rows
         self.batch.history_items = unique

@@ -61,14 +61,7 @@ class Request:
 
 
 class Search:
-    """A search in a folder.
-
-    Args:
-        config: the recipe.
-        space: the parameters.
-        data: datasets.
-        out: folder of the search.
-        request: numbers of trials, jobs and seeds.
+    """A search in the folder `out`, of values in `space` for the recipe `config`.
 
     Raises:
         ValueError: a value of the space does not fit the recipe, or the folder holds a search with
@@ -183,11 +176,7 @@ class Search:
         return None
 
     def _end(self, claim: Claim, end: TrialEnd) -> None:
-        """Record a trial's end, and keep the best configuration.
-
-        Raises:
-            ValueError: the first trials all failed.
-        """
+        """Record a trial's end, and keep the best configuration."""
         with self.study.locked():
             trial = self.study.end(claim, end.state, end.value)
             ended, best = self.study.trials(*ENDED), self._keep_best()

@@ -112,7 +112,6 @@ def read_space(file: Path) -> list[Parameter]:
 
 
 def _parameter(place: str, name: str, given: Any) -> Parameter:
-    """Return the parameter of an entry of the file."""
     keys = set(given) if isinstance(given, dict) else set()
     if keys == {"choices"}:
         choices = _choices(place, given["choices"], list)
@@ -145,7 +144,6 @@ def _choices(place: str, given: Any, kind: type[Any]) -> Any:
 
 
 def _range(place: str, given: Mapping[str, Any]) -> BaseDistribution:
-    """Return the distribution of a range."""
     low, high, step = given["low"], given["high"], given.get("step")
     numbers = [low, high] if step is None else [low, high, step]
     if any(isinstance(one, bool) or not isinstance(one, int | float) for one in numbers):
@@ -178,12 +176,7 @@ def _refuse_shared_settings(file: Path, space: Sequence[Parameter]) -> None:
 
 
 def words_of(space: Sequence[Parameter], values: Mapping[str, Any]) -> list[str]:
-    """Return the values of a trial as words of the command line.
-
-    Args:
-        space: the parameters.
-        values: by name of the parameter, as Optuna stores them.
-    """
+    """Return a trial's values, by parameter as Optuna stores them, as words of a command line."""
     settings: dict[str, Any] = {}
     for parameter in space:
         settings |= parameter.settings(values[parameter.name])

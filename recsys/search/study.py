@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import optuna
-from filelock import FileLock
+from filelock import BaseFileLock, FileLock
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -55,15 +54,7 @@ class Claim:
 
 
 class SearchStudy:
-    """Trials of a search.
-
-    Args:
-        folder: folder of the search.
-        space: the parameters.
-        sampler: rule that proposes values.
-        seed: seed of the sampler.
-        prunes: stop trials that are worse than the median of others at the same validation.
-    """
+    """Trials of a search, in its folder; see `recsys.search.search.Request` for its settings."""
 
     def __init__(
         self, folder: Path, space: Sequence[Parameter], sampler: Sampler, seed: int, prunes: bool
@@ -89,18 +80,19 @@ class SearchStudy:
         """
         if not self.exists():
             with whole_file(self.folder / DATABASE) as partial:
-                self._create(f"sqlite:///{partial}", about)
+                url = f"sqlite:///{partial}"
+                study = optuna.create_study(storage=url, study_name=NAME, direction="maximize")
+                for values in grid_of(self.space) if self.sampler == "grid" else ():
+                    study.enqueue_trial(values)
+                study.set_user_attr(ABOUT, about)
         self.storage = optuna.storages.RDBStorage(self.url)
-        known = self._study(0).user_attrs[ABOUT]
-        require_equal(self.folder, known, json.loads(json.dumps(about)))
-
-    def _create(self, url: str, about: Mapping[str, Any]) -> None:
-        """Create the study in a new database, with all trials of a grid."""
-        study = optuna.create_study(storage=url, study_name=NAME, direction="maximize")
-        if self.sampler == "grid":
-            for values in grid_of(self.space):
-                study.enqueue_trial(values)
-        study.set_user_attr(ABOUT, about)
+        known, given = self._study(0).user_attrs[ABOUT], json.loads(json.dumps(about))
+        if names := [name for name in {**known, **given} if known.get(name) != given.get(name)]:
+            lines = [f"{name}: {known.get(name)}, now {given.get(name)}" for name in names[:3]]
+            raise ValueError(
+                f"{self.folder}: holds a search with other settings ({'; '.join(lines)}); give the "
+                "same ones to go on with it, or another --out"
+            )
 
     def claim(self, count: int) -> Claim | None:
         """Return an interrupted trial, or a new one if fewer than `count` have begun, or None."""
@@ -165,19 +157,6 @@ class SearchStudy:
             return None
         return log
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Let no other thread or process claim or end a trial inside the block."""
-        with FileLock(self.folder / LOCK):
-            yield
-
-
-def require_equal(folder: Path, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raise a ValueError that names what differs between a study and a command on its folder."""
-    names = [name for name in {**known, **given} if known.get(name) != given.get(name)]
-    if names:
-        lines = [f"{name}: {known.get(name)}, now {given.get(name)}" for name in names[:3]]
-        raise ValueError(
-            f"{folder}: holds a search with other settings ({'; '.join(lines)}); give the same "
-            "ones to go on with it, or another --out"
-        )
+    def locked(self) -> BaseFileLock:
+        """Return a context in which no other thread or process claims or ends a trial."""
+        return FileLock(self.folder / LOCK)

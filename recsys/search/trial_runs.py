@@ -119,7 +119,11 @@ class TrialRuns:
         seen = 0
         try:
             while True:
-                has_ended = self._has_ended(process)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL_SECONDS)
+                if self.stop.is_set():
+                    raise SearchStopped
+                has_ended = process.poll() is not None
                 lines = read_lines(folder) if watches else []
                 for place in range(seen, len(lines)):
                     if _is_hopeless(claim, place, self._score(lines[place]["metrics"])):
@@ -131,14 +135,6 @@ class TrialRuns:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
                 process.wait()
-
-    def _has_ended(self, process: subprocess.Popen[bytes]) -> bool:
-        """Wait a moment for the process; return whether it has ended."""
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(POLL_SECONDS)
-        if self.stop.is_set():
-            raise SearchStopped
-        return process.poll() is not None
 
     def _score(self, metrics: dict[str, float]) -> float:
         """Return the score of a validation from its metrics as trackers name them."""

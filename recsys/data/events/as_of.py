@@ -35,10 +35,7 @@ def whole_keys(batches: Iterable[pa.RecordBatch], keys: Sequence[str]) -> Iterat
         yield pa.Table.from_batches(pending).combine_chunks()
 
 
-def _starts(
-    batch: pa.RecordBatch | pa.Table,
-    keys: Sequence[str],
-) -> np.ndarray:  # bool [N]
+def _starts(batch: pa.RecordBatch | pa.Table, keys: Sequence[str]) -> np.ndarray:  # bool [N]
     """Mark the rows at which a key begins."""
     starts = np.zeros(batch.num_rows, bool)
     starts[:1] = True
@@ -49,10 +46,7 @@ def _starts(
     return starts
 
 
-def key_numbers(
-    chunk: pa.Table,  # [N]
-    keys: Sequence[str],
-) -> np.ndarray:  # int64 [N]
+def key_numbers(chunk: pa.Table, keys: Sequence[str]) -> np.ndarray:  # chunk [N] -> int64 [N]
     """Return the number of each row's key: 0, 1, 2 ... in their order."""
     return np.cumsum(_starts(chunk, keys)) - 1
 
@@ -81,10 +75,8 @@ class Moments:
         self._time, self._sample_key = time[samples], self._key[samples]  # [S]
 
     def events_before(
-        self,
-        events: np.ndarray,  # int64 [E], rows, ascending
-        delay: int,
-    ) -> np.ndarray:  # int64 [S]
+        self, events: np.ndarray, delay: int
+    ) -> np.ndarray:  # events int64 [E], rows, ascending -> int64 [S]
         """Return the number of events, of this and earlier keys, before each sample's cut.
 
         The cut is `delay` microseconds before the sample; an event at the cut is not before it.
@@ -93,21 +85,11 @@ class Moments:
         place = self._sample_key * (len(self._times) + 1) + rank
         return np.searchsorted(self._place[events], place)
 
-    def events_of_earlier_keys(
-        self,
-        events: np.ndarray,  # int64 [E]
-    ) -> np.ndarray:  # int64 [S]
-        """Return the number of events whose key comes before the sample's."""
-        return np.searchsorted(self._key[events], self._sample_key)
-
     def window(
-        self,
-        events: np.ndarray,  # int64 [E], rows, ascending
-        delay: int,
-        within: int | None,
-    ) -> tuple[np.ndarray, np.ndarray]:  # int64 [S] each
+        self, events: np.ndarray, delay: int, within: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:  # events int64 [E], rows, ascending -> int64 [S] each
         """Return begin and end of each sample's events in `[cut - within, cut)` of its key."""
         end = self.events_before(events, delay)
-        if within is None:
-            return self.events_of_earlier_keys(events), end
+        if within is None:  # all of its key: it begins after the events of earlier keys
+            return np.searchsorted(self._key[events], self._sample_key), end
         return self.events_before(events, delay + within), end

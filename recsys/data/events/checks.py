@@ -60,7 +60,6 @@ def check_events_config(config: EventsConfig) -> None:
 
 
 def _names(config: EventsConfig) -> list[str]:
-    """Return the names of the dataset's columns."""
     tables = [table.columns for table in (config.items, config.users) if table is not None]
     groups: list[Mapping[str, Any]]
     groups = [config.context, *tables, config.labels, config.counts, config.histories]
@@ -171,7 +170,6 @@ def _check_labels(config: EventsConfig) -> None:
 
 
 def _check_past(config: EventsConfig) -> None:
-    """Check histories and counts."""
     chosen = [of.actions for of in config.histories.values()]
     chosen += [actions for of in config.counts.values() for actions in (of.actions, of.per)]
     for action in (action for actions in chosen for action in actions or ()):
@@ -205,7 +203,6 @@ def _check_past(config: EventsConfig) -> None:
 
 
 def _check_delay(where: str, delay: str) -> None:
-    """Require a duration."""
     if duration(delay) is None:
         raise ValueError(f"{where}: delay is {delay}; write a duration such as 1h")
 

@@ -18,6 +18,7 @@ from recsys.data.events.as_of import Moments, whole_keys
 from recsys.data.events.history_values import AGE, HistoryFiles, begin_of, length_of, lists_of
 from recsys.data.events.settings import Count, History, Parallel
 from recsys.data.events.times import duration
+from recsys.data.parquet.values import one_chunk
 
 SETS = "/sets"
 SAMPLES_AT_ONCE = 1 << 16  # samples whose histories are in memory at a time
@@ -74,7 +75,7 @@ class AddPast:
         for first in range(0, len(rows), SAMPLES_AT_ONCE):
             here = slice(first, first + SAMPLES_AT_ONCE)
             samples = chunk.take(pa.array(rows[here]))
-            columns = {name: _one(samples[name]) for name in samples.schema.names}
+            columns = {name: one_chunk(samples[name]) for name in samples.schema.names}
             columns |= {name: pa.array(of[here]) for name, of in added.items()}
             if self.files is None:
                 for name, of in self.histories.items():
@@ -104,30 +105,24 @@ class AddPast:
         return events, np.maximum(begin, end - min(of.length, len(chunk))), end
 
     def _values(
-        self,
-        chunk: pa.Table,
-        name: str,
-        events: np.ndarray,  # int64 [E]
-    ) -> dict[str, pa.Array]:  # [E] each
+        self, chunk: pa.Table, name: str, events: np.ndarray
+    ) -> dict[str, pa.Array]:  # events int64 [E] -> [E] each
         """Return the values of a history and beside it, by column."""
         past = chunk.take(pa.array(events))
-        columns = {name: _one(past["iid"])}
+        columns = {name: one_chunk(past["iid"])}
         for beside, of in self.histories[name].parallel.items():
             if of.column == AGE:
-                columns[beside] = _one(past["ts"])
+                columns[beside] = one_chunk(past["ts"])
             else:
                 columns[beside] = _beside(past, beside, of, self.lists[beside].value_type)
         return columns
 
 
 def _beside(
-    past: pa.Table,  # [E]
-    name: str,
-    of: Parallel,
-    kind: pa.DataType,
-) -> pa.Array:  # [E]
+    past: pa.Table, name: str, of: Parallel, kind: pa.DataType
+) -> pa.Array:  # past [E] -> [E]
     """Return the values of a column beside a history."""
-    values = _one(past["action" if of.column == "action" else f"e_{of.column}"])
+    values = one_chunk(past["action" if of.column == "action" else f"e_{of.column}"])
     if not pa.types.is_floating(kind):  # ids that no vocabulary knows stand for null
         return values.fill_null("" if pa.types.is_string(kind) else -1).cast(kind)
     numbers = values.fill_null(of.fill).to_numpy(zero_copy_only=False).astype(np.float32)
@@ -141,8 +136,3 @@ def _beside(
             "larger scale"
         )
     return pa.array(scaled)
-
-
-def _one(column: pa.ChunkedArray) -> pa.Array:
-    """Return a column as one array."""
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)

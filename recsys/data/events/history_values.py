@@ -43,11 +43,8 @@ def slice_columns(histories: Iterable[str]) -> dict[str, pa.DataType]:
 
 
 def lists_of(
-    samples: Mapping[str, pa.Array],  # [S] each
-    name: str,
-    history: History,
-    values: dict[str, pa.Array],  # [E] each
-) -> dict[str, pa.Array]:  # lists [S] each
+    samples: Mapping[str, pa.Array], name: str, history: History, values: dict[str, pa.Array]
+) -> dict[str, pa.Array]:  # samples [S] each, values [E] each -> lists [S] each
     """Return the lists of a history of samples, by column.
 
     Args:
@@ -71,9 +68,7 @@ def lists_of(
     return lists
 
 
-def _ages(
-    ago: np.ndarray,  # int64, microseconds
-) -> pa.Array:  # float32
+def _ages(ago: np.ndarray) -> pa.Array:  # int64, microseconds -> float32
     """Return ages as numbers: a day is 0.15, a hundred days are 1, as magnitudes matter."""
     ages = ago / DAY
     ages += 1
@@ -96,11 +91,7 @@ class HistoryFiles:
     _types: dict[str, pa.DataType] = field(default_factory=dict)
     _texts: dict[str, dict[str, int]] = field(default_factory=dict)
 
-    def append(
-        self,
-        name: str,
-        values: dict[str, pa.Array],  # [E] each
-    ) -> int:
+    def append(self, name: str, values: dict[str, pa.Array]) -> int:  # values [E] each
         """Write more values of a history, and return the place of the first."""
         self.folder.mkdir(exist_ok=True)
         for column, of in values.items():

@@ -28,11 +28,7 @@ LISTS = (
 
 
 def load_events_config(path: Path, data: Path | None = None) -> EventsConfig:
-    """Read the settings.
-
-    Args:
-        path: an events.yaml.
-        data: folder of the relative paths in it; None: its own.
+    """Read an events.yaml; relative paths in it are in the folder `data`, by default its own.
 
     Raises:
         ValueError: the file is missing, has an unknown key, or its parts do not fit together.
@@ -92,11 +88,7 @@ def _resolve(source: Source, folder: Path) -> None:
 
 
 def _resolve_pictures(items: ItemTable, folder: Path) -> None:
-    """Make folders of pictures absolute, in place.
-
-    Raises:
-        ValueError: other content than images has files.
-    """
+    """Make folders of pictures absolute, in place; refuse them for other content than images."""
     for name, content in items.content.items():
         if content.path_column is None:
             if content.folder is not None:

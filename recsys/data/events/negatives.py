@@ -44,7 +44,6 @@ class DrawNegatives:
             yield from self._draw(chunk).cast(self.schema).to_batches()
 
     def _draw(self, chunk: pa.Table) -> pa.Table:
-        """Draw for all positives of a chunk."""
         user, item = key_numbers(chunk, ["uid"]), chunk["inumber"].to_numpy()
         is_positive = chunk["is_positive"].to_numpy() == 1
         taken = np.unique(user[~is_positive] * len(self.ends) + item[~is_positive])  # [T]

@@ -16,24 +16,17 @@ KEYS = {"user": "uid", "item": "iid"}
 
 
 def add_past(
-    engine: Engine,
-    config: EventsConfig,
-    types: dict[str, pa.DataType],
-    files: HistoryFiles | None,
+    engine: Engine, config: EventsConfig, types: dict[str, pa.DataType], files: HistoryFiles | None
 ) -> dict[str, pa.DataType]:
     """Make the stage `complete`: the stage `samples` with counts, and histories or their slices.
 
-    Args:
-        engine: has the stages `signals` and `samples`.
-        config: the settings.
-        types: of the columns of `signals`.
-        files: take the values of histories; None: `complete` has lists.
+    `types` are those of the columns of `signals`. Values of histories go into `files`, and samples
+    have slices of these; without files, they have lists.
 
     Returns:
         The types of the histories and the lists beside them, by name.
     """
-    item_columns = _item_columns(config)
-    _make_events(engine, config, item_columns)
+    item_columns = _make_events(engine, config)
     schema = engine.table("SELECT * FROM samples LIMIT 0").schema
     types = {**types, **{name: schema.field(f"c_{name}").type for name in item_columns}}
     by_keys: dict[tuple[str, ...], dict[str, Count]] = {}
@@ -58,37 +51,25 @@ def add_past(
     return lists
 
 
-def _item_columns(config: EventsConfig) -> list[str]:
-    """Return the item columns that events need, for histories and counts."""
-    if config.items is None:
-        return []
-    used = {part.column for of in config.histories.values() for part in of.parallel.values()}
-    used |= {key for count in config.counts.values() for key in count.of}
-    return [name for name in config.items.columns if name in used]
-
-
-def _make_events(engine: Engine, config: EventsConfig, item_columns: list[str]) -> None:
-    """Make the stage `past_events`: signals with the item columns of their time."""
-    query = "SELECT * FROM signals"
-    if item_columns:
-        assert config.items is not None
+def _make_events(engine: Engine, config: EventsConfig) -> list[str]:
+    """Make the stage `past_events`: signals with the item columns that they need; return these."""
+    listed = {part.column for of in config.histories.values() for part in of.parallel.values()}
+    used = listed | {key for count in config.counts.values() for key in count.of}
+    query, item_columns = "SELECT * FROM signals", list[str]()
+    if config.items is not None:
+        item_columns = [name for name in config.items.columns if name in used]
+    if config.items is not None and item_columns:
         of_time = {name: f"e_{name}" for name in item_columns}
         query = with_columns(query, "item", "iid", of_time, config.items)
     names = [quoted(f"e_{name}") for name in item_columns]
-    names += [
-        f"{quoted(f'c_{name}')} AS {quoted(f'e_{name}')}" for name in _listed(config, item_columns)
-    ]
+    of_events = sorted(listed - {"age", "action", *item_columns})
+    names += [f"{quoted(f'c_{name}')} AS {quoted(f'e_{name}')}" for name in of_events]
     make = engine.add if item_columns else engine.view
     make(
         "past_events",
         f"SELECT {', '.join(['position, uid, iid, ts, action', *names])} FROM ({query})",
     )
-
-
-def _listed(config: EventsConfig, item_columns: list[str]) -> list[str]:
-    """Return the columns of events that are listed beside histories."""
-    used = {part.column for of in config.histories.values() for part in of.parallel.values()}
-    return sorted(used - {"age", "action", *item_columns})
+    return item_columns
 
 
 def _add_counts(
@@ -122,7 +103,6 @@ def _add_counts(
 def _list_types(
     name: str, history: History, types: dict[str, pa.DataType]
 ) -> dict[str, pa.DataType]:
-    """Return the types of a history and the lists beside it."""
     lists = {name: pa.list_(types["iid"])}
     for parallel, of in history.parallel.items():
         kind = pa.float32()
@@ -136,13 +116,7 @@ def _list_types(
     return lists
 
 
-def _map(
-    engine: Engine,
-    stage: str,
-    samples: str,
-    add: AddPast,
-    passed: list[str],
-) -> None:
+def _map(engine: Engine, stage: str, samples: str, add: AddPast, passed: list[str]) -> None:
     """Make a stage of the samples and events of each user."""
     shared = ["position", "uid", "iid", "ts"]
     events = engine.table("SELECT * FROM past_events LIMIT 0").schema.names

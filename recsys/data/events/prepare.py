@@ -97,7 +97,10 @@ def run_stages(
     Raises:
         ValueError: a file, column or value cannot be used, or a split would be empty.
     """
-    work = folder / "stages" if temp is None else _folder_in(temp)
+    if temp is not None and not temp.is_dir():
+        raise ValueError(f"--temp {temp}: no such folder; make it, or name another")
+    in_temp = None if temp is None else tempfile.mkdtemp(prefix="prepare-events-", dir=temp)
+    work = folder / "stages" if in_temp is None else Path(in_temp)
     try:
         engine = (
             DuckDBEngine(work, memory, threads)
@@ -110,13 +113,6 @@ def run_stages(
         shutil.rmtree(work, ignore_errors=True)
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
-
-
-def _folder_in(temp: Path) -> Path:
-    """Return a new folder for the stages."""
-    if not temp.is_dir():
-        raise ValueError(f"--temp {temp}: no such folder; make it, or name another")
-    return Path(tempfile.mkdtemp(prefix="prepare-events-", dir=temp))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from recsys.data.events.engines.base import Engine
 from recsys.data.events.settings import EventsConfig, Label
-from recsys.data.events.signals import IMPRESSION, filled, literal, quoted
+from recsys.data.events.signals import IMPRESSION, count_rows, filled, literal, quoted
 from recsys.data.events.times import duration
 
 logger = logging.getLogger(__name__)
@@ -38,12 +38,8 @@ def make_rows(
     _check_actions(engine, config)
     chosen = [IMPRESSION] if config.impressions is not None else config.rows
     engine.view("candidates", f"SELECT * FROM signals WHERE {actions_in(chosen)}")
-    attributed = {
-        name: label for name, label in config.labels.items() if label.action and label.within
-    }
-    source = "candidates"
-    if attributed:
-        source = _attributed(engine, attributed, "request" in types)
+    attributed = {name: of for name, of in config.labels.items() if of.action and of.within}
+    source = _attributed(engine, attributed, "request" in types) if attributed else "candidates"
     labels = {name: _label(name, label) for name, label in config.labels.items()}
     context = {f"c_{name}": feature for name, feature in config.context.items()}
     selected = [
@@ -69,14 +65,9 @@ def make_rows(
     kept = " AND ".join(f"{quoted(column)} IS NOT NULL" for column in needed.values())
     make = engine.add if older else engine.view
     make("rows", f"SELECT *{older} FROM labelled WHERE {kept}")
-    _require_some(engine, reasons)
-    return reasons
-
-
-def _require_some(engine: Engine, reasons: dict[str, int]) -> None:
-    """Raise a ValueError if no row is left."""
-    if not engine.table("SELECT count(*) AS n FROM rows")["n"][0].as_py():
+    if not count_rows(engine, "rows"):
         raise ValueError(f"rows: none is left; {reasons} were left out; correct these columns")
+    return reasons
 
 
 def is_needed(config: EventsConfig, kind: str) -> bool:
@@ -182,6 +173,6 @@ def _check_given_labels(engine: Engine, config: EventsConfig) -> None:
                 f"labels: '{name}' has the value {wrong} in column '{label.column}'; write 0 and 1 "
                 "or set at_least"
             )
-    if engine.table("SELECT count(*) AS n FROM labelled")["n"][0].as_py() == 0:
+    if not count_rows(engine, "labelled"):
         wanted = config.rows or "any"
         raise ValueError(f"rows: no event has an action of {wanted}; correct the names of actions")

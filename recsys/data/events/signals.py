@@ -137,16 +137,14 @@ def _clean(engine: Engine, config: EventsConfig, by_request: bool) -> Dropped:
     read, usable = sum(reasons.values()), reasons.pop("", 0)
     conditions = " AND ".join(f"NOT ({problem})" for problem in problems.values())
     engine.view("usable", f"SELECT * FROM signals_read WHERE {conditions}")
-    left = usable
+    left, once = usable, "SELECT * FROM usable"
     if drop.duplicates:
         left -= reasons.setdefault("duplicate", _find_copies(engine, by_request))
-        engine.view(
-            "signals_once",
+        once = (
             "SELECT u.* FROM usable u LEFT JOIN copies c ON u.position = c.position "
-            "WHERE c.position IS NULL",
+            "WHERE c.position IS NULL"
         )
-    else:
-        engine.view("signals_once", "SELECT * FROM usable")
+    engine.view("signals_once", once)
     if drop.max_events_per_user is None:
         engine.view("signals", "SELECT * FROM signals_once")
     else:
@@ -156,8 +154,8 @@ def _clean(engine: Engine, config: EventsConfig, by_request: bool) -> Dropped:
         )
         query = f"SELECT s.* FROM signals_once s LEFT JOIN ({busy}) ON uid = busy"
         engine.add("signals", f"{query} WHERE busy IS NULL")
-    reasons["user with too many events"] = left - _rows(engine, "signals")
-    if not _rows(engine, "signals"):
+    reasons["user with too many events"] = left - count_rows(engine, "signals")
+    if not count_rows(engine, "signals"):
         raise ValueError(f"events: none of the {read} rows can be used; {reasons} were left out")
     return Dropped(read, {name: count for name, count in reasons.items() if count})
 
@@ -170,16 +168,16 @@ def _find_copies(engine: Engine, by_request: bool) -> int:
     key = "uid, iid, ts, action" + (", request" if by_request else "")
     hashed = f"{engine.hash}({key})"
     engine.add(
-        "hashes",
-        f"SELECT h FROM (SELECT {hashed} AS h FROM usable) GROUP BY h HAVING count(*) > 1",
+        "hashes", f"SELECT h FROM (SELECT {hashed} AS h FROM usable) GROUP BY h HAVING count(*) > 1"
     )
     engine.add(
         "copies",
         f"SELECT position FROM (SELECT position, row_number() OVER (PARTITION BY {key} "
         f"ORDER BY position) AS nth FROM usable JOIN hashes ON {hashed} = h) WHERE nth > 1",
     )
-    return _rows(engine, "copies")
+    return count_rows(engine, "copies")
 
 
-def _rows(engine: Engine, stage: str) -> int:
+def count_rows(engine: Engine, stage: str) -> int:
+    """Return the number of rows of a stage, or of those that a WHERE after its name chooses."""
     return int(engine.table(f"SELECT count(*) AS n FROM {stage}")["n"][0].as_py())

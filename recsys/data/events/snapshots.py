@@ -9,7 +9,7 @@ from recsys.data.events.files.columns import Field
 from recsys.data.events.files.reader import Reader, open_source
 from recsys.data.events.rows import count_nulls, is_needed
 from recsys.data.events.settings import Content, EventsConfig, ItemTable, Snapshots
-from recsys.data.events.signals import KINDS, filled, quoted, settle_fill
+from recsys.data.events.signals import KINDS, count_rows, filled, quoted, settle_fill
 from recsys.data.parquet.values import is_list
 
 FOREVER = 2**62
@@ -20,11 +20,7 @@ def read_snapshots(
 ) -> dict[str, int]:
     """Make the stage `NAME_snapshots`: id, valid_from, valid_until, features and content.
 
-    Args:
-        engine: makes it.
-        name: item or user.
-        table: its settings.
-        kind: type of the ids of events.
+    `name` is item or user, `kind` the type of its ids in events.
 
     Returns:
         The number of rows left out, by reason.
@@ -60,8 +56,7 @@ def read_snapshots(
         f"FROM (SELECT DISTINCT {names} FROM {name}_read WHERE {usable})",
     )
     _check_unique(engine, name, table, reader.tasks[0][1])
-    dropped = engine.table(f"SELECT count(*) AS n FROM {name}_read WHERE NOT ({usable})")
-    count = dropped["n"][0].as_py()
+    count = count_rows(engine, f"{name}_read WHERE NOT ({usable})")
     return {f"{name} without id or time": count} if count else {}
 
 

@@ -52,11 +52,8 @@ def moment(text: str, zone: str) -> int:
 
 
 def to_micros(
-    values: pa.Array,  # [N]
-    unit: str,
-    zone: str,
-    form: str | None = None,
-) -> pa.Array:  # int64 [N], null where the value is null
+    values: pa.Array, unit: str, zone: str, form: str | None = None
+) -> pa.Array:  # values [N] -> int64 [N], null where the value is null
     """Convert integers, timestamps, dates, ISO strings, and strings of another form.
 
     Raises:

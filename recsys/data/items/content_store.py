@@ -101,7 +101,8 @@ class ContentStore:
         key = digest_of(column.fingerprint(), kind.modality.kind, settings)
         folder = self.cache / f"{type(kind).__name__.lower()}-{key}"
         publish(folder, lambda path: self._write(path, kind, column))
-        self._read_skipped(folder)
+        for *place, rows, first in json.loads((folder / SKIPPED).read_text()):
+            self.items.bad_rows.found[tuple(place)] = (rows, first)
         self.hashes[name] = stored_hashes(folder)
         self.use(name, folder)
         assert len(self.arrays[name]) == self.items.num_rows
@@ -111,20 +112,14 @@ class ContentStore:
         self.folders[name] = folder
         self.arrays[name] = RaggedArray(folder)
 
-    def gather(
-        self,
-        item_ids: np.ndarray,  # [U]
-    ) -> dict[str, ContentInput]:
+    def gather(self, item_ids: np.ndarray) -> dict[str, ContentInput]:  # [U]
         """Return the content of unique items, by modality; an unknown item has none."""
         rows, content = self.rows_of(item_ids), {}
         for name, array in self.arrays.items():
             content[name] = self.kinds[name].as_input(*array.gather(rows))
         return content
 
-    def rows_of(
-        self,
-        item_ids: np.ndarray,  # [U]
-    ) -> np.ndarray:  # int64 [U]
+    def rows_of(self, item_ids: np.ndarray) -> np.ndarray:  # [U] -> int64 [U]
         """Return the rows of items in the arrays, -1 for an unknown item."""
         place = np.searchsorted(self._ids, item_ids).clip(max=len(self._ids) - 1)
         return np.where(self._ids[place] == item_ids, self._rows[place], -1)
@@ -141,15 +136,9 @@ class ContentStore:
         """Write the array and, beside it, the skipped rows."""
         if not kind.write(column, folder) and not self.may_be_empty:
             raise column.empty()
-        skipped = self.items.bad_rows.of_column(column.name)
-        (folder / SKIPPED).write_text(
-            json.dumps([[*place, *rows] for place, rows in skipped.items()])
-        )
-
-    def _read_skipped(self, folder: Path) -> None:
-        """Add the rows that were skipped when the array was built to the items' bad rows."""
-        for *place, rows, first in json.loads((folder / SKIPPED).read_text()):
-            self.items.bad_rows.found[tuple(place)] = (rows, first)
+        bad_rows = self.items.bad_rows.found.items()
+        skipped = [[*place, *rows] for place, rows in bad_rows if place[1] == column.name]
+        (folder / SKIPPED).write_text(json.dumps(skipped))
 
 
 def require_column(items: Items, kind: ModalityKind) -> None:

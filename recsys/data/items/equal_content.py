@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from itertools import takewhile
+from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 MOST = 0.5  # share of the items from which on equal content is reported
 
 
-def digests_of(
-    content: ContentInput,  # values [U, T, ...], mask [U, T]
-) -> list[bytes]:
+def digests_of(content: ContentInput) -> list[bytes]:  # values [U, T, ...], mask [U, T]
     """Return a hash of each item's entries; items without any are left out."""
     rows = zip(content.values, content.mask, strict=True)
     entries = (values[mask].numpy().tobytes() for values, mask in rows if mask.any())
@@ -43,9 +41,4 @@ def shared_beginning(texts: Sequence[str]) -> int:
     distance = int(MOST * len(ordered))  # texts between the first and the last of such a majority
     if not distance:
         return 0
-    return max(_equal_characters(*pair) for pair in zip(ordered, ordered[distance:]))
-
-
-def _equal_characters(first: str, second: str) -> int:
-    """Return the number of characters with which both texts begin."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
+    return max(len(commonprefix(pair)) for pair in zip(ordered, ordered[distance:]))  # noqa: RUF071

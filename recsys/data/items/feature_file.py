@@ -31,9 +31,6 @@ ReportRows = Callable[[int, np.ndarray, str], None]
 class FeatureFile:
     """A .npy file with a row of features per item.
 
-    Args:
-        file: its location.
-
     Raises:
         ValueError: it is not such a file; names its properties and the expected ones.
 
@@ -111,12 +108,8 @@ def read_ids(file: Location, num_rows: int) -> np.ndarray:  # [R]
 
 
 def write_rows(
-    folder: Path,
-    features: FeatureFile,
-    places: np.ndarray,  # [R], row of the array for each row, -1: left out
-    num_rows: int,
-    report: ReportRows,
-) -> int:
+    folder: Path, features: FeatureFile, places: np.ndarray, num_rows: int, report: ReportRows
+) -> int:  # places [R], row of the array for each row, -1: left out
     """Write the `RaggedArray` of a feature file and return its number of tokens.
 
     Raises:

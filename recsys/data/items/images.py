@@ -48,10 +48,7 @@ class ImagePreparation:
 
 
 def decode_image(
-    encoded: bytes,
-    size: int,
-    where: str = "",
-    preparation: ImagePreparation | None = None,
+    encoded: bytes, size: int, where: str = "", preparation: ImagePreparation | None = None
 ) -> np.ndarray:  # [3, S, S]
     """Decode image bytes to uint8 pixels: the visible part, resized to a square.
 

@@ -17,12 +17,7 @@ from recsys.data.parquet.bad_rows import Report
 
 
 class ItemColumnReader:
-    """Reads one column of the items' files.
-
-    Args:
-        table: the items.
-        name: the column.
-    """
+    """Reads one column of the items' files."""
 
     def __init__(self, table: ItemTable, name: str) -> None:
         """Select a column that schema.yaml names."""
@@ -62,12 +57,7 @@ class ItemColumnReader:
             )
         return np.arange(features.num_rows)
 
-    def report_file(
-        self,
-        first_row: int,
-        bad: np.ndarray,  # [n], bool
-        reason: str,
-    ) -> None:
+    def report_file(self, first_row: int, bad: np.ndarray, reason: str) -> None:  # bad [n], bool
         """Report bad rows of the feature file, for `write_rows`."""
         message = f"{reason}; write NaN throughout for a missing token or item"
         file = self.table.root / str(self.settings.file)

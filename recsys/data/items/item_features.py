@@ -43,19 +43,16 @@ def feature_tokens(chunk: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
 
 
 def usable_features(
-    lengths: np.ndarray,  # [n], tokens of each row
-    tokens: pa.Array,  # [T], lists of floats
-    width: int,
-    report: Report,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Check widths and values; report bad rows and drop their tokens.
+    lengths: np.ndarray, tokens: pa.Array, width: int, report: Report
+) -> tuple[np.ndarray, np.ndarray]:  # lengths [n], tokens [T]
+    """Check widths and values of tokens, lists of floats; report bad rows and drop their tokens.
 
     Returns:
         number of tokens of each row [n], and their values float32 [T, W].
     """
     row_of = np.repeat(np.arange(len(lengths)), lengths)
     widths = list_lengths(tokens)
-    bad = _rows_with(widths != width, row_of, len(lengths))
+    bad = np.bincount(row_of[widths != width], minlength=len(lengths)) > 0
     wrong_width = widths[(widths != width).argmax()] if bad.any() else width
     report(
         bad,
@@ -70,20 +67,13 @@ def usable_features(
     with np.errstate(over="ignore"):  # doubles beyond float32 become infinite, and are refused
         flat = tokens.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     values = flat.reshape(len(tokens), width)
-    not_finite = _rows_with(~np.isfinite(values).all(axis=1), row_of, len(lengths))
+    wrong = ~np.isfinite(values).all(axis=1)
+    not_finite = np.bincount(row_of[wrong], minlength=len(lengths)) > 0
+    flaw = "a value that is null or not finite"
     report(
         not_finite,
-        "a feature with a value that is null or not finite",
-        lambda row: (
-            "a feature has a value that is null or not finite; write null for an item without"
-        ),
+        f"a feature with {flaw}",
+        lambda row: f"a feature has {flaw}; write null for an item without",
     )
     kept = ~not_finite[row_of]
     return np.bincount(row_of[kept], minlength=len(lengths)), values[kept]
-
-
-def _rows_with(bad_token: np.ndarray, row_of: np.ndarray, num_rows: int) -> np.ndarray:
-    """Return a mask of the rows that have a bad token: bool [n]."""
-    bad = np.zeros(num_rows, bool)
-    bad[row_of[bad_token]] = True
-    return bad

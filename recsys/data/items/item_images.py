@@ -48,7 +48,8 @@ def decoded_images(
     causes: dict[int, list[str]] = defaultdict(list)
     cut = 0
     for row, value in enumerate(chunk):
-        encoded = [image for image in _images(value, several) if image.is_valid]
+        images = (value.values if several else [value]) if value.is_valid else []
+        encoded = [image for image in images if image.is_valid]
         places = chosen(len(encoded))
         cut += len(places) < len(encoded)
         for place in places:
@@ -70,9 +71,7 @@ def decoded_images(
 def check_first_image(chunks: Iterable[tuple[pa.Array, str]], decodes: bool = True) -> None:
     """Decode the first image of a column, so that wrong content ends the job before long work.
 
-    Args:
-        chunks: values of the column, each with file and column for messages.
-        decodes: False checks the type alone, where unreadable images are skipped.
+    Without `decodes`, the type alone is checked, as where unreadable images are skipped.
 
     Raises:
         ValueError: the column has another type, or its first image cannot be read.
@@ -84,13 +83,6 @@ def check_first_image(chunks: Iterable[tuple[pa.Array, str]], decodes: bool = Tr
             if decodes:
                 decode_image(image.as_py(), 1, f"{where}, first image")
             return
-
-
-def _images(value: pa.Scalar, several: bool) -> list[pa.Scalar]:
-    """Return the encoded images of one row."""
-    if not value.is_valid:
-        return []
-    return list(value.values) if several else [value]
 
 
 def num_images(chunk: pa.Array, where: str) -> np.ndarray:  # [n]

@@ -97,10 +97,8 @@ class ItemTable:
         self._leave_out_repeated(chunks)
 
     def _rows_of_ids(
-        self,
-        file: Location,
-        chunk: pa.Array,  # [n]
-    ) -> np.ndarray:  # [n], int64
+        self, file: Location, chunk: pa.Array
+    ) -> np.ndarray:  # chunk [n] -> [n], int64
         """Return each id's row in the target item's table; any row for null, -1 if unknown.
 
         Ids of a bounded vocabulary stay raw: content is kept whether or not they have a row.
@@ -131,12 +129,8 @@ class ItemTable:
         return rows
 
     def _usable_rows(
-        self,
-        file: Location,
-        first_row: int,
-        chunk: pa.Array,  # [n]
-        found: np.ndarray,  # [n], row in the target item's table
-    ) -> np.ndarray:  # at most [n]
+        self, file: Location, first_row: int, chunk: pa.Array, found: np.ndarray
+    ) -> np.ndarray:  # chunk [n], found [n], row in the target item's table -> at most [n]
         """Report null and unknown ids; return the positions of the others in the chunk."""
         name, limit, target = self.items.id, self.num_items, self.schema.target_item
         null = chunk.is_null().to_numpy(zero_copy_only=False)
@@ -175,11 +169,7 @@ class ItemTable:
             self.bad_rows.add(file, self.items.id, first_row, ids >= 0, reason, message)
         self.ids, self.rows = self.ids[~again], self.rows[~again]
 
-    def _has_a_row(
-        self,
-        ids: np.ndarray,  # [n], -1 unless repeated
-        row: int,
-    ) -> str:
+    def _has_a_row(self, ids: np.ndarray, row: int) -> str:  # ids [n], -1 unless repeated
         """Return the message about the second row of an item."""
         vocabulary = self.schema.vocabulary_of(self.schema.target_item)
         if vocabulary is None:
@@ -200,11 +190,16 @@ class ItemTable:
         for file in self.files:
             with open_parquet(file, streaming=True) as parquet:
                 column_type(parquet, file, name)
-                batches = parquet.iter_batches(ROWS_PER_CHUNK, columns=[name])
                 row = 0
-                while (chunk := _next_chunk(batches, file, name, row)) is not None:
-                    yield file, row, chunk
-                    row += len(chunk)
+                try:
+                    for batch in parquet.iter_batches(ROWS_PER_CHUNK, columns=[name]):
+                        yield file, row, plain_values(batch.column(name))
+                        row += batch.num_rows
+                except READ_ERRORS as error:
+                    raise ValueError(
+                        f"{file}: column '{name}' cannot be read from row {row} on ({error}); "
+                        "write the file again"
+                    ) from error
                 if row != parquet.metadata.num_rows:
                     raise ValueError(
                         f"{file}: column '{name}' has {row} values for {parquet.metadata.num_rows} "
@@ -239,22 +234,6 @@ class ItemTable:
             compact = pa.concat_arrays([chunk])
             buffers += [len(compact), *(memoryview(part) for part in compact.buffers() if part)]
         return digest_of(*buffers)
-
-
-def _next_chunk(
-    batches: Iterator[pa.RecordBatch], file: Location, name: str, row: int
-) -> pa.Array | None:
-    """Return the next values, in a type without dictionary or views; None at the end."""
-    try:
-        batch = next(batches, None)
-    except READ_ERRORS as error:
-        raise ValueError(
-            f"{file}: column '{name}' cannot be read from row {row} on ({error}); write the file "
-            "again"
-        ) from error
-    if batch is None:
-        return None
-    return plain_values(batch.column(name))
 
 
 def plain_values(values: pa.Array) -> pa.Array:

@@ -98,11 +98,9 @@ class ModalityKind:
         raise NotImplementedError(f"{type(self).__name__} defines no entries")
 
     def as_input(
-        self,
-        values: np.ndarray,  # [U, T, *entry_shape], or outputs of the encoder's frozen part
-        mask: np.ndarray,  # [U, T]
-    ) -> ContentInput:
-        """Return padded rows in the form that the encoder takes."""
+        self, values: np.ndarray, mask: np.ndarray
+    ) -> ContentInput:  # values [U, T, *entry_shape], mask [U, T]
+        """Return padded rows, or outputs of the frozen part, in the form that the encoder takes."""
         import torch
 
         from recsys.data.items.content_input import ContentInput

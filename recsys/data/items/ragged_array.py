@@ -75,10 +75,7 @@ class RaggedArray:
             return lengths
         return np.where(self.distinct >= 0, lengths[self.distinct], 0)
 
-    def gather(
-        self,
-        rows: np.ndarray,  # [U]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [U]
         """Return padded rows (values [U, T, ...], mask bool [U, T]); T is at least 1.
 
         Row -1 stands for an item that the array lacks: it has no entry.
@@ -93,15 +90,11 @@ class RaggedArray:
         values = self._plain.take(np.where(mask, starts[:, None] + positions, 0), axis=0)
         if not mask.all():
             values[~mask] = 0
-        self._give_back(values.nbytes + len(rows) * MAPPED_AROUND)
-        return values, mask
-
-    def _give_back(self, mapped: int) -> None:
-        """Count the bytes that a read may have mapped, and release pages beyond the limit."""
-        self._mapped += mapped
+        self._mapped += values.nbytes + len(rows) * MAPPED_AROUND
         if self._mapped > RESIDENT_BYTES:
-            cast(mmap.mmap, self.values.base).madvise(mmap.MADV_DONTNEED)
+            cast(mmap.mmap, self.values.base).madvise(mmap.MADV_DONTNEED)  # release the pages
             self._mapped = 0
+        return values, mask
 
 
 class RaggedWriter:
@@ -135,11 +128,9 @@ class RaggedWriter:
         npy.write_array_header_1_0(self._file, header)
 
     def add(
-        self,
-        lengths: np.ndarray,  # [n], of the next rows
-        values: np.ndarray,  # [sum of lengths, ...]
-    ) -> None:
-        """Append rows."""
+        self, lengths: np.ndarray, values: np.ndarray
+    ) -> None:  # lengths [n], values [sum of lengths, ...]
+        """Append rows of these lengths."""
         assert values.shape == (lengths.sum(), *self.shape)
         self.lengths.append(lengths)
         self.num_entries += len(values)
@@ -183,10 +174,8 @@ class RowWriter(RaggedWriter):
         self._file.truncate(self._first_byte + self.num_entries * self._entry_bytes)
 
     def write(
-        self,
-        rows: np.ndarray,  # [n]
-        values: np.ndarray,  # [sum of their lengths, ...]
-    ) -> None:
+        self, rows: np.ndarray, values: np.ndarray
+    ) -> None:  # rows [n], values [sum of their lengths, ...]
         """Write all entries of some rows."""
         place = 0
         for row in rows.tolist():
@@ -197,15 +186,10 @@ class RowWriter(RaggedWriter):
         assert place == len(values)
 
 
-def share_rows(
-    folder: Path,
-    distinct: np.ndarray,  # [N], in [-1, S)
-) -> None:
+def share_rows(folder: Path, distinct: np.ndarray) -> None:  # distinct [N], in [-1, S)
     """Turn the array of S distinct rows in `folder` into one of N rows that share their entries.
 
-    Args:
-        folder: a closed array; it is not in use yet.
-        distinct: number of the distinct row of each row; -1 for a row without entries.
+    The array is closed and not in use yet; -1 in `distinct` stands for a row without entries.
     """
     with open(folder / SHARED, "wb") as file:
         np.save(file, distinct.astype(np.int64))

@@ -21,10 +21,7 @@ HASH_TYPE = "S16"  # empty for an item without content
 ROWS_PER_READ = 256
 
 
-def row_hashes(
-    array: RaggedArray,
-    rows: np.ndarray,  # [n]
-) -> np.ndarray:  # [n]
+def row_hashes(array: RaggedArray, rows: np.ndarray) -> np.ndarray:  # rows [n] -> [n]
     """Return a hash of the content of each row."""
     hashes = np.zeros(len(rows), HASH_TYPE)
     for start in range(0, len(rows), ROWS_PER_READ):

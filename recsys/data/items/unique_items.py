@@ -31,10 +31,7 @@ class UniqueItems:
         self.num_items = num_items
         self._spare: list[_Marks] = []  # as many as threads have used at the same time
 
-    def __call__(
-        self,
-        items: np.ndarray,  # [n]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n]
         """Return the distinct items [U], ascending, and the place of each id among them [n]."""
         if self.num_items > min(MOST_MARKS, MARKS_PER_ID * len(items)):
             return hashed(items)
@@ -54,10 +51,7 @@ class _Marks:
         self.is_there = np.zeros(num_items, bool)
         self.place = np.empty(num_items, np.int64)
 
-    def unique(
-        self,
-        items: np.ndarray,  # [n]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def unique(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n]
         """Return the distinct items [U] and the place of each id among them [n]."""
         self.is_there[items] = True
         distinct = np.flatnonzero(self.is_there)
@@ -66,9 +60,7 @@ class _Marks:
         return distinct, self.place[items]
 
 
-def hashed(
-    items: np.ndarray,  # [n]
-) -> tuple[np.ndarray, np.ndarray]:  # [U], [n]
+def hashed(items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n] -> [U], [n]
     """Do the same by a hash table: only the distinct items are sorted."""
     encoded = pa.array(items, pa.int64()).dictionary_encode()
     distinct = encoded.dictionary.to_numpy()

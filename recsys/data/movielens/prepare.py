@@ -31,10 +31,7 @@ PROTOCOLS: dict[str, SplitBy] = {"global": "time", "user": "user", "rolling": "w
 
 
 def prepare_movielens(
-    source: Path | None,
-    out: Path,
-    history_length: int = 20,
-    split: SplitProtocol = "global",
+    source: Path | None, out: Path, history_length: int = 20, split: SplitProtocol = "global"
 ) -> dict[str, dict[str, Any]]:
     """Write the dataset folder `out`; it appears complete or not at all.
 

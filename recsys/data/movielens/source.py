@@ -124,7 +124,6 @@ def _read(path: Path, types: dict[str, pa.DataType], nullable: str | None = None
 
 
 def _read_csv(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
-    """Read a CSV file with a header."""
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         names = next(csv.reader(file), [])
     if any("\0" in name or "\ufffd" in name for name in names):
@@ -182,7 +181,6 @@ def _require_columns(path: Path, names: Sequence[str], types: Iterable[str]) -> 
 
 
 def _read_parquet(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
-    """Read columns of a Parquet file and cast them."""
     _require_columns(path, pq.read_schema(path).names, types)
     table = pq.read_table(path, columns=list(types)).select(list(types))
     for position, (name, kind) in enumerate(types.items()):
@@ -203,7 +201,6 @@ def _read_parquet(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
 def _read_movies(
     path: Path, types: dict[str, pa.DataType], nullable: str | None = None
 ) -> pa.Table:
-    """Read a file with one row per movie."""
     table = _read(path, types, nullable)
     ids = table["movieId"].to_numpy()
     is_repeated = np.ones(len(ids), dtype=bool)
@@ -214,12 +211,8 @@ def _read_movies(
 
 
 def _refuse(
-    path: Path,
-    table: pa.Table,
-    column: str,
-    wrong: np.ndarray,  # [N], bool
-    reason: str,
-) -> None:
+    path: Path, table: pa.Table, column: str, wrong: np.ndarray, reason: str
+) -> None:  # wrong [N], bool
     """Raise a ValueError for the first row of a file that `wrong` marks.
 
     The value replaces `{}` in `reason`, which names the error and the fix.

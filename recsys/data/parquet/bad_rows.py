@@ -78,10 +78,6 @@ class BadRows:
             raise ValueError(f"{file}: {where}{message(row)}")
         self.found[str(file), column, first_row, reason] = (int(bad.sum()), first_row + row)
 
-    def of_column(self, column: str) -> dict[Place, tuple[int, int]]:
-        """Return the bad rows of one column."""
-        return {place: rows for place, rows in self.found.items() if place[1] == column}
-
     def summary(self, ranks: Ranks, what: str) -> dict[str, Any]:
         """Return counts over all ranks, which rank 0 logs as skipped rows of `what`. A collective.
 
@@ -130,12 +126,10 @@ def no_row_left(rows: int, what: str, entries: list[dict[str, Any]]) -> ValueErr
 
 
 def _entry(entry: dict[str, Any]) -> str:
-    """Format an entry of `by_reason`."""
     column = f" column '{entry['column']}'" if entry["column"] else ""
     rows = f"{_rows(entry['rows'])}, first: row {entry['first_row']}"
     return f"{entry['file']}{column}: {entry['reason']} ({rows})"
 
 
 def _rows(number: int) -> str:
-    """Format a number of rows."""
     return f"{number:,} row{'' if number == 1 else 's'}"

@@ -28,15 +28,7 @@ class ListColumns:
     offsets: np.ndarray
     values: dict[str, np.ndarray]
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Length of each row's list: int64 [R]."""
-        return np.diff(self.offsets)
-
-    def take(
-        self,
-        rows: np.ndarray,  # [n]
-    ) -> ListColumns:
+    def take(self, rows: np.ndarray) -> ListColumns:  # [n]
         """Return copies of the lists of some rows."""
         starts = self.offsets[rows]
         lengths = self.offsets[rows + 1] - starts
@@ -45,15 +37,6 @@ class ListColumns:
         places += np.arange(len(places))
         offsets = np.concatenate([[0], ends])
         return ListColumns(offsets, {name: of.take(places) for name, of in self.values.items()})
-
-    @staticmethod
-    def concat(parts: Sequence[ListColumns]) -> ListColumns:
-        """Return the rows of all parts, one after the other."""
-        lengths = np.concatenate([part.lengths for part in parts])
-        values = {
-            name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values
-        }
-        return ListColumns(np.concatenate([[0], np.cumsum(lengths)]), values)
 
 
 @dataclass(frozen=True)
@@ -91,23 +74,19 @@ class RowColumns:
         return len(next(iter(self.numbers.values())))
 
     def values(self, name: str) -> np.ndarray:
-        """Return the values of all lists of a column, [N]."""
-        return self._holder(name).values[name]
+        """Return the values of all lists of a column, [N]; [R] for a column of numbers."""
+        return self.numbers[name] if name in self.numbers else self._holder(name).values[name]
 
     def lengths(self, name: str) -> np.ndarray:
         """Return the lengths of a column's lists, int64 [R]; 1 each for a column of numbers."""
         if name in self.numbers:
             return np.ones(self.num_rows, np.int64)
-        return self._holder(name).lengths
+        return np.diff(self._holder(name).offsets)
 
     def _holder(self, name: str) -> ListColumns:
-        """Return the lists that include a column."""
         return next(columns for columns in self.lists if name in columns.values)
 
-    def take(
-        self,
-        rows: np.ndarray,  # [n]
-    ) -> RowColumns:
+    def take(self, rows: np.ndarray) -> RowColumns:  # [n]
         """Copy some rows, in this order."""
         return RowColumns(
             {name: values.take(rows) for name, values in self.numbers.items()},
@@ -119,23 +98,14 @@ class RowColumns:
         """Return the rows of all parts, one after the other."""
         if len(parts) == 1:
             return parts[0]
+        names = [*parts[0].numbers, *(name for of in parts[0].lists for name in of.values)]
+        values = {name: np.concatenate([part.values(name) for part in parts]) for name in names}
         # Columns with equal lengths in one part may differ in another, so each has its own offsets.
-        alone = [part._lists_alone() for part in parts]
-        return RowColumns(
-            {
-                name: np.concatenate([part.numbers[name] for part in parts])
-                for name in parts[0].numbers
-            },
-            tuple(ListColumns.concat([part[name] for part in alone]) for name in alone[0]),
-        )
-
-    def _lists_alone(self) -> dict[str, ListColumns]:
-        """Return each list column with offsets of its own."""
-        return {
-            name: ListColumns(columns.offsets, {name: values})
-            for columns in self.lists
-            for name, values in columns.values.items()
-        }
+        lists = []
+        for name in names[len(parts[0].numbers) :]:
+            ends = np.cumsum(np.concatenate([part.lengths(name) for part in parts]))
+            lists.append(ListColumns(np.concatenate([[0], ends]), {name: values.pop(name)}))
+        return RowColumns(values, tuple(lists))
 
 
 def _add_lists(lists: list[ListColumns], name: str, array: pa.Array) -> None:

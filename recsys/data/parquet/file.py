@@ -74,7 +74,8 @@ def footer_digest(file: Location, parquet: pq.ParquetFile) -> str:
     values of a row group, is detected only if the encoded pages differ in size.
     """
     end_of_file = 8  # length of the footer and the magic number
-    footer = file.read_end(parquet.metadata.serialized_size + end_of_file)
+    start = -(parquet.metadata.serialized_size + end_of_file)
+    footer = file.filesystem.cat_file(file.path, start=start)
     return hashlib.blake2b(footer, digest_size=16).hexdigest()
 
 

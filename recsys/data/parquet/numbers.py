@@ -18,9 +18,8 @@ BadNumbers = tuple[np.ndarray, str, Callable[[float], str]]
 
 
 def bad_numbers(
-    numbers: np.ndarray,  # float32 [N]
-    column: Column | None,
-) -> Iterator[BadNumbers]:
+    numbers: np.ndarray, column: Column | None
+) -> Iterator[BadNumbers]:  # numbers float32 [N]
     """Yield the unusable values of a column, by reason; None: of a list of floats."""
     finite = np.isfinite(numbers)
     yield (

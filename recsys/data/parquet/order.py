@@ -37,13 +37,6 @@ class Slice:
         return self.high - self.low
 
 
-def deal(slices: Sequence[Slice], world_size: int) -> list[list[Slice]]:
-    """Split the rows into one contiguous share per rank; lengths differ by at most one row."""
-    num_rows = sum(map(len, slices))
-    cuts = [num_rows * rank // world_size for rank in range(world_size + 1)]
-    return [between(slices, low, high) for low, high in pairwise(cuts)]
-
-
 def between(slices: Sequence[Slice], low: int, high: int) -> list[Slice]:
     """Return the rows at positions `[low, high)` of the concatenated slices."""
     found, place = [], 0
@@ -92,14 +85,13 @@ class EpochShare:
 
 
 def _shares(
-    rows: RowSource,
-    rest: list[Slice] | None,
-    world_size: int,
-    shuffle_seed: tuple[int, int] | None,
+    rows: RowSource, rest: list[Slice] | None, world_size: int, shuffle_seed: tuple[int, int] | None
 ) -> list[list[Slice]]:
     """Return the shares of all ranks in the remaining rows or the epoch, each in own windows."""
-    if rest is not None:
-        return deal(rest, world_size)
+    if rest is not None:  # one contiguous share per rank; lengths differ by at most one row
+        num_rows = sum(map(len, rest))
+        cuts = [num_rows * rank // world_size for rank in range(world_size + 1)]
+        return [between(rest, low, high) for low, high in pairwise(cuts)]
     return [
         [
             Slice(window, 0, window.stop - window.start)

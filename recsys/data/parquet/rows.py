@@ -32,13 +32,9 @@ class RowGroup(Chunk):
 
 
 class ParquetRows(RowSource):
-    """Rows of all `*.parquet` files of one split, or of the files given.
+    """Rows of all `*.parquet` files of one split, or of the files given, in their order.
 
-    Args:
-        files: the files, in the order of their rows.
-        schema: meaning of their columns.
-        with_labels: False for files that need not have labels.
-        on_bad_row: as in `RowSource`, for unreadable row groups too.
+    `on_bad_row` is as in `RowSource`, and for unreadable row groups, too.
 
     Raises:
         ValueError: no file, an empty or unreadable file, a missing column or a wrong type.

@@ -31,21 +31,16 @@ ReportColumn = Callable[[str, np.ndarray, str, Callable[[int], str]], None]
 
 def is_list(kind: pa.DataType) -> bool:
     """Return whether a column of this type holds lists of any kind."""
-    return (
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    )
+    return isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType)
 
 
-def list_lengths(
-    column: pa.ChunkedArray | pa.Array,  # [R]
-) -> np.ndarray:  # [R]
+def list_lengths(column: pa.ChunkedArray | pa.Array) -> np.ndarray:  # [R] -> [R]
     """Return the lengths of the lists; 0 for a null list."""
     lengths = pc.fill_null(pc.list_value_length(column), 0)
     return lengths.to_numpy() if isinstance(lengths, pa.ChunkedArray) else lengths.to_numpy(False)
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    """Return whether values of this type are numbers or booleans."""
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
@@ -125,7 +120,8 @@ def usable_table(
 
     arrays = [usable_column(table, name, schema, note) for name in table.column_names]
     if schema.vocabulary_of(schema.group) is not None:
-        arrays.append(_raw_groups(table[schema.group]))
+        groups, null, too_large = _usable_raw_ids(one_chunk(table[schema.group]))
+        arrays.append(pa.array(_found_where(~(null | too_large), None, groups)))
     usable = pa.table([*arrays, positions], schema=empty_table(schema, table.column_names).schema)
     _check_parallel(usable, schema, note)
     note_rows_without_label(usable, schema, note)
@@ -192,9 +188,8 @@ def _rows_of_values(array: pa.Array, values: np.ndarray) -> np.ndarray:
     """Return a mask of the rows [R] that hold a marked value; a row is a value or a list."""
     if not is_list(array.type):
         return values
-    rows = np.zeros(len(array), bool)
-    rows[np.repeat(np.arange(len(array)), list_lengths(array))[values]] = True
-    return rows
+    rows = np.repeat(np.arange(len(array)), list_lengths(array))
+    return np.bincount(rows[values], minlength=len(array)) > 0
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
@@ -241,10 +236,8 @@ def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportCol
 
 
 def _found_where(
-    usable: np.ndarray,  # [N], bool
-    vocabulary: ExactVocabulary | HashVocabulary | None,
-    ids: pa.Array,  # [N]
-) -> np.ndarray:  # [N], int64 or [N, H]
+    usable: np.ndarray, vocabulary: ExactVocabulary | HashVocabulary | None, ids: pa.Array
+) -> np.ndarray:  # usable [N], bool, ids [N] -> [N], int64 or [N, H]
     """Return rows of raw ids, or the ids as integers; zeros for unusable ones."""
     rows_of = integer_ids if vocabulary is None else vocabulary.rows_of
     if usable.all():
@@ -253,12 +246,6 @@ def _found_where(
     found = np.zeros((len(ids), *of_usable.shape[1:]), np.int64)
     found[usable] = of_usable
     return found
-
-
-def _raw_groups(column: pa.ChunkedArray) -> pa.Array:
-    """Return the group's raw ids as int64; `_rows_of_raw_ids` notes unusable ones."""
-    values, null, too_large = _usable_raw_ids(one_chunk(column))
-    return pa.array(_found_where(~(null | too_large), None, values))
 
 
 def _check_parallel(table: pa.Table, schema: Schema, note: ReportColumn) -> None:

@@ -18,13 +18,9 @@ from recsys.data.transforms.chain import Chain
 
 
 def read_columns(table: pa.Table, schema: Schema, names: Sequence[str], place: str) -> pa.Table:
-    """Return columns of a schema, with its transforms applied.
+    """Return the columns `names` of a schema, with its transforms applied.
 
-    Args:
-        table: rows with the columns `schema.file_columns(names)`.
-        schema: meaning of the columns.
-        names: the columns to return.
-        place: file or part of a request, for messages.
+    The table has the columns `schema.file_columns(names)`; `place` names it in messages.
 
     Raises:
         ValueError: names column and step: it refuses values of this type, or is not fitted.
@@ -74,13 +70,7 @@ class TransformedRows:
 def check_types(
     schema: Schema, names: Iterable[str], kind_of: Callable[[str], pa.DataType], place: str
 ) -> None:
-    """Check the types of a file's columns against the schema.
-
-    Args:
-        schema: meaning of the columns.
-        names: the columns to check.
-        kind_of: returns the type of a column of the file.
-        place: the file or part of a request, for messages.
+    """Check the types of columns, which `kind_of` returns by name, against the schema.
 
     Raises:
         ValueError: a column cannot be read, transformed or used by the model.

@@ -26,10 +26,7 @@ class Fit(ABC):
 
     num_values = 0  # number of values so far
 
-    def add(
-        self,
-        values: np.ndarray,  # float64 [N]
-    ) -> None:
+    def add(self, values: np.ndarray) -> None:  # float64 [N]
         """Include some values; those that are not finite are left out."""
         values = values[np.isfinite(values)]
         if len(values):

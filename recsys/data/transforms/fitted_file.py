@@ -31,13 +31,7 @@ def write_fitted(chains: Mapping[str, Chain], root: Location) -> Location:
 def load_fitted(
     chains: dict[str, Chain], columns: Mapping[str, Column], root: Location, required: bool
 ) -> None:
-    """Put the fitted values of the dataset at `root` into the chains of its schema.
-
-    Args:
-        chains: chains by column; fitted chains replace them.
-        columns: columns of the schema, whose `transform` is set likewise.
-        root: the dataset.
-        required: whether missing values are an error.
+    """Put the fitted values of the dataset at `root` into the chains of its schema's columns.
 
     Raises:
         ValueError: the file is missing though required, damaged, or of other chains.

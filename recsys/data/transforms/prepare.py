@@ -36,13 +36,11 @@ def prepare_transforms(data: str) -> dict[str, Chain]:
 def fit_transforms(root: Location) -> dict[str, Chain]:
     """Do `prepare_transforms`; do nothing if no transform needs fitted values."""
     schema = read_schema(root)
-    unfitted = _unfitted(schema)
-    if not unfitted:
+    if not _unfitted(schema):
         return {}
-    while unfitted:
+    while unfitted := _unfitted(schema):
         ready = {name: number for name, number in unfitted.items() if not _waits(schema, name)}
         _fit(root, schema, ready)
-        unfitted = _unfitted(schema)
     write_fitted(schema.transforms, root)
     return schema.transforms
 

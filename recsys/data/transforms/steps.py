@@ -114,8 +114,9 @@ def hash_ids(values: pa.Array, buckets: int, seed: int = 0) -> pa.Array:
 def cross(columns: Sequence[pa.Array]) -> pa.Array:
     """Return one string for each combination of values, null where one of them is."""
     for values in columns:
-        if not (is_id_type(values.type) or pa.types.is_boolean(values.type) or _is_empty(values)):
-            raise ValueError(f"takes integers and strings, not {values.type}; bucketize it first")
+        kind = values.type
+        if not (is_id_type(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
+            raise ValueError(f"takes integers and strings, not {kind}; bucketize it first")
     texts = [values.cast(pa.large_string()) for values in columns]
     return pc.binary_join_element_wise(*texts, pa.scalar(SEPARATOR, pa.large_string()))
 
@@ -169,14 +170,8 @@ def _is_text(kind: pa.DataType) -> bool:
     return is_id_type(kind) and not pa.types.is_integer(kind)
 
 
-def _is_empty(values: pa.Array) -> bool:
-    """Return whether the values have no type, because all of them are null."""
-    return pa.types.is_null(values.type)
-
-
 def _numbers(values: pa.Array) -> pa.Array:
-    """Return numbers as float64."""
-    if not _is_number(values.type) and not _is_empty(values):
+    if not _is_number(values.type) and not pa.types.is_null(values.type):
         raise ValueError(f"takes numbers, not {values.type}")
     return values.cast(pa.float64(), safe=False)
 

@@ -72,7 +72,7 @@ class DuckDBEngine:
             self._duckdb.execute(
                 f"COPY ({query}) TO '{file}' (FORMAT parquet, COMPRESSION lz4_raw)"
             )
-        self._add_view(name)
+        self.view(name, f"SELECT * FROM read_parquet('{file}')")
 
     def view(self, name: str, query: str) -> None:
         """Name a query, to be run wherever the name is used."""
@@ -116,15 +116,11 @@ class DuckDBEngine:
         with self._explained(), pq.ParquetWriter(file, schema, **options) as writer:
             for batch in batches:
                 writer.write_batch(batch)
-        self._add_view(name)
+        self.view(name, f"SELECT * FROM read_parquet('{file}')")
 
     def _new_file(self, name: str) -> Path:
         (self.work / name).mkdir()
         return self.work / name / "part-00000.parquet"
-
-    def _add_view(self, name: str) -> None:
-        file = self.work / name / "part-00000.parquet"
-        self.view(name, f"SELECT * FROM read_parquet('{file}')")
 
     def _batches(self, query: str, rows: int = ROWS_PER_BATCH) -> Iterator[pa.RecordBatch]:
         """Yield a result in order, while DuckDB works on the rest."""

@@ -138,11 +138,7 @@ class SparkEngine:
 
 
 def _start(builder: Any, master: str) -> Any:
-    """Return a session of a new application.
-
-    Raises:
-        ValueError: Spark does not start.
-    """
+    """Return a session of a new application."""
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = builder.master(master).appName("recsys prepare events")
     if master.startswith("local"):

@@ -72,11 +72,7 @@ def _write_part(part: pa.Table, path: Path, rows_per_group: int, complete: Compl
         groups = map(complete, groups)
     group = next(groups)
     with pq.ParquetWriter(
-        path,
-        group.schema,
-        compression="zstd",
-        write_page_checksum=True,
-        **_encodings(group),
+        path, group.schema, compression="zstd", write_page_checksum=True, **_encodings(group)
     ) as writer:
         writer.write_batch(group, row_group_size=rows_per_group)
         for group in groups:

@@ -41,10 +41,7 @@ class Field:
 
 def is_text(kind: pa.DataType) -> bool:
     """Return whether a column of this type holds texts."""
-    return any(
-        test(kind)
-        for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    )
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
 
 
 def columns_in_files(fields: list[Field], parts: Parts) -> list[str]:
@@ -78,7 +75,6 @@ def canonical_type(kind: pa.DataType, field: Field, file: Location) -> pa.DataTy
 
 
 def _id_type(kind: pa.DataType, where: str) -> pa.DataType:
-    """Return int64 or string."""
     if pa.types.is_integer(kind):
         return pa.int64()
     if is_text(kind) or pa.types.is_null(kind):
@@ -105,12 +101,8 @@ def column_values(batch: pa.RecordBatch, field: Field, parts: Parts, kind: pa.Da
 
 
 def canonical(
-    values: pa.Array,  # [N]
-    field: Field,
-    source: Source,
-    kind: pa.DataType,
-    file: Location,
-) -> pa.Array:  # [N]
+    values: pa.Array, field: Field, source: Source, kind: pa.DataType, file: Location
+) -> pa.Array:  # values [N] -> [N]
     """Convert values to the canonical type."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,13 +25,9 @@ NULLS = ["", "NULL", "null", "NaN", "nan", "\\N"]
 def csv_batches(
     file: Location, source: Source, columns: list[str], types: dict[str, pa.DataType]
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a text file; an error names column and row.
+    """Yield some columns of a text file; an error names column and row.
 
-    Args:
-        file: to read.
-        source: how it is written.
-        columns: to read.
-        types: of columns whose type is known; integers are those of ids.
+    `types` are those of columns whose type is known; integers are those of ids.
 
     Raises:
         ValueError: the file cannot be read, lacks a column, or has a value of another type.
@@ -68,14 +65,11 @@ def id_type(texts: pa.Array) -> pa.DataType:
     """
     if not len(texts.drop_null()):
         return pa.null()
-    try:
+    with suppress(pa.ArrowInvalid):
         if pc.all(pc.match_substring_regex(texts, INTEGER)).as_py():
-            texts.cast(pa.int64())
-            return pa.int64()
+            return texts.cast(pa.int64()).type
         if not pc.any(pc.match_substring_regex(texts, "^[+-]?0[0-9]")).as_py():
             return texts.cast(pa.float64()).type
-    except pa.ArrowInvalid:
-        pass
     return pa.string()
 
 
@@ -100,7 +94,6 @@ def with_integers(batch: pa.RecordBatch, ids: list[str]) -> pa.RecordBatch:
 
 
 def _csv_header(start: bytes, delimiter: str) -> list[str]:
-    """Return the names in the first line."""
     line = pa.py_buffer(start.splitlines()[0] + b"\n" if start else b"")
     if not len(line):
         raise pa.ArrowInvalid("the file is empty")

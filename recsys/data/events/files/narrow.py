@@ -24,11 +24,8 @@ def columns_to_add(table: EventTable) -> list[str]:
 
 
 def narrowed(
-    batch: pa.RecordBatch,  # [N]
-    table: EventTable,
-    file: Location,
-    first_row: int = 0,
-) -> tuple[pa.RecordBatch, np.ndarray]:  # [M], int64 [M]
+    batch: pa.RecordBatch, table: EventTable, file: Location, first_row: int = 0
+) -> tuple[pa.RecordBatch, np.ndarray]:  # batch [N] -> [M], int64 [M]
     """Split rows with several items and leave out those that `where` does not choose.
 
     Returns:

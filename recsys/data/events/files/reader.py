@@ -33,7 +33,6 @@ from recsys.data.parquet.file import READ_ERRORS, open_parquet
 
 ROWS_PER_BATCH = 1 << 16
 TEXTS = ("id", "text", "words")  # kinds that are texts in text files
-TYPED = (*TEXTS, "number")
 FILE_BITS = 36  # a row's position is its file's number, shifted by this, and its row in the file
 
 ReadTask = tuple[int, str, int, int]  # number of the file, its URL, row group (-1: all), first row
@@ -51,7 +50,6 @@ class Reader:
                 ...
     """
 
-    name: str
     source: Source
     fields: list[Field]
     schema: pa.Schema  # position, then the fields
@@ -117,7 +115,7 @@ class Reader:
             types = {
                 field.column: wanted.type
                 for field, wanted in zip(self.fields, list(self.schema)[1:], strict=True)
-                if field.kind in TYPED and field.column in columns
+                if field.kind in (*TEXTS, "number") and field.column in columns
             }
             if isinstance(self.source, EventTable) and self.source.several is not None:
                 del types[self.source.item]  # split first
@@ -140,11 +138,7 @@ class Reader:
 def open_source(name: str, source: Source, fields: list[Field], first_file: int = 0) -> Reader:
     """List the files of a table and decide the types of its columns by the first file.
 
-    Args:
-        name: of the table, for errors.
-        source: its files.
-        fields: columns to read.
-        first_file: number of its first file among those of all tables, for positions.
+    Positions of rows count files from `first_file`, as those of all tables are counted together.
 
     Raises:
         ValueError: there is no file, or the first file cannot be read or lacks a column.
@@ -174,7 +168,7 @@ def open_source(name: str, source: Source, fields: list[Field], first_file: int 
     if not tasks:
         raise ValueError(f"{files[0]}: no rows; write the {name} into it")
     schema = _schema(source, fields, [str(root) for root in roots], [*filled, *empty])
-    return Reader(name, source, fields, schema, tasks, [str(root) for root in roots])
+    return Reader(source, fields, schema, tasks, [str(root) for root in roots])
 
 
 def _columns_to_read(source: Source, fields: list[Field], parts: Parts) -> list[str]:
@@ -236,9 +230,7 @@ def _types(
             return {}
         sample = pa.Table.from_batches([batch])
     if isinstance(source, EventTable) and source.several is not None:
-        rows = sample.to_batches() or [
-            pa.record_batch([pa.array([], of.type) for of in sample.schema], schema=sample.schema)
-        ]
+        rows = sample.to_batches() or [pa.RecordBatch.from_pylist([], schema=sample.schema)]
         sample = pa.Table.from_batches([_narrowed(rows[0], replace(source, where={}), file, 0)[0]])
     types = {}
     for field in fields:

@@ -56,7 +56,11 @@ def write_dataset(
     folder = root / dataset
     _write_splits(engine, config, conditions, folder, lists, files)
     train = conditions["train"]
-    _write_item_counts(engine, config, train, folder)
+    counts = engine.table(
+        f"SELECT iid AS {quoted(config.output.item)}, count(*) AS train_rows FROM complete c "
+        f"WHERE {train} GROUP BY c.iid ORDER BY c.iid"
+    )
+    pq.write_table(counts, folder / "item_counts.parquet")
     sizes = write_vocabularies(engine, config, train, folder, id_lists(config, lists))
     (folder / "schema.yaml").write_text(schema_text(config, sizes, lists))
     fit_transforms(Location.of(folder))
@@ -93,7 +97,6 @@ def _write_splits(
 
 
 def _no_rows(config: EventsConfig, split: str) -> str:
-    """Return the message for a split without rows."""
     time = f"'{config.output.time}'"
     fixes = {
         "user": f"give users with 7 rows or more at distinct {time}, or split by time",
@@ -120,24 +123,11 @@ def output_columns(config: EventsConfig) -> dict[str, str]:
     return columns
 
 
-def _write_item_counts(engine: Engine, config: EventsConfig, train: str, folder: Path) -> None:
-    """Write the number of training rows of each item that has any."""
-    counts = engine.table(
-        f"SELECT iid AS {quoted(config.output.item)}, count(*) AS train_rows FROM complete c "
-        f"WHERE {train} GROUP BY c.iid ORDER BY c.iid"
-    )
-    pq.write_table(counts, folder / "item_counts.parquet")
-
-
 def write_items(engine: Engine, config: EventsConfig, folder: Path, same: Path | None) -> Path:
     """Write the last snapshot of each item into a new folder, and return the folder.
 
-    Args:
-        engine: has the stage `item_snapshots`.
-        config: the settings.
-        folder: to write.
-        same: a folder of the same items, whose files are hard-linked; copied where the file system
-            has no hard links.
+    The files of `same`, a folder of the same items, are hard-linked instead, or copied where the
+    file system has no hard links.
     """
     assert config.items is not None
     if same is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,12 +74,8 @@ def add_pictures(folder: Path, items: ItemTable, id_column: str) -> None:
                             columns[id_column].to_pylist(),
                             columns[name].to_pylist(),
                         )
-                        columns[name] = _binary(read)
+                        columns[name] = pa.array(list(read), pa.binary())
                     writer.write_batch(pa.record_batch(list(columns.values()), schema=schema))
-
-
-def _binary(pictures: Iterable[bytes | None]) -> pa.Array:
-    return pa.array(list(pictures), pa.binary())
 
 
 def _read(content: Content, item: object, path: str | None) -> bytes | None:

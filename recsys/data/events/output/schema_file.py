@@ -14,14 +14,9 @@ from recsys.data.schema_columns import Column
 
 
 def schema_text(config: EventsConfig, sizes: dict[str, int], lists: dict[str, pa.DataType]) -> str:
-    """Return the text of `schema.yaml`.
+    """Return the text of `schema.yaml`, with the rows of each id table in `sizes`.
 
     Histories are sequences of items; lists of ids beside them have tables of their own.
-
-    Args:
-        config: the settings.
-        sizes: rows of each id table.
-        lists: types of the histories and the lists beside them, by name.
     """
     output = config.output
     columns = {name: _id(config, "id", sizes[name]) for name in (output.user, output.item)}
@@ -44,7 +39,6 @@ def schema_text(config: EventsConfig, sizes: dict[str, int], lists: dict[str, pa
 
 
 def _plain(column: Column) -> dict[str, Any]:
-    """Return a column as `schema.yaml` has it."""
     return {name: of for name, of in asdict(column).items() if of not in (None, [])}
 
 

@@ -15,12 +15,7 @@ from recsys.data.schema import vocabulary_file
 
 
 def id_lists(config: EventsConfig, lists: dict[str, pa.DataType]) -> dict[str, str]:
-    """Return the lists of ids beside histories, each with the column that it lists.
-
-    Args:
-        config: the settings.
-        lists: types of the histories and the lists beside them, by name.
-    """
+    """Return those of the lists beside histories that are of ids, each with its column."""
     return {
         parallel: of.column
         for history in config.histories.values()
