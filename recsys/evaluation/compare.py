@@ -73,7 +73,7 @@ def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
             for part in PARTS
         },
         "runs": [
-            {"run": str(run), **_compared(first, other, is_first=other is first)}
+            {"run": str(run), **_compared(first, other)}
             for run, other in zip(runs, scores, strict=True)
         ],
     }
@@ -90,12 +90,12 @@ def _scores_of(run: Path, split: str) -> SplitScores:
     return read_scores(path)
 
 
-def _compared(first: SplitScores, other: SplitScores, is_first: bool) -> dict[str, Any]:
+def _compared(first: SplitScores, other: SplitScores) -> dict[str, Any]:
     found: dict[str, Any] = {}
     metrics = metrics_of(first.loss_of(0))
     for part in PARTS:
         found[part] = {metric: pooled_metric([other], metric, part) for metric in metrics}
-        if not is_first:
+        if other is not first:
             found[part]["difference"] = {
                 metric: _difference(paired_difference([[first]], [[other]], metric, part, SAMPLES))
                 for metric in metrics

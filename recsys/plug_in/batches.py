@@ -35,15 +35,10 @@ AHEAD = 2  # batches that are built while one is in use
 
 @dataclass
 class ItemsOfBatch:
-    """Adds the items to a batch of torchrec.datasets.
+    """Adds the items to a batch of torchrec.datasets."""
 
-    Args:
-        schema: target item and history are sparse features of the batch.
-        build: makes the part of the batch that content needs.
-    """
-
-    schema: Schema
-    build: BatchBuilder
+    schema: Schema  # target item and history are sparse features of the batch
+    build: BatchBuilder  # makes the part of the batch that content needs
 
     def __call__(self, batch: TorchRecBatch) -> Batch:
         """Return the batch with its items, on the host; pinned if it was.
@@ -96,16 +91,9 @@ class ContentBatches(Iterable[Batch]):
     """Batches of `source` with content; they can be iterated as often as `source`.
 
     All ranks iterate together. If one has fewer batches than the others, all end with it, and an
-    error on one is raised by all. The first pass fills the memory bank if it is empty.
-
-    Args:
-        source: a dataset or data loader of `torchrec.datasets.utils.Batch`, or of objects with its
-            attributes.
-        items: adds the items.
-        preparation: of the batches before they enter a pipeline.
-        branch: content branch of the model that uses the batches.
-        ranks: of the job.
-        require_ready: called before a pass in training.
+    error on one is raised by all. The first pass fills the memory bank if it is empty. `source`
+    has batches `torchrec.datasets.utils.Batch`, or objects with its attributes; `require_ready` is
+    called before a pass in training.
     """
 
     def __init__(

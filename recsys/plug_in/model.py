@@ -53,14 +53,7 @@ class Ranked(NamedTuple):
 
 
 class ContentOfBatch(nn.Module):
-    """Maps a batch to `ContentInputs`: the content branch, and the interest of `recsys.ranking`.
-
-    Args:
-        branch: encodes items.
-        settings: of the branch.
-        dim: D.
-        has_history: whether batches have a history.
-    """
+    """Maps a batch to `ContentInputs`: the content branch, and the interest of `recsys.ranking`."""
 
     def __init__(
         self, branch: ContentBranch, settings: ContentSettings, dim: int, has_history: bool

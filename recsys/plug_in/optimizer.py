@@ -20,12 +20,7 @@ from recsys.plug_in.settings import ContentRates
 def with_content_optimizer(
     optimizer: KeyedOptimizer, model: nn.Module, rates: ContentRates
 ) -> CombinedOptimizer:
-    """Take the new parameters out of an optimizer, and combine it with an AdamW for them.
-
-    Args:
-        optimizer: the user's optimizer, of dense parameters or of all.
-        model: DLRMWithContentTrain or DLRMWithContent.
-        rates: learning rates and weight decay of AdamW.
+    """Take the new parameters out of the user's optimizer, and combine it with an AdamW for them.
 
     Raises:
         ValueError: the optimizer is no KeyedOptimizer.

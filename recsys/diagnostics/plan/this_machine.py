@@ -23,12 +23,9 @@ def find_cluster(
 ) -> Cluster:
     """Return the cluster that the command line names.
 
-    Args:
-        device: a name in `DEVICES`, or auto, cpu or cuda for devices like those of this machine.
-        nodes: number of nodes.
-        ranks_per_node: devices of each node; None: the GPUs of this machine, or one CPU.
-        figures: figures that override the data sheet or the measurement.
-        precision: precision of the dense parts; the rate of bf16 is measured only if it is bf16.
+    `device` is a name in `DEVICES`, or auto, cpu or cuda for devices like those of this machine.
+    The default of `ranks_per_node` are its GPUs, or one CPU. `figures` override the data sheet or
+    the measurement. The rate of bf16 is measured only if that is the precision of dense parts.
 
     Raises:
         ValueError: the device is unknown, or a number or figure is not positive.

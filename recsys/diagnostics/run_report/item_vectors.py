@@ -48,12 +48,10 @@ def frequent_items(job: Job, item_counts: ItemCounts, most: int) -> np.ndarray: 
 
 @torch.no_grad()
 def item_vectors(job: Job, run: Path, items: np.ndarray) -> ItemVectors:
-    """Return vectors of the run's best model; not a collective.
+    """Return vectors of the run's best model, which the job has loaded; not a collective.
 
-    Args:
-        job: the job that has this model loaded.
-        run: folder of the run; only the rows of `items` are read from its checkpoint.
-        items: int64 [I], items that have content if the model has a content branch.
+    The items, int64 [I], have content if the model has a content branch. Only their rows are read
+    from the run's checkpoint.
     """
     table = stored_tables(run / "checkpoints" / "best")[job.schema.target_item]
     ids = torch.cat([table.rows(row, row + 1) for row in _rows_of(job, items).tolist()])
