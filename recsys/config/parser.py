@@ -83,20 +83,17 @@ class Parser(ArgumentParser):
         except TypeError as error:
             self.error(str(error), error)
 
-    def _name(self) -> str:
-        """Return the command with its subcommand, such as `recsys prepare movielens`."""
-        return self.prog.replace(" [options]", "")
-
     def _in_words(self, message: str) -> str:
         """Translate an error of jsonargparse about options into the terms of this program."""
+        command = self.prog.replace(" [options]", "")  # such as `recsys prepare movielens`
         if found := re.match(r"unrecognized arguments: (--[^ =]+)", message):
             options = [name for name in self._option_string_actions if name.startswith("--")]
-            return f"{self._name()} has no option {found[1]}{meant(found[1], options)}"
+            return f"{command} has no option {found[1]}{meant(found[1], options)}"
         if found := re.match(r"argument subcommand: invalid choice: '(.*)' \(.*?'(.*)'\)", message):
             names = found[2].split("', '")
-            return f"{self._name()} has no {found[1]}, but {names}{meant(found[1], names)}"
+            return f"{command} has no {found[1]}, but {names}{meant(found[1], names)}"
         if found := re.match(r"the following arguments are required: (.*)", message):
-            return f"{self._name()} needs --{found[1].replace(', ', ' and --')}"
+            return f"{command} needs --{found[1].replace(', ', ' and --')}"
         wrong = r'Parser key "([^"]+)":\s+Expected a (.+?)\. Got value: (.*)'
         if found := re.fullmatch(wrong, message, re.DOTALL):
             literal = re.fullmatch(r"typing\.Literal\[(.*)\]", found[2])

@@ -189,8 +189,7 @@ class _HistoryIds:
 class UnknownIds:
     """Counts the ids of a pass over data that map to the row of unknown ids.
 
-    Args:
-        schema: meaning of the columns; those without an exact or bounded vocabulary do not count.
+    Columns without an exact or bounded vocabulary do not count.
 
     Example::
 

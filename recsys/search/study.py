@@ -138,11 +138,10 @@ class SearchStudy:
     def _study(self, number: int) -> optuna.Study:
         """Return the study with the sampler of a trial."""
         seed = self.seed * SEEDS_APART + number
-        sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
-        if self.sampler == "tpe":
-            sampler = optuna.samplers.TPESampler(seed=seed)
+        samplers = optuna.samplers
+        kind = samplers.TPESampler if self.sampler == "tpe" else samplers.RandomSampler
         return optuna.load_study(
-            storage=self.storage, study_name=NAME, sampler=sampler, pruner=self.pruner
+            storage=self.storage, study_name=NAME, sampler=kind(seed=seed), pruner=self.pruner
         )
 
     def _lock_of(self, number: int) -> IO[str] | None:

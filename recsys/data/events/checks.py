@@ -12,7 +12,7 @@ import numpy as np
 
 from recsys.config.parser import short
 from recsys.data.events.files.columns import LARGEST
-from recsys.data.events.settings import EventsConfig, EventTable, Source
+from recsys.data.events.settings import EventsConfig, Source
 from recsys.data.events.signals import IMPRESSION, event_columns, literal
 from recsys.data.events.times import duration, moment
 from recsys.data.schema_columns import Column, check_vocabulary
@@ -126,9 +126,7 @@ def _check_columns(config: EventsConfig) -> None:
     for source, events in config.events.items():
         if twice := [name for name in events.columns if events.columns.count(name) > 1]:
             raise ValueError(f"events: columns of '{source}' name '{twice[0]}' twice; remove one")
-    rows: list[EventTable] = (
-        list(config.events.values()) if config.impressions is None else [config.impressions]
-    )
+    rows = config.events.values() if config.impressions is None else [config.impressions]
     of_rows = {name for table in rows for name in table.columns}
     of_events = {name for table in config.events.values() for name in table.columns}
     wanted = dict.fromkeys(config.context, "context")

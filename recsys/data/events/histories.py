@@ -67,7 +67,9 @@ class AddPast:
         added = {f"n_{name}": self._count(chunk, moments, of) for name, of in self.counts.items()}
         values: dict[str, dict[str, pa.Array]] = {}
         for name, of in self.histories.items():
-            events, begin, end = self._range(chunk, moments, of)
+            events = self._events(chunk, of.actions)
+            begin, end = moments.window(events, duration(of.delay) or 0, None)
+            begin = np.maximum(begin, end - min(of.length, len(chunk)))
             values[name] = self._values(chunk, name, events)
             first = 0 if self.files is None else self.files.append(name, values[name])
             added[begin_of(name)] = begin + first
@@ -95,14 +97,6 @@ class AddPast:
     def _events(self, chunk: pa.Table, actions: list[str] | None) -> np.ndarray:  # int64 [E]
         """Return the rows of events with one of some actions; None: any but impressions."""
         return np.flatnonzero(chunk[SETS].to_numpy() >> self.sets.index(actions) & 1)
-
-    def _range(
-        self, chunk: pa.Table, moments: Moments, of: History
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the events of a history [E], and begin and end of each sample's among them."""
-        events = self._events(chunk, of.actions)
-        begin, end = moments.window(events, duration(of.delay) or 0, None)
-        return events, np.maximum(begin, end - min(of.length, len(chunk))), end
 
     def _values(
         self, chunk: pa.Table, name: str, events: np.ndarray

@@ -178,13 +178,10 @@ def format_report(report: dict[str, Any]) -> str:
 def format_splits(splits: dict[str, dict[str, Any]], positive: str) -> str:
     """Return the figures of splits as a table; `positive` heads the share of positive rows."""
     width = max(map(len, splits)) + 1
+    head = f"{'split':<{width}}{'rows':>12}{positive:>10}{'users':>11}{'new users':>11}"
     lines = [
-        f"{'split':<{width}}{'rows':>12}{positive:>10}{'users':>11}{'new users':>11}"
-        f"{'cold':>8}{'unseen':>8}"
+        f"{name:<{width}}{split['rows']:>12,}{split['positive']:>10.2%}{split['users']:>11,}"
+        f"{split['new_users']:>11.1%}{split['cold']:>8.1%}{split['unseen']:>8.1%}"
+        for name, split in splits.items()
     ]
-    for name, split in splits.items():
-        lines.append(
-            f"{name:<{width}}{split['rows']:>12,}{split['positive']:>10.2%}{split['users']:>11,}"
-            f"{split['new_users']:>11.1%}{split['cold']:>8.1%}{split['unseen']:>8.1%}"
-        )
-    return "\n".join(lines)
+    return "\n".join([f"{head}{'cold':>8}{'unseen':>8}", *lines])

@@ -8,7 +8,6 @@ from typing import Literal
 from recsys.data.schema_columns import Column
 
 TimeUnit = Literal["s", "ms", "us"]
-FeatureKind = Literal["id", "ids", "dense"]
 SplitBy = Literal["time", "dates", "user", "windows"]
 
 
@@ -57,7 +56,7 @@ class EventTable(Source):
 class Feature:
     """A column that samples have."""
 
-    kind: FeatureKind
+    kind: Literal["id", "ids", "dense"]
     # Stands for null. None: a sample without a value is dropped, and an id is that of no row.
     fill: int | float | str | None = None
 

@@ -53,13 +53,10 @@ def decoded_images(
         places = chosen(len(encoded))
         cut += len(places) < len(encoded)
         for place in places:
+            which = f"image {place} of its {len(encoded)}" if several else ""
             try:
-                pixels[lengths.sum()] = decode_image(
-                    encoded[place].as_py(),
-                    size,
-                    f"image {place} of its {len(encoded)}" if several else "",
-                    preparation,
-                )
+                image = encoded[place].as_py()
+                pixels[lengths.sum()] = decode_image(image, size, which, preparation)
                 lengths[row] += 1
             except ValueError as error:
                 causes[row].append(str(error))

@@ -14,12 +14,9 @@ MOST_MARKS, MARKS_PER_ID = 1 << 22, 256
 
 
 class UniqueItems:
-    """`np.unique(items, return_inverse=True)` for ids below a bound, several times as fast.
+    """`np.unique(items, return_inverse=True)` of ids in `[0, num_items)`, several times as fast.
 
     Several threads may call it at once.
-
-    Args:
-        num_items: ids are in `[0, num_items)`.
 
     Example::
 

@@ -94,14 +94,8 @@ def _config(folder: Path, history_length: int, split: SplitProtocol, posters: bo
 
 def _write_tables(folder: Path, movies: pa.Table, ratings: pa.Table) -> None:
     """Write ratings and movies with the rows of users and movies as ids."""
-    table = pa.table(
-        {
-            "user": np.unique(ratings["userId"].to_numpy(), return_inverse=True)[1],
-            "item": ratings["item"],
-            "rating": ratings["rating"],
-            "timestamp": ratings["timestamp"],
-        }
-    )
+    users = np.unique(ratings["userId"].to_numpy(), return_inverse=True)[1]
+    table = ratings.select(["item", "rating", "timestamp"]).add_column(0, "user", pa.array(users))
     pq.write_table(table, folder / "ratings.parquet", compression="lz4")
     columns = {
         "item": pa.array(np.arange(movies.num_rows)),

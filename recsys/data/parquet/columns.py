@@ -98,14 +98,16 @@ class RowColumns:
         """Return the rows of all parts, one after the other."""
         if len(parts) == 1:
             return parts[0]
-        names = [*parts[0].numbers, *(name for of in parts[0].lists for name in of.values)]
-        values = {name: np.concatenate([part.values(name) for part in parts]) for name in names}
+
+        def joined(name: str) -> np.ndarray:
+            return np.concatenate([part.values(name) for part in parts])
+
         # Columns with equal lengths in one part may differ in another, so each has its own offsets.
         lists = []
-        for name in names[len(parts[0].numbers) :]:
+        for name in (name for columns in parts[0].lists for name in columns.values):
             ends = np.cumsum(np.concatenate([part.lengths(name) for part in parts]))
-            lists.append(ListColumns(np.concatenate([[0], ends]), {name: values.pop(name)}))
-        return RowColumns(values, tuple(lists))
+            lists.append(ListColumns(np.concatenate([[0], ends]), {name: joined(name)}))
+        return RowColumns({name: joined(name) for name in parts[0].numbers}, tuple(lists))
 
 
 def _add_lists(lists: list[ListColumns], name: str, array: pa.Array) -> None:

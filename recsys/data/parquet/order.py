@@ -78,7 +78,10 @@ class EpochShare:
         rest: list[Slice] | None = None
         for stage in stages:
             shares = _shares(rows, rest, stage.world_size, shuffle_seed)
-            rest = _left(shares, stage)
+            largest = max(sum(map(len, share)) for share in shares)
+            num_batches = num_batches_of(largest, stage.batch_size)
+            done = rows_before(stage.batches, largest, num_batches)
+            rest = [piece for share in shares for piece in between(share, done, largest)]
         shares = _shares(rows, rest, world_size, shuffle_seed)
         left = rows.num_rows if rest is None else sum(map(len, rest))
         return EpochShare(shares[rank], -(-left // world_size), rows.num_rows - left)
@@ -99,11 +102,3 @@ def _shares(
         ]
         for rank in range(world_size)
     ]
-
-
-def _left(shares: list[list[Slice]], stage: Stage) -> list[Slice]:
-    """Return the rows that a stage has not read."""
-    num_rows = max(sum(map(len, share)) for share in shares)
-    num_batches = num_batches_of(num_rows, stage.batch_size)
-    done = rows_before(stage.batches, num_rows, num_batches)
-    return [piece for share in shares for piece in between(share, done, num_rows)]

@@ -128,13 +128,6 @@ def _row_groups(file: Location, schema: Schema, names: list[str]) -> Iterator[Ro
     first_row = 0
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
-        yield RowGroup(
-            place=str(file),
-            num_rows=group.num_rows,
-            first_row=first_row,
-            num_bytes=group.total_byte_size,
-            digest=digest,
-            file=file,
-            index=index,
-        )
+        size = group.total_byte_size
+        yield RowGroup(str(file), group.num_rows, first_row, size, digest, file=file, index=index)
         first_row += group.num_rows

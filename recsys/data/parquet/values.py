@@ -106,11 +106,8 @@ def usable_table(
 ) -> pa.Table:
     """Return the columns of a chunk in canonical types, with padding rows in place of bad ones.
 
-    Args:
-        table: the chunk as read.
-        schema: meaning of its columns.
-        positions: int64 [R], positions of its rows in the split.
-        report: receives the bad rows of each column; a row counts for its first bad column.
+    `positions` int64 [R] are those of its rows in the split. `report` receives the bad rows of each
+    column; a row counts for its first bad column.
     """
     bad = np.zeros(table.num_rows, bool)
 

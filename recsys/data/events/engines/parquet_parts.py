@@ -29,12 +29,8 @@ def write_parts(
 ) -> int:
     """Write batches into a new folder and return the number of rows; no file if there is none.
 
-    Args:
-        batches: rows in order.
-        folder: of `part-00000.parquet` and so on, whose names have the order of the rows.
-        rows_per_group: rows of a row group, which `complete` gets at a time.
-        threads: files that are written at a time.
-        complete: makes the rows that are written; runs in several threads.
+    The names of the files, `part-00000.parquet` and so on, have the order of the rows. `complete`
+    gets a row group at a time and makes its rows, in as many threads as files are written at once.
     """
     folder.mkdir(parents=True)
     rows = 0

@@ -151,9 +151,7 @@ def open_source(name: str, source: Source, fields: list[Field], first_file: int 
         raise ValueError(
             f"{max(urls, key=urls.__getitem__)}: twice in the path of '{name}'; name it once"
         )
-    tasks: list[ReadTask] = []
-    filled: list[Location] = []
-    empty: list[Location] = []
+    tasks, filled, empty = list[ReadTask](), list[Location](), list[Location]()
     for number, file in enumerate(files, first_file):
         if not file.path.endswith(".parquet"):
             tasks.append((number, str(file), -1, 0))

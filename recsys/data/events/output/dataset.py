@@ -38,14 +38,9 @@ def write_dataset(
 ) -> dict[str, dict[str, Any]]:
     """Write a dataset; `schema.yaml` and what is fitted for it come last.
 
-    Args:
-        engine: has the stages `complete`, `signals` and, if there are items, `item_snapshots`.
-        config: the settings.
-        conditions: SQL of each split.
-        root: folder of the datasets.
-        dataset: name of its folder there; empty: the root itself.
-        lists: types of the histories and the lists beside them, by name.
-        files: values of the histories, if `complete` has slices of these instead of lists.
+    `conditions` is the SQL of each split, `dataset` the name of the folder in `root`, empty for the
+    root itself. `lists` has the types of the histories and the lists beside them; `files` their
+    values, if the stage `complete` has slices of these instead of lists.
 
     Returns:
         Figures of each split; see `_figures`.
