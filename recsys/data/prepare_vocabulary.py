@@ -26,7 +26,6 @@ SPLITS = ("train", "valid", "test")
 class PreparedVocabulary:
     """Result of building or extending the map of one column."""
 
-    table: str
     file: Location
     num_ids: int
     num_new: int
@@ -94,7 +93,7 @@ def _extended(
         raise ValueError(
             f"vocabulary of column '{table}' in {root}/schema.yaml: {error}"
         ) from error
-    return PreparedVocabulary(table, file, len(vocabulary), num_new, num_embeddings), vocabulary
+    return PreparedVocabulary(file, len(vocabulary), num_new, num_embeddings), vocabulary
 
 
 def _raw_ids(

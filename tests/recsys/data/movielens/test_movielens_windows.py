@@ -196,14 +196,14 @@ def test_items_are_copied_where_links_are_not_possible(
 def test_no_window_appears_when_the_last_cannot_be_written(
     tied_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = dataset._link
+    write = dataset.link_or_copy
 
     def fail_at_the_last(file: str, target: str) -> None:
         if "window-5" in target:
             raise OSError("disk full")
         write(file, target)
 
-    monkeypatch.setattr(dataset, "_link", fail_at_the_last)
+    monkeypatch.setattr(dataset, "link_or_copy", fail_at_the_last)
     with pytest.raises(OSError, match="disk full"):
         prepare_movielens(tied_source, tmp_path / "out", split="rolling")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
