@@ -102,14 +102,12 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
             set_chain(data.columns[name], own)  # data without fitted values takes those of the run
     if not goes_on:
         _take_weights(trained, data)
-    differences = list(_differences(trained, data, goes_on))
-    if differences:
+    if differences := list(_differences(trained, data, goes_on)):
         raise ValueError(
             f"{root}/{FILE}: differs from {run / FILE}, on which the run was trained: "
             f"{'; '.join(differences)}. Set it back, give the data of the run, or train anew"
         )
-    further = sorted(data.columns.keys() - trained.columns.keys())
-    if further and ranks.is_first:
+    if (further := sorted(data.columns.keys() - trained.columns.keys())) and ranks.is_first:
         logger.info(
             "%s/%s: columns that the run does not know are not read: %s", root, FILE, further
         )

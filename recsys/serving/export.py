@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ def _write_content(
     assert store is not None
     folder.mkdir()
     num_items, bank = job.schema.num_items, branch.bank
-    encode = content_encoder(branch, store)
+    encode = partial(encoded, branch, store)
     width = encode(np.zeros(1, np.int64)).shape[1]
     shape = VectorFileShape(num_items, width, "fp32" if tables == "fp32" else "fp16")
     if of_targets:
@@ -204,14 +205,10 @@ def _blocks(num_items: int, vectors_of: Callable[[np.ndarray], Tensor]) -> Itera
         yield vectors_of(np.arange(start, min(start + ITEMS_PER_CALL, num_items)))
 
 
-def content_encoder(branch: ContentBranch, store: ContentStore) -> Callable[[np.ndarray], Tensor]:
-    """Return a function of items' ids that encodes their content, as the memory bank keeps it."""
-
-    @torch.no_grad()
-    def encode(ids: np.ndarray) -> Tensor:  # [U, E]
-        return branch.encode(store.gather(ids))
-
-    return encode
+@torch.no_grad()
+def encoded(branch: ContentBranch, store: ContentStore, ids: np.ndarray) -> Tensor:  # [U, E]
+    """Encode the content of items as the model does for ranked ones; the bank keeps the same."""
+    return branch.encode(store.gather(ids))
 
 
 def _graph_of(job: Job, manifest: Manifest, ranking: nn.Module) -> torch.export.ExportedProgram:

@@ -105,11 +105,8 @@ def _num_blocks(size: int) -> int:
 
 
 def _digest(path: Path, block: int) -> str:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        content = os.pread(descriptor, BLOCK_BYTES, block * BLOCK_BYTES)
-    finally:
-        os.close(descriptor)
+    with path.open("rb", buffering=0) as file:
+        content = os.pread(file.fileno(), BLOCK_BYTES, block * BLOCK_BYTES)
     return hashlib.sha256(content).hexdigest()
 
 

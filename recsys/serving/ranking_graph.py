@@ -9,7 +9,7 @@ Shapes: N candidates, L history items, D dimension of ID vectors, E width of con
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,36 +122,24 @@ class RankingGraph(nn.Module):
         self.content_dim, self.top_k = content_dim, top_k
         self.eval()
 
-    def forward(
-        self,
-        pooled: list[Tensor],
-        dense: Tensor,
-        target: Tensor,
-        history: Tensor,
-        parallel: Tensor,
-        target_items: Tensor,
-        history_items: Tensor,
-        target_content: Tensor,
-        history_content: Tensor,
-        target_in_bank: Tensor,
-        further: Sequence[Tensor] = (),
-        further_parallel: Sequence[Tensor] = (),
-        further_content: Sequence[Tensor] = (),
-    ) -> Tensor:  # [N, C]
-        """Return the logits of the candidates; see `RankingInputs`."""
-        shared = SharedHistory(target.shape[0], history.shape[0], target.device)
-        values = shared.gather(parallel)
+    def forward(self, *arguments: Any) -> Tensor:  # [N, C]
+        """Return the logits of the candidates from the arguments of `RankingInputs`."""
+        given = RankingInputs(*arguments)
+        shared = SharedHistory(given.target.shape[0], given.history.shape[0], given.target.device)
+        values = shared.gather(given.parallel)
         if self.top_k:
-            queries, items = F.normalize(target_in_bank), F.normalize(history_content)
+            queries, items = F.normalize(given.target_in_bank), F.normalize(given.history_content)
             kept = shared.highest(shared.dot(queries, items), self.top_k)
             shared, values = shared.select(kept), values[kept]
         events = [
-            self._shared_events(target_content, *parts)
-            for parts in zip(further_parallel, further_content, strict=True)
+            self._shared_events(given.target_content, *parts)
+            for parts in zip(given.further_parallel, given.further_content, strict=True)
         ]
-        batch = CandidateBatch(dense, values, history_items, target_items, shared, events)
-        ids = IDVectors(pooled, target, history, further=list(further))
-        content = self._content(target_content, history_content)
+        batch = CandidateBatch(
+            given.dense, values, given.history_items, given.target_items, shared, events
+        )
+        ids = IDVectors(given.pooled, given.target, given.history, further=given.further)
+        content = self._content(given.target_content, given.history_content)
         if self.further_histories is not None:
             ids = self.further_histories(ids, content, batch)
         scored = self.ranking(ids, content, batch)
@@ -206,7 +194,7 @@ def export_graph(graph: RankingGraph, shapes: RankingInputs, name: str) -> Expor
     try:
         with torch.no_grad():
             program = torch.export.export(
-                graph, traced.arguments(), dynamic_shapes=axes, strict=False
+                graph, traced.arguments(), dynamic_shapes=(axes,), strict=False
             )
             compare_graphs(program.module(check_guards=False), graph, shapes)
     except Exception as error:  # torch.export raises errors of many types

@@ -27,8 +27,13 @@ from recsys.data.items.item_table import ItemTable, plain_values
 from recsys.data.parquet.file import column_type, open_parquet
 from recsys.data.schema import Schema
 from recsys.serving.integrity import differences
-from recsys.serving.new_items.added_items import FOLDER, AddedItems, grow_vocabulary
-from recsys.serving.new_items.content_index import content_index, lookup
+from recsys.serving.new_items.added_items import (
+    FOLDER,
+    AddedItems,
+    content_index,
+    grow_vocabulary,
+    lookup,
+)
 from recsys.serving.new_items.item_encoder import FOLDER as ENCODER
 from recsys.serving.new_items.item_encoder import INDEX, ItemEncoder
 from recsys.serving.package import Manifest, described, read_manifest, replace_manifest

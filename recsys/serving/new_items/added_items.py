@@ -4,6 +4,8 @@
 the raw ids that the exact map of the run does not have. The manifest names the folder, so that an
 addition is there for all readers at once, or not at all.
 
+An index has a hash of each item's content, which shows whether the content has changed.
+
 Shapes: K items added, N looked up, E width of content vectors.
 """
 
@@ -21,15 +23,19 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from embeddings.vocabulary.fixed import ExactVocabulary
+from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary, integer_ids
 from recsys.data.filesystem import whole_folder
+from recsys.data.items.content_store import ContentStore
+from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import Schema
-from recsys.serving.new_items.content_index import INDEX_TYPE, lookup, merged
 from recsys.serving.new_items.vocabulary import GrowingVocabulary
 from recsys.serving.vector_file import VectorFile, VectorFileShape, write_vectors
 
 FOLDER = "added"
 INDEX, VECTORS, IDS = "index.npy", "content.vectors", "ids.parquet"
+# item: row of its content vector. content: a hash. raw: its raw id as an integer where a
+# hash vocabulary may give several ids one row; else 0.
+INDEX_TYPE = np.dtype([("item", "<i8"), ("content", "<u8"), ("raw", "<i8")])
 
 
 @dataclass(frozen=True)
@@ -96,11 +102,9 @@ class AddedItems:
         only now, so that a process that has just read its manifest still opens its files.
         """
         root, number = package / FOLDER, self.number + 1
-        for path in root.glob("*") if root.is_dir() else ():
+        for path in root.glob("*"):
             if path.name != str(self.number):
                 shutil.rmtree(path)
-        for path in root.glob(".*"):
-            shutil.rmtree(path)
         with whole_folder(root / str(number)) as partial:
             np.save(partial / INDEX, index)
             pq.write_table(pa.table({"id": ids}), partial / IDS)
@@ -124,6 +128,41 @@ def grow_vocabulary(schema: Schema, ids: list[pa.Array]) -> GrowingVocabulary | 
     vocabulary = GrowingVocabulary(known, ids)
     schema.vocabularies[schema.target_item] = vocabulary
     return vocabulary
+
+
+def content_index(store: ContentStore) -> np.ndarray:  # INDEX_TYPE, by item
+    """Return the index of a store's items."""
+    items, hashes = store.item_hashes()
+    index = np.zeros(len(items), INDEX_TYPE)
+    index["item"], index["content"] = items, hashes
+    table = store.items
+    if isinstance(table.schema.vocabularies.get(table.schema.target_item), HashVocabulary):
+        index["raw"] = _raw_ids(table)[table.rows[np.argsort(table.ids)]]
+    return index
+
+
+def _raw_ids(table: ItemTable) -> np.ndarray:  # int64, of all rows of the files; 0 for null
+    found = []
+    for _, _, chunk in table.chunks(table.items.id):
+        of_chunk = np.zeros(len(chunk), np.int64)
+        of_chunk[np.asarray(chunk.is_valid())] = integer_ids(chunk.drop_null())
+        found.append(of_chunk)
+    return np.concatenate(found)
+
+
+def merged(before: np.ndarray, after: np.ndarray) -> np.ndarray:  # INDEX_TYPE, by item
+    """Return the entries of both; those of `after` replace those of the same items."""
+    kept = before[~np.isin(before["item"], after["item"])]
+    both = np.concatenate([kept, after])
+    return both[np.argsort(both["item"])]
+
+
+def lookup(index: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [N]
+    """Return the place of each item in an index, and whether it is in it."""
+    if not len(index):
+        return np.zeros(len(items), np.int64), np.zeros(len(items), bool)
+    place = np.searchsorted(index["item"], items).clip(max=len(index) - 1)
+    return place, index["item"][place] == items
 
 
 def _flush(path: Path) -> None:

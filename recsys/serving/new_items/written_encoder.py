@@ -19,7 +19,7 @@ from recsys.checkpoint.state import model_state
 from recsys.config import save_config
 from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.identity import write_identities
-from recsys.serving.new_items.content_index import content_index
+from recsys.serving.new_items.added_items import content_index
 from recsys.serving.new_items.item_encoder import CONFIG, FOLDER, INDEX, WEIGHTS, EntryShapes
 
 PREFIX = "model.content."  # of the branch's weights in the state of a model

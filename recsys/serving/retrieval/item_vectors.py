@@ -16,7 +16,7 @@ from recsys.build import Job
 from recsys.data.items.item_table import ItemTable
 from recsys.distributed.lockstep import Lockstep
 from recsys.evaluation.retrieval import catalogue_of, catalogue_vectors
-from recsys.serving.export import ITEMS_PER_CALL, content_encoder
+from recsys.serving.export import ITEMS_PER_CALL, encoded
 
 VectorKind = Literal["content", "item_tower"]
 
@@ -66,9 +66,8 @@ def content_vectors(
             "the run has no content (its setting is `content: none`); give a run with content, or "
             "one of two_tower with --vectors item_tower"
         )
-    encode = content_encoder(branch, store)
     starts = range(0, len(rows), ITEMS_PER_CALL)
-    blocks = (encode(rows[start : start + ITEMS_PER_CALL]) for start in starts)
+    blocks = (encoded(branch, store, rows[start : start + ITEMS_PER_CALL]) for start in starts)
     return np.concatenate([block[:, : branch.dim].float().numpy() for block in blocks])
 
 

@@ -132,9 +132,7 @@ class Retriever:
     @property
     def columns(self) -> tuple[list[str], list[str]]:
         """Columns of the files that a request gives: of the user, and of the history."""
-        if self.tower is not None:
-            return self.tower.columns
-        return [], [self._history]
+        return ([], [self._history]) if self.tower is None else self.tower.columns
 
     def query(self, user: Values, history: History = ()) -> np.ndarray:  # float32 [V]
         """Return the vector by which a user's items are searched; see `retrieve`."""

@@ -107,9 +107,8 @@ def _entries(folder: Location) -> list[tuple[str, bool]]:
     """Return names in a folder that are data, each with whether it is a folder."""
     if not folder.filesystem.isdir(folder.path):
         return []
-    listed = folder.filesystem.ls(folder.path, detail=True)
-    named = [(str(of["name"]).rstrip("/").rsplit("/", 1)[-1], of["type"]) for of in listed]
-    return [(name, kind == "directory") for name, kind in named if not name.startswith((".", "_"))]
+    named = [(_name(of), of["type"] == "directory") for of in _details(folder)]
+    return [(name, is_folder) for name, is_folder in named if not name.startswith((".", "_"))]
 
 
 def has_success(root: Location, partition: Partition) -> bool:
@@ -120,8 +119,7 @@ def has_success(root: Location, partition: Partition) -> bool:
 def unfinished_file(root: Location, partition: Partition) -> str | None:
     """Return the name of a file or folder that shows that a partition is being written."""
     folder = root / partition.folder
-    names = [str(of["name"]).rstrip("/").rsplit("/", 1)[-1] for of in _details(folder)]
-    return next((name for name in sorted(names) if name.endswith(UNFINISHED)), None)
+    return next((n for n in sorted(map(_name, _details(folder))) if n.endswith(UNFINISHED)), None)
 
 
 def seconds_quiet(root: Location, partition: Partition) -> float:
@@ -131,6 +129,10 @@ def seconds_quiet(root: Location, partition: Partition) -> float:
     if not files:
         return 0.0
     return time.time() - max(folder.filesystem.modified(file).timestamp() for file in files)
+
+
+def _name(of: dict[str, Any]) -> str:
+    return str(of["name"]).rstrip("/").rsplit("/", 1)[-1]
 
 
 def _details(folder: Location) -> list[dict[str, Any]]:

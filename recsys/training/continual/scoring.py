@@ -61,8 +61,7 @@ def score_partition(job: Job, item_counts: ItemCounts, lockstep: Lockstep) -> Sp
         if ranks.is_first:
             require_finite(scored, interactions.rows)
             scores = split_scores(job, scored, item_counts)
-    line = format_unknown(job.train_folder, unknown.totals(ranks.group))
-    if line is not None:
+    if (line := format_unknown(job.train_folder, unknown.totals(ranks.group))) is not None:
         logger.info(line)
     return scores
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,12 @@ def user_of(request: RankRequest, served: Served, limits: Limits) -> RankedUser:
         raise Refusal(f"by: '{request.by[:99]}' is none of the labels {list(labels)}")
     if request.top_k is not None and request.top_k < 1:
         raise Refusal(f"top_k: is {request.top_k}; give at least 1")
-    candidates: Sequence[Any] | Mapping[str, Sequence[Any]]
-    if request.candidates == "all":
+    candidates = request.candidates
+    if candidates == "all":
         try:
             candidates = served.scorer.read.item_ids(limits.max_candidates)
         except ValueError as error:
             raise Refusal(f"candidates: {error}") from error
-    else:
-        candidates = request.candidates
     return RankedUser(request.user, request.history, candidates)
 
 

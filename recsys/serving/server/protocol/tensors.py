@@ -74,13 +74,12 @@ class Tensor:
         count = _count(name, datatype, shape)
         if datatype == BYTES:
             values = [_text(name, text) for text in _strings(name, raw)]
-            size = len(values)
+            fits = len(values) == count
         else:
             kind = np.dtype(TYPES[datatype])
-            size, rest = divmod(len(raw), kind.itemsize)
-            values = [] if rest else np.frombuffer(raw, kind).tolist()
-            size = -1 if rest else size
-        if size != count:
+            fits = len(raw) == count * kind.itemsize
+            values = np.frombuffer(raw, kind).tolist() if fits else []
+        if not fits:
             raise Refusal(f"input '{name}': {len(raw)} bytes do not fit {datatype} {list(shape)}")
         return Tensor(name, tuple(shape), values)
 

@@ -18,8 +18,7 @@ import torch
 from recsys.serving import Scorer
 from recsys.serving.delta.apply import apply_delta
 from recsys.serving.delta.write import bytes_of_rows, write_delta
-from recsys.serving.new_items.added_items import AddedItems
-from recsys.serving.new_items.content_index import INDEX_TYPE
+from recsys.serving.new_items.added_items import INDEX_TYPE, AddedItems
 from recsys.serving.package import MANIFEST, REQUEST, Manifest, read_manifest, write_manifest
 from recsys.serving.vector_file import VectorFileShape
 
