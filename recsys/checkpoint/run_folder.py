@@ -150,12 +150,7 @@ def _results(run: Path) -> dict[str, str | None]:
     return {"metrics": file_digest(run / METRICS), "model": model_of(run)}
 
 
-def begin_run(
-    run: Path,
-    job: Job,
-    item_counts: ItemCounts,  # of all ranks, on rank 0
-    skipped_rows: dict[str, Any],
-) -> None:
+def begin_run(run: Path, job: Job, item_counts: ItemCounts, skipped_rows: dict[str, Any]) -> None:
     """Empty the folder of an earlier run and store the fixed files of this run. A collective.
 
     Raises:
@@ -168,7 +163,7 @@ def begin_run(
         _empty(run)
         run.mkdir(parents=True, exist_ok=True)
         _write_job(run, finished=False)
-        item_counts.save(run / ITEM_COUNTS)
+        item_counts.save(run / ITEM_COUNTS)  # those of all ranks are on rank 0
         write_whole(run / SKIPPED_ROWS, json.dumps(skipped_rows, indent=1) + "\n")
         keep_vocabularies(run, job)
         write_run_schema(run, job.schema)

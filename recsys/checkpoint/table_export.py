@@ -147,12 +147,7 @@ def _write(tables: list[StoredTable], path: Path) -> None:
                 writer.write_table(_arrow_rows(table.name, start, block, schema))
 
 
-def _arrow_rows(
-    name: str,
-    start: int,
-    vectors: Tensor,  # [N, D]
-    schema: pa.Schema,
-) -> pa.Table:
+def _arrow_rows(name: str, start: int, vectors: Tensor, schema: pa.Schema) -> pa.Table:  # [N, D]
     num_rows, dim = vectors.shape
     values = pa.array(vectors.numpy().reshape(-1))
     kind = schema.field("vector").type

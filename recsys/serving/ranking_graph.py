@@ -145,11 +145,7 @@ class RankingGraph(nn.Module):
         scored = self.ranking(ids, content, batch)
         return (scored if isinstance(scored, Tensor) else scored.logits).float()
 
-    def _content(
-        self,
-        target: Tensor,  # [N, E]
-        history: Tensor,  # [L, E]
-    ) -> ContentVectors | None:
+    def _content(self, target: Tensor, history: Tensor) -> ContentVectors | None:  # [N, E], [L, E]
         if self.history_map is None:
             return None
         dim = self.content_dim
@@ -158,11 +154,8 @@ class RankingGraph(nn.Module):
         return ContentVectors(target[:, :dim], mapped, modalities[0], modalities[1])
 
     def _shared_events(
-        self,
-        target: Tensor,  # [N, E]
-        parallel: Tensor,  # [K, P]
-        content: Tensor,  # [K, E] or [K, 0]
-    ) -> SharedEvents:
+        self, target: Tensor, parallel: Tensor, content: Tensor
+    ) -> SharedEvents:  # [N, E], [K, P], [K, E] or [K, 0]
         shared = SharedHistory(target.shape[0], parallel.shape[0], parallel.device)
         of_content = self._content(target, content) if content.shape[1] else None
         return SharedEvents(shared.gather(parallel), shared, of_content)

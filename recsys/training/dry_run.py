@@ -50,7 +50,19 @@ class DryRun:
     step_seconds: float
     evaluation_seconds: float
     peak_bytes: list[int]  # by rank: of the GPU, or resident in the process
-    world_size: int
+
+    def __str__(self) -> str:
+        """Describe the dry run as text."""
+        losses = ", ".join(f"{name} {value:.4f}" for name, value in self.losses.items())
+        ranks = f"{len(self.peak_bytes)} rank{'s' if len(self.peak_bytes) > 1 else ''}"
+        peak = max(self.peak_bytes) / 2**30
+        return (
+            f"dry run: one training step of {self.rows:,} rows on {ranks} ran in "
+            f"{self.step_seconds:.2f} s ({losses}), and {self.scored_rows:,} validation rows were "
+            f"scored in {self.evaluation_seconds:.2f} s; building took {self.build_seconds:.1f} s, "
+            f"the peak of memory is {peak:.2f} GiB on a rank. Nothing was written but caches of "
+            "items"
+        )
 
 
 def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
@@ -88,23 +100,9 @@ def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
         step_seconds=step_seconds,
         evaluation_seconds=evaluation_seconds,
         peak_bytes=[peak for peak, _, _ in peaks],
-        world_size=ranks.world_size,
     )
-    logger.info(format_dry_run(found))
+    logger.info("%s", found)
     return found
-
-
-def format_dry_run(found: DryRun) -> str:
-    """Describe the dry run as text."""
-    losses = ", ".join(f"{name} {value:.4f}" for name, value in found.losses.items())
-    ranks = f"{found.world_size} rank{'s' if found.world_size > 1 else ''}"
-    peak = max(found.peak_bytes) / 2**30
-    return (
-        f"dry run: one training step of {found.rows:,} rows on {ranks} ran in "
-        f"{found.step_seconds:.2f} s ({losses}), and {found.scored_rows:,} validation rows were "
-        f"scored in {found.evaluation_seconds:.2f} s; building took {found.build_seconds:.1f} s, "
-        f"the peak of memory is {peak:.2f} GiB on a rank. Nothing was written but caches of items"
-    )
 
 
 def _train_step(

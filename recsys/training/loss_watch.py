@@ -30,12 +30,7 @@ class LossWatch:
         self.every = every if ranks.device.type == "cuda" else 1
         self._unchecked: list[tuple[int, Tensor, Tensor]] = []
 
-    def step(
-        self,
-        step: int,
-        loss: Tensor,  # []
-        row_positions: Tensor,  # [B]
-    ) -> Exception | None:
+    def step(self, step: int, loss: Tensor, row_positions: Tensor) -> Exception | None:  # [], [B]
         """Record the loss of a step; return an error if an unchecked loss is not finite."""
         self._unchecked.append((step, loss, row_positions))
         return self.check() if len(self._unchecked) >= self.every else None

@@ -171,8 +171,6 @@ def open_run(
         begin_run(run, job, *check_data(job))
     describe_run(run, job, data)
     item_counts = read_item_counts(run, job.schema.item_id_limit)
-    if job.preparation.negatives is not None:
-        job.preparation.negatives.use_counts(item_counts)
     if job.ranks.is_first:
         print_table(f"{job.plan}\n\n{job.parameters}\n")
     reporter = Reporter(job, run, progress or Progress())

@@ -50,7 +50,9 @@ class Trainer:
     item_counts: ItemCounts  # training impressions
 
     def __post_init__(self) -> None:
-        """Add the watch of losses and the profile of the first steps."""
+        """Add the watch of losses and the profile of the first steps; negatives get the counts."""
+        if (negatives := self.job.preparation.negatives) is not None:
+            negatives.use_counts(self.item_counts)
         ranks, rows, config = self.job.ranks, self.interactions.rows, self.job.config
         self.loss_watch = LossWatch(
             ranks, rows, config.log_every_steps, lambda: self.checkpoints.last_good

@@ -44,10 +44,7 @@ class RowMap:
         """Return a map that keeps its last result, as several tensors of a table need it."""
         return RowMap(is_identity, num_rows, lru_cache(maxsize=1)(find))
 
-    def new_rows(
-        self,
-        old: np.ndarray,  # int64 [N]
-    ) -> np.ndarray:  # int64 [N], -1 where an old row has no place
+    def new_rows(self, old: np.ndarray) -> np.ndarray:  # int64 [N] -> [N], -1: has no place
         """Return the new rows of some old ones; for items, whose ids every rank holds anyway."""
         old_of_new = self.find(0, self.num_rows)
         known = np.flatnonzero(old_of_new >= 0)

@@ -74,10 +74,8 @@ class AddedItems:
             vectors[torch.from_numpy(is_added)] = self.vectors.rows(place[is_added])
 
     def merged_with(
-        self,
-        index: np.ndarray,  # INDEX_TYPE
-        vectors: Tensor,  # [len(index), E]
-    ) -> tuple[np.ndarray, Tensor]:
+        self, index: np.ndarray, vectors: Tensor
+    ) -> tuple[np.ndarray, Tensor]:  # INDEX_TYPE, and as many vectors [E]
         """Return index and vectors of these items and of further ones, which replace equal ones."""
         both = merged(self.index, index)
         result = torch.empty(len(both), vectors.shape[1])

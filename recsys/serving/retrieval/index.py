@@ -36,10 +36,7 @@ def require_faiss() -> Any:
     return faiss
 
 
-def build_index(
-    vectors: np.ndarray,  # float32 [I, V]
-    kind: IndexKind,
-) -> Any:
+def build_index(vectors: np.ndarray, kind: IndexKind) -> Any:  # float32 [I, V]
     """Build an index of vectors by dot product.
 
     Args:
@@ -89,10 +86,8 @@ def read_index(path: Path) -> Any:
 
 
 def search_index(
-    index: Any,
-    queries: np.ndarray,  # float32 [Q, V]
-    count: int,
-) -> tuple[np.ndarray, np.ndarray]:  # float32 [Q, K], int64 [Q, K]
+    index: Any, queries: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:  # float32 [Q, V] -> float32 [Q, K], int64 [Q, K]
     """Return the highest dot products of each query and the positions of the items, best first.
 
     K is `count`, or I if it is less. A graph or clusters may yield fewer: their positions are -1.

@@ -49,10 +49,7 @@ def item_vectors(job: Job, kind: VectorKind) -> ItemVectors:
     return ItemVectors(rows, ids, content_vectors(job, rows))
 
 
-def content_vectors(
-    job: Job,
-    rows: np.ndarray,  # int64 [I]
-) -> np.ndarray:  # float32 [I, D]
+def content_vectors(job: Job, rows: np.ndarray) -> np.ndarray:  # int64 [I] -> float32 [I, D]
     """Encode the content of items, as the model does for ranked items.
 
     The memory bank may still have vectors of earlier steps, of unseen items those of the first.

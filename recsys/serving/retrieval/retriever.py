@@ -153,11 +153,8 @@ class Retriever:
         return unit(self.vectors[places]).mean(axis=0)
 
     def search(
-        self,
-        queries: np.ndarray,  # float32 [Q, V]
-        count: int,
-        exclude: Iterable[Sequence[Any]] | None = None,
-    ) -> list[Retrieved]:
+        self, queries: np.ndarray, count: int, exclude: Iterable[Sequence[Any]] | None = None
+    ) -> list[Retrieved]:  # float32 [Q, V] -> Q results
         """Return the best items of each query; `exclude` has a list of raw ids for each."""
         if count < 1:
             raise ValueError(f"count is {count}; ask for at least one item")

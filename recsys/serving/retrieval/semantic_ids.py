@@ -38,12 +38,7 @@ class Codebooks:
     centres: np.ndarray  # float32 [L, C, D]
 
     @staticmethod
-    def fit(
-        vectors: np.ndarray,  # float32 [I, D]
-        levels: int,
-        codes: int,
-        seed: int = 0,
-    ) -> Codebooks:
+    def fit(vectors: np.ndarray, levels: int, codes: int, seed: int = 0) -> Codebooks:  # [I, D]
         """Cluster vectors, and what each level leaves of them.
 
         Raises:
@@ -73,10 +68,7 @@ class Codebooks:
         """Number of different ids, L * C."""
         return self.centres.shape[0] * self.centres.shape[1]
 
-    def codes_of(
-        self,
-        vectors: np.ndarray,  # float32 [I, D]
-    ) -> np.ndarray:  # int64 [I, L]
+    def codes_of(self, vectors: np.ndarray) -> np.ndarray:  # float32 [I, D] -> int64 [I, L]
         """Return the codes of content vectors, each in [0, C)."""
         rest, codes = unit(vectors), []
         for centres in self.centres:
@@ -84,19 +76,13 @@ class Codebooks:
             rest = rest - centres[codes[-1]]
         return np.stack(codes, axis=1)
 
-    def ids_of(
-        self,
-        vectors: np.ndarray,  # float32 [I, D]
-    ) -> np.ndarray:  # int64 [I, L]
+    def ids_of(self, vectors: np.ndarray) -> np.ndarray:  # float32 [I, D] -> int64 [I, L]
         """Return ids that differ between levels: code + level * C, in [0, L * C)."""
         levels, codes = self.centres.shape[:2]
         return self.codes_of(vectors) + np.arange(levels) * codes
 
 
-def _nearest(
-    vectors: np.ndarray,  # float32 [I, D]
-    centres: np.ndarray,  # float32 [C, D]
-) -> np.ndarray:  # int64 [I]
+def _nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:  # [I, D], [C, D] -> [I]
     """Return the nearest centre of each vector."""
     wide = centres.astype(np.float64)  # whatever the block, an item has the same code
     halves = (wide**2).sum(axis=1) / 2
@@ -109,12 +95,8 @@ def _nearest(
     return np.concatenate([np.zeros(0, np.int64), *blocks()])
 
 
-def collision_report(
-    codes: np.ndarray,  # int64 [I, L]
-    ids: list[Any],  # raw ids [I]
-    num_codes: int,
-) -> dict[str, Any]:
-    """Describe how many items share all their codes, and how evenly each level uses its codes.
+def collision_report(codes: np.ndarray, ids: list[Any], num_codes: int) -> dict[str, Any]:
+    """Describe how many items share all their codes [I, L], and how evenly each level uses its own.
 
     `perplexity` is the number of codes that, used evenly, would tell as much.
     """

@@ -171,8 +171,6 @@ def open_partition(
         progress = _start(continual, now, state, job, warm)
     line = _record(continual, partition, state)
     item_counts = read_item_counts(run, job.schema.item_id_limit)
-    if job.preparation.negatives is not None:
-        job.preparation.negatives.use_counts(item_counts)
     reporter = Reporter(job, folder.path, progress, counts_all_steps=True)
     parts = interactions, checkpoints, continual.lockstep, reporter, progress, item_counts
     return PartitionTrainer(job, run, *parts), line

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.cli import main
-from recsys.training.dry_run import DryRun, dry_run, format_dry_run
+from recsys.training.dry_run import DryRun, dry_run
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.command_runs import run_recsys, train_words
@@ -75,7 +75,7 @@ def test_ranks_agree_on_losses_and_tell_each_their_memory(folder: Path) -> None:
     assert first.losses["loss"] == pytest.approx(total, rel=1e-5)
     assert first.peak_bytes == second.peak_bytes and len(first.peak_bytes) == 2
     assert all(peak > 2**26 for peak in first.peak_bytes)  # torch alone takes more
-    assert " GiB " in format_dry_run(first)
+    assert " GiB " in str(first)
 
 
 def test_a_step_that_goes_wrong_ends_with_the_rows(folder: Path, tmp_path: Path) -> None:

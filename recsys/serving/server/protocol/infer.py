@@ -62,10 +62,8 @@ def wanted_outputs(wanted: list[str] | None, labels: tuple[str, ...]) -> list[st
 
 
 def write_response(
-    request: InferRequest,
-    head: dict[str, str],
-    columns: dict[str, np.ndarray],  # float32 [N] by output
-) -> tuple[bytes, int | None]:
+    request: InferRequest, head: dict[str, str], columns: dict[str, np.ndarray]
+) -> tuple[bytes, int | None]:  # columns: float32 [N] by output
     """Return a body and, if outputs follow its JSON as bytes, the length of the JSON.
 
     Args:

@@ -35,11 +35,8 @@ def user_of(request: RankRequest, served: Served, limits: Limits) -> RankedUser:
 
 
 def ranked(
-    request: RankRequest,
-    user: RankedUser,
-    served: Served,
-    scores: np.ndarray,  # float32 [N, C]
-) -> dict[str, Any]:
+    request: RankRequest, user: RankedUser, served: Served, scores: np.ndarray
+) -> dict[str, Any]:  # scores: float32 [N, C]
     """Return the label, the items and the predictions of a response."""
     labels, candidates = served.scorer.labels, user.candidates
     items = candidates[served.columns.item] if isinstance(candidates, Mapping) else candidates
