@@ -89,11 +89,6 @@ def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
 
     Settings that earlier versions did not have are compared by their defaults.
 
-    Args:
-        stored: the configuration in the checkpoint.
-        config: the configuration of the run.
-        where: the checkpoint, for messages.
-
     Raises:
         ValueError: names every setting that differs and must not.
     """

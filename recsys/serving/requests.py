@@ -272,11 +272,7 @@ class RequestReader:
 
 
 def _listed(given: Values, name: str, place: str) -> Sequence[Any]:
-    """Return the list of values of a column.
-
-    Raises:
-        ValueError: it is missing, or no list.
-    """
+    """Return the list of values of a column."""
     if name not in given:
         raise ValueError(f"{place}: lacks '{name}'; give a list")
     values = given[name]

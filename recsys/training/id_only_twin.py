@@ -63,16 +63,9 @@ def train_with_twin(
 ) -> None:
     """Train a run, then its twin in `RUN/id_only`, and compare them on the test split.
 
-    The same command continues whichever of the two is unfinished. The report of `compare_runs`
+    Arguments are those of `train`; the same command continues whichever of the two is unfinished.
+    The report of `compare_runs`
     is printed and written to `RUN/comparison.json`. A collective.
-
-    Args:
-        config: as in `train`.
-        data: as in `train`.
-        run: as in `train`.
-        ranks: as in `train`.
-        overwrite: as in `train`.
-        resume: as in `train`.
 
     Raises:
         TrainingStopped: the job was asked to end; its state is saved.

@@ -185,12 +185,9 @@ def training_interactions(job: Job, is_shuffled: bool = True) -> Interactions:
     """Return this rank's share of the training rows. A collective."""
     config, ranks = job.config, job.ranks
     with ranks.raise_on_all_ranks():
-        rows = job.rows("train")
-        build = job.batch_builder()
+        parts = job.rows("train"), job.batch_builder(), config.batch_size
         seed = config.seed if is_shuffled else None
-        interactions = Interactions(
-            rows, build, config.batch_size, ranks.rank, ranks.world_size, seed
-        )
+        interactions = Interactions(*parts, ranks.rank, ranks.world_size, seed)
         job.plan_epochs(interactions.num_batches)
     return interactions
 

@@ -36,19 +36,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FilledRows:
-    """Rows of a table that got values by a rule.
+    """Rows of a table that got values by a rule."""
 
-    Args:
-        rule: mean or content.
-        num_trained: trained rows, whose mean the others have.
-        num_made: rows that were made of content.
-        fitted: the map that made them; None if there was nothing to fit.
-    """
-
-    rule: str
-    num_trained: int
-    num_made: int = 0
-    fitted: RidgeMap | None = None
+    rule: str  # mean or content
+    num_trained: int  # trained rows, whose mean the others have
+    num_made: int = 0  # rows that were made of content
+    fitted: RidgeMap | None = None  # the map that made them; None if there was nothing to fit
 
     def __str__(self) -> str:
         """Describe the values in a line."""

@@ -27,32 +27,20 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Trained:
-    """A partition as it was read.
+    """A partition as it was read."""
 
-    Args:
-        name: its folder below `train/`, such as `date=2026-11-01`.
-        rows: number of its rows.
-        fingerprint: hashes of their order and content (`RowSource.fingerprint`).
-    """
-
-    name: str
+    name: str  # its folder below `train/`, such as `date=2026-11-01`
     rows: int
-    fingerprint: str
+    fingerprint: str  # hashes of the rows' order and content (`RowSource.fingerprint`)
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Progress of a continual run.
+    """Progress of a continual run."""
 
-    Args:
-        trained: partitions that it has trained on, in order.
-        begun: the next one, if its scoring or training has begun.
-        warm_start: the run that the first partition's began from, if any.
-    """
-
-    trained: tuple[Trained, ...] = ()
-    begun: Trained | None = None
-    warm_start: str | None = None
+    trained: tuple[Trained, ...] = ()  # in order
+    begun: Trained | None = None  # the next one, if its scoring or training has begun
+    warm_start: str | None = None  # the run that the first partition's began from
 
     @property
     def last(self) -> Trained | None:

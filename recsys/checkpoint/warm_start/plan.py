@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,21 +37,14 @@ ENCODING = ("model.content.encoders.", "model.content.projections.", "model.cont
 
 @dataclass
 class WarmStartPlan:
-    """Tensors and rows that a new run takes over from another one.
-
-    Attributes:
-        source: the other run.
-        differences: what differs, and by what rule it is reconciled.
-        taken: the tensors, by name in the checkpoints, each with the checkpoint it comes from.
-        maps: rows of tables that are not the same, by table; of opinions on items, by name.
-        items: rows of the items; None if the memory bank is filled anew.
-    """
+    """Tensors and rows that a new run takes over from another one."""
 
     source: Source
     differences: Differences
-    taken: dict[str, Stored] = field(default_factory=dict)
+    taken: dict[str, Stored] = field(default_factory=dict)  # the checkpoint of each tensor by name
+    # Rows of tables, by table, and of opinions on items, by name of the tensor.
     maps: dict[str, RowMap] = field(default_factory=dict)
-    items: RowMap | None = None
+    items: RowMap | None = None  # rows of the items; None if the memory bank is filled anew
 
     def takes(self, parameter: str) -> bool:
         """Return whether a weight or buffer of the model is taken over."""
@@ -214,12 +208,8 @@ def _shared_weights(plan: WarmStartPlan, own: Iterable[str]) -> list[str]:
 
 def _grouped(names: set[str]) -> dict[str, int]:
     """Count names by their first parts."""
-    counts: dict[str, int] = {}
-    for name in sorted(names):
-        parts = name.removeprefix(MODEL).split(".")
-        group = ".".join(parts[:3]) + (".*" if len(parts) > 3 else "")
-        counts[group] = counts.get(group, 0) + 1
-    return counts
+    parts = [name.removeprefix(MODEL).split(".") for name in sorted(names)]
+    return Counter(".".join(each[:3]) + (".*" if len(each) > 3 else "") for each in parts)
 
 
 def _choose_vocabularies(plan: WarmStartPlan, own: Iterable[str]) -> None:

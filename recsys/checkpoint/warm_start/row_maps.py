@@ -56,14 +56,7 @@ class RowMap:
 
 
 def row_map(table: str, source: Source, job: Job, differences: Differences) -> RowMap | None:
-    """Return the map of a table, None if there is none; list what differs. A collective.
-
-    Args:
-        table: the column that owns it.
-        source: the other run.
-        job: the new run.
-        differences: gets what differs.
-    """
+    """Return the map of a table, None if there is none; list what differs. A collective."""
     part = f"table '{table}'"
     of_run, of_data = source.schema.vocabulary_of(table), job.schema.vocabulary_of(table)
     old_rows, rows = source.schema.limit(table), job.schema.limit(table)

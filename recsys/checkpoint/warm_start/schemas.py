@@ -26,12 +26,6 @@ def reconciled_schema(
 ) -> Schema:
     """Load a dataset's schema for a model that starts from a run.
 
-    Args:
-        source: the run.
-        root: the dataset.
-        differences: gets what differs, reconciled or not.
-        with_vocabularies: also load the dataset's maps of raw ids.
-
     Raises:
         ValueError: the dataset's schema is invalid.
     """

@@ -38,12 +38,6 @@ def compare_encoders(
 
     Frozen weights are in no checkpoint, so other ones are refused for encoders of which a part is
     taken over.
-
-    Args:
-        source: the other run.
-        job: the new run.
-        takes: whether a weight of the model is taken over.
-        differences: gets other encoders.
     """
     before, now = content_settings(source.config), content_settings(job.config)
     if before is None or now is None:

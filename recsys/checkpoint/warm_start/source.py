@@ -57,20 +57,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Source:
-    """The opened run that a warm start takes over from.
-
-    Attributes:
-        request: what is asked for.
-        model: the checkpoint of the model.
-        optimizer: the checkpoint with the optimizers' state; None if it is not taken, or not kept.
-        schema: columns of the run, with its maps of raw ids.
-        config: settings of the run.
-    """
+    """The opened run that a warm start takes over from."""
 
     request: WarmStart
     model: Stored
-    optimizer: Stored | None
-    schema: Schema
+    optimizer: Stored | None  # with the optimizers' state; None if it is not taken, or not kept
+    schema: Schema  # with the run's maps of raw ids
     config: Config
 
 

@@ -40,19 +40,12 @@ INDEX_TYPE = np.dtype([("item", "<i8"), ("content", "<u8"), ("raw", "<i8")])
 
 @dataclass(frozen=True)
 class AddedItems:
-    """Index and content vectors of items that a package got after its export.
+    """Index and content vectors of items that a package got after its export."""
 
-    Args:
-        number: how many additions there were.
-        index: INDEX_TYPE [K], by item.
-        ids: raw ids that the run does not know, in the order of their rows.
-        vectors: float32 [K, E] by place in the index; None if K = 0.
-    """
-
-    number: int
-    index: np.ndarray
-    ids: pa.Array
-    vectors: VectorFile | None
+    number: int  # of additions so far
+    index: np.ndarray  # INDEX_TYPE [K], by item
+    ids: pa.Array  # raw ids that the run does not know, in the order of their rows
+    vectors: VectorFile | None  # float32 [K, E] by place in the index; None if K = 0
 
     @staticmethod
     def open(package: Path, added: dict[str, Any]) -> AddedItems:

@@ -61,10 +61,6 @@ class ItemEncoder:
     def read(self, items: ItemTable, cache: Path) -> ContentStore:
         """Tokenise texts, decode images and read features of items.
 
-        Args:
-            items: their files.
-            cache: a folder for the arrays.
-
         Raises:
             ValueError: a value cannot be used; names file, column and row.
         """

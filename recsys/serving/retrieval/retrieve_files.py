@@ -91,11 +91,7 @@ def _retrieved(
 
 
 def _requests(name: str, retriever: Retriever) -> Iterator[Request]:
-    """Yield the requests of an input.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
+    """Yield the requests of an input."""
     if name.endswith(".json"):
         yield from _of_json(Location.of(name))
         return
@@ -117,11 +113,7 @@ def _requests(name: str, retriever: Retriever) -> Iterator[Request]:
 
 
 def _of_json(file: Location) -> Iterator[Request]:
-    """Yield the requests of a JSON file.
-
-    Raises:
-        ValueError: it is no JSON, or has no requests.
-    """
+    """Yield the requests of a JSON file."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

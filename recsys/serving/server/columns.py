@@ -65,10 +65,9 @@ class Columns:
         if column is None or column.kind == "dense":
             return "FP32"
         vocabulary = self.schema.vocabularies.get(self.schema.table_of(name))
-        known = isinstance(vocabulary, ExactVocabulary) and not pa.types.is_integer(
-            vocabulary.ids.type
-        )
-        return "BYTES" if known else "INT64"
+        if isinstance(vocabulary, ExactVocabulary) and not pa.types.is_integer(vocabulary.ids.type):
+            return "BYTES"
+        return "INT64"
 
     def request_of(self, tensors: Iterable[Tensor]) -> RankedUser:
         """Return tensors by column as a request.

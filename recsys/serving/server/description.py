@@ -24,10 +24,7 @@ def body_of(kind: type[BaseModel]) -> dict[str, Any]:
 def describe(app: FastAPI, name: str, served: Served) -> None:
     """Complete the description that the application keeps: messages, model and columns.
 
-    Args:
-        app: the application with its routes.
-        name: the model.
-        served: the package at the start; one that replaces it may have other columns.
+    `served` is the package at the start; one that replaces it may have other columns.
     """
     document, columns = app.openapi(), served.columns
     parts = document["components"]["schemas"]

@@ -19,6 +19,7 @@ from recsys.config.server import ServerSettings
 from recsys.serving.integrity import VerifiedFiles
 from recsys.serving.server import metrics
 from recsys.serving.server.columns import RankedUser
+from recsys.serving.server.protocol.tensors import Tensor
 from recsys.serving.server.refusals import NotServed, Overloaded, Refusal, Unauthorized
 from recsys.serving.server.served import POLL_SECONDS, CurrentPackage, Served
 
@@ -101,6 +102,21 @@ class Engine:
         finally:
             self._waiting -= 1
             metrics.WAITING.dec()
+
+    async def infer(
+        self, served: Served, names: list[str], tensors: list[Tensor]
+    ) -> dict[str, np.ndarray]:  # float32 [N] by output
+        """Return the outputs that a request of the protocol names, or all if it names none.
+
+        Raises:
+            Refusal: the model has no such output; or as in `score`.
+        """
+        labels = served.scorer.labels
+        for name in names:
+            if name not in labels:
+                raise Refusal(f"output '{name[:99]}': is none of {list(labels)}")
+        scores = await self.score(served, served.columns.request_of(tensors))
+        return {name: scores[:, labels.index(name)] for name in names or labels}
 
     @staticmethod
     def _score(served: Served, request: RankedUser) -> np.ndarray:  # float32 [N, C]

@@ -21,12 +21,7 @@ OPEN = ("/v2/health/live", "/v2/health/ready")  # probes of Kubernetes send no t
 
 
 class Gate:
-    """Wraps the application.
-
-    Args:
-        app: the application.
-        engine: knows the token.
-    """
+    """Wraps the application."""
 
     def __init__(self, app: FastAPI, engine: Engine) -> None:
         """Keep the arguments."""

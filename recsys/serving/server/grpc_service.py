@@ -18,7 +18,6 @@ from grpc_tools import protoc
 
 from recsys.serving.server.engine import Engine
 from recsys.serving.server.http_app import INTERNAL, model_metadata
-from recsys.serving.server.protocol.infer import wanted_outputs
 from recsys.serving.server.protocol.tensors import Tensor
 from recsys.serving.server.refusals import Refusal
 from recsys.serving.server.request_log import ID_HEADER, RequestLog
@@ -32,12 +31,7 @@ Method = Callable[[Any, str], Awaitable[dict[str, Any]]]
 
 
 def grpc_server(engine: Engine, address: str) -> grpc.aio.Server:
-    """Return a server that is not started yet.
-
-    Args:
-        engine: answers the requests.
-        address: host and port.
-    """
+    """Return a server that is not started yet."""
     limit = engine.settings.limits.max_body
     options = [("grpc.max_receive_message_length", limit), ("grpc.so_reuseport", 1)]
     server = grpc.aio.server(options=options)
@@ -83,12 +77,7 @@ class InferenceService:
         }
 
     def answer_of(self, name: str, response: Any) -> Callable[[Any, ServicerContext], Any]:
-        """Return a method with token, request id, codes of errors, log line and metrics.
-
-        Args:
-            name: the method.
-            response: class of its response.
-        """
+        """Return a method with token, request id, codes of errors, log line and metrics."""
         method = self._methods[name]
 
         async def answer(message: Any, context: ServicerContext) -> Any:
@@ -131,26 +120,22 @@ class InferenceService:
 
     async def _infer(self, message: Any, request_id: str) -> dict[str, Any]:
         served = self._engine.require_model(message.model_name, message.model_version)
-        labels = served.scorer.labels
-        wanted = wanted_outputs([output.name for output in message.outputs], labels)
-        scores = await self._engine.score(served, served.columns.request_of(_tensors(message)))
-        columns = [scores[:, labels.index(label)].astype("<f4").tobytes() for label in wanted]
-        about = {"datatype": "FP32", "shape": [len(scores)]}
+        wanted = [output.name for output in message.outputs]
+        columns = await self._engine.infer(served, wanted, _tensors(message))
         return {
             "model_name": message.model_name,
             "model_version": served.version,
             "id": message.id or request_id,
-            "outputs": [{"name": label} | about for label in wanted],
-            "raw_output_contents": columns,
+            "outputs": [
+                {"name": name, "datatype": "FP32", "shape": [len(values)]}
+                for name, values in columns.items()
+            ],
+            "raw_output_contents": [values.astype("<f4").tobytes() for values in columns.values()],
         }
 
 
 def _tensors(message: Any) -> list[Tensor]:
-    """Return the inputs of a request.
-
-    Raises:
-        Refusal: they do not fit their types and shapes.
-    """
+    """Return the inputs of a request."""
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
         raise Refusal(f"raw_input_contents: {len(raw)} for {len(message.inputs)} inputs")

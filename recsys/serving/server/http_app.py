@@ -17,12 +17,7 @@ from starlette.types import Scope
 from recsys.serving.server import metrics
 from recsys.serving.server.description import body_of, describe
 from recsys.serving.server.engine import Engine
-from recsys.serving.server.protocol.infer import (
-    JSON_LENGTH,
-    read_request,
-    wanted_outputs,
-    write_response,
-)
+from recsys.serving.server.protocol.infer import JSON_LENGTH, read_request, write_response
 from recsys.serving.server.protocol.messages import (
     ErrorResponse,
     InferRequest,
@@ -58,12 +53,7 @@ class DirectRoute(Route):
 
 
 def http_app(engine: Engine, lifespan: Lifespan) -> FastAPI:
-    """Return the application of a worker.
-
-    Args:
-        engine: answers the requests.
-        lifespan: what else starts and ends with the application.
-    """
+    """Return the application of a worker."""
     app = FastAPI(
         title="recsys serve",
         version=version("recsys-em3"),
@@ -157,15 +147,13 @@ class Routes:
         served = self._engine.require_model(name, model_version)
         body = await self._body_of(request)
         asked, tensors = read_request(body, request.headers.get(JSON_LENGTH))
-        labels = served.scorer.labels
-        wanted = wanted_outputs([output.name for output in asked.outputs or ()], labels)
-        scores = await self._engine.score(served, served.columns.request_of(tensors))
+        wanted = [output.name for output in asked.outputs or ()]
+        columns = await self._engine.infer(served, wanted, tensors)
         head = {
             "model_name": name,
             "model_version": served.version,
             "id": asked.id or request.state.request_id,
         }
-        columns = {each: scores[:, labels.index(each)] for each in wanted}
         content, json_length = write_response(asked, head, columns)
         if json_length is None:
             return Response(content, media_type="application/json")
@@ -185,11 +173,7 @@ class Routes:
         return Response(content, media_type="application/json")
 
     async def _body_of(self, request: Request) -> bytes:
-        """Return the body, of which no more than the limit is read.
-
-        Raises:
-            TooLarge: it is larger.
-        """
+        """Return the body, of which no more than the limit is read."""
         limit, chunks, size = self._engine.settings.limits.max_body, [], 0
         async for chunk in request.stream():
             size += len(chunk)

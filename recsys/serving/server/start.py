@@ -120,11 +120,7 @@ def _bound(name: str, host: str, port: int, is_shared: bool = False) -> socket.s
 
 
 def _reserved(name: str, host: str, port: int) -> socket.socket:
-    """Return a socket that keeps an address, on which the workers' own sockets may listen.
-
-    Raises:
-        ValueError: the address is taken, or none of this machine.
-    """
+    """Return a socket that keeps an address, on which the workers' own sockets may listen."""
     with _bound(name, host, port) as alone:  # another server could share the port of a shared one
         port = alone.getsockname()[1]
     return _bound(name, host, port, is_shared=True)

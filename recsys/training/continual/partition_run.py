@@ -61,27 +61,16 @@ from recsys.training.warm_start import OpenedWarmStart, describe_start, open_war
 
 @dataclass(frozen=True)
 class ContinualRun:
-    """Settings, folders and ranks that the runs of all partitions share.
-
-    Args:
-        config: every setting.
-        data: the dataset.
-        folder: the continual run's.
-        ranks: the ranks of the job.
-        lockstep: keeps them on the same batch, and learns of requests to end.
-        writers: the ranks with a group for checkpoints.
-        warm_start: the run that the first partition's begins from, if any.
-        clock: measures the phases of a partition.
-    """
+    """Settings, folders and ranks that the runs of all partitions share."""
 
     config: Config
     data: str
     folder: ContinualFolder
     ranks: Ranks
-    lockstep: Lockstep
-    writers: Ranks
-    warm_start: WarmStart | None = None
-    clock: Clock = field(default_factory=Clock)
+    lockstep: Lockstep  # keeps the ranks on the same batch, and learns of requests to end
+    writers: Ranks  # the same ranks with a group for checkpoints
+    warm_start: WarmStart | None = None  # the run that the first partition's begins from
+    clock: Clock = field(default_factory=Clock)  # of the phases of a partition
 
     def before(self, state: RunState) -> tuple[str, WarmStart | None]:
         """Return the partition trained on last, and what the next run begins from."""
@@ -182,11 +171,7 @@ def _as_read(partition: Partition, interactions: Interactions) -> Trained:
 
 
 def _refuse_changed(folder: ContinualFolder, state: RunState, now: Trained, goes_on: bool) -> None:
-    """Refuse a partition that has changed since it was begun.
-
-    Raises:
-        ValueError: it has other rows than those that were scored or trained on.
-    """
+    """Refuse a partition that has changed since it was begun."""
     begun = state.begun
     if begun is None or begun == now or not (goes_on or folder.scores_of(now.name).exists()):
         return

@@ -23,13 +23,9 @@ Key = tuple[tuple[int, int, str], ...]
 
 @dataclass(frozen=True)
 class Partition:
-    """A folder with training rows.
+    """A folder with training rows."""
 
-    Args:
-        name: path below `train/`.
-    """
-
-    name: str
+    name: str  # path below `train/`
 
     @property
     def folder(self) -> str:

@@ -21,15 +21,10 @@ from recsys.training.continual.partitions import (
 
 @dataclass(frozen=True)
 class Span:
-    """Partitions to walk.
+    """Partitions to walk."""
 
-    Args:
-        first: value of the first, such as `2026-11-01` or `2026-11-01/05`; None: from the start.
-        last: value of the last; one of fewer levels takes all partitions in it.
-    """
-
-    first: str | None = None
-    last: str | None = None
+    first: str | None = None  # value such as `2026-11-01` or `2026-11-01/05`; None: from the start
+    last: str | None = None  # one of fewer levels takes all partitions in it
 
     def begins_after(self, key: Key) -> bool:
         """Return whether a partition is before the span."""

@@ -43,17 +43,11 @@ LOOK_SECONDS = 0.2  # from one exchange of requests to end to the next
 
 @dataclass(frozen=True)
 class Request:
-    """Partitions to walk, and the run to begin from.
-
-    Args:
-        span: the partitions to walk.
-        follow: wait for further partitions, until the job is asked to end.
-        warm_start: the run that the first partition's begins from.
-    """
+    """Partitions to walk, and the run to begin from."""
 
     span: Span = field(default_factory=Span)
-    follow: bool = False
-    warm_start: WarmStart | None = None
+    follow: bool = False  # wait for further partitions, until the job is asked to end
+    warm_start: WarmStart | None = None  # the run that the first partition's begins from
 
 
 def train_continually(
@@ -168,11 +162,7 @@ def _summarize(continual: ContinualRun, count: int) -> None:
 
 
 def _check_trained(continual: ContinualRun, state: RunState) -> None:
-    """Refuse partitions whose rows changed after they were trained on; those removed are ignored.
-
-    Raises:
-        ValueError: names the partition.
-    """
+    """Refuse partitions whose rows changed after training on them; those removed are ignored."""
     config, root = continual.config, Location.of(continual.data)
     schema = load_schema(root, with_vocabularies=False)
     check_packages(config.continual, schema, continual.folder.path)
@@ -244,11 +234,7 @@ def _nothing(train: Location, partitions: list[Partition], span: Span) -> str:
 
 
 def _check_begun(folder: ContinualFolder, state: RunState, partition: Partition | None) -> None:
-    """Refuse to leave out a partition whose rows are scored.
-
-    Raises:
-        ValueError: its folder is gone.
-    """
+    """Refuse to leave out a partition whose rows are scored."""
     begun = state.begun
     if begun is None or (partition is not None and partition.name == begun.name):
         return
@@ -260,11 +246,7 @@ def _check_begun(folder: ContinualFolder, state: RunState, partition: Partition 
 
 
 def _pause(lockstep: Lockstep, seconds: float) -> None:
-    """Wait, unless the job is asked to end. A collective.
-
-    Raises:
-        TrainingStopped: the job was asked to end.
-    """
+    """Wait, unless the job is asked to end. A collective."""
     lockstep.listen()
     end = time.monotonic() + seconds
     while True:

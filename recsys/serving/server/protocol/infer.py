@@ -49,28 +49,10 @@ def read_request(body: bytes, json_length: str | None) -> tuple[InferRequest, li
     return request, tensors
 
 
-def wanted_outputs(wanted: list[str] | None, labels: tuple[str, ...]) -> list[str]:
-    """Return the names of the outputs of a response; all if none are asked for.
-
-    Raises:
-        Refusal: the model has no such output.
-    """
-    for name in wanted or ():
-        if name not in labels:
-            raise Refusal(f"output '{name[:99]}': is none of {list(labels)}")
-    return wanted or list(labels)
-
-
 def write_response(
     request: InferRequest, head: dict[str, str], columns: dict[str, np.ndarray]
 ) -> tuple[bytes, int | None]:  # columns: float32 [N] by output
-    """Return a body and, if outputs follow its JSON as bytes, the length of the JSON.
-
-    Args:
-        request: says which outputs are wanted as bytes.
-        head: name, version and id.
-        columns: the outputs.
-    """
+    """Return a body and, if outputs follow its JSON as bytes, the length of the JSON."""
     asked = {output.name: output.parameters for output in request.outputs or ()}
     default = request.parameters.get("binary_data_output", False)
     outputs, raw = [], []
