@@ -17,13 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recsys.build import Job
 from recsys.data.filesystem import whole_folder
 from recsys.distributed.ranks import Ranks
 from recsys.ranking.two_tower import TwoTower
 from recsys.serving.export import load_for_export
 from recsys.serving.package import GRAPH, Listed, write_manifest
 from recsys.serving.retrieval.index import IndexKind, build_index, require_faiss, write_index
-from recsys.serving.retrieval.item_vectors import ItemVectors, VectorKind, item_vectors
+from recsys.serving.retrieval.item_vectors import VectorKind, item_vectors
 from recsys.serving.retrieval.user_tower import write_user_tower
 
 logger = logging.getLogger(__name__)
@@ -86,36 +87,36 @@ def export_vectors(
         if kind == "item_tower":
             (partial / QUERIES).mkdir()
             tower = write_user_tower(run, job, partial / QUERIES).files[GRAPH]
-        of_items = item_vectors(job, kind)
-        num_items, dim = of_items.vectors.shape
-        manifest = VectorsManifest(
-            run=str(run),
-            ranking=job.config.ranking.name,
-            vectors=kind,
-            num_items=num_items,
-            dim=dim,
-            target_item=job.schema.target_item,
-            history=job.schema.history,
-            index=index,
-            normalized=kind == "content",
-            tower=tower,
-        )
-        if index is not None:
-            manifest.versions["faiss"] = require_faiss().__version__
-        _write(partial, of_items, manifest)
+        manifest = _write(partial, run, job, kind, index)
+        manifest.tower = tower
         write_manifest(partial, manifest, leave_out=QUERIES)
     return manifest
 
 
-def _write(folder: Path, of_items: ItemVectors, manifest: VectorsManifest) -> None:
-    np.save(folder / VECTORS, of_items.vectors)
+def _write(
+    folder: Path, run: Path, job: Job, kind: VectorKind, index: IndexKind | None
+) -> VectorsManifest:
+    """Write vectors, ids and index of all items; return their manifest."""
+    of_items = item_vectors(job, kind)
+    vectors, (num_items, dim) = of_items.vectors, of_items.vectors.shape
+    np.save(folder / VECTORS, vectors)
     pq.write_table(pa.table({"id": of_items.ids, "row": of_items.rows}), folder / ITEMS)
-    if manifest.index is not None:
-        vectors = of_items.vectors
-        write_index(
-            build_index(unit(vectors) if manifest.normalized else vectors, manifest.index),
-            folder / INDEX,
-        )
+    manifest = VectorsManifest(
+        run=str(run),
+        ranking=job.config.ranking.name,
+        vectors=kind,
+        num_items=num_items,
+        dim=dim,
+        target_item=job.schema.target_item,
+        history=job.schema.history,
+        index=index,
+        normalized=kind == "content",
+    )
+    if index is not None:
+        searched = unit(vectors) if manifest.normalized else vectors
+        write_index(build_index(searched, index), folder / INDEX)
+        manifest.versions["faiss"] = require_faiss().__version__
+    return manifest
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:  # [N, V] -> [N, V]
