@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ class Checkpoints:
     def _start(self, state: State, folder: Path, progress: Progress) -> None:
         manifest = {
             "step": progress.steps,
-            "progress": progress.to_json(),
+            "progress": asdict(progress),
             "world_size": self.job.ranks.world_size,
             "config": to_plain(self.job.config),
             "data": self.data,

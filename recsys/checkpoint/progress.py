@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from recsys.config import Config
@@ -73,13 +73,9 @@ class Progress:
         for table, of in job.vocabularies.counts().items():
             _add(self.vocabularies, {table: {"admitted": of.admitted, "evicted": of.evicted}})
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the counters as plain values."""
-        return asdict(self)
-
     @staticmethod
     def from_json(values: dict[str, Any]) -> Progress:
-        """Build the counters from the plain values of `to_json`.
+        """Build the counters from the plain values of `dataclasses.asdict`.
 
         Raises:
             ValueError: the position is incomplete, or a counter is unknown or of another type.

@@ -112,11 +112,10 @@ class TrainingState:
         tables = self.moments.state_dict(names)
         state |= {f"{prefix}{name}": value for name, value in tables.items()}
         state |= self._dense_optimizer(stored)
-        state |= {
-            name: value
-            for name, value in (self._random() | self._averages()).items()
-            if stored is None or name in stored
-        }
+        averages = self.job.averages.state_dict() if self.job.averages is not None else {}
+        others = {f"optimizer.average.{name}": value for name, value in averages.items()}
+        others |= self._random()
+        state |= {n: value for n, value in others.items() if stored is None or n in stored}
         self._loaded = state
         return state
 
@@ -144,10 +143,6 @@ class TrainingState:
             }
             tensors = make_room(optimizer, names, sizes)
         return {f"{prefix}{name}": value for name, value in tensors.items()}
-
-    def _averages(self) -> State:
-        averages = self.job.averages.state_dict() if self.job.averages is not None else {}
-        return {f"optimizer.average.{name}": value for name, value in averages.items()}
 
     def _random(self) -> State:
         ranks = self.job.ranks

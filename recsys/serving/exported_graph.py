@@ -68,8 +68,10 @@ class ExportedGraph:
         records = json.loads(archive.read(f"{root}{WEIGHTS}{CONFIG}"))["config"]
         state = dict(self._state)
         for name, record in records.items():
-            content = bytearray(archive.read(f"{root}{WEIGHTS}{record['path_name']}"))
-            state[name] = _like(state[name], content)
+            content, old = archive.read(f"{root}{WEIGHTS}{record['path_name']}"), state[name]
+            if old.numel():
+                flat = torch.frombuffer(bytearray(content), dtype=old.dtype)
+                state[name] = flat.as_strided(old.shape, old.stride(), old.storage_offset()).clone()
         return ExportedGraph(self.operations, state, self.digest)
 
 
@@ -81,14 +83,6 @@ def _state_of(program: ExportedProgram) -> dict[str, Tensor]:
     assert are_inputs == sorted(are_inputs), specs  # behind the state
     names = [str(spec.target) for spec in specs[: len(specs) - sum(are_inputs)]]
     return {name: known[name].detach() for name in names}
-
-
-def _like(old: Tensor, content: bytearray) -> Tensor:
-    """Return a tensor of the type and layout of another with other content."""
-    if not old.numel():
-        return old
-    flat = torch.frombuffer(content, dtype=old.dtype)
-    return flat.as_strided(old.shape, old.stride(), old.storage_offset()).clone()
 
 
 def _root_of(archive: ZipFile) -> str:

@@ -18,11 +18,6 @@ from recsys.data.schema import Schema
 def add_new_items(run: Path, schema: Schema, root: Location) -> str:
     """Give new items of a dataset rows, if the run is that of a partition.
 
-    Args:
-        run: folder of a run.
-        schema: its columns with its maps of ids, which are extended.
-        root: the dataset.
-
     Returns:
         Folder of the dataset with the run's training rows.
 

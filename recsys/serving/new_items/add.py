@@ -25,7 +25,6 @@ from recsys.checkpoint.run_schema import load_run_schema
 from recsys.data.filesystem import Location
 from recsys.data.items.item_table import ItemTable, plain_values
 from recsys.data.parquet.file import column_type, open_parquet
-from recsys.data.schema import Schema
 from recsys.serving.integrity import differences
 from recsys.serving.new_items.added_items import (
     FOLDER,
@@ -46,17 +45,12 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class AddedCounts:
-    """Numbers of items of an addition.
+    """Numbers of items of an addition."""
 
-    new: they had no content in the package; changed: their content was replaced; unchanged: left
-    as they are; without_row: of the new ones, those whose ID vector is that of unknown ids, as the
-    table is full.
-    """
-
-    new: int
-    changed: int
+    new: int  # they had no content in the package
+    changed: int  # their content was replaced
     unchanged: int
-    without_row: int
+    without_row: int  # new ones with the ID vector of unknown ids, as the table is full
 
     def __str__(self) -> str:
         """Describe the counts in a line."""
@@ -150,24 +144,19 @@ def _open_items(package: Path, added: AddedItems, files: Location) -> tuple[Item
     vocabulary = grow_vocabulary(schema, [added.ids])
     num_items, ids = schema.num_items, added.ids
     if vocabulary is not None and known is not None:
-        for file, of_file in _raw_ids(schema, files):
+        assert schema.items is not None
+        name = schema.items.id
+        for file in files.files(".parquet"):
+            with open_parquet(file) as parquet:
+                column_type(parquet, file, name)
+                of_file = parquet.read(columns=[name]).column(0).combine_chunks()
             try:
-                vocabulary.extend([of_file])
+                vocabulary.extend([plain_values(of_file).drop_null()])
             except ValueError as error:
-                name = schema.items.id if schema.items else ""
                 raise ValueError(f"{file}: column '{name}': {error}") from error
         num_items, ids = vocabulary.num_items, vocabulary.ids.slice(len(known))  # type: ignore[arg-type]
     root = Location(files.filesystem, files.path.rpartition("/")[0])
     return ItemTable(root, schema, "error", files, num_items), ids
-
-
-def _raw_ids(schema: Schema, files: Location) -> Iterator[tuple[Location, pa.Array]]:
-    assert schema.items is not None
-    for file in files.files(".parquet"):
-        with open_parquet(file) as parquet:
-            column_type(parquet, file, schema.items.id)
-            ids = parquet.read(columns=[schema.items.id]).column(0).combine_chunks()
-            yield file, plain_values(ids).drop_null()
 
 
 def _compare(

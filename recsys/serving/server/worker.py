@@ -37,11 +37,10 @@ def worker_app(settings: ServerSettings, verified: VerifiedFiles | None = None) 
     configure_logging(0, settings.log_level, settings.log_format)
     of_http = logging.getLogger("uvicorn")
     of_http.handlers, of_http.propagate = logging.getLogger("recsys").handlers, False
-    is_one = settings.workers == 1
     try:
         engine = Engine(settings, verified)
     except ValueError as error:
-        if is_one:
+        if settings.workers == 1:
             raise
         logger.error("%s", error)
         raise SystemExit(STARTUP_FAILURE) from error

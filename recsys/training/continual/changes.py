@@ -30,12 +30,6 @@ def require_unchanged(
 ) -> None:
     """Refuse columns or settings that a warm start would reconcile, but that redefine the model.
 
-    Args:
-        source: the run of the partition before.
-        differences: those of the columns.
-        config: present settings.
-        root: the dataset.
-
     Raises:
         ValueError: names all that differ.
     """

@@ -134,8 +134,11 @@ def _walk(continual: ContinualRun, request: Request) -> RunState:
         rows = f"{trained.rows:,}"
         logger.info("trained on %s: %s rows in %s", partition.name, rows, continual.clock)
         gc.collect()  # the model of this partition, before the next is built
-    if ranks.is_first:
-        _summarize(continual, len(state.trained) - begun)
+    if ranks.is_first and len(state.trained) > begun:
+        print_table(format_lines(continual.config, folder.metrics()))
+        logger.info("written to %s", folder.path)
+    elif ranks.is_first:
+        logger.info("%s: no new partition to train on", continual.data)
     return state
 
 
@@ -150,15 +153,6 @@ def _name_unused(config: Config) -> None:
             "validation",
             ", ".join(set_ones),
         )
-
-
-def _summarize(continual: ContinualRun, count: int) -> None:
-    """Print the metrics of all partitions, or that none was new."""
-    if not count:
-        logger.info("%s: no new partition to train on", continual.data)
-        return
-    print_table(format_lines(continual.config, continual.folder.metrics()))
-    logger.info("written to %s", continual.folder.path)
 
 
 def _check_trained(continual: ContinualRun, state: RunState) -> None:

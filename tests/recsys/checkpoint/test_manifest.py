@@ -5,6 +5,7 @@ import copy
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,10 @@ DAMAGES: dict[str, Any] = {
     "no progress": {"progress": None},
     "progress a list": {"progress": [1]},
     "progress empty": {"progress": {}},
-    "progress of text": {"progress": {**NEWEST.to_json(), "steps": "6"}},
-    "progress of more": {"progress": {**NEWEST.to_json(), "colour": 1}},
-    "stages of text": {"progress": {**NEWEST.to_json(), "stages": ["one"]}},
-    "ids of text": {"progress": {**NEWEST.to_json(), "ids": {"user": 3}}},
+    "progress of text": {"progress": {**asdict(NEWEST), "steps": "6"}},
+    "progress of more": {"progress": {**asdict(NEWEST), "colour": 1}},
+    "stages of text": {"progress": {**asdict(NEWEST), "stages": ["one"]}},
+    "ids of text": {"progress": {**asdict(NEWEST), "ids": {"user": 3}}},
     "no config": {"config": None},
     "config empty": {"config": {}},
     "no ranks": {"world_size": 0},
