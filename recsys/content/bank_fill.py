@@ -79,7 +79,7 @@ def item_vectors(
         return content.bank.lookup(torch.from_numpy(ids).to(ranks.device))[0].cpu()
     was_training = content.training
     content.eval()
-    vectors = [torch.zeros(0, content.dim)]
+    vectors = [torch.zeros(0, content.vector_dim)]
     for start in range(0, len(ids), ITEMS_PER_CALL):
         inputs = store.gather(ids[start : start + ITEMS_PER_CALL])
         on_device = {name: part.to(ranks.device) for name, part in inputs.items()}

@@ -88,7 +88,7 @@ class ContentBranch(nn.Module):
             }
         )
         self.fusion = build_fusion(settings.fusion, settings.dim, len(encoders))
-        self.dim = settings.dim
+        self.dim, self.vector_dim = settings.dim, settings.vector_dim
         self.keeps_modalities = settings.history.similarity_features
         self.history_map = HistoryMap(settings.dim, settings.history)
         self.encodes_history = settings.history.mode == "full"
