@@ -102,9 +102,9 @@ class Job:
         assert isinstance(model, EM3)
         return model
 
-    def set_step(self, step: int, dense_step: int, schedule: dict[str, float]) -> None:
-        """Set the bank's age, and the rates after `dense_step` updates by a schedule's state."""
-        set_updates(self.schedule, dense_step, schedule)
+    def set_step(self, step: int, dense_step: int) -> None:
+        """Set the step that the bank stores as age, and the rates after `dense_step` updates."""
+        set_updates(self.schedule, dense_step)
         if self.em3.content is not None:
             self.em3.content.step = step
 

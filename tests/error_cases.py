@@ -21,7 +21,7 @@ from recsys.checkpoint.output_file import check_output, check_run_folder
 from recsys.checkpoint.partitions.state import RunState, Trained
 from recsys.checkpoint.run_folder import find_start
 from recsys.commands.options import require_finished
-from recsys.config import ContentSettings, MetricSettings, OptimizerSettings, load_config
+from recsys.config import ContentSettings, MetricSettings, load_config
 from recsys.content.encoders.pretrained import PretrainedEncoder
 from recsys.data.events.engines.on_duckdb import DuckDBEngine
 from recsys.data.filesystem import Location
@@ -34,7 +34,6 @@ from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.compare import compare_runs
 from recsys.evaluation.further_metrics import make_metrics
-from recsys.optimizer import LearningRateShare
 from recsys.plug_in.added_columns import AddedColumns
 from recsys.plug_in.optimizer import with_content_optimizer
 from recsys.plug_in.settings import check, load_plug_in_settings
@@ -245,13 +244,6 @@ SECTIONS: dict[str, list[Case]] = {
         setting("--epochs=many", "epochs", "many"),
         setting("--batch_size=0", "batch_size", "0"),
         setting("--optimizer.learning_rate=.nan", "optimizer.learning_rate", "nan"),
-        Case(
-            "a factor of 3 on a plateau",
-            lambda folder: LearningRateShare(
-                OptimizerSettings(schedule="plateau", schedule_options={"factor": 3})
-            ),
-            ("optimizer.schedule", "plateau", "factor", "3"),
-        ),
         setting("--ranking.dropout=1", "ranking.dropout", "1.0"),
         setting("--ranking.name=dlrn", "ranking.name", "dlrn", "dlrm"),
         setting("--ranking.search_top_k=20", "ranking.search_top_k", "din_dcn"),

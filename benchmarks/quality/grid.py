@@ -147,12 +147,6 @@ OTHERS = [
         {"embedding.reset_every_epoch": True},
         "recipe",
     ),
-    Cell(
-        "rates by plateau",
-        "the recipe with up to 8 epochs, whose learning rates fall where validation gains nothing",
-        {"optimizer.schedule": "plateau", "epochs": 8},
-        "recipe",
-    ),
     *with_cic(
         "two towers",
         "the recipe as a model of retrieval: user and item meet in one product alone",

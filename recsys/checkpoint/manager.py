@@ -258,7 +258,7 @@ class Checkpoints:
         progress.continued_by(before, ranks.world_size, job.config.batch_size)
         if before.world_size != ranks.world_size:
             torch.manual_seed(job.config.seed + 1 + ranks.rank + 1000003 * progress.steps)
-        job.set_step(progress.age, progress.dense_steps, progress.schedule)
+        job.set_step(progress.age, progress.dense_steps)
         set_table_steps(job.model, progress.table_steps)
         return progress
 

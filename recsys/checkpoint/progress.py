@@ -35,8 +35,6 @@ class Progress:
     best_score: float = -1.0  # by the metric `best_model_by`
     best: dict[str, Any] = field(default_factory=dict)
     validations_without_gain: int = 0
-    # State of a learning-rate schedule that follows validations.
-    schedule: dict[str, float] = field(default_factory=dict)
     # Counts of training so far: by column, looked-up and unknown ids; by table with a bounded
     # vocabulary, ids that got and ids that lost a row.
     ids: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -83,6 +81,7 @@ class Progress:
         if missing := {"steps", "epoch", "stages", "batches"} - values.keys():
             raise ValueError(f"'progress' has no {sorted(missing)[0]}")
         values = {"dense_steps": values["steps"], **values}  # before accumulation they were equal
+        values.pop("schedule", None)  # of versions whose schedules could follow validations
         for name, value in values.items():
             if not _is_counter(name, value):
                 raise ValueError(f"'progress' has {name} {value}")
@@ -100,8 +99,6 @@ def _is_counter(name: str, value: Any) -> bool:
         return -1 <= value < 2**63
     if name == "stages":
         return all(_is_stage(stage) for stage in value)
-    if name == "schedule":
-        return all(type(number) in (float, int) for number in value.values())
     counts = value.values() if name in ("ids", "vocabularies") else ()
     return all(
         isinstance(of_name, dict) and all(type(count) is int for count in of_name.values())

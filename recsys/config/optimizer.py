@@ -33,11 +33,10 @@ class OptimizerSettings:
     warmup_steps: NonNegativeInt = 20
     """Steps in which the learning rates rise from 0."""
     schedule: str = "constant"
-    """Course of the learning rates after warm-up: constant, cosine, linear, plateau (falling where
-    validations stop improving), or a function or class of your own as `package.module:function`."""
+    """Course of the learning rates after warm-up: constant, cosine, linear, or a function of your
+    own as `package.module:function`."""
     schedule_options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the schedule, such as `final_share`; plateau has factor (0.3), patience
-    in validations (0), threshold (0) and final_share (0)."""
+    """Further arguments of the schedule, such as `final_share`."""
     decay_steps: PositiveInt | None = None
     """Steps after warm-up until a decay ends; default: all epochs."""
     clip_norm: PositiveFloat | None = None

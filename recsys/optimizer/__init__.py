@@ -15,7 +15,6 @@ from recsys.optimizer.groups import DenseGroup
 from recsys.optimizer.groups import dense_groups as dense_groups
 from recsys.optimizer.groups import dense_parameters as dense_parameters
 from recsys.optimizer.schedules import LearningRateShare, build_schedule
-from recsys.optimizer.schedules import note_validation as note_validation
 from recsys.optimizer.schedules import set_updates as set_updates
 from recsys.optimizer.state import make_room as make_room
 from recsys.optimizer.state import numbers_loaded as numbers_loaded

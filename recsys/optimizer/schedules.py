@@ -1,15 +1,14 @@
 """Learning rates over the steps: linear warm-up, then constant, cosine, linear, or your own.
 
-Each schedule is a share of the configured rate that depends on the number of dense updates alone,
-or on a state that checkpoints hold, too: a run resumed from a checkpoint has the same rates as an
-uninterrupted one.
+Each schedule is a share of the configured rate that depends on the number of dense updates alone: a
+run resumed from a checkpoint has the same rates as an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -21,25 +20,7 @@ SCHEDULES = {
     "constant": "recsys.optimizer.schedules:constant",
     "cosine": "recsys.optimizer.schedules:cosine",
     "linear": "recsys.optimizer.schedules:linear",
-    "plateau": "recsys.optimizer.plateau:Plateau",
 }
-
-
-@runtime_checkable
-class ValidatedSchedule(Protocol):
-    """A schedule that follows the scores of validations: an object, called like a function."""
-
-    def __call__(self, step: int, decay_steps: int) -> float:
-        """Return the share of the learning rate."""
-
-    def validated(self, score: float) -> None:
-        """Note the score of a validation, the same on all ranks; the highest is best."""
-
-    def state_dict(self) -> dict[str, float]:
-        """Return the state as numbers by name, for checkpoints."""
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Continue with a state of `state_dict`."""
 
 
 def constant(step: int, decay_steps: int) -> float:
@@ -68,11 +49,10 @@ class LearningRateShare:
     Args:
         settings: `schedule` names a function of this module, or a user's function as
             `package.module:function`. It is called with the number of updates since warm-up ended,
-            `decay_steps` and the `schedule_options` by name, and returns the share of the rate. A
-            class is constructed with the options instead, as a `ValidatedSchedule`.
+            `decay_steps` and the `schedule_options` by name, and returns the share of the rate.
 
     Raises:
-        ValueError: the function does not exist, or it or the class refuses the options.
+        ValueError: the function does not exist, or it refuses the options.
 
     Example::
 
@@ -89,16 +69,11 @@ class LearningRateShare:
         """Import the function of the schedule and call it once, to check its options."""
         self.settings = settings
         self.decay_steps = settings.decay_steps or 0
-        part = find_part("optimizer.schedule", settings.schedule, SCHEDULES)
-        self.function: Callable[..., Any] = part
-        self.options = settings.schedule_options
-        self.validated: ValidatedSchedule | None = None
+        self.function: Callable[..., Any] = find_part(
+            "optimizer.schedule", settings.schedule, SCHEDULES
+        )
         try:
-            if isinstance(part, type):
-                self.function, self.options = part(**self.options), {}
-                if isinstance(self.function, ValidatedSchedule):
-                    self.validated = self.function
-            float(self.function(0, decay_steps=1, **self.options))
+            float(self.function(0, decay_steps=1, **settings.schedule_options))
         except Exception as error:  # a user's function may raise any error
             raise ValueError(
                 f"optimizer.schedule '{settings.schedule}' cannot be called with a step, "
@@ -116,7 +91,8 @@ class LearningRateShare:
         warmup_steps = self.settings.warmup_steps
         risen = min(1.0, (step + 1) / max(warmup_steps, 1))
         since = max(step - warmup_steps, 0)
-        return risen * float(self.function(since, decay_steps=self.decay_steps, **self.options))
+        options = self.settings.schedule_options
+        return risen * float(self.function(since, decay_steps=self.decay_steps, **options))
 
 
 def build_schedule(optimizer: Optimizer, settings: OptimizerSettings) -> LambdaLR:
@@ -135,47 +111,10 @@ def build_schedule(optimizer: Optimizer, settings: OptimizerSettings) -> LambdaL
     return LambdaLR(optimizer, LearningRateShare(settings))
 
 
-def set_updates(
-    schedule: LambdaLR, num_updates: int, state: Mapping[str, float] | None = None
-) -> None:
-    """Set the learning rates to those after `num_updates` dense updates.
-
-    Args:
-        schedule: made by `build_schedule`.
-        num_updates: number of updates so far.
-        state: a state that `note_validation` returned; None or an empty one: no validation so far.
-    """
-    follows = _share_of(schedule).validated
-    # Another schedule than that of the checkpoint begins anew: its state has other numbers.
-    if state and follows is not None and state.keys() == follows.state_dict().keys():
-        follows.load_state_dict(state)
+def set_updates(schedule: LambdaLR, num_updates: int) -> None:
+    """Set the learning rates to those after `num_updates` dense updates."""
     schedule.last_epoch = num_updates
     for group, base, share in zip(
         schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
     ):
         group["lr"] = base * share(num_updates)
-
-
-def note_validation(schedule: LambdaLR, score: float) -> dict[str, float]:
-    """Let a schedule that follows validations change the learning rates of the next update.
-
-    Args:
-        schedule: made by `build_schedule`.
-        score: the same on all ranks; the highest is best.
-
-    Returns:
-        The state of the schedule, for checkpoints; empty if it does not follow validations.
-    """
-    follows = _share_of(schedule).validated
-    if follows is None:
-        return {}
-    follows.validated(score)
-    set_updates(schedule, schedule.last_epoch)
-    return follows.state_dict()
-
-
-def _share_of(schedule: LambdaLR) -> LearningRateShare:
-    """Return the share of the learning rates, which all groups have in common."""
-    share = schedule.lr_lambdas[0]
-    assert isinstance(share, LearningRateShare)
-    return share

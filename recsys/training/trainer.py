@@ -27,7 +27,6 @@ from recsys.distributed.lockstep import Lockstep, TrainingStopped
 from recsys.evaluation.evaluate import evaluate_split, fill_bank
 from recsys.evaluation.model_selection import needs_search, selection_score, selection_words
 from recsys.evaluation.validation_check import undefined_selection
-from recsys.optimizer import note_validation
 from recsys.training.garbage import collected_seldom
 from recsys.training.loss_watch import LossWatch
 from recsys.training.reporter import Reporter
@@ -200,7 +199,6 @@ class Trainer:
         if score is None:
             cause = f"the {selection_words(job.config.best_model_by)} is not defined there"
             raise ValueError(undefined_selection(job, cause))
-        progress.schedule = note_validation(job.schedule, score)
         if progress.best_step < 0 or score > progress.best_score:
             progress.best_step, progress.best_score, progress.best = progress.steps, score, report
             progress.validations_without_gain = 0

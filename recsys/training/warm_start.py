@@ -76,7 +76,7 @@ def take_over(job: Job, plan: WarmStartPlan) -> Progress:
         if source.optimizer is not None and plan.tables_with_state
         else 0,
     )
-    job.set_step(progress.age, progress.dense_steps, progress.schedule)
+    job.set_step(progress.age, progress.dense_steps)
     set_table_steps(job.model, progress.table_steps)
     content = job.em3.content
     if content is not None and job.store is not None:

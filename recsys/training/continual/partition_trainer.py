@@ -11,7 +11,6 @@ from recsys.checkpoint.run_folder import METRICS, finish_run
 from recsys.config import Config, ContinualSettings, content_settings
 from recsys.data.filesystem import write_whole
 from recsys.evaluation.evaluate import fill_bank
-from recsys.optimizer import LearningRateShare
 from recsys.training.continual.partitions import Partition
 from recsys.training.train import training_figures
 from recsys.training.trainer import Trainer
@@ -31,16 +30,11 @@ class PartitionTrainer(Trainer):
 
 
 def check_settings(config: Config) -> None:
-    """Refuse settings of runs with validations and several epochs, which a continual run has not.
+    """Refuse settings of runs of several epochs.
 
     Raises:
-        ValueError: the schedule follows validations, or tables begin anew in each epoch.
+        ValueError: tables begin anew in each epoch.
     """
-    if LearningRateShare(config.optimizer).validated is not None:
-        raise ValueError(
-            f"optimizer.schedule '{config.optimizer.schedule}' follows validations, and a "
-            "continual run has none; choose constant, cosine or linear"
-        )
     if config.embedding.reset_every_epoch:
         raise ValueError(
             "embedding.reset_every_epoch is true, but a continual run goes on with the rows of "

@@ -1,31 +1,17 @@
 """Learning rates over the steps, the norm of gradients and averaged weights."""
 
-import json
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import (
-    CosineAnnealingLR,
-    LambdaLR,
-    LinearLR,
-    ReduceLROnPlateau,
-    SequentialLR,
-)
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 from recsys.config import OptimizerSettings
 from recsys.distributed.accumulation import DenseUpdate
-from recsys.optimizer import (
-    AveragedWeights,
-    LearningRateShare,
-    build_schedule,
-    note_validation,
-    set_updates,
-)
+from recsys.optimizer import AveragedWeights, LearningRateShare, build_schedule, set_updates
 
 
 def halved(step: int, decay_steps: int, every: int) -> float:
@@ -90,97 +76,9 @@ def test_rates_can_be_set_to_those_after_any_number_of_updates(schedule: str) ->
     assert rates(going_on, resumed, 6) == expected[4:]  # to the last bit
 
 
-SCORES = (0.60, 0.70, 0.69, 0.705, 0.68, 0.67, 0.66, 0.65)  # of validations, one per 2 updates
-
-
-class Countdown:
-    """A schedule of one's own that follows validations: a third less after each."""
-
-    def __init__(self, begin: float) -> None:
-        self.share = begin
-
-    def __call__(self, step: int, decay_steps: int) -> float:
-        return self.share
-
-    def validated(self, score: float) -> None:
-        self.share *= 2 / 3
-
-    def state_dict(self) -> dict[str, float]:
-        return {"share": self.share}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self.share = state["share"]
-
-
-def validated_rates(
-    schedule: LambdaLR, scores: Sequence[float]
-) -> tuple[list[float], list[dict[str, float]]]:
-    """Rates of two updates before each validation, and the state after it."""
-    found, states = [], []
-    for score in scores:
-        found += rates(schedule, schedule.optimizer, 2)
-        states.append(note_validation(schedule, score))
-    return found, states
-
-
-def test_rates_fall_where_validation_stops_improving_as_those_of_torch() -> None:
-    optimizer, plain = (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.3) for _ in range(2))
-    options = {"factor": 0.5, "patience": 1, "threshold": 0.02, "final_share": 0.2}
-    settings = OptimizerSettings(schedule="plateau", schedule_options=options, warmup_steps=0)
-    plain_schedule = ReduceLROnPlateau(plain, "max", 0.5, 1, 0.02, "abs", min_lr=0.06)
-    expected = []
-    for score in SCORES:
-        expected += [plain.param_groups[0]["lr"]] * 2
-        plain_schedule.step(score)
-    found, _ = validated_rates(build_schedule(optimizer, settings), SCORES)
-    assert found == pytest.approx(expected)
-    assert found == pytest.approx([0.3] * 8 + [0.15] * 4 + [0.075] * 4)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "options"), [("plateau", {}), (f"{__name__}:Countdown", {"begin": 0.9})]
-)
-def test_a_schedule_that_follows_validations_goes_on_from_its_state(
-    schedule: str, options: dict[str, Any]
-) -> None:
-    settings = OptimizerSettings(schedule=schedule, schedule_options=options, warmup_steps=5)
-    optimizer, resumed = (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.3) for _ in range(2))
-    expected, states = validated_rates(build_schedule(optimizer, settings), SCORES)
-    assert len(set(expected)) > 6
-    going_on = build_schedule(resumed, settings)
-    set_updates(going_on, 6, json.loads(json.dumps(states[2])))
-    assert validated_rates(going_on, SCORES[3:])[0] == expected[6:]  # to the last bit
-
-
-def test_a_schedule_begins_anew_after_another_one() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.3)
-    plateau = build_schedule(optimizer, OptimizerSettings(schedule="plateau"))
-    set_updates(plateau, 100, {"share": 0.5})
-    assert plateau.optimizer.param_groups[0]["lr"] == 0.3
-    constant = build_schedule(optimizer, OptimizerSettings())
-    set_updates(constant, 100, note_validation(plateau, 0.5))
-    assert note_validation(constant, 0.5) == {}
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            OptimizerSettings(schedule="plateau", schedule_options={"factor": 1.0}),
-            r"optimizer\.schedule 'plateau' .*factor is 1\.0",
-        ),
-        (
-            OptimizerSettings(schedule="plateau", schedule_options={"patience": -1}),
-            "patience is -1",
-        ),
-        (
-            OptimizerSettings(schedule="plateau", schedule_options={"threshold": math.inf}),
-            "threshold is inf",
-        ),
-        (
-            OptimizerSettings(schedule="plateau", schedule_options={"final_share": 1.5}),
-            r"final_share is 1\.5",
-        ),
         (OptimizerSettings(schedule="cosinus"), r"optimizer\.schedule 'cosinus' is unknown"),
         (
             OptimizerSettings(schedule="cosine", schedule_options={"final": 0.1}),
