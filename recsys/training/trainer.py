@@ -52,14 +52,18 @@ class Trainer:
         """Add the watch of losses and the profile of the first steps; negatives get the counts."""
         if (negatives := self.job.preparation.negatives) is not None:
             negatives.use_counts(self.item_counts)
-        ranks, rows, config = self.job.ranks, self.interactions.rows, self.job.config
-        self.loss_watch = LossWatch(
-            ranks, rows, config.log_every_steps, lambda: self.checkpoints.last_good
-        )
-        parts = self.job.em3, ranks, config.profile_steps, self.run
-        self.profile = StepProfile(
-            *parts, write=lambda values: self.reporter.write(values, self.progress.steps)
-        )
+        # Their functions must not hold the trainer: a circle would keep the model of a run that has
+        # ended until garbage is collected, at the latest while the interpreter shuts down.
+        job, checkpoints = self.job, self.checkpoints
+        reporter, progress = self.reporter, self.progress
+
+        def write(values: dict[str, float]) -> None:
+            reporter.write(values, progress.steps)
+
+        every, steps = job.config.log_every_steps, job.config.profile_steps
+        rows = self.interactions.rows
+        self.loss_watch = LossWatch(job.ranks, rows, every, lambda: checkpoints.last_good)
+        self.profile = StepProfile(job.em3, job.ranks, steps, self.run, write=write)
 
     def train(self) -> None:
         """Train until epochs or patience end. A collective.
