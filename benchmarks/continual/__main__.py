@@ -132,6 +132,15 @@ def _verdicts(
     }
 
 
+def _words_on_phases(arrival: Arrival) -> str:
+    phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in arrival.phases.items())
+    return (
+        f"Seconds of a partition of {arrival.rows:,} rows by phase: {phases}; its steps take "
+        f"{arrival.plain:.2f} in a plain epoch, which makes no scores. Without them the partition "
+        f"takes {(arrival.total - arrival.phases['score']) / arrival.plain:.2f} times that."
+    )
+
+
 def _result(
     found: dict[str, Scores],
     trained: dict[str, int],
@@ -164,12 +173,7 @@ def _result(
         f"Walks pass {FIRST_PASSES} times over their first partitions, as chosen on rows of these "
         "alone, and once over each later one."
     )
-    phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in arrival.phases.items())
-    reading.append(
-        f"Seconds of a partition of {arrival.rows:,} rows by phase: {phases}; its steps take "
-        f"{arrival.plain:.2f} in a plain epoch, which makes no scores. Without them the partition "
-        f"takes {(arrival.total - arrival.phases['score']) / arrival.plain:.2f} times that."
-    )
+    reading.append(_words_on_phases(arrival))
     records.append({"benchmark": "continual", "way": "arrival", **arrival.phases})
 
     def draw(figure: Figure) -> None:

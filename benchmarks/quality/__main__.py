@@ -42,8 +42,7 @@ def quality(
     """Train the unfinished runs, and write the results of all finished ones.
 
     Args:
-        data: a dataset, or a folder of its windows, which are pooled; for the default recipe,
-            MovieLens prepared from a source with posters.
+        data: a dataset, or a folder of its windows, which are pooled.
         out: folder of the runs.
         seeds: runs per cell and dataset.
         grid: parts, history, text or full.
@@ -57,8 +56,7 @@ def quality(
         examples: show items with names and pictures, which are then in the page.
 
     Raises:
-        ValueError: a name, a setting or the data are invalid; before anything is trained. Or the
-            model of a run whose items are to be shown is missing.
+        ValueError: a name, setting or dataset is invalid, or a model to be shown is missing.
         RuntimeError: a run failed; names its log.
     """
     if min(seeds, jobs) < 1:

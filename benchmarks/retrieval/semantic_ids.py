@@ -175,6 +175,14 @@ def _ranked(
     return scores
 
 
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return "{:+.4f} [{:+.4f}, {:+.4f}]".format(*value)
+
+
 def _result(
     scores: list[Scores], reports: dict[tuple[str, str], dict[str, Any]], levels: int, codes: int
 ) -> Result:
@@ -196,13 +204,6 @@ def _result(
             record[f"{metric} {part}"] = ends
         records.append(record)
 
-    def cell(value: Any) -> str:
-        if value is None:
-            return "-"
-        if isinstance(value, float):
-            return f"{value:.4f}"
-        return "{:+.4f} [{:+.4f}, {:+.4f}]".format(*value)
-
     def draw(figure: Figure) -> None:
         for place, (metric, part) in enumerate(METRICS[2:]):
             axes = figure.add_subplot(2, 2, place + 1)
@@ -216,7 +217,7 @@ def _result(
             axes.set_xlabel(f"{metric.upper()} of {part} items")
 
     names = [f"{metric} {part}" for metric, part in METRICS]
-    rows = [[record["codes"], *(cell(record[name]) for name in names)] for record in records]
+    rows = [[record["codes"], *(_cell(record[name]) for name in names)] for record in records]
     columns = ["codes", *(name.replace("auc", "AUC").replace("g", "G") for name in names)]
     return Result(
         "semantic_ids",
