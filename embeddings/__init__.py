@@ -33,20 +33,28 @@ if TYPE_CHECKING:
     from embeddings.vocabulary.fixed import ExactVocabulary as ExactVocabulary
     from embeddings.vocabulary.fixed import HashVocabulary as HashVocabulary
 
-_NAMES = {
-    "memory_bank": "BankRoute MemoryBank ReplicatedMemoryBank build_memory_bank is_replicated",
-    "plan_text": "format_plan",
-    "pretrained_files": "PretrainedFiles",
-    "pretrained_rows": "load_pretrained_rows",
-    "row_reset": "RowReset",
-    "sharding": "machine_topology plan_sharding",
-    "table_optimizers": "fuse_table_optimizers",
-    "table_sharders": "sharders",
-    "tables": "TableConfig build_embedding_bag_collection build_embedding_collection check_tables",
-    "vocabulary.bounded": "BoundedVocabulary",
-    "vocabulary.fixed": "ExactVocabulary HashVocabulary",
+_HOMES = {
+    "BankRoute": "embeddings.memory_bank",
+    "MemoryBank": "embeddings.memory_bank",
+    "ReplicatedMemoryBank": "embeddings.memory_bank",
+    "build_memory_bank": "embeddings.memory_bank",
+    "is_replicated": "embeddings.memory_bank",
+    "format_plan": "embeddings.plan_text",
+    "PretrainedFiles": "embeddings.pretrained_files",
+    "load_pretrained_rows": "embeddings.pretrained_rows",
+    "RowReset": "embeddings.row_reset",
+    "machine_topology": "embeddings.sharding",
+    "plan_sharding": "embeddings.sharding",
+    "fuse_table_optimizers": "embeddings.table_optimizers",
+    "sharders": "embeddings.table_sharders",
+    "TableConfig": "embeddings.tables",
+    "build_embedding_bag_collection": "embeddings.tables",
+    "build_embedding_collection": "embeddings.tables",
+    "check_tables": "embeddings.tables",
+    "BoundedVocabulary": "embeddings.vocabulary.bounded",
+    "ExactVocabulary": "embeddings.vocabulary.fixed",
+    "HashVocabulary": "embeddings.vocabulary.fixed",
 }
-_HOMES = {name: f"embeddings.{home}" for home, names in _NAMES.items() for name in names.split()}
 __all__ = list(_HOMES)
 
 

@@ -261,6 +261,7 @@ class TableOptimizerState:
                 state[name] = room
 
         def combine() -> None:
+            """Average what was loaded over the columns of each shard of this rank."""
             for shard in self.weights[moment.key].local_shards():
                 offsets = tuple(shard.metadata.shard_offsets)
                 first, last = _columns(shard.metadata)

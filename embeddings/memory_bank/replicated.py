@@ -82,6 +82,7 @@ class ReplicatedMemoryBank(MemoryBank):
         work = dist.all_gather_into_tensor(arrived, message, group=self.group, async_op=True)
 
         def finish() -> BankRoute:
+            """Wait for the ids of all ranks; where they are more than expected, a collective."""
             work.wait()
             by_rank = arrived.view(self.world_size, -1)
             counts, gathered = by_rank[:, 0], by_rank[:, 1:]

@@ -56,6 +56,7 @@ def exchange_routes(
     work = dist.all_to_all_single(asked, counts, group=group, async_op=True)
 
     def finish() -> list[BankRoute]:
+        """Send the ids to their owners, once the counts have arrived. A collective."""
         work.wait()
         received = ids.new_empty(int(asked.sum()))
         splits = asked.sum(1).tolist(), counts.sum(1).tolist()

@@ -100,9 +100,8 @@ class Watchdog:
         """Stop watching and publish that this rank has ended, so that others expect no beats."""
         self._stopping.set()
         for thread in self._threads:
-            # Limited, as the store itself may have stopped; longer than `_end` takes, and than a
-            # busy machine lets an exchange wait: a thread that outlives Python aborts the process.
-            thread.join(max(4 * self.interval, 30.0))
+            # Limited, as the store itself may have stopped; longer than `_end` takes.
+            thread.join(4 * self.interval)
         self._threads.clear()
         self._backends.clear()
 

@@ -115,7 +115,8 @@ class RequestReader:
         ids = {item: _listed(given, item, "candidates")}
         target = self._rows_of(item, ids, "candidates").rows
 
-        def values_of(name: str) -> Sequence[Any]:  # N of the candidates, or one of the user
+        def values_of(name: str) -> Sequence[Any]:
+            """Return the N values of the candidates, or the one of the user."""
             if name not in given:
                 if name not in user:
                     raise ValueError(f"user: lacks '{name}'; give it to the user or the candidates")
@@ -194,6 +195,7 @@ class RequestReader:
         length = len(_listed(given, name, "history"))
 
         def lists_of(column: str) -> dict[str, list[Sequence[Any]]]:
+            """Return the values beside the events that a column is made of, each as one list."""
             found = {}
             for each in self.schema.file_columns([column]):
                 found[each] = [_listed(given, each, "history")]

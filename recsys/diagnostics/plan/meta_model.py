@@ -136,6 +136,7 @@ def _plan(
     types, copies = config.embedding.communication, config.embedding.parallel.copies
 
     def plan_on(where: Cluster) -> ShardingPlan:
+        """Plan the model's tables for a cluster."""
         return plan_sharding(
             em3,
             tables,
