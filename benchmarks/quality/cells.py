@@ -60,7 +60,6 @@ ALL_TOKENS: Settings = {
 }
 SAMPLING: Settings = {"content.sampling.forward": 0.2, "content.sampling.backward": 0.2}
 SAMPLED = "a fifth of the items is encoded in each step, the others come from the bank (LEMUR)"
-FEW: Settings = {"content.sampling.encoders": 0.05, "optimizer.encoder_learning_rate": 1e-3}
 NONE: Settings = {}
 STORED: Settings = {
     **CONCAT,

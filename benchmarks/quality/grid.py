@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from benchmarks.quality.cells import (
     ALL_TOKENS,
     CONCAT,
-    FEW,
     NO_AVERAGES,
     NO_CIC,
     NO_SIMILARITY,
@@ -97,7 +96,6 @@ TEXT = [
     text("LoRA top 2", "adapters in its two highest layers", "text frozen", "lora", 2),
     text("LoRA all", "adapters in all six layers", "text frozen", "lora", 6),
     text("full", "all its weights train", "text frozen", "full"),
-    text("LoRA all, 5 %", "of the items: those encoded longest ago", "text frozen", "lora", 6, FEW),
     text("LoRA top 1, sampling 20 %", SAMPLED, "text LoRA top 1", "lora", 1, SAMPLING),
 ]
 OTHERS = [

@@ -79,7 +79,7 @@ class ReplicatedMemoryBank(MemoryBank):
         # Up to `_capacity` ids are sent with their count, so that one message is usually enough.
         message = _padded(torch.cat([torch.tensor([len(ids)]), ids]), 1 + self._capacity)
         arrived = torch.empty(self.world_size * len(message), dtype=torch.int64)
-        work = dist.all_gather_into_tensor(arrived, message, group=self.group, async_op=True)
+        work = dist.all_gather_into_tensor(arrived, message, group=self._group, async_op=True)
 
         def finish() -> BankRoute:
             """Wait for the ids of all ranks; where they are more than expected, a collective."""
@@ -91,7 +91,7 @@ class ReplicatedMemoryBank(MemoryBank):
                 self._capacity = max(self._capacity, padded)
                 whole = torch.empty(self.world_size * padded, dtype=torch.int64)
                 mine = _padded(ids, padded)
-                dist.all_gather_into_tensor(whole, mine, group=self.group)
+                dist.all_gather_into_tensor(whole, mine, group=self._group)
                 gathered = whole.view(self.world_size, -1)
             rows, places = _last_of_each(gathered[:, :padded].reshape(-1))
             return BankRoute(places, [padded] * self.world_size, rows, counts.tolist())
@@ -117,7 +117,7 @@ class ReplicatedMemoryBank(MemoryBank):
         padded = values.new_zeros(route.wanted_counts[0], self.dim + 1)
         padded[: len(values)] = values
         gathered = values.new_empty(self.world_size * len(padded), self.dim + 1)
-        work = dist.all_gather_into_tensor(gathered, padded, group=self.group, async_op=True)
+        work = dist.all_gather_into_tensor(gathered, padded, group=self._group, async_op=True)
         self._under_way = _Write(work, padded, gathered, route)
 
     def _finish_write(self) -> None:
@@ -131,7 +131,7 @@ class ReplicatedMemoryBank(MemoryBank):
         padded = self._rows.new_zeros(self._block_size, self.dim + 1)
         padded[: len(self._block)] = self._block
         gathered = self._rows.new_empty(self.world_size * self._block_size, self.dim + 1)
-        dist.all_gather_into_tensor(gathered, padded, group=self.group)
+        dist.all_gather_into_tensor(gathered, padded, group=self._group)
         self._rows.copy_(gathered[: self.num_items])
 
     @torch.no_grad()

@@ -63,7 +63,7 @@ class MemoryBank:
             if value < 1:
                 raise ValueError(f"memory bank: {name} is {value}; set at least 1")
         self.num_items, self.dim = num_items, dim
-        self.device, self.group = torch.device(device), process_group
+        self.device, self._group = torch.device(device), process_group
         world_size = 1 if process_group is None else dist.get_world_size(process_group)
         self._rank = 0 if process_group is None else dist.get_rank(process_group)
         self.world_size = world_size
@@ -118,7 +118,7 @@ class MemoryBank:
 
     def _routes(self, wanted: Sequence[Tensor]) -> Callable[[], list[BankRoute]]:
         ids = [self._checked(part).cpu() for part in wanted]
-        return exchange_routes(ids, self._block_size, self.group)
+        return exchange_routes(ids, self._block_size, self._group)
 
     def _route(self, ids: Tensor, route: BankRoute | None) -> BankRoute:  # ids [U]
         return self._on_device(self._routes([ids])()[0] if route is None else route)
@@ -149,7 +149,7 @@ class MemoryBank:
             sent = self._rows.index_select(0, route.rows)
             received = sent.new_empty(len(item_ids), self.dim + 1)
             splits = route.wanted_counts, route.asked_counts
-            dist.all_to_all_single(received, sent, *splits, group=self.group)
+            dist.all_to_all_single(received, sent, *splits, group=self._group)
             rows = torch.empty_like(received).index_copy_(0, route.order, received)
         return rows[:, : self.dim], rows[:, self.dim].long() - 1
 
@@ -190,7 +190,7 @@ class MemoryBank:
         route = self._route(item_ids, route)
         received = values.new_empty(len(route.rows), self.dim + 1)
         splits = route.asked_counts, route.wanted_counts
-        dist.all_to_all_single(received, values[route.order], *splits, group=self.group)
+        dist.all_to_all_single(received, values[route.order], *splits, group=self._group)
         self._rows[route.rows] = received
 
     @torch.no_grad()
@@ -230,8 +230,8 @@ class MemoryBank:
         marks = self._block[:, self.dim].double()
         count = (marks > 0).sum(dtype=torch.float64)
         totals = torch.stack([count, marks.sum() - count])
-        if self.group is not None:
-            dist.all_reduce(totals, group=self.group)
+        if self._group is not None:
+            dist.all_reduce(totals, group=self._group)
         return float(totals[0]), float(totals[1])
 
     def _finish_write(self) -> None:
@@ -248,7 +248,7 @@ class MemoryBank:
         """
         self._finish_write()
         rows = self._block
-        if self.group is None:
+        if self._group is None:
             return {"pool": rows}
         pieces = []
         if len(rows) > 0:
@@ -256,7 +256,7 @@ class MemoryBank:
             metadata = ShardMetadata([self._first, 0], list(rows.shape), placement)
             pieces.append(Shard(tensor=rows, metadata=metadata))
         size = (self.num_items, self.dim + 1)
-        return {"pool": init_from_local_shards(pieces, *size, process_group=self.group)}
+        return {"pool": init_from_local_shards(pieces, *size, process_group=self._group)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Tensor | ShardedTensor]) -> None:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from embeddings import MemoryBank
 from embeddings.placement.current_state import current_state
 from embeddings.table_state import State, TableOptimizerState, copied_to_host, in_blocks
 from recsys.build import Job
@@ -43,10 +42,10 @@ def model_state(job: Job, stored_names: Collection[str] | None = None) -> State:
         for name, value in current_state(job.model).items()
         if stored(name)
     }
-    for name, bank in _banks(job).items():
-        pool = bank.state_dict()["pool"]
+    if job.em3.content is not None and job.em3.content.bank is not None:
+        pool = job.em3.content.bank.state_dict()["pool"]
         assert isinstance(pool, ShardedTensor)
-        state[name] = in_blocks(pool, job.ranks.group)
+        state["bank"] = in_blocks(pool, job.ranks.group)
     maps = job.vocabularies.state_dict()
     state |= {f"vocabulary.{name}": value for name, value in maps.items()}
     if stored_names is None:
@@ -56,18 +55,8 @@ def model_state(job: Job, stored_names: Collection[str] | None = None) -> State:
 
 def finish_loading_bank(job: Job) -> None:
     """Complete the memory bank after a load into `model_state`. A collective."""
-    for bank in _banks(job).values():
-        bank.finish_loading()
-
-
-def _banks(job: Job) -> dict[str, MemoryBank]:
-    """Return the rows kept per item, by name: of the memory bank, and of sampled encoders."""
-    content, banks = job.em3.content, {}
-    if content is not None and content.bank is not None:
-        banks["bank"] = content.bank
-        if content.outputs is not None:
-            banks["encoder_outputs"] = content.outputs.bank
-    return banks
+    if job.em3.content is not None and job.em3.content.bank is not None:
+        job.em3.content.bank.finish_loading()
 
 
 def _is_stored(job: Job) -> Callable[[str], bool]:

@@ -163,9 +163,6 @@ class SamplingSettings:
     """Share of the items that are encoded in the step."""
     backward: float = 1.0
     """Share of the items that are encoded with gradient; at most `forward`."""
-    encoders: float = 1.0
-    """Share of the items that trained encoders (lora, full) run for: those encoded longest ago. The
-    others take their last outputs; all that lies above the encoders trains on every item."""
 
     def check(self, name: str) -> None:
         """Check the order of the shares."""
@@ -173,11 +170,6 @@ class SamplingSettings:
             raise ValueError(
                 f"{name}.forward is {self.forward} and {name}.backward {self.backward}; shares "
                 "must hold 0 < backward <= forward <= 1"
-            )
-        if not 0 < self.encoders <= 1 or (self.encoders < 1 and self.backward < 1):
-            raise ValueError(
-                f"{name}.encoders is {self.encoders} and {name}.backward {self.backward}; encoders "
-                "is a share in (0, 1], and below 1 it needs backward 1"
             )
 
 
@@ -228,12 +220,9 @@ class ContentSettings:
                 f"{name}.history.top_k is {self.history.top_k}, which shortens the first history "
                 f"alone, but {name}.history.columns is {self.history.columns}; set top_k to 0"
             )
-        if self.sampling.encoders < 1:
-            self._check_sampled_encoders(name)
         if self.history.mode != "full":
             return
         for setting, is_set in [
-            ("sampling.encoders", self.sampling.encoders < 1),
             ("sampling.forward", self.sampling.forward < 1),
             ("sampling.backward", self.sampling.backward < 1),
             ("history.top_k", self.history.top_k > 0),
@@ -242,20 +231,4 @@ class ContentSettings:
                 raise ValueError(
                     f"{name}.{setting} reads the memory bank, which {name}.history.mode full has "
                     "not; choose bank_lora, bank_frozen or bank_dense"
-                )
-
-    def _check_sampled_encoders(self, name: str) -> None:
-        """Check that an encoder trains, and that each that trains gives one token per item."""
-        trained = {key: of for key, of in self.modalities.items() if of.training != "frozen"}
-        if not trained:
-            raise ValueError(
-                f"{name}.sampling.encoders is {self.sampling.encoders}, but no encoder trains; set "
-                "it to 1, or `training: lora` for a modality"
-            )
-        for key, modality in trained.items():
-            if modality.pooling == "none" or modality.max_images > 1:
-                raise ValueError(
-                    f"{name}.sampling.encoders is {self.sampling.encoders}, which keeps one vector "
-                    f"per item, but {name}.modalities.{key} has pooling {modality.pooling} and "
-                    f"max_images {modality.max_images}; set another pooling and max_images 1"
                 )

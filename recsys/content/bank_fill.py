@@ -50,17 +50,13 @@ def encode_into_bank(
         if find is not None:
             rows = find(rows)
             call, rows = call[rows.numpy() >= 0], rows[rows >= 0]
-        vectors, tokens = torch.zeros(0, content.bank.dim, device=ranks.device), {}
+        vectors = torch.zeros(0, content.bank.dim, device=ranks.device)
         if len(call):
             inputs = {name: part.to(ranks.device) for name, part in store.gather(call).items()}
-            tokens = content.tokens(inputs)
-            vectors = content.fuse(tokens)
+            vectors = content.encode(inputs)
         if between is not None:
             between()
-        rows = rows.to(ranks.device)
-        content.bank.update(rows, vectors, content.step)
-        if content.outputs is not None:
-            content.outputs.write(rows, tokens, content.step)
+        content.bank.update(rows.to(ranks.device), vectors, content.step)
     content.train(was_training)
 
 

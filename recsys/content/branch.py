@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from embeddings import MemoryBank
 from recsys.config import ContentSettings
-from recsys.content.cache.kept_outputs import EncoderOutputs
 from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.pooling import mean_token
 from recsys.content.fusion import build_fusion
@@ -94,7 +93,6 @@ class ContentBranch(nn.Module):
         self.encodes_history = settings.history.mode == "full"
         assert self.encodes_history == (bank is None)
         self.bank, self.group = bank, group
-        self.outputs = EncoderOutputs.beside(bank, settings, encoders)
         self.same_step = settings.history.same_step
         self.step = 0  # training step, stored with the vectors in the bank
 
@@ -105,22 +103,10 @@ class ContentBranch(nn.Module):
         for unseen items, cosines of single modalities are more informative than those of the fused
         vector, which must first be learned.
         """
-        return self.fuse(self.tokens(content))
-
-    def tokens(
-        self, content: dict[str, ContentInput], known: dict[str, ContentInput] | None = None
-    ) -> dict[str, ContentInput]:
-        """Run the encoders and return their tokens by modality, except those that are known."""
-        known, tokens = known or {}, {}
-        for name, encoder in self.encoders.items():
-            assert isinstance(encoder, Encoder)
-            tokens[name] = known[name] if name in known else encoder.encode(content[name])
-        return tokens
-
-    def fuse(self, encoded_by_name: dict[str, ContentInput]) -> Tensor:
-        """Return the vectors [E, D + M * D] of `encode` from the tokens of the encoders."""
         tokens, masks, modality, means = [], [], [], []
-        for index, (name, encoded) in enumerate(encoded_by_name.items()):
+        for index, (name, encoder) in enumerate(self.encoders.items()):
+            assert isinstance(encoder, Encoder)
+            encoded = encoder.encode(content[name])
             projected = self.projections[name](encoded.values)
             tokens.append(projected)
             masks.append(encoded.mask)
@@ -163,15 +149,9 @@ class ContentBranch(nn.Module):
         bank.update(batch.written_items, fresh, self.step, batch.bank_writes)
 
     def _encode_items(self, batch: Batch) -> Tensor:
-        """Encode this rank's items, the first of them with gradient; [E, D + M * D].
-
-        A collective where encoders run for a share of the items.
-        """
+        """Encode this rank's items, the first of them with gradient; [E, D + M * D]."""
         if batch.content_vectors is not None:
             return batch.content_vectors
-        if self.training and self.outputs is not None:
-            known = self.outputs.tokens(batch.content_items, batch.content, self.step)
-            return self.fuse(self.tokens(batch.content, known))
         count = batch.with_gradient
         if count is None or count >= len(batch.content_items):
             return self.encode(batch.content)

@@ -95,11 +95,6 @@ def _check_bounded_items(config: Config, schema: Schema) -> None:
             f"content.sampling.backward is {content.sampling.backward}, but {where}: items without "
             "a row have no vector in the memory bank; set it to 1, or choose kind exact"
         )
-    if content is not None and content.sampling.encoders < 1:
-        raise ValueError(
-            f"content.sampling.encoders is {content.sampling.encoders}, but {where}: no output is "
-            "kept of items without a row; set it to 1, or choose kind exact"
-        )
     if softmax is not None and softmax.loss == "sampled_softmax":
         raise ValueError(
             f"ranking.loss is sampled_softmax, but {where}, whose rows it cannot sample by their "

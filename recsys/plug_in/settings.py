@@ -124,11 +124,6 @@ def check(settings: PlugInSettings) -> None:
         ValueError: names the settings that conflict.
     """
     validate(settings.config)
-    if (share := settings.content.sampling.encoders) < 1:
-        raise ValueError(
-            f"content.sampling.encoders is {share}, but the plug-in's checkpoints do not have the "
-            "outputs that it keeps; leave it out"
-        )
     if columns := settings.content.history.columns:
         raise ValueError(
             f"content.history.columns is {columns}, but the plug-in reads the content of one "

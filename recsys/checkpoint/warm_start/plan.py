@@ -242,8 +242,6 @@ def _choose_bank(plan: WarmStartPlan, job: Job, own: dict[str, Any], is_same: bo
         why = "not in the run"
     elif stored["bank"].size[1] != size_of(own["bank"])[1]:
         why = f"vectors of {stored['bank'].size[1] - 1} numbers before"
-    elif "encoder_outputs" in own:
-        why = "outputs of trained encoders are kept beside it"
     elif not is_same or not all(name in plan.taken for name in encoding):
         why = "its vectors are of other encoders"
     else:

@@ -44,7 +44,6 @@ class ModalitySizes:
     fixed_tokens: tokens that the encoder gives for each item; None: as many as the item has.
     groups_by_length: items of similar length run through the encoder together.
     is_known: False where the encoder cannot be counted.
-    runs: share of the items for which the encoder runs (`content.sampling.encoders`).
     """
 
     name: str
@@ -53,7 +52,6 @@ class ModalitySizes:
     fixed_tokens: int | None = None
     groups_by_length: bool = False
     is_known: bool = True
-    runs: float = 1.0
 
     @staticmethod
     def of(
@@ -61,7 +59,6 @@ class ModalitySizes:
         encoder: Encoder,
         projection: nn.Module,
         settings: ModalitySettings,
-        runs: float = 1.0,
     ) -> ModalitySizes:
         """Count the layers of an encoder that run in a step, and the projection."""
         trains = any(weight.requires_grad for weight in encoder.parameters() if weight.numel())
@@ -69,7 +66,7 @@ class ModalitySizes:
         of_projection, _ = item_cost(
             projection, lambda n: [_floats(1, n, width, requires_grad=trains)], (1, 2, 3)
         )
-        known = partial(ModalitySizes, name, of_projection, runs=runs)
+        known = partial(ModalitySizes, name, of_projection)
         # A frozen encoder with cached outputs runs once per item, before training.
         if isinstance(encoder, StoredFeatures) or (encoder.is_cached and not trains):
             return known()
@@ -159,13 +156,9 @@ class ContentSizes:
             return [_floats(1, length, dim, requires_grad=True), mask, modality]
 
         is_full, contrastive = settings.history.mode == "full", config.contrastive
-        outputs, kinds = branch.outputs, settings.modalities
-        shares = {} if outputs is None else dict.fromkeys(outputs.encoders, outputs.share)
         return ContentSizes(
             modalities=[
-                ModalitySizes.of(
-                    name, encoder, branch.projections[name], kinds[name], shares.get(name, 1.0)
-                )
+                ModalitySizes.of(name, encoder, branch.projections[name], settings.modalities[name])
                 for name, encoder in branch.encoders.items()
                 if isinstance(encoder, Encoder)
             ],

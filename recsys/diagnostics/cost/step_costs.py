@@ -73,8 +73,7 @@ def content_parts(content: ContentSizes, counts: BatchCounts) -> Iterator[PartCo
         tokens, pairs = counts.encoded * length, counts.encoded * length**2
         if modality.groups_by_length:
             tokens, pairs = of_batch.grouped, of_batch.grouped_pairs
-        items, tokens, pairs = (modality.runs * of for of in (counts.encoded, tokens, pairs))
-        encoders.append(modality.encoder.on(items, tokens, pairs, share))
+        encoders.append(modality.encoder.on(counts.encoded, tokens, pairs, share))
         given = length if modality.fixed_tokens is None else modality.fixed_tokens
         tokens = counts.encoded * given
         projections.append(modality.projection.on(counts.encoded, tokens, 0, share))

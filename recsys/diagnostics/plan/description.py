@@ -166,12 +166,10 @@ def _memory(
     if content is not None and content.bank is not None:
         settings = content_settings(meta_model.config)
         assert settings is not None
-        kept = [content.bank] if content.outputs is None else [content.bank, content.outputs.bank]
-        for of in kept:
-            rows = meta_model.schema.num_items
-            if not is_replicated(rows, of.dim, cluster.world_size, settings.history.bank):
-                rows = -(-rows // cluster.world_size)
-            bank += FLOAT * rows * (of.dim + 1)
+        rows, dim = meta_model.schema.num_items, content.bank.dim
+        if not is_replicated(rows, dim, cluster.world_size, settings.history.bank):
+            rows = -(-rows // cluster.world_size)
+        bank = FLOAT * rows * (dim + 1)
     return RankMemory(
         tables=max(table_bytes),
         dense=sum(part.bytes for part in parts if part.where == "every rank"),
