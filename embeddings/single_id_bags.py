@@ -9,6 +9,7 @@ Shapes: T features, B batch, N ids of all features, D dimension.
 
 from __future__ import annotations
 
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -47,16 +48,34 @@ class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
     ) -> Tensor:  # [N, D]
         """Look up the vectors of the ids, in their order."""
         assert not any(value is not None for value in more.values()), more.keys()
-        num_features = len(self.feature_table_map)
-        batch = (len(offsets) - 1) // num_features
-        bounds = offsets[::batch]  # [T + 1], offsets of each feature's ids
-        counts = bounds.diff()
+        features_of_tables = [len(list(of)) for _, of in groupby(self.feature_table_map)]
+        edges = [0, *accumulate(features_of_tables)]
+        bounds = offsets[:: (len(offsets) - 1) // edges[-1]][edges].tolist()
+        ids_of_tables = [indices[start:end] for start, end in pairwise(bounds)]
+        # The features of a table take its ids in turn: its bags are in the order of the ids.
+        ids = [
+            of_table[place::count]
+            for of_table, count in zip(ids_of_tables, features_of_tables)
+            for place in range(count)
+        ]
+        counts = torch.tensor([len(of_feature) for of_feature in ids])
         # The same number of bags for each feature; those after its last id are empty.
         most = max(int(counts.max()), 1)
-        places = torch.minimum(torch.arange(most), counts.unsqueeze(1)) + bounds[:-1].unsqueeze(1)
-        bags = super().forward(indices, torch.cat([places.flatten(), bounds[-1:]]))  # [most, T * D]
-        parts = bags.chunk(num_features, dim=1)
-        return torch.cat([part[:count] for part, count in zip(parts, counts.tolist())])
+        places = torch.minimum(torch.arange(most), counts.unsqueeze(1))
+        places += (counts.cumsum(0) - counts).unsqueeze(1)
+        ends = torch.cat([places.flatten(), counts.sum(dim=0, keepdim=True)])
+        bags = super().forward(torch.cat(ids), ends)  # [most, T * D]
+        widths = [count * self.max_D for count in features_of_tables]
+        vectors = [
+            _first_rows(of_table.reshape(-1, self.max_D), len(of_ids))
+            for of_table, of_ids in zip(bags.split(widths, dim=1), ids_of_tables)
+        ]
+        return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+
+
+def _first_rows(vectors: Tensor, count: int) -> Tensor:  # [M, D] -> [N, D]
+    """Return the first rows, which costs a copy of their gradient unless they are all."""
+    return vectors if count == len(vectors) else vectors[:count]
 
 
 def look_up_as_bags(collection: ShardedEmbeddingCollection) -> None:

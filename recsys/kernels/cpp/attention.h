@@ -163,8 +163,8 @@ class Forward {
         fill_pairs(chunk, row, last);
         for (int64_t r = row; r < last; ++r)
           for (int64_t n = in.offsets[r]; n < in.offsets[r + 1]; ++n)
-            std::memcpy(hidden + (n - chunk.first_item) * s.h,
-                        constants + (r - chunk.first_row) * s.h, padded(s.H) * sizeof(float));
+            copy_row(hidden + (n - chunk.first_item) * s.h,
+                     constants + (r - chunk.first_row) * s.h, padded(s.H));
         float* to = hidden + at * s.h;
         multiply({2 * s.D, pairs, 2 * s.D, 1, w.of_items, s.h, to, s.h, to, s.h, After::kRelu},
                  count, padded(s.H));
@@ -183,8 +183,8 @@ class Forward {
   void write_units(const Chunk& chunk, float* units) const {
     for (int64_t t = 0; t < chunk.num_items; ++t) {
       float* to = units + (chunk.first_item + t) * (s.H + s.G);
-      std::memcpy(to, hidden + t * s.h, s.H * sizeof(float));
-      std::memcpy(to + s.H, second + t * s.g, s.G * sizeof(float));
+      copy_row(to, hidden + t * s.h, s.H);
+      copy_row(to + s.H, second + t * s.g, s.G);
     }
   }
 
@@ -193,8 +193,8 @@ class Forward {
     gather(chunk);
     for (int64_t t = 0; t < chunk.num_items; ++t) {
       const float* from = units + (chunk.first_item + t) * (s.H + s.G);
-      std::memcpy(hidden + t * s.h, from, s.H * sizeof(float));
-      std::memcpy(second + t * s.g, from + s.H, s.G * sizeof(float));
+      copy_row(hidden + t * s.h, from, s.H);
+      copy_row(second + t * s.g, from + s.H, s.G);
     }
   }
 
@@ -223,10 +223,10 @@ class Forward {
       const int64_t n = chunk.first_item + t;
       float* to = vectors + t * s.d;
       if (t + kAhead < chunk.num_items) prefetch(in.items + in.index[n + kAhead] * s.D, s.D);
-      std::memcpy(to, in.items + in.index[n] * s.D, s.D * sizeof(float));
+      copy_row(to, in.items + in.index[n] * s.D, s.D);
       for (int64_t list = 0; list < s.P; ++list) {
         const Vec value = splat(in.parallel[n * s.P + list]);
-        for (int64_t k = 0; k < padded(s.D); k += kLanes)
+        for (int64_t k = 0; k < s.d; k += kLanes)
           store(to + k, load(to + k) + value * load(w.lists + list * s.d + k));
       }
     }

@@ -44,10 +44,10 @@ class Backward : public Forward {
         products_times(s.d * s.h),
         zeros(std::max(s.d, s.h)) {}
 
-  // Adds the gradients of weights to the sums, and writes those of targets [B, D] and, for each
-  // place, of its vector [N, D].
+  // Adds the gradients of weights to the sums, and writes those of targets [B, D]. The gradients of
+  // the vectors are written by place [N, D], or without that added up by item [U, D].
   void compute(const Chunk& chunk, const float* gradient, const float* weights, const float* units,
-               float* for_target, float* for_vectors) {
+               float* for_target, float* for_places, float* for_items) {
     if (units)
       read_units(chunk, units);
     else
@@ -63,23 +63,21 @@ class Backward : public Forward {
     constants_and_targets(chunk, for_target);
     for (int64_t t = 0; t < chunk.num_items; ++t) {
       const int64_t n = chunk.first_item + t;
-      const float* from = of_vectors + t * s.d;
-      std::memcpy(for_vectors + n * s.D, from, s.D * sizeof(float));
-      for (int64_t list = 0; list < s.P; ++list) {
-        const Vec value = splat(in.parallel[n * s.P + list]);
-        for (int64_t k = 0; k < padded(s.D); k += kLanes) {
-          float* at = to.lists + list * s.d + k;
-          store(at, load(at) + value * load(from + k));
-        }
-      }
+      if (for_places)
+        copy_row(for_places + n * s.D, of_vectors + t * s.d, s.D);
+      else
+        add_row(for_items + in.index[n] * s.D, of_vectors + t * s.d, s.D);
     }
+    multiply({chunk.num_items, in.parallel + chunk.first_item * s.P, 1, s.P, of_vectors, s.d,
+              to.lists, s.d, to.lists, s.d, After::kNothing},
+             s.P, s.d);
   }
 
  private:
   // Softmax, weighted sum and second layer; turns `hidden` into the gradient of the first layer.
   void second_layer(const Chunk& chunk, const float* gradient, const float* weights) {
     for (int64_t row = chunk.first_row; row < chunk.last_row; ++row) {
-      std::memcpy(of_out, gradient + row * s.D, s.D * sizeof(float));
+      copy_row(of_out, gradient + row * s.D, s.D);
       const int64_t start = in.offsets[row] - chunk.first_item;
       const int64_t end = in.offsets[row + 1] - chunk.first_item;
       const float* weight = weights + chunk.first_item;
@@ -204,8 +202,7 @@ class Backward : public Forward {
               After::kNothing},
              rows, padded(s.D));
     for (int64_t r = 0; r < rows; ++r)
-      std::memcpy(for_target + (chunk.first_row + r) * s.D, of_target + r * s.d,
-                  s.D * sizeof(float));
+      copy_row(for_target + (chunk.first_row + r) * s.D, of_target + r * s.d, s.D);
   }
 
   void sum_rows(const float* rows, int64_t count, float* total) const {

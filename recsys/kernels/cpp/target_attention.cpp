@@ -93,7 +93,8 @@ std::tuple<Tensor, Tensor, Tensor> target_attention(
   return {out, shares, kept};
 }
 
-// Sums the gradients of places [N, D] by unique item, in the order of places, into [U, D].
+// Sums the gradients of places [N, D] by unique item, in the order of places, into [U, D]: as one
+// thread adds them up on the way.
 void sum_by_item(const Sizes& s, const int64_t* index, const float* of_places, float* of_items) {
   std::vector<int64_t> starts(s.U + 1), places(s.N);
   for (int64_t n = 0; n < s.N; ++n) ++starts[index[n] + 1];
@@ -103,11 +104,10 @@ void sum_by_item(const Sizes& s, const int64_t* index, const float* of_places, f
   torch::stable::parallel_for(0, s.U, 256, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
       float* to = of_items + item * s.D;
-      std::memset(to, 0, s.D * sizeof(float));
       for (int64_t at = starts[item]; at < starts[item + 1]; ++at) {
         const float* from = of_places + places[at] * s.D;
         if (at + kAhead < s.N) prefetch(of_places + places[at + kAhead] * s.D, s.D);
-        for (int64_t k = 0; k < s.D; ++k) to[k] += from[k];
+        add_row(to, from, s.D);
       }
     }
   });
@@ -163,11 +163,13 @@ Gradients target_attention_backward(
   const Weights weights(s, in, true);
   const std::vector<int64_t> bounds = group_bounds(s, in.offsets);
   Tensor of_target = torch::stable::new_empty(all.target, {s.B, s.D});
-  Tensor of_items = torch::stable::new_empty(all.items, {s.U, s.D});
-  Tensor of_places = torch::stable::new_empty(all.items, {s.N, s.D});
+  const bool by_place = torch::stable::get_num_threads() > 1;
+  Tensor of_items = torch::stable::new_zeros(all.items, {s.U, s.D});
+  Tensor of_places = torch::stable::new_empty(all.items, {by_place ? s.N : 0, s.D});
   const float *of_out = floats(gradient), *share = floats(shares);
   const float* units = kept.size(1) ? floats(kept) : nullptr;
-  float *for_target = mutable_floats(of_target), *for_places = mutable_floats(of_places);
+  float *for_target = mutable_floats(of_target), *for_items = mutable_floats(of_items);
+  float* for_places = by_place ? mutable_floats(of_places) : nullptr;
   const int64_t groups = bounds.size() - 1;
   std::vector<std::unique_ptr<Sums>> sums(groups);
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
@@ -175,12 +177,12 @@ Gradients target_attention_backward(
       sums[group] = std::make_unique<Sums>(s);
       Backward backward(s, in, weights, longest, *sums[group]);
       for_chunks(in.offsets, bounds[group], bounds[group + 1], [&](const Chunk& chunk) {
-        backward.compute(chunk, of_out, share, units, for_target, for_places);
+        backward.compute(chunk, of_out, share, units, for_target, for_places, for_items);
       });
     }
   });
   for (int64_t group = 1; group < groups; ++group) sums[0]->add(*sums[group]);
-  sum_by_item(s, in.index, for_places, mutable_floats(of_items));
+  if (by_place) sum_by_item(s, in.index, for_places, for_items);
   return weight_gradients(s, all.target, *sums[0], of_target, of_items);
 }
 

@@ -24,15 +24,28 @@ constexpr int kMaxRows = 6;
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(float))));
 
-inline Vec load(const float* from) {
-  Vec vector;
-  std::memcpy(&vector, from, sizeof vector);
-  return vector;
+// At any address of floats. No memcpy, whose stores might change any variable that a loop reads.
+typedef float Unaligned __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float))));
+
+inline Vec load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
+
+inline void store(float* to, Vec vector) { *reinterpret_cast<Unaligned*>(to) = vector; }
+
+// Copies a row of some hundred floats at most, for which a call of memcpy would take longer.
+inline void copy_row(float* to, const float* from, int64_t count) {
+  int64_t k = 0;
+  for (; k + kLanes <= count; k += kLanes) store(to + k, load(from + k));
+  if (k < count) std::memcpy(to + k, from + k, (count - k) * sizeof(float));
 }
 
-inline void store(float* to, Vec vector) { std::memcpy(to, &vector, sizeof vector); }
+inline void add_row(float* to, const float* from, int64_t count) {
+  int64_t k = 0;
+  for (; k + kLanes <= count; k += kLanes) store(to + k, load(to + k) + load(from + k));
+  for (; k < count; ++k) to[k] += from[k];
+}
 
-inline Vec splat(float value) { return Vec{} + value; }
+// Less zero, which compilers drop; adding zero they must compute, as it turns -0 into 0.
+inline Vec splat(float value) { return value - Vec{}; }
 
 // Returns value where gate > 0 or is NaN, else 0: ReLU with value = gate, and its gradient. As in
 // PyTorch NaN stays NaN, so that a model that diverges is seen in its loss.
