@@ -102,11 +102,16 @@ def native_target_attention(
             score = ScoreWeights.of(mlp)
             native_target_attention(target, items, index, offsets, *nothing, score)  # [2, 4]
     """
-    kept_bytes = 4 * index.shape[0] * (score.first.shape[0] + score.second.shape[0])
+    kept_bytes = 4 * index.shape[0] * _units_row(score.first, score.second)
     keeps_units = torch.is_grad_enabled() and kept_bytes <= MAX_KEPT_BYTES
     inputs = (target.float(), items.float(), index, offsets, parallel.float(), lists, *score)
     interest: Tensor = torch.ops.recsys.target_attention(*inputs, keeps_units)[0]
     return interest
+
+
+def _units_row(first: Tensor, second: Tensor) -> int:  # [H, 4 D], [G, H]
+    """Return the floats of a row of kept units: both layers up to the ends of cache lines."""
+    return sum((len(layer) + 15) // 16 * 16 for layer in (first, second))
 
 
 @torch.library.register_fake("recsys::target_attention")
@@ -115,7 +120,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     del items
     *_, first, _, second, _, _, _, keeps_units = rest
-    units = first.shape[0] + second.shape[0] if keeps_units else 0
+    units = _units_row(first, second) if keeps_units else 0
     shares, kept = target.new_empty(index.shape), target.new_empty(index.shape[0], units)
     return target.new_empty(target.shape), shares, kept
 

@@ -24,6 +24,7 @@ constexpr int64_t kItemsForMatrix = 4;
 struct Sizes {
   int64_t B, U, N, D, H, G, P;
   int64_t d, h, g;  // distances of rows of D, H and G floats
+  int64_t u, second;  // distance of rows with the units of both layers, and where the second begins
 };
 
 struct Inputs {
@@ -138,15 +139,15 @@ class Forward {
         capacity(std::max(longest, kItemsOfChunk)),
         vectors(capacity * s.d),
         pairs(kItemsOfChunk * 2 * s.D),
-        hidden(capacity * s.h),
-        second(capacity * s.g),
+        own_units(capacity * s.u),
         scores(capacity),
         constants(kItemsOfChunk * s.h),
         matrix(s.D * s.h) {}
 
-  // Fills vectors [T, d], hidden [T, h], second [T, g] and scores [T].
-  void compute(const Chunk& chunk) {
+  // Fills vectors [T, d], scores [T] and the units [T, u] of both layers, at `units`.
+  void compute(const Chunk& chunk, float* units) {
     gather(chunk);
+    float *hidden = units, *second = units + s.second;
     multiply({s.D, in.target + chunk.first_row * s.D, s.D, 1, w.of_target, s.h, w.first_bias, 0,
               constants, s.h, After::kNothing},
              chunk.last_row - chunk.first_row, padded(s.H));
@@ -156,45 +157,27 @@ class Forward {
       if (has_matrix) {
         fill_matrix(in.target + row * s.D);
         multiply({s.D, vectors + at * s.d, s.d, 1, matrix, s.h,
-                  constants + (row - chunk.first_row) * s.h, 0, hidden + at * s.h, s.h,
+                  constants + (row - chunk.first_row) * s.h, 0, hidden + at * s.u, s.u,
                   After::kRelu},
                  count, padded(s.H));
       } else if (count) {
         fill_pairs(chunk, row, last);
         for (int64_t r = row; r < last; ++r)
           for (int64_t n = in.offsets[r]; n < in.offsets[r + 1]; ++n)
-            copy_row(hidden + (n - chunk.first_item) * s.h,
+            copy_row(hidden + (n - chunk.first_item) * s.u,
                      constants + (r - chunk.first_row) * s.h, padded(s.H));
-        float* to = hidden + at * s.h;
-        multiply({2 * s.D, pairs, 2 * s.D, 1, w.of_items, s.h, to, s.h, to, s.h, After::kRelu},
+        float* to = hidden + at * s.u;
+        multiply({2 * s.D, pairs, 2 * s.D, 1, w.of_items, s.h, to, s.u, to, s.u, After::kRelu},
                  count, padded(s.H));
       }
     });
-    multiply({s.H, hidden, s.h, 1, w.second, s.g, w.second_bias, 0, second, s.g, After::kRelu},
+    multiply({s.H, hidden, s.u, 1, w.second, s.g, w.second_bias, 0, second, s.u, After::kRelu},
              chunk.num_items, padded(s.G));
     for (int64_t n = 0; n < chunk.num_items; ++n) {
       Vec total{};
-      for (int64_t k = 0; k < s.g; k += kLanes) total += load(second + n * s.g + k) * load(w.last + k);
+      for (int64_t k = 0; k < padded(s.G); k += kLanes)
+        total += load(second + n * s.u + k) * load(w.last + k);
       scores[n] = sum(total);
-    }
-  }
-
-  // Writes the units of both layers to [N, H + G], of all places.
-  void write_units(const Chunk& chunk, float* units) const {
-    for (int64_t t = 0; t < chunk.num_items; ++t) {
-      float* to = units + (chunk.first_item + t) * (s.H + s.G);
-      copy_row(to, hidden + t * s.h, s.H);
-      copy_row(to + s.H, second + t * s.g, s.G);
-    }
-  }
-
-  // Fills vectors, hidden and second as `compute` does, from the units that it has written.
-  void read_units(const Chunk& chunk, const float* units) {
-    gather(chunk);
-    for (int64_t t = 0; t < chunk.num_items; ++t) {
-      const float* from = units + (chunk.first_item + t) * (s.H + s.G);
-      copy_row(hidden + t * s.h, from, s.H);
-      copy_row(second + t * s.g, from + s.H, s.G);
     }
   }
 
@@ -215,9 +198,9 @@ class Forward {
   const Inputs& in;
   const Weights& w;
   const int64_t capacity;
-  Floats vectors, pairs, hidden, second, scores, constants, matrix;
+  Floats vectors, pairs, own_units, scores, constants, matrix;
 
- private:
+  // Fills vectors [T, d].
   void gather(const Chunk& chunk) {
     for (int64_t t = 0; t < chunk.num_items; ++t) {
       const int64_t n = chunk.first_item + t;
@@ -232,6 +215,7 @@ class Forward {
     }
   }
 
+ private:
   void fill_matrix(const float* target) {
     const float* of_products = w.products();
     for (int64_t k = 0; k < s.D; ++k) {

@@ -37,6 +37,8 @@ class Backward : public Forward {
         to(sums),
         of_out(s.d),
         of_vectors(capacity * s.d),
+        hidden(own_units),
+        second(own_units + s.second),
         of_pairs(2 * kItemsOfChunk * s.d),
         of_constants(kItemsOfChunk * s.h),
         of_target(kItemsOfChunk * s.d),
@@ -49,10 +51,11 @@ class Backward : public Forward {
   void compute(const Chunk& chunk, const float* gradient, const float* weights, const float* units,
                float* for_target, float* for_places, float* for_items) {
     if (units)
-      read_units(chunk, units);
+      gather(chunk);
     else
-      Forward::compute(chunk);
-    second_layer(chunk, gradient, weights);
+      Forward::compute(chunk, own_units);
+    second_layer(chunk, gradient, weights,
+                 units ? units + chunk.first_item * s.u : own_units);
     std::memset(of_target, 0, kItemsOfChunk * s.d * sizeof(float));
     for_runs(in.offsets, chunk, [&](int64_t row, int64_t last, bool has_matrix) {
       if (has_matrix)
@@ -74,8 +77,10 @@ class Backward : public Forward {
   }
 
  private:
-  // Softmax, weighted sum and second layer; turns `hidden` into the gradient of the first layer.
-  void second_layer(const Chunk& chunk, const float* gradient, const float* weights) {
+  // Softmax, weighted sum and second layer: fills `hidden` with the gradient of the first layer,
+  // given the units of both.
+  void second_layer(const Chunk& chunk, const float* gradient, const float* weights,
+                    const float* units) {
     for (int64_t row = chunk.first_row; row < chunk.last_row; ++row) {
       copy_row(of_out, gradient + row * s.D, s.D);
       const int64_t start = in.offsets[row] - chunk.first_item;
@@ -98,17 +103,17 @@ class Backward : public Forward {
     for (int64_t t = 0; t < chunk.num_items; ++t) {
       const Vec of_score = splat(scores[t]);
       for (int64_t k = 0; k < padded(s.G); k += kLanes) {
-        float* at = second + t * s.g + k;
-        const Vec unit = load(at), gated = where_positive(unit, of_score * load(w.last + k));
+        const Vec unit = load(units + t * s.u + s.second + k);
+        const Vec gated = where_positive(unit, of_score * load(w.last + k));
         store(to.last + k, load(to.last + k) + of_score * unit);
         store(to.second_bias + k, load(to.second_bias + k) + gated);
-        store(at, gated);
+        store(second + t * s.u + k, gated);
       }
     }
-    multiply({chunk.num_items, second, 1, s.g, hidden, s.h, to.second, s.h, to.second, s.h,
+    multiply({chunk.num_items, second, 1, s.u, units, s.u, to.second, s.h, to.second, s.h,
               After::kNothing},
              s.G, padded(s.H));
-    multiply({s.G, second, s.g, 1, w.second_back, s.h, zeros, 0, hidden, s.h, After::kGate},
+    multiply({s.G, second, s.u, 1, w.second_back, s.h, zeros, 0, hidden, s.u, After::kGate, units},
              chunk.num_items, padded(s.H));
   }
 
@@ -118,12 +123,12 @@ class Backward : public Forward {
     const float* target = in.target + row * s.D;
     const int64_t at = in.offsets[row] - chunk.first_item;
     const int64_t count = in.offsets[row + 1] - in.offsets[row];
-    float* of_hidden = hidden + at * s.h;
+    float* of_hidden = hidden + at * s.u;
     sum_rows(of_hidden, count, of_constants + (row - chunk.first_row) * s.h);
     float* of_row = of_target + (row - chunk.first_row) * s.d;
     for (int64_t k = 0; k < s.D; k += kMaxRows) {
       const int64_t height = std::min<int64_t>(kMaxRows, s.D - k);
-      multiply({count, vectors + at * s.d + k, 1, s.d, of_hidden, s.h, zeros, 0, products_times,
+      multiply({count, vectors + at * s.d + k, 1, s.d, of_hidden, s.u, zeros, 0, products_times,
                 s.h, After::kNothing},
                height, padded(s.H));
       for (int64_t r = 0; r < height; ++r) {
@@ -150,7 +155,7 @@ class Backward : public Forward {
       }
     }
     float* for_vectors = of_vectors + at * s.d;
-    multiply({s.H, of_hidden, s.h, 1, matrix_back, s.d, for_vectors, s.d, for_vectors, s.d,
+    multiply({s.H, of_hidden, s.u, 1, matrix_back, s.d, for_vectors, s.d, for_vectors, s.d,
               After::kNothing},
              count, padded(s.D));
   }
@@ -158,24 +163,24 @@ class Backward : public Forward {
   void run_of_short_rows(const Chunk& chunk, int64_t row, int64_t last) {
     const int64_t at = in.offsets[row] - chunk.first_item;
     const int64_t count = in.offsets[last] - in.offsets[row];
-    float *of_hidden = hidden + at * s.h, *for_vectors = of_vectors + at * s.d;
+    float *of_hidden = hidden + at * s.u, *for_vectors = of_vectors + at * s.d;
     fill_pairs(chunk, row, last);
-    multiply({count, pairs, 1, 2 * s.D, of_hidden, s.h, to.of_items, s.h, to.of_items, s.h,
+    multiply({count, pairs, 1, 2 * s.D, of_hidden, s.u, to.of_items, s.h, to.of_items, s.h,
               After::kNothing},
              s.D, padded(s.H));
-    multiply({count, pairs + s.D, 1, 2 * s.D, of_hidden, s.h, to.of_products, s.h, to.of_products,
+    multiply({count, pairs + s.D, 1, 2 * s.D, of_hidden, s.u, to.of_products, s.h, to.of_products,
               s.h, After::kNothing},
              s.D, padded(s.H));
-    multiply({s.H, of_hidden, s.h, 1, w.items_back, s.d, for_vectors, s.d, for_vectors, s.d,
+    multiply({s.H, of_hidden, s.u, 1, w.items_back, s.d, for_vectors, s.d, for_vectors, s.d,
               After::kNothing},
              count, padded(s.D));
-    multiply({s.H, of_hidden, s.h, 1, w.products_back, s.d, zeros, 0, of_pairs, s.d,
+    multiply({s.H, of_hidden, s.u, 1, w.products_back, s.d, zeros, 0, of_pairs, s.d,
               After::kNothing},
              count, padded(s.D));
     for (int64_t r = row; r < last; ++r) {
       const int64_t start = in.offsets[r] - chunk.first_item;
       const int64_t end = in.offsets[r + 1] - chunk.first_item;
-      sum_rows(hidden + start * s.h, end - start, of_constants + (r - chunk.first_row) * s.h);
+      sum_rows(hidden + start * s.u, end - start, of_constants + (r - chunk.first_row) * s.h);
       float* of_row = of_target + (r - chunk.first_row) * s.d;
       for (int64_t t = start; t < end; ++t)
         for (int64_t k = 0; k < s.D; ++k) {
@@ -208,12 +213,13 @@ class Backward : public Forward {
   void sum_rows(const float* rows, int64_t count, float* total) const {
     for (int64_t unit = 0; unit < padded(s.H); unit += kLanes) {
       Vec value{};
-      for (int64_t t = 0; t < count; ++t) value += load(rows + t * s.h + unit);
+      for (int64_t t = 0; t < count; ++t) value += load(rows + t * s.u + unit);
       store(total + unit, value);
     }
   }
 
   Sums& to;
+  float *hidden, *second;
   Floats of_out, of_vectors, of_pairs, of_constants, of_target, matrix_back, products_times,
       zeros;
 };

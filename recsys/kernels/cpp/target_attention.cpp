@@ -4,11 +4,15 @@
 namespace recsys {
 namespace {
 
+// Returns a width up to the end of its last cache line, the same on every processor.
+int64_t whole_lines(int64_t width) { return (width + 15) / 16 * 16; }
+
 Sizes sizes_of(const Tensor& target, const Tensor& items, const Tensor& index,
                const Tensor& parallel, const Tensor& first, const Tensor& second) {
   Sizes s{target.size(0), items.size(0),  index.size(0),    target.size(1), first.size(0),
-          second.size(0), parallel.size(1), 0, 0, 0};
+          second.size(0), parallel.size(1), 0, 0, 0, 0, 0};
   s.d = padded(s.D), s.h = row_stride(s.H), s.g = row_stride(s.G);
+  s.second = whole_lines(s.H), s.u = s.second + whole_lines(s.G);
   return s;
 }
 
@@ -58,7 +62,7 @@ Contiguous contiguous(const Tensor& target, const Tensor& items, const Tensor& i
           of(first_bias), of(second), of(second_bias), of(last)};
 }
 
-// -> interest [B, D], weights [N] and, if wanted, the units of both layers [N, H + G], else [N, 0]
+// -> interest [B, D], weights [N] and, if wanted, the units of both layers [N, u], else [N, 0]
 std::tuple<Tensor, Tensor, Tensor> target_attention(
     const Tensor& target, const Tensor& items, const Tensor& index, const Tensor& offsets,
     const Tensor& parallel, const Tensor& lists, const Tensor& first, const Tensor& first_bias,
@@ -74,13 +78,12 @@ std::tuple<Tensor, Tensor, Tensor> target_attention(
   const std::vector<int64_t> bounds = group_bounds(s, in.offsets);
   Tensor out = torch::stable::new_zeros(all.target, {s.B, s.D});
   Tensor shares = torch::stable::new_empty(all.target, {s.N});
-  Tensor kept = torch::stable::new_empty(all.target, {s.N, keeps_units ? s.H + s.G : 0});
+  Tensor kept = torch::stable::new_empty(all.target, {s.N, keeps_units ? s.u : 0});
   float *to = mutable_floats(out), *share = mutable_floats(shares), *units = mutable_floats(kept);
   torch::stable::parallel_for(0, bounds.size() - 1, 1, [&](int64_t group, int64_t last_group) {
     Forward forward(s, in, weights, longest);
     for_chunks(in.offsets, bounds[group], bounds[last_group], [&](const Chunk& chunk) {
-      forward.compute(chunk);
-      if (keeps_units) forward.write_units(chunk, units);
+      forward.compute(chunk, keeps_units ? units + chunk.first_item * s.u : forward.own_units);
       for (int64_t row = chunk.first_row; row < chunk.last_row; ++row) {
         const int64_t at = in.offsets[row] - chunk.first_item;
         const int64_t count = in.offsets[row + 1] - in.offsets[row];

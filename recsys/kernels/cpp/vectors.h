@@ -107,7 +107,7 @@ inline void prefetch(const float* row, int64_t width) {
 enum class After { kNothing, kRelu, kGate };
 
 // out[r, :] = after(init[r, :] + sum over k of a[r * row_step + k * k_step] * b[k, :]).
-// kGate keeps the sum where out was positive, and writes 0 elsewhere.
+// kGate keeps the sum where gate, of out's row distance, is positive, and writes 0 elsewhere.
 struct Product {
   int64_t num_k;
   const float* a;
@@ -119,6 +119,7 @@ struct Product {
   float* out;
   int64_t out_stride;
   After after;
+  const float* gate = nullptr;
 };
 
 template <int R, int C>
@@ -149,7 +150,10 @@ inline void block(const Product& p, int64_t row, int64_t column) {
       float* to = out + r * p.out_stride + c * kLanes;
       Vec value = sums[r][c];
       if (p.after == After::kRelu) value = where_positive(value, value);
-      if (p.after == After::kGate) value = where_positive(load(to), value);
+      if (p.after == After::kGate) {
+        const int64_t place = (row + r) * p.out_stride + column + c * kLanes;
+        value = where_positive(load(p.gate + place), value);
+      }
       store(to, value);
     }
 }
