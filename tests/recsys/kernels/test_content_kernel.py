@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,10 +10,11 @@ from recsys.config import HistorySettings
 from recsys.content.history_map import HistoryMap
 from recsys.content.vectors import ContentVectors, StoredHistory
 from recsys.data.jagged_history import JaggedHistory
-from recsys.kernels import has_native
 from recsys.kernels.choice import _Chosen
 from recsys.ranking.layers import content_interest
 from recsys.ranking.layers.content_interest import ContentInterest
+
+pytestmark = pytest.mark.usefixtures("native_kernels")
 
 # History lengths, D, M, P; and how many distinct items there are.
 CASES = {
@@ -25,15 +24,6 @@ CASES = {
     "wide": ([7, 1], 66, 0, 1, 3),
     "only empty histories": ([0, 0], 4, 1, 1, 3),
 }
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    if not has_native(torch.zeros(1)):
-        pytest.skip("no C++ compiler")
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 class Case:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from recsys.config import ContrastiveSettings
-from recsys.kernels import contrastive, has_native
+from recsys.kernels import contrastive
 from recsys.kernels.choice import _Chosen
 from recsys.model.losses import ContentIDContrastive
+
+pytestmark = pytest.mark.usefixtures("native_kernels")
 
 # Rows, D, distinct items, padding rows, normalised, temperature.
 CASES = {
@@ -23,15 +23,6 @@ CASES = {
     "one row": (1, 4, 9, 0, True, 0.1),
     "padding rows alone": (4, 4, 3, 4, True, 0.1),
 }
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    if not has_native(torch.zeros(1)):
-        pytest.skip("no C++ compiler")
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 class Case:

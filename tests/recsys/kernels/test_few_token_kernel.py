@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from recsys.content.fusion import JointSelfAttention
-from recsys.kernels import has_native
 from recsys.kernels.choice import _Chosen
+
+pytestmark = pytest.mark.usefixtures("native_kernels")
 
 # An item with all tokens, and others that lack some; a query is never masked.
 MASK = torch.tensor([[True] * 4, [True, True, False, True], [True, False, False, False]])
@@ -25,8 +26,6 @@ def results(attention: JointSelfAttention, tokens: Tensor, num_outputs: int) -> 
 def test_attention_equals_the_reference(
     monkeypatch: pytest.MonkeyPatch, num_outputs: int, num_heads: int
 ) -> None:
-    if not has_native(torch.zeros(1)):
-        pytest.skip("no C++ compiler")
     torch.manual_seed(0)
     attention = JointSelfAttention(18, num_heads)
     tokens = torch.randn(3, 4, 18, requires_grad=True)
@@ -39,8 +38,6 @@ def test_attention_equals_the_reference(
 
 
 def test_the_operator_keeps_the_rules_of_torch_library() -> None:
-    if not has_native(torch.zeros(1)):
-        pytest.skip("no C++ compiler")
     query, tokens = torch.randn(3, 2, 6, requires_grad=True), torch.randn(3, 4, 6)
     attend = torch.ops.recsys.few_token_attention.default
     rules = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from recsys.content.fusion import FusionQFormer
-from recsys.kernels import has_native
 from recsys.kernels.choice import _Chosen
+
+pytestmark = pytest.mark.usefixtures("native_kernels")
 
 # Items, modality of each token, queries, layers, D, heads, dropout.
 CASES = {
@@ -20,15 +19,6 @@ CASES = {
     "many tokens, three layers": (3, [1, 0, 1, 1, 0], 3, 3, 12, 1, 0.5),
     "no items": (0, [0], 2, 1, 8, 2, 0.1),
 }
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    if not has_native(torch.zeros(1)):
-        pytest.skip("no C++ compiler")
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 class Case:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from recsys.data.jagged_history import JaggedHistory
-from recsys.kernels import has_native, native_dot_interaction
+from recsys.kernels import native_dot_interaction
 from recsys.kernels.choice import _Chosen
 from recsys.ranking.layers.dot_interaction import DotInteraction
 from recsys.ranking.layers.target_attention import TargetAttention
+
+pytestmark = pytest.mark.usefixtures("native_kernels")
 
 Inputs = tuple[Tensor, Tensor, JaggedHistory, Tensor]
 # History lengths, D, units of the two layers, P; and how many distinct items there are.
@@ -25,15 +27,6 @@ CASES = {
     "one unit": ([3, 3], 5, [1, 1], 0, 2),
     "only empty histories": ([0, 0], 4, [6, 3], 2, 3),
 }
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    if not has_native(torch.zeros(1)):
-        pytest.skip("no C++ compiler")
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def attention_case(

@@ -1,0 +1,20 @@
+"""What tests of native kernels share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from recsys.kernels import has_native
+
+
+@pytest.fixture
+def native_kernels() -> Iterator[None]:
+    """Skip where no C++ compiler is; afterwards the number of threads is as before."""
+    if not has_native(torch.zeros(1)):
+        pytest.skip("no C++ compiler")
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
