@@ -83,7 +83,7 @@ def _about(data: str, schema: Schema, config: Config, most_rows: int | None) -> 
     return {
         "dataset": dataset_digest(root),
         "test": open_rows(config.source, root, "test", schema).fingerprint(),
-        "content": to_plain(config.content),
+        "modalities": to_plain(config.content)["modalities"],
         "most_rows": most_rows,
     }
 
