@@ -66,9 +66,10 @@ class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
         ends = torch.cat([places.flatten(), counts.sum(dim=0, keepdim=True)])
         bags = super().forward(torch.cat(ids), ends)  # [most, T * D]
         widths = [count * self.max_D for count in features_of_tables]
+        bags_of_tables = bags.split(widths, dim=1) if len(widths) > 1 else [bags]
         vectors = [
             _first_rows(of_table.reshape(-1, self.max_D), len(of_ids))
-            for of_table, of_ids in zip(bags.split(widths, dim=1), ids_of_tables)
+            for of_table, of_ids in zip(bags_of_tables, ids_of_tables)
         ]
         return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
 
