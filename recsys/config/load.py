@@ -154,8 +154,20 @@ def _load(recipe: str) -> Any:
 
 def _settled(recipe: Any, name: str) -> Any:
     """Return a recipe whose `ranking` has only keys of this ranking model."""
-    section = recipe.get("ranking") if isinstance(recipe, dict) else None
+    if not isinstance(recipe, dict):
+        return recipe
+    recipe, section = _without_removed_keys(recipe), recipe.get("ranking")
     return recipe | {"ranking": own_keys(section, name)} if isinstance(section, dict) else recipe
+
+
+def _without_removed_keys(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Drop `content.sampling.encoders: 1`, which did nothing and stands in runs of before."""
+    content = recipe.get("content")
+    sampling = content.get("sampling") if isinstance(content, dict) else None
+    if not isinstance(sampling, dict) or sampling.get("encoders") != 1:
+        return recipe
+    kept = {key: value for key, value in sampling.items() if key != "encoders"}
+    return recipe | {"content": {**recipe["content"], "sampling": kept}}
 
 
 def _without_rows_of_content(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recsys.config import Config, ContentSettings, load_config, save_config
+from recsys.config import Config, ContentSettings, load_config, save_config, to_plain
 
 RECIPES = sorted((Path(__file__).parents[3] / "recsys" / "recipes").glob("*.yaml"))
 TINY = next(path for path in RECIPES if path.name == "tiny.yaml")
@@ -94,6 +94,18 @@ def test_installed_recipes_are_found_from_any_folder_by_the_name_on_the_pages(
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"config {tmp_path}/none.yaml"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_a_removed_setting_that_did_nothing_loads_and_another_value_is_refused(
+    tmp_path: Path,
+) -> None:
+    plain = to_plain(load_config(TINY))
+    for share in (1.0, 0.5):
+        plain["content"]["sampling"]["encoders"] = share
+        (tmp_path / f"{share}.yaml").write_text(yaml.safe_dump(plain))
+    assert load_config(tmp_path / "1.0.yaml") == load_config(TINY)
+    with pytest.raises(ValueError, match=r"0\.5\.yaml: content\.sampling\.encoders"):
+        load_config(tmp_path / "0.5.yaml")
 
 
 @pytest.mark.parametrize(
