@@ -82,6 +82,26 @@ def has_native(*tensors: Tensor) -> bool:
     return devices == {"cpu"} and _are_loaded()
 
 
+def rounds_products(device: torch.device) -> bool:
+    """Return whether autocast asks for products of bfloat16 on this device.
+
+    Kernels then round both factors of their matrix products and add in float32, where the processor
+    has an instruction for it; everything else stays in float32.
+
+    Example::
+
+        import torch
+        from recsys.kernels import rounds_products
+
+        with torch.autocast("cpu", torch.bfloat16):
+            rounds_products(torch.device("cpu"))  # True
+    """
+    return (
+        torch.is_autocast_enabled(device.type)
+        and torch.get_autocast_dtype(device.type) == torch.bfloat16
+    )
+
+
 @torch.compiler.assume_constant_result
 def _are_loaded() -> bool:
     """Load the kernels at the first call; warn in one line if that is not possible."""

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from recsys.kernels.choice import rounds_products
+
 _INPUTS = (
     "Tensor tokens, Tensor mask, Tensor modality, Tensor noise, Tensor[] weights, int layers, "
-    "int heads, float scale, float dropout"
+    "int heads, float scale, float dropout, bool bfloat16"
 )
 torch.library.define("recsys::fusion", f"({_INPUTS}) -> (Tensor, Tensor)")
 torch.library.define(
@@ -79,7 +81,13 @@ def native_fusion(
             native_fusion(*inputs, AttentionSettings(1, 2, 0.5, 0.0))  # [3, 8]
     """
     fused: Tensor = torch.ops.recsys.fusion(
-        tokens.float(), mask, modality, noise, [weight.float() for weight in weights], *settings
+        tokens.float(),
+        mask,
+        modality,
+        noise,
+        [weight.float() for weight in weights],
+        *settings,
+        rounds_products(tokens.device),
     )[0]
     return fused
 
@@ -111,7 +119,7 @@ def _fake_backward(*inputs: Any) -> tuple[Tensor, list[Tensor]]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *read, weights = inputs[:5]
-    ctx.settings = inputs[5:]  # layers, heads, scale, dropout
+    ctx.settings = inputs[5:]  # layers, heads, scale, dropout, bfloat16
     ctx.save_for_backward(output[1], *read, *weights)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for what is kept
@@ -122,7 +130,7 @@ def _backward(ctx: Any, gradient: Tensor, of_kept: None) -> tuple[Any, ...]:
     kept, tokens, mask, modality, noise, *weights = ctx.saved_tensors
     inputs = (tokens, mask, modality, noise, weights, *ctx.settings)
     of_tokens, of_weights = torch.ops.recsys.fusion_backward(gradient, kept, *inputs)
-    return (of_tokens, None, None, None, of_weights, None, None, None, None)
+    return (of_tokens, None, None, None, of_weights, *[None] * len(ctx.settings))
 
 
 torch.library.register_autograd("recsys::fusion", _backward, setup_context=_save)

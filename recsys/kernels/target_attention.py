@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from recsys.kernels.choice import rounds_products
+
 MAX_UNITS = 512
 MAX_KEPT_BYTES = 16 * 2**20  # of units kept for the backward: larger blocks are not reused
 _INPUTS = (
@@ -26,11 +28,12 @@ _INPUTS = (
 )
 torch.library.define(
     "recsys::target_attention",
-    f"({_INPUTS}, Tensor last_bias, bool keeps_units) -> (Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, Tensor last_bias, bool keeps_units, bool bfloat16) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "recsys::target_attention_backward",
-    f"(Tensor gradient, Tensor shares, Tensor kept, {_INPUTS}) -> ({', '.join(['Tensor'] * 8)})",
+    f"(Tensor gradient, Tensor shares, Tensor kept, {_INPUTS}, bool bfloat16) -> "
+    f"({', '.join(['Tensor'] * 8)})",
 )
 
 
@@ -105,7 +108,9 @@ def native_target_attention(
     kept_bytes = 4 * index.shape[0] * _units_row(score.first, score.second)
     keeps_units = torch.is_grad_enabled() and kept_bytes <= MAX_KEPT_BYTES
     inputs = (target.float(), items.float(), index, offsets, parallel.float(), lists, *score)
-    interest: Tensor = torch.ops.recsys.target_attention(*inputs, keeps_units)[0]
+    interest: Tensor = torch.ops.recsys.target_attention(
+        *inputs, keeps_units, rounds_products(target.device)
+    )[0]
     return interest
 
 
@@ -119,7 +124,7 @@ def _fake(
     target: Tensor, items: Tensor, index: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     del items
-    *_, first, _, second, _, _, _, keeps_units = rest
+    *_, first, _, second, _, _, _, keeps_units, _ = rest
     units = _units_row(first, second) if keeps_units else 0
     shares, kept = target.new_empty(index.shape), target.new_empty(index.shape[0], units)
     return target.new_empty(target.shape), shares, kept
@@ -127,15 +132,15 @@ def _fake(
 
 @torch.library.register_fake("recsys::target_attention_backward")
 def _fake_backward(
-    gradient: Tensor, shares: Tensor, kept: Tensor, *inputs: Tensor
+    gradient: Tensor, shares: Tensor, kept: Tensor, *inputs: Any
 ) -> tuple[Tensor, ...]:
     del gradient, shares, kept
-    target, items, _, _, _, *weights = inputs
+    target, items, _, _, _, *weights, _ = inputs
     return tuple(part.new_empty(part.shape) for part in (target, items, *weights))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *read, last_bias, _ = inputs
+    *read, last_bias, _, ctx.bfloat16 = inputs
     ctx.save_for_backward(last_bias, *output[1:], *read)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros for what is kept, megabytes
@@ -144,10 +149,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _backward(ctx: Any, gradient: Tensor, *of_kept: None) -> tuple[Tensor | None, ...]:
     del of_kept
     last_bias, *inputs = ctx.saved_tensors
-    of_target, of_items, *of_weights = torch.ops.recsys.target_attention_backward(gradient, *inputs)
+    of_target, of_items, *of_weights = torch.ops.recsys.target_attention_backward(
+        gradient, *inputs, ctx.bfloat16
+    )
     # A softmax does not change if all its scores do: the gradient of the last bias is zero.
     of_last_bias = torch.zeros_like(last_bias)
-    return (of_target, of_items, None, None, None, *of_weights, of_last_bias, None)
+    return (of_target, of_items, None, None, None, *of_weights, of_last_bias, None, None)
 
 
 torch.library.register_autograd("recsys::target_attention", _backward, setup_context=_save)

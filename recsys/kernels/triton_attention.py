@@ -45,10 +45,13 @@ def _sizes(target: Tensor, parallel: Tensor, first: Tensor, second: Tensor) -> d
 def target_attention(
     target: Tensor, items: Tensor, index: Tensor, offsets: Tensor, parallel: Tensor, lists: Tensor,
     first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor, last: Tensor,
-    last_bias: Tensor, keeps_units: bool,
+    last_bias: Tensor, keeps_units: bool, bfloat16: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the interest [B, D], the shares [N] of places, and no units, which are not kept."""
-    del last_bias, keeps_units
+    """Return the interest [B, D], the shares [N] of places, and no units, which are not kept.
+
+    Products are in float32, also where bfloat16 is asked for.
+    """
+    del last_bias, keeps_units, bfloat16
     out, shares = torch.zeros_like(target), target.new_empty(len(index))
     of_items, of_products, of_target, by_unit = _weights(first, second)
     inputs = [target, items, index, offsets, parallel, lists.T, of_items, of_products, of_target]
@@ -66,10 +69,10 @@ def target_attention(
 def target_attention_backward(
     gradient: Tensor, shares: Tensor, kept: Tensor, target: Tensor, items: Tensor, index: Tensor,
     offsets: Tensor, parallel: Tensor, lists: Tensor, first: Tensor, first_bias: Tensor,
-    second: Tensor, second_bias: Tensor, last: Tensor,
+    second: Tensor, second_bias: Tensor, last: Tensor, bfloat16: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients of target, items, lists, and the weights of the score."""
-    del kept
+    del kept, bfloat16
     sizes, rows = _sizes(target, parallel, first, second), len(target)
     dim, hidden, units = sizes["D"], sizes["H"], sizes["G"]
     rows_of_group = max(1, -(-rows // MOST_GROUPS))

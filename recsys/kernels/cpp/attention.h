@@ -12,8 +12,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "product.h"
 #include "tensors.h"
-#include "vectors.h"
 
 namespace recsys {
 
@@ -33,21 +33,22 @@ struct Inputs {
   const float *first, *first_bias, *second, *second_bias, *last;
 };
 
-// Weights in the order in which products read them; the second block is for the backward alone.
+// Weights in the order in which products read them; the third block is for the backward alone. Those
+// of the second block and the last two are kept for products (`keep_for_products`).
 struct Weights {
-  Floats of_items;  // [2 D, h]: factors of items, and below them those of products
-  Floats of_target, first_bias;  // [D, h], [h]
-  Floats second, second_bias, last, lists;  // [H, g], [g], [g], [P, d]
+  Floats of_items, first_bias;  // [2 D, h]: factors of items, below them those of products; [h]
+  Floats second_bias, last, lists;  // [g], [g], [P, d]
+  Floats of_target, second;  // [D, h], [H, g]
   Floats items_back, products_back, target_back, second_back;  // [H, d] three times, [G, h]
 
   Weights(const Sizes& s, const Inputs& in, bool backward)
       : of_items(2 * s.D * s.h),
-        of_target(s.D * s.h),
         first_bias(s.h),
-        second(s.H * s.g),
         second_bias(s.g),
         last(s.g),
         lists(s.P * s.d),
+        of_target(s.D * s.h),
+        second(s.H * s.g),
         items_back(backward ? s.H * s.d : 0),
         products_back(backward ? s.H * s.d : 0),
         target_back(backward ? s.H * s.d : 0),
@@ -78,6 +79,11 @@ struct Weights {
     }
     for (int64_t list = 0; list < s.P; ++list)
       for (int64_t k = 0; k < s.D; ++k) lists[list * s.d + k] = in.parallel_map[k * s.P + list];
+    keep_for_products(of_target, s.h, s.D);
+    keep_for_products(second, s.g, s.H);
+    if (!backward) return;
+    keep_for_products(target_back, s.d, s.H);
+    keep_for_products(second_back, s.h, s.G);
   }
 
   const float* products() const { return of_items + of_items.size() / 2; }
@@ -148,18 +154,18 @@ class Forward {
   void compute(const Chunk& chunk, float* units) {
     gather(chunk);
     float *hidden = units, *second = units + s.second;
-    multiply({s.D, in.target + chunk.first_row * s.D, s.D, 1, w.of_target, s.h, w.first_bias, 0,
-              constants, s.h, After::kNothing},
-             chunk.last_row - chunk.first_row, padded(s.H));
+    multiply_kept({s.D, in.target + chunk.first_row * s.D, s.D, 1, w.of_target, s.h, w.first_bias,
+                   0, constants, s.h, After::kNothing},
+                  chunk.last_row - chunk.first_row, padded(s.H));
     for_runs(in.offsets, chunk, [&](int64_t row, int64_t last, bool has_matrix) {
       const int64_t at = in.offsets[row] - chunk.first_item;
       const int64_t count = in.offsets[last] - in.offsets[row];
       if (has_matrix) {
         fill_matrix(in.target + row * s.D);
-        multiply({s.D, vectors + at * s.d, s.d, 1, matrix, s.h,
-                  constants + (row - chunk.first_row) * s.h, 0, hidden + at * s.u, s.u,
-                  After::kRelu},
-                 count, padded(s.H));
+        multiply_kept({s.D, vectors + at * s.d, s.d, 1, matrix, s.h,
+                       constants + (row - chunk.first_row) * s.h, 0, hidden + at * s.u, s.u,
+                       After::kRelu},
+                      count, padded(s.H));
       } else if (count) {
         fill_pairs(chunk, row, last);
         for (int64_t r = row; r < last; ++r)
@@ -171,8 +177,8 @@ class Forward {
                  count, padded(s.H));
       }
     });
-    multiply({s.H, hidden, s.u, 1, w.second, s.g, w.second_bias, 0, second, s.u, After::kRelu},
-             chunk.num_items, padded(s.G));
+    multiply_kept({s.H, hidden, s.u, 1, w.second, s.g, w.second_bias, 0, second, s.u, After::kRelu},
+                  chunk.num_items, padded(s.G));
     for (int64_t n = 0; n < chunk.num_items; ++n) {
       Vec total{};
       for (int64_t k = 0; k < padded(s.G); k += kLanes)
@@ -217,14 +223,11 @@ class Forward {
 
  private:
   void fill_matrix(const float* target) {
-    const float* of_products = w.products();
-    for (int64_t k = 0; k < s.D; ++k) {
-      const Vec factor = splat(target[k]);
-      for (int64_t unit = 0; unit < padded(s.H); unit += kLanes) {
-        const int64_t at = k * s.h + unit;
-        store(matrix + at, load(w.of_items + at) + factor * load(of_products + at));
-      }
-    }
+    const auto row = [&](int64_t k, int64_t unit) {
+      const int64_t at = k * s.h + unit;
+      return load(w.of_items + at) + splat(target[k]) * load(w.products() + at);
+    };
+    fill_kept(s.D, padded(s.H), matrix, s.h, row);
   }
 };
 

@@ -42,6 +42,7 @@ class Backward : public Forward {
         of_pairs(2 * kItemsOfChunk * s.d),
         of_constants(kItemsOfChunk * s.h),
         of_target(kItemsOfChunk * s.d),
+        padded_target(s.d),
         matrix_back(s.H * s.d),
         products_times(s.d * s.h),
         zeros(std::max(s.d, s.h)) {}
@@ -113,8 +114,9 @@ class Backward : public Forward {
     multiply({chunk.num_items, second, 1, s.u, units, s.u, to.second, s.h, to.second, s.h,
               After::kNothing},
              s.G, padded(s.H));
-    multiply({s.G, second, s.u, 1, w.second_back, s.h, zeros, 0, hidden, s.u, After::kGate, units},
-             chunk.num_items, padded(s.H));
+    multiply_kept(
+        {s.G, second, s.u, 1, w.second_back, s.h, zeros, 0, hidden, s.u, After::kGate, units},
+        chunk.num_items, padded(s.H));
   }
 
   // With the row's matrix M = W_h + W_p diag(t): the gradient of M is that of W_h; times t it is
@@ -126,8 +128,10 @@ class Backward : public Forward {
     float* of_hidden = hidden + at * s.u;
     sum_rows(of_hidden, count, of_constants + (row - chunk.first_row) * s.h);
     float* of_row = of_target + (row - chunk.first_row) * s.d;
-    for (int64_t k = 0; k < s.D; k += kMaxRows) {
-      const int64_t height = std::min<int64_t>(kMaxRows, s.D - k);
+    // Few rows at a time stay in cache; in bfloat16 the pairs of `of_hidden` are made once for all.
+    const int64_t most = in_bfloat16() ? s.D : kMaxRows;
+    for (int64_t k = 0; k < s.D; k += most) {
+      const int64_t height = std::min(most, s.D - k);
       multiply({count, vectors + at * s.d + k, 1, s.d, of_hidden, s.u, zeros, 0, products_times,
                 s.h, After::kNothing},
                height, padded(s.H));
@@ -144,20 +148,15 @@ class Backward : public Forward {
         of_row[k + r] = sum(total);
       }
     }
-    for (int64_t k = 0; k < padded(s.D); k += kLanes) {
-      float factors[kLanes] = {};
-      std::memcpy(factors, target + k, std::min<int64_t>(kLanes, s.D - k) * sizeof(float));
-      const Vec factor = load(factors);
-      for (int64_t unit = 0; unit < s.H; ++unit) {
-        const int64_t place = unit * s.d + k;
-        store(matrix_back + place,
-              load(w.items_back + place) + factor * load(w.products_back + place));
-      }
-    }
+    std::memcpy(padded_target, target, s.D * sizeof(float));
+    fill_kept(s.H, padded(s.D), matrix_back, s.d, [&](int64_t unit, int64_t k) {
+      const int64_t place = unit * s.d + k;
+      return load(w.items_back + place) + load(padded_target + k) * load(w.products_back + place);
+    });
     float* for_vectors = of_vectors + at * s.d;
-    multiply({s.H, of_hidden, s.u, 1, matrix_back, s.d, for_vectors, s.d, for_vectors, s.d,
-              After::kNothing},
-             count, padded(s.D));
+    multiply_kept({s.H, of_hidden, s.u, 1, matrix_back, s.d, for_vectors, s.d, for_vectors, s.d,
+                   After::kNothing},
+                  count, padded(s.D));
   }
 
   void run_of_short_rows(const Chunk& chunk, int64_t row, int64_t last) {
@@ -203,9 +202,9 @@ class Backward : public Forward {
     multiply({rows, in.target + chunk.first_row * s.D, 1, s.D, of_constants, s.h, to.of_target,
               s.h, to.of_target, s.h, After::kNothing},
              s.D, padded(s.H));
-    multiply({s.H, of_constants, s.h, 1, w.target_back, s.d, of_target, s.d, of_target, s.d,
-              After::kNothing},
-             rows, padded(s.D));
+    multiply_kept({s.H, of_constants, s.h, 1, w.target_back, s.d, of_target, s.d, of_target, s.d,
+                   After::kNothing},
+                  rows, padded(s.D));
     for (int64_t r = 0; r < rows; ++r)
       copy_row(for_target + (chunk.first_row + r) * s.D, of_target + r * s.d, s.D);
   }
@@ -220,8 +219,8 @@ class Backward : public Forward {
 
   Sums& to;
   float *hidden, *second;
-  Floats of_out, of_vectors, of_pairs, of_constants, of_target, matrix_back, products_times,
-      zeros;
+  Floats of_out, of_vectors, of_pairs, of_constants, of_target, padded_target, matrix_back,
+      products_times, zeros;
 };
 
 }  // namespace recsys

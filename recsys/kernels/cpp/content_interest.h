@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "product.h"
 #include "tensors.h"
-#include "vectors.h"
 
 namespace recsys {
 

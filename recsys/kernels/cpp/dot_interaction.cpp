@@ -3,8 +3,8 @@
 // Shapes: B batch, F sparse features, V = F + 1 vectors, D dimension, I = F * (F + 1) / 2 pairs.
 #include <algorithm>
 
+#include "product.h"
 #include "tensors.h"
-#include "vectors.h"
 
 namespace recsys {
 namespace {

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "vectors.h"
+#include "product.h"
 
 namespace recsys {
 
@@ -20,7 +20,7 @@ inline int64_t distance_of(int64_t width) {
 // y = weight x + bias, with weight [outputs, inputs].
 struct LinearMap {
   int64_t inputs, outputs, x, y;  // the last two are distances of rows
-  Floats across, straight, bias;  // [inputs, y], [outputs, x], [y]
+  Floats across, straight, bias;  // [inputs, y], [outputs, x], both kept for products; [y]
 
   LinearMap(int64_t num_inputs, int64_t num_outputs, const float* weight, const float* of_bias,
             bool backward)
@@ -39,17 +39,21 @@ struct LinearMap {
       for (int64_t in = 0; in < inputs; ++in)
         for (int64_t out = tile; out < std::min(tile + kTile, outputs); ++out)
           across[in * y + out] = weight[out * inputs + in];
+    if (backward)
+      keep_for_products(straight, x, outputs);
+    else
+      keep_for_products(across, y, inputs);
   }
 
   void apply(const float* rows, int64_t count, float* to) const {
-    multiply({inputs, rows, x, 1, across, y, bias, 0, to, y, After::kNothing}, count,
-             padded(outputs));
+    multiply_kept({inputs, rows, x, 1, across, y, bias, 0, to, y, After::kNothing}, count,
+                  padded(outputs));
   }
 
   // Adds the gradient of x to `to`, given that of y.
   void add_back(const float* of_y, int64_t count, float* to) const {
-    multiply({outputs, of_y, y, 1, straight, x, to, x, to, x, After::kNothing}, count,
-             padded(inputs));
+    multiply_kept({outputs, of_y, y, 1, straight, x, to, x, to, x, After::kNothing}, count,
+                  padded(inputs));
   }
 };
 

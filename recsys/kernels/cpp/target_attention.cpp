@@ -67,7 +67,8 @@ std::tuple<Tensor, Tensor, Tensor> target_attention(
     const Tensor& target, const Tensor& items, const Tensor& index, const Tensor& offsets,
     const Tensor& parallel, const Tensor& lists, const Tensor& first, const Tensor& first_bias,
     const Tensor& second, const Tensor& second_bias, const Tensor& last, const Tensor&,
-    bool keeps_units) {
+    bool keeps_units, bool bfloat16) {
+  const Precision precision(bfloat16);
   const Contiguous all = contiguous(target, items, index, offsets, parallel, lists, first,
                                     first_bias, second, second_bias, last);
   const Sizes s = sizes_of(target, items, index, parallel, first, second);
@@ -81,6 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> target_attention(
   Tensor kept = torch::stable::new_empty(all.target, {s.N, keeps_units ? s.u : 0});
   float *to = mutable_floats(out), *share = mutable_floats(shares), *units = mutable_floats(kept);
   torch::stable::parallel_for(0, bounds.size() - 1, 1, [&](int64_t group, int64_t last_group) {
+    const Precision of_thread(bfloat16);
     Forward forward(s, in, weights, longest);
     for_chunks(in.offsets, bounds[group], bounds[last_group], [&](const Chunk& chunk) {
       forward.compute(chunk, keeps_units ? units + chunk.first_item * s.u : forward.own_units);
@@ -156,7 +158,8 @@ Gradients target_attention_backward(
     const Tensor& gradient_, const Tensor& shares, const Tensor& kept, const Tensor& target,
     const Tensor& items, const Tensor& index, const Tensor& offsets, const Tensor& parallel,
     const Tensor& lists, const Tensor& first, const Tensor& first_bias, const Tensor& second,
-    const Tensor& second_bias, const Tensor& last) {
+    const Tensor& second_bias, const Tensor& last, bool bfloat16) {
+  const Precision precision(bfloat16);
   const Tensor gradient = torch::stable::contiguous(gradient_);
   const Contiguous all = contiguous(target, items, index, offsets, parallel, lists, first,
                                     first_bias, second, second_bias, last);
@@ -176,6 +179,7 @@ Gradients target_attention_backward(
   const int64_t groups = bounds.size() - 1;
   std::vector<std::unique_ptr<Sums>> sums(groups);
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    const Precision of_thread(bfloat16);
     for (int64_t group = begin; group < end; ++group) {
       sums[group] = std::make_unique<Sums>(s);
       Backward backward(s, in, weights, longest, *sums[group]);

@@ -1,9 +1,7 @@
-// Vectors of the processor's width, and small matrix products whose operands stay in cache.
-//
-// Each output is a sum over k in ascending order, whatever the number of rows or columns that a
-// block holds: a row's result does not depend on its neighbours, nor on the number of threads.
+// Vectors of the processor's width, and buffers of floats.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -102,94 +100,6 @@ constexpr int64_t kAhead = 6;
 
 inline void prefetch(const float* row, int64_t width) {
   for (int64_t k = 0; k < width; k += 16) __builtin_prefetch(row + k);
-}
-
-enum class After { kNothing, kRelu, kGate };
-
-// out[r, :] = after(init[r, :] + sum over k of a[r * row_step + k * k_step] * b[k, :]).
-// kGate keeps the sum where gate, of out's row distance, is positive, and writes 0 elsewhere.
-struct Product {
-  int64_t num_k;
-  const float* a;
-  int64_t row_step, k_step;
-  const float* b;
-  int64_t b_stride;
-  const float* init;
-  int64_t init_stride;
-  float* out;
-  int64_t out_stride;
-  After after;
-  const float* gate = nullptr;
-};
-
-template <int R, int C>
-inline void block(const Product& p, int64_t row, int64_t column) {
-  Vec sums[R][C];
-  const float* init = p.init + row * p.init_stride + column;
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) sums[r][c] = load(init + r * p.init_stride + c * kLanes);
-  const float *a = p.a + row * p.row_step, *b = p.b + column;
-  for (int64_t k = 0; k < p.num_k; ++k, a += p.k_step, b += p.b_stride) {
-    Vec of_b[C];
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) of_b[c] = load(b + c * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec of_a = splat(a[r * p.row_step]);
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) sums[r][c] += of_a * of_b[c];
-    }
-  }
-  float* out = p.out + row * p.out_stride + column;
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      float* to = out + r * p.out_stride + c * kLanes;
-      Vec value = sums[r][c];
-      if (p.after == After::kRelu) value = where_positive(value, value);
-      if (p.after == After::kGate) {
-        const int64_t place = (row + r) * p.out_stride + column + c * kLanes;
-        value = where_positive(load(p.gate + place), value);
-      }
-      store(to, value);
-    }
-}
-
-template <int C>
-inline void column_blocks(const Product& p, int64_t num_rows, int64_t column) {
-  int64_t num_blocks = (num_rows + kMaxRows - 1) / kMaxRows;
-  for (int64_t row = 0; row < num_rows; --num_blocks) {
-    const int64_t height = (num_rows - row + num_blocks - 1) / num_blocks;  // about equal heights
-    switch (height) {
-      case 1: block<1, C>(p, row, column); break;
-      case 2: block<2, C>(p, row, column); break;
-      case 3: block<3, C>(p, row, column); break;
-      case 4: block<4, C>(p, row, column); break;
-      case 5: block<5, C>(p, row, column); break;
-      default: block<6, C>(p, row, column);
-    }
-    row += height;
-  }
-}
-
-// Computes the product for a number of rows and a padded number of columns.
-inline void multiply(const Product& p, int64_t num_rows, int64_t width) {
-  for (int64_t column = 0; column < width;) {
-    const int64_t left = (width - column) / kLanes;
-    if (left >= 4 && kMaxColumns >= 4) {
-      column_blocks<kMaxColumns>(p, num_rows, column);
-      column += kMaxColumns * kLanes;
-    } else if (left >= 2) {
-      column_blocks<2>(p, num_rows, column);
-      column += 2 * kLanes;
-    } else {
-      column_blocks<1>(p, num_rows, column);
-      column += kLanes;
-    }
-  }
 }
 
 }  // namespace recsys

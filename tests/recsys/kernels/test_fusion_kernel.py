@@ -97,6 +97,6 @@ def test_bfloat16_gives_the_type_of_the_operations(monkeypatch: pytest.MonkeyPat
 def test_the_operator_keeps_the_rules_of_torch_library() -> None:
     these = Case(3, [0, 1, 1], 2, 2, 130, 2, 0.1)
     noise, weights = torch.rand(2 * 3 * (5 + 2) * 130), these.fusion.weights()
-    inputs = (these.tokens, these.mask, these.modality, noise, weights, 2, 2, 0.5, 0.1)
+    inputs = (these.tokens, these.mask, these.modality, noise, weights, 2, 2, 0.5, 0.1, False)
     rules = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.recsys.fusion.default, inputs, test_utils=rules)

@@ -182,7 +182,7 @@ def test_operators_keep_the_rules_of_torch_library() -> None:
     rules = ("test_schema", "test_autograd_registration", "test_faketensor")
     inputs = (target.requires_grad_(), items, history.index, history.offsets, parallel, lists)
     attend = torch.ops.recsys.target_attention.default
-    torch.library.opcheck(attend, (*inputs, *score, True), test_utils=rules)
+    torch.library.opcheck(attend, (*inputs, *score, True, False), test_utils=rules)
     dots = torch.ops.recsys.dot_interaction.default
     torch.library.opcheck(dots, (target, torch.randn(2, 3, 4)), test_utils=rules)
 

@@ -74,10 +74,10 @@ def test_attention_equals_the_reference(
     inputs = [target, items, history.index, history.offsets, parallel]
     inputs += [*(lists or [torch.zeros(dim, 0)]), *score]
     inputs = [part.detach().to(DEVICE) for part in inputs]
-    found, shares, kept = triton_attention.target_attention(*inputs, False)
+    found, shares, kept = triton_attention.target_attention(*inputs, False, False)
     assert_like(found, output)
     by_kernel = triton_attention.target_attention_backward
-    gradients = list(by_kernel(factor.to(DEVICE), shares, kept, *inputs[:-1]))
+    gradients = list(by_kernel(factor.to(DEVICE), shares, kept, *inputs[:-1], False))
     if not lists:
         assert gradients.pop(2).shape == (dim, 0)
     for pair in zip(gradients, expected[:-1], strict=True):

@@ -27,7 +27,9 @@ FusionInputs inputs_of(const std::vector<Tensor>& all) {
 // -> fused [U, D] and what the backward reads
 std::tuple<Tensor, Tensor> fusion(const Tensor& tokens, const Tensor& mask, const Tensor& modality,
                                   const Tensor& noise, const std::vector<Tensor>& weights_,
-                                  int64_t num_layers, int64_t heads, double scale, double dropout) {
+                                  int64_t num_layers, int64_t heads, double scale, double dropout,
+                                  bool bfloat16) {
+  const Precision precision(bfloat16);
   const std::vector<Tensor> all = contiguous({tokens, mask, modality, noise});
   const std::vector<Tensor> weights = contiguous(weights_);
   const FusionSizes s(all[0], weights, num_layers, heads, scale, dropout);
@@ -40,6 +42,7 @@ std::tuple<Tensor, Tensor> fusion(const Tensor& tokens, const Tensor& mask, cons
   float* to = mutable_floats(out);
   const int64_t blocks = (s.U + s.block() - 1) / s.block();
   torch::stable::parallel_for(0, blocks, kBlocksPerGroup, [&](int64_t begin, int64_t end) {
+    const Precision of_thread(bfloat16);
     FusionForward forward(s, packed, in, parts);
     for (int64_t item = begin * s.block(); item < std::min(end * s.block(), s.U); item += s.block())
       forward.compute(item, std::min(s.block(), s.U - item), to + item * s.D);
@@ -52,7 +55,8 @@ std::tuple<Tensor, Tensor> fusion(const Tensor& tokens, const Tensor& mask, cons
 std::tuple<Tensor, std::vector<Tensor>> fusion_backward(
     const Tensor& gradient_, const Tensor& kept, const Tensor& tokens, const Tensor& mask,
     const Tensor& modality, const Tensor& noise, const std::vector<Tensor>& weights_,
-    int64_t num_layers, int64_t heads, double scale, double dropout) {
+    int64_t num_layers, int64_t heads, double scale, double dropout, bool bfloat16) {
+  const Precision precision(bfloat16);
   const Tensor gradient = torch::stable::contiguous(gradient_);
   const std::vector<Tensor> all = contiguous({tokens, mask, modality, noise});
   const std::vector<Tensor> weights = contiguous(weights_);
@@ -70,6 +74,7 @@ std::tuple<Tensor, std::vector<Tensor>> fusion_backward(
   const int64_t groups = std::clamp<int64_t>(blocks / kBlocksPerGroup, 1, kMaxFusionGroups);
   std::vector<std::unique_ptr<FusionSums>> sums(groups);
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    const Precision of_thread(bfloat16);
     for (int64_t group = begin; group < end; ++group) {
       sums[group] = std::make_unique<FusionSums>(s, packed);
       FusionBackward backward(s, packed, in, parts, *sums[group]);
