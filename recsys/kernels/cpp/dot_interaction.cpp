@@ -24,7 +24,7 @@ Tensor dot_interaction(const Tensor& dense_, const Tensor& sparse_) {
     Floats transposed(D * stride), products(kMaxRows * stride), zeros(stride);
     for (int64_t b = first; b < last; ++b) {
       float* result = to + b * width;
-      std::memcpy(result, of_dense + b * D, D * sizeof(float));
+      copy_row(result, of_dense + b * D, D);
       for (int64_t v = 0; v < V; ++v) {
         const float* vector = v ? of_sparse + (b * F + v - 1) * D : of_dense + b * D;
         for (int64_t d = 0; d < D; ++d) transposed[d * stride + v] = vector[d];
@@ -38,7 +38,7 @@ Tensor dot_interaction(const Tensor& dense_, const Tensor& sparse_) {
         multiply(product, height, padded(V) - start);
         for (int64_t r = 0; r < height; ++r) {
           const int64_t count = V - 1 - (i + r);
-          std::memcpy(result, products + r * stride + (i + r + 1 - start), count * sizeof(float));
+          copy_row(result, products + r * stride + (i + r + 1 - start), count);
           result += count;
         }
       }
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> dot_interaction_backward(const Tensor& gradient_, con
       const float* row = of_out + b * width;
       for (int64_t v = 0; v < V; ++v) {
         const float* vector = v ? of_sparse + (b * F + v - 1) * D : of_dense + b * D;
-        std::memcpy(vectors + v * stride, vector, D * sizeof(float));
+        copy_row(vectors + v * stride, vector, D);
       }
       const float* pair = row + D;
       for (int64_t i = 0; i < V; ++i)
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor> dot_interaction_backward(const Tensor& gradient_, con
       multiply(product, V, stride);
       for (int64_t d = 0; d < D; ++d) for_dense[b * D + d] = row[d] + results[d];
       for (int64_t v = 1; v < V; ++v)
-        std::memcpy(for_sparse + (b * F + v - 1) * D, results + v * stride, D * sizeof(float));
+        copy_row(for_sparse + (b * F + v - 1) * D, results + v * stride, D);
     }
   });
   return {to_dense, to_sparse};
