@@ -61,7 +61,7 @@ class TableConfig:
     embedding_dim: int
     features: list[str]  # features that look up in this table; sharing costs nothing
     pooling: Pooling = "none"  # none: one vector per id; sum, mean: one vector per list of ids
-    sharding: Sharding = "auto"  # auto: the planner chooses
+    sharding: Sharding = "auto"  # auto: the planner chooses; one rank has whole tables
     optimizer: TableOptimizer = "rowwise_adagrad"  # adam runs on CUDA only
     learning_rate: float = 0.05
     weight_decay: float = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner import ParameterConstraints
-from torchrec.distributed.types import CacheParams
+from torchrec.distributed.types import CacheParams, ShardingType
 
 from embeddings.tables import Kernel, TableConfig
 
@@ -20,12 +20,19 @@ KERNELS: dict[Kernel, EmbeddingComputeKernel] = {
 
 
 def constraints(table: TableConfig, world_size: int, prefetch: bool) -> ParameterConstraints:
-    """Return the constraints of one table, for the ranks that share one copy of it."""
+    """Return the constraints of one table, for the ranks that share one copy of it.
+
+    One rank holds whole tables: TorchRec's planner might split them by rows, for the same bytes,
+    and each step would sort all ids into its only bucket.
+    """
     cache = None
+    sharding_types = None if table.sharding == "auto" else [table.sharding]
+    if sharding_types is None and world_size == 1:
+        sharding_types = [ShardingType.TABLE_WISE.value]
     if table.kernel == "uvm_caching":
         cache = CacheParams(load_factor=table.cache_load_factor, prefetch_pipeline=prefetch)
     return ParameterConstraints(
-        sharding_types=None if table.sharding == "auto" else [table.sharding],
+        sharding_types=sharding_types,
         compute_kernels=[KERNELS[table.kernel].value],
         cache_params=cache,
         min_partition=_column_shard_width(

@@ -66,6 +66,15 @@ def test_no_table_is_ever_data_parallel_however_small(world_size: int) -> None:
         assert sharding.compute_kernel == "fused"
 
 
+def test_one_rank_holds_whole_tables_unless_told_otherwise() -> None:
+    tables = [table("bag", rows=10**5, pooling="sum"), table("sequence", rows=10**5)]
+    one_rank = machine_topology(1, 1, CPU)
+    planned = sharding_of(plan(tables, one_rank))
+    assert {sharding.sharding_type for sharding in planned.values()} == {"table_wise"}
+    tables[0].sharding = "row_wise"
+    assert sharding_of(plan(tables, one_rank))["bag"].sharding_type == "row_wise"
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_sharders_offer_row_wise_and_never_data_parallel(device: str) -> None:
     for sharder in sharders():

@@ -24,7 +24,7 @@ Tensor dot_interaction(const Tensor& dense_, const Tensor& sparse_) {
     Floats transposed(D * stride), products(kMaxRows * stride), zeros(stride);
     for (int64_t b = first; b < last; ++b) {
       float* result = to + b * width;
-      copy_row(result, of_dense + b * D, D);
+      std::memcpy(result, of_dense + b * D, D * sizeof(float));
       for (int64_t v = 0; v < V; ++v) {
         const float* vector = v ? of_sparse + (b * F + v - 1) * D : of_dense + b * D;
         for (int64_t d = 0; d < D; ++d) transposed[d * stride + v] = vector[d];
@@ -38,7 +38,7 @@ Tensor dot_interaction(const Tensor& dense_, const Tensor& sparse_) {
         multiply(product, height, padded(V) - start);
         for (int64_t r = 0; r < height; ++r) {
           const int64_t count = V - 1 - (i + r);
-          copy_row(result, products + r * stride + (i + r + 1 - start), count);
+          std::memcpy(result, products + r * stride + (i + r + 1 - start), count * sizeof(float));
           result += count;
         }
       }
