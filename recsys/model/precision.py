@@ -5,9 +5,11 @@ history map and the ranking model in bfloat16. Each of these parts has float32 i
 so that lookups, memory bank, losses and metrics never see another type. Autocast keeps weights,
 gradients and optimizer state in float32, and bfloat16 needs no loss scaling.
 
-On CPU the history map stays in float32: it reads far more rows than any other part, and casting
-them there and back takes longer than its narrow product. CPUs without instructions for bfloat16
-compute its products more slowly than those of float32, which a warning says.
+On CPU target attention and fusion are kernels that round the factors of their products and keep
+all else in float32 (`recsys.kernels`). The history map stays in float32: it reads far more rows
+than any other part, and casting them there and back takes longer than its narrow product. CPUs
+without instructions for bfloat16 compute its products more slowly than those of float32, which a
+warning says.
 
 The parts themselves are wrapped (`recsys.content.wrap`), not the calls of the model, so that
 training, evaluation, prediction and filling of the bank compute alike. Wrapping also limits
