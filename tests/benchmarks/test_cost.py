@@ -147,7 +147,8 @@ def test_sampled_items_alone_have_a_backward(tmp_path: Path) -> None:
 
 
 def test_communication_costs_nothing_on_one_rank_and_grows_with_ranks(tmp_path: Path) -> None:
-    with product_steps(quick_variant(tmp_path, "--content.history.bank", "sharded")) as steps:
+    settings = ("--content.history.bank", "sharded", "--embedding.sharding", "row_wise")
+    with product_steps(quick_variant(tmp_path, *settings)) as steps:
         sizes = sizes_of(steps)
         counts = BatchCounts.of(next(steps.batches))
     sent = {
