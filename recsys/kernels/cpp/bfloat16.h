@@ -73,7 +73,7 @@ inline Vec pairs_of(Vec first, Vec) { return first; }
 
 inline Vec pairs_along(Vec first, Vec) { return first; }
 
-inline Vec load_first(const float*, int64_t) { return {}; }
+inline Vec load_first(const float*, int64_t) { return Vec{}; }
 
 #endif
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,25 @@ import torch
 from recsys.kernels import choose_kernels, has_native
 from recsys.kernels.choice import _Chosen
 
+OLDER = """
+import sys, torch
+from recsys.data.jagged_history import JaggedHistory
+from recsys.kernels import choose_kernels, compiler
+from recsys.ranking.layers.target_attention import TargetAttention
+
+def interest(kernels):
+    choose_kernels(kernels)
+    return attention(target, items, history, torch.zeros(9, 0))
+
+flags = " ".join(compiler.FLAGS).replace("native", sys.argv[1]).replace("O3", "O1")
+compiler.FLAGS = flags.split()
+attention, target, items = TargetAttention(8, 0, [16, 4]), torch.randn(2, 8), torch.randn(5, 8)
+history = JaggedHistory.of(torch.randint(5, (9,)), torch.tensor([7, 2]), 5)
+native = interest("native")
+torch.testing.assert_close(native, interest("torch"), rtol=1e-6, atol=1e-6)
+with torch.autocast("cpu", torch.bfloat16):
+    assert torch.equal(interest("native"), native)
+"""
 LOAD = """
 import logging, torch
 logging.basicConfig(level=logging.INFO)
@@ -65,6 +85,20 @@ def test_other_types_and_the_setting_torch_are_left_to_pytorch(
     assert not has_native(torch.zeros(1, dtype=torch.float64))
     monkeypatch.setattr(_Chosen, "kernels", "torch")
     assert not has_native(torch.zeros(1))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86 processors")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "x86-64-v4"])
+@pytest.mark.usefixtures("native_kernels")
+def test_processors_without_bfloat16_multiply_in_float32(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processor: str
+) -> None:
+    has = {"x86-64-v3": torch.cpu._is_avx2_supported, "x86-64-v4": torch.cpu._is_avx512_supported}
+    if processor in has and not has[processor]():
+        pytest.skip(f"this processor runs no code of {processor}")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    subprocess.run([sys.executable, "-c", OLDER, processor], check=True, timeout=300)
 
 
 @pytest.mark.long
