@@ -8,6 +8,7 @@ Shapes: B batch, F sparse features, V = F + 1 vectors, D dimension, I = F * (F +
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,25 +76,35 @@ def _sizes(dense: Tensor, sparse: Tensor) -> dict[str, Any]:
     }
 
 
-def dot_interaction(dense: Tensor, sparse: Tensor) -> Tensor:  # [B, D], [B, F, D] -> [B, D + I]
-    """Return the dense vector and the dot products of the pairs (i, j), i < j."""
-    dense, sparse, sizes = dense.contiguous(), sparse.contiguous(), _sizes(dense, sparse)
+def _joined(sparse: Sequence[Tensor]) -> Tensor:  # [B, D] or [B, features, D] each -> [B, F, D]
+    parts = [part if part.dim() == 3 else part.unsqueeze(1) for part in sparse]
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].contiguous()
+
+
+def dot_interaction(dense: Tensor, sparse: Sequence[Tensor]) -> Tensor:  # -> [B, D + I]
+    """Return the dense vector [B, D] and the dot products of the pairs (i, j), i < j."""
+    dense, vectors = dense.contiguous(), _joined(sparse)
+    sizes = _sizes(dense, vectors)
     out = dense.new_empty(len(dense), sizes["width"])
     if len(dense):
-        _forward[(len(dense),)](dense, sparse, out, **sizes)
+        _forward[(len(dense),)](dense, vectors, out, **sizes)
     return out
 
 
 def dot_interaction_backward(
     gradient: Tensor,  # [B, D + I]
     dense: Tensor,  # [B, D]
-    sparse: Tensor,  # [B, F, D]
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of dense [B, D] and sparse [B, F, D]."""
-    gradient, dense, sparse = gradient.contiguous(), dense.contiguous(), sparse.contiguous()
-    to_dense, to_sparse = torch.empty_like(dense), torch.empty_like(sparse)
+    sparse: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the gradients of dense [B, D] and of each tensor of sparse features."""
+    gradient, dense, vectors = gradient.contiguous(), dense.contiguous(), _joined(sparse)
+    to_dense, to_sparse = torch.empty_like(dense), torch.empty_like(vectors)
     if len(dense):
         _backward[(len(dense),)](
-            gradient, dense, sparse, to_dense, to_sparse, **_sizes(dense, sparse)
+            gradient, dense, vectors, to_dense, to_sparse, **_sizes(dense, vectors)
         )
-    return to_dense, to_sparse
+    counts = [part.shape[1] if part.dim() == 3 else 1 for part in sparse]
+    parts = to_sparse.split(counts, dim=1)
+    return to_dense, [
+        part.reshape(like.shape).clone() for part, like in zip(parts, sparse, strict=True)
+    ]

@@ -79,11 +79,15 @@ class Dlrm(nn.Module):
         """Return the logits of a batch."""
         fields = self.fields(ids, content, batch)
         dense, sparse = fields.dense_and_sparse(self.dense_arch)
-        interactions = self.inter_arch(dense, torch.stack(sparse, dim=1))
-        top = self.dropout(interactions)
+        top = self.dropout(self.interact(dense, sparse))
         if fields.similarities.shape[1]:  # else a copy of the model's widest tensor, [B, pairs]
             top = torch.cat([top, fields.similarities], dim=1)
         return self.over_arch(top)
+
+    def interact(self, dense: Tensor, sparse: list[Tensor]) -> Tensor:
+        """Return the interactions of the dense vector [B, D] and F fields [B, D]."""
+        interactions: Tensor = self.inter_arch(dense, sparse)
+        return interactions
 
 
 class DlrmDcn(Dlrm):
@@ -99,3 +103,8 @@ class DlrmDcn(Dlrm):
         width = (num_fields + 1) * dim
         cross = LowRankCrossNet(width, settings.cross_layers, settings.cross_rank)
         return InteractionDCNArch(num_fields, cross), width
+
+    def interact(self, dense: Tensor, sparse: list[Tensor]) -> Tensor:
+        """Return the crossed dense vector [B, D] and F fields [B, D], side by side."""
+        interactions: Tensor = self.inter_arch(dense, torch.stack(sparse, dim=1))
+        return interactions

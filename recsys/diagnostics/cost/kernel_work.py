@@ -24,9 +24,10 @@ def _target_attention(target: Sequence[int], *shapes: Any, **_: Any) -> int:
     return int(2 * places * of_place + 4 * rows * dim * hidden)
 
 
-def _dot_interaction(_dense: Any, sparse: Sequence[int], **_: Any) -> int:
+def _dot_interaction(dense: Sequence[int], sparse: Sequence[Sequence[int]], **_: Any) -> int:
     """Count the dot products of all pairs of vectors."""
-    rows, features, dim = sparse
+    rows, dim = dense
+    features = sum(shape[1] if len(shape) == 3 else 1 for shape in sparse)
     return rows * features * (features + 1) * dim
 
 

@@ -1,6 +1,8 @@
 // Dot interaction of DLRM, forward and backward, one row of the batch after the other in cache.
 //
 // Shapes: B batch, F sparse features, V = F + 1 vectors, D dimension, I = F * (F + 1) / 2 pairs.
+// The features are in any number of tensors [B, D] and [B, features of the tensor, D], whose vectors
+// need not follow each other.
 #include <algorithm>
 
 #include "product.h"
@@ -11,22 +13,54 @@ namespace {
 
 constexpr int64_t kRowsPerTask = 128;
 
+// The vectors of a row, the dense one first: `at[v] + row * step[v]`.
+template <class Pointer>
+struct Vectors {
+  std::vector<Pointer> at;
+  std::vector<int64_t> step;
+
+  void add(Pointer from, const Tensor& tensor) {
+    const int64_t features = tensor.dim() == 2 ? 1 : tensor.size(1);
+    for (int64_t feature = 0; feature < features; ++feature) {
+      at.push_back(from + (tensor.dim() == 2 ? 0 : feature * tensor.stride(1)));
+      step.push_back(tensor.stride(0));
+    }
+  }
+
+  Pointer of(int64_t row, int64_t v) const { return at[v] + row * step[v]; }
+  int64_t size() const { return at.size(); }
+};
+
+// Returns the tensors, with neighbouring numbers of each vector.
+std::vector<Tensor> with_whole_vectors(const Tensor& dense, const std::vector<Tensor>& sparse) {
+  std::vector<Tensor> all{torch::stable::contiguous(dense)};
+  for (const Tensor& part : sparse)
+    all.push_back(part.stride(part.dim() - 1) == 1 ? part : torch::stable::contiguous(part));
+  return all;
+}
+
+Vectors<const float*> vectors_of(const std::vector<Tensor>& all) {
+  Vectors<const float*> vectors;
+  for (const Tensor& part : all) vectors.add(floats(part), part);
+  return vectors;
+}
+
 // out [B, D + I]
-Tensor dot_interaction(const Tensor& dense_, const Tensor& sparse_) {
-  const Tensor dense = torch::stable::contiguous(dense_);
-  const Tensor sparse = torch::stable::contiguous(sparse_);
-  const int64_t B = sparse.size(0), F = sparse.size(1), D = sparse.size(2), V = F + 1;
+Tensor dot_interaction(const Tensor& dense_, const std::vector<Tensor>& sparse) {
+  const std::vector<Tensor> all = with_whole_vectors(dense_, sparse);
+  const Vectors<const float*> from = vectors_of(all);
+  const Tensor& dense = all[0];
+  const int64_t B = dense.size(0), D = dense.size(1), V = from.size(), F = V - 1;
   const int64_t width = D + F * V / 2, stride = padded(V) + kLanes;
   Tensor out = torch::stable::new_empty(dense, {B, width});
-  const float *of_dense = floats(dense), *of_sparse = floats(sparse);
   float* to = mutable_floats(out);
   torch::stable::parallel_for(0, B, kRowsPerTask, [&](int64_t first, int64_t last) {
     Floats transposed(D * stride), products(kMaxRows * stride), zeros(stride);
     for (int64_t b = first; b < last; ++b) {
       float* result = to + b * width;
-      std::memcpy(result, of_dense + b * D, D * sizeof(float));
+      std::memcpy(result, from.of(b, 0), D * sizeof(float));
       for (int64_t v = 0; v < V; ++v) {
-        const float* vector = v ? of_sparse + (b * F + v - 1) * D : of_dense + b * D;
+        const float* vector = from.of(b, v);
         for (int64_t d = 0; d < D; ++d) transposed[d * stride + v] = vector[d];
       }
       result += D;
@@ -47,26 +81,28 @@ Tensor dot_interaction(const Tensor& dense_, const Tensor& sparse_) {
   return out;
 }
 
-// gradient [B, D + I] -> gradients of dense [B, D] and sparse [B, F, D]
-std::tuple<Tensor, Tensor> dot_interaction_backward(const Tensor& gradient_, const Tensor& dense_,
-                                                    const Tensor& sparse_) {
+// gradient [B, D + I] -> gradients of dense [B, D] and of the tensors of sparse features
+std::tuple<Tensor, std::vector<Tensor>> dot_interaction_backward(
+    const Tensor& gradient_, const Tensor& dense, const std::vector<Tensor>& sparse) {
   const Tensor gradient = torch::stable::contiguous(gradient_);
-  const Tensor dense = torch::stable::contiguous(dense_);
-  const Tensor sparse = torch::stable::contiguous(sparse_);
-  const int64_t B = sparse.size(0), F = sparse.size(1), D = sparse.size(2), V = F + 1;
+  const std::vector<Tensor> all = with_whole_vectors(dense, sparse);
+  const Vectors<const float*> from = vectors_of(all);
+  const int64_t B = dense.size(0), D = dense.size(1), V = from.size(), F = V - 1;
   const int64_t width = D + F * V / 2, stride = padded(D);
-  Tensor to_dense = torch::stable::empty_like(dense);
-  Tensor to_sparse = torch::stable::empty_like(sparse);
-  const float *of_out = floats(gradient), *of_dense = floats(dense), *of_sparse = floats(sparse);
-  float *for_dense = mutable_floats(to_dense), *for_sparse = mutable_floats(to_sparse);
+  std::vector<Tensor> gradients;
+  Vectors<float*> to;
+  for (const Tensor& part : all) {
+    gradients.push_back(part.dim() == 2
+                            ? torch::stable::new_empty(part, {B, D})
+                            : torch::stable::new_empty(part, {B, part.size(1), D}));
+    to.add(mutable_floats(gradients.back()), gradients.back());
+  }
+  const float* of_out = floats(gradient);
   torch::stable::parallel_for(0, B, kRowsPerTask, [&](int64_t first, int64_t last) {
     Floats vectors(V * stride), of_pairs(V * V), results(V * stride), zeros(stride);
     for (int64_t b = first; b < last; ++b) {
       const float* row = of_out + b * width;
-      for (int64_t v = 0; v < V; ++v) {
-        const float* vector = v ? of_sparse + (b * F + v - 1) * D : of_dense + b * D;
-        copy_row(vectors + v * stride, vector, D);
-      }
+      for (int64_t v = 0; v < V; ++v) copy_row(vectors + v * stride, from.of(b, v), D);
       const float* pair = row + D;
       for (int64_t i = 0; i < V; ++i)
         for (int64_t j = i + 1; j < V; ++j, ++pair)
@@ -74,12 +110,13 @@ std::tuple<Tensor, Tensor> dot_interaction_backward(const Tensor& gradient_, con
       const Product product{V,     of_pairs, V,       1,      vectors, stride,
                             zeros, 0,        results, stride, After::kNothing};
       multiply(product, V, stride);
-      for (int64_t d = 0; d < D; ++d) for_dense[b * D + d] = row[d] + results[d];
-      for (int64_t v = 1; v < V; ++v)
-        copy_row(for_sparse + (b * F + v - 1) * D, results + v * stride, D);
+      for (int64_t v = 0; v < V; ++v) copy_row(to.of(b, v), results + v * stride, D);
+      for (int64_t d = 0; d < D; ++d) to.of(b, 0)[d] += row[d];
     }
   });
-  return {to_dense, to_sparse};
+  const Tensor of_dense = gradients[0];
+  gradients.erase(gradients.begin());
+  return {of_dense, gradients};
 }
 
 }  // namespace

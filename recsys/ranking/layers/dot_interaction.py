@@ -56,9 +56,17 @@ class DotInteraction(InteractionArch):
         self.register_buffer("places", pair_places(num_sparse_features + 1), persistent=False)
 
     def forward(
-        self, dense_features: Tensor, sparse_features: Tensor
-    ) -> Tensor:  # [B, D], [B, F, D] -> [B, D + I]
+        self,
+        dense_features: Tensor,  # [B, D]
+        sparse_features: Tensor | list[Tensor],  # [B, F, D] as in TorchRec, or F tensors [B, D]
+    ) -> Tensor:  # [B, D + I]
         """Return the dense vector, and the dot products of all pairs of vectors."""
-        if has_native(dense_features, sparse_features):
+        parts = sparse_features if isinstance(sparse_features, list) else [sparse_features]
+        if has_native(dense_features, *parts):
             return native_dot_interaction(dense_features, sparse_features)
-        return dot_interaction(dense_features, sparse_features, self.places)
+        sparse = (
+            torch.stack(sparse_features, dim=1)
+            if isinstance(sparse_features, list)
+            else sparse_features
+        )
+        return dot_interaction(dense_features, sparse, self.places)

@@ -174,6 +174,22 @@ def test_dot_interaction_equals_the_reference(
         torch.testing.assert_close(native[name], value, rtol=1e-6, atol=1e-6 * scale)
 
 
+def test_vectors_of_a_list_are_read_where_they_are() -> None:
+    """As the columns of one lookup of all tables, beside a tensor of its own."""
+    dots, widths = DotInteraction(4), [3, 3, 3]
+    dense, lookup, own = (torch.randn(5, width).requires_grad_() for width in (3, sum(widths), 3))
+    factor = torch.randn(5, 3 + 10)
+
+    def gradients(output: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad((output * factor).sum(), [dense, lookup, own]))
+
+    vectors = [*lookup.split(widths, dim=1), own]
+    of_list, of_stack = dots(dense, vectors), dots(dense, torch.stack(vectors, dim=1))
+    assert torch.equal(of_list, of_stack)
+    pairs = zip(gradients(of_list), gradients(of_stack), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
 def test_operators_keep_the_rules_of_torch_library() -> None:
     attention, (target, items, history, parallel) = attention_case([2, 1], 4, [6, 3], 1, 4)
     score = [part for layer in attention.score[::2] for part in (layer.weight, layer.bias)]
@@ -184,7 +200,8 @@ def test_operators_keep_the_rules_of_torch_library() -> None:
     attend = torch.ops.recsys.target_attention.default
     torch.library.opcheck(attend, (*inputs, *score, True, False), test_utils=rules)
     dots = torch.ops.recsys.dot_interaction.default
-    torch.library.opcheck(dots, (target, torch.randn(2, 3, 4)), test_utils=rules)
+    vectors = [torch.randn(2, 3, 4), torch.randn(2, 4)]
+    torch.library.opcheck(dots, (target, vectors), test_utils=rules)
 
 
 def test_torch_compile_sees_the_kernel_and_torch_export_the_reference() -> None:

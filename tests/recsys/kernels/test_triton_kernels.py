@@ -47,10 +47,15 @@ def test_dot_interaction_equals_the_reference(num_fields: int, dim: int) -> None
     output = DotInteraction(num_fields)(dense, sparse)
     factor = torch.randn(output.shape)
     expected = torch.autograd.grad(output, [dense, sparse], factor)
-    inputs = dense.detach().to(DEVICE), sparse.detach().to(DEVICE)
+    one, *others = sparse.detach().to(DEVICE).unbind(1)
+    parts = [one, torch.stack(others, dim=1)] if others else [one]
+    inputs = dense.detach().to(DEVICE), parts
     assert_like(triton_dot_interaction.dot_interaction(*inputs), output)
-    found = triton_dot_interaction.dot_interaction_backward(factor.to(DEVICE), *inputs)
-    for pair in zip(found, expected, strict=True):
+    backward = triton_dot_interaction.dot_interaction_backward
+    of_dense, of_parts = backward(factor.to(DEVICE), *inputs)
+    assert [part.shape for part in of_parts] == [part.shape for part in parts]
+    of_sparse = torch.cat([part.reshape(3, -1, dim) for part in of_parts], dim=1)
+    for pair in zip((of_dense, of_sparse), expected, strict=True):
         assert_like(*pair)
 
 
