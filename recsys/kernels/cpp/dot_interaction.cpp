@@ -34,8 +34,13 @@ struct Vectors {
 // Returns the tensors, with neighbouring numbers of each vector.
 std::vector<Tensor> with_whole_vectors(const Tensor& dense, const std::vector<Tensor>& sparse) {
   std::vector<Tensor> all{torch::stable::contiguous(dense)};
-  for (const Tensor& part : sparse)
-    all.push_back(part.stride(part.dim() - 1) == 1 ? part : torch::stable::contiguous(part));
+  for (const Tensor& part : sparse) {
+    const int64_t last = part.dim() - 1;
+    STD_TORCH_CHECK(
+        (last == 1 || last == 2) && part.size(0) == dense.size(0) && part.size(last) == dense.size(1),
+        "a sparse feature has not the rows and width of the dense vector");
+    all.push_back(part.stride(last) == 1 ? part : torch::stable::contiguous(part));
+  }
   return all;
 }
 

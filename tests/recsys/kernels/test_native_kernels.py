@@ -190,6 +190,12 @@ def test_vectors_of_a_list_are_read_where_they_are() -> None:
     assert all(torch.equal(*pair) for pair in pairs)
 
 
+@pytest.mark.parametrize("shape", [(5, 4), (4, 3), (5, 2, 4), (5, 1, 1, 3)])
+def test_vectors_of_another_shape_are_an_error(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError, match="rows and width"):
+        native_dot_interaction(torch.randn(5, 3), [torch.randn(5, 3), torch.randn(shape)])
+
+
 def test_operators_keep_the_rules_of_torch_library() -> None:
     attention, (target, items, history, parallel) = attention_case([2, 1], 4, [6, 3], 1, 4)
     score = [part for layer in attention.score[::2] for part in (layer.weight, layer.bias)]
