@@ -132,6 +132,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> content_interest(
   const Tensor index = of(index_), offsets = of(offsets_), of_lists = of(of_lists_);
   const Tensor parallel = of(parallel_);
   const InterestSizes s = sizes_of(queries, items, index, parallel);
+  require_shape(map, {s.D, s.D}, "map");
+  require_shape(offsets, {s.B + 1}, "offsets");
+  require_shape(of_lists, {s.B, s.P}, "of_lists");
+  require_shape(parallel, {s.N, s.P}, "parallel");
   const InterestInputs in{floats(queries),  floats(items),    floats(map),      floats(of_lists),
                           floats(parallel), integers(index), integers(offsets)};
   check(s, in.index, in.offsets);

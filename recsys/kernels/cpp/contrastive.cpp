@@ -48,6 +48,8 @@ std::tuple<Tensor, Tensor, Tensor> in_batch_contrastive(const Tensor& content_, 
   const auto of = [](const Tensor& tensor) { return torch::stable::contiguous(tensor); };
   const Tensor of_content = of(content_), of_ids = of(ids_), items = of(items_);
   const ContrastiveSizes s = sizes_of(of_content);
+  require_shape(of_ids, {s.B, s.D}, "ids");
+  require_shape(items, {s.B}, "items");
   const Side content(s, floats(of_content), normalize, kShortest);
   const Side ids(s, floats(of_ids), normalize, kShortest);
   const Floats across = transposed(s, ids.rows);

@@ -23,6 +23,9 @@ std::tuple<Tensor, Tensor> few_token_attention(const Tensor& query_, const Tenso
   const Tensor query = of(query_), key = of(key_), value = of(value_), mask = of(mask_);
   const FewTokens s = sizes_of(query, key, heads, scale);
   const int64_t U = query.size(0), of_item = s.T * s.distance;
+  require_shape(key, {U, s.T, s.distance}, "key");
+  require_shape(value, {U, s.T, s.distance}, "value");
+  require_shape(mask, {U, s.T}, "mask");
   Tensor out = torch::stable::new_zeros(query, {U, s.Q, s.distance});
   Tensor weights = torch::stable::new_empty(query, {U, s.Q, s.H, s.T});
   const float *of_query = floats(query), *of_key = floats(key), *of_value = floats(value);

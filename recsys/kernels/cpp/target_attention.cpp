@@ -62,6 +62,18 @@ Contiguous contiguous(const Tensor& target, const Tensor& items, const Tensor& i
           of(first_bias), of(second), of(second_bias), of(last)};
 }
 
+void require_shapes(const Sizes& s, const Contiguous& all) {
+  require_shape(all.items, {s.U, s.D}, "items");
+  require_shape(all.offsets, {s.B + 1}, "offsets");
+  require_shape(all.parallel, {s.N, s.P}, "parallel");
+  require_shape(all.lists, {s.D, s.P}, "lists");
+  require_shape(all.first, {s.H, 4 * s.D}, "first");
+  require_shape(all.first_bias, {s.H}, "first_bias");
+  require_shape(all.second, {s.G, s.H}, "second");
+  require_shape(all.second_bias, {s.G}, "second_bias");
+  require_shape(all.last, {1, s.G}, "last");
+}
+
 // -> interest [B, D], weights [N] and, if wanted, the units of both layers [N, u], else [N, 0]
 std::tuple<Tensor, Tensor, Tensor> target_attention(
     const Tensor& target, const Tensor& items, const Tensor& index, const Tensor& offsets,
@@ -73,6 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> target_attention(
                                     first_bias, second, second_bias, last);
   const Sizes s = sizes_of(target, items, index, parallel, first, second);
   const Inputs in = all.inputs();
+  require_shapes(s, all);
   check(s, in.index, in.offsets);
   const int64_t longest = longest_row(s, in.offsets);
   const Weights weights(s, in, false);

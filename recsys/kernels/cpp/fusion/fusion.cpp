@@ -13,6 +13,42 @@ std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
   return all;
 }
 
+void require_shapes(const LayerSizes& s, const Tensor* w) {
+  for (const int64_t norm : {0, 10})
+    for (const int64_t part : {0, 1}) require_shape(w[norm + part], {s.D}, "a norm's weight");
+  for (const int64_t map : {2, 4, 6, 8}) {
+    require_shape(w[map], {s.D, s.D}, "a map of the attention");
+    require_shape(w[map + 1], {s.D}, "a bias of the attention");
+  }
+  require_shape(w[12], {s.F, s.D}, "the first map of the feed-forward network");
+  require_shape(w[13], {s.F}, "its bias");
+  require_shape(w[14], {s.D, s.F}, "the second map of the feed-forward network");
+  require_shape(w[15], {s.D}, "its bias");
+}
+
+void require_shapes(const FusionSizes& s, const Tensor& mask, const Tensor& modality,
+                    const Tensor& noise, const std::vector<Tensor>& w) {
+  const int64_t num_layers = s.layers.size();
+  require_shape(mask, {s.U, s.T}, "mask");
+  require_shape(modality, {s.T}, "modality");
+  require_shape(w[0], {s.Q, s.D}, "queries");
+  require_shape(w[1], {s.M, s.D}, "the embedding of modalities");
+  int64_t num_random = 0;
+  for (int64_t layer = 0; layer < num_layers; ++layer) {
+    require_shapes(s.layers[layer], &w[2 + layer * kWeightsOfLayer]);
+    num_random += 2 * s.U * s.layers[layer].R * s.D;
+  }
+  if (noise.numel()) require_shape(noise, {num_random}, "noise");
+  const Tensor* last = &w[w.size() - 7];
+  require_shape(last[0], {s.D}, "the last norm's weight");
+  require_shape(last[1], {s.D}, "the last norm's bias");
+  require_shape(last[2], {s.D, s.Q * s.D}, "the map of the output");
+  require_shape(last[3], {s.D}, "the bias of the output");
+  require_shape(last[4], {s.M, s.D}, "the vectors of missing modalities");
+  require_shape(last[5], {s.D, s.M * s.D}, "the linear map");
+  require_shape(last[6], {s.D}, "the bias of the linear map");
+}
+
 void check(const FusionSizes& s, const int64_t* modality) {
   bool in_range = true;
   for (int64_t t = 0; t < s.T; ++t) in_range &= 0 <= modality[t] && modality[t] < s.M;
@@ -33,6 +69,7 @@ std::tuple<Tensor, Tensor> fusion(const Tensor& tokens, const Tensor& mask, cons
   const std::vector<Tensor> all = contiguous({tokens, mask, modality, noise});
   const std::vector<Tensor> weights = contiguous(weights_);
   const FusionSizes s(all[0], weights, num_layers, heads, scale, dropout);
+  require_shapes(s, mask, modality, noise, weights);
   const FusionInputs in = inputs_of(all);
   check(s, in.modality);
   const FusionWeights packed(s, weights, false);
