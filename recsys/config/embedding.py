@@ -89,7 +89,7 @@ class EmbeddingSettings:
     dim: Width = 32
     """Width of the vectors."""
     sharding: Sharding = "auto"
-    """Division of the tables over the ranks; auto: the planner chooses; one rank has all."""
+    """Division of the tables over ranks; auto: the planner chooses, on one rank whole tables."""
     optimizer: TableOptimizer = "rowwise_adagrad"
     """Optimizer of the tables, applied in the backward pass."""
     learning_rate: NonNegativeFloat = 0.05

@@ -33,13 +33,14 @@ struct Inputs {
   const float *first, *first_bias, *second, *second_bias, *last;
 };
 
-// Weights in the order in which products read them; the third block is for the backward alone. Those
-// of the second block and the last two are kept for products (`keep_for_products`).
+// Weights in the order in which products read them, those with * in the layout of
+// `keep_for_products`. Those named `back` are for the backward alone.
 struct Weights {
   Floats of_items, first_bias;  // [2 D, h]: factors of items, below them those of products; [h]
   Floats second_bias, last, lists;  // [g], [g], [P, d]
-  Floats of_target, second;  // [D, h], [H, g]
-  Floats items_back, products_back, target_back, second_back;  // [H, d] three times, [G, h]
+  Floats of_target, second;  // * [D, h], [H, g]
+  Floats items_back, products_back;  // [H, d] both
+  Floats target_back, second_back;  // * [H, d], [G, h]
 
   Weights(const Sizes& s, const Inputs& in, bool backward)
       : of_items(2 * s.D * s.h),

@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
+
 #include "vectors.h"
 
 namespace recsys {

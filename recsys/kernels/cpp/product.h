@@ -11,7 +11,7 @@ namespace recsys {
 enum class After { kNothing, kRelu, kGate };
 
 // out[r, :] = after(init[r, :] + sum over k of a[r * row_step + k * k_step] * b[k, :]).
-// With `in_pairs` the rows of b are pairs, as `pair_rows` writes them; see bfloat16.h.
+// One of row_step and k_step is 1. With `in_pairs` the rows of b are pairs, as `pair_rows` writes them; see bfloat16.h.
 // kGate keeps the sum where gate, of out's row distance, is positive, and writes 0 elsewhere.
 struct Product {
   int64_t num_k;

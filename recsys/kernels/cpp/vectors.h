@@ -1,7 +1,6 @@
 // Vectors of the processor's width, and buffers of floats.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
