@@ -145,10 +145,16 @@ def rows_that_count(table: pa.Table, schema: Schema) -> np.ndarray:  # table R r
     return known if schema.weight is None else known & (table[schema.weight].to_numpy() > 0)
 
 
+def rows_of_items(table: pa.Table, schema: Schema) -> np.ndarray:  # table R rows -> bool [R]
+    """Return a mask of the rows that count for their item: `rows_that_count`, none drawn."""
+    counted = rows_that_count(table, schema)
+    return counted if schema.sampled is None else counted & (table[schema.sampled].to_numpy() == 0)
+
+
 def count_items(
     rows: RowSource, rank: int, world_size: int, also: Callable[[pa.Table], None] | None = None
 ) -> ItemCounts:
-    """Count how often each item is the target in a rank's share, rows of weight 0 left out.
+    """Count how often each item is the target in a rank's share; see `rows_of_items`.
 
     All columns are read, so that an unusable value ends the job before its first step. `also` is
     called with each chunk of rows.
@@ -157,6 +163,6 @@ def count_items(
     for table in rows.read(*rows.share(rank, world_size)):
         if also is not None:
             also(table)
-        known = rows_that_count(table, rows.schema)
+        known = rows_of_items(table, rows.schema)
         counter.add(table[rows.schema.target_item].to_numpy()[known])
     return counter.total()

@@ -247,7 +247,7 @@ def columns_to_read(schema: Schema, with_labels: bool) -> list[str]:
     columns = [
         name
         for name, column in schema.columns.items()
-        if with_labels or column.kind not in ("label", "extra", "weight")
+        if with_labels or column.kind not in ("label", "extra", "weight", "sampled")
     ]
     return columns + [name for history in schema.histories for name in history.numbers]
 

@@ -19,6 +19,7 @@ that the schema does not name are ignored.
       shared:  {kind: label, nullable: true}  # not known in rows with null
       teacher: {kind: extra}    # a float that auxiliary losses may ask for, never a feature
       times:   {kind: weight}   # of the row in losses and metrics, 0 or more
+      drawn:   {kind: sampled}  # 1 in rows whose item was drawn as a negative, else 0
     items:
       id: item
       columns:
@@ -109,6 +110,11 @@ class Schema:
     def weight(self) -> str | None:
         """Name of the column with the rows' weights, if there is one."""
         return next(iter(self.of_kind("weight")), None)
+
+    @property
+    def sampled(self) -> str | None:
+        """Name of the column that marks rows with a drawn item, if there is one."""
+        return next(iter(self.of_kind("sampled")), None)
 
     @property
     def label_losses(self) -> tuple[str, ...]:

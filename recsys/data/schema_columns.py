@@ -35,8 +35,9 @@ VOCABULARY_SETTINGS: dict[str, list[str]] = {
 class Column:
     """One column of the impressions."""
 
-    # extra: a float for auxiliary losses only, null if a row has none; weight: the row's weight.
-    kind: Literal["id", "ids", "sequence", "dense", "label", "extra", "weight"]
+    # extra: a float for auxiliary losses only, null if a row has none; weight: the row's weight;
+    # sampled: 1 in rows whose item was drawn as a negative, which are no rows of the item.
+    kind: Literal["id", "ids", "sequence", "dense", "label", "extra", "weight", "sampled"]
     num_embeddings: int | None = None  # rows of its table: ids lie in [0, num_embeddings)
     shares: str | None = None  # column whose table this one shares
     # Lists parallel to a sequence: ids if they are columns of kind ids, else floats.
@@ -207,7 +208,7 @@ def check_column(
     Raises:
         ValueError: a key does not fit the kind, or is missing.
     """
-    if column.kind in ("dense", "label", "extra", "weight"):
+    if column.kind in ("dense", "label", "extra", "weight", "sampled"):
         if column.num_embeddings or column.shares or column.parallel or column.vocabulary:
             raise ValueError(f"{where} of kind {column.kind} takes no further key")
         return
@@ -234,8 +235,11 @@ def label_problem(columns: dict[str, Column]) -> str | None:
     """Return the problem of the keys of labels and weights, or None."""
     labels = [name for name, column in columns.items() if column.kind == "label"]
     weights = [name for name, column in columns.items() if column.kind == "weight"]
+    sampled = [name for name, column in columns.items() if column.kind == "sampled"]
     if not labels:
         return "no column of kind label; declare the column to predict as one"
+    if len(sampled) > 1:
+        return f"columns {sampled} are all of kind sampled; keep one"
     if len(weights) > 1:
         return (
             f"columns {weights} are all of kind weight, but a row has one weight; write their "

@@ -4,6 +4,9 @@ A stream is sorted by key (a user, an item) and time, and holds samples and even
 events before a moment are a prefix, which one binary search locates: so a history is a slice, and
 a count the difference of two positions, whatever the number of events.
 
+An event that arrives late is used from its arrival on: those known at a moment are a prefix and,
+where one arrived before earlier ones, some events after a gap.
+
 Shapes: N rows of a chunk, E events of them that match, S samples of them.
 """
 
@@ -73,6 +76,9 @@ class Moments:
         self._times = ordered[np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 1))]
         self._place = self._key * (len(self._times) + 1) + np.searchsorted(self._times, time)
         self._time, self._sample_key = time[samples], self._key[samples]  # [S]
+        arrived = chunk["arrived"] if "arrived" in chunk.column_names else None
+        self._arrived = None if arrived is None else arrived.fill_null(0).to_numpy()  # [N]
+        self._event_time = time
 
     def events_before(
         self, events: np.ndarray, delay: int
@@ -93,3 +99,35 @@ class Moments:
         if within is None:  # all of its key: it begins after the events of earlier keys
             return np.searchsorted(self._key[events], self._sample_key), end
         return self.events_before(events, delay + within), end
+
+    def known(
+        self, events: np.ndarray, delay: int, within: int | None
+    ) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
+        """Return the events in each sample's window that had arrived by its time.
+
+        Args:
+            events: int64 [E], rows, ascending.
+            delay: microseconds before the sample at which the window ends.
+            within: length of the window in microseconds; None: all earlier events of the key.
+
+        Returns:
+            Begin and end of the events known without a gap, int64 [S] each, and for samples with
+            events known after a gap these events' places in `events`.
+        """
+        begin, end = self.window(events, delay, within)
+        if self._arrived is None:
+            return begin, end, {}
+        since = np.maximum(self._arrived[events], self._event_time[events] + delay + 1)  # [E]
+        moments = np.unique(since)
+        place = self._key[events] * (len(moments) + 1) + np.searchsorted(moments, since)
+        rank = np.searchsorted(moments, self._time, side="right")
+        cut = self._sample_key * (len(moments) + 1) + rank  # [S]
+        gap = np.searchsorted(np.maximum.accumulate(place), cut)  # first event that is not known
+        known = np.searchsorted(np.sort(place), cut)
+        after: dict[int, np.ndarray] = {}
+        for sample in np.flatnonzero(known > gap).tolist():
+            later = np.arange(max(begin[sample], gap[sample]), end[sample])
+            later = later[since[later] <= self._time[sample]]
+            if len(later):
+                after[sample] = later
+        return np.minimum(begin, gap), gap, after

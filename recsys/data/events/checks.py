@@ -45,10 +45,11 @@ def check_events_config(config: EventsConfig) -> None:
     _check_transforms(config)
     _check_columns(config)
     _check_labels(config)
+    _check_requests(config)
     _check_past(config)
     _check_split(config)
     if config.drop.later_than is not None:
-        moment(config.drop.later_than, "UTC")
+        moment(config.drop.later_than, config.time_zone)
     if config.rows is not None and config.impressions is not None:
         raise ValueError("rows: impressions are the rows already; remove rows or impressions")
     if config.negatives is not None:
@@ -65,6 +66,7 @@ def _names(config: EventsConfig) -> list[str]:
     groups = [config.context, *tables, config.labels, config.counts, config.histories]
     groups += [history.parallel for history in config.histories.values()]
     names = [config.output.user, config.output.item, config.output.time]
+    names += [config.output.sampled] if config.negatives is not None else []
     return names + [name for group in groups for name in group]
 
 
@@ -167,6 +169,28 @@ def _check_labels(config: EventsConfig) -> None:
             literal(action)
 
 
+def _check_requests(config: EventsConfig) -> None:
+    """Require a request column in all tables of rows and of actions that label them, or in none."""
+    actions = {
+        name for label in config.labels.values() if label.within for name in label.action or ()
+    }
+    if config.impressions is None:
+        actions |= set(config.events if config.rows is None else config.rows)
+    tables = {
+        f"events.{name}": table
+        for name, table in config.events.items()
+        if table.action is not None or name in actions
+    }
+    if config.impressions is not None:
+        tables["impressions"] = config.impressions
+    without = [name for name, table in tables.items() if table.request is None]
+    if config.by_request and without and actions:
+        raise ValueError(
+            f"{without[0]} has no `request`, but other tables have one, and a row and the actions "
+            "that label it agree in it; name its column, or leave `request` out everywhere"
+        )
+
+
 def _check_past(config: EventsConfig) -> None:
     chosen = [of.actions for of in config.histories.values()]
     chosen += [actions for of in config.counts.values() for actions in (of.actions, of.per)]
@@ -216,7 +240,7 @@ def _check_split(config: EventsConfig) -> None:
             f"split: at has {len(split.at)} values; write the two at which train and valid end"
         )
     if split.by == "dates":
-        cuts: list[float] = [moment(str(day), "UTC") for day in split.at]
+        cuts: list[float] = [moment(str(day), config.time_zone) for day in split.at]
     else:
         if not all(isinstance(share, float | int) and 0 < share <= 1 for share in split.at):
             raise ValueError(f"split: at is {split.at}; write shares between 0 and 1")

@@ -67,13 +67,11 @@ class AddPast:
         added = {f"n_{name}": self._count(chunk, moments, of) for name, of in self.counts.items()}
         values: dict[str, dict[str, pa.Array]] = {}
         for name, of in self.histories.items():
-            events = self._events(chunk, of.actions)
-            begin, end = moments.window(events, duration(of.delay) or 0, None)
-            begin = np.maximum(begin, end - min(of.length, len(chunk)))
+            events, begin, length = self._slices(chunk, moments, of)
             values[name] = self._values(chunk, name, events)
             first = 0 if self.files is None else self.files.append(name, values[name])
             added[begin_of(name)] = begin + first
-            added[length_of(name)] = (end - begin).astype(np.int32)
+            added[length_of(name)] = length.astype(np.int32)
         for first in range(0, len(rows), SAMPLES_AT_ONCE):
             here = slice(first, first + SAMPLES_AT_ONCE)
             samples = chunk.take(pa.array(rows[here]))
@@ -85,14 +83,43 @@ class AddPast:
                     columns |= {f"h_{column}": lists for column, lists in made.items()}
             yield pa.record_batch([columns[name] for name in self.schema.names], schema=self.schema)
 
+    def _slices(
+        self, chunk: pa.Table, moments: Moments, history: History
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return rows of events, and begin and length [S] of each sample's slice of them.
+
+        A history with a gap, as an event has not arrived, has a slice of its own after all others.
+        """
+        events = self._events(chunk, history.actions)
+        begin, end, after = moments.known(events, duration(history.delay) or 0, None)
+        most = min(history.length, len(chunk))
+        first, length = np.maximum(begin, end - most), np.minimum(end - begin, most)
+        parts, place = [events], len(events)
+        for sample, later in after.items():
+            places = np.concatenate([np.arange(first[sample], end[sample]), later])[-most:]
+            parts.append(events[places])
+            first[sample], length[sample] = place, len(places)
+            place += len(places)
+        return np.concatenate(parts), first, length
+
     def _count(self, chunk: pa.Table, moments: Moments, of: Count) -> np.ndarray:  # float64 [S]
         """Return a count or rate for each sample."""
-        window = duration(of.delay) or 0, duration(of.within)
-        begin, end = moments.window(self._events(chunk, of.actions), *window)
+        number = self._number(chunk, moments, of, of.actions)
         if of.per is None:
-            return (end - begin).astype(np.float64)
-        base_begin, base_end = moments.window(self._events(chunk, of.per), *window)
-        return (end - begin) / np.maximum(base_end - base_begin, 1) * (base_end > base_begin)
+            return number
+        base = self._number(chunk, moments, of, of.per)
+        return number / np.maximum(base, 1) * (base > 0)
+
+    def _number(
+        self, chunk: pa.Table, moments: Moments, count: Count, actions: list[str] | None
+    ) -> np.ndarray:  # float64 [S]
+        """Return the number of events in the window of a count."""
+        window = duration(count.delay) or 0, duration(count.within)
+        begin, end, after = moments.known(self._events(chunk, actions), *window)
+        number = (end - begin).astype(np.float64)
+        for sample, later in after.items():
+            number[sample] += len(later)
+        return number
 
     def _events(self, chunk: pa.Table, actions: list[str] | None) -> np.ndarray:  # int64 [E]
         """Return the rows of events with one of some actions; None: any but impressions."""

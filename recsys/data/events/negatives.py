@@ -1,25 +1,100 @@
-"""Draws items that a user never took, as samples with labels 0.
+"""Draws items as negatives of rows whose first label is 1: items that existed at the row's moment.
 
-A draw depends on the seed, its positive and its number alone, whatever the engine and the order.
+A draw depends on the seed, its positive and its number alone, and on nothing after the positive's
+moment: the items are numbered in the order in which they became known, so that those known at a
+moment are a prefix of the catalogue, and the events so far a prefix of the log. The exceptions are
+the user's other positives of valid and test, and the setting `exclude: whole_log`.
 
-Shapes: P positives of a chunk, N items of the catalogue, T pairs of a user and an item taken.
+Shapes: P positives of a chunk, D draws, N items of the catalogue, E events of the log, T pairs of a
+user and an item.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from embeddings.vocabulary.fixed import mix64
+from embeddings.vocabulary.fixed import integer_ids, mix64
 from recsys.data.events.as_of import key_numbers, whole_keys
 from recsys.data.events.engines.base import Engine
 from recsys.data.events.settings import EventsConfig, Negatives
-from recsys.data.events.signals import quoted
+from recsys.data.events.signals import FOREVER, count_rows, quoted
+from recsys.data.events.splits import Conditions
 
-ATTEMPTS = 64  # attempts per draw, as a user may have taken nearly everything
+ATTEMPTS = 16  # draws that may be refused before the items left are listed
+TAKEN, HELD_OUT, POSITIVE = range(3)  # kinds of rows of a chunk
+# Column of samples: 0 for rows of the log, 1 drawn for train, 2 drawn for valid and test.
+DRAWN_AS = "drawn_as"
+BLOCK = "/block"  # number of a positive's split, 0 for train; names with / are none of a dataset's
+
+
+@dataclass(frozen=True)
+class KnownItems:
+    """Items or events that a negative is drawn from, in the order in which they became known.
+
+    folder: has the files `since`, the time of each in microseconds, and `item`, its item's number.
+    """
+
+    folder: Path
+
+    @classmethod
+    def write(cls, engine: Engine, name: str, query: str) -> KnownItems:
+        """Write the result of a query with `since` and `inumber`, ordered, as files."""
+        folder = engine.work / name
+        engine.write(query, folder / "rows")
+        with (folder / "since").open("wb") as since, (folder / "item").open("wb") as item:
+            for file in sorted((folder / "rows").glob("*.parquet")):
+                for batch in pq.ParquetFile(file).iter_batches():
+                    since.write(batch["since"].to_numpy().astype(np.int64).data)
+                    item.write(batch["inumber"].to_numpy().astype(np.int64).data)
+        return cls(folder)
+
+    @cached_property
+    def since(self) -> np.ndarray:  # int64 [E], ascending
+        """Times from which each is known."""
+        return np.memmap(self.folder / "since", np.int64, "r")
+
+    @cached_property
+    def item(self) -> np.ndarray:  # int64 [E]
+        """Numbers of the items."""
+        return np.memmap(self.folder / "item", np.int64, "r")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Items of users with the time from which each counts; see `among`."""
+
+    user: np.ndarray  # int64 [T], ascending
+    item: np.ndarray  # int64 [T], ascending within a user
+    time: np.ndarray  # int64 [T]
+    num_items: int
+
+    @classmethod
+    def of_rows(
+        cls, user: np.ndarray, item: np.ndarray, time: np.ndarray, num_items: int
+    ) -> Pairs:  # int64 [T] each
+        """Sort distinct pairs."""
+        order = np.lexsort([item, user])
+        return cls(user[order], item[order], time[order], num_items)
+
+    def among(self, user: np.ndarray, item: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """Return which pairs [D] are among these by their time: bool [D]."""
+        if not len(self.user):
+            return np.zeros(len(user), bool)
+        keys = self.user * self.num_items + self.item
+        places = np.searchsorted(keys, user * self.num_items + item).clip(max=len(keys) - 1)
+        return (keys[places] == user * self.num_items + item) & (self.time[places] <= time)
+
+    def items_of(self, user: int, time: int) -> np.ndarray:
+        """Return the items of a user by a time, ascending."""
+        begin, end = np.searchsorted(self.user, [user, user + 1])
+        return self.item[begin:end][self.time[begin:end] <= time]
 
 
 @dataclass(frozen=True)
@@ -27,13 +102,15 @@ class DrawNegatives:
     """Maps sorted chunks with each user's positives and items taken to the drawn samples.
 
     settings: number and distribution.
-    ends: int64 [N], cumulative weights of the items.
+    catalogue: what is drawn from: the items, or by popularity the events.
+    num_items: number of items of the catalogue.
     labels, columns: of a sample; labels of drawn ones are 0.
     schema: of the drawn samples.
     """
 
     settings: Negatives
-    ends: np.ndarray
+    catalogue: KnownItems
+    num_items: int
     labels: list[str]
     columns: list[str]
     schema: pa.Schema
@@ -41,83 +118,284 @@ class DrawNegatives:
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Yield the drawn samples of each chunk."""
         for chunk in whole_keys(batches, ["uid"]):
-            yield from self._draw(chunk).cast(self.schema).to_batches()
+            yield from self._samples(chunk).cast(self.schema).to_batches()
 
-    def _draw(self, chunk: pa.Table) -> pa.Table:
-        user, item = key_numbers(chunk, ["uid"]), chunk["inumber"].to_numpy()
-        is_positive = chunk["is_positive"].to_numpy() == 1
-        taken = np.unique(user[~is_positive] * len(self.ends) + item[~is_positive])  # [T]
-        rows = np.repeat(np.flatnonzero(is_positive), self.settings.per_positive)
-        nth = np.arange(len(rows)) % self.settings.per_positive
-        position = chunk["position"].to_numpy()[rows]
-        start = mix64(mix64(position) + mix64(nth + (self.settings.seed << 20)))
-        drawn = np.full(len(rows), -1)
-        for attempt in range(ATTEMPTS):
-            open_ = np.flatnonzero(drawn < 0)
-            if not len(open_):
-                break
-            noise = mix64(start[open_] + np.uint64(attempt)) >> np.uint64(1)
-            weight = noise.astype(np.int64) % self.ends[-1]
-            chosen = np.searchsorted(self.ends, weight, side="right")
-            free = ~np.isin(user[rows[open_]] * len(self.ends) + chosen, taken)
-            drawn[open_[free]] = chosen[free]
-            pairs = rows * len(self.ends) + drawn
-            repeated = np.ones(len(rows), bool)  # of an item within the draws of a positive
-            repeated[np.unique(pairs, return_index=True)[1]] = False
-            drawn[repeated] = -1
-        keep = drawn >= 0
-        kept = chunk.select(self.columns).take(pa.array(rows[keep]))
-        columns = {name: kept[name] for name in self.columns}
+    def _samples(self, chunk: pa.Table) -> pa.Table:
+        """Return the samples that are drawn for the positives of a chunk of whole users."""
+        kind, positives = chunk["kind"].to_numpy(), Positives.of_chunk(chunk)
+        user, item, time = (key_numbers(chunk, ["uid"]), *_numbers(chunk, "inumber", "ts"))
+        rows = kind == TAKEN
+        taken = Pairs.of_rows(user[rows], item[rows], time[rows], self.num_items)
+        rows = kind == HELD_OUT
+        # A user of a split: its positives there are taken at all times.
+        split_user = positives.split_user(user[rows], chunk[BLOCK].to_numpy()[rows])
+        held_out = Pairs.of_rows(
+            split_user, item[rows], np.full(rows.sum(), -FOREVER), self.num_items
+        )
+        draws = Draws(self.settings, self.catalogue, self.num_items, positives, taken, held_out)
+        drawn, nth = draws.items.reshape(-1), np.tile(np.arange(draws.number), len(positives.user))
+        keep = np.flatnonzero(drawn >= 0)
+        place = keep // draws.number
+        samples = chunk.select(self.columns).take(pa.array(positives.rows[place]))
+        columns = {name: samples[name] for name in samples.column_names}
         # Distinct from all others, and below all positions that files have.
-        columns["position"] = pa.array(-1 - (position * self.settings.per_positive + nth)[keep])
-        columns |= {name: pa.array(np.zeros(int(keep.sum()))) for name in self.labels}
-        return pa.table({**columns, "inumber": pa.array(drawn[keep])})
+        role = positives.role[place]
+        position = positives.position[place] * draws.number + nth[keep]
+        columns["position"] = pa.array(-(2 * position + role))
+        columns |= {name: pa.array(np.zeros(len(keep))) for name in self.labels}
+        return pa.table({**columns, "inumber": pa.array(drawn[keep]), DRAWN_AS: pa.array(role)})
 
 
-def add_negatives(engine: Engine, config: EventsConfig) -> dict[str, int]:
+@dataclass(frozen=True)
+class Positives:
+    """Rows of a chunk that get negatives, int64 [P] each.
+
+    rows: places in the chunk. user: number in the chunk. block: 0 in train, else a number of the
+    split. role: value of `DRAWN_AS`. key: random bits of user, item and time, uint64.
+    """
+
+    rows: np.ndarray
+    user: np.ndarray
+    item: np.ndarray
+    time: np.ndarray
+    position: np.ndarray
+    block: np.ndarray
+    role: np.ndarray
+    key: np.ndarray
+
+    @classmethod
+    def of_chunk(cls, chunk: pa.Table) -> Positives:
+        """Choose the rows of kind `POSITIVE`."""
+        rows = np.flatnonzero(chunk["kind"].to_numpy() == POSITIVE)
+        samples = chunk.take(pa.array(rows))
+        names = ("inumber", "ts", "position", BLOCK, DRAWN_AS)
+        item, time, position, block, role = _numbers(samples, *names)
+        key = mix64(mix64(integer_ids(samples["uid"])) + mix64(integer_ids(samples["iid"])))
+        key = mix64(key + mix64(time) + _copy_numbers(key, time, role).astype(np.uint64))
+        user = key_numbers(chunk, ["uid"])[rows]
+        return cls(rows, user, item, time, position, block, role, key)
+
+    def split_user(self, user: np.ndarray, block: np.ndarray) -> np.ndarray:
+        """Return numbers of pairs of a user and a split."""
+        return user * (1 + self.block.max(initial=0)) + block
+
+
+def _numbers(table: pa.Table, *names: str) -> tuple[np.ndarray, ...]:
+    return tuple(table[name].to_numpy() for name in names)
+
+
+def _copy_numbers(key: np.ndarray, time: np.ndarray, role: np.ndarray) -> np.ndarray:
+    """Count the earlier rows with the same user, item, time and role: 0 unless rows repeat."""
+    order = np.lexsort([role, time, key])
+    changes = [np.diff(values[order]) != 0 for values in (key, time, role)]
+    starts = np.flatnonzero(np.concatenate([[True], np.logical_or.reduce(changes)])[: len(key)])
+    numbers = np.arange(len(key)) - np.repeat(starts, np.diff([*starts, len(key)]))
+    copies = np.empty(len(key), np.int64)
+    copies[order] = numbers
+    return copies
+
+
+class Draws:
+    """Draws items for each positive: `items` int64 [P, number], -1 where none is left.
+
+    Args:
+        settings: number per positive, distribution and seed.
+        catalogue: items or events in the order in which they became known.
+        num_items: items of the catalogue.
+        positives: the rows.
+        taken: items that a user took, each from its time on.
+        held_out: items that are positives of a user and a split.
+    """
+
+    def __init__(
+        self,
+        settings: Negatives,
+        catalogue: KnownItems,
+        num_items: int,
+        positives: Positives,
+        taken: Pairs,
+        held_out: Pairs,
+    ) -> None:
+        """Draw at random while items are refused, then exactly from those left."""
+        self.number, self._num_items = settings.per_positive, num_items
+        self._catalogue, self._positives = catalogue, positives
+        self._taken, self._held_out = taken, held_out
+        self._split_user = positives.split_user(positives.user, positives.block)
+        self._known = np.searchsorted(catalogue.since, positives.time, side="right")  # [P]
+        nth = np.arange(self.number, dtype=np.uint64) + np.uint64(settings.seed << 20)
+        self._noise = mix64(positives.key[:, None] + mix64(nth))  # uint64 [P, number]
+        self.items = np.full(self._noise.shape, -1)
+        for attempt in range(ATTEMPTS):
+            if not self._draw_open(attempt):
+                return
+        self._draw_left(by_events=settings.by == "popularity")
+
+    def _bits(self, attempt: int, place: np.ndarray, nth: np.ndarray) -> np.ndarray:
+        """Return random bits of some draws as int64 at least 0."""
+        noise = mix64(self._noise[place, nth] + np.uint64(attempt))
+        return (noise >> np.uint64(1)).astype(np.int64)
+
+    def _draw_open(self, attempt: int) -> bool:
+        """Draw once for each draw without an item; return whether there was one."""
+        place, nth = np.nonzero((self.items < 0) & (self._known > 0)[:, None])
+        drawn = self._bits(attempt, place, nth) % self._known[place]
+        drawn = self._catalogue.item[drawn]
+        own, time = self._positives.item[place], self._positives.time[place]
+        refused = (drawn == own) | self._taken.among(self._positives.user[place], drawn, time)
+        refused |= self._held_out.among(self._split_user[place], drawn, time)
+        self.items[place[~refused], nth[~refused]] = drawn[~refused]
+        # The first of equal items of a positive stays.
+        order = np.argsort(self.items, axis=1, kind="stable")
+        ordered = np.take_along_axis(self.items, order, axis=1)
+        repeated = np.zeros(ordered.shape, bool)
+        repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+        np.put_along_axis(self.items, order, np.where(repeated, -1, ordered), axis=1)
+        return len(place) > 0
+
+    def _draw_left(self, by_events: bool) -> None:
+        """Draw exactly, for each draw without an item, from the items that are left.
+
+        By popularity, events are counted as time goes on, each once.
+        """
+        place, nth = np.nonzero(self.items < 0)
+        bits = self._bits(ATTEMPTS, place, nth)
+        counts, counted = np.zeros(self._num_items, np.int64), 0
+        for draw in np.argsort(self._positives.time[place], kind="stable"):
+            p, n = place[draw], nth[draw]
+            known, refused = self._known[p], self._refused(p)
+            if by_events:
+                new = self._catalogue.item[counted:known]
+                counts += np.bincount(new, minlength=self._num_items)
+                counted = known
+                left = counts.copy()
+                left[refused] = 0
+                ends = left.cumsum()
+                if ends[-1]:
+                    self.items[p, n] = np.searchsorted(ends, bits[draw] % ends[-1], side="right")
+                continue
+            refused = refused[refused < known]
+            if len(refused) < known:
+                # The item after `rank` others: each refused one before it moves it on by one.
+                rank = bits[draw] % (known - len(refused))
+                before = np.searchsorted(refused - np.arange(len(refused)), rank, side="right")
+                self.items[p, n] = rank + before
+
+    def _refused(self, place: int) -> np.ndarray:
+        """Return the items that are no negatives of a positive, ascending."""
+        time, split_user = self._positives.time[place], self._split_user[place]
+        parts = [
+            self.items[place][self.items[place] >= 0],
+            [self._positives.item[place]],
+            self._taken.items_of(self._positives.user[place], time),
+            self._held_out.items_of(split_user, time),
+        ]
+        return np.unique(np.concatenate(parts).astype(np.int64))
+
+
+def add_negatives(
+    engine: Engine, config: EventsConfig, datasets: Conditions
+) -> tuple[Conditions, dict[str, int]]:
     """Make the stage `drawn` of `rows` and samples drawn for those whose first label is 1.
 
+    Rows that are in train of one dataset and in valid or test of another have draws for each.
+
     Returns:
-        How many draws were given up, under their reason.
+        The conditions of the splits with their draws, and how many draws found no item left.
     """
     settings = config.negatives
     assert settings is not None
-    catalogue = "SELECT iid, count(*) AS n FROM signals GROUP BY iid"
-    if config.items is not None:
-        catalogue = (
-            f"SELECT iid, sum(n) AS n FROM ({catalogue} UNION ALL "
-            "SELECT DISTINCT id AS iid, 0 AS n FROM item_snapshots) GROUP BY iid"
-        )
-    numbered = f"SELECT iid, n, row_number() OVER (ORDER BY iid) - 1 AS inumber FROM ({catalogue})"
-    engine.add("catalogue", numbered)
-    counts = engine.table("SELECT CAST(n AS BIGINT) AS n FROM catalogue ORDER BY inumber")
-    weights = counts["n"].to_numpy()
-    ends = np.cumsum(np.ones_like(weights) if settings.by == "uniform" else weights)
-    first = quoted(f"l_{next(iter(config.labels))}")
+    num_items = _make_catalogue(engine, config)
+    known = _known_items(engine, config, settings)
     schema = engine.table("SELECT * FROM rows LIMIT 0").schema
     columns = [name for name in schema.names if name != "iid"]
     labels = [f"l_{name}" for name in config.labels]
-    empty = ", ".join("NULL" if name != "uid" else "t.uid" for name in columns)
+    kinds = [*(schema.field(name) for name in columns)]
+    kinds += [pa.field("inumber", pa.int64()), pa.field(DRAWN_AS, pa.int64())]
+    draw = DrawNegatives(settings, known, num_items, labels, columns, pa.schema(kinds))
+    query = _chunk_query(config, settings, columns, datasets)
+    engine.add_mapped("draws", query, ["uid"], ["kind", "position"], draw, draw.schema)
     names = ", ".join(map(quoted, columns))
-    query = (
-        f"SELECT {names}, 0 AS inumber, 1 AS is_positive FROM rows WHERE {first} = 1 UNION ALL "
-        f"SELECT {empty}, c.inumber, 0 AS is_positive FROM "
-        "(SELECT DISTINCT uid, iid FROM signals) t JOIN catalogue c ON t.iid = c.iid"
-    )
-    kinds = [schema.field(name) for name in columns]
-    draw = DrawNegatives(
-        settings, ends, labels, columns, pa.schema([*kinds, ("inumber", pa.int64())])
-    )
-    engine.add_mapped("draws", query, ["uid"], ["is_positive", "position"], draw, draw.schema)
     engine.add(
         "drawn",
-        f"SELECT {names}, iid FROM rows UNION ALL SELECT "
-        f"{', '.join(f'd.{quoted(name)}' for name in columns)}, c.iid "
+        f"SELECT {names}, iid, 0 AS {DRAWN_AS} FROM rows UNION ALL SELECT "
+        f"{', '.join(f'd.{quoted(name)}' for name in columns)}, c.iid, d.{DRAWN_AS} "
         "FROM draws d JOIN catalogue c ON d.inumber = c.inumber",
     )
-    counted = engine.table(
-        f"SELECT (SELECT count(*) FROM rows WHERE {first} = 1) AS p, "
-        "(SELECT count(*) FROM draws) AS d"
+    positives = sum(count_rows(engine, rows) for rows in _positive_rows(config, datasets))
+    missing = positives * settings.per_positive - count_rows(engine, "draws")
+    other = {"train": 2, "valid": 1, "test": 1}
+    conditions = {
+        dataset: {split: f"{sql} AND {DRAWN_AS} <> {other[split]}" for split, sql in splits.items()}
+        for dataset, splits in datasets.items()
+    }
+    return conditions, {"no item left to draw": missing} if missing else {}
+
+
+def _make_catalogue(engine: Engine, config: EventsConfig) -> int:
+    """Make the stage `catalogue`: items by number, known since; return how many there are.
+
+    An item is known from its first event on, or from its first snapshot with a time.
+    """
+    since = f"SELECT iid, min({config.arrival}) AS since FROM signals GROUP BY iid"
+    if config.items is not None and config.items.valid_from is not None:
+        since += " UNION ALL SELECT id AS iid, first_valid_from AS since FROM item_snapshots"
+    engine.add(
+        "catalogue",
+        "SELECT iid, since, row_number() OVER (ORDER BY since, iid) - 1 AS inumber FROM "
+        f"(SELECT iid, min(since) AS since FROM ({since}) GROUP BY iid)",
     )
-    missing = counted["p"][0].as_py() * settings.per_positive - counted["d"][0].as_py()
-    return {"no item left to draw": missing} if missing else {}
+    return int(engine.table("SELECT count(*) AS n FROM catalogue")["n"][0].as_py())
+
+
+def _known_items(engine: Engine, config: EventsConfig, settings: Negatives) -> KnownItems:
+    """Write what is drawn from: the items, or by popularity each event with its item."""
+    if settings.by == "uniform":
+        query = "SELECT since, inumber FROM catalogue ORDER BY inumber"
+    else:
+        query = (
+            f"SELECT s.{config.arrival} AS since, c.inumber FROM signals s "
+            "JOIN catalogue c ON s.iid = c.iid ORDER BY 1, 2"
+        )
+    return KnownItems.write(engine, "known_items", query)
+
+
+def _chunk_query(
+    config: EventsConfig, settings: Negatives, columns: list[str], datasets: Conditions
+) -> str:
+    """Return SQL of each user's items taken, positives held out, and positives to draw for."""
+    of_train, of_held_out = _positive_rows(config, datasets)
+    # A split that is valid of one dataset and test of the one before has one number.
+    held_out = [splits[split] for split in ("test", "valid") for splits in datasets.values()]
+    cases = " ".join(f"WHEN {sql} THEN {number}" for number, sql in enumerate(held_out, 1))
+    block = f"CASE {cases} ELSE 0 END"
+    since = config.arrival if settings.exclude == "past" else f"{-FOREVER}"
+    made = {"uid": "t.uid", "ts": "t.since"}
+    empty = ", ".join(f"{made.get(name, 'NULL')} AS {quoted(name)}" for name in columns)
+    names = ", ".join(map(quoted, columns))
+    positives = (
+        f"SELECT {names}, r.iid, c.inumber, {POSITIVE} AS kind, {{}} AS {quoted(BLOCK)}, {{}} AS "
+        f"{DRAWN_AS} FROM (SELECT * FROM {{}}) r JOIN catalogue c ON r.iid = c.iid"
+    )
+    pairs = (
+        f"SELECT {empty}, t.iid, c.inumber, {{}} AS kind, {{}} AS {quoted(BLOCK)}, 0 AS {DRAWN_AS} "
+        "FROM ({}) t JOIN catalogue c ON t.iid = c.iid"
+    )
+    taken = f"SELECT uid, iid, min({since}) AS since FROM signals GROUP BY uid, iid"
+    later = f"SELECT DISTINCT uid, iid, {block} AS block, 0 AS since FROM {of_held_out}"
+    parts = [
+        positives.format("0", "1", of_train),
+        positives.format(block, "2", of_held_out),
+        pairs.format(TAKEN, "0", taken),
+        pairs.format(HELD_OUT, "t.block", later),
+    ]
+    return " UNION ALL ".join(parts)
+
+
+def _positive_rows(config: EventsConfig, datasets: Conditions) -> tuple[str, str]:
+    """Return SQL after FROM of the positive rows in train, and of those in valid or test."""
+    label = quoted(f"l_{next(iter(config.labels))}")
+    train = [splits["train"] for splits in datasets.values()]
+    held_out = [splits[split] for splits in datasets.values() for split in ("valid", "test")]
+    tests = (" OR ".join(f"({sql})" for sql in part) for part in (train, held_out))
+    of_train, of_held_out = (f"rows WHERE {label} = 1 AND ({test})" for test in tests)
+    return of_train, of_held_out

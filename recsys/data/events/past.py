@@ -65,10 +65,12 @@ def _make_events(engine: Engine, config: EventsConfig) -> list[str]:
     of_events = sorted(listed - {"age", "action", *item_columns})
     names += [f"{quoted(f'c_{name}')} AS {quoted(f'e_{name}')}" for name in of_events]
     make = engine.add if item_columns else engine.view
-    make(
-        "past_events",
-        f"SELECT {', '.join(['position, uid, iid, ts, action', *names])} FROM ({query})",
-    )
+    columns = [
+        "position, uid, iid, ts, action",
+        *(["arrived"] if config.has_arrival else []),
+        *names,
+    ]
+    make("past_events", f"SELECT {', '.join(columns)} FROM ({query})")
     return item_columns
 
 
@@ -82,12 +84,16 @@ def _add_counts(
     )
     own = [KEYS.get(name) or f"{quoted(f'c_{name}')} AS {quoted(f'e_{name}')}" for name in of]
     known = " AND ".join(f"{quoted(key)} IS NOT NULL" for key in keys)
-    names = ", ".join(map(quoted, keys))
+    names = ", ".join([*map(quoted, keys), "ts", "position"])
+    own += ["ts", "position"]
+    if "arrived" in engine.table("SELECT * FROM past_events LIMIT 0").schema.names:
+        names += ", arrived"
+        own.append("NULL AS arrived")
     add = AddPast(keys, {}, counts, {}, schema)
     sets, chosen = _sets_of(add)
     query = (
-        f"SELECT * FROM (SELECT {', '.join(own)}, ts, position, 0 AS {quoted(SETS)} "
-        f"FROM {samples} UNION ALL SELECT {names}, ts, position, {sets} FROM past_events "
+        f"SELECT * FROM (SELECT {', '.join(own)}, 0 AS {quoted(SETS)} "
+        f"FROM {samples} UNION ALL SELECT {names}, {sets} FROM past_events "
         f"WHERE {chosen}) WHERE {known}"
     )
     engine.add_mapped(f"counts_{number}", query, keys, ["ts", "position"], add, schema)

@@ -19,7 +19,7 @@ from recsys.data.events.engines.on_spark import SparkEngine
 from recsys.data.events.history_values import HistoryFiles
 from recsys.data.events.load import load_events_config
 from recsys.data.events.negatives import add_negatives
-from recsys.data.events.output.dataset import write_dataset, write_items
+from recsys.data.events.output.dataset import write_dataset
 from recsys.data.events.output.pictures import check_pictures
 from recsys.data.events.past import add_past
 from recsys.data.events.rows import make_rows
@@ -139,11 +139,13 @@ def make_samples(engine: Engine, config: EventsConfig) -> Samples:
         check_pictures(engine, config.items)
     if config.users is not None:
         reasons |= read_snapshots(engine, "user", config.users, types["uid"])
-    reasons |= make_rows(engine, config, types)
-    datasets = split_conditions(engine, config.split)
+    reasons |= make_rows(engine, config)
+    datasets, embargoed = split_conditions(engine, config)
+    reasons |= embargoed
     source = "rows"
     if config.negatives is not None:
-        reasons |= add_negatives(engine, config)
+        datasets, given_up = add_negatives(engine, config, datasets)
+        reasons |= given_up
         source = "drawn"
     reasons |= add_features(engine, config, source)
     files = None if engine.own_files is None else HistoryFiles(engine.own_files, config.histories)
@@ -156,13 +158,12 @@ def write_datasets(
 ) -> dict[str, Any]:
     """Write the datasets into a folder and return the report."""
     splits: dict[str, Any] = {}
-    items = None
+    items: Path | None = None
     for dataset, conditions in samples.datasets.items():
-        if config.items is not None:
-            items = write_items(engine, config, folder / dataset / "items", items)
         figures = write_dataset(
-            engine, config, conditions, folder, dataset, samples.lists, samples.files
+            engine, config, conditions, folder, dataset, samples.lists, samples.files, items
         )
+        items = folder / dataset / "items"
         splits |= {str(Path(dataset, split)): of for split, of in figures.items()}
     dropped = samples.dropped
     return {"events": dropped.read, "left_out": dropped.reasons, "splits": splits}

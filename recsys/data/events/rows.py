@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 
-import pyarrow as pa
-
 from recsys.data.events.engines.base import Engine
 from recsys.data.events.settings import EventsConfig, Label
-from recsys.data.events.signals import IMPRESSION, count_rows, filled, literal, quoted
+from recsys.data.events.signals import FOREVER, IMPRESSION, count_rows, filled, literal, quoted
+from recsys.data.events.splits import user_columns
 from recsys.data.events.times import duration
 
 logger = logging.getLogger(__name__)
@@ -21,12 +20,10 @@ def actions_in(actions: list[str] | None) -> str:
     return f"action IN ({', '.join(map(literal, actions))})"
 
 
-def make_rows(
-    engine: Engine, config: EventsConfig, types: dict[str, pa.DataType]
-) -> dict[str, int]:
+def make_rows(engine: Engine, config: EventsConfig) -> dict[str, int]:
     """Make the stage `rows`: position, uid, iid, ts, labels `l_NAME`, context `c_NAME`.
 
-    With a split by user, `older` and `total` count the user's earlier rows and all of them.
+    With a split by user, there are further columns; see `user_columns`.
 
     Returns:
         The number of rows left out, by reason.
@@ -39,7 +36,7 @@ def make_rows(
     chosen = [IMPRESSION] if config.impressions is not None else config.rows
     engine.view("candidates", f"SELECT * FROM signals WHERE {actions_in(chosen)}")
     attributed = {name: of for name, of in config.labels.items() if of.action and of.within}
-    source = _attributed(engine, attributed, "request" in types) if attributed else "candidates"
+    source = _attributed(engine, attributed, config) if attributed else "candidates"
     labels = {name: _label(name, label) for name, label in config.labels.items()}
     context = {f"c_{name}": feature for name, feature in config.context.items()}
     selected = [
@@ -47,6 +44,9 @@ def make_rows(
         *(f"{sql} AS {quoted(f'l_{name}')}" for name, sql in labels.items()),
         *(filled(quoted(column), of.fill, column) for column, of in context.items()),
     ]
+    if config.unripe == "drop" and config.label_window:
+        end = engine.table("SELECT max(ts) AS ts FROM signals")["ts"][0].as_py()
+        selected.append(f"CASE WHEN ts <= {end - config.label_window} THEN 1 END AS ripe")
     engine.view("labelled", f"SELECT {', '.join(selected)} FROM {source}")
     _check_given_labels(engine, config)
     needed = {f"no label '{name}'": f"l_{name}" for name in labels}
@@ -55,16 +55,17 @@ def make_rows(
         for column, feature in context.items()
         if is_needed(config, feature.kind)
     }
-    older = ""
-    if config.split.by == "user":
-        older = (
-            ", rank() OVER (PARTITION BY uid ORDER BY ts) - 1 AS older"
-            ", count(*) OVER (PARTITION BY uid) AS total"
-        )
+    if config.unripe == "drop" and config.label_window:
+        needed["unripe: `within` ends after the log"] = "ripe"
     reasons = count_nulls(engine, "labelled", needed)
-    kept = " AND ".join(f"{quoted(column)} IS NOT NULL" for column in needed.values())
-    make = engine.add if older else engine.view
-    make("rows", f"SELECT *{older} FROM labelled WHERE {kept}")
+    complete = " AND ".join(f"{quoted(column)} IS NOT NULL" for column in needed.values())
+    names = engine.table("SELECT * FROM labelled LIMIT 0").schema.names
+    columns = ", ".join(quoted(name) for name in names if name != "ripe")
+    query = f"SELECT {columns} FROM labelled WHERE {complete}"
+    if config.split.by == "user":
+        engine.add("rows", user_columns(query, config))
+    else:
+        engine.view("rows", query)
     if not count_rows(engine, "rows"):
         raise ValueError(f"rows: none is left; {reasons} were left out; correct these columns")
     return reasons
@@ -104,42 +105,46 @@ def _label(name: str, label: Label) -> str:
     )
 
 
-def _attributed(engine: Engine, labels: dict[str, Label], by_request: bool) -> str:
+def _attributed(engine: Engine, labels: dict[str, Label], config: EventsConfig) -> str:
     """Make a stage of the candidates with labels of actions that follow within a time.
 
-    An action belongs to the last moment at which its user had a candidate with its item.
+    An action follows a row if it is strictly later, so that no row labels itself. The first one
+    decides: with `attribute: last`, those after the next row with the user and item belong to that.
     """
-    key = "uid, iid, request" if by_request else "uid, iid"
-    wanted = sorted({action for label in labels.values() for action in label.action or ()})
+    key = "uid, iid, request" if config.by_request else "uid, iid"
     columns = key.split(", ")
-    acted = f"FROM signals WHERE {actions_in(wanted)}"
-    same = " AND ".join(f"c.{column} = a.{column}" for column in columns)
+    actions = sorted({action for label in labels.values() for action in label.action or ()})
+    acted = f"FROM signals WHERE {actions_in(actions)}"
+    same_key = " AND ".join(f"c.{column} = a.{column}" for column in columns)
     touches = (
-        f"SELECT {', '.join(f'c.{column}' for column in columns)}, ts, ts AS moment, '' AS action, "
-        f"0 AS later FROM candidates c JOIN (SELECT DISTINCT {key} {acted}) a ON {same} UNION ALL "
-        f"SELECT {key}, ts, NULL AS moment, action, 1 AS later {acted}"
+        f"SELECT c.position, {', '.join(f'c.{column}' for column in columns)}, c.ts, "
+        f"c.ts AS moment, '' AS action FROM candidates c JOIN (SELECT DISTINCT {key} {acted}) a "
+        f"ON {same_key} UNION ALL SELECT position, {key}, ts, NULL AS moment, action {acted}"
     )
-    last = (
-        f"SELECT {key}, ts, action, later, max(moment) OVER (PARTITION BY {key} "
-        "ORDER BY ts, later ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW) AS moment "
-        f"FROM ({touches})"
+    later = (
+        f"OVER (PARTITION BY {key} ORDER BY ts RANGE BETWEEN 1 FOLLOWING AND UNBOUNDED FOLLOWING)"
     )
-    done = [
-        f"max(CASE WHEN {actions_in(label.action)} AND ts - moment <= {duration(label.within)} "
-        f"THEN 1 ELSE 0 END) AS {quoted(f'l_{name}')}"
+    following = {
+        f"/at {name}": f"min(CASE WHEN moment IS NULL AND {actions_in(label.action)} THEN ts END)"
         for name, label in labels.items()
-        if label.within is not None
-    ]
-    matches = (
-        f"SELECT {key}, moment, {', '.join(done)} FROM ({last}) "
-        f"WHERE later = 1 AND moment IS NOT NULL GROUP BY {key}, moment"
+    }
+    next_row = str(FOREVER)
+    if config.attribute == "last":
+        following["/next row"] = "min(moment)"
+        next_row = f"coalesce({quoted('/next row')}, {FOREVER})"
+    times = ", ".join(f"{sql} {later} AS {quoted(name)}" for name, sql in following.items())
+    labelled = ", ".join(
+        f"CASE WHEN {quoted(f'/at {name}')} <= "
+        f"least(ts + {duration(label.within or 'all')}, {next_row}) "
+        f"THEN 1 ELSE 0 END AS {quoted(f'l_{name}')}"
+        for name, label in labels.items()
     )
     names = ", ".join(f"m.{quoted(f'l_{name}')}" for name in labels)
-    joined = " AND ".join(f"s.{column} = m.{column}" for column in columns)
     engine.add(
         "attributed",
-        f"SELECT s.*, {names} FROM candidates s LEFT JOIN ({matches}) m "
-        f"ON {joined} AND s.ts = m.moment",
+        f"SELECT s.*, {names} FROM candidates s LEFT JOIN (SELECT position, {labelled} FROM "
+        f"(SELECT position, ts, moment, {times} FROM ({touches})) WHERE moment IS NOT NULL) m "
+        "ON s.position = m.position",
     )
     return "attributed"
 

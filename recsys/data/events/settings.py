@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from recsys.data.events.times import duration
 from recsys.data.schema_columns import Column
 
 TimeUnit = Literal["s", "ms", "us"]
@@ -46,7 +47,8 @@ class EventTable(Source):
     item: str = "item"
     time: str = "time"
     action: str | None = None  # a column; None: every row's action is the table's name
-    request: str | None = None  # a column; where impressions have it, too, both must agree
+    request: str | None = None  # a column in which a row and the actions that label it must agree
+    arrived: str | None = None  # a time column: when the event became known; None: at its time
     columns: list[str] = field(default_factory=list)  # of labels, context and lists
     several: Several | None = None  # makes a row of each item, if a row holds several
     where: dict[str, Value | list[Value]] = field(default_factory=dict)  # values of rows to read
@@ -92,8 +94,8 @@ class Label:
     """Value to predict: an action, or a number of the row."""
 
     action: list[str] | None = None  # the label is 1 if the user did one of these on the item
-    # Time after the row in which the action counts. An action belongs to the user's last row with
-    # that item. None: the row's own action decides.
+    # Time after the row in which the action counts, if it is strictly later; see `attribute`.
+    # None: the row's own action decides.
     within: str | None = None
     column: str | None = None
     at_least: float | None = None  # label 1 from this value on; None: the column holds 0 and 1
@@ -101,11 +103,15 @@ class Label:
 
 @dataclass
 class Negatives:
-    """Items drawn for each row whose first label is 1; never an item that the user took."""
+    """Items that existed at the moment of a row whose first label is 1, drawn as its negatives."""
 
     per_positive: int = 1
-    by: Literal["uniform", "popularity"] = "uniform"
+    by: Literal["uniform", "popularity"] = "uniform"  # popularity: by the events so far
     seed: int = 0
+    # Items never drawn for a user. past: those taken by the row's moment, and in valid and test the
+    # user's positives of that split. whole_log: all that the user ever takes, which tells the
+    # future: a training row then is no negative because of a later event.
+    exclude: Literal["past", "whole_log"] = "past"
 
 
 @dataclass
@@ -156,7 +162,7 @@ class Drop:
 
     duplicates: bool = True  # keep the first of equal user, item, time, action and request
     later_than: str | None = None  # an ISO time; None: now
-    max_events_per_user: int | None = None  # leave out users with more events, such as robots
+    max_events_per_user: int | None = None  # leave out a user's later events, as of robots
 
 
 @dataclass
@@ -176,6 +182,7 @@ class Output:
     item: str = "item"
     time: str = "time"
     time_unit: TimeUnit = "us"
+    sampled: str = "sampled"  # with `negatives`: 1 in rows with a drawn item
 
 
 @dataclass
@@ -188,6 +195,12 @@ class EventsConfig:
     items: ItemTable | None = None
     users: Snapshots | None = None
     rows: list[str] | None = None  # actions that become samples, without impressions
+    # Rows that an action labels. last: the user's last row with the item before it; all: each row
+    # whose `within` it lies in.
+    attribute: Literal["last", "all"] = "last"
+    unripe: Literal["drop", "keep"] = "drop"  # rows whose `within` ends after the log
+    # Leave out train (valid) rows whose `within` ends after valid (test) begins.
+    embargo: bool = True
     context: dict[str, Feature] = field(default_factory=dict)  # columns of the sample's own row
     negatives: Negatives | None = None
     histories: dict[str, History] = field(default_factory=dict)
@@ -198,6 +211,38 @@ class EventsConfig:
     drop: Drop = field(default_factory=Drop)
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     output: Output = field(default_factory=Output)
+
+    @property
+    def time_zone(self) -> str | None:
+        """Zone of dates in these settings: that of events and impressions; None: they differ."""
+        tables = [*self.events.values(), *([self.impressions] if self.impressions else [])]
+        zones = {table.time_zone for table in tables}
+        return zones.pop() if len(zones) == 1 else None
+
+    @property
+    def has_arrival(self) -> bool:
+        """Whether a table says when its events became known."""
+        tables = [*self.events.values(), *([self.impressions] if self.impressions else [])]
+        return any(table.arrived is not None for table in tables)
+
+    @property
+    def arrival(self) -> str:
+        """Column of signals from whose time on they are known."""
+        return "arrived" if self.has_arrival else "ts"
+
+    @property
+    def by_request(self) -> bool:
+        """Whether a row and the actions that label it agree in a request."""
+        tables = [self.impressions] if self.impressions else self.events.values()
+        return any(table.request is not None for table in tables)
+
+    @property
+    def label_window(self) -> int:
+        """Microseconds after a row until all of its labels are decided."""
+        return max(
+            (duration(label.within) or 0 for label in self.labels.values() if label.within),
+            default=0,
+        )
 
     @property
     def features(self) -> dict[str, Feature]:

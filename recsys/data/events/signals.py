@@ -9,10 +9,13 @@ import pyarrow as pa
 
 from recsys.data.events.engines.base import Engine
 from recsys.data.events.files.columns import LARGEST, Field
-from recsys.data.events.files.reader import Reader, open_source
-from recsys.data.events.settings import EventsConfig, EventTable, Feature
-from recsys.data.events.times import moment
+from recsys.data.events.files.reader import FILE_BITS, Reader, open_source
+from recsys.data.events.settings import EventsConfig, EventTable, Feature, Source
+from recsys.data.events.times import DURATIONS, MICROS, moment
 
+FOREVER = 2**62  # later than any time
+YEAR = 365 * DURATIONS["d"] * MICROS["s"]
+PLAUSIBLE = 20 * YEAR  # a log that begins later may be one of this time
 IMPRESSION = "impression"  # the action of impressions
 KINDS = {"id": "id", "ids": "ids", "dense": "number"}  # of features, as fields
 
@@ -87,22 +90,61 @@ def read_signals(engine: Engine, config: EventsConfig) -> tuple[dict[str, pa.Dat
     if config.impressions is not None:
         tables[IMPRESSION] = config.impressions
     columns = event_columns(config)
-    by_request = config.impressions is not None and config.impressions.request is not None
     readers: list[Reader] = []
     types: dict[str, pa.DataType] = {}
     for name, table in tables.items():
         first_file = readers[-1].tasks[-1][0] + 1 if readers else 0
-        fields = _fields(name, table, columns, by_request)
+        fields = _fields(name, table, columns, config.by_request, config.has_arrival)
         readers.append(open_source(name, table, fields, first_file))
         for field in list(readers[-1].schema)[1:]:
             types.setdefault(field.name, field.type)
     for name, feature in config.context.items():
         settle_fill(name, feature, types[f"c_{name}"])
     engine.add_files("signals_read", [reader.completed(types) for reader in readers])
-    return types, _clean(engine, config, by_request)
+    firsts = [reader.tasks[0][0] << FILE_BITS for reader in readers]
+    for (name, table), first, end in zip(
+        tables.items(), firsts, [*firsts[1:], 2**63 - 1], strict=True
+    ):
+        check_unit(
+            engine,
+            name,
+            table,
+            "ts",
+            f"signals_read WHERE position >= {first} AND position < {end}",
+        )
+    return types, _clean(engine, config, types)
 
 
-def _fields(name: str, table: EventTable, columns: dict[str, str], by_request: bool) -> list[Field]:
+def check_unit(engine: Engine, name: str, table: Source, column: str, rows: str) -> None:
+    """Raise a ValueError if all times of a table lie in 1970 and a larger unit puts them near now.
+
+    `rows` are a stage and the condition of the table's rows; times of 0 and below are ignored.
+    """
+    larger = {"ms": ["s"], "us": ["ms", "s"]}.get(table.time_unit, [])
+    if not larger:
+        return
+    limits = engine.table(
+        f"SELECT min({column}) AS low, max({column}) AS high FROM (SELECT * FROM {rows}) "
+        f"WHERE {column} > 0 AND {column} < {FOREVER}"
+    )
+    low, high = (limits[end][0].as_py() for end in ("low", "high"))
+    now, own = time.time_ns() // 1000, MICROS[table.time_unit]
+    for unit in larger:
+        factor = MICROS[unit] // own
+        if (
+            low is not None
+            and high < YEAR
+            and PLAUSIBLE <= low * factor <= high * factor <= now + YEAR
+        ):
+            raise ValueError(
+                f"{name}: all times lie in 1970 where time_unit is {table.time_unit}; set "
+                f"time_unit: {unit}, which fits"
+            )
+
+
+def _fields(
+    name: str, table: EventTable, columns: dict[str, str], by_request: bool, has_arrival: bool
+) -> list[Field]:
     fields = [
         Field("uid", table.user, "id"),
         Field("iid", table.item, "id"),
@@ -114,14 +156,16 @@ def _fields(name: str, table: EventTable, columns: dict[str, str], by_request: b
         fields.append(Field("action", table.action, "text"))
     if by_request and table.request is not None:
         fields.append(Field("request", table.request, "id"))
+    if has_arrival:
+        fields.append(Field("arrived", table.arrived or table.time, "time"))
     kept = [column for column in table.columns if column in columns]
     return [*fields, *(Field(f"c_{column}", column, columns[column]) for column in kept)]
 
 
-def _clean(engine: Engine, config: EventsConfig, by_request: bool) -> Dropped:
+def _clean(engine: Engine, config: EventsConfig, types: dict[str, pa.DataType]) -> Dropped:
     """Make the stage `signals` of `signals_read`."""
-    drop = config.drop
-    latest = time.time_ns() // 1000 if drop.later_than is None else moment(drop.later_than, "UTC")
+    drop, zone = config.drop, config.time_zone
+    latest = time.time_ns() // 1000 if drop.later_than is None else moment(drop.later_than, zone)
     problems = {
         "no user": "uid IS NULL",
         "no item": "iid IS NULL",
@@ -129,6 +173,8 @@ def _clean(engine: Engine, config: EventsConfig, by_request: bool) -> Dropped:
         "no action": "action IS NULL",
         "in the future": f"ts > {latest}",
     }
+    if "arrived" in types:
+        problems["no time of arrival"] = "arrived IS NULL"
     cases = " ".join(f"WHEN {test} THEN '{name}'" for name, test in problems.items())
     counted = engine.table(
         f"SELECT CASE {cases} ELSE '' END AS reason, count(*) AS n FROM signals_read GROUP BY 1"
@@ -136,10 +182,17 @@ def _clean(engine: Engine, config: EventsConfig, by_request: bool) -> Dropped:
     reasons = dict(zip(counted["reason"].to_pylist(), counted["n"].to_pylist(), strict=True))
     read, usable = sum(reasons.values()), reasons.pop("", 0)
     conditions = " AND ".join(f"NOT ({problem})" for problem in problems.values())
-    engine.view("usable", f"SELECT * FROM signals_read WHERE {conditions}")
+    names = [
+        "position",
+        *(
+            "greatest(arrived, ts) AS arrived" if name == "arrived" else quoted(name)
+            for name in types
+        ),
+    ]
+    engine.view("usable", f"SELECT {', '.join(names)} FROM signals_read WHERE {conditions}")
     left, once = usable, "SELECT * FROM usable"
     if drop.duplicates:
-        left -= reasons.setdefault("duplicate", _find_copies(engine, by_request))
+        left -= reasons.setdefault("duplicate", _find_copies(engine, types))
         once = (
             "SELECT u.* FROM usable u LEFT JOIN copies c ON u.position = c.position "
             "WHERE c.position IS NULL"
@@ -148,24 +201,27 @@ def _clean(engine: Engine, config: EventsConfig, by_request: bool) -> Dropped:
     if drop.max_events_per_user is None:
         engine.view("signals", "SELECT * FROM signals_once")
     else:
-        busy = (
-            "SELECT uid AS busy FROM signals_once GROUP BY uid "
-            f"HAVING count(*) > {drop.max_events_per_user}"
+        # In the order in which they became known, so that no later event removes an earlier one.
+        order = f"{config.arrival}, ts, iid, action, position"
+        nth = f"row_number() OVER (PARTITION BY uid ORDER BY {order})"
+        engine.add(
+            "signals",
+            f"SELECT position, {', '.join(map(quoted, types))} FROM (SELECT *, {nth} AS nth "
+            f"FROM signals_once) WHERE nth <= {drop.max_events_per_user}",
         )
-        query = f"SELECT s.* FROM signals_once s LEFT JOIN ({busy}) ON uid = busy"
-        engine.add("signals", f"{query} WHERE busy IS NULL")
-    reasons["user with too many events"] = left - count_rows(engine, "signals")
+    reasons["beyond max_events_per_user"] = left - count_rows(engine, "signals")
     if not count_rows(engine, "signals"):
         raise ValueError(f"events: none of the {read} rows can be used; {reasons} were left out")
     return Dropped(read, {name: count for name, count in reasons.items() if count})
 
 
-def _find_copies(engine: Engine, by_request: bool) -> int:
+def _find_copies(engine: Engine, types: dict[str, pa.DataType]) -> int:
     """Make the stage `copies`: positions of rows whose key an earlier row has; return their number.
 
     Only rows whose hash is not the only one are compared, which are few.
     """
-    key = "uid, iid, ts, action" + (", request" if by_request else "")
+    key = "uid, iid, ts, action" + (", request" if "request" in types else "")
+    order = "arrived, position" if "arrived" in types else "position"
     hashed = f"{engine.hash}({key})"
     engine.add(
         "hashes", f"SELECT h FROM (SELECT {hashed} AS h FROM usable) GROUP BY h HAVING count(*) > 1"
@@ -173,7 +229,7 @@ def _find_copies(engine: Engine, by_request: bool) -> int:
     engine.add(
         "copies",
         f"SELECT position FROM (SELECT position, row_number() OVER (PARTITION BY {key} "
-        f"ORDER BY position) AS nth FROM usable JOIN hashes ON {hashed} = h) WHERE nth > 1",
+        f"ORDER BY {order}) AS nth FROM usable JOIN hashes ON {hashed} = h) WHERE nth > 1",
     )
     return count_rows(engine, "copies")
 

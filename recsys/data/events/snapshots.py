@@ -9,10 +9,16 @@ from recsys.data.events.files.columns import Field
 from recsys.data.events.files.reader import Reader, open_source
 from recsys.data.events.rows import count_nulls, is_needed
 from recsys.data.events.settings import Content, EventsConfig, ItemTable, Snapshots
-from recsys.data.events.signals import KINDS, count_rows, filled, quoted, settle_fill
+from recsys.data.events.signals import (
+    FOREVER,
+    KINDS,
+    check_unit,
+    count_rows,
+    filled,
+    quoted,
+    settle_fill,
+)
 from recsys.data.parquet.values import is_list
-
-FOREVER = 2**62
 
 
 def read_snapshots(
@@ -50,10 +56,14 @@ def read_snapshots(
     others = ", ".join(quoted(field.name) for field in fields if field.name != "valid_from")
     names = ", ".join(quoted(field.name) for field in fields)
     usable = f"id IS NOT NULL AND {begin} IS NOT NULL"
+    if table.valid_from is not None:
+        check_unit(engine, f"{name}s", table, "valid_from", f"{name}_read")
+    first = f"min({begin}) OVER (PARTITION BY id)"
+    distinct = f"SELECT DISTINCT {names} FROM {name}_read WHERE {usable}"
     engine.add(
         f"{name}_snapshots",
-        f"SELECT {others}, {begin} AS valid_from, coalesce({end}, {FOREVER}) AS valid_until "
-        f"FROM (SELECT DISTINCT {names} FROM {name}_read WHERE {usable})",
+        f"SELECT {others}, {begin} AS valid_from, coalesce({end}, {FOREVER}) AS valid_until, "
+        f"{first} AS first_valid_from FROM ({distinct})",
     )
     _check_unique(engine, name, table, reader.tasks[0][1])
     count = count_rows(engine, f"{name}_read WHERE NOT ({usable})")

@@ -7,39 +7,97 @@ A cut in time lies at a quantile of the rows' times, and the rows of that moment
 from __future__ import annotations
 
 import math
+from pathlib import PurePosixPath
 
 from recsys.data.events.engines.base import Engine
-from recsys.data.events.settings import Split
+from recsys.data.events.settings import EventsConfig
+from recsys.data.events.signals import count_rows
 from recsys.data.events.times import moment
 
 SPLITS = ("train", "valid", "test")
+MOMENT = "(ts)"  # SQL of a row's time in conditions
 BINS = 1 << 14  # of a histogram of times
 Conditions = dict[str, dict[str, str]]  # dataset -> split -> SQL
 
 
-def split_conditions(engine: Engine, split: Split) -> Conditions:
+def split_conditions(engine: Engine, config: EventsConfig) -> tuple[Conditions, dict[str, int]]:
     """Return the SQL condition of each split of each dataset; the only dataset has no name.
+
+    With `embargo`, rows of train (valid) are in no split if a label of theirs is decided after
+    valid (test) begins.
+
+    Returns:
+        The conditions, and the number of rows in no split by reason.
 
     Raises:
         ValueError: a date is no date.
     """
+    datasets = _cuts(engine, config)
+    whole = {name: _until(*cuts) for name, cuts in datasets.items()}
+    if not (config.embargo and config.label_window):
+        return whole, {}
+    conditions: Conditions = {}
+    reasons: dict[str, int] = {}
+    for dataset, splits in whole.items():
+        ends, test = datasets[dataset]
+        conditions[dataset] = dict(splits)
+        for split, following, end in zip(SPLITS[:2], SPLITS[1:], ends, strict=False):
+            decided = test.format(end).replace(MOMENT, f"ts + {config.label_window}")
+            if config.split.by == "user":
+                begin = f"{following}_begin"
+                decided = f"({begin} IS NULL OR ts + {config.label_window} < {begin})"
+            conditions[dataset][split] = f"{splits[split]} AND {decided}"
+            count = count_rows(engine, f"rows WHERE {splits[split]} AND NOT ({decided})")
+            if count:
+                name = str(PurePosixPath(dataset, split))
+                reasons[f"embargo: label of {name} decided after {following} begins"] = count
+    return conditions, reasons
+
+
+def _cuts(engine: Engine, config: EventsConfig) -> dict[str, tuple[list[str], str]]:
+    """Return by dataset where its splits end, and the SQL test of a row before such an end."""
+    split = config.split
     if split.by == "windows":
-        windows = {}
-        for number in range(1, split.windows + 1):
-            tenth = 10 - split.windows + number
-            ends = quantiles(engine, [(tenth - 2) / 10, (tenth - 1) / 10, tenth / 10])
-            windows[f"window-{number}"] = _until(ends, "ts <= {}")
-        return windows
+        tenths = {number: 10 - split.windows + number for number in range(1, split.windows + 1)}
+        return {
+            f"window-{number}": (
+                quantiles(engine, [(tenth - 2) / 10, (tenth - 1) / 10, tenth / 10]),
+                f"{MOMENT} <= {{}}",
+            )
+            for number, tenth in tenths.items()
+        }
     if split.by == "user":
-        # Each user's rows, ordered by time: m older ones of n come before m <= q (n - 1).
-        ends = [f"CAST('{share}' AS DOUBLE) * (total - 1)" for share in split.at[:2]]
-        return {"": _until([*ends, "total"], "older <= {}")}
+        return {"": ([*map(_user_end, split.at[:2]), "total"], "older <= {}")}
     if split.by == "dates":
-        days = [str(moment(str(day), "UTC")) for day in split.at]
-        return {"": _until(days, "ts < {}")}
+        days = [str(moment(str(day), config.time_zone)) for day in split.at]
+        return {"": (days, f"{MOMENT} < {{}}")}
     shares = [float(share) for share in split.at]
     ends = quantiles(engine, shares if len(shares) == 3 else [*shares, 1.0])
-    return {"": _until(ends, "ts <= {}")}
+    return {"": (ends, f"{MOMENT} <= {{}}")}
+
+
+def _user_end(share: float | str) -> str:
+    """Return SQL of the most older rows of a user that a row of a split has."""
+    # Each user's rows, ordered by time: m older ones of n come before m <= q (n - 1).
+    return f"CAST('{share}' AS DOUBLE) * (total - 1)"
+
+
+def user_columns(rows: str, config: EventsConfig) -> str:
+    """Return SQL that adds what a split by user needs to a query of rows.
+
+    `older` and `total` count the user's earlier rows and all of them; `valid_begin` and
+    `test_begin` are the times of the user's first rows of these splits.
+    """
+    ordered = (
+        f"SELECT *, rank() OVER (PARTITION BY uid ORDER BY ts) - 1 AS older, "
+        f"count(*) OVER (PARTITION BY uid) AS total FROM ({rows})"
+    )
+    begins = ", ".join(
+        f"min(CASE WHEN older > {_user_end(share)} THEN ts END) OVER (PARTITION BY uid) "
+        f"AS {split}_begin"
+        for split, share in zip(SPLITS[1:], config.split.at, strict=False)
+    )
+    return f"SELECT *, {begins} FROM ({ordered})"
 
 
 def _until(ends: list[str], test: str) -> dict[str, str]:

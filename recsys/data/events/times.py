@@ -6,7 +6,7 @@ Shapes: N values.
 from __future__ import annotations
 
 import re
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pyarrow as pa
@@ -36,19 +36,24 @@ def duration(text: str) -> int | None:
     return micros
 
 
-def moment(text: str, zone: str) -> int:
+def moment(text: str, zone: str | None) -> int:
     """Return microseconds of an ISO date or time; without an offset it is in `zone`.
 
     Raises:
-        ValueError: the text is no ISO date or time, or the zone is not known.
+        ValueError: the text is no ISO date or time, or has no offset where there is no zone.
     """
     try:
         time = datetime.fromisoformat(text)
     except ValueError as error:
         raise ValueError(f"'{text}' is no ISO time; write such as 2026-11-01T12:00") from error
     if time.tzinfo is None:
+        if zone is None:
+            raise ValueError(
+                f"'{text}' has no offset, and the tables have several values of time_zone; write "
+                "such as 2026-11-01T00:00+01:00"
+            )
         time = time.replace(tzinfo=ZoneInfo(zone))
-    return round(time.timestamp()) * MICROS["s"] + time.microsecond
+    return (time - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1)
 
 
 def to_micros(

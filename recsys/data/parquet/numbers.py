@@ -32,6 +32,12 @@ def bad_numbers(
     negative = finite & (numbers < 0)
     if column.kind == "weight":
         yield negative, "weight below 0", lambda value: f"value {value}; a weight is 0 or more"
+    if column.kind == "sampled":
+        yield (
+            finite & (numbers != 0) & (numbers != 1),
+            "sampled other than 0 and 1",
+            lambda value: f"value {value}; write 1 in rows whose item was drawn, else 0",
+        )
     if column.kind == "label" and column.loss == "poisson":
         yield negative, "label below 0", lambda value: f"value {value}; a count is 0 or more"
     if column.kind == "label" and column.loss in (None, "bce"):

@@ -64,9 +64,10 @@ class DatasetSummary:
         found, train = self.splits[split], self.splits["train"]
         items, counts = found.item_counts.items, found.item_counts.counts
         of = item_parts(train.item_counts.of(items))
-        rows = max(int(counts.sum()), 1)
+        of_items = max(int(counts.sum()), 1)  # without drawn rows
+        rows = max(found.usable_rows, 1)
         shares = {
-            **{part: float(counts[of[part]].sum() / rows) for part in ("cold", "unseen")},
+            **{part: float(counts[of[part]].sum() / of_items) for part in ("cold", "unseen")},
             "repeated_rows": found.keys[ROWS].repeats / rows if counts.any() else 0.0,
             "repeated_pairs": found.keys[PAIRS].repeats / rows if counts.any() else 0.0,
             "target_in_history": found.target_in_history / rows,
@@ -74,7 +75,7 @@ class DatasetSummary:
         }
         if self.items is not None:
             without_row = ~np.isin(items, self.items.ids)
-            shares["without_item_row"] = float(counts[without_row].sum() / rows)
+            shares["without_item_row"] = float(counts[without_row].sum() / of_items)
         if split != "train" and counts.any():
             groups = found.keys[GROUPS], train.keys.get(GROUPS, KeyCounts())
             shares["of_known_groups"] = groups[0].share_of_total_in(groups[1]) or 0.0

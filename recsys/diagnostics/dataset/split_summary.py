@@ -30,7 +30,7 @@ from recsys.diagnostics.dataset.time_columns import time_ranges
 class SplitSummary:
     """Contents of a split.
 
-    items: counts rows by target item.
+    items: counts rows by target item, rows with a drawn item left out.
     keys: counts of ids by column (raw ids if training assigns their rows), of groups, of pairs of
         group and item, and of whole rows.
     target_in_history: rows with a history that holds their own target.
@@ -92,12 +92,15 @@ def summarize_split(root: Location, split: str, schema: Schema) -> SplitSummary:
 def _add_rows(found: SplitSummary, schema: Schema, columns: RowColumns) -> None:
     found.usable_rows += columns.num_rows
     for name, column in schema.columns.items():
-        if column.kind in ("label", "dense", "extra", "weight"):
+        if column.kind in ("label", "dense", "extra", "weight", "sampled"):
             numbers = columns.numbers[name]
             found.numbers[name].add(numbers[~np.isnan(numbers)])
         else:
             _add_ids(found, schema, name, columns)
-    found.items.add(columns.numbers[schema.target_item])
+    targets = columns.numbers[schema.target_item]
+    if schema.sampled is not None:
+        targets = targets[columns.numbers[schema.sampled] == 0]
+    found.items.add(targets)
     found.target_in_history += _rows_with_target(schema, columns)
     group = RAW_GROUP if RAW_GROUP in columns.numbers else schema.group
     groups = hash_numbers(columns.numbers[group])

@@ -30,11 +30,13 @@ class Engine(Protocol):
 
     unnest: name of the SQL function that makes a row of each value of a list.
     hash: name of the SQL function that hashes several values to 64 bits.
+    work: folder of the stages, which all processes of the engine share.
     own_files: folder for files of functions, if all of them run in this process, one after another.
     """
 
     unnest: str
     hash: str
+    work: Path
     own_files: Path | None
 
     def add_files(self, name: str, readers: list[Reader]) -> None:

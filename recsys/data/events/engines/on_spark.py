@@ -59,7 +59,7 @@ class SparkEngine:
             # As many tasks as a cluster has would spend their time in starting.
             tasks = self._spark.sparkContext.defaultParallelism
             self._spark.conf.set("spark.sql.shuffle.partitions", tasks)
-        self._work = work
+        self.work = work
 
     def close(self) -> None:
         """End the application if this engine started it."""
@@ -125,7 +125,7 @@ class SparkEngine:
             return int(self._spark.read.parquet(url).count())
 
     def _save(self, name: str, frame: Any) -> None:
-        folder = f"file://{self._work / name}"
+        folder = f"file://{self.work / name}"
         with _explained():
             frame.write.parquet(folder)
             self._spark.read.schema(frame.schema).parquet(folder).createOrReplaceTempView(name)

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 
 from recsys.data.events.engines.base import Engine
 from recsys.data.events.history_values import MOMENT, HistoryFiles, slice_columns
+from recsys.data.events.negatives import DRAWN_AS
 from recsys.data.events.output.pictures import add_pictures
 from recsys.data.events.output.schema_file import schema_text
-from recsys.data.events.output.vocabularies import id_lists, write_vocabularies
+from recsys.data.events.output.vocabularies import counted_ids, id_lists, write_vocabularies
 from recsys.data.events.settings import EventsConfig
 from recsys.data.events.signals import quoted
-from recsys.data.events.snapshots import FOREVER
 from recsys.data.events.splits import SPLITS
 from recsys.data.events.times import MICROS
 from recsys.data.filesystem import Location, link_or_copy
@@ -35,12 +35,14 @@ def write_dataset(
     dataset: str,
     lists: dict[str, pa.DataType],
     files: HistoryFiles | None,
+    items: Path | None,
 ) -> dict[str, dict[str, Any]]:
     """Write a dataset; `schema.yaml` and what is fitted for it come last.
 
     `conditions` is the SQL of each split, `dataset` the name of the folder in `root`, empty for the
     root itself. `lists` has the types of the histories and the lists beside them; `files` their
-    values, if the stage `complete` has slices of these instead of lists.
+    values, if the stage `complete` has slices of these instead of lists. `items` is the folder of
+    items of another dataset of these events.
 
     Returns:
         Figures of each split; see `_figures`.
@@ -50,13 +52,15 @@ def write_dataset(
     """
     folder = root / dataset
     _write_splits(engine, config, conditions, folder, lists, files)
-    train = conditions["train"]
+    train = f"{conditions['train']}{_of_log(config)}"
     counts = engine.table(
         f"SELECT iid AS {quoted(config.output.item)}, count(*) AS train_rows FROM complete c "
         f"WHERE {train} GROUP BY c.iid ORDER BY c.iid"
     )
     pq.write_table(counts, folder / "item_counts.parquet")
     sizes = write_vocabularies(engine, config, train, folder, id_lists(config, lists))
+    if config.items is not None:
+        _write_items(engine, config, train, folder, items)
     (folder / "schema.yaml").write_text(schema_text(config, sizes, lists))
     fit_transforms(Location.of(folder))
     return _figures(engine, config, conditions)
@@ -100,7 +104,15 @@ def _no_rows(config: EventsConfig, split: str) -> str:
         "dates": f"choose dates between the first and the last {time}",
     }
     at = "" if config.split.by == "windows" else f" at {config.split.at}"
-    return f"split: {split} has no rows by {config.split.by}{at}; {fixes[config.split.by]}"
+    fix = fixes[config.split.by]
+    if config.embargo and config.label_window:
+        fix += ", shorten `within`, or set embargo: false"
+    return f"split: {split} has no rows by {config.split.by}{at}; {fix}"
+
+
+def _of_log(config: EventsConfig) -> str:
+    """Return SQL after a condition that leaves out drawn rows."""
+    return f" AND {DRAWN_AS} = 0" if config.negatives is not None else ""
 
 
 def output_columns(config: EventsConfig) -> dict[str, str]:
@@ -114,29 +126,43 @@ def output_columns(config: EventsConfig) -> dict[str, str]:
         columns[name] = f"CAST({own} AS FLOAT)" if feature.kind == "dense" else own
     columns |= {name: f"CAST({quoted(f'n_{name}')} AS FLOAT)" for name in config.counts}
     columns |= {name: f"CAST({quoted(f'l_{name}')} AS FLOAT)" for name in config.labels}
+    if config.negatives is not None:
+        columns[output.sampled] = f"CAST(CASE WHEN {DRAWN_AS} = 0 THEN 0 ELSE 1 END AS FLOAT)"
     columns[output.time] = f"CAST((ts - ts % {unit}) / {unit} AS BIGINT)"
     return columns
 
 
-def write_items(engine: Engine, config: EventsConfig, folder: Path, same: Path | None) -> Path:
-    """Write the last snapshot of each item into a new folder, and return the folder.
+def _write_items(
+    engine: Engine, config: EventsConfig, train: str, folder: Path, same: Path | None
+) -> None:
+    """Write each item's content as of the end of training: what the last training row could know.
 
-    The files of `same`, a folder of the same items, are hard-linked instead, or copied where the
-    file system has no hard links.
+    An item that comes later has its first snapshot. Items that `min_count` leaves without a row of
+    their own are left out. The files of `same`, a folder of the same items, are hard-linked, or
+    copied where the file system has no hard links.
     """
     assert config.items is not None
-    if same is not None:
-        shutil.copytree(same, folder, copy_function=link_or_copy)
-        return folder
+    name = config.output.item
+    has_rare = config.vocabulary.min_count.get(name, 1) > 1
+    if same is not None and not has_rare and config.items.valid_from is None:
+        shutil.copytree(same, folder / "items", copy_function=link_or_copy)
+        return
+    end = engine.table(f"SELECT max(ts) AS ts FROM complete WHERE {train}")["ts"][0].as_py()
     content = "".join(f", {quoted(f't_{name}')} AS {quoted(name)}" for name in config.items.content)
+    rare = f" AND id IN ({counted_ids(engine, config, train, name)})" if has_rare else ""
     engine.write(
-        f"SELECT id AS {quoted(config.output.item)}{content} FROM item_snapshots s "
-        f"WHERE valid_until = {FOREVER} ORDER BY s.id",
-        folder,
+        f"SELECT id AS {quoted(name)}{content} FROM item_snapshots s WHERE (valid_from <= {end} "
+        f"AND valid_until > {end} OR valid_from > {end} AND valid_from = first_valid_from){rare} "
+        "ORDER BY s.id",
+        folder / "items",
         ITEMS_PER_GROUP,
     )
-    add_pictures(folder, config.items, config.output.item)
-    return folder
+    add_pictures(folder / "items", config.items, name)
+
+
+def _share(condition: str, rows: str) -> str:
+    """Return SQL of the share of some rows that satisfy a condition."""
+    return f"avg(CASE WHEN {rows} THEN CASE WHEN {condition} THEN 1.0 ELSE 0.0 END END)"
 
 
 def _figures(
@@ -145,18 +171,21 @@ def _figures(
     """Return rows, positive (share by the first label), users, and shares of new and cold ones.
 
     new_users: rows by users without a training row; cold, unseen: rows whose item has few and no
-    training rows.
+    training rows. Drawn rows do not count for the last three, neither here nor there.
     """
+    train = f"{conditions['train']}{_of_log(config)}"
+    of_log = f"1 = 1{_of_log(config)}"
+
     label = quoted(f"l_{next(iter(config.labels))}")
-    users = f"SELECT uid, count(*) AS n FROM complete WHERE {conditions['train']} GROUP BY uid"
-    items = f"SELECT iid, count(*) AS n FROM complete WHERE {conditions['train']} GROUP BY iid"
+    users = f"SELECT uid, count(*) AS n FROM complete WHERE {train} GROUP BY uid"
+    items = f"SELECT iid, count(*) AS n FROM complete WHERE {train} GROUP BY iid"
     cases = " ".join(f"WHEN {condition} THEN '{name}'" for name, condition in conditions.items())
     table = engine.table(
         f"SELECT split, count(*) AS rows, avg({label}) AS positive, "
         "count(DISTINCT s.uid) AS users, "
-        "avg(CASE WHEN u.n IS NULL THEN 1.0 ELSE 0.0 END) AS new_users, "
-        f"avg(CASE WHEN coalesce(i.n, 0) < {COLD_BELOW} THEN 1.0 ELSE 0.0 END) AS cold, "
-        "avg(CASE WHEN i.n IS NULL THEN 1.0 ELSE 0.0 END) AS unseen "
+        f"{_share('u.n IS NULL', of_log)} AS new_users, "
+        f"{_share(f'coalesce(i.n, 0) < {COLD_BELOW}', of_log)} AS cold, "
+        f"{_share('i.n IS NULL', of_log)} AS unseen "
         f"FROM (SELECT *, CASE {cases} END AS split FROM complete) s "
         f"LEFT JOIN ({users}) u ON s.uid = u.uid LEFT JOIN ({items}) i ON s.iid = i.iid "
         "WHERE split IS NOT NULL GROUP BY split"

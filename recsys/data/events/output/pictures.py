@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 from recsys.data.events.engines.base import Engine
 from recsys.data.events.settings import Content, ItemTable
 from recsys.data.events.signals import quoted
-from recsys.data.events.snapshots import FOREVER
 from recsys.data.filesystem import Location, whole_file
 from recsys.data.items.item_images import check_first_image
 
@@ -33,8 +32,8 @@ def check_pictures(engine: Engine, items: ItemTable) -> None:
     for name, content in named_pictures(items).items():
         path = quoted(f"t_{name}")
         named = engine.table(
-            f"SELECT id, {path} AS path FROM item_snapshots WHERE valid_until = {FOREVER} "
-            f"AND {path} <> '' ORDER BY id"
+            f"SELECT DISTINCT id, {path} AS path FROM item_snapshots WHERE {path} <> '' "
+            "ORDER BY 1, 2"
         )
         rows = zip(named["id"].to_pylist(), named["path"].to_pylist(), strict=True)
         for place, (item, path) in enumerate(rows):

@@ -30,6 +30,8 @@ def schema_text(config: EventsConfig, sizes: dict[str, int], lists: dict[str, pa
         columns[name] = _id(config, feature.kind, sizes[name]) if is_id else {"kind": "dense"}
     columns |= {name: {"kind": "dense"} for name in config.counts}
     columns |= {name: {"kind": "label"} for name in config.labels}
+    if config.negatives is not None:
+        columns[output.sampled] = {"kind": "sampled"}
     columns |= {name: _plain(column) for name, column in config.transforms.items()}
     schema: dict[str, Any] = {"target_item": output.item, "group": output.user, "columns": columns}
     if config.items is not None:

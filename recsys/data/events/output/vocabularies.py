@@ -50,10 +50,8 @@ def write_vocabularies(
     (folder / "vocabulary").mkdir()
     for name, values in _values(engine, config, train, actions).items():
         least = config.vocabulary.min_count.get(name, 1)
-        query = (
-            f"SELECT id FROM ({values}) WHERE id IS NOT NULL GROUP BY id HAVING count(*) >= {least}"
-        )
-        if name == item and config.items is not None:
+        query = _frequent(values, least)
+        if name == item and config.items is not None and least == 1:
             query = f"{query} UNION SELECT id FROM item_snapshots"
         ids = engine.table(f"SELECT id FROM ({query}) ORDER BY id")["id"]
         vocabulary = ExactVocabulary(max(2, len(ids) + 1))
@@ -64,6 +62,16 @@ def write_vocabularies(
     return sizes
 
 
+def counted_ids(engine: Engine, config: EventsConfig, train: str, column: str) -> str:
+    """Return SQL of the ids of a column that occur as often as `min_count` asks."""
+    values = _values(engine, config, train, [])[column]
+    return _frequent(values, config.vocabulary.min_count.get(column, 1))
+
+
+def _frequent(values: str, least: int) -> str:
+    return f"SELECT id FROM ({values}) WHERE id IS NOT NULL GROUP BY id HAVING count(*) >= {least}"
+
+
 def _tables_of(column: str, lists: dict[str, str]) -> list[str]:
     """Return the tables with the ids of a column: its own, and those of lists of it."""
     return [column, *(name for name, of in lists.items() if of == column)]
@@ -71,7 +79,7 @@ def _tables_of(column: str, lists: dict[str, str]) -> list[str]:
 
 def _values(engine: Engine, config: EventsConfig, train: str, actions: list[str]) -> dict[str, str]:
     """Return SQL of the values (id) that count for each column, and for each list of actions."""
-    until = f"ts <= (SELECT max(ts) FROM complete WHERE {train})"
+    until = f"{config.arrival} <= (SELECT max(ts) FROM complete WHERE {train})"
     tables = {
         config.output.user: f"SELECT uid AS id FROM signals WHERE {until}",
         config.output.item: f"SELECT iid AS id FROM signals WHERE {until}",

@@ -33,17 +33,32 @@ def signals(actions: list[str], largest: int = 90) -> st.SearchStrategy[list[Row
             "uid": st.sampled_from([*4 * USERS, None]),
             "iid": st.sampled_from([*4 * list(range(5)), None]),
             "ts": st.sampled_from([*HOURS, NOW + HOUR]),
+            "late": st.sampled_from([0, 0, 0, 0, -HOUR, HOUR, 3 * HOUR, 20 * HOUR]),
             "action": st.sampled_from(actions),
             "request": st.sampled_from(["r1", "r2"]),
             "price": prices,
         }
     )
     first = [
-        {"uid": "ann", "iid": 0, "ts": EARLIEST, "action": action, "request": "r1", "price": None}
+        {
+            "uid": "ann",
+            "iid": 0,
+            "ts": EARLIEST,
+            "late": 0,
+            "action": action,
+            "request": "r1",
+            "price": None,
+        }
         for action in dict.fromkeys(actions)
     ]
     rows = st.lists(row, min_size=largest // 2, max_size=largest)
-    return rows.map(lambda drawn: [*(dict(row) for row in first), *drawn])
+    return rows.map(lambda drawn: [with_arrival(row) for row in [*first, *drawn]])
+
+
+def with_arrival(row: Row) -> Row:
+    """A row with the time at which it arrived; before its own time is as good as at it."""
+    late = row["late"]
+    return {**{name: row[name] for name in row if name != "late"}, "arrived": row["ts"] + late}
 
 
 def snapshots(ids: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Row]]:
@@ -88,6 +103,7 @@ def write_events(folder: Path, name: str, rows: list[Row], form: str, files: int
             "user": pa.array([row["uid"] for row in part], pa.string()),
             "item": pa.array([row["iid"] for row in part], pa.int64()),
             "time": times(part, "ts", form),
+            "arrived": times(part, "arrived", form),
             "type": pa.array([row["action"] for row in part], pa.string()),
             "request": pa.array([row["request"] for row in part], pa.string()),
             "price": pa.array([row["price"] for row in part], pa.float64()),

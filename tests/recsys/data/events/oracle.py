@@ -20,18 +20,28 @@ FOREVER = 2**62
 
 
 def usable(config: EventsConfig, signals: list[Row], now: int) -> list[Row]:
-    kept, seen = [], set()
+    rows, seen = [], set()
     for place, signal in enumerate(signals):
-        required = [signal[name] for name in ("uid", "iid", "ts", "action")]
-        by_request = config.impressions is not None and config.impressions.request is not None
-        key = (*required, signal["request"] if by_request else None)
-        if None in required or signal["ts"] > now or (config.drop.duplicates and key in seen):
+        has_arrival = config.has_arrival and signal["action"] != "impression"
+        arrived = max(signal["arrived"] if has_arrival else signal["ts"], signal["ts"])
+        rows.append({**signal, "place": place, "arrived": arrived})
+    usable_rows = []
+    for row in sorted(rows, key=lambda row: (row["arrived"], row["place"])):
+        required = [row[name] for name in ("uid", "iid", "ts", "action")]
+        key = (*required, row["request"] if config.by_request else None)
+        if None in required or row["ts"] > now or (config.drop.duplicates and key in seen):
             continue
         seen.add(key)
-        kept.append({**signal, "place": place})
+        usable_rows.append(row)
     cap = config.drop.max_events_per_user or math.inf
-    events = Counter(signal["uid"] for signal in kept)
-    return [signal for signal in kept if events[signal["uid"]] <= cap]
+    events: Counter[str] = Counter()
+    first = []
+    order = ("arrived", "ts", "iid", "action", "place")
+    for row in sorted(usable_rows, key=lambda row: [row[name] for name in order]):
+        events[row["uid"]] += 1
+        if events[row["uid"]] <= cap:
+            first.append(row)
+    return sorted(first, key=lambda row: row["place"])
 
 
 def snapshot(table: list[Row], key: Any, ts: int) -> Row:
@@ -46,11 +56,21 @@ def labelled(config: EventsConfig, signals: list[Row]) -> list[Row]:
         for one in signals
         if (one["action"] in chosen if chosen else one["action"] != "impression")
     ]
-    pair = ["uid", "iid"] + (
-        ["request"] if config.impressions and config.impressions.request else []
-    )
+    pair = ["uid", "iid", *(["request"] if config.by_request else [])]
+    end = max(one["ts"] for one in signals) - config.label_window
     rows = []
+
+    def last(pair: list[str], event: Row) -> int:
+        """The last moment before an event at which its user had a row with its item."""
+        return max(
+            other["ts"]
+            for other in candidates
+            if other["ts"] < event["ts"] and all(other[part] == event[part] for part in pair)
+        )
+
     for row in candidates:
+        if config.label_window and config.unripe == "drop" and row["ts"] > end:
+            continue
         labels: Row = {}
         for name, label in config.labels.items():
             if label.column:
@@ -65,13 +85,8 @@ def labelled(config: EventsConfig, signals: list[Row]) -> list[Row]:
                     any(
                         event["action"] in label.action
                         and all(event[part] == row[part] is not None for part in pair)
-                        and 0 <= event["ts"] - row["ts"] <= duration(label.within)
-                        # It belongs to the last row before it.
-                        and not any(
-                            all(other[part] == row[part] for part in pair)
-                            and row["ts"] < other["ts"] <= event["ts"]
-                            for other in candidates
-                        )
+                        and 0 < event["ts"] - row["ts"] <= duration(label.within)
+                        and (config.attribute == "all" or row["ts"] == last(pair, event))
                         for event in signals
                     )
                 )
@@ -98,7 +113,7 @@ def split_of(config: EventsConfig, rows: list[Row]) -> dict[str, list[str | None
             older = sum(ts < row["ts"] for ts in own)
             ends = [older <= share * (len(own) - 1) for share in split.at]
             names.append("train" if ends[0] else "valid" if ends[1] else "test")
-        return {"": names}
+        return {"": without_embargo(config, rows, names, by_user=True)}
     if split.by == "windows":
         first = 10 - split.windows
         cuts = {
@@ -114,7 +129,36 @@ def split_of(config: EventsConfig, rows: list[Row]) -> dict[str, list[str | None
             next((s for s, end in zip(("train", "valid", "test"), ends) if ts <= end), None)
             for ts in times
         ]
+        datasets[name] = without_embargo(config, rows, datasets[name], ends=ends)
     return datasets
+
+
+def without_embargo(
+    config: EventsConfig,
+    rows: list[Row],
+    names: list[str | None],
+    ends: Any = (),
+    by_user: bool = False,
+) -> list[str | None]:
+    """Splits without rows of which a label is decided after the next split begins."""
+    if not (config.embargo and config.label_window):
+        return names
+    result: list[str | None] = []
+    for row, name in zip(rows, names, strict=True):
+        decided = row["ts"] + config.label_window
+        place = ("train", "valid", "test", None).index(name)
+        if by_user:
+            begins = [
+                other["ts"]
+                for other, split in zip(rows, names, strict=True)
+                if other["uid"] == row["uid"]
+                and ("train", "valid", "test").index(split or "train") > place
+            ]
+            crosses = place < 2 and bool(begins) and decided >= min(begins)
+        else:
+            crosses = place < 2 and decided > ends[place]
+        result.append(None if crosses else name)
+    return result
 
 
 def past(events: list[Row], row: Row, of: Any, actions: list[str] | None) -> list[Row]:
@@ -125,6 +169,7 @@ def past(events: list[Row], row: Row, of: Any, actions: list[str] | None) -> lis
         for event in events
         if (event["action"] in actions if actions else event["action"] != "impression")
         and event["ts"] < cut
+        and event["arrived"] <= row["ts"]
         and (within is None or event["ts"] >= cut - within)
     ]
 
@@ -220,11 +265,12 @@ def vocabulary(
 ) -> dict[str, list[Any]]:
     """The ids of users and items, in order."""
     until = max(row["time"] for row in train)
-    known = [signal for signal in usable(config, signals, now) if signal["ts"] <= until]
+    known = [signal for signal in usable(config, signals, now) if signal["arrived"] <= until]
     ids = {}
     for name, column in (("user", "uid"), ("item", "iid")):
         counts = Counter(signal[column] for signal in known)
         least = config.vocabulary.min_count.get(name, 1)
         kept = {one for one, number in counts.items() if number >= least}
-        ids[name] = sorted(kept | ({row["id"] for row in items} if name == "item" else set()))
+        with_items = name == "item" and least == 1
+        ids[name] = sorted(kept | ({row["id"] for row in items} if with_items else set()))
     return ids

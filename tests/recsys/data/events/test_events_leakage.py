@@ -1,38 +1,35 @@
-"""What happens at or after a sample's moment, or within the delay before it, never changes it."""
+"""What arrives after a row's moment changes nothing of the row but its labels."""
 
 from __future__ import annotations
 
+import os
 import tempfile
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import yaml
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
+from recsys.data.events.engines.base import Engine
 from recsys.data.events.engines.on_duckdb import DuckDBEngine
 from recsys.data.events.history_values import MOMENT
 from recsys.data.events.load import load_events_config
 from recsys.data.events.prepare import make_samples
 from tests.recsys.data.events import logs
-from tests.recsys.data.events.logs import HOUR, Row
+from tests.recsys.data.events.logs import HOUR, HOURS, Row
 
-
-def config(delay: str) -> Row:
-    past: Row = {"delay": delay}
-    counts = {"item": {"of": "item"}, "rate": {"of": "user", "actions": "buy", "per": "view"}}
-    return {
-        "labels": {"bought": {"action": "buy"}},
-        "drop": {"later_than": "2030-01-01"},
-        "histories": {"past": {"length": 4, "parallel": {"past_age": "age"}, **past}},
-        "counts": {f"count_{name}": {**of, "within": "9h", **past} for name, of in counts.items()},
-    }
-
-
-@pytest.mark.parametrize("delay", ["0s", "3h"])
-@settings(
+OpenEngine = Callable[[Path], Engine]
+LOGS = Path(__file__).parents[5] / "shared"
+DRAWN = 2
+ONCE = settings(
     max_examples=6,
     deadline=None,
     database=None,
@@ -40,41 +37,156 @@ def config(delay: str) -> Row:
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
+
+
+def config(delay: str, **more: Any) -> Row:
+    counts = {
+        "item": {"of": "item"},
+        "rate": {"of": "user", "actions": "buy", "per": "view"},
+        "brand": {"of": ["user", "brand"]},
+    }
+    return {
+        "labels": {
+            "bought": {"action": "buy"},
+            "buys_later": {"action": "buy", "within": "2h"},
+        },
+        "unripe": "keep",
+        "items": {"columns": {"brand": {"kind": "id"}}},
+        "drop": {"later_than": "2030-01-01", "max_events_per_user": 25},
+        "histories": {
+            "past": {
+                "length": 4,
+                "delay": delay,
+                "parallel": {"past_age": "age", "past_brand": "brand"},
+            }
+        },
+        "counts": {
+            f"count_{name}": {**of, "within": "9h", "delay": delay} for name, of in counts.items()
+        },
+        # All rows but the last hours' are in train: no quantile moves with later events.
+        "split": {"by": "dates", "at": [iso(HOURS[20]), iso(HOURS[25])]},
+        **more,
+    }
+
+
+def iso(micros: int) -> str:
+    return f"{np.datetime64(micros, 'us')}+00:00"
+
+
+CASES: dict[str, tuple[str, Row]] = {
+    "no delay": ("0s", {"negatives": {"per_positive": DRAWN}}),
+    "delay": ("3h", {"negatives": {"per_positive": DRAWN, "by": "popularity"}}),
+    "each row a sample": ("0s", {"attribute": "all"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@ONCE
 @given(data=st.data())
-def test_later_events_do_not_change_earlier_samples(delay: str, data: st.DataObject) -> None:
+def test_what_arrives_later_changes_no_row_but_its_labels(case: str, data: st.DataObject) -> None:
+    compare(DuckDBEngine, case, data)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES)
+@settings(ONCE, max_examples=2)
+@given(data=st.data())
+def test_on_spark_what_arrives_later_changes_no_row_but_its_labels(
+    open_spark: OpenEngine, case: str, data: st.DataObject
+) -> None:
+    compare(open_spark, case, data)
+
+
+def compare(open_engine: OpenEngine, case: str, data: st.DataObject) -> None:
     log = data.draw(logs.signals(["view", "buy"]))
-    moment = data.draw(st.sampled_from([row["ts"] for row in log if usable(row)]))
-    cut = moment - int(delay[0]) * HOUR
+    items = data.draw(logs.snapshots(st.integers(0, 5)))
     others = data.draw(logs.signals(["view", "buy"]))
-    own = next(row for row in log if row["ts"] == moment and usable(row))
-    changed = [row for row in log if row["ts"] < cut] + [own]
-    changed += [row for row in others if row["ts"] >= cut]
-    before, after = samples(log, delay), samples(changed, delay)
-    same = [key for key in before if key in after and key[2] <= moment]
-    assert any(key[2] == moment for key in same)
+    moment = data.draw(st.sampled_from(HOURS[8:25]))
+    arrived = [row for row in log if max(row["arrived"], row["ts"]) <= moment]
+    later = [row for row in log if row not in arrived]
+    changed = [row for row in others if max(row["arrived"], row["ts"]) > moment]
+    delay, more = CASES[case]
+    before, after = (
+        samples(open_engine, [*arrived, *rest], items, config(delay, **more))
+        for rest in (later, changed)
+    )
+    held_out = {key for key in before if key[3] == 2}
+    for written in (before, after):
+        for key in [k for k in written if k[2] > moment or k[4] >= len(arrived)]:
+            del written[key]
+    # Draws of valid and test may change by later positives of that split; those of train may not.
+    assert {k for k in before if k[3] < 2} == {k for k in after if k[3] < 2}
+    same = before.keys() & after.keys()
+    assume(same)
     assert {key: before[key] for key in same} == {key: after[key] for key in same}
+    assert all(key in same for key in before if key not in held_out)
 
 
-def samples(log: list[Row], delay: str) -> dict[Any, Row]:
-    """Samples of a log by user, item, time and label."""
+def samples(open_engine: OpenEngine, log: list[Row], items: list[Row], content: Row) -> Any:
+    """Samples without labels by user, item, time, `drawn_as`, and position of the log's row."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        table = logs.write_events(folder, "log", log, "us")
-        content = {**config(delay), "events": {"log": {**table, "action": "type"}}}
+        table = logs.write_events(folder, "log", log, "us", files=1)
+        table |= {"action": "type", "arrived": "arrived"}
+        file = logs.write_snapshots(folder, "items", items, pa.int64())
+        content = {**content, "events": {"log": table}, "items": {**file, **content["items"]}}
         (folder / "events.yaml").write_text(yaml.safe_dump(content))
-        engine = DuckDBEngine(folder / "stages")
-        try:
-            made = make_samples(engine, load_events_config(folder / "events.yaml"))
-            assert made.files is not None
-            table = engine.table(f'SELECT *, ts AS "{MOMENT}" FROM complete').drop("position")
-            names = [name for name in table.schema.names if "/" not in name]
-            batches = table.combine_chunks().to_batches()
-            parts = [made.files.with_lists(batch, [*names, *made.lists]) for batch in batches]
-            rows = pa.Table.from_batches(parts).to_pylist()
-        finally:
-            engine.close()
-    return {tuple(row[key] for key in ("uid", "iid", "ts", "l_bought")): row for row in rows}
+        rows = read_samples(open_engine, folder)
+    by_key = {}
+    for row in rows:
+        drawn_as = row.get("drawn_as", 0)
+        position = row.pop("position")
+        place = position if position >= 0 else (-position - 1) // 2 // DRAWN
+        values = {name: value for name, value in row.items() if not name.startswith("l_")}
+        by_key[(row["uid"], row["iid"], row["ts"], drawn_as, place)] = values
+    return by_key
 
 
-def usable(row: Row) -> bool:
-    return row["uid"] is not None and row["iid"] is not None
+def read_samples(open_engine: OpenEngine, folder: Path) -> list[Row]:
+    """All samples of `events.yaml` in a folder, with their histories."""
+    with closing(open_engine(folder / "stages")) as engine:
+        made = make_samples(engine, load_events_config(folder / "events.yaml"))
+        table = engine.table(f'SELECT *, ts AS "{MOMENT}" FROM complete')
+        if made.files is None:
+            return list(table.drop(MOMENT).to_pylist())
+        names = [name for name in table.schema.names if "/" not in name]
+        batches = table.combine_chunks().to_batches()
+        parts = [made.files.with_lists(batch, [*names, *made.lists]) for batch in batches]
+        return list(pa.Table.from_batches(parts).to_pylist())
+
+
+@pytest.mark.parametrize("name", ["ifdb", "retail"])
+def test_in_logs_of_people_what_comes_later_changes_no_row(name: str, tmp_path: Path) -> None:
+    """A fifth of the users, with ties in time, repeats, and items that come later."""
+    folder = Path(os.environ.get(f"RECSYS_{name.upper()}", LOGS / name))
+    if not folder.is_dir():
+        pytest.skip(f"no log in {folder}; set RECSYS_{name.upper()}")
+    log = pq.read_table(folder / "events.parquet", columns=["user", "item", "time"])
+    users = pc.unique(log["user"])
+    log = log.filter(pc.is_in(log["user"], users[:: len(users) // 150])).sort_by("time")
+    moment = log["time"][int(0.7 * len(log))].as_py()
+    arrived = log.filter(pc.less_equal(log["time"], moment))
+    later = log.filter(pc.greater(log["time"], moment))
+    random = np.random.default_rng(0)
+    changed = later.take(random.permutation(len(later))[: len(later) // 2])
+    changed = changed.set_column(1, "item", later["item"].take(random.permutation(len(changed))))
+    # In the order of time, so that a sample's position names the same row in both logs.
+    written = []
+    for number, rest in enumerate((later, changed)):
+        own = tmp_path / str(number)
+        own.mkdir()
+        pq.write_table(pa.concat_tables([arrived, rest]), own / "log.parquet")
+        content = {
+            "events": {"play": {"path": "log.parquet"}},
+            "labels": {"played": {"action": "play"}},
+            "negatives": {"per_positive": DRAWN, "by": "popularity"},
+            "histories": {"past": {"length": 20, "parallel": {"past_age": "age"}}},
+            "counts": {"plays": {"of": "item"}, "plays_of_month": {"of": "item", "within": "30d"}},
+            "split": {"by": "dates", "at": [iso(moment * 10**6 + 1), iso(moment * 10**6 + HOUR)]},
+        }
+        (own / "events.yaml").write_text(yaml.safe_dump(content))
+        rows = read_samples(DuckDBEngine, own)
+        rows = [row for row in rows if row["ts"] <= moment * 10**6]
+        written.append(sorted(rows, key=lambda row: (row["position"], row["iid"])))
+    assert len(written[0]) > 2 * len(arrived)
+    assert written[0] == written[1]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,21 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recsys.data.events.prepare import prepare_events
+from recsys.data.events.engines.base import Engine
+from recsys.data.events.engines.on_duckdb import DuckDBEngine
+from recsys.data.events.load import load_events_config
+from recsys.data.events.prepare import make_samples, prepare_events
 from recsys.data.filesystem import Location
+from recsys.data.item_parts import COLD_BELOW, count_items
+from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
+from recsys.diagnostics.dataset.dataset_summary import summarize_dataset
 
+OpenEngine = Callable[[Path], Engine]
+CONTENT: dict[str, Any] = {
+    "events": {"buy": {"path": "log.parquet"}},
+    "labels": {"bought": {"action": "buy"}},
+}
 USERS, ITEMS, DRAWN = 30, 40, 3
 START = 1_790_000_000
 
@@ -39,11 +53,11 @@ def log() -> pa.Table:
 
 
 def prepare(path: str, folder: Path, **more: Any) -> Path:
-    content = {
-        "events": {"buy": {"path": path, "columns": ["words"]}},
-        "labels": {"bought": {"action": "buy"}},
-        **more,
-    }
+    has_words = "words" in more.get("context", {})
+    content = {**CONTENT, **more}
+    if "events" not in more:
+        table = {"path": path, "columns": ["words"] if has_words else []}
+        content["events"] = {"buy": table}
     (folder / "events.yaml").write_text(yaml.safe_dump(content))
     out = folder / "out" / str(len(list(folder.glob("out/*"))))
     prepare_events(folder / "events.yaml", out)
@@ -65,22 +79,180 @@ def file(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("by", ["uniform", "popularity"])
-def test_negatives_are_distinct_items_that_the_user_never_takes(
+def test_negatives_are_distinct_items_that_existed_and_that_the_user_had_not_taken(
     by: str, file: str, tmp_path: Path
 ) -> None:
     negatives = {"per_positive": DRAWN, "by": by, "seed": 5}
     written = rows(prepare(file, tmp_path, negatives=negatives))
-    taken = {(row["user"], row["item"]) for row in written if row["bought"] == 1}
-    drawn = [row for row in written if row["bought"] == 0]
-    assert len(taken) == 4 * USERS
-    assert len(drawn) == DRAWN * len(taken)
-    assert [row for row in drawn if (row["user"], row["item"]) in taken] == []
+    drawn = [row for row in written if row["sampled"] == 1]
+    logged = [row for row in written if row["sampled"] == 0]
+    assert {row["bought"] for row in drawn} == {0} and {row["bought"] for row in logged} == {1}
+    assert len(logged) == 4 * USERS
+    taken = {(row["user"], row["item"]): row["time"] for row in logged}
+    first: dict[int, int] = {}
+    for row in logged:
+        first[row["item"]] = min(row["time"], first.get(row["item"], row["time"]))
+    for row in drawn:
+        assert first[row["item"]] <= row["time"]
+        assert taken.get((row["user"], row["item"]), row["time"] + 1) > row["time"]
     of_moment = Counter((row["user"], row["time"], row["item"]) for row in drawn)
     assert set(of_moment.values()) == {1}
+    # Of 30 users all take item 0 and 15 item 1: by popularity these come far more often than most.
     counts = Counter(row["item"] for row in drawn)
-    assert counts[0] == 0
-    # Of 30 users 15 took item 1: by popularity it comes to the others far more often than most.
     assert (counts[1] > 3 * np.median(list(counts.values()))) == (by == "popularity")
+
+
+@pytest.mark.parametrize("by", ["uniform", "popularity"])
+def test_draws_are_exact_where_a_user_has_taken_nearly_everything(by: str, tmp_path: Path) -> None:
+    # Each of 40 users takes items 0 to 97: at its last row 98 (once) and 99 (three times) are left.
+    users = [100, 101, 102, 103, *np.repeat(np.arange(40), 98)]
+    items = [99, 99, 99, 98, *np.tile(np.arange(98), 40)]
+    table = pa.table({"user": users, "item": items, "time": START + np.arange(len(items))})
+    pq.write_table(table, tmp_path / "log.parquet")
+    out = prepare("log.parquet", tmp_path, negatives={"per_positive": 1, "by": by})
+    written = rows(out)
+    last = {row["user"]: row["time"] for row in written}
+    drawn = Counter(r["item"] for r in written if r["sampled"] and r["time"] == last[r["user"]])
+    assert drawn[98] + drawn[99] >= 40
+    assert (drawn[99] > 26) == (by == "popularity")  # 30 of 40 expected, or 20
+
+
+def test_what_is_left_is_drawn_and_what_is_missing_is_counted(tmp_path: Path) -> None:
+    # At its second row the user has taken one of three items, and takes the second.
+    table = {"user": ["a", "b", "c", "a"], "item": [1, 2, 3, 2], "time": range(START, START + 4)}
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    out = prepare("log.parquet", tmp_path, negatives={"per_positive": 2}, split={"at": [0.3, 0.6]})
+    drawn = [(row["user"], row["item"]) for row in rows(out) if row["sampled"] == 1]
+    # Row by row 0, 1, 2 and 1 items are left of two to draw.
+    assert drawn == [("b", 1), ("c", 1), ("c", 2), ("a", 3)]
+    report = json.loads((out / "report.json").read_text())
+    assert report["left_out"] == {"no item left to draw": 4}
+
+
+def test_in_valid_and_test_no_positive_of_the_user_in_that_split_is_drawn(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    table = {
+        "user": random.integers(0, 5, 300),
+        "item": random.integers(0, 40, 300),
+        "time": START + np.arange(300),
+    }
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    split = {"by": "windows", "windows": 2}
+    out = prepare("log.parquet", tmp_path, negatives={"per_positive": 3}, split=split)
+    later_positives = 0
+    for place in ("window-1/valid", "window-1/test", "window-2/valid", "window-2/test"):
+        written = pq.read_table(out / place).to_pylist()
+        own = {(row["user"], row["item"]) for row in written if row["sampled"] == 0}
+        assert [r for r in written if r["sampled"] and (r["user"], r["item"]) in own] == []
+    for window in ("window-1", "window-2"):
+        written = pq.read_table(out / window / "train").to_pylist()
+        own = {(row["user"], row["item"]) for row in written if row["sampled"] == 0}
+        later_positives += sum(r["sampled"] and (r["user"], r["item"]) in own for r in written)
+    assert later_positives  # a training row does not know them
+
+
+def test_exclude_whole_log_draws_nothing_that_the_user_ever_takes(
+    file: str, tmp_path: Path
+) -> None:
+    negatives = {"per_positive": DRAWN, "exclude": "whole_log"}
+    written = rows(prepare(file, tmp_path, negatives=negatives))
+    taken = {(row["user"], row["item"]) for row in written if row["sampled"] == 0}
+    drawn = [row for row in written if row["sampled"] == 1]
+    assert drawn and [row for row in drawn if (row["user"], row["item"]) in taken] == []
+
+
+def test_an_item_is_drawn_from_its_first_snapshot_on(tmp_path: Path) -> None:
+    users, times = [*range(20)], [*range(START, START + 20)]
+    log = pa.table({"user": users, "item": [0] * 20, "time": times})
+    pq.write_table(log, tmp_path / "log.parquet")
+    skus = pa.table({"sku": [0, 1, 2], "since": [START, START + 5, START + 30]})
+    pq.write_table(skus, tmp_path / "skus.parquet")
+    items = {"path": "skus.parquet", "id": "sku", "valid_from": "since"}
+    out = prepare("log.parquet", tmp_path, negatives={"per_positive": 1}, items=items)
+    drawn = [row for row in rows(out) if row["sampled"] == 1]
+    assert {row["item"] for row in drawn} == {1}
+    assert [row["time"] // 10**6 - START for row in drawn] == [*range(5, 20)]
+
+
+def test_an_event_counts_for_draws_from_its_arrival_on(tmp_path: Path) -> None:
+    # Item 1 is taken at second 1 but known from second 10 on.
+    users, times = [*range(20)], [*range(START, START + 20)]
+    arrived = [START + 10 if second == 1 else START + second for second in range(20)]
+    table = {"user": users, "item": [0, 1] + [0] * 18, "time": times, "known": arrived}
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    events = {"buy": {"path": "log.parquet", "arrived": "known"}}
+    for by in ("uniform", "popularity"):
+        negatives = {"per_positive": 1, "by": by}
+        out = prepare("log.parquet", tmp_path, events=events, negatives=negatives)
+        drawn = [row for row in rows(out) if row["sampled"] == 1]
+        assert [row["item"] for row in drawn] == [0] + [1] * 10
+        assert [row["time"] // 10**6 - START for row in drawn] == [1, *range(10, 20)]
+
+
+def test_counts_of_items_and_min_count_are_those_of_the_log(file: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"item": [*range(ITEMS)]}), tmp_path / "items.parquet")
+    out = prepare(
+        file,
+        tmp_path,
+        negatives={"per_positive": DRAWN},
+        items={"path": "items.parquet", "id": "item"},
+        vocabulary={"min_count": {"item": 3}},
+    )
+    train = pq.read_table(out / "train").to_pylist()
+    logged = Counter(row["item"] for row in train if row["sampled"] == 0)
+    table = pq.read_table(out / "item_counts.parquet")
+    assert dict(zip(*table.to_pydict().values(), strict=True)) == logged
+    frequent = sorted(item for item, count in logged.items() if count >= 3)
+    ids = pq.read_table(out / "vocabulary" / "item.parquet")["id"].to_pylist()
+    assert ids == frequent == pq.read_table(out / "items")["item"].to_pylist()
+
+
+def test_cold_and_unseen_count_rows_of_the_log_alone(file: str, tmp_path: Path) -> None:
+    out = prepare(file, tmp_path, negatives={"per_positive": DRAWN})
+    root = Location.of(out)
+    train, test = (pq.read_table(out / split).to_pylist() for split in ("train", "test"))
+    logged = Counter(row["item"] for row in train if not row["sampled"])
+    counts = count_items(ParquetRows.of_split(root, "train", load_schema(root)), 0, 1)
+    assert sorted(counts.counts) == sorted(logged.values())
+    items = [row["item"] for row in test if not row["sampled"]]
+    expected = {
+        "cold": np.mean([logged[item] < COLD_BELOW for item in items]),
+        "unseen": np.mean([logged[item] == 0 for item in items]),
+    }
+    assert 0 < expected["unseen"] < expected["cold"]
+    report = json.loads((out / "report.json").read_text())["splits"]["test"]
+    shares = summarize_dataset(str(out)).shares_of_rows("test")
+    for part, share in expected.items():
+        assert report[part] == pytest.approx(share)
+        assert shares[part] == pytest.approx(share)
+
+
+@pytest.mark.long
+def test_both_engines_draw_the_same_whatever_the_order_of_the_files(
+    open_spark: OpenEngine, tmp_path: Path
+) -> None:
+    random = np.random.default_rng(2)
+    table = pa.table(
+        {
+            "user": [f"u{number}" for number in random.integers(0, 9, 200)],
+            "item": [f"i{number}" for number in random.integers(0, 30, 200)],
+            "time": START + random.integers(0, 100, 200),
+        }
+    )
+    drawn = []
+    for number, open_engine in enumerate((DuckDBEngine, DuckDBEngine, open_spark)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        order = random.permutation(200) if number == 1 else np.arange(200)
+        pq.write_table(table.take(order), folder / "log.parquet")
+        content = {**CONTENT, "negatives": {"per_positive": 3, "by": "popularity"}}
+        (folder / "events.yaml").write_text(yaml.safe_dump(content))
+        config = load_events_config(folder / "events.yaml")
+        with closing(open_engine(folder / "stages")) as engine:
+            make_samples(engine, config)
+            columns = engine.table("SELECT uid, iid, ts, drawn_as FROM complete")
+        drawn.append(sorted(map(tuple, zip(*columns.to_pydict().values(), strict=True))))
+    assert drawn[0] == drawn[1] == drawn[2]
 
 
 def test_a_seed_gives_the_same_negatives_and_another_gives_others(

@@ -68,8 +68,9 @@ CASES: dict[str, Row] = {
     "impressions": {
         "labels": {
             "bought": {"action": "buy", "within": "2h"},
-            "acted": {"action": ["buy", "view"], "within": "1d"},
+            "acted": {"action": ["buy", "view"], "within": "4h"},
         },
+        "embargo": False,
         "context": {"day": "dense"},
         "drop": {"later_than": LATEST, "max_events_per_user": 35},
     },
@@ -82,12 +83,21 @@ CASES: dict[str, Row] = {
         "drop": {"later_than": LATEST, "duplicates": False},
     },
     "views": {
-        "labels": {"bought": {"action": "buy", "within": "6h"}},
+        "labels": {"bought": {"action": "buy", "within": "1h"}},
         "rows": "view",
+        "attribute": "all",
         "context": {"price": {"kind": "dense", "fill": 2}},
         "split": {"by": "windows", "windows": 2},
+        "vocabulary": {"min_count": {"user": 2}},
+    },
+    # Each action is a row, and labels those before it.
+    "again": {
+        "labels": {"views_again": {"action": "view", "within": "2h"}},
+        "split": {"by": "user", "at": [0.5, 0.75]},
+        "unripe": "keep",
     },
 }
+LATE = ("impressions", "views")  # cases of which events say when they arrived
 
 
 OpenEngine = Callable[[Path], Engine]
@@ -141,6 +151,8 @@ def write_case(
     log = logs.write_events(folder, "log", events, form)
     content: Row = {**COMMON, **CASES[case]}
     content["events"] = {"log": {**log, "action": "type", "request": "request"}}
+    if case in LATE:
+        content["events"]["log"]["arrived"] = "arrived"
     if shown:
         table = logs.write_events(folder, "shown", shown, "us", files=1)
         content["impressions"] = {**table, "request": "request"}
