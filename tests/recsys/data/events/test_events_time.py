@@ -1,0 +1,244 @@
+"""What a row of a log knows of time: labels, cuts, clocks, and content, by logs of a few lines."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from recsys.data.events.prepare import prepare_events
+from recsys.data.events.times import moment
+
+DAY = 86_400
+START = 1_790_000_000
+SPLITS = ("train", "valid", "test")
+
+
+def prepare(folder: Path, events: dict[str, list[Any]], **more: Any) -> dict[str, Any]:
+    """The dataset of one log by split, with the counts of rows left out."""
+    pq.write_table(pa.table(events), folder / "log.parquet")
+    table = {"path": "log.parquet", **more.pop("table", {})}
+    if "action" in events:
+        table["action"] = "action"
+    content = {"events": {"view": table}, **more}
+    (folder / "events.yaml").write_text(more.pop("text", None) or yaml.safe_dump(content))
+    out = folder / "out"
+    prepare_events(folder / "events.yaml", out)
+    report = json.loads((out / "report.json").read_text())
+    return {
+        **{split: pq.read_table(out / split).to_pylist() for split in SPLITS},
+        "left_out": report["left_out"],
+    }
+
+
+def labels(written: dict[str, Any], name: str) -> dict[int, list[float]]:
+    """Labels by second after START."""
+    by_time: dict[int, list[float]] = {}
+    for split in SPLITS:
+        for row in written[split]:
+            by_time.setdefault(row["time"] // 10**6 - START, []).append(row[name])
+    return by_time
+
+
+def log(*rows: tuple[int, str]) -> dict[str, list[Any]]:
+    """Actions of one user on one item by second, among those of others before and after."""
+    filler = [(-3 * DAY + n, "view") for n in range(3)] + [(30 * DAY + n, "view") for n in range(3)]
+    events = [(*row, 0) for row in rows] + [(*row, 1 + n) for n, row in enumerate(filler)]
+    return {
+        "user": [user for *_, user in events],
+        "item": [0] * len(events),
+        "time": [START + second for second, *_ in events],
+        "action": [action for _, action, _ in events],
+    }
+
+
+ONE_WEEK = {"bought": {"action": "buy", "within": "7d"}}
+KEEP_ALL = {"embargo": False, "unripe": "keep", "split": {"at": [0.2, 0.7]}}
+
+
+def test_an_action_never_labels_its_own_row_nor_another_of_its_moment(tmp_path: Path) -> None:
+    # Each action is a row: the purchase at 10 labels the view at 0, and not itself.
+    events = log((0, "view"), (10, "view"), (10, "buy"), (20, "view"))
+    by_time = labels(prepare(tmp_path, events, labels=ONE_WEEK, **KEEP_ALL), "bought")
+    assert [by_time[second] for second in (0, 10, 20)] == [[1], [0, 0], [0]]
+
+
+def test_a_view_is_labelled_by_the_next_view_of_the_item_and_not_by_itself(tmp_path: Path) -> None:
+    events = log((0, "view"), (DAY, "view"), (9 * DAY, "view"))
+    again = {"again": {"action": "view", "within": "7d"}}
+    by_time = labels(prepare(tmp_path, events, labels=again, rows="view", **KEEP_ALL), "again")
+    assert [by_time[second] for second in (0, DAY, 9 * DAY)] == [[1], [0], [0]]
+
+
+@pytest.mark.parametrize("attribute, expected", [("last", [0, 0, 1, 0]), ("all", [0, 1, 1, 0])])
+@pytest.mark.parametrize("table", ["rows", "impressions"])
+def test_attribute_gives_an_action_to_the_last_row_or_to_all_in_time(
+    table: str, attribute: str, expected: list[int], tmp_path: Path
+) -> None:
+    seconds = [0, 5 * DAY, 8 * DAY, 20 * DAY]
+    events = log(*((second, "view") for second in seconds), (10 * DAY, "buy"))
+    more: dict[str, Any] = {"rows": "view"}
+    if table == "impressions":
+        shown = pa.table(events).filter(pa.array([one == "view" for one in events["action"]]))
+        pq.write_table(shown.drop(["action"]), tmp_path / "shown.parquet")
+        more = {"impressions": {"path": "shown.parquet"}}
+    written = prepare(tmp_path, events, labels=ONE_WEEK, attribute=attribute, **more, **KEEP_ALL)
+    by_time = labels(written, "bought")
+    assert [by_time[second] for second in seconds] == [[label] for label in expected]
+
+
+def test_rows_and_actions_agree_in_a_request_without_impressions(tmp_path: Path) -> None:
+    events = log((0, "view"), (1, "view"), (2, "buy"))
+    events["request"] = ["a", "b", "a", *"c" * 6]
+    more = {"labels": ONE_WEEK, "rows": "view", **KEEP_ALL, "table": {"request": "request"}}
+    by_time = labels(prepare(tmp_path, events, **more), "bought")
+    assert [by_time[0], by_time[1]] == [[1], [0]]
+
+
+def test_a_request_that_a_table_of_actions_lacks_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table(log((0, "buy"))), tmp_path / "log.parquet")
+    tables = {"view": {"path": "log.parquet", "request": "user"}, "buy": {"path": "log.parquet"}}
+    content = {"events": tables, "rows": "view", "labels": ONE_WEEK}
+    (tmp_path / "events.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"events\.buy has no `request`"):
+        prepare_events(tmp_path / "events.yaml", tmp_path / "out")
+
+
+def daily(days: int) -> dict[str, list[Any]]:
+    """A view a day of user 0, each followed by a purchase after a day and a half."""
+    views = [(START + day * DAY, "view", day) for day in range(days)]
+    buys = [(START + day * DAY + DAY + DAY // 2, "buy", day) for day in range(days - 2)]
+    times, actions, items = zip(*views, *buys, strict=True)
+    return {"user": [0] * len(times), "item": items, "time": times, "action": actions}
+
+
+def test_rows_whose_labels_are_decided_after_the_log_are_left_out(tmp_path: Path) -> None:
+    more = {"labels": {"bought": {"action": "buy", "within": "2d"}}, "rows": "view"}
+    written = prepare(tmp_path, daily(20), embargo=False, **more)
+    # The log ends with the view of day 19: the last ripe view is that of day 17.
+    assert labels(written, "bought") == {day * DAY: [1] for day in range(18)}
+    assert written["left_out"] == {"unripe: `within` ends after the log": 2}
+
+
+CUTS: dict[str, dict[str, Any]] = {
+    "time": {"by": "time", "at": [11 / 19, 15 / 19]},
+    "dates": {"by": "dates", "at": [f"{START + n * DAY}" for n in (12, 16)]},
+    "user": {"by": "user", "at": [11 / 19, 15 / 19]},
+}
+
+
+@pytest.mark.parametrize("by", CUTS)
+def test_rows_whose_labels_are_decided_after_the_next_split_begins_are_left_out(
+    by: str, tmp_path: Path
+) -> None:
+    split = dict(CUTS[by])
+    if by == "dates":
+        split["at"] = [
+            datetime.fromtimestamp(int(at), ZoneInfo("UTC")).isoformat() for at in split["at"]
+        ]
+    more = {"labels": {"bought": {"action": "buy", "within": "2d"}}, "rows": "view"}
+    written = prepare(tmp_path, daily(20), split=split, unripe="keep", **more)
+    days = {s: [(row["time"] // 10**6 - START) // DAY for row in written[s]] for s in SPLITS}
+    # Rows of days 0 to 11 are train, to 15 valid. What follows begins at days 12 and 16, and by
+    # time a split ends with its last row.
+    assert days == {"train": [*range(10)], "valid": [12, 13], "test": [16, 17, 18, 19]}
+    assert written["left_out"] == {
+        "embargo: label of train decided after valid begins": 2,
+        "embargo: label of valid decided after test begins": 2,
+    }
+
+
+def test_a_user_with_too_many_events_keeps_the_first(tmp_path: Path) -> None:
+    events = {"user": [0] * 9 + [1], "item": [0] * 10, "time": [START + n for n in range(10)]}
+    drop = {"max_events_per_user": 6}
+    more = {"labels": {"viewed": {"action": "view"}}, "split": {"at": [0.4, 0.7]}, "drop": drop}
+    written = prepare(tmp_path, events, **more)
+    assert [*labels(written, "viewed")] == [0, 1, 2, 3, 4, 5, 9]
+    assert written["left_out"] == {"beyond max_events_per_user": 3}
+
+
+def test_items_have_the_content_that_the_last_training_row_could_know(tmp_path: Path) -> None:
+    skus = pa.table(
+        {
+            "sku": [0, 0, 0, 1, 1],
+            "since": [START, START + 5, START + 11, START + 12, START + 14],
+            "title": ["old", "of training", "too late", "first", "second"],
+        }
+    )
+    pq.write_table(skus, tmp_path / "skus.parquet")
+    events = {"user": [0] * 20, "item": [0] * 20, "time": [START + n for n in range(20)]}
+    items = {
+        "path": "skus.parquet",
+        "id": "sku",
+        "valid_from": "since",
+        "content": {"title": "text"},
+    }
+    more = {"labels": {"viewed": {"action": "view"}}, "split": {"at": [0.5, 0.8]}, "items": items}
+    prepare(tmp_path, events, **more)
+    assert pq.read_table(tmp_path / "out" / "items").to_pylist() == [
+        {"item": 0, "title": "of training"},
+        {"item": 1, "title": "first"},
+    ]
+
+
+@pytest.mark.parametrize("fraction", [0.4, 0.499999, 0.5, 0.6, 0.999999])
+def test_a_moment_keeps_its_fraction(fraction: float) -> None:
+    text = f"2026-11-01T12:00:{fraction:09.6f}"
+    assert moment(text, "UTC") == 1_793_534_400 * 10**6 + round(fraction * 10**6)
+
+
+def test_dates_of_a_split_are_in_the_time_zone_of_the_tables(tmp_path: Path) -> None:
+    begin = int(datetime(2026, 3, 1, tzinfo=ZoneInfo("Asia/Tokyo")).timestamp())
+    hours = [begin + 3600 * hour for hour in range(24 * 3)]
+    events = {"user": [0] * 72, "item": [0] * 72, "time": hours}
+    # Without quotes, as YAML reads dates by itself.
+    text = """
+        events: {view: {path: log.parquet, time_zone: Asia/Tokyo}}
+        labels: {viewed: {action: view}}
+        split: {by: dates, at: [2026-03-02, 2026-03-03]}
+        drop: {later_than: 2026-04-01}
+    """
+    written = prepare(tmp_path, events, text=text)
+    assert [len(written[split]) for split in SPLITS] == [24, 24, 24]
+
+
+def test_a_date_without_an_offset_is_refused_where_tables_have_several_zones(
+    tmp_path: Path,
+) -> None:
+    pq.write_table(pa.table(log()), tmp_path / "log.parquet")
+    content = {
+        "events": {
+            "view": {"path": "log.parquet", "time_zone": "Asia/Tokyo"},
+            "buy": {"path": "log.parquet"},
+        },
+        "labels": {"bought": {"action": "buy"}},
+        "split": {"by": "dates", "at": ["2026-03-02", "2026-03-03"]},
+    }
+    (tmp_path / "events.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match="'2026-03-02' has no offset"):
+        prepare_events(tmp_path / "events.yaml", tmp_path / "out")
+
+
+@pytest.mark.parametrize("read_as, true_unit", [("ms", "s"), ("us", "ms"), ("us", "s")])
+def test_times_in_1970_are_refused_with_the_unit_that_fits(
+    read_as: str, true_unit: str, tmp_path: Path
+) -> None:
+    factor = {"s": 1, "ms": 1000}[true_unit]
+    events = {"user": [0] * 9, "item": [0] * 9, "time": [(START + n) * factor for n in range(9)]}
+    more = {"labels": {"viewed": {"action": "view"}}, "table": {"time_unit": read_as}}
+    with pytest.raises(ValueError, match=f"view: .* 1970 .* time_unit: {true_unit}"):
+        prepare(tmp_path, events, **more)
+
+
+def test_times_from_the_begin_of_a_log_are_times_of_1970(tmp_path: Path) -> None:
+    events = {"user": [0] * 9, "item": [0] * 9, "time": [1000 * n for n in range(9)]}
+    more = {"labels": {"viewed": {"action": "view"}}, "table": {"time_unit": "ms"}}
+    written = prepare(tmp_path, events, **more)
+    assert sum(len(written[split]) for split in SPLITS) == 9
