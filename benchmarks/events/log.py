@@ -16,6 +16,8 @@ events:
 rows: click
 labels:
   bought: {{action: buy, within: 1d}}
+unripe: keep  # the programs beside it cut by quantiles alone
+embargo: false
 histories:
   clicked: {{actions: click, length: {HISTORY}, parallel: {{clicked_age: age}}}}
 """

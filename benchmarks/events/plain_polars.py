@@ -35,7 +35,13 @@ def samples(log: pl.LazyFrame) -> pl.DataFrame:
     buy = log.filter(pl.col("action") == "buy").select(key).sort("time")
     moments = click.lazy().select(*key, touched="time").sort("time")
     bought = (
-        buy.join_asof(moments, on="time", by=["user", "item"], strategy="backward")
+        buy.join_asof(
+            moments,
+            on="time",
+            by=["user", "item"],
+            strategy="backward",
+            allow_exact_matches=False,
+        )
         .filter(pl.col("time") - pl.col("touched") <= DAY)
         .select("user", "item", time="touched", bought=pl.lit(1, pl.Float32))
         .unique()

@@ -23,7 +23,7 @@ CREATE TABLE sample AS
 WITH bought AS (
     SELECT DISTINCT c."user", c.item, c.time
     FROM (SELECT * FROM log WHERE action = 'buy') b ASOF JOIN click c
-    ON b."user" = c."user" AND b.item = c.item AND b.time >= c.time
+    ON b."user" = c."user" AND b.item = c.item AND b.time > c.time
     WHERE b.time - c.time <= 86400
 ), past AS (
     SELECT *, list(item) OVER before AS items, list(time) OVER before AS times,

@@ -48,7 +48,7 @@ def yambda(folder: Path) -> None:
     (folder / "flat" / "50m").mkdir(parents=True)
     columns = {
         "uid": pa.array([n % 4 * 100 for n in ROWS], pa.uint32()),
-        "timestamp": pa.array([n * 5 for n in ROWS], pa.uint32()),
+        "timestamp": pa.array([n * 50_000 for n in ROWS], pa.uint32()),
         "item_id": pa.array([n % 9 for n in ROWS], pa.uint32()),
         "is_organic": pa.array([n % 2 for n in ROWS], pa.uint8()),
     }
@@ -56,6 +56,18 @@ def yambda(folder: Path) -> None:
     columns["played_ratio_pct"] = pa.array([n % 11 * 10 for n in ROWS], pa.uint16())
     columns["track_length_seconds"] = pa.array([180 for n in ROWS], pa.uint32())
     pq.write_table(pa.table(columns), folder / "flat" / "50m" / "listens.parquet")
+
+
+def ifdb(folder: Path) -> None:
+    plays = {
+        "user": [f"u{n % 6}" for n in ROWS],
+        "item": [f"i{n * n % 31}" for n in ROWS],
+        "time": [1_583_378_629 + 7000 * n for n in ROWS],
+    }
+    pq.write_table(pa.table(plays), folder / "events.parquet")
+    games = {"item": [f"i{n}" for n in range(31)]}
+    texts = {name: [f"a {name}"] * 31 for name in ("title", "tags", "description")}
+    pq.write_table(pa.table(games | texts), folder / "items.parquet")
 
 
 def mind(folder: Path) -> None:
@@ -103,6 +115,7 @@ FORMATS: dict[str, Callable[[Path], None]] = {
         ),
     ),
     "yambda": yambda,
+    "ifdb": ifdb,
 }
 
 
@@ -115,7 +128,7 @@ def test_a_recipe_reads_the_format_of_its_data_set(name: str, tmp_path: Path) ->
     FORMATS[name](tmp_path)
     report = prepare_events(RECIPES / f"{name}.yaml", tmp_path / "out", tmp_path)
     rows = sum(split["rows"] for split in report["splits"].values())
-    more = {"microlens": 4, "mind": 2}.get(name, 0) * len(ROWS)  # drawn, or shown
-    assert rows + report["left_out"].get("no item left to draw", 0) == len(ROWS) + more
+    more = {"microlens": 4, "ifdb": 4, "mind": 2}.get(name, 0) * len(ROWS)  # drawn, or shown
+    assert rows + sum(report["left_out"].values()) == len(ROWS) + more
     assert 0 < report["splits"]["train"]["positive"] < 1
     load_schema(Location.of(tmp_path / "out"))

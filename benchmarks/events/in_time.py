@@ -1,0 +1,126 @@
+"""What a dataset with drawn negatives tells of its test split, in a log where content decides.
+
+    python -m benchmarks.events.in_time --log FOLDER --out FOLDER
+
+`--log` holds the files of the recipe `recsys/recipes/events/ifdb.yaml`. Items that were known too
+early show in two figures: the share of test positives without a training row, and the AUC of an
+item's mean training label, which falls far below a half where later items were drawn as negatives.
+A logistic regression on counts and on the similarity of texts shows that the columns rank what
+comes next. Writes `events_in_time.jsonl`, `.md` and `.png` into `--results`, and exits with 1 if
+a figure misses its aim.
+
+Shapes: R rows of a split, L items of all their histories, N items.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jsonargparse import auto_cli
+from matplotlib.figure import Figure
+from scipy.sparse import csr_matrix
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from benchmarks.results import RESULTS, Result, write_result
+from recsys.data.events.prepare import prepare_events
+
+RECIPE = Path("recsys/recipes/events/ifdb.yaml")
+TEXTS = ("title", "tags", "description")
+UNSEEN, UNSEEN_WITHIN = 0.469, 0.005  # of test positives, counted in the log by hand
+LEAST_AUC = {"mean training label of the item": 0.45, "counts and similarity of texts": 0.78}
+
+
+def benchmark(log: Path, out: Path, results: Path = RESULTS) -> bool:
+    """Measure the dataset and return whether each figure meets its aim.
+
+    Args:
+        log: folder of the files that the recipe names.
+        out: folder for the dataset, which is removed afterwards.
+        results: folder for the figures.
+    """
+    report = prepare_events(RECIPE, out / "ifdb", log)
+    unseen = report["splits"]["test"]["unseen"]
+    aucs = _aucs(out / "ifdb")
+    shutil.rmtree(out / "ifdb")
+    met = {name: aucs[name] >= least for name, least in LEAST_AUC.items()}
+    met["unseen"] = abs(unseen - UNSEEN) <= UNSEEN_WITHIN
+    aim = f"{UNSEEN:.1%} within {UNSEEN_WITHIN:.1%}"
+    rows = [("share of test positives without a training row", f"{unseen:.1%}", aim)]
+    for name, auc in aucs.items():
+        least = f"at least {LEAST_AUC[name]:.2f}" if name in LEAST_AUC else ""
+        rows.append((f"test AUC of {name}", f"{auc:.3f}", least))
+    record = {"benchmark": "events_in_time", "report": report, "unseen": unseen, "auc": aucs}
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        axes.barh(list(aucs), list(aucs.values()))
+        axes.axvline(0.5, color="gray")
+        axes.set_xlabel("AUC of the test split")
+        figure.tight_layout()
+
+    reading = [
+        "A mean training label below 0.5 would tell that items of the future were drawn as "
+        "negatives in training.",
+        *(f"Missed: {name}." for name, is_met in met.items() if not is_met),
+    ]
+    columns = ["figure", "measured", "aim"]
+    title = "A log where content decides, prepared in time"
+    write_result(Result("events_in_time", title, [record], columns, rows, draw, reading), results)
+    return all(met.values())
+
+
+def _aucs(data: Path) -> dict[str, float]:
+    """Return test AUCs of scores that nothing but a logistic regression was trained for."""
+    items = pq.read_table(data / "items")
+    texts = [
+        " ".join(text or "" for text in row)
+        for row in zip(*(items[name].to_pylist() for name in TEXTS), strict=True)
+    ]
+    tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2, stop_words="english").fit_transform(texts)
+    train, test = (pq.read_table(data / split) for split in ("train", "test"))
+    labels, test_labels = (table["played"].to_numpy() for table in (train, test))
+    places, test_places = (
+        pc.index_in(table["item"], items["item"]).to_numpy() for table in (train, test)
+    )
+    rows_of_item = np.bincount(places, minlength=len(items))
+    positives = np.bincount(places, labels, len(items))
+    mean = np.where(rows_of_item, positives / np.maximum(rows_of_item, 1), labels.mean())
+    columns, test_columns = (_columns(table, items["item"], tfidf) for table in (train, test))
+    aucs = {"mean training label of the item": roc_auc_score(test_labels, mean[test_places])}
+    names = {"counts": slice(0, -1), "counts and similarity of texts": slice(None)}
+    for name, part in names.items():
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        model.fit(columns[:, part], labels)
+        scores = model.decision_function(test_columns[:, part])
+        aucs[name] = float(roc_auc_score(test_labels, scores))
+    return aucs
+
+
+def _columns(table: pa.Table, items: pa.ChunkedArray, tfidf: csr_matrix) -> np.ndarray:
+    """Return logarithms of counts, whether the history is empty, and the similarity: [R, 6].
+
+    The similarity is the mean cosine of the row's item and the items of its history.
+    """
+    history = table["history"].combine_chunks()
+    lengths = pc.list_value_length(history).to_numpy(zero_copy_only=False)
+    rows = np.repeat(np.arange(len(table)), lengths)  # [L]
+    past = pc.index_in(history.flatten(), items).to_numpy()
+    own = pc.index_in(table["item"], items).to_numpy()
+    average = csr_matrix((1 / lengths[rows], (rows, past)), (len(table), len(items))) @ tfidf
+    similarity = np.asarray(average.multiply(tfidf[own]).sum(axis=1)).ravel()
+    counts = [np.log1p(table[name].to_numpy()) for name in table.column_names if "plays_of" in name]
+    return np.stack([*counts, lengths == 0, similarity], axis=1)
+
+
+if __name__ == "__main__":
+    sys.exit(0 if auto_cli(benchmark, as_positional=False) else 1)
