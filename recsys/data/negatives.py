@@ -6,7 +6,8 @@ negatives an item's share of the training rows, for sampled ones that of the dra
 feature of the item table, so that their vectors are looked up with those of target and history;
 their content comes from the memory bank.
 
-Only frequencies of items with training rows are kept, so memory does not grow with the table.
+Sampled negatives are items with training rows alone: others, such as those of valid and test, were
+not known while the training rows were written. So memory does not grow with the table.
 
 Shapes: B batch, S sampled negatives, U items with training rows, N any items.
 """
@@ -53,26 +54,34 @@ class NegativeSampler:
         self.use_counts(ItemCounts.sum_of([]))
 
     def use_counts(self, counts: ItemCounts) -> None:
-        """Set the number of training rows of each item; all are equal before the first call."""
-        self._counts, num_counted = counts, len(counts.items)
+        """Set the number of training rows of each item; before, all items are drawn alike."""
+        self._counts = counts
         by_frequency = np.argsort(-counts.counts, kind="stable")
-        self._most_frequent = counts.items[by_frequency]  # [U]; all others follow by id
-        self._places = np.empty(num_counted, np.int64)  # [U]
-        self._places[by_frequency] = np.arange(num_counted)
-        self._others_below = counts.items - np.arange(num_counted)  # [U], items that have no rows
+        self._by_frequency = counts.items[by_frequency]  # [U]
+        self._places = np.empty(len(by_frequency), np.int64)  # [U]
+        self._places[by_frequency] = np.arange(len(by_frequency))
 
     def log_q(self, items: torch.Tensor) -> torch.Tensor:  # int64 [N] -> [N]
-        """Return the log of the probability that each item is drawn."""
+        """Return the log of the probability that each item is drawn.
+
+        An item without training rows, which only validation has, counts as if it had one, or came
+        after the least frequent.
+        """
         if not self.settings.log_q_correction:
             return torch.zeros(len(items))
-        ids, total = items.numpy(), self._counts.counts.sum()
+        ids, total, num_drawn = items.numpy(), self._counts.counts.sum(), self._num_drawn
         if self.settings.loss == "in_batch_softmax" and total:
             log_q = np.log(self._counts.of(ids).clip(min=1) / total)
-        elif self.settings.loss == "in_batch_softmax" or self._is_uniform:
-            log_q = np.full(len(ids), -np.log(self.num_items))
+        elif self._is_uniform or not total:
+            log_q = np.full(len(ids), -np.log(num_drawn))
         else:
-            log_q = np.log(np.log1p(1 / (self._place_of(ids) + 1)) / np.log(self.num_items + 1))
+            log_q = np.log(np.log1p(1 / (self._place_of(ids) + 1)) / np.log(num_drawn + 1))
         return torch.from_numpy(log_q.astype(np.float32))
+
+    @property
+    def _num_drawn(self) -> int:
+        """Number of items that may be drawn."""
+        return len(self._places) or self.num_items
 
     @property
     def _is_uniform(self) -> bool:
@@ -80,19 +89,9 @@ class NegativeSampler:
 
     def _place_of(self, items: np.ndarray) -> np.ndarray:  # int64 [N] -> int64 [N]
         """Return the rank of each item by frequency; equally frequent items are ordered by id."""
-        counted, num_counted = self._counts.items, len(self._places)
-        below = np.searchsorted(counted, items)
-        place = num_counted + items - below
-        is_counted = (below < num_counted) & (np.append(counted, -1)[below] == items)
-        place[is_counted] = self._places[below[is_counted]]
-        return place
-
-    def _item_at(self, place: np.ndarray) -> np.ndarray:  # int64 [N] -> int64 [N]
-        """Return the item at each rank by frequency."""
-        other = place - len(self._places)
-        items = other + np.searchsorted(self._others_below, other, side="right")
-        items[other < 0] = self._most_frequent[place[other < 0]]
-        return items
+        below = np.searchsorted(self._counts.items, items)
+        is_counted = np.append(self._counts.items, -1)[below] == items
+        return np.where(is_counted, np.append(self._places, 0)[below], len(self._places))
 
     def __call__(self, batch: Batch, draw: tuple[int, int, int], training: bool) -> Batch:
         """Return a batch, on the host, with log Q and, in training, this draw's negatives."""
@@ -111,11 +110,13 @@ class NegativeSampler:
     def _draw(self, draw: tuple[int, int, int]) -> np.ndarray:  # [S], int64
         """Sample items with the seed `draw`."""
         random, count = np.random.default_rng(draw), self.settings.num_negatives
-        if self._is_uniform:
-            return random.integers(self.num_items, size=count)
+        num_drawn = self._num_drawn
+        if self._is_uniform or not len(self._places):
+            places = random.integers(num_drawn, size=count)
+            return self._counts.items[places] if len(self._places) else places
         # Zipf's law over places by frequency, by inverting its distribution.
-        places = np.exp(random.random(count) * np.log(self.num_items + 1))
-        return self._item_at(places.astype(np.int64).clip(max=self.num_items) - 1)
+        places = np.exp(random.random(count) * np.log(num_drawn + 1))
+        return self._by_frequency[places.astype(np.int64).clip(max=num_drawn) - 1]
 
 
 def _with_feature(

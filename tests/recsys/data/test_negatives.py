@@ -47,17 +47,18 @@ def test_items_are_drawn_as_often_as_q_says(kind: str) -> None:
     many = sampler(loss="sampled_softmax", num_negatives=20_000, negative_sampling=kind)
     batch = many(batch_of_items(TARGETS, HISTORIES), (0, 0, 0), training=True)
     assert batch.negative_items is not None and batch.negative_log_q is not None
-    q = many.log_q(torch.arange(NUM_ITEMS)).exp()
+    q = many.log_q(torch.from_numpy(COUNTS.items)).exp()
     assert float(q.sum()) == pytest.approx(1)
     share = batch.negative_items.bincount(minlength=NUM_ITEMS) / 20_000
-    assert share.tolist() == pytest.approx(q.tolist(), abs=0.02)
+    assert share[2] == 0  # an item without training rows was not known
+    assert share[COUNTS.items].tolist() == pytest.approx(q.tolist(), abs=0.02)
     assert torch.equal(batch.negative_log_q, many.log_q(batch.negative_items))
     assert batch.target_log_q is not None
     assert torch.equal(batch.target_log_q, many.log_q(torch.tensor(TARGETS)))
     if kind == "uniform":
-        assert q.tolist() == pytest.approx([0.2] * 5)
-    else:  # item 1 is the most frequent, then 3, 4, 0, 2: log((n + 2) / (n + 1)) / log 6
-        expected = np.log([5 / 4, 2, 6 / 5, 3 / 2, 4 / 3]) / np.log(6)
+        assert q.tolist() == pytest.approx([0.25] * 4)
+    else:  # item 1 is the most frequent, then 3, 4, 0: log((n + 2) / (n + 1)) / log 5
+        expected = np.log([5 / 4, 2, 3 / 2, 4 / 3]) / np.log(5)
         assert q.tolist() == pytest.approx(expected.tolist())
 
 
@@ -97,10 +98,11 @@ def test_outside_training_nothing_is_drawn() -> None:
 
 
 def dense_log_q(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [I] -> [I], [I]
-    """Log Q of all items in the batch, and under Zipf's law, whose order is the second's."""
+    """Log Q of all items in the batch, and under Zipf's law of those with training rows."""
     order = np.argsort(-counts, kind="stable")
+    places = np.arange(1, len(counts) + 1).clip(max=(number := np.count_nonzero(counts)) + 1)
     zipf = np.empty(len(counts))
-    zipf[order] = np.log(np.log1p(1 / np.arange(1, len(counts) + 1)) / np.log(len(counts) + 1))
+    zipf[order] = np.log(np.log1p(1 / places) / np.log(number + 1))
     return np.log(counts.clip(min=1) / counts.sum()), zipf
 
 
@@ -122,16 +124,17 @@ def test_counts_of_the_items_that_have_rows_give_what_counts_of_all_items_give(s
         made.use_counts(ItemCounts(items, counts[items]))
         assert torch.equal(made.log_q(torch.arange(200)), torch.from_numpy(expected).float())
     batch = zipf(batch_of_items(TARGETS), (seed, 0, 0), training=True)
-    places = np.exp(np.random.default_rng((seed, 0, 0)).random(500) * np.log(201)).astype(int) - 1
+    draws = np.random.default_rng((seed, 0, 0)).random(500)
+    places = np.exp(draws * np.log(len(items) + 1)).astype(int) - 1
     assert batch.negative_items is not None
     assert batch.negative_items.tolist() == np.argsort(-counts, kind="stable")[places].tolist()
 
 
 def test_before_any_counts_all_items_are_equal() -> None:
-    for loss, expected in (("in_batch_softmax", 1 / 5), ("sampled_softmax", np.log(2) / np.log(6))):
+    for loss in ("in_batch_softmax", "sampled_softmax"):
         settings = RetrievalSettings(loss=loss, negative_sampling="log_uniform")
         made = NegativeSampler(settings, NUM_ITEMS, "item")
-        assert float(made.log_q(torch.tensor([0])).exp()) == pytest.approx(expected)
+        assert float(made.log_q(torch.tensor([0])).exp()) == pytest.approx(1 / 5)
 
 
 @pytest.mark.parametrize("loss", ["in_batch_softmax", "sampled_softmax"])
@@ -153,7 +156,4 @@ def test_memory_does_not_grow_with_the_table(loss: str, kind: str) -> None:
     assert batch.target_log_q is not None and bool((batch.target_log_q < 0).all())
     if loss == "sampled_softmax":
         assert batch.negative_items is not None
-        drawn = batch.negative_items.numpy()
-        assert drawn.min() >= 0 and drawn.max() < num_items
-        share = np.isin(drawn, counts.items).mean()  # of Zipf's law, ln 1001 / ln 2^40
-        assert share == pytest.approx(0 if kind == "uniform" else 0.249, abs=0.05)
+        assert set(batch.negative_items.tolist()) <= set(counts.items.tolist())
