@@ -23,6 +23,7 @@ from recsys.content.branch import ContentBranch
 from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.pooling import mean_token
 from recsys.content.projection import Projection
+from recsys.data.item_parts import ItemCounts
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.equal_content import digests_of, is_mostly_equal, share_of_most_common
 from recsys.distributed.gather import gather_rows
@@ -43,13 +44,22 @@ def start_projections(
     store: ContentStore,
     ranks: Ranks,
     modalities: Collection[str] | None = None,
+    trained: ItemCounts | None = None,
 ) -> None:
     """Set weights and biases from a sample of the items, equal on all ranks. A collective.
 
-    Logs a warning for each modality whose content is equal for most of the sampled items. Only the
-    projections of `modalities` are set, if they are given.
+    Logs a warning for each modality whose content is equal for most of the sampled items.
+
+    Args:
+        branch: its projections are set.
+        store: the items.
+        ranks: of the job.
+        modalities: those of which the projections are set; None: all.
+        trained: training rows by item; items without are not sampled, as they came later.
     """
     ids = np.sort(store.items.ids)
+    if trained is not None and (has_rows := trained.of(ids) > 0).any():
+        ids = ids[has_rows]
     sample = ids[np.linspace(0, len(ids) - 1, min(len(ids), SAMPLED_ITEMS)).astype(int)]
     share = np.array_split(sample, ranks.world_size)[ranks.rank]
     branch.eval()

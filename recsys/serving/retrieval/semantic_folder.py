@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from recsys.build import Job
 from recsys.checkpoint.manifest import model_of
+from recsys.checkpoint.new_rows.trained_counts import trained_counts
 from recsys.data.filesystem import whole_folder
 from recsys.distributed.ranks import Ranks
 from recsys.serving.export import load_for_export
@@ -58,6 +59,8 @@ def export_semantic_ids(
 ) -> dict[str, Any]:
     """Write the semantic ids of all items of a run; return the collision report.
 
+    The codebooks are fitted to the items with training rows.
+
     Args:
         run: folder of a finished run with content.
         out: a folder that does not exist; it appears whole or not at all.
@@ -70,8 +73,8 @@ def export_semantic_ids(
         dataset: also write the dataset with a column of its ranked items' ids, to this folder.
 
     Raises:
-        ValueError: a folder exists, the run has no content or fewer items than codes, the codebooks
-            are of another model, or FAISS is not installed.
+        ValueError: a folder exists, the run has no content or fewer trained items than codes, the
+            codebooks are of another model, or FAISS is not installed.
     """
     if dataset is not None and dataset.exists():
         raise ValueError(f"{dataset}: exists already; remove it, or name another folder")
@@ -79,7 +82,10 @@ def export_semantic_ids(
     known = None if codebooks is None else load_codebooks(codebooks, model)
     job = load_for_export(run, out, ranks, data)
     of_items = item_vectors(job, "content")
-    books = known or Codebooks.fit(of_items.vectors, levels, codes)
+    if known is None:  # later items, such as those of the test split, are not known while training
+        counts = trained_counts(run, job.schema.item_id_limit)
+        trained = of_items.vectors[counts.of(of_items.rows) > 0]
+    books = known or Codebooks.fit(trained, levels, codes)
     with whole_folder(out) as partial:
         report = _write(partial, job, of_items, books)
         of_books = books.centres.shape  # L, C, D

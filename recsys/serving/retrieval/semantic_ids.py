@@ -46,7 +46,8 @@ class Codebooks:
         """
         if codes > len(vectors):
             raise ValueError(
-                f"--codes is {codes}, but there are {len(vectors):,} items; set at most as many"
+                f"--codes is {codes}, but there are {len(vectors):,} items with training rows; set "
+                "at most as many"
             )
         faiss, rest, centres = require_faiss(), unit(vectors), []
         for _ in range(levels):
