@@ -115,9 +115,9 @@ def _columns(table: pa.Table, items: pa.ChunkedArray, tfidf: csr_matrix) -> np.n
     lengths = pc.list_value_length(history).to_numpy(zero_copy_only=False)
     rows = np.repeat(np.arange(len(table)), lengths)  # [L]
     past = pc.index_in(history.flatten(), items).to_numpy()
-    own = pc.index_in(table["item"], items).to_numpy()
+    targets = pc.index_in(table["item"], items).to_numpy()
     average = csr_matrix((1 / lengths[rows], (rows, past)), (len(table), len(items))) @ tfidf
-    similarity = np.asarray(average.multiply(tfidf[own]).sum(axis=1)).ravel()
+    similarity = np.asarray(average.multiply(tfidf[targets]).sum(axis=1)).ravel()
     counts = [np.log1p(table[name].to_numpy()) for name in table.column_names if "plays_of" in name]
     return np.stack([*counts, lengths == 0, similarity], axis=1)
 

@@ -123,9 +123,9 @@ class Moments:
         rank = np.searchsorted(moments, self._time, side="right")
         cut = self._sample_key * (len(moments) + 1) + rank  # [S]
         gap = np.searchsorted(np.maximum.accumulate(place), cut)  # first event that is not known
-        known = np.searchsorted(np.sort(place), cut)
+        num_known = np.searchsorted(np.sort(place), cut)
         after: dict[int, np.ndarray] = {}
-        for sample in np.flatnonzero(known > gap).tolist():
+        for sample in np.flatnonzero(num_known > gap).tolist():
             later = np.arange(max(begin[sample], gap[sample]), end[sample])
             later = later[since[later] <= self._time[sample]]
             if len(later):

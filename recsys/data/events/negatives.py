@@ -28,7 +28,7 @@ from recsys.data.events.signals import FOREVER, count_rows, quoted
 from recsys.data.events.splits import Conditions
 
 ATTEMPTS = 16  # draws that may be refused before the items left are listed
-TAKEN, HELD_OUT, POSITIVE = range(3)  # kinds of rows of a chunk
+TAKEN_ITEM, HELD_OUT, POSITIVE = range(3)  # kinds of rows of a chunk
 # Column of samples: 0 for rows of the log, 1 drawn for train, 2 drawn for valid and test.
 DRAWN_AS = "drawn_as"
 BLOCK = "/block"  # number of a positive's split, 0 for train; names with / are none of a dataset's
@@ -124,15 +124,17 @@ class DrawNegatives:
         """Return the samples that are drawn for the positives of a chunk of whole users."""
         kind, positives = chunk["kind"].to_numpy(), Positives.of_chunk(chunk)
         user, item, time = (key_numbers(chunk, ["uid"]), *_numbers(chunk, "inumber", "ts"))
-        rows = kind == TAKEN
-        taken = Pairs.of_rows(user[rows], item[rows], time[rows], self.num_items)
+        rows = kind == TAKEN_ITEM
+        taken_items = Pairs.of_rows(user[rows], item[rows], time[rows], self.num_items)
         rows = kind == HELD_OUT
         # A user of a split: its positives there are taken at all times.
         split_user = positives.split_user(user[rows], chunk[BLOCK].to_numpy()[rows])
         held_out = Pairs.of_rows(
             split_user, item[rows], np.full(rows.sum(), -FOREVER), self.num_items
         )
-        draws = Draws(self.settings, self.catalogue, self.num_items, positives, taken, held_out)
+        draws = Draws(
+            self.settings, self.catalogue, self.num_items, positives, taken_items, held_out
+        )
         drawn, nth = draws.items.reshape(-1), np.tile(np.arange(draws.number), len(positives.user))
         keep = np.flatnonzero(drawn >= 0)
         place = keep // draws.number
@@ -203,7 +205,7 @@ class Draws:
         catalogue: items or events in the order in which they became known.
         num_items: items of the catalogue.
         positives: the rows.
-        taken: items that a user took, each from its time on.
+        taken_items: items that a user took, each from its time on.
         held_out: items that are positives of a user and a split.
     """
 
@@ -213,13 +215,13 @@ class Draws:
         catalogue: KnownItems,
         num_items: int,
         positives: Positives,
-        taken: Pairs,
+        taken_items: Pairs,
         held_out: Pairs,
     ) -> None:
         """Draw at random while items are refused, then exactly from those left."""
         self.number, self._num_items = settings.per_positive, num_items
         self._catalogue, self._positives = catalogue, positives
-        self._taken, self._held_out = taken, held_out
+        self._taken, self._held_out = taken_items, held_out
         self._split_user = positives.split_user(positives.user, positives.block)
         self._known = np.searchsorted(catalogue.since, positives.time, side="right")  # [P]
         nth = np.arange(self.number, dtype=np.uint64) + np.uint64(settings.seed << 20)
@@ -240,8 +242,10 @@ class Draws:
         place, nth = np.nonzero((self.items < 0) & (self._known > 0)[:, None])
         drawn = self._bits(attempt, place, nth) % self._known[place]
         drawn = self._catalogue.item[drawn]
-        own, time = self._positives.item[place], self._positives.time[place]
-        refused = (drawn == own) | self._taken.among(self._positives.user[place], drawn, time)
+        positive_item, time = self._positives.item[place], self._positives.time[place]
+        refused = (drawn == positive_item) | self._taken.among(
+            self._positives.user[place], drawn, time
+        )
         refused |= self._held_out.among(self._split_user[place], drawn, time)
         self.items[place[~refused], nth[~refused]] = drawn[~refused]
         # The first of equal items of a positive stays.
@@ -262,21 +266,21 @@ class Draws:
         counts, counted = np.zeros(self._num_items, np.int64), 0
         for draw in np.argsort(self._positives.time[place], kind="stable"):
             p, n = place[draw], nth[draw]
-            known, refused = self._known[p], self._refused(p)
+            num_known, refused = self._known[p], self._refused(p)
             if by_events:
-                new = self._catalogue.item[counted:known]
+                new = self._catalogue.item[counted:num_known]
                 counts += np.bincount(new, minlength=self._num_items)
-                counted = known
-                left = counts.copy()
-                left[refused] = 0
-                ends = left.cumsum()
+                counted = num_known
+                weights = counts.copy()
+                weights[refused] = 0
+                ends = weights.cumsum()
                 if ends[-1]:
                     self.items[p, n] = np.searchsorted(ends, bits[draw] % ends[-1], side="right")
                 continue
-            refused = refused[refused < known]
-            if len(refused) < known:
+            refused = refused[refused < num_known]
+            if len(refused) < num_known:
                 # The item after `rank` others: each refused one before it moves it on by one.
-                rank = bits[draw] % (known - len(refused))
+                rank = bits[draw] % (num_known - len(refused))
                 before = np.searchsorted(refused - np.arange(len(refused)), rank, side="right")
                 self.items[p, n] = rank + before
 
@@ -305,13 +309,13 @@ def add_negatives(
     settings = config.negatives
     assert settings is not None
     num_items = _make_catalogue(engine, config)
-    known = _known_items(engine, config, settings)
+    catalogue = _known_items(engine, config, settings)
     schema = engine.table("SELECT * FROM rows LIMIT 0").schema
     columns = [name for name in schema.names if name != "iid"]
     labels = [f"l_{name}" for name in config.labels]
     kinds = [*(schema.field(name) for name in columns)]
     kinds += [pa.field("inumber", pa.int64()), pa.field(DRAWN_AS, pa.int64())]
-    draw = DrawNegatives(settings, known, num_items, labels, columns, pa.schema(kinds))
+    draw = DrawNegatives(settings, catalogue, num_items, labels, columns, pa.schema(kinds))
     query = _chunk_query(config, settings, columns, datasets)
     engine.add_mapped("draws", query, ["uid"], ["kind", "position"], draw, draw.schema)
     names = ", ".join(map(quoted, columns))
@@ -363,14 +367,14 @@ def _chunk_query(
     config: EventsConfig, settings: Negatives, columns: list[str], datasets: Conditions
 ) -> str:
     """Return SQL of each user's items taken, positives held out, and positives to draw for."""
-    of_train, of_held_out = _positive_rows(config, datasets)
+    train_rows, held_out_rows = _positive_rows(config, datasets)
     # A split that is valid of one dataset and test of the one before has one number.
     held_out = [splits[split] for split in ("test", "valid") for splits in datasets.values()]
     cases = " ".join(f"WHEN {sql} THEN {number}" for number, sql in enumerate(held_out, 1))
     block = f"CASE {cases} ELSE 0 END"
     since = config.arrival if settings.exclude == "past" else f"{-FOREVER}"
-    made = {"uid": "t.uid", "ts": "t.since"}
-    empty = ", ".join(f"{made.get(name, 'NULL')} AS {quoted(name)}" for name in columns)
+    pair_columns = {"uid": "t.uid", "ts": "t.since"}
+    empty = ", ".join(f"{pair_columns.get(name, 'NULL')} AS {quoted(name)}" for name in columns)
     names = ", ".join(map(quoted, columns))
     positives = (
         f"SELECT {names}, r.iid, c.inumber, {POSITIVE} AS kind, {{}} AS {quoted(BLOCK)}, {{}} AS "
@@ -380,12 +384,12 @@ def _chunk_query(
         f"SELECT {empty}, t.iid, c.inumber, {{}} AS kind, {{}} AS {quoted(BLOCK)}, 0 AS {DRAWN_AS} "
         "FROM ({}) t JOIN catalogue c ON t.iid = c.iid"
     )
-    taken = f"SELECT uid, iid, min({since}) AS since FROM signals GROUP BY uid, iid"
-    later = f"SELECT DISTINCT uid, iid, {block} AS block, 0 AS since FROM {of_held_out}"
+    taken_items = f"SELECT uid, iid, min({since}) AS since FROM signals GROUP BY uid, iid"
+    later = f"SELECT DISTINCT uid, iid, {block} AS block, 0 AS since FROM {held_out_rows}"
     parts = [
-        positives.format("0", "1", of_train),
-        positives.format(block, "2", of_held_out),
-        pairs.format(TAKEN, "0", taken),
+        positives.format("0", "1", train_rows),
+        positives.format(block, "2", held_out_rows),
+        pairs.format(TAKEN_ITEM, "0", taken_items),
         pairs.format(HELD_OUT, "t.block", later),
     ]
     return " UNION ALL ".join(parts)
@@ -397,5 +401,5 @@ def _positive_rows(config: EventsConfig, datasets: Conditions) -> tuple[str, str
     train = [splits["train"] for splits in datasets.values()]
     held_out = [splits[split] for splits in datasets.values() for split in ("valid", "test")]
     tests = (" OR ".join(f"({sql})" for sql in part) for part in (train, held_out))
-    of_train, of_held_out = (f"rows WHERE {label} = 1 AND ({test})" for test in tests)
-    return of_train, of_held_out
+    train_rows, held_out_rows = (f"rows WHERE {label} = 1 AND ({test})" for test in tests)
+    return train_rows, held_out_rows

@@ -128,13 +128,13 @@ def check_unit(engine: Engine, name: str, table: Source, column: str, rows: str)
         f"WHERE {column} > 0 AND {column} < {FOREVER}"
     )
     low, high = (limits[end][0].as_py() for end in ("low", "high"))
-    now, own = time.time_ns() // 1000, MICROS[table.time_unit]
+    today, scale = time.time_ns() // 1000, MICROS[table.time_unit]
     for unit in larger:
-        factor = MICROS[unit] // own
+        factor = MICROS[unit] // scale
         if (
             low is not None
             and high < YEAR
-            and PLAUSIBLE <= low * factor <= high * factor <= now + YEAR
+            and PLAUSIBLE <= low * factor <= high * factor <= today + YEAR
         ):
             raise ValueError(
                 f"{name}: all times lie in 1970 where time_unit is {table.time_unit}; set "

@@ -133,19 +133,19 @@ def output_columns(config: EventsConfig) -> dict[str, str]:
 
 
 def _write_items(
-    engine: Engine, config: EventsConfig, train: str, folder: Path, same: Path | None
+    engine: Engine, config: EventsConfig, train: str, folder: Path, other: Path | None
 ) -> None:
     """Write each item's content as of the end of training: what the last training row could know.
 
     An item that comes later has its first snapshot. Items that `min_count` leaves without a row of
-    their own are left out. The files of `same`, a folder of the same items, are hard-linked, or
+    their own are left out. The files of `other`, a folder of the same items, are hard-linked, or
     copied where the file system has no hard links.
     """
     assert config.items is not None
     name = config.output.item
     has_rare = config.vocabulary.min_count.get(name, 1) > 1
-    if same is not None and not has_rare and config.items.valid_from is None:
-        shutil.copytree(same, folder / "items", copy_function=link_or_copy)
+    if other is not None and not has_rare and config.items.valid_from is None:
+        shutil.copytree(other, folder / "items", copy_function=link_or_copy)
         return
     end = engine.table(f"SELECT max(ts) AS ts FROM complete WHERE {train}")["ts"][0].as_py()
     content = "".join(f", {quoted(f't_{name}')} AS {quoted(name)}" for name in config.items.content)
@@ -174,7 +174,7 @@ def _figures(
     training rows. Drawn rows do not count for the last three, neither here nor there.
     """
     train = f"{conditions['train']}{_of_log(config)}"
-    of_log = f"1 = 1{_of_log(config)}"
+    logged = f"1 = 1{_of_log(config)}"
 
     label = quoted(f"l_{next(iter(config.labels))}")
     users = f"SELECT uid, count(*) AS n FROM complete WHERE {train} GROUP BY uid"
@@ -183,9 +183,9 @@ def _figures(
     table = engine.table(
         f"SELECT split, count(*) AS rows, avg({label}) AS positive, "
         "count(DISTINCT s.uid) AS users, "
-        f"{_share('u.n IS NULL', of_log)} AS new_users, "
-        f"{_share(f'coalesce(i.n, 0) < {COLD_BELOW}', of_log)} AS cold, "
-        f"{_share('i.n IS NULL', of_log)} AS unseen "
+        f"{_share('u.n IS NULL', logged)} AS new_users, "
+        f"{_share(f'coalesce(i.n, 0) < {COLD_BELOW}', logged)} AS cold, "
+        f"{_share('i.n IS NULL', logged)} AS unseen "
         f"FROM (SELECT *, CASE {cases} END AS split FROM complete) s "
         f"LEFT JOIN ({users}) u ON s.uid = u.uid LEFT JOIN ({items}) i ON s.iid = i.iid "
         "WHERE split IS NOT NULL GROUP BY split"

@@ -39,7 +39,7 @@ ONCE = settings(
 )
 
 
-def config(delay: str, **more: Any) -> Row:
+def config(delay: str, **options: Any) -> Row:
     counts = {
         "item": {"of": "item"},
         "rate": {"of": "user", "actions": "buy", "per": "view"},
@@ -61,11 +61,12 @@ def config(delay: str, **more: Any) -> Row:
             }
         },
         "counts": {
-            f"count_{name}": {**of, "within": "9h", "delay": delay} for name, of in counts.items()
+            f"count_{name}": {**count, "within": "9h", "delay": delay}
+            for name, count in counts.items()
         },
         # All rows but the last hours' are in train: no quantile moves with later events.
         "split": {"by": "dates", "at": [iso(HOURS[20]), iso(HOURS[25])]},
-        **more,
+        **options,
     }
 
 
@@ -105,21 +106,21 @@ def compare(open_engine: OpenEngine, case: str, data: st.DataObject) -> None:
     arrived = [row for row in log if max(row["arrived"], row["ts"]) <= moment]
     later = [row for row in log if row not in arrived]
     changed = [row for row in others if max(row["arrived"], row["ts"]) > moment]
-    delay, more = CASES[case]
+    delay, options = CASES[case]
     before, after = (
-        samples(open_engine, [*arrived, *rest], items, config(delay, **more))
+        samples(open_engine, [*arrived, *rest], items, config(delay, **options))
         for rest in (later, changed)
     )
     held_out = {key for key in before if key[3] == 2}
-    for written in (before, after):
-        for key in [k for k in written if k[2] > moment or k[4] >= len(arrived)]:
-            del written[key]
+    for samples_read in (before, after):
+        for key in [k for k in samples_read if k[2] > moment or k[4] >= len(arrived)]:
+            del samples_read[key]
     # Draws of valid and test may change by later positives of that split; those of train may not.
     assert {k for k in before if k[3] < 2} == {k for k in after if k[3] < 2}
-    same = before.keys() & after.keys()
-    assume(same)
-    assert {key: before[key] for key in same} == {key: after[key] for key in same}
-    assert all(key in same for key in before if key not in held_out)
+    common = before.keys() & after.keys()
+    assume(common)
+    assert {key: before[key] for key in common} == {key: after[key] for key in common}
+    assert all(key in common for key in before if key not in held_out)
 
 
 def samples(open_engine: OpenEngine, log: list[Row], items: list[Row], content: Row) -> Any:
@@ -145,13 +146,13 @@ def samples(open_engine: OpenEngine, log: list[Row], items: list[Row], content: 
 def read_samples(open_engine: OpenEngine, folder: Path) -> list[Row]:
     """All samples of `events.yaml` in a folder, with their histories."""
     with closing(open_engine(folder / "stages")) as engine:
-        made = make_samples(engine, load_events_config(folder / "events.yaml"))
+        prepared = make_samples(engine, load_events_config(folder / "events.yaml"))
         table = engine.table(f'SELECT *, ts AS "{MOMENT}" FROM complete')
-        if made.files is None:
+        if prepared.files is None:
             return list(table.drop(MOMENT).to_pylist())
         names = [name for name in table.schema.names if "/" not in name]
         batches = table.combine_chunks().to_batches()
-        parts = [made.files.with_lists(batch, [*names, *made.lists]) for batch in batches]
+        parts = [prepared.files.with_lists(batch, [*names, *prepared.lists]) for batch in batches]
         return list(pa.Table.from_batches(parts).to_pylist())
 
 
@@ -171,11 +172,11 @@ def test_in_logs_of_people_what_comes_later_changes_no_row(name: str, tmp_path: 
     changed = later.take(random.permutation(len(later))[: len(later) // 2])
     changed = changed.set_column(1, "item", later["item"].take(random.permutation(len(changed))))
     # In the order of time, so that a sample's position names the same row in both logs.
-    written = []
+    samples_read = []
     for number, rest in enumerate((later, changed)):
-        own = tmp_path / str(number)
-        own.mkdir()
-        pq.write_table(pa.concat_tables([arrived, rest]), own / "log.parquet")
+        log_folder = tmp_path / str(number)
+        log_folder.mkdir()
+        pq.write_table(pa.concat_tables([arrived, rest]), log_folder / "log.parquet")
         content = {
             "events": {"play": {"path": "log.parquet"}},
             "labels": {"played": {"action": "play"}},
@@ -184,9 +185,9 @@ def test_in_logs_of_people_what_comes_later_changes_no_row(name: str, tmp_path: 
             "counts": {"plays": {"of": "item"}, "plays_of_month": {"of": "item", "within": "30d"}},
             "split": {"by": "dates", "at": [iso(moment * 10**6 + 1), iso(moment * 10**6 + HOUR)]},
         }
-        (own / "events.yaml").write_text(yaml.safe_dump(content))
-        rows = read_samples(DuckDBEngine, own)
+        (log_folder / "events.yaml").write_text(yaml.safe_dump(content))
+        rows = read_samples(DuckDBEngine, log_folder)
         rows = [row for row in rows if row["ts"] <= moment * 10**6]
-        written.append(sorted(rows, key=lambda row: (row["position"], row["iid"])))
-    assert len(written[0]) > 2 * len(arrived)
-    assert written[0] == written[1]
+        samples_read.append(sorted(rows, key=lambda row: (row["position"], row["iid"])))
+    assert len(samples_read[0]) > 2 * len(arrived)
+    assert samples_read[0] == samples_read[1]

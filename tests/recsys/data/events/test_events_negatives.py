@@ -83,18 +83,18 @@ def test_negatives_are_distinct_items_that_existed_and_that_the_user_had_not_tak
     by: str, file: str, tmp_path: Path
 ) -> None:
     negatives = {"per_positive": DRAWN, "by": by, "seed": 5}
-    written = rows(prepare(file, tmp_path, negatives=negatives))
-    drawn = [row for row in written if row["sampled"] == 1]
-    logged = [row for row in written if row["sampled"] == 0]
+    samples = rows(prepare(file, tmp_path, negatives=negatives))
+    drawn = [row for row in samples if row["sampled"] == 1]
+    logged = [row for row in samples if row["sampled"] == 0]
     assert {row["bought"] for row in drawn} == {0} and {row["bought"] for row in logged} == {1}
     assert len(logged) == 4 * USERS
-    taken = {(row["user"], row["item"]): row["time"] for row in logged}
+    taken_items = {(row["user"], row["item"]): row["time"] for row in logged}
     first: dict[int, int] = {}
     for row in logged:
         first[row["item"]] = min(row["time"], first.get(row["item"], row["time"]))
     for row in drawn:
         assert first[row["item"]] <= row["time"]
-        assert taken.get((row["user"], row["item"]), row["time"] + 1) > row["time"]
+        assert taken_items.get((row["user"], row["item"]), row["time"] + 1) > row["time"]
     of_moment = Counter((row["user"], row["time"], row["item"]) for row in drawn)
     assert set(of_moment.values()) == {1}
     # Of 30 users all take item 0 and 15 item 1: by popularity these come far more often than most.
@@ -110,9 +110,9 @@ def test_draws_are_exact_where_a_user_has_taken_nearly_everything(by: str, tmp_p
     table = pa.table({"user": users, "item": items, "time": START + np.arange(len(items))})
     pq.write_table(table, tmp_path / "log.parquet")
     out = prepare("log.parquet", tmp_path, negatives={"per_positive": 1, "by": by})
-    written = rows(out)
-    last = {row["user"]: row["time"] for row in written}
-    drawn = Counter(r["item"] for r in written if r["sampled"] and r["time"] == last[r["user"]])
+    samples = rows(out)
+    last = {row["user"]: row["time"] for row in samples}
+    drawn = Counter(r["item"] for r in samples if r["sampled"] and r["time"] == last[r["user"]])
     assert drawn[98] + drawn[99] >= 40
     assert (drawn[99] > 26) == (by == "popularity")  # 30 of 40 expected, or 20
 
@@ -141,13 +141,15 @@ def test_in_valid_and_test_no_positive_of_the_user_in_that_split_is_drawn(tmp_pa
     out = prepare("log.parquet", tmp_path, negatives={"per_positive": 3}, split=split)
     later_positives = 0
     for place in ("window-1/valid", "window-1/test", "window-2/valid", "window-2/test"):
-        written = pq.read_table(out / place).to_pylist()
-        own = {(row["user"], row["item"]) for row in written if row["sampled"] == 0}
-        assert [r for r in written if r["sampled"] and (r["user"], r["item"]) in own] == []
+        samples = pq.read_table(out / place).to_pylist()
+        positives = {(row["user"], row["item"]) for row in samples if row["sampled"] == 0}
+        assert [r for r in samples if r["sampled"] and (r["user"], r["item"]) in positives] == []
     for window in ("window-1", "window-2"):
-        written = pq.read_table(out / window / "train").to_pylist()
-        own = {(row["user"], row["item"]) for row in written if row["sampled"] == 0}
-        later_positives += sum(r["sampled"] and (r["user"], r["item"]) in own for r in written)
+        samples = pq.read_table(out / window / "train").to_pylist()
+        positives = {(row["user"], row["item"]) for row in samples if row["sampled"] == 0}
+        later_positives += sum(
+            r["sampled"] and (r["user"], r["item"]) in positives for r in samples
+        )
     assert later_positives  # a training row does not know them
 
 
@@ -155,10 +157,10 @@ def test_exclude_whole_log_draws_nothing_that_the_user_ever_takes(
     file: str, tmp_path: Path
 ) -> None:
     negatives = {"per_positive": DRAWN, "exclude": "whole_log"}
-    written = rows(prepare(file, tmp_path, negatives=negatives))
-    taken = {(row["user"], row["item"]) for row in written if row["sampled"] == 0}
-    drawn = [row for row in written if row["sampled"] == 1]
-    assert drawn and [row for row in drawn if (row["user"], row["item"]) in taken] == []
+    samples = rows(prepare(file, tmp_path, negatives=negatives))
+    taken_items = {(row["user"], row["item"]) for row in samples if row["sampled"] == 0}
+    drawn = [row for row in samples if row["sampled"] == 1]
+    assert drawn and [row for row in drawn if (row["user"], row["item"]) in taken_items] == []
 
 
 def test_an_item_is_drawn_from_its_first_snapshot_on(tmp_path: Path) -> None:

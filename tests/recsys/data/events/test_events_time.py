@@ -21,14 +21,14 @@ START = 1_790_000_000
 SPLITS = ("train", "valid", "test")
 
 
-def prepare(folder: Path, events: dict[str, list[Any]], **more: Any) -> dict[str, Any]:
+def prepare(folder: Path, events: dict[str, list[Any]], **options: Any) -> dict[str, Any]:
     """The dataset of one log by split, with the counts of rows left out."""
     pq.write_table(pa.table(events), folder / "log.parquet")
-    table = {"path": "log.parquet", **more.pop("table", {})}
+    table = {"path": "log.parquet", **options.pop("table", {})}
     if "action" in events:
         table["action"] = "action"
-    content = {"events": {"view": table}, **more}
-    (folder / "events.yaml").write_text(more.pop("text", None) or yaml.safe_dump(content))
+    content = {"events": {"view": table}, **options}
+    (folder / "events.yaml").write_text(options.pop("text", None) or yaml.safe_dump(content))
     out = folder / "out"
     prepare_events(folder / "events.yaml", out)
     report = json.loads((out / "report.json").read_text())
@@ -38,11 +38,11 @@ def prepare(folder: Path, events: dict[str, list[Any]], **more: Any) -> dict[str
     }
 
 
-def labels(written: dict[str, Any], name: str) -> dict[int, list[float]]:
+def labels(dataset: dict[str, Any], name: str) -> dict[int, list[float]]:
     """Labels by second after START."""
     by_time: dict[int, list[float]] = {}
     for split in SPLITS:
-        for row in written[split]:
+        for row in dataset[split]:
             by_time.setdefault(row["time"] // 10**6 - START, []).append(row[name])
     return by_time
 
@@ -84,21 +84,21 @@ def test_attribute_gives_an_action_to_the_last_row_or_to_all_in_time(
 ) -> None:
     seconds = [0, 5 * DAY, 8 * DAY, 20 * DAY]
     events = log(*((second, "view") for second in seconds), (10 * DAY, "buy"))
-    more: dict[str, Any] = {"rows": "view"}
+    options: dict[str, Any] = {"rows": "view"}
     if table == "impressions":
         shown = pa.table(events).filter(pa.array([one == "view" for one in events["action"]]))
         pq.write_table(shown.drop(["action"]), tmp_path / "shown.parquet")
-        more = {"impressions": {"path": "shown.parquet"}}
-    written = prepare(tmp_path, events, labels=ONE_WEEK, attribute=attribute, **more, **KEEP_ALL)
-    by_time = labels(written, "bought")
+        options = {"impressions": {"path": "shown.parquet"}}
+    dataset = prepare(tmp_path, events, labels=ONE_WEEK, attribute=attribute, **options, **KEEP_ALL)
+    by_time = labels(dataset, "bought")
     assert [by_time[second] for second in seconds] == [[label] for label in expected]
 
 
 def test_rows_and_actions_agree_in_a_request_without_impressions(tmp_path: Path) -> None:
     events = log((0, "view"), (1, "view"), (2, "buy"))
     events["request"] = ["a", "b", "a", *"c" * 6]
-    more = {"labels": ONE_WEEK, "rows": "view", **KEEP_ALL, "table": {"request": "request"}}
-    by_time = labels(prepare(tmp_path, events, **more), "bought")
+    options = {"labels": ONE_WEEK, "rows": "view", **KEEP_ALL, "table": {"request": "request"}}
+    by_time = labels(prepare(tmp_path, events, **options), "bought")
     assert [by_time[0], by_time[1]] == [[1], [0]]
 
 
@@ -120,11 +120,11 @@ def daily(days: int) -> dict[str, list[Any]]:
 
 
 def test_rows_whose_labels_are_decided_after_the_log_are_left_out(tmp_path: Path) -> None:
-    more = {"labels": {"bought": {"action": "buy", "within": "2d"}}, "rows": "view"}
-    written = prepare(tmp_path, daily(20), embargo=False, **more)
+    options = {"labels": {"bought": {"action": "buy", "within": "2d"}}, "rows": "view"}
+    dataset = prepare(tmp_path, daily(20), embargo=False, **options)
     # The log ends with the view of day 19: the last ripe view is that of day 17.
-    assert labels(written, "bought") == {day * DAY: [1] for day in range(18)}
-    assert written["left_out"] == {"unripe: `within` ends after the log": 2}
+    assert labels(dataset, "bought") == {day * DAY: [1] for day in range(18)}
+    assert dataset["left_out"] == {"unripe: `within` ends after the log": 2}
 
 
 CUTS: dict[str, dict[str, Any]] = {
@@ -143,13 +143,13 @@ def test_rows_whose_labels_are_decided_after_the_next_split_begins_are_left_out(
         split["at"] = [
             datetime.fromtimestamp(int(at), ZoneInfo("UTC")).isoformat() for at in split["at"]
         ]
-    more = {"labels": {"bought": {"action": "buy", "within": "2d"}}, "rows": "view"}
-    written = prepare(tmp_path, daily(20), split=split, unripe="keep", **more)
-    days = {s: [(row["time"] // 10**6 - START) // DAY for row in written[s]] for s in SPLITS}
+    options = {"labels": {"bought": {"action": "buy", "within": "2d"}}, "rows": "view"}
+    dataset = prepare(tmp_path, daily(20), split=split, unripe="keep", **options)
+    days = {s: [(row["time"] // 10**6 - START) // DAY for row in dataset[s]] for s in SPLITS}
     # Rows of days 0 to 11 are train, to 15 valid. What follows begins at days 12 and 16, and by
     # time a split ends with its last row.
     assert days == {"train": [*range(10)], "valid": [12, 13], "test": [16, 17, 18, 19]}
-    assert written["left_out"] == {
+    assert dataset["left_out"] == {
         "embargo: label of train decided after valid begins": 2,
         "embargo: label of valid decided after test begins": 2,
     }
@@ -158,10 +158,10 @@ def test_rows_whose_labels_are_decided_after_the_next_split_begins_are_left_out(
 def test_a_user_with_too_many_events_keeps_the_first(tmp_path: Path) -> None:
     events = {"user": [0] * 9 + [1], "item": [0] * 10, "time": [START + n for n in range(10)]}
     drop = {"max_events_per_user": 6}
-    more = {"labels": {"viewed": {"action": "view"}}, "split": {"at": [0.4, 0.7]}, "drop": drop}
-    written = prepare(tmp_path, events, **more)
-    assert [*labels(written, "viewed")] == [0, 1, 2, 3, 4, 5, 9]
-    assert written["left_out"] == {"beyond max_events_per_user": 3}
+    options = {"labels": {"viewed": {"action": "view"}}, "split": {"at": [0.4, 0.7]}, "drop": drop}
+    dataset = prepare(tmp_path, events, **options)
+    assert [*labels(dataset, "viewed")] == [0, 1, 2, 3, 4, 5, 9]
+    assert dataset["left_out"] == {"beyond max_events_per_user": 3}
 
 
 def test_items_have_the_content_that_the_last_training_row_could_know(tmp_path: Path) -> None:
@@ -180,8 +180,12 @@ def test_items_have_the_content_that_the_last_training_row_could_know(tmp_path: 
         "valid_from": "since",
         "content": {"title": "text"},
     }
-    more = {"labels": {"viewed": {"action": "view"}}, "split": {"at": [0.5, 0.8]}, "items": items}
-    prepare(tmp_path, events, **more)
+    options = {
+        "labels": {"viewed": {"action": "view"}},
+        "split": {"at": [0.5, 0.8]},
+        "items": items,
+    }
+    prepare(tmp_path, events, **options)
     assert pq.read_table(tmp_path / "out" / "items").to_pylist() == [
         {"item": 0, "title": "of training"},
         {"item": 1, "title": "first"},
@@ -205,8 +209,8 @@ def test_dates_of_a_split_are_in_the_time_zone_of_the_tables(tmp_path: Path) -> 
         split: {by: dates, at: [2026-03-02, 2026-03-03]}
         drop: {later_than: 2026-04-01}
     """
-    written = prepare(tmp_path, events, text=text)
-    assert [len(written[split]) for split in SPLITS] == [24, 24, 24]
+    dataset = prepare(tmp_path, events, text=text)
+    assert [len(dataset[split]) for split in SPLITS] == [24, 24, 24]
 
 
 def test_a_date_without_an_offset_is_refused_where_tables_have_several_zones(
@@ -232,13 +236,13 @@ def test_times_in_1970_are_refused_with_the_unit_that_fits(
 ) -> None:
     factor = {"s": 1, "ms": 1000}[true_unit]
     events = {"user": [0] * 9, "item": [0] * 9, "time": [(START + n) * factor for n in range(9)]}
-    more = {"labels": {"viewed": {"action": "view"}}, "table": {"time_unit": read_as}}
+    options = {"labels": {"viewed": {"action": "view"}}, "table": {"time_unit": read_as}}
     with pytest.raises(ValueError, match=f"view: .* 1970 .* time_unit: {true_unit}"):
-        prepare(tmp_path, events, **more)
+        prepare(tmp_path, events, **options)
 
 
 def test_times_from_the_begin_of_a_log_are_times_of_1970(tmp_path: Path) -> None:
     events = {"user": [0] * 9, "item": [0] * 9, "time": [1000 * n for n in range(9)]}
-    more = {"labels": {"viewed": {"action": "view"}}, "table": {"time_unit": "ms"}}
-    written = prepare(tmp_path, events, **more)
-    assert sum(len(written[split]) for split in SPLITS) == 9
+    options = {"labels": {"viewed": {"action": "view"}}, "table": {"time_unit": "ms"}}
+    dataset = prepare(tmp_path, events, **options)
+    assert sum(len(dataset[split]) for split in SPLITS) == 9
