@@ -88,7 +88,8 @@ def _sums(history: JaggedHistory, weights: Tensor, table: Tensor) -> Tensor:
 def _products(history: JaggedHistory, of_rows: Tensor, weights: Tensor) -> Tensor:
     """Return the row [B, H * D] of each token times its weights [H, T]: [T, H * D]."""
     products = of_rows.index_select(0, history.rows)
-    products.view(len(products), weights.shape[0], -1).mul_(weights.T.unsqueeze(2))
+    heads = weights.shape[0]
+    products.view(-1, heads, products.shape[1] // heads).mul_(weights.T.unsqueeze(2))
     return products
 
 

@@ -108,6 +108,16 @@ def test_every_parameter_gets_gradient(name: str, content: ContentSettings | Non
 
 @by_content
 @by_backbone
+def test_a_batch_without_events_trains(name: str, content: ContentSettings | None) -> None:
+    model, parts = model_of(name, content), inputs(torch.tensor([0, 0]))
+    logits_of(model, *parts).sum().backward()
+    gradients = [each.grad for each in model.parameters() if each.grad is not None]
+    assert gradients and all(torch.isfinite(each).all() for each in gradients)
+    assert max(each.abs().max() for each in gradients) > 0
+
+
+@by_content
+@by_backbone
 def test_there_is_one_logit_per_label(name: str, content: ContentSettings | None) -> None:
     model = model_of(name, content, replace(DIMENSIONS, num_labels=3))
     logits = logits_of(model, *inputs())
