@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ from recsys.data.batch import Batch
 from recsys.ranking.build import build_ranking
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.vectors import IDVectors, TowerVectors
+from recsys.serving.exported_graph import ExportedGraph
+from recsys.serving.package import GRAPH
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_graph
 
 RECIPE = ROOT / "recsys" / "recipes" / "movielens_multimodal.yaml"
@@ -131,7 +134,10 @@ def models_of(name: str, recipe: Path = RECIPE) -> Models:
     history_map = nn.Linear(content.dim, content.dim, bias=False)
     graph = RankingGraph(ranking, history_map, content.dim)
     models = Models(graph, graph, config.embedding.dim, content.dim, len(content.modalities))
-    exported = export_graph(graph, models.request(2, 2), name).module(check_guards=False)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / GRAPH
+        export_graph(graph, models.request(2, 2), name, file)
+        exported = ExportedGraph.load(file)
     return Models(graph, exported, models.dim, models.content_dim, models.num_modalities)
 
 

@@ -143,8 +143,7 @@ def write_package(
         content_histories=list(job.batch_builder().content_histories),
         entry_shapes=write_item_encoder(folder, job),
     )
-    program = _graph_of(job, manifest, model.ranking)
-    torch.export.save(program, folder / GRAPH)
+    program = _write_graph(job, manifest, model.ranking, folder / GRAPH)
     if model.compiles:
         manifest.compiled = compile_if_possible(program, folder / COMPILED, model.compiles)
     (folder / REQUEST).write_text(_example(job, manifest) + "\n")
@@ -211,8 +210,10 @@ def encoded(branch: ContentBranch, store: ContentStore, ids: np.ndarray) -> Tens
     return branch.encode(store.gather(ids))
 
 
-def _graph_of(job: Job, manifest: Manifest, ranking: nn.Module) -> torch.export.ExportedProgram:
-    """Export the ranking model, or a part of it, with the history map."""
+def _write_graph(
+    job: Job, manifest: Manifest, ranking: nn.Module, path: Path
+) -> torch.export.ExportedProgram:
+    """Export the ranking model, or a part of it, with the history map to a file."""
     branch, dims = job.em3.content, {name: of["dim"] for name, of in manifest.tables.items()}
     pooled = [torch.zeros(1, dims[job.schema.table_of(name)]) for name in manifest.pooled]
     item = torch.zeros(1, dims[manifest.target_item])
@@ -241,7 +242,7 @@ def _graph_of(job: Job, manifest: Manifest, ranking: nn.Module) -> torch.export.
         [torch.zeros(1, len(history.numbers)) for history in further],
         [content if of.name in manifest.content_histories else content[:, :0] for of in further],
     )
-    return export_graph(graph, shapes, manifest.ranking)
+    return export_graph(graph, shapes, manifest.ranking, path)
 
 
 def _example(job: Job, manifest: Manifest) -> str:

@@ -9,8 +9,10 @@ Shapes: N candidates, L history items, D dimension of ID vectors, E width of con
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 
 from recsys.content.vectors import ContentVectors
 from recsys.ranking.vectors import IDVectors
+from recsys.serving.exported_graph import ExportedGraph
 from recsys.serving.shared_history import SharedHistory
 
 
@@ -166,18 +169,25 @@ class RankingGraph(nn.Module):
 CHECKED_SIZES = ((2, 3, 4), (1, 1, 0), (3, 0, 2), (1, 0, 1), (4, 70, 70))
 TRACED_SIZE = (5, 7, 3)
 TOLERANCE = 1e-5
+OF_HISTORY = ("history", "parallel", "history_items", "history_content")
 
 
-def export_graph(graph: RankingGraph, shapes: RankingInputs, name: str) -> ExportedProgram:
-    """Export the graph for any number of candidates and history items, and compare it to the model.
+def export_graph(
+    graph: RankingGraph, shapes: RankingInputs, name: str, path: Path
+) -> ExportedProgram:
+    """Export the graph for any number of candidates and history items, and write it to a file.
+
+    What a scorer loads from the file is compared to the model.
 
     Args:
         graph: the model.
         shapes: inputs of any values, whose widths are those of the model.
         name: the ranking model, for messages.
+        path: the file.
 
     Raises:
-        ValueError: torch.export refuses the model, or the graph gives other numbers.
+        ValueError: torch.export refuses the model, its graph takes some numbers of candidates or
+            items alone, or gives other numbers.
     """
     traced = random_like(shapes, *TRACED_SIZE)
     sizes = {0: torch.export.Dim.AUTO}
@@ -189,13 +199,49 @@ def export_graph(graph: RankingGraph, shapes: RankingInputs, name: str) -> Expor
             program = torch.export.export(
                 graph, traced.arguments(), dynamic_shapes=(axes,), strict=False
             )
-            compare_graphs(program.module(check_guards=False), graph, shapes)
+            # A region of autocast without operations can be written, but not read.
+            program.graph.eliminate_dead_code()
+            program.graph_module.recompile()
+            _require_any_length(program, traced)
+            torch.export.save(program, path)
+            compare_graphs(ExportedGraph.load(path), graph, shapes)
     except Exception as error:  # torch.export raises errors of many types
         raise ValueError(
             f"ranking.name '{name}' cannot be exported: {type(error).__name__}: {error}; replace "
             "the operation that torch.export names, or whose shape depends on values"
         ) from error
     return program
+
+
+def _require_any_length(program: ExportedProgram, inputs: RankingInputs) -> None:
+    """Require a graph for any number of candidates, history items and further events.
+
+    torch.export fixes or bounds a number in silence where the model branches on it.
+
+    Raises:
+        ValueError: names the number.
+    """
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    for argument, rows in zip(program.graph_signature.user_inputs, _names_of_rows(inputs)):
+        length = values[argument].shape[0]
+        bounds = program.range_constraints.get(length.node.expr)
+        if bounds is None:
+            raise ValueError(
+                f"the graph fixes the number of {rows} to {length}; read it from tensor.shape, as "
+                "len(tensor) is a constant in the graph"
+            )
+        if bounds.lower > 2 or bounds.upper < sys.maxsize:
+            raise ValueError(f"the graph takes {bounds.lower} to {bounds.upper} {rows} only")
+
+
+def _names_of_rows(inputs: RankingInputs) -> list[str]:
+    """Return what the rows of each tensor among the graph's arguments are."""
+    names: list[str] = []
+    for name, part in vars(inputs).items():
+        rows = "history items" if name in OF_HISTORY else "candidates"
+        rows = "events of a further history" if name.startswith("further") else rows
+        names += [rows] * (len(part) if isinstance(part, list) else 1)
+    return names
 
 
 def compare_graphs(
@@ -218,13 +264,12 @@ def random_like(
             return torch.zeros(length, dtype=torch.int64)
         return torch.randn(length, like.shape[1], generator=generator)
 
-    of_history = ("history", "parallel", "history_items", "history_content")
     inputs: dict[str, Any] = {
         name: [random(like, num_rows) for like in of]
         if name == "pooled"
         else [random(like, num_events + place) for place, like in enumerate(of)]
         if isinstance(of, list)
-        else random(of, num_items if name in of_history else num_rows)
+        else random(of, num_items if name in OF_HISTORY else num_rows)
         for name, of in vars(shapes).items()
     }
     return RankingInputs(**inputs)

@@ -160,7 +160,7 @@ class DotAttention(HistoryAttention):
         """Return the query of each row, and the factors of its parallel lists in the scores."""
         query = self.query(target).float() * self.scale
         if self.parallel_map is None:
-            return query, query.new_empty(len(query), 0)
+            return query, query[:, :0]
         return query, query @ self.parallel_map.weight
 
     def interest_of(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,11 @@ from torch import Tensor, nn
 
 from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
+from recsys.model.precision import use_bfloat16
 from recsys.ranking.item_categories import ItemCategories
 from recsys.ranking.vectors import IDVectors, TowerVectors
+from recsys.serving.exported_graph import ExportedGraph
+from recsys.serving.package import GRAPH
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_graph
 from recsys.serving.shared_history import SharedHistory
 from tests.recsys.ranking.ranking_inputs import (
@@ -112,33 +117,64 @@ def test_a_search_keeps_the_items_whose_content_is_most_like_the_candidate() -> 
     torch.testing.assert_close(searching(*found.arguments()), expected)
 
 
+def exported(graph: RankingGraph, name: str, folder: Path) -> ExportedGraph:
+    """The graph as a scorer loads it."""
+    export_graph(graph, request(2, 2), name, folder / GRAPH)
+    return ExportedGraph.load(folder / GRAPH)
+
+
 @by_content
 @pytest.mark.parametrize("name", ["dlrm"])
 def test_the_exported_graph_takes_any_number_of_candidates_and_history_items(
-    name: str, content: ContentSettings | None
+    name: str, content: ContentSettings | None, tmp_path: Path
 ) -> None:
     graph = graph_of(name, content)
 
-    exported = export_graph(graph, request(2, 2), name).module(check_guards=False)
+    loaded = exported(graph, name, tmp_path)
 
     with torch.no_grad():
         for size in [(37, 9), (1, 0)]:
             given = request(*size, seed=1).arguments()
-            torch.testing.assert_close(exported(*given), graph(*given), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(loaded(*given), graph(*given), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.long
 @by_content
 @by_backbone
-def test_every_backbone_can_be_exported(name: str, content: ContentSettings | None) -> None:
-    export_graph(graph_of(name, content), request(2, 2), name)  # compares numbers itself
+def test_every_backbone_can_be_exported(
+    name: str, content: ContentSettings | None, tmp_path: Path
+) -> None:
+    exported(graph_of(name, content), name, tmp_path)  # compares numbers itself
 
 
-class ReadsValues(nn.Module):
-    """A model whose shapes depend on values."""
+def test_a_region_of_bfloat16_without_operations_can_be_loaded(tmp_path: Path) -> None:
+    graph = graph_of("sim", None)  # its search without gradients leaves such a region before it
+    use_bfloat16([graph.ranking], torch.device("cpu"))
+
+    exported(graph, "sim", tmp_path)
+
+
+def shape_of_values(ids: IDVectors) -> Tensor:
+    return ids.target[: int(ids.target.sum() > 0)]
+
+
+def number_of_candidates(ids: IDVectors) -> Tensor:
+    return ids.target + ids.target.new_ones(len(ids.target), 1)
+
+
+def most_history_items(ids: IDVectors) -> Tensor:
+    return ids.target * (1 if ids.history.shape[0] <= 100 else 2)
+
+
+class SumOf(nn.Module):
+    """A model that scores by the sum of the vectors that a function returns."""
+
+    def __init__(self, vectors: Callable[[IDVectors], Tensor]) -> None:
+        super().__init__()
+        self.vectors = vectors
 
     def forward(self, ids: IDVectors, content: Any, batch: Any) -> Tensor:
-        return ids.target[: int(ids.target.sum() > 0)].sum(dim=1, keepdim=True)
+        return self.vectors(ids).sum(dim=1, keepdim=True)
 
 
 SIMILARITIES = replace(CONTENT, history=replace(CONTENT.history, simtier_bins=4, sorted_cosines=3))
@@ -159,11 +195,10 @@ def sim_by_category(content: ContentSettings | None) -> RankingGraph:
 @pytest.mark.parametrize("exports", [False, pytest.param(True, marks=pytest.mark.long)])
 @torch.no_grad()
 def test_a_search_by_category_keeps_other_numbers_of_items_for_each_candidate(
-    content: ContentSettings | None, exports: bool
+    content: ContentSettings | None, exports: bool, tmp_path: Path
 ) -> None:
-    graph = module = sim_by_category(content)
-    if exports:
-        module = export_graph(graph, request(2, 2), "sim").module(check_guards=False)
+    graph = sim_by_category(content)
+    module = exported(graph, "sim", tmp_path) if exports else graph
 
     for num_rows, items in [(4, [4, 0, 1, 2, 6, 5]), (1, [1]), (2, [])]:
         given = replace(
@@ -180,6 +215,16 @@ def test_places_of_the_model_s_own_choice_are_refused() -> None:
         history.select(torch.tensor([0, 4]))
 
 
-def test_a_model_that_torch_export_refuses_is_named() -> None:
-    with pytest.raises(ValueError, match=r"ranking\.name 'mine:Model' .*export"):
-        export_graph(RankingGraph(ReadsValues()), request(2, 2), "mine:Model")
+@pytest.mark.parametrize(
+    ("vectors", "words"),
+    [
+        (shape_of_values, "depends on values"),
+        (number_of_candidates, "fixes the number of candidates to 5; .*len"),
+        (most_history_items, "2 to 100 history items only"),
+    ],
+)
+def test_a_model_whose_graph_would_be_wrong_for_other_requests_is_refused(
+    vectors: Any, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"(?s)ranking\.name 'mine:Model' .*{words}"):
+        exported(RankingGraph(SumOf(vectors)), "mine:Model", tmp_path)
