@@ -112,7 +112,7 @@ class RequestReader:
             raise ValueError(f"user: is {type(user).__name__}; give a mapping of column to value")
         item = self.schema.target_item
         given = candidates if isinstance(candidates, Mapping) else {item: candidates}
-        ids = {item: _listed(given, item, "candidates")}
+        ids = {item: listed(given, item, "candidates")}
         target = self._rows_of(item, ids, "candidates").rows
 
         def values_of(name: str) -> Sequence[Any]:
@@ -121,7 +121,7 @@ class RequestReader:
                 if name not in user:
                     raise ValueError(f"user: lacks '{name}'; give it to the user or the candidates")
                 return [user[name]]
-            values = _listed(given, name, "candidates")
+            values = listed(given, name, "candidates")
             if len(values) != len(target):
                 raise ValueError(
                     f"candidates: '{name}' has {len(values)} values for {len(target)} candidates; "
@@ -181,7 +181,7 @@ class RequestReader:
     def _histories(self, history: Values | Sequence[Any]) -> list[HistoryRows]:
         histories = self.schema.histories
         if not isinstance(history, Mapping):
-            history = _listed({"items": history}, "items", "history")
+            history = listed({"items": history}, "items", "history")
         if not len(history):
             history = {name: [] for name in request_columns(self.schema, [], [])[1]}
         elif not histories:
@@ -192,13 +192,13 @@ class RequestReader:
 
     def _history(self, history: HistoryColumns, given: Values) -> HistoryRows:
         name = history.name
-        length = len(_listed(given, name, "history"))
+        length = len(listed(given, name, "history"))
 
         def lists_of(column: str) -> dict[str, list[Sequence[Any]]]:
             """Return the values beside the events that a column is made of, each as one list."""
             found = {}
             for each in self.schema.file_columns([column]):
-                found[each] = [_listed(given, each, "history")]
+                found[each] = [listed(given, each, "history")]
                 if len(found[each][0]) != length:
                     raise ValueError(
                         f"history: '{each}' has {len(found[each][0])} values for {length} items of "
@@ -273,8 +273,12 @@ class RequestReader:
         return pa.list_(value) if column.kind in ("ids", "sequence") else value
 
 
-def _listed(given: Values, name: str, place: str) -> Sequence[Any]:
-    """Return the list of values of a column."""
+def listed(given: Values, name: str, place: str) -> Sequence[Any]:
+    """Return the list of values of a column.
+
+    Raises:
+        ValueError: the column is missing, or no list.
+    """
     if name not in given:
         raise ValueError(f"{place}: lacks '{name}'; give a list")
     values = given[name]

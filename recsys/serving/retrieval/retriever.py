@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recsys.serving.package import GRAPH, read_manifest_of
+from recsys.serving.requests import listed
 from recsys.serving.retrieval.index import read_index, search_index
 from recsys.serving.retrieval.user_tower import UserTower
 from recsys.serving.retrieval.vectors_folder import (
@@ -139,9 +140,10 @@ class Retriever:
         if self.tower is not None:
             return self.tower.query(user, history)
         name = self._history
-        items = history.get(name, ()) if isinstance(history, Mapping) else history
+        items = history.get(name) if isinstance(history, Mapping) else history
+        items = listed({name: () if items is None else items}, name, "history")
         try:
-            given = pa.array(items if items is not None else (), self.ids.type)
+            given = pa.array(items, self.ids.type)
         except (pa.ArrowException, TypeError, OverflowError) as error:
             raise ValueError(f"history: column '{name}': {error}") from error
         places = pc.index_in(given, self.ids).drop_null().to_numpy()

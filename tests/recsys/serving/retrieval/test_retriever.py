@@ -145,6 +145,9 @@ def test_content_is_searched_by_the_mean_of_the_history(by_content: Retriever) -
     )
     with pytest.raises(ValueError, match="history"):
         by_content.retrieve({}, ["never seen"])
+    for no_list in (ids[7], 7):  # of a text, each letter would be an item
+        with pytest.raises(ValueError, match="'history' is no list"):
+            by_content.retrieve({}, {"history": no_list})
 
 
 def test_requests_of_files_are_answered_in_their_order(
