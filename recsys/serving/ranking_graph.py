@@ -224,8 +224,8 @@ def _require_any_length(program: ExportedProgram, inputs: RankingInputs) -> None
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     for argument, rows in zip(program.graph_signature.user_inputs, _names_of_rows(inputs)):
         length = values[argument].shape[0]
-        bounds = program.range_constraints.get(length.node.expr)
-        if bounds is None:
+        symbol = length.node.expr if isinstance(length, torch.SymInt) else None
+        if (bounds := program.range_constraints.get(symbol)) is None:
             raise ValueError(
                 f"the graph fixes the number of {rows} to {length}; read it from tensor.shape, as "
                 "len(tensor) is a constant in the graph"
