@@ -22,7 +22,7 @@ from torch.distributed._shard.sharded_tensor import (
     init_from_local_shards,
 )
 
-from embeddings.vocabulary.fixed import check_num_embeddings, mix64
+from embeddings.vocabulary.fixed import NULL_ID, check_num_embeddings, mix64
 from embeddings.vocabulary.row_sets import RowSets
 
 MAX_ROWS_PER_SET = 128
@@ -126,7 +126,7 @@ class BoundedVocabulary:
         """Return the row of each id. A collective.
 
         Args:
-            ids: int64 [N], raw.
+            ids: int64 [N], raw; ``NULL_ID`` is never admitted.
             step: the training step that uses the rows, the same on all ranks.
             training: whether to count, admit and evict ids; else the map does not change.
 
@@ -136,10 +136,9 @@ class BoundedVocabulary:
         distinct, inverse, counts = np.unique(
             ids.cpu().numpy(), return_inverse=True, return_counts=True
         )
-        if self._world_size == 1:
-            rows, evicted = self._serve(distinct, counts, step, training)
-        else:
-            rows, evicted = self._ask(distinct, counts, step, training)
+        is_id, rows = distinct != NULL_ID, np.full(len(distinct), self.unknown_row)
+        serve = self._serve if self._world_size == 1 else self._ask
+        rows[is_id], evicted = serve(distinct[is_id], counts[is_id], step, training)
         if len(evicted):
             self._evicted.append(torch.from_numpy(evicted))
         self._counts[:2] += [len(ids), counts[rows == self.unknown_row].sum()]

@@ -20,6 +20,8 @@ from pyarrow.fs import FileSystem
 
 # The increment of splitmix64, 2^64 divided by the golden ratio.
 GOLDEN = 0x9E3779B97F4A7C15
+# Integer that stands for null among raw ids; any constant that is unlikely to be an id.
+NULL_ID = GOLDEN - 2**64
 
 
 def mix64(keys: np.ndarray) -> np.ndarray:

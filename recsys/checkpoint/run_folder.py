@@ -235,8 +235,8 @@ def check_vocabularies(run: Path, job: Job) -> None:
             if not _exact(job, table).is_extension_of(trained):
                 raise ValueError(
                     f"{vocabulary_file(job.root, table)}: gives ids other rows than {file}, with "
-                    f"which the run was trained; bring that map into the dataset and run `recsys "
-                    f"prepare vocabulary --data {job.root}`, which only appends"
+                    f"which the run was trained; bring that map into the dataset, where "
+                    "`recsys prepare vocabulary` appends new ids if the table has room"
                 )
 
 

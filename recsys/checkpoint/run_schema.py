@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 FILE = "schema.yaml"
 WARM_START = "warm_start.json"  # the run that a run was begun from, and what differed
 PARTITION = "partition.json"  # of a partition of a continual run, which has its own maps of ids
+FIX = "bring it back, or train anew"
 HEAD = "# The columns this run was trained on, in the order in which its model reads them.\n"
 
 
@@ -63,7 +64,7 @@ def load_run_schema(run: Path, with_vocabularies: bool = True) -> Schema | None:
         ) from error
     schema.id_types.update(types)
     if with_vocabularies:
-        load_vocabularies(schema, Location.of(run))
+        load_vocabularies(schema, Location.of(run), FIX)
         stored, now = content["raw_ids"], _raw_ids(schema)
         for table in schema.tables_with("exact"):
             check_equal(f"vocabulary/{table}.parquet", stored[table], now[table], str(path))
@@ -112,7 +113,10 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
             "%s/%s: columns that the run does not know are not read: %s", root, FILE, further
         )
     trained.items = data.items  # read by the names in the configuration
-    load_vocabularies(trained, Location.of(run) if (run / PARTITION).is_file() else root)
+    if (run / PARTITION).is_file():
+        load_vocabularies(trained, Location.of(run), FIX)
+    else:
+        load_vocabularies(trained, root)
     return trained
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from embeddings.placement.current_state import current_state
 from embeddings.table_state import State, TableOptimizerState, copied_to_host, in_blocks
 from recsys.build import Job
+from recsys.config import content_settings
 from recsys.content.encoders.base import Encoder
 from recsys.optimizer import make_room, numbers_loaded, state_tensors
 
@@ -28,12 +29,16 @@ from recsys.optimizer import make_room, numbers_loaded, state_tensors
 _ADDED = re.compile(r"model\.content\.projections\.[^.]+\.(shift|scale)")
 
 
-def model_state(job: Job, stored_names: Collection[str] | None = None) -> State:
+def model_state(job: Job, metadata: Mapping[str, Any] | None = None) -> State:
     """Return weights and memory bank: the state that evaluation and prediction need.
 
-    With the names in a checkpoint, buffers that earlier versions did not have, and the checkpoint
-    lacks, are left out.
+    With the metadata of a checkpoint, buffers that earlier versions did not have, and the
+    checkpoint lacks, are left out.
+
+    Raises:
+        ValueError: features of items have another width than in the checkpoint.
     """
+    _check_feature_widths(job, metadata or {})
     stored = _is_stored(job)
     state: State = {
         f"model.{name}": in_blocks(value, job.ranks.group)
@@ -48,9 +53,30 @@ def model_state(job: Job, stored_names: Collection[str] | None = None) -> State:
         state["bank"] = in_blocks(pool, job.ranks.group)
     maps = job.vocabularies.state_dict()
     state |= {f"vocabulary.{name}": value for name, value in maps.items()}
-    if stored_names is None:
+    if metadata is None:
         return state
-    return {n: v for n, v in state.items() if n in stored_names or not _ADDED.fullmatch(n)}
+    return {n: v for n, v in state.items() if n in metadata or not _ADDED.fullmatch(n)}
+
+
+def _check_feature_widths(job: Job, metadata: Mapping[str, Any]) -> None:
+    """Compare the width of each modality's inputs with that in a checkpoint.
+
+    Raises:
+        ValueError: names file, column and both widths.
+    """
+    content, items = content_settings(job.config), job.schema.items
+    for name, encoder in job.em3.content.encoders.items() if job.em3.content else ():
+        weight = metadata.get(f"model.content.projections.{name}.weight")
+        width = cast(Encoder, encoder).output_dim
+        if weight is not None and weight.size[1] != width:
+            assert content is not None and items is not None
+            column = content.modalities[name].column
+            file = job.root / (items.columns[column].file or "items")
+            raise ValueError(
+                f"{file}: column '{column}' has features of {width} values, but the run was "
+                f"trained on features of {weight.size[1]}; write features of that width, or train "
+                "anew"
+            )
 
 
 def finish_loading_bank(job: Job) -> None:

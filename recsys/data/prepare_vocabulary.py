@@ -116,6 +116,8 @@ def _raw_ids(
         takes_lists = is_of_rows and schema.columns[name].kind in ("ids", "sequence")
         for file in (root / folder).files(".parquet"):
             for chunk in _chunks(file, name, schema if is_of_rows else None):
+                if pa.types.is_null(chunk.type.value_type if is_list(chunk.type) else chunk.type):
+                    continue  # nulls and empty lists alone
                 if is_list(chunk.type) != takes_lists:
                     wanted = "a list of ids" if takes_lists else "one id per row"
                     raise ValueError(

@@ -247,22 +247,32 @@ def parse_schema(content: Any, place: str) -> Schema:
     return schema
 
 
-def load_vocabularies(schema: Schema, root: Location) -> None:
+def load_vocabularies(schema: Schema, root: Location, fix: str | None = None) -> None:
     """Load the schema's exact maps from the folder `root`, and build its hashes.
 
     Raises:
-        ValueError: a map is missing or does not fit its table.
+        ValueError: a map is missing or does not fit its table. The message ends with `fix`, by
+            default the command that writes the maps of a dataset.
     """
+    fix = fix or f"run `recsys prepare vocabulary --data {root}`"
     for table in schema.tables_with("exact"):
         file = vocabulary_file(root, table)
         if not file.exists():
             raise ValueError(
-                f"{file}: no such file, but column '{table}' has a vocabulary of kind exact; run "
-                f"`recsys prepare vocabulary --data {root}`"
+                f"{file}: no such file, but column '{table}' has a vocabulary of kind exact; {fix}"
             )
         vocabulary = ExactVocabulary.load(file.path, schema.limit(table), file.arrow)
         schema.vocabularies[table] = vocabulary
     build_hashes(schema)
+
+
+def advice_on_unknown(schema: Schema, table: str, root: Location) -> str:
+    """Return what gives the unknown ids of a table with an exact map rows of their own."""
+    known, command = schema.vocabularies[table], f"run `recsys prepare vocabulary --data {root}`"
+    assert isinstance(known, ExactVocabulary)
+    if len(known) < known.unknown_row:
+        return command
+    return f"raise num_embeddings of '{table}' in schema.yaml, as its map is full, and {command}"
 
 
 def build_hashes(schema: Schema) -> None:

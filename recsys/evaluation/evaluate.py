@@ -23,6 +23,7 @@ from recsys.data.batch import Batch
 from recsys.data.dense_ranges import DenseRanges
 from recsys.data.interactions import Interactions, loader
 from recsys.data.item_parts import ItemCounts, count_items
+from recsys.data.row_source import RowSource
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.distributed.gather import gather_rows, gather_rows_to_first
 from recsys.distributed.lockstep import Lockstep
@@ -70,10 +71,7 @@ def check_data(job: Job, splits: Sequence[str] = SPLITS) -> tuple[ItemCounts, di
             rows = job.rows(split)
             counts[split] = count_items(rows, ranks.rank, ranks.world_size, also.get(split))
         if job.schema.weight and not sum(ranks.gather(int(counts[split].counts.sum()))):
-            raise ValueError(
-                f"{job.root}/{split}: column '{job.schema.weight}' is 0 in all rows; write weights "
-                "above 0, or remove it from schema.yaml"
-            )
+            raise _without_weight(job, split)
         if is_skip:
             skipped[split] = rows.skipped(ranks, split)
     if "valid" in splits:
@@ -81,6 +79,25 @@ def check_data(job: Job, splits: Sequence[str] = SPLITS) -> tuple[ItemCounts, di
     for finding in dense.findings(ranks):
         logger.warning("%s; fix: %s", *finding)
     return counts["train"].sum_of_ranks(job.schema.item_id_limit, ranks), skipped
+
+
+def _without_weight(job: Job, split: str) -> ValueError:
+    """Return the error to raise where no row of a split counts."""
+    return ValueError(
+        f"{job.root}/{split}: column '{job.schema.weight}' is 0 in all rows; write weights above "
+        "0, or remove it from schema.yaml"
+    )
+
+
+def require_usable(job: Job, rows: RowSource, split: str, scored: Mapping[str, Tensor]) -> None:
+    """Require finite logits of the rows of a split, and a row that counts, on rank 0.
+
+    Raises:
+        ValueError: names the rows with other logits, or the column of weights.
+    """
+    require_finite(scored, rows)
+    if len(weights := scored.get("weights", torch.ones(1))) and not weights.any():
+        raise _without_weight(job, split)
 
 
 def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
@@ -230,7 +247,7 @@ def evaluate_split(
     report: dict[str, Any] = {}
     with job.ranks.raise_on_all_ranks():
         if job.ranks.is_first:
-            require_finite(scored, interactions.rows)
+            require_usable(job, interactions.rows, split, scored)
             scores = split_scores(job, scored, item_counts)
             report = scores_report(scores, make_metrics(job.config.metrics))
             if scores_to is not None:

@@ -8,7 +8,7 @@ Shapes: B batch, C labels, N rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def forward_pass(
 
 
 def require_finite(
-    scored: dict[str, Tensor],  # `positions` [N], `logits` [N, C]
+    scored: Mapping[str, Tensor],  # `positions` [N], `logits` [N, C]
     rows: RowSource,
 ) -> None:
     """Raise a ValueError that names the rows whose logits are not finite."""

@@ -24,12 +24,13 @@ from recsys.checkpoint.new_rows.fill import fill_rows_of_later_items
 from recsys.checkpoint.output_file import check_output
 from recsys.checkpoint.partitions.items import add_new_items
 from recsys.checkpoint.run_folder import check_encoders, check_vocabularies, read_item_counts
-from recsys.checkpoint.run_schema import schema_of_data
+from recsys.checkpoint.run_schema import load_run_schema, schema_of_data
 from recsys.config import load_config
 from recsys.data.filesystem import Location, regular_file, whole_file, write_whole
 from recsys.data.interactions import Interactions
 from recsys.data.parquet.file import READ_ERRORS, open_parquet
 from recsys.data.parquet.rows import ParquetRows
+from recsys.data.schema import Schema
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.distributed.job_lock import sole_job
 from recsys.distributed.lockstep import Lockstep
@@ -43,6 +44,11 @@ from recsys.model.label_losses import predictions
 from recsys.model.placement import placed_for_scoring
 
 logger = logging.getLogger(__name__)
+
+
+def data_of(run: Path, data: str | None) -> str:
+    """Return the dataset to read: `data`, or that of a run."""
+    return data or regular_file(run / "data.txt").read_text().strip()
 
 
 def load_run(
@@ -60,7 +66,7 @@ def load_run(
             raise ValueError(f"{run}: holds no finished run (metrics.json); train it first")
         config = load_config(run / "config.yaml", ["--device", device, *changed])
         config = placed_for_scoring(config, ranks.device.type)
-        data = data or regular_file(run / "data.txt").read_text().strip()
+        data = data_of(run, data)
         schema = schema_of_data(run, Location.of(data), ranks)
         train_folder = add_new_items(run, schema, Location.of(data))
     job = build_job(config, data, ranks, schema, train_folder)
@@ -138,19 +144,21 @@ def predict(
             input, would be one, or cannot be written; or another job writes the same file.
     """
     with ranks.raise_on_all_ranks():
-        given = [Location.of(name) for name in inputs]
-        check_output(out, [*given, *(file for each in given for file in each.files(".parquet"))])
+        files = [file for name in inputs for file in _parquet_files(name)]
+        check_output(out, [*map(Location.of, inputs), *files])
+        trained = load_run_schema(run, with_vocabularies=False)
+        _check_columns(files, [] if trained is None else prediction_names(trained))
     with sole_job(out, ranks, out.with_name(f".{out.name}.lock")):
-        _predict(run, inputs, out, data, ranks, device)
+        _predict(run, files, out, data, ranks, device)
 
 
 def _predict(
-    run: Path, inputs: list[str], out: Path, data: str | None, ranks: Ranks, device: str
+    run: Path, files: list[Location], out: Path, data: str | None, ranks: Ranks, device: str
 ) -> None:
     """Predict as `predict` does, into a file that this job has locked. A collective."""
     job = load_run(run, data, ranks, device)
     with ranks.raise_on_all_ranks():
-        files = [file for name in inputs for file in _parquet_files(name)]
+        _check_columns(files, prediction_names(job.schema))  # a run may have kept no schema
         rows = ParquetRows(files, job.schema, False, job.config.on_bad_row)
         interactions = Interactions(
             rows,
@@ -174,8 +182,7 @@ def _predict(
     values[scored["positions"]] = predictions(scored["logits"], job.schema.label_losses)
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
-            names = [f"prediction_{label}" for label in job.schema.of_kind("label")]
-            _write(files, names, values.numpy(), out)
+            _write(files, prediction_names(job.schema), values.numpy(), out)
     logger.info("%s predictions written to %s", f"{rows.num_rows:,}", out)
 
 
@@ -184,6 +191,27 @@ def _parquet_files(name: str) -> list[Location]:
     if not files:
         raise ValueError(f"{name}: no such Parquet file, nor a folder with *.parquet files")
     return files
+
+
+def prediction_names(schema: Schema) -> list[str]:
+    """Return the column of predictions of each label."""
+    return [f"prediction_{label}" for label in schema.of_kind("label")]
+
+
+def _check_columns(files: list[Location], names: list[str]) -> None:
+    """Refuse files that differ in their columns, or have one of predictions already."""
+    first: pa.Schema | None = None
+    for file in files:
+        with open_parquet(file) as parquet:
+            columns = parquet.schema_arrow
+        for name in names:
+            if name in columns.names:
+                raise ValueError(f"{file}: has a column '{name}' already; drop or rename it")
+        if (first := first or columns) != columns:
+            raise ValueError(
+                f"{file}: its columns differ from those of {files[0]}; predict them into separate "
+                "files"
+            )
 
 
 def _write(
@@ -202,15 +230,10 @@ def _write(
                 for index in range(parquet.num_row_groups):
                     table = _read(parquet, index, file)
                     end = place + table.num_rows
-                    table = _with_columns(table, names, values[place:end], str(file))
+                    table = _with_columns(table, names, values[place:end])
                     place = end
                     if writer is None:
                         writer = pq.ParquetWriter(partial, table.schema, write_page_checksum=True)
-                    if table.schema != writer.schema:
-                        raise ValueError(
-                            f"{file}: its columns differ from those of {files[0]}; predict them "
-                            "into separate files"
-                        )
                     writer.write_table(table)
         assert writer is not None
         writer.close()
@@ -230,12 +253,9 @@ def _with_columns(
     table: pa.Table,
     names: list[str],  # [C]
     values: np.ndarray,  # [N, C]
-    file: str,
 ) -> pa.Table:
     """Append the predictions of each label, null where they are NaN."""
     for index, name in enumerate(names):
-        if name in table.column_names:
-            raise ValueError(f"{file}: has a column '{name}' already; drop or rename it")
         of_label = values[:, index]
         table = table.append_column(name, pa.array(of_label, mask=np.isnan(of_label)))
     return table

@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from embeddings.vocabulary.fixed import is_id_type
 from recsys.config import RankingSettings
 from recsys.data.filesystem import Location
 from recsys.data.items.item_table import ItemTable
@@ -94,22 +95,32 @@ def _lists(
     Raises:
         ValueError: the column has another type, or a row has too many categories.
     """
-    several = is_list(values.type)
-    kind = values.type.value_type if several else values.type
-    if not (
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)
-    ):
-        raise ValueError(
-            f"{file}: column '{name}' of kind category has type {values.type}, expected integer or "
-            "string, or a list of them"
-        )
-    if not several:
-        return np.ones(len(values), np.int64), values
-    lengths = list_lengths(values).astype(np.int64)
+    lengths, categories = category_lists(values, f"{file}: column '{name}'")
     if (bad := lengths > MOST_CATEGORIES).any():
         place = int(bad.argmax())
         raise ValueError(
             f"{file}: column '{name}', row {row + place}: {lengths[place]} categories; write "
             f"at most {MOST_CATEGORIES} per item"
         )
-    return lengths, values.flatten()
+    return lengths, categories
+
+
+def category_lists(values: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
+    """Return the number of categories of each row, int64 [n], and those of all rows.
+
+    A row without a list has one category, which may be null.
+
+    Raises:
+        ValueError: they are neither texts nor integers; `where` names file and column.
+    """
+    several = is_list(values.type)
+    kind = values.type.value_type if several else values.type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_null(kind) or is_id_type(kind)):
+        raise ValueError(
+            f"{where} of kind category has type {values.type}, expected integer or string, or a "
+            "list of them; write it so"
+        )
+    if not several:
+        return np.ones(len(values), np.int64), values
+    return list_lengths(values).astype(np.int64), values.flatten()

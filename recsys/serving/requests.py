@@ -257,19 +257,17 @@ class RequestReader:
         return array
 
     def _type_of(self, name: str, made: str) -> pa.DataType:
-        """Return the type of a column of which only nulls or empty lists are given."""
-        if made in self.schema.transforms:  # steps take nulls of no type
-            is_list_column = self.schema.columns[made].kind == "ids"
+        """Return the type of a column of which only nulls or empty lists are given.
+
+        Steps and raw ids take those of no type.
+        """
+        if made in self.schema.transforms or self.schema.vocabulary_of(name) is not None:
+            is_list_column = self.schema.columns[made].kind in ("ids", "sequence")
             return pa.list_(pa.null()) if is_list_column else pa.null()
         column = self.schema.columns.get(name)
         if column is None:  # a parallel list
             return pa.list_(pa.float32())
-        value = pa.float32()
-        if column.kind in ("id", "ids", "sequence"):
-            table = self.schema.table_of(name)
-            vocabulary, known = self.schema.vocabularies.get(table), self.schema.id_types.get(table)
-            value = pa.string() if known is not None and known.name == "string" else pa.int64()
-            value = vocabulary.ids.type if isinstance(vocabulary, ExactVocabulary) else value
+        value = pa.int64() if column.kind in ("id", "ids", "sequence") else pa.float32()
         return pa.list_(value) if column.kind in ("ids", "sequence") else value
 
 

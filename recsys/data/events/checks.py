@@ -35,6 +35,9 @@ def check_events_config(config: EventsConfig) -> None:
             raise ValueError("path: empty; name at least one file or folder")
         if source.delimiter is not None and len(source.delimiter.encode()) != 1:
             raise ValueError(f"delimiter {source.delimiter!r}: write one ASCII character")
+        several = getattr(source, "several", None)
+        if several is not None and not (several.between and several.separator):
+            raise ValueError(f"{name}.several: between and separator are texts; write some")
         try:
             ZoneInfo(source.time_zone)
         except Exception as error:

@@ -15,7 +15,14 @@ import numpy as np
 import pyarrow as pa
 
 from recsys.data.events.as_of import Moments, whole_keys
-from recsys.data.events.history_values import AGE, HistoryFiles, begin_of, length_of, lists_of
+from recsys.data.events.history_values import (
+    AGE,
+    HistoryFiles,
+    begin_of,
+    length_of,
+    lists_of,
+    null_stand_in,
+)
 from recsys.data.events.settings import Count, History, Parallel
 from recsys.data.events.times import duration
 from recsys.data.parquet.values import one_chunk
@@ -144,8 +151,8 @@ def _beside(
 ) -> pa.Array:  # past [E] -> [E]
     """Return the values of a column beside a history."""
     values = one_chunk(past["action" if of.column == "action" else f"e_{of.column}"])
-    if not pa.types.is_floating(kind):  # ids that no vocabulary knows stand for null
-        return values.fill_null("" if pa.types.is_string(kind) else -1).cast(kind)
+    if not pa.types.is_floating(kind):
+        return values.fill_null(null_stand_in(kind)).cast(kind)
     numbers = values.fill_null(of.fill).to_numpy(zero_copy_only=False).astype(np.float32)
     if of.at_least is not None:
         return pa.array((numbers >= of.at_least).astype(np.float32))

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from embeddings.vocabulary.fixed import NULL_ID
 from recsys.data.events.settings import History
 from recsys.data.events.times import MICROS
 
@@ -42,6 +43,11 @@ def slice_columns(histories: Iterable[str]) -> dict[str, pa.DataType]:
     return {of(name): kind for name in histories for of, kind in types.items()}
 
 
+def null_stand_in(kind: pa.DataType) -> int | str:
+    """Return what stands for a null id until lists are made: files of values have no nulls."""
+    return "" if pa.types.is_string(kind) else NULL_ID
+
+
 def lists_of(
     samples: Mapping[str, pa.Array], name: str, history: History, values: dict[str, pa.Array]
 ) -> dict[str, pa.Array]:  # samples [S] each, values [E] each -> lists [S] each
@@ -64,6 +70,9 @@ def lists_of(
             chosen = _ages(np.repeat(samples["ts"].to_numpy(), length) - chosen.to_numpy())
         elif pa.types.is_dictionary(chosen.type):
             chosen = chosen.cast(chosen.type.value_type)
+        if column != name and not pa.types.is_floating(chosen.type):
+            is_null = pc.equal(chosen, null_stand_in(chosen.type))
+            chosen = pc.if_else(is_null, None, chosen)
         lists[column] = pa.ListArray.from_arrays(bounds, chosen)
     return lists
 

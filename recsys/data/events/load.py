@@ -59,7 +59,9 @@ def load_events_config(path: Path, data: Path | None = None) -> EventsConfig:
 
 
 def _written_out(content: Any, path: tuple[str, ...] = ()) -> Any:
-    """Return YAML with words written out where mappings or lists are expected."""
+    """Return YAML with words written out where mappings or lists are expected, dates as texts."""
+    if isinstance(content, date):  # as YAML reads them without quotes
+        return content.isoformat()
     if isinstance(content, dict):
         content = {
             name: _written_out(part, (*path, str(name).replace("/", "_") or "_"))
@@ -72,6 +74,8 @@ def _written_out(content: Any, path: tuple[str, ...] = ()) -> Any:
         content = [part.isoformat() if isinstance(part, date) else part for part in content]
     if isinstance(content, int | str | list) and any(map(here.match, LISTS)):
         return [_text(part) for part in (content if isinstance(content, list) else [content])]
+    if isinstance(content, list):
+        return [_written_out(part, path) for part in content]
     if isinstance(content, str):
         return next(({key: content} for place, key in SHORT.items() if here.match(place)), content)
     return content

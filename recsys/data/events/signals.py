@@ -101,18 +101,21 @@ def read_signals(engine: Engine, config: EventsConfig) -> tuple[dict[str, pa.Dat
     for name, feature in config.context.items():
         settle_fill(name, feature, types[f"c_{name}"])
     engine.add_files("signals_read", [reader.completed(types) for reader in readers])
-    firsts = [reader.tasks[0][0] << FILE_BITS for reader in readers]
-    for (name, table), first, end in zip(
-        tables.items(), firsts, [*firsts[1:], 2**63 - 1], strict=True
-    ):
-        check_unit(
-            engine,
-            name,
-            table,
-            "ts",
-            f"signals_read WHERE position >= {first} AND position < {end}",
-        )
+    for (name, table), reader in zip(tables.items(), readers, strict=True):
+        rows = f"signals_read WHERE {_is_of(reader)}"
+        check_unit(engine, name, table, "ts", rows)
+        if table.where and not count_rows(engine, rows):
+            raise ValueError(
+                f"{reader.tasks[0][1]}: `where` of '{name}' chooses no row: {table.where}; correct "
+                "its values, or leave the table out"
+            )
     return types, _clean(engine, config, types)
+
+
+def _is_of(reader: Reader) -> str:
+    """Return an SQL condition on the positions of rows: they are of the files of a table."""
+    first, last = (reader.tasks[place][0] for place in (0, -1))
+    return f"position >= {first << FILE_BITS} AND position < {(last + 1) << FILE_BITS}"
 
 
 def check_unit(engine: Engine, name: str, table: Source, column: str, rows: str) -> None:

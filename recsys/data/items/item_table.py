@@ -19,7 +19,7 @@ from embeddings.vocabulary.fixed import ExactVocabulary, integer_ids, is_id_type
 from recsys.data.filesystem import Location
 from recsys.data.parquet.bad_rows import BadRows, OnBadRow
 from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
-from recsys.data.schema import Schema
+from recsys.data.schema import Schema, advice_on_unknown
 
 ROWS_PER_CHUNK = 256  # items in memory at once, as the encoded images of all items would not fit
 
@@ -145,7 +145,9 @@ class ItemTable:
             fix = f"raise num_embeddings of '{target}' in schema.yaml or remove the item"
         else:
             reason = f"id not in the vocabulary of '{target}'"
-            fix = "run `recsys prepare vocabulary` again"
+            fix = "remove the item"
+            if isinstance(self.schema.vocabularies.get(target), ExactVocabulary):
+                fix = f"{advice_on_unknown(self.schema, target, self.root)}, or {fix}"
         self.bad_rows.add(
             file,
             name,

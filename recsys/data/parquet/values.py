@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary, integer_ids, is_id_type
+from embeddings.vocabulary.fixed import ExactVocabulary, is_id_type
 from recsys.data.parquet.numbers import bad_numbers, note_rows_without_label
+from recsys.data.parquet.raw_ids import plain_ids, raw_groups, rows_of_ids
 from recsys.data.schema import Schema
 
 ROW_POSITION = "__row_position"  # position of a row in the split, files in order of name
@@ -57,6 +58,8 @@ def check_type(schema: Schema, name: str, kind: pa.DataType, file: str) -> None:
     wants_list, wants_integer = _expected(schema, name)
     is_raw = schema.vocabulary_of(name) is not None
     value = kind.value_type if is_list(kind) else kind
+    if pa.types.is_null(value) and _takes_nulls(schema, name, kind):
+        return
     is_fitting = is_id_type if is_raw else pa.types.is_integer if wants_integer else _is_number
     if is_list(kind) != wants_list or not is_fitting(value):
         wanted = "integer or string" if is_raw else "integer" if wants_integer else "float"
@@ -74,6 +77,14 @@ def check_type(schema: Schema, name: str, kind: pa.DataType, file: str) -> None:
         except ValueError as error:
             raise ValueError(f"{file}: column '{name}': {error}") from error
     schema.require_id_type(name, value, file, schema.table_of(name))
+
+
+def _takes_nulls(schema: Schema, name: str, kind: pa.DataType) -> bool:
+    """Return whether a column may have a type without values: of nulls or of empty lists."""
+    if _expected(schema, name)[0]:
+        return True
+    column, is_raw = schema.columns[name], schema.vocabulary_of(name) is not None
+    return not is_list(kind) and (is_raw or column.nullable or column.kind == "extra")
 
 
 def empty_table(schema: Schema, names: list[str]) -> pa.Table:
@@ -117,8 +128,8 @@ def usable_table(
 
     arrays = [usable_column(table, name, schema, note) for name in table.column_names]
     if schema.vocabulary_of(schema.group) is not None:
-        groups, null, too_large = _usable_raw_ids(one_chunk(table[schema.group]))
-        arrays.append(pa.array(_found_where(~(null | too_large), None, groups)))
+        groups = _with_values(one_chunk(table[schema.group]), False, True)
+        arrays.append(pa.array(raw_groups(groups, positions)))
     usable = pa.table([*arrays, positions], schema=empty_table(schema, table.column_names).schema)
     _check_parallel(usable, schema, note)
     note_rows_without_label(usable, schema, note)
@@ -131,7 +142,7 @@ def usable_table(
 def usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn) -> pa.Array:
     """Return a column in its canonical type; the values of bad rows are arbitrary."""
     is_list_column, is_integer = _expected(schema, name)
-    array = one_chunk(table[name])
+    array = _with_values(one_chunk(table[name]), is_list_column, is_integer)
     if schema.vocabulary_of(name) is not None:
         return _rows_of_raw_ids(array, name, schema, note)
     if name in schema.of_kind("extra"):
@@ -143,6 +154,8 @@ def usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn
     null = "null; fill it or drop the row"
     if is_list_column:
         null = "null inside the list; fill it or leave it out"
+    if is_integer:
+        null += ", or give the column a vocabulary, whose unknown id null then is"
     numbers = values.fill_null(0).to_numpy(zero_copy_only=False)
 
     def note_values(bad: np.ndarray, reason: str, message: Callable[[Any], str]) -> None:
@@ -171,6 +184,14 @@ def usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn
     return array
 
 
+def _with_values(array: pa.Array, is_list_column: bool, is_integer: bool) -> pa.Array:
+    """Return nulls or empty lists that have no type of values with one."""
+    value = array.type.value_type if is_list(array.type) else array.type
+    if not pa.types.is_null(value):
+        return array
+    return _cast(array, pa.int64() if is_integer else pa.float32(), is_list_column)
+
+
 def _extra_column(array: pa.Array, name: str, note: ReportColumn) -> pa.Array:
     """Return a column of kind extra in float32, NaN where a row has no value."""
     array = pc.fill_null(_cast(array, pa.float32(), False), float("nan"))
@@ -197,27 +218,18 @@ def one_chunk(column: pa.ChunkedArray) -> pa.Array:
     return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
 
 
-def _usable_raw_ids(values: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
-    """Return raw ids without dictionary, and masks [N] of null ids and of ids beyond int64."""
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    too_large = np.zeros(len(values), bool)
-    if pa.types.is_uint64(values.type):
-        too_large = values.fill_null(0).to_numpy(zero_copy_only=False) > np.iinfo(np.int64).max
-    return values, values.is_null().to_numpy(False), too_large
-
-
 def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportColumn) -> pa.Array:
-    """Return raw ids as rows, or as integers if their vocabulary is bounded."""
+    """Return raw ids as rows, or as integers if their vocabulary is bounded; null is unknown."""
     as_list = is_list(array.type)
     values = array.flatten() if as_list else array
     lengths = list_lengths(array).astype(np.int64) if as_list else np.ones(len(array), np.int64)
-    values, null, too_large = _usable_raw_ids(values)
+    values, null, too_large = plain_ids(values)
 
     def note_values(bad: np.ndarray, reason: str, message: str) -> None:
         note(name, _rows_of_values(array, bad), reason, lambda row: message)
 
-    note_values(null, "null", "null; fill it or leave it out")
+    if name == schema.target_item:
+        note_values(null, "null", "null; every row ranks an item: fill it or drop the row")
     note_values(too_large, "id beyond int64", "an id that does not fit int64; renumber it")
     vocabulary = schema.vocabularies.get(schema.table_of(name))
     num_rows = schema.rows_per_id(name)
@@ -225,24 +237,11 @@ def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportCol
         reason = f"more than {MAX_LIST_VALUES:,} rows of ids in a row group"
         note(name, np.ones(len(array), bool), reason, lambda row: f"{reason}; write smaller ones")
         return pa.array([[]] * len(array), pa.list_(pa.int64()))
-    found = _found_where(~(null | too_large), vocabulary, values).reshape(-1, num_rows)
+    found = rows_of_ids(values, null, too_large, vocabulary).reshape(-1, num_rows)
     if not as_list and num_rows == 1:
         return pa.array(found[:, 0])
     offsets = np.concatenate([[0], np.cumsum(lengths * num_rows)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(found.reshape(-1)))
-
-
-def _found_where(
-    usable: np.ndarray, vocabulary: ExactVocabulary | HashVocabulary | None, ids: pa.Array
-) -> np.ndarray:  # usable [N], bool, ids [N] -> [N], int64 or [N, H]
-    """Return rows of raw ids, or the ids as integers; zeros for unusable ones."""
-    rows_of = integer_ids if vocabulary is None else vocabulary.rows_of
-    if usable.all():
-        return rows_of(ids)
-    of_usable = rows_of(ids.filter(pa.array(usable)))
-    found = np.zeros((len(ids), *of_usable.shape[1:]), np.int64)
-    found[usable] = of_usable
-    return found
 
 
 def _check_parallel(table: pa.Table, schema: Schema, note: ReportColumn) -> None:

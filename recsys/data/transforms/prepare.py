@@ -5,15 +5,18 @@ A pass over train/ fits one step of each column; a step after a fitted one needs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import numpy as np
 import pyarrow as pa
 
 from recsys.config.parser import short
 from recsys.data.filesystem import Location
 from recsys.data.parquet.file import column_type, open_parquet, read_row_group
-from recsys.data.parquet.values import is_list
-from recsys.data.schema import Schema, read_schema
+from recsys.data.parquet.values import is_list, usable_column
+from recsys.data.prepare_vocabulary import SPLITS
+from recsys.data.schema import Schema, build_hashes, read_schema
+from recsys.data.transforms import fitted_file
 from recsys.data.transforms.chain import Chain, results_read
 from recsys.data.transforms.columns import TransformedRows, check_types
 from recsys.data.transforms.fitted_file import write_fitted
@@ -43,6 +46,34 @@ def fit_transforms(root: Location) -> dict[str, Chain]:
         _fit(root, schema, ready)
     write_fitted(schema.transforms, root)
     return schema.transforms
+
+
+def check_transformed(root: Location) -> None:
+    """Apply the transforms of a dataset to all rows, as training does.
+
+    Raises:
+        ValueError: names split, column and row of a value that training would refuse.
+    """
+    schema = read_schema(root)
+    fitted_file.load_fitted(schema.transforms, schema.columns, root, required=True)
+    build_hashes(schema)
+    for split in SPLITS if schema.transforms else ():
+        first = 0
+
+        def refuse(
+            column: str, bad: np.ndarray, reason: str, message: Callable[[int], str]
+        ) -> None:
+            if bad.any():
+                row = int(bad.argmax())
+                raise ValueError(
+                    f"transforms: '{column}', row {first + row} of {split}: after its steps "  # noqa: B023
+                    f"{message(row)}; or end the steps with fill or clip"
+                )
+
+        for rows in _rows(root, schema, list(schema.transforms), split):
+            for name in schema.transforms:
+                usable_column(pa.table({name: rows.column(name)}), name, schema, refuse)
+            first += rows.table.num_rows
 
 
 def format_fitted(chains: dict[str, Chain]) -> str:
@@ -75,7 +106,7 @@ def _fit(root: Location, schema: Schema, steps: Mapping[str, int]) -> None:
     """Fit one step of some columns."""
     chains = schema.transforms
     fits = {name: chains[name].steps[number].start_fit() for name, number in steps.items()}
-    for rows in _rows(root, schema, list(steps)):
+    for rows in _rows(root, schema, list(steps), "train"):
         for name, number in steps.items():
             values = rows.before_step(name, number)
             values = values.flatten() if is_list(values.type) else values
@@ -87,11 +118,13 @@ def _fit(root: Location, schema: Schema, steps: Mapping[str, int]) -> None:
         chains[name] = chains[name].fitted(number, fits[name].result())
 
 
-def _rows(root: Location, schema: Schema, names: Sequence[str]) -> Iterator[TransformedRows]:
-    """Yield the training rows, one row group at a time, with the sources of some columns."""
-    files = (root / "train").files(".parquet")
+def _rows(
+    root: Location, schema: Schema, names: Sequence[str], split: str
+) -> Iterator[TransformedRows]:
+    """Yield the rows of a split, one row group at a time, with the sources of some columns."""
+    files = (root / split).files(".parquet")
     if not files:
-        raise ValueError(f"{root / 'train'}: no *.parquet files; transforms are fitted on them")
+        raise ValueError(f"{root / split}: no *.parquet files; transforms are fitted on them")
     columns = schema.file_columns(names)
     for file in files:
         with open_parquet(file) as parquet:

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from recsys.data.dense_ranges import dense_finding
 from recsys.data.items.equal_content import is_mostly_equal
+from recsys.data.schema import advice_on_unknown
 from recsys.diagnostics.dataset.dataset_summary import SPLITS, DatasetSummary
 from recsys.diagnostics.dataset.item_summary import ColumnSummary
 from recsys.diagnostics.dataset.split_summary import GROUPS, SplitSummary
@@ -154,10 +155,15 @@ def _tables(found: DatasetSummary) -> Iterator[Finding]:
     for split in found.splits.values():
         for name, ids in split.ids.items():
             if ids.unknown > MANY * max(ids.count, 1):
+                table = found.schema.table_of(name)
+                fix = "they share the row of unknown ids; train on rows closer to these"
+                if split.split == "train":
+                    fix = advice_on_unknown(found.schema, table, found.root)
+                    fix = f"fill nulls; for ids that are not rare, {fix}"
                 yield Finding(
                     f"{ids.unknown / ids.count:.1%} of the ids in column '{name}' of {split.split} "
-                    "are unknown to its vocabulary",
-                    f"run `recsys prepare vocabulary --data {found.root}` again",
+                    "are null or unknown to its vocabulary",
+                    fix,
                 )
 
 

@@ -30,6 +30,7 @@ from recsys.data.parquet.values import list_lengths
 from recsys.data.schema import Schema
 from recsys.diagnostics.dataset.numbers import Lengths
 from recsys.diagnostics.dataset.time_columns import footer_statistics
+from recsys.ranking.item_categories import category_lists
 
 IMAGES_OPENED = 256
 SAMPLED_ITEMS = 1024  # whose content is compared
@@ -135,10 +136,13 @@ def _summarize(items: ItemTable, name: str, kind: str) -> ColumnSummary:
         first_row += len(chunk)
         if kind == "feature":
             _add_features(found, chunk, f"{file}: column '{name}'", row)
-        elif kind != "text":
+        elif kind == "category":
+            lengths, values = category_lists(chunk, f"{file}: column '{name}'")
+            is_missing = (lengths == 0) | chunk.is_null().to_numpy(False)
+            found.missing = (found.missing or 0) + int(is_missing.sum())
+            categories.update(values.drop_null().unique().to_pylist())
+        elif kind == "other":
             found.missing = (found.missing or 0) + chunk.null_count
-            if kind == "category":
-                categories.update(chunk.unique().drop_null().to_pylist())
     if kind == "category":
         found.values = len(categories)
     elif kind == "text":

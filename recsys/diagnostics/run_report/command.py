@@ -18,12 +18,12 @@ from recsys.checkpoint.partitions.state import ContinualFolder
 from recsys.checkpoint.run_folder import check_metrics, read_item_counts
 from recsys.checkpoint.run_schema import PARTITION
 from recsys.config.ranking import softmax_settings
-from recsys.data.filesystem import read_json, write_whole
+from recsys.data.filesystem import Location, read_json, write_whole
 from recsys.data.item_parts import PARTS
 from recsys.data.items.item_table import ItemTable
 from recsys.diagnostics.run_report.embedding_maps import embedding_maps
 from recsys.diagnostics.run_report.fusion_attention import fusion_attention, recorded_attention
-from recsys.diagnostics.run_report.item_columns import item_table
+from recsys.diagnostics.run_report.item_columns import item_files, item_table
 from recsys.diagnostics.run_report.item_descriptions import categories, category_column
 from recsys.diagnostics.run_report.item_popularity import item_popularity
 from recsys.diagnostics.run_report.item_vectors import frequent_items, item_vectors
@@ -35,9 +35,14 @@ from recsys.diagnostics.run_report.prequential import prequential
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
-from recsys.evaluation.evaluate import score, split_interactions, split_scores
+from recsys.evaluation.evaluate import (
+    require_usable,
+    score,
+    split_interactions,
+    split_scores,
+)
 from recsys.evaluation.metrics import marked_cell
-from recsys.evaluation.predict import load_run
+from recsys.evaluation.predict import data_of, load_run
 from recsys.evaluation.scores import SplitScores, read_scores
 
 logger = logging.getLogger(__name__)
@@ -76,10 +81,10 @@ def report_run(
     out = out or run / "report.html"
     with ranks.raise_on_all_ranks():
         check_output(out)
+        category = category_column(item_files(Location.of(data_of(run, data))), colour_by)
     job = load_run(run, data, ranks, device)
     with ranks.raise_on_all_ranks():
         table = item_table(job)
-        category = category_column(table, colour_by)
         results, settings = _of_metrics(run, job)
     is_partition = (run / PARTITION).is_file()
     split, rows = _of_partition(run) if is_partition else (SPLIT, _scored_rows(job, run))
@@ -133,6 +138,9 @@ def _scored_rows(job: Job, run: Path) -> SplitScores:
     interactions = split_interactions(job, SPLIT)
     with Watchdog(job.ranks, job.config.stall_timeout) as watchdog:
         scored = score(job, interactions, Lockstep(job.ranks, job.config.checkpoint, watchdog))
+    with job.ranks.raise_on_all_ranks():
+        if job.ranks.is_first:
+            require_usable(job, interactions.rows, SPLIT, scored)
     counts = read_item_counts(run, job.schema.item_id_limit)
     return split_scores(job, scored, counts).counted(0)
 

@@ -8,7 +8,7 @@ Shapes: I chosen items.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,12 @@ from recsys.build import Job
 from recsys.data.filesystem import Location
 from recsys.data.items.item_table import ROWS_PER_CHUNK, ItemTable
 from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
+from recsys.data.schema import read_schema
+
+
+def item_files(root: Location) -> list[Location]:
+    """Return the items' files of a dataset; none if its schema has no items."""
+    return [] if read_schema(root).items is None else (root / "items").files(".parquet")
 
 
 def item_table(job: Job) -> ItemTable | None:
@@ -84,10 +90,10 @@ def _as_python(values: pa.Array) -> list[Any]:
         return [None if text is None else text.decode(errors="replace") for text in encoded]
 
 
-def column_types(table: ItemTable) -> dict[str, pa.DataType]:
+def column_types(files: Sequence[Location]) -> dict[str, pa.DataType]:
     """Return the types of the columns that all items' files have, in the schema or not."""
     kinds: dict[str, pa.DataType] | None = None
-    for file in table.files:
+    for file in files:
         with open_parquet(file) as parquet:
             found = {field.name: field.type for field in parquet.schema_arrow}
         kinds = found if kinds is None else {name: kinds[name] for name in kinds if name in found}

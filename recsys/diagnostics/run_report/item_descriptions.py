@@ -5,6 +5,7 @@ Shapes: I chosen items.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from recsys.data.filesystem import Location
 from recsys.data.items.images import open_image
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.values import is_list
@@ -23,27 +25,29 @@ MOST_CHARACTERS = 60
 PICTURE_SIZE = (160, 96)  # at most, in pixels: width and height
 
 
-def category_column(table: ItemTable | None, chosen: str | None) -> str | None:
+def category_column(files: Sequence[Location], chosen: str | None) -> str | None:
     """Return the column that colours the maps: the chosen one, or the first of the usual ones.
+
+    `files` are those of the items, if the dataset has any.
 
     Raises:
         ValueError: the chosen column is missing, or is neither of texts nor of integers.
     """
-    if table is None:
+    if not files:
         if chosen is None:
             return None
         raise ValueError(
             f"--colour_by {chosen}: the dataset has no items with columns; leave the option out"
         )
-    kinds = column_types(table)
+    kinds = column_types(files)
     if chosen is None:
         return next((name for name in CATEGORY_COLUMNS if _is_category(kinds.get(name))), None)
     if not _is_category(kinds.get(chosen)):
         usable = [name for name, kind in kinds.items() if _is_category(kind)]
         cause = f"is of type {kinds[chosen]}" if chosen in kinds else "is missing"
         raise ValueError(
-            f"{table.files[0]}: column '{chosen}' {cause}; name by --colour_by one of texts or "
-            f"integers: {usable}"
+            f"{files[0]}: column '{chosen}' {cause}; name by --colour_by one of texts or integers: "
+            f"{usable}"
         )
     return chosen
 
@@ -90,7 +94,7 @@ def item_names(table: ItemTable | None, items: np.ndarray) -> list[str]:  # int6
     """Return each item's title or name, else the beginning of its text, else its id."""
     if table is None:
         return [f"item {item}" for item in items.tolist()]
-    kinds = column_types(table)
+    kinds = column_types(table.files)
     texts = [name for name, column in table.items.columns.items() if column.kind == "text"]
     sources = [name for name in (*NAME_COLUMNS, *texts) if name in kinds]
     called: list[str] = [""] * len(items)

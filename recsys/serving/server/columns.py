@@ -9,9 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-
-from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.config.server import Limits
 from recsys.serving.requests import request_columns
 from recsys.serving.scorer import Scorer
@@ -62,12 +59,10 @@ class Columns:
         if value is not None:
             return {bool: "BOOL", int: "INT64", float: "FP32"}.get(type(value), "BYTES")
         column = self.schema.columns.get(name)
-        if column is None or column.kind == "dense":
-            return "FP32"
-        vocabulary = self.schema.vocabularies.get(self.schema.table_of(name))
-        if isinstance(vocabulary, ExactVocabulary) and not pa.types.is_integer(vocabulary.ids.type):
-            return "BYTES"
-        return "INT64"
+        table = name if column is None else self.schema.table_of(name)
+        if (known := self.schema.id_types.get(table)) is not None:
+            return "BYTES" if known.name == "string" else "INT64"
+        return "FP32" if column is None or column.kind == "dense" else "INT64"
 
     def request_of(self, tensors: Iterable[Tensor]) -> RankedUser:
         """Return tensors by column as a request.

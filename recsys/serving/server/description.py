@@ -64,8 +64,11 @@ def _value_of(name: str, datatype: str, columns: Columns) -> dict[str, Any]:
         schema["examples"] = [value[0] if isinstance(value, list) else value]
     known = columns.schema
     column = known.columns.get(name)
-    if column is None or name in known.transforms or known.vocabulary_of(name) is not None:
+    if column is None or name in known.transforms:
         return schema
+    if known.vocabulary_of(name) is not None:
+        types = [schema["type"], "null"]  # the unknown id
+        return schema if name == columns.item else schema | {"type": types}
     if column.kind in ("id", "ids", "sequence"):  # rows of a table
         schema |= {"minimum": 0, "maximum": known.limit(name) - 1}
     return schema

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from embeddings import BoundedVocabulary, ExactVocabulary, HashVocabulary
+from embeddings.vocabulary.fixed import NULL_ID
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import Column, IdType, VocabularySettings
 from recsys.serving.requests import RequestReader, RequestRows
@@ -40,6 +41,21 @@ def reader() -> RequestReader:
     bounded = BoundedVocabulary(6)
     bounded.rows_of(torch.tensor([9]), step=0, training=True)
     return RequestReader(schema, ["user", "tags", "query", "shop"], {"shop": bounded})
+
+
+def test_null_is_the_unknown_id_of_a_column_with_a_vocabulary() -> None:
+    user, seen = USER | {"shop": None, "query": ["a", None]}, HISTORY | {"seen": [None, "eve"]}
+    rows: RequestRows = reader()(user, seen, ["eve"])
+    assert rows.histories[0].ids["seen"].tolist() == [3, 2]
+    assert rows.pooled["shop"].rows.tolist() == [5]
+    of_null = HashVocabulary(7, 2).rows_of(pa.array([NULL_ID]))[0].tolist()
+    assert rows.pooled["query"].rows.tolist()[2:] == of_null
+    assert reader()(user | {"query": [None]}, [], ["eve"]).pooled["query"].rows.tolist() == of_null
+    for changed in ({"user": None}, {"tags": [None]}, {"age": None}):
+        with pytest.raises(ValueError, match=rf"'{next(iter(changed))}'.*null"):
+            reader()(USER | changed, [], ["eve"])
+    with pytest.raises(ValueError, match=r"candidates: column 'item', value 1: null"):
+        reader()(USER, [], ["eve", None])
 
 
 def test_ids_lists_and_numbers_become_rows_of_tables() -> None:

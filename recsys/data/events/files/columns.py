@@ -118,7 +118,9 @@ def canonical(
             raise ValueError(f"type {values.type}, but {kind} in the first file; write one type")
         values = values if values.type == kind else values.cast(kind)
         values.validate(full=True)  # texts are UTF-8
-        return _number(values) if field.kind == "number" else _without_null_ids(values, field)
+        if field.kind == "number":
+            return _number(values)
+        return _without_empty_ids(values) if field.kind in ("id", "ids") else values
     except (ValueError, pa.ArrowException) as error:
         if str(error).startswith(str(file)):
             raise
@@ -135,10 +137,11 @@ def _number(values: pa.Array) -> pa.Array:
     return values
 
 
-def _without_null_ids(values: pa.Array, field: Field) -> pa.Array:
-    """Return the values, an empty text as null; refuse a null inside a list of ids."""
-    if field.kind == "id" and pa.types.is_string(values.type):
-        return pc.if_else(pc.equal(values, ""), None, values)
-    if field.kind == "ids" and values.flatten().null_count:
-        raise ValueError("null inside a list of ids; fill it or leave it out")
-    return values
+def _without_empty_ids(values: pa.Array) -> pa.Array:
+    """Return ids, or lists of ids, with null for an empty text."""
+    if pa.types.is_list(values.type):
+        ids = _without_empty_ids(values.flatten())
+        offsets = pc.cumulative_sum(pc.fill_null(pc.list_value_length(values), 0))
+        offsets = pa.concat_arrays([pa.array([0], pa.int32()), offsets])
+        return pa.ListArray.from_arrays(offsets, ids, mask=values.is_null())
+    return pc.if_else(pc.equal(values, ""), None, values) if is_text(values.type) else values

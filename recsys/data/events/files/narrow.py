@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys.data.events.files.columns import is_text
-from recsys.data.events.settings import EventTable, Several
+from recsys.data.events.files.columns import Field, Parts, column_values, is_text
+from recsys.data.events.settings import EventTable, Several, Value
 from recsys.data.filesystem import Location
 from recsys.data.parquet.values import is_list, list_lengths
 
@@ -24,9 +24,15 @@ def columns_to_add(table: EventTable) -> list[str]:
 
 
 def narrowed(
-    batch: pa.RecordBatch, table: EventTable, file: Location, first_row: int = 0
+    batch: pa.RecordBatch,
+    table: EventTable,
+    file: Location,
+    first_row: int = 0,
+    parts: Parts | None = None,
 ) -> tuple[pa.RecordBatch, np.ndarray]:  # batch [N] -> [M], int64 [M]
     """Split rows with several items and leave out those that `where` does not choose.
+
+    `parts` are the values of the file's folders, which `where` may name, too.
 
     Returns:
         the rows, and the position in the file of each.
@@ -39,19 +45,38 @@ def narrowed(
         batch, positions = _split(batch, table.item, table.several, file, positions)
     for name, values in table.where.items():
         values = values if isinstance(values, list) else [values]
-        column = batch.column(name)
-        if pa.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
-        try:
-            chosen = pc.is_in(column, pa.array(values).cast(column.type))
-        except (pa.ArrowException, TypeError) as error:
-            raise ValueError(
-                f"{file}: column '{name}' has type {column.type}, but `where` the values {values}; "
-                "write values of that type"
-            ) from error
+        chosen = _chosen(batch, name, values, parts or {}, file)
         batch = batch.filter(chosen)
         positions = positions[np.asarray(chosen)]
     return batch, positions
+
+
+def _chosen(
+    batch: pa.RecordBatch, name: str, values: list[Value], parts: Parts, file: Location
+) -> pa.Array:  # [N], bool
+    """Mark the rows whose column has one of some values.
+
+    Raises:
+        ValueError: one of these is no value of the column's type.
+    """
+    kind = None
+    try:
+        wanted = pa.array(values)
+        column = column_values(batch, Field(name, name, "any"), parts, wanted.type)
+        column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+        kind = column.type
+        if pa.types.is_null(kind):  # a column without any value
+            return pc.is_valid(column)
+        cast = wanted.cast(kind)
+        if pa.types.is_boolean(kind) and not cast.cast(wanted.type).equals(wanted):
+            raise TypeError("a number other than 0 and 1")  # of which a cast makes true
+        return pc.is_in(column, cast)
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        type_of = "values of one type" if kind is None else f"type {kind}"
+        raise ValueError(
+            f"{file}: column '{name}' has {type_of}, but `where` the values {values}; write values "
+            "of that type"
+        ) from error
 
 
 def _split(
@@ -63,9 +88,7 @@ def _split(
     if pa.types.is_null(lists.type):
         lists = lists.cast(pa.string())
     if is_text(lists.type):
-        texts = pc.utf8_trim_whitespace(lists)
-        texts = pc.if_else(pc.equal(texts, ""), None, texts)
-        lists = pc.split_pattern(texts, several.between)
+        lists = _item_lists(lists, several.between)
     elif not is_list(lists.type):
         raise ValueError(f"{where} has type {lists.type}; `several` needs texts or lists")
     lengths = list_lengths(lists)
@@ -88,12 +111,25 @@ def _split(
     return pa.record_batch(columns), (rows[parents] << PLACE_BITS) + places
 
 
+def _item_lists(texts: pa.Array, between: str) -> pa.Array:  # [N] -> lists [N]
+    """Split texts into items without white space around them; any of it is as good as a blank."""
+    texts = pc.utf8_trim_whitespace(texts)
+    texts = pc.if_else(pc.equal(texts, ""), None, texts)
+    if between == " ":
+        return pc.utf8_split_whitespace(texts)
+    lists = pc.split_pattern(texts, between)
+    items = pc.utf8_trim_whitespace(lists.flatten())
+    return pa.ListArray.from_arrays(lists.offsets, items, mask=lists.is_null())
+
+
 def _with_number(
     items: pa.Array, several: Several, where: str, rows: np.ndarray
 ) -> tuple[pa.Array, pa.Array]:
     """Return items such as `N1-1` as the item and the number after it."""
     pattern = pc.split_pattern(items, several.separator, max_splits=1, reverse=True)
-    wrong = np.asarray(pc.not_equal(pc.list_value_length(pattern), 2).fill_null(False))
+    has_both = pc.equal(pc.list_value_length(pattern), 2)
+    has_item = pc.invert(pc.starts_with(items, several.separator))
+    wrong = ~np.asarray(pc.and_(has_both, has_item).fill_null(True))
     if not wrong.any():
         try:
             return pc.list_element(pattern, 0), pc.list_element(pattern, 1).cast(pa.float64())
@@ -101,6 +137,6 @@ def _with_number(
             raise ValueError(f"{where}: {error}; write a number after each item") from error
     place = int(wrong.argmax())
     raise ValueError(
-        f"{where}, row {rows[place]}: '{items[place].as_py()}' has no number after "
-        f"'{several.separator}'; write it, or leave `column` out"
+        f"{where}, row {rows[place]}: '{items[place].as_py()}' is no item with a number after "
+        f"'{several.separator}'; write both, or leave `column` out"
     )

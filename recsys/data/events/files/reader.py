@@ -66,7 +66,7 @@ class Reader:
         file = Location.of(url)
         parts = partition_values(self.roots, url)
         for whole in self._batches(file, group, parts):
-            batch, positions = _narrowed(whole, self.source, file, row)
+            batch, positions = _narrowed(whole, self.source, file, row, parts)
             batch = self._with_split_ids(batch, file)
             arrays = [pa.array((number << FILE_BITS) + positions)]
             for field, wanted in zip(self.fields, list(self.schema)[1:], strict=True):
@@ -174,17 +174,17 @@ def _columns_to_read(source: Source, fields: list[Field], parts: Parts) -> list[
     columns = columns_in_files(fields, parts)
     if isinstance(source, EventTable):
         added = columns_to_add(source)
-        columns += [name for name in source.where if name not in columns]
+        columns += [name for name in source.where if name not in columns and name not in parts]
         columns = [name for name in columns if name not in added]
     return columns
 
 
 def _narrowed(
-    batch: pa.RecordBatch, source: Source, file: Location, row: int
+    batch: pa.RecordBatch, source: Source, file: Location, row: int, parts: Parts
 ) -> tuple[pa.RecordBatch, np.ndarray]:
     """Return the rows to read of a batch that begins with this row of a file; see `narrowed`."""
     if isinstance(source, EventTable):
-        return narrowed(batch, source, file, row)
+        return narrowed(batch, source, file, row, parts)
     return batch, np.arange(row, row + batch.num_rows)
 
 
@@ -229,7 +229,9 @@ def _types(
         sample = pa.Table.from_batches([batch])
     if isinstance(source, EventTable) and source.several is not None:
         rows = sample.to_batches() or [pa.RecordBatch.from_pylist([], schema=sample.schema)]
-        sample = pa.Table.from_batches([_narrowed(rows[0], replace(source, where={}), file, 0)[0]])
+        sample = pa.Table.from_batches(
+            [_narrowed(rows[0], replace(source, where={}), file, 0, parts)[0]]
+        )
     types = {}
     for field in fields:
         if field.constant is not None or field.column in parts:

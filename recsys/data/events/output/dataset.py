@@ -22,7 +22,7 @@ from recsys.data.events.splits import SPLITS
 from recsys.data.events.times import MICROS
 from recsys.data.filesystem import Location, link_or_copy
 from recsys.data.item_parts import COLD_BELOW
-from recsys.data.transforms.prepare import fit_transforms
+from recsys.data.transforms.prepare import check_transformed, fit_transforms
 
 ITEMS_PER_GROUP = 1024  # small, since a row may hold pictures
 
@@ -48,7 +48,8 @@ def write_dataset(
         Figures of each split; see `_figures`.
 
     Raises:
-        ValueError: a split has no rows, or a transform does not take the values of its column.
+        ValueError: a split has no rows, or a transform does not take the values of its column, or
+            makes values that training refuses.
     """
     folder = root / dataset
     _write_splits(engine, config, conditions, folder, lists, files)
@@ -63,6 +64,7 @@ def write_dataset(
         _write_items(engine, config, train, folder, items)
     (folder / "schema.yaml").write_text(schema_text(config, sizes, lists))
     fit_transforms(Location.of(folder))
+    check_transformed(Location.of(folder))
     return _figures(engine, config, conditions)
 
 

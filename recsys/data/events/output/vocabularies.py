@@ -13,6 +13,8 @@ from recsys.data.events.signals import quoted
 from recsys.data.filesystem import Location
 from recsys.data.schema import vocabulary_file
 
+LARGE_TABLE, ROWS_PER_ID = 1 << 24, 1000  # rows of a table may be unused up to these
+
 
 def id_lists(config: EventsConfig, lists: dict[str, pa.DataType]) -> dict[str, str]:
     """Return those of the lists beside histories that are of ids, each with its column."""
@@ -37,15 +39,9 @@ def write_vocabularies(
     actions = [name for name, column in lists.items() if column == "action"]
     if config.vocabulary.kind == "rows":
         for name, values in _values(engine, config, "1 = 1", actions).items():
-            query = f"SELECT min(id) AS least, max(id) AS largest FROM ({values})"
-            least, largest = (column[0].as_py() for column in engine.table(query).columns)
-            if isinstance(largest, str) or (least is not None and least < 0):
-                raise ValueError(
-                    f"vocabulary: kind is rows, but '{name}' has the id {least!r}; write rows from "
-                    "0, or choose kind exact"
-                )
-            for table in _tables_of(name, lists):
-                sizes[table] = 1 if largest is None else largest + 1
+            if name in lists.values():
+                values += f" UNION ALL SELECT {quoted(f'e_{name}')} AS id FROM past_events"
+            sizes |= dict.fromkeys(_tables_of(name, lists), _num_rows(engine, name, values))
         return sizes
     (folder / "vocabulary").mkdir()
     for name, values in _values(engine, config, train, actions).items():
@@ -70,6 +66,33 @@ def counted_ids(engine: Engine, config: EventsConfig, train: str, column: str) -
 
 def _frequent(values: str, least: int) -> str:
     return f"SELECT id FROM ({values}) WHERE id IS NOT NULL GROUP BY id HAVING count(*) >= {least}"
+
+
+def _num_rows(engine: Engine, name: str, values: str) -> int:
+    """Return the rows that the table of a column needs, whose values are rows.
+
+    Raises:
+        ValueError: they are none, or hardly any row would be used.
+    """
+    figures = (
+        "min(id) AS least, max(id) AS largest, count(*) - count(id) AS nulls, "
+        "count(DISTINCT id) AS distinct_ids"
+    )
+    table = engine.table(f"SELECT {figures} FROM ({values})")
+    least, largest, nulls, ids = (column[0].as_py() for column in table.columns)
+    problem = None
+    if isinstance(largest, str) or (least is not None and least < 0):
+        problem = f"has the id {least!r}; write rows from 0"
+    elif nulls:
+        problem = f"has null in lists or beside events, {nulls} times, which is no row; fill it"
+    elif ids and largest >= max(LARGE_TABLE, ROWS_PER_ID * ids):
+        problem = (
+            f"has {ids:,} ids, of which the largest is {largest}: its table has at most "
+            f"{ROWS_PER_ID:,} rows for each id, or {LARGE_TABLE:,}; number the ids"
+        )
+    if problem is not None:
+        raise ValueError(f"vocabulary: kind is rows, but '{name}' {problem}, or choose kind exact")
+    return 1 if largest is None else largest + 1
 
 
 def _tables_of(column: str, lists: dict[str, str]) -> list[str]:

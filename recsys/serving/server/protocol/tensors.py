@@ -43,6 +43,8 @@ class Tensor:
     def of_values(name: str, datatype: str, shape: Sequence[int], data: Any) -> Tensor:
         """Read a tensor of which the values are given, flat or nested as the shape.
 
+        A value may be null, which stands for an unknown id.
+
         Raises:
             Refusal: a value is not of the type, or they do not fit the shape.
         """
@@ -50,19 +52,13 @@ class Tensor:
         values = list(_flat(data, len(shape)))
         if len(values) != count:
             raise Refusal(f"input '{name}': has {len(values)} values for shape {list(shape)}")
+        known = [value for value in values if value is not None]
         if datatype == BYTES:
-            return Tensor(name, tuple(shape), [_text(name, value) for value in values])
-        wanted = {"B": (bool,), "I": (int,), "U": (int,), "F": (int, float)}[datatype[0]]
-        for value in values:
-            if type(value) not in wanted:
-                raise Refusal(
-                    f"input '{name}': a value of type {type(value).__name__} in {datatype}"
-                )
-        try:
-            numbers = np.array(values, TYPES[datatype])
-        except OverflowError as error:
-            raise Refusal(f"input '{name}': a value is out of range of {datatype}") from error
-        return Tensor(name, tuple(shape), numbers.tolist())
+            read = iter([_text(name, value) for value in known])
+        else:
+            read = iter(_numbers(name, datatype, known).tolist())
+        values_or_null = [None if value is None else next(read) for value in values]
+        return Tensor(name, tuple(shape), values_or_null)
 
     @staticmethod
     def of_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> Tensor:
@@ -100,6 +96,17 @@ def _flat(data: Any, depth: int) -> Iterator[Any]:
             yield from _flat(value, depth - 1)
         else:
             yield value
+
+
+def _numbers(name: str, datatype: str, values: list[Any]) -> np.ndarray:
+    wanted = {"B": (bool,), "I": (int,), "U": (int,), "F": (int, float)}[datatype[0]]
+    for value in values:
+        if type(value) not in wanted:
+            raise Refusal(f"input '{name}': a value of type {type(value).__name__} in {datatype}")
+    try:
+        return np.array(values, TYPES[datatype])
+    except OverflowError as error:
+        raise Refusal(f"input '{name}': a value is out of range of {datatype}") from error
 
 
 def _text(name: str, value: Any) -> str:

@@ -190,7 +190,7 @@ def value(of: Parallel, event: Row, row: Row, items: list[Row]) -> Any:
     if of.column == "action":
         return event["action"]
     if of.column == "brand":
-        return snapshot(items, event["iid"], event["ts"]).get("brand") or ""
+        return snapshot(items, event["iid"], event["ts"]).get("brand")
     number = event.get(of.column)
     number = of.fill if number is None else number
     if of.at_least is not None:

@@ -184,17 +184,6 @@ BAD = [
         change("events", "log", "columns", value=["price", "price"]),
         ("'log'", "'price'"),
     ),
-    Bad(
-        "null inside a list of ids",
-        lambda folder, config: (
-            change("items", "columns", "brand", value="ids")(folder, config),
-            pq.write_table(
-                pa.table({"id": [3], "brand": [["x", None]], "cost": [1.0]}),
-                folder / "items.parquet",
-            ),
-        ),
-        ("items.parquet", "'brand'", "null"),
-    ),
     *(
         Bad(
             f"{fill!r} for nulls of {name}",

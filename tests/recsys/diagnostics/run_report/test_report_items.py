@@ -105,7 +105,7 @@ def test_texts_that_are_no_utf_8_are_shown_with_a_mark(tmp_path: Path) -> None:
 def test_the_first_of_several_categories_counts(tmp_path: Path, values: pa.Array) -> None:
     table = items_of(tmp_path, {"item": pa.arange(0, 4), "genre": values})
 
-    assert category_column(table, None) == "genre"
+    assert category_column(table.files, None) == "genre"
     assert categories(table, "genre", np.arange(4)) == ["Comedy", "War", None, None]
     read = [category_text(value) for value in column_values(table, "genre", np.arange(4))]
     assert read == ["Comedy, Drama", "War", "", ""]
@@ -114,15 +114,15 @@ def test_the_first_of_several_categories_counts(tmp_path: Path, values: pa.Array
 def test_integers_are_categories_and_zero_is_one(tmp_path: Path) -> None:
     table = items_of(tmp_path, {"item": pa.array([0, 1]), "shelf": pa.array([0, 5])})
 
-    assert category_column(table, None) is None
-    assert category_column(table, "shelf") == "shelf"
+    assert category_column(table.files, None) is None
+    assert category_column(table.files, "shelf") == "shelf"
     assert categories(table, "shelf", np.arange(2)) == ["0", "5"]
     assert category_text(0) == "0"
 
 
 def test_a_column_chosen_without_items_is_refused() -> None:
     with pytest.raises(ValueError, match="--colour_by brand: "):
-        category_column(None, "brand")
+        category_column([], "brand")
 
 
 def test_pictures_are_jpegs_of_at_most_96_pixels_in_height(tmp_path: Path) -> None:

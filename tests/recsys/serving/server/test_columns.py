@@ -1,0 +1,67 @@
+"""The columns of a package as the routes describe and read them, without a server."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from recsys.data.schema import Schema
+from recsys.data.schema_columns import Column, IdType, VocabularySettings
+from recsys.serving.scorer import Scorer
+from recsys.serving.server.columns import Columns
+from recsys.serving.server.description import _value_of
+from recsys.serving.server.protocol.tensors import Tensor
+from recsys.serving.server.refusals import Refusal
+
+
+def columns(example: dict[str, Any]) -> Columns:
+    """Columns of string ids with every vocabulary, beside a table without one."""
+    raw: dict[str, Any] = {
+        name: Column("id", num_embeddings=9, vocabulary=VocabularySettings(cast(Any, kind)))
+        for name, kind in {"item": "exact", "shop": "bounded", "place": "hash"}.items()
+    }
+    raw["past"] = Column("sequence", shares="item", parallel=["price"])
+    raw |= {"user": Column("id", num_embeddings=9), "age": Column("dense")}
+    schema = Schema("item", "user", {**raw, "liked": Column("label")})
+    for table in ("item", "shop", "place"):
+        schema.id_types[table] = IdType("string", "train")
+    pooled = ["user", "shop", "place"]
+    manifest = SimpleNamespace(pooled=pooled, dense=["age"])
+    return Columns(cast(Scorer, SimpleNamespace(schema=schema, manifest=manifest)), example)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        {},
+        {"user": {"shop": None, "place": None}, "history": {"past": []}, "candidates": []},
+        {"user": {"shop": "a", "place": "b"}, "history": {"past": ["c"]}, "candidates": ["c"]},
+    ],
+)
+def test_string_ids_are_bytes_in_the_metadata_whatever_the_example_has(
+    example: dict[str, Any],
+) -> None:
+    types = {of["name"]: of["datatype"] for of in columns(example).described()}
+    strings = dict.fromkeys(("item", "shop", "place", "past"), "BYTES")
+    assert types == {**strings, "user": "INT64", "age": "FP32", "price": "FP32"}
+
+
+def test_the_description_lets_unknown_ids_be_null_but_no_ranked_item() -> None:
+    of = columns({})
+    kinds = {name: _value_of(name, "BYTES", of)["type"] for name in ("item", "shop", "past")}
+    assert kinds == {"item": "string", "shop": ["string", "null"], "past": ["string", "null"]}
+    assert _value_of("user", "INT64", of)["type"] == "integer"
+
+
+def test_a_tensor_in_json_may_have_null() -> None:
+    assert Tensor.of_values("shop", "BYTES", [2], ["a", None]).values == ["a", None]
+    assert Tensor.of_values("n", "INT64", [2, 2], [[1, None], [None, 2]]).values == [
+        *(1, None),
+        *(None, 2),
+    ]
+    with pytest.raises(Refusal, match="str in INT64"):
+        Tensor.of_values("n", "INT64", [2], [None, "1"])
+    with pytest.raises(Refusal, match="out of range of INT8"):
+        Tensor.of_values("n", "INT8", [2], [None, 1000])
