@@ -42,6 +42,25 @@ def test_each_item_of_a_text_becomes_a_row_with_its_number() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "between", "items"),
+    [
+        ("N1\tN2", " ", ["N1", "N2"]),
+        ("N1  N2\n N3", " ", ["N1", "N2", "N3"]),
+        ("N1\u00a0N2", " ", ["N1", "N2"]),
+        (" \t", " ", [None]),
+        ("a b | c|d ", "|", ["a b", "c", "d"]),
+        ("a b\tc", "\t", ["a b", "c"]),
+    ],
+)
+def test_any_white_space_is_as_good_as_a_blank_and_is_no_part_of_an_item(
+    text: str, between: str, items: list[str | None]
+) -> None:
+    batch = pa.record_batch({"shown": [text]})
+    split = rows(batch, table(several=Several(between=between)))
+    assert [row["shown"] for _, row in split] == items
+
+
 def test_each_item_of_a_list_becomes_a_row() -> None:
     batch = pa.record_batch({"user": [1, 2, 3], "shown": [[5, 6], None, [7]]})
     users = [(row["user"], row["shown"]) for _, row in rows(batch, table(several=Several()))]
@@ -55,11 +74,65 @@ def test_each_item_of_a_list_becomes_a_row() -> None:
         ({"kind": ["x", "y"], "number": 1}, [0, 1]),
         ({"number": [2.0]}, [2]),
         ({"number": 9}, []),
+        ({"ok": True}, [0, 2]),
+        ({"ok": 1}, [0, 2]),
+        ({"ok": [0, 1]}, [0, 1, 2]),
+        ({"none": 1}, []),
     ],
 )
 def test_where_chooses_rows_of_all_its_columns(where: Any, expected: list[int]) -> None:
-    batch = pa.record_batch({"kind": ["x", "y", "x", None], "number": [1, 1, 2, 1]})
+    columns = {"kind": ["x", "y", "x", None], "number": [1, 1, 2, 1]}
+    batch = pa.record_batch(columns | {"ok": [True, False, True, None], "none": pa.nulls(4)})
     assert [position for position, _ in rows(batch, table(where=where))] == expected
+
+
+@pytest.mark.parametrize(
+    ("folder", "values", "is_chosen"),
+    [
+        ("2026-01-02", "2026-01-02", True),
+        ("2026-01-02", ["2026-01-01", "2026-01-03"], False),
+        ("07", 7, True),
+        ("07", "7", False),
+        ("x", [7, 8], False),
+        (None, "x", False),
+    ],
+)
+def test_where_chooses_files_by_the_names_of_their_folders(
+    folder: str | None, values: Any, is_chosen: bool
+) -> None:
+    batch = pa.record_batch({"shown": [1, 2]})
+    chosen, _ = narrowed(batch, table(where={"part": values}), FILE, parts={"part": folder})
+    assert chosen.num_rows == (2 if is_chosen else 0)
+
+
+def write_log(folder: Path, day: str) -> Path:
+    """Views in two folders, of which those of a day are impressions, beside purchases."""
+    log: dict[str, Any] = {
+        "user": [number % 4 for number in range(60)],
+        "item": [number % 7 for number in range(60)],
+        "time": [1_790_000_000 + number for number in range(60)],
+    }
+    for part in ("day=2026-01-01", "day=2026-01-02"):
+        (folder / "views" / part).mkdir(parents=True)
+        pq.write_table(pa.table(log), folder / "views" / part / "a.parquet")
+    pq.write_table(pa.table(log), folder / "buys.parquet")
+    (folder / "events.yaml").write_text(
+        "events: {view: {path: views}, buy: {path: buys.parquet}}\n"
+        f"impressions: {{path: views, where: {{day: {day}}}}}\n"
+        "labels: {bought: {action: buy, within: 1d}}\n"
+    )
+    return folder / "events.yaml"
+
+
+def test_a_folder_is_chosen_by_a_date_as_yaml_reads_it(tmp_path: Path) -> None:
+    report = prepare_events(write_log(tmp_path, "2026-01-02"), tmp_path / "out")
+    assert report["events"] == 60 + 120 + 60
+
+
+def test_a_where_that_chooses_no_row_of_a_table_is_named(tmp_path: Path) -> None:
+    config = write_log(tmp_path, "2026-01-09")
+    with pytest.raises(ValueError, match=r"views/day=2026-01-01/a\.parquet: .*'impression'.*-09"):
+        prepare_events(config, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +142,12 @@ def test_where_chooses_rows_of_all_its_columns(where: Any, expected: list[int]) 
         (["a-1 b-x"], {"several": Several(column="clicked")}, ["'shown'", "x"]),
         ([3], {"several": Several()}, ["'shown'", "int64"]),
         ([" ".join("a" * 4097)], {"several": Several()}, ["'shown'", "4096"]),
+        (["a-1 -0"], {"several": Several(column="clicked")}, ["'shown'", "row 0", "'-0'"]),
         ([3], {"where": {"shown": "many"}}, ["'shown'", "int64", "many"]),
+        ([True], {"where": {"shown": 2}}, ["'shown'", "bool", "[2]"]),
+        ([True], {"where": {"shown": [True, "maybe"]}}, ["'shown'", "maybe"]),
+        ([3], {"where": {"shown": 2**70}}, ["'shown'", str(2**70)]),
+        ([3], {"where": {"shown": 2.5}}, ["'shown'", "int64", "2.5"]),
     ],
 )
 def test_other_values_are_refused_by_file_and_column(

@@ -48,3 +48,40 @@ def test_images_of_any_binary_type_are_opened(tmp_path: Path) -> None:
     for array in (posters.cast(pa.binary_view()), posters.dictionary_encode()):
         write_parquet(file, table.set_column(place, "poster", array))
         assert explain_data(str(data)).items.columns["poster"].formats["PNG"] == 29
+
+
+@pytest.mark.parametrize(
+    ("categories", "values", "missing"),
+    [
+        (pa.array([["a", "b"], [], None, ["b", None]] + [["a"]] * 26), 2, 2),
+        (pa.array([["a"], ["b"]] * 15).cast(pa.list_(pa.dictionary(pa.int8(), pa.string()))), 2, 0),
+        (pa.array([[1, 2], [3]] * 15), 3, 0),
+        (pa.array([[]] * 30), 0, 30),
+        (pa.nulls(30), 0, 30),
+        (pa.array(["a", None, "c"] * 10), 2, 10),
+    ],
+)
+def test_categories_are_counted_one_by_one_in_lists_and_alone(
+    categories: pa.Array, values: int, missing: int, tmp_path: Path
+) -> None:
+    data = with_categories(tmp_path, categories)
+    found = explain_data(str(data)).items
+    assert found is not None
+    column = found.columns["genre"]
+    assert (column.values, column.missing) == (values, missing)
+
+
+def test_categories_of_another_type_are_named(tmp_path: Path) -> None:
+    data = with_categories(tmp_path, pa.array([{"a": 1}] * 30))
+    with pytest.raises(ValueError, match=r"items/part-0\.parquet: column 'genre' .*struct"):
+        explain_data(str(data))
+
+
+def with_categories(folder: Path, categories: pa.Array) -> Path:
+    """The small dataset with a category of each item."""
+    data = write_dataset(folder / "data")
+    file = data / "items" / "part-0.parquet"
+    write_parquet(file, pq.read_table(file).append_column("genre", categories))
+    schema = (data / "schema.yaml").read_text()
+    (data / "schema.yaml").write_text(schema + "    genre: {kind: category}\n")
+    return data
