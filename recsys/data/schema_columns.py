@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+# Columns of tables in memory beside those of the schema.
+ROW_POSITION = "__row_position"  # position of a row in the split, files in order of name
+RAW_GROUP = "__raw_group"  # raw ids of the group: a vocabulary may map several to one row
 MOST_ROWS = 2**48  # rows of a table: more than any cluster holds
 
 
@@ -83,6 +86,8 @@ def check_histories(columns: dict[str, Column], target_item: str, path: str) -> 
     """
     histories = histories_of(columns)
     lists = [name for of in histories for name in (*of.numbers, *of.ids)]
+    for name in {ROW_POSITION, RAW_GROUP} & {*columns, *lists}:
+        raise ValueError(f"{path}: column '{name}' has a name of this program's; rename it")
     for name in lists:
         if lists.count(name) > 1:
             raise ValueError(f"{path}: parallel list '{name}' is named twice; name it once")

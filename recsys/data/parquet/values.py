@@ -21,10 +21,10 @@ from embeddings.vocabulary.fixed import ExactVocabulary, is_id_type
 from recsys.data.parquet.numbers import bad_numbers, note_rows_without_label
 from recsys.data.parquet.raw_ids import plain_ids, raw_groups, rows_of_ids
 from recsys.data.schema import Schema
+from recsys.data.schema_columns import RAW_GROUP as RAW_GROUP
+from recsys.data.schema_columns import ROW_POSITION as ROW_POSITION
 
-ROW_POSITION = "__row_position"  # position of a row in the split, files in order of name
 MAX_LIST_VALUES = np.iinfo(np.int32).max  # of a column of lists, whose offsets are int32
-RAW_GROUP = "__raw_group"  # raw ids of the group: a vocabulary may map several to one row
 
 # Column, mask of its bad rows [R], their common reason, and a function from a row to its message.
 ReportColumn = Callable[[str, np.ndarray, str, Callable[[int], str]], None]

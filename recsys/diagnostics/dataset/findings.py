@@ -12,7 +12,7 @@ from recsys.data.schema import advice_on_unknown
 from recsys.diagnostics.dataset.dataset_summary import SPLITS, DatasetSummary
 from recsys.diagnostics.dataset.item_summary import ColumnSummary
 from recsys.diagnostics.dataset.split_summary import GROUPS, SplitSummary
-from recsys.diagnostics.dataset.time_columns import in_words
+from recsys.diagnostics.dataset.time_columns import in_words, seconds
 
 # Shares from which on something is reported.
 FEW, MANY, MOST = 0.001, 0.1, 0.5
@@ -60,7 +60,7 @@ def _times(found: DatasetSummary) -> Iterator[Finding]:
     for before, after in pairwise(SPLITS):
         for column, (_, last) in found.splits[before].times.items():
             first = found.splits[after].times.get(column, (None, None))[0]
-            if first is not None and first < last:
+            if first is not None and seconds(first) < seconds(last):
                 yield Finding(
                     f"{before} goes on until {in_words(last)} by column '{column}', but {after} "
                     f"begins at {in_words(first)}",

@@ -93,7 +93,8 @@ def _columns(found: DatasetSummary) -> str:
             lists.append((name, split.split, mean, *quantiles, empty))
         elif name in split.numbers:
             of = split.numbers[name].summary()
-            cells = [f"{of[key]:.4g}" for key in ("min", "mean", "max", "deviation")]
+            figures = ("min", "mean", "max", "deviation")
+            cells = [f"{of[key]:.4g}" if of else "-" for key in figures]
             numbers.append((name, split.split, *cells))
     return "\n\n".join(align_columns(rows) for rows in (lists, numbers) if len(rows) > 1)
 

@@ -33,7 +33,7 @@ def time_ranges(rows: ParquetRows, schema: Schema) -> dict[str, tuple[Any, Any]]
                 for of_group in footer_statistics(parquet.metadata, name):
                     if of_group is not None and of_group.has_min_max:
                         ends = (*found.get(name, ()), of_group.min, of_group.max)
-                        found[name] = min(ends), max(ends)
+                        found[name] = min(ends, key=seconds), max(ends, key=seconds)
     return found
 
 
@@ -52,11 +52,20 @@ def footer_statistics(metadata: pq.FileMetaData, name: str) -> Iterator[pq.Stati
         yield next((c.statistics for c in columns if c.path_in_schema == name), None)
 
 
+def seconds(moment: Any) -> float:
+    """Return a moment in seconds since 1970, by which files of different types are compared.
+
+    Integers that are no times are returned as they are; dates and times without a zone are UTC.
+    """
+    if isinstance(moment, int):
+        return next((moment / unit for low, high, unit in UNITS if low <= moment < high), moment)
+    if not isinstance(moment, datetime):
+        moment = datetime(moment.year, moment.month, moment.day)
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
 def in_words(moment: Any) -> str:
     """Format a moment as date and time to the minute; unchanged if it cannot be read as a time."""
-    if isinstance(moment, int):
-        for low, high, unit in UNITS:
-            if low <= moment < high:
-                moment = datetime.fromtimestamp(moment / unit, UTC)
-                break
+    if isinstance(moment, int) and any(low <= moment < high for low, high, _ in UNITS):
+        moment = datetime.fromtimestamp(seconds(moment), UTC)
     return moment.strftime("%Y-%m-%d %H:%M") if hasattr(moment, "strftime") else str(moment)

@@ -116,6 +116,8 @@ def test_a_missing_schema_is_named(tmp_path: Path) -> None:
             "'shop'",
         ),
         ("[history_liked]", "[gap, gap]", "parallel list 'gap'"),
+        ("[history_liked]", "[__row_position]", "'__row_position'.*rename"),
+        ("  user:", "  __raw_group: {kind: dense}\n  user:", "'__raw_group'.*rename"),
         (VALID, "a: [b", "schema.yaml: "),
         (VALID, "", "a mapping"),
         (VALID, "target_item: item\ngroup: user\ncolumns:\n", "has no columns"),

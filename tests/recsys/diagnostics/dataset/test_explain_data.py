@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import tracemalloc
-from datetime import datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from recsys.diagnostics.dataset.dataset_summary import (
     to_json,
 )
 from recsys.diagnostics.dataset.findings import find
+from recsys.diagnostics.dataset.report import format_dataset
 from recsys.diagnostics.dataset.split_summary import GROUPS, PAIRS, ROWS
 from tests.datasets import item_rows, png, write_dataset, write_parquet
 from tests.recsys.data import bad_impressions
@@ -232,6 +233,33 @@ def test_times_are_read_off_the_footers(tmp_path: Path) -> None:
     change(data, "train", seen=late)
     change(data, "valid", seen=lambda t: pa.array([datetime(2025, 5, 4)] * len(t)))
     assert "until 2025-05-05 00:00 by column 'seen'" in findings(data)
+
+
+def test_times_of_other_types_are_compared_as_times(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    moments = {
+        "train": pa.scalar(date(2025, 5, 5)),
+        "valid": pa.scalar(datetime(2025, 5, 4, tzinfo=UTC), pa.timestamp("us", "UTC")),
+        "test": pa.scalar(int(datetime(2025, 5, 6, tzinfo=UTC).timestamp())),
+    }
+    for split, moment in moments.items():
+        change(data, split, ts=lambda t, moment=moment: pa.array([moment.as_py()] * len(t)))
+    found = findings(data)
+    assert "train goes on until 2025-05-05 00:00 by column 'ts', but valid begins at" in found
+    assert "but test begins" not in found
+
+
+def test_a_column_without_any_value_is_described(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    schema = (data / "schema.yaml").read_text()
+    more = "columns:\n  teacher: {kind: extra}\n"
+    (data / "schema.yaml").write_text(schema.replace("columns:\n", more, 1))
+    for split in SPLITS:
+        change(data, split, teacher=lambda t: pa.nulls(len(t), pa.float32()))
+    lines = format_dataset(found := summarize_dataset(str(data)), find(found)).splitlines()
+    assert [line.split() for line in lines if "teacher" in line] == [
+        ["teacher", split, "-", "-", "-", "-"] for split in SPLITS
+    ]
 
 
 def test_unused_rows_of_a_table(tmp_path: Path) -> None:
