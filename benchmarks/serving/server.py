@@ -29,7 +29,7 @@ def served(
     words = [sys.executable, "-m", "recsys.cli", "serve", str(package), "--name", "package"]
     words += ["--host", "127.0.0.1", "--port", str(ports[0]), "--grpc_port", str(ports[1])]
     words += ["--threads", "1", "--log_level", "warning", "--verify", verify]
-    words += ["--workers", str(workers)]
+    words += ["--workers", str(workers), "--drain", "0"]
     process = subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         deadline = time.monotonic() + START_SECONDS

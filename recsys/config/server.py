@@ -41,8 +41,15 @@ class ServerSettings:
     """compare the hash of every file of a package with its manifest before it is served; later: of
     some blocks of each, and of the others while it is served"""
     token: str | None = field(default=None, repr=False)
+    read_timeout: int = 20
+    """seconds in which a request must arrive; longer than a slow client needs for `max_body`"""
+    idle_timeout: int = 65
+    """seconds that a connection may be idle: longer than load balancers keep theirs"""
+    drain: int = 5
+    """seconds from SIGTERM, in which the server is not ready but answers all requests; longer than
+    load balancers take to notice"""
     grace: int = 30
-    """seconds that open requests have when the server is asked to end"""
+    """seconds that open requests have after that"""
     log_level: LogLevel = "auto"
     log_format: LogFormat = "text"
 
@@ -52,7 +59,8 @@ class ServerSettings:
         Raises:
             ValueError: names the setting that is out of range.
         """
-        lowest = {"port": 0, "grpc_port": 0, "workers": 1, "threads": 1, "grace": 0}
+        lowest = {"port": 0, "grpc_port": 0, "workers": 1, "threads": 1}
+        lowest |= {"read_timeout": 1, "idle_timeout": 1, "drain": 0, "grace": 0}
         for name, least in lowest.items():
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"--{name}: is {value}; give at least {least}")

@@ -23,7 +23,8 @@ def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
     add = parser.add_argument
     add("package", type=Path, help="package that `recsys export` wrote, or a link to one")
     add("--name", type=str | None, help="name of the model; default: that of the folder")
-    add("--host", type=str, default="0.0.0.0", help="address to listen on")
+    text = "address to listen on; 0.0.0.0: all of this machine"
+    add("--host", type=str, default="127.0.0.1", help=text)
     add("--port", type=int, default=8080, help="port of HTTP; 0: a free one")
     add("--grpc_port", type=int, default=8081, help="port of gRPC; 0: a free one")
     add("--workers", type=int, default=1, help="processes that answer requests")
@@ -31,7 +32,14 @@ def add_arguments(parser: ArgumentParser, words: Sequence[str]) -> None:
     text = "compare the hashes of the files first; later: of some blocks, the rest while serving"
     add("--verify", type=bool | Literal["later"], default=True, help=text)
     add("--token", type=str | None, help=f"bearer token of requests; default: that of {TOKEN}")
-    add("--grace", type=int, default=30, help="seconds that open requests have at the end")
+    text = "seconds in which a request must arrive; a slower one is answered by 408"
+    add("--read_timeout", type=int, default=ServerSettings.read_timeout, help=text)
+    text = "seconds that a connection may be idle; longer than load balancers keep theirs"
+    add("--idle_timeout", type=int, default=ServerSettings.idle_timeout, help=text)
+    text = "seconds from SIGTERM in which the server is not ready but answers all requests"
+    add("--drain", type=int, default=ServerSettings.drain, help=text)
+    text = "seconds that open requests have after that"
+    add("--grace", type=int, default=ServerSettings.grace, help=text)
     limits = Limits()
     for of in fields(Limits):
         value = getattr(limits, of.name)
@@ -66,6 +74,9 @@ def _serve(arguments: Namespace) -> None:
         limits=limits,
         verify=arguments.verify,
         token=arguments.token if arguments.token is not None else os.environ.get(TOKEN),
+        read_timeout=arguments.read_timeout,
+        idle_timeout=arguments.idle_timeout,
+        drain=arguments.drain,
         grace=arguments.grace,
         log_level=arguments.log_level,
         log_format=arguments.log_format,

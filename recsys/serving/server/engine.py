@@ -20,7 +20,13 @@ from recsys.serving.integrity import VerifiedFiles
 from recsys.serving.server import metrics
 from recsys.serving.server.columns import RankedUser
 from recsys.serving.server.protocol.tensors import Tensor
-from recsys.serving.server.refusals import NotServed, Overloaded, Refusal, Unauthorized
+from recsys.serving.server.refusals import (
+    Draining,
+    NotServed,
+    Overloaded,
+    Refusal,
+    Unauthorized,
+)
 from recsys.serving.server.served import POLL_SECONDS, CurrentPackage, Served
 
 # Of Linux, which has priorities by thread: a third of the share of the others. The lowest would
@@ -48,6 +54,7 @@ class Engine:
         # A thread of its own: without privileges its priority cannot be raised again.
         self._loader = ThreadPoolExecutor(1, "loader", _lower_priority)
         self._waiting = 0
+        self.is_draining = False
 
     @property
     def served(self) -> Served:
@@ -64,6 +71,17 @@ class Engine:
             header.encode(), f"Bearer {token}".encode()
         ):
             raise Unauthorized("authorization: the bearer token is missing or wrong")
+
+    def require_ready(self) -> None:
+        """Require that clients may send further requests.
+
+        Raises:
+            Draining: the server is about to end.
+            Damaged: a file of the package differs from its hash.
+        """
+        if self.is_draining:
+            raise Draining("the server is about to end; send requests to another")
+        self.served.require_whole()
 
     def require_model(self, name: str, version: str | None) -> Served:
         """Return the package to use for a request to a model.

@@ -42,7 +42,10 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[ID_HEADER] = log.id
+                headers_sent = MutableHeaders(scope=message)
+                headers_sent[ID_HEADER] = log.id
+                if self._engine.is_draining:  # the next request finds another server
+                    headers_sent["connection"] = "close"
             await send(message)
 
         try:

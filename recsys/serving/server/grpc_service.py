@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +13,7 @@ from typing import Any
 import grpc
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from grpc.aio import ServicerContext
 from grpc_tools import protoc
@@ -19,7 +21,7 @@ from grpc_tools import protoc
 from recsys.serving.server.engine import Engine
 from recsys.serving.server.http_app import INTERNAL, model_metadata
 from recsys.serving.server.protocol.tensors import Tensor
-from recsys.serving.server.refusals import Refusal
+from recsys.serving.server.refusals import Incomplete, Refusal
 from recsys.serving.server.request_log import ID_HEADER, RequestLog
 
 logger = logging.getLogger(__name__)
@@ -32,8 +34,13 @@ Method = Callable[[Any, str], Awaitable[dict[str, Any]]]
 
 def grpc_server(engine: Engine, address: str) -> grpc.aio.Server:
     """Return a server that is not started yet."""
-    limit = engine.settings.limits.max_body
-    options = [("grpc.max_receive_message_length", limit), ("grpc.so_reuseport", 1)]
+    settings = engine.settings
+    options = [
+        ("grpc.max_receive_message_length", settings.limits.max_body),
+        ("grpc.server_handshake_timeout_ms", 1000 * settings.read_timeout),
+        ("grpc.max_connection_idle_ms", 1000 * settings.idle_timeout),
+        ("grpc.so_reuseport", 1),
+    ]
     server = grpc.aio.server(options=options)
     server.add_generic_rpc_handlers((_handlers(InferenceService(engine)),))
     server.add_insecure_port(address)
@@ -53,10 +60,11 @@ def _handlers(service: InferenceService) -> grpc.GenericRpcHandler:
         pool.Add(file)
     handlers = {}
     for method in pool.FindServiceByName(SERVICE).methods:
-        handlers[method.name] = grpc.unary_unary_rpc_method_handler(
-            service.answer_of(method.name, GetMessageClass(method.output_type)),
-            request_deserializer=GetMessageClass(method.input_type).FromString,
-            response_serializer=GetMessageClass(method.output_type).SerializeToString,
+        sent, returned = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
+        # As a stream of one message: gRPC would wait for it without a limit on the time.
+        handlers[method.name] = grpc.stream_unary_rpc_method_handler(
+            service.answer_of(method.name, sent, returned),
+            response_serializer=returned.SerializeToString,
         )
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
@@ -76,11 +84,11 @@ class InferenceService:
             "ModelInfer": self._infer,
         }
 
-    def answer_of(self, name: str, response: Any) -> Callable[[Any, ServicerContext], Any]:
+    def answer_of(self, name: str, sent: Any, returned: Any) -> Callable[..., Any]:
         """Return a method with token, request id, codes of errors, log line and metrics."""
         method = self._methods[name]
 
-        async def answer(message: Any, context: ServicerContext) -> Any:
+        async def answer(messages: AsyncIterator[bytes], context: ServicerContext) -> Any:
             """Answer one request."""
             metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
             log, code = RequestLog(f"grpc {name}", metadata.get(ID_HEADER, "")), "OK"
@@ -88,7 +96,7 @@ class InferenceService:
             try:
                 if name not in OPEN:
                     self._engine.require_token(metadata.get("authorization", ""))
-                return response(**await method(message, log.id))
+                return returned(**await method(await self._first(messages, sent), log.id))
             except Refusal as error:
                 code, problem = error.code, str(error)
             except Exception:
@@ -100,11 +108,28 @@ class InferenceService:
 
         return answer
 
+    async def _first(self, messages: AsyncIterator[bytes], kind: Any) -> Any:
+        """Return the only message of a request.
+
+        Raises:
+            Refusal: it did not arrive in time, or is no such message.
+        """
+        seconds = self._engine.settings.read_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                return kind.FromString(await anext(aiter(messages)))
+        except TimeoutError as error:
+            raise Incomplete(f"the request was not complete after {seconds} s") from error
+        except StopAsyncIteration as error:
+            raise Refusal("the request has no message") from error
+        except DecodeError as error:
+            raise Refusal(f"the request is no {kind.DESCRIPTOR.name}: {error}") from error
+
     async def _live(self, message: Any, request_id: str) -> dict[str, Any]:
         return {"live": True}
 
     async def _ready(self, message: Any, request_id: str) -> dict[str, Any]:
-        self._engine.served.require_whole()
+        self._engine.require_ready()
         return {"ready": True}
 
     async def _server(self, message: Any, request_id: str) -> dict[str, Any]:
@@ -112,6 +137,7 @@ class InferenceService:
 
     async def _model_ready(self, message: Any, request_id: str) -> dict[str, Any]:
         self._engine.require_model(message.name, message.version)
+        self._engine.require_ready()
         return {"ready": True}
 
     async def _model(self, message: Any, request_id: str) -> dict[str, Any]:

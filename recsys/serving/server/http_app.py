@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.routing import Match, Route
 from starlette.types import Scope
@@ -35,7 +36,7 @@ RANK = "/v1/rank"
 VERSION = MODEL + "/versions/{model_version}"
 INTERNAL = "internal error; the log of the server has its cause under the request's id"
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 404, 405, 413, 500, 503)
+    status: {"model": ErrorResponse} for status in (400, 401, 404, 405, 408, 413, 431, 500, 503)
 }
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -82,6 +83,7 @@ def http_app(engine: Engine, lifespan: Lifespan) -> FastAPI:
     app.router.routes.insert(0, DirectRoute(RANK, routes.rank, methods=["POST"]))
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientDisconnect, _incomplete)
     app.add_exception_handler(Exception, _failed)
     describe(app, engine.settings.name, engine.served)
     return app
@@ -96,6 +98,11 @@ def _refused(request: Request, error: Exception) -> Response:
 def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
+def _incomplete(request: Request, error: Exception) -> Response:
+    """Give the log a status: the client has gone, or `BoundedConnection` has answered it."""
+    return Response(status_code=408)
 
 
 def _failed(request: Request, error: Exception) -> Response:
@@ -122,8 +129,8 @@ class Routes:
         return {"live": True}
 
     async def ready(self) -> dict[str, bool]:
-        """Return that the server has its package: it answers nothing before."""
-        self._engine.served.require_whole()
+        """Return that the server has its package, and is not about to end."""
+        self._engine.require_ready()
         return {"ready": True}
 
     async def metrics(self) -> Response:
@@ -138,6 +145,7 @@ class Routes:
     async def model_ready(self, name: str, model_version: str | None = None) -> dict[str, Any]:
         """Return that the model is ready."""
         self._engine.require_model(name, model_version)
+        self._engine.require_ready()
         return {"name": name, "ready": True}
 
     async def infer(

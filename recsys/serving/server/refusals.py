@@ -33,6 +33,20 @@ class TooLarge(Refusal):
     code = "RESOURCE_EXHAUSTED"
 
 
+class Incomplete(Refusal):
+    """The request did not arrive whole in time."""
+
+    status = HTTPStatus.REQUEST_TIMEOUT
+    code = "DEADLINE_EXCEEDED"
+
+
+class Draining(Refusal):
+    """The server is about to end."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "UNAVAILABLE"
+
+
 class Damaged(Refusal):
     """A file of the package differs from its hash."""
 

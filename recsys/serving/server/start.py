@@ -6,24 +6,19 @@ They map the same files, so that tables are in memory once.
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 import signal
 import socket
 import tempfile
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import requires
 from importlib.util import find_spec
 from pathlib import Path
 
 from recsys.config.server import ServerSettings
+from recsys.extras import missing_extra
 
-logger = logging.getLogger(__name__)
-
-NEEDED = ("fastapi", "grpc_tools", "prometheus_client", "uvicorn")
-KEEP_ALIVE_SECONDS = 65  # of an idle connection: longer than load balancers keep theirs
+NEEDED = ("fastapi", "grpc_tools", "httptools", "prometheus_client", "uvicorn")
 HEALTH_SECONDS = 60  # without an answer of a worker, after which it is replaced
 
 
@@ -35,15 +30,7 @@ def require_installation() -> None:
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        names = " ".join(
-            f"'{line.split(';')[0].strip()}'"
-            for line in requires("recsys-em3") or ()
-            if re.search("extra == .serve", line)
-        )
-        raise ValueError(
-            f"recsys serve needs the extra `serve` ({', '.join(missing)} is missing); install it: "
-            f"pip install {names}"
-        )
+        raise missing_extra("serve", "recsys serve", f"{', '.join(missing)} is missing")
 
 
 def serve(settings: ServerSettings) -> None:
@@ -66,38 +53,39 @@ def _run(settings: ServerSettings, http: socket.socket) -> None:
     """Run the only worker in this process, or several under a supervisor."""
     import uvicorn
     from uvicorn.config import STARTUP_FAILURE
-    from uvicorn.supervisors import Multiprocess
 
     from recsys.serving.integrity import VerifiedFiles
     from recsys.serving.package import read_manifest
+    from recsys.serving.server.connection import BoundedConnection
+    from recsys.serving.server.drain import Workers
     from recsys.serving.server.worker import worker_app
 
-    logger.info(
-        "%s as model '%s': HTTP on %s:%s, gRPC on %s:%s",
-        *(settings.package, settings.name),
-        *(settings.host, settings.port, settings.host, settings.grpc_port),
-    )
+    # Of connections whose client does not take its answer; they inherit it.
+    patience = 1000 * settings.read_timeout
+    http.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
     verified = VerifiedFiles()
     config = uvicorn.Config(
-        partial(worker_app, settings, verified),
+        partial(worker_app, settings, http, verified),
         factory=True,
+        http=BoundedConnection,
+        ws="none",
         workers=settings.workers,
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=settings.grace,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=settings.idle_timeout,
         timeout_worker_healthcheck=HEALTH_SECONDS,
     )
-    # uvicorn raises the signal once more when it has ended, which would end this process before us.
-    signal.signal(signal.SIGTERM, lambda *_: None)
     if settings.workers == 1:
+        # uvicorn raises the signal once more at its end, which would end this process before us.
+        signal.signal(signal.SIGTERM, lambda *_: None)
         uvicorn.Server(config).run([http])
         return
     read_manifest(Path(settings.package), settings.verify is True, verified)  # for all workers
-    supervisor = Multiprocess(config, [http])
-    supervisor.run()
-    if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
+    workers = Workers(config, [http])
+    workers.run()
+    if any(process.exitcode == STARTUP_FAILURE for process in workers.processes):
         raise ValueError("a worker did not start; its error is above")
 
 

@@ -7,9 +7,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,8 +42,8 @@ class ServedPackage:
     def __init__(self, package: Path, log: Path, *options: str) -> None:
         self.log = log
         words = [sys.executable, "-W", "ignore", "-m", "recsys.cli", "serve", str(package)]
-        words += ["--name", "shop", "--host", "127.0.0.1", "--port", "0", "--grpc_port", "0"]
-        words += ["--threads", "1", "--log_format", "json", *options]
+        words += ["--name", "shop", "--port", "0", "--grpc_port", "0", "--threads", "1"]
+        words += ["--drain", "0", "--log_format", "json", *options]
         environment = {**os.environ, "RECSYS_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
         with log.open("wb") as file:
             self.process = subprocess.Popen(
@@ -54,9 +56,8 @@ class ServedPackage:
             raise
 
     def _wait(self) -> None:
-        ports = self.wait_for(r"HTTP on [\d.]+:(\d+), gRPC on [\d.]+:(\d+)")
+        ports = self.wait_for(r"ready, version.*HTTP on 127.0.0.1:(\d+), gRPC on 127.0.0.1:(\d+)")
         self.port, self.grpc_port = int(ports[1]), int(ports[2])
-        self.wait_for(r"ready, version")
 
     def wait_for(self, pattern: str) -> re.Match[str]:
         """Wait until the log has a line."""
@@ -83,6 +84,21 @@ class ServedPackage:
             return Answer(response.status, names, response.read())
         finally:
             connection.close()
+
+    def send(self, sent: bytes, port: int | None = None) -> bytes:
+        """Send bytes as they are; returns what comes back until the server closes."""
+        with socket.create_connection(("127.0.0.1", port or self.port), HANG_SECONDS) as connection:
+            received = b""
+            with suppress(ConnectionError):  # bytes that the server has not read reset it
+                connection.sendall(sent)
+                while part := connection.recv(2**16):
+                    received += part
+            return received
+
+    def is_listening(self) -> bool:
+        """Whether a connection can be made."""
+        with socket.socket() as connection:
+            return connection.connect_ex(("127.0.0.1", self.port)) == 0
 
     def metric(self, name: str) -> float:
         """The sum of a metric's values."""

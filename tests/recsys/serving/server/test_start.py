@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import socket
 import tomllib
-from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 
+from recsys import extras
 from recsys.cli import main
 from recsys.serving.server import start
 
@@ -21,6 +21,9 @@ ROOT = Path(__file__).parents[4]
         (["--port", "-1"], "--port: is -1"),
         (["--workers", "0"], "--workers: is 0"),
         (["--max_history", "0"], "--max_history: is 0"),
+        (["--read_timeout", "0"], "--read_timeout: is 0"),
+        (["--idle_timeout", "0"], "--idle_timeout: is 0"),
+        (["--drain", "-1"], "--drain: is -1"),
         (["--token", ""], "--token"),
         (["--token", "naïve"], "--token"),
     ],
@@ -54,7 +57,7 @@ def test_what_is_not_installed_is_named_with_its_installation(
 ) -> None:
     lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     group = lines["optional-dependencies"]["serve"]
-    monkeypatch.setattr(start, "requires", lambda _: [f'{of}; extra == "serve"' for of in group])
+    monkeypatch.setattr(extras, "requires", lambda _: [f'{of}; extra == "serve"' for of in group])
     monkeypatch.setattr(start, "NEEDED", ("fastapi", "server_that_is_absent"))
 
     assert main(["serve", "package"]) == 1
@@ -62,4 +65,3 @@ def test_what_is_not_installed_is_named_with_its_installation(
     error = capsys.readouterr().err
     assert "server_that_is_absent" in error and "fastapi is" not in error
     assert [line for line in group if f"'{line}'" not in error] == []
-    assert requires("recsys-em3") is not None

@@ -1,0 +1,268 @@
+"""Clients that send half a request, no HTTP, or too much of it, and those that read no answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.ranks import HANG_SECONDS
+from tests.recsys.serving.server.served_package import TOKEN, ServedPackage
+
+READ, IDLE = 1, 1  # seconds of the server's timeouts
+SLACK = 10  # seconds by which a busy machine may be late
+BEARER = f"authorization: Bearer {TOKEN}\r\n".encode()
+HEAD = b"POST /v1/rank HTTP/1.1\r\n" + BEARER
+CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
+INFER = b"POST /v2/models/shop/infer HTTP/1.1\r\n" + BEARER
+GET = b"GET /v2 HTTP/1.1\r\n" + BEARER
+CLOSE = b"connection: close\r\n\r\n"
+MANY = 200
+
+
+@pytest.fixture(scope="module")
+def server(
+    package_run: tuple[Path, Path, np.ndarray], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServedPackage]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    times = ("--read_timeout", str(READ), "--idle_timeout", str(IDLE))
+    server = ServedPackage(package_run[1], log, *times)
+    yield server
+    assert server.end() == 0
+    assert "Traceback" not in log.read_text()
+
+
+def rank(package_run: tuple[Path, Path, np.ndarray]) -> bytes:
+    """A request that is answered by 200."""
+    body = (package_run[1] / "request.json").read_bytes()
+    return HEAD + b"content-length: %d\r\n\r\n" % len(body) + body
+
+
+def nested(head: bytes, depth: int = 100_000) -> bytes:
+    body = b'{"user": ' + b"[" * depth + b"]" * depth + b"}"
+    return head + b"content-length: %d\r\n" % len(body) + CLOSE + body
+
+
+def statuses(received: bytes) -> list[int]:
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", received)]
+
+
+def descriptors(server: ServedPackage) -> int:
+    return psutil.Process(server.process.pid).num_fds()
+
+
+def wait_for_descriptors(server: ServedPackage, number: int) -> None:
+    deadline = time.monotonic() + READ + IDLE + SLACK
+    while descriptors(server) > number:
+        assert time.monotonic() < deadline, f"{descriptors(server)} are open, not {number}"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        HEAD[:-5],
+        HEAD,
+        HEAD + b"content-length: 100\r\n\r\n{",
+        HEAD + b"content-length: 99999999999\r\n\r\n{",
+        CHUNKED + b"5\r\nabcde\r\n",
+        CHUNKED + b"5\r\nabcde\r\n0\r\n",
+        HEAD + b"expect: 100-continue\r\ncontent-length: 5\r\n\r\n",
+    ],
+)
+def test_a_request_that_does_not_arrive_whole_is_answered_by_408(
+    server: ServedPackage, sent: bytes
+) -> None:
+    started = time.monotonic()
+
+    received = server.send(sent)
+
+    assert READ <= time.monotonic() - started < READ + SLACK
+    assert statuses(received)[-1] == 408
+    assert json.loads(received.split(b"\r\n\r\n")[-1])["error"]
+
+
+@pytest.mark.parametrize("sent", [b"", b"\r\n", GET + b"content-length: 9\r\n\r\n{"])
+def test_a_client_that_has_asked_nothing_is_disconnected_without_a_408(
+    server: ServedPackage, sent: bytes
+) -> None:
+    assert statuses(server.send(sent)) in ([], [200])
+
+
+def test_a_request_that_drips_has_no_longer_time(server: ServedPackage) -> None:
+    started = time.monotonic()
+    with (
+        socket.create_connection(("127.0.0.1", server.port), HANG_SECONDS) as connection,
+        pytest.raises(ConnectionError),
+    ):
+        connection.sendall(HEAD)
+        while time.monotonic() - started < READ + SLACK:
+            connection.sendall(b"x-more: yes\r\n")
+            time.sleep(0.05)
+
+
+def test_half_sent_requests_leave_nothing_open(server: ServedPackage) -> None:
+    wait_for_descriptors(server, before := descriptors(server))
+    kinds = [HEAD, HEAD + b"content-length: 100\r\n\r\n{", b"", CHUNKED + b"5\r\nabcde\r\n"]
+    with ExitStack() as stack:
+        for number in range(MANY):
+            address = ("127.0.0.1", server.port if number % 5 else server.grpc_port)
+            connection = stack.enter_context(socket.create_connection(address))
+            connection.sendall(kinds[number % len(kinds)])
+
+        wait_for_descriptors(server, before)
+
+    assert server.call("/v2").status == 200
+
+
+def test_a_client_that_reads_no_answer_is_disconnected(server: ServedPackage) -> None:
+    wait_for_descriptors(server, before := descriptors(server))
+    request = b"GET /openapi.json HTTP/1.1\r\n" + BEARER + b"\r\n"
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(0.5)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(90 * request)  # more than buffers of the system have room for
+        while descriptors(server) <= before:
+            time.sleep(0.01)
+
+        wait_for_descriptors(server, before)
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        (b"\0\1garbage\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\0\1\0\1\xfc\3\3" + bytes(99), 400),  # TLS
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+        (b"CONNECT a:1 HTTP/1.1\r\n\r\n", 400),
+        (HEAD + b"content-length: -1\r\n\r\n", 400),
+        (HEAD + b"content-length: 1e3\r\n\r\n", 400),
+        (HEAD + b"content-length: %d\r\n\r\n" % 2**80, 400),
+        (HEAD + b"content-length: 3\r\ncontent-length: 4\r\n\r\nabcd", 400),
+        (CHUNKED + b"-5\r\nabcde\r\n0\r\n\r\n", 400),
+        (CHUNKED + b"f" * 20 + b"\r\nabcde\r\n", 400),
+        (HEAD + b"content-length: 3\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (GET + b"folded: a\r\n b\r\n\r\n", 400),
+        (GET.replace(b"/v2", b"/v2/models/\xff"), 400),
+        (GET.replace(b"/v2", b"/v2/models/%ff%00") + CLOSE, 404),
+        (GET.replace(b"/v2", b"//[") + CLOSE, 404),
+        (GET + b"x-request-id: \xff\r\n" + CLOSE, 200),
+        (GET.replace(b"GET", b"TRACE") + CLOSE, 405),
+        (GET + b"".join(b"x-%d: y\r\n" % number for number in range(10_000)) + CLOSE, 431),
+        (GET + b"x: " + b"y" * 2**20 + b"\r\n\r\n", 431),
+        (GET.replace(b"/v2", b"/" + b"y" * 70_000) + CLOSE, 431),
+        (CHUNKED + b"5\r\nabcde\r\n0\r\n" + b"a: b\r\n" * 50_000, 431),
+        (CHUNKED + b"5;" + b"a" * 500_000, 431),
+        (nested(HEAD), 400),
+        (nested(INFER), 400),
+        (INFER + b"inference-header-content-length: -5\r\ncontent-length: 2\r\n" + CLOSE, 408),
+        (INFER + b"inference-header-content-length: \xb2\r\n" + CLOSE, 400),
+        (INFER + b"inference-header-content-length: " + b"9" * 5000 + b"\r\n" + CLOSE, 400),
+        (
+            b"GET /v1/rank HTTP/1.1\r\nconnection: upgrade, close\r\nupgrade: websocket\r\n"
+            b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n"
+            + BEARER
+            + b"\r\n",
+            405,
+        ),
+    ],
+)
+def test_what_is_no_request_is_refused_and_fails_nowhere(
+    server: ServedPackage, sent: bytes, expected: int
+) -> None:
+    found = statuses(server.send(sent))
+
+    assert found == [expected] or (expected == 431 and not found)  # a reset overtakes the answer
+    assert server.call("/v2").status == 200
+    assert server.metric(r'recsys_request_seconds_count{.*status="2\d\d"}') > 0
+    assert server.metric(r'recsys_request_seconds_count{.*status="5\d\d"}') == 0
+
+
+def test_a_client_that_leaves_within_a_body_is_no_failure(server: ServedPackage) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(HEAD + b"x-request-id: leaves\r\ncontent-length: 100\r\n\r\n{")
+
+    line = json.loads(server.wait_for(r".*\"leaves\".*")[0])
+
+    assert line["status"] == "408"
+
+
+def test_an_answer_goes_before_the_refusal_of_what_follows(
+    server: ServedPackage, package_run: tuple[Path, Path, np.ndarray]
+) -> None:
+    assert statuses(server.send(rank(package_run) + b"\0garbage\r\n\r\n")) == [200]
+    assert statuses(server.send(rank(package_run) + GET + CLOSE)) == [200, 200]
+    assert statuses(server.send(rank(package_run) + HEAD)) == [200, 408]
+
+
+def test_pipelined_requests_wait_up_to_a_limit(server: ServedPackage) -> None:
+    received = server.send(5000 * (GET + b"\r\n"))
+
+    assert 0 < len(statuses(received)) < 300 and set(statuses(received)) == {200}
+
+
+def test_a_connection_ends_that_is_idle_after_an_early_answer(server: ServedPackage) -> None:
+    received = server.send(HEAD + b"content-length: 5000000\r\n\r\n" + bytes(5_000_000))
+
+    assert statuses(received) in ([413], [])
+
+
+def frame(kind: int, flags: int, stream: int, content: bytes = b"") -> bytes:
+    """A frame of HTTP/2."""
+    return struct.pack(">I", len(content))[1:] + struct.pack(">BBI", kind, flags, stream) + content
+
+
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0)
+HEADERS = {
+    ":method": "POST",
+    ":scheme": "http",
+    ":path": "/inference.GRPCInferenceService/ServerLive",
+    ":authority": "a",
+    "content-type": "application/grpc",
+    "te": "trailers",
+}
+CALL = b"".join(
+    b"\0" + b"".join(bytes([len(text)]) + text.encode() for text in header)
+    for header in HEADERS.items()
+)
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        (b"", b"handshake timeout|idle"),
+        (HTTP2[:10], b"handshake timeout|idle"),
+        (HTTP2, b"idle"),
+        (HTTP2 + frame(1, 4, 1, CALL)[:30], b"idle"),
+        (HTTP2 + frame(1, 0, 1, CALL), b"idle"),
+        (HTTP2 + frame(1, 4, 1, CALL), b"grpc-status\x014"),  # DEADLINE_EXCEEDED
+        (HTTP2 + frame(1, 4, 1, CALL) + frame(0, 0, 1, b"\0\0\0\0\x64a"), b"grpc-status\x014"),
+        (HTTP2 + frame(1, 5, 1, CALL), b"grpc-status\x013"),  # INVALID_ARGUMENT
+        (
+            HTTP2 + frame(1, 4, 1, CALL) + frame(0, 1, 1, b"\0\0\0\0\x03\xff\xff\xff"),
+            b"grpc-status\x013",
+        ),
+        (HTTP2 + frame(1, 4, 1, CALL) + frame(0, 0, 1, b"\0\x7f\xff\xff\xff"), b"grpc-status\x018"),
+        (os.urandom(99), b""),
+    ],
+)
+def test_a_call_of_grpc_that_does_not_arrive_whole_is_ended(
+    server: ServedPackage, sent: bytes, expected: bytes
+) -> None:
+    started = time.monotonic()
+
+    received = server.send(sent, server.grpc_port)
+
+    assert time.monotonic() - started < READ + 2 * IDLE + SLACK
+    assert re.search(expected, received)
