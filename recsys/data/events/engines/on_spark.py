@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from recsys.data.events.engines.base import ROWS_PER_BATCH, ROWS_PER_GROUP, BatchFunction, Complete
 from recsys.data.events.files.reader import Reader
+from recsys.extras import missing_extra
 
 AT_START = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false"}
 SETTINGS = {
@@ -46,9 +47,7 @@ class SparkEngine:
         try:
             from pyspark.sql import SparkSession
         except ImportError as error:
-            raise ValueError(
-                "--engine spark needs PySpark; install recsys-em3[spark], and Java 17"
-            ) from error
+            raise missing_extra("spark", "--engine spark, with Java 17,", error) from error
         running = SparkSession.getActiveSession()
         session: Any = running or _start(SparkSession.builder, master)
         self._started = session if running is None else None

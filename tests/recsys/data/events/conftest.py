@@ -23,7 +23,7 @@ SMALL = (
 def open_spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], Engine]]:
     """Open engines in one Spark application, whose start takes longer than a test."""
     if importlib.util.find_spec("pyspark") is None:
-        pytest.skip("PySpark is not installed: pip install -e .[spark]")
+        pytest.skip("PySpark is not installed: python3 launch/install.py --extra spark")
     if shutil.which("java") is None:
         pytest.skip("Spark needs Java 17, and no java is on the PATH")
     from recsys.data.events.engines.on_spark import SparkEngine
