@@ -67,11 +67,7 @@ def _written_out(content: Any, path: tuple[str, ...] = ()) -> Any:
             name: _written_out(part, (*path, str(name).replace("/", "_") or "_"))
             for name, part in content.items()
         }
-    if isinstance(content, date):  # as YAML reads dates and times without quotes
-        return content.isoformat()
     here = PurePosixPath("/", *path)
-    if isinstance(content, list):
-        content = [part.isoformat() if isinstance(part, date) else part for part in content]
     if isinstance(content, int | str | list) and any(map(here.match, LISTS)):
         return [_text(part) for part in (content if isinstance(content, list) else [content])]
     if isinstance(content, list):

@@ -12,6 +12,8 @@ from recsys.data.events.times import duration
 
 logger = logging.getLogger(__name__)
 
+UNRIPE = "unripe: `within` ends after the log"  # reason of rows left out
+
 
 def actions_in(actions: list[str] | None) -> str:
     """Return an SQL condition on `action`; None: any but impressions."""
@@ -56,7 +58,7 @@ def make_rows(engine: Engine, config: EventsConfig) -> dict[str, int]:
         if is_needed(config, feature.kind)
     }
     if config.unripe == "drop" and config.label_window:
-        needed["unripe: `within` ends after the log"] = "ripe"
+        needed[UNRIPE] = "ripe"
     reasons = count_nulls(engine, "labelled", needed)
     complete = " AND ".join(f"{quoted(column)} IS NOT NULL" for column in needed.values())
     names = engine.table("SELECT * FROM labelled LIMIT 0").schema.names
@@ -67,7 +69,10 @@ def make_rows(engine: Engine, config: EventsConfig) -> dict[str, int]:
     else:
         engine.view("rows", query)
     if not count_rows(engine, "rows"):
-        raise ValueError(f"rows: none is left; {reasons} were left out; correct these columns")
+        fix = "correct these columns"
+        if UNRIPE in reasons:
+            fix += ", shorten `within`, or set unripe: keep"
+        raise ValueError(f"rows: none is left; {reasons} were left out; {fix}")
     return reasons
 
 

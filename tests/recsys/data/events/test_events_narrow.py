@@ -119,7 +119,7 @@ def write_log(folder: Path, day: str) -> Path:
     (folder / "events.yaml").write_text(
         "events: {view: {path: views}, buy: {path: buys.parquet}}\n"
         f"impressions: {{path: views, where: {{day: {day}}}}}\n"
-        "labels: {bought: {action: buy, within: 1d}}\n"
+        "labels: {bought: {action: buy, within: 1d}}\nunripe: keep\nembargo: false\n"
     )
     return folder / "events.yaml"
 
