@@ -152,13 +152,19 @@ def _write_items(
     end = engine.table(f"SELECT max(ts) AS ts FROM complete WHERE {train}")["ts"][0].as_py()
     content = "".join(f", {quoted(f't_{name}')} AS {quoted(name)}" for name in config.items.content)
     rare = f" AND id IN ({counted_ids(engine, config, train, name)})" if has_rare else ""
-    engine.write(
+    rows = engine.write(
         f"SELECT id AS {quoted(name)}{content} FROM item_snapshots s WHERE (valid_from <= {end} "
         f"AND valid_until > {end} OR valid_from > {end} AND valid_from = first_valid_from){rare} "
         "ORDER BY s.id",
         folder / "items",
         ITEMS_PER_GROUP,
     )
+    if not rows:
+        least = config.vocabulary.min_count.get(name, 1)
+        raise ValueError(
+            f"vocabulary: min_count of '{name}' is {least}, and no item of `items` occurs as often "
+            "up to the last training row; lower it"
+        )
     add_pictures(folder / "items", config.items, name)
 
 

@@ -209,6 +209,13 @@ def test_counts_of_items_and_min_count_are_those_of_the_log(file: str, tmp_path:
     assert ids == frequent == pq.read_table(out / "items")["item"].to_pylist()
 
 
+def test_a_min_count_that_no_item_reaches_is_refused(file: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"item": [*range(ITEMS)]}), tmp_path / "items.parquet")
+    items = {"path": "items.parquet", "id": "item"}
+    with pytest.raises(ValueError, match="min_count of 'item' is 1000"):
+        prepare(file, tmp_path, items=items, vocabulary={"min_count": {"item": 1000}})
+
+
 def test_cold_and_unseen_count_rows_of_the_log_alone(file: str, tmp_path: Path) -> None:
     out = prepare(file, tmp_path, negatives={"per_positive": DRAWN})
     root = Location.of(out)
