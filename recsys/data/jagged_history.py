@@ -139,9 +139,7 @@ class JaggedHistory:
     def softmax(self, scores: Tensor) -> Tensor:
         """Normalise [N, K] or [N] over the items of each row."""
         columns = scores if scores.dim() == 2 else scores.unsqueeze(1)
-        columns = columns.contiguous()
-        softmax, _ = torch.ops.fbgemm.jagged_softmax(columns, self.offsets, self.longest)
-        return softmax.view(scores.shape)
+        return _Softmax.apply(columns.contiguous(), self).view(scores.shape)
 
     def maximum(self, values: Tensor, of_nothing: float) -> Tensor:
         """Return maxima of [N, K] by row: [B, K]; `of_nothing` for an empty row.
@@ -158,20 +156,14 @@ class JaggedHistory:
 
     def padded(self, values: Tensor, fill: float) -> Tensor:
         """Pad [N] to [B, longest] with `fill`."""
-        return torch.ops.fbgemm.jagged_to_padded_dense(
-            values.unsqueeze(1), [self.offsets], [self.longest], padding_value=fill
-        ).squeeze(-1)
+        places = torch.arange(len(self.rows), device=values.device) - self.offsets[self.rows]
+        padded = values.new_full((len(self.lengths), self.longest), fill)
+        return padded.index_put((self.rows, places), values)
 
     def _sum_items(self, weights: Tensor, of_rows: Tensor) -> Tensor:
         """Return the sum over each item's places of weights [N] times of_rows[rows]: [U, D]."""
         order, rows, offsets = self.by_item
         return _bag(rows, of_rows, offsets, weights[order])
-
-    def _dots(self, of_rows: Tensor, items: Tensor) -> Tensor:
-        """Return dot products of rows [B, D] and items [U, D] at each place: [N]."""
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            of_rows.contiguous(), items.contiguous(), self.index, self.offsets[:-1], self.rows, 0
-        )
 
 
 def _stable_order(numbers: Tensor, limit: int) -> Tensor:
@@ -249,7 +241,8 @@ class _Dot(torch.autograd.Function):
     def forward(ctx: Any, queries: Tensor, items: Tensor, history: JaggedHistory) -> Tensor:
         ctx.history = history
         ctx.save_for_backward(queries, items)
-        return history._dots(queries, items)
+        parts = queries.contiguous(), items.contiguous(), history.index, history.offsets[:-1]
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(*parts, history.rows, 0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -260,6 +253,31 @@ class _Dot(torch.autograd.Function):
             history._sum_items(gradient, queries) if wants_items else None,
             None,
         )
+
+
+class _Softmax(torch.autograd.Function):
+    """Autograd of scores [N, K] -> softmax over the places of each row [N, K]."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, history: JaggedHistory) -> Tensor:
+        ctx.history = history
+        if scores.dtype == torch.float64:  # FBGEMM has no kernel for it
+            shares = (scores - history.spread(history.maximum(scores, 0.0))).exp()
+            softmax = shares / history.spread(history.sum(shares))
+        else:
+            softmax = torch.ops.fbgemm.jagged_softmax(scores, history.offsets, history.longest)[0]
+        ctx.save_for_backward(softmax)
+        return softmax
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (softmax,), history = ctx.saved_tensors, ctx.history
+        # FBGEMM's backward has no derivative: autograd would take it for zero.
+        if torch.is_grad_enabled() or softmax.dtype == torch.float64:
+            shares = gradient * softmax
+            return shares - softmax * history.spread(history.sum(shares)), None
+        backward = torch.ops.fbgemm.jagged_softmax_backward
+        return backward(gradient, softmax, history.offsets, history.longest), None
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -276,7 +294,7 @@ class _WeightedSum(torch.autograd.Function):
         weights, items = ctx.saved_tensors
         history, (wants_weights, wants_items, _) = ctx.history, ctx.needs_input_grad
         return (
-            history._dots(gradient, items) if wants_weights else None,
+            history.dot(gradient, items) if wants_weights else None,
             history._sum_items(weights, gradient) if wants_items else None,
             None,
         )

@@ -4,6 +4,7 @@ Each kernel is an operator of torch.library with a fake kernel and a backward, s
 `torch.compile` sees it. The slow reference is the layer that calls it.
 """
 
+from recsys.kernels.checks import result_dtype
 from recsys.kernels.choice import choose_kernels, has_native, rounds_products
 from recsys.kernels.content_interest import native_content_interest
 from recsys.kernels.contrastive import native_in_batch_contrastive
@@ -23,5 +24,6 @@ __all__ = [
     "native_fusion",
     "native_in_batch_contrastive",
     "native_target_attention",
+    "result_dtype",
     "rounds_products",
 ]

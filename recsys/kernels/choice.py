@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from recsys.kernels.checks import FLOATS
 from recsys.kernels.compiler import CompileError, load_kernels
 
 logger = logging.getLogger(__name__)
 
 Kernels = Literal["auto", "torch", "native"]
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 class _Chosen:
@@ -59,7 +59,7 @@ def choose_kernels(kernels: Kernels, device: str = "cpu") -> None:
 
 
 def has_native(*tensors: Tensor) -> bool:
-    """Return whether native kernels compute these inputs: float32 or bfloat16, of one device.
+    """Return whether native kernels compute these inputs: of one device, and no float64.
 
     Loads the kernels for CPU at the first call, where the setting permits. Those for CUDA are used
     by `native` alone, as they have been measured on no GPU. A graph that torch.export writes has
@@ -74,7 +74,7 @@ def has_native(*tensors: Tensor) -> bool:
     """
     if _Chosen.kernels == "torch" or torch.compiler.is_exporting():
         return False
-    if any(part.dtype not in DTYPES for part in tensors):
+    if any(part.dtype not in FLOATS for part in tensors):
         return False
     devices = {part.device.type for part in tensors}
     if devices == {"cuda"}:

@@ -1,12 +1,12 @@
 """Compile the C++ kernels once, at first use, and load them in every later process.
 
 The shared library is in the folder of torch's extensions (`TORCH_EXTENSIONS_DIR`, by default
-`~/.cache/torch_extensions`), under a hash of the sources, the flags, torch's version and the
-processor's features: `-march=native` code of one machine may not run on another that shares the
-folder. Processes that start at once wait at a file lock for the one that compiles. The compiler is
-called directly, since `torch.utils.cpp_extension.load` needs ninja; paths of headers and libraries
-are those of that module. The sources include headers of torch's stable ABI alone, which take a few
-seconds.
+`~/.cache/torch_extensions`), under a hash of the sources, the flags, the compiler's path and
+version, torch's version and the processor's features: `-march=native` code of one machine may not
+run on another that shares the folder. Processes that start at once wait at a file lock for the one
+that compiles. The compiler is called directly, since `torch.utils.cpp_extension.load` needs ninja;
+paths of headers and libraries are those of that module. The sources include headers of torch's
+stable ABI alone, which take a few seconds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import tempfile
 import time
@@ -30,8 +31,8 @@ SOURCES = Path(__file__).parent / "cpp"
 TIME_LIMIT = 180.0  # seconds to compile, and to wait for a process that compiles
 # No -ffast-math: sums keep the order in which they are written, so that results are equal to the
 # last bit in every run and for any number of threads.
-FLAGS = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-w"]
-FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden"]
+FLAGS += ["-Wall", "-Wextra", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 
 
 class CompileError(Exception):
@@ -59,12 +60,52 @@ def load_kernels() -> None:
 
 
 def _folder() -> Path:
-    """Return the folder of the build for these sources, this torch and this processor."""
+    """Return the folder of the build for these sources, this compiler, torch and processor.
+
+    Raises:
+        CompileError: no compiler is found, or it names no version.
+    """
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
-    parts = [torch.__version__, platform.machine(), _processor(), *FLAGS]
+    compiler = _compiler()
+    version = _run([*compiler, "--version"]).stdout
+    parts = [*compiler, str(shutil.which(compiler[0])), version, *FLAGS]
+    parts += [torch.__version__, platform.machine(), _processor()]
     parts += [path.read_text() for path in sorted(SOURCES.rglob("*.*"))]
     return root / f"recsys_kernels_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+
+
+def _compiler() -> list[str]:
+    """Return the words of the compiler's command, which CXX names.
+
+    Raises:
+        CompileError: a quotation in it has no end.
+    """
+    command = os.environ.get("CXX", "c++")
+    try:
+        return shlex.split(command) or ["c++"]
+    except ValueError as error:
+        raise CompileError(f"CXX is {command!r}: {error}") from error
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run the compiler.
+
+    Raises:
+        CompileError: it is not found, fails, or exceeds the time limit.
+    """
+    environment = os.environ | {"LC_ALL": "C"}  # the same text in every language
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIME_LIMIT, env=environment
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CompileError(f"{command[0]} took more than {TIME_LIMIT:.0f} s") from error
+    except OSError as error:
+        raise CompileError(f"C++ compiler '{command[0]}' not found") from error
+    if done.returncode:
+        raise CompileError(f"{command[0]} failed: {_first_line(done.stderr)}")
+    return done
 
 
 def _processor() -> str:
@@ -82,26 +123,21 @@ def _compile(library: Path) -> None:
     # Imported here, as it imports setuptools, which a process with a build does not need.
     from torch.utils import cpp_extension
 
-    compiler = cpp_extension.get_cxx_compiler()
-    includes = [f"-I{path}" for path in cpp_extension.include_paths("cpu")]
+    compiler = _compiler()
+    # Headers of torch are those of a system, whose warnings are not ours.
+    includes = [f"-isystem{path}" for path in cpp_extension.include_paths("cpu")]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths("cpu")]
     sources = sorted(str(path) for path in SOURCES.rglob("*.cpp"))
     start = time.monotonic()
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
-        command = [*shlex.split(compiler), *FLAGS, *includes, *sources, "-o", str(built)]
-        command += [*libraries, "-ltorch_cpu", "-lc10"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
-        except subprocess.TimeoutExpired as error:
-            raise CompileError(f"{compiler} took more than {TIME_LIMIT:.0f} s") from error
-        except OSError as error:
-            raise CompileError(f"C++ compiler '{compiler}' not found") from error
-        if done.returncode:
-            raise CompileError(f"{compiler} failed: {_first_line(done.stderr)}")
+        command = [*compiler, *FLAGS, *includes, *sources, "-o", str(built)]
+        done = _run([*command, *libraries, "-ltorch_cpu", "-lc10"])
         built.replace(library)
+    if done.stderr.strip():
+        logger.warning("%s warns of the kernels:\n%s", compiler[0], done.stderr.strip())
     logger.info(
-        "kernels compiled with %s in %.1f s: %s", compiler, time.monotonic() - start, library
+        "kernels compiled with %s in %.1f s: %s", compiler[0], time.monotonic() - start, library
     )
 
 

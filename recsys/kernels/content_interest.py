@@ -16,6 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recsys.kernels.checks import (
+    as_float32,
+    as_int64,
+    refuse_gradient,
+    refuse_second_derivative,
+)
+
 _INPUTS = (
     "Tensor queries, Tensor items, Tensor map, Tensor index, Tensor offsets, Tensor of_lists, "
     "Tensor parallel"
@@ -39,7 +46,7 @@ def native_content_interest(
     of_lists: Tensor,  # [B, P]
     parallel: Tensor,  # [N, P]
 ) -> tuple[Tensor, Tensor]:  # [B, D + P], [B, S * F]
-    """Return attention's weighted sums and the similarity features, by a kernel.
+    """Return attention's weighted sums and the similarity features, in float32, by a kernel.
 
     The sums are those of the items' first vectors and of the parallel lists, by softmax weights of
     the scores `queries[b, 0] . v + of_lists[b] . parallel[n]`. The features are those of
@@ -56,6 +63,10 @@ def native_content_interest(
         of_lists: factors of the parallel lists in the scores.
         parallel: numbers beside each place, which get no gradient.
 
+    Raises:
+        ValueError: index or offsets are of another type than int64 or int32, or another input of
+            another one than float32, bfloat16 or float16.
+
     Example::
 
         import torch
@@ -68,9 +79,11 @@ def native_content_interest(
             inputs = (queries, items, torch.eye(4), index, offsets, factors, liked)
             native_content_interest(*inputs)  # [2, 5], [2, 7]
     """
-    sums, features, *_ = torch.ops.recsys.content_interest(
-        queries, items, map_, index, offsets, of_lists, parallel
-    )
+    operator = "content_interest"
+    vectors = as_float32(operator, queries=queries, items=items, map=map_)
+    places = as_int64(operator, index=index, offsets=offsets)
+    lists = as_float32(operator, of_lists=of_lists, parallel=parallel)
+    sums, features, *_ = torch.ops.recsys.content_interest(*vectors, *places, *lists)
     return sums, features
 
 
@@ -95,6 +108,7 @@ def _fake_backward(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    refuse_gradient("content_interest", items=inputs[1], parallel=inputs[6])
     kept = output[2:]
     ctx.save_for_backward(*kept, *inputs)
     ctx.mark_non_differentiable(*kept)
@@ -118,3 +132,4 @@ def _backward(
 
 
 torch.library.register_autograd("recsys::content_interest", _backward, setup_context=_save)
+refuse_second_derivative("content_interest")

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recsys.kernels.checks import as_float32, as_int64, refuse_second_derivative, result_dtype
+
 _INPUTS = "Tensor content, Tensor ids, Tensor items, Tensor sharpness, bool normalize"
 torch.library.define(
     "recsys::in_batch_contrastive", f"({_INPUTS}, bool keeps_logits) -> (Tensor, Tensor, Tensor)"
@@ -32,9 +34,14 @@ def native_in_batch_contrastive(
     sharpness: Tensor,  # [], factor of the dot products: 1 / temperature
     normalize: bool,  # divides vectors by their lengths first
 ) -> Tensor:  # [B]
-    """Return the mean of both directions' cross-entropies of each row, in float32.
+    """Return the mean of both directions' cross-entropies of each row.
 
-    Rows of the same item and padding rows, whose item is -1, are never negatives.
+    Rows of the same item and padding rows, whose item is -1, are never negatives. Computed in
+    float32; the result has the type of the vectors, and under autocast float32.
+
+    Raises:
+        ValueError: vectors or sharpness are of another type than float32, bfloat16 or float16, or
+            items of another one than int64 or int32.
 
     Example::
 
@@ -47,10 +54,13 @@ def native_in_batch_contrastive(
             native_in_batch_contrastive(content, ids, items, sharpness, normalize=True)  # [3]
     """
     keeps_logits = torch.is_grad_enabled() and 4 * content.shape[0] ** 2 <= MAX_KEPT_BYTES
+    operator = "in_batch_contrastive"
+    *sides, factor = as_float32(operator, content=content, ids=ids, sharpness=sharpness)
+    (rows,) = as_int64(operator, items=items)
     losses: Tensor = torch.ops.recsys.in_batch_contrastive(
-        content.float(), ids.float(), items, sharpness.float(), normalize, keeps_logits
+        *sides, rows, factor, normalize, keeps_logits
     )[0]
-    return losses
+    return losses.to(result_dtype(content, ids))
 
 
 @torch.library.register_fake("recsys::in_batch_contrastive")
@@ -85,3 +95,4 @@ def _backward(ctx: Any, gradient: Tensor, *of_kept: None) -> tuple[Tensor | None
 
 
 torch.library.register_autograd("recsys::in_batch_contrastive", _backward, setup_context=_save)
+refuse_second_derivative("in_batch_contrastive")

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recsys.kernels.checks import as_float32, refuse_second_derivative, result_dtype
+
 torch.library.define("recsys::dot_interaction", "(Tensor dense, Tensor[] sparse) -> Tensor")
 torch.library.define(
     "recsys::dot_interaction_backward",
@@ -28,8 +30,11 @@ def native_dot_interaction(
     """Return the dense vector and the dot products of the pairs (i, j), i < j, by a kernel.
 
     Vectors of a list are read where they are, such as in the result of a lookup of all tables.
-    The kernel computes in float32. The result has the type that PyTorch's operations give: that of
-    `dense` under autocast, and else the wider one.
+    The kernel computes in float32. The result has the type that PyTorch's operations give: under
+    autocast the wider one of `dense` and autocast's type, and else that of all vectors.
+
+    Raises:
+        ValueError: a vector is of another type than float32, bfloat16 or float16.
 
     Example::
 
@@ -41,12 +46,13 @@ def native_dot_interaction(
             native_dot_interaction(dense, sparse)  # [2, 4 + 6]
     """
     parts = [sparse] if isinstance(sparse, Tensor) else list(sparse)
-    dtype = dense.dtype
-    if not torch.is_autocast_enabled(dense.device.type):
-        for part in parts:
-            dtype = torch.promote_types(dtype, part.dtype)
-    out: Tensor = torch.ops.recsys.dot_interaction(dense.float(), [part.float() for part in parts])
-    return out.to(dtype)
+    named = {f"sparse[{place}]": part for place, part in enumerate(parts)}
+    first, *others = as_float32("dot_interaction", dense=dense, **named)
+    out: Tensor = torch.ops.recsys.dot_interaction(first, others)
+    device = dense.device.type
+    if torch.is_autocast_enabled(device):
+        return out.to(torch.promote_types(dense.dtype, torch.get_autocast_dtype(device)))
+    return out.to(result_dtype(dense, *parts))
 
 
 @torch.library.register_fake("recsys::dot_interaction")
@@ -77,3 +83,4 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 torch.library.register_autograd("recsys::dot_interaction", _backward, setup_context=_save)
+refuse_second_derivative("dot_interaction")

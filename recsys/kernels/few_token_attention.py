@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recsys.kernels.checks import as_float32, refuse_second_derivative
+
 torch.library.define(
     "recsys::few_token_attention",
     "(Tensor query, Tensor key, Tensor value, Tensor mask, int heads, float scale) "
@@ -34,9 +36,12 @@ def native_few_token_attention(
     heads: int,
     scale: float,  # factor of the dot products
 ) -> Tensor:  # [U, Q, D]
-    """Return multi-head attention of the queries to the tokens that the mask keeps, in float32.
+    """Return multi-head attention of the queries to the tokens that the mask keeps.
 
-    Each item has a token that the mask keeps.
+    Each item has a token that the mask keeps. The result has the type of the query.
+
+    Raises:
+        ValueError: a vector is of another type than float32, bfloat16 or float16.
 
     Example::
 
@@ -47,10 +52,9 @@ def native_few_token_attention(
         if has_native(tokens):
             native_few_token_attention(tokens, tokens, tokens, mask, 2, 0.5)  # [2, 3, 8]
     """
-    attended: Tensor = torch.ops.recsys.few_token_attention(
-        query.float(), key.float(), value.float(), mask, heads, scale
-    )[0]
-    return attended
+    vectors = as_float32("few_token_attention", query=query, key=key, value=value)
+    attended: Tensor = torch.ops.recsys.few_token_attention(*vectors, mask, heads, scale)[0]
+    return attended.to(query.dtype)
 
 
 @torch.library.register_fake("recsys::few_token_attention")
@@ -84,3 +88,4 @@ def _backward(ctx: Any, gradient: Tensor, of_weights: Tensor) -> tuple[Tensor | 
 
 
 torch.library.register_autograd("recsys::few_token_attention", _backward, setup_context=_save)
+refuse_second_derivative("few_token_attention")

@@ -14,6 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from recsys.kernels.checks import (
+    as_float32,
+    as_int64,
+    refuse_second_derivative,
+    result_dtype,
+)
 from recsys.kernels.choice import rounds_products
 
 _INPUTS = (
@@ -57,7 +63,10 @@ def native_fusion(
     weights: Sequence[Tensor],
     settings: AttentionSettings,
 ) -> Tensor:  # [U, D]
-    """Return one vector per item, in float32.
+    """Return one vector per item.
+
+    Computed in float32. The result has autocast's type under autocast, and else the type of the
+    tokens or the wider one of the weights.
 
     Args:
         tokens: tokens of items.
@@ -67,6 +76,10 @@ def native_fusion(
             `settings.dropout` drops. Empty without dropout.
         weights: those of `FusionQFormer`, in the order of its `weights`.
         settings: numbers of the layers.
+
+    Raises:
+        ValueError: modality is of another type than int64 or int32, or tokens or weights of another
+            one than float32, bfloat16 or float16.
 
     Example::
 
@@ -80,16 +93,18 @@ def native_fusion(
             inputs = (tokens, mask, torch.tensor([0, 1]), torch.zeros(0), fusion.weights())
             native_fusion(*inputs, AttentionSettings(1, 2, 0.5, 0.0))  # [3, 8]
     """
+    named = {f"weights[{place}]": weight for place, weight in enumerate(weights)}
+    (vectors,) = as_float32("fusion", tokens=tokens)
+    (kinds,) = as_int64("fusion", modality=modality)
+    parts = as_float32("fusion", **named)
+    rounds = rounds_products(tokens.device)
     fused: Tensor = torch.ops.recsys.fusion(
-        tokens.float(),
-        mask,
-        modality,
-        noise,
-        [weight.float() for weight in weights],
-        *settings,
-        rounds_products(tokens.device),
+        vectors, mask, kinds, noise.float(), parts, *settings, rounds
     )[0]
-    return fused
+    device = tokens.device.type
+    if torch.is_autocast_enabled(device):
+        return fused.to(torch.get_autocast_dtype(device))  # as its last operation would
+    return fused.to(result_dtype(tokens, *weights[:1]))
 
 
 def _distance(width: int) -> int:
@@ -134,3 +149,4 @@ def _backward(ctx: Any, gradient: Tensor, of_kept: None) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("recsys::fusion", _backward, setup_context=_save)
+refuse_second_derivative("fusion")

@@ -18,6 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from recsys.kernels.checks import (
+    as_float32,
+    as_int64,
+    refuse_gradient,
+    refuse_second_derivative,
+    result_dtype,
+)
 from recsys.kernels.choice import rounds_products
 
 MAX_UNITS = 512
@@ -78,7 +85,10 @@ def native_target_attention(
     lists: Tensor,  # [D, P]
     score: ScoreWeights,
 ) -> Tensor:  # [B, D]
-    """Return the interest of each row in its history, in float32, by a kernel.
+    """Return the interest of each row in its history, by a kernel.
+
+    Computed in float32. The result is float32 under autocast, and else of the widest type of
+    targets, items and weights.
 
     Args:
         target: vectors of the ranked items.
@@ -88,6 +98,10 @@ def native_target_attention(
         parallel: numbers beside each place, which get no gradient.
         lists: map of these numbers to vectors, which are added to the items.
         score: weights of the MLP.
+
+    Raises:
+        ValueError: index or offsets are of another type than int64 or int32, or another input of
+            another one than float32, bfloat16 or float16.
 
     Example::
 
@@ -107,11 +121,14 @@ def native_target_attention(
     """
     kept_bytes = 4 * index.shape[0] * _units_row(score.first, score.second)
     keeps_units = torch.is_grad_enabled() and kept_bytes <= MAX_KEPT_BYTES
-    inputs = (target.float(), items.float(), index, offsets, parallel.float(), lists, *score)
+    operator = "target_attention"
+    vectors = as_float32(operator, target=target, items=items)
+    places = as_int64(operator, index=index, offsets=offsets)
+    weights = as_float32(operator, parallel=parallel, lists=lists, **score._asdict())
     interest: Tensor = torch.ops.recsys.target_attention(
-        *inputs, keeps_units, rounds_products(target.device)
+        *vectors, *places, *weights, keeps_units, rounds_products(target.device)
     )[0]
-    return interest
+    return interest.to(result_dtype(target, items, score.first))
 
 
 def _units_row(first: Tensor, second: Tensor) -> int:  # [H, 4 D], [G, H]
@@ -140,6 +157,7 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    refuse_gradient("target_attention", parallel=inputs[4])
     *read, last_bias, _, ctx.bfloat16 = inputs
     ctx.save_for_backward(last_bias, *output[1:], *read)
     ctx.mark_non_differentiable(*output[1:])
@@ -158,3 +176,4 @@ def _backward(ctx: Any, gradient: Tensor, *of_kept: None) -> tuple[Tensor | None
 
 
 torch.library.register_autograd("recsys::target_attention", _backward, setup_context=_save)
+refuse_second_derivative("target_attention")

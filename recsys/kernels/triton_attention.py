@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recsys.kernels import triton_attention_kernels as kernels
+from recsys.kernels.checks import InputChecks
 
 ITEMS_OF_BLOCK, UNITS_OF_BLOCK, SMALLEST = 16, 32, 16
 MOST_GROUPS = 256
@@ -42,6 +43,31 @@ def _sizes(target: Tensor, parallel: Tensor, first: Tensor, second: Tensor) -> d
     }
 
 
+def _checked(
+    operator: str, target: Tensor, items: Tensor, index: Tensor, offsets: Tensor,
+    parallel: Tensor, lists: Tensor, first: Tensor, first_bias: Tensor, second: Tensor,
+    second_bias: Tensor, last: Tensor,
+) -> InputChecks:  # fmt: skip
+    checks, dtype = InputChecks(operator, target.device), torch.float32
+    checks.require("target", target, [None, None], dtype)
+    dim = target.shape[1]
+    checks.require("items", items, [None, dim], dtype)
+    checks.require("index", index, [None], torch.int64)
+    checks.require("offsets", offsets, [len(target) + 1], torch.int64)
+    checks.require("parallel", parallel, [len(index), None], dtype)
+    checks.require("lists", lists, [dim, parallel.shape[1]], dtype)
+    checks.require("first", first, [None, 4 * dim], dtype)
+    checks.require("first_bias", first_bias, [len(first)], dtype)
+    checks.require("second", second, [None, len(first)], dtype)
+    checks.require("second_bias", second_bias, [len(second)], dtype)
+    checks.require("last", last, [1, len(second)], dtype)
+    is_inside = (index >= 0) & (index < len(items))
+    checks.require_all(is_inside, f"index is out of range [0, {len(items)}), the rows of items")
+    rises = (offsets.diff() >= 0).all() & (offsets[0] == 0) & (offsets[-1] == len(index))
+    checks.require_all(rises, f"offsets is out of range: they must rise from 0 to {len(index)}")
+    return checks
+
+
 def target_attention(
     target: Tensor, items: Tensor, index: Tensor, offsets: Tensor, parallel: Tensor, lists: Tensor,
     first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor, last: Tensor,
@@ -51,7 +77,10 @@ def target_attention(
 
     Products are in float32, also where bfloat16 is asked for.
     """
-    del last_bias, keeps_units, bfloat16
+    del keeps_units, bfloat16
+    inputs = [target, items, index, offsets, parallel, lists, first, first_bias]
+    checks = _checked("target_attention", *inputs, second, second_bias, last)
+    checks.require("last_bias", last_bias, [1], torch.float32)
     out, shares = torch.zeros_like(target), target.new_empty(len(index))
     of_items, of_products, of_target, by_unit = _weights(first, second)
     inputs = [target, items, index, offsets, parallel, lists.T, of_items, of_products, of_target]
@@ -73,6 +102,10 @@ def target_attention_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients of target, items, lists, and the weights of the score."""
     del kept, bfloat16
+    inputs = [target, items, index, offsets, parallel, lists, first, first_bias]
+    checks = _checked("target_attention_backward", *inputs, second, second_bias, last)
+    checks.require("gradient", gradient, target.shape, torch.float32)
+    checks.require("shares", shares, index.shape, torch.float32)
     sizes, rows = _sizes(target, parallel, first, second), len(target)
     dim, hidden, units = sizes["D"], sizes["H"], sizes["G"]
     rows_of_group = max(1, -(-rows // MOST_GROUPS))

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from recsys.kernels.checks import InputChecks
+
 SMALLEST = 16  # rows and columns of a `tl.dot`
 
 
@@ -76,14 +78,29 @@ def _sizes(dense: Tensor, sparse: Tensor) -> dict[str, Any]:
     }
 
 
-def _joined(sparse: Sequence[Tensor]) -> Tensor:  # [B, D] or [B, features, D] each -> [B, F, D]
+def _checked(operator: str, dense: Tensor, sparse: Sequence[Tensor]) -> InputChecks:
+    checks = InputChecks(operator, dense.device)
+    checks.require("dense", dense, [None, None], torch.float32)
+    for place, part in enumerate(sparse):
+        shape = [len(dense), None, dense.shape[1]] if part.dim() == 3 else dense.shape
+        checks.require(f"sparse[{place}]", part, shape, torch.float32)
+    return checks
+
+
+def _joined(
+    dense: Tensor,  # [B, D]
+    sparse: Sequence[Tensor],  # [B, D] or [B, features, D] each
+) -> Tensor:  # [B, F, D]
     parts = [part if part.dim() == 3 else part.unsqueeze(1) for part in sparse]
-    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].contiguous()
+    if len(parts) == 1:
+        return parts[0].contiguous()
+    return torch.cat([dense.new_empty(len(dense), 0, dense.shape[1]), *parts], dim=1)
 
 
 def dot_interaction(dense: Tensor, sparse: Sequence[Tensor]) -> Tensor:  # -> [B, D + I]
     """Return the dense vector [B, D] and the dot products of the pairs (i, j), i < j."""
-    dense, vectors = dense.contiguous(), _joined(sparse)
+    _checked("dot_interaction", dense, sparse)
+    dense, vectors = dense.contiguous(), _joined(dense, sparse)
     sizes = _sizes(dense, vectors)
     out = dense.new_empty(len(dense), sizes["width"])
     if len(dense):
@@ -97,12 +114,14 @@ def dot_interaction_backward(
     sparse: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the gradients of dense [B, D] and of each tensor of sparse features."""
-    gradient, dense, vectors = gradient.contiguous(), dense.contiguous(), _joined(sparse)
+    checks = _checked("dot_interaction_backward", dense, sparse)
+    vectors, dense = _joined(dense, sparse), dense.contiguous()
+    sizes = _sizes(dense, vectors)
+    checks.require("gradient", gradient, [len(dense), sizes["width"]], torch.float32)
+    gradient = gradient.contiguous()
     to_dense, to_sparse = torch.empty_like(dense), torch.empty_like(vectors)
     if len(dense):
-        _backward[(len(dense),)](
-            gradient, dense, vectors, to_dense, to_sparse, **_sizes(dense, vectors)
-        )
+        _backward[(len(dense),)](gradient, dense, vectors, to_dense, to_sparse, **sizes)
     counts = [part.shape[1] if part.dim() == 3 else 1 for part in sparse]
     parts = to_sparse.split(counts, dim=1)
     return to_dense, [

@@ -152,10 +152,7 @@ class FusionQFormer(nn.Module):
         # Two dropouts in each layer; the last one has outputs for the queries alone.
         rows = (len(self.layers) - 1) * (num_queries + num_tokens) + num_queries
         noise = torch.rand(2 * rows * tokens[:, 0].numel()) if share else torch.empty(0)
-        fused = native_fusion(tokens, mask, modality, noise, self.weights(), settings)
-        if torch.is_autocast_enabled("cpu"):
-            return fused.to(torch.get_autocast_dtype("cpu"))  # as its last operation would
-        return fused
+        return native_fusion(tokens, mask, modality, noise, self.weights(), settings)
 
     def weights(self) -> list[Tensor]:
         """Return the weights of preset `modern`, in the order in which they are applied."""

@@ -218,8 +218,9 @@ class Backward : public Forward {
   }
 
   Sums& to;
+  Floats of_out, of_vectors;
   float *hidden, *second;
-  Floats of_out, of_vectors, of_pairs, of_constants, of_target, padded_target, matrix_back,
+  Floats of_pairs, of_constants, of_target, padded_target, matrix_back,
       products_times, zeros;
 };
 

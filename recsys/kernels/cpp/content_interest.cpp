@@ -3,6 +3,7 @@
 //
 // Shapes: as in content_interest.h.
 #include "content_interest.h"
+#include "history.h"
 
 namespace recsys {
 namespace {
@@ -14,26 +15,41 @@ struct InterestInputs {
   const int64_t *index, *offsets;
 };
 
-InterestSizes sizes_of(const Tensor& queries, const Tensor& items, const Tensor& index,
-                       const Tensor& parallel) {
-  InterestSizes s{queries.size(0),     items.size(0),    index.size(0),   queries.size(2),
-                  queries.size(1) - 1, parallel.size(1), items.stride(0), 0};
-  s.d = padded(s.D);
-  STD_TORCH_CHECK(items.size(1) >= std::max<int64_t>(s.S, 1) * s.D, "items are too narrow");
-  return s;
-}
-
-void check(const InterestSizes& s, const int64_t* index, const int64_t* offsets) {
-  bool in_range = offsets[0] == 0 && offsets[s.B] == s.N;
-  for (int64_t row = 0; row < s.B; ++row) in_range &= offsets[row] <= offsets[row + 1];
-  for (int64_t n = 0; n < s.N; ++n) in_range &= 0 <= index[n] && index[n] < s.U;
-  STD_TORCH_CHECK(in_range, "index or offsets of the history are out of range");
-}
-
 // Items keep the distance of their rows, so that a slice of a wider tensor is not copied.
-Tensor with_whole_rows(const Tensor& items) {
+Tensor with_whole_rows(const Operator& op, const Tensor& items, const Tensor& queries) {
+  const int64_t width = std::max<int64_t>(queries.size(1) - 1, 1) * queries.size(2);
+  op.require_input("items", items, ScalarType::Float, {kAny, kAny});
+  op.require(items.size(1) >= width, "items is ", described(items), ", but must have ", width,
+             " columns or more");
   return items.stride(1) == 1 ? items : torch::stable::contiguous(items);
 }
+
+// The inputs, whose types, shapes and places in memory are as the kernel reads them.
+struct CheckedInterest {
+  Tensor queries, items, map, index, offsets, parallel, of_lists;
+  InterestSizes s;
+
+  CheckedInterest(const Operator& op, const Tensor& queries_, const Tensor& items_,
+                  const Tensor& map_, const Tensor& index_, const Tensor& offsets_,
+                  const Tensor& of_lists_, const Tensor& parallel_)
+      : queries(op.float32("queries", queries_, {kAny, kAny, kAny})),
+        items(with_whole_rows(op, items_, queries)),
+        map(op.float32("map", map_, {queries.size(2), queries.size(2)})),
+        index(op.int64("index", index_, {kAny})),
+        offsets(op.int64("offsets", offsets_, {queries.size(0) + 1})),
+        parallel(op.float32("parallel", parallel_, {index.size(0), kAny})),
+        of_lists(op.float32("of_lists", of_lists_, {queries.size(0), parallel.size(1)})),
+        s{queries.size(0),     items.size(0),    index.size(0),   queries.size(2),
+          queries.size(1) - 1, parallel.size(1), items.stride(0), padded(queries.size(2))} {
+    op.require(s.S >= 0, "queries is ", described(queries), ", but must have one query or more");
+    require_history(op, integers(index), s.N, s.U, integers(offsets), s.B);
+  }
+
+  InterestInputs inputs() const {
+    return {floats(queries),  floats(items),   floats(map),      floats(of_lists),
+            floats(parallel), integers(index), integers(offsets)};
+  }
+};
 
 // Fills the inverse lengths [U, S] of items: of the mapped vector in the first space.
 void invert_lengths(const InterestSizes& s, const InterestInputs& in, float* inverse) {
@@ -125,27 +141,19 @@ class Row {
 
 // -> sums [B, D + P], features [B, S * F], weights [N], cosines [S, N], inverse lengths [U, S]
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> content_interest(
-    const Tensor& queries_, const Tensor& items_, const Tensor& map_, const Tensor& index_,
-    const Tensor& offsets_, const Tensor& of_lists_, const Tensor& parallel_) {
-  const auto of = [](const Tensor& tensor) { return torch::stable::contiguous(tensor); };
-  const Tensor queries = of(queries_), items = with_whole_rows(items_), map = of(map_);
-  const Tensor index = of(index_), offsets = of(offsets_), of_lists = of(of_lists_);
-  const Tensor parallel = of(parallel_);
-  const InterestSizes s = sizes_of(queries, items, index, parallel);
-  require_shape(map, {s.D, s.D}, "map");
-  require_shape(offsets, {s.B + 1}, "offsets");
-  require_shape(of_lists, {s.B, s.P}, "of_lists");
-  require_shape(parallel, {s.N, s.P}, "parallel");
-  const InterestInputs in{floats(queries),  floats(items),    floats(map),      floats(of_lists),
-                          floats(parallel), integers(index), integers(offsets)};
-  check(s, in.index, in.offsets);
+    const Tensor& queries, const Tensor& items, const Tensor& map, const Tensor& index,
+    const Tensor& offsets, const Tensor& of_lists, const Tensor& parallel) {
+  const CheckedInterest all(Operator("content_interest"), queries, items, map, index, offsets,
+                            of_lists, parallel);
+  const InterestSizes& s = all.s;
+  const InterestInputs in = all.inputs();
   const auto zeros = [&](int64_t rows, int64_t columns) {
-    return torch::stable::new_zeros(queries, {rows, columns});
+    return torch::stable::new_zeros(all.queries, {rows, columns});
   };
   Tensor sums = zeros(s.B, s.D + s.P), features = zeros(s.B, s.S * s.F());
-  Tensor weights = torch::stable::new_empty(queries, {s.N});
-  Tensor cosines = torch::stable::new_empty(queries, {s.S, s.N});
-  Tensor inverse = torch::stable::new_empty(queries, {s.U, s.S});
+  Tensor weights = torch::stable::new_empty(all.queries, {s.N});
+  Tensor cosines = torch::stable::new_empty(all.queries, {s.S, s.N});
+  Tensor inverse = torch::stable::new_empty(all.queries, {s.U, s.S});
   float *to_sums = mutable_floats(sums), *to_features = mutable_floats(features);
   float *weight = mutable_floats(weights), *cosine = mutable_floats(cosines);
   float* of_length = mutable_floats(inverse);
@@ -219,21 +227,23 @@ Tensor map_gradient(const InterestSizes& s, const InterestInputs& in, const floa
 
 // -> gradients of queries [B, 1 + S, D], map [D, D], of_lists [B, P]
 std::tuple<Tensor, Tensor, Tensor> content_interest_backward(
-    const Tensor& of_sums_, const Tensor& of_features_, const Tensor& weights,
-    const Tensor& cosines, const Tensor& inverse, const Tensor& queries_, const Tensor& items_,
-    const Tensor& map_, const Tensor& index_, const Tensor& offsets_, const Tensor& of_lists_,
-    const Tensor& parallel_) {
-  const auto of = [](const Tensor& tensor) { return torch::stable::contiguous(tensor); };
-  const Tensor queries = of(queries_), items = with_whole_rows(items_), map = of(map_);
-  const Tensor index = of(index_), offsets = of(offsets_), of_lists = of(of_lists_);
-  const Tensor parallel = of(parallel_), of_sums = of(of_sums_), of_features = of(of_features_);
-  const InterestSizes s = sizes_of(queries, items, index, parallel);
-  const InterestInputs in{floats(queries),  floats(items),    floats(map),      floats(of_lists),
-                          floats(parallel), integers(index), integers(offsets)};
+    const Tensor& of_sums_, const Tensor& of_features_, const Tensor& weights_,
+    const Tensor& cosines_, const Tensor& inverse_, const Tensor& queries, const Tensor& items,
+    const Tensor& map, const Tensor& index, const Tensor& offsets, const Tensor& of_lists,
+    const Tensor& parallel) {
+  const Operator op("content_interest_backward");
+  const CheckedInterest all(op, queries, items, map, index, offsets, of_lists, parallel);
+  const InterestSizes& s = all.s;
+  const InterestInputs in = all.inputs();
+  const Tensor of_sums = op.float32("of_sums", of_sums_, {s.B, s.D + s.P});
+  const Tensor of_features = op.float32("of_features", of_features_, {s.B, s.S * s.F()});
+  const Tensor weights = op.float32("weights", weights_, {s.N});
+  const Tensor cosines = op.float32("cosines", cosines_, {s.S, s.N});
+  const Tensor inverse = op.float32("inverse", inverse_, {s.U, s.S});
   const float *sums = floats(of_sums), *features = floats(of_features), *weight = floats(weights);
   const float *cosine = floats(cosines), *of_length = floats(inverse);
-  Tensor to_queries = torch::stable::empty_like(queries);
-  Tensor to_lists = torch::stable::new_empty(of_lists, {s.B, s.P});
+  Tensor to_queries = torch::stable::new_empty(all.queries, {s.B, 1 + s.S, s.D});
+  Tensor to_lists = torch::stable::new_empty(all.of_lists, {s.B, s.P});
   float *for_queries = mutable_floats(to_queries), *for_lists = mutable_floats(to_lists);
   std::vector<float> of_lengths(s.S ? s.N : 0);
   torch::stable::parallel_for(0, s.B, kRowsPerTask, [&](int64_t first, int64_t last) {
@@ -262,8 +272,8 @@ std::tuple<Tensor, Tensor, Tensor> content_interest_backward(
       }
     }
   });
-  Tensor to_map = s.S ? map_gradient(s, in, of_length, of_lengths.data(), map)
-                      : torch::stable::new_zeros(map, {s.D, s.D});
+  Tensor to_map = s.S ? map_gradient(s, in, of_length, of_lengths.data(), all.map)
+                      : torch::stable::new_zeros(all.map, {s.D, s.D});
   return {to_queries, to_map, to_lists};
 }
 

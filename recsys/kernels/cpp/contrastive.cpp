@@ -45,11 +45,12 @@ std::tuple<Tensor, Tensor, Tensor> in_batch_contrastive(const Tensor& content_, 
                                                         const Tensor& items_,
                                                         const Tensor& sharpness, bool normalize,
                                                         bool keeps) {
-  const auto of = [](const Tensor& tensor) { return torch::stable::contiguous(tensor); };
-  const Tensor of_content = of(content_), of_ids = of(ids_), items = of(items_);
+  const Operator op("in_batch_contrastive");
+  const Tensor of_content = op.float32("content", content_, {kAny, kAny});
   const ContrastiveSizes s = sizes_of(of_content);
-  require_shape(of_ids, {s.B, s.D}, "ids");
-  require_shape(items, {s.B}, "items");
+  const Tensor of_ids = op.float32("ids", ids_, {s.B, s.D});
+  const Tensor items = op.int64("items", items_, {s.B});
+  const float sharp = *floats(op.float32("sharpness", sharpness, {}));
   const Side content(s, floats(of_content), normalize, kShortest);
   const Side ids(s, floats(of_ids), normalize, kShortest);
   const Floats across = transposed(s, ids.rows);
@@ -67,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> in_batch_contrastive(const Tensor& content_, 
   for_blocks(
       s,
       [&](int64_t group) {
-        return State{{s, content, across, codes, *floats(sharpness)},
+        return State{{s, content, across, codes, sharp},
                      Floats(keeps ? 0 : kRowsOfLogits * s.b),
                      highest.data() + group * s.b,
                      total.data() + group * s.b};
@@ -93,18 +94,23 @@ std::tuple<Tensor, Tensor, Tensor> in_batch_contrastive(const Tensor& content_, 
 
 // -> gradients of content [B, D], ids [B, D] and sharpness []
 std::tuple<Tensor, Tensor, Tensor> in_batch_contrastive_backward(
-    const Tensor& gradient_, const Tensor& logs, const Tensor& kept, const Tensor& content_,
+    const Tensor& gradient_, const Tensor& logs_, const Tensor& kept_, const Tensor& content_,
     const Tensor& ids_, const Tensor& items_, const Tensor& sharpness, bool normalize) {
-  const auto of = [](const Tensor& tensor) { return torch::stable::contiguous(tensor); };
-  const Tensor gradient = of(gradient_), of_content = of(content_), of_ids = of(ids_);
-  const Tensor items = of(items_);
+  const Operator op("in_batch_contrastive_backward");
+  const Tensor of_content = op.float32("content", content_, {kAny, kAny});
   const ContrastiveSizes s = sizes_of(of_content);
+  const Tensor of_ids = op.float32("ids", ids_, {s.B, s.D});
+  const Tensor items = op.int64("items", items_, {s.B});
+  const Tensor gradient = op.float32("gradient", gradient_, {s.B});
+  const Tensor logs = op.float32("logs", logs_, {2, s.B});
+  const bool keeps = kept_.dim() > 0 && kept_.size(0) > 0;
+  const Tensor kept = op.float32("kept", kept_, {keeps ? s.B : 0, s.b});
+  const float sharp = *floats(op.float32("sharpness", sharpness, {}));
+  const float* log = floats(logs);
   const Side content(s, floats(of_content), normalize, kShortest);
   const Side ids(s, floats(of_ids), normalize, kShortest);
-  const bool keeps = kept.size(0) == s.B;
   const Floats across = keeps ? Floats(0) : transposed(s, ids.rows);
   const std::vector<int32_t> codes = first_rows(s, integers(items));
-  const float sharp = *floats(sharpness), *log = floats(logs);
   Floats of_losses(s.b), column_logs(s.b), zeros(s.d), along(s.B);
   std::memcpy(of_losses, floats(gradient), s.B * sizeof(float));
   std::memcpy(column_logs, log + s.B, s.B * sizeof(float));

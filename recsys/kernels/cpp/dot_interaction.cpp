@@ -32,14 +32,19 @@ struct Vectors {
 };
 
 // Returns the tensors, with neighbouring numbers of each vector.
-std::vector<Tensor> with_whole_vectors(const Tensor& dense, const std::vector<Tensor>& sparse) {
-  std::vector<Tensor> all{torch::stable::contiguous(dense)};
-  for (const Tensor& part : sparse) {
-    const int64_t last = part.dim() - 1;
-    STD_TORCH_CHECK(
-        (last == 1 || last == 2) && part.size(0) == dense.size(0) && part.size(last) == dense.size(1),
-        "a sparse feature has not the rows and width of the dense vector");
-    all.push_back(part.stride(last) == 1 ? part : torch::stable::contiguous(part));
+std::vector<Tensor> with_whole_vectors(const Operator& op, const Tensor& dense,
+                                       const std::vector<Tensor>& sparse) {
+  std::vector<Tensor> all{op.float32("dense", dense, {kAny, kAny})};
+  const int64_t B = dense.size(0), D = dense.size(1);
+  for (size_t at = 0; at < sparse.size(); ++at) {
+    const Tensor& part = sparse[at];
+    const std::string name = "sparse[" + std::to_string(at) + "]";
+    if (part.dim() == 2)
+      op.require_input(name, part, ScalarType::Float, {B, D});
+    else
+      op.require_input(name, part, ScalarType::Float, {B, kAny, D});
+    const bool is_whole = part.stride(part.dim() - 1) == 1;
+    all.push_back(is_whole ? part : torch::stable::contiguous(part));
   }
   return all;
 }
@@ -52,7 +57,7 @@ Vectors<const float*> vectors_of(const std::vector<Tensor>& all) {
 
 // out [B, D + I]
 Tensor dot_interaction(const Tensor& dense_, const std::vector<Tensor>& sparse) {
-  const std::vector<Tensor> all = with_whole_vectors(dense_, sparse);
+  const std::vector<Tensor> all = with_whole_vectors(Operator("dot_interaction"), dense_, sparse);
   const Vectors<const float*> from = vectors_of(all);
   const Tensor& dense = all[0];
   const int64_t B = dense.size(0), D = dense.size(1), V = from.size(), F = V - 1;
@@ -89,11 +94,12 @@ Tensor dot_interaction(const Tensor& dense_, const std::vector<Tensor>& sparse) 
 // gradient [B, D + I] -> gradients of dense [B, D] and of the tensors of sparse features
 std::tuple<Tensor, std::vector<Tensor>> dot_interaction_backward(
     const Tensor& gradient_, const Tensor& dense, const std::vector<Tensor>& sparse) {
-  const Tensor gradient = torch::stable::contiguous(gradient_);
-  const std::vector<Tensor> all = with_whole_vectors(dense, sparse);
+  const Operator op("dot_interaction_backward");
+  const std::vector<Tensor> all = with_whole_vectors(op, dense, sparse);
   const Vectors<const float*> from = vectors_of(all);
   const int64_t B = dense.size(0), D = dense.size(1), V = from.size(), F = V - 1;
   const int64_t width = D + F * V / 2, stride = padded(D);
+  const Tensor gradient = op.float32("gradient", gradient_, {B, width});
   std::vector<Tensor> gradients;
   Vectors<float*> to;
   for (const Tensor& part : all) {

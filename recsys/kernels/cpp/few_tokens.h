@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "tensors.h"
 #include "vectors.h"
 
 namespace recsys {
@@ -15,6 +16,12 @@ struct FewTokens {
   int64_t distance;  // of queries, and of tokens
   float scale;
 };
+
+inline void require_heads(const Operator& op, int64_t heads, int64_t dim, double scale) {
+  op.require(heads > 0 && dim % heads == 0, "heads is ", heads,
+             ", but must be at least 1 and divide ", dim, ", the width of the vectors");
+  op.require(std::isfinite(scale), "scale is ", scale, ", but must be a finite number");
+}
 
 inline Vec load_up_to(const float* from, int64_t count) {
   if (count >= kLanes) return load(from);

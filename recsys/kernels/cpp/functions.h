@@ -32,7 +32,7 @@ inline Vec exp_of_negative(Vec x) {
                   5.0000001201e-1f})
     p = p * r + splat(c);
   p = p * r * r + r + splat(1);
-  const Vec power = from_bits((bits_of(shifted) << 23) + (127 << 23));
+  const Vec power = from_bits((bits_of(shifted) + 127) << 23);
   return select(x < splat(-87.3f), Vec{}, p * power);
 }
 

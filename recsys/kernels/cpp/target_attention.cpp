@@ -1,5 +1,6 @@
 // Operators recsys::target_attention and its backward; see attention.h for mathematics and letters.
 #include "attention_backward.h"
+#include "history.h"
 
 namespace recsys {
 namespace {
@@ -7,27 +8,11 @@ namespace {
 // Returns a width up to the end of its last cache line, the same on every processor.
 int64_t whole_lines(int64_t width) { return (width + 15) / 16 * 16; }
 
-Sizes sizes_of(const Tensor& target, const Tensor& items, const Tensor& index,
-               const Tensor& parallel, const Tensor& first, const Tensor& second) {
-  Sizes s{target.size(0), items.size(0),  index.size(0),    target.size(1), first.size(0),
-          second.size(0), parallel.size(1), 0, 0, 0, 0, 0};
-  s.d = padded(s.D), s.h = row_stride(s.H), s.g = row_stride(s.G);
-  s.second = whole_lines(s.H), s.u = s.second + whole_lines(s.G);
-  return s;
-}
-
 int64_t longest_row(const Sizes& s, const int64_t* offsets) {
   int64_t longest = 0;
   for (int64_t row = 0; row < s.B; ++row)
     longest = std::max(longest, offsets[row + 1] - offsets[row]);
   return longest;
-}
-
-void check(const Sizes& s, const int64_t* index, const int64_t* offsets) {
-  bool in_range = offsets[0] == 0 && offsets[s.B] == s.N;
-  for (int64_t row = 0; row < s.B; ++row) in_range &= offsets[row] <= offsets[row + 1];
-  for (int64_t n = 0; n < s.N; ++n) in_range &= 0 <= index[n] && index[n] < s.U;
-  STD_TORCH_CHECK(in_range, "index or offsets of the history are out of range");
 }
 
 // scores [T] -> weights [T], and their sum of vectors, added to out [D]
@@ -42,9 +27,33 @@ void softmax_and_sum(const Sizes& s, const float* scores, const float* vectors, 
   }
 }
 
-struct Contiguous {
+// The inputs, whose types, shapes and places in memory are as the kernel reads them.
+struct CheckedAttention {
   Tensor target, items, index, offsets, parallel, lists, first, first_bias, second, second_bias,
       last;
+  Sizes s;
+
+  CheckedAttention(const Operator& op, const Tensor& target_, const Tensor& items_,
+                   const Tensor& index_, const Tensor& offsets_, const Tensor& parallel_,
+                   const Tensor& lists_, const Tensor& first_, const Tensor& first_bias_,
+                   const Tensor& second_, const Tensor& second_bias_, const Tensor& last_)
+      : target(op.float32("target", target_, {kAny, kAny})),
+        items(op.float32("items", items_, {kAny, target.size(1)})),
+        index(op.int64("index", index_, {kAny})),
+        offsets(op.int64("offsets", offsets_, {target.size(0) + 1})),
+        parallel(op.float32("parallel", parallel_, {index.size(0), kAny})),
+        lists(op.float32("lists", lists_, {target.size(1), parallel.size(1)})),
+        first(op.float32("first", first_, {kAny, 4 * target.size(1)})),
+        first_bias(op.float32("first_bias", first_bias_, {first.size(0)})),
+        second(op.float32("second", second_, {kAny, first.size(0)})),
+        second_bias(op.float32("second_bias", second_bias_, {second.size(0)})),
+        last(op.float32("last", last_, {1, second.size(0)})),
+        s{target.size(0), items.size(0), index.size(0), target.size(1), first.size(0),
+          second.size(0), parallel.size(1), 0, 0, 0, 0, 0} {
+    s.d = padded(s.D), s.h = row_stride(s.H), s.g = row_stride(s.G);
+    s.second = whole_lines(s.H), s.u = s.second + whole_lines(s.G);
+    require_history(op, integers(index), s.N, s.U, integers(offsets), s.B);
+  }
 
   Inputs inputs() const {
     return {floats(target),    floats(items),      floats(parallel), floats(lists),
@@ -53,40 +62,19 @@ struct Contiguous {
   }
 };
 
-Contiguous contiguous(const Tensor& target, const Tensor& items, const Tensor& index,
-                      const Tensor& offsets, const Tensor& parallel, const Tensor& lists,
-                      const Tensor& first, const Tensor& first_bias, const Tensor& second,
-                      const Tensor& second_bias, const Tensor& last) {
-  const auto of = [](const Tensor& tensor) { return torch::stable::contiguous(tensor); };
-  return {of(target), of(items), of(index), of(offsets), of(parallel), of(lists), of(first),
-          of(first_bias), of(second), of(second_bias), of(last)};
-}
-
-void require_shapes(const Sizes& s, const Contiguous& all) {
-  require_shape(all.items, {s.U, s.D}, "items");
-  require_shape(all.offsets, {s.B + 1}, "offsets");
-  require_shape(all.parallel, {s.N, s.P}, "parallel");
-  require_shape(all.lists, {s.D, s.P}, "lists");
-  require_shape(all.first, {s.H, 4 * s.D}, "first");
-  require_shape(all.first_bias, {s.H}, "first_bias");
-  require_shape(all.second, {s.G, s.H}, "second");
-  require_shape(all.second_bias, {s.G}, "second_bias");
-  require_shape(all.last, {1, s.G}, "last");
-}
-
 // -> interest [B, D], weights [N] and, if wanted, the units of both layers [N, u], else [N, 0]
 std::tuple<Tensor, Tensor, Tensor> target_attention(
     const Tensor& target, const Tensor& items, const Tensor& index, const Tensor& offsets,
     const Tensor& parallel, const Tensor& lists, const Tensor& first, const Tensor& first_bias,
-    const Tensor& second, const Tensor& second_bias, const Tensor& last, const Tensor&,
+    const Tensor& second, const Tensor& second_bias, const Tensor& last, const Tensor& last_bias,
     bool keeps_units, bool bfloat16) {
   const Precision precision(bfloat16);
-  const Contiguous all = contiguous(target, items, index, offsets, parallel, lists, first,
-                                    first_bias, second, second_bias, last);
-  const Sizes s = sizes_of(target, items, index, parallel, first, second);
+  const Operator op("target_attention");
+  const CheckedAttention all(op, target, items, index, offsets, parallel, lists, first, first_bias,
+                             second, second_bias, last);
+  op.require_input("last_bias", last_bias, ScalarType::Float, {1});
+  const Sizes& s = all.s;
   const Inputs in = all.inputs();
-  require_shapes(s, all);
-  check(s, in.index, in.offsets);
   const int64_t longest = longest_row(s, in.offsets);
   const Weights weights(s, in, false);
   const std::vector<int64_t> bounds = group_bounds(s, in.offsets);
@@ -168,16 +156,20 @@ Gradients weight_gradients(const Sizes& s, const Tensor& like, const Sums& sums,
 }
 
 Gradients target_attention_backward(
-    const Tensor& gradient_, const Tensor& shares, const Tensor& kept, const Tensor& target,
+    const Tensor& gradient_, const Tensor& shares_, const Tensor& kept_, const Tensor& target,
     const Tensor& items, const Tensor& index, const Tensor& offsets, const Tensor& parallel,
     const Tensor& lists, const Tensor& first, const Tensor& first_bias, const Tensor& second,
     const Tensor& second_bias, const Tensor& last, bool bfloat16) {
   const Precision precision(bfloat16);
-  const Tensor gradient = torch::stable::contiguous(gradient_);
-  const Contiguous all = contiguous(target, items, index, offsets, parallel, lists, first,
-                                    first_bias, second, second_bias, last);
-  const Sizes s = sizes_of(target, items, index, parallel, first, second);
+  const Operator op("target_attention_backward");
+  const CheckedAttention all(op, target, items, index, offsets, parallel, lists, first, first_bias,
+                             second, second_bias, last);
+  const Sizes& s = all.s;
   const Inputs in = all.inputs();
+  const Tensor gradient = op.float32("gradient", gradient_, {s.B, s.D});
+  const Tensor shares = op.float32("shares", shares_, {s.N});
+  const bool keeps_units = kept_.dim() > 1 && kept_.size(1) > 0;
+  const Tensor kept = op.float32("kept", kept_, {s.N, keeps_units ? s.u : 0});
   const int64_t longest = longest_row(s, in.offsets);
   const Weights weights(s, in, true);
   const std::vector<int64_t> bounds = group_bounds(s, in.offsets);
@@ -186,7 +178,7 @@ Gradients target_attention_backward(
   Tensor of_items = torch::stable::new_zeros(all.items, {s.U, s.D});
   Tensor of_places = torch::stable::new_empty(all.items, {by_place ? s.N : 0, s.D});
   const float *of_out = floats(gradient), *share = floats(shares);
-  const float* units = kept.size(1) ? floats(kept) : nullptr;
+  const float* units = keeps_units ? floats(kept) : nullptr;
   float *for_target = mutable_floats(of_target), *for_items = mutable_floats(of_items);
   float* for_places = by_place ? mutable_floats(of_places) : nullptr;
   const int64_t groups = bounds.size() - 1;

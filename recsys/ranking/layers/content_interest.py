@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from recsys.config import ContentSettings, HistorySettings
 from recsys.content.vectors import ContentVectors, StoredHistory
 from recsys.data.jagged_history import JaggedHistory
-from recsys.kernels import has_native, native_content_interest
-from recsys.ranking.layers.target_attention import DotAttention
+from recsys.kernels import has_native, native_content_interest, result_dtype
+from recsys.ranking.layers.target_attention import DotAttention, at_least_float32
 
 LOWER_THAN_COSINE = -2.0
 
@@ -27,10 +27,11 @@ def cosines(
     target: Tensor, items: Tensor, history: JaggedHistory
 ) -> Tensor:  # [B, D], [U, D] -> [N]
     """Return the cosine of each history item to its row's target; 0 if either vector is zero."""
-    items = items.float()
+    dtype = torch.promote_types(target.dtype, items.dtype)
+    items = at_least_float32(items.to(dtype))
     # Dividing the dot products by the items' norms costs less than normalising the items.
     lengths = torch.linalg.vector_norm(items, dim=1, keepdim=True).clamp(min=1e-12)
-    products = history.dot(F.normalize(target.float(), dim=-1), items)
+    products = history.dot(F.normalize(target.to(items.dtype), dim=-1), items)
     return products * history.gather(lengths.reciprocal()).squeeze(1)
 
 
@@ -126,10 +127,10 @@ class ContentInterest(nn.Module):
         A collective: the first call that reads the history's vectors may exchange them between
         ranks.
         """
-        settings = self.settings
+        settings, dtype = self.settings, result_dtype(content.target, self.attention.query.weight)
         if self._has_native(content, history, parallel):
             assert content.read_stored is not None
-            return self._by_kernel(content, content.read_stored(), history, parallel)
+            return self._by_kernel(content, content.read_stored(), history, parallel).to(dtype)
         items, modalities = content.read_history()
         features = [self.attention(content.target, items, history, parallel)]
         if settings.similarity_features or settings.simtier_bins or settings.sorted_cosines:
@@ -142,7 +143,7 @@ class ContentInterest(nn.Module):
             features.append(similarity_histogram(cosine, history, settings.simtier_bins))
         if settings.sorted_cosines:
             features.append(sorted_cosines(cosine, history, settings.sorted_cosines))
-        return torch.cat(features, dim=1)
+        return torch.cat(features, dim=1).to(dtype)
 
     def _has_native(
         self,
@@ -155,7 +156,8 @@ class ContentInterest(nn.Module):
             return False
         if self.settings.simtier_bins or self.settings.sorted_cosines:
             return False
-        return content.target.device.type == "cpu" and has_native(content.target)
+        is_on_cpu = content.target.device.type == "cpu"
+        return is_on_cpu and has_native(content.target, *self.attention.parameters())
 
     def _by_kernel(
         self,
@@ -171,7 +173,7 @@ class ContentInterest(nn.Module):
         """
         with torch.autocast("cpu", enabled=False):
             target, matrix = content.target.float(), stored.matrix.float()
-            query, of_lists = self.attention.query_of(target)
+            query, of_lists = self.attention.query_of(target.to(self.attention.query.weight.dtype))
             queries = [query @ matrix]
             if self.settings.similarity_features:
                 queries.append(F.normalize(target, dim=-1) @ matrix)

@@ -19,15 +19,22 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recsys.data.jagged_history import JaggedHistory
-from recsys.kernels import ScoreWeights, has_native, native_target_attention
+from recsys.kernels import ScoreWeights, has_native, native_target_attention, result_dtype
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return numbers of float16 and bfloat16 in float32, and wider ones as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class HistoryAttention(nn.Module):
     """Base of both attentions: softmax over scores, and the sum weighted by it.
 
-    An empty history gives zeros.
+    An empty history gives zeros. Both are computed in float32, or in float64; the interest is
+    float32 under autocast, and else has the widest type of targets, items and weights.
     """
 
     def __init__(self, dim: int, num_parallel: int) -> None:
@@ -53,11 +60,13 @@ class HistoryAttention(nn.Module):
         parallel: Tensor,  # [N, P]
     ) -> Tensor:  # [B, D]
         """Return the interest of each row in its history, for its target."""
-        weights = history.softmax(self.scores(target, items, history, parallel).float())
-        interest = history.weighted_sum(weights, items.float())
+        scores = at_least_float32(self.scores(target, items, history, parallel))
+        weights = history.softmax(scores)
+        interest = history.weighted_sum(weights, items.to(weights.dtype))
         if self.parallel_map is not None:
-            interest = interest + self.parallel_map(history.sum(weights.unsqueeze(1) * parallel))
-        return interest
+            lists = history.sum(weights.unsqueeze(1) * parallel)
+            interest = interest + F.linear(lists, self.parallel_map.weight.to(lists.dtype))
+        return interest.to(result_dtype(target, items, *self.parameters()))
 
 
 class TargetAttention(HistoryAttention):
@@ -80,7 +89,7 @@ class TargetAttention(HistoryAttention):
         weights = ScoreWeights.of(self.score)
         if weights is None or history.is_shared or not isinstance(history, JaggedHistory):
             return super().forward(target, items, history, parallel)
-        if parallel.requires_grad or not has_native(target, items, weights.first):
+        if parallel.requires_grad or not has_native(target, items, *weights):
             return super().forward(target, items, history, parallel)
         lists = self.parallel_map
         of_lists = target.new_empty(target.shape[1], 0) if lists is None else lists.weight
@@ -129,7 +138,7 @@ class TargetAttention(HistoryAttention):
         assert isinstance(first, nn.Linear)
         of_item, of_target, of_difference, of_product = first.weight.chunk(4, dim=1)  # [H, D]
         if self.parallel_map is not None:
-            items = items + self.parallel_map(parallel)
+            items = items + self.parallel_map(parallel.to(items.dtype))
         constant = torch.addmm(first.bias, items, (of_item + of_difference).T)  # [U, H]
         factors = items.T.unsqueeze(2) * of_product.T.unsqueeze(1)  # [D, U, H]
         factors = factors + (of_target - of_difference).T.unsqueeze(1)
@@ -151,17 +160,17 @@ class DotAttention(HistoryAttention):
     ) -> Tensor:  # [B, D], [U, D], [N, P] -> [N]
         """Return the scaled dot product of each history item and its row's mapped target."""
         query, of_lists = self.query_of(target)
-        scores = history.dot(query, items.float())
+        scores = history.dot(query, items.to(query.dtype))
         if self.parallel_map is not None:
             scores = scores + (history.spread(of_lists) * parallel).sum(dim=1)
         return scores
 
     def query_of(self, target: Tensor) -> tuple[Tensor, Tensor]:  # [B, D] -> [B, D], [B, P]
         """Return the query of each row, and the factors of its parallel lists in the scores."""
-        query = self.query(target).float() * self.scale
+        query = at_least_float32(self.query(target)) * self.scale
         if self.parallel_map is None:
             return query, query[:, :0]
-        return query, query @ self.parallel_map.weight
+        return query, query @ self.parallel_map.weight.to(query.dtype)
 
     def interest_of(
         self,

@@ -133,7 +133,7 @@ def test_a_row_s_interest_does_not_depend_on_the_rows_beside_it() -> None:
 def test_an_index_outside_of_the_items_is_an_error() -> None:
     attention, (target, items, history, parallel) = attention_case([2, 1], 4, [6, 3], 0, 4)
     history.index[1] = 4
-    with pytest.raises(RuntimeError, match="out of range"):
+    with pytest.raises(RuntimeError, match=r"recsys::target_attention: .*index\[1\] is 4"):
         attention(target, items, history, parallel)
 
 
@@ -188,12 +188,6 @@ def test_vectors_of_a_list_are_read_where_they_are() -> None:
     assert torch.equal(of_list, of_stack)
     pairs = zip(gradients(of_list), gradients(of_stack), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
-
-
-@pytest.mark.parametrize("shape", [(5, 4), (4, 3), (5, 2, 4), (5, 1, 1, 3)])
-def test_vectors_of_another_shape_are_an_error(shape: tuple[int, ...]) -> None:
-    with pytest.raises(RuntimeError, match="rows and width"):
-        native_dot_interaction(torch.randn(5, 3), [torch.randn(5, 3), torch.randn(shape)])
 
 
 def test_operators_keep_the_rules_of_torch_library() -> None:

@@ -5,76 +5,90 @@ namespace recsys {
 namespace {
 
 constexpr int64_t kBlocksPerGroup = 8, kMaxFusionGroups = 16;
+constexpr int64_t kWeightsBefore = 2, kWeightsAfter = 7;  // those of the layers
 
-std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
+void require_layers(const Operator& op, int64_t layers, int64_t num_weights) {
+  const int64_t others = kWeightsBefore + kWeightsAfter, of_layers = num_weights - others;
+  op.require(layers > 0, "layers is ", layers, ", but must be at least 1");
+  op.require(of_layers % kWeightsOfLayer == 0 && of_layers / kWeightsOfLayer == layers,
+             "weights has ", num_weights, " tensors, but must have ", others, ", and ",
+             kWeightsOfLayer, " for each of ", layers, " layers");
+}
+
+// Returns the weights, in the order of `FusionWeights`.
+std::vector<Tensor> checked_weights(const Operator& op, const std::vector<Tensor>& w, int64_t layers,
+                                    int64_t D) {
+  require_layers(op, layers, w.size());
   std::vector<Tensor> all;
-  for (const Tensor& tensor : tensors)
-    all.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+  const auto add = [&](Operator::Shape shape) {
+    const size_t at = all.size();
+    all.push_back(op.float32("weights[" + std::to_string(at) + "]", w[at], shape));
+  };
+  add({kAny, D}), add({kAny, D});
+  const int64_t Q = all[0].size(0), M = all[1].size(0);
+  op.require(Q > 0, "weights[0] is ", described(all[0]), ", but must have one query or more");
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    add({D}), add({D});
+    for (int map = 0; map < 4; ++map) add({D, D}), add({D});
+    add({D}), add({D});
+    add({kAny, D});
+    const int64_t units = all.back().size(0);
+    add({units}), add({D, units}), add({D});
+  }
+  add({D}), add({D}), add({D, Q * D}), add({D}), add({M, D}), add({D, M * D}), add({D});
   return all;
 }
 
-void require_shapes(const LayerSizes& s, const Tensor* w) {
-  for (const int64_t norm : {0, 10})
-    for (const int64_t part : {0, 1}) require_shape(w[norm + part], {s.D}, "a norm's weight");
-  for (const int64_t map : {2, 4, 6, 8}) {
-    require_shape(w[map], {s.D, s.D}, "a map of the attention");
-    require_shape(w[map + 1], {s.D}, "a bias of the attention");
+// Returns how many random numbers the dropouts of all layers read.
+int64_t num_random(const FusionSizes& s) {
+  int64_t count = 0;
+  for (const LayerSizes& layer : s.layers) count += 2 * s.U * layer.R * s.D;
+  return count;
+}
+
+// The inputs, whose types, shapes and places in memory are as the kernel reads them.
+struct CheckedFusion {
+  Tensor tokens, mask, modality, noise;
+  std::vector<Tensor> weights;
+  FusionSizes s;
+
+  CheckedFusion(const Operator& op, const Tensor& tokens_, const Tensor& mask_,
+                const Tensor& modality_, const Tensor& noise_, const std::vector<Tensor>& weights_,
+                int64_t layers, int64_t heads, double scale, double dropout)
+      : tokens(op.float32("tokens", tokens_, {kAny, kAny, kAny})),
+        mask(op.boolean("mask", mask_, {tokens.size(0), tokens.size(1)})),
+        modality(op.int64("modality", modality_, {tokens.size(1)})),
+        weights(checked_weights(op, weights_, layers, tokens.size(2))),
+        s(tokens, weights, layers, heads, scale, dropout) {
+    require_heads(op, heads, s.D, scale);
+    op.require(0 <= dropout && dropout <= 1, "dropout is ", dropout, ", but must be in [0, 1]");
+    noise = op.float32("noise", noise_, {dropout > 0 ? num_random(s) : 0});
+    for (int64_t t = 0; t < s.T; ++t) {
+      const int64_t at = integers(modality)[t];
+      op.require(0 <= at && at < s.M, "modality is out of range: modality[", t, "] is ", at,
+                 ", but must be in [0, ", s.M, "), the rows of weights[1]");
+    }
   }
-  require_shape(w[12], {s.F, s.D}, "the first map of the feed-forward network");
-  require_shape(w[13], {s.F}, "its bias");
-  require_shape(w[14], {s.D, s.F}, "the second map of the feed-forward network");
-  require_shape(w[15], {s.D}, "its bias");
-}
 
-void require_shapes(const FusionSizes& s, const Tensor& mask, const Tensor& modality,
-                    const Tensor& noise, const std::vector<Tensor>& w) {
-  const int64_t num_layers = s.layers.size();
-  require_shape(mask, {s.U, s.T}, "mask");
-  require_shape(modality, {s.T}, "modality");
-  require_shape(w[0], {s.Q, s.D}, "queries");
-  require_shape(w[1], {s.M, s.D}, "the embedding of modalities");
-  int64_t num_random = 0;
-  for (int64_t layer = 0; layer < num_layers; ++layer) {
-    require_shapes(s.layers[layer], &w[2 + layer * kWeightsOfLayer]);
-    num_random += 2 * s.U * s.layers[layer].R * s.D;
+  FusionInputs inputs() const {
+    return {floats(tokens), noise.numel() ? floats(noise) : nullptr, flags(mask),
+            integers(modality)};
   }
-  if (noise.numel()) require_shape(noise, {num_random}, "noise");
-  const Tensor* last = &w[w.size() - 7];
-  require_shape(last[0], {s.D}, "the last norm's weight");
-  require_shape(last[1], {s.D}, "the last norm's bias");
-  require_shape(last[2], {s.D, s.Q * s.D}, "the map of the output");
-  require_shape(last[3], {s.D}, "the bias of the output");
-  require_shape(last[4], {s.M, s.D}, "the vectors of missing modalities");
-  require_shape(last[5], {s.D, s.M * s.D}, "the linear map");
-  require_shape(last[6], {s.D}, "the bias of the linear map");
-}
-
-void check(const FusionSizes& s, const int64_t* modality) {
-  bool in_range = true;
-  for (int64_t t = 0; t < s.T; ++t) in_range &= 0 <= modality[t] && modality[t] < s.M;
-  STD_TORCH_CHECK(in_range, "a token's modality is out of range");
-}
-
-FusionInputs inputs_of(const std::vector<Tensor>& all) {
-  return {floats(all[0]), all[3].numel() ? floats(all[3]) : nullptr,
-          static_cast<const bool*>(all[1].const_data_ptr()), integers(all[2])};
-}
+};
 
 // -> fused [U, D] and what the backward reads
 std::tuple<Tensor, Tensor> fusion(const Tensor& tokens, const Tensor& mask, const Tensor& modality,
-                                  const Tensor& noise, const std::vector<Tensor>& weights_,
+                                  const Tensor& noise, const std::vector<Tensor>& weights,
                                   int64_t num_layers, int64_t heads, double scale, double dropout,
                                   bool bfloat16) {
   const Precision precision(bfloat16);
-  const std::vector<Tensor> all = contiguous({tokens, mask, modality, noise});
-  const std::vector<Tensor> weights = contiguous(weights_);
-  const FusionSizes s(all[0], weights, num_layers, heads, scale, dropout);
-  require_shapes(s, mask, modality, noise, weights);
-  const FusionInputs in = inputs_of(all);
-  check(s, in.modality);
-  const FusionWeights packed(s, weights, false);
-  Tensor out = torch::stable::new_empty(all[0], {s.U, s.D});
-  Tensor kept = torch::stable::new_empty(all[0], {FusionKept::size(s)});
+  const CheckedFusion all(Operator("fusion"), tokens, mask, modality, noise, weights, num_layers,
+                          heads, scale, dropout);
+  const FusionSizes& s = all.s;
+  const FusionInputs in = all.inputs();
+  const FusionWeights packed(s, all.weights, false);
+  Tensor out = torch::stable::new_empty(all.tokens, {s.U, s.D});
+  Tensor kept = torch::stable::new_empty(all.tokens, {FusionKept::size(s)});
   const FusionKept parts(s, mutable_floats(kept));
   float* to = mutable_floats(out);
   const int64_t blocks = (s.U + s.block() - 1) / s.block();
@@ -90,21 +104,23 @@ std::tuple<Tensor, Tensor> fusion(const Tensor& tokens, const Tensor& mask, cons
 // -> gradients of tokens [U, T, D] and of the weights. These are summed in groups of items that
 // depend on the batch alone, so that they do not depend on the number of threads.
 std::tuple<Tensor, std::vector<Tensor>> fusion_backward(
-    const Tensor& gradient_, const Tensor& kept, const Tensor& tokens, const Tensor& mask,
-    const Tensor& modality, const Tensor& noise, const std::vector<Tensor>& weights_,
+    const Tensor& gradient_, const Tensor& kept_, const Tensor& tokens, const Tensor& mask,
+    const Tensor& modality, const Tensor& noise, const std::vector<Tensor>& weights,
     int64_t num_layers, int64_t heads, double scale, double dropout, bool bfloat16) {
   const Precision precision(bfloat16);
-  const Tensor gradient = torch::stable::contiguous(gradient_);
-  const std::vector<Tensor> all = contiguous({tokens, mask, modality, noise});
-  const std::vector<Tensor> weights = contiguous(weights_);
-  const FusionSizes s(all[0], weights, num_layers, heads, scale, dropout);
-  const FusionInputs in = inputs_of(all);
-  const FusionWeights packed(s, weights, true);
+  const Operator op("fusion_backward");
+  const CheckedFusion all(op, tokens, mask, modality, noise, weights, num_layers, heads, scale,
+                          dropout);
+  const FusionSizes& s = all.s;
+  const FusionInputs in = all.inputs();
+  const Tensor gradient = op.float32("gradient", gradient_, {s.U, s.D});
+  const Tensor kept = op.float32("kept", kept_, {FusionKept::size(s)});
+  const FusionWeights packed(s, all.weights, true);
   // The backward only reads them.
   const FusionKept parts(s, const_cast<float*>(floats(kept)));
-  Tensor of_tokens = torch::stable::empty_like(all[0]);
+  Tensor of_tokens = torch::stable::empty_like(all.tokens);
   std::vector<Tensor> of_weights;
-  for (const Tensor& weight : weights) of_weights.push_back(torch::stable::empty_like(weight));
+  for (const Tensor& weight : all.weights) of_weights.push_back(torch::stable::empty_like(weight));
   const float* of_out = floats(gradient);
   float* for_tokens = mutable_floats(of_tokens);
   const int64_t blocks = (s.U + s.block() - 1) / s.block();

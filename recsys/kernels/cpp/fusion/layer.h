@@ -112,7 +112,7 @@ class LayerBlock {
 
   // Multiplies rows by the factors of dropout, from uniform numbers; none: all factors are 1.
   void drop(const float* noise, int64_t count, const float* rows, float* to) const {
-    const float share = s.dropout, factor = 1 / (1 - share);
+    const float share = s.dropout, factor = share < 1 ? 1 / (1 - share) : 0;
     for (int64_t row = 0; row < count; ++row, rows += s.d, to += s.d)
       for (int64_t k = 0; k < s.D; ++k)
         to[k] = noise ? rows[k] * (noise[row * s.D + k] >= share ? factor : 0) : rows[k];
