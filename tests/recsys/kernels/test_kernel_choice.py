@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recsys.kernels import choose_kernels, has_native
+from recsys.kernels import choose_kernels, compiler, has_native
 from recsys.kernels.choice import _Chosen
 
 OLDER = """
@@ -51,17 +51,68 @@ def nothing_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("compiler", "cause"), [("/nonexistent/g++", "/nonexistent/g++"), ("false", "false failed")]
+    ("command", "cause"), [("/nonexistent/g++", "/nonexistent/g++"), ("false", "false failed")]
 )
 @pytest.mark.usefixtures("nothing_loaded")
 def test_without_a_compiler_pytorch_computes_and_one_line_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, compiler: str, cause: str
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, command: str, cause: str
 ) -> None:
-    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("CXX", command)
     assert not has_native(torch.zeros(1))
     assert not has_native(torch.zeros(1))  # without a second line
     (warning,) = [record.getMessage() for record in caplog.records]
     assert cause in warning and "\n" not in warning
+
+
+def fake_compiler(folder: Path, version: str) -> str:
+    """Write a compiler that names a version, warns, and makes an empty file."""
+    file = folder / "compiler"
+    file.write_text(
+        f"""#!/bin/sh
+        case "$*" in *--version*) echo {version}; exit;; esac
+        while [ "$1" != -o ]; do shift; done
+        echo "a.cpp:1: warning: unused" >&2
+        touch "$2"
+        """
+    )
+    file.chmod(0o755)
+    return str(file)
+
+
+def test_another_compiler_version_command_or_flag_has_another_build(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def build(command: str) -> Path:
+        monkeypatch.setenv("CXX", command)
+        return compiler._folder()
+
+    (tmp_path / "other").mkdir()
+    first = fake_compiler(tmp_path, "12.4")
+    builds = [build(first), build(fake_compiler(tmp_path / "other", "12.4")), build(f"{first} -g")]
+    assert build(first) == builds[0]
+    builds.append(build(fake_compiler(tmp_path, "13.1")))
+    monkeypatch.setattr(compiler, "FLAGS", [*compiler.FLAGS, "-g"])
+    builds.append(build(first))
+    assert len({*builds}) == 5
+
+
+def test_the_compiler_s_warnings_are_shown(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, "12.4"))
+    compiler._compile(tmp_path / "kernels.so")
+    assert "-w" not in compiler.FLAGS
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "a.cpp:1: warning: unused" in warning
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_compiler_s_command_without_an_end_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "'g++")
+    assert not has_native(torch.zeros(1))
+    assert 'CXX is "\'g++"' in caplog.text
 
 
 @pytest.mark.usefixtures("nothing_loaded")
@@ -98,7 +149,9 @@ def test_processors_without_bfloat16_multiply_in_float32(
     if processor in has and not has[processor]():
         pytest.skip(f"this processor runs no code of {processor}")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    subprocess.run([sys.executable, "-c", OLDER, processor], check=True, timeout=300)
+    command = [sys.executable, "-c", OLDER, processor]
+    done = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
+    assert "warning:" not in done.stderr
 
 
 @pytest.mark.long
@@ -114,3 +167,4 @@ def test_of_processes_that_start_at_once_one_compiles(
     outputs = [rank.communicate(timeout=300) for rank in ranks]
     assert [out for out, _ in outputs] == ["[[1.0, 1.0, 2.0, 2.0, 2.0]]\n"] * 2
     assert sum("kernels compiled" in log for _, log in outputs) == 1
+    assert not any("warning:" in log for _, log in outputs)

@@ -210,18 +210,3 @@ def test_torch_compile_sees_the_kernel_and_torch_export_the_reference() -> None:
     assert torch.equal(compiled(*inputs), native_dot_interaction(*inputs))
     exported = torch.export.export(dots, inputs)
     assert "recsys" not in str(exported.graph) and "bmm" in str(exported.graph)
-
-
-def test_gradients_of_the_reference_are_right_in_float64() -> None:
-    """The softmax between score and sum is FBGEMM's, which has no float64."""
-    torch.manual_seed(0)
-    target, items = (torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    sparse = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(DotInteraction(2), (target, sparse))
-    history = JaggedHistory.of(torch.tensor([1, 0, 1]), torch.tensor([2, 1]), 2)
-    attention, parallel = TargetAttention(3, 1, [4, 3]).double(), torch.rand(3, 1).double()
-
-    def interest(target: Tensor, items: Tensor) -> Tensor:
-        return history.weighted_sum(attention.scores(target, items, history, parallel), items)
-
-    assert torch.autograd.gradcheck(interest, (target, items))

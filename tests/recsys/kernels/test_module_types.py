@@ -1,0 +1,146 @@
+"""Modules of every float type give results of their type, by kernels and by PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recsys.config import ContrastiveSettings, HistorySettings
+from recsys.content.fusion import FusionQFormer, JointSelfAttention
+from recsys.content.vectors import ContentVectors, StoredHistory
+from recsys.data.jagged_history import JaggedHistory
+from recsys.kernels.choice import _Chosen
+from recsys.model.losses import ContentIDContrastive
+from recsys.ranking.layers.content_interest import ContentInterest
+from recsys.ranking.layers.dot_interaction import DotInteraction
+from recsys.ranking.layers.target_attention import DotAttention, HistoryAttention, TargetAttention
+
+pytestmark = pytest.mark.usefixtures("native_kernels")
+
+HISTORY = JaggedHistory.of(torch.tensor([1, 0, 1, 2, 2, 0]), torch.tensor([2, 0, 4]), 3)
+PARALLEL = torch.rand(6, 1, generator=torch.Generator().manual_seed(0))
+MASK = torch.tensor([[True, True], [True, False], [False, True]])
+Module = tuple[nn.Module, list[Tensor], Callable[..., Tensor]]  # its vectors, and the call
+
+
+def attention(module: HistoryAttention, lists: int) -> Module:
+    vectors = [torch.randn(3, 4), torch.randn(3, 4)]
+    parallel = torch.rand(6, lists)
+    return module, vectors, lambda *parts: module(*parts, HISTORY, parallel)
+
+
+def content_interest(num_sorted: int) -> Module:
+    settings = HistorySettings(similarity_features=True, sorted_cosines=num_sorted)
+    module, rows = ContentInterest(4, 1, 1, settings), torch.randn(3, 8)
+
+    def interest(target: Tensor, of_modalities: Tensor, matrix: Tensor) -> Tensor:
+        vectors, modalities = rows.to(matrix).split(4, dim=1)
+        items, stored = (vectors @ matrix.T, modalities.unsqueeze(1)), StoredHistory(rows, matrix)
+        read = {"read": lambda: items, "read_stored": lambda: stored}
+        return module(ContentVectors(target, None, of_modalities, None, **read), HISTORY, PARALLEL)
+
+    return module, [torch.randn(3, 4), torch.randn(3, 1, 4), torch.randn(4, 4)], interest
+
+
+def contrastive() -> Module:
+    settings = ContrastiveSettings(weight=1.0, dim=4, temperature=0.5, learn_temperature=True)
+    module, items = ContentIDContrastive(5, 3, settings), torch.tensor([4, 7, 4, -1])
+    return module, [torch.randn(4, 5), torch.randn(4, 3)], lambda *sides: module(*sides, items)
+
+
+def fusion(preset: Any) -> Module:
+    module, modality = FusionQFormer(4, 2, 2, 2, 2, 0.0, preset), torch.tensor([0, 1])
+    for parameter in module.parameters():  # zeros at the start would hide errors
+        parameter.data += 0.2 * torch.randn(parameter.shape)
+    return module, [torch.randn(3, 2, 4)], lambda tokens: module(tokens, MASK, modality)
+
+
+def few_tokens() -> Module:
+    module = JointSelfAttention(4, 2)
+    return module, [torch.randn(3, 2, 4)], lambda tokens: module(tokens, MASK, 2)
+
+
+MODULES: dict[str, Callable[[], Module]] = {
+    "target attention": lambda: attention(TargetAttention(4, 0, [6, 3]), 0),
+    "target attention with a list": lambda: attention(TargetAttention(4, 1, [6, 3]), 1),
+    "target attention of another depth": lambda: attention(TargetAttention(4, 1, [6]), 1),
+    "dot attention": lambda: attention(DotAttention(4, 0), 0),
+    "dot attention with a list": lambda: attention(DotAttention(4, 1), 1),
+    "content interest": lambda: content_interest(0),
+    "content interest with sorted cosines": lambda: content_interest(3),
+    "contrastive": contrastive,
+    "fusion, modern": lambda: fusion("modern"),
+    "fusion, published": lambda: fusion("published"),
+    "few tokens": few_tokens,
+    "dots": lambda: (
+        module := DotInteraction(2),
+        [torch.randn(3, 4), torch.randn(3, 2, 4)],
+        module,
+    ),
+}
+
+
+def results(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the result and all gradients, of numbers that are the same in every type."""
+    torch.manual_seed(0)
+    module, vectors, compute = MODULES[name]()
+    module.bfloat16().to(dtype)
+    leaves = [part.bfloat16().to(dtype).requires_grad_() for part in vectors]
+    result = compute(*leaves)
+    factor = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    variables = {f"vectors {place}": part for place, part in enumerate(leaves)}
+    variables |= dict(module.named_parameters())
+    gradients = torch.autograd.grad(
+        (result * factor).sum(), list(variables.values()), materialize_grads=True
+    )
+    return {"result": result.detach()} | dict(zip(variables, gradients, strict=True))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_of_any_type_equals_that_of_float64_and_gives_its_type(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, kernels: str
+) -> None:
+    monkeypatch.setattr(_Chosen, "kernels", kernels)
+    expected, found = results(name, torch.float64), results(name, dtype)
+    precision = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    for part, value in expected.items():
+        assert (value.dtype, found[part].dtype) == (torch.float64, dtype)
+        scale = max(1.0, float(value.abs().max()))
+        torch.testing.assert_close(
+            found[part].double(), value, rtol=0, atol=precision * scale, msg=part
+        )
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_in_float64_first_and_second_derivatives_are_right(name: str) -> None:
+    torch.manual_seed(0)
+    module, vectors, compute = MODULES[name]()
+    module.double()
+    leaves = tuple(part.double().requires_grad_() for part in vectors)
+    assert torch.autograd.gradcheck(compute, leaves)
+    assert torch.autograd.gradgradcheck(compute, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_second_derivatives_of_plain_operations_in_float32_are_those_of_float64(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(_Chosen, "kernels", "torch")
+
+    def second(dtype: torch.dtype) -> list[Tensor]:
+        torch.manual_seed(0)
+        module, vectors, compute = MODULES[name]()
+        module.to(dtype)
+        leaves = [part.to(dtype).requires_grad_() for part in vectors]
+        gradients = torch.autograd.grad(compute(*leaves).square().sum(), leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(part.square().sum() for part in gradients), leaves))
+
+    for found, expected in zip(second(torch.float32), second(torch.float64), strict=True):
+        scale = max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4 * scale)
