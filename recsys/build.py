@@ -8,6 +8,7 @@ Shapes: D dimension.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
 
 import torch
@@ -94,6 +95,10 @@ class Job:
     def averages(self) -> AveragedWeights | None:
         """Moving averages of the weights, if the configuration enables them."""
         return self.update.averages
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return a context in which averages, if there are any, replace the weights."""
+        return nullcontext() if self.averages is None else self.averages.in_place()
 
     @property
     def em3(self) -> EM3:

@@ -95,7 +95,8 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
             )
         return load_schema(root)
     data = load_schema(root, with_vocabularies=False)
-    keeps_fits = (run / WARM_START).is_file()  # they are those of the run that it was begun from
+    # They are those of the run that it was begun from, or of a walk's first partition.
+    keeps_fits = (run / WARM_START).is_file() or (run / PARTITION).is_file()
     for name, chain in data.transforms.items():
         own = trained.transforms.get(name)
         replaced = chain.without_fit if keeps_fits else chain

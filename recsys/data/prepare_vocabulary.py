@@ -20,6 +20,7 @@ from recsys.data.schema import Schema, load_schema, vocabulary_file
 from recsys.data.transforms.columns import read_columns
 
 SPLITS = ("train", "valid", "test")
+ITEMS = "items"
 
 
 @dataclass(frozen=True)
@@ -56,21 +57,21 @@ def prepare_vocabularies(data: str) -> list[PreparedVocabulary]:
 def new_ids(
     root: Location, schema: Schema, split: str | None, known: Mapping[str, ExactVocabulary]
 ) -> dict[str, pa.Array]:
-    """Return, by table, the ids of a split and of the items that its map does not have yet.
+    """Return, by table, the ids of a split that its map does not have yet.
 
-    `split` None stands for the items alone. The maps in `known` do not change.
+    `split` None stands for the items. The maps in `known` do not change.
 
     Raises:
         ValueError: a file cannot be read, ids have different types, or a table has too few rows.
     """
-    splits, found = [] if split is None else [split], {}
+    folders, found = [ITEMS if split is None else split], {}
     for table in schema.tables_with("exact"):
         extended = ExactVocabulary(schema.limit(table))
         if table in known:
             extended.extend([known[table].ids])
         before = len(extended)
         try:
-            extended.extend(_raw_ids(root, schema, table, extended, splits))
+            extended.extend(_raw_ids(root, schema, table, extended, folders))
         except ValueError as error:
             raise ValueError(
                 f"vocabulary of column '{table}' in {root}/schema.yaml: {error}"
@@ -101,18 +102,19 @@ def _raw_ids(
     schema: Schema,
     table: str,
     vocabulary: ExactVocabulary,
-    splits: Sequence[str] = SPLITS,
+    folders: Sequence[str] = (*SPLITS, ITEMS),
 ) -> Iterator[pa.Array]:
-    """Yield all ids of a table, one row group of one column at a time, without nulls."""
+    """Yield the ids of a table in some folders, a row group of a column at a time, without nulls."""
     columns = [name for name in schema.columns if schema.vocabulary_of(name) is not None]
     columns = [name for name in columns if schema.table_of(name) == table]
+    splits = [folder for folder in folders if folder != ITEMS]
     places = [(split, name) for split in splits for name in columns]
-    if schema.items is not None and table == schema.target_item:
-        places.append(("items", schema.items.id))
+    if ITEMS in folders and schema.items is not None and table == schema.target_item:
+        places.append((ITEMS, schema.items.id))
     if splits and not any((root / split).files(".parquet") for split in splits):
         raise ValueError(f"{root}: no *.parquet files in {', '.join(splits)}; write the rows first")
     for folder, name in places:
-        is_of_rows = folder != "items"
+        is_of_rows = folder != ITEMS
         takes_lists = is_of_rows and schema.columns[name].kind in ("ids", "sequence")
         for file in (root / folder).files(".parquet"):
             for chunk in _chunks(file, name, schema if is_of_rows else None):

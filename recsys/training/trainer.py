@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,8 +182,7 @@ class Trainer:
 
     def _validate(self) -> None:
         """Validate, with averaged weights if kept, and keep the best model. A collective."""
-        averages = self.job.averages
-        with averages.in_place() if averages is not None else nullcontext():
+        with self.job.averaged():
             self._validate_weights()
 
     def _validate_weights(self) -> None:

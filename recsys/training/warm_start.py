@@ -56,13 +56,14 @@ def start_warm(job: Job, run: Path, plan: WarmStartPlan) -> Progress:
         ValueError: on every rank: a file of the checkpoint cannot be read.
     """
     progress = take_over(job, plan)
+    fit_to_rows(job, plan)
     keep_counts_before(run, job, plan)
     describe_start(run, job.ranks, plan)
     return progress
 
 
 def take_over(job: Job, plan: WarmStartPlan) -> Progress:
-    """Fill the job with what its plan takes over; write nothing. A collective.
+    """Fill the job with what its plan takes over; read no row, and write nothing. A collective.
 
     Raises:
         ValueError: on every rank: a file of the checkpoint cannot be read.
@@ -88,11 +89,22 @@ def take_over(job: Job, plan: WarmStartPlan) -> Progress:
         else:
             is_same = plan.items.is_identity or job.schema.has_bounded_items  # known by raw id
             new_rows = None if is_same else plan.items.new_rows
-            encode_changed_items(job, source.request.run, source.model.manifest, new_rows)
+            with job.averaged():  # as predictions by the run do
+                encode_changed_items(job, source.request.run, source.model.manifest, new_rows)
+    return progress
+
+
+def fit_to_rows(job: Job, plan: WarmStartPlan) -> None:
+    """Fit to the job's training rows what training does not learn: once they are scored, if at all.
+
+    A collective.
+
+    Raises:
+        ValueError: on every rank: the rows cannot be read.
+    """
     fill_opinions(job)
     for table, filled in fill_new_rows(job, counts_before(job, plan)).items():
         plan.differences.add(f"table '{table}'", f"new_rows: {filled.rule}", str(filled))
-    return progress
 
 
 def check_begun_from(run: Path, request: WarmStart | None) -> None:

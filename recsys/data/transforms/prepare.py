@@ -17,7 +17,7 @@ from recsys.data.parquet.values import is_list, usable_column
 from recsys.data.prepare_vocabulary import SPLITS
 from recsys.data.schema import Schema, build_hashes, read_schema
 from recsys.data.transforms import fitted_file
-from recsys.data.transforms.chain import Chain, results_read
+from recsys.data.transforms.chain import Chain, results_read, set_chain
 from recsys.data.transforms.columns import TransformedRows, check_types
 from recsys.data.transforms.fitted_file import write_fitted
 
@@ -41,11 +41,22 @@ def fit_transforms(root: Location) -> dict[str, Chain]:
     schema = read_schema(root)
     if not _unfitted(schema):
         return {}
-    while unfitted := _unfitted(schema):
-        ready = {name: number for name, number in unfitted.items() if not _waits(schema, name)}
-        _fit(root, schema, ready)
+    fit_chains(root, schema, "train")
     write_fitted(schema.transforms, root)
     return schema.transforms
+
+
+def fit_chains(root: Location, schema: Schema, folder: str) -> None:
+    """Fit the steps of a schema's columns that are not fitted on the rows in a folder.
+
+    Raises:
+        ValueError: a file cannot be read, or a column has no finite value.
+    """
+    while unfitted := _unfitted(schema):
+        ready = {name: number for name, number in unfitted.items() if not _waits(schema, name)}
+        _fit(root, schema, folder, ready)
+    for name, chain in schema.transforms.items():
+        set_chain(schema.columns[name], chain)
 
 
 def check_transformed(root: Location) -> None:
@@ -70,7 +81,7 @@ def check_transformed(root: Location) -> None:
                     f"{message(row)}; or end the steps with fill or clip"
                 )
 
-        for rows in _rows(root, schema, list(schema.transforms), split):
+        for rows in _rows(root / split, schema, list(schema.transforms)):
             for name in schema.transforms:
                 usable_column(pa.table({name: rows.column(name)}), name, schema, refuse)
             first += rows.table.num_rows
@@ -102,11 +113,11 @@ def _waits(schema: Schema, name: str) -> bool:
     )
 
 
-def _fit(root: Location, schema: Schema, steps: Mapping[str, int]) -> None:
+def _fit(root: Location, schema: Schema, folder: str, steps: Mapping[str, int]) -> None:
     """Fit one step of some columns."""
     chains = schema.transforms
     fits = {name: chains[name].steps[number].start_fit() for name, number in steps.items()}
-    for rows in _rows(root, schema, list(steps), "train"):
+    for rows in _rows(root / folder, schema, list(steps)):
         for name, number in steps.items():
             values = rows.before_step(name, number)
             values = values.flatten() if is_list(values.type) else values
@@ -114,17 +125,15 @@ def _fit(root: Location, schema: Schema, steps: Mapping[str, int]) -> None:
             fits[name].add(numbers.to_numpy(zero_copy_only=False))
     for name, number in steps.items():
         if not fits[name].num_values:
-            raise ValueError(f"{root / 'train'}: column '{name}' has no finite value to fit")
+            raise ValueError(f"{root / folder}: column '{name}' has no finite value to fit")
         chains[name] = chains[name].fitted(number, fits[name].result())
 
 
-def _rows(
-    root: Location, schema: Schema, names: Sequence[str], split: str
-) -> Iterator[TransformedRows]:
-    """Yield the rows of a split, one row group at a time, with the sources of some columns."""
-    files = (root / split).files(".parquet")
+def _rows(folder: Location, schema: Schema, names: Sequence[str]) -> Iterator[TransformedRows]:
+    """Yield the rows in a folder, one row group at a time, with the sources of some columns."""
+    files = folder.files(".parquet")
     if not files:
-        raise ValueError(f"{root / split}: no *.parquet files; transforms are fitted on them")
+        raise ValueError(f"{folder}: no *.parquet files; transforms are fitted on them")
     columns = schema.file_columns(names)
     for file in files:
         with open_parquet(file) as parquet:

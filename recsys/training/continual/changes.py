@@ -6,6 +6,8 @@ may not change its meaning within a run.
 
 from __future__ import annotations
 
+import pyarrow as pa
+
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.compatibility import differing_settings
@@ -16,11 +18,13 @@ from recsys.checkpoint.warm_start.source import Source
 from recsys.config import Config
 from recsys.data.filesystem import Location
 from recsys.data.prepare_vocabulary import new_ids
-from recsys.data.schema import Schema, build_hashes, load_schema, vocabulary_file
-from recsys.data.transforms import fitted_file
+from recsys.data.schema import Schema, build_hashes, read_schema, vocabulary_file
+from recsys.data.transforms.chain import set_chain
+from recsys.data.transforms.prepare import fit_chains
 from recsys.distributed.ranks import Ranks
 from recsys.training.continual.partitions import Partition
 
+NewIds = dict[str, pa.Array]  # by table with an exact map
 # Rules of a warm start by which a column is read as before.
 AS_BEFORE = ("as in the data", "fit of the run")
 
@@ -47,8 +51,11 @@ def require_unchanged(
 
 def new_schema(
     root: Location, partition: Partition, known: tuple[Schema, Schema] | None, ranks: Ranks
-) -> Schema:
-    """Return the columns with maps of raw ids that have those of the partition. A collective.
+) -> tuple[Schema, NewIds]:
+    """Return the columns as the model before the partition reads them, and its new ids.
+
+    The maps of raw ids have those of the run before and of the items; transforms that are fitted
+    are those of the run before, or fitted on the partition. A collective.
 
     Args:
         root: the dataset.
@@ -61,27 +68,52 @@ def new_schema(
         ValueError: on every rank: the dataset cannot be read, or a table has too few rows.
     """
     with ranks.raise_on_all_ranks():
-        schema, maps = _read(root) if known is None else (known[0], _maps(known[1]))
-        new = new_ids(root, schema, partition.folder, maps) if ranks.is_first else {}
-    new = ranks.from_first(new)
-    with ranks.raise_on_all_ranks():
+        if known is None:
+            schema = read_schema(root)
+            maps = _stored_maps(root, schema)
+        else:
+            schema, maps = known[0], _maps(known[1])
+            _forget_fits(root, schema, known[1])
         for table in schema.tables_with("exact"):
             vocabulary = ExactVocabulary(schema.limit(table))
-            parts = [maps[table].ids] if table in maps else []
-            vocabulary.extend([*parts, new[table]])
+            vocabulary.extend([maps[table].ids] if table in maps else [])
             schema.vocabularies[table] = vocabulary
         build_hashes(schema)
-    return schema
+        if ranks.is_first:
+            fit_chains(root, schema, partition.folder)
+    for name, chain in ranks.from_first(schema.transforms).items():
+        schema.transforms[name] = chain
+        set_chain(schema.columns[name], chain)
+    add_ids(schema, _new_ids(root, schema, None, ranks), ranks)
+    return schema, _new_ids(root, schema, partition.folder, ranks)
 
 
-def _read(root: Location) -> tuple[Schema, dict[str, ExactVocabulary]]:
-    schema = load_schema(root, with_vocabularies=False)
-    fitted_file.load_fitted(schema.transforms, schema.columns, root, required=True)
+def add_ids(schema: Schema, ids: NewIds, ranks: Ranks) -> None:
+    """Give new ids rows, behind those of the known ones. A collective."""
+    with ranks.raise_on_all_ranks():
+        for table, vocabulary in _maps(schema).items():
+            vocabulary.extend([ids[table]])
+
+
+def _new_ids(root: Location, schema: Schema, folder: str | None, ranks: Ranks) -> NewIds:
+    with ranks.raise_on_all_ranks():
+        ids = new_ids(root, schema, folder, _maps(schema)) if ranks.is_first else {}
+    return ranks.from_first(ids)
+
+
+def _stored_maps(root: Location, schema: Schema) -> dict[str, ExactVocabulary]:
     maps = {}
     for table in schema.tables_with("exact"):
         if (file := vocabulary_file(root, table)).exists():
             maps[table] = ExactVocabulary.load(file.path, schema.limit(table), file.arrow)
-    return schema, maps
+    return maps
+
+
+def _forget_fits(root: Location, schema: Schema, before: Schema) -> None:
+    """Undo fits that are not of the run before: the dataset's own may be of later partitions."""
+    for name, chain in read_schema(root).transforms.items():
+        if schema.transforms[name] != before.transforms.get(name):
+            schema.transforms[name] = chain
 
 
 def _maps(schema: Schema) -> dict[str, ExactVocabulary]:

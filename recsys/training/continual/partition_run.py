@@ -14,6 +14,7 @@ from recsys.build import Job, build_job
 from recsys.checkpoint.files import folders_by_age
 from recsys.checkpoint.manager import Checkpoints
 from recsys.checkpoint.manifest import model_of
+from recsys.checkpoint.new_rows.fill import fill_rows_of_later_items
 from recsys.checkpoint.new_rows.trained_counts import counts_before
 from recsys.checkpoint.partitions.state import ContinualFolder, RunState, Trained
 from recsys.checkpoint.progress import Progress
@@ -25,7 +26,7 @@ from recsys.checkpoint.run_folder import (
     recover_checkpoints,
 )
 from recsys.checkpoint.run_schema import PARTITION, schema_of_data
-from recsys.checkpoint.warm_start.plan import plan_warm_start
+from recsys.checkpoint.warm_start.plan import WarmStartPlan, plan_warm_start
 from recsys.checkpoint.warm_start.request import WarmStart
 from recsys.config import Config
 from recsys.data.filesystem import Location, write_whole
@@ -36,8 +37,14 @@ from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.evaluate import check_data
-from recsys.evaluation.scores import read_scores, write_scores
-from recsys.training.continual.changes import check_items, new_schema, require_unchanged
+from recsys.evaluation.scores import write_scores
+from recsys.training.continual.changes import (
+    NewIds,
+    add_ids,
+    check_items,
+    new_schema,
+    require_unchanged,
+)
 from recsys.training.continual.clock import Clock
 from recsys.training.continual.partition_trainer import (
     PartitionTrainer,
@@ -46,7 +53,6 @@ from recsys.training.continual.partition_trainer import (
 )
 from recsys.training.continual.partitions import Partition
 from recsys.training.continual.scoring import (
-    count_scored,
     format_lines,
     record_metrics,
     reseed,
@@ -56,7 +62,13 @@ from recsys.training.continual.scoring import (
 from recsys.training.reporter import Reporter
 from recsys.training.train import start_fresh, training_interactions
 from recsys.training.trainer import Trainer
-from recsys.training.warm_start import OpenedWarmStart, describe_start, open_warm_start, take_over
+from recsys.training.warm_start import (
+    OpenedWarmStart,
+    describe_start,
+    fit_to_rows,
+    open_warm_start,
+    take_over,
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,14 @@ class ContinualRun:
         return last.name, WarmStart(self.folder.run_of(last.name), checkpoint="last")
 
 
+@dataclass(frozen=True)
+class Start:
+    """How the run of a partition begins."""
+
+    warm: OpenedWarmStart | None  # with this run's state; None: from nothing
+    ids: NewIds  # that are new in the partition's rows, and have rows once these are scored
+
+
 def train_partition(continual: ContinualRun, partition: Partition, state: RunState) -> Trained:
     """Score a partition and train on it, or go on with that. A collective.
 
@@ -94,11 +114,11 @@ def train_partition(continual: ContinualRun, partition: Partition, state: RunSta
         if ranks.is_first:
             recover_checkpoints(run)
     goes_on = ranks.from_first(bool(folders_by_age(run / "checkpoints")))
-    schema, warm = _schema(continual, partition, state, config, goes_on)
+    schema, start = _schema(continual, partition, state, config, goes_on)
     continual.clock.lap("read")
     job = build_job(config, continual.data, ranks, schema, partition.folder)
     continual.clock.lap("build")
-    trainer, line = open_partition(continual, partition, state, job, goes_on, warm)
+    trainer, line = open_partition(continual, partition, state, job, start)
     try:
         if line is not None:
             track(trainer.reporter, line)
@@ -115,8 +135,9 @@ def train_partition(continual: ContinualRun, partition: Partition, state: RunSta
 
 def _schema(
     continual: ContinualRun, partition: Partition, state: RunState, config: Config, goes_on: bool
-) -> tuple[Schema, OpenedWarmStart | None]:
-    """Return the columns with their maps of ids, and the run to begin from. A collective."""
+) -> tuple[Schema, Start | None]:
+    """Return the columns with their maps of ids, and how to start unless it goes on. A collective.
+    """
     run, ranks = continual.folder.run_of(partition.name), continual.ranks
     root = Location.of(continual.data)
     if goes_on:
@@ -124,12 +145,14 @@ def _schema(
             return schema_of_data(run, root, ranks, goes_on), None
     _, request = continual.before(state)
     if request is None:
-        return new_schema(root, partition, None, ranks), None
+        schema, ids = new_schema(root, partition, None, ranks)
+        return schema, Start(None, ids)
     warm, schema = open_warm_start(request, continual.data, run, ranks, with_vocabularies=False)
     if state.last is not None:
         with ranks.raise_on_all_ranks():
             require_unchanged(*warm, config, root)
-    return new_schema(root, partition, (schema, warm[0].schema), ranks), warm
+    schema, ids = new_schema(root, partition, (schema, warm[0].schema), ranks)
+    return schema, Start(warm, ids)
 
 
 def open_partition(
@@ -137,10 +160,16 @@ def open_partition(
     partition: Partition,
     state: RunState,
     job: Job,
-    goes_on: bool,
-    warm: OpenedWarmStart | None,
+    start: Start | None,
 ) -> tuple[Trainer, dict[str, Any] | None]:
     """Score the partition and begin its run, or restore the state it has. A collective.
+
+    Args:
+        continual: what the runs of all partitions share.
+        partition: the next one.
+        state: what the run has done.
+        job: the job of the partition.
+        start: how its run begins; None: it goes on.
 
     Returns:
         the trainer, and the new line of metrics, on rank 0 if there is one.
@@ -150,14 +179,14 @@ def open_partition(
     interactions = training_interactions(job, job.config.continual.order == "shuffled")
     now = _as_read(partition, interactions)
     with ranks.raise_on_all_ranks():
-        _refuse_changed(folder, state, now, goes_on)
+        _refuse_changed(folder, state, now, start is None)
     checkpoints = Checkpoints(job, run, now.fingerprint, continual.writers)
-    if goes_on:
+    if start is None:
         check_encoders(run, job)
         progress = checkpoints.restore()
         assert progress is not None  # a checkpoint was seen
     else:
-        progress = _start(continual, now, state, job, warm)
+        progress = _begin(continual, now, state, job, start)
     line = _record(continual, partition, state)
     item_counts = read_item_counts(run, job.schema.item_id_limit)
     reporter = Reporter(job, folder.path, progress, counts_all_steps=True)
@@ -182,29 +211,32 @@ def _refuse_changed(folder: ContinualFolder, state: RunState, now: Trained, goes
     )
 
 
-def _start(
-    continual: ContinualRun, now: Trained, state: RunState, job: Job, warm: OpenedWarmStart | None
+def _begin(
+    continual: ContinualRun, now: Trained, state: RunState, job: Job, start: Start
 ) -> Progress:
-    """Begin the run of a partition, whose rows are scored if a model can. A collective."""
+    """Begin the run of a partition, whose rows are scored if a model can. A collective.
+
+    What is fitted to its rows is fitted behind the scores.
+    """
     folder, ranks, plan = continual.folder, continual.ranks, None
     run = folder.run_of(now.name)
-    begun, skipped = replace(state, begun=now), dict[str, Any]()
-    if warm is None:
-        counts, skipped = check_data(job, ("train",))
-        progress = start_fresh(job)
-    else:
-        plan = plan_warm_start(job, *warm)
+    begun, known = replace(state, begun=now), ItemCounts.sum_of([])
+    if start.warm is not None:
+        plan = plan_warm_start(job, *start.warm)
         check_items(job, plan)
         progress = take_over(job, plan)
         known = counts_before(job, plan)
         continual.clock.lap("warm start")
-        _write_scores(continual, begun, job, known, model_of(plan.source.request.run))
-        counts = known
-        with ranks.raise_on_all_ranks():
-            if ranks.is_first:
-                scored = count_scored(read_scores(folder.scores_of(now.name)))
-                counts = ItemCounts.sum_of([known, scored])
+        _write_scores(continual, begun, job, known, plan)
         continual.clock.lap("score")
+    add_ids(job.schema, start.ids, ranks)
+    counts, skipped = check_data(job, ("train",))
+    if plan is None:
+        progress = start_fresh(job)
+    else:
+        fit_to_rows(job, plan)
+        counts = ItemCounts.sum_of([known, counts])  # on rank 0, which keeps them
+    continual.clock.lap("fit")
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             folder.write(begun)
@@ -220,15 +252,21 @@ def _start(
 
 
 def _write_scores(
-    continual: ContinualRun, begun: RunState, job: Job, known: ItemCounts, model: str | None
+    continual: ContinualRun, begun: RunState, job: Job, known: ItemCounts, plan: WarmStartPlan
 ) -> None:
-    """Score the partition that is begun, unless its scores are written. A collective."""
-    folder, ranks = continual.folder, continual.ranks
+    """Score the partition that is begun, unless its scores are written. A collective.
+
+    The model is that of the run before, as `recsys predict` loads it.
+    """
+    folder, ranks, before = continual.folder, continual.ranks, plan.source.request.run
     assert begun.begun is not None
-    file = folder.scores_of(begun.begun.name)
+    file, model = folder.scores_of(begun.begun.name), model_of(before)
     if ranks.from_first(file.exists()):
         return
-    scores = score_partition(job, known, continual.lockstep)
+    with job.averaged():
+        if plan.maps.get(job.schema.target_item) is not None:
+            fill_rows_of_later_items(job, before)
+        scores = score_partition(job, known, continual.lockstep)
     with ranks.raise_on_all_ranks():
         if scores is not None:
             folder.write(begun)  # before the scores, so that they are known to be of these rows

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from dataclasses import replace
 
+from recsys.checkpoint.new_rows.fill import refill_new_rows
 from recsys.checkpoint.partitions.state import RunState
 from recsys.checkpoint.run_folder import METRICS, finish_run
 from recsys.config import Config, ContinualSettings, content_settings
@@ -23,10 +23,12 @@ class PartitionTrainer(Trainer):
         return self._is_due_by_steps(first_step)
 
     def _validate(self) -> None:
-        """Fill the bank anew at the end of a pass, if asked. A collective."""
+        """At the end of a pass fill rows without training and, if asked, the bank. A collective."""
         content = content_settings(self.job.config)
         if content is not None and content.history.refresh_bank_every_epoch:
             fill_bank(self.job, self.lockstep)
+        with self.job.averaged():
+            refill_new_rows(self.job, self.run)
 
 
 def check_settings(config: Config) -> None:
@@ -76,8 +78,8 @@ def config_of_partition(config: Config, state: RunState) -> Config:
 
 def finish(trainer: Trainer, partition: Partition) -> None:
     """Keep the model, with averaged weights if there are any, and describe it. A collective."""
-    job, progress, averages = trainer.job, trainer.progress, trainer.job.averages
-    with averages.in_place() if averages is not None else nullcontext():
+    job, progress = trainer.job, trainer.progress
+    with job.averaged():
         trainer.checkpoints.save_best(progress)
     metrics = {"partition": partition.name, **training_figures(job, progress)}
     with job.ranks.raise_on_all_ranks():

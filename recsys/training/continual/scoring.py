@@ -1,17 +1,16 @@
 """Scores a partition before it is trained on, and records the metrics (prequential evaluation).
 
-The model is that of the partitions before; ids that are new in this one have the rows that a warm
-start gives them. The metrics are computed from the file of scores, which appears whole: a job that
-was killed meanwhile neither scores a row again nor writes a line twice.
+The model is that of the partitions before, as `recsys predict` loads it: items that are new in
+`items/` have their content, and ids that are new in the partition are unknown. The metrics are
+computed from the file of scores, which appears whole: a job that was killed meanwhile neither
+scores a row again nor writes a line twice.
 """
 
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 
 from embeddings.plan_text import align_columns
@@ -51,9 +50,7 @@ def score_partition(job: Job, item_counts: ItemCounts, lockstep: Lockstep) -> Sp
     """
     ranks = job.ranks
     interactions, unknown = split_interactions(job, "train"), UnknownIds(job.schema)
-    averages = job.averages
-    with averages.in_place() if averages is not None else nullcontext():
-        scored = score(job, interactions, lockstep, unknown)
+    scored = score(job, interactions, lockstep, unknown)
     if job.config.on_bad_row == "skip":
         interactions.rows.skipped(ranks, job.train_folder)
     scores = None
@@ -85,12 +82,6 @@ def track(reporter: Reporter, line: dict[str, Any]) -> None:
     reporter.evaluation("prequential", 0, {**line, "rows": None})
     for part in PARTS[1:]:
         reporter.evaluation(f"prequential/{part}", 0, line[part])
-
-
-def count_scored(scores: SplitScores) -> ItemCounts:
-    """Count the rows of each item, those of weight 0 left out."""
-    items = scores.items if scores.weights is None else scores.items[scores.weights > 0]
-    return ItemCounts.of_rows(items.astype(np.int64))
 
 
 def format_lines(config: Config, lines: list[dict[str, Any]]) -> str:

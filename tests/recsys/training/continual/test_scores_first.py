@@ -1,0 +1,137 @@
+"""What is fitted to a partition is fitted after it was scored, by the model of those before it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from recsys.checkpoint.partitions.state import ContinualFolder
+from recsys.config.ranking import RANKING_MODELS, keys_of
+from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.evaluate import scores_report
+from recsys.evaluation.predict import predict
+from recsys.evaluation.scores import read_scores
+from tests.recsys.training.continual.walk_runs import (
+    NAMES,
+    WITHOUT_CONTENT,
+    lines_of,
+    walk,
+    write_walk,
+)
+
+EXACT_USERS = {"kind": "id", "num_embeddings": 40, "vocabulary": {"kind": "exact"}}
+VOTES = ["--ranking.opinions", "history_liked", "--ranking.opinion_groups", "5"]
+
+
+def write_days(folder: Path, count: int = 2, **columns: dict[str, Any]) -> Path:
+    """Write a walk whose users have a growing vocabulary: each day has some that are new in it."""
+    write_walk(folder, count)
+    schema = yaml.safe_load((folder / "schema.yaml").read_text())
+    schema["columns"] |= {"user": EXACT_USERS, **columns}
+    (folder / "schema.yaml").write_text(yaml.safe_dump(schema, sort_keys=False))
+    for number in range(count):
+        for file in sorted((folder / "train" / NAMES[number]).glob("*.parquet")):
+            table = pq.read_table(file)
+            users = table["user"].to_numpy() + 3 * number
+            pq.write_table(set_column(table, "user", pa.array(users)), file, row_group_size=11)
+    return folder
+
+
+def set_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, values)
+
+
+def change_answers(place: Path, seed: int, kept: Sequence[int] = ()) -> None:
+    """Permute the labels of a partition, and draw the answers in its histories anew.
+
+    Rows `kept` keep their histories.
+    """
+    rng, first = np.random.default_rng(seed), 0
+    for file in sorted(place.glob("*.parquet")):
+        table = pq.read_table(file)
+        liked = rng.permutation(table["liked"].to_numpy())
+        histories = table["history_liked"].to_pylist()
+        for row, answers in enumerate(histories):
+            if answers is not None and first + row not in kept:
+                histories[row] = rng.integers(2, size=len(answers)).astype(float).tolist()
+        table = set_column(table, "liked", pa.array(liked, pa.float32()))
+        kind = pa.list_(pa.float32())
+        table = set_column(table, "history_liked", pa.array(histories, kind))
+        pq.write_table(table, file, row_group_size=11)
+        first += table.num_rows
+
+
+def logits_of(run: Path, number: int) -> np.ndarray:
+    return read_scores(ContinualFolder(run).scores_of(NAMES[number])).logits
+
+
+def words_of(name: str) -> list[str]:
+    """Words of a backbone without content, with votes if it has them."""
+    votes = VOTES if "opinions" in keys_of(name) else []
+    return [*WITHOUT_CONTENT, "--ranking.name", name, *votes]
+
+
+CASES = {
+    "votes": [*WITHOUT_CONTENT, *VOTES],
+    "content": [*VOTES],
+    "averages": [*VOTES, "--optimizer.ema_decay", "0.9", "--optimizer.ema_tables", "true"],
+    "rows_of_content": ["--embedding.tables.item.new_rows", "content"],
+    "rows_of_mean": [*WITHOUT_CONTENT, "--embedding.tables.user.new_rows", "mean"],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_score_depends_on_no_label_and_on_no_other_row(case: str, tmp_path: Path) -> None:
+    write_days(tmp_path / "data")
+    walk(tmp_path, tmp_path / "run", *CASES[case])
+    kept = list(range(0, len(logits_of(tmp_path / "run", 1)), 2))
+    shutil.copytree(tmp_path / "data", tmp_path / "other")
+    change_answers(tmp_path / "other" / "train" / NAMES[1], seed=1, kept=kept)
+    walk(tmp_path, tmp_path / "second", *CASES[case], data=tmp_path / "other")
+    first, second = (logits_of(tmp_path / run, 1) for run in ("run", "second"))
+    assert np.array_equal(first[kept], second[kept])
+
+
+def assert_predicted_alike(folder: Path, number: int, out: Path) -> None:
+    """The scores and metrics of a partition are those of `recsys predict` by the run before."""
+    run, inputs = ContinualFolder(folder / "run"), folder / "data" / "train" / NAMES[number]
+    with joined_ranks("cpu") as ranks:
+        before = run.run_of(NAMES[number - 1])
+        predict(before, [str(inputs)], out, None, ranks, "cpu")
+    scores = read_scores(run.scores_of(NAMES[number]))
+    predicted = pq.read_table(out)["prediction_liked"].to_numpy().astype(np.float64)
+    scores.logits[:, 0] = np.log(predicted) - np.log1p(-predicted)
+    report = scores_report(scores, {})
+    line = lines_of(folder / "run")[number - 1]
+    for part in ("warm", "cold", "unseen"):
+        report |= {f"{part} {name}": value for name, value in report[part].items()}
+        line |= {f"{part} {name}": value for name, value in line[part].items()}
+    numbers = {name: value for name, value in report.items() if isinstance(value, float)}
+    assert len(numbers) > 5
+    assert {name: line[name] for name in numbers} == pytest.approx(numbers, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_metrics_of_a_partition_are_those_of_predictions_before_it(
+    case: str, tmp_path: Path
+) -> None:
+    write_days(tmp_path / "data", 3)
+    walk(tmp_path, tmp_path / "run", *CASES[case])
+    assert_predicted_alike(tmp_path, 2, tmp_path / "predicted.parquet")
+
+
+@pytest.mark.parametrize("name", RANKING_MODELS)
+def test_the_metrics_of_every_backbone_are_those_of_predictions_before(
+    name: str, tmp_path: Path
+) -> None:
+    write_days(tmp_path / "data")
+    walk(tmp_path, tmp_path / "run", *words_of(name))
+    assert_predicted_alike(tmp_path, 1, tmp_path / "predicted.parquet")
