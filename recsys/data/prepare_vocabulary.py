@@ -104,7 +104,7 @@ def _raw_ids(
     vocabulary: ExactVocabulary,
     folders: Sequence[str] = (*SPLITS, ITEMS),
 ) -> Iterator[pa.Array]:
-    """Yield the ids of a table in some folders, a row group of a column at a time, without nulls."""
+    """Yield ids of a table without nulls, one row group of one column at a time."""
     columns = [name for name in schema.columns if schema.vocabulary_of(name) is not None]
     columns = [name for name in columns if schema.table_of(name) == table]
     splits = [folder for folder in folders if folder != ITEMS]

@@ -136,8 +136,7 @@ def train_partition(continual: ContinualRun, partition: Partition, state: RunSta
 def _schema(
     continual: ContinualRun, partition: Partition, state: RunState, config: Config, goes_on: bool
 ) -> tuple[Schema, Start | None]:
-    """Return the columns with their maps of ids, and how to start unless it goes on. A collective.
-    """
+    """Return the columns with their maps of ids, and how to start, if anew. A collective."""
     run, ranks = continual.folder.run_of(partition.name), continual.ranks
     root = Location.of(continual.data)
     if goes_on:

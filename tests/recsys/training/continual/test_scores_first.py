@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.evaluate import scores_report
 from recsys.evaluation.predict import predict
 from recsys.evaluation.scores import read_scores
+from tests.recsys.training.changed_answers import change_answers, set_column
 from tests.recsys.training.continual.walk_runs import (
     NAMES,
     WITHOUT_CONTENT,
@@ -43,30 +43,6 @@ def write_days(folder: Path, count: int = 2, **columns: dict[str, Any]) -> Path:
             users = table["user"].to_numpy() + 3 * number
             pq.write_table(set_column(table, "user", pa.array(users)), file, row_group_size=11)
     return folder
-
-
-def set_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
-    return table.set_column(table.column_names.index(name), name, values)
-
-
-def change_answers(place: Path, seed: int, kept: Sequence[int] = ()) -> None:
-    """Permute the labels of a partition, and draw the answers in its histories anew.
-
-    Rows `kept` keep their histories.
-    """
-    rng, first = np.random.default_rng(seed), 0
-    for file in sorted(place.glob("*.parquet")):
-        table = pq.read_table(file)
-        liked = rng.permutation(table["liked"].to_numpy())
-        histories = table["history_liked"].to_pylist()
-        for row, answers in enumerate(histories):
-            if answers is not None and first + row not in kept:
-                histories[row] = rng.integers(2, size=len(answers)).astype(float).tolist()
-        table = set_column(table, "liked", pa.array(liked, pa.float32()))
-        kind = pa.list_(pa.float32())
-        table = set_column(table, "history_liked", pa.array(histories, kind))
-        pq.write_table(table, file, row_group_size=11)
-        first += table.num_rows
 
 
 def logits_of(run: Path, number: int) -> np.ndarray:

@@ -1,0 +1,135 @@
+"""Permuting labels of rows that a model is scored on changes no score, to the last bit.
+
+The answers in the histories of these rows change, too: votes are counted from them, and may be
+counted from training rows alone. `continual/test_scores_first.py` has the same of partitions.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
+
+from recsys.checkpoint.warm_start.request import WarmStart
+from recsys.cli import main
+from recsys.config import load_config
+from recsys.data.transforms.prepare import prepare_transforms
+from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.evaluate import score, split_interactions
+from recsys.evaluation.predict import load_run
+from recsys.training.train import train
+from tests.datasets import write_dataset
+from tests.recsys.command_runs import TINY, train_words
+from tests.recsys.training.changed_answers import change_answers
+
+WORDS = ["--device", "cpu", "--batch_size", "16", "--embedding.skip", "[]"]
+VOTES = ["--ranking.opinions", "history_liked"]
+WITHOUT_CONTENT = ["--content", "none", "--contrastive.weight", "0"]
+MODELS = {
+    "votes": [*WITHOUT_CONTENT, *VOTES, "--ranking.opinion_groups", "4"],
+    "standardized": [*WITHOUT_CONTENT, *VOTES, "--ranking.standardize_numbers", "true"],
+    "averages": [*WITHOUT_CONTENT, "--optimizer.ema_decay", "0.9"],
+    "content": [*VOTES, "--embedding.tables.item.new_rows", "content"],
+}
+
+
+def write_data(folder: Path, seed: int = 0) -> Path:
+    """A dataset with a transform that is fitted."""
+    write_dataset(folder, seed=seed)
+    schema = yaml.safe_load((folder / "schema.yaml").read_text())
+    schema["columns"]["scaled"] = {"kind": "dense", "column": "price", "transform": ["standardize"]}
+    (folder / "schema.yaml").write_text(yaml.safe_dump(schema, sort_keys=False))
+    prepare_transforms(str(folder))
+    return folder
+
+
+def changed(data: Path, out: Path, split: str, seed: int, **kept: list[int]) -> Path:
+    """A copy with other answers in a split."""
+    shutil.copytree(data, out)
+    change_answers(out / split, seed, **kept)
+    prepare_transforms(str(out))
+    return out
+
+
+def run_on(data: Path, out: Path, *words: str, warm_start: Path | None = None) -> Path:
+    """Train a run in `out`, with one validation."""
+    config = load_config(TINY, ["--cache", str(data.parent / "cache"), *WORDS, *words])
+    begun = None if warm_start is None else WarmStart(warm_start)
+    with joined_ranks("cpu") as ranks:
+        train(config, str(data), out, ranks, warm_start=begun)
+    return out
+
+
+def scores_by(run: Path, split: str, data: Path) -> np.ndarray:
+    """Logits of the split by a run, in the order of its rows."""
+    with joined_ranks("cpu") as ranks:
+        job = load_run(run, str(data), ranks, "cpu")
+        scored = score(job, split_interactions(job, split))
+    return scored["logits"].numpy()[np.argsort(scored["positions"].numpy())]
+
+
+@pytest.mark.parametrize("begun", ["anew", "warm"])
+@pytest.mark.parametrize("model", MODELS)
+def test_scores_of_valid_and_test_depend_on_no_label_there_and_on_no_other_row(
+    model: str, begun: str, tmp_path: Path
+) -> None:
+    words = MODELS[model]
+    data = write_data(tmp_path / "data")
+    before = None
+    if begun == "warm":
+        before = run_on(write_data(tmp_path / "old", seed=1), tmp_path / "before", *words)
+    first = run_on(data, tmp_path / "first", *words, warm_start=before)
+    kept = list(range(0, 20, 2))
+    for split in ("valid", "test"):
+        other = changed(data, tmp_path / split, split, seed=2, kept=kept)
+        second = run_on(other, tmp_path / f"second_{split}", *words, warm_start=before)
+        expected, found = scores_by(first, split, data), scores_by(second, split, other)
+        assert np.array_equal(expected[kept], found[kept])
+        assert np.array_equal(scores_by(second, split, data), expected)
+
+
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=some.integers(0, 2**16), groups=some.integers(1, 12), split=some.sampled_from("vt"))
+def test_whatever_the_permutation_no_score_changes(
+    seed: int, groups: int, split: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    name, folder = {"v": "valid", "t": "test"}[split], tmp_path_factory.mktemp("any")
+    words = [*MODELS["votes"], "--ranking.opinion_groups", str(groups)]
+    data = write_data(folder / "data")
+    other = changed(data, folder / "other", name, seed)
+    runs = [run_on(place, folder / f"run_{place.name}", *words) for place in (data, other)]
+    first, second = (scores_by(run, name, data) for run in runs)
+    assert np.array_equal(first, second)
+
+
+@pytest.mark.long
+def test_a_trial_of_a_search_is_scored_without_the_labels_that_choose_it(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    other = changed(data, tmp_path / "other", "valid", seed=3)
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump({"ranking.mlp_units": {"choices": [[8]]}}))
+    scores = []
+    for place in (data, other):
+        out = tmp_path / f"search_{place.name}"
+        words = train_words(place, out, *MODELS["votes"], "--embedding.skip", "[]")[1:]
+        words += ["--space", str(tmp_path / "space.yaml"), "--trials", "1"]
+        assert main(["search", *words]) == 0
+        scores.append(scores_by(out / "trials" / "0000" / "run-0", "valid", data))
+    assert np.array_equal(*scores)
+
+
+def test_answers_of_training_rows_do_change_scores(tmp_path: Path) -> None:
+    """So that the tests above can fail."""
+    data = write_data(tmp_path / "data")
+    other = changed(data, tmp_path / "other", "train", seed=4)
+    assert pq.read_table(data / "train").num_rows == pq.read_table(other / "train").num_rows
+    runs = [
+        run_on(place, tmp_path / f"run_{place.name}", *MODELS["votes"]) for place in (data, other)
+    ]
+    first, second = (scores_by(run, "test", data) for run in runs)
+    assert not np.array_equal(first, second)
