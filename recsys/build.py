@@ -45,7 +45,7 @@ from recsys.distributed.accumulation import AccumulatingPipeline, DenseUpdate, P
 from recsys.distributed.data_parallel import DataParallelWrapper
 from recsys.distributed.ranks import Ranks
 from recsys.kernels import choose_kernels
-from recsys.model.build import build_em3
+from recsys.model.build import build_em3, with_opinion_groups
 from recsys.model.compilation import compile_dense_parts
 from recsys.model.em3 import EM3
 from recsys.model.placement import check_placement
@@ -163,6 +163,7 @@ def build_job(
         validate(config)
         root = Location.of(data)
         schema = schema or load_schema(root)
+        config = with_opinion_groups(config, schema)
         check_placement(config, schema, ranks.device.type, ranks.world_size, ranks.local_world_size)
         tables = table_configs(config, schema, mean_list_lengths(root, schema, rows))
     store, encoders, bank = build_content(config, root, schema, ranks)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatch
 from typing import Any
 
 from recsys.config import Config, config_of_plain, to_plain
+from recsys.ranking.settings import NumbersSettings
 
 # Settings that may change between a checkpoint and the run that continues it: length and speed of
 # training, distribution of the work, reports. All others define the stored tensors.
@@ -82,6 +84,20 @@ def differing_settings(stored: Config, config: Config) -> Iterator[tuple[str, An
         is_of_head = name == "contrastive.weight" and 0 in values
         if is_of_head or not any(fnmatch(name, pattern) for pattern in CHANGEABLE):
             yield name, *values
+
+
+def with_automatic(config: Config, stored: Config) -> Config:
+    """Return the settings of a run that goes on or begins with another one.
+
+    The number of groups of votes is that of the run, unless it has no votes or another is set.
+    """
+    now, before = config.ranking, stored.ranking
+    if not isinstance(now, NumbersSettings) or not isinstance(before, NumbersSettings):
+        return config
+    adds_votes = now.opinions is not None and before.opinions is None
+    if now.opinion_groups is not None or adds_votes:
+        return config
+    return replace(config, ranking=replace(now, opinion_groups=before.opinion_groups))
 
 
 def check_config(stored: dict[str, Any], config: Config, where: str) -> None:

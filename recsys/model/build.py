@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch.distributed as dist
 
 from embeddings import (
@@ -25,6 +27,20 @@ from recsys.ranking.build import build_ranking
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.item_categories import ItemCategories
 from recsys.ranking.layers.further_histories import FurtherHistories
+from recsys.ranking.layers.opinion_votes import automatic_groups
+from recsys.ranking.settings import NumbersSettings
+
+
+def with_opinion_groups(config: Config, schema: Schema) -> Config:
+    """Return the settings with the number of groups that votes have by default, if they have any.
+
+    A run keeps the number, since its table of users may grow.
+    """
+    votes = config.ranking
+    if not isinstance(votes, NumbersSettings) or votes.opinions is None or votes.opinion_groups:
+        return config
+    groups = automatic_groups(schema.limit(schema.group), schema.num_items)
+    return replace(config, ranking=replace(votes, opinion_groups=groups))
 
 
 def build_em3(
@@ -45,6 +61,7 @@ def build_em3(
     Raises:
         ValueError: unknown parts, or settings that do not fit the labels.
     """
+    config = with_opinion_groups(config, schema)
     content = content_settings(config)
     _check_labels(config, schema)
     dims = {table.name: table.embedding_dim for table in tables}

@@ -50,9 +50,10 @@ class NumbersSettings(RankingSettings):
     opinions: str | None = None
     """List of numbers beside the history, such as stars, from which votes of the history's items on
     the target are computed, by how alike users valued both; default: none."""
-    opinion_groups: PositiveInt = 512
-    """Numbers in the opinion on an item, one per group of users; the opinions of all items take 2
-    bytes each. More groups than users bring nothing."""
+    opinion_groups: PositiveInt | None = None
+    """Numbers in the opinion on an item, one per group of users; users of one group share it.
+    Default: one per row of the users' table, at most 8192, and at most as many as fit into 1 GiB
+    for all items, of 2 bytes each. More groups than users bring nothing."""
     opinion_dropout: Dropout = 0.0
     """Share of a training batch's rows whose item counts as new, without opinions, so that the
     model learns to rank new items by the rest."""

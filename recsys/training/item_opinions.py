@@ -5,6 +5,8 @@ Shapes: R rows, N history items of the rows, I items, G groups of users.
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -16,6 +18,8 @@ from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.schema import Schema
 from recsys.distributed.ranks import Ranks
 from recsys.ranking.layers.opinion_votes import PRIOR_VALUES, OpinionVotes
+
+logger = logging.getLogger(__name__)
 
 
 class OpinionSums:
@@ -74,6 +78,7 @@ def fill_opinions(job: Job) -> None:
     if not votes:
         return
     ranks, schema = job.ranks, job.schema
+    _describe(votes[0], schema)
     column, num_groups = schema.parallel[votes[0].column], votes[0].opinions.shape[1]
     with ranks.raise_on_all_ranks():
         rows = job.rows("train")
@@ -93,3 +98,15 @@ def fill_opinions(job: Job) -> None:
     opinions = sums.opinions(deviation).to(ranks.device)
     for module in votes:
         module.fill(opinions, mean, deviation)
+
+
+def _describe(votes: OpinionVotes, schema: Schema) -> None:
+    """Log the number of groups, and what is lost if users share them."""
+    (num_items, groups), users = votes.opinions.shape, schema.limit(schema.group)
+    words = f"votes: opinions on {num_items:,} items by {groups:,} groups of users"
+    if groups < users:
+        words += (
+            f", which the {users:,} rows of table '{schema.group}' share; the more share one, the "
+            "less votes tell (ranking.opinion_groups, 2 bytes per item and group)"
+        )
+    logger.info(words)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from recsys.build import Job, build_job, check_columns
+from recsys.checkpoint.compatibility import with_automatic
 from recsys.checkpoint.files import BEST
 from recsys.checkpoint.manager import Checkpoints, load_best
 from recsys.checkpoint.manifest import model_of
@@ -36,7 +37,7 @@ from recsys.checkpoint.run_folder import (
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.checkpoint.warm_start.plan import plan_warm_start
 from recsys.checkpoint.warm_start.request import WarmStart
-from recsys.config import Config, softmax_settings
+from recsys.config import Config, load_config, softmax_settings
 from recsys.content.projection_start import start_projections
 from recsys.data.filesystem import Location, read_json, write_whole
 from recsys.data.interactions import Interactions
@@ -134,8 +135,10 @@ def train_locked(
             with ranks.raise_on_all_ranks():
                 check_begun_from(run, warm_start)
                 schema = schema_of_data(run, Location.of(data), ranks, goes_on)
+                config = with_automatic(config, load_config(run / "config.yaml"))
         elif warm_start is not None:
             warm, schema = open_warm_start(warm_start, data, run, ranks)
+            config = with_automatic(config, warm[0].config)
         check_columns(config, data, ranks, schema)  # before items are encoded
         job = build_job(config, data, ranks, schema)
         trainer = open_run(job, run, data, goes_on, lockstep, warm)

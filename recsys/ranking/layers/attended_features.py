@@ -134,9 +134,10 @@ def _opinion_votes(settings: NumbersSettings, dimensions: InputDimensions) -> Op
             f"ranking.opinions is '{name}', but rows of a bounded vocabulary pass from item to "
             "item, and opinions would stay with the row; set ranking.opinions to null"
         )
-    return OpinionVotes(
-        names.index(name), dimensions.num_items, settings.opinion_groups, settings.opinion_dropout
-    )
+    groups = settings.opinion_groups
+    assert groups is not None  # `recsys.model.build.with_opinion_groups` has set it
+    place = names.index(name)
+    return OpinionVotes(place, dimensions.num_items, groups, settings.opinion_dropout)
 
 
 class AttendedFeatures(RowFeatures):

@@ -25,8 +25,24 @@ from recsys.data.jagged_history import JaggedHistory
 NUM_VOTES = 4
 # Values of the overall mean that a user's mean begins with, as he may have few.
 PRIOR_VALUES = 5.0
+# Most groups by default. Time and memory of a step grow with them, too: each row and each item of
+# a history has a vector of so many numbers.
+MOST_GROUPS = 8192
+OPINION_BYTES = 2**30  # of all opinions by default, 2 for each item and group
 # Added to sums of similarities and of their squares: a few weakly similar items vote for little.
 LEAST_SIMILARITY, LEAST_SQUARE = 0.3, 0.05
+
+
+def automatic_groups(num_users: int, num_items: int) -> int:
+    """Return the number of groups for a table of users: one per user, within the limits.
+
+    Example::
+
+        automatic_groups(num_users=6041, num_items=3707)  # 6041
+        automatic_groups(num_users=10**7, num_items=10**6)  # 536
+    """
+    fitting = OPINION_BYTES // (2 * max(num_items, 1))
+    return max(1, min(num_users, MOST_GROUPS, fitting))
 
 
 class OpinionVotes(nn.Module):

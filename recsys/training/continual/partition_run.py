@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from recsys.build import Job, build_job
+from recsys.checkpoint.compatibility import with_automatic
 from recsys.checkpoint.files import folders_by_age
 from recsys.checkpoint.manager import Checkpoints
 from recsys.checkpoint.manifest import model_of
@@ -28,7 +29,7 @@ from recsys.checkpoint.run_folder import (
 from recsys.checkpoint.run_schema import PARTITION, schema_of_data
 from recsys.checkpoint.warm_start.plan import WarmStartPlan, plan_warm_start
 from recsys.checkpoint.warm_start.request import WarmStart
-from recsys.config import Config
+from recsys.config import Config, load_config
 from recsys.data.filesystem import Location, write_whole
 from recsys.data.interactions import Interactions
 from recsys.data.item_parts import ItemCounts
@@ -109,8 +110,10 @@ def train_partition(continual: ContinualRun, partition: Partition, state: RunSta
     """
     run, ranks = continual.folder.run_of(partition.name), continual.ranks
     continual.clock.start()
-    config = config_of_partition(continual.config, state)
+    config, (_, request) = config_of_partition(continual.config, state), continual.before(state)
     with ranks.raise_on_all_ranks():
+        if request is not None:
+            config = with_automatic(config, load_config(request.run / "config.yaml"))
         if ranks.is_first:
             recover_checkpoints(run)
     goes_on = ranks.from_first(bool(folders_by_age(run / "checkpoints")))
