@@ -25,8 +25,8 @@ from recsys.config import content_settings
 from recsys.content.encoders.base import Encoder
 from recsys.optimizer import make_room, numbers_loaded, state_tensors
 
-# Buffers of `recsys.content.projection` that earlier checkpoints lack; their defaults are neutral.
-_ADDED = re.compile(r"model\.content\.projections\.[^.]+\.(shift|scale)")
+# Buffers that earlier checkpoints lack; their defaults are neutral.
+_ADDED = re.compile(r"model\.(content\.projections\.[^.]+\.(shift|scale)|scaling\.[^.]+)")
 
 
 def model_state(job: Job, metadata: Mapping[str, Any] | None = None) -> State:

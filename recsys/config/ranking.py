@@ -54,6 +54,9 @@ class RankingSettings:
     """Dropout after each of these layers."""
     label_weights: dict[str, NonNegativeFloat] = field(default_factory=dict)
     """Weights of the labels' losses, by column; default 1."""
+    scale_inputs: bool = True
+    """Give dense columns and lists of numbers beside histories with a training value outside of
+    [-3, 3] mean 0 and variance 1, those of the training rows. All others are read as they are."""
     further_histories: Literal["attention", "mean"] = "attention"
     """Encoder of each sequence after the first into one vector: the target attention of DIN, or the
     mean of its events."""

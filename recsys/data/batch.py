@@ -85,7 +85,8 @@ class Batch(Pipelineable):
     history_items: unique items of the histories whose content is read [U]; `history_index` [N], of
         the first history, points into them.
     history_lengths: int64 [B], summing to N; `longest_history` is their maximum.
-        `history_values` float32 [N, P] holds the parallel lists.
+        `history_values` float32 [N, P] holds the parallel lists; `unscaled_values` [N, P] as they
+        were recorded if a model has standardised them, else None.
     content_items: unique items that this rank encodes [E]; `content` holds their content, or
         `content_vectors` [E, V] their vectors if they are known, as in a pass without training.
     bank_rows: with a bounded vocabulary of items, of which `content_items` are raw ids: their rows
@@ -163,6 +164,7 @@ class Batch(Pipelineable):
     negative_items: Tensor | None = None
     negative_log_q: Tensor | None = None
     target_log_q: Tensor | None = None
+    unscaled_values: Tensor | None = None
 
     def _map(self, function: Callable[[Any], Any]) -> Batch:
         """Return a batch with `function` applied to every tensor and KeyedJaggedTensor."""
@@ -205,6 +207,11 @@ class Batch(Pipelineable):
         """Items whose vectors are read from the bank [S + U + K]: ranked, history, negatives."""
         items = [self.bank_items, self.history_items]
         return torch.cat(items if self.negative_items is None else [*items, self.negative_items])
+
+    @property
+    def recorded_values(self) -> Tensor:
+        """The parallel lists as they were recorded [N, P], whether standardised since or not."""
+        return self.history_values if self.unscaled_values is None else self.unscaled_values
 
     @property
     def counted_items(self) -> Tensor:

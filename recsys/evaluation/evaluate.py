@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from recsys.config import Config
 from recsys.config.ranking import softmax_settings
 from recsys.content.bank_fill import encode_into_bank
 from recsys.data.batch import Batch
-from recsys.data.dense_ranges import DenseRanges
 from recsys.data.interactions import Interactions, loader
 from recsys.data.item_parts import ItemCounts, count_items
+from recsys.data.number_ranges import NumberRange, NumberRanges, dense_finding
 from recsys.data.row_source import RowSource
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.distributed.gather import gather_rows, gather_rows_to_first
@@ -46,14 +47,24 @@ logger = logging.getLogger(__name__)
 QUERY_COLUMNS = ("queries", "query_targets", "query_items", "query_weights")
 
 
-def check_data(job: Job, splits: Sequence[str] = SPLITS) -> tuple[ItemCounts, dict[str, Any]]:
+@dataclass(frozen=True)
+class CheckedRows:
+    """What `check_data` has found.
+
+    item_counts: number of training rows of each item, on rank 0 alone.
+    skipped: the skipped rows by split; empty where `on_bad_row` is error.
+    numbers: ranges of the numbers in the training rows, by column.
+    """
+
+    item_counts: ItemCounts
+    skipped: dict[str, Any]
+    numbers: dict[str, NumberRange]
+
+
+def check_data(job: Job, splits: Sequence[str] = SPLITS) -> CheckedRows:
     """Read all splits once, so that a bad value shows before the first step. A collective.
 
     Logs a warning for each dense column that is constant or unscaled in the training rows.
-
-    Returns:
-        The number of training rows of each item, on rank 0 alone, and the skipped rows by split
-        (empty where `on_bad_row` is error).
 
     Raises:
         ValueError: on every rank: a row cannot be used and `on_bad_row` is error, no row can, or
@@ -64,8 +75,8 @@ def check_data(job: Job, splits: Sequence[str] = SPLITS) -> tuple[ItemCounts, di
     skipped: dict[str, Any] = {}
     if is_skip and job.store is not None:
         skipped["items"] = job.store.items.bad_rows.summary(ranks, "items")
-    labels, dense = ValidationLabels(job.schema), DenseRanges(job.schema)
-    also = {"train": dense.add, "valid": labels.add}
+    labels, ranges = ValidationLabels(job.schema), NumberRanges(job.schema)
+    also = {"train": ranges.add, "valid": labels.add}
     for split in splits:
         with ranks.raise_on_all_ranks():
             rows = job.rows(split)
@@ -76,9 +87,19 @@ def check_data(job: Job, splits: Sequence[str] = SPLITS) -> tuple[ItemCounts, di
             skipped[split] = rows.skipped(ranks, split)
     if "valid" in splits:
         check_validation(job, labels)
-    for finding in dense.findings(ranks):
-        logger.warning("%s; fix: %s", *finding)
-    return counts["train"].sum_of_ranks(job.schema.item_id_limit, ranks), skipped
+    numbers = ranges.of_all_ranks(ranks)
+    _warn_of_dense_columns(job, numbers)
+    counted = counts["train"].sum_of_ranks(job.schema.item_id_limit, ranks)
+    return CheckedRows(counted, skipped, numbers)
+
+
+def _warn_of_dense_columns(job: Job, numbers: Mapping[str, NumberRange]) -> None:
+    """Log what is wrong with dense columns; wide ones may be standardised."""
+    for column in job.schema.of_kind("dense"):
+        rows = numbers[column]
+        is_scaled = job.em3.scaling is not None and rows.least < rows.greatest
+        if not is_scaled and (finding := dense_finding(column, rows.least, rows.greatest)):
+            logger.warning("%s; fix: %s", *finding)
 
 
 def _without_weight(job: Job, split: str) -> ValueError:

@@ -73,16 +73,16 @@ def tracked_name(metric: str) -> str:
 ABSURD_LOG_LOSS = 2 * math.log(2)
 
 
-def check_log_loss(report: Mapping[str, Any], where: str, advice: str) -> None:
+def check_log_loss(report: Mapping[str, Any], where: str, advice: str, slack: float = 1.0) -> None:
     """Check that a model's probabilities are of use, by the metrics of a split.
 
     Raises:
-        ValueError: the log loss of a label is not finite, or above `ABSURD_LOG_LOSS`; the message
-            names the split (`where`) and the fix (`advice`).
+        ValueError: the log loss of a label is not finite, or above `ABSURD_LOG_LOSS` times `slack`;
+            the message names the split (`where`) and the fix (`advice`).
     """
     for label, of_label in (report.get("labels") or {"": report}).items():
         loss = of_label.get("logloss")
-        if loss is not None and not loss <= ABSURD_LOG_LOSS:
+        if loss is not None and not loss <= ABSURD_LOG_LOSS * slack:
             of = f" of label '{label}'" if label else ""
             raise ValueError(
                 f"{where}: the log loss{of} of the best model is {loss:.4g}, above "
@@ -95,15 +95,16 @@ def check_log_loss(report: Mapping[str, Any], where: str, advice: str) -> None:
 ABSURD_NRMSE = 2.0
 
 
-def check_rmse(report: Mapping[str, Any], where: str, advice: str) -> None:
+def check_rmse(report: Mapping[str, Any], where: str, advice: str, slack: float = 1.0) -> None:
     """Check that a model's predictions of numbers are of use; arguments as for `check_log_loss`.
 
     Raises:
-        ValueError: the RMSE of a label is above `ABSURD_NRMSE` times that of predicting the mean.
+        ValueError: the RMSE of a label is above `ABSURD_NRMSE` times `slack`, relative to that of
+            predicting the mean.
     """
     for label, of_label in (report.get("labels") or {"": report}).items():
         ratio = of_label.get("nrmse")
-        if ratio is not None and not ratio <= ABSURD_NRMSE:
+        if ratio is not None and not ratio <= ABSURD_NRMSE * slack:
             of = f" of label '{label}'" if label else ""
             raise ValueError(
                 f"{where}: the RMSE{of} of the best model is {of_label['rmse']:.4g}, {ratio:.4g} "

@@ -19,6 +19,7 @@ from recsys.data.negatives import negatives_feature
 from recsys.data.schema import Schema
 from recsys.model.auxiliary import build_auxiliary
 from recsys.model.em3 import EM3, Losses
+from recsys.model.input_scaling import InputScaling
 from recsys.model.losses import ContentIDContrastive, RankingLoss
 from recsys.model.read_ids import ReadIDs, RowsOfIds
 from recsys.model.retrieval_loss import RetrievalLoss
@@ -90,6 +91,7 @@ def build_em3(
         ranking=build_ranking(config.ranking, dimensions, content),
         losses=losses,
         further_histories=further,
+        scaling=_build_scaling(config, schema),
     )
 
 
@@ -158,6 +160,16 @@ def _build_further_histories(
         return None, {}
     histories = FurtherHistories(config.ranking, dim, further, content)
     return histories, histories.widths
+
+
+def _build_scaling(config: Config, schema: Schema) -> InputScaling | None:
+    """Return what standardises numbers, but not those that the ranking model standardises."""
+    ranking, lists = config.ranking, [history.numbers for history in schema.histories]
+    if not ranking.scale_inputs:
+        return None
+    by_model = isinstance(ranking, NumbersSettings) and ranking.standardize_numbers
+    scaling = InputScaling([] if by_model else schema.of_kind("dense"), lists)
+    return scaling if scaling.names else None
 
 
 def _build_losses(config: Config, schema: Schema, id_dim: int) -> Losses:

@@ -20,6 +20,7 @@ from recsys.content.branch import ContentBranch
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.model.auxiliary import AuxiliaryInputs, AuxiliaryLosses
+from recsys.model.input_scaling import InputScaling
 from recsys.model.losses import ContentIDContrastive, RankingLoss
 from recsys.model.read_ids import ReadIDs
 from recsys.model.retrieval_loss import RetrievalLoss
@@ -130,6 +131,7 @@ class EM3(nn.Module):
             ensemble, or the vectors of a retrieval model.
         losses: sum of the losses.
         further_histories: encodes the sequences after the first one; None if there are none.
+        scaling: standardises numbers of another scale; None leaves all as they are.
 
     Example::
 
@@ -154,12 +156,13 @@ class EM3(nn.Module):
         ranking: nn.Module,
         losses: Losses,
         further_histories: FurtherHistories | None = None,
+        scaling: InputScaling | None = None,
     ) -> None:
         """Keep the parts of the model."""
         super().__init__()
         self.embedding_bags, self.embeddings = embedding_bags, embeddings
         self.content, self.read_ids = content, read_ids
-        self.further_histories = further_histories
+        self.further_histories, self.scaling = further_histories, scaling
         self.ranking, self.losses = ranking, losses
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor, Batch]]:
@@ -172,8 +175,9 @@ class EM3(nn.Module):
         # and in the backward with that of their gradients.
         content = self.content(batch) if self.content is not None else None
         ids = self.read_ids(pooled, sequences, batch)
+        rows = self.scaling(batch) if self.scaling is not None else batch
         if self.further_histories is not None:
-            ids = self.further_histories(ids, content, batch)
-        scored = self.ranking(ids, content, batch)
+            ids = self.further_histories(ids, content, rows)
+        scored = self.ranking(ids, content, rows)
         loss, parts, logits = self.losses(scored, ids, content, batch)
         return loss, (parts, logits, batch)

@@ -46,7 +46,7 @@ class NumbersSettings(RankingSettings):
 
     standardize_numbers: bool = False
     """Standardise dense features, numbers of the history's lists and similarities to mean 0 and
-    variance 1 over the rows trained on so far."""
+    variance 1 over the rows trained on so far, whatever their range."""
     opinions: str | None = None
     """List of numbers beside the history, such as stars, from which votes of the history's items on
     the target are computed, by how alike users valued both; default: none."""

@@ -108,7 +108,7 @@ class Sim(RowFeatures):
 
     def _ages(self, batch: Batch, history: JaggedHistory) -> Tensor:  # [N]
         if self.gaps.column is not None:
-            return age_of(batch.history_values[:, self.gaps.column])
+            return age_of(batch.recorded_values[:, self.gaps.column])
         return age_of(history.ages)
 
 

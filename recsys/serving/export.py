@@ -224,6 +224,7 @@ def _write_graph(
         0 if branch is None else branch.dim,
         top_k(job),
         job.em3.further_histories,
+        None if job.em3.scaling is None else job.em3.scaling.of_dense(manifest.dense),
     )
     further = job.schema.histories[1:]
     ids = torch.zeros(1, dtype=torch.int64)

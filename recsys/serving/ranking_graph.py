@@ -88,6 +88,12 @@ class CandidateBatch:
     target_items: Tensor  # [N]
     history: SharedHistory
     further: list[SharedEvents]
+    unscaled_values: Tensor | None = None  # [N * L, P]
+
+    @property
+    def recorded_values(self) -> Tensor:
+        """The parallel lists as they were recorded: float32 [N * L, P]."""
+        return self.history_values if self.unscaled_values is None else self.unscaled_values
 
     def jagged_history(self) -> SharedHistory:
         """Return the history that all candidates share."""
@@ -108,6 +114,7 @@ class RankingGraph(nn.Module):
         content_dim: width of a content vector; 0 without content.
         top_k: history items kept by a search for the target's content; 0: all.
         further_histories: encodes the histories after the first one.
+        scaling: standardises numbers of the model's columns.
     """
 
     def __init__(
@@ -117,10 +124,11 @@ class RankingGraph(nn.Module):
         content_dim: int = 0,
         top_k: int = 0,
         further_histories: nn.Module | None = None,
+        scaling: nn.Module | None = None,
     ) -> None:
         """Keep the modules, in evaluation mode."""
         super().__init__()
-        self.further_histories = further_histories
+        self.further_histories, self.scaling = further_histories, scaling
         self.ranking, self.history_map = ranking, history_map
         self.content_dim, self.top_k = content_dim, top_k
         self.eval()
@@ -141,6 +149,8 @@ class RankingGraph(nn.Module):
         batch = CandidateBatch(
             given.dense, values, given.history_items, given.target_items, shared, events
         )
+        if self.scaling is not None:
+            batch = self.scaling(batch)
         ids = IDVectors(given.pooled, given.target, given.history, further=given.further)
         content = self._content(given.target_content, given.history_content)
         if self.further_histories is not None:

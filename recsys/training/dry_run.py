@@ -81,7 +81,9 @@ def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
         check_columns(config, data, ranks)
         job = build_job(config, data, ranks)
         interactions = training_interactions(job)
-        check_data(job)
+        checked = check_data(job)
+        if job.em3.scaling is not None:
+            job.em3.scaling.fit(checked.numbers)
         if ranks.is_first:
             print_table(f"{job.plan}\n\n{job.parameters}\n")
         load_pretrained_tables(job)  # of the start of a run all that does not grow with the items

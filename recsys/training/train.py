@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,11 +38,13 @@ from recsys.checkpoint.run_folder import (
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.checkpoint.warm_start.plan import plan_warm_start
 from recsys.checkpoint.warm_start.request import WarmStart
-from recsys.config import Config, load_config, softmax_settings
+from recsys.config import Config, load_config
 from recsys.content.projection_start import start_projections
 from recsys.data.filesystem import Location, read_json, write_whole
 from recsys.data.interactions import Interactions
-from recsys.data.schema import Schema
+from recsys.data.number_ranges import NumberRange
+from recsys.data.row_source import RowSource, open_rows
+from recsys.data.schema import Schema, load_schema
 from recsys.distributed.job_lock import sole_job
 from recsys.distributed.lockstep import Lockstep, TrainingStopped
 from recsys.distributed.log import print_table
@@ -49,13 +52,13 @@ from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import check_data, evaluate_split, fill_bank, format_evaluation
 from recsys.evaluation.further_metrics import make_metrics
-from recsys.evaluation.model_selection import check_log_loss, check_rmse
 from recsys.evaluation.scores import scores_file
 from recsys.training.item_opinions import fill_opinions
 from recsys.training.pretrained_tables import load_pretrained_tables
 from recsys.training.reporter import Reporter
 from recsys.training.table_reset import check_reset
 from recsys.training.trainer import Trainer
+from recsys.training.useless_models import require_useful
 from recsys.training.warm_start import (
     OpenedWarmStart,
     check_begun_from,
@@ -171,14 +174,18 @@ def open_run(
     check_reset(job.config, warm is not None or (progress or Progress()).steps_before > 0)
     if progress is None:
         plan = None if warm is None else plan_warm_start(job, *warm)  # before a word is written
-        begin_run(run, job, *check_data(job))
+        checked = check_data(job)
+        begin_run(run, job, checked.item_counts, checked.skipped)
     describe_run(run, job, data)
     item_counts = read_item_counts(run, job.schema.item_id_limit)
     if job.ranks.is_first:
         print_table(f"{job.plan}\n\n{job.parameters}\n")
     reporter = Reporter(job, run, progress or Progress())
     if progress is None:
-        progress = start_fresh(job) if plan is None else start_warm(job, run, plan)
+        if plan is None:
+            progress = start_fresh(job, checked.numbers)
+        else:
+            progress = start_warm(job, run, plan, checked.numbers)
     else:
         logger.info("going on after step %d from %s", progress.steps, checkpoints.last_good or BEST)
     return Trainer(job, run, interactions, checkpoints, lockstep, reporter, progress, item_counts)
@@ -195,8 +202,15 @@ def training_interactions(job: Job, is_shuffled: bool = True) -> Interactions:
     return interactions
 
 
-def start_fresh(job: Job) -> Progress:
-    """Initialise a new run: pretrained tables, projections, bank, opinions. A collective."""
+def start_fresh(job: Job, numbers: Mapping[str, NumberRange]) -> Progress:
+    """Initialise a new run: tables, projections, bank, scales of numbers, opinions. A collective.
+
+    Args:
+        job: the job.
+        numbers: ranges of the numbers in its training rows.
+    """
+    if job.em3.scaling is not None:
+        job.em3.scaling.fit(numbers)
     load_pretrained_tables(job)
     if job.em3.content is not None and job.store is not None:
         start_projections(job.em3.content, job.store, job.ranks)
@@ -207,13 +221,13 @@ def start_fresh(job: Job) -> Progress:
 
 def check_best(metrics: dict[str, Any], config: Config, data: str, run: Path) -> None:
     """Raise a ValueError on all ranks if the best model's predictions are useless."""
-    if softmax_settings(config.ranking) is None:  # whose scores are no probabilities
-        advice = (
-            "look at the warnings on columns and modalities at the start (`recsys explain-data "
-            f"{data}`), or lower the learning rates. Checkpoints and metrics.json are kept"
-        )
-        check_log_loss(metrics["valid"], f"{run}, validation", advice)
-        check_rmse(metrics["valid"], f"{run}, validation", advice)
+
+    def rows() -> RowSource:
+        root = Location.of(data)
+        return open_rows(config.source, root, "train", load_schema(root), config.on_bad_row)
+
+    kept = "Checkpoints and metrics.json are kept"
+    require_useful(metrics["valid"], config, f"{run}, validation", rows, kept)
 
 
 def training_figures(job: Job, progress: Progress) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from recsys.checkpoint.warm_start.schemas import reconciled_schema
 from recsys.checkpoint.warm_start.source import Source, open_source
 from recsys.content.projection_start import start_projections
 from recsys.data.filesystem import Location, read_json, write_whole
+from recsys.data.number_ranges import NumberRange
 from recsys.data.schema import Schema
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
@@ -49,14 +51,18 @@ def open_warm_start(
     return (source, differences), schema
 
 
-def start_warm(job: Job, run: Path, plan: WarmStartPlan) -> Progress:
+def start_warm(
+    job: Job, run: Path, plan: WarmStartPlan, numbers: Mapping[str, NumberRange]
+) -> Progress:
     """Begin a run with what its plan takes over; the rest as in any new run. A collective.
+
+    `numbers` are the ranges of the numbers in its training rows.
 
     Raises:
         ValueError: on every rank: a file of the checkpoint cannot be read.
     """
     progress = take_over(job, plan)
-    fit_to_rows(job, plan)
+    fit_to_rows(job, plan, numbers)
     keep_counts_before(run, job, plan)
     describe_start(run, job.ranks, plan)
     return progress
@@ -94,14 +100,22 @@ def take_over(job: Job, plan: WarmStartPlan) -> Progress:
     return progress
 
 
-def fit_to_rows(job: Job, plan: WarmStartPlan) -> None:
+def fit_to_rows(job: Job, plan: WarmStartPlan, numbers: Mapping[str, NumberRange]) -> None:
     """Fit to the job's training rows what training does not learn: once they are scored, if at all.
 
-    A collective.
+    A model of an earlier version goes on with its numbers as they are. A collective.
+
+    Args:
+        job: the job, with what its plan takes over.
+        plan: of its start.
+        numbers: ranges of the numbers in its training rows.
 
     Raises:
         ValueError: on every rank: the rows cannot be read.
     """
+    scaling = job.em3.scaling
+    if scaling is not None and (scaling.fits > 0 or not plan.takes_part("ranking.")):
+        scaling.fit(numbers)
     fill_opinions(job)
     for table, filled in fill_new_rows(job, counts_before(job, plan)).items():
         plan.differences.add(f"table '{table}'", f"new_rows: {filled.rule}", str(filled))

@@ -50,6 +50,10 @@ class WarmStartPlan:
         """Return whether a weight or buffer of the model is taken over."""
         return f"{MODEL}{parameter}" in self.taken
 
+    def takes_part(self, prefix: str) -> bool:
+        """Return whether any weight or buffer of a part of the model is taken over."""
+        return any(name.startswith(f"{MODEL}{prefix}") for name in self.taken)
+
     @property
     def tables_with_state(self) -> set[str]:
         """Return the tables of which optimizer state is taken over."""

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from recsys.data.dense_ranges import dense_finding
 from recsys.data.items.equal_content import is_mostly_equal
+from recsys.data.number_ranges import dense_finding
 from recsys.data.schema import advice_on_unknown
 from recsys.diagnostics.dataset.dataset_summary import SPLITS, DatasetSummary
 from recsys.diagnostics.dataset.item_summary import ColumnSummary

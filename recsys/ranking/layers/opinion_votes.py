@@ -94,7 +94,7 @@ class OpinionVotes(nn.Module):
         weighted by their squares, the sum weighted by all similarities over the root of the
         history's length, and log(1 + sum of positive similarities).
         """
-        values = self._relative_values(history, batch.history_values[:, self.column])
+        values = self._relative_values(history, batch.recorded_values[:, self.column])
         target = self._opinions_of(batch.target_items)  # [B, G]
         if self.training:
             groups = batch.groups.remainder(target.shape[1]).unsqueeze(1)

@@ -153,9 +153,9 @@ class SequenceModel(RowFeatures):
     ) -> Tensor | MemberLogits:  # [B, C]
         """Return the logits of a batch, or the logits of each member of an ensemble in training."""
         history: JaggedHistory = batch.jagged_history()
-        values, parallel = batch.history_values, batch.history_values[:, self.gaps.flags]
+        parallel = batch.history_values[:, self.gaps.flags]
         sequences = sequences_of(history)
-        ages = self.gaps.ages(values)
+        ages = self.gaps.ages(batch.recorded_values)
         ages = None if ages is None else sequences.own(ages)
         events = Events(sequences, sequences.ages().clamp(max=self.recent_items), ages)
         lists = sequences.own(parallel)

@@ -232,18 +232,17 @@ def _begin(
         _write_scores(continual, begun, job, known, plan)
         continual.clock.lap("score")
     add_ids(job.schema, start.ids, ranks)
-    counts, skipped = check_data(job, ("train",))
+    checked = check_data(job, ("train",))
     if plan is None:
-        progress = start_fresh(job)
+        progress = start_fresh(job, checked.numbers)
     else:
-        fit_to_rows(job, plan)
-        counts = ItemCounts.sum_of([known, counts])  # on rank 0, which keeps them
+        fit_to_rows(job, plan, checked.numbers)
     continual.clock.lap("fit")
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             folder.write(begun)
     reseed(job, progress.age)
-    begin_run(run, job, counts, skipped)
+    begin_run(run, job, ItemCounts.sum_of([known, checked.item_counts]), checked.skipped)
     describe_run(run, job, continual.data)
     if plan is not None:
         describe_start(run, ranks, plan)

@@ -9,6 +9,7 @@ scores a row again nor writes a line twice.
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -16,10 +17,14 @@ import torch
 from embeddings.plan_text import align_columns
 from recsys.build import Job
 from recsys.checkpoint.partitions.state import ContinualFolder
+from recsys.checkpoint.run_schema import schema_of_data
 from recsys.config import Config
+from recsys.data.filesystem import Location
 from recsys.data.item_parts import PARTS, ItemCounts
+from recsys.data.row_source import RowSource, open_rows
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.distributed.lockstep import Lockstep
+from recsys.distributed.ranks import Ranks
 from recsys.evaluation.evaluate import (
     score,
     scores_report,
@@ -32,6 +37,7 @@ from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.scores import SplitScores, read_scores
 from recsys.training.continual.partitions import Partition
 from recsys.training.reporter import Reporter
+from recsys.training.useless_models import require_useful
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +81,36 @@ def record_metrics(
     report = scores_report(scores, make_metrics(config.metrics))
     line = {"partition": partition.name, "model_of": before, "rows": len(scores.positions)}
     return {**line, **report} if folder.add_metrics({**line, **report}) else None
+
+
+def require_useful_scores(
+    config: Config, data: str, folder: ContinualFolder, partition: Partition, ranks: Ranks
+) -> None:
+    """Refuse to go on from a partition whose scores were useless. On rank 0.
+
+    The log loss of few rows varies, so that they may have a larger one.
+
+    Raises:
+        ValueError: the log loss or the RMSE is absurd; names the columns of wide range.
+    """
+    line = next((each for each in folder.metrics() if each["partition"] == partition.name), None)
+    if line is None:
+        return
+
+    def rows() -> RowSource:
+        root = Location.of(data)
+        schema = schema_of_data(folder.run_of(partition.name), root, ranks)
+        return open_rows(config.source, root, partition.folder, schema, config.on_bad_row)
+
+    before = line["model_of"] or "the run that it was begun from"
+    require_useful(
+        line,
+        config,
+        f"{data}/{partition.folder}, scored by the model of {before}",
+        rows,
+        "Its scores are kept, and it is trained on; the same command goes on with the next one",
+        slack=1 + 10 / math.sqrt(max(line["rows"], 1)),
+    )
 
 
 def track(reporter: Reporter, line: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ from recsys.training.continual.partition_run import ContinualRun, train_partitio
 from recsys.training.continual.partition_trainer import check_settings
 from recsys.training.continual.partitions import Partition, list_partitions
 from recsys.training.continual.queue import Span, awaited, check_whole, next_partition, require_rows
-from recsys.training.continual.scoring import format_lines
+from recsys.training.continual.scoring import format_lines, require_useful_scores
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +133,9 @@ def _walk(continual: ContinualRun, request: Request) -> RunState:
                 continual.clock.append(folder.path / SECONDS, partition.name, trained.rows)
         rows = f"{trained.rows:,}"
         logger.info("trained on %s: %s rows in %s", partition.name, rows, continual.clock)
+        with ranks.raise_on_all_ranks():
+            if ranks.is_first:
+                require_useful_scores(continual.config, continual.data, folder, partition, ranks)
         gc.collect()  # the model of this partition, before the next is built
     if ranks.is_first and len(state.trained) > begun:
         print_table(format_lines(continual.config, folder.metrics()))

@@ -17,6 +17,7 @@ from recsys.config import Config, OptimizerSettings
 from recsys.data.item_parts import ItemCounts
 from recsys.distributed.lockstep import TrainingStopped
 from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.evaluate import check_data
 from recsys.evaluation.predict import load_run
 from recsys.training.train import train
 from recsys.training.warm_start import open_warm_start, start_warm
@@ -96,7 +97,8 @@ def test_a_run_begins_from_another_one_with_a_larger_table(whole: Path, tmp_path
         opened, columns = open_warm_start(request, str(data), tmp_path / "new", ranks)
         job = build_job(replace(config_of(whole)), str(data), ranks, columns)
         (tmp_path / "new").mkdir()
-        start_warm(job, tmp_path / "new", plan_warm_start(job, *opened))
+        plan = plan_warm_start(job, *opened)
+        start_warm(job, tmp_path / "new", plan, check_data(job).numbers)
         now, places = state_of(job), ids_of(job.vocabularies.by_table["item"])
     assert places.keys() == rows.keys()
     for item, row in rows.items():

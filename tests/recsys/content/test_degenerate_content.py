@@ -26,6 +26,7 @@ from recsys.content.projection_start import start_at_components
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.evaluate import check_data
 from recsys.training.train import start_fresh
 from tests.datasets import png, write_dataset
 from tests.recsys.data.items.item_content import rewrite
@@ -159,7 +160,7 @@ def train_some_steps(data: Path) -> tuple[float, float]:
     """Largest number of a projected token at the start, and log loss after some steps."""
     with joined_ranks("cpu") as ranks:
         job = build_job(config_of(data.parent), str(data), ranks)
-        start_fresh(job)
+        start_fresh(job, check_data(job, ("train",)).numbers)
         job.em3.eval()
         with torch.no_grad():
             largest = max(float(projected.abs().max()) for projected in starts(job))

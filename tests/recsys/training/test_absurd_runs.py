@@ -28,10 +28,12 @@ def test_unscaled_numbers_are_named_and_a_useless_model_ends_the_command_with_an
             prices = pa.array(seconds, pa.float32())
             pq.write_table(table.set_column(place, "price", prices), file)
 
-    assert main(train_words(data, run)) == 1
+    assert main(train_words(data, tmp_path / "scaled")) == 0  # by default
+    assert "standardized: 'price', 1.7" in capsys.readouterr().out
+    assert main(train_words(data, run, "--ranking.scale_inputs", "false")) == 1
     printed = capsys.readouterr()
     assert "dense column 'price' goes from 1.7" in printed.out
-    assert "log loss" in printed.err
+    assert "log loss" in printed.err and "'price' (1.70003e+09 to 1.70997e+09)" in printed.err
     assert (run / "metrics.json").is_file() and (run / "checkpoints" / "best").is_dir()
     assert main(["evaluate", "--run", str(run), "--data", str(data), "--device", "cpu"]) == 0
 

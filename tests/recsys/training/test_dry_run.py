@@ -33,6 +33,12 @@ def steps_on(rank: int, world_size: int, folder: Path) -> DryRun:
     return dry_run(em3_config(folder), str(folder / "data"), ranks_of(rank, world_size))
 
 
+def unscaled_steps_on(rank: int, world_size: int, folder: Path) -> DryRun:
+    config = em3_config(folder)
+    config.ranking.scale_inputs = False
+    return dry_run(config, str(folder / "data"), ranks_of(rank, world_size))
+
+
 def test_one_step_on_each_rank_and_nothing_written(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,7 +92,7 @@ def test_a_step_that_goes_wrong_ends_with_the_rows(folder: Path, tmp_path: Path)
         table = table.set_column(table.schema.get_field_index("price"), "price", prices)
         pq.write_table(table, file)
     with pytest.raises(RuntimeError, match=r"step is (nan|inf)") as raised:
-        run_on_ranks(steps_on, 2, tmp_path)
+        run_on_ranks(unscaled_steps_on, 2, tmp_path)
     assert re.search(r"part-\d\.parquet row \d+", str(raised.value))
 
 

@@ -29,6 +29,7 @@ from recsys.data.parquet.rows import ParquetRows
 from recsys.data.transforms.prepare import prepare_transforms
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.ranks import Ranks, joined_ranks
+from recsys.evaluation.evaluate import check_data
 from recsys.training.train import train
 from recsys.training.warm_start import open_warm_start, start_warm
 from tests.recsys.checkpoint.schema_runs import SCHEMA, copy_of, write_data, write_schema
@@ -104,7 +105,7 @@ def begin(
     job = build_job(config, place, ranks, schema)
     plan = plan_warm_start(job, *opened)
     out.mkdir(exist_ok=True)
-    return Begun(job, plan, start_warm(job, out, plan))
+    return Begun(job, plan, start_warm(job, out, plan, check_data(job).numbers))
 
 
 @contextmanager

@@ -1,0 +1,116 @@
+"""Standardises numbers whose scale differs from that of all other inputs of a model.
+
+Vectors of IDs have values far below 1, and a linear layer weighs all of its inputs alike at first.
+A count of 340 among them decides every logit. So dense columns and lists of numbers beside
+histories with a training value outside of [-3, 3] get mean 0 and variance 1; all others are read as
+they are, to the last bit. Mean and variance are those of the training rows, computed before the
+first step, and part of the model's state. A run that begins with another one takes them over and
+moves them towards those of its own rows, as the mean of the last `HORIZON` runs would.
+
+Shapes: B batch, F dense features, N events of a history in the whole batch, P lists beside it,
+W numbers in all.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from recsys.data.batch import Batch
+from recsys.data.number_ranges import NumberRange
+
+logger = logging.getLogger(__name__)
+
+HORIZON = 10
+LARGEST = 8.0  # standard deviations; larger values are clamped
+
+
+class InputScaling(nn.Module):
+    """A batch -> the same with standardised numbers.
+
+    Args:
+        dense: names of the dense columns [F]; empty if the model standardises them itself.
+        lists: names of the lists beside each history [P].
+
+    Example::
+
+        scaling = InputScaling(["price", "age"], [])
+        scaling.fit({"price": NumberRange(0, 340, 100, 500.0, 5e4), "age": NumberRange(0, 1, 100)})
+        scaling.is_scaled  # [True, False]
+    """
+
+    mean: Tensor  # [W]
+    deviation: Tensor  # [W]
+    is_scaled: Tensor  # bool [W]
+    fits: Tensor  # []
+
+    def __init__(self, dense: Sequence[str], lists: Sequence[Sequence[str]]) -> None:
+        """Start with all numbers as they are."""
+        super().__init__()
+        self.dense, self.lists = list(dense), [list(names) for names in lists]
+        self.names = [*self.dense, *(name for names in self.lists for name in names)]
+        self.register_buffer("mean", torch.zeros(len(self.names)))
+        self.register_buffer("deviation", torch.ones(len(self.names)))
+        self.register_buffer("is_scaled", torch.zeros(len(self.names), dtype=torch.bool))
+        self.register_buffer("fits", torch.zeros(()))
+
+    def of_dense(self, dense: Sequence[str]) -> InputScaling:
+        """Return the same for a model that is given these dense columns, in this order."""
+        chosen = InputScaling([name for name in dense if name in self.dense], self.lists)
+        places = [self.names.index(name) for name in chosen.names]
+        for own, other in zip(chosen.buffers(), self.buffers(), strict=True):
+            own.copy_(other[places] if other.dim() else other)
+        return chosen
+
+    @torch.no_grad()
+    def fit(self, numbers: Mapping[str, NumberRange]) -> None:
+        """Set or move mean and deviation to those of training rows; a scaled column stays so."""
+        self.fits += 1
+        for place, name in enumerate(self.names):
+            rows, was_scaled = numbers[name], bool(self.is_scaled[place])
+            if not rows.count or not (rows.is_wide or was_scaled):
+                continue
+            share = 1 / min(float(self.fits), HORIZON) if was_scaled else 1.0
+            mean, variance = float(self.mean[place]), float(self.deviation[place]) ** 2
+            apart = rows.mean - mean
+            variance += share * (rows.variance - variance + (1 - share) * apart**2)
+            self.mean[place] = mean + share * apart
+            self.deviation[place] = math.sqrt(variance) or 1.0
+            self.is_scaled[place] = True
+            logger.info("standardized: '%s', %s in the training rows", name, rows)
+
+    def forward(self, batch: Batch) -> Batch:
+        """Return the batch with standardised numbers; `recorded_values` stay as they are."""
+        dense, values, *further = self._parts(batch)
+        return replace(
+            batch,
+            dense_features=dense,
+            history_values=values,
+            unscaled_values=batch.history_values,
+            further=[
+                replace(history, values=own)
+                for history, own in zip(batch.further, further, strict=True)
+            ],
+        )
+
+    def _parts(self, batch: Batch) -> list[Tensor]:
+        """Return the dense features [B, F] and the lists beside each history [N, P]."""
+        first = 0
+        scaled = []
+        lists = [batch.history_values, *(history.values for history in batch.further)]
+        names = [self.dense, *(self.lists or [[]])]
+        for numbers, columns in zip([batch.dense_features, *lists], names, strict=True):
+            places = slice(first, first + len(columns))
+            scaled.append(self._scaled(numbers, places) if columns else numbers)
+            first += len(columns)
+        return scaled
+
+    def _scaled(self, numbers: Tensor, places: slice) -> Tensor:
+        standard = (numbers - self.mean[places]) / self.deviation[places]
+        standard = standard.clamp(-LARGEST, LARGEST)
+        return torch.where(self.is_scaled[places], standard, numbers)

@@ -1,0 +1,190 @@
+"""Numbers of wide range get mean 0 and variance 1 of the training rows; all others stay as bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from recsys.build import build_job
+from recsys.checkpoint.files import folders_by_age
+from recsys.checkpoint.manifest import read_manifest, write_manifest
+from recsys.checkpoint.warm_start.request import WarmStart
+from recsys.config import load_config
+from recsys.data.batch import Batch, FurtherHistory
+from recsys.data.batch_builder import BatchBuilder
+from recsys.data.number_ranges import NumberRange, NumberRanges
+from recsys.data.parquet.values import ROW_POSITION
+from recsys.data.schema import Column, Schema
+from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.evaluate import check_data, score, split_interactions
+from recsys.evaluation.predict import load_run
+from recsys.model.input_scaling import InputScaling
+from recsys.training.train import train
+from tests.datasets import write_dataset
+from tests.ranks import run_on_ranks
+from tests.recsys.command_runs import TINY
+from tests.recsys.em3_runs import em3_config, ranks_of
+
+WITHOUT_CONTENT = ["--content", "none", "--contrastive.weight", "0", "--device", "cpu"]
+
+
+def range_of(*values: float) -> NumberRange:
+    found = NumberRange()
+    found.add(np.array(values, np.float32))
+    return found
+
+
+def batch_of(dense: list[list[float]], values: list[list[float]]) -> Batch:
+    """A batch of one row with a history, and with a further one of the same events."""
+    columns = {"item": Column("id", num_embeddings=9), "liked": Column("label")}
+    rows = pa.table({"item": [7], "liked": pa.array([1], pa.float32()), ROW_POSITION: [0]})
+    lists = torch.tensor(values)
+    further = FurtherHistory(torch.tensor([len(values)]), lists, len(values), torch.zeros(0))
+    batch = BatchBuilder(Schema("item", "item", columns), [])(rows)
+    return replace(
+        batch, dense_features=torch.tensor(dense), history_values=lists, further=[further]
+    )
+
+
+def test_wide_numbers_are_standardized_and_others_stay_to_the_last_bit() -> None:
+    scaling = InputScaling(["count", "share"], [["seconds"], ["price"]])
+    numbers = {
+        "count": range_of(0, 10, 20, 30, 340),
+        "share": range_of(-3, 3),
+        "seconds": range_of(0, 4),
+        "price": range_of(0, 1),
+    }
+    scaling.fit(numbers)
+    found = scaling(batch_of([[340.0, 0.1]], [[0.0], [4.0], [1.7]]))
+    counts = np.array([0, 10, 20, 30, 340])
+    assert found.dense_features[0, 0].item() == pytest.approx((340 - counts.mean()) / counts.std())
+    assert torch.equal(found.dense_features[0, 1], torch.tensor(0.1))
+    torch.testing.assert_close(found.history_values, torch.tensor([[-1.0], [1.0], [-0.15]]))
+    assert torch.equal(found.recorded_values, torch.tensor([[0.0], [4.0], [1.7]]))
+    assert torch.equal(found.further[0].values, torch.tensor([[0.0], [4.0], [1.7]]))
+
+
+def test_far_outliers_are_clamped() -> None:
+    scaling = InputScaling(["count"], [[], []])
+    scaling.fit({"count": range_of(0, 4)})
+    assert scaling(batch_of([[3e38]], [[1.0]])).dense_features.item() == 8.0
+
+
+def test_a_constant_of_any_size_becomes_0() -> None:
+    scaling = InputScaling(["year"], [[], []])
+    scaling.fit({"year": range_of(2026, 2026)})
+    assert scaling(batch_of([[2026.0]], [[1.0]])).dense_features.item() == 0.0
+
+
+def test_later_rows_move_mean_and_deviation_to_those_of_all_rows() -> None:
+    scaling, parts = InputScaling(["count"], []), [range_of(0, 10), range_of(20, 40)]
+    for part in parts:
+        scaling.fit({"count": part})
+    everything = np.array([0, 10, 20, 40])
+    assert scaling.mean.item() == pytest.approx(everything.mean())
+    assert scaling.deviation.item() == pytest.approx(everything.std())
+    scaling.fit({"count": range_of(0, 1)})  # no longer wide
+    assert scaling.is_scaled.item() and scaling.mean.item() < everything.mean()
+
+
+def test_a_column_that_becomes_wide_takes_the_moments_of_its_rows() -> None:
+    scaling = InputScaling(["count"], [])
+    for part in (range_of(0, 1), range_of(0, 10)):
+        scaling.fit({"count": part})
+    assert (scaling.mean.item(), scaling.deviation.item()) == (5.0, 5.0)
+
+
+def test_ranges_are_those_of_the_rows_of_all_ranks(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data")
+    found = run_on_ranks(ranges_on, 2, tmp_path)
+    assert found[0] == found[1]
+    with joined_ranks("cpu") as ranks:
+        job = build_job(em3_config(tmp_path), str(tmp_path / "data"), ranks)
+        whole = NumberRanges(job.schema)
+        for table in job.rows("train").read(0, 60):
+            whole.add(table)
+    for name, rows in whole.by_column.items():
+        assert vars(found[0][name]) == pytest.approx(vars(rows))
+
+
+def ranges_on(rank: int, world_size: int, folder: Path) -> dict[str, NumberRange]:
+    ranks = ranks_of(rank, world_size)
+    job = build_job(em3_config(folder), str(folder / "data"), ranks)
+    return check_data(job).numbers
+
+
+@pytest.fixture(scope="module")
+def of_before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run as earlier versions wrote it, on prices up to 40."""
+    folder = tmp_path_factory.mktemp("before")
+    write_dataset(folder / "data")
+    widen(folder / "data")
+    run_on(folder, "run", "--ranking.scale_inputs", "false", "--batch_size", "64")
+    config = folder / "run" / "config.yaml"
+    content = yaml.safe_load(config.read_text())
+    del content["ranking"]["scale_inputs"]
+    config.write_text(yaml.safe_dump(content, sort_keys=False))
+    checkpoints = folder / "run" / "checkpoints"
+    for checkpoint in (checkpoints / "best", *folders_by_age(checkpoints)):
+        manifest = read_manifest(checkpoint)
+        del manifest["config"]["ranking"]["scale_inputs"], manifest["checksum"]
+        write_manifest(checkpoint, manifest)
+    return folder
+
+
+def widen(data: Path) -> None:
+    for file in data.glob("t*/*.parquet"):
+        table = pq.read_table(file)
+        place = table.column_names.index("price")
+        prices = pa.array(table["price"].to_numpy() * 40, pa.float32())
+        pq.write_table(table.set_column(place, "price", prices), file)
+
+
+def run_on(folder: Path, out: str, *words: str, warm_start: Path | None = None) -> None:
+    begun = None if warm_start is None else WarmStart(warm_start)
+    with joined_ranks("cpu") as ranks:
+        config = load_config(TINY, [*WITHOUT_CONTENT, *words])
+        train(config, str(folder / "data"), folder / out, ranks, warm_start=begun)
+
+
+def scaling_of(run: Path) -> tuple[InputScaling, torch.Tensor]:
+    """What scales the numbers of a run, and its scores of test rows."""
+    with joined_ranks("cpu") as ranks:
+        job = load_run(run, None, ranks, "cpu")
+        scored = score(job, split_interactions(job, "test"))
+    assert job.em3.scaling is not None
+    return job.em3.scaling, scored["logits"]
+
+
+def test_a_run_of_before_loads_goes_on_and_is_begun_from_with_its_numbers_as_they_are(
+    of_before: Path,
+) -> None:
+    scaling, logits = scaling_of(of_before / "run")
+    assert not scaling.is_scaled.any()
+    stored = pq.read_table(of_before / "run" / "scores_test.parquet")
+    name = next(name for name in stored.column_names if "logit" in name)
+    values = np.array(stored[name].to_pylist(), np.float32).reshape(-1)
+    assert np.array_equal(np.sort(logits[:, 0].numpy()), np.sort(values))
+    run_on(of_before, "begun", "--batch_size", "64", warm_start=of_before / "run")
+    assert not scaling_of(of_before / "begun")[0].is_scaled.any()
+    run_on(of_before, "run", "--batch_size", "64", "--epochs", "2")
+    assert not scaling_of(of_before / "run")[0].is_scaled.any()
+
+
+def test_a_new_run_standardizes_and_one_that_begins_with_it_goes_on(of_before: Path) -> None:
+    run_on(of_before, "new", "--batch_size", "64")
+    scaling = scaling_of(of_before / "new")[0]
+    assert scaling.is_scaled.tolist() == [True, False]  # price, history_liked
+    run_on(of_before, "next", "--batch_size", "64", warm_start=of_before / "new")
+    following = scaling_of(of_before / "next")[0]
+    assert float(following.fits) == 2 and following.is_scaled.tolist() == [True, False]
+    torch.testing.assert_close(following.mean, scaling.mean)
+    with pytest.raises(ValueError, match=r"ranking\.scale_inputs"):
+        run_on(of_before, "new", "--epochs", "2", "--ranking.scale_inputs", "false")
