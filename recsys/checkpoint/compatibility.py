@@ -35,6 +35,7 @@ CHANGEABLE = (
     "checkpoint.*",
     "continual.*passes",
     "continual.keep",
+    "continual.late",
     "continual.package*",
     "continual.*_seconds",
     "continual.edited_items",

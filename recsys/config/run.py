@@ -75,6 +75,9 @@ class ContinualSettings:
     order: Literal["shuffled", "time"] = "shuffled"
     """Order of a partition's rows: shuffled by the seed, or that of its files, which are then to
     be written in the order of time; each rank takes a stretch of them."""
+    late: Literal["refuse", "train"] = "refuse"
+    """A partition older than one that is trained on, which has arrived since: refuse it by name, or
+    train on it next. It has no scores, since the model knows days after it."""
     keep: PositiveInt = 2
     """Number of latest partitions whose models and checkpoints are kept."""
     quiet_seconds: Seconds | None = None

@@ -27,6 +27,7 @@ from recsys.data.schema import Schema
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.evaluate import fill_bank
+from recsys.model.input_scaling import InputScaling
 from recsys.training.item_opinions import fill_opinions
 from recsys.training.pretrained_tables import load_pretrained_tables
 
@@ -114,11 +115,20 @@ def fit_to_rows(job: Job, plan: WarmStartPlan, numbers: Mapping[str, NumberRange
         ValueError: on every rank: the rows cannot be read.
     """
     scaling = job.em3.scaling
-    if scaling is not None and (scaling.fits > 0 or not plan.takes_part("ranking.")):
+    if scaling is not None and not _is_of_before(scaling, plan):
         scaling.fit(numbers)
     fill_opinions(job)
     for table, filled in fill_new_rows(job, counts_before(job, plan)).items():
         plan.differences.add(f"table '{table}'", f"new_rows: {filled.rule}", str(filled))
+
+
+def _is_of_before(scaling: InputScaling, plan: WarmStartPlan) -> bool:
+    """Return whether the ranking model that is taken over reads all numbers as they are."""
+    if not plan.takes_part("ranking."):
+        return False
+    if plan.takes("scaling.fits"):
+        return float(scaling.fits) == 0
+    return "model.scaling.fits" not in plan.source.model.entries
 
 
 def check_begun_from(run: Path, request: WarmStart | None) -> None:

@@ -41,10 +41,11 @@ class RunState:
     trained: tuple[Trained, ...] = ()  # in order
     begun: Trained | None = None  # the next one, if its scoring or training has begun
     warm_start: str | None = None  # the run that the first partition's began from
+    first: str | None = None  # `--from` at its begin; what lies before is not of this run
 
     @property
     def last(self) -> Trained | None:
-        """The last partition that is trained."""
+        """The partition that was trained on last, which may be a late one."""
         return self.trained[-1] if self.trained else None
 
 
@@ -89,11 +90,13 @@ class ContinualFolder:
         try:
             if stored["format"] != FORMAT:
                 raise ValueError(f"format {stored['format']}, not {FORMAT}")
-            begun = stored["begun"]
+            begun, trained = stored["begun"], [Trained(**each) for each in stored["trained"]]
+            oldest = trained[0].name if trained else None  # earlier versions kept no `--from`
             return RunState(
-                tuple(Trained(**each) for each in stored["trained"]),
+                tuple(trained),
                 None if begun is None else Trained(**begun),
                 stored["warm_start"],
+                stored.get("first", oldest),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: damaged ({error!r}); bring it back") from error

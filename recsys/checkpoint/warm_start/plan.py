@@ -29,6 +29,7 @@ from recsys.model.new_rows import new_rows_rules
 logger = logging.getLogger(__name__)
 
 MODEL = "model."
+SCALING = f"{MODEL}scaling."  # a number per dense column and list
 OPINIONS = ".opinion_votes.opinions"  # a row per item, as its table
 MOST_SHAPES = 8  # in a message
 # Parts whose weights make the vectors in the memory bank.
@@ -122,6 +123,9 @@ def plan_warm_start(job: Job, source: Source, differences: Differences) -> WarmS
         stored, tensor = source.model.entries[name], own[name]
         if table is not None and rows is not None:
             plan.maps[table] = rows
+        if name.startswith(SCALING) and tuple(stored.size) != size_of(tensor):
+            differences.add("scales of numbers", "other columns have numbers", "fitted anew")
+            continue
         if name.endswith(OPINIONS):
             if (of_items := plan.maps.get(job.schema.target_item)) is None:
                 words = "the rows of items are not taken over"

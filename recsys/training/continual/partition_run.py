@@ -7,6 +7,7 @@ It is stopped, killed and continued as any run. Before its first step the partit
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,6 +54,7 @@ from recsys.training.continual.partition_trainer import (
     finish,
 )
 from recsys.training.continual.partitions import Partition
+from recsys.training.continual.queue import is_late
 from recsys.training.continual.scoring import (
     format_lines,
     record_metrics,
@@ -70,6 +72,8 @@ from recsys.training.warm_start import (
     open_warm_start,
     take_over,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,10 @@ def _begin(
         progress = take_over(job, plan)
         known = counts_before(job, plan)
         continual.clock.lap("warm start")
-        _write_scores(continual, begun, job, known, plan)
+        if is_late(now.name, state):
+            logger.info("%s: late, so it is trained on without scores", now.name)
+        else:
+            _write_scores(continual, begun, job, known, plan)
         continual.clock.lap("score")
     add_ids(job.schema, start.ids, ranks)
     checked = check_data(job, ("train",))

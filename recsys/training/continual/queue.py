@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from recsys.checkpoint.partitions.state import RunState
 from recsys.data.filesystem import Location
@@ -40,14 +41,18 @@ class Span:
         """Return whether no further partition can come into the span."""
         if self.last is None or state.last is None:
             return False
-        newest = key_of(state.last.name)
+        newest = max(key_of(each.name) for each in state.trained)
         bound = key_of_bound(self.last, newest)
         is_last = len(newest) == len(bound) and newest >= bound
         return is_last or any(self.ends_before(each.key) for each in partitions)
 
 
 def next_partition(
-    where: object, partitions: Sequence[Partition], state: RunState, span: Span
+    where: object,
+    partitions: Sequence[Partition],
+    state: RunState,
+    span: Span,
+    late: Literal["refuse", "train"] = "refuse",
 ) -> Partition | None:
     """Return the partition to train on now; None if all of the span are trained.
 
@@ -56,33 +61,48 @@ def next_partition(
         partitions: those of the dataset, in order.
         state: what the run has done.
         span: those to walk.
+        late: what becomes of a partition older than one that is trained or begun. Those before the
+            first one that the run was to walk are not late: they are not of this run.
 
     Raises:
-        ValueError: a partition that is not trained lies before one that is, or the span would leave
-            one out, which could never be trained on.
+        ValueError: a partition is late and refused, or the span would leave one out, which could
+            never be trained on in order.
     """
     done = {each.name for each in state.trained}
     waiting = [each for each in partitions if each.name not in done]
-    newest = state.begun or state.last
+    newest = newest_of(state)
     if newest is None:
         waiting = [each for each in waiting if not span.begins_after(each.key)]
-    else:
-        oldest = key_of((state.trained or (newest,))[0].name)
-        for each in waiting:
-            if oldest < each.key < key_of(newest.name):
-                raise ValueError(
-                    f"{where}/{each.name}: is older than {newest.name}, which is trained on "
-                    "already; move its rows to the next partition or remove it, or walk anew to "
-                    "another --out"
-                )
-        waiting = [each for each in waiting if each.key >= key_of(newest.name)]
+        return next((each for each in waiting if not span.ends_before(each.key)), None)
+    of_run = Span(state.first)
+    waiting = [each for each in waiting if not of_run.begins_after(each.key)]
+    begun = "" if state.begun is None else state.begun.name
+    older = [each for each in waiting if each.key < key_of(newest) and each.name != begun]
+    if older and late == "refuse":
+        raise ValueError(
+            f"{where}/{older[0].name}: is older than {newest}, which is trained on already; train "
+            "on it all the same, without scores, by --continual.late train, move its rows to the "
+            "next partition or remove it, or walk anew to another --out"
+        )
+    waiting.sort(key=lambda each: (each.name != begun, each.key))  # what is begun goes on first
     waiting = [each for each in waiting if not span.ends_before(each.key)]
-    if newest is not None and waiting and span.begins_after(waiting[0].key):
+    if waiting and span.begins_after(waiting[0].key):
         raise ValueError(
             f"--from {span.first}: would leave out {waiting[0].name}, which could then never be "
-            f"trained on; leave out --from, since the run goes on after {newest.name}"
+            f"trained on; leave out --from, since the run goes on after {newest}"
         )
     return waiting[0] if waiting else None
+
+
+def newest_of(state: RunState) -> str | None:
+    """Return the partition that is latest in time among those trained or begun."""
+    begun = [] if state.begun is None else [state.begun]
+    return max((each.name for each in (*state.trained, *begun)), key=key_of, default=None)
+
+
+def is_late(name: str, state: RunState) -> bool:
+    """Return whether the model knows rows that are later in time than those of a partition."""
+    return any(key_of(name) < key_of(each.name) for each in state.trained)
 
 
 def check_whole(root: Location, partition: Partition, partitions: Sequence[Partition]) -> None:

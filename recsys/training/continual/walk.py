@@ -12,6 +12,7 @@ import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from recsys.checkpoint.output_file import check_run_folder
@@ -28,6 +29,7 @@ from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.further_metrics import make_metrics
+from recsys.training.continual.dates import refused_partitions
 from recsys.training.continual.packages import check_packages, export_newest
 from recsys.training.continual.partition_run import ContinualRun, train_partition
 from recsys.training.continual.partition_trainer import check_settings
@@ -111,6 +113,8 @@ def _walk(continual: ContinualRun, request: Request) -> RunState:
         state = folder.read() if ranks.is_first else RunState()
         if ranks.is_first:
             state = replace(state, warm_start=state.warm_start or _asked(request))
+            if state.last is None and state.begun is None:
+                state = replace(state, first=request.span.first)
             _check_trained(continual, state)
             export_newest(continual.config.continual, folder, state)  # if a job was killed in it
     state = ranks.from_first(state)
@@ -201,11 +205,17 @@ def _found(
     root = Location.of(continual.data)
     root.filesystem.invalidate_cache()
     partitions, train, span = list_partitions(root), root / "train", request.span
-    partition = next_partition(train, partitions, state, span)
+    trained, now = [each.name for each in state.trained], datetime.now(UTC).replace(tzinfo=None)
+    refused = refused_partitions(partitions, trained, now)
+    in_order = [each for each in partitions if each.name not in refused]
+    partition = next_partition(train, in_order, state, span, continual.config.continual.late)
     _check_begun(continual.folder, state, partition)
     if partition is None:
-        if request.follow and not span.is_over(partitions, state):
-            return None, f"a further partition of {train}"
+        if request.follow:
+            is_over = span.is_over(in_order, state)
+            return None, None if is_over else _further(train, partitions, refused, span)
+        if message := _refusal(train, partitions, refused, span):
+            raise ValueError(message)
         if state.last is None:
             raise ValueError(_nothing(train, partitions, span))
         return None, None
@@ -217,6 +227,24 @@ def _found(
         check_whole(root, partition, partitions)
     require_rows(root, partition)
     return partition, None
+
+
+def _refusal(
+    train: Location, partitions: list[Partition], refused: dict[str, str], span: Span
+) -> str | None:
+    """Return the message of the first partition of the span that cannot be trained on."""
+    names = [each.name for each in partitions if not span.ends_before(each.key)]
+    first = next((name for name in names if name in refused), None)
+    return first and f"{train}/{first}: {refused[first]}; rename or remove it"
+
+
+def _further(
+    train: Location, partitions: list[Partition], refused: dict[str, str], span: Span
+) -> str:
+    """Return what is waited for where all partitions are trained but those that are refused."""
+    message = _refusal(train, partitions, refused, span)
+    words = f" (not trained on: {message})" if message else ""
+    return f"a further partition of {train}{words}"
 
 
 def _nothing(train: Location, partitions: list[Partition], span: Span) -> str:

@@ -66,7 +66,7 @@ def test_a_run_without_votes_goes_on_though_earlier_versions_wrote_a_number(tmp_
 
 def test_a_walk_keeps_its_groups_when_the_table_of_users_grows(tmp_path: Path) -> None:
     write_walk(tmp_path / "data", 2)
-    walk(tmp_path, tmp_path / "run", *WITHOUT_CONTENT, *VOTES, last="2026-11-08")
+    walk(tmp_path, tmp_path / "run", *WITHOUT_CONTENT, *VOTES, last="2025-11-08")
     schema = yaml.safe_load((tmp_path / "data" / "schema.yaml").read_text())
     schema["columns"]["user"]["num_embeddings"] = 40
     (tmp_path / "data" / "schema.yaml").write_text(yaml.safe_dump(schema, sort_keys=False))

@@ -63,7 +63,7 @@ def test_a_walk_follows_partitions_until_it_is_asked_to_end(tmp_path: Path) -> N
     assert seen == [NAMES[:1]]  # it has waited for the mark
     assert names_of(run) == NAMES[:2]
     # With a last partition it ends by itself.
-    assert main(words_of(tmp_path, "--follow", "--until", "2026-11-09")) == 0
+    assert main(words_of(tmp_path, "--follow", "--until", "2025-11-09")) == 0
 
 
 @pytest.mark.long
@@ -88,7 +88,7 @@ def test_ranks_of_torchrun_follow_partitions_and_end_on_its_sigterm(tmp_path: Pa
             followed.wait(HANG_SECONDS)
         assert f"asked to end; {run} " in (tmp_path / "log").read_text()
         assert names_of(run)[:2] == NAMES[:2]
-    assert main([*words_of(tmp_path), "--until", "2026-11-10"]) == 0
+    assert main([*words_of(tmp_path), "--until", "2025-11-10"]) == 0
     assert names_of(run) == NAMES[:3]
     assert [line["partition"] for line in lines_of(run)] == NAMES[1:3]
 
@@ -103,7 +103,7 @@ def wait_until(happens: Callable[[], bool], process: subprocess.Popen[str]) -> N
 @pytest.mark.long
 def test_a_walk_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     write_walk(tmp_path / "data", 3)
-    done = run_recsys(*words_of(tmp_path, "--until", "2026-11-09"), ranks=2)
+    done = run_recsys(*words_of(tmp_path, "--until", "2025-11-09"), ranks=2)
     assert done.returncode == 0, done.stderr
     assert main(words_of(tmp_path)) == 0
     assert names_of(tmp_path / "run") == NAMES[:3]

@@ -27,7 +27,7 @@ def test_a_package_and_its_deltas_are_the_newest_package(
 ) -> None:
     write_walk(tmp_path / "data", 3)
     out, words = tmp_path / "packages", words_of(tmp_path / "packages")
-    walk(tmp_path, tmp_path / "run", *words, last="2026-11-09")
+    walk(tmp_path, tmp_path / "run", *words, last="2025-11-09")
     assert sorted(files.name for files in out.iterdir()) == [
         *NAMES[:2],
         f"{NAMES[1]}.delta",

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from recsys.checkpoint.partitions.state import RunState, Trained
 from recsys.data.filesystem import Location
+from recsys.training.continual.dates import date_of, refused_partitions
 from recsys.training.continual.partitions import Partition, list_partitions
 from recsys.training.continual.queue import Span, awaited, check_whole, next_partition
 
-DAYS = [Partition(f"date=2026-11-{day:02}") for day in (1, 2, 3, 4)]
-HOURS = [Partition(f"date=2026-11-0{day}/hour={hour}") for day in (1, 2) for hour in (5, 9, 10)]
+DAYS = [Partition(f"date=2025-11-{day:02}") for day in (1, 2, 3, 4)]
+NOW = datetime(2026, 11, 28, 7)
+HOURS = [Partition(f"date=2025-11-0{day}/hour={hour}") for day in (1, 2) for hour in (5, 9, 10)]
 
 
-def state(*names: str, begun: str | None = None) -> RunState:
-    trained = tuple(Trained(f"date=2026-11-{name}", 1, "x") for name in names)
-    return RunState(trained, None if begun is None else Trained(f"date=2026-11-{begun}", 1, "x"))
+def state(*names: str, begun: str | None = None, first: str | None = None) -> RunState:
+    trained = tuple(Trained(f"date=2025-11-{name}", 1, "x") for name in names)
+    now = None if begun is None else Trained(f"date=2025-11-{begun}", 1, "x")
+    return RunState(trained, now, first=first)
 
 
 def folder_with(root: Path, *names: str) -> Location:
@@ -55,13 +59,13 @@ def test_folders_without_one_order_are_refused(
     ("done", "span", "expected"),
     [
         (state(), Span(), "01"),
-        (state(), Span("2026-11-02"), "02"),
-        (state(), Span("date=2026-11-02"), "02"),
-        (state(), Span(None, "2026-10-31"), None),
+        (state(), Span("2025-11-02"), "02"),
+        (state(), Span("date=2025-11-02"), "02"),
+        (state(), Span(None, "2025-10-31"), None),
         (state("01", "02"), Span(), "03"),
-        (state("02"), Span(), "03"),  # what lies before the first is not of this run
-        (state("01", "02"), Span("2026-11-03"), "03"),
-        (state("01", "02"), Span(None, "2026-11-02"), None),
+        (state("02", first="2025-11-02"), Span(), "03"),  # what lies before is not of this run
+        (state("01", "02"), Span("2025-11-03"), "03"),
+        (state("01", "02"), Span(None, "2025-11-02"), None),
         (state("01", begun="02"), Span(), "02"),
         (state("01", "02", "03", "04"), Span(), None),
     ],
@@ -70,26 +74,111 @@ def test_the_next_partition_follows_the_last_one(
     done: RunState, span: Span, expected: str | None
 ) -> None:
     found = next_partition("train", DAYS, done, span)
-    assert found == (None if expected is None else Partition(f"date=2026-11-{expected}"))
+    assert found == (None if expected is None else Partition(f"date=2025-11-{expected}"))
 
 
 def test_a_bound_of_one_level_takes_all_partitions_in_it() -> None:
-    one = Span("2026-11-01/9", "2026-11-01")
+    one = Span("2025-11-01/9", "2025-11-01")
     assert next_partition("train", HOURS, RunState(), one) == HOURS[1]
-    trained = RunState(tuple(Trained(each.name, 1, "x") for each in HOURS[1:3]))
+    trained = RunState(tuple(Trained(each.name, 1, "x") for each in HOURS[1:3]), first=one.first)
     assert next_partition("train", HOURS, trained, one) is None
     assert one.is_over(HOURS, trained) and not one.is_over(HOURS[:3], trained)
 
 
-@pytest.mark.parametrize("done", [state("01", "03"), state("01", begun="03")])
-def test_a_partition_older_than_a_trained_one_is_refused(done: RunState) -> None:
-    with pytest.raises(ValueError, match=r"2026-11-02: is older than date=2026-11-03"):
+@pytest.mark.parametrize(
+    ("done", "late"),
+    [
+        (state("01", "03"), "02"),
+        (state("01", begun="03"), "02"),
+        (state("02", "03"), "01"),  # older than all
+        (state("03", first="2025-11-02"), "02"),
+        (state("01", "04", "02"), "03"),
+    ],
+)
+def test_a_partition_older_than_a_trained_one_is_refused(done: RunState, late: str) -> None:
+    with pytest.raises(ValueError, match=rf"2025-11-{late}: is older than date=2025-11-0[34]"):
         next_partition("train", DAYS, done, Span())
 
 
+@pytest.mark.parametrize(
+    ("done", "span", "expected"),
+    [
+        (state("02", "03"), Span(), "01"),
+        (state("02", "03", "01"), Span(), "04"),
+        (state("02", begun="03"), Span(), "03"),  # goes on first
+        (state("03", begun="01"), Span(), "01"),
+        (state("02", "04", first="2025-11-02"), Span(), "03"),
+        (state("03", "01", "02"), Span(None, "2025-11-03"), None),
+    ],
+)
+def test_late_partitions_come_next_where_that_is_asked(
+    done: RunState, span: Span, expected: str | None
+) -> None:
+    found = next_partition("train", DAYS, done, span, late="train")
+    assert found == (None if expected is None else Partition(f"date=2025-11-{expected}"))
+
+
+def test_a_span_is_over_by_the_latest_partition_not_by_the_last_that_was_trained() -> None:
+    assert Span(None, "2025-11-03").is_over([], state("01", "03", "02"))
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"),
+    [
+        ("date=2026-11-01", datetime(2026, 11, 1)),
+        ("date=2026-11-01/hour=05", datetime(2026, 11, 1)),
+        ("ds=2026-11-01T05%3A30%3A00", datetime(2026, 11, 1, 5, 30)),
+        ("ts=2026-11-01T05:00:00+02:00", datetime(2026, 11, 1, 3)),
+        ("day=20261101", datetime(2026, 11, 1)),
+        ("hour=2026110105", datetime(2026, 11, 1, 5)),
+        ("month=2026-11", datetime(2026, 11, 1)),
+        ("date=2026_11_01", datetime(2026, 11, 1)),
+        ("year=2026/month=2/day=03", datetime(2026, 2, 3)),
+        ("ts=1793491200", datetime(2026, 11, 1)),
+        ("ts=1793491200000", datetime(2026, 11, 1)),
+        ("batch=17", None),
+        ("batch=99999999", None),
+        ("date=2026-13-01", None),
+        ("year=soon", None),
+    ],
+)
+def test_the_begin_of_a_partition_is_the_date_in_its_name(
+    name: str, begin: datetime | None
+) -> None:
+    assert date_of(name) == begin
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("date=2026-11-29", None),  # tomorrow has begun in another time zone
+        ("date=2026-11-30", "1 days in the future"),
+        ("date=2062-11-01", "13,121 days in the future"),
+        ("date=9999-12-31", "days in the future"),
+        ("date=__HIVE_DEFAULT_PARTITION__", "without a value"),
+        ("date=2026-13-01", "is no date"),
+        ("date=2026-11-1", "is no date"),
+        ("date=20261101", "is no date"),
+    ],
+)
+@pytest.mark.parametrize("trained", [[], ["date=2026-11-05", "date=2026-11-06"]])
+def test_partitions_that_would_block_all_later_ones_are_refused(
+    name: str, reason: str | None, trained: list[str]
+) -> None:
+    usual = ["date=2026-11-07", "date=2026-11-08"] * (not trained)
+    found = refused_partitions([Partition(each) for each in [name, *usual]], trained, NOW)
+    assert list(found) == ([] if reason is None else [name])
+    assert reason is None or reason in found[name]
+
+
+@pytest.mark.parametrize("names", [["batch=1", "batch=1000000"], ["part=a", "part=b"]])
+def test_partitions_of_numbers_or_words_have_no_date(names: list[str]) -> None:
+    assert not refused_partitions([Partition(name) for name in names], [], NOW)
+
+
 def test_a_span_may_not_leave_out_partitions() -> None:
-    with pytest.raises(ValueError, match=r"--from 2026-11-04: .*2026-11-03"):
-        next_partition("train", DAYS, state("01", "02"), Span("2026-11-04"))
+    with pytest.raises(ValueError, match=r"--from 2025-11-04: .*2025-11-03"):
+        next_partition("train", DAYS, state("01", "02"), Span("2025-11-04"))
 
 
 @pytest.mark.parametrize("name", ["_temporary/0/a.parquet", "part-1.parquet.tmp", ".a.inprogress"])

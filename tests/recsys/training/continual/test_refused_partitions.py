@@ -61,7 +61,7 @@ def without_rows(data: Path) -> None:
 
 
 def late(data: Path) -> None:
-    shutil.copytree(data / "train" / NEXT, data / "train" / "date=2026-11-08T23")
+    shutil.copytree(data / "train" / NEXT, data / "train" / "date=2025-11-08T23")
 
 
 def rewritten(data: Path) -> None:
@@ -107,7 +107,7 @@ FAULTS = [
     (cut_short, r"part-1\.parquet"),
     (without_files, rf"{NEXT}: has no \*\.parquet files"),
     (without_rows, r"part-1\.parquet: .*no rows"),
-    (late, r"date=2026-11-08T23: is older than date=2026-11-09"),
+    (late, r"date=2025-11-08T23: is older than date=2025-11-09"),
     (rewritten, rf"{NAMES[0]}: has changed .*then 40 rows, now 39"),
     (bad_label, r"part-1\.parquet.*'liked'.*7"),
     (other_type, r"part-0\.parquet: column 'price'"),
@@ -144,7 +144,7 @@ def test_the_first_partition_begins_with_the_run_that_it_was_begun_from(tmp_path
     [
         (["--ranking.mlp_units", "[8]"], {}, r"ranking\.mlp_units was .*--warm-start"),
         (["--continual.order", "time"], {}, r"continual\.order was shuffled.*time"),
-        ([], {"first": "2026-11-30"}, r"--from 2026-11-30: would leave out date=2026-11-10"),
+        ([], {"first": "2025-11-30"}, r"--from 2025-11-30: would leave out date=2025-11-10"),
     ],
 )
 def test_another_model_or_a_gap_is_refused(
@@ -169,7 +169,7 @@ def test_items_whose_ids_mean_others_are_refused_and_edited_ones_encoded(
 
 @pytest.mark.parametrize(
     ("asked", "message"),
-    [({"first": "2027"}, "--from 2027: no partition"), ({"last": "2025"}, "--until 2025: no part")],
+    [({"first": "2026"}, "--from 2026: no partition"), ({"last": "2024"}, "--until 2024: no part")],
 )
 def test_a_new_run_needs_a_partition(
     two: Path, tmp_path: Path, asked: dict[str, str], message: str

@@ -76,7 +76,9 @@ def test_a_score_depends_on_no_label_and_on_no_other_row(case: str, tmp_path: Pa
     assert np.array_equal(first[kept], second[kept])
 
 
-def assert_predicted_alike(folder: Path, number: int, out: Path) -> None:
+def assert_predicted_alike(
+    folder: Path, number: int, out: Path, line: dict[str, Any] | None = None
+) -> None:
     """The scores and metrics of a partition are those of `recsys predict` by the run before."""
     run, inputs = ContinualFolder(folder / "run"), folder / "data" / "train" / NAMES[number]
     with joined_ranks("cpu") as ranks:
@@ -86,7 +88,7 @@ def assert_predicted_alike(folder: Path, number: int, out: Path) -> None:
     predicted = pq.read_table(out)["prediction_liked"].to_numpy().astype(np.float64)
     scores.logits[:, 0] = np.log(predicted) - np.log1p(-predicted)
     report = scores_report(scores, {})
-    line = lines_of(folder / "run")[number - 1]
+    line = line or lines_of(folder / "run")[number - 1]
     for part in ("warm", "cold", "unseen"):
         report |= {f"{part} {name}": value for name, value in report[part].items()}
         line |= {f"{part} {name}": value for name, value in line[part].items()}

@@ -115,8 +115,8 @@ def test_scores_do_not_depend_on_labels_and_are_whole_before_any_row_is_trained_
 
 @pytest.mark.long
 def test_a_walk_in_pieces_is_the_walk_at_once(walked: Path, tmp_path: Path) -> None:
-    walk(walked, tmp_path / "run", last="2026-11-09")
-    walk(walked, tmp_path / "run", first="2026-11-10", last="2026-11-10")
+    walk(walked, tmp_path / "run", last="2025-11-09")
+    walk(walked, tmp_path / "run", first="2025-11-10", last="2025-11-10")
     walk(walked, tmp_path / "run")
     assert assert_same_end(walked / "run", tmp_path / "run") > 50
     before = files_of(tmp_path / "run")
@@ -230,7 +230,7 @@ def test_commands_on_a_continual_run_take_its_last_partition(walked: Path, tmp_p
     assert all(name in text for name in NAMES[1:]) and "Run run" in text
     words = ["--data", str(walked / "data"), "--out", str(tmp_path / "run")]
     words += ["--cache", str(walked / "cache"), "--config", str(TINY), *WORDS]
-    begun = ["continual", *words, "--from", "2026-11-11", "--warm-start", run]
+    begun = ["continual", *words, "--from", "2025-11-11", "--warm-start", run]
     assert main(begun) == 0
     (line,) = lines_of(tmp_path / "run")
     assert line["partition"] == NAMES[3] and line["model_of"] == ""

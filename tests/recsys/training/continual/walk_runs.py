@@ -24,7 +24,7 @@ from tests.datasets import impressions, item_rows, write_parquet
 from tests.recsys.checkpoint.kill_ranks import tensors
 from tests.recsys.command_runs import TINY
 
-NAMES = [f"date=2026-11-{day:02}" for day in range(8, 12)]
+NAMES = [f"date=2025-11-{day:02}" for day in range(8, 12)]
 ROWS = [40, 33, 46, 37]  # numbers that no number of ranks divides
 ITEMS = [14, 18, 22, 30]  # of the catalogue when a partition is written
 SCHEMA: dict[str, Any] = {
