@@ -33,6 +33,7 @@ def load_pretrained_rows(
     files: PretrainedFiles,
     rows_of_ids: RowsOfIds | None = None,
     process_group: dist.ProcessGroup | None = None,
+    may_be_empty: bool = False,
 ) -> LoadedRows:
     """Write vectors into a table of ``model``, before its first step. A collective.
 
@@ -42,6 +43,7 @@ def load_pretrained_rows(
         files: the files to read.
         rows_of_ids: maps ids of the files to rows; default: an id is its row.
         process_group: the ranks of the model; the default group if there is one.
+        may_be_empty: accept files without a row for the table.
 
     Raises:
         ValueError: on every rank, if on any rank the table is missing, a file cannot be used (see
@@ -68,7 +70,7 @@ def load_pretrained_rows(
     try:
         table_rows = _TableRows.of(model, table)
         if table_rows.pieces:
-            loaded = _load(table_rows, files, rows_of_ids)
+            loaded = _load(table_rows, files, rows_of_ids, may_be_empty)
     except Exception as raised:  # of any type: the other ranks wait for the outcome
         error = raised
     return _agree(loaded, error, process_group)
@@ -93,7 +95,10 @@ def _agree(
 
 
 def _load(
-    table_rows: "_TableRows", files: PretrainedFiles, rows_of_ids: RowsOfIds | None
+    table_rows: "_TableRows",
+    files: PretrainedFiles,
+    rows_of_ids: RowsOfIds | None,
+    may_be_empty: bool,
 ) -> LoadedRows:
     stored_name = files.table or table_rows.name
     num_set = num_left_out = 0
@@ -105,7 +110,7 @@ def _load(
             piece.write(rows, block.vectors)
         num_set += int(known.sum())
         num_left_out += int((~known).sum())
-    if num_set == 0:
+    if num_set == 0 and not may_be_empty:
         where = ", ".join(files.paths) or "no files"
         fault = f"none of the {num_left_out} ids is known" if num_left_out else "none is there"
         raise ValueError(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from functools import partial
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings import PretrainedFiles, load_pretrained_rows
@@ -17,22 +21,38 @@ from recsys.data.schema import Schema
 logger = logging.getLogger(__name__)
 
 
-def load_pretrained_tables(job: Job) -> None:
+def load_pretrained_tables(job: Job, known: Mapping[str, int] | None = None) -> None:
     """Write the vectors of every `init_from` into its table. A collective.
+
+    Args:
+        job: the job.
+        known: by table with an exact map, the number of its first ids, whose rows stay as they are;
+            other tables stay whole. None: all rows are written.
 
     Raises:
         ValueError: the file does not exist, or its content does not fit the table.
     """
     for name, settings in job.config.embedding.tables.items():
-        if (source := settings.init_from) is None:
+        if (source := settings.init_from) is None or (known is not None and name not in known):
             continue
         with job.ranks.raise_on_all_ranks():
             files, rows_of_ids = _files_of(job.schema, name, source)
-        loaded = load_pretrained_rows(job.model, name, files, rows_of_ids, job.ranks.group)
+        if known is not None:
+            if rows_of_ids is None:  # the file has rows, of which new ids have none
+                continue
+            rows_of_ids = partial(_rows_of_new_ids, rows_of_ids, known[name])
+        parts = job.model, name, files, rows_of_ids, job.ranks.group
+        loaded = load_pretrained_rows(*parts, may_be_empty=known is not None)
         logger.info(
             f"table '{name}': {loaded.num_set:,} rows set, {loaded.num_left_out:,} unknown ids "
             f"left out, from {source.path}"
         )
+
+
+def _rows_of_new_ids(rows_of_ids: RowsOfIds, num_known: int, ids: pa.Array) -> np.ndarray:
+    """Return the rows of ids, -1 for those that a map had before."""
+    rows = rows_of_ids(ids)
+    return np.where(rows < num_known, -1, rows)
 
 
 def _files_of(

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from embeddings.table_state import set_table_steps
+from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.item_content import encode_changed_items
 from recsys.checkpoint.new_rows.fill import fill_new_rows
@@ -114,12 +115,25 @@ def fit_to_rows(job: Job, plan: WarmStartPlan, numbers: Mapping[str, NumberRange
     Raises:
         ValueError: on every rank: the rows cannot be read.
     """
+    _load_pretrained_rows_of_new_ids(job, plan)
     scaling = job.em3.scaling
     if scaling is not None and not _is_of_before(scaling, plan):
         scaling.fit(numbers)
     fill_opinions(job)
     for table, filled in fill_new_rows(job, counts_before(job, plan)).items():
         plan.differences.add(f"table '{table}'", f"new_rows: {filled.rule}", str(filled))
+
+
+def _load_pretrained_rows_of_new_ids(job: Job, plan: WarmStartPlan) -> None:
+    """Write the vectors of `init_from` for ids that an exact map has got since. A collective."""
+    known = {}
+    for table in job.schema.tables_with("exact"):
+        before, now = (of.vocabularies.get(table) for of in (plan.source.schema, job.schema))
+        if not isinstance(before, ExactVocabulary) or not isinstance(now, ExactVocabulary):
+            continue
+        if len(now) > len(before) and now.is_extension_of(before):
+            known[table] = len(before)
+    load_pretrained_tables(job, known)
 
 
 def _is_of_before(scaling: InputScaling, plan: WarmStartPlan) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
+from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.reader import readable_failure
 from recsys.checkpoint.state import TrainingState
@@ -60,6 +61,22 @@ class WarmStartPlan:
         """Return the tables of which optimizer state is taken over."""
         names = (name for name in self.taken if name.startswith("optimizer.tables."))
         return {table for name in names if (table := _table_of(name)) is not None}
+
+    def take_unused_rows(self, job: Job) -> None:
+        """Take over the rows of ids that are new in exact maps, too.
+
+        They were never trained, and predictions by the other run give them to new ids.
+        """
+        for table in job.schema.tables_with("exact"):
+            old, new = (of.vocabularies.get(table) for of in (self.source.schema, job.schema))
+            rows = self.maps.get(table)
+            if rows is None or not isinstance(old, ExactVocabulary):
+                continue
+            assert isinstance(new, ExactVocabulary)
+            if old.num_embeddings == new.num_embeddings and new.is_extension_of(old):
+                same = RowMap.same(rows.num_rows)
+                self.maps = {name: same if of is rows else of for name, of in self.maps.items()}
+                self.items = same if self.items is rows else self.items
 
     @torch.no_grad()
     def apply(self, job: Job) -> None:

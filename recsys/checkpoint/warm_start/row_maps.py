@@ -40,6 +40,11 @@ class RowMap:
     find: OldRows
 
     @staticmethod
+    def same(num_rows: int) -> RowMap:
+        """Return the identity."""
+        return RowMap.of(True, num_rows, _same)
+
+    @staticmethod
     def of(is_identity: bool, num_rows: int, find: OldRows) -> RowMap:
         """Return a map that keeps its last result, as several tensors of a table need it."""
         return RowMap(is_identity, num_rows, lru_cache(maxsize=1)(find))
@@ -87,7 +92,7 @@ def row_map(table: str, source: Source, job: Job, differences: Differences) -> R
             f"set them back, {leave_out}",
         )
         return None
-    return RowMap.of(True, rows, _same)
+    return RowMap.same(rows)
 
 
 def _words(kind: str | None) -> str:
@@ -149,9 +154,9 @@ def _exact(
             found[new.unknown_row - start] = old.unknown_row
         return found
 
-    # Rows that no id had yet are taken, too: predictions by the run give new ids the same.
-    is_identity = old.num_embeddings == new.num_embeddings and new.is_extension_of(old)
-    if not is_identity or len(new) > len(old):
+    is_equal = len(old) == len(new) == kept and old.is_extension_of(new)
+    is_identity = is_equal and old.num_embeddings == new.num_embeddings
+    if not is_identity:
         moved = int((np.flatnonzero(old_of_new >= 0) != old_of_new[old_of_new >= 0]).sum())
         differences.add(
             part,
@@ -169,7 +174,7 @@ def _bounded(
     """Map a table whose ids were learned while training. A collective."""
     old_rows, rows, ranks = source.schema.limit(table), job.schema.limit(table), job.ranks
     if rows == old_rows:
-        return RowMap.of(True, rows, _same)
+        return RowMap.same(rows)
 
     def find(start: int, stop: int) -> np.ndarray:
         found = rows_in_resized(_used(source, table), rows, half_life, start, stop)

@@ -229,6 +229,7 @@ def _begin(
     begun, known = replace(state, begun=now), ItemCounts.sum_of([])
     if start.warm is not None:
         plan = plan_warm_start(job, *start.warm)
+        plan.take_unused_rows(job)
         check_items(job, plan)
         progress = take_over(job, plan)
         known = counts_before(job, plan)

@@ -12,12 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recsys.checkpoint.partitions.state import ContinualFolder
+from recsys.checkpoint.partitions.state import ContinualFolder, newest_run
+from recsys.checkpoint.run_schema import load_run_schema
+from recsys.checkpoint.warm_start.request import WarmStart
 from recsys.config.ranking import RANKING_MODELS, keys_of
+from recsys.data.transforms.prepare import prepare_transforms
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.evaluate import scores_report
 from recsys.evaluation.predict import predict
 from recsys.evaluation.scores import read_scores
+from tests.recsys.checkpoint.warm_start.warm_runs import stored_state
 from tests.recsys.training.changed_answers import change_answers, set_column
 from tests.recsys.training.continual.walk_runs import (
     NAMES,
@@ -28,6 +32,7 @@ from tests.recsys.training.continual.walk_runs import (
 )
 
 EXACT_USERS = {"kind": "id", "num_embeddings": 40, "vocabulary": {"kind": "exact"}}
+DAYS = [name.removeprefix("date=") for name in NAMES]
 VOTES = ["--ranking.opinions", "history_liked", "--ranking.opinion_groups", "5"]
 
 
@@ -113,3 +118,45 @@ def test_the_metrics_of_every_backbone_are_those_of_predictions_before(
     write_days(tmp_path / "data")
     walk(tmp_path, tmp_path / "run", *words_of(name))
     assert_predicted_alike(tmp_path, 1, tmp_path / "predicted.parquet")
+
+
+@pytest.mark.parametrize("begins", ["anew", "warm"])
+def test_transforms_are_fitted_on_the_first_partition_alone(begins: str, tmp_path: Path) -> None:
+    """Values that the dataset has are of all partitions, those that lie ahead included."""
+    scaled = {"kind": "dense", "column": "price", "transform": ["standardize"]}
+    data = write_days(tmp_path / "data", 3, scaled=scaled)
+    for number in range(3):
+        for file in (data / "train" / NAMES[number]).glob("*.parquet"):
+            table = pq.read_table(file)
+            prices = table["price"].to_numpy() + number
+            pq.write_table(set_column(table, "price", pa.array(prices)), file)
+    prepare_transforms(str(data))
+    if begins == "warm":
+        walk(tmp_path, tmp_path / "old", *WITHOUT_CONTENT, last=DAYS[0])
+        walk_from = WarmStart(newest_run(tmp_path / "old"))
+        walk(tmp_path, tmp_path / "run", *WITHOUT_CONTENT, first=DAYS[1], warm_start=walk_from)
+    else:
+        walk(tmp_path, tmp_path / "run", *WITHOUT_CONTENT)
+    prices = pq.read_table(data / "train" / NAMES[0])["price"].to_numpy()
+    for number in (1, 2):
+        schema = load_run_schema(ContinualFolder(tmp_path / "run").run_of(NAMES[number]))
+        assert schema is not None
+        (step,) = schema.transforms["scaled"].steps
+        assert step.settings["mean"] == pytest.approx(prices.mean())
+    line = lines_of(tmp_path / "run")[-1]
+    assert_predicted_alike(tmp_path, 2, tmp_path / "predicted.parquet", line)
+
+
+def test_new_ids_begin_with_pretrained_vectors_behind_the_scores(tmp_path: Path) -> None:
+    write_days(tmp_path / "data", 2)
+    file, run = tmp_path / "vectors.parquet", tmp_path / "run" / "partitions" / NAMES[1]
+    vectors = pa.array(np.full((60, 16), 7.0).tolist(), pa.list_(pa.float32()))
+    pq.write_table(pa.table({"id": np.arange(60), "vector": vectors}), file)
+    table = f"{{init_from: {{path: {file}}}, frozen: true}}"
+    tables = ["--embedding.tables", f"{{item: {table}, user: {table}}}"]
+    walk(tmp_path, tmp_path / "run", *WITHOUT_CONTENT, *tables)
+    assert_predicted_alike(tmp_path, 1, tmp_path / "predicted.parquet")
+    state = stored_state(run / "checkpoints" / "best")
+    for name in ("user", "item"):
+        known = pq.read_table(run / "vocabulary" / f"{name}.parquet").num_rows
+        assert (state[name][:known] == 7).all() and not (state[name][known:] == 7).any()
