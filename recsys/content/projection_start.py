@@ -55,12 +55,14 @@ def start_projections(
         store: the items.
         ranks: of the job.
         modalities: those of which the projections are set; None: all.
-        trained: training rows by item; items without are not sampled, as they came later.
+        trained: training rows by item, those of rank 0 count; items without came later and are not
+            sampled.
     """
     ids = np.sort(store.items.ids)
     if trained is not None and (has_rows := trained.of(ids) > 0).any():
         ids = ids[has_rows]
-    sample = ids[np.linspace(0, len(ids) - 1, min(len(ids), SAMPLED_ITEMS)).astype(int)]
+    places = np.linspace(0, len(ids) - 1, min(len(ids), SAMPLED_ITEMS)).astype(int)
+    sample = ranks.from_first(ids[places])
     share = np.array_split(sample, ranks.world_size)[ranks.rank]
     branch.eval()
     for name, encoder in branch.encoders.items():

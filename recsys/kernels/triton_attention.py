@@ -78,8 +78,8 @@ def target_attention(
     Products are in float32, also where bfloat16 is asked for.
     """
     del keeps_units, bfloat16
-    inputs = [target, items, index, offsets, parallel, lists, first, first_bias]
-    checks = _checked("target_attention", *inputs, second, second_bias, last)
+    events = target, items, index, offsets, parallel, lists
+    checks = _checked("target_attention", *events, first, first_bias, second, second_bias, last)
     checks.require("last_bias", last_bias, [1], torch.float32)
     out, shares = torch.zeros_like(target), target.new_empty(len(index))
     of_items, of_products, of_target, by_unit = _weights(first, second)
@@ -102,8 +102,9 @@ def target_attention_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients of target, items, lists, and the weights of the score."""
     del kept, bfloat16
-    inputs = [target, items, index, offsets, parallel, lists, first, first_bias]
-    checks = _checked("target_attention_backward", *inputs, second, second_bias, last)
+    events = target, items, index, offsets, parallel, lists
+    weights = first, first_bias, second, second_bias, last
+    checks = _checked("target_attention_backward", *events, *weights)
     checks.require("gradient", gradient, target.shape, torch.float32)
     checks.require("shares", shares, index.shape, torch.float32)
     sizes, rows = _sizes(target, parallel, first, second), len(target)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,7 +41,6 @@ from recsys.config import Config, load_config
 from recsys.content.projection_start import start_projections
 from recsys.data.filesystem import Location, read_json, write_whole
 from recsys.data.interactions import Interactions
-from recsys.data.number_ranges import NumberRange
 from recsys.data.row_source import RowSource, open_rows
 from recsys.data.schema import Schema, load_schema
 from recsys.distributed.job_lock import sole_job
@@ -50,7 +48,13 @@ from recsys.distributed.lockstep import Lockstep, TrainingStopped
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
-from recsys.evaluation.evaluate import check_data, evaluate_split, fill_bank, format_evaluation
+from recsys.evaluation.evaluate import (
+    CheckedRows,
+    check_data,
+    evaluate_split,
+    fill_bank,
+    format_evaluation,
+)
 from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.scores import scores_file
 from recsys.training.item_opinions import fill_opinions
@@ -183,7 +187,7 @@ def open_run(
     reporter = Reporter(job, run, progress or Progress())
     if progress is None:
         if plan is None:
-            progress = start_fresh(job, checked.numbers)
+            progress = start_fresh(job, checked)
         else:
             progress = start_warm(job, run, plan, checked.numbers)
     else:
@@ -202,18 +206,18 @@ def training_interactions(job: Job, is_shuffled: bool = True) -> Interactions:
     return interactions
 
 
-def start_fresh(job: Job, numbers: Mapping[str, NumberRange]) -> Progress:
+def start_fresh(job: Job, checked: CheckedRows) -> Progress:
     """Initialise a new run: tables, projections, bank, scales of numbers, opinions. A collective.
 
     Args:
         job: the job.
-        numbers: ranges of the numbers in its training rows.
+        checked: what its training rows are like; projections are fitted to the items that have any.
     """
     if job.em3.scaling is not None:
-        job.em3.scaling.fit(numbers)
+        job.em3.scaling.fit(checked.numbers)
     load_pretrained_tables(job)
     if job.em3.content is not None and job.store is not None:
-        start_projections(job.em3.content, job.store, job.ranks)
+        start_projections(job.em3.content, job.store, job.ranks, trained=checked.item_counts)
         fill_bank(job)
     fill_opinions(job)
     return Progress()

@@ -91,7 +91,7 @@ def take_over(job: Job, plan: WarmStartPlan) -> Progress:
     if content is not None and job.store is not None:
         weights = {name: f"content.projections.{name}.weight" for name in content.projections}
         if new := [name for name, weight in weights.items() if not plan.takes(weight)]:
-            start_projections(content, job.store, job.ranks, new)
+            start_projections(content, job.store, job.ranks, new, counts_before(job, plan))
         if plan.items is None:
             fill_bank(job)
         else:

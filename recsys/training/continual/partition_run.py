@@ -242,7 +242,7 @@ def _begin(
     add_ids(job.schema, start.ids, ranks)
     checked = check_data(job, ("train",))
     if plan is None:
-        progress = start_fresh(job, checked.numbers)
+        progress = start_fresh(job, checked)
     else:
         fit_to_rows(job, plan, checked.numbers)
     continual.clock.lap("fit")

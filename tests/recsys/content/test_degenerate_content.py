@@ -43,7 +43,7 @@ def images(kinds: list[int]) -> list[bytes]:
 
 
 def two_kinds(n: int) -> list[int]:
-    return [index % 2 for index in range(n)]
+    return [index // 2 % 2 for index in range(n)]  # items of training rows have both
 
 
 def one_of_its_own(n: int) -> list[int]:
@@ -160,7 +160,7 @@ def train_some_steps(data: Path) -> tuple[float, float]:
     """Largest number of a projected token at the start, and log loss after some steps."""
     with joined_ranks("cpu") as ranks:
         job = build_job(config_of(data.parent), str(data), ranks)
-        start_fresh(job, check_data(job, ("train",)).numbers)
+        start_fresh(job, check_data(job, ("train",)))
         job.em3.eval()
         with torch.no_grad():
             largest = max(float(projected.abs().max()) for projected in starts(job))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.decomposition import PCA
@@ -18,6 +19,7 @@ from recsys.content.encoders.pooling import mean_token
 from recsys.content.projection_start import start_projections, whitening_map
 from recsys.data.batch import ContentInput
 from recsys.data.filesystem import Location
+from recsys.data.item_parts import ItemCounts
 from recsys.data.items.content_store import ContentStore, ItemTable
 from recsys.data.schema import load_schema
 from recsys.distributed.ranks import Ranks
@@ -28,7 +30,9 @@ DIM, WIDTH = 4, 6
 CLIP = ModalitySettings(kind="feature", column="clip")
 
 
-def started_branch(rank: int, world_size: int, data: Path) -> dict[str, Any]:
+def started_branch(
+    rank: int, world_size: int, data: Path, trained: ItemCounts | None = None
+) -> dict[str, Any]:
     """Projection and projected mean tokens of all items that have the feature."""
     root = Location.of(str(data))
     store = ContentStore(ItemTable(root, load_schema(root)), {"clip": CLIP}, data / f"cache{rank}")
@@ -39,7 +43,8 @@ def started_branch(rank: int, world_size: int, data: Path) -> dict[str, Any]:
     )
     branch = ContentBranch({"clip": StoredFeatures(WIDTH)}, settings, None)
     device = torch.device("cpu")
-    start_projections(branch, store, Ranks(rank, world_size, rank, world_size, device))
+    ranks = Ranks(rank, world_size, rank, world_size, device)
+    start_projections(branch, store, ranks, trained=trained if rank == 0 else None)
     content: ContentInput = store.gather(np.sort(store.items.ids))["clip"]
     projection = branch.projections["clip"]
     known = content.mask.any(dim=1)
@@ -79,3 +84,17 @@ def test_ranks_start_at_one_projection_that_gives_tokens_mean_zero_and_variance_
     assert torch.equal(first["weight"], second["weight"])
     assert first["projected"].mean(dim=0).abs().max() < 1e-5
     torch.testing.assert_close(first["projected"].std(dim=0, correction=0), torch.ones(DIM))
+
+
+def test_a_projection_starts_from_items_with_training_rows_alone(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", num_items=40)
+    items = pq.read_table(data / "items").sort_by("item").to_pylist()
+    with_clip = [row["item"] for row in items if row["clip"] is not None]
+    trained = ItemCounts(np.array(with_clip[:20]), np.ones(20, np.int64))
+
+    first, second = run_on_ranks(started_branch, 2, data, trained)
+
+    assert torch.equal(first["weight"], second["weight"])
+    projected = first["projected"][:20]
+    assert projected.mean(dim=0).abs().max() < 1e-5
+    torch.testing.assert_close(projected.std(dim=0, correction=0), torch.ones(DIM))

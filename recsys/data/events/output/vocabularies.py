@@ -34,7 +34,7 @@ def write_vocabularies(
     Lists of ids beside histories (see `id_lists`) have tables of their own, with the map of their
     column.
     """
-    sizes = {}
+    sizes: dict[str, int] = {}
     item = config.output.item
     actions = [name for name, column in lists.items() if column == "action"]
     if config.vocabulary.kind == "rows":
