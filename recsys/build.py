@@ -177,7 +177,6 @@ def build_job(
     plan_text = format_plan(plan, tables)  # before the copies of tables change its ranks
     model = _distributed(em3, ranks, plan, cuts, config.embedding.parallel.copies)
     optimizer, dense = build_dense_optimizer(model, dense_groups(config), config.optimizer)
-    schedule = build_schedule(dense, config.optimizer)
     averages = build_averages(model, config.optimizer)
     vocabularies = _bounded_vocabularies(config, schema, ranks, model, tables, bank)
     update = DenseUpdate(optimizer, dense, config.optimizer.clip_norm, averages)
@@ -191,7 +190,7 @@ def build_job(
         store,
         model,
         optimizer,
-        schedule,
+        build_schedule(dense, config.optimizer),
         update,
         pipeline,
         vocabularies,
