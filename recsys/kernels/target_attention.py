@@ -109,9 +109,8 @@ def native_target_attention(
         from torch import nn
         from recsys.kernels import ScoreWeights, has_native, native_target_attention
 
-        mlp = nn.Sequential(
-            nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1)
-        )
+        layers = nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1)
+        mlp = nn.Sequential(*layers)
         target, items = torch.rand(2, 4), torch.rand(3, 4)
         index, offsets = torch.tensor([0, 2, 0]), torch.tensor([0, 2, 3])
         nothing = torch.zeros(3, 0), torch.zeros(4, 0)
@@ -121,10 +120,9 @@ def native_target_attention(
     """
     kept_bytes = 4 * index.shape[0] * _units_row(score.first, score.second)
     keeps_units = torch.is_grad_enabled() and kept_bytes <= MAX_KEPT_BYTES
-    operator = "target_attention"
-    vectors = as_float32(operator, target=target, items=items)
-    places = as_int64(operator, index=index, offsets=offsets)
-    weights = as_float32(operator, parallel=parallel, lists=lists, **score._asdict())
+    vectors = as_float32("target_attention", target=target, items=items)
+    places = as_int64("target_attention", index=index, offsets=offsets)
+    weights = as_float32("target_attention", parallel=parallel, lists=lists, **score._asdict())
     interest: Tensor = torch.ops.recsys.target_attention(
         *vectors, *places, *weights, keeps_units, rounds_products(target.device)
     )[0]

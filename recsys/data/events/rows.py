@@ -34,31 +34,8 @@ def make_rows(engine: Engine, config: EventsConfig) -> dict[str, int]:
         ValueError: no row is left, a given label is neither 0 nor 1, or no event has a label's
             action.
     """
-    _check_actions(engine, config)
-    chosen = [IMPRESSION] if config.impressions is not None else config.rows
-    engine.view("candidates", f"SELECT * FROM signals WHERE {actions_in(chosen)}")
-    attributed = {name: of for name, of in config.labels.items() if of.action and of.within}
-    source = _attributed(engine, attributed, config) if attributed else "candidates"
-    labels = {name: _label(name, label) for name, label in config.labels.items()}
-    context = {f"c_{name}": feature for name, feature in config.context.items()}
-    selected = [
-        "position, uid, iid, ts",
-        *(f"{sql} AS {quoted(f'l_{name}')}" for name, sql in labels.items()),
-        *(filled(quoted(column), of.fill, column) for column, of in context.items()),
-    ]
-    if config.unripe == "drop" and config.label_window:
-        end = engine.table("SELECT max(ts) AS ts FROM signals")["ts"][0].as_py()
-        selected.append(f"CASE WHEN ts <= {end - config.label_window} THEN 1 END AS ripe")
-    engine.view("labelled", f"SELECT {', '.join(selected)} FROM {source}")
+    needed = _make_labelled(engine, config)
     _check_given_labels(engine, config)
-    needed = {f"no label '{name}'": f"l_{name}" for name in labels}
-    needed |= {
-        f"no value in '{column[2:]}'": column
-        for column, feature in context.items()
-        if is_needed(config, feature.kind)
-    }
-    if config.unripe == "drop" and config.label_window:
-        needed[UNRIPE] = "ripe"
     reasons = count_nulls(engine, "labelled", needed)
     complete = " AND ".join(f"{quoted(column)} IS NOT NULL" for column in needed.values())
     names = engine.table("SELECT * FROM labelled LIMIT 0").schema.names
@@ -74,6 +51,36 @@ def make_rows(engine: Engine, config: EventsConfig) -> dict[str, int]:
             fix += ", shorten `within`, or set unripe: keep"
         raise ValueError(f"rows: none is left; {reasons} were left out; {fix}")
     return reasons
+
+
+def _make_labelled(engine: Engine, config: EventsConfig) -> dict[str, str]:
+    """Make the stage `labelled` of all rows; return the columns that a sample needs, by reason."""
+    _check_actions(engine, config)
+    chosen = [IMPRESSION] if config.impressions is not None else config.rows
+    engine.view("candidates", f"SELECT * FROM signals WHERE {actions_in(chosen)}")
+    attributed = {name: of for name, of in config.labels.items() if of.action and of.within}
+    source = _attributed(engine, attributed, config) if attributed else "candidates"
+    labels = {name: _label(name, label) for name, label in config.labels.items()}
+    context = {f"c_{name}": feature for name, feature in config.context.items()}
+    selected = [
+        "position, uid, iid, ts",
+        *(f"{sql} AS {quoted(f'l_{name}')}" for name, sql in labels.items()),
+        *(filled(quoted(column), of.fill, column) for column, of in context.items()),
+    ]
+    drops_unripe = config.unripe == "drop" and config.label_window > 0
+    if drops_unripe:
+        end = engine.table("SELECT max(ts) AS ts FROM signals")["ts"][0].as_py()
+        selected.append(f"CASE WHEN ts <= {end - config.label_window} THEN 1 END AS ripe")
+    engine.view("labelled", f"SELECT {', '.join(selected)} FROM {source}")
+    needed = {f"no label '{name}'": f"l_{name}" for name in labels}
+    needed |= {
+        f"no value in '{column[2:]}'": column
+        for column, feature in context.items()
+        if is_needed(config, feature.kind)
+    }
+    if drops_unripe:
+        needed[UNRIPE] = "ripe"
+    return needed
 
 
 def is_needed(config: EventsConfig, kind: str) -> bool:

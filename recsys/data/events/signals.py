@@ -185,14 +185,11 @@ def _clean(engine: Engine, config: EventsConfig, types: dict[str, pa.DataType]) 
     reasons = dict(zip(counted["reason"].to_pylist(), counted["n"].to_pylist(), strict=True))
     read, usable = sum(reasons.values()), reasons.pop("", 0)
     conditions = " AND ".join(f"NOT ({problem})" for problem in problems.values())
-    names = [
-        "position",
-        *(
-            "greatest(arrived, ts) AS arrived" if name == "arrived" else quoted(name)
-            for name in types
-        ),
-    ]
-    engine.view("usable", f"SELECT {', '.join(names)} FROM signals_read WHERE {conditions}")
+    columns = {name: quoted(name) for name in types}
+    if "arrived" in types:
+        columns["arrived"] = "greatest(arrived, ts) AS arrived"
+    names = ", ".join(columns.values())
+    engine.view("usable", f"SELECT position, {names} FROM signals_read WHERE {conditions}")
     left, once = usable, "SELECT * FROM usable"
     if drop.duplicates:
         left -= reasons.setdefault("duplicate", _find_copies(engine, types))
@@ -204,18 +201,27 @@ def _clean(engine: Engine, config: EventsConfig, types: dict[str, pa.DataType]) 
     if drop.max_events_per_user is None:
         engine.view("signals", "SELECT * FROM signals_once")
     else:
-        # In the order in which they became known, so that no later event removes an earlier one.
-        order = f"{config.arrival}, ts, iid, action, position"
-        nth = f"row_number() OVER (PARTITION BY uid ORDER BY {order})"
-        engine.add(
-            "signals",
-            f"SELECT position, {', '.join(map(quoted, types))} FROM (SELECT *, {nth} AS nth "
-            f"FROM signals_once) WHERE nth <= {drop.max_events_per_user}",
-        )
+        _add_first_events(engine, config, types, drop.max_events_per_user)
     reasons["beyond max_events_per_user"] = left - count_rows(engine, "signals")
     if not count_rows(engine, "signals"):
         raise ValueError(f"events: none of the {read} rows can be used; {reasons} were left out")
     return Dropped(read, {name: count for name, count in reasons.items() if count})
+
+
+def _add_first_events(
+    engine: Engine, config: EventsConfig, types: dict[str, pa.DataType], most: int
+) -> None:
+    """Make the stage `signals` of each user's first events.
+
+    They are ordered as they became known, so that no later event removes an earlier one.
+    """
+    order = f"{config.arrival}, ts, iid, action, position"
+    nth = f"row_number() OVER (PARTITION BY uid ORDER BY {order})"
+    engine.add(
+        "signals",
+        f"SELECT position, {', '.join(map(quoted, types))} FROM (SELECT *, {nth} AS nth "
+        f"FROM signals_once) WHERE nth <= {most}",
+    )
 
 
 def _find_copies(engine: Engine, types: dict[str, pa.DataType]) -> int:

@@ -42,8 +42,8 @@ def images(kinds: list[int]) -> list[bytes]:
     return [png(np.random.default_rng(kind)) for kind in kinds]
 
 
-def two_kinds(n: int) -> list[int]:
-    return [index // 2 % 2 for index in range(n)]  # items of training rows have both
+def three_kinds(n: int) -> list[int]:
+    return [index % 3 for index in range(n)]
 
 
 def one_of_its_own(n: int) -> list[int]:
@@ -57,7 +57,7 @@ def normal(n: int) -> np.ndarray:
 # Features [n, WIDTH] of each case.
 FEATURES: dict[str, Callable[[int], np.ndarray]] = {
     "constant": lambda n: np.full((n, WIDTH), 1234.567),
-    "two values": lambda n: np.array(two_kinds(n))[:, None] * 3 + np.full((n, WIDTH), 0.7),
+    "three values": lambda n: np.array(three_kinds(n))[:, None] * 3 + np.full((n, WIDTH), 0.7),
     "duplicated columns": lambda n: np.repeat(normal(n)[:, :2] + 5, WIDTH // 2, axis=1),
     "one outlier": lambda n: normal(n) + 1e6 * np.array(one_of_its_own(n))[:, None],
     "only an outlier": lambda n: 0.1 + 1e6 * np.array(one_of_its_own(n))[:, None] * np.ones(WIDTH),
@@ -70,13 +70,13 @@ FEATURES: dict[str, Callable[[int], np.ndarray]] = {
 }
 TEXTS: dict[str, Callable[[int], list[str]]] = {
     "constant": lambda n: ["the same title"] * n,
-    "two values": lambda n: [f"title {kind}" for kind in two_kinds(n)],
+    "three values": lambda n: [f"title {kind}" for kind in three_kinds(n)],
     "one outlier": lambda n: [f"title {kind}" for kind in one_of_its_own(n)],
     "tiny variance": lambda n: [f"{'welcome to our shop ' * 10} {item}" for item in range(n)],
 }
 KINDS: dict[str, Callable[[int], list[int]]] = {
     "constant": lambda n: [0] * n,
-    "two values": two_kinds,
+    "three values": three_kinds,
     "one outlier": one_of_its_own,
 }
 
